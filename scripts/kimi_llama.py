@@ -72,6 +72,7 @@ TOOLS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (the tools' sub-commands do not return)."""
     parsed = _parser().parse_args(arguments)
+    parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -129,7 +130,9 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    return bench_cli.run(parsed)
+    from kimi_gguf.scripts.bench.run import run
+
+    return run(parsed, parsed.words)
 
 
 def _tool(parsed: argparse.Namespace) -> int:

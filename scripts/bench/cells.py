@@ -60,11 +60,13 @@ class Way:
 
 
 OURS = Way("patched", repack=True, flash=True)
-PRISTINE = tuple(Way("pristine", repack, flash) for repack, flash in itertools.product((True, False), repeat=2))
+PRISTINE = tuple(
+    Way("pristine", repack, flash) for repack, flash in itertools.product((True, False), repeat=2)
+)
 
 
 def ways(cell: Cell, pristine: Sequence[Way]) -> list[Way]:
-    """The ways of running pristine that this cell allows: a quantised cache and several streams want flash attention."""
+    """The ways of running pristine here: quantised caches and several streams want flash attention."""
     plain = cell.cache_type in ("f32", "f16", "bf16") and cell.sequences == 1
     return [way for way in pristine if way.flash or plain]
 

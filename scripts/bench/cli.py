@@ -1,133 +1,162 @@
-"""The sub-command `kimi-llama bench`: its arguments, and the order in which things happen.
+"""The arguments of `kimi-llama bench`.
 
-Flows in: the command line. Flows out: a table on standard output, progress on standard error, files where asked.
+Flows in: an argument parser. Flows out: the same with the sub-command's arguments and their checks; run.py acts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
+from collections.abc import Callable
 from pathlib import Path
 
-from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench.cells import (
-    BATCHES,
-    DEPTHS,
-    PRISTINE,
-    QUICK_BATCHES,
-    QUICK_DEPTHS,
-    THREADS,
-    grid,
-)
-from kimi_gguf.scripts.bench.contender import environment_of
-from kimi_gguf.scripts.bench.measure import Arena, Result, Settings, measure
-from kimi_gguf.scripts.bench.models import generate, open_model
-from kimi_gguf.scripts.bench.report import as_data, table
-from kimi_gguf.scripts.bench.shapes import FAMILIES, SHAPES, TYPES, BenchModel
-from kimi_gguf.scripts.engine import ensure
-from kimi_gguf.scripts.progress import reporting
-from kimi_gguf.scripts.toolchain import cores
+import gguf
 
-EXAMPLES = """\
-  kimi-llama bench                                   the quick subset on a generated model, Q4_0: minutes
-  kimi-llama bench --grid --out out/bench            everything: types x batches x depths x threads; hours
+from kimi_gguf.scripts.bench import hybrid
+from kimi_gguf.scripts.bench.cells import BATCHES, DEPTHS, QUICK_BATCHES, QUICK_DEPTHS, THREADS
+from kimi_gguf.scripts.bench.shapes import FAMILIES, SHAPES, TYPES
+
+CELL_SECONDS = 8.0
+DEFAULT_CACHE = "f16"
+
+EXAMPLES = f"""\
+  kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes
+  kimi-llama bench --grid --json out/bench.json     types x batches x depths x threads: hours
   kimi-llama bench model.gguf --batch 1,512 --depth 0,16384
-  kimi-llama bench --type Q8_0 --layers 4 --batch 1 --cache-type f16,q8_0
-  kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512     another build in the place of ours
-"""
+  kimi-llama bench --type Q8_0 --batch 1 --depth 16384 --cache-type f16,q8_0
+  kimi-llama bench --batch 1 --sequences 1,4,8      decoding for several users side by side
+  kimi-llama bench --demo                           the demo checkpoint, from a source checkout
+  kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
+  kimi-llama bench --operators --json out/operators.json
+  kimi-llama bench --hybrid --json out/hybrid.json
+  kimi-llama bench --records out/*.json --page docs/bench.md
+  kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build in the place of ours
+
+--quick: batches {",".join(map(str, QUICK_BATCHES))} at depths {",".join(map(str, QUICK_DEPTHS))}, all processors.
+--grid: {", ".join(TYPES)}; batches {",".join(map(str, BATCHES))}; depths {",".join(map(str, DEPTHS))}; threads
+{",".join(map(str, THREADS))}. Both builds are made if they are not there (kimi-llama build). Generated models and
+states at depth are kept in bench/ of the cache folder, which may be removed at any time.
+
+exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; records on disk
+are whole after every cell."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sub-command's arguments."""
-    parser.add_argument("model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)"
+    )
+    which.add_argument(
+        "--demo", action="store_true", help="the demo checkpoint, converted (--type Q8_0 or BF16)"
+    )
+    which.add_argument(
+        "--operators", action="store_true", help="the operators alone, one layer of the 48B's sizes"
+    )
+    which.add_argument(
+        "--hybrid", action="store_true", help="3:1 against latent attention in every layer, ours alone"
+    )
+    which.add_argument(
+        "--records", nargs="+", type=Path, metavar="JSON", help="measure nothing: draw --page from these"
+    )
+
     made = parser.add_argument_group("the generated model")
-    made.add_argument("--type", type=_words(TYPES), default=None, metavar="T,..", help=f"of {', '.join(TYPES)} (Q4_0)")
-    made.add_argument("--layers", type=_positive, default=8, metavar="N", help="default 8")
-    made.add_argument("--experts", type=_positive, default=32, metavar="N", help="in each layer but the first (32)")
+    made.add_argument(
+        "--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)"
+    )
+    made.add_argument(
+        "--layers", type=number, default=8, metavar="N", help="one in four with latent attention (8)"
+    )
+    made.add_argument(
+        "--experts", type=number, default=32, metavar="N", help="of every layer but the first (32)"
+    )
     made.add_argument("--family", choices=tuple(FAMILIES), default="kimi-linear")
-    made.add_argument("--shapes", choices=tuple(SHAPES), default="48b", help="tiny is for trying the command out")
+    made.add_argument(
+        "--shapes", choices=tuple(SHAPES), default="48b", help="tiny is for trying the command out"
+    )
+
     what = parser.add_argument_group("what is measured")
     size = what.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a small subset (the default)")
     size.add_argument("--grid", action="store_true", help="every type, batch, depth and number of threads")
-    what.add_argument("--batch", type=_numbers(1), metavar="N,..", help="tokens of a sequence decoded at once")
-    what.add_argument("--depth", type=_numbers(0), metavar="N,..", help="tokens in the cache before them")
-    what.add_argument("--threads", type=_numbers(1), metavar="N,..")
-    what.add_argument("--cache-type", type=_words(None), default=("f16",), metavar="T,..", help="such as f16,q8_0")
-    what.add_argument("--sequences", type=_numbers(1), default=(1,), metavar="N,..", help="decoded side by side")
-    what.add_argument("--seconds", type=float, default=8.0, metavar="S", help="alternating in each cell, at most (8)")
-    what.add_argument("--budget", type=float, default=math.inf, metavar="S", help="begin no cell after so long")
-    what.add_argument("--libraries", type=Path, metavar="DIR", help="libraries that stand in for our build's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured")
-
-
-def run(parsed: argparse.Namespace) -> int:
-    """Measure. Returns the exit status."""
-    began = time.monotonic()
-    patched, pristine = ensure(), ensure(pristine=True)
-    environments = {
-        "patched": environment_of(patched.environment(), parsed.libraries, ours=True),
-        "pristine": environment_of(pristine.environment(), None, ours=False),
-    }
-    threads = parsed.threads or (THREADS if parsed.grid else (cores(),))
-    cells = grid(
-        parsed.cache_type,
-        parsed.sequences,
-        parsed.depth or (DEPTHS if parsed.grid else QUICK_DEPTHS),
-        threads,
-        parsed.batch or (BATCHES if parsed.grid else QUICK_BATCHES),
+    what.add_argument(
+        "--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence decoded at once"
     )
-    settings = Settings(parsed.seconds, began + parsed.budget)
-    data = []
-    with reporting() as told:
-        if parsed.model is not None:
-            files = [parsed.model]
-        else:
-            types = parsed.type or (TYPES if parsed.grid else TYPES[:1])
-            models = [BenchModel(parsed.family, parsed.layers, parsed.experts, each, parsed.shapes) for each in types]
-            files = [generate(model, pristine, told) for model in models]
-        for file in files:
-            model = open_model(file)
-            results: list[Result] = []
-            with Arena(model, environments, told, max(threads)) as arena:
-                for result in measure(arena, cells, PRISTINE, settings):
-                    results.append(result)
-                    told.note(" | ".join(table([result]).splitlines()[-1].strip("| ").split(" | ")))
-                data.append({"model": model.name, "about": vars(arena.about), "cells": [*map(as_data, results)]})
-            print(f"\n{model.name}\n\n{table(results)}", flush=True)
-    if parsed.json is not None:
-        parsed.json.write_text(json.dumps(data, indent=1))
-    return 0
+    what.add_argument(
+        "--depth", type=numbers(0), metavar="N,..", help=f"tokens behind them (--hybrid: from {hybrid.SEED})"
+    )
+    what.add_argument("--threads", type=numbers(1), metavar="N,..", help="default: all processors")
+    what.add_argument(
+        "--cache-type", type=cache_types, default=(DEFAULT_CACHE,), metavar="T,..", help="such as f16,q8_0"
+    )
+    what.add_argument(
+        "--sequences", type=numbers(1), default=(1,), metavar="N,..", help="decoded side by side (1)"
+    )
+    what.add_argument(
+        "--seconds",
+        type=seconds,
+        default=CELL_SECONDS,
+        metavar="S",
+        help="of taking turns in a cell, at most (8)",
+    )
+    what.add_argument(
+        "--budget", type=seconds, default=math.inf, metavar="S", help="begin no cell after so long"
+    )
+    what.add_argument("--libraries", type=Path, metavar="DIR", help="libraries in the place of our build's")
+
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--json", type=Path, metavar="FILE", help="everything measured, for --records")
+    out.add_argument("--page", type=Path, metavar="FILE", help="a Markdown page with pictures beside it")
 
 
-def _positive(text: str) -> int:
-    return _numbers(1)(text)[0]
+def number(text: str) -> int:
+    """A whole number from 1 on."""
+    found = numbers(1)(text)
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number")
+    return found[0]
 
 
-def _numbers(least: int):  # type: ignore[no-untyped-def]
+def numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """A reader of whole numbers from `least` on, with commas."""
+
     def read(text: str) -> tuple[int, ...]:
         try:
-            numbers = tuple(int(word) for word in text.split(","))
+            found = tuple(int(word) for word in text.split(","))
         except ValueError:
-            numbers = ()
-        if not numbers or min(numbers) < least:
+            found = ()
+        if not found or min(found) < least:
             raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from {least} on, with commas")
-        return numbers
+        return found
 
     return read
 
 
-def _words(allowed: tuple[str, ...] | None):  # type: ignore[no-untyped-def]
+def words(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of words out of `allowed`, with commas."""
+
     def read(text: str) -> tuple[str, ...]:
-        words = tuple(text.split(","))
-        for word in words:
-            if allowed is not None and word not in allowed:
+        found = tuple(text.split(","))
+        for word in found:
+            if word not in allowed:
                 raise argparse.ArgumentTypeError(f"{word!r}: expected one of {', '.join(allowed)}")
-        return words
+        return found
 
     return read
 
 
-__all__ = ["EXAMPLES", "EngineError", "add_arguments", "run"]
+def cache_types(text: str) -> tuple[str, ...]:
+    """Names of ggml's types, as llama.cpp spells them."""
+    known = tuple(kind.name.lower() for kind in gguf.GGMLQuantizationType)
+    return words(known)(text.lower())
+
+
+def seconds(text: str) -> float:
+    """A positive time."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
+    return found

@@ -40,6 +40,11 @@ class Contender:
             process_group=0,  # Ctrl-C is the parent's to act on
         )
 
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
     def __enter__(self) -> Contender:
         return self
 
@@ -83,8 +88,12 @@ class Contender:
     def _ending(self) -> str:
         status = self._process.wait()
         self._said.seek(0)
-        said = [line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()]
-        telling = [line for line in said if "GGML_ASSERT" in line or "rror" in line] or said or ["it said nothing"]
+        said = [
+            line.strip() for line in self._said.read().decode(errors="replace").splitlines() if line.strip()
+        ]
+        telling = (
+            [line for line in said if "GGML_ASSERT" in line or "rror" in line] or said or ["it said nothing"]
+        )
         how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         return f"the llama.cpp process {how}: {telling[-1]}"
 

@@ -15,7 +15,7 @@ import gguf
 
 from kimi_gguf.scripts.bench.cells import UBATCH, Cell
 from kimi_gguf.scripts.bench.models import ModelFile
-from kimi_gguf.scripts.bench.native import ask, program
+from kimi_gguf.scripts.bench.programs import ask, program
 
 F32_BYTES = 4
 KDA_STEP = 4  # times D² products of a head and token, one after the other: S'k, S'q, k d', and the decay of S
@@ -100,11 +100,15 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
         if len([n for n in tensor.ne if n > 1]) < 2 or "conv1d" in tensor.name or is_latent(tensor.name):
             continue  # norms and biases; convolutions are next to nothing; k_b and v_b count with attention
         rows = cell.sequences if tensor.name.startswith("output") else tokens
-        products[tensor.type] = products.get(tensor.type, 0.0) + size * rows * (used / experts if routed else 1)
+        products[tensor.type] = products.get(tensor.type, 0.0) + size * rows * (
+            used / experts if routed else 1
+        )
     mla = sum(1 for tensor in model.tensors if tensor.name.endswith("attn_kv_a_norm.weight"))
     kda = sum(1 for tensor in model.tensors if tensor.name.endswith("ssm_norm.weight"))
     heads, head = number("attention.head_count"), number("kda.head_dim")
-    state = heads * head * head * F32_BYTES + (number("ssm.conv_kernel", 1) - 1) * 3 * heads * head * F32_BYTES
+    state = (
+        heads * head * head * F32_BYTES + (number("ssm.conv_kernel", 1) - 1) * 3 * heads * head * F32_BYTES
+    )
     latent, rope = number("attention.kv_lora_rank"), number("rope.dimension_count")
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[cell.cache_type.upper()]]
     return Demand(

@@ -7,11 +7,10 @@ that could be its best; those that one sample shows to be near the best alternat
 from __future__ import annotations
 
 import math
-import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,10 @@ import numpy as np
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.cells import OURS, UBATCH, Cell, Way, ways
 from kimi_gguf.scripts.bench.contender import Contender
+from kimi_gguf.scripts.bench.files import atomically
+from kimi_gguf.scripts.bench.load import Watch
 from kimi_gguf.scripts.bench.models import ModelFile, bench_folder
+from kimi_gguf.scripts.bench.report import describe
 from kimi_gguf.scripts.bench.statistics import Summary, best, stable, summary, worth_measuring
 from kimi_gguf.scripts.progress import Reporter
 
@@ -46,6 +48,7 @@ class Result:
     samples: dict[str, list[float]]  # by way: seconds of a decode, one for each sample
     screened: dict[str, float]  # ways of pristine that one sample ruled out: seconds of a decode
     steps: int  # decodes in a sample
+    others: float | None  # processors that other work kept busy meanwhile, on average; None: not known here
 
     @property
     def ours(self) -> Summary:
@@ -119,16 +122,19 @@ class Arena:
         self.about.contexts.setdefault(f"{way.name}, {name}", told["memory"])
         return process, name
 
-    def go_to(self, way: Way, cell: Cell, place: tuple[Contender, str]) -> None:
-        """Bring the way's context to the cell's depth: from a saved state, or by decoding with our build."""
+    def go_to(self, way: Way, cell: Cell, place: tuple[Contender, str]) -> Path:
+        """Bring the way's context to the cell's depth: from a saved state, or by decoding with our build.
+
+        Returns where the state is saved; there is none at depth 0.
+        """
         process, name = place
+        file = state_file(self.model, cell)
         key, wanted = f"{process.name} {name}", (f"{cell.cache_type} {cell.sequences}", cell.depth)
         if self._at.get(key) == wanted:
-            return
+            return file
         if cell.depth == 0:
             process.ask("empty", name=name)
         else:
-            file = state_file(self.model, cell)
             if not file.is_file():
                 if way != OURS:
                     raise AssertionError("ours goes first")
@@ -138,18 +144,7 @@ class Arena:
             else:
                 process.ask("restore", name=name, file=str(file))
         self._at[key] = wanted
-
-
-def atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside its place, then give it its name."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        write(part)
-        part.replace(file)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        return file
 
 
 def state_file(model: ModelFile, cell: Cell) -> Path:
@@ -175,17 +170,8 @@ def measure(
             places[way] = arena.context(way, cell, n_ctx, n_batch)
             arena.go_to(way, cell, places[way])
         check_shared(arena, cell, places)
-        arena.told.phase(describe(cell))
+        arena.told.phase(describe(vars(cell)))
         yield measure_cell(arena, cell, places, settings)
-
-
-def describe(cell: Cell) -> str:
-    """Such as "pp512 at 4096, 2 threads"."""
-    kind = "tg" if cell.batch == 1 else f"pp{cell.batch}"
-    several = f" × {cell.sequences} sequences" if cell.sequences > 1 else ""
-    threads = f"{cell.threads} thread{'s' if cell.threads > 1 else ''}"
-    cache = "" if cell.cache_type == "f16" else f", {cell.cache_type} cache"
-    return f"{kind}{several} at {cell.depth}, {threads}{cache}"
 
 
 def measure_cell(
@@ -208,6 +194,7 @@ def measure_cell(
     near = worth_measuring(rivals)
     taking = [OURS, *(way for way in places if way.name in near)]
     samples: dict[str, list[float]] = {way.name: [] for way in taking}
+    watch = Watch({process.pid for process, _ in places.values()})
     deadline = time.monotonic() + settings.cell_seconds
     while not all(stable(each) for each in samples.values()):
         done = len(samples[OURS.name])
@@ -216,7 +203,7 @@ def measure_cell(
         for way in taking if done % 2 == 0 else reversed(taking):
             samples[way.name].append(sample(way, steps))
     ruled_out = {name: seconds for name, seconds in rivals.items() if name not in near}
-    return Result(cell, samples, ruled_out, steps)
+    return Result(cell, samples, ruled_out, steps, watch.others())
 
 
 def check_shared(arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:

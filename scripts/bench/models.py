@@ -7,7 +7,9 @@ tensor's type, shape and size. A generated file appears under its name only when
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +45,9 @@ class ModelFile:
     name: str
     key: str  # tells this file from others, for saved states
     architecture: str
-    keys: Mapping[str, int | float | list[int]]  # numbers among the GGUF keys, the architecture's prefix cut off
+    keys: Mapping[
+        str, int | float | list[int]
+    ]  # numbers among the GGUF keys, the architecture's prefix cut off
     tensors: tuple[Tensor, ...]
 
     @property
@@ -62,9 +66,19 @@ def plan_file(model: BenchModel, engine: Engine) -> Plan:
     return plan_of(model, quantised_types(model, engine.bin / "llama-quantize"))
 
 
+def model_path(model: BenchModel) -> Path:
+    """Where a generated model is kept."""
+    return bench_folder() / "models" / f"{model.name}-{model.key}.gguf"
+
+
+def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
+    """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
+    return sum(file_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
+
+
 def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
     """The generated file, made now unless it is in the cache. engine: whose quantisers and mix of types are used."""
-    path = bench_folder() / "models" / f"{model.name}-{model.key}.gguf"
+    path = model_path(model)
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,12 +140,41 @@ def open_model(path: Path) -> ModelFile:
         architecture=architecture,
         keys=numbers,
         tensors=tuple(
-            Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape), int(t.n_bytes)) for t in reader.tensors
+            Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape), int(t.n_bytes))
+            for t in reader.tensors
         ),
     )
 
 
-def _library(name: str) -> str:
-    import sys
+def convert_demo(kind: str, told: Reporter) -> Path:
+    """The demo checkpoint as a GGUF file of one of the converter's types, in the cache. Raises `EngineError`."""
+    demo = Path(__file__).resolve().parents[2] / "demo"
+    if not (demo / "config.json").is_file():
+        raise EngineError("the demo checkpoint is not here", todo="run from a source checkout of kimi-gguf")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(demo.glob("*.safetensors"))))
+    path = bench_folder() / "models" / f"demo-{kind}-{digest.hexdigest()[:12]}.gguf"
+    if not path.is_file():
+        told.phase(f"converting the demo to {kind}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "kimi_gguf.convert.cli",
+            str(demo),
+            "-o",
+            str(path),
+            "--type",
+            kind,
+            "--quiet",
+        ]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise EngineError(
+                "the demo cannot be converted", found=ended.stderr.strip(), todo="convert-kimi demo ..."
+            )
+    return path
 
+
+def _library(name: str) -> str:
+    """A shared library's file name on this system."""
     return f"lib{name}.dylib" if sys.platform == "darwin" else f"lib{name}.so"

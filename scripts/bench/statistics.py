@@ -34,13 +34,15 @@ def stable(samples: Sequence[float]) -> bool:
     """Whether more samples would tell nothing new."""
     if len(samples) < LEAST:
         return False
-    return len(samples) >= MOST or summary(samples).spread <= STABLE / 2 and len(samples) >= 2 * LEAST
+    return len(samples) >= MOST or (summary(samples).spread <= STABLE / 2 and len(samples) >= 2 * LEAST)
 
 
 def worth_measuring(screened: Mapping[str, float]) -> list[str]:
     """The contenders whose one sample comes near the best one, best first. screened: seconds."""
     best = min(screened.values())
-    return sorted((name for name, seconds in screened.items() if seconds <= CLOSE * best), key=screened.__getitem__)
+    return sorted(
+        (name for name, seconds in screened.items() if seconds <= CLOSE * best), key=screened.__getitem__
+    )
 
 
 def best(samples: Mapping[str, Sequence[float]]) -> str:

@@ -29,7 +29,13 @@ class Encoder:
         self._ggml = ctypes.CDLL(str(library))
         quantise = self._ggml.ggml_quantize_chunk
         quantise.restype = ctypes.c_size_t
-        quantise.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+        quantise.argtypes = [
+            ctypes.c_int,
+            ctypes.c_void_p,
+            ctypes.c_void_p,
+            *[ctypes.c_int64] * 3,
+            ctypes.c_void_p,
+        ]
         self._quantise = quantise
 
     def __call__(self, kind: TensorType, values: Values) -> Bytes:
@@ -53,17 +59,17 @@ def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
     if name.endswith(("norm.weight",)):
         values = normal(1.0, 0.1)
     elif name.endswith("ssm_a"):
-        values = -rng.uniform(1.0, 16.0, size)
+        values = -rng.uniform(1.0, 16.0, size).astype(np.float32)
     elif name.endswith("ssm_dt.bias"):  # softplus of it is a step between 0.001 and 0.1
         step = np.exp(rng.uniform(np.log(0.001), np.log(0.1), size))
-        values = step + np.log(-np.expm1(-step))
+        values = (step + np.log(-np.expm1(-step))).astype(np.float32)
     elif "ssm_conv1d" in name:
         values = normal(0.0, 0.3)
     elif name.endswith("exp_probs_b.bias"):
         values = normal(0.0, 0.05)
     else:
         return None
-    return values.astype(np.float32).reshape(-1, shape[0])
+    return values.reshape(-1, shape[0])
 
 
 class Weights:

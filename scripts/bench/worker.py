@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-LOG_WARN, LOG_ERROR = 3, 4  # ggml's levels
+from kimi_gguf.scripts.bench.state import Bytes, StateError, plain_layout, repeated
+
+LOG_ERROR = 4  # ggml's level
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MAGIC_BYTES = 8  # in front of a sequence's state: llama.cpp's mark and the sequence's number
-CELL_BYTES = 12  # a cache cell of one sequence in a state: position, number of sequences, sequence
 
 # What llama.cpp's log says of memory: which figure, and the line's form; sizes in MiB.
 MEMORY = (
@@ -107,18 +108,22 @@ class Llama:
     def fill(self, name: str, depth: int, file: str) -> dict[str, Any]:
         """Bring every sequence of a context from where it stands to `depth` tokens; keep and save that state."""
         self.contexts[name].fill(depth)
-        states = self.contexts[name].states
-        Path(file).write_bytes(b"".join(len(state).to_bytes(8, "little") + state for state in states))
+        with Path(file).open("wb") as out:
+            for state in self.contexts[name].states:
+                out.write(len(state).to_bytes(8, "little"))
+                out.write(state.data)
         return {}
 
     def restore(self, name: str, file: str) -> dict[str, Any]:
         """Take the state of a file for the context's, from now on."""
-        data, states, at = Path(file).read_bytes(), [], 0
-        while at < len(data):
-            size = int.from_bytes(data[at : at + 8], "little")
-            states.append(data[at + 8 : at + 8 + size])
-            at += 8 + size
-        self.contexts[name].keep(states)
+        self.contexts[name].keep(read_states(file))
+        return {}
+
+    def repeat(self, name: str, file: str, depth: int) -> dict[str, Any]:
+        """The state of a file, repeated to `depth` tokens, into the context; it is not kept."""
+        context = self.contexts[name]
+        context.keep([repeated(state, depth) for state in read_states(file)])
+        context.states = []
         return {}
 
     def empty(self, name: str) -> dict[str, Any]:
@@ -126,12 +131,14 @@ class Llama:
         self.contexts[name].keep([])
         return {}
 
-    def time(self, name: str, batch: int, steps: int, warm: int, threads: int) -> dict[str, Any]:
+    def time(
+        self, name: str, batch: int, steps: int, warm: int, threads: int, back: bool = True
+    ) -> dict[str, Any]:
         """Seconds of each of `steps` decodes of `batch` tokens a sequence, behind the kept state.
 
-        warm: decodes before them, untimed. The state is restored first.
+        warm: decodes before them, untimed. back: restore the state first; else go on from where the context is.
         """
-        return {"seconds": self.contexts[name].time(batch, steps, warm, threads)}
+        return {"seconds": self.contexts[name].time(batch, steps, warm, threads, back)}
 
     def logits(self, name: str, threads: int, file: str) -> dict[str, Any]:
         """Logits of one more token of the first sequence, as .npy."""
@@ -174,12 +181,14 @@ class Context:
         self.n_batch = int(p.n_batch)
         self._batch = api.llama_batch_init(self.n_batch, 0, 1)
         n_vocab = api.llama_vocab_n_tokens(api.llama_model_get_vocab(llama.model))
-        self._ids = np.random.default_rng(1).integers(0, n_vocab, 1 << 16).tolist()  # the prompt of every build
-        self.states: list[bytes] = []
+        self._ids = (
+            np.random.default_rng(1).integers(0, n_vocab, 1 << 16).tolist()
+        )  # the prompt of every build
+        self.states: list[Bytes] = []
         self.depth = 0  # tokens of a sequence in `states`
         self._at = 0  # tokens of a sequence in the context
 
-    def keep(self, states: list[bytes]) -> None:
+    def keep(self, states: list[Bytes]) -> None:
         """From now on this is the state, of each sequence."""
         if states and len(states) != self.sequences:
             raise WorkerError(f"a state of {len(states)} sequences for a context of {self.sequences}")
@@ -191,7 +200,7 @@ class Context:
         memory = self.api.llama_get_memory(self.context)
         self.api.llama_memory_clear(memory, False)
         for sequence, state in enumerate(self.states):
-            buffer = ctypes.cast(ctypes.c_char_p(state), ctypes.POINTER(ctypes.c_uint8))
+            buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
             if self.api.llama_state_seq_set_data(self.context, buffer, len(state), sequence) == 0:
                 raise WorkerError(f"a saved state cannot be loaded: {self.llama.said()}")
         self._at = self.depth = int(self.api.llama_memory_seq_pos_max(memory, 0)) + 1
@@ -208,16 +217,18 @@ class Context:
         states = []
         for sequence in range(self.sequences):
             size = self.api.llama_state_seq_get_size(self.context, sequence)
-            state = (ctypes.c_uint8 * size)()
-            if self.api.llama_state_seq_get_data(self.context, state, size, sequence) != size:
+            state = np.empty(size, np.uint8)
+            buffer = state.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            if self.api.llama_state_seq_get_data(self.context, buffer, size, sequence) != size:
                 raise WorkerError(f"the state cannot be saved: {self.llama.said()}")
-            states.append(bytes(state))
+            states.append(state)
         self.states, self.depth = states, depth
 
-    def time(self, batch: int, steps: int, warm: int, threads: int) -> list[float]:
+    def time(self, batch: int, steps: int, warm: int, threads: int, back: bool) -> list[float]:
         """See Llama.time."""
         self.api.llama_set_n_threads(self.context, threads, threads)
-        self.put_back()
+        if back:
+            self.put_back()
         seconds = []
         for _ in range(warm + steps):
             began = time.perf_counter()
@@ -225,7 +236,7 @@ class Context:
             seconds.append(time.perf_counter() - began)
         return seconds[warm:]
 
-    def next_logits(self, threads: int) -> np.ndarray[Any, Any]:
+    def next_logits(self, threads: int) -> NDArray[np.float32]:
         """See Llama.logits."""
         self.api.llama_set_n_threads(self.context, threads, threads)
         self.put_back()
@@ -253,23 +264,17 @@ class Context:
         self._at += count
 
 
-def plain_layout(state: bytes) -> bytes:
-    """A state saved with flash attention, for a context without it.
-
-    With latent attention the cache holds K alone, V being the beginning of each row, so both lay out the same
-    bytes; only the flag that says whether V is transposed differs. Behind the mark the state holds the number of
-    streams, of cells, each cell, and that flag (llama.cpp, llama_kv_cache::state_write).
-    """
-    streams, cells = np.frombuffer(state, "<u4", 2, MAGIC_BYTES).tolist()
-    if streams != 1:
-        raise WorkerError("states of several streams are only used with flash attention")
-    flag = MAGIC_BYTES + 8 + cells * CELL_BYTES
-    if state[flag : flag + 4] not in (bytes(4), b"\1\0\0\0"):
-        raise WorkerError("the saved state is not laid out as this llama.cpp lays it out")
-    return state[:flag] + b"\1\0\0\0" + state[flag + 4 :]
+def read_states(file: str) -> list[Bytes]:
+    """The states in a file, one for each sequence."""
+    data, states, at = np.fromfile(file, np.uint8), [], 0
+    while at < len(data):
+        size = int(data[at : at + 8].view("<u8")[0])
+        states.append(data[at + 8 : at + 8 + size])
+        at += 8 + size
+    return states
 
 
-REQUESTS = ("load", "context", "free", "fill", "restore", "empty", "time", "logits")
+REQUESTS = ("load", "context", "free", "fill", "restore", "repeat", "empty", "time", "logits")
 
 
 def main() -> None:
@@ -287,7 +292,7 @@ def main() -> None:
             if do not in REQUESTS:
                 raise WorkerError(f"unknown request {do!r}")
             answer = {"ok": getattr(llama, do)(**request)}
-        except (WorkerError, OSError) as error:
+        except (WorkerError, StateError, OSError) as error:
             answer = {"error": " ".join(str(error).split())}
         print(json.dumps(answer), file=answers, flush=True)
     os._exit(0)  # llama.cpp's memory goes with the process

@@ -55,9 +55,16 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
 def ask(path: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
     """What a program prints. Raises `EngineError` when it fails."""
     ended = subprocess.run(
-        [str(path), *arguments], capture_output=True, text=True, errors="replace", check=False, env=environment
+        [str(path), *arguments],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=environment,
     )
     if ended.returncode:
         said = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
-        raise EngineError(f"{path.name} {' '.join(arguments)} ended with status {ended.returncode}", found=said)
+        raise EngineError(
+            f"{path.name} {' '.join(arguments)} ended with status {ended.returncode}", found=said
+        )
     return ended.stdout

@@ -1,0 +1,48 @@
+"""What else the machine was doing while something was measured.
+
+Flows in: the processes that are the measurement's own. Flows out: how many processors other work kept busy.
+Source: proc(5), stat and pid/stat; on systems without it nothing is known.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+IDLE = (3, 4)  # fields of /proc/stat's first line that are not work: idle, iowait
+GUEST = 8  # from here on counted before
+
+
+class Watch:
+    """From its making to `others()`."""
+
+    def __init__(self, own: Collection[int]) -> None:
+        """own: process ids that count as ours, beside this process."""
+        self._own = {*own, os.getpid()}
+        self._began = time.monotonic()
+        self._before = self._ticks()
+
+    def others(self) -> float | None:
+        """Processors that other work kept busy since, on average: 0.0 on a machine that does nothing else."""
+        now = self._ticks()
+        seconds = time.monotonic() - self._began
+        if now is None or self._before is None or seconds <= 0:
+            return None
+        return max(0.0, (now - self._before) / os.sysconf("SC_CLK_TCK") / seconds)
+
+    def _ticks(self) -> int | None:
+        """Clock ticks of work so far, less our own."""
+        try:
+            fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+            mine = sum(self._of(pid) for pid in self._own)
+        except (OSError, ValueError, IndexError):
+            return None
+        return sum(n for i, n in enumerate(fields[:GUEST]) if i not in IDLE) - mine
+
+    @staticmethod
+    def _of(pid: int) -> int:
+        """User and system ticks of a process."""
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
