@@ -13,7 +13,7 @@ Data = dict[str, Any]
 Rows = list[tuple[str, ...]]
 
 CELLS = ("cell", "pristine, tokens/s", "here, tokens/s", "ratio", "of the limit", "pristine's best way")
-DISTURBED = 0.05  # processors that other work may keep busy before a cell is marked
+DISTURBED = 0.1  # processors that other work may keep busy before a sample is taken again, or a cell marked
 
 
 def describe(cell: Data) -> str:
