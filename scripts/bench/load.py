@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 IDLE = (3, 4)  # fields of /proc/stat's first line that are not work: idle, iowait
 GUEST = 8  # from here on counted before
+DISTURBED = 0.1  # processors that other work may keep busy before a sample is taken again, or a cell marked
+TICKS = 0.03  # processor seconds that counting in clock ticks may be off
+PATIENCE = 4  # times that a disturbed sample is taken, the last one as it is
+
+Answer = TypeVar("Answer")
 
 
 class Watch:
@@ -43,6 +50,30 @@ class Watch:
 
     @staticmethod
     def _of(pid: int) -> int:
-        """User and system ticks of a process."""
+        """User and system ticks of a process; of this one, with those of its children that have ended."""
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+        return sum(map(int, fields[11 : 15 if pid == os.getpid() else 13]))
+
+
+@dataclass(frozen=True)
+class Calm(Generic[Answer]):
+    """What was done, and how calm it was around it."""
+
+    answer: Answer
+    took: float  # seconds
+    disturbance: float | None  # processor seconds of other work; None: not known
+
+
+def calmly(action: Callable[[], Answer], own: Collection[int] = ()) -> Calm[Answer]:
+    """Do something again while other work disturbs it, at most PATIENCE times.
+
+    own: processes whose work is the action's, beside this process and children that it starts and waits for.
+    """
+    for _ in range(PATIENCE):
+        watch, began = Watch(own), time.monotonic()
+        answer = action()
+        others, took = watch.others(), time.monotonic() - began
+        disturbance = None if others is None else max(0.0, others * took - TICKS)
+        if disturbance is None or disturbance <= DISTURBED * took:
+            break
+    return Calm(answer, took, disturbance)

@@ -21,15 +21,13 @@ from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.cells import OURS, UBATCH, Cell, Way, ways
 from kimi_gguf.scripts.bench.contender import Contender
 from kimi_gguf.scripts.bench.files import atomically
-from kimi_gguf.scripts.bench.load import Watch
+from kimi_gguf.scripts.bench.load import Calm, calmly
 from kimi_gguf.scripts.bench.models import ModelFile, bench_folder
-from kimi_gguf.scripts.bench.report import DISTURBED, describe
+from kimi_gguf.scripts.bench.report import describe
 from kimi_gguf.scripts.bench.statistics import Summary, best, stable, summary, worth_measuring
 from kimi_gguf.scripts.progress import Reporter
 
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
-PATIENCE = 4  # times that a disturbed sample is taken, the last one as it is
-TICKS = 0.03  # processor seconds that counting in clock ticks may be off
 SAME = 0.05  # NMSE between the contenders' logits behind a shared state, above which it was not shared
 MIB = 2**20
 
@@ -180,63 +178,58 @@ def measure_cell(
     arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]], settings: Settings
 ) -> Result:
     """One cell: a first look at every way, then A B A B among ours and pristine's best ones."""
-    calm = Calm(cell, places)
-    first = {way: calm.sample(way, 1) for way in places}
+    sampler = Sampler(cell, places)
+    first = {way: sampler.sample(way, 1) for way in places}
     steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[OURS])))
     if steps > 1:  # the first decodes pay for what is touched for the first time: look again
-        first = {way: calm.sample(way, min(steps, 4)) for way in places}
+        first = {way: sampler.sample(way, min(steps, 4)) for way in places}
     rivals = {way.name: seconds for way, seconds in first.items() if way != OURS}
     near = worth_measuring(rivals)
     taking = [OURS, *(way for way in places if way.name in near)]
     samples: dict[str, list[float]] = {way.name: [] for way in taking}
-    calm.forget()
+    sampler.forget()
     deadline = time.monotonic() + settings.cell_seconds
     while not all(stable(each) for each in samples.values()):
         done = len(samples[OURS.name])
         if time.monotonic() >= deadline and done >= 2:
             break
         for way in taking if done % 2 == 0 else reversed(taking):
-            samples[way.name].append(calm.sample(way, steps))
+            samples[way.name].append(sampler.sample(way, steps))
     ruled_out = {name: seconds for name, seconds in rivals.items() if name not in near}
-    return Result(cell, samples, ruled_out, steps, calm.others())
+    return Result(cell, samples, ruled_out, steps, sampler.others())
 
 
-class Calm:
-    """Samples of a cell, taken again while other work disturbs them; after a few tries they are taken as they are."""
+class Sampler:
+    """Samples of a cell, and how much other work there was around them."""
 
     def __init__(self, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:
         self._cell, self._places = cell, places
         self._own = {process.pid for process, _ in places.values()}
-        self._seconds = self._disturbed = (
-            0.0  # of the samples taken: seconds, and processors of others times seconds
-        )
-        self._known = True
+        self._taken: list[Calm[dict[str, Any]]] = []
 
     def sample(self, way: Way, steps: int) -> float:
         """Seconds of a decode, the mean of `steps`."""
         process, name = self._places[way]
-        warm = 0 if self._cell.batch >= UBATCH else 1
-        for _ in range(PATIENCE):
-            watch, began = Watch(self._own), time.monotonic()
-            told = process.ask(
-                "time", name=name, batch=self._cell.batch, steps=steps, warm=warm, threads=self._cell.threads
+        cell = self._cell
+        warm = 0 if cell.batch >= UBATCH else 1
+
+        def ask() -> dict[str, Any]:
+            return process.ask(
+                "time", name=name, batch=cell.batch, steps=steps, warm=warm, threads=cell.threads
             )
-            others, took = watch.others(), time.monotonic() - began
-            if others is None or others * took <= DISTURBED * took + TICKS:
-                break
-        self._seconds += took
-        self._known = self._known and others is not None
-        self._disturbed += max(0.0, (others or 0.0) * took - TICKS)
-        seconds: list[float] = told["seconds"]
+
+        self._taken.append(calmly(ask, self._own))
+        seconds: list[float] = self._taken[-1].answer["seconds"]
         return sum(seconds) / len(seconds)
 
     def forget(self) -> None:
-        """Count from here."""
-        self._seconds = self._disturbed = 0.0
+        """Count other work from here."""
+        self._taken.clear()
 
     def others(self) -> float | None:
         """Processors that other work kept busy during the samples taken, on average; None where not known."""
-        return self._disturbed / self._seconds if self._known and self._seconds else None
+        known = [(each.disturbance, each.took) for each in self._taken if each.disturbance is not None]
+        return sum(work for work, _ in known) / sum(took for _, took in known) if known else None
 
 
 def check_shared(arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kimi_gguf.scripts.bench.files import atomically
 from kimi_gguf.scripts.bench.hybrid import MILLION, NAMES, extrapolated
+from kimi_gguf.scripts.bench.load import DISTURBED
 from kimi_gguf.scripts.bench.plot import draw
 from kimi_gguf.scripts.bench.report import Rows, cells_table, limits_table, markdown, memory_table, verdict
 
@@ -64,7 +65,8 @@ def operators_table(rows: Iterable[Data]) -> Rows:
     for row in rows:
         theirs, ours = (microseconds(row[build]["seconds"]) for build in ("pristine", "patched"))
         plain = ", without flash attention" if row["pristine"]["case"].endswith("plain") else ""
-        table.append((row["title"], row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}"))
+        mark = " *" if row["others"] > DISTURBED else ""
+        table.append((row["title"] + mark, row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}"))
     return table
 
 

@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kimi_gguf.scripts.bench.load import DISTURBED
+
 Data = dict[str, Any]
 Rows = list[tuple[str, ...]]
 
 CELLS = ("cell", "pristine, tokens/s", "here, tokens/s", "ratio", "of the limit", "pristine's best way")
-DISTURBED = 0.1  # processors that other work may keep busy before a sample is taken again, or a cell marked
 
 
 def describe(cell: Data) -> str:

@@ -43,7 +43,7 @@ struct Options {
     std::map<std::string, std::string> values = {
         { "tokens", "1" },    { "keys", "16384" }, { "heads", "32" },     { "head", "128" },
         { "layers", "1" },    { "type", "f16" },   { "weights", "q4_0" }, { "threads", "2" },
-        { "seconds", "0.5" }, { "least", "5" },    { "latent", "512" },   { "rope", "64" },
+        { "seconds", "0.3" }, { "least", "5" },    { "latent", "512" },   { "rope", "64" },
     };
 
     void set(const std::string & text) {
