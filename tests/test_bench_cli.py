@@ -234,7 +234,7 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
     engine = {"llama_cpp_commit": "0123456789", "package": "llama", "compilers": compilers}
     return {
         "schema": 1, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
-        "hybrid": None, "engines": {"patched": engine, "pristine": engine}, "libraries": None,
+        "hybrid": None, "switch": "require", "engines": {"patched": engine, "pristine": engine}, "libraries": None,
         "machine": {"processor": "one", "cores": 2, "memory_gib": None, "system": "Linux 1"},
         "models": [{"name": "m", "cells": [cell], "about": {"load": {}, "contexts": {}, "shared": {}}}],
     }  # fmt: skip

@@ -14,7 +14,7 @@ import gguf
 
 from kimi_gguf.scripts.bench import hybrid
 from kimi_gguf.scripts.bench.cells import BATCHES, DEPTHS, QUICK_BATCHES, QUICK_DEPTHS, THREADS
-from kimi_gguf.scripts.bench.shapes import FAMILIES, SHAPES, TYPES
+from kimi_gguf.scripts.bench.shapes import COMPARABLE, SHAPES, TYPES
 
 CELL_SECONDS = 8.0
 DEFAULT_CACHE = "f16"
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--experts", type=number, default=32, metavar="N", help="of every layer but the first (32)"
     )
-    made.add_argument("--family", choices=tuple(FAMILIES), default="kimi-linear")
+    made.add_argument("--family", choices=COMPARABLE, default="kimi-linear")
     made.add_argument(
         "--shapes", choices=tuple(SHAPES), default="48b", help="tiny is for trying the command out"
     )

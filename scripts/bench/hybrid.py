@@ -7,7 +7,6 @@ SEED tokens (state.py); how long attention takes does not depend on what the row
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,11 +17,12 @@ import numpy as np
 
 from kimi_gguf.scripts.bench.cells import OURS, Cell
 from kimi_gguf.scripts.bench.limits import demand
+from kimi_gguf.scripts.bench.load import available_memory
 from kimi_gguf.scripts.bench.measure import Arena
 from kimi_gguf.scripts.bench.models import ModelFile
 from kimi_gguf.scripts.progress import Reporter
 
-SEED = 4096  # tokens of the state that is repeated
+SEED = 1024  # tokens of the state that is repeated
 DEPTHS = (4096, 16384, 65536, 131072, 262144)
 MILLION = 1 << 20  # the 48B's trained context
 STEPS = 4  # decodes of a sample
@@ -52,11 +52,8 @@ def fit(depths: Sequence[int], seconds: Sequence[float]) -> Line:
 def enough_memory(depth: int, models: Sequence[ModelFile], cache_type: str) -> bool:
     """Whether the caches at a depth fit beside one state that is being loaded, as far as the system tells."""
     needed = [demand(model, Cell(cache_type, 1, depth, 1, 1)).cache_bytes for model in models]
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return True
-    return sum(needed) + max(needed) < 0.9 * free
+    free = available_memory()
+    return free is None or sum(needed) + max(needed) < 0.9 * free
 
 
 def measure_hybrid(

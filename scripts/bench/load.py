@@ -77,3 +77,13 @@ def calmly(action: Callable[[], Answer], own: Collection[int] = ()) -> Calm[Answ
         if disturbance is None or disturbance <= DISTURBED * took:
             break
     return Calm(answer, took, disturbance)
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without pushing others out; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    return kib[0] * 1024 if kib else None

@@ -7,6 +7,7 @@ tensor's type, shape and size. A generated file appears under its name only when
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -125,6 +126,7 @@ def open_model(path: Path) -> ModelFile:
             found=architecture,
             todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
         )
+    parts = [reader, *(gguf.GGUFReader(part) for part in other_parts(path))]
     prefix = f"{architecture}."
     numbers = {
         name.removeprefix(prefix): value
@@ -141,9 +143,22 @@ def open_model(path: Path) -> ModelFile:
         keys=numbers,
         tensors=tuple(
             Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape), int(t.n_bytes))
-            for t in reader.tensors
+            for part in parts
+            for t in part.tensors
         ),
     )
+
+
+def other_parts(path: Path) -> list[Path]:
+    """The files behind the first of a file in parts (NAME-00001-of-00003.gguf); llama.cpp finds them by name."""
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
+    if match is None:
+        return []
+    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[2]}.gguf") for i in range(2, int(match[2]) + 1)]
+    for part in parts:
+        if not part.is_file():
+            raise EngineError(f"{part}: no such file", expected=f"{match[2]} parts", todo="fetch all parts")
+    return parts
 
 
 def convert_demo(kind: str, told: Reporter) -> Path:

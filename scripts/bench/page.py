@@ -29,7 +29,7 @@ Written by `kimi-llama bench --page`; do not edit. How to measure anew: the comm
 
 Both builds hold the model in a process of their own and take turns in one run (A B B A); the one not at work is
 stopped. Figures are medians, ± the median distance from them. Pristine is at its best over `--repack 0/1` and flash
-attention on and off, chosen cell by cell; ours runs as it does by default, with `KIMI_OPS=require`. *tg* is decoding
+attention on and off, chosen cell by cell; ours runs as it does by default, with `KIMI_OPS={switch}`. *tg* is decoding
 token by token, *ppN* N tokens of a prompt at once with logits of the last, *at D* behind D tokens in the cache (states
 saved once and loaded into both). *Of the limit* is the least time at the machine's measured limit against ours: bytes
 that a decode must read over the memory's rate, or its multiply-adds over the processor's.
@@ -134,6 +134,7 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         machine=f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
         commit=str(engine["llama_cpp_commit"])[:7],
         package=engine["package"],
+        switch=record["switch"],
         compiler=str(engine["compilers"]["C++"]).rpartition(": ")[2],
         when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
     )

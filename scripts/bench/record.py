@@ -2,9 +2,9 @@
 
 Flows in: facts, results. Flows out: a file that always holds a complete record, or none.
 
-A record: schema, command, created (UTC), machine, engines, libraries (in the place of ours, or null), limits by
-threads, models [{name, architecture, bytes, about, cells}], operators, hybrid. A cell has its options, samples in
-seconds of one decode, what they come to, and its floor: the least time at the machine's limit.
+A record: schema, command, created (UTC), machine, engines, switch (KIMI_OPS of ours), libraries (in the place of
+ours, or null), limits by threads, models [{name, architecture, bytes, about, cells}], operators, hybrid. A cell has
+its options, samples in seconds of one decode, what they come to, and its floor: the least time at the machine's limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ SCHEMA = 1
 Data = dict[str, Any]
 
 
-def new_record(command: Sequence[str], patched: Engine, pristine: Engine, libraries: Path | None) -> Data:
+def new_record(
+    command: Sequence[str], patched: Engine, pristine: Engine, libraries: Path | None, switch: str
+) -> Data:
     """An empty record of a run on this machine."""
     return {
         "schema": SCHEMA,
@@ -35,6 +37,7 @@ def new_record(command: Sequence[str], patched: Engine, pristine: Engine, librar
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
         "engines": {"patched": engine_facts(patched), "pristine": engine_facts(pristine)},
+        "switch": switch,
         "libraries": None if libraries is None else libraries.name,
         "limits": [],
         "models": [],

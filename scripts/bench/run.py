@@ -23,12 +23,21 @@ from kimi_gguf.scripts.bench.cells import (
     QUICK_BATCHES,
     QUICK_DEPTHS,
     THREADS,
+    Way,
     grid,
 )
 from kimi_gguf.scripts.bench.contender import environment_of
 from kimi_gguf.scripts.bench.limits import Limits, demand, measure_limits
+from kimi_gguf.scripts.bench.load import available_memory
 from kimi_gguf.scripts.bench.measure import Arena, Settings, measure
-from kimi_gguf.scripts.bench.models import bench_folder, convert_demo, generate, missing_bytes, open_model
+from kimi_gguf.scripts.bench.models import (
+    ModelFile,
+    bench_folder,
+    convert_demo,
+    generate,
+    missing_bytes,
+    open_model,
+)
 from kimi_gguf.scripts.bench.operators import libraries_of, measure_operators
 from kimi_gguf.scripts.bench.page import hybrid_table, operators_table, write_page
 from kimi_gguf.scripts.bench.record import Data, cell_data, load, model_data, new_record, save
@@ -89,8 +98,11 @@ class Run:
         self.began = time.monotonic()
         self.patched, self.pristine = ensure(), ensure(pristine=True)
         self.environments = environments(self.patched, self.pristine, parsed.libraries)
+        switch = self.environments["patched"]["KIMI_OPS"]
         shown = [Path(word).name if "/" in word else word for word in words]
-        self.record = new_record(["kimi-llama", *shown], self.patched, self.pristine, parsed.libraries)
+        self.record = new_record(
+            ["kimi-llama", *shown], self.patched, self.pristine, parsed.libraries, switch
+        )
         self.threads: tuple[int, ...] = parsed.threads or (THREADS if parsed.grid else (cores(),))
 
     def all(self) -> Data:
@@ -121,10 +133,11 @@ class Run:
         settings = Settings(parsed.seconds, self.began + parsed.budget)
         for make in makers:
             model = open_model(make())
+            pristine = ways_in_memory(model, told)
             with Arena(model, self.environments, told, max(self.threads)) as arena:
                 data = model_data(model, arena)
                 self.record["models"].append(data)
-                for result in measure(arena, cells, PRISTINE, settings):
+                for result in measure(arena, cells, pristine, settings):
                     cell = cell_data(result, demand(model, result.cell), limits[result.cell.threads])
                     data["cells"].append(cell)
                     told.note("  ".join(cell_row(cell)))
@@ -192,6 +205,23 @@ class Run:
             told.note("  ".join(hybrid_table(data)[len(data["rows"])]))
             self.keep()
         show("What the hybrid buys", hybrid_table(data))
+
+
+def ways_in_memory(model: ModelFile, told: Reporter) -> tuple[Way, ...]:
+    """The ways of running pristine for which memory is there. Raises `EngineError` where it is for none.
+
+    Each build may hold a rearranged copy of the weights; `--repack 0` reads the file's own pages.
+    """
+    free = available_memory()
+    if free is None or 3 * model.nbytes <= free:
+        return PRISTINE
+    wants = f"{model.nbytes / 1e9:.1f} GB of weights in each of two builds, {free / 1e9:.1f} GB of memory are free"
+    if 2 * model.nbytes <= free:
+        told.note(f"{wants}: pristine is measured without --repack 0")
+        return tuple(way for way in PRISTINE if way.repack)
+    raise EngineError(
+        f"{model.path}: too large to compare builds here", found=wants, todo="choose a smaller model"
+    )
 
 
 def environments(

@@ -54,6 +54,8 @@ FAMILIES: dict[str, tuple[str, int, int | None]] = {
     "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture wants a rank
 }
 
+COMPARABLE = ("kimi-linear", "deepseek2")  # pristine aborts at the first decode of one without any KDA layer
+
 TYPES = ("Q4_0", "Q4_K_M", "Q8_0", "BF16")
 
 _DRY_RUN_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = [^(]*(?:\((\S+)\))?")
