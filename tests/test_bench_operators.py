@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -91,7 +92,17 @@ def test_a_disturbed_sample_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> N
     taken = iter(range(9))
     now = iter(range(99))
     monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: float(next(now)))
-    assert calmly(lambda: next(taken)).answer == 2
+    assert calmly(lambda: next(taken), os.cpu_count() or 1).answer == 2
+
+
+def test_other_work_that_has_processors_of_its_own_does_not_disturb(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr(Watch, "others", lambda _self: 5.0)
+    now = iter(range(99))
+    monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: float(next(now)))
+    taken = iter(range(9))
+    assert calmly(lambda: next(taken), threads=2).answer == 0
+    assert calmly(lambda: next(taken), threads=4).answer == PATIENCE
 
 
 def test_where_it_is_never_calm_the_last_sample_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +110,7 @@ def test_where_it_is_never_calm_the_last_sample_counts(monkeypatch: pytest.Monke
     now = iter(range(99))
     monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: float(next(now)))
     taken = iter(range(9))
-    told = calmly(lambda: next(taken))
+    told = calmly(lambda: next(taken), os.cpu_count() or 1)
     assert told.answer == PATIENCE - 1
     assert told.disturbance is not None and told.disturbance > 1.0
 

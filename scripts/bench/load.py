@@ -64,16 +64,18 @@ class Calm(Generic[Answer]):
     disturbance: float | None  # processor seconds of other work; None: not known
 
 
-def calmly(action: Callable[[], Answer], own: Collection[int] = ()) -> Calm[Answer]:
+def calmly(action: Callable[[], Answer], threads: int, own: Collection[int] = ()) -> Calm[Answer]:
     """Do something again while other work disturbs it, at most PATIENCE times.
 
+    threads: that the action keeps busy; other work disturbs where there are not processors enough for both.
     own: processes whose work is the action's, beside this process and children that it starts and waits for.
     """
+    spare = max(0, (os.cpu_count() or 1) - threads)
     for _ in range(PATIENCE):
         watch, began = Watch(own), time.monotonic()
         answer = action()
         others, took = watch.others(), time.monotonic() - began
-        disturbance = None if others is None else max(0.0, others * took - TICKS)
+        disturbance = None if others is None else max(0.0, (others - spare) * took - TICKS)
         if disturbance is None or disturbance <= DISTURBED * took:
             break
     return Calm(answer, took, disturbance)

@@ -48,7 +48,7 @@ class Result:
     samples: dict[str, list[float]]  # by way: seconds of a decode, one for each sample
     screened: dict[str, float]  # ways of pristine that one sample ruled out: seconds of a decode
     steps: int  # decodes in a sample
-    others: float | None  # processors that other work kept busy meanwhile, on average; None: not known here
+    others: float | None  # processors that other work took away meanwhile, on average; None: not known here
 
     @property
     def ours(self) -> Summary:
@@ -218,7 +218,7 @@ class Sampler:
                 "time", name=name, batch=cell.batch, steps=steps, warm=warm, threads=cell.threads
             )
 
-        self._taken.append(calmly(ask, self._own))
+        self._taken.append(calmly(ask, cell.threads, self._own))
         seconds: list[float] = self._taken[-1].answer["seconds"]
         return sum(seconds) / len(seconds)
 
@@ -227,7 +227,7 @@ class Sampler:
         self._taken.clear()
 
     def others(self) -> float | None:
-        """Processors that other work kept busy during the samples taken, on average; None where not known."""
+        """Processors that other work took away during the samples taken, on average; None where not known."""
         known = [(each.disturbance, each.took) for each in self._taken if each.disturbance is not None]
         return sum(work for work, _ in known) / sum(took for _, took in known) if known else None
 

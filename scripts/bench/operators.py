@@ -105,7 +105,7 @@ def measure_operators(libraries: dict[str, Path], threads: int, told: Reporter) 
         for _ in range(ROUNDS):
             for build, name in turns:
                 words = (name, f"threads={threads}", *case.options)
-                said = calmly(lambda made=made[build], words=words: ask(made, *words))  # type: ignore[misc]
+                said = calmly(lambda made=made[build], words=words: ask(made, *words), threads)  # type: ignore[misc]
                 medians[build, name].append(json.loads(said.answer)["median"])
                 disturbed += said.disturbance or 0.0
                 took += said.took
