@@ -23,7 +23,7 @@ from kimi_gguf.scripts.bench.models import ModelFile
 from kimi_gguf.scripts.progress import Reporter
 
 SEED = 1024  # tokens of the state that is repeated
-DEPTHS = (4096, 16384, 65536, 131072, 262144)
+DEPTHS = (4096, 16384, 65536, 262144, 524288)
 MILLION = 1 << 20  # the 48B's trained context
 STEPS = 4  # decodes of a sample
 ROUNDS = 5  # samples of each model, in turns
