@@ -48,7 +48,7 @@ class Key:
 
 def metadata(config: KimiConfig, vocab: Vocab, file_type: TensorType, name: str) -> list[Key]:
     """Every key of the file."""
-    return [*_general(config, file_type, name), *_architecture(config), *_tokenizer(vocab)]
+    return [*_general(config, file_type, name), *architecture_keys(config), *_tokenizer(vocab)]
 
 
 def _u32(name: str, value: int) -> Key:
@@ -64,7 +64,8 @@ def _general(config: KimiConfig, file_type: TensorType, name: str) -> Iterator[K
     yield _u32("general.quantization_version", QUANTIZATION_VERSION)
 
 
-def _architecture(config: KimiConfig) -> Iterator[Key]:
+def architecture_keys(config: KimiConfig) -> Iterator[Key]:
+    """The keys that describe the model's shape."""
     latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
     moe = config.num_moe_layers > 0
     integers: tuple[tuple[str, int | None], ...] = (

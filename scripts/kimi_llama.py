@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.series import load_series
+from kimi_gguf.scripts.bench import cli as bench_cli
 from kimi_gguf.scripts.engine import Engine, ensure, find
 from kimi_gguf.scripts.recipe import BACKENDS
 from kimi_gguf.scripts.toolchain import cores
@@ -71,6 +72,7 @@ TOOLS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (the tools' sub-commands do not return)."""
     parsed = _parser().parse_args(arguments)
+    parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -125,6 +127,12 @@ def _export(parsed: argparse.Namespace) -> int:
     for path in export_patches(load_series(), parsed.folder):
         print(path)
     return 0
+
+
+def _bench(parsed: argparse.Namespace) -> int:
+    from kimi_gguf.scripts.bench.run import run
+
+    return run(parsed, parsed.words)
 
 
 def _tool(parsed: argparse.Namespace) -> int:
@@ -246,6 +254,14 @@ def _parser() -> argparse.ArgumentParser:
         'kimi-llama path --pristine\n  "$(kimi-llama path)/bin/llama-bench" -m model.gguf',
     )
     _selection(sub, default=None)
+
+    sub = command(
+        "bench",
+        _bench,
+        "measure our llama.cpp against the pristine one, alternating in one run",
+        bench_cli.EXAMPLES.strip(),
+    )
+    bench_cli.add_arguments(sub)
 
     for name, tool in TOOLS.items():
         sub = command(

@@ -13,7 +13,7 @@ import tiny_llama
 from kimi_gguf.scripts import kimi_llama
 
 SCRIPT = str(Path(tiny_llama.__file__))
-COMMANDS = ["build", "doctor", "path", "run", "chat", "serve", "quantize", "export-patches"]
+COMMANDS = ["bench", "build", "doctor", "path", "run", "chat", "serve", "quantize", "export-patches"]
 
 
 @pytest.fixture(scope="module")

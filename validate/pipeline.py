@@ -17,6 +17,7 @@ import torch
 
 from kimi_gguf.convert.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.scripts.facts import engine_facts, machine_facts
 from kimi_gguf.scripts.progress import Reporter
 from kimi_gguf.validate import provenance
 from kimi_gguf.validate.errors import ValidateError
@@ -130,8 +131,8 @@ def validate(request: Request, engine: Engine, pristine: Engine | None, reporter
         gguf=gguf_facts,
         checkpoint=checkpoint_facts,
         ids=provenance.ids_facts(ids, request.source, generated),
-        engine=provenance.engine_facts(engine),
-        machine=provenance.machine_facts(),
+        engine=engine_facts(engine),
+        machine=machine_facts(),
         reference=provenance.reference_facts(request.dtype),
         options=request.options,
         floor_ubatch=FLOOR_UBATCH,

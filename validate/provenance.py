@@ -1,14 +1,12 @@
-"""What a report must say about where its figures come from: hashes of the inputs, the build, the machine.
+"""What a report must say about where its figures come from: hashes of the inputs, the reference.
 
-Flows in: files and a build. Flows out: plain dictionaries of text and numbers, ready for JSON. Files are
+Flows in: files. Flows out: plain dictionaries of text and numbers, ready for JSON. Files are
 named without their folders: a report is meant to be shared.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import numpy as np
 import torch
 
 from kimi_gguf.convert.checkpoint import Checkpoint
-from kimi_gguf.scripts.engine import Engine
 from kimi_gguf.validate.tensors import open_gguf
 
 CHUNK = 1 << 24
@@ -73,26 +70,6 @@ def ids_facts(ids: np.ndarray[Any, Any], text_source: str, generated: int) -> Fa
     }
 
 
-def engine_facts(engine: Engine) -> Facts:
-    """The build: pin, commit, patches, compilers, backends."""
-    shown = (
-        "package",
-        "commit",
-        "llama_cpp_commit",
-        "archive_sha256",
-        "tree_sha256",
-        "patches",
-        "options",
-        "compilers",
-        "built",
-    )
-    return {
-        "kind": "pristine" if engine.pristine else "patched",
-        "backends": list(engine.backends),
-        **{name: engine.manifest.get(name) for name in shown},
-    }
-
-
 def reference_facts(dtype: torch.dtype) -> Facts:
     """How the reference computes."""
     return {
@@ -102,31 +79,3 @@ def reference_facts(dtype: torch.dtype) -> Facts:
         "threads": torch.get_num_threads(),
         "device": "cpu",
     }
-
-
-def machine_facts() -> Facts:
-    """Processor, cores, memory and system."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-    }
-
-
-def _processor() -> str:
-    """The processor's trade name where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError):
-        return None

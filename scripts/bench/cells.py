@@ -1,0 +1,86 @@
+"""What is measured: the grid of cells, and the ways of running either build.
+
+Flows in: chosen batches, depths, threads, cache types, numbers of sequences. Flows out: `Cell`s in the order in
+which a depth, once reached, is used for all that stands behind it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+BATCHES = (1, 2, 3, 4, 7, 8, 32, 512, 2048)
+DEPTHS = (0, 4096, 16384)
+THREADS = (1, 2)
+QUICK_BATCHES = (1, 8, 512)
+QUICK_DEPTHS = (0, 4096)
+UBATCH = 512  # llama.cpp's default
+STEPS_TOKENS = 32  # tokens a sequence that the decodes of one sample may add to the depth
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: `batch` tokens of each of `sequences` sequences decoded behind `depth` tokens."""
+
+    cache_type: str
+    sequences: int
+    depth: int
+    threads: int
+    batch: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one decode."""
+        return self.batch * self.sequences
+
+    @property
+    def most_steps(self) -> int:
+        """Decodes of one sample, at most."""
+        return max(1, STEPS_TOKENS // self.batch)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of running a build: what its process and its context are made with."""
+
+    build: str  # "pristine" or "patched"
+    repack: bool
+    flash: bool
+
+    @property
+    def process(self) -> str:
+        """Ways that share a loaded model share a process."""
+        return f"{self.build}{'' if self.repack else ' --repack 0'}"
+
+    @property
+    def name(self) -> str:
+        """As the table names it."""
+        return f"{self.process}{'' if self.flash else ' -fa 0'}"
+
+
+OURS = Way("patched", repack=True, flash=True)
+PRISTINE = tuple(
+    Way("pristine", repack, flash) for repack, flash in itertools.product((True, False), repeat=2)
+)
+
+
+def ways(cell: Cell, pristine: Sequence[Way]) -> list[Way]:
+    """The ways of running pristine here: quantised caches and several streams want flash attention."""
+    plain = cell.cache_type in ("f32", "f16", "bf16") and cell.sequences == 1
+    return [way for way in pristine if way.flash or plain]
+
+
+def grid(
+    cache_types: Iterable[str],
+    sequences: Iterable[int],
+    depths: Iterable[int],
+    threads: Iterable[int],
+    batches: Iterable[int],
+) -> list[Cell]:
+    """All combinations, deepest last, large batches last at each depth."""
+    combined = itertools.product(
+        dict.fromkeys(cache_types), sorted(set(sequences)), sorted(set(depths)), sorted(set(threads), reverse=True),
+        sorted(set(batches)),
+    )  # fmt: skip
+    return [Cell(*values) for values in combined]

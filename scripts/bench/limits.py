@@ -1,0 +1,145 @@
+"""The machine's limit: what it was measured to do at best, and how long a cell would take at that.
+
+Flows in: a model's tensors, a cell. Flows out: bytes that must be read, products that must be formed, and the
+least time for them. A time near the floor leaves nothing to gain; the share says how near it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+
+from kimi_gguf.scripts.bench.cells import UBATCH, Cell
+from kimi_gguf.scripts.bench.models import ModelFile
+from kimi_gguf.scripts.bench.programs import ask, program
+
+F32_BYTES = 4
+KDA_STEP = 4  # times D² products of a head and token, one after the other: S'k, S'q, k d', and the decay of S
+KDA_CHUNK = 3  # the same in chunks, to leading order: P k, P q and the state's update
+CHUNKED_FROM = 32  # tokens
+TIMES = 3  # that the limits are measured; the best counts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the machine on a number of threads, measured; per second."""
+
+    threads: int
+    read: float  # bytes from memory
+    f32: float  # multiply-adds
+    int8: float | None
+    bf16: float | None
+
+    def products(self, weights: str) -> float:
+        """Multiply-adds a second with weights of a type: 8-bit ones for quantised weights, where there are any."""
+        if weights == "F32":
+            return self.f32
+        peak = self.bf16 if weights in ("BF16", "F16") else self.int8
+        return peak or self.f32
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one decode of a cell cannot do without."""
+
+    weight_bytes: float
+    state_bytes: float  # recurrent states, read and written
+    cache_bytes: float
+    weight_products: dict[str, float]  # by weight type: multiply-adds
+    attention_products: float
+    recurrence_products: float
+
+    @property
+    def nbytes(self) -> float:
+        """All bytes to move."""
+        return self.weight_bytes + self.state_bytes + self.cache_bytes
+
+    @property
+    def products(self) -> float:
+        """All multiply-adds."""
+        return sum(self.weight_products.values()) + self.attention_products + self.recurrence_products
+
+    def floor(self, limits: Limits) -> tuple[float, str]:
+        """The least time in seconds, and what binds it: "memory" or "products"."""
+        reading = self.nbytes / limits.read
+        forming = sum(n / limits.products(kind) for kind, n in self.weight_products.items())
+        forming += (self.attention_products + self.recurrence_products) / limits.f32
+        return (reading, "memory") if reading >= forming else (forming, "products")
+
+
+def measure_limits(threads: int, seconds: float = 0.1) -> Limits:
+    """Measure this machine. Raises `EngineError`."""
+    found = [json.loads(ask(program("limits"), str(threads), str(seconds))) for _ in range(TIMES)]
+    best: dict[str, Any] = {
+        kind: max((each[kind] for each in found if each[kind]), default=None) for kind in found[0]
+    }
+    return Limits(**best)
+
+
+def demand(model: ModelFile, cell: Cell) -> Demand:
+    """What a cell's one decode must move and multiply.
+
+    Experts: as many different ones as tokens that choose at random would meet. Attention: the cheaper of the
+    absorbed and the decompressed form, its products in float32.
+    """
+    keys, tokens = model.keys, cell.tokens
+
+    def number(name: str, otherwise: int = 0) -> int:
+        value: Any = keys.get(name, otherwise)
+        return int(max(value) if isinstance(value, list) else value)
+
+    experts, used = number("expert_count"), number("expert_used_count")
+    met = experts * (1 - (1 - used / experts) ** tokens) if experts else 0.0
+    weight_bytes, products = 0.0, dict[str, float]()
+    for tensor in model.tensors:
+        size = math.prod(tensor.ne)
+        if tensor.name.startswith("token_embd"):
+            weight_bytes += tensor.nbytes / tensor.ne[1] * tokens
+            continue
+        routed = "_exps." in tensor.name
+        weight_bytes += tensor.nbytes * (met / experts if routed else 1)
+        if len([n for n in tensor.ne if n > 1]) < 2 or "conv1d" in tensor.name or is_latent(tensor.name):
+            continue  # norms and biases; convolutions are next to nothing; k_b and v_b count with attention
+        rows = cell.sequences if tensor.name.startswith("output") else tokens
+        products[tensor.type] = products.get(tensor.type, 0.0) + size * rows * (
+            used / experts if routed else 1
+        )
+    mla = sum(1 for tensor in model.tensors if tensor.name.endswith("attn_kv_a_norm.weight"))
+    kda = sum(1 for tensor in model.tensors if tensor.name.endswith("ssm_norm.weight"))
+    heads, head = number("attention.head_count"), number("kda.head_dim")
+    state = (
+        heads * head * head * F32_BYTES + (number("ssm.conv_kernel", 1) - 1) * 3 * heads * head * F32_BYTES
+    )
+    latent, rope = number("attention.kv_lora_rank"), number("rope.dimension_count")
+    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[cell.cache_type.upper()]]
+    return Demand(
+        weight_bytes=weight_bytes,
+        state_bytes=2.0 * kda * state * cell.sequences * -(-cell.batch // UBATCH),
+        cache_bytes=mla * cell.sequences * (cell.depth + cell.batch) * (latent + rope) * block_bytes / block,
+        weight_products=products,
+        attention_products=mla * attention_products(
+            cell, heads, latent, rope, number("attention.key_length_mla") - rope, number("attention.value_length_mla")
+        ),
+        recurrence_products=kda * heads * head * head * tokens
+        * (KDA_CHUNK if cell.batch >= CHUNKED_FROM else KDA_STEP),
+    )  # fmt: skip
+
+
+def is_latent(name: str) -> bool:
+    """Whether a tensor expands the latent, or folds the query into it."""
+    return name.endswith(("attn_k_b.weight", "attn_v_b.weight"))
+
+
+def attention_products(cell: Cell, heads: int, latent: int, rope: int, nope: int, value: int) -> float:
+    """Multiply-adds of one latent attention layer, in the cheaper form; causal."""
+    pairs = cell.batch * (cell.depth + (cell.batch + 1) / 2)
+    folding = cell.batch * latent * (nope + value)
+    absorbed = pairs * (2 * latent + rope) + folding
+    batches = -(-cell.batch // UBATCH)
+    expanding = batches * (cell.depth + cell.batch) * latent * (nope + value)
+    decompressed = pairs * (nope + rope + value) + expanding
+    return cell.sequences * heads * min(absorbed, decompressed)

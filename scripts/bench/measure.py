@@ -1,0 +1,255 @@
+"""The measuring itself: contenders take turns cell by cell, each behind the same saved state.
+
+Flows in: builds, a model file, cells. Flows out: a `Result` for each cell as it is done. Pristine runs in every way
+that could be its best; those that one sample shows to be near the best alternate with ours: A B A B.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.bench.cells import OURS, UBATCH, Cell, Way, ways
+from kimi_gguf.scripts.bench.contender import Contender
+from kimi_gguf.scripts.bench.files import atomically
+from kimi_gguf.scripts.bench.load import Calm, calmly
+from kimi_gguf.scripts.bench.models import ModelFile, bench_folder
+from kimi_gguf.scripts.bench.report import describe
+from kimi_gguf.scripts.bench.statistics import Summary, best, stable, summary, worth_measuring
+from kimi_gguf.scripts.progress import Reporter
+
+SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
+SAME = 0.05  # NMSE between the contenders' logits behind a shared state, above which it was not shared
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure."""
+
+    cell_seconds: float = 8.0  # of alternating, in each cell
+    until: float = math.inf  # time.monotonic() at which no new cell begins
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell's figures."""
+
+    cell: Cell
+    samples: dict[str, list[float]]  # by way: seconds of a decode, one for each sample
+    screened: dict[str, float]  # ways of pristine that one sample ruled out: seconds of a decode
+    steps: int  # decodes in a sample
+    others: float | None  # processors that other work took away meanwhile, on average; None: not known here
+
+    @property
+    def ours(self) -> Summary:
+        """Our build."""
+        return summary(self.samples[OURS.name])
+
+    @property
+    def rival(self) -> str:
+        """Pristine's best way here."""
+        return best({name: samples for name, samples in self.samples.items() if name != OURS.name})
+
+    @property
+    def pristine(self) -> Summary:
+        """Pristine at its best."""
+        return summary(self.samples[self.rival])
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.pristine.median / self.ours.median
+
+
+@dataclass
+class Loaded:
+    """What loading told, by process, and contexts by way."""
+
+    load: dict[str, dict[str, Any]] = field(default_factory=dict)
+    contexts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[str, float] = field(default_factory=dict)  # way and depth -> NMSE of logits to ours
+
+
+class Arena:
+    """The loaded contenders of one model; a context manager."""
+
+    def __init__(
+        self, model: ModelFile, environments: Mapping[str, Mapping[str, str]], told: Reporter, threads: int
+    ) -> None:
+        """environments: by build, "pristine" and "patched". threads: for filling a context."""
+        self.model, self.told, self.threads = model, told, threads
+        self.about = Loaded()
+        self._environments = environments
+        self._stack = ExitStack()
+        self._processes: dict[str, Contender] = {}
+        self._contexts: dict[str, str] = {}  # way -> name of its context
+        self._at: dict[str, tuple[str, int]] = {}  # process and context -> its kept state
+
+    def __enter__(self) -> Arena:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def process(self, way: Way) -> Contender:
+        """The way's process, started and loaded on first use."""
+        process = self._processes.get(way.process)
+        if process is None:
+            self.told.phase(f"loading {self.model.name}: {way.process}")
+            process = self._stack.enter_context(Contender(way.process, self._environments[way.build]))
+            self._processes[way.process] = process
+            self.about.load[way.process] = process.ask("load", gguf=str(self.model.path), repack=way.repack)
+        return process
+
+    def context(self, way: Way, cell: Cell, n_ctx: int, n_batch: int) -> tuple[Contender, str]:
+        """The way's process and the name of its context for such cells."""
+        name = f"{'fa' if way.flash else 'plain'} {cell.cache_type} {cell.sequences}x{n_ctx} {n_batch}"
+        process = self.process(way)
+        told = process.ask(
+            "context", name=name, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=UBATCH, sequences=cell.sequences,
+            flash=way.flash, cache_type=cell.cache_type, threads=self.threads,
+        )  # fmt: skip
+        self.about.contexts.setdefault(f"{way.name}, {name}", told["memory"])
+        return process, name
+
+    def go_to(self, way: Way, cell: Cell, place: tuple[Contender, str]) -> Path:
+        """Bring the way's context to the cell's depth: from a saved state, or by decoding with our build.
+
+        Returns where the state is saved; there is none at depth 0.
+        """
+        process, name = place
+        file = state_file(self.model, cell)
+        key, wanted = f"{process.name} {name}", (f"{cell.cache_type} {cell.sequences}", cell.depth)
+        if self._at.get(key) == wanted:
+            return file
+        if cell.depth == 0:
+            process.ask("empty", name=name)
+        else:
+            if not file.is_file():
+                if way != OURS:
+                    raise AssertionError("ours goes first")
+                self.told.phase(f"filling {cell.sequences} × {cell.depth} tokens ({cell.cache_type} cache)")
+                atomically(file, lambda part: process.ask(
+                    "fill", self.told.step, name=name, depth=cell.depth, file=str(part)))  # fmt: skip
+            else:
+                process.ask("restore", name=name, file=str(file))
+        self._at[key] = wanted
+        return file
+
+
+def state_file(model: ModelFile, cell: Cell) -> Path:
+    """Where the state at a cell's depth is kept."""
+    name = f"{model.path.stem}-{model.key}-{cell.cache_type}-{cell.sequences}x{cell.depth}.state"
+    return bench_folder() / "states" / name
+
+
+def measure(
+    arena: Arena, cells: Sequence[Cell], pristine: Sequence[Way], settings: Settings
+) -> Iterator[Result]:
+    """Measure cell after cell, until the time is used up. Raises `EngineError`."""
+    n_batch = max(max(cell.tokens for cell in cells), UBATCH)
+    room = max(cell.depth + cell.batch * (cell.most_steps + 1) for cell in cells)
+    n_ctx = -(-room // 256) * 256
+    for cell in cells:
+        if time.monotonic() >= settings.until:
+            arena.told.note("time is used up: the cells behind this one were not measured")
+            return
+        rivals = ways(cell, pristine)
+        places = {}
+        for way in (OURS, *rivals):
+            places[way] = arena.context(way, cell, n_ctx, n_batch)
+            arena.go_to(way, cell, places[way])
+        check_shared(arena, cell, places)
+        arena.told.phase(describe(vars(cell)))
+        yield measure_cell(arena, cell, places, settings)
+
+
+def measure_cell(
+    arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]], settings: Settings
+) -> Result:
+    """One cell: a first look at every way, then A B A B among ours and pristine's best ones."""
+    sampler = Sampler(cell, places)
+    first = {way: sampler.sample(way, 1) for way in places}
+    steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[OURS])))
+    if steps > 1:  # the first decodes pay for what is touched for the first time: look again
+        first = {way: sampler.sample(way, min(steps, 4)) for way in places}
+    rivals = {way.name: seconds for way, seconds in first.items() if way != OURS}
+    near = worth_measuring(rivals)
+    taking = [OURS, *(way for way in places if way.name in near)]
+    samples: dict[str, list[float]] = {way.name: [] for way in taking}
+    sampler.forget()
+    deadline = time.monotonic() + settings.cell_seconds
+    while not all(stable(each) for each in samples.values()):
+        done = len(samples[OURS.name])
+        if time.monotonic() >= deadline and done >= 2:
+            break
+        for way in taking if done % 2 == 0 else reversed(taking):
+            samples[way.name].append(sampler.sample(way, steps))
+    ruled_out = {name: seconds for name, seconds in rivals.items() if name not in near}
+    return Result(cell, samples, ruled_out, steps, sampler.others())
+
+
+class Sampler:
+    """Samples of a cell, and how much other work there was around them."""
+
+    def __init__(self, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:
+        self._cell, self._places = cell, places
+        self._own = {process.pid for process, _ in places.values()}
+        self._taken: list[Calm[dict[str, Any]]] = []
+
+    def sample(self, way: Way, steps: int) -> float:
+        """Seconds of a decode, the mean of `steps`."""
+        process, name = self._places[way]
+        cell = self._cell
+        warm = 0 if cell.batch >= UBATCH else 1
+
+        def ask() -> dict[str, Any]:
+            return process.ask(
+                "time", name=name, batch=cell.batch, steps=steps, warm=warm, threads=cell.threads
+            )
+
+        self._taken.append(calmly(ask, cell.threads, self._own))
+        seconds: list[float] = self._taken[-1].answer["seconds"]
+        return sum(seconds) / len(seconds)
+
+    def forget(self) -> None:
+        """Count other work from here."""
+        self._taken.clear()
+
+    def others(self) -> float | None:
+        """Processors that other work took away during the samples taken, on average; None where not known."""
+        known = [(each.disturbance, each.took) for each in self._taken if each.disturbance is not None]
+        return sum(work for work, _ in known) / sum(took for _, took in known) if known else None
+
+
+def check_shared(arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:
+    """The next token's logits behind the shared state: every build and way must mean the same state by it."""
+    mine = f"{cell.cache_type} cache, {cell.sequences} × {cell.depth}"
+    if cell.depth == 0 or all(f"{way.name}, {mine}" in arena.about.shared for way in places):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        logits = {}
+        for i, (way, (process, name)) in enumerate(places.items()):
+            file = Path(folder) / f"{i}.npy"
+            process.ask("logits", name=name, threads=arena.threads, file=str(file))
+            logits[way] = np.load(file).astype(np.float64)
+    for way, theirs in logits.items():
+        error = float(np.square(theirs - logits[OURS]).sum() / np.square(logits[OURS]).sum())
+        if not error <= SAME:
+            raise EngineError(
+                f"{way.name}: behind a saved state of {cell.depth} tokens its logits are not ours",
+                expected=f"NMSE up to {SAME}",
+                found=f"{error:.2g}",
+                todo="compare the builds with validate-kimi: one of them is wrong",
+            )
+        arena.about.shared[f"{way.name}, {mine}"] = error

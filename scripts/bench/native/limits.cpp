@@ -1,0 +1,225 @@
+// What this machine can do at best, on a number of threads: bytes read from memory a second, multiply-adds a second.
+//
+//   limits THREADS [SECONDS]     prints one line of JSON
+//
+// Vectors come from GCC's and Clang's vector extensions; int8 and bf16 products from the processor's own
+// instructions where it has them. What a processor lacks is null.
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+using clock_type = std::chrono::steady_clock;
+
+// as wide as one register, and as many accumulators as hide the latency without spilling
+#if defined(__AVX512F__)
+static constexpr int WIDTH = 64, ACCUMULATORS = 24;
+#elif defined(__AVX__)
+static constexpr int WIDTH = 32, ACCUMULATORS = 12;
+#else
+static constexpr int WIDTH = 16, ACCUMULATORS = 12;
+#endif
+
+typedef float    floats __attribute__((vector_size(WIDTH)));
+typedef uint64_t words __attribute__((vector_size(WIDTH)));
+
+#if defined(__x86_64__)
+#define IN_REGISTER "+x"
+#else
+#define IN_REGISTER "+w"
+#endif
+
+template <typename T> static void keep(T & value) {  // the compiler must assume that it is used and changed
+    asm volatile("" : "+m"(value) : : "memory");
+}
+
+// Multiply-adds in registers alone: Step adds products of two vectors to one of sums.
+template <typename Step> struct Products {
+    using Sums   = typename Step::Sums;
+    using Vector = typename Step::Vector;
+
+    Sums   sums[ACCUMULATORS] = {};
+    Vector a = {}, b = {};
+
+    double turn(int64_t count) {
+        Sums s[ACCUMULATORS];
+#pragma GCC unroll 24
+        for (int j = 0; j < ACCUMULATORS; ++j) {
+            s[j] = sums[j];
+        }
+        Vector x = a, y = b;
+        for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 24
+            for (int j = 0; j < ACCUMULATORS; ++j) {
+                s[j] = Step::add(s[j], x, y);
+            }
+            asm volatile("" : IN_REGISTER(x), IN_REGISTER(y));  // or one turn would do for all
+        }
+#pragma GCC unroll 24
+        for (int j = 0; j < ACCUMULATORS; ++j) {
+            sums[j] = s[j];
+        }
+        keep(sums);
+        return (double) count * ACCUMULATORS * Step::products;
+    }
+};
+
+struct FloatStep {
+    using Sums                    = floats;
+    using Vector                  = floats;
+    static constexpr int products = WIDTH / sizeof(float);
+
+    static floats add(floats s, floats x, floats y) { return s + x * y; }  // contracted where there is an instruction
+};
+
+#if defined(__AVX512VNNI__)
+#define HAVE_INT8 4 * 16
+typedef __m512i   int_vector;
+static int_vector int8_add(int_vector s, int_vector a, int_vector b) {
+    return _mm512_dpbusd_epi32(s, a, b);
+}
+#elif defined(__AVXVNNI__)
+#define HAVE_INT8 4 * 8
+typedef __m256i   int_vector;
+static int_vector int8_add(int_vector s, int_vector a, int_vector b) {
+    return _mm256_dpbusd_avx_epi32(s, a, b);
+}
+#elif defined(__AVX2__)
+#define HAVE_INT8 4 * 8
+typedef __m256i   int_vector;
+static int_vector int8_add(int_vector s, int_vector a, int_vector b) {
+    return _mm256_add_epi32(s, _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1)));
+}
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define HAVE_INT8 4 * 4
+typedef int8x16_t int_vector;
+static int_vector int8_add(int_vector s, int_vector a, int_vector b) {
+    return vreinterpretq_s8_s32(vdotq_s32(vreinterpretq_s32_s8(s), a, b));
+}
+#endif
+
+#if defined(__AVX512BF16__)
+#define HAVE_BF16 2 * 16
+typedef __m512   bf16_sums;
+typedef __m512bh bf16_vector;
+static bf16_sums bf16_add(bf16_sums s, bf16_vector a, bf16_vector b) {
+    return _mm512_dpbf16_ps(s, a, b);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define HAVE_BF16 2 * 4
+typedef float32x4_t  bf16_sums;
+typedef bfloat16x8_t bf16_vector;
+static bf16_sums     bf16_add(bf16_sums s, bf16_vector a, bf16_vector b) {
+    return vbfdotq_f32(s, a, b);
+}
+#endif
+
+#ifdef HAVE_INT8
+struct Int8Step {
+    using Sums                    = int_vector;
+    using Vector                  = int_vector;
+    static constexpr int products = HAVE_INT8;
+
+    static int_vector add(int_vector s, int_vector x, int_vector y) { return int8_add(s, x, y); }
+};
+#endif
+
+#ifdef HAVE_BF16
+struct Bf16Step {
+    using Sums                    = bf16_sums;
+    using Vector                  = bf16_vector;
+    static constexpr int products = HAVE_BF16;
+
+    static bf16_sums add(bf16_sums s, bf16_vector x, bf16_vector y) { return bf16_add(s, x, y); }
+};
+#endif
+
+// Reads 256 MiB again and again, which no cache holds; counts bytes.
+struct Reading {
+    std::vector<words> data = std::vector<words>((256 << 20) / WIDTH, words{} + 1);
+    size_t             at   = 0;
+
+    double turn(int64_t count) {
+        words        s[8] = {};
+        const size_t n    = (size_t) count * 8 < data.size() ? (size_t) count * 8 : data.size();
+        if (at + n > data.size()) {
+            at = 0;
+        }
+        for (const words *p = data.data() + at, *end = p + n; p < end; p += 8) {
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+                s[j] += p[j];
+            }
+        }
+        at += n;
+        for (words & each : s) {
+            keep(each);
+        }
+        return (double) n * WIDTH;
+    }
+};
+
+// Units a second over all threads, the best of several stretches of `seconds`.
+template <typename Work> static double rate(int n_threads, double seconds) {
+    double            best = 0.0;
+    std::vector<Work> work(n_threads);
+    for (int stretch = 0; stretch < 3; ++stretch) {
+        std::atomic<int>         ready{ 0 };
+        std::vector<double>      done(n_threads), took(n_threads);
+        std::vector<std::thread> threads;
+        for (int t = 0; t < n_threads; ++t) {
+            threads.emplace_back([&, t] {
+                ++ready;
+                while (ready < n_threads) {
+                }
+                const auto began = clock_type::now();
+                do {
+                    done[t] += work[t].turn(20000);
+                    took[t] = std::chrono::duration<double>(clock_type::now() - began).count();
+                } while (took[t] < seconds);
+            });
+        }
+        double sum = 0.0;
+        for (int t = 0; t < n_threads; ++t) {
+            threads[t].join();
+            sum += done[t] / took[t];
+        }
+        best = sum > best ? sum : best;
+    }
+    return best;
+}
+
+int main(int argc, char ** argv) {
+    const int    n_threads = argc > 1 ? atoi(argv[1]) : 1;
+    const double seconds   = argc > 2 ? atof(argv[2]) : 0.5;
+    if (n_threads < 1 || !(seconds > 0)) {
+        fprintf(stderr, "limits THREADS [SECONDS]\n");
+        return 2;
+    }
+    printf("{\"threads\": %d, \"read\": %.6g, \"f32\": %.6g", n_threads, rate<Reading>(n_threads, seconds),
+           rate<Products<FloatStep>>(n_threads, seconds));
+#ifdef HAVE_INT8
+    printf(", \"int8\": %.6g", rate<Products<Int8Step>>(n_threads, seconds));
+#else
+    printf(", \"int8\": null");
+#endif
+#ifdef HAVE_BF16
+    printf(", \"bf16\": %.6g", rate<Products<Bf16Step>>(n_threads, seconds));
+#else
+    printf(", \"bf16\": null");
+#endif
+    printf("}\n");
+    return 0;
+}

@@ -1,0 +1,170 @@
+"""The generated page of measurements, out of one or more records.
+
+Flows in: records. Flows out: a Markdown page and a picture beside it for each group of cells. A cell that several
+records have is taken from the one made last.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.scripts.bench.files import atomically
+from kimi_gguf.scripts.bench.hybrid import MILLION, NAMES, extrapolated
+from kimi_gguf.scripts.bench.load import DISTURBED
+from kimi_gguf.scripts.bench.plot import draw
+from kimi_gguf.scripts.bench.report import Rows, cells_table, limits_table, markdown, memory_table, verdict
+
+Data = dict[str, Any]
+
+INTRODUCTION = """\
+# Bench
+
+Written by `kimi-llama bench --page`; do not edit. How to measure anew: the commands stand with each part.
+
+{machine}. llama.cpp {commit} of {package}, pristine and patched built from the same archive with the same options
+({compiler}). Measured {when}.
+
+Both builds hold the model in a process of their own and take turns in one run (A B B A); the one not at work is
+stopped. Figures are medians, ± the median distance from them. Pristine is at its best over `--repack 0/1` and flash
+attention on and off, chosen cell by cell; ours runs as it does by default, with `KIMI_OPS={switch}`. *tg* is decoding
+token by token, *ppN* N tokens of a prompt at once with logits of the last, *at D* behind D tokens in the cache (states
+saved once and loaded into both). *Of the limit* is the least time at the machine's measured limit against ours: bytes
+that a decode must read over the memory's rate, or its multiply-adds over the processor's.
+
+Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the types
+are llama-quantize's mix.
+"""
+
+
+def cell_key(cell: Data) -> tuple[Any, ...]:
+    """What makes two cells the same measurement."""
+    return tuple(cell[name] for name in ("cache_type", "sequences", "threads", "depth", "batch"))
+
+
+def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
+    """Models by name, their cells from all records, the latest of equal ones, in order."""
+    models: dict[str, dict[str, Any]] = {}
+    for record in sorted(records, key=lambda record: str(record["created"])):
+        for model in record["models"]:
+            into = models.setdefault(model["name"], {"cells": {}, "commands": {}, "model": model})
+            into["model"] = model
+            if model["cells"]:
+                into["commands"][record["command"]] = None
+            into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
+    for each in models.values():
+        each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
+    return models
+
+
+def operators_table(rows: Iterable[Data]) -> Rows:
+    """The operators alone."""
+    table: Rows = [("operator, one layer", "counted", "pristine", "here", "ratio")]
+    for row in rows:
+        theirs, ours = (microseconds(row[build]["seconds"]) for build in ("pristine", "patched"))
+        plain = ", without flash attention" if row["pristine"]["case"].endswith("plain") else ""
+        mark = " *" if row["others"] > DISTURBED else ""
+        table.append((row["title"] + mark, row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}"))
+    return table
+
+
+def microseconds(seconds: float) -> str:
+    """Such as "13.7 ms"."""
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def hybrid_table(hybrid: Data) -> Rows:
+    """Cache and decode rate of the hybrid and of its twin, with what the slopes give at a million tokens."""
+    rows: Rows = [("depth", "cache 3:1", "cache all MLA", "less", "tg 3:1", "tg all MLA", "ratio")]
+    for row in hybrid["rows"]:
+        cache = [row["cache_bytes"][name] + row["state_bytes"][name] for name in NAMES]
+        rates = [1 / row["seconds"][name] for name in NAMES]
+        rows.append(hybrid_row(str(row["depth"]), cache, rates))
+    beyond = extrapolated(hybrid["rows"])
+    if beyond is not None:
+        last = hybrid["rows"][-1]
+        cache = [
+            last["cache_bytes"][name] / last["depth"] * MILLION + last["state_bytes"][name] for name in NAMES
+        ]
+        rows.append(hybrid_row(f"{MILLION} (from the slopes)", cache, [1 / beyond[name] for name in NAMES]))
+    return rows
+
+
+def hybrid_row(depth: str, cache: Sequence[float], rates: Sequence[float]) -> tuple[str, ...]:
+    sizes = (f"{size / 2**20:.1f} MiB" for size in cache)
+    less = f"{100 * (1 - cache[0] / cache[1]):.0f} %"
+    return (depth, *sizes, less, *(f"{rate:.2f}/s" for rate in rates), f"{rates[0] / rates[1]:.2f}")
+
+
+def write_page(records: Sequence[Data], page: Path) -> None:
+    """Write the page and its pictures. Raises `EngineError` from reading, OSError from writing."""
+    latest = max(records, key=lambda record: str(record["created"]))
+    parts = [introduction(latest, records)]
+    limits = {each["threads"]: each for record in records for each in record["limits"]}
+    if limits:
+        parts.append(
+            "## The machine's limit\n\n" + markdown(limits_table([limits[n] for n in sorted(limits)]))
+        )
+    for name, model in merged(records).items():
+        if model["cells"]:
+            parts.append(model_part(name, model, page))
+    operators = [record for record in records if record["operators"]]
+    if operators:
+        record = max(operators, key=lambda record: str(record["created"]))
+        parts.append(
+            f"## Operators alone\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
+            "sizes of the 48B; time of one layer and call, as many layers at once as caches do not hold.\n\n"
+            + markdown(operators_table(record["operators"]))
+        )
+    hybrids = [record for record in records if record["hybrid"]]
+    if hybrids:
+        record = max(hybrids, key=lambda record: str(record["created"]))
+        parts.append(hybrid_part(record))
+    atomically(page, lambda part: part.write_text("\n".join(parts)))
+
+
+def introduction(record: Data, records: Sequence[Data]) -> str:
+    """The page's head."""
+    machine, engine = record["machine"], record["engines"]["patched"]
+    days = sorted({str(each["created"])[:10] for each in records})
+    memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
+    return INTRODUCTION.format(
+        machine=f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
+        commit=str(engine["llama_cpp_commit"])[:7],
+        package=engine["package"],
+        switch=record["switch"],
+        compiler=str(engine["compilers"]["C++"]).rpartition(": ")[2],
+        when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+    )
+
+
+def model_part(name: str, model: Data, page: Path) -> str:
+    """A model's cells in groups, with pictures, and its memory."""
+    parts = [f"## {name}\n\n" + "\n".join(f"- `{command}`" for command in model["commands"]) + "\n"]
+    grouped = itertools.groupby(model["cells"], key=lambda c: (c["cache_type"], c["sequences"], c["threads"]))
+    for (cache_type, sequences, threads), group in grouped:
+        cells = list(group)
+        title = f"{name}, {cache_type} cache, {sequences} sequence{'s' if sequences > 1 else ''}, {threads} threads"
+        picture = page.with_name(f"{page.stem}-{name}-{cache_type}-{sequences}x{threads}.svg")
+        parts.append(markdown(cells_table(cells)) + "\n" + verdict(cells) + "\n")
+        if len(cells) > 3:
+            atomically(picture, lambda part, t=title, c=cells: draw(t, c, part))  # type: ignore[misc]
+            parts.append(f"![{title}]({picture.name})\n")
+    parts.append(
+        "Memory in MiB, and seconds of loading (from the page cache):\n\n"
+        + markdown(memory_table(model["model"]))
+    )
+    return "\n".join(parts)
+
+
+def hybrid_part(record: Data) -> str:
+    """What the hybrid buys."""
+    hybrid = record["hybrid"]
+    return (
+        f"## What the hybrid buys\n\n`{record['command']}`: {' against '.join(hybrid['models'])}, our build, "
+        f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches are filled with the rows of "
+        f"{hybrid['seed']} real tokens again and again; the recurrent states count as cache.\n\n"
+        + markdown(hybrid_table(hybrid))
+    )

@@ -1,0 +1,53 @@
+"""The picture of a record: how many times faster than pristine, and how far from the machine's limit.
+
+Flows in: cells of one model. Flows out: an SVG, the same for the same record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#1f6fb2", "#e08a2c", "#3a8f4d", "#a33c7d", "#6b6b6b", "#b5432f")
+LIMIT = "#999999"
+
+
+def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
+    """Write the SVG. cells: of one model, cache type, number of sequences and of threads; any batches and depths."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = "kimi-gguf"
+    figure, (ratios, rates) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    depths = sorted({cell["depth"] for cell in cells})
+    for depth, colour in zip(depths, COLOURS, strict=False):
+        row = sorted((cell for cell in cells if cell["depth"] == depth), key=lambda cell: cell["batch"])
+        batches = [cell["batch"] for cell in row]
+        ratios.plot(
+            batches, [cell["ratio"] for cell in row], "o-", color=colour, markersize=4, label=f"depth {depth}"
+        )
+        rates.plot(
+            batches, [c["patched"]["tokens_per_second"] for c in row], "o-", color=colour, markersize=4
+        )
+        rates.plot(
+            batches, [c["pristine"]["tokens_per_second"] for c in row], "o:", color=colour, markersize=3
+        )
+        rates.plot(
+            batches, [c["tokens"] / c["floor"]["seconds"] for c in row], "--", color=LIMIT, linewidth=0.8
+        )
+    ratios.axhline(1.0, color="black", linewidth=0.8)
+    for axes in (ratios, rates):
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("tokens decoded at once")
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.grid(alpha=0.3)
+    rates.set_yscale("log")
+    ratios.set_ylabel("times as fast as pristine at its best")
+    rates.set_ylabel("tokens/s: ours, pristine dotted, limit grey")
+    ratios.legend(fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    plt.close(figure)

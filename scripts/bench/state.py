@@ -1,0 +1,93 @@
+"""A sequence's saved state, taken apart: for contexts without flash attention, and repeated to any depth.
+
+Flows in: the bytes of llama_state_seq_get_data for one stream with latent attention. Flows out: other such bytes.
+The layout (llama.cpp, llama_kv_cache::state_write and llama_memory_recurrent::state_write): a mark and the
+sequence's number; streams, cells; of each cell its position and sequence; whether V is transposed, layers; of each
+layer the type, the row's size and a row for each cell; then the recurrent part: cells, the position, and states.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+HEAD = 8  # bytes of the mark and the sequence's number
+CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
+ROWS = np.dtype([("type", "<i4"), ("size", "<u8")])  # packed, as written
+
+Bytes = NDArray[np.uint8]
+
+
+class StateError(ValueError):
+    """The bytes are not laid out so."""
+
+
+def _check(condition: bool) -> None:
+    if not condition:
+        raise StateError("the saved state is not laid out as this llama.cpp lays it out")
+
+
+def _cells(state: Bytes) -> int:
+    """Cells of the one stream."""
+    streams, cells = state[HEAD : HEAD + 8].view("<u4").tolist()
+    _check(streams == 1 and cells > 0)
+    return int(cells)
+
+
+def plain_layout(state: Bytes) -> Bytes:
+    """The state for a context without flash attention.
+
+    With latent attention the cache holds K alone, V being the beginning of each row, so both hold the same bytes;
+    only the flag that says whether V is transposed differs.
+    """
+    flag = HEAD + 8 + _cells(state) * CELL.itemsize
+    _check(state[flag : flag + 4].tobytes() in (bytes(4), b"\1\0\0\0"))
+    changed = state.copy()
+    changed[flag : flag + 4] = (1, 0, 0, 0)
+    return changed
+
+
+def repeated(state: Bytes, depth: int) -> Bytes:
+    """The state of `depth` tokens whose rows of the cache are those of the given state again and again.
+
+    Attention takes as long over these as over any others, and a depth that takes hours to reach is there at once.
+    The recurrent part stays as it is but for its position.
+    """
+    cells = _cells(state)
+    at = HEAD + 8 + cells * CELL.itemsize
+    transposed, layers = state[at : at + 8].view("<u4").tolist()
+    _check(transposed == 0 and 0 < layers <= 512)
+    parts = [state[:HEAD], np.array([1, depth], "<u4").view(np.uint8)]
+    places = np.zeros(depth, CELL)
+    places["position"], places["sequences"] = np.arange(depth), 1
+    parts += [places.view(np.uint8), state[at : at + 8]]
+    at += 8
+    rows: list[tuple[int, int]] = []  # where a layer's rows begin and their size
+    for _ in range(layers):
+        _check(at + ROWS.itemsize <= len(state))
+        size = int(state[at : at + ROWS.itemsize].view(ROWS)["size"][0])
+        _check(0 < size <= 1 << 20)
+        rows.append((at + ROWS.itemsize, size))
+        at += ROWS.itemsize + cells * size
+    recurrent = state[at:].copy()
+    _check(len(recurrent) >= 8 and recurrent[:4].view("<u4")[0] == 1)
+    _check(recurrent[4:8].view("<i4")[0] == cells - 1)
+    recurrent[4:8] = np.array([depth - 1], "<i4").view(np.uint8)
+    sizes = (
+        [len(part) for part in parts] + [ROWS.itemsize + depth * size for _, size in rows] + [len(recurrent)]
+    )
+    whole = np.empty(sum(sizes), np.uint8)
+    done = 0
+    for part in parts:
+        whole[done : done + len(part)] = part
+        done += len(part)
+    for begin, size in rows:
+        whole[done : done + ROWS.itemsize] = state[begin - ROWS.itemsize : begin]
+        done += ROWS.itemsize
+        once = state[begin : begin + cells * size]
+        for first in range(0, depth, cells):
+            count = min(cells, depth - first) * size
+            whole[done : done + count] = once[:count]
+            done += count
+    whole[done:] = recurrent
+    return whole

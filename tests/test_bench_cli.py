@@ -1,0 +1,265 @@
+"""`kimi-llama bench` from the outside: a tiny grid from end to end, its record and page, errors, Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_case import bench, command, environment, own_cache
+
+from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.scripts.bench.hybrid import NAMES
+from kimi_gguf.scripts.bench.page import merged, write_page
+from kimi_gguf.scripts.bench.record import load
+from kimi_gguf.scripts.engine import Engine
+
+TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "0.05")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return own_cache(tmp_path)
+
+
+@pytest.mark.engine
+def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine, pristine: Engine) -> None:
+    record, page = tmp_path / "record.json", tmp_path / "page.md"
+    what = ("--batch", "1,8", "--depth", "0,64", "--cache-type", "f16,q8_0")
+    told = bench(cache, *TINY, *what, "--json", str(record), "--page", str(page))
+    assert told.returncode == 0, told.stderr
+    data = load(record)
+    (model,) = data["models"]
+    cells = model["cells"]
+    assert {(cell["cache_type"], cell["depth"], cell["batch"]) for cell in cells} == {
+        (kind, depth, batch) for kind in ("f16", "q8_0") for depth in (0, 64) for batch in (1, 8)
+    }
+    for cell in cells:
+        assert len(cell["samples"]["patched"]) >= 2
+        assert cell["ratio"] == pytest.approx(
+            cell["patched"]["tokens_per_second"] / cell["pristine"]["tokens_per_second"]
+        )
+        assert cell["floor"]["seconds"] > 0
+        ways = set(cell["samples"]) | set(cell["ruled_out"])
+        assert len(ways) == (5 if cell["cache_type"] == "f16" else 3)
+    # behind depth 64 every way met the same state
+    assert {way.partition(", ")[0] for way in model["about"]["shared"]} == {
+        "patched", "pristine", "pristine -fa 0", "pristine --repack 0", "pristine --repack 0 -fa 0",
+    }  # fmt: skip
+    memory = next(iter(model["about"]["contexts"].values()))
+    assert memory["kv"] and memory["recurrent"] and memory["compute"]
+    text = page.read_text()
+    assert "| tg at 64, 1 thread, q8_0 cache" in text
+    assert "--batch 1,8 --depth 0,64" in text
+    assert str(tmp_path) not in text and str(tmp_path) not in record.read_text()
+    assert (tmp_path / "page-kimi-linear-tiny-4L-8E-Q4_0-f16-1x1.svg").is_file()
+    assert "| tg at 64, 1 thread" in told.stdout
+    assert sorted(path.name.partition("-")[0] for path in (cache / "bench").iterdir()) == [
+        "models", "programs", "states",
+    ]  # fmt: skip
+
+
+@pytest.mark.engine
+def test_the_demo_and_a_file_of_one_s_own(
+    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+) -> None:
+    what = ("--batch", "1", "--depth", "0", "--threads", "1", "--seconds", "0.05")
+    told = bench(cache, "--demo", *what)
+    assert told.returncode == 0, told.stderr
+    (file,) = (cache / "bench" / "models").glob("demo-Q8_0-*.gguf")
+    told = bench(cache, str(file), *what, "--json", str(tmp_path / "record.json"))
+    assert told.returncode == 0, told.stderr
+    assert len(load(tmp_path / "record.json")["models"][0]["cells"]) == 1
+
+
+@pytest.mark.engine
+def test_several_sequences_decode_side_by_side(
+    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+) -> None:
+    record = tmp_path / "record.json"
+    told = bench(cache, *TINY, "--batch", "1", "--depth", "64", "--sequences", "1,3", "--json", str(record))
+    assert told.returncode == 0, told.stderr
+    assert [cell["tokens"] for cell in load(record)["models"][0]["cells"]] == [1, 3]
+
+
+@pytest.mark.engine
+def test_a_cell_that_no_time_is_left_for_is_said(
+    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+) -> None:
+    record = tmp_path / "record.json"
+    told = bench(cache, *TINY, "--batch", "1,8", "--depth", "0", "--budget", "0.001", "--json", str(record))
+    assert told.returncode == 0, told.stderr
+    assert "time is used up" in told.stderr
+    assert load(record)["models"][0]["cells"] == []
+
+
+@pytest.mark.engine
+def test_the_hybrid_against_its_twin(cache: Path, tmp_path: Path, engine: Engine, pristine: Engine) -> None:
+    record, page = tmp_path / "record.json", tmp_path / "page.md"
+    told = bench(
+        cache, *TINY, "--hybrid", "--depth", "4096,6000,9000", "--json", str(record), "--page", str(page)
+    )
+    assert told.returncode == 0, told.stderr
+    rows = load(record)["hybrid"]["rows"]
+    assert [row["depth"] for row in rows] == [4096, 6000, 9000]
+    for row in rows:
+        hybrid, twin = (row["cache_bytes"][name] for name in NAMES)
+        assert (hybrid, twin) == ((row["depth"] + 1) * 576 * 2, 4 * (row["depth"] + 1) * 576 * 2)
+        assert row["seconds"]["all MLA"] > row["seconds"]["3:1"]
+    assert "1048576 (from the slopes)" in page.read_text()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("moment", ["filling", "tg at"])
+def test_ctrl_c_ends_everything(
+    moment: str, cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+) -> None:
+    record = tmp_path / "record.json"
+    long = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "600")
+    depth = "60000" if moment == "filling" else "0"
+    process = subprocess.Popen(
+        command(*long, "--batch", "1", "--depth", depth, "--json", str(record)),
+        env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if f"] {moment}" in line:
+            break
+    assert f"] {moment}" in seen, seen
+    time.sleep(0.5)
+    workers = children(process.pid)
+    assert workers
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 130, rest
+    assert "interrupted" in rest and "Traceback" not in rest
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not record.exists()
+    assert not [path for path in (cache / "bench").rglob("*") if "unfinished" in path.name]
+    assert not list((cache / "bench").glob("states/*"))
+
+
+@pytest.mark.engine
+def test_a_killed_bench_leaves_no_process_behind(cache: Path, engine: Engine, pristine: Engine) -> None:
+    long = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "600")
+    process = subprocess.Popen(
+        command(*long, "--batch", "1", "--depth", "0"),
+        env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "] tg at" in line:
+            break
+    workers = children(process.pid)
+    assert workers
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(word) for word in (task / "children").read_text().split()]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["absent.gguf"], "absent.gguf: no such file"),
+        (["text.gguf"], "text.gguf: not a GGUF file"),
+        (["--json", "absent/record.json"], "absent/record.json: its folder does not exist"),
+        (["--libraries", "absent"], "absent: no build's libraries"),
+        (["--records", "text.gguf"], "wants --page"),
+        (["--records", "text.gguf", "--page", "page.md"], "text.gguf: not a record of the bench"),
+        (["--demo", "--type", "Q4_0"], "Q8_0 or BF16"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_errors_are_one_message_and_a_status(
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.gguf").write_text("hello")
+    assert kimi_llama.main(["bench", *words]) == 1
+    found = capsys.readouterr()
+    assert said in found.err
+    assert "Traceback" not in found.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["text.gguf"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--batch", "0"],
+        ["--depth", "-1"],
+        ["--type", "Q9"],
+        ["--cache-type", "f17"],
+        ["--seconds", "0"],
+        ["--layers", "x"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_have_status_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        kimi_llama.main(["bench", *words])
+    assert caught.value.code == 2
+    assert "expected" in capsys.readouterr().err
+
+
+def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
+    cell = {
+        "cache_type": "f16", "sequences": 1, "threads": 2, "depth": depth, "batch": 1, "tokens": 1, "ratio": ratio,
+        "pristine": {"way": "pristine", "tokens_per_second": 10.0, "spread": 0.01},
+        "patched": {"tokens_per_second": 10.0 * ratio, "spread": 0.01},
+        "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05}, "others": 0.0,
+    }  # fmt: skip
+    compilers = {"C++": "c++: some compiler 1.0"}
+    engine = {"llama_cpp_commit": "0123456789", "package": "llama", "compilers": compilers}
+    return {
+        "schema": 1, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
+        "hybrid": None, "switch": "require", "engines": {"patched": engine, "pristine": engine}, "libraries": None,
+        "machine": {"processor": "one", "cores": 2, "memory_gib": None, "system": "Linux 1"},
+        "models": [{"name": "m", "cells": [cell], "about": {"load": {}, "contexts": {}, "shared": {}}}],
+    }  # fmt: skip
+
+
+def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None:
+    records = [record("2026-01-02", 2.0), record("2026-01-01", 1.0), record("2026-01-01", 3.0, depth=64)]
+    assert [cell["ratio"] for cell in merged(records)["m"]["cells"]] == [2.0, 3.0]
+    for i, each in enumerate(records):
+        (tmp_path / f"{i}.json").write_text(json.dumps(each))
+    write_page([load(tmp_path / f"{i}.json") for i in range(3)], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| tg at 0, 2 threads | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 |" in text
+    assert "Measured 2026-01-01 to 2026-01-02" in text
+
+
+def test_a_page_that_cannot_be_drawn_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("old")
+    monkeypatch.setattr(os, "replace", None)
+    broken = record("2026-01-01", 1.0)
+    del broken["models"][0]["cells"][0]["floor"]
+    with pytest.raises(KeyError):
+        write_page([broken], page)
+    assert page.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]

@@ -1,0 +1,135 @@
+"""The processes of the bench: states that both builds share, taken apart and repeated; frozen ones end too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from bench_case import own_cache
+
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.bench.contender import Contender, environment_of
+from kimi_gguf.scripts.bench.models import generate
+from kimi_gguf.scripts.bench.shapes import BenchModel
+from kimi_gguf.scripts.bench.state import StateError, plain_layout, repeated
+from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.scripts.progress import Silent
+
+pytestmark = pytest.mark.engine
+
+DEPTH = 96
+CONTEXT = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 512, "sequences": 1, "cache_type": "f16", "threads": 1}
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(own_cache(tmp_path)))
+    return generate(BenchModel("kimi-linear", 4, 8, "BF16", "tiny"), pristine, Silent())
+
+
+def start(engine: Engine) -> Contender:
+    name = "pristine" if engine.pristine else "patched"
+    return Contender(name, environment_of(engine.environment(), None, ours=not engine.pristine))
+
+
+@pytest.fixture
+def contenders(gguf: Path, engine: Engine, pristine: Engine) -> Iterator[tuple[Contender, Contender]]:
+    with start(engine) as ours, start(pristine) as theirs:
+        for contender in (ours, theirs):
+            contender.ask("load", gguf=str(gguf), repack=True)
+            contender.ask("context", name="fa", flash=True, **CONTEXT)
+            contender.ask("context", name="plain", flash=False, **CONTEXT)
+        yield ours, theirs
+
+
+def logits(contender: Contender, context: str, folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    file = folder / "logits.npy"
+    contender.ask("logits", name=context, threads=1, file=str(file))
+    values = np.load(file).astype(np.float64)
+    assert np.isfinite(values).all()
+    return values
+
+
+def nmse(
+    a: np.ndarray[tuple[int], np.dtype[np.float64]], b: np.ndarray[tuple[int], np.dtype[np.float64]]
+) -> float:
+    return float(np.square(a - b).sum() / np.square(b).sum())
+
+
+def test_a_state_of_ours_is_pristine_s_too(contenders: tuple[Contender, Contender], tmp_path: Path) -> None:
+    ours, theirs = contenders
+    file = str(tmp_path / "state")
+    ours.ask("fill", name="fa", depth=DEPTH, file=file)
+    wanted = logits(ours, "fa", tmp_path)
+    theirs.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "theirs"))
+    alone = nmse(logits(theirs, "fa", tmp_path), wanted)  # each from its own state: what the builds differ by
+    for contender, context in ((theirs, "fa"), (theirs, "plain"), (ours, "plain")):
+        contender.ask("empty", name=context)
+        assert nmse(logits(contender, context, tmp_path), wanted) > 1e-2, "another state gives other logits"
+        contender.ask("restore", name=context, file=file)
+        assert nmse(logits(contender, context, tmp_path), wanted) < max(1e-3, 2 * alone)
+
+
+def test_timing_goes_back_to_the_state_each_time(
+    contenders: tuple[Contender, Contender], tmp_path: Path
+) -> None:
+    ours, _ = contenders
+    ours.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "state"))
+    before = logits(ours, "fa", tmp_path)
+    told = ours.ask("time", name="fa", batch=7, steps=3, warm=2, threads=1)
+    assert len(told["seconds"]) == 3
+    assert all(seconds > 0 for seconds in told["seconds"])
+    assert (logits(ours, "fa", tmp_path) == before).all()
+
+
+def test_a_repeated_state_is_as_deep_as_it_says(
+    contenders: tuple[Contender, Contender], tmp_path: Path
+) -> None:
+    ours, _ = contenders
+    file = tmp_path / "state"
+    ours.ask("fill", name="fa", depth=DEPTH, file=str(file))
+    state = np.fromfile(file, np.uint8)[8:]
+    assert (repeated(state, DEPTH) == state).all()
+    ours.ask("repeat", name="fa", file=str(file), depth=3 * DEPTH + 5)
+    # decoding goes on at the next position: llama.cpp refuses any other
+    told = ours.ask("time", name="fa", batch=1, steps=2, warm=0, threads=1, back=False)
+    assert len(told["seconds"]) == 2
+    ours.ask("fill", name="fa", depth=3 * DEPTH + 7, file=str(tmp_path / "deep"))
+    deep = np.fromfile(tmp_path / "deep", np.uint8)[8:]
+    assert len(deep) == len(repeated(state, 3 * DEPTH + 7))
+
+
+def test_bytes_that_are_no_state_are_refused() -> None:
+    for change in (plain_layout, lambda state: repeated(state, 10)):
+        with pytest.raises(StateError):
+            change(np.full(4096, 7, np.uint8))
+
+
+def test_an_error_of_llama_cpp_is_one_line(gguf: Path, engine: Engine) -> None:
+    with start(engine) as ours:
+        with pytest.raises(EngineError, match=r"patched: llama\.cpp cannot load it"):
+            ours.ask("load", gguf=str(gguf.parent / "absent.gguf"), repack=True)
+        ours.ask("load", gguf=str(gguf), repack=True)
+        with pytest.raises(EngineError, match="cache type 'q9_9'"):
+            ours.ask("context", name="fa", flash=True, **(CONTEXT | {"cache_type": "q9_9"}))
+
+
+def test_a_process_that_dies_is_told_with_its_last_word(gguf: Path, engine: Engine) -> None:
+    with start(engine) as ours:
+        ours.ask("load", gguf=str(gguf), repack=True)
+        with pytest.raises(EngineError, match=r"the llama\.cpp process ended with status 1: KeyError"):
+            ours.ask("time", name="absent", batch=1, steps=1, warm=0, threads=1)
+
+
+def test_a_contender_at_rest_is_frozen_and_ends_all_the_same(gguf: Path, engine: Engine) -> None:
+    with start(engine) as ours:
+        ours.ask("load", gguf=str(gguf), repack=True)
+        stat = Path(f"/proc/{ours.pid}/stat")
+        deadline = time.monotonic() + 5
+        while stat.read_text().rpartition(")")[2].split()[0] != "T" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stat.read_text().rpartition(")")[2].split()[0] == "T"
+    assert not stat.exists()

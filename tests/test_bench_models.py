@@ -1,0 +1,172 @@
+"""Generated models: the 48B's shapes, llama-quantize's types, random weights that both builds can run."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from bench_case import own_cache
+
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.bench import models
+from kimi_gguf.scripts.bench.cells import Cell
+from kimi_gguf.scripts.bench.limits import demand
+from kimi_gguf.scripts.bench.models import ModelFile, generate, open_model
+from kimi_gguf.scripts.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
+from kimi_gguf.scripts.bench.weights import Weights
+from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.scripts.progress import Silent
+from kimi_gguf.validate.llama import RunOptions, run
+
+TINY = BenchModel(layers=4, experts=8, shapes="tiny")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(own_cache(tmp_path)))
+
+
+def tiny(family: str = "kimi-linear", kind: str = "Q8_0") -> BenchModel:
+    return BenchModel(family, TINY.layers, TINY.experts, kind, "tiny")
+
+
+def made(model: BenchModel, engine: Engine) -> ModelFile:
+    return open_model(generate(model, engine, Silent()))
+
+
+def test_layers_have_the_48b_s_shapes() -> None:
+    shapes = {tensor.name: tensor.output.ne for tensor in plan_of(BenchModel()).tensors}
+    assert shapes["token_embd.weight"] == shapes["output.weight"] == (2304, 163840)
+    assert shapes["blk.0.ffn_up.weight"] == (2304, 9216)
+    assert shapes["blk.0.attn_q.weight"] == (2304, 4096)
+    assert shapes["blk.0.ssm_conv1d_v.weight"] == (4, 1, 4096, 1)
+    assert shapes["blk.1.ffn_down_exps.weight"] == (1024, 2304, 32)
+    assert shapes["blk.3.attn_q.weight"] == (2304, 6144)
+    assert shapes["blk.3.attn_kv_a_mqa.weight"] == (2304, 576)
+    assert shapes["blk.3.attn_k_b.weight"] == (128, 512, 32)
+    latent = [name for name in shapes if name.endswith("attn_kv_a_mqa.weight")]
+    assert latent == ["blk.3.attn_kv_a_mqa.weight", "blk.7.attn_kv_a_mqa.weight"]
+    assert "blk.0.ffn_gate_exps.weight" not in shapes
+
+
+@pytest.mark.parametrize(
+    ("family", "latent", "recurrent"), [("kimi-linear", 1, 3), ("all-mla", 4, 0), ("deepseek2", 4, 0)]
+)
+def test_families_differ_in_their_kinds_of_layers(family: str, latent: int, recurrent: int) -> None:
+    names = [tensor.name for tensor in plan_of(tiny(family)).tensors]
+    assert sum(name.endswith("attn_kv_a_norm.weight") for name in names) == latent
+    assert sum(name.endswith("ssm_a") for name in names) == recurrent
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "BF16"])
+def test_types_are_those_that_llama_quantize_writes(kind: str, tmp_path: Path, pristine: Engine) -> None:
+    wide = generate(tiny(kind="BF16"), pristine, Silent())
+    wanted = tmp_path / "quantised.gguf"
+    program = [str(pristine.bin / "llama-quantize"), str(wide), str(wanted), kind]
+    subprocess.run(program, check=True, capture_output=True)
+    types = {tensor.name: tensor.type for tensor in open_model(wanted).tensors}
+    assert {tensor.name: tensor.type for tensor in made(tiny(kind=kind), pristine).tensors} == types
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, pristine: Engine) -> None:
+    file = made(tiny(family), pristine)
+    ids = np.random.default_rng(0).integers(0, 512, 96)
+    builds = [engine] if family == "all-mla" else [engine, pristine]  # pristine wants a KDA layer
+    logits = [run(build, file.path, [ids], RunOptions()).logits[0] for build in builds]
+    for each in logits:
+        assert np.isfinite(each).all()
+        assert 0.1 < each.std() < 10
+    assert np.square(logits[0] - logits[-1]).sum() < 0.05 * np.square(logits[0]).sum()
+
+
+@pytest.mark.engine
+def test_tokens_spread_over_all_experts(engine: Engine, pristine: Engine) -> None:
+    file = made(tiny(), pristine)
+    ids = np.random.default_rng(0).integers(0, 512, 256)
+    told = run(engine, file.path, [ids], RunOptions(trace=True))
+    assert sorted(told.experts) == [1, 2, 3]
+    # all of 8 experts are used by every token here; of 32 with 8 used, each ought to have a quarter
+    spread = made(BenchModel("kimi-linear", 4, 32, "Q8_0", "tiny"), pristine)
+    told = run(engine, spread.path, [ids], RunOptions(trace=True))
+    for chosen in told.experts.values():
+        counts = np.bincount(chosen.reshape(-1), minlength=32)
+        assert counts.min() > 0
+        assert counts.max() < 4 * counts.mean()
+
+
+@pytest.mark.engine
+def test_the_same_choice_is_the_same_file_and_is_made_once(
+    pristine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = generate(TINY, pristine, Silent())
+    first = path.read_bytes()
+    path.unlink()
+    assert generate(TINY, pristine, Silent()).read_bytes() == first
+    monkeypatch.setattr(models, "write", None)  # made already: nothing is written
+    assert generate(TINY, pristine, Silent()) == path
+
+
+@pytest.mark.engine
+def test_an_interrupted_file_leaves_nothing(pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pieces(self: Weights, tensor: object) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(Weights, "pieces", pieces)
+    with pytest.raises(KeyboardInterrupt):
+        generate(TINY, pristine, Silent())
+    assert list((models.bench_folder() / "models").iterdir()) == []
+
+
+@pytest.mark.engine
+def test_what_a_decode_must_read_is_counted(pristine: Engine) -> None:
+    file = made(tiny(kind="Q8_0"), pristine)
+    sizes = {tensor.name: tensor.nbytes for tensor in file.tensors}
+    experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    one = demand(file, Cell("f16", 1, 1000, 1, 1))
+    # every expert is used by every token: 8 of 8
+    assert (
+        one.weight_bytes
+        == sum(sizes.values()) - sizes["token_embd.weight"] + sizes["token_embd.weight"] / 512
+    )
+    assert one.cache_bytes == 1001 * 576 * 2
+    assert one.state_bytes == 2 * 3 * (4 * 128 * 128 * 4 + 3 * 3 * 512 * 4)
+    wide = made(BenchModel("kimi-linear", 4, 32, "Q8_0", "tiny"), pristine)
+    wide_sizes = {tensor.name: tensor.nbytes for tensor in wide.tensors}
+    routed = sum(size for name, size in wide_sizes.items() if "_exps." in name)
+    assert routed == 4 * experts
+    few, many = demand(wide, Cell("f16", 1, 0, 1, 1)), demand(wide, Cell("f16", 1, 0, 1, 512))
+    assert many.weight_bytes - few.weight_bytes == pytest.approx(
+        0.75 * routed + 511 * wide_sizes["token_embd.weight"] / 512, rel=1e-6
+    )
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    writer = gguf.GGUFWriter(other, "llama")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(EngineError, match=r"(?s)other\.gguf.*kimi-linear.*llama"):
+        open_model(other)
+    (tmp_path / "cut.gguf").write_bytes(other.read_bytes()[:40])
+    with pytest.raises(EngineError, match=r"cut\.gguf: a damaged GGUF file"):
+        open_model(tmp_path / "cut.gguf")
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(EngineError, match=r"text\.gguf: not a GGUF file"):
+        open_model(tmp_path / "text.gguf")
+
+
+def test_more_experts_than_llama_cpp_has_are_refused() -> None:
+    with pytest.raises(ConvertError, match="num_experts"):
+        plan_of(BenchModel(experts=2000))

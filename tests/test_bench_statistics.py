@@ -1,0 +1,105 @@
+"""The bench's figures: medians, spreads, pristine at its best, the machine's floor; no process is run."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_gguf.scripts.bench.cells import OURS, PRISTINE, Cell, grid, ways
+from kimi_gguf.scripts.bench.hybrid import fit
+from kimi_gguf.scripts.bench.limits import Demand, Limits, attention_products
+from kimi_gguf.scripts.bench.measure import Result
+from kimi_gguf.scripts.bench.report import slower, verdict
+from kimi_gguf.scripts.bench.statistics import best, stable, summary, worth_measuring
+
+CELL = Cell("f16", 1, 0, 2, 8)
+
+
+def test_the_median_is_not_moved_by_a_straggler() -> None:
+    found = summary([1.0, 1.1, 0.9, 50.0, 1.0])
+    assert found.median == 1.0
+    assert found.spread == pytest.approx(0.1)
+    assert found.samples == 5
+
+
+def test_an_even_number_of_samples_has_its_median_between_the_middle_two() -> None:
+    assert summary([1.0, 2.0, 4.0, 8.0]).median == 3.0
+
+
+def test_pristine_counts_in_its_fastest_way_by_median() -> None:
+    samples = {
+        OURS.name: [0.5, 0.5, 0.5],
+        "pristine": [1.0, 1.0, 0.1],  # one lucky sample does not make it the best
+        "pristine -fa 0": [0.8, 0.8, 3.0],
+        "pristine --repack 0": [0.9, 0.9, 0.9],
+    }
+    result = Result(CELL, samples, {}, 1, None)
+    assert best({name: each for name, each in samples.items() if name != OURS.name}) == "pristine -fa 0"
+    assert result.rival == "pristine -fa 0"
+    assert result.ratio == pytest.approx(0.8 / 0.5)
+
+
+def test_ways_near_the_best_one_are_measured_along() -> None:
+    assert worth_measuring({"a": 1.05, "b": 1.0, "c": 1.2}) == ["b", "a"]
+
+
+def test_measuring_goes_on_until_samples_agree_or_are_many() -> None:
+    assert not stable([1.0, 1.0])
+    assert stable([1.0] * 6)
+    assert not stable([1.0, 1.2] * 5)
+    assert stable([1.0, 1.2] * 13)
+
+
+def test_pristine_runs_in_all_four_ways_where_the_cache_allows() -> None:
+    assert {way.name for way in ways(CELL, PRISTINE)} == {
+        "pristine",
+        "pristine -fa 0",
+        "pristine --repack 0",
+        "pristine --repack 0 -fa 0",
+    }
+    quantised = Cell("q8_0", 1, 0, 2, 8)
+    assert {way.name for way in ways(quantised, PRISTINE)} == {"pristine", "pristine --repack 0"}
+
+
+def test_a_grid_reaches_each_depth_once() -> None:
+    cells = grid(("f16",), (1,), (4096, 0), (1, 2), (8, 1))
+    assert len(cells) == 8
+    assert [cell.depth for cell in cells] == sorted(cell.depth for cell in cells)
+
+
+def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
+    def cell(ratio: float, batch: int) -> dict[str, object]:
+        return {
+            "ratio": ratio, "batch": batch, "sequences": 1, "threads": 2, "cache_type": "f16", "depth": 0,
+            "pristine": {"spread": 0.01}, "patched": {"spread": 0.01}, "others": 0.0,
+        }  # fmt: skip
+
+    cells = [cell(0.99, 1), cell(0.9, 8), cell(1.5, 512)]
+    assert slower(cells) == [cells[1]]
+    assert "slower by more than the spread in 1: pp8 at 0, 2 threads (0.90)" in verdict(cells)
+    assert "faster than pristine at its best in 1" in verdict(cells)
+
+
+def test_the_floor_is_the_slower_of_reading_and_multiplying() -> None:
+    limits = Limits(threads=1, read=100.0, f32=10.0, int8=1000.0, bf16=None)
+    reading = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 10.0, 0.0)
+    assert reading.floor(limits) == (6.0, "memory")
+    multiplying = Demand(100.0, 0.0, 0.0, {"Q4_0": 5000.0, "F32": 20.0}, 30.0, 10.0)
+    assert multiplying.floor(limits) == (pytest.approx(5.0 + 2.0 + 4.0), "products")
+
+
+def test_without_bf16_products_such_weights_count_as_float32() -> None:
+    limits = Limits(threads=1, read=1e9, f32=10.0, int8=None, bf16=None)
+    assert limits.products("BF16") == limits.products("Q4_0") == 10.0
+
+
+def test_attention_takes_the_cheaper_form() -> None:
+    """A query and key cost 1088 products a head absorbed, 320 and the key's expansion otherwise (FACTS of MLA)."""
+    one = attention_products(Cell("f16", 1, 999, 1, 1), 1, 512, 64, 128, 128)
+    assert one == 1000 * 1088 + 512 * 256
+    many = attention_products(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128)
+    assert many == 512 * 513 / 2 * 320 + 512 * 512 * 256
+
+
+def test_the_slope_is_found_through_points_on_a_line() -> None:
+    line = fit([4096, 16384, 65536], [0.01 + 1e-6 * depth for depth in (4096, 16384, 65536)])
+    assert line.at(1 << 20) == pytest.approx(0.01 + 1e-6 * (1 << 20))
