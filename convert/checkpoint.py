@@ -10,7 +10,7 @@ Nothing of the checkpoint is ever run: no pickle, no Python beside the weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .config import KimiConfig
+from .digest import digest
 from .errors import ConvertError
 from .json_file import read_object
 from .layouts import Place, places
@@ -77,6 +78,20 @@ class Checkpoint:
         """Elements `first .. first+count` in row-major order, 1-D, as stored (BF16 as uint16)."""
         place = self._place[name]
         return self._files[self._file_of[place.stored]].read(place.stored, place.first + first, count)
+
+    def identity(self) -> str:
+        """A hash of what the weights stand in: names, sizes, times and headers of the files."""
+        return digest(*(file.identity() for file in self._files.values()))
+
+    def check_unchanged(self, names: Iterable[str] | None = None) -> None:
+        """Raise `ConvertError` if a file that holds one of the tensors `names` is no longer what was opened;
+        without names, look at every file, and read the headers again."""
+        if names is None:
+            for file in self._files.values():
+                file.check_unchanged(thoroughly=True)
+            return
+        for path in {self._file_of[self._place[name].stored] for name in names}:
+            self._files[path].check_unchanged()
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """The whole tensor in its canonical shape, as stored (BF16 as uint16; see `dtype`)."""

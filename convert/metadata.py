@@ -13,7 +13,8 @@ from enum import IntEnum
 from typing import Final
 
 from .config import KimiConfig, LayerKind
-from .quantise import TensorType
+from .imatrix import Importances
+from .quantise import FileType
 from .tensors import outputs
 from .tokenizer import Vocab
 
@@ -46,22 +47,47 @@ class Key:
     items: ValueType | None = None
 
 
-def metadata(config: KimiConfig, vocab: Vocab, file_type: TensorType, name: str) -> list[Key]:
-    """Every key of the file."""
-    return [*_general(config, file_type, name), *architecture_keys(config), *_tokenizer(vocab)]
+def metadata(
+    config: KimiConfig,
+    vocab: Vocab,
+    file_type: FileType,
+    name: str,
+    importances: Importances | None = None,
+) -> list[Key]:
+    """Every key of the file, in the order in which llama-quantize leaves them."""
+    return [
+        *_general(config, name),
+        *architecture_keys(config),
+        *_tokenizer(vocab),
+        _u32("general.quantization_version", QUANTIZATION_VERSION),
+        _u32("general.file_type", file_type.number),
+        *_quantize(importances),
+    ]
 
 
 def _u32(name: str, value: int) -> Key:
     return Key(name, ValueType.UINT32, value)
 
 
-def _general(config: KimiConfig, file_type: TensorType, name: str) -> Iterator[Key]:
+def _general(config: KimiConfig, name: str) -> Iterator[Key]:
     yield Key("general.architecture", ValueType.STRING, ARCHITECTURE)
     yield Key("general.type", ValueType.STRING, "model")
     yield Key("general.name", ValueType.STRING, name)
     yield Key("general.size_label", ValueType.STRING, size_label(config))
-    yield _u32("general.file_type", file_type.file_type)
-    yield _u32("general.quantization_version", QUANTIZATION_VERSION)
+
+
+def _quantize(importances: Importances | None) -> Iterator[Key]:
+    """What llama-quantize says of an importance matrix; its texts hold 127 bytes."""
+    if importances is None:
+        return
+    texts = (("file", str(importances.path)), ("dataset", importances.dataset))
+    for name, text in texts:
+        if text is not None:
+            short = text.encode("utf-8", "surrogateescape")[:127].decode("utf-8", "ignore")
+            yield Key(f"quantize.imatrix.{name}", ValueType.STRING, short)
+    yield _u32("quantize.imatrix.entries_count", len(importances.weights))
+    if importances.chunks > 0:
+        yield _u32("quantize.imatrix.chunks_count", importances.chunks)
 
 
 def architecture_keys(config: KimiConfig) -> Iterator[Key]:

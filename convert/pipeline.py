@@ -6,56 +6,119 @@ on the command line.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .digest import digest
+from .ggml import Ggml, load
+from .imatrix import read_importances
+from .mixes import Request
 from .plan import Plan, PlannedTensor, make_plan
-from .quantise import TensorType
-from .stream import encoded_pieces
+from .quantise import FileType
+from .stream import Pace, encoded
 from .tokenizer import load_vocab
-from .writer import check_output, write
+from .unfinished import Identity
+from .writer import check_output, header, write
 
 TOKENIZER: Final = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 Report = Callable[[PlannedTensor, int], None]
 
 
-def plan_only(source: Path, wanted: TensorType, name: str | None = None) -> Plan:
+@dataclass(frozen=True)
+class Options:
+    """How to convert; none of them but `name` and `imatrix` has a say in the bytes."""
+
+    name: str | None = None  # the model's name in the file; default: its folder's
+    imatrix: Path | None = None
+    overwrite: bool = False
+    resume: bool = False
+    max_memory: int | None = None  # bytes
+
+
+def plan_only(source: Path, wanted: FileType | Request, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
     with open_checkpoint(source) as checkpoint:
-        return _plan(checkpoint, source, wanted, name)
+        return _plan(checkpoint, wanted, options or Options())
 
 
 def convert(
     source: Path,
     output: Path,
-    wanted: TensorType,
-    name: str | None = None,
-    overwrite: bool = False,
+    wanted: FileType | Request,
+    options: Options | None = None,
     progress: Callable[[Plan], AbstractContextManager[Report]] | None = None,
 ) -> Plan:
-    """Convert the checkpoint `source` to the GGUF file `output`; raises `ConvertError` and leaves no file.
+    """Convert the checkpoint `source` to the GGUF file `output`; raises `ConvertError` and leaves no file there.
 
-    `name` is the model's name in the file (default: its folder's). `progress` is entered with the plan before
-    the first byte is written, and gives the function that hears of every tensor and number of bytes.
+    `progress` is entered with the plan before the first byte is written, and gives the function that hears of
+    every tensor and number of bytes.
     """
+    options = options or Options()
+    pace = Pace.within(options.max_memory)
     with open_checkpoint(source) as checkpoint:
-        check_output(output, overwrite, (*checkpoint.files, *(checkpoint.folder / n for n in TOKENIZER)))
-        plan = _plan(checkpoint, source, wanted, name)
+        beside = (*checkpoint.files, *(checkpoint.folder / n for n in TOKENIZER))
+        inputs = (*beside, *([options.imatrix] if options.imatrix else []))
+        check_output(output, options.overwrite, inputs)
+        plan = _plan(checkpoint, wanted, options)
+        ggml = _prepared(plan)
+        identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
+
+        def run(report: Report) -> None:
+            write(
+                plan,
+                lambda left: encoded(checkpoint, plan, left, pace, ggml),
+                output,
+                options.overwrite,
+                identity,
+                options.resume,
+                report,
+                lambda tensor: checkpoint.check_unchanged(tensor.output.sources if tensor else None),
+            )
+
         if progress is None:
-            write(plan, lambda tensor: encoded_pieces(checkpoint, tensor), output, overwrite, _silent)
+            run(lambda tensor, nbytes: None)
         else:
             with progress(plan) as report:
-                write(plan, lambda tensor: encoded_pieces(checkpoint, tensor), output, overwrite, report)
+                run(report)
     return plan
 
 
-def _plan(checkpoint: Checkpoint, source: Path, wanted: TensorType, name: str | None) -> Plan:
+def _plan(checkpoint: Checkpoint, wanted: FileType | Request, options: Options) -> Plan:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
-    return make_plan(checkpoint, vocab, wanted, name or model_name(checkpoint.folder))
+    request = wanted if isinstance(wanted, Request) else Request(wanted)
+    importances = read_importances(options.imatrix) if options.imatrix else None
+    return make_plan(checkpoint, vocab, request, options.name or model_name(checkpoint.folder), importances)
+
+
+def _prepared(plan: Plan) -> Ggml | None:
+    """ggml's quantisers, ready for every type of the plan; None where it needs none."""
+    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantised}
+    if not kinds:
+        return None
+    ggml = load()
+    for kind in kinds.values():
+        ggml.prepare(kind)
+    return ggml
+
+
+def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
+    """What the bytes follow from beside the weights: layout, keys, importances, the versions at work."""
+    sources = [[t.name, *t.output.sources, t.output.transform.value] for t in plan.tensors]
+    importances = plan.importances.weights if plan.importances else {}
+    return digest(
+        version("kimi-gguf").encode(),
+        (ggml.identity if ggml else "").encode(),
+        header(plan),
+        json.dumps(sources).encode(),
+        *(part for name in sorted(importances) for part in (name.encode(), importances[name].tobytes())),
+    )
 
 
 def model_name(folder: Path) -> str:
@@ -65,7 +128,3 @@ def model_name(folder: Path) -> str:
         if parent.name.startswith("models--"):
             return parent.name.split("--")[-1]
     return folder.name
-
-
-def _silent(tensor: PlannedTensor, nbytes: int) -> None:
-    pass

@@ -1,6 +1,6 @@
 """What will be written, settled before a byte is: every tensor's sources, shape, type, bytes and place.
 
-Flows in: an open checkpoint, its vocabulary, the wanted type. Flows out: `Plan`, from which the header can be
+Flows in: an open checkpoint, its vocabulary, what is asked for. Flows out: `Plan`, from which the header can be
 written and the file's size is known; or `ConvertError`.
 """
 
@@ -12,13 +12,17 @@ from typing import Final
 
 from .checkpoint import Checkpoint
 from .errors import ConvertError
+from .imatrix import Importances
 from .metadata import Key, metadata
-from .quantise import F16, F32, TensorType
+from .mixes import Request, choose_types, needs_importances
+from .quantise import BF16, F16, F32, TensorType, Values
 from .safetensors_file import Dtype
 from .tensors import Output, outputs
 from .tokenizer import Vocab
 
 ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
+
+EMBEDDING: Final = "token_embd.weight"  # llama-imatrix has nothing about it: no product reads it
 
 DELICATE: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints
 
@@ -44,10 +48,17 @@ class PlannedTensor:
 class Plan:
     """A whole GGUF file before it is written."""
 
-    type: TensorType
+    request: Request
     keys: tuple[Key, ...]
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is wrong
+    importances: Importances | None = None
+
+    def weights(self, tensor: PlannedTensor) -> Values | None:
+        """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
+        found = self.importances.weights.get(tensor.name) if self.importances else None
+        ne = tensor.output.ne
+        return found if found is not None and len(found) == ne[0] * (ne[2] if len(ne) > 2 else 1) else None
 
     @property
     def data_bytes(self) -> int:
@@ -60,17 +71,47 @@ def aligned(offset: int) -> int:
     return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
-def choose_type(output: Output, wanted: TensorType) -> TensorType:
-    """The type policy: F32 where the graph needs it, F16 where a row is not whole blocks, else the wanted."""
-    if output.always_f32:
-        return F32
-    if output.ne[0] % wanted.block:
-        return F16
-    return wanted
+def in_file_order(output: Output) -> tuple[int, str]:
+    """llama.cpp's order of tensors, which llama-quantize writes: the top level, then layer by layer, by name."""
+    layer = int(output.name.split(".")[1]) if output.name.startswith("blk.") else -1
+    return layer, output.name
 
 
-def make_plan(checkpoint: Checkpoint, vocab: Vocab, wanted: TensorType, name: str) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    vocab: Vocab,
+    request: Request,
+    name: str,
+    importances: Importances | None = None,
+) -> Plan:
     """Plan the GGUF file called `name` in its metadata. Reads no weights. Raises `ConvertError`."""
+    config = checkpoint.config
+    _check_vocab(checkpoint, vocab)
+    every = sorted(outputs(config), key=in_file_order)
+    chosen = choose_types(config, every, request, importances is not None)
+    tensors: list[PlannedTensor] = []
+    offset = 0
+    for output in every:
+        kind = chosen[output.name] or _kept(checkpoint, output)
+        nbytes = kind.nbytes(output.ne)
+        tensors.append(PlannedTensor(output, kind, nbytes, offset))
+        offset = aligned(offset + nbytes)
+    if importances is not None:
+        _check_importances(tensors, importances)
+    _check_needs(tensors, request, importances)
+    keys = tuple(metadata(config, vocab, request.file_type, name, importances))
+    notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
+    return Plan(request, keys, tuple(tensors), notes, importances)
+
+
+def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
+    """The type of a tensor that is not quantised: F32 where the graph wants it, else as it is stored."""
+    if output.always_f32 or any(checkpoint.dtype(source) is not Dtype.BF16 for source in output.sources):
+        return F32
+    return BF16
+
+
+def _check_vocab(checkpoint: Checkpoint, vocab: Vocab) -> None:
     config = checkpoint.config
     for key, size in (("tokens", len(vocab.tokens)), ("token types", len(vocab.types))):
         if size != config.vocab_size:
@@ -85,18 +126,56 @@ def make_plan(checkpoint: Checkpoint, vocab: Vocab, wanted: TensorType, name: st
                 f"({vocab.tokens[token_id]!r}) cannot be a further end token: GGUF holds one, and llama.cpp "
                 f"adds only {', '.join(sorted(_ALWAYS_STOP))}; name one token"
             )
-    tensors: list[PlannedTensor] = []
-    offset = 0
-    for output in outputs(config):
-        chosen = choose_type(output, wanted)
-        nbytes = chosen.nbytes(output.ne)
-        tensors.append(PlannedTensor(output, chosen, nbytes, offset))
-        offset = aligned(offset + nbytes)
-    keys = tuple(metadata(config, vocab, wanted, name))
-    return Plan(wanted, keys, tuple(tensors), tuple(_notes(checkpoint, wanted, tensors)))
 
 
-def _notes(checkpoint: Checkpoint, wanted: TensorType, tensors: list[PlannedTensor]) -> Iterator[str]:
+def _check_importances(tensors: list[PlannedTensor], importances: Importances) -> None:
+    for tensor in tensors:
+        weights = importances.weights.get(tensor.name)
+        expected = tensor.output.ne[0] * (tensor.output.ne[2] if len(tensor.output.ne) > 2 else 1)
+        if weights is None or not tensor.type.quantised or tensor.name == EMBEDDING:
+            continue
+        if len(weights) != expected:
+            raise ConvertError(
+                f"{importances.path}: {tensor.name!r}: expected {expected} importances, found {len(weights)}; "
+                "it was made with another model"
+            )
+
+
+def _check_needs(tensors: list[PlannedTensor], request: Request, importances: Importances | None) -> None:
+    """Refuse what ggml would make garbage of: the lowest types without importances."""
+    known = importances.weights if importances else {}
+    lacking = [
+        tensor
+        for tensor in tensors
+        if tensor.name not in known and needs_importances(tensor.name, tensor.type, request.file_type)
+    ]
+    if not lacking:
+        return
+    first = lacking[0]
+    what = "has nothing about it" if importances else "is needed: give --imatrix FILE (made by llama-imatrix)"
+    raise ConvertError(
+        f"{importances.path if importances else '--type ' + request.file_type.name}: {first.name!r} "
+        f"(and {len(lacking) - 1} others) would become {first.type.name}: an importance matrix {what}"
+        + (f"; give it another type, as --tensor-type '{first.name}=Q4_K'" if importances else "")
+    )
+
+
+def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) -> Iterator[str]:
+    """Tensors that are quantised without importances though an importance matrix is given."""
+    if importances is None:
+        return
+    blind = [t.name for t in tensors if t.type.quantised and t.name not in importances.weights]
+    kinds = sorted({name.split(".", 2)[-1] if name.startswith("blk.") else name for name in blind})
+    if blind:
+        yield (
+            f"{importances.path.name} says nothing about {len(blind)} tensors, which are quantised as without "
+            f"it: {', '.join(kinds)}"
+        )
+    if strange := [name for name in importances.weights if name not in {t.name for t in tensors}]:
+        yield f"{importances.path.name} has {len(strange)} entries of no tensor here: {strange[0]}, ..."
+
+
+def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     rounded = [name for name in checkpoint.names() if name.endswith(DELICATE)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
@@ -109,9 +188,10 @@ def _notes(checkpoint: Checkpoint, wanted: TensorType, tensors: list[PlannedTens
         yield "query compression (q_lora_rank): unpatched llama.cpp does not load this model"
     if len(set(config.layers)) == 1:
         yield f"all layers are {config.layers[0].name}: unpatched llama.cpp does not run this model"
-    fallen = [t.name for t in tensors if t.type not in (F32, wanted)]
+    base = request.file_type.base
+    fallen = [t.name for t in tensors if t.type is F16 and base is not F16]
     if fallen:
         yield (
-            f"{len(fallen)} tensors stay {F16.name}, their rows are not whole blocks of {wanted.block}: "
+            f"{len(fallen)} tensors stay {F16.name}, their rows are not whole blocks of {min(base.block, 32)}: "
             f"{', '.join(fallen[:3])}{', ...' if len(fallen) > 3 else ''}"
         )

@@ -1,12 +1,13 @@
-"""GGUF tensor types and their encoders: float32 rows to the bytes that ggml stores.
+"""What tensors can be written as: ggml's tensor types, and llama-quantize's file types. Data only.
 
-Flows in: float32 values in rows. Flows out: sizes, and the bytes of ggml's reference quantisers
-(`ggml_fp32_to_bf16_row`, `ggml_fp32_to_fp16_row`, `quantize_row_q8_0_ref`).
+Flows in: nothing. Flows out: `TENSOR_TYPES` (the types of one tensor: number, block, bytes) and `TYPES` (what
+`--type` names: the number in `general.file_type` and the tensor type it starts from; `mixes` says which tensors
+then get another one). Sources: `ggml.h`, `gguf-py/gguf/constants.py`, `tools/quantize/quantize.cpp`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 Values = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Stored = npt.NDArray[Any]  # elements as they stand in the checkpoint; BF16 as uint16
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,15 @@ class TensorType:
 
     name: str
     number: int  # ggml_type
-    file_type: int  # general.file_type (llama_ftype) of a file that is mostly of this type
     block: int  # elements that are encoded together; a row must be whole blocks
     block_bytes: int
-    limit: float  # the smallest magnitude that no longer has a finite encoding
-    encode: Callable[[Values], Bytes]  # [rows, columns] -> bytes, 1-D; values finite and below `limit`
+    limit: float  # magnitudes from here on have no finite encoding, or are not worth trying
+    needs_weights: bool = False  # ggml has no search for it without importances
+
+    @property
+    def quantised(self) -> bool:
+        """Whether ggml counts it among its quantisations: blocks with scales."""
+        return self.block > 1
 
     def nbytes(self, ne: Sequence[int]) -> int:
         """Bytes of a tensor of ggml shape `ne`, whose first dimension must be whole blocks."""
@@ -39,56 +45,101 @@ class TensorType:
         return size
 
 
-def _as_bytes(values: npt.NDArray[Any]) -> Bytes:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+@dataclass(frozen=True)
+class FileType:
+    """What `--type` names: a tensor type, or one of llama-quantize's mixes of several."""
 
+    name: str
+    number: int  # general.file_type (llama_ftype)
+    base: TensorType
 
-def encode_f32(values: Values) -> Bytes:
-    return _as_bytes(values.astype("<f4", copy=False))
-
-
-def encode_f16(values: Values) -> Bytes:
-    """Nearest half-precision number, ties to even."""
-    return _as_bytes(values.astype("<f2"))
-
-
-def encode_bf16(values: Values) -> Bytes:
-    """The upper half of each float32, rounded to nearest, ties to even."""
-    bits = np.ascontiguousarray(values, "<f4").view("<u4")
-    rounded = bits >> np.uint32(16)
-    rounded &= np.uint32(1)
-    rounded += np.uint32(0x7FFF)
-    rounded += bits
-    return _as_bytes(rounded.view("<u2").reshape(-1, 2)[:, 1])
-
-
-_BELOW_HALF: Final = np.nextafter(np.float32(0.5), np.float32(0))
-
-
-def encode_q8_0(values: Values) -> Bytes:
-    """Blocks of 32: a half-precision scale d = max|x| / 127, then 32 signed bytes round(x / d), halves away
-    from zero. The bytes use the float32 scale and its reciprocal, as ggml does."""
-    blocks = values.reshape(-1, 32)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / scale
-    # A scale of zero, or one too small to invert, is zero in half precision too: such a block is zeros.
-    inverse[~np.isfinite(inverse)] = 0
-    scaled = blocks * inverse
-    # Adding the number just below a half, then cutting, rounds halves away from zero and nothing else up.
-    scaled += np.copysign(_BELOW_HALF, scaled)
-    out = np.empty((len(blocks), 34), np.uint8)
-    out[:, :2] = scale.astype("<f2").view(np.uint8)
-    out[:, 2:] = np.trunc(scaled).astype(np.int8).view(np.uint8)
-    return out.reshape(-1)
+    @property
+    def quantised(self) -> bool:
+        return self.base.quantised
 
 
 _F16_LIMIT: Final = 65520.0  # halfway between the largest half, 65504, and the next step
 _BF16_LIMIT: Final = float(np.array(0x7F7F8000, np.uint32).view(np.float32))
+# Every block type but the 4-bit floats has scales in half precision, so that the result is checked by ggml.
+# This bound lies above all of them and below where the searches' sums of squares overflow.
+_BLOCK_LIMIT: Final = float(1 << 28)
 
-F32: Final = TensorType("F32", 0, 0, 1, 4, float("inf"), encode_f32)
-F16: Final = TensorType("F16", 1, 1, 1, 2, _F16_LIMIT, encode_f16)
-BF16: Final = TensorType("BF16", 30, 32, 1, 2, _BF16_LIMIT, encode_bf16)
-Q8_0: Final = TensorType("Q8_0", 8, 7, 32, 34, _F16_LIMIT * 127, encode_q8_0)
+F32: Final = TensorType("F32", 0, 1, 4, float("inf"))
+F16: Final = TensorType("F16", 1, 1, 2, _F16_LIMIT)
+BF16: Final = TensorType("BF16", 30, 1, 2, _BF16_LIMIT)
 
-TYPES: Final = {t.name: t for t in (F32, F16, BF16, Q8_0)}
+_BLOCK_TYPES: Final = (
+    # name, ggml_type, elements and bytes of a block, whether importances are a must
+    ("Q4_0", 2, 32, 18, False),
+    ("Q4_1", 3, 32, 20, False),
+    ("Q5_0", 6, 32, 22, False),
+    ("Q5_1", 7, 32, 24, False),
+    ("Q8_0", 8, 32, 34, False),
+    ("Q2_K", 10, 256, 84, False),
+    ("Q3_K", 11, 256, 110, False),
+    ("Q4_K", 12, 256, 144, False),
+    ("Q5_K", 13, 256, 176, False),
+    ("Q6_K", 14, 256, 210, False),
+    ("IQ2_XXS", 16, 256, 66, True),
+    ("IQ2_XS", 17, 256, 74, True),
+    ("IQ3_XXS", 18, 256, 98, False),
+    ("IQ1_S", 19, 256, 50, True),
+    ("IQ4_NL", 20, 32, 18, False),
+    ("IQ3_S", 21, 256, 110, False),
+    ("IQ2_S", 22, 256, 82, False),
+    ("IQ4_XS", 23, 256, 136, False),
+    ("IQ1_M", 29, 256, 56, False),
+    ("TQ1_0", 34, 256, 54, False),
+    ("TQ2_0", 35, 256, 66, False),
+    ("MXFP4", 39, 32, 17, False),
+    ("NVFP4", 40, 64, 36, False),
+    ("Q1_0", 41, 128, 18, False),
+    ("Q2_0", 42, 64, 18, False),
+)
+
+TENSOR_TYPES: Final = {t.name: t for t in (F32, F16, BF16)} | {
+    name: TensorType(name, number, block, nbytes, _BLOCK_LIMIT, must)
+    for name, number, block, nbytes, must in _BLOCK_TYPES
+}
+
+_FILE_TYPES: Final = (
+    # name, llama_ftype, the tensor type it starts from
+    ("F32", 0, "F32"),
+    ("F16", 1, "F16"),
+    ("BF16", 32, "BF16"),
+    ("Q8_0", 7, "Q8_0"),
+    ("Q6_K", 18, "Q6_K"),
+    ("Q5_K_M", 17, "Q5_K"),
+    ("Q5_K_S", 16, "Q5_K"),
+    ("Q5_1", 9, "Q5_1"),
+    ("Q5_0", 8, "Q5_0"),
+    ("Q4_K_M", 15, "Q4_K"),
+    ("Q4_K_S", 14, "Q4_K"),
+    ("IQ4_NL", 25, "IQ4_NL"),
+    ("IQ4_XS", 30, "IQ4_XS"),
+    ("Q4_1", 3, "Q4_1"),
+    ("Q4_0", 2, "Q4_0"),
+    ("MXFP4_MOE", 38, "MXFP4"),
+    ("Q3_K_L", 13, "Q3_K"),
+    ("Q3_K_M", 12, "Q3_K"),
+    ("Q3_K_S", 11, "Q3_K"),
+    ("IQ3_M", 27, "IQ3_S"),
+    ("IQ3_S", 26, "IQ3_S"),
+    ("IQ3_XS", 22, "IQ3_S"),
+    ("IQ3_XXS", 23, "IQ3_XXS"),
+    ("Q2_K", 10, "Q2_K"),
+    ("Q2_K_S", 21, "Q2_K"),
+    ("IQ2_M", 29, "IQ2_S"),
+    ("IQ2_S", 28, "IQ2_XS"),
+    ("IQ2_XS", 20, "IQ2_XS"),
+    ("IQ2_XXS", 19, "IQ2_XXS"),
+    ("Q2_0", 41, "Q2_0"),
+    ("TQ2_0", 37, "TQ2_0"),
+    ("TQ1_0", 36, "TQ1_0"),
+    ("IQ1_M", 31, "IQ1_M"),
+    ("IQ1_S", 24, "IQ1_S"),
+    ("Q1_0", 40, "Q1_0"),
+)
+
+TYPES: Final = {name: FileType(name, number, TENSOR_TYPES[base]) for name, number, base in _FILE_TYPES}
+ALIASES: Final = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}

@@ -9,6 +9,7 @@ Source: https://huggingface.co/docs/safetensors (the format, and its header limi
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import struct
@@ -22,7 +23,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConvertError
+from .errors import ConvertError, ReadError
 from .json_file import parse_object
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -99,6 +100,25 @@ class SafetensorsFile:
             os.close(self._fd)
             self._fd = -1
 
+    def identity(self) -> bytes:
+        """What tells the file from another one of its name: size, time of change, inode, and its header."""
+        return repr((self.path.name, self._opened, self._header_hash)).encode()
+
+    def check_unchanged(self, thoroughly: bool = False) -> None:
+        """Raise `ConvertError` if another file stands at the path, or this one was written to, since it was
+        opened; thoroughly: by its header too."""
+        try:
+            same = _stamp(self.path.stat()) == _stamp(os.fstat(self._fd)) == self._opened
+            if same and thoroughly:
+                same = hashlib.sha256(self._header_bytes()).hexdigest() == self._header_hash
+        except (OSError, ConvertError):
+            same = False
+        if not same:
+            raise ConvertError(
+                f"{self.path}: was changed while it was read; the output would be a mixture. Leave the checkpoint "
+                "alone, then convert it again"
+            )
+
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
         (BF16 as uint16). The range must lie inside the tensor and the dtype be one of `Dtype`."""
@@ -116,12 +136,12 @@ class SafetensorsFile:
             try:
                 got = os.preadv(self._fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise ConvertError(f"{self.path}: {what}: cannot be read: {error.strerror}") from None
+                raise ReadError(f"{self.path}: {what}: cannot be read: {error.strerror}") from None
             if got == 0:
                 raise ConvertError(f"{self.path}: {what}: the file ends at byte {offset + done}; {_TODO}")
             done += got
 
-    def _read_header(self) -> dict[str, StoredTensor]:
+    def _header_bytes(self) -> bytes:
         size = os.fstat(self._fd).st_size
         if size < 8:
             raise ConvertError(f"{self.path}: expected at least 8 bytes, found {size}; {_TODO}")
@@ -135,11 +155,18 @@ class SafetensorsFile:
             )
         header = bytearray(length)
         self._read_into(memoryview(header), 8, "the header")
-        entries = parse_object(bytes(header), f"{self.path} (header)")
+        return bytes(header)
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        self._opened = _stamp(os.fstat(self._fd))
+        size = self._opened[0]
+        header = self._header_bytes()
+        self._header_hash = hashlib.sha256(header).hexdigest()
+        entries = parse_object(header, f"{self.path} (header)")
         metadata = entries.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ConvertError(f"{self.path}: __metadata__: expected an object of strings; {_TODO}")
-        start = 8 + int(length)
+        start = 8 + len(header)
         tensors = {name: self._entry(name, entry, start, size) for name, entry in entries.items()}
         self._check_cover(list(tensors.values()), start, size)
         return tensors
@@ -177,3 +204,8 @@ class SafetensorsFile:
             at, before = tensor.end, repr(tensor.name)
         if at != size:
             raise ConvertError(f"{self.path}: expected {at} bytes by its header, found {size}; {_TODO}")
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file is written to or replaced: size, time of change, device, inode."""
+    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino

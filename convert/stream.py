@@ -1,100 +1,193 @@
-"""The values of one output tensor, piece by piece, encoded and checked.
+"""The values of the output tensors, piece by piece, read, checked and encoded on all cores, in file order.
 
-Flows in: the checkpoint and a planned tensor. Flows out: byte arrays in file order, each from a few MiB of
-weights, so that memory does not grow with the tensor. Every value is checked on the way: NaN and infinity are
-refused by name, and so is a number that the wanted type cannot hold.
+Flows in: the checkpoint and the plan. Flows out: byte arrays in the order of the file. A piece is a few rows; a
+fixed number of them is under way at a time, so that memory does not grow with the model, and what comes out is
+the same whatever the number of cores. NaN, infinity and numbers that the wanted type cannot hold are refused by
+file, tensor and index.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from .checkpoint import Checkpoint, to_float32
+from .encode import BadValueError, check, encode
 from .errors import ConvertError
-from .plan import PlannedTensor
-from .quantise import Bytes, TensorType, Values
-from .tensors import Output, Transform
+from .ggml import Ggml
+from .plan import Plan, PlannedTensor
+from .quantise import F32, Bytes, Stored
+from .safetensors_file import Dtype
+from .tensors import Transform
 
-PIECE_ELEMENTS: Final = 1 << 21  # 8 MiB of float32
-
-
-def encoded_pieces(checkpoint: Checkpoint, tensor: PlannedTensor) -> Iterator[Bytes]:
-    """The bytes of `tensor` in the order of the file. Raises `ConvertError`."""
-    for source in tensor.output.sources:
-        for values in _TRANSFORMS[tensor.output.transform](checkpoint, tensor.output, source):
-            yield _encode(values, checkpoint, tensor, source)
+PIECE_ELEMENTS: Final = 1 << 20
+_PIECE_BYTES: Final = 16  # an element's, at most, as it is read, widened and encoded
+_BASE_MEMORY: Final = 384 << 20  # the interpreter with numpy, headers, a vocabulary of 160,000 tokens
 
 
-def _read(checkpoint: Checkpoint, source: str, first: int, count: int) -> Values:
-    """Elements of a source as float32, all of them finite."""
-    values = to_float32(checkpoint.elements(source, first, count), checkpoint.dtype(source))
-    finite = np.isfinite(values)
-    if not finite.all():
-        at = int(np.argmin(finite))
-        path, stored, index = checkpoint.locate(source, first + at)
-        raise ConvertError(
-            f"{path}: {stored!r}: element {list(index)} is {values[at]}, expected finite numbers; "
+@dataclass(frozen=True)
+class Pace:
+    """How much is under way at a time."""
+
+    threads: int
+    pieces: int  # being read, encoded or waiting to be written
+    elements: int  # of a piece, at most; a row is never cut
+
+    @classmethod
+    def within(cls, max_memory: int | None, threads: int | None = None) -> Pace:
+        """All cores, unless memory (bytes, of the whole process) is short. Raises `ConvertError`."""
+        threads = threads or _cores()
+        pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
+        if max_memory is None:
+            return pace
+        room = max_memory - _BASE_MEMORY
+        while room < pace.memory and pace.elements > 1 << 16:
+            pace = cls(pace.threads, pace.pieces, pace.elements // 2)
+        while room < pace.memory and pace.pieces > 2:
+            pace = cls(max(pace.threads - 1, 1), pace.pieces - 2, pace.elements)
+        if room < pace.memory:
+            least = _BASE_MEMORY + pace.memory
+            raise ConvertError(
+                f"--max-memory: {max_memory >> 20} MiB are too few; {-(-least >> 20)} MiB are needed at least"
+            )
+        return pace
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all that is under way."""
+        return self.pieces * self.elements * _PIECE_BYTES
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one output tensor, all from one source."""
+
+    tensor: PlannedTensor
+    source: str
+    slice: int  # the expert or head: which of the tensor's importances are these rows'
+    first: int  # element of the source
+    count: int
+    read: Callable[[Checkpoint, Piece], tuple[Stored, Dtype]]  # -> [rows, columns] and their dtype
+
+
+def encoded(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tensors: Iterable[PlannedTensor],
+    pace: Pace,
+    ggml: Ggml | None = None,
+) -> Iterator[tuple[PlannedTensor, Bytes]]:
+    """The bytes of `tensors` in order, each piece with its tensor. Raises `ConvertError`."""
+
+    def work(piece: Piece) -> Bytes:
+        tensor = piece.tensor
+        weights = plan.weights(tensor) if tensor.type.quantised else None
+        if weights is not None:
+            columns = tensor.output.ne[0]
+            weights = weights[piece.slice * columns : (piece.slice + 1) * columns]
+        try:
+            rows, dtype = piece.read(checkpoint, piece)
+            return encode(rows, dtype, tensor.type, weights, ggml)
+        except BadValueError as bad:
+            raise _complaint(checkpoint, piece, bad) from None
+
+    under_way: deque[tuple[PlannedTensor, Future[Bytes]]] = deque()
+    pool = ThreadPoolExecutor(pace.threads, "encode")
+    try:
+        for piece in (piece for tensor in tensors for piece in _pieces(tensor, pace.elements)):
+            under_way.append((piece.tensor, pool.submit(work, piece)))
+            if len(under_way) >= pace.pieces:
+                tensor, done = under_way.popleft()
+                yield tensor, done.result()
+        while under_way:
+            tensor, done = under_way.popleft()
+            yield tensor, done.result()
+    finally:
+        under_way.clear()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pieces(tensor: PlannedTensor, elements: int) -> Iterator[Piece]:
+    """What a tensor is read as, in the order of the file."""
+    output = tensor.output
+    size = math.prod(output.source_shape)
+    for expert, source in enumerate(output.sources):
+        if output.transform is Transform.COPY:
+            columns = output.ne[0]
+            step = max(elements // columns, 1) * columns
+            for first in range(0, size, step):
+                yield Piece(tensor, source, expert, first, min(step, size - first), _rows)
+        elif output.transform is Transform.NEG_EXP:
+            yield Piece(tensor, source, 0, 0, size, _neg_exp)
+        else:
+            yield from _heads(tensor, source)
+
+
+def _heads(tensor: PlannedTensor, source: str) -> Iterator[Piece]:
+    """kv_b by head: `nope` rows of k, then `v` rows of v."""
+    output = tensor.output
+    of_k = output.transform is Transform.K_OF_KV
+    rank, rows = (output.ne[1], output.ne[0]) if of_k else (output.ne[0], output.ne[1])
+    heads = output.ne[2]
+    per_head, count = math.prod(output.source_shape) // heads, rank * rows
+    for head in range(heads):
+        first = head * per_head if of_k else (head + 1) * per_head - count
+        yield Piece(tensor, source, head, first, count, _transposed if of_k else _rows)
+
+
+def _rows(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+    values = checkpoint.elements(piece.source, piece.first, piece.count)
+    return values.reshape(-1, piece.tensor.output.ne[0]), checkpoint.dtype(piece.source)
+
+
+def _transposed(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+    values = checkpoint.elements(piece.source, piece.first, piece.count)
+    values = np.ascontiguousarray(values.reshape(piece.tensor.output.ne[0], -1).T)
+    return values, checkpoint.dtype(piece.source)
+
+
+def _neg_exp(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+    """-exp(x), from double precision rounded once."""
+    dtype = checkpoint.dtype(piece.source)
+    stored = checkpoint.elements(piece.source, piece.first, piece.count)
+    check(stored, dtype, F32)
+    with np.errstate(over="ignore"):
+        exact = -np.exp(to_float32(stored, dtype).astype(np.float64))
+        values = exact.astype(np.float32)
+    if not np.isfinite(values).all():
+        at = int(np.argmin(exact))
+        raise BadValueError(at, float(exact[at]), beyond=True)
+    return values.reshape(-1, piece.tensor.output.ne[0]), Dtype.F32
+
+
+def _complaint(checkpoint: Checkpoint, piece: Piece, bad: BadValueError) -> ConvertError:
+    element = bad.index
+    if piece.read is _transposed:  # back to the order of the source
+        columns = piece.tensor.output.ne[0]
+        row, column = divmod(element, columns)
+        element = column * (piece.count // columns) + row
+    path, stored, index = checkpoint.locate(piece.source, piece.first + element)
+    kind = piece.tensor.type
+    if not bad.beyond:
+        return ConvertError(
+            f"{path}: {stored!r}: element {list(index)} is {bad.value}, expected finite numbers; "
             "the checkpoint is damaged, or its training diverged"
         )
-    return values
-
-
-def _copy(checkpoint: Checkpoint, output: Output, source: str) -> Iterator[Values]:
-    columns = output.ne[0]
-    size = math.prod(output.source_shape)
-    step = max(PIECE_ELEMENTS // columns, 1) * columns
-    for first in range(0, size, step):
-        yield _read(checkpoint, source, first, min(step, size - first)).reshape(-1, columns)
-
-
-def _neg_exp(checkpoint: Checkpoint, output: Output, source: str) -> Iterator[Values]:
-    """-exp(x), from double precision rounded once. Too large for float32 is -inf, which `_encode` refuses."""
-    values = _read(checkpoint, source, 0, math.prod(output.source_shape))
-    with np.errstate(over="ignore"):
-        yield (-np.exp(values.astype(np.float64))).astype(np.float32).reshape(-1, output.ne[0])
-
-
-def _k_of_kv(checkpoint: Checkpoint, output: Output, source: str) -> Iterator[Values]:
-    nope, rank, heads = output.ne
-    per_head = math.prod(output.source_shape) // heads
-    for head in range(heads):
-        yield _read(checkpoint, source, head * per_head, nope * rank).reshape(nope, rank).T
-
-
-def _v_of_kv(checkpoint: Checkpoint, output: Output, source: str) -> Iterator[Values]:
-    rank, v, heads = output.ne
-    per_head = math.prod(output.source_shape) // heads
-    for head in range(heads):
-        yield _read(checkpoint, source, (head + 1) * per_head - v * rank, v * rank).reshape(v, rank)
-
-
-_TRANSFORMS: Final[dict[Transform, Callable[[Checkpoint, Output, str], Iterator[Values]]]] = {
-    Transform.COPY: _copy,
-    Transform.NEG_EXP: _neg_exp,
-    Transform.K_OF_KV: _k_of_kv,
-    Transform.V_OF_KV: _v_of_kv,
-}
-
-
-def _encode(values: Values, checkpoint: Checkpoint, tensor: PlannedTensor, source: str) -> Bytes:
-    largest = _largest(values)
-    if largest >= tensor.type.limit:
-        path, stored = checkpoint.source(source)
-        raise ConvertError(
-            f"{path}: {stored!r} -> {tensor.name}: holds {largest:g}, more than {tensor.type.name} can: "
-            f"expected magnitudes below {tensor.type.limit:g}; {_advice(tensor.type)}"
-        )
-    return tensor.type.encode(values)
-
-
-def _advice(type_: TensorType) -> str:
-    return "the checkpoint is damaged" if type_.name == "F32" else "convert to BF16 or F32"
-
-
-def _largest(values: npt.NDArray[np.float32]) -> float:
-    return float(max(values.max(), -values.min()))
+    what = "the checkpoint is damaged" if kind is F32 else "convert to BF16 or F32"
+    return ConvertError(
+        f"{path}: {stored!r} -> {piece.tensor.name}: element {list(index)} is {bad.value:g}, more than "
+        f"{kind.name} can hold; {what}"
+    )

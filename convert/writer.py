@@ -1,25 +1,24 @@
-"""A GGUF v3 file, written as a stream beside its place and renamed into it when it is whole.
+"""A GGUF v3 file, written as a stream beside its place; it takes its name when it is whole.
 
-Flows in: a `Plan` and, tensor by tensor, its encoded pieces. Flows out: the file. Whatever ends the writing
-early (an error, a full disk, an interrupt) leaves nothing under the name and removes the unfinished file.
-Source: the GGUF specification in ggml's docs/gguf.md.
+Flows in: a `Plan` and its encoded pieces in order. Flows out: the file, or an unfinished one that can be gone on
+with (see `unfinished`). Source: the GGUF specification in ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Final
+
+import numpy as np
 
 from .errors import ConvertError
 from .metadata import Key, Value, ValueType
 from .plan import Plan, PlannedTensor, aligned
 from .quantise import Bytes
+from .unfinished import Identity, Unfinished, unfinished
 
 MAGIC: Final = b"GGUF"
 VERSION: Final = 3
@@ -51,26 +50,49 @@ def file_size(plan: Plan) -> int:
 
 def write(
     plan: Plan,
-    pieces: Callable[[PlannedTensor], Iterable[Bytes]],
+    pieces: Callable[[Sequence[PlannedTensor]], Iterator[tuple[PlannedTensor, Bytes]]],
     path: Path,
     overwrite: bool,
+    identity: Identity,
+    resume: bool,
     report: Callable[[PlannedTensor, int], None],
+    check: Callable[[PlannedTensor | None], None],
 ) -> None:
-    """Write the file. `pieces` gives a tensor's bytes in order; `report` hears of every
-    tensor and number of its bytes written. Raises `ConvertError` when the disk is too small or fails."""
+    """Write the file. `pieces` gives the bytes of the tensors it is asked for, in order; `report` hears of every
+    tensor and number of its bytes written, `check` of every tensor finished and, with None, of the last.
+    Raises `ConvertError` when the disk is too small or fails, or when `check` does."""
     head = header(plan)
-    _check_space(path, len(head) + plan.data_bytes)
-    with _beside(path, overwrite) as file:
-        file.write(head)
-        for tensor in plan.tensors:
-            written = 0
-            for piece in pieces(tensor):
-                file.write(piece.data)
-                written += piece.nbytes
-                report(tensor, piece.nbytes)
-            if written != tensor.nbytes:
-                raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {written}")
-            file.write(bytes(aligned(written) - written))
+    with unfinished(path, identity, resume, overwrite) as file:
+        _check_space(path, len(head) + plan.data_bytes - file.at)
+        if file.at == 0:
+            file.write(np.frombuffer(head, np.uint8))
+        left = plan.tensors[file.mark.done :]
+        for tensor in plan.tensors[: file.mark.done]:
+            report(tensor, tensor.nbytes)
+        _write_tensors(file, left, pieces, len(head), file.mark.done, report, check)
+        check(None)
+
+
+def _write_tensors(
+    file: Unfinished,
+    left: Sequence[PlannedTensor],
+    pieces: Callable[[Sequence[PlannedTensor]], Iterator[tuple[PlannedTensor, Bytes]]],
+    start: int,
+    done: int,
+    report: Callable[[PlannedTensor, int], None],
+    check: Callable[[PlannedTensor | None], None],
+) -> None:
+    for tensor, piece in pieces(left):
+        file.write(piece)
+        report(tensor, piece.nbytes)
+        written = file.at - start - tensor.offset
+        if written == tensor.nbytes:
+            file.write(np.zeros(aligned(written) - written, np.uint8))
+            check(tensor)
+            done += 1
+            file.finished(done)
+        elif not 0 < written < tensor.nbytes:
+            raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {written}")
 
 
 def check_output(path: Path, overwrite: bool, sources: Iterable[Path]) -> None:
@@ -122,35 +144,3 @@ def _check_space(path: Path, size: int) -> None:
             f"{path}: needs {size:,} bytes, but its disk has {free:,} free; "
             "make room, choose another disk or a smaller --type"
         )
-
-
-@contextmanager
-def _beside(path: Path, overwrite: bool) -> Iterator[BinaryIO]:
-    """A new file beside `path` that takes its place when the block ends well, and vanishes otherwise."""
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
-    try:
-        with unfinished.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists() and not overwrite:
-            raise ConvertError(f"{path}: was made by someone else meanwhile; choose another name")
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConvertError(
-            f"{path}: cannot be written: {error.strerror or error}; nothing was left"
-        ) from None
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself last, where folders can be synced."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

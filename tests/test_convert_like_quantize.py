@@ -1,0 +1,212 @@
+"""One pass gives the bytes of two: BF16 conversion, then llama-quantize of the pinned llama.cpp.
+
+Compared are all keys in their order, all tensors in theirs, and the whole data section, over every type on
+random checkpoints: with and without an importance matrix, and with each of llama-quantize's own options.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from convert_tools import convert, fresh_checkpoint
+from gguf import GGUFReader, GGUFWriter
+from random_checkpoint import Spec
+
+from kimi_gguf.convert.gguf_file import GgufFile
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+# The rules ask for: eight experts or four and more; the first and last eighth and sixteenth of the layers;
+# whether the first layer's heads share keys; rows of whole blocks of 256, of 32 only, of neither.
+SPECS = {
+    "eight experts, sixteen layers": Spec(
+        layers="KKKM" * 4, hidden=256, experts=8, moe_intermediate=32, kv_lora=256, std=0.02, seed=30
+    ),
+    "256 experts, latent first": Spec(
+        layers="MK", heads=4, hidden=256, experts=256, experts_used=8, moe_intermediate=32, seed=31
+    ),
+    "odd rows, one head": Spec(
+        layers="KKMKKKMKK",
+        hidden=320,
+        heads=1,
+        nope=20,
+        kda_head_dim=48,
+        moe_intermediate=256,
+        intermediate=256,
+        experts=2,
+        std=1.0,
+        seed=32,
+    ),
+}
+LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "Q2_K_S"}
+QUANTISED = [kind for kind in TYPES if TYPES[kind].quantised]  # the others: test_convert_against_upstream
+NO_STAND_IN = {"Q1_0"}  # llama-quantize has no other type for rows that are no blocks of these
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, and upstream's first step on it."""
+
+    source: Path
+    bf16: Path
+    imatrix: Path
+
+
+@pytest.fixture(scope="module", params=SPECS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("case")
+    source = fresh_checkpoint(folder / "model", SPECS[request.param])
+    assert convert(source, "-o", folder / "bf16.gguf", "--type", "BF16").status == 0
+    write_imatrix(folder / "imatrix.gguf", folder / "bf16.gguf", every=1)
+    return Case(source, folder / "bf16.gguf", folder / "imatrix.gguf")
+
+
+def write_imatrix(path: Path, model: Path, every: int) -> None:
+    """Random importances for every matrix, or only each `every`-th; some experts were never asked."""
+    rng = np.random.default_rng(1)
+    writer = GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["calibration.txt"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    matrices = [t for t in GGUFReader(model).tensors if t.tensor_type.name == "BF16"]
+    for tensor in matrices[::every]:
+        columns, slices = int(tensor.shape[0]), int(tensor.shape[2]) if len(tensor.shape) > 2 else 1
+        counts = (
+            rng.integers(0, 4, (slices, 1)).astype(np.float32) if slices > 1 else np.full((1, 1), 9, "f4")
+        )
+        sums = rng.gamma(0.7, size=(slices, columns)).astype(np.float32) * np.maximum(counts, 1)
+        writer.add_tensor(f"{tensor.name}.in_sum2", sums)
+        writer.add_tensor(f"{tensor.name}.counts", counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def quantize(engine: Engine, case: Case, output: Path, kind: str, *options: str) -> str | None:
+    """Upstream's second step; what it said when it refused."""
+    command = [str(engine.bin / "llama-quantize"), *options, str(case.bf16), str(output), kind, "2"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert done.returncode in (0, 1), f"llama-quantize died of signal {-done.returncode}: {done.stderr}"
+    return None if done.returncode == 0 else done.stdout + done.stderr
+
+
+Tensors = list[tuple[str, str, tuple[int, ...]]]
+
+
+def contents(path: Path) -> tuple[list[tuple[str, Any]], Tensors, bytes]:
+    """Keys in order, tensors in order, and the whole data section (gguf's reader does not know every type).
+
+    llama-quantize leaves out the last dimensions where they are 1.
+    """
+    with GgufFile(path) as file:
+        tensors = [(t.name, t.type.name, (*t.ne, 1, 1, 1)[:4]) for t in file.tensors.values()]
+        start = min(t.offset for t in file.tensors.values())
+        return list(file.keys.items()), tensors, path.read_bytes()[start:]
+
+
+def assert_alike(pristine: Engine, case: Case, folder: Path, kind: str, *options: str) -> None:
+    """Both refuse, or both write the same."""
+    theirs_path, ours_path = folder / "theirs.gguf", folder / "ours.gguf"
+    refused = quantize(pristine, case, theirs_path, kind, *options)
+    run = convert(case.source, "-o", ours_path, "--type", kind, *options)
+    if refused is not None:
+        assert run.status == 1, f"llama-quantize refused: {refused[-600:]}"
+        return
+    assert run.status == 0, run.err
+    for mine, other in zip(contents(ours_path), contents(theirs_path), strict=True):
+        assert mine == other
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_every_type(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+    assert_alike(pristine, case, tmp_path, kind)
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_every_type_with_importances(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+    assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(case.imatrix))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_every_type_pure(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+    assert_alike(pristine, case, tmp_path, kind, "--pure", "--imatrix", str(case.imatrix))
+
+
+OPTIONS = [
+    ("Q4_K_M", ("--output-tensor-type", "q8_0", "--token-embedding-type", "Q5_1")),
+    ("Q2_K", ("--tensor-type", "ATTN_V=q8_0", "--tensor-type", r"blk\.[0-3]\.ffn_down=bf16")),
+    ("Q3_K_L", ("--tensor-type", "shexp=Q6_K", "--tensor-type", "ffn=iq4_nl", "--pure")),
+    ("BF16", ("--output-tensor-type", "F16")),
+    ("MXFP4_MOE", ("--tensor-type", "attn_k_b=q8_0")),
+    ("Q5_K_M", ("--tensor-type", "attn_(q|k)=mxfp4", "--tensor-type", "ssm_.*=f16")),
+    ("Q8_0", ("--tensor-type", "ffn_(up|gate)=tq2_0", "--token-embedding-type", "f32")),
+]
+
+
+@pytest.mark.parametrize("kind, options", OPTIONS, ids=[f"{kind} {' '.join(o)}" for kind, o in OPTIONS])
+def test_options(pristine: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]) -> None:
+    assert_alike(pristine, case, tmp_path, kind, *options)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "IQ4_NL", "Q3_K_M", "IQ3_XXS"])
+def test_importances_of_some_tensors_only(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+    some = tmp_path / "some.gguf"
+    write_imatrix(some, case.bf16, every=3)
+    assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(some))
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "IQ2_XS"])
+def test_importances_in_the_older_form(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+    legacy = tmp_path / "imatrix.dat"
+    write_legacy_imatrix(legacy, case.bf16)
+    assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(legacy))
+
+
+def write_legacy_imatrix(path: Path, model: Path) -> None:
+    rng = np.random.default_rng(2)
+    matrices = [t for t in GGUFReader(model).tensors if t.tensor_type.name == "BF16"]
+    parts = [np.int32(len(matrices)).tobytes()]
+    for tensor in matrices:
+        name, shape = tensor.name.encode(), [int(n) for n in tensor.shape]
+        values = rng.gamma(0.7, size=shape[0] * (shape[2] if len(shape) > 2 else 1)).astype(np.float32)
+        parts += [np.int32(len(name)).tobytes(), name, np.array([5, values.size], "i4").tobytes()]
+        parts.append((values * 5).astype(np.float32).tobytes())
+    parts += [np.array([3, 4], "i4").tobytes(), b"text"]
+    path.write_bytes(b"".join(parts))
+
+
+def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
+    pristine: Engine, tmp_path: Path, case: Case
+) -> None:
+    """That the cases above compare files, not refusals: these and no others are refused."""
+    for kind in TYPES:
+        said = quantize(pristine, case, tmp_path / "theirs.gguf", kind)
+        run = convert(case.source, "--dry-run", "--type", kind)
+        assert (said is not None) == (kind in LOWEST | NO_STAND_IN) == (run.status == 1), (kind, said)
+        if kind in LOWEST:
+            assert "importance matrix is needed: give --imatrix" in run.err
+            assert said is not None and re.search("requires an (importance matrix|imatrix)", said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_of_finer_weights_nothing_is_lost_on_the_way(
+    pristine: Engine, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Weights stored in F32 or F16 are quantised as they are: the bytes of F32 conversion and llama-quantize."""
+    spec = replace(SPECS["odd rows, one head"], dtype=dtype, std=0.05)
+    source = fresh_checkpoint(tmp_path / "model", spec)
+    assert convert(source, "-o", tmp_path / "f32.gguf", "--type", "F32").status == 0
+    for kind in ("Q4_K_M", "Q8_0", "IQ4_XS"):
+        assert_alike(pristine, Case(source, tmp_path / "f32.gguf", tmp_path), tmp_path, kind)
+        (tmp_path / "ours.gguf").unlink()
