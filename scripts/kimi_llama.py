@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from kimi_gguf.patches.errors import EngineError
@@ -21,6 +22,8 @@ from kimi_gguf.scripts.engine import Engine, ensure, find
 from kimi_gguf.scripts.recipe import BACKENDS
 from kimi_gguf.scripts.toolchain import cores
 
+Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (spellings of an option, what is added)
+
 
 @dataclass(frozen=True)
 class Tool:
@@ -29,7 +32,8 @@ class Tool:
     program: str
     help: str
     example: str
-    defaults: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (spellings of an option, what is added)
+    defaults: Defaults
+    drafted: tuple[str, Defaults] | None = None  # program and defaults where the caller names a draft model
 
 
 _THREADS = (("-t", "--threads"), ("--threads", "{cores}"))
@@ -40,25 +44,31 @@ _QUIET = (  # the text alone, and warnings: no listing of the model's metadata a
     ("--verbosity", "2"),
 )
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
+_DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
+_SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp loads the draft and idles
 
 TOOLS = {
     "run": Tool(
         "llama-completion",
         "continue a text once",
-        'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0',
+        'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
+        '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0',
         (_THREADS, _FLASH, _PLAIN, _QUIET),
+        ("llama-speculative-simple", (_THREADS, _FLASH, _QUIET, _SPECULATE)),
     ),
     "chat": Tool(
         "llama-cli",
         "talk to the model on the terminal",
         'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
         (_THREADS, _FLASH, _JINJA),
+        ("llama-cli", (_THREADS, _FLASH, _JINJA, _SPECULATE)),
     ),
     "serve": Tool(
         "llama-server",
         "serve the model over HTTP with OpenAI's interface",
-        "kimi-llama serve model.gguf --port 8080 -c 32768",
+        "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf",
         (_THREADS, _FLASH, _JINJA),
+        ("llama-server", (_THREADS, _FLASH, _JINJA, _SPECULATE)),
     ),
     "quantize": Tool(
         "llama-quantize",
@@ -138,24 +148,36 @@ def _bench(parsed: argparse.Namespace) -> int:
 def _tool(parsed: argparse.Namespace) -> int:
     tool = TOOLS[parsed.command]
     _check_model(parsed.model)
+    for draft in _drafts(parsed.arguments):
+        _check_model(draft)
     engine = find(parsed.pristine, parsed.backend) or ensure(parsed.pristine, parsed.backend or "cpu")
-    command = [str(engine.bin / tool.program), *_tool_arguments(tool, parsed.model, parsed.arguments)]
+    program, *arguments = _tool_command(tool, parsed.model, parsed.arguments)
+    command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
     os.execv(command[0], command)
 
 
-def _tool_arguments(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
-    """What the program is called with: the model, defaults that the caller has not set, the caller's own."""
-    if not tool.defaults:
-        return [str(model), *given]
+def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
+    """The program, and what it is called with: the model, defaults not set by the caller, the caller's own."""
     options = {argument.split("=", 1)[0] for argument in given}
+    program, defaults = tool.program, tool.defaults
+    if tool.drafted is not None and options & _DRAFT:
+        program, defaults = tool.drafted
+    if not defaults:
+        return [program, str(model), *given]
     added = [
         word.format(cores=cores())
-        for spellings, words in tool.defaults
+        for spellings, words in defaults
         if not options & set(spellings)
         for word in words
     ]
-    return ["--model", str(model), *added, *given]
+    return [program, "--model", str(model), *added, *given]
+
+
+def _drafts(given: Sequence[str]) -> list[Path]:
+    """The draft models that the caller names."""
+    words = [part for argument in given for part in argument.split("=", 1)]
+    return [Path(value) for option, value in pairwise(words) if option in _DRAFT]
 
 
 def _check_model(path: Path) -> None:

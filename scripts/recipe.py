@@ -37,7 +37,7 @@ OPTIONS = {
     "GGML_CCACHE": "OFF",  # the launcher is set here, for llama.cpp's own files too
     "GGML_NATIVE": "ON",
     "LLAMA_BUILD_APP": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "ON",  # only configured, but for llama-speculative-simple
     "LLAMA_BUILD_SERVER": "ON",
     "LLAMA_BUILD_TESTS": "ON",  # only configured; compiled when asked for
     "LLAMA_BUILD_UI": "OFF",
@@ -64,6 +64,7 @@ PROGRAMS = (
     "llama-perplexity",
     "llama-quantize",
     "llama-server",
+    "llama-speculative-simple",
     "llama-tokenize",
 )
 

@@ -73,6 +73,29 @@ def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
     assert words == ["--model", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v"]
 
 
+@pytest.mark.parametrize("draft", ["-md", "--model-draft", "--spec-draft-model"])
+def test_a_draft_model_is_used_and_not_only_loaded(built: Path, draft: str) -> None:
+    model = str(built / "model.gguf")
+    told = call(built, "run", model, draft, model, "-n", "3")
+    assert told.returncode == 8, "llama-completion knows no drafts"
+    words = told.stdout.splitlines()
+    assert words[-6:] == ["--spec-type", "draft-simple", draft, model, "-n", "3"]
+    assert "--no-conversation" not in words, "llama-speculative-simple knows no conversations"
+
+
+def test_the_callers_kind_of_draft_stays(built: Path) -> None:
+    model = str(built / "model.gguf")
+    told = call(built, "run", model, "-md", model, "--spec-type", "draft-mtp")
+    assert told.stdout.splitlines()[-4:] == ["-md", model, "--spec-type", "draft-mtp"]
+    assert "draft-simple" not in told.stdout
+
+
+def test_a_missing_draft_is_said_at_once(built: Path) -> None:
+    told = call(built, "serve", str(built / "model.gguf"), "-md", str(built / "absent.gguf"))
+    assert told.returncode == 1
+    assert "absent.gguf: no such file" in told.stderr
+
+
 @pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize"])
 def test_a_missing_model_is_said_at_once(built: Path, command: str) -> None:
     told = call(built, command, str(built / "absent.gguf"))

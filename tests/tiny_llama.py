@@ -45,7 +45,8 @@ diff --git a/src/answer.cpp b/src/answer.cpp
 OVERLAY_TABLE = '[[file]]\nsource = "tiny/kimi.h"\ndest = "src/kimi.h"\npatch = "0001-answer.patch"\n'
 OVERLAY_FILE = "#define KIMI_ANSWER 2\n"
 
-# llama-cli prints its commit and the library's answer; llama-completion prints its arguments and fails with 7.
+# llama-cli prints its commit and the library's answer; llama-completion prints its arguments and fails with 7,
+# llama-speculative-simple with 8.
 FILES = {
     "CMakeLists.txt": """cmake_minimum_required(VERSION 3.14...3.28)
 project(tiny CXX)
@@ -54,7 +55,7 @@ set(CMAKE_LIBRARY_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 configure_file(commit.h.in ${CMAKE_BINARY_DIR}/commit.h)
 add_library(llama SHARED src/answer.cpp src/steady.cpp)
 set_target_properties(llama PROPERTIES VERSION 1.0 SOVERSION 1)
-foreach(name llama-cli llama-completion test-unicode)
+foreach(name llama-cli llama-completion llama-speculative-simple test-unicode)
     add_executable(${name} tools/${name}.cpp)
     target_include_directories(${name} PRIVATE ${CMAKE_BINARY_DIR})
     target_link_libraries(${name} PRIVATE llama)
@@ -70,6 +71,8 @@ endforeach()
     'int main() { std::printf("%s answer %d\\n", COMMIT, answer()); }\n',
     "tools/llama-completion.cpp": "#include <cstdio>\n"
     "int main(int n, char ** v) { for (int i = 1; i < n; i++) std::puts(v[i]); return 7; }\n",
+    "tools/llama-speculative-simple.cpp": "#include <cstdio>\n"
+    "int main(int n, char ** v) { for (int i = 1; i < n; i++) std::puts(v[i]); return 8; }\n",
     "tools/test-unicode.cpp": "int main() {}\n",
     ".gitignore": "src/kimi*\n",
 }

@@ -1,0 +1,77 @@
+"""What a server keeps of earlier prompts changes no answer: prefixes, repetitions, cut texts, removed passages.
+
+Answers with the cache are compared, token for token, with those of the same server told to keep nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llama_server import Server, serving
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+COUNT = 24
+FIRST = "define: elephant\nThe largest living land animal, with a trunk and two tusks of ivory.\n"
+SECOND = "define: river\nA large natural stream of water that flows into the sea or into a lake.\n"
+THIRD = "define: to walk\nTo use one's feet to go somewhere; to go on foot, step by step.\n"
+DIALOGUE = {
+    "first": FIRST,
+    "longer": FIRST + SECOND,
+    "the same again": FIRST + SECOND,
+    "another ending": FIRST + THIRD,
+    "cut short": FIRST[:50],
+    "something else": SECOND + FIRST + THIRD,
+    "a passage removed": SECOND + THIRD,
+    "with a few words": SECOND + "And so.\n" + FIRST + THIRD,
+    "without them": SECOND + FIRST + THIRD + "define: ivory\n",
+    "and another at the end": THIRD + SECOND,
+}
+DRAFT = ["--spec-type", "draft-simple", "--spec-draft-n-max", "3", "-td", "1"]
+SETTINGS = {
+    "plain": [],
+    "two slots": ["-np", "2"],
+    "checkpoints far apart": ["--ctx-checkpoints", "1"],
+    "no checkpoints": ["--ctx-checkpoints", "0"],
+    "chunks reused": ["--cache-reuse", "8", "--cache-ram", "0"],
+    "with a draft": DRAFT,
+    "with a draft, chunks reused": [*DRAFT, "--cache-reuse", "8", "--cache-ram", "0"],
+}
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory, demo_dir: Path) -> Path:
+    path = tmp_path_factory.mktemp("cache") / "demo-F32.gguf"
+    convert(demo_dir, path, TYPES["F32"])
+    return path
+
+
+def answers(server: Server, *, cache: bool) -> dict[str, tuple[int, ...]]:
+    """One request after the other on the same server."""
+    return {name: server.complete(prompt, COUNT, cache_prompt=cache).ids for name, prompt in DIALOGUE.items()}
+
+
+@pytest.mark.parametrize("options", SETTINGS.values(), ids=list(SETTINGS))
+def test_answers_do_not_depend_on_what_was_asked_before(
+    tmp_path: Path, engine: Engine, gguf: Path, options: list[str]
+) -> None:
+    drafted = ["-md", str(gguf)] if "--spec-type" in options else []
+    with serving(engine, tmp_path, gguf, *options, *drafted) as server:
+        expected = answers(server, cache=False)
+        assert answers(server, cache=True) == expected
+        assert len(set(expected.values())) >= 6, "prompts that all end alike show nothing"
+
+
+def test_a_longer_prompt_begins_where_the_shorter_one_ended(
+    tmp_path: Path, engine: Engine, gguf: Path
+) -> None:
+    with serving(engine, tmp_path, gguf, "-np", "1") as server:
+        first = server.complete(FIRST, 1, cache_prompt=True)
+        longer = server.complete(FIRST + SECOND, 1, cache_prompt=True)
+    assert longer.timings["cache_n"] >= first.timings["prompt_n"] - 8
+    assert longer.timings["prompt_n"] + longer.timings["cache_n"] > first.timings["prompt_n"]

@@ -1,0 +1,229 @@
+"""Speculative decoding on the demo: the same tokens as without a draft, and no token evaluated twice.
+
+The draft is the demo itself in a coarser type: nothing to train or store, right often enough to be worth it and
+wrong often enough to be taken back. Weights and caches of the target are float32, so that a batch of drafted
+tokens and the same tokens one by one differ by rounding alone, far less than two candidates do.
+
+Every token that is written or rejected is evaluated once, except the last, which nothing follows.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from llama_server import Account, Answer, serving, started
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+DRAFT_TYPE = "Q2_K"
+PROMPTS = ["define: elephant", "define: river", "define: to walk", "The sea is"]
+COUNT = 64
+LENGTHS = (1, 3, 8)  # of drafts
+COMMAND = "kimi_gguf.scripts.kimi_llama"
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory, demo_dir: Path) -> Path:
+    gguf = tmp_path_factory.mktemp("target") / "demo-F32.gguf"
+    convert(demo_dir, gguf, TYPES["F32"])
+    return gguf
+
+
+@pytest.fixture(scope="module")
+def draft(target: Path, engine: Engine) -> Path:
+    gguf = target.with_name(f"demo-{DRAFT_TYPE}.gguf")
+    quantize = [engine.bin / "llama-quantize", target, gguf, DRAFT_TYPE, "1"]
+    subprocess.run(quantize, check=True, capture_output=True)
+    return gguf
+
+
+def drafting(draft: Path, length: int) -> list[str]:
+    return ["--spec-type", "draft-simple", "-md", str(draft), "--spec-draft-n-max", str(length), "-td", "1"]
+
+
+@pytest.fixture(scope="module")
+def plain(
+    tmp_path_factory: pytest.TempPathFactory, engine: Engine, target: Path
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """What the server writes without a draft."""
+    with serving(engine, tmp_path_factory.mktemp("plain"), target, "-np", "1") as server:
+        yield {prompt: server.complete(prompt, COUNT).ids for prompt in PROMPTS}
+
+
+def without_replay(answers: list[Answer]) -> Account:
+    """The work that these answers take if no token is evaluated twice; a slot's batches counted apart."""
+    drafted = sum(a.timings["draft_n"] for a in answers)
+    accepted = sum(a.timings["draft_n_accepted"] for a in answers)
+    assert 0 < accepted < drafted, "a draft that is never wrong shows nothing, nor one that is never right"
+    followed = sum(len(a.ids) - 1 for a in answers)  # the first token comes of the prompt
+    return Account(tokens=followed + drafted - accepted, batches=followed - accepted, restored=0)
+
+
+@pytest.mark.parametrize("choice", ["require", "off"])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_the_server_writes_the_same_and_replays_nothing(
+    tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]],
+    length: int, choice: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("KIMI_OPS", choice)
+    with serving(engine, tmp_path, target, "-np", "1", *drafting(draft, length)) as server:
+        answers = [server.complete(prompt, COUNT) for prompt in PROMPTS]
+        assert [a.ids for a in answers] == [plain[prompt] for prompt in PROMPTS]
+        assert server.account(len(answers)) == without_replay(answers)
+
+
+def test_four_slots_write_what_each_would_alone(
+    tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]]
+) -> None:
+    with serving(engine, tmp_path, target, "-np", "4", *drafting(draft, 3)) as server:
+        answers = [answer for _ in range(3) for answer in server.complete_together(PROMPTS, COUNT)]
+        assert [a.ids for a in answers] == [plain[prompt] for prompt in PROMPTS] * 3
+        assert server.account(len(answers)) == without_replay(answers)
+
+
+def test_pristine_replays(tmp_path: Path, pristine: Engine, target: Path, draft: Path) -> None:
+    with serving(pristine, tmp_path, target, "-np", "1", *drafting(draft, 3)) as server:
+        answers = [server.complete(prompt, COUNT) for prompt in PROMPTS]
+        account = server.account(len(answers))
+    assert account.restored > 0
+    assert account.tokens > without_replay(answers).tokens
+
+
+def test_ubatches_too_small_for_a_rollback_restore_checkpoints(
+    tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]]
+) -> None:
+    """The states of a rollback come from one ubatch; 3 drafted tokens take one of more than 4."""
+    with serving(engine, tmp_path, target, "-np", "1", "-ub", "4", *drafting(draft, 3)) as server:
+        assert server.complete(PROMPTS[0], COUNT).ids == plain[PROMPTS[0]]
+        assert server.account(1).restored > 0
+
+
+def test_several_answers_to_one_prompt_share_its_state_and_part(
+    tmp_path: Path, engine: Engine, target: Path, draft: Path
+) -> None:
+    request = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
+    with serving(engine, tmp_path, target, "-np", "3") as server:
+        (alone,) = server.post("/v1/completions", request)["choices"]
+    with serving(engine, tmp_path, target, "-np", "3", *drafting(draft, 3)) as server:
+        choices = server.post("/v1/completions", request | {"n": 3})["choices"]
+    assert [choice["text"] for choice in choices] == [alone["text"]] * 3
+
+
+def test_a_context_that_shifts_is_no_hindrance(
+    tmp_path: Path, engine: Engine, target: Path, draft: Path
+) -> None:
+    """A text twice as long as the context: the server drops the older half of it from time to time."""
+    small, long = ["-np", "1", "-c", "256", "--context-shift"], 500
+    with serving(engine, tmp_path, target, *small) as server:
+        expected = server.complete(PROMPTS[0], long)
+    with serving(engine, tmp_path, target, *small, *drafting(draft, 3)) as server:
+        answer = server.complete(PROMPTS[0], long)
+        assert server.account(1) == without_replay([answer])
+    assert answer.ids == expected.ids
+    assert len(answer.ids) == long
+
+
+def test_chat_through_the_command_and_openais_interface(
+    tmp_path: Path, target: Path, draft: Path, engine: Engine
+) -> None:
+    """`kimi-llama serve -md`, as a user would call it: the draft is used."""
+    request = {"messages": [{"role": "user", "content": PROMPTS[0]}], "temperature": 0, "max_tokens": COUNT}
+    texts = []
+    for options in ([], ["-md", str(draft)]):
+        with started(tmp_path, sys.executable, "-m", COMMAND, "serve", target, *options) as server:
+            got = server.post("/v1/chat/completions", request)
+        texts.append(got["choices"][0]["message"]["content"])
+        assert (got["timings"].get("draft_n_accepted", 0) > 0) == bool(options)
+    assert texts[0] == texts[1] != ""
+
+
+def run_command(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """`kimi-llama run` with an F32 cache on one thread."""
+    command = [sys.executable, "-m", COMMAND, "run", *words, "-ctk", "f32", "-ctv", "f32", "-t", "1"]
+    command += ["-n", str(COUNT), "--temp", "0", "--ignore-eos"]
+    return subprocess.run(
+        [str(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+    )
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_command_line_writes_the_same_with_a_draft(
+    engine: Engine, target: Path, draft: Path, prompt: str
+) -> None:
+    plain = run_command(target, "-p", prompt).stdout
+    drafted = run_command(target, "-md", draft, "-p", prompt).stdout
+    assert plain.strip().startswith(prompt)
+    assert drafted.strip() == plain.strip()
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What llama-speculative-simple says at its end."""
+
+    predicted: int
+    drafted: int
+    accepted: int
+    generated: int  # drafted tokens, by the statistics of the drafting itself
+    evaluated: int  # tokens that the target evaluated, the prompt and probes of its memory among them
+    prompt: int
+
+    @property
+    def once(self) -> int:
+        """How many it takes if none is evaluated twice: the last token of the prompt comes with the first draft."""
+        return self.prompt - 1 + self.predicted + self.drafted - self.accepted
+
+
+def figures(engine: Engine, target: Path, *options: str) -> Figures:
+    """The tool's account of itself."""
+    command = [engine.bin / "llama-speculative-simple", "-m", target, "-p", PROMPTS[0], "-n", str(COUNT)]
+    command += ["--temp", "0", "--ignore-eos", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-lv", "4", *options]
+    ended = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+
+    def number(pattern: str) -> int:
+        found = re.findall(pattern, ended.stdout + ended.stderr)
+        assert found, (pattern, ended.stderr[-2000:])
+        return int(found[-1])
+
+    return Figures(
+        predicted=number(r"n_predict = +(\d+)"),
+        drafted=number(r"n_drafted = +(\d+)"),
+        accepted=number(r"n_accept  = +(\d+)"),
+        generated=number(r"#gen tokens = +(\d+)"),
+        evaluated=number(r"prompt eval time = .*?/ +(\d+) tokens")
+        + number(r"  eval time = .*?/ +(\d+) runs"),
+        prompt=number(r"encoded +(\d+) tokens"),
+    )
+
+
+def test_the_tool_counts_what_it_did_and_replays_nothing(engine: Engine, target: Path, draft: Path) -> None:
+    told = figures(engine, target, *drafting(draft, 3))
+    assert told.predicted == COUNT
+    assert 0 < told.accepted < told.drafted == told.generated
+    assert told.once <= told.evaluated <= told.once + 1, "where there was no batch of one token, it says one"
+
+
+def test_the_tool_counts_right_where_it_restores_checkpoints(
+    engine: Engine, target: Path, draft: Path
+) -> None:
+    told = figures(engine, target, *drafting(draft, 3), "-ub", "4")
+    assert told.predicted == COUNT
+    assert 0 < told.accepted < told.drafted == told.generated
+    assert told.evaluated > told.once + 1
+
+
+def test_pristines_tool_replays_and_counts_accepted_tokens_alone(
+    engine: Engine, pristine: Engine, target: Path, draft: Path
+) -> None:
+    told, ours = (figures(build, target, *drafting(draft, 3)) for build in (pristine, engine))
+    assert told.accepted == told.drafted < told.generated
+    assert told.evaluated / told.predicted > ours.evaluated / ours.predicted
