@@ -144,18 +144,12 @@ static bool scan_columns(const scan_head & head, int64_t j0, int64_t j1, bool fi
     int64_t t = 0;
     if (head.T >= CHUNKS_FROM) {
         const int64_t n = (head.T - head.n_slots + 1) / CHUNK * CHUNK;
-        if (n >= CHUNK && !scan_chunks(head, 0, n, j0, j1, scratch)) {
+        if (n >= CHUNK && !scan_chunks(head, { 0, n, j0, j1, finish }, scratch)) {
             return false;
         }
         t = std::max<int64_t>(n, 0);
     }
-    if (!scan_steps(head, t, head.T, j0, j1, scratch)) {
-        return false;
-    }
-    if (finish) {
-        scan_finish(head, 0, head.T);
-    }
-    return true;
+    return scan_steps(head, { t, head.T, j0, j1, finish }, scratch);
 }
 
 // Blocks of value channels into which a head is cut so that no thread is left without work.
@@ -166,12 +160,6 @@ static int64_t blocks_per_head(int64_t D, int64_t n_heads, int n_threads) {
         n *= 2;
     }
     return n;
-}
-
-size_t scan_scratch_floats(int64_t D) {
-    // the state by columns, then for each token of a chunk: decay, k, and the three products with the decay,
-    // the four small matrices, and room to spare for vectors
-    return D * D + (6 * CHUNK + 4) * D + 4 * CHUNK * CHUNK + 4 * CHUNK * 32;
 }
 
 }  // namespace kda
