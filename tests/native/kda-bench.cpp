@@ -124,8 +124,8 @@ static void upstream(layer & l) {
         ggml_tensor * past  = ggml_view_3d(ctx, history, 3, C, 1, 12, 36 * C, first);
         ggml_tensor * input = ggml_concat(ctx, past, ggml_transpose(ctx, x.qkv[p]), 0);
         ggml_tensor * last  = ggml_view_3d(ctx, input, 3, C, 1, input->nb[1], input->nb[2], T * 4);
-        ggml_build_forward_expand(
-            l.graph, ggml_cpy(ctx, last, ggml_view_3d(ctx, x.conv_cache, 3, C, 1, 12, 36 * C, first)));
+        ggml_build_forward_expand(l.graph,
+                                  ggml_cpy(ctx, last, ggml_view_3d(ctx, x.conv_cache, 3, C, 1, 12, 36 * C, first)));
         heads[p] = ggml_reshape_4d(ctx, ggml_silu(ctx, ggml_ssm_conv(ctx, input, x.taps[p])), D, H, T, 1);
     }
     ggml_tensor * g    = ggml_softplus(ctx, ggml_add(ctx, x.f, x.dt_bias));
@@ -167,10 +167,9 @@ static ggml_tensor * scan(layer & l, ggml_tensor * qkv) {
     const inputs & x    = l.x;
     ggml_tensor *  f    = ggml_reshape_4d(l.ctx, x.f, D, H, l.T, 1);
     ggml_tensor *  gate = ggml_reshape_4d(l.ctx, x.gate, D, H, l.T, 1);
-    return with_copy(l,
-                     ggml_kda_scan(l.ctx, qkv, f, x.dt_bias, x.a, x.beta, gate, x.norm, x.cache, x.rows, 1, -1, 1e-5f,
-                                   -INFINITY),
-                     x.cache, C * l.T);
+    return with_copy(
+        l, ggml_kda_scan(l.ctx, qkv, f, x.dt_bias, x.a, x.beta, gate, x.norm, x.cache, x.rows, 1, -1, 1e-5f, -INFINITY),
+        x.cache, C * l.T);
 }
 
 static void operators(layer & l) {
@@ -193,9 +192,10 @@ static void net_alone(layer & l) {
         return ggml_view_4d(ctx, l.x.heads, D, H, l.T, 1, D * 4, C * 4, C * 4 * l.T, p * C * l.T * 4);
     };
     ggml_tensor * state = ggml_view_4d(ctx, l.x.cache, D, D, H, 1, D * 4, D * D * 4, D * D * H * 4, 0);
-    ggml_build_forward_expand(
-        l.graph, ggml_gated_delta_net(ctx, heads(0), heads(1), heads(2), ggml_reshape_4d(ctx, l.x.log_gate, D, H, l.T, 1),
-                                      ggml_reshape_4d(ctx, l.x.strength, 1, H, l.T, 1), state, 1));
+    ggml_build_forward_expand(l.graph,
+                              ggml_gated_delta_net(ctx, heads(0), heads(1), heads(2),
+                                                   ggml_reshape_4d(ctx, l.x.log_gate, D, H, l.T, 1),
+                                                   ggml_reshape_4d(ctx, l.x.strength, 1, H, l.T, 1), state, 1));
 }
 
 // --- peaks of one thread, which the kernels are measured against ---
@@ -215,8 +215,8 @@ typedef float lanes __attribute__((vector_size(64)));
 
 // multiply-adds a nanosecond, of independent chains in registers
 static double peak_fma() {
-    constexpr int CHAINS = 12, ROUNDS = 2000000;
-    volatile float seed  = 1.0f;
+    constexpr int  CHAINS = 12, ROUNDS = 2000000;
+    volatile float seed = 1.0f;
     lanes          acc[CHAINS], a = {}, b = {};
     a += seed, b += 1e-9f * seed;
     for (auto & x : acc) {
@@ -278,15 +278,17 @@ int main(int argc, char ** argv) {
     }
 
     const std::vector<std::pair<const char *, void (*)(layer &)>> contestants = {
-        { "upstream", upstream },   { "operators", operators },   { "GATED_DELTA_NET", net_alone },
+        { "upstream", upstream },   { "operators", operators }, { "GATED_DELTA_NET", net_alone },
         { "KDA_SCAN", scan_alone }, { "KDA_CONV", conv_alone },
     };
     printf("%d threads, %lld heads of %lld, medians of %d runs; one thread: %.0f GFMA/s, %.1f GB/s copied\n\n", threads,
            (long long) H, (long long) D, runs, peak_fma(), copy_bandwidth());
-    printf("| tokens | upstream, us | operators, us | ratio | GATED_DELTA_NET, us | KDA_SCAN, us | ratio | KDA_CONV, us |\n"
-           "| --- | --- | --- | --- | --- | --- | --- | --- |\n");
+    printf(
+        "| tokens | upstream, us | operators, us | ratio | GATED_DELTA_NET, us | KDA_SCAN, us | ratio | KDA_CONV, us "
+        "|\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n");
     for (const int64_t T : tokens) {
-        std::vector<double> median_of;
+        std::vector<double>  median_of;
         std::vector<layer *> layers;
         for (const auto & c : contestants) {
             layers.push_back(new layer(T, threads));

@@ -40,7 +40,8 @@ template <int D> struct chunk_vectors {
 
 // k_j <- e_i k_j, and its products with k_i and q_i, for N neighbouring j
 template <int D, int N>
-static KDA_INLINE void pair_products(float (*kj)[D], const float * e, const float * k, const float * q, vf * ek, vf * eq) {
+static KDA_INLINE void
+pair_products(float (*kj)[D], const float * e, const float * k, const float * q, vf * ek, vf * eq) {
     vf a[N];
     vf b[N];
     KDA_UNROLL
