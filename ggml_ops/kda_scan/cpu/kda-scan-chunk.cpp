@@ -16,6 +16,7 @@
 #include "kda-scan-impl.h"
 #include "kda-simd.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace kda {
@@ -248,14 +249,30 @@ template <int D> static void store_block(const float * S, float * state) {
 }
 
 // Asks for the rows of tokens [t, t + n) of a head: those that its next chunk will read, and those it will write.
-template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64_t t, int n) {
-    for (int i = 0; i < n; ++i) {
-        prefetch(head.f[t + i], D);
-        prefetch(head.k[t + i], D);
-        prefetch(head.q[t + i], D);
-        prefetch(head.v[t + i], D);
-        prefetch(head.gate[t + i], D);
-        prefetch_write(head.out_row(t + i), D);
+template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64_t t, int64_t n) {
+    for (int64_t i = t; i < t + n; ++i) {
+        prefetch(head.f[i], D);
+        prefetch(head.k[i], D);
+        prefetch(head.q[i], D);
+        prefetch(head.v[i], D);
+        prefetch(head.gate[i], D);
+        prefetch_write(head.out_row(i), D);
+    }
+}
+
+// Part `part` of `n_parts` of what comes after the chunk at t: the next chunk, or the next head's state and first one.
+template <int D>
+static KDA_INLINE void ahead(const scan_head & head, const scan_range & range, int64_t t, int part, int n_parts) {
+    const int64_t i0 = CHUNK * part / n_parts;
+    const int64_t i1 = CHUNK * (part + 1) / n_parts;
+    if (t + CHUNK < range.t1) {
+        rows_ahead<D>(head, t + CHUNK + i0, i1 - i0);
+    } else if (range.next) {
+        rows_ahead<D>(*range.next, i0, std::min(i1, range.next->T) - i0);
+        if (range.next->state_in) {
+            const int64_t j0 = D * part / n_parts;
+            prefetch(range.next->state_in + j0 * D, (D * (part + 1) / n_parts - j0) * D);
+        }
     }
 }
 
@@ -279,14 +296,8 @@ template <int D> static void chunks(const scan_head & head, const scan_range & r
         prepare<D>(head, t, p);
         for (int64_t j = j0; j < j1; j += JB) {
             const int first = TILES * (int) ((j - j0) / JB);
-            multiply<D>(p, S + j * D, [&](int tile) {
-                // the next chunk's rows come while this one multiplies
-                const int i0 = CHUNK * (first + tile) / n_tiles;
-                const int i1 = CHUNK * (first + tile + 1) / n_tiles;
-                if (t + CHUNK < range.t1) {
-                    rows_ahead<D>(head, t + CHUNK + i0, i1 - i0);
-                }
-            });
+            // what comes next is fetched while this chunk multiplies
+            multiply<D>(p, S + j * D, [&](int tile) { ahead<D>(head, range, t, first + tile, n_tiles); });
             solve<D>(head, t, j, p);
             update<D>(p, S + j * D);
         }

@@ -69,8 +69,9 @@ void scan_reference(const scan_head & head, float * scratch);
 // Tokens [t0, t1) and value channels [j0, j1), both multiples of their tiles. With `finish`, which wants all value
 // channels, the output norm and gate are applied; else S^T q goes to out as it is.
 struct scan_range {
-    int64_t t0, t1, j0, j1;
-    bool    finish;
+    int64_t           t0, t1, j0, j1;
+    bool              finish;
+    const scan_head * next;  // that comes after this one: its state and first tokens are asked for; nullptr: none
 };
 
 // The vector paths. False when this build has no kernel for the head size.
