@@ -11,17 +11,15 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         return all;
     }
 
-    llama_kimi_ops picked = { false, false, false, false, false };
+    llama_kimi_ops picked = { false, false, false, false, false, false };
     bool           any    = false;
     bool           is_off = false;
     const struct {
         const char * name;
         bool *       flag;
     } names[] = {
-        { "conv", &picked.conv },
-        { "scan", &picked.scan },
-        { "mla", &picked.mla },
-        { "moe", &picked.moe },
+        { "conv", &picked.conv }, { "scan", &picked.scan }, { "mla", &picked.mla },
+        { "moe", &picked.moe },   { "fuse", &picked.fuse },
     };
 
     std::istringstream parts(text);
@@ -41,7 +39,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
             }
         }
         if (!known) {
-            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of off, conv, scan, mla, moe, require");
+            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of off, conv, scan, mla, moe, fuse, require");
         }
     }
     if (is_off && (any || picked.require)) {

@@ -4,7 +4,7 @@
 //
 //   unset                 all of them, each where its device has it; upstream's graph elsewhere
 //   off                   none: upstream's graph
-//   conv,scan,mla,moe     those named
+//   conv,scan,mla,moe,fuse  those named; ggml-cpu looks for `fuse` itself, once (node_fusion)
 //   require               with or without names: an operator that cannot be used is an error
 
 struct llama_kimi_ops {
@@ -12,6 +12,7 @@ struct llama_kimi_ops {
     bool scan    = true;
     bool mla     = true;
     bool moe     = true;
+    bool fuse    = true;
     bool require = false;
 };
 

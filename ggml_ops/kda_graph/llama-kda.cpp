@@ -134,19 +134,35 @@ ggml_tensor * llama_kda_mixer(
     const int64_t n_snapshots = g.cparams.n_rs_seq + 1;
     const int32_t zero_row    = inp->mctx->get_rs_z();
 
-    // projections [C, T, S], one product or three
-    ggml_tensor * qkv[3];
+    // what is made of x, one after the other, so that a backend can take these products together
+    ggml_tensor * qkv[3];  // [C, T, S], one product or three
     if (layer.wqkv) {
         ggml_tensor * all = ggml_mul_mat(ctx, layer.wqkv, x);
         for (int i = 0; i < 3; ++i) {
             qkv[i] = ggml_view_3d(ctx, all, C, T, S, all->nb[1], all->nb[1] * T, i * C * sizeof(float));
         }
+        ggml_build_forward_expand(g.gf, all);
     } else {
         ggml_tensor * const weights[] = { layer.wq, layer.wk, layer.wv };
         for (int i = 0; i < 3; ++i) {
-            qkv[i] = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, weights[i], x), C, T, S);
+            qkv[i] = ggml_mul_mat(ctx, weights[i], x);
+            ggml_build_forward_expand(g.gf, qkv[i]);
+            if (S > 1) {
+                qkv[i] = ggml_reshape_3d(ctx, qkv[i], C, T, S);
+            }
         }
     }
+    ggml_tensor * f    = ggml_mul_mat(ctx, layer.ssm_f_a, x);
+    ggml_tensor * gate = ggml_mul_mat(ctx, layer.ssm_g_a, x);
+    ggml_tensor * beta = ggml_mul_mat(ctx, layer.ssm_beta, x);
+    for (ggml_tensor * t : { f, gate, beta }) {
+        ggml_build_forward_expand(g.gf, t);
+    }
+    f    = ggml_mul_mat(ctx, layer.ssm_f_b, f);
+    gate = ggml_mul_mat(ctx, layer.ssm_g_b, gate);
+    g.cb(f, "kda_f", il);
+    g.cb(gate, "kda_gate", il);
+    g.cb(beta, "kda_beta", il);
 
     ggml_tensor * conv_cache = inp->mctx->get_r_l(il);
     ggml_tensor * conv =
@@ -156,18 +172,11 @@ ggml_tensor * llama_kda_mixer(
     store_states(g, inp, conv_cache, conv, 3 * C * T * S, il);
     ggml_tensor * packed = ggml_view_4d(ctx, conv, D, 3 * H, T, S, D * sizeof(float), conv->nb[1], conv->nb[1] * T, 0);
 
-    ggml_tensor * f    = ggml_mul_mat(ctx, layer.ssm_f_b, ggml_mul_mat(ctx, layer.ssm_f_a, x));
-    ggml_tensor * gate = ggml_mul_mat(ctx, layer.ssm_g_b, ggml_mul_mat(ctx, layer.ssm_g_a, x));
-    ggml_tensor * beta = ggml_mul_mat(ctx, layer.ssm_beta, x);
-    g.cb(f, "kda_f", il);
-    g.cb(gate, "kda_gate", il);
-    g.cb(beta, "kda_beta", il);
-
     ggml_tensor * cache = inp->mctx->get_s_l(il);
-    ggml_tensor * scan  = ggml_kda_scan(ctx, packed, ggml_reshape_4d(ctx, f, D, H, T, S), layer.ssm_dt_b, layer.ssm_a,
-                                        ggml_reshape_3d(ctx, beta, H, T, S), ggml_reshape_4d(ctx, gate, D, H, T, S),
-                                        layer.ssm_o_norm, cache, inp->s_copy_main, n_snapshots, zero_row,
-                                        g.hparams.f_norm_rms_eps, g.hparams.kda_gate_lower_bound);
+    ggml_tensor * scan  = ggml_kda_scan(
+        ctx, packed, ggml_reshape_4d(ctx, f, D, H, T, S), layer.ssm_dt_b, layer.ssm_a,
+        S > 1 ? ggml_reshape_3d(ctx, beta, H, T, S) : beta, ggml_reshape_4d(ctx, gate, D, H, T, S), layer.ssm_o_norm,
+        cache, inp->s_copy_main, n_snapshots, zero_row, g.hparams.f_norm_rms_eps, g.hparams.kda_gate_lower_bound);
     g.cb(scan, "kda_scan", il);
     store_states(g, inp, cache, scan, C * T * S, il);
 

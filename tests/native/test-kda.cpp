@@ -1,6 +1,6 @@
 // The KDA operators against their float64 oracles: ordinary and hostile inputs, every head size, lengths around
-// the tiles, several sequences with permuted and new rows, snapshots, strided sources, states written into the
-// cache in place, and bit-equality over thread counts. `test-kda perf` times them.
+// the tiles, several sequences with permuted and new rows, snapshots, strided and permuted sources, states written
+// into the cache in place, rows copied in between for cells behind the batch's, and bit-equality over thread counts.
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -11,7 +11,7 @@
 #include "kda_scan/oracle.h"
 
 #include <algorithm>
-#include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -97,16 +97,27 @@ struct options {
     int  threads  = 2;
     bool use_ref  = false;
     bool strided  = false;  // sources with gaps full of NaN between their rows
+    bool permuted = false;  // sources whose outer dimensions lie in reverse order
     bool in_place = false;  // with a copy of the states into the cache behind
 };
 
-// a [..] tensor, or a view with twice its rows' length
-static ggml_tensor * source(runner & r, bool strided, int64_t a, int64_t b, int64_t c = 1, int64_t d = 1) {
-    if (!strided) {
+// a [a, b, c, d] tensor; strided: a view with twice its rows' length; permuted: laid out as [a, d, c, b]
+static ggml_tensor * source(runner & r, const options & o, int64_t a, int64_t b, int64_t c = 1, int64_t d = 1) {
+    if (o.permuted) {
+        options inner  = o;
+        inner.permuted = false;
+        return ggml_permute(r.ctx, source(r, inner, a, d, c, b), 0, 3, 2, 1);
+    }
+    if (!o.strided) {
         return ggml_new_tensor_4d(r.ctx, GGML_TYPE_F32, a, b, c, d);
     }
     ggml_tensor * t = ggml_new_tensor_4d(r.ctx, GGML_TYPE_F32, 2 * a, b, c, d);
     return ggml_view_4d(r.ctx, t, a, b, c, d, t->nb[1], t->nb[2], t->nb[3], a * sizeof(float));
+}
+
+// a contiguous one: weights and the cache
+static ggml_tensor * weight(runner & r, int64_t a, int64_t b) {
+    return source(r, {}, a, b);
 }
 
 struct result {
@@ -122,8 +133,6 @@ static result compute(runner &                    r,
                       int64_t                     S,
                       int64_t                     n_slots,
                       bool                        in_place,
-                      int                         repeats,
-                      double *                    best,
                       const std::function<void()> fill) {
     const int64_t size  = cache->ne[0];
     const int64_t cells = cache->ne[1] / n_slots;
@@ -147,34 +156,27 @@ static result compute(runner &                    r,
             y.states.insert(y.states.end(), p, p + size);
         }
     }
-    for (int i = 0; i < repeats; ++i) {
-        const auto t0 = std::chrono::steady_clock::now();
-        r.run();
-        const double us = std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - t0).count();
-        *best           = i ? std::min(*best, us) : us;
-    }
     return y;
 }
 
-static result
-run_scan(const scan_shape & n, const scan_inputs & x, const options & o, int repeats = 0, double * best = nullptr) {
+static result run_scan(const scan_shape & n, const scan_inputs & x, const options & o) {
     runner        r(o.threads, o.use_ref);
     const int64_t n_rows = x.cache.size() / (n.D * n.D * n.H);
     const int64_t slots  = std::min(n.T + 1, n.K);
 
-    ggml_tensor * qkv   = source(r, o.strided, n.D, 3 * n.H, n.T, n.S);
-    ggml_tensor * f     = source(r, o.strided, n.D, n.H, n.T, n.S);
-    ggml_tensor * dt    = source(r, false, n.D * n.H, 1);
-    ggml_tensor * a     = source(r, false, 1, n.H);
-    ggml_tensor * beta  = source(r, o.strided, n.H, n.T, n.S);
-    ggml_tensor * gate  = source(r, o.strided, n.D, n.H, n.T, n.S);
-    ggml_tensor * norm  = source(r, false, n.D, 1);
-    ggml_tensor * cache = source(r, false, n.D * n.D * n.H, n_rows);
+    ggml_tensor * qkv   = source(r, o, n.D, 3 * n.H, n.T, n.S);
+    ggml_tensor * f     = source(r, o, n.D, n.H, n.T, n.S);
+    ggml_tensor * dt    = weight(r, n.D * n.H, 1);
+    ggml_tensor * a     = weight(r, 1, n.H);
+    ggml_tensor * beta  = source(r, o, n.H, n.T, n.S);
+    ggml_tensor * gate  = source(r, o, n.D, n.H, n.T, n.S);
+    ggml_tensor * norm  = weight(r, n.D, 1);
+    ggml_tensor * cache = weight(r, n.D * n.D * n.H, n_rows);
     ggml_tensor * rows  = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n.S);
     ggml_tensor * op =
         ggml_kda_scan(r.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
 
-    return compute(r, op, cache, n.D * n.H * n.T * n.S, n.S, slots, o.in_place, repeats, best, [&] {
+    return compute(r, op, cache, n.D * n.H * n.T * n.S, n.S, slots, o.in_place, [&] {
         put(qkv, x.qkv);
         put(f, x.f);
         put(dt, x.dt_bias);
@@ -187,8 +189,7 @@ run_scan(const scan_shape & n, const scan_inputs & x, const options & o, int rep
     });
 }
 
-static result
-run_conv(const conv_shape & n, const conv_inputs & x, const options & o, int repeats = 0, double * best = nullptr) {
+static result run_conv(const conv_shape & n, const conv_inputs & x, const options & o) {
     runner        r(o.threads, o.use_ref);
     const int64_t C      = n.D * n.H;
     const int64_t n_rows = x.cache.size() / (9 * C);
@@ -196,15 +197,15 @@ run_conv(const conv_shape & n, const conv_inputs & x, const options & o, int rep
 
     ggml_tensor *in[3], *w[3];
     for (int p = 0; p < 3; ++p) {
-        in[p] = source(r, o.strided, C, n.T, n.S);
+        in[p] = source(r, o, C, n.T, n.S);
         w[p]  = ggml_new_tensor_3d(r.ctx, GGML_TYPE_F32, 4, 1, C);
     }
-    ggml_tensor * cache = source(r, false, 9 * C, n_rows);
+    ggml_tensor * cache = weight(r, 9 * C, n_rows);
     ggml_tensor * rows  = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n.S);
     ggml_tensor * op =
         ggml_kda_conv(r.ctx, in[0], in[1], in[2], w[0], w[1], w[2], cache, rows, n.D, n.K, x.zero_row, x.eps);
 
-    return compute(r, op, cache, 3 * C * n.T * n.S, n.S, slots, o.in_place, repeats, best, [&] {
+    return compute(r, op, cache, 3 * C * n.T * n.S, n.S, slots, o.in_place, [&] {
         for (int p = 0; p < 3; ++p) {
             put(in[p], x.x[p]);
             put(w[p], x.w[p]);
@@ -338,8 +339,9 @@ static void test_scan(const scan_shape & n, const std::string & gate, double low
     const scan_inputs x    = make_scan(n, gate, lower_bound, new_seq, o.in_place);
     const scan_result want = scan(n, x);
     char              name[200];
-    snprintf(name, sizeof(name), "scan D=%d H=%d T=%d S=%d K=%d gate=%s bound=%g new=%d strided=%d in_place=%d",
-             (int) n.D, (int) n.H, (int) n.T, (int) n.S, (int) n.K, gate.c_str(), lower_bound, new_seq, o.strided,
+    snprintf(name, sizeof(name),
+             "scan D=%d H=%d T=%d S=%d K=%d gate=%s bound=%g new=%d strided=%d permuted=%d in_place=%d", (int) n.D,
+             (int) n.H, (int) n.T, (int) n.S, (int) n.K, gate.c_str(), lower_bound, new_seq, o.strided, o.permuted,
              o.in_place);
 
     std::vector<float> first;
@@ -368,8 +370,8 @@ static void test_conv(const conv_shape & n, bool new_seq, options o) {
     const conv_inputs x    = make_conv(n, new_seq, o.in_place);
     const conv_result want = conv(n, x);
     char              name[200];
-    snprintf(name, sizeof(name), "conv D=%d H=%d T=%d S=%d K=%d new=%d strided=%d in_place=%d", (int) n.D, (int) n.H,
-             (int) n.T, (int) n.S, (int) n.K, new_seq, o.strided, o.in_place);
+    snprintf(name, sizeof(name), "conv D=%d H=%d T=%d S=%d K=%d new=%d strided=%d permuted=%d in_place=%d", (int) n.D,
+             (int) n.H, (int) n.T, (int) n.S, (int) n.K, new_seq, o.strided, o.permuted, o.in_place);
     std::vector<float> first;
     for (const int threads : { 2, 1, 7 }) {
         o.threads      = threads;
@@ -386,36 +388,91 @@ static void test_conv(const conv_shape & n, bool new_seq, options o) {
     compare(std::string(name) + " plain", run_conv(n, x, o), want, std::min(n.T + 1, n.K), n.K, 1e-12);
 }
 
-static void perf() {
-    printf("| operator | tokens | sequences | us |\n| --- | --- | --- | --- |\n");
-    for (const auto & [T, S] : std::vector<std::pair<int, int>>{
-             { 1, 1 }, { 2, 1 }, { 4, 1 }, { 8, 1 }, { 16, 1 }, { 32, 1 }, { 64, 1 }, { 512, 1 }, { 1, 4 } }) {
-        for (const bool in_place : { false, true }) {
-            options o;
-            o.in_place         = in_place;
-            const scan_shape n = { 128, 32, T, S, 1 };
-            const conv_shape c = { 128, 32, T, S, 1 };
-            double           us;
-            const int        repeats = std::max(20, 4000 / (T * S));
-            run_scan(n, make_scan(n, "ordinary", -INFINITY, false, true), o, repeats, &us);
-            printf("| scan%s | %d | %d | %.1f |\n", in_place ? " in place" : "", T, S, us);
-            run_conv(c, make_conv(c, false, true), o, repeats, &us);
-            printf("| conv%s | %d | %d | %.1f |\n", in_place ? " in place" : "", T, S, us);
-            fflush(stdout);
-        }
+// Between operator and copy, rows are gathered for the cells behind the batch's, as llama.cpp does when n_rs > n_seqs:
+// one sequence, in row 1, of a cache of five rows; rows 2 and 3 take over what rows[0] and rows[1] held, or zeros.
+struct extra_rows {
+    int32_t from[2];
+    int32_t zero_row;  // filled with zeros first; -1: none
+    bool    elided;    // may the operator write the cache itself?
+};
+
+static void test_extra_rows(const extra_rows & extra, int64_t T) {
+    const scan_shape n = { 64, 2, T, 1, 1 };
+    scan_inputs      x = make_scan(n, "ordinary", -INFINITY, false, false);
+    x.cache            = normal(n.D * n.D * n.H * 5, 0, 0.3f);
+    x.rows             = { 1 };
+    x.zero_row         = extra.zero_row;
+
+    runner        r(2, false);
+    const int64_t size  = n.D * n.D * n.H;
+    const int64_t n_out = n.D * n.H * T;
+    ggml_tensor * qkv   = source(r, {}, n.D, 3 * n.H, T);
+    ggml_tensor * f     = source(r, {}, n.D, n.H, T);
+    ggml_tensor * dt    = weight(r, n.D * n.H, 1);
+    ggml_tensor * a     = weight(r, 1, n.H);
+    ggml_tensor * beta  = source(r, {}, n.H, T);
+    ggml_tensor * gate  = source(r, {}, n.D, n.H, T);
+    ggml_tensor * norm  = weight(r, n.D, 1);
+    ggml_tensor * cache = weight(r, size, 5);
+    ggml_tensor * rows  = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 1);
+    ggml_tensor * moved = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 2);
+    ggml_tensor * op =
+        ggml_kda_scan(r.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, 1, x.zero_row, x.eps, x.lower_bound);
+
+    std::vector<ggml_tensor *> nodes = { op };
+    if (extra.zero_row >= 0) {
+        ggml_tensor * row = ggml_view_1d(r.ctx, cache, size, extra.zero_row * cache->nb[1]);
+        nodes.push_back(ggml_fill_inplace(r.ctx, row, 0.0f));
+    }
+    ggml_tensor * behind = ggml_view_2d(r.ctx, cache, size, 2, cache->nb[1], 2 * cache->nb[1]);
+    nodes.push_back(ggml_cpy(r.ctx, ggml_get_rows(r.ctx, cache, moved), behind));
+    ggml_tensor * from = ggml_view_3d(r.ctx, op, size, 1, 1, size * 4, size * 4, n_out * 4);
+    ggml_tensor * to   = ggml_view_3d(r.ctx, cache, size, 1, 1, cache->nb[1], 5 * cache->nb[1], cache->nb[1]);
+    nodes.push_back(ggml_cpy(r.ctx, from, to));
+    nodes.push_back(ggml_scale(r.ctx, ggml_view_1d(r.ctx, op, n_out, 0), 1.0f));
+    r.allocate(nodes);
+    put(qkv, x.qkv);
+    put(f, x.f);
+    put(dt, x.dt_bias);
+    put(a, x.a);
+    put(beta, x.beta);
+    put(gate, x.gate);
+    put(norm, x.norm);
+    put(cache, x.cache);
+    put(rows, x.rows);
+    put(moved, std::vector<int32_t>(extra.from, extra.from + 2));
+    r.run();
+
+    std::vector<float> want = x.cache;
+    const auto         row  = [&](int32_t i) { return want.begin() + i * size; };
+    if (extra.zero_row >= 0) {
+        std::fill_n(row(extra.zero_row), size, 0.0f);
+    }
+    std::vector<float> gathered;
+    for (const int32_t i : extra.from) {
+        gathered.insert(gathered.end(), row(i), row(i) + size);
+    }
+    std::copy(gathered.begin(), gathered.end(), row(2));
+    const scan_result y = scan(n, x);
+    std::copy(y.states.begin(), y.states.end(), row(1));
+
+    const float * got    = (const float *) cache->data;
+    const bool    elided = std::isnan(((const float *) op->data)[n_out]);  // its states were left unwritten
+    n_tests++;
+    if (!(nmse(got, want.data(), want.size()) <= 1e-11) || elided != extra.elided) {
+        n_failed++;
+        printf("FAIL extra rows from %d and %d, zeros in %d, T=%d: NMSE %.1e, elided %d\n", extra.from[0],
+               extra.from[1], extra.zero_row, (int) T, nmse(got, want.data(), want.size()), elided);
     }
 }
 
-int main(int argc, char ** argv) {
-    if (argc > 1 && !strcmp(argv[1], "perf")) {
-        perf();
-        return 0;
-    }
+int main() {
     for (const int64_t D : { 32, 64, 96, 128, 256 }) {
         for (const int64_t T : { 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100 }) {
             for (const int64_t K : { 1, 4 }) {
                 options o;
-                o.strided = T % 2;
+                o.strided  = T % 2;
+                o.permuted = T % 3 == 1;
                 for (const bool in_place : { false, true }) {
                     o.in_place = in_place;
                     test_scan({ D, 2, T, 2, K }, "ordinary", -INFINITY, T % 3 == 0, o);
@@ -430,6 +487,17 @@ int main(int argc, char ** argv) {
                 test_scan({ 128, 2, T, 3, 2 }, gate, bound, true, {});
                 test_scan({ 64, 1, T, 1, 1 }, gate, bound, false, {});
             }
+        }
+    }
+    const extra_rows extras[] = {
+        { { 3, 4 }, -1, true },
+        { { 0, 4 }, 4, true },    // a new sequence takes row 0's place in row 2: zeros come from row 4
+        { { 1, 4 }, -1, false },  // reads the row whose new state the operator would have written
+        { { 0, 4 }, 1, false },   // the row of zeros is the one written
+    };
+    for (const extra_rows & extra : extras) {
+        for (const int64_t T : { 1, 40 }) {
+            test_extra_rows(extra, T);
         }
     }
     printf("%d checks, %d failed; largest NMSE that passed %.1e\n", n_tests, n_failed, worst);

@@ -17,6 +17,8 @@ namespace kda {
 constexpr int WIDTH          = GGML_KDA_CONV_WIDTH;
 constexpr int HISTORY        = WIDTH - 1;
 constexpr int HEADS_TOGETHER = 8;  // heads that go together
+// tokens ahead of which rows are asked for: each row is another page, where a processor's own prefetching begins anew
+constexpr int AHEAD = 1;
 
 // One head of q, k or v in one sequence.
 struct conv_unit {
@@ -220,6 +222,10 @@ void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
         }
         for (int64_t t = 0; t < q->ne[1]; ++t) {
             for (int g = 0; g < n; ++g) {
+                if (t + AHEAD < q->ne[1]) {
+                    prefetch(units[g].row(t + AHEAD), D);
+                    prefetch_write(units[g].out + (t + AHEAD) * units[g].out_stride, D);
+                }
                 if (plain) {
                     convolve_reference(units[g], t);
                 } else {

@@ -16,6 +16,7 @@
 #include "kda-scan-impl.h"
 #include "kda-simd.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace kda {
@@ -29,25 +30,57 @@ constexpr int RT = VW == 8 ? 4 : 8;
 template <int D> struct chunk_vectors {
     float decayed[2 * CHUNK][D];  // P_i k_i, then P_i q_i
     float to_end[CHUNK][D];       // E_last,j k_j
+    float decay[CHUNK][D];        // e_i
     float total[D];               // P_last
     float L[CHUNK][CHUNK];
     float A[CHUNK][CHUNK];
     float beta[CHUNK];
     float product[2 * CHUNK][JB];  // (P k) S, overwritten by U; then (P q) S
+    float out[CHUNK][D];           // O
 };
+
+// k_j <- e_i k_j, and its products with k_i and q_i, for N neighbouring j
+template <int D, int N>
+static KDA_INLINE void
+pair_products(float (*kj)[D], const float * e, const float * k, const float * q, vf * ek, vf * eq) {
+    vf a[N];
+    vf b[N];
+    KDA_UNROLL
+    for (int j = 0; j < N; ++j) {
+        a[j] = v_zero();
+        b[j] = v_zero();
+    }
+    for (int n = 0; n < D; n += VW) {
+        const vf vk = v_load(k + n);
+        const vf vq = v_load(q + n);
+        const vf ve = v_load(e + n);
+        KDA_UNROLL
+        for (int j = 0; j < N; ++j) {
+            const vf x = v_mul(v_load(kj[j] + n), ve);
+            v_store(kj[j] + n, x);
+            a[j] = v_fma(x, vk, a[j]);
+            b[j] = v_fma(x, vq, b[j]);
+        }
+    }
+    KDA_UNROLL
+    for (int j = 0; j < N; ++j) {
+        ek[j] = a[j];
+        eq[j] = b[j];
+    }
+}
 
 // Everything that does not depend on the value channel.
 template <int D> static void prepare(const scan_head & head, int64_t t0, chunk_vectors<D> & p) {
-    constexpr int NV = D / VW;
-
+    for (int i = 0; i < CHUNK; ++i) {
+        decays<D>(head, t0 + i, p.decay[i]);
+    }
     for (int i = 0; i < D; i += VW) {
         v_store(p.total + i, v_set1(1.0f));
     }
 
     for (int i = 0; i < CHUNK; ++i) {
-        const int64_t t = t0 + i;
-        const float * k = head.k[t];
-        const float * q = head.q[t];
+        const float * k = head.k[t0 + i];
+        const float * q = head.q[t0 + i];
 
         vf ek[CHUNK];
         vf eq[CHUNK];
@@ -57,37 +90,29 @@ template <int D> static void prepare(const scan_head & head, int64_t t0, chunk_v
             eq[j] = v_zero();
         }
 
-        alignas(64) float decay[D];
-        decays<D>(head, t, decay);
-
         vf kq = v_zero();
-        for (int n = 0; n < NV; ++n) {
-            const vf e  = v_load(decay + n * VW);
-            const vf vk = v_load(k + n * VW);
-            const vf vq = v_load(q + n * VW);
-            const vf P  = v_mul(v_load(p.total + n * VW), e);
-            v_store(p.total + n * VW, P);
-            v_store(p.decayed[i] + n * VW, v_mul(P, vk));
-            v_store(p.decayed[CHUNK + i] + n * VW, v_mul(P, vq));
-            v_store(p.to_end[i] + n * VW, vk);
+        for (int n = 0; n < D; n += VW) {
+            const vf vk = v_load(k + n);
+            const vf vq = v_load(q + n);
+            const vf P  = v_mul(v_load(p.total + n), v_load(p.decay[i] + n));
+            v_store(p.total + n, P);
+            v_store(p.decayed[i] + n, v_mul(P, vk));
+            v_store(p.decayed[CHUNK + i] + n, v_mul(P, vq));
+            v_store(p.to_end[i] + n, vk);
             kq = v_fma(vk, vq, kq);
         }
         eq[i] = kq;
 
-        for (int j = 0; j < i; ++j) {
-            vf a = v_zero();
-            vf b = v_zero();
-            for (int n = 0; n < NV; ++n) {
-                const vf kj = v_mul(v_load(p.to_end[j] + n * VW), v_load(decay + n * VW));
-                v_store(p.to_end[j] + n * VW, kj);
-                a = v_fma(kj, v_load(k + n * VW), a);
-                b = v_fma(kj, v_load(q + n * VW), b);
-            }
-            ek[j] = a;
-            eq[j] = b;
+        constexpr int N = 4;
+        int           j = 0;
+        for (; j + N <= i; j += N) {
+            pair_products<D, N>(p.to_end + j, p.decay[i], k, q, ek + j, eq + j);
+        }
+        for (; j < i; ++j) {
+            pair_products<D, 1>(p.to_end + j, p.decay[i], k, q, ek + j, eq + j);
         }
 
-        p.beta[i]     = sigmoid_of(head.beta[t][0]);
+        p.beta[i]     = sigmoid_of(head.beta[t0 + i][0]);
         const vf beta = v_set1(p.beta[i]);
         for (int j = 0; j < CHUNK; j += VW) {
             v_store(p.L[i] + j, v_mul(beta, v_sum_rows(ek + j)));
@@ -96,9 +121,12 @@ template <int D> static void prepare(const scan_head & head, int64_t t0, chunk_v
     }
 }
 
-// product = decayed * S, where S is D rows of JB value channels
-template <int D> static void multiply(chunk_vectors<D> & p, const float * S) {
+// product = decayed * S, where S is D rows of JB value channels. Before each of its register tiles it calls `ahead`.
+constexpr int TILES = 2 * CHUNK / RT;
+
+template <int D, typename F> static void multiply(chunk_vectors<D> & p, const float * S, F && ahead) {
     for (int r0 = 0; r0 < 2 * CHUNK; r0 += RT) {
+        ahead(r0 / RT);
         vf acc[RT][2];
         KDA_UNROLL
         for (int r = 0; r < RT; ++r) {
@@ -152,7 +180,7 @@ template <int D> static void solve(const scan_head & head, int64_t t0, int64_t j
             for (int i = n; i < CHUNK; ++i) {
                 o[i] = v_fma(v_set1(p.A[i][n]), un, o[i]);
             }
-            v_store(head.out_row(t0 + n) + j + c, o[n]);
+            v_store(p.out[n] + j + c, o[n]);
         }
     }
 }
@@ -220,15 +248,42 @@ template <int D> static void store_block(const float * S, float * state) {
     }
 }
 
-template <int D>
-static void chunks(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int64_t j1, float * scratch) {
-    static_assert(sizeof(chunk_vectors<D>) <=
-                      sizeof(float) * ((6 * CHUNK + 4) * D + 4 * CHUNK * CHUNK + 4 * CHUNK * 32),
-                  "scan_scratch_floats");
-    float *            S = scratch;
-    chunk_vectors<D> & p = *(chunk_vectors<D> *) (scratch + D * D);
+// Asks for the rows of tokens [t, t + n) of a head: those that its next chunk will read, and those it will write.
+template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64_t t, int64_t n) {
+    for (int64_t i = t; i < t + n; ++i) {
+        prefetch(head.f[i], D);
+        prefetch(head.k[i], D);
+        prefetch(head.q[i], D);
+        prefetch(head.v[i], D);
+        prefetch(head.gate[i], D);
+        prefetch_write(head.out_row(i), D);
+    }
+}
 
-    const float * from = head.state_before(t0);
+// Part `part` of `n_parts` of what comes after the chunk at t: the next chunk, or the next head's state and first one.
+template <int D>
+static KDA_INLINE void ahead(const scan_head & head, const scan_range & range, int64_t t, int part, int n_parts) {
+    const int64_t i0 = CHUNK * part / n_parts;
+    const int64_t i1 = CHUNK * (part + 1) / n_parts;
+    if (t + CHUNK < range.t1) {
+        rows_ahead<D>(head, t + CHUNK + i0, i1 - i0);
+    } else if (range.next) {
+        rows_ahead<D>(*range.next, i0, std::min(i1, range.next->T) - i0);
+        if (range.next->state_in) {
+            const int64_t j0 = D * part / n_parts;
+            prefetch(range.next->state_in + j0 * D, (D * (part + 1) / n_parts - j0) * D);
+        }
+    }
+}
+
+template <int D> static void chunks(const scan_head & head, const scan_range & range, float * scratch) {
+    static_assert(sizeof(chunk_vectors<D>) <= sizeof(float) * (scan_scratch_floats(D) - D * D), "scan_scratch_floats");
+    float *            S  = scratch;
+    chunk_vectors<D> & p  = *(chunk_vectors<D> *) (scratch + D * D);
+    const int64_t      j0 = range.j0;
+    const int64_t      j1 = range.j1;
+
+    const float * from = head.state_before(range.t0);
     for (int64_t j = j0; j < j1; j += JB) {
         if (from) {
             load_block<D>(from + j * D, S + j * D);
@@ -236,28 +291,38 @@ static void chunks(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, i
             memset(S + j * D, 0, JB * D * sizeof(float));
         }
     }
-    for (int64_t t = t0; t < t1; t += CHUNK) {
+    const int n_tiles = TILES * (int) ((j1 - j0) / JB);  // of the product, in a chunk
+    for (int64_t t = range.t0; t < range.t1; t += CHUNK) {
         prepare<D>(head, t, p);
         for (int64_t j = j0; j < j1; j += JB) {
-            multiply<D>(p, S + j * D);
+            const int first = TILES * (int) ((j - j0) / JB);
+            // what comes next is fetched while this chunk multiplies
+            multiply<D>(p, S + j * D, [&](int tile) { ahead<D>(head, range, t, first + tile, n_tiles); });
             solve<D>(head, t, j, p);
             update<D>(p, S + j * D);
         }
+        if (range.finish) {
+            finish<D>(head, t, CHUNK, &p.out[0][0], D);
+        } else {
+            for (int i = 0; i < CHUNK; ++i) {
+                memcpy(head.out_row(t + i) + j0, p.out[i] + j0, (j1 - j0) * sizeof(float));
+            }
+        }
     }
-    float * to = head.state_after(t1 - 1);
+    float * to = head.state_after(range.t1 - 1);
     for (int64_t j = j0; j < j1; j += JB) {
         store_block<D>(S + j * D, to + j * D);
     }
 }
 
-bool scan_chunks(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int64_t j1, float * scratch) {
+bool scan_chunks(const scan_head & head, const scan_range & range, float * scratch) {
     // clang-format off
     switch (head.D) {
-        case  32: chunks< 32>(head, t0, t1, j0, j1, scratch); return true;
-        case  64: chunks< 64>(head, t0, t1, j0, j1, scratch); return true;
-        case  96: chunks< 96>(head, t0, t1, j0, j1, scratch); return true;
-        case 128: chunks<128>(head, t0, t1, j0, j1, scratch); return true;
-        case 256: chunks<256>(head, t0, t1, j0, j1, scratch); return true;
+        case  32: chunks< 32>(head, range, scratch); return true;
+        case  64: chunks< 64>(head, range, scratch); return true;
+        case  96: chunks< 96>(head, range, scratch); return true;
+        case 128: chunks<128>(head, range, scratch); return true;
+        case 256: chunks<256>(head, range, scratch); return true;
         default:  return false;
     }
     // clang-format on
@@ -265,7 +330,7 @@ bool scan_chunks(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int
 
 #else
 
-bool scan_chunks(const scan_head &, int64_t, int64_t, int64_t, int64_t, float *) {
+bool scan_chunks(const scan_head &, const scan_range &, float *) {
     return false;
 }
 

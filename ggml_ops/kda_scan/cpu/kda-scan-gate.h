@@ -1,6 +1,6 @@
 #pragma once
 
-// The gates of the KDA scan in vectors, used by the stepwise and by the chunked kernel.
+// The gates and the output norm of the KDA scan in vectors, used by the stepwise and by the chunked kernel.
 
 #include "kda-scan-impl.h"
 #include "kda-simd.h"
@@ -35,6 +35,39 @@ template <int D> static KDA_INLINE void decays(const scan_head & head, int64_t t
 
 static KDA_INLINE float sigmoid_of(float x) {
     return 1.0f / (1.0f + expf(-x));
+}
+
+// out = norm * rms_norm(o) * sigmoid(gate) for tokens [t0, t0 + n), n <= CHUNK; o: their rows, `stride` floats apart,
+// which may be those of out. A token's result does not depend on those it comes with.
+template <int D>
+static KDA_INLINE void finish(const scan_head & head, int64_t t0, int n, const float * o, size_t stride) {
+    alignas(64) float scale[CHUNK];
+    for (int i0 = 0; i0 < n; i0 += VW) {
+        vf square[VW];
+        KDA_UNROLL
+        for (int i = 0; i < VW; ++i) {
+            square[i] = v_zero();
+        }
+        for (int i = 0; i < VW && i0 + i < n; ++i) {
+            vf sum = v_zero();
+            for (int j = 0; j < D; j += VW) {
+                const vf x = v_load(o + (i0 + i) * stride + j);
+                sum        = v_fma(x, x, sum);
+            }
+            square[i] = sum;
+        }
+        const vf mean = v_mul(v_sum_rows(square), v_set1(1.0f / D));
+        v_store(scale + i0, v_div(v_set1(1.0f), v_sqrt(v_add(mean, v_set1(head.eps)))));
+    }
+    for (int i = 0; i < n; ++i) {
+        const float * gate = head.gate[t0 + i];
+        float *       out  = head.out_row(t0 + i);
+        const vf      s    = v_set1(scale[i]);
+        for (int j = 0; j < D; j += VW) {
+            const vf normed = v_mul(v_mul(v_load(o + i * stride + j), s), v_load(head.norm + j));
+            v_store(out + j, v_mul(normed, v_sigmoid(v_load(gate + j))));
+        }
+    }
 }
 
 }  // namespace kda

@@ -56,17 +56,27 @@ struct scan_head {
 // Tokens of a chunk: one tile with exact decay. Larger chunks save no products on a CPU (README).
 constexpr int CHUNK = 16;
 
-// floats of scratch that a thread needs for head size D
-size_t scan_scratch_floats(int64_t D);
+// Floats of scratch that a thread needs for head size D: the state by columns, then for each token of a chunk: decay,
+// output, k, and the three products with the decay, the four small matrices, and room to spare for vectors.
+constexpr int64_t scan_scratch_floats(int64_t D) {
+    return D * D + (7 * CHUNK + 4) * D + 4 * CHUNK * CHUNK + 4 * CHUNK * 32;
+}
 
 // The plain path: all columns and the output norm of one head, token by token, in scalar float32.
 // scratch: scan_scratch_floats(D)
 void scan_reference(const scan_head & head, float * scratch);
 
-// The vector paths. Tokens [t0, t1) and value channels [j0, j1), both multiples of their tiles; the raw output
-// S^T q goes to out. False when this build has no kernel for the head size.
-bool scan_steps(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int64_t j1, float * scratch);
-bool scan_chunks(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int64_t j1, float * scratch);
+// Tokens [t0, t1) and value channels [j0, j1), both multiples of their tiles. With `finish`, which wants all value
+// channels, the output norm and gate are applied; else S^T q goes to out as it is.
+struct scan_range {
+    int64_t           t0, t1, j0, j1;
+    bool              finish;
+    const scan_head * next;  // that comes after this one: its state and first tokens are asked for; nullptr: none
+};
+
+// The vector paths. False when this build has no kernel for the head size.
+bool scan_steps(const scan_head & head, const scan_range & range, float * scratch);
+bool scan_chunks(const scan_head & head, const scan_range & range, float * scratch);
 
 // out = norm * rms_norm(out) * sigmoid(gate) for tokens [t0, t1)
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1);

@@ -102,17 +102,16 @@ step(const step_vectors<D> & p, int n, const float * v, const float * from, floa
     }
 }
 
-template <int D>
-static void steps(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int64_t j1, float * scratch) {
+template <int D> static void steps(const scan_head & head, const scan_range & range, float * scratch) {
     static_assert(sizeof(step_vectors<D>) <= sizeof(float) * (6 * CHUNK * D), "scan_scratch_floats");
     step_vectors<D> & p = *(step_vectors<D> *) scratch;
 
-    for (int64_t g = t0; g < t1; g += TOKENS_TOGETHER) {
-        const int n_group = (int) std::min<int64_t>(TOKENS_TOGETHER, t1 - g);
+    for (int64_t g = range.t0; g < range.t1; g += TOKENS_TOGETHER) {
+        const int n_group = (int) std::min<int64_t>(TOKENS_TOGETHER, range.t1 - g);
         for (int n = 0; n < n_group; ++n) {
             prepare<D>(head, g + n, p, n);
         }
-        for (int64_t j = j0; j < j1; j += VW) {
+        for (int64_t j = range.j0; j < range.j1; j += VW) {
             for (int n = 0; n < n_group; ++n) {
                 const int64_t t    = g + n;
                 const float * from = head.state_before(t);
@@ -124,38 +123,42 @@ static void steps(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, in
                 step<D>(p, n, head.v[t] + j, from + j * D, to + j * D, head.out_row(t) + j);
             }
         }
+        if (range.finish) {
+            finish<D>(head, g, n_group, head.out_row(g), head.out_stride);
+        }
     }
 }
 
-bool scan_steps(const scan_head & head, int64_t t0, int64_t t1, int64_t j0, int64_t j1, float * scratch) {
+template <int D> static void finish_all(const scan_head & head, int64_t t0, int64_t t1) {
+    for (int64_t t = t0; t < t1; t += CHUNK) {
+        finish<D>(head, t, (int) std::min<int64_t>(CHUNK, t1 - t), head.out_row(t), head.out_stride);
+    }
+}
+
+bool scan_steps(const scan_head & head, const scan_range & range, float * scratch) {
     // clang-format off
     switch (head.D) {
-        case  32: steps< 32>(head, t0, t1, j0, j1, scratch); return true;
-        case  64: steps< 64>(head, t0, t1, j0, j1, scratch); return true;
-        case  96: steps< 96>(head, t0, t1, j0, j1, scratch); return true;
-        case 128: steps<128>(head, t0, t1, j0, j1, scratch); return true;
-        case 256: steps<256>(head, t0, t1, j0, j1, scratch); return true;
+        case  32: steps< 32>(head, range, scratch); return true;
+        case  64: steps< 64>(head, range, scratch); return true;
+        case  96: steps< 96>(head, range, scratch); return true;
+        case 128: steps<128>(head, range, scratch); return true;
+        case 256: steps<256>(head, range, scratch); return true;
         default:  return false;
     }
     // clang-format on
 }
 
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1) {
-    for (int64_t t = t0; t < t1; ++t) {
-        float *       out  = head.out_row(t);
-        const float * gate = head.gate[t];
-
-        vf square = v_zero();
-        for (int64_t j = 0; j < head.D; j += VW) {
-            const vf o = v_load(out + j);
-            square     = v_fma(o, o, square);
-        }
-        const vf scale = v_set1(1.0f / sqrtf(v_hsum(square) / head.D + head.eps));
-        for (int64_t j = 0; j < head.D; j += VW) {
-            const vf normed = v_mul(v_mul(v_load(out + j), scale), v_load(head.norm + j));
-            v_store(out + j, v_mul(normed, v_sigmoid(v_load(gate + j))));
-        }
+    // clang-format off
+    switch (head.D) {
+        case  32: finish_all< 32>(head, t0, t1); break;
+        case  64: finish_all< 64>(head, t0, t1); break;
+        case  96: finish_all< 96>(head, t0, t1); break;
+        case 128: finish_all<128>(head, t0, t1); break;
+        case 256: finish_all<256>(head, t0, t1); break;
+        default:  break;
     }
+    // clang-format on
 }
 
 int64_t scan_column_tile() {
@@ -164,7 +167,7 @@ int64_t scan_column_tile() {
 
 #else
 
-bool scan_steps(const scan_head &, int64_t, int64_t, int64_t, int64_t, float *) {
+bool scan_steps(const scan_head &, const scan_range &, float *) {
     return false;
 }
 

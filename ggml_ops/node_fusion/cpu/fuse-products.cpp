@@ -1,0 +1,135 @@
+// Products with repacked weights that stand one behind the other and do not need each other: q, k and v and the first
+// halves of the low-rank gates; the second halves; gate and up of a dense layer or shared expert. All activations are
+// packed first, each kind once; one barrier stands behind that and one behind all the products, so that a thread goes
+// from one weight to the next without waiting. Each value is computed by the instructions that compute it alone.
+
+#include "node-fusion-impl.h"
+#include "packed-product.h"
+
+#include <algorithm>
+
+namespace node_fusion {
+
+using ggml::cpu::packed_product;
+
+constexpr int     MAX_PRODUCTS      = 8;
+constexpr int64_t CHUNKS_PER_THREAD = 4;
+constexpr size_t  ALIGNMENT         = 64;  // of packed activations in the work buffer
+
+struct product {
+    ggml_tensor *    op;
+    packed_product * weights;
+    size_t           packed;  // where its activations lie in the work buffer
+    bool             shares;  // those of a product before it
+    int64_t          chunk;   // rows
+    int64_t          n_chunks;
+};
+
+struct group {
+    product all[MAX_PRODUCTS];
+    int     count = 0;
+    size_t  used  = 0;  // bytes of the work buffer
+};
+
+static packed_product * packed_weights(const ggml_tensor * op) {
+    const bool plain = op->op == GGML_OP_MUL_MAT && (op->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && op->src[0]->extra &&
+                       op->src[0]->buffer && op->src[0]->ne[2] * op->src[0]->ne[3] == 1;
+    if (!plain) {
+        return nullptr;
+    }
+    for (auto * type : ggml_backend_cpu_get_extra_buffer_types()) {
+        if (type && type->context && op->src[0]->buffer->buft == type) {
+            auto * traits = ((ggml::cpu::extra_buffer_type *) type->context)->get_tensor_traits(op);
+            return dynamic_cast<packed_product *>(traits);
+        }
+    }
+    return nullptr;
+}
+
+// Is t, or what it is a view of, made by a product of the group?
+static bool made_by(const group & g, const ggml_tensor * t) {
+    const ggml_tensor * origin = t->view_src ? t->view_src : t;
+    return std::any_of(g.all, g.all + g.count, [&](const product & p) { return p.op == t || p.op == origin; });
+}
+
+// Takes op into the group; false when it cannot join.
+static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params) {
+    packed_product * weights = packed_weights(op);
+    if (weights == nullptr || g.count == MAX_PRODUCTS || made_by(g, op->src[1])) {
+        return false;
+    }
+    product p = { op, weights, g.used, false, 0, 0 };
+    for (int i = 0; i < g.count; ++i) {
+        if (g.all[i].op->src[1] == op->src[1] && g.all[i].weights->activations() == weights->activations()) {
+            p.packed = g.all[i].packed;
+            p.shares = true;
+        }
+    }
+    if (!p.shares) {
+        size_t size = 0;
+        weights->work_size(params->nth, op, size);
+        if (g.used + size > params->wsize) {
+            return false;
+        }
+        g.used += (size + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    }
+    const int64_t rows  = op->src[0]->ne[1];
+    const int64_t step  = weights->row_step();
+    const int64_t parts = CHUNKS_PER_THREAD * params->nth;
+    p.chunk             = ((rows + parts - 1) / parts + step - 1) / step * step;
+    p.n_chunks          = (rows + p.chunk - 1) / p.chunk;
+    g.all[g.count++]    = p;
+    return true;
+}
+
+// the parameters with which p's weights find their activations
+static ggml_compute_params params_of(const product & p, const ggml_compute_params * params) {
+    ggml_compute_params own = *params;
+    own.wdata               = (char *) params->wdata + p.packed;
+    own.wsize               = params->wsize - p.packed;
+    return own;
+}
+
+int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params) {
+    group g;
+    int   last = node_n;
+    for (int n = node_n; n < cgraph->n_nodes; ++n) {
+        if (ggml_op_is_empty(cgraph->nodes[n]->op)) {
+            continue;
+        }
+        if (!join(g, cgraph->nodes[n], params)) {
+            break;
+        }
+        last = n;
+    }
+    if (g.count < 2) {
+        return 0;
+    }
+
+    for (int i = 0; i < g.count; ++i) {
+        if (!g.all[i].shares) {
+            ggml_compute_params own = params_of(g.all[i], params);
+            g.all[i].weights->pack_activations(&own, g.all[i].op);
+        }
+    }
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    int64_t before = 0;  // chunks of the products before this one
+    int64_t chunk  = params->ith;
+    for (int i = 0; i < g.count; ++i) {
+        const product &     p   = g.all[i];
+        ggml_compute_params own = params_of(p, params);
+        while (chunk < before + p.n_chunks) {
+            const int64_t row = (chunk - before) * p.chunk;
+            p.weights->multiply_rows(&own, p.op, row, std::min(row + p.chunk, p.op->src[0]->ne[1]));
+            chunk = ggml_threadpool_chunk_add(params->threadpool, 1);
+        }
+        before += p.n_chunks;
+    }
+    return last - node_n;
+}
+
+}  // namespace node_fusion

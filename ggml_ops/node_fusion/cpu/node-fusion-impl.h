@@ -1,0 +1,39 @@
+#pragma once
+
+// The runs of nodes, each in a file of its own. All take the place of their first node and return how many nodes
+// after it they have computed as well, or 0 when the nodes there are not theirs and nothing was computed.
+
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+
+namespace node_fusion {
+
+// SIGMOID of the router's logits ... SCALE of the chosen experts' weights
+int router(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
+
+// MUL of the experts' results by their weights, ADDs of them all
+int expert_sum(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
+
+// MUL_MATs of the same activations
+int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
+
+// Do the two share memory? Nodes that run as one must not write what they still have to read.
+static inline bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
+    const char * a0 = (const char *) a->data;
+    const char * b0 = (const char *) b->data;
+    return a0 < b0 + ggml_nbytes(b) && b0 < a0 + ggml_nbytes(a);
+}
+
+static inline bool is_f32(const ggml_tensor * t) {
+    return t->type == GGML_TYPE_F32 && ggml_is_contiguous(t);
+}
+
+// This thread's share [first, last) of n items.
+struct share {
+    int64_t first, last;
+
+    share(const ggml_compute_params * params, int64_t n) :
+        first(n * params->ith / params->nth), last(n * (params->ith + 1) / params->nth) {}
+};
+
+}  // namespace node_fusion

@@ -1,0 +1,26 @@
+#pragma once
+
+// A matrix product in two steps, which repacked weights offer beside the whole one: products of the same activations
+// can then share the first step, and the barrier behind it.
+
+#include "ggml-cpu-impl.h"
+#include "traits.h"
+
+namespace ggml::cpu {
+
+class packed_product : public tensor_traits {
+  public:
+    // what the activations are packed into; equal numbers, equal bytes
+    virtual int activations() const = 0;
+
+    // rows of the weights that go together
+    virtual int64_t row_step() const = 0;
+
+    // Packs op->src[1] into the work buffer; each thread its part.
+    virtual void pack_activations(ggml_compute_params * params, ggml_tensor * op) = 0;
+
+    // Rows [first, last) of the weights, from a multiple of row_step to another or to the end, by all activations.
+    virtual void multiply_rows(ggml_compute_params * params, ggml_tensor * op, int64_t first, int64_t last) = 0;
+};
+
+}  // namespace ggml::cpu
