@@ -15,21 +15,6 @@ enum class Accumulate {
     SCALE,  // C * scale[m] + ...
 };
 
-// Memory that will be wanted soon. It is asked for a few cache lines at a time, while the arithmetic goes on.
-struct Ahead {
-    static constexpr int64_t LINE       = 64;
-    static constexpr int     LINES_ONCE = 24;
-
-    const char * at;
-    const char * end;
-
-    void touch() {
-        for (int i = 0; i < LINES_ONCE && at < end; ++i, at += LINE) {
-            prefetch(at);
-        }
-    }
-};
-
 struct Product {
     int64_t       n_rows;   // m
     int64_t       n_cols;   // n, a multiple of LANES

@@ -178,6 +178,15 @@ static inline vf v_exp(const vf & a) {
 
 #endif
 
+// Before a loop with a constant number of rounds, or one that may be cut into such.
+#if defined(__clang__)
+#define LATENT_UNROLL _Pragma("clang loop unroll_count(16)")
+#elif defined(__GNUC__)
+#define LATENT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define LATENT_UNROLL
+#endif
+
 static inline void prefetch(const char * x) {
 #if defined(__GNUC__)
     __builtin_prefetch(x, 0, 2);
@@ -187,6 +196,21 @@ static inline void prefetch(const char * x) {
     GGML_UNUSED(x);
 #endif
 }
+
+// Memory that will be wanted soon. It is asked for a few cache lines at a time, while the arithmetic goes on.
+struct Ahead {
+    static constexpr int64_t LINE       = 64;
+    static constexpr int     LINES_ONCE = 24;
+
+    const char * at;
+    const char * end;
+
+    void touch() {
+        for (int i = 0; i < LINES_ONCE && at < end; ++i, at += LINE) {
+            prefetch(at);
+        }
+    }
+};
 
 constexpr int64_t pad_lanes(int64_t n) {
     return (n + LANES - 1) / LANES * LANES;
