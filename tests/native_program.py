@@ -30,6 +30,6 @@ def compile_program(
     command += ["-isystem", str(ggml / "include"), "-isystem", str(ggml / "src"), f"-I{OPERATORS}"]
     command += [f"-I{OPERATORS / each}" for each in operators]
     command += [str(ROOT / "tests" / "native" / name), *(str(OPERATORS / each) for each in sources)]
-    command += [f"-L{engine.lib}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{engine.lib}"]
+    command += [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{engine.lib}"]
     subprocess.run([*command, "-o", str(program)], check=True)
     return program

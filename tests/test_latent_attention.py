@@ -5,11 +5,14 @@ Upstream's comparison of FLASH_ATTN_EXT with its plain path is in test_upstream_
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from graph_operators import operators_of_last_graph
 from native_program import compile_program
 from random_checkpoint import Spec
 from twin_case import Case, make_case
@@ -40,8 +43,36 @@ def test_every_type_length_mask_and_number_of_threads(tmp_path: Path, engine: En
 
 def test_the_bench_compiles_and_finds_the_same_function(tmp_path: Path, engine: Engine) -> None:
     program = compile_program(engine, "latent-attn-bench.cpp", tmp_path, ("latent_attention",))
-    for form in ("absorbed", "decompressed"):
+    for form in ("absorbed", "decompressed", "folded"):
         subprocess.run([program, f"form={form}", "keys=256", "heads=2", "runs=1"], check=True)
+
+
+@pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_a_node_switched_off_has_the_bits_of_pristine(
+    queries: int, cache_type: str, tmp_path: Path, engine: Engine, pristine: Engine
+) -> None:
+    hashes = {}
+    for name, build in (("ours", engine), ("pristine", pristine)):
+        (tmp_path / name).mkdir()
+        program = compile_program(build, "latent-attn-bench.cpp", tmp_path / name, ("latent_attention",))
+        for plain in (0, 1):
+            options = [f"queries={queries}", f"type={cache_type}", f"plain={plain}"]
+            command = [program, *options, "keys=600", "heads=4", "runs=1"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            hashes[name, plain] = said.split("hash")[1]
+    assert hashes["ours", 1] == hashes["pristine", 1] == hashes["pristine", 0] != hashes["ours", 0]
+
+
+def test_where_cache_and_weights_lie_decides(tmp_path: Path, engine: Engine) -> None:
+    program = compile_program(
+        engine,
+        "test_latent_place.cpp",
+        tmp_path,
+        ("latent_attention", "latent_attention/graph"),
+        ("latent_attention/graph/llama-latent-place.cpp",),
+    )
+    subprocess.run([program], check=True)
 
 
 def test_kernels_agree_with_the_plain_path(engine: Engine) -> None:
@@ -65,18 +96,67 @@ def test_both_forms_give_the_models_logits(
     assert case.error(engine, n_ubatch=n_ubatch, flash_attention=True).passes
 
 
-def test_large_batches_take_the_decompressed_form(
+# Queries from which LATENT_ATTN is built, by cache type, with up to 512 keys: the first line of the graph's table.
+FIRST_DECOMPRESSED = {"F16": 96, "Q8_0": 112}
+
+
+@pytest.mark.parametrize("cache_type", FIRST_DECOMPRESSED)
+def test_batches_of_many_queries_take_the_decompressed_form(
+    case: Case, cache_type: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = FIRST_DECOMPRESSED[cache_type]
+    found = {n: operators(case, engine, monkeypatch, "require", n, cache_type) for n in (first - 1, first)}
+    assert "LATENT_ATT" not in found[first - 1] and "FLASH_ATTN" in found[first - 1]
+    assert "LATENT_ATT" in found[first] and "FLASH_ATTN" not in found[first]
+
+
+@pytest.mark.parametrize("choice", ["off", "conv,scan"])
+def test_none_does_where_the_switch_says_no(
+    case: Case, choice: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "LATENT_ATT" not in operators(case, engine, monkeypatch, choice, TOKENS, "F16")
+
+
+def operators(
+    case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch, choice: str, tokens: int, cache_type: str
+) -> set[str]:
+    """The operators of the graph of one batch of so many tokens."""
+    monkeypatch.setenv("KIMI_OPS", choice)
+    options = RunOptions(
+        n_batch=tokens, n_ubatch=tokens, n_ctx=512, flash_attention=True, cache_type=cache_type
+    )
+    return operators_of_last_graph(engine, case.gguf, case.ids[:tokens], options, monkeypatch)
+
+
+def test_the_switch_reaches_the_absorbed_form(
     case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two forms round differently, so the bits tell which one ran."""
     logits = {}
     for choice in ("conv,scan", "conv,scan,mla"):
         monkeypatch.setenv("KIMI_OPS", choice)
-        for n_ubatch in (TOKENS, 64):
-            options = RunOptions(n_ubatch=n_ubatch, flash_attention=True)
-            logits[choice, n_ubatch] = run_logits(engine, case.gguf, case.ids, options)
-    assert (logits["conv,scan", 64] == logits["conv,scan,mla", 64]).all()
-    assert not (logits["conv,scan", TOKENS] == logits["conv,scan,mla", TOKENS]).all()
+        options = RunOptions(n_ubatch=64, flash_attention=True)
+        logits[choice] = run_logits(engine, case.gguf, case.ids, options)
+    assert not (logits["conv,scan"] == logits["conv,scan,mla"]).all()
+
+
+def test_contexts_of_one_process_keep_their_choice(
+    case: Case, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two contexts take turns token by token, so that each uses its graph again and again beside the other's."""
+    choices = ("conv,scan", "conv,scan,mla")
+    ids, prompt = case.ids[:160], 128
+    np.save(tmp_path / "ids.npy", ids.astype(np.int32))
+    worker = Path(__file__).with_name("latent_switch_worker.py")
+    subprocess.run(
+        [sys.executable, worker, case.gguf, tmp_path, str(prompt), *choices],
+        env={**os.environ, **engine.environment()},
+        check=True,
+    )
+    for choice in choices:
+        monkeypatch.setenv("KIMI_OPS", choice)
+        options = RunOptions(n_batch=prompt, step_from=prompt, flash_attention=True, cache_type="F16")
+        alone = run_logits(engine, case.gguf, ids, options)
+        np.testing.assert_array_equal(np.load(tmp_path / f"{choice}.npy"), alone)
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0", "Q4_0"])

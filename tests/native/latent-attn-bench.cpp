@@ -1,4 +1,5 @@
-// Time and error of latent attention, absorbed (FLASH_ATTN_EXT) or decompressed (LATENT_ATTN).
+// Time and error of latent attention, absorbed (FLASH_ATTN_EXT), decompressed (LATENT_ATTN), or folded: absorbed with
+// its products with k_b and v_b around it, which is what a graph has in the place of LATENT_ATTN.
 // The same binary measures a pristine and a patched build: only the library path differs.
 //
 //   latent-attn-bench [key=value ...]     keys and defaults below
@@ -13,13 +14,14 @@
 
 int main(int argc, char ** argv) {
     std::map<std::string, std::string> opt = {
-        { "form", "absorbed" },  // or decompressed
+        { "form", "absorbed" },  // or decompressed, folded
         { "queries", "1" },     { "keys", "16384" }, { "heads", "32" },
         { "streams", "1" },     { "type", "f16" },                    // of the cache
         { "weights", "f16" },                                         // of k_b and v_b
         { "mask", "causal" },                                         // or none, mixed
         { "spread", "1" },                                            // standard deviation of the scores
         { "threads", "2" },     { "runs", "20" },    { "ref", "0" },  // 1: ggml's plain path
+        { "plain", "0" },                                             // 1: as pristine llama.cpp computes it
         { "check", "16" },
     };
     for (int i = 1; i < argc; ++i) {
@@ -34,7 +36,9 @@ int main(int argc, char ** argv) {
     const auto number = [&](const char * key) { return (int64_t) std::stoll(opt[key]); };
 
     LatentShape s;
-    s.expand    = opt["form"] == "decompressed";
+    s.expand    = opt["form"] != "absorbed";
+    s.fold      = opt["form"] == "folded";
+    s.plain     = number("plain");
     s.n_queries = number("queries");
     s.n_keys    = number("keys");
     s.n_heads   = number("heads");

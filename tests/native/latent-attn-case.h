@@ -7,6 +7,7 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
+#include "ggml-latent-absorbed.h"
 #include "ggml.h"
 
 #include <dlfcn.h>
@@ -23,7 +24,9 @@
 #include <vector>
 
 struct LatentShape {
-    bool        expand    = false;  // the decompressed form
+    bool        expand    = false;  // from q to values as the model has them; false: both in the space of the cache
+    bool        fold      = false;  // with expand: by the absorbed form and its products with k_b and v_b
+    bool        plain     = false;  // the absorbed form switched off: upstream's paths
     int64_t     n_queries = 1;
     int64_t     n_keys    = 16384;
     int64_t     n_heads   = 32;
@@ -142,7 +145,9 @@ class LatentCase {
         mask            = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_keys, s.n_queries, 1, s.n_streams);
         ggml_tensor * k = view(cache, s.n_cache());
         ggml_tensor * m = s.mask == "none" ? nullptr : mask;
-        if (s.expand) {
+        if (s.fold) {
+            out = folded_form(m);
+        } else if (s.expand) {
             using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                              ggml_tensor *, float);
             const auto make = (make_t) dlsym(RTLD_DEFAULT, "ggml_latent_attn");
@@ -152,11 +157,31 @@ class LatentCase {
             }
             out = make(ctx, q_perm, k, k_b, v_b, m, scale());
         } else {
-            out = ggml_flash_attn_ext(ctx, q_perm, k, view(k, s.n_latent), m, scale(), 0.0f, 0.0f);
-            ggml_prec_set_acc(out, GGML_PREC_F32);
+            out = absorbed_form(q_perm, m);
         }
         graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, out);
+    }
+
+    ggml_tensor * absorbed_form(ggml_tensor * q_perm, ggml_tensor * m) {
+        ggml_tensor * k = view(cache, s.n_cache());
+        ggml_tensor * a = ggml_flash_attn_ext(ctx, q_perm, k, view(k, s.n_latent), m, scale(), 0.0f, 0.0f);
+        ggml_prec_set_acc(a, GGML_PREC_F32);
+        if (s.plain) {
+            ggml_latent_absorbed_switch_off(a);
+        }
+        return a;
+    }
+
+    // As llama.cpp's graph of one stream does it.
+    ggml_tensor * folded_form(ggml_tensor * m) {
+        const auto part = [&](int64_t n, int64_t from) {
+            return ggml_view_3d(ctx, q, n, s.n_heads, s.n_queries, q->nb[1], q->nb[2], from * sizeof(float));
+        };
+        ggml_tensor * nope = ggml_mul_mat(ctx, k_b, ggml_permute(ctx, part(s.n_nope, 0), 0, 2, 1, 3));
+        ggml_tensor * all  = ggml_concat(ctx, ggml_permute(ctx, nope, 0, 2, 1, 3), part(s.n_rope, s.n_nope), 0);
+        ggml_tensor * a    = absorbed_form(ggml_permute(ctx, all, 0, 2, 1, 3), m);
+        return ggml_cont(ctx, ggml_permute(ctx, ggml_mul_mat(ctx, v_b, ggml_permute(ctx, a, 0, 2, 1, 3)), 0, 2, 1, 3));
     }
 
     ggml_tensor * view(ggml_tensor * t, int64_t n) {

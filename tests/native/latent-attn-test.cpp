@@ -27,14 +27,14 @@ static void expect(bool good, const LatentShape & s, const char * what, double v
     }
 }
 
-static void check(const LatentShape & s) {
+static void check(const LatentShape & s, const std::vector<int> & more_threads = { 2, 3, 5 }) {
     LatentCase attention(s);
     attention.compute(1);
     const std::vector<float> one   = attention.result();
     const double             limit = ggml_is_quantized(s.cache) ? QUANTISED_LIMIT : EXACT_LIMIT;
     const double             error = attention.nmse(12);
     expect(error <= limit, s, "NMSE against float64", error);  // false for NaN too
-    for (const int n_threads : { 2, 3, 5 }) {
+    for (const int n_threads : more_threads) {
         attention.compute(n_threads);
         const std::vector<float> many = attention.result();
         expect(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, s, "not the bits of one thread with",
@@ -86,6 +86,20 @@ int main() {
                 s.spread      = spread;
                 check(s);
             }
+            LatentShape crowd = base;  // more threads than heads: they share out the queries
+            crowd.n_keys      = 700;
+            crowd.n_queries   = 300;
+            crowd.n_heads     = 2;
+            for (const char * mask : { "causal", "mixed" }) {
+                crowd.mask = mask;
+                check(crowd, { 2, 3, 4, 7, 12 });
+            }
+            LatentShape odd = base;  // an odd number of visible keys in the last pair
+            odd.n_keys      = 77;
+            odd.n_queries   = 1;
+            odd.mask        = "none";
+            odd.n_heads     = 32;
+            check(odd);
             LatentShape kimi;
             kimi.expand    = expand;
             kimi.cache     = type;

@@ -10,6 +10,7 @@
 
 #include "latent-attn.h"
 
+#include "ggml-latent-absorbed.h"
 #include "latent-gemm.h"
 #include "latent-int16.h"
 #include "latent-softmax.h"
@@ -41,13 +42,13 @@ struct Plan {
     int64_t n_blocks;  // of one stream
     int64_t n_pieces;  // of the keys
     int64_t keys_a_piece;
-    int64_t ld_tile;    // floats from row to row of a tile
-    int64_t ld_scales;  // the same for the scales of its codes
-    bool    integer;    // scores by integer products
+    int64_t ld_tile;  // floats from row to row of a tile
+    bool    integer;  // by integer products, out of a tile of codes
 
-    // one thread's own memory
-    int64_t at_q, at_q_scale, at_tile, at_codes, at_code_scales, at_scores, at_rescale, at_max, at_sum, at_out,
-        thread_size;
+    // one thread's own memory; either a tile of floats or the four of codes
+    int64_t at_q, at_q_scale, at_tile, at_codes, at_code_scales, at_code_pairs, at_room, at_scores, at_rescale, at_max,
+        at_sum, at_out, thread_size;
+    int64_t q_size;
     // one partial result: max, sum, out
     int64_t partial_size;
 
@@ -77,25 +78,36 @@ Plan make_plan(const ggml_tensor * dst) {
 
     const int64_t rows = std::min(BLOCK_ROWS, pad_lanes(p.n_rows));
     p.ld_tile          = align(p.dk);
-    p.integer          = has_int16(k->type);
-    p.ld_scales        = p.integer ? align(p.dk / CODES_A_SCALE) : 0;
-    p.at_q             = 0;
-    p.at_q_scale       = p.at_q + align(p.integer ? p.dk / 2 * rows : p.dk * rows);
-    p.at_tile          = p.at_q_scale + align(p.integer ? rows : 0);
-    p.at_codes         = p.at_tile + TILE_KEYS * p.ld_tile;
-    p.at_code_scales   = p.at_codes + (p.integer ? TILE_KEYS * p.ld_tile / 2 : 0);
-    p.at_scores        = p.at_code_scales + TILE_KEYS * p.ld_scales;
-    p.at_rescale       = p.at_scores + align(TILE_KEYS * rows);
-    p.at_max           = p.at_rescale + align(rows);
-    p.at_sum           = p.at_max + align(rows);
-    p.at_out           = p.at_sum + align(rows);
-    p.partial_size     = p.at_out + align(rows * p.dv) - p.at_max;
-    p.thread_size      = p.at_max + p.partial_size;
+    p.integer          = has_int16(k->type) && p.dv % CODES_A_SCALE == 0;
+
+    int64_t    at   = 0;
+    const auto room = [&](int64_t size) {
+        const int64_t here = at;
+        at += align(size);
+        return here;
+    };
+    const int64_t floats   = p.integer ? 0 : 1;
+    const int64_t integers = p.integer ? 1 : 0;
+    p.at_q                 = room(p.integer ? p.dk / 2 * rows : p.dk * rows);
+    p.at_q_scale           = room(integers * rows);
+    p.q_size               = at;
+    p.at_tile              = room(floats * TILE_KEYS * p.ld_tile);
+    p.at_codes             = room(integers * TILE_KEYS * p.dk / 2);
+    p.at_code_scales       = room(integers * TILE_KEYS * p.dk / CODES_A_SCALE);
+    p.at_code_pairs        = room(integers * p.dv / CODES_A_SCALE * CodeTile::PAIRS);
+    p.at_room              = room(integers * ROOM_PER_COLUMN * rows);
+    p.at_scores            = room(TILE_KEYS * rows);
+    p.at_rescale           = room(rows);
+    p.at_max               = room(rows);
+    p.at_sum               = room(rows);
+    p.at_out               = room(rows * p.dv);
+    p.partial_size         = at - p.at_max;
+    p.thread_size          = at;
     return p;
 }
 
 size_t work_size(const Plan & p, int n_tasks) {
-    const int64_t shared = p.n_pieces > 1 ? p.n_tasks() * p.partial_size + p.n_streams * p.n_blocks * p.at_tile : 0;
+    const int64_t shared = p.n_pieces > 1 ? p.n_tasks() * p.partial_size + p.n_streams * p.n_blocks * p.q_size : 0;
     return (n_tasks * p.thread_size + shared + ALIGN) * sizeof(float);
 }
 
@@ -136,15 +148,8 @@ void load_queries(
     const float   scale  = ggml_get_op_params_f32(dst, 0);
     const int64_t n_rows = rows_of_block(p, block);
     const int64_t n_cols = pad_lanes(n_rows);
-    for (int64_t col = 0; col < n_rows; ++col) {
-        const float * src = query_row(dst->src[0], p, stream, block * BLOCK_ROWS + col);
-        for (int64_t d = d0; d < d1; ++d) {
-            queries[d * n_cols + col] = src[d] * scale;
-        }
-    }
-    for (int64_t d = d0; d < d1; ++d) {
-        std::fill(queries + d * n_cols + n_rows, queries + (d + 1) * n_cols, 0.0f);
-    }
+    const auto    row    = [&](int64_t i) { return query_row(dst->src[0], p, stream, block * BLOCK_ROWS + i); };
+    transpose_rows(row, n_rows, n_cols, d0, d1, scale, queries, n_cols);
 }
 
 // The same for integer products: pairs of neighbouring d rounded to 16 bits, and each row's scale, in which the
@@ -155,7 +160,7 @@ void load_queries_int16(
     const int64_t n_rows = rows_of_block(p, block);
     const int64_t n_cols = pad_lanes(n_rows);
     int32_t *     pairs  = (int32_t *) queries;
-    float *       scales = queries + p.at_q_scale - p.at_q;
+    float *       scales = queries + p.at_q_scale;
     for (int64_t col = 0; col < n_rows; ++col) {
         const float * src     = query_row(dst->src[0], p, stream, block * BLOCK_ROWS + col);
         const float   largest = largest_magnitude(src, p.dk);
@@ -223,18 +228,18 @@ void attend(const ggml_tensor * dst,
     const int64_t query0 = row0 / p.n_heads;
     const int64_t query1 = (row0 + n_rows - 1) / p.n_heads + 1;
 
-    float *   keys        = own + p.at_tile;
-    int16_t * codes       = (int16_t *) (own + p.at_codes);
-    float *   code_scales = own + p.at_code_scales;
-    float *   scores      = own + p.at_scores;
-    float *   rescale     = own + p.at_rescale;
-    float *   maximum     = partial;
-    float *   sum         = partial + (p.at_sum - p.at_max);
-    float *   out         = partial + (p.at_out - p.at_max);
+    float * keys    = own + p.at_tile;
+    float * scores  = own + p.at_scores;
+    float * rescale = own + p.at_rescale;
+    float * maximum = partial;
+    float * sum     = partial + (p.at_sum - p.at_max);
+    float * out     = partial + (p.at_out - p.at_max);
+
+    const CodeTile codes = { p.dk, p.dv, (int16_t *) (own + p.at_codes), own + p.at_code_scales,
+                             (int32_t *) (own + p.at_code_pairs) };
 
     std::fill(maximum, maximum + n_cols, -INFINITY);
     std::fill(sum, sum + n_cols, 0.0f);
-    std::fill(out, out + n_rows * p.dv, 0.0f);
 
     MaskRows mask_rows = { nullptr, 0, query1 - query0 };
     if (mask) {
@@ -246,6 +251,7 @@ void attend(const ggml_tensor * dst,
     const int64_t end    = std::min(p.n_keys, (piece + 1) * p.keys_a_piece);
 
     KeyTile tile;
+    bool    first = true;  // nothing is in `out` yet
     for (int64_t key = piece * p.keys_a_piece; key < end;) {
         key = next_tile(mask_rows, nullptr, key, end, TILE_KEYS, tile);
         if (tile.n_keys == 0) {
@@ -253,10 +259,8 @@ void attend(const ggml_tensor * dst,
         }
         Ahead ahead = { k_data + key * k->nb[1], k_data + std::min(end, key + TILE_KEYS) * k->nb[1] };
         if (p.integer) {
-            read_codes(tile, k->type, k_data, k->nb[1], p.dk, codes, p.ld_tile, code_scales, p.ld_scales, p.dv, keys,
-                       p.ld_tile);
-            multiply_int16(tile.n_keys, p.dk, n_cols, codes, p.ld_tile, code_scales, p.ld_scales,
-                           (const int32_t *) queries, queries + p.at_q_scale - p.at_q, scores);
+            read_codes(tile, k->type, k_data, k->nb[1], codes);
+            score_int16(tile.n_keys, n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
         } else {
             read_rows(tile, k->type, k_data, k->nb[1], p.dk, keys, p.ld_tile);
             multiply_in_steps(
@@ -268,8 +272,20 @@ void attend(const ggml_tensor * dst,
         }
         softmax_tile(tile.n_keys, n_cols, scores, maximum, sum, rescale);
 
-        multiply<Accumulate::SCALE>(
-            { n_rows, p.dv, tile.n_keys, scores, 1, n_cols, keys, p.ld_tile, out, p.dv, rescale, &ahead });
+        const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
+                                 keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
+        if (p.integer) {
+            add_values_int16(tile.n_keys, n_rows, n_cols, codes, scores, first ? nullptr : rescale, own + p.at_room,
+                             ahead, out);
+        } else if (first) {
+            multiply<Accumulate::NONE>(values);
+        } else {
+            multiply<Accumulate::SCALE>(values);
+        }
+        first = false;
+    }
+    if (first) {
+        std::fill(out, out + n_rows * p.dv, 0.0f);
     }
 
     if (p.n_pieces == 1) {
@@ -311,7 +327,8 @@ size_t ggml_latent_absorbed_work_size(const ggml_tensor * dst, int n_tasks) {
 }
 
 bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, ggml_tensor * dst) {
-    if (params->use_ref || !shapes_fit(dst) || !v_is_beginning_of_k(dst->src[1], dst->src[2])) {
+    if (params->use_ref || !ggml_latent_absorbed_is_on(dst) || !shapes_fit(dst) ||
+        !v_is_beginning_of_k(dst->src[1], dst->src[2])) {
         return false;
     }
     const Plan p = make_plan(dst);
@@ -328,7 +345,7 @@ bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, gg
         const int64_t d0 = p.dk / 2 * params->ith / params->nth * 2;
         const int64_t d1 = params->ith + 1 == params->nth ? p.dk : p.dk / 2 * (params->ith + 1) / params->nth * 2;
         for (int64_t i = 0; i < p.n_streams * p.n_blocks; ++i) {
-            load(dst, p, i / p.n_blocks, i % p.n_blocks, d0, d1, queries + i * p.at_tile);
+            load(dst, p, i / p.n_blocks, i % p.n_blocks, d0, d1, queries + i * p.q_size);
         }
     }
     if (params->ith == 0) {
@@ -341,7 +358,7 @@ bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, gg
         const int64_t stream = i / p.n_blocks;
         const int64_t block  = i % p.n_blocks;
         if (in_pieces) {
-            attend(dst, p, stream, block, task % p.n_pieces, queries + i * p.at_tile, own,
+            attend(dst, p, stream, block, task % p.n_pieces, queries + i * p.q_size, own,
                    partials + task * p.partial_size);
         } else {
             load(dst, p, stream, block, 0, p.dk, own + p.at_q);

@@ -1,7 +1,8 @@
 // Latent attention, decompressed form: the operator LATENT_ATTN.
 //
-// One task is one head of one stream. Its weights are turned to float32 once; then it walks over tiles of keys, and for
-// each tile
+// One task is one head of one stream, or some blocks of its queries where there are more threads than heads: they then
+// expand the same keys, but compute what one thread would, bit for bit. The head's weights are turned to float32 once;
+// then the task walks over tiles of keys, and for each tile that its queries see
 //   k_nope [keys][NOPE] = latent [keys][LATENT] * k_b [LATENT][NOPE]      (k_rope is copied beside it)
 //   value  [keys][DV]   = latent [keys][LATENT] * v_b^T [LATENT][DV]
 // and lets all queries that see the tile attend to it, a block of queries at a time:
@@ -82,34 +83,36 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * dst
 
 // v_b of one head as [LATENT][DV]: transposed, some rows at a time.
 void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst) {
-    const int64_t ld = pad_lanes(p.s.n_value);
-    std::fill(dst, dst + p.s.n_latent * ld, 0.0f);
+    const int64_t ld  = pad_lanes(p.s.n_value);
+    const auto    row = [&](int64_t i) { return rows + i * p.s.n_latent; };
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {
         const int64_t n = std::min(ROWS_ONCE, p.s.n_value - i0);
         for (int64_t i = 0; i < n; ++i) {
             read_row(v_b->type, (const char *) v_b->data + (i0 + i) * v_b->nb[1] + head * v_b->nb[2], p.s.n_latent,
                      rows + i * p.s.n_latent);
         }
-        for (int64_t j = 0; j < p.s.n_latent; ++j) {
-            for (int64_t i = 0; i < n; ++i) {
-                dst[j * ld + i0 + i] = rows[i * p.s.n_latent + j];
-            }
-        }
+        transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f, dst + i0, ld);
     }
 }
 
+// What one task computes.
+struct Task {
+    int64_t stream;
+    int64_t head;
+    int64_t query0, query1;  // query0 begins a block
+};
+
 // q^T of one head, times the scale: for each block of queries [DK][BLOCK_QUERIES]; missing queries are zero.
-void load_queries(const ggml_tensor * dst, int64_t stream, int64_t head, const Plan & p, float * queries) {
+void load_queries(const ggml_tensor * dst, const Task & task, const Plan & p, float * queries) {
     const ggml_tensor * q     = dst->src[0];
     const float         scale = ggml_get_op_params_f32(dst, 0);
-    std::fill(queries, queries + p.n_blocks * p.s.n_key * BLOCK_QUERIES, 0.0f);
-    for (int64_t i = 0; i < p.s.n_queries; ++i) {
-        const float * src =
-            (const float *) ((const char *) q->data + i * q->nb[1] + head * q->nb[2] + stream * q->nb[3]);
-        float * col = queries + i / BLOCK_QUERIES * p.s.n_key * BLOCK_QUERIES + i % BLOCK_QUERIES;
-        for (int64_t d = 0; d < p.s.n_key; ++d) {
-            col[d * BLOCK_QUERIES] = src[d] * scale;
-        }
+    for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
+        const auto row = [&](int64_t i) {
+            return (const float *) ((const char *) q->data + (query0 + i) * q->nb[1] + task.head * q->nb[2] +
+                                    task.stream * q->nb[3]);
+        };
+        transpose_rows(row, std::min(BLOCK_QUERIES, task.query1 - query0), BLOCK_QUERIES, 0, p.s.n_key, scale,
+                       queries + query0 * p.s.n_key, BLOCK_QUERIES);
     }
 }
 
@@ -123,8 +126,32 @@ MaskRows mask_of(const ggml_tensor * dst, int64_t stream) {
     return rows;
 }
 
-// One head of one stream. map: what its queries see of each group of keys.
-void attend(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t head, const View * map, float * own) {
+// The tile's keys of one head, [NOPE, ROPE], and their values, out of its rows of the cache.
+void expand(const Plan &  p,
+            int           n_keys,
+            const float * latents,
+            const float * k_b,
+            const float * v_b,
+            float *       keys,
+            float *       values) {
+    const int64_t ld_latent = align(p.s.n_cache);
+    const int64_t ld_key    = align(p.s.n_key + LANES);
+    const int64_t ld_nope   = pad_lanes(p.s.n_nope);
+    const int64_t ld_value  = pad_lanes(p.s.n_value);
+    multiply_in_steps(
+        { n_keys, ld_nope, p.s.n_latent, latents, ld_latent, 1, k_b, ld_nope, keys, ld_key, nullptr, nullptr },
+        STEP_LATENT);
+    multiply_in_steps(
+        { n_keys, ld_value, p.s.n_latent, latents, ld_latent, 1, v_b, ld_value, values, ld_value, nullptr, nullptr },
+        STEP_LATENT);
+    for (int i = 0; i < n_keys; ++i) {
+        memcpy(keys + i * ld_key + p.s.n_nope, latents + i * ld_latent + p.s.n_latent,
+               (p.s.n_key - p.s.n_nope) * sizeof(float));
+    }
+}
+
+// map: what all queries of the task's stream see of each group of keys.
+void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const View * map, float * own) {
     const ggml_tensor * k = dst->src[1];
 
     float * k_b     = own + p.at_k_b;
@@ -139,20 +166,19 @@ void attend(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t hea
     float * sum     = own + p.at_sum;
     float * out     = own + p.at_out;
 
-    const int64_t ld_latent = align(p.s.n_cache);
-    const int64_t ld_key    = align(p.s.n_key + LANES);
-    const int64_t ld_value  = pad_lanes(p.s.n_value);
-    const int64_t n_padded  = p.n_blocks * BLOCK_QUERIES;
+    const int64_t ld_key   = align(p.s.n_key + LANES);
+    const int64_t ld_value = pad_lanes(p.s.n_value);
+    const int64_t n_padded = p.n_blocks * BLOCK_QUERIES;
 
-    load_k_b(dst->src[2], head, p, k_b);
-    load_v_b(dst->src[3], head, p, own + p.at_rows, v_b);
-    load_queries(dst, stream, head, p, queries);
+    load_k_b(dst->src[2], task.head, p, k_b);
+    load_v_b(dst->src[3], task.head, p, own + p.at_rows, v_b);
+    load_queries(dst, task, p, queries);
     std::fill(maximum, maximum + n_padded, -INFINITY);
     std::fill(sum, sum + n_padded, 0.0f);
     std::fill(out, out + n_padded * ld_value, 0.0f);
 
-    const MaskRows all   = mask_of(dst, stream);
-    const char *   cache = (const char *) k->data + stream * k->nb[3];
+    const MaskRows all   = mask_of(dst, task.stream);
+    const char *   cache = (const char *) k->data + task.stream * k->nb[3];
 
     KeyTile tile;
     for (int64_t key = 0; key < p.s.n_keys;) {
@@ -160,26 +186,20 @@ void attend(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t hea
         if (tile.n_keys == 0) {
             continue;
         }
-        read_rows(tile, k->type, cache, k->nb[1], p.s.n_cache, latents, ld_latent);
-        multiply_in_steps({ tile.n_keys, pad_lanes(p.s.n_nope), p.s.n_latent, latents, ld_latent, 1, k_b,
-                            pad_lanes(p.s.n_nope), keys, ld_key, nullptr, nullptr },
-                          STEP_LATENT);
-        multiply_in_steps({ tile.n_keys, ld_value, p.s.n_latent, latents, ld_latent, 1, v_b, ld_value, values, ld_value,
-                            nullptr, nullptr },
-                          STEP_LATENT);
-        for (int i = 0; i < tile.n_keys; ++i) {
-            memcpy(keys + i * ld_key + p.s.n_nope, latents + i * ld_latent + p.s.n_latent,
-                   (p.s.n_key - p.s.n_nope) * sizeof(float));
-        }
-
-        for (int64_t query0 = 0; query0 < p.s.n_queries; query0 += BLOCK_QUERIES) {
-            const int64_t n_queries = std::min(BLOCK_QUERIES, p.s.n_queries - query0);
+        bool expanded = false;
+        for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
+            const int64_t n_queries = std::min(BLOCK_QUERIES, task.query1 - query0);
             const int64_t n_cols    = pad_lanes(n_queries);
 
             const MaskRows some = { all.data + query0 * all.stride, all.stride, n_queries };
             const View     view = view_of(some, tile);
             if (view == View::CLOSED) {
                 continue;
+            }
+            if (!expanded) {
+                read_rows(tile, k->type, cache, k->nb[1], p.s.n_cache, latents, align(p.s.n_cache));
+                expand(p, tile.n_keys, latents, k_b, v_b, keys, values);
+                expanded = true;
             }
             multiply<Accumulate::NONE>({ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1, queries + query0 * p.s.n_key,
                                          BLOCK_QUERIES, scores, n_cols, nullptr, nullptr });
@@ -192,9 +212,10 @@ void attend(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t hea
         }
     }
 
-    for (int64_t i = 0; i < p.s.n_queries; ++i) {
+    for (int64_t i = task.query0; i < task.query1; ++i) {
         const float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
-        float *     row     = (float *) ((char *) dst->data + head * dst->nb[1] + i * dst->nb[2] + stream * dst->nb[3]);
+        float *     row =
+            (float *) ((char *) dst->data + task.head * dst->nb[1] + i * dst->nb[2] + task.stream * dst->nb[3]);
         for (int64_t d = 0; d < p.s.n_value; ++d) {
             row[d] = out[i * ld_value + d] * inverse;
         }
@@ -235,9 +256,17 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     }
     ggml_barrier(params->threadpool);
 
-    const int64_t n_tasks = p.s.n_streams * p.s.n_heads;
-    for (int64_t task = params->ith; task < n_tasks; task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t stream = task / p.s.n_heads;
-        attend(dst, p, stream, task % p.s.n_heads, map + stream * p.n_groups, own);
+    // Parts of the queries: as many as keep every thread busy. Blocks are whole and know nothing of one another, so the
+    // number of threads decides who computes, not what.
+    const int64_t n_heads     = p.s.n_streams * p.s.n_heads;
+    const int64_t parts       = std::min(p.n_blocks, (params->nth + n_heads - 1) / n_heads);
+    const int64_t part_blocks = (p.n_blocks + parts - 1) / parts;
+    for (int64_t i = params->ith; i < n_heads * parts; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        Task task;
+        task.stream = i / parts / p.s.n_heads;
+        task.head   = i / parts % p.s.n_heads;
+        task.query0 = i % parts * part_blocks * BLOCK_QUERIES;
+        task.query1 = std::min(p.s.n_queries, task.query0 + part_blocks * BLOCK_QUERIES);
+        attend(dst, p, task, map + task.stream * p.n_groups, own);
     }
 }

@@ -15,21 +15,6 @@ enum class Accumulate {
     SCALE,  // C * scale[m] + ...
 };
 
-// Memory that will be wanted soon. It is asked for a few cache lines at a time, while the arithmetic goes on.
-struct Ahead {
-    static constexpr int64_t LINE       = 64;
-    static constexpr int     LINES_ONCE = 24;
-
-    const char * at;
-    const char * end;
-
-    void touch() {
-        for (int i = 0; i < LINES_ONCE && at < end; ++i, at += LINE) {
-            prefetch(at);
-        }
-    }
-};
-
 struct Product {
     int64_t       n_rows;   // m
     int64_t       n_cols;   // n, a multiple of LANES
@@ -153,6 +138,35 @@ static inline void multiply_in_steps(Product p, int64_t step) {
         p.b += step * p.ldb;
         p.n_steps = n_steps - k < step ? n_steps - k : step;
         multiply<Accumulate::ADD>(p);
+    }
+}
+
+// Rows as a B: dst[d*ldd + i] = row(i)[d] * factor for d in [d0, d1) and i < n_rows; zero for the other i < n_cols, a
+// multiple of LANES.
+template <typename RowOf>
+static void transpose_rows(
+    const RowOf & row, int64_t n_rows, int64_t n_cols, int64_t d0, int64_t d1, float factor, float * dst, int64_t ldd) {
+    for (int64_t col = 0; col < n_cols; col += LANES) {
+        const float * src[LANES] = {};
+        for (int i = 0; i < LANES && col + i < n_rows; ++i) {
+            src[i] = row(col + i);
+        }
+        int64_t d = d0;
+        for (; d + LANES <= d1; d += LANES) {
+            vf r[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                r[i] = src[i] ? v_mul(v_load(src[i] + d), v_set(factor)) : v_set(0.0f);
+            }
+            v_transpose(r);
+            for (int i = 0; i < LANES; ++i) {
+                v_store(dst + (d + i) * ldd + col, r[i]);
+            }
+        }
+        for (; d < d1; ++d) {
+            for (int i = 0; i < LANES; ++i) {
+                dst[d * ldd + col + i] = src[i] ? src[i][d] * factor : 0.0f;
+            }
+        }
     }
 }
 

@@ -1,8 +1,8 @@
 #pragma once
 
-// The vector type of the latent attention kernels: vf, LANES floats wide.
-// Chosen at compile time, as ggml builds one CPU backend per instruction set; everything else gets four plain floats,
-// which compilers turn into whatever vectors there are.
+// The vector type of the latent attention kernels: vf, LANES floats wide. It is the KDA operators' (kda-simd.h) where
+// this build of ggml-cpu has AVX-512, AVX2 or NEON; everything else gets four plain floats, which compilers turn into
+// whatever vectors there are.
 
 // GCC before 13 warns of the undefined registers in its own AVX-512 intrinsics.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
@@ -10,122 +10,38 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
-#include "ggml-cpu-impl.h"
+#include "kda-simd.h"
 #include "vec.h"
-
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-#elif defined(__AVX2__) && defined(__FMA__)
-#include <immintrin.h>
-#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
-#include <arm_neon.h>
-#endif
 
 namespace latent {
 
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(KDA_SIMD)
 
-using vf                     = __m512;
-constexpr int LANES          = 16;
-constexpr int N_ACCUMULATORS = 24;  // of 32 registers
-constexpr int MAX_COLUMNS    = 4;   // vectors side by side in one register block
+using kda::v_add;
+using kda::v_fma;
+using kda::v_load;
+using kda::v_max;
+using kda::v_mul;
+using kda::v_store;
+using kda::v_sub;
+using kda::v_transpose;
+using kda::vf;
 
-static inline vf v_load(const float * x) {
-    return _mm512_loadu_ps(x);
-}
-static inline void v_store(float * x, vf a) {
-    _mm512_storeu_ps(x, a);
-}
+constexpr int LANES = kda::VW;
+// Of 32 registers, or of AVX2's 16, those that a register block may sum in, and the vectors side by side in it.
+constexpr int N_ACCUMULATORS = LANES == 8 ? 12 : 24;
+constexpr int MAX_COLUMNS    = LANES == 8 ? 2 : 4;
+
 static inline vf v_set(float x) {
-    return _mm512_set1_ps(x);
+    return kda::v_set1(x);
 }
-static inline vf v_fma(vf a, vf b, vf c) {
-    return _mm512_fmadd_ps(a, b, c);
-}  // a*b + c
-static inline vf v_mul(vf a, vf b) {
-    return _mm512_mul_ps(a, b);
-}
-static inline vf v_add(vf a, vf b) {
-    return _mm512_add_ps(a, b);
-}
-static inline vf v_sub(vf a, vf b) {
-    return _mm512_sub_ps(a, b);
-}
-static inline vf v_max(vf a, vf b) {
-    return _mm512_max_ps(a, b);
-}
+// ggml's own, so that weights are those of its softmax; under SVE it is made for another type
 static inline vf v_exp(vf a) {
+#if defined(__ARM_FEATURE_SVE)
+    return kda::v_exp(a);
+#else
     return ggml_v_expf(a);
-}
-
-#elif defined(__AVX2__) && defined(__FMA__)
-
-using vf                     = __m256;
-constexpr int LANES          = 8;
-constexpr int N_ACCUMULATORS = 12;  // of 16 registers
-constexpr int MAX_COLUMNS    = 2;
-
-static inline vf v_load(const float * x) {
-    return _mm256_loadu_ps(x);
-}
-static inline void v_store(float * x, vf a) {
-    _mm256_storeu_ps(x, a);
-}
-static inline vf v_set(float x) {
-    return _mm256_set1_ps(x);
-}
-static inline vf v_fma(vf a, vf b, vf c) {
-    return _mm256_fmadd_ps(a, b, c);
-}
-static inline vf v_mul(vf a, vf b) {
-    return _mm256_mul_ps(a, b);
-}
-static inline vf v_add(vf a, vf b) {
-    return _mm256_add_ps(a, b);
-}
-static inline vf v_sub(vf a, vf b) {
-    return _mm256_sub_ps(a, b);
-}
-static inline vf v_max(vf a, vf b) {
-    return _mm256_max_ps(a, b);
-}
-static inline vf v_exp(vf a) {
-    return ggml_v_expf(a);
-}
-
-#elif defined(__ARM_NEON) && defined(__aarch64__) && !defined(__ARM_FEATURE_SVE)
-
-using vf                     = float32x4_t;
-constexpr int LANES          = 4;
-constexpr int N_ACCUMULATORS = 24;  // of 32 registers
-constexpr int MAX_COLUMNS    = 4;
-
-static inline vf v_load(const float * x) {
-    return vld1q_f32(x);
-}
-static inline void v_store(float * x, vf a) {
-    vst1q_f32(x, a);
-}
-static inline vf v_set(float x) {
-    return vdupq_n_f32(x);
-}
-static inline vf v_fma(vf a, vf b, vf c) {
-    return vfmaq_f32(c, a, b);
-}
-static inline vf v_mul(vf a, vf b) {
-    return vmulq_f32(a, b);
-}
-static inline vf v_add(vf a, vf b) {
-    return vaddq_f32(a, b);
-}
-static inline vf v_sub(vf a, vf b) {
-    return vsubq_f32(a, b);
-}
-static inline vf v_max(vf a, vf b) {
-    return vmaxq_f32(a, b);
-}
-static inline vf v_exp(vf a) {
-    return ggml_v_expf(a);
+#endif
 }
 
 #else
@@ -175,7 +91,25 @@ static inline vf v_max(const vf & a, const vf & b) {
 static inline vf v_exp(const vf & a) {
     return v_map([&](int i) { return expf(a.x[i]); });
 }
+static inline void v_transpose(vf r[LANES]) {
+    for (int i = 0; i < LANES; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float x = r[i].x[j];
+            r[i].x[j]     = r[j].x[i];
+            r[j].x[i]     = x;
+        }
+    }
+}
 
+#endif
+
+// Before a loop with a constant number of rounds, or one that may be cut into such.
+#if defined(__clang__)
+#define LATENT_UNROLL _Pragma("clang loop unroll_count(16)")
+#elif defined(__GNUC__)
+#define LATENT_UNROLL _Pragma("GCC unroll 16")
+#else
+#define LATENT_UNROLL
 #endif
 
 static inline void prefetch(const char * x) {
@@ -187,6 +121,21 @@ static inline void prefetch(const char * x) {
     GGML_UNUSED(x);
 #endif
 }
+
+// Memory that will be wanted soon. It is asked for a few cache lines at a time, while the arithmetic goes on.
+struct Ahead {
+    static constexpr int64_t LINE       = 64;
+    static constexpr int     LINES_ONCE = 24;
+
+    const char * at;
+    const char * end;
+
+    void touch() {
+        for (int i = 0; i < LINES_ONCE && at < end; ++i, at += LINE) {
+            prefetch(at);
+        }
+    }
+};
 
 constexpr int64_t pad_lanes(int64_t n) {
     return (n + LANES - 1) / LANES * LANES;

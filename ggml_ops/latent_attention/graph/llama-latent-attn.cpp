@@ -1,22 +1,43 @@
 #include "llama-latent-attn.h"
 
-#include "ggml-backend.h"
 #include "ggml-latent-attn.h"
-#include "kimi-ops.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-latent-place.h"
 #include "llama-model.h"
 
 #include <atomic>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
-// Queries a stream from which expanding every key and value costs less than it saves.
-// 576 + 512 products a pair against 192 + 128, and 512 * (128 + 128) for each expanded key: 171 queries. The absorbed
-// form has k_b and v_b to multiply with besides; with a cache whose scores it takes by integer products it is faster.
-static constexpr int64_t MIN_QUERIES           = 160;
-static constexpr int64_t MIN_QUERIES_QUANTISED = 256;
+// From how many queries a stream on the decompressed form takes less time than the absorbed one with its products with
+// k_b and v_b, by the number of keys: measured, see README.md. Expanding a key costs as much as attending to it for
+// hundreds of queries, but with few keys those products weigh more. An absorbed pair costs less where scores and values
+// are integer products (latent-int16).
+struct Threshold {
+    int64_t n_keys;  // up to so many
+    int64_t floats;
+    int64_t integers;
+};
+
+static constexpr Threshold THRESHOLDS[] = {
+    { 512, 96, 112 },
+    { 1536, 128, 192 },
+    { 6144, 160, 256 },
+    { INT64_MAX, 160, 288 },
+};
+
+static int64_t min_queries(ggml_type cache, int64_t n_keys) {
+    const bool integers = cache == GGML_TYPE_Q8_0 || cache == GGML_TYPE_Q4_0;
+    for (const Threshold & t : THRESHOLDS) {
+        if (n_keys <= t.n_keys) {
+            return integers ? t.integers : t.floats;
+        }
+    }
+    return INT64_MAX;
+}
 
 // The cache as the operator wants it: [n_cache, n_keys, 1, n_stream].
 static ggml_tensor * cache_of(const llm_graph_context & g, const llm_graph_input_attn_k * inp, int il) {
@@ -30,48 +51,17 @@ static ggml_tensor * by_stream(ggml_context * ctx, ggml_tensor * q, int64_t n_st
     return ggml_permute(ctx, q, 0, 2, 1, 3);
 }
 
-// The device that holds the tensor; null for ggml's plain CPU memory, and for what has no memory yet.
-static ggml_backend_dev_t device_of(const ggml_tensor * t) {
-    const ggml_tensor * base = t->view_src ? t->view_src : t;
-    return base->buffer ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(base->buffer)) : nullptr;
-}
-
-static bool is_cpu(ggml_backend_dev_t dev) {
-    return dev == nullptr || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
-}
-
-// Why the node cannot be computed where its cache and weights are; empty if it can.
-static std::string obstacle(const ggml_tensor * node) {
-    const ggml_backend_dev_t cache = device_of(node->src[1]);
-    for (const int i : { 1, 2, 3 }) {
-        const ggml_backend_dev_t dev = device_of(node->src[i]);
-        if (dev != cache && !(is_cpu(dev) && is_cpu(cache))) {
-            return std::string("cache and ") + node->src[i]->name + " are on different devices";
-        }
-        if (dev && !ggml_backend_dev_supports_op(dev, node)) {
-            return std::string(ggml_backend_dev_name(dev)) + " does not have " + ggml_op_name(node->op) + " for " +
-                   ggml_type_name(node->src[1]->type) + " caches and " + ggml_type_name(node->src[i]->type) +
-                   " weights";
-        }
-    }
-    return "";
-}
-
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,
                               int                            il) {
-    if (!layer.wk_b || !layer.wv_b || !g.cparams.flash_attn) {
-        return false;
-    }
-    const llama_kimi_ops ops = llama_kimi_ops_from_env();
-    if (!ops.mla) {
+    const llama_kimi_ops & ops = g.cparams.kimi_ops;
+    if (!layer.wk_b || !layer.wv_b || !g.cparams.flash_attn || !ops.mla) {
         return false;
     }
     ggml_tensor * k         = cache_of(g, inp, il);
     const int64_t n_queries = g.n_tokens / k->ne[3];
-    const bool    quantised = ggml_is_quantized(k->type);
-    if (n_queries < (quantised ? MIN_QUERIES_QUANTISED : MIN_QUERIES)) {
+    if (n_queries < min_queries(k->type, 0)) {
         return false;
     }
 
@@ -79,9 +69,9 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     ggml_tensor * q     = ggml_new_tensor_3d(g.ctx0, GGML_TYPE_F32, n_key, layer.wk_b->ne[2], g.n_tokens);
     ggml_tensor * node =
         ggml_latent_attn(g.ctx0, by_stream(g.ctx0, q, k->ne[3]), k, layer.wk_b, layer.wv_b, inp->get_kq_mask(), 1.0f);
-    const std::string why = obstacle(node);
+    const std::string why = llama_latent_attn_obstacle(node);
     if (why.empty()) {
-        return true;
+        return n_queries >= min_queries(k->type, k->ne[1]);
     }
     if (ops.require) {
         throw std::runtime_error("KIMI_OPS=require: layer " + std::to_string(il) +

@@ -1,0 +1,24 @@
+"""Which operators llama.cpp's graph of a batch has, as ggml's scheduler lists them.
+
+In: a build, a GGUF, token ids for one batch, `RunOptions`. Out: the operators' names, cut to ten letters.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.validate.llama import Ids, RunOptions, run
+
+
+def operators_of_last_graph(
+    engine: Engine, gguf: Path, ids: Ids, options: RunOptions, monkeypatch: pytest.MonkeyPatch
+) -> set[str]:
+    """Decode the ids and take the graph of the last batch; KIMI_OPS is as the environment has it."""
+    monkeypatch.setenv("GGML_SCHED_DEBUG", "2")
+    log = run(engine, gguf, [ids], options).log
+    graph = log[log.rindex("## SPLIT") :]
+    return set(re.findall(r"node #\s*\d+ \(\s*(\w+)\)", graph))

@@ -1,0 +1,85 @@
+// What llama_latent_attn_obstacle says of a LATENT_ATTN whose cache and weights lie here and there.
+// Devices and their buffers are made up, but for the CPU's own.
+
+#include "ggml-backend-impl.h"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml-latent-attn.h"
+#include "ggml.h"
+#include "llama-latent-place.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+#define CHECK(x)                                                                                                       \
+    do {                                                                                                               \
+        if (!(x)) {                                                                                                    \
+            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #x);                                      \
+            exit(1);                                                                                                   \
+        }                                                                                                              \
+    } while (0)
+
+// A buffer on a device of its own, which has LATENT_ATTN or not; the host may read it in place or not.
+struct Place {
+    ggml_backend_device      device = {};
+    ggml_backend_buffer_type type   = {};
+    ggml_backend_buffer      buffer = {};
+
+    Place(bool has_operator, bool is_host) {
+        device.iface.get_name    = [](ggml_backend_dev_t) { return "GPU"; };
+        device.iface.supports_op = has_operator ? [](ggml_backend_dev_t, const ggml_tensor *) { return true; }
+                                                : [](ggml_backend_dev_t, const ggml_tensor *) { return false; };
+        type.iface.get_name      = [](ggml_backend_buffer_type_t) { return "memory"; };
+        type.iface.is_host       = is_host ? [](ggml_backend_buffer_type_t) { return true; }
+                                           : [](ggml_backend_buffer_type_t) { return false; };
+        type.device              = &device;
+        buffer.buft              = &type;
+    }
+};
+
+static std::string
+obstacle(ggml_backend_buffer_t cache, ggml_backend_buffer_t with_k_b, ggml_backend_buffer_t with_v_b) {
+    ggml_context * ctx  = ggml_init({ 1 << 16, nullptr, true });
+    ggml_tensor *  all  = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 96, 256);
+    ggml_tensor *  q    = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, 64, 200, 4);
+    ggml_tensor *  k    = ggml_view_2d(ctx, all, 96, 200, all->nb[1], 0);
+    ggml_tensor *  k_b  = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, 32, 64, 4);
+    ggml_tensor *  v_b  = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, 64, 32, 4);
+    ggml_tensor *  node = ggml_latent_attn(ctx, q, k, k_b, v_b, nullptr, 1.0f);
+    all->buffer         = cache;
+    k_b->buffer         = with_k_b;
+    v_b->buffer         = with_v_b;
+    ggml_set_name(k_b, "k_b");
+    ggml_set_name(v_b, "v_b");
+    const std::string why = llama_latent_attn_obstacle(node);
+    ggml_free(ctx);
+    return why;
+}
+
+int main() {
+    ggml_backend_buffer_t cpu = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 64);
+    Place                 able(true, false);
+    Place                 unable(false, false);
+    Place                 pinned(false, true);  // host memory that a GPU's driver allocated
+
+    // all in one place
+    CHECK(obstacle(cpu, cpu, cpu).empty());
+    CHECK(obstacle(&able.buffer, &able.buffer, &able.buffer).empty());
+    CHECK(obstacle(&unable.buffer, &unable.buffer, &unable.buffer) ==
+          "GPU does not have LATENT_ATTN for f16 caches and cache in memory");
+
+    // layers on a GPU, cache in host memory (-nkvo), and the other way round: weights kept back
+    CHECK(obstacle(cpu, &able.buffer, &able.buffer) == "its cache is on CPU and k_b on GPU");
+    CHECK(obstacle(&able.buffer, cpu, cpu) == "its cache is on GPU and k_b on CPU");
+    CHECK(obstacle(&able.buffer, &able.buffer, cpu) == "its cache is on GPU and v_b on CPU");
+
+    // layers on the CPU beside a GPU: the weights lie in pinned memory
+    CHECK(obstacle(cpu, &pinned.buffer, &pinned.buffer).empty());
+    CHECK(obstacle(&able.buffer, &pinned.buffer, &pinned.buffer) == "its cache is on GPU and k_b on CPU");
+
+    // nothing has memory yet
+    CHECK(obstacle(nullptr, nullptr, nullptr).empty());
+
+    ggml_backend_buffer_free(cpu);
+    return 0;
+}
