@@ -24,12 +24,23 @@ def compile_program(
 
     operators: folders of ggml_ops whose headers are wanted. `CalledProcessError` where it does not compile.
     """
-    ggml = upstream_source() / "llama.cpp" / "ggml"
     program = folder / Path(name).stem
-    command = [find_compilers("cpu")["C++"].path, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
-    command += ["-isystem", str(ggml / "include"), "-isystem", str(ggml / "src"), f"-I{OPERATORS}"]
-    command += [f"-I{OPERATORS / each}" for each in operators]
-    command += [str(ROOT / "tests" / "native" / name), *(str(OPERATORS / each) for each in sources)]
-    command += [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{engine.lib}"]
-    subprocess.run([*command, "-o", str(program)], check=True)
+    files = [ROOT / "tests" / "native" / name, *(OPERATORS / each for each in sources)]
+    _compile(engine, files, program, [f"-I{OPERATORS / each}" for each in operators])
     return program
+
+
+def compile_backend(engine: Engine, folder: Path) -> Path:
+    """Compile native/second_backend.cpp into a shared library that ggml_backend_load takes."""
+    library = folder / "libsecond.so"
+    _compile(engine, [ROOT / "tests" / "native" / "second_backend.cpp"], library, ["-fPIC", "-shared"])
+    return library
+
+
+def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]) -> None:
+    ggml = upstream_source() / "llama.cpp" / "ggml"
+    command = [find_compilers("cpu")["C++"].path, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+    command += ["-isystem", str(ggml / "include"), "-isystem", str(ggml / "src"), f"-I{OPERATORS}", *options]
+    command += [*map(str, files), "-o", str(target)]
+    command += [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{engine.lib}"]
+    subprocess.run(command, check=True)

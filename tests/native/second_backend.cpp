@@ -1,0 +1,352 @@
+// A second backend out of the CPU's compute: devices that llama.cpp takes for GPUs, each with memory of its own that
+// nobody else may touch. It makes the scheduler split graphs and copy tensors between devices on a machine with none.
+// Loaded as a shared library: ggml_backend_load, or GGML_BACKEND_PATH for llama.cpp's programs.
+//
+// Memory of a device is closed (PROT_NONE) except while the device computes or copies, so that code which follows a
+// pointer into it from elsewhere is ended by SIGSEGV, and begins as NaN. A graph that holds a tensor in foreign
+// memory ends the process with the tensor's name.
+//
+//   SECOND_DEVICES   how many devices, 1 if unset; named SECOND0, SECOND1, ...
+//   SECOND_REFUSES   names of operators that no device claims, comma separated
+//   SECOND_TAKES     set: a device takes operations of 32 rows and more whose weights lie in the CPU's memory
+//   SECOND_REGISTERS set: the library registers itself as it is loaded, for LD_PRELOAD
+//   SECOND_LOG       a file that gets a line "DEVICE OPERATOR" when a device first computes an operator
+
+#include "ggml-backend-impl.h"
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <set>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace {
+
+constexpr size_t ALIGNMENT   = 64;
+constexpr size_t MEMORY      = size_t(1) << 32;
+constexpr int    MIN_TO_TAKE = 32;
+
+std::set<std::string> refused() {
+    std::set<std::string> names;
+    const char *          text = getenv("SECOND_REFUSES");
+    std::istringstream    parts(text ? text : "");
+    for (std::string name; std::getline(parts, name, ',');) {
+        names.insert(name);
+    }
+    return names;
+}
+
+struct Memory {
+    void * base;
+    size_t size;
+};
+
+struct Device {
+    std::string              name;
+    ggml_backend_buffer_type buft = {};
+    ggml_backend_device      dev  = {};
+    std::vector<Memory *>    buffers;
+    int                      opened = 0;
+    std::set<int>            computed;
+
+    void protect(int access) {
+        for (const Memory * each : buffers) {
+            GGML_ASSERT(mprotect(each->base, each->size, access) == 0);
+        }
+    }
+};
+
+// A device's memory is open as long as one of these lives.
+class Open {
+  public:
+    explicit Open(Device & device) : device(device) {
+        if (device.opened++ == 0) {
+            device.protect(PROT_READ | PROT_WRITE);
+        }
+    }
+
+    ~Open() {
+        if (--device.opened == 0) {
+            device.protect(PROT_NONE);
+        }
+    }
+
+    Open(const Open &)             = delete;
+    Open & operator=(const Open &) = delete;
+
+  private:
+    Device & device;
+};
+
+Device & device_of(ggml_backend_dev_t dev) {
+    return *(Device *) dev->context;
+}
+
+Device & device_of(ggml_backend_buffer_t buffer) {
+    return device_of(buffer->buft->device);
+}
+
+Memory & memory_of(ggml_backend_buffer_t buffer) {
+    return *(Memory *) buffer->context;
+}
+
+// buffers
+
+void buffer_free(ggml_backend_buffer_t buffer) {
+    Memory & memory  = memory_of(buffer);
+    auto &   buffers = device_of(buffer).buffers;
+    buffers.erase(std::find(buffers.begin(), buffers.end(), &memory));
+    munmap(memory.base, memory.size);
+    delete &memory;
+}
+
+void * buffer_base(ggml_backend_buffer_t buffer) {
+    return memory_of(buffer).base;
+}
+
+void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    Open open(device_of(buffer));
+    memset((char *) t->data + offset, value, size);
+}
+
+void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    Open open(device_of(buffer));
+    memcpy((char *) t->data + offset, data, size);
+}
+
+void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    Open open(device_of(buffer));
+    memcpy(data, (const char *) t->data + offset, size);
+}
+
+void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    Open open(device_of(buffer));
+    memset(memory_of(buffer).base, value, buffer->size);
+}
+
+const ggml_backend_buffer_i BUFFER = {
+    /* .free_buffer   = */ buffer_free,
+    /* .get_base      = */ buffer_base,
+    /* .init_tensor   = */ nullptr,
+    /* .memset_tensor = */ buffer_memset,
+    /* .set_tensor    = */ buffer_set,
+    /* .get_tensor    = */ buffer_get,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ nullptr,
+    /* .clear         = */ buffer_clear,
+    /* .reset         = */ nullptr,
+};
+
+const char * buft_name(ggml_backend_buffer_type_t buft) {
+    return device_of(buft->device).name.c_str();
+}
+
+ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
+    Device &     device = device_of(buft->device);
+    const size_t room   = std::max(size, size_t(1));
+    void *       base   = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED) {
+        return nullptr;
+    }
+    memset(base, 0xff, room);
+    Memory * memory = new Memory{ base, room };
+    device.buffers.push_back(memory);
+    GGML_ASSERT(device.opened == 0 && mprotect(base, room, PROT_NONE) == 0);
+    return ggml_backend_buffer_init(buft, BUFFER, memory, size);
+}
+
+size_t buft_alignment(ggml_backend_buffer_type_t) {
+    return ALIGNMENT;
+}
+
+const ggml_backend_buffer_type_i BUFT = {
+    /* .get_name       = */ buft_name,
+    /* .alloc_buffer   = */ buft_alloc,
+    /* .get_alignment  = */ buft_alignment,
+    /* .get_max_size   = */ nullptr,
+    /* .get_alloc_size = */ nullptr,
+    /* .is_host        = */ nullptr,
+};
+
+// backend
+
+const char * backend_name(ggml_backend_t backend) {
+    return device_of(backend->device).name.c_str();
+}
+
+void backend_free(ggml_backend_t backend) {
+    ggml_backend_free((ggml_backend_t) backend->context);
+    delete backend;
+}
+
+void expect_here(const Device & device, const ggml_tensor * node, const ggml_tensor * t) {
+    ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    if (buffer == nullptr || buffer->buft != &device.buft) {
+        GGML_ABORT("%s is to compute %s, and %s is in %s", device.name.c_str(), node->name, t->name,
+                   buffer ? ggml_backend_buffer_name(buffer) : "no memory");
+    }
+}
+
+void log_operator(Device & device, ggml_op op) {
+    const char * path = getenv("SECOND_LOG");
+    if (path && device.computed.insert(op).second) {
+        FILE * file = fopen(path, "a");
+        GGML_ASSERT(file);
+        fprintf(file, "%s %s\n", device.name.c_str(), ggml_op_name(op));
+        fclose(file);
+    }
+}
+
+ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    Device & device = device_of(backend->device);
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (ggml_op_is_empty(node->op)) {
+            continue;  // a view of another device's tensor may stand in the graph, but nothing reads it
+        }
+        expect_here(device, node, node);
+        for (const ggml_tensor * source : node->src) {
+            if (source) {
+                expect_here(device, node, source);
+            }
+        }
+        log_operator(device, node->op);
+    }
+    Open open(device);
+    return ggml_backend_graph_compute((ggml_backend_t) backend->context, graph);
+}
+
+ggml_backend_i backend_interface() {
+    ggml_backend_i i = {};
+    i.get_name       = backend_name;
+    i.free           = backend_free;
+    i.graph_compute  = backend_compute;
+    return i;
+}
+
+// devices
+
+const char * dev_name(ggml_backend_dev_t dev) {
+    return device_of(dev).name.c_str();
+}
+
+const char * dev_description(ggml_backend_dev_t) {
+    return "the CPU with memory of its own";
+}
+
+void dev_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
+    *free = *total = MEMORY;
+}
+
+enum ggml_backend_dev_type dev_type(ggml_backend_dev_t) {
+    return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
+
+void dev_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    *props             = {};
+    props->name        = dev_name(dev);
+    props->description = dev_description(dev);
+    props->type        = dev_type(dev);
+    dev_memory(dev, &props->memory_free, &props->memory_total);
+}
+
+ggml_backend_t dev_init(ggml_backend_dev_t dev, const char *) {
+    static ggml_guid guid = { 's', 'e', 'c', 'o', 'n', 'd', 'b', 'a', 'c', 'k', 'e', 'n', 'd', 0, 0, 1 };
+    ggml_backend_t   cpu  = ggml_backend_cpu_init();
+    ggml_backend_cpu_set_n_threads(cpu, 1);
+    return new ggml_backend{ &guid, backend_interface(), dev, cpu };
+}
+
+ggml_backend_buffer_type_t dev_buft(ggml_backend_dev_t dev) {
+    return &device_of(dev).buft;
+}
+
+bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    static const std::set<std::string> names = refused();
+    if (names.count(ggml_op_name(op->op))) {
+        return false;
+    }
+    // asked for an operation on tensors of its own memory, the CPU answers for their shapes and types
+    return ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0), op);
+}
+
+bool dev_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+    return buft == &device_of(dev).buft;
+}
+
+bool dev_offload_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    const int64_t rows = op->op == GGML_OP_MUL_MAT      ? op->ne[1]
+                         : op->op == GGML_OP_MUL_MAT_ID ? op->ne[2]
+                                                        : ggml_nrows(op);
+    return getenv("SECOND_TAKES") && op->op != GGML_OP_GET_ROWS && rows >= MIN_TO_TAKE;
+}
+
+ggml_backend_device_i device_interface() {
+    ggml_backend_device_i i = {};
+    i.get_name              = dev_name;
+    i.get_description       = dev_description;
+    i.get_memory            = dev_memory;
+    i.get_type              = dev_type;
+    i.get_props             = dev_props;
+    i.init_backend          = dev_init;
+    i.get_buffer_type       = dev_buft;
+    i.supports_op           = dev_supports_op;
+    i.supports_buft         = dev_supports_buft;
+    i.offload_op            = dev_offload_op;
+    return i;
+}
+
+// registration
+
+std::vector<std::unique_ptr<Device>> & devices() {
+    static std::vector<std::unique_ptr<Device>> all;
+    return all;
+}
+
+const char * reg_name(ggml_backend_reg_t) {
+    return "SECOND";
+}
+
+size_t reg_device_count(ggml_backend_reg_t) {
+    return devices().size();
+}
+
+ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t index) {
+    return &devices().at(index)->dev;
+}
+
+void * reg_proc_address(ggml_backend_reg_t, const char *) {
+    return nullptr;
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
+    static ggml_backend_reg reg   = { GGML_BACKEND_API_VERSION,
+                                      { reg_name, reg_device_count, reg_device, reg_proc_address },
+                                      nullptr };
+    const char *            count = getenv("SECOND_DEVICES");
+    for (int i = (int) devices().size(); i < (count ? atoi(count) : 1); ++i) {
+        auto device  = std::make_unique<Device>();
+        device->name = "SECOND" + std::to_string(i);
+        device->dev  = { device_interface(), &reg, device.get() };
+        device->buft = { BUFT, &device->dev, nullptr };
+        devices().push_back(std::move(device));
+    }
+    return &reg;
+}
+
+__attribute__((constructor)) static void register_at_once() {
+    if (getenv("SECOND_REGISTERS")) {
+        ggml_backend_register(ggml_backend_init());
+    }
+}

@@ -1,0 +1,134 @@
+"""A sequence saved in the middle and restored, in whatever place: it goes on as if nothing had happened.
+
+For every type of cache, with and without states kept for rollback, over slots, processes and builds. A restored
+cache holds the bytes that were saved, so what follows is the same to the bit; between builds it meets the gate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_script import Logits, Setup, Step, assert_same, cut, decode, load, play, save, text
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+# Activations large enough for pristine's norm constants not to matter; rows of the cache that all types divide.
+SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, kv_lora=64, rope=32, std=0.2, seed=71)
+A, B = np.random.default_rng(71).integers(0, VOCAB_SIZE, (2, 250))
+SAVED = 120  # tokens of A in the state; 50 of B live beside it
+SETUPS = {
+    "F32, plain attention": Setup(n_seq_max=3),
+    **{
+        name: Setup(n_seq_max=3, flash_attention=True, cache_type=name)
+        for name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0")
+    },
+    "F32, unified": Setup(n_seq_max=3, flash_attention=True, kv_unified=True),
+    "F32, rollback": Setup(n_seq_max=3, flash_attention=True, n_rs_seq=4),
+    "Q8_0, rollback": Setup(n_seq_max=3, flash_attention=True, cache_type="Q8_0", n_rs_seq=4),
+}
+BEGINNING = [decode(*text(0, A[:SAVED])), decode(*text(1, B[:50]))]
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
+
+
+def going_on(slot: int) -> list[Step]:
+    """A from the saved token on: a batch large enough for chunks, a small one, single tokens."""
+    steps = [decode(*text(slot, A[SAVED:190], SAVED)), decode(*text(slot, A[190:195], 190))]
+    return steps + [decode((slot, i, int(A[i]))) for i in range(195, 205)]
+
+
+def last(logits: Logits, steps: list[Step]) -> Logits:
+    """The logits of these steps, with which the run ended."""
+    return logits[-sum(len(tokens) for name, tokens, *_ in steps if name == "decode") :]
+
+
+# What happens between the saving and the going on, and the slot where A then is.
+WAYS = {
+    "emptied and restored": (0, lambda file: [save(0, file), cut(0, -1), load(0, file)]),
+    "into a free slot, the old one emptied": (2, lambda file: [save(0, file), cut(0, -1), load(2, file)]),
+    "over what the slot held": (1, lambda file: [save(0, file), load(1, file)]),
+    "over its own future": (
+        0,
+        lambda file: [save(0, file), decode(*text(0, B[60:90], SAVED)), load(0, file)],
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", SETUPS)
+def test_it_goes_on_as_if_nothing_had_happened(
+    name: str, way: str, gguf: Path, engine: Engine, tmp_path: Path
+) -> None:
+    setup, (slot, steps) = SETUPS[name], WAYS[way]
+    without = play(engine, gguf, setup, [*BEGINNING, *going_on(0)]).logits
+    got = play(engine, gguf, setup, [*BEGINNING, *steps(tmp_path / "state"), *going_on(slot)]).logits
+    assert_same(last(got, going_on(slot)), last(without, going_on(0)))
+    if not setup.kv_unified:
+        np.testing.assert_array_equal(last(got, going_on(slot)), last(without, going_on(0)))
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_in_another_process_with_another_number_of_slots(
+    name: str, gguf: Path, engine: Engine, tmp_path: Path
+) -> None:
+    setup, alone = SETUPS[name], [*BEGINNING[:1], *going_on(0)]
+    first = play(engine, gguf, setup, [*alone[:1], save(0, tmp_path / "state"), *alone[1:]]).logits
+    second = play(engine, gguf, setup, [load(0, tmp_path / "state"), *going_on(0)]).logits
+    np.testing.assert_array_equal(second, last(first, going_on(0)))
+
+
+@pytest.mark.parametrize("name", ["F32, plain attention", "F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("to_patched", [True, False], ids=["to patched", "to pristine"])
+def test_between_pristine_and_patched(
+    name: str, to_patched: bool, gguf: Path, engine: Engine, pristine: Engine, tmp_path: Path
+) -> None:
+    """Both builds go on from the same state. A cache of less than F32 rounds, and the builds round differently."""
+    setup, file = replace(SETUPS[name], n_seq_max=2), tmp_path / "state"  # pristine aborts with three
+    source, target = (pristine, engine) if to_patched else (engine, pristine)
+    here = play(source, gguf, setup, [*BEGINNING, save(0, file), *going_on(0)]).logits
+    there = play(target, gguf, setup, [load(1, file), *going_on(1)]).logits
+    if name == "F32, plain attention":
+        assert_same(there, last(here, going_on(0)))
+    else:
+        assert error(there, last(here, going_on(0))) < 1e-4
+
+
+def error(got: Logits, expected: Logits) -> float:
+    """NMSE in all."""
+    return float(
+        np.square(got.astype(np.float64) - expected).sum() / np.square(expected.astype(np.float64)).sum()
+    )
+
+
+@pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0"])
+def test_tokens_taken_back_after_a_restore(
+    cache_type: str, gguf: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """In another slot, where rollback states of the one before lie: draft five tokens, take back three."""
+    setup = Setup(n_seq_max=2, flash_attention=True, cache_type=cache_type, n_rs_seq=4)
+    file, wrong = tmp_path / "state", B[100:105].copy()
+    wrong[:2] = A[SAVED : SAVED + 2]
+    rest = [decode((1, i, int(A[i]))) for i in range(SAVED + 2, SAVED + 12)]
+    draft = [decode(*text(1, wrong, SAVED)), cut(1, SAVED + 2), *rest]
+    beginning = [decode(*text(0, A[:SAVED])), decode(*text(1, B[:90])), decode(*text(1, B[90:95], 90))]
+    got = play(engine, gguf, setup, [*beginning, save(0, file), load(1, file), *draft]).logits
+    straight = [decode(*text(0, A[:SAVED])), decode(*text(0, A[SAVED : SAVED + 2], SAVED))]
+    straight += [decode((0, i, int(A[i]))) for i in range(SAVED + 2, SAVED + 12)]
+    expected = play(engine, gguf, setup, straight).logits
+    if cache_type == "F32":
+        assert_same(last(got, rest), last(expected, rest))
+    else:
+        assert error(last(got, rest), last(expected, rest)) < 1e-6

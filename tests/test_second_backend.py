@@ -1,0 +1,237 @@
+"""Layers on another device: the same logits wherever layers, caches and states lie, and who says no says so.
+
+The device is the CPU behind memory of its own (native/second_backend.cpp): nobody else can touch that memory, so the
+scheduler has to split the graph and copy tensors as it does for a GPU. An operator that wrote its state anywhere but
+into its result would lose it here.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, play, text
+from native_program import compile_backend
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
+IDS = np.random.default_rng(41).integers(0, VOCAB_SIZE, (2, 220))
+PREFILLED = (180, 70)  # of two sequences; the decompressed form begins at 160
+DECODED = 20
+ALL = len(SPEC.layers) + 1  # the output counts as a layer
+# Layers on the device: none, the last KDA layer, the MLA layer too, all but the first, all.
+LAYERS = (0, 2, 3, 4, ALL)
+ATTENTION = {False: "plain", True: "flash"}
+KDA = {"KDA_CONV", "KDA_SCAN"}
+
+
+def conversation() -> list[Step]:
+    """Two prompts one after the other, then both sequences token by token."""
+    steps = [decode(*text(i, IDS[i][:length])) for i, length in enumerate(PREFILLED)]
+    for i in range(DECODED):
+        steps.append(decode(*((s, n + i, int(IDS[s][n + i])) for s, n in enumerate(PREFILLED))))
+    return steps
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, a build, the library of devices, and what the plain CPU answers, by use of flash attention."""
+
+    engine: Engine
+    gguf: Path
+    backend: Path
+    expected: dict[bool, Logits]
+
+    def play(
+        self, log: Path, flash: bool, told: dict[str, str], **setup: Any
+    ) -> tuple[Logits, str, set[str]]:
+        """Logits, llama.cpp's log, and "DEVICE OPERATOR" of all that the devices computed."""
+        chosen = Setup(backend=str(self.backend), n_seq_max=2, flash_attention=flash, **setup)
+        played = play(self.engine, self.gguf, chosen, conversation(), SECOND_LOG=str(log), **told)
+        return played.logits, played.log, set(log.read_text().splitlines()) if log.exists() else set()
+
+
+@pytest.fixture(scope="module")
+def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("second")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    expected = {
+        flash: play(
+            engine, folder / "model.gguf", Setup(n_seq_max=2, flash_attention=flash), conversation()
+        ).logits
+        for flash in ATTENTION
+    }
+    return World(engine, folder / "model.gguf", compile_backend(engine, folder), expected)
+
+
+@pytest.mark.parametrize("kqv", [True, False], ids=["kqv", "nkvo"])
+@pytest.mark.parametrize("flash", ATTENTION, ids=ATTENTION.get)
+@pytest.mark.parametrize("layers", LAYERS)
+def test_any_placement_of_layers_and_caches(
+    layers: int, flash: bool, kqv: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # where the cache stays behind, decompressed attention refuses by design (tested below)
+    monkeypatch.setenv("KIMI_OPS", "require" if kqv or not flash else "conv,scan")
+    logits, log, computed = world.play(
+        tmp_path / "log", flash, {}, n_gpu_layers=layers, offload_kqv=kqv, op_offload=False
+    )
+    assert_same(logits, world.expected[flash])
+    assert "kda: operators in use" in log
+    expected = {f"SECOND0 {name}" for name in KDA} if layers else set()
+    if layers > 2 and flash:  # with -nkvo, llama.cpp brings the cache to the absorbed form
+        expected |= {"SECOND0 FLASH_ATTN_EXT"} | ({"SECOND0 LATENT_ATTN"} if kqv else set())
+    assert {each for each in computed if "KDA" in each or "ATTN" in each} == expected
+
+
+@pytest.mark.parametrize("flash", ATTENTION, ids=ATTENTION.get)
+def test_layers_over_two_devices(flash: bool, world: World, tmp_path: Path) -> None:
+    logits, _, computed = world.play(tmp_path / "log", flash, {"SECOND_DEVICES": "2"}, n_gpu_layers=ALL)
+    assert_same(logits, world.expected[flash])
+    assert {f"SECOND{i} {name}" for i in range(2) for name in KDA} <= computed
+
+
+def test_the_devices_named_are_the_ones_used(world: World, tmp_path: Path) -> None:
+    told = {"SECOND_DEVICES": "3"}
+    logits, _, computed = world.play(tmp_path / "log", True, told, n_gpu_layers=ALL, devices=("SECOND2",))
+    assert_same(logits, world.expected[True])
+    assert {each.split()[0] for each in computed} == {"SECOND2"}
+
+
+@pytest.mark.parametrize("layers", [0, 3])
+@pytest.mark.parametrize("flash", ATTENTION, ids=ATTENTION.get)
+def test_a_device_that_takes_over_large_batches(
+    layers: int, flash: bool, world: World, tmp_path: Path
+) -> None:
+    """Weights and states of these layers stay in the CPU's memory; prompts are computed on the device."""
+    logits, _, computed = world.play(tmp_path / "log", flash, {"SECOND_TAKES": "1"}, n_gpu_layers=layers)
+    assert_same(logits, world.expected[flash])
+    assert {f"SECOND0 {name}" for name in KDA} <= computed
+
+
+@pytest.mark.parametrize("refused", sorted(KDA))
+@pytest.mark.parametrize("kqv", [True, False], ids=["kqv", "nkvo"])
+def test_a_device_without_the_kda_operators_runs_upstreams_graph(
+    refused: str, kqv: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"SECOND_REFUSES": refused}
+    layer = 1 if kqv else 3
+    setup = {"n_gpu_layers": ALL - layer, "offload_kqv": kqv}
+    reason = f"SECOND0, which holds layer {layer}, does not have {refused}"
+    monkeypatch.setenv("KIMI_OPS", "")
+    logits, log, computed = world.play(tmp_path / "log", False, told, **setup)
+    assert_same(logits, world.expected[False])
+    assert f"kda: operators not used, upstream's graph instead: {reason}" in log
+    assert "kda: operators in use" not in log
+    assert not any("KDA" in each for each in computed)
+    assert "SECOND0 GATED_DELTA_NET" in computed
+
+    monkeypatch.setenv("KIMI_OPS", "require")
+    with pytest.raises(PlayError, match=f"KIMI_OPS=require: KDA operators cannot be used: {reason}"):
+        world.play(tmp_path / "log", False, told, **setup)
+
+
+def test_a_device_that_holds_no_kda_layer_is_not_asked(world: World, tmp_path: Path) -> None:
+    """It holds the output alone."""
+    told = {"SECOND_REFUSES": ",".join(sorted(KDA))}
+    logits, log, _ = world.play(tmp_path / "log", False, told, n_gpu_layers=1)
+    assert_same(logits, world.expected[False])
+    assert "kda: operators in use" in log
+
+
+OBSTACLES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "the device lacks it": (
+        {"SECOND_REFUSES": "LATENT_ATTN"},
+        {},
+        "SECOND0 does not have LATENT_ATTN for f32 caches and f32 weights",
+    ),
+    "the cache stays behind": (
+        {},
+        {"offload_kqv": False},
+        "cache and blk.2.attn_k_b.weight are on different devices",
+    ),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_where_decompressed_attention_cannot_run_it_stays_absorbed(
+    obstacle: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, setup, reason = OBSTACLES[obstacle]
+    setup = {"n_gpu_layers": ALL, **setup}
+    monkeypatch.setenv("KIMI_OPS", "")
+    logits, log, computed = world.play(tmp_path / "log", True, told, **setup)
+    assert_same(logits, world.expected[True])
+    assert f"latent attention: layer 2 stays absorbed in large batches: {reason}" in log
+    assert "SECOND0 LATENT_ATTN" not in computed
+
+    monkeypatch.setenv("KIMI_OPS", "require")
+    message = f"KIMI_OPS=require: layer 2: decompressed latent attention: {reason}"
+    with pytest.raises(PlayError, match=message):
+        world.play(tmp_path / "log", True, told, **setup)
+
+
+@pytest.mark.parametrize("layers", [3, ALL])
+def test_rollback_with_states_on_the_device(layers: int, world: World, tmp_path: Path) -> None:
+    """Upstream's program: take back tokens, replay, several sequences, caches of zeros and of rubbish.
+
+    It loads no backends, so the device registers itself.
+    """
+    log = tmp_path / "log"
+    told = {"LD_PRELOAD": str(world.backend), "SECOND_REGISTERS": "1", "SECOND_LOG": str(log)}
+    ended = subprocess.run(
+        [world.engine.bin / "test-recurrent-state-rollback", "-m", world.gguf, "-t", "1", "-ngl", str(layers)],
+        env={**world.engine.environment(), **told}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == 0, said[-2000:]
+    assert {f"SECOND0 {name}" for name in KDA} <= set(log.read_text().splitlines())
+    assert said.count("multi-seq split replay matched") == 2
+
+
+@pytest.mark.parametrize("operator", [*sorted(KDA), "LATENT_ATTN"])
+def test_upstreams_comparison_of_devices(operator: str, world: World) -> None:
+    """test-backend-ops takes the CPU as the truth and asks the device."""
+    ended = subprocess.run(
+        [world.engine.bin / "test-backend-ops", "test", "-b", "SECOND0", "-o", operator],
+        env={**world.engine.environment(), "GGML_BACKEND_PATH": str(world.backend)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout[-2000:]
+    assert sum(operator in line and "OK" in line for line in ended.stdout.splitlines()) > 5
+
+
+TRESPASS = """
+import ctypes, os, sys
+ggml = ctypes.CDLL(os.path.join(os.environ["LLAMA_CPP_LIB_PATH"], "libggml.so"))
+for name in ("ggml_backend_load", "ggml_backend_dev_by_name", "ggml_backend_dev_buffer_type",
+             "ggml_backend_buft_alloc_buffer", "ggml_backend_buffer_get_base"):
+    getattr(ggml, name).restype = ctypes.c_void_p
+ggml.ggml_backend_load(sys.argv[1].encode())
+device = ctypes.c_void_p(ggml.ggml_backend_dev_by_name(b"SECOND0"))
+kind = ctypes.c_void_p(ggml.ggml_backend_dev_buffer_type(device))
+buffer = ctypes.c_void_p(ggml.ggml_backend_buft_alloc_buffer(kind, ctypes.c_size_t(64)))
+print("allocated", flush=True)
+ctypes.string_at(ggml.ggml_backend_buffer_get_base(buffer), 1)
+"""
+
+
+def test_the_memory_of_a_device_is_closed_to_others(world: World) -> None:
+    """What the tests above rest on."""
+    ended = subprocess.run(
+        [sys.executable, "-c", TRESPASS, str(world.backend)],
+        env=world.engine.environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.stdout == "allocated\n"
+    assert ended.returncode == -signal.SIGSEGV
