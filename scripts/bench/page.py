@@ -44,13 +44,19 @@ def cell_key(cell: Data) -> tuple[Any, ...]:
     return tuple(cell[name] for name in ("cache_type", "sequences", "threads", "depth", "batch"))
 
 
+def cache_size(model: Data) -> float:
+    """MiB of the largest cache that was made; the model's memory is shown with that one."""
+    contexts = model["about"]["contexts"].values()
+    return max((sum(memory.get("kv", {}).values()) for memory in contexts), default=0.0)
+
+
 def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
     """Models by name, their cells from all records, the latest of equal ones, in order."""
     models: dict[str, dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: str(record["created"])):
         for model in record["models"]:
             into = models.setdefault(model["name"], {"cells": {}, "commands": {}, "model": model})
-            into["model"] = model
+            into["model"] = max(into["model"], model, key=cache_size)
             if model["cells"]:
                 into["commands"][record["command"]] = None
             into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#1f6fb2", "#e08a2c", "#3a8f4d", "#a33c7d", "#6b6b6b", "#b5432f")
-LIMIT = "#999999"
 
 
 def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
@@ -36,7 +35,12 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
             batches, [c["pristine"]["tokens_per_second"] for c in row], "o:", color=colour, markersize=3
         )
         rates.plot(
-            batches, [c["tokens"] / c["floor"]["seconds"] for c in row], "--", color=LIMIT, linewidth=0.8
+            batches,
+            [c["tokens"] / c["floor"]["seconds"] for c in row],
+            "--",
+            color=colour,
+            linewidth=0.8,
+            alpha=0.6,
         )
     ratios.axhline(1.0, color="black", linewidth=0.8)
     for axes in (ratios, rates):
@@ -45,8 +49,10 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.grid(alpha=0.3)
     rates.set_yscale("log")
+    rates.yaxis.set_major_formatter("{x:g}")
+    rates.yaxis.set_minor_formatter("{x:g}")
     ratios.set_ylabel("times as fast as pristine at its best")
-    rates.set_ylabel("tokens/s: ours, pristine dotted, limit grey")
+    rates.set_ylabel("tokens/s; pristine dotted, limit dashed")
     ratios.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, format="svg", metadata={"Date": None})
