@@ -8,6 +8,7 @@ an exit status: 0 done, 1 something is wrong with the checkpoint or the place to
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -16,17 +17,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from .errors import ConvertError
+from .inspect_model import inspect_model, summary_text
 from .mixes import Request
 from .pipeline import Options, convert, plan_only
 from .plan import Plan
 from .progress import PROGRAM, Teller, for_people, for_programs, quiet, say
 from .quantise import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
+from .recipes import RECIPES
 from .unfinished import leftover
+from .verify import verify
 from .writer import file_size
 
 FAILED: Final = 1
@@ -41,7 +46,12 @@ examples:
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M --resume
       go on after an interrupt, a full disk or a power cut
+  convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
   convert-kimi model.safetensors -o model.gguf --type IQ3_M --imatrix imatrix.gguf --tensor-type attn_v_b=Q8_0
+  convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
+      make every byte anew and compare
+  convert-kimi inspect kimi-linear-q4.gguf --context 131072
+      layers, types, sizes, and what the caches take
 
 exit status: 0 done; 1 the checkpoint or the place to write is at fault, said in one line; 2 wrong arguments;
 130 interrupted. Whatever happens, OUT appears whole or not at all.
@@ -50,30 +60,31 @@ exit status: 0 done; 1 the checkpoint or the place to write is at fault, said in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.output is None and not options.dry_run:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = COMMANDS.get(words[0]) if words else None
+    parser, act = (command[0](), command[1]) if command else (_parser(), _convert)
+    options = parser.parse_args(words[1:] if command else words)
+    if act is _convert and options.output is None and not options.dry_run:
         parser.error("the output file is missing: give -o OUT, or --dry-run")
     try:
         with _terminable():
-            if options.dry_run:
-                print(plan_text(plan_only(options.source, _request(options), _options(options))))
-            else:
-                _convert(options)
+            status = act(options)
             sys.stdout.flush()
+            return status
     except ConvertError as error:
         return _failed(str(error), options.json)
     except KeyboardInterrupt:
-        left = leftover(options.output) if options.output else None
+        output = getattr(options, "output", None)
+        left = leftover(output) if output else None
         what = f"go on with --resume ({left.name} is kept)" if left else "nothing was written"
         print(f"{PROGRAM}: interrupted; {what}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the table has seen enough
         with suppress(OSError):
             sys.stdout.close()
+        return 0
     except OSError as error:
         return _failed(str(error), options.json)
-    return 0
 
 
 def _failed(message: str, as_json: bool) -> int:
@@ -93,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SRC", type=Path, help="checkpoint folder, or its .safetensors file")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
-    add("--type", metavar="TYPE", type=_file_type, default=TYPES["BF16"], help="of the file (default: BF16)")
+    add("--type", metavar="TYPE", type=_file_type, help="of the file (default: BF16)")
+    add("--recipe", choices=RECIPES, help="types measured to suit this model, instead of --type")
     add("--imatrix", metavar="FILE", type=Path, help="importance matrix, made by llama-imatrix")
     add("--output-tensor-type", metavar="T", type=_tensor_type, help="type of output.weight")
     add("--token-embedding-type", metavar="T", type=_tensor_type, help="type of token_embd.weight")
@@ -148,12 +160,16 @@ def _size(text: str) -> int:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    return Request(
-        options.type,
-        options.output_tensor_type,
-        options.token_embedding_type,
-        tuple(options.tensor_type),
-        options.pure,
+    """What the options ask for; a recipe's choices stand behind the user's own."""
+    recipe = RECIPES[options.recipe] if options.recipe else Request(options.type or TYPES["BF16"])
+    if options.recipe and (options.type or options.pure):
+        raise ConvertError("--recipe: says all types; leave --type and --pure out")
+    return replace(
+        recipe,
+        output_type=options.output_tensor_type or recipe.output_type,
+        embedding_type=options.token_embedding_type or recipe.embedding_type,
+        overrides=(*options.tensor_type, *recipe.overrides),
+        pure=options.pure,
     )
 
 
@@ -161,7 +177,10 @@ def _options(options: argparse.Namespace) -> Options:
     return Options(options.name, options.imatrix, options.force, options.resume, options.max_memory)
 
 
-def _convert(options: argparse.Namespace) -> None:
+def _convert(options: argparse.Namespace) -> int:
+    if options.dry_run:
+        print(plan_text(plan_only(options.source, _request(options), _options(options))))
+        return 0
     began = time.monotonic()
     tell: Teller = quiet if options.quiet else for_programs if options.json else for_people
     if not options.quiet and not options.resume and (left := leftover(options.output)):
@@ -179,6 +198,57 @@ def _convert(options: argparse.Namespace) -> None:
             f"in {seconds:.1f} s",
             file=sys.stderr,
         )
+    return 0
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} verify",
+        description="Make every byte of a GGUF file anew from its checkpoint; compare.",
+    )
+    add = parser.add_argument
+    add("file", metavar="GGUF", type=Path, help="the file to prove; its own types are used")
+    add("--checkpoint", metavar="SRC", type=Path, required=True, help="what it was made of")
+    add("--imatrix", metavar="FILE", type=Path, help="the importance matrix it was made with, if any")
+    add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
+    add("--json", action="store_true", help="the verdict as a JSON line")
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> int:
+    verdict = verify(options.file, options.checkpoint, options.imatrix, options.max_memory)
+    if options.json:
+        say("verdict", proved=verdict.proved, **vars(verdict))
+        return 0 if verdict.proved else FAILED
+    for complaint in (*verdict.wrong_keys, *verdict.wrong_tensors):
+        print(complaint)
+    outcome = "the very bytes the checkpoint gives" if verdict.proved else "NOT what the checkpoint gives"
+    print(f"{options.file}: {verdict.tensors} tensors, {verdict.nbytes:,} bytes: {outcome}")
+    return 0 if verdict.proved else FAILED
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} inspect",
+        description="Show what a GGUF file or a checkpoint holds; reads headers only.",
+    )
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="a GGUF file, or a checkpoint's folder or file"
+    )
+    parser.add_argument(
+        "--context", metavar="N", type=int, default=32768, help="tokens the caches are for (32768)"
+    )
+    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    return parser
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    summary = inspect_model(options.path, options.context)
+    print(json.dumps(summary.as_json()) if options.json else summary_text(summary))
+    return 0
+
+
+COMMANDS: Final = {"verify": (_verify_parser, _verify), "inspect": (_inspect_parser, _inspect)}
 
 
 def plan_text(plan: Plan) -> str:

@@ -16,12 +16,12 @@ from typing import Final
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .digest import digest
-from .ggml import Ggml, load
+from .ggml import Ggml
 from .imatrix import read_importances
 from .mixes import Request
 from .plan import Plan, PlannedTensor, make_plan
 from .quantise import FileType
-from .stream import Pace, encoded
+from .stream import Pace, encoded, prepared
 from .tokenizer import load_vocab
 from .unfinished import Identity
 from .writer import check_output, header, write
@@ -67,7 +67,7 @@ def convert(
         inputs = (*beside, *([options.imatrix] if options.imatrix else []))
         check_output(output, options.overwrite, inputs)
         plan = _plan(checkpoint, wanted, options)
-        ggml = _prepared(plan)
+        ggml = prepared(plan)
         identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
 
         def run(report: Report) -> None:
@@ -95,17 +95,6 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | Request, options: Options) 
     request = wanted if isinstance(wanted, Request) else Request(wanted)
     importances = read_importances(options.imatrix) if options.imatrix else None
     return make_plan(checkpoint, vocab, request, options.name or model_name(checkpoint.folder), importances)
-
-
-def _prepared(plan: Plan) -> Ggml | None:
-    """ggml's quantisers, ready for every type of the plan; None where it needs none."""
-    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantised}
-    if not kinds:
-        return None
-    ggml = load()
-    for kind in kinds.values():
-        ggml.prepare(kind)
-    return ggml
 
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from .checkpoint import Checkpoint, to_float32
 from .encode import BadValueError, check, encode
 from .errors import ConvertError
-from .ggml import Ggml
+from .ggml import Ggml, load
 from .plan import Plan, PlannedTensor
 from .quantise import F32, Bytes, Stored
 from .safetensors_file import Dtype
@@ -81,6 +81,17 @@ class Piece:
     first: int  # element of the source
     count: int
     read: Callable[[Checkpoint, Piece], tuple[Stored, Dtype]]  # -> [rows, columns] and their dtype
+
+
+def prepared(plan: Plan) -> Ggml | None:
+    """ggml's quantisers, ready for every type of the plan; None where it needs none."""
+    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantised}
+    if not kinds:
+        return None
+    ggml = load()
+    for kind in kinds.values():
+        ggml.prepare(kind)
+    return ggml
 
 
 def encoded(

@@ -1,0 +1,120 @@
+"""Proving a GGUF file: every key and every byte of it made anew from the checkpoint, and compared.
+
+Flows in: the file and the checkpoint it is said to come from. Flows out: `Verdict`. The types are the file's
+own, so that any mix can be proved, llama-quantize's own files too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .errors import ConvertError
+from .gguf_file import GgufFile
+from .imatrix import read_importances
+from .metadata import metadata
+from .mixes import Request
+from .plan import Plan, PlannedTensor, in_file_order
+from .quantise import TYPES
+from .stream import Pace, encoded, prepared
+from .tensors import outputs
+from .tokenizer import load_vocab
+
+# Keys that say where a file comes from or how it was made, not what the model is.
+FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was compared, and what differs."""
+
+    tensors: int
+    nbytes: int
+    wrong_keys: tuple[str, ...]  # "key: expected .., found .."
+    wrong_tensors: tuple[str, ...]  # "tensor: the first byte that differs"
+
+    @property
+    def proved(self) -> bool:
+        return not self.wrong_keys and not self.wrong_tensors
+
+
+def verify(
+    path: Path,
+    source: Path,
+    imatrix: Path | None = None,
+    max_memory: int | None = None,
+    report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
+) -> Verdict:
+    """Compare the file `path` with what `source` gives. Raises `ConvertError` when either cannot be read."""
+    pace = Pace.within(max_memory)
+    with GgufFile(path) as file, open_checkpoint(source) as checkpoint:
+        plan = _plan_of(file, checkpoint, imatrix)
+        wrong = dict(_differences(file, checkpoint, plan, pace, report))
+        checkpoint.check_unchanged()
+        wrong_keys = tuple(_wrong_keys(file, checkpoint))
+        return Verdict(
+            len(plan.tensors), sum(t.nbytes for t in plan.tensors), wrong_keys, tuple(wrong.values())
+        )
+
+
+def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
+    """The plan that would give the file, its types taken from it."""
+    tensors: list[PlannedTensor] = []
+    expected = sorted(outputs(checkpoint.config), key=in_file_order)
+    for output in expected:
+        found = file.tensors.get(output.name)
+        if found is None:
+            raise ConvertError(f"{file.path}: {output.name!r} is missing; not made of this checkpoint")
+        shapes = [(*ne, 1, 1, 1)[:4] for ne in (found.ne, output.ne)]
+        if shapes[0] != shapes[1]:
+            raise ConvertError(
+                f"{file.path}: {output.name!r}: expected shape {list(output.ne)}, found {list(found.ne)}; "
+                "not made of this checkpoint"
+            )
+        tensors.append(PlannedTensor(output, found.type, found.nbytes, found.offset))
+    if strange := set(file.tensors) - {output.name for output in expected}:
+        raise ConvertError(f"{file.path}: unexpected tensor {min(strange)!r}; not made of this checkpoint")
+    importances = read_importances(imatrix) if imatrix else None
+    return Plan(Request(TYPES["F32"]), (), tuple(tensors), importances=importances)
+
+
+def _differences(
+    file: GgufFile,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    pace: Pace,
+    report: Callable[[PlannedTensor, int], None],
+) -> Iterator[tuple[str, str]]:
+    """(tensor, complaint) for every tensor with a byte that differs, at its first."""
+    at, before, told = 0, "", ""
+    for tensor, piece in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
+        at = at if tensor.name == before else 0
+        before = tensor.name
+        found = file.read(file.tensors[tensor.name], at, piece.nbytes)
+        if told != tensor.name and not np.array_equal(found, piece):
+            told = tensor.name
+            byte = at + int(np.argmax(found != piece))
+            yield (
+                tensor.name,
+                f"{tensor.name} ({tensor.type.name}): differs from byte {byte} of {tensor.nbytes} on",
+            )
+        at += piece.nbytes
+        report(tensor, piece.nbytes)
+
+
+def _wrong_keys(file: GgufFile, checkpoint: Checkpoint) -> Iterator[str]:
+    vocab = load_vocab(checkpoint.folder, checkpoint.config)
+    for key in metadata(checkpoint.config, vocab, TYPES["F32"], ""):
+        if key.name.startswith(FREE):
+            continue
+        found = file.keys.get(key.name)
+        expected: Any = key.value
+        if isinstance(expected, float):
+            expected = float(np.float32(expected))
+        if found != expected:
+            yield f"{key.name}: expected {expected!r:.60}, found {found!r:.60}"

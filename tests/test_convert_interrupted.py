@@ -1,0 +1,359 @@
+"""Whatever ends a conversion, nothing wrong stands under the name, and --resume ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from convert_tools import convert, fresh_checkpoint, start_convert
+from random_checkpoint import Spec
+
+from kimi_gguf.convert import unfinished
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.pipeline import Report
+from kimi_gguf.convert.pipeline import convert as convert_in_python
+from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.quantise import TYPES
+
+SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
+KEPT = {".x.gguf.unfinished", ".x.gguf.journal"}
+
+# Forks a conversion again and again, kills it after a random time, and looks at what is there.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from kimi_gguf.convert import ggml, unfinished
+from kimi_gguf.convert.pipeline import Options, convert
+from kimi_gguf.convert.quantise import TYPES
+
+source, out, whole, kills, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+unfinished.SYNC_SECONDS = 0
+if TYPES[kind].quantised:
+    ggml.load()
+expected = Path(whole).read_bytes()
+rng = random.Random(1)
+found = dict(killed=0, ended=0, gone_on=0, wrong=0)
+
+def child():
+    done = os.fork()
+    if done == 0:
+        convert(source, out, TYPES[kind], Options(resume=True))
+        os._exit(0)
+    return done
+
+began = time.monotonic()
+os.waitpid(child(), 0)
+duration = time.monotonic() - began
+out.unlink()
+journal = out.with_name(f".{out.name}.journal")
+while found["killed"] < kills:
+    found["gone_on"] += journal.exists() and journal.read_bytes().count(b"\\n") > 1
+    process = child()
+    time.sleep(rng.uniform(0, duration))
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    found["killed" if os.WIFSIGNALED(status) else "ended"] += 1
+    if out.exists():
+        found["wrong"] += out.read_bytes() != expected
+        out.unlink()
+    elif not os.WIFSIGNALED(status):
+        found["wrong"] += 1
+os.waitpid(child(), 0)
+found["wrong"] += out.read_bytes() != expected
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return fresh_checkpoint(tmp_path / "model", SPEC)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def expected(tmp_path: Path, source: Path) -> bytes:
+    assert convert(source, "-o", tmp_path / "whole.gguf").status == 0
+    return (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.fixture
+def noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor is noted in the journal, not one a second."""
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def stop_after(
+    tensors: int, act: Callable[[], None]
+) -> Callable[[Plan], contextlib.AbstractContextManager[Report]]:
+    """Progress that acts when so many tensors have begun to be written."""
+
+    @contextlib.contextmanager
+    def progress(plan: Plan) -> Iterator[Report]:
+        seen: set[str] = set()
+
+        def report(tensor: object, nbytes: int) -> None:
+            seen.add(str(getattr(tensor, "name", "")))
+            if len(seen) == tensors:
+                act()
+
+        yield report
+
+    return progress
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted(source: Path, out: Path, kind: str = "BF16", after: int = 30) -> None:
+    """Leave an unfinished file."""
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_python(source, out / "x.gguf", TYPES[kind], progress=stop_after(after, interrupt))
+    assert names(out) == KEPT
+
+
+@pytest.mark.parametrize("kind, kills", [("BF16", 100), pytest.param("Q4_K_M", 30, marks=pytest.mark.engine)])
+def test_killed_at_random_instants(tmp_path: Path, source: Path, out: Path, kind: str, kills: int) -> None:
+    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
+    command = [
+        sys.executable,
+        "-c",
+        KILLER,
+        source,
+        out / "x.gguf",
+        tmp_path / "whole.gguf",
+        str(kills),
+        kind,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == 0 and found["killed"] == kills
+    assert found["gone_on"] > kills // 4, "too few were killed in the middle"
+    assert names(out) == {"x.gguf"}
+
+
+def test_after_an_interrupt_resume_goes_on(
+    source: Path, out: Path, expected: bytes, noted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, out)
+    read: list[str] = []
+    elements = unfinished.Unfinished.finished
+
+    def count(self: unfinished.Unfinished, done: int) -> None:
+        read.append(str(done))
+        elements(self, done)
+
+    monkeypatch.setattr(unfinished.Unfinished, "finished", count)
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
+    assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
+    assert int(read[0]) >= 29, "it began anew"
+
+
+def test_without_resume_it_begins_anew_and_says_so(
+    source: Path, out: Path, expected: bytes, noted: None
+) -> None:
+    interrupted(source, out)
+    run = convert(source, "-o", out / "x.gguf")
+    assert run.status == 0 and ".x.gguf.unfinished of an earlier run is begun anew" in run.err
+    assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
+
+
+def test_resume_with_nothing_there_begins(source: Path, out: Path, expected: bytes) -> None:
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
+    assert (out / "x.gguf").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (["--type", "F16"], "other options"),
+        (["--name", "another"], "other options"),
+    ],
+    ids=["type", "name"],
+)
+def test_resume_with_other_options_is_refused(
+    source: Path, out: Path, noted: None, change: list[str], words: str
+) -> None:
+    interrupted(source, out)
+    run = convert(source, "-o", out / "x.gguf", "--resume", *change)
+    assert run.status == 1 and words in run.err and "leave --resume out" in run.err
+    assert names(out) == KEPT, "what could still be gone on with is kept"
+
+
+def test_resume_from_another_checkpoint_is_refused(
+    tmp_path: Path, source: Path, out: Path, noted: None
+) -> None:
+    interrupted(source, out)
+    other = fresh_checkpoint(tmp_path / "other" / "model", SPEC)
+    run = convert(other, "-o", out / "x.gguf", "--resume")
+    assert run.status == 1 and "begun from another checkpoint" in run.err and names(out) == KEPT
+
+
+@pytest.mark.parametrize(
+    "journal", [b"", b"nonsense\n", b'{"format": 99}\n', b"[]\n", b"\xff\xfe\n"], ids=repr
+)
+def test_a_journal_that_is_none_is_refused(source: Path, out: Path, noted: None, journal: bytes) -> None:
+    interrupted(source, out)
+    (out / ".x.gguf.journal").write_bytes(journal)
+    run = convert(source, "-o", out / "x.gguf", "--resume")
+    assert run.status == 1 and ".x.gguf.journal" in run.err and "Traceback" not in run.err
+
+
+def test_an_unfinished_file_shorter_than_its_journal_says_is_refused(
+    source: Path, out: Path, noted: None
+) -> None:
+    interrupted(source, out)
+    os.truncate(out / ".x.gguf.unfinished", 10_000)
+    run = convert(source, "-o", out / "x.gguf", "--resume")
+    assert run.status == 1 and "found 10000" in run.err
+
+
+def test_the_last_line_of_a_journal_may_be_torn(
+    source: Path, out: Path, expected: bytes, noted: None
+) -> None:
+    interrupted(source, out)
+    journal = out / ".x.gguf.journal"
+    journal.write_bytes(journal.read_bytes()[:-5])
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
+    assert (out / "x.gguf").read_bytes() == expected
+
+
+def test_a_full_disk_is_survived(tmp_path: Path, source: Path, out: Path, expected: bytes) -> None:
+    """A limit on the size of files fails as a full disk does: a write in the middle is refused."""
+    command = "from kimi_gguf.convert import unfinished, cli; import sys; unfinished.SYNC_SECONDS = 0; "
+    command += "sys.exit(cli.main(sys.argv[1:]))"
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(expected) // 2, len(expected) // 2))
+
+    done = subprocess.run(
+        [sys.executable, "-c", command, source, "-o", out / "x.gguf"],
+        preexec_fn=limit, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (
+        done.returncode == 1 and "cannot be written" in done.stderr and "go on with --resume" in done.stderr
+    )
+    assert names(out) == KEPT
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
+    assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
+
+
+def test_a_failing_disk_under_the_checkpoint_is_survived(
+    source: Path, out: Path, expected: bytes, noted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_preadv, reads = os.preadv, 0
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal reads
+        reads += 1
+        if reads > 120:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return true_preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    run = convert(source, "-o", out / "x.gguf")
+    assert run.status == 1 and re.search(r"\.safetensors: '.*': cannot be read: Input/output error", run.err)
+    assert names(out) == KEPT
+    monkeypatch.undo()
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
+    assert (out / "x.gguf").read_bytes() == expected
+
+
+def swap(source: Path) -> None:
+    """Another file under the same name, alike but for its contents."""
+    shard = source / "model-00002-of-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    (source / "new").write_bytes(content)
+    (source / "new").replace(shard)
+
+
+def write_into(source: Path) -> None:
+    with (source / "model-00002-of-00002.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\0\0")
+    os.utime(source / "model-00002-of-00002.safetensors", ns=(1, 1))  # however coarse the clock is
+
+
+def remove(source: Path) -> None:
+    (source / "model-00001-of-00002.safetensors").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("change", [swap, write_into, remove], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("after", [1, 20, 55])
+def test_a_checkpoint_that_changes_meanwhile_is_noticed(
+    source: Path, out: Path, change: Callable[[Path], None], after: int
+) -> None:
+    progress = stop_after(after, lambda: change(source))
+    with pytest.raises(ConvertError, match=r"\.safetensors: was changed while it was read"):
+        convert_in_python(source, out / "x.gguf", TYPES["BF16"], progress=progress)
+    assert names(out) == set()
+
+
+def test_two_runs_into_one_name_do_not_mix(source: Path, out: Path, expected: bytes) -> None:
+    refused: list[str] = []
+
+    def second() -> None:
+        if not refused:
+            run = convert(source, "-o", out / "x.gguf", "--resume")
+            refused.append(run.err)
+
+    convert_in_python(source, out / "x.gguf", TYPES["BF16"], progress=stop_after(10, second))
+    assert len(refused) == 1 and "another conversion is writing it" in refused[0]
+    assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
+
+
+def test_two_processes_started_together_do_not_mix(source: Path, out: Path, expected: bytes) -> None:
+    processes = [start_convert(source, "-o", out / "x.gguf") for _ in range(4)]
+    statuses = [(p.communicate(timeout=120)[1], p.returncode) for p in processes]
+    assert 0 in [status for _, status in statuses]
+    for err, status in statuses:
+        assert status == 0 or "another conversion" in err or "exists already" in err or "meanwhile" in err
+    assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
+
+
+def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
+    source: Path, out: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "_bypass_cache", lambda fd, wanted: False)
+    assert convert(source, "-o", out / "x.gguf").status == 0
+    assert (out / "x.gguf").read_bytes() == expected
+
+
+@pytest.mark.parametrize("buffer", [4096, 12288])
+def test_the_size_of_the_buffer_does_not_show(
+    source: Path, out: Path, expected: bytes, noted: None, monkeypatch: pytest.MonkeyPatch, buffer: int
+) -> None:
+    monkeypatch.setattr(unfinished, "BUFFER", buffer)
+    interrupted(source, out, after=40)
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
+    assert (out / "x.gguf").read_bytes() == expected
+
+
+def test_the_work_of_an_interrupted_run_is_on_no_other_disk(source: Path, out: Path, noted: None) -> None:
+    """It stands beside the output: taking the name is a rename, and the room was checked where it is needed."""
+    interrupted(source, out)
+    assert (out / ".x.gguf.unfinished").stat().st_dev == out.stat().st_dev
+    shutil.rmtree(out)
+    out.mkdir()
+    assert convert(source, "-o", out / "x.gguf", "--resume").status == 0

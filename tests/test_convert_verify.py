@@ -1,0 +1,138 @@
+"""`verify` proves a file, whoever made it, and names what is wrong; `inspect` tells the truth about a model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from convert_tools import convert, fresh_checkpoint, gguf_types
+from gguf import GGUFReader
+from random_checkpoint import Spec
+from test_convert_like_quantize import write_imatrix
+
+from kimi_gguf.convert.gguf_file import GgufFile
+from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.scripts.full_size_twin import write_twin
+
+SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return fresh_checkpoint(tmp_path / "model", SPEC)
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16", pytest.param("Q4_K_M", marks=pytest.mark.engine)])
+def test_our_own_files_are_proved(tmp_path: Path, source: Path, kind: str) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out, "--type", kind).status == 0
+    run = convert("verify", out, "--checkpoint", source)
+    assert run.status == 0 and "the very bytes the checkpoint gives" in run.out, run.out
+    assert json.loads(convert("verify", out, "--checkpoint", source, "--json").out)["proved"] is True
+
+
+@pytest.mark.engine
+def test_llama_quantizes_file_is_proved_with_its_importances_only(
+    tmp_path: Path, source: Path, pristine: Engine
+) -> None:
+    bf16, imatrix, out = (tmp_path / name for name in ("bf16.gguf", "imatrix.gguf", "x.gguf"))
+    assert convert(source, "-o", bf16).status == 0
+    write_imatrix(imatrix, bf16, every=1)
+    command = [pristine.bin / "llama-quantize", "--imatrix", imatrix, bf16, out, "Q4_K_S"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert convert("verify", out, "--checkpoint", source, "--imatrix", imatrix).status == 0
+    without = convert("verify", out, "--checkpoint", source)
+    assert without.status == 1 and "(Q4_K): differs from byte" in without.out
+
+
+@pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.0.ssm_a", "blk.2.attn_k_b.weight"])
+def test_one_wrong_bit_is_named(tmp_path: Path, source: Path, tensor: str) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out).status == 0
+    with GgufFile(out) as file:
+        place = file.tensors[tensor]
+    content = bytearray(out.read_bytes())
+    content[place.offset + place.nbytes - 3] ^= 4
+    out.write_bytes(content)
+    run = convert("verify", out, "--checkpoint", source)
+    complaint = f"{tensor} ({place.type.name}): differs from byte {place.nbytes - 3} of {place.nbytes} on"
+    assert run.status == 1 and run.out.splitlines()[0] == complaint
+    assert "NOT what the checkpoint gives" in run.out
+
+
+def test_a_wrong_key_is_named(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out).status == 0
+    content = out.read_bytes()
+    key = b"kimi-linear.expert_used_count\x04\x00\x00\x00"
+    at = content.index(key) + len(key)
+    out.write_bytes(content[:at] + b"\x03" + content[at + 1 :])
+    run = convert("verify", out, "--checkpoint", source)
+    assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 3\n")
+
+
+def test_another_checkpoint_is_no_proof(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out).status == 0
+    for name, spec in (
+        ("deeper", Spec(layers="KKMM", hidden=256, heads=4)),
+        ("wider", Spec(layers="KKM", hidden=128)),
+    ):
+        run = convert("verify", out, "--checkpoint", fresh_checkpoint(tmp_path / name, spec))
+        assert run.status == 1 and "not made of this checkpoint" in run.err
+
+
+def test_inspect_shows_file_and_checkpoint(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out, "--name", "a name").status == 0
+    file, folder = (json.loads(convert("inspect", p, "--json", "--context", 1000).out) for p in (out, source))
+    for seen in (file, folder):
+        layers = [(layer["index"], layer["mixer"], layer["ffn"]) for layer in seen["layers"]]
+        assert layers == [(-1, "", ""), (0, "KDA", "dense"), (1, "KDA", "MoE"), (2, "MLA", "MoE")]
+        assert seen["type"] == "BF16"
+        assert seen["latent_cache_f16"] == 1 * (64 + 16) * 1000 * 2
+        assert seen["recurrent_state_f32"] == 2 * 4 * (4 * 32 * 32 + 3 * 3 * 4 * 32)
+    assert file["name"] == "a name" and file["kind"] == "GGUF" and folder["kind"] == "safetensors"
+    assert file["parameters"] == folder["parameters"] == sum(t.n_elements for t in GGUFReader(out).tensors)
+    counts = {name: count for name, (count, _) in file["types"].items()}
+    types = list(gguf_types(out).values())
+    assert counts == {name: types.count(name) for name in set(types)}
+    text = convert("inspect", out).out
+    assert "2  MLA    MoE" in text and "of latents (F16)" in text
+
+
+def test_the_48bs_caches(tmp_path: Path) -> None:
+    """Known from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
+    seen = json.loads(convert("inspect", write_twin(tmp_path), "--json", "--context", 32768).out)
+    assert seen["parameters"] == 49_122_681_728
+    assert sum(layer["nbytes"] for layer in seen["layers"]) == 98_245_528_576
+    assert seen["latent_cache_f16"] == 7 * 576 * 32768 * 2
+    assert seen["recurrent_state_f32"] == 20 * 4 * (32 * 128 * 128 + 3 * 12288)
+
+
+@pytest.mark.parametrize("damage", ["", "GGUF", "GGUX", "cut", "text"])
+def test_what_is_no_gguf_is_refused(tmp_path: Path, source: Path, damage: str) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out).status == 0
+    whole = out.read_bytes()
+    out.write_bytes({"cut": whole[:-4000], "text": b"hello" * 100}.get(damage, damage.encode()))
+    for arguments in (["inspect", out], ["verify", out, "--checkpoint", source]):
+        run = convert(*arguments)
+        assert (
+            run.status == 1 and run.err.startswith("convert-kimi: error: ") and len(run.err.splitlines()) == 1
+        )
+
+
+@pytest.mark.engine
+def test_a_recipe_protects_all_but_the_experts(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "x.gguf"
+    assert convert(source, "-o", out, "--recipe", "kimi-q4").status == 0
+    for name, kind in gguf_types(out).items():
+        assert kind in ({"Q4_K", "Q5_0"} if "_exps" in name else {"Q8_0", "F32"}), name
+    assert convert("verify", out, "--checkpoint", source).status == 0
+    own = convert(source, "--dry-run", "--recipe", "kimi-q4", "--tensor-type", "ssm_beta=BF16").out
+    assert [line.split()[1] for line in own.splitlines() if "blk.0.ssm_beta" in line] == ["BF16"]
+    refused = convert(source, "--dry-run", "--recipe", "kimi-q4", "--type", "Q4_0")
+    assert refused.status == 1 and "leave --type and --pure out" in refused.err
