@@ -28,23 +28,24 @@ struct Shape {
     int64_t     k         = 512;
     int64_t     n_rows    = 64;
     int64_t     n_tokens  = 16;
-    int64_t     n_experts = 0;      // 0: MUL_MAT
+    int64_t     n_experts = 0;  // 0: MUL_MAT
     int64_t     n_used    = 2;
-    bool        broadcast = true;   // MUL_MAT_ID: all slots of a token read the same activations
-    int64_t     n_planes  = 1;      // MUL_MAT: planes of activations, ...
-    int64_t     n_weights = 1;      // ... and of weights
-    bool        strided   = false;  // activations are a part of longer rows
+    bool        broadcast = true;      // MUL_MAT_ID: all slots of a token read the same activations
+    int64_t     n_planes  = 1;         // MUL_MAT: planes of activations, ...
+    int64_t     n_weights = 1;         // ... and of weights
+    bool        strided   = false;     // activations are a part of longer rows
     std::string values    = "normal";  // normal, zeros (some rows of both are zero), huge, tiny
-    std::string routing   = "mixed";   // mixed, one (all tokens to one expert), lonely (one token to each expert but one)
+    std::string routing =
+        "mixed";  // mixed, one (all tokens to one expert), lonely (one token to each expert, all others to the last)
 };
 
 static std::string name_of(const Shape & s) {
     char text[256];
     snprintf(text, sizeof(text), "%s%s %s k %lld rows %lld tokens %lld experts %lld/%lld planes %lld/%lld%s%s %s %s",
-             ggml_type_name(s.type), s.repack ? " repacked" : "", s.n_experts ? "MUL_MAT_ID" : "MUL_MAT", (long long) s.k,
-             (long long) s.n_rows, (long long) s.n_tokens, (long long) s.n_used, (long long) s.n_experts,
-             (long long) s.n_weights, (long long) s.n_planes, s.broadcast ? "" : " own", s.strided ? " strided" : "",
-             s.values.c_str(), s.routing.c_str());
+             ggml_type_name(s.type), s.repack ? " repacked" : "", s.n_experts ? "MUL_MAT_ID" : "MUL_MAT",
+             (long long) s.k, (long long) s.n_rows, (long long) s.n_tokens, (long long) s.n_used,
+             (long long) s.n_experts, (long long) s.n_weights, (long long) s.n_planes, s.broadcast ? "" : " own",
+             s.strided ? " strided" : "", s.values.c_str(), s.routing.c_str());
     return text;
 }
 
@@ -71,9 +72,9 @@ static ggml_backend_buffer_type_t repack_buffer_type() {
 
 // A row of activations after ggml's quantisation for this weight type, in float64.
 static std::vector<double> quantised(ggml_type weights, const float * x, int64_t k) {
-    const ggml_type           type = ggml_get_type_traits_cpu(weights)->vec_dot_type;
-    std::vector<double>       out(k);
-    std::vector<uint8_t>      bytes(ggml_row_size(type, k));
+    const ggml_type      type = ggml_get_type_traits_cpu(weights)->vec_dot_type;
+    std::vector<double>  out(k);
+    std::vector<uint8_t> bytes(ggml_row_size(type, k));
     ggml_get_type_traits_cpu(type)->from_float(x, bytes.data(), k);
     if (type == GGML_TYPE_Q8_K) {  // float d; int8_t qs[256]; int16_t bsums[16]
         const size_t size = ggml_type_size(type);
@@ -95,13 +96,13 @@ struct Case {
         weights_ctx             = ggml_init(params);
         ctx                     = ggml_init(params);
         const int64_t matrices  = s.n_experts ? s.n_experts : s.n_weights;
-        weights                 = matrices == 1 && !s.n_experts ? ggml_new_tensor_2d(weights_ctx, s.type, s.k, s.n_rows) :
-                                                                  ggml_new_tensor_3d(weights_ctx, s.type, s.k, s.n_rows, matrices);
-        const int64_t slots     = s.n_experts && !s.broadcast ? s.n_used : 1;
-        const int64_t longer    = s.strided ? s.k + 96 : s.k;
-        full                    = s.n_experts ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, longer, slots, s.n_tokens) :
-                                                ggml_new_tensor_3d(ctx, GGML_TYPE_F32, longer, s.n_tokens, s.n_planes);
-        acts = ggml_view_3d(ctx, full, s.k, full->ne[1], full->ne[2], full->nb[1], full->nb[2], 0);
+        weights = matrices == 1 && !s.n_experts ? ggml_new_tensor_2d(weights_ctx, s.type, s.k, s.n_rows)
+                                                : ggml_new_tensor_3d(weights_ctx, s.type, s.k, s.n_rows, matrices);
+        const int64_t slots  = s.n_experts && !s.broadcast ? s.n_used : 1;
+        const int64_t longer = s.strided ? s.k + 96 : s.k;
+        full                 = s.n_experts ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, longer, slots, s.n_tokens)
+                                           : ggml_new_tensor_3d(ctx, GGML_TYPE_F32, longer, s.n_tokens, s.n_planes);
+        acts                 = ggml_view_3d(ctx, full, s.k, full->ne[1], full->ne[2], full->nb[1], full->nb[2], 0);
         if (s.n_experts) {
             ids    = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, s.n_used, s.n_tokens);
             result = ggml_mul_mat_id(ctx, weights, acts, ids);
@@ -110,7 +111,7 @@ struct Case {
         }
         graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, result);
-        buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+        buffer                          = ggml_backend_alloc_ctx_tensors(ctx, backend);
         ggml_backend_buffer_type_t type = s.repack ? repack_buffer_type() : nullptr;
         weights_buffer                  = ggml_backend_alloc_ctx_tensors_from_buft(
             weights_ctx, type != nullptr ? type : ggml_backend_cpu_buffer_type());
@@ -163,12 +164,12 @@ struct Case {
   private:
     void fill() {
         std::normal_distribution<float> normal;
-        const float   scale = s.values == "huge" ? 1e4f : s.values == "tiny" ? 1e-6f : 1.0f;
-        const int64_t matrices = weights->ne[2];
-        std::vector<float> w(s.k * s.n_rows * matrices);
+        const float                     scale    = s.values == "huge" ? 1e4f : s.values == "tiny" ? 1e-6f : 1.0f;
+        const int64_t                   matrices = weights->ne[2];
+        std::vector<float>              w(s.k * s.n_rows * matrices);
         for (int64_t i = 0; i < (int64_t) w.size(); i++) {
             const bool zero = s.values == "zeros" && i / s.k % 5 == 3;
-            w[i]            = zero ? 0.0f : normal(rng) * (s.values == "huge" ? 100.0f : 0.02f) * (1 + 10 * (i / 32 % 7 == 0));
+            w[i] = zero ? 0.0f : normal(rng) * (s.values == "huge" ? 100.0f : 0.02f) * (1 + 10 * (i / 32 % 7 == 0));
         }
         std::vector<uint8_t> stored(ggml_nbytes(weights));
         ggml_quantize_chunk(s.type, w.data(), stored.data(), 0, s.n_rows * matrices, s.k, nullptr);
@@ -179,7 +180,7 @@ struct Case {
         x_values.assign(ggml_nelements(full), NAN);  // what lies between strided rows is never read
         for (int64_t r = 0; r < ggml_nrows(full); r++) {
             for (int64_t i = 0; i < s.k; i++) {
-                const bool zero = s.values == "zeros" && (r % 3 == 1 || i / 32 % 4 == 2);
+                const bool zero               = s.values == "zeros" && (r % 3 == 1 || i / 32 % 4 == 2);
                 x_values[r * full->ne[0] + i] = zero ? 0.0f : normal(rng) * scale * (1 + 30 * (i % 61 == 0));
             }
         }
@@ -195,8 +196,8 @@ struct Case {
                 if (s.routing == "one") {
                     std::sort(experts.begin(), experts.end());
                 }
-                if (s.routing == "lonely" && s.n_experts > s.n_tokens) {
-                    std::rotate(experts.begin(), std::find(experts.begin(), experts.end(), (int32_t) token), experts.end());
+                if (s.routing == "lonely") {
+                    experts[0] = (int32_t) std::min(token, s.n_experts - 1);
                 }
                 std::copy(experts.begin(), experts.begin() + s.n_used, &routing[token * s.n_used]);
             }
@@ -240,33 +241,26 @@ struct Kind {
 };
 
 static const Kind kinds[] = {
-    { GGML_TYPE_Q4_0,   false, 32  },
-    { GGML_TYPE_Q4_0,   true,  32  },
-    { GGML_TYPE_Q5_0,   false, 32  },
-    { GGML_TYPE_Q8_0,   false, 32  },
-    { GGML_TYPE_IQ4_NL, false, 32  },
-    { GGML_TYPE_IQ4_NL, true,  32  },
-    { GGML_TYPE_Q4_K,   false, 256 },
-    { GGML_TYPE_Q4_K,   true,  256 },
-    { GGML_TYPE_Q5_K,   false, 256 },
-    { GGML_TYPE_Q6_K,   false, 256 },
-    { GGML_TYPE_IQ4_XS, false, 256 },
+    { GGML_TYPE_Q4_0, false, 32 },  { GGML_TYPE_Q4_0, true, 32 },     { GGML_TYPE_Q5_0, false, 32 },
+    { GGML_TYPE_Q8_0, false, 32 },  { GGML_TYPE_IQ4_NL, false, 32 },  { GGML_TYPE_IQ4_NL, true, 32 },
+    { GGML_TYPE_Q4_K, false, 256 }, { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },
+    { GGML_TYPE_Q6_K, false, 256 }, { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },
 };
 
 static std::vector<Shape> shapes_of(const Kind & kind) {
     std::vector<Shape> shapes;
     Shape              base;
-    base.type   = kind.type;
-    base.repack = kind.repack;
+    base.type      = kind.type;
+    base.repack    = kind.repack;
     const auto add = [&](auto change) {
         Shape s = base;
         change(s);
         shapes.push_back(s);
     };
-    for (const int64_t k : { kind.block, kind.block * 3, (int64_t) 2304 }) {
+    for (const int64_t k : { kind.block, kind.block * 3, kind.block * 9, (int64_t) 2304 }) {
         add([&](Shape & s) { s.k = k; });
     }
-    for (const int64_t n : { 1, 2, 3, 4, 5, 6, 7, 8, 13, 33, 129, 300 }) {
+    for (const int64_t n : { 1, 2, 15, 17, 18, 19, 20, 21, 22, 33, 129, 300 }) {
         add([&](Shape & s) { s.n_tokens = n; });
     }
     for (const int64_t n : { 8, 16, 24, 40, 136 }) {
@@ -285,13 +279,13 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         }
     }
     base.n_experts = 8;
-    for (const int64_t n : { 1, 2, 4, 5, 40, 400 }) {
+    for (const int64_t n : { 1, 2, 15, 17, 40, 400 }) {
         add([&](Shape & s) { s.n_tokens = n; });
         add([&](Shape & s) { s.n_tokens = n, s.broadcast = false; });
     }
     add([&](Shape & s) { s.routing = "one"; });
-    add([&](Shape & s) { s.routing = "lonely", s.n_tokens = 7, s.n_used = 1; });
-    add([&](Shape & s) { s.n_experts = 64, s.n_used = 6; });
+    add([&](Shape & s) { s.routing = "lonely", s.n_tokens = 40, s.n_used = 1; });
+    add([&](Shape & s) { s.n_experts = 64, s.n_used = 6, s.n_tokens = 64; });
     add([&](Shape & s) { s.n_experts = 3, s.n_used = 3, s.broadcast = false, s.values = "zeros"; });
     add([&](Shape & s) { s.strided = true, s.broadcast = false; });
     for (const char * values : { "zeros", "huge", "tiny" }) {
@@ -301,6 +295,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
 }
 
 int main() {
+    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // one line for every repacked tensor
     for (const Kind & kind : kinds) {
         for (const Shape & shape : shapes_of(kind)) {
             check(shape);

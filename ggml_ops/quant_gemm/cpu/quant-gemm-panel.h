@@ -11,7 +11,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) &&                 \
     defined(__AVX512VNNI__)
 #define QUANT_GEMM_VNNI 1
 // GCC before 13 warns of the undefined registers in its own AVX-512 intrinsics.
@@ -25,10 +25,12 @@
 namespace quant_gemm {
 
 constexpr int PANEL_ROWS = 32;   // two vectors of 16 rows
-constexpr int SLICE      = 256;  // values of K in a panel: 8 KiB of codes, so that panel and activations share L1
+constexpr int SLICE      = 256;  // values of K in a panel, so that its 8 KiB and the activations share L1
 constexpr int BLOCK      = 32;   // values of K that share a scale (some types: 16)
 constexpr int N_BLOCKS   = SLICE / BLOCK;
 constexpr int N_GROUPS   = BLOCK / 4;
+constexpr int N_PAIRS    = BLOCK / 2;
+constexpr int SLICE_BF16 = 128;  // the same for values of two bytes
 
 // How activations are quantised, and with it the form of the sum (the weight type's vec_dot type in ggml).
 enum class Scheme {
@@ -36,6 +38,7 @@ enum class Scheme {
     q8_K,       // one for each 256; weights have a scale for each 32
     q8_K_16,    // ... for each 16
     q8_K_mins,  // ... for each 32, and a minimum
+    bf16,       // none: rounded to bf16
 };
 
 // Activations of a row, packed: K/32 of these for Scheme::q8_0 ...
@@ -47,7 +50,7 @@ struct ActBlock {
 
 static_assert(sizeof(ActBlock) == 40, "activations are read at fixed distances");
 
-// ... and K/256 of these for the others.
+// ... K/256 of these for Scheme::q8_K and its kin; the bf16 values themselves for Scheme::bf16.
 struct ActSuperBlock {
     int8_t  codes[SLICE];
     int32_t starts[SLICE / 16];  // -offset * sum of 16 codes (q8_K_16) or of 32 (the first half of the array)
@@ -59,9 +62,13 @@ struct ActSuperBlock {
 static_assert(sizeof(ActSuperBlock) == 352, "activations are read at fixed distances");
 
 struct alignas(64) Panel {
-    uint8_t codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
-    float   scales[SLICE / 16][PANEL_ROWS];           // of a block of 32 (half of the array), or of 16
-    int16_t minima[N_BLOCKS / 2][PANEL_ROWS][2];      // q8_K_mins: minima of two neighbouring blocks
+    union {
+        uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
+        uint16_t pairs[SLICE_BF16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
+    };
+
+    float   scales[SLICE / 16][PANEL_ROWS];       // of a block of 32 (half of the array), or of 16
+    int16_t minima[N_BLOCKS / 2][PANEL_ROWS][2];  // q8_K_mins: minima of two neighbouring blocks
     float   minimum_scales[PANEL_ROWS];
 };
 
@@ -81,6 +88,11 @@ struct Format {
 // The format of a type and layout, or nullptr.
 const Format * find_format(ggml_type type, quant_gemm_layout layout);
 
+// Blocks of 32 values in a panel.
+inline int panel_blocks(Scheme scheme) {
+    return (scheme == Scheme::bf16 ? SLICE_BF16 : SLICE) / BLOCK;
+}
+
 // Bytes of a packed row of k activations.
 size_t act_row_size(Scheme scheme, int64_t k);
 
@@ -89,6 +101,7 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed);
 
 // Adds to sums[column][row] (PANEL_ROWS floats a column) the product of a panel with n_columns packed rows, at the
 // panel's place: columns[i] is the address of the block in row i that belongs to the panel's first block.
-void multiply(Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums);
+void multiply(
+    Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums);
 
 }  // namespace quant_gemm

@@ -9,7 +9,8 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static constexpr int TILE_COLUMNS = 6;  // 12 integer and 12 float sums of the 32 registers
+static constexpr int TILE_COLUMNS      = 6;  // 12 integer and 12 float sums of the 32 registers
+static constexpr int TILE_COLUMNS_BF16 = 8;  // 16 float sums
 
 static inline __m512i broadcast32(const char * p) {
     int32_t x;
@@ -23,7 +24,8 @@ static inline __m512 broadcast_float(const char * p) {
 
 // Adds N_G groups of four values of K to the integer sums.
 template <int N_C, int N_G>
-static inline void add_groups(__m512i (&z)[N_C][2], const uint8_t * weights, const char * const (&act)[N_C], int offset) {
+static inline void
+add_groups(__m512i (&z)[N_C][2], const uint8_t * weights, const char * const (&act)[N_C], int offset) {
 #pragma GCC unroll 8
     for (int g = 0; g < N_G; g++) {
         const __m512i w0 = _mm512_load_si512(weights + g * PANEL_ROWS * 4);
@@ -38,7 +40,7 @@ static inline void add_groups(__m512i (&z)[N_C][2], const uint8_t * weights, con
 }
 
 template <int N_C> static inline void start_sums(__m512i (&z)[N_C][2], const char * const (&act)[N_C], int offset) {
-#pragma GCC unroll 8
+#pragma GCC                           unroll 8
     for (int c = 0; c < N_C; c++) {
         z[c][0] = broadcast32(act[c] + offset);
         z[c][1] = z[c][0];
@@ -46,7 +48,8 @@ template <int N_C> static inline void start_sums(__m512i (&z)[N_C][2], const cha
 }
 
 // a scale for each 32 weights and for each 32 activations
-template <int N_C> static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+template <int N_C>
+static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
 #pragma GCC unroll 8
@@ -150,25 +153,64 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     }
 }
 
+#if defined(__AVX512BF16__)
+
+template <int N_C>
+static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+    __m512       f[N_C][2];
+    const char * act[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
+        act[c]  = columns[c];
+    }
+    const uint16_t * weights = &panel.pairs[0][0][0][0];
+    for (int p = 0; p < n_blocks * N_PAIRS; p++) {
+        const __m512bh w0 = (__m512bh) _mm512_load_si512(weights + p * PANEL_ROWS * 2);
+        const __m512bh w1 = (__m512bh) _mm512_load_si512(weights + p * PANEL_ROWS * 2 + 32);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            const __m512bh a = (__m512bh) broadcast32(act[c] + p * 4);
+            f[c][0]          = _mm512_dpbf16_ps(f[c][0], w0, a);
+            f[c][1]          = _mm512_dpbf16_ps(f[c][1], w1, a);
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
+    }
+}
+
+#else
+
+template <int N_C> static void tile_bf16(const Panel &, int, const char * const *, float *) {}  // no format gets here
+
+#endif
+
 template <int N_C>
 static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     switch (scheme) {
-        case Scheme::q8_0:
-            return tile_q8_0<N_C>(panel, n_blocks, columns, sums);
-        case Scheme::q8_K:
-            return tile_q8_K<N_C, 32, false>(panel, columns, sums);
-        case Scheme::q8_K_16:
-            return tile_q8_K<N_C, 16, false>(panel, columns, sums);
-        case Scheme::q8_K_mins:
-            return tile_q8_K<N_C, 32, true>(panel, columns, sums);
+    case Scheme::q8_0:
+        return tile_q8_0<N_C>(panel, n_blocks, columns, sums);
+    case Scheme::q8_K:
+        return tile_q8_K<N_C, 32, false>(panel, columns, sums);
+    case Scheme::q8_K_16:
+        return tile_q8_K<N_C, 16, false>(panel, columns, sums);
+    case Scheme::q8_K_mins:
+        return tile_q8_K<N_C, 32, true>(panel, columns, sums);
+    case Scheme::bf16:
+        return tile_bf16<N_C>(panel, n_blocks, columns, sums);
     }
 }
 
 void multiply(
     Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums) {
-    using Tile = void (*)(Scheme, const Panel &, int, const char * const *, float *);
-    static const Tile tiles[TILE_COLUMNS + 1] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6> };
-    const int         n_tiles                 = (n_columns + TILE_COLUMNS - 1) / TILE_COLUMNS;
+    using Tile                = void (*)(Scheme, const Panel &, int, const char * const *, float *);
+    static const Tile tiles[] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8> };
+    const int         most    = scheme == Scheme::bf16 ? TILE_COLUMNS_BF16 : TILE_COLUMNS;
+    const int         n_tiles = (n_columns + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
         const int first = n_columns * t / n_tiles;
         const int end   = n_columns * (t + 1) / n_tiles;

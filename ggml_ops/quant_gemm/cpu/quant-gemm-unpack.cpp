@@ -83,9 +83,7 @@ struct Rows16 {
     }
 
   private:
-    inline __m128i load(int i, size_t offset) const {
-        return _mm_loadu_si128((const __m128i *) (row[i] + offset));
-    }
+    inline __m128i load(int i, size_t offset) const { return _mm_loadu_si128((const __m128i *) (row[i] + offset)); }
 };
 
 // The addresses of two groups of 8 interleaved rows. A group of n rows takes n strides.
@@ -119,8 +117,9 @@ struct Groups2 {
 // ---- types of 32 values with one scale
 
 // Nibbles of a block: bytes 0..15 hold values 0..15 in their low halves and 16..31 in their high ones.
-template <typename Decode> static inline void store_nibbles(Panel & panel, int b, int half, const __m512i (&x)[4], Decode decode) {
-#pragma GCC unroll 4
+template <typename Decode>
+static inline void store_nibbles(Panel & panel, int b, int half, const __m512i (&x)[4], Decode decode) {
+#pragma GCC        unroll 4
     for (int j = 0; j < 4; j++) {
         store(panel.codes[b][j][16 * half], decode(low_nibbles(x[j])));
         store(panel.codes[b][j + 4][16 * half], decode(high_nibbles(x[j])));
@@ -201,10 +200,10 @@ static void unpack_q5_0(
             const __m512i fifth = rows.load_word(at + offsetof(block_q5_0, qh));  // bit i belongs to value i
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
-                const __m512i  low  = j < 4 ? low_nibbles(x[j]) : high_nibbles(x[j - 4]);
-                const __m512i  copy = _mm512_shuffle_epi8(fifth, _mm512_add_epi8(spread, bytes(j / 2)));
-                const __m512i  bits = _mm512_set1_epi32(j % 2 == 0 ? 0x08040201 : (int) 0x80402010);
-                const __mmask64 set = _mm512_test_epi8_mask(copy, bits);
+                const __m512i   low  = j < 4 ? low_nibbles(x[j]) : high_nibbles(x[j - 4]);
+                const __m512i   copy = _mm512_shuffle_epi8(fifth, _mm512_add_epi8(spread, bytes(j / 2)));
+                const __m512i   bits = _mm512_set1_epi32(j % 2 == 0 ? 0x08040201 : (int) 0x80402010);
+                const __mmask64 set  = _mm512_test_epi8_mask(copy, bits);
                 store(panel.codes[b][j][16 * half], _mm512_mask_add_epi8(low, set, low, bytes(16)));
             }
             _mm512_store_ps(panel.scales[b] + 16 * half, rows.load_half(at + offsetof(block_q5_0, d)));
@@ -249,8 +248,8 @@ static inline void unpack_scales_and_minima(const Rows16 & rows, size_t at, int 
     _mm512_store_ps(panel.minimum_scales + 16 * half, upper_half(x[0]));
 }
 
-static void unpack_q4_K(
-    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
+static void
+unpack_q4_K(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
     const size_t at = block / N_BLOCKS * sizeof(block_q4_K);
     for (int half = 0; half < 2; half++) {
         const Rows16 rows(weights, stride, row + 16 * half, n_rows);
@@ -268,8 +267,8 @@ static void unpack_q4_K(
     }
 }
 
-static void unpack_q5_K(
-    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
+static void
+unpack_q5_K(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
     const size_t at = block / N_BLOCKS * sizeof(block_q5_K);
     for (int half = 0; half < 2; half++) {
         const Rows16 rows(weights, stride, row + 16 * half, n_rows);
@@ -296,8 +295,8 @@ static void unpack_q5_K(
 
 // Each half of 128 values: 64 bytes of lower nibbles (low halves: values 0..63, high ones: 64..127), and 32 bytes of
 // upper pairs of bits, pair q for values 32q .. 32q + 31.
-static void unpack_q6_K(
-    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
+static void
+unpack_q6_K(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
     const size_t at = block / N_BLOCKS * sizeof(block_q6_K);
     for (int half = 0; half < 2; half++) {
         const Rows16 rows(weights, stride, row + 16 * half, n_rows);
@@ -331,15 +330,15 @@ static void unpack_q6_K(
     }
 }
 
-static void unpack_iq4_xs(
-    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
+static void
+unpack_iq4_xs(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int, Panel & panel) {
     const size_t at = block / N_BLOCKS * sizeof(block_iq4_xs);
     for (int half = 0; half < 2; half++) {
         const Rows16 rows(weights, stride, row + 16 * half, n_rows);
         __m512i      head[4];  // d and scales_h, scales_l
         rows.load16(at, head);
-        const __m512  d      = lower_half(head[0]);
-        const __m512i high   = _mm512_srli_epi32(head[0], 16);
+        const __m512  d    = lower_half(head[0]);
+        const __m512i high = _mm512_srli_epi32(head[0], 16);
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {
             __m512i x[4];
@@ -352,6 +351,22 @@ static void unpack_iq4_xs(
             _mm512_store_ps(panel.scales[b] + 16 * half, _mm512_mul_ps(d, sf));
         }
     }
+}
+
+// Four blocks' scales and minima of 8 rows: 48 bytes become 8 bytes of scales and 8 of minima for each block.
+static inline __m512i six_bit_numbers(const char * p) {
+    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 12)), 1);
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 24)), 2);
+    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 36)), 3);
+    // words 0, 1, 2 of 12 bytes: six bits of four scales, of four minima, and four bits of four more of both, whose
+    // upper pairs of bits stand above the six of words 0 and 1
+    const __m512i low   = _mm512_shuffle_epi32(v, (_MM_PERM_ENUM) 0x98);  // words 0 2 1 2
+    const __m512i high  = _mm512_srli_epi16(v, 4);
+    const __m512i parts = _mm512_mask_shuffle_epi32(low, 0x8888, high, (_MM_PERM_ENUM) 0x98);
+    const __m512i kept  = _mm512_and_si512(parts, _mm512_set4_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
+    const __m512i pairs = _mm512_shuffle_epi32(_mm512_srli_epi16(v, 2), (_MM_PERM_ENUM) 0x50);  // words 0 0 1 1
+    return _mm512_or_si512(kept, _mm512_and_si512(pairs, _mm512_set4_epi32(0x30303030, 0, 0x30303030, 0)));
 }
 
 // Q4_K of 8 rows side by side; scales and minima of block b in 12 bytes, in Q4_K's own packing but for rows, not blocks.
@@ -372,42 +387,60 @@ static void unpack_q4_K_groups(
             }
         }
         const __m512 d = groups.load_half(at + offsetof(block_q4_Kx8, d));
-        __m512i      previous = _mm512_setzero_si512();
-        for (int b = 0; b < N_BLOCKS; b++) {
-            uint64_t s[2], m[2];
-            for (int g = 0; g < 2; g++) {
-                uint32_t x[3];
-                memcpy(x, groups.group[g] + at + offsetof(block_q4_Kx8, scales) + 12 * b, sizeof(x));
-                const uint32_t s_up = (x[2] & 0x0f0f0f0f) | ((x[0] >> 2) & 0x30303030);
-                const uint32_t m_up = ((x[2] >> 4) & 0x0f0f0f0f) | ((x[1] >> 2) & 0x30303030);
-                s[g]                = (x[0] & 0x3f3f3f3f) | (uint64_t) s_up << 32;
-                m[g]                = (x[1] & 0x3f3f3f3f) | (uint64_t) m_up << 32;
+        for (int part = 0; part < 2; part++) {  // four blocks each
+            const __m512i one = six_bit_numbers(groups.group[0] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
+            const __m512i two = six_bit_numbers(groups.group[1] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
+            alignas(64) uint8_t s[4][16], m[4][16];
+            store(s, _mm512_unpacklo_epi64(one, two));
+            store(m, _mm512_unpackhi_epi64(one, two));
+#pragma GCC unroll 4
+            for (int b = 0; b < 4; b++) {
+                const __m512i sv = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) s[b]));
+                _mm512_store_ps(panel.scales[4 * part + b] + 16 * half, _mm512_mul_ps(d, _mm512_cvtepi32_ps(sv)));
             }
-            const __m512i sv = _mm512_cvtepu8_epi32(_mm_set_epi64x((int64_t) s[1], (int64_t) s[0]));
-            const __m512i mv = _mm512_cvtepu8_epi32(_mm_set_epi64x((int64_t) m[1], (int64_t) m[0]));
-            _mm512_store_ps(panel.scales[b] + 16 * half, _mm512_mul_ps(d, _mm512_cvtepi32_ps(sv)));
-            if (b % 2 == 0) {
-                previous = mv;
-            } else {
-                store(panel.minima[b / 2][16 * half], _mm512_or_si512(previous, _mm512_slli_epi32(mv, 16)));
+#pragma GCC unroll 2
+            for (int pair = 0; pair < 2; pair++) {
+                const __m512i even = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[2 * pair]));
+                const __m512i odd  = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[2 * pair + 1]));
+                store(panel.minima[2 * part + pair][16 * half], _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
             }
         }
         _mm512_store_ps(panel.minimum_scales + 16 * half, groups.load_half(at + offsetof(block_q4_Kx8, dmin)));
     }
 }
 
+static void unpack_bf16(
+    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel) {
+    for (int half = 0; half < 2; half++) {
+        const Rows16 rows(weights + block * BLOCK * sizeof(ggml_bf16_t), stride, row + 16 * half, n_rows);
+        for (int b = 0; b < n_blocks; b++) {
+            for (int quarter = 0; quarter < 4; quarter++) {
+                __m512i x[4];
+                rows.load16((b * BLOCK + quarter * 8) * sizeof(ggml_bf16_t), x);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    store(panel.pairs[b][4 * quarter + j][16 * half], x[j]);
+                }
+            }
+        }
+    }
+}
+
 static const Format formats[] = {
-    { GGML_TYPE_Q4_0,   QUANT_GEMM_ROWS, Scheme::q8_0,      8,   unpack_nibble_rows<block_q4_0, as_is>              },
-    { GGML_TYPE_Q4_0,   QUANT_GEMM_8X8,  Scheme::q8_0,      8,   unpack_nibble_groups<block_q4_0x8, flip_bit_3>     },
-    { GGML_TYPE_Q5_0,   QUANT_GEMM_ROWS, Scheme::q8_0,      16,  unpack_q5_0                                        },
-    { GGML_TYPE_Q8_0,   QUANT_GEMM_ROWS, Scheme::q8_0,      128, unpack_q8_0                                        },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_ROWS, Scheme::q8_0,      128, unpack_nibble_rows<block_iq4_nl, iq4_values>       },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8,  Scheme::q8_0,      128, unpack_nibble_groups<block_iq4_nlx8, iq4_values>   },
-    { GGML_TYPE_Q4_K,   QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0,   unpack_q4_K                                        },
-    { GGML_TYPE_Q4_K,   QUANT_GEMM_8X8,  Scheme::q8_K_mins, 0,   unpack_q4_K_groups                                 },
-    { GGML_TYPE_Q5_K,   QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0,   unpack_q5_K                                        },
-    { GGML_TYPE_Q6_K,   QUANT_GEMM_ROWS, Scheme::q8_K_16,   32,  unpack_q6_K                                        },
-    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K,      128, unpack_iq4_xs                                      },
+    { GGML_TYPE_Q4_0, QUANT_GEMM_ROWS, Scheme::q8_0, 8, unpack_nibble_rows<block_q4_0, as_is> },
+    { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, unpack_nibble_groups<block_q4_0x8, flip_bit_3> },
+    { GGML_TYPE_Q5_0, QUANT_GEMM_ROWS, Scheme::q8_0, 16, unpack_q5_0 },
+    { GGML_TYPE_Q8_0, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_q8_0 },
+    { GGML_TYPE_IQ4_NL, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_nibble_rows<block_iq4_nl, iq4_values> },
+    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, unpack_nibble_groups<block_iq4_nlx8, iq4_values> },
+    { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K },
+    { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, unpack_q4_K_groups },
+    { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K },
+    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K },
+    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs },
+#if defined(__AVX512BF16__)
+    { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16 },
+#endif
 };
 
 const Format * find_format(ggml_type type, quant_gemm_layout layout) {

@@ -11,19 +11,17 @@
 #include "quant-gemm-panel.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 
 namespace quant_gemm {
 
-static constexpr int    MAX_COLUMNS  = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
-static constexpr int    TASK_ROWS    = 128;
-static constexpr size_t CACHE_LINE   = 64;
+static constexpr int    MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
+static constexpr int    TASK_ROWS   = 128;
+static constexpr size_t CACHE_LINE  = 64;
 
-static int min_rows() {
-    static const int n = getenv("KQG_MIN") ? atoi(getenv("KQG_MIN")) : 4;
-    return n;
-}
+// Columns from which unpacking panels pays: of a MUL_MAT, and of an expert on average.
+static constexpr int64_t MIN_COLUMNS           = 16;
+static constexpr int64_t MIN_COLUMNS_OF_EXPERT = 4;
 
 static size_t padded(size_t n) {
     return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
@@ -43,10 +41,10 @@ struct alignas(CACHE_LINE) Scratch {
 
 // The parts of the work buffer, in order.
 struct Work {
-    size_t acts;      // packed rows of src1
-    size_t columns;   // Column of every column of the result, sorted by matrix
-    size_t starts;    // int64_t: the first column of every matrix, and the end
-    size_t scratch;   // of each thread
+    size_t acts;     // packed rows of src1
+    size_t columns;  // Column of every column of the result, sorted by matrix
+    size_t starts;   // int64_t: the first column of every matrix, and the end
+    size_t scratch;  // of each thread
     size_t total;
 };
 
@@ -82,14 +80,14 @@ static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layou
     const ggml_tensor * src0   = dst->src[0];
     const ggml_tensor * src1   = dst->src[1];
     const Format *      format = find_format(src0->type, layout);
-    if (format == nullptr || src1->type != GGML_TYPE_F32 || src0->ne[0] == 0) {
+    if (format == nullptr || src1->type != GGML_TYPE_F32 || src0->ne[0] % BLOCK != 0) {
         return nullptr;
     }
     if (src0->nb[0] != ggml_type_size(src0->type) || src1->nb[0] != sizeof(float) || dst->nb[0] != sizeof(float)) {
         return nullptr;
     }
-    const int64_t n_rows = dst->op == GGML_OP_MUL_MAT_ID ? dst->ne[2] : dst->ne[1];
-    return n_rows >= min_rows() ? format : nullptr;
+    const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? MIN_COLUMNS_OF_EXPERT : MIN_COLUMNS;
+    return count_columns(dst) >= at_least * count_matrices(dst) ? format : nullptr;
 }
 
 // Columns sorted by matrix, in the order of tokens within each.
@@ -126,7 +124,7 @@ static void sort_columns(const ggml_tensor * dst, Column * columns, int64_t * st
     }
     for (int64_t token = 0; token < ids->ne[1]; token++) {
         for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
-            const int64_t act_row = slot % src1->ne[1] + token * src1->ne[1];
+            const int64_t act_row                     = slot % src1->ne[1] + token * src1->ne[1];
             columns[starts[expert_of(slot, token)]++] = { act_row, (int64_t) (slot * dst->nb[1] + token * dst->nb[2]) };
         }
     }
@@ -148,12 +146,20 @@ static const char * weights_of(const ggml_tensor * dst, int64_t matrix) {
 
 #if QUANT_GEMM_VNNI
 
-// Rows row .. end - 1 of a matrix times n columns.
+static void prefetch(const char * p, size_t n) {
+    for (size_t i = 0; i < n; i += CACHE_LINE) {
+        __builtin_prefetch(p + i);
+    }
+}
+
+// Rows row .. end - 1 of a matrix times n columns. Panels take their weights in short pieces from 32 rows, which the
+// hardware does not foresee; so the next 32 rows, next_row after the last ones, are asked for in the order of addresses.
 static void compute_task(const Format & format,
                          ggml_tensor *  dst,
                          const char *   weights,
                          int64_t        row,
                          int64_t        end,
+                         int64_t        next_row,
                          const char *   acts,
                          const Column * columns,
                          int            n,
@@ -161,15 +167,22 @@ static void compute_task(const Format & format,
     const ggml_tensor * src0     = dst->src[0];
     const int64_t       n_blocks = src0->ne[0] / BLOCK;
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
-    const size_t        act_step = act_row_size(format.scheme, SLICE);
+    const int           step     = panel_blocks(format.scheme);
+    const size_t        act_step = act_row_size(format.scheme, step * BLOCK);
     for (; row < end; row += PANEL_ROWS) {
-        const char * act[MAX_COLUMNS];
+        const int64_t next       = row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
+        const int64_t n_ahead    = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
+        const size_t  ahead_step = n_ahead * src0->nb[1] * step / n_blocks;
+        const char *  ahead      = weights + next * src0->nb[1];
+        const char *  act[MAX_COLUMNS];
         for (int i = 0; i < n; i++) {
             act[i] = acts + columns[i].act_row * act_size;
         }
         memset(scratch.sums, 0, n * sizeof(scratch.sums[0]));
-        for (int64_t block = 0; block < n_blocks; block += N_BLOCKS) {
-            const int here = (int) std::min<int64_t>(N_BLOCKS, n_blocks - block);
+        for (int64_t block = 0; block < n_blocks; block += step) {
+            const int here = (int) std::min<int64_t>(step, n_blocks - block);
+            prefetch(ahead, ahead_step);
+            ahead += ahead_step;
             format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, scratch.panel);
             multiply(format.scheme, scratch.panel, here, act, n, scratch.sums[0]);
             for (int i = 0; i < n; i++) {
@@ -224,8 +237,10 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
             const int64_t row   = (task - first_task) % row_parts * TASK_ROWS;
             const int64_t first = n * part / column_parts;
             const int64_t last  = n * (part + 1) / column_parts;
-            compute_task(format, dst, weights_of(dst, m), row, std::min<int64_t>(row + TASK_ROWS, src0->ne[1]), acts,
-                         columns + starts[m] + first, (int) (last - first), scratch);
+            // the task after this one, if all threads go on at the same pace
+            const int64_t next_row = row + params->nth * TASK_ROWS;
+            compute_task(format, dst, weights_of(dst, m), row, std::min<int64_t>(row + TASK_ROWS, src0->ne[1]),
+                         next_row, acts, columns + starts[m] + first, (int) (last - first), scratch);
         }
         first_task += n_tasks;
     }
