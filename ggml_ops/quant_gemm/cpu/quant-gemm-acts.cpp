@@ -1,0 +1,92 @@
+// Activations: quantised to the very codes and scales that ggml has for the weight's type, and packed for the tiles.
+// (ggml's quantize_row_q8_0 for x86, quantize_row_q8_K and ggml_cpu_fp32_to_bf16; the tests compare.)
+
+#include "ggml-cpu.h"
+#include "quant-gemm-panel.h"
+#include "simd-mappings.h"
+
+namespace quant_gemm {
+
+size_t act_row_size(Scheme scheme, int64_t k) {
+    switch (scheme) {
+    case Scheme::q8_0:
+        return k / BLOCK * sizeof(ActBlock);
+    case Scheme::bf16:
+        return k * sizeof(ggml_bf16_t);
+    default:
+        return k / SLICE * sizeof(ActSuperBlock);
+    }
+}
+
+#if QUANT_GEMM_VNNI
+
+// Rounds 32 scaled values to the nearest codes; returns their sums by 16, side by side.
+static inline void round_codes(const float * x, float scale, int8_t * codes, int32_t (&sums)[2]) {
+    for (int i = 0; i < 2; i++) {
+        const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(scale)));
+        _mm_storeu_si128((__m128i *) (codes + 16 * i), _mm512_cvtsepi32_epi8(v));
+        sums[i] = _mm512_reduce_add_epi32(v);
+    }
+}
+
+static void pack_q8_0(int offset, const float * x, int64_t k, ActBlock * packed) {
+    for (int64_t i = 0; i < k; i += BLOCK, packed++) {
+        const __m512 a       = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+        const __m512 b       = _mm512_abs_ps(_mm512_loadu_ps(x + i + 16));
+        const float  largest = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+        int32_t      sums[2];
+        round_codes(x + i, largest != 0.0f ? 127.0f / largest : 0.0f, packed->codes, sums);
+        packed->scale = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(largest / 127.0f));
+        packed->start = -offset * (sums[0] + sums[1]);
+    }
+}
+
+// The first of 256 values that has the largest magnitude.
+static inline float extreme(const float * x) {
+    __m512 largest = _mm512_setzero_ps();
+    for (int i = 0; i < SLICE; i += 16) {
+        largest = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), largest);
+    }
+    const __m512 all = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+    for (int i = 0; i < SLICE; i += 16) {
+        const __mmask16 found = _mm512_cmpeq_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x + i)), all);
+        if (found != 0) {
+            return x[i + __builtin_ctz(found)];
+        }
+    }
+    return 0.0f;
+}
+
+static void pack_q8_K(int offset, bool by_16, const float * x, int64_t k, ActSuperBlock * packed) {
+    for (int64_t i = 0; i < k; i += SLICE, packed++) {
+        const float largest = extreme(x + i);
+        const float scale   = largest != 0.0f ? -127.0f / largest : 0.0f;
+        packed->scale       = largest != 0.0f ? 1 / scale : 0.0f;
+        for (int b = 0; b < N_BLOCKS; b++) {
+            int32_t sums[2];
+            round_codes(x + i + BLOCK * b, scale, packed->codes + BLOCK * b, sums);
+            packed->sums[b] = (int16_t) (sums[0] + sums[1]);
+            if (by_16) {
+                packed->starts[2 * b]     = -offset * sums[0];
+                packed->starts[2 * b + 1] = -offset * sums[1];
+            } else {
+                packed->starts[b] = -offset * (sums[0] + sums[1]);
+            }
+        }
+    }
+}
+
+void pack_row(const Format & format, const float * x, int64_t k, char * packed) {
+    switch (format.scheme) {
+    case Scheme::q8_0:
+        return pack_q8_0(format.offset, x, k, (ActBlock *) packed);
+    case Scheme::bf16:
+        return ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
+    default:
+        return pack_q8_K(format.offset, format.scheme == Scheme::q8_K_16, x, k, (ActSuperBlock *) packed);
+    }
+}
+
+#endif
+
+}  // namespace quant_gemm

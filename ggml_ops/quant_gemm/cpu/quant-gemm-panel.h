@@ -1,0 +1,107 @@
+#pragma once
+
+// What the three stages of a product share: packed activations (quant-gemm-acts.cpp), a panel of unpacked weights
+// (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp).
+//
+// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes in the order of VNNI: for each group of
+// four consecutive k, four bytes of every row. Types with signed values are shifted by an offset; what the shift adds,
+// offset times the sum of the activations' codes, is taken off by starting each integer sum at minus that.
+
+#include "quant-gemm.h"
+
+#include <cstdint>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) &&                 \
+    defined(__AVX512VNNI__)
+#define QUANT_GEMM_VNNI 1
+// GCC before 13 warns of the undefined registers in its own AVX-512 intrinsics.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace quant_gemm {
+
+constexpr int PANEL_ROWS = 32;   // two vectors of 16 rows
+constexpr int SLICE      = 256;  // values of K in a panel, so that its 8 KiB and the activations share L1
+constexpr int BLOCK      = 32;   // values of K that share a scale (some types: 16)
+constexpr int N_BLOCKS   = SLICE / BLOCK;
+constexpr int N_GROUPS   = BLOCK / 4;
+constexpr int N_PAIRS    = BLOCK / 2;
+constexpr int SLICE_BF16 = 128;  // the same for values of two bytes
+
+// How activations are quantised, and with it the form of the sum (the weight type's vec_dot type in ggml).
+enum class Scheme {
+    q8_0,       // a scale for each 32 activations
+    q8_K,       // one for each 256; weights have a scale for each 32
+    q8_K_16,    // ... for each 16
+    q8_K_mins,  // ... for each 32, and a minimum
+    bf16,       // none: rounded to bf16
+};
+
+// Activations of a row, packed: K/32 of these for Scheme::q8_0 ...
+struct ActBlock {
+    int8_t  codes[BLOCK];
+    float   scale;
+    int32_t start;  // -offset * sum of codes
+};
+
+static_assert(sizeof(ActBlock) == 40, "activations are read at fixed distances");
+
+// ... K/256 of these for Scheme::q8_K and its kin; the bf16 values themselves for Scheme::bf16.
+struct ActSuperBlock {
+    int8_t  codes[SLICE];
+    int32_t starts[SLICE / 16];  // -offset * sum of 16 codes (q8_K_16) or of 32 (the first half of the array)
+    int16_t sums[N_BLOCKS];      // sum of 32 codes, for the minima
+    float   scale;
+    int32_t padding[3];
+};
+
+static_assert(sizeof(ActSuperBlock) == 352, "activations are read at fixed distances");
+
+struct alignas(64) Panel {
+    union {
+        uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
+        uint16_t pairs[SLICE_BF16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
+    };
+
+    float   scales[SLICE / 16][PANEL_ROWS];       // of a block of 32 (half of the array), or of 16
+    int16_t minima[N_BLOCKS / 2][PANEL_ROWS][2];  // q8_K_mins: minima of two neighbouring blocks
+    float   minimum_scales[PANEL_ROWS];
+};
+
+// Fills a panel with `n_blocks` blocks of 32 values from block `block` on of the rows row .. row + PANEL_ROWS - 1;
+// rows beyond n_rows - 1 repeat the last one (or the last group of 8). weights: first row; stride: bytes from row to row.
+using Unpack = void (*)(
+    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel);
+
+struct Format {
+    ggml_type         type;
+    quant_gemm_layout layout;
+    Scheme            scheme;
+    int               offset;  // what is added to the signed values to make them unsigned
+    Unpack            unpack;
+};
+
+// The format of a type and layout, or nullptr.
+const Format * find_format(ggml_type type, quant_gemm_layout layout);
+
+// Blocks of 32 values in a panel.
+inline int panel_blocks(Scheme scheme) {
+    return (scheme == Scheme::bf16 ? SLICE_BF16 : SLICE) / BLOCK;
+}
+
+// Bytes of a packed row of k activations.
+size_t act_row_size(Scheme scheme, int64_t k);
+
+// Quantises a row of k floats as ggml does for this weight type and packs it.
+void pack_row(const Format & format, const float * x, int64_t k, char * packed);
+
+// Adds to sums[column][row] (PANEL_ROWS floats a column) the product of a panel with n_columns packed rows, at the
+// panel's place: columns[i] is the address of the block in row i that belongs to the panel's first block.
+void multiply(
+    Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums);
+
+}  // namespace quant_gemm

@@ -1,0 +1,223 @@
+// The tiles: a panel of 32 weight rows times one to six activation rows, sums in registers.
+//
+// For each four values of K two loads of weights and one broadcast of every activation row serve two products of 64
+// multiplications each. A block of 32 values is summed as integers; then it is scaled and added as floats.
+
+#include "quant-gemm-panel.h"
+
+namespace quant_gemm {
+
+#if QUANT_GEMM_VNNI
+
+static constexpr int TILE_COLUMNS      = 6;  // 12 integer and 12 float sums of the 32 registers
+static constexpr int TILE_COLUMNS_BF16 = 8;  // 16 float sums
+
+static inline __m512i broadcast32(const char * p) {
+    int32_t x;
+    memcpy(&x, p, sizeof(x));
+    return _mm512_set1_epi32(x);
+}
+
+static inline __m512 broadcast_float(const char * p) {
+    return _mm512_castsi512_ps(broadcast32(p));
+}
+
+// Adds N_G groups of four values of K to the integer sums.
+template <int N_C, int N_G>
+static inline void
+add_groups(__m512i (&z)[N_C][2], const uint8_t * weights, const char * const (&act)[N_C], int offset) {
+#pragma GCC unroll 8
+    for (int g = 0; g < N_G; g++) {
+        const __m512i w0 = _mm512_load_si512(weights + g * PANEL_ROWS * 4);
+        const __m512i w1 = _mm512_load_si512(weights + g * PANEL_ROWS * 4 + 64);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            const __m512i a = broadcast32(act[c] + offset + g * 4);
+            z[c][0]         = _mm512_dpbusd_epi32(z[c][0], w0, a);
+            z[c][1]         = _mm512_dpbusd_epi32(z[c][1], w1, a);
+        }
+    }
+}
+
+template <int N_C> static inline void start_sums(__m512i (&z)[N_C][2], const char * const (&act)[N_C], int offset) {
+#pragma GCC                           unroll 8
+    for (int c = 0; c < N_C; c++) {
+        z[c][0] = broadcast32(act[c] + offset);
+        z[c][1] = z[c][0];
+    }
+}
+
+// a scale for each 32 weights and for each 32 activations
+template <int N_C>
+static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+    __m512       f[N_C][2];
+    const char * act[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
+        act[c]  = columns[c];
+    }
+    const uint8_t * weights = &panel.codes[0][0][0][0];
+    const float *   scales  = panel.scales[0];
+    for (int b = 0; b < n_blocks; b++) {
+        __m512i z[N_C][2];
+        start_sums<N_C>(z, act, offsetof(ActBlock, start));
+        add_groups<N_C, N_GROUPS>(z, weights, act, 0);
+        const __m512 d0 = _mm512_load_ps(scales);
+        const __m512 d1 = _mm512_load_ps(scales + 16);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            const __m512 d = broadcast_float(act[c] + offsetof(ActBlock, scale));
+            f[c][0]        = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][0]), _mm512_mul_ps(d0, d), f[c][0]);
+            f[c][1]        = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][1]), _mm512_mul_ps(d1, d), f[c][1]);
+            act[c] += sizeof(ActBlock);
+        }
+        weights += BLOCK * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
+    }
+}
+
+// a scale for each SUB weights, one for each 256 activations
+template <int N_C, int SUB, bool MINIMA>
+static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
+    __m512       f[N_C][2];
+    const char * act[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_setzero_ps();
+        f[c][1] = _mm512_setzero_ps();
+        act[c]  = columns[c];
+    }
+    const uint8_t * weights = &panel.codes[0][0][0][0];
+    const float *   scales  = panel.scales[0];
+    for (int b = 0; b < SLICE / SUB; b++) {
+        __m512i z[N_C][2];
+        if (MINIMA) {  // these types are unsigned by themselves
+#pragma GCC unroll 8
+            for (int c = 0; c < N_C; c++) {
+                z[c][0] = _mm512_setzero_si512();
+                z[c][1] = _mm512_setzero_si512();
+            }
+        } else {
+            start_sums<N_C>(z, act, (int) offsetof(ActSuperBlock, starts) + 4 * b);
+        }
+        add_groups<N_C, SUB / 4>(z, weights, act, SUB * b);
+        const __m512 d0 = _mm512_load_ps(scales);
+        const __m512 d1 = _mm512_load_ps(scales + 16);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            f[c][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][0]), d0, f[c][0]);
+            f[c][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][1]), d1, f[c][1]);
+        }
+        weights += SUB * PANEL_ROWS;
+        scales += PANEL_ROWS;
+    }
+    if (MINIMA) {
+        __m512i z[N_C][2];
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            z[c][0] = _mm512_setzero_si512();
+            z[c][1] = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 4
+        for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
+            const __m512i m0 = _mm512_load_si512(&panel.minima[pair][0]);
+            const __m512i m1 = _mm512_load_si512(&panel.minima[pair][16]);
+#pragma GCC unroll 8
+            for (int c = 0; c < N_C; c++) {
+                const __m512i a = broadcast32(act[c] + offsetof(ActSuperBlock, sums) + 4 * pair);
+                z[c][0]         = _mm512_dpwssd_epi32(z[c][0], m0, a);
+                z[c][1]         = _mm512_dpwssd_epi32(z[c][1], m1, a);
+            }
+        }
+        const __m512 d0 = _mm512_load_ps(panel.minimum_scales);
+        const __m512 d1 = _mm512_load_ps(panel.minimum_scales + 16);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            f[c][0] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(z[c][0]), d0, f[c][0]);
+            f[c][1] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(z[c][1]), d1, f[c][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        const __m512 d  = broadcast_float(act[c] + offsetof(ActSuperBlock, scale));
+        float *      to = sums + c * PANEL_ROWS;
+        _mm512_store_ps(to, _mm512_fmadd_ps(f[c][0], d, _mm512_load_ps(to)));
+        _mm512_store_ps(to + 16, _mm512_fmadd_ps(f[c][1], d, _mm512_load_ps(to + 16)));
+    }
+}
+
+#if defined(__AVX512BF16__)
+
+template <int N_C>
+static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+    __m512       f[N_C][2];
+    const char * act[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
+        act[c]  = columns[c];
+    }
+    const uint16_t * weights = &panel.pairs[0][0][0][0];
+    for (int p = 0; p < n_blocks * N_PAIRS; p++) {
+        const __m512bh w0 = (__m512bh) _mm512_load_si512(weights + p * PANEL_ROWS * 2);
+        const __m512bh w1 = (__m512bh) _mm512_load_si512(weights + p * PANEL_ROWS * 2 + 32);
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            const __m512bh a = (__m512bh) broadcast32(act[c] + p * 4);
+            f[c][0]          = _mm512_dpbf16_ps(f[c][0], w0, a);
+            f[c][1]          = _mm512_dpbf16_ps(f[c][1], w1, a);
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
+    }
+}
+
+#else
+
+template <int N_C> static void tile_bf16(const Panel &, int, const char * const *, float *) {}  // no format gets here
+
+#endif
+
+template <int N_C>
+static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+    switch (scheme) {
+    case Scheme::q8_0:
+        return tile_q8_0<N_C>(panel, n_blocks, columns, sums);
+    case Scheme::q8_K:
+        return tile_q8_K<N_C, 32, false>(panel, columns, sums);
+    case Scheme::q8_K_16:
+        return tile_q8_K<N_C, 16, false>(panel, columns, sums);
+    case Scheme::q8_K_mins:
+        return tile_q8_K<N_C, 32, true>(panel, columns, sums);
+    case Scheme::bf16:
+        return tile_bf16<N_C>(panel, n_blocks, columns, sums);
+    }
+}
+
+void multiply(
+    Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums) {
+    using Tile                = void (*)(Scheme, const Panel &, int, const char * const *, float *);
+    static const Tile tiles[] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8> };
+    const int         most    = scheme == Scheme::bf16 ? TILE_COLUMNS_BF16 : TILE_COLUMNS;
+    const int         n_tiles = (n_columns + most - 1) / most;
+    for (int t = 0; t < n_tiles; t++) {
+        const int first = n_columns * t / n_tiles;
+        const int end   = n_columns * (t + 1) / n_tiles;
+        tiles[end - first](scheme, panel, n_blocks, columns + first, sums + first * PANEL_ROWS);
+    }
+}
+
+#endif
+
+}  // namespace quant_gemm

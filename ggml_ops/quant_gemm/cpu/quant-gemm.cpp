@@ -1,0 +1,269 @@
+// The product of one node: which columns meet which weights, how the work is cut, and where results go.
+//
+// All activation rows are quantised and packed by all threads; meanwhile the first one sorts the columns of the result by
+// the matrix they belong to (an expert of MUL_MAT_ID, a plane of MUL_MAT). After one barrier threads take tasks, each some
+// weight rows times up to MAX_COLUMNS columns of one matrix, from ggml's chunk counter. Every element of the result is
+// summed in the same order whatever the number of threads.
+
+#include "quant-gemm.h"
+
+#include "ggml-quant-gemm.h"
+#include "quant-gemm-panel.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace quant_gemm {
+
+static constexpr int    MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
+static constexpr int    TASK_ROWS   = 128;
+static constexpr size_t CACHE_LINE  = 64;
+
+// Columns from which unpacking panels pays: of a MUL_MAT, and of an expert on average.
+static constexpr int64_t MIN_COLUMNS           = 16;
+static constexpr int64_t MIN_COLUMNS_OF_EXPERT = 4;
+
+static size_t padded(size_t n) {
+    return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+}
+
+// A column of the result: its activations and its place.
+struct Column {
+    int64_t act_row;
+    int64_t dst_offset;  // bytes
+};
+
+// What each thread needs for itself.
+struct alignas(CACHE_LINE) Scratch {
+    Panel panel;
+    float sums[MAX_COLUMNS][PANEL_ROWS];
+};
+
+// The parts of the work buffer, in order.
+struct Work {
+    size_t acts;     // packed rows of src1
+    size_t columns;  // Column of every column of the result, sorted by matrix
+    size_t starts;   // int64_t: the first column of every matrix, and the end
+    size_t scratch;  // of each thread
+    size_t total;
+};
+
+static int64_t count_columns(const ggml_tensor * dst) {
+    return dst->ne[1] * dst->ne[2] * dst->ne[3];
+}
+
+// Matrices that columns are sorted by: experts, or planes of src1 where src0 has several.
+static int64_t count_matrices(const ggml_tensor * dst) {
+    if (dst->op == GGML_OP_MUL_MAT_ID) {
+        return dst->src[0]->ne[2];
+    }
+    const bool one = dst->src[0]->ne[2] == 1 && dst->src[0]->ne[3] == 1;
+    return one ? 1 : dst->ne[2] * dst->ne[3];
+}
+
+static Work plan_work(const ggml_tensor * dst, const Format & format, int n_tasks) {
+    const ggml_tensor * src1 = dst->src[1];
+    Work                work;
+    work.acts    = 0;
+    work.columns = padded(ggml_nrows(src1) * act_row_size(format.scheme, src1->ne[0]));
+    work.starts  = work.columns + padded(count_columns(dst) * sizeof(Column));
+    work.scratch = work.starts + padded((count_matrices(dst) + 1) * sizeof(int64_t));
+    work.total   = work.scratch + n_tasks * sizeof(Scratch) + CACHE_LINE;
+    return work;
+}
+
+// The format that serves the node, or nullptr.
+static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
+    if ((dst->op != GGML_OP_MUL_MAT && dst->op != GGML_OP_MUL_MAT_ID) || !ggml_quant_gemm_is_on(dst)) {
+        return nullptr;
+    }
+    const ggml_tensor * src0   = dst->src[0];
+    const ggml_tensor * src1   = dst->src[1];
+    const Format *      format = find_format(src0->type, layout);
+    if (format == nullptr || src1->type != GGML_TYPE_F32 || src0->ne[0] % BLOCK != 0) {
+        return nullptr;
+    }
+    if (src0->nb[0] != ggml_type_size(src0->type) || src1->nb[0] != sizeof(float) || dst->nb[0] != sizeof(float)) {
+        return nullptr;
+    }
+    const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? MIN_COLUMNS_OF_EXPERT : MIN_COLUMNS;
+    return count_columns(dst) >= at_least * count_matrices(dst) ? format : nullptr;
+}
+
+// Columns sorted by matrix, in the order of tokens within each.
+static void sort_columns(const ggml_tensor * dst, Column * columns, int64_t * starts) {
+    const ggml_tensor * src1       = dst->src[1];
+    const int64_t       n_matrices = count_matrices(dst);
+    if (dst->op != GGML_OP_MUL_MAT_ID) {
+        for (int64_t i = 0; i < count_columns(dst); i++) {
+            const int64_t i1 = i % dst->ne[1];
+            const int64_t i2 = i / dst->ne[1] % dst->ne[2];
+            const int64_t i3 = i / dst->ne[1] / dst->ne[2];
+            columns[i]       = { i, (int64_t) (i1 * dst->nb[1] + i2 * dst->nb[2] + i3 * dst->nb[3]) };
+        }
+        for (int64_t m = 0; m <= n_matrices; m++) {
+            starts[m] = m * count_columns(dst) / n_matrices;
+        }
+        return;
+    }
+    const ggml_tensor * ids       = dst->src[2];
+    const auto          expert_of = [&](int64_t slot, int64_t token) {
+        int32_t expert;
+        memcpy(&expert, (const char *) ids->data + token * ids->nb[1] + slot * ids->nb[0], sizeof(expert));
+        GGML_ASSERT(expert >= 0 && expert < n_matrices);
+        return expert;
+    };
+    std::fill(starts, starts + n_matrices + 1, 0);
+    for (int64_t token = 0; token < ids->ne[1]; token++) {
+        for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
+            starts[expert_of(slot, token) + 1]++;
+        }
+    }
+    for (int64_t m = 0; m < n_matrices; m++) {
+        starts[m + 1] += starts[m];
+    }
+    for (int64_t token = 0; token < ids->ne[1]; token++) {
+        for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
+            const int64_t act_row                     = slot % src1->ne[1] + token * src1->ne[1];
+            columns[starts[expert_of(slot, token)]++] = { act_row, (int64_t) (slot * dst->nb[1] + token * dst->nb[2]) };
+        }
+    }
+    for (int64_t m = n_matrices; m > 0; m--) {  // each start has moved on to the next one's
+        starts[m] = starts[m - 1];
+    }
+    starts[0] = 0;
+}
+
+static const char * weights_of(const ggml_tensor * dst, int64_t matrix) {
+    const ggml_tensor * src0 = dst->src[0];
+    if (dst->op == GGML_OP_MUL_MAT_ID) {
+        return (const char *) src0->data + matrix * src0->nb[2];
+    }
+    const int64_t i2 = matrix % dst->ne[2] / (dst->ne[2] / src0->ne[2]);
+    const int64_t i3 = matrix / dst->ne[2] / (dst->ne[3] / src0->ne[3]);
+    return (const char *) src0->data + i2 * src0->nb[2] + i3 * src0->nb[3];
+}
+
+#if QUANT_GEMM_VNNI
+
+static void prefetch(const char * p, size_t n) {
+    for (size_t i = 0; i < n; i += CACHE_LINE) {
+        __builtin_prefetch(p + i);
+    }
+}
+
+// Rows row .. end - 1 of a matrix times n columns. Panels take their weights in short pieces from 32 rows, which the
+// hardware does not foresee; so the next 32 rows, next_row after the last ones, are asked for in the order of addresses.
+static void compute_task(const Format & format,
+                         ggml_tensor *  dst,
+                         const char *   weights,
+                         int64_t        row,
+                         int64_t        end,
+                         int64_t        next_row,
+                         const char *   acts,
+                         const Column * columns,
+                         int            n,
+                         Scratch &      scratch) {
+    const ggml_tensor * src0     = dst->src[0];
+    const int64_t       n_blocks = src0->ne[0] / BLOCK;
+    const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
+    const int           step     = panel_blocks(format.scheme);
+    const size_t        act_step = act_row_size(format.scheme, step * BLOCK);
+    for (; row < end; row += PANEL_ROWS) {
+        const int64_t next       = row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
+        const int64_t n_ahead    = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
+        const size_t  ahead_step = n_ahead * src0->nb[1] * step / n_blocks;
+        const char *  ahead      = weights + next * src0->nb[1];
+        const char *  act[MAX_COLUMNS];
+        for (int i = 0; i < n; i++) {
+            act[i] = acts + columns[i].act_row * act_size;
+        }
+        memset(scratch.sums, 0, n * sizeof(scratch.sums[0]));
+        for (int64_t block = 0; block < n_blocks; block += step) {
+            const int here = (int) std::min<int64_t>(step, n_blocks - block);
+            prefetch(ahead, ahead_step);
+            ahead += ahead_step;
+            format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, scratch.panel);
+            multiply(format.scheme, scratch.panel, here, act, n, scratch.sums[0]);
+            for (int i = 0; i < n; i++) {
+                act[i] += act_step;
+            }
+        }
+        const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, end - row);
+        for (int i = 0; i < n; i++) {
+            memcpy((char *) dst->data + columns[i].dst_offset + row * sizeof(float), scratch.sums[i],
+                   n_rows * sizeof(float));
+        }
+    }
+}
+
+static void compute(const ggml_compute_params * params, ggml_tensor * dst, const Format & format) {
+    const ggml_tensor * src0     = dst->src[0];
+    const ggml_tensor * src1     = dst->src[1];
+    const Work          work     = plan_work(dst, format, params->nth);
+    char *              base     = (char *) padded((size_t) params->wdata);
+    char *              acts     = base + work.acts;
+    Column *            columns  = (Column *) (base + work.columns);
+    int64_t *           starts   = (int64_t *) (base + work.starts);
+    Scratch &           scratch  = ((Scratch *) (base + work.scratch))[params->ith];
+    const size_t        act_size = act_row_size(format.scheme, src1->ne[0]);
+    GGML_ASSERT(params->wsize >= work.total);
+
+    if (params->ith == 0) {
+        sort_columns(dst, columns, starts);
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    const int64_t n_act_rows = ggml_nrows(src1);
+    for (int64_t r = params->ith; r < n_act_rows; r += params->nth) {
+        const int64_t i1 = r % src1->ne[1];
+        const int64_t i2 = r / src1->ne[1] % src1->ne[2];
+        const int64_t i3 = r / src1->ne[1] / src1->ne[2];
+        const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
+        pack_row(format, (const float *) x, src1->ne[0], acts + r * act_size);
+    }
+    ggml_barrier(params->threadpool);
+
+    // tasks are numbered matrix by matrix; in each, all rows of the first columns come first
+    const int64_t n_matrices = count_matrices(dst);
+    const int64_t row_parts  = (src0->ne[1] + TASK_ROWS - 1) / TASK_ROWS;
+    int64_t       first_task = 0;
+    int64_t       task       = params->ith;
+    for (int64_t m = 0; m < n_matrices; m++) {
+        const int64_t n            = starts[m + 1] - starts[m];
+        const int64_t column_parts = (n + MAX_COLUMNS - 1) / MAX_COLUMNS;
+        const int64_t n_tasks      = row_parts * column_parts;
+        for (; task < first_task + n_tasks; task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+            const int64_t part  = (task - first_task) / row_parts;
+            const int64_t row   = (task - first_task) % row_parts * TASK_ROWS;
+            const int64_t first = n * part / column_parts;
+            const int64_t last  = n * (part + 1) / column_parts;
+            // the task after this one, if all threads go on at the same pace
+            const int64_t next_row = row + params->nth * TASK_ROWS;
+            compute_task(format, dst, weights_of(dst, m), row, std::min<int64_t>(row + TASK_ROWS, src0->ne[1]),
+                         next_row, acts, columns + starts[m] + first, (int) (last - first), scratch);
+        }
+        first_task += n_tasks;
+    }
+}
+
+#else
+
+static void compute(const ggml_compute_params *, ggml_tensor *, const Format &) {}  // no format gets here
+
+#endif
+
+}  // namespace quant_gemm
+
+size_t ggml_quant_gemm_work_size(const ggml_tensor * dst, int n_tasks, quant_gemm_layout layout) {
+    const quant_gemm::Format * format = quant_gemm::format_of(dst, layout);
+    return format != nullptr ? quant_gemm::plan_work(dst, *format, n_tasks).total : 0;
+}
+
+bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {
+    const quant_gemm::Format * format = params->use_ref ? nullptr : quant_gemm::format_of(dst, layout);
+    if (format == nullptr) {
+        return false;
+    }
+    quant_gemm::compute(params, dst, *format);
+    return true;
+}

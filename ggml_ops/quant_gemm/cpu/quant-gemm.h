@@ -1,0 +1,35 @@
+#pragma once
+
+// Products of quantised weights with many activation rows on the CPU, as matrix products: MUL_MAT and MUL_MAT_ID.
+// What is computed, for which types and layouts, and with which error is said in the folder's README.
+
+#include "ggml-cpu-impl.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// How the weights lie in memory: the type's own rows, or interleaved as upstream's repack buffer type does it
+// (ggml-cpu/repack.cpp: 8 rows side by side, 8 bytes of each in turn).
+enum quant_gemm_layout {
+    QUANT_GEMM_ROWS,
+    QUANT_GEMM_8X8,
+    QUANT_GEMM_OTHER,
+};
+
+// Bytes of params->wdata wanted for this MUL_MAT or MUL_MAT_ID node; 0 where ggml's own path serves it.
+// Looks at shapes and types alone, so that it may be asked before memory is assigned.
+size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
+
+// Computes the node and returns true, or returns false (nothing touched) where ggml's own path has to serve: other
+// types and shapes, few rows, an instruction set without VNNI, use_ref, or a node marked so (ggml-quant-gemm.h).
+bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
+                                     struct ggml_tensor *               dst,
+                                     enum quant_gemm_layout             layout);
+
+#ifdef __cplusplus
+}
+#endif

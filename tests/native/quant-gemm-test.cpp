@@ -1,0 +1,306 @@
+// Products of quantised weights against float64: every type in every layout, MUL_MAT and MUL_MAT_ID, hostile shapes and
+// values; the same bits for any number of threads; nothing written outside the result. Needs ggml's public interface alone.
+// Prints one line for each failure and the count; exit status 1 if there was one.
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-cpu.h"
+#include "ggml.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+static int n_failed = 0;
+static int n_done   = 0;
+
+// Against float64 on the dequantised weights and on the activations as ggml quantises them for the type.
+static const double EXACT_LIMIT = 1e-10;
+
+struct Shape {
+    ggml_type   type;
+    bool        repack    = false;  // weights in the repack buffer type, where it takes them
+    int64_t     k         = 512;
+    int64_t     n_rows    = 64;
+    int64_t     n_tokens  = 16;
+    int64_t     n_experts = 0;  // 0: MUL_MAT
+    int64_t     n_used    = 2;
+    bool        broadcast = true;      // MUL_MAT_ID: all slots of a token read the same activations
+    int64_t     n_planes  = 1;         // MUL_MAT: planes of activations, ...
+    int64_t     n_weights = 1;         // ... and of weights
+    bool        strided   = false;     // activations are a part of longer rows
+    std::string values    = "normal";  // normal, zeros (some rows of both are zero), huge, tiny
+    std::string routing =
+        "mixed";  // mixed, one (all tokens to one expert), lonely (one token to each expert, all others to the last)
+};
+
+static std::string name_of(const Shape & s) {
+    char text[256];
+    snprintf(text, sizeof(text), "%s%s %s k %lld rows %lld tokens %lld experts %lld/%lld planes %lld/%lld%s%s %s %s",
+             ggml_type_name(s.type), s.repack ? " repacked" : "", s.n_experts ? "MUL_MAT_ID" : "MUL_MAT",
+             (long long) s.k, (long long) s.n_rows, (long long) s.n_tokens, (long long) s.n_used,
+             (long long) s.n_experts, (long long) s.n_weights, (long long) s.n_planes, s.broadcast ? "" : " own",
+             s.strided ? " strided" : "", s.values.c_str(), s.routing.c_str());
+    return text;
+}
+
+static void expect(bool good, const Shape & s, const char * what, double value) {
+    ++n_done;
+    if (!good) {
+        ++n_failed;
+        printf("FAILED %s: %s (%g)\n", name_of(s).c_str(), what, value);
+    }
+}
+
+// The repack buffer type, or nullptr where this CPU has none.
+static ggml_backend_buffer_type_t repack_buffer_type() {
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    auto               get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * each = get(dev); each != nullptr && *each != nullptr; ++each) {
+        if (std::string(ggml_backend_buft_name(*each)) == "CPU_REPACK") {
+            return *each;
+        }
+    }
+    return nullptr;
+}
+
+// A row of activations after ggml's quantisation for this weight type, in float64.
+static std::vector<double> quantised(ggml_type weights, const float * x, int64_t k) {
+    const ggml_type      type = ggml_get_type_traits_cpu(weights)->vec_dot_type;
+    std::vector<double>  out(k);
+    std::vector<uint8_t> bytes(ggml_row_size(type, k));
+    ggml_get_type_traits_cpu(type)->from_float(x, bytes.data(), k);
+    if (type == GGML_TYPE_Q8_K) {  // float d; int8_t qs[256]; int16_t bsums[16]
+        const size_t size = ggml_type_size(type);
+        for (int64_t i = 0; i < k; i++) {
+            float d;
+            memcpy(&d, bytes.data() + i / 256 * size, sizeof(d));
+            out[i] = (double) d * (int8_t) bytes[i / 256 * size + sizeof(d) + i % 256];
+        }
+        return out;
+    }
+    std::vector<float> values(k);
+    ggml_get_type_traits(type)->to_float(bytes.data(), values.data(), k);
+    return std::vector<double>(values.begin(), values.end());
+}
+
+struct Case {
+    explicit Case(const Shape & shape) : s(shape), rng(7), backend(ggml_backend_cpu_init()) {
+        ggml_init_params params = { ggml_tensor_overhead() * 16 + ggml_graph_overhead(), nullptr, true };
+        weights_ctx             = ggml_init(params);
+        ctx                     = ggml_init(params);
+        const int64_t matrices  = s.n_experts ? s.n_experts : s.n_weights;
+        weights = matrices == 1 && !s.n_experts ? ggml_new_tensor_2d(weights_ctx, s.type, s.k, s.n_rows)
+                                                : ggml_new_tensor_3d(weights_ctx, s.type, s.k, s.n_rows, matrices);
+        const int64_t slots  = s.n_experts && !s.broadcast ? s.n_used : 1;
+        const int64_t longer = s.strided ? s.k + 96 : s.k;
+        full                 = s.n_experts ? ggml_new_tensor_3d(ctx, GGML_TYPE_F32, longer, slots, s.n_tokens)
+                                           : ggml_new_tensor_3d(ctx, GGML_TYPE_F32, longer, s.n_tokens, s.n_planes);
+        acts                 = ggml_view_3d(ctx, full, s.k, full->ne[1], full->ne[2], full->nb[1], full->nb[2], 0);
+        if (s.n_experts) {
+            ids    = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, s.n_used, s.n_tokens);
+            result = ggml_mul_mat_id(ctx, weights, acts, ids);
+        } else {
+            result = ggml_mul_mat(ctx, weights, acts);
+        }
+        graph = ggml_new_graph(ctx);
+        ggml_build_forward_expand(graph, result);
+        buffer                          = ggml_backend_alloc_ctx_tensors(ctx, backend);
+        ggml_backend_buffer_type_t type = s.repack ? repack_buffer_type() : nullptr;
+        weights_buffer                  = ggml_backend_alloc_ctx_tensors_from_buft(
+            weights_ctx, type != nullptr ? type : ggml_backend_cpu_buffer_type());
+        fill();
+    }
+
+    ~Case() {
+        ggml_backend_buffer_free(weights_buffer);
+        ggml_backend_buffer_free(buffer);
+        ggml_free(weights_ctx);
+        ggml_free(ctx);
+        ggml_backend_free(backend);
+    }
+
+    std::vector<float> compute(int n_threads) {
+        ggml_backend_cpu_set_n_threads(backend, n_threads);
+        std::vector<float> out(ggml_nelements(result), NAN);
+        ggml_backend_tensor_set(result, out.data(), 0, ggml_nbytes(result));
+        if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
+            return out;
+        }
+        ggml_backend_tensor_get(result, out.data(), 0, ggml_nbytes(result));
+        return out;
+    }
+
+    // of every column of the result: sum of squares of the error, and of the value
+    double nmse(const std::vector<float> & out) const {
+        double error = 0, power = 0;
+        for (int64_t column = 0; column < (int64_t) out.size() / s.n_rows; column++) {
+            const int64_t             slot   = s.n_experts ? column % s.n_used : 0;
+            const int64_t             token  = s.n_experts ? column / s.n_used : column;
+            const int64_t             plane  = s.n_experts ? 0 : column / s.n_tokens;
+            const int64_t             matrix = s.n_experts ? routing[column] : plane / (s.n_planes / s.n_weights);
+            const int64_t             row    = s.n_experts ? slot % full->ne[1] + token * full->ne[1] : token;
+            const std::vector<double> x      = quantised(s.type, &x_values[row * full->ne[0]], s.k);
+            for (int64_t r = 0; r < s.n_rows; r++) {
+                const float * w   = &w_values[(matrix * s.n_rows + r) * s.k];
+                double        sum = 0;
+                for (int64_t i = 0; i < s.k; i++) {
+                    sum += w[i] * x[i];
+                }
+                const double difference = out[column * s.n_rows + r] - sum;
+                error += difference * difference;
+                power += sum * sum;
+            }
+        }
+        return power == 0 ? error : error / power;
+    }
+
+  private:
+    void fill() {
+        std::normal_distribution<float> normal;
+        const float                     scale    = s.values == "huge" ? 1e4f : s.values == "tiny" ? 1e-6f : 1.0f;
+        const int64_t                   matrices = weights->ne[2];
+        std::vector<float>              w(s.k * s.n_rows * matrices);
+        for (int64_t i = 0; i < (int64_t) w.size(); i++) {
+            const bool zero = s.values == "zeros" && i / s.k % 5 == 3;
+            w[i] = zero ? 0.0f : normal(rng) * (s.values == "huge" ? 100.0f : 0.02f) * (1 + 10 * (i / 32 % 7 == 0));
+        }
+        std::vector<uint8_t> stored(ggml_nbytes(weights));
+        ggml_quantize_chunk(s.type, w.data(), stored.data(), 0, s.n_rows * matrices, s.k, nullptr);
+        ggml_backend_tensor_set(weights, stored.data(), 0, stored.size());
+        w_values.resize(w.size());
+        ggml_get_type_traits(s.type)->to_float(stored.data(), w_values.data(), w.size());
+
+        x_values.assign(ggml_nelements(full), NAN);  // what lies between strided rows is never read
+        for (int64_t r = 0; r < ggml_nrows(full); r++) {
+            for (int64_t i = 0; i < s.k; i++) {
+                const bool zero               = s.values == "zeros" && (r % 3 == 1 || i / 32 % 4 == 2);
+                x_values[r * full->ne[0] + i] = zero ? 0.0f : normal(rng) * scale * (1 + 30 * (i % 61 == 0));
+            }
+        }
+        ggml_backend_tensor_set(full, x_values.data(), 0, ggml_nbytes(full));
+        if (ids != nullptr) {
+            routing.resize(s.n_used * s.n_tokens);
+            for (int64_t token = 0; token < s.n_tokens; token++) {
+                std::vector<int32_t> experts(s.n_experts);
+                for (int32_t e = 0; e < s.n_experts; e++) {
+                    experts[e] = e;
+                }
+                std::shuffle(experts.begin(), experts.end(), rng);
+                if (s.routing == "one") {
+                    std::sort(experts.begin(), experts.end());
+                }
+                if (s.routing == "lonely") {
+                    experts[0] = (int32_t) std::min(token, s.n_experts - 1);
+                }
+                std::copy(experts.begin(), experts.begin() + s.n_used, &routing[token * s.n_used]);
+            }
+            ggml_backend_tensor_set(ids, routing.data(), 0, ggml_nbytes(ids));
+        }
+    }
+
+    Shape                 s;
+    std::mt19937          rng;
+    ggml_backend_t        backend;
+    ggml_context *        weights_ctx    = nullptr;
+    ggml_context *        ctx            = nullptr;
+    ggml_tensor *         weights        = nullptr;
+    ggml_tensor *         full           = nullptr;
+    ggml_tensor *         acts           = nullptr;
+    ggml_tensor *         ids            = nullptr;
+    ggml_tensor *         result         = nullptr;
+    ggml_cgraph *         graph          = nullptr;
+    ggml_backend_buffer_t buffer         = nullptr;
+    ggml_backend_buffer_t weights_buffer = nullptr;
+    std::vector<float>    w_values, x_values;
+    std::vector<int32_t>  routing;
+};
+
+static void check(const Shape & s) {
+    Case                     product(s);
+    const std::vector<float> one   = product.compute(1);
+    const double             error = product.nmse(one);
+    expect(error <= EXACT_LIMIT, s, "NMSE against float64", error);  // false for NaN too
+    for (const int n_threads : { 2, 3, 7 }) {
+        const std::vector<float> many = product.compute(n_threads);
+        expect(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, s, "not the bits of one thread with",
+               n_threads);
+    }
+}
+
+struct Kind {
+    ggml_type type;
+    bool      repack;
+    int64_t   block;  // K is a multiple of it
+};
+
+static const Kind kinds[] = {
+    { GGML_TYPE_Q4_0, false, 32 },  { GGML_TYPE_Q4_0, true, 32 },     { GGML_TYPE_Q5_0, false, 32 },
+    { GGML_TYPE_Q8_0, false, 32 },  { GGML_TYPE_IQ4_NL, false, 32 },  { GGML_TYPE_IQ4_NL, true, 32 },
+    { GGML_TYPE_Q4_K, false, 256 }, { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },
+    { GGML_TYPE_Q6_K, false, 256 }, { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },
+};
+
+static std::vector<Shape> shapes_of(const Kind & kind) {
+    std::vector<Shape> shapes;
+    Shape              base;
+    base.type      = kind.type;
+    base.repack    = kind.repack;
+    const auto add = [&](auto change) {
+        Shape s = base;
+        change(s);
+        shapes.push_back(s);
+    };
+    for (const int64_t k : { kind.block, kind.block * 3, kind.block * 9, (int64_t) 2304 }) {
+        add([&](Shape & s) { s.k = k; });
+    }
+    for (const int64_t n : { 1, 2, 15, 17, 18, 19, 20, 21, 22, 33, 129, 300 }) {
+        add([&](Shape & s) { s.n_tokens = n; });
+    }
+    for (const int64_t n : { 8, 16, 24, 40, 136 }) {
+        add([&](Shape & s) { s.n_rows = n; });
+    }
+    for (const char * values : { "zeros", "huge", "tiny" }) {
+        add([&](Shape & s) { s.values = values; });
+    }
+    add([&](Shape & s) { s.strided = true; });
+    add([&](Shape & s) { s.n_planes = 3; });
+    if (!kind.repack) {
+        add([&](Shape & s) { s.n_planes = s.n_weights = 3; });
+        add([&](Shape & s) { s.n_planes = 6, s.n_weights = 2; });
+        for (const int64_t n : { 1, 3, 9, 33 }) {
+            add([&](Shape & s) { s.n_rows = n; });
+        }
+    }
+    base.n_experts = 8;
+    for (const int64_t n : { 1, 2, 15, 17, 40, 400 }) {
+        add([&](Shape & s) { s.n_tokens = n; });
+        add([&](Shape & s) { s.n_tokens = n, s.broadcast = false; });
+    }
+    add([&](Shape & s) { s.routing = "one"; });
+    add([&](Shape & s) { s.routing = "lonely", s.n_tokens = 40, s.n_used = 1; });
+    add([&](Shape & s) { s.n_experts = 64, s.n_used = 6, s.n_tokens = 64; });
+    add([&](Shape & s) { s.n_experts = 3, s.n_used = 3, s.broadcast = false, s.values = "zeros"; });
+    add([&](Shape & s) { s.strided = true, s.broadcast = false; });
+    for (const char * values : { "zeros", "huge", "tiny" }) {
+        add([&](Shape & s) { s.values = values; });
+    }
+    return shapes;
+}
+
+int main() {
+    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // one line for every repacked tensor
+    for (const Kind & kind : kinds) {
+        for (const Shape & shape : shapes_of(kind)) {
+            check(shape);
+        }
+    }
+    printf("%d of %d checks passed\n", n_done - n_failed, n_done);
+    return n_failed == 0 ? 0 : 1;
+}

@@ -1,0 +1,75 @@
+"""Products of quantised weights on the CPU: the kernels against float64, and models with and without them.
+
+Upstream's comparison of MUL_MAT and MUL_MAT_ID with its plain path is in test_upstream_programs.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from native_program import compile_program
+from numpy.typing import NDArray
+from random_checkpoint import Spec, write_checkpoint
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.validate.llama import RunOptions, run_logits
+
+pytestmark = pytest.mark.engine
+
+TOKENS = 96
+# All experts are used, so that no near tie of the router decides which of them are compared.
+SPEC = Spec(layers="KM", hidden=96, intermediate=160, moe_intermediate=64, experts=2, experts_used=2, seed=60)
+
+
+@pytest.fixture(scope="module", params=["Q8_0", "BF16"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("products")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES[request.param])
+    return folder / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def ids() -> NDArray[np.int64]:
+    return np.random.default_rng(60).integers(0, 300, TOKENS)
+
+
+def logits(
+    engine: Engine,
+    model: Path,
+    ids: NDArray[np.int64],
+    monkeypatch: pytest.MonkeyPatch,
+    choice: str,
+    threads: int = 1,
+) -> NDArray[np.float64]:
+    monkeypatch.setenv("KIMI_OPS", choice)
+    return np.asarray(run_logits(engine, model, ids, RunOptions(threads=threads)), np.float64)
+
+
+def test_every_type_layout_shape_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
+    program = compile_program(engine, "quant-gemm-test.cpp", tmp_path, ("quant_gemm",))
+    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
+
+
+def test_a_model_has_the_logits_of_upstreams_products(
+    engine: Engine, model: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = logits(engine, model, ids, monkeypatch, "conv,scan,mla,moe")
+    upstream = logits(engine, model, ids, monkeypatch, "conv,scan,mla")
+    assert not (ours == upstream).all(), (
+        "the switch does nothing: sums in another order differ in their last bits"
+    )
+    # Sums that differ in the last bit move some later activation across the border between two of its codes.
+    assert np.square(ours - upstream).sum() <= 1e-4 * np.square(upstream).sum()
+
+
+def test_the_same_bits_for_any_number_of_threads(
+    engine: Engine, model: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (logits(engine, model, ids, monkeypatch, "require", threads) for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
