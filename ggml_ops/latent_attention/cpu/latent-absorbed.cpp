@@ -148,15 +148,8 @@ void load_queries(
     const float   scale  = ggml_get_op_params_f32(dst, 0);
     const int64_t n_rows = rows_of_block(p, block);
     const int64_t n_cols = pad_lanes(n_rows);
-    for (int64_t col = 0; col < n_rows; ++col) {
-        const float * src = query_row(dst->src[0], p, stream, block * BLOCK_ROWS + col);
-        for (int64_t d = d0; d < d1; ++d) {
-            queries[d * n_cols + col] = src[d] * scale;
-        }
-    }
-    for (int64_t d = d0; d < d1; ++d) {
-        std::fill(queries + d * n_cols + n_rows, queries + (d + 1) * n_cols, 0.0f);
-    }
+    const auto    row    = [&](int64_t i) { return query_row(dst->src[0], p, stream, block * BLOCK_ROWS + i); };
+    transpose_rows(row, n_rows, n_cols, d0, d1, scale, queries, n_cols);
 }
 
 // The same for integer products: pairs of neighbouring d rounded to 16 bits, and each row's scale, in which the
@@ -247,7 +240,6 @@ void attend(const ggml_tensor * dst,
 
     std::fill(maximum, maximum + n_cols, -INFINITY);
     std::fill(sum, sum + n_cols, 0.0f);
-    std::fill(out, out + n_rows * p.dv, 0.0f);
 
     MaskRows mask_rows = { nullptr, 0, query1 - query0 };
     if (mask) {
@@ -259,6 +251,7 @@ void attend(const ggml_tensor * dst,
     const int64_t end    = std::min(p.n_keys, (piece + 1) * p.keys_a_piece);
 
     KeyTile tile;
+    bool    first = true;  // nothing is in `out` yet
     for (int64_t key = piece * p.keys_a_piece; key < end;) {
         key = next_tile(mask_rows, nullptr, key, end, TILE_KEYS, tile);
         if (tile.n_keys == 0) {
@@ -279,12 +272,20 @@ void attend(const ggml_tensor * dst,
         }
         softmax_tile(tile.n_keys, n_cols, scores, maximum, sum, rescale);
 
+        const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
+                                 keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
         if (p.integer) {
-            add_values_int16(tile.n_keys, n_rows, n_cols, codes, scores, rescale, own + p.at_room, ahead, out);
+            add_values_int16(tile.n_keys, n_rows, n_cols, codes, scores, first ? nullptr : rescale, own + p.at_room,
+                             ahead, out);
+        } else if (first) {
+            multiply<Accumulate::NONE>(values);
         } else {
-            multiply<Accumulate::SCALE>(
-                { n_rows, p.dv, tile.n_keys, scores, 1, n_cols, keys, p.ld_tile, out, p.dv, rescale, &ahead });
+            multiply<Accumulate::SCALE>(values);
         }
+        first = false;
+    }
+    if (first) {
+        std::fill(out, out + n_rows * p.dv, 0.0f);
     }
 
     if (p.n_pieces == 1) {

@@ -83,19 +83,15 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * dst
 
 // v_b of one head as [LATENT][DV]: transposed, some rows at a time.
 void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst) {
-    const int64_t ld = pad_lanes(p.s.n_value);
-    std::fill(dst, dst + p.s.n_latent * ld, 0.0f);
+    const int64_t ld  = pad_lanes(p.s.n_value);
+    const auto    row = [&](int64_t i) { return rows + i * p.s.n_latent; };
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {
         const int64_t n = std::min(ROWS_ONCE, p.s.n_value - i0);
         for (int64_t i = 0; i < n; ++i) {
             read_row(v_b->type, (const char *) v_b->data + (i0 + i) * v_b->nb[1] + head * v_b->nb[2], p.s.n_latent,
                      rows + i * p.s.n_latent);
         }
-        for (int64_t j = 0; j < p.s.n_latent; ++j) {
-            for (int64_t i = 0; i < n; ++i) {
-                dst[j * ld + i0 + i] = rows[i * p.s.n_latent + j];
-            }
-        }
+        transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f, dst + i0, ld);
     }
 }
 
@@ -110,15 +106,13 @@ struct Task {
 void load_queries(const ggml_tensor * dst, const Task & task, const Plan & p, float * queries) {
     const ggml_tensor * q     = dst->src[0];
     const float         scale = ggml_get_op_params_f32(dst, 0);
-    std::fill(queries + task.query0 * p.s.n_key,
-              queries + (task.query1 + BLOCK_QUERIES - 1) / BLOCK_QUERIES * BLOCK_QUERIES * p.s.n_key, 0.0f);
-    for (int64_t i = task.query0; i < task.query1; ++i) {
-        const float * src =
-            (const float *) ((const char *) q->data + i * q->nb[1] + task.head * q->nb[2] + task.stream * q->nb[3]);
-        float * col = queries + i / BLOCK_QUERIES * p.s.n_key * BLOCK_QUERIES + i % BLOCK_QUERIES;
-        for (int64_t d = 0; d < p.s.n_key; ++d) {
-            col[d * BLOCK_QUERIES] = src[d] * scale;
-        }
+    for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
+        const auto row = [&](int64_t i) {
+            return (const float *) ((const char *) q->data + (query0 + i) * q->nb[1] + task.head * q->nb[2] +
+                                    task.stream * q->nb[3]);
+        };
+        transpose_rows(row, std::min(BLOCK_QUERIES, task.query1 - query0), BLOCK_QUERIES, 0, p.s.n_key, scale,
+                       queries + query0 * p.s.n_key, BLOCK_QUERIES);
     }
 }
 

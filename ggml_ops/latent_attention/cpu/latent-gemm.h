@@ -141,4 +141,33 @@ static inline void multiply_in_steps(Product p, int64_t step) {
     }
 }
 
+// Rows as a B: dst[d*ldd + i] = row(i)[d] * factor for d in [d0, d1) and i < n_rows; zero for the other i < n_cols, a
+// multiple of LANES.
+template <typename RowOf>
+static void transpose_rows(
+    const RowOf & row, int64_t n_rows, int64_t n_cols, int64_t d0, int64_t d1, float factor, float * dst, int64_t ldd) {
+    for (int64_t col = 0; col < n_cols; col += LANES) {
+        const float * src[LANES] = {};
+        for (int i = 0; i < LANES && col + i < n_rows; ++i) {
+            src[i] = row(col + i);
+        }
+        int64_t d = d0;
+        for (; d + LANES <= d1; d += LANES) {
+            vf r[LANES];
+            for (int i = 0; i < LANES; ++i) {
+                r[i] = src[i] ? v_mul(v_load(src[i] + d), v_set(factor)) : v_set(0.0f);
+            }
+            v_transpose(r);
+            for (int i = 0; i < LANES; ++i) {
+                v_store(dst + (d + i) * ldd + col, r[i]);
+            }
+        }
+        for (; d < d1; ++d) {
+            for (int i = 0; i < LANES; ++i) {
+                dst[d * ldd + col + i] = src[i] ? src[i][d] * factor : 0.0f;
+            }
+        }
+    }
+}
+
 }  // namespace latent

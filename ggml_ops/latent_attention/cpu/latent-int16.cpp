@@ -250,7 +250,7 @@ static void add_block(int64_t         n_pairs,
     for (int i = 0; i < ROWS; ++i) {
         for (int j = 0; j < COLUMNS; ++j) {
             float *  o   = out + i * ldo + j * LANES;
-            const vf old = v_mul(v_load(o), v_set(rescale[i]));
+            const vf old = rescale ? v_mul(v_load(o), v_set(rescale[i])) : v_set(0.0f);
             v_store(o, v_fma(_mm512_cvtepi32_ps(acc[i][j]), v_set(unit[i]), old));
         }
     }
@@ -270,7 +270,8 @@ static void add_rows(int64_t         n_pairs,
                      float *         out) {
     for (; row + ROWS <= n_rows; row += ROWS) {
         ahead.touch();
-        add_block<ROWS>(n_pairs, n_cols, weights + row, codes, unit + row, rescale + row, ldo, out + row * ldo);
+        add_block<ROWS>(n_pairs, n_cols, weights + row, codes, unit + row, rescale ? rescale + row : nullptr, ldo,
+                        out + row * ldo);
     }
     if constexpr (ROWS > 1) {
         add_rows<ROWS / 2>(n_pairs, row, n_rows, n_cols, weights, codes, unit, rescale, ahead, ldo, out);

@@ -47,8 +47,8 @@ void score_int16(int64_t          n_keys,
                  float *          scores);
 
 // out[row][d] = out[row][d] * rescale[row] + sum over keys of weights[key][row] * codes[key][d] * scales[key][d/32],
-// for d < n_values. Weights times scales are rounded under one factor for each row and block of 32 values, taken from
-// this very tile, so that tiles with small weights keep their precision.
+// for d < n_values; rescale null: out is overwritten. Weights times scales are rounded under one factor for each row and
+// block of 32 values, taken from this very tile, so that tiles with small weights keep their precision.
 // room: ROOM_PER_COLUMN * n_cols floats. n_rows <= n_cols, which is a multiple of the vector.
 constexpr int64_t ROOM_PER_COLUMN = MAX_TILE_KEYS / 2 + 1;
 void              add_values_int16(int64_t          n_keys,
