@@ -4,9 +4,9 @@
 // against float64 on the values that cache and weights really hold. It needs ggml's public interface alone and looks
 // LATENT_ATTN up by name, so that the same binary runs on a pristine library too.
 
+#include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "ggml-latent-absorbed.h"
 #include "ggml.h"
 
@@ -73,16 +73,15 @@ inline ggml_type type_of(const std::string & name) {
 
 class LatentCase {
   public:
-    explicit LatentCase(const LatentShape & shape) : s(shape), backend(ggml_backend_cpu_init()), rng(shape.seed) {
+    explicit LatentCase(const LatentShape & shape) : s(shape), backend(cpu_backend()), rng(shape.seed) {
         const ggml_init_params params = { 32 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
         ctx                           = ggml_init(params);
         build();
-        buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
+        buffers.allocate(ctx, backend);
         fill();
     }
 
     ~LatentCase() {
-        ggml_backend_buffer_free(buffer);
         ggml_free(ctx);
         ggml_backend_free(backend);
     }
@@ -91,8 +90,7 @@ class LatentCase {
     LatentCase & operator=(const LatentCase &) = delete;
 
     void compute(int n_threads, bool use_ref = false) {
-        ggml_backend_cpu_set_n_threads(backend, n_threads);
-        ggml_backend_cpu_set_use_ref(backend, use_ref);
+        cpu_backend_use(backend, n_threads, use_ref);
         ggml_backend_graph_compute(backend, graph);
     }
 
@@ -119,19 +117,19 @@ class LatentCase {
     }
 
   private:
-    LatentShape           s;
-    ggml_backend_t        backend;
-    std::mt19937          rng;
-    ggml_context *        ctx;
-    ggml_tensor *         q;
-    ggml_tensor *         cache;
-    ggml_tensor *         mask;
-    ggml_tensor *         k_b;
-    ggml_tensor *         v_b;
-    ggml_tensor *         out;
-    ggml_cgraph *         graph;
-    ggml_backend_buffer_t buffer;
-    std::vector<float>    q_f, cache_f, k_b_f, v_b_f;  // as float32, row by row
+    LatentShape        s;
+    ggml_backend_t     backend;
+    std::mt19937       rng;
+    ggml_context *     ctx;
+    ggml_tensor *      q;
+    ggml_tensor *      cache;
+    ggml_tensor *      mask;
+    ggml_tensor *      k_b;
+    ggml_tensor *      v_b;
+    ggml_tensor *      out;
+    ggml_cgraph *      graph;
+    ApartBuffers       buffers;
+    std::vector<float> q_f, cache_f, k_b_f, v_b_f;  // as float32, row by row
 
     float scale() const { return s.spread / std::sqrt((float) s.n_key()); }
 

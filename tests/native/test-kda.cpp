@@ -2,8 +2,8 @@
 // the tiles, several sequences with permuted and new rows, snapshots, strided and permuted sources, states written
 // into the cache in place, rows copied in between for cells behind the batch's, and bit-equality over thread counts.
 
+#include "cpu_backend.h"
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
 #include "ggml.h"
@@ -44,18 +44,14 @@ template <typename A, typename B> static double nmse(const A * x, const B * y, s
 
 // the tensors of a graph, its backend and its data
 struct runner {
-    ggml_context *        ctx = ggml_init({ 4 << 20, nullptr, true });
-    ggml_backend_t        backend;
-    ggml_backend_buffer_t buffer = nullptr;
-    ggml_cgraph *         graph  = nullptr;
+    ggml_context * ctx = ggml_init({ 4 << 20, nullptr, true });
+    ggml_backend_t backend;
+    ApartBuffers   buffers;
+    ggml_cgraph *  graph = nullptr;
 
-    runner(int n_threads, bool use_ref) : backend(ggml_backend_cpu_init()) {
-        ggml_backend_cpu_set_n_threads(backend, n_threads);
-        ggml_backend_cpu_set_use_ref(backend, use_ref);
-    }
+    runner(int n_threads, bool use_ref) : backend(cpu_backend()) { cpu_backend_use(backend, n_threads, use_ref); }
 
     ~runner() {
-        ggml_backend_buffer_free(buffer);
         ggml_backend_free(backend);
         ggml_free(ctx);
     }
@@ -65,8 +61,7 @@ struct runner {
         for (auto * t : outputs) {
             ggml_build_forward_expand(graph, t);
         }
-        buffer = ggml_backend_alloc_ctx_tensors(ctx, backend);
-        ggml_backend_buffer_clear(buffer, 0xff);  // NaN wherever nothing is written
+        buffers.allocate(ctx, backend);
     }
 
     void run() {
@@ -336,6 +331,9 @@ compare(const std::string & name, const result & got, const Result & want, int64
 }
 
 static void test_scan(const scan_shape & n, const std::string & gate, double lower_bound, bool new_seq, options o) {
+    if (!chosen()) {
+        return;
+    }
     const scan_inputs x    = make_scan(n, gate, lower_bound, new_seq, o.in_place);
     const scan_result want = scan(n, x);
     char              name[200];
@@ -367,6 +365,9 @@ static void test_scan(const scan_shape & n, const std::string & gate, double low
 }
 
 static void test_conv(const conv_shape & n, bool new_seq, options o) {
+    if (!chosen()) {
+        return;
+    }
     const conv_inputs x    = make_conv(n, new_seq, o.in_place);
     const conv_result want = conv(n, x);
     char              name[200];

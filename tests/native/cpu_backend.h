@@ -1,0 +1,81 @@
+#pragma once
+
+// The CPU backend of whatever ggml a program is linked to, memory for its tensors, and which of its cases to run.
+//
+//   KIMI_CPU_BACKEND   a library of GGML_BACKEND_DL to load; unset, ggml chooses among those beside the program
+//   KIMI_CASES         N: every Nth case only; for slow machines (emulated, or under sanitizers)
+
+#include "ggml-backend.h"
+#include "ggml.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+inline ggml_backend_reg_t cpu_registry() {
+    static const ggml_backend_reg_t reg = [] {
+        if (const char * path = getenv("KIMI_CPU_BACKEND")) {
+            ggml_backend_load(path);
+        } else if (!ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)) {
+            ggml_backend_load_all();
+        }
+        ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+        if (!dev) {
+            fprintf(stderr, "ggml has no CPU backend here\n");
+            exit(2);
+        }
+        return ggml_backend_dev_backend_reg(dev);
+    }();
+    return reg;
+}
+
+inline ggml_backend_t cpu_backend() {
+    return ggml_backend_dev_init(ggml_backend_reg_dev_get(cpu_registry(), 0), nullptr);
+}
+
+inline void cpu_backend_use(ggml_backend_t backend, int n_threads, bool use_ref) {
+    using set_threads_t = void (*)(ggml_backend_t, int);
+    using set_ref_t     = void (*)(ggml_backend_t, bool);
+    ((set_threads_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_set_n_threads"))(backend,
+                                                                                                      n_threads);
+    ((set_ref_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_cpu_set_use_ref"))(backend, use_ref);
+}
+
+// The tensors of a context, each in memory of its own that ends where the tensor ends, so that AddressSanitizer sees a
+// step beyond it; all bytes 0xff at first, which is NaN.
+class ApartBuffers {
+  public:
+    ApartBuffers() = default;
+
+    ~ApartBuffers() {
+        for (ggml_backend_buffer_t buffer : buffers) {
+            ggml_backend_buffer_free(buffer);
+        }
+    }
+
+    ApartBuffers(const ApartBuffers &)             = delete;
+    ApartBuffers & operator=(const ApartBuffers &) = delete;
+
+    void allocate(ggml_context * ctx, ggml_backend_t backend) {
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->view_src != nullptr) {
+                ggml_backend_view_init(t);
+                continue;
+            }
+            buffers.push_back(ggml_backend_alloc_buffer(backend, ggml_nbytes(t)));
+            ggml_backend_buffer_clear(buffers.back(), 0xff);
+            ggml_backend_tensor_alloc(buffers.back(), t, ggml_backend_buffer_get_base(buffers.back()));
+        }
+    }
+
+  private:
+    std::vector<ggml_backend_buffer_t> buffers;
+};
+
+// Whether to run the next case.
+inline bool chosen() {
+    static const char * text  = getenv("KIMI_CASES");
+    static const long   share = text ? atol(text) : 1;
+    static long         count = 0;
+    return count++ % share == 0;
+}

@@ -1,0 +1,111 @@
+"""The operators on other processors: ARM under emulation, older x86, and ggml's own choice among variants."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+import pytest
+from ggml_variant import Build, Variant, build
+
+PROGRAMS = ("test-kda", "latent-attn-test")
+X86 = platform.machine() in ("x86_64", "AMD64")
+
+# Of each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp) the variant of
+# ggml's that has it, and the processor flags that it needs. ggml takes the last that the machine can run.
+AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
+AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
+RUN = {
+    "x64": set(),
+    "haswell": AVX2,
+    "zen4": AVX512 | {"avx512_vnni", "avx512vbmi", "avx512_bf16"},
+}
+COMPILED_ONLY = ("sandybridge", "skylakex", "alderlake")
+ALL_VARIANTS = Variant(
+    "all-variants",
+    "-O1",
+    (*(f"ggml-cpu-{name}" for name in RUN), *PROGRAMS),
+    {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"},
+)
+
+# Every so manieth case of a program: emulated, and on the instruction sets of older x86.
+EMULATED = {"test-kda": 13, "latent-attn-test": 41}
+NATIVE = {"test-kda": 5, "latent-attn-test": 7}
+
+# Architecture of the compiler -> a processor of that kind, which ends a program at any newer instruction.
+ARM = {"armv8-a": "cortex-a53", "armv8.2-a+dotprod": "neoverse-n1"}
+PREFIX = "aarch64-linux-gnu"
+
+
+def arm(architecture: str) -> Variant:
+    """A cross-compiled ggml whose programs run under qemu."""
+    return Variant(
+        architecture,
+        "-O2",
+        PROGRAMS,
+        {
+            "CMAKE_SYSTEM_NAME": "Linux",
+            "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+            "GGML_NATIVE": "OFF",
+            "GGML_CPU_ARM_ARCH": architecture,
+        },
+        (f"{PREFIX}-gcc", f"{PREFIX}-g++"),
+        {f"{PREFIX}-g++": f"g++-{PREFIX}", "qemu-aarch64": "qemu-user"},
+        ("qemu-aarch64", "-cpu", ARM[architecture], "-L", f"/usr/{PREFIX}"),
+    )
+
+
+def passes(made: Build, program: str, cases: int, **environment: str) -> None:
+    """Run every so manieth case of the program; it must end well and have run some."""
+    ended = made.run(program, KIMI_CASES=str(cases), **environment)
+    said = ended.stdout.splitlines()
+    assert ended.returncode == 0, "\n".join([*said[-15:], ended.stderr[-1500:]])
+    assert int(re.findall(r"\d+", said[-1])[0]) > 20, said[-1]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("architecture", ARM)
+def test_on_arm(architecture: str, program: str) -> None:
+    passes(build(arm(architecture)), program, EMULATED[program])
+
+
+def cpu_flags() -> set[str]:
+    """What the processor says of itself."""
+    line = re.search(r"(?m)^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text())
+    return set(line[1].split()) if line else set()
+
+
+needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
+
+
+@needs_x86
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("name", RUN)
+def test_on_other_instruction_sets(name: str, program: str) -> None:
+    if not RUN[name] <= cpu_flags():
+        pytest.skip(f"this processor lacks {', '.join(sorted(RUN[name] - cpu_flags()))}")
+    made = build(ALL_VARIANTS)
+    passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(made.bin / f"libggml-cpu-{name}.so"))
+
+
+@needs_x86
+def test_ggml_picks_the_best_variant_that_runs() -> None:
+    made = build(ALL_VARIANTS)
+    best = [name for name, flags in RUN.items() if flags <= cpu_flags()][-1]
+    ended = made.run("test-kda", KIMI_CASES="400")
+    assert ended.returncode == 0, ended.stdout
+    loaded = re.findall(r"loaded CPU backend from .*/libggml-cpu-(\w+)\.so", ended.stderr)
+    assert loaded == [best]
+
+
+@needs_x86
+def test_our_sources_compile_for_the_variants_between() -> None:
+    made = build(ALL_VARIANTS)
+    known = re.findall(r"(?m)^(.*): \w+$", made.ninja("-t", "targets", "all"))
+    for name in COMPILED_ONLY:
+        objects = [
+            path for path in known if re.search(rf"/ggml-cpu-{name}\.dir/ggml-cpu/(kda-|latent-).*\.o$", path)
+        ]
+        assert len(objects) >= 9, f"{name}: {objects}"
+        made.ninja(*objects)

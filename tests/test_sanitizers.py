@@ -1,0 +1,131 @@
+"""ggml and our native tests under sanitizers: addresses and undefined behaviour, and races of threads.
+
+Fewer cases than without them (KIMI_CASES). Tensors of the native tests end where their memory ends (ApartBuffers), so
+a step beyond a tensor is one beyond the heap block. Each sanitizer is shown a fault of its kind, in a copy of the
+KDA scan, which it must find. A small model runs on the same libraries, beside the engine's own libllama.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from ggml_variant import Build, Variant, build
+from random_checkpoint import Spec, write_checkpoint
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.scripts.engine import Engine
+
+PROGRAMS = ("test-kda", "latent-attn-test", "test_fattn_f32", "split-test")
+CASES = {"test-kda": "7", "latent-attn-test": "7"}
+ADDRESS = Variant(
+    "address",
+    "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
+    PROGRAMS,
+    environment={"UBSAN_OPTIONS": "print_stacktrace=1", "ASAN_OPTIONS": "detect_stack_use_after_return=1"},
+)
+THREAD = Variant(
+    "thread",
+    "-O1 -g1 -fsanitize=thread",
+    PROGRAMS[:2],
+    runner=("setarch", "-R"),  # its memory map does not bear much randomness
+    environment={"TSAN_OPTIONS": "halt_on_error=1"},
+)
+RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
+THREADS = {"address": "1", "thread": "2"}  # waiting threads spin: more of them than cores take minutes
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_addresses_and_undefined_behaviour(program: str) -> None:
+    ended = build(ADDRESS).run(program, KIMI_CASES=CASES.get(program, "1"))
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
+
+
+@pytest.mark.parametrize("program", CASES)
+def test_threads(program: str) -> None:
+    ended = build(THREAD).run(program, KIMI_CASES=CASES[program])
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
+
+
+# A line at the head of the scan, run by every thread, and what must be said of it.
+FAULTS = {
+    "a read beyond a tensor": (
+        ADDRESS,
+        "volatile float x = ((const float *) dst->src[GGML_KDA_SCAN_NORM]->data)[dst->src[GGML_KDA_SCAN_F]->ne[0]];"
+        " (void) x;",
+        "heap-buffer-overflow",
+    ),
+    "a misaligned read": (
+        ADDRESS,
+        "volatile float x = *(const float *) ((const char *) dst->src[0]->data + 1); (void) x;",
+        "misaligned address",
+    ),
+    "an overflow of signed numbers": (
+        ADDRESS,
+        "volatile int x = 0x7fffffff; x = x + params->nth;",
+        "signed integer overflow",
+    ),
+    "a race": (THREAD, "((volatile float *) dst->data)[0] = (float) params->ith;", "data race"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
+    variant, line, word = FAULTS[fault]
+    made = build(variant)
+    ended = made.run(plant(made, line, tmp_path) / "test-kda", KIMI_CASES="400")
+    assert ended.returncode != 0
+    assert word in ended.stderr
+
+
+def plant(made: Build, line: str, folder: Path) -> Path:
+    """A copy of bin/ whose ggml-cpu has the line at the head of the scan; its folder."""
+    commands = json.loads((made.folder / "compile_commands.json").read_text())
+    entry = next(each for each in commands if each["file"].endswith("/ggml-cpu/kda-scan.cpp"))
+    source = Path(entry["file"])
+    head = re.compile(r"(void ggml_compute_forward_kda_scan\([^{]*\{)")
+    text, count = head.subn(lambda found: f"{found[1]} {line}", source.read_text())
+    assert count == 1
+    altered, compiled = folder / source.name, folder / "planted.o"
+    altered.write_text(text)
+    command = [str(altered) if word == str(source) else word for word in shlex.split(entry["command"])]
+    command[command.index("-o") + 1] = str(compiled)
+    subprocess.run([*command, f"-I{source.parent}"], cwd=entry["directory"], check=True)
+
+    shutil.copytree(made.bin, folder / "bin")
+    link = made.ninja("-t", "commands", "ggml-cpu").splitlines()[-1]
+    words = [word for word in shlex.split(link) if word not in (":", "&&")]
+    words = [str(compiled) if word.endswith("/kda-scan.cpp.o") else word for word in words]
+    words[words.index("-o") + 1] = str(folder / "bin" / "libggml-cpu.so")
+    subprocess.run(words, cwd=made.folder, check=True)
+    return folder / "bin"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("variant", [ADDRESS, THREAD], ids=lambda variant: variant.name)
+def test_a_model_with_rollback(variant: Variant, engine: Engine, tmp_path: Path) -> None:
+    """Upstream's program on the sanitized ggml; libllama itself is the engine's, without a sanitizer."""
+    made = build(variant)
+    convert(
+        write_checkpoint(tmp_path / "model", Spec(layers="KKMK", seed=70)), tmp_path / "m.gguf", TYPES["F32"]
+    )
+    shutil.copytree(engine.lib, tmp_path / "lib")
+    for library in made.bin.glob("libggml*.so"):
+        shutil.copy2(library, tmp_path / "lib")
+    (tmp_path / "bin").mkdir()
+    program = shutil.copy2(engine.bin / "test-recurrent-state-rollback", tmp_path / "bin")
+    compiler = json.loads((made.folder / "compile_commands.json").read_text())[0]["command"].split()
+    compiler = compiler[1] if compiler[0].endswith("ccache") else compiler[0]
+    runtime = subprocess.run(
+        [compiler, f"-print-file-name={RUNTIME[variant.name]}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    options = {**variant.environment, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    ended = made.run(program, "-m", str(tmp_path / "m.gguf"), "-t", THREADS[variant.name], **options)
+    assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
+    assert "multi-seq split replay matched" in ended.stdout + ended.stderr
