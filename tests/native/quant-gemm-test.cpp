@@ -59,7 +59,7 @@ static void expect(bool good, const Shape & s, const char * what, double value) 
 
 // The repack buffer type, or nullptr where this CPU has none.
 static ggml_backend_buffer_type_t repack_buffer_type() {
-    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_dev_t dev = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
     auto               get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
         ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
     for (ggml_backend_buffer_type_t * each = get(dev); each != nullptr && *each != nullptr; ++each) {
