@@ -83,6 +83,10 @@ class Checkpoint:
         """A hash of what the weights stand in: names, sizes, times and headers of the files."""
         return digest(*(file.identity() for file in self._files.values()))
 
+    def headers_hash(self) -> str:
+        """A hash of all headers, the same wherever and whenever the files are."""
+        return digest(*(file.header_hash.encode() for file in self._files.values()))
+
     def check_unchanged(self, names: Iterable[str] | None = None) -> None:
         """Raise `ConvertError` if a file that holds one of the tensors `names` is no longer what was opened;
         without names, look at every file, and read the headers again."""

@@ -14,6 +14,7 @@ from typing import Final
 
 from .config import KimiConfig, LayerKind
 from .imatrix import Importances
+from .origin import Origin
 from .quantise import FileType
 from .tensors import outputs
 from .tokenizer import Vocab
@@ -53,10 +54,12 @@ def metadata(
     file_type: FileType,
     name: str,
     importances: Importances | None = None,
+    origin: Origin | None = None,
 ) -> list[Key]:
     """Every key of the file, in the order in which llama-quantize leaves them."""
     return [
         *_general(config, name),
+        *_origin(origin),
         *architecture_keys(config),
         *_tokenizer(vocab),
         _u32("general.quantization_version", QUANTIZATION_VERSION),
@@ -74,6 +77,27 @@ def _general(config: KimiConfig, name: str) -> Iterator[Key]:
     yield Key("general.type", ValueType.STRING, "model")
     yield Key("general.name", ValueType.STRING, name)
     yield Key("general.size_label", ValueType.STRING, size_label(config))
+
+
+def _origin(origin: Origin | None) -> Iterator[Key]:
+    """Licence and descent under the names of the GGUF specification, hashes under ours."""
+    if origin is None:
+        return
+    texts = (
+        ("general.license", origin.license),
+        ("general.license.link", origin.license_link),
+        ("general.source.huggingface.repository", origin.repository),
+        ("kimi_gguf.source.config_sha256", origin.config_sha256),
+        ("kimi_gguf.source.headers_sha256", origin.headers_sha256),
+    )
+    yield from (Key(name, ValueType.STRING, text) for name, text in texts if text)
+    base = origin.repository or origin.base_model
+    if base is not None:
+        organisation, name = base.split("/")
+        yield _u32("general.base_model.count", 1)
+        yield Key("general.base_model.0.name", ValueType.STRING, name)
+        yield Key("general.base_model.0.organization", ValueType.STRING, organisation)
+        yield Key("general.base_model.0.repo_url", ValueType.STRING, f"https://huggingface.co/{base}")
 
 
 def _quantize(importances: Importances | None) -> Iterator[Key]:

@@ -19,6 +19,7 @@ from .digest import digest
 from .ggml import Ggml
 from .imatrix import read_importances
 from .mixes import Request
+from .origin import hub_id
 from .plan import Plan, PlannedTensor, make_plan
 from .quantise import FileType
 from .stream import Pace, encoded, prepared
@@ -112,8 +113,5 @@ def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
 
 def model_name(folder: Path) -> str:
     """A name from a checkpoint's folder; in a Hugging Face cache (`models--ORG--NAME/...`), NAME."""
-    folder = folder.absolute()
-    for parent in (folder, *folder.parents):
-        if parent.name.startswith("models--"):
-            return parent.name.split("--")[-1]
-    return folder.name
+    found = hub_id(folder)
+    return found.split("/")[1] if found else folder.absolute().name

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from .checkpoint import Checkpoint
+from .checkpoint import CONFIG, Checkpoint
 from .errors import ConvertError
 from .imatrix import Importances
 from .metadata import Key, metadata
 from .mixes import Request, choose_types, needs_importances
+from .origin import read_origin
 from .quantise import BF16, F16, F32, TensorType, Values
 from .safetensors_file import Dtype
 from .tensors import Output, outputs
@@ -99,7 +100,8 @@ def make_plan(
     if importances is not None:
         _check_importances(tensors, importances)
     _check_needs(tensors, request, importances)
-    keys = tuple(metadata(config, vocab, request.file_type, name, importances))
+    origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
+    keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
     return Plan(request, keys, tuple(tensors), notes, importances)
 

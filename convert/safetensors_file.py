@@ -102,7 +102,7 @@ class SafetensorsFile:
 
     def identity(self) -> bytes:
         """What tells the file from another one of its name: size, time of change, inode, and its header."""
-        return repr((self.path.name, self._opened, self._header_hash)).encode()
+        return repr((self.path.name, self._opened, self.header_hash)).encode()
 
     def check_unchanged(self, thoroughly: bool = False) -> None:
         """Raise `ConvertError` if another file stands at the path, or this one was written to, since it was
@@ -110,7 +110,7 @@ class SafetensorsFile:
         try:
             same = _stamp(self.path.stat()) == _stamp(os.fstat(self._fd)) == self._opened
             if same and thoroughly:
-                same = hashlib.sha256(self._header_bytes()).hexdigest() == self._header_hash
+                same = hashlib.sha256(self._header_bytes()).hexdigest() == self.header_hash
         except (OSError, ConvertError):
             same = False
         if not same:
@@ -161,7 +161,7 @@ class SafetensorsFile:
         self._opened = _stamp(os.fstat(self._fd))
         size = self._opened[0]
         header = self._header_bytes()
-        self._header_hash = hashlib.sha256(header).hexdigest()
+        self.header_hash = hashlib.sha256(header).hexdigest()
         entries = parse_object(header, f"{self.path} (header)")
         metadata = entries.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -187,17 +187,18 @@ def _locked(data: Path, path: Path) -> int:
             raise ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was left") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if data.exists() and os.path.samestat(data.stat(), os.fstat(fd)):
-                return fd
         except BlockingIOError:
             os.close(fd)
             raise ConvertError(
                 f"{path}: another conversion is writing it ({data.name} is locked); wait for it, or choose "
                 "another name"
             ) from None
-        except OSError:
-            pass
-        os.close(fd)  # it was finished or removed in between
+        except OSError:  # a file system without locks
+            return fd
+        with suppress(FileNotFoundError):
+            if os.path.samestat(data.stat(), os.fstat(fd)):
+                return fd
+        os.close(fd)  # it was finished or removed in between: try again
 
 
 def _last_mark(data: Path, journal: Path, identity: Identity, size: int) -> Mark | None:

@@ -39,6 +39,8 @@ OTHER_KEYS = {
     "kimi-linear.attention.value_length",  # the latent's size, not hidden_size / heads
     "kimi-linear.expert_group_used_count",  # left out where there are no groups
     "kimi-linear.expert_weights_norm",  # said, though llama.cpp takes it for granted
+    "kimi_gguf.source.config_sha256",
+    "kimi_gguf.source.headers_sha256",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from convert_tools import assert_refused, convert, edited_json, edited_tensors, fresh_checkpoint, gguf_values
+from convert_tools import (
+    assert_refused,
+    convert,
+    edited_json,
+    edited_tensors,
+    fresh_checkpoint,
+    gguf_keys,
+    gguf_values,
+)
 from random_checkpoint import Layout, Spec, weights
 from safetensors.torch import load_file, save_file
 
@@ -27,7 +36,16 @@ LAYOUTS: list[Layout] = ["hub", "resaved", "native"]
 def converted(source: Path, output: Path, kind: str = "BF16") -> bytes:
     run = convert(source, "-o", output, "--type", kind, "--name", "model")
     assert run.status == 0, run.err
-    return output.read_bytes()
+    return without_origin(output)
+
+
+def without_origin(path: Path) -> bytes:
+    """A file's bytes but for what they say of the files they came from: hashes, and the id on the hub."""
+    content = path.read_bytes()
+    for key in (b"kimi_gguf.source.config_sha256", b"kimi_gguf.source.headers_sha256"):
+        at = content.index(key) + len(key) + 12
+        content = content[:at] + bytes(64) + content[at + 64 :]
+    return content
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
@@ -74,7 +92,45 @@ def test_a_hugging_face_cache_is_followed_and_names_the_model(tmp_path: Path) ->
         (snapshot / file.name).symlink_to(Path("../../blobs") / f"{number:064x}")
     for source in (plain, snapshot):
         assert convert(source, "-o", tmp_path / f"{source.name}.gguf").status == 0
-    assert (tmp_path / "0123abcd.gguf").read_bytes() == (tmp_path / "Kimi-Test.gguf").read_bytes()
+    ours, plain_keys = gguf_keys(tmp_path / "0123abcd.gguf"), gguf_keys(tmp_path / "Kimi-Test.gguf")
+    descent = {
+        "general.source.huggingface.repository": "org/Kimi-Test",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Kimi-Test",
+        "general.base_model.0.organization": "org",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/Kimi-Test",
+    }
+    assert ours == plain_keys | descent
+    for name, values in gguf_values(tmp_path / "0123abcd.gguf").items():
+        assert np.array_equal(values, gguf_values(tmp_path / "Kimi-Test.gguf")[name])
+
+
+CARDS = {
+    "---\nlicense: mit\nbase_model:\n- moonshotai/Kimi-Linear-48B-A3B-Base\ntags: [x]\n---\n# A model\n": {
+        "general.license": "mit",
+        "general.base_model.0.organization": "moonshotai",
+    },
+    "---\nlicense: 'other'\nlicense_link: https://example.org/licence\n---\n": {
+        "general.license": "other",
+        "general.license.link": "https://example.org/licence",
+    },
+    "---\nlicense: mit\n": {},  # no end
+    "license: mit\n": {},
+    "---\nlicense: " + "x" * 300 + "\nbase_model: ../../etc\n---\n": {},
+    "\xff---\n\0": {},
+}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=range(len(CARDS)))
+def test_the_model_card_gives_licence_and_descent_and_never_an_error(tmp_path: Path, card: str) -> None:
+    source = fresh_checkpoint(tmp_path / "model", Spec())
+    (source / "README.md").write_text(card)
+    assert convert(source, "-o", tmp_path / "x.gguf").status == 0
+    keys = gguf_keys(tmp_path / "x.gguf")
+    asked = ("general.license", "general.license.link", "general.base_model.0.organization")
+    assert {name: keys[name] for name in asked if name in keys} == CARDS[card]
+    config = hashlib.sha256((source / "config.json").read_bytes()).hexdigest()
+    assert keys["kimi_gguf.source.config_sha256"] == config
 
 
 @pytest.mark.parametrize("original_names", [True, False], ids=["resaved", "in-memory-names"])

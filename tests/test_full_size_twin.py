@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.convert.stream import Pace
 from kimi_gguf.convert.writer import file_size
-from kimi_gguf.scripts.full_size_twin import num_bytes, tensors, write_twin
+from kimi_gguf.scripts.full_size_twin import num_bytes, published_config, tensors, write_twin
 
 
 def test_twin_has_the_published_tensor_count_parameters_and_bytes() -> None:
@@ -30,3 +37,40 @@ def test_the_converter_plans_the_full_size_model_in_little_memory(tmp_path: Path
     plan = plan_only(write_twin(tmp_path), TYPES["BF16"])
     assert len(plan.tensors) == 610
     assert 98_245_528_576 < file_size(plan) < 1.001 * 98_245_528_576
+
+
+MEASURED = """
+import resource, sys
+from kimi_gguf.convert.cli import main
+status = main(sys.argv[1:])
+print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("limit", [None, "500M"])
+def test_memory_does_not_grow_with_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None
+) -> None:
+    """Real shapes with two of the 27 layers, 1.6 GB of weights: under 400 MB, of which 100 are numpy and Python.
+
+    The whole twin, 98 GB to Q4_0, peaked at 163 MB: nothing of it depends on the number of layers.
+    """
+    config = json.loads(published_config()) | {"num_hidden_layers": 2, "num_experts": 96, "vocab_size": 32000}
+    config |= {"bos_token_id": 31744, "eos_token_id": 31746, "pad_token_id": 31999}
+    config["linear_attn_config"] |= {"kda_layers": [1], "full_attn_layers": [2]}
+    monkeypatch.setattr("kimi_gguf.scripts.full_size_twin.published_config", lambda: json.dumps(config))
+    source = write_twin(tmp_path / "model")
+    arguments = [source, "-o", tmp_path / "x.gguf", "--type", "Q4_0", "--quiet"]
+    arguments += ["--max-memory", limit] if limit else []
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    status, peak = map(int, done.stdout.split())
+    assert status == 0 and (tmp_path / "x.gguf").stat().st_size > 400_000_000
+    assert peak < 400_000_000
+
+
+def test_too_little_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConvertError, match=r"--max-memory: 300 MiB are too few; .* MiB are needed at least"):
+        Pace.within(300 << 20)
+    assert Pace.within(500 << 20, threads=64).memory <= 500 << 20

@@ -16,11 +16,13 @@ from pathlib import Path
 
 import gguf
 
+from kimi_gguf.convert.ggml import LIBRARY, Ggml
 from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.unfinished import Identity
 from kimi_gguf.convert.writer import file_size, write
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
-from kimi_gguf.scripts.bench.weights import Encoder, Weights
+from kimi_gguf.scripts.bench.weights import Weights
 from kimi_gguf.scripts.engine import Engine, cache_folder
 from kimi_gguf.scripts.progress import Reporter
 
@@ -86,7 +88,7 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
     plan = plan_file(model, engine)
     total = file_size(plan)
     told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
-    weights = Weights(Encoder(engine.lib / _library("ggml-base")))
+    weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0
 
     def report(_tensor: PlannedTensor, nbytes: int) -> None:
@@ -94,7 +96,16 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
         written += nbytes
         told.step(written >> 20, total >> 20)
 
-    write(plan, weights.pieces, path, overwrite=True, report=report)
+    write(
+        plan,
+        weights.pieces,
+        path,
+        overwrite=True,
+        identity=Identity(plan=model.key, sources=""),
+        resume=False,
+        report=report,
+        check=lambda _tensor: None,
+    )
     return path
 
 
@@ -188,8 +199,3 @@ def convert_demo(kind: str, told: Reporter) -> Path:
                 "the demo cannot be converted", found=ended.stderr.strip(), todo="convert-kimi demo ..."
             )
     return path
-
-
-def _library(name: str) -> str:
-    """A shared library's file name on this system."""
-    return f"lib{name}.dylib" if sys.platform == "darwin" else f"lib{name}.so"

@@ -18,12 +18,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from kimi_gguf.convert.config import KimiConfig
 from kimi_gguf.convert.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
+from kimi_gguf.convert.mixes import Request
 from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
-from kimi_gguf.convert.quantise import BF16, F32, TensorType
+from kimi_gguf.convert.quantise import BF16, F32, TENSOR_TYPES, TensorType
+from kimi_gguf.convert.quantise import TYPES as FILE_TYPES
 from kimi_gguf.convert.tensors import outputs
 from kimi_gguf.convert.writer import header
 from kimi_gguf.patches.errors import EngineError
@@ -125,17 +125,6 @@ def keys_of(model: BenchModel, config: KimiConfig) -> list[Key]:
     return [*(Key(name, ValueType.STRING, value) for name, value in described), *named]
 
 
-def tensor_type(name: str) -> TensorType:
-    """A ggml type by its name, for planning only: this project's encoders cover few of them."""
-    number = gguf.GGMLQuantizationType[name.upper()]
-    block, size = gguf.GGML_QUANT_SIZES[number]
-
-    def encode(_values: object) -> Any:
-        raise AssertionError(f"{name}: ggml encodes it")
-
-    return TensorType(name.upper(), int(number), 0, block, size, float("inf"), encode)
-
-
 def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) -> Plan:
     """The whole file; without `types` everything large is BF16."""
     config = config_of(model)
@@ -145,7 +134,7 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
         chosen = types[output.name] if types else F32 if output.always_f32 else BF16
         tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne), offset))
         offset = aligned(offset + tensors[-1].nbytes)
-    return Plan(BF16, tuple(keys_of(model, config)), tuple(tensors))
+    return Plan(Request(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
 def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
@@ -166,7 +155,7 @@ def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
         said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     lines = (said.stdout + said.stderr).splitlines()
     found = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
-    types = {name: tensor_type(new or old) for name, old, new in found}
+    types = {name: TENSOR_TYPES[(new or old).upper()] for name, old, new in found}
     if said.returncode or set(types) != {tensor.name for tensor in plan.tensors}:
         raise EngineError(
             f"{quantize.name} --dry-run does not tell the types of a {model.type} file",

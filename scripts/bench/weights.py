@@ -7,46 +7,17 @@ No row follows its neighbours' order in another tensor: each slice of the pool b
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kimi_gguf.convert.encode import encode
+from kimi_gguf.convert.ggml import Ggml
 from kimi_gguf.convert.plan import PlannedTensor
-from kimi_gguf.convert.quantise import Bytes, TensorType
+from kimi_gguf.convert.quantise import Bytes, TensorType, Values
+from kimi_gguf.convert.safetensors_file import Dtype
 
 POOL_ROWS = 1021  # a prime, so that slices do not line up with heads or experts
-
-Values = NDArray[np.float32]
-
-
-class Encoder:
-    """ggml's own quantisers out of a build's library."""
-
-    def __init__(self, library: Path) -> None:
-        self._ggml = ctypes.CDLL(str(library))
-        quantise = self._ggml.ggml_quantize_chunk
-        quantise.restype = ctypes.c_size_t
-        quantise.argtypes = [
-            ctypes.c_int,
-            ctypes.c_void_p,
-            ctypes.c_void_p,
-            *[ctypes.c_int64] * 3,
-            ctypes.c_void_p,
-        ]
-        self._quantise = quantise
-
-    def __call__(self, kind: TensorType, values: Values) -> Bytes:
-        """values: [rows, columns]. Returns the bytes [rows, bytes of a row]."""
-        rows, columns = values.shape
-        out = np.empty((rows, kind.nbytes([columns])), np.uint8)
-        if kind.name == "F32":
-            return values.view(np.uint8).reshape(out.shape)
-        written = self._quantise(kind.number, values.ctypes.data, out.ctypes.data, 0, rows, columns, None)
-        assert written == out.nbytes, (kind.name, written, out.nbytes)
-        return out
 
 
 def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Values | None:
@@ -73,19 +44,23 @@ def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 
 class Weights:
-    """The bytes of any planned tensor, the same for the same order of calls and seed."""
+    """The bytes of planned tensors, the same for the same order of calls and seed."""
 
-    def __init__(self, encode: Encoder, seed: int = 1) -> None:
-        self._encode = encode
+    def __init__(self, ggml: Ggml, seed: int = 1) -> None:
+        self._ggml = ggml
         self._rng = np.random.default_rng(seed)
         self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns: twice the same rows
 
-    def pieces(self, tensor: PlannedTensor) -> Iterator[Bytes]:
-        """The tensor's data in order."""
+    def pieces(self, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Bytes]]:
+        """The data of all tensors in order, each piece with its tensor."""
+        return ((tensor, piece) for tensor in tensors for piece in self.pieces_of(tensor))
+
+    def pieces_of(self, tensor: PlannedTensor) -> Iterator[Bytes]:
+        """One tensor's data in order."""
         ne = tensor.output.ne
         values = small_values(tensor.name, ne, self._rng)
         if values is not None:
-            yield self._encode(tensor.type, values).reshape(-1)
+            yield encode(values, Dtype.F32, tensor.type, ggml=self._ggml)
             return
         pool = self._pool(tensor.type, ne[0])
         rows = int(np.prod(ne[1:], dtype=np.int64))
@@ -98,6 +73,8 @@ class Weights:
         pool = self._pools.get((kind.name, columns))
         if pool is None:
             values = self._rng.standard_normal((POOL_ROWS, columns), np.float32) / np.float32(columns**0.5)
-            once = self._encode(kind, np.ascontiguousarray(values))
+            once = encode(np.ascontiguousarray(values), Dtype.F32, kind, ggml=self._ggml).reshape(
+                POOL_ROWS, -1
+            )
             pool = self._pools[kind.name, columns] = np.concatenate([once, once])
         return pool

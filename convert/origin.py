@@ -1,0 +1,84 @@
+"""Where a checkpoint comes from, as far as its folder tells: licence, hub id, base model, hashes.
+
+Flows in: the checkpoint's folder. Flows out: `Origin`, for the `general.*` keys. The card (README.md) is text that
+nobody vouches for: only plain values of a few keys of its front matter are taken, and nothing in it is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+CARD: Final = "README.md"
+_MAX_BYTES: Final = 1 << 16
+_HUB_ID: Final = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_LINE: Final = re.compile(r"(\w+):[ \t]*(.*)")
+_ITEM: Final = re.compile(r"[ \t]*-[ \t]+(.*)")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known; None where nothing is."""
+
+    repository: str | None  # the checkpoint's own id on the hub, ORG/NAME
+    base_model: str | None  # the id of what it was made from, by its card
+    license: str | None
+    license_link: str | None
+    config_sha256: str
+    headers_sha256: str  # of the shards' headers: every tensor's name, type, shape and place
+
+
+def read_origin(folder: Path, config: Path, headers_sha256: str) -> Origin:
+    """Look at the folder and its card. Reads small files only."""
+    card = _front_matter(folder / CARD)
+    base = card.get("base_model", "")
+    return Origin(
+        hub_id(folder),
+        base if _HUB_ID.fullmatch(base) else None,
+        card.get("license") or None,
+        card.get("license_link") or None,
+        hashlib.sha256(config.read_bytes()).hexdigest(),
+        headers_sha256,
+    )
+
+
+def hub_id(folder: Path) -> str | None:
+    """ORG/NAME of a snapshot in a Hugging Face cache (`models--ORG--NAME/snapshots/...`)."""
+    folder = folder.absolute()
+    for parent in (folder, *folder.parents):
+        parts = parent.name.split("--")
+        if len(parts) == 3 and parts[0] == "models" and _HUB_ID.fullmatch("/".join(parts[1:])):
+            return "/".join(parts[1:])
+    return None
+
+
+def _front_matter(card: Path) -> Mapping[str, str]:
+    """Plain `key: value` lines between two `---`; of a list its first item."""
+    try:
+        with card.open("rb") as file:
+            text = file.read(_MAX_BYTES).decode("utf-8", "replace") if card.is_file() else ""
+    except OSError:
+        return {}
+    lines = text.splitlines()
+    if not lines or lines[0].strip() != "---":
+        return {}
+    found: dict[str, str] = {}
+    key = ""
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return found
+        if match := _LINE.fullmatch(line):
+            key = match[1]
+            found.setdefault(key, _plain(match[2]))
+        elif (match := _ITEM.fullmatch(line)) and not found.get(key):
+            found[key] = _plain(match[1])
+    return {}
+
+
+def _plain(text: str) -> str:
+    text = text.strip().strip("'\"")
+    return text if text.isprintable() and len(text) <= 200 else ""
