@@ -154,12 +154,12 @@ OBSTACLES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "the device lacks it": (
         {"SECOND_REFUSES": "LATENT_ATTN"},
         {},
-        "SECOND0 does not have LATENT_ATTN for f32 caches and f32 weights",
+        "SECOND0 does not have LATENT_ATTN for f32 caches and cache in SECOND0",
     ),
     "the cache stays behind": (
         {},
         {"offload_kqv": False},
-        "cache and blk.2.attn_k_b.weight are on different devices",
+        "its cache is on CPU and blk.2.attn_k_b.weight on SECOND0",
     ),
 }
 

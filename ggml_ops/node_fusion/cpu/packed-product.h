@@ -13,6 +13,9 @@ class packed_product : public tensor_traits {
     // what the activations are packed into; equal numbers, equal bytes
     virtual int activations() const = 0;
 
+    // Is the whole product faster by itself than in these steps?
+    virtual bool whole(const ggml_tensor *) const { return false; }
+
     // rows of the weights that go together
     virtual int64_t row_step() const = 0;
 
