@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from native_program import compile_program
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.quantise import TYPES
 from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.validate.llama import RunOptions
+from kimi_gguf.validate.llama import run as run_model
 
 pytestmark = pytest.mark.engine
 
@@ -54,3 +62,73 @@ def test_what_a_run_is_and_what_is_none(program: Path) -> None:
     apart = ("with a reader", "over 16 experts", "products")  # products leave no trace
     for line in lines:
         assert (AS_ONE in line) != any(word in line for word in apart), line
+
+
+TOGETHER, APART = "conv,scan,mla,fuse,require", "conv,scan,mla,require"
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
+    """A model whose weights ggml-cpu repacks."""
+    folder = tmp_path_factory.mktemp("quantised")
+    spec = Spec(
+        layers="KKM", hidden=128, kda_head_dim=64, experts=8, experts_used=4, moe_intermediate=64, seed=90
+    )
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "f32.gguf", TYPES["F32"])
+    made = folder / "q4_0.gguf"
+    subprocess.run(
+        [engine.bin / "llama-quantize", "--pure", folder / "f32.gguf", made, "Q4_0", "1"],
+        check=True,
+        capture_output=True,
+    )
+    return made
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "at once": {},
+    "token by token": {"step_from": 0, "flash_attention": True, "cache_type": "F16"},
+    "ubatches of 17": {"n_batch": 60, "n_ubatch": 17},
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_models_logits_have_the_same_bits(
+    way: str, threads: int, quantised: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = list(np.random.default_rng(90).integers(0, VOCAB_SIZE, (2, 60)))
+    logits = []
+    for choice in (TOGETHER, APART):
+        monkeypatch.setenv("KIMI_OPS", choice)
+        options = RunOptions(**WAYS[way], threads=threads)
+        logits.append(np.stack(run_model(engine, quantised, texts, options).logits))
+    np.testing.assert_array_equal(*logits)
+
+
+def test_llama_imatrix_sees_every_product(quantised: Path, engine: Engine, tmp_path: Path) -> None:
+    """It looks at each node's activations, so that nodes it wants are not among those that run as one."""
+    text = tmp_path / "text"
+    text.write_text("He was in the restaurant on the water. " * 60)
+
+    def importance(environment: Mapping[str, str]) -> bytes:
+        out = tmp_path / f"{len(environment['KIMI_OPS'])}.gguf"
+        command = [
+            engine.bin / "llama-imatrix",
+            "-m",
+            quantised,
+            "-f",
+            text,
+            "-o",
+            out,
+            "-c",
+            "128",
+            "-t",
+            "2",
+        ]
+        subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+        return out.read_bytes()
+
+    together = importance({"KIMI_OPS": TOGETHER})
+    assert b"ffn_gate_exps" in together
+    assert b"attn_k.weight" in together
+    assert together == importance({"KIMI_OPS": APART})
