@@ -77,6 +77,11 @@ int main() {
     CHECK(obstacle(cpu, &pinned.buffer, &pinned.buffer).empty());
     CHECK(obstacle(&able.buffer, &pinned.buffer, &pinned.buffer) == "its cache is on GPU and k_b on CPU");
 
+    // memory of nobody's
+    Place stray(true, false);
+    stray.type.device = nullptr;
+    CHECK(obstacle(&stray.buffer, &stray.buffer, &stray.buffer) == "no device is known for memory");
+
     // nothing has memory yet
     CHECK(obstacle(nullptr, nullptr, nullptr).empty());
 

@@ -23,6 +23,9 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
             continue;
         }
         const ggml_backend_dev_t dev = device_of(memory);
+        if (dev == nullptr) {
+            return std::string("no device is known for ") + ggml_backend_buft_name(memory);
+        }
         if (holder && dev != holder) {
             return std::string("its cache is on ") + ggml_backend_dev_name(holder) + " and " + t->name + " on " +
                    ggml_backend_dev_name(dev);
