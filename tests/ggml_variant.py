@@ -194,5 +194,6 @@ def _read(path: Path) -> str | None:
 
 def _forget(folder: Path) -> None:
     """Remove the builds of checkouts that nobody uses any more."""
-    for old in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+    builds = [path for path in folder.iterdir() if path.is_dir()]
+    for old in sorted(builds, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
