@@ -1,8 +1,8 @@
 """ggml of the patched tree and the programs of tests/native, built in variants: sanitizers, other processors.
 
 In: a `Variant`. Out: a `Build`, a folder with bin/ in which programs and libraries lie side by side; `Build.run` runs
-a program under the variant's runner. Builds are kept in the cache, named by the content of everything that goes into
-them; a run that finds its build there costs the reading of the sources.
+a program under the variant's runner. Builds stay in the cache: where the content of all sources is as it was, finding
+one costs the reading of the sources; where it is not, Ninja compiles what changed.
 
 Where a tool is missing the test is skipped and names the Debian package; with KIMI_CI set it fails instead.
 """
@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -29,7 +30,7 @@ from kimi_gguf.scripts.engine import cache_folder, upstream_source
 from kimi_gguf.scripts.toolchain import cores, cpu_fingerprint, find_compilers, packaged_tool
 
 ROOT = Path(__file__).parent.parent
-KEPT = 2  # builds of one variant: the present one and the one before
+KEPT = 3  # checkouts whose builds stay
 # What is compiled here: ggml without the backends of other devices, and three sources of libllama.
 UPSTREAM = re.compile(r"ggml/(?!src/ggml-(?!cpu/)[\w-]+/)|src/(kimi-split|unicode|llama-fattn-f32)")
 DEFINES = {
@@ -101,36 +102,38 @@ def require_tools(tools: Mapping[str, str]) -> None:
 
 
 def build(variant: Variant) -> Build:
-    """The variant, built now if it is not there yet."""
+    """The variant, built now where anything that goes into it has changed."""
     require_tools(variant.tools)
-    folder = cache_folder() / "variants"
+    folder = cache_folder() / "variants" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
+    made = Build(variant, folder / "source", folder / variant.name)
     tree = sources()
-    digest = hashlib.sha256(tree.hash().encode()).hexdigest()[:16]
-    source = folder / f"source-{digest}"
-    with (folder / "source.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not source.exists():
-            tree.write_to(folder / f".{source.name}")
-            (folder / f".{source.name}").rename(source)
-            _forget(folder, "source-*")
+    digest = tree.hash()
+    with _locked(folder / "source.lock"):
+        if _read(folder / "source.digest") != digest:
+            tree.write_to(made.source)  # touches only what differs
+            (folder / "source.digest").write_text(digest)
+            _forget(folder.parent)
+        os.utime(folder)
     compilers = variant.compilers or tuple(find_compilers("cpu")[name].path for name in ("C", "C++"))
     versions = [
         subprocess.run([each, "--version"], capture_output=True, check=True).stdout for each in compilers
     ]
-    settings = [digest, variant.flags, variant.targets, sorted({**DEFINES, **variant.defines}.items())]
-    identity = json.dumps([*settings, str(source), cpu_fingerprint(), [each.decode() for each in versions]])
-    made = Build(
-        variant, source, folder / f"{variant.name}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-    )
-    with (folder / f"{variant.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (made.folder / "complete").exists():
+    settings = [
+        variant.flags,
+        sorted({**DEFINES, **variant.defines}.items()),
+        cpu_fingerprint(),
+        str(versions),
+    ]
+    with _locked(folder / f"{variant.name}.lock"):
+        if _read(made.folder / "settings") != json.dumps(settings):
+            shutil.rmtree(made.folder, ignore_errors=True)
             _configure(made, compilers)
+            (made.folder / "settings").write_text(json.dumps(settings))
+        wanted = " ".join([digest, *variant.targets])
+        if _read(made.folder / "complete") != wanted:
             made.ninja("-j", str(cores()), *variant.targets)
-            (made.folder / "complete").touch()
-            _forget(folder, f"{variant.name}-*")
-    os.utime(made.folder)
+            (made.folder / "complete").write_text(wanted)
     return made
 
 
@@ -178,7 +181,19 @@ def _configure(made: Build, compilers: tuple[str, ...]) -> None:
     assert ended.returncode == 0, ended.stdout[-4000:]
 
 
-def _forget(folder: Path, pattern: str) -> None:
-    """Remove all but the builds used last."""
-    for old in sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
+
+
+def _forget(folder: Path) -> None:
+    """Remove the builds of checkouts that nobody uses any more."""
+    builds = [path for path in folder.iterdir() if path.is_dir()]
+    for old in sorted(builds, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)
