@@ -90,6 +90,11 @@ int main(int argc, char ** argv) {
     ggml_backend_buffer_t w_buffer =
         ggml_backend_alloc_ctx_tensors_from_buft(w_ctx, weights_buffer_type(number("repack") != 0));
 
+    if (number("repack") && weights->extra == nullptr) {
+        fprintf(stderr, "%s is not repacked on this CPU: repack=0\n", options["type"].c_str());
+        return 1;
+    }
+
     std::mt19937                    rng(1);
     std::normal_distribution<float> normal;
     std::vector<float>              x(ggml_nelements(acts));

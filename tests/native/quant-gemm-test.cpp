@@ -260,7 +260,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     for (const int64_t k : { kind.block, kind.block * 3, kind.block * 9, (int64_t) 2304 }) {
         add([&](Shape & s) { s.k = k; });
     }
-    for (const int64_t n : { 1, 2, 15, 17, 18, 19, 20, 21, 22, 33, 129, 300 }) {
+    for (const int64_t n : { 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 33, 129, 300 }) {
         add([&](Shape & s) { s.n_tokens = n; });
     }
     for (const int64_t n : { 8, 16, 24, 40, 136 }) {
@@ -279,7 +279,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         }
     }
     base.n_experts = 8;
-    for (const int64_t n : { 1, 2, 15, 17, 40, 400 }) {
+    for (const int64_t n : { 1, 7, 8, 15, 17, 40, 400 }) {
         add([&](Shape & s) { s.n_tokens = n; });
         add([&](Shape & s) { s.n_tokens = n, s.broadcast = false; });
     }

@@ -83,6 +83,7 @@ struct Format {
     Scheme            scheme;
     int               offset;  // what is added to the signed values to make them unsigned
     Unpack            unpack;
+    int               min_columns;  // from which unpacking pays: of a MUL_MAT; half of it for an expert on average
 };
 
 // The format of a type and layout, or nullptr.

@@ -427,19 +427,19 @@ static void unpack_bf16(
 }
 
 static const Format formats[] = {
-    { GGML_TYPE_Q4_0, QUANT_GEMM_ROWS, Scheme::q8_0, 8, unpack_nibble_rows<block_q4_0, as_is> },
-    { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, unpack_nibble_groups<block_q4_0x8, flip_bit_3> },
-    { GGML_TYPE_Q5_0, QUANT_GEMM_ROWS, Scheme::q8_0, 16, unpack_q5_0 },
-    { GGML_TYPE_Q8_0, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_q8_0 },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_nibble_rows<block_iq4_nl, iq4_values> },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, unpack_nibble_groups<block_iq4_nlx8, iq4_values> },
-    { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K },
-    { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, unpack_q4_K_groups },
-    { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K },
-    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K },
-    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs },
+    { GGML_TYPE_Q4_0, QUANT_GEMM_ROWS, Scheme::q8_0, 8, unpack_nibble_rows<block_q4_0, as_is>, 4 },
+    { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, unpack_nibble_groups<block_q4_0x8, flip_bit_3>, 4 },
+    { GGML_TYPE_Q5_0, QUANT_GEMM_ROWS, Scheme::q8_0, 16, unpack_q5_0, 4 },
+    { GGML_TYPE_Q8_0, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_q8_0, 4 },
+    { GGML_TYPE_IQ4_NL, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_nibble_rows<block_iq4_nl, iq4_values>, 4 },
+    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, unpack_nibble_groups<block_iq4_nlx8, iq4_values>, 4 },
+    { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K, 4 },
+    { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, unpack_q4_K_groups, 4 },
+    { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K, 4 },
+    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 4 },
+    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs, 4 },
 #if defined(__AVX512BF16__)
-    { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16 },
+    { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16, 16 },
 #endif
 };
 

@@ -19,10 +19,6 @@ static constexpr int    MAX_COLUMNS = 128;  // their packed activations (368 KiB
 static constexpr int    TASK_ROWS   = 128;
 static constexpr size_t CACHE_LINE  = 64;
 
-// Columns from which unpacking panels pays: of a MUL_MAT, and of an expert on average.
-static constexpr int64_t MIN_COLUMNS           = 16;
-static constexpr int64_t MIN_COLUMNS_OF_EXPERT = 4;
-
 static size_t padded(size_t n) {
     return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
 }
@@ -86,7 +82,7 @@ static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layou
     if (src0->nb[0] != ggml_type_size(src0->type) || src1->nb[0] != sizeof(float) || dst->nb[0] != sizeof(float)) {
         return nullptr;
     }
-    const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? MIN_COLUMNS_OF_EXPERT : MIN_COLUMNS;
+    const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? format->min_columns / 2 : format->min_columns;
     return count_columns(dst) >= at_least * count_matrices(dst) ? format : nullptr;
 }
 
