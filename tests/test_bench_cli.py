@@ -231,7 +231,12 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
         "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05}, "others": 0.0,
     }  # fmt: skip
     compilers = {"C++": "c++: some compiler 1.0"}
-    engine = {"llama_cpp_commit": "0123456789", "package": "llama", "compilers": compilers}
+    engine = {
+        "llama_cpp_commit": "0123456789",
+        "package": "llama",
+        "commit": "01234-ours",
+        "compilers": compilers,
+    }
     return {
         "schema": 1, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
         "hybrid": None, "switch": "require", "engines": {"patched": engine, "pristine": engine}, "libraries": None,

@@ -92,7 +92,6 @@ class Arena:
         self._environments = environments
         self._stack = ExitStack()
         self._processes: dict[str, Contender] = {}
-        self._contexts: dict[str, str] = {}  # way -> name of its context
         self._at: dict[str, tuple[str, int]] = {}  # process and context -> its kept state
 
     def __enter__(self) -> Arena:

@@ -24,8 +24,8 @@ INTRODUCTION = """\
 
 Written by `kimi-llama bench --page`; do not edit. How to measure anew: the commands stand with each part.
 
-{machine}. llama.cpp {commit} of {package}, pristine and patched built from the same archive with the same options
-({compiler}). Measured {when}.
+{machine}. llama.cpp {commit} of {package}, pristine and patched ({builds}) built from the
+same archive with the same options by {compiler}. Measured {when}.
 
 Both builds hold the model in a process of their own and take turns in one run (A B B A); the one not at work is
 stopped. Figures are medians, ± the median distance from them. Pristine is at its best over `--repack 0/1` and flash
@@ -69,15 +69,17 @@ def operators_table(rows: Iterable[Data]) -> Rows:
     """The operators alone."""
     table: Rows = [("operator, one layer", "counted", "pristine", "here", "ratio")]
     for row in rows:
-        theirs, ours = (microseconds(row[build]["seconds"]) for build in ("pristine", "patched"))
+        theirs, ours = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
         plain = ", without flash attention" if row["pristine"]["case"].endswith("plain") else ""
         mark = " *" if row["others"] > DISTURBED else ""
         table.append((row["title"] + mark, row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}"))
     return table
 
 
-def microseconds(seconds: float) -> str:
+def short_time(seconds: float) -> str:
     """Such as "13.7 ms"."""
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
@@ -140,6 +142,7 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         machine=f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
         commit=str(engine["llama_cpp_commit"])[:7],
         package=engine["package"],
+        builds=", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
         switch=record["switch"],
         compiler=str(engine["compilers"]["C++"]).rpartition(": ")[2],
         when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",

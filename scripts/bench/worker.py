@@ -120,11 +120,14 @@ class Llama:
         return {}
 
     def repeat(self, name: str, file: str, depth: int) -> dict[str, Any]:
-        """The state of a file, repeated to `depth` tokens, into the context; it is not kept."""
+        """The state of a file, repeated to `depth` tokens, into the context; it is not kept.
+
+        The answer's depth is the one at which llama.cpp goes on.
+        """
         context = self.contexts[name]
         context.keep([repeated(state, depth) for state in read_states(file)])
         context.states = []
-        return {}
+        return {"depth": context.depth}
 
     def empty(self, name: str) -> dict[str, Any]:
         """No tokens in the context from now on."""
