@@ -55,7 +55,8 @@ static bool made_by(const group & g, const ggml_tensor * t) {
 // Takes op into the group; false when it cannot join.
 static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params) {
     packed_product * weights = packed_weights(op);
-    if (weights == nullptr || weights->whole(op) || g.count == MAX_PRODUCTS || made_by(g, op->src[1])) {
+    const bool       alone   = weights == nullptr || ggml_is_empty(op) || weights->whole(op);
+    if (alone || g.count == MAX_PRODUCTS || made_by(g, op->src[1])) {
         return false;
     }
     product p = { op, weights, g.used, false, 0, 0 };
