@@ -166,16 +166,22 @@ static void expert_sum(program & p, int64_t n, int64_t k, int64_t tokens) {
     p.unwanted = weighted;
 }
 
+// Several kinds of weights on the same activations, others on activations of their own, and one that needs the product
+// before it. The first is the widest, so that the work buffer holds the activations of several.
 static void products(program & p, int64_t tokens) {
+    const auto product = [&](ggml_type type, int64_t rows, ggml_tensor * x) {
+        ggml_tensor * y = ggml_mul_mat(p.ctx, p.weight(type, x->ne[0], rows, type != GGML_TYPE_Q8_0), x);
+        p.want(y);
+        return y;
+    };
+    product(GGML_TYPE_Q4_0, 8, p.input(4096, tokens));
     ggml_tensor * x = p.input(512, tokens);
-    for (const auto & [type, rows] : std::vector<std::pair<ggml_type, int64_t>>{ { GGML_TYPE_Q4_0, 256 },
-                                                                                 { GGML_TYPE_Q4_0, 8 },
-                                                                                 { GGML_TYPE_Q4_0, 136 },
-                                                                                 { GGML_TYPE_Q4_K, 64 },
-                                                                                 { GGML_TYPE_Q4_K, 128 },
-                                                                                 { GGML_TYPE_Q8_0, 96 } }) {
-        p.want(ggml_mul_mat(p.ctx, p.weight(type, 512, rows, type != GGML_TYPE_Q8_0), x));
-    }
+    product(GGML_TYPE_Q4_0, 136, x);
+    product(GGML_TYPE_Q4_K, 64, x);
+    product(GGML_TYPE_Q4_K, 128, x);
+    ggml_tensor * y = product(GGML_TYPE_Q4_0, 256, x);
+    product(GGML_TYPE_Q4_0, 16, y);
+    product(GGML_TYPE_Q8_0, 96, x);
 }
 
 int main() {
