@@ -112,7 +112,8 @@ def _legacy(path: Path) -> Importances:
         if count < 1:
             raise fail(f"{count} values of {name!r:.80}")
         sums = np.frombuffer(take(4 * count, "the values"), "<f4").astype(np.float32)
-        weights[name] = sums / np.float32(calls) if calls > 0 else sums
+        with np.errstate(invalid="ignore"):  # what is not finite is refused later
+            weights[name] = sums / np.float32(calls) if calls > 0 else sums
     chunks, dataset = 0, None
     if at < len(data):
         chunks = number("the number of chunks")

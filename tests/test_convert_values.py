@@ -113,6 +113,8 @@ def test_keys_are_the_contracts(tmp_path: Path) -> None:
     assert tokens[NUM_RANKS + 2] == "<|im_end|>"
     assert len(keys.pop("tokenizer.ggml.merges")) == NUM_RANKS - 256
     assert keys.pop("general.size_label").count("-A") == 1
+    for name in ("config", "headers"):
+        assert len(bytes.fromhex(keys.pop(f"kimi_gguf.source.{name}_sha256"))) == 32
     prefix = "kimi-linear."
     architecture = {k.removeprefix(prefix): v for k, v in keys.items() if k.startswith(prefix)}
     assert architecture.pop("attention.layer_norm_rms_epsilon") == pytest.approx(1e-5, rel=1e-7)
