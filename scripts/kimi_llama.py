@@ -19,6 +19,7 @@ from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.scripts.bench import cli as bench_cli
 from kimi_gguf.scripts.engine import Engine, ensure, find
+from kimi_gguf.scripts.gguf_check import check_gguf
 from kimi_gguf.scripts.recipe import BACKENDS
 from kimi_gguf.scripts.toolchain import cores
 
@@ -147,9 +148,9 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 def _tool(parsed: argparse.Namespace) -> int:
     tool = TOOLS[parsed.command]
-    _check_model(parsed.model)
+    check_gguf(parsed.model)
     for draft in _drafts(parsed.arguments):
-        _check_model(draft)
+        check_gguf(draft)
     engine = find(parsed.pristine, parsed.backend) or ensure(parsed.pristine, parsed.backend or "cpu")
     program, *arguments = _tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
@@ -178,25 +179,6 @@ def _drafts(given: Sequence[str]) -> list[Path]:
     """The draft models that the caller names."""
     words = [part for argument in given for part in argument.split("=", 1)]
     return [Path(value) for option, value in pairwise(words) if option in _DRAFT]
-
-
-def _check_model(path: Path) -> None:
-    """A missing file and a file of another kind are said at once, not after the program has started."""
-    if not path.is_file():
-        raise EngineError(
-            f"{path}: no such file",
-            expected="a GGUF file",
-            todo="make one with: convert-kimi CHECKPOINT -o model.gguf --type Q8_0",
-        )
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise EngineError(
-            f"{path}: not a GGUF file",
-            expected="the bytes b'GGUF' at its start",
-            found=repr(magic),
-            todo="give a GGUF file; convert-kimi makes one from a checkpoint",
-        )
 
 
 def _existing(parsed: argparse.Namespace) -> Engine:

@@ -24,6 +24,7 @@ from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
 from kimi_gguf.scripts.bench.weights import Weights
 from kimi_gguf.scripts.engine import Engine, cache_folder
+from kimi_gguf.scripts.gguf_check import check_gguf
 from kimi_gguf.scripts.progress import Reporter
 
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
@@ -111,17 +112,7 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
 
 def open_model(path: Path) -> ModelFile:
     """Look at a file's header. Raises `EngineError` for a file that is no GGUF or of another architecture."""
-    if not path.is_file():
-        raise EngineError(f"{path}: no such file", expected="a GGUF file", todo="name a file that is there")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise EngineError(
-            f"{path}: not a GGUF file",
-            expected="the bytes b'GGUF' at its start",
-            found=repr(magic),
-            todo="give a GGUF file; convert-kimi makes one from a checkpoint",
-        )
+    check_gguf(path)
     try:
         reader = gguf.GGUFReader(path)
     except Exception as error:  # whatever gguf-py stumbles over in a damaged file

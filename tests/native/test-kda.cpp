@@ -154,24 +154,25 @@ static result compute(runner &                    r,
     return y;
 }
 
-static result run_scan(const scan_shape & n, const scan_inputs & x, const options & o) {
-    runner        r(o.threads, o.use_ref);
-    const int64_t n_rows = x.cache.size() / (n.D * n.D * n.H);
-    const int64_t slots  = std::min(n.T + 1, n.K);
+// KDA_SCAN and what it reads
+struct scan_node {
+    ggml_tensor *qkv, *f, *dt, *a, *beta, *gate, *norm, *cache, *rows, *op;
 
-    ggml_tensor * qkv   = source(r, o, n.D, 3 * n.H, n.T, n.S);
-    ggml_tensor * f     = source(r, o, n.D, n.H, n.T, n.S);
-    ggml_tensor * dt    = weight(r, n.D * n.H, 1);
-    ggml_tensor * a     = weight(r, 1, n.H);
-    ggml_tensor * beta  = source(r, o, n.H, n.T, n.S);
-    ggml_tensor * gate  = source(r, o, n.D, n.H, n.T, n.S);
-    ggml_tensor * norm  = weight(r, n.D, 1);
-    ggml_tensor * cache = weight(r, n.D * n.D * n.H, n_rows);
-    ggml_tensor * rows  = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n.S);
-    ggml_tensor * op =
-        ggml_kda_scan(r.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
+    scan_node(runner & r, const scan_shape & n, const scan_inputs & x, const options & o) {
+        const int64_t size = n.D * n.D * n.H;
+        qkv                = source(r, o, n.D, 3 * n.H, n.T, n.S);
+        f                  = source(r, o, n.D, n.H, n.T, n.S);
+        dt                 = weight(r, n.D * n.H, 1);
+        a                  = weight(r, 1, n.H);
+        beta               = source(r, o, n.H, n.T, n.S);
+        gate               = source(r, o, n.D, n.H, n.T, n.S);
+        norm               = weight(r, n.D, 1);
+        cache              = weight(r, size, x.cache.size() / size);
+        rows               = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n.S);
+        op = ggml_kda_scan(r.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
+    }
 
-    return compute(r, op, cache, n.D * n.H * n.T * n.S, n.S, slots, o.in_place, [&] {
+    void fill(const scan_inputs & x) const {
         put(qkv, x.qkv);
         put(f, x.f);
         put(dt, x.dt_bias);
@@ -181,7 +182,14 @@ static result run_scan(const scan_shape & n, const scan_inputs & x, const option
         put(norm, x.norm);
         put(cache, x.cache);
         put(rows, x.rows);
-    });
+    }
+};
+
+static result run_scan(const scan_shape & n, const scan_inputs & x, const options & o) {
+    runner          r(o.threads, o.use_ref);
+    const int64_t   slots = std::min(n.T + 1, n.K);
+    const scan_node node(r, n, x, o);
+    return compute(r, node.op, node.cache, n.D * n.H * n.T * n.S, n.S, slots, o.in_place, [&] { node.fill(x); });
 }
 
 static result run_conv(const conv_shape & n, const conv_inputs & x, const options & o) {
@@ -404,22 +412,13 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
     x.rows             = { 1 };
     x.zero_row         = extra.zero_row;
 
-    runner        r(2, false);
-    const int64_t size  = n.D * n.D * n.H;
-    const int64_t n_out = n.D * n.H * T;
-    ggml_tensor * qkv   = source(r, {}, n.D, 3 * n.H, T);
-    ggml_tensor * f     = source(r, {}, n.D, n.H, T);
-    ggml_tensor * dt    = weight(r, n.D * n.H, 1);
-    ggml_tensor * a     = weight(r, 1, n.H);
-    ggml_tensor * beta  = source(r, {}, n.H, T);
-    ggml_tensor * gate  = source(r, {}, n.D, n.H, T);
-    ggml_tensor * norm  = weight(r, n.D, 1);
-    ggml_tensor * cache = weight(r, size, 5);
-    ggml_tensor * rows  = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 1);
-    ggml_tensor * moved = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 2);
-    ggml_tensor * op =
-        ggml_kda_scan(r.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, 1, x.zero_row, x.eps, x.lower_bound);
-
+    runner                     r(2, false);
+    const int64_t              size  = n.D * n.D * n.H;
+    const int64_t              n_out = n.D * n.H * T;
+    const scan_node            node(r, n, x, {});
+    ggml_tensor * const        cache = node.cache;
+    ggml_tensor * const        op    = node.op;
+    ggml_tensor *              moved = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 2);
     std::vector<ggml_tensor *> nodes = { op };
     if (extra.zero_row >= 0) {
         ggml_tensor * row = ggml_view_1d(r.ctx, cache, size, extra.zero_row * cache->nb[1]);
@@ -432,15 +431,7 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
     nodes.push_back(ggml_cpy(r.ctx, from, to));
     nodes.push_back(ggml_scale(r.ctx, ggml_view_1d(r.ctx, op, n_out, 0), 1.0f));
     r.allocate(nodes);
-    put(qkv, x.qkv);
-    put(f, x.f);
-    put(dt, x.dt_bias);
-    put(a, x.a);
-    put(beta, x.beta);
-    put(gate, x.gate);
-    put(norm, x.norm);
-    put(cache, x.cache);
-    put(rows, x.rows);
+    node.fill(x);
     put(moved, std::vector<int32_t>(extra.from, extra.from + 2));
     r.run();
 

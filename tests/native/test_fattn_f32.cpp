@@ -1,6 +1,7 @@
 // What llama_fattn_fit_f32 does to a flash attention node, for caches on devices that read F32 and that do not.
 // Devices and their buffers are made up; only the last check computes something, on the CPU.
 
+#include "check.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
 #include "ggml.h"
@@ -10,14 +11,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <vector>
-
-#define CHECK(x)                                                                                                       \
-    do {                                                                                                               \
-        if (!(x)) {                                                                                                    \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #x);                                      \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 static const int64_t DK = 24, DV = 16, N_KV = 40, N_Q = 3, N_HEAD = 4;
 

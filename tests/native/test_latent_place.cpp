@@ -1,6 +1,7 @@
 // What llama_latent_attn_obstacle says of a LATENT_ATTN whose cache and weights lie here and there.
 // Devices and their buffers are made up, but for the CPU's own.
 
+#include "check.h"
 #include "ggml-backend-impl.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -10,14 +11,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-
-#define CHECK(x)                                                                                                       \
-    do {                                                                                                               \
-        if (!(x)) {                                                                                                    \
-            fprintf(stderr, "%s:%d: %s does not hold\n", __FILE__, __LINE__, #x);                                      \
-            exit(1);                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 // A buffer on a device of its own, which has LATENT_ATTN or not; the host may read it in place or not.
 struct Place {
