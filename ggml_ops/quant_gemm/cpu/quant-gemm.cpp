@@ -83,7 +83,8 @@ static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layou
         return nullptr;
     }
     const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? format->min_columns / 2 : format->min_columns;
-    return count_columns(dst) >= at_least * count_matrices(dst) ? format : nullptr;
+    const bool    enough   = count_columns(dst) >= at_least * count_matrices(dst);
+    return enough || find_dot(*format) != nullptr ? format : nullptr;
 }
 
 // Columns sorted by matrix, in the order of tokens within each.
@@ -193,6 +194,31 @@ static void compute_task(const Format & format,
     }
 }
 
+// The same for few columns: no panel, rows are read once, in the order of addresses.
+static void compute_few(const Format & format,
+                        Dot            dot,
+                        ggml_tensor *  dst,
+                        const char *   weights,
+                        int64_t        row,
+                        int64_t        end,
+                        const char *   acts,
+                        const Column * columns,
+                        int            n) {
+    const ggml_tensor * src0     = dst->src[0];
+    const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
+    const char *        act[MAX_COLUMNS];
+    float               sums[MAX_COLUMNS];
+    for (int i = 0; i < n; i++) {
+        act[i] = acts + columns[i].act_row * act_size;
+    }
+    for (; row < end; row++) {
+        dot(weights + row * src0->nb[1], src0->ne[0], act, n, sums);
+        for (int i = 0; i < n; i++) {
+            memcpy((char *) dst->data + columns[i].dst_offset + row * sizeof(float), &sums[i], sizeof(float));
+        }
+    }
+}
+
 static void compute(const ggml_compute_params * params, ggml_tensor * dst, const Format & format) {
     const ggml_tensor * src0     = dst->src[0];
     const ggml_tensor * src1     = dst->src[1];
@@ -220,6 +246,7 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
     ggml_barrier(params->threadpool);
 
     // tasks are numbered matrix by matrix; in each, all rows of the first columns come first
+    const Dot     dot        = find_dot(format);
     const int64_t n_matrices = count_matrices(dst);
     const int64_t row_parts  = (src0->ne[1] + TASK_ROWS - 1) / TASK_ROWS;
     int64_t       first_task = 0;
@@ -229,14 +256,19 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
         const int64_t column_parts = (n + MAX_COLUMNS - 1) / MAX_COLUMNS;
         const int64_t n_tasks      = row_parts * column_parts;
         for (; task < first_task + n_tasks; task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-            const int64_t part  = (task - first_task) / row_parts;
-            const int64_t row   = (task - first_task) % row_parts * TASK_ROWS;
-            const int64_t first = n * part / column_parts;
-            const int64_t last  = n * (part + 1) / column_parts;
+            const int64_t  part  = (task - first_task) / row_parts;
+            const int64_t  row   = (task - first_task) % row_parts * TASK_ROWS;
+            const int64_t  end   = std::min<int64_t>(row + TASK_ROWS, src0->ne[1]);
+            const int64_t  first = n * part / column_parts;
+            const int      here  = (int) (n * (part + 1) / column_parts - first);
+            const Column * those = columns + starts[m] + first;
+            if (dot != nullptr && n < format.min_columns) {
+                compute_few(format, dot, dst, weights_of(dst, m), row, end, acts, those, here);
+                continue;
+            }
             // the task after this one, if all threads go on at the same pace
             const int64_t next_row = row + params->nth * TASK_ROWS;
-            compute_task(format, dst, weights_of(dst, m), row, std::min<int64_t>(row + TASK_ROWS, src0->ne[1]),
-                         next_row, acts, columns + starts[m] + first, (int) (last - first), scratch);
+            compute_task(format, dst, weights_of(dst, m), row, end, next_row, acts, those, here, scratch);
         }
         first_task += n_tasks;
     }

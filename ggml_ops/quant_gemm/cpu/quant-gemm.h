@@ -1,6 +1,7 @@
 #pragma once
 
-// Products of quantised weights with many activation rows on the CPU, as matrix products: MUL_MAT and MUL_MAT_ID.
+// Products of quantised weights on the CPU, MUL_MAT and MUL_MAT_ID: many activation rows as matrix products, few row by
+// row.
 // What is computed, for which types and layouts, and with which error is said in the folder's README.
 
 #include "ggml-cpu-impl.h"
@@ -25,7 +26,7 @@ enum quant_gemm_layout {
 size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
 
 // Computes the node and returns true, or returns false (nothing touched) where ggml's own path has to serve: other
-// types and shapes, few rows, an instruction set without VNNI, use_ref, or a node marked so (ggml-quant-gemm.h).
+// types, layouts and shapes, an instruction set without VNNI, use_ref, or a node marked so (ggml-quant-gemm.h).
 bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
                                      struct ggml_tensor *               dst,
                                      enum quant_gemm_layout             layout);
