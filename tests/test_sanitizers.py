@@ -22,7 +22,7 @@ from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.quantise import TYPES
 from kimi_gguf.scripts.engine import Engine
 
-THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test")
+THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
 CASES = dict.fromkeys(THREADED, "7")
 THREADED_CASES = "29"  # waiting threads spin, so that more of them than cores take their time

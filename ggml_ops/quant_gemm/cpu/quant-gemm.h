@@ -31,6 +31,18 @@ bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
                                      struct ggml_tensor *               dst,
                                      enum quant_gemm_layout             layout);
 
+// Node node_n and the one after it are gate and up of the SwiGLU behind them: computes all three as one and returns 2;
+// or returns 0, nothing touched, where they are not, or one of the products is not served here. The results are those of
+// the single nodes to the last bit.
+int ggml_quant_gemm_gated(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
+
 #ifdef __cplusplus
 }
+
+// The products of ggml_quant_gemm_gated, of one shape, type and layout, and of the same activations.
+bool ggml_compute_forward_quant_gemm_gated(const ggml_compute_params * params,
+                                           const ggml_tensor *         gate,
+                                           const ggml_tensor *         up,
+                                           ggml_tensor *               swiglu,
+                                           quant_gemm_layout           layout);
 #endif
