@@ -230,7 +230,8 @@ def main() -> None:
     parsed = parser.parse_args()
     try:
         with reporting() as told:
-            engine, source = ensure(), checkpoint(told)
+            ensure()  # whose quantisers convert-kimi takes
+            engine, source = ensure(pristine=True), checkpoint(told)
             record: Data = {
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": " ".join(["scripts/measure-conversion", *sys.argv[1:]]),

@@ -18,15 +18,21 @@ OPERATORS = ROOT / "ggml_ops"
 
 
 def compile_program(
-    engine: Engine, name: str, folder: Path, operators: tuple[str, ...], sources: tuple[str, ...] = ()
+    engine: Engine,
+    name: str,
+    folder: Path,
+    operators: tuple[str, ...],
+    sources: tuple[str, ...] = (),
+    options: tuple[str, ...] = (),
 ) -> Path:
     """Compile tests/native/NAME and further `sources` of ggml_ops into `folder`, linked to the build's ggml.
 
-    operators: folders of ggml_ops whose headers are wanted. `CalledProcessError` where it does not compile.
+    operators: folders of ggml_ops whose headers are wanted.
+    options: of the compiler, further ones. `CalledProcessError` where it does not compile.
     """
     program = folder / Path(name).stem
     files = [ROOT / "tests" / "native" / name, *(OPERATORS / each for each in sources)]
-    _compile(engine, files, program, [f"-I{OPERATORS / each}" for each in operators])
+    _compile(engine, files, program, [*(f"-I{OPERATORS / each}" for each in operators), *options])
     return program
 
 

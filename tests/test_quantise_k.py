@@ -1,0 +1,24 @@
+"""The vectorised search of K-quants gives the bytes of ggml's own loops (ggml_ops/quantise_k).
+
+Whole models against pristine llama-quantize: test_convert_like_quantize.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_program import compile_program
+
+from kimi_gguf.scripts.engine import Engine
+
+pytestmark = pytest.mark.engine
+
+
+def test_the_bytes_of_single_blocks_at_every_width_of_vectors(tmp_path: Path, engine: Engine) -> None:
+    program = compile_program(
+        engine, "quantise-k-test.cpp", tmp_path, (), options=("-O2", "-ffp-contract=off", "-Wno-psabi")
+    )
+    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-2000:]
