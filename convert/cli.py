@@ -36,6 +36,7 @@ from .writer import file_size
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
+SOURCE: Final = "its folder, its .safetensors file, or its hub id, OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\
 types: {", ".join(TYPES)}
   (all but F32, F16 and BF16 want the engine, which `kimi-llama build` makes)
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SRC", type=Path, help="checkpoint folder, or its .safetensors file")
+    add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
     add("--type", metavar="TYPE", type=_file_type, help="of the file (default: BF16)")
     add("--recipe", choices=RECIPES, help="types measured to suit this model, instead of --type")
@@ -208,7 +209,7 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", metavar="GGUF", type=Path, help="the file to prove; its own types are used")
-    add("--checkpoint", metavar="SRC", type=Path, required=True, help="what it was made of")
+    add("--checkpoint", metavar="SRC", required=True, help=f"what it was made of: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="the importance matrix it was made with, if any")
     add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
     add("--json", action="store_true", help="the verdict as a JSON line")
@@ -232,9 +233,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} inspect",
         description="Show what a GGUF file or a checkpoint holds; reads headers only.",
     )
-    parser.add_argument(
-        "path", metavar="PATH", type=Path, help="a GGUF file, or a checkpoint's folder or file"
-    )
+    parser.add_argument("path", metavar="PATH", help=f"a GGUF file, or a checkpoint: {SOURCE}")
     parser.add_argument(
         "--context", metavar="N", type=int, default=32768, help="tokens the caches are for (32768)"
     )

@@ -56,6 +56,12 @@ def hub_id(folder: Path) -> str | None:
     return None
 
 
+def model_name(folder: Path) -> str:
+    """A name from a checkpoint's folder; in a Hugging Face cache (`models--ORG--NAME/...`), NAME."""
+    found = hub_id(folder)
+    return found.split("/")[1] if found else folder.absolute().name
+
+
 def _front_matter(card: Path) -> Mapping[str, str]:
     """Plain `key: value` lines between two `---`; of a list its first item."""
     try:

@@ -72,8 +72,8 @@ class SafetensorsFile:
     """An open safetensors file; a context manager. Raises `ConvertError` for anything that is not right."""
 
     def __init__(self, file: Path | Source) -> None:
-        self._source = LocalFile(file) if isinstance(file, Path) else file
-        self.path = self._source.path
+        self.source = LocalFile(file) if isinstance(file, Path) else file
+        self.path = self.source.path
         try:
             self.tensors: Mapping[str, StoredTensor] = self._read_header()
         except BaseException:
@@ -89,16 +89,16 @@ class SafetensorsFile:
         self.close()
 
     def close(self) -> None:
-        self._source.close()
+        self.source.close()
 
     def identity(self) -> bytes:
         """What tells the file from another one of its name: what its source says, and its header."""
-        return repr((self.path.name, self._source.stamp, self.header_hash)).encode()
+        return repr((self.path.name, self.source.stamp, self.header_hash)).encode()
 
     def check_unchanged(self, thoroughly: bool = False) -> None:
         """Raise `ConvertError` if another file stands at the path, or this one was written to, since it was
         opened; thoroughly: by its header too."""
-        same = self._source.unchanged()
+        same = self.source.unchanged()
         if same and thoroughly:
             try:
                 same = hashlib.sha256(self._header_bytes()).hexdigest() == self.header_hash
@@ -115,20 +115,25 @@ class SafetensorsFile:
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
         (BF16 as uint16). The range must lie inside the tensor and the dtype be one of `Dtype`."""
-        tensor = self.tensors[name]
-        dtype = Dtype(tensor.dtype).numpy
-        if not 0 <= first <= first + count <= tensor.size:
-            raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
-        out = np.empty(count, dtype)
-        self._source.read_into(out.view(np.uint8).data, tensor.begin + first * dtype.itemsize, repr(name))
+        source, begin, _ = self.span(name, first, count)
+        out = np.empty(count, Dtype(self.tensors[name].dtype).numpy)
+        source.read_into(out.view(np.uint8).data, begin, repr(name))
         return out
 
+    def span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
+        """Where elements `first .. first+count` of tensor `name` lie: the source, first byte and end there."""
+        tensor = self.tensors[name]
+        if not 0 <= first <= first + count <= tensor.size:
+            raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
+        width = Dtype(tensor.dtype).numpy.itemsize
+        return self.source, tensor.begin + first * width, tensor.begin + (first + count) * width
+
     def _header_bytes(self) -> bytes:
-        size = self._source.size
+        size = self.source.size
         if size < 8:
             raise ConvertError(f"{self.path}: expected at least 8 bytes, found {size}; {_TODO}")
         prefix = bytearray(8)
-        self._source.read_into(memoryview(prefix), 0, "the header's length")
+        self.source.read_into(memoryview(prefix), 0, "the header's length")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise ConvertError(
@@ -136,11 +141,11 @@ class SafetensorsFile:
                 f"not a safetensors file, or {_TODO}"
             )
         header = bytearray(length)
-        self._source.read_into(memoryview(header), 8, "the header")
+        self.source.read_into(memoryview(header), 8, "the header")
         return bytes(header)
 
     def _read_header(self) -> dict[str, StoredTensor]:
-        size = self._source.size
+        size = self.source.size
         header = self._header_bytes()
         self.header_hash = hashlib.sha256(header).hexdigest()
         entries = parse_object(header, f"{self.path} (header)")

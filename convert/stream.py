@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -97,7 +97,7 @@ def prepared(plan: Plan) -> Ggml | None:
 def encoded(
     checkpoint: Checkpoint,
     plan: Plan,
-    tensors: Iterable[PlannedTensor],
+    tensors: Sequence[PlannedTensor],
     pace: Pace,
     ggml: Ggml | None = None,
 ) -> Iterator[tuple[PlannedTensor, Bytes]]:
@@ -115,17 +115,21 @@ def encoded(
         except BadValueError as bad:
             raise _complaint(checkpoint, piece, bad) from None
 
+    def pieces() -> Iterator[Piece]:
+        return (piece for tensor in tensors for piece in _pieces(tensor, pace.elements))
+
     under_way: deque[tuple[PlannedTensor, Future[Bytes]]] = deque()
     pool = ThreadPoolExecutor(pace.threads, "encode")
     try:
-        for piece in (piece for tensor in tensors for piece in _pieces(tensor, pace.elements)):
-            under_way.append((piece.tensor, pool.submit(work, piece)))
-            if len(under_way) >= pace.pieces:
+        with checkpoint.expecting((piece.source, piece.first, piece.count) for piece in pieces()):
+            for piece in pieces():
+                under_way.append((piece.tensor, pool.submit(work, piece)))
+                if len(under_way) >= pace.pieces:
+                    tensor, done = under_way.popleft()
+                    yield tensor, done.result()
+            while under_way:
                 tensor, done = under_way.popleft()
                 yield tensor, done.result()
-        while under_way:
-            tensor, done = under_way.popleft()
-            yield tensor, done.result()
     finally:
         under_way.clear()
         pool.shutdown(wait=True, cancel_futures=True)

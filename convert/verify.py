@@ -45,7 +45,7 @@ class Verdict:
 
 def verify(
     path: Path,
-    source: Path,
+    source: Path | str,
     imatrix: Path | None = None,
     max_memory: int | None = None,
     report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
