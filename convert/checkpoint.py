@@ -26,7 +26,7 @@ from .hub import HubId, cached_folder, is_offline, open_repository
 from .json_file import read_object
 from .layouts import Place, places
 from .origin import CARD
-from .read_ahead import Range, ReadAhead
+from .read_ahead import MOST_BYTES, Range, ReadAhead
 from .remote import RemoteFile
 from .safetensors_file import Dtype, SafetensorsFile
 from .source import Source
@@ -119,6 +119,11 @@ class Checkpoint:
         """Bytes of the files that are read over a network."""
         sources = (file.source for file in self._files.values())
         return sum(source.size for source in sources if isinstance(source, RemoteFile))
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of memory that reading over a network takes."""
+        return MOST_BYTES if self._ahead else 0
 
     def identity(self) -> str:
         """A hash of what the weights stand in: names, sizes, times and headers of the files."""

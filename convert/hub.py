@@ -18,6 +18,7 @@ from urllib.parse import urljoin
 
 from .errors import ConvertError, ReadError
 from .json_file import MAX_BYTES
+from .origin import COMMIT
 from .read_ahead import ReadAhead
 from .remote import PASSING, Location, PassingError, RemoteFile, Web, reason, retry_after
 from .source import LocalFile, Source
@@ -26,7 +27,6 @@ PREFIX: Final = "hf://"
 LIBRARY: Final = "kimi-gguf"  # how requests name themselves
 _NAME: Final = r"[A-Za-z0-9][\w.-]{0,95}"
 _HUB_ID: Final = re.compile(rf"(hf://)?({_NAME}/{_NAME})(?:@([^\s@\\]{{1,200}}))?", re.ASCII)
-_COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _FILES: Final = (".safetensors", ".json", ".gguf", ".bin", ".pt", ".pth")  # rather a path that is mistyped
 _TOKEN: Final = "a token that may read it: HF_TOKEN, or `hf auth login`"
 
@@ -100,7 +100,7 @@ def open_repository(id: HubId, small: Sequence[str]) -> Repository:
     web = _web_for(id)
     info = web.persistently(str(id), lambda: _model_info(id, web))
     commit, sizes = info.sha or "", {file.rfilename: file.size for file in info.siblings or ()}
-    if not _COMMIT.fullmatch(commit) or (_COMMIT.fullmatch(id.revision) and commit != id.revision):
+    if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(id.revision) and commit != id.revision):
         raise ReadError(f"{id}: {web.hub} answers with the commit {commit!r:.60}; expected the one asked for")
     paths: list[Path] = []
     for name in (name for name in small if name in sizes):

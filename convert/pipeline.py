@@ -60,8 +60,8 @@ def convert(
     every tensor and number of bytes.
     """
     options = options or Options()
-    pace = Pace.within(options.max_memory)
     with open_checkpoint(source) as checkpoint:
+        pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
         beside = (*checkpoint.files, *(checkpoint.folder / n for n in TOKENIZER))
         inputs = (*beside, *([options.imatrix] if options.imatrix else []))
         check_output(output, options.overwrite, inputs)

@@ -19,6 +19,9 @@ from .errors import ReadError
 AHEAD_BYTES: Final = 64 << 20  # fetched and not yet taken, at most
 FETCH_BYTES: Final = 8 << 20  # of one request, at most; a single wanted range is never cut
 CONNECTIONS: Final = 4
+MOST_BYTES: Final = (
+    AHEAD_BYTES + (1 + CONNECTIONS) * FETCH_BYTES
+)  # of memory, with what is just being handed over
 LOOK_SECONDS: Final = 0.2  # between looks whether reading was stopped
 STOPPED: Final = "reading was stopped"
 

@@ -41,19 +41,21 @@ class Pace:
     elements: int  # of a piece, at most; a row is never cut
 
     @classmethod
-    def within(cls, max_memory: int | None, threads: int | None = None) -> Pace:
-        """All cores, unless memory (bytes, of the whole process) is short. Raises `ConvertError`."""
+    def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
+        """All cores, unless memory (bytes, of the whole process) is short; `elsewhere` bytes of it are spoken for.
+        Raises `ConvertError`."""
         threads = threads or _cores()
         pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
         if max_memory is None:
             return pace
-        room = max_memory - _BASE_MEMORY
+        base = _BASE_MEMORY + elsewhere
+        room = max_memory - base
         while room < pace.memory and pace.elements > 1 << 16:
             pace = cls(pace.threads, pace.pieces, pace.elements // 2)
         while room < pace.memory and pace.pieces > 2:
             pace = cls(max(pace.threads - 1, 1), pace.pieces - 2, pace.elements)
         if room < pace.memory:
-            least = _BASE_MEMORY + pace.memory
+            least = base + pace.memory
             raise ConvertError(
                 f"--max-memory: {max_memory >> 20} MiB are too few; {-(-least >> 20)} MiB are needed at least"
             )

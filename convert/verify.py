@@ -51,8 +51,8 @@ def verify(
     report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
 ) -> Verdict:
     """Compare the file `path` with what `source` gives. Raises `ConvertError` when either cannot be read."""
-    pace = Pace.within(max_memory)
     with GgufFile(path) as file, open_checkpoint(source) as checkpoint:
+        pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         wrong = dict(_differences(file, checkpoint, plan, pace, report))
         checkpoint.check_unchanged()
