@@ -110,7 +110,7 @@ def open_repository(id: HubId, small: Sequence[str]) -> Repository:
         paths.append(path)
     if not paths:
         raise ConvertError(f"{id}: holds none of {', '.join(small)}; expected a checkpoint in safetensors")
-    ahead: ReadAhead[RemoteFile] = ReadAhead(RemoteFile.fetch, web.stopped)
+    ahead: ReadAhead[RemoteFile] = ReadAhead(RemoteFile.fetch, web.stopped, web.stop)
     return Repository(id, commit, paths[0].parent, frozenset(sizes), web, ahead)
 
 

@@ -46,11 +46,17 @@ class _Fetch(Generic[F]):
 
 
 class ReadAhead(Generic[F]):
-    """`fetch` gets the bytes of a file between two offsets; `stopped` is set when nothing is wanted any more."""
+    """`fetch` gets the bytes of a file between two offsets, and gives up soon after `stop`, which sets `stopped`."""
 
-    def __init__(self, fetch: Callable[[F, int, int], memoryview], stopped: threading.Event) -> None:
+    def __init__(
+        self,
+        fetch: Callable[[F, int, int], memoryview],
+        stopped: threading.Event,
+        stop: Callable[[], None],
+    ) -> None:
         self._fetch = fetch
         self._stopped = stopped
+        self.stop = stop
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._coming: Iterator[list[Range[F]]] = iter(())
@@ -73,10 +79,6 @@ class ReadAhead(Generic[F]):
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool, self._coming, self._held = None, iter(()), 0
             self._fetches.clear()
-
-    def stop(self) -> None:
-        """Nothing is wanted any more, now or later."""
-        self._stopped.set()
 
     def take(self, file: F, begin: int, end: int) -> memoryview | None:
         """The bytes of an expected range; None of one that is not. Raises what fetching them raised."""

@@ -11,9 +11,11 @@ and nowhere else.
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -68,6 +70,24 @@ class Web:
     hub: str  # the URL whose origin may see the token
     headers: Mapping[str, str]  # for the hub, perhaps with a token
     stopped: threading.Event = field(default_factory=threading.Event)
+    _answers: set[Any] = field(default_factory=set)  # being read
+
+    def stop(self) -> None:
+        """Nothing more is wanted: who waits for a connection is woken."""
+        self.stopped.set()
+        for answer in list(self._answers):
+            with suppress(Exception):  # whatever this connection is, or is no more
+                answer.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def reading(self, answer: Any) -> Iterator[None]:
+        """`stop` breaks this answer's connection within the block."""
+        self._answers.add(answer)
+        try:
+            self.check_running()
+            yield
+        finally:
+            self._answers.discard(answer)
 
     def headers_for(self, url: str) -> dict[str, str]:
         """The headers that `url` may see."""
@@ -186,7 +206,8 @@ class RemoteFile:
                 ) as answer:
                     if not answer.is_redirect:
                         self._check(answer, url, begin, end)
-                        yield from self._body(answer, end - begin)
+                        with self._web.reading(answer):
+                            yield from self._body(answer, end - begin)
                         return
                     url = self._redirected(url, answer.headers.get("Location", ""))
             except self._web.failures as error:
