@@ -217,10 +217,14 @@ class RemoteFile:
         )
 
     def _redirected(self, url: str, target: str) -> str:
-        target = urljoin(url, target)
-        if urlsplit(target).scheme not in {"https", urlsplit(url).scheme}:
+        try:
+            found = urljoin(url, target)
+            allowed = urlsplit(found).scheme in {"https", urlsplit(url).scheme}
+        except ValueError:
+            allowed = False
+        if not allowed:
             raise ReadError(f"{self.path}: {_host(url)} redirects to {target!r:.80}; expected https")
-        return target
+        return found
 
     def _check(self, answer: Any, url: str, begin: int, end: int) -> None:
         """Whether the answer's head says that its body is the wanted bytes of the file that was opened."""
