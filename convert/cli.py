@@ -36,6 +36,7 @@ from .writer import file_size
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
+SOURCE: Final = "its folder, its .safetensors file, or its hub id, OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\
 types: {", ".join(TYPES)}
   (all but F32, F16 and BF16 want the engine, which `kimi-llama build` makes)
@@ -47,6 +48,8 @@ examples:
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M --resume
       go on after an interrupt, a full disk or a power cut
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
+  convert-kimi moonshotai/Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
+      from the hub, by ranges: the weights are never on disk; @REVISION pins a branch, tag or commit
   convert-kimi model.safetensors -o model.gguf --type IQ3_M --imatrix imatrix.gguf --tensor-type attn_v_b=Q8_0
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
       make every byte anew and compare
@@ -102,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("source", metavar="SRC", type=Path, help="checkpoint folder, or its .safetensors file")
+    add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
     add("--type", metavar="TYPE", type=_file_type, help="of the file (default: BF16)")
     add("--recipe", choices=RECIPES, help="types measured to suit this model, instead of --type")
@@ -208,7 +211,7 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("file", metavar="GGUF", type=Path, help="the file to prove; its own types are used")
-    add("--checkpoint", metavar="SRC", type=Path, required=True, help="what it was made of")
+    add("--checkpoint", metavar="SRC", required=True, help=f"what it was made of: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="the importance matrix it was made with, if any")
     add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
     add("--json", action="store_true", help="the verdict as a JSON line")
@@ -232,9 +235,7 @@ def _inspect_parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} inspect",
         description="Show what a GGUF file or a checkpoint holds; reads headers only.",
     )
-    parser.add_argument(
-        "path", metavar="PATH", type=Path, help="a GGUF file, or a checkpoint's folder or file"
-    )
+    parser.add_argument("path", metavar="PATH", help=f"a GGUF file, or a checkpoint: {SOURCE}")
     parser.add_argument(
         "--context", metavar="N", type=int, default=32768, help="tokens the caches are for (32768)"
     )

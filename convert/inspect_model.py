@@ -17,6 +17,7 @@ from .config import LayerKind
 from .errors import ConvertError
 from .gguf_file import GgufFile
 from .metadata import ARCHITECTURE, parameters
+from .origin import model_name
 from .quantise import TYPES
 from .tensors import outputs
 
@@ -68,9 +69,11 @@ class _Shape:
         return self.mixers.count("MLA") * self.latent * context * 2, self.mixers.count("KDA") * state * 4
 
 
-def inspect_model(path: Path, context: int) -> Summary:
-    """Look at a GGUF file, a checkpoint's folder or its safetensors file. Raises `ConvertError`."""
-    return _gguf(path, context) if path.suffix == ".gguf" else _checkpoint(path, context)
+def inspect_model(path: Path | str, context: int) -> Summary:
+    """Look at a GGUF file, a checkpoint's folder, its safetensors file or its hub id. Raises `ConvertError`."""
+    if Path(path).suffix == ".gguf":
+        return _gguf(Path(path), context)
+    return _checkpoint(path, context)
 
 
 def _gguf(path: Path, context: int) -> Summary:
@@ -111,7 +114,7 @@ def _gguf(path: Path, context: int) -> Summary:
         return _summary(path, "GGUF", str(keys.get("general.name", "")), type_, count, shape, found, context)
 
 
-def _checkpoint(path: Path, context: int) -> Summary:
+def _checkpoint(path: Path | str, context: int) -> Summary:
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         shape = _Shape(
@@ -130,12 +133,12 @@ def _checkpoint(path: Path, context: int) -> Summary:
                 found[source] = (output.name, dtype.name, nbytes)
         type_ = Counter(dtype for _, dtype, _ in found.values()).most_common(1)[0][0]
         count = parameters(config)[0]
-        name = checkpoint.folder.absolute().name
+        name = model_name(checkpoint.folder)
         return _summary(path, "safetensors", name, type_, count, shape, list(found.values()), context)
 
 
 def _summary(
-    path: Path,
+    path: Path | str,
     kind: str,
     name: str,
     type_: str,

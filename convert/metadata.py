@@ -87,6 +87,7 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
         ("general.license", origin.license),
         ("general.license.link", origin.license_link),
         ("general.source.huggingface.repository", origin.repository),
+        ("kimi_gguf.source.commit", origin.commit),
         ("kimi_gguf.source.config_sha256", origin.config_sha256),
         ("kimi_gguf.source.headers_sha256", origin.headers_sha256),
     )

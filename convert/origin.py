@@ -16,6 +16,7 @@ from typing import Final
 CARD: Final = "README.md"
 _MAX_BYTES: Final = 1 << 16
 _HUB_ID: Final = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _LINE: Final = re.compile(r"(\w+):[ \t]*(.*)")
 _ITEM: Final = re.compile(r"[ \t]*-[ \t]+(.*)")
 
@@ -25,6 +26,7 @@ class Origin:
     """What is known; None where nothing is."""
 
     repository: str | None  # the checkpoint's own id on the hub, ORG/NAME
+    commit: str | None  # the revision of that repository
     base_model: str | None  # the id of what it was made from, by its card
     license: str | None
     license_link: str | None
@@ -38,6 +40,7 @@ def read_origin(folder: Path, config: Path, headers_sha256: str) -> Origin:
     base = card.get("base_model", "")
     return Origin(
         hub_id(folder),
+        _commit(folder),
         base if _HUB_ID.fullmatch(base) else None,
         card.get("license") or None,
         card.get("license_link") or None,
@@ -54,6 +57,19 @@ def hub_id(folder: Path) -> str | None:
         if len(parts) == 3 and parts[0] == "models" and _HUB_ID.fullmatch("/".join(parts[1:])):
             return "/".join(parts[1:])
     return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit of a snapshot in a Hugging Face cache (`models--ORG--NAME/snapshots/COMMIT`)."""
+    folder = folder.absolute()
+    found = folder.parent.name == "snapshots" and hub_id(folder) and COMMIT.fullmatch(folder.name)
+    return folder.name if found else None
+
+
+def model_name(folder: Path) -> str:
+    """A name from a checkpoint's folder; in a Hugging Face cache (`models--ORG--NAME/...`), NAME."""
+    found = hub_id(folder)
+    return found.split("/")[1] if found else folder.absolute().name
 
 
 def _front_matter(card: Path) -> Mapping[str, str]:

@@ -12,22 +12,20 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .digest import digest
 from .ggml import Ggml
 from .imatrix import read_importances
 from .mixes import Request
-from .origin import hub_id
+from .origin import model_name
 from .plan import Plan, PlannedTensor, make_plan
 from .quantise import FileType
 from .stream import Pace, encoded, prepared
 from .tokenizer import load_vocab
 from .unfinished import Identity
+from .vocab_files import TOKENIZER
 from .writer import check_output, header, write
-
-TOKENIZER: Final = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 Report = Callable[[PlannedTensor, int], None]
 
@@ -43,14 +41,14 @@ class Options:
     max_memory: int | None = None  # bytes
 
 
-def plan_only(source: Path, wanted: FileType | Request, options: Options | None = None) -> Plan:
+def plan_only(source: Path | str, wanted: FileType | Request, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
     with open_checkpoint(source) as checkpoint:
         return _plan(checkpoint, wanted, options or Options())
 
 
 def convert(
-    source: Path,
+    source: Path | str,
     output: Path,
     wanted: FileType | Request,
     options: Options | None = None,
@@ -62,8 +60,8 @@ def convert(
     every tensor and number of bytes.
     """
     options = options or Options()
-    pace = Pace.within(options.max_memory)
     with open_checkpoint(source) as checkpoint:
+        pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
         beside = (*checkpoint.files, *(checkpoint.folder / n for n in TOKENIZER))
         inputs = (*beside, *([options.imatrix] if options.imatrix else []))
         check_output(output, options.overwrite, inputs)
@@ -109,9 +107,3 @@ def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
         json.dumps(sources).encode(),
         *(part for name in sorted(importances) for part in (name.encode(), importances[name].tobytes())),
     )
-
-
-def model_name(folder: Path) -> str:
-    """A name from a checkpoint's folder; in a Hugging Face cache (`models--ORG--NAME/...`), NAME."""
-    found = hub_id(folder)
-    return found.split("/")[1] if found else folder.absolute().name

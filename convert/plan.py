@@ -179,6 +179,11 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
 
 def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
+    if checkpoint.remote_bytes:
+        yield (
+            f"{checkpoint.remote_bytes:,} bytes of weights come over the network as they are needed; "
+            "none of them are kept on disk"
+        )
     rounded = [name for name in checkpoint.names() if name.endswith(DELICATE)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:

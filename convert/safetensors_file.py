@@ -1,9 +1,9 @@
 """One safetensors file, read with trust in nothing: every number of its header is checked before it is used.
 
-Flows in: a path. Flows out: `SafetensorsFile`, its tensors' dtypes, shapes and places, and ranges of their
-elements as arrays. The format: 8 bytes little-endian header length, a JSON object
-`{name: {"dtype", "shape", "data_offsets": [begin, end]}}` with an optional `__metadata__`, then the data,
-which the offsets must cover exactly: no hole, no overlap, nothing behind.
+Flows in: a path, or an open `Source`. Flows out: `SafetensorsFile`, its tensors' dtypes, shapes and places, and
+ranges of their elements as arrays. The format: 8 bytes little-endian header length, a JSON object
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}` with an optional `__metadata__`, then the data, which
+the offsets must cover exactly: no hole, no overlap, nothing behind.
 Source: https://huggingface.co/docs/safetensors (the format, and its header limit of 100 MB).
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy.typing as npt
 
 from .errors import ConvertError, ReadError
 from .json_file import parse_object
+from .source import LocalFile, Source
 
 MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_DIMENSIONS: Final = 8
@@ -71,20 +71,13 @@ class StoredTensor:
 class SafetensorsFile:
     """An open safetensors file; a context manager. Raises `ConvertError` for anything that is not right."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        if path.exists() and not path.is_file():
-            raise ConvertError(f"{path}: expected a safetensors file, found something else")
-        try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError:
-            raise ConvertError(f"{path}: not found; the checkpoint is incomplete, fetch the file") from None
-        except OSError as error:
-            raise ConvertError(f"{path}: cannot be opened: {error.strerror}") from None
+    def __init__(self, file: Path | Source) -> None:
+        self.source = LocalFile(file) if isinstance(file, Path) else file
+        self.path = self.source.path
         try:
             self.tensors: Mapping[str, StoredTensor] = self._read_header()
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
 
     def __enter__(self) -> SafetensorsFile:
@@ -96,23 +89,23 @@ class SafetensorsFile:
         self.close()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self.source.close()
 
     def identity(self) -> bytes:
-        """What tells the file from another one of its name: size, time of change, inode, and its header."""
-        return repr((self.path.name, self._opened, self.header_hash)).encode()
+        """What tells the file from another one of its name: what its source says, and its header."""
+        return repr((self.path.name, self.source.stamp, self.header_hash)).encode()
 
     def check_unchanged(self, thoroughly: bool = False) -> None:
         """Raise `ConvertError` if another file stands at the path, or this one was written to, since it was
         opened; thoroughly: by its header too."""
-        try:
-            same = _stamp(self.path.stat()) == _stamp(os.fstat(self._fd)) == self._opened
-            if same and thoroughly:
+        same = self.source.unchanged()
+        if same and thoroughly:
+            try:
                 same = hashlib.sha256(self._header_bytes()).hexdigest() == self.header_hash
-        except (OSError, ConvertError):
-            same = False
+            except ReadError:
+                raise
+            except ConvertError:
+                same = False
         if not same:
             raise ConvertError(
                 f"{self.path}: was changed while it was read; the output would be a mixture. Leave the checkpoint "
@@ -122,31 +115,25 @@ class SafetensorsFile:
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
         (BF16 as uint16). The range must lie inside the tensor and the dtype be one of `Dtype`."""
-        tensor = self.tensors[name]
-        dtype = Dtype(tensor.dtype).numpy
-        if not 0 <= first <= first + count <= tensor.size:
-            raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
-        out = np.empty(count, dtype)
-        self._read_into(out.view(np.uint8).data, tensor.begin + first * dtype.itemsize, repr(name))
+        source, begin, _ = self.span(name, first, count)
+        out = np.empty(count, Dtype(self.tensors[name].dtype).numpy)
+        source.read_into(out.view(np.uint8).data, begin, repr(name))
         return out
 
-    def _read_into(self, buffer: memoryview, offset: int, what: str) -> None:
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._fd, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise ReadError(f"{self.path}: {what}: cannot be read: {error.strerror}") from None
-            if got == 0:
-                raise ConvertError(f"{self.path}: {what}: the file ends at byte {offset + done}; {_TODO}")
-            done += got
+    def span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
+        """Where elements `first .. first+count` of tensor `name` lie: the source, first byte and end there."""
+        tensor = self.tensors[name]
+        if not 0 <= first <= first + count <= tensor.size:
+            raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
+        width = Dtype(tensor.dtype).numpy.itemsize
+        return self.source, tensor.begin + first * width, tensor.begin + (first + count) * width
 
     def _header_bytes(self) -> bytes:
-        size = os.fstat(self._fd).st_size
+        size = self.source.size
         if size < 8:
             raise ConvertError(f"{self.path}: expected at least 8 bytes, found {size}; {_TODO}")
         prefix = bytearray(8)
-        self._read_into(memoryview(prefix), 0, "the header's length")
+        self.source.read_into(memoryview(prefix), 0, "the header's length")
         (length,) = struct.unpack("<Q", prefix)
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise ConvertError(
@@ -154,12 +141,11 @@ class SafetensorsFile:
                 f"not a safetensors file, or {_TODO}"
             )
         header = bytearray(length)
-        self._read_into(memoryview(header), 8, "the header")
+        self.source.read_into(memoryview(header), 8, "the header")
         return bytes(header)
 
     def _read_header(self) -> dict[str, StoredTensor]:
-        self._opened = _stamp(os.fstat(self._fd))
-        size = self._opened[0]
+        size = self.source.size
         header = self._header_bytes()
         self.header_hash = hashlib.sha256(header).hexdigest()
         entries = parse_object(header, f"{self.path} (header)")
@@ -204,8 +190,3 @@ class SafetensorsFile:
             at, before = tensor.end, repr(tensor.name)
         if at != size:
             raise ConvertError(f"{self.path}: expected {at} bytes by its header, found {size}; {_TODO}")
-
-
-def _stamp(found: os.stat_result) -> tuple[int, int, int, int]:
-    """What changes when a file is written to or replaced: size, time of change, device, inode."""
-    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino

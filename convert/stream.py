@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -41,19 +41,21 @@ class Pace:
     elements: int  # of a piece, at most; a row is never cut
 
     @classmethod
-    def within(cls, max_memory: int | None, threads: int | None = None) -> Pace:
-        """All cores, unless memory (bytes, of the whole process) is short. Raises `ConvertError`."""
+    def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
+        """All cores, unless memory (bytes, of the whole process) is short; `elsewhere` bytes of it are spoken for.
+        Raises `ConvertError`."""
         threads = threads or _cores()
         pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
         if max_memory is None:
             return pace
-        room = max_memory - _BASE_MEMORY
+        base = _BASE_MEMORY + elsewhere
+        room = max_memory - base
         while room < pace.memory and pace.elements > 1 << 16:
             pace = cls(pace.threads, pace.pieces, pace.elements // 2)
         while room < pace.memory and pace.pieces > 2:
             pace = cls(max(pace.threads - 1, 1), pace.pieces - 2, pace.elements)
         if room < pace.memory:
-            least = _BASE_MEMORY + pace.memory
+            least = base + pace.memory
             raise ConvertError(
                 f"--max-memory: {max_memory >> 20} MiB are too few; {-(-least >> 20)} MiB are needed at least"
             )
@@ -97,7 +99,7 @@ def prepared(plan: Plan) -> Ggml | None:
 def encoded(
     checkpoint: Checkpoint,
     plan: Plan,
-    tensors: Iterable[PlannedTensor],
+    tensors: Sequence[PlannedTensor],
     pace: Pace,
     ggml: Ggml | None = None,
 ) -> Iterator[tuple[PlannedTensor, Bytes]]:
@@ -115,17 +117,21 @@ def encoded(
         except BadValueError as bad:
             raise _complaint(checkpoint, piece, bad) from None
 
+    def pieces() -> Iterator[Piece]:
+        return (piece for tensor in tensors for piece in _pieces(tensor, pace.elements))
+
     under_way: deque[tuple[PlannedTensor, Future[Bytes]]] = deque()
     pool = ThreadPoolExecutor(pace.threads, "encode")
     try:
-        for piece in (piece for tensor in tensors for piece in _pieces(tensor, pace.elements)):
-            under_way.append((piece.tensor, pool.submit(work, piece)))
-            if len(under_way) >= pace.pieces:
+        with checkpoint.expecting((piece.source, piece.first, piece.count) for piece in pieces()):
+            for piece in pieces():
+                under_way.append((piece.tensor, pool.submit(work, piece)))
+                if len(under_way) >= pace.pieces:
+                    tensor, done = under_way.popleft()
+                    yield tensor, done.result()
+            while under_way:
                 tensor, done = under_way.popleft()
                 yield tensor, done.result()
-        while under_way:
-            tensor, done = under_way.popleft()
-            yield tensor, done.result()
     finally:
         under_way.clear()
         pool.shutdown(wait=True, cancel_futures=True)

@@ -45,14 +45,14 @@ class Verdict:
 
 def verify(
     path: Path,
-    source: Path,
+    source: Path | str,
     imatrix: Path | None = None,
     max_memory: int | None = None,
     report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
 ) -> Verdict:
     """Compare the file `path` with what `source` gives. Raises `ConvertError` when either cannot be read."""
-    pace = Pace.within(max_memory)
     with GgufFile(path) as file, open_checkpoint(source) as checkpoint:
+        pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         wrong = dict(_differences(file, checkpoint, plan, pace, report))
         checkpoint.check_unchanged()

@@ -10,12 +10,13 @@ import base64
 import binascii
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from .byte_bpe import MAX_TOKEN_BYTES, SPLIT_PATTERN, text_to_bytes
 from .errors import ConvertError
 from .json_file import read_object
 
+TOKENIZER: Final = ("tiktoken.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 MAX_FILE_BYTES = 64 << 20  # the real tiktoken.model has 2.8 MB, a tokenizer.json of it about 20
 MAX_RANKS = 1 << 20
 
