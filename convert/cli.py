@@ -25,14 +25,14 @@ from typing import Final
 from .errors import ConvertError
 from .inspect_model import inspect_model, summary_text
 from .mixes import Request
+from .parts import Part, output_paths, parts_of, total_size
 from .pipeline import Options, convert, plan_only
-from .plan import Plan
+from .plan import Plan, PlannedTensor
 from .progress import PROGRAM, Teller, for_people, for_programs, quiet, say
 from .quantise import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
 from .recipes import RECIPES
 from .unfinished import leftover
 from .verify import verify
-from .writer import file_size
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
@@ -126,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with an unfinished OUT of the same checkpoint and options",
     )
     add("--force", action="store_true", help="overwrite OUT")
+    add(
+        "--split-max-size",
+        metavar="SIZE",
+        type=_part_size,
+        help="where OUT would be larger, parts NAME-00001-of-00003.gguf of at most SIZE, as 40G or 500M "
+        "(10^9, 10^6 bytes, as llama-gguf-split has it)",
+    )
     add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
     add("--quiet", action="store_true", help="print errors only")
     add("--json", action="store_true", help="progress and outcome as JSON lines on standard output")
@@ -159,6 +166,14 @@ def _size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
+def _part_size(text: str) -> int:
+    """As llama.cpp's own tools understand it: powers of ten."""
+    match = re.fullmatch(r"(\d{1,15})([kmg]?)", text.strip().lower())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size as 40G or 500M, found {text!r}")
+    return int(match[1]) * 1000 ** " kmg".index(match[2] or " ")
+
+
 def _request(options: argparse.Namespace) -> Request:
     """What the options ask for; a recipe's choices stand behind the user's own."""
     recipe = RECIPES[options.recipe] if options.recipe else Request(options.type or TYPES["BF16"])
@@ -174,12 +189,20 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 def _options(options: argparse.Namespace) -> Options:
-    return Options(options.name, options.imatrix, options.force, options.resume, options.max_memory)
+    return Options(
+        options.name,
+        options.imatrix,
+        options.force,
+        options.resume,
+        options.max_memory,
+        options.split_max_size,
+    )
 
 
 def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
-        print(plan_text(plan_only(options.source, _request(options), _options(options))))
+        plan = plan_only(options.source, _request(options), _options(options))
+        print(plan_text(plan, options.output or Path("OUT.gguf")))
         return 0
     began = time.monotonic()
     tell: Teller = quiet if options.quiet else for_programs if options.json else for_people
@@ -190,11 +213,19 @@ def _convert(options: argparse.Namespace) -> int:
         )
     plan = convert(options.source, options.output, _request(options), _options(options), progress=tell)
     seconds = time.monotonic() - began
+    files = output_paths(plan, options.output)
     if options.json:
-        say("done", file=os.fspath(options.output), bytes=file_size(plan), seconds=round(seconds, 3))
+        say(
+            "done",
+            file=os.fspath(files[0]),
+            files=[os.fspath(file) for file in files],
+            bytes=total_size(plan),
+            seconds=round(seconds, 3),
+        )
     elif not options.quiet:
+        parts = f" in {len(files)} parts" if len(files) > 1 else ""
         print(
-            f"{options.output}: {file_size(plan):,} bytes, {len(plan.tensors)} tensors ({_types(plan)}) "
+            f"{files[0]}: {total_size(plan):,} bytes{parts}, {len(plan.tensors)} tensors ({_types(plan)}) "
             f"in {seconds:.1f} s",
             file=sys.stderr,
         )
@@ -251,24 +282,37 @@ def _inspect(options: argparse.Namespace) -> int:
 COMMANDS: Final = {"verify": (_verify_parser, _verify), "inspect": (_inspect_parser, _inspect)}
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan as a table: each output tensor, its type, shape (ggml order), bytes and sources."""
-    rows = [("tensor", "type", "shape", "bytes", "from")]
-    for tensor in plan.tensors:
-        output = tensor.output
-        sources = (
-            output.sources[0] if len(output.sources) == 1 else f"{output.sources[0]} .. {output.sources[-1]}"
-        )
-        how = "" if output.transform.value == "copy" else f" ({output.transform.value})"
-        shape = " x ".join(str(n) for n in output.ne)
-        rows.append((tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how))
+def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
+    """The plan as a table: each output tensor, its type, shape (ggml order), bytes and sources; of several files
+    each with its name and bytes before its tensors."""
+    parts = parts_of(plan)
+    rows = [("tensor", "type", "shape", "bytes", "from"), *(_row(tensor) for tensor in plan.tensors)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
+    head, *lines = [
         f"{name:{widths[0]}}  {kind:{widths[1]}}  {shape:{widths[2]}}  {size:>{widths[3]}}  {origin}"
         for name, kind, shape, size, origin in rows
     ]
-    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {file_size(plan):,} bytes"
-    return "\n".join([*lines, total, *(f"note: {note}" for note in plan.notes)])
+    text, first = [head], 0
+    for part, path in zip(parts, output_paths(plan, output), strict=True):
+        text += [f"{path.name}: {_contents(part)}"] if len(parts) > 1 else []
+        text += lines[first : first + len(part.tensors)]
+        first += len(part.tensors)
+    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {total_size(plan):,} bytes"
+    total += f" in {len(parts)} parts" if len(parts) > 1 else ""
+    return "\n".join([*text, total, *(f"note: {note}" for note in plan.notes)])
+
+
+def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
+    output = tensor.output
+    first, last = output.sources[0], output.sources[-1]
+    sources = first if first == last else f"{first} .. {last}"
+    how = "" if output.transform.value == "copy" else f" ({output.transform.value})"
+    shape = " x ".join(str(n) for n in output.ne)
+    return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
+
+
+def _contents(part: Part) -> str:
+    return f"{len(part.tensors)} tensors, {part.nbytes:,} bytes"
 
 
 def _types(plan: Plan) -> str:

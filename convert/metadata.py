@@ -27,6 +27,7 @@ QUANTIZATION_VERSION: Final = 2  # GGML_QNT_VERSION
 class ValueType(IntEnum):
     """Types of GGUF values (gguf_type) that are used here."""
 
+    UINT16 = 2
     UINT32 = 4
     INT32 = 5
     FLOAT32 = 6

@@ -76,7 +76,7 @@ def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Pl
                 f"{file.path}: {output.name!r}: expected shape {list(output.ne)}, found {list(found.ne)}; "
                 "not made of this checkpoint"
             )
-        tensors.append(PlannedTensor(output, found.type, found.nbytes, found.offset))
+        tensors.append(PlannedTensor(output, found.type, found.nbytes))
     if strange := set(file.tensors) - {output.name for output in expected}:
         raise ConvertError(f"{file.path}: unexpected tensor {min(strange)!r}; not made of this checkpoint")
     importances = read_importances(imatrix) if imatrix else None

@@ -17,9 +17,10 @@ from pathlib import Path
 import gguf
 
 from kimi_gguf.convert.ggml import LIBRARY, Ggml
+from kimi_gguf.convert.parts import total_size
 from kimi_gguf.convert.plan import Plan, PlannedTensor
 from kimi_gguf.convert.unfinished import Identity
-from kimi_gguf.convert.writer import file_size, write
+from kimi_gguf.convert.writer import write
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
 from kimi_gguf.scripts.bench.weights import Weights
@@ -77,7 +78,7 @@ def model_path(model: BenchModel) -> Path:
 
 def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
     """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
-    return sum(file_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
+    return sum(total_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
 
 
 def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
@@ -87,7 +88,7 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = plan_file(model, engine)
-    total = file_size(plan)
+    total = total_size(plan)
     told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0
