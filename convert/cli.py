@@ -171,7 +171,7 @@ def _part_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,15})([kmg]?)", text.strip().lower())
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a size as 40G or 500M, found {text!r}")
-    return int(match[1]) * 1000 ** " kmg".index(match[2] or " ")
+    return int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]
 
 
 def _request(options: argparse.Namespace) -> Request:

@@ -93,8 +93,8 @@ def total_size(plan: Plan) -> int:
 
 def size_notes(plan: Plan) -> Iterator[str]:
     """What a user should know of parts that are larger than asked for."""
-    for part in parts_of(plan) if plan.max_part is not None else ():
-        if part.nbytes > plan.max_part:
+    for part in parts_of(plan):
+        if plan.max_part is not None and part.nbytes > plan.max_part:
             yield (
                 f"{part.tensors[0].name} alone is more than --split-max-size: its part has {part.nbytes:,} bytes"
             )

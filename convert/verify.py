@@ -15,7 +15,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConvertError
-from .gguf_file import GgufFile
+from .gguf_set import GgufModel
 from .imatrix import read_importances
 from .metadata import metadata
 from .mixes import Request
@@ -52,7 +52,7 @@ def verify(
 ) -> Verdict:
     """Compare the file `path` with what `source` gives. Raises `ConvertError` when either cannot be read."""
     pace = Pace.within(max_memory)
-    with GgufFile(path) as file, open_checkpoint(source) as checkpoint:
+    with GgufModel(path) as file, open_checkpoint(source) as checkpoint:
         plan = _plan_of(file, checkpoint, imatrix)
         wrong = dict(_differences(file, checkpoint, plan, pace, report))
         checkpoint.check_unchanged()
@@ -62,7 +62,7 @@ def verify(
         )
 
 
-def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
+def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
     """The plan that would give the file, its types taken from it."""
     tensors: list[PlannedTensor] = []
     expected = sorted(outputs(checkpoint.config), key=in_file_order)
@@ -84,7 +84,7 @@ def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Pl
 
 
 def _differences(
-    file: GgufFile,
+    file: GgufModel,
     checkpoint: Checkpoint,
     plan: Plan,
     pace: Pace,
@@ -107,7 +107,7 @@ def _differences(
         report(tensor, piece.nbytes)
 
 
-def _wrong_keys(file: GgufFile, checkpoint: Checkpoint) -> Iterator[str]:
+def _wrong_keys(file: GgufModel, checkpoint: Checkpoint) -> Iterator[str]:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
     for key in metadata(checkpoint.config, vocab, TYPES["F32"], ""):
         if key.name.startswith(FREE):

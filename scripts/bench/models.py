@@ -7,7 +7,6 @@ tensor's type, shape and size. A generated file appears under its name only when
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,7 +24,7 @@ from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
 from kimi_gguf.scripts.bench.weights import Weights
 from kimi_gguf.scripts.engine import Engine, cache_folder
-from kimi_gguf.scripts.gguf_check import check_gguf
+from kimi_gguf.scripts.gguf_check import all_parts, check_gguf
 from kimi_gguf.scripts.progress import Reporter
 
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
@@ -129,7 +128,7 @@ def open_model(path: Path) -> ModelFile:
             found=architecture,
             todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
         )
-    parts = [reader, *(gguf.GGUFReader(part) for part in other_parts(path))]
+    parts = [reader, *(gguf.GGUFReader(part) for part in all_parts(path)[1:])]
     prefix = f"{architecture}."
     numbers = {
         name.removeprefix(prefix): value
@@ -150,18 +149,6 @@ def open_model(path: Path) -> ModelFile:
             for t in part.tensors
         ),
     )
-
-
-def other_parts(path: Path) -> list[Path]:
-    """The files behind the first of a file in parts (NAME-00001-of-00003.gguf); llama.cpp finds them by name."""
-    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
-    if match is None:
-        return []
-    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[2]}.gguf") for i in range(2, int(match[2]) + 1)]
-    for part in parts:
-        if not part.is_file():
-            raise EngineError(f"{part}: no such file", expected=f"{match[2]} parts", todo="fetch all parts")
-    return parts
 
 
 def convert_demo(kind: str, told: Reporter) -> Path:
