@@ -1,7 +1,7 @@
 """The journal of an unfinished output: what in its folder is finished and safe on disk, one JSON object a line.
 
 The first line says what the output was begun from, `done` how many steps are finished, `whole` that all files are,
-with the inode of each. Who writes the output holds a lock on the journal.
+with what tells each from any other file. Who writes the output holds a lock on the journal.
 """
 
 from __future__ import annotations
@@ -73,16 +73,22 @@ def mend(folder: Path) -> None:
     os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 
 
-def whole(folder: Path) -> dict[str, int]:
-    """The files, each with its inode, of an output that is whole and was about to take its names; empty where
+def whole(folder: Path) -> dict[str, str]:
+    """The files, each with its `stamp`, of an output that is whole and was about to take its names; empty where
     nothing of the kind was noted. The first is the one that takes its name last."""
     try:
         noted = [entry["whole"] for entry in entries(folder) if "whole" in entry]
     except ConvertError:
         return {}
     last = noted[-1] if noted else None
-    if not isinstance(last, dict) or not all(
-        isinstance(inode, int) and Path(name).name == name for name, inode in last.items()
-    ):
+    if not isinstance(last, dict) or not all(name and Path(name).name == name for name in last):
         return {}
     return last
+
+
+def stamp(path: Path) -> str:
+    """What tells a file from any other, whatever its name; empty where there is none."""
+    if not path.is_file():
+        return ""
+    found = path.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"

@@ -5,9 +5,9 @@ files under their names, or a hidden folder `.NAME.unfinished` with what is ther
 it is finished and safe on disk.
 
 A mark is noted only after the data before it are on the disk, so that a journal never promises more than is there,
-whatever ends the process or the machine. Before the files take their names it notes that all are whole, and which
-inodes they are: a run ended in between is finished, or cleared away, by the next one. Of several files the first,
-by which all are found, takes its name last, and an old one of that name makes room before: what can be loaded is
+whatever ends the process or the machine. Before the files take their names it notes that all are whole, and what
+tells them from others: a run ended in between is finished, or cleared away, by the next one. Of several files the
+first, by which all are found, takes its name last, and an old one of that name makes room before: what can be loaded is
 never a mixture of two runs.
 """
 
@@ -23,7 +23,7 @@ from typing import Final
 
 from .errors import ConvertError, ReadError
 from .growing import Growing
-from .journal import JOURNAL, append, entries, locked, mend, whole
+from .journal import JOURNAL, append, entries, locked, mend, stamp, whole
 from .quantise import Bytes
 
 SYNC_SECONDS = 1.0  # between marks that are noted
@@ -171,8 +171,8 @@ def leftover(path: Path) -> Path | None:
 def taken(path: Path, resume: bool) -> set[Path]:
     """The files of an unfinished run that have taken their names already. When its first file has, which is the
     last to do so, the output was finished and is nobody's to clear away: it counts with `resume` only."""
-    noted = {path.with_name(name): inode for name, inode in whole(folder_of(path)).items()}
-    found = {target for target, inode in noted.items() if _inode(target) == inode}
+    noted = {path.with_name(name): mark for name, mark in whole(folder_of(path)).items()}
+    found = {target for target, mark in noted.items() if stamp(target) == mark}
     finished = bool(noted) and next(iter(noted)) in found
     return set() if finished and not resume else found
 
@@ -181,7 +181,7 @@ def _take_names(path: Path, names: Sequence[str]) -> None:
     """Give the files of the folder their names, but for those that have them already."""
     folder = folder_of(path)
     moves = [(folder / name, path.with_name(name)) for name in names]
-    append(folder, {"whole": {target.name: _inode(hidden) or _inode(target) for hidden, target in moves}})
+    append(folder, {"whole": {target.name: stamp(hidden) or stamp(target) for hidden, target in moves}})
     (first, found), *others = moves
     if others and first.exists():
         found.unlink(missing_ok=True)
@@ -220,13 +220,13 @@ def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
     if not 0 <= marks[-1] < len(layout.places):
         raise ConvertError(f"{journal}: {marks[-1]} steps of {len(layout.places) - 1} are finished; {remedy}")
     number, end = layout.places[marks[-1]]
-    wanted = [*layout.files[:number], *((name, end) for name, _ in layout.files[number : number + 1])]
-    for name, size in wanted:
-        if name not in ours and here[name] < size:
-            raise ConvertError(
-                f"{folder / name}: expected at least the {size} bytes that its journal calls finished, found "
-                f"{here[name]}; {remedy}"
-            )
+    for i, (name, size) in enumerate(layout.files[: number + 1]):
+        if name in ours or (here[name] == size if i < number else here[name] >= end):
+            continue
+        raise ConvertError(
+            f"{folder / name}: expected {f'{size} bytes' if i < number else f'at least {end} bytes'} that its "
+            f"journal calls finished, found {here[name]}; {remedy}"
+        )
     mend(folder)
     return marks[-1]
 
@@ -254,11 +254,6 @@ def _clear(path: Path) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _inode(path: Path) -> int:
-    """0 where there is no file."""
-    return path.stat().st_ino if path.is_file() else 0
 
 
 def _sync_folder(folder: Path) -> None:

@@ -75,7 +75,8 @@ def _write_part(
             raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {work.at - start}")
         work.write(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
         check(tensor)
-        work.finished(first + i + 1)
+        if tensor is not part.tensors[-1]:  # with the last, only the complete file is finished
+            work.finished(first + i + 1)
     work.end(first + len(part.tensors))
 
 
