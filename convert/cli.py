@@ -48,13 +48,15 @@ examples:
       go on after an interrupt, a full disk or a power cut
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
   convert-kimi model.safetensors -o model.gguf --type IQ3_M --imatrix imatrix.gguf --tensor-type attn_v_b=Q8_0
+  convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-BF16.gguf --split-max-size 40G --model-card
+      parts kimi-linear-BF16-00001-of-00003.gguf .., and a README.md for a model hub
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
-      make every byte anew and compare
+      make every byte anew and compare; of a model in parts give the first, here and everywhere
   convert-kimi inspect kimi-linear-q4.gguf --context 131072
       layers, types, sizes, and what the caches take
 
 exit status: 0 done; 1 the checkpoint or the place to write is at fault, said in one line; 2 wrong arguments;
-130 interrupted. Whatever happens, OUT appears whole or not at all.
+130 interrupted. Whatever happens, OUT appears whole or not at all; of parts, the first only when all are there.
 """
 
 
@@ -118,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         help="type of the tensors whose name the regular expression finds; may be given more than once",
     )
     add("--pure", action="store_true", help="no mix: all tensors of the one type")
+    add(
+        "--model-card",
+        action="store_true",
+        help="write README.md beside OUT: what was made of what and how, for a model hub",
+    )
+    add("--quantized-by", metavar="WHO", help="who made the file, for its metadata and the model card")
     add("--name", help="the model's name inside the file (default: that of its folder)")
     add("--dry-run", action="store_true", help="check all but the values and print the plan")
     add(
@@ -196,7 +204,34 @@ def _options(options: argparse.Namespace) -> Options:
         options.resume,
         options.max_memory,
         options.split_max_size,
+        options.quantized_by,
+        tuple(_command(options)) if options.model_card else (),
     )
+
+
+def _command(options: argparse.Namespace) -> Iterator[str]:
+    """The command with all that has a say in the bytes, paths without their folders: a card is to be shared."""
+    yield from (PROGRAM, Path(options.source).absolute().name)
+    if options.output:
+        yield from ("-o", options.output.name)
+    if options.recipe:
+        yield from ("--recipe", options.recipe)
+    else:
+        yield from ("--type", (options.type or TYPES["BF16"]).name)
+    words = (
+        ("--imatrix", options.imatrix and options.imatrix.name),
+        ("--output-tensor-type", options.output_tensor_type and options.output_tensor_type.name),
+        ("--token-embedding-type", options.token_embedding_type and options.token_embedding_type.name),
+        *(("--tensor-type", f"{pattern}={kind.name}") for pattern, kind in options.tensor_type),
+        ("--split-max-size", options.split_max_size and str(options.split_max_size)),
+        ("--name", options.name),
+        ("--quantized-by", options.quantized_by),
+    )
+    for option, value in words:
+        if value:
+            yield from (option, value)
+    yield from ["--pure"] if options.pure else []
+    yield "--model-card"
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -238,7 +273,12 @@ def _verify_parser() -> argparse.ArgumentParser:
         description="Make every byte of a GGUF file anew from its checkpoint; compare.",
     )
     add = parser.add_argument
-    add("file", metavar="GGUF", type=Path, help="the file to prove; its own types are used")
+    add(
+        "file",
+        metavar="GGUF",
+        type=Path,
+        help="the file to prove, of parts the first; its own types are used",
+    )
     add("--checkpoint", metavar="SRC", type=Path, required=True, help="what it was made of")
     add("--imatrix", metavar="FILE", type=Path, help="the importance matrix it was made with, if any")
     add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
@@ -264,7 +304,10 @@ def _inspect_parser() -> argparse.ArgumentParser:
         description="Show what a GGUF file or a checkpoint holds; reads headers only.",
     )
     parser.add_argument(
-        "path", metavar="PATH", type=Path, help="a GGUF file, or a checkpoint's folder or file"
+        "path",
+        metavar="PATH",
+        type=Path,
+        help="a GGUF file (of parts the first), or a checkpoint's folder or file",
     )
     parser.add_argument(
         "--context", metavar="N", type=int, default=32768, help="tokens the caches are for (32768)"

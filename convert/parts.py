@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Final
@@ -32,12 +33,12 @@ class Part:
     keys: tuple[Key, ...]
     tensors: tuple[PlannedTensor, ...]
 
-    @property
+    @cached_property
     def offsets(self) -> tuple[int, ...]:
         """Where each tensor begins, from the start of the data; behind the last, where the data end."""
         return tuple(accumulate((aligned(t.nbytes) for t in self.tensors), initial=0))
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """Everything in front of the data, padding included."""
         return header_bytes(self.keys, self.tensors, self.offsets[:-1])

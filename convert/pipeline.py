@@ -19,6 +19,7 @@ from .digest import digest
 from .ggml import Ggml
 from .imatrix import read_importances
 from .mixes import Request
+from .model_card import CARD, card_text
 from .origin import hub_id
 from .parts import output_paths, parts_of, size_notes
 from .plan import Plan, PlannedTensor, make_plan
@@ -35,7 +36,7 @@ Report = Callable[[PlannedTensor, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; only `name`, `imatrix` and `split_max_size` have a say in the bytes."""
+    """How to convert; only `name`, `imatrix`, `split_max_size` and `quantized_by` have a say in the bytes."""
 
     name: str | None = None  # the model's name in the file; default: its folder's
     imatrix: Path | None = None
@@ -43,6 +44,10 @@ class Options:
     resume: bool = False
     max_memory: int | None = None  # bytes
     split_max_size: int | None = None  # bytes of a file; None: one file, whatever its size
+    quantized_by: str | None = None
+    card: tuple[
+        str, ...
+    ] = ()  # the command that a model card is to name, the checkpoint second; none: no card
 
 
 def plan_only(source: Path, wanted: FileType | Request, options: Options | None = None) -> Plan:
@@ -67,11 +72,13 @@ def convert(
     options = options or Options()
     pace = Pace.within(options.max_memory)
     with open_checkpoint(source) as checkpoint:
-        beside = (*checkpoint.files, *(checkpoint.folder / n for n in TOKENIZER))
+        beside = (*checkpoint.files, *(checkpoint.folder / n for n in (*TOKENIZER, CARD)))
         inputs = (*beside, *([options.imatrix] if options.imatrix else []))
         plan = _plan(checkpoint, wanted, options)
-        ours = taken(output, options.resume)
-        check_outputs(output_paths(plan, output), options.overwrite, inputs, ours)
+        paths = output_paths(plan, output)
+        cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
+        wanted_names = [*paths, *(output.with_name(name) for name, _ in cards)]
+        check_outputs(wanted_names, options.overwrite, inputs, taken(output, options.resume))
         ggml = prepared(plan)
         identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
 
@@ -85,6 +92,7 @@ def convert(
                 options.resume,
                 report,
                 lambda tensor: checkpoint.check_unchanged(tensor.output.sources if tensor else None),
+                cards,
             )
 
         if progress is None:
@@ -100,7 +108,9 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | Request, options: Options) 
     request = wanted if isinstance(wanted, Request) else Request(wanted)
     importances = read_importances(options.imatrix) if options.imatrix else None
     name = options.name or model_name(checkpoint.folder)
-    plan = make_plan(checkpoint, vocab, request, name, importances, options.split_max_size)
+    plan = make_plan(
+        checkpoint, vocab, request, name, importances, options.split_max_size, options.quantized_by
+    )
     return replace(plan, notes=(*plan.notes, *size_notes(plan)))
 
 

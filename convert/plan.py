@@ -79,6 +79,7 @@ def make_plan(
     name: str,
     importances: Importances | None = None,
     max_part: int | None = None,
+    quantized_by: str | None = None,
 ) -> Plan:
     """Plan the model called `name` in its metadata, in files of at most `max_part` bytes. Reads no weights.
     Raises `ConvertError`."""
@@ -92,7 +93,7 @@ def make_plan(
         _check_importances(tensors, importances)
     _check_needs(tensors, request, importances)
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
-    keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin))
+    keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
     return Plan(request, keys, tuple(tensors), notes, importances, max_part)
 
