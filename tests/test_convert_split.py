@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from kimi_gguf.convert.gguf_set import GgufModel
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.engine import Engine
 from kimi_gguf.scripts.gguf_check import check_gguf
+from kimi_gguf.validate.cli import main as validate
 from kimi_gguf.validate.llama import run_logits
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, experts=8, seed=60)
@@ -102,6 +104,16 @@ def test_no_part_is_larger_than_asked_for_and_none_could_take_the_next_tensor(
     assert max(sizes) <= 700_000
     for size, following in zip(sizes, parts[1:], strict=False):
         assert size + GGUFReader(following).tensors[0].n_bytes > 700_000
+
+
+def test_the_size_counts_the_header_to_the_byte(tmp_path: Path, source: Path, out: Path) -> None:
+    first = split(source, out)[0]
+    size = first.stat().st_size
+    for name, asked, same in (("a", size, True), ("b", size - 1, False)):
+        (tmp_path / name).mkdir()
+        found = split(source, tmp_path / name, str(asked))[0]
+        assert (list(data(found)) == list(data(first))) == same
+        assert found.stat().st_size <= asked
 
 
 def test_a_tensor_larger_than_a_part_gets_one_of_its_own(source: Path, out: Path) -> None:
@@ -200,6 +212,37 @@ def test_llama_cpp_computes_the_same_from_parts(
 @pytest.mark.engine
 def test_parts_run_on_pristine_llama_cpp(source: Path, out: Path, pristine: Engine) -> None:
     assert np.isfinite(run_logits(pristine, split(source, out)[0], IDS)).all()
+
+
+@pytest.mark.engine
+def test_parts_in_a_hub_cache_run(tmp_path: Path, source: Path, out: Path, engine: Engine) -> None:
+    """There they are links to files of other names; llama.cpp finds parts by their own."""
+    parts = split(source, out)
+    (tmp_path / "snapshot").mkdir()
+    for number, part in enumerate(parts):
+        part.rename(out / f"{number:064x}")
+        (tmp_path / "snapshot" / part.name).symlink_to(out / f"{number:064x}")
+    first = tmp_path / "snapshot" / parts[0].name
+    assert np.isfinite(run_logits(engine, first, IDS)).all()
+    assert convert("verify", first, "--checkpoint", source).status == 0
+
+
+@pytest.mark.engine
+def test_validate_kimi_takes_the_first_part(
+    demo_dir: Path, out: Path, engine: Engine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    parts = split(demo_dir, out, "8M", "--type", "F32")
+    words = [str(parts[0]), "--checkpoint", str(demo_dir), "--tokens", "64", "--generate", "4"]
+    assert validate([*words, "--out", str(out / "report")]) == 0
+    facts = json.loads((out / "report" / "report.json").read_text())["gguf"]
+    whole = b"".join(part.read_bytes() for part in parts)
+    assert facts["name"] == parts[0].name and facts["bytes"] == len(whole)
+    assert facts["sha256"] == hashlib.sha256(whole).hexdigest() and facts["tensors"] == len(data(*parts))
+    assert validate([str(parts[1]), *words[1:]]) != 0
+    assert f"give {parts[0].name}" in capfd.readouterr().err
+    parts[1].unlink()
+    assert validate(words) != 0
+    assert str(parts[1]) in capfd.readouterr().err
 
 
 @pytest.mark.engine
