@@ -1,8 +1,8 @@
-"""A twin of the 48B checkpoint for rehearsals: real names, shapes, dtypes and shard count, weights all zero.
+"""Twins of the 48B checkpoint for rehearsals: real names, shapes and dtypes, with a made-up `tiktoken.model`.
 
-In: a folder. Out: the published config.json, 20 sparse safetensors shards with their index (98 GB to read,
-some megabytes on disk) and a made-up `tiktoken.model` of the real size. Whoever plans a conversion of the
-real checkpoint can try every step that does not need its values.
+In: a folder, and what of the published config is to be otherwise. Out: config.json, safetensors shards with their
+index, the tokenizer. Without values the shards are sparse, the full size 98 GB to read and some megabytes on disk:
+for every step that does not need values. With random ones, quantisation takes the time that it takes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ import base64
 import itertools
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 NUM_SHARDS = 20
 BYTES = {"BF16": 2, "F32": 4}
@@ -32,17 +36,32 @@ SPECIAL_TOKENS = {
     255: "[PAD]",
 }
 
+POOL = 1 << 24  # random values, read again and again from random places
+STD = 0.02
+
 TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
+Config = Mapping[str, Any]
 
 
-def published_config() -> str:
+def published_config() -> dict[str, Any]:
     """config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct."""
-    return resources.files(__package__).joinpath("kimi-linear-48b-config.json").read_text()
+    text = resources.files(__package__).joinpath("kimi-linear-48b-config.json").read_text()
+    config: dict[str, Any] = json.loads(text)
+    return config
 
 
-def tensors() -> Iterator[TensorInfo]:
-    """Every tensor of the 48B checkpoint: 20,493 of them, 49,122,681,728 parameters."""
-    config = json.loads(published_config())
+def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
+    """The published config with other counts. layers: one letter each, K for KDA and M for MLA."""
+    config = published_config()
+    config |= {"num_hidden_layers": len(layers), "num_experts": experts, "vocab_size": vocab}
+    config |= {"bos_token_id": vocab - 256, "eos_token_id": vocab - 254, "pad_token_id": vocab - 1}
+    for key, letter in (("kda_layers", "K"), ("full_attn_layers", "M")):
+        config["linear_attn_config"][key] = [i for i, each in enumerate(layers, 1) if each == letter]
+    return config
+
+
+def tensors(config: Config) -> Iterator[TensorInfo]:
+    """Every tensor of a checkpoint with this config; of the published one 20,493, with 49,122,681,728 parameters."""
     linear = config["linear_attn_config"]
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     heads, dim = linear["num_heads"], linear["head_dim"]
@@ -105,8 +124,8 @@ def num_bytes(info: TensorInfo) -> int:
     return size
 
 
-def write_shard(file: Path, infos: list[TensorInfo]) -> None:
-    """One sparse safetensors file: a true header, and a hole where the data would be."""
+def write_shard(file: Path, infos: list[TensorInfo], values: np.random.Generator | None) -> None:
+    """One safetensors file: a true header, then random values, or a hole where the data would be."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in infos:
@@ -117,7 +136,22 @@ def write_shard(file: Path, infos: list[TensorInfo]) -> None:
     text += b" " * (-len(text) % 8)
     with file.open("wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + offset)
+        if values is None:
+            f.truncate(8 + len(text) + offset)
+            return
+        pool = values.standard_normal(POOL, dtype=np.float32) * np.float32(STD)
+        stored = {"F32": pool, "BF16": (pool.view(np.uint32) >> 16).astype(np.uint16)}
+        for info in infos:
+            write_values(f, stored[info[1]], num_bytes(info) // BYTES[info[1]], values)
+
+
+def write_values(f: IO[bytes], pool: NDArray[Any], count: int, values: np.random.Generator) -> None:
+    """`count` numbers out of the pool, from random places on."""
+    while count:
+        start = int(values.integers(0, POOL // 2))
+        piece = pool[start : start + count]
+        f.write(piece.data)
+        count -= len(piece)
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
@@ -141,20 +175,24 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def write_twin(folder: Path) -> Path:
-    """Write the twin into `folder` (made if need be)."""
+def write_twin(
+    folder: Path, config: Config | None = None, num_shards: int = NUM_SHARDS, seed: int | None = None
+) -> Path:
+    """Write a twin into `folder` (made if need be). config: None is the published one. seed: None leaves holes."""
+    config = published_config() if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(published_config())
-    every = list(tensors())
+    (folder / "config.json").write_text(json.dumps(config))
+    every = list(tensors(config))
+    values = None if seed is None else np.random.default_rng(seed)
     weight_map: dict[str, str] = {}
-    for s in range(NUM_SHARDS):
-        infos = every[s * len(every) // NUM_SHARDS : (s + 1) * len(every) // NUM_SHARDS]
-        file = f"model-{s + 1:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        write_shard(folder / file, infos)
+    for s in range(num_shards):
+        infos = every[s * len(every) // num_shards : (s + 1) * len(every) // num_shards]
+        file = f"model-{s + 1:05d}-of-{num_shards:05d}.safetensors"
+        write_shard(folder / file, infos, values)
         weight_map |= {name: file for name, _, _ in infos}
     index = {"metadata": {"total_size": sum(map(num_bytes, every))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder, json.loads(published_config())["vocab_size"])
+    write_tokenizer(folder, config["vocab_size"])
     return folder
 
 

@@ -79,12 +79,14 @@ def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
     assert "faster than pristine at its best in 1" in verdict(cells)
 
 
-def test_the_floor_is_the_slower_of_reading_and_multiplying() -> None:
+def test_the_floor_adds_parts_each_bound_by_reading_or_by_multiplying() -> None:
     limits = Limits(threads=1, read=100.0, f32=10.0, int8=1000.0, bf16=None)
-    reading = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 10.0, 0.0)
-    assert reading.floor(limits) == (6.0, "memory")
-    multiplying = Demand(100.0, 0.0, 0.0, {"Q4_0": 5000.0, "F32": 20.0}, 30.0, 10.0)
-    assert multiplying.floor(limits) == (pytest.approx(5.0 + 2.0 + 4.0), "products")
+    reading = Demand(500.0, 200.0, 100.0, {"Q4_0": 1000.0}, 5.0, 0.0)
+    assert reading.floor(limits) == (5.0 + 1.0 + 2.0, "memory")
+    multiplying = Demand(100.0, 0.0, 300.0, {"Q4_0": 5000.0, "F32": 20.0}, 40.0, 10.0)
+    assert multiplying.floor(limits) == (pytest.approx((5.0 + 2.0) + 4.0 + 1.0), "products")
+    attending = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0)
+    assert attending.floor(limits) == (5.0 + 6.0, "products")
 
 
 def test_without_bf16_products_such_weights_count_as_float32() -> None:

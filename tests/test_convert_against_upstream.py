@@ -14,7 +14,8 @@ import torch
 from convert_tools import convert, fresh_checkpoint, gguf_keys
 from gguf import GGUFReader
 from random_checkpoint import Spec
-from upstream_converter import FILE_TYPES, Job, upstream_convert
+
+from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job, upstream_convert
 
 SPECS = [
     Spec(layers="KMKM", heads=4, experts=8, dense_layers=2, std=0.02),

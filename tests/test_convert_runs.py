@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from convert_tools import convert, fresh_checkpoint
 from random_checkpoint import VOCAB_SIZE, Spec
-from upstream_converter import Job, upstream_convert
 
 from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.scripts.upstream_converter import Job, upstream_convert
 from kimi_gguf.validate.llama import run_logits
 
 pytestmark = pytest.mark.engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
@@ -15,11 +14,17 @@ from kimi_gguf.convert.parts import total_size
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.quantise import TYPES
 from kimi_gguf.convert.stream import Pace
-from kimi_gguf.scripts.full_size_twin import num_bytes, published_config, tensors, write_twin
+from kimi_gguf.scripts.full_size_twin import (
+    num_bytes,
+    published_config,
+    smaller_config,
+    tensors,
+    write_twin,
+)
 
 
 def test_twin_has_the_published_tensor_count_parameters_and_bytes() -> None:
-    every = list(tensors())
+    every = list(tensors(published_config()))
     assert len({name for name, _, _ in every}) == 20_493
     assert sum(math.prod(shape) for _, _, shape in every) == 49_122_681_728
     assert sum(map(num_bytes, every)) == 98_245_528_576
@@ -52,18 +57,12 @@ print(status, int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").re
 @pytest.mark.engine
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("limit", [None, "500M"])
-def test_memory_does_not_grow_with_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None
-) -> None:
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, limit: str | None) -> None:
     """Real shapes with two of the 27 layers, 1.6 GB of weights: under 400 MB, of which 100 are numpy and Python.
 
     The whole twin, 98 GB to Q4_0, peaked at 163 MB: nothing of it depends on the number of layers.
     """
-    config = json.loads(published_config()) | {"num_hidden_layers": 2, "num_experts": 96, "vocab_size": 32000}
-    config |= {"bos_token_id": 31744, "eos_token_id": 31746, "pad_token_id": 31999}
-    config["linear_attn_config"] |= {"kda_layers": [1], "full_attn_layers": [2]}
-    monkeypatch.setattr("kimi_gguf.scripts.full_size_twin.published_config", lambda: json.dumps(config))
-    source = write_twin(tmp_path / "model")
+    source = write_twin(tmp_path / "model", smaller_config("KM", 96, 32000))
     arguments = [source, "-o", tmp_path / "x.gguf", "--type", "Q4_0", "--quiet"]
     arguments += ["--max-memory", limit] if limit else []
     done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True)

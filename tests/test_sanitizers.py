@@ -22,8 +22,9 @@ from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.quantise import TYPES
 from kimi_gguf.scripts.engine import Engine
 
-PROGRAMS = ("test-kda", "latent-attn-test", "test_fattn_f32", "split-test")
-CASES = {"test-kda": "7", "latent-attn-test": "7"}
+THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
+PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
+CASES = dict.fromkeys(THREADED, "7")
 THREADED_CASES = "29"  # waiting threads spin, so that more of them than cores take their time
 ADDRESS = Variant(
     "address",
@@ -34,7 +35,7 @@ ADDRESS = Variant(
 THREAD = Variant(
     "thread",
     "-O1 -g1 -fsanitize=thread",
-    PROGRAMS[:2],
+    THREADED,
     runner=("setarch", "-R"),  # its memory map does not bear much randomness
     environment={"TSAN_OPTIONS": "halt_on_error=1"},
 )
@@ -48,7 +49,7 @@ def test_addresses_and_undefined_behaviour(program: str) -> None:
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
 
 
-@pytest.mark.parametrize("program", CASES)
+@pytest.mark.parametrize("program", THREADED)
 def test_threads(program: str) -> None:
     ended = build(THREAD).run(program, KIMI_CASES=THREADED_CASES)
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]

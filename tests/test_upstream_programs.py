@@ -15,6 +15,7 @@ import pytest
 from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.quantise import TYPES
 from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.scripts.toolchain import cores
 
 pytestmark = pytest.mark.engine
 
@@ -116,5 +117,7 @@ def test_pristine_does_not_roll_back_the_demo(tmp_path: Path, demo_dir: Path, pr
 def test_operators(tmp_path: Path, chosen: list[str], engine: Engine) -> None:
     assert any(
         "Backend CPU: OK" in line
-        for line in verdicts(engine, tmp_path, "test-backend-ops", "test", "-b", "CPU", *chosen)
+        for line in verdicts(
+            engine, tmp_path, "test-backend-ops", "test", "-b", "CPU", "-j", str(2 * cores()), *chosen
+        )
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,20 +65,36 @@ class Demand:
         return sum(self.weight_products.values()) + self.attention_products + self.recurrence_products
 
     def floor(self, limits: Limits) -> tuple[float, str]:
-        """The least time in seconds, and what binds it: "memory" or "products"."""
-        reading = self.nbytes / limits.read
-        forming = sum(n / limits.products(kind) for kind, n in self.weight_products.items())
-        forming += (self.attention_products + self.recurrence_products) / limits.f32
-        return (reading, "memory") if reading >= forming else (forming, "products")
+        """The least time in seconds, and what binds most of it: "memory" or "products".
+
+        Weights, attention and recurrence are nodes of a graph, computed one behind the other; each takes at least
+        as long as its bytes or its products, whichever are slower.
+        """
+        weights = sum(n / limits.products(kind) for kind, n in self.weight_products.items())
+        parts = [
+            (self.weight_bytes / limits.read, weights),
+            (self.cache_bytes / limits.read, self.attention_products / limits.f32),
+            (self.state_bytes / limits.read, self.recurrence_products / limits.f32),
+        ]
+        least = sum(max(part) for part in parts)
+        memory = sum(reading for reading, forming in parts if reading >= forming)
+        return least, "memory" if memory >= least / 2 else "products"
 
 
-def measure_limits(threads: int, seconds: float = 0.1) -> Limits:
-    """Measure this machine. Raises `EngineError`."""
-    found = [json.loads(ask(program("limits"), str(threads), str(seconds))) for _ in range(TIMES)]
+def best_of(found: Iterable[Limits]) -> Limits:
+    """The best of several measurements on the same number of threads."""
+    told = [vars(each) for each in found]
     best: dict[str, Any] = {
-        kind: max((each[kind] for each in found if each[kind]), default=None) for kind in found[0]
+        kind: max((each[kind] for each in told if each[kind]), default=None) for kind in told[0]
     }
     return Limits(**best)
+
+
+def measure_limits(threads: int, seconds: float = 0.1, times: int = TIMES) -> Limits:
+    """Measure this machine, the best of some times. Raises `EngineError`."""
+    return best_of(
+        Limits(**json.loads(ask(program("limits"), str(threads), str(seconds)))) for _ in range(times)
+    )
 
 
 def demand(model: ModelFile, cell: Cell) -> Demand:

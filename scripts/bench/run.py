@@ -27,7 +27,7 @@ from kimi_gguf.scripts.bench.cells import (
     grid,
 )
 from kimi_gguf.scripts.bench.contender import environment_of
-from kimi_gguf.scripts.bench.limits import Limits, demand, measure_limits
+from kimi_gguf.scripts.bench.limits import Limits, best_of, demand, measure_limits
 from kimi_gguf.scripts.bench.load import available_memory
 from kimi_gguf.scripts.bench.measure import Arena, Settings, measure
 from kimi_gguf.scripts.bench.models import (
@@ -138,7 +138,8 @@ class Run:
                 data = model_data(model, arena)
                 self.record["models"].append(data)
                 for result in measure(arena, cells, pristine, settings):
-                    cell = cell_data(result, demand(model, result.cell), limits[result.cell.threads])
+                    limit = self.limit_beside(result.cell.threads, limits)
+                    cell = cell_data(result, demand(model, result.cell), limit)
                     data["cells"].append(cell)
                     told.note("  ".join(cell_row(cell)))
                     self.keep()
@@ -168,6 +169,14 @@ class Run:
         self.record["limits"] = [vars(each) for each in found.values()]
         show("The machine's limit", limits_table(self.record["limits"]))
         return found
+
+    def limit_beside(self, threads: int, limits: dict[int, Limits]) -> Limits:
+        """The machine's limit beside a cell: the best just before and just after it. `limits` goes on to the latter.
+
+        A machine whose memory others share has another limit from minute to minute.
+        """
+        before, limits[threads] = limits[threads], measure_limits(threads, seconds=0.03, times=1)
+        return best_of([before, limits[threads]])
 
     def operators(self, told: Reporter) -> None:
         """The operators alone."""

@@ -16,6 +16,9 @@ class packed_product : public tensor_traits {
     // Is the whole product faster by itself than in these steps?
     virtual bool whole(const ggml_tensor *) const { return false; }
 
+    // How the weights lie, as one of quant_gemm_layout, for kernels that read them by themselves; -1: as no other's do.
+    virtual int layout() const { return -1; }
+
     // rows of the weights that go together
     virtual int64_t row_step() const = 0;
 

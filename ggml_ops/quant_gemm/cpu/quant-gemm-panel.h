@@ -1,7 +1,8 @@
 #pragma once
 
 // What the three stages of a product share: packed activations (quant-gemm-acts.cpp), a panel of unpacked weights
-// (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp).
+// (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp); and what serves few columns without
+// a panel (quant-gemm-dot.cpp).
 //
 // A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes in the order of VNNI: for each group of
 // four consecutive k, four bytes of every row. Types with signed values are shifted by an offset; what the shift adds,
@@ -83,7 +84,7 @@ struct Format {
     Scheme            scheme;
     int               offset;  // what is added to the signed values to make them unsigned
     Unpack            unpack;
-    int               min_columns;  // from which unpacking pays: of a MUL_MAT; half of it for an expert on average
+    int               min_columns;  // of a matrix, from which unpacking it pays
 };
 
 // The format of a type and layout, or nullptr.
@@ -104,5 +105,12 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed);
 // panel's place: columns[i] is the address of the block in row i that belongs to the panel's first block.
 void multiply(
     Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums);
+
+// Multiplies one row of k weights with n_columns packed rows of activations; out: a sum for each.
+using Dot = void (*)(const char * row, int64_t k, const char * const * columns, int n_columns, float * out);
+
+// What serves matrices with fewer columns than that; nullptr: upstream's path has to, so that a node is taken where its
+// matrices have enough of them on average (experts: half as many, as most of those that are met then have more).
+Dot find_dot(const Format & format);
 
 }  // namespace quant_gemm

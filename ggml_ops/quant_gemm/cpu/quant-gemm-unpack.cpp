@@ -6,7 +6,7 @@
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
-#include "quant-gemm-panel.h"
+#include "quant-gemm-codes.h"
 #include "repack.h"
 
 #include <algorithm>
@@ -16,18 +16,6 @@ namespace quant_gemm {
 #if QUANT_GEMM_VNNI
 
 // ---- 16 rows in 16 lanes
-
-static inline __m512i bytes(int x) {
-    return _mm512_set1_epi8((char) x);
-}
-
-static inline __m512i low_nibbles(__m512i x) {
-    return _mm512_and_si512(x, bytes(0x0f));
-}
-
-static inline __m512i high_nibbles(__m512i x) {
-    return _mm512_and_si512(_mm512_srli_epi16(x, 4), bytes(0x0f));
-}
 
 static inline void store(void * to, __m512i x) {
     _mm512_store_si512(to, x);
@@ -132,12 +120,6 @@ static inline __m512i as_is(__m512i x) {
 
 static inline __m512i flip_bit_3(__m512i x) {  // two's complement nibbles to offset 8
     return _mm512_xor_si512(x, bytes(8));
-}
-
-static inline __m512i iq4_values(__m512i x) {  // offset 128
-    alignas(16) static const uint8_t values[16] = { 1,   24,  45,  63,  79,  93,  106, 118,
-                                                    129, 141, 153, 166, 181, 197, 217, 241 };
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i *) values)), x);
 }
 
 template <typename Block, __m512i (*DECODE)(__m512i)>
@@ -428,16 +410,16 @@ static void unpack_bf16(
 
 static const Format formats[] = {
     { GGML_TYPE_Q4_0, QUANT_GEMM_ROWS, Scheme::q8_0, 8, unpack_nibble_rows<block_q4_0, as_is>, 4 },
-    { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, unpack_nibble_groups<block_q4_0x8, flip_bit_3>, 4 },
+    { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, unpack_nibble_groups<block_q4_0x8, flip_bit_3>, 2 },
     { GGML_TYPE_Q5_0, QUANT_GEMM_ROWS, Scheme::q8_0, 16, unpack_q5_0, 4 },
-    { GGML_TYPE_Q8_0, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_q8_0, 4 },
+    { GGML_TYPE_Q8_0, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_q8_0, 5 },
     { GGML_TYPE_IQ4_NL, QUANT_GEMM_ROWS, Scheme::q8_0, 128, unpack_nibble_rows<block_iq4_nl, iq4_values>, 4 },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, unpack_nibble_groups<block_iq4_nlx8, iq4_values>, 4 },
-    { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K, 4 },
-    { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, unpack_q4_K_groups, 4 },
-    { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K, 4 },
-    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 4 },
-    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs, 4 },
+    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, unpack_nibble_groups<block_iq4_nlx8, iq4_values>, 2 },
+    { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K, 5 },
+    { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, unpack_q4_K_groups, 2 },
+    { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K, 5 },
+    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 9 },
+    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs, 5 },
 #if defined(__AVX512BF16__)
     { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16, 16 },
 #endif

@@ -9,6 +9,7 @@
 
 #include "ggml-quant-gemm.h"
 #include "quant-gemm-panel.h"
+#include "vec.h"
 
 #include <algorithm>
 #include <cstring>
@@ -29,10 +30,19 @@ struct Column {
     int64_t dst_offset;  // bytes
 };
 
+// One product, or two of the same activations that are gate and up of a SwiGLU.
+struct Job {
+    const ggml_tensor * products[2];  // of one shape and format, the gate first
+    int                 n_products;
+    ggml_tensor *       dst;  // the product itself, or the SwiGLU of both
+};
+
+using Sums = float[MAX_COLUMNS][PANEL_ROWS];
+
 // What each thread needs for itself.
 struct alignas(CACHE_LINE) Scratch {
     Panel panel;
-    float sums[MAX_COLUMNS][PANEL_ROWS];
+    Sums  sums[2];  // of each product
 };
 
 // The parts of the work buffer, in order.
@@ -83,26 +93,29 @@ static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layou
         return nullptr;
     }
     const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? format->min_columns / 2 : format->min_columns;
-    return count_columns(dst) >= at_least * count_matrices(dst) ? format : nullptr;
+    const bool    enough   = count_columns(dst) >= at_least * count_matrices(dst);
+    return enough || find_dot(*format) != nullptr ? format : nullptr;
 }
 
 // Columns sorted by matrix, in the order of tokens within each.
-static void sort_columns(const ggml_tensor * dst, Column * columns, int64_t * starts) {
-    const ggml_tensor * src1       = dst->src[1];
-    const int64_t       n_matrices = count_matrices(dst);
-    if (dst->op != GGML_OP_MUL_MAT_ID) {
-        for (int64_t i = 0; i < count_columns(dst); i++) {
+static void sort_columns(const Job & job, Column * columns, int64_t * starts) {
+    const ggml_tensor * product    = job.products[0];
+    const ggml_tensor * dst        = job.dst;
+    const ggml_tensor * src1       = product->src[1];
+    const int64_t       n_matrices = count_matrices(product);
+    if (product->op != GGML_OP_MUL_MAT_ID) {
+        for (int64_t i = 0; i < count_columns(product); i++) {
             const int64_t i1 = i % dst->ne[1];
             const int64_t i2 = i / dst->ne[1] % dst->ne[2];
             const int64_t i3 = i / dst->ne[1] / dst->ne[2];
             columns[i]       = { i, (int64_t) (i1 * dst->nb[1] + i2 * dst->nb[2] + i3 * dst->nb[3]) };
         }
         for (int64_t m = 0; m <= n_matrices; m++) {
-            starts[m] = m * count_columns(dst) / n_matrices;
+            starts[m] = m * count_columns(product) / n_matrices;
         }
         return;
     }
-    const ggml_tensor * ids       = dst->src[2];
+    const ggml_tensor * ids       = product->src[2];
     const auto          expert_of = [&](int64_t slot, int64_t token) {
         int32_t expert;
         memcpy(&expert, (const char *) ids->data + token * ids->nb[1] + slot * ids->nb[0], sizeof(expert));
@@ -130,13 +143,13 @@ static void sort_columns(const ggml_tensor * dst, Column * columns, int64_t * st
     starts[0] = 0;
 }
 
-static const char * weights_of(const ggml_tensor * dst, int64_t matrix) {
-    const ggml_tensor * src0 = dst->src[0];
-    if (dst->op == GGML_OP_MUL_MAT_ID) {
+static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
+    const ggml_tensor * src0 = product->src[0];
+    if (product->op == GGML_OP_MUL_MAT_ID) {
         return (const char *) src0->data + matrix * src0->nb[2];
     }
-    const int64_t i2 = matrix % dst->ne[2] / (dst->ne[2] / src0->ne[2]);
-    const int64_t i3 = matrix / dst->ne[2] / (dst->ne[3] / src0->ne[3]);
+    const int64_t i2 = matrix % product->ne[2] / (product->ne[2] / src0->ne[2]);
+    const int64_t i3 = matrix / product->ne[2] / (product->ne[3] / src0->ne[3]);
     return (const char *) src0->data + i2 * src0->nb[2] + i3 * src0->nb[3];
 }
 
@@ -148,11 +161,59 @@ static void prefetch(const char * p, size_t n) {
     }
 }
 
-// Rows row .. end - 1 of a matrix times n columns. Panels take their weights in short pieces from 32 rows, which the
-// hardware does not foresee; so the next 32 rows, next_row after the last ones, are asked for in the order of addresses.
+// PANEL_ROWS rows of a matrix times n columns. A panel takes its weights in short pieces from its rows, which the
+// hardware does not foresee; so the rows that come next, `ahead`, are asked for meanwhile in the order of addresses.
+static void add_panel(const Format &       format,
+                      const ggml_tensor *  src0,
+                      const char *         weights,
+                      int64_t              row,
+                      const char *         ahead,
+                      size_t               ahead_size,
+                      const char * const * columns,
+                      int                  n,
+                      Panel &              panel,
+                      Sums &               sums) {
+    const int64_t n_blocks = src0->ne[0] / BLOCK;
+    const int     step     = panel_blocks(format.scheme);
+    const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
+    const size_t  piece    = ahead_size * step / n_blocks;
+    const char *  act[MAX_COLUMNS];
+    std::copy(columns, columns + n, act);
+    memset(sums, 0, n * sizeof(sums[0]));
+    for (int64_t block = 0; block < n_blocks; block += step) {
+        const int here = (int) std::min<int64_t>(step, n_blocks - block);
+        prefetch(ahead, piece);
+        ahead += piece;
+        format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, panel);
+        multiply(format.scheme, panel, here, act, n, sums[0]);
+        for (int i = 0; i < n; i++) {
+            act[i] += act_step;
+        }
+    }
+}
+
+// The same for few columns: rows are read once, in the order of addresses.
+static void add_rows(Dot                  dot,
+                     const ggml_tensor *  src0,
+                     const char *         weights,
+                     int64_t              row,
+                     const char * const * columns,
+                     int                  n,
+                     Sums &               sums) {
+    float     sum[MAX_COLUMNS];
+    const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, src0->ne[1] - row);
+    for (int r = 0; r < n_rows; r++) {
+        dot(weights + (row + r) * src0->nb[1], src0->ne[0], columns, n, sum);
+        for (int i = 0; i < n; i++) {
+            sums[i][r] = sum[i];
+        }
+    }
+}
+
+// Rows row .. end - 1 of a matrix, and then from next_row on, as far as one can tell, times n columns.
 static void compute_task(const Format & format,
-                         ggml_tensor *  dst,
-                         const char *   weights,
+                         const Job &    job,
+                         int64_t        matrix,
                          int64_t        row,
                          int64_t        end,
                          int64_t        next_row,
@@ -160,43 +221,46 @@ static void compute_task(const Format & format,
                          const Column * columns,
                          int            n,
                          Scratch &      scratch) {
-    const ggml_tensor * src0     = dst->src[0];
-    const int64_t       n_blocks = src0->ne[0] / BLOCK;
+    const Dot           dot      = n < format.min_columns ? find_dot(format) : nullptr;
+    const ggml_tensor * src0     = job.products[0]->src[0];
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
-    const int           step     = panel_blocks(format.scheme);
-    const size_t        act_step = act_row_size(format.scheme, step * BLOCK);
+    const char *        act[MAX_COLUMNS];
+    for (int i = 0; i < n; i++) {
+        act[i] = acts + columns[i].act_row * act_size;
+    }
     for (; row < end; row += PANEL_ROWS) {
-        const int64_t next       = row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
-        const int64_t n_ahead    = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
-        const size_t  ahead_step = n_ahead * src0->nb[1] * step / n_blocks;
-        const char *  ahead      = weights + next * src0->nb[1];
-        const char *  act[MAX_COLUMNS];
-        for (int i = 0; i < n; i++) {
-            act[i] = acts + columns[i].act_row * act_size;
-        }
-        memset(scratch.sums, 0, n * sizeof(scratch.sums[0]));
-        for (int64_t block = 0; block < n_blocks; block += step) {
-            const int here = (int) std::min<int64_t>(step, n_blocks - block);
-            prefetch(ahead, ahead_step);
-            ahead += ahead_step;
-            format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, scratch.panel);
-            multiply(format.scheme, scratch.panel, here, act, n, scratch.sums[0]);
-            for (int i = 0; i < n; i++) {
-                act[i] += act_step;
+        for (int p = 0; p < job.n_products; p++) {
+            src0                 = job.products[p]->src[0];
+            const char * weights = weights_of(job.products[p], matrix);
+            if (dot != nullptr) {
+                add_rows(dot, src0, weights, row, act, n, scratch.sums[p]);
+                continue;
             }
+            const bool          last    = p + 1 == job.n_products;
+            const ggml_tensor * follows = job.products[last ? 0 : p + 1];
+            const int64_t       next    = !last ? row : row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
+            const int64_t       n_next  = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
+            const size_t        stride  = follows->src[0]->nb[1];
+            add_panel(format, src0, weights, row, weights_of(follows, matrix) + next * stride, n_next * stride, act, n,
+                      scratch.panel, scratch.sums[p]);
         }
-        const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, end - row);
+        const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int i = 0; i < n; i++) {
-            memcpy((char *) dst->data + columns[i].dst_offset + row * sizeof(float), scratch.sums[i],
-                   n_rows * sizeof(float));
+            float * to = (float *) ((char *) job.dst->data + columns[i].dst_offset) + row;
+            if (job.n_products == 2) {
+                ggml_vec_swiglu_f32(n_rows, to, scratch.sums[0][i], scratch.sums[1][i]);
+            } else {
+                memcpy(to, scratch.sums[0][i], n_rows * sizeof(float));
+            }
         }
     }
 }
 
-static void compute(const ggml_compute_params * params, ggml_tensor * dst, const Format & format) {
-    const ggml_tensor * src0     = dst->src[0];
-    const ggml_tensor * src1     = dst->src[1];
-    const Work          work     = plan_work(dst, format, params->nth);
+static void compute(const ggml_compute_params * params, const Job & job, const Format & format) {
+    const ggml_tensor * product  = job.products[0];
+    const ggml_tensor * src0     = product->src[0];
+    const ggml_tensor * src1     = product->src[1];
+    const Work          work     = plan_work(product, format, params->nth);
     char *              base     = (char *) padded((size_t) params->wdata);
     char *              acts     = base + work.acts;
     Column *            columns  = (Column *) (base + work.columns);
@@ -206,7 +270,7 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
     GGML_ASSERT(params->wsize >= work.total);
 
     if (params->ith == 0) {
-        sort_columns(dst, columns, starts);
+        sort_columns(job, columns, starts);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     const int64_t n_act_rows = ggml_nrows(src1);
@@ -220,7 +284,7 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
     ggml_barrier(params->threadpool);
 
     // tasks are numbered matrix by matrix; in each, all rows of the first columns come first
-    const int64_t n_matrices = count_matrices(dst);
+    const int64_t n_matrices = count_matrices(product);
     const int64_t row_parts  = (src0->ne[1] + TASK_ROWS - 1) / TASK_ROWS;
     int64_t       first_task = 0;
     int64_t       task       = params->ith;
@@ -229,14 +293,15 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
         const int64_t column_parts = (n + MAX_COLUMNS - 1) / MAX_COLUMNS;
         const int64_t n_tasks      = row_parts * column_parts;
         for (; task < first_task + n_tasks; task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-            const int64_t part  = (task - first_task) / row_parts;
-            const int64_t row   = (task - first_task) % row_parts * TASK_ROWS;
-            const int64_t first = n * part / column_parts;
-            const int64_t last  = n * (part + 1) / column_parts;
+            const int64_t  part  = (task - first_task) / row_parts;
+            const int64_t  row   = (task - first_task) % row_parts * TASK_ROWS;
+            const int64_t  end   = std::min<int64_t>(row + TASK_ROWS, src0->ne[1]);
+            const int64_t  first = n * part / column_parts;
+            const int      here  = (int) (n * (part + 1) / column_parts - first);
+            const Column * those = columns + starts[m] + first;
             // the task after this one, if all threads go on at the same pace
             const int64_t next_row = row + params->nth * TASK_ROWS;
-            compute_task(format, dst, weights_of(dst, m), row, std::min<int64_t>(row + TASK_ROWS, src0->ne[1]),
-                         next_row, acts, columns + starts[m] + first, (int) (last - first), scratch);
+            compute_task(format, job, m, row, end, next_row, acts, those, here, scratch);
         }
         first_task += n_tasks;
     }
@@ -244,7 +309,7 @@ static void compute(const ggml_compute_params * params, ggml_tensor * dst, const
 
 #else
 
-static void compute(const ggml_compute_params *, ggml_tensor *, const Format &) {}  // no format gets here
+static void compute(const ggml_compute_params *, const Job &, const Format &) {}  // no format gets here
 
 #endif
 
@@ -260,6 +325,19 @@ bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_te
     if (format == nullptr) {
         return false;
     }
-    quant_gemm::compute(params, dst, *format);
+    quant_gemm::compute(params, { { dst, nullptr }, 1, dst }, *format);
+    return true;
+}
+
+bool ggml_compute_forward_quant_gemm_gated(const ggml_compute_params * params,
+                                           const ggml_tensor *         gate,
+                                           const ggml_tensor *         up,
+                                           ggml_tensor *               swiglu,
+                                           quant_gemm_layout           layout) {
+    const quant_gemm::Format * format = params->use_ref ? nullptr : quant_gemm::format_of(gate, layout);
+    if (format == nullptr || format != quant_gemm::format_of(up, layout)) {
+        return false;
+    }
+    quant_gemm::compute(params, { { gate, up }, 2, swiglu }, *format);
     return true;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
-// Products of quantised weights with many activation rows on the CPU, as matrix products: MUL_MAT and MUL_MAT_ID.
+// Products of quantised weights on the CPU, MUL_MAT and MUL_MAT_ID: many activation rows as matrix products, few row by
+// row.
 // What is computed, for which types and layouts, and with which error is said in the folder's README.
 
 #include "ggml-cpu-impl.h"
@@ -25,11 +26,23 @@ enum quant_gemm_layout {
 size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
 
 // Computes the node and returns true, or returns false (nothing touched) where ggml's own path has to serve: other
-// types and shapes, few rows, an instruction set without VNNI, use_ref, or a node marked so (ggml-quant-gemm.h).
+// types, layouts and shapes, an instruction set without VNNI, use_ref, or a node marked so (ggml-quant-gemm.h).
 bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
                                      struct ggml_tensor *               dst,
                                      enum quant_gemm_layout             layout);
 
+// Node node_n and the one after it are gate and up of the SwiGLU behind them: computes all three as one and returns 2;
+// or returns 0, nothing touched, where they are not, or one of the products is not served here. The results are those of
+// the single nodes to the last bit.
+int ggml_quant_gemm_gated(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
+
 #ifdef __cplusplus
 }
+
+// The products of ggml_quant_gemm_gated, of one shape, type and layout, and of the same activations.
+bool ggml_compute_forward_quant_gemm_gated(const ggml_compute_params * params,
+                                           const ggml_tensor *         gate,
+                                           const ggml_tensor *         up,
+                                           ggml_tensor *               swiglu,
+                                           quant_gemm_layout           layout);
 #endif

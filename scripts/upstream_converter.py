@@ -48,14 +48,17 @@ class Job:
     vocabulary: Path | None = None
 
 
-def upstream_convert(jobs: Sequence[Job]) -> None:
-    """Convert all, in one process: most of its time goes into starting it."""
+def environment() -> dict[str, str]:
+    """Variables under which the command runs."""
     folder = upstream_source() / "llama.cpp"
-    environment = os.environ | {
+    return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder / "gguf-py"), str(folder)]),
         "PYTHONDONTWRITEBYTECODE": "1",
-        "OMP_NUM_THREADS": "1",
     }
+
+
+def command(jobs: Sequence[Job]) -> list[str]:
+    """The command that does all jobs, in one process: most of its time on small ones goes into starting it."""
     described = [
         {
             "source": str(job.source),
@@ -65,6 +68,12 @@ def upstream_convert(jobs: Sequence[Job]) -> None:
         }
         for job in jobs
     ]
-    command = [sys.executable, "-c", SCRIPT, json.dumps(described)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return [sys.executable, "-c", SCRIPT, json.dumps(described)]
+
+
+def upstream_convert(jobs: Sequence[Job]) -> None:
+    """Convert all."""
+    done = subprocess.run(
+        command(jobs), env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
