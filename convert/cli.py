@@ -25,14 +25,14 @@ from typing import Final
 from .errors import ConvertError
 from .inspect_model import inspect_model, summary_text
 from .mixes import Request
+from .parts import Part, output_paths, parts_of, total_size
 from .pipeline import Options, convert, plan_only
-from .plan import Plan
+from .plan import Plan, PlannedTensor
 from .progress import PROGRAM, Teller, for_people, for_programs, quiet, say
 from .quantise import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
 from .recipes import RECIPES
 from .unfinished import leftover
 from .verify import verify
-from .writer import file_size
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
@@ -51,13 +51,15 @@ examples:
   convert-kimi moonshotai/Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
       from the hub, by ranges: the weights are never on disk; @REVISION pins a branch, tag or commit
   convert-kimi model.safetensors -o model.gguf --type IQ3_M --imatrix imatrix.gguf --tensor-type attn_v_b=Q8_0
+  convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-BF16.gguf --split-max-size 40G --model-card
+      parts kimi-linear-BF16-00001-of-00003.gguf .., and a README.md for a model hub
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
-      make every byte anew and compare
+      make every byte anew and compare; of a model in parts give the first, here and everywhere
   convert-kimi inspect kimi-linear-q4.gguf --context 131072
       layers, types, sizes, and what the caches take
 
 exit status: 0 done; 1 the checkpoint or the place to write is at fault, said in one line; 2 wrong arguments;
-130 interrupted. Whatever happens, OUT appears whole or not at all.
+130 interrupted. Whatever happens, OUT appears whole or not at all; of parts, the first only when all are there.
 """
 
 
@@ -121,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
         help="type of the tensors whose name the regular expression finds; may be given more than once",
     )
     add("--pure", action="store_true", help="no mix: all tensors of the one type")
+    add(
+        "--model-card",
+        action="store_true",
+        help="write README.md beside OUT: what was made of what and how, for a model hub",
+    )
+    add("--quantized-by", metavar="WHO", help="who made the file, for its metadata and the model card")
     add("--name", help="the model's name inside the file (default: that of its folder)")
     add("--dry-run", action="store_true", help="check all but the values and print the plan")
     add(
@@ -129,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
         help="go on with an unfinished OUT of the same checkpoint and options",
     )
     add("--force", action="store_true", help="overwrite OUT")
+    add(
+        "--split-max-size",
+        metavar="SIZE",
+        type=_part_size,
+        help="where OUT would be larger, parts NAME-00001-of-00003.gguf of at most SIZE, as 40G or 500M "
+        "(10^9, 10^6 bytes, as llama-gguf-split has it)",
+    )
     add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
     add("--quiet", action="store_true", help="print errors only")
     add("--json", action="store_true", help="progress and outcome as JSON lines on standard output")
@@ -162,6 +177,14 @@ def _size(text: str) -> int:
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
+def _part_size(text: str) -> int:
+    """As llama.cpp's own tools understand it: powers of ten."""
+    match = re.fullmatch(r"(\d{1,15})([kmg]?)", text.strip().lower())
+    if match is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size as 40G or 500M, found {text!r}")
+    return int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]
+
+
 def _request(options: argparse.Namespace) -> Request:
     """What the options ask for; a recipe's choices stand behind the user's own."""
     recipe = RECIPES[options.recipe] if options.recipe else Request(options.type or TYPES["BF16"])
@@ -177,12 +200,47 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 def _options(options: argparse.Namespace) -> Options:
-    return Options(options.name, options.imatrix, options.force, options.resume, options.max_memory)
+    return Options(
+        options.name,
+        options.imatrix,
+        options.force,
+        options.resume,
+        options.max_memory,
+        options.split_max_size,
+        options.quantized_by,
+        tuple(_command(options)) if options.model_card else (),
+    )
+
+
+def _command(options: argparse.Namespace) -> Iterator[str]:
+    """The command with all that has a say in the bytes, paths without their folders: a card is to be shared."""
+    yield from (PROGRAM, Path(options.source).absolute().name)
+    if options.output:
+        yield from ("-o", options.output.name)
+    if options.recipe:
+        yield from ("--recipe", options.recipe)
+    else:
+        yield from ("--type", (options.type or TYPES["BF16"]).name)
+    words = (
+        ("--imatrix", options.imatrix and options.imatrix.name),
+        ("--output-tensor-type", options.output_tensor_type and options.output_tensor_type.name),
+        ("--token-embedding-type", options.token_embedding_type and options.token_embedding_type.name),
+        *(("--tensor-type", f"{pattern}={kind.name}") for pattern, kind in options.tensor_type),
+        ("--split-max-size", options.split_max_size and str(options.split_max_size)),
+        ("--name", options.name),
+        ("--quantized-by", options.quantized_by),
+    )
+    for option, value in words:
+        if value:
+            yield from (option, value)
+    yield from ["--pure"] if options.pure else []
+    yield "--model-card"
 
 
 def _convert(options: argparse.Namespace) -> int:
     if options.dry_run:
-        print(plan_text(plan_only(options.source, _request(options), _options(options))))
+        plan = plan_only(options.source, _request(options), _options(options))
+        print(plan_text(plan, options.output or Path("OUT.gguf")))
         return 0
     began = time.monotonic()
     tell: Teller = quiet if options.quiet else for_programs if options.json else for_people
@@ -193,11 +251,19 @@ def _convert(options: argparse.Namespace) -> int:
         )
     plan = convert(options.source, options.output, _request(options), _options(options), progress=tell)
     seconds = time.monotonic() - began
+    files = output_paths(plan, options.output)
     if options.json:
-        say("done", file=os.fspath(options.output), bytes=file_size(plan), seconds=round(seconds, 3))
+        say(
+            "done",
+            file=os.fspath(files[0]),
+            files=[os.fspath(file) for file in files],
+            bytes=total_size(plan),
+            seconds=round(seconds, 3),
+        )
     elif not options.quiet:
+        parts = f" in {len(files)} parts" if len(files) > 1 else ""
         print(
-            f"{options.output}: {file_size(plan):,} bytes, {len(plan.tensors)} tensors ({_types(plan)}) "
+            f"{files[0]}: {total_size(plan):,} bytes{parts}, {len(plan.tensors)} tensors ({_types(plan)}) "
             f"in {seconds:.1f} s",
             file=sys.stderr,
         )
@@ -210,7 +276,12 @@ def _verify_parser() -> argparse.ArgumentParser:
         description="Make every byte of a GGUF file anew from its checkpoint; compare.",
     )
     add = parser.add_argument
-    add("file", metavar="GGUF", type=Path, help="the file to prove; its own types are used")
+    add(
+        "file",
+        metavar="GGUF",
+        type=Path,
+        help="the file to prove, of parts the first; its own types are used",
+    )
     add("--checkpoint", metavar="SRC", required=True, help=f"what it was made of: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="the importance matrix it was made with, if any")
     add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
@@ -235,7 +306,9 @@ def _inspect_parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} inspect",
         description="Show what a GGUF file or a checkpoint holds; reads headers only.",
     )
-    parser.add_argument("path", metavar="PATH", help=f"a GGUF file, or a checkpoint: {SOURCE}")
+    parser.add_argument(
+        "path", metavar="PATH", help=f"a GGUF file (of parts the first), or a checkpoint: {SOURCE}"
+    )
     parser.add_argument(
         "--context", metavar="N", type=int, default=32768, help="tokens the caches are for (32768)"
     )
@@ -252,24 +325,37 @@ def _inspect(options: argparse.Namespace) -> int:
 COMMANDS: Final = {"verify": (_verify_parser, _verify), "inspect": (_inspect_parser, _inspect)}
 
 
-def plan_text(plan: Plan) -> str:
-    """The plan as a table: each output tensor, its type, shape (ggml order), bytes and sources."""
-    rows = [("tensor", "type", "shape", "bytes", "from")]
-    for tensor in plan.tensors:
-        output = tensor.output
-        sources = (
-            output.sources[0] if len(output.sources) == 1 else f"{output.sources[0]} .. {output.sources[-1]}"
-        )
-        how = "" if output.transform.value == "copy" else f" ({output.transform.value})"
-        shape = " x ".join(str(n) for n in output.ne)
-        rows.append((tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how))
+def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
+    """The plan as a table: each output tensor, its type, shape (ggml order), bytes and sources; of several files
+    each with its name and bytes before its tensors."""
+    parts = parts_of(plan)
+    rows = [("tensor", "type", "shape", "bytes", "from"), *(_row(tensor) for tensor in plan.tensors)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [
+    head, *lines = [
         f"{name:{widths[0]}}  {kind:{widths[1]}}  {shape:{widths[2]}}  {size:>{widths[3]}}  {origin}"
         for name, kind, shape, size, origin in rows
     ]
-    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {file_size(plan):,} bytes"
-    return "\n".join([*lines, total, *(f"note: {note}" for note in plan.notes)])
+    text, first = [head], 0
+    for part, path in zip(parts, output_paths(plan, output), strict=True):
+        text += [f"{path.name}: {_contents(part)}"] if len(parts) > 1 else []
+        text += lines[first : first + len(part.tensors)]
+        first += len(part.tensors)
+    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {total_size(plan):,} bytes"
+    total += f" in {len(parts)} parts" if len(parts) > 1 else ""
+    return "\n".join([*text, total, *(f"note: {note}" for note in plan.notes)])
+
+
+def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
+    output = tensor.output
+    first, last = output.sources[0], output.sources[-1]
+    sources = first if first == last else f"{first} .. {last}"
+    how = "" if output.transform.value == "copy" else f" ({output.transform.value})"
+    shape = " x ".join(str(n) for n in output.ne)
+    return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
+
+
+def _contents(part: Part) -> str:
+    return f"{len(part.tensors)} tensors, {part.nbytes:,} bytes"
 
 
 def _types(plan: Plan) -> str:

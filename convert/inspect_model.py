@@ -15,7 +15,7 @@ from typing import Any
 from .checkpoint import open_checkpoint
 from .config import LayerKind
 from .errors import ConvertError
-from .gguf_file import GgufFile
+from .gguf_set import GgufModel
 from .metadata import ARCHITECTURE, parameters
 from .origin import model_name
 from .quantise import TYPES
@@ -77,7 +77,7 @@ def inspect_model(path: Path | str, context: int) -> Summary:
 
 
 def _gguf(path: Path, context: int) -> Summary:
-    with GgufFile(path) as file:
+    with GgufModel(path) as file:
         keys = file.keys
         if keys.get("general.architecture") != ARCHITECTURE:
             raise ConvertError(

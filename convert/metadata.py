@@ -7,6 +7,7 @@ Source of the architecture's keys: llama.cpp's loader (`load_arch_hparams` for `
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,11 +23,15 @@ from .tokenizer import Vocab
 ARCHITECTURE: Final = "kimi-linear"
 SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 QUANTIZATION_VERSION: Final = 2  # GGML_QNT_VERSION
+HUB: Final = "https://huggingface.co"
+# Names of models as BASENAME-SIZE-FINETUNE, as in Kimi-Linear-48B-A3B-Instruct.
+_NAME: Final = re.compile(r"(?P<basename>.+?)-\d+(\.\d+)?[KMBT](-A\d+(\.\d+)?[KMBT])?(-(?P<finetune>.+))?")
 
 
 class ValueType(IntEnum):
     """Types of GGUF values (gguf_type) that are used here."""
 
+    UINT16 = 2
     UINT32 = 4
     INT32 = 5
     FLOAT32 = 6
@@ -55,10 +60,11 @@ def metadata(
     name: str,
     importances: Importances | None = None,
     origin: Origin | None = None,
+    quantized_by: str | None = None,
 ) -> list[Key]:
     """Every key of the file, in the order in which llama-quantize leaves them."""
     return [
-        *_general(config, name),
+        *_general(config, name, origin, quantized_by),
         *_origin(origin),
         *architecture_keys(config),
         *_tokenizer(vocab),
@@ -72,11 +78,22 @@ def _u32(name: str, value: int) -> Key:
     return Key(name, ValueType.UINT32, value)
 
 
-def _general(config: KimiConfig, name: str) -> Iterator[Key]:
-    yield Key("general.architecture", ValueType.STRING, ARCHITECTURE)
-    yield Key("general.type", ValueType.STRING, "model")
-    yield Key("general.name", ValueType.STRING, name)
-    yield Key("general.size_label", ValueType.STRING, size_label(config))
+def _general(config: KimiConfig, name: str, origin: Origin | None, quantized_by: str | None) -> Iterator[Key]:
+    owner = origin.repository.split("/")[0] if origin and origin.repository else None
+    words = _NAME.fullmatch(name)
+    texts: tuple[tuple[str, str | None], ...] = (
+        ("architecture", ARCHITECTURE),
+        ("type", "model"),
+        ("name", name),
+        ("organization", owner),
+        ("finetune", words["finetune"] if words else None),
+        ("basename", words["basename"] if words else None),
+        ("quantized_by", quantized_by),
+        ("size_label", size_label(config)),
+    )
+    for key, text in texts:
+        if text is not None:
+            yield Key(f"general.{key}", ValueType.STRING, text)
 
 
 def _origin(origin: Origin | None) -> Iterator[Key]:
@@ -85,8 +102,10 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
         return
     texts = (
         ("general.license", origin.license),
+        ("general.license.name", origin.license_name),
         ("general.license.link", origin.license_link),
         ("general.source.huggingface.repository", origin.repository),
+        ("general.source.repo_url", f"{HUB}/{origin.repository}" if origin.repository else None),
         ("kimi_gguf.source.commit", origin.commit),
         ("kimi_gguf.source.config_sha256", origin.config_sha256),
         ("kimi_gguf.source.headers_sha256", origin.headers_sha256),
@@ -98,7 +117,7 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
         yield _u32("general.base_model.count", 1)
         yield Key("general.base_model.0.name", ValueType.STRING, name)
         yield Key("general.base_model.0.organization", ValueType.STRING, organisation)
-        yield Key("general.base_model.0.repo_url", ValueType.STRING, f"https://huggingface.co/{base}")
+        yield Key("general.base_model.0.repo_url", ValueType.STRING, f"{HUB}/{base}")
 
 
 def _quantize(importances: Importances | None) -> Iterator[Key]:

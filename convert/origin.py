@@ -29,6 +29,7 @@ class Origin:
     commit: str | None  # the revision of that repository
     base_model: str | None  # the id of what it was made from, by its card
     license: str | None
+    license_name: str | None  # where the licence is none of the well-known ones
     license_link: str | None
     config_sha256: str
     headers_sha256: str  # of the shards' headers: every tensor's name, type, shape and place
@@ -43,6 +44,7 @@ def read_origin(folder: Path, config: Path, headers_sha256: str) -> Origin:
         _commit(folder),
         base if _HUB_ID.fullmatch(base) else None,
         card.get("license") or None,
+        card.get("license_name") or None,
         card.get("license_link") or None,
         hashlib.sha256(config.read_bytes()).hexdigest(),
         headers_sha256,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,27 +18,34 @@ from .digest import digest
 from .ggml import Ggml
 from .imatrix import read_importances
 from .mixes import Request
+from .model_card import CARD, card_text
 from .origin import model_name
+from .parts import output_paths, parts_of, size_notes
 from .plan import Plan, PlannedTensor, make_plan
 from .quantise import FileType
 from .stream import Pace, encoded, prepared
 from .tokenizer import load_vocab
-from .unfinished import Identity
+from .unfinished import Identity, taken
 from .vocab_files import TOKENIZER
-from .writer import check_output, header, write
+from .writer import check_outputs, write
 
 Report = Callable[[PlannedTensor, int], None]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; none of them but `name` and `imatrix` has a say in the bytes."""
+    """How to convert; only `name`, `imatrix`, `split_max_size` and `quantized_by` have a say in the bytes."""
 
     name: str | None = None  # the model's name in the file; default: its folder's
     imatrix: Path | None = None
     overwrite: bool = False
     resume: bool = False
     max_memory: int | None = None  # bytes
+    split_max_size: int | None = None  # bytes of a file; None: one file, whatever its size
+    quantized_by: str | None = None
+    card: tuple[
+        str, ...
+    ] = ()  # the command that a model card is to name, the checkpoint second; none: no card
 
 
 def plan_only(source: Path | str, wanted: FileType | Request, options: Options | None = None) -> Plan:
@@ -54,7 +61,8 @@ def convert(
     options: Options | None = None,
     progress: Callable[[Plan], AbstractContextManager[Report]] | None = None,
 ) -> Plan:
-    """Convert the checkpoint `source` to the GGUF file `output`; raises `ConvertError` and leaves no file there.
+    """Convert the checkpoint `source` to the GGUF file `output`, or to its parts where `output` would be larger
+    than a file may be; raises `ConvertError` and leaves no file there.
 
     `progress` is entered with the plan before the first byte is written, and gives the function that hears of
     every tensor and number of bytes.
@@ -62,10 +70,13 @@ def convert(
     options = options or Options()
     with open_checkpoint(source) as checkpoint:
         pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
-        beside = (*checkpoint.files, *(checkpoint.folder / n for n in TOKENIZER))
+        beside = (*checkpoint.files, *(checkpoint.folder / n for n in (*TOKENIZER, CARD)))
         inputs = (*beside, *([options.imatrix] if options.imatrix else []))
-        check_output(output, options.overwrite, inputs)
         plan = _plan(checkpoint, wanted, options)
+        paths = output_paths(plan, output)
+        cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
+        wanted_names = [*paths, *(output.with_name(name) for name, _ in cards)]
+        check_outputs(wanted_names, options.overwrite, inputs, taken(output, options.resume))
         ggml = prepared(plan)
         identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
 
@@ -79,6 +90,7 @@ def convert(
                 options.resume,
                 report,
                 lambda tensor: checkpoint.check_unchanged(tensor.output.sources if tensor else None),
+                cards,
             )
 
         if progress is None:
@@ -93,7 +105,11 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | Request, options: Options) 
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
     request = wanted if isinstance(wanted, Request) else Request(wanted)
     importances = read_importances(options.imatrix) if options.imatrix else None
-    return make_plan(checkpoint, vocab, request, options.name or model_name(checkpoint.folder), importances)
+    name = options.name or model_name(checkpoint.folder)
+    plan = make_plan(
+        checkpoint, vocab, request, name, importances, options.split_max_size, options.quantized_by
+    )
+    return replace(plan, notes=(*plan.notes, *size_notes(plan)))
 
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
@@ -103,7 +119,7 @@ def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
     return digest(
         version("kimi-gguf").encode(),
         (ggml.identity if ggml else "").encode(),
-        header(plan),
+        *(part.header for part in parts_of(plan)),
         json.dumps(sources).encode(),
         *(part for name in sorted(importances) for part in (name.encode(), importances[name].tobytes())),
     )

@@ -38,7 +38,6 @@ class PlannedTensor:
     output: Output
     type: TensorType
     nbytes: int
-    offset: int  # from the start of the data
 
     @property
     def name(self) -> str:
@@ -47,25 +46,20 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole GGUF file before it is written."""
+    """A whole model before it is written; `parts` tells the files that it goes to."""
 
     request: Request
     keys: tuple[Key, ...]
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is wrong
     importances: Importances | None = None
+    max_part: int | None = None  # bytes of a file, unless a single tensor takes more; None: all in one file
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
         found = self.importances.weights.get(tensor.name) if self.importances else None
         ne = tensor.output.ne
         return found if found is not None and len(found) == ne[0] * (ne[2] if len(ne) > 2 else 1) else None
-
-    @property
-    def data_bytes(self) -> int:
-        """Bytes of the data section, padding included."""
-        last = self.tensors[-1]
-        return aligned(last.offset + last.nbytes)
 
 
 def aligned(offset: int) -> int:
@@ -84,26 +78,24 @@ def make_plan(
     request: Request,
     name: str,
     importances: Importances | None = None,
+    max_part: int | None = None,
+    quantized_by: str | None = None,
 ) -> Plan:
-    """Plan the GGUF file called `name` in its metadata. Reads no weights. Raises `ConvertError`."""
+    """Plan the model called `name` in its metadata, in files of at most `max_part` bytes. Reads no weights.
+    Raises `ConvertError`."""
     config = checkpoint.config
     _check_vocab(checkpoint, vocab)
     every = sorted(outputs(config), key=in_file_order)
     chosen = choose_types(config, every, request, importances is not None)
-    tensors: list[PlannedTensor] = []
-    offset = 0
-    for output in every:
-        kind = chosen[output.name] or _kept(checkpoint, output)
-        nbytes = kind.nbytes(output.ne)
-        tensors.append(PlannedTensor(output, kind, nbytes, offset))
-        offset = aligned(offset + nbytes)
+    kinds = [chosen[output.name] or _kept(checkpoint, output) for output in every]
+    tensors = [PlannedTensor(o, kind, kind.nbytes(o.ne)) for o, kind in zip(every, kinds, strict=True)]
     if importances is not None:
         _check_importances(tensors, importances)
     _check_needs(tensors, request, importances)
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
-    keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin))
+    keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
-    return Plan(request, keys, tuple(tensors), notes, importances)
+    return Plan(request, keys, tuple(tensors), notes, importances, max_part)
 
 
 def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .errors import ConvertError
-from .gguf_file import GgufFile
+from .gguf_set import GgufModel
 from .imatrix import read_importances
 from .metadata import metadata
 from .mixes import Request
@@ -51,7 +51,7 @@ def verify(
     report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
 ) -> Verdict:
     """Compare the file `path` with what `source` gives. Raises `ConvertError` when either cannot be read."""
-    with GgufFile(path) as file, open_checkpoint(source) as checkpoint:
+    with GgufModel(path) as file, open_checkpoint(source) as checkpoint:
         pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         wrong = dict(_differences(file, checkpoint, plan, pace, report))
@@ -62,7 +62,7 @@ def verify(
         )
 
 
-def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
+def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
     """The plan that would give the file, its types taken from it."""
     tensors: list[PlannedTensor] = []
     expected = sorted(outputs(checkpoint.config), key=in_file_order)
@@ -76,7 +76,7 @@ def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Pl
                 f"{file.path}: {output.name!r}: expected shape {list(output.ne)}, found {list(found.ne)}; "
                 "not made of this checkpoint"
             )
-        tensors.append(PlannedTensor(output, found.type, found.nbytes, found.offset))
+        tensors.append(PlannedTensor(output, found.type, found.nbytes))
     if strange := set(file.tensors) - {output.name for output in expected}:
         raise ConvertError(f"{file.path}: unexpected tensor {min(strange)!r}; not made of this checkpoint")
     importances = read_importances(imatrix) if imatrix else None
@@ -84,7 +84,7 @@ def _plan_of(file: GgufFile, checkpoint: Checkpoint, imatrix: Path | None) -> Pl
 
 
 def _differences(
-    file: GgufFile,
+    file: GgufModel,
     checkpoint: Checkpoint,
     plan: Plan,
     pace: Pace,
@@ -107,7 +107,7 @@ def _differences(
         report(tensor, piece.nbytes)
 
 
-def _wrong_keys(file: GgufFile, checkpoint: Checkpoint) -> Iterator[str]:
+def _wrong_keys(file: GgufModel, checkpoint: Checkpoint) -> Iterator[str]:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
     for key in metadata(checkpoint.config, vocab, TYPES["F32"], ""):
         if key.name.startswith(FREE):

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.parts import total_size
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.convert.writer import file_size
 from kimi_gguf.scripts.full_size_twin import write_twin
 
 GB = 1_000_000_000
@@ -68,7 +68,7 @@ class Needs:
 
 def planned_bytes(folder: Path, out_type: str) -> int:
     """Size of the GGUF that converting `folder` would make."""
-    return file_size(plan_only(folder, TYPES[out_type]))
+    return total_size(plan_only(folder, TYPES[out_type]))
 
 
 def check_disk(needs: Needs, out: Path) -> None:

@@ -140,6 +140,19 @@ def test_gguf_files_and_importances(folder: Path) -> None:
         assert refused > 100
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_models_in_parts(folder: Path, part: int) -> None:
+    """One part is damaged, the model is read through the first."""
+    assert convert(folder, "-o", folder / "x.gguf", "--split-max-size", "100K").status == 0
+    parts = sorted(folder.glob("x-*"))
+
+    def act(path: Path) -> None:
+        inspect_model(parts[0], 1000)
+
+    _, refused = fuzz(parts[part], 300, part, act, reach=4000)
+    assert refused > 40
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),

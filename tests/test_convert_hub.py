@@ -24,7 +24,7 @@ from kimi_gguf.convert.hub import HubId
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=50)
 DEMO, TINY = "kimi/demo", "org/Tiny-Kimi"
 SHARD = "model-00002-of-00002.safetensors"
-KEPT = {".x.gguf.unfinished", ".x.gguf.journal"}
+KEPT = {".x.gguf.unfinished"}
 
 
 @pytest.fixture(scope="session")

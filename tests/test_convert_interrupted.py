@@ -18,7 +18,7 @@ import pytest
 from convert_tools import convert, fresh_checkpoint, start_convert
 from random_checkpoint import Spec
 
-from kimi_gguf.convert import unfinished
+from kimi_gguf.convert import growing, unfinished
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.pipeline import Report
 from kimi_gguf.convert.pipeline import convert as convert_in_python
@@ -26,7 +26,7 @@ from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.quantise import TYPES
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
-KEPT = {".x.gguf.unfinished", ".x.gguf.journal"}
+KEPT = {".x.gguf.unfinished"}
 
 # Forks a conversion again and again, kills it after a random time, and looks at what is there.
 KILLER = """
@@ -55,7 +55,7 @@ began = time.monotonic()
 os.waitpid(child(), 0)
 duration = time.monotonic() - began
 out.unlink()
-journal = out.with_name(f".{out.name}.journal")
+journal = out.with_name(f".{out.name}.unfinished") / "journal"
 while found["killed"] < kills:
     found["gone_on"] += journal.exists() and journal.read_bytes().count(b"\\n") > 1
     process = child()
@@ -214,16 +214,16 @@ def test_resume_from_another_checkpoint_is_refused(
 )
 def test_a_journal_that_is_none_is_refused(source: Path, out: Path, noted: None, journal: bytes) -> None:
     interrupted(source, out)
-    (out / ".x.gguf.journal").write_bytes(journal)
+    (out / ".x.gguf.unfinished" / "journal").write_bytes(journal)
     run = convert(source, "-o", out / "x.gguf", "--resume")
-    assert run.status == 1 and ".x.gguf.journal" in run.err and "Traceback" not in run.err
+    assert run.status == 1 and ".x.gguf.unfinished/journal" in run.err and "Traceback" not in run.err
 
 
 def test_an_unfinished_file_shorter_than_its_journal_says_is_refused(
     source: Path, out: Path, noted: None
 ) -> None:
     interrupted(source, out)
-    os.truncate(out / ".x.gguf.unfinished", 10_000)
+    os.truncate(out / ".x.gguf.unfinished" / "x.gguf", 10_000)
     run = convert(source, "-o", out / "x.gguf", "--resume")
     assert run.status == 1 and "found 10000" in run.err
 
@@ -232,7 +232,7 @@ def test_the_last_line_of_a_journal_may_be_torn(
     source: Path, out: Path, expected: bytes, noted: None
 ) -> None:
     interrupted(source, out)
-    journal = out / ".x.gguf.journal"
+    journal = out / ".x.gguf.unfinished" / "journal"
     journal.write_bytes(journal.read_bytes()[:-5])
     assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
     assert (out / "x.gguf").read_bytes() == expected
@@ -335,7 +335,7 @@ def test_two_processes_started_together_do_not_mix(source: Path, out: Path, expe
 def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
     source: Path, out: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unfinished, "_bypass_cache", lambda fd, wanted: False)
+    monkeypatch.setattr(growing, "_bypass_cache", lambda fd, wanted: False)
     assert convert(source, "-o", out / "x.gguf").status == 0
     assert (out / "x.gguf").read_bytes() == expected
 
@@ -344,7 +344,7 @@ def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
 def test_the_size_of_the_buffer_does_not_show(
     source: Path, out: Path, expected: bytes, noted: None, monkeypatch: pytest.MonkeyPatch, buffer: int
 ) -> None:
-    monkeypatch.setattr(unfinished, "BUFFER", buffer)
+    monkeypatch.setattr(growing, "BUFFER", buffer)
     interrupted(source, out, after=40)
     assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
     assert (out / "x.gguf").read_bytes() == expected
@@ -353,7 +353,7 @@ def test_the_size_of_the_buffer_does_not_show(
 def test_the_work_of_an_interrupted_run_is_on_no_other_disk(source: Path, out: Path, noted: None) -> None:
     """It stands beside the output: taking the name is a rename, and the room was checked where it is needed."""
     interrupted(source, out)
-    assert (out / ".x.gguf.unfinished").stat().st_dev == out.stat().st_dev
+    assert (out / ".x.gguf.unfinished" / "x.gguf").stat().st_dev == out.stat().st_dev
     shutil.rmtree(out)
     out.mkdir()
     assert convert(source, "-o", out / "x.gguf", "--resume").status == 0

@@ -94,7 +94,9 @@ def test_a_hugging_face_cache_is_followed_and_names_the_model(tmp_path: Path) ->
         assert convert(source, "-o", tmp_path / f"{source.name}.gguf").status == 0
     ours, plain_keys = gguf_keys(tmp_path / "0123abcd.gguf"), gguf_keys(tmp_path / "Kimi-Test.gguf")
     descent = {
+        "general.organization": "org",
         "general.source.huggingface.repository": "org/Kimi-Test",
+        "general.source.repo_url": "https://huggingface.co/org/Kimi-Test",
         "general.base_model.count": 1,
         "general.base_model.0.name": "Kimi-Test",
         "general.base_model.0.organization": "org",

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.parts import total_size
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.quantise import TYPES
 from kimi_gguf.convert.stream import Pace
-from kimi_gguf.convert.writer import file_size
 from kimi_gguf.scripts.full_size_twin import (
     num_bytes,
     published_config,
@@ -41,7 +41,7 @@ def test_the_converter_plans_the_full_size_model_in_little_memory(tmp_path: Path
     """BF16 takes the checkpoint's bytes, a little more where small tensors become F32, and the metadata."""
     plan = plan_only(write_twin(tmp_path), TYPES["BF16"])
     assert len(plan.tensors) == 610
-    assert 98_245_528_576 < file_size(plan) < 1.001 * 98_245_528_576
+    assert 98_245_528_576 < total_size(plan) < 1.001 * 98_245_528_576
 
 
 # Linux's own mark: what getrusage tells of a child begins with its parent's memory.

@@ -131,7 +131,7 @@ def _ask(
     """Run the worker in `folder` on one request about the file and read its answer."""
     if not gguf.is_file():
         raise ValidateError(f"{gguf}: no such file")
-    (folder / "request.json").write_text(json.dumps(request | {"gguf": str(gguf.resolve())}))
+    (folder / "request.json").write_text(json.dumps(request | {"gguf": str(gguf.absolute())}))
     command = [sys.executable, "-m", "kimi_gguf.validate.llama_worker", str(folder)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1", **engine.environment()}
     with (folder / "stderr").open("wb") as stderr:

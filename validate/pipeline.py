@@ -92,7 +92,7 @@ def validate(request: Request, engine: Engine, pristine: Engine | None, reporter
     with TemporaryDirectory(prefix="kimi-validate-") as folder:
         files = {False: request.gguf, True: Path(folder) / "quiet.gguf"}
         if is_f32:
-            write_quiet_gguf(request.gguf, files[True])
+            files[True] = write_quiet_gguf(request.gguf, files[True])
 
         def runs(on: Engine, label: str) -> list[Measured]:
             measured = []

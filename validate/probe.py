@@ -16,6 +16,8 @@ import gguf
 import numpy as np
 from torch import Tensor
 
+from kimi_gguf.convert.part_names import part_paths
+from kimi_gguf.scripts.gguf_check import all_parts
 from kimi_gguf.validate.errors import ValidateError
 
 FACTOR = 2.0**-8
@@ -26,13 +28,19 @@ def quiet_weight(weight: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
     return lambda name: weight(name) * (FACTOR if name.endswith(".input_layernorm.weight") else 1.0)
 
 
-def write_quiet_gguf(source: Path, target: Path) -> None:
-    """A copy of the GGUF file, turned down. Raises ValidateError if a norm is not stored in F32."""
-    shutil.copyfile(source, target)
-    reader = gguf.GGUFReader(target, "r+")
-    norms = [tensor for tensor in reader.tensors if tensor.name.endswith(".attn_norm.weight")]
-    for tensor in norms:
-        if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            raise ValidateError(f"{source}: {tensor.name}: expected F32, found {tensor.tensor_type.name}")
-        tensor.data[:] *= np.float32(FACTOR)
-    reader.data.flush()
+def write_quiet_gguf(source: Path, target: Path) -> Path:
+    """A copy of the GGUF file, turned down; in as many parts as it is, of which the first is returned. Raises
+    ValidateError if a norm is not stored in F32."""
+    sources = all_parts(source)
+    targets = part_paths(target, len(sources))
+    for old, new in zip(sources, targets, strict=True):
+        shutil.copyfile(old, new)
+        reader = gguf.GGUFReader(new, "r+")
+        for tensor in reader.tensors:
+            if not tensor.name.endswith(".attn_norm.weight"):
+                continue
+            if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+                raise ValidateError(f"{old}: {tensor.name}: expected F32, found {tensor.tensor_type.name}")
+            tensor.data[:] *= np.float32(FACTOR)
+        reader.data.flush()
+    return targets[0]

@@ -7,7 +7,7 @@ named without their folders: a report is meant to be shared.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kimi_gguf.convert.checkpoint import Checkpoint
+from kimi_gguf.scripts.gguf_check import all_parts
 from kimi_gguf.validate.tensors import open_gguf
 
 CHUNK = 1 << 24
@@ -23,30 +24,37 @@ Facts = dict[str, Any]
 
 def file_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
     """Name, size in bytes and SHA-256; `progress` gets bytes done and in all."""
-    digest, done, size = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            if progress is not None:
-                progress(done, size)
-    return {"name": path.name, "bytes": size, "sha256": digest.hexdigest()}
+    return _facts([path], progress)
+
+
+def _facts(paths: Sequence[Path], progress: Callable[[int, int], None] | None) -> Facts:
+    """Of several files: the first one's name, and size and SHA-256 of all, one behind the other."""
+    digest, done, size = hashlib.sha256(), 0, sum(path.stat().st_size for path in paths)
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                done += len(chunk)
+                if progress is not None:
+                    progress(done, size)
+    return {"name": paths[0].name, "bytes": size, "sha256": digest.hexdigest()}
 
 
 def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
     """File facts, the model's name, and the type that most of its elements are stored in."""
-    reader = open_gguf(path)
-    name = reader.get_field("general.name")
+    readers = open_gguf(path)
+    name = readers[0].get_field("general.name")
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
     elements: dict[str, int] = {}
-    for tensor in reader.tensors:
+    for tensor in tensors:
         kind = tensor.tensor_type.name
         elements[kind] = elements.get(kind, 0) + int(tensor.n_elements)
     return {
-        **file_facts(path, progress),
+        **_facts(all_parts(path), progress),
         "model": str(name.contents()) if name is not None else "",
         "type": max(elements, key=lambda kind: elements[kind]),
         "elements_by_type": elements,
-        "tensors": len(reader.tensors),
+        "tensors": len(tensors),
     }
 
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kimi_gguf.convert.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.config import KimiConfig
 from kimi_gguf.convert.tensors import Output, Transform, outputs
+from kimi_gguf.scripts.gguf_check import all_parts
 from kimi_gguf.validate.errors import ValidateError
 
 Float32s = NDArray[np.float32]
@@ -63,9 +64,9 @@ def prove(
 ) -> TensorProof:
     """Compare every tensor of the file with the checkpoint. `progress` gets tensors done and in all.
 
-    Raises ValidateError if the file is no GGUF.
+    Raises ValidateError if the file, or a part of it, is no GGUF.
     """
-    stored = {tensor.name: tensor for tensor in open_gguf(path).tensors}
+    stored = {tensor.name: tensor for part in open_gguf(path) for tensor in part.tensors}
     expected = {output.name: output for output in outputs(checkpoint.config)}
     proof = TensorProof()
     for name in sorted(stored.keys() - expected.keys()):
@@ -83,8 +84,13 @@ def prove(
     return proof
 
 
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """The file, mapped into memory. Raises ValidateError if it is none."""
+def open_gguf(path: Path) -> list[gguf.GGUFReader]:
+    """The model's files, mapped into memory: one, or all parts through the first, which has the keys. Raises
+    ValidateError for one that is no GGUF, EngineError for the name of a part that is not the first."""
+    return [_open(part) for part in all_parts(path)]
+
+
+def _open(path: Path) -> gguf.GGUFReader:
     try:
         return gguf.GGUFReader(path)
     except (OSError, ValueError, KeyError, IndexError) as error:

@@ -7,7 +7,6 @@ tensor's type, shape and size. A generated file appears under its name only when
 from __future__ import annotations
 
 import hashlib
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -17,14 +16,15 @@ from pathlib import Path
 import gguf
 
 from kimi_gguf.convert.ggml import LIBRARY, Ggml
+from kimi_gguf.convert.parts import total_size
 from kimi_gguf.convert.plan import Plan, PlannedTensor
 from kimi_gguf.convert.unfinished import Identity
-from kimi_gguf.convert.writer import file_size, write
+from kimi_gguf.convert.writer import write
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
 from kimi_gguf.scripts.bench.weights import Weights
 from kimi_gguf.scripts.engine import Engine, cache_folder
-from kimi_gguf.scripts.gguf_check import check_gguf
+from kimi_gguf.scripts.gguf_check import all_parts, check_gguf
 from kimi_gguf.scripts.progress import Reporter
 
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
@@ -77,7 +77,7 @@ def model_path(model: BenchModel) -> Path:
 
 def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
     """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
-    return sum(file_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
+    return sum(total_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
 
 
 def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
@@ -87,7 +87,7 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = plan_file(model, engine)
-    total = file_size(plan)
+    total = total_size(plan)
     told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0
@@ -128,7 +128,7 @@ def open_model(path: Path) -> ModelFile:
             found=architecture,
             todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
         )
-    parts = [reader, *(gguf.GGUFReader(part) for part in other_parts(path))]
+    parts = [reader, *(gguf.GGUFReader(part) for part in all_parts(path)[1:])]
     prefix = f"{architecture}."
     numbers = {
         name.removeprefix(prefix): value
@@ -149,18 +149,6 @@ def open_model(path: Path) -> ModelFile:
             for t in part.tensors
         ),
     )
-
-
-def other_parts(path: Path) -> list[Path]:
-    """The files behind the first of a file in parts (NAME-00001-of-00003.gguf); llama.cpp finds them by name."""
-    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
-    if match is None:
-        return []
-    parts = [path.with_name(f"{match[1]}-{i:05d}-of-{match[2]}.gguf") for i in range(2, int(match[2]) + 1)]
-    for part in parts:
-        if not part.is_file():
-            raise EngineError(f"{part}: no such file", expected=f"{match[2]} parts", todo="fetch all parts")
-    return parts
 
 
 def convert_demo(kind: str, told: Reporter) -> Path:

@@ -21,11 +21,11 @@ from typing import Any
 from kimi_gguf.convert.config import KimiConfig
 from kimi_gguf.convert.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
 from kimi_gguf.convert.mixes import Request
-from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
+from kimi_gguf.convert.parts import parts_of
+from kimi_gguf.convert.plan import Plan, PlannedTensor
 from kimi_gguf.convert.quantise import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.convert.quantise import TYPES as FILE_TYPES
 from kimi_gguf.convert.tensors import outputs
-from kimi_gguf.convert.writer import header
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 
@@ -129,11 +129,9 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     """The whole file; without `types` everything large is BF16."""
     config = config_of(model)
     tensors: list[PlannedTensor] = []
-    offset = 0
     for output in outputs(config):
         chosen = types[output.name] if types else F32 if output.always_f32 else BF16
-        tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne), offset))
-        offset = aligned(offset + tensors[-1].nbytes)
+        tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne)))
     return Plan(Request(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
@@ -148,9 +146,9 @@ def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
     with tempfile.TemporaryDirectory() as folder:
         hollow = Path(folder) / "hollow.gguf"
         with hollow.open("wb") as file:  # a hole where the data would be
-            head = header(plan)
-            file.write(head)
-            file.truncate(len(head) + plan.data_bytes)
+            (whole,) = parts_of(plan)
+            file.write(whole.header)
+            file.truncate(whole.nbytes)
         command = [str(quantize), "--dry-run", str(hollow), model.type]
         said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     lines = (said.stdout + said.stderr).splitlines()

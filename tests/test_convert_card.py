@@ -1,0 +1,190 @@
+"""The model card and the metadata beside it: every fact a reader needs, and nothing of the maker's machine."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from convert_tools import convert, fresh_checkpoint, gguf_keys, gguf_types
+from gguf import GGUFReader
+from random_checkpoint import Spec
+from test_convert_like_quantize import write_imatrix
+
+SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=70)
+ORIGIN = """---
+license: other
+license_name: a-licence
+license_link: https://example.org/licence
+base_model:
+- org/Some-Model-48B-A3B-Base
+---
+"""
+
+
+def front_matter(card: str) -> dict[str, str]:
+    """Plain `key: "text"` lines between the two `---`."""
+    head = card.split("---\n")[1]
+    return dict(re.findall(r'^(\w+): "(.*)"$', head, re.MULTILINE))
+
+
+def commands(card: str) -> list[list[str]]:
+    return [
+        shlex.split(block) for block in re.findall(r"^```sh\n(.*?)\n```$", card, re.MULTILINE | re.DOTALL)
+    ]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = fresh_checkpoint(tmp_path / "Some-Model-48B-A3B-Instruct", SPEC)
+    (folder / "README.md").write_text(ORIGIN)
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
+    file = out / "demo.gguf"
+    assert convert(demo_dir, "-o", file, "--type", "F16", "--model-card").status == 0
+    assert {path.name for path in out.iterdir()} == {"demo.gguf", "README.md"}
+    card = (out / "README.md").read_text()
+    for fact in (
+        "# demo, F16 for llama.cpp",
+        hashlib.sha256((demo_dir / "config.json").read_bytes()).hexdigest(),
+        str(gguf_keys(file)["kimi_gguf.source.headers_sha256"]),
+        f"| `demo.gguf` | {file.stat().st_size:,} | {len(GGUFReader(file).tensors)} |",
+        "5.8M-A4.6M",
+        "`attention.value_length` is the width of the latent, 512,",
+        "(`<|im_end|>`)",
+    ):
+        assert fact in card, fact
+    assert front_matter(card) == {"library_name": "gguf", "pipeline_tag": "text-generation"}
+    assert "tags:\n- gguf\n- llama.cpp\n- kimi-linear\n---" in card
+    assert commands(card) == [
+        ["convert-kimi", "demo", "-o", "demo.gguf", "--type", "F16", "--model-card"],
+        ["kimi-llama", "chat", "demo.gguf"],
+        ["llama-cli", "-m", "demo.gguf"],
+        ["convert-kimi", "verify", "demo.gguf", "--checkpoint", "demo"],
+    ]
+
+
+def test_descent_and_licence_stand_in_card_and_file(source: Path, out: Path) -> None:
+    run = convert(source, "-o", out / "x.gguf", "--model-card", "--quantized-by", "somebody")
+    assert run.status == 0
+    assert front_matter((out / "README.md").read_text()) == {
+        "base_model": "org/Some-Model-48B-A3B-Base",
+        "base_model_relation": "quantized",
+        "license": "other",
+        "license_name": "a-licence",
+        "license_link": "https://example.org/licence",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "quantized_by": "somebody",
+    }
+    keys = {name: value for name, value in gguf_keys(out / "x.gguf").items() if name.startswith("general.")}
+    assert keys == {
+        "general.architecture": "kimi-linear",
+        "general.type": "model",
+        "general.name": "Some-Model-48B-A3B-Instruct",
+        "general.finetune": "Instruct",
+        "general.basename": "Some-Model",
+        "general.quantized_by": "somebody",
+        "general.size_label": keys["general.size_label"],
+        "general.license": "other",
+        "general.license.name": "a-licence",
+        "general.license.link": "https://example.org/licence",
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Some-Model-48B-A3B-Base",
+        "general.base_model.0.organization": "org",
+        "general.base_model.0.repo_url": "https://huggingface.co/org/Some-Model-48B-A3B-Base",
+        "general.quantization_version": 2,
+        "general.file_type": 32,
+    }
+
+
+def test_a_hub_caches_checkpoint_is_named_by_its_id(tmp_path: Path, out: Path) -> None:
+    source = fresh_checkpoint(tmp_path / "models--org--Some-Model" / "snapshots" / ("0123456789" * 4), SPEC)
+    assert convert(source, "-o", out / "x.gguf", "--model-card").status == 0
+    card = (out / "README.md").read_text()
+    assert front_matter(card)["base_model"] == "org/Some-Model"
+    assert commands(card)[0][1].split("@")[0] == "org/Some-Model"
+
+
+@pytest.mark.engine
+def test_the_command_in_the_card_gives_the_same_bytes(
+    tmp_path: Path, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(source, "-o", tmp_path / "bf16.gguf").status == 0
+    write_imatrix(tmp_path / "imatrix.gguf", tmp_path / "bf16.gguf", every=1)
+    monkeypatch.chdir(tmp_path)  # the file names its importance matrix as it was given
+    options = ["--type", "Q4_K_S", "--imatrix", "imatrix.gguf", "--split-max-size", "400K"]
+    options += ["--tensor-type", "ssm_beta=Q8_0", "--output-tensor-type", "Q6_K", "--name", "a 'name'"]
+    options += ["--token-embedding-type", "Q5_K"]
+    assert convert(source, "-o", out / "x y.gguf", *options, "--model-card").status == 0
+    made = {path.name: path.read_bytes() for path in out.iterdir()}
+    card = made["README.md"].decode()
+    assert str(tmp_path) not in card and "`imatrix.gguf`" in card and "calibration.txt" in card
+    for path in out.iterdir():
+        path.unlink()
+    again, *_, check = commands(card)
+    for name in (source.name, "imatrix.gguf"):
+        (out / name).symlink_to(tmp_path / name)
+    monkeypatch.chdir(out)
+    assert convert(*again[1:]).status == 0
+    assert {name: (out / name).read_bytes() for name in made} == made
+    assert convert(*check[1:]).status == 0
+
+
+def test_parts_are_listed_with_their_bytes(source: Path, out: Path) -> None:
+    assert convert(source, "-o", out / "x.gguf", "--model-card", "--split-max-size", "700K").status == 0
+    card = (out / "README.md").read_text()
+    parts = sorted(out.glob("x-*"))
+    assert len(parts) > 1 and ["llama-cli", "-m", parts[0].name] in commands(card)
+    for part in parts:
+        types = list(gguf_types(part).values())
+        assert f"| `{part.name}` | {part.stat().st_size:,} | {len(types)} |" in card
+
+
+def test_what_plain_llama_cpp_cannot_run_is_not_recommended_for_it(tmp_path: Path, out: Path) -> None:
+    source = fresh_checkpoint(tmp_path / "model", Spec(layers="KM", q_lora=16))
+    assert convert(source, "-o", out / "x.gguf", "--model-card").status == 0
+    card = (out / "README.md").read_text()
+    assert "llama-cli" not in card and "unpatched llama.cpp does not load this model" in card
+
+
+def test_an_existing_card_is_kept_unless_forced(source: Path, out: Path) -> None:
+    (out / "README.md").write_text("precious")
+    run = convert(source, "-o", out / "x.gguf", "--model-card")
+    assert run.status == 1 and "README.md: exists already" in run.err
+    assert [path.read_text() for path in out.iterdir()] == ["precious"]
+    assert convert(source, "-o", out / "x.gguf", "--model-card", "--force").status == 0
+    assert (out / "README.md").read_text().startswith("---\n")
+
+
+def test_the_checkpoints_own_card_is_never_overwritten(source: Path) -> None:
+    run = convert(source, "-o", source / "x.gguf", "--model-card", "--force")
+    assert run.status == 1 and "README.md: is a file of the checkpoint" in run.err
+    assert (source / "README.md").read_text() == ORIGIN and not (source / "x.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["a\n---\nlicense: mit\n", "```\n# x", "`x` | <script>", '"x"\\', "Ωμέγα"])
+def test_a_hostile_name_ends_neither_heading_nor_code_nor_front_matter(
+    source: Path, out: Path, name: str
+) -> None:
+    run = convert(source, "-o", out / "x.gguf", "--model-card", "--name", name, "--quantized-by", name)
+    assert run.status == 0
+    card = (out / "README.md").read_text(encoding="utf-8")
+    head = card.split("\n---\n")[0].splitlines()
+    assert [line.split(":")[0] for line in head if ":" in line] == [
+        "base_model", "base_model_relation", "license", "license_name", "license_link", "library_name",
+        "pipeline_tag", "quantized_by", "tags",
+    ]  # fmt: skip
+    assert "<script>" not in card.split("\n---\n", 1)[1].split("Made by")[0]
+    fence = re.search(r"^(`{3,})sh\n(.*?)\n\1$", card, re.MULTILINE | re.DOTALL)
+    assert fence is not None and name in shlex.split(fence[2])

@@ -1,0 +1,284 @@
+"""Whatever ends a conversion to parts: a first part stands under its name only with all others of the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from convert_tools import Run, convert, fresh_checkpoint
+from random_checkpoint import Spec
+
+from kimi_gguf.convert import unfinished
+from kimi_gguf.convert.part_names import place_in_set
+from kimi_gguf.convert.pipeline import Options
+from kimi_gguf.convert.pipeline import convert as convert_in_python
+from kimi_gguf.convert.quantise import TYPES
+
+SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
+SIZE = 300_000
+NAMES = ("one", "two")  # of the model: two conversions with the same parts and other bytes
+
+# Forks conversions under two names by turns, kills each after a random time, and looks at what can be loaded.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+from kimi_gguf.convert import unfinished
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.pipeline import Options, convert
+from kimi_gguf.convert.quantise import TYPES
+
+source, out, kills, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+sets = [{p.name: p.read_bytes() for p in Path(folder).iterdir()} for folder in sys.argv[5:]]
+names = Path(sys.argv[5]).name, Path(sys.argv[6]).name
+unfinished.SYNC_SECONDS = 0
+rng = random.Random(2)
+found = dict(killed=0, ended=0, refused=0, gone_on=0, loadable=0, wrong=0)
+
+def child(name, resume):
+    done = os.fork()
+    if done == 0:
+        try:
+            convert(source, out / "x.gguf", TYPES["BF16"], Options(name, None, True, resume, split_max_size=size))
+        except ConvertError:
+            os._exit(7)
+        os._exit(0)
+    return done
+
+began = time.monotonic()
+os.waitpid(child(names[0], False), 0)
+duration = time.monotonic() - began
+journal = out / ".x.gguf.unfinished" / "journal"
+while found["killed"] < kills:
+    name, resume = rng.choice(names), rng.random() < 0.7
+    found["gone_on"] += resume and journal.exists() and journal.read_bytes().count(b"\\n") > 1
+    process = child(name, resume)
+    time.sleep(rng.uniform(0, duration))
+    os.kill(process, signal.SIGKILL)
+    _, status = os.waitpid(process, 0)
+    ended = "killed" if os.WIFSIGNALED(status) else "refused" if os.WEXITSTATUS(status) == 7 else "ended"
+    found[ended] += 1
+    here = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    if min(sets[0]) in here:
+        found["loadable"] += 1
+        found["wrong"] += here not in sets
+    found["wrong"] += ended == "ended" and here != sets[names.index(name)]
+for name in names:
+    os.waitpid(child(name, False), 0)
+    here = {p.name: p.read_bytes() for p in out.iterdir()}
+    found["wrong"] += here != sets[names.index(name)]
+print(json.dumps(found))
+"""
+
+# Ends itself as SIGKILL would when so many files have taken their names.
+DIES_AMONG_RENAMES = """
+import os, pathlib, signal, sys
+from kimi_gguf.convert.cli import main
+
+left, replace = int(sys.argv[1]), pathlib.Path.replace
+
+def counted(self, target):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return replace(self, target)
+
+pathlib.Path.replace = counted
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return fresh_checkpoint(tmp_path / "model", SPEC)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def expected(tmp_path: Path, source: Path) -> dict[str, dict[str, bytes]]:
+    """By the model's name, the parts that a conversion nobody disturbs gives."""
+    for name in NAMES:
+        (tmp_path / name).mkdir()
+        assert to_parts(source, tmp_path / name, name).status == 0
+    found = {name: contents(tmp_path / name) for name in NAMES}
+    assert found["one"] != found["two"] and list(found["one"]) == list(found["two"])
+    assert len(found["one"]) > 3
+    return found
+
+
+def to_parts(source: Path, out: Path, name: str = "one", *options: str) -> Run:
+    return convert(source, "-o", out / "x.gguf", "--split-max-size", SIZE, "--name", name, *options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files under their names, in order; what is hidden is left out."""
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")
+    }
+
+
+def killed_among_renames(source: Path, out: Path, renames: int, name: str = "one", *options: str) -> None:
+    command = [sys.executable, "-c", DIES_AMONG_RENAMES, str(renames), source, "-o", out / "x.gguf"]
+    command += ["--split-max-size", str(SIZE), "--name", name, *options]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+
+
+def test_killed_at_random_instants(
+    tmp_path: Path, source: Path, out: Path, expected: dict[str, dict[str, bytes]]
+) -> None:
+    kills = 60
+    command = [sys.executable, "-c", KILLER, source, out, str(kills), str(SIZE)]
+    command += [tmp_path / name for name in NAMES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["wrong"] == 0 and found["killed"] == kills, found
+    assert found["gone_on"] > kills // 6 and found["loadable"] > kills // 6, (
+        "too few were killed in the middle"
+    )
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_killed_among_renames_no_first_part_is_there(
+    source: Path, out: Path, expected: dict[str, dict[str, bytes]], renames: int
+) -> None:
+    killed_among_renames(source, out, renames)
+    there = contents(out)
+    assert len(there) == renames and min(expected["one"]) not in there
+    run = to_parts(source, out, "one", "--resume")
+    assert run.status == 0 and contents(out) == expected["one"]
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_killed_among_renames_over_an_old_set_nothing_is_mixed(
+    source: Path, out: Path, expected: dict[str, dict[str, bytes]], renames: int
+) -> None:
+    assert to_parts(source, out, "two").status == 0
+    killed_among_renames(source, out, renames, "one", "--force")
+    there = contents(out)
+    assert min(expected["one"]) not in there
+    assert to_parts(source, out, "one", "--resume", "--force").status == 0
+    assert contents(out) == expected["one"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_run_of_another_kind_clears_away_what_was_renamed(source: Path, out: Path, renames: int) -> None:
+    """One file instead of parts, or other parts: nothing of the earlier set stays."""
+    for options in ([], ["--split-max-size", "500K"]):
+        killed_among_renames(source, out, renames)
+        old = set(contents(out))
+        assert len(old) == renames
+        run = convert(source, "-o", out / "x.gguf", *options)
+        assert run.status == 0 and "of an earlier run is begun anew" in run.err
+        assert not old & set(contents(out))
+        assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+        for path in out.iterdir():
+            path.unlink()
+
+
+def test_resume_of_renamed_parts_with_other_options_is_refused(source: Path, out: Path) -> None:
+    killed_among_renames(source, out, 2)
+    before = contents(out)
+    run = to_parts(source, out, "two", "--resume")
+    assert run.status == 1 and "other options" in run.err
+    assert contents(out) == before and (out / ".x.gguf.unfinished").is_dir()
+
+
+def test_a_file_of_someone_else_among_the_renamed_is_kept(source: Path, out: Path) -> None:
+    killed_among_renames(source, out, 2)
+    names = sorted(contents(out))
+    (out / names[0]).unlink()
+    (out / names[0]).write_text("precious")
+    for options in ([], ["--resume"]):
+        run = to_parts(source, out, "one", *options)
+        assert run.status == 1 and f"{names[0]}: exists already" in run.err
+        assert (out / names[0]).read_text() == "precious"
+
+
+def test_killed_when_all_was_done_but_the_clearing(
+    source: Path, out: Path, expected: dict[str, dict[str, bytes]]
+) -> None:
+    """The set is finished and stands: a run without --force leaves it alone, one with --resume clears up."""
+    count = len(expected["one"])
+    script = DIES_AMONG_RENAMES.replace(
+        "return replace(self, target)",
+        "replace(self, target)\n    if left == 0:\n        os.kill(os.getpid(), signal.SIGKILL)",
+    )
+    command = [sys.executable, "-c", script, str(count), source, "-o", out / "x.gguf"]
+    command += ["--split-max-size", str(SIZE), "--name", "one"]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert contents(out) == expected["one"] and (out / ".x.gguf.unfinished").is_dir()
+    run = to_parts(source, out, "one")
+    assert run.status == 1 and "exists already" in run.err and contents(out) == expected["one"]
+    assert to_parts(source, out, "one", "--resume").status == 0
+    assert contents(out) == expected["one"] and not (out / ".x.gguf.unfinished").exists()
+
+
+def test_resume_goes_on_in_the_part_where_it_stopped(
+    source: Path, out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)
+    begun: list[int] = []
+    begin = unfinished.Unfinished.begin
+
+    def count(self: unfinished.Unfinished, number: int) -> None:
+        begun.append(number)
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        begin(self, number)
+
+    monkeypatch.setattr(unfinished.Unfinished, "begin", count)
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_python(source, out / "x.gguf", TYPES["BF16"], Options("one", split_max_size=SIZE))
+    assert begun == [0, 1, 2] and contents(out) == {}
+    assert to_parts(source, out, "one", "--resume").status == 0
+    assert begun[3:] == list(range(2, len(expected["one"]))) and contents(out) == expected["one"]
+
+
+def test_a_finished_part_that_was_cut_meanwhile_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_among_renames(source, out, 0)
+    first = sorted((out / ".x.gguf.unfinished").glob("x-*"))[0]
+    os.truncate(first, 1000)
+    run = to_parts(source, out, "one", "--resume")
+    assert run.status == 1 and first.name in run.err and "found 1000" in run.err
+
+
+@pytest.mark.parametrize(
+    "whole", ['"x"', "[]", '{"../../x": 1}', '{"x.gguf": "1"}', '{"": 1}', "null", '{"x\\u0000": 1}']
+)
+def test_nonsense_about_renamed_files_harms_nothing(source: Path, out: Path, whole: str) -> None:
+    killed_among_renames(source, out, 0)
+    with (out / ".x.gguf.unfinished" / "journal").open("a") as file:
+        file.write(f'{{"whole": {whole}}}\n')
+    run = to_parts(source, out, "one")
+    assert run.status == 0 and all(place_in_set(out / name) for name in contents(out))
+
+
+def test_a_part_whose_last_tensor_is_written_but_which_is_not_closed_is_no_finished_part(
+    source: Path, out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file then still ends with the filling of a whole sector."""
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)
+
+    def stop(self: unfinished.Unfinished, done: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unfinished.Unfinished, "end", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_python(source, out / "x.gguf", TYPES["BF16"], Options("one", split_max_size=SIZE))
+    monkeypatch.undo()
+    assert to_parts(source, out, "one", "--resume").status == 0
+    assert contents(out) == expected["one"]
