@@ -28,7 +28,9 @@ from kimi_gguf.scripts.bench.statistics import Summary, best, stable, summary, w
 from kimi_gguf.scripts.progress import Reporter
 
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
-SAME = 0.05  # NMSE between the contenders' logits behind a shared state, above which it was not shared
+# NMSE between the contenders' logits behind a shared state, above which it was not shared. With random weights one
+# expert chosen otherwise moves them: pristine's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
+SAME = 0.5
 MIB = 2**20
 
 
