@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,20 +81,23 @@ class Demand:
         return least, "memory" if memory >= least / 2 else "products"
 
 
-def best_of(found: Iterable[Limits]) -> Limits:
-    """The best of several measurements on the same number of threads."""
+def mean_of(found: Sequence[Limits]) -> Limits:
+    """The mean of several measurements on the same number of threads."""
+    return _each(found, lambda rates: sum(rates) / len(rates))
+
+
+def _each(found: Sequence[Limits], summary: Callable[[list[float]], float]) -> Limits:
+    """One figure for each kind out of several."""
     told = [vars(each) for each in found]
-    best: dict[str, Any] = {
-        kind: max((each[kind] for each in told if each[kind]), default=None) for kind in told[0]
-    }
-    return Limits(**best)
+    rates: dict[str, Any] = {kind: [each[kind] for each in told if each[kind]] for kind in told[0]}
+    rates = {kind: summary(several) if several else None for kind, several in rates.items()}
+    return Limits(**rates | {"threads": found[0].threads})
 
 
 def measure_limits(threads: int, seconds: float = 0.1, times: int = TIMES) -> Limits:
     """Measure this machine, the best of some times. Raises `EngineError`."""
-    return best_of(
-        Limits(**json.loads(ask(program("limits"), str(threads), str(seconds)))) for _ in range(times)
-    )
+    found = [Limits(**json.loads(ask(program("limits"), str(threads), str(seconds)))) for _ in range(times)]
+    return _each(found, max)
 
 
 def demand(model: ModelFile, cell: Cell) -> Demand:

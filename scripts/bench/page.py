@@ -31,9 +31,9 @@ Both builds hold the model in a process of their own and take turns in one run (
 stopped. Figures are medians, ± the median distance from them. Pristine is at its best over `--repack 0/1` and flash
 attention on and off, chosen cell by cell; ours runs as it does by default, with `KIMI_OPS={switch}`. *tg* is decoding
 token by token, *ppN* N tokens of a prompt at once with logits of the last, *at D* behind D tokens in the cache (states
-saved once and loaded into both). *Of the limit* is the least time at the machine's limit, measured beside the cell,
-against ours: for weights, attention and recurrence, one behind the other, the bytes that a decode must move over the
-memory's rate, or its multiply-adds over the processor's, whichever takes longer. What binds most of it is named.
+saved once and loaded into both). *Of the limit* is the least time at the machine's limit, measured before and after
+the cell, against ours: for weights, attention and recurrence, one behind the other, the bytes that a decode must move
+over the memory's rate, or its multiply-adds over the processor's, whichever takes longer. What binds most is named.
 
 Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the types
 are llama-quantize's mix.

@@ -27,7 +27,7 @@ from kimi_gguf.scripts.bench.cells import (
     grid,
 )
 from kimi_gguf.scripts.bench.contender import environment_of
-from kimi_gguf.scripts.bench.limits import Limits, best_of, demand, measure_limits
+from kimi_gguf.scripts.bench.limits import Limits, demand, mean_of, measure_limits
 from kimi_gguf.scripts.bench.load import available_memory
 from kimi_gguf.scripts.bench.measure import Arena, Settings, measure
 from kimi_gguf.scripts.bench.models import (
@@ -171,12 +171,12 @@ class Run:
         return found
 
     def limit_beside(self, threads: int, limits: dict[int, Limits]) -> Limits:
-        """The machine's limit beside a cell: the best just before and just after it. `limits` goes on to the latter.
+        """The machine's limit beside a cell: the mean of just before and just after it. `limits` goes on to the latter.
 
         A machine whose memory others share has another limit from minute to minute.
         """
-        before, limits[threads] = limits[threads], measure_limits(threads, seconds=0.03, times=1)
-        return best_of([before, limits[threads]])
+        before, limits[threads] = limits[threads], measure_limits(threads, seconds=0.1, times=1)
+        return mean_of([before, limits[threads]])
 
     def operators(self, told: Reporter) -> None:
         """The operators alone."""
