@@ -175,7 +175,7 @@ def hybrid_part(record: Data) -> str:
     return (
         f"## What the hybrid buys\n\n`{record['command']}`: {' against '.join(hybrid['models'])}, our build, "
         f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches are filled with the rows of "
-        f"{hybrid['seed']} real tokens again and again; the recurrent states count as cache. One layer in four attends, so "
-        "one sequence can decode four times as fast at most; the 6 × of the model's report (arXiv 2510.26692) come with "
-        "the larger batches that the smaller cache leaves room for.\n\n" + markdown(hybrid_table(hybrid))
+        f"{hybrid['seed']} real tokens again and again; recurrent states count as cache. One layer in four attends, "
+        "so one sequence can decode four times as fast at most; the 6 × of the model's report (arXiv 2510.26692) come "
+        "with the larger batches that the smaller cache leaves room for.\n\n" + markdown(hybrid_table(hybrid))
     )
