@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 from bench_case import own_cache
 
+from kimi_gguf.convert import unfinished
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.plan import PlannedTensor
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench import models
 from kimi_gguf.scripts.bench.cells import Cell
@@ -116,9 +119,14 @@ def test_the_same_choice_is_the_same_file_and_is_made_once(
 
 @pytest.mark.engine
 def test_an_interrupted_file_leaves_nothing(pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pieces(self: Weights, tensor: object) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-        raise KeyboardInterrupt
-        yield
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)  # a conversion would keep what is finished by now
+    whole = Weights.pieces
+
+    def pieces(self: Weights, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Any]]:
+        for i, piece in enumerate(whole(self, tensors)):
+            if i == 20:
+                raise KeyboardInterrupt
+            yield piece
 
     monkeypatch.setattr(Weights, "pieces", pieces)
     with pytest.raises(KeyboardInterrupt):

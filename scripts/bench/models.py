@@ -7,6 +7,7 @@ tensor's type, shape and size. A generated file appears under its name only when
 from __future__ import annotations
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ import gguf
 from kimi_gguf.convert.ggml import LIBRARY, Ggml
 from kimi_gguf.convert.parts import total_size
 from kimi_gguf.convert.plan import Plan, PlannedTensor
-from kimi_gguf.convert.unfinished import Identity
+from kimi_gguf.convert.unfinished import Identity, folder_of
 from kimi_gguf.convert.writer import write
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
@@ -97,16 +98,19 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
         written += nbytes
         told.step(written >> 20, total >> 20)
 
-    write(
-        plan,
-        weights.pieces,
-        path,
-        overwrite=True,
-        identity=Identity(plan=model.key, sources=""),
-        resume=False,
-        report=report,
-        check=lambda _tensor: None,
-    )
+    try:
+        write(
+            plan,
+            weights.pieces,
+            path,
+            overwrite=True,
+            identity=Identity(plan=model.key, sources=""),
+            resume=False,
+            report=report,
+            check=lambda _tensor: None,
+        )
+    finally:  # what a conversion keeps for --resume is of no use here
+        shutil.rmtree(folder_of(path), ignore_errors=True)
     return path
 
 
