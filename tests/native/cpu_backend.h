@@ -10,6 +10,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <string>
 #include <vector>
 
 inline ggml_backend_reg_t cpu_registry() {
@@ -39,6 +40,18 @@ inline void cpu_backend_use(ggml_backend_t backend, int n_threads, bool use_ref)
     ((set_threads_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_set_n_threads"))(backend,
                                                                                                       n_threads);
     ((set_ref_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_cpu_set_use_ref"))(backend, use_ref);
+}
+
+// The buffer type that keeps weights rearranged for this CPU, or nullptr where it has none.
+inline ggml_backend_buffer_type_t repack_buffer_type() {
+    auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
+        cpu_registry(), "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * each = get(ggml_backend_reg_dev_get(cpu_registry(), 0)); each && *each; ++each) {
+        if (std::string(ggml_backend_buft_name(*each)) == "CPU_REPACK") {
+            return *each;
+        }
+    }
+    return nullptr;
 }
 
 // The tensors of a context, each in memory of its own that ends where the tensor ends, so that AddressSanitizer sees a

@@ -42,15 +42,8 @@ static void expect(bool good, const Shape & s, const char * what) {
 }
 
 static ggml_backend_buffer_type_t buffer_type(bool repack) {
-    ggml_backend_dev_t dev = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
-    auto               get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * each = get(dev); repack && each != nullptr && *each != nullptr; ++each) {
-        if (std::string(ggml_backend_buft_name(*each)) == "CPU_REPACK") {
-            return *each;
-        }
-    }
-    return ggml_backend_cpu_buffer_type();
+    ggml_backend_buffer_type_t found = repack ? repack_buffer_type() : nullptr;
+    return found != nullptr ? found : ggml_backend_cpu_buffer_type();
 }
 
 struct Answer {

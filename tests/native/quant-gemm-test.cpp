@@ -58,19 +58,6 @@ static void expect(bool good, const Shape & s, const char * what, double value) 
     }
 }
 
-// The repack buffer type, or nullptr where this CPU has none.
-static ggml_backend_buffer_type_t repack_buffer_type() {
-    ggml_backend_dev_t dev = ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0);
-    auto               get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-        ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
-    for (ggml_backend_buffer_type_t * each = get(dev); each != nullptr && *each != nullptr; ++each) {
-        if (std::string(ggml_backend_buft_name(*each)) == "CPU_REPACK") {
-            return *each;
-        }
-    }
-    return nullptr;
-}
-
 // A row of activations after ggml's quantisation for this weight type, in float64.
 static std::vector<double> quantised(ggml_type weights, const float * x, int64_t k) {
     const ggml_type      type = ggml_get_type_traits_cpu(weights)->vec_dot_type;

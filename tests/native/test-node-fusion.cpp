@@ -4,6 +4,7 @@
 // Nodes that ran as one leave what nobody wants unwritten, which the poison in their memory tells; products show
 // nothing of that kind.
 
+#include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -57,15 +58,11 @@ struct program {
 
     // a quantised weight, where `repacked` in ggml-cpu's own layout
     ggml_tensor * weight(ggml_type type, int64_t columns, int64_t rows, bool repacked) {
-        ggml_tensor *      t     = ggml_new_tensor_2d(ctx, type, columns, rows);
-        ggml_backend_dev_t dev   = ggml_backend_get_device(backend);
-        auto * const       extra = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
-            ggml_backend_dev_backend_reg(dev), "ggml_backend_dev_get_extra_bufts");
-        for (ggml_backend_buffer_type_t * type_of = extra(dev); repacked && type_of && *type_of; ++type_of) {
-            if (std::string(ggml_backend_buft_name(*type_of)) == "CPU_REPACK") {
-                buffers.push_back(ggml_backend_buft_alloc_buffer(*type_of, ggml_nbytes(t) + 64));
-                ggml_backend_tensor_alloc(buffers.back(), t, ggml_backend_buffer_get_base(buffers.back()));
-            }
+        ggml_tensor *              t   = ggml_new_tensor_2d(ctx, type, columns, rows);
+        ggml_backend_buffer_type_t own = repacked ? repack_buffer_type() : nullptr;
+        if (own != nullptr) {
+            buffers.push_back(ggml_backend_buft_alloc_buffer(own, ggml_nbytes(t) + 64));
+            ggml_backend_tensor_alloc(buffers.back(), t, ggml_backend_buffer_get_base(buffers.back()));
         }
         if (t->data == nullptr) {
             buffers.push_back(ggml_backend_alloc_buffer(backend, ggml_nbytes(t) + 64));
