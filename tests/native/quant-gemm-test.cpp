@@ -230,10 +230,12 @@ struct Kind {
 };
 
 static const Kind kinds[] = {
-    { GGML_TYPE_Q4_0, false, 32 },  { GGML_TYPE_Q4_0, true, 32 },     { GGML_TYPE_Q5_0, false, 32 },
-    { GGML_TYPE_Q8_0, false, 32 },  { GGML_TYPE_IQ4_NL, false, 32 },  { GGML_TYPE_IQ4_NL, true, 32 },
-    { GGML_TYPE_Q4_K, false, 256 }, { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },
-    { GGML_TYPE_Q6_K, false, 256 }, { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },
+    { GGML_TYPE_Q4_0, false, 32 },    { GGML_TYPE_Q4_0, true, 32 },    { GGML_TYPE_Q5_0, false, 32 },
+    { GGML_TYPE_Q8_0, false, 32 },    { GGML_TYPE_IQ4_NL, false, 32 }, { GGML_TYPE_IQ4_NL, true, 32 },
+    { GGML_TYPE_MXFP4, false, 32 },   { GGML_TYPE_MXFP4, true, 32 },   { GGML_TYPE_Q2_K, false, 256 },
+    { GGML_TYPE_Q2_K, true, 256 },    { GGML_TYPE_Q3_K, false, 256 },  { GGML_TYPE_Q4_K, false, 256 },
+    { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },  { GGML_TYPE_Q6_K, false, 256 },
+    { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },
 };
 
 static std::vector<Shape> shapes_of(const Kind & kind) {

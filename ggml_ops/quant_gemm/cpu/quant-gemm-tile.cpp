@@ -83,8 +83,8 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
     }
 }
 
-// a scale for each SUB weights, one for each 256 activations
-template <int N_C, int SUB, bool MINIMA>
+// a scale for each SUB weights, one for each 256 activations; a minimum for each MIN_SUB, or none (0)
+template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
@@ -98,7 +98,7 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < SLICE / SUB; b++) {
         __m512i z[N_C][2];
-        if (MINIMA) {  // these types are unsigned by themselves
+        if (MIN_SUB != 0) {  // these types are unsigned by themselves
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
                 z[c][0] = _mm512_setzero_si512();
@@ -118,20 +118,21 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         weights += SUB * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
-    if (MINIMA) {
-        __m512i z[N_C][2];
+    if constexpr (MIN_SUB != 0) {
+        constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
+        __m512i          z[N_C][2];
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             z[c][0] = _mm512_setzero_si512();
             z[c][1] = _mm512_setzero_si512();
         }
-#pragma GCC unroll 4
-        for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
+#pragma GCC unroll 8
+        for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
             const __m512i m0 = _mm512_load_si512(&panel.minima[pair][0]);
             const __m512i m1 = _mm512_load_si512(&panel.minima[pair][16]);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
-                const __m512i a = broadcast32(act[c] + offsetof(ActSuperBlock, sums) + 4 * pair);
+                const __m512i a = broadcast32(act[c] + SUMS + 4 * pair);
                 z[c][0]         = _mm512_dpwssd_epi32(z[c][0], m0, a);
                 z[c][1]         = _mm512_dpwssd_epi32(z[c][1], m1, a);
             }
@@ -195,11 +196,15 @@ static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * 
     case Scheme::q8_0:
         return tile_q8_0<N_C>(panel, n_blocks, columns, sums);
     case Scheme::q8_K:
-        return tile_q8_K<N_C, 32, false>(panel, columns, sums);
+        return tile_q8_K<N_C, 32, 0>(panel, columns, sums);
     case Scheme::q8_K_16:
-        return tile_q8_K<N_C, 16, false>(panel, columns, sums);
+        return tile_q8_K<N_C, 16, 0>(panel, columns, sums);
     case Scheme::q8_K_mins:
-        return tile_q8_K<N_C, 32, true>(panel, columns, sums);
+        return tile_q8_K<N_C, 32, 32>(panel, columns, sums);
+    case Scheme::q8_K_256:
+        return tile_q8_K<N_C, 256, 0>(panel, columns, sums);
+    case Scheme::q8_K_256_mins:
+        return tile_q8_K<N_C, 256, 16>(panel, columns, sums);
     case Scheme::bf16:
         return tile_bf16<N_C>(panel, n_blocks, columns, sums);
     }
