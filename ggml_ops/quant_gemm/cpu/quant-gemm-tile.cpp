@@ -86,6 +86,7 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
 // a scale for each SUB weights, one for each 256 activations; a minimum for each MIN_SUB, or none (0)
 template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
+    constexpr int STEP = SUB < BLOCK ? SUB : BLOCK;
     __m512       f[N_C][2];
     const char * act[N_C];
 #pragma GCC unroll 8
@@ -107,7 +108,9 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         } else {
             start_sums<N_C>(z, act, (int) offsetof(ActSuperBlock, starts) + 4 * b);
         }
-        add_groups<N_C, SUB / 4>(z, weights, act, SUB * b);
+        for (int k = 0; k < SUB; k += STEP) {
+            add_groups<N_C, STEP / 4>(z, weights + k * PANEL_ROWS, act, SUB * b + k);
+        }
         const __m512 d0 = _mm512_load_ps(scales);
         const __m512 d1 = _mm512_load_ps(scales + 16);
 #pragma GCC unroll 8
