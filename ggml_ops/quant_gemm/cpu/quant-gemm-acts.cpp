@@ -1,5 +1,5 @@
 // Activations: quantised to the very codes and scales that ggml has for the weight's type, and packed for the tiles.
-// (ggml's quantize_row_q8_0 for x86, quantize_row_q8_K and ggml_cpu_fp32_to_bf16; the tests compare.)
+// (ggml's quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16; the tests compare.)
 
 #include "ggml-cpu.h"
 #include "quant-gemm-panel.h"
@@ -13,6 +13,8 @@ size_t act_row_size(Scheme scheme, int64_t k) {
         return k / BLOCK * sizeof(ActBlock);
     case Scheme::bf16:
         return k * sizeof(ggml_bf16_t);
+    case Scheme::f16:
+        return k * sizeof(float);
     default:
         return k / SLICE * sizeof(ActSuperBlock);
     }
@@ -91,12 +93,21 @@ static void pack_q8_K(Scheme scheme, int offset, const float * x, int64_t k, Act
     }
 }
 
+static void pack_f16(const float * x, int64_t k, float * packed) {
+    for (int64_t i = 0; i < k; i += 16) {
+        const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm512_storeu_ps(packed + i, _mm512_cvtph_ps(halves));
+    }
+}
+
 void pack_row(const Format & format, const float * x, int64_t k, char * packed) {
     switch (format.scheme) {
     case Scheme::q8_0:
         return pack_q8_0(format.offset, x, k, (ActBlock *) packed);
     case Scheme::bf16:
         return ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
+    case Scheme::f16:
+        return pack_f16(x, k, (float *) packed);
     default:
         return pack_q8_K(format.scheme, format.offset, x, k, (ActSuperBlock *) packed);
     }

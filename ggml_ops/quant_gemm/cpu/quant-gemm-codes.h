@@ -12,6 +12,10 @@ inline __m512i bytes(int x) {
     return _mm512_set1_epi8((char) x);
 }
 
+inline __m512i halves(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
 inline __m512i low_nibbles(__m512i x) {
     return _mm512_and_si512(x, bytes(0x0f));
 }

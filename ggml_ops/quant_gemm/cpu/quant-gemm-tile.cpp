@@ -9,8 +9,8 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static constexpr int TILE_COLUMNS      = 6;  // 12 integer and 12 float sums of the 32 registers
-static constexpr int TILE_COLUMNS_BF16 = 8;  // 16 float sums
+static constexpr int TILE_COLUMNS       = 6;  // 12 integer and 12 float sums of the 32 registers
+static constexpr int TILE_COLUMNS_PLAIN = 8;  // bf16 and f16: 16 float sums
 
 static inline __m512i broadcast32(const char * p) {
     int32_t x;
@@ -87,8 +87,8 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
 template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
     constexpr int STEP = SUB < BLOCK ? SUB : BLOCK;
-    __m512       f[N_C][2];
-    const char * act[N_C];
+    __m512        f[N_C][2];
+    const char *  act[N_C];
 #pragma GCC unroll 8
     for (int c = 0; c < N_C; c++) {
         f[c][0] = _mm512_setzero_ps();
@@ -193,6 +193,35 @@ template <int N_C> static void tile_bf16(const Panel &, int, const char * const 
 
 #endif
 
+template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+    __m512       f[N_C][2];
+    const char * act[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
+        act[c]  = columns[c];
+    }
+    for (int k = 0; k < n_blocks * BLOCK; k += 4) {
+#pragma GCC unroll 4
+        for (int i = k; i < k + 4; i++) {
+            const __m512 w0 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) panel.halves[i / 2][0][i % 2]));
+            const __m512 w1 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) panel.halves[i / 2][1][i % 2]));
+#pragma GCC unroll 8
+            for (int c = 0; c < N_C; c++) {
+                const __m512 a = broadcast_float(act[c] + i * sizeof(float));
+                f[c][0]        = _mm512_fmadd_ps(w0, a, f[c][0]);
+                f[c][1]        = _mm512_fmadd_ps(w1, a, f[c][1]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
+    }
+}
+
 template <int N_C>
 static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     switch (scheme) {
@@ -210,6 +239,8 @@ static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * 
         return tile_q8_K<N_C, 256, 16>(panel, columns, sums);
     case Scheme::bf16:
         return tile_bf16<N_C>(panel, n_blocks, columns, sums);
+    case Scheme::f16:
+        return tile_f16<N_C>(panel, n_blocks, columns, sums);
     }
 }
 
@@ -217,7 +248,8 @@ void multiply(
     Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums) {
     using Tile                = void (*)(Scheme, const Panel &, int, const char * const *, float *);
     static const Tile tiles[] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8> };
-    const int         most    = scheme == Scheme::bf16 ? TILE_COLUMNS_BF16 : TILE_COLUMNS;
+    const bool        plain   = scheme == Scheme::bf16 || scheme == Scheme::f16;
+    const int         most    = plain ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
     const int         n_tiles = (n_columns + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
         const int first = n_columns * t / n_tiles;

@@ -6,14 +6,6 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static inline __m512 lower_half(__m512i x) {  // the F16 number in the lower half of each lane
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
-}
-
-static inline __m512 upper_half(__m512i x) {
-    return lower_half(_mm512_srli_epi32(x, 16));
-}
-
 // The byte i of every lane in all of its bytes, ...
 static inline __m512i spread_byte(__m512i x, int i) {
     const __m512i within = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);

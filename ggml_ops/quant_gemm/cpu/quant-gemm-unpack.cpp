@@ -116,6 +116,23 @@ static void unpack_bf16(
     }
 }
 
+static void unpack_f16(
+    const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel) {
+    alignas(64) static const uint16_t apart[32] = { 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31 };
+    for (int half = 0; half < 2; half++) {
+        const Rows16 rows(weights + block * BLOCK * sizeof(ggml_fp16_t), stride, row + 16 * half, n_rows);
+        for (int k = 0; k < n_blocks * BLOCK; k += 8) {
+            __m512i x[4];
+            rows.load16(k * sizeof(ggml_fp16_t), x);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                store(panel.halves[k / 2 + j][half], _mm512_permutexvar_epi16(_mm512_load_si512(apart), x[j]));
+            }
+        }
+    }
+}
+
 static const Format formats[] = {
     { GGML_TYPE_Q4_0, QUANT_GEMM_ROWS, Scheme::q8_0, 8, unpack_nibble_rows<block_q4_0, as_is>, 4 },
     { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, unpack_nibble_groups<block_q4_0x8, flip_bit_3>, 2 },
@@ -133,6 +150,7 @@ static const Format formats[] = {
     { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K, 5 },
     { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 9 },
     { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs, 5 },
+    { GGML_TYPE_F16, QUANT_GEMM_ROWS, Scheme::f16, 0, unpack_f16, 16 },
 #if defined(__AVX512BF16__)
     { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16, 16 },
 #endif

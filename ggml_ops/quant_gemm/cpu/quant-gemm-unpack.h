@@ -133,10 +133,18 @@ struct Groups2 {
     }
 };
 
+inline __m512 lower_half(__m512i x) {  // the F16 number in the lower half of each lane
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+}
+
+inline __m512 upper_half(__m512i x) {
+    return lower_half(_mm512_srli_epi32(x, 16));
+}
+
 // Nibbles of a block: bytes 0..15 hold values 0..15 in their low halves and 16..31 in their high ones.
 template <typename Decode>
 inline void store_nibbles(Panel & panel, int b, int half, const __m512i (&x)[4], Decode decode) {
-#pragma GCC        unroll 4
+#pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         store(panel.codes[b][j][16 * half], decode(low_nibbles(x[j])));
         store(panel.codes[b][j + 4][16 * half], decode(high_nibbles(x[j])));
