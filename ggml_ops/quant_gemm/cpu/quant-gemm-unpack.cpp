@@ -142,7 +142,7 @@ static const Format formats[] = {
     { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, unpack_nibble_groups<block_iq4_nlx8, iq4_values>, 2 },
     { GGML_TYPE_MXFP4, QUANT_GEMM_ROWS, Scheme::q8_0, 12, unpack_nibble_rows<block_mxfp4, mxfp4_values>, 4 },
     { GGML_TYPE_MXFP4, QUANT_GEMM_8X8, Scheme::q8_0, 12, unpack_nibble_groups<block_mxfp4x8, mxfp4_values>, 2 },
-    { GGML_TYPE_Q2_K, QUANT_GEMM_ROWS, Scheme::q8_K_256_mins, 0, unpack_q2_K, 5 },
+    { GGML_TYPE_Q2_K, QUANT_GEMM_ROWS, Scheme::q8_K_256_mins, 0, unpack_q2_K, 4 },
     { GGML_TYPE_Q2_K, QUANT_GEMM_8X8, Scheme::q8_K_256_mins, 0, unpack_q2_K_groups, 2 },
     { GGML_TYPE_Q3_K, QUANT_GEMM_ROWS, Scheme::q8_K_256, 124, unpack_q3_K, 5 },
     { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K, 5 },
@@ -150,7 +150,7 @@ static const Format formats[] = {
     { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K, 5 },
     { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 9 },
     { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs, 5 },
-    { GGML_TYPE_F16, QUANT_GEMM_ROWS, Scheme::f16, 0, unpack_f16, 16 },
+    { GGML_TYPE_F16, QUANT_GEMM_ROWS, Scheme::f16, 0, unpack_f16, 20 },
 #if defined(__AVX512BF16__)
     { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16, 16 },
 #endif
