@@ -163,7 +163,6 @@ int main() {
                     s.n_tokens = n_tokens;
                     s.n_rows   = n_rows;
                     s.up_first = n_rows == 256;
-                    s.as_one   = n_tokens > 1 || !kind.repack;  // upstream's path serves one interleaved column
                     check(s);
                 }
             }

@@ -1,4 +1,4 @@
-// Products with repacked weights that stand one behind the other and do not need each other: q, k and v and the first
+// Products with repacked weights, or of few columns, that stand one behind the other and do not need each other: q, k and v and the first
 // halves of the low-rank gates; the second halves; gate and up of a dense layer or shared expert. All activations are
 // packed first, each kind once; one barrier stands behind that and one behind all the products, so that a thread goes
 // from one weight to the next without waiting. Each value is computed by the instructions that compute it alone.
@@ -32,18 +32,10 @@ struct group {
 };
 
 static packed_product * packed_weights(const ggml_tensor * op) {
-    const bool plain = op->op == GGML_OP_MUL_MAT && (op->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && op->src[0]->extra &&
-                       op->src[0]->buffer && op->src[0]->ne[2] * op->src[0]->ne[3] == 1;
-    if (!plain) {
-        return nullptr;
-    }
-    for (auto * type : ggml_backend_cpu_get_extra_buffer_types()) {
-        if (type && type->context && op->src[0]->buffer->buft == type) {
-            auto * traits = ((ggml::cpu::extra_buffer_type *) type->context)->get_tensor_traits(op);
-            return dynamic_cast<packed_product *>(traits);
-        }
-    }
-    return nullptr;
+    const bool       plain   = op->op == GGML_OP_MUL_MAT && (op->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 &&
+                               op->src[0]->ne[2] * op->src[0]->ne[3] == 1 && !ggml_is_empty(op);
+    packed_product * weights = plain ? ggml::cpu::find_packed_product(op) : nullptr;
+    return weights != nullptr && !weights->whole(op) ? weights : nullptr;
 }
 
 // Is t, or what it is a view of, made by a product of the group?
@@ -55,20 +47,19 @@ static bool made_by(const group & g, const ggml_tensor * t) {
 // Takes op into the group; false when it cannot join.
 static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params) {
     packed_product * weights = packed_weights(op);
-    const bool       alone   = weights == nullptr || ggml_is_empty(op) || weights->whole(op);
-    if (alone || g.count == MAX_PRODUCTS || made_by(g, op->src[1])) {
+    if (weights == nullptr || g.count == MAX_PRODUCTS || made_by(g, op->src[1])) {
         return false;
     }
     product p = { op, weights, g.used, false, 0, 0 };
     for (int i = 0; i < g.count; ++i) {
-        if (g.all[i].op->src[1] == op->src[1] && g.all[i].weights->activations() == weights->activations()) {
+        if (g.all[i].op->src[1] == op->src[1] &&
+            g.all[i].weights->activations(g.all[i].op) == weights->activations(op)) {
             p.packed = g.all[i].packed;
             p.shares = true;
         }
     }
     if (!p.shares) {
-        size_t size = 0;
-        weights->work_size(params->nth, op, size);
+        const size_t size = weights->packed_size(op);
         if (g.used + size > params->wsize) {
             return false;
         }

@@ -5,6 +5,7 @@
 
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
+#include "quant-gemm-dot.h"
 
 #include <cstring>
 #include <type_traits>
@@ -90,15 +91,16 @@ inline ScaledBlock load_scaled(const block_q3_K & w) {
 
 // A row times N_C columns.
 template <typename Block, int N_C>
-void dot_scaled_blocks(const char * row, int64_t k, const char * const * columns, float * out) {
+void dot_scaled_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
     constexpr bool HAS_MINIMA = std::is_same_v<Block, block_q2_K>;
     const Block *  w          = (const Block *) row;
-    __m512         sums[N_C];
+    __m512         total[N_C];
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        sums[c] = _mm512_setzero_ps();
+        total[c] = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < k / SLICE; i++) {
+        prefetch_behind(w + i, sizeof(Block));
         const ScaledBlock s = load_scaled(w[i]);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
@@ -108,17 +110,17 @@ void dot_scaled_blocks(const char * row, int64_t k, const char * const * columns
             for (int j = 0; j < 4; j++) {
                 z = _mm512_dpbusd_epi32(z, s.codes[j], _mm512_loadu_si512(a.codes + 64 * j));
             }
-            sums[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_set1_ps(s.scale * a.scale), sums[c]);
+            total[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_set1_ps(s.scale * a.scale), total[c]);
             if constexpr (HAS_MINIMA) {
                 const __m256i z16 = _mm256_madd_epi16(s.minima, _mm256_loadu_si256((const __m256i *) a.sums_16));
                 const __m512  m   = _mm512_cvtepi32_ps(_mm512_zextsi256_si512(z16));
-                sums[c]           = _mm512_fmadd_ps(m, _mm512_set1_ps(s.minimum_scale * a.scale), sums[c]);
+                total[c]          = _mm512_fmadd_ps(m, _mm512_set1_ps(s.minimum_scale * a.scale), total[c]);
             }
         }
     }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        out[c] = _mm512_reduce_add_ps(sums[c]);
+        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(total[c]);
     }
 }
 

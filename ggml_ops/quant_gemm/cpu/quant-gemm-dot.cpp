@@ -5,6 +5,7 @@
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
+#include "quant-gemm-dot.h"
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
 #include "quant-gemm-dot-scaled.h"
@@ -16,8 +17,6 @@
 namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
-
-static constexpr int COLUMNS = 4;  // that share one unpacking of a row
 
 // ---- types of 256 values
 
@@ -142,17 +141,18 @@ template <typename Block> static inline __m512i offset_sums(const ActSuperBlock 
 
 // A row times N_C columns.
 template <typename Block, int N_C>
-static void dot_super_blocks(const char * row, int64_t k, const char * const * columns, float * out) {
+static void dot_super_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
     constexpr int PER_VECTOR = 64 / WEIGHTS_PER_SCALE<Block>;  // scales of 64 weights, each for some of 16 lanes
     const __m512i lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i which      = _mm512_srli_epi32(lane, PER_VECTOR == 4 ? 2 : 3);
     const Block * w          = (const Block *) row;
-    __m512        sums[N_C];
+    __m512        total[N_C];
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        sums[c] = _mm512_setzero_ps();
+        total[c] = _mm512_setzero_ps();
     }
     for (int64_t i = 0; i < k / SLICE; i++) {
+        prefetch_behind(w + i, sizeof(Block));
         const SuperBlock s = load(w[i]);
         __m512           scales[4];
 #pragma GCC unroll 4
@@ -169,12 +169,12 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
                 const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), s.codes[j], x);
                 sum             = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), scales[j], sum);
             }
-            sums[c] = _mm512_fmadd_ps(sum, _mm512_set1_ps(a.scale), sums[c]);
+            total[c] = _mm512_fmadd_ps(sum, _mm512_set1_ps(a.scale), total[c]);
         }
     }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        out[c] = _mm512_reduce_add_ps(sums[c]);
+        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(total[c]);
     }
 }
 
@@ -220,6 +220,7 @@ static inline __m256 scale_of(const block_mxfp4 & w) {
 // Adds block i of the row times N_C columns.
 template <typename Block, int N_C>
 static inline void add_block(const Block * w, int64_t i, const char * const * columns, __m256 (&sums)[N_C]) {
+    prefetch_behind(w + i, sizeof(Block));
     const __m256i codes = codes_of(w[i]);
     const __m256  d     = scale_of(w[i]);
 #pragma GCC unroll 4
@@ -233,7 +234,7 @@ static inline void add_block(const Block * w, int64_t i, const char * const * co
 }
 
 template <typename Block, int N_C>
-static void dot_blocks(const char * row, int64_t k, const char * const * columns, float * out) {
+static void dot_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
     const Block * w = (const Block *) row;
     __m256        even[N_C], odd[N_C];
 #pragma GCC unroll 4
@@ -251,16 +252,14 @@ static void dot_blocks(const char * row, int64_t k, const char * const * columns
     }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        const __m256 sum = _mm256_add_ps(even[c], odd[c]);
-        out[c]           = _mm512_reduce_add_ps(_mm512_zextps256_ps512(sum));
+        const __m256 sum     = _mm256_add_ps(even[c], odd[c]);
+        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(_mm512_zextps256_ps512(sum));
     }
 }
 
 // ---- the choice
 
-using RowDot = void (*)(const char *, int64_t, const char * const *, float *);
-
-template <typename Block, int N_C> static constexpr RowDot row_dot() {
+template <typename Block, int N_C> static constexpr DotColumns row_dot() {
     if constexpr (std::is_same_v<Block, block_q2_K> || std::is_same_v<Block, block_q3_K>) {
         return dot_scaled_blocks<Block, N_C>;
     } else if constexpr (sizeof(Block) > sizeof(block_q8_0)) {
@@ -271,52 +270,64 @@ template <typename Block, int N_C> static constexpr RowDot row_dot() {
 }
 
 template <typename Block>
-static void dot(const char * row, int64_t k, const char * const * columns, int n_columns, float * out) {
-    static constexpr RowDot dots[] = { nullptr, row_dot<Block, 1>(), row_dot<Block, 2>(), row_dot<Block, 3>(),
-                                       row_dot<Block, 4>() };
-    for (int c = 0; c < n_columns; c += COLUMNS) {
-        dots[n_columns - c < COLUMNS ? n_columns - c : COLUMNS](row, k, columns + c, out + c);
-    }
-}
+static constexpr Dot ROW = { 1,
+                             { row_dot<Block, 1>(), row_dot<Block, 2>(), row_dot<Block, 3>(), row_dot<Block, 4>() } };
 
-Dot find_dot(const Format & format) {
-    if (format.layout != QUANT_GEMM_ROWS) {
-        return nullptr;
-    }
-    switch (format.type) {
+static const Dot * find_dot_of_rows(ggml_type type) {
+    switch (type) {
     case GGML_TYPE_Q4_0:
-        return dot<block_q4_0>;
+        return &ROW<block_q4_0>;
     case GGML_TYPE_Q5_0:
-        return dot<block_q5_0>;
+        return &ROW<block_q5_0>;
     case GGML_TYPE_Q8_0:
-        return dot<block_q8_0>;
+        return &ROW<block_q8_0>;
     case GGML_TYPE_IQ4_NL:
-        return dot<block_iq4_nl>;
+        return &ROW<block_iq4_nl>;
     case GGML_TYPE_MXFP4:
-        return dot<block_mxfp4>;
+        return &ROW<block_mxfp4>;
     case GGML_TYPE_Q2_K:
-        return dot<block_q2_K>;
+        return &ROW<block_q2_K>;
     case GGML_TYPE_Q3_K:
-        return dot<block_q3_K>;
+        return &ROW<block_q3_K>;
     case GGML_TYPE_Q4_K:
-        return dot<block_q4_K>;
+        return &ROW<block_q4_K>;
     case GGML_TYPE_Q5_K:
-        return dot<block_q5_K>;
+        return &ROW<block_q5_K>;
     case GGML_TYPE_Q6_K:
-        return dot<block_q6_K>;
+        return &ROW<block_q6_K>;
     case GGML_TYPE_IQ4_XS:
-        return dot<block_iq4_xs>;
+        return &ROW<block_iq4_xs>;
     default:
         return nullptr;
     }
 }
 
+const Dot * find_dot(const Format & format) {
+    return format.layout == QUANT_GEMM_8X8 ? find_dot_of_groups(format.type) : find_dot_of_rows(format.type);
+}
+
 #else
 
-Dot find_dot(const Format &) {
+const Dot * find_dot(const Format &) {
     return nullptr;
 }
 
 #endif
+
+void dot_rows(const Dot &          dot,
+              const char *         weights,
+              size_t               stride,
+              int64_t              n_rows,
+              int64_t              k,
+              const char * const * columns,
+              int                  n,
+              float *              sums) {
+    for (int64_t r = 0; r < n_rows; r += dot.rows) {
+        for (int c = 0; c < n; c += DOT_COLUMNS) {
+            const int together = n - c < DOT_COLUMNS ? n - c : DOT_COLUMNS;
+            dot.multiply[together - 1](weights + r * stride, k, columns + c, sums + c * PANEL_ROWS + r);
+        }
+    }
+}
 
 }  // namespace quant_gemm

@@ -2,29 +2,7 @@
 // activations are packed once, and what the two products give never goes through memory. The graph keeps its nodes.
 
 #include "ggml-impl.h"
-#include "packed-product.h"
 #include "quant-gemm.h"
-
-// How the weights lie; false where they are in a buffer of another kind.
-static bool find_layout(const ggml_tensor * product, quant_gemm_layout & layout) {
-    const ggml_tensor * weights = product->src[0];
-    if (weights->extra == nullptr) {
-        layout = QUANT_GEMM_ROWS;
-        return true;
-    }
-    for (auto * type : ggml_backend_cpu_get_extra_buffer_types()) {
-        if (type && type->context && weights->buffer && weights->buffer->buft == type) {
-            auto * traits = ((ggml::cpu::extra_buffer_type *) type->context)->get_tensor_traits(product);
-            auto * packed = dynamic_cast<ggml::cpu::packed_product *>(traits);
-            if (packed == nullptr || packed->layout() < 0) {
-                return false;
-            }
-            layout = (quant_gemm_layout) packed->layout();
-            return true;
-        }
-    }
-    return false;
-}
 
 int ggml_quant_gemm_gated(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params) {
     const ggml_op op = cgraph->nodes[node_n]->op;
@@ -45,11 +23,14 @@ int ggml_quant_gemm_gated(const ggml_cgraph * cgraph, int node_n, const ggml_com
     if (!pair || ggml_get_glu_op(swiglu) != GGML_GLU_OP_SWIGLU || ggml_is_empty(swiglu)) {
         return 0;
     }
-    const bool        alike = gate->src[1] == up->src[1] && gate->src[2] == up->src[2] &&
-                              gate->src[0]->type == up->src[0]->type && ggml_are_same_shape(gate->src[0], up->src[0]) &&
-                              swiglu->type == GGML_TYPE_F32 && swiglu->nb[0] == sizeof(float);
-    quant_gemm_layout layout, other;
-    if (!alike || !find_layout(gate, layout) || !find_layout(up, other) || layout != other) {
+    const bool alike = gate->src[1] == up->src[1] && gate->src[2] == up->src[2] &&
+                       gate->src[0]->type == up->src[0]->type && ggml_are_same_shape(gate->src[0], up->src[0]) &&
+                       swiglu->type == GGML_TYPE_F32 && swiglu->nb[0] == sizeof(float);
+    if (!alike) {
+        return 0;
+    }
+    const quant_gemm_layout layout = ggml_quant_gemm_layout(gate);
+    if (layout != ggml_quant_gemm_layout(up)) {
         return 0;
     }
     return ggml_compute_forward_quant_gemm_gated(params, gate, up, swiglu, layout) ? 2 : 0;

@@ -1,8 +1,8 @@
 #pragma once
 
 // What the three stages of a product share: packed activations (quant-gemm-acts.cpp), a panel of unpacked weights
-// (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp); and what serves few columns without
-// a panel (quant-gemm-dot.cpp).
+// (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp). What serves few columns without a
+// panel stands in quant-gemm-dot.h.
 //
 // A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes in the order of VNNI: for each group of
 // four consecutive k, four bytes of every row. Types with signed values are shifted by an offset; what the shift adds,
@@ -32,6 +32,8 @@ constexpr int N_BLOCKS   = SLICE / BLOCK;
 constexpr int N_GROUPS   = BLOCK / 4;
 constexpr int N_PAIRS    = BLOCK / 2;
 constexpr int SLICE_16   = 128;  // the same for values of two bytes
+
+constexpr size_t CACHE_LINE = 64;
 
 // How activations are quantised, and with it the form of the sum (the weight type's vec_dot type in ggml).
 enum class Scheme {
@@ -110,16 +112,15 @@ size_t act_row_size(Scheme scheme, int64_t k);
 // Quantises a row of k floats as ggml does for this weight type and packs it.
 void pack_row(const Format & format, const float * x, int64_t k, char * packed);
 
+// The format that serves the node, or nullptr.
+const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout);
+
+// Packs this thread's share of the rows of src1, one behind the other.
+void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth);
+
 // Adds to sums[column][row] (PANEL_ROWS floats a column) the product of a panel with n_columns packed rows, at the
 // panel's place: columns[i] is the address of the block in row i that belongs to the panel's first block.
 void multiply(
     Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums);
-
-// Multiplies one row of k weights with n_columns packed rows of activations; out: a sum for each.
-using Dot = void (*)(const char * row, int64_t k, const char * const * columns, int n_columns, float * out);
-
-// What serves matrices with fewer columns than that; nullptr: upstream's path has to, so that a node is taken where its
-// matrices have enough of them on average (experts: half as many, as most of those that are met then have more).
-Dot find_dot(const Format & format);
 
 }  // namespace quant_gemm

@@ -8,7 +8,7 @@
 #include "quant-gemm.h"
 
 #include "ggml-quant-gemm.h"
-#include "quant-gemm-panel.h"
+#include "quant-gemm-dot.h"
 #include "vec.h"
 
 #include <algorithm>
@@ -16,9 +16,8 @@
 
 namespace quant_gemm {
 
-static constexpr int    MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
-static constexpr int    TASK_ROWS   = 128;
-static constexpr size_t CACHE_LINE  = 64;
+static constexpr int MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
+static constexpr int TASK_ROWS   = 128;
 
 static size_t padded(size_t n) {
     return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
@@ -78,8 +77,7 @@ static Work plan_work(const ggml_tensor * dst, const Format & format, int n_task
     return work;
 }
 
-// The format that serves the node, or nullptr.
-static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
+const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
     if ((dst->op != GGML_OP_MUL_MAT && dst->op != GGML_OP_MUL_MAT_ID) || !ggml_quant_gemm_is_on(dst)) {
         return nullptr;
     }
@@ -95,6 +93,18 @@ static const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layou
     const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? format->min_columns / 2 : format->min_columns;
     const bool    enough   = count_columns(dst) >= at_least * count_matrices(dst);
     return enough || find_dot(*format) != nullptr ? format : nullptr;
+}
+
+void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth) {
+    const size_t  act_size = act_row_size(format.scheme, src1->ne[0]);
+    const int64_t n_rows   = ggml_nrows(src1);
+    for (int64_t r = ith; r < n_rows; r += nth) {
+        const int64_t i1 = r % src1->ne[1];
+        const int64_t i2 = r / src1->ne[1] % src1->ne[2];
+        const int64_t i3 = r / src1->ne[1] / src1->ne[2];
+        const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
+        pack_row(format, (const float *) x, src1->ne[0], acts + r * act_size);
+    }
 }
 
 // Columns sorted by matrix, in the order of tokens within each.
@@ -192,24 +202,6 @@ static void add_panel(const Format &       format,
     }
 }
 
-// The same for few columns: rows are read once, in the order of addresses.
-static void add_rows(Dot                  dot,
-                     const ggml_tensor *  src0,
-                     const char *         weights,
-                     int64_t              row,
-                     const char * const * columns,
-                     int                  n,
-                     Sums &               sums) {
-    float     sum[MAX_COLUMNS];
-    const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, src0->ne[1] - row);
-    for (int r = 0; r < n_rows; r++) {
-        dot(weights + (row + r) * src0->nb[1], src0->ne[0], columns, n, sum);
-        for (int i = 0; i < n; i++) {
-            sums[i][r] = sum[i];
-        }
-    }
-}
-
 // Rows row .. end - 1 of a matrix, and then from next_row on, as far as one can tell, times n columns.
 static void compute_task(const Format & format,
                          const Job &    job,
@@ -221,7 +213,7 @@ static void compute_task(const Format & format,
                          const Column * columns,
                          int            n,
                          Scratch &      scratch) {
-    const Dot           dot      = n < format.min_columns ? find_dot(format) : nullptr;
+    const Dot *         dot      = n < format.min_columns ? find_dot(format) : nullptr;
     const ggml_tensor * src0     = job.products[0]->src[0];
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
     const char *        act[MAX_COLUMNS];
@@ -233,7 +225,8 @@ static void compute_task(const Format & format,
             src0                 = job.products[p]->src[0];
             const char * weights = weights_of(job.products[p], matrix);
             if (dot != nullptr) {
-                add_rows(dot, src0, weights, row, act, n, scratch.sums[p]);
+                const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, end - row);
+                dot_rows(*dot, weights + row * src0->nb[1], src0->nb[1], n_rows, src0->ne[0], act, n, *scratch.sums[p]);
                 continue;
             }
             const bool          last    = p + 1 == job.n_products;
@@ -257,30 +250,22 @@ static void compute_task(const Format & format,
 }
 
 static void compute(const ggml_compute_params * params, const Job & job, const Format & format) {
-    const ggml_tensor * product  = job.products[0];
-    const ggml_tensor * src0     = product->src[0];
-    const ggml_tensor * src1     = product->src[1];
-    const Work          work     = plan_work(product, format, params->nth);
-    char *              base     = (char *) padded((size_t) params->wdata);
-    char *              acts     = base + work.acts;
-    Column *            columns  = (Column *) (base + work.columns);
-    int64_t *           starts   = (int64_t *) (base + work.starts);
-    Scratch &           scratch  = ((Scratch *) (base + work.scratch))[params->ith];
-    const size_t        act_size = act_row_size(format.scheme, src1->ne[0]);
+    const ggml_tensor * product = job.products[0];
+    const ggml_tensor * src0    = product->src[0];
+    const ggml_tensor * src1    = product->src[1];
+    const Work          work    = plan_work(product, format, params->nth);
+    char *              base    = (char *) padded((size_t) params->wdata);
+    char *              acts    = base + work.acts;
+    Column *            columns = (Column *) (base + work.columns);
+    int64_t *           starts  = (int64_t *) (base + work.starts);
+    Scratch &           scratch = ((Scratch *) (base + work.scratch))[params->ith];
     GGML_ASSERT(params->wsize >= work.total);
 
     if (params->ith == 0) {
         sort_columns(job, columns, starts);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
-    const int64_t n_act_rows = ggml_nrows(src1);
-    for (int64_t r = params->ith; r < n_act_rows; r += params->nth) {
-        const int64_t i1 = r % src1->ne[1];
-        const int64_t i2 = r / src1->ne[1] % src1->ne[2];
-        const int64_t i3 = r / src1->ne[1] / src1->ne[2];
-        const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
-        pack_row(format, (const float *) x, src1->ne[0], acts + r * act_size);
-    }
+    pack_rows(format, src1, acts, params->ith, params->nth);
     ggml_barrier(params->threadpool);
 
     // tasks are numbered matrix by matrix; in each, all rows of the first columns come first

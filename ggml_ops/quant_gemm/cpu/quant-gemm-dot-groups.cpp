@@ -1,0 +1,301 @@
+// Few columns, weights of 8 rows interleaved: a group of rows is multiplied as it lies.
+//
+// 64 bytes of codes are 8 bytes of each of the 8 rows, so that a vector holds two 32-bit lanes a row and is multiplied
+// with 8 activation codes, repeated 8 times. The two lanes of a row are added at the end.
+
+#define GGML_COMMON_IMPL_CPP
+#define GGML_COMMON_DECL_CPP
+#include "ggml-common.h"
+#include "quant-gemm-codes.h"
+#include "quant-gemm-dot.h"
+#include "repack.h"
+#include "simd-mappings.h"
+
+#include <cstring>
+
+namespace quant_gemm {
+
+#if QUANT_GEMM_VNNI
+
+static constexpr __mmask16 FIRST_LANES = 0x5555;  // of every row
+
+static inline __m512i load_codes(const void * p) {
+    prefetch_behind(p, CACHE_LINE);
+    return _mm512_loadu_si512(p);
+}
+
+// 8 activation codes, once for every row
+static inline __m512i repeat_8(const int8_t * codes) {
+    int64_t x;
+    memcpy(&x, codes, sizeof(x));
+    return _mm512_set1_epi64(x);
+}
+
+// An F16 number of every row, in both of its lanes, ...
+static inline __m512 both_lanes(const ggml_half * d) {
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) d));
+    return _mm512_cvtph_ps(_mm256_or_si256(x, _mm256_slli_epi32(x, 16)));
+}
+
+// ... or half of the power of two that MXFP4 has instead.
+static inline __m512 both_lanes(const uint8_t * e) {
+    alignas(64) float x[16];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+        x[2 * r] = x[2 * r + 1] = GGML_CPU_E8M0_TO_FP32_HALF(e[r]);
+    }
+    return _mm512_load_ps(x);
+}
+
+template <typename Block> static inline __m512 scales_of(const Block & w) {
+    return both_lanes(w.d);
+}
+
+static inline __m512 scales_of(const block_mxfp4x8 & w) {
+    return both_lanes(w.e);
+}
+
+static inline void store_sums(__m512 lanes, float * sums) {
+    const __m512 swapped = _mm512_permute_ps(lanes, 0xb1);
+    const __m512 added   = _mm512_add_ps(lanes, swapped);
+    _mm256_storeu_ps(sums, _mm512_castps512_ps256(_mm512_maskz_compress_ps(FIRST_LANES, added)));
+}
+
+// Both halves of the bytes of a group's block: as unsigned codes.
+static inline void split(const block_q4_0x8 &, __m512i x, __m512i & low, __m512i & high) {
+    const __m512i y = _mm512_xor_si512(x, bytes(0x88));  // two's complement nibbles to offset 8
+    low             = low_nibbles(y);
+    high            = high_nibbles(y);
+}
+
+static inline void split(const block_iq4_nlx8 &, __m512i x, __m512i & low, __m512i & high) {
+    low  = iq4_values(low_nibbles(x));
+    high = iq4_values(high_nibbles(x));
+}
+
+static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512i & high) {
+    low  = mxfp4_values(low_nibbles(x));
+    high = mxfp4_values(high_nibbles(x));
+}
+
+// Blocks of 32 values with one scale a row: bytes hold values 0..15 in their low halves, 16..31 in their high ones.
+template <typename Block, int N_C>
+static void dot_nibble_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+    const Block * w = (const Block *) group;
+    __m512        sum[N_C];
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        sum[c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < k / BLOCK; i++) {
+        __m512i codes[4];  // values 8j .. 8j + 7
+        split(w[i], load_codes(w[i].qs), codes[0], codes[2]);
+        split(w[i], load_codes(w[i].qs + 64), codes[1], codes[3]);
+        const __m512 d = scales_of(w[i]);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const ActBlock & a = ((const ActBlock *) columns[c])[i];
+            __m512i          z = _mm512_maskz_set1_epi32(FIRST_LANES, a.start);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                z = _mm512_dpbusd_epi32(z, codes[j], repeat_8(a.codes + 8 * j));
+            }
+            sum[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_mul_ps(d, _mm512_set1_ps(a.scale)), sum[c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        store_sums(sum[c], sums + c * PANEL_ROWS);
+    }
+}
+
+// Minima of four blocks, 8 rows each, as 16-bit numbers: those of blocks 0 and 1 in the first lane of a row, of 2 and 3
+// in the second. x: for each block 8 bytes of scales and 8 of minima.
+static inline __m512i minima_by_row(__m512i x) {
+    const __m128i one  = _mm_unpackhi_epi8(_mm512_castsi512_si128(x), _mm512_extracti32x4_epi32(x, 1));
+    const __m128i two  = _mm_unpackhi_epi8(_mm512_extracti32x4_epi32(x, 2), _mm512_extracti32x4_epi32(x, 3));
+    const __m128i low  = _mm_unpacklo_epi16(one, two);
+    const __m128i high = _mm_unpackhi_epi16(one, two);
+    return _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+}
+
+// Q4_K: blocks of 32 values with a scale and a minimum in each of 256 values. Scales are whole numbers, so that 256
+// values are added as integers (at most 8 * 32 * 15 * 127 * 63).
+template <int N_C>
+static void dot_q4_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+    const block_q4_Kx8 * w     = (const block_q4_Kx8 *) group;
+    const __m128i        twice = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    __m512               sum[N_C];
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        sum[c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < k / SLICE; i++) {
+        __m512i products[N_C], minima[N_C];
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            products[c] = _mm512_setzero_si512();
+            minima[c]   = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {  // four blocks each
+            prefetch_behind(w[i].scales + 48 * part, CACHE_LINE);
+            const __m512i       numbers = six_bit_numbers((const char *) w[i].scales + 48 * part);
+            const __m512i       by_row  = minima_by_row(numbers);
+            alignas(64) uint8_t scales[4][16];
+            _mm512_store_si512(scales, _mm512_shuffle_epi8(numbers, _mm512_broadcast_i32x4(twice)));
+#pragma GCC unroll 4
+            for (int c = 0; c < N_C; c++) {
+                const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
+                int64_t               four;  // sums of the activations of these blocks
+                memcpy(&four, a.sums + 4 * part, sizeof(four));
+                minima[c] = _mm512_add_epi32(minima[c], _mm512_madd_epi16(by_row, _mm512_set1_epi64(four)));
+            }
+#pragma GCC unroll 2
+            for (int pair = 0; pair < 2; pair++) {
+                const uint8_t * qs = w[i].qs + 512 * part + 256 * pair;
+                __m512i         low[4], high[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const __m512i x = load_codes(qs + 64 * j);
+                    low[j]          = low_nibbles(x);
+                    high[j]         = high_nibbles(x);
+                }
+                const __m512i s_low  = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) scales[2 * pair]));
+                const __m512i s_high = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) scales[2 * pair + 1]));
+#pragma GCC unroll 4
+                for (int c = 0; c < N_C; c++) {
+                    const int8_t * codes = ((const ActSuperBlock *) columns[c])[i].codes + 128 * part + 64 * pair;
+                    __m512i        one   = _mm512_setzero_si512();
+                    __m512i        two   = _mm512_setzero_si512();
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        one = _mm512_dpbusd_epi32(one, low[j], repeat_8(codes + 8 * j));
+                        two = _mm512_dpbusd_epi32(two, high[j], repeat_8(codes + 32 + 8 * j));
+                    }
+                    products[c] = _mm512_add_epi32(products[c], _mm512_mullo_epi32(one, s_low));
+                    products[c] = _mm512_add_epi32(products[c], _mm512_mullo_epi32(two, s_high));
+                }
+            }
+        }
+        const __m512 d    = both_lanes(w[i].d);
+        const __m512 dmin = both_lanes(w[i].dmin);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+            const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
+            const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
+            sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        store_sums(sum[c], sums + c * PANEL_ROWS);
+    }
+}
+
+// Q2_K: a scale and a minimum of four bits for each 16 values; codes times scales are bytes (45 at most), and 256 of their
+// products one integer sum.
+template <int N_C>
+static void dot_q2_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+    const block_q2_Kx8 * w = (const block_q2_Kx8 *) group;
+    // of every row's 8 bytes: the first or second one as four numbers, bytes 0, 1, 4 and 5 as four numbers
+    const __m512i first  = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
+    const __m512i second = _mm512_set4_epi32((int) 0x80098009, (int) 0x80098009, (int) 0x80018001, (int) 0x80018001);
+    const __m512i four   = _mm512_set4_epi32((int) 0x800d800c, (int) 0x80098008, (int) 0x80058004, (int) 0x80018000);
+    __m512        sum[N_C];
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        sum[c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < k / SLICE; i++) {
+        __m512i products[N_C], minima[N_C];
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            products[c] = _mm512_setzero_si512();
+            minima[c]   = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {  // 128 values
+            prefetch_behind(w[i].scales + 64 * part, CACHE_LINE);
+            __m512i x[4], both[4];  // bytes 8j .. 8j + 7 of each row; scale and minimum of two neighbouring blocks
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const __m128i * scales = (const __m128i *) (w[i].scales + 64 * part + 16 * j);
+                x[j]                   = load_codes(w[i].qs + 256 * part + 64 * j);
+                both[j]                = _mm512_cvtepu16_epi64(_mm_loadu_si128(scales));
+            }
+#pragma GCC unroll 4
+            for (int pair = 0; pair < 4; pair++) {
+                const __m512i low = low_nibbles(both[pair]);
+                const __m512i s0  = _mm512_shuffle_epi8(low, first);
+                const __m512i s1  = _mm512_shuffle_epi8(low, second);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const __m512i two_bits = _mm512_and_si512(_mm512_srli_epi16(x[j], 2 * pair), bytes(3));
+                    const __m512i codes    = _mm512_mullo_epi16(two_bits, j < 2 ? s0 : s1);
+#pragma GCC unroll 4
+                    for (int c = 0; c < N_C; c++) {
+                        const int8_t * a = ((const ActSuperBlock *) columns[c])[i].codes;
+                        products[c] =
+                            _mm512_dpbusd_epi32(products[c], codes, repeat_8(a + 128 * part + 32 * pair + 8 * j));
+                    }
+                }
+            }
+#pragma GCC unroll 2
+            for (int j = 0; j < 4; j += 2) {
+                const __m512i high = high_nibbles(_mm512_or_si512(both[j], _mm512_slli_epi64(both[j + 1], 32)));
+                const __m512i m    = _mm512_shuffle_epi8(high, four);
+#pragma GCC unroll 4
+                for (int c = 0; c < N_C; c++) {
+                    int64_t a;  // sums of the activations of these blocks
+                    memcpy(&a, ((const ActSuperBlock *) columns[c])[i].sums_16 + 8 * part + 2 * j, sizeof(a));
+                    minima[c] = _mm512_add_epi32(minima[c], _mm512_madd_epi16(m, _mm512_set1_epi64(a)));
+                }
+            }
+        }
+        const __m512 d    = both_lanes(w[i].d);
+        const __m512 dmin = both_lanes(w[i].dmin);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+            const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
+            const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
+            sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        store_sums(sum[c], sums + c * PANEL_ROWS);
+    }
+}
+
+template <typename Block>
+static constexpr Dot NIBBLES = { 8,
+                                 { dot_nibble_groups<Block, 1>, dot_nibble_groups<Block, 2>,
+                                   dot_nibble_groups<Block, 3>, dot_nibble_groups<Block, 4> } };
+
+static constexpr Dot Q4_K = { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } };
+
+static constexpr Dot Q2_K = { 8, { dot_q2_K_groups<1>, dot_q2_K_groups<2>, dot_q2_K_groups<3>, dot_q2_K_groups<4> } };
+
+const Dot * find_dot_of_groups(ggml_type type) {
+    switch (type) {
+    case GGML_TYPE_Q4_0:
+        return &NIBBLES<block_q4_0x8>;
+    case GGML_TYPE_IQ4_NL:
+        return &NIBBLES<block_iq4_nlx8>;
+    case GGML_TYPE_MXFP4:
+        return &NIBBLES<block_mxfp4x8>;
+    case GGML_TYPE_Q2_K:
+        return &Q2_K;
+    case GGML_TYPE_Q4_K:
+        return &Q4_K;
+    default:
+        return nullptr;
+    }
+}
+
+#endif
+
+}  // namespace quant_gemm

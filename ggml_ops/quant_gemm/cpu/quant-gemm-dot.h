@@ -1,0 +1,49 @@
+#pragma once
+
+// Few columns: weights are multiplied as they lie, one row after another (quant-gemm-dot.cpp) or one group of
+// interleaved rows after another (quant-gemm-dot-groups.cpp), unpacked into registers once for up to DOT_COLUMNS columns.
+
+#include "quant-gemm-panel.h"
+
+namespace quant_gemm {
+
+constexpr int DOT_COLUMNS = 4;
+
+// Multiplies a row, or a group, of k weights with some packed rows of activations: sums[column * PANEL_ROWS + row].
+using DotColumns = void (*)(const char * weights, int64_t k, const char * const * columns, float * sums);
+
+struct Dot {
+    int        rows;                   // that go together
+    DotColumns multiply[DOT_COLUMNS];  // by 1, 2, ... columns
+};
+
+// What serves matrices that meet fewer columns than the format's min_columns; nullptr: upstream's path has to, so that a
+// node is taken where its matrices meet enough on average (experts: half as many, as most of those that are met then
+// meet more).
+const Dot * find_dot(const Format & format);
+
+const Dot * find_dot_of_groups(ggml_type type);
+
+// n_rows rows of weights, stride bytes apart, times n columns: sums[column * PANEL_ROWS + row], in the order of addresses.
+void dot_rows(const Dot &          dot,
+              const char *         weights,
+              size_t               stride,
+              int64_t              n_rows,
+              int64_t              k,
+              const char * const * columns,
+              int                  n,
+              float *              sums);
+
+#if QUANT_GEMM_VNNI
+
+// Asks for what lies behind these n bytes: weights come from memory, and the hardware by itself looks less far ahead.
+inline void prefetch_behind(const void * p, size_t n) {
+    constexpr size_t DISTANCE = 4096;
+    for (size_t i = 0; i < n; i += CACHE_LINE) {
+        __builtin_prefetch((const char *) p + DISTANCE + i);
+    }
+}
+
+#endif
+
+}  // namespace quant_gemm

@@ -1,0 +1,79 @@
+// Products of few columns in two steps, for neighbours that share the packed activations and the barrier behind them
+// (node fusion): the same values as quant-gemm.cpp's.
+
+#include "packed-product.h"
+#include "quant-gemm-dot.h"
+
+#include <algorithm>
+#include <cstring>
+
+quant_gemm_layout ggml_quant_gemm_layout(const ggml_tensor * product) {
+    if (product->src[0]->extra == nullptr) {
+        return QUANT_GEMM_ROWS;
+    }
+    const ggml::cpu::packed_product * packed = ggml::cpu::repacked_product(product);
+    return packed != nullptr ? (quant_gemm_layout) packed->layout() : QUANT_GEMM_OTHER;
+}
+
+namespace quant_gemm {
+
+static constexpr int MAX_COLUMNS = 16;
+
+static const Format * format_of(const ggml_tensor * op) {
+    return format_of(op, ggml_quant_gemm_layout(op));
+}
+
+namespace {
+
+class Steps : public ggml::cpu::packed_product {
+  public:
+    int activations(const ggml_tensor * op) const override {
+        const Format * format = format_of(op);
+        return -1 - ((int) format->scheme * 256 + format->offset);
+    }
+
+    int64_t row_step() const override { return PANEL_ROWS; }
+
+    size_t packed_size(const ggml_tensor * op) const override {
+        return ggml_nrows(op->src[1]) * act_row_size(format_of(op)->scheme, op->src[1]->ne[0]);
+    }
+
+    void pack_activations(ggml_compute_params * params, ggml_tensor * op) override {
+        pack_rows(*format_of(op), op->src[1], (char *) params->wdata, params->ith, params->nth);
+    }
+
+    void multiply_rows(ggml_compute_params * params, ggml_tensor * op, int64_t first, int64_t last) override {
+        const Format &      format   = *format_of(op);
+        const ggml_tensor * weights  = op->src[0];
+        const size_t        act_size = act_row_size(format.scheme, weights->ne[0]);
+        const int           n        = (int) op->ne[1];
+        const char *        columns[MAX_COLUMNS];
+        for (int c = 0; c < n; c++) {
+            columns[c] = (const char *) params->wdata + c * act_size;
+        }
+        for (int64_t row = first; row < last; row += PANEL_ROWS) {
+            const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, last - row);
+            const char *  from   = (const char *) weights->data + row * weights->nb[1];
+            float         sums[MAX_COLUMNS][PANEL_ROWS];
+            dot_rows(*find_dot(format), from, weights->nb[1], n_rows, weights->ne[0], columns, n, *sums);
+            for (int c = 0; c < n; c++) {
+                memcpy((char *) op->data + c * op->nb[1] + row * sizeof(float), sums[c], n_rows * sizeof(float));
+            }
+        }
+    }
+};
+
+}  // namespace
+
+}  // namespace quant_gemm
+
+ggml::cpu::packed_product * ggml_quant_gemm_steps(const ggml_tensor * product) {
+    using namespace quant_gemm;
+    static Steps   steps;
+    const Format * format = format_of(product);
+    if (format == nullptr || product->op != GGML_OP_MUL_MAT || ggml_nrows(product) != product->ne[1]) {
+        return nullptr;
+    }
+    const bool few = product->ne[1] < std::min(format->min_columns, MAX_COLUMNS + 1);
+    return few && find_dot(*format) != nullptr ? &steps : nullptr;
+}
