@@ -244,6 +244,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     Shape              base;
     base.type      = kind.type;
     base.repack    = kind.repack;
+    base.n_tokens  = kind.type == GGML_TYPE_BF16 || kind.type == GGML_TYPE_F16 ? 40 : 16;  // upstream's below 20
     const auto add = [&](auto change) {
         Shape s = base;
         change(s);
