@@ -153,7 +153,8 @@ struct Case {
   private:
     void fill() {
         std::normal_distribution<float> normal;
-        const float                     scale    = s.values == "huge" ? 1e4f : s.values == "tiny" ? 1e-6f : 1.0f;
+        const float                     huge     = s.type == GGML_TYPE_F16 ? 200.0f : 1e4f;  // F16 ends at 65504
+        const float                     scale    = s.values == "huge" ? huge : s.values == "tiny" ? 1e-6f : 1.0f;
         const int64_t                   matrices = weights->ne[2];
         std::vector<float>              w(s.k * s.n_rows * matrices);
         for (int64_t i = 0; i < (int64_t) w.size(); i++) {
@@ -230,10 +231,12 @@ struct Kind {
 };
 
 static const Kind kinds[] = {
-    { GGML_TYPE_Q4_0, false, 32 },  { GGML_TYPE_Q4_0, true, 32 },     { GGML_TYPE_Q5_0, false, 32 },
-    { GGML_TYPE_Q8_0, false, 32 },  { GGML_TYPE_IQ4_NL, false, 32 },  { GGML_TYPE_IQ4_NL, true, 32 },
-    { GGML_TYPE_Q4_K, false, 256 }, { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },
-    { GGML_TYPE_Q6_K, false, 256 }, { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },
+    { GGML_TYPE_Q4_0, false, 32 },    { GGML_TYPE_Q4_0, true, 32 },    { GGML_TYPE_Q5_0, false, 32 },
+    { GGML_TYPE_Q8_0, false, 32 },    { GGML_TYPE_IQ4_NL, false, 32 }, { GGML_TYPE_IQ4_NL, true, 32 },
+    { GGML_TYPE_MXFP4, false, 32 },   { GGML_TYPE_MXFP4, true, 32 },   { GGML_TYPE_Q2_K, false, 256 },
+    { GGML_TYPE_Q2_K, true, 256 },    { GGML_TYPE_Q3_K, false, 256 },  { GGML_TYPE_Q4_K, false, 256 },
+    { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },  { GGML_TYPE_Q6_K, false, 256 },
+    { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },   { GGML_TYPE_F16, false, 32 },
 };
 
 static std::vector<Shape> shapes_of(const Kind & kind) {
@@ -241,6 +244,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     Shape              base;
     base.type      = kind.type;
     base.repack    = kind.repack;
+    base.n_tokens  = kind.type == GGML_TYPE_BF16 || kind.type == GGML_TYPE_F16 ? 40 : 16;  // upstream's below 20
     const auto add = [&](auto change) {
         Shape s = base;
         change(s);

@@ -1,5 +1,5 @@
 // Activations: quantised to the very codes and scales that ggml has for the weight's type, and packed for the tiles.
-// (ggml's quantize_row_q8_0 for x86, quantize_row_q8_K and ggml_cpu_fp32_to_bf16; the tests compare.)
+// (ggml's quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16; the tests compare.)
 
 #include "ggml-cpu.h"
 #include "quant-gemm-panel.h"
@@ -13,6 +13,8 @@ size_t act_row_size(Scheme scheme, int64_t k) {
         return k / BLOCK * sizeof(ActBlock);
     case Scheme::bf16:
         return k * sizeof(ggml_bf16_t);
+    case Scheme::f16:
+        return k * sizeof(float);
     default:
         return k / SLICE * sizeof(ActSuperBlock);
     }
@@ -57,7 +59,28 @@ static inline float extreme(const float * x) {
     return 0.0f;
 }
 
-static void pack_q8_K(int offset, bool by_16, const float * x, int64_t k, ActSuperBlock * packed) {
+// What the scheme needs of the sums by 16 of block b.
+static inline void put_sums(Scheme scheme, int offset, int b, const int32_t (&sums)[2], ActSuperBlock & packed) {
+    const int32_t both = sums[0] + sums[1];
+    switch (scheme) {
+    case Scheme::q8_K_16:
+        packed.starts[2 * b]     = -offset * sums[0];
+        packed.starts[2 * b + 1] = -offset * sums[1];
+        return;
+    case Scheme::q8_K_256:
+        packed.starts[0] = (b == 0 ? 0 : packed.starts[0]) - offset * both;
+        return;
+    case Scheme::q8_K_256_mins:
+        packed.sums_16[2 * b]     = (int16_t) sums[0];
+        packed.sums_16[2 * b + 1] = (int16_t) sums[1];
+        return;
+    default:
+        packed.starts[b] = -offset * both;
+        packed.sums[b]   = (int16_t) both;
+    }
+}
+
+static void pack_q8_K(Scheme scheme, int offset, const float * x, int64_t k, ActSuperBlock * packed) {
     for (int64_t i = 0; i < k; i += SLICE, packed++) {
         const float largest = extreme(x + i);
         const float scale   = largest != 0.0f ? -127.0f / largest : 0.0f;
@@ -65,14 +88,15 @@ static void pack_q8_K(int offset, bool by_16, const float * x, int64_t k, ActSup
         for (int b = 0; b < N_BLOCKS; b++) {
             int32_t sums[2];
             round_codes(x + i + BLOCK * b, scale, packed->codes + BLOCK * b, sums);
-            packed->sums[b] = (int16_t) (sums[0] + sums[1]);
-            if (by_16) {
-                packed->starts[2 * b]     = -offset * sums[0];
-                packed->starts[2 * b + 1] = -offset * sums[1];
-            } else {
-                packed->starts[b] = -offset * (sums[0] + sums[1]);
-            }
+            put_sums(scheme, offset, b, sums, *packed);
         }
+    }
+}
+
+static void pack_f16(const float * x, int64_t k, float * packed) {
+    for (int64_t i = 0; i < k; i += 16) {
+        const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
+        _mm512_storeu_ps(packed + i, _mm512_cvtph_ps(halves));
     }
 }
 
@@ -82,8 +106,10 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed) 
         return pack_q8_0(format.offset, x, k, (ActBlock *) packed);
     case Scheme::bf16:
         return ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
+    case Scheme::f16:
+        return pack_f16(x, k, (float *) packed);
     default:
-        return pack_q8_K(format.offset, format.scheme == Scheme::q8_K_16, x, k, (ActSuperBlock *) packed);
+        return pack_q8_K(format.scheme, format.offset, x, k, (ActSuperBlock *) packed);
     }
 }
 

@@ -9,6 +9,7 @@
 #include "quant-gemm-codes.h"
 #include "quant-gemm-dot.h"
 #include "repack.h"
+#include "simd-mappings.h"
 
 #include <cstring>
 
@@ -30,10 +31,28 @@ static inline __m512i repeat_8(const int8_t * codes) {
     return _mm512_set1_epi64(x);
 }
 
-// An F16 number of every row, in both of its lanes.
+// An F16 number of every row, in both of its lanes, ...
 static inline __m512 both_lanes(const ggml_half * d) {
     const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) d));
     return _mm512_cvtph_ps(_mm256_or_si256(x, _mm256_slli_epi32(x, 16)));
+}
+
+// ... or half of the power of two that MXFP4 has instead.
+static inline __m512 both_lanes(const uint8_t * e) {
+    alignas(64) float x[16];
+#pragma GCC unroll 8
+    for (int r = 0; r < 8; r++) {
+        x[2 * r] = x[2 * r + 1] = GGML_CPU_E8M0_TO_FP32_HALF(e[r]);
+    }
+    return _mm512_load_ps(x);
+}
+
+template <typename Block> static inline __m512 scales_of(const Block & w) {
+    return both_lanes(w.d);
+}
+
+static inline __m512 scales_of(const block_mxfp4x8 & w) {
+    return both_lanes(w.e);
 }
 
 static inline void store_sums(__m512 lanes, float * sums) {
@@ -54,6 +73,11 @@ static inline void split(const block_iq4_nlx8 &, __m512i x, __m512i & low, __m51
     high = iq4_values(high_nibbles(x));
 }
 
+static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512i & high) {
+    low  = mxfp4_values(low_nibbles(x));
+    high = mxfp4_values(high_nibbles(x));
+}
+
 // Blocks of 32 values with one scale a row: bytes hold values 0..15 in their low halves, 16..31 in their high ones.
 template <typename Block, int N_C>
 static void dot_nibble_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
@@ -67,7 +91,7 @@ static void dot_nibble_groups(const char * group, int64_t k, const char * const 
         __m512i codes[4];  // values 8j .. 8j + 7
         split(w[i], load_codes(w[i].qs), codes[0], codes[2]);
         split(w[i], load_codes(w[i].qs + 64), codes[1], codes[3]);
-        const __m512 d = both_lanes(w[i].d);
+        const __m512 d = scales_of(w[i]);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const ActBlock & a = ((const ActBlock *) columns[c])[i];
@@ -170,6 +194,82 @@ static void dot_q4_K_groups(const char * group, int64_t k, const char * const * 
     }
 }
 
+// Q2_K: a scale and a minimum of four bits for each 16 values; codes times scales are bytes (45 at most), and 256 of their
+// products one integer sum.
+template <int N_C>
+static void dot_q2_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+    const block_q2_Kx8 * w = (const block_q2_Kx8 *) group;
+    // of every row's 8 bytes: the first or second one as four numbers, bytes 0, 1, 4 and 5 as four numbers
+    const __m512i first  = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
+    const __m512i second = _mm512_set4_epi32((int) 0x80098009, (int) 0x80098009, (int) 0x80018001, (int) 0x80018001);
+    const __m512i four   = _mm512_set4_epi32((int) 0x800d800c, (int) 0x80098008, (int) 0x80058004, (int) 0x80018000);
+    __m512        sum[N_C];
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        sum[c] = _mm512_setzero_ps();
+    }
+    for (int64_t i = 0; i < k / SLICE; i++) {
+        __m512i products[N_C], minima[N_C];
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            products[c] = _mm512_setzero_si512();
+            minima[c]   = _mm512_setzero_si512();
+        }
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {  // 128 values
+            prefetch_behind(w[i].scales + 64 * part, CACHE_LINE);
+            __m512i x[4], both[4];  // bytes 8j .. 8j + 7 of each row; scale and minimum of two neighbouring blocks
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const __m128i * scales = (const __m128i *) (w[i].scales + 64 * part + 16 * j);
+                x[j]                   = load_codes(w[i].qs + 256 * part + 64 * j);
+                both[j]                = _mm512_cvtepu16_epi64(_mm_loadu_si128(scales));
+            }
+#pragma GCC unroll 4
+            for (int pair = 0; pair < 4; pair++) {
+                const __m512i low = low_nibbles(both[pair]);
+                const __m512i s0  = _mm512_shuffle_epi8(low, first);
+                const __m512i s1  = _mm512_shuffle_epi8(low, second);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const __m512i two_bits = _mm512_and_si512(_mm512_srli_epi16(x[j], 2 * pair), bytes(3));
+                    const __m512i codes    = _mm512_mullo_epi16(two_bits, j < 2 ? s0 : s1);
+#pragma GCC unroll 4
+                    for (int c = 0; c < N_C; c++) {
+                        const int8_t * a = ((const ActSuperBlock *) columns[c])[i].codes;
+                        products[c] =
+                            _mm512_dpbusd_epi32(products[c], codes, repeat_8(a + 128 * part + 32 * pair + 8 * j));
+                    }
+                }
+            }
+#pragma GCC unroll 2
+            for (int j = 0; j < 4; j += 2) {
+                const __m512i high = high_nibbles(_mm512_or_si512(both[j], _mm512_slli_epi64(both[j + 1], 32)));
+                const __m512i m    = _mm512_shuffle_epi8(high, four);
+#pragma GCC unroll 4
+                for (int c = 0; c < N_C; c++) {
+                    int64_t a;  // sums of the activations of these blocks
+                    memcpy(&a, ((const ActSuperBlock *) columns[c])[i].sums_16 + 8 * part + 2 * j, sizeof(a));
+                    minima[c] = _mm512_add_epi32(minima[c], _mm512_madd_epi16(m, _mm512_set1_epi64(a)));
+                }
+            }
+        }
+        const __m512 d    = both_lanes(w[i].d);
+        const __m512 dmin = both_lanes(w[i].dmin);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+            const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
+            const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
+            sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        store_sums(sum[c], sums + c * PANEL_ROWS);
+    }
+}
+
 template <typename Block>
 static constexpr Dot NIBBLES = { 8,
                                  { dot_nibble_groups<Block, 1>, dot_nibble_groups<Block, 2>,
@@ -177,12 +277,18 @@ static constexpr Dot NIBBLES = { 8,
 
 static constexpr Dot Q4_K = { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } };
 
+static constexpr Dot Q2_K = { 8, { dot_q2_K_groups<1>, dot_q2_K_groups<2>, dot_q2_K_groups<3>, dot_q2_K_groups<4> } };
+
 const Dot * find_dot_of_groups(ggml_type type) {
     switch (type) {
     case GGML_TYPE_Q4_0:
         return &NIBBLES<block_q4_0x8>;
     case GGML_TYPE_IQ4_NL:
         return &NIBBLES<block_iq4_nlx8>;
+    case GGML_TYPE_MXFP4:
+        return &NIBBLES<block_mxfp4x8>;
+    case GGML_TYPE_Q2_K:
+        return &Q2_K;
     case GGML_TYPE_Q4_K:
         return &Q4_K;
     default:

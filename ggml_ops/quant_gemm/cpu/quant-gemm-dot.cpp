@@ -8,8 +8,11 @@
 #include "quant-gemm-dot.h"
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
+#include "quant-gemm-dot-scaled.h"
+#include "simd-mappings.h"
 
 #include <cstring>
+#include <type_traits>
 
 namespace quant_gemm {
 
@@ -30,10 +33,6 @@ template <> constexpr int                       WEIGHTS_PER_SCALE<block_q6_K> = 
 template <typename Block> static constexpr bool HAS_MINIMA                    = false;
 template <> constexpr bool                      HAS_MINIMA<block_q4_K>        = true;
 template <> constexpr bool                      HAS_MINIMA<block_q5_K>        = true;
-
-static inline __m512i halves(__m256i low, __m256i high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
 
 // Each half of 128 values: 64 bytes of lower nibbles (low halves: values 0..63, high ones: 64..127), and 32 bytes of
 // upper pairs of bits, pair q for values 32q .. 32q + 31.
@@ -206,12 +205,24 @@ static inline __m256i codes_of(const block_iq4_nl & w) {
     return _mm512_castsi512_si256(iq4_values(_mm512_castsi256_si512(nibbles(w.qs))));
 }
 
+static inline __m256i codes_of(const block_mxfp4 & w) {
+    return _mm512_castsi512_si256(mxfp4_values(_mm512_castsi256_si512(nibbles(w.qs))));
+}
+
+template <typename Block> static inline __m256 scale_of(const Block & w) {
+    return _mm256_cvtph_ps(_mm_set1_epi16((short) w.d));
+}
+
+static inline __m256 scale_of(const block_mxfp4 & w) {
+    return _mm256_set1_ps(GGML_CPU_E8M0_TO_FP32_HALF(w.e));
+}
+
 // Adds block i of the row times N_C columns.
 template <typename Block, int N_C>
 static inline void add_block(const Block * w, int64_t i, const char * const * columns, __m256 (&sums)[N_C]) {
     prefetch_behind(w + i, sizeof(Block));
     const __m256i codes = codes_of(w[i]);
-    const __m256  d     = _mm256_cvtph_ps(_mm_set1_epi16((short) w[i].d));
+    const __m256  d     = scale_of(w[i]);
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         const ActBlock & a     = ((const ActBlock *) columns[c])[i];
@@ -249,7 +260,9 @@ static void dot_blocks(const char * row, int64_t k, const char * const * columns
 // ---- the choice
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (sizeof(Block) > sizeof(block_q8_0)) {
+    if constexpr (std::is_same_v<Block, block_q2_K> || std::is_same_v<Block, block_q3_K>) {
+        return dot_scaled_blocks<Block, N_C>;
+    } else if constexpr (sizeof(Block) > sizeof(block_q8_0)) {
         return dot_super_blocks<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;
@@ -270,6 +283,12 @@ static const Dot * find_dot_of_rows(ggml_type type) {
         return &ROW<block_q8_0>;
     case GGML_TYPE_IQ4_NL:
         return &ROW<block_iq4_nl>;
+    case GGML_TYPE_MXFP4:
+        return &ROW<block_mxfp4>;
+    case GGML_TYPE_Q2_K:
+        return &ROW<block_q2_K>;
+    case GGML_TYPE_Q3_K:
+        return &ROW<block_q3_K>;
     case GGML_TYPE_Q4_K:
         return &ROW<block_q4_K>;
     case GGML_TYPE_Q5_K:

@@ -31,17 +31,20 @@ constexpr int BLOCK      = 32;   // values of K that share a scale (some types: 
 constexpr int N_BLOCKS   = SLICE / BLOCK;
 constexpr int N_GROUPS   = BLOCK / 4;
 constexpr int N_PAIRS    = BLOCK / 2;
-constexpr int SLICE_BF16 = 128;  // the same for values of two bytes
+constexpr int SLICE_16   = 128;  // the same for values of two bytes
 
 constexpr size_t CACHE_LINE = 64;
 
 // How activations are quantised, and with it the form of the sum (the weight type's vec_dot type in ggml).
 enum class Scheme {
-    q8_0,       // a scale for each 32 activations
-    q8_K,       // one for each 256; weights have a scale for each 32
-    q8_K_16,    // ... for each 16
-    q8_K_mins,  // ... for each 32, and a minimum
-    bf16,       // none: rounded to bf16
+    q8_0,           // a scale for each 32 activations
+    q8_K,           // one for each 256; weights have a scale for each 32
+    q8_K_16,        // ... for each 16
+    q8_K_mins,      // ... for each 32, and a minimum
+    q8_K_256,       // ... for each 256: those of smaller blocks are integers, and panels hold codes times them
+    q8_K_256_mins,  // ... the same, and a minimum for each 16
+    bf16,           // none: rounded to bf16
+    f16,            // none: rounded to F16
 };
 
 // Activations of a row, packed: K/32 of these for Scheme::q8_0 ...
@@ -53,11 +56,16 @@ struct ActBlock {
 
 static_assert(sizeof(ActBlock) == 40, "activations are read at fixed distances");
 
-// ... K/256 of these for Scheme::q8_K and its kin; the bf16 values themselves for Scheme::bf16.
+// ... K/256 of these for Scheme::q8_K and its kin; the values themselves for Scheme::bf16 and, as float32, for Scheme::f16.
 struct ActSuperBlock {
-    int8_t  codes[SLICE];
-    int32_t starts[SLICE / 16];  // -offset * sum of 16 codes (q8_K_16) or of 32 (the first half of the array)
-    int16_t sums[N_BLOCKS];      // sum of 32 codes, for the minima
+    int8_t codes[SLICE];
+
+    union {
+        int32_t starts[SLICE / 16];   // -offset * sum of 16 codes (q8_K_16), of 256 (the first one), or of 32
+        int16_t sums_16[SLICE / 16];  // sum of 16 codes, for the minima of q8_K_256_mins, which has no offset
+    };
+
+    int16_t sums[N_BLOCKS];  // sum of 32 codes, for the minima of q8_K_mins
     float   scale;
     int32_t padding[3];
 };
@@ -67,11 +75,12 @@ static_assert(sizeof(ActSuperBlock) == 352, "activations are read at fixed dista
 struct alignas(64) Panel {
     union {
         uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
-        uint16_t pairs[SLICE_BF16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
+        uint16_t pairs[SLICE_16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
+        uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: of two k, first and second 16 rows
     };
 
-    float   scales[SLICE / 16][PANEL_ROWS];       // of a block of 32 (half of the array), or of 16
-    int16_t minima[N_BLOCKS / 2][PANEL_ROWS][2];  // q8_K_mins: minima of two neighbouring blocks
+    float   scales[SLICE / 16][PANEL_ROWS];   // of a block of 32 (half of the array), of 16, or of 256 (the first)
+    int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
     float   minimum_scales[PANEL_ROWS];
 };
 
@@ -94,7 +103,7 @@ const Format * find_format(ggml_type type, quant_gemm_layout layout);
 
 // Blocks of 32 values in a panel.
 inline int panel_blocks(Scheme scheme) {
-    return (scheme == Scheme::bf16 ? SLICE_BF16 : SLICE) / BLOCK;
+    return (scheme == Scheme::bf16 || scheme == Scheme::f16 ? SLICE_16 : SLICE) / BLOCK;
 }
 
 // Bytes of a packed row of k activations.

@@ -9,8 +9,8 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static constexpr int TILE_COLUMNS      = 6;  // 12 integer and 12 float sums of the 32 registers
-static constexpr int TILE_COLUMNS_BF16 = 8;  // 16 float sums
+static constexpr int TILE_COLUMNS       = 6;  // 12 integer and 12 float sums of the 32 registers
+static constexpr int TILE_COLUMNS_PLAIN = 8;  // bf16 and f16: 16 float sums
 
 static inline __m512i broadcast32(const char * p) {
     int32_t x;
@@ -83,11 +83,12 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
     }
 }
 
-// a scale for each SUB weights, one for each 256 activations
-template <int N_C, int SUB, bool MINIMA>
+// a scale for each SUB weights, one for each 256 activations; a minimum for each MIN_SUB, or none (0)
+template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
-    __m512       f[N_C][2];
-    const char * act[N_C];
+    constexpr int STEP = SUB < BLOCK ? SUB : BLOCK;
+    __m512        f[N_C][2];
+    const char *  act[N_C];
 #pragma GCC unroll 8
     for (int c = 0; c < N_C; c++) {
         f[c][0] = _mm512_setzero_ps();
@@ -98,7 +99,7 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < SLICE / SUB; b++) {
         __m512i z[N_C][2];
-        if (MINIMA) {  // these types are unsigned by themselves
+        if (MIN_SUB != 0) {  // these types are unsigned by themselves
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
                 z[c][0] = _mm512_setzero_si512();
@@ -107,7 +108,9 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         } else {
             start_sums<N_C>(z, act, (int) offsetof(ActSuperBlock, starts) + 4 * b);
         }
-        add_groups<N_C, SUB / 4>(z, weights, act, SUB * b);
+        for (int k = 0; k < SUB; k += STEP) {
+            add_groups<N_C, STEP / 4>(z, weights + k * PANEL_ROWS, act, SUB * b + k);
+        }
         const __m512 d0 = _mm512_load_ps(scales);
         const __m512 d1 = _mm512_load_ps(scales + 16);
 #pragma GCC unroll 8
@@ -118,20 +121,21 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         weights += SUB * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
-    if (MINIMA) {
-        __m512i z[N_C][2];
+    if constexpr (MIN_SUB != 0) {
+        constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
+        __m512i          z[N_C][2];
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             z[c][0] = _mm512_setzero_si512();
             z[c][1] = _mm512_setzero_si512();
         }
-#pragma GCC unroll 4
-        for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
+#pragma GCC unroll 8
+        for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
             const __m512i m0 = _mm512_load_si512(&panel.minima[pair][0]);
             const __m512i m1 = _mm512_load_si512(&panel.minima[pair][16]);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
-                const __m512i a = broadcast32(act[c] + offsetof(ActSuperBlock, sums) + 4 * pair);
+                const __m512i a = broadcast32(act[c] + SUMS + 4 * pair);
                 z[c][0]         = _mm512_dpwssd_epi32(z[c][0], m0, a);
                 z[c][1]         = _mm512_dpwssd_epi32(z[c][1], m1, a);
             }
@@ -189,19 +193,54 @@ template <int N_C> static void tile_bf16(const Panel &, int, const char * const 
 
 #endif
 
+template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+    __m512       f[N_C][2];
+    const char * act[N_C];
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
+        act[c]  = columns[c];
+    }
+    for (int k = 0; k < n_blocks * BLOCK; k += 4) {
+#pragma GCC unroll 4
+        for (int i = k; i < k + 4; i++) {
+            const __m512 w0 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) panel.halves[i / 2][0][i % 2]));
+            const __m512 w1 = _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) panel.halves[i / 2][1][i % 2]));
+#pragma GCC unroll 8
+            for (int c = 0; c < N_C; c++) {
+                const __m512 a = broadcast_float(act[c] + i * sizeof(float));
+                f[c][0]        = _mm512_fmadd_ps(w0, a, f[c][0]);
+                f[c][1]        = _mm512_fmadd_ps(w1, a, f[c][1]);
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
+    }
+}
+
 template <int N_C>
 static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     switch (scheme) {
     case Scheme::q8_0:
         return tile_q8_0<N_C>(panel, n_blocks, columns, sums);
     case Scheme::q8_K:
-        return tile_q8_K<N_C, 32, false>(panel, columns, sums);
+        return tile_q8_K<N_C, 32, 0>(panel, columns, sums);
     case Scheme::q8_K_16:
-        return tile_q8_K<N_C, 16, false>(panel, columns, sums);
+        return tile_q8_K<N_C, 16, 0>(panel, columns, sums);
     case Scheme::q8_K_mins:
-        return tile_q8_K<N_C, 32, true>(panel, columns, sums);
+        return tile_q8_K<N_C, 32, 32>(panel, columns, sums);
+    case Scheme::q8_K_256:
+        return tile_q8_K<N_C, 256, 0>(panel, columns, sums);
+    case Scheme::q8_K_256_mins:
+        return tile_q8_K<N_C, 256, 16>(panel, columns, sums);
     case Scheme::bf16:
         return tile_bf16<N_C>(panel, n_blocks, columns, sums);
+    case Scheme::f16:
+        return tile_f16<N_C>(panel, n_blocks, columns, sums);
     }
 }
 
@@ -209,7 +248,8 @@ void multiply(
     Scheme scheme, const Panel & panel, int n_blocks, const char * const * columns, int n_columns, float * sums) {
     using Tile                = void (*)(Scheme, const Panel &, int, const char * const *, float *);
     static const Tile tiles[] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8> };
-    const int         most    = scheme == Scheme::bf16 ? TILE_COLUMNS_BF16 : TILE_COLUMNS;
+    const bool        plain   = scheme == Scheme::bf16 || scheme == Scheme::f16;
+    const int         most    = plain ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
     const int         n_tiles = (n_columns + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
         const int first = n_columns * t / n_tiles;
