@@ -257,6 +257,50 @@ static void dot_blocks(const char * row, int64_t k, const char * const * columns
     }
 }
 
+// ---- BF16
+
+#if defined(__AVX512BF16__)
+
+static inline __m512bh pairs_of(const void * p) {
+    return (__m512bh) _mm512_loadu_si512(p);
+}
+
+// Two vectors of 32 values at once; their sums, in pairs, are the instruction's own. K is a multiple of 32.
+template <int N_C> static void dot_bf16(const char * row, int64_t k, const char * const * columns, float * sums) {
+    __m512 even[N_C], odd[N_C];
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        even[c] = _mm512_setzero_ps();
+        odd[c]  = _mm512_setzero_ps();
+    }
+    const int64_t size = k * (int64_t) sizeof(ggml_bf16_t);
+    int64_t       at   = 0;
+    for (; at + 128 <= size; at += 128) {
+        prefetch_behind(row + at, 128);
+        const __m512bh first  = pairs_of(row + at);
+        const __m512bh second = pairs_of(row + at + 64);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            even[c] = _mm512_dpbf16_ps(even[c], first, pairs_of(columns[c] + at));
+            odd[c]  = _mm512_dpbf16_ps(odd[c], second, pairs_of(columns[c] + at + 64));
+        }
+    }
+    if (at < size) {
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            even[c] = _mm512_dpbf16_ps(even[c], pairs_of(row + at), pairs_of(columns[c] + at));
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(_mm512_add_ps(even[c], odd[c]));
+    }
+}
+
+static constexpr Dot BF16 = { 1, { dot_bf16<1>, dot_bf16<2>, dot_bf16<3>, dot_bf16<4> } };
+
+#endif
+
 // ---- the choice
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
@@ -297,6 +341,10 @@ static const Dot * find_dot_of_rows(ggml_type type) {
         return &ROW<block_q6_K>;
     case GGML_TYPE_IQ4_XS:
         return &ROW<block_iq4_xs>;
+#if defined(__AVX512BF16__)
+    case GGML_TYPE_BF16:
+        return &BF16;
+#endif
     default:
         return nullptr;
     }
@@ -322,10 +370,15 @@ void dot_rows(const Dot &          dot,
               const char * const * columns,
               int                  n,
               float *              sums) {
-    for (int64_t r = 0; r < n_rows; r += dot.rows) {
-        for (int c = 0; c < n; c += DOT_COLUMNS) {
-            const int together = n - c < DOT_COLUMNS ? n - c : DOT_COLUMNS;
-            dot.multiply[together - 1](weights + r * stride, k, columns + c, sums + c * PANEL_ROWS + r);
+    // weights come from memory once; more columns than stay in L1 beside them take turns over rows that are in L2 by then
+    const int turn = n > 2 * DOT_COLUMNS ? DOT_COLUMNS : n;
+    for (int first = 0; first < n; first += turn) {
+        const int end = first + turn < n ? first + turn : n;
+        for (int64_t r = 0; r < n_rows; r += dot.rows) {
+            for (int c = first; c < end; c += DOT_COLUMNS) {
+                const int together = end - c < DOT_COLUMNS ? end - c : DOT_COLUMNS;
+                dot.multiply[together - 1](weights + r * stride, k, columns + c, sums + c * PANEL_ROWS + r);
+            }
         }
     }
 }

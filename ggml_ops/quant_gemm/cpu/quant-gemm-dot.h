@@ -24,7 +24,7 @@ const Dot * find_dot(const Format & format);
 
 const Dot * find_dot_of_groups(ggml_type type);
 
-// n_rows rows of weights, stride bytes apart, times n columns: sums[column * PANEL_ROWS + row], in the order of addresses.
+// n_rows rows of weights, stride bytes apart, times n columns: sums[column * PANEL_ROWS + row].
 void dot_rows(const Dot &          dot,
               const char *         weights,
               size_t               stride,

@@ -148,11 +148,11 @@ static const Format formats[] = {
     { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q4_K, 5 },
     { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, unpack_q4_K_groups, 5 },
     { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, unpack_q5_K, 5 },
-    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 9 },
+    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, unpack_q6_K, 17 },
     { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, unpack_iq4_xs, 5 },
     { GGML_TYPE_F16, QUANT_GEMM_ROWS, Scheme::f16, 0, unpack_f16, 20 },
 #if defined(__AVX512BF16__)
-    { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16, 16 },
+    { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, unpack_bf16, 33 },
 #endif
 };
 
