@@ -14,6 +14,9 @@ from pathlib import Path
 from kimi_gguf.ggml_ops.cuda_emulator.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
+STUBS = (
+    Path(__file__).parent / "stubs"
+)  # of headers that neither the emulator nor a toolkit without cuBLAS has
 
 # What kernels are checked for as they run: see include/cuda_emulator/checks.h.
 CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
@@ -52,10 +55,10 @@ def compile_program(
     compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
     """
     cxx = compiler or os.environ.get("CXX") or "g++"
-    work = program.parent / f"{program.name}.work"
+    work = program.resolve().parent / f"{program.name}.work"
     work.mkdir(parents=True, exist_ok=True)
     command = [cxx, *OPTIONS, *WARNINGS, f"-D__CUDA_ARCH__={architecture}0"]
-    command += ["-isystem", str(INCLUDE), "-include", "cuda_runtime.h"]
+    command += ["-isystem", str(INCLUDE), "-isystem", str(STUBS), "-include", "cuda_runtime.h"]
     command += [f"-I{path}" for path in include]
     for path in system:
         command += ["-isystem", str(path)]

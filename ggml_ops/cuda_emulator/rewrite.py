@@ -4,6 +4,7 @@
     __shared__ T a[N];                      a reference to memory of the block
     extern __shared__ T a[];                a pointer to it
     asm("ptx" : … : …);                     calls of the emulator's functions (ptx.py)
+    __noinline__                            the compiler's attribute
     #include "other.cuh"                    the rewritten file
 
 In: a .cu or .cuh. Out: C++ of the same lines, so that a compiler's words and the emulator's name those of the source.
@@ -47,6 +48,9 @@ def rewrite(source: str, name: str) -> str:
                 at = _shared(row, at, done)
             elif token.kind == "word" and token.text in ("asm", "__asm__", "__asm"):
                 at = _asm(row, at, done)
+            elif token.text == "__noinline__":  # a macro would take it from the standard library's attributes
+                done.append(Token("other", "__attribute__((noinline))"))
+                at += 1
             elif _is_marks(row, at, "<<<"):
                 at = _launch(row, at, done)
             else:
@@ -123,9 +127,9 @@ def _expression_before(done: list[Token]) -> list[Token]:
             depth += 1
         elif token.text == "<":
             depth -= 1
-        elif depth == 0 and token.kind == "blank" and first < len(done) and done[first].text != "::":
+        elif depth == 0 and (token.kind not in ("word", "blank") and token.text != "::"):
             break
-        elif depth == 0 and token.kind not in ("word", "blank") and token.text != "::":
+        elif depth == 0 and token.kind == "blank" and first < len(done) and done[first].text != "::":
             break
         first -= 1
     while first < len(done) and done[first].kind == "blank":

@@ -17,13 +17,11 @@
 #include "cuda_emulator/harness.h"
 #include "cuda_emulator/ptx.h"
 
-// After the standard library's headers, whose attributes have some of these names.
 #define __global__
 #define __device__
 #define __host__
 #define __constant__     static
 #define __forceinline__  inline
-#define __noinline__     __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 #define __launch_bounds__(...)
