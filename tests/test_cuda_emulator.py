@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, compile_cuda
 
-from kimi_gguf.ggml_ops.cuda_emulator import CompileError, RewriteError
-from kimi_gguf.ggml_ops.cuda_emulator.rewrite import rewrite
 from kimi_gguf.scripts.engine import Engine, upstream_source
 
 ORDERS = {"forwards": "end", "backwards": "start", "17": "end"}

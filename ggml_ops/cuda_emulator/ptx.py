@@ -123,7 +123,9 @@ def translate(ptx: str, expressions: Sequence[str]) -> list[str]:
 
     ptx: as the compiler would hand it to the assembler, but for %0, %1, …, which stand for the expressions.
     """
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", ptx, flags=re.DOTALL)
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", ptx, flags=re.DOTALL).strip()
+    if text.startswith("{") and text.endswith("}"):  # a block
+        text = text[1:-1]
     return [_translate(statement.strip(), expressions) for statement in text.split(";") if statement.strip()]
 
 

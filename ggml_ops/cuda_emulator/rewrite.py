@@ -120,21 +120,20 @@ def _launch(row: Sequence[Token], at: int, done: list[Token]) -> int:
 def _expression_before(done: list[Token]) -> list[Token]:
     """Take a kernel's name, with its template arguments and namespaces, off the end."""
     first = len(done)
-    depth = 0
+    depth = inside = 0  # of <>, of ()
     while first > 0:
         token = done[first - 1]
-        if token.text == ">":
-            depth += 1
-        elif token.text == "<":
-            depth -= 1
-        elif depth == 0 and (token.kind not in ("word", "blank") and token.text != "::"):
-            break
-        elif depth == 0 and token.kind == "blank" and first < len(done) and done[first].text != "::":
+        inside += (token.text == ")") - (token.text == "(")
+        if inside > 0 and depth > 0:
+            first -= 1
+            continue
+        depth += (token.text == ">") - (token.text == "<")
+        ends = token.kind not in ("word", "blank") and token.text not in ("::", "<", ">")
+        parted = token.kind == "blank" and first < len(done) and done[first].text not in ("::", "<")
+        if depth == 0 and (ends or parted):
             break
         first -= 1
-    while first < len(done) and done[first].kind == "blank":
-        first += 1
-    kernel = done[first:]
+    kernel = stripped(done[first:])
     if not kernel or kernel[0].kind != "word":
         raise ValueError("no kernel's name before '<<<'")
     del done[first:]
@@ -146,13 +145,14 @@ def _shared(row: Sequence[Token], at: int, done: list[Token]) -> int:
     end = at
     while end < len(row) and row[end].text != ";":
         end = closing(row, end) + 1 if row[end].text in ("(", "{", "[") else end + 1
-    before = len(done)
-    while before > 0 and (done[before - 1].kind == "blank" or done[before - 1].text in _QUALIFIERS):
-        before -= 1
+    before = first = len(done)
+    while first > 0 and (done[first - 1].kind == "blank" or done[first - 1].text in _QUALIFIERS):
+        first -= 1
+        before = first if done[first].kind == "word" else before
     dynamic = any(token.text == "extern" for token in (*done[before:], *row[at:end]))
-    kept = [token for token in done[before:] if token.text not in _QUALIFIERS]
+    kept = line_ends(done[before:])
     del done[before:]
-    done.extend(kept)
+    done.append(Token("blank", kept))
     alignment, words = _alignment(row[at + 1 : end])
     declared = [stripped(part) for part in split(words, ",", angles=True)]
     base: list[Token] = []
