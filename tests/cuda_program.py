@@ -20,6 +20,7 @@ def compile_cuda(
     options: Sequence[str] = (),
     link: Sequence[str] = (),
     architecture: int = 80,
+    races: bool = False,
 ) -> Path:
     """As compile_program; #include "…" also finds what lies in tests/native and in ggml_ops."""
     return compile_program(
@@ -30,4 +31,5 @@ def compile_cuda(
         options=["-Werror", *options],
         link=link,
         architecture=architecture,
+        races=races,
     )

@@ -46,12 +46,14 @@ def compile_program(
     options: Sequence[str] = (),
     link: Sequence[str] = (),
     architecture: int = 80,
+    races: bool = False,
     compiler: str | None = None,
 ) -> Path:
     """Compile and link `sources` into `program`; its objects and rewritten sources lie beside it.
 
     include: folders for #include "…", those of .cuh files too. system: the same without warnings.
     options: further ones of the compiler. link: of the linker. architecture: 75, 80, 89, … of __CUDA_ARCH__.
+    races: look for races in shared memory too, at each access (include/cuda_emulator/races.h); slower.
     compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
     """
     cxx = compiler or os.environ.get("CXX") or "g++"
@@ -70,6 +72,7 @@ def compile_program(
         text = rewrite_tree(source, folder, [*include, *system]) if kernel else source
         objects.append(str(folder / "object.o"))
         checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
+        checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
         _run([*command, *(checks if kernel else []), *options, "-c", str(text), "-o", objects[-1]])
     _run([cxx, "-pthread", *objects, "-o", str(program), *link])
     return program
