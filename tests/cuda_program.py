@@ -21,6 +21,7 @@ def compile_cuda(
     link: Sequence[str] = (),
     architecture: int = 80,
     races: bool = False,
+    fast_math: bool = True,
 ) -> Path:
     """As compile_program; #include "…" also finds what lies in tests/native and in ggml_ops."""
     return compile_program(
@@ -32,4 +33,5 @@ def compile_cuda(
         link=link,
         architecture=architecture,
         races=races,
+        fast_math=fast_math,
     )
