@@ -276,7 +276,39 @@ template <class T> void check_rounding(int mantissa, int bias) {
     }
 }
 
+// Kernels that rely on an order which no device promises: their results are to differ between orders.
+__global__ void leans_on_lanes(int * out) {
+    __shared__ int s[32];
+    s[threadIdx.x]   = int(threadIdx.x);
+    out[threadIdx.x] = s[31 - threadIdx.x];  // no barrier before it
+}
+
+__global__ void leans_on_warps(int * out) {
+    if (threadIdx.x % 32 == 0) {
+        out[threadIdx.x / 32] = atomicAdd(out + 31, 1);
+    }
+}
+
+__global__ void leans_on_blocks(int * out) {
+    out[blockIdx.x] = atomicAdd(out + 31, 1);
+}
+
+static void check_orders() {
+    void (*const kernels[])(int *) = { leans_on_lanes, leans_on_warps, leans_on_blocks };
+    const dim3 grids[] = { 1, 1, 8 }, blocks[] = { 32, 256, 1 };
+    for (int i = 0; i < 3; i++) {
+        std::vector<std::vector<int>> results;
+        in_all_orders([&](const char *) {
+            DeviceArray<int> out(std::vector<int>(32, 0));
+            kernels[i]<<<grids[i], blocks[i]>>>(out.data());
+            results.push_back(out.values());
+        });
+        CHECK(results[0] != results[1] && results[1] != results[2] && results[2] != results[0]);
+    }
+}
+
 int main() {
+    check_orders();
     check_rounding<__half>(10, 15);
     check_rounding<__nv_bfloat16>(7, 127);
     CHECK(__half(1.0f + 0x1p-11f).bits == 0x3c00 && __half(1.0f + 0x3p-11f).bits == 0x3c02);  // to even
