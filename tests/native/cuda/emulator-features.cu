@@ -276,6 +276,12 @@ template <class T> void check_rounding(int mantissa, int bias) {
     }
 }
 
+#if defined(CUDA_EMULATOR_RACES)
+constexpr bool STOPPED_BY_RACES = true;
+#else
+constexpr bool STOPPED_BY_RACES = false;
+#endif
+
 // Kernels that rely on an order which no device promises: their results are to differ between orders.
 __global__ void leans_on_lanes(int * out) {
     __shared__ int s[32];
@@ -308,7 +314,9 @@ static void check_orders() {
 }
 
 int main() {
-    check_orders();
+    if (!STOPPED_BY_RACES) {
+        check_orders();
+    }
     check_rounding<__half>(10, 15);
     check_rounding<__nv_bfloat16>(7, 127);
     CHECK(__half(1.0f + 0x1p-11f).bits == 0x3c00 && __half(1.0f + 0x3p-11f).bits == 0x3c02);  // to even
