@@ -4,7 +4,8 @@
 // j < i is split at a boundary that lies between them: rows i carry the product from there to i, columns j that from
 // behind j up to there, and the rest is a matrix product. Boundaries are nested: at 32 for the halves of the chunk, at
 // 16 inside them, at 8; pairs inside a tile of 8 are taken one by one. At each level a token is a row or a column, so
-// one array of factors serves. Key channels come in parts, so that four arrays of a part fill shared memory.
+// one array of factors serves. Key channels come in parts of 32: a warp's lanes are the channels of a part, a warp is a
+// tile of 8 tokens.
 //
 // Layout of what leaves: kda-scan-chunk.cuh.
 
@@ -17,122 +18,109 @@ namespace kda_cuda {
 
 constexpr int PREPARE_THREADS = 256;
 constexpr int PREPARE_WARPS   = PREPARE_THREADS / WARP;
+constexpr int PART            = WARP;       // key channels at a time
+constexpr int PART_LD         = PART + 4;   // floats between rows of a part
 constexpr int SQUARE_LD       = CHUNK + 4;  // floats between rows of L and A
-constexpr int SCRATCH         = 32 * 36;    // floats, for the inverse
+constexpr int PART_ARRAY      = CHUNK * PART_LD;
+constexpr int SQUARE          = CHUNK * SQUARE_LD;
+constexpr int SCRATCH         = 32 * 36;  // floats, for the inverse
 
 static_assert(PREPARE_WARPS == TILES, "a warp for each tile of 8 tokens");
 
-template <int D> struct prepare_shape {
-    static constexpr int PART    = D % 64 == 0 ? 64 : 32;   // key channels at a time
-    static constexpr int LD      = PART + 4;                // floats between rows of a part
-    static constexpr int GROUPS  = PREPARE_THREADS / PART;  // of threads, each with all channels of a part
-    static constexpr int RUN     = CHUNK / GROUPS;          // tokens of a thread
-    static constexpr int ARRAY   = CHUNK * LD;
-    static constexpr int SQUARES = 2 * CHUNK * SQUARE_LD + SCRATCH;
-    static constexpr int ARRAYS  = 4 * ARRAY > SQUARES ? 4 * ARRAY : SQUARES;
-    static constexpr int FLOATS  = ARRAYS + TILES * PART + CHUNK;
-};
-
 // The block's shared memory. L and A take the place of the part's arrays when the last part is through.
-template <int D> struct prepare_memory {
-    using shape = prepare_shape<D>;
-    float * base;
+struct alignas(16) prepare_memory {
+    union {
+        struct {
+            float q[PART_ARRAY], k[PART_ARRAY], factor[2][PART_ARRAY];
+        };
 
-    __device__ float * q() const { return base; }
+        struct {
+            float l[SQUARE], a[SQUARE], scratch[SCRATCH];
+        };
+    };
 
-    __device__ float * k() const { return base + shape::ARRAY; }
-
-    __device__ float * factor(int which) const { return base + (2 + which) * shape::ARRAY; }
-
-    __device__ float * square_l() const { return base; }
-
-    __device__ float * square_a() const { return base + CHUNK * SQUARE_LD; }
-
-    __device__ float * scratch() const { return base + 2 * CHUNK * SQUARE_LD; }
-
-    __device__ float * totals() const { return base + shape::ARRAYS; }  // [TILES][PART] product of a tile's decays
-
-    __device__ float * beta() const { return totals() + TILES * shape::PART; }
+    float totals[TILES][PART];  // product of a tile's decays
+    float beta[CHUNK];
 };
 
-// A thread's decays: RUN tokens of one channel of the part.
-template <int D> struct decay_run {
-    using shape = prepare_shape<D>;
-    float e[shape::RUN];
-    int   channel = threadIdx.x % shape::PART;
-    int   token0  = threadIdx.x / shape::PART * shape::RUN;
+// A thread's decays: those of one channel in one tile.
+struct tile_decays {
+    float e[TILE];
+    int   channel = threadIdx.x % WARP;
+    int   tile    = threadIdx.x / WARP;
 
-    // Products from tile `from` up to each token of this thread's tile number n, into a column of `to`.
-    __device__ void rows_to(float * to, const float * totals, int n, int from) const {
+    // Its own numbers again; over near_pairs they are not worth their registers.
+    __device__ void reload(const float * from) {
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            e[i] = from[at(i)];
+        }
+    }
+
+    __device__ int at(int i) const { return (tile * TILE + i) * PART_LD + channel; }
+
+    // Products from tile `from` up to each token.
+    __device__ void rows_to(float * to, const float (&totals)[TILES][PART], int from) const {
         float x = 1.0f;
-        for (int tile = from; tile < token0 / TILE + n; ++tile) {
-            x *= totals[tile * shape::PART + channel];
+        for (int other = from; other < tile; ++other) {
+            x *= totals[other][channel];
         }
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
-            x *= e[n * TILE + i];
-            to[(token0 + n * TILE + i) * shape::LD + channel] = x;
+            x *= e[i];
+            to[at(i)] = x;
         }
     }
 
     // Products of what follows each token, up to the end of tile `end` - 1.
-    __device__ void columns_to(float * to, const float * totals, int n, int end) const {
+    __device__ void columns_to(float * to, const float (&totals)[TILES][PART], int end) const {
         float x = 1.0f;
-        for (int tile = end - 1; tile > token0 / TILE + n; --tile) {
-            x *= totals[tile * shape::PART + channel];
+        for (int other = end - 1; other > tile; --other) {
+            x *= totals[other][channel];
         }
 #pragma unroll
         for (int i = TILE - 1; i >= 0; --i) {
-            to[(token0 + n * TILE + i) * shape::LD + channel] = x;
-            x *= e[n * TILE + i];
+            to[at(i)] = x;
+            x *= e[i];
         }
     }
 
     // The factors of the level whose boundary lies in the middle of 2*HALF tokens.
-    template <int HALF> __device__ void level_to(float * to, const float * totals) const {
-#pragma unroll
-        for (int n = 0; n < shape::RUN / TILE; ++n) {
-            const int tile = token0 / TILE + n;
-            const int half = tile * TILE / HALF;
-            if (half % 2 == 1) {
-                rows_to(to, totals, n, half * HALF / TILE);
-            } else {
-                columns_to(to, totals, n, (half + 1) * HALF / TILE);
-            }
+    template <int HALF> __device__ void level_to(float * to, const float (&totals)[TILES][PART]) const {
+        constexpr int N    = HALF / TILE;  // tiles
+        const int     half = tile / N;
+        if (half % 2 == 1) {
+            rows_to(to, totals, half * N);
+        } else {
+            columns_to(to, totals, (half + 1) * N);
         }
     }
 };
 
 // Channels c0 on of q and k, and the decays, of n tokens from t0 on. Tokens behind them do nothing: k = 0, e = 1.
-template <int D>
-static __device__ __forceinline__ void load_part(
-    const prepare_memory<D> & mem, decay_run<D> & run, const scan_args & args, int h, int s, int t0, int n, int c0) {
-    using shape = prepare_shape<D>;
-    for (int x = threadIdx.x; x < CHUNK * shape::PART / 4; x += PREPARE_THREADS) {
-        const int    row  = x / (shape::PART / 4);
-        const int    c    = x % (shape::PART / 4) * 4;
+static __device__ __forceinline__ void
+load_part(prepare_memory & mem, tile_decays & decays, const scan_args & args, int h, int s, int t0, int n, int c0) {
+#pragma unroll
+    for (int x = threadIdx.x; x < CHUNK * PART / 4; x += PREPARE_THREADS) {
+        const int    row  = x / (PART / 4);
+        const int    c    = x % (PART / 4) * 4;
         const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        store4(mem.q() + row * shape::LD + c, row < n ? load4(args.q.at(h, t0 + row, s) + c0 + c) : zero);
-        store4(mem.k() + row * shape::LD + c, row < n ? load4(args.k.at(h, t0 + row, s) + c0 + c) : zero);
+        store4(mem.q + row * PART_LD + c, row < n ? load4(args.q.at(h, t0 + row, s) + c0 + c) : zero);
+        store4(mem.k + row * PART_LD + c, row < n ? load4(args.k.at(h, t0 + row, s) + c0 + c) : zero);
     }
-    const int   c  = c0 + run.channel;
-    const float dt = args.dt_bias[h * D + c];
+    const int   c  = c0 + decays.channel;
+    const float dt = args.dt_bias[h * args.head_size + c];
     const float a  = args.a[h];
+
+    float total = 1.0f;
 #pragma unroll
-    for (int i = 0; i < shape::RUN; ++i) {
-        const int t = run.token0 + i;
-        run.e[i]    = t < n ? decay_of(args.f.at(h, t0 + t, s)[c] + dt, a, args.kind) : 1.0f;
-        mem.factor(0)[t * shape::LD + run.channel] = run.e[i];
+    for (int i = 0; i < TILE; ++i) {
+        const int   t = decays.tile * TILE + i;
+        const float e = t < n ? decay_of(args.f.at(h, t0 + t, s)[c] + dt, a, args.kind) : 1.0f;
+        total *= e;
+        mem.factor[0][decays.at(i)] = e;
     }
-#pragma unroll
-    for (int m = 0; m < shape::RUN / TILE; ++m) {
-        float total = 1.0f;
-#pragma unroll
-        for (int i = 0; i < TILE; ++i) {
-            total *= run.e[m * TILE + i];
-        }
-        mem.totals()[(run.token0 / TILE + m) * shape::PART + run.channel] = total;
-    }
+    mem.totals[decays.tile][decays.channel] = total;
 }
 
 // Sums over key channels, of which a thread has gathered a part: rows of q (A) and of k (L).
@@ -143,74 +131,64 @@ struct pair_sums {
     float half8[4]     = {};                     // 8x8 of one pair of tiles of 8: q above, k below; warps 0..3
 };
 
-template <int D>
-static __device__ __forceinline__ void near_pairs(pair_sums & sums, const prepare_memory<D> & mem, int warp, int lane) {
-    constexpr int LD = prepare_shape<D>::LD;
-
-    const float * q      = mem.q() + warp * TILE * LD;
-    const float * k      = mem.k() + warp * TILE * LD;
-    const float * e      = mem.factor(0) + warp * TILE * LD;
-    const int     column = lane % TILE;
+static __device__ __forceinline__ void near_pairs(pair_sums & sums, const prepare_memory & mem, int warp, int lane) {
+    const int first  = warp * TILE * PART_LD;
+    const int column = lane % TILE;
 #pragma unroll 1
-    for (int c = lane / TILE * 4; c < prepare_shape<D>::PART; c += 16) {
-        const float4 mine = load4(k + column * LD + c);
-        float4       x    = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int c = first + lane / TILE * 4; c < first + PART; c += 16) {
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
-            x = i == column ? mine : mul4(x, load4(e + i * LD + c));
-            sums.near_q[i] += dot4(load4(q + i * LD + c), x);
-            sums.near_k[i] += dot4(load4(k + i * LD + c), x);
+            __syncwarp();  // or the compiler loads all rows at once, and spills
+            x = i == column ? load4(mem.k + c + i * PART_LD) : mul4(x, load4(mem.factor[0] + c + i * PART_LD));
+            sums.near_q[i] += dot4(load4(mem.q + c + i * PART_LD), x);
+            sums.near_k[i] += dot4(load4(mem.k + c + i * PART_LD), x);
         }
     }
 }
 
 // Two neighbouring channels of a row, times their factors.
-template <int D>
 static __device__ __forceinline__ split2 scaled(const float * x, const float * factor, int row, int c) {
-    const int    at = row * prepare_shape<D>::LD + c;
+    const int    at = row * PART_LD + c;
     const float2 a  = *reinterpret_cast<const float2 *>(x + at);
     const float2 b  = *reinterpret_cast<const float2 *>(factor + at);
     return split(a.x * b.x, a.y * b.y);
 }
 
 // One channel of two neighbouring tokens, times their factors.
-template <int D>
 static __device__ __forceinline__ split2 scaled_tokens(const float * x, const float * factor, int token, int c) {
-    const int at = token * prepare_shape<D>::LD + c;
-    const int up = at + prepare_shape<D>::LD;
+    const int at = token * PART_LD + c;
+    const int up = at + PART_LD;
     return split(x[at] * factor[at], x[up] * factor[up]);
 }
 
 // rows: of tokens; columns of the fragment: tokens from `token` on
-template <int D>
 static __device__ __forceinline__ frag_b
 channels_by_tokens(const float * x, const float * factor, int c, int token, int lane) {
     frag_b b;
-    b.set(0, scaled<D>(x, factor, token + lane / 4, c + lane % 4 * 2));
-    b.set(1, scaled<D>(x, factor, token + lane / 4, c + lane % 4 * 2 + 8));
+    b.set(0, scaled(x, factor, token + lane / 4, c + lane % 4 * 2));
+    b.set(1, scaled(x, factor, token + lane / 4, c + lane % 4 * 2 + 8));
     return b;
 }
 
-template <int D>
 static __device__ __forceinline__ frag_b
 tokens_by_channels(const float * x, const float * factor, int token, int c, int lane) {
     frag_b b;
-    b.set(0, scaled_tokens<D>(x, factor, token + lane % 4 * 2, c + lane / 4));
-    b.set(1, scaled_tokens<D>(x, factor, token + lane % 4 * 2 + 8, c + lane / 4));
+    b.set(0, scaled_tokens(x, factor, token + lane % 4 * 2, c + lane / 4));
+    b.set(1, scaled_tokens(x, factor, token + lane % 4 * 2 + 8, c + lane / 4));
     return b;
 }
 
 // Rows `upper` on of x and `lower` on of y as the left factor, 16 channels from c on.
-template <int D>
 static __device__ __forceinline__ frag_a
 token_rows(const float * x, int upper, const float * y, int lower, const float * factor, int c, int lane) {
     const int g = lane / 4;
     const int i = c + lane % 4 * 2;
     frag_a    a;
-    a.set(0, scaled<D>(x, factor, upper + g, i));
-    a.set(1, scaled<D>(y, factor, lower + g, i));
-    a.set(2, scaled<D>(x, factor, upper + g, i + 8));
-    a.set(3, scaled<D>(y, factor, lower + g, i + 8));
+    a.set(0, scaled(x, factor, upper + g, i));
+    a.set(1, scaled(y, factor, lower + g, i));
+    a.set(2, scaled(x, factor, upper + g, i + 8));
+    a.set(3, scaled(y, factor, lower + g, i + 8));
     return a;
 }
 
@@ -228,46 +206,44 @@ static __device__ __forceinline__ level_place place16(int warp) {
     return { 32 * (warp / 4) + 16, 32 * (warp / 4) + TILE * (warp % 2), warp / 2 % 2 == 1 };
 }
 
-template <int D, int HALF>
+template <int HALF>
 static __device__ __forceinline__ void
-far_pairs(pair_sums & sums, const prepare_memory<D> & mem, const float * factor, int warp, int lane) {
+far_pairs(pair_sums & sums, const prepare_memory & mem, const float * factor, int warp, int lane) {
 #pragma unroll 1
-    for (int c = 0; c < prepare_shape<D>::PART; c += DEPTH) {
+    for (int c = 0; c < PART; c += DEPTH) {
         if (HALF == 8) {
             if (warp < 4) {
                 const int    row = 16 * warp + 8;
-                const frag_a a   = token_rows<D>(mem.q(), row, mem.k(), row, factor, c, lane);
-                mma_split(sums.half8, a, channels_by_tokens<D>(mem.k(), factor, c, row - 8, lane));
+                const frag_a a   = token_rows(mem.q, row, mem.k, row, factor, c, lane);
+                mma_split(sums.half8, a, channels_by_tokens(mem.k, factor, c, row - 8, lane));
             }
             continue;
         }
         const level_place at = HALF == 32 ? place32(warp) : place16(warp);
-        const float *     x  = at.is_k ? mem.k() : mem.q();
-        const frag_a      a  = token_rows<D>(x, at.row, x, at.row + 8, factor, c, lane);
+        const float *     x  = at.is_k ? mem.k : mem.q;
+        const frag_a      a  = token_rows(x, at.row, x, at.row + 8, factor, c, lane);
         if (HALF == 32) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                mma_split(sums.half32[n], a, channels_by_tokens<D>(mem.k(), factor, c, at.column + n * TILE, lane));
+                mma_split(sums.half32[n], a, channels_by_tokens(mem.k, factor, c, at.column + n * TILE, lane));
             }
         } else {
-            mma_split(sums.half16, a, channels_by_tokens<D>(mem.k(), factor, c, at.column, lane));
+            mma_split(sums.half16, a, channels_by_tokens(mem.k, factor, c, at.column, lane));
         }
     }
 }
 
 // 8 rows and 8 columns of A or, times beta, of L: half of an accumulator.
-template <int D>
 static __device__ __forceinline__ void
-put_pairs(const prepare_memory<D> & mem, bool is_k, int row, int column, float x, float y, int lane) {
+put_pairs(prepare_memory & mem, bool is_k, int row, int column, float x, float y, int lane) {
     const int   i                   = row + lane / 4;
-    const float scale               = is_k ? mem.beta()[i] : 1.0f;
-    float *     to                  = (is_k ? mem.square_l() : mem.square_a()) + i * SQUARE_LD + column + lane % 4 * 2;
+    const float scale               = is_k ? mem.beta[i] : 1.0f;
+    float *     to                  = (is_k ? mem.l : mem.a) + i * SQUARE_LD + column + lane % 4 * 2;
     *reinterpret_cast<float2 *>(to) = make_float2(scale * x, scale * y);
 }
 
 // The gathered sums as the lower triangles L and A; all else of them is zero already.
-template <int D>
-static __device__ __forceinline__ void put_sums(pair_sums & sums, const prepare_memory<D> & mem, int warp, int lane) {
+static __device__ __forceinline__ void put_sums(const pair_sums & sums, prepare_memory & mem, int warp, int lane) {
     const int column = lane % TILE;
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
@@ -281,23 +257,23 @@ static __device__ __forceinline__ void put_sums(pair_sums & sums, const prepare_
         const int row = warp * TILE + i;
         const int at  = row * SQUARE_LD + warp * TILE + column;
         if (lane / TILE == i / 2) {
-            mem.square_a()[at] = i >= column ? q : 0.0f;
-            mem.square_l()[at] = i > column ? mem.beta()[row] * k : 0.0f;
+            mem.a[at] = i >= column ? q : 0.0f;
+            mem.l[at] = i > column ? mem.beta[row] * k : 0.0f;
         }
     }
     const level_place far = place32(warp);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
         const float * c = sums.half32[n];
-        put_pairs<D>(mem, far.is_k, far.row, far.column + n * TILE, c[0], c[1], lane);
-        put_pairs<D>(mem, far.is_k, far.row + 8, far.column + n * TILE, c[2], c[3], lane);
+        put_pairs(mem, far.is_k, far.row, far.column + n * TILE, c[0], c[1], lane);
+        put_pairs(mem, far.is_k, far.row + 8, far.column + n * TILE, c[2], c[3], lane);
     }
     const level_place mid = place16(warp);
-    put_pairs<D>(mem, mid.is_k, mid.row, mid.column, sums.half16[0], sums.half16[1], lane);
-    put_pairs<D>(mem, mid.is_k, mid.row + 8, mid.column, sums.half16[2], sums.half16[3], lane);
+    put_pairs(mem, mid.is_k, mid.row, mid.column, sums.half16[0], sums.half16[1], lane);
+    put_pairs(mem, mid.is_k, mid.row + 8, mid.column, sums.half16[2], sums.half16[3], lane);
     if (warp < 4) {
-        put_pairs<D>(mem, false, 16 * warp + 8, 16 * warp, sums.half8[0], sums.half8[1], lane);
-        put_pairs<D>(mem, true, 16 * warp + 8, 16 * warp, sums.half8[2], sums.half8[3], lane);
+        put_pairs(mem, false, 16 * warp + 8, 16 * warp, sums.half8[0], sums.half8[1], lane);
+        put_pairs(mem, true, 16 * warp + 8, 16 * warp, sums.half8[2], sums.half8[3], lane);
     }
 }
 
@@ -361,15 +337,14 @@ template <int N> static __device__ __forceinline__ void merge_inverses(float * x
 }
 
 // Rows i and columns j of X beta: tokens from `row` and from `column` on.
-template <int D>
-static __device__ __forceinline__ frag_a solved(const prepare_memory<D> & mem, int row, int column, int lane) {
+static __device__ __forceinline__ frag_a solved(const prepare_memory & mem, int row, int column, int lane) {
     frag_a a;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
         const int    i = row + lane / 4 + n % 2 * 8;
         const int    j = column + lane % 4 * 2 + n / 2 * 8;
-        const float2 x = *reinterpret_cast<const float2 *>(mem.square_l() + i * SQUARE_LD + j);
-        a.set(n, split(x.x * mem.beta()[j], x.y * mem.beta()[j + 1]));
+        const float2 x = *reinterpret_cast<const float2 *>(mem.l + i * SQUARE_LD + j);
+        a.set(n, split(x.x * mem.beta[j], x.y * mem.beta[j + 1]));
     }
     return a;
 }
@@ -391,118 +366,30 @@ values(const scan_args & args, int h, int s, int t0, int n, int token, int j0, i
     return a;
 }
 
-template <int D>
-static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(const scan_args args, const chunk_run run) {
-    using shape  = prepare_shape<D>;
-    using layout = chunk_layout<D>;
-    extern __shared__ float4 kda_shared[];
+// Tokens j from 16*deep on of A, for the tokens i of a tile.
+static __device__ __forceinline__ frag_b pairs_by_tokens(const prepare_memory & mem, int deep, int tile, int lane) {
+    const float * row = mem.a + (tile * TILE + lane / 4) * SQUARE_LD + deep * DEPTH + lane % 4 * 2;
+    frag_b        b;
+    b.set(0, split(row[0], row[1]));
+    b.set(1, split(row[8], row[9]));
+    return b;
+}
 
-    const prepare_memory<D> mem = { reinterpret_cast<float *>(kda_shared) };
-
-    const int warp = threadIdx.x / WARP;
-    const int lane = threadIdx.x % WARP;
-    const int h    = blockIdx.y;
-    const int s    = blockIdx.z;
-    const int t0   = run.begin + blockIdx.x * CHUNK;
-    const int n    = run.end - t0 < CHUNK ? run.end - t0 : CHUNK;
-    char *    to   = run.at(layout::SIZE, blockIdx.x, h, s, args.n_heads);
-
-    if (threadIdx.x < CHUNK) {
-        mem.beta()[threadIdx.x] = threadIdx.x < n ? sigmoid(*args.beta.at(h, t0 + threadIdx.x, s)) : 0.0f;
-    }
-    pair_sums    sums;
-    frag_b       pk[2][CHUNK / DEPTH];  // P k of key channels 16*warp on
-    decay_run<D> decays;
-    for (int c0 = 0; c0 < D; c0 += shape::PART) {
-        load_part<D>(mem, decays, args, h, s, t0, n, c0);
-        __syncthreads();
-        near_pairs<D>(sums, mem, warp, lane);
-        decays.template level_to<8>(mem.factor(1), mem.totals());
-        __syncthreads();
-        far_pairs<D, 8>(sums, mem, mem.factor(1), warp, lane);
-        decays.template level_to<16>(mem.factor(0), mem.totals());
-        __syncthreads();
-        far_pairs<D, 16>(sums, mem, mem.factor(0), warp, lane);
-        decays.template level_to<32>(mem.factor(1), mem.totals());
-        __syncthreads();
-        far_pairs<D, 32>(sums, mem, mem.factor(1), warp, lane);
-#pragma unroll
-        for (int m = 0; m < shape::RUN / TILE; ++m) {
-            decays.rows_to(mem.factor(0), mem.totals(), m, 0);
-        }
-        __syncthreads();
-
-        const float * prefix = mem.factor(0);
-        for (int c = 0; c < shape::PART; c += DEPTH) {
-            store_frag(to + layout::wq_offset(true, (c0 + c) / DEPTH, warp), 0, lane,
-                       channels_by_tokens<D>(mem.q(), prefix, c, warp * TILE, lane));
-        }
-        if (warp * DEPTH >= c0 && warp * DEPTH < c0 + shape::PART) {
-#pragma unroll
-            for (int x = 0; x < 2 * CHUNK / DEPTH; ++x) {
-                const int c      = warp * DEPTH - c0 + x % 2 * TILE;
-                pk[x % 2][x / 2] = tokens_by_channels<D>(mem.k(), prefix, x / 2 * DEPTH, c, lane);
-            }
-        }
-        if (decays.token0 + shape::RUN == CHUNK) {
-            float * last              = reinterpret_cast<float *>(to + layout::LAST);
-            last[c0 + decays.channel] = prefix[(CHUNK - 1) * shape::LD + decays.channel];
-        }
-#pragma unroll
-        for (int m = 0; m < shape::RUN / TILE; ++m) {
-            decays.columns_to(mem.factor(1), mem.totals(), m, TILES);
-        }
-        __syncthreads();
-        for (int x = warp; x < shape::PART / TILE * (CHUNK / DEPTH); x += PREPARE_WARPS) {
-            const int tile = x / (CHUNK / DEPTH);
-            const int deep = x % (CHUNK / DEPTH);
-            store_frag(to + layout::RK, (c0 / TILE + tile) * (CHUNK / DEPTH) + deep, lane,
-                       tokens_by_channels<D>(mem.k(), mem.factor(1), deep * DEPTH, tile * TILE, lane));
-        }
-        __syncthreads();
-    }
-
-    for (int x = threadIdx.x; x < 2 * CHUNK * SQUARE_LD / 4; x += PREPARE_THREADS) {
-        store4(mem.square_l() + 4 * x, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
-    }
-    __syncthreads();
-    put_sums<D>(sums, mem, warp, lane);
-    __syncthreads();
-
-    for (int deep = 0; deep <= warp / 2; ++deep) {
-        const float * row = mem.square_a() + (warp * TILE + lane / 4) * SQUARE_LD + deep * DEPTH + lane % 4 * 2;
-        frag_b        b;
-        b.set(0, split(row[0], row[1]));
-        b.set(1, split(row[8], row[9]));
-        store_frag(to + layout::A, a_frag(warp, deep), lane, b);
-    }
-    frag_a v[CHUNK / DEPTH];
-    if (warp < D / DEPTH) {
+// -w = -X beta (P k), key channels 16*warp on.
+template <typename layout>
+static __device__ __forceinline__ void
+solve_keys(char * to, const prepare_memory & mem, const frag_b (&pk)[2][CHUNK / DEPTH], int warp, int lane) {
+#pragma unroll 1
+    for (int m = 0; m < CHUNK / DEPTH; ++m) {
+        float w[2][4] = {};  // 16 tokens, two tiles of key channels
 #pragma unroll
         for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
-            v[deep] = values(args, h, s, t0, n, deep * DEPTH, warp * DEPTH, lane);
-        }
-    }
-    invert_diagonal(mem.square_l(), warp, lane);
-    __syncthreads();
-    merge_inverses<16>(mem.square_l(), mem.scratch());
-    merge_inverses<32>(mem.square_l(), mem.scratch());
-
-    if (warp >= D / DEPTH) {
-        return;
-    }
-#pragma unroll
-    for (int m = 0; m < CHUNK / DEPTH; ++m) {
-        float w[2][4] = {};  // of 16 tokens, two tiles of key channels
-        float u[2][4] = {};  // of 16 value channels, two tiles of tokens
-#pragma unroll
-        for (int deep = 0; deep <= m; ++deep) {
-            const frag_a x = solved<D>(mem, m * DEPTH, deep * DEPTH, lane);
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                mma_split(w[i], x, pk[i][deep]);
-                mma_split(u[i], v[deep], half_of(x, i));
+            if (deep > m) {
+                break;
             }
+            const frag_a x = solved(mem, m * DEPTH, deep * DEPTH, lane);
+            mma_split(w[0], x, pk[0][deep]);
+            mma_split(w[1], x, pk[1][deep]);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -510,18 +397,129 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
             minus_w.set(0, split(-w[0][2 * i], -w[0][2 * i + 1]));
             minus_w.set(1, split(-w[1][2 * i], -w[1][2 * i + 1]));
             store_frag(to + layout::wq_offset(false, warp, 2 * m + i), 0, lane, minus_w);
+        }
+    }
+}
 
+// u = X beta v, value channels 16*warp on, transposed.
+template <typename layout>
+static __device__ __forceinline__ void solve_values(
+    char * to, const prepare_memory & mem, const scan_args & args, int h, int s, int t0, int n, int warp, int lane) {
+    frag_a v[CHUNK / DEPTH];
+#pragma unroll
+    for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
+        v[deep] = values(args, h, s, t0, n, deep * DEPTH, warp * DEPTH, lane);
+    }
+#pragma unroll 1
+    for (int m = 0; m < CHUNK / DEPTH; ++m) {
+        float u[2][4] = {};  // 16 value channels, two tiles of tokens
+#pragma unroll
+        for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
+            if (deep > m) {
+                break;
+            }
+            const frag_a x = solved(mem, m * DEPTH, deep * DEPTH, lane);
+            mma_split(u[0], v[deep], half_of(x, 0));
+            mma_split(u[1], v[deep], half_of(x, 1));
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
             float * at = reinterpret_cast<float *>(to + layout::U) + ((warp * TILES + 2 * m + i) * WARP + lane) * 4;
             store4(at, make_float4(u[i][0], u[i][1], u[i][2], u[i][3]));
         }
     }
 }
 
+template <int D>
+static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(const scan_args args, const chunk_run run) {
+    using layout = chunk_layout<D>;
+    __shared__ prepare_memory mem;
+
+    const int warp = threadIdx.x / WARP;
+    const int lane = threadIdx.x % WARP;
+    const int h    = blockIdx.y;
+    const int s    = blockIdx.z;
+    const int t0   = run.begin + blockIdx.x * CHUNK;
+    const int n    = run.end - t0 < CHUNK ? run.end - t0 : CHUNK;
+
+    // formed anew at every use: kept, it costs registers that there are not
+    const auto to = [&](int offset) { return run.at(layout::SIZE, blockIdx.x, h, s, args.n_heads) + offset; };
+
+    if (threadIdx.x < CHUNK) {
+        mem.beta[threadIdx.x] = threadIdx.x < n ? sigmoid(*args.beta.at(h, t0 + threadIdx.x, s)) : 0.0f;
+    }
+    pair_sums   sums;
+    frag_b      pk[2][CHUNK / DEPTH];  // P k of key channels 16*warp on
+    tile_decays decays;
+    for (int c0 = 0; c0 < D; c0 += PART) {
+        load_part(mem, decays, args, h, s, t0, n, c0);
+        __syncthreads();
+        near_pairs(sums, mem, warp, lane);
+        decays.reload(mem.factor[0]);
+        decays.level_to<8>(mem.factor[1], mem.totals);
+        __syncthreads();
+        far_pairs<8>(sums, mem, mem.factor[1], warp, lane);
+        decays.level_to<16>(mem.factor[0], mem.totals);
+        __syncthreads();
+        far_pairs<16>(sums, mem, mem.factor[0], warp, lane);
+        decays.level_to<32>(mem.factor[1], mem.totals);
+        __syncthreads();
+        far_pairs<32>(sums, mem, mem.factor[1], warp, lane);
+        decays.rows_to(mem.factor[0], mem.totals, 0);
+        __syncthreads();
+
+        const float * prefix = mem.factor[0];
+#pragma unroll
+        for (int c = 0; c < PART; c += DEPTH) {
+            store_frag(to(layout::wq_offset(true, (c0 + c) / DEPTH, warp)), 0, lane,
+                       channels_by_tokens(mem.q, prefix, c, warp * TILE, lane));
+        }
+        if (warp * DEPTH >= c0 && warp * DEPTH < c0 + PART) {
+#pragma unroll
+            for (int x = 0; x < 2 * CHUNK / DEPTH; ++x) {
+                const int c      = warp * DEPTH - c0 + x % 2 * TILE;
+                pk[x % 2][x / 2] = tokens_by_channels(mem.k, prefix, x / 2 * DEPTH, c, lane);
+            }
+        }
+        if (warp == TILES - 1) {
+            reinterpret_cast<float *>(to(layout::LAST))[c0 + lane] = prefix[(CHUNK - 1) * PART_LD + lane];
+        }
+        decays.columns_to(mem.factor[1], mem.totals, TILES);
+        __syncthreads();
+#pragma unroll
+        for (int x = warp; x < PART / TILE * (CHUNK / DEPTH); x += PREPARE_WARPS) {
+            const int tile = x / (CHUNK / DEPTH);
+            const int deep = x % (CHUNK / DEPTH);
+            store_frag(to(layout::RK), (c0 / TILE + tile) * (CHUNK / DEPTH) + deep, lane,
+                       tokens_by_channels(mem.k, mem.factor[1], deep * DEPTH, tile * TILE, lane));
+        }
+        __syncthreads();
+    }
+
+    for (int x = threadIdx.x; x < SQUARE / 4; x += PREPARE_THREADS) {
+        store4(mem.l + 4 * x, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+        store4(mem.a + 4 * x, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    }
+    __syncthreads();
+    put_sums(sums, mem, warp, lane);
+    __syncthreads();
+    for (int deep = 0; deep <= warp / 2; ++deep) {
+        store_frag(to(layout::A), a_frag(warp, deep), lane, pairs_by_tokens(mem, deep, warp, lane));
+    }
+    invert_diagonal(mem.l, warp, lane);
+    __syncthreads();
+    merge_inverses<16>(mem.l, mem.scratch);
+    merge_inverses<32>(mem.l, mem.scratch);
+
+    if (warp < D / DEPTH) {
+        solve_keys<layout>(to(0), mem, pk, warp, lane);
+        solve_values<layout>(to(0), mem, args, h, s, t0, n, warp, lane);
+    }
+}
+
 template <int D> static void launch_prepare(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
-    constexpr size_t shared = prepare_shape<D>::FLOATS * sizeof(float);
-    cudaFuncSetAttribute(prepare_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     const dim3 grid(run.n_chunks(), args.n_heads, args.n_seqs);
-    prepare_kernel<D><<<grid, PREPARE_THREADS, shared, stream>>>(args, run);
+    prepare_kernel<D><<<grid, PREPARE_THREADS, 0, stream>>>(args, run);
 }
 
 void prepare_chunks(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
