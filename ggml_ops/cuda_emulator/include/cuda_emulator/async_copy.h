@@ -1,0 +1,70 @@
+#pragma once
+
+// cp.async: copies from global to shared memory that arrive only when the thread waits for their group. Until then
+// their destination holds NaN, so that a read without a wait shows in the result.
+
+#include "block.h"
+#include "shared.h"
+
+namespace cuda_emulator {
+
+// Bytes beyond `given` arrive as zeros.
+inline void async_copy(char * to, const char * from, unsigned count, unsigned given, Place place) {
+    if ((count != 4 && count != 8 && count != 16) || given > count) {
+        fail(format("cp.async: %u bytes, %u of them given; a copy has 4, 8 or 16", count, given), place);
+    }
+    if (uintptr_t(to) % count || uintptr_t(from) % count) {
+        fail(format("cp.async: source %p or destination %p is not aligned to the copy's %u bytes",
+                    static_cast<const void *>(from), static_cast<void *>(to), count),
+             place);
+    }
+    if (!shared_arena.contains(to)) {
+        fail("cp.async: the destination is not in shared memory", place);
+    }
+    if (shared_arena.contains(from)) {
+        fail("cp.async: the source is in shared memory; it must be in global memory", place);
+    }
+    Thread &  self = *block.current;
+    AsyncCopy copy{ to, {}, count, self.groups, place };
+    memcpy(copy.bytes, from, given);
+    memset(to, POISON, count);
+    self.copies.push_back(copy);
+}
+
+inline void async_commit() {
+    block.current->groups++;
+}
+
+// The copies of all groups but the newest `but` arrive.
+inline void async_wait(unsigned but) {
+    Thread & self = *block.current;
+    size_t   kept = 0;
+    for (size_t i = 0; i < self.copies.size(); i++) {
+        const AsyncCopy & copy = self.copies[i];
+        if (copy.group + but < self.groups) {
+            memcpy(copy.to, copy.bytes, copy.count);
+        } else {
+            self.copies[kept++] = copy;
+        }
+    }
+    self.copies.resize(kept);
+}
+
+}  // namespace cuda_emulator
+
+inline void __pipeline_memcpy_async(void *               to,
+                                    const void *         from,
+                                    size_t               count,
+                                    size_t               zeros = 0,
+                                    cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    cuda_emulator::async_copy(static_cast<char *>(to), static_cast<const char *>(from), unsigned(count),
+                              unsigned(count - zeros), place);
+}
+
+inline void __pipeline_commit() {
+    cuda_emulator::async_commit();
+}
+
+inline void __pipeline_wait_prior(unsigned but) {
+    cuda_emulator::async_wait(but);
+}

@@ -1,0 +1,78 @@
+#pragma once
+
+// Compiled with -fsanitize=alignment,bounds,… a kernel calls these where an access is misaligned, an index is beyond an
+// array whose size the compiler knows, a shift or a division has no result. They are the compilers' own names: no
+// runtime library of a sanitizer is linked.
+
+#include "block.h"
+
+namespace cuda_emulator {
+
+// What the compilers (GCC's ubsan.cc, clang's) lay out for these calls.
+struct CheckedPlace {
+    const char * file;
+    uint32_t     line, column;
+};
+
+struct CheckedType {
+    uint16_t kind, info;
+    char     name[1];
+};
+
+struct CheckedAccess {
+    CheckedPlace        place;
+    const CheckedType * type;
+    uint8_t             log_alignment, kind;
+};
+
+struct CheckedIndex {
+    CheckedPlace       place;
+    const CheckedType *array, *index;
+};
+
+struct CheckedOperation {
+    CheckedPlace       place;
+    const CheckedType *left, *right;
+};
+
+[[noreturn]] inline void fail_check(const CheckedPlace & place, const std::string & text) {
+    fail(text, Place{ place.file, int(place.line) });
+}
+
+}  // namespace cuda_emulator
+
+extern "C" {
+
+[[noreturn, gnu::weak]] void __ubsan_handle_type_mismatch_v1_abort(const cuda_emulator::CheckedAccess * data,
+                                                                   uintptr_t                            address) {
+    static const char * const kinds[] = { "a read", "a write", "a reference", "a member access", "a call" };
+    const char * const        kind    = data->kind < 5 ? kinds[data->kind] : "an access";
+    if (!address) {
+        cuda_emulator::fail_check(data->place,
+                                  cuda_emulator::format("%s of %s through a null pointer", kind, data->type->name));
+    }
+    cuda_emulator::fail_check(
+        data->place,
+        cuda_emulator::format("a misaligned access: %s of %s at %p, which must be a multiple of %u bytes", kind,
+                              data->type->name, reinterpret_cast<void *>(address), 1u << data->log_alignment));
+}
+
+[[noreturn, gnu::weak]] void __ubsan_handle_out_of_bounds_abort(const cuda_emulator::CheckedIndex * data,
+                                                                uintptr_t                           index) {
+    cuda_emulator::fail_check(data->place, cuda_emulator::format("the index %td is beyond the array %s",
+                                                                 ptrdiff_t(index), data->array->name));
+}
+
+[[noreturn, gnu::weak]] void
+__ubsan_handle_shift_out_of_bounds_abort(const cuda_emulator::CheckedOperation * data, uintptr_t left, uintptr_t by) {
+    cuda_emulator::fail_check(data->place, cuda_emulator::format("a shift of %s %td by %td", data->left->name,
+                                                                 ptrdiff_t(left), ptrdiff_t(by)));
+}
+
+[[noreturn, gnu::weak]] void
+__ubsan_handle_divrem_overflow_abort(const cuda_emulator::CheckedOperation * data, uintptr_t, uintptr_t) {
+    cuda_emulator::fail_check(data->place,
+                              cuda_emulator::format("a division of %s without a result", data->left->name));
+}
+
+}  // extern "C"

@@ -1,0 +1,131 @@
+#pragma once
+
+// Fibers: what runs one CUDA thread. A switch saves what the C calling convention makes a function keep, and nothing
+// else (no signal mask, no floating-point modes), so that it takes a few nanoseconds.
+//
+// In: an entry function that never returns. Out: a stack pointer to switch to. Stacks lie between guard pages and are
+// kept for the next block.
+
+#include "fault.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <vector>
+
+extern "C" void cuda_emulator_switch(void ** save, void * load);
+
+#if defined(__x86_64__)
+asm(R"(
+.text
+.weak cuda_emulator_switch
+.type cuda_emulator_switch, @function
+cuda_emulator_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size cuda_emulator_switch, .-cuda_emulator_switch
+)");
+#elif defined(__aarch64__)
+asm(R"(
+.text
+.weak cuda_emulator_switch
+.type cuda_emulator_switch, %function
+cuda_emulator_switch:
+    sub sp, sp, #160
+    stp x19, x20, [sp, #0]
+    stp x21, x22, [sp, #16]
+    stp x23, x24, [sp, #32]
+    stp x25, x26, [sp, #48]
+    stp x27, x28, [sp, #64]
+    stp x29, x30, [sp, #80]
+    stp d8, d9, [sp, #96]
+    stp d10, d11, [sp, #112]
+    stp d12, d13, [sp, #128]
+    stp d14, d15, [sp, #144]
+    mov x9, sp
+    str x9, [x0]
+    mov sp, x1
+    ldp x19, x20, [sp, #0]
+    ldp x21, x22, [sp, #16]
+    ldp x23, x24, [sp, #32]
+    ldp x25, x26, [sp, #48]
+    ldp x27, x28, [sp, #64]
+    ldp x29, x30, [sp, #80]
+    ldp d8, d9, [sp, #96]
+    ldp d10, d11, [sp, #112]
+    ldp d12, d13, [sp, #128]
+    ldp d14, d15, [sp, #144]
+    add sp, sp, #160
+    ret
+.size cuda_emulator_switch, .-cuda_emulator_switch
+)");
+#else
+#error "the CUDA emulator has no fiber switch for this processor: add one to fiber.h"
+#endif
+
+namespace cuda_emulator {
+
+class Stacks {
+  public:
+    static constexpr size_t GUARD = 64 * 1024;
+    static constexpr size_t BYTES = 128 * 1024;
+
+    // The stack pointer from which `entry` begins, on the stack of that number.
+    void * start(size_t number, void (*entry)()) {
+        while (tops.size() <= number) {
+            tops.push_back(make());
+        }
+        // Stacks that began at the same offset of a page would share few sets of the first cache.
+        char *  top  = tops[number] - (number * 9 % 64) * 64;
+        void ** slot = reinterpret_cast<void **>(top);
+#if defined(__x86_64__)
+        slot -= 8;  // six registers, the return address; at the entry the stack is off 16 by the 8 of a call
+        slot[6] = reinterpret_cast<void *>(entry);
+        slot[7] = nullptr;
+        for (int i = 0; i < 6; i++) {
+            slot[i] = nullptr;
+        }
+#else
+        slot -= 20;
+        memset(slot, 0, 160);
+        slot[11] = reinterpret_cast<void *>(entry);  // x30
+#endif
+        return slot;
+    }
+
+    bool is_guard(const char * address) const {
+        for (const char * top : tops) {
+            if (address < top - BYTES && address >= top - BYTES - GUARD) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+  private:
+    std::vector<char *> tops;
+
+    static char * make() {
+        void * map =
+            mmap(nullptr, GUARD + BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (map == MAP_FAILED || mprotect(map, GUARD, PROT_NONE) != 0) {
+            throw Fault("no memory for the stack of another emulated thread");
+        }
+        return static_cast<char *>(map) + GUARD + BYTES;
+    }
+};
+
+}  // namespace cuda_emulator

@@ -1,0 +1,219 @@
+#pragma once
+
+// __half and __nv_bfloat16: 16-bit values whose arithmetic is that of float, rounded to nearest even after each
+// operation, as a device's is.
+
+#include "vector_types.h"
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace cuda_emulator {
+
+template <class To, class From> To bits_as(const From & from) {
+    static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<From>);
+    To to;
+    memcpy(static_cast<void *>(&to), &from, sizeof(to));
+    return to;
+}
+
+struct HalfFormat {
+    static float widen(uint16_t bits) {
+#if defined(__F16C__)
+        return _cvtsh_ss(bits);
+#else
+        const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+        if (rest >= 0x7c00) {  // infinite or NaN
+            return bits_as<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
+        }
+        // as a float whose exponent is 112 too small; the product also makes subnormal values right
+        return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest << 13) * 0x1p112f));
+#endif
+    }
+
+    static uint16_t round(float value) {
+#if defined(__F16C__)
+        return uint16_t(_cvtss_sh(value, 0));
+#else
+        const uint32_t bits = bits_as<uint32_t>(value), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
+        if (rest > 0x7f800000) {
+            return uint16_t(sign | 0x7fff);
+        }
+        if (rest >= 0x477ff000) {  // 65520: half way to what would follow the greatest
+            return uint16_t(sign | 0x7c00);
+        }
+        if (rest < 0x38800000) {  // subnormal: adding 0.5 rounds at the last place of a half
+            return uint16_t(sign | (bits_as<uint32_t>(bits_as<float>(rest) + 0.5f) - 0x3f000000));
+        }
+        return uint16_t(sign | ((rest + 0xfff + (rest >> 13 & 1)) >> 13) - 0x1c000);
+#endif
+    }
+};
+
+struct BfloatFormat {
+    static float widen(uint16_t bits) { return bits_as<float>(uint32_t(bits) << 16); }
+
+    static uint16_t round(float value) {
+        const uint32_t bits = bits_as<uint32_t>(value);
+        if ((bits & 0x7fffffff) > 0x7f800000) {
+            return 0x7fff;
+        }
+        return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+};
+
+template <class FORMAT> struct Narrow {
+    using Format = FORMAT;
+    uint16_t bits;
+
+    Narrow() = default;
+    Narrow(float value) : bits(FORMAT::round(value)) {}
+    Narrow(double value) : bits(FORMAT::round(float(value))) {}
+    template <class T, class = std::enable_if_t<std::is_integral_v<T>>> Narrow(T value) : Narrow(float(value)) {}
+
+    operator float() const { return FORMAT::widen(bits); }
+
+    Narrow & operator+=(Narrow other) { return *this = Narrow(float(*this) + float(other)); }
+    Narrow & operator-=(Narrow other) { return *this = Narrow(float(*this) - float(other)); }
+    Narrow & operator*=(Narrow other) { return *this = Narrow(float(*this) * float(other)); }
+    Narrow & operator/=(Narrow other) { return *this = Narrow(float(*this) / float(other)); }
+
+    friend Narrow operator+(Narrow a, Narrow b) { return a += b; }
+    friend Narrow operator-(Narrow a, Narrow b) { return a -= b; }
+    friend Narrow operator*(Narrow a, Narrow b) { return a *= b; }
+    friend Narrow operator/(Narrow a, Narrow b) { return a /= b; }
+    friend Narrow operator-(Narrow a) {
+        a.bits ^= 0x8000;
+        return a;
+    }
+    friend bool operator==(Narrow a, Narrow b) { return float(a) == float(b); }
+    friend bool operator!=(Narrow a, Narrow b) { return float(a) != float(b); }
+    friend bool operator<(Narrow a, Narrow b) { return float(a) < float(b); }
+    friend bool operator>(Narrow a, Narrow b) { return float(a) > float(b); }
+    friend bool operator<=(Narrow a, Narrow b) { return float(a) <= float(b); }
+    friend bool operator>=(Narrow a, Narrow b) { return float(a) >= float(b); }
+};
+
+template <class FORMAT> struct alignas(4) NarrowPair {
+    using Value = Narrow<FORMAT>;
+    Value x, y;
+
+    NarrowPair() = default;
+    NarrowPair(Value x, Value y) : x(x), y(y) {}
+
+    friend NarrowPair operator+(NarrowPair a, NarrowPair b) { return { a.x + b.x, a.y + b.y }; }
+    friend NarrowPair operator-(NarrowPair a, NarrowPair b) { return { a.x - b.x, a.y - b.y }; }
+    friend NarrowPair operator*(NarrowPair a, NarrowPair b) { return { a.x * b.x, a.y * b.y }; }
+    friend NarrowPair operator/(NarrowPair a, NarrowPair b) { return { a.x / b.x, a.y / b.y }; }
+    friend NarrowPair operator-(NarrowPair a) { return { -a.x, -a.y }; }
+    NarrowPair &      operator+=(NarrowPair other) { return *this = *this + other; }
+    NarrowPair &      operator-=(NarrowPair other) { return *this = *this - other; }
+    NarrowPair &      operator*=(NarrowPair other) { return *this = *this * other; }
+};
+
+// a * b + c, rounded once
+template <class FORMAT> Narrow<FORMAT> fused(Narrow<FORMAT> a, Narrow<FORMAT> b, Narrow<FORMAT> c) {
+    return Narrow<FORMAT>(std::fma(float(a), float(b), float(c)));
+}
+
+template <class FORMAT> Narrow<FORMAT> greater(Narrow<FORMAT> a, Narrow<FORMAT> b) {
+    return Narrow<FORMAT>(std::fmax(float(a), float(b)));
+}
+
+template <class FORMAT> Narrow<FORMAT> smaller(Narrow<FORMAT> a, Narrow<FORMAT> b) {
+    return Narrow<FORMAT>(std::fmin(float(a), float(b)));
+}
+
+}  // namespace cuda_emulator
+
+using __half         = cuda_emulator::Narrow<cuda_emulator::HalfFormat>;
+using __half2        = cuda_emulator::NarrowPair<cuda_emulator::HalfFormat>;
+using __nv_bfloat16  = cuda_emulator::Narrow<cuda_emulator::BfloatFormat>;
+using __nv_bfloat162 = cuda_emulator::NarrowPair<cuda_emulator::BfloatFormat>;
+using half           = __half;
+using half2          = __half2;
+using nv_bfloat16    = __nv_bfloat16;
+using nv_bfloat162   = __nv_bfloat162;
+
+// Intrinsics of both types.
+// clang-format off
+namespace cuda_emulator {
+
+template <class F> Narrow<F> __hadd(Narrow<F> a, Narrow<F> b) { return a + b; }
+template <class F> Narrow<F> __hsub(Narrow<F> a, Narrow<F> b) { return a - b; }
+template <class F> Narrow<F> __hmul(Narrow<F> a, Narrow<F> b) { return a * b; }
+template <class F> Narrow<F> __hdiv(Narrow<F> a, Narrow<F> b) { return a / b; }
+template <class F> Narrow<F> __hneg(Narrow<F> a) { return -a; }
+template <class F> Narrow<F> __habs(Narrow<F> a) { a.bits &= 0x7fff; return a; }
+template <class F> Narrow<F> __hfma(Narrow<F> a, Narrow<F> b, Narrow<F> c) { return fused(a, b, c); }
+template <class F> Narrow<F> __hmax(Narrow<F> a, Narrow<F> b) { return greater(a, b); }
+template <class F> Narrow<F> __hmin(Narrow<F> a, Narrow<F> b) { return smaller(a, b); }
+template <class F> bool __heq(Narrow<F> a, Narrow<F> b) { return a == b; }
+template <class F> bool __hne(Narrow<F> a, Narrow<F> b) { return a != b; }
+template <class F> bool __hlt(Narrow<F> a, Narrow<F> b) { return a < b; }
+template <class F> bool __hle(Narrow<F> a, Narrow<F> b) { return a <= b; }
+template <class F> bool __hgt(Narrow<F> a, Narrow<F> b) { return a > b; }
+template <class F> bool __hge(Narrow<F> a, Narrow<F> b) { return a >= b; }
+template <class F> bool __hisnan(Narrow<F> a) { return std::isnan(float(a)); }
+template <class F> NarrowPair<F> __hadd2(NarrowPair<F> a, NarrowPair<F> b) { return a + b; }
+template <class F> NarrowPair<F> __hsub2(NarrowPair<F> a, NarrowPair<F> b) { return a - b; }
+template <class F> NarrowPair<F> __hmul2(NarrowPair<F> a, NarrowPair<F> b) { return a * b; }
+template <class F> NarrowPair<F> __hneg2(NarrowPair<F> a) { return -a; }
+template <class F> NarrowPair<F> __hfma2(NarrowPair<F> a, NarrowPair<F> b, NarrowPair<F> c) { return { __hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y) }; }
+template <class F> NarrowPair<F> __hmax2(NarrowPair<F> a, NarrowPair<F> b) { return { __hmax(a.x, b.x), __hmax(a.y, b.y) }; }
+template <class F> NarrowPair<F> __hmin2(NarrowPair<F> a, NarrowPair<F> b) { return { __hmin(a.x, b.x), __hmin(a.y, b.y) }; }
+template <class F> Narrow<F> hexp(Narrow<F> a) { return Narrow<F>(std::exp(float(a))); }
+template <class F> Narrow<F> hrsqrt(Narrow<F> a) { return Narrow<F>(1.0f / std::sqrt(float(a))); }
+template <class F> NarrowPair<F> h2exp(NarrowPair<F> a) { return { hexp(a.x), hexp(a.y) }; }
+
+}  // namespace cuda_emulator
+
+// Of one of them. The others above are found by their arguments' namespace.
+inline float         __half2float(__half a) { return float(a); }
+inline __half        __float2half(float a) { return __half(a); }
+inline __half        __float2half_rn(float a) { return __half(a); }
+inline __half        __int2half_rn(int a) { return __half(float(a)); }
+inline __half        __ushort_as_half(unsigned short a) { return cuda_emulator::bits_as<__half>(a); }
+inline __half        __short_as_half(short a) { return cuda_emulator::bits_as<__half>(a); }
+inline unsigned short __half_as_ushort(__half a) { return a.bits; }
+inline short         __half_as_short(__half a) { return short(a.bits); }
+inline __half2       make_half2(__half x, __half y) { return { x, y }; }
+inline __half2       __halves2half2(__half x, __half y) { return { x, y }; }
+inline __half2       __half2half2(__half x) { return { x, x }; }
+inline __half2       __float2half2_rn(float x) { return { x, x }; }
+inline __half2       __floats2half2_rn(float x, float y) { return { x, y }; }
+inline __half2       __float22half2_rn(float2 a) { return { a.x, a.y }; }
+inline float2        __half22float2(__half2 a) { return { float(a.x), float(a.y) }; }
+inline __half        __low2half(__half2 a) { return a.x; }
+inline __half        __high2half(__half2 a) { return a.y; }
+inline __half2       __low2half2(__half2 a) { return { a.x, a.x }; }
+inline __half2       __high2half2(__half2 a) { return { a.y, a.y }; }
+inline __half2       __lows2half2(__half2 a, __half2 b) { return { a.x, b.x }; }
+inline __half2       __highs2half2(__half2 a, __half2 b) { return { a.y, b.y }; }
+inline __half2       __lowhigh2highlow(__half2 a) { return { a.y, a.x }; }
+inline float         __low2float(__half2 a) { return float(a.x); }
+inline float         __high2float(__half2 a) { return float(a.y); }
+
+inline float         __bfloat162float(__nv_bfloat16 a) { return float(a); }
+inline __nv_bfloat16 __float2bfloat16(float a) { return __nv_bfloat16(a); }
+inline __nv_bfloat16 __float2bfloat16_rn(float a) { return __nv_bfloat16(a); }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) { return cuda_emulator::bits_as<__nv_bfloat16>(a); }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
+inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return { x, y }; }
+inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return { x, y }; }
+inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return { x, x }; }
+inline __nv_bfloat162 __float2bfloat162_rn(float x) { return { x, x }; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return { x, y }; }
+inline __nv_bfloat162 __float22bfloat162_rn(float2 a) { return { a.x, a.y }; }
+inline float2        __bfloat1622float2(__nv_bfloat162 a) { return { float(a.x), float(a.y) }; }
+inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 a) { return a.x; }
+inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 a) { return a.y; }
+inline float         __low2float(__nv_bfloat162 a) { return float(a.x); }
+inline float         __high2float(__nv_bfloat162 a) { return float(a.y); }
+// clang-format on

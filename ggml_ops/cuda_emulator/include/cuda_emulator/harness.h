@@ -1,0 +1,57 @@
+#pragma once
+
+// For test programs: buffers of the device that free themselves, and runs in every order and placement.
+
+#include "runtime_api.h"
+
+#include <functional>
+
+namespace cuda_emulator {
+
+// `count` values on the device.
+template <class T> class DeviceArray {
+  public:
+    explicit DeviceArray(size_t count, Place place = Place::here()) :
+        count(count), at(static_cast<T *>(device_memory.allocate(count * sizeof(T), place))) {}
+
+    explicit DeviceArray(const std::vector<T> & values, Place place = Place::here()) :
+        DeviceArray(values.size(), place) {
+        std::copy(values.begin(), values.end(), at);
+    }
+
+    DeviceArray(const DeviceArray &)             = delete;
+    DeviceArray & operator=(const DeviceArray &) = delete;
+
+    ~DeviceArray() { device_memory.release(at); }
+
+    T *            data() const { return at; }
+    size_t         size() const { return count; }
+    std::vector<T> values() const { return std::vector<T>(at, at + count); }
+
+  private:
+    size_t count;
+    T *    at;
+};
+
+// Run it forwards with buffers that end at their guards, backwards with buffers that begin there, and shuffled. Buffers
+// are to be made inside of it.
+inline void in_all_orders(const std::function<void(const char * name)> & run) {
+    const Options before = options;
+    const struct {
+        const char * name;
+        Order        order;
+        Placement    placement;
+    } setups[] = {
+        { "forwards", Order::forwards, Placement::end },
+        { "backwards", Order::backwards, Placement::start },
+        { "shuffled", Order::shuffled, Placement::end },
+    };
+    for (const auto & setup : setups) {
+        options.order     = setup.order;
+        options.placement = setup.placement;
+        run(setup.name);
+    }
+    options = before;
+}
+
+}  // namespace cuda_emulator

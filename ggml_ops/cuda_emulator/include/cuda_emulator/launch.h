@@ -1,0 +1,253 @@
+#pragma once
+
+// Launches. In: a kernel, its shape and arguments, from what the rewriter makes of <<<…>>>. Out: nothing, or a Fault
+// that says what went wrong, in which kernel, block and thread, and at which line.
+//
+// Blocks run one after another, in the order of the options. Signals of a running kernel (an access to a guard, an
+// integer division by zero) become Faults; where in the source they struck says addr2line.
+
+#include "block.h"
+#include "memory.h"
+#include "shared.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <signal.h>
+#include <ucontext.h>
+
+#include <map>
+#include <tuple>
+
+namespace cuda_emulator {
+
+// What a signal told, kept until the host's stack is reached.
+struct Trap {
+    int          signal  = 0;
+    const char * address = nullptr;
+    const void * at      = nullptr;  // the instruction
+    const char * access  = "an access";
+};
+
+inline Trap trap;
+
+inline const void * instruction(const ucontext_t & context) {
+#if defined(__x86_64__)
+    return reinterpret_cast<const void *>(context.uc_mcontext.gregs[REG_RIP]);
+#else
+    return reinterpret_cast<const void *>(context.uc_mcontext.pc);
+#endif
+}
+
+inline const char * kind_of_access(const ucontext_t & context) {
+#if defined(__x86_64__)
+    return context.uc_mcontext.gregs[REG_ERR] & 2 ? "a write" : "a read";
+#else
+    (void) context;
+    return "an access";
+#endif
+}
+
+inline void on_signal(int signal, siginfo_t * info, void * context) {
+    if (!block.current) {  // not ours
+        ::signal(signal, SIG_DFL);
+        return;
+    }
+    const ucontext_t & machine = *static_cast<const ucontext_t *>(context);
+    trap         = { signal, static_cast<const char *>(info->si_addr), instruction(machine), kind_of_access(machine) };
+    block.failed = true;
+    cuda_emulator_switch(&block.abandoned, block.host_stack_pointer);
+}
+
+inline void catch_signals() {
+    static bool caught = false;
+    if (caught) {
+        return;
+    }
+    caught = true;
+    static char stack[64 * 1024];
+    stack_t     other = {};
+    other.ss_sp       = stack;
+    other.ss_size     = sizeof(stack);
+    sigaltstack(&other, nullptr);
+    struct sigaction action = {};
+    action.sa_sigaction     = on_signal;
+    action.sa_flags         = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int signal : { SIGSEGV, SIGBUS, SIGFPE }) {
+        sigaction(signal, &action, nullptr);
+    }
+}
+
+// What addr2line says of a code address: {function, file:line}, each empty where it says nothing.
+inline std::pair<std::string, std::string> symbol(const void * address) {
+    Dl_info info;
+    if (!dladdr(address, &info)) {
+        return {};
+    }
+    const auto * header = static_cast<const ElfW(Ehdr) *>(info.dli_fbase);
+    const auto   offset = uintptr_t(address) - (header->e_type == ET_DYN ? uintptr_t(info.dli_fbase) : 0);
+    char         program[4096];
+    const auto   length              = readlink("/proc/self/exe", program, sizeof(program) - 1);
+    program[length < 0 ? 0 : length] = '\0';
+    const std::string command        = format("addr2line -Cfe '%s' 0x%zx 2>/dev/null", program, size_t(offset));
+    FILE *            pipe           = popen(command.c_str(), "r");
+    std::string       lines[2];
+    for (std::string & line : lines) {
+        char text[4096];
+        if (pipe && fgets(text, sizeof(text), pipe)) {
+            line = text;
+            line.erase(line.find_last_not_of("\n") + 1);
+            line = line.substr(0, line.find(" (discriminator"));
+        }
+        if (line.rfind("??", 0) == 0) {
+            line.clear();
+        }
+    }
+    if (pipe) {
+        pclose(pipe);
+    }
+    return { lines[0], lines[1] };
+}
+
+// "float kernel<64>(int)" -> "kernel<64>"
+inline std::string bare(std::string name) {
+    int depth = 0;
+    for (size_t i = 0; i < name.size(); i++) {
+        depth += (name[i] == '<') - (name[i] == '>');
+        if (name[i] == '(' && depth == 0) {
+            name.resize(i);
+        } else if (name[i] == ' ' && depth == 0) {
+            name.erase(0, i + 1);
+            i = size_t(-1);
+        }
+    }
+    return name;
+}
+
+inline std::string trap_text() {
+    std::string text;
+    if (trap.signal == SIGFPE) {
+        text = "an integer division by zero";
+    } else if (block.stacks.is_guard(trap.address)) {
+        text = format("the thread's local variables exceed the emulator's stack of %zu bytes", Stacks::BYTES);
+    } else if (SharedArray * array = SharedArray::find(trap.address)) {
+        text = std::string(trap.access) + " " + array->where(trap.address);
+    } else if (shared_arena.contains(trap.address)) {
+        text = std::string(trap.access) + " beyond shared memory";
+    } else if (Buffer * buffer = device_memory.find(trap.address)) {
+        text = std::string(trap.access) + " " + buffer->where(trap.address);
+    } else {
+        text = format("%s at the address %p, in no buffer of the device", trap.access,
+                      static_cast<const void *>(trap.address));
+    }
+    const std::string place = symbol(trap.at).second;
+    return (place.empty() ? "" : place + ": ") + text;
+}
+
+// The greatest dynamic shared memory that cudaFuncSetAttribute has allowed a kernel.
+inline std::map<const void *, size_t> & shared_attributes() {
+    static std::map<const void *, size_t> attributes;
+    return attributes;
+}
+
+struct Shape {
+    dim3         grid, block;
+    size_t       shared = 0;
+    const void * stream = nullptr;
+};
+
+inline std::string check(const Shape & shape, const void * kernel) {
+    const dim3 & g = shape.grid, &b = shape.block;
+    const auto   allowed = shared_attributes().find(kernel);
+    const size_t limit   = allowed == shared_attributes().end() ? 48 * 1024 : allowed->second;
+    if (uint64_t(g.x) * g.y * g.z == 0 || g.x > 0x7fffffff || g.y > 65535 || g.z > 65535) {
+        return format("the grid is (%u,%u,%u); it must be within (2147483647,65535,65535) and not empty", g.x, g.y,
+                      g.z);
+    }
+    if (uint64_t(b.x) * b.y * b.z == 0 || uint64_t(b.x) * b.y * b.z > 1024 || b.z > 64) {
+        return format("a block is (%u,%u,%u); it must have 1 to 1024 threads, 64 at most in z", b.x, b.y, b.z);
+    }
+    if (shape.shared > limit) {
+        return format("%zu bytes of dynamic shared memory; %zu are allowed without (another) cudaFuncSetAttribute",
+                      shape.shared, limit);
+    }
+    return "";
+}
+
+// A pointer among the arguments that no buffer of the device holds is one of the host, or was freed.
+template <class T> std::string check_argument(unsigned number, const T & argument) {
+    if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>) {
+        const void * const pointer = (const void *) argument;
+        const Buffer *     buffer  = device_memory.find(pointer);
+        if (pointer && (!buffer || buffer->freed)) {
+            return format("argument %u is %p, which is %s", number, pointer,
+                          buffer ? "in a freed buffer" : "no address of the device");
+        }
+    }
+    return "";
+}
+
+inline void run_grid(const Shape & shape) {
+    catch_signals();
+    gridDim                     = shape.grid;
+    blockDim                    = shape.block;
+    dynamic_shared_memory.bytes = shape.shared;
+    const uint64_t blocks       = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
+    const uint64_t stride       = blocks % 7919 ? 7919 : 7907;  // prime: a walk through all blocks out of order
+    for (uint64_t i = 0; i < blocks && !block.failed; i++) {
+        const uint64_t at = options.order == Order::forwards    ? i
+                            : options.order == Order::backwards ? blocks - 1 - i
+                                                                : (i * stride + options.seed) % blocks;
+        blockIdx          = uint3{ unsigned(at % gridDim.x), unsigned(at / gridDim.x % gridDim.y),
+                                   unsigned(at / (uint64_t(gridDim.x) * gridDim.y)) };
+        run_block();
+    }
+}
+
+// The Fault of the launch that has just ended, if it failed.
+inline void report(const char * name, const void * kernel) {
+    const std::string beside_buffers = device_memory.trespasses(), beside_arrays = shared_trespasses();
+    std::string       text = beside_buffers.empty() ? beside_arrays : beside_buffers;
+    if (block.failed) {
+        text         = trap.signal ? trap_text() : block.message;
+        block.failed = false;
+        trap         = {};
+        text = format("block (%u,%u,%u), %s: ", blockIdx.x, blockIdx.y, blockIdx.z, name_of(*block.current).c_str()) +
+               text;
+    }
+    block.current = nullptr;
+    if (!text.empty()) {
+        const std::string known = bare(symbol(kernel).first);
+        throw Fault("kernel " + (known.empty() ? name : known) + ", " + text);
+    }
+}
+
+template <class... P> struct Configured {
+    void (*kernel)(P...);
+    const char * name;
+    Shape        shape;
+
+    void operator()(P... arguments) const {
+        const std::tuple<P...> given(arguments...);
+        const auto             closure = [&] { std::apply(kernel, given); };
+        const void * const     address = reinterpret_cast<const void *>(kernel);
+        unsigned               number  = 0;
+        std::string            wrong   = check(shape, address);
+        ((wrong = wrong.empty() ? check_argument(++number, arguments) : wrong), ...);
+        if (!wrong.empty()) {
+            throw Fault("kernel " + std::string(name) + " cannot be launched: " + wrong);
+        }
+        block.closure = &closure;
+        block.invoke  = [](const void * of) { (*static_cast<decltype(closure) *>(of))(); };
+        run_grid(shape);
+        report(name, address);
+    }
+};
+
+// KERNEL<<<grid, block, shared, stream>>>
+template <class... P>
+Configured<P...> configure(
+    const char * name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared = 0, const void * stream = nullptr) {
+    return { kernel, name, { grid, block, shared, stream } };
+}
+
+}  // namespace cuda_emulator

@@ -1,0 +1,170 @@
+#pragma once
+
+// Device memory: each buffer between two guards that nobody may touch, so that a kernel's read or write beyond it ends
+// in a fault at that very access. New memory holds NaN. What is left of a page beside a buffer holds NaN too and is
+// looked at after each launch.
+//
+// A buffer ends at its guard or begins at it (Options::placement): a run with each finds steps on both sides.
+
+#include "fault.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <map>
+#include <vector>
+
+namespace cuda_emulator {
+
+constexpr int POISON = 0xff;  // of this byte every float, half, bfloat16 and double is NaN
+
+inline size_t page_bytes() {
+    static const size_t bytes = size_t(sysconf(_SC_PAGESIZE));
+    return bytes;
+}
+
+inline size_t rounded_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+// Bytes of address space of which some pages are open; the rest is guard.
+class Guarded {
+  public:
+    char * begin = nullptr;
+    size_t bytes = 0;
+
+    // `room` is address space of `room_bytes`; the buffer is laid in its middle.
+    void open(char * room, size_t room_bytes, size_t wanted, size_t alignment, Placement placement) {
+        close();
+        const size_t page = page_bytes();
+        opened            = rounded_up(wanted ? wanted : 1, page);
+        first             = room + (room_bytes - opened) / 2 / page * page;
+        bytes             = wanted;
+        begin             = placement == Placement::start ? first : first + opened - rounded_up(wanted, alignment);
+        if (opened + 2 * page > room_bytes || mprotect(first, opened, PROT_READ | PROT_WRITE) != 0) {
+            throw Fault(format("no memory for %zu bytes of the emulated device", wanted));
+        }
+        memset(first, POISON, opened);
+    }
+
+    void close() {
+        if (opened) {
+            madvise(first, opened, MADV_DONTNEED);
+            mprotect(first, opened, PROT_NONE);
+            opened = 0;
+        }
+    }
+
+    void poison() { memset(begin, POISON, bytes); }
+
+    // The first byte beside the buffer that was written, or null; the next call does not find it again.
+    const char * trespass() {
+        const char * found = opened ? written(first, begin) : nullptr;
+        found              = found || !opened ? found : written(begin + bytes, first + opened);
+        if (found) {
+            memset(first, POISON, size_t(begin - first));
+            memset(begin + bytes, POISON, size_t(first + opened - (begin + bytes)));
+        }
+        return found;
+    }
+
+  private:
+    char * first  = nullptr;
+    size_t opened = 0;
+
+    // The first byte from `at` to `end` that is no longer poison, or null.
+    static const char * written(const char * at, const char * end) {
+        static const std::vector<char> poison(65536, char(POISON));
+        while (at < end && memcmp(at, poison.data(), std::min(poison.size(), size_t(end - at))) == 0) {
+            at += std::min(poison.size(), size_t(end - at));
+        }
+        while (at < end && *at == char(POISON)) {
+            at++;
+        }
+        return at < end ? at : nullptr;
+    }
+};
+
+struct Buffer {
+    char * room;
+    size_t room_bytes;
+    Place  place;  // of the allocation
+    bool   freed = false;
+
+    Guarded memory = {};
+
+    std::string name() const {
+        return format("the buffer of %zu bytes allocated at %s", memory.bytes, place.text().c_str());
+    }
+
+    // "4 bytes behind the end of the buffer …"
+    std::string where(const char * address) const {
+        if (freed) {
+            return format("in %s, which is freed", name().c_str());
+        }
+        if (address < memory.begin) {
+            return format("%td bytes before the begin of %s", memory.begin - address, name().c_str());
+        }
+        if (address >= memory.begin + memory.bytes) {
+            return format("%td bytes behind the end of %s", address - (memory.begin + memory.bytes), name().c_str());
+        }
+        return format("at byte %td of %s", address - memory.begin, name().c_str());
+    }
+};
+
+class DeviceMemory {
+  public:
+    static constexpr size_t GUARD     = 16 << 20;
+    static constexpr size_t ALIGNMENT = 16;  // of the widest access; a real device's buffers begin at 256
+
+    void * allocate(size_t bytes, Place place) {
+        const size_t room_bytes = rounded_up(bytes, page_bytes()) + 2 * GUARD;
+        void *       room = mmap(nullptr, room_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (room == MAP_FAILED) {
+            return nullptr;
+        }
+        Buffer & buffer = buffers[static_cast<char *>(room)] = Buffer{ static_cast<char *>(room), room_bytes, place };
+        buffer.memory.open(buffer.room, room_bytes, bytes, ALIGNMENT, options.placement);
+        return buffer.memory.begin;
+    }
+
+    // False where the pointer is not one of allocate's. The addresses stay closed, so that later use is a fault.
+    bool release(void * pointer) {
+        Buffer * buffer = find(pointer);
+        if (!buffer || buffer->freed || buffer->memory.begin != pointer) {
+            return false;
+        }
+        buffer->memory.close();
+        buffer->freed = true;
+        return true;
+    }
+
+    // The buffer in whose room the address lies.
+    Buffer * find(const void * pointer) {
+        char * address = static_cast<char *>(const_cast<void *>(pointer));
+        auto   next    = buffers.upper_bound(address);
+        if (next == buffers.begin()) {
+            return nullptr;
+        }
+        Buffer & buffer = std::prev(next)->second;
+        return address < buffer.room + buffer.room_bytes ? &buffer : nullptr;
+    }
+
+    // What a kernel wrote beside its buffers without touching a guard; empty where nothing.
+    std::string trespasses() {
+        std::string text;
+        for (auto & entry : buffers) {
+            const char * byte = entry.second.memory.trespass();
+            text              = byte ? "a write " + entry.second.where(byte) : text;
+        }
+        return text;
+    }
+
+  private:
+    std::map<char *, Buffer> buffers;  // by the begin of the room
+};
+
+inline DeviceMemory device_memory;
+
+}  // namespace cuda_emulator

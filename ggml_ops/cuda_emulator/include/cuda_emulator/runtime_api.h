@@ -1,0 +1,261 @@
+#pragma once
+
+// The part of CUDA's runtime that hosts call: memory, streams, events, attributes. There is one device, and every call
+// is done when it returns.
+
+#include "launch.h"
+
+#include <chrono>
+
+enum cudaError_t {
+    cudaSuccess                       = 0,
+    cudaErrorInvalidValue             = 1,
+    cudaErrorMemoryAllocation         = 2,
+    cudaErrorNotReady                 = 600,
+    cudaErrorPeerAccessAlreadyEnabled = 704,
+    cudaErrorPeerAccessNotEnabled     = 705,
+};
+
+using cudaError = cudaError_t;
+
+enum cudaMemcpyKind {
+    cudaMemcpyHostToHost,
+    cudaMemcpyHostToDevice,
+    cudaMemcpyDeviceToHost,
+    cudaMemcpyDeviceToDevice,
+    cudaMemcpyDefault,
+};
+
+enum cudaFuncAttribute {
+    cudaFuncAttributeMaxDynamicSharedMemorySize,
+    cudaFuncAttributePreferredSharedMemoryCarveout,
+};
+
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlock,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+    cudaDevAttrWarpSize,
+};
+
+struct CUstream_st;
+struct CUgraph_st;
+struct CUgraphExec_st;
+struct CUgraphNode_st;
+using cudaStream_t    = CUstream_st *;
+using cudaGraph_t     = CUgraph_st *;
+using cudaGraphExec_t = CUgraphExec_st *;
+using cudaGraphNode_t = CUgraphNode_st *;
+
+struct CUevent_st {
+    std::chrono::steady_clock::time_point at;
+};
+
+using cudaEvent_t = CUevent_st *;
+
+struct cudaFuncAttributes {
+    int    ptxVersion, binaryVersion, numRegs, maxThreadsPerBlock;
+    size_t sharedSizeBytes, localSizeBytes, maxDynamicSharedSizeBytes;
+};
+
+struct cudaDeviceProp {
+    char   name[256];
+    int    major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, integrated;
+    size_t sharedMemPerBlock, sharedMemPerBlockOptin, totalGlobalMem;
+};
+
+constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1, cudaEventDefault = 0;
+
+#define CUDA_EMULATOR_ARCHITECTURE (__CUDA_ARCH__ / 10)
+
+inline const char * cudaGetErrorString(cudaError_t error) {
+    return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "invalid value";
+}
+
+// clang-format off
+inline const char * cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int * count) { *count = 1; return cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline cudaError_t cudaStreamCreate(cudaStream_t * stream) { *stream = nullptr; return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
+inline cudaError_t cudaEventCreate(cudaEvent_t * event) { *event = new CUevent_st(); return cudaSuccess; }
+inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { return cudaEventCreate(event); }
+inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
+inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
+// clang-format on
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) {
+    event->at = std::chrono::steady_clock::now();
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaEventElapsedTime(float * milliseconds, cudaEvent_t from, cudaEvent_t to) {
+    *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
+    return cudaSuccess;
+}
+
+template <class T>
+cudaError_t cudaMalloc(T ** pointer, size_t bytes, cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    *pointer = static_cast<T *>(cuda_emulator::device_memory.allocate(bytes, place));
+    return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+template <class T>
+cudaError_t
+cudaMallocAsync(T ** pointer, size_t bytes, cudaStream_t, cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    return cudaMalloc(pointer, bytes, place);
+}
+
+inline cudaError_t cudaFree(void * pointer) {
+    if (pointer && !cuda_emulator::device_memory.release(pointer)) {
+        throw cuda_emulator::Fault("cudaFree: the pointer is not one of cudaMalloc's, or freed already");
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaFreeAsync(void * pointer, cudaStream_t) {
+    return cudaFree(pointer);
+}
+
+template <class T> cudaError_t cudaMallocHost(T ** pointer, size_t bytes) {
+    *pointer = static_cast<T *>(malloc(bytes));
+    return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+
+inline cudaError_t cudaFreeHost(void * pointer) {
+    free(pointer);
+    return cudaSuccess;
+}
+
+namespace cuda_emulator {
+
+// A copy by the host stays within its buffer.
+inline void check_range(const void * pointer, size_t bytes, const char * what, Place place) {
+    const Buffer * buffer = device_memory.find(pointer);
+    const char *   begin  = static_cast<const char *>(pointer);
+    if (buffer && bytes) {
+        for (const char * byte : { begin, begin + bytes - 1 }) {
+            if (buffer->freed || byte < buffer->memory.begin || byte >= buffer->memory.begin + buffer->memory.bytes) {
+                fail(format("%s of %zu bytes: ", what, bytes) + buffer->where(byte), place);
+            }
+        }
+    }
+}
+
+}  // namespace cuda_emulator
+
+inline cudaError_t cudaMemcpy(void *       to,
+                              const void * from,
+                              size_t       bytes,
+                              cudaMemcpyKind,
+                              cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    cuda_emulator::check_range(to, bytes, "cudaMemcpy to a buffer", place);
+    cuda_emulator::check_range(from, bytes, "cudaMemcpy from a buffer", place);
+    memmove(to, from, bytes);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaMemcpyAsync(void *         to,
+                                   const void *   from,
+                                   size_t         bytes,
+                                   cudaMemcpyKind kind,
+                                   cudaStream_t               = nullptr,
+                                   cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    return cudaMemcpy(to, from, bytes, kind, place);
+}
+
+inline cudaError_t
+cudaMemset(void * to, int value, size_t bytes, cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    cuda_emulator::check_range(to, bytes, "cudaMemset", place);
+    memset(to, value, bytes);
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaMemsetAsync(void * to,
+                                   int    value,
+                                   size_t bytes,
+                                   cudaStream_t               = nullptr,
+                                   cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    return cudaMemset(to, value, bytes, place);
+}
+
+template <class T> cudaError_t cudaMemcpyToSymbol(T & symbol, const void * from, size_t bytes, size_t offset = 0) {
+    memcpy(reinterpret_cast<char *>(&symbol) + offset, from, bytes);
+    return cudaSuccess;
+}
+
+template <class K> cudaError_t cudaFuncSetAttribute(K * kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+        if (value < 0 || size_t(value) > cuda_emulator::options.shared_limit) {
+            return cudaErrorInvalidValue;
+        }
+        cuda_emulator::shared_attributes()[reinterpret_cast<const void *>(kernel)] = size_t(value);
+    }
+    return cudaSuccess;
+}
+
+template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attributes, K *) {
+    *attributes                           = {};
+    attributes->ptxVersion                = CUDA_EMULATOR_ARCHITECTURE;
+    attributes->binaryVersion             = CUDA_EMULATOR_ARCHITECTURE;
+    attributes->maxThreadsPerBlock        = 1024;
+    attributes->maxDynamicSharedSizeBytes = cuda_emulator::options.shared_limit;
+    return cudaSuccess;
+}
+
+template <class K> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int * blocks, K *, int, size_t) {
+    *blocks = 1;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int) {
+    *properties = {};
+    strcpy(properties->name, "CUDA emulator");
+    properties->major                  = CUDA_EMULATOR_ARCHITECTURE / 10;
+    properties->minor                  = CUDA_EMULATOR_ARCHITECTURE % 10;
+    properties->multiProcessorCount    = 8;
+    properties->warpSize               = 32;
+    properties->maxThreadsPerBlock     = 1024;
+    properties->sharedMemPerBlock      = 48 * 1024;
+    properties->sharedMemPerBlockOptin = cuda_emulator::options.shared_limit;
+    properties->totalGlobalMem         = size_t(16) << 30;
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int device) {
+    cudaDeviceProp properties;
+    cudaGetDeviceProperties(&properties, device);
+    switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+        *value = properties.multiProcessorCount;
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlock:
+        *value = int(properties.sharedMemPerBlock);
+        break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+        *value = int(properties.sharedMemPerBlockOptin);
+        break;
+    case cudaDevAttrComputeCapabilityMajor:
+        *value = properties.major;
+        break;
+    case cudaDevAttrComputeCapabilityMinor:
+        *value = properties.minor;
+        break;
+    case cudaDevAttrWarpSize:
+        *value = properties.warpSize;
+        break;
+    }
+    return cudaSuccess;
+}

@@ -1,0 +1,173 @@
+"""Inline PTX: from the text of an asm statement to calls of the emulator's functions (include/cuda_emulator/ptx.h).
+
+In: the PTX with %0, %1, … and the C++ expressions that these stand for. Out: C++ statements. A PTX statement that no
+line of the table knows becomes a call that names it when it is run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+Groups = list[list[str]]  # the operands of a statement; {%0, %1} is one of several registers
+Call = Callable[[re.Match[str], Groups], str]
+
+_NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)$")
+
+
+def _out(registers: Sequence[str]) -> str:
+    return f"cuda_emulator::out({', '.join(registers)})"
+
+
+def _in(registers: Sequence[str]) -> str:
+    # a literal in the PTX is an operand of 32 bits
+    values = [f"uint32_t({each})" if _NUMBER.match(each) else each for each in registers]
+    return f"cuda_emulator::in({', '.join(values)})"
+
+
+def _call(function: str, results: int = 0) -> Call:
+    """The function with `results` operands to write and the others to read, as 32-bit registers."""
+
+    def call(_: re.Match[str], groups: Groups) -> str:
+        operands = [_out(each) for each in groups[:results]] + [_in(each) for each in groups[results:]]
+        return _plain(function, operands)
+
+    return call
+
+
+def _values(function: str) -> Call:
+    """The function with its operands as they are."""
+    return lambda _, groups: _plain(function, [each for group in groups for each in group])
+
+
+def _plain(function: str, operands: Sequence[str]) -> str:
+    return f"cuda_emulator::{function}({', '.join(['cuda_emulator::Place::here()', *operands])})"
+
+
+_MMA_TYPES = {"f16": "F16", "bf16": "BF16", "tf32": "TF32", "s8": "S8"}
+
+
+def _mma(found: re.Match[str], groups: Groups) -> str:
+    kind = f"{_MMA_TYPES[found['type']]}, {found['k']}"
+    function = f"mma_f16<{found['k']}>" if found["sum"] == "f16" else f"mma<cuda_emulator::{kind}>"
+    return _call(function, 1)(found, groups)
+
+
+def _matrices(function: str, results: int) -> Call:
+    def call(found: re.Match[str], groups: Groups) -> str:
+        registers, address = groups if results else reversed(groups)
+        moved = _out(registers) if results else _in(registers)
+        operands = [moved, *address] if results else [*address, moved]
+        return _plain(f"{function}<{'true' if found['trans'] else 'false'}>", operands)
+
+    return call
+
+
+def _special(register: str) -> str:
+    """%laneid and its kin, which are read by mov."""
+    return {"%laneid": "cuda_emulator::lane()", "%warpid": "cuda_emulator::block.current->warp->number"}[
+        register
+    ]
+
+
+# A statement's instruction, with all its suffixes -> the call. The first that fits counts.
+_INSTRUCTIONS: list[tuple[str, Call]] = [
+    (
+        r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col"
+        r"\.(?P<sum>f32|f16)\.(?P<type>f16)\.f16\.(?P=sum)",
+        _mma,
+    ),
+    (r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.(?P<sum>f32)\.(?P<type>bf16)\.bf16\.f32", _mma),
+    (r"mma\.sync\.aligned\.m16n8k(?P<k>4|8)\.row\.col\.(?P<sum>f32)\.(?P<type>tf32)\.tf32\.f32", _mma),
+    (
+        r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col(\.satfinite)?\.(?P<sum>s32)\.(?P<type>s8)\.s8\.s32",
+        _mma,
+    ),
+    (
+        r"ldmatrix\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16",
+        _matrices("ldmatrix", 1),
+    ),
+    (
+        r"stmatrix\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16",
+        _matrices("stmatrix", 0),
+    ),
+    (r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", _call("movmatrix", 1)),
+    (r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::(64|128|256)B)?", _values("cp_async")),
+    (r"cp\.async\.commit_group", _values("cp_async_commit")),
+    (r"cp\.async\.wait_group", _values("cp_async_wait")),
+    (r"cp\.async\.wait_all", _values("cp_async_wait_all")),
+    (r"cvt\.rna(\.satfinite)?\.tf32\.f32", _call("cvt_tf32", 1)),
+    (r"cvt\.rn\.bf16x2\.f32", _call("cvt_pair<cuda_emulator::BfloatFormat>", 1)),
+    (r"cvt\.rn\.f16x2\.f32", _call("cvt_pair<cuda_emulator::HalfFormat>", 1)),
+    (r"ex2\.approx(\.ftz)?\.f32", _call("unary<cuda_emulator::exp2_flushed>", 1)),
+    (r"lg2\.approx(\.ftz)?\.f32", _call("unary<log2f>", 1)),
+    (r"rcp\.(approx|rn)(\.ftz)?\.f32", _call("unary<cuda_emulator::reciprocal>", 1)),
+    (r"rsqrt\.approx(\.ftz)?\.f32", _call("unary<rsqrtf>", 1)),
+    (r"sqrt\.(approx|rn)(\.ftz)?\.f32", _call("unary<sqrtf>", 1)),
+    (r"tanh\.approx\.f32", _call("unary<cuda_emulator::tanh_approx>", 1)),
+    (r"prmt\.b32", _call("prmt", 1)),
+    (r"lop3\.b32", _call("lop3", 1)),
+    (r"bar(rier)?(\.cta)?\.sync(\.aligned)?", _values("bar_sync")),
+    (r"bar\.warp\.sync", _values("bar_warp_sync")),
+    (r"mov\.[ubs]32", _values("special_register")),
+    (r"griddepcontrol\.(wait|launch_dependents)", _values("nothing")),
+    (r"membar\.(cta|gl|sys)|fence(\.\w+)*|prefetch(\.\w+)*(::\w+)*", lambda *_: _plain("nothing", [])),
+]
+_TABLE = [(re.compile(pattern), call) for pattern, call in _INSTRUCTIONS]
+_STATEMENT = re.compile(r"(?P<instruction>[a-z][\w.:]*)\s*(?P<operands>.*)$", re.DOTALL)
+_OPERAND = re.compile(r"\s*(\{[^{}]*\}|\[[^\[\]]*\]|[^,{}\[\]]+)\s*(,|$)")
+
+
+def translate(ptx: str, expressions: Sequence[str]) -> list[str]:
+    """C++ statements, without their semicolons, for the PTX of one asm.
+
+    ptx: as the compiler would hand it to the assembler, but for %0, %1, …, which stand for the expressions.
+    """
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", ptx, flags=re.DOTALL).strip()
+    if text.startswith("{") and text.endswith("}"):  # a block
+        text = text[1:-1]
+    return [_translate(statement.strip(), expressions) for statement in text.split(";") if statement.strip()]
+
+
+def _translate(statement: str, expressions: Sequence[str]) -> str:
+    parsed = _STATEMENT.match(statement)
+    groups = _operands(parsed["operands"], expressions) if parsed else None
+    if parsed and groups is not None:
+        for pattern, call in _TABLE:
+            found = pattern.fullmatch(parsed["instruction"])
+            if found:
+                return call(found, groups)
+    words = " ".join(statement.split()).replace("\\", "\\\\").replace('"', '\\"')
+    return f'cuda_emulator::unknown_ptx(cuda_emulator::Place::here(), "{words}")'
+
+
+def _operands(text: str, expressions: Sequence[str]) -> Groups | None:
+    """The operands' groups with their expressions; None where one is not understood."""
+    groups: Groups = []
+    at = 0
+    while at < len(text):
+        found = _OPERAND.match(text, at)
+        if not found:
+            return None
+        group = [_expression(word.strip(), expressions) for word in found[1].strip("{}[] \t\n").split(",")]
+        if None in group:
+            return None
+        groups.append([each for each in group if each is not None])
+        at = found.end()
+    return groups
+
+
+def _expression(word: str, expressions: Sequence[str]) -> str | None:
+    """C++ for `%0`, `%0 + 16`, a number or a special register; None for anything else."""
+    if _NUMBER.match(word):
+        return word
+    if word in ("%%laneid", "%laneid", "%%warpid", "%warpid"):
+        return _special(word.replace("%%", "%"))
+    found = re.fullmatch(r"%(\d+)\s*(\+\s*(?:%(\d+)|(\d+)))?", word)
+    if not found or int(found[1]) >= len(expressions):
+        return None
+    base = f"({expressions[int(found[1])]})"
+    if not found[2]:
+        return base
+    offset = found[4] or f"({expressions[int(found[3])]})"
+    return f"(cuda_emulator::address_of{base} + {offset})"

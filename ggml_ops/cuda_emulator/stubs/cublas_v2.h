@@ -1,0 +1,43 @@
+#pragma once
+
+// In place of cuBLAS's header, for compiling kernels only: the names that ggml-cuda's common.cuh mentions. Whoever calls
+// one gets CUBLAS_STATUS_NOT_SUPPORTED.
+
+enum cublasStatus_t {
+    CUBLAS_STATUS_SUCCESS,
+    CUBLAS_STATUS_NOT_INITIALIZED,
+    CUBLAS_STATUS_ALLOC_FAILED,
+    CUBLAS_STATUS_INVALID_VALUE,
+    CUBLAS_STATUS_ARCH_MISMATCH,
+    CUBLAS_STATUS_MAPPING_ERROR,
+    CUBLAS_STATUS_EXECUTION_FAILED,
+    CUBLAS_STATUS_INTERNAL_ERROR,
+    CUBLAS_STATUS_NOT_SUPPORTED,
+};
+
+enum cublasMath_t {
+    CUBLAS_DEFAULT_MATH,
+    CUBLAS_TF32_TENSOR_OP_MATH,
+};
+
+using cublasHandle_t = struct cublasContext *;
+
+inline const char * cublasGetStatusString(cublasStatus_t status) {
+    return status == CUBLAS_STATUS_SUCCESS ? "success" : "not supported: this is no cuBLAS";
+}
+
+inline cublasStatus_t cublasCreate(cublasHandle_t *) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+inline cublasStatus_t cublasDestroy(cublasHandle_t) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+template <class Stream> cublasStatus_t cublasSetStream(cublasHandle_t, Stream) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}

@@ -1,0 +1,211 @@
+"""Our CUDA sources through nvcc, for each architecture that they are meant for: registers, spills, shared memory.
+
+In: the .cu files under ggml_ops. Out: what ptxas says of each kernel, and a page with it. No GPU is needed, and of a
+toolkit only the compiler: CUDA's own or the Python packages of the extra `cuda`.
+
+    .venv/bin/python -m kimi_gguf.scripts.cuda_check                         the table
+    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_gguf.ggml_ops.cuda_emulator.build import STUBS
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.engine import upstream_source
+
+OPERATORS = Path(__file__).parent.parent / "ggml_ops"
+
+# Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
+ARCHITECTURES = (80, 89, 90, 120)
+
+# As ggml-cuda's CMakeLists.txt has them.
+OPTIONS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda")
+
+_KERNEL = re.compile(
+    r"Compiling entry function '(?P<name>\w+)' for 'sm_\w+'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class KernelUse:
+    """What one kernel takes on one architecture; bytes, but for the registers of a thread."""
+
+    source: str
+    architecture: int
+    name: str
+    registers: int
+    stack: int  # of local memory, spills and arrays that do not fit into registers
+    spills: int  # stored and loaded
+    shared: int  # static
+
+    @property
+    def clean(self) -> bool:
+        """Whether all that a thread holds is in registers."""
+        return self.stack == self.spills == 0
+
+
+def find_nvcc() -> Path:
+    """$CUDACXX, nvcc on PATH or in /usr/local/cuda, or the Python packages'; `EngineError` where there is none."""
+    chosen = os.environ.get("CUDACXX")
+    for name in shlex.split(chosen)[:1] if chosen else ("nvcc", "/usr/local/cuda/bin/nvcc"):
+        if (found := shutil.which(name)) is not None:
+            return Path(found)
+    package = importlib.util.find_spec("nvidia")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        for path in sorted(Path(folder).glob("cu*/bin/nvcc")):
+            return path
+    raise EngineError(
+        "no nvcc found",
+        expected="CUDACXX in the environment, nvcc on PATH or in /usr/local/cuda, or the Python packages of it",
+        found=f"CUDACXX={chosen}, which is not a program" if chosen else "none of them",
+        todo="install NVIDIA's CUDA toolkit, or: pip install 'kimi-gguf[cuda]' (100 MB to fetch, 270 MB on disk)",
+    )
+
+
+def cuda_sources() -> list[Path]:
+    """All .cu files of our operators."""
+    return sorted(OPERATORS.glob("**/*.cu"))
+
+
+def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
+    """What ptxas says of each kernel of a source; `EngineError` with the compiler's words where it does not compile."""
+    nvcc = find_nvcc()
+    ggml = _ggml()
+    folders = [
+        *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
+        ggml / "include", ggml / "src", STUBS,
+    ]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(nvcc), *OPTIONS, "-DGGML_CUDA_NO_VMM", "-Xptxas", "-v", "-cubin"]
+        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        command += [f"-I{path}" for path in folders]
+        ended = subprocess.run(
+            [*command, str(source), "-o", str(Path(folder) / "out.cubin")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if ended.returncode != 0:
+        raise EngineError(
+            f"{source.name} does not compile for sm_{architecture}",
+            found=ended.stderr.strip() or ended.stdout.strip(),
+            todo="mend what the compiler shows",
+        )
+    return _kernels(source, architecture, ended.stdout + ended.stderr)
+
+
+@functools.cache
+def _ggml() -> Path:
+    """Pristine upstream's, for sources that include its headers."""
+    return upstream_source() / "llama.cpp" / "ggml"
+
+
+def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:
+    found = list(_KERNEL.finditer(said))
+    names = _demangled([each["name"] for each in found])
+    kernels = []
+    for each, name in zip(found, names, strict=True):
+        shared = re.search(r"(\d+) bytes smem", each["rest"])
+        kernels.append(
+            KernelUse(
+                source=source.name,
+                architecture=architecture,
+                name=name,
+                registers=int(each["registers"]),
+                stack=int(each["stack"]),
+                spills=int(each["stores"]) + int(each["loads"]),
+                shared=int(shared[1]) if shared else 0,
+            )
+        )
+    return kernels
+
+
+def _demangled(names: Sequence[str]) -> list[str]:
+    """Without their parameters; as they are where there is no c++filt."""
+    program = shutil.which("c++filt")
+    if program is None or not names:
+        return list(names)
+    said = subprocess.run([program, *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [re.sub(r"^void |\((?!anonymous).*$|\(anonymous namespace\)::", "", line) for line in said]
+
+
+def table(kernels: Sequence[KernelUse]) -> list[str]:
+    """Markdown: a row a kernel, a column of registers an architecture; bytes of stack and spills if any."""
+    architectures = sorted({each.architecture for each in kernels})
+    rows: dict[tuple[str, str], dict[int, KernelUse]] = {}
+    for each in kernels:
+        rows.setdefault((each.source, each.name), {})[each.architecture] = each
+    lines = ["| source | kernel | shared | " + " | ".join(f"sm_{each}" for each in architectures) + " |"]
+    lines += ["| --- | --- |" + " ---: |" * (1 + len(architectures))]
+    for (source, name), uses in sorted(rows.items()):
+        cells = [_cell(uses[each]) if each in uses else "" for each in architectures]
+        shared = max(each.shared for each in uses.values())
+        lines.append(f"| {source} | `{name}` | {shared} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(use: KernelUse) -> str:
+    return str(use.registers) if use.clean else f"{use.registers}, stack {use.stack}, spills {use.spills}"
+
+
+def page(kernels: Sequence[KernelUse], version: str) -> str:
+    """The page with the table and the command that made it."""
+    return "\n".join(
+        [
+            "# Registers of the CUDA kernels",
+            "",
+            "Registers of a thread and bytes of static shared memory, as ptxas tells them;",
+            "bytes of stack and of spills where there are any.",
+            "",
+            "    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md",
+            "",
+            f"{version}; {' '.join(OPTIONS)}.",
+            "",
+            *table(kernels),
+            "",
+        ]
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="cuda_check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("sources", nargs="*", type=Path, help=".cu files (default: all of ggml_ops)")
+    parser.add_argument("--page", type=Path, help="write the table to this file")
+    options = parser.parse_args(arguments)
+    kernels: list[KernelUse] = []
+    try:
+        nvcc = find_nvcc()
+        for source in options.sources or cuda_sources():
+            for architecture in ARCHITECTURES:
+                kernels += compile_cuda(source, architecture)
+    except EngineError as error:
+        print(f"cuda_check: error: {error}", file=sys.stderr)
+        return 1
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release .*", version)
+    if options.page:
+        options.page.write_text(page(kernels, f"nvcc {release[0]}" if release else "nvcc"), encoding="utf-8")
+    else:
+        print("\n".join(table(kernels)))
+    return 0 if all(each.clean for each in kernels) else 3
+
+
+if __name__ == "__main__":
+    sys.exit(main())

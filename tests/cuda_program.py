@@ -1,0 +1,33 @@
+"""CUDA kernels of ours and of tests/native/cuda as programs for the CPU: the emulator, with its warnings as errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kimi_gguf.ggml_ops.cuda_emulator import compile_program
+
+NATIVE = Path(__file__).parent / "native" / "cuda"
+OPERATORS = Path(__file__).parent.parent / "ggml_ops"
+
+
+def compile_cuda(
+    sources: Sequence[Path],
+    program: Path,
+    *,
+    include: Sequence[Path] = (),
+    system: Sequence[Path] = (),
+    options: Sequence[str] = (),
+    link: Sequence[str] = (),
+    architecture: int = 80,
+) -> Path:
+    """As compile_program; #include "…" also finds what lies in tests/native and in ggml_ops."""
+    return compile_program(
+        sources,
+        program,
+        include=[*include, NATIVE.parent, OPERATORS],
+        system=system,
+        options=["-Werror", *options],
+        link=link,
+        architecture=architecture,
+    )

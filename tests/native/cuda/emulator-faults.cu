@@ -1,0 +1,248 @@
+// A planted fault of each kind that the emulator is to find. In: the name of one. Out: what the Fault says and status 1,
+// or "nothing found" and status 0. What must be said of each: tests/test_cuda_emulator.py.
+
+#include <cuda_bf16.h>
+
+#include <cstdio>
+#include <map>
+#include <string>
+
+using namespace cuda_emulator;
+
+__global__ void copy(const float * x, float * y, int shift) {
+    const int i = int(threadIdx.x);
+    y[i]        = x[i + shift];
+}
+
+__global__ void copy_shifted(const float * x, float * y, int shift) {
+    const int i  = int(threadIdx.x);
+    y[i + shift] = x[i];
+}
+
+__global__ void write_through(float ** y) {
+    y[0][threadIdx.x] = 1.0f;
+}
+
+__global__ void copy_vectors(const float * x, float * y) {
+    const float4 v = *reinterpret_cast<const float4 *>(x + threadIdx.x);
+    y[threadIdx.x] = v.w;
+}
+
+// A pointer, so that no compiler knows the array's size.
+__device__ __noinline__ void store(float * s, int i) {
+    s[i] = 1.0f;
+}
+
+__global__ void write_static_shared(float * y, int shift) {
+    __shared__ float s[32];
+    store(s, int(threadIdx.x) + shift);
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x];
+}
+
+__global__ void write_indexed_shared(float * y, int shift) {
+    __shared__ float s[4][8];
+    s[threadIdx.x / 8][threadIdx.x % 8 + shift] = 1.0f;
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x / 8][threadIdx.x % 8];
+}
+
+__global__ void write_dynamic_shared(float * y, int shift) {
+    extern __shared__ float s[];
+    s[int(threadIdx.x) + shift] = 1.0f;
+    __syncthreads();
+    y[threadIdx.x] = s[threadIdx.x];
+}
+
+__global__ void local_array(float * y, int n) {
+    float a[4] = { 1, 2, 3, 4 };
+    y[0]       = a[n];
+}
+
+__global__ void conditional_barrier(float * y, unsigned n) {
+    if (threadIdx.x < n) {
+        __syncthreads();
+    }
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void early_return(float * y, unsigned n) {
+    if (threadIdx.x >= n) {
+        return;
+    }
+    __syncthreads();
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void two_barriers(float * y) {
+    if (threadIdx.x < 32) {
+        __syncthreads();
+    } else {
+        __syncthreads();
+    }
+    y[threadIdx.x] = 1.0f;
+}
+
+__global__ void two_shuffles(float * y) {
+    float v = float(threadIdx.x);
+    if (threadIdx.x < 16) {
+        v = __shfl_xor_sync(0xffffffff, v, 1);
+    } else {
+        v = __shfl_xor_sync(0xffffffff, v, 1);
+    }
+    y[threadIdx.x] = v;
+}
+
+__global__ void left_out(float * y) {
+    y[threadIdx.x] = __shfl_sync(0x0000ffff, 1.0f, 0);
+}
+
+__global__ void shuffle_or_barrier(float * y) {
+    float v = 1.0f;
+    if (threadIdx.x == 5) {
+        __syncthreads();
+    } else {
+        v = __shfl_sync(0xffffffff, v, 0);
+        __syncthreads();
+    }
+    y[threadIdx.x] = v;
+}
+
+__global__ void half_a_product(float * y) {
+    float    d[4] = {};
+    uint32_t a[4] = {}, b[2] = {};
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    y[threadIdx.x] = d[0];
+}
+
+__global__ void unknown_instruction(int * y) {
+    int a;
+    asm("vabsdiff4.u32.u32.u32 %0, %1, %2, %3;" : "=r"(a) : "r"(1), "r"(2), "r"(3));
+    y[threadIdx.x] = a;
+}
+
+__global__ void misaligned_matrix(const float * x, float * y) {
+    __shared__ __align__(16) float s[64];
+    s[threadIdx.x] = x[threadIdx.x];
+    __syncwarp();
+    uint32_t r;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                 : "=r"(r)
+                 : "r"((unsigned) __cvta_generic_to_shared(s + threadIdx.x % 8)));
+    y[threadIdx.x] = __uint_as_float(r);
+}
+
+__global__ void async_forgotten(const float * x) {
+    __shared__ __align__(16) float s[128];
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"((unsigned) __cvta_generic_to_shared(s + 4 * threadIdx.x)), "l"(x));
+    asm volatile("cp.async.commit_group;");
+}
+
+__global__ void async_misaligned(const float * x) {
+    __shared__ __align__(16) float s[128];
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"((unsigned) __cvta_generic_to_shared(s + 4 * threadIdx.x)), "l"(x + 1));
+    asm volatile("cp.async.wait_all;");
+}
+
+__global__ void deep(float * y, int n) {
+    volatile float a[40000];
+    for (int i = 0; i < n; i++) {
+        a[i] = float(i);
+    }
+    y[0] = a[n / 2];
+}
+
+__global__ void divide(int * y, int n) {
+    y[0] = 7 / n;
+}
+
+__global__ void shift(int * y, int n) {
+    y[0] = 7 << n;
+}
+
+__global__ void stop(float * y) {
+    y[0] = 1.0f;
+    __trap();
+}
+
+static void run(const std::string & name) {
+    DeviceArray<float> x(32), y(64);
+    int *              numbers = reinterpret_cast<int *>(y.data());
+    float              host[32];
+
+    const std::map<std::string, std::function<void()>> faults = {
+        { "none", [&] { copy<<<1, 32>>>(x.data(), y.data(), 0); } },
+        { "read behind a buffer", [&] { copy<<<1, 32>>>(x.data(), y.data(), 1); } },
+        { "read before a buffer", [&] { copy<<<1, 32>>>(x.data(), y.data(), -1); } },
+        { "read far behind a buffer", [&] { copy<<<1, 32>>>(x.data(), y.data(), 1000000); } },
+        { "write behind a buffer", [&] { copy_shifted<<<1, 32>>>(x.data(), y.data(), 33); } },
+        { "write before a buffer", [&] { copy_shifted<<<1, 32>>>(x.data(), y.data(), -1); } },
+        { "a freed buffer",
+          [&] {
+              float * freed;  // in device memory, where no launch looks at it
+              cudaMalloc(&freed, 128);
+              cudaFree(freed);
+              DeviceArray<float *> pointers(std::vector<float *>{ freed });
+              write_through<<<1, 32>>>(pointers.data());
+          } },
+        { "a freed argument",
+          [&] {
+              float * freed;
+              cudaMalloc(&freed, 128);
+              cudaFree(freed);
+              copy<<<1, 32>>>(x.data(), freed, 0);
+          } },
+        { "freed twice",
+          [&] {
+              float * freed;
+              cudaMalloc(&freed, 128);
+              cudaFree(freed);
+              cudaFree(freed);
+          } },
+        { "memory of the host", [&] { copy<<<1, 32>>>(x.data(), host, 0); } },
+        { "misaligned vectors", [&] { copy_vectors<<<1, 16>>>(x.data(), y.data()); } },
+        { "behind a shared array", [&] { write_static_shared<<<1, 32>>>(y.data(), 1); } },
+        { "before a shared array", [&] { write_static_shared<<<1, 32>>>(y.data(), -1); } },
+        { "an index of two", [&] { write_indexed_shared<<<1, 32>>>(y.data(), 1); } },
+        { "behind dynamic shared", [&] { write_dynamic_shared<<<1, 32, 128>>>(y.data(), 1); } },
+        { "before dynamic shared", [&] { write_dynamic_shared<<<1, 32, 128>>>(y.data(), -1); } },
+        { "too much dynamic shared", [&] { write_dynamic_shared<<<1, 32, 49 * 1024>>>(y.data(), 0); } },
+        { "a local array", [&] { local_array<<<1, 1>>>(y.data(), 4); } },
+        { "a conditional barrier", [&] { conditional_barrier<<<1, 64>>>(y.data(), 40); } },
+        { "a return before a barrier", [&] { early_return<<<1, 64>>>(y.data(), 40); } },
+        { "two barriers", [&] { two_barriers<<<1, 64>>>(y.data()); } },
+        { "two shuffles", [&] { two_shuffles<<<1, 32>>>(y.data()); } },
+        { "a lane outside of a mask", [&] { left_out<<<1, 32>>>(y.data()); } },
+        { "a deadlock", [&] { shuffle_or_barrier<<<1, 32>>>(y.data()); } },
+        { "half a warp's product", [&] { half_a_product<<<1, 16>>>(y.data()); } },
+        { "unknown PTX", [&] { unknown_instruction<<<1, 32>>>(numbers); } },
+        { "a misaligned matrix", [&] { misaligned_matrix<<<1, 32>>>(x.data(), y.data()); } },
+        { "a copy never waited for", [&] { async_forgotten<<<1, 32>>>(x.data()); } },
+        { "a misaligned copy", [&] { async_misaligned<<<1, 32>>>(x.data()); } },
+        { "a deep stack", [&] { deep<<<1, 1>>>(y.data(), 40000); } },
+        { "a division by zero", [&] { divide<<<1, 1>>>(numbers, 0); } },
+        { "a shift too far", [&] { shift<<<1, 1>>>(numbers, 32); } },
+        { "a trap", [&] { stop<<<2, 1>>>(y.data()); } },
+        { "too many threads", [&] { copy<<<1, 1025>>>(x.data(), y.data(), 0); } },
+        { "no blocks", [&] { copy<<<0, 32>>>(x.data(), y.data(), 0); } },
+    };
+    faults.at(name)();
+}
+
+int main(int, char ** arguments) {
+    try {
+        run(arguments[1]);
+    } catch (const Fault & fault) {
+        printf("%s\n", fault.what());
+        return 1;
+    }
+    printf("nothing found\n");
+}

@@ -1,0 +1,273 @@
+// What kernels use beside tensor cores: each against a plain loop, in all orders of lanes, warps and blocks.
+
+#include "../check.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+using namespace cuda_emulator;
+
+constexpr int THREADS = 96;  // three warps
+
+__global__ void shuffles(int * out) {
+    const int thread = int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+    const int value  = 1000 + thread;
+    int *     to     = out + 8 * thread;
+    to[0]            = __shfl_sync(0xffffffff, value, 5);
+    to[1]            = __shfl_sync(0xffffffff, value, thread + 3, 8);
+    to[2]            = __shfl_xor_sync(0xffffffff, value, 9);
+    to[3]            = __shfl_up_sync(0xffffffff, value, 2);
+    to[4]            = __shfl_down_sync(0xffffffff, value, 3, 16);
+    to[5]            = int(__ballot_sync(0xffffffff, thread % 3 == 0));
+    to[6]            = __reduce_add_sync(0xffffffff, value);
+    to[7]            = __reduce_max_sync(0xffffffff, -value) + __any_sync(0xffffffff, thread == 40) * 1000000 +
+                       __all_sync(0xffffffff, thread >= 32) * 2000000;
+}
+
+static void check_shuffles() {
+    DeviceArray<int> out(8 * THREADS);
+    shuffles<<<1, dim3(4, 8, 3)>>>(out.data());
+    const std::vector<int> got = out.values();
+    for (int thread = 0; thread < THREADS; thread++) {
+        const int first = thread / 32 * 32, lane = thread % 32;
+        auto      value = [&](int of) { return 1000 + first + of; };
+        unsigned  third = 0;
+        int       sum   = 0;
+        for (int i = 0; i < 32; i++) {
+            third |= unsigned((first + i) % 3 == 0) << i;
+            sum += value(i);
+        }
+        const int * of = &got[8 * thread];
+        CHECK(of[0] == value(5));
+        CHECK(of[1] == value(lane / 8 * 8 + (lane + 3) % 8));
+        CHECK(of[2] == value(lane ^ 9));
+        CHECK(of[3] == value(lane < 2 ? lane : lane - 2));
+        CHECK(of[4] == value(lane % 16 + 3 > 15 ? lane : lane + 3));
+        CHECK(unsigned(of[5]) == third);
+        CHECK(of[6] == sum);
+        CHECK(of[7] == -value(0) + (first == 32) * 1000000 + (first >= 32) * 2000000);
+    }
+}
+
+// Halves of a warp shuffle apart; lanes that have ended are not waited for.
+__global__ void parts(int * out) {
+    const int lane = int(threadIdx.x);
+    if (lane >= 24) {
+        return;
+    }
+    int value = lane;
+    if (lane < 16) {
+        value = __shfl_xor_sync(0x0000ffff, value, 1);
+        __syncwarp(0x0000ffff);
+    } else {
+        value = __shfl_down_sync(0xffff0000, value, 1);
+    }
+    out[lane] = value;
+}
+
+static void check_parts() {
+    DeviceArray<int> out(32);
+    parts<<<1, 32>>>(out.data());
+    const std::vector<int> got = out.values();
+    for (int lane = 0; lane < 23; lane++) {
+        CHECK(got[lane] == (lane < 16 ? lane ^ 1 : lane + 1));
+    }
+    CHECK(got[23] == -1);  // what lane 24 does not give
+}
+
+template <int N> __global__ void reverse(const float4 * x, float4 * y, int * counts) {
+    __shared__ float4       s[N];
+    extern __shared__ float more[];
+    const int               i = int(threadIdx.x);
+    s[i]                      = x[blockIdx.x * N + i];
+    more[i]                   = float(i);
+    const int odd             = __syncthreads_count(i % 2);
+    float4    v               = s[N - 1 - i];
+    v.w += more[(i + 1) % N];
+    y[blockIdx.x * N + i] = v;
+    const int any = __syncthreads_or(i == N - 1), all = __syncthreads_and(i < N - 1);
+    atomicAdd(counts, odd + 1000 * any + 100000 * all);
+}
+
+static void check_blocks() {
+    constexpr int       N = 64, BLOCKS = 5;
+    std::vector<float4> x(N * BLOCKS);
+    for (int i = 0; i < N * BLOCKS; i++) {
+        x[i] = make_float4(float(i), float(2 * i), float(3 * i), float(4 * i));
+    }
+    DeviceArray<float4> from(x), to(x.size());
+    DeviceArray<int>    counts(std::vector<int>{ 0 });
+    reverse<N><<<BLOCKS, N, N * sizeof(float)>>>(from.data(), to.data(), counts.data());
+    const std::vector<float4> got = to.values();
+    for (int i = 0; i < N * BLOCKS; i++) {
+        const float4 & v = x[i / N * N + N - 1 - i % N];
+        CHECK(got[i].x == v.x && got[i].y == v.y && got[i].z == v.z && got[i].w == v.w + float((i + 1) % N));
+    }
+    CHECK(counts.values()[0] == BLOCKS * N * (N / 2 + 1000));
+}
+
+// Two halves of a block meet at barriers of their own, any number of times.
+__global__ void named_barriers(int * out) {
+    __shared__ int sums[2];
+    const int      half = int(threadIdx.x / 64), i = int(threadIdx.x % 64);
+    if (i == 0) {
+        sums[half] = 0;
+    }
+    for (int turn = 0; turn < 3 + half; turn++) {
+        asm volatile("bar.sync %0, %1;" : : "r"(half + 1), "r"(64) : "memory");
+        if (i == 8 * turn) {
+            sums[half] += turn + 1;
+        }
+    }
+    __syncthreads();
+    out[threadIdx.x] = sums[half];
+}
+
+static void check_named_barriers() {
+    DeviceArray<int> out(128);
+    named_barriers<<<1, 128>>>(out.data());
+    const std::vector<int> got = out.values();
+    for (int i = 0; i < 128; i++) {
+        CHECK(got[i] == (i < 64 ? 6 : 10));
+    }
+}
+
+// Shared memory is NaN when a block begins, also that of the block before; copies arrive at the wait.
+__global__ void poison(const float * x, float * out, bool wait) {
+    __shared__ __align__(16) float s[4 * 32];
+    extern __shared__ float        dynamic[];
+    const int                      lane  = int(threadIdx.x);
+    const bool                     fresh = isnan(s[lane]) && isnan(dynamic[lane]);
+    __syncwarp();
+    s[4 * lane] = dynamic[lane] = 7.0f;
+    __syncwarp();
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"((unsigned) __cvta_generic_to_shared(s + 4 * lane)), "l"(x + 4 * lane));
+    asm volatile("cp.async.commit_group;");
+    if (wait) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");  // one too few
+    }
+    __syncwarp();
+    out[32 * blockIdx.x + lane] = fresh ? s[4 * (31 - lane) + 1] : -1.0f;
+    __syncwarp();
+    asm volatile("cp.async.wait_all;");
+}
+
+static void check_poison() {
+    std::vector<float> x(128);
+    for (int i = 0; i < 128; i++) {
+        x[i] = float(i);
+    }
+    DeviceArray<float> from(x), to(64);
+    poison<<<2, 32, 128>>>(from.data(), to.data(), true);
+    const std::vector<float> got = to.values();
+    for (int i = 0; i < 64; i++) {
+        CHECK(got[i] == x[4 * (31 - i % 32) + 1]);
+    }
+    poison<<<2, 32, 128>>>(from.data(), to.data(), false);
+    for (float value : to.values()) {
+        CHECK(std::isnan(value));
+    }
+}
+
+// Groups of copies, some of fewer bytes than they write.
+__global__ void stages(const float * x, float * out) {
+    __shared__ __align__(16) float s[3][4];
+    for (int stage = 0; stage < 3; stage++) {
+        const unsigned given = stage == 1 ? 8 : 16;
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+                     :
+                     : "r"((unsigned) __cvta_generic_to_shared(s[stage])), "l"(x + 4 * stage), "n"(16), "r"(given));
+        asm volatile("cp.async.commit_group;");
+    }
+    asm volatile("cp.async.wait_group %0;" : : "n"(1));
+    for (int i = 0; i < 12; i++) {
+        out[i] = s[i / 4][i % 4];
+    }
+    asm volatile("cp.async.wait_group 0;");
+    for (int i = 8; i < 12; i++) {
+        out[i + 4] = s[i / 4][i % 4];
+    }
+}
+
+static void check_stages() {
+    const std::vector<float> x = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 };
+    DeviceArray<float>       from(x), to(16);
+    stages<<<1, 1>>>(from.data(), to.data());
+    const std::vector<float> got = to.values();
+    for (int i = 0; i < 16; i++) {
+        CHECK(i < 8 ? got[i] == (i == 6 || i == 7 ? 0.0f : x[i]) : i < 12 ? std::isnan(got[i]) : got[i] == x[i - 4]);
+    }
+}
+
+__global__ void scalar_ptx(const float * x, uint32_t * out) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out[0]) : "f"(x[0]));
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out[1]) : "f"(x[0]), "f"(x[1]));
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out[2]) : "f"(x[0]), "f"(x[1]));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=r"(out[3]) : "f"(x[2]));
+    asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(out[4]) : "r"(0x33221100), "r"(0x77665544));
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out[5]) : "r"(0x0f0f), "r"(0x00ff), "r"(0x10000));  // (a & b) | c
+    asm("mov.u32 %0, %%laneid;" : "=r"(out[6]));
+    out[7] = __byte_perm(0x80112233, 0x44556677, 0xb034);
+}
+
+static void check_scalar_ptx() {
+    const float           tie = 1.0f + 0x1p-11f;  // half way between two tf32 values
+    DeviceArray<float>    x(std::vector<float>{ tie, -3.14159f, -2.0f });
+    DeviceArray<uint32_t> out(8);
+    scalar_ptx<<<1, 1>>>(x.data(), out.data());
+    const std::vector<uint32_t> got = out.values();
+    CHECK(got[0] == bits_as<uint32_t>(1.0f + 0x1p-10f));
+    CHECK(got[1] == (0x3f80u << 16 | 0xc049));
+    CHECK(got[2] == (0x3c00u << 16 | 0xc248));
+    CHECK(got[3] == bits_as<uint32_t>(0.25f));
+    CHECK(got[4] == 0x55441100);
+    CHECK(got[5] == 0x1000f);
+    CHECK(got[6] == 0);
+    CHECK(got[7] == 0xff338077);  // bytes 4, 3, 0 and the sign of 3
+}
+
+// Every half there is, and floats of every size, against the compiler's own type.
+static void check_halves() {
+    for (uint32_t bits = 0; bits < 65536; bits++) {
+        const __half   half  = __ushort_as_half(uint16_t(bits));
+        const _Float16 known = bits_as<_Float16>(uint16_t(bits));
+        CHECK(std::isnan(float(half)) ? std::isnan(float(known)) : float(half) == float(known));
+        CHECK(std::isnan(float(half)) || __half(float(half)).bits == bits);
+    }
+    uint32_t random = 1;
+    for (int i = 0; i < 2000000; i++) {
+        random            = random * 1664525 + 1013904223;
+        const float value = bits_as<float>(random);
+        if (!std::isnan(value)) {
+            CHECK(__half(value).bits == bits_as<uint16_t>(_Float16(value)));
+            const float  bfloat = float(__nv_bfloat16(value));
+            const double step   = std::isinf(bfloat) ? 0.0 : std::fabs(double(bfloat) - double(value));
+            CHECK(std::isinf(bfloat) || step <= std::ldexp(1.0, std::max(std::ilogb(value), -126) - 8));
+            CHECK(std::isinf(bfloat) == (std::fabs(value) >= 0x1.ffp127f));
+        }
+    }
+    CHECK(__nv_bfloat16(1.0f + 0x1p-8f).bits == 0x3f80 && __nv_bfloat16(1.0f + 0x3p-8f).bits == 0x3f82);  // to even
+    CHECK(std::isnan(float(__half(NAN))) && std::isnan(float(__nv_bfloat16(NAN))));
+}
+
+int main() {
+    check_halves();
+    in_all_orders([](const char *) {
+        check_shuffles();
+        check_parts();
+        check_blocks();
+        check_named_barriers();
+        check_poison();
+        check_stages();
+        check_scalar_ptx();
+    });
+    printf("all as it should be\n");
+}

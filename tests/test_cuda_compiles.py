@@ -1,0 +1,121 @@
+"""Every CUDA source of ours through nvcc, for each architecture that it is meant for, without spills.
+
+Where nvcc is missing the tests are skipped and say how to get it; with KIMI_CI set they fail instead.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts import cuda_check
+from kimi_gguf.scripts.cuda_check import (
+    ARCHITECTURES,
+    KernelUse,
+    compile_cuda,
+    cuda_sources,
+    find_nvcc,
+    page,
+    table,
+)
+
+# Kernels that may spill or keep arrays in local memory, by the begin of their name, and why.
+MAY_SPILL: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nvcc() -> Path:
+    try:
+        return find_nvcc()
+    except EngineError as error:
+        if os.environ.get("KIMI_CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.name)
+def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
+    kernels = compile_cuda(source, architecture)
+    spilling = [each for each in kernels if not each.clean and not each.name.startswith(tuple(MAY_SPILL))]
+    assert not spilling, "\n".join(table(spilling))
+
+
+SPILLING = """
+template <int N> __global__ void __launch_bounds__(1024, 2) spilling(float * x) {
+    float a[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        a[i] = x[i * 1024 + threadIdx.x];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        x[i * 1024 + threadIdx.x] = a[N - 1 - i] * a[0];
+    }
+}
+template __global__ void spilling<200>(float *);
+template __global__ void spilling<2>(float *);
+"""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_spill_is_found(architecture: int, tmp_path: Path) -> None:
+    (tmp_path / "spilling.cu").write_text(SPILLING)
+    kernels = {each.name: each for each in compile_cuda(tmp_path / "spilling.cu", architecture)}
+    assert set(kernels) == {"spilling<200>", "spilling<2>"}
+    assert kernels["spilling<200>"].spills > 0
+    assert not kernels["spilling<200>"].clean
+    assert kernels["spilling<2>"].clean
+
+
+def test_static_shared_memory_is_counted(tmp_path: Path) -> None:
+    source = tmp_path / "shared.cu"
+    source.write_text(
+        "__global__ void shared(float * x) { __shared__ float s[96]; s[threadIdx.x] = x[0]; __syncthreads();"
+        " x[threadIdx.x] = s[95 - threadIdx.x]; }"
+    )
+    (kernel,) = compile_cuda(source, 90)
+    assert kernel.shared in (384, 384 + 1024)  # sm_90 and later keep 1 KB of it
+
+
+def test_upstreams_common_header_compiles_without_cublas(tmp_path: Path) -> None:
+    source = tmp_path / "common.cu"
+    source.write_text(
+        '#include "ggml-cuda/common.cuh"\n__global__ void sum(float * x) { x[0] = warp_reduce_sum(x[threadIdx.x]); }\n'
+    )
+    (kernel,) = compile_cuda(source, 80)
+    assert kernel.clean
+
+
+def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "wrong.cu").write_text("__global__ void wrong(float * x) { x[0] = y; }")
+    with pytest.raises(
+        EngineError, match=r"wrong.cu does not compile for sm_80(.|\n)*identifier \"y\" is undefined"
+    ):
+        compile_cuda(tmp_path / "wrong.cu", 80)
+
+
+def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    monkeypatch.setattr(cuda_check.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r"no nvcc found(.|\n)*pip install 'kimi-gguf\[cuda\]'"):
+        find_nvcc()
+
+
+def test_the_page_has_a_row_a_kernel() -> None:
+    kernels = [
+        KernelUse("a.cu", 80, "f<1>", 40, 0, 0, 384),
+        KernelUse("a.cu", 90, "f<1>", 255, 16, 24, 1408),
+        KernelUse("b.cu", 90, "g", 12, 0, 0, 0),
+    ]
+    assert table(kernels) == [
+        "| source | kernel | shared | sm_80 | sm_90 |",
+        "| --- | --- | ---: | ---: | ---: |",
+        "| a.cu | `f<1>` | 1408 | 40 | 255, stack 16, spills 24 |",
+        "| b.cu | `g` | 0 |  | 12 |",
+    ]
+    assert "nvcc release 13.0; -std=c++17" in page(kernels, "nvcc release 13.0")

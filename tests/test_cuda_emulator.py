@@ -1,0 +1,247 @@
+"""The CUDA emulator: what it lets kernels do, what it finds in them, and upstream's own kernels on it.
+
+No GPU and no CUDA toolkit: kernels are C++ here (ggml_ops/cuda_emulator).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from cuda_program import NATIVE, compile_cuda
+
+from kimi_gguf.scripts.engine import Engine, upstream_source
+
+ORDERS = {"forwards": "end", "backwards": "start", "17": "end"}
+
+
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [program, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("name", ["emulator-features", "emulator-matrices"])
+def test_kernels_compute_what_they_say(name: str, tmp_path: Path) -> None:
+    ended = run(compile_cuda([NATIVE / f"{name}.cu"], tmp_path / name))
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+
+
+def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
+    """Halves without F16C: what other processors run."""
+    program = compile_cuda(
+        [NATIVE / "emulator-features.cu"], tmp_path / "plain", options=["-mno-f16c", "-mno-avx"]
+    )
+    ended = run(program)
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+
+
+@pytest.mark.engine
+def test_upstreams_kernels_as_they_are(engine: Engine, tmp_path: Path) -> None:
+    ggml = upstream_source() / "llama.cpp" / "ggml"
+    program = compile_cuda(
+        [NATIVE / "emulator-upstream.cu"],
+        tmp_path / "upstream",
+        system=[ggml / "include", ggml / "src"],
+        options=["-DGGML_CUDA_NO_VMM", "-w"],
+        link=[f"-L{engine.lib}", "-lggml-base", f"-Wl,-rpath,{engine.lib}"],
+    )
+    ended = run(program)
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_cuda([NATIVE / "emulator-faults.cu"], tmp_path_factory.mktemp("cuda") / "faults")
+
+
+def line_of(text: str) -> int:
+    """The number of the one line of emulator-faults.cu that begins with the text."""
+    lines = (NATIVE / "emulator-faults.cu").read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines, 1) if line.strip().startswith(text)]
+    return number
+
+
+# Each planted fault: the kernel, the thread that does it, the line that it stands in, and what else is to be said.
+# A thread or a line of None: the fault is no one thread's, or is found at the launch or its end.
+FAULTS = {
+    "read behind a buffer": (
+        "copy",
+        31,
+        "y[i]        = x[i + shift];",
+        "a read 0 bytes behind the end of the buffer",
+    ),
+    "read before a buffer": (
+        "copy",
+        0,
+        "y[i]        = x[i + shift];",
+        "a read 4 bytes before the begin of the buffer",
+    ),
+    "read far behind a buffer": (
+        "copy",
+        0,
+        "y[i]        = x[i + shift];",
+        "a read 3999872 bytes behind the end",
+    ),
+    "write behind a buffer": ("copy_shifted", 31, "y[i + shift] = x[i];", "a write 0 bytes behind the end"),
+    "write before a buffer": ("copy_shifted", 0, "y[i + shift] = x[i];", "a write 4 bytes before the begin"),
+    "a freed buffer": ("write_through", 0, "y[0][threadIdx.x] = 1.0f;", "which is freed"),
+    "a freed argument": ("copy", None, None, "argument 2 is 0x\\w+, which is in a freed buffer"),
+    "freed twice": (None, None, None, "cudaFree: the pointer is not one of cudaMalloc's, or freed already"),
+    "memory of the host": ("copy", None, None, "argument 2 is 0x\\w+, which is no address of the device"),
+    "misaligned vectors": (
+        "copy_vectors",
+        1,
+        "const float4 v = *reinterpret_cast<const float4 *>(x + threadIdx.x);",
+        "a misaligned access: .* must be a multiple of 16 bytes",
+    ),
+    "behind a shared array": (
+        "write_static_shared",
+        31,
+        "s[i] = 1.0f;",
+        "a write 0 bytes behind the end of the shared array 's' of 128 bytes",
+    ),
+    "before a shared array": (
+        "write_static_shared",
+        0,
+        "s[i] = 1.0f;",
+        "a write 4 bytes before the begin of the shared array 's' of 128 bytes",
+    ),
+    "an index of two": (
+        "write_indexed_shared",
+        7,
+        "s[threadIdx.x / 8][threadIdx.x % 8 + shift] = 1.0f;",
+        "the index 8 is beyond the array 'float \\[8\\]'",
+    ),
+    "behind dynamic shared": (
+        "write_dynamic_shared",
+        31,
+        "s[int(threadIdx.x) + shift] = 1.0f;",
+        "a write 0 bytes behind the end of the shared array 'dynamic' of 128 bytes",
+    ),
+    "before dynamic shared": (
+        "write_dynamic_shared",
+        0,
+        "s[int(threadIdx.x) + shift] = 1.0f;",
+        "a write 4 bytes before the begin of the shared array 'dynamic' of 128 bytes",
+    ),
+    "too much dynamic shared": (
+        "write_dynamic_shared",
+        None,
+        None,
+        "50176 bytes of dynamic shared memory; 49152 are",
+    ),
+    "a local array": (
+        "local_array",
+        0,
+        "y[0]       = a[n];",
+        "the index 4 is beyond the array 'float \\[4\\]'",
+    ),
+    "a conditional barrier": (
+        "conditional_barrier",
+        40,
+        None,
+        r"this thread ended while thread \(0,0,0\) waits for it at .*emulator-faults.cu:\d+",
+    ),
+    "a return before a barrier": ("early_return", 40, None, r"ended while thread \(0,0,0\) waits for it at"),
+    "two barriers": (
+        "two_barriers",
+        32,
+        None,
+        r"thread \(32,0,0\) waits at __syncthreads here while thread \(0,0,0\) waits at .*emulator-faults.cu:\d+",
+    ),
+    "two shuffles": (
+        "two_shuffles",
+        16,
+        None,
+        r"thread \(16,0,0\) is at __shfl_xor_sync here while thread \(0,0,0\) waits at __shfl_xor_sync, ",
+    ),
+    "a lane outside of a mask": (
+        "left_out",
+        16,
+        "y[threadIdx.x] = __shfl_sync(0x0000ffff, 1.0f, 0);",
+        "lane 16 calls it with the mask 0x0000ffff, which leaves this lane out",
+    ),
+    "a deadlock": (
+        "shuffle_or_barrier",
+        31,
+        None,
+        r"no thread of the block can go on:\n.*lanes 0xffffffdf .* wait at __shfl_sync, .*\n"
+        r".*lanes 0x00000020 \(the first is thread \(5,0,0\)\) wait at __syncthreads",
+    ),
+    "half a warp's product": (
+        "half_a_product",
+        0,
+        None,
+        "mma.sync: only the lanes 0x0000ffff of the warp are there",
+    ),
+    "unknown PTX": (
+        "unknown_instruction",
+        0,
+        'asm("vabsdiff4',
+        'PTX that the emulator does not know: "vabsdiff4.u32.u32.u32 %0, %1, %2, %3"',
+    ),
+    "a misaligned matrix": (
+        "misaligned_matrix",
+        1,
+        None,
+        "ldmatrix: the address of a row is not aligned to 16 bytes",
+    ),
+    "a copy never waited for": ("async_forgotten", 0, None, "cp.async: this copy is never waited for"),
+    "a misaligned copy": ("async_misaligned", 0, None, "cp.async: .* is not aligned to the copy's 16 bytes"),
+    "a deep stack": ("deep", 0, "a[i] = float(i);", "local variables exceed the emulator's stack"),
+    "a division by zero": ("divide", 0, "y[0] = 7 / n;", "a division"),
+    "a shift too far": ("shift", 0, "y[0] = 7 << n;", "a shift of 'int' 7 by 32"),
+    "a trap": ("stop", 0, "__trap();", "__trap"),
+    "too many threads": ("copy", None, None, r"a block is \(1025,1,1\); it must have 1 to 1024 threads"),
+    "no blocks": ("copy", None, None, r"the grid is \(0,1,1\)"),
+}
+# Steps out of memory that one placement's guards stop at once; the other's page hides a read.
+AT_END = ("read behind a buffer", "write behind a buffer", "behind a shared array", "behind dynamic shared")
+AT_START = ("read before a buffer", "write before a buffer", "before a shared array", "before dynamic shared")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, faults: Path) -> None:
+    kernel, thread, line, words = FAULTS[fault]
+    ended = run(faults, fault, KIMI_CUDA_PLACEMENT="start" if fault in AT_START else "end")
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    said = ended.stdout
+    assert re.search(words, said), said
+    if kernel is not None:
+        assert said.startswith(f"kernel {kernel}"), said
+    if thread is not None:
+        assert f"block (0,0,0), thread ({thread},0,0): " in said
+    if line is not None:
+        assert f"emulator-faults.cu:{line_of(line)}: " in said
+
+
+@pytest.mark.parametrize("fault", [each for each in (*AT_END, *AT_START) if "shared" in each])
+def test_a_write_beside_an_array_is_found_in_either_placement(fault: str, faults: Path) -> None:
+    """Where no guard is hit, what lies beside the array is looked at after the launch."""
+    ended = run(faults, fault, KIMI_CUDA_PLACEMENT="end" if fault in AT_START else "start")
+    assert ended.returncode == 1
+    assert re.search(r"a write \d bytes (behind the end|before the begin) of the shared array", ended.stdout)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_kernel_without_a_fault_is_let_through(order: str, faults: Path) -> None:
+    ended = run(faults, "none", KIMI_CUDA_ORDER=order, KIMI_CUDA_PLACEMENT=ORDERS[order])
+    assert (ended.returncode, ended.stdout) == (0, "nothing found\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("KIMI_CUDA_ORDER", "sideways"), ("KIMI_CUDA_PLACEMENT", "middle")]
+)
+def test_an_unknown_option_is_refused(name: str, value: str, faults: Path) -> None:
+    ended = run(faults, "none", **{name: value})
+    assert ended.returncode != 0
+    assert f"{name} is '{value}'; known: " in ended.stderr
