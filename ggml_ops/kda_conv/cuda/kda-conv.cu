@@ -75,7 +75,7 @@ static __device__ __forceinline__ float4 convolve(const history & h, const float
     return make_float4(y[0], y[1], y[2], y[3]);
 }
 
-template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP) conv_kernel(const conv_args args) {
+template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP, 4) conv_kernel(const conv_args args) {
     constexpr int VECTORS = (D + WARP * LANE_VALUES - 1) / (WARP * LANE_VALUES);  // of a lane
 
     const state_dest dest = choose_dest(args.st);

@@ -43,6 +43,27 @@ struct alignas(16) prepare_memory {
     float beta[CHUNK];
 };
 
+// The chunk that a block prepares. Formed anew at every use: kept, it costs registers that there are not.
+struct block_chunk {
+    const scan_args & args;
+    const chunk_run & run;
+
+    __device__ int head() const { return blockIdx.y; }
+
+    __device__ int seq() const { return blockIdx.z; }
+
+    __device__ int first() const { return run.begin + blockIdx.x * CHUNK; }
+
+    __device__ int n_tokens() const { return run.end - first() < CHUNK ? run.end - first() : CHUNK; }
+
+    // a row of token t of the chunk
+    __device__ const float * row(const rows & x, int t) const { return x.at(head(), first() + t, seq()); }
+
+    template <typename layout> __device__ char * to(int offset) const {
+        return run.at(layout::SIZE, blockIdx.x, head(), seq(), args.n_heads) + offset;
+    }
+};
+
 // A thread's decays: those of one channel in one tile.
 struct tile_decays {
     float e[TILE];
@@ -97,26 +118,28 @@ struct tile_decays {
     }
 };
 
-// Channels c0 on of q and k, and the decays, of n tokens from t0 on. Tokens behind them do nothing: k = 0, e = 1.
+// Channels c0 on of q and k, and the decays. Tokens behind the chunk's last do nothing: k = 0, e = 1.
 static __device__ __forceinline__ void
-load_part(prepare_memory & mem, tile_decays & decays, const scan_args & args, int h, int s, int t0, int n, int c0) {
+load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & chunk, int c0) {
+    const scan_args & args = chunk.args;
 #pragma unroll
     for (int x = threadIdx.x; x < CHUNK * PART / 4; x += PREPARE_THREADS) {
-        const int    row  = x / (PART / 4);
+        const int    t    = x / (PART / 4);
         const int    c    = x % (PART / 4) * 4;
+        const bool   some = t < chunk.n_tokens();
         const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        store4(mem.q + row * PART_LD + c, row < n ? load4(args.q.at(h, t0 + row, s) + c0 + c) : zero);
-        store4(mem.k + row * PART_LD + c, row < n ? load4(args.k.at(h, t0 + row, s) + c0 + c) : zero);
+        store4(mem.q + t * PART_LD + c, some ? load4(chunk.row(args.q, t) + c0 + c) : zero);
+        store4(mem.k + t * PART_LD + c, some ? load4(chunk.row(args.k, t) + c0 + c) : zero);
     }
     const int   c  = c0 + decays.channel;
-    const float dt = args.dt_bias[h * args.head_size + c];
-    const float a  = args.a[h];
+    const float dt = args.dt_bias[chunk.head() * args.head_size + c];
+    const float a  = args.a[chunk.head()];
 
     float total = 1.0f;
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
         const int   t = decays.tile * TILE + i;
-        const float e = t < n ? decay_of(args.f.at(h, t0 + t, s)[c] + dt, a, args.kind) : 1.0f;
+        const float e = t < chunk.n_tokens() ? decay_of(chunk.row(args.f, t)[c] + dt, a, args.kind) : 1.0f;
         total *= e;
         mem.factor[0][decays.at(i)] = e;
     }
@@ -353,15 +376,17 @@ static __device__ __forceinline__ frag_b half_of(const frag_a & a, int half) {
     return { { a.hi[half], a.hi[2 + half] }, { a.lo[half], a.lo[2 + half] } };
 }
 
-// Value channels from j0 on of v, transposed, 16 tokens from `token` on of n.
-static __device__ __forceinline__ frag_a
-values(const scan_args & args, int h, int s, int t0, int n, int token, int j0, int lane) {
-    frag_a a;
+// Value channels from j0 on of v, transposed, 16 tokens from `token` on.
+static __device__ __forceinline__ frag_a values(const block_chunk & chunk, int token, int j0, int lane) {
+    const int n = chunk.n_tokens();
+    frag_a    a;
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-        const int j = j0 + lane / 4 + m % 2 * 8;
-        const int t = token + lane % 4 * 2 + m / 2 * 8;
-        a.set(m, split(t < n ? args.v.at(h, t0 + t, s)[j] : 0.0f, t + 1 < n ? args.v.at(h, t0 + t + 1, s)[j] : 0.0f));
+        const int   j = j0 + lane / 4 + m % 2 * 8;
+        const int   t = token + lane % 4 * 2 + m / 2 * 8;
+        const float x = t < n ? chunk.row(chunk.args.v, t)[j] : 0.0f;
+        const float y = t + 1 < n ? chunk.row(chunk.args.v, t + 1)[j] : 0.0f;
+        a.set(m, split(x, y));
     }
     return a;
 }
@@ -377,8 +402,8 @@ static __device__ __forceinline__ frag_b pairs_by_tokens(const prepare_memory & 
 
 // -w = -X beta (P k), key channels 16*warp on.
 template <typename layout>
-static __device__ __forceinline__ void
-solve_keys(char * to, const prepare_memory & mem, const frag_b (&pk)[2][CHUNK / DEPTH], int warp, int lane) {
+static __device__ __forceinline__ void solve_keys(
+    const block_chunk & chunk, const prepare_memory & mem, const frag_b (&pk)[2][CHUNK / DEPTH], int warp, int lane) {
 #pragma unroll 1
     for (int m = 0; m < CHUNK / DEPTH; ++m) {
         float w[2][4] = {};  // 16 tokens, two tiles of key channels
@@ -396,19 +421,19 @@ solve_keys(char * to, const prepare_memory & mem, const frag_b (&pk)[2][CHUNK / 
             frag_b minus_w;
             minus_w.set(0, split(-w[0][2 * i], -w[0][2 * i + 1]));
             minus_w.set(1, split(-w[1][2 * i], -w[1][2 * i + 1]));
-            store_frag(to + layout::wq_offset(false, warp, 2 * m + i), 0, lane, minus_w);
+            store_frag(chunk.template to<layout>(layout::wq_offset(false, warp, 2 * m + i)), 0, lane, minus_w);
         }
     }
 }
 
 // u = X beta v, value channels 16*warp on, transposed.
 template <typename layout>
-static __device__ __forceinline__ void solve_values(
-    char * to, const prepare_memory & mem, const scan_args & args, int h, int s, int t0, int n, int warp, int lane) {
+static __device__ __forceinline__ void
+solve_values(const block_chunk & chunk, const prepare_memory & mem, int warp, int lane) {
     frag_a v[CHUNK / DEPTH];
 #pragma unroll
     for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
-        v[deep] = values(args, h, s, t0, n, deep * DEPTH, warp * DEPTH, lane);
+        v[deep] = values(chunk, deep * DEPTH, warp * DEPTH, lane);
     }
 #pragma unroll 1
     for (int m = 0; m < CHUNK / DEPTH; ++m) {
@@ -424,8 +449,9 @@ static __device__ __forceinline__ void solve_values(
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float * at = reinterpret_cast<float *>(to + layout::U) + ((warp * TILES + 2 * m + i) * WARP + lane) * 4;
-            store4(at, make_float4(u[i][0], u[i][1], u[i][2], u[i][3]));
+            float * to = reinterpret_cast<float *>(chunk.template to<layout>(layout::U));
+            store4(to + ((warp * TILES + 2 * m + i) * WARP + lane) * 4,
+                   make_float4(u[i][0], u[i][1], u[i][2], u[i][3]));
         }
     }
 }
@@ -437,22 +463,17 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
 
     const int warp = threadIdx.x / WARP;
     const int lane = threadIdx.x % WARP;
-    const int h    = blockIdx.y;
-    const int s    = blockIdx.z;
-    const int t0   = run.begin + blockIdx.x * CHUNK;
-    const int n    = run.end - t0 < CHUNK ? run.end - t0 : CHUNK;
 
-    // formed anew at every use: kept, it costs registers that there are not
-    const auto to = [&](int offset) { return run.at(layout::SIZE, blockIdx.x, h, s, args.n_heads) + offset; };
-
+    const block_chunk chunk = { args, run };
     if (threadIdx.x < CHUNK) {
-        mem.beta[threadIdx.x] = threadIdx.x < n ? sigmoid(*args.beta.at(h, t0 + threadIdx.x, s)) : 0.0f;
+        const int t = threadIdx.x;
+        mem.beta[t] = t < chunk.n_tokens() ? sigmoid(*chunk.row(args.beta, t)) : 0.0f;
     }
     pair_sums   sums;
     frag_b      pk[2][CHUNK / DEPTH];  // P k of key channels 16*warp on
     tile_decays decays;
     for (int c0 = 0; c0 < D; c0 += PART) {
-        load_part(mem, decays, args, h, s, t0, n, c0);
+        load_part(mem, decays, chunk, c0);
         __syncthreads();
         near_pairs(sums, mem, warp, lane);
         decays.reload(mem.factor[0]);
@@ -471,7 +492,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
         const float * prefix = mem.factor[0];
 #pragma unroll
         for (int c = 0; c < PART; c += DEPTH) {
-            store_frag(to(layout::wq_offset(true, (c0 + c) / DEPTH, warp)), 0, lane,
+            store_frag(chunk.template to<layout>(layout::wq_offset(true, (c0 + c) / DEPTH, warp)), 0, lane,
                        channels_by_tokens(mem.q, prefix, c, warp * TILE, lane));
         }
         if (warp * DEPTH >= c0 && warp * DEPTH < c0 + PART) {
@@ -482,7 +503,8 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
             }
         }
         if (warp == TILES - 1) {
-            reinterpret_cast<float *>(to(layout::LAST))[c0 + lane] = prefix[(CHUNK - 1) * PART_LD + lane];
+            reinterpret_cast<float *>(chunk.template to<layout>(layout::LAST))[c0 + lane] =
+                prefix[(CHUNK - 1) * PART_LD + lane];
         }
         decays.columns_to(mem.factor[1], mem.totals, TILES);
         __syncthreads();
@@ -490,7 +512,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
         for (int x = warp; x < PART / TILE * (CHUNK / DEPTH); x += PREPARE_WARPS) {
             const int tile = x / (CHUNK / DEPTH);
             const int deep = x % (CHUNK / DEPTH);
-            store_frag(to(layout::RK), (c0 / TILE + tile) * (CHUNK / DEPTH) + deep, lane,
+            store_frag(chunk.template to<layout>(layout::RK), (c0 / TILE + tile) * (CHUNK / DEPTH) + deep, lane,
                        tokens_by_channels(mem.k, mem.factor[1], deep * DEPTH, tile * TILE, lane));
         }
         __syncthreads();
@@ -504,7 +526,8 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
     put_sums(sums, mem, warp, lane);
     __syncthreads();
     for (int deep = 0; deep <= warp / 2; ++deep) {
-        store_frag(to(layout::A), a_frag(warp, deep), lane, pairs_by_tokens(mem, deep, warp, lane));
+        store_frag(chunk.template to<layout>(layout::A), a_frag(warp, deep), lane,
+                   pairs_by_tokens(mem, deep, warp, lane));
     }
     invert_diagonal(mem.l, warp, lane);
     __syncthreads();
@@ -512,8 +535,8 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
     merge_inverses<32>(mem.l, mem.scratch);
 
     if (warp < D / DEPTH) {
-        solve_keys<layout>(to(0), mem, pk, warp, lane);
-        solve_values<layout>(to(0), mem, args, h, s, t0, n, warp, lane);
+        solve_keys<layout>(chunk, mem, pk, warp, lane);
+        solve_values<layout>(chunk, mem, warp, lane);
     }
 }
 
