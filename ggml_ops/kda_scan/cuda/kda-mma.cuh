@@ -98,8 +98,8 @@ static __device__ __forceinline__ void store_frag(void * fragments, int index, i
 // 16 bytes from global to shared memory, both aligned to 16
 static __device__ __forceinline__ void copy_async(void * shared, const void * global) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    const size_t to = __cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "l"(to), "l"(global) : "memory");
+    const uint32_t to = __cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(global) : "memory");
 #else
     __trap();
 #endif

@@ -78,8 +78,9 @@ load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, i
         const int j   = x % shape::BLOCK_ROWS;
         group.v[g][j] = args.v.at(h, t + g, s)[row0 + j];
     }
-    if (threadIdx.x < n_group) {
-        group.beta[threadIdx.x] = sigmoid(*args.beta.at(h, t + threadIdx.x, s));
+    const int g = threadIdx.x;
+    if (g < n_group) {
+        group.beta[g] = sigmoid(*args.beta.at(h, t + g, s));
     }
 }
 

@@ -32,7 +32,7 @@ struct token_range {
 void scan_steps(const scan_args & args, const token_range & range, cudaStream_t stream);
 
 // In chunks, on compute capability 8.0 and later, head sizes up to 128. Leaves the state behind the last token in slot
-// n_slots - 1, and no other. `workspace`: chunk_workspace bytes, 128-byte aligned.
+// n_slots - 1, and no other. `workspace`: chunk_workspace bytes, aligned to 16.
 void   scan_chunks(const scan_args & args, const token_range & range, void * workspace, cudaStream_t stream);
 size_t chunk_workspace(const scan_args & args, const token_range & range);
 
