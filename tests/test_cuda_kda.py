@@ -1,4 +1,4 @@
-"""KDA_CONV and KDA_SCAN on CUDA: the kernels' own sources on the CPU, against float64 (tests/native/cuda/kda-test.cpp)."""
+"""KDA_CONV and KDA_SCAN on CUDA: the kernels' own sources on the CPU, against float64, and ggml's side of them."""
 
 from __future__ import annotations
 
@@ -8,18 +8,57 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, OPERATORS, compile_cuda
 
+from kimi_gguf.patches.series import load_series
+from kimi_gguf.patches.tree import Tree
+from kimi_gguf.scripts.engine import Engine, upstream_source
+
 FOLDERS = [OPERATORS / operator / "cuda" for operator in ("kda_common", "kda_conv", "kda_scan")]
+GLUE = OPERATORS / "kda_common" / "cuda" / "kda-ggml.cu"
+KERNELS = [path for folder in FOLDERS for path in sorted(folder.glob("*.cu")) if path != GLUE]
+
+
+def run(program: Path, *arguments: str) -> str:
+    """What it says; the assertion shows its last lines."""
+    ended = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:]) + ended.stderr
+    return ended.stdout
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    kernels = [path for folder in FOLDERS for path in sorted(folder.glob("*.cu")) if path.name != "kda-ggml.cu"]
     target = tmp_path_factory.mktemp("kda") / "kda-test"
-    return compile_cuda([*kernels, NATIVE / "kda-test.cpp"], target, include=FOLDERS)
+    return compile_cuda([*KERNELS, NATIVE / "kda-test.cpp"], target, include=FOLDERS)
 
 
 @pytest.mark.parametrize("group", ["conv", "steps", "chunks", "scan"])
 def test_every_shape_gate_and_order_of_threads(group: str, program: Path) -> None:
-    ended = subprocess.run([program, group], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:]) + ended.stderr
-    assert ", 0 failed" in ended.stdout
+    assert ", 0 failed" in run(program, group)
+
+
+@pytest.mark.engine
+def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path: Path) -> None:
+    upstream = upstream_source() / "llama.cpp"
+    program = compile_cuda(
+        [*KERNELS, GLUE, NATIVE / "kda-glue-test.cu"],
+        tmp_path / "kda-glue-test",
+        include=FOLDERS,
+        system=[
+            patched_headers(upstream, tmp_path / "patched"),
+            *(upstream / "ggml" / folder for folder in ("src", "src/ggml-cuda")),
+        ],
+        options=["-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter"],
+        link=[f"-L{engine.lib}", "-lggml-base", f"-Wl,-rpath,{engine.lib}"],
+    )
+    assert "all as they should be" in run(program)
+
+
+def patched_headers(upstream: Path, folder: Path) -> Path:
+    """ggml's public headers as the series leaves them: with the operators' numbers."""
+    tree = Tree(upstream)
+    load_series().apply(tree)
+    folder.mkdir()
+    for path in tree.paths():
+        content = tree.read(path)
+        if path.startswith("ggml/include/") and content is not None:
+            (folder / Path(path).name).write_bytes(content)
+    return folder
