@@ -35,6 +35,12 @@ def test_every_shape_gate_and_order_of_threads(group: str, program: Path) -> Non
     assert ", 0 failed" in run(program, group)
 
 
+def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
+    sources = [*KERNELS, NATIVE / "kda-test.cpp"]
+    program = compile_cuda(sources, tmp_path / "kda-races", include=FOLDERS, races=True)
+    assert ", 0 failed" in run(program, "briefly")
+
+
 @pytest.mark.engine
 def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path: Path) -> None:
     upstream = upstream_source() / "llama.cpp"

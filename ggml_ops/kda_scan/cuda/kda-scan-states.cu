@@ -99,6 +99,19 @@ template <int D> struct warp_state {
     }
 };
 
+// u of value channels j0 on and all tokens of a chunk, as accumulators
+static __device__ __forceinline__ void load_values(float (&u)[TILES][4], const char * from, int j0, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        const int    index = (j0 / DEPTH * TILES + tile) * WARP + lane;
+        const float4 x     = load4(reinterpret_cast<const float *>(from) + 4 * index);
+        u[tile][0]         = x.x;
+        u[tile][1]         = x.y;
+        u[tile][2]         = x.z;
+        u[tile][3]         = x.w;
+    }
+}
+
 // o: rows value channels j0 on, columns tokens; n of them count
 static __device__ __forceinline__ void
 store_output(const scan_args & args, const float (&o)[TILES][4], int h, int s, int t0, int n, int j0, int lane) {
@@ -143,17 +156,11 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
     warp_state<D> state;
     state.load(found, j0, lane);
 
-    for (int t0 = run.begin; t0 < run.end; t0 += CHUNK, chunk += layout::SIZE) {
-        float u[TILES][4];
+    float u[TILES][4];
+    load_values(u, chunk + layout::U, j0, lane);
+
+    for (int t0 = run.begin; t0 < run.end; t0 += CHUNK) {
         float o[TILES][4] = {};
-        for (int tile = 0; tile < TILES; ++tile) {
-            const float * at = reinterpret_cast<const float *>(chunk + layout::U);
-            const float4  x  = load4(at + ((j0 / DEPTH * TILES + tile) * WARP + lane) * 4);
-            u[tile][0]       = x.x;
-            u[tile][1]       = x.y;
-            u[tile][2]       = x.z;
-            u[tile][3]       = x.w;
-        }
 #pragma unroll
         for (int stage = 0; stage < layout::WQ_STAGES; ++stage) {
             const char * wq = stages.next();
@@ -182,6 +189,12 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
         }
         store_output(args, o, h, s, t0, run.end - t0, j0, lane);
 
+        // the next chunk's, long before they are needed
+        chunk += layout::SIZE;
+        if (t0 + CHUNK < run.end) {
+            load_values(u, chunk + layout::U, j0, lane);
+        }
+
         const char * rk = nullptr;
 #pragma unroll
         for (int n = 0; n < D / TILE; ++n) {
@@ -198,24 +211,35 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
     state.store(kept, j0, lane);
 }
 
+// From so many heads of all sequences on a block takes whole ones, and reads what belongs to them once.
+constexpr int WHOLE_HEADS_FROM = 96;
+
 template <int D, int WARPS>
-static void launch_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+static void launch_blocks(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
     constexpr size_t shared = RING * STAGE;
     cudaFuncSetAttribute(states_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     const dim3 grid(D / (DEPTH * WARPS), args.n_heads, args.n_seqs);
     states_kernel<D, WARPS><<<grid, WARPS * WARP, shared, stream>>>(args, run);
 }
 
+template <int D> static void launch_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+    if (args.n_heads * args.n_seqs < WHOLE_HEADS_FROM) {
+        launch_blocks<D, 2>(args, run, stream);
+    } else {
+        launch_blocks<D, D / DEPTH>(args, run, stream);
+    }
+}
+
 void carry_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
     switch (args.head_size) {
     case 32:
-        return launch_states<32, 2>(args, run, stream);
+        return launch_states<32>(args, run, stream);
     case 64:
-        return launch_states<64, 2>(args, run, stream);
+        return launch_states<64>(args, run, stream);
     case 96:
-        return launch_states<96, 2>(args, run, stream);
+        return launch_states<96>(args, run, stream);
     case 128:
-        return launch_states<128, 2>(args, run, stream);
+        return launch_states<128>(args, run, stream);
     }
 }
 

@@ -2,7 +2,7 @@
 // around the tiles, several sequences with permuted and new rows, snapshots, sources whose rows lie apart, states written
 // into the cache or copied there, hostile gates; and the same bits whatever order threads run in.
 //
-// Argument: which group of cases, conv, steps, chunks or scan; none: all.
+// Argument: which group of cases, conv, steps, chunks, scan or briefly; none: all.
 
 #include "kda-cases.h"
 #include "kda-conv.cuh"
@@ -331,13 +331,27 @@ static void test_whole() {
         }
     }
     test_scan("scan", whole(90), { 128, 2, 70, 3, 2 }, "deadly", -INFINITY, true, vary(0));
+    test_scan("scan", whole(90), { 64, 48, 64, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // a block a head
+}
+
+// One case of every kernel, for a program that watches shared memory.
+static void test_briefly() {
+    const options copied = { 4, false, true, false };
+    test_conv({ 64, 1, 17, 2, 2 }, true, copied);
+    test_scan("steps", whole(75), { 64, 1, 17, 2, 2 }, "ordinary", -INFINITY, true, copied);
+    test_scan("steps", whole(75), { 256, 1, 9, 1, 1 }, "ordinary", -INFINITY, true, {});
+    test_scan("chunks", chunks(), { 32, 1, 130, 1, 1 }, "ordinary", -INFINITY, false, {});
+    test_scan("chunks", chunks(), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
 }
 
 int main(int argc, char ** argv) {
     const struct {
         const char * name;
         void (*run)();
-    } groups[] = { { "conv", test_convs }, { "steps", test_steps }, { "chunks", test_chunks }, { "scan", test_whole } };
+    } groups[] = {
+        { "conv", test_convs }, { "steps", test_steps },     { "chunks", test_chunks },
+        { "scan", test_whole }, { "briefly", test_briefly },
+    };
 
     for (const auto & group : groups) {
         if (argc < 2 || strcmp(argv[1], group.name) == 0) {
