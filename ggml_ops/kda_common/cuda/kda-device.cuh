@@ -39,12 +39,34 @@ static __device__ __forceinline__ float sigmoid(float x) {
     return 1.0f / (1.0f + expf(-x));
 }
 
-// e^(log-gate), at most 1; x: the gate's input with dt_bias added
-static __device__ __forceinline__ float decay_of(float x, float a, const gate_kind & kind) {
+// e^x of x <= 0, near 0 to a rounding whatever the compiler makes of expf: a decay of nearly 1 acts over thousands of
+// tokens, and the fast one's error would with it. 0 where float32 has no normal numbers.
+static __device__ __forceinline__ float decay_exp(float x) {
+    x             = fmaxf(x, -88.0f);
+    const float n = rintf(x * 1.44269504f);
+    const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));  // x - n ln 2, ln 2 in two parts
+    float       p = fmaf(r, 1.0f / 720, 1.0f / 120);
+    p             = fmaf(p, r, 1.0f / 24);
+    p             = fmaf(p, r, 1.0f / 6);
+    p             = fmaf(p, r, 0.5f);
+    p             = fmaf(p, r, 1.0f);
+    p             = fmaf(p, r, 1.0f);
+    return p * __int_as_float(((int) n + 127) << 23);  // n = -127: p * 0
+}
+
+// Gates' inputs, with dt_bias added, become e^(log-gate), at most 1.
+template <int N> static __device__ __forceinline__ void decays_of(float (&x)[N], float a, const gate_kind & kind) {
     if (kind.bounded) {
-        return expf(kind.lower_bound * sigmoid(-a * x));
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[i] = decay_exp(kind.lower_bound * sigmoid(-a * x[i]));
+        }
+        return;
     }
-    return expf(a * (fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x)))));
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        x[i] = decay_exp(a * (fmaxf(x[i], 0.0f) + log1pf(expf(-fabsf(x[i])))));
+    }
 }
 
 // Sum over groups of LANES neighbouring lanes, the same in each of them.

@@ -131,17 +131,23 @@ load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & 
         store4(mem.q + t * PART_LD + c, some ? load4(chunk.row(args.q, t) + c0 + c) : zero);
         store4(mem.k + t * PART_LD + c, some ? load4(chunk.row(args.k, t) + c0 + c) : zero);
     }
-    const int   c  = c0 + decays.channel;
-    const float dt = args.dt_bias[chunk.head() * args.head_size + c];
-    const float a  = args.a[chunk.head()];
+    const int     c     = c0 + decays.channel;
+    const float   dt    = args.dt_bias[chunk.head() * args.head_size + c];
+    const float * f     = chunk.row(args.f, decays.tile * TILE) + c;
+    const int     valid = chunk.n_tokens() - decays.tile * TILE;
+    float         e[TILE];
+#pragma unroll
+    for (int i = 0; i < TILE; ++i) {
+        e[i] = i < valid ? f[i * args.f.token] + dt : 0.0f;
+    }
+    decays_of(e, args.a[chunk.head()], args.kind);
 
     float total = 1.0f;
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
-        const int   t = decays.tile * TILE + i;
-        const float e = t < chunk.n_tokens() ? decay_of(chunk.row(args.f, t)[c] + dt, a, args.kind) : 1.0f;
-        total *= e;
-        mem.factor[0][decays.at(i)] = e;
+        const float x = i < valid ? e[i] : 1.0f;
+        total *= x;
+        mem.factor[0][decays.at(i)] = x;
     }
     mem.totals[decays.tile][decays.channel] = total;
 }
@@ -162,10 +168,14 @@ static __device__ __forceinline__ void near_pairs(pair_sums & sums, const prepar
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
-            __syncwarp();  // or the compiler loads all rows at once, and spills
-            x = i == column ? load4(mem.k + c + i * PART_LD) : mul4(x, load4(mem.factor[0] + c + i * PART_LD));
+            const float4 k = load4(mem.k + c + i * PART_LD);
+            const float4 y = mul4(x, load4(mem.factor[0] + c + i * PART_LD));
+            x.x            = i == column ? k.x : y.x;
+            x.y            = i == column ? k.y : y.y;
+            x.z            = i == column ? k.z : y.z;
+            x.w            = i == column ? k.w : y.w;
             sums.near_q[i] += dot4(load4(mem.q + c + i * PART_LD), x);
-            sums.near_k[i] += dot4(load4(mem.k + c + i * PART_LD), x);
+            sums.near_k[i] += dot4(k, x);
         }
     }
 }
@@ -495,7 +505,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
             store_frag(chunk.template to<layout>(layout::wq_offset(true, (c0 + c) / DEPTH, warp)), 0, lane,
                        channels_by_tokens(mem.q, prefix, c, warp * TILE, lane));
         }
-        if (warp * DEPTH >= c0 && warp * DEPTH < c0 + PART) {
+        if (warp * DEPTH / PART == c0 / PART) {
 #pragma unroll
             for (int x = 0; x < 2 * CHUNK / DEPTH; ++x) {
                 const int c      = warp * DEPTH - c0 + x % 2 * TILE;

@@ -66,12 +66,13 @@ static __device__ __forceinline__ void
 load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, int n_group, int row0) {
     using shape = step_shape<D>;
     for (int x = threadIdx.x; x < n_group * D; x += shape::THREADS) {
-        const int g       = x / D;
-        const int i       = x % D;
-        group.q[g][i]     = args.q.at(h, t + g, s)[i];
-        group.k[g][i]     = args.k.at(h, t + g, s)[i];
-        const float gate  = args.f.at(h, t + g, s)[i] + args.dt_bias[h * D + i];
-        group.decay[g][i] = decay_of(gate, args.a[h], args.kind);
+        const int g    = x / D;
+        const int i    = x % D;
+        group.q[g][i]  = args.q.at(h, t + g, s)[i];
+        group.k[g][i]  = args.k.at(h, t + g, s)[i];
+        float decay[1] = { args.f.at(h, t + g, s)[i] + args.dt_bias[h * D + i] };
+        decays_of(decay, args.a[h], args.kind);
+        group.decay[g][i] = decay[0];
     }
     for (int x = threadIdx.x; x < n_group * shape::BLOCK_ROWS; x += shape::THREADS) {
         const int g   = x / shape::BLOCK_ROWS;
