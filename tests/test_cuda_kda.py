@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, OPERATORS, compile_cuda
 
-from kimi_gguf.patches.series import load_series
-from kimi_gguf.patches.tree import Tree
+from kimi_gguf.scripts.cuda_check import patched_headers
 from kimi_gguf.scripts.engine import Engine, upstream_source
 
 FOLDERS = [OPERATORS / operator / "cuda" for operator in ("kda_common", "kda_conv", "kda_scan")]
@@ -44,27 +43,17 @@ def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
 @pytest.mark.engine
 def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path: Path) -> None:
     upstream = upstream_source() / "llama.cpp"
+    headers = tmp_path / "patched"
+    headers.mkdir()
     program = compile_cuda(
         [*KERNELS, GLUE, NATIVE / "kda-glue-test.cu"],
         tmp_path / "kda-glue-test",
         include=FOLDERS,
         system=[
-            patched_headers(upstream, tmp_path / "patched"),
+            patched_headers(headers),
             *(upstream / "ggml" / folder for folder in ("src", "src/ggml-cuda")),
         ],
         options=["-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter"],
         link=[f"-L{engine.lib}", "-lggml-base", f"-Wl,-rpath,{engine.lib}"],
     )
     assert "all as they should be" in run(program)
-
-
-def patched_headers(upstream: Path, folder: Path) -> Path:
-    """ggml's public headers as the series leaves them: with the operators' numbers."""
-    tree = Tree(upstream)
-    load_series().apply(tree)
-    folder.mkdir()
-    for path in tree.paths():
-        content = tree.read(path)
-        if path.startswith("ggml/include/") and content is not None:
-            (folder / Path(path).name).write_bytes(content)
-    return folder
