@@ -54,8 +54,7 @@ struct alignas(16) frag_b {
 
 static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -69,6 +68,24 @@ static __device__ __forceinline__ void mma_split(float (&c)[4], const frag_a & a
     mma(c, a.lo, b.hi);
     mma(c, a.hi, b.lo);
     mma(c, a.hi, b.hi);
+}
+
+constexpr int MMA_TOGETHER = 4;
+
+// c[n] += a b[n] for neighbouring ones. The three products of each wait for one another, so they go in turns.
+static __device__ __forceinline__ void mma_split(float (*c)[4], const frag_a & a, const frag_b (&b)[MMA_TOGETHER]) {
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        mma(c[n], a.lo, b[n].hi);
+    }
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        mma(c[n], a.hi, b[n].lo);
+    }
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        mma(c[n], a.hi, b[n].hi);
+    }
 }
 
 // The accumulators of two neighbouring 16x8 products as the left factor of another one.
@@ -89,6 +106,15 @@ static __device__ __forceinline__ frag_b load_frag(const void * fragments, int i
     b.lo[0]       = x.z;
     b.lo[1]       = x.w;
     return b;
+}
+
+// Fragments index, index + step, ..
+static __device__ __forceinline__ void
+load_frags(frag_b (&b)[MMA_TOGETHER], const void * fragments, int index, int step, int lane) {
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        b[n] = load_frag(fragments, index + n * step, lane);
+    }
 }
 
 static __device__ __forceinline__ void store_frag(void * fragments, int index, int lane, const frag_b & b) {

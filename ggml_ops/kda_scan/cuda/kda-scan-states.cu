@@ -169,9 +169,12 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
                 const int    n = (2 * stage + deep) * 2;
                 const frag_a m = as_factor(state.m[n], state.m[n + 1]);
 #pragma unroll
-                for (int tile = 0; tile < TILES; ++tile) {
-                    mma_split(u[tile], m, load_frag(wq, deep * TILES + tile, lane));
-                    mma_split(o[tile], m, load_frag(wq, (2 + deep) * TILES + tile, lane));
+                for (int tile = 0; tile < TILES; tile += MMA_TOGETHER) {
+                    frag_b b[MMA_TOGETHER];
+                    load_frags(b, wq, deep * TILES + tile, 1, lane);
+                    mma_split(u + tile, m, b);
+                    load_frags(b, wq, (2 + deep) * TILES + tile, 1, lane);
+                    mma_split(o + tile, m, b);
                 }
             }
         }
@@ -195,16 +198,18 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
             load_values(u, chunk + layout::U, j0, lane);
         }
 
-        const char * rk = nullptr;
+        constexpr int PER_STAGE = STAGE / FRAG_SIZE / (CHUNK / DEPTH);  // tiles of key channels
+        const char *  rk        = nullptr;
 #pragma unroll
-        for (int n = 0; n < D / TILE; ++n) {
-            constexpr int PER_STAGE = STAGE / FRAG_SIZE / (CHUNK / DEPTH);  // tiles of key channels
+        for (int n = 0; n < D / TILE; n += MMA_TOGETHER) {
             if (n % PER_STAGE == 0) {
                 rk = stages.next();
             }
 #pragma unroll
             for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
-                mma_split(state.m[n], values[deep], load_frag(rk, n % PER_STAGE * (CHUNK / DEPTH) + deep, lane));
+                frag_b b[MMA_TOGETHER];
+                load_frags(b, rk, n % PER_STAGE * (CHUNK / DEPTH) + deep, CHUNK / DEPTH, lane);
+                mma_split(state.m + n, values[deep], b);
             }
         }
     }
