@@ -25,6 +25,8 @@ from pathlib import Path
 
 from kimi_gguf.ggml_ops.cuda_emulator.build import STUBS
 from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.series import load_series
+from kimi_gguf.patches.tree import Tree
 from kimi_gguf.scripts.engine import upstream_source
 
 OPERATORS = Path(__file__).parent.parent / "ggml_ops"
@@ -90,11 +92,12 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
     ggml = _ggml()
     folders = [
         *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
-        ggml / "include", ggml / "src", STUBS,
+        ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", STUBS,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         command = [str(nvcc), *OPTIONS, "-DGGML_CUDA_NO_VMM", "-Xptxas", "-v", "-cubin"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+        command += [f"-I{_patched_include().name}"]  # in front of upstream's own
         command += [f"-I{path}" for path in folders]
         ended = subprocess.run(
             [*command, str(source), "-o", str(Path(folder) / "out.cubin")],
@@ -115,6 +118,24 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
 def _ggml() -> Path:
     """Pristine upstream's, for sources that include its headers."""
     return upstream_source() / "llama.cpp" / "ggml"
+
+
+def patched_headers(folder: Path) -> Path:
+    """Write ggml's public headers as the series leaves them, with the operators' numbers, into `folder`."""
+    tree = Tree(upstream_source() / "llama.cpp")
+    load_series().apply(tree)
+    for path in tree.paths():
+        content = tree.read(path)
+        if path.startswith("ggml/include/") and content is not None:
+            (folder / Path(path).name).write_bytes(content)
+    return folder
+
+
+@functools.cache
+def _patched_include() -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()
+    patched_headers(Path(folder.name))
+    return folder
 
 
 def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:

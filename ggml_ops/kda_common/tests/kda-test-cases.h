@@ -218,7 +218,7 @@ static void add_kda_eval_cases(std::vector<std::unique_ptr<test_case>> & cases) 
 }
 
 static void add_kda_perf_cases(std::vector<std::unique_ptr<test_case>> & cases) {
-    for (const int64_t T : { 1, 2, 4, 8, 16, 32, 64, 256, 512, 2048 }) {
+    for (const int64_t T : { 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192 }) {
         cases.emplace_back(new test_kda_conv(128, 32, T, 1, 1, false, false, false));
         cases.emplace_back(new test_kda_scan(128, 32, T, 1));
     }

@@ -1,0 +1,97 @@
+#pragma once
+
+// What the CUDA kernels of KDA_CONV and KDA_SCAN share: which states they read and write, gates, sums over a warp,
+// vectors of four.
+
+#include "kda-params.cuh"
+
+#include <cmath>
+
+namespace kda_cuda {
+
+constexpr int      WARP      = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// The state that sequence s continues, or nullptr for zeros.
+static __device__ __forceinline__ const float * state_found(const states & st, int s) {
+    const int32_t row = st.rows[s];
+    return row == st.zero_row ? nullptr : st.cache + row * st.row_stride;
+}
+
+// Do the new states go straight to the cache? Only where no sequence reads a row that another one writes; the rows are
+// looked at on the device, so a captured graph stays right whatever they hold. For whole warps.
+static __device__ __forceinline__ bool writes_to_cache(const states & st) {
+    if (st.in_cache.data == nullptr || st.n_seqs == 1) {
+        return st.in_cache.data != nullptr;
+    }
+    bool own = true;
+    for (int s = threadIdx.x % WARP; s < st.n_seqs; s += WARP) {
+        own = own && (st.rows[s] == st.zero_row || st.rows[s] == st.first_row + s);
+    }
+    return __all_sync(ALL_LANES, own);
+}
+
+static __device__ __forceinline__ state_dest choose_dest(const states & st) {
+    return writes_to_cache(st) ? st.in_cache : st.result;
+}
+
+static __device__ __forceinline__ float sigmoid(float x) {
+    return 1.0f / (1.0f + expf(-x));
+}
+
+// e^x of x <= 0, near 0 to a rounding whatever the compiler makes of expf: a decay of nearly 1 acts over thousands of
+// tokens, and the fast one's error would with it. 0 where float32 has no normal numbers.
+static __device__ __forceinline__ float decay_exp(float x) {
+    x             = fmaxf(x, -88.0f);
+    const float n = rintf(x * 1.44269504f);
+    const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));  // x - n ln 2, ln 2 in two parts
+    float       p = fmaf(r, 1.0f / 720, 1.0f / 120);
+    p             = fmaf(p, r, 1.0f / 24);
+    p             = fmaf(p, r, 1.0f / 6);
+    p             = fmaf(p, r, 0.5f);
+    p             = fmaf(p, r, 1.0f);
+    p             = fmaf(p, r, 1.0f);
+    return p * __int_as_float(((int) n + 127) << 23);  // n = -127: p * 0
+}
+
+// Gates' inputs, with dt_bias added, become e^(log-gate), at most 1.
+template <int N> static __device__ __forceinline__ void decays_of(float (&x)[N], float a, const gate_kind & kind) {
+    if (kind.bounded) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[i] = decay_exp(kind.lower_bound * sigmoid(-a * x[i]));
+        }
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+        x[i] = decay_exp(a * (fmaxf(x[i], 0.0f) + log1pf(expf(-fabsf(x[i])))));
+    }
+}
+
+// Sum over groups of LANES neighbouring lanes, the same in each of them.
+template <int LANES> static __device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+    for (int mask = LANES / 2; mask > 0; mask /= 2) {
+        x += __shfl_xor_sync(ALL_LANES, x, mask);
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float4 load4(const float * p) {
+    return *reinterpret_cast<const float4 *>(p);
+}
+
+static __device__ __forceinline__ void store4(float * p, const float4 & x) {
+    *reinterpret_cast<float4 *>(p) = x;
+}
+
+static __device__ __forceinline__ float dot4(const float4 & x, const float4 & y) {
+    return x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
+}
+
+static __device__ __forceinline__ float4 mul4(const float4 & x, const float4 & y) {
+    return make_float4(x.x * y.x, x.y * y.y, x.z * y.z, x.w * y.w);
+}
+
+}  // namespace kda_cuda

@@ -1,0 +1,53 @@
+#pragma once
+
+// What the CUDA kernels of KDA_CONV and KDA_SCAN are told: plain pointers and numbers, so that they run without ggml.
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace kda_cuda {
+
+// Rows of packed floats, one for each head, token and sequence; strides in floats.
+struct rows {
+    const float * data;
+    int64_t       head, token, seq;
+
+    __host__ __device__ const float * at(int64_t h, int64_t t, int64_t s) const {
+        return data + h * head + t * token + s * seq;
+    }
+};
+
+// Slot k of sequence s lies at data + s*seq + k*slot; strides in floats.
+struct state_dest {
+    float * data;
+    int64_t seq, slot;
+
+    __device__ float * at(int64_t s, int64_t k) const { return data + s * seq + k * slot; }
+};
+
+// The states of an operator: found in rows of a cache, left in its result or, in place of the copy that follows it, in
+// the cache.
+struct states {
+    const float *   cache;
+    int64_t         row_stride;  // floats
+    const int32_t * rows;        // [n_seqs] the row that each sequence continues
+    int32_t         zero_row;    // sequences that continue it start from zero; -1: none
+    int             n_seqs;
+    int             n_slots;  // snapshots asked for
+    state_dest      result;
+    state_dest      in_cache;   // data == nullptr: no copy is taken over
+    int64_t         first_row;  // of the cache, that in_cache begins with
+};
+
+// How the log-gate is formed: unbounded below, or by a lower bound.
+struct gate_kind {
+    bool  bounded;
+    float lower_bound;
+};
+
+// Moves what an operator left in its result to the cache, after it could not write there itself; `size` floats a state.
+// One launch for operators of more than one sequence whose copy was taken over; nothing otherwise.
+void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream);
+
+}  // namespace kda_cuda

@@ -1,0 +1,253 @@
+// Second kernel of the chunked KDA scan: takes the state through the chunks and leaves the output before its norm.
+//
+// A warp owns 16 value channels of a head: rows of the transposed state never meet, so warps share nothing but what
+// they read. The state S^T [16, D] stays in the accumulators of its products; as left-hand factor of the next ones it
+// is split into bf16 where it stands, and so are the values U^T [16, 64]. What `prepare` left streams through a ring of
+// shared memory, in stages of up to 16 KiB and in the order of use; one barrier a stage.
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "kda-mma.cuh"
+#include "kda-scan-chunk.cuh"
+
+namespace kda_cuda {
+
+constexpr int RING = 5;  // stages: 80 KiB, which every device from 8.0 on has
+
+// The stages of a run of chunks, one after the other, as the whole block reads them.
+template <int D, int THREADS> struct stage_ring {
+    using layout = chunk_layout<D>;
+    char *       ring;
+    const char * from;    // the chunk that the next load reads
+    int          n_left;  // stages not yet asked for
+    int          stage;   // next to load, inside its chunk
+    int          slot;    // next to load
+    int          used;    // next to use
+
+    __device__ void load_next() {
+        if (n_left > 0) {
+            const int begin = layout::stage_begin(stage);
+            const int size  = layout::stage_end(stage) - begin;
+            for (int x = threadIdx.x * 16; x < size; x += THREADS * 16) {
+                copy_async(ring + slot * STAGE + x, from + begin + x);
+            }
+            --n_left;
+            if (++stage == layout::STAGES) {
+                stage = 0;
+                from += layout::SIZE;
+            }
+            slot = slot + 1 == RING ? 0 : slot + 1;
+        }
+        commit_copies();
+    }
+
+    __device__ void start() {
+        for (int i = 0; i < RING - 1; ++i) {
+            load_next();
+        }
+    }
+
+    // The next stage, which stays until the next call.
+    __device__ const char * next() {
+        wait_copies<RING - 2>();
+        __syncthreads();
+        load_next();
+        const char * at = ring + used * STAGE;
+        used            = used + 1 == RING ? 0 : used + 1;
+        return at;
+    }
+};
+
+// A warp's 16 rows of the transposed state: value channels j0 on.
+template <int D> struct warp_state {
+    float m[D / TILE][4];
+
+    // s: the head's state; nullptr: zeros
+    __device__ void load(const float * s, int j0, int lane) {
+#pragma unroll
+        for (int n = 0; n < D / TILE; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float * at   = s + (j0 + lane / 4 + 8 * half) * D + n * TILE + lane % 4 * 2;
+                const float2  x    = s ? *reinterpret_cast<const float2 *>(at) : make_float2(0.0f, 0.0f);
+                m[n][2 * half]     = x.x;
+                m[n][2 * half + 1] = x.y;
+            }
+        }
+    }
+
+    __device__ void store(float * s, int j0, int lane) const {
+#pragma unroll
+        for (int n = 0; n < D / TILE; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float * at                      = s + (j0 + lane / 4 + 8 * half) * D + n * TILE + lane % 4 * 2;
+                *reinterpret_cast<float2 *>(at) = make_float2(m[n][2 * half], m[n][2 * half + 1]);
+            }
+        }
+    }
+
+    __device__ void decay(const float * last, int lane) {
+#pragma unroll
+        for (int n = 0; n < D / TILE; ++n) {
+            const float2 e = *reinterpret_cast<const float2 *>(last + n * TILE + lane % 4 * 2);
+            m[n][0] *= e.x;
+            m[n][1] *= e.y;
+            m[n][2] *= e.x;
+            m[n][3] *= e.y;
+        }
+    }
+};
+
+// u of value channels j0 on and all tokens of a chunk, as accumulators
+static __device__ __forceinline__ void load_values(float (&u)[TILES][4], const char * from, int j0, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+        const int    index = (j0 / DEPTH * TILES + tile) * WARP + lane;
+        const float4 x     = load4(reinterpret_cast<const float *>(from) + 4 * index);
+        u[tile][0]         = x.x;
+        u[tile][1]         = x.y;
+        u[tile][2]         = x.z;
+        u[tile][3]         = x.w;
+    }
+}
+
+// o: rows value channels j0 on, columns tokens; n of them count
+static __device__ __forceinline__ void
+store_output(const scan_args & args, const float (&o)[TILES][4], int h, int s, int t0, int n, int j0, int lane) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int t = tile * TILE + lane % 4 * 2 + i;
+            if (t < n) {
+                float * out = args.out_at(h, t0 + t, s) + j0 + lane / 4;
+                out[0]      = o[tile][i];
+                out[8]      = o[tile][2 + i];
+            }
+        }
+    }
+}
+
+template <int D, int WARPS>
+static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_args args, const chunk_run run) {
+    using layout = chunk_layout<D>;
+    extern __shared__ float4 kda_shared[];
+
+    const int        warp     = threadIdx.x / WARP;
+    const int        lane     = threadIdx.x % WARP;
+    const int        h        = blockIdx.y;
+    const int        s        = blockIdx.z;
+    const int        j0       = (blockIdx.x * WARPS + warp) * DEPTH;
+    const int        n_chunks = run.n_chunks();
+    const char *     chunk    = run.at(layout::SIZE, 0, h, s, args.n_heads);
+    const state_dest dest     = choose_dest(args.st);
+
+    stage_ring<D, WARPS * WARP> stages = {
+        reinterpret_cast<char *>(kda_shared), chunk, n_chunks * layout::STAGES, 0, 0, 0
+    };
+    stages.start();
+
+    float *       kept  = dest.at(s, args.st.n_slots - 1) + (int64_t) h * D * D;
+    const float * found = run.begin > 0 ? kept : state_found(args.st, s);
+    if (run.begin == 0 && found) {
+        found += (int64_t) h * D * D;
+    }
+    warp_state<D> state;
+    state.load(found, j0, lane);
+
+    float u[TILES][4];
+    load_values(u, chunk + layout::U, j0, lane);
+
+    for (int t0 = run.begin; t0 < run.end; t0 += CHUNK) {
+        float o[TILES][4] = {};
+#pragma unroll
+        for (int stage = 0; stage < layout::WQ_STAGES; ++stage) {
+            const char * wq = stages.next();
+#pragma unroll
+            for (int deep = 0; deep < 2; ++deep) {
+                const int    n = (2 * stage + deep) * 2;
+                const frag_a m = as_factor(state.m[n], state.m[n + 1]);
+#pragma unroll
+                for (int tile = 0; tile < TILES; tile += MMA_TOGETHER) {
+                    frag_b b[MMA_TOGETHER];
+                    load_frags(b, wq, deep * TILES + tile, 1, lane);
+                    mma_split(u + tile, m, b);
+                    load_frags(b, wq, (2 + deep) * TILES + tile, 1, lane);
+                    mma_split(o + tile, m, b);
+                }
+            }
+        }
+
+        const char * a = stages.next();
+        state.decay(reinterpret_cast<const float *>(a + layout::LAST - layout::A), lane);
+        frag_a values[CHUNK / DEPTH];
+#pragma unroll
+        for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
+            values[deep] = as_factor(u[2 * deep], u[2 * deep + 1]);
+#pragma unroll
+            for (int tile = 2 * deep; tile < TILES; ++tile) {
+                mma_split(o[tile], values[deep], load_frag(a, a_frag(tile, deep), lane));
+            }
+        }
+        store_output(args, o, h, s, t0, run.end - t0, j0, lane);
+
+        // the next chunk's, long before they are needed
+        chunk += layout::SIZE;
+        if (t0 + CHUNK < run.end) {
+            load_values(u, chunk + layout::U, j0, lane);
+        }
+
+        constexpr int PER_STAGE = STAGE / FRAG_SIZE / (CHUNK / DEPTH);  // tiles of key channels
+        const char *  rk        = nullptr;
+#pragma unroll
+        for (int n = 0; n < D / TILE; n += MMA_TOGETHER) {
+            if (n % PER_STAGE == 0) {
+                rk = stages.next();
+            }
+#pragma unroll
+            for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
+                frag_b b[MMA_TOGETHER];
+                load_frags(b, rk, n % PER_STAGE * (CHUNK / DEPTH) + deep, CHUNK / DEPTH, lane);
+                mma_split(state.m + n, values[deep], b);
+            }
+        }
+    }
+    state.store(kept, j0, lane);
+}
+
+// From so many heads of all sequences on a block takes whole ones, and reads what belongs to them once.
+constexpr int WHOLE_HEADS_FROM = 96;
+
+template <int D, int WARPS>
+static void launch_blocks(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+    constexpr size_t shared = RING * STAGE;
+    cudaFuncSetAttribute(states_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    const dim3 grid(D / (DEPTH * WARPS), args.n_heads, args.n_seqs);
+    states_kernel<D, WARPS><<<grid, WARPS * WARP, shared, stream>>>(args, run);
+}
+
+template <int D> static void launch_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+    if (args.n_heads * args.n_seqs < WHOLE_HEADS_FROM) {
+        launch_blocks<D, 2>(args, run, stream);
+    } else {
+        launch_blocks<D, D / DEPTH>(args, run, stream);
+    }
+}
+
+void carry_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+    switch (args.head_size) {
+    case 32:
+        return launch_states<32>(args, run, stream);
+    case 64:
+        return launch_states<64>(args, run, stream);
+    case 96:
+        return launch_states<96>(args, run, stream);
+    case 128:
+        return launch_states<128>(args, run, stream);
+    }
+}
+
+}  // namespace kda_cuda
+
+#endif

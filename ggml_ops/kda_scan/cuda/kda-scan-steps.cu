@@ -1,0 +1,271 @@
+// KDA scan token by token: decoding, short batches, and the last tokens of a long one whose states are asked for.
+//
+// A block holds the state of one head (of 64 value channels where D = 256) in registers from its first token to its
+// last. LANES neighbouring lanes share a row s[j], so that a warp reads whole stretches of memory and a row's sums take
+// log2(LANES) shuffles. Tokens go in groups: the block forms decays and gates of a group in shared memory, then every
+// warp steps through it alone, then the block norms what came out. Both products with the old state are taken in one
+// pass, o_j = m_j . (e q) + (k . q) d_j.
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "kda-device.cuh"
+#include "kda-scan.cuh"
+
+namespace kda_cuda {
+
+constexpr int GROUP       = 8;  // tokens
+constexpr int THREAD_ROWS = 2;  // value channels of a thread
+
+template <int D> struct step_shape {
+    static constexpr int LANES      = D == 256 ? 16 : 8;  // of a row of the state
+    static constexpr int VECTORS    = D / (4 * LANES);    // of four key channels, of a thread
+    static constexpr int BLOCK_ROWS = D == 256 ? 64 : D;  // value channels of a block
+    static constexpr int THREADS    = BLOCK_ROWS / THREAD_ROWS * LANES;
+    static constexpr int APART      = D / BLOCK_ROWS;  // blocks of a head
+};
+
+// What the tokens of a group need of a head.
+template <int D> struct alignas(16) step_group {
+    float q[GROUP][D];
+    float k[GROUP][D];
+    float decay[GROUP][D];
+    float v[GROUP][step_shape<D>::BLOCK_ROWS];
+    float o[GROUP][step_shape<D>::BLOCK_ROWS];
+    float beta[GROUP];
+};
+
+// Where a thread stands: in the block's rows of the state, and in a row.
+template <int D> struct step_place {
+    using shape = step_shape<D>;
+    int row0    = blockIdx.x % shape::APART * shape::BLOCK_ROWS;  // of the block
+    int row     = threadIdx.x / shape::LANES;                     // further ones: + THREADS/LANES
+    int lane    = threadIdx.x % shape::LANES;
+
+    __device__ int block_row(int r) const { return row + r * (shape::THREADS / shape::LANES); }
+
+    __device__ int key(int n) const { return 4 * (lane + n * shape::LANES); }
+
+    __device__ int offset(int r, int n) const { return (row0 + block_row(r)) * D + key(n); }
+};
+
+template <int D>
+static __device__ __forceinline__ void
+keep_state(float * to, const step_place<D> & at, const float4 (&m)[THREAD_ROWS][step_shape<D>::VECTORS]) {
+#pragma unroll
+    for (int r = 0; r < THREAD_ROWS; ++r) {
+#pragma unroll
+        for (int n = 0; n < step_shape<D>::VECTORS; ++n) {
+            store4(to + at.offset(r, n), m[r][n]);
+        }
+    }
+}
+
+// n_group tokens from t on into shared memory.
+template <int D>
+static __device__ __forceinline__ void
+load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, int n_group, int row0) {
+    using shape = step_shape<D>;
+    for (int x = threadIdx.x; x < n_group * D; x += shape::THREADS) {
+        const int g    = x / D;
+        const int i    = x % D;
+        group.q[g][i]  = args.q.at(h, t + g, s)[i];
+        group.k[g][i]  = args.k.at(h, t + g, s)[i];
+        float decay[1] = { args.f.at(h, t + g, s)[i] + args.dt_bias[h * D + i] };
+        decays_of(decay, args.a[h], args.kind);
+        group.decay[g][i] = decay[0];
+    }
+    for (int x = threadIdx.x; x < n_group * shape::BLOCK_ROWS; x += shape::THREADS) {
+        const int g   = x / shape::BLOCK_ROWS;
+        const int j   = x % shape::BLOCK_ROWS;
+        group.v[g][j] = args.v.at(h, t + g, s)[row0 + j];
+    }
+    const int g = threadIdx.x;
+    if (g < n_group) {
+        group.beta[g] = sigmoid(*args.beta.at(h, t + g, s));
+    }
+}
+
+// One token: m becomes the new state, and the output of the thread's rows stands in group.o.
+template <int D>
+static __device__ __forceinline__ void
+step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_ROWS][step_shape<D>::VECTORS]) {
+    using shape = step_shape<D>;
+
+    float recalled[THREAD_ROWS] = {};
+    float o[THREAD_ROWS]        = {};
+    float kq                    = 0.0f;
+#pragma unroll
+    for (int n = 0; n < shape::VECTORS; ++n) {
+        const float4 e = load4(&group.decay[g][at.key(n)]);
+        const float4 k = load4(&group.k[g][at.key(n)]);
+        const float4 q = load4(&group.q[g][at.key(n)]);
+        kq += dot4(k, q);
+#pragma unroll
+        for (int r = 0; r < THREAD_ROWS; ++r) {
+            m[r][n] = mul4(m[r][n], e);
+            recalled[r] += dot4(m[r][n], k);
+            o[r] += dot4(m[r][n], q);
+        }
+    }
+    kq = sum_lanes<shape::LANES>(kq);
+
+    float delta[THREAD_ROWS];
+#pragma unroll
+    for (int r = 0; r < THREAD_ROWS; ++r) {
+        const float found = sum_lanes<shape::LANES>(recalled[r]);
+        delta[r]          = group.beta[g] * (group.v[g][at.block_row(r)] - found);
+        const float out   = sum_lanes<shape::LANES>(o[r]) + kq * delta[r];
+        if (at.lane == 0) {
+            group.o[g][at.block_row(r)] = out;
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < shape::VECTORS; ++n) {
+        const float4 k = load4(&group.k[g][at.key(n)]);
+#pragma unroll
+        for (int r = 0; r < THREAD_ROWS; ++r) {
+            m[r][n].x += k.x * delta[r];
+            m[r][n].y += k.y * delta[r];
+            m[r][n].z += k.z * delta[r];
+            m[r][n].w += k.w * delta[r];
+        }
+    }
+}
+
+// out = norm * rms_norm(o) * sigmoid(gate) of one token and head, by a warp
+template <int D>
+static __device__ __forceinline__ void
+finish_token(const scan_args & args, const float * o, float * out, const float * gate) {
+    const int lane   = threadIdx.x % WARP;
+    float     square = 0.0f;
+    float     x[D / WARP];
+#pragma unroll
+    for (int n = 0; n < D / WARP; ++n) {
+        x[n] = o[lane + n * WARP];
+        square += x[n] * x[n];
+    }
+    const float scale = 1.0f / sqrtf(sum_lanes<WARP>(square) / D + args.eps);
+#pragma unroll
+    for (int n = 0; n < D / WARP; ++n) {
+        const int j = lane + n * WARP;
+        out[j]      = args.norm[j] * x[n] * scale * sigmoid(gate[j]);
+    }
+}
+
+template <int D>
+static __global__ void __launch_bounds__(step_shape<D>::THREADS, 1)
+    steps_kernel(const scan_args args, const token_range range) {
+    using shape = step_shape<D>;
+    __shared__ step_group<D> group;
+
+    const int           h    = blockIdx.x / shape::APART;
+    const int           s    = blockIdx.y;
+    const int           T    = args.n_tokens;
+    const state_dest    dest = choose_dest(args.st);
+    const step_place<D> at;
+
+    const float * found =
+        range.begin > 0 ? dest.at(s, args.st.n_slots - 1) : state_found(args.st, s);  // of all heads; nullptr: zeros
+    float4 m[THREAD_ROWS][shape::VECTORS];
+#pragma unroll
+    for (int r = 0; r < THREAD_ROWS; ++r) {
+#pragma unroll
+        for (int n = 0; n < shape::VECTORS; ++n) {
+            m[r][n] =
+                found ? load4(found + (int64_t) h * D * D + at.offset(r, n)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+    }
+    if (range.begin == 0 && T < args.st.n_slots) {
+        keep_state<D>(dest.at(s, T) + (int64_t) h * D * D, at, m);
+    }
+
+    for (int t0 = range.begin; t0 < range.end; t0 += GROUP) {
+        const int n_group = range.end - t0 < GROUP ? range.end - t0 : GROUP;
+        load_group<D>(group, args, h, s, t0, n_group, at.row0);
+        __syncthreads();
+        for (int g = 0; g < n_group; ++g) {
+            step<D>(group, g, at, m);
+            const int slot = T - 1 - (t0 + g);
+            if (slot < args.st.n_slots) {
+                keep_state<D>(dest.at(s, slot) + (int64_t) h * D * D, at, m);
+            }
+        }
+        __syncthreads();
+        if (shape::APART == 1) {
+            for (int g = threadIdx.x / WARP; g < n_group; g += shape::THREADS / WARP) {
+                finish_token<D>(args, group.o[g], args.out_at(h, t0 + g, s), args.gate.at(h, t0 + g, s));
+            }
+        } else {
+            for (int x = threadIdx.x; x < n_group * shape::BLOCK_ROWS; x += shape::THREADS) {
+                const int g = x / shape::BLOCK_ROWS;
+                const int j = x % shape::BLOCK_ROWS;
+
+                args.out_at(h, t0 + g, s)[at.row0 + j] = group.o[g][j];
+            }
+        }
+        __syncthreads();
+    }
+}
+
+constexpr int FINISH_WARPS = 8;
+
+template <int D>
+static __global__ void __launch_bounds__(FINISH_WARPS * WARP)
+    finish_kernel(const scan_args args, const token_range range) {
+    const int h = blockIdx.y;
+    const int s = blockIdx.z;
+    const int t = range.begin + blockIdx.x * FINISH_WARPS + threadIdx.x / WARP;
+    if (t >= range.end) {
+        return;
+    }
+    float * out = args.out_at(h, t, s);
+    finish_token<D>(args, out, out, args.gate.at(h, t, s));
+}
+
+template <int D> static void launch_finish(const scan_args & args, const token_range & range, cudaStream_t stream) {
+    const dim3 grid((range.end - range.begin + FINISH_WARPS - 1) / FINISH_WARPS, args.n_heads, args.n_seqs);
+    finish_kernel<D><<<grid, FINISH_WARPS * WARP, 0, stream>>>(args, range);
+}
+
+template <int D> static void launch_steps(const scan_args & args, const token_range & range, cudaStream_t stream) {
+    using shape = step_shape<D>;
+    const dim3 grid(args.n_heads * shape::APART, args.n_seqs);
+    steps_kernel<D><<<grid, shape::THREADS, 0, stream>>>(args, range);
+    if (shape::APART > 1) {
+        launch_finish<D>(args, range, stream);
+    }
+}
+
+void scan_steps(const scan_args & args, const token_range & range, cudaStream_t stream) {
+    switch (args.head_size) {
+    case 32:
+        return launch_steps<32>(args, range, stream);
+    case 64:
+        return launch_steps<64>(args, range, stream);
+    case 96:
+        return launch_steps<96>(args, range, stream);
+    case 128:
+        return launch_steps<128>(args, range, stream);
+    case 256:
+        return launch_steps<256>(args, range, stream);
+    }
+}
+
+void scan_finish(const scan_args & args, const token_range & range, cudaStream_t stream) {
+    switch (args.head_size) {
+    case 32:
+        return launch_finish<32>(args, range, stream);
+    case 64:
+        return launch_finish<64>(args, range, stream);
+    case 96:
+        return launch_finish<96>(args, range, stream);
+    case 128:
+        return launch_finish<128>(args, range, stream);
+    case 256:
+        return launch_finish<256>(args, range, stream);
+    }
+}
+
+}  // namespace kda_cuda
+
+#endif

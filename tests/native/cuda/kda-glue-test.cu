@@ -1,0 +1,316 @@
+// ggml's side of the KDA operators on CUDA (kda-ggml.cu): graphs of ggml tensors through it and through the kernels on
+// the CPU, against float64. What it is told of tensors that lie apart, which copies of the states it takes over, what it
+// refuses. A small interpreter stands in for ggml-cuda.cu.
+
+#include "check.h"
+#include "ggml-kda-conv.h"
+#include "ggml-kda-scan.h"
+#include "kda-cases.h"
+#include "kda-ggml.cuh"
+
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+
+using namespace cuda_emulator;
+using namespace kda_cases;
+
+static int capability = 800;  // of the device there is, as ggml counts
+
+// What ggml-cuda.cu, which is not here, gives the others.
+void ggml_cuda_error(const char * stmt, const char *, const char * file, int line, const char * msg) {
+    throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + stmt + ": " + msg);
+}
+
+int ggml_cuda_get_device() {
+    return 0;
+}
+
+void ggml_cuda_set_device(int) {}
+
+const ggml_cuda_device_info & ggml_cuda_info() {
+    static ggml_cuda_device_info info = {};
+    info.device_count                 = 1;
+    info.devices[0].cc                = capability;
+    info.devices[0].warp_size         = 32;
+    return info;
+}
+
+struct heap_pool : ggml_cuda_pool {
+    void * alloc(size_t size, size_t * actual_size) override {
+        void * p     = nullptr;
+        *actual_size = size;
+        CHECK(cudaMalloc(&p, size) == cudaSuccess);
+        return p;
+    }
+
+    void free(void * p, size_t) override { CHECK(cudaFree(p) == cudaSuccess); }
+};
+
+std::unique_ptr<ggml_cuda_pool> ggml_backend_cuda_context::new_pool_for_device(int, int) {
+    return std::make_unique<heap_pool>();
+}
+
+ggml_backend_cuda_context::~ggml_backend_cuda_context() = default;
+
+// Tensors, their memory, and the nodes in order.
+struct graph {
+    ggml_context *                                     ctx = ggml_init({ 4 << 20, nullptr, true });
+    ggml_cgraph *                                      nodes;
+    std::map<const ggml_tensor *, DeviceArray<char> *> memory;
+    std::vector<std::unique_ptr<DeviceArray<char>>>    arrays;
+    ggml_backend_cuda_context                          cuda{ 0 };
+    int                                                n_fused = 0;
+
+    graph() : nodes(ggml_new_graph(ctx)) {}
+
+    ~graph() { ggml_free(ctx); }
+
+    void allocate() {
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->view_src) {
+                t->data = (char *) t->view_src->data + t->view_offs;
+            } else {
+                arrays.push_back(std::make_unique<DeviceArray<char>>(ggml_nbytes(t)));
+                t->data = arrays.back()->data();
+                memset(t->data, 0xff, ggml_nbytes(t));  // NaN
+            }
+        }
+    }
+
+    static char * at(const ggml_tensor * t, int64_t b, int64_t c, int64_t d) {
+        return (char *) t->data + b * t->nb[1] + c * t->nb[2] + d * t->nb[3];
+    }
+
+    template <typename T> static void put(ggml_tensor * t, const std::vector<T> & x) {
+        CHECK((int64_t) x.size() == ggml_nelements(t));
+        size_t n = 0;
+        for (int64_t d = 0; d < t->ne[3]; ++d) {
+            for (int64_t c = 0; c < t->ne[2]; ++c) {
+                for (int64_t b = 0; b < t->ne[1]; ++b, n += t->ne[0]) {
+                    memcpy(at(t, b, c, d), x.data() + n, t->ne[0] * sizeof(T));
+                }
+            }
+        }
+    }
+
+    static void copy(const ggml_tensor * from, ggml_tensor * to) {
+        for (int64_t c = 0; c < from->ne[2]; ++c) {
+            for (int64_t b = 0; b < from->ne[1]; ++b) {
+                memcpy(at(to, b, c, 0), at(from, b, c, 0), from->ne[0] * sizeof(float));
+            }
+        }
+    }
+
+    void run() {
+        for (int i = 0; i < ggml_graph_n_nodes(nodes); ++i) {
+            ggml_tensor * t = ggml_graph_node(nodes, i);
+            if (t->op == GGML_OP_KDA_CONV || t->op == GGML_OP_KDA_SCAN) {
+                CHECK(ggml_cuda_kda_supported(0, t));
+                const int n = ggml_cuda_try_fuse_kda_copy(cuda, nodes, i);
+                if (n == 0) {
+                    ggml_cuda_op_kda(cuda, t);
+                }
+                n_fused += n > 0;
+                i += n;
+            } else if (t->op == GGML_OP_CPY) {
+                copy(t->src[0], t->src[1]);
+            } else if (t->op == GGML_OP_GET_ROWS) {
+                for (int64_t r = 0; r < t->ne[1]; ++r) {
+                    memcpy(at(t, r, 0, 0), at(t->src[0], ((int32_t *) t->src[1]->data)[r], 0, 0), t->nb[1]);
+                }
+            } else {
+                CHECK(t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE);
+            }
+        }
+    }
+};
+
+// What stands around the operator.
+struct surroundings {
+    const char * name;
+    bool         copied;    // the states into the cache
+    bool         gathered;  // rows taken over by other cells, in between
+    bool         output;    // the operator is a result of the graph itself
+    bool         reader;    // something else reads the states
+    bool         fused;     // may the copy be taken over?
+};
+
+static const surroundings all_surroundings[] = {
+    { "alone", false, false, false, false, false },       { "copied", true, false, false, false, true },
+    { "rows gathered", true, true, false, false, false }, { "output", true, false, true, false, false },
+    { "read", true, false, false, true, false },
+};
+
+// a [a, b, c, d] tensor with twice its rows' length
+static ggml_tensor * apart(graph & g, int64_t a, int64_t b, int64_t c, int64_t d) {
+    ggml_tensor * t = ggml_new_tensor_4d(g.ctx, GGML_TYPE_F32, 2 * a, b, c, d);
+    return ggml_view_4d(g.ctx, t, a, b, c, d, t->nb[1], t->nb[2], t->nb[3], a * sizeof(float));
+}
+
+// Appends the operator and what stands around it. Returns the view of the cache that the states end in.
+static ggml_tensor * surround(graph &              g,
+                              const surroundings & around,
+                              ggml_tensor *        op,
+                              ggml_tensor *        cache,
+                              int64_t              n_out,
+                              int64_t              S,
+                              int64_t              K) {
+    const int64_t size  = cache->ne[0];
+    const int64_t cells = cache->ne[1] / K;
+    ggml_build_forward_expand(g.nodes, op);
+    if (around.output) {
+        ggml_set_output(op);
+    }
+    ggml_tensor * from = ggml_view_3d(g.ctx, op, size, S, K, size * 4, size * S * 4, n_out * 4);
+    ggml_tensor * to   = ggml_view_3d(g.ctx, cache, size, S, K, cache->nb[1], cells * cache->nb[1], 0);
+    if (around.gathered) {
+        ggml_tensor * moved = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, 1);
+        ggml_set_name(moved, "moved");
+        ggml_tensor * behind = ggml_view_2d(g.ctx, cache, size, 1, cache->nb[1], S * cache->nb[1]);
+        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), behind));
+    }
+    if (around.copied) {
+        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, from, to));
+    }
+    if (around.reader) {
+        ggml_tensor * other = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, size, S, K);
+        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, from, other));
+    }
+    return around.copied ? to : from;
+}
+
+static int n_cases;
+
+template <typename Want>
+static void judge(const std::string & name,
+                  const graph &       g,
+                  bool                fused,
+                  const ggml_tensor * op,
+                  const ggml_tensor * states,
+                  const Want &        want) {
+    const double e_out = nmse((const float *) op->data, want.out.data(), want.out.size());
+    size_t       n     = 0;
+    double       worst = 0;
+    for (int64_t k = 0; k < states->ne[2]; ++k) {
+        for (int64_t s = 0; s < states->ne[1]; ++s, n += states->ne[0]) {
+            worst = std::max(worst,
+                             nmse((const float *) graph::at(states, s, k, 0), want.states.data() + n, states->ne[0]));
+        }
+    }
+    ++n_cases;
+    if (e_out <= 1e-7 && worst <= 1e-7 && (g.n_fused == 1) == fused) {
+        return;
+    }
+    printf("%s: NMSE of the output %.1e, of the worst state %.1e; %s\n", name.c_str(), e_out, worst,
+           g.n_fused ? "copy taken over" : "copy as it stands");
+    exit(1);
+}
+
+static void test_scan(const scan_shape & n, const surroundings & around, bool new_seq, bool own_rows) {
+    const scan_inputs x    = make_scan(n, "ordinary", -INFINITY, new_seq, own_rows);
+    const int64_t     size = n.D * n.D * n.H;
+    in_all_orders([&](const char * order) {
+        graph         g;
+        ggml_tensor * qkv   = apart(g, n.D, 3 * n.H, n.T, n.S);
+        ggml_tensor * f     = apart(g, n.D, n.H, n.T, n.S);
+        ggml_tensor * gate  = apart(g, n.D, n.H, n.T, n.S);
+        ggml_tensor * beta  = apart(g, n.H, n.T, n.S, 1);
+        ggml_tensor * dt    = ggml_new_tensor_1d(g.ctx, GGML_TYPE_F32, n.D * n.H);
+        ggml_tensor * a     = ggml_new_tensor_1d(g.ctx, GGML_TYPE_F32, n.H);
+        ggml_tensor * norm  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_F32, n.D);
+        ggml_tensor * cache = ggml_new_tensor_2d(g.ctx, GGML_TYPE_F32, size, x.cache.size() / size);
+        ggml_tensor * rows  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, n.S);
+        ggml_tensor * op =
+            ggml_kda_scan(g.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
+        ggml_tensor * states = surround(g, around, op, cache, n.D * n.H * n.T * n.S, n.S, n.K);
+        g.allocate();
+        g.put(qkv, x.qkv);
+        g.put(f, x.f);
+        g.put(gate, x.gate);
+        g.put(beta, x.beta);
+        g.put(dt, x.dt_bias);
+        g.put(a, x.a);
+        g.put(norm, x.norm);
+        g.put(cache, x.cache);
+        g.put(rows, x.rows);
+        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {
+            g.put(moved, std::vector<int32_t>{ 0 });
+        }
+        g.run();
+        judge(std::string("scan ") + around.name + " T=" + std::to_string(n.T) + " " + order, g, around.fused, op,
+              states, scan(n, x));
+    });
+}
+
+static void test_conv(const conv_shape & n, const surroundings & around, bool new_seq, bool own_rows) {
+    const conv_inputs x = make_conv(n, new_seq, own_rows);
+    const int64_t     C = n.D * n.H;
+    in_all_orders([&](const char * order) {
+        graph         g;
+        ggml_tensor * in[3];
+        ggml_tensor * w[3];
+        for (int p = 0; p < 3; ++p) {
+            in[p] = apart(g, C, n.T, n.S, 1);
+            w[p]  = ggml_new_tensor_2d(g.ctx, GGML_TYPE_F32, 4, C);
+        }
+        ggml_tensor * cache = ggml_new_tensor_2d(g.ctx, GGML_TYPE_F32, 9 * C, x.cache.size() / (9 * C));
+        ggml_tensor * rows  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, n.S);
+        ggml_tensor * op =
+            ggml_kda_conv(g.ctx, in[0], in[1], in[2], w[0], w[1], w[2], cache, rows, n.D, n.K, x.zero_row, x.eps);
+        ggml_tensor * states = surround(g, around, op, cache, 3 * C * n.T * n.S, n.S, n.K);
+        g.allocate();
+        for (int p = 0; p < 3; ++p) {
+            g.put(in[p], x.x[p]);
+            g.put(w[p], x.w[p]);
+        }
+        g.put(cache, x.cache);
+        g.put(rows, x.rows);
+        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {
+            g.put(moved, std::vector<int32_t>{ 0 });
+        }
+        g.run();
+        judge(std::string("conv ") + around.name + " T=" + std::to_string(n.T) + " " + order, g, around.fused, op,
+              states, conv(n, x));
+    });
+}
+
+// A node whose q lies `offset` floats and rows `gap` floats apart, on a device of this capability.
+static bool supported(int64_t D, int64_t gap, int64_t offset, int cc) {
+    capability          = cc;
+    ggml_context * ctx  = ggml_init({ 1 << 20, nullptr, true });
+    const int64_t  C    = 2 * D;
+    ggml_tensor *  all  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, C + gap + offset, 4);
+    ggml_tensor *  q    = ggml_view_3d(ctx, all, C, 4, 1, (C + gap) * 4, (C + gap) * 16, offset * 4);
+    ggml_tensor *  w    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 4, C);
+    ggml_tensor *  rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    ggml_tensor *  op =
+        ggml_kda_conv(ctx, q, q, q, w, w, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 9 * C, 1), rows, D, 1, -1, 1e-6f);
+    const bool yes = ggml_cuda_kda_supported(0, op);
+    ggml_free(ctx);
+    capability = 800;
+    return yes;
+}
+
+int main() {
+    for (const surroundings & around : all_surroundings) {
+        for (const bool own_rows : { false, true }) {
+            test_conv({ 32, 2, 5, 3, 2 }, around, true, own_rows);
+            test_scan({ 32, 2, 5, 3, 2 }, around, true, own_rows);
+            test_scan({ 32, 2, 66, 2, 2 }, around, false, own_rows);
+        }
+        test_conv({ 32, 2, 5, 1, 2 }, around, false, false);
+        test_scan({ 32, 2, 5, 1, 2 }, around, false, false);
+    }
+    capability = 750;
+    test_scan({ 32, 2, 66, 2, 2 }, all_surroundings[1], false, false);
+    capability = 800;
+
+    CHECK(supported(64, 4, 4, 750));
+    CHECK(!supported(64, 4, 4, 610));
+    CHECK(!supported(48, 4, 4, 800));
+    CHECK(!supported(64, 2, 4, 800));
+    CHECK(!supported(64, 4, 2, 800));
+    printf("%d cases, all as they should be\n", n_cases);
+}

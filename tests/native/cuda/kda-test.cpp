@@ -1,0 +1,375 @@
+// The CUDA kernels of KDA_CONV and KDA_SCAN on the CPU, against their float64 oracles: every kernel, head sizes, lengths
+// around the tiles, several sequences with permuted and new rows, snapshots, sources whose rows lie apart, states written
+// into the cache or copied there, hostile gates; and the same bits whatever order threads run in.
+//
+// Argument: which group of cases, conv, steps, chunks, scan or briefly; none: all.
+
+#include "kda-cases.h"
+#include "kda-conv.cuh"
+#include "kda-scan.cuh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+
+using namespace kda_cases;
+using cuda_emulator::DeviceArray;
+namespace kda = kda_cuda;
+
+static constexpr double LIMIT = 1e-7;
+
+// A tensor [a, heads, tokens, sequences], `gap` floats of NaN behind each row; reversed: heads outermost.
+struct layout {
+    int64_t a, H, T, S, gap;
+    bool    reversed;
+
+    kda::rows rows(const float * data, int64_t head) const {
+        const int64_t row = a + gap;
+        kda::rows     r   = { data, row, row * H, row * H * T };
+        if (reversed) {
+            r = { data, row * S * T, row * S, row };
+        }
+        r.data += head * r.head;
+        return r;
+    }
+
+    std::vector<float> fill(const std::vector<float> & x) const {
+        std::vector<float> data((a + gap) * H * T * S, NAN);
+        for (int64_t i = 0; i < H * T * S; ++i) {
+            const float * at = rows(data.data(), 0).at(i % H, i / H % T, i / H / T);
+            std::copy_n(x.begin() + i * a, a, data.begin() + (at - data.data()));
+        }
+        return data;
+    }
+};
+
+struct source {
+    layout             at;
+    DeviceArray<float> data;
+
+    source(const std::vector<float> & x, const layout & at) : at(at), data(at.fill(x)) {}
+
+    kda::rows rows(int64_t head = 0) const { return at.rows(data.data(), head); }
+};
+
+struct options {
+    int64_t gap      = 0;
+    bool    reversed = false;
+    bool    in_place = false;  // a copy of the states to the cache is taken over
+    bool    own_rows = false;  // every sequence continues the row that it writes
+};
+
+struct result {
+    std::vector<float> out;
+    std::vector<float> states;  // of the slots that are to be written
+    bool               tail_untouched = true;
+};
+
+static constexpr float UNWRITTEN = 12345.0f;
+
+// Memory of an operator's result and cache, as the glue would hand it to the kernels.
+struct memory {
+    DeviceArray<float>   out, states, cache;
+    DeviceArray<int32_t> rows;
+    int64_t              size, S, n_slots;
+    kda::states          st;
+
+    memory(int64_t                      n_out,
+           int64_t                      size,
+           int64_t                      T,
+           int64_t                      S,
+           int64_t                      K,
+           const std::vector<float> &   cache,
+           const std::vector<int32_t> & rows,
+           int32_t                      zero_row,
+           const options &              o) :
+        out(n_out), states(std::vector<float>(size * S * K, UNWRITTEN)), cache(cache), rows(rows), size(size), S(S),
+        n_slots(std::min(T + 1, K)) {
+        const int64_t cells = this->cache.size() / size / n_slots;
+        st                  = {};
+        st.cache            = this->cache.data();
+        st.row_stride       = size;
+        st.rows             = this->rows.data();
+        st.zero_row         = zero_row;
+        st.n_seqs           = S;
+        st.n_slots          = K;
+        st.result           = { states.data(), size, size * S };
+        if (o.in_place) {
+            st.in_cache = { this->cache.data(), size, size * cells };
+        }
+    }
+
+    result take(const options & o) const {
+        result y;
+        y.out = out.values();
+        for (int64_t k = 0; k < n_slots; ++k) {
+            for (int64_t s = 0; s < S; ++s) {
+                const kda::state_dest & d    = o.in_place ? st.in_cache : st.result;
+                const float *           from = d.data + s * d.seq + k * d.slot;
+                y.states.insert(y.states.end(), from, from + size);
+            }
+        }
+        const std::vector<float> all = states.values();
+        y.tail_untouched =
+            std::all_of(all.begin() + n_slots * S * size, all.end(), [](float x) { return x == UNWRITTEN; });
+        return y;
+    }
+};
+
+using scan_kernel = std::function<void(const kda::scan_args &)>;
+
+static result run_scan(const scan_shape & n, const scan_inputs & x, const options & o, const scan_kernel & kernel) {
+    const source qkv(x.qkv, { n.D, 3 * n.H, n.T, n.S, o.gap, o.reversed });
+    const source f(x.f, { n.D, n.H, n.T, n.S, o.gap, o.reversed });
+    const source gate(x.gate, { n.D, n.H, n.T, n.S, 0, o.reversed });
+    const source beta(x.beta, { n.H, 1, n.T, n.S, o.gap, o.reversed });
+
+    const DeviceArray<float> dt_bias(x.dt_bias), a(x.a), norm(x.norm);
+
+    memory mem(n.D * n.H * n.T * n.S, n.D * n.D * n.H, n.T, n.S, n.K, x.cache, x.rows, x.zero_row, o);
+
+    kda::scan_args args = {};
+    args.q              = qkv.rows();
+    args.k              = qkv.rows(n.H);
+    args.v              = qkv.rows(2 * n.H);
+    args.f              = f.rows();
+    args.gate           = gate.rows();
+    args.beta           = beta.rows();
+    args.beta.head      = 1;
+    args.dt_bias        = dt_bias.data();
+    args.a              = a.data();
+    args.norm           = norm.data();
+    args.out            = mem.out.data();
+    args.st             = mem.st;
+    args.head_size      = n.D;
+    args.n_heads        = n.H;
+    args.n_tokens       = n.T;
+    args.n_seqs         = n.S;
+    args.eps            = x.eps;
+    args.kind           = { x.lower_bound > -INFINITY, (float) x.lower_bound };
+    kernel(args);
+    return mem.take(o);
+}
+
+static result run_conv(const conv_shape & n, const conv_inputs & x, const options & o) {
+    const int64_t  C    = n.D * n.H;
+    kda::conv_args args = {};
+    const source   q(x.x[0], { n.D, n.H, n.T, n.S, o.gap, o.reversed });
+    const source   k(x.x[1], { n.D, n.H, n.T, n.S, 0, o.reversed });
+    const source   v(x.x[2], { n.D, n.H, n.T, n.S, o.gap, false });
+
+    const DeviceArray<float> w[3] = { DeviceArray<float>(x.w[0]), DeviceArray<float>(x.w[1]),
+                                      DeviceArray<float>(x.w[2]) };
+    memory                   mem(3 * C * n.T * n.S, 9 * C, n.T, n.S, n.K, x.cache, x.rows, x.zero_row, o);
+    args.x[0] = q.rows();
+    args.x[1] = k.rows();
+    args.x[2] = v.rows();
+    for (int p = 0; p < 3; ++p) {
+        args.w[p] = w[p].data();
+    }
+    args.out       = mem.out.data();
+    args.st        = mem.st;
+    args.head_size = n.D;
+    args.n_heads   = n.H;
+    args.n_tokens  = n.T;
+    args.n_seqs    = n.S;
+    args.eps       = x.eps;
+    kda::conv(args, nullptr);
+    return mem.take(o);
+}
+
+static int    n_tests, n_failed;
+static double worst;
+
+// run: the kernels, once for each order. Want's slots beyond those written do not count.
+template <typename Want>
+static void
+judge(const std::string & name, const Want & want, int64_t slots, int64_t K, const std::function<result()> & run) {
+    result first;
+    double e_out = 0, e_state = 0;
+    bool   same = true, untouched = true;
+    try {
+        cuda_emulator::in_all_orders([&](const char *) {
+            const result y = run();
+            if (first.out.empty()) {
+                first   = y;
+                e_out   = nmse(y.out.data(), want.out.data(), want.out.size());
+                e_state = nmse(y.states.data(), want.states.data(), want.states.size() / K * slots);
+            }
+            same      = same && memcmp(first.out.data(), y.out.data(), y.out.size() * sizeof(float)) == 0 &&
+                        memcmp(first.states.data(), y.states.data(), y.states.size() * sizeof(float)) == 0;
+            untouched = untouched && y.tail_untouched;
+        });
+    } catch (const cuda_emulator::Fault & fault) {
+        printf("FAIL %s: %s\n", name.c_str(), fault.what());
+        n_failed++;
+        return;
+    }
+    n_tests++;
+    if (e_out <= LIMIT && e_state <= LIMIT && same && untouched) {
+        worst = std::max({ worst, e_out, e_state });
+        return;
+    }
+    n_failed++;
+    printf("FAIL %s: NMSE of the output %.2e, of the states %.2e, limit %.0e%s%s\n", name.c_str(), e_out, e_state,
+           LIMIT, same ? "" : "; other bits in another order", untouched ? "" : "; slots beyond T written");
+}
+
+static std::string
+describe(const char * what, int64_t D, int64_t H, int64_t T, int64_t S, int64_t K, const options & o) {
+    char text[200];
+    snprintf(text, sizeof(text), "%s D=%d H=%d T=%d S=%d K=%d gap=%d reversed=%d in_place=%d own_rows=%d", what,
+             (int) D, (int) H, (int) T, (int) S, (int) K, (int) o.gap, o.reversed, o.in_place, o.own_rows);
+    return text;
+}
+
+static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
+    const conv_inputs x = make_conv(n, new_seq, o.own_rows);
+    judge(describe("conv", n.D, n.H, n.T, n.S, n.K, o), conv(n, x), std::min(n.T + 1, n.K), n.K,
+          [&] { return run_conv(n, x, o); });
+}
+
+// The whole operator on a device of this compute capability.
+static scan_kernel whole(int capability) {
+    return [=](const kda::scan_args & args) {
+        const DeviceArray<char> work(kda::chunk_workspace(args, { 0, args.n_tokens }));
+        kda::scan(args, capability, work.data(), nullptr);
+    };
+}
+
+// Chunks alone, of any length; in two runs where there are more than two chunks.
+static scan_kernel chunks() {
+    return [](const kda::scan_args & args) {
+        const int               middle = args.n_tokens > 128 ? 64 : args.n_tokens;
+        const DeviceArray<char> work(kda::chunk_workspace(args, { 0, args.n_tokens }));
+        kda::scan_chunks(args, { 0, middle }, work.data(), nullptr);
+        if (middle < args.n_tokens) {
+            kda::scan_chunks(args, { middle, args.n_tokens }, work.data(), nullptr);
+        }
+        kda::copy_states(args.st, (int64_t) args.head_size * args.head_size * args.n_heads, 1, nullptr);
+    };
+}
+
+static void test_scan(const char *        what,
+                      const scan_kernel & kernel,
+                      const scan_shape &  n,
+                      const char *        gate,
+                      double              bound,
+                      bool                new_seq,
+                      const options &     o) {
+    const scan_inputs x = make_scan(n, gate, bound, new_seq, o.own_rows);
+    char              name[300];
+    snprintf(name, sizeof(name), "%s gate=%s bound=%g new=%d", describe(what, n.D, n.H, n.T, n.S, n.K, o).c_str(), gate,
+             bound, new_seq);
+    judge(name, scan(n, x), std::min(n.T + 1, n.K), n.K, [&] { return run_scan(n, x, o, kernel); });
+}
+
+// A decay of 1 - 1.2e-4 at every one of 4096 tokens: an error in it acts over all of them.
+static void test_long_memory(const char * what, const scan_kernel & kernel) {
+    const scan_shape n = { 32, 1, 4096, 1, 1 };
+    scan_inputs      x = make_scan(n, "ordinary", -INFINITY, false, false);
+    std::fill(x.f.begin(), x.f.end(), -9.0f);
+    std::fill(x.dt_bias.begin(), x.dt_bias.end(), 0.0f);
+    std::fill(x.a.begin(), x.a.end(), -1.0f);
+    judge(std::string(what) + " with a long memory", scan(n, x), 1, n.K, [&] { return run_scan(n, x, {}, kernel); });
+}
+
+static options vary(int64_t i) {
+    options o;
+    o.gap      = i % 2 * 4;
+    o.reversed = i % 3 == 1;
+    o.in_place = i % 4 < 2;
+    o.own_rows = i % 4 == 0;
+    return o;
+}
+
+static void test_convs() {
+    int64_t i = 0;
+    for (const int64_t D : { 32, 64, 96, 128, 256 }) {
+        for (const int64_t T : { 1, 2, 3, 15, 16, 17, 33, 65 }) {
+            for (const int64_t K : { 1, 4 }) {
+                for (const int64_t S : { 1, 3 }) {
+                    test_conv({ D, 3, T, S, K }, i % 3 == 0, vary(i));
+                    ++i;
+                }
+            }
+        }
+    }
+}
+
+static void test_steps() {
+    int64_t i = 0;
+    for (const int64_t D : { 32, 64, 96, 128, 256 }) {
+        for (const int64_t T : { 1, 2, 7, 8, 9, 16, 17, 65 }) {
+            for (const int64_t K : { 1, 4 }) {
+                test_scan("steps", whole(75), { D, 2, T, 1 + i % 3, K }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
+                ++i;
+            }
+        }
+    }
+    for (const char * gate : gates) {
+        for (const double bound : { -(double) INFINITY, -5.0 }) {
+            test_scan("steps", whole(75), { 64, 1, 40, 2, 2 }, gate, bound, true, vary(i++));
+        }
+    }
+    test_long_memory("steps", whole(75));
+}
+
+static void test_chunks() {
+    int64_t i = 0;
+    for (const int64_t D : { 32, 64, 96, 128 }) {
+        for (const int64_t T : { 1, 2, 15, 16, 17, 63, 64, 65, 130 }) {
+            test_scan("chunks", chunks(), { D, 1, T, 1 + i % 2, 1 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
+            ++i;
+        }
+    }
+    for (const char * gate : gates) {
+        for (const double bound : { -(double) INFINITY, -5.0 }) {
+            test_scan("chunks", chunks(), { 128, 1, 130, 1, 1 }, gate, bound, i % 2 == 0, vary(i));
+            ++i;
+        }
+        test_scan("chunks", chunks(), { 64, 2, 90, 1, 1 }, gate, -INFINITY, false, vary(i++));
+    }
+    test_long_memory("chunks", chunks());
+}
+
+static void test_whole() {
+    int64_t i = 0;
+    for (const int64_t D : { 32, 64, 96, 128, 256 }) {
+        for (const int64_t T : { 63, 66, 68, 131 }) {
+            test_scan("scan", whole(90), { D, 1, T, 1 + i % 2, 4 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
+            ++i;
+        }
+    }
+    test_scan("scan", whole(90), { 128, 2, 70, 3, 2 }, "deadly", -INFINITY, true, vary(0));
+    test_scan("scan", whole(90), { 64, 48, 64, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // a block a head
+}
+
+// One case of every kernel, for a program that watches shared memory.
+static void test_briefly() {
+    const options copied = { 4, false, true, false };
+    test_conv({ 64, 1, 17, 2, 2 }, true, copied);
+    test_scan("steps", whole(75), { 64, 1, 17, 2, 2 }, "ordinary", -INFINITY, true, copied);
+    test_scan("steps", whole(75), { 256, 1, 9, 1, 1 }, "ordinary", -INFINITY, true, {});
+    test_scan("chunks", chunks(), { 32, 1, 130, 1, 1 }, "ordinary", -INFINITY, false, {});
+    test_scan("chunks", chunks(), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
+}
+
+int main(int argc, char ** argv) {
+    const struct {
+        const char * name;
+        void (*run)();
+    } groups[] = {
+        { "conv", test_convs }, { "steps", test_steps },     { "chunks", test_chunks },
+        { "scan", test_whole }, { "briefly", test_briefly },
+    };
+
+    for (const auto & group : groups) {
+        if (argc < 2 || strcmp(argv[1], group.name) == 0) {
+            group.run();
+        }
+    }
+    printf("%d checks, %d failed; largest NMSE that passed %.1e\n", n_tests, n_failed, worst);
+    return n_failed != 0 || n_tests == 0;
+}
