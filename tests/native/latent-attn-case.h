@@ -94,6 +94,9 @@ class LatentCase {
         ggml_backend_graph_compute(backend, graph);
     }
 
+    // The operator's node, whose sources lie in the CPU's memory; what is written to its result is judged by nmse().
+    ggml_tensor * node() const { return out; }
+
     std::vector<float> result() const {
         const float * data = (const float *) out->data;
         return std::vector<float>(data, data + ggml_nelements(out));

@@ -1,0 +1,266 @@
+#pragma once
+
+// Tiles of the cache in shared memory, ready for tensor cores: TILE_KEYS rows of 16-bit values, one source for keys and
+// values alike.
+//
+//   type        | element | planes       | factors | on its way
+//   f16, bf16   | as it is| 1            | none    | copied asynchronously into one of two tiles
+//   q8_0, q4_0  | bf16    | 1: the codes | scales  | copied asynchronously as it lies, then unpacked
+//   f32         | bf16    | 2: hi + lo   | none    | read and split
+//
+// Codes have at most 8 bits, which bf16 holds exactly. A key that is not visible becomes zeros, whatever its cell holds;
+// in a 16-bit or 32-bit cache it is not even read.
+//
+// Use: fetch(first tile); then for each tile arrive(), fetch(the one behind it), and read. All threads of the block
+// call both; arrive() is a barrier on both sides.
+
+#include "latent-cuda.cuh"
+#include "latent-mma.cuh"
+
+namespace latent_cuda {
+
+constexpr int THREADS     = 256;
+constexpr int TILE_KEYS   = 32;
+constexpr int TILE_STRIDE = N_CACHE + 8;  // values; eight rows then lie in different banks for ldmatrix
+constexpr int TILE_VALUES = TILE_KEYS * TILE_STRIDE;
+constexpr int FACTOR_SPAN = 32;  // values that share a scale
+constexpr int N_FACTORS   = N_CACHE / FACTOR_SPAN;
+
+// Keys [key, key + TILE_KEYS), those that some query of the block sees. None: there is no such tile any more.
+struct key_tile {
+    int      key;
+    uint32_t visible;
+
+    __device__ bool sees(int i) const { return visible >> i & 1; }
+};
+
+// The rows of one stream.
+struct cache_rows {
+    const char * data;
+    int64_t      row_bytes;
+    int          n_keys;
+
+    __device__ const char * at(int key) const { return data + key * row_bytes; }
+};
+
+template <cache_type TYPE> struct cache_tiles;
+
+// 16-bit values: two tiles in turns.
+template <typename T> struct plain_tiles {
+    using element                   = T;
+    static constexpr int  PLANES    = 1;
+    static constexpr bool FACTORS   = false;
+    static constexpr int  ROW_BYTES = N_CACHE * sizeof(T);
+    static constexpr int  SHARED    = 2 * TILE_VALUES * sizeof(T);
+
+    cache_rows rows;
+    T *        tiles;
+    int        current = 1;
+
+    __device__ plain_tiles(char * shared, const cache_rows & rows) : rows(rows), tiles(reinterpret_cast<T *>(shared)) {}
+
+    __device__ void fetch(const key_tile & tile) {
+        constexpr int CHUNK  = 16;
+        constexpr int CHUNKS = ROW_BYTES / CHUNK;
+        if (tile.visible == 0) {
+            return;
+        }
+        T * to = tiles + (1 - current) * TILE_VALUES;
+#pragma unroll
+        for (int i = threadIdx.x; i < TILE_KEYS * CHUNKS; i += THREADS) {
+            const int    key  = i / CHUNKS;
+            const int    at   = i % CHUNKS * CHUNK;
+            const bool   sees = tile.sees(key);
+            const char * from = sees ? rows.at(tile.key + key) + at : rows.data;
+            copy_16_async(reinterpret_cast<char *>(to + key * TILE_STRIDE) + at, from, sees ? CHUNK : 0);
+        }
+    }
+
+    __device__ void arrive(const key_tile &) {
+        wait_copies();
+        __syncthreads();
+        current = 1 - current;
+    }
+
+    __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
+
+    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+};
+
+// Two codes, unpacked to words of 16 bits, as bf16. In 2^7 + n, n < 128, bf16 is exact to one.
+template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_bf16(uint32_t codes) {
+    uint32_t above, offset;
+    if constexpr (TYPE == cache_type::q8_0) {
+        above  = (codes & 0x007f007f) | 0x43004300;
+        offset = (codes & 0x00800080) | 0x43004300;  // 128, and 256 for a negative code
+    } else {
+        above  = codes | 0x43004300;
+        offset = 0x43084308;  // 136
+    }
+    __nv_bfloat162 x, y;
+    memcpy(&x, &above, sizeof(x));
+    memcpy(&y, &offset, sizeof(y));
+    x = __hsub2(x, y);
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+// Blocks of 32 codes behind a half that is their scale.
+template <cache_type TYPE> struct quantised_tiles {
+    using element                      = __nv_bfloat16;
+    static constexpr int  PLANES       = 1;
+    static constexpr bool FACTORS      = true;
+    static constexpr int  BLOCK_BYTES  = 2 + (TYPE == cache_type::q8_0 ? FACTOR_SPAN : FACTOR_SPAN / 2);
+    static constexpr int  ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
+    static constexpr int  TILE_BYTES   = TILE_VALUES * sizeof(element);
+    static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(float);
+    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + TILE_KEYS * ROW_BYTES;
+    static_assert(TILE_KEYS * ROW_BYTES % 16 == 0);
+
+    cache_rows rows;
+    element *  tile_values;
+    float *    tile_factors;  // [N_FACTORS][TILE_KEYS]
+    char *     raw;           // the rows as they lie, one behind the other
+
+    __device__ quantised_tiles(char * shared, const cache_rows & rows) :
+        rows(rows), tile_values(reinterpret_cast<element *>(shared)),
+        tile_factors(reinterpret_cast<float *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES) {}
+
+    __device__ void fetch(const key_tile & tile) {
+        if (tile.visible == 0) {
+            return;
+        }
+        const char * from  = rows.at(tile.key);
+        const int    bytes = min(TILE_KEYS, rows.n_keys - tile.key) * ROW_BYTES;
+        if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+#pragma unroll
+            for (int at = threadIdx.x * 16; at < TILE_KEYS * ROW_BYTES; at += THREADS * 16) {
+                const int given = max(0, min(16, bytes - at));
+                copy_16_async(raw + at, given > 0 ? from + at : from, given);
+            }
+        } else {
+            for (int at = threadIdx.x * 4; at < bytes; at += THREADS * 4) {
+                copy_4_async(raw + at, from + at);
+            }
+        }
+    }
+
+    __device__ void arrive(const key_tile & tile) {
+        wait_copies();
+        __syncthreads();
+        for (int i = threadIdx.x; i < TILE_KEYS * N_FACTORS; i += THREADS) {
+            const int      key   = i / N_FACTORS;
+            const int      block = i % N_FACTORS;
+            const __half * scale = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
+            tile_factors[block * TILE_KEYS + key] = tile.sees(key) ? __half2float(*scale) : 0.0f;
+        }
+        // eight codes at a time
+        constexpr int PIECES = FACTOR_SPAN / 8;
+#pragma unroll
+        for (int i = threadIdx.x; i < TILE_KEYS * N_FACTORS * PIECES; i += THREADS) {
+            const int    key   = i / (N_FACTORS * PIECES);
+            const int    block = i / PIECES % N_FACTORS;
+            const int    piece = i % PIECES;
+            const char * codes = raw + key * ROW_BYTES + block * BLOCK_BYTES + 2;
+            unpack_eight(codes, piece, tile_values + key * TILE_STRIDE + block * FACTOR_SPAN);
+        }
+        __syncthreads();
+    }
+
+    // Codes begin at even addresses only.
+    static __device__ __forceinline__ uint32_t load_four(const char * at) {
+        const uint16_t * halves = reinterpret_cast<const uint16_t *>(at);
+        return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+    }
+
+    // Part `piece` of a block's codes to where they belong in its values.
+    static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
+        if constexpr (TYPE == cache_type::q8_0) {
+            const uint32_t a = load_four(codes + piece * 8);
+            const uint32_t b = load_four(codes + piece * 8 + 4);
+            *reinterpret_cast<uint4 *>(to + piece * 8) =
+                make_uint4(codes_to_bf16<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_bf16<TYPE>(__byte_perm(a, 0, 0x4342)),
+                           codes_to_bf16<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_bf16<TYPE>(__byte_perm(b, 0, 0x4342)));
+        } else {
+            // value j in the low half of byte j, value j + 16 in the high one
+            const uint32_t x = load_four(codes + piece * 4);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t n = x >> 4 * half & 0x0f0f0f0f;
+                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) =
+                    make_uint2(codes_to_bf16<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_bf16<TYPE>(__byte_perm(n, 0, 0x4342)));
+            }
+        }
+    }
+
+    __device__ const element * plane(int) const { return tile_values; }
+
+    // Of keys i, which is even, and i + 1.
+    __device__ float2 factors(int block, int i) const {
+        return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
+    }
+};
+
+// 32-bit values as sums of two.
+struct split_tiles {
+    using element                   = __nv_bfloat16;
+    static constexpr int  PLANES    = 2;
+    static constexpr bool FACTORS   = false;
+    static constexpr int  ROW_BYTES = N_CACHE * sizeof(float);
+    static constexpr int  SHARED    = PLANES * TILE_VALUES * sizeof(element);
+
+    cache_rows rows;
+    element *  tile_values;
+
+    __device__ split_tiles(char * shared, const cache_rows & rows) :
+        rows(rows), tile_values(reinterpret_cast<element *>(shared)) {}
+
+    __device__ void fetch(const key_tile &) {}
+
+    __device__ void arrive(const key_tile & tile) {
+        constexpr int CHUNKS = N_CACHE / 4;
+        __syncthreads();
+        for (int i = threadIdx.x; i < TILE_KEYS * CHUNKS; i += THREADS) {
+            const int    key  = i / CHUNKS;
+            const int    d    = i % CHUNKS * 4;
+            const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            const float4 x =
+                tile.sees(key) ? *reinterpret_cast<const float4 *>(rows.at(tile.key + key) + d * sizeof(float)) : zero;
+            const terms<2> xy = split<element, 2>(x.x, x.y);
+            const terms<2> zw = split<element, 2>(x.z, x.w);
+#pragma unroll
+            for (int p = 0; p < PLANES; ++p) {
+                *reinterpret_cast<uint2 *>(tile_values + p * TILE_VALUES + key * TILE_STRIDE + d) =
+                    make_uint2(xy.term[p], zw.term[p]);
+            }
+        }
+        __syncthreads();
+    }
+
+    __device__ const element * plane(int p) const { return tile_values + p * TILE_VALUES; }
+
+    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+};
+
+template <> struct cache_tiles<cache_type::f32> : split_tiles {
+    using split_tiles::split_tiles;
+};
+
+template <> struct cache_tiles<cache_type::f16> : plain_tiles<__half> {
+    using plain_tiles::plain_tiles;
+};
+
+template <> struct cache_tiles<cache_type::bf16> : plain_tiles<__nv_bfloat16> {
+    using plain_tiles::plain_tiles;
+};
+
+template <> struct cache_tiles<cache_type::q8_0> : quantised_tiles<cache_type::q8_0> {
+    using quantised_tiles::quantised_tiles;
+};
+
+template <> struct cache_tiles<cache_type::q4_0> : quantised_tiles<cache_type::q4_0> {
+    using quantised_tiles::quantised_tiles;
+};
+
+}  // namespace latent_cuda
