@@ -10,7 +10,7 @@
 //   softmax  eight lanes a row: sum of the slices, online maximum, weights
 //   values   warp w: all rows, values [64 w, 64 w + 64) of the result, which stays in registers
 // Sums are float32. A factor that 16 bits cannot hold well enough is taken as the sum of two terms: q always, the weights
-// except for quantised caches, where they are multiplied with the scales of the codes and rounded to bf16 once.
+// except for quantised caches, where they are multiplied with the scales of the codes and rounded once.
 
 #include "latent-cache.cuh"
 
@@ -34,8 +34,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 // What depends on the type of the cache beside its tiles.
 template <cache_type TYPE> struct precision {
-    static constexpr bool HALF       = TYPE == cache_type::f16;
     static constexpr bool QUANTISED  = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
+    static constexpr bool HALF       = TYPE == cache_type::f16 || QUANTISED;
     // Terms of a weight.
     static constexpr int  P_TERMS    = QUANTISED ? 1 : 2;
     // The greatest weight is 2^this, so that small ones are no subnormal halves.
@@ -103,12 +103,7 @@ static __device__ __forceinline__ float half_range(const float * row) {
     for (int mask = WARP / 2; mask > 0; mask /= 2) {
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, mask));
     }
-    const int exponent = __float_as_uint(largest) >> 23;
-    return __uint_as_float(min(127 + 8 + 127 - exponent, 253) << 23);
-}
-
-static __device__ __forceinline__ float inverse_of_power(float x) {
-    return __uint_as_float((254u << 23) - __float_as_uint(x));
+    return power_of_two(min(127 + 8 + 127 - exponent_of(largest), 253));
 }
 
 template <cache_type TYPE>
@@ -151,7 +146,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
 #pragma unroll
     for (int i = warp * BLOCK_ROWS / N_WARPS; i < (warp + 1) * BLOCK_ROWS / N_WARPS; ++i) {
         const float range = fixed::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
-        row_scale[i]      = args.scale * LOG2_E * inverse_of_power(range);
+        row_scale[i]      = args.scale * LOG2_E * power_of_two(254 - exponent_of(range));
         rescale[i]        = range;
     }
     __syncthreads();
@@ -278,14 +273,15 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             sum     = sum * factor + ((x[0] + x[1]) + (x[2] + x[3]));
             *reinterpret_cast<float4 *>(weights + my_row * SCORE_STRIDE + my_key) = make_float4(x[0], x[1], x[2], x[3]);
             if (lane % LANES_A_ROW == 0) {
-                rescale[my_row] = factor;
+                rescale[my_row] = factor * cache.unit_change();
             }
         }
         __syncthreads();
 
         {
-            float factor[ROW_TILES][2];
-            bool  same = true;
+            const float unit = cache.factor_unit();
+            float       factor[ROW_TILES][2];
+            bool        same = true;
 #pragma unroll
             for (int i = 0; i < ROW_TILES * 2; ++i) {
                 factor[i / 2][i % 2] = rescale[8 * i + g];
@@ -302,8 +298,10 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
 #pragma unroll
                 for (int span = 0; span < WARP_VALUES / FACTOR_SPAN; ++span) {
                     const int    value0 = warp * WARP_VALUES + span * FACTOR_SPAN;
-                    const float2 low    = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t);
-                    const float2 high   = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t + 8);
+                    float2       low    = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t);
+                    float2       high   = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t + 8);
+                    low                 = make_float2(low.x * unit, low.y * unit);
+                    high                = make_float2(high.x * unit, high.y * unit);
                     uint32_t     a[ROW_TILES][fixed::P_TERMS][4];
 #pragma unroll
                     for (int i = 0; i < ROW_TILES * 4; ++i) {
@@ -350,7 +348,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     const bool    whole     = plan.n_pieces == 1;
     __syncthreads();
     if (lane % LANES_A_ROW == 0) {
-        rescale[my_row] = !whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum;
+        rescale[my_row] = (!whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum) / cache.factor_unit();
         if (!whole && my_row < n_rows) {
             partials.max_sum[piece * all_rows + first_row + my_row] = make_float2(maximum, sum);
         }

@@ -5,11 +5,15 @@
 //
 //   type        | element | planes       | factors | on its way
 //   f16, bf16   | as it is| 1            | none    | copied asynchronously into one of two tiles
-//   q8_0, q4_0  | bf16    | 1: the codes | scales  | copied asynchronously as it lies, then unpacked
+//   q8_0, q4_0  | half    | 1: the codes | scales  | copied asynchronously as it lies, then unpacked
 //   f32         | bf16    | 2: hi + lo   | none    | read and split
 //
-// Codes have at most 8 bits, which bf16 holds exactly. A key that is not visible becomes zeros, whatever its cell holds;
-// in a 16-bit or 32-bit cache it is not even read.
+// Codes are exact in halves. A key that is not visible becomes zeros, whatever its cell holds; in a 16-bit or 32-bit
+// cache it is not even read.
+//
+// Scales may be of any magnitude, which halves cannot follow: weights that are multiplied with them are multiplied with
+// factor_unit() too, which brings the greatest scale so far to [1, 2). Where it changes, what was summed up with the old
+// one is to be multiplied with unit_change(), and what comes out of it all with 1 / factor_unit().
 //
 // Use: fetch(first tile); then for each tile arrive(), fetch(the one behind it), and read. All threads of the block
 // call both; arrive() is a barrier on both sides.
@@ -85,19 +89,18 @@ template <typename T> struct plain_tiles {
     __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
 
     __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+
+    __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float unit_change() const { return 1.0f; }
 };
 
-// Two codes, unpacked to words of 16 bits, as bf16. In 2^7 + n, n < 128, bf16 is exact to one.
-template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_bf16(uint32_t codes) {
-    uint32_t above, offset;
-    if constexpr (TYPE == cache_type::q8_0) {
-        above  = (codes & 0x007f007f) | 0x43004300;
-        offset = (codes & 0x00800080) | 0x43004300;  // 128, and 256 for a negative code
-    } else {
-        above  = codes | 0x43004300;
-        offset = 0x43084308;  // 136
-    }
-    __nv_bfloat162 x, y;
+// Two codes, unpacked to words of 16 bits, as halves. In 2^10 + n, n < 2^10, halves are exact to one.
+template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_half(uint32_t codes) {
+    constexpr bool SIGNED = TYPE == cache_type::q8_0;
+    const uint32_t above  = (SIGNED ? codes ^ 0x00800080 : codes) | 0x64006400;
+    const uint32_t offset = SIGNED ? 0x64806480 : 0x64086408;  // 1024 + 128, 1024 + 8
+    __half2        x, y;
     memcpy(&x, &above, sizeof(x));
     memcpy(&y, &offset, sizeof(y));
     x = __hsub2(x, y);
@@ -106,26 +109,41 @@ template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_b
     return bits;
 }
 
+// 2^(exponent - 127), for an exponent in [1, 254].
+static __device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+}
+
+static __device__ __forceinline__ int exponent_of(float x) {
+    return __float_as_uint(x) >> 23 & 0xff;
+}
+
 // Blocks of 32 codes behind a half that is their scale.
 template <cache_type TYPE> struct quantised_tiles {
-    using element                      = __nv_bfloat16;
+    using element                      = __half;
     static constexpr int  PLANES       = 1;
     static constexpr bool FACTORS      = true;
     static constexpr int  BLOCK_BYTES  = 2 + (TYPE == cache_type::q8_0 ? FACTOR_SPAN : FACTOR_SPAN / 2);
     static constexpr int  ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
     static constexpr int  TILE_BYTES   = TILE_VALUES * sizeof(element);
     static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(float);
-    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + TILE_KEYS * ROW_BYTES;
-    static_assert(TILE_KEYS * ROW_BYTES % 16 == 0);
+    static constexpr int  RAW_BYTES    = TILE_KEYS * ROW_BYTES;
+    static constexpr int  N_WARPS      = THREADS / WARP;
+    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
+    static_assert(RAW_BYTES % 16 == 0 && SHARED % 16 == 0, "vectors of 16 bytes");
 
     cache_rows rows;
     element *  tile_values;
     float *    tile_factors;  // [N_FACTORS][TILE_KEYS]
     char *     raw;           // the rows as they lie, one behind the other
+    int *      exponents;     // the greatest of the factors that each warp saw
+    int        exponent = 1;  // the greatest so far
+    float      change   = 1.0f;
 
     __device__ quantised_tiles(char * shared, const cache_rows & rows) :
         rows(rows), tile_values(reinterpret_cast<element *>(shared)),
-        tile_factors(reinterpret_cast<float *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES) {}
+        tile_factors(reinterpret_cast<float *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES),
+        exponents(reinterpret_cast<int *>(shared + TILE_BYTES + FACTOR_BYTES + RAW_BYTES)) {}
 
     __device__ void fetch(const key_tile & tile) {
         if (tile.visible == 0) {
@@ -149,11 +167,18 @@ template <cache_type TYPE> struct quantised_tiles {
     __device__ void arrive(const key_tile & tile) {
         wait_copies();
         __syncthreads();
+        int greatest = exponent;
         for (int i = threadIdx.x; i < TILE_KEYS * N_FACTORS; i += THREADS) {
-            const int      key   = i / N_FACTORS;
-            const int      block = i % N_FACTORS;
-            const __half * scale = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
-            tile_factors[block * TILE_KEYS + key] = tile.sees(key) ? __half2float(*scale) : 0.0f;
+            const int      key    = i % TILE_KEYS;
+            const int      block  = i / TILE_KEYS;
+            const __half * scale  = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
+            const float    factor = tile.sees(key) ? __half2float(*scale) : 0.0f;
+            tile_factors[i]       = factor;
+            greatest              = max(greatest, exponent_of(factor));
+        }
+        greatest = __reduce_max_sync(ALL_LANES, greatest);
+        if (threadIdx.x % WARP == 0) {
+            exponents[threadIdx.x / WARP] = greatest;
         }
         // eight codes at a time
         constexpr int PIECES = FACTOR_SPAN / 8;
@@ -166,6 +191,12 @@ template <cache_type TYPE> struct quantised_tiles {
             unpack_eight(codes, piece, tile_values + key * TILE_STRIDE + block * FACTOR_SPAN);
         }
         __syncthreads();
+        const int before = exponent;
+#pragma unroll
+        for (int i = 0; i < N_WARPS; ++i) {
+            exponent = max(exponent, exponents[i]);
+        }
+        change = power_of_two(max(127 + before - exponent, 1));
     }
 
     // Codes begin at even addresses only.
@@ -180,8 +211,8 @@ template <cache_type TYPE> struct quantised_tiles {
             const uint32_t a = load_four(codes + piece * 8);
             const uint32_t b = load_four(codes + piece * 8 + 4);
             *reinterpret_cast<uint4 *>(to + piece * 8) =
-                make_uint4(codes_to_bf16<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_bf16<TYPE>(__byte_perm(a, 0, 0x4342)),
-                           codes_to_bf16<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_bf16<TYPE>(__byte_perm(b, 0, 0x4342)));
+                make_uint4(codes_to_half<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(a, 0, 0x4342)),
+                           codes_to_half<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(b, 0, 0x4342)));
         } else {
             // value j in the low half of byte j, value j + 16 in the high one
             const uint32_t x = load_four(codes + piece * 4);
@@ -189,7 +220,7 @@ template <cache_type TYPE> struct quantised_tiles {
             for (int half = 0; half < 2; ++half) {
                 const uint32_t n = x >> 4 * half & 0x0f0f0f0f;
                 *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) =
-                    make_uint2(codes_to_bf16<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_bf16<TYPE>(__byte_perm(n, 0, 0x4342)));
+                    make_uint2(codes_to_half<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(n, 0, 0x4342)));
             }
         }
     }
@@ -200,6 +231,10 @@ template <cache_type TYPE> struct quantised_tiles {
     __device__ float2 factors(int block, int i) const {
         return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
     }
+
+    __device__ float factor_unit() const { return power_of_two(254 - exponent); }
+
+    __device__ float unit_change() const { return change; }
 };
 
 // 32-bit values as sums of two.
@@ -241,6 +276,10 @@ struct split_tiles {
     __device__ const element * plane(int p) const { return tile_values + p * TILE_VALUES; }
 
     __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+
+    __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float unit_change() const { return 1.0f; }
 };
 
 template <> struct cache_tiles<cache_type::f32> : split_tiles {
