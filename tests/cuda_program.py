@@ -20,6 +20,8 @@ def compile_cuda(
     options: Sequence[str] = (),
     link: Sequence[str] = (),
     architecture: int = 80,
+    races: bool = False,
+    fast_math: bool = True,
 ) -> Path:
     """As compile_program; #include "…" also finds what lies in tests/native and in ggml_ops."""
     return compile_program(
@@ -30,4 +32,6 @@ def compile_cuda(
         options=["-Werror", *options],
         link=link,
         architecture=architecture,
+        races=races,
+        fast_math=fast_math,
     )

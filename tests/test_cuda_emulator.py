@@ -5,6 +5,7 @@ No GPU and no CUDA toolkit: kernels are C++ here (ggml_ops/cuda_emulator).
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -42,6 +43,34 @@ def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
     )
     ended = run(program)
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_fast_math_is_what_ggml_compiles_with(fast: bool, tmp_path: Path) -> None:
+    (tmp_path / "fast.cu").write_text(FAST_MATH)
+    program = compile_cuda([tmp_path / "fast.cu"], tmp_path / "fast", fast_math=fast)
+    far, subnormal, near, host = (float(word) for word in run(program).stdout.split())
+    assert (far == 0.0, subnormal == 0.0) == (fast, fast)
+    assert far == 0.0 or abs(far / math.exp(-100) - 1) < 0.1
+    assert abs(near / math.exp(-20) - 1) < 3e-6  # 20 * 2^-24 of the argument, and some
+    assert host == 1e-39
+
+
+FAST_MATH = """
+#include <cstdio>
+__global__ void values(const float * x, float * y) {
+    y[0] = expf(x[0]);
+    y[1] = x[1] * x[2];
+    y[2] = expf(x[3]);
+}
+int main() {
+    cuda_emulator::DeviceArray<float> x(std::vector<float>{ -100.0f, 1e-20f, 1e-19f, -20.0f }), y(3);
+    values<<<1, 1>>>(x.data(), y.data());
+    volatile float small = 1e-20f;
+    const float    host  = small * 1e-19f;  // the host's own arithmetic stays
+    printf("%.9g %.9g %.9g %.3g\\n", y.values()[0], y.values()[1], y.values()[2], host);
+}
+"""
 
 
 @pytest.mark.engine

@@ -46,18 +46,23 @@ def compile_program(
     options: Sequence[str] = (),
     link: Sequence[str] = (),
     architecture: int = 80,
+    races: bool = False,
+    fast_math: bool = True,
     compiler: str | None = None,
 ) -> Path:
     """Compile and link `sources` into `program`; its objects and rewritten sources lie beside it.
 
     include: folders for #include "…", those of .cuh files too. system: the same without warnings.
     options: further ones of the compiler. link: of the linker. architecture: 75, 80, 89, … of __CUDA_ARCH__.
+    races: look for races in shared memory too, at each access (include/cuda_emulator/races.h); slower.
+    fast_math: as nvcc's -use_fast_math, with which ggml compiles: expf is __expf, subnormal numbers are zero.
     compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
     """
     cxx = compiler or os.environ.get("CXX") or "g++"
     work = program.resolve().parent / f"{program.name}.work"
     work.mkdir(parents=True, exist_ok=True)
     command = [cxx, *OPTIONS, *WARNINGS, f"-D__CUDA_ARCH__={architecture}0"]
+    command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
     command += ["-isystem", str(INCLUDE), "-isystem", str(STUBS), "-include", "cuda_runtime.h"]
     command += [f"-I{path}" for path in include]
     for path in system:
@@ -67,9 +72,10 @@ def compile_program(
         kernel = source.suffix == ".cu"
         folder = work / f"{number}-{source.stem}"
         folder.mkdir(exist_ok=True)
-        text = rewrite_tree(source, folder, [*include, *system]) if kernel else source
+        text = rewrite_tree(source, folder, [*include, *system], fast_math) if kernel else source
         objects.append(str(folder / "object.o"))
         checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
+        checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
         _run([*command, *(checks if kernel else []), *options, "-c", str(text), "-o", objects[-1]])
     _run([cxx, "-pthread", *objects, "-o", str(program), *link])
     return program

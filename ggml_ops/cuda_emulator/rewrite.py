@@ -5,6 +5,7 @@
     extern __shared__ T a[];                a pointer to it
     asm("ptx" : … : …);                     calls of the emulator's functions (ptx.py)
     __noinline__                            the compiler's attribute
+    expf(x), with fast_math                 __expf(x), as nvcc does
     #include "other.cuh"                    the rewritten file
 
 In: a .cu or .cuh. Out: C++ of the same lines, so that a compiler's words and the emulator's name those of the source.
@@ -28,6 +29,17 @@ from kimi_gguf.ggml_ops.cuda_emulator.tokens import (
     tokens,
 )
 
+# What nvcc's -use_fast_math makes of them.
+_FAST = {
+    "expf": "__expf",
+    "exp10f": "__exp10f",
+    "exp2f": "cuda_emulator::exp2_flushed",
+    "logf": "__logf",
+    "log2f": "__log2f",
+    "powf": "__powf",
+    "sinf": "__sinf",
+    "cosf": "__cosf",
+}
 _QUALIFIERS = ("volatile", "const", "static", "extern")
 _INCLUDE = re.compile(r'(?m)^([ \t]*#[ \t]*include[ \t]+)"([^"\n]+)"')
 
@@ -36,8 +48,11 @@ class RewriteError(Exception):
     """What of a source the rewriter does not take; file, line, and what to write instead."""
 
 
-def rewrite(source: str, name: str) -> str:
-    """The C++ for CUDA C++; `name` is the file's in messages. `RewriteError`."""
+def rewrite(source: str, name: str, fast_math: bool = False) -> str:
+    """The C++ for CUDA C++; `name` is the file's in messages. `RewriteError`.
+
+    fast_math: the functions that -use_fast_math replaces are replaced.
+    """
     row = tokens(source)
     done: list[Token] = []
     at = 0
@@ -51,6 +66,9 @@ def rewrite(source: str, name: str) -> str:
             elif token.text == "__noinline__":  # a macro would take it from the standard library's attributes
                 done.append(Token("other", "__attribute__((noinline))"))
                 at += 1
+            elif fast_math and token.text in _FAST and not (done and done[-1].text in ("::", ".")):
+                done.append(Token("other", _FAST[token.text]))
+                at += 1
             elif _is_marks(row, at, "<<<"):
                 at = _launch(row, at, done)
             else:
@@ -62,27 +80,28 @@ def rewrite(source: str, name: str) -> str:
     return joined(done)
 
 
-def rewrite_tree(source: Path, folder: Path, include: Sequence[Path]) -> Path:
+def rewrite_tree(source: Path, folder: Path, include: Sequence[Path], fast_math: bool = False) -> Path:
     """Rewrite a source and all .cu and .cuh that it includes in quotes; the rewritten source, in `folder`.
 
     include: where to look for what does not lie beside the file that includes it.
     """
-    return _Tree(folder, [path.resolve() for path in include]).file(source.resolve())
+    return _Tree(folder, [path.resolve() for path in include], fast_math).file(source.resolve())
 
 
 class _Tree:
     """Rewritten copies: one for each file, however often it is included."""
 
-    def __init__(self, folder: Path, include: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, include: Sequence[Path], fast_math: bool) -> None:
         self.folder = folder
         self.include = include
+        self.fast_math = fast_math
         self.copies: dict[Path, Path] = {}
 
     def file(self, source: Path) -> Path:
         if source not in self.copies:
             copy = self.folder / f"{len(self.copies)}-{source.name}{'.cpp' if source.suffix == '.cu' else ''}"
             self.copies[source] = copy
-            text = rewrite(source.read_text(encoding="utf-8"), str(source))
+            text = rewrite(source.read_text(encoding="utf-8"), str(source), self.fast_math)
             text = _INCLUDE.sub(lambda found: self._included(source, found), text)
             copy.write_text(f'#line 1 "{source}"\n{text}', encoding="utf-8")
         return self.copies[source]

@@ -4,6 +4,7 @@
 // their destination holds NaN, so that a read without a wait shows in the result.
 
 #include "block.h"
+#include "races.h"
 #include "shared.h"
 
 namespace cuda_emulator {
@@ -28,6 +29,7 @@ inline void async_copy(char * to, const char * from, unsigned count, unsigned gi
     AsyncCopy copy{ to, {}, count, self.groups, place };
     memcpy(copy.bytes, from, given);
     memset(to, POISON, count);
+    see_access(to, count, true, place);
     self.copies.push_back(copy);
 }
 
@@ -43,6 +45,7 @@ inline void async_wait(unsigned but) {
         const AsyncCopy & copy = self.copies[i];
         if (copy.group + but < self.groups) {
             memcpy(copy.to, copy.bytes, copy.count);
+            see_access(copy.to, copy.count, true, copy.place);
         } else {
             self.copies[kept++] = copy;
         }

@@ -58,6 +58,7 @@ struct Warp {
     Thread * threads;
     unsigned number;
     uint32_t alive, ready;
+    uint32_t time;       // counts what orders memory in the warp
     void *   lanes[32];  // what each waiting lane brings to its meeting
     unsigned meeting_count;
     Meeting  meetings[32];
@@ -82,6 +83,7 @@ struct Block {
     void *                        host_stack_pointer = nullptr;
     void *                        abandoned          = nullptr;  // where a failed thread's stack pointer goes
     uint64_t                      number             = 0;        // of all blocks ever run
+    uint32_t                      time               = 1;  // counts what orders memory in the block, over all blocks
     uint32_t                      random             = 1;
     Stacks                        stacks;
 
@@ -211,6 +213,7 @@ inline int wait_at_barrier(unsigned number, unsigned count, int value, const cha
         }
         barrier.arrived = 0;
         barrier.result  = barrier.sum;
+        block.time++;
     } else {
         self.warp->ready &= ~(1u << self.lane);
         self.waits_for = what;
@@ -309,6 +312,7 @@ inline void thread_main() {
 inline void run_block() {
     const unsigned count = blockDim.x * blockDim.y * blockDim.z;
     block.number++;
+    block.time++;
     block.threads.resize(count);
     block.warps.resize((count + 31) / 32);
     block.barriers = {};
@@ -322,6 +326,7 @@ inline void run_block() {
         warp.number          = i;
         warp.alive = warp.ready = ~0u >> (32 - lanes);
         warp.meeting_count      = 0;
+        warp.time               = 0;
     }
     for (unsigned i = 0; i < count; i++) {
         Thread & thread      = block.threads[i];

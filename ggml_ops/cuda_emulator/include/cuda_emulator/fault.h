@@ -60,6 +60,13 @@ struct Options {
     uint32_t  seed      = 1;  // of Order::shuffled
     Placement placement = Placement::end;
 
+    // Subnormal floats are zero, as nvcc's -use_fast_math makes them, with which ggml compiles its kernels.
+#if defined(CUDA_EMULATOR_EXACT_MATH)
+    bool flush_subnormals = false;
+#else
+    bool flush_subnormals = true;
+#endif
+
     // What one block may have: of sm_86, sm_89 and sm_120, the least of what we compile for but sm_75.
     size_t shared_limit = 99 * 1024;
 };

@@ -32,8 +32,10 @@ struct HalfFormat {
         if (rest >= 0x7c00) {  // infinite or NaN
             return bits_as<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
         }
-        // as a float whose exponent is 112 too small; the product also makes subnormal values right
-        return bits_as<float>(sign | bits_as<uint32_t>(bits_as<float>(rest << 13) * 0x1p112f));
+        if (rest < 0x400) {  // subnormal: a multiple of 2^-24
+            return bits_as<float>(sign | bits_as<uint32_t>(float(rest) * 0x1p-24f));
+        }
+        return bits_as<float>(sign | ((rest << 13) + (112 << 23)));
 #endif
     }
 

@@ -14,6 +14,9 @@
 #include <link.h>
 #include <signal.h>
 #include <ucontext.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <map>
 #include <tuple>
@@ -186,8 +189,32 @@ template <class T> std::string check_argument(unsigned number, const T & argumen
     return "";
 }
 
+// While it lives the processor takes subnormal floats for zero, where the options want it.
+class Flushing {
+  public:
+#if defined(__x86_64__)
+    Flushing() : before(_mm_getcsr()) { _mm_setcsr(options.flush_subnormals ? before | 0x8040 : before); }
+
+    ~Flushing() { _mm_setcsr(before); }
+
+  private:
+    unsigned before;
+#else
+    Flushing() {
+        asm volatile("mrs %0, fpcr" : "=r"(before));
+        asm volatile("msr fpcr, %0" : : "r"(options.flush_subnormals ? before | 1 << 24 : before));
+    }
+
+    ~Flushing() { asm volatile("msr fpcr, %0" : : "r"(before)); }
+
+  private:
+    uint64_t before;
+#endif
+};
+
 inline void run_grid(const Shape & shape) {
     catch_signals();
+    const Flushing flushing;
     gridDim                     = shape.grid;
     blockDim                    = shape.block;
     dynamic_shared_memory.bytes = shape.shared;

@@ -15,6 +15,9 @@ class SharedArena {
   public:
     static constexpr size_t ROOM  = 512 * 1024;  // of an array and its guards
     static constexpr size_t ROOMS = 4096;
+    static constexpr size_t BYTES = ROOM * ROOMS;
+
+    char * base = nullptr;  // null until the first array
 
     // Room for another array.
     char * another() {
@@ -26,7 +29,7 @@ class SharedArena {
 
     char * begin() {
         if (!base) {
-            void * map = mmap(nullptr, ROOM * ROOMS, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            void * map = mmap(nullptr, BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (map == MAP_FAILED) {
                 throw Fault("no address space for the emulator's shared memory");
             }
@@ -35,10 +38,9 @@ class SharedArena {
         return base;
     }
 
-    bool contains(const void * address) { return address >= begin() && address < begin() + ROOM * ROOMS; }
+    bool contains(const void * address) { return address >= begin() && address < begin() + BYTES; }
 
   private:
-    char * base = nullptr;
     size_t used = 1;  // none begins at the address 0
 };
 

@@ -15,6 +15,7 @@
 
 #include "block.h"
 #include "half.h"
+#include "races.h"
 #include "shared.h"
 
 namespace cuda_emulator {
@@ -183,6 +184,7 @@ template <class T> char * shared_pointer(T operand) {
 struct MatrixRows {
     char *   row;
     uint32_t registers[4];
+    char *   elements[4][2] = {};  // where this lane's lie
 };
 
 inline void check_row(const char * row, const char * what, Place place) {
@@ -196,7 +198,8 @@ inline void check_row(const char * row, const char * what, Place place) {
 
 // Lane l holds of matrix m the elements (row l / 4, columns 2 (l % 4) + {0, 1}); transposed, row and column change
 // places.
-template <int MATRICES, bool TRANSPOSED, bool STORE> void move_matrices(MatrixRows * const * lanes, uint32_t) {
+template <int MATRICES, bool TRANSPOSED, bool STORE>
+CUDA_EMULATOR_UNSEEN void move_matrices(MatrixRows * const * lanes, uint32_t) {
     for (int lane = 0; lane < 32; lane++) {
         for (int m = 0; m < MATRICES; m++) {
             uint16_t elements[2];
@@ -210,30 +213,36 @@ template <int MATRICES, bool TRANSPOSED, bool STORE> void move_matrices(MatrixRo
                 } else {
                     memcpy(&elements[i], at, 2);
                 }
+                lanes[lane]->elements[m][i] = at;
             }
             memcpy(&lanes[lane]->registers[m], elements, 4);
         }
     }
 }
 
-template <bool TRANSPOSED, int N, class T> void ldmatrix(Place place, Out<N> to, T address) {
-    require_whole_warp("ldmatrix", place);
-    MatrixRows mine{ shared_pointer(address), {} };
+template <int N, bool TRANSPOSED, bool STORE> void move_with_warp(MatrixRows & mine, const char * what, Place place) {
+    require_whole_warp(what, place);
     if (block.current->lane < 8 * N) {
-        check_row(mine.row, "ldmatrix", place);
+        check_row(mine.row, what, place);
     }
-    meet<MatrixRows, move_matrices<N, TRANSPOSED, false>>(~0u, mine, "ldmatrix", place);
+    meet<MatrixRows, move_matrices<N, TRANSPOSED, STORE>>(~0u, mine, what, place);
+    for (int m = 0; m < N; m++) {
+        for (const char * element : mine.elements[m]) {
+            see_access(element, 2, STORE, place);
+        }
+    }
+}
+
+template <bool TRANSPOSED, int N, class T> void ldmatrix(Place place, Out<N> to, T address) {
+    MatrixRows mine{ shared_pointer(address), {} };
+    move_with_warp<N, TRANSPOSED, false>(mine, "ldmatrix", place);
     put(to, mine.registers);
 }
 
 template <bool TRANSPOSED, int N, class T> void stmatrix(Place place, T address, const In<N> & from) {
-    require_whole_warp("stmatrix", place);
     MatrixRows mine{ shared_pointer(address), {} };
-    if (block.current->lane < 8 * N) {
-        check_row(mine.row, "stmatrix", place);
-    }
     memcpy(mine.registers, from.bits, sizeof(from.bits));
-    meet<MatrixRows, move_matrices<N, TRANSPOSED, true>>(~0u, mine, "stmatrix", place);
+    move_with_warp<N, TRANSPOSED, true>(mine, "stmatrix", place);
 }
 
 struct Transposed {

@@ -105,11 +105,13 @@ template <Reduction REDUCTION> uint32_t vote(uint32_t mask, uint32_t value, cons
 
 struct Nothing {};
 
-inline void give_nothing(Nothing * const *, uint32_t) {}
+inline void order_memory(Nothing * const *, uint32_t) {
+    block.current->warp->time++;
+}
 
 inline void meet_warp(uint32_t mask, const char * what, Place place) {
     Nothing mine;
-    meet<Nothing, give_nothing>(mask, mine, what, place);
+    meet<Nothing, order_memory>(mask, mine, what, place);
 }
 
 }  // namespace cuda_emulator

@@ -1,0 +1,61 @@
+"""Races in shared memory, which the emulator sees in programs compiled for it, whatever the order of threads."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from cuda_program import NATIVE, compile_cuda
+from test_cuda_emulator import ORDERS, run
+
+SOURCE = NATIVE / "emulator-races.cu"
+
+# The kernel -> how the comments at the two lines of its race begin; one of them is named as now, the other as before.
+RACES = {
+    "no_barrier": ("written", "read"),
+    "overwritten": ("read by another", "written again"),
+    "only_a_shuffle": ("before the shuffle", "after it"),
+    "only_the_warp": ("by one warp", "by the other"),
+    "all_write": ("all of them", "all of them"),
+    "copied": ("on its way", "read without __syncwarp"),
+    "matrix": ("by each lane", "by the warp"),
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_cuda([SOURCE], tmp_path_factory.mktemp("cuda") / "races", races=True)
+
+
+def line_of(comment: str) -> int:
+    """The number of the one line whose comment is this one."""
+    lines = SOURCE.read_text().splitlines()
+    (number,) = [i for i, line in enumerate(lines, 1) if re.search(rf"\S.* // {comment}$", line)]
+    return number
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kernel", RACES)
+def test_a_planted_race_is_found(kernel: str, order: str, program: Path) -> None:
+    ended = run(program, kernel, KIMI_CUDA_ORDER=order, KIMI_CUDA_PLACEMENT=ORDERS[order])
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    said = ended.stdout
+    assert said.startswith(f"kernel {kernel}, block (0,0,0), thread (")
+    assert re.search(
+        r"a race: this thread (reads|writes) at byte \d+ of the shared array 's' of \d+ bytes, which", said
+    )
+    for comment in RACES[kernel]:
+        assert f"{SOURCE.name}:{line_of(comment)}" in said, said
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_is_ordered_is_let_through(order: str, program: Path) -> None:
+    ended = run(program, "none", KIMI_CUDA_ORDER=order)
+    assert (ended.returncode, ended.stdout) == (0, "nothing found\n")
+
+
+@pytest.mark.parametrize("name", ["emulator-features", "emulator-matrices"])
+def test_kernels_compute_the_same_when_looked_at(name: str, tmp_path: Path) -> None:
+    ended = run(compile_cuda([NATIVE / f"{name}.cu"], tmp_path / name, races=True))
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
