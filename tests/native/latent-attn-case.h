@@ -40,6 +40,8 @@ struct LatentShape {
     std::string mask      = "causal";  // none, causal, mixed (two keys of five), blind (the first query sees nothing)
     float       spread    = 1.0f;      // standard deviation of the scores
     bool        poison    = false;     // cells that no query sees hold NaN
+    float       first     = 1.0f;      // deviation of the values of the first key, and of the last; between them
+    float       last      = 1.0f;      // it grows by the same factor from key to key
     uint32_t    seed      = 1;
 
     int64_t n_cache() const { return n_latent + n_rope; }
@@ -49,6 +51,10 @@ struct LatentShape {
     int64_t n_out() const { return expand ? n_value : n_latent; }
 
     int64_t n_rows() const { return n_streams * n_queries * n_heads; }
+
+    float deviation(int64_t key) const {
+        return first * std::pow(last / first, (float) key / (float) std::max<int64_t>(1, n_keys - 1));
+    }
 
     bool visible(int64_t stream, int64_t query, int64_t key) const {
         if (mask == "mixed") {
@@ -227,7 +233,7 @@ class LatentCase {
                 for (int64_t i = 0; i < s.n_queries && key < s.n_keys; ++i) {
                     seen = seen || s.visible(stream, i, key);
                 }
-                fill_row(s.cache, row, s.n_cache(), 1.0f,
+                fill_row(s.cache, row, s.n_cache(), s.deviation(std::min(key, s.n_keys - 1)),
                          key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data());
                 if (s.poison && !seen) {
                     memset(row, 0xff,

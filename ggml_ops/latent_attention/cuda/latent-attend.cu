@@ -3,6 +3,8 @@
 // Blocks of rows, streams and pieces of the keys are blocks of the grid. How many pieces there are follows from the
 // shapes alone, never from the device, and so does the result. A second kernel joins them in their order.
 
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
 #include "latent-attend.cuh"
 
 namespace latent_cuda {
@@ -131,6 +133,7 @@ size_t workspace(const attention & args) {
 
 template <cache_type TYPE>
 static void launch(const attention & args, const plan & p, const partials & partials, cudaStream_t stream) {
+    static_assert(shared_bytes<TYPE>() <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
     // each device of the process has to be told once; telling it again costs little
     cudaFuncSetAttribute(attend_pieces<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<TYPE>());
     const dim3 grid(p.n_pieces, p.n_blocks, args.n_streams);
@@ -165,3 +168,5 @@ void attend(const attention & args, void * work, cudaStream_t stream) {
 }
 
 }  // namespace latent_cuda
+
+#endif

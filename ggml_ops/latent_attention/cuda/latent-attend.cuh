@@ -37,7 +37,7 @@ template <cache_type TYPE> struct precision {
     static constexpr bool QUANTISED  = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
     static constexpr bool HALF       = TYPE == cache_type::f16 || QUANTISED;
     // Terms of a weight.
-    static constexpr int  P_TERMS    = QUANTISED ? 1 : 2;
+    static constexpr int  P_TERMS    = HALF ? 1 : 2;
     // The greatest weight is 2^this, so that small ones are no subnormal halves.
     static constexpr int  WEIGHT_EXPONENT = HALF ? 14 : 0;
     // Steps of 16 values in a slice. The 18 blocks of a quantised row are not divided.
@@ -73,25 +73,36 @@ template <cache_type TYPE> constexpr int shared_bytes() {
     return cache_tiles<TYPE>::SHARED + room::BYTES;
 }
 
-// The next tile at or behind `key` that holds a visible key; the same in all warps. For whole warps.
-static __device__ __forceinline__ key_tile
-next_tile(const attention & args, const uint16_t * mask, int query0, int query1, int key, int end) {
-    constexpr uint16_t MINUS_INFINITY = 0xfc00;
-    for (; key < end; key += TILE_KEYS) {
-        const int mine = key + threadIdx.x % WARP;
-        bool      sees = mine < end && mask == nullptr;
-        if (mine < end && mask != nullptr) {
-            for (int i = query0; i < query1; ++i) {
-                sees = sees || mask[i * args.mask_query + mine] != MINUS_INFINITY;
-            }
+// What the rows of a block see of the keys of a piece.
+struct sight {
+    const uint16_t * mask;  // of the block's first query; nullptr: all is seen
+    int64_t          mask_query;
+    int              n_queries;
+    int              end;  // of the piece
+
+    // Whether any of the queries sees the key.
+    __device__ bool sees(int key) const {
+        constexpr uint16_t MINUS_INFINITY = 0xfc00;
+        bool               any            = mask == nullptr && key < end;
+        for (int i = 0; i < n_queries && mask != nullptr && key < end; ++i) {
+            any = any || mask[i * mask_query + key] != MINUS_INFINITY;
         }
-        const uint32_t visible = __ballot_sync(ALL_LANES, sees);
-        if (visible != 0) {
-            return { key, visible };
-        }
+        return any;
     }
-    return { end, 0 };
-}
+
+    // The next tile at or behind `key` that holds a key that is seen, the same in all warps. `first` is what sees() said
+    // of this lane's key of the first one.
+    __device__ key_tile next(int key, bool first) const {
+        for (; key < end; key += TILE_KEYS) {
+            const uint32_t visible = __ballot_sync(ALL_LANES, first);
+            if (visible != 0) {
+                return { key, visible };
+            }
+            first = sees(key + TILE_KEYS + threadIdx.x % WARP);
+        }
+        return { end, 0 };
+    }
+};
 
 // A power of two that brings the row's greatest magnitude near 2^8, where two halves hold it as well as they can.
 static __device__ __forceinline__ float half_range(const float * row) {
@@ -136,18 +147,24 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         const int row = row0 + i;
         return args.q + s * args.q_stream + row / args.n_heads * args.q_query + row % args.n_heads * args.q_head;
     };
-    const uint16_t * mask = args.mask == nullptr ? nullptr : args.mask + s % args.mask_streams * args.mask_stream;
+    const uint16_t * mask  = args.mask == nullptr ? nullptr : args.mask + s % args.mask_streams * args.mask_stream;
+    const sight      sight = { mask == nullptr ? nullptr : mask + query0 * args.mask_query, args.mask_query,
+                               query1 - query0, end };
 
     tiles cache(shared, { static_cast<const char *>(args.cache) + s * args.cache_stream, args.cache_row, args.n_keys });
-    key_tile tile = next_tile(args, mask, query0, query1, piece * plan.keys_a_piece, end);
+    const int first_key = piece * plan.keys_a_piece;
+    key_tile  tile      = sight.next(first_key, sight.sees(first_key + lane));
+    key_tile  next      = sight.next(tile.key + TILE_KEYS, sight.sees(tile.key + TILE_KEYS + lane));
     cache.fetch(tile);
 
     // The scale of each row's scores, in which exp is 2^x.
 #pragma unroll
     for (int i = warp * BLOCK_ROWS / N_WARPS; i < (warp + 1) * BLOCK_ROWS / N_WARPS; ++i) {
         const float range = fixed::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
-        row_scale[i]      = args.scale * LOG2_E * power_of_two(254 - exponent_of(range));
-        rescale[i]        = range;
+        if (lane == 0) {
+            row_scale[i] = args.scale * LOG2_E * power_of_two(254 - exponent_of(range));
+            rescale[i]   = range;
+        }
     }
     __syncthreads();
 
@@ -186,9 +203,15 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     float out[ROW_TILES][VALUE_COLUMNS][4] = {};
 
     while (tile.visible != 0) {
-        const key_tile next = next_tile(args, mask, query0, query1, tile.key + TILE_KEYS, end);
         cache.arrive(tile);
         cache.fetch(next);
+        // asked for long before they are needed
+        const bool ahead = sight.sees(next.key + TILE_KEYS + lane);
+        uint16_t   added[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            added[i] = my_mask != nullptr && tile.sees(my_key + i) ? my_mask[tile.key + my_key + i] : 0;
+        }
 
         {
             float sums[SCORE_COLUMNS][4] = {};
@@ -250,13 +273,8 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             float largest = maximum;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const int key = my_key + i;
-                x[i] *= row_scale[my_row];
-                if (!tile.sees(key)) {
-                    x[i] = -INFINITY;
-                } else if (my_mask != nullptr) {
-                    x[i] += LOG2_E * __half2float(__ushort_as_half(my_mask[tile.key + key]));
-                }
+                x[i]    = x[i] * row_scale[my_row] + LOG2_E * __half2float(__ushort_as_half(added[i]));
+                x[i]    = tile.sees(my_key + i) ? x[i] : -INFINITY;
                 largest = fmaxf(largest, x[i]);
             }
 #pragma unroll
@@ -337,6 +355,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             }
         }
         tile = next;
+        next = sight.next(next.key + TILE_KEYS, ahead);
     }
 
 #pragma unroll
@@ -348,7 +367,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     const bool    whole     = plan.n_pieces == 1;
     __syncthreads();
     if (lane % LANES_A_ROW == 0) {
-        rescale[my_row] = (!whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum) / cache.factor_unit();
+        rescale[my_row] = (!whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum) * cache.inverse_unit();
         if (!whole && my_row < n_rows) {
             partials.max_sum[piece * all_rows + first_row + my_row] = make_float2(maximum, sum);
         }

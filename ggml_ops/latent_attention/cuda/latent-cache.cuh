@@ -13,7 +13,7 @@
 //
 // Scales may be of any magnitude, which halves cannot follow: weights that are multiplied with them are multiplied with
 // factor_unit() too, which brings the greatest scale so far to [1, 2). Where it changes, what was summed up with the old
-// one is to be multiplied with unit_change(), and what comes out of it all with 1 / factor_unit().
+// one is to be multiplied with unit_change(), and what comes out of it all with inverse_unit().
 //
 // Use: fetch(first tile); then for each tile arrive(), fetch(the one behind it), and read. All threads of the block
 // call both; arrive() is a barrier on both sides.
@@ -91,6 +91,8 @@ template <typename T> struct plain_tiles {
     __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
 
     __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float inverse_unit() const { return 1.0f; }
 
     __device__ float unit_change() const { return 1.0f; }
 };
@@ -234,6 +236,8 @@ template <cache_type TYPE> struct quantised_tiles {
 
     __device__ float factor_unit() const { return power_of_two(254 - exponent); }
 
+    __device__ float inverse_unit() const { return power_of_two(exponent); }
+
     __device__ float unit_change() const { return change; }
 };
 
@@ -278,6 +282,8 @@ struct split_tiles {
     __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
 
     __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float inverse_unit() const { return 1.0f; }
 
     __device__ float unit_change() const { return 1.0f; }
 };

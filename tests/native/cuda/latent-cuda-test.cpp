@@ -1,7 +1,7 @@
 // The CUDA kernels of latent attention, run on the CPU, against float64, in the cases of the CPU's own test: every type
 // of cache, lengths around the borders of tiles and pieces, masks with holes, several streams, numbers of heads that do
-// not fill a block of rows, flat and peaked scores, poisoned padding, rows at odd addresses; and the same bits whatever
-// order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for ggml-cuda.
+// not fill a block of rows, flat and peaked scores, tiny, growing and shrinking values, poisoned padding, rows at odd
+// addresses, nodes that are refused; and the same bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for ggml-cuda.
 
 #include "../latent-attn-case.h"
 #include "latent-node.cuh"
@@ -86,6 +86,62 @@ static void check(const LatentShape & s, size_t before = 0) {
            "NMSE against float64 " + std::to_string(error * 1e9) + "e-9");  // false for NaN too
 }
 
+static void refused(const ggml_tensor * dst, const char * because) {
+    attention    args;
+    const char * why = latent_cuda::read_node(dst, args);
+    n_done++;
+    if (why == nullptr || strcmp(why, because) != 0) {
+        n_failed++;
+        printf("FAILED a node with %s: %s\n", because, why ? why : "not refused");
+    }
+}
+
+// One thing is wrong with each of these nodes.
+static void test_refusals() {
+    LatentShape small;
+    small.n_keys  = 64;
+    small.n_heads = 2;
+    LatentCase         attention(small);
+    const ggml_tensor  good = *attention.node();
+    ggml_tensor        dst, k = *good.src[1], v = *good.src[2], mask = *good.src[3];
+    const auto         fresh = [&]() -> ggml_tensor & { return dst = good; };
+    latent_cuda::attention args;
+    n_done++;
+    n_failed += latent_cuda::read_node(&good, args) != nullptr;
+
+    const float one = 1.0f;
+    memcpy(&fresh().op_params[1], &one, sizeof(one));
+    refused(&dst, "ALiBi");
+    memcpy(&fresh().op_params[2], &one, sizeof(one));
+    refused(&dst, "soft-capped scores");
+    fresh().src[4] = good.src[3];
+    refused(&dst, "attention sinks");
+    ggml_latent_absorbed_switch_off(&fresh());
+    refused(&dst, "switched off");
+
+    fresh().src[2] = &v;
+    v.view_offs += 2;
+    refused(&dst, "V that is not the beginning of K");
+    v.view_offs -= 2;
+    v.ne[0] = 256;
+    refused(&dst, "head sizes other than 576 and 512");
+
+    fresh().src[3] = &mask;
+    mask.ne[2]     = 2;
+    refused(&dst, "a mask for each head");
+
+    v              = *good.src[2];
+    fresh().src[1] = &k;
+    dst.src[2]     = &v;
+    k.type = v.type = GGML_TYPE_Q5_1;
+    refused(&dst, "a type of cache that the kernels do not read");
+    k.type = v.type = GGML_TYPE_Q8_0;
+    refused(&dst, "rows of a quantised cache that lie apart");
+    k.type = v.type = GGML_TYPE_F16;
+    k.nb[1] = v.nb[1] = k.nb[1] + 2;
+    refused(&dst, "rows of the cache that do not begin at multiples of 16 bytes");
+}
+
 static void test_type(ggml_type type) {
     LatentShape base;
     base.cache   = type;
@@ -116,6 +172,15 @@ static void test_type(ggml_type type) {
         s.spread      = spread;
         check(s);
     }
+    const float deviations[][2] = { { 1e-5f, 1e-5f }, { 1e-4f, 100.0f }, { 100.0f, 1e-4f } };
+    for (const auto & [first, last] : deviations) {
+        LatentShape s = base;
+        s.n_keys      = 300;
+        s.spread      = 0.05f;
+        s.first       = first;
+        s.last        = last;
+        check(s);
+    }
     LatentShape kimi = base;
     kimi.n_heads     = 32;
     kimi.n_keys      = 513;
@@ -127,9 +192,18 @@ static void test_type(ggml_type type) {
     if (ggml_is_quantized(type)) {
         check(apart, 4);
     }
+    if (type == GGML_TYPE_Q4_0) {  // more tiles than the least that a piece has
+        LatentShape far = base;
+        far.n_heads     = 1;
+        far.n_keys      = 8300;
+        check(far);
+    }
 }
 
 int main(int argc, char ** argv) {
+    if (argc == 1) {
+        test_refusals();
+    }
     for (int i = 1; i < argc; ++i) {
         test_type(type_of(argv[i]));
         printf("%s: largest NMSE %.1e\n", argv[i], worst[type_of(argv[i])]);
