@@ -9,8 +9,8 @@
 //   scores   warp (m, slice): 16 rows, a quarter of the N_CACHE values of a row, all keys of the tile; q stays in registers
 //   softmax  eight lanes a row: sum of the slices, online maximum, weights
 //   values   warp w: all rows, values [64 w, 64 w + 64) of the result, which stays in registers
-// Sums are float32. A factor that 16 bits cannot hold well enough is taken as the sum of two terms: q always, the weights
-// except for quantised caches, where they are multiplied with the scales of the codes and rounded once.
+// Sums are float32. A factor that 16 bits do not hold well enough is taken as the sum of two terms (`precision`); weights
+// of quantised values are multiplied with the scales of the codes and rounded then.
 
 #include "latent-cache.cuh"
 
@@ -26,7 +26,6 @@ constexpr int WARP_VALUES   = N_LATENT / N_WARPS;
 constexpr int VALUE_COLUMNS = WARP_VALUES / 8;
 constexpr int SCORE_STRIDE  = TILE_KEYS + 8;  // floats; pairs of eight rows then lie in different banks
 constexpr int LANES_A_ROW   = WARP * N_WARPS / BLOCK_ROWS;
-constexpr int Q_TERMS       = 2;
 
 static_assert(TILE_KEYS == WARP && LANES_A_ROW * 4 == TILE_KEYS, "a lane a key, and four keys a lane of the softmax");
 
@@ -36,7 +35,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 template <cache_type TYPE> struct precision {
     static constexpr bool QUANTISED  = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
     static constexpr bool HALF       = TYPE == cache_type::f16 || QUANTISED;
-    // Terms of a weight.
+    // Terms of a value of q and of a weight.
+    static constexpr int  Q_TERMS    = QUANTISED ? 1 : 2;
     static constexpr int  P_TERMS    = HALF ? 1 : 2;
     // The greatest weight is 2^this, so that small ones are no subnormal halves.
     static constexpr int  WEIGHT_EXPONENT = HALF ? 14 : 0;
@@ -173,7 +173,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     const int slice   = warp / ROW_TILES;
     const int step0   = fixed::first_step(slice);
     const int n_steps = fixed::first_step(slice + 1) - step0;
-    uint32_t  q[fixed::MAX_STEPS][Q_TERMS][4];
+    uint32_t  q[fixed::MAX_STEPS][fixed::Q_TERMS][4];
 #pragma unroll
     for (int step = 0; step < fixed::MAX_STEPS; ++step) {
 #pragma unroll
@@ -184,9 +184,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                 x = *reinterpret_cast<const float2 *>(query_row(row) + (step0 + step) * 16 + 2 * t + i / 2 * 8);
             }
             const float          range = rescale[row];
-            const terms<Q_TERMS> pair  = split<element, Q_TERMS>(x.x * range, x.y * range);
+            const terms<fixed::Q_TERMS> pair  = split<element, fixed::Q_TERMS>(x.x * range, x.y * range);
 #pragma unroll
-            for (int term = 0; term < Q_TERMS; ++term) {
+            for (int term = 0; term < fixed::Q_TERMS; ++term) {
                 q[step][term][i] = pair.term[term];
             }
         }
@@ -228,7 +228,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                             load_matrices(b, cache.plane(p) + (16 * pair + lane / 16 * 8 + lane % 8) * TILE_STRIDE +
                                                  (step0 + step) * 16 + lane / 8 % 2 * 8);
 #pragma unroll
-                            for (int term = Q_TERMS - 1 - p; term >= 0; --term) {
+                            for (int term = fixed::Q_TERMS - 1 - p; term >= 0; --term) {
                                 mma<element>(to[2 * pair], q[step][term], { b[0], b[1] });
                                 mma<element>(to[2 * pair + 1], q[step][term], { b[2], b[3] });
                             }
