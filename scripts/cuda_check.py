@@ -90,7 +90,7 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
     ggml = _ggml()
     folders = [
         *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
-        ggml / "include", ggml / "src", STUBS,
+        ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", STUBS,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         command = [str(nvcc), *OPTIONS, "-DGGML_CUDA_NO_VMM", "-Xptxas", "-v", "-cubin"]
