@@ -20,12 +20,18 @@ FOLDER = OPERATORS / "latent_attention"
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 
 
-def compile_test(engine: Engine, program: Path, *, races: bool = False) -> Path:
+KERNELS = FOLDER / "cuda" / "latent-attend.cu"
+GLUE = FOLDER / "cuda" / "latent-ggml.cu"
+
+
+def compile_test(engine: Engine, sources: list[Path], program: Path, *, races: bool = False) -> Path:
+    ggml = upstream_source() / "llama.cpp" / "ggml"
     return compile_cuda(
-        [FOLDER / "cuda" / "latent-attend.cu", NATIVE / "latent-cuda-test.cpp"],
+        [KERNELS, *sources],
         program,
         include=[FOLDER, FOLDER / "cuda"],
-        system=[upstream_source() / "llama.cpp" / "ggml" / "include"],
+        system=[ggml / folder for folder in ("include", "src", "src/ggml-cuda")],
+        options=["-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter"],  # upstream's header
         link=[f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl", f"-Wl,-rpath,{engine.lib}"],
         races=races,
     )
@@ -41,7 +47,8 @@ def passes(program: Path, *types: str, **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_test(engine, tmp_path_factory.mktemp("latent") / "latent-test")
+    target = tmp_path_factory.mktemp("latent") / "latent-test"
+    return compile_test(engine, [NATIVE / "latent-cuda-test.cpp"], target)
 
 
 @pytest.mark.parametrize("cache_type", TYPES)
@@ -54,4 +61,12 @@ def test_nodes_that_the_kernels_do_not_fit_are_refused(program: Path) -> None:
 
 
 def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
-    passes(compile_test(engine, tmp_path / "races", races=True), *TYPES, KIMI_CASES="5")
+    program = compile_test(engine, [NATIVE / "latent-cuda-test.cpp"], tmp_path / "races", races=True)
+    passes(program, *TYPES, KIMI_CASES="5")
+
+
+def test_which_nodes_of_ggml_are_taken(engine: Engine, tmp_path: Path) -> None:
+    program = compile_test(engine, [GLUE, NATIVE / "latent-glue-test.cu"], tmp_path / "glue")
+    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+    assert ended.stderr.count("latent attention: FLASH_ATTN_EXT converts its cache to F16: a type") == 1

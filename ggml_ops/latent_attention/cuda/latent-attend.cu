@@ -56,8 +56,7 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
     const int     i        = threadIdx.x;
     const int64_t row      = blockIdx.x;
     const int64_t all_rows = gridDim.x;
-    const float2  mine =
-        i < n_pieces ? partials.max_sum[i * all_rows + row] : make_float2(-INFINITY, 0.0f);
+    const float2  mine     = i < n_pieces ? partials.max_sum[i * all_rows + row] : make_float2(-INFINITY, 0.0f);
 
     float maximum = mine.x;
 #pragma unroll
@@ -114,17 +113,18 @@ const char * refused(const attention & args) {
         return "rows of q that do not begin at multiples of 8 bytes";
     }
     if (args.type == cache_type::q8_0 || args.type == cache_type::q4_0) {
-        const int row = args.type == cache_type::q8_0 ? quantised_tiles<cache_type::q8_0>::ROW_BYTES :
-                                                        quantised_tiles<cache_type::q4_0>::ROW_BYTES;
+        const int row = args.type == cache_type::q8_0 ? quantised_tiles<cache_type::q8_0>::ROW_BYTES
+                                                      : quantised_tiles<cache_type::q4_0>::ROW_BYTES;
         if (args.cache_row != row) {
             return "rows of a quantised cache that lie apart";
         }
-        return aligned(args.cache, row, args.cache_stream, 4) ? nullptr :
-                                                                "rows of the cache that do not begin at multiples of 4 bytes";
+        return aligned(args.cache, row, args.cache_stream, 4)
+                   ? nullptr
+                   : "rows of the cache that do not begin at multiples of 4 bytes";
     }
-    return aligned(args.cache, args.cache_row, args.cache_stream, 16) ?
-               nullptr :
-               "rows of the cache that do not begin at multiples of 16 bytes";
+    return aligned(args.cache, args.cache_row, args.cache_stream, 16)
+               ? nullptr
+               : "rows of the cache that do not begin at multiples of 16 bytes";
 }
 
 size_t workspace(const attention & args) {
@@ -141,26 +141,26 @@ static void launch(const attention & args, const plan & p, const partials & part
 }
 
 void attend(const attention & args, void * work, cudaStream_t stream) {
-    const plan     p    = make_plan(args);
-    const int64_t  rows = partial_rows(p, args);
+    const plan     p     = make_plan(args);
+    const int64_t  rows  = partial_rows(p, args);
     const partials parts = { static_cast<float *>(work),
                              reinterpret_cast<float2 *>(static_cast<float *>(work) + rows * N_LATENT) };
     switch (args.type) {
-        case cache_type::f32:
-            launch<cache_type::f32>(args, p, parts, stream);
-            break;
-        case cache_type::f16:
-            launch<cache_type::f16>(args, p, parts, stream);
-            break;
-        case cache_type::bf16:
-            launch<cache_type::bf16>(args, p, parts, stream);
-            break;
-        case cache_type::q8_0:
-            launch<cache_type::q8_0>(args, p, parts, stream);
-            break;
-        case cache_type::q4_0:
-            launch<cache_type::q4_0>(args, p, parts, stream);
-            break;
+    case cache_type::f32:
+        launch<cache_type::f32>(args, p, parts, stream);
+        break;
+    case cache_type::f16:
+        launch<cache_type::f16>(args, p, parts, stream);
+        break;
+    case cache_type::bf16:
+        launch<cache_type::bf16>(args, p, parts, stream);
+        break;
+    case cache_type::q8_0:
+        launch<cache_type::q8_0>(args, p, parts, stream);
+        break;
+    case cache_type::q4_0:
+        launch<cache_type::q4_0>(args, p, parts, stream);
+        break;
     }
     if (p.n_pieces > 1) {
         join_pieces<<<args.n_streams * p.n_rows, JOIN_THREADS, 0, stream>>>(parts, p.n_pieces, args.out);

@@ -33,15 +33,15 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 // What depends on the type of the cache beside its tiles.
 template <cache_type TYPE> struct precision {
-    static constexpr bool QUANTISED  = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
-    static constexpr bool HALF       = TYPE == cache_type::f16 || QUANTISED;
+    static constexpr bool QUANTISED = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
+    static constexpr bool HALF      = TYPE == cache_type::f16 || QUANTISED;
     // Terms of a value of q and of a weight.
-    static constexpr int  Q_TERMS    = QUANTISED ? 1 : 2;
-    static constexpr int  P_TERMS    = HALF ? 1 : 2;
+    static constexpr int Q_TERMS = QUANTISED ? 1 : 2;
+    static constexpr int P_TERMS = HALF ? 1 : 2;
     // The greatest weight is 2^this, so that small ones are no subnormal halves.
-    static constexpr int  WEIGHT_EXPONENT = HALF ? 14 : 0;
+    static constexpr int WEIGHT_EXPONENT = HALF ? 14 : 0;
     // Steps of 16 values in a slice. The 18 blocks of a quantised row are not divided.
-    static constexpr int  MAX_STEPS  = QUANTISED ? 10 : N_CACHE / SLICES / 16;
+    static constexpr int MAX_STEPS = QUANTISED ? 10 : N_CACHE / SLICES / 16;
 
     static __device__ int first_step(int slice) {
         return QUANTISED ? slice * N_FACTORS / SLICES * 2 : slice * MAX_STEPS;
@@ -50,8 +50,8 @@ template <cache_type TYPE> struct precision {
 
 // Partial results: of each piece of the keys, row by row.
 struct partials {
-    float *  out;       // [pieces][rows of all streams][N_LATENT]
-    float2 * max_sum;   // [pieces][rows of all streams]
+    float *  out;      // [pieces][rows of all streams][N_LATENT]
+    float2 * max_sum;  // [pieces][rows of all streams]
 };
 
 struct plan {
@@ -147,9 +147,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         const int row = row0 + i;
         return args.q + s * args.q_stream + row / args.n_heads * args.q_query + row % args.n_heads * args.q_head;
     };
-    const uint16_t * mask  = args.mask == nullptr ? nullptr : args.mask + s % args.mask_streams * args.mask_stream;
-    const sight      sight = { mask == nullptr ? nullptr : mask + query0 * args.mask_query, args.mask_query,
-                               query1 - query0, end };
+    const uint16_t * mask = args.mask == nullptr ? nullptr : args.mask + s % args.mask_streams * args.mask_stream;
+    const sight sight = { mask == nullptr ? nullptr : mask + query0 * args.mask_query, args.mask_query, query1 - query0,
+                          end };
 
     tiles cache(shared, { static_cast<const char *>(args.cache) + s * args.cache_stream, args.cache_row, args.n_keys });
     const int first_key = piece * plan.keys_a_piece;
@@ -183,7 +183,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             if (row < n_rows && step < n_steps) {
                 x = *reinterpret_cast<const float2 *>(query_row(row) + (step0 + step) * 16 + 2 * t + i / 2 * 8);
             }
-            const float          range = rescale[row];
+            const float                 range = rescale[row];
             const terms<fixed::Q_TERMS> pair  = split<element, fixed::Q_TERMS>(x.x * range, x.y * range);
 #pragma unroll
             for (int term = 0; term < fixed::Q_TERMS; ++term) {
@@ -219,7 +219,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
 #pragma unroll
             for (int step = 0; step < fixed::MAX_STEPS; ++step) {
                 if (step < n_steps) {
-                    float(&to)[SCORE_COLUMNS][4] = tiles::FACTORS ? part : sums;
+                    float (&to)[SCORE_COLUMNS][4] = tiles::FACTORS ? part : sums;
 #pragma unroll
                     for (int pair = 0; pair < SCORE_COLUMNS / 2; ++pair) {
 #pragma unroll
@@ -251,9 +251,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             for (int column = 0; column < SCORE_COLUMNS; ++column) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const int row = 16 * m + g + 8 * i;
-                    *reinterpret_cast<float2 *>(scores + (slice * BLOCK_ROWS + row) * SCORE_STRIDE + 8 * column + 2 * t) =
-                        make_float2(sums[column][2 * i], sums[column][2 * i + 1]);
+                    const int row                      = 16 * m + g + 8 * i;
+                    *reinterpret_cast<float2 *>(scores + (slice * BLOCK_ROWS + row) * SCORE_STRIDE + 8 * column +
+                                                2 * t) = make_float2(sums[column][2 * i], sums[column][2 * i + 1]);
                 }
             }
         }
@@ -308,19 +308,20 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             if (!__all_sync(ALL_LANES, same)) {
 #pragma unroll
                 for (int i = 0; i < ROW_TILES * VALUE_COLUMNS * 4; ++i) {
-                    out[i / 4 / VALUE_COLUMNS][i / 4 % VALUE_COLUMNS][i % 4] *= factor[i / 4 / VALUE_COLUMNS][i / 2 % 2];
+                    out[i / 4 / VALUE_COLUMNS][i / 4 % VALUE_COLUMNS][i % 4] *=
+                        factor[i / 4 / VALUE_COLUMNS][i / 2 % 2];
                 }
             }
 #pragma unroll
             for (int step = 0; step < KEY_STEPS; ++step) {
 #pragma unroll
                 for (int span = 0; span < WARP_VALUES / FACTOR_SPAN; ++span) {
-                    const int    value0 = warp * WARP_VALUES + span * FACTOR_SPAN;
-                    float2       low    = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t);
-                    float2       high   = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t + 8);
-                    low                 = make_float2(low.x * unit, low.y * unit);
-                    high                = make_float2(high.x * unit, high.y * unit);
-                    uint32_t     a[ROW_TILES][fixed::P_TERMS][4];
+                    const int value0 = warp * WARP_VALUES + span * FACTOR_SPAN;
+                    float2    low    = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t);
+                    float2    high   = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t + 8);
+                    low              = make_float2(low.x * unit, low.y * unit);
+                    high             = make_float2(high.x * unit, high.y * unit);
+                    uint32_t a[ROW_TILES][fixed::P_TERMS][4];
 #pragma unroll
                     for (int i = 0; i < ROW_TILES * 4; ++i) {
                         const int    row  = i / 4 * 16 + g + i % 2 * 8;
@@ -338,8 +339,8 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
 #pragma unroll
                         for (int p = 0; p < tiles::PLANES; ++p) {
                             uint32_t b[4];
-                            load_matrices_transposed(b, cache.plane(p) + (16 * step + lane % 16) * TILE_STRIDE + value0 +
-                                                            16 * pair + lane / 16 * 8);
+                            load_matrices_transposed(b, cache.plane(p) + (16 * step + lane % 16) * TILE_STRIDE +
+                                                            value0 + 16 * pair + lane / 16 * 8);
                             const int column = span * FACTOR_SPAN / 8 + 2 * pair;
 #pragma unroll
                             for (int term = fixed::P_TERMS - 1 - p; term >= 0; --term) {
@@ -381,9 +382,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             const float factor = rescale[row];
 #pragma unroll
             for (int column = 0; column < VALUE_COLUMNS; ++column) {
-                const float * x = out[i / 2][column] + i % 2 * 2;
-                *reinterpret_cast<float2 *>(to + (first_row + row) * N_LATENT + warp * WARP_VALUES + 8 * column + 2 * t) =
-                    make_float2(x[0] * factor, x[1] * factor);
+                const float * x                    = out[i / 2][column] + i % 2 * 2;
+                *reinterpret_cast<float2 *>(to + (first_row + row) * N_LATENT + warp * WARP_VALUES + 8 * column +
+                                            2 * t) = make_float2(x[0] * factor, x[1] * factor);
             }
         }
     }

@@ -210,19 +210,19 @@ template <cache_type TYPE> struct quantised_tiles {
     // Part `piece` of a block's codes to where they belong in its values.
     static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
         if constexpr (TYPE == cache_type::q8_0) {
-            const uint32_t a = load_four(codes + piece * 8);
-            const uint32_t b = load_four(codes + piece * 8 + 4);
-            *reinterpret_cast<uint4 *>(to + piece * 8) =
-                make_uint4(codes_to_half<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(a, 0, 0x4342)),
-                           codes_to_half<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(b, 0, 0x4342)));
+            const uint32_t a                           = load_four(codes + piece * 8);
+            const uint32_t b                           = load_four(codes + piece * 8 + 4);
+            *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(
+                codes_to_half<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(a, 0, 0x4342)),
+                codes_to_half<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(b, 0, 0x4342)));
         } else {
             // value j in the low half of byte j, value j + 16 in the high one
             const uint32_t x = load_four(codes + piece * 4);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint32_t n = x >> 4 * half & 0x0f0f0f0f;
-                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) =
-                    make_uint2(codes_to_half<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(n, 0, 0x4342)));
+                const uint32_t n                                                    = x >> 4 * half & 0x0f0f0f0f;
+                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) = make_uint2(
+                    codes_to_half<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(n, 0, 0x4342)));
             }
         }
     }

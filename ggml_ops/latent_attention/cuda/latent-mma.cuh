@@ -85,31 +85,28 @@ static __device__ __forceinline__ uint32_t shared_address(const void * shared) {
 // matrix (row g, columns 2t 2t+1), and transposed (rows 2t 2t+1, column g).
 static __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void * row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                    : "r"(shared_address(row))
-                    : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 static __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void * row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                    : "r"(shared_address(row))
-                    : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
 }
 
 // 16 or 4 bytes from global to shared memory, both so aligned; the first `given` of them are read, the rest is zero.
 static __device__ __forceinline__ void copy_16_async(void * shared, const void * global, int given) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                    :
-                    : "r"(shared_address(shared)), "l"(global), "r"(given)
-                    : "memory");
+                 :
+                 : "r"(shared_address(shared)), "l"(global), "r"(given)
+                 : "memory");
 }
 
 static __device__ __forceinline__ void copy_4_async(void * shared, const void * global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
-                    :
-                    : "r"(shared_address(shared)), "l"(global)
-                    : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 // Waits until all of this thread's copies have arrived.

@@ -52,10 +52,8 @@ static inline bool find_cache_type(ggml_type type, cache_type & found) {
         ggml_type  ggml;
         cache_type ours;
     } types[] = {
-        { GGML_TYPE_F32,  cache_type::f32  },
-        { GGML_TYPE_F16,  cache_type::f16  },
-        { GGML_TYPE_BF16, cache_type::bf16 },
-        { GGML_TYPE_Q8_0, cache_type::q8_0 },
+        { GGML_TYPE_F32, cache_type::f32 },   { GGML_TYPE_F16, cache_type::f16 },
+        { GGML_TYPE_BF16, cache_type::bf16 }, { GGML_TYPE_Q8_0, cache_type::q8_0 },
         { GGML_TYPE_Q4_0, cache_type::q4_0 },
     };
     for (const auto & each : types) {

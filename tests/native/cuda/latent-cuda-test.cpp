@@ -101,10 +101,10 @@ static void test_refusals() {
     LatentShape small;
     small.n_keys  = 64;
     small.n_heads = 2;
-    LatentCase         attention(small);
-    const ggml_tensor  good = *attention.node();
-    ggml_tensor        dst, k = *good.src[1], v = *good.src[2], mask = *good.src[3];
-    const auto         fresh = [&]() -> ggml_tensor & { return dst = good; };
+    LatentCase             attention(small);
+    const ggml_tensor      good = *attention.node();
+    ggml_tensor            dst, k = *good.src[1], v = *good.src[2], mask = *good.src[3];
+    const auto             fresh = [&]() -> ggml_tensor & { return dst = good; };
     latent_cuda::attention args;
     n_done++;
     n_failed += latent_cuda::read_node(&good, args) != nullptr;
