@@ -39,6 +39,7 @@ struct LatentShape {
     ggml_type   weights   = GGML_TYPE_F16;
     std::string mask      = "causal";  // none, causal, mixed (two keys of five), blind (the first query sees nothing)
     float       spread    = 1.0f;      // standard deviation of the scores
+    float       query     = 1.0f;      // deviation of the values of q, for which the scale makes up
     bool        poison    = false;     // cells that no query sees hold NaN
     float       first     = 1.0f;      // deviation of the values of the first key, and of the last; between them
     float       last      = 1.0f;      // it grows by the same factor from key to key
@@ -140,7 +141,7 @@ class LatentCase {
     ApartBuffers       buffers;
     std::vector<float> q_f, cache_f, k_b_f, v_b_f;  // as float32, row by row
 
-    float scale() const { return s.spread / std::sqrt((float) s.n_key()); }
+    float scale() const { return s.spread / s.query / std::sqrt((float) s.n_key()); }
 
     void build() {
         q                    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, s.n_key(), s.n_heads, s.n_queries, s.n_streams);
@@ -218,7 +219,7 @@ class LatentCase {
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
         const float deviation = 1.0f / std::sqrt((float) s.n_nope);
         for (int64_t i = 0; i < ggml_nrows(q); ++i) {
-            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], 1.0f, q_f.data() + i * q->ne[0]);
+            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
         }
         for (auto [t, values] : { std::pair{ k_b, &k_b_f }, std::pair{ v_b, &v_b_f } }) {
             for (int64_t i = 0; i < ggml_nrows(t); ++i) {

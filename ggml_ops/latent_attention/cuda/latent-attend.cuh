@@ -40,8 +40,9 @@ template <cache_type TYPE> struct precision {
     static constexpr int P_TERMS = HALF ? 1 : 2;
     // The greatest weight is 2^this, so that small ones are no subnormal halves.
     static constexpr int WEIGHT_EXPONENT = HALF ? 14 : 0;
-    // Steps of 16 values in a slice. The 18 blocks of a quantised row are not divided.
-    static constexpr int MAX_STEPS = QUANTISED ? 10 : N_CACHE / SLICES / 16;
+    // Steps of 16 values in a slice. The 18 blocks of a quantised row are not divided: slices have 4 or 5 of them.
+    static constexpr int MIN_STEPS = QUANTISED ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
+    static constexpr int MAX_STEPS = QUANTISED ? MIN_STEPS + 2 : MIN_STEPS;
 
     static __device__ int first_step(int slice) {
         return QUANTISED ? slice * N_FACTORS / SLICES * 2 : slice * MAX_STEPS;
@@ -169,21 +170,22 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     __syncthreads();
 
     // q of this warp's rows and slice.
-    const int m       = warp % ROW_TILES;
-    const int slice   = warp / ROW_TILES;
-    const int step0   = fixed::first_step(slice);
-    const int n_steps = fixed::first_step(slice + 1) - step0;
-    uint32_t  q[fixed::MAX_STEPS][fixed::Q_TERMS][4];
+    const int           m          = warp % ROW_TILES;
+    const int           slice      = warp / ROW_TILES;
+    const int           step0      = fixed::first_step(slice);
+    const int           n_steps    = fixed::first_step(slice + 1) - step0;
+    const int           my_rows[2] = { 16 * m + g, 16 * m + g + 8 };
+    const float * const my_q[2]    = { query_row(min(my_rows[0], n_rows - 1)), query_row(min(my_rows[1], n_rows - 1)) };
+    uint32_t            q[fixed::MAX_STEPS][fixed::Q_TERMS][4];
 #pragma unroll
     for (int step = 0; step < fixed::MAX_STEPS; ++step) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const int row = 16 * m + g + i % 2 * 8;
-            float2    x   = make_float2(0.0f, 0.0f);
-            if (row < n_rows && step < n_steps) {
-                x = *reinterpret_cast<const float2 *>(query_row(row) + (step0 + step) * 16 + 2 * t + i / 2 * 8);
+            float2 x = make_float2(0.0f, 0.0f);
+            if (my_rows[i % 2] < n_rows && (step < fixed::MIN_STEPS || step < n_steps)) {
+                x = *reinterpret_cast<const float2 *>(my_q[i % 2] + (step0 + step) * 16 + 2 * t + i / 2 * 8);
             }
-            const float                 range = rescale[row];
+            const float                 range = rescale[my_rows[i % 2]];
             const terms<fixed::Q_TERMS> pair  = split<element, fixed::Q_TERMS>(x.x * range, x.y * range);
 #pragma unroll
             for (int term = 0; term < fixed::Q_TERMS; ++term) {
@@ -218,7 +220,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             float part[SCORE_COLUMNS][4] = {};
 #pragma unroll
             for (int step = 0; step < fixed::MAX_STEPS; ++step) {
-                if (step < n_steps) {
+                if (step < fixed::MIN_STEPS || step < n_steps) {
                     float (&to)[SCORE_COLUMNS][4] = tiles::FACTORS ? part : sums;
 #pragma unroll
                     for (int pair = 0; pair < SCORE_COLUMNS / 2; ++pair) {

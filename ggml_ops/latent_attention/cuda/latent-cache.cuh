@@ -30,6 +30,18 @@ constexpr int TILE_VALUES = TILE_KEYS * TILE_STRIDE;
 constexpr int FACTOR_SPAN = 32;  // values that share a scale
 constexpr int N_FACTORS   = N_CACHE / FACTOR_SPAN;
 
+// f(i) for each i in [0, COUNT), shared among the threads of the block. Three at a time keep loads under way; for more
+// there are no registers.
+template <int COUNT, typename F> static __device__ __forceinline__ void share(const F & f) {
+#pragma unroll 3
+    for (int n = 0; n < (COUNT + THREADS - 1) / THREADS; ++n) {
+        const int i = n * THREADS + threadIdx.x;
+        if (COUNT % THREADS == 0 || i < COUNT) {
+            f(i);
+        }
+    }
+}
+
 // Keys [key, key + TILE_KEYS), those that some query of the block sees. None: there is no such tile any more.
 struct key_tile {
     int      key;
@@ -70,14 +82,13 @@ template <typename T> struct plain_tiles {
             return;
         }
         T * to = tiles + (1 - current) * TILE_VALUES;
-#pragma unroll
-        for (int i = threadIdx.x; i < TILE_KEYS * CHUNKS; i += THREADS) {
+        share<TILE_KEYS * CHUNKS>([&](int i) {
             const int    key  = i / CHUNKS;
             const int    at   = i % CHUNKS * CHUNK;
             const bool   sees = tile.sees(key);
             const char * from = sees ? rows.at(tile.key + key) + at : rows.data;
             copy_16_async(reinterpret_cast<char *>(to + key * TILE_STRIDE) + at, from, sees ? CHUNK : 0);
-        }
+        });
     }
 
     __device__ void arrive(const key_tile &) {
@@ -154,11 +165,10 @@ template <cache_type TYPE> struct quantised_tiles {
         const char * from  = rows.at(tile.key);
         const int    bytes = min(TILE_KEYS, rows.n_keys - tile.key) * ROW_BYTES;
         if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
-#pragma unroll
-            for (int at = threadIdx.x * 16; at < TILE_KEYS * ROW_BYTES; at += THREADS * 16) {
-                const int given = max(0, min(16, bytes - at));
-                copy_16_async(raw + at, given > 0 ? from + at : from, given);
-            }
+            share<RAW_BYTES / 16>([&](int i) {
+                const int given = max(0, min(16, bytes - i * 16));
+                copy_16_async(raw + i * 16, given > 0 ? from + i * 16 : from, given);
+            });
         } else {
             for (int at = threadIdx.x * 4; at < bytes; at += THREADS * 4) {
                 copy_4_async(raw + at, from + at);
@@ -170,28 +180,27 @@ template <cache_type TYPE> struct quantised_tiles {
         wait_copies();
         __syncthreads();
         int greatest = exponent;
-        for (int i = threadIdx.x; i < TILE_KEYS * N_FACTORS; i += THREADS) {
+        share<TILE_KEYS * N_FACTORS>([&](int i) {
             const int      key    = i % TILE_KEYS;
             const int      block  = i / TILE_KEYS;
             const __half * scale  = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
             const float    factor = tile.sees(key) ? __half2float(*scale) : 0.0f;
             tile_factors[i]       = factor;
             greatest              = max(greatest, exponent_of(factor));
-        }
+        });
         greatest = __reduce_max_sync(ALL_LANES, greatest);
         if (threadIdx.x % WARP == 0) {
             exponents[threadIdx.x / WARP] = greatest;
         }
         // eight codes at a time
         constexpr int PIECES = FACTOR_SPAN / 8;
-#pragma unroll
-        for (int i = threadIdx.x; i < TILE_KEYS * N_FACTORS * PIECES; i += THREADS) {
+        share<TILE_KEYS * N_FACTORS * PIECES>([&](int i) {
             const int    key   = i / (N_FACTORS * PIECES);
             const int    block = i / PIECES % N_FACTORS;
             const int    piece = i % PIECES;
             const char * codes = raw + key * ROW_BYTES + block * BLOCK_BYTES + 2;
             unpack_eight(codes, piece, tile_values + key * TILE_STRIDE + block * FACTOR_SPAN);
-        }
+        });
         __syncthreads();
         const int before = exponent;
 #pragma unroll
@@ -260,7 +269,7 @@ struct split_tiles {
     __device__ void arrive(const key_tile & tile) {
         constexpr int CHUNKS = N_CACHE / 4;
         __syncthreads();
-        for (int i = threadIdx.x; i < TILE_KEYS * CHUNKS; i += THREADS) {
+        share<TILE_KEYS * CHUNKS>([&](int i) {
             const int    key  = i / CHUNKS;
             const int    d    = i % CHUNKS * 4;
             const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -273,7 +282,7 @@ struct split_tiles {
                 *reinterpret_cast<uint2 *>(tile_values + p * TILE_VALUES + key * TILE_STRIDE + d) =
                     make_uint2(xy.term[p], zw.term[p]);
             }
-        }
+        });
         __syncthreads();
     }
 

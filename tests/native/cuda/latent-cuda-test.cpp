@@ -1,6 +1,6 @@
 // The CUDA kernels of latent attention, run on the CPU, against float64, in the cases of the CPU's own test: every type
 // of cache, lengths around the borders of tiles and pieces, masks with holes, several streams, numbers of heads that do
-// not fill a block of rows, flat and peaked scores, tiny, growing and shrinking values, poisoned padding, rows at odd
+// not fill a block of rows, flat and peaked scores, great and tiny queries, growing and shrinking values, poisoned padding, rows at odd
 // addresses, nodes that are refused; and the same bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for ggml-cuda.
 
 #include "../latent-attn-case.h"
@@ -179,6 +179,12 @@ static void test_type(ggml_type type) {
         s.spread      = 0.05f;
         s.first       = first;
         s.last        = last;
+        check(s);
+    }
+    for (const float deviation : { 1e-6f, 1e6f }) {
+        LatentShape s = base;
+        s.n_keys      = 70;
+        s.query       = deviation;
         check(s);
     }
     LatentShape kimi = base;
