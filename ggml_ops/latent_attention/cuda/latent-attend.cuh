@@ -38,8 +38,8 @@ template <cache_type TYPE> struct precision {
     // Terms of a value of q and of a weight.
     static constexpr int Q_TERMS = QUANTISED ? 1 : 2;
     static constexpr int P_TERMS = HALF ? 1 : 2;
-    // The greatest weight is 2^this, so that small ones are no subnormal halves.
-    static constexpr int WEIGHT_EXPONENT = HALF ? 14 : 0;
+    // The greatest weight is 2^this: multiplied with a scale far below the greatest, it is no subnormal half yet.
+    static constexpr int WEIGHT_EXPONENT = QUANTISED ? 14 : 0;
     // Steps of 16 values in a slice. The 18 blocks of a quantised row are not divided: slices have 4 or 5 of them.
     static constexpr int MIN_STEPS = QUANTISED ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
     static constexpr int MAX_STEPS = QUANTISED ? MIN_STEPS + 2 : MIN_STEPS;
