@@ -22,6 +22,7 @@ def compile_cuda(
     architecture: int = 80,
     races: bool = False,
     fast_math: bool = True,
+    compiler: str | None = None,
 ) -> Path:
     """As compile_program; #include "…" also finds what lies in tests/native and in ggml_ops."""
     return compile_program(
@@ -34,4 +35,5 @@ def compile_cuda(
         architecture=architecture,
         races=races,
         fast_math=fast_math,
+        compiler=compiler,
     )

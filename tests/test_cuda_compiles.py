@@ -106,6 +106,17 @@ def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
         find_nvcc()
 
 
+def test_the_python_packages_compiler_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    packaged = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    packaged.parent.mkdir(parents=True)
+    packaged.touch()
+    (tmp_path / "nvidia" / "cudnn").mkdir()
+    monkeypatch.delenv("CUDACXX", raising=False)
+    monkeypatch.setattr(cuda_check.shutil, "which", lambda name: None)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_nvcc() == packaged
+
+
 def test_the_page_has_a_row_a_kernel() -> None:
     kernels = [
         KernelUse("a.cu", 80, "f<1>", 40, 0, 0, 384),

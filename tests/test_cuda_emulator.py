@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from cuda_program import NATIVE, compile_cuda
+from ggml_variant import require_tools
 
 from kimi_gguf.scripts.engine import Engine, upstream_source
 
@@ -42,6 +43,20 @@ def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
         [NATIVE / "emulator-features.cu"], tmp_path / "plain", options=["-mno-f16c", "-mno-avx"]
     )
     ended = run(program)
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+
+
+@pytest.mark.parametrize("name", ["emulator-features", "emulator-matrices"])
+def test_on_arm(name: str, tmp_path: Path) -> None:
+    """The other fiber switch, under qemu."""
+    prefix = "aarch64-linux-gnu"
+    require_tools({f"{prefix}-g++": f"g++-{prefix}", "qemu-aarch64": "qemu-user"})
+    program = compile_cuda(
+        [NATIVE / f"{name}.cu"], tmp_path / name, options=["-march=armv8-a"], compiler=f"{prefix}-g++"
+    )
+    ended = subprocess.run(
+        ["qemu-aarch64", "-L", f"/usr/{prefix}", program], capture_output=True, text=True, check=False
+    )
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
 
 

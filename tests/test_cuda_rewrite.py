@@ -23,6 +23,10 @@ HERE = "cuda_emulator::Place::here()"
             "dim3(n, m), b.x, sizeof(float) * n, stream) (x, y);",
         ),
         (
+            "else table.kernels[i + (j)]<<<1, 2>>>(x);",
+            'else cuda_emulator::configure("table.kernels[i+(j)]", table.kernels[i + (j)], 1, 2)(x);',
+        ),
+        (
             "if (a) f<T><<<g, size<std::array<int, 3>>(h)>>>(x);",
             'if (a) cuda_emulator::configure("f<T>", f<T>, g, size<std::array<int, 3>>(h))(x);',
         ),

@@ -80,7 +80,7 @@ _INSTRUCTIONS: list[tuple[str, Call]] = [
     (r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.(?P<sum>f32)\.(?P<type>bf16)\.bf16\.f32", _mma),
     (r"mma\.sync\.aligned\.m16n8k(?P<k>4|8)\.row\.col\.(?P<sum>f32)\.(?P<type>tf32)\.tf32\.f32", _mma),
     (
-        r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col(\.satfinite)?\.(?P<sum>s32)\.(?P<type>s8)\.s8\.s32",
+        r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col\.(?P<sum>s32)\.(?P<type>s8)\.s8\.s32",
         _mma,
     ),
     (
@@ -96,7 +96,7 @@ _INSTRUCTIONS: list[tuple[str, Call]] = [
     (r"cp\.async\.commit_group", _values("cp_async_commit")),
     (r"cp\.async\.wait_group", _values("cp_async_wait")),
     (r"cp\.async\.wait_all", _values("cp_async_wait_all")),
-    (r"cvt\.rna(\.satfinite)?\.tf32\.f32", _call("cvt_tf32", 1)),
+    (r"cvt\.rna\.tf32\.f32", _call("cvt_tf32", 1)),
     (r"cvt\.rn\.bf16x2\.f32", _call("cvt_pair<cuda_emulator::BfloatFormat>", 1)),
     (r"cvt\.rn\.f16x2\.f32", _call("cvt_pair<cuda_emulator::HalfFormat>", 1)),
     (r"ex2\.approx(\.ftz)?\.f32", _call("unary<cuda_emulator::exp2_flushed>", 1)),

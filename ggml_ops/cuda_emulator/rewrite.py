@@ -139,16 +139,17 @@ def _launch(row: Sequence[Token], at: int, done: list[Token]) -> int:
 def _expression_before(done: list[Token]) -> list[Token]:
     """Take a kernel's name, with its template arguments and namespaces, off the end."""
     first = len(done)
-    depth = inside = 0  # of <>, of ()
+    depth = inside = 0  # of <>; of [], and of () in either
     while first > 0:
         token = done[first - 1]
-        inside += (token.text == ")") - (token.text == "(")
-        if inside > 0 and depth > 0:
+        if depth or inside or token.text == "]":
+            inside += (token.text in ("]", ")")) - (token.text in ("[", "("))
+        if inside or token.text == "[":
             first -= 1
             continue
         depth += (token.text == ">") - (token.text == "<")
-        ends = token.kind not in ("word", "blank") and token.text not in ("::", "<", ">")
-        parted = token.kind == "blank" and first < len(done) and done[first].text not in ("::", "<")
+        ends = token.kind not in ("word", "blank") and token.text not in ("::", ".", "<", ">")
+        parted = token.kind == "blank" and first < len(done) and done[first].text not in ("::", ".", "<", "[")
         if depth == 0 and (ends or parted):
             break
         first -= 1

@@ -234,32 +234,93 @@ static void check_scalar_ptx() {
     CHECK(got[7] == 0xff338077);  // bytes 4, 3, 0 and the sign of 3
 }
 
-// Every half there is, and floats of every size, against the compiler's own type.
-static void check_halves() {
+// What the bits of a number of `mantissa` bits mean, bias and all, by the definition.
+static double meaning(uint32_t bits, int mantissa, int bias) {
+    const int    exponent = int(bits >> mantissa), top = 2 * bias + 1;
+    const double fraction = double(bits & ((1u << mantissa) - 1)) / double(1u << mantissa);
+    return exponent == top && fraction != 0 ? NAN
+           : exponent == top                ? INFINITY
+           : exponent == 0                  ? std::ldexp(fraction, 1 - bias)
+                                            : std::ldexp(1 + fraction, exponent - bias);
+}
+
+// Every value of a 16-bit type, and floats of every size, each of which must become the nearest one; halves become even.
+template <class T> void check_rounding(int mantissa, int bias) {
     for (uint32_t bits = 0; bits < 65536; bits++) {
-        const __half   half  = __ushort_as_half(uint16_t(bits));
-        const _Float16 known = bits_as<_Float16>(uint16_t(bits));
-        CHECK(std::isnan(float(half)) ? std::isnan(float(known)) : float(half) == float(known));
-        CHECK(std::isnan(float(half)) || __half(float(half)).bits == bits);
+        const float  value = float(bits_as<T>(uint16_t(bits)));
+        const double known = std::copysign(meaning(bits & 0x7fff, mantissa, bias), bits & 0x8000 ? -1.0 : 1.0);
+        CHECK(std::isnan(value) ? std::isnan(known) : double(value) == known);
+        CHECK(std::isnan(value) || T(value).bits == bits);
     }
     uint32_t random = 1;
     for (int i = 0; i < 2000000; i++) {
-        random            = random * 1664525 + 1013904223;
-        const float value = bits_as<float>(random);
-        if (!std::isnan(value)) {
-            CHECK(__half(value).bits == bits_as<uint16_t>(_Float16(value)));
-            const float  bfloat = float(__nv_bfloat16(value));
-            const double step   = std::isinf(bfloat) ? 0.0 : std::fabs(double(bfloat) - double(value));
-            CHECK(std::isinf(bfloat) || step <= std::ldexp(1.0, std::max(std::ilogb(value), -126) - 8));
-            CHECK(std::isinf(bfloat) == (std::fabs(value) >= 0x1.ffp127f));
+        random             = random * 1664525 + 1013904223;
+        const float    x   = bits_as<float>(random);
+        const uint16_t got = T(x).bits;
+        if (std::isnan(x)) {
+            CHECK(std::isnan(float(T(x))));
+            continue;
         }
+        CHECK(got >> 15 == random >> 31);
+        // infinity stands where the next number would be, 2^(bias + 1)
+        auto place = [&](uint32_t bits) {
+            const double value = meaning(bits, mantissa, bias);
+            return std::isinf(value) ? std::ldexp(1.0, bias + 1) : value;
+        };
+        const uint32_t size = got & 0x7fff;
+        const double   off  = std::min(std::fabs(double(x)), 1e39) - place(size);
+        const double   up   = std::isinf(meaning(size, mantissa, bias)) ? INFINITY : place(size + 1) - place(size);
+        const double   down = size ? place(size) - place(size - 1) : INFINITY;
+        CHECK(off <= up / 2 && -off <= down / 2);
+        CHECK((off != up / 2 && -off != down / 2) || size % 2 == 0);
     }
-    CHECK(__nv_bfloat16(1.0f + 0x1p-8f).bits == 0x3f80 && __nv_bfloat16(1.0f + 0x3p-8f).bits == 0x3f82);  // to even
-    CHECK(std::isnan(float(__half(NAN))) && std::isnan(float(__nv_bfloat16(NAN))));
+}
+
+#if defined(CUDA_EMULATOR_RACES)
+constexpr bool STOPPED_BY_RACES = true;
+#else
+constexpr bool STOPPED_BY_RACES = false;
+#endif
+
+// Kernels that rely on an order which no device promises: their results are to differ between orders.
+__global__ void leans_on_lanes(int * out) {
+    __shared__ int s[32];
+    s[threadIdx.x]   = int(threadIdx.x);
+    out[threadIdx.x] = s[31 - threadIdx.x];  // no barrier before it
+}
+
+__global__ void leans_on_warps(int * out) {
+    if (threadIdx.x % 32 == 0) {
+        out[threadIdx.x / 32] = atomicAdd(out + 31, 1);
+    }
+}
+
+__global__ void leans_on_blocks(int * out) {
+    out[blockIdx.x] = atomicAdd(out + 31, 1);
+}
+
+static void check_orders() {
+    void (*const kernels[])(int *) = { leans_on_lanes, leans_on_warps, leans_on_blocks };
+    const dim3 grids[] = { 1, 1, 8 }, blocks[] = { 32, 256, 1 };
+    for (int i = 0; i < 3; i++) {
+        std::vector<std::vector<int>> results;
+        in_all_orders([&](const char *) {
+            DeviceArray<int> out(std::vector<int>(32, 0));
+            kernels[i]<<<grids[i], blocks[i]>>>(out.data());
+            results.push_back(out.values());
+        });
+        CHECK(results[0] != results[1] && results[1] != results[2] && results[2] != results[0]);
+    }
 }
 
 int main() {
-    check_halves();
+    if (!STOPPED_BY_RACES) {
+        check_orders();
+    }
+    check_rounding<__half>(10, 15);
+    check_rounding<__nv_bfloat16>(7, 127);
+    CHECK(__half(1.0f + 0x1p-11f).bits == 0x3c00 && __half(1.0f + 0x3p-11f).bits == 0x3c02);  // to even
+    CHECK(__nv_bfloat16(1.0f + 0x1p-8f).bits == 0x3f80 && __nv_bfloat16(1.0f + 0x3p-8f).bits == 0x3f82);
     in_all_orders([](const char *) {
         check_shuffles();
         check_parts();

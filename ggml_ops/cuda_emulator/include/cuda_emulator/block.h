@@ -128,8 +128,10 @@ inline unsigned pick(uint32_t set) {
     case Order::backwards:
         return 31 - __builtin_clz(set);
     default:
-        const unsigned by = next_random() % 32;
-        return (__builtin_ctz(by ? set >> by | set << (32 - by) : set) + by) % 32;
+        for (unsigned skip = next_random() % unsigned(__builtin_popcount(set)); skip > 0; skip--) {
+            set &= set - 1;
+        }
+        return __builtin_ctz(set);
     }
 }
 

@@ -116,12 +116,17 @@ CUDA_EMULATOR_UNSEEN inline void see(const void * address, size_t count, bool wr
     }
 }
 
+// The call that returns there.
+CUDA_EMULATOR_UNSEEN inline Site caller(const void * returns_to) {
+    return { static_cast<const char *>(returns_to) - 1, 0 };
+}
+
 }  // namespace cuda_emulator
 
 // The compilers' names: __tsan_read4(address), …
 #define CUDA_EMULATOR_SEEN(NAME, BYTES, WRITE)                                                                         \
     extern "C" CUDA_EMULATOR_UNSEEN __attribute__((weak)) void NAME(void * address) {                                  \
-        cuda_emulator::see(address, BYTES, WRITE, { __builtin_return_address(0) });                                    \
+        cuda_emulator::see(address, BYTES, WRITE, cuda_emulator::caller(__builtin_return_address(0)));                 \
     }
 #define CUDA_EMULATOR_SEEN_BOTH(BYTES)                                                                                 \
     CUDA_EMULATOR_SEEN(__tsan_read##BYTES, BYTES, false)                                                               \
@@ -138,11 +143,11 @@ CUDA_EMULATOR_SEEN_BOTH(16)
 extern "C" {
 
 CUDA_EMULATOR_UNSEEN __attribute__((weak)) void __tsan_read_range(void * address, size_t count) {
-    cuda_emulator::see(address, count, false, { __builtin_return_address(0) });
+    cuda_emulator::see(address, count, false, cuda_emulator::caller(__builtin_return_address(0)));
 }
 
 CUDA_EMULATOR_UNSEEN __attribute__((weak)) void __tsan_write_range(void * address, size_t count) {
-    cuda_emulator::see(address, count, true, { __builtin_return_address(0) });
+    cuda_emulator::see(address, count, true, cuda_emulator::caller(__builtin_return_address(0)));
 }
 
 __attribute__((weak)) void __tsan_init() {}

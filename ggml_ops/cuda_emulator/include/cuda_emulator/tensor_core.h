@@ -75,12 +75,19 @@ struct S8 {
     static int           element(uint32_t bits, int i) { return int8_t(bits >> 8 * i); }
 };
 
-// Towards zero, what a tensor core does where adding.
-inline float cut_off(double value) {
-    const float    nearest = float(value);
-    const uint32_t bits    = bits_as<uint32_t>(nearest);
-    const bool     beyond  = std::fabs(double(nearest)) > std::fabs(value);
-    return bits_as<float>(bits - uint32_t(beyond));
+// A row of 8 sums, exact while they are summed.
+using Doubles = double __attribute__((vector_size(64)));
+using Longs   = int64_t __attribute__((vector_size(64)));
+using Floats  = float __attribute__((vector_size(32)));
+using Ints    = int32_t __attribute__((vector_size(32)));
+
+// To float, towards zero: what a tensor core does where adding.
+inline Doubles cut_off(Doubles sums) {
+    const Floats nearest = __builtin_convertvector(sums, Floats);
+    const Longs  size    = (Longs) sums & INT64_MAX;
+    const Longs  rounded = (Longs) __builtin_convertvector(nearest, Doubles) & INT64_MAX;
+    const Longs  beyond  = (Doubles) rounded > (Doubles) size;  // -1 where it is
+    return __builtin_convertvector((Floats) ((Ints) nearest + __builtin_convertvector(beyond, Ints)), Doubles);
 }
 
 template <class T, int K> struct Product {
@@ -92,10 +99,13 @@ template <class T, int K> struct Product {
 };
 
 template <class T, int K> void multiply(Product<T, K> * const * lanes, uint32_t) {
-    using Sum       = typename T::Sum;
-    using Exact     = std::conditional_t<std::is_same_v<Sum, float>, double, int32_t>;
-    constexpr int E = T::E;
-    Exact         a[16][K], b[K][8];
+    using Sum            = typename T::Sum;
+    constexpr bool EXACT = std::is_same_v<Sum, int32_t>;
+    using Row            = std::conditional_t<EXACT, Ints, Doubles>;
+    using Element        = std::conditional_t<EXACT, int32_t, double>;
+    constexpr int E      = T::E;
+    Element       a[16][K];
+    Row           b[K];
     for (int lane = 0; lane < 32; lane++) {
         const int g = lane / 4, t = lane % 4;
         for (int r = 0; r < Product<T, K>::A; r++) {
@@ -110,20 +120,16 @@ template <class T, int K> void multiply(Product<T, K> * const * lanes, uint32_t)
         }
     }
     for (int row = 0; row < 16; row++) {
-        Exact sum[8];
+        Row sum;
         for (int column = 0; column < 8; column++) {
             sum[column] = lanes[row % 8 * 4 + column / 2]->sum[row / 8 * 2 + column % 2];
         }
-        for (int k = 0; k < K; k++) {
-            for (int column = 0; column < 8; column++) {
-                sum[column] += a[row][k] * b[k][column];
+        for (int first = 0; first < K; first += T::BLOCK) {
+            for (int k = first; k < first + T::BLOCK; k++) {
+                sum += a[row][k] * b[k];
             }
-            if constexpr (std::is_same_v<Sum, float>) {
-                if ((k + 1) % T::BLOCK == 0) {
-                    for (int column = 0; column < 8; column++) {
-                        sum[column] = cut_off(sum[column]);
-                    }
-                }
+            if constexpr (!EXACT) {
+                sum = cut_off(sum);
             }
         }
         for (int column = 0; column < 8; column++) {
