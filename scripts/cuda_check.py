@@ -164,7 +164,8 @@ def _demangled(names: Sequence[str]) -> list[str]:
     if program is None or not names:
         return list(names)
     said = subprocess.run([program, *names], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [re.sub(r"^void |\((?!anonymous).*$|\(anonymous namespace\)::", "", line) for line in said]
+    parameters = r"\((?!anonymous)[^()]*(\([^()]*\)[^()]*)*\)$"  # not (type)4 of a template's argument
+    return [re.sub(rf"^void |{parameters}|\(anonymous namespace\)::", "", line) for line in said]
 
 
 def table(kernels: Sequence[KernelUse]) -> list[str]:

@@ -39,7 +39,10 @@ struct LatentShape {
     ggml_type   weights   = GGML_TYPE_F16;
     std::string mask      = "causal";  // none, causal, mixed (two keys of five), blind (the first query sees nothing)
     float       spread    = 1.0f;      // standard deviation of the scores
+    float       query     = 1.0f;      // deviation of the values of q, for which the scale makes up
     bool        poison    = false;     // cells that no query sees hold NaN
+    float       first     = 1.0f;      // deviation of the values of the first key, and of the last; between them
+    float       last      = 1.0f;      // it grows by the same factor from key to key
     uint32_t    seed      = 1;
 
     int64_t n_cache() const { return n_latent + n_rope; }
@@ -49,6 +52,10 @@ struct LatentShape {
     int64_t n_out() const { return expand ? n_value : n_latent; }
 
     int64_t n_rows() const { return n_streams * n_queries * n_heads; }
+
+    float deviation(int64_t key) const {
+        return first * std::pow(last / first, (float) key / (float) std::max<int64_t>(1, n_keys - 1));
+    }
 
     bool visible(int64_t stream, int64_t query, int64_t key) const {
         if (mask == "mixed") {
@@ -94,6 +101,9 @@ class LatentCase {
         ggml_backend_graph_compute(backend, graph);
     }
 
+    // The operator's node, whose sources lie in the CPU's memory; what is written to its result is judged by nmse().
+    ggml_tensor * node() const { return out; }
+
     std::vector<float> result() const {
         const float * data = (const float *) out->data;
         return std::vector<float>(data, data + ggml_nelements(out));
@@ -131,7 +141,7 @@ class LatentCase {
     ApartBuffers       buffers;
     std::vector<float> q_f, cache_f, k_b_f, v_b_f;  // as float32, row by row
 
-    float scale() const { return s.spread / std::sqrt((float) s.n_key()); }
+    float scale() const { return s.spread / s.query / std::sqrt((float) s.n_key()); }
 
     void build() {
         q                    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, s.n_key(), s.n_heads, s.n_queries, s.n_streams);
@@ -209,7 +219,7 @@ class LatentCase {
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
         const float deviation = 1.0f / std::sqrt((float) s.n_nope);
         for (int64_t i = 0; i < ggml_nrows(q); ++i) {
-            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], 1.0f, q_f.data() + i * q->ne[0]);
+            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
         }
         for (auto [t, values] : { std::pair{ k_b, &k_b_f }, std::pair{ v_b, &v_b_f } }) {
             for (int64_t i = 0; i < ggml_nrows(t); ++i) {
@@ -224,7 +234,7 @@ class LatentCase {
                 for (int64_t i = 0; i < s.n_queries && key < s.n_keys; ++i) {
                     seen = seen || s.visible(stream, i, key);
                 }
-                fill_row(s.cache, row, s.n_cache(), 1.0f,
+                fill_row(s.cache, row, s.n_cache(), s.deviation(std::min(key, s.n_keys - 1)),
                          key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data());
                 if (s.poison && !seen) {
                     memset(row, 0xff,

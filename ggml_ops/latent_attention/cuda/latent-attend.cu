@@ -1,0 +1,172 @@
+// Latent attention on CUDA, absorbed: how the work is cut, the kernels and their launches.
+//
+// Blocks of rows, streams and pieces of the keys are blocks of the grid. How many pieces there are follows from the
+// shapes alone, never from the device, and so does the result. A second kernel joins them in their order.
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "latent-attend.cuh"
+
+namespace latent_cuda {
+
+// Keys are cut until there are about so many blocks, as many as large devices run at once; but not finer than that.
+constexpr int WANTED_BLOCKS = 128;
+constexpr int MIN_TILES     = 2;
+constexpr int MAX_PIECES    = WANTED_BLOCKS;
+constexpr int JOIN_THREADS  = N_LATENT / 4;
+
+static_assert(MAX_PIECES <= JOIN_THREADS, "a thread a piece");
+
+static int divide_up(int a, int b) {
+    return (a + b - 1) / b;
+}
+
+static plan make_plan(const attention & args) {
+    plan p;
+    p.n_rows          = args.n_queries * args.n_heads;
+    p.n_blocks        = divide_up(p.n_rows, BLOCK_ROWS);
+    const int n_tiles = divide_up(args.n_keys, TILE_KEYS);
+    const int wanted  = divide_up(WANTED_BLOCKS, p.n_blocks * args.n_streams);
+    const int tiles   = divide_up(n_tiles, wanted);
+    p.keys_a_piece    = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
+    p.n_pieces        = divide_up(args.n_keys, p.keys_a_piece);
+    return p;
+}
+
+static int64_t partial_rows(const plan & p, const attention & args) {
+    return p.n_pieces == 1 ? 0 : static_cast<int64_t>(p.n_pieces) * args.n_streams * p.n_rows;
+}
+
+template <cache_type TYPE>
+static __global__ void __launch_bounds__(THREADS, 1)
+    attend_pieces(const attention args, const plan plan, const partials partials) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    extern __shared__ __align__(16) char shared[];
+    attend_piece<TYPE>(args, plan, partials, shared);
+#else
+    __trap();  // the caller keeps older devices away
+#endif
+}
+
+// Result of one row out of its pieces. Those that saw no key hold no weight.
+static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partials partials, int n_pieces, float * out) {
+    __shared__ float weights[MAX_PIECES];
+    __shared__ float of_warps[2][JOIN_THREADS / WARP];
+
+    const int     i        = threadIdx.x;
+    const int64_t row      = blockIdx.x;
+    const int64_t all_rows = gridDim.x;
+    const float2  mine     = i < n_pieces ? partials.max_sum[i * all_rows + row] : make_float2(-INFINITY, 0.0f);
+
+    float maximum = mine.x;
+#pragma unroll
+    for (int mask = WARP / 2; mask > 0; mask /= 2) {
+        maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, mask));
+    }
+    if (i % WARP == 0) {
+        of_warps[0][i / WARP] = maximum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < JOIN_THREADS / WARP; ++w) {
+        maximum = fmaxf(maximum, of_warps[0][w]);
+    }
+    const float weight = mine.x == -INFINITY ? 0.0f : exp2f(mine.x - maximum);
+    float       sum    = weight * mine.y;
+#pragma unroll
+    for (int mask = WARP / 2; mask > 0; mask /= 2) {
+        sum += __shfl_xor_sync(ALL_LANES, sum, mask);
+    }
+    if (i % WARP == 0) {
+        of_warps[1][i / WARP] = sum;
+    }
+    if (i < MAX_PIECES) {
+        weights[i] = weight;
+    }
+    __syncthreads();
+    sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < JOIN_THREADS / WARP; ++w) {
+        sum += of_warps[1][w];
+    }
+
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+    for (int piece = 0; piece < n_pieces; ++piece) {
+        const float4 x = reinterpret_cast<const float4 *>(partials.out + (piece * all_rows + row) * N_LATENT)[i];
+        const float  w = weights[piece];
+        total.x += w * x.x;
+        total.y += w * x.y;
+        total.z += w * x.z;
+        total.w += w * x.w;
+    }
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    reinterpret_cast<float4 *>(out + row * N_LATENT)[i] =
+        make_float4(total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse);
+}
+
+const char * refused(const attention & args) {
+    const auto aligned = [](const void * data, int64_t stride, int64_t stream, int bytes) {
+        return reinterpret_cast<uintptr_t>(data) % bytes == 0 && stride % bytes == 0 && stream % bytes == 0;
+    };
+    if (args.q_stream % 2 != 0 || args.q_query % 2 != 0 || !aligned(args.q, args.q_head * 4, 0, 8)) {
+        return "rows of q that do not begin at multiples of 8 bytes";
+    }
+    if (args.type == cache_type::q8_0 || args.type == cache_type::q4_0) {
+        const int row = args.type == cache_type::q8_0 ? quantised_tiles<cache_type::q8_0>::ROW_BYTES
+                                                      : quantised_tiles<cache_type::q4_0>::ROW_BYTES;
+        if (args.cache_row != row) {
+            return "rows of a quantised cache that lie apart";
+        }
+        return aligned(args.cache, row, args.cache_stream, 4)
+                   ? nullptr
+                   : "rows of the cache that do not begin at multiples of 4 bytes";
+    }
+    return aligned(args.cache, args.cache_row, args.cache_stream, 16)
+               ? nullptr
+               : "rows of the cache that do not begin at multiples of 16 bytes";
+}
+
+size_t workspace(const attention & args) {
+    return partial_rows(make_plan(args), args) * (N_LATENT * sizeof(float) + sizeof(float2));
+}
+
+template <cache_type TYPE>
+static void launch(const attention & args, const plan & p, const partials & partials, cudaStream_t stream) {
+    static_assert(shared_bytes<TYPE>() <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
+    // each device of the process has to be told once; telling it again costs little
+    cudaFuncSetAttribute(attend_pieces<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<TYPE>());
+    const dim3 grid(p.n_pieces, p.n_blocks, args.n_streams);
+    attend_pieces<TYPE><<<grid, THREADS, shared_bytes<TYPE>(), stream>>>(args, p, partials);
+}
+
+void attend(const attention & args, void * work, cudaStream_t stream) {
+    const plan     p     = make_plan(args);
+    const int64_t  rows  = partial_rows(p, args);
+    const partials parts = { static_cast<float *>(work),
+                             reinterpret_cast<float2 *>(static_cast<float *>(work) + rows * N_LATENT) };
+    switch (args.type) {
+    case cache_type::f32:
+        launch<cache_type::f32>(args, p, parts, stream);
+        break;
+    case cache_type::f16:
+        launch<cache_type::f16>(args, p, parts, stream);
+        break;
+    case cache_type::bf16:
+        launch<cache_type::bf16>(args, p, parts, stream);
+        break;
+    case cache_type::q8_0:
+        launch<cache_type::q8_0>(args, p, parts, stream);
+        break;
+    case cache_type::q4_0:
+        launch<cache_type::q4_0>(args, p, parts, stream);
+        break;
+    }
+    if (p.n_pieces > 1) {
+        join_pieces<<<args.n_streams * p.n_rows, JOIN_THREADS, 0, stream>>>(parts, p.n_pieces, args.out);
+    }
+}
+
+}  // namespace latent_cuda
+
+#endif

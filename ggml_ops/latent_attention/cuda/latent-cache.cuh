@@ -1,0 +1,320 @@
+#pragma once
+
+// Tiles of the cache in shared memory, ready for tensor cores: TILE_KEYS rows of 16-bit values, one source for keys and
+// values alike.
+//
+//   type        | element | planes       | factors | on its way
+//   f16, bf16   | as it is| 1            | none    | copied asynchronously into one of two tiles
+//   q8_0, q4_0  | half    | 1: the codes | scales  | copied asynchronously as it lies, then unpacked
+//   f32         | bf16    | 2: hi + lo   | none    | read and split
+//
+// Codes are exact in halves. A key that is not visible becomes zeros, whatever its cell holds; in a 16-bit or 32-bit
+// cache it is not even read.
+//
+// Scales may be of any magnitude, which halves cannot follow: weights that are multiplied with them are multiplied with
+// factor_unit() too, which brings the greatest scale so far to [1, 2). Where it changes, what was summed up with the old
+// one is to be multiplied with unit_change(), and what comes out of it all with inverse_unit().
+//
+// Use: fetch(first tile); then for each tile arrive(), fetch(the one behind it), and read. All threads of the block
+// call both; arrive() is a barrier on both sides.
+
+#include "latent-cuda.cuh"
+#include "latent-mma.cuh"
+
+namespace latent_cuda {
+
+constexpr int THREADS     = 256;
+constexpr int TILE_KEYS   = 32;
+constexpr int TILE_STRIDE = N_CACHE + 8;  // values; eight rows then lie in different banks for ldmatrix
+constexpr int TILE_VALUES = TILE_KEYS * TILE_STRIDE;
+constexpr int FACTOR_SPAN = 32;  // values that share a scale
+constexpr int N_FACTORS   = N_CACHE / FACTOR_SPAN;
+
+// f(i) for each i in [0, COUNT), shared among the threads of the block. Three at a time keep loads under way; for more
+// there are no registers.
+template <int COUNT, typename F> static __device__ __forceinline__ void share(const F & f) {
+#pragma unroll 3
+    for (int n = 0; n < (COUNT + THREADS - 1) / THREADS; ++n) {
+        const int i = n * THREADS + threadIdx.x;
+        if (COUNT % THREADS == 0 || i < COUNT) {
+            f(i);
+        }
+    }
+}
+
+// Keys [key, key + TILE_KEYS), those that some query of the block sees. None: there is no such tile any more.
+struct key_tile {
+    int      key;
+    uint32_t visible;
+
+    __device__ bool sees(int i) const { return visible >> i & 1; }
+};
+
+// The rows of one stream.
+struct cache_rows {
+    const char * data;
+    int64_t      row_bytes;
+    int          n_keys;
+
+    __device__ const char * at(int key) const { return data + key * row_bytes; }
+};
+
+template <cache_type TYPE> struct cache_tiles;
+
+// 16-bit values: two tiles in turns.
+template <typename T> struct plain_tiles {
+    using element                   = T;
+    static constexpr int  PLANES    = 1;
+    static constexpr bool FACTORS   = false;
+    static constexpr int  ROW_BYTES = N_CACHE * sizeof(T);
+    static constexpr int  SHARED    = 2 * TILE_VALUES * sizeof(T);
+
+    cache_rows rows;
+    T *        tiles;
+    int        current = 1;
+
+    __device__ plain_tiles(char * shared, const cache_rows & rows) : rows(rows), tiles(reinterpret_cast<T *>(shared)) {}
+
+    __device__ void fetch(const key_tile & tile) {
+        constexpr int CHUNK  = 16;
+        constexpr int CHUNKS = ROW_BYTES / CHUNK;
+        if (tile.visible == 0) {
+            return;
+        }
+        T * to = tiles + (1 - current) * TILE_VALUES;
+        share<TILE_KEYS * CHUNKS>([&](int i) {
+            const int    key  = i / CHUNKS;
+            const int    at   = i % CHUNKS * CHUNK;
+            const bool   sees = tile.sees(key);
+            const char * from = sees ? rows.at(tile.key + key) + at : rows.data;
+            copy_16_async(reinterpret_cast<char *>(to + key * TILE_STRIDE) + at, from, sees ? CHUNK : 0);
+        });
+    }
+
+    __device__ void arrive(const key_tile &) {
+        wait_copies();
+        __syncthreads();
+        current = 1 - current;
+    }
+
+    __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
+
+    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+
+    __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float inverse_unit() const { return 1.0f; }
+
+    __device__ float unit_change() const { return 1.0f; }
+};
+
+// Two codes, unpacked to words of 16 bits, as halves. In 2^10 + n, n < 2^10, halves are exact to one.
+template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_half(uint32_t codes) {
+    constexpr bool SIGNED = TYPE == cache_type::q8_0;
+    const uint32_t above  = (SIGNED ? codes ^ 0x00800080 : codes) | 0x64006400;
+    const uint32_t offset = SIGNED ? 0x64806480 : 0x64086408;  // 1024 + 128, 1024 + 8
+    __half2        x, y;
+    memcpy(&x, &above, sizeof(x));
+    memcpy(&y, &offset, sizeof(y));
+    x = __hsub2(x, y);
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
+}
+
+// 2^(exponent - 127), for an exponent in [1, 254].
+static __device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+}
+
+static __device__ __forceinline__ int exponent_of(float x) {
+    return __float_as_uint(x) >> 23 & 0xff;
+}
+
+// Blocks of 32 codes behind a half that is their scale.
+template <cache_type TYPE> struct quantised_tiles {
+    using element                      = __half;
+    static constexpr int  PLANES       = 1;
+    static constexpr bool FACTORS      = true;
+    static constexpr int  BLOCK_BYTES  = 2 + (TYPE == cache_type::q8_0 ? FACTOR_SPAN : FACTOR_SPAN / 2);
+    static constexpr int  ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
+    static constexpr int  TILE_BYTES   = TILE_VALUES * sizeof(element);
+    static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(float);
+    static constexpr int  RAW_BYTES    = TILE_KEYS * ROW_BYTES;
+    static constexpr int  N_WARPS      = THREADS / WARP;
+    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
+    static_assert(RAW_BYTES % 16 == 0 && SHARED % 16 == 0, "vectors of 16 bytes");
+
+    cache_rows rows;
+    element *  tile_values;
+    float *    tile_factors;  // [N_FACTORS][TILE_KEYS]
+    char *     raw;           // the rows as they lie, one behind the other
+    int *      exponents;     // the greatest of the factors that each warp saw
+    int        exponent = 1;  // the greatest so far
+    float      change   = 1.0f;
+
+    __device__ quantised_tiles(char * shared, const cache_rows & rows) :
+        rows(rows), tile_values(reinterpret_cast<element *>(shared)),
+        tile_factors(reinterpret_cast<float *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES),
+        exponents(reinterpret_cast<int *>(shared + TILE_BYTES + FACTOR_BYTES + RAW_BYTES)) {}
+
+    __device__ void fetch(const key_tile & tile) {
+        if (tile.visible == 0) {
+            return;
+        }
+        const char * from  = rows.at(tile.key);
+        const int    bytes = min(TILE_KEYS, rows.n_keys - tile.key) * ROW_BYTES;
+        if (reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+            share<RAW_BYTES / 16>([&](int i) {
+                const int given = max(0, min(16, bytes - i * 16));
+                copy_16_async(raw + i * 16, given > 0 ? from + i * 16 : from, given);
+            });
+        } else {
+            for (int at = threadIdx.x * 4; at < bytes; at += THREADS * 4) {
+                copy_4_async(raw + at, from + at);
+            }
+        }
+    }
+
+    __device__ void arrive(const key_tile & tile) {
+        wait_copies();
+        __syncthreads();
+        int greatest = exponent;
+        share<TILE_KEYS * N_FACTORS>([&](int i) {
+            const int      key    = i % TILE_KEYS;
+            const int      block  = i / TILE_KEYS;
+            const __half * scale  = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
+            const float    factor = tile.sees(key) ? __half2float(*scale) : 0.0f;
+            tile_factors[i]       = factor;
+            greatest              = max(greatest, exponent_of(factor));
+        });
+        greatest = __reduce_max_sync(ALL_LANES, greatest);
+        if (threadIdx.x % WARP == 0) {
+            exponents[threadIdx.x / WARP] = greatest;
+        }
+        // eight codes at a time
+        constexpr int PIECES = FACTOR_SPAN / 8;
+        share<TILE_KEYS * N_FACTORS * PIECES>([&](int i) {
+            const int    key   = i / (N_FACTORS * PIECES);
+            const int    block = i / PIECES % N_FACTORS;
+            const int    piece = i % PIECES;
+            const char * codes = raw + key * ROW_BYTES + block * BLOCK_BYTES + 2;
+            unpack_eight(codes, piece, tile_values + key * TILE_STRIDE + block * FACTOR_SPAN);
+        });
+        __syncthreads();
+        const int before = exponent;
+#pragma unroll
+        for (int i = 0; i < N_WARPS; ++i) {
+            exponent = max(exponent, exponents[i]);
+        }
+        change = power_of_two(max(127 + before - exponent, 1));
+    }
+
+    // Codes begin at even addresses only.
+    static __device__ __forceinline__ uint32_t load_four(const char * at) {
+        const uint16_t * halves = reinterpret_cast<const uint16_t *>(at);
+        return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+    }
+
+    // Part `piece` of a block's codes to where they belong in its values.
+    static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
+        if constexpr (TYPE == cache_type::q8_0) {
+            const uint32_t a                           = load_four(codes + piece * 8);
+            const uint32_t b                           = load_four(codes + piece * 8 + 4);
+            *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(
+                codes_to_half<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(a, 0, 0x4342)),
+                codes_to_half<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(b, 0, 0x4342)));
+        } else {
+            // value j in the low half of byte j, value j + 16 in the high one
+            const uint32_t x = load_four(codes + piece * 4);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t n                                                    = x >> 4 * half & 0x0f0f0f0f;
+                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) = make_uint2(
+                    codes_to_half<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(n, 0, 0x4342)));
+            }
+        }
+    }
+
+    __device__ const element * plane(int) const { return tile_values; }
+
+    // Of keys i, which is even, and i + 1.
+    __device__ float2 factors(int block, int i) const {
+        return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
+    }
+
+    __device__ float factor_unit() const { return power_of_two(254 - exponent); }
+
+    __device__ float inverse_unit() const { return power_of_two(exponent); }
+
+    __device__ float unit_change() const { return change; }
+};
+
+// 32-bit values as sums of two.
+struct split_tiles {
+    using element                   = __nv_bfloat16;
+    static constexpr int  PLANES    = 2;
+    static constexpr bool FACTORS   = false;
+    static constexpr int  ROW_BYTES = N_CACHE * sizeof(float);
+    static constexpr int  SHARED    = PLANES * TILE_VALUES * sizeof(element);
+
+    cache_rows rows;
+    element *  tile_values;
+
+    __device__ split_tiles(char * shared, const cache_rows & rows) :
+        rows(rows), tile_values(reinterpret_cast<element *>(shared)) {}
+
+    __device__ void fetch(const key_tile &) {}
+
+    __device__ void arrive(const key_tile & tile) {
+        constexpr int CHUNKS = N_CACHE / 4;
+        __syncthreads();
+        share<TILE_KEYS * CHUNKS>([&](int i) {
+            const int    key  = i / CHUNKS;
+            const int    d    = i % CHUNKS * 4;
+            const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            const float4 x =
+                tile.sees(key) ? *reinterpret_cast<const float4 *>(rows.at(tile.key + key) + d * sizeof(float)) : zero;
+            const terms<2> xy = split<element, 2>(x.x, x.y);
+            const terms<2> zw = split<element, 2>(x.z, x.w);
+#pragma unroll
+            for (int p = 0; p < PLANES; ++p) {
+                *reinterpret_cast<uint2 *>(tile_values + p * TILE_VALUES + key * TILE_STRIDE + d) =
+                    make_uint2(xy.term[p], zw.term[p]);
+            }
+        });
+        __syncthreads();
+    }
+
+    __device__ const element * plane(int p) const { return tile_values + p * TILE_VALUES; }
+
+    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+
+    __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float inverse_unit() const { return 1.0f; }
+
+    __device__ float unit_change() const { return 1.0f; }
+};
+
+template <> struct cache_tiles<cache_type::f32> : split_tiles {
+    using split_tiles::split_tiles;
+};
+
+template <> struct cache_tiles<cache_type::f16> : plain_tiles<__half> {
+    using plain_tiles::plain_tiles;
+};
+
+template <> struct cache_tiles<cache_type::bf16> : plain_tiles<__nv_bfloat16> {
+    using plain_tiles::plain_tiles;
+};
+
+template <> struct cache_tiles<cache_type::q8_0> : quantised_tiles<cache_type::q8_0> {
+    using quantised_tiles::quantised_tiles;
+};
+
+template <> struct cache_tiles<cache_type::q4_0> : quantised_tiles<cache_type::q4_0> {
+    using quantised_tiles::quantised_tiles;
+};
+
+}  // namespace latent_cuda

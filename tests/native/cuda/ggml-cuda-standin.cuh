@@ -1,0 +1,47 @@
+#pragma once
+
+// What ggml-cuda.cu gives the other sources of ggml-cuda, for programs that hold only some of them: one device, a pool
+// that allocates each piece anew (so that a step beyond it is seen), errors as exceptions.
+
+#include "common.cuh"
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+static int standin_capability = 800;  // of the device there is, as ggml counts
+
+void ggml_cuda_error(const char * stmt, const char *, const char * file, int line, const char * msg) {
+    throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + stmt + ": " + msg);
+}
+
+int ggml_cuda_get_device() {
+    return 0;
+}
+
+void ggml_cuda_set_device(int) {}
+
+const ggml_cuda_device_info & ggml_cuda_info() {
+    static ggml_cuda_device_info info = {};
+    info.device_count                 = 1;
+    info.devices[0].cc                = standin_capability;
+    info.devices[0].warp_size         = 32;
+    return info;
+}
+
+struct StandinPool : ggml_cuda_pool {
+    void * alloc(size_t size, size_t * actual_size) override {
+        void * p     = nullptr;
+        *actual_size = size;
+        CUDA_CHECK(cudaMalloc(&p, size));
+        return p;
+    }
+
+    void free(void * p, size_t) override { CUDA_CHECK(cudaFree(p)); }
+};
+
+std::unique_ptr<ggml_cuda_pool> ggml_backend_cuda_context::new_pool_for_device(int, int) {
+    return std::make_unique<StandinPool>();
+}
+
+ggml_backend_cuda_context::~ggml_backend_cuda_context() = default;

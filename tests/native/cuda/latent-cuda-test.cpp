@@ -1,0 +1,226 @@
+// The CUDA kernels of latent attention, run on the CPU, against float64, in the cases of the CPU's own test: every type
+// of cache, lengths around the borders of tiles and pieces, masks with holes, several streams, numbers of heads that do
+// not fill a block of rows, flat and peaked scores, great and tiny queries, growing and shrinking values, poisoned padding, rows at odd
+// addresses, nodes that are refused; and the same bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for ggml-cuda.
+
+#include "../latent-attn-case.h"
+#include "latent-node.cuh"
+
+using namespace cuda_emulator;
+using latent_cuda::attention;
+
+static const double EXACT_LIMIT     = 1e-7;  // F32, F16, BF16
+static const double QUANTISED_LIMIT = 2e-5;  // against the dequantised values
+
+static int    n_done, n_failed;
+static double worst[GGML_TYPE_COUNT];
+
+static std::string name_of(const LatentShape & s) {
+    char text[256];
+    snprintf(text, sizeof(text), "%s queries %d keys %d heads %d streams %d mask %s spread %g%s",
+             ggml_type_name(s.cache), (int) s.n_queries, (int) s.n_keys, (int) s.n_heads, (int) s.n_streams,
+             s.mask.c_str(), s.spread, s.poison ? " poisoned" : "");
+    return text;
+}
+
+static void expect(bool good, const LatentShape & s, const std::string & what) {
+    n_done++;
+    if (!good) {
+        n_failed++;
+        printf("FAILED %s: %s\n", name_of(s).c_str(), what.c_str());
+    }
+}
+
+// A tensor's bytes on the device; `before` bytes stand in front of them, so that they begin at another alignment.
+static DeviceArray<char> to_device(const ggml_tensor * t, size_t before = 0) {
+    std::vector<char> bytes(before + ggml_nbytes(t), '\xff');
+    memcpy(bytes.data() + before, t->data, ggml_nbytes(t));
+    return DeviceArray<char>(bytes);
+}
+
+static std::vector<float> run(const ggml_tensor * dst, size_t before) {
+    const DeviceArray<char> q     = to_device(dst->src[0]);
+    const DeviceArray<char> cache = to_device(dst->src[1], before);
+    const DeviceArray<char> mask  = to_device(dst->src[3] ? dst->src[3] : dst->src[0]);
+    DeviceArray<float>      out(ggml_nelements(dst));
+
+    attention    args;
+    const char * why = latent_cuda::read_node(dst, args);
+    if (why) {
+        throw std::runtime_error(std::string("refused: ") + why);
+    }
+    args.q     = (const float *) q.data();
+    args.cache = cache.data() + before;
+    args.mask  = args.mask ? (const uint16_t *) mask.data() : nullptr;
+    args.out   = out.data();
+    DeviceArray<char> work(latent_cuda::workspace(args));
+    latent_cuda::attend(args, work.data(), nullptr);
+    cudaDeviceSynchronize();
+    return out.values();
+}
+
+// n_rows: of the result, how many are compared, 1: its first; 0: all.
+static void check(const LatentShape & s, size_t before = 0, int64_t n_rows = 0) {
+    if (!chosen()) {
+        return;
+    }
+    LatentCase         attention(s);
+    ggml_tensor *      dst = attention.node();
+    std::vector<float> first;
+    try {
+        in_all_orders([&](const char * order) {
+            const std::vector<float> got = run(dst, before);
+            if (first.empty()) {
+                first = got;
+            }
+            expect(memcmp(first.data(), got.data(), got.size() * sizeof(float)) == 0, s,
+                   std::string("other bits, lanes ") + order);
+        });
+    } catch (const std::exception & error) {
+        expect(false, s, error.what());
+        return;
+    }
+    memcpy(dst->data, first.data(), ggml_nbytes(dst));
+    const double error = attention.nmse(n_rows == 0 ? s.n_rows() : n_rows);
+    worst[s.cache]     = std::max(worst[s.cache], error);
+    expect(error <= (ggml_is_quantized(s.cache) ? QUANTISED_LIMIT : EXACT_LIMIT), s,
+           "NMSE against float64 " + std::to_string(error * 1e9) + "e-9");  // false for NaN too
+}
+
+static void refused(const ggml_tensor * dst, const char * because) {
+    attention    args;
+    const char * why = latent_cuda::read_node(dst, args);
+    n_done++;
+    if (why == nullptr || strcmp(why, because) != 0) {
+        n_failed++;
+        printf("FAILED a node with %s: %s\n", because, why ? why : "not refused");
+    }
+}
+
+// One thing is wrong with each of these nodes.
+static void test_refusals() {
+    LatentShape small;
+    small.n_keys  = 64;
+    small.n_heads = 2;
+    LatentCase             attention(small);
+    const ggml_tensor      good = *attention.node();
+    ggml_tensor            dst, k = *good.src[1], v = *good.src[2], mask = *good.src[3];
+    const auto             fresh = [&]() -> ggml_tensor & { return dst = good; };
+    latent_cuda::attention args;
+    n_done++;
+    n_failed += latent_cuda::read_node(&good, args) != nullptr;
+
+    const float one = 1.0f;
+    memcpy(&fresh().op_params[1], &one, sizeof(one));
+    refused(&dst, "ALiBi");
+    memcpy(&fresh().op_params[2], &one, sizeof(one));
+    refused(&dst, "soft-capped scores");
+    fresh().src[4] = good.src[3];
+    refused(&dst, "attention sinks");
+    ggml_latent_absorbed_switch_off(&fresh());
+    refused(&dst, "switched off");
+
+    fresh().src[2] = &v;
+    v.view_offs += 2;
+    refused(&dst, "V that is not the beginning of K");
+    v.view_offs -= 2;
+    v.ne[0] = 256;
+    refused(&dst, "head sizes other than 576 and 512");
+
+    fresh().src[3] = &mask;
+    mask.ne[2]     = 2;
+    refused(&dst, "a mask for each head");
+
+    v              = *good.src[2];
+    fresh().src[1] = &k;
+    dst.src[2]     = &v;
+    k.type = v.type = GGML_TYPE_Q5_1;
+    refused(&dst, "a type of cache that the kernels do not read");
+    k.type = v.type = GGML_TYPE_Q8_0;
+    refused(&dst, "rows of a quantised cache that lie apart");
+    k.type = v.type = GGML_TYPE_F16;
+    k.nb[1] = v.nb[1] = k.nb[1] + 2;
+    refused(&dst, "rows of the cache that do not begin at multiples of 16 bytes");
+}
+
+static void test_type(ggml_type type) {
+    LatentShape base;
+    base.cache   = type;
+    base.n_heads = 4;
+    for (const int64_t n_keys : { 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 129 }) {
+        LatentShape s = base;
+        s.n_keys      = n_keys;
+        s.n_queries   = n_keys % 2 ? 1 : 2;
+        s.poison      = true;
+        check(s);
+    }
+    for (const char * mask : { "none", "mixed", "blind" }) {
+        for (const int64_t n_heads : { 1, 3, 32 }) {
+            LatentShape s = base;
+            s.n_keys      = 100;
+            s.n_queries   = n_heads == 32 ? 2 : 9;
+            s.n_heads     = n_heads;
+            s.n_streams   = n_heads == 3 ? 2 : 1;
+            s.mask        = mask;
+            s.poison      = true;
+            check(s);
+        }
+    }
+    for (const float spread : { 0.0f, 5.0f, 40.0f }) {
+        LatentShape s = base;
+        s.n_keys      = 300;
+        s.n_heads     = 16;
+        s.spread      = spread;
+        check(s);
+    }
+    const float deviations[][2] = { { 1e-5f, 1e-5f }, { 1e-4f, 100.0f }, { 100.0f, 1e-4f } };
+    for (const auto & [first, last] : deviations) {
+        LatentShape s = base;
+        s.n_keys      = 300;
+        s.spread      = 0.05f;
+        s.first       = first;
+        s.last        = last;
+        check(s);
+    }
+    for (const float deviation : { 1e-6f, 1e6f }) {
+        LatentShape s = base;
+        s.n_keys      = 70;
+        s.query       = deviation;
+        check(s);
+    }
+    LatentShape beside = base;  // a query that sees small values beside one that sees great ones
+    beside.n_keys      = 2;
+    beside.n_queries   = 2;
+    beside.first       = 1e-3f;
+    beside.last        = 1e3f;
+    check(beside, 0, 1);
+    LatentShape kimi = base;
+    kimi.n_heads     = 32;
+    kimi.n_keys      = 513;
+    check(kimi);
+    LatentShape apart = base;  // streams whose caches begin at multiples of 4 bytes only, where the type allows it
+    apart.n_keys      = 65;
+    apart.n_streams   = 2;
+    check(apart);
+    if (ggml_is_quantized(type)) {
+        check(apart, 4);
+    }
+    if (type == GGML_TYPE_Q4_0) {  // more tiles than the least that a piece has
+        LatentShape far = base;
+        far.n_heads     = 1;
+        far.n_keys      = 8300;
+        check(far);
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (argc == 1) {
+        test_refusals();
+    }
+    for (int i = 1; i < argc; ++i) {
+        test_type(type_of(argv[i]));
+        printf("%s: largest NMSE %.1e\n", argv[i], worst[type_of(argv[i])]);
+    }
+    printf("%d checks, %d failed\n", n_done, n_failed);
+    return n_failed != 0 || n_done == 0;
+}

@@ -1,0 +1,82 @@
+// ggml's side of latent attention on CUDA (latent-ggml.cu): which nodes it takes on which device, what it leaves alone,
+// and that what it takes comes out right.
+
+#include "../check.h"
+#include "../latent-attn-case.h"
+#include "ggml-cuda-standin.cuh"
+#include "latent-ggml.cuh"
+
+#include <deque>
+
+using namespace cuda_emulator;
+
+static constexpr float UNTOUCHED = 12345.0f;
+
+// Whether the node of this shape is taken. Its result is then right, and untouched otherwise.
+static bool taken(const LatentShape & shape, int capability = 800) {
+    standin_capability = capability;
+    LatentCase                    attention(shape);
+    ggml_backend_cuda_context     cuda(0);
+    ggml_tensor *                 node = attention.node();
+    ggml_tensor                   dst  = *node;
+    ggml_tensor                   src[4];
+    std::deque<DeviceArray<char>> arrays;
+    const auto                    move_to_device = [&](ggml_tensor & t) {
+        arrays.emplace_back(std::vector<char>((char *) t.data, (char *) t.data + ggml_nbytes(&t)));
+        t.data = arrays.back().data();
+    };
+    for (const int i : { 0, 1, 3 }) {
+        if (node->src[i] != nullptr) {
+            dst.src[i] = &(src[i] = *node->src[i]);
+            move_to_device(src[i]);
+        }
+    }
+    dst.src[2]  = &(src[2] = *node->src[2]);
+    src[2].data = src[1].data;
+    std::fill((float *) node->data, (float *) node->data + ggml_nelements(node), UNTOUCHED);
+    move_to_device(dst);
+
+    const bool yes = ggml_cuda_latent_attention(cuda, &dst);
+    memcpy(node->data, dst.data, ggml_nbytes(&dst));
+    const float * got = (const float *) node->data;
+    if (yes) {
+        CHECK(attention.nmse(shape.n_rows()) <= (ggml_is_quantized(shape.cache) ? 2e-5 : 1e-7));
+    } else {
+        CHECK(std::count(got, got + ggml_nelements(node), UNTOUCHED) == ggml_nelements(node));
+    }
+    return yes;
+}
+
+int main() {
+    LatentShape one;
+    one.n_keys  = 70;
+    one.n_heads = 2;
+    one.cache   = GGML_TYPE_Q8_0;
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_BF16, GGML_TYPE_F32 }) {
+        LatentShape s = one;
+        s.cache       = type;
+        CHECK(taken(s));
+    }
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q5_1 }) {
+        LatentShape s = one;
+        s.cache       = type;
+        CHECK(!taken(s));
+    }
+    LatentShape few = one;
+    few.n_queries   = 8;
+    few.n_streams   = 2;
+    CHECK(taken(few));
+    few.n_queries = 9;
+    CHECK(!taken(few));
+
+    CHECK(!taken(one, 750));
+    CHECK(taken(one, 1200));
+
+    LatentShape off = one;
+    off.plain       = true;
+    CHECK(!taken(off));
+    LatentShape small = one;
+    small.n_latent    = 256;
+    CHECK(!taken(small));
+    printf("all as it should be\n");
+}
