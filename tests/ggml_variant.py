@@ -145,7 +145,7 @@ def sources() -> Tree:
     for path in tree.paths():
         if not UPSTREAM.match(path):
             tree.edit(path, None)
-    for path in sorted((ROOT / "tests" / "native").iterdir()):
+    for path in sorted(path for path in (ROOT / "tests" / "native").iterdir() if path.is_file()):
         tree.edit(f"native/{path.name}", path.read_bytes())
     for path in sorted((ROOT / "ggml_ops").rglob("*.h")):
         tree.edit(f"operators/{path.relative_to(ROOT / 'ggml_ops').as_posix()}", path.read_bytes())

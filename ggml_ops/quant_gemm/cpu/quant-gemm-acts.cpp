@@ -113,6 +113,10 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed) 
     }
 }
 
+#else
+
+void pack_row(const Format &, const float *, int64_t, char *) {}  // no format gets here
+
 #endif
 
 }  // namespace quant_gemm
