@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.bench.aims import aims_table
 from kimi_gguf.scripts.bench.cells import UBATCH
 from kimi_gguf.scripts.bench.files import atomically
 from kimi_gguf.scripts.bench.hybrid import MILLION, NAMES, extrapolated
@@ -180,6 +181,8 @@ def write_page(records: Sequence[Data], page: Path) -> None:
         )
     device = latest.get("device")
     parts = [device_introduction(latest, records) if device else introduction(latest, records)]
+    if device:
+        parts.append("## Aims\n\n" + markdown(aims_table(records)))
     limits = {each["threads"]: each for record in records for each in record["limits"]}
     if device and limits:
         parts.append("## The device's limit\n\n" + markdown(device_limits_table(next(iter(limits.values())))))
