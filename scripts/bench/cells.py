@@ -21,6 +21,7 @@ DEVICE_QUICK_BATCHES = (1, 8, 512, 8192)
 DEVICE_QUICK_DEPTHS = (0, 8192)
 DEVICE_THREADS = 4  # of the processor, for what stays there: looking up the tokens' rows
 UBATCH = 512  # llama.cpp's default
+DEVICE_WARM = 4  # decodes before a sample on a device: graphs are captured after some that are alike
 STEPS_TOKENS = 32  # tokens a sequence that the decodes of one sample may add to the depth
 
 
@@ -45,6 +46,12 @@ class Cell:
     def most_steps(self) -> int:
         """Decodes of one sample, at most."""
         return max(1, STEPS_TOKENS // self.batch)
+
+    @property
+    def warm(self) -> int:
+        """Decodes before a sample, untimed."""
+        few, many = (1, DEVICE_WARM) if self.device else (0, 1)
+        return few if self.batch >= UBATCH else many
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,6 @@ SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's ow
 # expert chosen otherwise moves them: pristine's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
 SAME = 0.5
 MIB = 2**20
-DEVICE_WARM = 4  # decodes before a sample on a device: graphs are captured after some that are alike
 
 
 @dataclass(frozen=True)
@@ -240,7 +239,7 @@ def measure_fitting(
 
 def context_size(cells: Sequence[Cell]) -> int:
     """Tokens of a sequence that a context for these cells has room for."""
-    room = max(cell.depth + cell.batch * (cell.most_steps + 1) for cell in cells)
+    room = max(cell.depth + cell.batch * (cell.most_steps + max(cell.warm, 1)) for cell in cells)
     return -(-room // 256) * 256
 
 
@@ -287,12 +286,10 @@ class Sampler:
         """Seconds of a decode, the mean of `steps`."""
         process, name = self._places[way]
         cell = self._cell
-        few, many = (1, DEVICE_WARM) if cell.device else (0, 1)
-        warm = few if cell.batch >= UBATCH else many
 
         def ask() -> dict[str, Any]:
             return process.ask(
-                "time", name=name, batch=cell.batch, steps=steps, warm=warm, threads=cell.threads
+                "time", name=name, batch=cell.batch, steps=steps, warm=cell.warm, threads=cell.threads
             )
 
         self._taken.append(calmly(ask, cell.threads, self._own))

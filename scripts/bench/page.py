@@ -100,10 +100,14 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
     models: dict[str, dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: str(record["created"])):
         for model in record["models"]:
-            into = models.setdefault(model["name"], {"cells": {}, "commands": {}, "model": model})
+            into = models.setdefault(
+                model["name"], {"cells": {}, "commands": {}, "fallbacks": {}, "model": model}
+            )
             into["model"] = max(into["model"], model, key=cache_size)
             if model["cells"]:
                 into["commands"][record["command"]] = None
+            for lines in model["about"].get("fallbacks", {}).values():
+                into["fallbacks"] |= dict.fromkeys(lines)
             into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
     for each in models.values():
         each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
@@ -265,7 +269,7 @@ def device_operators_part(record: Data) -> str:
 def model_part(name: str, model: Data, page: Path) -> str:
     """A model's cells in groups, with pictures, and its memory."""
     parts = [f"## {name}\n\n" + "\n".join(f"- `{command}`" for command in model["commands"]) + "\n"]
-    for fallback in dict.fromkeys(itertools.chain(*model["model"]["about"].get("fallbacks", {}).values())):
+    for fallback in model["fallbacks"]:
         parts.append(f"Falls back: {fallback}\n")
     for (cache_type, sequences, threads, ubatch), group in itertools.groupby(model["cells"], key=group_key):
         cells = list(group)
