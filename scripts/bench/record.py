@@ -3,8 +3,9 @@
 Flows in: facts, results. Flows out: a file that always holds a complete record, or none.
 
 A record: schema, command, created (UTC), machine, engines, switch (KIMI_OPS of ours), libraries (in the place of
-ours, or null), limits by threads, models [{name, architecture, bytes, about, cells}], operators, hybrid. A cell has
-its options, samples in seconds of one decode, what they come to, and its floor: the least time at the machine's limit.
+ours, or null), limits by threads, models [{name, architecture, bytes, about, cells}], operators, products, hybrid. A
+cell has its options, samples in seconds of one decode, what they come to, and its floor: the least time at the
+machine's limit.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def new_record(
         "limits": [],
         "models": [],
         "operators": [],
+        "products": [],
         "hybrid": None,
     }
 

@@ -39,7 +39,8 @@ from kimi_gguf.scripts.bench.models import (
     open_model,
 )
 from kimi_gguf.scripts.bench.operators import libraries_of, measure_operators
-from kimi_gguf.scripts.bench.page import hybrid_table, operators_table, write_page
+from kimi_gguf.scripts.bench.page import hybrid_table, operators_table, products_table, write_page
+from kimi_gguf.scripts.bench.products import measure_products
 from kimi_gguf.scripts.bench.record import Data, cell_data, load, model_data, new_record, save
 from kimi_gguf.scripts.bench.report import (
     cell_row,
@@ -110,6 +111,8 @@ class Run:
         with reporting() as told:
             if self.parsed.operators:
                 self.operators(told)
+            elif self.parsed.products:
+                self.products(told)
             elif self.parsed.hybrid:
                 self.hybrid(told)
             else:
@@ -187,6 +190,16 @@ class Run:
             told.note("  ".join(operators_table([row])[1]))
             self.keep()
         show("Operators alone", operators_table(self.record["operators"]))
+
+    def products(self, told: Reporter) -> None:
+        """Products of weights alone, on each number of threads."""
+        libraries = libraries_of(self.patched, self.pristine, self.parsed.libraries)
+        for threads in self.threads:
+            for row in measure_products(libraries, threads, told):
+                self.record["products"].append(row)
+                told.note("  ".join(products_table([row])[1]))
+                self.keep()
+        show("Products alone", products_table(self.record["products"]))
 
     def hybrid(self, told: Reporter) -> None:
         """The hybrid against its twin."""
