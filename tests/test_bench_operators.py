@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,11 +12,12 @@ import pytest
 from bench_case import own_cache
 
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench import operators, programs
+from kimi_gguf.scripts.bench import operators, products, programs
 from kimi_gguf.scripts.bench.limits import measure_limits
 from kimi_gguf.scripts.bench.load import PATIENCE, Watch, calmly
 from kimi_gguf.scripts.bench.operators import CASES, Case, libraries_of, measure_operators
-from kimi_gguf.scripts.bench.page import operators_table
+from kimi_gguf.scripts.bench.page import operators_table, products_table
+from kimi_gguf.scripts.bench.products import WEIGHTS, Shape, measure_products
 from kimi_gguf.scripts.engine import Engine
 from kimi_gguf.scripts.progress import Silent
 
@@ -37,6 +39,35 @@ def test_every_case_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.M
     for row in rows:
         assert row["pristine"]["seconds"] > 0 and row["patched"]["seconds"] > 0
     assert len(operators_table(rows)) == 1 + len(CASES)
+
+
+@pytest.mark.engine
+def test_every_product_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        products, "SHAPES", (Shape("experts", 64, 6, experts=9), Shape("one", 64, 2, copies=2))
+    )
+    monkeypatch.setattr(products, "K", 256)
+    monkeypatch.setattr(operators, "ROUNDS", 1)
+    rows = list(measure_products(libraries_of(engine, pristine, None), 1, Silent()))
+    assert [(row["weights"], row["shape"]) for row in rows] == list(
+        itertools.product(WEIGHTS, ("experts", "one"))
+    )
+    for row in rows:
+        assert row["pristine"]["seconds"] > 0 and row["patched"]["seconds"] > 0
+        assert 0 < row["floor"]["share"] < 2 and row["floor"]["bound"] in ("memory", "products")
+    assert len(products_table(rows)) == 1 + len(rows)
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "n_products", "n_bytes"),
+    [
+        (Shape("", 1024, 512, experts=32), "Q8_0", 2304 * 1024 * 512 * 8, 32 * 2304 * 1024 * 34 / 32),
+        (Shape("", 4096, 4, copies=8), "BF16", 2304 * 4096 * 4, 2304 * 4096 * 2),
+    ],
+)
+def test_what_a_product_has_to_do(shape: Shape, weights: str, n_products: int, n_bytes: float) -> None:
+    assert shape.products == n_products
+    assert shape.weight_bytes(weights) == n_bytes
 
 
 @pytest.mark.engine

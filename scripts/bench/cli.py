@@ -45,6 +45,7 @@ EXAMPLES = f"""\
   kimi-llama bench --demo                           the demo checkpoint, from a source checkout
   kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
   kimi-llama bench --operators --json out/operators.json
+  kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
   kimi-llama bench --records out/*.json --page docs/bench.md
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument(
         "--operators", action="store_true", help="the operators alone, one layer of the 48B's sizes"
+    )
+    which.add_argument(
+        "--products", action="store_true", help="products of weights alone, type by type, and the limit"
     )
     which.add_argument(
         "--hybrid", action="store_true", help="3:1 against latent attention in every layer, ours alone"

@@ -48,9 +48,9 @@ class Limits:
         """Multiply-adds a second with weights of a type: 8-bit ones for quantised weights, where there are any."""
         if self.f16 is not None:
             return self.floats  # a device converts weights to whatever it multiplies fastest
-        if weights == "F32":
+        if weights in ("F32", "F16"):  # half floats are multiplied as float32
             return self.f32
-        peak = self.bf16 if weights in ("BF16", "F16") else self.int8
+        peak = self.bf16 if weights == "BF16" else self.int8
         return peak or self.f32
 
 

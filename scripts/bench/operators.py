@@ -94,27 +94,32 @@ def measure_operators(libraries: dict[str, Path], threads: int, told: Reporter) 
     made = programs(libraries)
     for case in CASES:
         told.phase(f"{case.title}: {case.counted}")
-        turns = [*(("pristine", name) for name in case.pristine), ("patched", case.ours)]
-        medians: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
-        disturbed = took = 0.0
-        for _ in range(ROUNDS):
-            for build, name in turns:
-                words = (name, f"threads={threads}", *case.options)
-                said = calmly(lambda made=made[build], words=words: ask(made, *words), threads)  # type: ignore[misc]
-                medians[build, name].append(json.loads(said.answer)["median"])
-                disturbed += said.disturbance or 0.0
-                took += said.took
-        figures = {turn: statistics.median(each) for turn, each in medians.items()}
-        best = min(case.pristine, key=lambda name: figures["pristine", name])
-        theirs, ours = figures["pristine", best], figures["patched", case.ours]
-        yield {
-            "title": case.title,
-            "counted": case.counted,
-            "threads": threads,
-            "options": case.options,
-            "pristine": {"case": best, "seconds": theirs},
-            "patched": {"case": case.ours, "seconds": ours},
-            "ratio": theirs / ours,
-            "others": disturbed / took,
-            "samples": {f"{build} {name}": each for (build, name), each in medians.items()},
-        }
+        yield measure_case(made, case, threads)
+
+
+def measure_case(made: dict[str, Path], case: Case, threads: int) -> dict[str, Any]:
+    """A case by the program of each build, in turns. Raises `EngineError`."""
+    turns = [*(("pristine", name) for name in case.pristine), ("patched", case.ours)]
+    medians: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
+    disturbed = took = 0.0
+    for _ in range(ROUNDS):
+        for build, name in turns:
+            words = (name, f"threads={threads}", *case.options)
+            said = calmly(lambda made=made[build], words=words: ask(made, *words), threads)  # type: ignore[misc]
+            medians[build, name].append(json.loads(said.answer)["median"])
+            disturbed += said.disturbance or 0.0
+            took += said.took
+    figures = {turn: statistics.median(each) for turn, each in medians.items()}
+    best = min(case.pristine, key=lambda name: figures["pristine", name])
+    theirs, ours = figures["pristine", best], figures["patched", case.ours]
+    return {
+        "title": case.title,
+        "counted": case.counted,
+        "threads": threads,
+        "options": case.options,
+        "pristine": {"case": best, "seconds": theirs},
+        "patched": {"case": case.ours, "seconds": ours},
+        "ratio": theirs / ours,
+        "others": disturbed / took,
+        "samples": {f"{build} {name}": each for (build, name), each in medians.items()},
+    }

@@ -19,6 +19,7 @@ from kimi_gguf.scripts.bench.files import atomically
 from kimi_gguf.scripts.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.scripts.bench.load import DISTURBED
 from kimi_gguf.scripts.bench.plot import draw
+from kimi_gguf.scripts.bench.products import K
 from kimi_gguf.scripts.bench.report import (
     Rows,
     cells_table,
@@ -143,6 +144,21 @@ def device_operators_tables(rows: Iterable[Data]) -> list[tuple[str, Rows]]:
     return tables
 
 
+def products_table(rows: Iterable[Data]) -> Rows:
+    """Products of weights alone."""
+    table: Rows = [("weights", "product", "threads", "pristine", "here", "ratio", "of the limit")]
+    for row in rows:
+        theirs, ours = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
+        plain = ", --repack 0" if row["pristine"]["case"].endswith("rows") else ""
+        mark = " *" if row["others"] > DISTURBED else ""
+        share = f"{100 * row['floor']['share']:.0f} % ({row['floor']['bound']})"
+        table.append(
+            (row["weights"], row["shape"] + mark, str(row["threads"]), theirs + plain, ours,
+             f"{row['ratio']:.2f}", share)
+        )  # fmt: skip
+    return table
+
+
 def short_time(seconds: float) -> str:
     """Such as "13.7 ms"."""
     if seconds >= 1:
@@ -208,6 +224,9 @@ def write_page(records: Sequence[Data], page: Path) -> None:
     operators = [record for record in records if record.get("device_operators")]
     if operators:
         parts.append(device_operators_part(max(operators, key=lambda record: str(record["created"]))))
+    products = [record for record in records if record.get("products")]
+    if products:
+        parts.append(products_part(products))
     hybrids = [record for record in records if record["hybrid"]]
     if hybrids:
         record = max(hybrids, key=lambda record: str(record["created"]))
@@ -287,6 +306,18 @@ def model_part(name: str, model: Data, page: Path) -> str:
         + markdown(memory_table(model["model"]))
     )
     return "\n".join(parts)
+
+
+def products_part(records: Sequence[Data]) -> str:
+    """Products of weights alone."""
+    rows = [row for record in records for row in record["products"]]
+    commands = "\n".join(f"- `{record['command']}`" for record in records)
+    return (
+        f"## Products alone\n\n{commands}\n\nA product of rows of {K} weights out of memory, rearranged where "
+        "llama.cpp would by default; pristine at its best over `--repack 0/1`. *Of the limit*: multiply-adds over the "
+        "measured int8, bf16 or (F16) float32 peak, or bytes of weights over the memory's rate, against ours. 512 "
+        "tokens on 8 of 32 experts are 128 columns a matrix.\n\n" + markdown(products_table(rows))
+    )
 
 
 def hybrid_part(record: Data) -> str:

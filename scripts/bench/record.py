@@ -4,9 +4,9 @@ Flows in: facts, results. Flows out: a file that always holds a complete record,
 
 A record: schema, command, created (UTC), machine, device (null: the processor), checkout (this project's commit),
 engines, switch (KIMI_OPS of ours), libraries (in the place of ours, or null), limits by threads or the device's,
-models [{name, architecture, bytes, about, cells}], operators, device_operators, hybrid. A cell has its options,
-samples in seconds of one decode, what they come to, and its floor: the least time at the limit. Records of before
-there were devices lack device, checkout, device_operators.
+models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid. A cell has its
+options, samples in seconds of one decode, what they come to, and its floor: the least time at the limit. Older records
+lack device, checkout, device_operators, products.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def new_record(
         "models": [],
         "operators": [],
         "device_operators": [],
+        "products": [],
         "hybrid": None,
     }
 

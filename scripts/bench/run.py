@@ -41,7 +41,14 @@ from kimi_gguf.scripts.bench.models import (
     open_model,
 )
 from kimi_gguf.scripts.bench.operators import libraries_of, measure_operators
-from kimi_gguf.scripts.bench.page import device_operators_tables, hybrid_table, operators_table, write_page
+from kimi_gguf.scripts.bench.page import (
+    device_operators_tables,
+    hybrid_table,
+    operators_table,
+    products_table,
+    write_page,
+)
+from kimi_gguf.scripts.bench.products import measure_products
 from kimi_gguf.scripts.bench.record import Data, cell_data, load, model_data, new_record, save
 from kimi_gguf.scripts.bench.report import (
     cell_row,
@@ -88,8 +95,11 @@ def check(parsed: argparse.Namespace) -> None:
             expected="libllama in it",
             todo="give the folder of a build's shared libraries",
         )
-    if on_device(parsed) and (parsed.hybrid or (parsed.operators and parsed.libraries)):
-        raise EngineError("--hybrid and --operators --libraries are measured on the processor alone")
+    if on_device(parsed) and (parsed.hybrid or parsed.products or (parsed.operators and parsed.libraries)):
+        raise EngineError(
+            "--hybrid, --products and --operators --libraries are measured on the processor alone",
+            todo="leave out --backend and --device",
+        )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
     if parsed.demo and parsed.type and not set(parsed.type) <= set(DEMO_TYPES):
@@ -134,6 +144,8 @@ class Run:
                 self.device_operators(self.device, told)
             elif self.parsed.operators:
                 self.operators(told)
+            elif self.parsed.products:
+                self.products(told)
             elif self.parsed.hybrid:
                 self.hybrid(told)
             else:
@@ -247,6 +259,16 @@ class Run:
             told.note("  ".join(operators_table([row])[1]))
             self.keep()
         show("Operators alone", operators_table(self.record["operators"]))
+
+    def products(self, told: Reporter) -> None:
+        """Products of weights alone, on each number of threads."""
+        libraries = libraries_of(self.patched, self.pristine, self.parsed.libraries)
+        for threads in self.threads:
+            for row in measure_products(libraries, threads, told):
+                self.record["products"].append(row)
+                told.note("  ".join(products_table([row])[1]))
+                self.keep()
+        show("Products alone", products_table(self.record["products"]))
 
     def hybrid(self, told: Reporter) -> None:
         """The hybrid against its twin."""

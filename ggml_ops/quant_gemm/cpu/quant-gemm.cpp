@@ -165,20 +165,14 @@ static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
 
 #if QUANT_GEMM_VNNI
 
-static void prefetch(const char * p, size_t n) {
-    for (size_t i = 0; i < n; i += CACHE_LINE) {
-        __builtin_prefetch(p + i);
-    }
-}
-
 // PANEL_ROWS rows of a matrix times n columns. A panel takes its weights in short pieces from its rows, which the
-// hardware does not foresee; so the rows that come next, `ahead`, are asked for meanwhile in the order of addresses.
+// hardware does not foresee; so the rows that come next, `ahead`, are asked for meanwhile in the order of addresses, a few
+// lines with each tile: all at once they would fill the queue that the tiles' own reads stand in.
 static void add_panel(const Format &       format,
                       const ggml_tensor *  src0,
                       const char *         weights,
                       int64_t              row,
-                      const char *         ahead,
-                      size_t               ahead_size,
+                      const Ahead &        ahead,
                       const char * const * columns,
                       int                  n,
                       Panel &              panel,
@@ -186,16 +180,16 @@ static void add_panel(const Format &       format,
     const int64_t n_blocks = src0->ne[0] / BLOCK;
     const int     step     = panel_blocks(format.scheme);
     const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
-    const size_t  piece    = ahead_size * step / n_blocks;
+    const size_t  piece    = ahead.size * step / n_blocks;
+    const char *  next     = ahead.first;
     const char *  act[MAX_COLUMNS];
     std::copy(columns, columns + n, act);
     memset(sums, 0, n * sizeof(sums[0]));
     for (int64_t block = 0; block < n_blocks; block += step) {
         const int here = (int) std::min<int64_t>(step, n_blocks - block);
-        prefetch(ahead, piece);
-        ahead += piece;
         format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, panel);
-        multiply(format.scheme, panel, here, act, n, sums[0]);
+        multiply(format.scheme, panel, here, act, n, { next, piece }, sums[0]);
+        next += piece;
         for (int i = 0; i < n; i++) {
             act[i] += act_step;
         }
@@ -234,8 +228,8 @@ static void compute_task(const Format & format,
             const int64_t       next    = !last ? row : row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
             const int64_t       n_next  = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
             const size_t        stride  = follows->src[0]->nb[1];
-            add_panel(format, src0, weights, row, weights_of(follows, matrix) + next * stride, n_next * stride, act, n,
-                      scratch.panel, scratch.sums[p]);
+            const Ahead         ahead   = { weights_of(follows, matrix) + next * stride, n_next * stride };
+            add_panel(format, src0, weights, row, ahead, act, n, scratch.panel, scratch.sums[p]);
         }
         const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int i = 0; i < n; i++) {

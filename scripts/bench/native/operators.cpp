@@ -1,4 +1,4 @@
-// Time of one layer's operators alone: the KDA recurrence, its convolutions, and latent attention.
+// Time of one layer's operators alone: the KDA recurrence, its convolutions, latent attention, products of weights.
 // The same binary measures a pristine and a patched build: operators of our own are looked up by name, and only the
 // library path differs.
 //
@@ -15,6 +15,9 @@
 //   absorbed-plain    without flash attention: two products and a softmax
 //   whole, whole-plain  pristine's absorbed attention with what belongs to it on both sides, q's k_b and the result's v_b
 //   latent            LATENT_ATTN, which has them inside
+//   product           a product of `rows` x `k` weights, of `used` of `experts` matrices for each token where there are
+//                     any; weights lie as llama.cpp puts them: rearranged where this processor has kernels for that
+//   product-rows      the same as with --repack 0
 //
 // Time is that of a whole graph over its layers; each layer has its own memory, so that caches of the processor hold
 // no more of it than in a model.
@@ -33,6 +36,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -44,6 +48,7 @@ struct Options {
         { "tokens", "1" },    { "keys", "16384" }, { "heads", "32" },     { "head", "128" },
         { "layers", "1" },    { "type", "f16" },   { "weights", "q4_0" }, { "threads", "2" },
         { "seconds", "0.3" }, { "least", "5" },    { "latent", "512" },   { "rope", "64" },
+        { "k", "2304" },      { "rows", "4096" },  { "experts", "0" },    { "used", "8" },
     };
 
     void set(const std::string & text) {
@@ -82,6 +87,7 @@ template <typename F> F operator_of_ours(const char * name) {
 struct Bench {
     const Options & o;
     ggml_context *  ctx;
+    ggml_context *  rearranged;  // tensors that the repack buffer type is to hold
     ggml_cgraph *   graph;
     std::mt19937    rng{ 1 };
 
@@ -93,6 +99,7 @@ struct Bench {
     std::vector<Filling>       fillings;
     std::vector<ggml_tensor *> rows;   // int32: row numbers, all 0
     std::vector<ggml_tensor *> masks;  // F16: causal
+    std::vector<ggml_tensor *> ids;    // int32: experts of each token
 
     int64_t T, H, D, C;
 
@@ -100,6 +107,7 @@ struct Bench {
         const ggml_init_params params = { 4096 * ggml_tensor_overhead() + ggml_graph_overhead_custom(8192, false),
                                           nullptr, true };
         ctx                           = ggml_init(params);
+        rearranged                    = ggml_init(params);
         graph                         = ggml_new_graph_custom(ctx, 8192, false);
         T                             = o.number("tokens");
         H                             = o.number("heads");
@@ -269,9 +277,31 @@ struct Bench {
         add(make(ctx, q, latent_keys(), k_b(), v_b(), causal(GGML_TYPE_F16), scale));
     }
 
+    // --- products ---
+
+    void product(bool repack) {
+        const int64_t        experts = o.number("experts"), k = o.number("k");
+        std::vector<int64_t> ne = { k, o.number("rows") };
+        if (experts > 0) {
+            ne.push_back(experts);
+        }
+        ggml_context * const home    = repack ? rearranged : ctx;
+        ggml_tensor * const  weights = ggml_new_tensor(home, o.type("weights"), (int) ne.size(), ne.data());
+        fillings.push_back({ weights, 0.0f, 1.0f });
+        if (experts == 0) {
+            add(ggml_mul_mat(ctx, weights, f32({ k, T })));
+            return;
+        }
+        ids.push_back(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, o.number("used"), T));
+        add(ggml_mul_mat_id(ctx, weights, f32({ k, 1, T }), ids.back()));
+    }
+
     // --- values ---
 
     void fill() {
+        for (ggml_tensor * t : ids) {
+            fill_ids(t);
+        }
         for (ggml_tensor * t : rows) {
             memset(t->data, 0, ggml_nbytes(t));
         }
@@ -280,6 +310,15 @@ struct Bench {
         }
         for (const Filling & f : fillings) {
             fill_values(f);
+        }
+    }
+
+    void fill_ids(ggml_tensor * t) {
+        std::vector<int32_t> all(o.number("experts"));
+        std::iota(all.begin(), all.end(), 0);
+        for (int64_t token = 0; token < t->ne[1]; ++token) {
+            std::shuffle(all.begin(), all.end(), rng);
+            memcpy((char *) t->data + token * t->nb[1], all.data(), t->nb[1]);
         }
     }
 
@@ -314,9 +353,12 @@ struct Bench {
         } else {
             ggml_quantize_chunk(f.tensor->type, x.data(), encoded.data(), 0, made, n, nullptr);
         }
+        std::vector<char> all(ggml_nbytes(f.tensor));
         for (int64_t row = 0; row < ggml_nrows(f.tensor); ++row) {
-            memcpy((char *) f.tensor->data + row * size, encoded.data() + row % made * size, size);
+            memcpy(all.data() + row * size, encoded.data() + row % made * size, size);
         }
+        ggml_backend_tensor_set(f.tensor, all.data(), 0,
+                                all.size());  // a rearranged tensor wants all of itself at once
     }
 };
 
@@ -332,7 +374,42 @@ const std::map<std::string, void (*)(Bench &)> CASES = {
     { "whole", [](Bench & b) { b.absorbed_whole(true); } },
     { "whole-plain", [](Bench & b) { b.absorbed_whole(false); } },
     { "latent", [](Bench & b) { b.latent(); } },
+    { "product", [](Bench & b) { b.product(true); } },
+    { "product-rows", [](Bench & b) { b.product(false); } },
 };
+
+// The buffer type of weights that this processor has rearranging kernels for, or nullptr.
+ggml_backend_buffer_type_t repack_buffer_type() {
+    const ggml_backend_reg_t reg = ggml_backend_cpu_reg();
+    const auto               get =
+        (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_dev_get_extra_bufts");
+    for (ggml_backend_buffer_type_t * each = get(ggml_backend_reg_dev_get(reg, 0)); each && *each; ++each) {
+        if (std::string(ggml_backend_buft_name(*each)) == "CPU_REPACK") {
+            return *each;
+        }
+    }
+    return nullptr;
+}
+
+// Memory for weights of one type and shape as llama.cpp chooses it: a type that is not rearranged lies as it is.
+ggml_backend_buffer_t place_weights(ggml_context * ctx) {
+    ggml_tensor * const first = ggml_get_first_tensor(ctx);
+    if (first == nullptr) {
+        return nullptr;
+    }
+    if (const ggml_backend_buffer_type_t repack = repack_buffer_type()) {
+        const ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, repack);
+        if (first->extra != nullptr) {
+            return buffer;
+        }
+        ggml_backend_buffer_free(buffer);
+        for (ggml_tensor * t = first; t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            t->buffer = nullptr;
+            t->data   = nullptr;
+        }
+    }
+    return ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type());
+}
 
 }  // namespace
 
@@ -352,6 +429,7 @@ int main(int argc, char ** argv) {
     }
     ggml_backend_t        backend = ggml_backend_cpu_init();
     ggml_backend_buffer_t buffer  = ggml_backend_alloc_ctx_tensors(bench.ctx, backend);
+    ggml_backend_buffer_t weights = place_weights(bench.rearranged);
     bench.fill();
     ggml_backend_cpu_set_n_threads(backend, (int) options.number("threads"));
 
@@ -367,8 +445,10 @@ int main(int argc, char ** argv) {
     std::sort(seconds.begin(), seconds.end());
     printf("{\"median\": %.9g, \"least\": %.9g, \"runs\": %zu}\n", seconds[seconds.size() / 2] / n_layers,
            seconds.front() / n_layers, seconds.size());
+    ggml_backend_buffer_free(weights);
     ggml_backend_buffer_free(buffer);
     ggml_backend_free(backend);
+    ggml_free(bench.rearranged);
     ggml_free(bench.ctx);
     return 0;
 }
