@@ -18,6 +18,14 @@ from kimi_gguf.scripts.progress import Reporter
 from kimi_gguf.scripts.recipe import LIBRARIES, PROGRAMS, TEST_PROGRAMS, Recipe
 from kimi_gguf.scripts.toolchain import cores, packaged_tool
 
+# what a log says where a backend's tools are incomplete, and what is to be installed
+_ADVICE = (
+    (r"CUDA::cublas|cublas_v2\.h|CUDA Toolkit not found|Could NOT find CUDAToolkit",
+     "nvcc is there without the rest of the toolkit: install NVIDIA's whole CUDA toolkit, with cuBLAS (its package "
+     "cuda-toolkit, Debian's nvidia-cuda-toolkit); CUDACXX names its nvcc if that is not the first on PATH"),
+    (r"Could NOT find Vulkan|SPIRV-Headers",
+     "install what builds Vulkan programs: libvulkan-dev, glslc and spirv-headers (Debian, Ubuntu)"),
+)  # fmt: skip
 _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 
 
@@ -96,7 +104,13 @@ def _run(
             child.wait()
             raise
     if status != 0:
-        raise EngineError(failure, found=_errors(log), todo="mend what the log shows, then build again")
+        raise EngineError(failure, found=_errors(log), todo=advice(log.read_text(errors="replace")))
+
+
+def advice(log: str) -> str:
+    """What to do about a build that failed with this log."""
+    known = (todo for pattern, todo in _ADVICE if re.search(pattern, log))
+    return next(known, "mend what the log shows, then build again")
 
 
 def _errors(log: Path, count: int = 8) -> str:

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,6 +199,7 @@ def _machine() -> list[Check]:
         _checked("cmake", lambda: packaged_tool("cmake")),
         _checked("ninja", lambda: packaged_tool("ninja")),
         Check("ccache", True, shutil.which("ccache") or "not found (not needed)"),
+        Check("CUDA toolkit", True, _cuda_toolkit()),
         Check("processors", True, str(cores())),
     ]
     installed = importlib.util.find_spec("llama_cpp")
@@ -205,6 +207,20 @@ def _machine() -> list[Check]:
         seen = f"{installed.origin}: an installed, unpatched package; this project's commands do not use it"
         checks.append(Check("other llama_cpp", True, seen))
     return checks
+
+
+def _cuda_toolkit() -> str:
+    """The toolkit that --backend cuda would take, and whether it is a whole one."""
+    try:
+        nvcc = find_compilers("cuda")["CUDA"]
+    except EngineError:
+        return "not found (only --backend cuda needs it)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "whole.cu"
+        source.write_text("#include <cublas_v2.h>\n")
+        whole = _run([nvcc.path, "-E", str(source)], dict(os.environ)).returncode == 0
+    seen = "with cuBLAS" if whole else "without cuBLAS: --backend cuda needs the whole toolkit"
+    return f"{nvcc.path}: {nvcc.version}, {seen}"
 
 
 def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:

@@ -219,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         "build llama.cpp into the cache (minutes; nothing to do when it is built)",
         "kimi-llama build\n  kimi-llama build --pristine --tests\n  kimi-llama build --backend cuda\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
+        "--backend cuda wants NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor says what is there.\n"
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
         "only; all of it may be removed at any time.",
     )

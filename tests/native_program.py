@@ -8,9 +8,10 @@ others, and those of ggml_ops.
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
-from kimi_gguf.scripts.engine import Engine, upstream_source
+from kimi_gguf.scripts.engine import Engine, ensure, upstream_source
 from kimi_gguf.scripts.toolchain import find_compilers
 
 ROOT = Path(__file__).parent.parent
@@ -50,3 +51,7 @@ def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]
     command += [*map(str, files), "-o", str(target)]
     command += [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{engine.lib}"]
     subprocess.run(command, check=True)
+
+
+if __name__ == "__main__":  # FOLDER: for scripts/bench-gpu --rehearse
+    print(compile_backend(ensure(tests=True), Path(sys.argv[1]).resolve()))

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 BATCHES = (1, 2, 3, 4, 7, 8, 32, 512, 2048)
 DEPTHS = (0, 4096, 16384)
 THREADS = (1, 2)
 QUICK_BATCHES = (1, 8, 512)
 QUICK_DEPTHS = (0, 4096)
+DEVICE_BATCHES = (1, 2, 4, 8, 512, 2048, 8192)
+DEVICE_DEPTHS = (0, 8192, 65536)
+DEVICE_QUICK_BATCHES = (1, 8, 512, 8192)
+DEVICE_QUICK_DEPTHS = (0, 8192)
+DEVICE_THREADS = 4  # of the processor, for what stays there: looking up the tokens' rows
 UBATCH = 512  # llama.cpp's default
+DEVICE_WARM = 4  # decodes before a sample on a device: graphs are captured after some that are alike
 STEPS_TOKENS = 32  # tokens a sequence that the decodes of one sample may add to the depth
 
 
@@ -28,6 +34,8 @@ class Cell:
     depth: int
     threads: int
     batch: int
+    ubatch: int = UBATCH
+    device: str | None = None  # that computes it; None: the processor
 
     @property
     def tokens(self) -> int:
@@ -38,6 +46,12 @@ class Cell:
     def most_steps(self) -> int:
         """Decodes of one sample, at most."""
         return max(1, STEPS_TOKENS // self.batch)
+
+    @property
+    def warm(self) -> int:
+        """Decodes before a sample, untimed."""
+        few, many = (1, DEVICE_WARM) if self.device else (0, 1)
+        return few if self.batch >= UBATCH else many
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,10 @@ class Way:
         return f"{self.process}{'' if self.flash else ' -fa 0'}"
 
 
+FLASH = (True, False)
 OURS = Way("patched", repack=True, flash=True)
-PRISTINE = tuple(
-    Way("pristine", repack, flash) for repack, flash in itertools.product((True, False), repeat=2)
-)
+PRISTINE = tuple(Way("pristine", repack, flash) for repack, flash in itertools.product((True, False), FLASH))
+PRISTINE_ON_DEVICE = tuple(Way("pristine", True, flash) for flash in FLASH)  # nothing is rearranged there
 
 
 def ways(cell: Cell, pristine: Sequence[Way]) -> list[Way]:
@@ -71,16 +85,25 @@ def ways(cell: Cell, pristine: Sequence[Way]) -> list[Way]:
     return [way for way in pristine if way.flash or plain]
 
 
+def defaults(grid: bool, device: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Batches and depths that nobody chose."""
+    if device:
+        return (DEVICE_BATCHES, DEVICE_DEPTHS) if grid else (DEVICE_QUICK_BATCHES, DEVICE_QUICK_DEPTHS)
+    return (BATCHES, DEPTHS) if grid else (QUICK_BATCHES, QUICK_DEPTHS)
+
+
 def grid(
     cache_types: Iterable[str],
     sequences: Iterable[int],
     depths: Iterable[int],
     threads: Iterable[int],
     batches: Iterable[int],
+    ubatch: int = UBATCH,
+    device: str | None = None,
 ) -> list[Cell]:
     """All combinations, deepest last, large batches last at each depth."""
     combined = itertools.product(
         dict.fromkeys(cache_types), sorted(set(sequences)), sorted(set(depths)), sorted(set(threads), reverse=True),
         sorted(set(batches)),
     )  # fmt: skip
-    return [Cell(*values) for values in combined]
+    return [replace(Cell(*values), ubatch=ubatch, device=device) for values in combined]

@@ -13,11 +13,28 @@ from pathlib import Path
 import gguf
 
 from kimi_gguf.scripts.bench import hybrid
-from kimi_gguf.scripts.bench.cells import BATCHES, DEPTHS, QUICK_BATCHES, QUICK_DEPTHS, THREADS
+from kimi_gguf.scripts.bench.cells import (
+    BATCHES,
+    DEPTHS,
+    DEVICE_BATCHES,
+    DEVICE_DEPTHS,
+    DEVICE_QUICK_BATCHES,
+    DEVICE_QUICK_DEPTHS,
+    QUICK_BATCHES,
+    QUICK_DEPTHS,
+    THREADS,
+    UBATCH,
+)
 from kimi_gguf.scripts.bench.shapes import COMPARABLE, SHAPES, TYPES
+from kimi_gguf.scripts.recipe import BACKENDS
 
 CELL_SECONDS = 8.0
 DEFAULT_CACHE = "f16"
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
 
 EXAMPLES = f"""\
   kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes
@@ -31,12 +48,16 @@ EXAMPLES = f"""\
   kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
   kimi-llama bench --records out/*.json --page docs/bench.md
+  kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
+  kimi-llama bench --backend cuda --operators --json out/gpu/operators.json
   kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build in the place of ours
 
---quick: batches {",".join(map(str, QUICK_BATCHES))} at depths {",".join(map(str, QUICK_DEPTHS))}, all processors.
---grid: {", ".join(TYPES)}; batches {",".join(map(str, BATCHES))}; depths {",".join(map(str, DEPTHS))}; threads
-{",".join(map(str, THREADS))}. Both builds are made if they are not there (kimi-llama build). Generated models and
-states at depth are kept in bench/ of the cache folder, which may be removed at any time.
+--quick: batches {_listed(QUICK_BATCHES)} at depths {_listed(QUICK_DEPTHS)}, all processors.
+--grid: {", ".join(TYPES)}; batches {_listed(BATCHES)}; depths {_listed(DEPTHS)}; threads {_listed(THREADS)}.
+On a GPU --quick is batches {_listed(DEVICE_QUICK_BATCHES)} at depths {_listed(DEVICE_QUICK_DEPTHS)}, --grid batches
+{_listed(DEVICE_BATCHES)} at depths {_listed(DEVICE_DEPTHS)}; cells that its memory does not hold are left out.
+Both builds are made if they are not there (kimi-llama build). Generated models and states at depth are kept in bench/
+of the cache folder, which may be removed at any time.
 
 exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; records on disk
 are whole after every cell."""
@@ -89,7 +110,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--depth", type=numbers(0), metavar="N,..", help=f"tokens behind them (--hybrid: from {hybrid.SEED})"
     )
-    what.add_argument("--threads", type=numbers(1), metavar="N,..", help="default: all processors")
+    what.add_argument(
+        "--backend",
+        choices=tuple(BACKENDS),
+        default="cpu",
+        help="what computes: builds for it, all layers on it",
+    )
+    what.add_argument(
+        "--device", metavar="NAME", help="one of the backend's, such as CUDA1 (default: the first)"
+    )
+    what.add_argument(
+        "--threads", type=numbers(1), metavar="N,..", help="default: all processors; 4 on a GPU"
+    )
+    what.add_argument(
+        "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens computed at once ({UBATCH})"
+    )
     what.add_argument(
         "--cache-type", type=cache_types, default=(DEFAULT_CACHE,), metavar="T,..", help="such as f16,q8_0"
     )

@@ -23,6 +23,10 @@ from kimi_gguf.patches.errors import EngineError
 Progress = Callable[[int, int], None]
 
 
+class NoRoomError(EngineError):
+    """What was asked for does not fit into memory."""
+
+
 class Contender:
     """One process; use as a context manager. It ends with this process, however that ends."""
 
@@ -80,7 +84,8 @@ class Contender:
                 continue
             process.send_signal(signal.SIGSTOP)
             if "error" in answer:
-                raise EngineError(f"{self.name}: {answer['error']}", todo="see the message of llama.cpp")
+                kind = NoRoomError if answer["room"] else EngineError
+                raise kind(f"{self.name}: {answer['error']}", todo="see the message of llama.cpp")
             result: dict[str, Any] = answer["ok"]
             return result
         raise EngineError(f"{self.name}: {self._ending()}", todo="run the same model with kimi-llama run")
@@ -98,11 +103,13 @@ class Contender:
         return f"the llama.cpp process {how}: {telling[-1]}"
 
 
-def environment_of(environment: Mapping[str, str], libraries: Path | None, ours: bool) -> dict[str, str]:
-    """How a build is loaded; `libraries` replaces its own folder of libraries. Ours must not fall back."""
+def environment_of(
+    environment: Mapping[str, str], libraries: Path | None, ours: bool, switch: str = "require"
+) -> dict[str, str]:
+    """How a build is loaded; `libraries` replaces its own folder of libraries. switch: KIMI_OPS of ours if unset."""
     chosen = dict(environment)
     if libraries is not None:
         chosen["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
     if ours:
-        chosen["KIMI_OPS"] = os.environ.get("KIMI_OPS", "require")
+        chosen["KIMI_OPS"] = os.environ.get("KIMI_OPS", switch)
     return chosen

@@ -10,13 +10,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gguf
 
-from kimi_gguf.scripts.bench.cells import UBATCH, Cell
+from kimi_gguf.scripts.bench.cells import Cell
 from kimi_gguf.scripts.bench.models import ModelFile
-from kimi_gguf.scripts.bench.programs import ask, program
+from kimi_gguf.scripts.bench.programs import ask, ggml_flags, program
 
 F32_BYTES = 4
 KDA_STEP = 4  # times D² products of a head and token, one after the other: S'k, S'q, k d', and the decay of S
@@ -27,16 +28,26 @@ TIMES = 3  # that the limits are measured; the best counts
 
 @dataclass(frozen=True)
 class Limits:
-    """Of the machine on a number of threads, measured; per second."""
+    """Of the processor on a number of threads, or of a device; measured, per second."""
 
     threads: int
     read: float  # bytes from memory
     f32: float  # multiply-adds
     int8: float | None
     bf16: float | None
+    f16: float | None = None  # told by devices alone
+
+    @property
+    def floats(self) -> float:
+        """Multiply-adds a second of floating-point values: on a device of the kind it is fastest at."""
+        if self.f16 is None:
+            return self.f32
+        return max(peak for peak in (self.f32, self.f16, self.bf16, self.int8) if peak is not None)
 
     def products(self, weights: str) -> float:
         """Multiply-adds a second with weights of a type: 8-bit ones for quantised weights, where there are any."""
+        if self.f16 is not None:
+            return self.floats  # a device converts weights to whatever it multiplies fastest
         if weights in ("F32", "F16"):  # half floats are multiplied as float32
             return self.f32
         peak = self.bf16 if weights == "BF16" else self.int8
@@ -73,8 +84,8 @@ class Demand:
         weights = sum(n / limits.products(kind) for kind, n in self.weight_products.items())
         parts = [
             (self.weight_bytes / limits.read, weights),
-            (self.cache_bytes / limits.read, self.attention_products / limits.f32),
-            (self.state_bytes / limits.read, self.recurrence_products / limits.f32),
+            (self.cache_bytes / limits.read, self.attention_products / limits.floats),
+            (self.state_bytes / limits.read, self.recurrence_products / limits.floats),
         ]
         least = sum(max(part) for part in parts)
         memory = sum(reading for reading, forming in parts if reading >= forming)
@@ -98,6 +109,12 @@ def measure_limits(threads: int, seconds: float = 0.1, times: int = TIMES) -> Li
     """Measure this machine, the best of some times. Raises `EngineError`."""
     found = [Limits(**json.loads(ask(program("limits"), str(threads), str(seconds)))) for _ in range(times)]
     return _each(found, max)
+
+
+def measure_device_limits(device: str, libraries: Path, seconds: float = 0.3) -> Limits | None:
+    """What a copy and large products attain there, computed by the ggml of a build; None where it has neither."""
+    told = json.loads(ask(program("device", ggml_flags(libraries)), device, str(seconds)))
+    return Limits(**told) if told["read"] and told["f32"] and told["f16"] else None
 
 
 def demand(model: ModelFile, cell: Cell) -> Demand:
@@ -138,7 +155,7 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[cell.cache_type.upper()]]
     return Demand(
         weight_bytes=weight_bytes,
-        state_bytes=2.0 * kda * state * cell.sequences * -(-cell.batch // UBATCH),
+        state_bytes=2.0 * kda * state * cell.sequences * -(-cell.batch // cell.ubatch),
         cache_bytes=mla * cell.sequences * (cell.depth + cell.batch) * (latent + rope) * block_bytes / block,
         weight_products=products,
         attention_products=mla * attention_products(
@@ -159,7 +176,7 @@ def attention_products(cell: Cell, heads: int, latent: int, rope: int, nope: int
     pairs = cell.batch * (cell.depth + (cell.batch + 1) / 2)
     folding = cell.batch * latent * (nope + value)
     absorbed = pairs * (2 * latent + rope) + folding
-    batches = -(-cell.batch // UBATCH)
+    batches = -(-cell.batch // cell.ubatch)
     expanding = batches * (cell.depth + cell.batch) * latent * (nope + value)
     decompressed = pairs * (nope + rope + value) + expanding
     return cell.sequences * heads * min(absorbed, decompressed)

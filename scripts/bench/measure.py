@@ -6,12 +6,13 @@ that could be its best; those that one sample shows to be near the best alternat
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ import numpy as np
 
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench.cells import OURS, UBATCH, Cell, Way, ways
-from kimi_gguf.scripts.bench.contender import Contender
+from kimi_gguf.scripts.bench.contender import Contender, NoRoomError
 from kimi_gguf.scripts.bench.files import atomically
+from kimi_gguf.scripts.bench.limits import demand
 from kimi_gguf.scripts.bench.load import Calm, calmly
 from kimi_gguf.scripts.bench.models import ModelFile, bench_folder
 from kimi_gguf.scripts.bench.report import describe
@@ -80,20 +82,29 @@ class Loaded:
     load: dict[str, dict[str, Any]] = field(default_factory=dict)
     contexts: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  # way and depth -> NMSE of logits to ours
+    fallbacks: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # process -> what ran as upstream has it, and why
 
 
 class Arena:
     """The loaded contenders of one model; a context manager."""
 
     def __init__(
-        self, model: ModelFile, environments: Mapping[str, Mapping[str, str]], told: Reporter, threads: int
+        self,
+        model: ModelFile,
+        environments: Mapping[str, Mapping[str, str]],
+        told: Reporter,
+        threads: int,
+        device: str | None = None,
     ) -> None:
-        """environments: by build, "pristine" and "patched". threads: for filling a context."""
-        self.model, self.told, self.threads = model, told, threads
+        """environments: by build, "pristine" and "patched". threads: for filling a context. device: for all layers."""
+        self.model, self.told, self.threads, self.device = model, told, threads, device
         self.about = Loaded()
         self._environments = environments
         self._stack = ExitStack()
         self._processes: dict[str, Contender] = {}
+        self._contexts: set[tuple[Contender, str]] = set()
         self._at: dict[str, tuple[str, int]] = {}  # process and context -> its kept state
 
     def __enter__(self) -> Arena:
@@ -109,7 +120,9 @@ class Arena:
             self.told.phase(f"loading {self.model.name}: {way.process}")
             process = self._stack.enter_context(Contender(way.process, self._environments[way.build]))
             self._processes[way.process] = process
-            self.about.load[way.process] = process.ask("load", gguf=str(self.model.path), repack=way.repack)
+            self.about.load[way.process] = process.ask(
+                "load", gguf=str(self.model.path), repack=way.repack, device=self.device
+            )
         return process
 
     def context(self, way: Way, cell: Cell, n_ctx: int, n_batch: int) -> tuple[Contender, str]:
@@ -117,11 +130,21 @@ class Arena:
         name = f"{'fa' if way.flash else 'plain'} {cell.cache_type} {cell.sequences}x{n_ctx} {n_batch}"
         process = self.process(way)
         told = process.ask(
-            "context", name=name, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=UBATCH, sequences=cell.sequences,
+            "context", name=name, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=cell.ubatch, sequences=cell.sequences,
             flash=way.flash, cache_type=cell.cache_type, threads=self.threads,
         )  # fmt: skip
         self.about.contexts.setdefault(f"{way.name}, {name}", told["memory"])
+        if told["fallbacks"]:
+            self.about.fallbacks[way.process] = told["fallbacks"]
+        self._contexts.add((process, name))
         return process, name
+
+    def free_contexts(self) -> None:
+        """Free all contexts; the models stay."""
+        for process, name in self._contexts:
+            process.ask("free", name=name)
+        self._contexts.clear()
+        self._at.clear()
 
     def go_to(self, way: Way, cell: Cell, place: tuple[Contender, str]) -> Path:
         """Bring the way's context to the cell's depth: from a saved state, or by decoding with our build.
@@ -158,21 +181,72 @@ def measure(
     arena: Arena, cells: Sequence[Cell], pristine: Sequence[Way], settings: Settings
 ) -> Iterator[Result]:
     """Measure cell after cell, until the time is used up. Raises `EngineError`."""
-    n_batch = max(max(cell.tokens for cell in cells), UBATCH)
-    room = max(cell.depth + cell.batch * (cell.most_steps + 1) for cell in cells)
-    n_ctx = -(-room // 256) * 256
+    n_batch = max(*(cell.tokens for cell in cells), UBATCH)
+    n_ctx = context_size(cells)
+    left_out: set[Way] = set()
     for cell in cells:
         if time.monotonic() >= settings.until:
             arena.told.note("time is used up: the cells behind this one were not measured")
             return
-        rivals = ways(cell, pristine)
+        rivals = [way for way in ways(cell, pristine) if way not in left_out]
         places = {}
         for way in (OURS, *rivals):
-            places[way] = arena.context(way, cell, n_ctx, n_batch)
+            try:
+                places[way] = arena.context(way, cell, n_ctx, n_batch)
+            except NoRoomError as error:
+                if way.flash:
+                    raise
+                arena.told.note(f"{way.name} is left out: {error.what}")
+                left_out.add(way)
+                continue
             arena.go_to(way, cell, places[way])
         check_shared(arena, cell, places)
         arena.told.phase(describe(vars(cell)))
         yield measure_cell(arena, cell, places, settings)
+
+
+def measure_fitting(
+    arena: Arena, cells: Sequence[Cell], pristine: Sequence[Way], settings: Settings, room: int
+) -> Iterator[Result]:
+    """Measure on a device with `room` bytes beside the models: the deepest cells are left out until all fit.
+
+    Contexts of one type of cache and number of sequences are there at a time.
+    """
+    for (cache_type, sequences), group in itertools.groupby(cells, key=lambda c: (c.cache_type, c.sequences)):
+        left, measured = list(group), set[Cell]()
+        while left:
+            wanted = caches_bytes(arena.model, left, pristine)
+            if wanted <= room:
+                try:
+                    for result in measure(arena, left, pristine, settings):
+                        measured.add(result.cell)
+                        yield result
+                    break
+                except NoRoomError as error:
+                    reason = error.what
+            else:
+                reason = (
+                    f"caches of {wanted / MIB:.0f} MiB, room for {max(room, 0) / MIB:.0f} beside the models"
+                )
+            depth = max(cell.depth for cell in left)
+            left = [cell for cell in left if cell.depth < depth and cell not in measured]
+            arena.told.note(
+                f"{sequences} × {depth} tokens ({cache_type} cache) do not fit the device: {reason}"
+            )
+            arena.free_contexts()
+        arena.free_contexts()
+
+
+def context_size(cells: Sequence[Cell]) -> int:
+    """Tokens of a sequence that a context for these cells has room for."""
+    room = max(cell.depth + cell.batch * (cell.most_steps + max(cell.warm, 1)) for cell in cells)
+    return -(-room // 256) * 256
+
+
+def caches_bytes(model: ModelFile, cells: Sequence[Cell], pristine: Sequence[Way]) -> float:
+    """Bytes of the latent caches in all contexts that these cells, alike in type and sequences, are measured in."""
+    whole = replace(cells[0], depth=context_size(cells), batch=0)
+    return demand(model, whole).cache_bytes * (1 + len(ways(cells[0], pristine)))
 
 
 def measure_cell(
@@ -212,11 +286,10 @@ class Sampler:
         """Seconds of a decode, the mean of `steps`."""
         process, name = self._places[way]
         cell = self._cell
-        warm = 0 if cell.batch >= UBATCH else 1
 
         def ask() -> dict[str, Any]:
             return process.ask(
-                "time", name=name, batch=cell.batch, steps=steps, warm=warm, threads=cell.threads
+                "time", name=name, batch=cell.batch, steps=steps, warm=cell.warm, threads=cell.threads
             )
 
         self._taken.append(calmly(ask, cell.threads, self._own))

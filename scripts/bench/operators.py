@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.scripts.bench.load import calmly
-from kimi_gguf.scripts.bench.programs import NATIVE, ask, program
-from kimi_gguf.scripts.engine import Engine, upstream_source
+from kimi_gguf.scripts.bench.programs import ask, ggml_flags, program
+from kimi_gguf.scripts.engine import Engine
 from kimi_gguf.scripts.progress import Reporter
 
 ROUNDS = 3  # turns of each program
@@ -81,12 +81,7 @@ CASES = (
 
 def programs(libraries: dict[str, Path]) -> dict[str, Path]:
     """The program for each build. libraries: folders, by build. Raises `EngineError`."""
-    include = upstream_source() / "llama.cpp" / "ggml" / "include"
-    made = {}
-    for build, folder in libraries.items():
-        flags = (*NATIVE, "-isystem", str(include), f"-L{folder}", "-lggml-cpu", "-lggml-base", "-ldl")
-        made[build] = program("operators", (*flags, f"-Wl,-rpath,{folder}"))
-    return made
+    return {build: program("operators", ggml_flags(folder)) for build, folder in libraries.items()}
 
 
 def libraries_of(patched: Engine, pristine: Engine, instead: Path | None) -> dict[str, Path]:

@@ -34,9 +34,10 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
         rates.plot(
             batches, [c["pristine"]["tokens_per_second"] for c in row], "o:", color=colour, markersize=3
         )
+        known = [cell for cell in row if cell["floor"]]
         rates.plot(
-            batches,
-            [c["tokens"] / c["floor"]["seconds"] for c in row],
+            [cell["batch"] for cell in known],
+            [cell["tokens"] / cell["floor"]["seconds"] for cell in known],
             "--",
             color=colour,
             linewidth=0.8,

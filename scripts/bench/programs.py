@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.engine import cache_folder
+from kimi_gguf.scripts.engine import cache_folder, upstream_source
 from kimi_gguf.scripts.toolchain import cpu_fingerprint, find_compilers
 
 # gnu++: with plain c++17 GCC does not contract a product and a sum into one instruction
@@ -51,6 +51,13 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
         with suppress(OSError):
             part.unlink(missing_ok=True)
     return place
+
+
+def ggml_flags(libraries: Path) -> tuple[str, ...]:
+    """What a program is compiled with that uses a build's ggml, its own libraries and no others."""
+    include = upstream_source() / "llama.cpp" / "ggml" / "include"
+    linked = ("-lggml", "-lggml-cpu", "-lggml-base", "-ldl")
+    return (*NATIVE, "-isystem", str(include), f"-L{libraries}", *linked, f"-Wl,-rpath,{libraries}")
 
 
 def ask(path: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:

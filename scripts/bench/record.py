@@ -2,21 +2,24 @@
 
 Flows in: facts, results. Flows out: a file that always holds a complete record, or none.
 
-A record: schema, command, created (UTC), machine, engines, switch (KIMI_OPS of ours), libraries (in the place of
-ours, or null), limits by threads, models [{name, architecture, bytes, about, cells}], operators, products, hybrid. A
-cell has its options, samples in seconds of one decode, what they come to, and its floor: the least time at the
-machine's limit.
+A record: schema, command, created (UTC), machine, device (null: the processor), checkout (this project's commit),
+engines, switch (KIMI_OPS of ours), libraries (in the place of ours, or null), limits by threads or the device's,
+models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid. A cell has its
+options, samples in seconds of one decode, what they come to, and its floor: the least time at the limit. Older records
+lack device, checkout, device_operators, products.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.bench.device import Device
 from kimi_gguf.scripts.bench.files import atomically
 from kimi_gguf.scripts.bench.limits import Demand, Limits
 from kimi_gguf.scripts.bench.measure import Arena, Result
@@ -29,23 +32,41 @@ Data = dict[str, Any]
 
 
 def new_record(
-    command: Sequence[str], patched: Engine, pristine: Engine, libraries: Path | None, switch: str
+    command: Sequence[str],
+    patched: Engine,
+    pristine: Engine,
+    libraries: Path | None,
+    switch: str,
+    device: Device | None = None,
 ) -> Data:
-    """An empty record of a run on this machine."""
+    """An empty record of a run on this machine, or on its device."""
     return {
         "schema": SCHEMA,
         "command": " ".join(command),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
+        "device": None if device is None else vars(device),
+        "checkout": checkout(),
         "engines": {"patched": engine_facts(patched), "pristine": engine_facts(pristine)},
         "switch": switch,
         "libraries": None if libraries is None else libraries.name,
         "limits": [],
         "models": [],
         "operators": [],
+        "device_operators": [],
         "products": [],
         "hybrid": None,
     }
+
+
+def checkout() -> str | None:
+    """The commit of this project, marked where files differ from it; None where it is installed without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return ended.stdout.strip() or None
 
 
 def model_data(model: ModelFile, arena: Arena) -> Data:
@@ -59,9 +80,8 @@ def model_data(model: ModelFile, arena: Arena) -> Data:
     }
 
 
-def cell_data(result: Result, needs: Demand, limits: Limits) -> Data:
-    """A cell: everything measured, and what is derived from it."""
-    floor, bound = needs.floor(limits)
+def cell_data(result: Result, needs: Demand, limits: Limits | None) -> Data:
+    """A cell: everything measured, and what is derived from it; without limits it has no floor."""
     tokens = result.cell.tokens
     return {
         **vars(result.cell),
@@ -71,12 +91,20 @@ def cell_data(result: Result, needs: Demand, limits: Limits) -> Data:
                      "spread": result.pristine.spread},
         "patched": {"tokens_per_second": tokens / result.ours.median, "spread": result.ours.spread},
         "ratio": result.ratio,
-        "floor": {"seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.products,
-                  "share": floor / result.ours.median, "pristine_share": floor / result.pristine.median,
-                  "limits": vars(limits)},
+        "floor": None if limits is None else floor_data(result, needs, limits),
         "others": result.others,
         "samples": result.samples,
         "ruled_out": result.screened,
+    }  # fmt: skip
+
+
+def floor_data(result: Result, needs: Demand, limits: Limits) -> Data:
+    """A cell's least time at the limit, and how near it either build came."""
+    floor, bound = needs.floor(limits)
+    return {
+        "seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.products,
+        "share": floor / result.ours.median, "pristine_share": floor / result.pristine.median,
+        "limits": vars(limits),
     }  # fmt: skip
 
 

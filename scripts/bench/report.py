@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from kimi_gguf.scripts.bench.cells import UBATCH
 from kimi_gguf.scripts.bench.load import DISTURBED
 
 Data = dict[str, Any]
@@ -21,9 +22,12 @@ def describe(cell: Data) -> str:
     """Such as "pp512 at 4096, 2 threads"."""
     kind = "tg" if cell["batch"] == 1 else f"pp{cell['batch']}"
     several = f" × {cell['sequences']} sequences" if cell["sequences"] > 1 else ""
-    threads = f"{cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"
+    threads = f", {cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"
+    where = "" if cell.get("device") else threads
+    ubatch = cell.get("ubatch", UBATCH)
+    parts = "" if ubatch == UBATCH else f", in parts of {ubatch}"
     cache = "" if cell["cache_type"] == "f16" else f", {cell['cache_type']} cache"
-    return f"{kind}{several} at {cell['depth']}, {threads}{cache}"
+    return f"{kind}{several} at {cell['depth']}{where}{parts}{cache}"
 
 
 def cell_row(cell: Data) -> tuple[str, ...]:
@@ -34,7 +38,7 @@ def cell_row(cell: Data) -> tuple[str, ...]:
     ]
     floor = cell["floor"]
     mark = " *" if (cell["others"] or 0) > DISTURBED else ""
-    share = f"{100 * floor['share']:.0f} % ({floor['bound']})"
+    share = f"{100 * floor['share']:.0f} % ({floor['bound']})" if floor else "not known"
     return (describe(cell) + mark, *speeds, f"{cell['ratio']:.2f}", share, cell["pristine"]["way"])
 
 
@@ -86,6 +90,16 @@ def limits_table(limits: Iterable[Data]) -> Rows:
         peaks = ("not there" if each[kind] is None else f"{each[kind] / 1e9:.0f}" for kind in kinds)
         rows.append((str(each["threads"]), f"{each['read'] / 1e9:.1f}", *peaks))
     return rows
+
+
+def device_limits_table(limits: Data) -> Rows:
+    """What the device was measured to do."""
+    kinds = ("f32", "f16", "bf16", "int8")
+    peaks = ("not there" if limits[kind] is None else f"{limits[kind] / 1e9:.0f}" for kind in kinds)
+    return [
+        ("copying, GB/s", *(f"{kind}, GMAC/s" for kind in kinds)),
+        (f"{limits['read'] / 1e9:.1f}", *peaks),
+    ]
 
 
 def markdown(rows: Rows) -> str:

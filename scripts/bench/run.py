@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,21 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.scripts.bench import hybrid
 from kimi_gguf.scripts.bench.cells import (
-    BATCHES,
-    DEPTHS,
+    DEVICE_THREADS,
     PRISTINE,
-    QUICK_BATCHES,
-    QUICK_DEPTHS,
+    PRISTINE_ON_DEVICE,
     THREADS,
+    Cell,
     Way,
+    defaults,
     grid,
 )
 from kimi_gguf.scripts.bench.contender import environment_of
-from kimi_gguf.scripts.bench.limits import Limits, demand, mean_of, measure_limits
+from kimi_gguf.scripts.bench.device import Device, find_device
+from kimi_gguf.scripts.bench.device_operators import measure_device_operators
+from kimi_gguf.scripts.bench.limits import Limits, demand, mean_of, measure_device_limits, measure_limits
 from kimi_gguf.scripts.bench.load import available_memory
-from kimi_gguf.scripts.bench.measure import Arena, Settings, measure
+from kimi_gguf.scripts.bench.measure import Arena, Result, Settings, measure, measure_fitting
 from kimi_gguf.scripts.bench.models import (
     ModelFile,
     bench_folder,
@@ -39,12 +41,19 @@ from kimi_gguf.scripts.bench.models import (
     open_model,
 )
 from kimi_gguf.scripts.bench.operators import libraries_of, measure_operators
-from kimi_gguf.scripts.bench.page import hybrid_table, operators_table, products_table, write_page
+from kimi_gguf.scripts.bench.page import (
+    device_operators_tables,
+    hybrid_table,
+    operators_table,
+    products_table,
+    write_page,
+)
 from kimi_gguf.scripts.bench.products import measure_products
 from kimi_gguf.scripts.bench.record import Data, cell_data, load, model_data, new_record, save
 from kimi_gguf.scripts.bench.report import (
     cell_row,
     cells_table,
+    device_limits_table,
     limits_table,
     memory_table,
     show,
@@ -56,6 +65,7 @@ from kimi_gguf.scripts.progress import Reporter, reporting
 from kimi_gguf.scripts.toolchain import cores
 
 DEMO_TYPES = ("Q8_0", "BF16")
+FREE_SHARE = 0.95  # of a device's free memory that is counted with
 
 
 def run(parsed: argparse.Namespace, words: list[str]) -> int:
@@ -85,10 +95,20 @@ def check(parsed: argparse.Namespace) -> None:
             expected="libllama in it",
             todo="give the folder of a build's shared libraries",
         )
+    if on_device(parsed) and (parsed.hybrid or parsed.products or (parsed.operators and parsed.libraries)):
+        raise EngineError(
+            "--hybrid, --products and --operators --libraries are measured on the processor alone",
+            todo="leave out --backend and --device",
+        )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
     if parsed.demo and parsed.type and not set(parsed.type) <= set(DEMO_TYPES):
         raise EngineError(f"the demo as {', '.join(parsed.type)}", todo=f"choose {' or '.join(DEMO_TYPES)}")
+
+
+def on_device(parsed: argparse.Namespace) -> bool:
+    """Whether a GPU is to compute, and not the processor."""
+    return parsed.backend != "cpu" or parsed.device is not None
 
 
 class Run:
@@ -97,19 +117,32 @@ class Run:
     def __init__(self, parsed: argparse.Namespace, words: list[str]) -> None:
         self.parsed = parsed
         self.began = time.monotonic()
-        self.patched, self.pristine = ensure(), ensure(pristine=True)
-        self.environments = environments(self.patched, self.pristine, parsed.libraries)
+        gpu = on_device(parsed)
+        self.patched, self.pristine = (
+            ensure(pristine, parsed.backend, tests=gpu and parsed.operators) for pristine in (False, True)
+        )
+        # on a device ours runs as it does by default: what falls back there is told, and measured
+        self.environments = environments(
+            self.patched, self.pristine, parsed.libraries, "" if gpu else "require"
+        )
+        self.device: Device | None = None
+        if gpu:
+            self.device = find_device(parsed.backend, self.environments["patched"], parsed.device)
         switch = self.environments["patched"]["KIMI_OPS"]
         shown = [Path(word).name if "/" in word else word for word in words]
         self.record = new_record(
-            ["kimi-llama", *shown], self.patched, self.pristine, parsed.libraries, switch
+            ["kimi-llama", *shown], self.patched, self.pristine, parsed.libraries, switch, self.device
         )
-        self.threads: tuple[int, ...] = parsed.threads or (THREADS if parsed.grid else (cores(),))
+        self.threads: tuple[int, ...] = parsed.threads or (
+            (min(DEVICE_THREADS, cores()),) if gpu else THREADS if parsed.grid else (cores(),)
+        )
 
     def all(self) -> Data:
         """Everything asked for; the record."""
         with reporting() as told:
-            if self.parsed.operators:
+            if self.parsed.operators and self.device is not None:
+                self.device_operators(self.device, told)
+            elif self.parsed.operators:
                 self.operators(told)
             elif self.parsed.products:
                 self.products(told)
@@ -129,19 +162,22 @@ class Run:
         """Cells of each model."""
         parsed = self.parsed
         makers = self.makers(told)
-        limits = self.limits(told)
-        batches = parsed.batch or (BATCHES if parsed.grid else QUICK_BATCHES)
-        depths = parsed.depth or (DEPTHS if parsed.grid else QUICK_DEPTHS)
-        cells = grid(parsed.cache_type, parsed.sequences, depths, self.threads, batches)
-        settings = Settings(parsed.seconds, self.began + parsed.budget)
+        name = self.device.name if self.device else None
+        on_machine = self.limits(told) if self.device is None else {}
+        on_gpu = self.device_limits(self.device, told) if self.device else None
+        batches, depths = defaults(parsed.grid, self.device is not None)
+        cells = grid(
+            parsed.cache_type, parsed.sequences, parsed.depth or depths, self.threads, parsed.batch or batches,
+            parsed.ubatch, name,
+        )  # fmt: skip
         for make in makers:
             model = open_model(make())
-            pristine = ways_in_memory(model, told)
-            with Arena(model, self.environments, told, max(self.threads)) as arena:
+            check_device(model, self.device)
+            with Arena(model, self.environments, told, max(self.threads), name) as arena:
                 data = model_data(model, arena)
                 self.record["models"].append(data)
-                for result in measure(arena, cells, pristine, settings):
-                    limit = self.limit_beside(result.cell.threads, limits)
+                for result in self.results(arena, cells):
+                    limit = on_gpu if name else self.limit_beside(result.cell.threads, on_machine)
                     cell = cell_data(result, demand(model, result.cell), limit)
                     data["cells"].append(cell)
                     told.note("  ".join(cell_row(cell)))
@@ -150,6 +186,14 @@ class Run:
                 show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", cells_table(data["cells"]))
                 print(verdict(data["cells"]))
                 show("Memory, MiB", memory_table(data))
+
+    def results(self, arena: Arena, cells: list[Cell]) -> Iterator[Result]:
+        """The cells of a loaded model, measured."""
+        settings = Settings(self.parsed.seconds, self.began + self.parsed.budget)
+        if self.device is None:
+            return measure(arena, cells, ways_in_memory(arena.model, arena.told), settings)
+        room = int(FREE_SHARE * self.device.free) - 2 * arena.model.nbytes
+        return measure_fitting(arena, cells, PRISTINE_ON_DEVICE, settings, room)
 
     def makers(self, told: Reporter) -> list[Callable[[], Path]]:
         """How to come by each file; the disk that generated ones want is said first."""
@@ -180,6 +224,31 @@ class Run:
         """
         before, limits[threads] = limits[threads], measure_limits(threads, seconds=0.1, times=1)
         return mean_of([before, limits[threads]])
+
+    def device_limits(self, device: Device, told: Reporter) -> Limits | None:
+        """Measured, shown and recorded."""
+        told.phase(f"measuring the limit of {device.name}")
+        found = measure_device_limits(device.name, self.pristine.lib)
+        if found is None:
+            told.note(f"{device.name} tells no limit: it lacks a copy or products")
+        else:
+            self.record["limits"] = [vars(found)]
+            show(f"The limit of {device.description}", device_limits_table(vars(found)))
+        return found
+
+    def device_operators(self, device: Device, told: Reporter) -> None:
+        """The operators alone, on a device."""
+        rows = self.record["device_operators"]
+        for found in measure_device_operators(
+            {"pristine": self.pristine, "patched": self.patched},
+            device.name,
+            self.parsed.shapes == "tiny",
+            told,
+        ):
+            rows += found
+            self.keep()
+        for operator, table in device_operators_tables(rows):
+            show(f"{operator} on {device.description}", table)
 
     def operators(self, told: Reporter) -> None:
         """The operators alone."""
@@ -246,12 +315,23 @@ def ways_in_memory(model: ModelFile, told: Reporter) -> tuple[Way, ...]:
     )
 
 
+def check_device(model: ModelFile, device: Device | None) -> None:
+    """Raises `EngineError` where a device does not hold the model twice, once in each build's process."""
+    if device is not None and 2 * model.nbytes > FREE_SHARE * device.free:
+        raise EngineError(
+            f"{model.path}: too large to compare builds on {device.name}, {device.description}",
+            expected=f"{2 * model.nbytes / 1e9:.1f} GB of free memory, for the weights in each of two builds",
+            found=f"{device.free / 1e9:.1f} GB",
+            todo="choose a smaller model: fewer --layers or --experts, another --type",
+        )
+
+
 def environments(
-    patched: Engine, pristine: Engine, libraries: Path | None
+    patched: Engine, pristine: Engine, libraries: Path | None, switch: str
 ) -> Mapping[str, Mapping[str, str]]:
-    """How each build is loaded."""
+    """How each build is loaded. switch: KIMI_OPS of ours if unset."""
     return {
-        "patched": environment_of(patched.environment(), libraries, ours=True),
+        "patched": environment_of(patched.environment(), libraries, ours=True, switch=switch),
         "pristine": environment_of(pristine.environment(), None, ours=False),
     }
 

@@ -1,7 +1,8 @@
 """The process that holds one build of llama.cpp and one loaded model: `python -m kimi_gguf.scripts.bench.worker`.
 
 Flows in: one request a line on standard input, JSON, {"do": one of REQUESTS, ...}. Flows out: for each an answer on
-standard output: {"ok": {...}} or {"error": "one line"}, before it perhaps {"progress": [done, total]} lines.
+standard output: {"ok": {...}} or {"error": "one line", "room": whether memory was lacking}, before it perhaps
+{"progress": [done, total]} lines.
 Parent and protocol: contender.py. `LLAMA_CPP_LIB_PATH` names the build; two builds never share a process.
 """
 
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_gguf.scripts.bench.ggml_devices import Devices
 from kimi_gguf.scripts.bench.state import Bytes, StateError, plain_layout, repeated
 
 LOG_ERROR = 4  # ggml's level
@@ -34,9 +36,16 @@ MEMORY = (
     ("compute", re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")),
 )
 
+FALLBACK = re.compile(r"operators not used|stays absorbed")  # ggml_ops/*/graph
+NO_ROOM = re.compile(r"alloc|out of memory", re.IGNORECASE)
+
 
 class WorkerError(Exception):
     """One line for the person who asked."""
+
+
+class NoRoomError(WorkerError):
+    """Memory was lacking."""
 
 
 class Llama:
@@ -48,6 +57,7 @@ class Llama:
         self.api: Any = llama_cpp
         self._answers = answers
         self.errors: list[str] = []
+        self.fallbacks: list[str] = []  # what our operators did not serve, and why
         self.memory: dict[str, dict[str, float]] = {}  # figure -> buffer -> MiB, since it was last emptied
         self._log = llama_cpp.llama_log_callback(self._on_log)
         llama_cpp.llama_log_set(self._log, None)
@@ -59,6 +69,8 @@ class Llama:
         line = text.decode(errors="replace").strip()
         if level == LOG_ERROR:
             self.errors.append(line)
+        if FALLBACK.search(line) and line not in self.fallbacks:
+            self.fallbacks.append(line)
         for name, pattern in MEMORY:
             if match := pattern.search(line):
                 buffers = self.memory.setdefault(name, {})
@@ -69,21 +81,35 @@ class Llama:
         errors, self.errors = self.errors, []
         return "; ".join(errors) or "it gave no reason"
 
+    def failure(self, what: str) -> WorkerError:
+        """What llama.cpp could not do, and whether for want of memory."""
+        said = self.said()
+        return (NoRoomError if NO_ROOM.search(said) else WorkerError)(f"llama.cpp cannot {what}: {said}")
+
     def progress(self, done: int, total: int) -> None:
         """Tell the parent."""
         print(json.dumps({"progress": [done, total]}), file=self._answers, flush=True)
 
-    def load(self, gguf: str, repack: bool) -> dict[str, Any]:
-        """Load the model; `seconds` is the time of loading alone."""
+    def devices(self) -> dict[str, Any]:
+        """What there is to compute on."""
+        return {"devices": Devices().listed()}
+
+    def load(self, gguf: str, repack: bool, device: str | None = None) -> dict[str, Any]:
+        """Load the model, all of it onto a device; `seconds` is the time of loading alone."""
         params = self.api.llama_model_default_params()
         params.n_gpu_layers = 0
+        if device is not None:
+            params.n_gpu_layers = -1
+            params.split_mode = self.api.LLAMA_SPLIT_MODE_NONE
+            alone = Devices().alone(device)  # lives until the model is loaded
+            params.devices = ctypes.cast(alone, ctypes.c_void_p)
         params.use_extra_bufts = repack
         self.memory = {}
         began = time.perf_counter()
         self.model = self.api.llama_model_load_from_file(gguf.encode(), params)
         seconds = time.perf_counter() - began
         if not self.model:
-            raise WorkerError(f"llama.cpp cannot load it: {self.said()}")
+            raise self.failure("load it")
         return {
             "seconds": seconds,
             "memory": self.memory,
@@ -96,7 +122,7 @@ class Llama:
         if name not in self.contexts:
             self.memory = {}
             self.contexts[name] = Context(self, **options)
-        return {"memory": self.contexts[name].memory}
+        return {"memory": self.contexts[name].memory, "fallbacks": self.fallbacks}
 
     def free(self, name: str) -> dict[str, Any]:
         """Free a context and its state."""
@@ -179,7 +205,7 @@ class Context:
         p.no_perf = True
         self.context = api.llama_init_from_model(llama.model, p)
         if not self.context:
-            raise WorkerError(f"llama.cpp cannot make a context: {llama.said()}")
+            raise llama.failure("make a context")
         self.memory = llama.memory
         self.n_batch = int(p.n_batch)
         self._batch = api.llama_batch_init(self.n_batch, 0, 1)
@@ -234,8 +260,9 @@ class Context:
             self.put_back()
         seconds = []
         for _ in range(warm + steps):
+            self._prepare(batch)
             began = time.perf_counter()
-            self._decode(batch)
+            self._run(batch)
             seconds.append(time.perf_counter() - began)
         return seconds[warm:]
 
@@ -249,6 +276,10 @@ class Context:
         return np.ctypeslib.as_array(row, (n_vocab,)).copy()
 
     def _decode(self, count: int) -> None:
+        self._prepare(count)
+        self._run(count)
+
+    def _prepare(self, count: int) -> None:
         """The next `count` tokens of every sequence; logits of each one's last token, as when a prompt is read."""
         batch, row = self._batch, 0
         for sequence in range(self.sequences):
@@ -260,7 +291,10 @@ class Context:
                 batch.logits[row] = i == count - 1
                 row += 1
         batch.n_tokens = row
-        status = self.api.llama_decode(self.context, batch)
+
+    def _run(self, count: int) -> None:
+        """Decode what was prepared."""
+        status = self.api.llama_decode(self.context, self._batch)
         if status != 0:
             raise WorkerError(f"llama_decode failed with status {status}: {self.llama.said()}")
         self.api.llama_synchronize(self.context)
@@ -277,7 +311,7 @@ def read_states(file: str) -> list[Bytes]:
     return states
 
 
-REQUESTS = ("load", "context", "free", "fill", "restore", "repeat", "empty", "time", "logits")
+REQUESTS = ("devices", "load", "context", "free", "fill", "restore", "repeat", "empty", "time", "logits")
 
 
 def main() -> None:
@@ -296,7 +330,7 @@ def main() -> None:
                 raise WorkerError(f"unknown request {do!r}")
             answer = {"ok": getattr(llama, do)(**request)}
         except (WorkerError, StateError, OSError) as error:
-            answer = {"error": " ".join(str(error).split())}
+            answer = {"error": " ".join(str(error).split()), "room": isinstance(error, NoRoomError)}
         print(json.dumps(answer), file=answers, flush=True)
     os._exit(0)  # llama.cpp's memory goes with the process
 

@@ -9,6 +9,8 @@
 //   SECOND_DEVICES   how many devices, 1 if unset; named SECOND0, SECOND1, ...
 //   SECOND_REFUSES   names of operators that no device claims, comma separated
 //   SECOND_TAKES     set: a device takes operations of 32 rows and more whose weights lie in the CPU's memory
+//   SECOND_MEMORY    MiB of memory that a device has, 4096 if unset
+//   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated
 //   SECOND_REGISTERS set: the library registers itself as it is loaded, for LD_PRELOAD
 //   SECOND_LOG       a file that gets a line "DEVICE OPERATOR" when a device first computes an operator
 
@@ -31,12 +33,16 @@
 namespace {
 
 constexpr size_t ALIGNMENT   = 64;
-constexpr size_t MEMORY      = size_t(1) << 32;
 constexpr int    MIN_TO_TAKE = 32;
 
-std::set<std::string> refused() {
+size_t memory_size() {
+    const char * text = getenv("SECOND_MEMORY");
+    return size_t(text ? atoll(text) : 4096) << 20;
+}
+
+std::set<std::string> named(const char * variable) {
     std::set<std::string> names;
-    const char *          text = getenv("SECOND_REFUSES");
+    const char *          text = getenv(variable);
     std::istringstream    parts(text ? text : "");
     for (std::string name; std::getline(parts, name, ',');) {
         names.insert(name);
@@ -96,6 +102,14 @@ Device & device_of(ggml_backend_buffer_t buffer) {
 
 Memory & memory_of(ggml_backend_buffer_t buffer) {
     return *(Memory *) buffer->context;
+}
+
+size_t held(const Device & device) {
+    size_t bytes = 0;
+    for (const Memory * each : device.buffers) {
+        bytes += each->size;
+    }
+    return bytes;
 }
 
 // buffers
@@ -164,13 +178,21 @@ ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     return ggml_backend_buffer_init(buft, BUFFER, memory, size);
 }
 
+ggml_backend_buffer_t buft_alloc_within(ggml_backend_buffer_type_t buft, size_t size) {
+    if (held(device_of(buft->device)) + size > memory_size()) {
+        GGML_LOG_ERROR("%s: out of memory\n", buft_name(buft));
+        return nullptr;
+    }
+    return buft_alloc(buft, size);
+}
+
 size_t buft_alignment(ggml_backend_buffer_type_t) {
     return ALIGNMENT;
 }
 
 const ggml_backend_buffer_type_i BUFT = {
     /* .get_name       = */ buft_name,
-    /* .alloc_buffer   = */ buft_alloc,
+    /* .alloc_buffer   = */ buft_alloc_within,
     /* .get_alignment  = */ buft_alignment,
     /* .get_max_size   = */ nullptr,
     /* .get_alloc_size = */ nullptr,
@@ -225,11 +247,24 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     return ggml_backend_graph_compute((ggml_backend_t) backend->context, graph);
 }
 
+ggml_status backend_compute_spoiled(ggml_backend_t backend, ggml_cgraph * graph) {
+    static const std::set<std::string> spoiled = named("SECOND_SPOILS");
+    const ggml_status                  status  = backend_compute(backend, graph);
+    Open                               open(device_of(backend->device));
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (spoiled.count(ggml_op_name(node->op))) {
+            *(float *) node->data += 1.0f;
+        }
+    }
+    return status;
+}
+
 ggml_backend_i backend_interface() {
     ggml_backend_i i = {};
     i.get_name       = backend_name;
     i.free           = backend_free;
-    i.graph_compute  = backend_compute;
+    i.graph_compute  = backend_compute_spoiled;
     return i;
 }
 
@@ -243,8 +278,9 @@ const char * dev_description(ggml_backend_dev_t) {
     return "the CPU with memory of its own";
 }
 
-void dev_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
-    *free = *total = MEMORY;
+void dev_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
+    *total = memory_size();
+    *free  = *total - std::min(*total, held(device_of(dev)));
 }
 
 enum ggml_backend_dev_type dev_type(ggml_backend_dev_t) {
@@ -271,7 +307,7 @@ ggml_backend_buffer_type_t dev_buft(ggml_backend_dev_t dev) {
 }
 
 bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    static const std::set<std::string> names = refused();
+    static const std::set<std::string> names = named("SECOND_REFUSES");
     if (names.count(ggml_op_name(op->op))) {
         return false;
     }

@@ -1,0 +1,282 @@
+"""`kimi-llama bench` on a device: the CPU behind memory of its own (native/second_backend.cpp) stands for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bench_case import bench, environment, own_cache
+from native_program import ROOT, compile_backend
+from test_bench_cli import record
+
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts.bench import device as devices
+from kimi_gguf.scripts.bench.aims import aims_table
+from kimi_gguf.scripts.bench.device_operators import operator_number, parsed, recurrence_case
+from kimi_gguf.scripts.bench.limits import Demand, Limits
+from kimi_gguf.scripts.bench.page import device_operators_tables, write_page
+from kimi_gguf.scripts.bench.record import load
+from kimi_gguf.scripts.compiling import advice
+from kimi_gguf.scripts.engine import Engine
+
+TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "0.01")
+ON = ("--device", "SECOND0", *TINY)
+DEVICE = {"backend": "cuda", "name": "CUDA0", "description": "NVIDIA Something", "memory": 80 << 30, "free": 79 << 30,
+          "driver": "NVIDIA 1.2"}  # fmt: skip
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return own_cache(tmp_path)
+
+
+@pytest.fixture
+def backend(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    library = compile_backend(engine, tmp_path)
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(library))
+    return library
+
+
+@pytest.mark.engine
+def test_both_builds_compute_every_layer_on_the_device(
+    cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, file, page = tmp_path / "computed", tmp_path / "record.json", tmp_path / "page.md"
+    monkeypatch.setenv("SECOND_LOG", str(computed))
+    what = ("--batch", "1,300", "--depth", "0,64", "--cache-type", "f16,q8_0", "--ubatch", "256")
+    told = bench(cache, *ON, *what, "--json", str(file), "--page", str(page))
+    assert told.returncode == 0, told.stderr
+    lines = set(computed.read_text().splitlines())
+    assert {"SECOND0 KDA_SCAN", "SECOND0 GATED_DELTA_NET"} <= lines, "ours and pristine's"
+    data = load(file)
+    assert data["device"] == {"backend": "cpu", "name": "SECOND0", "description": "the CPU with memory of its own",
+                              "memory": 4 << 30, "free": 4 << 30, "driver": None}  # fmt: skip
+    (model,) = data["models"]
+    assert len(model["cells"]) == 8
+    for cell in model["cells"]:
+        ways = {"patched", "pristine"} | ({"pristine -fa 0"} if cell["cache_type"] == "f16" else set())
+        assert set(cell["samples"]) | set(cell["ruled_out"]) == ways
+        assert (cell["device"], cell["ubatch"]) == ("SECOND0", 256)
+        assert cell["floor"]["seconds"] > 0
+    for loaded in model["about"]["load"].values():  # the tokens' rows alone are looked up by the processor
+        assert loaded["memory"]["weights"]["SECOND0"] > 10 * loaded["memory"]["weights"].get("CPU", 0)
+    assert model["about"]["fallbacks"] == {}
+    text = page.read_text()
+    assert (
+        "# Bench on the CPU with memory of its own" in text
+        and "| tg at 64, in parts of 256, q8_0 cache |" in text
+    )
+    assert data["checkout"] in text and data["engines"]["patched"]["commit"] in text
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.engine
+def test_what_falls_back_on_the_device_is_told(
+    cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KIMI_OPS", raising=False)
+    monkeypatch.setenv("SECOND_REFUSES", "KDA_SCAN")
+    page = tmp_path / "page.md"
+    told = bench(cache, *ON, "--batch", "1", "--depth", "0", "--page", str(page))
+    assert told.returncode == 0, told.stderr
+    assert "Falls back: kda: operators not used, upstream's graph instead: SECOND0" in page.read_text()
+
+
+@pytest.mark.engine
+def test_cells_that_the_memory_does_not_hold_are_left_out(
+    cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECOND_MEMORY", "64")
+    file = tmp_path / "record.json"
+    told = bench(cache, *ON, "--batch", "300", "--depth", "0,30000", "--json", str(file))
+    assert told.returncode == 0, told.stderr
+    assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in told.stderr
+    assert (
+        "pristine -fa 0 is left out: pristine: llama.cpp cannot make a context: SECOND0: out of memory"
+        in told.stderr
+    )
+    (cell,) = load(file)["models"][0]["cells"]
+    assert cell["depth"] == 0 and set(cell["samples"]) == {"patched", "pristine"}
+    monkeypatch.setenv("SECOND_MEMORY", "8")
+    told = bench(cache, *ON, "--batch", "1", "--depth", "0")
+    assert told.returncode == 1
+    assert "too large to compare builds on SECOND0" in told.stderr
+
+
+@pytest.mark.engine
+def test_operators_alone_on_the_device(cache: Path, tmp_path: Path, backend: Path, pristine: Engine) -> None:
+    file = tmp_path / "record.json"
+    told = bench(cache, *ON, "--operators", "--json", str(file))
+    assert told.returncode == 0, told.stderr
+    rows = load(file)["device_operators"]
+    by = {row["operator"]: row for row in rows}
+    assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET"}
+    assert all(row["patched"] > 0 for row in rows)
+    assert by["KDA_SCAN"]["pristine"] is None and by["GATED_DELTA_NET"]["pristine"] > 0
+    assert by["GATED_DELTA_NET"]["parameters"] == "kda=1,n_seq_tokens=1"
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--device", "CUDA7"], "no device CUDA7"),
+        (["--device", "CPU"], "no device CPU"),
+        (["--device", "SECOND0", "--hybrid"], "on the processor alone"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_devices_that_are_not_there(
+    words: list[str], said: str, cache: Path, backend: Path, pristine: Engine
+) -> None:
+    told = bench(cache, *words)
+    assert told.returncode == 1
+    assert said in told.stderr and "Traceback" not in told.stderr
+
+
+def rehearse(cache: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "scripts" / "bench-gpu", "--rehearse"], env={**environment(cache), "OUT": str(out)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.engine
+def test_the_script_asks_everything_and_writes_a_page(
+    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+) -> None:
+    told = rehearse(cache, tmp_path / "out")
+    assert told.returncode == 0, told.stderr
+    for operator in ("KDA_CONV", "KDA_SCAN", "LATENT_ATTN", "FLASH_ATTN_EXT"):
+        (line,) = [line for line in told.stdout.splitlines() if line.startswith(f"bench-gpu: {operator}: ")]
+        passed, _, all_of_them = line.split()[2].partition("/")
+        assert passed == all_of_them and int(passed) > 3 and "0 not supported" in line
+    page = (tmp_path / "out" / "bench-gpu.md").read_text()
+    for part in (
+        "## Aims",
+        "## The device's limit",
+        "| pp600 at 64 |",
+        "| tg at 96, q8_0 cache |",
+        "KDA_SCAN: head_size",
+    ):
+        assert part in page
+
+
+@pytest.mark.engine
+def test_an_operator_that_is_wrong_on_the_device_ends_the_script(
+    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECOND_SPOILS", "KDA_SCAN")
+    told = rehearse(cache, tmp_path / "out")
+    assert told.returncode == 1
+    assert "KDA_SCAN fails on the device" in told.stderr
+    assert "bench-gpu: KDA_CONV: " in told.stdout and "LATENT_ATTN" not in told.stdout
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_a_device_s_floor_takes_its_fastest_products() -> None:
+    demand = Demand(1e9, 0.0, 1e6, {"Q4_0": 4e12, "F32": 1e12}, 5e12, 0.0)
+    gpu = Limits(threads=0, read=1e12, f32=1e13, int8=2e14, bf16=4e14, f16=5e14)
+    assert demand.floor(gpu) == (pytest.approx(0.02), "products")
+    cpu = Limits(threads=2, read=1e12, f32=1e13, int8=2e14, bf16=4e14)
+    assert demand.floor(cpu)[0] == pytest.approx(4e12 / 2e14 + 1e12 / 1e13 + 5e12 / 1e13)
+
+
+@pytest.mark.engine
+def test_a_case_of_the_recurrence_has_the_48b_s_shape(engine: Engine) -> None:
+    words = recurrence_case(7, 64).split()
+    assert words[:9] == ["7", "0", "4096", "192", "1", "1", "1", "1", "6"], "64 tokens and 128 rows of state"
+    assert words[9:18] == ["0", "128", "32", "64", "1", "4", "512", "16384", "1048576"]
+    assert words[-1] == "kda=1;n_seq_tokens=64"
+    assert operator_number("NONE") == 0 and operator_number("DUP") == 1
+
+
+def test_what_test_backend_ops_prints_is_read() -> None:
+    fields = "test_time, op_name, op_params, supported, time_us"
+    line = "INSERT INTO test_backend_ops ({}) VALUES ('now', 'KDA_SCAN', '{}', '{}', '{}');"
+    text = "\n".join([
+        "CREATE TABLE", "failed to allocate tensors", line.format(fields, "n=1,ne=[1,2]", 1, 12.5),
+        line.format(fields, "n=2,ne=[1,2]", 0, 0.0), line.format(fields, "name=a=1;b=2,type=f32,ne=[3]", 1, 7.0),
+    ])  # fmt: skip
+    assert parsed(text) == {("KDA_SCAN", "n=1,ne=[1,2]"): 12.5, ("KDA_SCAN", "a=1,b=2"): 7.0}
+
+
+def test_a_table_of_operators_tells_what_differs() -> None:
+    rows = [
+        {"operator": "A", "parameters": f"type=f16,ne=[1,2],n={n}", "pristine": theirs, "patched": 500.0}
+        for n, theirs in ((1, 1000.0), (2, None))
+    ]
+    ((heading, table),) = device_operators_tables(rows)
+    assert heading == "A: type=f16, ne=[1,2]"
+    assert table[1:] == [("n=1", "1 ms", "500 µs", "2.00"), ("n=2", "not there", "500 µs", "")]
+
+
+def on_device(ratio: float, **cell: Any) -> dict[str, Any]:
+    made = record("2026-01-01", ratio)
+    made |= {"device": DEVICE, "checkout": "abc", "device_operators": []}
+    made["models"][0]["cells"][0] |= {"device": "CUDA0", "ubatch": 512, "floor": None, **cell}
+    return made
+
+
+def test_aims_are_judged_by_the_worst_cell() -> None:
+    open_ones = [row for row in aims_table([on_device(2.0)]) if row[3] == "open"]
+    assert len(open_ones) == 3, "decoding alone was measured"
+    records = [
+        on_device(3.5, batch=8192), on_device(2.5, batch=512, depth=8192), on_device(1.6),
+        on_device(0.9, batch=8), on_device(2.0, depth=65536), on_device(4.0, depth=65536, cache_type="q8_0"),
+        on_device(1.0, depth=4096, cache_type="q8_0"),
+    ]  # fmt: skip
+    shape = "head_size=128,head_count=32,n_seq_tokens=8192,n_seqs=1,n_snapshots=1"
+    records[0]["device_operators"] = [
+        {"operator": "KDA_SCAN", "parameters": shape, "pristine": None, "patched": 1100.0}
+    ]
+    kda, prefill, decoding, everywhere, quantised = aims_table(records)[1:]
+    assert kda[2:] == ("1.10 ms", "yes")
+    assert prefill[2:] == ("2.50 × (pp512 at 8192)", "no")
+    assert decoding[2:] == ("1.00 × (tg at 4096, q8_0 cache)", "no")
+    assert everywhere[2:] == ("0.90 × (pp8 at 0)", "no")
+    assert quantised[2:] == ("2.00 × (tg at 65536, q8_0 cache)", "yes")
+
+
+def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path) -> None:
+    write_page([on_device(2.0)], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "# Bench on NVIDIA Something\n" in text
+    assert "(CUDA0, 80 GiB; driver NVIDIA 1.2)" in text and "kimi-gguf abc" in text
+    assert "The device's own limit was not measured." in text
+    assert "| tg at 0 | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 | not known | pristine |" in text
+
+
+def test_a_page_is_of_one_device(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"records of different devices"):
+        write_page([on_device(2.0), record("2026-01-01", 2.0)], tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_records_of_before_there_were_devices_make_the_same_page(tmp_path: Path) -> None:
+    old, new = record("2026-01-01", 2.0), record("2026-01-01", 2.0)
+    new |= {"device": None, "checkout": "abc", "device_operators": []}
+    new["models"][0]["cells"][0] |= {"device": None, "ubatch": 512}
+    write_page([json.loads(json.dumps(old))], tmp_path / "old.md")
+    write_page([json.loads(json.dumps(new))], tmp_path / "new.md")
+    assert (tmp_path / "old.md").read_text() == (tmp_path / "new.md").read_text()
+
+
+def test_the_driver_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert devices.driver_of("cuda") is None
+    script = tmp_path / "nvidia-smi"
+    script.write_text('#!/bin/sh\necho "580.1"\necho "580.1"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/bin")
+    assert devices.driver_of("cuda") == "NVIDIA 580.1"
+
+
+def test_a_toolkit_without_cublas_is_said() -> None:
+    log = 'CMake Error:\n  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n'
+    assert "whole CUDA toolkit, with cuBLAS" in advice(log)
+    assert advice("error: expected ';'") == "mend what the log shows, then build again"
