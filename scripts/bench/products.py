@@ -51,7 +51,7 @@ class Shape:
     def weight_bytes(self, weights: str) -> float:
         """Of a copy; every expert is met."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[weights]]
-        return K * self.rows * max(self.experts, 1) * block_bytes / block
+        return K * self.rows * max(self.experts, 1) * float(block_bytes / block)
 
 
 SHAPES = (
