@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from kimi_gguf.scripts.bench.cells import OURS, PRISTINE, Cell, grid, ways
 from kimi_gguf.scripts.bench.hybrid import fit
 from kimi_gguf.scripts.bench.limits import Demand, Limits, attention_products
-from kimi_gguf.scripts.bench.measure import Result
+from kimi_gguf.scripts.bench.measure import LONG, Result, Sampler, Settings, measure_cell
 from kimi_gguf.scripts.bench.report import slower, verdict
 from kimi_gguf.scripts.bench.statistics import best, stable, summary, worth_measuring
 
@@ -105,3 +108,23 @@ def test_attention_takes_the_cheaper_form() -> None:
 def test_the_slope_is_found_through_points_on_a_line() -> None:
     line = fit([4096, 16384, 65536], [0.01 + 1e-6 * depth for depth in (4096, 16384, 65536)])
     assert line.at(1 << 20) == pytest.approx(0.01 + 1e-6 * (1 << 20))
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [(LONG, 2), (LONG / 2, 3)], ids=["long", "short"])
+def test_a_long_first_look_is_a_sample_itself(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, kept: int
+) -> None:
+    """Two turns of each way and no more, where the time is up; a short first look is thrown away."""
+    taken: list[str] = []
+
+    def sample(_self: Sampler, way: Any, _steps: int) -> float:
+        taken.append(way.name)
+        return seconds * (1 if way == OURS else 3)
+
+    monkeypatch.setattr(Sampler, "sample", sample)
+    places: Any = {way: (SimpleNamespace(pid=1), "context") for way in (OURS, PRISTINE[0])}
+    cell = Cell("f16", 1, 0, 2, 2048)
+    found = measure_cell(SimpleNamespace(), cell, places, Settings(0.0, 0.0))  # type: ignore[arg-type]
+    assert taken.count(OURS.name) == taken.count(PRISTINE[0].name) == kept
+    assert {name: len(each) for name, each in found.samples.items()} == {OURS.name: 2, PRISTINE[0].name: 2}
+    assert found.ratio == 3.0

@@ -29,6 +29,7 @@ from kimi_gguf.scripts.bench.report import describe
 from kimi_gguf.scripts.bench.statistics import Summary, best, stable, summary, worth_measuring
 from kimi_gguf.scripts.progress import Reporter
 
+LONG = 2.0  # seconds of a decode beside which what is touched for the first time does not count
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
 # NMSE between the contenders' logits behind a shared state, above which it was not shared. With random weights one
 # expert chosen otherwise moves them: pristine's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
@@ -272,7 +273,10 @@ def measure_cell(
     near = worth_measuring(rivals)
     taking = [OURS, *(way for way in places if way.name in near)]
     samples: dict[str, list[float]] = {way.name: [] for way in taking}
-    sampler.forget()
+    if first[OURS] >= LONG:
+        samples = {way.name: [first[way]] for way in taking}
+    else:
+        sampler.forget()
     deadline = time.monotonic() + settings.cell_seconds
     while not all(stable(each) for each in samples.values()):
         done = len(samples[OURS.name])
