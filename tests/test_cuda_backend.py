@@ -129,7 +129,7 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
             together(9, 0, 11, 2),
             together(10, 1, 12, 3),
         ],
-        {"n_seq_max": 4},
+        {"n_seq_max": 4, "kv_unified": True},
     ),
     "drafts taken back": (
         [
@@ -166,6 +166,26 @@ def test_a_model_on_the_device(
     assert_near(played.logits, expected)
     copied = " and its copy" if kqv else ""  # whatever the batch, the cells and the rows of its sequences
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each}{copied}" for each in KDA}
+
+
+@pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
+@pytest.mark.parametrize(("sequences", "snapshots"), [(1, 0), (1, 3), (3, 0), (3, 3)])
+def test_from_token_to_token_the_graph_stays(
+    sequences: int, snapshots: int, flash: bool, backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """So ggml-cuda launches what it has captured; and of each KDA layer the copies of two states are gone."""
+    steps = [together(*[i] * sequences) for i in range(20)]
+    setup = Setup(
+        backend=str(backend), n_gpu_layers=ALL, n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash
+    )
+    log = tmp_path / "graphs"
+    play(engine, model, setup, steps, SECOND_GRAPHS=str(log), KIMI_OPS="conv,scan,require")
+    graphs = [line.split() for line in log.read_text().splitlines()]
+    assert len(graphs) == len(steps)
+    assert len({tuple(each) for each in graphs[2:]}) == 1
+    _, nodes, left, hashed = graphs[-1]
+    assert int(nodes) - int(left) == 2 * SPEC.layers.count("K")
+    assert graphs[0][3] != hashed  # new sequences: zeros in place of a row
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "7"])

@@ -12,6 +12,8 @@
 //   SECOND_REGISTERS set: the library registers itself as it is loaded, for LD_PRELOAD
 //   SECOND_LOG       a file that gets a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
 //                    (second_kernels.h) "DEVICE kernel OPERATOR" besides, "... and its copy" where that is taken over
+//   SECOND_GRAPHS    a file that gets a line for each graph computed: the device, how many nodes compute something, how
+//                    many remain where kernels take nodes over, and a hash of all that a captured graph depends on
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
@@ -215,14 +217,19 @@ void log_once(Device & device, const std::string & what) {
     }
 }
 
-// Node by node: the kernels, or the CPU where a node is not theirs.
-ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph * graph) {
+bool computes(const ggml_tensor * node) {
+    return !ggml_op_is_empty(node->op) && !ggml_is_empty(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
+}
+
+// Node by node: the kernels, or the CPU where a node is not theirs. n_left: how many calls that makes.
+ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_left) {
     for (int i = 0; i < ggml_graph_n_nodes(graph);) {
         const int n_done = second_kernels->compute(graph, i);
         if (n_done > 0) {
             const std::string name = std::string("kernel ") + ggml_op_name(ggml_graph_node(graph, i)->op);
             log_once(device, n_done > 1 ? name + " and its copy" : name);
             i += n_done;
+            ++n_left;
             continue;
         }
         ggml_cgraph       node   = ggml_graph_view(graph, i, i + 1);
@@ -230,9 +237,46 @@ ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph 
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
+        n_left += computes(ggml_graph_node(graph, i));
         ++i;
     }
     return GGML_STATUS_SUCCESS;
+}
+
+// What ggml-cuda compares before it launches a captured graph again: the nodes, and addresses and shapes of their
+// sources. FNV-1a.
+uint64_t hash_of(ggml_cgraph * graph) {
+    uint64_t   hash = 0xcbf29ce484222325;
+    const auto add  = [&](const void * data, size_t size) {
+        for (size_t i = 0; i < size; ++i) {
+            hash = (hash ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
+        }
+    };
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        add(node, sizeof(*node));
+        for (const ggml_tensor * source : node->src) {
+            if (source) {
+                add(&source->data, sizeof(source->data));
+                add(source->ne, sizeof(source->ne));
+                add(source->nb, sizeof(source->nb));
+            }
+        }
+    }
+    return hash;
+}
+
+void log_graph(const Device & device, ggml_cgraph * graph, int n_left) {
+    if (const char * path = getenv("SECOND_GRAPHS")) {
+        int n_nodes = 0;
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            n_nodes += computes(ggml_graph_node(graph, i));
+        }
+        FILE * file = fopen(path, "a");
+        GGML_ASSERT(file);
+        fprintf(file, "%s %d %d %016llx\n", device.name.c_str(), n_nodes, n_left, (unsigned long long) hash_of(graph));
+        fclose(file);
+    }
 }
 
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
@@ -250,9 +294,13 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         }
         log_once(device, ggml_op_name(node->op));
     }
-    Open           open(device);
-    ggml_backend_t cpu = (ggml_backend_t) backend->context;
-    return second_kernels ? compute_by_kernels(device, cpu, graph) : ggml_backend_graph_compute(cpu, graph);
+    Open              open(device);
+    ggml_backend_t    cpu    = (ggml_backend_t) backend->context;
+    int               n_left = 0;
+    const ggml_status status =
+        second_kernels ? compute_by_kernels(device, cpu, graph, n_left) : ggml_backend_graph_compute(cpu, graph);
+    log_graph(device, graph, n_left);
+    return status;
 }
 
 ggml_backend_i backend_interface() {
