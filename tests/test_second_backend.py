@@ -190,6 +190,7 @@ def test_rollback_with_states_on_the_device(layers: int, world: World, tmp_path:
     """
     log = tmp_path / "log"
     told = {"LD_PRELOAD": str(world.backend), "SECOND_REGISTERS": "1", "SECOND_LOG": str(log)}
+    told["GGML_NO_BACKTRACE"] = "1"  # its gdb would load the library too
     ended = subprocess.run(
         [world.engine.bin / "test-recurrent-state-rollback", "-m", world.gguf, "-t", "1", "-ngl", str(layers)],
         env={**world.engine.environment(), **told}, capture_output=True, text=True, check=False,

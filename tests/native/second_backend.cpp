@@ -12,13 +12,18 @@
 //   SECOND_MEMORY    MiB of memory that a device has, 4096 if unset
 //   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated
 //   SECOND_REGISTERS set: the library registers itself as it is loaded, for LD_PRELOAD
-//   SECOND_LOG       a file that gets a line "DEVICE OPERATOR" when a device first computes an operator
+//   SECOND_LOG       a file that gets a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
+//                    (second_kernels.h) "DEVICE kernel OPERATOR" besides, "... and its copy" where that is taken over
+//   SECOND_GRAPHS    a file that gets a line for each graph computed: the device, how many nodes compute something, how
+//                    many remain where kernels take nodes over, and a hash of all that a captured graph depends on
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "second_kernels.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -61,7 +66,7 @@ struct Device {
     ggml_backend_device      dev  = {};
     std::vector<Memory *>    buffers;
     int                      opened = 0;
-    std::set<int>            computed;
+    std::set<std::string>    logged;
 
     void protect(int access) {
         for (const Memory * each : buffers) {
@@ -118,7 +123,11 @@ void buffer_free(ggml_backend_buffer_t buffer) {
     Memory & memory  = memory_of(buffer);
     auto &   buffers = device_of(buffer).buffers;
     buffers.erase(std::find(buffers.begin(), buffers.end(), &memory));
-    munmap(memory.base, memory.size);
+    if (second_kernels) {
+        second_kernels->release(memory.base);
+    } else {
+        munmap(memory.base, memory.size);
+    }
     delete &memory;
 }
 
@@ -166,9 +175,11 @@ const char * buft_name(ggml_backend_buffer_type_t buft) {
 
 ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     Device &     device = device_of(buft->device);
-    const size_t room   = std::max(size, size_t(1));
-    void *       base   = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (base == MAP_FAILED) {
+    const size_t page   = sysconf(_SC_PAGESIZE);
+    const size_t room   = std::max((size + page - 1) / page * page, page);
+    void * base = second_kernels ? second_kernels->allocate(room)
+                                 : mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == nullptr || base == MAP_FAILED) {
         return nullptr;
     }
     memset(base, 0xff, room);
@@ -218,12 +229,74 @@ void expect_here(const Device & device, const ggml_tensor * node, const ggml_ten
     }
 }
 
-void log_operator(Device & device, ggml_op op) {
+void log_once(Device & device, const std::string & what) {
     const char * path = getenv("SECOND_LOG");
-    if (path && device.computed.insert(op).second) {
+    if (path && device.logged.insert(what).second) {
         FILE * file = fopen(path, "a");
         GGML_ASSERT(file);
-        fprintf(file, "%s %s\n", device.name.c_str(), ggml_op_name(op));
+        fprintf(file, "%s %s\n", device.name.c_str(), what.c_str());
+        fclose(file);
+    }
+}
+
+bool computes(const ggml_tensor * node) {
+    return !ggml_op_is_empty(node->op) && !ggml_is_empty(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
+}
+
+// Node by node: the kernels, or the CPU where a node is not theirs. n_left: how many calls that makes.
+ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_left) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph);) {
+        const int n_done = second_kernels->compute(graph, i);
+        if (n_done > 0) {
+            const std::string name = std::string("kernel ") + ggml_op_name(ggml_graph_node(graph, i)->op);
+            log_once(device, n_done > 1 ? name + " and its copy" : name);
+            i += n_done;
+            ++n_left;
+            continue;
+        }
+        ggml_cgraph       node   = ggml_graph_view(graph, i, i + 1);
+        const ggml_status status = ggml_backend_graph_compute(cpu, &node);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        n_left += computes(ggml_graph_node(graph, i));
+        ++i;
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
+// What ggml-cuda compares before it launches a captured graph again: the nodes, and addresses and shapes of their
+// sources. FNV-1a.
+uint64_t hash_of(ggml_cgraph * graph) {
+    uint64_t   hash = 0xcbf29ce484222325;
+    const auto add  = [&](const void * data, size_t size) {
+        for (size_t i = 0; i < size; ++i) {
+            hash = (hash ^ ((const uint8_t *) data)[i]) * 0x100000001b3;
+        }
+    };
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        add(node, sizeof(*node));
+        for (const ggml_tensor * source : node->src) {
+            if (source) {
+                add(&source->data, sizeof(source->data));
+                add(source->ne, sizeof(source->ne));
+                add(source->nb, sizeof(source->nb));
+            }
+        }
+    }
+    return hash;
+}
+
+void log_graph(const Device & device, ggml_cgraph * graph, int n_left) {
+    if (const char * path = getenv("SECOND_GRAPHS")) {
+        int n_nodes = 0;
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            n_nodes += computes(ggml_graph_node(graph, i));
+        }
+        FILE * file = fopen(path, "a");
+        GGML_ASSERT(file);
+        fprintf(file, "%s %d %d %016llx\n", device.name.c_str(), n_nodes, n_left, (unsigned long long) hash_of(graph));
         fclose(file);
     }
 }
@@ -241,10 +314,15 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
                 expect_here(device, node, source);
             }
         }
-        log_operator(device, node->op);
+        log_once(device, ggml_op_name(node->op));
     }
-    Open open(device);
-    return ggml_backend_graph_compute((ggml_backend_t) backend->context, graph);
+    Open              open(device);
+    ggml_backend_t    cpu    = (ggml_backend_t) backend->context;
+    int               n_left = 0;
+    const ggml_status status =
+        second_kernels ? compute_by_kernels(device, cpu, graph, n_left) : ggml_backend_graph_compute(cpu, graph);
+    log_graph(device, graph, n_left);
+    return status;
 }
 
 ggml_status backend_compute_spoiled(ggml_backend_t backend, ggml_cgraph * graph) {
@@ -310,6 +388,10 @@ bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     static const std::set<std::string> names = named("SECOND_REFUSES");
     if (names.count(ggml_op_name(op->op))) {
         return false;
+    }
+    const int claimed = second_kernels ? second_kernels->claims(op) : -1;
+    if (claimed >= 0) {
+        return claimed;
     }
     // asked for an operation on tensors of its own memory, the CPU answers for their shapes and types
     return ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0), op);

@@ -24,9 +24,12 @@ static __device__ __forceinline__ bool writes_to_cache(const states & st) {
     if (st.in_cache.data == nullptr || st.n_seqs == 1) {
         return st.in_cache.data != nullptr;
     }
-    bool own = true;
+    const int64_t slot_rows = st.in_cache.slot / st.row_stride;
+    bool          own       = true;
     for (int s = threadIdx.x % WARP; s < st.n_seqs; s += WARP) {
-        own = own && (st.rows[s] == st.zero_row || st.rows[s] == st.first_row + s);
+        const int64_t row    = st.rows[s] - st.first_row;  // written by sequence `writer`, if there is one
+        const int64_t writer = row >= 0 && row < st.n_slots * slot_rows ? row % slot_rows : st.n_seqs;
+        own                  = own && (st.rows[s] == st.zero_row || writer == s || writer >= st.n_seqs);
     }
     return __all_sync(ALL_LANES, own);
 }

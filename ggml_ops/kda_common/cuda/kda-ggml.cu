@@ -3,7 +3,11 @@
 //
 // Whether a sequence reads a row that another one writes is known on the device only; the kernels look, and leave their
 // states in the result where one does (`copy_states` then moves them). So the graph, captured or not, is right whatever
-// the rows hold. Where other cells take over rows between operator and copy, the copy runs as it stands.
+// the rows hold.
+//
+// Between operator and copy may stand what cells behind the batch's take over from other rows: a row filled with zeros,
+// rows gathered, and stored. Filled and gathered is then before the operator, which reads neither what is filled (a
+// sequence that continues the row of zeros starts from zero) nor what is gathered into; stored behind it.
 
 #include "kda-ggml.cuh"
 
@@ -201,6 +205,72 @@ bool is_in_cache(const ggml_tensor * to, const ggml_tensor * cache) {
            to->nb[1] == cache->nb[1] && to->nb[2] % cache->nb[1] == 0;
 }
 
+// What may stand between operator and copy; all nullptr: nothing.
+struct extra_copies {
+    ggml_tensor * fill;    // of one row with zeros; nullptr: none
+    ggml_tensor * gather;  // rows of the cache
+    ggml_tensor * store;   // into others, one behind the other
+};
+
+// Does t lie in rows that the copy of the new states, into `to`, writes?
+bool meets(const ggml_tensor * t, const ggml_tensor * to, const ggml_tensor * cache) {
+    const auto row = [&](const ggml_tensor * x) {
+        return ((const char *) x->data - (const char *) cache->data) / (int64_t) cache->nb[1];
+    };
+    const int64_t n = (ggml_nbytes(t) + cache->nb[1] - 1) / cache->nb[1];
+    for (int64_t slot = 0; slot < to->ne[2]; ++slot) {
+        const int64_t first = row(to) + slot * (int64_t) (to->nb[2] / cache->nb[1]);
+        if (row(t) < first + to->ne[1] && row(t) + n > first) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool is_computed(const ggml_tensor * t) {
+    return (t->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && (t->flags & GGML_TENSOR_FLAG_OUTPUT) == 0;
+}
+
+int next_node(const ggml_cgraph * cgraph, int n) {
+    do {
+        ++n;
+    } while (n < cgraph->n_nodes && (ggml_op_is_empty(cgraph->nodes[n]->op) || ggml_is_empty(cgraph->nodes[n])));
+    return n;
+}
+
+// Those that begin at node n, which is moved behind them.
+extra_copies find_extra_copies(const ggml_cgraph * cgraph, const state_sources & src, int & n) {
+    const ggml_tensor * cache = src.cache;
+    const auto          is    = [&](int i, ggml_op op) {
+        return i < cgraph->n_nodes && cgraph->nodes[i]->op == op && is_computed(cgraph->nodes[i]);
+    };
+    extra_copies extra = {};
+    int          i     = n;
+    if (is(i, GGML_OP_FILL)) {
+        extra.fill      = cgraph->nodes[i];
+        const bool zero = ggml_get_op_params_f32(extra.fill, 0) == 0.0f;
+        if (extra.fill->view_src != cache || !ggml_is_contiguous(extra.fill) || !zero ||
+            extra.fill->data != (char *) cache->data + src.zero_row * cache->nb[1] ||
+            ggml_nbytes(extra.fill) != cache->nb[1]) {
+            return {};
+        }
+        i = next_node(cgraph, i);
+    }
+    if (!is(i, GGML_OP_GET_ROWS) || cgraph->nodes[i]->src[0] != cache || !ggml_is_contiguous(cache) ||
+        !ggml_is_vector(cgraph->nodes[i]->src[1]) || ggml_node_get_use_count(cgraph, i) != 1) {
+        return {};
+    }
+    extra.gather = cgraph->nodes[i];
+    i            = next_node(cgraph, i);
+    if (!is(i, GGML_OP_CPY) || cgraph->nodes[i]->src[0] != extra.gather || cgraph->nodes[i]->view_src != cache ||
+        cgraph->nodes[i]->type != GGML_TYPE_F32 || !ggml_is_contiguous(cgraph->nodes[i])) {
+        return {};
+    }
+    extra.store = cgraph->nodes[i];
+    n           = next_node(cgraph, i);
+    return extra;
+}
+
 // How many nodes use t, one of the nodes [n0, n1); -1 when it is not among them.
 int count_uses(const ggml_cgraph * cgraph, int n0, int n1, const ggml_tensor * t) {
     for (int n = n0; n < n1; ++n) {
@@ -245,11 +315,9 @@ int ggml_cuda_try_fuse_kda_copy(ggml_backend_cuda_context & ctx, const ggml_cgra
     ggml_tensor *       op  = cgraph->nodes[i];
     const state_sources src = sources_of(op);
 
-    int n = i + 1;
-    while (n < cgraph->n_nodes && (ggml_op_is_empty(cgraph->nodes[n]->op) || ggml_is_empty(cgraph->nodes[n]))) {
-        ++n;
-    }
-    if (n == cgraph->n_nodes || cgraph->nodes[n]->op != GGML_OP_CPY || (op->flags & GGML_TENSOR_FLAG_OUTPUT) ||
+    int                n     = next_node(cgraph, i);
+    const extra_copies extra = find_extra_copies(cgraph, src, n);
+    if (n >= cgraph->n_nodes || cgraph->nodes[n]->op != GGML_OP_CPY || (op->flags & GGML_TENSOR_FLAG_OUTPUT) ||
         (cgraph->nodes[n]->flags & GGML_TENSOR_FLAG_COMPUTE) == 0) {
         return 0;
     }
@@ -264,7 +332,24 @@ int ggml_cuda_try_fuse_kda_copy(ggml_backend_cuda_context & ctx, const ggml_cgra
     if (!whole || !is_states(to, src) || !is_in_cache(to, src.cache)) {
         return 0;
     }
+    if (extra.gather == nullptr) {
+        compute(ctx, op, to);
+        return n - i;
+    }
+    if (meets(extra.store, to, src.cache)) {
+        return 0;
+    }
+    const int64_t               size   = src.cache->ne[0];
+    const int64_t               n_rows = ggml_nelements(extra.gather->src[1]);
+    ggml_cuda_pool_alloc<float> gathered(ctx.pool(), size * n_rows);
+    if (extra.fill) {
+        CUDA_CHECK(cudaMemsetAsync(extra.fill->data, 0, ggml_nbytes(extra.fill), ctx.stream()));
+    }
+    kda_cuda::gather_states(data_of(src.cache), (const int32_t *) extra.gather->src[1]->data, n_rows, size,
+                            gathered.get(), ctx.stream());
     compute(ctx, op, to);
+    CUDA_CHECK(cudaMemcpyAsync(extra.store->data, gathered.get(), size * n_rows * sizeof(float),
+                               cudaMemcpyDeviceToDevice, ctx.stream()));
     return n - i;
 }
 

@@ -50,4 +50,8 @@ struct gate_kind {
 // One launch for operators of more than one sequence whose copy was taken over; nothing otherwise.
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream);
 
+// out [n, size] = the rows of the cache [.., size] that `rows` [n] names.
+void gather_states(
+    const float * cache, const int32_t * rows, int64_t n, int64_t size, float * out, cudaStream_t stream);
+
 }  // namespace kda_cuda

@@ -1,4 +1,5 @@
-// Copies the new states of a KDA operator from its result to the cache, where the operator could not write them itself.
+// Copies states: the new ones of a KDA operator from its result to the cache, where the operator could not write them
+// itself; and rows of the cache that other cells take over.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -21,12 +22,31 @@ static __global__ void __launch_bounds__(COPY_THREADS) copy_states_kernel(const 
     }
 }
 
+static __global__ void __launch_bounds__(COPY_THREADS)
+    gather_states_kernel(const float * cache, const int32_t * rows, const int64_t size, float * out) {
+    const float * from = cache + rows[blockIdx.y] * size;
+    float *       to   = out + blockIdx.y * size;
+    for (int64_t i = 4 * (blockIdx.x * COPY_THREADS + threadIdx.x); i < size; i += 4 * COPY_THREADS * gridDim.x) {
+        store4(to + i, load4(from + i));
+    }
+}
+
+static unsigned blocks_of(int64_t size) {
+    const int64_t n_blocks = (size / 4 + COPY_THREADS - 1) / COPY_THREADS;
+    return n_blocks < 64 ? n_blocks : 64;
+}
+
+void gather_states(
+    const float * cache, const int32_t * rows, int64_t n, int64_t size, float * out, cudaStream_t stream) {
+    const dim3 grid(blocks_of(size), n);
+    gather_states_kernel<<<grid, COPY_THREADS, 0, stream>>>(cache, rows, size, out);
+}
+
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream) {
     if (st.in_cache.data == nullptr || st.n_seqs == 1) {
         return;
     }
-    const int64_t n_blocks = (size / 4 + COPY_THREADS - 1) / COPY_THREADS;
-    const dim3    grid(n_blocks < 64 ? n_blocks : 64, st.n_seqs, n_slots);
+    const dim3 grid(blocks_of(size), st.n_seqs, n_slots);
     copy_states_kernel<<<grid, COPY_THREADS, 0, stream>>>(st, size);
 }
 

@@ -2,7 +2,8 @@
 // the CPU, against float64. What it is told of tensors that lie apart, which copies of the states it takes over, what it
 // refuses. A small interpreter stands in for ggml-cuda.cu.
 
-#include "check.h"
+#include "../check.h"
+#include "ggml-cuda-standin.cuh"
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
 #include "kda-cases.h"
@@ -15,44 +16,6 @@
 
 using namespace cuda_emulator;
 using namespace kda_cases;
-
-static int capability = 800;  // of the device there is, as ggml counts
-
-// What ggml-cuda.cu, which is not here, gives the others.
-void ggml_cuda_error(const char * stmt, const char *, const char * file, int line, const char * msg) {
-    throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + stmt + ": " + msg);
-}
-
-int ggml_cuda_get_device() {
-    return 0;
-}
-
-void ggml_cuda_set_device(int) {}
-
-const ggml_cuda_device_info & ggml_cuda_info() {
-    static ggml_cuda_device_info info = {};
-    info.device_count                 = 1;
-    info.devices[0].cc                = capability;
-    info.devices[0].warp_size         = 32;
-    return info;
-}
-
-struct heap_pool : ggml_cuda_pool {
-    void * alloc(size_t size, size_t * actual_size) override {
-        void * p     = nullptr;
-        *actual_size = size;
-        CHECK(cudaMalloc(&p, size) == cudaSuccess);
-        return p;
-    }
-
-    void free(void * p, size_t) override { CHECK(cudaFree(p) == cudaSuccess); }
-};
-
-std::unique_ptr<ggml_cuda_pool> ggml_backend_cuda_context::new_pool_for_device(int, int) {
-    return std::make_unique<heap_pool>();
-}
-
-ggml_backend_cuda_context::~ggml_backend_cuda_context() = default;
 
 // Tensors, their memory, and the nodes in order.
 struct graph {
@@ -120,6 +83,8 @@ struct graph {
                 for (int64_t r = 0; r < t->ne[1]; ++r) {
                     memcpy(at(t, r, 0, 0), at(t->src[0], ((int32_t *) t->src[1]->data)[r], 0, 0), t->nb[1]);
                 }
+            } else if (t->op == GGML_OP_FILL) {
+                memset(t->data, 0, ggml_nbytes(t));
             } else {
                 CHECK(t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE);
             }
@@ -132,21 +97,30 @@ struct surroundings {
     const char * name;
     bool         copied;    // the states into the cache
     bool         gathered;  // rows taken over by other cells, in between
+    bool         onto;      // these cells are among those that the states are for
     bool         output;    // the operator is a result of the graph itself
     bool         reader;    // something else reads the states
     bool         fused;     // may the copy be taken over?
 };
 
 static const surroundings all_surroundings[] = {
-    { "alone", false, false, false, false, false },       { "copied", true, false, false, false, true },
-    { "rows gathered", true, true, false, false, false }, { "output", true, false, true, false, false },
-    { "read", true, false, false, true, false },
+    { "alone", false, false, false, false, false, false },
+    { "copied", true, false, false, false, false, true },
+    { "rows gathered", true, true, false, false, false, true },
+    { "rows gathered onto the states'", true, true, true, false, false, false },
+    { "output", true, false, false, true, false, false },
+    { "read", true, false, false, false, true, false },
 };
 
 // a [a, b, c, d] tensor with twice its rows' length
 static ggml_tensor * apart(graph & g, int64_t a, int64_t b, int64_t c, int64_t d) {
     ggml_tensor * t = ggml_new_tensor_4d(g.ctx, GGML_TYPE_F32, 2 * a, b, c, d);
     return ggml_view_4d(g.ctx, t, a, b, c, d, t->nb[1], t->nb[2], t->nb[3], a * sizeof(float));
+}
+
+// Rows of the cache that two cells take over: one that the new states are for, and the row of zeros if there is one.
+static std::vector<int32_t> rows_moved(int32_t zero_row) {
+    return { 0, zero_row >= 0 ? zero_row : 1 };
 }
 
 // Appends the operator and what stands around it. Returns the view of the cache that the states end in.
@@ -156,7 +130,8 @@ static ggml_tensor * surround(graph &              g,
                               ggml_tensor *        cache,
                               int64_t              n_out,
                               int64_t              S,
-                              int64_t              K) {
+                              int64_t              K,
+                              int32_t              zero_row) {
     const int64_t size  = cache->ne[0];
     const int64_t cells = cache->ne[1] / K;
     ggml_build_forward_expand(g.nodes, op);
@@ -166,9 +141,14 @@ static ggml_tensor * surround(graph &              g,
     ggml_tensor * from = ggml_view_3d(g.ctx, op, size, S, K, size * 4, size * S * 4, n_out * 4);
     ggml_tensor * to   = ggml_view_3d(g.ctx, cache, size, S, K, cache->nb[1], cells * cache->nb[1], 0);
     if (around.gathered) {
-        ggml_tensor * moved = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, 1);
+        if (zero_row >= 0) {
+            ggml_tensor * zeros = ggml_view_1d(g.ctx, cache, size, zero_row * cache->nb[1]);
+            ggml_build_forward_expand(g.nodes, ggml_fill_inplace(g.ctx, zeros, 0.0f));
+        }
+        ggml_tensor * moved = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, 2);
         ggml_set_name(moved, "moved");
-        ggml_tensor * behind = ggml_view_2d(g.ctx, cache, size, 1, cache->nb[1], S * cache->nb[1]);
+        ggml_tensor * behind =
+            ggml_view_2d(g.ctx, cache, size, 2, cache->nb[1], (around.onto ? S - 1 : S) * cache->nb[1]);
         ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), behind));
     }
     if (around.copied) {
@@ -181,15 +161,44 @@ static ggml_tensor * surround(graph &              g,
     return around.copied ? to : from;
 }
 
+// Do the kernels write the states to the cache themselves? Not where a sequence reads a row that another one writes.
+static bool is_direct(const std::vector<int32_t> & rows, int32_t zero_row, int64_t cells, int64_t K) {
+    for (size_t s = 0; s < rows.size(); ++s) {
+        for (size_t other = 0; other < rows.size(); ++other) {
+            for (int64_t slot = 0; slot < K; ++slot) {
+                if (other != s && rows[s] != zero_row && rows[s] == (int64_t) other + slot * cells) {
+                    return false;
+                }
+            }
+        }
+    }
+    return true;
+}
+
+// Which rows the sequences continue.
+enum class reading { permuted, own, own_snapshot };
+
+static void choose(std::vector<int32_t> & rows, reading how, int32_t zero_row, int64_t cells) {
+    for (size_t s = 0; s < rows.size(); ++s) {
+        if (how == reading::own_snapshot && rows[s] != zero_row) {
+            rows[s] = s + cells;
+        }
+    }
+}
+
 static int n_cases;
 
 template <typename Want>
-static void judge(const std::string & name,
-                  const graph &       g,
-                  bool                fused,
-                  const ggml_tensor * op,
-                  const ggml_tensor * states,
-                  const Want &        want) {
+static void judge(const std::string &        name,
+                  const graph &              g,
+                  bool                       fused,
+                  const ggml_tensor *        op,
+                  const ggml_tensor *        states,
+                  bool                       direct,
+                  const Want &               want,
+                  const ggml_tensor *        cache,
+                  const std::vector<float> & before,
+                  int32_t                    zero_row) {
     const double e_out = nmse((const float *) op->data, want.out.data(), want.out.size());
     size_t       n     = 0;
     double       worst = 0;
@@ -199,18 +208,34 @@ static void judge(const std::string & name,
                              nmse((const float *) graph::at(states, s, k, 0), want.states.data() + n, states->ne[0]));
         }
     }
+    // the states in the result are left alone where the kernels write to the cache
+    const float * tail    = (const float *) op->data + ggml_nelements(op) - ggml_nelements(states);
+    const bool    written = std::any_of(tail, tail + ggml_nelements(states), [](float x) { return !std::isnan(x); });
+    bool          moved   = true;
+    if (const ggml_tensor * rows = ggml_get_tensor(g.ctx, "moved"); rows && fused) {
+        for (int64_t i = 0; i < rows->ne[0]; ++i) {
+            const int32_t            row = ((const int32_t *) rows->data)[i];
+            const std::vector<float> zeros(cache->ne[0]);
+            const float *            from = row == zero_row ? zeros.data() : before.data() + row * cache->ne[0];
+            moved = moved && memcmp(graph::at(cache, states->ne[1] + i, 0, 0), from, cache->nb[1]) == 0;
+        }
+    }
     ++n_cases;
-    if (e_out <= 1e-7 && worst <= 1e-7 && (g.n_fused == 1) == fused) {
+    if (e_out <= 1e-7 && worst <= 1e-7 && (g.n_fused == 1) == fused && written == !(fused && direct) && moved) {
         return;
     }
-    printf("%s: NMSE of the output %.1e, of the worst state %.1e; %s\n", name.c_str(), e_out, worst,
-           g.n_fused ? "copy taken over" : "copy as it stands");
+    printf("%s: NMSE of the output %.1e, of the worst state %.1e; %s%s%s\n", name.c_str(), e_out, worst,
+           g.n_fused ? "copy taken over" : "copy as it stands", written ? ", by way of the result" : "",
+           moved ? "" : "; rows not moved");
     exit(1);
 }
 
-static void test_scan(const scan_shape & n, const surroundings & around, bool new_seq, bool own_rows) {
-    const scan_inputs x    = make_scan(n, "ordinary", -INFINITY, new_seq, own_rows);
-    const int64_t     size = n.D * n.D * n.H;
+static void test_scan(const scan_shape & n, const surroundings & around, bool new_seq, reading how) {
+    scan_inputs   x     = make_scan(n, "ordinary", -INFINITY, new_seq, how != reading::permuted);
+    const int64_t size  = n.D * n.D * n.H;
+    const int64_t cells = n.S + 2;
+    choose(x.rows, how, x.zero_row, cells);
+    const bool direct = n.S == 1 || is_direct(x.rows, x.zero_row, cells, n.K);
     in_all_orders([&](const char * order) {
         graph         g;
         ggml_tensor * qkv   = apart(g, n.D, 3 * n.H, n.T, n.S);
@@ -224,7 +249,7 @@ static void test_scan(const scan_shape & n, const surroundings & around, bool ne
         ggml_tensor * rows  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, n.S);
         ggml_tensor * op =
             ggml_kda_scan(g.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
-        ggml_tensor * states = surround(g, around, op, cache, n.D * n.H * n.T * n.S, n.S, n.K);
+        ggml_tensor * states = surround(g, around, op, cache, n.D * n.H * n.T * n.S, n.S, n.K, x.zero_row);
         g.allocate();
         g.put(qkv, x.qkv);
         g.put(f, x.f);
@@ -236,17 +261,20 @@ static void test_scan(const scan_shape & n, const surroundings & around, bool ne
         g.put(cache, x.cache);
         g.put(rows, x.rows);
         if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {
-            g.put(moved, std::vector<int32_t>{ 0 });
+            g.put(moved, rows_moved(x.zero_row));
         }
         g.run();
         judge(std::string("scan ") + around.name + " T=" + std::to_string(n.T) + " " + order, g, around.fused, op,
-              states, scan(n, x));
+              states, direct, scan(n, x), cache, x.cache, x.zero_row);
     });
 }
 
-static void test_conv(const conv_shape & n, const surroundings & around, bool new_seq, bool own_rows) {
-    const conv_inputs x = make_conv(n, new_seq, own_rows);
-    const int64_t     C = n.D * n.H;
+static void test_conv(const conv_shape & n, const surroundings & around, bool new_seq, reading how) {
+    conv_inputs   x     = make_conv(n, new_seq, how != reading::permuted);
+    const int64_t C     = n.D * n.H;
+    const int64_t cells = n.S + 2;
+    choose(x.rows, how, x.zero_row, cells);
+    const bool direct = n.S == 1 || is_direct(x.rows, x.zero_row, cells, n.K);
     in_all_orders([&](const char * order) {
         graph         g;
         ggml_tensor * in[3];
@@ -259,7 +287,7 @@ static void test_conv(const conv_shape & n, const surroundings & around, bool ne
         ggml_tensor * rows  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, n.S);
         ggml_tensor * op =
             ggml_kda_conv(g.ctx, in[0], in[1], in[2], w[0], w[1], w[2], cache, rows, n.D, n.K, x.zero_row, x.eps);
-        ggml_tensor * states = surround(g, around, op, cache, 3 * C * n.T * n.S, n.S, n.K);
+        ggml_tensor * states = surround(g, around, op, cache, 3 * C * n.T * n.S, n.S, n.K, x.zero_row);
         g.allocate();
         for (int p = 0; p < 3; ++p) {
             g.put(in[p], x.x[p]);
@@ -268,17 +296,17 @@ static void test_conv(const conv_shape & n, const surroundings & around, bool ne
         g.put(cache, x.cache);
         g.put(rows, x.rows);
         if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {
-            g.put(moved, std::vector<int32_t>{ 0 });
+            g.put(moved, rows_moved(x.zero_row));
         }
         g.run();
         judge(std::string("conv ") + around.name + " T=" + std::to_string(n.T) + " " + order, g, around.fused, op,
-              states, conv(n, x));
+              states, direct, conv(n, x), cache, x.cache, x.zero_row);
     });
 }
 
 // A node whose q lies `offset` floats and rows `gap` floats apart, on a device of this capability.
 static bool supported(int64_t D, int64_t gap, int64_t offset, int cc) {
-    capability          = cc;
+    standin_capability  = cc;
     ggml_context * ctx  = ggml_init({ 1 << 20, nullptr, true });
     const int64_t  C    = 2 * D;
     ggml_tensor *  all  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, C + gap + offset, 4);
@@ -289,23 +317,23 @@ static bool supported(int64_t D, int64_t gap, int64_t offset, int cc) {
         ggml_kda_conv(ctx, q, q, q, w, w, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 9 * C, 1), rows, D, 1, -1, 1e-6f);
     const bool yes = ggml_cuda_kda_supported(0, op);
     ggml_free(ctx);
-    capability = 800;
+    standin_capability = 800;
     return yes;
 }
 
 int main() {
     for (const surroundings & around : all_surroundings) {
-        for (const bool own_rows : { false, true }) {
-            test_conv({ 32, 2, 5, 3, 2 }, around, true, own_rows);
-            test_scan({ 32, 2, 5, 3, 2 }, around, true, own_rows);
-            test_scan({ 32, 2, 66, 2, 2 }, around, false, own_rows);
+        for (const reading how : { reading::permuted, reading::own, reading::own_snapshot }) {
+            test_conv({ 32, 2, 5, 3, 2 }, around, true, how);
+            test_scan({ 32, 2, 5, 3, 2 }, around, true, how);
+            test_scan({ 32, 2, 66, 2, 2 }, around, false, how);
         }
-        test_conv({ 32, 2, 5, 1, 2 }, around, false, false);
-        test_scan({ 32, 2, 5, 1, 2 }, around, false, false);
+        test_conv({ 32, 2, 5, 1, 2 }, around, false, reading::permuted);
+        test_scan({ 32, 2, 5, 1, 2 }, around, false, reading::permuted);
     }
-    capability = 750;
-    test_scan({ 32, 2, 66, 2, 2 }, all_surroundings[1], false, false);
-    capability = 800;
+    standin_capability = 750;
+    test_scan({ 32, 2, 66, 2, 2 }, all_surroundings[1], false, reading::permuted);
+    standin_capability = 800;
 
     CHECK(supported(64, 4, 4, 750));
     CHECK(!supported(64, 4, 4, 610));
