@@ -49,6 +49,16 @@ obstacle(ggml_backend_buffer_t cache, ggml_backend_buffer_t with_k_b, ggml_backe
     return why;
 }
 
+static bool on_cuda(ggml_backend_buffer_t buffer) {
+    ggml_context * ctx  = ggml_init({ 1 << 16, nullptr, true });
+    ggml_tensor *  all  = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 96, 256);
+    ggml_tensor *  part = ggml_view_2d(ctx, all, 96, 200, all->nb[1], 0);
+    all->buffer         = buffer;
+    const bool yes      = llama_latent_attn_on_cuda(part);
+    ggml_free(ctx);
+    return yes;
+}
+
 int main() {
     ggml_backend_buffer_t cpu = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 64);
     Place                 able(true, false);
@@ -77,6 +87,20 @@ int main() {
 
     // nothing has memory yet
     CHECK(obstacle(nullptr, nullptr, nullptr).empty());
+
+    // whose break-even
+    ggml_backend_reg cuda = {};
+    ggml_backend_reg rocm = {};
+    cuda.iface.get_name   = [](ggml_backend_reg_t) { return "CUDA"; };
+    rocm.iface.get_name   = [](ggml_backend_reg_t) { return "ROCm"; };
+    able.device.reg       = &cuda;
+    unable.device.reg     = &rocm;
+    CHECK(on_cuda(&able.buffer));
+    CHECK(!on_cuda(&unable.buffer));
+    pinned.device.reg = &cuda;
+    CHECK(!on_cuda(&pinned.buffer));
+    CHECK(!on_cuda(cpu));
+    CHECK(!on_cuda(nullptr));
 
     ggml_backend_buffer_free(cpu);
     return 0;

@@ -29,8 +29,6 @@ constexpr int LANES_A_ROW   = WARP * N_WARPS / BLOCK_ROWS;
 
 static_assert(TILE_KEYS == WARP && LANES_A_ROW * 4 == TILE_KEYS, "a lane a key, and four keys a lane of the softmax");
 
-constexpr float LOG2_E = 1.4426950408889634f;
-
 // What depends on the type of the cache beside its tiles.
 template <cache_type TYPE> struct precision {
     static constexpr bool QUANTISED = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;

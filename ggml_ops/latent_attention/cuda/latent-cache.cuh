@@ -122,15 +122,6 @@ template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_h
     return bits;
 }
 
-// 2^(exponent - 127), for an exponent in [1, 254].
-static __device__ __forceinline__ float power_of_two(int exponent) {
-    return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
-}
-
-static __device__ __forceinline__ int exponent_of(float x) {
-    return __float_as_uint(x) >> 23 & 0xff;
-}
-
 // Blocks of 32 codes behind a half that is their scale.
 template <cache_type TYPE> struct quantised_tiles {
     using element                      = __half;

@@ -15,6 +15,9 @@ namespace latent_cuda {
 constexpr int N_LATENT = 512;  // values of a row that are both key and value
 constexpr int N_ROPE   = 64;   // and those that are key alone
 constexpr int N_CACHE  = N_LATENT + N_ROPE;
+constexpr int N_NOPE   = 128;  // values of a key that are expanded
+constexpr int N_KEY    = N_NOPE + N_ROPE;
+constexpr int N_VALUE  = 128;
 
 enum class cache_type { f32, f16, bf16, q8_0, q4_0 };
 
@@ -28,7 +31,7 @@ struct attention {
 
     const uint16_t * mask;  // [mask_streams][queries][n_keys] of half, -inf hides a key; nullptr: all is seen
     int64_t          mask_stream, mask_query;  // in values
-    int              mask_streams;             // stream s has the mask of s % mask_streams
+    int              mask_streams;             // 1 or more: stream s has the mask of s % mask_streams
 
     float * out;  // [streams][queries][heads][N_LATENT]
 
@@ -44,5 +47,21 @@ size_t workspace(const attention & args);
 
 // Two launches at most. Compute capability 8.0 at least.
 void attend(const attention & args, void * work, cudaStream_t stream);
+
+// The decompressed form: q [..][N_KEY] by any strides, out [..][N_VALUE], rows of the cache at any address that its type
+// allows. Of k_b and v_b all heads, one behind the other.
+struct decompressed : attention {
+    const float * k_b;      // [heads][N_LATENT][N_NOPE]
+    const float * v_b;      // [heads][N_VALUE][N_LATENT]
+    size_t        scratch;  // bytes that expanded keys may take
+};
+
+// Of `scratch`, but in tests; a constant, since the result depends on it, if by rounding alone.
+constexpr size_t SCRATCH = 64 << 20;
+
+size_t workspace(const decompressed & args);
+
+// Two launches, and four for each run of keys that fits the scratch.
+void attend(const decompressed & args, void * work, cudaStream_t stream);
 
 }  // namespace latent_cuda

@@ -1,7 +1,7 @@
 #pragma once
 
-// Matrix products on tensor cores and asynchronous copies: thin names for PTX of compute capability 8.0. Kernels of
-// older devices must not call them.
+// Matrix products on tensor cores and asynchronous copies: thin names for PTX of compute capability 8.0, which kernels
+// of older devices must not call; and exact powers of two.
 //
 // Fragments of mma.sync m16n8k16, lane = 4*g + t:
 //   a[0..3]: (row g, columns 2t 2t+1), (row g+8, the same), (row g, columns 2t+8 2t+9), (row g+8, the same)
@@ -20,6 +20,16 @@ namespace latent_cuda {
 
 constexpr int      WARP      = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float    LOG2_E    = 1.4426950408889634f;
+
+// 2^(exponent - 127), for an exponent in [1, 254].
+static __device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
+}
+
+static __device__ __forceinline__ int exponent_of(float x) {
+    return __float_as_uint(x) >> 23 & 0xff;
+}
 
 // Two neighbouring values in a word, the first in its low half.
 template <typename T> static __device__ __forceinline__ uint32_t pack(float x, float y) {

@@ -1,6 +1,7 @@
 #pragma once
 
-// A FLASH_ATTN_EXT node as the kernels see it. In: the node. Out: their arguments, or why they cannot serve it.
+// A FLASH_ATTN_EXT or LATENT_ATTN node as the kernels see it. In: the node. Out: their arguments, or why they cannot
+// serve it.
 
 #include "ggml-latent-absorbed.h"
 #include "ggml.h"
@@ -65,6 +66,31 @@ static inline bool find_cache_type(ggml_type type, cache_type & found) {
     return false;
 }
 
+// What nodes of both operators have.
+static inline void read_sources(
+    const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * mask, const ggml_tensor * dst, attention & args) {
+    memcpy(&args.scale, dst->op_params, sizeof(args.scale));
+    args.q            = static_cast<const float *>(q->data);
+    args.q_query      = q->nb[1] / sizeof(float);
+    args.q_head       = q->nb[2] / sizeof(float);
+    args.q_stream     = q->nb[3] / sizeof(float);
+    args.cache        = k->data;
+    args.cache_row    = k->nb[1];
+    args.cache_stream = k->nb[3];
+    args.mask_streams = 1;
+    if (mask) {
+        args.mask         = static_cast<const uint16_t *>(mask->data);
+        args.mask_query   = mask->nb[1] / sizeof(uint16_t);
+        args.mask_stream  = mask->nb[3] / sizeof(uint16_t);
+        args.mask_streams = mask->ne[3];
+    }
+    args.out       = static_cast<float *>(dst->data);
+    args.n_keys    = k->ne[1];
+    args.n_queries = q->ne[1];
+    args.n_heads   = q->ne[2];
+    args.n_streams = q->ne[3];
+}
+
 // nullptr, or why the kernels cannot serve the node.
 static inline const char * read_node(const ggml_tensor * dst, attention & args) {
     const ggml_tensor * q    = dst->src[0];
@@ -78,26 +104,31 @@ static inline const char * read_node(const ggml_tensor * dst, attention & args) 
     if (!find_cache_type(k->type, args.type)) {
         return "a type of cache that the kernels do not read";
     }
-    memcpy(&args.scale, dst->op_params, sizeof(args.scale));
-    args.q            = static_cast<const float *>(q->data);
-    args.q_query      = q->nb[1] / sizeof(float);
-    args.q_head       = q->nb[2] / sizeof(float);
-    args.q_stream     = q->nb[3] / sizeof(float);
-    args.cache        = k->data;
-    args.cache_row    = k->nb[1];
-    args.cache_stream = k->nb[3];
-    if (mask) {
-        args.mask         = static_cast<const uint16_t *>(mask->data);
-        args.mask_query   = mask->nb[1] / sizeof(uint16_t);
-        args.mask_stream  = mask->nb[3] / sizeof(uint16_t);
-        args.mask_streams = mask->ne[3];
-    }
-    args.out       = static_cast<float *>(dst->data);
-    args.n_keys    = k->ne[1];
-    args.n_queries = q->ne[1];
-    args.n_heads   = q->ne[2];
-    args.n_streams = q->ne[3];
+    read_sources(q, k, mask, dst, args);
     return refused(args);
+}
+
+// The same of LATENT_ATTN, addresses of tensors apart. k_b and v_b are left to the caller, who has to bring them to float.
+static inline const char * read_decompressed(const ggml_tensor * dst, decompressed & args) {
+    const ggml_tensor * q    = dst->src[0];
+    const ggml_tensor * k    = dst->src[1];
+    const ggml_tensor * k_b  = dst->src[2];
+    const ggml_tensor * v_b  = dst->src[3];
+    const ggml_tensor * mask = dst->src[4];
+
+    args = {};
+    if (k_b->ne[0] != N_NOPE || k_b->ne[1] != N_LATENT || k->ne[0] != N_CACHE || v_b->ne[1] != N_VALUE) {
+        return "head sizes other than 128 + 64 and 128, or a latent other than 512";
+    }
+    if (!find_cache_type(k->type, args.type)) {
+        return "a type of cache that the kernels do not read";
+    }
+    if (!ggml_is_contiguous(k_b) || !ggml_is_contiguous(v_b)) {
+        return "weights that do not lie one behind the other";
+    }
+    read_sources(q, k, mask, dst, args);
+    args.scratch = SCRATCH;
+    return nullptr;
 }
 
 }  // namespace latent_cuda

@@ -3,6 +3,8 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include <cstring>
+
 static ggml_backend_buffer_type_t memory_of(const ggml_tensor * t) {
     const ggml_tensor * base = t->view_src ? t->view_src : t;
     return base->buffer ? ggml_backend_buffer_get_type(base->buffer) : nullptr;
@@ -38,4 +40,11 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
         }
     }
     return "";
+}
+
+bool llama_latent_attn_on_cuda(const ggml_tensor * cache) {
+    const ggml_backend_buffer_type_t memory = memory_of(cache);
+    const ggml_backend_dev_t         dev    = memory ? device_of(memory) : nullptr;
+    const ggml_backend_reg_t         reg    = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+    return reg && strcmp(ggml_backend_reg_name(reg), "CUDA") == 0;
 }

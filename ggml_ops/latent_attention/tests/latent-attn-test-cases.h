@@ -62,7 +62,8 @@ struct test_latent_attn : public test_case {
         return VARS_TO_STR8(dims, n_heads, n_streams, n_keys, n_queries, mask, type_cache, type_weights);
     }
 
-    double max_nmse_err() override { return 1e-7; }
+    // CUDA multiplies keys and values of quantised caches in one pass of halves.
+    double max_nmse_err() override { return ggml_is_quantized(type_cache) ? 2e-6 : 1e-7; }
 
     uint64_t op_flops(ggml_tensor *) override {
         const int64_t pair   = dims[0] + dims[1] + dims[3];
