@@ -11,7 +11,7 @@ from kimi_gguf.scripts.bench.cells import OURS, PRISTINE, Cell, grid, ways
 from kimi_gguf.scripts.bench.hybrid import fit
 from kimi_gguf.scripts.bench.limits import Demand, Limits, attention_products
 from kimi_gguf.scripts.bench.measure import LONG, Result, Sampler, Settings, measure_cell
-from kimi_gguf.scripts.bench.report import slower, verdict
+from kimi_gguf.scripts.bench.report import limits_table, slower, verdict
 from kimi_gguf.scripts.bench.statistics import best, stable, summary, worth_measuring
 
 CELL = Cell("f16", 1, 0, 2, 8)
@@ -128,3 +128,15 @@ def test_a_long_first_look_is_a_sample_itself(
     assert taken.count(OURS.name) == taken.count(PRISTINE[0].name) == kept
     assert {name: len(each) for name, each in found.samples.items()} == {OURS.name: 2, PRISTINE[0].name: 2}
     assert found.ratio == 3.0
+
+
+def test_limits_of_several_times_are_shown_from_the_least_to_the_most() -> None:
+    measured = [
+        {"threads": 2, "read": 57e9, "f32": 250e9, "int8": None, "bf16": 500e9},
+        {"threads": 1, "read": 30e9, "f32": 125e9, "int8": None, "bf16": 250e9},
+        {"threads": 2, "read": 41.25e9, "f32": 250.2e9, "int8": None, "bf16": 490e9},
+    ]
+    assert limits_table(measured)[1:] == [
+        ("1", "30.0", "125", "not there", "250"),
+        ("2", "41.2 to 57.0", "250", "not there", "490 to 500"),
+    ]

@@ -208,7 +208,9 @@ def write_page(records: Sequence[Data], page: Path) -> None:
         parts.append("## The device's limit\n\n" + markdown(device_limits_table(next(iter(limits.values())))))
     elif limits:
         parts.append(
-            "## The machine's limit\n\n" + markdown(limits_table([limits[n] for n in sorted(limits)]))
+            "## The machine's limit\n\nMeasured before each run and beside every cell: the memory is shared with other "
+            "machines,\nand the limit another one from minute to minute.\n\n"
+            + markdown(limits_table(machine_limits(records)))
         )
     for name, model in merged(records).items():
         if model["cells"]:
@@ -232,6 +234,13 @@ def write_page(records: Sequence[Data], page: Path) -> None:
         record = max(hybrids, key=lambda record: str(record["created"]))
         parts.append(hybrid_part(record))
     atomically(page, lambda part: part.write_text("\n".join(parts)))
+
+
+def machine_limits(records: Iterable[Data]) -> list[Data]:
+    """All that were measured: before runs, and beside cells."""
+    before = [limits for record in records for limits in record["limits"]]
+    cells = [cell for record in records for model in record["models"] for cell in model["cells"]]
+    return before + [cell["floor"]["limits"] for cell in cells if cell["floor"]]
 
 
 def introduction(record: Data, records: Sequence[Data]) -> str:

@@ -83,13 +83,24 @@ def memory_table(model: Data) -> Rows:
 
 
 def limits_table(limits: Iterable[Data]) -> Rows:
-    """What the machine was measured to do."""
+    """What the machine was measured to do on each number of threads: from the least to the most of several times."""
     kinds = ("f32", "int8", "bf16")
     rows: Rows = [("threads", "reading, GB/s", *(f"{kind}, GMAC/s" for kind in kinds))]
+    by_threads: dict[int, list[Data]] = {}
     for each in limits:
-        peaks = ("not there" if each[kind] is None else f"{each[kind] / 1e9:.0f}" for kind in kinds)
-        rows.append((str(each["threads"]), f"{each['read'] / 1e9:.1f}", *peaks))
+        by_threads.setdefault(each["threads"], []).append(each)
+    for threads, several in sorted(by_threads.items()):
+        peaks = (from_to([each[kind] for each in several if each[kind]], 0) for kind in kinds)
+        rows.append((str(threads), from_to([each["read"] for each in several], 1), *peaks))
     return rows
+
+
+def from_to(rates: Sequence[float], digits: int) -> str:
+    """Such as "41.2 to 57.3", in billions a second."""
+    if not rates:
+        return "not there"
+    ends = [f"{rate / 1e9:.{digits}f}" for rate in (min(rates), max(rates))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
 def device_limits_table(limits: Data) -> Rows:
