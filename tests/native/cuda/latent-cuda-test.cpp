@@ -3,17 +3,10 @@
 // not fill a block of rows, flat and peaked scores, great and tiny queries, growing and shrinking values, poisoned padding, rows at odd
 // addresses, nodes that are refused; and the same bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for ggml-cuda.
 
-#include "../latent-attn-case.h"
+#include "latent-judge.h"
 #include "latent-node.cuh"
 
-using namespace cuda_emulator;
 using latent_cuda::attention;
-
-static const double EXACT_LIMIT     = 1e-7;  // F32, F16, BF16
-static const double QUANTISED_LIMIT = 2e-5;  // against the dequantised values
-
-static int    n_done, n_failed;
-static double worst[GGML_TYPE_COUNT];
 
 static std::string name_of(const LatentShape & s) {
     char text[256];
@@ -21,21 +14,6 @@ static std::string name_of(const LatentShape & s) {
              ggml_type_name(s.cache), (int) s.n_queries, (int) s.n_keys, (int) s.n_heads, (int) s.n_streams,
              s.mask.c_str(), s.spread, s.poison ? " poisoned" : "");
     return text;
-}
-
-static void expect(bool good, const LatentShape & s, const std::string & what) {
-    n_done++;
-    if (!good) {
-        n_failed++;
-        printf("FAILED %s: %s\n", name_of(s).c_str(), what.c_str());
-    }
-}
-
-// A tensor's bytes on the device; `before` bytes stand in front of them, so that they begin at another alignment.
-static DeviceArray<char> to_device(const ggml_tensor * t, size_t before = 0) {
-    std::vector<char> bytes(before + ggml_nbytes(t), '\xff');
-    memcpy(bytes.data() + before, t->data, ggml_nbytes(t));
-    return DeviceArray<char>(bytes);
 }
 
 static std::vector<float> run(const ggml_tensor * dst, size_t before) {
@@ -61,40 +39,12 @@ static std::vector<float> run(const ggml_tensor * dst, size_t before) {
 
 // n_rows: of the result, how many are compared, 1: its first; 0: all.
 static void check(const LatentShape & s, size_t before = 0, int64_t n_rows = 0) {
-    if (!chosen()) {
-        return;
-    }
-    LatentCase         attention(s);
-    ggml_tensor *      dst = attention.node();
-    std::vector<float> first;
-    try {
-        in_all_orders([&](const char * order) {
-            const std::vector<float> got = run(dst, before);
-            if (first.empty()) {
-                first = got;
-            }
-            expect(memcmp(first.data(), got.data(), got.size() * sizeof(float)) == 0, s,
-                   std::string("other bits, lanes ") + order);
-        });
-    } catch (const std::exception & error) {
-        expect(false, s, error.what());
-        return;
-    }
-    memcpy(dst->data, first.data(), ggml_nbytes(dst));
-    const double error = attention.nmse(n_rows == 0 ? s.n_rows() : n_rows);
-    worst[s.cache]     = std::max(worst[s.cache], error);
-    expect(error <= (ggml_is_quantized(s.cache) ? QUANTISED_LIMIT : EXACT_LIMIT), s,
-           "NMSE against float64 " + std::to_string(error * 1e9) + "e-9");  // false for NaN too
+    judge(s, name_of(s), n_rows, [&](const ggml_tensor * dst) { return run(dst, before); });
 }
 
 static void refused(const ggml_tensor * dst, const char * because) {
-    attention    args;
-    const char * why = latent_cuda::read_node(dst, args);
-    n_done++;
-    if (why == nullptr || strcmp(why, because) != 0) {
-        n_failed++;
-        printf("FAILED a node with %s: %s\n", because, why ? why : "not refused");
-    }
+    attention args;
+    refused_because(latent_cuda::read_node(dst, args), because);
 }
 
 // One thing is wrong with each of these nodes.

@@ -3,17 +3,10 @@
 // masks with holes, several streams, flat and peaked scores, great and tiny queries, growing and shrinking values, poisoned cells,
 // rows at odd addresses; and the same bits whatever order lanes run in.
 
-#include "../latent-attn-case.h"
+#include "latent-judge.h"
 #include "latent-node.cuh"
 
-using namespace cuda_emulator;
 using latent_cuda::decompressed;
-
-static const double EXACT_LIMIT     = 1e-7;  // F32, F16, BF16
-static const double QUANTISED_LIMIT = 2e-5;  // against the dequantised values
-
-static int    n_done, n_failed;
-static double worst[GGML_TYPE_COUNT];
 
 struct Setup {
     LatentShape shape;
@@ -30,20 +23,6 @@ static std::string name_of(const Setup & setup) {
              ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries, (int) s.n_keys, (int) s.n_heads,
              (int) s.n_streams, s.mask.c_str(), s.spread, s.query, s.first, s.last, s.poison ? " poisoned" : "");
     return text;
-}
-
-static void expect(bool good, const Setup & setup, const std::string & what) {
-    n_done++;
-    if (!good) {
-        n_failed++;
-        printf("FAILED %s: %s\n", name_of(setup).c_str(), what.c_str());
-    }
-}
-
-static DeviceArray<char> to_device(const ggml_tensor * t, size_t before = 0) {
-    std::vector<char> bytes(before + ggml_nbytes(t), '\xff');
-    memcpy(bytes.data() + before, t->data, ggml_nbytes(t));
-    return DeviceArray<char>(bytes);
 }
 
 static std::vector<float> as_floats(const ggml_tensor * t) {
@@ -82,34 +61,7 @@ static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
 }
 
 static void check(const Setup & setup) {
-    if (!chosen()) {
-        return;
-    }
-    const LatentShape & s = setup.shape;
-    LatentCase          attention(s);
-    ggml_tensor *       dst = attention.node();
-    std::vector<float>  first;
-    try {
-        in_all_orders([&](const char * order) {
-            const std::vector<float> got = run(dst, setup);
-            if (first.empty()) {
-                first = got;
-            }
-            expect(memcmp(first.data(), got.data(), got.size() * sizeof(float)) == 0, setup,
-                   std::string("other bits, lanes ") + order);
-        });
-    } catch (const std::exception & error) {
-        expect(false, setup, error.what());
-        return;
-    }
-    memcpy(dst->data, first.data(), ggml_nbytes(dst));
-    const double error = attention.nmse(setup.n_rows == 0 ? s.n_rows() : setup.n_rows);
-    worst[s.cache]     = std::max(worst[s.cache], error);
-    if (getenv("KIMI_VERBOSE")) {
-        printf("%.1e %s\n", error, name_of(setup).c_str());
-    }
-    expect(error <= (ggml_is_quantized(s.cache) ? QUANTISED_LIMIT : EXACT_LIMIT), setup,
-           "NMSE against float64 " + std::to_string(error * 1e9) + "e-9");  // false for NaN too
+    judge(setup.shape, name_of(setup), setup.n_rows, [&](const ggml_tensor * dst) { return run(dst, setup); });
 }
 
 static void test_type(ggml_type type) {
@@ -186,12 +138,7 @@ static void test_type(ggml_type type) {
 
 static void refused(const ggml_tensor * dst, const char * because) {
     decompressed args;
-    const char * why = latent_cuda::read_decompressed(dst, args);
-    n_done++;
-    if (why == nullptr || strcmp(why, because) != 0) {
-        n_failed++;
-        printf("FAILED a node with %s: %s\n", because, why ? why : "not refused");
-    }
+    refused_because(latent_cuda::read_decompressed(dst, args), because);
 }
 
 // One thing is wrong with each of these nodes.
