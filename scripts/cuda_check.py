@@ -10,6 +10,7 @@ toolkit only the compiler: CUDA's own or the Python packages of the extra `cuda`
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import importlib.util
 import os
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from kimi_gguf.ggml_ops.cuda_emulator.build import STUBS
 from kimi_gguf.patches.errors import EngineError
@@ -31,11 +32,19 @@ from kimi_gguf.scripts.engine import upstream_source
 
 OPERATORS = Path(__file__).parent.parent / "ggml_ops"
 
-# Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
-ARCHITECTURES = (80, 89, 90, 120)
+# Turing, where what needs Ampere's instructions is left out; Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
+ARCHITECTURES = (75, 80, 89, 90, 120)
 
 # As ggml-cuda's CMakeLists.txt has them.
 OPTIONS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda")
+
+# Of upstream's kernels for pairs of cache types, none: what calls them is compiled, they are not.
+_FATTN_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
+DEFINITIONS = (
+    "-DGGML_CUDA_NO_VMM",
+    '-DGGML_CUDA_FA_QUANTS="none"',
+    *(f"-DGGML_CUDA_FA_{k}_{v}=0" for k in _FATTN_TYPES for v in _FATTN_TYPES),
+)
 
 _KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_\w+'.*?"
@@ -89,15 +98,14 @@ def cuda_sources() -> list[Path]:
 def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
     """What ptxas says of each kernel of a source; `EngineError` with the compiler's words where it does not compile."""
     nvcc = find_nvcc()
-    ggml = _ggml()
+    ggml = _patched()
     folders = [
         *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
         ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", STUBS,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc), *OPTIONS, "-DGGML_CUDA_NO_VMM", "-Xptxas", "-v", "-cubin"]
+        command = [str(nvcc), *OPTIONS, *DEFINITIONS, "-Xptxas", "-v", "-cubin"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-        command += [f"-I{_patched_include().name}"]  # in front of upstream's own
         command += [f"-I{path}" for path in folders]
         ended = subprocess.run(
             [*command, str(source), "-o", str(Path(folder) / "out.cubin")],
@@ -120,22 +128,36 @@ def _ggml() -> Path:
     return upstream_source() / "llama.cpp" / "ggml"
 
 
-def patched_headers(folder: Path) -> Path:
-    """Write ggml's public headers as the series leaves them, with the operators' numbers, into `folder`."""
+def patched_ggml(folder: Path) -> Path:
+    """Write ggml's headers and the sources of ggml-cuda as the series leaves them below `folder`; the folder ggml."""
     tree = Tree(upstream_source() / "llama.cpp")
     load_series().apply(tree)
     for path in tree.paths():
-        content = tree.read(path)
-        if path.startswith("ggml/include/") and content is not None:
-            (folder / Path(path).name).write_bytes(content)
-    return folder
+        part = PurePosixPath(path)
+        if not (
+            part.is_relative_to("ggml/include")
+            or part.is_relative_to("ggml/src/ggml-cuda")
+            or part.match("ggml/src/*.h")
+        ):
+            continue
+        if (content := tree.read(path)) is not None:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(content)
+    return folder / "ggml"
+
+
+def changed_sources() -> list[Path]:
+    """The .cu files of upstream's that the series changes, as it leaves them."""
+    ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in (_patched(), _ggml()))
+    shared = [path for path in sorted(ours.glob("*.cu")) if (upstream / path.name).is_file()]
+    return [path for path in shared if path.read_bytes() != (upstream / path.name).read_bytes()]
 
 
 @functools.cache
-def _patched_include() -> tempfile.TemporaryDirectory[str]:
+def _patched() -> Path:
     folder = tempfile.TemporaryDirectory()
-    patched_headers(Path(folder.name))
-    return folder
+    atexit.register(folder.cleanup)
+    return patched_ggml(Path(folder.name))
 
 
 def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:

@@ -1,33 +1,44 @@
-"""The CUDA kernels and ggml's side of them as a backend: upstream's own comparison of devices, and whole models.
+"""The CUDA kernels behind ggml-cuda's own host code: upstream's own comparison of devices, and whole models.
 
-The device is that of second_backend.cpp with our kernels, from their real sources on the emulator
-(native/cuda/second_cuda.cu); what is not ours the CPU computes. So graphs are those that llama.cpp builds, with its
-caches, sequences and rollback.
+The device is that of second_backend.cpp. What it claims, what it computes by one call and whether it launches a
+captured graph again is what patched ggml-cuda says (native/cuda/second_cuda.cu); our kernels run on the emulator, the
+CPU stands in for upstream's. So graphs are those that llama.cpp builds, with its caches, sequences and rollback.
 """
 
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cuda_program import NATIVE, OPERATORS, compile_cuda
+from cuda_program import NATIVE, OPERATORS
 from llama_script import Logits, Setup, Step, cut, decode, play, text
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
 from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.cuda_check import patched_headers
-from kimi_gguf.scripts.engine import Engine, upstream_source
+from kimi_gguf.ggml_ops.cuda_emulator import compile_objects, link_program
+from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
+from kimi_gguf.scripts.engine import Engine
 
 pytestmark = pytest.mark.engine
 
+SHARED = [NATIVE.parent, OPERATORS, OPERATORS / "cuda_common"]
+# Upstream's sources in which ggml-cuda decides what to compute how, and the functions in them that launch kernels,
+# which are put aside under other names.
+HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
+ASIDE = ("topk_moe", "mul_mat_vec_f", "mul_mat_vec_q")
 KDA_FOLDERS = [OPERATORS / name / "cuda" for name in ("kda_common", "kda_conv", "kda_scan")]
 LATENT = OPERATORS / "latent_attention" / "cuda"
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
+PUBLISHED = Spec(
+    layers="KKKMKKKM", hidden=256, heads=4, kda_head_dim=128, kv_lora=512, nope=128, rope=64, v_dim=128,
+    experts=16, experts_used=8, moe_intermediate=64, seed=43,
+)  # fmt: skip
 KDA = {"KDA_CONV", "KDA_SCAN"}
 ERROR = 1e-7  # NMSE; the operators' own bound
 SEQUENCES = 4
@@ -38,30 +49,54 @@ IDS = np.random.default_rng(42).integers(0, VOCAB_SIZE, (SEQUENCES, 200))
 def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of devices."""
     folder = tmp_path_factory.mktemp("cuda-backend")
-    headers = folder / "patched"
-    headers.mkdir()
-    ggml = upstream_source() / "llama.cpp" / "ggml" / "src"
-    return compile_cuda(
-        [
-            *(source for each in KDA_FOLDERS for source in sorted(each.glob("*.cu"))),
-            LATENT / "latent-attend.cu",
-            LATENT / "latent-ggml.cu",
-            NATIVE / "second_cuda.cu",
-            NATIVE.parent / "second_backend.cpp",
-        ],
-        folder / "libsecond-cuda.so",
-        include=[*KDA_FOLDERS, LATENT],
-        system=[patched_headers(headers), ggml, ggml / "ggml-cuda"],
-        options=["-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter", "-fPIC"],
-        link=[
-            "-shared",
-            f"-L{engine.lib}",
-            "-lggml",
-            "-lggml-cpu",
-            "-lggml-base",
-            f"-Wl,-rpath,{engine.lib}",
-        ],
+    ggml = patched_ggml(folder)
+    upstream = ggml / "src" / "ggml-cuda"
+    include, system = [*KDA_FOLDERS, LATENT], [ggml / "include", ggml / "src", upstream]
+    kernels = [source for each in include for source in sorted(each.glob("*.cu"))]
+    objects = compile_objects(
+        [*kernels, NATIVE.parent / "second_backend.cpp"],
+        folder / "ours",
+        include=[*include, *SHARED],
+        system=system,
+        options=["-Werror", "-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter", "-fPIC"],
     )
+    aside = [f"-Dggml_cuda_{prefix}{name}=aside_{prefix}{name}" for name in ASIDE for prefix in ("", "op_")]
+    for name, sources, chosen in (
+        ("device", [NATIVE / "second_cuda.cu"], []),
+        ("host", [upstream / name for name in HOST], aside),
+    ):
+        objects += compile_objects(
+            sources,
+            folder / name,
+            include=[*include, *SHARED, NATIVE, upstream],
+            system=system,
+            options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-O0", "-w", "-fPIC"],
+        )
+    link = ["-shared", "-fPIC", f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base"]
+    link += [f"-Wl,-rpath,{engine.lib}"]
+    whole = link_program(objects, folder / "without-upstreams-kernels.so", link=link)
+    missing = write_missing(whole, engine, folder / "missing.c")
+    return link_program([*objects, missing], folder / "libsecond-cuda.so", link=link)
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    """Names that a library defines, or wants and does not say where from."""
+    told = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
+    kinds = "U" if which == "--undefined-only" else "BDRTVW"
+    return {line.split()[-1] for line in told.splitlines() if line.split()[-2] in kinds and "@" not in line}
+
+
+def write_missing(library: Path, engine: Engine, source: Path) -> Path:
+    """C that defines what the library wants and ggml does not have: functions that only say they were called."""
+    there = set[str]().union(*(symbols(each, "--defined-only") for each in engine.lib.glob("libggml*.so")))
+    wanted = sorted(symbols(library, "--undefined-only") - there)
+    assert all("cuda" in name for name in wanted), wanted
+    lines = [
+        f'long f{i}(void) __asm__("{name}"); long f{i}(void) {{ upstream_missing = 1; return 0; }}'
+        for i, name in enumerate(wanted)
+    ]
+    source.write_text("\n".join(["extern int upstream_missing;", *lines, ""]))
+    return source
 
 
 def ran(log: Path) -> set[str]:
@@ -73,7 +108,8 @@ def ran(log: Path) -> set[str]:
 COMPARED = {
     "KDA_CONV": (".*", 60, True),
     "KDA_SCAN": (".*", 100, True),
-    "FLASH_ATTN_EXT": ("hsk=576,hsv=512,.*type_K=(f32|bf16|q8_0|q4_0)", 40, False),
+    "LATENT_ATTN": (r"dims=\[128,64,512,128\]", 12, False),
+    "FLASH_ATTN_EXT": ("hsk=576,hsv=512,.*type_K=(f32|bf16|q8_0|q4_0)", 15, False),
 }
 
 
@@ -168,24 +204,81 @@ def test_a_model_on_the_device(
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each}{copied}" for each in KDA}
 
 
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model as people run it: quantised, with heads and experts used of the 48B's sizes."""
+    folder = tmp_path_factory.mktemp("cuda-quantised")
+    convert(write_checkpoint(folder / "checkpoint", PUBLISHED), folder / "model.gguf", TYPES["Q8_0"])
+    return folder / "model.gguf"
+
+
 @pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
 @pytest.mark.parametrize(("sequences", "snapshots"), [(1, 0), (1, 3), (3, 0), (3, 3)])
-def test_from_token_to_token_the_graph_stays(
-    sequences: int, snapshots: int, flash: bool, backend: Path, model: Path, engine: Engine, tmp_path: Path
+def test_a_captured_graph_is_launched_again(
+    sequences: int,
+    snapshots: int,
+    flash: bool,
+    backend: Path,
+    published: Path,
+    engine: Engine,
+    tmp_path: Path,
 ) -> None:
-    """So ggml-cuda launches what it has captured; and of each KDA layer the copies of two states are gone."""
-    steps = [together(*[i] * sequences) for i in range(20)]
-    setup = Setup(
-        backend=str(backend), n_gpu_layers=ALL, n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash
-    )
-    log = tmp_path / "graphs"
-    play(engine, model, setup, steps, SECOND_GRAPHS=str(log), KIMI_OPS="conv,scan,require")
+    """From the third token on: the first continues no state, and its states lie elsewhere than the second's."""
+    steps = [together(*[i] * sequences) for i in range(10)]
+    setup = Setup(n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash, cache_type="F16")
+    graphs = graphs_of(engine, published, backend, setup, steps, tmp_path / "log")
+    assert [again for *_, again in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
+
+
+# Rows of the README's table: whose graph -> KIMI_OPS.
+GRAPHS = {"upstream's, `KIMI_OPS=off`": "off", "these operators": ""}
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_how_much_ggml_cuda_launches_for_a_token(
+    graph: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """As the README has it: upstream's own runs of nodes are found in our graph too."""
+    setup = Setup(flash_attention=True, cache_type="F16")
+    steps = [together(i) for i in range(4)]
+    log = tmp_path / "log"
+    _, nodes, launches, _ = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=GRAPHS[graph])[
+        -1
+    ]
+    assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda_graph" / "README.md").read_text()
+
+
+# Cache type -> queries from which LATENT_ATTN is built, with up to 512 keys: the first line of CUDA's table.
+FIRST_DECOMPRESSED = {"Q8_0": 128, "F16": 464}
+
+
+@pytest.mark.parametrize("cache_type", FIRST_DECOMPRESSED)
+def test_many_queries_take_the_decompressed_form(
+    cache_type: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
+) -> None:
+    first = FIRST_DECOMPRESSED[cache_type]
+    used = {}
+    for queries in (first - 1, first):
+        steps = [decode(*text(0, np.resize(IDS[0], queries)))]
+        setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, cache_type=cache_type)
+        log = tmp_path / f"{queries}"
+        play(engine, published, setup, steps, SECOND_LOG=str(log))
+        used[queries] = {each for each in log.read_text().splitlines() if "ATTN" in each}
+    assert used == {
+        first - 1: {"SECOND0 FLASH_ATTN_EXT"},  # by upstream's kernel
+        first: {"SECOND0 LATENT_ATTN", "SECOND0 kernel LATENT_ATTN"},
+    }
+
+
+def graphs_of(
+    engine: Engine, model: Path, backend: Path, setup: Setup, steps: list[Step], log: Path, **environment: str
+) -> list[list[str]]:
+    """The columns of SECOND_GRAPHS for each step, all layers on the device: one graph each."""
+    chosen = replace(setup, backend=str(backend), n_gpu_layers=99)
+    play(engine, model, chosen, steps, SECOND_GRAPHS=str(log), **environment)
     graphs = [line.split() for line in log.read_text().splitlines()]
     assert len(graphs) == len(steps)
-    assert len({tuple(each) for each in graphs[2:]}) == 1
-    _, nodes, left, hashed = graphs[-1]
-    assert int(nodes) - int(left) == 2 * SPEC.layers.count("K")
-    assert graphs[0][3] != hashed  # new sequences: zeros in place of a row
+    return graphs
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "7"])

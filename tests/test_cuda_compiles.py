@@ -15,6 +15,7 @@ from kimi_gguf.scripts import cuda_check
 from kimi_gguf.scripts.cuda_check import (
     ARCHITECTURES,
     KernelUse,
+    changed_sources,
     compile_cuda,
     cuda_sources,
     find_nvcc,
@@ -42,6 +43,14 @@ def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
     kernels = compile_cuda(source, architecture)
     spilling = [each for each in kernels if not each.clean and not each.name.startswith(tuple(MAY_SPILL))]
     assert not spilling, "\n".join(table(spilling))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_the_patches_change_of_upstreams_compiles(architecture: int) -> None:
+    sources = changed_sources()
+    assert {each.name for each in sources} == {"fattn.cu", "ggml-cuda.cu"}
+    for source in sources:
+        compile_cuda(source, architecture)
 
 
 SPILLING = """

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, OPERATORS, compile_cuda
 
-from kimi_gguf.scripts.cuda_check import patched_headers
-from kimi_gguf.scripts.engine import Engine, upstream_source
+from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.scripts.engine import Engine
 
 FOLDERS = [OPERATORS / operator / "cuda" for operator in ("kda_common", "kda_conv", "kda_scan")]
 GLUE = OPERATORS / "kda_common" / "cuda" / "kda-ggml.cu"
@@ -42,17 +42,12 @@ def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path: Path) -> None:
-    upstream = upstream_source() / "llama.cpp"
-    headers = tmp_path / "patched"
-    headers.mkdir()
+    ggml = patched_ggml(tmp_path)
     program = compile_cuda(
         [*KERNELS, GLUE, NATIVE / "kda-glue-test.cu"],
         tmp_path / "kda-glue-test",
         include=FOLDERS,
-        system=[
-            patched_headers(headers),
-            *(upstream / "ggml" / folder for folder in ("src", "src/ggml-cuda")),
-        ],
+        system=[ggml / folder for folder in ("include", "src", "src/ggml-cuda")],
         options=["-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter"],
         link=[f"-L{engine.lib}", "-lggml-base", f"-Wl,-rpath,{engine.lib}"],
     )

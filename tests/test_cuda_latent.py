@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, OPERATORS, compile_cuda
 
-from kimi_gguf.scripts.engine import Engine, upstream_source
+from kimi_gguf.scripts.cuda_check import patched_ggml
+from kimi_gguf.scripts.engine import Engine
 
 pytestmark = pytest.mark.engine
 
@@ -28,7 +29,7 @@ DECOMPRESSED_GLUE = FOLDER / "cuda" / "latent-attn-ggml.cu"
 
 
 def compile_test(engine: Engine, sources: list[Path], program: Path, *, races: bool = False) -> Path:
-    ggml = upstream_source() / "llama.cpp" / "ggml"
+    ggml = patched_ggml(program.parent)
     return compile_cuda(
         sources,
         program,

@@ -48,6 +48,7 @@ def shared(name: str, kind: str, alignment: str = "1") -> str:
     [
         ("__shared__ float s[32];", shared("s", "float[32]") + ";"),
         ("static __shared__ int n;", shared("n", "int") + ";"),
+        ("__shared__ int n[A > B ? A : B][2];", shared("n", "int[(A > B ? A : B)][2]") + ";"),
         (
             "__shared__ __align__(16) half2 a[N][M + 1], b[1 << 4];",
             shared("a", "half2[N][M + 1]", "16") + "; " + shared("b", "half2[1 << 4]", "16") + ";",

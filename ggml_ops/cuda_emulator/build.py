@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kimi_gguf.ggml_ops.cuda_emulator.rewrite import rewrite_tree
@@ -52,33 +53,74 @@ def compile_program(
 ) -> Path:
     """Compile and link `sources` into `program`; its objects and rewritten sources lie beside it.
 
+    link: options of the linker. The others are those of `compile_objects`. `RewriteError`, `CompileError`.
+    """
+    objects = compile_objects(
+        sources,
+        program.resolve().parent / f"{program.name}.work",
+        include=include,
+        system=system,
+        options=options,
+        architecture=architecture,
+        races=races,
+        fast_math=fast_math,
+        compiler=compiler,
+    )
+    return link_program(objects, program, link=link, compiler=compiler)
+
+
+def compile_objects(
+    sources: Sequence[Path],
+    work: Path,
+    *,
+    include: Sequence[Path] = (),
+    system: Sequence[Path] = (),
+    options: Sequence[str] = (),
+    architecture: int = 80,
+    races: bool = False,
+    fast_math: bool = True,
+    compiler: str | None = None,
+) -> list[Path]:
+    """Compile each of `sources` into an object, several at a time; objects and rewritten sources lie in `work`.
+
     include: folders for #include "…", those of .cuh files too. system: the same without warnings.
-    options: further ones of the compiler. link: of the linker. architecture: 75, 80, 89, … of __CUDA_ARCH__.
+    options: further ones of the compiler. architecture: 75, 80, 89, … of __CUDA_ARCH__.
     races: look for races in shared memory too, at each access (include/cuda_emulator/races.h); slower.
     fast_math: as nvcc's -use_fast_math, with which ggml compiles: expf is __expf, subnormal numbers are zero.
     compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
     """
-    cxx = compiler or os.environ.get("CXX") or "g++"
-    work = program.resolve().parent / f"{program.name}.work"
-    work.mkdir(parents=True, exist_ok=True)
-    command = [cxx, *OPTIONS, *WARNINGS, f"-D__CUDA_ARCH__={architecture}0"]
+    command = [_compiler(compiler), *OPTIONS, *WARNINGS, f"-D__CUDA_ARCH__={architecture}0"]
     command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
     command += ["-isystem", str(INCLUDE), "-isystem", str(STUBS), "-include", "cuda_runtime.h"]
     command += [f"-I{path}" for path in include]
     for path in system:
         command += ["-isystem", str(path)]
-    objects = []
-    for number, source in enumerate(sources):
+    checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
+    checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
+
+    def compile_one(number: int, source: Path) -> Path:
         kernel = source.suffix == ".cu"
         folder = work / f"{number}-{source.stem}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         text = rewrite_tree(source, folder, [*include, *system], fast_math) if kernel else source
-        objects.append(str(folder / "object.o"))
-        checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
-        checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
-        _run([*command, *(checks if kernel else []), *options, "-c", str(text), "-o", objects[-1]])
-    _run([cxx, "-pthread", *objects, "-o", str(program), *link])
+        target = folder / "object.o"
+        _run([*command, *(checks if kernel else []), *options, "-c", str(text), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, range(len(sources)), sources))
+
+
+def link_program(
+    objects: Sequence[Path], program: Path, *, link: Sequence[str] = (), compiler: str | None = None
+) -> Path:
+    """Link objects of `compile_objects`. link: options of the linker. `CompileError`."""
+    _run([_compiler(compiler), "-pthread", *map(str, objects), "-o", str(program), *link])
     return program
+
+
+def _compiler(chosen: str | None) -> str:
+    return chosen or os.environ.get("CXX") or "g++"
 
 
 def _run(command: Sequence[str]) -> None:

@@ -201,7 +201,9 @@ def _without_stars(base: Sequence[Token]) -> list[Token]:
 
 
 def _declaration(name: str, kind: str, sizes: str, alignment: str, dynamic: bool) -> str:
-    sizes = " ".join(sizes.split())
+    sizes = re.sub(
+        r"\[([^\[\]]*>[^\[\]]*)\]", r"[(\1)]", " ".join(sizes.split())
+    )  # no end of a template's arguments
     if dynamic:
         inner = re.sub(r"^\[\s*\]", "", sizes)
         if inner == sizes:

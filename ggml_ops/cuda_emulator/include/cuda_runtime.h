@@ -25,3 +25,4 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __builtin_assume(...)

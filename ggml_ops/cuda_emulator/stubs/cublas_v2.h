@@ -20,6 +20,20 @@ enum cublasMath_t {
     CUBLAS_TF32_TENSOR_OP_MATH,
 };
 
+enum cublasOperation_t {
+    CUBLAS_OP_N,
+    CUBLAS_OP_T,
+};
+
+enum cublasComputeType_t {
+    CUBLAS_COMPUTE_16F,
+    CUBLAS_COMPUTE_32F,
+};
+
+enum cublasGemmAlgo_t {
+    CUBLAS_GEMM_DEFAULT_TENSOR_OP,
+};
+
 using cublasHandle_t = struct cublasContext *;
 
 inline const char * cublasGetStatusString(cublasStatus_t status) {
@@ -39,5 +53,25 @@ inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) {
 }
 
 template <class Stream> cublasStatus_t cublasSetStream(cublasHandle_t, Stream) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+template <class... Arguments> cublasStatus_t cublasSetWorkspace(Arguments...) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+template <class... Arguments> cublasStatus_t cublasSgemm(Arguments...) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+template <class... Arguments> cublasStatus_t cublasGemmEx(Arguments...) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+template <class... Arguments> cublasStatus_t cublasGemmBatchedEx(Arguments...) {
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+}
+
+template <class... Arguments> cublasStatus_t cublasGemmStridedBatchedEx(Arguments...) {
     return CUBLAS_STATUS_NOT_SUPPORTED;
 }

@@ -4,13 +4,13 @@
 // vectors of four.
 
 #include "kda-params.cuh"
+#include "kimi-mma.cuh"
 
 #include <cmath>
 
 namespace kda_cuda {
 
-constexpr int      WARP      = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
+using namespace kimi_cuda;
 
 // The state that sequence s continues, or nullptr for zeros.
 static __device__ __forceinline__ const float * state_found(const states & st, int s) {

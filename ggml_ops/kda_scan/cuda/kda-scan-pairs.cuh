@@ -9,7 +9,7 @@
 // one array of factors serves. Key channels come in parts of 32: a warp's lanes are the channels of a part, a warp is a
 // tile of 8 tokens.
 
-#include "kda-mma.cuh"
+#include "kda-frags.cuh"
 #include "kda-scan-chunk.cuh"
 
 namespace kda_cuda {
@@ -124,7 +124,7 @@ static __device__ __forceinline__ void near_pairs(pair_sums & sums, const prepar
 }
 
 // Two neighbouring channels of a row, times their factors.
-static __device__ __forceinline__ split2 scaled(const float * x, const float * factor, int row, int c) {
+static __device__ __forceinline__ terms<2> scaled(const float * x, const float * factor, int row, int c) {
     const int    at = row * PART_LD + c;
     const float2 a  = *reinterpret_cast<const float2 *>(x + at);
     const float2 b  = *reinterpret_cast<const float2 *>(factor + at);
@@ -132,7 +132,7 @@ static __device__ __forceinline__ split2 scaled(const float * x, const float * f
 }
 
 // One channel of two neighbouring tokens, times their factors.
-static __device__ __forceinline__ split2 scaled_tokens(const float * x, const float * factor, int token, int c) {
+static __device__ __forceinline__ terms<2> scaled_tokens(const float * x, const float * factor, int token, int c) {
     const int at = token * PART_LD + c;
     const int up = at + PART_LD;
     return split(x[at] * factor[at], x[up] * factor[up]);

@@ -223,6 +223,7 @@ solve_values(const block_chunk & chunk, const prepare_memory & mem, int warp, in
 
 template <int D>
 static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(const scan_args args, const chunk_run run) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     using layout = chunk_layout<D>;
     __shared__ prepare_memory mem;
 
@@ -303,6 +304,9 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
         solve_keys<layout>(chunk, mem, pk, warp, lane);
         solve_values<layout>(chunk, mem, warp, lane);
     }
+#else
+    __trap();  // chunks_refused keeps older devices away
+#endif
 }
 
 template <int D> static void launch_prepare(const scan_args & args, const chunk_run & run, cudaStream_t stream) {

@@ -7,7 +7,7 @@
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
-#include "kda-mma.cuh"
+#include "kda-frags.cuh"
 #include "kda-scan-chunk.cuh"
 
 namespace kda_cuda {
@@ -29,7 +29,7 @@ template <int D, int THREADS> struct stage_ring {
             const int begin = layout::stage_begin(stage);
             const int size  = layout::stage_end(stage) - begin;
             for (int x = threadIdx.x * 16; x < size; x += THREADS * 16) {
-                copy_async(ring + slot * STAGE + x, from + begin + x);
+                copy_16_async(ring + slot * STAGE + x, from + begin + x);
             }
             --n_left;
             if (++stage == layout::STAGES) {
@@ -131,6 +131,7 @@ store_output(const scan_args & args, const float (&o)[TILES][4], int h, int s, i
 
 template <int D, int WARPS>
 static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_args args, const chunk_run run) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     using layout = chunk_layout<D>;
     extern __shared__ float4 kda_shared[];
 
@@ -214,6 +215,9 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
         }
     }
     state.store(kept, j0, lane);
+#else
+    __trap();  // chunks_refused keeps older devices away
+#endif
 }
 
 // From so many heads of all sequences on a block takes whole ones, and reads what belongs to them once.

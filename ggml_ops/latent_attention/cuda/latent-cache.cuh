@@ -19,7 +19,7 @@
 // call both; arrive() is a barrier on both sides.
 
 #include "latent-cuda.cuh"
-#include "latent-mma.cuh"
+#include "latent-device.cuh"
 
 namespace latent_cuda {
 

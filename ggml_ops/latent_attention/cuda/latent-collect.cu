@@ -145,6 +145,7 @@ static __device__ __forceinline__ float magnitude(float x) {
 template <cache_type TYPE, int TERMS>
 static __global__ void __launch_bounds__(BLOCK_THREADS)
     collect_tile(const decompressed args, const prefill p, const run to) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     __shared__ float of_warps[BLOCK_WARPS];
 
     const int     lane   = threadIdx.x % WARP;
@@ -220,6 +221,9 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
             }
         }
     }
+#else
+    __trap();  // the caller keeps older devices away
+#endif
 }
 
 void collect(const decompressed & args, const prefill & p, const run & to, cudaStream_t stream) {

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         const auto     copy = [&](__half * at, int stride, const __half * from, int row_chunks) {
 #pragma unroll 1
             for (int i = threadIdx.x; i < TILE * row_chunks; i += BLOCK_THREADS) {
-                copy_16_async(at + i / row_chunks * stride + i % row_chunks * CHUNK, from + i * CHUNK, 16);
+                copy_16_async(at + i / row_chunks * stride + i % row_chunks * CHUNK, from + i * CHUNK);
             }
         };
 #pragma unroll

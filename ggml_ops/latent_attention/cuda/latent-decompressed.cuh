@@ -14,7 +14,7 @@
 // each row of the cache, one for each tile of keys (run::shifts), in whose units keys and values of all heads are.
 
 #include "latent-cuda.cuh"
-#include "latent-mma.cuh"
+#include "latent-device.cuh"
 
 namespace latent_cuda {
 

@@ -5,39 +5,20 @@
 #include "../latent-attn-case.h"
 #include "ggml-cuda-standin.cuh"
 #include "latent-ggml.cuh"
-
-#include <deque>
-
-using namespace cuda_emulator;
+#include "on-device.cuh"
 
 static constexpr float UNTOUCHED = 12345.0f;
 
 // Whether the node of this shape is taken. Its result is then right, and untouched otherwise.
 static bool taken(const LatentShape & shape, int capability = 800) {
     standin_capability = capability;
-    LatentCase                    attention(shape);
-    ggml_backend_cuda_context     cuda(0);
-    ggml_tensor *                 node = attention.node();
-    ggml_tensor                   dst  = *node;
-    ggml_tensor                   src[4];
-    std::deque<DeviceArray<char>> arrays;
-    const auto                    move_to_device = [&](ggml_tensor & t) {
-        arrays.emplace_back(std::vector<char>((char *) t.data, (char *) t.data + ggml_nbytes(&t)));
-        t.data = arrays.back().data();
-    };
-    for (const int i : { 0, 1, 3 }) {
-        if (node->src[i] != nullptr) {
-            dst.src[i] = &(src[i] = *node->src[i]);
-            move_to_device(src[i]);
-        }
-    }
-    dst.src[2]  = &(src[2] = *node->src[2]);
-    src[2].data = src[1].data;
+    LatentCase                attention(shape);
+    ggml_backend_cuda_context cuda(0);
+    ggml_tensor *             node = attention.node();
     std::fill((float *) node->data, (float *) node->data + ggml_nelements(node), UNTOUCHED);
-    move_to_device(dst);
-
-    const bool yes = ggml_cuda_latent_attention(cuda, &dst);
-    memcpy(node->data, dst.data, ggml_nbytes(&dst));
+    OnDevice   device(node);
+    const bool yes = ggml_cuda_latent_attention(cuda, device.node());
+    device.fetch();
     const float * got = (const float *) node->data;
     if (yes) {
         CHECK(attention.nmse(shape.n_rows()) <= (ggml_is_quantized(shape.cache) ? 2e-5 : 1e-7));

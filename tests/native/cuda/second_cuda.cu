@@ -1,12 +1,16 @@
-// Our CUDA kernels, with ggml's side of them, as those of the devices of second_backend.cpp: on the emulator, called as
-// ggml-cuda.cu calls them. Everything else is the CPU's, as it stands in for upstream's kernels.
+// ggml-cuda's own host code, patched, as what the devices of second_backend.cpp do: it says what is claimed, which nodes
+// are computed by one call and whether a captured graph is launched again, and it calls our kernels, which the emulator
+// runs. Upstream's kernels are not there (upstream_missing, test_cuda_backend.py): the CPU stands in for them.
 
 #include "../second_kernels.h"
-#include "ggml-cuda-standin.cuh"
-#include "kda-ggml.cuh"
-#include "latent-ggml.cuh"
+#include "ggml-cuda.cu"
+#include "to-floats.cuh"
 
 using namespace cuda_emulator;
+
+// Set by whatever function of upstream's is called and missing.
+extern "C" int upstream_missing;
+int            upstream_missing = 0;
 
 static void * allocate(size_t bytes) {
     void * memory = nullptr;
@@ -17,38 +21,44 @@ static void release(void * memory) {
     GGML_ASSERT(cudaFree(memory) == cudaSuccess);
 }
 
-static bool is_kda(const ggml_tensor * node) {
-    return node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN;
+static bool is_ours(const ggml_tensor * node) {
+    return node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN || node->op == GGML_OP_LATENT_ATTN;
 }
 
 static int claims(const ggml_tensor * node) {
-    if (node->op == GGML_OP_LATENT_ATTN) {
-        return 0;
-    }
-    return is_kda(node) ? ggml_cuda_kda_supported(0, node) : -1;
+    static ggml_backend_cuda_device_context context = { 0, "", "", "", 0 };
+    static ggml_backend_device              device  = { {}, nullptr, &context };
+    return !ggml_backend_cuda_device_supports_op(&device, node) ? 0 : is_ours(node) ? 1 : -1;
 }
 
-static int compute(ggml_cgraph * graph, int i) {
-    static ggml_backend_cuda_context cuda(0);
-    ggml_tensor * const              node = graph->nodes[i];
-    if ((node->flags & GGML_TENSOR_FLAG_COMPUTE) == 0 || ggml_is_empty(node)) {
-        return 0;
-    }
+static ggml_backend_cuda_context & cuda() {
+    static ggml_backend_cuda_context context(0);
+    return context;
+}
+
+static SecondStep step(ggml_cgraph * graph, int i) {
+    ggml_tensor * node = graph->nodes[i];
+    upstream_missing   = 0;
     try {
-        if (is_kda(node)) {
-            const int n_behind = ggml_cuda_try_fuse_kda_copy(cuda, graph, i);
-            if (n_behind == 0) {
-                ggml_cuda_op_kda(cuda, node);
-            }
-            return 1 + n_behind;
+        const int n_behind = ggml_cuda_try_fuse(&cuda(), graph, i);
+        if (n_behind > 0) {
+            return { 1 + n_behind, !upstream_missing };
         }
-        return node->op == GGML_OP_FLASH_ATTN_EXT && ggml_cuda_latent_attention(cuda, node);
+        if (is_ours(node) || node->op == GGML_OP_FLASH_ATTN_EXT) {
+            GGML_ASSERT(ggml_cuda_compute_forward(cuda(), node));
+            return { 1, !upstream_missing };
+        }
     } catch (const std::exception & fault) {
         GGML_ABORT("%s: %s", node->name, fault.what());
     }
+    return { 1, false };
 }
 
-static const SecondKernels KERNELS = { allocate, release, claims, compute };
+static bool replays(ggml_cgraph * graph) {
+    return ggml_cuda_graph_check_compability(graph) && !ggml_cuda_graph_update_required(&cuda(), graph);
+}
+
+static const SecondKernels KERNELS = { "CUDA", allocate, release, claims, step, replays };
 
 __attribute__((constructor)) static void give() {
     second_kernels = &KERNELS;

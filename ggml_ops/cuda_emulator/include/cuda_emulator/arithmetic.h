@@ -116,6 +116,23 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     return c;
 }
 
+// Byte by byte: differences; 0xff where they differ.
+inline unsigned __vsub4(unsigned a, unsigned b) {
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) {
+        out |= unsigned(uint8_t((a >> 8 * i) - (b >> 8 * i))) << 8 * i;
+    }
+    return out;
+}
+
+inline unsigned __vcmpne4(unsigned a, unsigned b) {
+    unsigned out = 0;
+    for (int i = 0; i < 4; i++) {
+        out |= uint8_t(a >> 8 * i) != uint8_t(b >> 8 * i) ? 0xffu << 8 * i : 0;
+    }
+    return out;
+}
+
 // Loads with a hint for the caches.
 template <class T> T __ldg(const T * at) {
     return *at;

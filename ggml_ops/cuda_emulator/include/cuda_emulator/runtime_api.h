@@ -14,6 +14,8 @@ enum cudaError_t {
     cudaErrorNotReady                 = 600,
     cudaErrorPeerAccessAlreadyEnabled = 704,
     cudaErrorPeerAccessNotEnabled     = 705,
+    cudaErrorNotSupported             = 801,
+    cudaErrorGraphExecUpdateFailure   = 910,
 };
 
 using cudaError = cudaError_t;
@@ -38,6 +40,19 @@ enum cudaDeviceAttr {
     cudaDevAttrComputeCapabilityMajor,
     cudaDevAttrComputeCapabilityMinor,
     cudaDevAttrWarpSize,
+    cudaDevAttrCooperativeLaunch,
+};
+
+enum cudaDataType_t {
+    CUDA_R_32F,
+    CUDA_R_16F,
+    CUDA_R_16BF,
+};
+
+enum cudaStreamCaptureMode {
+    cudaStreamCaptureModeGlobal,
+    cudaStreamCaptureModeThreadLocal,
+    cudaStreamCaptureModeRelaxed,
 };
 
 struct CUstream_st;
@@ -55,6 +70,15 @@ struct CUevent_st {
 
 using cudaEvent_t = CUevent_st *;
 
+using cudaHostFn_t = void (*)(void *);
+
+enum cudaGraphExecUpdateResult {
+    cudaGraphExecUpdateSuccess,
+    cudaGraphExecUpdateError,
+};
+
+inline const cudaStream_t cudaStreamPerThread = nullptr;
+
 struct cudaFuncAttributes {
     int    ptxVersion, binaryVersion, numRegs, maxThreadsPerBlock;
     size_t sharedSizeBytes, localSizeBytes, maxDynamicSharedSizeBytes;
@@ -67,6 +91,7 @@ struct cudaDeviceProp {
 };
 
 constexpr unsigned cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1, cudaEventDefault = 0;
+constexpr unsigned cudaHostRegisterPortable = 1, cudaHostRegisterReadOnly = 8, cudaDeviceScheduleSpin = 1;
 
 #define CUDA_EMULATOR_ARCHITECTURE (__CUDA_ARCH__ / 10)
 
@@ -92,6 +117,20 @@ inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { ret
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+inline cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t f, void * data) { f(data); return cudaSuccess; }
+inline cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
+inline cudaError_t cudaDeviceCanAccessPeer(int * can, int, int) { *can = 0; return cudaSuccess; }
+inline cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaErrorInvalidValue; }
+inline cudaError_t cudaDeviceGetPCIBusId(char * id, int size, int) { snprintf(id, size, "0000:00:00.0"); return cudaSuccess; }
+inline cudaError_t cudaHostRegister(void *, size_t, unsigned) { return cudaSuccess; }
+inline cudaError_t cudaHostUnregister(void *) { return cudaSuccess; }
+
+// Nothing is captured: whoever tries hears that it cannot be.
+inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaErrorNotSupported; }
+inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *) { return cudaErrorNotSupported; }
+inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *, cudaGraph_t, cudaGraphNode_t *, char *, size_t) { return cudaErrorNotSupported; }
+inline cudaError_t cudaGraphExecUpdate(cudaGraphExec_t, cudaGraph_t, cudaGraphNode_t *, cudaGraphExecUpdateResult *) { return cudaErrorNotSupported; }
+inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaErrorNotSupported; }
 inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
 // clang-format on
@@ -116,6 +155,10 @@ template <class T>
 cudaError_t
 cudaMallocAsync(T ** pointer, size_t bytes, cudaStream_t, cuda_emulator::Place place = cuda_emulator::Place::here()) {
     return cudaMalloc(pointer, bytes, place);
+}
+
+template <class T> cudaError_t cudaMallocManaged(T ** pointer, size_t bytes) {
+    return cudaMalloc(pointer, bytes);
 }
 
 inline cudaError_t cudaFree(void * pointer) {
@@ -191,6 +234,31 @@ inline cudaError_t cudaMemsetAsync(void * to,
     return cudaMemset(to, value, bytes, place);
 }
 
+inline cudaError_t cudaMemcpyPeerAsync(void * to, int, const void * from, int, size_t bytes, cudaStream_t = nullptr) {
+    return cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToDevice);
+}
+
+inline cudaError_t cudaMemcpy2DAsync(void *         to,
+                                     size_t         to_pitch,
+                                     const void *   from,
+                                     size_t         from_pitch,
+                                     size_t         width,
+                                     size_t         height,
+                                     cudaMemcpyKind kind,
+                                     cudaStream_t               = nullptr,
+                                     cuda_emulator::Place place = cuda_emulator::Place::here()) {
+    for (size_t row = 0; row < height; ++row) {
+        cudaMemcpy(static_cast<char *>(to) + row * to_pitch, static_cast<const char *>(from) + row * from_pitch, width,
+                   kind, place);
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaMemGetInfo(size_t * free, size_t * total) {
+    *free = *total = size_t(16) << 30;
+    return cudaSuccess;
+}
+
 template <class T> cudaError_t cudaMemcpyToSymbol(T & symbol, const void * from, size_t bytes, size_t offset = 0) {
     memcpy(reinterpret_cast<char *>(&symbol) + offset, from, bytes);
     return cudaSuccess;
@@ -255,6 +323,9 @@ inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute,
         break;
     case cudaDevAttrWarpSize:
         *value = properties.warpSize;
+        break;
+    case cudaDevAttrCooperativeLaunch:
+        *value = 0;
         break;
     }
     return cudaSuccess;

@@ -1,7 +1,7 @@
 #pragma once
 
-// Matrix products on tensor cores and asynchronous copies: thin names for PTX of compute capability 8.0, which kernels
-// of older devices must not call; and exact powers of two.
+// What our CUDA kernels share: products on tensor cores, floats as sums of 16-bit numbers for them, and asynchronous
+// copies. Kernels that call it leave it out below compute capability 8.0, which the PTX wants.
 //
 // Fragments of mma.sync m16n8k16, lane = 4*g + t:
 //   a[0..3]: (row g, columns 2t 2t+1), (row g+8, the same), (row g, columns 2t+8 2t+9), (row g+8, the same)
@@ -16,22 +16,12 @@
 #include <cstring>
 #include <type_traits>
 
-namespace latent_cuda {
+namespace kimi_cuda {
 
 constexpr int      WARP      = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
-constexpr float    LOG2_E    = 1.4426950408889634f;
 
-// 2^(exponent - 127), for an exponent in [1, 254].
-static __device__ __forceinline__ float power_of_two(int exponent) {
-    return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
-}
-
-static __device__ __forceinline__ int exponent_of(float x) {
-    return __float_as_uint(x) >> 23 & 0xff;
-}
-
-// Two neighbouring values in a word, the first in its low half.
+// Two neighbouring values in a word, the first in its low half. T: __half or __nv_bfloat16
 template <typename T> static __device__ __forceinline__ uint32_t pack(float x, float y) {
     uint32_t bits;
     if constexpr (std::is_same_v<T, __half>) {
@@ -44,43 +34,48 @@ template <typename T> static __device__ __forceinline__ uint32_t pack(float x, f
     return bits;
 }
 
-template <typename T> static __device__ __forceinline__ float2 unpack(uint32_t bits) {
+// The first and the second of them.
+template <typename T> static __device__ __forceinline__ float first_of(uint32_t bits) {
     if constexpr (std::is_same_v<T, __half>) {
-        __half2 pair;
-        memcpy(&pair, &bits, sizeof(bits));
-        return __half22float2(pair);
+        return __half2float(__ushort_as_half(bits & 0xffff));
     } else {
-        return make_float2(__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u));
+        return __uint_as_float(bits << 16);
     }
 }
 
-// Two floats, each as the sum of up to two 16-bit numbers.
+template <typename T> static __device__ __forceinline__ float second_of(uint32_t bits) {
+    if constexpr (std::is_same_v<T, __half>) {
+        return __half2float(__ushort_as_half(bits >> 16));
+    } else {
+        return __uint_as_float(bits & 0xffff0000u);
+    }
+}
+
+// Two floats, each as the sum of up to two 16-bit numbers: of bf16 to 2^-17 of it, with float32's range; of halves to
+// 2^-22, within theirs.
 template <int TERMS> struct terms {
     uint32_t term[TERMS];
 };
 
 template <typename T, int TERMS> static __device__ __forceinline__ terms<TERMS> split(float x, float y) {
-    terms<TERMS> out;
-    out.term[0] = pack<T>(x, y);
+    const uint32_t high = pack<T>(x, y);
     if constexpr (TERMS == 2) {
-        const float2 high = unpack<T>(out.term[0]);
-        out.term[1]       = pack<T>(x - high.x, y - high.y);
+        return { high, pack<T>(x - first_of<T>(high), y - second_of<T>(high)) };
+    } else {
+        return { high };
     }
-    return out;
 }
 
 // c += a b
 template <typename T>
 static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     if constexpr (std::is_same_v<T, __half>) {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     } else {
-        asm volatile(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -107,7 +102,12 @@ static __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4]
                  : "memory");
 }
 
-// 16 or 4 bytes from global to shared memory, both so aligned; the first `given` of them are read, the rest is zero.
+// 16 or 4 bytes from global to shared memory, both so aligned; where `given` is said, only so many are read and the
+// rest is zero.
+static __device__ __forceinline__ void copy_16_async(void * shared, const void * global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(global) : "memory");
+}
+
 static __device__ __forceinline__ void copy_16_async(void * shared, const void * global, int given) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
@@ -119,9 +119,18 @@ static __device__ __forceinline__ void copy_4_async(void * shared, const void * 
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(shared_address(shared)), "l"(global) : "memory");
 }
 
+static __device__ __forceinline__ void commit_copies() {
+    asm volatile("cp.async.commit_group;" : : : "memory");
+}
+
+// Waits until all but the last PENDING groups of this thread's copies have arrived.
+template <int PENDING> static __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(PENDING) : "memory");
+}
+
 // Waits until all of this thread's copies have arrived.
 static __device__ __forceinline__ void wait_copies() {
     asm volatile("cp.async.wait_all;" : : : "memory");
 }
 
-}  // namespace latent_cuda
+}  // namespace kimi_cuda

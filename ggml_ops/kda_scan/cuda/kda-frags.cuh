@@ -1,0 +1,94 @@
+#pragma once
+
+// Matrix products on tensor cores with float32's accuracy: each factor is the sum hi + lo of two bf16 numbers, to 2^-17
+// of it; the product is hi*hi + hi*lo + lo*hi, summed in float32. bf16 has float32's range, so that nothing over- or
+// underflows before the product does.
+
+#include "kda-device.cuh"
+#include "kimi-mma.cuh"
+
+namespace kda_cuda {
+
+// Two neighbouring factors.
+static __device__ __forceinline__ terms<2> split(float x, float y) {
+    return kimi_cuda::split<__nv_bfloat16, 2>(x, y);
+}
+
+struct frag_a {
+    uint32_t hi[4], lo[4];
+
+    __device__ void set(int i, const terms<2> & x) {
+        hi[i] = x.term[0];
+        lo[i] = x.term[1];
+    }
+};
+
+// In the order in which memory holds it, so that a lane's part is one 16-byte word.
+struct alignas(16) frag_b {
+    uint32_t hi[2], lo[2];
+
+    __device__ void set(int i, const terms<2> & x) {
+        hi[i] = x.term[0];
+        lo[i] = x.term[1];
+    }
+};
+
+// c += a b
+static __device__ __forceinline__ void mma_split(float (&c)[4], const frag_a & a, const frag_b & b) {
+    mma<__nv_bfloat16>(c, a.lo, b.hi);
+    mma<__nv_bfloat16>(c, a.hi, b.lo);
+    mma<__nv_bfloat16>(c, a.hi, b.hi);
+}
+
+constexpr int MMA_TOGETHER = 4;
+
+// c[n] += a b[n] for neighbouring ones. The three products of each wait for one another, so they go in turns.
+static __device__ __forceinline__ void mma_split(float (*c)[4], const frag_a & a, const frag_b (&b)[MMA_TOGETHER]) {
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        mma<__nv_bfloat16>(c[n], a.lo, b[n].hi);
+    }
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        mma<__nv_bfloat16>(c[n], a.hi, b[n].lo);
+    }
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        mma<__nv_bfloat16>(c[n], a.hi, b[n].hi);
+    }
+}
+
+// The accumulators of two neighbouring 16x8 products as the left factor of another one.
+static __device__ __forceinline__ frag_a as_factor(const float (&left)[4], const float (&right)[4]) {
+    frag_a a;
+    a.set(0, split(left[0], left[1]));
+    a.set(1, split(left[2], left[3]));
+    a.set(2, split(right[0], right[1]));
+    a.set(3, split(right[2], right[3]));
+    return a;
+}
+
+static __device__ __forceinline__ frag_b load_frag(const void * fragments, int index, int lane) {
+    frag_b      b;
+    const uint4 x = static_cast<const uint4 *>(fragments)[index * WARP + lane];
+    b.hi[0]       = x.x;
+    b.hi[1]       = x.y;
+    b.lo[0]       = x.z;
+    b.lo[1]       = x.w;
+    return b;
+}
+
+// Fragments index, index + step, ..
+static __device__ __forceinline__ void
+load_frags(frag_b (&b)[MMA_TOGETHER], const void * fragments, int index, int step, int lane) {
+#pragma unroll
+    for (int n = 0; n < MMA_TOGETHER; ++n) {
+        b[n] = load_frag(fragments, index + n * step, lane);
+    }
+}
+
+static __device__ __forceinline__ void store_frag(void * fragments, int index, int lane, const frag_b & b) {
+    static_cast<uint4 *>(fragments)[index * WARP + lane] = make_uint4(b.hi[0], b.hi[1], b.lo[0], b.lo[1]);
+}
+
+}  // namespace kda_cuda

@@ -1,0 +1,40 @@
+#pragma once
+
+// A node and its sources in arrays of the emulator, one for what begins at the same address, so that a step beyond one
+// of them is seen.
+
+#include "cuda_emulator/harness.h"
+#include "ggml.h"
+
+#include <cstring>
+#include <map>
+#include <vector>
+
+class OnDevice {
+  public:
+    explicit OnDevice(ggml_tensor * node) : host(node), device(*node) {
+        for (int i = 0; i < GGML_MAX_SRC; ++i) {
+            if (node->src[i] != nullptr) {
+                device.src[i] = &(sources[i] = *node->src[i]);
+                move(sources[i]);
+            }
+        }
+        move(device);
+    }
+
+    ggml_tensor * node() { return &device; }
+
+    // The result, into the node that this was made of.
+    void fetch() const { memcpy(host->data, device.data, ggml_nbytes(host)); }
+
+  private:
+    ggml_tensor *                                            host;
+    ggml_tensor                                              device;
+    ggml_tensor                                              sources[GGML_MAX_SRC];
+    std::map<const void *, cuda_emulator::DeviceArray<char>> arrays;
+
+    void move(ggml_tensor & t) {
+        const char * data = static_cast<const char *>(t.data);
+        t.data = arrays.try_emplace(t.data, std::vector<char>(data, data + ggml_nbytes(&t))).first->second.data();
+    }
+};

@@ -1,0 +1,26 @@
+#pragma once
+
+// In place of convert.cu: ggml's CPU code for the kernels of ggml-cuda that make floats of a tensor's values.
+
+#include "convert.cuh"
+
+template <ggml_type TYPE> static void to_floats(const void * from, float * to, int64_t n, cudaStream_t) {
+    ggml_get_type_traits(TYPE)->to_float(from, to, n);
+}
+
+to_fp32_cuda_t ggml_get_to_fp32_cuda(ggml_type type) {
+    switch (type) {
+    case GGML_TYPE_F16:
+        return to_floats<GGML_TYPE_F16>;
+    case GGML_TYPE_BF16:
+        return to_floats<GGML_TYPE_BF16>;
+    case GGML_TYPE_Q4_0:
+        return to_floats<GGML_TYPE_Q4_0>;
+    case GGML_TYPE_Q5_0:
+        return to_floats<GGML_TYPE_Q5_0>;
+    case GGML_TYPE_Q8_0:
+        return to_floats<GGML_TYPE_Q8_0>;
+    default:
+        return nullptr;
+    }
+}
