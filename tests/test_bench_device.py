@@ -87,16 +87,18 @@ def test_what_falls_back_on_the_device_is_told(
 
 
 @pytest.mark.engine
-def test_cells_that_the_memory_does_not_hold_are_left_out(
+def test_cells_and_ways_that_the_memory_does_not_hold_are_left_out(
     cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECOND_MEMORY", "64")
     file = tmp_path / "record.json"
-    told = bench(cache, *ON, "--batch", "300", "--depth", "0,30000", "--json", str(file))
+    told = bench(cache, *ON, "--batch", "300", "--depth", "2000,30000", "--json", str(file))
     assert told.returncode == 0, told.stderr
     assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in told.stderr
+    assert "pristine -fa 0 is left out: pristine: llama.cpp cannot make a context: SECOND0" in told.stderr
     (cell,) = load(file)["models"][0]["cells"]
-    assert cell["depth"] == 0
+    assert cell["depth"] == 2000
+    assert set(cell["samples"]) | set(cell["ruled_out"]) == {"patched", "pristine"}
     monkeypatch.setenv("SECOND_MEMORY", "8")
     told = bench(cache, *ON, "--batch", "1", "--depth", "0")
     assert told.returncode == 1

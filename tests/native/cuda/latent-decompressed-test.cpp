@@ -130,6 +130,10 @@ static void test_type(ggml_type type) {
     runs.shape.mask = "mixed";
     runs.scratch    = 2 * 2 * 300 * 2048;  // two streams side by side
     check(runs);
+    Setup wide           = with(2, 600);  // two of three streams side by side, keys in two runs; then the third
+    wide.shape.n_streams = 3;
+    wide.scratch         = 2 * 512 * (type == GGML_TYPE_F32 ? 3072 : ggml_is_quantized(type) ? 1664 : 1920);
+    check(wide);
     Setup apart           = with(2, 65);  // a cache at an odd address
     apart.shape.n_streams = 2;
     apart.before          = type == GGML_TYPE_F32 ? 4 : 2;
