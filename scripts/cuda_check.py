@@ -98,13 +98,13 @@ def cuda_sources() -> list[Path]:
 def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
     """What ptxas says of each kernel of a source; `EngineError` with the compiler's words where it does not compile."""
     nvcc = find_nvcc()
-    ggml = _patched()
+    ggml = patched_ggml()
     folders = [
         *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
         ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", STUBS,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc), *OPTIONS, *DEFINITIONS, "-Xptxas", "-v", "-cubin"]
+        command = [str(nvcc), *OPTIONS, *DEFINITIONS, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
         command += [f"-I{path}" for path in folders]
         ended = subprocess.run(
@@ -128,8 +128,12 @@ def _ggml() -> Path:
     return upstream_source() / "llama.cpp" / "ggml"
 
 
-def patched_ggml(folder: Path) -> Path:
-    """Write ggml's headers and the sources of ggml-cuda as the series leaves them below `folder`; the folder ggml."""
+@functools.cache
+def patched_ggml() -> Path:
+    """ggml's headers and the sources of ggml-cuda as the series leaves them: a folder ggml, there until the end."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    root = Path(folder.name)
     tree = Tree(upstream_source() / "llama.cpp")
     load_series().apply(tree)
     for path in tree.paths():
@@ -141,23 +145,16 @@ def patched_ggml(folder: Path) -> Path:
         ):
             continue
         if (content := tree.read(path)) is not None:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
-    return folder / "ggml"
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(content)
+    return root / "ggml"
 
 
 def changed_sources() -> list[Path]:
     """The .cu files of upstream's that the series changes, as it leaves them."""
-    ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in (_patched(), _ggml()))
+    ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in (patched_ggml(), _ggml()))
     shared = [path for path in sorted(ours.glob("*.cu")) if (upstream / path.name).is_file()]
     return [path for path in shared if path.read_bytes() != (upstream / path.name).read_bytes()]
-
-
-@functools.cache
-def _patched() -> Path:
-    folder = tempfile.TemporaryDirectory()
-    atexit.register(folder.cleanup)
-    return patched_ggml(Path(folder.name))
 
 
 def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:

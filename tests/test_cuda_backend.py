@@ -49,7 +49,7 @@ IDS = np.random.default_rng(42).integers(0, VOCAB_SIZE, (SEQUENCES, 200))
 def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of devices."""
     folder = tmp_path_factory.mktemp("cuda-backend")
-    ggml = patched_ggml(folder)
+    ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
     include, system = [*KDA_FOLDERS, LATENT], [ggml / "include", ggml / "src", upstream]
     kernels = [source for each in include for source in sorted(each.glob("*.cu"))]

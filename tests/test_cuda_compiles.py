@@ -54,7 +54,7 @@ def test_what_the_patches_change_of_upstreams_compiles(architecture: int) -> Non
 
 
 SPILLING = """
-template <int N> __global__ void __launch_bounds__(1024, 2) spilling(float * x) {
+template <int N> __global__ void __launch_bounds__(1024) spilling(float * x) {
     float a[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -106,6 +106,12 @@ def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
         EngineError, match=r"wrong.cu does not compile for sm_80(.|\n)*identifier \"y\" is undefined"
     ):
         compile_cuda(tmp_path / "wrong.cu", 80)
+
+
+def test_a_warning_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "unused.cu").write_text("__global__ void unused(float * x) { int y; x[0] = 1.0f; }")
+    with pytest.raises(EngineError, match=r"variable \"y\" was declared but never referenced"):
+        compile_cuda(tmp_path / "unused.cu", 80)
 
 
 def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
 
 @pytest.mark.engine
 def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path: Path) -> None:
-    ggml = patched_ggml(tmp_path)
+    ggml = patched_ggml()
     program = compile_cuda(
         [*KERNELS, GLUE, NATIVE / "kda-glue-test.cu"],
         tmp_path / "kda-glue-test",

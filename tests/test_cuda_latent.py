@@ -29,7 +29,7 @@ DECOMPRESSED_GLUE = FOLDER / "cuda" / "latent-attn-ggml.cu"
 
 
 def compile_test(engine: Engine, sources: list[Path], program: Path, *, races: bool = False) -> Path:
-    ggml = patched_ggml(program.parent)
+    ggml = patched_ggml()
     return compile_cuda(
         sources,
         program,

@@ -16,6 +16,11 @@
 #include <cstring>
 #include <type_traits>
 
+// What only those kernels use is not referenced there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#pragma nv_diag_suppress 177
+#endif
+
 namespace kimi_cuda {
 
 constexpr int      WARP      = 32;

@@ -40,30 +40,30 @@ namespace {
 // Kernels read and write 16 bytes at once.
 constexpr size_t ALIGNMENT = 16;
 
-bool rows_aligned(const ggml_tensor * t) {
+static bool rows_aligned(const ggml_tensor * t) {
     return t->nb[1] % ALIGNMENT == 0 && t->nb[2] % ALIGNMENT == 0 && t->nb[3] % ALIGNMENT == 0 &&
            t->view_offs % ALIGNMENT == 0;
 }
 
-bool offset_aligned(const ggml_tensor * t) {
+static bool offset_aligned(const ggml_tensor * t) {
     return t->view_offs % ALIGNMENT == 0;
 }
 
-int64_t in_floats(size_t bytes) {
+static int64_t in_floats(size_t bytes) {
     return bytes / sizeof(float);
 }
 
-kda_cuda::rows rows_of(const ggml_tensor * t, int64_t head = 0) {
+static kda_cuda::rows rows_of(const ggml_tensor * t, int64_t head = 0) {
     return { (const float *) ((const char *) t->data + head * t->nb[1]), in_floats(t->nb[1]), in_floats(t->nb[2]),
              in_floats(t->nb[3]) };
 }
 
 // [channels, tokens, sequences], heads of head_size side by side
-kda_cuda::rows channels_of(const ggml_tensor * t, int64_t head_size) {
+static kda_cuda::rows channels_of(const ggml_tensor * t, int64_t head_size) {
     return { (const float *) t->data, head_size, in_floats(t->nb[1]), in_floats(t->nb[2]) };
 }
 
-const float * data_of(const ggml_tensor * t) {
+static const float * data_of(const ggml_tensor * t) {
     return (const float *) t->data;
 }
 
@@ -82,7 +82,7 @@ struct state_sources {
     size_t offset(const ggml_tensor * op) const { return n_tokens * n_seqs() * op->nb[1]; }
 };
 
-state_sources sources_of(const ggml_tensor * op) {
+static state_sources sources_of(const ggml_tensor * op) {
     if (op->op == GGML_OP_KDA_CONV) {
         const ggml_kda_conv_params params = ggml_kda_conv_get_params(op);
         return { op->src[GGML_KDA_CONV_CACHE], op->src[GGML_KDA_CONV_ROWS], params.zero_row, params.n_snapshots,
@@ -94,7 +94,7 @@ state_sources sources_of(const ggml_tensor * op) {
 }
 
 // to: the view of the cache that a copy taken over writes; nullptr: none
-kda_cuda::states states_of(const ggml_tensor * op, const ggml_tensor * to) {
+static kda_cuda::states states_of(const ggml_tensor * op, const ggml_tensor * to) {
     const state_sources src  = sources_of(op);
     const int64_t       size = src.cache->ne[0];
     float * const       tail = (float *) ((char *) op->data + src.offset(op));
@@ -113,7 +113,7 @@ kda_cuda::states states_of(const ggml_tensor * op, const ggml_tensor * to) {
     return st;
 }
 
-void compute_conv(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * to) {
+static void compute_conv(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * to) {
     const ggml_kda_conv_params params = ggml_kda_conv_get_params(dst);
     const ggml_tensor *        q      = dst->src[GGML_KDA_CONV_Q];
 
@@ -133,14 +133,14 @@ void compute_conv(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml
 }
 
 // Said once for each reason: long batches go token by token.
-void log_refusal(const char * reason) {
+static void log_refusal(const char * reason) {
     static std::atomic<const char *> last(nullptr);
     if (last.exchange(reason) != reason) {
         GGML_LOG_WARN("kda: KDA_SCAN goes token by token in long batches too: %s\n", reason);
     }
 }
 
-void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * to) {
+static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * to) {
     const ggml_kda_scan_params params = ggml_kda_scan_get_params(dst);
     const ggml_tensor *        qkv    = dst->src[GGML_KDA_SCAN_QKV];
     const ggml_tensor *        f      = dst->src[GGML_KDA_SCAN_F];
@@ -182,7 +182,7 @@ void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml
     kda_cuda::scan(args, capability, workspace.get(), ctx.stream());
 }
 
-void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * to) {
+static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * to) {
     if (dst->op == GGML_OP_KDA_CONV) {
         compute_conv(ctx, dst, to);
     } else {
@@ -192,13 +192,13 @@ void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tens
 }
 
 // [state, sequences, slots] with whole states packed
-bool is_states(const ggml_tensor * t, const state_sources & src) {
+static bool is_states(const ggml_tensor * t, const state_sources & src) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[0] == src.cache->ne[0] &&
            t->ne[1] == src.n_seqs() && t->ne[2] == src.n_written() && t->ne[3] == 1;
 }
 
 // Does it lie in whole rows of the cache, a sequence behind the other?
-bool is_in_cache(const ggml_tensor * to, const ggml_tensor * cache) {
+static bool is_in_cache(const ggml_tensor * to, const ggml_tensor * cache) {
     const char * base = (const char *) cache->data;
     const char * data = (const char *) to->data;
     return data >= base && data < base + ggml_nbytes(cache) && (data - base) % cache->nb[1] == 0 &&
@@ -213,7 +213,7 @@ struct extra_copies {
 };
 
 // Does t lie in rows that the copy of the new states, into `to`, writes?
-bool meets(const ggml_tensor * t, const ggml_tensor * to, const ggml_tensor * cache) {
+static bool meets(const ggml_tensor * t, const ggml_tensor * to, const ggml_tensor * cache) {
     const auto row = [&](const ggml_tensor * x) {
         return ((const char *) x->data - (const char *) cache->data) / (int64_t) cache->nb[1];
     };
@@ -227,11 +227,11 @@ bool meets(const ggml_tensor * t, const ggml_tensor * to, const ggml_tensor * ca
     return false;
 }
 
-bool is_computed(const ggml_tensor * t) {
+static bool is_computed(const ggml_tensor * t) {
     return (t->flags & GGML_TENSOR_FLAG_COMPUTE) != 0 && (t->flags & GGML_TENSOR_FLAG_OUTPUT) == 0;
 }
 
-int next_node(const ggml_cgraph * cgraph, int n) {
+static int next_node(const ggml_cgraph * cgraph, int n) {
     do {
         ++n;
     } while (n < cgraph->n_nodes && (ggml_op_is_empty(cgraph->nodes[n]->op) || ggml_is_empty(cgraph->nodes[n])));
@@ -239,7 +239,7 @@ int next_node(const ggml_cgraph * cgraph, int n) {
 }
 
 // Those that begin at node n, which is moved behind them.
-extra_copies find_extra_copies(const ggml_cgraph * cgraph, const state_sources & src, int & n) {
+static extra_copies find_extra_copies(const ggml_cgraph * cgraph, const state_sources & src, int & n) {
     const ggml_tensor * cache = src.cache;
     const auto          is    = [&](int i, ggml_op op) {
         return i < cgraph->n_nodes && cgraph->nodes[i]->op == op && is_computed(cgraph->nodes[i]);
@@ -272,7 +272,7 @@ extra_copies find_extra_copies(const ggml_cgraph * cgraph, const state_sources &
 }
 
 // How many nodes use t, one of the nodes [n0, n1); -1 when it is not among them.
-int count_uses(const ggml_cgraph * cgraph, int n0, int n1, const ggml_tensor * t) {
+static int count_uses(const ggml_cgraph * cgraph, int n0, int n1, const ggml_tensor * t) {
     for (int n = n0; n < n1; ++n) {
         if (cgraph->nodes[n] == t) {
             return ggml_node_get_use_count(cgraph, n);

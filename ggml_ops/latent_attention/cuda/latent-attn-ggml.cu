@@ -19,12 +19,12 @@ void ggml_cuda_op_latent_attn(ggml_backend_cuda_context &, ggml_tensor *) {
 
 namespace {
 
-bool readable(const ggml_tensor * weights) {
+static bool readable(const ggml_tensor * weights) {
     return weights->type == GGML_TYPE_F32 || ggml_get_to_fp32_cuda(weights->type) != nullptr;
 }
 
 // All of a tensor as floats: itself, or converted into memory of the pool.
-const float * as_floats(const ggml_tensor * t, ggml_cuda_pool_alloc<float> & room, cudaStream_t stream) {
+static const float * as_floats(const ggml_tensor * t, ggml_cuda_pool_alloc<float> & room, cudaStream_t stream) {
     if (t->type == GGML_TYPE_F32) {
         return static_cast<const float *>(t->data);
     }

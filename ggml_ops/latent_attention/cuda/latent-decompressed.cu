@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 #endif
 }
 
-int64_t divide_up(int64_t a, int64_t b) {
+static int64_t divide_up(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 

@@ -25,12 +25,12 @@ namespace {
 constexpr int MAX_QUERIES_CONVERTED = 8;
 constexpr int MAX_QUERIES_F16       = 0;
 
-int max_queries(latent_cuda::cache_type type) {
+static int max_queries(latent_cuda::cache_type type) {
     return type == latent_cuda::cache_type::f16 ? MAX_QUERIES_F16 : MAX_QUERIES_CONVERTED;
 }
 
 // Said once for each reason.
-void log_refusal(const char * reason) {
+static void log_refusal(const char * reason) {
     static std::atomic<const char *> last(nullptr);
     if (last.exchange(reason) != reason) {
         GGML_LOG_WARN("latent attention: FLASH_ATTN_EXT converts its cache to F16: %s\n", reason);
