@@ -220,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "kimi-llama build\n  kimi-llama build --pristine --tests\n  kimi-llama build --backend cuda\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
         "--backend cuda wants NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor says what is there.\n"
+        "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
         "only; all of it may be removed at any time.",
     )
