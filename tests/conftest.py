@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kimi_gguf.scripts.engine import Engine, ensure
+from kimi_gguf.scripts.engine import Engine, cache_folder, ensure, load
+from kimi_gguf.scripts.recipe import make_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,16 +21,48 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("KIMI_OPS", "require")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """This machine's cache; what runs in the tests sees one that holds their own two builds and no other.
+
+    A build for a GPU, or one with other options, would be taken before the one that a test is about.
+    """
+    shared, own = cache_folder(), tmp_path_factory.mktemp("cache")
+    (own / "engines").mkdir()
+    for name in ("downloads", "sources"):
+        (shared / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(shared / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KIMI_GGUF_CACHE", str(own))
+        for pristine in (False, True):
+            place = shared / "engines" / make_recipe(pristine).key
+            if load(place):
+                (own / "engines" / place.name).symlink_to(place)
+        yield shared
+
+
 @pytest.fixture(scope="session")
-def engine() -> Engine:
+def engine(shared_cache: Path) -> Engine:
     """The patched llama.cpp with upstream's test programs; built on first use."""
-    return ensure(tests=True)
+    return _own_build(shared_cache, pristine=False)
 
 
 @pytest.fixture(scope="session")
-def pristine() -> Engine:
+def pristine(shared_cache: Path) -> Engine:
     """Its unpatched twin."""
-    return ensure(pristine=True, tests=True)
+    return _own_build(shared_cache, pristine=True)
+
+
+def _own_build(shared: Path, pristine: bool) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KIMI_GGUF_CACHE", str(shared))
+        built = ensure(pristine, tests=True)
+    place = cache_folder() / "engines" / built.key
+    if not place.exists():
+        place.symlink_to(built.prefix)
+    own = load(place)
+    assert own is not None
+    return own
 
 
 @pytest.fixture(scope="session")

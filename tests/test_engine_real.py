@@ -54,8 +54,8 @@ def test_patched_and_pristine_do_not_load_each_others_libraries(engine: Engine, 
             listed = subprocess.run(
                 [str(program)], env=environment, capture_output=True, text=True, check=True
             )
-            assert str(own.prefix) in listed.stdout
-            assert str(other.prefix) not in listed.stdout, program.name
+            assert str(own.prefix.resolve()) in listed.stdout
+            assert str(other.prefix.resolve()) not in listed.stdout, program.name
 
 
 def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, pristine: Engine) -> None:
@@ -65,8 +65,8 @@ def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, pristine: E
         told = subprocess.run(
             [sys.executable, "-P", "-c", probe], env=environment, capture_output=True, text=True, check=True
         ).stdout
-        assert str(own.lib / "libllama.so") in told
-        assert str(other.prefix) not in told
+        assert str(own.lib.resolve() / "libllama.so") in told
+        assert str(other.prefix.resolve()) not in told
 
 
 def test_the_manifest_tells_pin_patches_and_tree(engine: Engine, pristine: Engine) -> None:
