@@ -185,7 +185,7 @@ def check_runs(place: Path) -> str:
         raise EngineError(
             f"{program} does not run",
             found=(result.stderr or result.stdout).strip() or f"exit status {result.returncode}",
-            todo="see whether the compiler's own runtime libraries are installed",
+            todo="install the library that it misses, or name its folder in LD_LIBRARY_PATH",
         )
     return (result.stdout + result.stderr).strip()
 

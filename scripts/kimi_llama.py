@@ -18,6 +18,7 @@ from pathlib import Path
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.scripts.bench import cli as bench_cli
+from kimi_gguf.scripts.build import check_runs
 from kimi_gguf.scripts.engine import Engine, ensure, find
 from kimi_gguf.scripts.gguf_check import check_gguf
 from kimi_gguf.scripts.recipe import BACKENDS
@@ -152,10 +153,21 @@ def _tool(parsed: argparse.Namespace) -> int:
     for draft in _drafts(parsed.arguments):
         check_gguf(draft)
     engine = find(parsed.pristine, parsed.backend) or ensure(parsed.pristine, parsed.backend or "cpu")
+    if engine.backends[0] != "cpu":
+        _expect_to_run(engine)
     program, *arguments = _tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def _expect_to_run(engine: Engine) -> None:
+    """A GPU's build wants its vendor's libraries, which may be gone since; never to the processor unasked."""
+    try:
+        check_runs(engine.prefix)
+    except EngineError as error:
+        todo = f"{error.todo}; or take the processor's build: --backend cpu"
+        raise EngineError(error.what, found=error.found, todo=todo) from error
 
 
 def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:

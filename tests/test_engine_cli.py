@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,21 @@ def test_a_tool_gets_the_model_the_defaults_and_the_callers_arguments(built: Pat
     assert words[-4:] == ["-p", "two words", "-n", "3"]
     assert "--threads" in words
     assert "--no-conversation" in words
+
+
+def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(tmp_path: Path) -> None:
+    tiny = tiny_llama.make(tmp_path)
+    lost = tiny.cache.engines / "0123456789abcdef"
+    shutil.copytree(tiny.build(), lost)
+    manifest = json.loads((lost / "manifest.json").read_text())
+    (lost / "manifest.json").write_text(json.dumps({**manifest, "backends": ["cuda", "cpu"]}))
+    (lost / "bin" / "llama-cli").write_text("#!/bin/sh\necho libcublas.so.13: no such file >&2; exit 127\n")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    told = call(tmp_path, "run", str(tmp_path / "model.gguf"))
+    assert told.returncode == 1
+    assert "libcublas.so.13" in told.stderr
+    assert "--backend cpu" in told.stderr
+    assert call(tmp_path, "run", "--backend", "cpu", str(tmp_path / "model.gguf")).returncode == 7
 
 
 def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
