@@ -35,8 +35,6 @@ int ggml_cuda_try_fuse_kda_copy(ggml_backend_cuda_context &, const ggml_cgraph *
 #include <algorithm>
 #include <atomic>
 
-namespace {
-
 // Kernels read and write 16 bytes at once.
 constexpr size_t ALIGNMENT = 16;
 
@@ -67,6 +65,8 @@ static const float * data_of(const ggml_tensor * t) {
     return (const float *) t->data;
 }
 
+namespace {
+
 // What both operators say of their states.
 struct state_sources {
     const ggml_tensor * cache;
@@ -81,6 +81,8 @@ struct state_sources {
 
     size_t offset(const ggml_tensor * op) const { return n_tokens * n_seqs() * op->nb[1]; }
 };
+
+}  // namespace
 
 static state_sources sources_of(const ggml_tensor * op) {
     if (op->op == GGML_OP_KDA_CONV) {
@@ -205,12 +207,16 @@ static bool is_in_cache(const ggml_tensor * to, const ggml_tensor * cache) {
            to->nb[1] == cache->nb[1] && to->nb[2] % cache->nb[1] == 0;
 }
 
+namespace {
+
 // What may stand between operator and copy; all nullptr: nothing.
 struct extra_copies {
     ggml_tensor * fill;    // of one row with zeros; nullptr: none
     ggml_tensor * gather;  // rows of the cache
     ggml_tensor * store;   // into others, one behind the other
 };
+
+}  // namespace
 
 // Does t lie in rows that the copy of the new states, into `to`, writes?
 static bool meets(const ggml_tensor * t, const ggml_tensor * to, const ggml_tensor * cache) {
@@ -280,8 +286,6 @@ static int count_uses(const ggml_cgraph * cgraph, int n0, int n1, const ggml_ten
     }
     return -1;
 }
-
-}  // namespace
 
 bool ggml_cuda_kda_supported(int device, const ggml_tensor * op) {
     if (ggml_cuda_info().devices[device].cc < GGML_CUDA_CC_VOLTA) {

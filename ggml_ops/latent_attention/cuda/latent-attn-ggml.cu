@@ -17,8 +17,6 @@ void ggml_cuda_op_latent_attn(ggml_backend_cuda_context &, ggml_tensor *) {
 #include "convert.cuh"
 #include "latent-node.cuh"
 
-namespace {
-
 static bool readable(const ggml_tensor * weights) {
     return weights->type == GGML_TYPE_F32 || ggml_get_to_fp32_cuda(weights->type) != nullptr;
 }
@@ -32,8 +30,6 @@ static const float * as_floats(const ggml_tensor * t, ggml_cuda_pool_alloc<float
     ggml_get_to_fp32_cuda(t->type)(t->data, room.alloc(n), n, stream);
     return room.get();
 }
-
-}  // namespace
 
 bool ggml_cuda_latent_attn_supported(int device, const ggml_tensor * dst) {
     latent_cuda::decompressed args;

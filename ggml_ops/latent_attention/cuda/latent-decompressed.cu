@@ -10,6 +10,20 @@
 
 namespace latent_cuda {
 
+static __device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+static __device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(ALL_LANES, x, 1);
+    return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+static int64_t divide_up(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
 namespace {
 
 constexpr int KEY_STEPS     = N_KEY / 16;
@@ -57,16 +71,6 @@ struct tile_walk {
         return tile;
     }
 };
-
-static __device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
-static __device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(ALL_LANES, x, 1);
-    return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
 
 template <typename MODE>
 __global__ void __launch_bounds__(BLOCK_THREADS, 1)
@@ -332,10 +336,6 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 #else
     __trap();  // the caller keeps older devices away
 #endif
-}
-
-static int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
 }
 
 // Memory that is handed out piece by piece; from nothing, to see how much it takes.

@@ -17,8 +17,6 @@ bool ggml_cuda_latent_attention(ggml_backend_cuda_context &, ggml_tensor *) {
 
 #include <atomic>
 
-namespace {
-
 // Up to how many queries a stream the kernels are taken, by the cache's type. Upstream's turn every cache but F16 to F16
 // in memory, at each step anew, and then multiply in one pass; so with few queries reading the cache as it lies wins,
 // with many it does not. Estimated from bandwidth and products, not measured yet; F16 stays upstream's until it is.
@@ -36,8 +34,6 @@ static void log_refusal(const char * reason) {
         GGML_LOG_WARN("latent attention: FLASH_ATTN_EXT converts its cache to F16: %s\n", reason);
     }
 }
-
-}  // namespace
 
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     // of the code that runs, which may be older than the device
