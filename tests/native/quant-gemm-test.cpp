@@ -31,11 +31,12 @@ struct Shape {
     int64_t     n_tokens  = 16;
     int64_t     n_experts = 0;  // 0: MUL_MAT
     int64_t     n_used    = 2;
-    bool        broadcast = true;      // MUL_MAT_ID: all slots of a token read the same activations
-    int64_t     n_planes  = 1;         // MUL_MAT: planes of activations, ...
-    int64_t     n_weights = 1;         // ... and of weights
-    bool        strided   = false;     // activations are a part of longer rows
-    std::string values    = "normal";  // normal, zeros (some rows of both are zero), huge, tiny
+    bool        broadcast = true;   // MUL_MAT_ID: all slots of a token read the same activations
+    int64_t     n_planes  = 1;      // MUL_MAT: planes of activations, ...
+    int64_t     n_weights = 1;      // ... and of weights
+    bool        strided   = false;  // activations are a part of longer rows
+    std::string values =
+        "normal";  // normal, zeros (some rows of both are zero), huge, tiny, faint (weights, near 1e-38)
     std::string routing =
         "mixed";  // mixed, one (all tokens to one expert), lonely (one token to each expert, all others to the last)
 };
@@ -153,13 +154,15 @@ struct Case {
   private:
     void fill() {
         std::normal_distribution<float> normal;
-        const float                     huge     = s.type == GGML_TYPE_F16 ? 200.0f : 1e4f;  // F16 ends at 65504
-        const float                     scale    = s.values == "huge" ? huge : s.values == "tiny" ? 1e-6f : 1.0f;
+        const float                     huge  = s.type == GGML_TYPE_F16 ? 200.0f : 1e4f;  // F16 ends at 65504
+        const bool                      faint = s.values == "faint";
+        const float                     scale = s.values == "huge" || faint ? huge : s.values == "tiny" ? 1e-6f : 1.0f;
+        const float                     strength = s.values == "huge" ? 100.0f : faint ? 3.2e-38f : 0.02f;
         const int64_t                   matrices = weights->ne[2];
         std::vector<float>              w(s.k * s.n_rows * matrices);
         for (int64_t i = 0; i < (int64_t) w.size(); i++) {
             const bool zero = s.values == "zeros" && i / s.k % 5 == 3;
-            w[i] = zero ? 0.0f : normal(rng) * (s.values == "huge" ? 100.0f : 0.02f) * (1 + 10 * (i / 32 % 7 == 0));
+            w[i]            = zero ? 0.0f : normal(rng) * strength * (1 + 10 * (i / 32 % 7 == 0));
         }
         std::vector<uint8_t> stored(ggml_nbytes(weights));
         ggml_quantize_chunk(s.type, w.data(), stored.data(), 0, s.n_rows * matrices, s.k, nullptr);
@@ -252,6 +255,8 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     };
     for (const int64_t k : { kind.block, kind.block * 3, kind.block * 9, (int64_t) 2304 }) {
         add([&](Shape & s) { s.k = k; });
+        add([&](Shape & s) { s.k = k, s.n_tokens = 1; });
+        add([&](Shape & s) { s.k = k, s.n_tokens = 3; });
     }
     for (const int64_t n : { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 33, 129, 300 }) {
         add([&](Shape & s) { s.n_tokens = n; });
@@ -261,6 +266,12 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     }
     for (const char * values : { "zeros", "huge", "tiny" }) {
         add([&](Shape & s) { s.values = values; });
+        add([&](Shape & s) { s.values = values, s.n_tokens = 2; });
+    }
+    if (kind.type == GGML_TYPE_MXFP4) {  // its least scales are subnormal
+        for (const int64_t n : { 2, 16 }) {
+            add([&](Shape & s) { s.values = "faint", s.n_tokens = n; });
+        }
     }
     add([&](Shape & s) { s.strided = true; });
     add([&](Shape & s) { s.n_planes = 3; });

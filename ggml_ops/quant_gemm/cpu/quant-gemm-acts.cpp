@@ -10,7 +10,7 @@ namespace quant_gemm {
 size_t act_row_size(Scheme scheme, int64_t k) {
     switch (scheme) {
     case Scheme::q8_0:
-        return k / BLOCK * sizeof(ActBlock);
+        return (k + SLICE - 1) / SLICE * sizeof(ActBlocks);
     case Scheme::bf16:
         return k * sizeof(ggml_bf16_t);
     case Scheme::f16:
@@ -31,15 +31,20 @@ static inline void round_codes(const float * x, float scale, int8_t * codes, int
     }
 }
 
-static void pack_q8_0(int offset, const float * x, int64_t k, ActBlock * packed) {
-    for (int64_t i = 0; i < k; i += BLOCK, packed++) {
-        const __m512 a       = _mm512_abs_ps(_mm512_loadu_ps(x + i));
-        const __m512 b       = _mm512_abs_ps(_mm512_loadu_ps(x + i + 16));
-        const float  largest = _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed) {
+    for (int64_t i = 0; i < k; i += BLOCK) {
+        const int b = i / BLOCK % N_BLOCKS;
+        if (b == 0 && k - i < SLICE) {
+            packed[i / SLICE] = {};
+        }
+        ActBlocks &  to      = packed[i / SLICE];
+        const __m512 low     = _mm512_abs_ps(_mm512_loadu_ps(x + i));
+        const __m512 high    = _mm512_abs_ps(_mm512_loadu_ps(x + i + 16));
+        const float  largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
         int32_t      sums[2];
-        round_codes(x + i, largest != 0.0f ? 127.0f / largest : 0.0f, packed->codes, sums);
-        packed->scale = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(largest / 127.0f));
-        packed->start = -offset * (sums[0] + sums[1]);
+        round_codes(x + i, largest != 0.0f ? 127.0f / largest : 0.0f, to.codes[b], sums);
+        to.scales[b] = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(largest / 127.0f));
+        to.starts[b] = -offset * (sums[0] + sums[1]);
     }
 }
 
@@ -68,8 +73,8 @@ static inline void put_sums(Scheme scheme, int offset, int b, const int32_t (&su
         packed.starts[2 * b + 1] = -offset * sums[1];
         return;
     case Scheme::q8_K_256:
-        packed.starts[0] = (b == 0 ? 0 : packed.starts[0]) - offset * both;
-        return;
+        packed.start = (b == 0 ? 0 : packed.start) - offset * both;
+        [[fallthrough]];
     case Scheme::q8_K_256_mins:
         packed.sums_16[2 * b]     = (int16_t) sums[0];
         packed.sums_16[2 * b + 1] = (int16_t) sums[1];
@@ -103,7 +108,7 @@ static void pack_f16(const float * x, int64_t k, float * packed) {
 void pack_row(const Format & format, const float * x, int64_t k, char * packed) {
     switch (format.scheme) {
     case Scheme::q8_0:
-        return pack_q8_0(format.offset, x, k, (ActBlock *) packed);
+        return pack_q8_0(format.offset, x, k, (ActBlocks *) packed);
     case Scheme::bf16:
         return ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
     case Scheme::f16:

@@ -24,6 +24,13 @@ inline __m512i high_nibbles(__m512i x) {
     return _mm512_and_si512(_mm512_srli_epi16(x, 4), bytes(0x0f));
 }
 
+// 16 bytes hold 32 values, 0..15 in the low nibbles, 16..31 in the high ones: two times 32 values.
+inline __m512i nibbles_of(const void * first, const void * second) {
+    const __m512i one  = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) first));
+    const __m512i both = _mm512_mask_broadcast_i32x4(one, 0xff00, _mm_loadu_si128((const __m128i *) second));
+    return _mm512_and_si512(_mm512_mask_srli_epi16(both, 0xff00ff00, both, 4), bytes(0x0f));
+}
+
 // What the nibbles of IQ4_NL and IQ4_XS stand for, plus an offset of 128.
 inline __m512i iq4_values(__m512i nibbles) {
     const __m128i values = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char) 129, (char) 141, (char) 153,
@@ -37,27 +44,12 @@ inline __m512i mxfp4_values(__m512i nibbles) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
 }
 
-// Values of Q3_K times their scales, -4 .. 3 times -32 .. 31, plus an offset of 124, which are 0 .. 252: the magnitude of the
-// scale times c plus a rest, all of them bytes; c is value + 4, or 3 - value where the scale is negative.
-struct ScalesQ3K {
-    __m512i magnitudes;
-    __m512i flips;  // 7 where the scale is negative
-    __m512i rests;
-
-    explicit ScalesQ3K(__m512i scales) {
-        const __mmask64 negative = _mm512_movepi8_mask(scales);
-        magnitudes               = _mm512_abs_epi8(scales);
-        const __m512i three      = _mm512_add_epi8(magnitudes, _mm512_add_epi8(magnitudes, magnitudes));
-        flips                    = _mm512_maskz_mov_epi8(negative, bytes(7));
-        rests                    = _mm512_sub_epi8(bytes(124), three);
-        rests                    = _mm512_mask_sub_epi8(rests, (__mmask64) ~negative, rests, magnitudes);
-    }
-};
-
-// c of values whose lower two bits are those of pairs, whose third is that of thirds.
-inline __m512i codes_q3_K(__m512i pairs, __m512i thirds, __m512i flips) {
-    const __m512i three_bits = _mm512_ternarylogic_epi32(bytes(3), pairs, thirds, 0xca);  // the first chooses
-    return _mm512_ternarylogic_epi32(three_bits, bytes(7), flips, 0x6a);                  // (first & second) ^ third
+// Halves of the powers of two that MXFP4 has as scales, from their exponents.
+inline __m512 half_powers(__m512i e) {
+    const __m512i   normal    = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    const __m512i   subnormal = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
+    const __mmask16 small     = _mm512_cmplt_epu32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, small, subnormal));
 }
 
 // Four blocks' scales and minima of 8 interleaved rows (Q4_K): 48 bytes become 8 bytes of scales and 8 of minima for each block.

@@ -39,12 +39,10 @@ static inline __m512 both_lanes(const ggml_half * d) {
 
 // ... or half of the power of two that MXFP4 has instead.
 static inline __m512 both_lanes(const uint8_t * e) {
-    alignas(64) float x[16];
-#pragma GCC unroll 8
-    for (int r = 0; r < 8; r++) {
-        x[2 * r] = x[2 * r + 1] = GGML_CPU_E8M0_TO_FP32_HALF(e[r]);
-    }
-    return _mm512_load_ps(x);
+    int64_t x;
+    memcpy(&x, e, sizeof(x));
+    const __m512i first = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(x));
+    return half_powers(_mm512_or_si512(first, _mm512_slli_epi64(first, 32)));
 }
 
 template <typename Block> static inline __m512 scales_of(const Block & w) {
@@ -94,13 +92,14 @@ static void dot_nibble_groups(const char * group, int64_t k, const char * const 
         const __m512 d = scales_of(w[i]);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const ActBlock & a = ((const ActBlock *) columns[c])[i];
-            __m512i          z = _mm512_maskz_set1_epi32(FIRST_LANES, a.start);
+            const ActBlocks & a = ((const ActBlocks *) columns[c])[i / N_BLOCKS];
+            const int         b = i % N_BLOCKS;
+            __m512i           z = _mm512_maskz_set1_epi32(FIRST_LANES, a.starts[b]);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                z = _mm512_dpbusd_epi32(z, codes[j], repeat_8(a.codes + 8 * j));
+                z = _mm512_dpbusd_epi32(z, codes[j], repeat_8(a.codes[b] + 8 * j));
             }
-            sum[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_mul_ps(d, _mm512_set1_ps(a.scale)), sum[c]);
+            sum[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_mul_ps(d, _mm512_set1_ps(a.scales[b])), sum[c]);
         }
     }
 #pragma GCC unroll 4

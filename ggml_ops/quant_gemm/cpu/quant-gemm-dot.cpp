@@ -8,7 +8,7 @@
 #include "quant-gemm-dot.h"
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
-#include "quant-gemm-dot-scaled.h"
+#include "quant-gemm-super-block.h"
 #include "simd-mappings.h"
 
 #include <cstring>
@@ -20,133 +20,28 @@ namespace quant_gemm {
 
 // ---- types of 256 values
 
-// 256 weights: their codes in the order of k as unsigned bytes, and one scale for each 16 or 32 of them. Offsets are
-// what a sum of activation codes (see offset_sums) is multiplied with: the scales again, or minima.
-struct SuperBlock {
-    __m512i codes[4];
-    __m512  scales;
-    __m512  offsets;
-};
-
-template <typename Block> static constexpr int  WEIGHTS_PER_SCALE             = 32;
-template <> constexpr int                       WEIGHTS_PER_SCALE<block_q6_K> = 16;
-template <typename Block> static constexpr bool HAS_MINIMA                    = false;
-template <> constexpr bool                      HAS_MINIMA<block_q4_K>        = true;
-template <> constexpr bool                      HAS_MINIMA<block_q5_K>        = true;
-
-// Each half of 128 values: 64 bytes of lower nibbles (low halves: values 0..63, high ones: 64..127), and 32 bytes of
-// upper pairs of bits, pair q for values 32q .. 32q + 31.
-static inline SuperBlock load(const block_q6_K & w) {
-    const __m512i six      = bytes(0x3f);
-    const __m512i to_left  = halves(_mm256_set1_epi16(4), _mm256_set1_epi16(2));
-    const __m512i to_right = halves(_mm256_setzero_si256(), _mm256_set1_epi16(2));
-    const int     choose   = 0xca;  // bits 0..3 from the nibble, others from the pair
-    SuperBlock    s;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        const __m512i low     = _mm512_loadu_si512(w.ql + 64 * half);
-        const __m512i high    = _mm512_srli_epi16(low, 4);
-        const __m512i upper   = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) (w.qh + 32 * half)));
-        const __m512i first   = _mm512_sllv_epi16(upper, to_left);
-        const __m512i second  = _mm512_srlv_epi16(upper, to_right);
-        s.codes[2 * half]     = _mm512_and_si512(_mm512_ternarylogic_epi32(bytes(0x0f), low, first, choose), six);
-        s.codes[2 * half + 1] = _mm512_and_si512(_mm512_ternarylogic_epi32(bytes(0x0f), high, second, choose), six);
-    }
-    const __m512i scales = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
-    s.scales             = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(_cvtsh_ss(w.d)));
-    s.offsets            = s.scales;
-    return s;
-}
-
-// Q4_K and Q5_K: nibbles (32 bytes hold two blocks of 32), and 8 scales and 8 minima of six bits in 12 bytes: the first
-// four of each in the low six bits of words 0 and 1; of the others, the low four bits in word 2 and two more above the
-// former.
-template <typename Block> static inline SuperBlock load_with_minima(const Block & w) {
-    SuperBlock s;
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        const __m512i x       = _mm512_loadu_si512(w.qs + 64 * half);
-        const __m512i low     = low_nibbles(x);
-        const __m512i high    = high_nibbles(x);
-        s.codes[2 * half]     = _mm512_shuffle_i64x2(low, high, 0x44);
-        s.codes[2 * half + 1] = _mm512_shuffle_i64x2(low, high, 0xee);
-    }
-    uint32_t word[3];
-    memcpy(word, w.scales, sizeof(word));
-    const uint64_t six    = 0x3f3f3f3f;
-    const uint64_t four   = 0x0f0f0f0f;
-    const uint64_t two    = 0x30303030;
-    const uint64_t scales = (word[0] & six) | ((word[2] & four) | (word[0] >> 2 & two)) << 32;
-    const uint64_t minima = (word[1] & six) | ((word[2] >> 4 & four) | (word[1] >> 2 & two)) << 32;
-    const __m512i  both   = _mm512_cvtepu8_epi32(_mm_set_epi64x((int64_t) minima, (int64_t) scales));
-    uint16_t       d[2];  // of the scales, of the minima
-    memcpy(d, &w, sizeof(d));
-    const __m512 factors = _mm512_insertf32x8(_mm512_set1_ps(_cvtsh_ss(d[0])), _mm256_set1_ps(-_cvtsh_ss(d[1])), 1);
-    const __m512 scaled  = _mm512_mul_ps(_mm512_cvtepi32_ps(both), factors);
-    s.scales             = scaled;
-    s.offsets            = _mm512_zextps256_ps512(_mm512_extractf32x8_ps(scaled, 1));
-    return s;
-}
-
-static inline SuperBlock load(const block_q4_K & w) {
-    return load_with_minima(w);
-}
-
-static inline SuperBlock load(const block_q5_K & w) {
-    SuperBlock    s     = load_with_minima(w);
-    const __m512i fifth = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) w.qh));  // bit b: block b
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i   bits = halves(_mm256_set1_epi8((char) (1 << 2 * j)), _mm256_set1_epi8((char) (2 << 2 * j)));
-        const __mmask64 set  = _mm512_test_epi8_mask(fifth, bits);
-        s.codes[j]           = _mm512_mask_add_epi8(s.codes[j], set, s.codes[j], bytes(16));
-    }
-    return s;
-}
-
-// 16 bytes hold a block: values 0..15 in the low nibbles, 16..31 in the high ones.
-static inline SuperBlock load(const block_iq4_xs & w) {
-    SuperBlock    s;
-    const __m512i first  = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-    const __m512i second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        const __m512i x       = _mm512_loadu_si512(w.qs + 64 * half);
-        const __m512i low     = iq4_values(low_nibbles(x));
-        const __m512i high    = iq4_values(high_nibbles(x));
-        s.codes[2 * half]     = _mm512_permutex2var_epi64(low, first, high);
-        s.codes[2 * half + 1] = _mm512_permutex2var_epi64(low, second, high);
-    }
-    int32_t low4;
-    memcpy(&low4, w.scales_l, sizeof(low4));
-    const __m256i by_4 = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    const __m256i by_2 = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-    const __m256i low  = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(low4), by_4), _mm256_set1_epi32(15));
-    const __m256i up   = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(w.scales_h), by_2), _mm256_set1_epi32(3));
-    const __m256i six  = _mm256_or_si256(low, _mm256_slli_epi32(up, 4));
-    const __m256  scales = _mm256_cvtepi32_ps(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
-    s.scales             = _mm512_zextps256_ps512(_mm256_mul_ps(scales, _mm256_set1_ps(_cvtsh_ss(w.d))));
-    s.offsets            = s.scales;
-    return s;
-}
-
-// Sums of activation codes that the offsets belong to, 0 beyond.
 template <typename Block> static inline __m512i offset_sums(const ActSuperBlock & a) {
-    if (HAS_MINIMA<Block>) {
+    if constexpr (OFFSETS<Block> == Offsets::starts_16) {
+        return _mm512_loadu_si512(a.starts);
+    } else if constexpr (OFFSETS<Block> == Offsets::starts_32) {
+        return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *) a.starts));
+    } else if constexpr (OFFSETS<Block> == Offsets::sums_16) {
+        return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *) a.sums_16));
+    } else {
         return _mm512_zextsi256_si512(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *) a.sums)));
     }
-    return WEIGHTS_PER_SCALE<Block> == 16 ? _mm512_loadu_si512(a.starts)
-                                          : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *) a.starts));
 }
 
 // A row times N_C columns.
 template <typename Block, int N_C>
 static void dot_super_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
-    constexpr int PER_VECTOR = 64 / WEIGHTS_PER_SCALE<Block>;  // scales of 64 weights, each for some of 16 lanes
-    const __m512i lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i which      = _mm512_srli_epi32(lane, PER_VECTOR == 4 ? 2 : 3);
-    const Block * w          = (const Block *) row;
-    __m512        total[N_C];
+    constexpr bool BY_16      = OFFSETS<Block> == Offsets::starts_16 || OFFSETS<Block> == Offsets::sums_16;
+    constexpr bool IS_LESS    = OFFSETS<Block> == Offsets::sums_16 || OFFSETS<Block> == Offsets::sums_32;
+    constexpr int  PER_VECTOR = BY_16 ? 4 : 2;  // scales of 64 weights, each for some of 16 lanes
+    const __m512i  lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i  which      = _mm512_srli_epi32(lane, BY_16 ? 2 : 3);
+    const Block *  w          = (const Block *) row;
+    __m512         total[N_C];
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         total[c] = _mm512_setzero_ps();
@@ -162,7 +57,9 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const ActSuperBlock & a   = ((const ActSuperBlock *) columns[c])[i];
-            __m512                sum = _mm512_mul_ps(_mm512_cvtepi32_ps(offset_sums<Block>(a)), s.offsets);
+            const __m512          off = _mm512_cvtepi32_ps(offset_sums<Block>(a));
+            __m512                sum =
+                IS_LESS ? _mm512_fnmadd_ps(off, s.offsets, _mm512_setzero_ps()) : _mm512_mul_ps(off, s.offsets);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 const __m512i x = _mm512_loadu_si512(a.codes + 64 * j);
@@ -178,82 +75,106 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
     }
 }
 
-// ---- types of 32 values with one scale: their codes in the order of k as unsigned bytes
+// ---- types of 32 values with one scale
 
-static inline __m256i codes_of(const block_q8_0 & w) {
-    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i *) w.qs), _mm256_set1_epi8((char) 0x80));
+// Codes of two blocks in the order of k, as unsigned bytes.
+static inline __m512i codes_of(const block_q8_0 * w) {
+    const __m256i first  = _mm256_loadu_si256((const __m256i *) w[0].qs);
+    const __m256i second = _mm256_loadu_si256((const __m256i *) w[1].qs);
+    return _mm512_xor_si512(halves(first, second), bytes(0x80));
 }
 
-static inline __m256i nibbles(const uint8_t * p) {
-    const __m128i x = _mm_loadu_si128((const __m128i *) p);
-    return _mm256_and_si256(_mm256_inserti128_si256(_mm256_castsi128_si256(x), _mm_srli_epi16(x, 4), 1),
-                            _mm256_set1_epi8(0x0f));
+static inline __m512i codes_of(const block_q4_0 * w) {
+    return nibbles_of(w[0].qs, w[1].qs);
 }
 
-static inline __m256i codes_of(const block_q4_0 & w) {
-    return nibbles(w.qs);
+static inline __m512i codes_of(const block_q5_0 * w) {
+    uint32_t fifth[2];  // bit i belongs to value i
+    memcpy(&fifth[0], w[0].qh, sizeof(fifth[0]));
+    memcpy(&fifth[1], w[1].qh, sizeof(fifth[1]));
+    const __m512i low = nibbles_of(w[0].qs, w[1].qs);
+    return _mm512_mask_add_epi8(low, (uint64_t) fifth[1] << 32 | fifth[0], low, bytes(16));
 }
 
-static inline __m256i codes_of(const block_q5_0 & w) {
-    uint32_t fifth;  // bit i belongs to value i
-    memcpy(&fifth, w.qh, sizeof(fifth));
-    const __m256i low = nibbles(w.qs);
-    return _mm256_mask_add_epi8(low, (__mmask32) fifth, low, _mm256_set1_epi8(16));
+static inline __m512i codes_of(const block_iq4_nl * w) {
+    return iq4_values(nibbles_of(w[0].qs, w[1].qs));
 }
 
-static inline __m256i codes_of(const block_iq4_nl & w) {
-    return _mm512_castsi512_si256(iq4_values(_mm512_castsi256_si512(nibbles(w.qs))));
+static inline __m512i codes_of(const block_mxfp4 * w) {
+    return mxfp4_values(nibbles_of(w[0].qs, w[1].qs));
 }
 
-static inline __m256i codes_of(const block_mxfp4 & w) {
-    return _mm512_castsi512_si256(mxfp4_values(_mm512_castsi256_si512(nibbles(w.qs))));
+// Scales of 8 blocks.
+template <typename Block> static inline __m256 scales_of(const Block * w) {
+    ggml_half d[N_BLOCKS];
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        d[b] = w[b].d;
+    }
+    return _mm256_cvtph_ps(_mm_setr_epi16(d[0], d[1], d[2], d[3], d[4], d[5], d[6], d[7]));
 }
 
-template <typename Block> static inline __m256 scale_of(const Block & w) {
-    return _mm256_cvtph_ps(_mm_set1_epi16((short) w.d));
+static inline __m256 scales_of(const block_mxfp4 * w) {
+    uint8_t e[N_BLOCKS];
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        e[b] = w[b].e;
+    }
+    const __m256i all = _mm256_setr_epi32(e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]);
+    return _mm512_castps512_ps256(half_powers(_mm512_castsi256_si512(all)));
 }
 
-static inline __m256 scale_of(const block_mxfp4 & w) {
-    return _mm256_set1_ps(GGML_CPU_E8M0_TO_FP32_HALF(w.e));
-}
-
-// Adds block i of the row times N_C columns.
+// Adds 8 blocks of a row times N_C columns. Two blocks make a vector; each has 8 of its lanes.
 template <typename Block, int N_C>
-static inline void add_block(const Block * w, int64_t i, const char * const * columns, __m256 (&sums)[N_C]) {
-    prefetch_behind(w + i, sizeof(Block));
-    const __m256i codes = codes_of(w[i]);
-    const __m256  d     = scale_of(w[i]);
+static inline void add_blocks(const Block * w, int64_t i, const char * const * columns, __m512 (&total)[N_C]) {
+    const __m512i which = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 3);
+    const __mmask16 first_lanes = 0x0101;
+    const __m256    d           = scales_of(w);
+    __m512i         codes[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        codes[j] = codes_of(w + 2 * j);
+    }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        const ActBlock & a     = ((const ActBlock *) columns[c])[i];
-        const __m256i    start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(a.start));
-        const __m256i    x     = _mm256_loadu_si256((const __m256i *) a.codes);
-        const __m256     z     = _mm256_cvtepi32_ps(_mm256_dpbusd_epi32(start, codes, x));
-        sums[c]                = _mm256_fmadd_ps(z, _mm256_mul_ps(d, _mm256_set1_ps(a.scale)), sums[c]);
+        const ActBlocks & a      = ((const ActBlocks *) columns[c])[i];
+        const __m512      scales = _mm512_castps256_ps512(_mm256_mul_ps(d, _mm256_loadu_ps(a.scales)));
+        const __m512i     starts = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) a.starts));
+        __m512            sum    = _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            const __m512i blocks = _mm512_add_epi32(which, _mm512_set1_epi32(2 * j));
+            const __m512i start  = _mm512_maskz_permutexvar_epi32(first_lanes, blocks, starts);
+            const __m512i z      = _mm512_dpbusd_epi32(start, codes[j], _mm512_loadu_si512(a.codes[2 * j]));
+            sum                  = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_permutexvar_ps(blocks, scales), sum);
+        }
+        total[c] = _mm512_add_ps(total[c], sum);
     }
 }
 
+// A row times N_C columns. Blocks that are missing from the last 8 are zeros on both sides.
 template <typename Block, int N_C>
 static void dot_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
-    const Block * w = (const Block *) row;
-    __m256        even[N_C], odd[N_C];
+    const Block * w    = (const Block *) row;
+    const int     rest = k / BLOCK % N_BLOCKS;
+    __m512        total[N_C];
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        even[c] = _mm256_setzero_ps();
-        odd[c]  = _mm256_setzero_ps();
+        total[c] = _mm512_setzero_ps();
     }
-    int64_t i = 0;
-    for (; i + 1 < k / BLOCK; i += 2) {
-        add_block<Block, N_C>(w, i, columns, even);
-        add_block<Block, N_C>(w, i + 1, columns, odd);
+    for (int64_t i = 0; i < k / SLICE; i++, w += N_BLOCKS) {
+        prefetch_behind(w, N_BLOCKS * sizeof(Block));
+        add_blocks<Block, N_C>(w, i, columns, total);
     }
-    if (i < k / BLOCK) {
-        add_block<Block, N_C>(w, i, columns, even);
+    if (rest != 0) {
+        prefetch_behind(w, rest * sizeof(Block));
+        Block last[N_BLOCKS] = {};
+        memcpy(last, w, rest * sizeof(Block));
+        add_blocks<Block, N_C>(last, k / SLICE, columns, total);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        const __m256 sum     = _mm256_add_ps(even[c], odd[c]);
-        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(_mm512_zextps256_ps512(sum));
+        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(total[c]);
     }
 }
 
@@ -304,9 +225,7 @@ static constexpr Dot BF16 = { 1, { dot_bf16<1>, dot_bf16<2>, dot_bf16<3>, dot_bf
 // ---- the choice
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (std::is_same_v<Block, block_q2_K> || std::is_same_v<Block, block_q3_K>) {
-        return dot_scaled_blocks<Block, N_C>;
-    } else if constexpr (sizeof(Block) > sizeof(block_q8_0)) {
+    if constexpr (std::is_same_v<Block, block_q2_K> || (sizeof(Block) > sizeof(block_q8_0))) {
         return dot_super_blocks<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;

@@ -47,25 +47,29 @@ enum class Scheme {
     f16,            // none: rounded to F16
 };
 
-// Activations of a row, packed: K/32 of these for Scheme::q8_0 ...
-struct ActBlock {
-    int8_t  codes[BLOCK];
-    float   scale;
-    int32_t start;  // -offset * sum of codes
+// Activations of a row, packed: K/256 of these for Scheme::q8_0, what is missing from the last one being zeros ...
+struct ActBlocks {
+    int8_t  codes[N_BLOCKS][BLOCK];
+    float   scales[N_BLOCKS];
+    int32_t starts[N_BLOCKS];  // -offset * sum of codes
 };
 
-static_assert(sizeof(ActBlock) == 40, "activations are read at fixed distances");
+static_assert(sizeof(ActBlocks) == 320, "activations are read at fixed distances");
 
 // ... K/256 of these for Scheme::q8_K and its kin; the values themselves for Scheme::bf16 and, as float32, for Scheme::f16.
 struct ActSuperBlock {
     int8_t codes[SLICE];
 
     union {
-        int32_t starts[SLICE / 16];   // -offset * sum of 16 codes (q8_K_16), of 256 (the first one), or of 32
-        int16_t sums_16[SLICE / 16];  // sum of 16 codes, for the minima of q8_K_256_mins, which has no offset
+        int32_t starts[SLICE / 16];   // -offset * sum of 16 codes (q8_K_16), or of 32
+        int16_t sums_16[SLICE / 16];  // sum of 16 codes (q8_K_256 and q8_K_256_mins)
     };
 
-    int16_t sums[N_BLOCKS];  // sum of 32 codes, for the minima of q8_K_mins
+    union {
+        int16_t sums[N_BLOCKS];  // sum of 32 codes, for the minima of q8_K_mins
+        int32_t start;           // -offset * sum of 256 codes (q8_K_256)
+    };
+
     float   scale;
     int32_t padding[3];
 };

@@ -62,16 +62,15 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < n_blocks; b++) {
         __m512i z[N_C][2];
-        start_sums<N_C>(z, act, offsetof(ActBlock, start));
-        add_groups<N_C, N_GROUPS>(z, weights, act, 0);
+        start_sums<N_C>(z, act, (int) offsetof(ActBlocks, starts) + 4 * b);
+        add_groups<N_C, N_GROUPS>(z, weights, act, BLOCK * b);
         const __m512 d0 = _mm512_load_ps(scales);
         const __m512 d1 = _mm512_load_ps(scales + 16);
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
-            const __m512 d = broadcast_float(act[c] + offsetof(ActBlock, scale));
+            const __m512 d = broadcast_float(act[c] + offsetof(ActBlocks, scales) + 4 * b);
             f[c][0]        = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][0]), _mm512_mul_ps(d0, d), f[c][0]);
             f[c][1]        = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][1]), _mm512_mul_ps(d1, d), f[c][1]);
-            act[c] += sizeof(ActBlock);
         }
         weights += BLOCK * PANEL_ROWS;
         scales += PANEL_ROWS;
@@ -86,7 +85,8 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
 // a scale for each SUB weights, one for each 256 activations; a minimum for each MIN_SUB, or none (0)
 template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
-    constexpr int STEP = SUB < BLOCK ? SUB : BLOCK;
+    constexpr int STEP   = SUB < BLOCK ? SUB : BLOCK;
+    constexpr int STARTS = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
     __m512        f[N_C][2];
     const char *  act[N_C];
 #pragma GCC unroll 8
@@ -106,7 +106,7 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
                 z[c][1] = _mm512_setzero_si512();
             }
         } else {
-            start_sums<N_C>(z, act, (int) offsetof(ActSuperBlock, starts) + 4 * b);
+            start_sums<N_C>(z, act, STARTS + 4 * b);
         }
         for (int k = 0; k < SUB; k += STEP) {
             add_groups<N_C, STEP / 4>(z, weights + k * PANEL_ROWS, act, SUB * b + k);

@@ -80,6 +80,29 @@ void unpack_q2_K_groups(
     }
 }
 
+// Values of Q3_K times their scales, -4 .. 3 times -32 .. 31, plus an offset of 124, which are 0 .. 252: the magnitude of the
+// scale times c plus a rest, all of them bytes; c is value + 4, or 3 - value where the scale is negative.
+struct ScalesQ3K {
+    __m512i magnitudes;
+    __m512i flips;  // 7 where the scale is negative
+    __m512i rests;
+
+    explicit ScalesQ3K(__m512i scales) {
+        const __mmask64 negative = _mm512_movepi8_mask(scales);
+        magnitudes               = _mm512_abs_epi8(scales);
+        const __m512i three      = _mm512_add_epi8(magnitudes, _mm512_add_epi8(magnitudes, magnitudes));
+        flips                    = _mm512_maskz_mov_epi8(negative, bytes(7));
+        rests                    = _mm512_sub_epi8(bytes(124), three);
+        rests                    = _mm512_mask_sub_epi8(rests, (__mmask64) ~negative, rests, magnitudes);
+    }
+};
+
+// c of values whose lower two bits are those of pairs, whose third is that of thirds.
+static inline __m512i codes_q3_K(__m512i pairs, __m512i thirds, __m512i flips) {
+    const __m512i three_bits = _mm512_ternarylogic_epi32(bytes(3), pairs, thirds, 0xca);  // the first chooses
+    return _mm512_ternarylogic_epi32(three_bits, bytes(7), flips, 0x6a);                  // (first & second) ^ third
+}
+
 // Scales of Q3_K: 16 numbers of six bits, 32 too large, in 12 bytes: of word w the low nibbles are those of numbers 4w ..
 // 4w + 3, the high ones of 8 + 4w ..; their upper pairs of bits stand in the third word, pair i for numbers 4i ..
 static inline void load_scales_q3_K(const Rows16 & rows, size_t at, __m512i (&scales)[4]) {

@@ -1,0 +1,187 @@
+#pragma once
+
+// Types of 256 values, a super block of them taken apart in registers: for quant-gemm-dot.cpp.
+
+#include "ggml-common.h"
+#include "quant-gemm-codes.h"
+
+#include <cstring>
+
+namespace quant_gemm {
+
+#if QUANT_GEMM_VNNI
+
+// 256 weights: their codes in the order of k as unsigned bytes, and one scale for each 16 or 32 of them. Offsets are
+// what a sum of activation codes (see Offsets) is multiplied with: the scales again, or minima.
+struct SuperBlock {
+    __m512i codes[4];
+    __m512  scales;
+    __m512  offsets;
+};
+
+constexpr int CHOOSE = 0xca;  // for ternary logic: bits of the second where the first has them, else of the third
+
+inline __m512i choose(__m512i where, __m512i x, __m512i otherwise) {
+    return _mm512_ternarylogic_epi32(where, x, otherwise, CHOOSE);
+}
+
+// 32 bytes, twice: the first time for 32 values, the second time for those in bits above.
+inline __m512i twice(const uint8_t * p) {
+    return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) p));
+}
+
+inline __m512i shifts(int first, int second) {
+    return halves(_mm256_set1_epi16((short) first), _mm256_set1_epi16((short) second));
+}
+
+// The halves shifted to the left by so many bits, to the right where negative.
+inline __m512i shifted(__m512i x, int first, int second) {
+    return second >= 0 ? _mm512_sllv_epi16(x, shifts(first, second)) : _mm512_srlv_epi16(x, shifts(-first, -second));
+}
+
+// Each half of 128 values: 64 bytes of lower nibbles (low halves: values 0..63, high ones: 64..127), and 32 bytes of
+// upper pairs of bits, pair q for values 32q .. 32q + 31.
+inline SuperBlock load(const block_q6_K & w) {
+    const __m512i six      = bytes(0x3f);
+    const __m512i to_left  = shifts(4, 2);
+    const __m512i to_right = shifts(0, 2);
+    SuperBlock    s;
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        const __m512i low     = _mm512_loadu_si512(w.ql + 64 * half);
+        const __m512i high    = _mm512_srli_epi16(low, 4);
+        const __m512i upper   = twice(w.qh + 32 * half);
+        const __m512i first   = _mm512_sllv_epi16(upper, to_left);
+        const __m512i second  = _mm512_srlv_epi16(upper, to_right);
+        s.codes[2 * half]     = _mm512_and_si512(choose(bytes(0x0f), low, first), six);
+        s.codes[2 * half + 1] = _mm512_and_si512(choose(bytes(0x0f), high, second), six);
+    }
+    const __m512i scales = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
+    s.scales             = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(_cvtsh_ss(w.d)));
+    s.offsets            = s.scales;
+    return s;
+}
+
+// Q4_K and Q5_K: nibbles (32 bytes hold two blocks of 32), and 8 scales and 8 minima of six bits in 12 bytes behind two F16
+// factors: the first four of each in the low six bits of words 0 and 1; of the others, the low four bits in word 2 and two
+// more above the former.
+template <typename Block> inline SuperBlock load_with_minima(const Block & w) {
+    SuperBlock s;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i x = twice(w.qs + 32 * j);
+        s.codes[j]      = _mm512_and_si512(_mm512_srlv_epi16(x, shifts(0, 4)), bytes(0x0f));
+    }
+    const __m128i x     = _mm_loadu_si128((const __m128i *) &w);
+    const __m128i low   = _mm_srlv_epi32(_mm_shuffle_epi32(x, 0xed), _mm_setr_epi32(0, 0, 0, 4));  // words 0 2 1 2
+    const __m128i high  = _mm_srli_epi32(_mm_shuffle_epi32(x, 0xa5), 2);                           // words 0 0 1 1
+    const __m128i parts = _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f);
+    const __m128i rests = _mm_setr_epi32(0, 0x30303030, 0, 0x30303030);
+    const __m128i six   = _mm_or_si128(_mm_and_si128(low, parts), _mm_and_si128(high, rests));
+    const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512  d     = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_cvtph_ps(x)));
+    s.scales            = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(six)), d);
+    s.offsets           = _mm512_zextps256_ps512(_mm512_extractf32x8_ps(s.scales, 1));
+    return s;
+}
+
+inline SuperBlock load(const block_q4_K & w) {
+    return load_with_minima(w);
+}
+
+inline SuperBlock load(const block_q5_K & w) {
+    SuperBlock    s     = load_with_minima(w);
+    const __m512i fifth = twice(w.qh);  // bit b: block b
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i bit = shifted(fifth, 4 - 2 * j, 3 - 2 * j);
+        s.codes[j]        = _mm512_ternarylogic_epi32(s.codes[j], bit, bytes(16), 0xf8);  // first | second & third
+    }
+    return s;
+}
+
+// 16 bytes hold a block: values 0..15 in the low nibbles, 16..31 in the high ones.
+inline SuperBlock load(const block_iq4_xs & w) {
+    SuperBlock s;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        s.codes[j] = iq4_values(nibbles_of(w.qs + 32 * j, w.qs + 32 * j + 16));
+    }
+    int32_t low4;
+    memcpy(&low4, w.scales_l, sizeof(low4));
+    const __m256i by_4   = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i by_2   = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    const __m256i low    = _mm256_srlv_epi32(_mm256_set1_epi32(low4), by_4);
+    const __m256i high   = _mm256_srlv_epi32(_mm256_set1_epi32(w.scales_h << 4), by_2);
+    const __m256i both   = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x0f), low, high, CHOOSE);
+    const __m256i six    = _mm256_and_si256(both, _mm256_set1_epi32(0x3f));
+    const __m256  scales = _mm256_cvtepi32_ps(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
+    s.scales             = _mm512_zextps256_ps512(_mm256_mul_ps(scales, _mm256_set1_ps(_cvtsh_ss(w.d))));
+    s.offsets            = s.scales;
+    return s;
+}
+
+// Values 64j .. 64j + 63 of Q2_K and Q3_K in the lower two bits of bytes, others above: 32 bytes hold four times 32 values.
+inline __m512i pairs_of_bits(const uint8_t * qs, int j) {
+    return shifted(twice(qs + j / 2 * 32), -(j % 2 * 4), -(j % 2 * 4 + 2));
+}
+
+// A scale in the low nibbles, a minimum in the high ones.
+inline SuperBlock load(const block_q2_K & w) {
+    SuperBlock s;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        s.codes[j] = _mm512_and_si512(pairs_of_bits(w.qs, j), bytes(3));
+    }
+    uint16_t d[2];  // of the scales, of the minima
+    memcpy(d, (const char *) &w + offsetof(block_q2_K, GGML_COMMON_AGGR_U), sizeof(d));
+    const __m512i both   = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
+    const __m512  scales = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
+    const __m512  minima = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
+    s.scales             = _mm512_mul_ps(scales, _mm512_set1_ps(_cvtsh_ss(d[0])));
+    s.offsets            = _mm512_mul_ps(minima, _mm512_set1_ps(_cvtsh_ss(d[1])));
+    return s;
+}
+
+// The third bit, and with it an offset of 4, stands in bit b of hmask, b the block of 32. Scales are of six bits, 32 too
+// large: low nibbles of the first 8 bytes, high ones, and upper pairs of bits in the last 4 bytes, pair i for scales 4i ...
+inline SuperBlock load(const block_q3_K & w) {
+    SuperBlock    s;
+    const __m512i third = twice(w.hmask);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i bit = shifted(third, 2 - 2 * j, 1 - 2 * j);
+        s.codes[j]        = _mm512_and_si512(choose(bytes(3), pairs_of_bits(w.qs, j), bit), bytes(7));
+    }
+    const __m128i x      = _mm_loadu_si128((const __m128i *) (w.scales - 2));
+    const __m128i nibble = _mm_shuffle_epi8(x, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
+    const __m128i pairs =
+        _mm_shuffle_epi8(x, _mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13));
+    const __m128i low    = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
+    const __m128i high   = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
+    const __m128i both   = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
+    const __m128i six    = _mm_and_si128(both, _mm_set1_epi8(0x3f));
+    const __m512  scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(six, _mm_set1_epi8(32))));
+    s.scales             = _mm512_mul_ps(scales, _mm512_set1_ps(_cvtsh_ss(w.d)));
+    s.offsets            = _mm512_mul_ps(s.scales, _mm512_set1_ps(4));
+    return s;
+}
+
+// Which sums of activation codes the offsets of a type belong to.
+enum class Offsets {
+    starts_16,  // of 16, times the offset of the codes
+    starts_32,  // of 32, times the offset of the codes
+    sums_16,    // of 16
+    sums_32,    // of 32
+};
+
+template <typename Block> constexpr Offsets OFFSETS             = Offsets::starts_32;
+template <> inline constexpr Offsets        OFFSETS<block_q2_K> = Offsets::sums_16;
+template <> inline constexpr Offsets        OFFSETS<block_q3_K> = Offsets::sums_16;
+template <> inline constexpr Offsets        OFFSETS<block_q4_K> = Offsets::sums_32;
+template <> inline constexpr Offsets        OFFSETS<block_q5_K> = Offsets::sums_32;
+template <> inline constexpr Offsets        OFFSETS<block_q6_K> = Offsets::starts_16;
+
+#endif
+
+}  // namespace quant_gemm
