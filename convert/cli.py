@@ -22,17 +22,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from .errors import ConvertError
-from .inspect_model import inspect_model, summary_text
-from .mixes import Request
-from .parts import Part, output_paths, parts_of, total_size
-from .pipeline import Options, convert, plan_only
-from .plan import Plan, PlannedTensor
-from .progress import PROGRAM, Teller, for_people, for_programs, quiet, say
-from .quantise import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
-from .recipes import RECIPES
-from .unfinished import leftover
-from .verify import verify
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.inspect_model import inspect_model, summary_text
+from kimi_gguf.convert.output.parts import Part, output_paths, parts_of, total_size
+from kimi_gguf.convert.output.unfinished import leftover
+from kimi_gguf.convert.pipeline import Options, convert, plan_only
+from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.progress import PROGRAM, Teller, for_people, for_programs, quiet, say
+from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.named_mixes import RECIPES
+from kimi_gguf.convert.types.tensor_types import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
+from kimi_gguf.convert.verify import verify
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130

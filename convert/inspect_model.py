@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import open_checkpoint
-from .config import LayerKind
-from .errors import ConvertError
-from .gguf_set import GgufModel
-from .metadata import ARCHITECTURE, parameters
-from .origin import model_name
-from .quantise import TYPES
-from .tensors import outputs
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.config import LayerKind
+from kimi_gguf.convert.model.metadata import ARCHITECTURE, parameters
+from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.output.gguf_set import GgufModel
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.source.origin import model_name
+from kimi_gguf.convert.types.tensor_types import TYPES
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,21 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .digest import digest
-from .ggml import Ggml
-from .imatrix import read_importances
-from .mixes import Request
-from .model_card import CARD, card_text
-from .origin import model_name
-from .parts import output_paths, parts_of, size_notes
-from .plan import Plan, PlannedTensor, make_plan
-from .quantise import FileType
-from .stream import Pace, encoded, prepared
-from .tokenizer import load_vocab
-from .unfinished import Identity, taken
-from .vocab_files import TOKENIZER
-from .writer import check_outputs, write
+from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.model.vocab_files import TOKENIZER
+from kimi_gguf.convert.output.digest import digest
+from kimi_gguf.convert.output.model_card import CARD, card_text
+from kimi_gguf.convert.output.parts import output_paths, parts_of, size_notes
+from kimi_gguf.convert.output.stream import Pace, encoded, prepared
+from kimi_gguf.convert.output.unfinished import Identity, taken
+from kimi_gguf.convert.output.writer import check_outputs, write
+from kimi_gguf.convert.plan import Plan, PlannedTensor, make_plan
+from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.source.origin import model_name
+from kimi_gguf.convert.types.ggml import Ggml
+from kimi_gguf.convert.types.imatrix import read_importances
+from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.tensor_types import FileType
 
 Report = Callable[[PlannedTensor, int], None]
 

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from .checkpoint import CONFIG, Checkpoint
-from .errors import ConvertError
-from .imatrix import Importances
-from .metadata import Key, metadata
-from .mixes import Request, choose_types, needs_importances
-from .origin import read_origin
-from .quantise import BF16, F16, F32, TensorType, Values
-from .safetensors_file import Dtype
-from .tensors import Output, outputs
-from .tokenizer import Vocab
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.metadata import Key, metadata
+from kimi_gguf.convert.model.tensors import Output, outputs
+from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
+from kimi_gguf.convert.source.origin import read_origin
+from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.types.imatrix import Importances
+from kimi_gguf.convert.types.mixes import Request, choose_types, needs_importances
+from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, TensorType, Values
 
 ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
 

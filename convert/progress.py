@@ -23,8 +23,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .pipeline import Report
-from .plan import Plan, PlannedTensor
+from kimi_gguf.convert.pipeline import Report
+from kimi_gguf.convert.plan import Plan, PlannedTensor
 
 PROGRAM: Final = "convert-kimi"
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal

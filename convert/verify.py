@@ -13,17 +13,17 @@ from typing import Any, Final
 
 import numpy as np
 
-from .checkpoint import Checkpoint, open_checkpoint
-from .errors import ConvertError
-from .gguf_set import GgufModel
-from .imatrix import read_importances
-from .metadata import metadata
-from .mixes import Request
-from .plan import Plan, PlannedTensor, in_file_order
-from .quantise import TYPES
-from .stream import Pace, encoded, prepared
-from .tensors import outputs
-from .tokenizer import load_vocab
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.metadata import metadata
+from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.output.gguf_set import GgufModel
+from kimi_gguf.convert.output.stream import Pace, encoded, prepared
+from kimi_gguf.convert.plan import Plan, PlannedTensor, in_file_order
+from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.types.imatrix import read_importances
+from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.tensor_types import TYPES
 
 # Keys that say where a file comes from or how it was made, not what the model is.
 FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")

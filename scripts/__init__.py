@@ -1,1 +1,1 @@
-"""The demo, the tests, the llama.cpp build and the `kimi-llama` command."""
+"""Entry points: the `kimi-llama` command, the demo, the tests, measurements and training."""

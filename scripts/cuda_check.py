@@ -24,13 +24,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from kimi_gguf.ggml_ops.cuda_emulator.build import STUBS
+from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
-from kimi_gguf.scripts.engine import upstream_source
 
-OPERATORS = Path(__file__).parent.parent / "ggml_ops"
+ROOT = Path(__file__).resolve().parent.parent
+OPERATORS = ROOT / "ggml_ops"
+STUBS = ROOT / "tests" / "emulators" / "cuda" / "stubs"  # headers that nvcc lacks without a toolkit
 
 # Turing, where what needs Ampere's instructions is left out; Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
 ARCHITECTURES = (75, 80, 89, 90, 120)

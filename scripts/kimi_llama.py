@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from kimi_gguf.bench import cli as bench_cli
+from kimi_gguf.engine.build import check_runs
+from kimi_gguf.engine.build_spec import BACKENDS
+from kimi_gguf.engine.builds import Engine, ensure, find
+from kimi_gguf.engine.gguf_check import check_gguf
+from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.series import load_series
-from kimi_gguf.scripts.bench import cli as bench_cli
-from kimi_gguf.scripts.build import check_runs
-from kimi_gguf.scripts.engine import Engine, ensure, find
-from kimi_gguf.scripts.gguf_check import check_gguf
-from kimi_gguf.scripts.recipe import BACKENDS
-from kimi_gguf.scripts.toolchain import cores
 
 Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (spellings of an option, what is added)
 
@@ -111,7 +111,7 @@ def _build(parsed: argparse.Namespace) -> int:
         defines=tuple(parsed.defines),
     )
     if parsed.wheel is not None:
-        from kimi_gguf.scripts.wheel import make_wheel
+        from kimi_gguf.engine.wheel import make_wheel
 
         print(make_wheel(engine, parsed.wheel))
     else:
@@ -125,8 +125,8 @@ def _path(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from kimi_gguf.scripts.doctor import diagnose
-    from kimi_gguf.scripts.doctor_text import as_text
+    from kimi_gguf.engine.doctor import diagnose
+    from kimi_gguf.engine.doctor_text import as_text
 
     diagnosis = diagnose()
     print(diagnosis.as_json() if parsed.json else as_text(diagnosis))
@@ -142,7 +142,7 @@ def _export(parsed: argparse.Namespace) -> int:
 
 
 def _bench(parsed: argparse.Namespace) -> int:
-    from kimi_gguf.scripts.bench.run import run
+    from kimi_gguf.bench.run import run
 
     return run(parsed, parsed.words)
 

@@ -22,15 +22,15 @@ from typing import Any
 import gguf
 import numpy as np
 
+from kimi_gguf.bench.files import atomically
+from kimi_gguf.bench.load import DISTURBED, Watch
+from kimi_gguf.bench.models import bench_folder
+from kimi_gguf.bench.report import markdown
+from kimi_gguf.engine.builds import Engine, ensure
+from kimi_gguf.engine.facts import engine_facts, machine_facts
+from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench.files import atomically
-from kimi_gguf.scripts.bench.load import DISTURBED, Watch
-from kimi_gguf.scripts.bench.models import bench_folder
-from kimi_gguf.scripts.bench.report import markdown
-from kimi_gguf.scripts.engine import Engine, ensure
-from kimi_gguf.scripts.facts import engine_facts, machine_facts
-from kimi_gguf.scripts.full_size_twin import num_bytes, smaller_config, tensors, write_twin
-from kimi_gguf.scripts.progress import Reporter, reporting
+from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_twin
 from kimi_gguf.scripts.upstream_converter import Job, command, environment
 
 LAYERS, EXPERTS, VOCAB, SHARDS, SEED = "KKKMKKKM", 32, 32000, 4, 0

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.parts import total_size
+from kimi_gguf.convert.output.parts import total_size
 from kimi_gguf.convert.pipeline import plan_only
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.full_size_twin import write_twin
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.scripts.synthetic_checkpoint import write_twin
 
 GB = 1_000_000_000
 CHECKPOINT_BYTES = 98_245_528_576  # published, 20 shards

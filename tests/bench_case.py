@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from kimi_gguf.scripts.engine import cache_folder
+from kimi_gguf.engine.builds import cache_folder
 
 BUILT = ("engines", "sources", "downloads")  # parts of the cache that are made once for all tests
 

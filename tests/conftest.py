@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.scripts.engine import Engine, cache_folder, ensure, load
-from kimi_gguf.scripts.recipe import make_recipe
+from kimi_gguf.engine.build_spec import make_recipe
+from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
 
 ROOT = Path(__file__).parent.parent
 

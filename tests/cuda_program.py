@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from kimi_gguf.ggml_ops.cuda_emulator import compile_program
+from emulators.cuda import compile_program
 
 NATIVE = Path(__file__).parent / "native" / "cuda"
 OPERATORS = Path(__file__).parent.parent / "ggml_ops"

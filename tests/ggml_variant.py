@@ -24,10 +24,10 @@ from pathlib import Path
 
 import pytest
 
+from kimi_gguf.engine.builds import cache_folder, upstream_source
+from kimi_gguf.engine.toolchain import cores, cpu_fingerprint, find_compilers, packaged_tool
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
-from kimi_gguf.scripts.engine import cache_folder, upstream_source
-from kimi_gguf.scripts.toolchain import cores, cpu_fingerprint, find_compilers, packaged_tool
 
 ROOT = Path(__file__).parent.parent
 KEPT = 3  # checkouts whose builds stay

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import Ids, RunOptions, run
 
 

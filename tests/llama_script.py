@@ -22,7 +22,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 
 Logits = NDArray[np.float32]
 Step = list[Any]

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 
 PATIENCE = 300  # seconds, for a busy machine
 EXACT = ("--flash-attn", "on", "-ctk", "f32", "-ctv", "f32", "--threads", "1", "--verbosity", "5")

@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kimi_gguf.scripts.engine import Engine, ensure, upstream_source
-from kimi_gguf.scripts.toolchain import find_compilers
+from kimi_gguf.engine.builds import Engine, ensure, upstream_source
+from kimi_gguf.engine.toolchain import find_compilers
 
 ROOT = Path(__file__).parent.parent
 OPERATORS = ROOT / "ggml_ops"

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from bench_case import bench, command, environment, own_cache
 
+from kimi_gguf.bench.hybrid import NAMES
+from kimi_gguf.bench.page import merged, write_page
+from kimi_gguf.bench.record import load
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts import kimi_llama
-from kimi_gguf.scripts.bench.hybrid import NAMES
-from kimi_gguf.scripts.bench.page import merged, write_page
-from kimi_gguf.scripts.bench.record import load
-from kimi_gguf.scripts.engine import Engine
 
 TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "0.05")
 

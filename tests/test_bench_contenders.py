@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from bench_case import own_cache
 
+from kimi_gguf.bench.contender import Contender, environment_of
+from kimi_gguf.bench.models import generate
+from kimi_gguf.bench.shapes import BenchModel
+from kimi_gguf.bench.state import StateError, plain_layout, repeated
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench.contender import Contender, environment_of
-from kimi_gguf.scripts.bench.models import generate
-from kimi_gguf.scripts.bench.shapes import BenchModel
-from kimi_gguf.scripts.bench.state import StateError, plain_layout, repeated
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.progress import Silent
 
 pytestmark = pytest.mark.engine
 

@@ -13,15 +13,15 @@ from bench_case import bench, environment, own_cache
 from native_program import ROOT, compile_backend
 from test_bench_cli import record
 
+from kimi_gguf.bench import device as devices
+from kimi_gguf.bench.aims import aims_table
+from kimi_gguf.bench.device_operators import operator_number, parsed, recurrence_case
+from kimi_gguf.bench.limits import Demand, Limits
+from kimi_gguf.bench.page import device_operators_tables, write_page
+from kimi_gguf.bench.record import load
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.compiling import advice
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench import device as devices
-from kimi_gguf.scripts.bench.aims import aims_table
-from kimi_gguf.scripts.bench.device_operators import operator_number, parsed, recurrence_case
-from kimi_gguf.scripts.bench.limits import Demand, Limits
-from kimi_gguf.scripts.bench.page import device_operators_tables, write_page
-from kimi_gguf.scripts.bench.record import load
-from kimi_gguf.scripts.compiling import advice
-from kimi_gguf.scripts.engine import Engine
 
 TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "0.01")
 ON = ("--device", "SECOND0", *TINY)

@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 from bench_case import own_cache
 
-from kimi_gguf.convert import unfinished
+from kimi_gguf.bench import models
+from kimi_gguf.bench.cells import Cell
+from kimi_gguf.bench.limits import demand
+from kimi_gguf.bench.models import ModelFile, generate, open_model
+from kimi_gguf.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
+from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.plan import PlannedTensor
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench import models
-from kimi_gguf.scripts.bench.cells import Cell
-from kimi_gguf.scripts.bench.limits import demand
-from kimi_gguf.scripts.bench.models import ModelFile, generate, open_model
-from kimi_gguf.scripts.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
-from kimi_gguf.scripts.bench.weights import Weights
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.progress import Silent
 from kimi_gguf.validate.llama import RunOptions, run
 
 TINY = BenchModel(layers=4, experts=8, shapes="tiny")

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from bench_case import own_cache
 
+from kimi_gguf.bench import operators, products, programs
+from kimi_gguf.bench.limits import measure_limits
+from kimi_gguf.bench.load import PATIENCE, Watch, calmly
+from kimi_gguf.bench.operators import CASES, Case, libraries_of, measure_operators
+from kimi_gguf.bench.page import operators_table, products_table
+from kimi_gguf.bench.products import WEIGHTS, Shape, measure_products
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.bench import operators, products, programs
-from kimi_gguf.scripts.bench.limits import measure_limits
-from kimi_gguf.scripts.bench.load import PATIENCE, Watch, calmly
-from kimi_gguf.scripts.bench.operators import CASES, Case, libraries_of, measure_operators
-from kimi_gguf.scripts.bench.page import operators_table, products_table
-from kimi_gguf.scripts.bench.products import WEIGHTS, Shape, measure_products
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.progress import Silent
 
 SMALL = ("heads=2", "keys=64", "layers=2", "seconds=0.001", "least=1")
 
@@ -108,7 +108,7 @@ def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Watch, "_of", lambda _self, _pid: ticks["ours"])
     monkeypatch.setattr(Path, "read_text", lambda _self: f"cpu {ticks['all']} 0 0 5 0 0 0 0 99\n")
     now = iter([0.0, 2.0, 4.0])
-    monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: next(now))
     monkeypatch.setattr("os.sysconf", lambda _: 100)
     watch = Watch(())
     ticks["all"], ticks["ours"] = 1400, 800  # 4 processor seconds, all of them ours
@@ -122,7 +122,7 @@ def test_a_disturbed_sample_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(Watch, "others", lambda _self: next(seen))
     taken = iter(range(9))
     now = iter(range(99))
-    monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: float(next(now)))
     assert calmly(lambda: next(taken), os.cpu_count() or 1).answer == 2
 
 
@@ -130,7 +130,7 @@ def test_other_work_that_has_processors_of_its_own_does_not_disturb(monkeypatch:
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     monkeypatch.setattr(Watch, "others", lambda _self: 5.0)
     now = iter(range(99))
-    monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: float(next(now)))
     taken = iter(range(9))
     assert calmly(lambda: next(taken), threads=2).answer == 0
     assert calmly(lambda: next(taken), threads=4).answer == PATIENCE
@@ -139,7 +139,7 @@ def test_other_work_that_has_processors_of_its_own_does_not_disturb(monkeypatch:
 def test_where_it_is_never_calm_the_last_sample_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Watch, "others", lambda _self: 2.0)
     now = iter(range(99))
-    monkeypatch.setattr("kimi_gguf.scripts.bench.load.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: float(next(now)))
     taken = iter(range(9))
     told = calmly(lambda: next(taken), os.cpu_count() or 1)
     assert told.answer == PATIENCE - 1
@@ -148,6 +148,6 @@ def test_where_it_is_never_calm_the_last_sample_counts(monkeypatch: pytest.Monke
 
 def test_limits_take_the_best_of_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter([json.dumps({"threads": 1, "read": n, "f32": 5, "int8": None, "bf16": 3}) for n in (2, 9, 4)])
-    monkeypatch.setattr("kimi_gguf.scripts.bench.limits.ask", lambda *_: next(said))
+    monkeypatch.setattr("kimi_gguf.bench.limits.ask", lambda *_: next(said))
     found = measure_limits(1)
     assert (found.read, found.int8, found.bf16) == (9, None, 3)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from kimi_gguf.scripts.bench.cells import OURS, PRISTINE, Cell, grid, ways
-from kimi_gguf.scripts.bench.hybrid import fit
-from kimi_gguf.scripts.bench.limits import Demand, Limits, attention_products
-from kimi_gguf.scripts.bench.measure import LONG, Result, Sampler, Settings, measure_cell
-from kimi_gguf.scripts.bench.report import limits_table, slower, verdict
-from kimi_gguf.scripts.bench.statistics import best, stable, summary, worth_measuring
+from kimi_gguf.bench.cells import OURS, PRISTINE, Cell, grid, ways
+from kimi_gguf.bench.hybrid import fit
+from kimi_gguf.bench.limits import Demand, Limits, attention_products
+from kimi_gguf.bench.measure import LONG, Result, Sampler, Settings, measure_cell
+from kimi_gguf.bench.report import limits_table, slower, verdict
+from kimi_gguf.bench.statistics import best, stable, summary, worth_measuring
 
 CELL = Cell("f16", 1, 0, 2, 8)
 

@@ -11,8 +11,8 @@ import pytest
 from convert_tools import assert_refused, convert, fresh_checkpoint
 from random_checkpoint import Spec, config
 
-from kimi_gguf.convert.config import KimiConfig
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.config import KimiConfig
 
 Config = dict[str, Any]
 SPEC = Spec(layers="KMK", experts=8)

@@ -20,15 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_checkpoint import Spec
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
-from kimi_gguf.convert.config import KimiConfig
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.gguf_file import GgufFile
-from kimi_gguf.convert.imatrix import read_importances
 from kimi_gguf.convert.inspect_model import inspect_model
-from kimi_gguf.convert.json_file import parse_object
-from kimi_gguf.convert.safetensors_file import SafetensorsFile
-from kimi_gguf.convert.tokenizer import load_vocab
+from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.output.gguf_file import GgufFile
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.source.json_file import parse_object
+from kimi_gguf.convert.source.safetensors_file import SafetensorsFile
+from kimi_gguf.convert.types.imatrix import read_importances
 
 SPEC = Spec(layers="KM", hidden=32, heads=2, kda_head_dim=16, kv_lora=32, nope=16, v_dim=16, experts=2)
 INTERESTING = [0, 1, 7, 8, 0x7F, 0x80, 0xFF, ord('"'), ord("{"), ord("["), ord("9"), ord("-")]

@@ -18,8 +18,9 @@ from convert_tools import assert_refused, convert, edited_tensors, fresh_checkpo
 from hub_server import COMMIT, TOKEN, Answer, Asked, FakeHub, Fault, repository, serving, trickle
 from random_checkpoint import Spec
 
-from kimi_gguf.convert import read_ahead, remote, unfinished
-from kimi_gguf.convert.hub import HubId
+from kimi_gguf.convert.output import unfinished
+from kimi_gguf.convert.source.byte_source import read_ahead, remote
+from kimi_gguf.convert.source.hub import HubId
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=50)
 DEMO, TINY = "kimi/demo", "org/Tiny-Kimi"
@@ -363,7 +364,7 @@ def test_pickled_weights_are_refused(hub: FakeHub, out: Path) -> None:
 
 
 def test_large_small_files_are_refused(hub: FakeHub, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kimi_gguf.convert.hub.MAX_BYTES", 1000)
+    monkeypatch.setattr("kimi_gguf.convert.source.hub.MAX_BYTES", 1000)
     assert_refused(convert(TINY, "-o", out / "x.gguf"), out, "expected a small file, found")
 
 

@@ -18,12 +18,13 @@ import pytest
 from convert_tools import convert, fresh_checkpoint, start_convert
 from random_checkpoint import Spec
 
-from kimi_gguf.convert import growing, unfinished
+from kimi_gguf.convert.output import growing
+from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.pipeline import Report
 from kimi_gguf.convert.pipeline import convert as convert_in_python
 from kimi_gguf.convert.plan import Plan
-from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.convert.types.tensor_types import TYPES
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 KEPT = {".x.gguf.unfinished"}
@@ -32,9 +33,10 @@ KEPT = {".x.gguf.unfinished"}
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from kimi_gguf.convert import ggml, unfinished
+from kimi_gguf.convert.types import ggml
+from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.pipeline import Options, convert
-from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.convert.types.tensor_types import TYPES
 
 source, out, whole, kills, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
 unfinished.SYNC_SECONDS = 0
@@ -240,7 +242,8 @@ def test_the_last_line_of_a_journal_may_be_torn(
 
 def test_a_full_disk_is_survived(tmp_path: Path, source: Path, out: Path, expected: bytes) -> None:
     """A limit on the size of files fails as a full disk does: a write in the middle is refused."""
-    command = "from kimi_gguf.convert import unfinished, cli; import sys; unfinished.SYNC_SECONDS = 0; "
+    command = "from kimi_gguf.convert import cli; from kimi_gguf.convert.output import unfinished; "
+    command += "import sys; unfinished.SYNC_SECONDS = 0; "
     command += "sys.exit(cli.main(sys.argv[1:]))"
 
     def limit() -> None:

@@ -22,7 +22,7 @@ from convert_tools import (
 from random_checkpoint import Layout, Spec, weights
 from safetensors.torch import load_file, save_file
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
 
 SPECS = [
     Spec(),

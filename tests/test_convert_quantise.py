@@ -10,10 +10,10 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_gguf.convert.encode import BadValueError, encode
-from kimi_gguf.convert.ggml import load
-from kimi_gguf.convert.quantise import BF16, F16, F32, TENSOR_TYPES, TYPES, TensorType
-from kimi_gguf.convert.safetensors_file import Dtype
+from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.types.encode import BadValueError, encode
+from kimi_gguf.convert.types.ggml import load
+from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, TENSOR_TYPES, TYPES, TensorType
 
 NEWER = {"Q1_0", "Q2_0"}  # than the gguf package that may be installed
 CASTS = [F32, F16, BF16]

@@ -21,8 +21,8 @@ from convert_tools import (
 )
 from random_checkpoint import Spec
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
 
 SPEC = Spec(layers="KMK", experts=8)
 

@@ -9,7 +9,7 @@ import pytest
 from convert_tools import convert, fresh_checkpoint
 from random_checkpoint import VOCAB_SIZE, Spec
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.upstream_converter import Job, upstream_convert
 from kimi_gguf.validate.llama import run_logits
 

@@ -13,11 +13,11 @@ import pytest
 from convert_tools import Run, convert, fresh_checkpoint
 from random_checkpoint import Spec
 
-from kimi_gguf.convert import unfinished
-from kimi_gguf.convert.part_names import place_in_set
+from kimi_gguf.convert.output import unfinished
+from kimi_gguf.convert.output.part_names import place_in_set
 from kimi_gguf.convert.pipeline import Options
 from kimi_gguf.convert.pipeline import convert as convert_in_python
-from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.convert.types.tensor_types import TYPES
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 SIZE = 300_000
@@ -27,10 +27,10 @@ NAMES = ("one", "two")  # of the model: two conversions with the same parts and 
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
-from kimi_gguf.convert import unfinished
+from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.pipeline import Options, convert
-from kimi_gguf.convert.quantise import TYPES
+from kimi_gguf.convert.types.tensor_types import TYPES
 
 source, out, kills, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 sets = [{p.name: p.read_bytes() for p in Path(folder).iterdir()} for folder in sys.argv[5:]]

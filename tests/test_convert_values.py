@@ -189,8 +189,8 @@ def test_query_compression_has_its_key(tmp_path: Path) -> None:
 
 def test_size_label_counts_the_published_model() -> None:
     """49,122,681,728 parameters, of which a token meets those of 8 of 256 experts in 26 layers."""
-    from kimi_gguf.convert.config import KimiConfig
-    from kimi_gguf.convert.metadata import parameters, size_label
+    from kimi_gguf.convert.model.config import KimiConfig
+    from kimi_gguf.convert.model.metadata import parameters, size_label
 
     published = Path(__file__).parent.parent / "scripts" / "kimi-linear-48b-config.json"
     config = KimiConfig.from_json(published.read_text(), "config.json")

@@ -12,9 +12,9 @@ from gguf import GGUFReader
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
-from kimi_gguf.convert.gguf_file import GgufFile
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.full_size_twin import write_twin
+from kimi_gguf.convert.output.gguf_file import GgufFile
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.scripts.synthetic_checkpoint import write_twin
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
 

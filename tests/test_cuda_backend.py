@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_program import NATIVE, OPERATORS
+from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, cut, decode, play, text
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.ggml_ops.cuda_emulator import compile_objects, link_program
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
-from kimi_gguf.scripts.engine import Engine
 
 pytestmark = pytest.mark.engine
 

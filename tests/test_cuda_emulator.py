@@ -1,6 +1,6 @@
 """The CUDA emulator: what it lets kernels do, what it finds in them, and upstream's own kernels on it.
 
-No GPU and no CUDA toolkit: kernels are C++ here (ggml_ops/cuda_emulator).
+No GPU and no CUDA toolkit: kernels are C++ here (tests/emulators/cuda).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from cuda_program import NATIVE, compile_cuda
 from ggml_variant import require_tools
 
-from kimi_gguf.scripts.engine import Engine, upstream_source
+from kimi_gguf.engine.builds import Engine, upstream_source
 
 ORDERS = {"forwards": "end", "backwards": "start", "17": "end"}
 

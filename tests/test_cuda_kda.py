@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, OPERATORS, compile_cuda
 
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import patched_ggml
-from kimi_gguf.scripts.engine import Engine
 
 FOLDERS = [OPERATORS / operator / "cuda" for operator in ("kda_common", "kda_conv", "kda_scan")]
 GLUE = OPERATORS / "kda_common" / "cuda" / "kda-ggml.cu"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from kimi_gguf.ggml_ops.cuda_emulator import RewriteError
-from kimi_gguf.ggml_ops.cuda_emulator.ptx import translate
-from kimi_gguf.ggml_ops.cuda_emulator.rewrite import rewrite, rewrite_tree
+from emulators.cuda import RewriteError
+from emulators.cuda.ptx import translate
+from emulators.cuda.rewrite import rewrite, rewrite_tree
 
 HERE = "cuda_emulator::Place::here()"
 

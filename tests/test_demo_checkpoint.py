@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
-from kimi_gguf.convert.config import LayerKind
-from kimi_gguf.convert.safetensors_file import Dtype
-from kimi_gguf.convert.tokenizer import load_vocab
+from kimi_gguf.convert.model.config import LayerKind
+from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.scripts.training import measure
 from kimi_gguf.scripts.training.corpus import answer, question
 from kimi_gguf.scripts.training.export import HELDOUT_FILE, hub_config, load

@@ -10,7 +10,7 @@ import pytest
 import tiktoken
 import torch
 
-from kimi_gguf.convert.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.scripts.training import corpus as wordnet_corpus
 from kimi_gguf.scripts.training import train
 from kimi_gguf.scripts.training.batches import Batches, windows

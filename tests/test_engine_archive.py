@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_llama
 
+from kimi_gguf.engine import archive
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts import archive
-from kimi_gguf.scripts.progress import Silent
 
 
 def flip_byte(path: Path) -> None:

@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 import tiny_llama
 
+from kimi_gguf.engine import build as building
+from kimi_gguf.engine import toolchain
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts import build as building
-from kimi_gguf.scripts import toolchain
-from kimi_gguf.scripts.progress import Silent
 
 SCRIPT = str(Path(tiny_llama.__file__))
 
@@ -315,7 +315,7 @@ def test_a_folder_that_is_not_llama_cpp_is_refused(tiny: tiny_llama.Tiny, tmp_pa
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    from kimi_gguf.scripts.recipe import make_recipe
+    from kimi_gguf.engine.build_spec import make_recipe
 
     with pytest.raises(EngineError, match="cpu, cuda, metal, vulkan"):
         make_recipe(backend="abacus")

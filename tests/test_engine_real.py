@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from test_engine_series import git_am
 
+from kimi_gguf.engine.build_spec import PROGRAMS, TEST_PROGRAMS
+from kimi_gguf.engine.builds import Engine, ensure, find, upstream_source
+from kimi_gguf.engine.doctor import diagnose
 from kimi_gguf.patches.export import export_patches
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
-from kimi_gguf.scripts.doctor import diagnose
-from kimi_gguf.scripts.engine import Engine, ensure, find, upstream_source
-from kimi_gguf.scripts.recipe import PROGRAMS, TEST_PROGRAMS
 
 pytestmark = pytest.mark.engine
 COMMAND = [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import tiny_llama
 
-from kimi_gguf.scripts import engine
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.wheel import make_wheel
+from kimi_gguf.engine import builds as engine
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.wheel import make_wheel
 
 
 @pytest.fixture(scope="module")

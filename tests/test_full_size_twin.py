@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.parts import total_size
+from kimi_gguf.convert.output.parts import total_size
+from kimi_gguf.convert.output.stream import Pace
 from kimi_gguf.convert.pipeline import plan_only
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.convert.stream import Pace
-from kimi_gguf.scripts.full_size_twin import (
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.scripts.synthetic_checkpoint import (
     num_bytes,
     published_config,
     smaller_config,

@@ -15,7 +15,7 @@ import pytest
 from random_checkpoint import Spec
 from twin_case import Case, make_case
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import LlamaRun, RunOptions, run
 

@@ -17,7 +17,7 @@ from native_program import compile_program
 from random_checkpoint import Spec
 from twin_case import Case, make_case
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run, run_logits
 
 pytestmark = pytest.mark.engine

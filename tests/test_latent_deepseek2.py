@@ -10,7 +10,7 @@ from graph_operators import operators_of_last_graph
 from numpy.typing import NDArray
 from random_deepseek2 import VOCAB_SIZE, DeepseekSpec, write_deepseek2
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
 pytestmark = pytest.mark.engine

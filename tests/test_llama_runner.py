@@ -9,10 +9,10 @@ import pytest
 import torch
 from random_checkpoint import MERGES, VOCAB_SIZE, Spec, config, weights, write_checkpoint
 
-from kimi_gguf.convert.config import KimiConfig
+from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import (
     RunOptions,

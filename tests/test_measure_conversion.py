@@ -9,10 +9,10 @@ import pytest
 from gguf import GGUFReader
 from random_checkpoint import Spec, write_checkpoint
 
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.scripts import measure_conversion
-from kimi_gguf.scripts.engine import Engine
 from kimi_gguf.scripts.measure_conversion import different_tensors, measure, page
-from kimi_gguf.scripts.progress import Silent
 
 pytestmark = pytest.mark.engine
 

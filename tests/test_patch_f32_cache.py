@@ -11,7 +11,7 @@ from native_program import compile_program
 from random_checkpoint import Spec
 from twin_case import Case, make_case
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 

@@ -9,7 +9,7 @@ import pytest
 from random_checkpoint import Spec
 from twin_case import Case, Tensors, make_case, rewrite
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions, run
 

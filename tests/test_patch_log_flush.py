@@ -10,7 +10,7 @@ import pytest
 from random_checkpoint import Spec
 from twin_case import make_case
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = [
     pytest.mark.engine,

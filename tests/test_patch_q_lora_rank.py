@@ -8,7 +8,7 @@ import pytest
 from random_checkpoint import Spec
 from twin_case import make_case, rewrite
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
 
 pytestmark = pytest.mark.engine

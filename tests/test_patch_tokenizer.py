@@ -32,10 +32,10 @@ from tokenizer_cases import (
     write_vocab_gguf,
 )
 
-from kimi_gguf.convert.byte_bpe import merges_from_ranks
-from kimi_gguf.convert.tokenizer import load_vocab
+from kimi_gguf.convert.model.byte_bpe import merges_from_ranks
+from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.ggml_ops.tokenizer_split.make_tables import SCALARS
-from kimi_gguf.scripts.engine import Engine, upstream_source
 
 pytestmark = pytest.mark.engine
 

@@ -11,8 +11,8 @@ import pytest
 from llama_server import Server, serving
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 

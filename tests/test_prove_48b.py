@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.prove_48b import main
 
 

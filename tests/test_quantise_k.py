@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from native_program import compile_program
 
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,7 @@ from random_checkpoint import VOCAB_SIZE, Layout, Spec, config, weights, write_c
 from transformers import KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear
 
-from kimi_gguf.convert.config import KimiConfig
+from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.validate.reference import Reference, Trace
 
 TOKENS = 150  # two whole chunks of transformers' chunked form, and a part

@@ -19,8 +19,8 @@ from ggml_variant import Build, Variant, build
 from random_checkpoint import Spec, write_checkpoint
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")

@@ -15,8 +15,8 @@ from llama_script import Logits, Setup, Step, assert_same, cut, decode, load, pl
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 

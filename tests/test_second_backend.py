@@ -21,8 +21,8 @@ from native_program import compile_backend
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 

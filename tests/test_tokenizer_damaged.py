@@ -12,7 +12,7 @@ from test_tokenizer_vocab import config
 from tokenizer_cases import train_ranks, write_tokenizer
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.tokenizer import load_vocab
+from kimi_gguf.convert.model.tokenizer import load_vocab
 
 RANKS = train_ranks(40)
 N = len(RANKS)

@@ -12,9 +12,9 @@ from test_tokenizer_vocab import config
 from tokenizer_cases import SPECIAL, TOOL_CALL_MARKS, train_ranks, write_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from kimi_gguf.convert.byte_bpe import SPLIT_PATTERN, bytes_to_text
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.tokenizer import load_vocab
+from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN, bytes_to_text
+from kimi_gguf.convert.model.tokenizer import load_vocab
 
 RANKS = train_ranks(120)
 N = len(RANKS)

@@ -19,10 +19,10 @@ from random_checkpoint import config as config_json
 from tokenizer_cases import BYTES, CORPUS, SPECIAL, train_ranks, write_tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from kimi_gguf.convert.byte_bpe import bytes_to_text, last_merge, merges_from_ranks, text_to_bytes
-from kimi_gguf.convert.config import KimiConfig
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.tokenizer import Vocab, load_vocab
+from kimi_gguf.convert.model.byte_bpe import bytes_to_text, last_merge, merges_from_ranks, text_to_bytes
+from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.tokenizer import Vocab, load_vocab
 
 
 def config(num_ranks: int, rows: int = 256) -> KimiConfig:

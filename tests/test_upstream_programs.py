@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.toolchain import cores
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.toolchain import cores
 
 pytestmark = pytest.mark.engine
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.gates import Evidence, GateResult, judge
 from kimi_gguf.validate.llama import RunOptions, tokenize

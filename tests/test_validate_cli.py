@@ -11,8 +11,8 @@ import pytest
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import Engine
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.cli import main
 
 SPEC = Spec(layers="KM", experts=8, experts_used=3, seed=31)

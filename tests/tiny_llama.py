@@ -15,13 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_gguf.engine import build_spec as recipe
+from kimi_gguf.engine import builds as engine
+from kimi_gguf.engine.archive import file_sha256
+from kimi_gguf.engine.build import Cache, build
+from kimi_gguf.engine.progress import Plain, Silent
 from kimi_gguf.patches.pin import Pin, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import tree_hash
-from kimi_gguf.scripts import engine, kimi_llama, recipe
-from kimi_gguf.scripts.archive import file_sha256
-from kimi_gguf.scripts.build import Cache, build
-from kimi_gguf.scripts.progress import Plain, Silent
+from kimi_gguf.scripts import kimi_llama
 
 PATCH = """Subject: [PATCH] tiny: answer two
 

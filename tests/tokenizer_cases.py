@@ -18,8 +18,8 @@ import gguf
 import tiktoken
 from random_checkpoint import SPECIAL, TOOL_CALL_MARKS
 
-from kimi_gguf.convert.byte_bpe import SPLIT_PATTERN
-from kimi_gguf.convert.tokenizer import Vocab
+from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.convert.model.tokenizer import Vocab
 
 BYTES = [bytes([byte]) for byte in range(256)]
 

@@ -19,11 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.engine.builds import ensure, find
+from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.engine import ensure, find
-from kimi_gguf.scripts.progress import reporting
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids

@@ -16,10 +16,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
 from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.quantise import TYPES
-from kimi_gguf.scripts.engine import ensure
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import ensure
 from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.llama import tokenize
 from kimi_gguf.validate.measure import Ids, truth

@@ -15,10 +15,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from kimi_gguf.convert.checkpoint import Checkpoint, open_checkpoint
-from kimi_gguf.scripts.engine import Engine
-from kimi_gguf.scripts.facts import engine_facts, machine_facts
-from kimi_gguf.scripts.progress import Reporter
+from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.facts import engine_facts, machine_facts
+from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.validate import provenance
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import Evidence, judge

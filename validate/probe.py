@@ -16,8 +16,8 @@ import gguf
 import numpy as np
 from torch import Tensor
 
-from kimi_gguf.convert.part_names import part_paths
-from kimi_gguf.scripts.gguf_check import all_parts
+from kimi_gguf.convert.output.part_names import part_paths
+from kimi_gguf.engine.gguf_check import all_parts
 from kimi_gguf.validate.errors import ValidateError
 
 FACTOR = 2.0**-8

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from kimi_gguf.convert.checkpoint import Checkpoint
-from kimi_gguf.scripts.gguf_check import all_parts
+from kimi_gguf.convert.source.checkpoint import Checkpoint
+from kimi_gguf.engine.gguf_check import all_parts
 from kimi_gguf.validate.tensors import open_gguf
 
 CHUNK = 1 << 24

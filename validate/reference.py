@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, sigmoid, silu, softplus
 
-from kimi_gguf.convert.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.config import KimiConfig, LayerKind
 
 LATENT_NORM_EPS = 1e-6  # norms of MLA's latents (kv_a, q_a); config's rms_norm_eps does not reach them
 L2_NORM_EPS = 1e-6  # added to the sum of squares of KDA's q and k

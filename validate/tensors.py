@@ -18,10 +18,10 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.checkpoint import Checkpoint, to_float32
-from kimi_gguf.convert.config import KimiConfig
-from kimi_gguf.convert.tensors import Output, Transform, outputs
-from kimi_gguf.scripts.gguf_check import all_parts
+from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.tensors import Output, Transform, outputs
+from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.engine.gguf_check import all_parts
 from kimi_gguf.validate.errors import ValidateError
 
 Float32s = NDArray[np.float32]

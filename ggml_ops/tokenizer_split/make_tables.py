@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tiktoken
 
-from kimi_gguf.convert.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 
 TABLE = Path(__file__).with_name("kimi-split-data.h")
 PER_LINE = 9

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from kimi_gguf.convert.checkpoint import open_checkpoint
-from kimi_gguf.convert.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.scripts.training.model import DemoModel, hub_tensors, load_hub
 from kimi_gguf.scripts.training.tokenizer import write_tokenizer
 

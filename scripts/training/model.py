@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from kimi_gguf.convert.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.config import KimiConfig, LayerKind
 from kimi_gguf.scripts.training.kda_chunked import kda_chunked
 
 L2_EPS = 1e-6

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import regex  # type: ignore[import-untyped]
 
-from kimi_gguf.convert.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 
 MODEL_FILE = "tiktoken.model"
 CONFIG_FILE = "tokenizer_config.json"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from kimi_gguf.convert.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.config import KimiConfig, LayerKind
 from kimi_gguf.scripts.training import corpus as wordnet
 from kimi_gguf.scripts.training.batches import Batches
 from kimi_gguf.scripts.training.corpus import Corpus, CorpusError, build_corpus, question

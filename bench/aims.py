@@ -1,0 +1,70 @@
+"""What the kernels are to reach on a GPU, beside what records say.
+
+Flows in: records made on one device. Flows out: a table; what no record answers stays "not measured".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kimi_gguf.bench.cells import UBATCH
+from kimi_gguf.bench.report import Rows, describe
+
+Data = dict[str, Any]
+
+KDA_TOKENS = 8192
+KDA_MOST = 1200.0  # µs, for 32 heads of 128 on an H200
+LONG = 65536  # tokens from which a Q8_0 cache is to be no slower than one in F16
+
+
+def aims_table(records: Sequence[Data]) -> Rows:
+    """Each aim, and the worst that was measured."""
+    cells = [cell for record in records for model in record["models"] for cell in model["cells"]]
+    alone = [cell for cell in cells if cell["sequences"] == 1]
+    prefill = [c for c in alone if c["batch"] >= UBATCH and KDA_TOKENS in (c["batch"], c["depth"])]
+    decoding = [cell for cell in alone if cell["batch"] == 1]
+    rows: Rows = [("aim", "wanted", "worst measured", "reached")]
+    return [
+        *rows,
+        _kda(row for record in records for row in record.get("device_operators", ())),
+        _least("prefill at 8192 tokens, against pristine", 3.0, prefill, _ratio),
+        _least("decoding of one sequence, against pristine", 1.5, decoding, _ratio),
+        _least("everywhere, against pristine", 1.0, cells, _ratio),
+        _least(f"Q8_0 cache from {LONG} tokens on, against F16", 1.0, *_quantised(cells)),
+    ]
+
+
+def _ratio(cell: Data) -> float:
+    return float(cell["ratio"])
+
+
+def _least(
+    aim: str, wanted: float, cells: Sequence[Data], figure: Callable[[Data], float]
+) -> tuple[str, ...]:
+    if not cells:
+        return (aim, f"{wanted:g} ×", "not measured", "open")
+    worst = min(cells, key=figure)
+    found = figure(worst)
+    return (aim, f"{wanted:g} ×", f"{found:.2f} × ({describe(worst)})", "yes" if found >= wanted else "no")
+
+
+def _kda(rows: Iterable[Data]) -> tuple[str, ...]:
+    """The forward pass of a layer's recurrence."""
+    aim, wanted = f"KDA forward, 32 heads of 128, {KDA_TOKENS} tokens", f"{KDA_MOST / 1000:g} ms"
+    shape = f"head_size=128,head_count=32,n_seq_tokens={KDA_TOKENS},n_seqs=1,"
+    found = [r["patched"] for r in rows if r["operator"] == "KDA_SCAN" and r["parameters"].startswith(shape)]
+    if not found or found[-1] is None:
+        return (aim, wanted, "not measured", "open")
+    return (aim, wanted, f"{found[-1] / 1000:.2f} ms", "yes" if found[-1] <= KDA_MOST else "no")
+
+
+def _quantised(cells: Sequence[Data]) -> tuple[list[Data], Callable[[Data], float]]:
+    """Our deep cells with a Q8_0 cache that have a twin in F16, and how much faster they are than it."""
+
+    def key(cell: Data) -> tuple[Any, ...]:
+        return tuple(cell.get(name) for name in ("sequences", "depth", "batch", "ubatch", "threads"))
+
+    speeds = {key(c): c["patched"]["tokens_per_second"] for c in cells if c["cache_type"] == "f16"}
+    deep = [c for c in cells if c["cache_type"] == "q8_0" and c["depth"] >= LONG and key(c) in speeds]
+    return deep, lambda cell: float(cell["patched"]["tokens_per_second"] / speeds[key(cell)])

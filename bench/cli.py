@@ -1,0 +1,201 @@
+"""The arguments of `kimi-llama bench`.
+
+Flows in: an argument parser. Flows out: the same with the sub-command's arguments and their checks; run.py acts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+
+from kimi_gguf.bench import hybrid
+from kimi_gguf.bench.cells import (
+    BATCHES,
+    DEPTHS,
+    DEVICE_BATCHES,
+    DEVICE_DEPTHS,
+    DEVICE_QUICK_BATCHES,
+    DEVICE_QUICK_DEPTHS,
+    QUICK_BATCHES,
+    QUICK_DEPTHS,
+    THREADS,
+    UBATCH,
+)
+from kimi_gguf.bench.shapes import COMPARABLE, SHAPES, TYPES
+from kimi_gguf.engine.build_spec import BACKENDS
+
+CELL_SECONDS = 8.0
+DEFAULT_CACHE = "f16"
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
+
+
+EXAMPLES = f"""\
+  kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes
+  kimi-llama bench --grid --json out/bench.json     types x batches x depths x threads: hours
+  kimi-llama bench model.gguf --batch 1,512 --depth 0,16384
+  kimi-llama bench --type Q8_0 --batch 1 --depth 16384 --cache-type f16,q8_0
+  kimi-llama bench --batch 1 --sequences 1,4,8      decoding for several users side by side
+  kimi-llama bench --demo                           the demo checkpoint, from a source checkout
+  kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
+  kimi-llama bench --operators --json out/operators.json
+  kimi-llama bench --products --threads 1 --json out/products.json
+  kimi-llama bench --hybrid --json out/hybrid.json
+  kimi-llama bench --records out/*.json --page docs/bench.md
+  kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
+  kimi-llama bench --backend cuda --operators --json out/gpu/operators.json
+  kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build in the place of ours
+
+--quick: batches {_listed(QUICK_BATCHES)} at depths {_listed(QUICK_DEPTHS)}, all processors.
+--grid: {", ".join(TYPES)}; batches {_listed(BATCHES)}; depths {_listed(DEPTHS)}; threads {_listed(THREADS)}.
+On a GPU --quick is batches {_listed(DEVICE_QUICK_BATCHES)} at depths {_listed(DEVICE_QUICK_DEPTHS)}, --grid batches
+{_listed(DEVICE_BATCHES)} at depths {_listed(DEVICE_DEPTHS)}; cells that its memory does not hold are left out.
+Both builds are made if they are not there (kimi-llama build). Generated models and states at depth are kept in bench/
+of the cache folder, which may be removed at any time.
+
+exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; records on disk
+are whole after every cell."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the sub-command's arguments."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)"
+    )
+    which.add_argument(
+        "--demo", action="store_true", help="the demo checkpoint, converted (--type Q8_0 or BF16)"
+    )
+    which.add_argument(
+        "--operators", action="store_true", help="the operators alone, one layer of the 48B's sizes"
+    )
+    which.add_argument(
+        "--products", action="store_true", help="products of weights alone, type by type, and the limit"
+    )
+    which.add_argument(
+        "--hybrid", action="store_true", help="3:1 against latent attention in every layer, ours alone"
+    )
+    which.add_argument(
+        "--records", nargs="+", type=Path, metavar="JSON", help="measure nothing: draw --page from these"
+    )
+
+    made = parser.add_argument_group("the generated model")
+    made.add_argument(
+        "--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)"
+    )
+    made.add_argument(
+        "--layers", type=number, default=8, metavar="N", help="one in four with latent attention (8)"
+    )
+    made.add_argument(
+        "--experts", type=number, default=32, metavar="N", help="of every layer but the first (32)"
+    )
+    made.add_argument("--family", choices=COMPARABLE, default="kimi-linear")
+    made.add_argument(
+        "--shapes", choices=tuple(SHAPES), default="48b", help="tiny is for trying the command out"
+    )
+
+    what = parser.add_argument_group("what is measured")
+    size = what.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a small subset (the default)")
+    size.add_argument("--grid", action="store_true", help="every type, batch, depth and number of threads")
+    what.add_argument(
+        "--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence decoded at once"
+    )
+    what.add_argument(
+        "--depth", type=numbers(0), metavar="N,..", help=f"tokens behind them (--hybrid: from {hybrid.SEED})"
+    )
+    what.add_argument(
+        "--backend",
+        choices=tuple(BACKENDS),
+        default="cpu",
+        help="what computes: builds for it, all layers on it",
+    )
+    what.add_argument(
+        "--device", metavar="NAME", help="one of the backend's, such as CUDA1 (default: the first)"
+    )
+    what.add_argument(
+        "--threads", type=numbers(1), metavar="N,..", help="default: all processors; 4 on a GPU"
+    )
+    what.add_argument(
+        "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens computed at once ({UBATCH})"
+    )
+    what.add_argument(
+        "--cache-type", type=cache_types, default=(DEFAULT_CACHE,), metavar="T,..", help="such as f16,q8_0"
+    )
+    what.add_argument(
+        "--sequences", type=numbers(1), default=(1,), metavar="N,..", help="decoded side by side (1)"
+    )
+    what.add_argument(
+        "--seconds",
+        type=seconds,
+        default=CELL_SECONDS,
+        metavar="S",
+        help="of taking turns in a cell, at most (8)",
+    )
+    what.add_argument(
+        "--budget", type=seconds, default=math.inf, metavar="S", help="begin no cell after so long"
+    )
+    what.add_argument("--libraries", type=Path, metavar="DIR", help="libraries in the place of our build's")
+
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--json", type=Path, metavar="FILE", help="everything measured, for --records")
+    out.add_argument("--page", type=Path, metavar="FILE", help="a Markdown page with pictures beside it")
+
+
+def number(text: str) -> int:
+    """A whole number from 1 on."""
+    found = numbers(1)(text)
+    if len(found) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number")
+    return found[0]
+
+
+def numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """A reader of whole numbers from `least` on, with commas."""
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(word) for word in text.split(","))
+        except ValueError:
+            found = ()
+        if not found or min(found) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from {least} on, with commas")
+        return found
+
+    return read
+
+
+def words(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """A reader of words out of `allowed`, with commas."""
+
+    def read(text: str) -> tuple[str, ...]:
+        found = tuple(text.split(","))
+        for word in found:
+            if word not in allowed:
+                raise argparse.ArgumentTypeError(f"{word!r}: expected one of {', '.join(allowed)}")
+        return found
+
+    return read
+
+
+def cache_types(text: str) -> tuple[str, ...]:
+    """Names of ggml's types, as llama.cpp spells them."""
+    known = tuple(kind.name.lower() for kind in gguf.GGMLQuantizationType)
+    return words(known)(text.lower())
+
+
+def seconds(text: str) -> float:
+    """A positive time."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected seconds, more than 0")
+    return found

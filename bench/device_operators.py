@@ -1,0 +1,118 @@
+"""The operators alone on a device: what llama.cpp's test-backend-ops measures there with either build.
+
+Flows in: both builds with their test programs, a device. Flows out: rows of an operator's parameters and the
+microseconds that each build takes; a build that lacks the operator has none.
+
+The programs bring their own cases. Pristine's recurrence, GATED_DELTA_NET, has none of the 48B's lengths among them:
+those are given in the format of the program's --test-file.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.engine.builds import Engine, upstream_source
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.patches.errors import EngineError
+
+ASKED = ("KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN")
+LATENT = "hsk=576,hsv=512.*"  # the one kind of FLASH_ATTN_EXT that is asked for
+SMALL = "(n_seq_tokens=1,n_seqs=1|kv=512,nb=1|keys=512,)"  # for trying the command out
+RECURRENCE = "GATED_DELTA_NET"
+HEADS, HEAD = 32, 128
+TOKENS = (1, 64, 512, 2048, 8192)
+F32, F32_BYTES = 0, 4
+
+_ROW = re.compile(r"^INSERT INTO test_backend_ops \((.*?)\) VALUES \((.*)\);$")
+_VALUE = re.compile(r"'([^']*)'")
+
+
+def measure_device_operators(
+    engines: Mapping[str, Engine], device: str, small: bool, told: Reporter
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one operator after the other. engines: by build. small: few cases. Raises `EngineError`."""
+    for operator in ASKED:
+        told.phase(f"{operator} on {device}")
+        pattern = (LATENT if operator == "FLASH_ATTN_EXT" else "") + (SMALL if small else "")
+        words = ("-o", operator, *(("-p", pattern) if pattern else ()))
+        yield _rows({build: _ask(engine, device, *words) for build, engine in engines.items()})
+    told.phase(f"{RECURRENCE} on {device}")
+    with tempfile.TemporaryDirectory() as folder:
+        cases = Path(folder) / "cases"
+        number = operator_number(RECURRENCE)
+        cases.write_text(
+            "".join(recurrence_case(number, tokens) for tokens in TOKENS[: 1 if small else None])
+        )
+        found = {b: _ask(engine, device, "--test-file", str(cases)) for b, engine in engines.items()}
+    yield _rows(found)
+
+
+def recurrence_case(number: int, tokens: int) -> str:
+    """A line of the file: operator, type, ne; its parameters; its sources, each with type, ne, nb; the case's name."""
+    shapes = [
+        *3 * [(HEAD, HEADS, tokens, 1)],  # q, k, v
+        (HEAD, HEADS, tokens, 1),  # a gate for each channel
+        (1, HEADS, tokens, 1),
+        (HEAD, HEAD, HEADS, 1),  # the state
+    ]
+    words = [number, F32, HEAD * HEADS, tokens + HEAD, 1, 1, 1, 1, len(shapes)]
+    for shape in shapes:
+        strides = [F32_BYTES]
+        for size in shape[:3]:
+            strides.append(strides[-1] * size)
+        words += [F32, *shape, *strides]
+    return f"{' '.join(map(str, words))} kda=1;n_seq_tokens={tokens}\n"
+
+
+def operator_number(name: str) -> int:
+    """The number by which llama.cpp knows an operator: the patches append theirs."""
+    header = (upstream_source() / "llama.cpp" / "ggml" / "include" / "ggml.h").read_text()
+    listed = header.partition("enum ggml_op {")[2].partition("}")[0]
+    return re.findall(r"^ *GGML_OP_(\w+)", listed, re.MULTILINE).index(name)
+
+
+def _ask(engine: Engine, device: str, *words: str) -> dict[tuple[str, str], float]:
+    """Microseconds by operator and parameters."""
+    program = engine.bin / "test-backend-ops"
+    environment = {**engine.environment(), "GGML_NO_BACKTRACE": "1"}
+    ended = subprocess.run(
+        [str(program), "perf", "-b", device, "--output", "sql", *words],
+        capture_output=True, text=True, errors="replace", check=False, env=environment,
+    )  # fmt: skip
+    if ended.returncode:
+        said = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
+        raise EngineError(
+            f"{program.name} perf {' '.join(words)} ended with status {ended.returncode}", found=said
+        )
+    return parsed(ended.stdout)
+
+
+def parsed(text: str) -> dict[tuple[str, str], float]:
+    """Microseconds by operator and parameters, out of what the program prints as SQL."""
+    found = {}
+    for line in text.splitlines():
+        if match := _ROW.match(line):
+            row = dict(zip(match[1].split(", "), _VALUE.findall(match[2]), strict=True))
+            if row["supported"] == "1":
+                name = re.match(r"name=(.*?),type=", row["op_params"])
+                parameters = name[1].replace(";", ",") if name else row["op_params"]
+                found[row["op_name"], parameters] = float(row["time_us"])
+    return found
+
+
+def _rows(found: Mapping[str, Mapping[tuple[str, str], float]]) -> list[dict[str, Any]]:
+    """A row for each case that any build computes, in the order of the program."""
+    cases = dict.fromkeys(case for build in ("patched", "pristine") for case in found[build])
+    return [
+        {
+            "operator": case[0],
+            "parameters": case[1],
+            **{build: times.get(case) for build, times in found.items()},
+        }
+        for case in cases
+    ]

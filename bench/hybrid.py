@@ -1,0 +1,112 @@
+"""What the hybrid buys: the 3:1 model against its twin with latent attention in every layer, on our build.
+
+Flows in: the two generated models, depths. Flows out: cache bytes and decode rate of both at each depth, and what
+the measured slopes say about a million tokens. Depths are reached by repeating the rows of a real state of
+SEED tokens (state.py); how long attention takes does not depend on what the rows hold.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kimi_gguf.bench.cells import OURS, Cell
+from kimi_gguf.bench.limits import demand
+from kimi_gguf.bench.load import available_memory
+from kimi_gguf.bench.measure import Arena
+from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.engine.progress import Reporter
+
+SEED = 1024  # tokens of the state that is repeated
+DEPTHS = (4096, 16384, 65536, 262144, 524288)
+MILLION = 1 << 20  # the 48B's trained context
+STEPS = 4  # decodes of a sample
+ROUNDS = 5  # samples of each model, in turns
+ROOM = 256  # cells behind the deepest state
+NAMES = ("3:1", "all MLA")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds of a decode = at_zero + per_token * depth, by least squares."""
+
+    at_zero: float
+    per_token: float
+
+    def at(self, depth: int) -> float:
+        """Seconds behind `depth` tokens."""
+        return self.at_zero + self.per_token * depth
+
+
+def fit(depths: Sequence[int], seconds: Sequence[float]) -> Line:
+    """The line through measured points, each weighted by 1/seconds: relative errors count alike."""
+    slope, at_zero = np.polyfit(depths, seconds, 1, w=1 / np.asarray(seconds))
+    return Line(float(at_zero), float(slope))
+
+
+def enough_memory(depth: int, models: Sequence[ModelFile], cache_type: str) -> bool:
+    """Whether the caches at a depth fit beside one state that is being loaded, as far as the system tells."""
+    needed = [demand(model, Cell(cache_type, 1, depth, 1, 1)).cache_bytes for model in models]
+    free = available_memory()
+    return free is None or sum(needed) + max(needed) < 0.9 * free
+
+
+def measure_hybrid(
+    models: Sequence[ModelFile],
+    environments: Mapping[str, Mapping[str, str]],
+    depths: Sequence[int],
+    cache_type: str,
+    threads: int,
+    told: Reporter,
+) -> Iterator[dict[str, Any]]:
+    """A row for each depth. models: the hybrid, then its twin. Raises `EngineError`."""
+    fitting = [depth for depth in sorted(depths) if enough_memory(depth, models, cache_type)]
+    if len(fitting) < len(depths):
+        told.note(
+            f"memory does not hold both caches beyond {max(fitting, default=0)} tokens: those are left out"
+        )
+    if not fitting:
+        return
+    with ExitStack() as stack:
+        places = {}
+        for name, model in zip(NAMES, models, strict=True):
+            arena = stack.enter_context(Arena(model, environments, told, threads))
+            seed = Cell(cache_type, 1, SEED, threads, 1)
+            small = arena.context(OURS, seed, SEED + ROOM, 512)
+            file = arena.go_to(OURS, seed, small)
+            small[0].ask("free", name=small[1])
+            process, context = arena.context(OURS, seed, fitting[-1] + ROOM, 512)
+            places[name] = process, context, file, model
+        for depth in fitting:
+            told.phase(f"decoding behind {depth} tokens")
+            samples: dict[str, list[float]] = {name: [] for name in NAMES}
+            for process, context, file, _ in places.values():
+                process.ask("repeat", name=context, file=str(file), depth=depth)
+            for turn in range(ROUNDS):
+                for name, (process, context, _, _) in places.items():
+                    answer = process.ask("time", name=context, batch=1, steps=STEPS, warm=turn == 0,
+                                         threads=threads, back=False)  # fmt: skip
+                    samples[name].append(sum(answer["seconds"]) / STEPS)
+            cell = Cell(cache_type, 1, depth, threads, 1)
+            yield {
+                "depth": depth,
+                "samples": samples,
+                "seconds": {name: statistics.median(each) for name, each in samples.items()},
+                "cache_bytes": {name: demand(place[3], cell).cache_bytes for name, place in places.items()},
+                "state_bytes": {
+                    name: demand(place[3], cell).state_bytes / 2 for name, place in places.items()
+                },
+            }
+
+
+def extrapolated(rows: Sequence[Mapping[str, Any]], depth: int = MILLION) -> dict[str, float] | None:
+    """Seconds of a decode at `depth` by each model's measured slope; None from fewer than three depths."""
+    if len(rows) < 3:
+        return None
+    depths = [row["depth"] for row in rows]
+    return {name: fit(depths, [row["seconds"][name] for row in rows]).at(depth) for name in NAMES}

@@ -1,0 +1,184 @@
+"""Generated models in the cache folder, and what the bench needs to know about any GGUF file.
+
+Flows in: a `BenchModel`, or a file that the user names. Flows out: `ModelFile`: a path, the architecture and every
+tensor's type, shape and size. A generated file appears under its name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+
+from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
+from kimi_gguf.bench.weights import Weights
+from kimi_gguf.convert.output.parts import total_size
+from kimi_gguf.convert.output.unfinished import Identity, folder_of
+from kimi_gguf.convert.output.writer import write
+from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
+from kimi_gguf.engine.builds import Engine, cache_folder
+from kimi_gguf.engine.gguf_check import all_parts, check_gguf
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.patches.errors import EngineError
+
+ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of a file."""
+
+    name: str
+    type: str
+    ne: tuple[int, ...]  # ggml order
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A GGUF file that can be measured."""
+
+    path: Path
+    name: str
+    key: str  # tells this file from others, for saved states
+    architecture: str
+    keys: Mapping[
+        str, int | float | list[int]
+    ]  # numbers among the GGUF keys, the architecture's prefix cut off
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def bench_folder() -> Path:
+    """Where generated models and saved states lie; all of it may be removed at any time."""
+    return cache_folder() / "bench"
+
+
+def plan_file(model: BenchModel, engine: Engine) -> Plan:
+    """The plan of the generated file. Raises `EngineError` or `ConvertError`."""
+    return plan_of(model, quantised_types(model, engine.bin / "llama-quantize"))
+
+
+def model_path(model: BenchModel) -> Path:
+    """Where a generated model is kept."""
+    return bench_folder() / "models" / f"{model.name}-{model.key}.gguf"
+
+
+def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
+    """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
+    return sum(total_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
+
+
+def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
+    """The generated file, made now unless it is in the cache. engine: whose quantisers and mix of types are used."""
+    path = model_path(model)
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plan = plan_file(model, engine)
+    total = total_size(plan)
+    told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
+    weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
+    written = 0
+
+    def report(_tensor: PlannedTensor, nbytes: int) -> None:
+        nonlocal written
+        written += nbytes
+        told.step(written >> 20, total >> 20)
+
+    try:
+        write(
+            plan,
+            weights.pieces,
+            path,
+            overwrite=True,
+            identity=Identity(plan=model.key, sources=""),
+            resume=False,
+            report=report,
+            check=lambda _tensor: None,
+        )
+    finally:  # what a conversion keeps for --resume is of no use here
+        shutil.rmtree(folder_of(path), ignore_errors=True)
+    return path
+
+
+def open_model(path: Path) -> ModelFile:
+    """Look at a file's header. Raises `EngineError` for a file that is no GGUF or of another architecture."""
+    check_gguf(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # whatever gguf-py stumbles over in a damaged file
+        raise EngineError(
+            f"{path}: a damaged GGUF file", found=str(error) or type(error).__name__, todo="make it anew"
+        ) from None
+    field = reader.get_field("general.architecture")
+    architecture = str(field.contents()) if field is not None else "none"
+    if architecture not in ARCHITECTURES:
+        raise EngineError(
+            f"{path}: not a model that our operators are for",
+            expected=f"general.architecture {' or '.join(ARCHITECTURES)}",
+            found=architecture,
+            todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
+        )
+    parts = [reader, *(gguf.GGUFReader(part) for part in all_parts(path)[1:])]
+    prefix = f"{architecture}."
+    numbers = {
+        name.removeprefix(prefix): value
+        for name, item in reader.fields.items()
+        if name.startswith(prefix) and isinstance(value := item.contents(), int | float | list)
+    }
+    named = reader.get_field("general.name")
+    stat = path.stat()
+    return ModelFile(
+        path=path,
+        name=str(named.contents()) if named is not None else path.stem,
+        key=hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12],
+        architecture=architecture,
+        keys=numbers,
+        tensors=tuple(
+            Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape), int(t.n_bytes))
+            for part in parts
+            for t in part.tensors
+        ),
+    )
+
+
+def convert_demo(kind: str, told: Reporter) -> Path:
+    """The demo checkpoint as a GGUF file of one of the converter's types, in the cache. Raises `EngineError`."""
+    demo = Path(__file__).resolve().parents[2] / "demo"
+    if not (demo / "config.json").is_file():
+        raise EngineError("the demo checkpoint is not here", todo="run from a source checkout of kimi-gguf")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(demo.glob("*.safetensors"))))
+    path = bench_folder() / "models" / f"demo-{kind}-{digest.hexdigest()[:12]}.gguf"
+    if not path.is_file():
+        told.phase(f"converting the demo to {kind}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            sys.executable,
+            "-m",
+            "kimi_gguf.convert.cli",
+            str(demo),
+            "-o",
+            str(path),
+            "--type",
+            kind,
+            "--quiet",
+        ]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ended.returncode:
+            raise EngineError(
+                "the demo cannot be converted", found=ended.stderr.strip(), todo="convert-kimi demo ..."
+            )
+    return path

@@ -1,0 +1,78 @@
+"""Small C++ programs of the bench, compiled when first wanted and kept in the cache.
+
+Flows in: a source of native/, flags, for some a build's libraries. Flows out: the path of the program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import secrets
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+
+from kimi_gguf.engine.builds import cache_folder, upstream_source
+from kimi_gguf.engine.toolchain import cpu_fingerprint, find_compilers
+from kimi_gguf.patches.errors import EngineError
+
+# gnu++: with plain c++17 GCC does not contract a product and a sum into one instruction
+# -O2: at -O3 GCC 12 copies accumulators of limits.cpp inside its loop, and half of the int8 peak is lost
+FLAGS = ("-std=gnu++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
+NATIVE = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
+
+
+def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
+    """The program made of native/NAME.cpp. Raises `EngineError` where it does not compile."""
+    folder = resources.files(__package__).joinpath("native")
+    source = Path(str(folder)) / f"{name}.cpp"
+    compiler = find_compilers("cpu")["C++"]
+    parts = (source.read_text(), compiler.path, compiler.version, FLAGS, tuple(flags), cpu_fingerprint())
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    place = cache_folder() / "bench" / "programs" / f"{name}-{key}"
+    if place.is_file():
+        return place
+    place.parent.mkdir(parents=True, exist_ok=True)
+    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+    command = [compiler.path, *FLAGS, str(source), *flags, "-o", str(part)]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        if ended.returncode:
+            raise EngineError(
+                f"{source}: does not compile",
+                found=ended.stderr.strip().splitlines()[0] if ended.stderr.strip() else "no message",
+                todo="try another C++ compiler: CXX=... kimi-llama bench",
+            )
+        part.replace(place)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+    return place
+
+
+def ggml_flags(libraries: Path) -> tuple[str, ...]:
+    """What a program is compiled with that uses a build's ggml, its own libraries and no others."""
+    include = upstream_source() / "llama.cpp" / "ggml" / "include"
+    linked = ("-lggml", "-lggml-cpu", "-lggml-base", "-ldl")
+    return (*NATIVE, "-isystem", str(include), f"-L{libraries}", *linked, f"-Wl,-rpath,{libraries}")
+
+
+def ask(path: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    """What a program prints. Raises `EngineError` when it fails."""
+    ended = subprocess.run(
+        [str(path), *arguments],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=environment,
+    )
+    if ended.returncode:
+        said = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
+        raise EngineError(
+            f"{path.name} {' '.join(arguments)} ended with status {ended.returncode}", found=said
+        )
+    return ended.stdout

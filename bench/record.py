@@ -1,0 +1,133 @@
+"""What a run of the bench writes as JSON: plain data, whole after every cell, and enough to draw every page from.
+
+Flows in: facts, results. Flows out: a file that always holds a complete record, or none.
+
+A record: schema, command, created (UTC), machine, device (null: the processor), checkout (this project's commit),
+engines, switch (KIMI_OPS of ours), libraries (in the place of ours, or null), limits by threads or the device's,
+models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid. A cell has its
+options, samples in seconds of one decode, what they come to, and its floor: the least time at the limit. Older records
+lack device, checkout, device_operators, products.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.bench.device import Device
+from kimi_gguf.bench.files import atomically
+from kimi_gguf.bench.limits import Demand, Limits
+from kimi_gguf.bench.measure import Arena, Result
+from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.facts import engine_facts, machine_facts
+from kimi_gguf.patches.errors import EngineError
+
+SCHEMA = 1
+Data = dict[str, Any]
+
+
+def new_record(
+    command: Sequence[str],
+    patched: Engine,
+    pristine: Engine,
+    libraries: Path | None,
+    switch: str,
+    device: Device | None = None,
+) -> Data:
+    """An empty record of a run on this machine, or on its device."""
+    return {
+        "schema": SCHEMA,
+        "command": " ".join(command),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_facts(),
+        "device": None if device is None else vars(device),
+        "checkout": checkout(),
+        "engines": {"patched": engine_facts(patched), "pristine": engine_facts(pristine)},
+        "switch": switch,
+        "libraries": None if libraries is None else libraries.name,
+        "limits": [],
+        "models": [],
+        "operators": [],
+        "device_operators": [],
+        "products": [],
+        "hybrid": None,
+    }
+
+
+def checkout() -> str | None:
+    """The commit of this project, marked where files differ from it; None where it is installed without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return ended.stdout.strip() or None
+
+
+def model_data(model: ModelFile, arena: Arena) -> Data:
+    """A model of the record; its cells come as they are measured. `about` is the arena's own and fills later."""
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "bytes": model.nbytes,
+        "about": vars(arena.about),
+        "cells": [],
+    }
+
+
+def cell_data(result: Result, needs: Demand, limits: Limits | None) -> Data:
+    """A cell: everything measured, and what is derived from it; without limits it has no floor."""
+    tokens = result.cell.tokens
+    return {
+        **vars(result.cell),
+        "tokens": tokens,
+        "steps": result.steps,
+        "pristine": {"way": result.rival, "tokens_per_second": tokens / result.pristine.median,
+                     "spread": result.pristine.spread},
+        "patched": {"tokens_per_second": tokens / result.ours.median, "spread": result.ours.spread},
+        "ratio": result.ratio,
+        "floor": None if limits is None else floor_data(result, needs, limits),
+        "others": result.others,
+        "samples": result.samples,
+        "ruled_out": result.screened,
+    }  # fmt: skip
+
+
+def floor_data(result: Result, needs: Demand, limits: Limits) -> Data:
+    """A cell's least time at the limit, and how near it either build came."""
+    floor, bound = needs.floor(limits)
+    return {
+        "seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.products,
+        "share": floor / result.ours.median, "pristine_share": floor / result.pristine.median,
+        "limits": vars(limits),
+    }  # fmt: skip
+
+
+def save(record: Data, file: Path) -> None:
+    """Write the record so that the name never holds half of one."""
+    text = json.dumps(record, indent=1)
+    atomically(file, lambda part: part.write_text(text + "\n"))
+
+
+def load(file: Path) -> Data:
+    """Read a record. Raises `EngineError` for a file that is none."""
+    try:
+        record: Data = json.loads(file.read_text())
+        found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{file}: not a record of the bench", found=str(error), todo="name a file of --json"
+        ) from None
+    if found != SCHEMA:
+        raise EngineError(
+            f"{file}: not a record of the bench",
+            expected=f"schema {SCHEMA}",
+            found=repr(found),
+            todo="measure again with --json",
+        )
+    return record

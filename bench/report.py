@@ -1,0 +1,133 @@
+"""Tables of a record: cells, the limits beside them, memory, operators, hybrid.
+
+Flows in: a record's plain data. Flows out: rows of text, Markdown tables, or a table on a terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kimi_gguf.bench.cells import UBATCH
+from kimi_gguf.bench.load import DISTURBED
+
+Data = dict[str, Any]
+Rows = list[tuple[str, ...]]
+
+CELLS = ("cell", "pristine, tokens/s", "here, tokens/s", "ratio", "of the limit", "pristine's best way")
+
+
+def describe(cell: Data) -> str:
+    """Such as "pp512 at 4096, 2 threads"."""
+    kind = "tg" if cell["batch"] == 1 else f"pp{cell['batch']}"
+    several = f" × {cell['sequences']} sequences" if cell["sequences"] > 1 else ""
+    threads = f", {cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"
+    where = "" if cell.get("device") else threads
+    ubatch = cell.get("ubatch", UBATCH)
+    parts = "" if ubatch == UBATCH else f", in parts of {ubatch}"
+    cache = "" if cell["cache_type"] == "f16" else f", {cell['cache_type']} cache"
+    return f"{kind}{several} at {cell['depth']}{where}{parts}{cache}"
+
+
+def cell_row(cell: Data) -> tuple[str, ...]:
+    """A line of the table of cells."""
+    speeds = [
+        f"{each['tokens_per_second']:.4g} ± {100 * each['spread']:.1f} %"
+        for each in (cell["pristine"], cell["patched"])
+    ]
+    floor = cell["floor"]
+    mark = " *" if (cell["others"] or 0) > DISTURBED else ""
+    share = f"{100 * floor['share']:.0f} % ({floor['bound']})" if floor else "not known"
+    return (describe(cell) + mark, *speeds, f"{cell['ratio']:.2f}", share, cell["pristine"]["way"])
+
+
+def cells_table(cells: Iterable[Data]) -> Rows:
+    """The table of cells with its header."""
+    return [CELLS, *map(cell_row, cells)]
+
+
+def slower(cells: Iterable[Data]) -> list[Data]:
+    """Cells in which ours is slower than pristine by more than the spread of both."""
+    return [
+        cell for cell in cells if cell["ratio"] < 1 - cell["pristine"]["spread"] - cell["patched"]["spread"]
+    ]
+
+
+def verdict(cells: Sequence[Data]) -> str:
+    """One or two lines about all cells."""
+    losing = slower(cells)
+    words = [f"{len(cells)} cells, faster than pristine at its best in {sum(c['ratio'] > 1 for c in cells)}"]
+    words.append(
+        f"slower by more than the spread in {len(losing)}: "
+        + "; ".join(f"{describe(cell)} ({cell['ratio']:.2f})" for cell in losing)
+        if losing
+        else "slower by more than the spread in none"
+    )
+    if any((cell["others"] or 0) > DISTURBED for cell in cells):
+        words.append("* other work was running on the machine")
+    return "; ".join(words) + "."
+
+
+def memory_table(model: Data) -> Rows:
+    """What each way of running holds in memory, MiB, and how long loading took."""
+    rows: Rows = [("build, context", "weights", "KV cache", "recurrent cache", "compute buffers", "loading")]
+    for way, memory in model["about"]["contexts"].items():
+        name, _, context = way.partition(", ")
+        process = name.removesuffix(" -fa 0")
+        loaded = model["about"]["load"][process]
+        sizes = [sum(loaded["memory"].get("weights", {}).values())]
+        sizes += [sum(memory.get(part, {}).values()) for part in ("kv", "recurrent", "compute")]
+        rows.append((f"{name}, {context}", *(f"{size:.1f}" for size in sizes), f"{loaded['seconds']:.1f} s"))
+    return rows
+
+
+def limits_table(limits: Iterable[Data]) -> Rows:
+    """What the machine was measured to do on each number of threads: from the least to the most of several times."""
+    kinds = ("f32", "int8", "bf16")
+    rows: Rows = [("threads", "reading, GB/s", *(f"{kind}, GMAC/s" for kind in kinds))]
+    by_threads: dict[int, list[Data]] = {}
+    for each in limits:
+        by_threads.setdefault(each["threads"], []).append(each)
+    for threads, several in sorted(by_threads.items()):
+        peaks = (from_to([each[kind] for each in several if each[kind]], 0) for kind in kinds)
+        rows.append((str(threads), from_to([each["read"] for each in several], 1), *peaks))
+    return rows
+
+
+def from_to(rates: Sequence[float], digits: int) -> str:
+    """Such as "41.2 to 57.3", in billions a second."""
+    if not rates:
+        return "not there"
+    ends = [f"{rate / 1e9:.{digits}f}" for rate in (min(rates), max(rates))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
+
+
+def device_limits_table(limits: Data) -> Rows:
+    """What the device was measured to do."""
+    kinds = ("f32", "f16", "bf16", "int8")
+    peaks = ("not there" if limits[kind] is None else f"{limits[kind] / 1e9:.0f}" for kind in kinds)
+    return [
+        ("copying, GB/s", *(f"{kind}, GMAC/s" for kind in kinds)),
+        (f"{limits['read'] / 1e9:.1f}", *peaks),
+    ]
+
+
+def markdown(rows: Rows) -> str:
+    """Rows, the first of them the header, as a Markdown table."""
+    lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def show(title: str, rows: Rows) -> None:
+    """A table on standard output: drawn on a terminal, Markdown elsewhere."""
+    if not sys.stdout.isatty():
+        print(f"\n{title}\n\n{markdown(rows)}", flush=True)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,164 @@
+"""Which models the bench makes: families of layers in the 48B's real shapes, and the type of every tensor.
+
+Flows in: a `BenchModel`, the few things that are chosen. Flows out: its config, GGUF keys and planned tensors in
+the order of the file. Tensor names and shapes are those of the converter's one table; a quantised file's mix of
+types is llama-quantize's own, asked for with its --dry-run on a file without data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
+from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.output.parts import parts_of
+from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
+from kimi_gguf.convert.types.tensor_types import TYPES as FILE_TYPES
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.pin import load_pin
+
+GENERATOR = 1  # raise it when the same BenchModel comes out as another file
+
+# What differs from the 48B's config.json. "tiny" is for tests: K-quants want rows of 256.
+SHAPES: dict[str, dict[str, Any]] = {
+    "48b": {},
+    "tiny": {
+        "hidden_size": 256,
+        "vocab_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 256,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    },
+}
+
+# family: (architecture, one MLA layer in how many, rank of the queries' compression)
+FAMILIES: dict[str, tuple[str, int, int | None]] = {
+    "kimi-linear": (ARCHITECTURE, 4, None),
+    "all-mla": (ARCHITECTURE, 1, None),  # the same layers with latent attention everywhere
+    "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture wants a rank
+}
+
+COMPARABLE = ("kimi-linear", "deepseek2")  # pristine aborts at the first decode of one without any KDA layer
+
+TYPES = ("Q4_0", "Q4_K_M", "Q8_0", "BF16")
+
+_DRY_RUN_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = [^(]*(?:\((\S+)\))?")
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """What is chosen about a generated model."""
+
+    family: str = "kimi-linear"
+    layers: int = 8
+    experts: int = 32
+    type: str = "Q4_0"
+    shapes: str = "48b"
+
+    @property
+    def name(self) -> str:
+        """Such as "kimi-linear-48b-8L-32E-Q4_0"."""
+        return f"{self.family}-{self.shapes}-{self.layers}L-{self.experts}E-{self.type}"
+
+    @property
+    def key(self) -> str:
+        """Names the generated file: equal keys, equal files."""
+        parts = (GENERATOR, load_pin().llama_cpp_commit, asdict(self), SHAPES[self.shapes])
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def config_of(model: BenchModel) -> KimiConfig:
+    """The 48B's configuration with the chosen number of layers and experts. Raises `ConvertError`."""
+    published = resources.files("kimi_gguf.scripts").joinpath("kimi-linear-48b-config.json").read_text()
+    data = json.loads(published) | SHAPES[model.shapes]
+    _, every, q_rank = FAMILIES[model.family]
+    numbers = range(1, model.layers + 1)
+    mla = [n for n in numbers if n % every == 0]
+    data |= {
+        "num_hidden_layers": model.layers,
+        "num_experts": model.experts,
+        "num_experts_per_token": min(data["num_experts_per_token"], model.experts),
+        "q_lora_rank": q_rank if q_rank is None else min(q_rank, data["hidden_size"]),
+    }
+    data["linear_attn_config"] |= {
+        "full_attn_layers": mla,
+        "kda_layers": [n for n in numbers if n not in mla],
+        "num_heads": data["num_attention_heads"],
+    }
+    return KimiConfig.from_json(data, model.name)
+
+
+def keys_of(model: BenchModel, config: KimiConfig) -> list[Key]:
+    """The file's GGUF keys; it has no vocabulary, only the number of its tokens."""
+    architecture = FAMILIES[model.family][0]
+    described = (
+        ("general.architecture", architecture),
+        ("general.type", "model"),
+        ("general.name", model.name),
+        ("tokenizer.ggml.model", "no_vocab"),
+    )
+    named = [
+        Key(key.name.replace(ARCHITECTURE, architecture, 1), key.type, key.value, key.items)
+        for key in architecture_keys(config)
+    ]
+    if architecture != ARCHITECTURE:
+        mine = (".kda.", ".ssm.", ".head_count_kv")
+        named = [key for key in named if not any(part in key.name for part in mine)]
+        named.append(Key(f"{architecture}.attention.head_count_kv", ValueType.UINT32, 1))
+    assert any(key.name.endswith("expert_gating_func") and key.value == SIGMOID for key in named)
+    return [*(Key(name, ValueType.STRING, value) for name, value in described), *named]
+
+
+def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) -> Plan:
+    """The whole file; without `types` everything large is BF16."""
+    config = config_of(model)
+    tensors: list[PlannedTensor] = []
+    for output in outputs(config):
+        chosen = types[output.name] if types else F32 if output.always_f32 else BF16
+        tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne)))
+    return Plan(Request(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
+
+
+def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
+    """Each tensor's type as llama-quantize would choose it, by name; None for BF16, which it does not touch.
+
+    quantize: the program. Raises `EngineError` where it fails or says something unexpected.
+    """
+    if model.type == "BF16":
+        return None
+    plan = plan_of(model)
+    with tempfile.TemporaryDirectory() as folder:
+        hollow = Path(folder) / "hollow.gguf"
+        with hollow.open("wb") as file:  # a hole where the data would be
+            (whole,) = parts_of(plan)
+            file.write(whole.header)
+            file.truncate(whole.nbytes)
+        command = [str(quantize), "--dry-run", str(hollow), model.type]
+        said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    lines = (said.stdout + said.stderr).splitlines()
+    found = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
+    types = {name: TENSOR_TYPES[(new or old).upper()] for name, old, new in found}
+    if said.returncode or set(types) != {tensor.name for tensor in plan.tensors}:
+        raise EngineError(
+            f"{quantize.name} --dry-run does not tell the types of a {model.type} file",
+            expected=f"a line for each of {len(plan.tensors)} tensors",
+            found=f"{len(types)}, status {said.returncode}: {lines[-1] if lines else 'no output'}",
+            todo="look at the command's own output",
+        )
+    return types

@@ -1,0 +1,80 @@
+"""Random weights for the generated models, made fast: a pool of encoded rows for each kind of row, then slices.
+
+Flows in: planned tensors. Flows out: their bytes in pieces. Rows are normal with deviation 1/sqrt(columns), so
+that every product keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
+No row follows its neighbours' order in another tensor: each slice of the pool begins at a random row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kimi_gguf.convert.plan import PlannedTensor
+from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.types.encode import encode
+from kimi_gguf.convert.types.ggml import Ggml
+from kimi_gguf.convert.types.tensor_types import Bytes, TensorType, Values
+
+POOL_ROWS = 1021  # a prime, so that slices do not line up with heads or experts
+
+
+def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Values | None:
+    """Values of the tensors that are no weight matrices, [rows, columns]; None for the others."""
+    size = int(np.prod(shape))
+
+    def normal(mean: float, deviation: float) -> Values:
+        return (mean + deviation * rng.standard_normal(size, np.float32)).astype(np.float32)
+
+    if name.endswith(("norm.weight",)):
+        values = normal(1.0, 0.1)
+    elif name.endswith("ssm_a"):
+        values = -rng.uniform(1.0, 16.0, size).astype(np.float32)
+    elif name.endswith("ssm_dt.bias"):  # softplus of it is a step between 0.001 and 0.1
+        step = np.exp(rng.uniform(np.log(0.001), np.log(0.1), size))
+        values = (step + np.log(-np.expm1(-step))).astype(np.float32)
+    elif "ssm_conv1d" in name:
+        values = normal(0.0, 0.3)
+    elif name.endswith("exp_probs_b.bias"):
+        values = normal(0.0, 0.05)
+    else:
+        return None
+    return values.reshape(-1, shape[0])
+
+
+class Weights:
+    """The bytes of planned tensors, the same for the same order of calls and seed."""
+
+    def __init__(self, ggml: Ggml, seed: int = 1) -> None:
+        self._ggml = ggml
+        self._rng = np.random.default_rng(seed)
+        self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns: twice the same rows
+
+    def pieces(self, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Bytes]]:
+        """The data of all tensors in order, each piece with its tensor."""
+        return ((tensor, piece) for tensor in tensors for piece in self.pieces_of(tensor))
+
+    def pieces_of(self, tensor: PlannedTensor) -> Iterator[Bytes]:
+        """One tensor's data in order."""
+        ne = tensor.output.ne
+        values = small_values(tensor.name, ne, self._rng)
+        if values is not None:
+            yield encode(values, Dtype.F32, tensor.type, ggml=self._ggml)
+            return
+        pool = self._pool(tensor.type, ne[0])
+        rows = int(np.prod(ne[1:], dtype=np.int64))
+        while rows:
+            start, count = int(self._rng.integers(POOL_ROWS)), min(rows, POOL_ROWS)
+            yield pool[start : start + count].reshape(-1)
+            rows -= count
+
+    def _pool(self, kind: TensorType, columns: int) -> Bytes:
+        pool = self._pools.get((kind.name, columns))
+        if pool is None:
+            values = self._rng.standard_normal((POOL_ROWS, columns), np.float32) / np.float32(columns**0.5)
+            once = encode(np.ascontiguousarray(values), Dtype.F32, kind, ggml=self._ggml).reshape(
+                POOL_ROWS, -1
+            )
+            pool = self._pools[kind.name, columns] = np.concatenate([once, once])
+        return pool

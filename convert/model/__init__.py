@@ -1,0 +1,1 @@
+"""The model: config, tensor table, tokenizer and GGUF metadata."""

@@ -1,0 +1,364 @@
+"""`config.json` of a Kimi-Linear checkpoint, hub or native transformers form, as one checked dataclass.
+
+Flows in: the JSON text. Flows out: `KimiConfig`, the only description of the model's shape that the rest
+of the project reads; or `ConvertError` for a key that is missing, contradicts another, or asks for something
+that llama.cpp's graph for this architecture does not compute.
+
+The hub form counts layers from 1 in `linear_attn_config`; the native form counts from 0 in `layer_types` and
+has flat `linear_*` keys. transformers re-saves a hub config with both: then both must say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Final
+
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.source.json_file import parse_object
+
+
+class LayerKind(Enum):
+    """How a layer mixes tokens."""
+
+    KDA = "kda"
+    MLA = "mla"
+
+
+@dataclass(frozen=True)
+class KimiConfig:
+    """Shape and constants of a Kimi-Linear model; names follow the hub's config.json."""
+
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+    rms_norm_eps: float
+    layers: tuple[LayerKind, ...]  # one per layer, in order; len() is num_hidden_layers
+    # KDA
+    kda_num_heads: int
+    kda_head_dim: int
+    conv_kernel_size: int
+    # MLA
+    num_heads: int
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    rope_theta: float
+    # FFN
+    intermediate_size: int
+    num_dense_layers: int  # leading layers with a dense FFN (first_k_dense_replace)
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_token: int
+    num_shared_experts: int
+    num_expert_groups: int
+    topk_groups: int
+    routed_scaling_factor: float
+    renormalize: bool
+    # tokens
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    more_eos_token_ids: tuple[int, ...] = ()  # the rest when the config lists several
+    tie_word_embeddings: bool = False
+
+    @classmethod
+    def from_json(cls, source: str | bytes | Mapping[str, Any], where: str) -> KimiConfig:
+        """Read and check a config of either form; `where` names the file in errors. Raises `ConvertError`."""
+        data = parse_object(source, where) if isinstance(source, str | bytes) else source
+        return _read(_Keys(data, where))
+
+    @property
+    def uses_groups(self) -> bool:
+        """Whether the router leaves out whole groups of experts."""
+        return self.topk_groups < self.num_expert_groups
+
+    @property
+    def num_moe_layers(self) -> int:
+        return len(self.layers) - self.num_dense_layers
+
+
+# Settings with one value that the graph computes; a key that is absent or null means that value.
+# (names of the key, the value, what the graph does)
+HONOURED: Final[Sequence[tuple[tuple[str, ...], Any, str]]] = (
+    (("hidden_act",), "silu", "its activation is always SiLU"),
+    (("moe_router_activation_func",), "sigmoid", "its router is always a sigmoid"),
+    (("moe_renormalize", "norm_topk_prob"), True, "it always renormalises the chosen experts' weights"),
+    (("moe_layer_freq",), 1, "every layer after the dense ones is a mixture of experts"),
+    (("mla_use_nope",), True, "it never rotates queries and keys"),
+    (("attention_bias",), False, "its projections have no bias"),
+    (("num_nextn_predict_layers",), 0, "it has no layers that predict further tokens"),
+    (("rope_scaling",), None, "it never rotates queries and keys"),
+    (("rope_parameters.rope_type",), "default", "it never rotates queries and keys"),
+    (("quantization_config",), None, "only F32, F16 and BF16 weights are read, dequantise them first"),
+)
+LINEAR: Final = "linear_attn_config"
+ROPE: Final = "rope_parameters"
+# Names that other linear-attention configs use for separate sizes of KDA's keys and values.
+KDA_OTHER_SIZES: Final = tuple(
+    f"{prefix}{name}"
+    for prefix in (f"{LINEAR}.", "linear_")
+    for name in ("head_k_dim", "key_head_dim", "head_v_dim", "value_head_dim")
+)
+MAX_LAYERS: Final = 512  # llama.cpp's LLAMA_MAX_LAYERS
+MAX_EXPERTS: Final = 1024  # llama.cpp's LLAMA_MAX_EXPERTS
+_MAX_INT: Final = 2**31 - 1
+_ABSENT: Final = object()
+
+_LAYER_TYPES: Final = {"linear_attention": LayerKind.KDA, "full_attention": LayerKind.MLA}
+_MLP_TYPES: Final = ("dense", "sparse")
+
+
+class _Keys:
+    """The object's keys with their checks; every complaint names the file and the key.
+
+    The keys of the objects in it that matter are `object.key`.
+    """
+
+    def __init__(self, data: Mapping[str, Any], where: str) -> None:
+        self.where = where
+        self.data = dict(data)
+        for name in (LINEAR, ROPE):
+            inner = data.get(name)
+            if isinstance(inner, Mapping):
+                self.data |= {f"{name}.{key}": value for key, value in inner.items()}
+            elif inner is not None:
+                raise self.fail(name, "an object", inner)
+
+    def fail(self, key: str, expected: str, found: Any, todo: str = "mend the config") -> ConvertError:
+        return ConvertError(f"{self.where}: {key}: expected {expected}, found {_short(found)}; {todo}")
+
+    def get(self, *names: str) -> Any:
+        """The value under whichever of `names` is there (None when none is); two must not contradict."""
+        there = [(name, self.data[name]) for name in names if self.data.get(name) is not None]
+        for name, value in there[1:]:
+            if value != there[0][1] or type(value) is not type(there[0][1]):
+                raise ConvertError(
+                    f"{self.where}: {there[0][0]} is {_short(there[0][1])} but {name} is {_short(value)}; "
+                    "they name the same thing, make them agree"
+                )
+        return there[0][1] if there else None
+
+    def integer(self, *names: str, low: int = 1, high: int = _MAX_INT, default: Any = _ABSENT) -> Any:
+        value = self.get(*names)
+        if value is None and default is not _ABSENT:
+            return default
+        if type(value) is not int or not low <= value <= high:
+            found = "nothing" if value is None else value
+            raise self.fail(names[0], f"an integer from {low} to {high}", found)
+        return value
+
+    def number(self, *names: str, default: Any = _ABSENT) -> float:
+        value = self.get(*names)
+        if value is None and default is not _ABSENT:
+            value = default
+        if type(value) not in (int, float) or not 0 < value < 1e30:
+            raise self.fail(names[0], "a positive number", "nothing" if value is None else value)
+        return float(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _read(keys: _Keys) -> KimiConfig:
+    if keys.get("model_type") != "kimi_linear":
+        found = keys.get("model_type")
+        raise keys.fail("model_type", "'kimi_linear'", found, "only Kimi-Linear is converted")
+    for names, value, why in HONOURED:
+        found = keys.get(*names)
+        if found is not None and (found != value or type(found) is not type(value)):
+            raise keys.fail(names[0], repr(value), found, f"llama.cpp cannot run this: {why}")
+    if keys.get("layer_types") is None and keys.get("mla_use_nope") is None:
+        # The hub's own code rotates unless told not to; transformers' native form has no such key.
+        raise keys.fail("mla_use_nope", "true", "nothing", "llama.cpp never rotates queries and keys here")
+    num_layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
+    vocab_size = keys.integer("vocab_size")
+    eos = _eos(keys, vocab_size)
+    groups = keys.integer("num_expert_group", "n_group", default=1)
+    config = KimiConfig(
+        hidden_size=keys.integer("hidden_size"),
+        vocab_size=vocab_size,
+        context_length=keys.integer("model_max_length", "max_position_embeddings"),
+        rms_norm_eps=keys.number("rms_norm_eps"),
+        layers=_layers(keys, num_layers),
+        kda_num_heads=keys.integer(f"{LINEAR}.num_heads", "linear_num_heads"),
+        kda_head_dim=keys.integer(f"{LINEAR}.head_dim", "linear_head_dim"),
+        conv_kernel_size=keys.integer(f"{LINEAR}.short_conv_kernel_size", "linear_conv_kernel_dim", low=2),
+        num_heads=keys.integer("num_attention_heads"),
+        q_lora_rank=keys.integer("q_lora_rank", default=None),
+        kv_lora_rank=keys.integer("kv_lora_rank"),
+        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
+        qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
+        v_head_dim=keys.integer("v_head_dim"),
+        rope_theta=keys.number("rope_theta", f"{ROPE}.rope_theta", default=10000.0),
+        intermediate_size=keys.integer("intermediate_size"),
+        num_dense_layers=_dense_layers(keys, num_layers),
+        moe_intermediate_size=keys.integer("moe_intermediate_size"),
+        num_experts=keys.integer("num_experts", "num_local_experts", "n_routed_experts", high=MAX_EXPERTS),
+        num_experts_per_token=keys.integer("num_experts_per_token", "num_experts_per_tok"),
+        num_shared_experts=keys.integer("num_shared_experts", "n_shared_experts", low=0),
+        num_expert_groups=groups,
+        topk_groups=keys.integer("topk_group", default=1 if groups == 1 else _ABSENT),
+        routed_scaling_factor=keys.number("routed_scaling_factor"),
+        renormalize=True,
+        bos_token_id=keys.integer("bos_token_id", low=0, high=vocab_size - 1, default=None),
+        eos_token_id=eos[0] if eos else None,
+        pad_token_id=keys.integer("pad_token_id", low=0, high=vocab_size - 1, default=None),
+        more_eos_token_ids=eos[1:],
+        tie_word_embeddings=_boolean(keys, "tie_word_embeddings", default=False),
+    )
+    _check_heads(keys, config)
+    _check_experts(keys, config)
+    return config
+
+
+def _boolean(keys: _Keys, name: str, default: bool) -> bool:
+    value = keys.get(name)
+    if value is not None and type(value) is not bool:
+        raise keys.fail(name, "true or false", value)
+    return default if value is None else value
+
+
+def _eos(keys: _Keys, vocab_size: int) -> tuple[int, ...]:
+    value = keys.get("eos_token_id")
+    if value is None:
+        return ()
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(type(i) is not int or not 0 <= i < vocab_size for i in ids):
+        raise keys.fail("eos_token_id", f"a token id below {vocab_size}, or a list of them", value)
+    return tuple(ids)
+
+
+def _layers(keys: _Keys, num_layers: int) -> tuple[LayerKind, ...]:
+    """One kind per layer, from the 1-based lists, the 0-based `layer_types`, or both."""
+    kda_key, mla_key = f"{LINEAR}.kda_layers", f"{LINEAR}.full_attn_layers"
+    lists = {kda_key: LayerKind.KDA, mla_key: LayerKind.MLA}
+    counted: dict[int, LayerKind] = {}
+    for key, kind in lists.items():
+        numbers = keys.get(key)
+        if numbers is None:
+            continue
+        if not isinstance(numbers, list):
+            raise keys.fail(key, "a list of layer numbers", numbers)
+        for number in numbers:
+            if type(number) is not int or not 1 <= number <= num_layers:
+                raise keys.fail(key, f"layer numbers from 1 to {num_layers} (the first layer is 1)", number)
+            if number in counted:
+                raise ConvertError(
+                    f"{keys.where}: layer {number} (counted from 1) is listed twice in {kda_key} and "
+                    f"{mla_key}; each layer belongs in exactly one of them, once"
+                )
+            counted[number] = kind
+    types = keys.get("layer_types")
+    if types is not None and (
+        not isinstance(types, list) or any(not isinstance(t, str) or t not in _LAYER_TYPES for t in types)
+    ):
+        raise keys.fail("layer_types", f"a list of {' and '.join(map(repr, _LAYER_TYPES))}", types)
+    if types is not None and len(types) != num_layers:
+        raise keys.fail("layer_types", f"{num_layers} entries (num_hidden_layers)", f"{len(types)} entries")
+    if types is None and all(keys.get(key) is None for key in lists):
+        raise keys.fail(f"{kda_key} and {mla_key}", "two lists of layers (or layer_types)", "nothing")
+    if counted or types is None:
+        missing = [number for number in range(1, num_layers + 1) if number not in counted]
+        if missing:
+            raise ConvertError(
+                f"{keys.where}: layer {missing[0]} (counted from 1) is in neither {kda_key} nor {mla_key}; "
+                f"{len(missing)} of {num_layers} layers are missing, list each once"
+            )
+    from_lists = tuple(counted[number] for number in sorted(counted))
+    from_types = tuple(_LAYER_TYPES[t] for t in types) if types is not None else from_lists
+    if counted and from_lists != from_types:
+        first = next(i for i, (a, b) in enumerate(zip(from_lists, from_types, strict=True)) if a is not b)
+        raise ConvertError(
+            f"{keys.where}: layer {first + 1} (counted from 1) is {from_lists[first].name} in "
+            f"linear_attn_config but {from_types[first].name} in layer_types; make them agree"
+        )
+    return from_types
+
+
+def _dense_layers(keys: _Keys, num_layers: int) -> int:
+    """How many leading layers have a dense FFN, from `first_k_dense_replace`, `mlp_layer_types` or both."""
+    counted = keys.integer("first_k_dense_replace", low=0, high=num_layers, default=None)
+    types = keys.get("mlp_layer_types")
+    if types is None:
+        if counted is None:
+            raise keys.fail("first_k_dense_replace", "a number of layers (or mlp_layer_types)", "nothing")
+        return int(counted)
+    if not isinstance(types, list) or len(types) != num_layers or any(t not in _MLP_TYPES for t in types):
+        raise keys.fail("mlp_layer_types", f"{num_layers} entries of 'dense' or 'sparse'", types)
+    dense = types.count("dense")
+    if "dense" in types[dense:]:
+        raise keys.fail(
+            "mlp_layer_types",
+            "dense layers first, then sparse ones",
+            types,
+            "llama.cpp cannot run a dense layer after a sparse one",
+        )
+    if counted is not None and counted != dense:
+        raise ConvertError(
+            f"{keys.where}: first_k_dense_replace is {counted} but mlp_layer_types starts with {dense} dense "
+            "layers; make them agree"
+        )
+    return dense
+
+
+def _check_heads(keys: _Keys, config: KimiConfig) -> None:
+    kv_heads = keys.integer("num_key_value_heads", default=config.num_heads)
+    if kv_heads != config.num_heads:
+        raise keys.fail(
+            "num_key_value_heads",
+            f"{config.num_heads}, as num_attention_heads",
+            kv_heads,
+            "llama.cpp cannot run latent attention with shared heads",
+        )
+    if LayerKind.KDA in config.layers and config.kda_num_heads != config.num_heads:
+        raise keys.fail(
+            f"{LINEAR}.num_heads",
+            f"{config.num_heads}, as num_attention_heads",
+            config.kda_num_heads,
+            "llama.cpp cannot run KDA with another number of heads than attention has",
+        )
+    for key in KDA_OTHER_SIZES:
+        found = keys.get(key)
+        if found is not None and found != config.kda_head_dim:
+            raise keys.fail(
+                key,
+                f"{config.kda_head_dim}, the one KDA head size",
+                found,
+                "llama.cpp cannot run KDA with keys and values of different sizes",
+            )
+
+
+def _check_experts(keys: _Keys, config: KimiConfig) -> None:
+    if config.num_moe_layers == 0:
+        return
+    if config.num_shared_experts == 0:
+        raise keys.fail(
+            "num_shared_experts", "at least 1", 0, "llama.cpp cannot run this model without a shared expert"
+        )
+    used, experts = config.num_experts_per_token, config.num_experts
+    if used > experts:
+        raise keys.fail("num_experts_per_token", f"at most num_experts, {experts}", used)
+    groups, kept = config.num_expert_groups, config.topk_groups
+    if kept > groups:
+        raise keys.fail("topk_group", f"at most num_expert_group, {groups}", kept)
+    if groups > 1 and keys.get("use_grouped_topk") is False and kept < groups:
+        raise ConvertError(
+            f"{keys.where}: use_grouped_topk is false but {kept} of {groups} groups are kept; "
+            "set num_expert_group and topk_group to 1 if the router has no groups"
+        )
+    if config.uses_groups:
+        size = experts // groups
+        if experts % groups or size < 2:
+            raise keys.fail(
+                "num_expert_group", f"a divisor of num_experts, {experts}, with two experts a group", groups
+            )
+        if used > kept * size:
+            raise keys.fail(
+                "num_experts_per_token", f"at most {kept * size}, the experts of {kept} groups", used
+            )

@@ -1,0 +1,156 @@
+"""The model card that goes beside an output: front matter for a model hub, and how the file was made and is run.
+
+Flows in: the plan, the files' names, the command. Flows out: Markdown. All facts are the plan's own keys and
+tensors; texts that came with the checkpoint are quoted or stripped of what Markdown and YAML would act on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from kimi_gguf.convert.model.metadata import ARCHITECTURE
+from kimi_gguf.convert.output.parts import Part, parts_of
+from kimi_gguf.convert.plan import Plan
+
+CARD: Final = "README.md"
+
+# What a reader of files made by llama.cpp's converter would wonder about; docs/conversion.md has the whole table.
+DIFFERENCES: Final = (
+    "`attention.value_length` is the width of the latent, {value_length}, so that the cache can be quantised; "
+    "llama.cpp's converter writes `head_dim`.",
+    "The end of a sequence is the token that ends the model's answers ({eos}), as its config has it, not the "
+    "tokenizer's own `[EOS]`; `add_bos_token` is false and `eot_token_id` is written.",
+    "`ssm_a` = -exp(A_log) is computed in double precision and rounded once.",
+    "Added tokens that the tokenizer does not call special, as the marks of tool calls, are user-defined tokens, "
+    "not control tokens: they are shown in the output.",
+    "Keys of expert groups are written only where the router leaves groups out.",
+    "Names, shapes and types of the tensors are llama.cpp's, so that its own builds load the file.",
+)
+
+
+def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
+    """The card of `plan` written to `paths` by `command`. The command's paths should be names without folders."""
+    facts = {key.name: key.value for key in plan.keys}
+    name = _plain(str(facts["general.name"]))
+    parts = parts_of(plan)
+    source = _source(facts) or command[1]
+    check = ["convert-kimi", "verify", paths[0].name, "--checkpoint", source]
+    check += ["--imatrix", plan.importances.path.name] if plan.importances else []
+    sections = (
+        _front_matter(facts),
+        f"# {name}, {_type(plan)} for llama.cpp",
+        _table(("", ""), [(title, text) for title, text in _made_of(plan, facts, source) if text]),
+        "Made by\n\n" + _code(shlex.join([command[0], source, *command[2:]])),
+        "## Files\n\n" + _table(("file", "bytes", "tensors", "types"), _files(paths, parts)),
+        "## How to run it\n\n" + _running(plan, paths[0].name),
+        "## How to check it\n\n"
+        "This makes every byte anew from the checkpoint and compares:\n\n" + _code(shlex.join(check)),
+        "## What differs from a file of llama.cpp's own converter\n\n" + "\n".join(_differences(facts)),
+        *(["## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in plan.notes)] if plan.notes else []),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def base_of(facts: Mapping[str, object]) -> str | None:
+    """ORG/NAME of what the file was made from, if it is known."""
+    owner, name = (facts.get(f"general.base_model.0.{part}") for part in ("organization", "name"))
+    return f"{owner}/{name}" if owner and name else None
+
+
+def _front_matter(facts: Mapping[str, object]) -> str:
+    """Keys that model hubs read; those of which nothing is known are left out."""
+    texts = (
+        ("base_model", base_of(facts)),
+        ("base_model_relation", "quantized" if base_of(facts) else None),
+        ("license", facts.get("general.license")),
+        ("license_name", facts.get("general.license.name")),
+        ("license_link", facts.get("general.license.link")),
+        ("library_name", "gguf"),
+        ("pipeline_tag", "text-generation"),
+        ("quantized_by", facts.get("general.quantized_by")),
+    )
+    lines = [f"{key}: {json.dumps(text)}" for key, text in texts if text]  # a JSON text is a YAML text
+    return "\n".join(["---", *lines, "tags:", "- gguf", "- llama.cpp", f"- {ARCHITECTURE}", "---"])
+
+
+def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str | None]]:
+    """What was converted, from where, to what; None for what is not known."""
+    base, licence = base_of(facts), facts.get("general.license")
+    yield "source", f"`{_code_text(source)}`"
+    yield "SHA-256 of its `config.json`", f"`{facts.get('kimi_gguf.source.config_sha256')}`"
+    yield "SHA-256 over its shards' headers", f"`{facts.get('kimi_gguf.source.headers_sha256')}`"
+    yield "base model", f"`{base}`" if base else None
+    yield "licence", _plain(str(licence)) if licence else None
+    yield "parameters, all and active", str(facts["general.size_label"])
+    yield "type", _type(plan)
+    if plan.importances:
+        yield "importance matrix", f"`{_code_text(plan.importances.path.name)}`"
+        yield "made with", _plain(Path(plan.importances.dataset or "").name)
+    yield "converter", f"kimi-gguf {version('kimi-gguf')}, `convert-kimi`"
+
+
+def _files(paths: Sequence[Path], parts: Sequence[Part]) -> Iterator[tuple[str, ...]]:
+    for path, part in zip(paths, parts, strict=True):
+        counts = Counter(tensor.type.name for tensor in part.tensors)
+        types = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        yield f"`{_code_text(path.name)}`", f"{part.nbytes:,}", str(len(part.tensors)), types
+
+
+def _running(plan: Plan, name: str) -> str:
+    """Commands for the patched llama.cpp and, where it can run the model, for any other."""
+    ours = _code(shlex.join(["kimi-llama", "chat", name]))
+    loads = "llama.cpp loads the other parts by itself.\n\n" if len(parts_of(plan)) > 1 else ""
+    refused = [note for note in plan.notes if "unpatched llama.cpp" in note]
+    if refused:
+        return f"{loads}{ours}\n\nPlain llama.cpp cannot: {_plain(refused[0])}."
+    plain = _code(shlex.join(["llama-cli", "-m", name]))
+    return f"{loads}With the patched llama.cpp of kimi-gguf:\n\n{ours}\n\nWith plain llama.cpp:\n\n{plain}"
+
+
+def _differences(facts: Mapping[str, object]) -> Iterator[str]:
+    tokens, eos = facts.get("tokenizer.ggml.tokens"), facts.get("tokenizer.ggml.eos_token_id")
+    text = tokens[eos] if isinstance(tokens, list) and isinstance(eos, int) else "none"
+    for difference in DIFFERENCES:
+        value_length = facts.get(f"{ARCHITECTURE}.attention.value_length")
+        yield "- " + difference.format(value_length=value_length, eos=f"`{_code_text(str(text))}`")
+
+
+def _type(plan: Plan) -> str:
+    return plan.request.recipe or plan.request.file_type.name
+
+
+def _source(facts: Mapping[str, object]) -> str | None:
+    """The checkpoint's id on the hub, with the commit, as far as they are known."""
+    repository, commit = (
+        facts.get(key) for key in ("general.source.huggingface.repository", "kimi_gguf.source.commit")
+    )
+    return f"{repository}@{commit}" if repository and commit else str(repository) if repository else None
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def _code(text: str) -> str:
+    """A block of code that nothing in it can end."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}sh\n{text}\n{fence}"
+
+
+def _code_text(text: str) -> str:
+    """For a span of code: nothing that ends the span or the line."""
+    return "".join(c if c.isprintable() and c != "`" else " " for c in text)
+
+
+def _plain(text: str) -> str:
+    """Without what Markdown or HTML would act on beyond the line."""
+    return "".join(c if c.isprintable() and c not in "`|<>[]" else " " for c in text)

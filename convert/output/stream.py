@@ -1,0 +1,210 @@
+"""The values of the output tensors, piece by piece, read, checked and encoded on all cores, in file order.
+
+Flows in: the checkpoint and the plan. Flows out: byte arrays in the order of the file. A piece is a few rows; a
+fixed number of them is under way at a time, so that memory does not grow with the model, and what comes out is
+the same whatever the number of cores. NaN, infinity and numbers that the wanted type cannot hold are refused by
+file, tensor and index.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.tensors import Transform
+from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.types.encode import BadValueError, check, encode
+from kimi_gguf.convert.types.ggml import Ggml, load
+from kimi_gguf.convert.types.tensor_types import F32, Bytes, Stored
+
+PIECE_ELEMENTS: Final = 1 << 20
+_PIECE_BYTES: Final = 16  # an element's, at most, as it is read, widened and encoded
+_BASE_MEMORY: Final = 384 << 20  # the interpreter with numpy, headers, a vocabulary of 160,000 tokens
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much is under way at a time."""
+
+    threads: int
+    pieces: int  # being read, encoded or waiting to be written
+    elements: int  # of a piece, at most; a row is never cut
+
+    @classmethod
+    def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
+        """All cores, unless memory (bytes, of the whole process) is short; `elsewhere` bytes of it are spoken for.
+        Raises `ConvertError`."""
+        threads = threads or _cores()
+        pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
+        if max_memory is None:
+            return pace
+        base = _BASE_MEMORY + elsewhere
+        room = max_memory - base
+        while room < pace.memory and pace.elements > 1 << 16:
+            pace = cls(pace.threads, pace.pieces, pace.elements // 2)
+        while room < pace.memory and pace.pieces > 2:
+            pace = cls(max(pace.threads - 1, 1), pace.pieces - 2, pace.elements)
+        if room < pace.memory:
+            least = base + pace.memory
+            raise ConvertError(
+                f"--max-memory: {max_memory >> 20} MiB are too few; {-(-least >> 20)} MiB are needed at least"
+            )
+        return pace
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all that is under way."""
+        return self.pieces * self.elements * _PIECE_BYTES
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one output tensor, all from one source."""
+
+    tensor: PlannedTensor
+    source: str
+    slice: int  # the expert or head: which of the tensor's importances are these rows'
+    first: int  # element of the source
+    count: int
+    read: Callable[[Checkpoint, Piece], tuple[Stored, Dtype]]  # -> [rows, columns] and their dtype
+
+
+def prepared(plan: Plan) -> Ggml | None:
+    """ggml's quantisers, ready for every type of the plan; None where it needs none."""
+    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantised}
+    if not kinds:
+        return None
+    ggml = load()
+    for kind in kinds.values():
+        ggml.prepare(kind)
+    return ggml
+
+
+def encoded(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tensors: Sequence[PlannedTensor],
+    pace: Pace,
+    ggml: Ggml | None = None,
+) -> Iterator[tuple[PlannedTensor, Bytes]]:
+    """The bytes of `tensors` in order, each piece with its tensor. Raises `ConvertError`."""
+
+    def work(piece: Piece) -> Bytes:
+        tensor = piece.tensor
+        weights = plan.weights(tensor) if tensor.type.quantised else None
+        if weights is not None:
+            columns = tensor.output.ne[0]
+            weights = weights[piece.slice * columns : (piece.slice + 1) * columns]
+        try:
+            rows, dtype = piece.read(checkpoint, piece)
+            return encode(rows, dtype, tensor.type, weights, ggml)
+        except BadValueError as bad:
+            raise _complaint(checkpoint, piece, bad) from None
+
+    def pieces() -> Iterator[Piece]:
+        return (piece for tensor in tensors for piece in _pieces(tensor, pace.elements))
+
+    under_way: deque[tuple[PlannedTensor, Future[Bytes]]] = deque()
+    pool = ThreadPoolExecutor(pace.threads, "encode")
+    try:
+        with checkpoint.expecting((piece.source, piece.first, piece.count) for piece in pieces()):
+            for piece in pieces():
+                under_way.append((piece.tensor, pool.submit(work, piece)))
+                if len(under_way) >= pace.pieces:
+                    tensor, done = under_way.popleft()
+                    yield tensor, done.result()
+            while under_way:
+                tensor, done = under_way.popleft()
+                yield tensor, done.result()
+    finally:
+        under_way.clear()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pieces(tensor: PlannedTensor, elements: int) -> Iterator[Piece]:
+    """What a tensor is read as, in the order of the file."""
+    output = tensor.output
+    size = math.prod(output.source_shape)
+    for expert, source in enumerate(output.sources):
+        if output.transform is Transform.COPY:
+            columns = output.ne[0]
+            step = max(elements // columns, 1) * columns
+            for first in range(0, size, step):
+                yield Piece(tensor, source, expert, first, min(step, size - first), _rows)
+        elif output.transform is Transform.NEG_EXP:
+            yield Piece(tensor, source, 0, 0, size, _neg_exp)
+        else:
+            yield from _heads(tensor, source)
+
+
+def _heads(tensor: PlannedTensor, source: str) -> Iterator[Piece]:
+    """kv_b by head: `nope` rows of k, then `v` rows of v."""
+    output = tensor.output
+    of_k = output.transform is Transform.K_OF_KV
+    rank, rows = (output.ne[1], output.ne[0]) if of_k else (output.ne[0], output.ne[1])
+    heads = output.ne[2]
+    per_head, count = math.prod(output.source_shape) // heads, rank * rows
+    for head in range(heads):
+        first = head * per_head if of_k else (head + 1) * per_head - count
+        yield Piece(tensor, source, head, first, count, _transposed if of_k else _rows)
+
+
+def _rows(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+    values = checkpoint.elements(piece.source, piece.first, piece.count)
+    return values.reshape(-1, piece.tensor.output.ne[0]), checkpoint.dtype(piece.source)
+
+
+def _transposed(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+    values = checkpoint.elements(piece.source, piece.first, piece.count)
+    values = np.ascontiguousarray(values.reshape(piece.tensor.output.ne[0], -1).T)
+    return values, checkpoint.dtype(piece.source)
+
+
+def _neg_exp(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+    """-exp(x), from double precision rounded once."""
+    dtype = checkpoint.dtype(piece.source)
+    stored = checkpoint.elements(piece.source, piece.first, piece.count)
+    check(stored, dtype, F32)
+    with np.errstate(over="ignore"):
+        exact = -np.exp(to_float32(stored, dtype).astype(np.float64))
+        values = exact.astype(np.float32)
+    if not np.isfinite(values).all():
+        at = int(np.argmin(exact))
+        raise BadValueError(at, float(exact[at]), beyond=True)
+    return values.reshape(-1, piece.tensor.output.ne[0]), Dtype.F32
+
+
+def _complaint(checkpoint: Checkpoint, piece: Piece, bad: BadValueError) -> ConvertError:
+    element = bad.index
+    if piece.read is _transposed:  # back to the order of the source
+        columns = piece.tensor.output.ne[0]
+        row, column = divmod(element, columns)
+        element = column * (piece.count // columns) + row
+    path, stored, index = checkpoint.locate(piece.source, piece.first + element)
+    kind = piece.tensor.type
+    if not bad.beyond:
+        return ConvertError(
+            f"{path}: {stored!r}: element {list(index)} is {bad.value}, expected finite numbers; "
+            "the checkpoint is damaged, or its training diverged"
+        )
+    what = "the checkpoint is damaged" if kind is F32 else "convert to BF16 or F32"
+    return ConvertError(
+        f"{path}: {stored!r} -> {piece.tensor.name}: element {list(index)} is {bad.value:g}, more than "
+        f"{kind.name} can hold; {what}"
+    )

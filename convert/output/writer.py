@@ -1,0 +1,108 @@
+"""GGUF v3 files, written as a stream beside their place; they take their names when all are whole.
+
+Flows in: a `Plan` and its encoded pieces in order. Flows out: the files, or unfinished ones that can be gone on
+with (see `unfinished`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.output.parts import Part, layout_of, output_paths, parts_of
+from kimi_gguf.convert.output.unfinished import Identity, Unfinished, unfinished
+from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
+from kimi_gguf.convert.types.tensor_types import Bytes
+
+Pieces = Iterator[tuple[PlannedTensor, Bytes]]
+Report = Callable[[PlannedTensor, int], None]
+Check = Callable[[PlannedTensor | None], None]
+
+
+def write(
+    plan: Plan,
+    pieces: Callable[[Sequence[PlannedTensor]], Pieces],
+    path: Path,
+    overwrite: bool,
+    identity: Identity,
+    resume: bool,
+    report: Report,
+    check: Check,
+    beside: Sequence[tuple[str, bytes]] = (),
+) -> None:
+    """Write the plan's files. `pieces` gives the bytes of the tensors it is asked for, in order; `report` hears of
+    every tensor and number of its bytes written, `check` of every tensor finished and, with None, of the last;
+    `beside` are names and contents of small files that appear with the others.
+    Raises `ConvertError` when the disk is too small or fails, or when `check` does."""
+    parts = parts_of(plan)
+    layout = layout_of(parts, output_paths(plan, path))
+    with unfinished(path, layout, identity, resume, overwrite) as work:
+        _check_space(path, work.missing + sum(len(content) for _, content in beside))
+        for tensor in plan.tensors[: work.done]:
+            report(tensor, tensor.nbytes)
+        stream = pieces(plan.tensors[work.done :])
+        first = 0
+        for number, part in enumerate(parts):
+            if work.done < first + len(part.tensors):
+                _write_part(work, number, part, first, stream, report, check)
+            first += len(part.tensors)
+        check(None)
+        for name, content in beside:
+            work.add(name, content)
+
+
+def _write_part(
+    work: Unfinished, number: int, part: Part, first: int, stream: Pieces, report: Report, check: Check
+) -> None:
+    """One file, of which `first` is the number of its first tensor among all."""
+    head, skip = part.header, max(work.done - first, 0)
+    work.begin(number)
+    if work.at == 0:
+        work.write(np.frombuffer(head, np.uint8))
+    for i, (tensor, offset) in enumerate(zip(part.tensors, part.offsets, strict=False)):
+        if i < skip:
+            continue
+        start = len(head) + offset
+        while work.at < start + tensor.nbytes:
+            found, piece = next(stream)
+            work.write(piece)
+            report(found, piece.nbytes)
+        if found is not tensor or work.at != start + tensor.nbytes:
+            raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {work.at - start}")
+        work.write(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
+        check(tensor)
+        if tensor is not part.tensors[-1]:  # with the last, only the complete file is finished
+            work.finished(first + i + 1)
+    work.end(first + len(part.tensors))
+
+
+def check_outputs(
+    paths: Iterable[Path], overwrite: bool, sources: Sequence[Path], ours: Iterable[Path] = ()
+) -> None:
+    """Refuse places that cannot or must not be written, before any work is done; `ours` are files of an unfinished
+    run. Raises `ConvertError`."""
+    for path in paths:
+        if not path.parent.is_dir():
+            raise ConvertError(f"{path}: its folder does not exist; make it first")
+        if not path.exists():
+            continue
+        if not path.is_file():
+            raise ConvertError(f"{path}: is no ordinary file; expected the name of a file to write")
+        for source in sources:
+            if source.exists() and path.samefile(source):
+                raise ConvertError(f"{path}: is a file of the checkpoint; choose another name for the output")
+        if not overwrite and path not in ours:
+            raise ConvertError(f"{path}: exists already; remove it, choose another name, or use --force")
+
+
+def _check_space(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ConvertError(
+            f"{path}: needs {size:,} bytes, but its disk has {free:,} free; "
+            "make room, choose another disk or a smaller --type"
+        )

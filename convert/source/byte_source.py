@@ -1,0 +1,90 @@
+"""The bytes of one named file, wherever it is: the small interface behind which a safetensors file is read.
+
+Flows in: the file. Flows out: its size, ranges of its bytes, and whether it is still the file that was opened.
+`LocalFile` is a file on disk; `remote.RemoteFile` one that is read over the network.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePath
+from typing import Protocol
+
+from kimi_gguf.convert.errors import ConvertError, ReadError
+
+
+class Source(Protocol):
+    """An open file. Reading is safe from several threads."""
+
+    @property
+    def path(self) -> PurePath:
+        """What errors call the file; its last part is its name in the checkpoint."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, as of now."""
+
+    @property
+    def stamp(self) -> tuple[object, ...]:
+        """What tells the file from another one of its name, as of its opening."""
+
+    def read_into(self, buffer: memoryview, offset: int, what: str) -> None:
+        """Fill `buffer` with the bytes from `offset` on; `what` they are, for errors.
+
+        Raises `ReadError` when reading fails, `ConvertError` when the file ends before or has changed."""
+
+    def unchanged(self) -> bool:
+        """Whether this is the file that was opened, as far as can be told without reading it."""
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+
+
+class LocalFile:
+    """A `Source` on disk. Raises `ConvertError` when there is none, or when it is no ordinary file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.exists() and not path.is_file():
+            raise ConvertError(f"{path}: expected a safetensors file, found something else")
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        except FileNotFoundError:
+            raise ConvertError(f"{path}: not found; the checkpoint is incomplete, fetch the file") from None
+        except OSError as error:
+            raise ConvertError(f"{path}: cannot be opened: {error.strerror}") from None
+        self.stamp = _stamp(os.fstat(self._fd))
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._fd).st_size
+
+    def read_into(self, buffer: memoryview, offset: int, what: str) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise ReadError(f"{self.path}: {what}: cannot be read: {error.strerror}") from None
+            if got == 0:
+                raise ConvertError(
+                    f"{self.path}: {what}: the file ends at byte {offset + done}; "
+                    "the file is damaged or truncated, fetch it again"
+                )
+            done += got
+
+    def unchanged(self) -> bool:
+        try:
+            return _stamp(self.path.stat()) == _stamp(os.fstat(self._fd)) == self.stamp
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _stamp(found: os.stat_result) -> tuple[int, int, int, int]:
+    """What changes when a file is written to or replaced: size, time of change, device, inode."""
+    return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino

@@ -1,0 +1,349 @@
+"""A checkpoint on disk as one namespace of canonical hub names, whatever its layout and number of files.
+
+Flows in: a folder, an index file or a single safetensors file. Flows out: `Checkpoint`: the config, and each
+canonical tensor's values. Opening reads headers only and settles everything about names, shapes, dtypes and
+files; values are read range by range, so a caller decides how much lies in memory.
+
+Nothing of the checkpoint is ever run: no pickle, no Python beside the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.tensors import hub_shapes
+from kimi_gguf.convert.model.vocab_files import TOKENIZER
+from kimi_gguf.convert.output.digest import digest
+from kimi_gguf.convert.source.byte_source import Source
+from kimi_gguf.convert.source.hub import HubId, cached_folder, is_offline, open_repository
+from kimi_gguf.convert.source.json_file import read_object
+from kimi_gguf.convert.source.layouts import Place, places
+from kimi_gguf.convert.source.origin import CARD
+from kimi_gguf.convert.source.read_ahead import MOST_BYTES, Range, ReadAhead
+from kimi_gguf.convert.source.remote import RemoteFile
+from kimi_gguf.convert.source.safetensors_file import Dtype, SafetensorsFile
+
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+CONFIG: Final = "config.json"
+_NO_PICKLES: Final = (
+    "pickled weights run code when they are read, so they are refused; save the checkpoint as safetensors"
+)
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Checkpoint:
+    """An open, checked checkpoint; made by `open_checkpoint`. Names are canonical hub names."""
+
+    def __init__(
+        self,
+        place: _Place,
+        config: KimiConfig,
+        files: Mapping[PurePath, SafetensorsFile],
+        where: Mapping[str, PurePath],
+    ) -> None:
+        self.folder = place.folder  # of the config and the tokenizer
+        self.config = config
+        self.files = (  # on this machine's disks
+            *(path for path in files if isinstance(path, Path)),
+            *(self.folder / name for name in (CONFIG, INDEX)),
+        )
+        self.shapes: Mapping[str, tuple[int, ...]] = hub_shapes(config)
+        self._files = files
+        self._file_of = where
+        self._ahead = place.ahead
+        self._place = _resolve(place.path, config, self.shapes, files, where)
+
+    def names(self) -> list[str]:
+        """Every canonical name, in the order of the GGUF file."""
+        return list(self.shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def dtype(self, name: str) -> Dtype:
+        """The type the tensor is stored in."""
+        place = self._place[name]
+        return Dtype(self._files[self._file_of[place.stored]].tensors[place.stored].dtype)
+
+    def source(self, name: str) -> tuple[PurePath, str]:
+        """The file and the stored name that hold the tensor."""
+        place = self._place[name]
+        return self._file_of[place.stored], place.stored
+
+    def locate(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
+        """The file, the stored name and the index there of the tensor's `element` in row-major order."""
+        place = self._place[name]
+        index = np.unravel_index(place.first + element, place.stored_shape)
+        return *self.source(name), tuple(int(i) for i in index)
+
+    def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
+        """Elements `first .. first+count` in row-major order, 1-D, as stored (BF16 as uint16)."""
+        place = self._place[name]
+        return self._files[self._file_of[place.stored]].read(place.stored, place.first + first, count)
+
+    def _span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
+        place = self._place[name]
+        return self._files[self._file_of[place.stored]].span(place.stored, place.first + first, count)
+
+    @contextmanager
+    def expecting(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[None]:
+        """Within the block these elements (name, first, count) are read, each range once and about in this order:
+        what comes over a network is fetched ahead."""
+        if self._ahead is None:
+            yield
+            return
+        spans = (self._span(*wanted) for wanted in ranges)
+        remote = (Range(file, begin, end) for file, begin, end in spans if isinstance(file, RemoteFile))
+        with self._ahead.expecting(remote):
+            yield
+
+    def stop(self) -> None:
+        """Nothing more is wanted: whoever waits for a network gives up."""
+        if self._ahead is not None:
+            self._ahead.stop()
+
+    @property
+    def remote_bytes(self) -> int:
+        """Bytes of the files that are read over a network."""
+        sources = (file.source for file in self._files.values())
+        return sum(source.size for source in sources if isinstance(source, RemoteFile))
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of memory that reading over a network takes."""
+        return MOST_BYTES if self._ahead else 0
+
+    def identity(self) -> str:
+        """A hash of what the weights stand in: names, sizes, times and headers of the files."""
+        return digest(*(file.identity() for file in self._files.values()))
+
+    def headers_hash(self) -> str:
+        """A hash of all headers, the same wherever and whenever the files are."""
+        return digest(*(file.header_hash.encode() for file in self._files.values()))
+
+    def check_unchanged(self, names: Iterable[str] | None = None) -> None:
+        """Raise `ConvertError` if a file that holds one of the tensors `names` is no longer what was opened;
+        without names, look at every file, and read the headers again."""
+        if names is None:
+            for file in self._files.values():
+                file.check_unchanged(thoroughly=True)
+            return
+        for path in {self._file_of[self._place[name].stored] for name in names}:
+            self._files[path].check_unchanged()
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The whole tensor in its canonical shape, as stored (BF16 as uint16; see `dtype`)."""
+        shape = self.shapes[name]
+        return self.elements(name, 0, math.prod(shape)).reshape(shape)
+
+    def float32(self, name: str) -> npt.NDArray[np.float32]:
+        """The whole tensor in its canonical shape, exactly, as float32."""
+        return to_float32(self.read(name), self.dtype(name))
+
+
+def to_float32(values: npt.NDArray[Any], dtype: Dtype) -> npt.NDArray[np.float32]:
+    """Stored elements as float32, exactly: every F16 and BF16 number is one."""
+    if dtype is Dtype.BF16:
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint is: how errors call it, its small files' folder, its shards."""
+
+    path: PurePath
+    folder: Path
+    weight_map: Mapping[str, str]  # of the index; empty for a single file
+    single: str | None
+    open: Callable[[str], SafetensorsFile]
+    ahead: ReadAhead[RemoteFile] | None = None
+
+
+@contextmanager
+def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
+    """Open a checkpoint: its folder, its index, its single safetensors file with `config.json` beside it; or, where
+    a string names no such thing, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`.
+
+    Raises `ConvertError`, naming file and tensor, for whatever is missing, damaged, doubled or unexpected.
+    """
+    place = _find(source)
+    config_file = place.folder / CONFIG
+    config = KimiConfig.from_json(read_object(config_file), str(config_file))
+    with ExitStack() as stack:
+        names = [place.single] if place.single else sorted(set(place.weight_map.values()))
+        files = {place.path / name: stack.enter_context(place.open(name)) for name in names}
+        where: dict[str, PurePath] = {}
+        for file_path, file in files.items():
+            for name in file.tensors:
+                if name in where:
+                    raise ConvertError(
+                        f"{file_path}: {name!r} stands in {where[name].name} too; "
+                        "each tensor belongs in one file, fetch the checkpoint again"
+                    )
+                where[name] = file_path
+        if not place.single:
+            _check_index(place.path, place.weight_map, where)
+        checkpoint = Checkpoint(place, config, files, where)
+        stack.callback(checkpoint.stop)
+        yield checkpoint
+
+
+def _find(source: Path | str) -> _Place:
+    path = Path(source)
+    if _exists(path):
+        return _on_disk(path)
+    id = HubId.parse(source) if isinstance(source, str) else None
+    if id is None:
+        raise ConvertError(
+            f"{source}: not found; expected a checkpoint folder, a safetensors file, or an id on the hub "
+            "(OWNER/NAME or hf://OWNER/NAME, perhaps with @REVISION)"
+        )
+    return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or a NUL in it
+        return False
+
+
+def _on_disk(path: Path) -> _Place:
+    if path.is_dir():
+        names = {file.name for file in path.iterdir() if file.exists()}
+        folder, (single, index) = path, _weights(path, names)
+    elif path.name.endswith(".index.json"):
+        folder, single, index = path.parent, None, path.name
+    elif path.suffix in _PICKLES:
+        raise ConvertError(f"{path}: {_NO_PICKLES}")
+    elif path.suffix == ".safetensors":
+        folder, single, index = path.parent, path.name, None
+    else:
+        raise ConvertError(f"{path}: expected a checkpoint folder or a .safetensors file")
+    weight_map = _weight_map(folder / index) if index else {}
+    return _Place(folder, folder, weight_map, single, lambda name: SafetensorsFile(folder / name))
+
+
+def _on_hub(id: HubId) -> _Place:
+    found = open_repository(id, (CONFIG, INDEX, CARD, *TOKENIZER))
+    single, index = _weights(found.path, found.names)
+    weight_map = _weight_map(found.folder / index) if index else {}
+    return _Place(
+        found.path,
+        found.folder,
+        weight_map,
+        single,
+        lambda name: SafetensorsFile(found.open(name)),
+        found.ahead,
+    )
+
+
+def _weights(path: PurePath, names: Collection[str]) -> tuple[str | None, str | None]:
+    """The single file or the index among the names of a folder's files."""
+    single, index = SINGLE in names, INDEX in names
+    if single and index:
+        raise ConvertError(f"{path}: holds both {SINGLE} and {INDEX}; give the path of the one that is meant")
+    if single or index:
+        return (SINGLE, None) if single else (None, INDEX)
+    pickles = sorted(name for name in names if PurePath(name).suffix in _PICKLES)
+    if pickles:
+        raise ConvertError(f"{path / pickles[0]}: {_NO_PICKLES}")
+    raise ConvertError(f"{path}: holds neither {SINGLE} nor {INDEX}; expected a checkpoint folder")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of a shard index; file names stay inside the index's folder."""
+    found = read_object(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ConvertError(f"{index}: weight_map: expected an object of tensor and file names")
+    for name, file in found.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable():
+            raise ConvertError(f"{index}: {name!r}: expected a .safetensors file name, found {file!r:.80}")
+        posix, windows = PurePosixPath(file), PureWindowsPath(file)
+        if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
+            raise ConvertError(
+                f"{index}: {name!r}: {file!r:.80} leads out of the checkpoint's folder; "
+                "expected the name of a file beside the index"
+            )
+    return found
+
+
+def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[str, PurePath]) -> None:
+    """The index and the shards must tell the same."""
+    for name, file in weight_map.items():
+        if name not in where:
+            raise ConvertError(
+                f"{path / file}: {name!r} is missing, though {INDEX} says it is there; fetch the file again"
+            )
+        if where[name] != path / file:
+            raise ConvertError(
+                f"{path / INDEX}: {name!r}: expected in {file}, found in {where[name].name}; "
+                "index and files do not belong together, fetch the checkpoint again"
+            )
+    for name, found in where.items():
+        if name not in weight_map:
+            raise ConvertError(
+                f"{found}: unexpected tensor {name!r}, which {INDEX} does not list; "
+                "index and files do not belong together, fetch the checkpoint again"
+            )
+
+
+def _resolve(
+    path: PurePath,
+    config: KimiConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    files: Mapping[PurePath, SafetensorsFile],
+    where: Mapping[str, PurePath],
+) -> dict[str, Place]:
+    """The one place of each canonical tensor; every stored tensor must serve."""
+    resolved: dict[str, Place] = {}
+    for name, shape in shapes.items():
+        candidates = places(name, shape, config.num_experts)
+        found = [place for place in candidates if place.stored in where]
+        if not found and name == _HEAD and config.tie_word_embeddings:
+            found = [Place(_EMBEDDING, shape, 0)]
+        if not found:
+            also = ", ".join(repr(place.stored) for place in candidates[1:])
+            raise ConvertError(
+                f"{path}: missing tensor {name!r} of shape {list(shape)}"
+                f"{f' (also looked for {also})' if also else ''}; the checkpoint is incomplete, "
+                f"or {CONFIG} describes another model"
+            )
+        if len(found) > 1:
+            raise ConvertError(
+                f"{where[found[1].stored]}: {found[1].stored!r} is a duplicate of {found[0].stored!r} "
+                f"in {where[found[0].stored].name}; keep one of the two"
+            )
+        resolved[name] = found[0]
+    used = {place.stored: place for place in resolved.values()}
+    for stored, file in where.items():
+        if stored not in used:
+            raise ConvertError(
+                f"{file}: unexpected tensor {stored!r}; {CONFIG} describes a model without it, "
+                "and leaving it out could change what the model computes"
+            )
+        tensor, expected = files[file].tensors[stored], used[stored].stored_shape
+        if tensor.shape != expected:
+            raise ConvertError(
+                f"{file}: {stored!r}: expected shape {list(expected)} by {CONFIG}, "
+                f"found {list(tensor.shape)}; file and config do not belong together"
+            )
+        if tensor.dtype not in Dtype.__members__:
+            raise ConvertError(
+                f"{file}: {stored!r}: expected dtype {', '.join(Dtype.__members__)}, found {tensor.dtype}; "
+                "save the checkpoint in one of those"
+            )
+    return resolved

@@ -1,0 +1,137 @@
+"""Ranges of files, fetched by a few threads before they are wanted, and kept within a number of bytes.
+
+Flows in: the ranges in the order in which they will be wanted. Flows out: their bytes, each range once. Ranges that
+follow one another in a file are fetched as one, so that few requests are made.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Generic, TypeVar
+
+from kimi_gguf.convert.errors import ReadError
+
+AHEAD_BYTES: Final = 64 << 20  # fetched and not yet taken, at most
+FETCH_BYTES: Final = 8 << 20  # of one request, at most; a single wanted range is never cut
+CONNECTIONS: Final = 4
+MOST_BYTES: Final = (
+    AHEAD_BYTES + (1 + CONNECTIONS) * FETCH_BYTES
+)  # of memory, with what is just being handed over
+LOOK_SECONDS: Final = 0.2  # between looks whether reading was stopped
+STOPPED: Final = "reading was stopped"
+
+F = TypeVar("F")
+
+
+@dataclass(frozen=True)
+class Range(Generic[F]):
+    """The bytes `begin .. end` of a file."""
+
+    file: F
+    begin: int
+    end: int
+
+
+class _Fetch(Generic[F]):
+    """One request under way, and how many of its ranges were not taken yet."""
+
+    def __init__(self, whole: Range[F], ranges: list[Range[F]], content: Future[memoryview]) -> None:
+        self.whole, self.content = whole, content
+        self.left = len(ranges)
+
+
+class ReadAhead(Generic[F]):
+    """`fetch` gets the bytes of a file between two offsets, and gives up soon after `stop`, which sets `stopped`."""
+
+    def __init__(
+        self,
+        fetch: Callable[[F, int, int], memoryview],
+        stopped: threading.Event,
+        stop: Callable[[], None],
+    ) -> None:
+        self._fetch = fetch
+        self._stopped = stopped
+        self.stop = stop
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._coming: Iterator[list[Range[F]]] = iter(())
+        self._fetches: dict[Range[F], deque[_Fetch[F]]] = {}  # by each range that is in it and not yet taken
+        self._held = 0
+
+    @contextmanager
+    def expecting(self, ranges: Iterable[Range[F]]) -> Iterator[None]:
+        """Within the block these ranges are fetched ahead, in this order, each to be taken once."""
+        self._pool = ThreadPoolExecutor(CONNECTIONS, "fetch")
+        self._coming = _together(ranges)
+        try:
+            with self._lock:
+                self._fill()
+            yield
+        except BaseException:
+            self.stop()
+            raise
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool, self._coming, self._held = None, iter(()), 0
+            self._fetches.clear()
+
+    def take(self, file: F, begin: int, end: int) -> memoryview | None:
+        """The bytes of an expected range; None of one that is not. Raises what fetching them raised."""
+        wanted = Range(file, begin, end)
+        with self._lock:
+            while wanted not in self._fetches:  # a reader that is ahead of what may be held
+                if not self._begin_next():
+                    return None
+            waiting = self._fetches[wanted]
+            fetch = waiting.popleft()
+            if not waiting:
+                del self._fetches[wanted]
+        content = self._content(fetch)[begin - fetch.whole.begin : end - fetch.whole.begin]
+        with self._lock:
+            fetch.left -= 1
+            if fetch.left == 0:
+                self._held -= fetch.whole.end - fetch.whole.begin
+                self._fill()
+        return content
+
+    def _content(self, fetch: _Fetch[F]) -> memoryview:
+        while not wait([fetch.content], LOOK_SECONDS).done:
+            if self._stopped.is_set():
+                raise ReadError(STOPPED)
+        try:
+            return fetch.content.result()
+        except CancelledError:
+            raise ReadError(STOPPED) from None
+
+    def _fill(self) -> None:
+        while self._held < AHEAD_BYTES and self._begin_next():
+            pass
+
+    def _begin_next(self) -> bool:
+        ranges = next(self._coming, None)
+        if ranges is None or self._pool is None or self._stopped.is_set():
+            return False
+        whole = Range(ranges[0].file, ranges[0].begin, ranges[-1].end)
+        fetch = _Fetch(whole, ranges, self._pool.submit(self._fetch, whole.file, whole.begin, whole.end))
+        for wanted in ranges:
+            self._fetches.setdefault(wanted, deque()).append(fetch)
+        self._held += whole.end - whole.begin
+        return True
+
+
+def _together(ranges: Iterable[Range[F]]) -> Iterator[list[Range[F]]]:
+    """Ranges that follow one another, as lists of `FETCH_BYTES` at most."""
+    group: list[Range[F]] = []
+    for wanted in ranges:
+        follows = group and group[-1].file is wanted.file and group[-1].end == wanted.begin
+        if group and not (follows and wanted.end - group[0].begin <= FETCH_BYTES):
+            yield group
+            group = []
+        group.append(wanted)
+    if group:
+        yield group

@@ -1,0 +1,313 @@
+"""A file read over HTTP by ranges: what broke off goes on at the byte where it broke, what is wrong is refused.
+
+Flows in: how to find the file (a `Location`, asked for anew after every failure). Flows out: `RemoteFile`, a
+`Source` of which nothing ever lies on a disk. Every answer is checked: status, range, length, encoding, ETag, and
+that the file is still the one that was opened.
+
+The client is the one that huggingface_hub brings (proxies, certificates); the token goes to the hub's own origin
+and nowhere else.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import PurePath
+from typing import Any, Final, TypeVar
+from urllib.parse import urljoin, urlsplit
+
+from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.convert.source.read_ahead import STOPPED, ReadAhead
+
+TRIES = 6  # in a row that bring nothing
+WORTH = 64 << 10  # bytes that make a try worth it: the count begins anew
+FIRST_PAUSE = 1.0  # seconds; doubles from try to try
+LONGEST_PAUSE = 120.0
+CONNECT_SECONDS = 10.0
+SILENT_SECONDS = 15.0  # without a byte
+SLOW_SECONDS = 30.0  # that bring fewer bytes than `WORTH`: as good as silent
+REDIRECTS: Final = 5
+PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may be gone at the next try
+_NO_RANGES: Final = (
+    "a proxy or mirror between that does not hand on ranges? Go around it, or download the checkpoint and give its "
+    "folder"
+)
+_RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
+T = TypeVar("T")
+
+
+class PassingError(Exception):
+    """Something that another try may mend; `wait` is what the server asked for, in seconds."""
+
+    def __init__(self, what: str, wait: float = 0.0) -> None:
+        super().__init__(what)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a file is just now, and what it is."""
+
+    url: str
+    commit: str
+    etag: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Web:
+    """What the files of a checkpoint share."""
+
+    client: Any  # httpx.Client or httpx2.Client, which are alike
+    failures: type[Exception]  # what it raises when a connection fails
+    hub: str  # the URL whose origin may see the token
+    headers: Mapping[str, str]  # for the hub, perhaps with a token
+    stopped: threading.Event = field(default_factory=threading.Event)
+    _answers: set[Any] = field(default_factory=set)  # being read
+
+    def stop(self) -> None:
+        """Nothing more is wanted: who waits for a connection is woken."""
+        self.stopped.set()
+        for answer in list(self._answers):
+            with suppress(Exception):  # whatever this connection is, or is no more
+                answer.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
+    @contextmanager
+    def reading(self, answer: Any) -> Iterator[None]:
+        """`stop` breaks this answer's connection within the block."""
+        self._answers.add(answer)
+        try:
+            self.check_running()
+            yield
+        finally:
+            self._answers.discard(answer)
+
+    def headers_for(self, url: str) -> dict[str, str]:
+        """The headers that `url` may see."""
+        if _origin(url) == _origin(self.hub):
+            return dict(self.headers)
+        return {name: value for name, value in self.headers.items() if name.lower() == "user-agent"}
+
+    def check_running(self) -> None:
+        if self.stopped.is_set():
+            raise ReadError(STOPPED)
+
+    def persistently(self, what: str, act: Callable[[], T]) -> T:
+        """`act`, tried again while it raises `PassingError`. Raises `ReadError` when that does not help."""
+        patience = Patience(self, what)
+        while True:
+            try:
+                return act()
+            except PassingError as error:
+                patience.failed(error)
+
+
+class Patience:
+    """Counts the tries in a row that brought nothing, and waits between them."""
+
+    def __init__(self, web: Web, what: str) -> None:
+        self._web, self._what = web, what
+        self._tries = 0
+
+    def failed(self, error: PassingError, gained: int = 0) -> None:
+        """Wait for the next try, or raise `ReadError` after the last; `gained` bytes came in this one."""
+        self._web.check_running()
+        self._tries = 1 if gained >= WORTH else self._tries + 1
+        if self._tries >= TRIES:
+            raise ReadError(
+                f"{self._what}: {error}; gave up after {self._tries} tries that brought nothing. Look to the network, "
+                "then go on with --resume"
+            ) from None
+        self._web.stopped.wait(max(error.wait, min(FIRST_PAUSE * 2 ** (self._tries - 1), LONGEST_PAUSE)))
+        self._web.check_running()
+
+
+class RemoteFile:
+    """A `Source` on the web. `locate` asks where it is: it raises `PassingError` or `ConvertError`.
+
+    Raises `ReadError` where another run may do better, `ConvertError` where the file is no longer what it was.
+    """
+
+    def __init__(
+        self, path: PurePath, web: Web, locate: Callable[[], Location], ahead: ReadAhead[RemoteFile]
+    ) -> None:
+        self.path = path
+        self._web = web
+        self._locate = locate
+        self._ahead = ahead
+        self._etags: dict[str, str] = {}  # of the files that were answered from, by origin
+        self._opened = web.persistently(str(path), locate)
+        self._now: Location | None = self._opened
+        self.stamp = (self._opened.commit, self._opened.etag, self._opened.size)
+
+    @property
+    def size(self) -> int:
+        return self._opened.size
+
+    def read_into(self, buffer: memoryview, offset: int, what: str) -> None:
+        if offset + len(buffer) > self.size:
+            raise ConvertError(f"{self.path}: {what}: the file ends at byte {self.size}")
+        found = self._ahead.take(self, offset, offset + len(buffer))
+        buffer[:] = self.fetch(offset, offset + len(buffer)) if found is None else found
+
+    def unchanged(self) -> bool:
+        """Nothing is asked: every answer is checked as it comes, and a commit stays what it is."""
+        return True
+
+    def close(self) -> None:
+        """There is nothing to give back."""
+
+    def fetch(self, begin: int, end: int) -> memoryview:
+        """The bytes `begin .. end` of the file, over as many connections as it takes."""
+        data, done = memoryview(bytearray(end - begin)), 0
+        patience = Patience(self._web, str(self.path))
+        while done < len(data):
+            self._web.check_running()
+            before = done
+            try:
+                for chunk in self._chunks(begin + done, end):
+                    data[done : done + len(chunk)] = chunk
+                    done += len(chunk)
+            except PassingError as error:
+                self._now = None
+                patience.failed(error, done - before)
+        return data
+
+    def _where(self) -> Location:
+        if self._now is None:
+            self._now = self._locate()
+            stamp = (self._now.commit, self._now.etag, self._now.size)
+            if stamp != self.stamp:
+                raise ConvertError(
+                    f"{self.path}: was changed while it was read (commit, ETag, size: expected {self.stamp}, found "
+                    f"{stamp}); the output would be a mixture. Convert the checkpoint anew"
+                )
+        return self._now
+
+    def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
+        """The bytes `begin .. end` as they come, from one connection; fewer only with a `PassingError`."""
+        url = self._where().url
+        for _ in range(REDIRECTS + 1):
+            headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+            try:
+                with self._web.client.stream(
+                    "GET",
+                    url,
+                    headers=self._web.headers_for(url) | headers,
+                    timeout=_timeout(),
+                    follow_redirects=False,
+                ) as answer:
+                    if not answer.is_redirect:
+                        self._check(answer, url, begin, end)
+                        with self._web.reading(answer):
+                            yield from self._body(answer, end - begin)
+                        return
+                    url = self._redirected(url, answer.headers.get("Location", ""))
+            except self._web.failures as error:
+                raise PassingError(f"the connection failed ({reason(error)})") from None
+        raise ReadError(
+            f"{self.path}: more than {REDIRECTS} redirects, the last to {_host(url)}; nothing was read"
+        )
+
+    def _redirected(self, url: str, target: str) -> str:
+        try:
+            found = urljoin(url, target)
+            allowed = urlsplit(found).scheme in {"https", urlsplit(url).scheme}
+        except ValueError:
+            allowed = False
+        if not allowed:
+            raise ReadError(f"{self.path}: {_host(url)} redirects to {target!r:.80}; expected https")
+        return found
+
+    def _check(self, answer: Any, url: str, begin: int, end: int) -> None:
+        """Whether the answer's head says that its body is the wanted bytes of the file that was opened."""
+        status, headers = answer.status_code, answer.headers
+        if status in PASSING or status in {
+            401,
+            403,
+            404,
+            410,
+        }:  # these: the location may be a signed one, expired
+            raise PassingError(f"{_host(url)} answers {status}", retry_after(headers.get("Retry-After", "")))
+
+        def wrong(what: str, expected: object, found: object) -> ReadError:
+            return ReadError(
+                f"{self.path}: {_host(url)}: {what}: expected {expected}, found {found!r:.80}; {_NO_RANGES}"
+            )
+
+        if status != 206:
+            raise wrong(f"answer to a request for bytes {begin}-{end - 1}", "status 206", status)
+        etag = headers.get("ETag", "")
+        if etag and self._etags.setdefault(_host(url), etag) != etag:
+            raise ConvertError(
+                f"{self.path}: was changed while it was read (ETag at {_host(url)}: expected "
+                f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture. Convert the "
+                "checkpoint anew"
+            )
+        found = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        if found is None or tuple(map(int, found.groups())) != (begin, end - 1, self.size):
+            raise wrong(
+                "Content-Range", f"'bytes {begin}-{end - 1}/{self.size}'", headers.get("Content-Range", "")
+            )
+        if headers.get("Content-Length", str(end - begin)) != str(end - begin):
+            raise wrong("Content-Length", end - begin, headers["Content-Length"])
+        if headers.get("Content-Encoding", "identity") != "identity":
+            raise wrong("Content-Encoding", "none", headers["Content-Encoding"])
+
+    def _body(self, answer: Any, size: int) -> Iterator[bytes]:
+        done, marked, since = 0, 0, time.monotonic()
+        for chunk in answer.iter_raw():
+            self._web.check_running()
+            if done + len(chunk) > size:
+                raise ReadError(
+                    f"{self.path}: more than the {size} bytes that were asked for came; {_NO_RANGES}"
+                )
+            yield chunk
+            done += len(chunk)
+            if time.monotonic() - since > SLOW_SECONDS:
+                if done - marked < WORTH:
+                    raise PassingError(f"only {done - marked} bytes came in {SLOW_SECONDS:g} s")
+                marked, since = done, time.monotonic()
+        if done < size:
+            raise PassingError(f"the connection ended after {done} of {size} bytes")
+
+
+def retry_after(text: str) -> float:
+    """Seconds of a Retry-After header, which holds a number or a date; at most `LONGEST_PAUSE`."""
+    seconds = 0.0
+    if re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
+        seconds = float(text)
+    elif text:
+        try:
+            seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):  # no date, or one without a time zone
+            seconds = 0.0
+    return min(max(seconds, 0.0), LONGEST_PAUSE)
+
+
+def _timeout() -> Any:
+    """(connecting, reading, writing, waiting for a free connection), in seconds."""
+    return (CONNECT_SECONDS, SILENT_SECONDS, SILENT_SECONDS, SILENT_SECONDS)
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"https": 443, "http": 80}.get(parts.scheme)
+
+
+def _host(url: str) -> str:
+    """What an error may say of an URL: the rest may be a signature."""
+    return urlsplit(url).netloc.rpartition("@")[2] or "?"
+
+
+def reason(error: Exception) -> str:
+    """An exception in one line."""
+    text = str(error).splitlines()
+    return f"{type(error).__name__}{f': {text[0]:.100}' if text else ''}"

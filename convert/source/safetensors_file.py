@@ -1,0 +1,192 @@
+"""One safetensors file, read with trust in nothing: every number of its header is checked before it is used.
+
+Flows in: a path, or an open `Source`. Flows out: `SafetensorsFile`, its tensors' dtypes, shapes and places, and
+ranges of their elements as arrays. The format: 8 bytes little-endian header length, a JSON object
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}` with an optional `__metadata__`, then the data, which
+the offsets must cover exactly: no hole, no overlap, nothing behind.
+Source: https://huggingface.co/docs/safetensors (the format, and its header limit of 100 MB).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.convert.source.byte_source import LocalFile, Source
+from kimi_gguf.convert.source.json_file import parse_object
+
+MAX_HEADER_BYTES: Final = 100_000_000
+_MAX_DIMENSIONS: Final = 8
+_TODO: Final = "the file is damaged or truncated, fetch it again"
+
+
+class Dtype(Enum):
+    """Weight types that are read. BF16 elements are handled as the upper half of a float32 (uint16)."""
+
+    F32 = "F32"
+    F16 = "F16"
+    BF16 = "BF16"
+
+    @property
+    def numpy(self) -> np.dtype[Any]:
+        return np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.value])
+
+
+# Sizes of every dtype of the format: one that is not a weight type still has to fit its offsets.
+_BYTES: Final = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as its file describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # absolute byte offsets in the file
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return math.prod(self.shape)
+
+
+class SafetensorsFile:
+    """An open safetensors file; a context manager. Raises `ConvertError` for anything that is not right."""
+
+    def __init__(self, file: Path | Source) -> None:
+        self.source = LocalFile(file) if isinstance(file, Path) else file
+        self.path = self.source.path
+        try:
+            self.tensors: Mapping[str, StoredTensor] = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.source.close()
+
+    def identity(self) -> bytes:
+        """What tells the file from another one of its name: what its source says, and its header."""
+        return repr((self.path.name, self.source.stamp, self.header_hash)).encode()
+
+    def check_unchanged(self, thoroughly: bool = False) -> None:
+        """Raise `ConvertError` if another file stands at the path, or this one was written to, since it was
+        opened; thoroughly: by its header too."""
+        same = self.source.unchanged()
+        if same and thoroughly:
+            try:
+                same = hashlib.sha256(self._header_bytes()).hexdigest() == self.header_hash
+            except ReadError:
+                raise
+            except ConvertError:
+                same = False
+        if not same:
+            raise ConvertError(
+                f"{self.path}: was changed while it was read; the output would be a mixture. Leave the checkpoint "
+                "alone, then convert it again"
+            )
+
+    def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
+        """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
+        (BF16 as uint16). The range must lie inside the tensor and the dtype be one of `Dtype`."""
+        source, begin, _ = self.span(name, first, count)
+        out = np.empty(count, Dtype(self.tensors[name].dtype).numpy)
+        source.read_into(out.view(np.uint8).data, begin, repr(name))
+        return out
+
+    def span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
+        """Where elements `first .. first+count` of tensor `name` lie: the source, first byte and end there."""
+        tensor = self.tensors[name]
+        if not 0 <= first <= first + count <= tensor.size:
+            raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
+        width = Dtype(tensor.dtype).numpy.itemsize
+        return self.source, tensor.begin + first * width, tensor.begin + (first + count) * width
+
+    def _header_bytes(self) -> bytes:
+        size = self.source.size
+        if size < 8:
+            raise ConvertError(f"{self.path}: expected at least 8 bytes, found {size}; {_TODO}")
+        prefix = bytearray(8)
+        self.source.read_into(memoryview(prefix), 0, "the header's length")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise ConvertError(
+                f"{self.path}: its header claims {length} bytes of a file of {size}; "
+                f"not a safetensors file, or {_TODO}"
+            )
+        header = bytearray(length)
+        self.source.read_into(memoryview(header), 8, "the header")
+        return bytes(header)
+
+    def _read_header(self) -> dict[str, StoredTensor]:
+        size = self.source.size
+        header = self._header_bytes()
+        self.header_hash = hashlib.sha256(header).hexdigest()
+        entries = parse_object(header, f"{self.path} (header)")
+        metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise ConvertError(f"{self.path}: __metadata__: expected an object of strings; {_TODO}")
+        start = 8 + len(header)
+        tensors = {name: self._entry(name, entry, start, size) for name, entry in entries.items()}
+        self._check_cover(list(tensors.values()), start, size)
+        return tensors
+
+    def _entry(self, name: str, entry: Any, start: int, size: int) -> StoredTensor:
+        def fail(expected: str, found: Any) -> ConvertError:
+            return ConvertError(f"{self.path}: {name!r}: expected {expected}, found {found!r:.80}; {_TODO}")
+
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise fail("an object of dtype, shape and data_offsets", entry)
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _BYTES:
+            raise fail("a safetensors dtype", dtype)
+        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+            raise fail("a shape of whole numbers", shape)
+        if len(shape) > _MAX_DIMENSIONS:
+            raise fail(f"at most {_MAX_DIMENSIONS} dimensions", shape)
+        if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
+            raise fail("two data_offsets", offsets)
+        begin, end = offsets
+        if not 0 <= begin <= end <= size - start:
+            raise fail(f"data_offsets inside the {size - start} bytes of data", offsets)
+        if end - begin != math.prod(shape) * _BYTES[dtype]:
+            raise fail(
+                f"{math.prod(shape) * _BYTES[dtype]} bytes for {dtype} {shape}", f"{end - begin} bytes"
+            )
+        return StoredTensor(name, dtype, tuple(shape), start + begin, start + end)
+
+    def _check_cover(self, tensors: list[StoredTensor], start: int, size: int) -> None:
+        at, before = start, "the header"
+        for tensor in sorted(tensors, key=lambda t: (t.begin, t.end)):
+            if tensor.begin != at:
+                what = "overlaps" if tensor.begin < at else "leaves a gap after"
+                raise ConvertError(f"{self.path}: {tensor.name!r} {what} {before}; {_TODO}")
+            at, before = tensor.end, repr(tensor.name)
+        if at != size:
+            raise ConvertError(f"{self.path}: expected {at} bytes by its header, found {size}; {_TODO}")

@@ -1,0 +1,102 @@
+"""One piece of a tensor: stored elements, checked, to the bytes of a tensor type.
+
+Flows in: elements as the checkpoint stores them, in rows. Flows out: bytes; or `BadValueError`, which says where the
+first element stands that no file should hold. F32, F16 and BF16 are casts done here, rounded to nearest, ties
+to even; block types are ggml's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_gguf.convert.source.checkpoint import to_float32
+from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.convert.types.ggml import Ggml
+from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, Bytes, Stored, TensorType, Values
+
+BLOCK_ELEMENTS: Final = 1 << 18  # float32 copies are made in blocks that a core's cache holds
+# Dtype -> (integers of the same width, mask of the magnitude, the bits of infinity): ordered like magnitudes.
+_BITS: Final[dict[Dtype, tuple[Any, int, int]]] = {
+    Dtype.BF16: (np.uint16, 0x7FFF, 0x7F80),
+    Dtype.F16: (np.uint16, 0x7FFF, 0x7C00),
+    Dtype.F32: (np.uint32, 0x7FFFFFFF, 0x7F800000),
+}
+
+
+@dataclass
+class BadValueError(Exception):
+    """Element `index` of a piece is `value`: no finite number, or `beyond` what the type can hold."""
+
+    index: int
+    value: float
+    beyond: bool = False
+
+
+def check(values: Stored, dtype: Dtype, kind: TensorType) -> None:
+    """Raise `BadValueError` for the first NaN or infinity, else for the largest number if the type cannot hold it."""
+    integers, mask, infinity = _BITS[dtype]
+    flat = values.reshape(-1)
+    magnitudes = flat.view(integers) & integers(mask)
+    largest = int(magnitudes.max(initial=0))
+    if largest >= infinity:
+        at = int(np.argmax(magnitudes >= infinity))
+        raise BadValueError(at, float(to_float32(flat[at : at + 1], dtype)[0]))
+    if _value(largest, dtype) >= kind.limit:
+        at = int(np.argmax(magnitudes == largest))
+        raise BadValueError(at, float(to_float32(flat[at : at + 1], dtype)[0]), beyond=True)
+
+
+def encode(
+    rows: Stored, dtype: Dtype, kind: TensorType, weights: Values | None = None, ggml: Ggml | None = None
+) -> Bytes:
+    """`rows` [n, columns], checked, as the bytes of `kind`. Raises `BadValueError`; block types need `ggml`."""
+    check(rows, dtype, kind)
+    if kind.name == dtype.name:
+        return _as_bytes(rows)
+    if not kind.quantised:
+        return _CASTS[kind.name](to_float32(rows, dtype))
+    if ggml is None:
+        raise ValueError(f"{kind.name} needs ggml")
+    columns = rows.shape[1]
+    per_row = columns // kind.block * kind.block_bytes
+    out = np.empty(len(rows) * per_row, np.uint8)
+    step = max(BLOCK_ELEMENTS // columns, 1)
+    for first in range(0, len(rows), step):
+        part = np.ascontiguousarray(to_float32(rows[first : first + step], dtype))
+        if not ggml.quantise(kind, part, weights, out[first * per_row : (first + len(part)) * per_row]):
+            at = int(np.abs(part).argmax())
+            raise BadValueError(first * columns + at, float(part.flat[at]), beyond=True)
+    return out
+
+
+def _value(bits: int, dtype: Dtype) -> float:
+    return float(to_float32(np.array([bits], _BITS[dtype][0]).view(dtype.numpy), dtype)[0])
+
+
+def _as_bytes(values: npt.NDArray[Any]) -> Bytes:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def _f32(values: Values) -> Bytes:
+    return _as_bytes(values.astype("<f4", copy=False))
+
+
+def _f16(values: Values) -> Bytes:
+    return _as_bytes(values.astype("<f2"))
+
+
+def _bf16(values: Values) -> Bytes:
+    """The upper half of each float32, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, "<f4").view("<u4")
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    return _as_bytes(rounded.view("<u2").reshape(-1, 2)[:, 1])
+
+
+_CASTS: Final = {F32.name: _f32, F16.name: _f16, BF16.name: _bf16}

@@ -1,0 +1,1 @@
+"""The llama.cpp engine: the pinned archive, its build, wheel and doctor."""

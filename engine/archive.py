@@ -1,0 +1,147 @@
+"""The pinned source archive: found or downloaded, always checked against its hash, unpacked with distrust.
+
+Flows in: the pin and a cache folder. Flows out: the archive's path, or folders holding llama.cpp and the
+Python package. Nothing of the archive is read, let alone run, before its sha256 is right.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.pin import Pin
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check(path: Path, pin: Pin) -> None:
+    """`EngineError` unless the file is the pinned archive, byte for byte."""
+    if not path.is_file():
+        raise EngineError(f"{path}: no such file", todo=f"give the path of {pin.archive}")
+    found = file_sha256(path)
+    if found != pin.archive_sha256:
+        raise EngineError(
+            f"{path} is not the pinned source archive: its contents differ",
+            expected=f"sha256 {pin.archive_sha256}",
+            found=f"sha256 {found}, {path.stat().st_size:,} bytes",
+            todo=f"remove {path} and run the command again, which downloads it anew",
+        )
+
+
+def obtain(pin: Pin, folder: Path, reporter: Reporter) -> Path:
+    """The checked archive in `folder`, downloaded through pip where it is missing."""
+    path = folder / pin.archive
+    if not path.exists():
+        reporter.phase(f"download {pin.archive}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+            downloaded = _download(pin, Path(scratch))
+            check(downloaded, pin)
+            downloaded.replace(path)
+    else:
+        reporter.phase(f"check {pin.archive}")
+        check(path, pin)
+    return path
+
+
+def adopt(archive: Path, pin: Pin, folder: Path, reporter: Reporter) -> Path:
+    """Copy an archive that the user has already into `folder`, once it is proved to be the pinned one."""
+    reporter.phase(f"check {archive.name}")
+    check(archive, pin)
+    path = folder / pin.archive
+    if archive.resolve() != path.resolve():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+            shutil.copyfile(archive, Path(scratch) / pin.archive)
+            (Path(scratch) / pin.archive).replace(path)
+    return path
+
+
+def unpack(archive: Path, wanted: dict[str, Path]) -> None:
+    """Write the archive's folders and files named in `wanted` to their places; git's own files are left out.
+
+    Only plain files are written, each below its place: an archive with an absolute or climbing path, or with
+    a link or device inside a wanted folder, is refused whole before anything is written.
+    """
+    with tarfile.open(archive) as tar:
+        members = tar.getmembers()
+        plan = [(member, place) for member in members if (place := _place(member, wanted, archive))]
+        for member, place in plan:
+            if member.isdir():
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            content = tar.extractfile(member)
+            assert content is not None, member.name
+            with content, place.open("wb") as file:
+                shutil.copyfileobj(content, file)
+            if member.mode & 0o100:
+                place.chmod(0o755)
+    for prefix, place in wanted.items():
+        if not place.exists():
+            raise EngineError(f"{archive}: no {prefix} inside", todo="check the pin in upstream.toml")
+
+
+def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> Path | None:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise EngineError(
+            f"{archive}: refused, it holds a path that leads out of it",
+            expected="relative paths only",
+            found=member.name,
+        )
+    for prefix, place in wanted.items():
+        if not path.is_relative_to(prefix):
+            continue
+        if not member.isfile() and not member.isdir():
+            raise EngineError(
+                f"{archive}: refused, it holds a link or device among the sources",
+                expected="plain files and folders",
+                found=f"{member.name} -> {member.linkname}" if member.linkname else member.name,
+            )
+        inner = path.relative_to(prefix)
+        return None if ".git" in inner.parts else place / inner
+    return None
+
+
+def _download(pin: Pin, scratch: Path) -> Path:
+    """Let pip fetch the archive; pip itself checks the hash before it runs the archive's build backend."""
+    for module, package in (("pip", "pip"), ("scikit_build_core", "scikit-build-core")):
+        if importlib.util.find_spec(module) is None:
+            raise EngineError(
+                f"the Python package {package} is needed to download {pin.archive} and is not installed",
+                found=f"Python at {sys.executable}",
+                todo=f"pip install 'kimi-gguf[build]', or give the archive with --archive {pin.archive}",
+            )
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.archive_sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--no-binary", pin.package, "--no-build-isolation", "--dest", str(scratch)]
+    command += ["--requirement", str(requirements)]
+    environment = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    path = scratch / pin.archive
+    if result.returncode != 0 or not path.exists():
+        raise EngineError(
+            f"pip could not download {pin.package}=={pin.version}",
+            expected=f"{pin.archive}, sha256 {pin.archive_sha256}",
+            found=_last_lines(result.stderr or result.stdout),
+            todo=f"check the network and the space on disk, or give the archive with --archive {pin.archive}",
+        )
+    return path
+
+
+def _last_lines(text: str, count: int = 6) -> str:
+    return "\n    ".join(line.strip() for line in text.strip().splitlines()[-count:])

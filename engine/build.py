@@ -1,0 +1,331 @@
+"""From a recipe to files: sources into the scratch folder, CMake, Ninja, and the result into its place.
+
+Flows in: a `Recipe` and the cache's folders. Flows out: `engines/<key>/` with bin/, lib/, python/ and
+manifest.json, complete or not at all.
+
+The scratch folder `work/<key>/` (src/ and build/) outlives a build that succeeded, so that the twin and the
+test programs compile only what differs; Ninja decides that by file times and commands. It is removed when a
+build fails or is interrupted, and by the next build when one was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from kimi_gguf.engine import archive
+from kimi_gguf.engine.build_spec import LAYOUT, Recipe
+from kimi_gguf.engine.compiling import compile_tree
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.pin import Pin
+from kimi_gguf.patches.series import load_series
+from kimi_gguf.patches.tree import Tree, tree_hash
+
+NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
+PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, beside it in the archive
+NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # of no use in the scratch folder, and large
+_UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
+_RECORD = (
+    "restore patches/ and ggml_ops/ as they were published; if they were changed on purpose, record the tree "
+    "they make now: python -m kimi_gguf.patches record LLAMA_CPP"
+)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The folders below the cache's root."""
+
+    root: Path
+
+    @property
+    def downloads(self) -> Path:
+        """Checked archives."""
+        return self.root / "downloads"
+
+    @property
+    def sources(self) -> Path:
+        """Unpacked archives, pristine."""
+        return self.root / "sources"
+
+    @property
+    def work(self) -> Path:
+        """Scratch folders; may be removed at any time."""
+        return self.root / "work"
+
+    @property
+    def engines(self) -> Path:
+        """Finished builds."""
+        return self.root / "engines"
+
+    @property
+    def logs(self) -> Path:
+        """Logs of builds that failed."""
+        return self.root / "logs"
+
+
+@contextmanager
+def build_lock(cache: Cache, reporter: Reporter) -> Iterator[int]:
+    """Only one build at a time in a cache; yields the lock's file descriptor, to hand on to children."""
+    try:
+        import fcntl
+    except ImportError as error:
+        raise EngineError(
+            "building llama.cpp is not supported on this system",
+            expected="Linux or macOS",
+            found=sys.platform,
+            todo="on Windows, use WSL",
+        ) from error
+    cache.root.mkdir(parents=True, exist_ok=True)
+    with (cache.root / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reporter.note(f"another build is running in {cache.root}; waiting for it to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter) -> Path:
+    """The folder with the archive's llama.cpp/ and llama_cpp/, unpacked once and verified by hash."""
+    place = cache.sources / f"{pin.archive_sha256[:16]}-{LAYOUT}"
+    packed = (
+        archive.obtain(pin, cache.downloads, reporter)
+        if given is None
+        else archive.adopt(given, pin, cache.downloads, reporter)
+    )
+    if place.is_dir():
+        return place
+    reporter.phase(f"unpack {pin.archive}")
+    with fresh_folder(place) as scratch:
+        around = PurePosixPath(pin.python_folder).parent
+        wanted = {pin.source_folder: scratch / "llama.cpp", pin.python_folder: scratch / "llama_cpp"}
+        wanted |= {str(around / name): scratch / name for name in PACKAGE_FILES}
+        archive.unpack(packed, wanted)
+        _expect_tree(tree_hash(scratch / "llama.cpp"), pin.pristine_tree_sha256, str(packed), _UNPACK_AGAIN)
+    return place
+
+
+def build(recipe: Recipe, cache: Cache, given: Path | None, tests: bool, reporter: Reporter) -> Path:
+    """Make the build that the recipe describes; the lock is taken here. Returns its folder."""
+    place = cache.engines / recipe.key
+    with _space_errors(cache.root), build_lock(cache, reporter) as lock:
+        present = read_manifest(place)
+        if present is not None and (present["tests"] or not tests):
+            return place  # another process has made it meanwhile
+        _sweep(cache)
+        _require_space(cache.root, recipe.backend)
+        began = time.monotonic()
+        source = pristine_source(recipe.pin, cache, given, reporter)
+        tree = _patched_tree(recipe, source, reporter)
+        digest = _verified(recipe, tree, reporter)
+        with _workspace(cache, recipe) as work:
+            compiled = tree.without(NOT_COMPILED)
+            compiled.write_to(work / "src")
+            _expect_tree(tree_hash(work / "src"), compiled.hash(), str(work / "src"), "build again")
+            log = work / "build.log"
+            try:
+                tests = tests or (present is not None and present["tests"])
+                wanted = compile_tree(recipe, work, tests, lock, reporter)
+            except EngineError as error:
+                raise _with_log(error, log, cache, recipe) from error
+        reporter.phase("install")
+        manifest = _manifest(recipe, digest, wanted, time.monotonic() - began)
+        with fresh_folder(place) as scratch:
+            _install(work / "build" / "bin", source, scratch, wanted)
+            log.replace(scratch / "build.log")
+            check_runs(scratch)
+            (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return place
+
+
+def read_manifest(place: Path) -> dict[str, Any] | None:
+    """The manifest of a finished build, or None where there is none."""
+    try:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+@contextmanager
+def fresh_folder(place: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `place` when the block ends well, and is removed when it does not."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    scratch = place.with_name(f".{place.name}.new")
+    old = place.with_name(f".{place.name}.old")
+    for leftover in (scratch, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        yield scratch
+        if place.exists():
+            place.rename(old)
+        scratch.rename(place)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_runs(place: Path) -> str:
+    """Run the build's own program once; returns its version text, or `EngineError` with what it said."""
+    program = place / "bin" / "llama-cli"
+    result = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise EngineError(
+            f"{program} does not run",
+            found=(result.stderr or result.stdout).strip() or f"exit status {result.returncode}",
+            todo="install the library that it misses, or name its folder in LD_LIBRARY_PATH",
+        )
+    return (result.stdout + result.stderr).strip()
+
+
+def _patched_tree(recipe: Recipe, source: Path, reporter: Reporter) -> Tree:
+    """The recipe's sources with its series applied in memory."""
+    tree = recipe.source_tree or Tree(source / "llama.cpp")
+    tree = tree.fork()
+    if recipe.pristine:
+        held = 0 if recipe.source is None else load_series().applied(tree)
+        if held:
+            raise EngineError(
+                f"{recipe.source} holds {held} of the patches already, so it makes no pristine twin",
+                todo="give an unpatched checkout",
+            )
+        return tree
+    reporter.phase("apply the patches")
+    recipe.series.apply(tree)
+    return tree
+
+
+def _verified(recipe: Recipe, tree: Tree, reporter: Reporter) -> str:
+    """The tree's hash, which for the pinned archive must be the pinned one."""
+    reporter.phase("verify the sources")
+    digest = tree.hash()
+    if recipe.source is None and recipe.pristine:
+        _expect_tree(digest, recipe.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
+    elif recipe.source is None:
+        _expect_tree(digest, recipe.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
+    return digest
+
+
+def _expect_tree(found: str, expected: str, what: str, todo: str) -> None:
+    if found != expected:
+        raise EngineError(
+            f"{what}: the source tree is not the pinned one",
+            expected=f"tree hash {expected}",
+            found=f"tree hash {found}",
+            todo=todo,
+        )
+
+
+def _sweep(cache: Cache) -> None:
+    """Remove what killed builds have left; the lock is held, so nobody is at work on it."""
+    leftovers = [path for part in (cache.downloads, cache.sources, cache.engines) for path in part.glob(".*")]
+    for work in cache.work.glob("*"):
+        complete = work / "complete"
+        if not complete.exists() or complete.read_text() != str(work):  # CMake's files hold absolute paths
+            leftovers.append(work)
+    for path in leftovers:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _workspace(cache: Cache, recipe: Recipe) -> Iterator[Path]:
+    """The scratch folder: kept when the block ends well, removed when it does not."""
+    work = cache.work / recipe.work_key
+    complete = work / "complete"
+    work.mkdir(parents=True, exist_ok=True)
+    complete.unlink(missing_ok=True)
+    try:
+        yield work
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    complete.write_text(str(work))
+
+
+def _with_log(error: EngineError, log: Path, cache: Cache, recipe: Recipe) -> EngineError:
+    """The same error naming the log, which is moved out of the scratch folder."""
+    if not log.exists():
+        return error
+    cache.logs.mkdir(parents=True, exist_ok=True)
+    kept = cache.logs / f"{recipe.key}.log"
+    log.replace(kept)
+    todo = f"{error.todo}; log: {kept}"
+    return EngineError(error.what, expected=error.expected, found=error.found, todo=todo)
+
+
+def _install(built: Path, source: Path, place: Path, wanted: dict[str, list[str]]) -> None:
+    """Copy programs, libraries and the Python package into the folder of the finished build."""
+    for folder in ("bin", "lib", "python"):
+        (place / folder).mkdir()
+    for name in (*wanted["programs"], *wanted["tests"]):
+        shutil.copy2(built / name, place / "bin" / name)
+    for path in sorted(built.glob("lib*")):
+        if ".so" in path.name or path.suffix == ".dylib":
+            shutil.copy2(path, place / "lib" / path.name, follow_symlinks=False)
+    shutil.copytree(source / "llama_cpp", place / "python" / "llama_cpp")
+    for name in PACKAGE_FILES:
+        shutil.copyfile(source / name, place / "python" / name)
+    shutil.copyfile(source / "llama.cpp" / "LICENSE", place / "LICENSE")
+
+
+def _manifest(recipe: Recipe, digest: str, wanted: dict[str, list[str]], seconds: float) -> dict[str, Any]:
+    return {
+        "key": recipe.key,
+        "pristine": recipe.pristine,
+        "backends": ["cpu"] if recipe.backend == "cpu" else [recipe.backend, "cpu"],
+        "tests": bool(wanted["tests"]),
+        "package": f"{recipe.pin.package}=={recipe.pin.version}",
+        "archive_sha256": recipe.pin.archive_sha256,
+        "source": None if recipe.source is None else str(recipe.source),
+        "origin": recipe.origin,
+        "commit": recipe.commit,
+        "llama_cpp_commit": recipe.pin.llama_cpp_commit if recipe.source is None else None,
+        "tree_sha256": digest,
+        "series_sha256": recipe.series.digest(),
+        "patches": [{"name": each.name, "subject": each.subject} for each in recipe.series.patches],
+        "options": dict(recipe.options),
+        "compilers": {language: f"{each.path}: {each.version}" for language, each in recipe.compilers},
+        "cpu": recipe.cpu,
+        "programs": wanted["programs"],
+        "test_programs": wanted["tests"],
+        "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _require_space(root: Path, backend: str) -> None:
+    free = shutil.disk_usage(root).free
+    if free < NEEDED_SPACE[backend]:
+        raise EngineError(
+            f"{root}: not enough space on disk to build",
+            expected=f"{NEEDED_SPACE[backend] / 1e9:.1f} GB free",
+            found=f"{free / 1e9:.1f} GB",
+            todo="free some, or set KIMI_GGUF_CACHE to a folder on another disk",
+        )
+
+
+@contextmanager
+def _space_errors(root: Path) -> Iterator[None]:
+    """Turn errors of the file system into one that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise EngineError(
+            f"{root}: " + ("the disk is full" if full else "the build's files cannot be read or written"),
+            found=str(error),
+            todo=("free some space" if full else "check the folder's permissions")
+            + ", or set KIMI_GGUF_CACHE to another folder",
+        ) from error

@@ -1,0 +1,189 @@
+"""What a build is made of: sources, patches, options, compilers, processor. Equal recipes, equal builds.
+
+Flows in: the wishes of the caller and the machine. Flows out: `Recipe`, whose keys name the finished build
+and the scratch folder it is made in. All defaults of the build live in the tables here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from kimi_gguf.engine.toolchain import Compiler, cpu_fingerprint, find_compilers
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.pin import Pin, load_pin
+from kimi_gguf.patches.series import Series, load_series
+from kimi_gguf.patches.tree import Tree, list_files
+
+LAYOUT = 2  # of a finished build's and the sources' folder; raise it when one changes
+
+_ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+# Run paths must win over LD_LIBRARY_PATH, or a stray libllama could replace the build's own.
+_LINK = {} if sys.platform == "darwin" else {"LINKER_FLAGS": "-Wl,--disable-new-dtags"}
+
+OPTIONS = {
+    "CMAKE_BUILD_TYPE": "Release",
+    "BUILD_SHARED_LIBS": "ON",
+    "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # one file a library: a wheel cannot hold symbolic links
+    "CMAKE_INSTALL_RPATH": f"{_ORIGIN};{_ORIGIN}/../lib",
+    **{f"CMAKE_{kind}_{name}": flags for kind in ("EXE", "SHARED") for name, flags in _LINK.items()},
+    "FETCHCONTENT_FULLY_DISCONNECTED": "ON",
+    "GGML_CCACHE": "OFF",  # the launcher is set here, for llama.cpp's own files too
+    "GGML_NATIVE": "ON",
+    "LLAMA_BUILD_APP": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "ON",  # only configured, but for llama-speculative-simple
+    "LLAMA_BUILD_SERVER": "ON",
+    "LLAMA_BUILD_TESTS": "ON",  # only configured; compiled when asked for
+    "LLAMA_BUILD_UI": "OFF",
+    "LLAMA_OPENSSL": "OFF",
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+}
+
+BACKENDS: dict[str, dict[str, str]] = {
+    "cpu": {"GGML_METAL": "OFF"},
+    "cuda": {"GGML_METAL": "OFF", "GGML_CUDA": "ON"},
+    "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON"},
+    "vulkan": {"GGML_METAL": "OFF", "GGML_VULKAN": "ON"},
+}
+
+LIBRARIES = ("llama", "mtmd")
+
+PROGRAMS = (
+    "llama-batched-bench",
+    "llama-bench",
+    "llama-cli",
+    "llama-completion",
+    "llama-gguf-split",
+    "llama-imatrix",
+    "llama-perplexity",
+    "llama-quantize",
+    "llama-server",
+    "llama-speculative-simple",
+    "llama-tokenize",
+)
+
+TEST_PROGRAMS = (
+    "test-backend-ops",
+    "test-chat-template",
+    "test-llama-archs",
+    "test-quantize-fns",
+    "test-recurrent-state-rollback",
+    "test-save-load-state",
+    "test-tiled-mulmat",
+    "test-tokenizer-0",
+    "test-tokenizer-1-bpe",
+    "test-unicode",
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a build, tests apart: they are added to it."""
+
+    pin: Pin
+    series: Series  # empty for the pristine twin
+    pristine: bool
+    backend: str
+    options: tuple[tuple[str, str], ...]
+    compilers: tuple[tuple[str, Compiler], ...]
+    cpu: str
+    source: Path | None  # a llama.cpp checkout instead of the archive's
+
+    @cached_property
+    def source_tree(self) -> Tree | None:
+        """The checkout's files, if the sources come from one."""
+        return None if self.source is None else _checkout(self.source)
+
+    @cached_property
+    def origin(self) -> str:
+        """The sources' identity: the archive's hash, or the checkout's tree hash."""
+        tree = self.source_tree
+        return f"archive {self.pin.archive_sha256}" if tree is None else f"tree {tree.hash()}"
+
+    @cached_property
+    def key(self) -> str:
+        """Names the finished build."""
+        return _digest(LAYOUT, self.origin, self.series.digest(), self.pristine, self.work_key)
+
+    @cached_property
+    def work_key(self) -> str:
+        """Names the scratch folder, which the pristine and the patched build share one after the other."""
+        compilers = [(language, each.path, each.version) for language, each in self.compilers]
+        return _digest(LAYOUT, self.options, compilers, self.cpu)
+
+    @property
+    def commit(self) -> str:
+        """What the programs give as their commit: upstream's, or a checkout's tree, marked where patched."""
+        known = self.origin in (f"archive {self.pin.archive_sha256}", f"tree {self.pin.pristine_tree_sha256}")
+        base = self.pin.short_commit if known else self.origin.replace("tree ", "tree-")[:13]
+        mark = "" if self.pristine else f"-kimi-{self.series.digest()[:8]}"
+        return base + mark
+
+
+def make_recipe(
+    pristine: bool = False,
+    backend: str = "cpu",
+    source: Path | None = None,
+    defines: tuple[tuple[str, str], ...] = (),
+) -> Recipe:
+    """The recipe for these wishes on this machine; `EngineError` for an unknown backend or no compiler."""
+    if backend not in BACKENDS:
+        raise EngineError(
+            f"unknown backend {backend!r}", expected=", ".join(BACKENDS), todo="name one of those"
+        )
+    options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
+    return Recipe(
+        pin=load_pin(),
+        series=Series(()) if pristine else load_series(),
+        pristine=pristine,
+        backend=backend,
+        options=tuple(sorted(options.items())),
+        compilers=tuple(find_compilers(backend).items()),
+        cpu=cpu_fingerprint(),
+        source=None if source is None else source.resolve(),
+    )
+
+
+def provenance(pristine: bool) -> dict[str, object]:
+    """What a build of the present pin and series for this machine has in its manifest, options aside."""
+    series = Series(()) if pristine else load_series()
+    return {
+        "pristine": pristine,
+        "archive_sha256": load_pin().archive_sha256,
+        "series_sha256": series.digest(),
+        "cpu": cpu_fingerprint(),
+        "source": None,
+    }
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _checkout(folder: Path) -> Tree:
+    """A llama.cpp checkout: what git tracks there, or all but its build folders where git does not say."""
+    missing = [
+        name for name in ("CMakeLists.txt", "include/llama.h", "ggml/include/ggml.h")
+        if not (folder / name).is_file()
+    ]  # fmt: skip
+    if missing:
+        raise EngineError(
+            f"{folder} is not a llama.cpp source folder",
+            expected="CMakeLists.txt, include/llama.h and ggml/include/ggml.h in it",
+            found=f"no {', no '.join(missing)}",
+            todo="give the top folder of a llama.cpp checkout",
+        )
+    if (folder / ".git").exists():
+        command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        try:
+            listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
+            return Tree(folder, [path for path in listed if path and (folder / path).is_file()])
+        except (OSError, subprocess.CalledProcessError):
+            pass  # an archive's stray .git file, or no git here: take the files as they lie
+    return Tree(folder, [path for path in list_files(folder) if not path.startswith("build")])

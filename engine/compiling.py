@@ -1,0 +1,124 @@
+"""CMake and Ninja: from sources to programs and libraries.
+
+Flows in: a recipe and a scratch folder with the sources in src/. Flows out: build/bin/ in it, and a log.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, Recipe
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.toolchain import cores, packaged_tool
+from kimi_gguf.patches.errors import EngineError
+
+# what a log says where a backend's tools are incomplete, and what is to be installed
+_ADVICE = (
+    (r"CUDA::cublas|cublas_v2\.h|CUDA Toolkit not found|Could NOT find CUDAToolkit",
+     "nvcc is there without the rest of the toolkit: install NVIDIA's whole CUDA toolkit, with cuBLAS (its package "
+     "cuda-toolkit, Debian's nvidia-cuda-toolkit); CUDACXX names its nvcc if that is not the first on PATH"),
+    (r"Could NOT find Vulkan|SPIRV-Headers",
+     "install what builds Vulkan programs: libvulkan-dev, glslc and spirv-headers (Debian, Ubuntu)"),
+)  # fmt: skip
+_STEP = re.compile(r"\[(\d+)/(\d+)\] ")
+
+
+def compile_tree(
+    recipe: Recipe, work: Path, tests: bool, lock: int, reporter: Reporter
+) -> dict[str, list[str]]:
+    """Configure and build `work/src` in `work/build`; returns the programs and test programs made.
+
+    lock: the descriptor of the build lock, held by every child until it ends. `EngineError` tells what the
+    log, `work/build.log`, says of a failure.
+    """
+    log = work / "build.log"
+    log.unlink(missing_ok=True)
+    ninja = packaged_tool("ninja")
+    reporter.phase("configure")
+    command = [packaged_tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    command += ["-S", str(work / "src"), "-B", str(work / "build")]
+    command += [f"-D{name}={value}" for name, value in recipe.options]
+    command += [f"-DLLAMA_BUILD_COMMIT={recipe.commit}", "-DLLAMA_BUILD_NUMBER=0"]
+    launcher = shutil.which("ccache")
+    languages = ["C", "CXX"] + (["CUDA"] if recipe.backend == "cuda" else [])
+    command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
+    environment = _environment(work)
+    _run(command, environment, log, lock, "CMake cannot configure llama.cpp")
+    targets = subprocess.run(
+        [ninja, "-C", str(work / "build"), "-t", "targets", "all"], capture_output=True, text=True, check=True
+    ).stdout
+    known = set(re.findall(r"(?m)^([\w-]+): phony$", targets))
+    wanted = {"programs": [name for name in PROGRAMS if name in known], "tests": []}
+    if tests:
+        wanted["tests"] = [name for name in TEST_PROGRAMS if name in known]
+    libraries = [name for name in LIBRARIES if name in known]
+    reporter.phase("compile")
+    command = [ninja, "-C", str(work / "build"), "-j", str(cores())]
+    command += [*libraries, *wanted["programs"], *wanted["tests"]]
+    _run(command, environment, log, lock, "llama.cpp does not compile", reporter)
+    return wanted
+
+
+def _environment(work: Path) -> dict[str, str]:
+    """The environment of CMake and Ninja: relative paths for ccache, no git repository around the tree."""
+    return {
+        **os.environ,
+        "CCACHE_BASEDIR": str(work),
+        "CCACHE_NOHASHDIR": "1",
+        "GIT_CEILING_DIRECTORIES": str(work),
+        "NINJA_STATUS": "[%f/%t] ",
+    }
+
+
+def _run(
+    command: Sequence[str],
+    environment: dict[str, str],
+    log: Path,
+    lock: int,
+    failure: str,
+    reporter: Reporter | None = None,
+) -> None:
+    """Run a command into the log, telling its `[n/m]` steps; it never outlives an interrupted build."""
+    with log.open("a", encoding="utf-8", errors="replace") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        file.flush()
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+            errors="replace", env=environment, start_new_session=True, pass_fds=(lock,),
+        )  # fmt: skip
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                file.write(line)
+                if reporter is not None and (step := _STEP.match(line)):
+                    reporter.step(int(step[1]), int(step[2]))
+            status = child.wait()
+        except BaseException:
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
+            raise
+    if status != 0:
+        raise EngineError(failure, found=_errors(log), todo=advice(log.read_text(errors="replace")))
+
+
+def advice(log: str) -> str:
+    """What to do about a build that failed with this log."""
+    known = (todo for pattern, todo in _ADVICE if re.search(pattern, log))
+    return next(known, "mend what the log shows, then build again")
+
+
+def _errors(log: Path, count: int = 8) -> str:
+    """The lines of a log that tell why it failed: CMake's first message, or the compiler's last errors."""
+    lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    configuring = [i for i, line in enumerate(lines) if line.startswith("CMake Error")]
+    if configuring:
+        message = [line.strip() for line in lines[configuring[0] :] if line]
+        return "\n    ".join(message[:count])
+    telling = [line for line in lines if re.search(r"\berror\b|^FAILED", line, re.IGNORECASE)]
+    return "\n    ".join((telling or lines)[-count:])

@@ -1,0 +1,229 @@
+"""Whether the builds on this machine work: what `kimi-llama doctor` looks at.
+
+Flows in: nothing but the machine. Flows out: `Diagnosis`, plain data that the command prints or dumps.
+Each check is made in a process of its own, so that no library of one build can help another.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_gguf.engine.builds import Engine, builds, cache_folder
+from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.pin import load_pin
+from kimi_gguf.patches.series import load_series
+
+OUR_LIBRARIES = ("libllama", "libggml", "libmtmd")
+
+# Run with the build's environment: which package and which libraries a Python process ends up with.
+_PROBE = """
+import json, sys
+import llama_cpp
+maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+print(json.dumps({
+    "package": llama_cpp.__file__,
+    "version": llama_cpp.__version__,
+    "system": llama_cpp.llama_print_system_info().decode(),
+    "mapped": sorted({line.split(None, 5)[5] for line in maps.splitlines() if line.count("/") > 1}),
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: whether it is well, and what was seen."""
+
+    name: str
+    passed: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class Health:
+    """A build and what its checks say."""
+
+    engine: Engine
+    checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The machine, the pin and all builds of it."""
+
+    machine: tuple[Check, ...]
+    pin: dict[str, str]
+    patches: tuple[tuple[str, str], ...]  # file name, subject
+    engines: tuple[Health, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """A patched build is there, and every check of every build passes."""
+        patched = any(not health.engine.pristine for health in self.engines)
+        return patched and all(check.passed for health in self.engines for check in health.checks)
+
+    def as_json(self) -> str:
+        """Everything, for machines."""
+        engines = [
+            {
+                "prefix": str(health.engine.prefix),
+                **health.engine.manifest,
+                "checks": [vars(check) for check in health.checks],
+            }
+            for health in self.engines
+        ]
+        whole = {
+            "healthy": self.healthy,
+            "cache": str(cache_folder()),
+            "machine": [vars(check) for check in self.machine],
+            "pin": self.pin,
+            "patches": [{"name": name, "subject": subject} for name, subject in self.patches],
+            "engines": engines,
+        }
+        return json.dumps(whole, indent=2)
+
+
+def diagnose() -> Diagnosis:
+    """Look at the machine and at all builds of the present pin and series, patched and pristine."""
+    engines = [*builds(pristine=False), *builds(pristine=True)]
+    return Diagnosis(
+        machine=tuple(_machine()),
+        pin={name: str(value) for name, value in vars(load_pin()).items()},
+        patches=tuple((patch.name, patch.subject) for patch in load_series().patches),
+        engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
+    )
+
+
+def examine(engine: Engine, others: list[Engine]) -> list[Check]:
+    """Check one build: its programs run, and it loads its own libraries even beside those of the others."""
+    tempting = [str(other.lib) for other in others if other.key != engine.key]
+    return [
+        _checked("programs run", lambda: _version(engine)),
+        _checked("programs load their own libraries", lambda: _linked(engine, tempting)),
+        _checked("llama_cpp loads the same libraries", lambda: _python(engine, tempting)),
+        _checked("devices", lambda: _devices(engine)),
+    ]
+
+
+def _checked(name: str, look: Callable[[], str]) -> Check:
+    try:
+        return Check(name, True, look())
+    except (EngineError, OSError, subprocess.SubprocessError) as error:
+        return Check(name, False, str(error))
+
+
+def _version(engine: Engine) -> str:
+    """The version text of a program, which must name the commit the build was made from."""
+    result = _run([str(engine.bin / "llama-cli"), "--version"], dict(os.environ))
+    text = (result.stdout + result.stderr).strip()
+    if result.returncode != 0 or str(engine.manifest["commit"]) not in text:
+        raise EngineError(
+            "llama-cli --version fails or names another commit",
+            expected=str(engine.manifest["commit"]),
+            found=text or f"exit status {result.returncode}",
+            todo=f"remove {engine.prefix} and run kimi-llama build",
+        )
+    return ", ".join(line.strip() for line in text.splitlines())
+
+
+def _linked(engine: Engine, tempting: list[str]) -> str:
+    """Which libraries the loader gives each program, with other builds' libraries put in its way."""
+    if sys.platform != "linux":
+        return "not looked at on this system"
+    programs = sorted(path for path in engine.bin.iterdir())
+    for program in programs:
+        environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": ":".join(tempting)}
+        listing = _run([str(program)], environment).stdout
+        loaded = [line.split("=>")[-1].split("(")[0].strip() for line in listing.splitlines()]
+        _expect_own(engine, loaded, program.name)
+    return f"{len(programs)} programs, all libraries from {engine.lib}"
+
+
+def _python(engine: Engine, tempting: list[str]) -> str:
+    """What a Python process gets that imports llama_cpp with the build's environment."""
+    environment = {**engine.environment(), "LD_LIBRARY_PATH": ":".join(tempting)}
+    result = _run([sys.executable, "-P", "-c", _PROBE], environment)
+    if result.returncode != 0:
+        raise EngineError(
+            "llama_cpp cannot be imported",
+            found=result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message",
+            todo="pip install 'kimi-gguf[validate]', which brings what llama_cpp imports",
+        )
+    told = json.loads(result.stdout.strip().splitlines()[-1])
+    if not Path(told["package"]).is_relative_to(engine.prefix):
+        raise EngineError(
+            "another llama_cpp shadows the build's own",
+            expected=f"a package below {engine.prefix}",
+            found=told["package"],
+            todo="uninstall it or remove it from PYTHONPATH",
+        )
+    _expect_own(engine, told["mapped"], "llama_cpp")
+    return f"llama_cpp {told['version']}; {told['system'].strip()}"
+
+
+def _devices(engine: Engine) -> str:
+    """The devices that the build can compute on."""
+    result = _run([str(engine.bin / "llama-cli"), "--list-devices"], dict(os.environ))
+    lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
+    backend = engine.backends[0]
+    if backend != "cpu" and not lines:
+        raise EngineError(f"built for {backend}, but no device is there", todo="check the driver")
+    return ", ".join(lines) or "CPU"
+
+
+def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:
+    ours = [path for path in loaded if Path(path).name.startswith(OUR_LIBRARIES)]
+    home = engine.lib.resolve()
+    foreign = [path for path in ours if not Path(path).resolve().is_relative_to(home)]
+    if foreign or not ours:
+        raise EngineError(
+            f"{who} loads libraries that are not its build's own",
+            expected=f"libraries in {engine.lib}",
+            found=", ".join(foreign) or "none of llama.cpp's",
+            todo=f"unset LD_PRELOAD; if that is not it, remove {engine.prefix} and run kimi-llama build",
+        )
+
+
+def _machine() -> list[Check]:
+    checks = [
+        _checked("C++ compiler", lambda: find_compilers("cpu")["C++"].version),
+        _checked("cmake", lambda: packaged_tool("cmake")),
+        _checked("ninja", lambda: packaged_tool("ninja")),
+        Check("ccache", True, shutil.which("ccache") or "not found (not needed)"),
+        Check("CUDA toolkit", True, _cuda_toolkit()),
+        Check("processors", True, str(cores())),
+    ]
+    installed = importlib.util.find_spec("llama_cpp")
+    if installed is not None and installed.origin is not None:
+        seen = f"{installed.origin}: an installed, unpatched package; this project's commands do not use it"
+        checks.append(Check("other llama_cpp", True, seen))
+    return checks
+
+
+def _cuda_toolkit() -> str:
+    """The toolkit that --backend cuda would take, and whether it is a whole one."""
+    try:
+        nvcc = find_compilers("cuda")["CUDA"]
+    except EngineError:
+        return "not found (only --backend cuda needs it)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "whole.cu"
+        source.write_text("#include <cublas_v2.h>\n")
+        whole = _run([nvcc.path, "-E", str(source)], dict(os.environ)).returncode == 0
+    seen = "with cuBLAS" if whole else "without cuBLAS: --backend cuda needs the whole toolkit"
+    return f"{nvcc.path}: {nvcc.version}, {seen}"
+
+
+def _run(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=120
+    )

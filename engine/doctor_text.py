@@ -1,0 +1,48 @@
+"""A diagnosis as text for people. Flows in: `Diagnosis`. Flows out: lines for a terminal."""
+
+from __future__ import annotations
+
+from kimi_gguf.engine.builds import cache_folder
+from kimi_gguf.engine.doctor import Check, Diagnosis, Health
+
+
+def as_text(diagnosis: Diagnosis) -> str:
+    """The whole report."""
+    pin = diagnosis.pin
+    lines = [
+        f"cache     {cache_folder()}",
+        f"upstream  {pin['package']}=={pin['version']}, llama.cpp {pin['llama_cpp_commit'][:7]}, "
+        f"ggml {pin['ggml_version']}",
+        *(f"patch     {name}: {subject}" for name, subject in diagnosis.patches),
+        "",
+        "machine",
+        *map(_line, diagnosis.machine),
+    ]
+    for health in diagnosis.engines:
+        lines += ["", *_engine(health)]
+    if not any(not health.engine.pristine for health in diagnosis.engines):
+        lines += [
+            "",
+            "The patched llama.cpp is not built for this pin, series and processor: kimi-llama build",
+        ]
+    lines += ["", "all is well" if diagnosis.healthy else "something needs attention, see above"]
+    return "\n".join(lines)
+
+
+def _engine(health: Health) -> list[str]:
+    engine, manifest = health.engine, health.engine.manifest
+    kind = "pristine" if engine.pristine else f"patched, series of {len(manifest['patches'])}"
+    tests = ", with llama.cpp's tests" if engine.tests else ""
+    source = manifest["source"] or manifest["package"]
+    return [
+        f"build {engine.key}: {kind}, for {' and '.join(engine.backends)}{tests}",
+        f"      at        {engine.prefix}",
+        f"      from      {source}, tree {manifest['tree_sha256'][:16]}, {manifest['built']}",
+        *(f"      compiler  {language}: {text}" for language, text in manifest["compilers"].items()),
+        *map(_line, health.checks),
+    ]
+
+
+def _line(check: Check) -> str:
+    seen = check.seen.replace("\n", "\n        ")
+    return f"  {'ok ' if check.passed else 'BAD'} {check.name}: {seen}"

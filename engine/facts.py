@@ -1,0 +1,63 @@
+"""Where figures come from, for reports: the build, the machine.
+
+Flows in: a build. Flows out: plain dictionaries of text and numbers, ready for JSON, that name no folders.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.engine.builds import Engine
+
+Facts = dict[str, Any]
+
+
+def engine_facts(engine: Engine) -> Facts:
+    """The build: pin, commit, patches, compilers, backends."""
+    shown = (
+        "package",
+        "commit",
+        "llama_cpp_commit",
+        "archive_sha256",
+        "tree_sha256",
+        "patches",
+        "options",
+        "compilers",
+        "built",
+    )
+    return {
+        "kind": "pristine" if engine.pristine else "patched",
+        "backends": list(engine.backends),
+        **{name: engine.manifest.get(name) for name in shown},
+    }
+
+
+def machine_facts() -> Facts:
+    """Processor, cores, memory and system."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    """The processor's trade name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (ValueError, OSError):
+        return None

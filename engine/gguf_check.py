@@ -1,0 +1,48 @@
+"""What is said at once of a path that cannot be a model, before a program starts or a build is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kimi_gguf.convert.output.part_names import place_in_set
+from kimi_gguf.patches.errors import EngineError
+
+
+def check_gguf(path: Path) -> None:
+    """Raises `EngineError` for a missing file and for one that does not begin as a GGUF file; the first of a model
+    in parts (NAME-00001-of-00003.gguf) stands for all of them."""
+    for part in all_parts(path):
+        _check_file(part)
+
+
+def all_parts(path: Path) -> list[Path]:
+    """The files of a model, by the name of its first or only one; llama.cpp finds the others in the same way.
+    Raises `EngineError` for the name of a part that is not the first."""
+    number, parts = place_in_set(path) or (1, [path])
+    if number != 1:
+        raise EngineError(
+            f"{path}: part {number} of {len(parts)}",
+            expected="the first part",
+            todo=f"give {parts[0].name}",
+        )
+    return parts
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise EngineError(
+            f"{path}: no such file",
+            expected="a GGUF file",
+            todo="make one with: convert-kimi CHECKPOINT -o model.gguf --type Q8_0"
+            if place_in_set(path) is None
+            else "put all parts of the model into one folder",
+        )
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise EngineError(
+            f"{path}: not a GGUF file",
+            expected="the bytes b'GGUF' at its start",
+            found=repr(magic),
+            todo="give a GGUF file; convert-kimi makes one from a checkpoint",
+        )

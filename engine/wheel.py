@@ -1,0 +1,96 @@
+"""A build as one installable file: the Python package llama_cpp with this build's libraries inside.
+
+Flows in: a finished build. Flows out: a wheel whose version is marked as ours, so
+that pip does not take it for the one on the index.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import sysconfig
+import zipfile
+from pathlib import Path
+
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.patches.errors import EngineError
+
+_NAME = "llama_cpp_python"
+_DATE = (2026, 1, 1, 0, 0, 0)  # of every file inside: equal builds, equal wheels
+
+
+def make_wheel(engine: Engine, folder: Path) -> Path:
+    """Write the wheel of a build into `folder`, made if missing; returns its path."""
+    version = _local_version(engine)
+    tag = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    path = folder / f"{_NAME}-{version}-{tag}.whl"
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    try:
+        _write_zip(unfinished, _contents(engine, version, tag))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
+    """All files of the wheel by their names in it."""
+    package, info = engine.prefix / "python", f"{_NAME}-{version}.dist-info"
+    metadata = (package / "PKG-INFO").read_text(encoding="utf-8")
+    wheel = f"Wheel-Version: 1.0\nGenerator: kimi-gguf\nRoot-Is-Purelib: false\nTag: {tag}\n"
+    sources = [path for path in sorted((package / "llama_cpp").rglob("*")) if path.is_file()]
+    files = {
+        **{path.relative_to(package).as_posix(): path for path in sources if path.suffix != ".pyc"},
+        **{f"llama_cpp/lib/{path.name}": path for path in _wanted_libraries(engine)},
+        f"{info}/licenses/LICENSE.md": package / "LICENSE.md",
+        f"{info}/licenses/llama.cpp/LICENSE": engine.prefix / "LICENSE",
+        f"{info}/kimi-gguf.json": engine.prefix / "manifest.json",
+    }
+    contents = {name: path.read_bytes() for name, path in files.items()}
+    contents[f"{info}/METADATA"] = _with_version(metadata, version).encode()
+    contents[f"{info}/WHEEL"] = wheel.encode()
+    listed = [f"{name},{_record_hash(content)},{len(content)}\n" for name, content in contents.items()]
+    contents[f"{info}/RECORD"] = "".join([*listed, f"{info}/RECORD,,\n"]).encode()
+    return contents
+
+
+def _wanted_libraries(engine: Engine) -> list[Path]:
+    """The libraries that llama_cpp loads and those they need, not the ones behind the programs."""
+    paths = [
+        path
+        for path in sorted(engine.lib.iterdir())
+        if path.name.startswith(("libggml", "libllama.", "libmtmd"))
+    ]
+    links = [path.name for path in paths if path.is_symlink()]
+    if links:
+        raise EngineError(f"{engine.lib}: symbolic links cannot go into a wheel", found=", ".join(links))
+    return paths
+
+
+def _local_version(engine: Engine) -> str:
+    """The package's version, marked with the series (or as pristine)."""
+    upstream = str(engine.manifest["package"]).split("==")[1]
+    series = str(engine.manifest["series_sha256"])[:8]
+    return f"{upstream}+pristine" if engine.pristine else f"{upstream}+kimi.{series}"
+
+
+def _with_version(metadata: str, version: str) -> str:
+    lines = metadata.splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if line.startswith("Version:"))
+    lines[place] = f"Version: {version}\n"
+    return "".join(lines)
+
+
+def _record_hash(content: bytes) -> str:
+    digest = hashlib.sha256(content).digest()
+    return "sha256=" + base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
+def _write_zip(path: Path, files: dict[str, bytes]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            entry = zipfile.ZipInfo(name, _DATE)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (0o755 if "/lib/" in name else 0o644) << 16
+            archive.writestr(entry, content)

@@ -1,0 +1,209 @@
+"""Twins of the 48B checkpoint for rehearsals: real names, shapes and dtypes, with a made-up `tiktoken.model`.
+
+In: a folder, and what of the published config is to be otherwise. Out: config.json, safetensors shards with their
+index, the tokenizer. Without values the shards are sparse, the full size 98 GB to read and some megabytes on disk:
+for every step that does not need values. With random ones, quantisation takes the time that it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import itertools
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUM_SHARDS = 20
+BYTES = {"BF16": 2, "F32": 4}
+# Offsets behind the last rank, as in the K2 family's tokenizer.
+SPECIAL_TOKENS = {
+    0: "[BOS]",
+    1: "[EOS]",
+    2: "<|im_end|>",
+    3: "<|im_user|>",
+    4: "<|im_assistant|>",
+    9: "[EOT]",
+    10: "<|im_system|>",
+    17: "<|im_middle|>",
+    254: "[UNK]",
+    255: "[PAD]",
+}
+
+POOL = 1 << 24  # random values, read again and again from random places
+STD = 0.02
+
+TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
+Config = Mapping[str, Any]
+
+
+def published_config() -> dict[str, Any]:
+    """config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct."""
+    text = resources.files(__package__).joinpath("kimi-linear-48b-config.json").read_text()
+    config: dict[str, Any] = json.loads(text)
+    return config
+
+
+def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
+    """The published config with other counts. layers: one letter each, K for KDA and M for MLA."""
+    config = published_config()
+    config |= {"num_hidden_layers": len(layers), "num_experts": experts, "vocab_size": vocab}
+    config |= {"bos_token_id": vocab - 256, "eos_token_id": vocab - 254, "pad_token_id": vocab - 1}
+    for key, letter in (("kda_layers", "K"), ("full_attn_layers", "M")):
+        config["linear_attn_config"][key] = [i for i, each in enumerate(layers, 1) if each == letter]
+    return config
+
+
+def tensors(config: Config) -> Iterator[TensorInfo]:
+    """Every tensor of a checkpoint with this config; of the published one 20,493, with 49,122,681,728 parameters."""
+    linear = config["linear_attn_config"]
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    heads, dim = linear["num_heads"], linear["head_dim"]
+    width = heads * dim
+    nope, rope, v_dim = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
+    latent = config["kv_lora_rank"]
+
+    kda: list[TensorInfo] = [
+        *((f"{x}_proj.weight", "BF16", (width, hidden)) for x in "qkv"),
+        *((f"{x}_conv1d.weight", "BF16", (width, 1, linear["short_conv_kernel_size"])) for x in "qkv"),
+        ("A_log", "F32", (1, 1, heads, 1)),
+        ("dt_bias", "F32", (width,)),
+        ("f_a_proj.weight", "BF16", (dim, hidden)),
+        ("f_b_proj.weight", "BF16", (width, dim)),
+        ("b_proj.weight", "BF16", (heads, hidden)),
+        ("g_a_proj.weight", "BF16", (dim, hidden)),
+        ("g_b_proj.weight", "BF16", (width, dim)),
+        ("o_norm.weight", "BF16", (dim,)),
+        ("o_proj.weight", "BF16", (hidden, width)),
+    ]
+    mla: list[TensorInfo] = [
+        ("q_proj.weight", "BF16", (heads * (nope + rope), hidden)),
+        ("kv_a_proj_with_mqa.weight", "BF16", (latent + rope, hidden)),
+        ("kv_a_layernorm.weight", "BF16", (latent,)),
+        ("kv_b_proj.weight", "BF16", (heads * (nope + v_dim), latent)),
+        ("o_proj.weight", "BF16", (hidden, heads * v_dim)),
+    ]
+
+    def ffn(prefix: str, size: int, gate: str, up: str, down: str) -> Iterator[TensorInfo]:
+        yield f"{prefix}{gate}.weight", "BF16", (size, hidden)
+        yield f"{prefix}{up}.weight", "BF16", (size, hidden)
+        yield f"{prefix}{down}.weight", "BF16", (hidden, size)
+
+    yield "model.embed_tokens.weight", "BF16", (vocab, hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        yield f"{layer}input_layernorm.weight", "BF16", (hidden,)
+        yield f"{layer}post_attention_layernorm.weight", "BF16", (hidden,)
+        for name, dtype, shape in kda if i + 1 in linear["kda_layers"] else mla:
+            yield f"{layer}self_attn.{name}", dtype, shape
+        if i < config["first_k_dense_replace"]:
+            yield from ffn(f"{layer}mlp.", config["intermediate_size"], "gate_proj", "up_proj", "down_proj")
+            continue
+        moe, size = f"{layer}block_sparse_moe.", config["moe_intermediate_size"]
+        yield f"{moe}gate.weight", "BF16", (config["num_experts"], hidden)
+        yield f"{moe}gate.e_score_correction_bias", "BF16", (config["num_experts"],)
+        for e in range(config["num_experts"]):
+            yield from ffn(f"{moe}experts.{e}.", size, "w1", "w3", "w2")
+        shared = size * config["num_shared_experts"]
+        yield from ffn(f"{moe}shared_experts.", shared, "gate_proj", "up_proj", "down_proj")
+    yield "model.norm.weight", "BF16", (hidden,)
+    yield "lm_head.weight", "BF16", (vocab, hidden)
+
+
+def num_bytes(info: TensorInfo) -> int:
+    """Bytes of a tensor's data."""
+    size = BYTES[info[1]]
+    for extent in info[2]:
+        size *= extent
+    return size
+
+
+def write_shard(file: Path, infos: list[TensorInfo], values: np.random.Generator | None) -> None:
+    """One safetensors file: a true header, then random values, or a hole where the data would be."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in infos:
+        end = offset + num_bytes((name, dtype, shape))
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        if values is None:
+            f.truncate(8 + len(text) + offset)
+            return
+        pool = values.standard_normal(POOL, dtype=np.float32) * np.float32(STD)
+        stored = {"F32": pool, "BF16": (pool.view(np.uint32) >> 16).astype(np.uint16)}
+        for info in infos:
+            write_values(f, stored[info[1]], num_bytes(info) // BYTES[info[1]], values)
+
+
+def write_values(f: IO[bytes], pool: NDArray[Any], count: int, values: np.random.Generator) -> None:
+    """`count` numbers out of the pool, from random places on."""
+    while count:
+        start = int(values.integers(0, POOL // 2))
+        piece = pool[start : start + count]
+        f.write(piece.data)
+        count -= len(piece)
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """As many ranks as the real tokenizer has: the bytes, all pairs, then triples; every one a merge."""
+    singles = [bytes([b]) for b in range(256)]
+    pairs = [a + b for a, b in itertools.product(singles, singles)]
+    triples = (a + b for a, b in itertools.product(pairs, singles))
+    ranks = itertools.islice(itertools.chain(singles, pairs, triples), vocab_size - 256)
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
+    (folder / "tiktoken.model").write_text("".join(lines))
+    added = {
+        str(vocab_size - 256 + offset): {"content": content, "special": True}
+        for offset, content in SPECIAL_TOKENS.items()
+    }
+    settings = {
+        "added_tokens_decoder": added,
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "pad_token": "[PAD]",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+
+
+def write_twin(
+    folder: Path, config: Config | None = None, num_shards: int = NUM_SHARDS, seed: int | None = None
+) -> Path:
+    """Write a twin into `folder` (made if need be). config: None is the published one. seed: None leaves holes."""
+    config = published_config() if config is None else config
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    every = list(tensors(config))
+    values = None if seed is None else np.random.default_rng(seed)
+    weight_map: dict[str, str] = {}
+    for s in range(num_shards):
+        infos = every[s * len(every) // num_shards : (s + 1) * len(every) // num_shards]
+        file = f"model-{s + 1:05d}-of-{num_shards:05d}.safetensors"
+        write_shard(folder / file, infos, values)
+        weight_map |= {name: file for name, _, _ in infos}
+    index = {"metadata": {"total_size": sum(map(num_bytes, every))}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_tokenizer(folder, config["vocab_size"])
+    return folder
+
+
+def main() -> None:
+    """Command line: `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
+    parser = argparse.ArgumentParser(
+        description="Write a full-size twin of the 48B checkpoint, all zeros, sparse."
+    )
+    parser.add_argument("folder", type=Path)
+    print(write_twin(parser.parse_args().folder))
+
+
+if __name__ == "__main__":
+    main()

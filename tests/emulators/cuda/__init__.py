@@ -1,0 +1,11 @@
+"""CUDA kernels on the CPU: what they compute and what they do wrong, without a GPU (README.md)."""
+
+from emulators.cuda.build import (
+    CompileError,
+    compile_objects,
+    compile_program,
+    link_program,
+)
+from emulators.cuda.rewrite import RewriteError
+
+__all__ = ["CompileError", "RewriteError", "compile_objects", "compile_program", "link_program"]

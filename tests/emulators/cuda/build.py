@@ -1,0 +1,129 @@
+"""Programs that run CUDA kernels on the CPU.
+
+In: .cu files with the kernels, .cpp or .cu files with a `main`. Out: a program; kernels are compiled as C++ against
+include/, each source in a translation unit of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from emulators.cuda.rewrite import rewrite_tree
+
+INCLUDE = Path(__file__).parent / "include"
+STUBS = (
+    Path(__file__).parent / "stubs"
+)  # of headers that neither the emulator nor a toolkit without cuBLAS has
+
+# What kernels are checked for as they run: see include/cuda_emulator/checks.h.
+CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
+OPTIONS = (
+    "-std=c++17",
+    "-O2",
+    "-g1",
+    "-gdwarf-4",  # addr2line finds the lines of #line in this one
+    "-fno-strict-aliasing",  # kernels look at registers as other types
+    "-fwrapv",
+    "-march=native",
+    "-pthread",
+)
+WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi")
+
+
+class CompileError(Exception):
+    """What the compiler said."""
+
+
+def compile_program(
+    sources: Sequence[Path],
+    program: Path,
+    *,
+    include: Sequence[Path] = (),
+    system: Sequence[Path] = (),
+    options: Sequence[str] = (),
+    link: Sequence[str] = (),
+    architecture: int = 80,
+    races: bool = False,
+    fast_math: bool = True,
+    compiler: str | None = None,
+) -> Path:
+    """Compile and link `sources` into `program`; its objects and rewritten sources lie beside it.
+
+    link: options of the linker. The others are those of `compile_objects`. `RewriteError`, `CompileError`.
+    """
+    objects = compile_objects(
+        sources,
+        program.resolve().parent / f"{program.name}.work",
+        include=include,
+        system=system,
+        options=options,
+        architecture=architecture,
+        races=races,
+        fast_math=fast_math,
+        compiler=compiler,
+    )
+    return link_program(objects, program, link=link, compiler=compiler)
+
+
+def compile_objects(
+    sources: Sequence[Path],
+    work: Path,
+    *,
+    include: Sequence[Path] = (),
+    system: Sequence[Path] = (),
+    options: Sequence[str] = (),
+    architecture: int = 80,
+    races: bool = False,
+    fast_math: bool = True,
+    compiler: str | None = None,
+) -> list[Path]:
+    """Compile each of `sources` into an object, several at a time; objects and rewritten sources lie in `work`.
+
+    include: folders for #include "…", those of .cuh files too. system: the same without warnings.
+    options: further ones of the compiler. architecture: 75, 80, 89, … of __CUDA_ARCH__.
+    races: look for races in shared memory too, at each access (include/cuda_emulator/races.h); slower.
+    fast_math: as nvcc's -use_fast_math, with which ggml compiles: expf is __expf, subnormal numbers are zero.
+    compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
+    """
+    command = [_compiler(compiler), *OPTIONS, *WARNINGS, f"-D__CUDA_ARCH__={architecture}0"]
+    command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
+    command += ["-isystem", str(INCLUDE), "-isystem", str(STUBS), "-include", "cuda_runtime.h"]
+    command += [f"-I{path}" for path in include]
+    for path in system:
+        command += ["-isystem", str(path)]
+    checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
+    checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
+
+    def compile_one(number: int, source: Path) -> Path:
+        kernel = source.suffix == ".cu"
+        folder = work / f"{number}-{source.stem}"
+        folder.mkdir(parents=True, exist_ok=True)
+        text = rewrite_tree(source, folder, [*include, *system], fast_math) if kernel else source
+        target = folder / "object.o"
+        _run([*command, *(checks if kernel else []), *options, "-c", str(text), "-o", str(target)])
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, range(len(sources)), sources))
+
+
+def link_program(
+    objects: Sequence[Path], program: Path, *, link: Sequence[str] = (), compiler: str | None = None
+) -> Path:
+    """Link objects of `compile_objects`. link: options of the linker. `CompileError`."""
+    _run([_compiler(compiler), "-pthread", *map(str, objects), "-o", str(program), *link])
+    return program
+
+
+def _compiler(chosen: str | None) -> str:
+    return chosen or os.environ.get("CXX") or "g++"
+
+
+def _run(command: Sequence[str]) -> None:
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode != 0:
+        raise CompileError(f"$ {' '.join(command)}\n{ended.stderr}")
