@@ -8,7 +8,7 @@ they are used, and of the experts only those that some token chose, so that a 48
 memory than its largest matrix. Every step is a small method: a deliberate fault is a subclass, see faults.py.
 
 Sources: the Kimi Linear technical report (arXiv 2510.26692) for KDA and MLA without positions, and the native
-`kimi_linear` of transformers 5.23 for the constants, against which tests/test_reference.py holds it.
+`kimi_linear` of transformers 5.23 for the constants, against which tests/validate/test_reference.py holds it.
 
 Shapes: T tokens, M hidden size, H heads, D KDA head size, V vocabulary, E experts, K experts per token.
 """

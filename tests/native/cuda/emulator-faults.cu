@@ -1,5 +1,5 @@
 // A planted fault of each kind that the emulator is to find. In: the name of one. Out: what the Fault says and status 1,
-// or "nothing found" and status 0. What must be said of each: tests/test_cuda_emulator.py.
+// or "nothing found" and status 0. What must be said of each: tests/emulators/test_cuda_emulator.py.
 
 #include <cuda_bf16.h>
 

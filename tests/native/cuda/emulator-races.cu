@@ -1,5 +1,5 @@
 // Planted races in shared memory, for programs that are compiled to see them. In: the name of one. Out: what the Fault
-// says and status 1, or "nothing found" and status 0. What must be said of each: tests/test_cuda_races.py.
+// says and status 1, or "nothing found" and status 0. What must be said of each: tests/emulators/test_cuda_races.py.
 
 #include <cstdio>
 #include <map>

@@ -146,7 +146,7 @@ def test_contexts_of_one_process_keep_their_choice(
     choices = ("conv,scan", "conv,scan,mla")
     ids, prompt = case.ids[:160], 128
     np.save(tmp_path / "ids.npy", ids.astype(np.int32))
-    worker = Path(__file__).with_name("latent_switch_worker.py")
+    worker = Path(__file__).parents[1] / "support" / "latent_switch_worker.py"
     subprocess.run(
         [sys.executable, worker, case.gguf, tmp_path, str(prompt), *choices],
         env={**os.environ, **engine.environment()},

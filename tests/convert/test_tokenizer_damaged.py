@@ -8,8 +8,7 @@ import random
 from pathlib import Path
 
 import pytest
-from test_tokenizer_vocab import config
-from tokenizer_cases import train_ranks, write_tokenizer
+from tokenizer_cases import config, train_ranks, write_tokenizer
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.tokenizer import load_vocab

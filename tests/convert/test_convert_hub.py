@@ -19,7 +19,7 @@ from hub_server import COMMIT, TOKEN, Answer, Asked, FakeHub, Fault, repository,
 from random_checkpoint import Spec
 
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.source.byte_source import read_ahead, remote
+from kimi_gguf.convert.source import read_ahead, remote
 from kimi_gguf.convert.source.hub import HubId
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=50)
@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in (DEMO, TINY):
         root = tmp_path_factory.mktemp("cache") / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
         if name == DEMO:
-            demo = Path(__file__).parent.parent / "demo"
+            demo = Path(__file__).parents[2] / "demo"
             shutil.copytree(demo, root)
         else:
             fresh_checkpoint(root, SPEC)

@@ -18,9 +18,8 @@ import pytest
 from convert_tools import convert, fresh_checkpoint, start_convert
 from random_checkpoint import Spec
 
-from kimi_gguf.convert.output import growing
-from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.output import growing, unfinished
 from kimi_gguf.convert.pipeline import Report
 from kimi_gguf.convert.pipeline import convert as convert_in_python
 from kimi_gguf.convert.plan import Plan

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="slows a program down through LD_PRELOAD"),
 ]
 PROMPT = "the hat is on the tin"
-SHIM = Path(__file__).parent / "native" / "slow_flush.c"
+SHIM = Path(__file__).parents[1] / "native" / "slow_flush.c"
 
 
 def told_by_a_slow_log(engine: Engine, folder: Path) -> str:

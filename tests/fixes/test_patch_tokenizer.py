@@ -17,15 +17,16 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer_vocab import config, one_piece
 from tokenizer_cases import (
     BYTES,
     CORPUS,
     SPECIAL,
     TOOL_CALL_MARKS,
+    config,
     every_pair_ranks,
     hostile_texts,
     llama_tokenize,
+    one_piece,
     oracle,
     train_ranks,
     write_tokenizer,

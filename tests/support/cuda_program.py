@@ -7,8 +7,8 @@ from pathlib import Path
 
 from emulators.cuda import compile_program
 
-NATIVE = Path(__file__).parent / "native" / "cuda"
-OPERATORS = Path(__file__).parent.parent / "ggml_ops"
+NATIVE = Path(__file__).parents[1] / "native" / "cuda"
+OPERATORS = Path(__file__).parents[2] / "ggml_ops"
 
 
 def compile_cuda(

@@ -23,7 +23,7 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-WORKER = Path(__file__).parent / "rollback_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "rollback_worker.py"
 N_BACK = 8  # as the worker asks for
 ARCHS = ("kimi-linear", "kimi-k3", "qwen35", "lfm2", "nemotron_h", "bailingmoe3", "glm5-next")
 Steps = list[list[Any]]

@@ -10,31 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import tiktoken
 from gguf import TokenType
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from random_checkpoint import Spec
-from random_checkpoint import config as config_json
-from tokenizer_cases import BYTES, CORPUS, SPECIAL, train_ranks, write_tokenizer
+from tokenizer_cases import BYTES, CORPUS, SPECIAL, config, one_piece, train_ranks, write_tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.byte_bpe import bytes_to_text, last_merge, merges_from_ranks, text_to_bytes
-from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.tokenizer import Vocab, load_vocab
-
-
-def config(num_ranks: int, rows: int = 256) -> KimiConfig:
-    """A config for a vocabulary of `num_ranks` ordinary tokens and `rows` more."""
-    base = KimiConfig.from_json(config_json(Spec(), "hub"), "config.json")
-    return replace(
-        base,
-        vocab_size=num_ranks + rows,
-        bos_token_id=num_ranks,
-        eos_token_id=num_ranks + 2,
-        pad_token_id=num_ranks + 255,
-    )
 
 
 def merged_ids(vocab: Vocab, piece: bytes) -> list[int]:
@@ -47,16 +31,6 @@ def merged_ids(vocab: Vocab, piece: bytes) -> list[int]:
             return [vocab.tokens.index(part) for part in parts]
         _, at = min(found)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
-def one_piece(ranks: list[bytes]) -> tiktoken.Encoding:
-    """tiktoken with these ranks and no splitting."""
-    return tiktoken.Encoding(
-        "one piece",
-        pat_str=r"(?s).+",
-        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        special_tokens={},
-    )
 
 
 @pytest.fixture(scope="module")

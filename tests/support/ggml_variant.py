@@ -29,7 +29,7 @@ from kimi_gguf.engine.toolchain import cores, cpu_fingerprint, find_compilers, p
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KEPT = 3  # checkouts whose builds stay
 # What is compiled here: ggml without the backends of other devices, and three sources of libllama.
 UPSTREAM = re.compile(r"ggml/(?!src/ggml-(?!cpu/)[\w-]+/)|src/(kimi-split|unicode|llama-fattn-f32)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.toolchain import find_compilers
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPERATORS = ROOT / "ggml_ops"
 
 

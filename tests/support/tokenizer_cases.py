@@ -10,15 +10,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 import gguf
 import tiktoken
-from random_checkpoint import SPECIAL, TOOL_CALL_MARKS
+from random_checkpoint import SPECIAL, TOOL_CALL_MARKS, Spec
+from random_checkpoint import config as config_json
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.tokenizer import Vocab
 
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -32,6 +34,28 @@ CORPUS = (
     "안녕하세요 세계 مرحبا بالعالم नमस्ते दुनिया "
     "cafe\u0301 e\u0301te\u0301 3.14159 ½ Ⅷ ٣٤٥ १२३ 👩‍👩‍👧 🇨🇭 → ∑ ≤ … — „Zitat“ «texte» ☃\u00a0\u3000 "
 )
+
+
+def config(num_ranks: int, rows: int = 256) -> KimiConfig:
+    """A config for a vocabulary of `num_ranks` ordinary tokens and `rows` more."""
+    base = KimiConfig.from_json(config_json(Spec(), "hub"), "config.json")
+    return replace(
+        base,
+        vocab_size=num_ranks + rows,
+        bos_token_id=num_ranks,
+        eos_token_id=num_ranks + 2,
+        pad_token_id=num_ranks + 255,
+    )
+
+
+def one_piece(ranks: list[bytes]) -> tiktoken.Encoding:
+    """tiktoken with these ranks and no splitting."""
+    return tiktoken.Encoding(
+        "one piece",
+        pat_str=r"(?s).+",
+        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
+        special_tokens={},
+    )
 
 
 def train_ranks(merges: int, text: str = CORPUS) -> list[bytes]:

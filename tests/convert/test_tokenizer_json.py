@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer_vocab import config
-from tokenizer_cases import SPECIAL, TOOL_CALL_MARKS, train_ranks, write_tokenizer
+from tokenizer_cases import SPECIAL, TOOL_CALL_MARKS, config, train_ranks, write_tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from kimi_gguf.convert.errors import ConvertError
