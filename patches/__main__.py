@@ -1,7 +1,7 @@
-"""For those who change the series: `python -m kimi_gguf.patches verify|record TREE`.
+"""For those who change the series: `python -m kimi_gguf.patches verify TREE | record TREE | index`.
 
-TREE is a folder with the pristine llama.cpp. `verify` says whether the series turns it into the tree whose
-hash is pinned; `record` pins what it makes.
+TREE is a folder with upstream's llama.cpp. `verify` checks that the series turns it into the tree whose hash is
+pinned. `record` pins the hash of the tree that the series makes of it. `index` writes patches/README.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import sys
 from pathlib import Path
 
 from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin, record_patched_tree
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
 
 
 def main(arguments: list[str]) -> int:
-    """Run one of the two commands; returns the exit status."""
+    """Run one of the commands; returns the exit status."""
+    if arguments == ["index"]:
+        PAGE.write_text(index_page(load_series()), encoding="utf-8")
+        return 0
     if len(arguments) != 2 or arguments[0] not in ("verify", "record"):
         print(__doc__, file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
-"""The series as mail: what `git am` takes on a checkout of the pinned llama.cpp.
+"""The series as mail: what `git am` accepts on a checkout of the pinned llama.cpp.
 
-Flows in: the series. Flows out: one file per patch, the operator sources it brings included, so that the
-checkout afterwards holds exactly the tree that the engine builds.
+Input: the series, or its fixes alone. Output: one file per patch, with the sources it brings, so that the checkout
+afterwards is exactly the tree that the engine builds.
 """
 
 from __future__ import annotations

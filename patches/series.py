@@ -1,13 +1,27 @@
-"""The series: the ordered patches, the operator sources each one brings, and how they reach a tree.
+"""The series: the ordered patches, the sources each one brings, and how they reach a tree.
 
-Flows in: `NNNN-*.patch` beside this file and `ggml_ops/overlay.toml`. Flows out: `Series`, which applies
-itself to a `Tree` (idempotently: what is applied already is left alone) and knows its own digest.
+Input: `fixes/` and `ops/` next to this file, with `NNNN-*.patch`, and the sources in ggml_ops. Output: `Series`, which
+applies itself to a `Tree` (a patch that is already applied is left alone) and knows its own digest.
+
+A patch names the folders of ggml_ops whose sources it brings on a line `Sources:` of its header, and the patch it
+needs, if any, on a line `Needs:`. Where a source goes in the llama.cpp tree follows from its folder:
+
+    OP/ggml-*.h           ggml/include/
+    OP/ggml-*.c, .cpp     ggml/src/kimi/
+    OP/cpu/*              ggml/src/ggml-cpu/kimi/
+    OP/cuda/*             ggml/src/ggml-cuda/kimi/
+    OP/metal/*            ggml/src/ggml-metal/kimi/
+    OP/graph/*            src/kimi/
+    OP/tests/*            tests/kimi/
+    llama/NAME/*          src/                        sources of a fix, which stands on its own
+
+CMake compiles what it finds in these folders, so a new file in a folder needs no further change.
 """
 
 from __future__ import annotations
 
 import hashlib
-import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +31,18 @@ from kimi_gguf.patches.tree import Tree
 
 PATCH_FOLDER = Path(__file__).parent
 OVERLAY_FOLDER = PATCH_FOLDER.parent / "ggml_ops"
+FIXES = "fixes"  # corrections of upstream: each applies to the pinned tree alone, or on the one fix it needs
+OPS = "ops"  # call sites of the operators, on all fixes
+
+PLACES = {
+    "cpu": "ggml/src/ggml-cpu/kimi",
+    "cuda": "ggml/src/ggml-cuda/kimi",
+    "metal": "ggml/src/ggml-metal/kimi",
+    "graph": "src/kimi",
+    "tests": "tests/kimi",
+}
+HEADERS = (".h", ".cuh")
+SOURCES = (*HEADERS, ".c", ".cpp", ".cu", ".m", ".metal")
 
 
 @dataclass(frozen=True)
@@ -33,7 +59,8 @@ class Patch:
     """One capability: the call sites it changes and the files it adds."""
 
     name: str  # file name
-    text: bytes  # header and diffs as they stand in the file
+    kind: str  # FIXES or OPS
+    text: bytes  # header and diffs as they are in the file
     diffs: tuple[unified.FileDiff, ...]
     overlays: tuple[Overlay, ...]
 
@@ -45,17 +72,12 @@ class Patch:
     @property
     def subject(self) -> str:
         """The one-line summary from the header, without a `[PATCH n/m]` mark."""
-        lines = self.header.splitlines()
-        starts = [i for i, line in enumerate(lines) if line.startswith("Subject:")]
-        if not starts:
-            return self.name
-        text = [lines[starts[0]].removeprefix("Subject:")]
-        for line in lines[starts[0] + 1 :]:
-            if not line.startswith(" "):
-                break
-            text.append(line)
-        joined = " ".join(part.strip() for part in text)
+        joined = self.field("Subject") or self.name
         return joined.split("] ", 1)[1] if joined.startswith("[PATCH") else joined
+
+    def field(self, name: str) -> str | None:
+        """The value of a line `NAME: value` of the header, continued by indented lines."""
+        return header_field(self.header, name)
 
     def apply(self, tree: Tree) -> None:
         """Apply to the tree; `PatchConflictError` when it does not fit."""
@@ -81,6 +103,10 @@ class Series:
     """The patches in order."""
 
     patches: tuple[Patch, ...]
+
+    def fixes(self) -> Series:
+        """The corrections of upstream alone."""
+        return Series(tuple(patch for patch in self.patches if patch.kind == FIXES))
 
     def digest(self) -> str:
         """sha256 in hex over all patches and operator sources: equal digests give equal trees."""
@@ -125,43 +151,80 @@ class Series:
         return len(self.patches) - done
 
 
+def header_field(header: str, name: str) -> str | None:
+    """The value of a line `NAME: value`, continued by indented lines; None where there is no such line."""
+    lines = header.splitlines()
+    for start, line in enumerate(lines):
+        if line.startswith(f"{name}:"):
+            value = [line.removeprefix(f"{name}:").strip()]
+            for more in lines[start + 1 :]:
+                if not more.startswith(" "):
+                    break
+                value.append(more.strip())
+            return " ".join(value)
+    return None
+
+
 def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLAY_FOLDER) -> Series:
-    """Read the series and check that every patch and every operator source belongs to it."""
-    overlays = _load_overlays(overlay_folder)
+    """Read the series and check that every patch and every operator source belongs to it, exactly once."""
+    brought: dict[str, tuple[str, str]] = {}  # place in the tree -> source, patch
     patches = []
-    for path in sorted(patch_folder.glob("[0-9][0-9][0-9][0-9]-*.patch")):
-        text = path.read_bytes()
-        brought = tuple(overlays.pop(path.name, []))
-        diffs = unified.parse(text, path.name)
-        if not diffs and not brought:
-            raise EngineError(f"{path}: the patch changes nothing")
-        patches.append(Patch(path.name, text, diffs, brought))
-    if overlays:
+    for kind in (FIXES, OPS):
+        for path in sorted((patch_folder / kind).glob("[0-9][0-9][0-9][0-9]-*.patch")):
+            text = path.read_bytes()
+            header = text.split(b"diff --git ", 1)[0].decode()
+            overlays = []
+            for folder in (header_field(header, "Sources") or "").split():
+                for overlay in _folder_sources(overlay_folder, folder, path.name):
+                    source = overlay.source.relative_to(overlay_folder).as_posix()
+                    if overlay.dest in brought:
+                        raise EngineError(
+                            f"{path.name}: {source} and {brought[overlay.dest][0]} would both be {overlay.dest}",
+                            expected="each source brought by one patch, and one file name for each source of a kind",
+                        )
+                    brought[overlay.dest] = (source, path.name)
+                    overlays.append(overlay)
+            diffs = unified.parse(text, path.name)
+            if not diffs and not overlays:
+                raise EngineError(f"{path}: the patch changes nothing")
+            patches.append(Patch(path.name, kind, text, diffs, tuple(overlays)))
+    unused = set(_all_sources(overlay_folder)) - {source for source, _ in brought.values()}
+    if unused:
         raise EngineError(
-            f"{overlay_folder / 'overlay.toml'} names patches that are not in {patch_folder}",
-            found=", ".join(sorted(overlays)),
+            f"{overlay_folder} holds sources that no patch brings",
+            found=", ".join(sorted(unused)),
+            todo="name their folder on the line 'Sources:' of a patch",
         )
     return Series(tuple(patches))
 
 
-def _load_overlays(folder: Path) -> dict[str, list[Overlay]]:
-    """Operator sources by the name of the patch that brings them."""
-    table = folder / "overlay.toml"
-    if not table.exists():
-        return {}
-    found: dict[str, list[Overlay]] = {}
-    for entry in tomllib.loads(table.read_text(encoding="utf-8")).get("file", []):
-        if set(entry) != {"source", "dest", "patch"}:
-            raise EngineError(
-                f"{table}: an entry has the wrong keys", expected="source, dest, patch", found=str(entry)
-            )
-        dest = PurePosixPath(entry["dest"])
-        source = folder / entry["source"]
-        if dest.is_absolute() or ".." in dest.parts or not source.is_file():
-            raise EngineError(
-                f"{table}: unfit entry",
-                expected="source a file beside the table, dest a path inside the llama.cpp tree",
-                found=f"{entry['source']} -> {entry['dest']}",
-            )
-        found.setdefault(entry["patch"], []).append(Overlay(source, str(dest), source.read_bytes()))
+def destination(source: PurePosixPath) -> str | None:
+    """The place in the llama.cpp tree of a file of ggml_ops, by the rule above; None for one that stays here."""
+    folder, name = source.parent, source.name
+    if source.suffix not in SOURCES:
+        return None
+    if folder.parts[:1] == ("llama",):
+        return f"src/{name}" if len(folder.parts) == 2 else None
+    if len(folder.parts) == 2 and folder.name in PLACES:
+        return f"{PLACES[folder.name]}/{name}"
+    if len(folder.parts) == 1 and name.startswith("ggml-"):
+        return f"ggml/include/{name}" if source.suffix in HEADERS else f"ggml/src/kimi/{name}"
+    return None
+
+
+def _folder_sources(root: Path, folder: str, patch: str) -> list[Overlay]:
+    found = []
+    for path in sorted((root / folder).glob("*")):
+        dest = destination(PurePosixPath(path.relative_to(root).as_posix()))
+        if dest is not None and path.is_file():
+            found.append(Overlay(path, dest, path.read_bytes()))
+    if not found:
+        raise EngineError(f"{patch}: the folder {folder} of ggml_ops holds no sources")
     return found
+
+
+def _all_sources(root: Path) -> Iterator[str]:
+    for path in root.rglob("*"):
+        source = PurePosixPath(path.relative_to(root).as_posix())
+        if path.is_file() and destination(source) is not None:
+            yield str(source)

@@ -136,7 +136,8 @@ def _doctor(parsed: argparse.Namespace) -> int:
 def _export(parsed: argparse.Namespace) -> int:
     from kimi_gguf.patches.export import export_patches
 
-    for path in export_patches(load_series(), parsed.folder):
+    series = load_series()
+    for path in export_patches(series.fixes() if parsed.fixes else series, parsed.folder):
         print(path)
     return 0
 
@@ -296,9 +297,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "export-patches",
         _export,
-        "write the patches as a plain series for git am",
+        "write the patches as a series for git am",
         "kimi-llama export-patches /tmp/kimi && git -C ~/llama.cpp am /tmp/kimi/*.patch",
     )
+    sub.add_argument("--fixes", action="store_true", help="write the corrections of upstream only")
     sub.add_argument("folder", type=Path, metavar="DIR")
     return parser
 

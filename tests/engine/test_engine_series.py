@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import tiny_llama
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from kimi_gguf.patches import diff
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.export import export_patches
+from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin
-from kimi_gguf.patches.series import Series, load_series
+from kimi_gguf.patches.series import FIXES, PATCH_FOLDER, Series, destination, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 
 
@@ -47,7 +48,8 @@ def test_a_series_half_applied_is_completed(tmp_path: Path) -> None:
     second = tiny_llama.PATCH.replace("answer", "steady").replace("return 1", "return 5")
     second = second.replace("KIMI_ANSWER", "6").replace('+#include "kimi.h"', "+// six")
     tiny = tiny_llama.make(tmp_path)
-    (tmp_path / "series" / "0002-steady.patch").write_text(second)
+    second = second.replace("Sources: llama/tiny\n", "")
+    tiny_llama.write_tree(tmp_path / "series", {"ops/0002-steady.patch": second})
     series = load_series(tmp_path / "series", tmp_path / "ops")
     tree = Tree(tmp_path / "tree")
     assert tiny.series.apply(tree) == 1
@@ -84,6 +86,8 @@ def test_a_hunk_is_found_where_its_lines_have_moved_to(tmp_path: Path) -> None:
     assert content is not None
     assert content.startswith(b"// new\n" * 40 + b'#include "kimi.h"\n')
 
+
+OPERATOR = "int operator_source() {\n    return 0;\n}\n"
 
 lines = st.lists(st.sampled_from(["a", "b", "c", "", "\tx", "€", "-- ", "@@ -1 +1 @@", "a\r"]), max_size=30)
 texts = st.builds(lambda many, end: "\n".join(many) + ("\n" if end else ""), lines, st.booleans())
@@ -127,10 +131,44 @@ def test_unfit_patches_are_refused_by_name(tmp_path: Path, change: tuple[str, st
     assert "0001-answer.patch" in str(caught.value)
 
 
-def test_an_operator_source_without_its_patch_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    (tmp_path / "series/0001-answer.patch").rename(tmp_path / "series/0002-other.patch")
-    with pytest.raises(EngineError, match=r"0001-answer\.patch"):
+def test_an_operator_source_without_a_patch_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+    tiny_llama.write_tree(tmp_path / "ops", {"tiny/cpu/other.cpp": OPERATOR})
+    with pytest.raises(EngineError, match=r"tiny/cpu/other\.cpp"):
         load_series(tmp_path / "series", tmp_path / "ops")
+
+
+def test_a_patch_that_names_no_sources_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+    (tmp_path / "ops/llama/tiny/kimi.h").unlink()
+    with pytest.raises(EngineError, match=r"0001-answer\.patch: the folder llama/tiny"):
+        load_series(tmp_path / "series", tmp_path / "ops")
+
+
+def test_two_sources_with_one_place_are_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+    tiny_llama.write_tree(tmp_path / "ops", {"one/cpu/same.cpp": OPERATOR, "two/cpu/same.cpp": OPERATOR})
+    patch = tiny_llama.PATCH.replace("llama/tiny", "one/cpu two/cpu")
+    tiny_llama.write_tree(tmp_path / "series", {"ops/0002-both.patch": patch})
+    with pytest.raises(EngineError, match=r"ggml/src/ggml-cpu/kimi/same\.cpp"):
+        load_series(tmp_path / "series", tmp_path / "ops")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("kda/ggml-kda-conv.h", "ggml/include/ggml-kda-conv.h"),
+        ("kda/ggml-kda-conv.c", "ggml/src/kimi/ggml-kda-conv.c"),
+        ("kda/conv-oracle.h", None),
+        ("kda/README.md", None),
+        ("kda/cpu/kda-scan.cpp", "ggml/src/ggml-cpu/kimi/kda-scan.cpp"),
+        ("kda/cuda/kda-scan.cuh", "ggml/src/ggml-cuda/kimi/kda-scan.cuh"),
+        ("kda/metal/kda.metal", "ggml/src/ggml-metal/kimi/kda.metal"),
+        ("kda/graph/llama-kda.h", "src/kimi/llama-kda.h"),
+        ("kda/tests/kda-test-cases.h", "tests/kimi/kda-test-cases.h"),
+        ("llama/tokenizer_split/kimi-split.cpp", "src/kimi-split.cpp"),
+        ("llama/tokenizer_split/make_tables.py", None),
+    ],
+)
+def test_the_place_of_a_source_follows_from_its_folder(source: str, expected: str | None) -> None:
+    assert destination(PurePosixPath(source)) == expected
 
 
 def test_the_tree_hash_sees_names_contents_and_borders(tmp_path: Path) -> None:
@@ -173,6 +211,18 @@ def test_the_exported_series_gives_the_same_tree_by_git_am(tiny: tiny_llama.Tiny
     assert message.startswith("tiny: answer two\nTwo is the better answer.\n")
 
 
+def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+    operator = tiny_llama.PATCH.replace("answer", "steady").replace("return 1", "return 5")
+    operator = operator.replace("Sources: llama/tiny\n", "")
+    tiny_llama.write_tree(tmp_path / "series", {"ops/0002-steady.patch": operator})
+    series = load_series(tmp_path / "series", tmp_path / "ops")
+    assert len(series.patches) == 2
+    mails = export_patches(series.fixes(), tmp_path / "mail")
+    assert [path.name for path in mails] == ["0001-answer.patch"]
+    git_am(tmp_path / "tree", mails)
+    assert tree_hash(tmp_path / "tree") == tree_hash(tmp_path / "patched")
+
+
 def test_exporting_beside_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     tiny_llama.write_tree(tmp_path / "mail", {"0009-other.patch": "x"})
     with pytest.raises(EngineError, match="other patches"):
@@ -182,8 +232,33 @@ def test_exporting_beside_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_pa
 def test_each_patch_of_the_project_says_why_and_when_it_may_be_dropped() -> None:
     for patch in load_series().patches:
         assert patch.subject != patch.name, f"{patch.name}: no subject"
-        assert "\nUpstream:" in patch.header, f"{patch.name}: where it was or could be forwarded"
-        assert "\nDrop when:" in patch.header, f"{patch.name}: when it may be dropped"
+        assert patch.field("Effect"), f"{patch.name}: its effect"
+        assert patch.field("Upstream"), f"{patch.name}: where it was or could be forwarded"
+        assert patch.field("Drop when"), f"{patch.name}: when it may be dropped"
+        test = patch.field("Test")
+        assert test and (PATCH_FOLDER.parent / test).is_file(), f"{patch.name}: the test {test}"
+
+
+def test_the_numbers_have_no_gaps_and_fixes_come_first() -> None:
+    patches = load_series().patches
+    assert [int(patch.name[:4]) for patch in patches] == list(range(1, len(patches) + 1))
+    kinds = [patch.kind == FIXES for patch in patches]
+    assert kinds == sorted(kinds, reverse=True)
+    assert len(patches) == len(list(PATCH_FOLDER.rglob("*.patch")))
+
+
+def test_the_index_page_is_made_from_the_headers() -> None:
+    assert PAGE.read_text(encoding="utf-8") == index_page(load_series()), (
+        "run: python -m kimi_gguf.patches index"
+    )
+
+
+def test_each_fix_needs_at_most_one_other_fix_before_it() -> None:
+    names: list[str] = []
+    for patch in load_series().fixes().patches:
+        if needs := patch.field("Needs"):
+            assert needs in names, f"{patch.name} needs {needs}"
+        names.append(patch.name.removesuffix(".patch"))
 
 
 def test_the_pin_is_complete_and_the_series_digest_follows_its_contents(tiny: tiny_llama.Tiny) -> None:

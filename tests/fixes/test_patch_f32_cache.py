@@ -54,6 +54,6 @@ def test_other_cache_types_are_read_as_before(tmp_path: Path, cache_type: str, e
 
 def test_a_cache_that_its_device_cannot_read_is_copied_once(tmp_path: Path, engine: Engine) -> None:
     program = compile_program(
-        engine, "test_fattn_f32.cpp", tmp_path, ("f32_cache",), ("f32_cache/llama-fattn-f32.cpp",)
+        engine, "test_fattn_f32.cpp", tmp_path, ("llama/f32_cache",), ("llama/f32_cache/llama-fattn-f32.cpp",)
     )
     subprocess.run([program], check=True)

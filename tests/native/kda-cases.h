@@ -3,8 +3,8 @@
 // Inputs of the KDA operators' tests, whatever computes them: ordinary and hostile gates, permuted and new rows, rows
 // that must not be read full of NaN; and the measure by which results are judged.
 
-#include "kda_conv/oracle.h"
-#include "kda_scan/oracle.h"
+#include "kda/conv-oracle.h"
+#include "kda/scan-oracle.h"
 
 #include <algorithm>
 #include <cmath>

@@ -3,7 +3,7 @@
 // width that the processor has, for which the source is included.
 // Prints one line for each failure and the count; exit status 1 if there was one.
 
-#include "quantise_k/ggml-quantise-k.cpp"
+#include "quantize_k/ggml-quantize-k.cpp"
 
 #include "ggml.h"
 

@@ -26,12 +26,12 @@ from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 
 pytestmark = pytest.mark.engine
 
-SHARED = [NATIVE.parent, OPERATORS, OPERATORS / "cuda_common"]
+SHARED = [NATIVE.parent, OPERATORS, OPERATORS / "common" / "cuda"]
 # Upstream's sources in which ggml-cuda decides what to compute how, and the functions in them that launch kernels,
 # which are put aside under other names.
 HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
 ASIDE = ("topk_moe", "mul_mat_vec_f", "mul_mat_vec_q")
-KDA_FOLDERS = [OPERATORS / name / "cuda" for name in ("kda_common", "kda_conv", "kda_scan")]
+KDA_FOLDER = OPERATORS / "kda" / "cuda"
 LATENT = OPERATORS / "latent_attention" / "cuda"
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
@@ -51,7 +51,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda-backend")
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
-    include, system = [*KDA_FOLDERS, LATENT], [ggml / "include", ggml / "src", upstream]
+    include, system = [KDA_FOLDER, LATENT], [ggml / "include", ggml / "src", upstream]
     kernels = [source for each in include for source in sorted(each.glob("*.cu"))]
     objects = compile_objects(
         [*kernels, NATIVE.parent / "second_backend.cpp"],
@@ -245,7 +245,7 @@ def test_how_much_ggml_cuda_launches_for_a_token(
     _, nodes, launches, _ = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=GRAPHS[graph])[
         -1
     ]
-    assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda_graph" / "README.md").read_text()
+    assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda" / "README.md").read_text()
 
 
 # Cache type -> queries from which LATENT_ATTN is built, with up to 512 keys: the first line of CUDA's table.

@@ -11,9 +11,9 @@ from cuda_program import NATIVE, OPERATORS, compile_cuda
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import patched_ggml
 
-FOLDERS = [OPERATORS / operator / "cuda" for operator in ("kda_common", "kda_conv", "kda_scan")]
-GLUE = OPERATORS / "kda_common" / "cuda" / "kda-ggml.cu"
-KERNELS = [path for folder in FOLDERS for path in sorted(folder.glob("*.cu")) if path != GLUE]
+FOLDER = OPERATORS / "kda" / "cuda"
+GLUE = FOLDER / "kda-ggml.cu"
+KERNELS = [path for path in sorted(FOLDER.glob("*.cu")) if path != GLUE]
 
 
 def run(program: Path, *arguments: str) -> str:
@@ -26,7 +26,7 @@ def run(program: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("kda") / "kda-test"
-    return compile_cuda([*KERNELS, NATIVE / "kda-test.cpp"], target, include=FOLDERS)
+    return compile_cuda([*KERNELS, NATIVE / "kda-test.cpp"], target, include=[FOLDER])
 
 
 @pytest.mark.parametrize("group", ["conv", "steps", "chunks", "scan"])
@@ -36,7 +36,7 @@ def test_every_shape_gate_and_order_of_threads(group: str, program: Path) -> Non
 
 def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
     sources = [*KERNELS, NATIVE / "kda-test.cpp"]
-    program = compile_cuda(sources, tmp_path / "kda-races", include=FOLDERS, races=True)
+    program = compile_cuda(sources, tmp_path / "kda-races", include=[FOLDER], races=True)
     assert ", 0 failed" in run(program, "briefly")
 
 
@@ -46,7 +46,7 @@ def test_tensors_and_copies_of_states_reach_the_kernels(engine: Engine, tmp_path
     program = compile_cuda(
         [*KERNELS, GLUE, NATIVE / "kda-glue-test.cu"],
         tmp_path / "kda-glue-test",
-        include=FOLDERS,
+        include=[FOLDER],
         system=[ggml / folder for folder in ("include", "src", "src/ggml-cuda")],
         options=["-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter"],
         link=[f"-L{engine.lib}", "-lggml-base", f"-Wl,-rpath,{engine.lib}"],

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_every_shape_gate_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
-    program = compile_program(engine, "test-kda.cpp", tmp_path, ("kda_conv", "kda_scan"))
+    program = compile_program(engine, "test-kda.cpp", tmp_path, ("kda",))
     ended = subprocess.run([program], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
     assert ", 0 failed" in ended.stdout

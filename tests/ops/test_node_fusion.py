@@ -1,4 +1,4 @@
-"""Runs of nodes computed as one (ggml_ops/node_fusion): when they are, and that they give the same bits."""
+"""Runs of nodes computed as one (ggml_ops/fusion): when they are, and that they give the same bits."""
 
 from __future__ import annotations
 

@@ -51,13 +51,13 @@ def logits(
 
 
 def test_every_type_layout_shape_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
-    program = compile_program(engine, "quant-gemm-test.cpp", tmp_path, ("quant_gemm",))
+    program = compile_program(engine, "quant-gemm-test.cpp", tmp_path, ("matmul",))
     ended = subprocess.run([program], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
 
 
 def test_gate_and_up_as_one_have_the_bits_of_single_nodes(tmp_path: Path, engine: Engine) -> None:
-    program = compile_program(engine, "quant-gemm-gated-test.cpp", tmp_path, ("quant_gemm",))
+    program = compile_program(engine, "quant-gemm-gated-test.cpp", tmp_path, ("matmul",))
     ended = subprocess.run([program], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
 

@@ -1,4 +1,4 @@
-"""The vectorised search of K-quants gives the bytes of ggml's own loops (ggml_ops/quantise_k).
+"""The vectorised search of K-quants gives the bytes of ggml's own loops (ggml_ops/quantize_k).
 
 Whole models against pristine llama-quantize: test_convert_like_quantize.py.
 """

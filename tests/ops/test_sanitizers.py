@@ -89,7 +89,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
 def plant(made: Build, line: str, folder: Path) -> Path:
     """A copy of bin/ whose ggml-cpu has the line at the head of the scan; its folder."""
     commands = json.loads((made.folder / "compile_commands.json").read_text())
-    entry = next(each for each in commands if each["file"].endswith("/ggml-cpu/kda-scan.cpp"))
+    entry = next(each for each in commands if each["file"].endswith("/ggml-cpu/kimi/kda-scan.cpp"))
     source = Path(entry["file"])
     head = re.compile(r"(void ggml_compute_forward_kda_scan\([^{]*\{)")
     text, count = head.subn(lambda found: f"{found[1]} {line}", source.read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from kimi_gguf.ggml_ops.tokenizer_split.make_tables import CLASSES, TABLE, class_bits, unicode_version
+from kimi_gguf.ggml_ops.llama.tokenizer_split.make_tables import CLASSES, TABLE, class_bits, unicode_version
 
 
 def table_bits() -> list[int]:

@@ -24,11 +24,11 @@ def compile_cuda(
     fast_math: bool = True,
     compiler: str | None = None,
 ) -> Path:
-    """As compile_program; #include "…" also finds what lies in tests/native, ggml_ops and its cuda_common."""
+    """As compile_program; #include "…" also finds what lies in tests/native, ggml_ops and its common/cuda."""
     return compile_program(
         sources,
         program,
-        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "cuda_common"],
+        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "common" / "cuda"],
         system=system,
         options=["-Werror", *options],
         link=link,

@@ -31,6 +31,7 @@ Two is the better answer.
 
 Upstream: never.
 Drop when: one is right.
+Sources: llama/tiny
 
 ---
 diff --git a/src/answer.cpp b/src/answer.cpp
@@ -44,7 +45,6 @@ diff --git a/src/answer.cpp b/src/answer.cpp
 +    return KIMI_ANSWER;
  }
 """
-OVERLAY_TABLE = '[[file]]\nsource = "tiny/kimi.h"\ndest = "src/kimi.h"\npatch = "0001-answer.patch"\n'
 OVERLAY_FILE = "#define KIMI_ANSWER 2\n"
 
 # llama-cli prints its commit and the library's answer; llama-completion prints its arguments and fails with 7,
@@ -138,8 +138,8 @@ def write_tree(folder: Path, files: Mapping[str, str]) -> Path:
 def make(folder: Path, files: Mapping[str, str] = FILES, patch: str = PATCH) -> Tiny:
     """Write the miniature's archive and series into a folder."""
     tree = write_tree(folder / "tree", files)
-    write_tree(folder / "series", {"0001-answer.patch": patch})
-    write_tree(folder / "ops", {"overlay.toml": OVERLAY_TABLE, "tiny/kimi.h": OVERLAY_FILE})
+    write_tree(folder / "series", {"fixes/0001-answer.patch": patch})
+    write_tree(folder / "ops", {"llama/tiny/kimi.h": OVERLAY_FILE})
     members = {f"{ROOT}/llama.cpp/{name}": text for name, text in files.items()}
     pack(
         folder / "tiny-1.0.tar.gz", {**members, **{f"{ROOT}/{name}": text for name, text in PACKAGE.items()}}

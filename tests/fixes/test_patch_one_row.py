@@ -1,0 +1,19 @@
+"""MUL_MAT of many matrices with one row each is right for any number of threads and matrices."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from native_program import compile_program
+
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = pytest.mark.engine
+
+
+def test_each_matrix_gives_the_same_bits_for_any_number_of_threads(tmp_path: Path, engine: Engine) -> None:
+    program = compile_program(engine, "one-row-test.cpp", tmp_path, ())
+    ended = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-2000:]
