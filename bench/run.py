@@ -54,6 +54,7 @@ from kimi_gguf.bench.report import (
     device_limits_table,
     limits_table,
     memory_table,
+    not_measured_lines,
     show,
     verdict,
 )
@@ -182,6 +183,8 @@ class Run:
                     data["cells"].append(cell)
                     told.note("  ".join(cell_row(cell)))
                     self.keep()
+            for line in not_measured_lines(data):
+                told.note(line)
             if data["cells"]:
                 show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", cells_table(data["cells"]))
                 print(verdict(data["cells"]))
@@ -191,7 +194,10 @@ class Run:
         """The cells of a loaded model, measured."""
         settings = Settings(self.parsed.seconds, self.began + self.parsed.budget)
         if self.device is None:
-            return measure(arena, cells, ways_in_memory(arena.model, arena.told), settings)
+            pristine = ways_in_memory(arena.model, arena.told)
+            without = (way.name for way in PRISTINE if way not in pristine)
+            arena.about.left_out |= dict.fromkeys(without, "there is not enough free memory")
+            return measure(arena, cells, pristine, settings)
         room = int(FREE_SHARE * self.device.free) - 2 * arena.model.nbytes
         return measure_fitting(arena, cells, PRISTINE_ON_DEVICE, settings, room)
 
@@ -280,17 +286,22 @@ class Run:
         ]
         check_disk(models, self.pristine, told)
         files = [open_model(generate(model, self.pristine, told)) for model in models]
-        depths = [depth for depth in parsed.depth or hybrid.DEPTHS if depth > 0]
+        depths = sorted(depth for depth in parsed.depth or hybrid.DEPTHS if depth > 0)
+        fitting = [depth for depth in depths if hybrid.enough_memory(depth, files, parsed.cache_type[0])]
+        too_deep = [depth for depth in depths if depth not in fitting]
+        for depth in too_deep:
+            told.note(f"Not measured: depth {depth}: {hybrid.TOO_DEEP}")
         data: dict[str, Any] = {
             "models": [file.name for file in files],
             "cache_type": parsed.cache_type[0],
             "threads": max(self.threads),
             "seed": hybrid.SEED,
             "rows": [],
+            "not_measured": dict.fromkeys(map(str, too_deep), hybrid.TOO_DEEP),
         }
         self.record["hybrid"] = data
         for row in hybrid.measure_hybrid(
-            files, self.environments, depths, parsed.cache_type[0], max(self.threads), told
+            files, self.environments, fitting, parsed.cache_type[0], max(self.threads), told
         ):
             data["rows"].append(row)
             told.note("  ".join(hybrid_table(data)[len(data["rows"])]))
