@@ -29,6 +29,7 @@ from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import measure_device_operators
 from kimi_gguf.bench.limits import Limits, demand, mean_of, measure_device_limits, measure_limits
 from kimi_gguf.bench.load import available_memory
+from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.measure import Arena, Result, Settings, measure, measure_fitting
 from kimi_gguf.bench.models import (
     ModelFile,
@@ -47,7 +48,7 @@ from kimi_gguf.bench.page import (
     write_page,
 )
 from kimi_gguf.bench.products import measure_products
-from kimi_gguf.bench.record import Data, cell_data, load, model_data, new_record, save
+from kimi_gguf.bench.record import Data, add, cell_data, load_all, model_data, new_record, save
 from kimi_gguf.bench.report import (
     cell_row,
     cells_table,
@@ -73,7 +74,14 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
     """Measure, or draw a page. words: the command line, for the record. Returns the exit status."""
     try:
         check(parsed)
-        records = [load(file) for file in parsed.records or ()] or [Run(parsed, words).all()]
+        if parsed.draw is not None:
+            manifest = read_manifest(parsed.draw)
+            write_page(manifest.selected(), manifest.page)
+            return 0
+        records = [each for file in parsed.records or () for each in load_all(file)]
+        records = records or [Run(parsed, words).all()]
+        if parsed.record is not None and not parsed.records:
+            add(records[0], parsed.record)
         if parsed.page is not None:
             write_page(records, parsed.page)
         return 0
@@ -87,7 +95,17 @@ def check(parsed: argparse.Namespace) -> None:
         raise EngineError(
             "--records measures nothing and wants --page", todo="name the page: --page docs/bench.md"
         )
-    for file in (parsed.json, parsed.page):
+    if parsed.page is not None and not parsed.records and parsed.page.exists():
+        raise EngineError(
+            f"{parsed.page}: a run does not overwrite a page",
+            todo="add the run with --record, then draw the page of all records: --draw or --records",
+        )
+    if parsed.page is not None and any(
+        read_manifest(each).page.resolve() == parsed.page.resolve()
+        for each in parsed.page.parent.glob("bench*.toml")
+    ):
+        raise EngineError(f"{parsed.page}: this page has a manifest", todo="write it with --draw")
+    for file in (parsed.json, parsed.page, parsed.record):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file}: its folder does not exist", todo=f"make it: mkdir -p {file.parent}")
     if parsed.libraries is not None and not any(parsed.libraries.glob("*llama.*")):
