@@ -47,7 +47,8 @@ EXAMPLES = f"""\
   kimi-llama bench --operators --json out/operators.json
   kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
-  kimi-llama bench --records out/*.json --page docs/bench.md
+  kimi-llama bench --records out/*.json --page out/bench.md
+  kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
   kimi-llama bench --backend cuda --operators --json out/gpu/operators.json
   kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build in the place of ours
@@ -83,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     which.add_argument(
         "--records", nargs="+", type=Path, metavar="JSON", help="measure nothing: draw --page from these"
+    )
+    which.add_argument(
+        "--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest"
     )
 
     made = parser.add_argument_group("the generated model")
@@ -145,6 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     out = parser.add_argument_group("what is written")
     out.add_argument("--json", type=Path, metavar="FILE", help="everything measured, for --records")
+    out.add_argument(
+        "--record", type=Path, metavar="FILE", help="add everything measured to a machine's records"
+    )
     out.add_argument("--page", type=Path, metavar="FILE", help="a Markdown page with pictures beside it")
 
 

@@ -10,7 +10,7 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,6 +86,8 @@ class Loaded:
     fallbacks: dict[str, list[str]] = field(
         default_factory=dict
     )  # process -> what ran as upstream has it, and why
+    left_out: dict[str, str] = field(default_factory=dict)  # variant -> why it was not run
+    not_measured: list[dict[str, Any]] = field(default_factory=list)  # options of a cell, and the reason
 
 
 class Arena:
@@ -142,6 +144,10 @@ class Arena:
         self._contexts.add((process, name))
         return process, name
 
+    def skip(self, cells: Iterable[Cell], reason: str) -> None:
+        """Record cells that cannot be measured, with the reason."""
+        self.about.not_measured += [{**vars(cell), "reason": reason} for cell in cells]
+
     def free_contexts(self) -> None:
         """Free all contexts; the models stay."""
         for process, name in self._contexts:
@@ -195,9 +201,9 @@ def measure(
     n_batch = max(*(cell.tokens for cell in cells), UBATCH)
     n_ctx = context_size(cells)
     left_out: set[Way] = set()
-    for cell in cells:
+    for i, cell in enumerate(cells):
         if time.monotonic() >= settings.until:
-            arena.told.note("time is used up: the cells behind this one were not measured")
+            arena.skip(cells[i:], "the time of --budget was used up")
             return
         rivals = [way for way in ways(cell, pristine) if way not in left_out]
         places = {}
@@ -208,6 +214,7 @@ def measure(
                 if way.flash:
                     raise
                 arena.told.note(f"{way.name} is left out: {error.what}")
+                arena.about.left_out[way.name] = error.what
                 left_out.add(way)
                 continue
             arena.go_to(way, cell, places[way])
@@ -240,10 +247,11 @@ def measure_fitting(
                     f"caches of {wanted / MIB:.0f} MiB, room for {max(room, 0) / MIB:.0f} beside the models"
                 )
             depth = max(cell.depth for cell in left)
-            left = [cell for cell in left if cell.depth < depth and cell not in measured]
-            arena.told.note(
-                f"{sequences} × {depth} tokens ({cache_type} cache) do not fit the device: {reason}"
+            arena.skip(
+                (cell for cell in left if cell.depth == depth and cell not in measured),
+                f"{sequences} × {depth} tokens ({cache_type} cache) do not fit the device: {reason}",
             )
+            left = [cell for cell in left if cell.depth < depth and cell not in measured]
             arena.free_contexts()
         arena.free_contexts()
 

@@ -16,7 +16,6 @@ from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
-from kimi_gguf.bench.load import DISTURBED
 from kimi_gguf.bench.plot import draw
 from kimi_gguf.bench.products import K
 from kimi_gguf.bench.report import (
@@ -24,8 +23,10 @@ from kimi_gguf.bench.report import (
     cells_table,
     device_limits_table,
     limits_table,
+    mark,
     markdown,
     memory_table,
+    not_measured_lines,
     verdict,
 )
 from kimi_gguf.patches.errors import EngineError
@@ -102,15 +103,29 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
     for record in sorted(records, key=lambda record: str(record["created"])):
         for model in record["models"]:
             into = models.setdefault(
-                model["name"], {"cells": {}, "commands": {}, "fallbacks": {}, "model": model}
+                model["name"],
+                {
+                    "cells": {},
+                    "commands": {},
+                    "fallbacks": {},
+                    "not_measured": {},
+                    "left_out": {},
+                    "model": model,
+                },
             )
             into["model"] = max(into["model"], model, key=cache_size)
-            if model["cells"]:
+            about = model["about"]
+            if model["cells"] or about.get("not_measured"):
                 into["commands"][record["command"]] = None
-            for lines in model["about"].get("fallbacks", {}).values():
+            for lines in about.get("fallbacks", {}).values():
                 into["fallbacks"] |= dict.fromkeys(lines)
+            into["left_out"] |= about.get("left_out", {})
+            into["not_measured"] |= {cell_key(cell): cell for cell in about.get("not_measured", ())}
             into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
     for each in models.values():
+        left = each["not_measured"].keys() - each["cells"].keys()
+        each["about"] = {"not_measured": [each["not_measured"][key] for key in sorted(left)],
+                         "left_out": each["left_out"]}  # fmt: skip
         each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
     return models
 
@@ -121,8 +136,7 @@ def operators_table(rows: Iterable[Data]) -> Rows:
     for row in rows:
         theirs, ours = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
         plain = ", without flash attention" if row["pristine"]["case"].endswith("plain") else ""
-        mark = " *" if row["others"] > DISTURBED else ""
-        table.append((row["title"] + mark, row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}"))
+        table.append((row["title"], row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}" + mark(row)))
     return table
 
 
@@ -150,11 +164,10 @@ def products_table(rows: Iterable[Data]) -> Rows:
     for row in rows:
         theirs, ours = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
         plain = ", --repack 0" if row["pristine"]["case"].endswith("rows") else ""
-        mark = " *" if row["others"] > DISTURBED else ""
         share = f"{100 * row['floor']['share']:.0f} % ({row['floor']['bound']})"
         table.append(
-            (row["weights"], row["shape"] + mark, str(row["threads"]), theirs + plain, ours,
-             f"{row['ratio']:.2f}", share)
+            (row["weights"], row["shape"], str(row["threads"]), theirs + plain, ours,
+             f"{row['ratio']:.2f}" + mark(row), share)
         )  # fmt: skip
     return table
 
@@ -213,7 +226,7 @@ def write_page(records: Sequence[Data], page: Path) -> None:
             + markdown(limits_table(machine_limits(records)))
         )
     for name, model in merged(records).items():
-        if model["cells"]:
+        if model["cells"] or model["about"]["not_measured"]:
             parts.append(model_part(name, model, page))
     operators = [record for record in records if record["operators"]]
     if operators:
@@ -304,12 +317,14 @@ def model_part(name: str, model: Data, page: Path) -> str:
         device = cells[0].get("device")
         where = f"on {device}" if device else f"{threads} threads"
         title = f"{name}, {cache_type} cache, {sequences} sequence{'s' if sequences > 1 else ''}, {where}"
-        mark = f"{sequences}x{threads}" + ("" if ubatch == UBATCH else f"-{ubatch}")
-        picture = page.with_name(f"{page.stem}-{name}-{cache_type}-{mark}.svg")
+        options = f"{sequences}x{threads}" + ("" if ubatch == UBATCH else f"-{ubatch}")
+        picture = page.with_name(f"{page.stem}-{name}-{cache_type}-{options}.svg")
         parts.append(markdown(cells_table(cells)) + "\n" + verdict(cells) + "\n")
         if len(cells) > 3:
             atomically(picture, lambda part, t=title, c=cells: draw(t, c, part))  # type: ignore[misc]
             parts.append(f"![{title}]({picture.name})\n")
+    if lines := not_measured_lines(model):
+        parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
         "Memory in MiB, and seconds of loading (from the page cache):\n\n"
         + markdown(memory_table(model["model"]))
@@ -337,5 +352,10 @@ def hybrid_part(record: Data) -> str:
         f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches are filled with the rows of "
         f"{hybrid['seed']} real tokens again and again; recurrent states count as cache. One layer in four attends, "
         "so one sequence can decode four times as fast at most; the 6 × of the model's report (arXiv 2510.26692) come "
-        "with the larger batches that the smaller cache leaves room for.\n\n" + markdown(hybrid_table(hybrid))
+        "with the larger batches that the smaller cache leaves room for.\n\n"
+        + markdown(hybrid_table(hybrid))
+        + "".join(
+            f"\nNot measured: depth {depth}: {why}.\n"
+            for depth, why in hybrid.get("not_measured", {}).items()
+        )
     )

@@ -28,6 +28,7 @@ from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.patches.errors import EngineError
 
 SCHEMA = 1
+MACHINE_SCHEMA = 2  # of a machine's file: {schema, machine, engines: [...], records: [...]}
 Data = dict[str, Any]
 
 
@@ -114,8 +115,61 @@ def save(record: Data, file: Path) -> None:
     atomically(file, lambda part: part.write_text(text + "\n"))
 
 
-def load(file: Path) -> Data:
-    """Read a record. Raises `EngineError` for a file that is none."""
+def load_all(file: Path) -> list[Data]:
+    """The records of a machine's file, or the one of --json. Raises `EngineError`."""
+    data = load(file, (SCHEMA, MACHINE_SCHEMA))
+    if data["schema"] == SCHEMA:
+        return [data]
+    engines, machine = data["engines"], data["machine"]
+    return [
+        {**each, "machine": machine, "engines": {name: engines[i] for name, i in each["engines"].items()}}
+        for each in data["records"]
+    ]
+
+
+def save_all(records: Sequence[Data], file: Path) -> None:
+    """Write a machine's file: facts of the machine and of each build once, then one record a line."""
+    engines: list[Data] = []
+    lines = []
+    for record in sorted(records, key=lambda record: str(record["created"])):
+        numbers = {}
+        for name, engine in record["engines"].items():
+            if engine not in engines:
+                engines.append(engine)
+            numbers[name] = engines.index(engine)
+        short = {name: value for name, value in record.items() if name != "machine"} | {"engines": numbers}
+        lines.append(json.dumps(short, separators=(",", ":")))
+    head = {"schema": MACHINE_SCHEMA, "machine": records[0]["machine"], "engines": engines}
+    text = json.dumps(head, separators=(",", ":"))[:-1] + ',"records":[\n' + ",\n".join(lines) + "\n]}\n"
+    atomically(file, lambda part: part.write_text(text))
+
+
+def add(record: Data, file: Path) -> None:
+    """Add a record to a machine's file, which is made where there is none. Raises `EngineError`."""
+    there = load_all(file) if file.exists() else []
+    for each in there[:1]:
+        check_machine(each, record, file)
+    save_all([*there, record], file)
+
+
+def check_machine(there: Data, record: Data, file: Path) -> None:
+    """Raises `EngineError` if two records are of different machines or devices."""
+    one, other = (
+        [each["machine"][name] for name in ("processor", "cores")]
+        + [(each.get("device") or {}).get("description", "CPU")]
+        for each in (there, record)
+    )
+    if one != other:
+        raise EngineError(
+            f"{file}: records of another machine",
+            expected=", ".join(map(str, one)),
+            found=", ".join(map(str, other)),
+            todo="choose another file for this machine: --record FILE",
+        )
+
+
+def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
+    """Read a record. Raises `EngineError` for a file that is not one."""
     try:
         record: Data = json.loads(file.read_text())
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
@@ -123,7 +177,7 @@ def load(file: Path) -> Data:
         raise EngineError(
             f"{file}: not a record of the bench", found=str(error), todo="name a file of --json"
         ) from None
-    if found != SCHEMA:
+    if found not in schemas:
         raise EngineError(
             f"{file}: not a record of the bench",
             expected=f"schema {SCHEMA}",

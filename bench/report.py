@@ -37,9 +37,21 @@ def cell_row(cell: Data) -> tuple[str, ...]:
         for each in (cell["pristine"], cell["patched"])
     ]
     floor = cell["floor"]
-    mark = " *" if (cell["others"] or 0) > DISTURBED else ""
     share = f"{100 * floor['share']:.0f} % ({floor['bound']})" if floor else "not known"
-    return (describe(cell) + mark, *speeds, f"{cell['ratio']:.2f}", share, cell["pristine"]["way"])
+    ratio = f"{cell['ratio']:.2f}" + mark(cell)
+    return (describe(cell), *speeds, ratio, share, cell["pristine"]["way"])
+
+
+def mark(measured: Data) -> str:
+    """Marks the ratio of a measurement during which other work was running on the machine."""
+    return " *" if (measured["others"] or 0) > DISTURBED else ""
+
+
+def not_measured_lines(model: Data) -> list[str]:
+    """The cells of a model that could not be measured, and variants that could not be run, with the reasons."""
+    about = model["about"]
+    lines = [f"Not measured: {describe(cell)}: {cell['reason']}." for cell in about.get("not_measured", ())]
+    return lines + [f"Not run: {name}: {reason}." for name, reason in about.get("left_out", {}).items()]
 
 
 def cells_table(cells: Iterable[Data]) -> Rows:
@@ -64,7 +76,7 @@ def verdict(cells: Sequence[Data]) -> str:
         if losing
         else "slower by more than the spread in none"
     )
-    if any((cell["others"] or 0) > DISTURBED for cell in cells):
+    if any(map(mark, cells)):
         words.append("* other work was running on the machine")
     return "; ".join(words) + "."
 

@@ -29,6 +29,7 @@ from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import measure_device_operators
 from kimi_gguf.bench.limits import Limits, demand, mean_of, measure_device_limits, measure_limits
 from kimi_gguf.bench.load import available_memory
+from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.measure import Arena, Result, Settings, measure, measure_fitting
 from kimi_gguf.bench.models import (
     ModelFile,
@@ -47,13 +48,14 @@ from kimi_gguf.bench.page import (
     write_page,
 )
 from kimi_gguf.bench.products import measure_products
-from kimi_gguf.bench.record import Data, cell_data, load, model_data, new_record, save
+from kimi_gguf.bench.record import Data, add, cell_data, load_all, model_data, new_record, save
 from kimi_gguf.bench.report import (
     cell_row,
     cells_table,
     device_limits_table,
     limits_table,
     memory_table,
+    not_measured_lines,
     show,
     verdict,
 )
@@ -72,7 +74,14 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
     """Measure, or draw a page. words: the command line, for the record. Returns the exit status."""
     try:
         check(parsed)
-        records = [load(file) for file in parsed.records or ()] or [Run(parsed, words).all()]
+        if parsed.draw is not None:
+            manifest = read_manifest(parsed.draw)
+            write_page(manifest.selected(), manifest.page)
+            return 0
+        records = [each for file in parsed.records or () for each in load_all(file)]
+        records = records or [Run(parsed, words).all()]
+        if parsed.record is not None and not parsed.records:
+            add(records[0], parsed.record)
         if parsed.page is not None:
             write_page(records, parsed.page)
         return 0
@@ -86,7 +95,17 @@ def check(parsed: argparse.Namespace) -> None:
         raise EngineError(
             "--records measures nothing and wants --page", todo="name the page: --page docs/bench.md"
         )
-    for file in (parsed.json, parsed.page):
+    if parsed.page is not None and not parsed.records and parsed.page.exists():
+        raise EngineError(
+            f"{parsed.page}: a run does not overwrite a page",
+            todo="add the run with --record, then draw the page of all records: --draw or --records",
+        )
+    if parsed.page is not None and any(
+        read_manifest(each).page.resolve() == parsed.page.resolve()
+        for each in parsed.page.parent.glob("bench*.toml")
+    ):
+        raise EngineError(f"{parsed.page}: this page has a manifest", todo="write it with --draw")
+    for file in (parsed.json, parsed.page, parsed.record):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file}: its folder does not exist", todo=f"make it: mkdir -p {file.parent}")
     if parsed.libraries is not None and not any(parsed.libraries.glob("*llama.*")):
@@ -182,6 +201,8 @@ class Run:
                     data["cells"].append(cell)
                     told.note("  ".join(cell_row(cell)))
                     self.keep()
+            for line in not_measured_lines(data):
+                told.note(line)
             if data["cells"]:
                 show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", cells_table(data["cells"]))
                 print(verdict(data["cells"]))
@@ -191,7 +212,10 @@ class Run:
         """The cells of a loaded model, measured."""
         settings = Settings(self.parsed.seconds, self.began + self.parsed.budget)
         if self.device is None:
-            return measure(arena, cells, ways_in_memory(arena.model, arena.told), settings)
+            pristine = ways_in_memory(arena.model, arena.told)
+            without = (way.name for way in PRISTINE if way not in pristine)
+            arena.about.left_out |= dict.fromkeys(without, "there is not enough free memory")
+            return measure(arena, cells, pristine, settings)
         room = int(FREE_SHARE * self.device.free) - 2 * arena.model.nbytes
         return measure_fitting(arena, cells, PRISTINE_ON_DEVICE, settings, room)
 
@@ -280,17 +304,22 @@ class Run:
         ]
         check_disk(models, self.pristine, told)
         files = [open_model(generate(model, self.pristine, told)) for model in models]
-        depths = [depth for depth in parsed.depth or hybrid.DEPTHS if depth > 0]
+        depths = sorted(depth for depth in parsed.depth or hybrid.DEPTHS if depth > 0)
+        fitting = [depth for depth in depths if hybrid.enough_memory(depth, files, parsed.cache_type[0])]
+        too_deep = [depth for depth in depths if depth not in fitting]
+        for depth in too_deep:
+            told.note(f"Not measured: depth {depth}: {hybrid.TOO_DEEP}")
         data: dict[str, Any] = {
             "models": [file.name for file in files],
             "cache_type": parsed.cache_type[0],
             "threads": max(self.threads),
             "seed": hybrid.SEED,
             "rows": [],
+            "not_measured": dict.fromkeys(map(str, too_deep), hybrid.TOO_DEEP),
         }
         self.record["hybrid"] = data
         for row in hybrid.measure_hybrid(
-            files, self.environments, depths, parsed.cache_type[0], max(self.threads), told
+            files, self.environments, fitting, parsed.cache_type[0], max(self.threads), told
         ):
             data["rows"].append(row)
             told.note("  ".join(hybrid_table(data)[len(data["rows"])]))

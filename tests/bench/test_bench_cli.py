@@ -94,8 +94,13 @@ def test_a_cell_that_no_time_is_left_for_is_said(
     record = tmp_path / "record.json"
     told = bench(cache, *TINY, "--batch", "1,8", "--depth", "0", "--budget", "0.001", "--json", str(record))
     assert told.returncode == 0, told.stderr
-    assert "time is used up" in told.stderr
-    assert load(record)["models"][0]["cells"] == []
+    reason = "the time of --budget was used up"
+    assert f"Not measured: pp8 at 0, 1 thread: {reason}" in told.stderr
+    (model,) = load(record)["models"]
+    assert model["cells"] == []
+    assert [(each["batch"], each["reason"]) for each in model["about"]["not_measured"]] == [
+        (1, reason), (8, reason),
+    ]  # fmt: skip
 
 
 @pytest.mark.engine
@@ -254,6 +259,36 @@ def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None
     text = (tmp_path / "page.md").read_text()
     assert "| tg at 0, 2 threads | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 |" in text
     assert "Measured 2026-01-01 to 2026-01-02" in text
+
+
+def test_other_work_marks_the_ratio_and_leaves_the_cell_s_name(tmp_path: Path) -> None:
+    disturbed = record("2026-01-01", 2.0)
+    disturbed["models"][0]["cells"][0]["others"] = 1.0
+    write_page([disturbed], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| tg at 0, 2 threads | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 * |" in text
+    assert "* other work was running on the machine" in text
+
+
+def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Path) -> None:
+    made = record("2026-01-01", 2.0)
+    (model,) = made["models"]
+    options = {name: model["cells"][0][name] for name in ("cache_type", "sequences", "threads", "batch")}
+    model["about"] |= {
+        "not_measured": [
+            {**options, "depth": 64, "reason": "no room"},
+            {**options, "depth": 0, "reason": "later"},
+        ],
+        "left_out": {"pristine -fa 0": "no memory"},
+    }
+    write_page([made], tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "- Not measured: tg at 64, 2 threads: no room.\n" in text
+    assert "- Not run: pristine -fa 0: no memory.\n" in text
+    assert "later" not in text, "another record has measured it"
+    model["cells"] = []
+    write_page([made], tmp_path / "page.md")
+    assert "- Not measured: tg at 0, 2 threads: later.\n" in (tmp_path / "page.md").read_text()
 
 
 def test_a_page_that_cannot_be_drawn_leaves_the_old_one(

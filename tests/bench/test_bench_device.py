@@ -96,8 +96,11 @@ def test_cells_and_ways_that_the_memory_does_not_hold_are_left_out(
     assert told.returncode == 0, told.stderr
     assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in told.stderr
     assert "pristine -fa 0 is left out: pristine: llama.cpp cannot make a context: SECOND0" in told.stderr
-    (cell,) = load(file)["models"][0]["cells"]
-    assert cell["depth"] == 2000
+    (model,) = load(file)["models"]
+    (cell,), (missing,) = model["cells"], model["about"]["not_measured"]
+    assert (cell["depth"], missing["depth"]) == (2000, 30000)
+    assert "do not fit the device: caches of " in missing["reason"]
+    assert set(model["about"]["left_out"]) == {"pristine -fa 0"}
     assert set(cell["samples"]) | set(cell["ruled_out"]) == {"patched", "pristine"}
     monkeypatch.setenv("SECOND_MEMORY", "8")
     told = bench(cache, *ON, "--batch", "1", "--depth", "0")

@@ -1,0 +1,45 @@
+"""The manifest of a page of measurements: which commands it shows, and from which machine's records.
+
+Input: a TOML file with `page`, `records` (paths relative to it) and `commands`. Output: the records of those commands.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.bench.record import load_all
+from kimi_gguf.patches.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a page is drawn from."""
+
+    page: Path
+    records: Path
+    commands: tuple[str, ...]  # as the records have them
+
+    def selected(self) -> list[dict[str, Any]]:
+        """The records of the commands. Raises `EngineError` if a command has none."""
+        found = [record for record in load_all(self.records) if record["command"] in self.commands]
+        missing = [each for each in self.commands if each not in {record["command"] for record in found}]
+        if missing:
+            raise EngineError(
+                f"{self.records}: no record of {missing[0]}",
+                todo=f"measure it with --record {self.records}, or remove it from the manifest",
+            )
+        return found
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read a manifest. Raises `EngineError`."""
+    try:
+        data = tomllib.loads(file.read_text())
+        return Manifest(file.parent / data["page"], file.parent / data["records"], tuple(data["commands"]))
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(
+            f"{file}: not a manifest", expected="page, records and commands", found=str(error)
+        ) from None

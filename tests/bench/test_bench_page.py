@@ -1,0 +1,60 @@
+"""The committed page of the bench: one command writes it again, byte for byte, and partial runs leave it alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from test_bench_cli import record
+
+from kimi_gguf.bench.record import add, load_all
+from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.scripts import kimi_llama
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def test_the_committed_page_is_drawn_from_the_committed_records(tmp_path: Path) -> None:
+    shutil.copy(DOCS / "bench.toml", tmp_path)
+    shutil.copytree(DOCS / "bench-records", tmp_path / "bench-records")
+    assert kimi_llama.main(["bench", "--draw", str(tmp_path / "bench.toml")]) == 0
+    drawn = sorted(path.name for path in tmp_path.glob("bench*") if path.suffix in (".md", ".svg"))
+    assert drawn == sorted(["bench.md", *(path.name for path in DOCS.glob("bench-*.svg"))])
+    for name in drawn:
+        assert (tmp_path / name).read_bytes() == (DOCS / name).read_bytes(), name
+
+
+def test_a_command_without_a_record_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(record("2026-01-01", 2.0), tmp_path / "records.json")
+    manifest = tmp_path / "bench.toml"
+    manifest.write_text(
+        'page = "bench.md"\nrecords = "records.json"\ncommands = ["kimi-llama bench absent"]\n'
+    )
+    assert kimi_llama.main(["bench", "--draw", str(manifest)]) == 1
+    assert "no record of kimi-llama bench absent" in capsys.readouterr().err
+    assert not (tmp_path / "bench.md").exists()
+
+
+def test_a_partial_run_does_not_overwrite_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "bench.md"
+    page.write_text("old")
+    assert kimi_llama.main(["bench", "--page", str(page)]) == 1
+    assert "a run does not overwrite a page" in capsys.readouterr().err
+    add(record("2026-01-01", 2.0), tmp_path / "records.json")
+    (tmp_path / "bench.toml").write_text('page = "bench.md"\nrecords = "records.json"\ncommands = []\n')
+    assert kimi_llama.main(["bench", "--records", str(tmp_path / "records.json"), "--page", str(page)]) == 1
+    assert "this page has a manifest" in capsys.readouterr().err
+    assert page.read_text() == "old"
+
+
+def test_records_are_added_to_a_machine_s_file(tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    one, two, other = (record(f"2026-01-0{day}", 2.0) for day in (1, 2, 3))
+    add(two, file)
+    add(one, file)
+    assert load_all(file) == [one, two]
+    other["machine"] = {**other["machine"], "cores": 64}
+    with pytest.raises(EngineError, match="records of another machine"):
+        add(other, file)
+    assert load_all(file) == [one, two]
