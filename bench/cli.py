@@ -26,7 +26,6 @@ from kimi_gguf.bench.cells import (
     UBATCH,
 )
 from kimi_gguf.bench.shapes import COMPARABLE, SHAPES, TYPES
-from kimi_gguf.engine.build_spec import BACKENDS
 
 CELL_SECONDS = 8.0
 DEFAULT_CACHE = "f16"
@@ -115,10 +114,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--depth", type=numbers(0), metavar="N,..", help=f"tokens behind them (--hybrid: from {hybrid.SEED})"
     )
     what.add_argument(
+        "--build",
         "--backend",
-        choices=tuple(BACKENDS),
-        default="cpu",
-        help="what computes: builds for it, all layers on it",
+        dest="backend",
+        metavar="NAME",
+        help="the build to measure, as in kimi-llama path --help; a GPU's computes all layers (default: cpu)",
     )
     what.add_argument(
         "--device", metavar="NAME", help="one of the backend's, such as CUDA1 (default: the first)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -61,7 +62,7 @@ from kimi_gguf.bench.report import (
 )
 from kimi_gguf.bench.shapes import TYPES, BenchModel
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.engine.builds import Engine, ensure
+from kimi_gguf.engine.builds import Engine, ensure, options_of
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import EngineError
@@ -73,6 +74,8 @@ FREE_SHARE = 0.95  # of a device's free memory that is counted with
 def run(parsed: argparse.Namespace, words: list[str]) -> int:
     """Measure, or draw a page. words: the command line, for the record. Returns the exit status."""
     try:
+        if not parsed.records:
+            parsed.backend, parsed.defines = options_of(parsed.backend)
         check(parsed)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
@@ -138,8 +141,11 @@ class Run:
         self.began = time.monotonic()
         gpu = on_device(parsed)
         self.patched, self.pristine = (
-            ensure(pristine, parsed.backend, tests=gpu and parsed.operators) for pristine in (False, True)
+            ensure(pristine, parsed.backend, tests=gpu and parsed.operators, defines=parsed.defines)
+            for pristine in (False, True)
         )
+        for engine in (self.patched, self.pristine):
+            print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
         # on a device ours runs as it does by default: what falls back there is told, and measured
         self.environments = environments(
             self.patched, self.pristine, parsed.libraries, "" if gpu else "require"

@@ -1,13 +1,19 @@
-"""The llama.cpp build as a library: `ensure()` gives a finished build, making it where there is none.
+"""The builds of llama.cpp in the cache: `ensure()` makes one, `find()` and `select()` say which one runs.
 
-Flows in: which build is wanted (patched or pristine, backend, test programs). Flows out: `Engine`, a frozen
-description of a folder with bin/, lib/ and the Python package llama_cpp that loads the same libraries.
-Patched and pristine libraries share their names: never load both into one process.
+Input: which build is wanted (patched or upstream, backend, options). Output: `Engine`, a frozen description of a
+folder with bin/, lib/ and the Python package llama_cpp that loads the same libraries.
+Patched and upstream libraries have the same names: never load both into one process.
+
+A build has a name: its backend and the options that differ from the defaults, as in `cpu`, `cuda` or
+`cpu+GGML_NATIVE=OFF`. The build that runs is, in this order, the one that the caller names, the one in
+KIMI_BUILD, the one that `kimi-llama use` wrote into the cache, and `cpu`, which `kimi-llama build` makes.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +21,33 @@ from types import MappingProxyType
 from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pristine_source, read_manifest
-from kimi_gguf.engine.build_spec import make_recipe, provenance
+from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_recipe, provenance
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 
-__all__ = ["Engine", "EngineError", "builds", "cache_folder", "ensure", "find", "load", "upstream_source"]
+__all__ = [
+    "DEFAULT", "VARIABLE", "Engine", "EngineError", "builds", "cache_folder", "ensure", "find", "load",
+    "options_of", "select", "upstream_source", "use",
+]  # fmt: skip
+
+VARIABLE = "KIMI_BUILD"
+DEFAULT = "cpu"
+SHORT_KEY = 8  # characters of a key that a person sees; a build may be named by four or more
+
+# The functions of libggml-cpu that say what it was compiled for, and the name that a person knows it by.
+_INSTRUCTIONS = {
+    "avx512": "AVX512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16", "avx512_vbmi": "VBMI",
+    "amx_int8": "AMX", "avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx": "AVX", "sse3": "SSE3",
+    "sve": "SVE", "matmul_int8": "I8MM", "dotprod": "DOTPROD", "neon": "NEON",
+    "riscv_v": "RVV", "vsx": "VSX", "vxe": "VXE",
+}  # fmt: skip
+_IMPLIED = {"AVX512": {"AVX2", "AVX", "SSE3"}, "AVX2": {"AVX", "SSE3"}, "AVX": {"SSE3"}}
+_PROBE = """
+import ctypes, sys
+library = ctypes.CDLL(sys.argv[1])
+print(*(name for name in sys.argv[2:] if getattr(library, "ggml_cpu_has_" + name, int)()))
+"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,36 @@ class Engine:
     def tests(self) -> bool:
         """Whether upstream's test programs are in `bin`."""
         return bool(self.manifest["tests"])
+
+    @property
+    def defines(self) -> tuple[tuple[str, str], ...]:
+        """The CMake settings that differ from the defaults of this backend."""
+        defaults = {**OPTIONS, **BACKENDS[self.backends[0]]}
+        options: Mapping[str, str] = self.manifest["options"]
+        return tuple(item for item in sorted(options.items()) if defaults.get(item[0]) != item[1])
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: the backend and the settings that are not the defaults."""
+        return "+".join([self.backends[0], *(f"{name}={value}" for name, value in self.defines)])
+
+    def instructions(self) -> str:
+        """What the CPU's part was compiled for, such as `native: AVX512 VNNI` or `portable: AVX2`."""
+        native = self.manifest["options"].get("GGML_NATIVE") == "ON"
+        libraries = sorted(self.lib.glob("libggml-cpu*"))
+        names: list[str] = []
+        if len(libraries) == 1:  # a process of its own: two builds' libraries must not meet in this one
+            command = [sys.executable, "-I", "-S", "-c", _PROBE, str(libraries[0]), *_INSTRUCTIONS]
+            told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            names = [_INSTRUCTIONS[word] for word in told.split()]
+        implied = {each for name in names for each in _IMPLIED.get(name, ())}
+        shown = [name for name in names if name not in implied]
+        return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
+
+    def label(self) -> str:
+        """One line for a person: name, key, instruction set."""
+        kind = "upstream " if self.pristine else ""
+        return f"{kind}{self.name} {self.key[:SHORT_KEY]} ({self.instructions()})"
 
     def environment(self) -> dict[str, str]:
         """The environment for a Python subprocess that is to `import llama_cpp` from this build."""
@@ -94,13 +151,77 @@ def ensure(
     return engine
 
 
-def find(pristine: bool = False, backend: str | None = None) -> Engine | None:
-    """The finished build of the present pin and patches for this machine, or None.
+def find(name: str | None = None, pristine: bool = False) -> Engine | None:
+    """The build that runs, or None where it is not made yet and `select` can make it.
 
-    Without a backend: a GPU's before the CPU's; of equals the one built last.
+    name: a build's name, or the first characters of its key; without one, see the module's text.
+    Raises `EngineError` where it is missing and other builds could be meant.
     """
-    ranked = [engine for engine in builds(pristine) if backend in (None, engine.backends[0])]
-    return max(ranked, key=lambda e: (e.backends[0] != "cpu", e.manifest["built"]), default=None)
+    wanted, origin = _wanted(name)
+    present = builds(pristine)
+    named = [e for e in present if wanted == e.name or (len(wanted) >= 4 and e.key.startswith(wanted))]
+    if named:  # of equal options, by several compilers, the last
+        return max(named, key=lambda e: str(e.manifest["built"]))
+    if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
+        return None
+    how = "name a build that is there: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
+    made = wanted.split("+")[0] in BACKENDS
+    raise EngineError(
+        f"build {wanted}{origin}",
+        expected="a finished build of this version for this machine",
+        found=", ".join(f"{e.name} ({e.key[:SHORT_KEY]})" for e in present) or "no build",
+        todo=f"{_command(wanted, pristine)}, or {how}" if made else how,
+    )
+
+
+def select(name: str | None = None, pristine: bool = False, make: bool = True) -> Engine:
+    """The build that runs, as `find` says; made now if there is none and `make` allows it."""
+    engine = find(name, pristine)
+    if engine is not None:
+        return engine
+    wanted, origin = _wanted(name)
+    if not make:
+        raise EngineError(f"build {wanted}{origin}: it is not made yet", todo=_command(wanted, pristine))
+    return ensure(pristine, wanted)
+
+
+def options_of(name: str | None = None) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Backend and further CMake settings of the build that runs, whether it is made yet or not."""
+    engine = find(name)
+    return (engine.backends[0], engine.defines) if engine else (_wanted(name)[0], ())
+
+
+def use(name: str) -> Engine:
+    """Make a finished build the one that runs where none is named. The choice is a file in the cache."""
+    engine = select(name, make=False)
+    kept = engine.name if find(engine.name) == engine else engine.key
+    _choice().write_text(kept + "\n", encoding="utf-8")
+    return engine
+
+
+def _wanted(name: str | None) -> tuple[str, str]:
+    """The name of the build that runs, and who gave it (nothing for the default)."""
+    if name:
+        return name, " (named on the command line)"
+    if variable := os.environ.get(VARIABLE):
+        return variable, f" (named by {VARIABLE})"
+    if _choice().is_file():
+        return _choice().read_text(encoding="utf-8").strip(), " (named by kimi-llama use)"
+    return DEFAULT, ""
+
+
+def _choice() -> Path:
+    """The file that `kimi-llama use` writes."""
+    return cache_folder() / "build-in-use"
+
+
+def _command(name: str, pristine: bool) -> str:
+    """The command that makes the build of a name."""
+    backend, *defines = name.split("+")
+    words = ["--pristine"] if pristine else []
+    words += ["--backend", backend] if backend != DEFAULT else []
+    words += [f"-D {define}" for define in defines]
+    return " ".join(["kimi-llama build", *words])
 
 
 def builds(pristine: bool = False) -> list[Engine]:

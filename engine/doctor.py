@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.engine.builds import Engine, builds, cache_folder
+from kimi_gguf.engine.builds import Engine, builds, cache_folder, select
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
@@ -64,18 +64,25 @@ class Diagnosis:
     pin: dict[str, str]
     patches: tuple[tuple[str, str], ...]  # file name, subject
     engines: tuple[Health, ...]
+    chosen: Check  # which build runs where none is named
 
     @property
     def healthy(self) -> bool:
         """A patched build is there, and every check of every build passes."""
         patched = any(not health.engine.pristine for health in self.engines)
-        return patched and all(check.passed for health in self.engines for check in health.checks)
+        return (
+            patched
+            and self.chosen.passed
+            and all(check.passed for health in self.engines for check in health.checks)
+        )
 
     def as_json(self) -> str:
         """Everything, for machines."""
         engines = [
             {
                 "prefix": str(health.engine.prefix),
+                "name": health.engine.name,
+                "instructions": health.engine.instructions(),
                 **health.engine.manifest,
                 "checks": [vars(check) for check in health.checks],
             }
@@ -87,6 +94,7 @@ class Diagnosis:
             "machine": [vars(check) for check in self.machine],
             "pin": self.pin,
             "patches": [{"name": name, "subject": subject} for name, subject in self.patches],
+            "build": vars(self.chosen),
             "engines": engines,
         }
         return json.dumps(whole, indent=2)
@@ -100,6 +108,7 @@ def diagnose() -> Diagnosis:
         pin={name: str(value) for name, value in vars(load_pin()).items()},
         patches=tuple((patch.name, patch.subject) for patch in load_series().patches),
         engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
+        chosen=_checked("build that runs", lambda: select(make=False).label()),
     )
 
 

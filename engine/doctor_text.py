@@ -18,6 +18,11 @@ def as_text(diagnosis: Diagnosis) -> str:
         "machine",
         *map(_line, diagnosis.machine),
     ]
+    lines += [
+        "",
+        "build that runs (--build, KIMI_BUILD or kimi-llama use names another)",
+        _line(diagnosis.chosen),
+    ]
     for health in diagnosis.engines:
         lines += ["", *_engine(health)]
     if not any(not health.engine.pristine for health in diagnosis.engines):
@@ -35,7 +40,8 @@ def _engine(health: Health) -> list[str]:
     tests = ", with llama.cpp's tests" if engine.tests else ""
     source = manifest["source"] or manifest["package"]
     return [
-        f"build {engine.key}: {kind}, for {' and '.join(engine.backends)}{tests}",
+        f"build {engine.name} {engine.key}: {kind}, for {' and '.join(engine.backends)}{tests}",
+        f"      for       {engine.instructions()}",
         f"      at        {engine.prefix}",
         f"      from      {source}, tree {manifest['tree_sha256'][:16]}, {manifest['built']}",
         *(f"      compiler  {language}: {text}" for language, text in manifest["compilers"].items()),

@@ -18,7 +18,7 @@ from pathlib import Path
 from kimi_gguf.bench import cli as bench_cli
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.build_spec import BACKENDS
-from kimi_gguf.engine.builds import Engine, ensure, find
+from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import EngineError
@@ -48,6 +48,11 @@ _QUIET = (  # the text alone, and warnings: no listing of the model's metadata a
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
 _SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp loads the draft and idles
+
+_WHICH = """\
+which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and cpu, the build
+that `kimi-llama build` makes. A name is a backend and the settings that are not the defaults (cpu, cuda,
+cpu+GGML_NATIVE=OFF); `kimi-llama doctor` lists the builds. Standard error tells at start-up which one runs."""
 
 TOOLS = {
     "run": Tool(
@@ -120,7 +125,12 @@ def _build(parsed: argparse.Namespace) -> int:
 
 
 def _path(parsed: argparse.Namespace) -> int:
-    print(_existing(parsed).prefix)
+    print(select(parsed.build, parsed.pristine, make=False).prefix)
+    return 0
+
+
+def _use(parsed: argparse.Namespace) -> int:
+    print(use(parsed.name).label())
     return 0
 
 
@@ -153,7 +163,8 @@ def _tool(parsed: argparse.Namespace) -> int:
     check_gguf(parsed.model)
     for draft in _drafts(parsed.arguments):
         check_gguf(draft)
-    engine = find(parsed.pristine, parsed.backend) or ensure(parsed.pristine, parsed.backend or "cpu")
+    engine = select(parsed.build, parsed.pristine)
+    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.backends[0] != "cpu":
         _expect_to_run(engine)
     program, *arguments = _tool_command(tool, parsed.model, parsed.arguments)
@@ -163,11 +174,11 @@ def _tool(parsed: argparse.Namespace) -> int:
 
 
 def _expect_to_run(engine: Engine) -> None:
-    """A GPU's build wants its vendor's libraries, which may be gone since; never to the processor unasked."""
+    """A GPU build needs its vendor's libraries, which may be gone since; the CPU's build is not taken instead."""
     try:
         check_runs(engine.prefix)
     except EngineError as error:
-        todo = f"{error.todo}; or take the processor's build: --backend cpu"
+        todo = f"{error.todo}; or use the CPU's build: --build cpu"
         raise EngineError(error.what, found=error.found, todo=todo) from error
 
 
@@ -192,19 +203,6 @@ def _drafts(given: Sequence[str]) -> list[Path]:
     """The draft models that the caller names."""
     words = [part for argument in given for part in argument.split("=", 1)]
     return [Path(value) for option, value in pairwise(words) if option in _DRAFT]
-
-
-def _existing(parsed: argparse.Namespace) -> Engine:
-    engine = find(parsed.pristine, parsed.backend)
-    if engine is None:
-        wanted = "".join(
-            [
-                " --pristine" if parsed.pristine else "",
-                f" --backend {parsed.backend}" if parsed.backend else "",
-            ]
-        )
-        raise EngineError("this llama.cpp is not built yet", todo=f"kimi-llama build{wanted}")
-    return engine
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -237,7 +235,10 @@ def _parser() -> argparse.ArgumentParser:
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
         "only; all of it may be removed at any time.",
     )
-    _selection(sub, default="cpu")
+    _pristine(sub)
+    sub.add_argument(
+        "--backend", choices=tuple(BACKENDS), default=DEFAULT, help="what computes (default: %(default)s)"
+    )
     sub.add_argument("--tests", action="store_true", help="with llama.cpp's own test programs")
     sub.add_argument(
         "--source", type=Path, metavar="DIR", help="a llama.cpp checkout, not the pinned archive"
@@ -270,9 +271,17 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         _path,
         "print the folder that holds a build's bin/ and lib/",
-        'kimi-llama path --pristine\n  "$(kimi-llama path)/bin/llama-bench" -m model.gguf',
+        f'kimi-llama path --pristine\n  "$(kimi-llama path)/bin/llama-bench" -m model.gguf\n\n{_WHICH}',
     )
-    _selection(sub, default=None)
+    _selection(sub)
+
+    sub = command(
+        "use",
+        _use,
+        "choose the build that runs where none is named",
+        f"kimi-llama use cuda\n  kimi-llama use cpu+GGML_NATIVE=OFF\n  kimi-llama use cpu\n\n{_WHICH}",
+    )
+    sub.add_argument("name", metavar="NAME", help="a build's name or key, as kimi-llama doctor lists them")
 
     sub = command(
         "bench",
@@ -288,9 +297,9 @@ def _parser() -> argparse.ArgumentParser:
             _tool,
             f"{tool.help} ({tool.program})",
             f"{tool.example}\n\nAll that follows MODEL goes to {tool.program} as it stands; "
-            f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help',
+            f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n\n{_WHICH}',
         )
-        _selection(sub, default=None)
+        _selection(sub)
         sub.add_argument("model", type=Path, metavar="MODEL", help="a GGUF file")
         sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=f"for {tool.program}")
 
@@ -305,10 +314,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _selection(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument("--pristine", action="store_true", help="the unpatched twin")
-    which = "what to compute on" if default else "the build for this one (default: a GPU's if there is one)"
-    parser.add_argument("--backend", choices=tuple(BACKENDS), default=default, help=which)
+def _selection(parser: argparse.ArgumentParser) -> None:
+    _pristine(parser)
+    parser.add_argument(
+        "--build", "--backend", metavar="NAME", help="the build to use: a name or a key (default: see below)"
+    )
+
+
+def _pristine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pristine", "--upstream", action="store_true", help="use upstream's llama.cpp, without the patches"
+    )
 
 
 def _define(text: str) -> tuple[str, str]:

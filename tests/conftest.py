@@ -34,6 +34,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (own / name).symlink_to(shared / name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KIMI_GGUF_CACHE", str(own))
+        patch.delenv("KIMI_BUILD", raising=False)
         for pristine in (False, True):
             place = shared / "engines" / make_recipe(pristine).key
             if load(place):

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.engine.builds import ensure, find
+from kimi_gguf.engine.builds import ensure, options_of, select
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.validate.errors import ValidateError
@@ -64,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         request = _request(options)
         torch.set_num_threads(options.threads)
-        engine = find(backend=options.backend) or ensure(backend=options.backend or "cpu")
-        pristine = ensure(pristine=True, backend=engine.backends[0]) if options.pristine else None
+        engine = select(options.build)
+        print(f"{PROGRAM}: build {engine.label()}", file=sys.stderr)
+        pristine = None
+        if options.pristine:  # of the same options
+            pristine = ensure(pristine=True, backend=engine.backends[0], defines=engine.defines)
         with reporting() as reporter:
             report = validate(request, engine, pristine, reporter)
         html = write(report, options.out)
@@ -106,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="float32", help="of the reference (float32)"
     )
-    parser.add_argument("--backend", choices=("cpu", "cuda", "metal", "vulkan"), help="of llama.cpp")
+    parser.add_argument(
+        "--build", "--backend", metavar="NAME", help="llama.cpp's build, as in kimi-llama path --help (cpu)"
+    )
     parser.add_argument("--gpu-layers", metavar="N", type=_natural, help="on a GPU (all, with a GPU backend)")
     parser.add_argument(
         "--cache-type", metavar="TYPE", default="F32", help="of K and V: F32, F16, Q8_0 ... (F32)"
@@ -141,7 +146,7 @@ def _request(options: argparse.Namespace) -> Request:
             open_gguf(path)
     with open_checkpoint(options.checkpoint):
         pass
-    on_gpu = options.backend not in (None, "cpu")
+    on_gpu = options_of(options.build)[0] != "cpu"
     text, ids, source = TEXT, None, "the built-in text"
     if options.text is not None:
         text, source = _read(options.text), options.text.name

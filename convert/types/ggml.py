@@ -74,10 +74,13 @@ class Ggml:
 
 @cache
 def load() -> Ggml:
-    """The finished build of this version. Raises `ConvertError` when there is none."""
-    from kimi_gguf.engine.builds import find
+    """The build that runs (see `engine.builds`). Raises `ConvertError` when there is none."""
+    from kimi_gguf.engine.builds import EngineError, find
 
-    engine = find()
+    try:
+        engine = find()
+    except EngineError as error:
+        raise ConvertError(str(error)) from None
     if engine is None:
         raise ConvertError(
             "this --type is made by ggml's own quantisers, and no engine is built: run `kimi-llama build` "

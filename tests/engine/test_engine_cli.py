@@ -14,7 +14,7 @@ import tiny_llama
 from kimi_gguf.scripts import kimi_llama
 
 SCRIPT = str(Path(tiny_llama.__file__))
-COMMANDS = ["bench", "build", "doctor", "path", "run", "chat", "serve", "quantize", "export-patches"]
+COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "quantize", "export-patches"]
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +76,10 @@ def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(
     (lost / "manifest.json").write_text(json.dumps({**manifest, "backends": ["cuda", "cpu"]}))
     (lost / "bin" / "llama-cli").write_text("#!/bin/sh\necho libcublas.so.13: no such file >&2; exit 127\n")
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
-    told = call(tmp_path, "run", str(tmp_path / "model.gguf"))
+    told = call(tmp_path, "run", "--backend", "cuda", str(tmp_path / "model.gguf"))
     assert told.returncode == 1
     assert "libcublas.so.13" in told.stderr
-    assert "--backend cpu" in told.stderr
+    assert "--build cpu" in told.stderr
     assert call(tmp_path, "run", "--backend", "cpu", str(tmp_path / "model.gguf")).returncode == 7
 
 

@@ -1,0 +1,154 @@
+"""Which build runs: the default one, unless an option, the environment or `kimi-llama use` names another."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_llama
+
+from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, provenance
+from kimi_gguf.engine.builds import VARIABLE
+
+SCRIPT = str(Path(tiny_llama.__file__))
+# name of a build, its key, and when it was built: the default one is the oldest and no GPU's
+BUILDS = {
+    "cpu": ("11111111aaaaaaaa", "2026-01-01"),
+    "cpu+GGML_NATIVE=OFF": ("22222222bbbbbbbb", "2026-01-03"),
+    "cuda": ("33333333cccccccc", "2026-01-02"),
+}
+
+
+def add(folder: Path, name: str, key: str, built: str, pristine: bool = False) -> None:
+    """Put a build of this name into the miniature's cache; its llama-completion prints its key."""
+    tiny = tiny_llama.load(folder)
+    backend, *defines = name.split("+")
+    options = {**OPTIONS, **BACKENDS[backend], **dict(each.split("=") for each in defines)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kimi_gguf.engine.build_spec.load_pin", lambda: tiny.pin)
+        patch.setattr("kimi_gguf.engine.build_spec.load_series", lambda: tiny.series)
+        manifest = provenance(pristine)
+    manifest |= {"key": key, "tests": False, "options": options, "built": built, "commit": "none"}
+    manifest |= {"backends": ["cpu"] if backend == "cpu" else [backend, "cpu"]}
+    place = tiny.cache.engines / key
+    (place / "bin").mkdir(parents=True)
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    for program in ("llama-completion", "llama-cli"):
+        (place / "bin" / program).write_text(f"#!/bin/sh\necho {key}\n")
+        (place / "bin" / program).chmod(0o755)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The miniature with three builds in its cache."""
+    tiny_llama.make(tmp_path)
+    for name, (key, built) in BUILDS.items():
+        add(tmp_path, name, key, built)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    return tmp_path
+
+
+def call(folder: Path, *arguments: str, variable: str = "") -> subprocess.CompletedProcess[str]:
+    """`kimi-llama` on the miniature, with KIMI_BUILD in its environment."""
+    command = [sys.executable, SCRIPT, str(folder), "kimi-llama", *arguments]
+    environment = {**os.environ, VARIABLE: variable}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def path_of(folder: Path, *arguments: str, variable: str = "") -> str:
+    """The name of the build whose folder `kimi-llama path` prints."""
+    done = call(folder, "path", *arguments, variable=variable)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (name,) = (name for name, (key, _) in BUILDS.items() if key == Path(done.stdout.strip()).name)
+    return name
+
+
+def test_the_default_build_runs_and_no_newer_or_gpu_build(folder: Path) -> None:
+    assert path_of(folder) == "cpu"
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_each_way_names_a_build_and_the_nearer_one_wins(folder: Path, name: str) -> None:
+    others = [other for other in BUILDS if other != name]
+    assert path_of(folder, "--build", name) == path_of(folder, "--build", BUILDS[name][0][:8]) == name
+    assert path_of(folder, variable=name) == name
+    assert call(folder, "use", name).returncode == 0
+    assert path_of(folder) == name
+    assert path_of(folder, variable=others[0]) == others[0]
+    assert path_of(folder, "--build", others[1], variable=others[0]) == others[1]
+    assert call(folder, "use", "cpu").returncode == 0
+    assert path_of(folder) == "cpu"
+
+
+def test_a_gpus_build_is_named_by_its_backend(folder: Path) -> None:
+    assert path_of(folder, "--backend", "cuda") == "cuda"
+
+
+def test_a_name_outlives_the_build_it_named(folder: Path) -> None:
+    """`use` keeps a name and not a key, so that it means the next version's build too."""
+    assert call(folder, "use", BUILDS["cuda"][0]).returncode == 0
+    assert (folder / "cache/build-in-use").read_text() == "cuda\n"
+
+
+@pytest.mark.parametrize("command", ["path", "run"])
+def test_without_the_default_build_the_others_are_listed_and_none_is_taken(
+    tmp_path: Path, command: str
+) -> None:
+    tiny_llama.make(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(60))
+    for name in ("cpu+GGML_NATIVE=OFF", "cuda"):
+        add(tmp_path, name, *BUILDS[name])
+    done = call(tmp_path, command, *([str(tmp_path / "model.gguf")] if command == "run" else []))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    for part in ("cpu+GGML_NATIVE=OFF (22222222)", "cuda (33333333)", "kimi-llama build", "kimi-llama use"):
+        assert part in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["path", "--build", "abacus"], ["use", "cpu+GGML_LTO=ON"]], ids=" ".join
+)
+def test_a_name_of_no_build_is_refused_with_those_there_are(folder: Path, arguments: list[str]) -> None:
+    done = call(folder, *arguments)
+    assert done.returncode == 1
+    assert all(name in done.stderr for name in BUILDS)
+    assert ("kimi-llama build -D GGML_LTO=ON" in done.stderr) == (arguments[0] == "use")
+
+
+def test_who_gave_a_name_that_means_no_build_is_said(folder: Path) -> None:
+    assert "KIMI_BUILD" in call(folder, "path", variable="abacus").stderr
+
+
+def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
+    """The same options by another compiler."""
+    add(folder, "cpu", "44444444dddddddd", "2026-02-01")
+    assert Path(call(folder, "path").stdout.strip()).name == "44444444dddddddd"
+
+
+def test_the_choice_holds_for_upstreams_build_too(folder: Path) -> None:
+    add(folder, "cpu", "55555555eeeeeeee", "2026-01-01", pristine=True)
+    add(folder, "cuda", "66666666ffffffff", "2026-01-01", pristine=True)
+    assert Path(call(folder, "path", "--upstream").stdout.strip()).name == "55555555eeeeeeee"
+    told = call(folder, "path", "--pristine", variable="cuda").stdout
+    assert Path(told.strip()).name == "66666666ffffffff"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cpu", "native"), ("cpu+GGML_NATIVE=OFF", "portable"), ("cuda", "native")]
+)
+def test_one_line_at_start_up_says_which_build_runs(folder: Path, name: str, kind: str) -> None:
+    key = BUILDS[name][0]
+    done = call(folder, "run", "--build", name, str(folder / "model.gguf"))
+    assert done.stdout == f"{key}\n", "the tool's own output"
+    assert done.stderr == f"kimi-llama: build {name} {key[:8]} ({kind}: instruction set unknown)\n"
+
+
+def test_doctor_says_which_build_runs(folder: Path) -> None:
+    told = json.loads(call(folder, "doctor", "--json", variable="cpu+GGML_NATIVE=OFF").stdout)
+    assert told["build"]["seen"].startswith("cpu+GGML_NATIVE=OFF 22222222 (portable: ")
+    assert {each["name"] for each in told["engines"]} == set(BUILDS)
