@@ -65,6 +65,11 @@ class Worker:
         self.kill()
         self._stderr.close()
 
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal; nothing happens where the process has ended."""
+        with suppress(ProcessLookupError):
+            self._process.send_signal(number)
+
     def kill(self) -> None:
         """End the process, stopped or not."""
         self._process.kill()  # SIGKILL reaches a stopped process too
