@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kimi_gguf.validate.llama import Engine, LlamaRun, Progress, RunOptions, run
+from kimi_gguf.engine.worker import Progress
+from kimi_gguf.validate.llama import Engine, LlamaRun, RunOptions, run
 from kimi_gguf.validate.metrics import (
     Choices,
     LayerError,

@@ -231,7 +231,7 @@ def test_special_tokens_are_matched_on_request(engine: Engine, trained: Tokenize
         "<|im_end |>[eos]",
         "世<|im_end|>界 <|im_end|>\n",
     ]
-    found = llama_tokenize(engine.environment(), trained.model, [t.encode() for t in texts], "--special").ids
+    found = llama_tokenize(engine.environment(), trained.model, [t.encode() for t in texts], special=True).ids
     assert found == [trained.tiktoken.encode(text, allowed_special="all") for text in texts]
 
 

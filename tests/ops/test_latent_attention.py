@@ -5,14 +5,13 @@ Upstream's comparison of FLASH_ATTN_EXT with its plain path is in test_upstream_
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from graph_operators import operators_of_last_graph
+from llama_script import Setup, context, decode, play, text, use
 from native_program import compile_program
 from random_checkpoint import Spec
 from twin_case import Case, make_case
@@ -140,23 +139,25 @@ def test_the_switch_reaches_the_absorbed_form(
 
 
 def test_contexts_of_one_process_keep_their_choice(
-    case: Case, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two contexts take turns token by token, so that each uses its graph again and again beside the other's."""
     choices = ("conv,scan", "conv,scan,mla")
     ids, prompt = case.ids[:160], 128
-    np.save(tmp_path / "ids.npy", ids.astype(np.int32))
-    worker = Path(__file__).parents[1] / "support" / "latent_switch_worker.py"
-    subprocess.run(
-        [sys.executable, worker, case.gguf, tmp_path, str(prompt), *choices],
-        env={**os.environ, **engine.environment()},
-        check=True,
-    )
-    for choice in choices:
+    setup = Setup(flash_attention=True, cache_type="F16", n_ubatch=prompt, cells=256)
+    batches = [
+        decode(*text(0, ids[:prompt])),
+        *(decode((0, i, int(ids[i]))) for i in range(prompt, len(ids))),
+    ]
+    turns = [step for batch in batches for i in (1, 2) for step in (use(i), batch)]
+    steps = [*(context(KIMI_OPS=choice) for choice in choices), *turns]
+    logits = play(engine, case.gguf, setup, steps).logits
+    for i, choice in enumerate(choices):
         monkeypatch.setenv("KIMI_OPS", choice)
         options = RunOptions(n_batch=prompt, step_from=prompt, flash_attention=True, cache_type="F16")
         alone = run_logits(engine, case.gguf, ids, options)
-        np.testing.assert_array_equal(np.load(tmp_path / f"{choice}.npy"), alone)
+        first, rest = logits[i * prompt :][:prompt], logits[2 * prompt + i :: 2]
+        np.testing.assert_array_equal(np.concatenate([first, rest]), alone)
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0", "Q4_0"])

@@ -7,15 +7,13 @@ checkpoint or begin anew, and the memory is as it was.
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
+import llama_script
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from llama_script import Logits, Setup, Step, remove
 from random_checkpoint import Spec
 from twin_case import make_case
 
@@ -23,10 +21,11 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-WORKER = Path(__file__).parents[1] / "support" / "rollback_worker.py"
-N_BACK = 8  # as the worker asks for
+N_BACK = 8
+SETUP = Setup(n_seq_max=3, n_rs_seq=N_BACK, n_ubatch=64, cells=256, flash_attention=None)
+VOCAB = 128  # tokens that every model here has
 ARCHS = ("kimi-linear", "kimi-k3", "qwen35", "lfm2", "nemotron_h", "bailingmoe3", "glm5-next")
-Steps = list[list[Any]]
+Steps = list[Step]
 
 
 @pytest.fixture(scope="module")
@@ -35,27 +34,28 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_case(folder, Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=90)).gguf
 
 
-def play(engine: Engine, folder: Path, gguf: Path, steps: Steps) -> tuple[list[bool], NDArray[np.float32]]:
+def play(engine: Engine, gguf: Path, steps: Steps) -> tuple[list[bool], Logits]:
     """What each removal answered, and the logits [rows, V] behind each sequence of each decode."""
-    (folder / "steps.json").write_text(json.dumps(steps))
-    command = [sys.executable, str(WORKER), str(gguf), str(folder / "steps.json"), str(folder / "logits.npy")]
-    ended = subprocess.run(command, env=engine.environment(), capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    return json.loads(ended.stdout.splitlines()[-1]), np.load(folder / "logits.npy")
+    played = llama_script.play(engine, gguf, SETUP, steps)
+    return played.removed, played.logits
 
 
-def assert_same(got: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+def assert_same(got: Logits, expected: Logits) -> None:
     error = np.square(got.astype(np.float64) - expected).sum()
     assert error / np.square(expected.astype(np.float64)).sum() <= 1e-10
 
 
-def decode(start: int, end: int, seq: int = 0) -> list[Any]:
-    return ["decode", [[seq, start, end]]]
+def token(seq: int, pos: int) -> tuple[int, int, int]:
+    """The token of a sequence at a position, as a step takes it."""
+    return seq, pos, (7 * pos + 31 * seq + 1) % VOCAB
 
 
-def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(
-    tmp_path: Path, engine: Engine, gguf: Path
-) -> None:
+def decode(start: int, end: int, seq: int = 0) -> Step:
+    tokens = [token(seq, pos) for pos in range(start, end)]
+    return llama_script.decode(*tokens, wanted=[len(tokens) - 1])
+
+
+def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(engine: Engine, gguf: Path) -> None:
     """For every size of the last batch and every depth: refused, or the logits of one who never went there."""
     cases = [(size, depth) for size in (1, 2, 5, 8, 12) for depth in range(1, N_BACK + 2)]
     granted = [depth <= min(size, N_BACK) for size, depth in cases]
@@ -63,36 +63,36 @@ def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(
     for (size, depth), goes in zip(cases, granted, strict=True):
         end = 20 + size
         back = end - depth if goes else end
-        steps += [["clear"], decode(0, 20), decode(20, end), ["remove", 0, end - depth], decode(back, 40)]
-    said, logits = play(engine, tmp_path, gguf, steps)
+        steps += [["clear"], decode(0, 20), decode(20, end), remove(0, end - depth), decode(back, 40)]
+    said, logits = play(engine, gguf, steps)
     assert said == granted
     for resumed in logits[3::3]:
         assert_same(resumed, logits[0])
 
 
-def test_a_rollback_outlives_the_move_of_its_cell(tmp_path: Path, engine: Engine, gguf: Path) -> None:
-    steps = [decode(0, 20, 2), ["clear"], *DISORDERED, ["remove", 2, 10], *MOVES, decode(10, 20, 2)]
-    said, logits = play(engine, tmp_path, gguf, steps)
+def test_a_rollback_outlives_the_move_of_its_cell(engine: Engine, gguf: Path) -> None:
+    steps = [decode(0, 20, 2), ["clear"], *DISORDERED, remove(2, 10), *MOVES, decode(10, 20, 2)]
+    said, logits = play(engine, gguf, steps)
     assert said == [True]
     assert_same(logits[-1], logits[0])
 
 
 # Sequences 1 and 2 lie in each other's places; a batch of 0 and 1 puts that right, and moves 2 without its snapshots.
 DISORDERED: Steps = [decode(0, 12, 0), decode(0, 12, 2), decode(0, 12, 1)]
-MOVES: Steps = [["decode", [[0, 12, 13], [1, 12, 13]]]]
+MOVES: Steps = [llama_script.decode(token(0, 12), token(1, 12))]
 
 REFUSED: dict[str, Steps] = {
-    "a batch further back": [decode(0, 12), decode(12, 13), ["remove", 0, 11]],
-    "a saved and restored state": [decode(0, 12), ["reload", 0], ["remove", 0, 11]],
-    "a second time": [decode(0, 12), ["remove", 0, 11], ["remove", 0, 10]],
-    "what another sequence shares": [decode(0, 12), ["copy", 0, 1], ["remove", 1, 11]],
-    "after its cell has moved": [*DISORDERED, *MOVES, ["remove", 2, 11]],
+    "a batch further back": [decode(0, 12), decode(12, 13), remove(0, 11)],
+    "a saved and restored state": [decode(0, 12), ["reload", 0], remove(0, 11)],
+    "a second time": [decode(0, 12), remove(0, 11), remove(0, 10)],
+    "what another sequence shares": [decode(0, 12), ["copy", 0, 1], remove(1, 11)],
+    "after its cell has moved": [*DISORDERED, *MOVES, remove(2, 11)],
 }
 
 
 @pytest.mark.parametrize("steps", REFUSED.values(), ids=list(REFUSED))
-def test_it_is_refused(tmp_path: Path, engine: Engine, gguf: Path, steps: Steps) -> None:
-    said, _ = play(engine, tmp_path, gguf, steps)
+def test_it_is_refused(engine: Engine, gguf: Path, steps: Steps) -> None:
+    said, _ = play(engine, gguf, steps)
     assert said[-1] is False
     assert all(said[:-1])
 
@@ -107,22 +107,20 @@ def small_models(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Pa
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_no_architecture_goes_back_further(
-    tmp_path: Path, engine: Engine, small_models: Path, arch: str
-) -> None:
+def test_no_architecture_goes_back_further(engine: Engine, small_models: Path, arch: str) -> None:
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
-    said, _ = play(engine, tmp_path, gguf, [decode(0, 12), ["remove", 0, 9], decode(9, 10), ["remove", 0, 8]])
+    said, _ = play(engine, gguf, [decode(0, 12), remove(0, 9), decode(9, 10), remove(0, 8)])
     assert said == [True, False]
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_architecture_takes_back_a_whole_short_batch(
-    tmp_path: Path, engine: Engine, small_models: Path, arch: str
+    engine: Engine, small_models: Path, arch: str
 ) -> None:
     """0029-snapshot-in-front-of-a-short-batch; bits, as these models forget within a few tokens."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13)]
-    taken_back = [["clear"], decode(0, 12), decode(12, 15), ["remove", 0, 12], decode(12, 13)]
-    said, logits = play(engine, tmp_path, gguf, [*never, *taken_back])
+    taken_back = [["clear"], decode(0, 12), decode(12, 15), remove(0, 12), decode(12, 13)]
+    said, logits = play(engine, gguf, [*never, *taken_back])
     assert said == [True]
     assert np.array_equal(logits[-1], logits[1])

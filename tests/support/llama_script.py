@@ -1,30 +1,26 @@
 """llama.cpp played step by step in a process of its own: what runs where, and what happens to states on the way.
 
-In: a build, a GGUF, a `Setup` (devices, cache, sequences) and steps made by `decode`, `save`, `load`, `cut`. Out:
-`Played` with the logits of every decoded token, in order, and the log. `PlayError` holds why llama.cpp refused.
-The worker is this file run as a program: FOLDER/request.json in, FOLDER/answer.npy or FOLDER/error out.
+Input: a build, a GGUF, a `Setup` (devices, cache, sequences) and steps made by the functions below. Output: `Played`
+with the logits of the decoded tokens, in order, what the removals answered, and the log. `PlayError` holds why
+llama.cpp refused. The process is llama_test_worker.py.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.llama import LlamaError, Logits
+from kimi_gguf.engine.worker import Worker
 
-Logits = NDArray[np.float32]
+WORKER = Path(__file__).with_name("llama_test_worker.py")
 Step = list[Any]
 
 
@@ -37,7 +33,7 @@ class Setup:
     n_gpu_layers: int = 0  # the output counts as one
     offload_kqv: bool = True
     op_offload: bool = True
-    flash_attention: bool = False
+    flash_attention: bool | None = False  # None: llama.cpp's choice
     cache_type: str = "F32"
     n_seq_max: int = 1
     n_rs_seq: int = 0  # states kept for taking tokens back
@@ -48,9 +44,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Played:
-    """Logits [tokens, V] in the order in which they were decoded, and what llama.cpp logged."""
+    """What the steps left."""
 
-    logits: Logits
+    logits: Logits  # [tokens, V] in the order in which they were decoded
+    removed: list[bool]  # of each `remove`, whether llama.cpp did it
     log: str
 
 
@@ -58,9 +55,9 @@ class PlayError(Exception):
     """Why there are no logits: what llama.cpp said."""
 
 
-def decode(*tokens: tuple[int, int, int]) -> Step:
-    """One llama_decode of (sequence, position, token id)."""
-    return ["decode", [[int(number) for number in token] for token in tokens]]
+def decode(*tokens: tuple[int, int, int], wanted: Sequence[int] | None = None) -> Step:
+    """One llama_decode of (sequence, position, token id). wanted: indices of those that give logits; None: all."""
+    return ["decode", [[int(number) for number in token] for token in tokens], wanted]
 
 
 def text(sequence: int, ids: Sequence[int] | NDArray[np.int64], first: int = 0) -> list[tuple[int, int, int]]:
@@ -83,25 +80,35 @@ def cut(sequence: int, first: int) -> Step:
     return ["cut", sequence, first]
 
 
+def remove(sequence: int, first: int) -> Step:
+    """As `cut`, but llama.cpp may refuse; see `Played.removed`."""
+    return ["remove", sequence, first]
+
+
+def context(**environment: str) -> Step:
+    """Make one more context under this environment."""
+    return ["context", environment]
+
+
+def use(number: int) -> Step:
+    """The steps from here on are for this context; the first is 0."""
+    return ["use", number]
+
+
 def play(engine: Engine, model: Path, setup: Setup, steps: Sequence[Step], **environment: str) -> Played:
     """Play the steps on a build. Raises `PlayError`."""
-    with tempfile.TemporaryDirectory(prefix="kimi-play-") as name:
-        folder = Path(name)
-        request = {"model": str(model), "setup": asdict(setup), "steps": list(steps)}
-        (folder / "request.json").write_text(json.dumps(request))
-        told = {**engine.environment(), "GGML_NO_BACKTRACE": "1", **environment}
-        ended = subprocess.run(
-            [sys.executable, __file__, name], env=told, capture_output=True, text=True, check=False
-        )
-        log = folder / "llama.log"
-        said = log.read_text(errors="replace") if log.exists() else ""
-        if ended.returncode != 0:
-            error = folder / "error"
-            reason = (
-                error.read_text() if error.exists() else f"status {ended.returncode}: {ended.stderr[-500:]}"
+    told = {**engine.environment(), **environment}
+    with (
+        tempfile.NamedTemporaryFile(suffix=".npy") as logits,
+        Worker(str(WORKER), environment=told) as worker,
+    ):
+        try:
+            removed = worker.ask(
+                "play", gguf=str(model), setup=asdict(setup), steps=list(steps), file=logits.name
             )
-            raise PlayError(f"{reason}\n{said[-1500:]}")
-        return Played(np.load(folder / "answer.npy"), said)
+        except LlamaError as error:
+            raise PlayError(f"{error}\n{worker.log[-1500:]}") from None
+        return Played(np.load(logits.name), removed, worker.log)
 
 
 def assert_same(got: Logits, expected: Logits) -> None:
@@ -111,109 +118,3 @@ def assert_same(got: Logits, expected: Logits) -> None:
     power = np.square(expected.astype(np.float64)).sum(1)
     assert error.sum() / power.sum() <= 1e-10
     assert (error / power).max() <= 1e-8
-
-
-class Player:
-    """The worker's side: a model, a context, and a method a step."""
-
-    def __init__(self, path: str, setup: Setup) -> None:
-        import llama_cpp as api
-
-        self.api: Any = api
-        self.errors: list[str] = []
-        self.log = Path("llama.log").open("w")  # noqa: SIM115 - as long as the process
-        self._on_log = api.llama_log_callback(self._said)
-        api.llama_log_set(self._on_log, None)
-        api.llama_backend_init()
-        self.model = self._expect(self._load(path, setup), "the model cannot be loaded")
-        self.context = self._expect(
-            api.llama_init_from_model(self.model, self._params(setup)), "no context can be made"
-        )
-        self.memory = api.llama_get_memory(self.context)
-        self.vocab: int = api.llama_vocab_n_tokens(api.llama_model_get_vocab(self.model))
-        self.batch = api.llama_batch_init(4096, 0, 1)
-        self.logits: list[Logits] = []
-
-    def decode(self, tokens: list[list[int]]) -> None:
-        batch = self.batch
-        batch.n_tokens = len(tokens)
-        for i, (sequence, position, token) in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, 1
-            batch.seq_id[i][0] = sequence
-        status = self.api.llama_decode(self.context, batch)
-        self._expect(status == 0, f"llama_decode gave {status} at {tokens[0][:2]}")
-        rows = np.ctypeslib.as_array(self.api.llama_get_logits(self.context), (len(tokens), self.vocab))
-        self.logits.append(rows.copy())
-
-    def save(self, sequence: int, file: str) -> None:
-        size = self.api.llama_state_seq_get_size(self.context, sequence)
-        state = (ctypes.c_uint8 * size)()
-        written = self.api.llama_state_seq_get_data(self.context, state, size, sequence)
-        self._expect(written == size > 0, f"the state of sequence {sequence} cannot be saved")
-        Path(file).write_bytes(bytes(state))
-
-    def load(self, sequence: int, file: str) -> None:
-        state = Path(file).read_bytes()
-        data = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        read = self.api.llama_state_seq_set_data(self.context, data, len(state), sequence)
-        self._expect(read == len(state), f"{file}: the state of sequence {sequence} cannot be restored")
-
-    def cut(self, sequence: int, first: int) -> None:
-        done = self.api.llama_memory_seq_rm(self.memory, sequence, first, -1)
-        self._expect(done, f"sequence {sequence} cannot be cut at {first}")
-
-    def _load(self, path: str, setup: Setup) -> Any:
-        params = self.api.llama_model_default_params()
-        params.n_gpu_layers = setup.n_gpu_layers
-        if setup.backend is not None:
-            ggml = ctypes.CDLL(str(Path(os.environ["LLAMA_CPP_LIB_PATH"]) / "libggml.so"))
-            ggml.ggml_backend_load.restype = ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
-            loaded = ggml.ggml_backend_load(setup.backend.encode())
-            self._expect(loaded, f"{setup.backend}: the backend cannot be loaded")
-            if setup.devices is not None:
-                found = [ggml.ggml_backend_dev_by_name(name.encode()) for name in setup.devices]
-                self._expect(all(found), f"not all of {setup.devices} are there")
-                self._devices = (ctypes.c_void_p * (len(found) + 1))(*found, None)
-                params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        return self.api.llama_model_load_from_file(path.encode(), params)
-
-    def _params(self, setup: Setup) -> Any:
-        p = self.api.llama_context_default_params()
-        p.n_ctx = setup.cells * setup.n_seq_max
-        p.n_batch, p.n_ubatch = 4096, setup.n_ubatch
-        p.n_seq_max, p.n_rs_seq, p.kv_unified = setup.n_seq_max, setup.n_rs_seq, setup.kv_unified
-        p.n_threads = p.n_threads_batch = 1
-        p.offload_kqv, p.op_offload = setup.offload_kqv, setup.op_offload
-        p.flash_attn_type = int(setup.flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
-        p.type_k = p.type_v = gguf.GGMLQuantizationType[setup.cache_type].value
-        return p
-
-    def _expect(self, good: Any, what: str) -> Any:
-        if not good:
-            raise PlayError(f"{what}: {'; '.join(self.errors) or 'it gave no reason'}")
-        return good
-
-    def _said(self, level: int, line: bytes, _data: int | None) -> None:
-        self.log.write(line.decode(errors="replace"))
-        self.log.flush()
-        if level == 4:  # GGML_LOG_LEVEL_ERROR
-            self.errors.append(line.decode(errors="replace").strip())
-
-
-def main() -> int:
-    os.chdir(sys.argv[1])
-    request = json.loads(Path("request.json").read_text())
-    try:
-        player = Player(request["model"], Setup(**request["setup"]))
-        for name, *arguments in request["steps"]:
-            getattr(player, name)(*arguments)
-    except PlayError as error:
-        Path("error").write_text(str(error))
-        return 1
-    np.save("answer.npy", np.concatenate(player.logits))
-    sys.stdout.flush()
-    os._exit(0)  # llama.cpp's memory goes with the process
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import random
-import struct
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +13,15 @@ from pathlib import Path
 
 import gguf
 import tiktoken
+from llama_script import WORKER
 from random_checkpoint import SPECIAL, TOOL_CALL_MARKS, Spec
 from random_checkpoint import config as config_json
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.engine.llama import LlamaError
+from kimi_gguf.engine.worker import Worker
 
 BYTES = [bytes([byte]) for byte in range(256)]
 
@@ -157,29 +157,15 @@ class LlamaAnswer:
 
 
 def llama_tokenize(
-    environment: Mapping[str, str], model: Path, texts: Sequence[bytes], *options: str
+    environment: Mapping[str, str], model: Path, texts: Sequence[bytes], special: bool = False
 ) -> LlamaAnswer:
-    """Tokenize in a process with a build's environment. options: --special to match special tokens."""
-    texts_path, out_path = model.with_suffix(".texts"), model.with_suffix(".ids")
-    texts_path.write_bytes(b"".join(struct.pack("<I", len(text)) + text for text in texts))
-    worker = Path(__file__).with_name("llama_tokenize_worker.py")
-    done = subprocess.run(
-        [sys.executable, str(worker), str(model), str(texts_path), str(out_path), *options],
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise AssertionError(f"llama.cpp could not tokenize: {done.stderr[-2000:]}")
-    content = out_path.read_bytes()
-    found: list[list[int]] = []
-    at = 0
-    while at < len(content):
-        (count,) = struct.unpack_from("<I", content, at)
-        found.append(list(struct.unpack_from(f"<{count}i", content, at + 4)))
-        at += 4 + 4 * count
-    seconds, *stops = done.stdout.split()
-    return LlamaAnswer(found, float(seconds), [int(i) for i in stops])
+    """Tokenize in a process with a build's environment. special: whether special tokens are matched."""
+    with Worker(str(WORKER), environment=environment) as worker:
+        try:
+            listed = [text.hex() for text in texts]
+            return LlamaAnswer(**worker.ask("tokenize", gguf=str(model), texts=listed, special=special))
+        except LlamaError:
+            raise AssertionError(f"llama.cpp could not tokenize: {worker.log[-2000:]}") from None
 
 
 # Short strings that meet at every seam of the pattern; random sequences of them are hostile texts.

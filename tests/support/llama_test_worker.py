@@ -1,0 +1,92 @@
+"""The process of llama_script.py and of the tokenizer's tests; the protocol is that of engine/worker.py."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import numpy as np
+
+from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, Token
+from kimi_gguf.engine.worker import Progress, serve
+
+
+class Player:
+    """Contexts of one model, and a method a step. Answers other than None are collected."""
+
+    def __init__(self, llama: Llama, gguf: str, setup: dict[str, Any]) -> None:
+        backend = setup.pop("backend")
+        if backend is not None:
+            llama.load_backend(backend)
+        self._model = llama.load(gguf, devices=setup.pop("devices"), n_gpu_layers=setup.pop("n_gpu_layers"))
+        n_ctx = setup.pop("cells") * setup["n_seq_max"]
+        self._setup = {**setup, "n_ctx": n_ctx, "n_batch": 4096}
+        self._contexts: list[Context] = []
+        self.context({})
+        self.logits: list[Logits] = []
+
+    def context(self, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        self._contexts.append(Context(self._model, **self._setup))
+        for name in environment:
+            del os.environ[name]
+        self.use(-1)
+
+    def use(self, number: int) -> None:
+        self._context = self._contexts[number]
+
+    def decode(self, tokens: list[Token], wanted: list[int] | None) -> None:
+        self.logits.append(self._context.decode(tokens, wanted).copy())
+
+    def save(self, sequence: int, file: str) -> None:
+        self._context.save(sequence).tofile(file)
+
+    def load(self, sequence: int, file: str) -> None:
+        self._context.restore(sequence, np.fromfile(file, np.uint8))
+
+    def reload(self, sequence: int) -> None:
+        state = self._context.save(sequence)
+        self.clear()
+        self._context.restore(sequence, state)
+
+    def remove(self, sequence: int, first: int) -> bool:
+        return self._context.remove(sequence, first)
+
+    def cut(self, sequence: int, first: int) -> None:
+        if not self.remove(sequence, first):
+            raise LlamaError(f"sequence {sequence} cannot be cut at {first}")
+
+    def copy(self, sequence: int, to: int) -> None:
+        self._context.copy(sequence, to)
+
+    def clear(self) -> None:
+        self._context.clear()
+
+
+class Requests:
+    """What can be asked."""
+
+    def __init__(self, _progress: Progress) -> None:
+        self._llama = Llama()
+
+    def play(self, gguf: str, setup: dict[str, Any], steps: list[list[Any]], file: str) -> list[bool]:
+        """Play the steps; their logits go to the file. Answers what each removal answered."""
+        player = Player(self._llama, gguf, setup)
+        said = [getattr(player, step)(*given) for step, *given in steps]
+        np.save(file, np.concatenate(player.logits))
+        return [answer for answer in said if answer is not None]
+
+    def tokenize(self, gguf: str, texts: list[str], special: bool) -> dict[str, Any]:
+        """Tokenize texts in hexadecimal; seconds: of the processor, for that alone."""
+        model = self._llama.load(gguf, vocab_only=True)
+        ids, seconds = [], 0.0
+        for text in map(bytes.fromhex, texts):
+            start = time.process_time()
+            ids.append(model.tokenize(text, special))
+            seconds += time.process_time() - start
+        return {"ids": ids, "seconds": seconds, "stops": model.end_tokens()}
+
+
+if __name__ == "__main__":
+    serve(Requests)
