@@ -24,8 +24,8 @@ from kimi_gguf.convert.model.tensors import outputs
 from kimi_gguf.convert.output.parts import parts_of
 from kimi_gguf.convert.plan import Plan, PlannedTensor
 from kimi_gguf.convert.types.mixes import Request
-from kimi_gguf.convert.types.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.convert.types.tensor_types import TYPES as FILE_TYPES
+from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 

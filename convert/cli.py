@@ -31,8 +31,10 @@ from kimi_gguf.convert.plan import Plan, PlannedTensor
 from kimi_gguf.convert.progress import PROGRAM, Teller, for_people, for_programs, quiet, say
 from kimi_gguf.convert.types.mixes import Request
 from kimi_gguf.convert.types.named_mixes import RECIPES
-from kimi_gguf.convert.types.tensor_types import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
+from kimi_gguf.convert.types.tensor_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.verify import verify
+from kimi_gguf.engine.gguf import GgufError
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
@@ -76,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = act(options)
             sys.stdout.flush()
             return status
-    except ConvertError as error:
+    except (ConvertError, GgufError) as error:
         return _failed(str(error), options.json)
     except KeyboardInterrupt:
         output = getattr(options, "output", None)

@@ -19,7 +19,7 @@ from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.mixes import Request, choose_types, needs_importances
-from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, TensorType, Values
+from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 
 ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
 

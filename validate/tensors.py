@@ -1,6 +1,6 @@
 """Proof that the tensors of a GGUF file are those of the checkpoint, in the precision that the file promises.
 
-Flows in: a GGUF file (ours or anybody's), an open checkpoint. Flows out: `TensorProof`.
+Input: a GGUF file of any origin, an open checkpoint. Output: `TensorProof`.
 
 The checkpoint's side is computed anew here, from names and shapes of the conversion's table but with none of
 its arithmetic, and in pieces: no tensor is ever whole in memory.
@@ -8,10 +8,9 @@ its arithmetic, and in pieces: no tensor is ever whole in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.tensors import Output, Transform, outputs
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_parts
 from kimi_gguf.validate.errors import ValidateError
 
@@ -66,7 +66,14 @@ def prove(
 
     Raises ValidateError if the file, or a part of it, is no GGUF.
     """
-    stored = {tensor.name: tensor for part in open_gguf(path) for tensor in part.tensors}
+    with open_gguf(path) as model:
+        return _prove(model, checkpoint, progress)
+
+
+def _prove(
+    model: GgufModel, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
+) -> TensorProof:
+    stored = model.tensors
     expected = {output.name: output for output in outputs(checkpoint.config)}
     proof = TensorProof()
     for name in sorted(stored.keys() - expected.keys()):
@@ -74,32 +81,28 @@ def prove(
     for done, (name, output) in enumerate(expected.items(), 1):
         if name not in stored:
             proof.fail(f"{name}: missing from the file", misfit=True)
-        elif _shape(stored[name].shape) != _shape(output.ne):
-            found = _shape(stored[name].shape)
+        elif (found := _shape(stored[name].ne)) != _shape(output.ne):
             proof.fail(f"{name}: expected shape {_shape(output.ne)}, found {found}", misfit=True)
         else:
-            _prove_one(stored[name], output, checkpoint, proof)
+            _prove_one(model, stored[name], output, checkpoint, proof)
         if progress is not None:
             progress(done, len(expected))
     return proof
 
 
-def open_gguf(path: Path) -> list[gguf.GGUFReader]:
-    """The model's files, mapped into memory: one, or all parts through the first, which has the keys. Raises
-    ValidateError for one that is no GGUF, EngineError for the name of a part that is not the first."""
-    return [_open(part) for part in all_parts(path)]
-
-
-def _open(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> GgufModel:
+    """The model, of several files through the first. Raises ValidateError for a file that is not GGUF, EngineError
+    for the name of a file that is not the first."""
+    all_parts(path)
     try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        return GgufModel(path)
+    except GgufError as error:
         raise ValidateError(f"{path}: not a readable GGUF file: {error}") from error
 
 
-def _shape(ne: Any) -> tuple[int, ...]:
+def _shape(ne: Sequence[int]) -> tuple[int, ...]:
     """Without the trailing dimensions of 1 that writers keep or drop."""
-    shape = [int(n) for n in ne]
+    shape = list(ne)
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
     return tuple(shape)
@@ -115,13 +118,15 @@ class Piece:
     transform: Transform
 
 
-def _prove_one(tensor: gguf.ReaderTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof) -> None:
+def _prove_one(
+    model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof
+) -> None:
     """Compare one tensor piece by piece and enter the result."""
-    kind = Kind(tensor.tensor_type)
+    kind = Kind(tensor.type.number)
     wrong_in = CHECKS.get(kind)
     error = size = 0.0
     exact, first = True, 0
-    for piece in _pieces(tensor, kind, output, checkpoint):
+    for piece in _pieces(model, tensor, output, checkpoint):
         wrong = wrong_in(piece) if wrong_in else np.zeros(1, bool)
         if wrong.any():
             i = int(wrong.argmax())
@@ -144,16 +149,14 @@ def _prove_one(tensor: gguf.ReaderTensor, output: Output, checkpoint: Checkpoint
         proof.rounded += 1
 
 
-def _pieces(tensor: gguf.ReaderTensor, kind: Kind, output: Output, checkpoint: Checkpoint) -> Iterator[Piece]:
+def _pieces(model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint) -> Iterator[Piece]:
     """The tensor and the checkpoint's values side by side, in the order of the file."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    data = tensor.data.reshape(-1).view(np.uint8)
-    start = 0
+    kind, start = Kind(tensor.type.number), 0
     for wanted in expected_pieces(output, checkpoint):
-        end = start + len(wanted) // block * block_bytes
-        found = gguf.quants.dequantize(data[start:end], kind).reshape(-1).astype(np.float32, copy=False)
-        yield Piece(data[start:end], found, wanted, output.transform)
-        start = end
+        raw = model.read(tensor, start, tensor.type.nbytes((len(wanted),)))
+        found = gguf.quants.dequantize(raw, kind).reshape(-1).astype(np.float32, copy=False)
+        yield Piece(raw, found, wanted, output.transform)
+        start += raw.nbytes
 
 
 def _wrong_f32(piece: Piece) -> Flags:

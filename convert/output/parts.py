@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, ValueType
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.gguf_header import COUNTS, header_bytes, key_bytes, tensor_bytes
-from kimi_gguf.convert.output.part_names import MAX_PARTS, part_paths, place_in_set
 from kimi_gguf.convert.output.unfinished import Layout
 from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
-
-# Equal in all parts of one set, and in no other set's: a hash of all that the headers say.
-SET: Final = "kimi_gguf.split.set"
-NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
+from kimi_gguf.engine.split_names import (
+    COUNT,
+    MAX_PARTS,
+    NUMBER,
+    SET,
+    TENSORS,
+    part_paths,
+    place_in_set,
+)
 
 
 @dataclass(frozen=True)

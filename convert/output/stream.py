@@ -23,9 +23,9 @@ from kimi_gguf.convert.model.tensors import Transform
 from kimi_gguf.convert.plan import Plan, PlannedTensor
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
-from kimi_gguf.convert.types.encode import BadValueError, check, encode
+from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
-from kimi_gguf.convert.types.tensor_types import F32, Bytes, Stored
+from kimi_gguf.engine.tensor_types import F32, Bytes
 
 PIECE_ELEMENTS: Final = 1 << 20
 _PIECE_BYTES: Final = 16  # an element's, at most, as it is read, widened and encoded

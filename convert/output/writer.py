@@ -16,7 +16,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.output.parts import Part, layout_of, output_paths, parts_of
 from kimi_gguf.convert.output.unfinished import Identity, Unfinished, unfinished
 from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
-from kimi_gguf.convert.types.tensor_types import Bytes
+from kimi_gguf.engine.tensor_types import Bytes
 
 Pieces = Iterator[tuple[PlannedTensor, Bytes]]
 Report = Callable[[PlannedTensor, int], None]

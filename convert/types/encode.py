@@ -16,8 +16,9 @@ import numpy.typing as npt
 from kimi_gguf.convert.source.checkpoint import to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.ggml import Ggml
-from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, Bytes, Stored, TensorType, Values
+from kimi_gguf.engine.tensor_types import BF16, F16, F32, Bytes, TensorType, Values
 
+Stored = npt.NDArray[Any]  # elements as they are in the checkpoint; BF16 as uint16
 BLOCK_ELEMENTS: Final = 1 << 18  # float32 copies are made in blocks that a core's cache holds
 # Dtype -> (integers of the same width, mask of the magnitude, the bits of infinity): ordered like magnitudes.
 _BITS: Final[dict[Dtype, tuple[Any, int, int]]] = {

@@ -16,7 +16,8 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.types.tensor_types import Bytes, TensorType, Values
+from kimi_gguf.engine.builds import find
+from kimi_gguf.engine.tensor_types import Bytes, TensorType, Values
 
 LIBRARY: Final = "libggml-base.dylib" if sys.platform == "darwin" else "libggml-base.so"
 
@@ -75,8 +76,6 @@ class Ggml:
 @cache
 def load() -> Ggml:
     """The finished build of this version. Raises `ConvertError` when there is none."""
-    from kimi_gguf.engine.builds import find
-
     engine = find()
     if engine is None:
         raise ConvertError(

@@ -15,8 +15,8 @@ from convert_tools import assert_refused, convert, fresh_checkpoint, gguf_keys
 from gguf import GGUFReader
 from random_checkpoint import VOCAB_SIZE, Spec
 
-from kimi_gguf.convert.output.gguf_set import GgufModel
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.validate.cli import main as validate

@@ -14,10 +14,10 @@ from convert_tools import Run, convert, fresh_checkpoint
 from random_checkpoint import Spec
 
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.output.part_names import place_in_set
 from kimi_gguf.convert.pipeline import Options
 from kimi_gguf.convert.pipeline import convert as convert_in_python
 from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.split_names import place_in_set
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 SIZE = 300_000

@@ -12,8 +12,8 @@ from gguf import GGUFReader
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
-from kimi_gguf.convert.output.gguf_file import GgufFile
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.gguf import GgufFile
 from kimi_gguf.scripts.synthetic_checkpoint import write_twin
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
