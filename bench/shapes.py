@@ -14,11 +14,10 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.config import KimiConfig, published_config
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
 from kimi_gguf.convert.model.tensors import outputs
 from kimi_gguf.convert.output.parts import parts_of
@@ -85,8 +84,7 @@ class BenchModel:
 
 def config_of(model: BenchModel) -> KimiConfig:
     """The 48B's configuration with the chosen number of layers and experts. Raises `ConvertError`."""
-    published = resources.files("kimi_gguf.scripts").joinpath("kimi-linear-48b-config.json").read_text()
-    data = json.loads(published) | SHAPES[model.shapes]
+    data = published_config() | SHAPES[model.shapes]
     _, every, q_rank = FAMILIES[model.family]
     numbers = range(1, model.layers + 1)
     mla = [n for n in numbers if n % every == 0]

@@ -12,7 +12,7 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, metadata
-from kimi_gguf.convert.model.tensors import Output, outputs
+from kimi_gguf.convert.model.tensors import FLOAT32, Output, outputs
 from kimi_gguf.convert.model.tokenizer import Vocab
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
 from kimi_gguf.convert.source.origin import read_origin
@@ -24,8 +24,6 @@ from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
 
 EMBEDDING: Final = "token_embd.weight"  # llama-imatrix has nothing about it: no product reads it
-
-DELICATE: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints
 
 # Texts of tokens at which llama.cpp stops whatever the keys say.
 _ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
@@ -176,7 +174,7 @@ def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor
             f"{checkpoint.remote_bytes:,} bytes of weights come over the network as they are needed; "
             "none of them are kept on disk"
         )
-    rounded = [name for name in checkpoint.names() if name.endswith(DELICATE)]
+    rounded = [name for name in checkpoint.names() if name.endswith(FLOAT32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (

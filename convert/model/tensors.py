@@ -63,14 +63,16 @@ def _f32(hub: str, shape: str, gguf: str, ne: str, transform: Transform = Transf
     return Row(hub, shape, gguf, ne, transform, always_f32=True)
 
 
+FLOAT32: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints, all others BF16
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER: Final = "model.layers.{i}."
 _BLOCK: Final = "blk.{i}."
 
 TABLE: Final = (
     Group(Where.TOP, "", "", (
-        Row("model.embed_tokens.weight", "vocab hidden", "token_embd.weight", "hidden vocab"),
+        Row(EMBEDDING, "vocab hidden", "token_embd.weight", "hidden vocab"),
         _f32("model.norm.weight", "hidden", "output_norm.weight", "hidden"),
-        Row("lm_head.weight", "vocab hidden", "output.weight", "hidden vocab"),
+        Row(HEAD, "vocab hidden", "output.weight", "hidden vocab"),
     )),
     Group(Where.EVERY, _LAYER, _BLOCK, (
         _f32("input_layernorm.weight", "hidden", "attn_norm.weight", "hidden"),
