@@ -16,10 +16,10 @@ from pathlib import Path
 
 from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
 from kimi_gguf.bench.weights import Weights
-from kimi_gguf.convert.output.parts import total_size
+from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
 from kimi_gguf.convert.output.writer import write
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine, cache_folder
 from kimi_gguf.engine.gguf import GgufError, GgufModel
@@ -77,7 +77,7 @@ def model_path(model: BenchModel) -> Path:
 
 def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
     """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
-    return sum(total_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
+    return sum(plan_file(model, engine).nbytes for model in models if not model_path(model).is_file())
 
 
 def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
@@ -87,7 +87,7 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = plan_file(model, engine)
-    total = total_size(plan)
+    total = plan.nbytes
     told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0

@@ -19,9 +19,8 @@ from typing import Any
 
 from kimi_gguf.convert.model.config import KimiConfig, published_config
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
-from kimi_gguf.convert.model.tensors import outputs
-from kimi_gguf.convert.output.parts import parts_of
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
+from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.mixes import Request
 from kimi_gguf.convert.types.tensor_types import TYPES as FILE_TYPES
 from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
@@ -144,7 +143,7 @@ def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
     with tempfile.TemporaryDirectory() as folder:
         hollow = Path(folder) / "hollow.gguf"
         with hollow.open("wb") as file:  # a hole where the data would be
-            (whole,) = parts_of(plan)
+            (whole,) = plan.files
             file.write(whole.header)
             file.truncate(whole.nbytes)
         command = [str(quantize), "--dry-run", str(hollow), model.type]

@@ -7,21 +7,23 @@ written and the file's size is known; or `ConvertError`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, metadata
-from kimi_gguf.convert.model.tensors import FLOAT32, Output, outputs
+from kimi_gguf.convert.model.tensors import FLOAT32, Output, PlannedTensor, outputs
 from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
 from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.mixes import Request, choose_types, needs_importances
+from kimi_gguf.engine.split_names import part_paths, place_in_set
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
-
-ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
 
 EMBEDDING: Final = "token_embd.weight"  # llama-imatrix has nothing about it: no product reads it
 
@@ -30,21 +32,8 @@ _ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the GGUF file."""
-
-    output: Output
-    type: TensorType
-    nbytes: int
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A whole model before it is written; `parts` tells the files that it goes to."""
+    """A whole model before it is written."""
 
     request: Request
     keys: tuple[Key, ...]
@@ -59,9 +48,23 @@ class Plan:
         ne = tensor.output.ne
         return found if found is not None and len(found) == ne[0] * (ne[2] if len(ne) > 2 else 1) else None
 
+    @cached_property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The files that it is written to. Raises `ConvertError` when there would be too many."""
+        return split(self.keys, self.tensors, self.max_part)
 
-def aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+    def paths(self, output: Path) -> list[Path]:
+        """The names of the files when `output` is the name that the user gives. Raises `ConvertError`."""
+        if self.max_part is not None and place_in_set(output) is not None:
+            raise ConvertError(
+                f"{output}: is the name of a part; give the name without number, parts get theirs"
+            )
+        return part_paths(output, len(self.files))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.nbytes for file in self.files)
 
 
 def in_file_order(output: Output) -> tuple[int, str]:
@@ -93,7 +96,8 @@ def make_plan(
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
-    return Plan(request, keys, tuple(tensors), notes, importances, max_part)
+    plan = Plan(request, keys, tuple(tensors), notes, importances, max_part)
+    return replace(plan, notes=(*notes, *_size_notes(plan)))
 
 
 def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
@@ -192,3 +196,12 @@ def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor
             f"{len(fallen)} tensors stay {F16.name}, their rows are not whole blocks of {min(base.block, 32)}: "
             f"{', '.join(fallen[:3])}{', ...' if len(fallen) > 3 else ''}"
         )
+
+
+def _size_notes(plan: Plan) -> Iterator[str]:
+    """What a user should know of parts that are larger than asked for."""
+    for file in plan.files:
+        if plan.max_part is not None and file.nbytes > plan.max_part:
+            yield (
+                f"{file.tensors[0].name} alone is more than --split-max-size: its part has {file.nbytes:,} bytes"
+            )

@@ -15,10 +15,10 @@ import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
 from kimi_gguf.convert.model.tokenizer import load_vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
-from kimi_gguf.convert.plan import Plan, PlannedTensor, in_file_order
+from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import Request

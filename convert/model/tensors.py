@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Final
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.engine.tensor_types import TensorType
 
 
 class Transform(Enum):
@@ -138,6 +139,19 @@ class Output:
     source_shape: tuple[int, ...]  # of each source, row-major
     transform: Transform
     always_f32: bool
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the GGUF file, its type chosen."""
+
+    output: Output
+    type: TensorType
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return self.output.name
 
 
 def dimensions(config: KimiConfig) -> dict[str, int]:

@@ -19,8 +19,8 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import Transform
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.model.tensors import PlannedTensor, Transform
+from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
