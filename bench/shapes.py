@@ -21,7 +21,7 @@ from kimi_gguf.convert.model.config import KimiConfig, published_config
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
 from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
 from kimi_gguf.convert.plan import Plan
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import TYPES as FILE_TYPES
 from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.patches.errors import EngineError
@@ -129,7 +129,7 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     for output in outputs(config):
         chosen = types[output.name] if types else F32 if output.always_f32 else BF16
         tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne)))
-    return Plan(Request(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
+    return Plan(TypeRequest(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
 def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:

@@ -30,7 +30,7 @@ from kimi_gguf.convert.output.unfinished import leftover
 from kimi_gguf.convert.pipeline import Options, convert, plan_only
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.progress import PROGRAM, Teller, for_people, for_programs, quiet, say
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.named_mixes import RECIPES
 from kimi_gguf.convert.types.tensor_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.verify import verify
@@ -188,9 +188,9 @@ def _part_size(text: str) -> int:
     return int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]
 
 
-def _request(options: argparse.Namespace) -> Request:
+def _request(options: argparse.Namespace) -> TypeRequest:
     """What the options ask for; a recipe's choices stand behind the user's own."""
-    recipe = RECIPES[options.recipe] if options.recipe else Request(options.type or TYPES["BF16"])
+    recipe = RECIPES[options.recipe] if options.recipe else TypeRequest(options.type or TYPES["BF16"])
     if options.recipe and (options.type or options.pure):
         raise ConvertError("--recipe: says all types; leave --type and --pure out")
     return replace(

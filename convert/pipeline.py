@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from kimi_gguf.convert.model.tensors import PlannedTensor
-from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import CARD, card_text
@@ -26,7 +26,7 @@ from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import FileType
 
 Report = Callable[[PlannedTensor, int], None]
@@ -48,7 +48,7 @@ class Options:
     ] = ()  # the command that a model card is to name, the checkpoint second; none: no card
 
 
-def plan_only(source: Path | str, wanted: FileType | Request, options: Options | None = None) -> Plan:
+def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
     with open_checkpoint(source) as checkpoint:
         return _plan(checkpoint, wanted, options or Options())
@@ -57,7 +57,7 @@ def plan_only(source: Path | str, wanted: FileType | Request, options: Options |
 def convert(
     source: Path | str,
     output: Path,
-    wanted: FileType | Request,
+    wanted: FileType | TypeRequest,
     options: Options | None = None,
     progress: Callable[[Plan], AbstractContextManager[Report]] | None = None,
 ) -> Plan:
@@ -101,9 +101,9 @@ def convert(
     return plan
 
 
-def _plan(checkpoint: Checkpoint, wanted: FileType | Request, options: Options) -> Plan:
+def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Options) -> Plan:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
-    request = wanted if isinstance(wanted, Request) else Request(wanted)
+    request = wanted if isinstance(wanted, TypeRequest) else TypeRequest(wanted)
     importances = read_importances(options.imatrix) if options.imatrix else None
     name = options.name or model_name(checkpoint.folder)
     return make_plan(

@@ -15,13 +15,13 @@ from typing import Final
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, metadata
 from kimi_gguf.convert.model.tensors import FLOAT32, Output, PlannedTensor, outputs
-from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
 from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
-from kimi_gguf.convert.types.mixes import Request, choose_types, needs_importances
+from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
 from kimi_gguf.engine.split_names import part_paths, place_in_set
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 
@@ -35,7 +35,7 @@ _ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
 class Plan:
     """A whole model before it is written."""
 
-    request: Request
+    request: TypeRequest
     keys: tuple[Key, ...]
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is wrong
@@ -76,7 +76,7 @@ def in_file_order(output: Output) -> tuple[int, str]:
 def make_plan(
     checkpoint: Checkpoint,
     vocab: Vocab,
-    request: Request,
+    request: TypeRequest,
     name: str,
     importances: Importances | None = None,
     max_part: int | None = None,
@@ -128,7 +128,7 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
     for tensor in tensors:
         weights = importances.weights.get(tensor.name)
         expected = tensor.output.ne[0] * (tensor.output.ne[2] if len(tensor.output.ne) > 2 else 1)
-        if weights is None or not tensor.type.quantised or tensor.name == EMBEDDING:
+        if weights is None or not tensor.type.quantized or tensor.name == EMBEDDING:
             continue
         if len(weights) != expected:
             raise ConvertError(
@@ -137,7 +137,7 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
             )
 
 
-def _check_needs(tensors: list[PlannedTensor], request: Request, importances: Importances | None) -> None:
+def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances: Importances | None) -> None:
     """Refuse what ggml would make garbage of: the lowest types without importances."""
     known = importances.weights if importances else {}
     lacking = [
@@ -160,7 +160,7 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
     """Tensors that are quantised without importances though an importance matrix is given."""
     if importances is None:
         return
-    blind = [t.name for t in tensors if t.type.quantised and t.name not in importances.weights]
+    blind = [t.name for t in tensors if t.type.quantized and t.name not in importances.weights]
     kinds = sorted({name.split(".", 2)[-1] if name.startswith("blk.") else name for name in blind})
     if blind:
         yield (
@@ -171,7 +171,7 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
         yield f"{importances.path.name} has {len(strange)} entries of no tensor here: {strange[0]}, ..."
 
 
-def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor]) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.remote_bytes:
         yield (

@@ -16,12 +16,12 @@ import numpy as np
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import metadata
 from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
-from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.types.imatrix import read_importances
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 
@@ -81,7 +81,7 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
     if strange := set(file.tensors) - {output.name for output in expected}:
         raise ConvertError(f"{file.path}: unexpected tensor {min(strange)!r}; not made of this checkpoint")
     importances = read_importances(imatrix) if imatrix else None
-    return Plan(Request(TYPES["F32"]), (), tuple(tensors), importances=importances)
+    return Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
 
 
 def _differences(

@@ -29,7 +29,7 @@ class TensorType:
     needs_weights: bool = False  # ggml has no search for it without importances
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether ggml counts it among its quantisations: blocks with scales."""
         return self.block > 1
 

@@ -109,7 +109,7 @@ def _shape(ne: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Comparison:
     """Some elements of a tensor: as bytes, as the numbers those mean, and as the checkpoint has them."""
 
     raw: NDArray[np.uint8]
@@ -126,19 +126,19 @@ def _prove_one(
     wrong_in = CHECKS.get(kind)
     error = size = 0.0
     exact, first = True, 0
-    for piece in _pieces(model, tensor, output, checkpoint):
-        wrong = wrong_in(piece) if wrong_in else np.zeros(1, bool)
+    for each in _comparisons(model, tensor, output, checkpoint):
+        wrong = wrong_in(each) if wrong_in else np.zeros(1, bool)
         if wrong.any():
             i = int(wrong.argmax())
             proof.fail(
-                f"{tensor.name} ({kind.name}): element {first + i}: checkpoint {piece.wanted[i]:.9g}, "
-                f"file {piece.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values there are wrong"
+                f"{tensor.name} ({kind.name}): element {first + i}: checkpoint {each.wanted[i]:.9g}, "
+                f"file {each.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values there are wrong"
             )
             return
-        exact = exact and bool(np.array_equal(piece.found, piece.wanted))
-        error += float(np.square(piece.found - piece.wanted, dtype=np.float64).sum())
-        size += float(np.square(piece.wanted, dtype=np.float64).sum())
-        first += len(piece.wanted)
+        exact = exact and bool(np.array_equal(each.found, each.wanted))
+        error += float(np.square(each.found - each.wanted, dtype=np.float64).sum())
+        size += float(np.square(each.wanted, dtype=np.float64).sum())
+        first += len(each.wanted)
     if wrong_in is None:
         proof.unproved[tensor.name] = error / size if size else 0.0
     elif kind == Kind.Q8_0:
@@ -149,47 +149,49 @@ def _prove_one(
         proof.rounded += 1
 
 
-def _pieces(model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint) -> Iterator[Piece]:
+def _comparisons(
+    model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint
+) -> Iterator[Comparison]:
     """The tensor and the checkpoint's values side by side, in the order of the file."""
     kind, start = Kind(tensor.type.number), 0
-    for wanted in expected_pieces(output, checkpoint):
+    for wanted in expected_values(output, checkpoint):
         raw = model.read(tensor, start, tensor.type.nbytes((len(wanted),)))
         found = gguf.quants.dequantize(raw, kind).reshape(-1).astype(np.float32, copy=False)
-        yield Piece(raw, found, wanted, output.transform)
+        yield Comparison(raw, found, wanted, output.transform)
         start += raw.nbytes
 
 
-def _wrong_f32(piece: Piece) -> Flags:
-    off = np.abs(piece.found - piece.wanted)
-    allowed = EXP_ULPS * np.spacing(np.abs(piece.wanted)) if piece.transform is Transform.NEG_EXP else 0
+def _wrong_f32(each: Comparison) -> Flags:
+    off = np.abs(each.found - each.wanted)
+    allowed = EXP_ULPS * np.spacing(np.abs(each.wanted)) if each.transform is Transform.NEG_EXP else 0
     wrong: Flags = ~(off <= allowed)
     return wrong
 
 
-def _wrong_f16(piece: Piece) -> Flags:
-    wrong: Flags = piece.found != piece.wanted.astype(np.float16).astype(np.float32)
+def _wrong_f16(each: Comparison) -> Flags:
+    wrong: Flags = each.found != each.wanted.astype(np.float16).astype(np.float32)
     return wrong
 
 
-def _wrong_bf16(piece: Piece) -> Flags:
-    wrong: Flags = piece.found != nearest_bf16(piece.wanted)
+def _wrong_bf16(each: Comparison) -> Flags:
+    wrong: Flags = each.found != nearest_bf16(each.wanted)
     return wrong
 
 
-def _wrong_q8_0(piece: Piece) -> Flags:
+def _wrong_q8_0(each: Comparison) -> Flags:
     """Off by more than half a step, or in a block whose step does not fit its largest value."""
-    step = piece.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
-    largest = np.abs(piece.wanted).reshape(-1, 32).max(1, keepdims=True)
+    step = each.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
+    largest = np.abs(each.wanted).reshape(-1, 32).max(1, keepdims=True)
     step_wrong = ~(np.abs(step * 127 - largest) <= 2 * STEP_ROUNDING * largest + 127 * SMALLEST_STEP)
-    found = piece.found.reshape(-1, 32)
-    off = np.abs(found - piece.wanted.reshape(-1, 32))
+    found = each.found.reshape(-1, 32)
+    off = np.abs(found - each.wanted.reshape(-1, 32))
     allowed = 0.5 * step + STEP_ROUNDING * np.abs(found) + 127 * SMALLEST_STEP
     value_wrong = ~(off <= allowed * (1 + 1e-5))  # 1e-5 for float32 in this very line
     wrong: Flags = (value_wrong | step_wrong).reshape(-1)
     return wrong
 
 
-CHECKS: dict[Kind, Callable[[Piece], Flags]] = {
+CHECKS: dict[Kind, Callable[[Comparison], Flags]] = {
     Kind.F32: _wrong_f32,
     Kind.F16: _wrong_f16,
     Kind.BF16: _wrong_bf16,
@@ -204,7 +206,7 @@ def nearest_bf16(x: Float32s) -> Float32s:
     return rounded.view(np.float32)
 
 
-def expected_pieces(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s]:
+def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s]:
     """The output's values in its own order, 1-D pieces of at most PIECE elements (more for kv_b)."""
     if output.transform in (Transform.K_OF_KV, Transform.V_OF_KV):
         yield _from_kv_b(output, checkpoint.float32(output.sources[0]), checkpoint.config)

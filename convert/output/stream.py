@@ -87,7 +87,7 @@ class Piece:
 
 def prepared(plan: Plan) -> Ggml | None:
     """ggml's quantisers, ready for every type of the plan; None where it needs none."""
-    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantised}
+    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantized}
     if not kinds:
         return None
     ggml = load()
@@ -107,7 +107,7 @@ def encoded(
 
     def work(piece: Piece) -> Bytes:
         tensor = piece.tensor
-        weights = plan.weights(tensor) if tensor.type.quantised else None
+        weights = plan.weights(tensor) if tensor.type.quantized else None
         if weights is not None:
             columns = tensor.output.ne[0]
             weights = weights[piece.slice * columns : (piece.slice + 1) * columns]

@@ -58,7 +58,7 @@ def encode(
     check(rows, dtype, kind)
     if kind.name == dtype.name:
         return _as_bytes(rows)
-    if not kind.quantised:
+    if not kind.quantized:
         return _CASTS[kind.name](to_float32(rows, dtype))
     if ggml is None:
         raise ValueError(f"{kind.name} needs ggml")
@@ -68,7 +68,7 @@ def encode(
     step = max(BLOCK_ELEMENTS // columns, 1)
     for first in range(0, len(rows), step):
         part = np.ascontiguousarray(to_float32(rows[first : first + step], dtype))
-        if not ggml.quantise(kind, part, weights, out[first * per_row : (first + len(part)) * per_row]):
+        if not ggml.quantize(kind, part, weights, out[first * per_row : (first + len(part)) * per_row]):
             at = int(np.abs(part).argmax())
             raise BadValueError(first * columns + at, float(part.flat[at]), beyond=True)
     return out

@@ -21,8 +21,8 @@ class FileType:
     base: TensorType
 
     @property
-    def quantised(self) -> bool:
-        return self.base.quantised
+    def quantized(self) -> bool:
+        return self.base.quantized
 
 
 _FILE_TYPES: Final = (

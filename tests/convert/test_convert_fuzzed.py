@@ -23,7 +23,7 @@ from random_checkpoint import Spec
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.json_file import parse_object
 from kimi_gguf.convert.source.safetensors_file import SafetensorsFile

@@ -39,7 +39,7 @@ from kimi_gguf.convert.types.tensor_types import TYPES
 
 source, out, whole, kills, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
 unfinished.SYNC_SECONDS = 0
-if TYPES[kind].quantised:
+if TYPES[kind].quantized:
     ggml.load()
 expected = Path(whole).read_bytes()
 rng = random.Random(1)
