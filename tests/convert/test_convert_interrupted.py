@@ -76,17 +76,6 @@ print(json.dumps(found))
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
-@pytest.fixture
 def expected(tmp_path: Path, source: Path) -> bytes:
     assert convert(source, "-o", tmp_path / "whole.gguf").status == 0
     return (tmp_path / "whole.gguf").read_bytes()

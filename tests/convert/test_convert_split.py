@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_tools import assert_refused, convert, fresh_checkpoint, gguf_keys
+from convert_tools import assert_refused, convert, gguf_keys
 from gguf import GGUFReader
 from random_checkpoint import VOCAB_SIZE, Spec
 
@@ -25,17 +25,6 @@ from kimi_gguf.validate.llama import run_logits
 SPEC = Spec(layers="KKM", hidden=256, heads=4, experts=8, seed=60)
 IDS = np.random.default_rng(5).integers(0, VOCAB_SIZE, 40)
 engine_kinds = pytest.mark.parametrize("kind", ["F32", pytest.param("Q8_0", marks=pytest.mark.engine)])
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 def split(source: Path, out: Path, size: str = "700K", *options: str) -> list[Path]:

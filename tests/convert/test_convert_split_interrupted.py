@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from convert_tools import Run, convert, fresh_checkpoint
+from convert_tools import Run, convert
 from random_checkpoint import Spec
 
 from kimi_gguf.convert.output import unfinished
@@ -91,17 +91,6 @@ def counted(self, target):
 pathlib.Path.replace = counted
 sys.exit(main(sys.argv[2:]))
 """
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 @pytest.fixture

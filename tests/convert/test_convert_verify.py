@@ -19,11 +19,6 @@ from kimi_gguf.scripts.synthetic_checkpoint import write_twin
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
 @pytest.mark.parametrize("kind", ["F32", "BF16", pytest.param("Q4_K_M", marks=pytest.mark.engine)])
 def test_our_own_files_are_proved(tmp_path: Path, source: Path, kind: str) -> None:
     out = tmp_path / "x.gguf"
