@@ -14,17 +14,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf
-
 from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
 from kimi_gguf.bench.weights import Weights
-from kimi_gguf.convert.output.parts import total_size
+from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
 from kimi_gguf.convert.output.writer import write
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine, cache_folder
-from kimi_gguf.engine.gguf_check import all_parts, check_gguf
+from kimi_gguf.engine.gguf import GgufError, GgufModel
+from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
 
@@ -78,7 +77,7 @@ def model_path(model: BenchModel) -> Path:
 
 def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
     """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
-    return sum(total_size(plan_file(model, engine)) for model in models if not model_path(model).is_file())
+    return sum(plan_file(model, engine).nbytes for model in models if not model_path(model).is_file())
 
 
 def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
@@ -88,7 +87,7 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = plan_file(model, engine)
-    total = total_size(plan)
+    total = plan.nbytes
     told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0
@@ -118,13 +117,11 @@ def open_model(path: Path) -> ModelFile:
     """Look at a file's header. Raises `EngineError` for a file that is no GGUF or of another architecture."""
     check_gguf(path)
     try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # whatever gguf-py stumbles over in a damaged file
-        raise EngineError(
-            f"{path}: a damaged GGUF file", found=str(error) or type(error).__name__, todo="make it anew"
-        ) from None
-    field = reader.get_field("general.architecture")
-    architecture = str(field.contents()) if field is not None else "none"
+        with GgufModel(path) as model:
+            keys, tensors = model.keys, tuple(model.tensors.values())
+    except GgufError as error:
+        raise EngineError(f"{path}: a damaged GGUF file", found=str(error), todo="make it anew") from None
+    architecture = str(keys.get("general.architecture", "none"))
     if architecture not in ARCHITECTURES:
         raise EngineError(
             f"{path}: not a model that our operators are for",
@@ -132,26 +129,20 @@ def open_model(path: Path) -> ModelFile:
             found=architecture,
             todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
         )
-    parts = [reader, *(gguf.GGUFReader(part) for part in all_parts(path)[1:])]
     prefix = f"{architecture}."
     numbers = {
         name.removeprefix(prefix): value
-        for name, item in reader.fields.items()
-        if name.startswith(prefix) and isinstance(value := item.contents(), int | float | list)
+        for name, value in keys.items()
+        if name.startswith(prefix) and isinstance(value, int | float | list)
     }
-    named = reader.get_field("general.name")
     stat = path.stat()
     return ModelFile(
         path=path,
-        name=str(named.contents()) if named is not None else path.stem,
+        name=str(keys.get("general.name", path.stem)),
         key=hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12],
         architecture=architecture,
         keys=numbers,
-        tensors=tuple(
-            Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape), int(t.n_bytes))
-            for part in parts
-            for t in part.tensors
-        ),
+        tensors=tuple(Tensor(t.name, t.type.name, t.ne, t.nbytes) for t in tensors),
     )
 
 

@@ -14,18 +14,16 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.config import KimiConfig, published_config
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
-from kimi_gguf.convert.model.tensors import outputs
-from kimi_gguf.convert.output.parts import parts_of
-from kimi_gguf.convert.plan import Plan, PlannedTensor
-from kimi_gguf.convert.types.mixes import Request
-from kimi_gguf.convert.types.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
+from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
+from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import TYPES as FILE_TYPES
+from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 
@@ -85,8 +83,7 @@ class BenchModel:
 
 def config_of(model: BenchModel) -> KimiConfig:
     """The 48B's configuration with the chosen number of layers and experts. Raises `ConvertError`."""
-    published = resources.files("kimi_gguf.scripts").joinpath("kimi-linear-48b-config.json").read_text()
-    data = json.loads(published) | SHAPES[model.shapes]
+    data = published_config() | SHAPES[model.shapes]
     _, every, q_rank = FAMILIES[model.family]
     numbers = range(1, model.layers + 1)
     mla = [n for n in numbers if n % every == 0]
@@ -132,7 +129,7 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     for output in outputs(config):
         chosen = types[output.name] if types else F32 if output.always_f32 else BF16
         tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne)))
-    return Plan(Request(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
+    return Plan(TypeRequest(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
 def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
@@ -146,7 +143,7 @@ def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
     with tempfile.TemporaryDirectory() as folder:
         hollow = Path(folder) / "hollow.gguf"
         with hollow.open("wb") as file:  # a hole where the data would be
-            (whole,) = parts_of(plan)
+            (whole,) = plan.files
             file.write(whole.header)
             file.truncate(whole.nbytes)
         command = [str(quantize), "--dry-run", str(hollow), model.type]

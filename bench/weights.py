@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kimi_gguf.convert.plan import PlannedTensor
+from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import encode
 from kimi_gguf.convert.types.ggml import Ggml
-from kimi_gguf.convert.types.tensor_types import Bytes, TensorType, Values
+from kimi_gguf.engine.tensor_types import Bytes, TensorType, Values
 
 POOL_ROWS = 1021  # a prime, so that slices do not line up with heads or experts
 

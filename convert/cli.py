@@ -24,15 +24,18 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
-from kimi_gguf.convert.output.parts import Part, output_paths, parts_of, total_size
+from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.unfinished import leftover
 from kimi_gguf.convert.pipeline import Options, convert, plan_only
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.progress import PROGRAM, Teller, for_people, for_programs, quiet, say
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.named_mixes import RECIPES
-from kimi_gguf.convert.types.tensor_types import ALIASES, TENSOR_TYPES, TYPES, FileType, TensorType
+from kimi_gguf.convert.types.tensor_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.verify import verify
+from kimi_gguf.engine.gguf import GgufError
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
@@ -76,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = act(options)
             sys.stdout.flush()
             return status
-    except ConvertError as error:
+    except (ConvertError, GgufError) as error:
         return _failed(str(error), options.json)
     except KeyboardInterrupt:
         output = getattr(options, "output", None)
@@ -185,9 +188,9 @@ def _part_size(text: str) -> int:
     return int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]
 
 
-def _request(options: argparse.Namespace) -> Request:
+def _request(options: argparse.Namespace) -> TypeRequest:
     """What the options ask for; a recipe's choices stand behind the user's own."""
-    recipe = RECIPES[options.recipe] if options.recipe else Request(options.type or TYPES["BF16"])
+    recipe = RECIPES[options.recipe] if options.recipe else TypeRequest(options.type or TYPES["BF16"])
     if options.recipe and (options.type or options.pure):
         raise ConvertError("--recipe: says all types; leave --type and --pure out")
     return replace(
@@ -251,19 +254,19 @@ def _convert(options: argparse.Namespace) -> int:
         )
     plan = convert(options.source, options.output, _request(options), _options(options), progress=tell)
     seconds = time.monotonic() - began
-    files = output_paths(plan, options.output)
+    files = plan.paths(options.output)
     if options.json:
         say(
             "done",
             file=os.fspath(files[0]),
             files=[os.fspath(file) for file in files],
-            bytes=total_size(plan),
+            bytes=plan.nbytes,
             seconds=round(seconds, 3),
         )
     elif not options.quiet:
         parts = f" in {len(files)} parts" if len(files) > 1 else ""
         print(
-            f"{files[0]}: {total_size(plan):,} bytes{parts}, {len(plan.tensors)} tensors ({_types(plan)}) "
+            f"{files[0]}: {plan.nbytes:,} bytes{parts}, {len(plan.tensors)} tensors ({_types(plan)}) "
             f"in {seconds:.1f} s",
             file=sys.stderr,
         )
@@ -328,7 +331,7 @@ COMMANDS: Final = {"verify": (_verify_parser, _verify), "inspect": (_inspect_par
 def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
     """The plan as a table: each output tensor, its type, shape (ggml order), bytes and sources; of several files
     each with its name and bytes before its tensors."""
-    parts = parts_of(plan)
+    parts = plan.files
     rows = [("tensor", "type", "shape", "bytes", "from"), *(_row(tensor) for tensor in plan.tensors)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     head, *lines = [
@@ -336,11 +339,11 @@ def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
         for name, kind, shape, size, origin in rows
     ]
     text, first = [head], 0
-    for part, path in zip(parts, output_paths(plan, output), strict=True):
+    for part, path in zip(parts, plan.paths(output), strict=True):
         text += [f"{path.name}: {_contents(part)}"] if len(parts) > 1 else []
         text += lines[first : first + len(part.tensors)]
         first += len(part.tensors)
-    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {total_size(plan):,} bytes"
+    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {plan.nbytes:,} bytes"
     total += f" in {len(parts)} parts" if len(parts) > 1 else ""
     return "\n".join([*text, total, *(f"note: {note}" for note in plan.notes)])
 
@@ -354,7 +357,7 @@ def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
     return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
 
 
-def _contents(part: Part) -> str:
+def _contents(part: PlannedFile) -> str:
     return f"{len(part.tensors)} tensors, {part.nbytes:,} bytes"
 
 

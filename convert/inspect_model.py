@@ -16,10 +16,10 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, parameters
 from kimi_gguf.convert.model.tensors import outputs
-from kimi_gguf.convert.output.gguf_set import GgufModel
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.gguf import GgufModel
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,8 @@ class _Shape:
 
 
 def inspect_model(path: Path | str, context: int) -> Summary:
-    """Look at a GGUF file, a checkpoint's folder, its safetensors file or its hub id. Raises `ConvertError`."""
+    """Look at a GGUF file, a checkpoint's folder, its safetensors file or its hub id. Raises `ConvertError` or
+    `GgufError`."""
     if Path(path).suffix == ".gguf":
         return _gguf(Path(path), context)
     return _checkpoint(path, context)

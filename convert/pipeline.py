@@ -9,24 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import CARD, card_text
-from kimi_gguf.convert.output.parts import output_paths, parts_of, size_notes
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.output.unfinished import Identity, taken
 from kimi_gguf.convert.output.writer import check_outputs, write
-from kimi_gguf.convert.plan import Plan, PlannedTensor, make_plan
+from kimi_gguf.convert.plan import Plan, make_plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import FileType
 
 Report = Callable[[PlannedTensor, int], None]
@@ -48,7 +48,7 @@ class Options:
     ] = ()  # the command that a model card is to name, the checkpoint second; none: no card
 
 
-def plan_only(source: Path | str, wanted: FileType | Request, options: Options | None = None) -> Plan:
+def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
     with open_checkpoint(source) as checkpoint:
         return _plan(checkpoint, wanted, options or Options())
@@ -57,7 +57,7 @@ def plan_only(source: Path | str, wanted: FileType | Request, options: Options |
 def convert(
     source: Path | str,
     output: Path,
-    wanted: FileType | Request,
+    wanted: FileType | TypeRequest,
     options: Options | None = None,
     progress: Callable[[Plan], AbstractContextManager[Report]] | None = None,
 ) -> Plan:
@@ -73,7 +73,7 @@ def convert(
         beside = (*checkpoint.files, *(checkpoint.folder / n for n in (*TOKENIZER, CARD)))
         inputs = (*beside, *([options.imatrix] if options.imatrix else []))
         plan = _plan(checkpoint, wanted, options)
-        paths = output_paths(plan, output)
+        paths = plan.paths(output)
         cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
         wanted_names = [*paths, *(output.with_name(name) for name, _ in cards)]
         check_outputs(wanted_names, options.overwrite, inputs, taken(output, options.resume))
@@ -101,15 +101,14 @@ def convert(
     return plan
 
 
-def _plan(checkpoint: Checkpoint, wanted: FileType | Request, options: Options) -> Plan:
+def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Options) -> Plan:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
-    request = wanted if isinstance(wanted, Request) else Request(wanted)
+    request = wanted if isinstance(wanted, TypeRequest) else TypeRequest(wanted)
     importances = read_importances(options.imatrix) if options.imatrix else None
     name = options.name or model_name(checkpoint.folder)
-    plan = make_plan(
+    return make_plan(
         checkpoint, vocab, request, name, importances, options.split_max_size, options.quantized_by
     )
-    return replace(plan, notes=(*plan.notes, *size_notes(plan)))
 
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
@@ -119,7 +118,7 @@ def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
     return digest(
         version("kimi-gguf").encode(),
         (ggml.identity if ggml else "").encode(),
-        *(part.header for part in parts_of(plan)),
+        *(file.header for file in plan.files),
         json.dumps(sources).encode(),
         *(part for name in sorted(importances) for part in (name.encode(), importances[name].tobytes())),
     )

@@ -7,48 +7,35 @@ written and the file's size is known; or `ConvertError`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, metadata
-from kimi_gguf.convert.model.tensors import Output, outputs
-from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.convert.model.tensors import FLOAT32, Output, PlannedTensor, outputs
+from kimi_gguf.convert.model.vocab import Vocab
+from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
 from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
-from kimi_gguf.convert.types.mixes import Request, choose_types, needs_importances
-from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, TensorType, Values
-
-ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
+from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
+from kimi_gguf.engine.split_names import part_paths, place_in_set
+from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 
 EMBEDDING: Final = "token_embd.weight"  # llama-imatrix has nothing about it: no product reads it
-
-DELICATE: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints
 
 # Texts of tokens at which llama.cpp stops whatever the keys say.
 _ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
 
 
 @dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the GGUF file."""
-
-    output: Output
-    type: TensorType
-    nbytes: int
-
-    @property
-    def name(self) -> str:
-        return self.output.name
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A whole model before it is written; `parts` tells the files that it goes to."""
+    """A whole model before it is written."""
 
-    request: Request
+    request: TypeRequest
     keys: tuple[Key, ...]
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # what a user should know, though nothing is wrong
@@ -61,9 +48,23 @@ class Plan:
         ne = tensor.output.ne
         return found if found is not None and len(found) == ne[0] * (ne[2] if len(ne) > 2 else 1) else None
 
+    @cached_property
+    def files(self) -> tuple[PlannedFile, ...]:
+        """The files that it is written to. Raises `ConvertError` when there would be too many."""
+        return split(self.keys, self.tensors, self.max_part)
 
-def aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
+    def paths(self, output: Path) -> list[Path]:
+        """The names of the files when `output` is the name that the user gives. Raises `ConvertError`."""
+        if self.max_part is not None and place_in_set(output) is not None:
+            raise ConvertError(
+                f"{output}: is the name of a part; give the name without number, parts get theirs"
+            )
+        return part_paths(output, len(self.files))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(file.nbytes for file in self.files)
 
 
 def in_file_order(output: Output) -> tuple[int, str]:
@@ -75,7 +76,7 @@ def in_file_order(output: Output) -> tuple[int, str]:
 def make_plan(
     checkpoint: Checkpoint,
     vocab: Vocab,
-    request: Request,
+    request: TypeRequest,
     name: str,
     importances: Importances | None = None,
     max_part: int | None = None,
@@ -95,7 +96,8 @@ def make_plan(
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
-    return Plan(request, keys, tuple(tensors), notes, importances, max_part)
+    plan = Plan(request, keys, tuple(tensors), notes, importances, max_part)
+    return replace(plan, notes=(*notes, *_size_notes(plan)))
 
 
 def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
@@ -126,7 +128,7 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
     for tensor in tensors:
         weights = importances.weights.get(tensor.name)
         expected = tensor.output.ne[0] * (tensor.output.ne[2] if len(tensor.output.ne) > 2 else 1)
-        if weights is None or not tensor.type.quantised or tensor.name == EMBEDDING:
+        if weights is None or not tensor.type.quantized or tensor.name == EMBEDDING:
             continue
         if len(weights) != expected:
             raise ConvertError(
@@ -135,7 +137,7 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
             )
 
 
-def _check_needs(tensors: list[PlannedTensor], request: Request, importances: Importances | None) -> None:
+def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances: Importances | None) -> None:
     """Refuse what ggml would make garbage of: the lowest types without importances."""
     known = importances.weights if importances else {}
     lacking = [
@@ -158,7 +160,7 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
     """Tensors that are quantised without importances though an importance matrix is given."""
     if importances is None:
         return
-    blind = [t.name for t in tensors if t.type.quantised and t.name not in importances.weights]
+    blind = [t.name for t in tensors if t.type.quantized and t.name not in importances.weights]
     kinds = sorted({name.split(".", 2)[-1] if name.startswith("blk.") else name for name in blind})
     if blind:
         yield (
@@ -169,14 +171,14 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
         yield f"{importances.path.name} has {len(strange)} entries of no tensor here: {strange[0]}, ..."
 
 
-def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor]) -> Iterator[str]:
+def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.remote_bytes:
         yield (
             f"{checkpoint.remote_bytes:,} bytes of weights come over the network as they are needed; "
             "none of them are kept on disk"
         )
-    rounded = [name for name in checkpoint.names() if name.endswith(DELICATE)]
+    rounded = [name for name in checkpoint.names() if name.endswith(FLOAT32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (
@@ -194,3 +196,12 @@ def _notes(checkpoint: Checkpoint, request: Request, tensors: list[PlannedTensor
             f"{len(fallen)} tensors stay {F16.name}, their rows are not whole blocks of {min(base.block, 32)}: "
             f"{', '.join(fallen[:3])}{', ...' if len(fallen) > 3 else ''}"
         )
+
+
+def _size_notes(plan: Plan) -> Iterator[str]:
+    """What a user should know of parts that are larger than asked for."""
+    for file in plan.files:
+        if plan.max_part is not None and file.nbytes > plan.max_part:
+            yield (
+                f"{file.tensors[0].name} alone is more than --split-max-size: its part has {file.nbytes:,} bytes"
+            )

@@ -23,8 +23,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.pipeline import Report
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.plan import Plan
 
 PROGRAM: Final = "convert-kimi"
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal

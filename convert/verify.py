@@ -15,15 +15,15 @@ import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensors import outputs
-from kimi_gguf.convert.model.tokenizer import load_vocab
-from kimi_gguf.convert.output.gguf_set import GgufModel
+from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
+from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
-from kimi_gguf.convert.plan import Plan, PlannedTensor, in_file_order
+from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.types.imatrix import read_importances
-from kimi_gguf.convert.types.mixes import Request
+from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.gguf import GgufModel
 
 # Keys that say where a file comes from or how it was made, not what the model is.
 FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
@@ -50,7 +50,8 @@ def verify(
     max_memory: int | None = None,
     report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
 ) -> Verdict:
-    """Compare the file `path` with what `source` gives. Raises `ConvertError` when either cannot be read."""
+    """Compare the file `path` with what `source` gives. Raises `ConvertError` or `GgufError` when one cannot be
+    read."""
     with GgufModel(path) as file, open_checkpoint(source) as checkpoint:
         pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
@@ -80,7 +81,7 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
     if strange := set(file.tensors) - {output.name for output in expected}:
         raise ConvertError(f"{file.path}: unexpected tensor {min(strange)!r}; not made of this checkpoint")
     importances = read_importances(imatrix) if imatrix else None
-    return Plan(Request(TYPES["F32"]), (), tuple(tensors), importances=importances)
+    return Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
 
 
 def _differences(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kimi_gguf.convert.output.part_names import place_in_set
+from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.patches.errors import EngineError
 
 

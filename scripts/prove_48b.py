@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output.parts import total_size
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.scripts.synthetic_checkpoint import write_twin
@@ -68,7 +67,7 @@ class Needs:
 
 def planned_bytes(folder: Path, out_type: str) -> int:
     """Size of the GGUF that converting `folder` would make."""
-    return total_size(plan_only(folder, TYPES[out_type]))
+    return plan_only(folder, TYPES[out_type]).nbytes
 
 
 def check_disk(needs: Needs, out: Path) -> None:

@@ -11,14 +11,18 @@ import argparse
 import base64
 import itertools
 import json
+import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kimi_gguf.convert.model.config import KimiConfig, published_config
+from kimi_gguf.convert.model.tensors import FLOAT32, hub_shapes
 
 NUM_SHARDS = 20
 BYTES = {"BF16": 2, "F32": 4}
@@ -43,13 +47,6 @@ TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 Config = Mapping[str, Any]
 
 
-def published_config() -> dict[str, Any]:
-    """config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct."""
-    text = resources.files(__package__).joinpath("kimi-linear-48b-config.json").read_text()
-    config: dict[str, Any] = json.loads(text)
-    return config
-
-
 def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
     """The published config with other counts. layers: one letter each, K for KDA and M for MLA."""
     config = published_config()
@@ -62,58 +59,17 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
 
 def tensors(config: Config) -> Iterator[TensorInfo]:
     """Every tensor of a checkpoint with this config; of the published one 20,493, with 49,122,681,728 parameters."""
-    linear = config["linear_attn_config"]
-    hidden, vocab = config["hidden_size"], config["vocab_size"]
-    heads, dim = linear["num_heads"], linear["head_dim"]
-    width = heads * dim
-    nope, rope, v_dim = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
-    latent = config["kv_lora_rank"]
+    shapes = hub_shapes(KimiConfig.from_json(json.dumps(config).encode(), "config.json"))
+    for name in sorted(shapes, key=_place):
+        yield name, "F32" if name.endswith(FLOAT32) else "BF16", shapes[name]
 
-    kda: list[TensorInfo] = [
-        *((f"{x}_proj.weight", "BF16", (width, hidden)) for x in "qkv"),
-        *((f"{x}_conv1d.weight", "BF16", (width, 1, linear["short_conv_kernel_size"])) for x in "qkv"),
-        ("A_log", "F32", (1, 1, heads, 1)),
-        ("dt_bias", "F32", (width,)),
-        ("f_a_proj.weight", "BF16", (dim, hidden)),
-        ("f_b_proj.weight", "BF16", (width, dim)),
-        ("b_proj.weight", "BF16", (heads, hidden)),
-        ("g_a_proj.weight", "BF16", (dim, hidden)),
-        ("g_b_proj.weight", "BF16", (width, dim)),
-        ("o_norm.weight", "BF16", (dim,)),
-        ("o_proj.weight", "BF16", (hidden, width)),
-    ]
-    mla: list[TensorInfo] = [
-        ("q_proj.weight", "BF16", (heads * (nope + rope), hidden)),
-        ("kv_a_proj_with_mqa.weight", "BF16", (latent + rope, hidden)),
-        ("kv_a_layernorm.weight", "BF16", (latent,)),
-        ("kv_b_proj.weight", "BF16", (heads * (nope + v_dim), latent)),
-        ("o_proj.weight", "BF16", (hidden, heads * v_dim)),
-    ]
 
-    def ffn(prefix: str, size: int, gate: str, up: str, down: str) -> Iterator[TensorInfo]:
-        yield f"{prefix}{gate}.weight", "BF16", (size, hidden)
-        yield f"{prefix}{up}.weight", "BF16", (size, hidden)
-        yield f"{prefix}{down}.weight", "BF16", (hidden, size)
-
-    yield "model.embed_tokens.weight", "BF16", (vocab, hidden)
-    for i in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        yield f"{layer}input_layernorm.weight", "BF16", (hidden,)
-        yield f"{layer}post_attention_layernorm.weight", "BF16", (hidden,)
-        for name, dtype, shape in kda if i + 1 in linear["kda_layers"] else mla:
-            yield f"{layer}self_attn.{name}", dtype, shape
-        if i < config["first_k_dense_replace"]:
-            yield from ffn(f"{layer}mlp.", config["intermediate_size"], "gate_proj", "up_proj", "down_proj")
-            continue
-        moe, size = f"{layer}block_sparse_moe.", config["moe_intermediate_size"]
-        yield f"{moe}gate.weight", "BF16", (config["num_experts"], hidden)
-        yield f"{moe}gate.e_score_correction_bias", "BF16", (config["num_experts"],)
-        for e in range(config["num_experts"]):
-            yield from ffn(f"{moe}experts.{e}.", size, "w1", "w3", "w2")
-        shared = size * config["num_shared_experts"]
-        yield from ffn(f"{moe}shared_experts.", shared, "gate_proj", "up_proj", "down_proj")
-    yield "model.norm.weight", "BF16", (hidden,)
-    yield "lm_head.weight", "BF16", (vocab, hidden)
+def _place(name: str) -> tuple[float, int]:
+    """Layer by layer, and in each expert by expert, as published checkpoints are stored."""
+    match = re.match(r"model\.layers\.(\d+)\.(?:.+\.experts\.(\d+)\.)?", name)
+    if match is None:
+        return (-1 if "embed" in name else math.inf), 0
+    return int(match[1]), 1 + int(match[2] or -1)
 
 
 def num_bytes(info: TensorInfo) -> int:

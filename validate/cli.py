@@ -143,7 +143,8 @@ def _request(options: argparse.Namespace) -> Request:
     """The arguments with their files read; what is wrong with them is said before anything is built."""
     for path in (options.gguf, options.against):
         if path is not None:
-            open_gguf(path)
+            with open_gguf(path):
+                pass
     with open_checkpoint(options.checkpoint):
         pass
     on_gpu = options_of(options.build)[0] != "cpu"

@@ -12,12 +12,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 from torch import Tensor
 
-from kimi_gguf.convert.output.part_names import part_paths
+from kimi_gguf.engine.gguf import GgufFile
 from kimi_gguf.engine.gguf_check import all_parts
+from kimi_gguf.engine.split_names import part_paths
+from kimi_gguf.engine.tensor_types import F32
 from kimi_gguf.validate.errors import ValidateError
 
 FACTOR = 2.0**-8
@@ -35,12 +36,12 @@ def write_quiet_gguf(source: Path, target: Path) -> Path:
     targets = part_paths(target, len(sources))
     for old, new in zip(sources, targets, strict=True):
         shutil.copyfile(old, new)
-        reader = gguf.GGUFReader(new, "r+")
-        for tensor in reader.tensors:
-            if not tensor.name.endswith(".attn_norm.weight"):
-                continue
-            if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-                raise ValidateError(f"{old}: {tensor.name}: expected F32, found {tensor.tensor_type.name}")
-            tensor.data[:] *= np.float32(FACTOR)
-        reader.data.flush()
+        with GgufFile(new) as file, new.open("r+b") as out:
+            for tensor in file.tensors.values():
+                if not tensor.name.endswith(".attn_norm.weight"):
+                    continue
+                if tensor.type is not F32:
+                    raise ValidateError(f"{old}: {tensor.name}: expected F32, found {tensor.type.name}")
+                out.seek(tensor.offset)
+                out.write((file.read(tensor).view("<f4") * np.float32(FACTOR)).data)
     return targets[0]

@@ -7,6 +7,7 @@ named without their folders: a report is meant to be shared.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,16 @@ def _facts(paths: Sequence[Path], progress: Callable[[int, int], None] | None) -
 
 def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
     """File facts, the model's name, and the type that most of its elements are stored in."""
-    readers = open_gguf(path)
-    name = readers[0].get_field("general.name")
-    tensors = [tensor for reader in readers for tensor in reader.tensors]
-    elements: dict[str, int] = {}
+    with open_gguf(path) as model:
+        name, tensors = model.keys.get("general.name", ""), model.tensors.values()
+    elements: Counter[str] = Counter()
     for tensor in tensors:
-        kind = tensor.tensor_type.name
-        elements[kind] = elements.get(kind, 0) + int(tensor.n_elements)
+        elements[tensor.type.name] += tensor.elements
     return {
         **_facts(all_parts(path), progress),
-        "model": str(name.contents()) if name is not None else "",
+        "model": str(name),
         "type": max(elements, key=lambda kind: elements[kind]),
-        "elements_by_type": elements,
+        "elements_by_type": dict(elements),
         "tensors": len(tensors),
     }
 

@@ -1,6 +1,6 @@
 """Proof that the tensors of a GGUF file are those of the checkpoint, in the precision that the file promises.
 
-Flows in: a GGUF file (ours or anybody's), an open checkpoint. Flows out: `TensorProof`.
+Input: a GGUF file of any origin, an open checkpoint. Output: `TensorProof`.
 
 The checkpoint's side is computed anew here, from names and shapes of the conversion's table but with none of
 its arithmetic, and in pieces: no tensor is ever whole in memory.
@@ -8,10 +8,9 @@ its arithmetic, and in pieces: no tensor is ever whole in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.tensors import Output, Transform, outputs
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_parts
 from kimi_gguf.validate.errors import ValidateError
 
@@ -66,7 +66,14 @@ def prove(
 
     Raises ValidateError if the file, or a part of it, is no GGUF.
     """
-    stored = {tensor.name: tensor for part in open_gguf(path) for tensor in part.tensors}
+    with open_gguf(path) as model:
+        return _prove(model, checkpoint, progress)
+
+
+def _prove(
+    model: GgufModel, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
+) -> TensorProof:
+    stored = model.tensors
     expected = {output.name: output for output in outputs(checkpoint.config)}
     proof = TensorProof()
     for name in sorted(stored.keys() - expected.keys()):
@@ -74,39 +81,35 @@ def prove(
     for done, (name, output) in enumerate(expected.items(), 1):
         if name not in stored:
             proof.fail(f"{name}: missing from the file", misfit=True)
-        elif _shape(stored[name].shape) != _shape(output.ne):
-            found = _shape(stored[name].shape)
+        elif (found := _shape(stored[name].ne)) != _shape(output.ne):
             proof.fail(f"{name}: expected shape {_shape(output.ne)}, found {found}", misfit=True)
         else:
-            _prove_one(stored[name], output, checkpoint, proof)
+            _prove_one(model, stored[name], output, checkpoint, proof)
         if progress is not None:
             progress(done, len(expected))
     return proof
 
 
-def open_gguf(path: Path) -> list[gguf.GGUFReader]:
-    """The model's files, mapped into memory: one, or all parts through the first, which has the keys. Raises
-    ValidateError for one that is no GGUF, EngineError for the name of a part that is not the first."""
-    return [_open(part) for part in all_parts(path)]
-
-
-def _open(path: Path) -> gguf.GGUFReader:
+def open_gguf(path: Path) -> GgufModel:
+    """The model, of several files through the first. Raises ValidateError for a file that is not GGUF, EngineError
+    for the name of a file that is not the first."""
+    all_parts(path)
     try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        return GgufModel(path)
+    except GgufError as error:
         raise ValidateError(f"{path}: not a readable GGUF file: {error}") from error
 
 
-def _shape(ne: Any) -> tuple[int, ...]:
+def _shape(ne: Sequence[int]) -> tuple[int, ...]:
     """Without the trailing dimensions of 1 that writers keep or drop."""
-    shape = [int(n) for n in ne]
+    shape = list(ne)
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
     return tuple(shape)
 
 
 @dataclass(frozen=True)
-class Piece:
+class Comparison:
     """Some elements of a tensor: as bytes, as the numbers those mean, and as the checkpoint has them."""
 
     raw: NDArray[np.uint8]
@@ -115,25 +118,27 @@ class Piece:
     transform: Transform
 
 
-def _prove_one(tensor: gguf.ReaderTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof) -> None:
+def _prove_one(
+    model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof
+) -> None:
     """Compare one tensor piece by piece and enter the result."""
-    kind = Kind(tensor.tensor_type)
+    kind = Kind(tensor.type.number)
     wrong_in = CHECKS.get(kind)
     error = size = 0.0
     exact, first = True, 0
-    for piece in _pieces(tensor, kind, output, checkpoint):
-        wrong = wrong_in(piece) if wrong_in else np.zeros(1, bool)
+    for each in _comparisons(model, tensor, output, checkpoint):
+        wrong = wrong_in(each) if wrong_in else np.zeros(1, bool)
         if wrong.any():
             i = int(wrong.argmax())
             proof.fail(
-                f"{tensor.name} ({kind.name}): element {first + i}: checkpoint {piece.wanted[i]:.9g}, "
-                f"file {piece.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values there are wrong"
+                f"{tensor.name} ({kind.name}): element {first + i}: checkpoint {each.wanted[i]:.9g}, "
+                f"file {each.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values there are wrong"
             )
             return
-        exact = exact and bool(np.array_equal(piece.found, piece.wanted))
-        error += float(np.square(piece.found - piece.wanted, dtype=np.float64).sum())
-        size += float(np.square(piece.wanted, dtype=np.float64).sum())
-        first += len(piece.wanted)
+        exact = exact and bool(np.array_equal(each.found, each.wanted))
+        error += float(np.square(each.found - each.wanted, dtype=np.float64).sum())
+        size += float(np.square(each.wanted, dtype=np.float64).sum())
+        first += len(each.wanted)
     if wrong_in is None:
         proof.unproved[tensor.name] = error / size if size else 0.0
     elif kind == Kind.Q8_0:
@@ -144,49 +149,49 @@ def _prove_one(tensor: gguf.ReaderTensor, output: Output, checkpoint: Checkpoint
         proof.rounded += 1
 
 
-def _pieces(tensor: gguf.ReaderTensor, kind: Kind, output: Output, checkpoint: Checkpoint) -> Iterator[Piece]:
+def _comparisons(
+    model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint
+) -> Iterator[Comparison]:
     """The tensor and the checkpoint's values side by side, in the order of the file."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    data = tensor.data.reshape(-1).view(np.uint8)
-    start = 0
-    for wanted in expected_pieces(output, checkpoint):
-        end = start + len(wanted) // block * block_bytes
-        found = gguf.quants.dequantize(data[start:end], kind).reshape(-1).astype(np.float32, copy=False)
-        yield Piece(data[start:end], found, wanted, output.transform)
-        start = end
+    kind, start = Kind(tensor.type.number), 0
+    for wanted in expected_values(output, checkpoint):
+        raw = model.read(tensor, start, tensor.type.nbytes((len(wanted),)))
+        found = gguf.quants.dequantize(raw, kind).reshape(-1).astype(np.float32, copy=False)
+        yield Comparison(raw, found, wanted, output.transform)
+        start += raw.nbytes
 
 
-def _wrong_f32(piece: Piece) -> Flags:
-    off = np.abs(piece.found - piece.wanted)
-    allowed = EXP_ULPS * np.spacing(np.abs(piece.wanted)) if piece.transform is Transform.NEG_EXP else 0
+def _wrong_f32(each: Comparison) -> Flags:
+    off = np.abs(each.found - each.wanted)
+    allowed = EXP_ULPS * np.spacing(np.abs(each.wanted)) if each.transform is Transform.NEG_EXP else 0
     wrong: Flags = ~(off <= allowed)
     return wrong
 
 
-def _wrong_f16(piece: Piece) -> Flags:
-    wrong: Flags = piece.found != piece.wanted.astype(np.float16).astype(np.float32)
+def _wrong_f16(each: Comparison) -> Flags:
+    wrong: Flags = each.found != each.wanted.astype(np.float16).astype(np.float32)
     return wrong
 
 
-def _wrong_bf16(piece: Piece) -> Flags:
-    wrong: Flags = piece.found != nearest_bf16(piece.wanted)
+def _wrong_bf16(each: Comparison) -> Flags:
+    wrong: Flags = each.found != nearest_bf16(each.wanted)
     return wrong
 
 
-def _wrong_q8_0(piece: Piece) -> Flags:
+def _wrong_q8_0(each: Comparison) -> Flags:
     """Off by more than half a step, or in a block whose step does not fit its largest value."""
-    step = piece.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
-    largest = np.abs(piece.wanted).reshape(-1, 32).max(1, keepdims=True)
+    step = each.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
+    largest = np.abs(each.wanted).reshape(-1, 32).max(1, keepdims=True)
     step_wrong = ~(np.abs(step * 127 - largest) <= 2 * STEP_ROUNDING * largest + 127 * SMALLEST_STEP)
-    found = piece.found.reshape(-1, 32)
-    off = np.abs(found - piece.wanted.reshape(-1, 32))
+    found = each.found.reshape(-1, 32)
+    off = np.abs(found - each.wanted.reshape(-1, 32))
     allowed = 0.5 * step + STEP_ROUNDING * np.abs(found) + 127 * SMALLEST_STEP
     value_wrong = ~(off <= allowed * (1 + 1e-5))  # 1e-5 for float32 in this very line
     wrong: Flags = (value_wrong | step_wrong).reshape(-1)
     return wrong
 
 
-CHECKS: dict[Kind, Callable[[Piece], Flags]] = {
+CHECKS: dict[Kind, Callable[[Comparison], Flags]] = {
     Kind.F32: _wrong_f32,
     Kind.F16: _wrong_f16,
     Kind.BF16: _wrong_bf16,
@@ -201,7 +206,7 @@ def nearest_bf16(x: Float32s) -> Float32s:
     return rounded.view(np.float32)
 
 
-def expected_pieces(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s]:
+def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s]:
     """The output's values in its own order, 1-D pieces of at most PIECE elements (more for kv_b)."""
     if output.transform in (Transform.K_OF_KV, Transform.V_OF_KV):
         yield _from_kv_b(output, checkpoint.float32(output.sources[0]), checkpoint.config)

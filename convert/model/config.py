@@ -10,9 +10,11 @@ has flat `linear_*` keys. transformers re-saves a hub config with both: then bot
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from importlib import resources
 from typing import Any, Final
 
 from kimi_gguf.convert.errors import ConvertError
@@ -79,6 +81,13 @@ class KimiConfig:
     @property
     def num_moe_layers(self) -> int:
         return len(self.layers) - self.num_dense_layers
+
+
+def published_config() -> dict[str, Any]:
+    """config.json of moonshotai/Kimi-Linear-48B-A3B-Instruct."""
+    text = resources.files(__package__).joinpath("kimi-linear-48b-config.json").read_text()
+    config: dict[str, Any] = json.loads(text)
+    return config
 
 
 # Settings with one value that the graph computes; a key that is absent or null means that value.

@@ -15,7 +15,7 @@ from typing import Final
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
 from kimi_gguf.convert.model.tensors import outputs
-from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.source.origin import Origin
 from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.tensor_types import FileType

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import Final
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.engine.tensor_types import TensorType
 
 
 class Transform(Enum):
@@ -63,14 +64,16 @@ def _f32(hub: str, shape: str, gguf: str, ne: str, transform: Transform = Transf
     return Row(hub, shape, gguf, ne, transform, always_f32=True)
 
 
+FLOAT32: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints, all others BF16
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LAYER: Final = "model.layers.{i}."
 _BLOCK: Final = "blk.{i}."
 
 TABLE: Final = (
     Group(Where.TOP, "", "", (
-        Row("model.embed_tokens.weight", "vocab hidden", "token_embd.weight", "hidden vocab"),
+        Row(EMBEDDING, "vocab hidden", "token_embd.weight", "hidden vocab"),
         _f32("model.norm.weight", "hidden", "output_norm.weight", "hidden"),
-        Row("lm_head.weight", "vocab hidden", "output.weight", "hidden vocab"),
+        Row(HEAD, "vocab hidden", "output.weight", "hidden vocab"),
     )),
     Group(Where.EVERY, _LAYER, _BLOCK, (
         _f32("input_layernorm.weight", "hidden", "attn_norm.weight", "hidden"),
@@ -136,6 +139,19 @@ class Output:
     source_shape: tuple[int, ...]  # of each source, row-major
     transform: Transform
     always_f32: bool
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the GGUF file, its type chosen."""
+
+    output: Output
+    type: TensorType
+    nbytes: int
+
+    @property
+    def name(self) -> str:
+        return self.output.name
 
 
 def dimensions(config: KimiConfig) -> dict[str, int]:

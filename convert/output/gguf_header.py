@@ -1,6 +1,6 @@
 """What stands in front of the data of a GGUF v3 file, as bytes.
 
-Flows in: keys and planned tensors. Flows out: bytes. Source: the GGUF specification in ggml's docs/gguf.md.
+Input: keys and planned tensors. Output: bytes. Source: the GGUF specification in ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, Value, ValueType
-from kimi_gguf.convert.plan import PlannedTensor, aligned
+from kimi_gguf.convert.model.tensors import PlannedTensor
 
 MAGIC: Final = b"GGUF"
 VERSION: Final = 3
+ALIGNMENT: Final = 32  # GGUF's default: of the data and of each tensor in it
 _SCALARS: Final = {
     ValueType.UINT16: "<H",
     ValueType.UINT32: "<I",
@@ -23,6 +24,11 @@ _SCALARS: Final = {
     ValueType.BOOL: "<?",
 }
 COUNTS: Final = len(MAGIC) + struct.calcsize("<IQQ")  # bytes in front of the first key
+
+
+def aligned(offset: int) -> int:
+    """`offset`, or the next multiple of the alignment."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 def header_bytes(keys: Sequence[Key], tensors: Sequence[PlannedTensor], offsets: Sequence[int]) -> bytes:

@@ -16,7 +16,7 @@ from typing import Final
 
 import numpy as np
 
-from kimi_gguf.convert.types.tensor_types import Bytes
+from kimi_gguf.engine.tensor_types import Bytes
 
 BUFFER: Final = 8 << 20
 SECTOR: Final = 4096  # what unbuffered writes must be multiples of

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.model.metadata import ARCHITECTURE
-from kimi_gguf.convert.output.parts import Part, parts_of
+from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.plan import Plan
 
 CARD: Final = "README.md"
@@ -39,7 +39,6 @@ def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
     """The card of `plan` written to `paths` by `command`. The command's paths should be names without folders."""
     facts = {key.name: key.value for key in plan.keys}
     name = _plain(str(facts["general.name"]))
-    parts = parts_of(plan)
     source = _source(facts) or command[1]
     check = ["convert-kimi", "verify", paths[0].name, "--checkpoint", source]
     check += ["--imatrix", plan.importances.path.name] if plan.importances else []
@@ -48,7 +47,7 @@ def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
         f"# {name}, {_type(plan)} for llama.cpp",
         _table(("", ""), [(title, text) for title, text in _made_of(plan, facts, source) if text]),
         "Made by\n\n" + _code(shlex.join([command[0], source, *command[2:]])),
-        "## Files\n\n" + _table(("file", "bytes", "tensors", "types"), _files(paths, parts)),
+        "## Files\n\n" + _table(("file", "bytes", "tensors", "types"), _files(paths, plan.files)),
         "## How to run it\n\n" + _running(plan, paths[0].name),
         "## How to check it\n\n"
         "This makes every byte anew from the checkpoint and compares:\n\n" + _code(shlex.join(check)),
@@ -96,8 +95,8 @@ def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[t
     yield "converter", f"kimi-gguf {version('kimi-gguf')}, `convert-kimi`"
 
 
-def _files(paths: Sequence[Path], parts: Sequence[Part]) -> Iterator[tuple[str, ...]]:
-    for path, part in zip(paths, parts, strict=True):
+def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
+    for path, part in zip(paths, files, strict=True):
         counts = Counter(tensor.type.name for tensor in part.tensors)
         types = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         yield f"`{_code_text(path.name)}`", f"{part.nbytes:,}", str(len(part.tensors)), types
@@ -106,7 +105,7 @@ def _files(paths: Sequence[Path], parts: Sequence[Part]) -> Iterator[tuple[str, 
 def _running(plan: Plan, name: str) -> str:
     """Commands for the patched llama.cpp and, where it can run the model, for any other."""
     ours = _code(shlex.join(["kimi-llama", "chat", name]))
-    loads = "llama.cpp loads the other parts by itself.\n\n" if len(parts_of(plan)) > 1 else ""
+    loads = "llama.cpp loads the other parts by itself.\n\n" if len(plan.files) > 1 else ""
     refused = [note for note in plan.notes if "unpatched llama.cpp" in note]
     if refused:
         return f"{loads}{ours}\n\nPlain llama.cpp cannot: {_plain(refused[0])}."

@@ -19,13 +19,13 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import Transform
-from kimi_gguf.convert.plan import Plan, PlannedTensor
+from kimi_gguf.convert.model.tensors import PlannedTensor, Transform
+from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
-from kimi_gguf.convert.types.encode import BadValueError, check, encode
+from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
-from kimi_gguf.convert.types.tensor_types import F32, Bytes, Stored
+from kimi_gguf.engine.tensor_types import F32, Bytes
 
 PIECE_ELEMENTS: Final = 1 << 20
 _PIECE_BYTES: Final = 16  # an element's, at most, as it is read, widened and encoded
@@ -87,7 +87,7 @@ class Piece:
 
 def prepared(plan: Plan) -> Ggml | None:
     """ggml's quantisers, ready for every type of the plan; None where it needs none."""
-    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantised}
+    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantized}
     if not kinds:
         return None
     ggml = load()
@@ -107,7 +107,7 @@ def encoded(
 
     def work(piece: Piece) -> Bytes:
         tensor = piece.tensor
-        weights = plan.weights(tensor) if tensor.type.quantised else None
+        weights = plan.weights(tensor) if tensor.type.quantized else None
         if weights is not None:
             columns = tensor.output.ne[0]
             weights = weights[piece.slice * columns : (piece.slice + 1) * columns]

@@ -24,7 +24,7 @@ from typing import Final
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.output.growing import Growing
 from kimi_gguf.convert.output.journal import JOURNAL, append, entries, locked, mend, stamp, whole
-from kimi_gguf.convert.types.tensor_types import Bytes
+from kimi_gguf.engine.tensor_types import Bytes
 
 SYNC_SECONDS = 1.0  # between marks that are noted
 _FORMAT: Final = 2

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output.parts import Part, layout_of, output_paths, parts_of
-from kimi_gguf.convert.output.unfinished import Identity, Unfinished, unfinished
-from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
-from kimi_gguf.convert.types.tensor_types import Bytes
+from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.output.files import PlannedFile
+from kimi_gguf.convert.output.gguf_header import aligned
+from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
+from kimi_gguf.convert.plan import Plan
+from kimi_gguf.engine.tensor_types import Bytes
 
 Pieces = Iterator[tuple[PlannedTensor, Bytes]]
 Report = Callable[[PlannedTensor, int], None]
@@ -38,32 +40,41 @@ def write(
     every tensor and number of its bytes written, `check` of every tensor finished and, with None, of the last;
     `beside` are names and contents of small files that appear with the others.
     Raises `ConvertError` when the disk is too small or fails, or when `check` does."""
-    parts = parts_of(plan)
-    layout = layout_of(parts, output_paths(plan, path))
-    with unfinished(path, layout, identity, resume, overwrite) as work:
+    with unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
         _check_space(path, work.missing + sum(len(content) for _, content in beside))
         for tensor in plan.tensors[: work.done]:
             report(tensor, tensor.nbytes)
         stream = pieces(plan.tensors[work.done :])
         first = 0
-        for number, part in enumerate(parts):
-            if work.done < first + len(part.tensors):
-                _write_part(work, number, part, first, stream, report, check)
-            first += len(part.tensors)
+        for number, file in enumerate(plan.files):
+            if work.done < first + len(file.tensors):
+                _write_file(work, number, file, first, stream, report, check)
+            first += len(file.tensors)
         check(None)
         for name, content in beside:
             work.add(name, content)
 
 
-def _write_part(
-    work: Unfinished, number: int, part: Part, first: int, stream: Pieces, report: Report, check: Check
+def _layout(plan: Plan, output: Path) -> Layout:
+    """Names and sizes of the files, and where each tensor begins: a file's first with its header."""
+    places = [
+        (number, len(file.header) + offset if offset else 0)
+        for number, file in enumerate(plan.files)
+        for offset in file.offsets[:-1]
+    ]
+    files = [(path.name, file.nbytes) for path, file in zip(plan.paths(output), plan.files, strict=True)]
+    return Layout(tuple(files), (*places, (len(plan.files), 0)))
+
+
+def _write_file(
+    work: Unfinished, number: int, file: PlannedFile, first: int, stream: Pieces, report: Report, check: Check
 ) -> None:
     """One file, of which `first` is the number of its first tensor among all."""
-    head, skip = part.header, max(work.done - first, 0)
+    head, skip = file.header, max(work.done - first, 0)
     work.begin(number)
     if work.at == 0:
         work.write(np.frombuffer(head, np.uint8))
-    for i, (tensor, offset) in enumerate(zip(part.tensors, part.offsets, strict=False)):
+    for i, (tensor, offset) in enumerate(zip(file.tensors, file.offsets, strict=False)):
         if i < skip:
             continue
         start = len(head) + offset
@@ -75,9 +86,9 @@ def _write_part(
             raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {work.at - start}")
         work.write(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
         check(tensor)
-        if tensor is not part.tensors[-1]:  # with the last, only the complete file is finished
+        if tensor is not file.tensors[-1]:  # with the last, only the complete file is finished
             work.finished(first + i + 1)
-    work.end(first + len(part.tensors))
+    work.end(first + len(file.tensors))
 
 
 def check_outputs(

@@ -21,13 +21,13 @@ import numpy.typing as npt
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.tensors import hub_shapes
+from kimi_gguf.convert.model.layouts import Place, places
+from kimi_gguf.convert.model.tensors import EMBEDDING, HEAD, hub_shapes
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.source.byte_source import Source
 from kimi_gguf.convert.source.hub import HubId, cached_folder, is_offline, open_repository
 from kimi_gguf.convert.source.json_file import read_object
-from kimi_gguf.convert.source.layouts import Place, places
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.source.read_ahead import MOST_BYTES, Range, ReadAhead
 from kimi_gguf.convert.source.remote import RemoteFile
@@ -40,7 +40,6 @@ _NO_PICKLES: Final = (
     "pickled weights run code when they are read, so they are refused; save the checkpoint as safetensors"
 )
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Checkpoint:
@@ -313,8 +312,8 @@ def _resolve(
     for name, shape in shapes.items():
         candidates = places(name, shape, config.num_experts)
         found = [place for place in candidates if place.stored in where]
-        if not found and name == _HEAD and config.tie_word_embeddings:
-            found = [Place(_EMBEDDING, shape, 0)]
+        if not found and name == HEAD and config.tie_word_embeddings:
+            found = [Place(EMBEDDING, shape, 0)]
         if not found:
             also = ", ".join(repr(place.stored) for place in candidates[1:])
             raise ConvertError(

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from kimi_gguf.convert.source.checkpoint import to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.ggml import Ggml
-from kimi_gguf.convert.types.tensor_types import BF16, F16, F32, Bytes, Stored, TensorType, Values
+from kimi_gguf.engine.tensor_types import BF16, F16, F32, Bytes, TensorType, Values
 
+Stored = npt.NDArray[Any]  # elements as they are in the checkpoint; BF16 as uint16
 BLOCK_ELEMENTS: Final = 1 << 18  # float32 copies are made in blocks that a core's cache holds
 # Dtype -> (integers of the same width, mask of the magnitude, the bits of infinity): ordered like magnitudes.
 _BITS: Final[dict[Dtype, tuple[Any, int, int]]] = {
@@ -57,7 +58,7 @@ def encode(
     check(rows, dtype, kind)
     if kind.name == dtype.name:
         return _as_bytes(rows)
-    if not kind.quantised:
+    if not kind.quantized:
         return _CASTS[kind.name](to_float32(rows, dtype))
     if ggml is None:
         raise ValueError(f"{kind.name} needs ggml")
@@ -67,7 +68,7 @@ def encode(
     step = max(BLOCK_ELEMENTS // columns, 1)
     for first in range(0, len(rows), step):
         part = np.ascontiguousarray(to_float32(rows[first : first + step], dtype))
-        if not ggml.quantise(kind, part, weights, out[first * per_row : (first + len(part)) * per_row]):
+        if not ggml.quantize(kind, part, weights, out[first * per_row : (first + len(part)) * per_row]):
             at = int(np.abs(part).argmax())
             raise BadValueError(first * columns + at, float(part.flat[at]), beyond=True)
     return out

@@ -16,7 +16,8 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.types.tensor_types import Bytes, TensorType, Values
+from kimi_gguf.engine.builds import EngineError, find
+from kimi_gguf.engine.tensor_types import Bytes, TensorType, Values
 
 LIBRARY: Final = "libggml-base.dylib" if sys.platform == "darwin" else "libggml-base.so"
 
@@ -32,10 +33,10 @@ class Ggml:
             raise ConvertError(
                 f"{library}: cannot be loaded: {error}; build it anew: kimi-llama build"
             ) from None
-        self._quantise = found.ggml_quantize_chunk
-        self._quantise.restype = ctypes.c_size_t
+        self._quantize = found.ggml_quantize_chunk
+        self._quantize.restype = ctypes.c_size_t
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._quantise.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
+        self._quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
         self._init = found.ggml_quantize_init
         self._init.argtypes, self._init.restype = [ctypes.c_int], None
         self._sound = found.ggml_validate_row_data
@@ -55,7 +56,7 @@ class Ggml:
             )
         self._init(kind.number)
 
-    def quantise(self, kind: TensorType, rows: Values, weights: Values | None, out: Bytes) -> bool:
+    def quantize(self, kind: TensorType, rows: Values, weights: Values | None, out: Bytes) -> bool:
         """Encode `rows` [n, columns] into `out`; `weights` [columns] are their importances.
 
         False when a block's scale overflowed: the bytes mean nothing then.
@@ -68,15 +69,13 @@ class Ggml:
         if weights is not None and (weights.shape != (columns,) or weights.dtype != np.float32):
             raise ValueError(f"weights of shape {weights.shape} for {columns} columns")
         place = None if weights is None else np.ascontiguousarray(weights).ctypes.data
-        self._quantise(kind.number, rows.ctypes.data, out.ctypes.data, 0, n, columns, place)
+        self._quantize(kind.number, rows.ctypes.data, out.ctypes.data, 0, n, columns, place)
         return bool(self._sound(kind.number, out.ctypes.data, out.nbytes))
 
 
 @cache
 def load() -> Ggml:
     """The build that runs (see `engine.builds`). Raises `ConvertError` when there is none."""
-    from kimi_gguf.engine.builds import EngineError, find
-
     try:
         engine = find()
     except EngineError as error:

@@ -16,8 +16,8 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output.gguf_file import GgufFile
-from kimi_gguf.convert.types.tensor_types import Values
+from kimi_gguf.engine.gguf import GgufFile
+from kimi_gguf.engine.tensor_types import Values
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _DATASETS, _CHUNKS, _CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
@@ -36,7 +36,7 @@ class Importances:
 
 
 def read_importances(path: Path) -> Importances:
-    """Read either form. Raises `ConvertError` for whatever is damaged, empty, or not finite."""
+    """Read either form. Raises `ConvertError` or `GgufError` for what is damaged, empty, or not finite."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)

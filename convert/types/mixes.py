@@ -1,6 +1,6 @@
 """Which tensor gets which type: llama-quantize's mixes for this architecture, as one table and a few rules.
 
-Flows in: the config, the outputs in the order of the file, and a `Request` (file type and the user's own
+Flows in: the config, the outputs in the order of the file, and a `TypeRequest` (file type and the user's own
 choices). Flows out: the type of every tensor. The answers are those of `llama_tensor_get_type` in llama.cpp's
 `src/llama-quant.cpp`; rules for other architectures are left out.
 """
@@ -16,11 +16,12 @@ from typing import Final
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
 from kimi_gguf.convert.model.tensors import Output
-from kimi_gguf.convert.types.tensor_types import F16, TENSOR_TYPES, FileType, TensorType
+from kimi_gguf.convert.types.tensor_types import FileType
+from kimi_gguf.engine.tensor_types import F16, TENSOR_TYPES, TensorType
 
 
 @dataclass(frozen=True)
-class Request:
+class TypeRequest:
     """What the user wants the file to be; the same options as llama-quantize's."""
 
     file_type: FileType
@@ -156,14 +157,14 @@ _NEED_IMPORTANCES: Final = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "
 
 
 def choose_types(
-    config: KimiConfig, outputs: Sequence[Output], request: Request, importances: bool
+    config: KimiConfig, outputs: Sequence[Output], request: TypeRequest, importances: bool
 ) -> dict[str, TensorType | None]:
     """Tensor name -> its type, None for those that are not quantised and stay as they are.
 
     `outputs` in the order of the file, since some rules count. Raises `ConvertError`.
     """
     patterns = [(_compiled(pattern), kind) for pattern, kind in request.overrides]
-    if patterns and not request.file_type.quantised:
+    if patterns and not request.file_type.quantized:
         raise ConvertError(
             f"--tensor-type: expected a --type that quantises, found {request.file_type.name}: "
             "llama-quantize heeds it with those only"
@@ -201,7 +202,7 @@ class _Chooser:
     """The rules with what they count on the way."""
 
     config: KimiConfig
-    request: Request
+    request: TypeRequest
     patterns: list[tuple[re.Pattern[str], TensorType]]
     importances: bool
     num_v: int
@@ -224,7 +225,7 @@ class _Chooser:
                     f"as {asked.name} wants them; choose another type for it"
                 )
             return asked
-        if not base.quantised:
+        if not base.quantized:
             return base
         if not any(n > 1 for n in output.ne[1:]):  # one row: llama-quantize leaves vectors alone
             return None

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from kimi_gguf.convert.types.mixes import Request
-from kimi_gguf.convert.types.tensor_types import TENSOR_TYPES, TYPES
+from kimi_gguf.convert.types.mixes import TypeRequest
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 
 # All but the experts, which hold 95 % of the 48B's weights: mixers with their gates and latents, shared experts,
 # dense layers. (The router, norms and convolutions are F32 in any case.)
 NOT_EXPERTS: Final = r"ssm_|attn_|shexp|ffn_(up|gate|down)\."
 
 
-def _protecting(name: str, experts: str) -> Request:
+def _protecting(name: str, experts: str) -> TypeRequest:
     """Experts in the type of a mix, all else in Q8_0: where an error spreads to every token."""
     keep = TENSOR_TYPES["Q8_0"]
-    return Request(
+    return TypeRequest(
         TYPES[experts], keep, keep, ((NOT_EXPERTS, keep), ("_exps", TYPES[experts].base)), recipe=name
     )
 

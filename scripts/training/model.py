@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.tensors import FLOAT32
 from kimi_gguf.scripts.training.kda_chunked import kda_chunked
 
 L2_EPS = 1e-6
 LATENT_NORM_EPS = 1e-6
-FLOAT32 = (".A_log", ".dt_bias")  # endings of the tensors that the hub keeps in float32
 
 
 class RMSNorm(nn.Module):

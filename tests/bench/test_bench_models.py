@@ -19,8 +19,8 @@ from kimi_gguf.bench.models import ModelFile, generate, open_model
 from kimi_gguf.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.plan import PlannedTensor
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError

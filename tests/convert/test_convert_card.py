@@ -43,12 +43,6 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
 def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     file = out / "demo.gguf"
     assert convert(demo_dir, "-o", file, "--type", "F16", "--model-card").status == 0

@@ -73,12 +73,6 @@ def hub(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         yield servers
 
 
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
 def from_cdn(change: Callable[[Answer], Answer | None], times: int = 1 << 30, after: int = 0) -> Fault:
     """`change` some of the content network's answers: so many, after so many that are left alone."""
     seen = 0

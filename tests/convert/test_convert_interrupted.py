@@ -39,7 +39,7 @@ from kimi_gguf.convert.types.tensor_types import TYPES
 
 source, out, whole, kills, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
 unfinished.SYNC_SECONDS = 0
-if TYPES[kind].quantised:
+if TYPES[kind].quantized:
     ggml.load()
 expected = Path(whole).read_bytes()
 rng = random.Random(1)
@@ -73,17 +73,6 @@ os.waitpid(child(), 0)
 found["wrong"] += out.read_bytes() != expected
 print(json.dumps(found))
 """
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 @pytest.fixture

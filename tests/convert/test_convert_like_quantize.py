@@ -18,9 +18,9 @@ from convert_tools import convert, fresh_checkpoint
 from gguf import GGUFReader, GGUFWriter
 from random_checkpoint import Spec
 
-from kimi_gguf.convert.output.gguf_file import GgufFile
 from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.gguf import GgufFile
 
 pytestmark = pytest.mark.engine
 
@@ -47,7 +47,7 @@ SPECS = {
     ),
 }
 LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
-QUANTISED = [kind for kind in TYPES if TYPES[kind].quantised]  # the others: test_convert_against_upstream
+QUANTIZED = [kind for kind in TYPES if TYPES[kind].quantized]  # the others: test_convert_against_upstream
 NO_STAND_IN = {"Q1_0"}  # llama-quantize has no other type for rows that are no blocks of these
 
 
@@ -127,17 +127,17 @@ def assert_alike(pristine: Engine, case: Case, folder: Path, kind: str, *options
         assert mine == other
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_type(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     assert_alike(pristine, case, tmp_path, kind)
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_type_with_importances(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(case.imatrix))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_type_pure(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     assert_alike(pristine, case, tmp_path, kind, "--pure", "--imatrix", str(case.imatrix))
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_tools import assert_refused, convert, fresh_checkpoint, gguf_keys
+from convert_tools import assert_refused, convert, gguf_keys
 from gguf import GGUFReader
 from random_checkpoint import VOCAB_SIZE, Spec
 
-from kimi_gguf.convert.output.gguf_set import GgufModel
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.validate.cli import main as validate
@@ -25,17 +25,6 @@ from kimi_gguf.validate.llama import run_logits
 SPEC = Spec(layers="KKM", hidden=256, heads=4, experts=8, seed=60)
 IDS = np.random.default_rng(5).integers(0, VOCAB_SIZE, 40)
 engine_kinds = pytest.mark.parametrize("kind", ["F32", pytest.param("Q8_0", marks=pytest.mark.engine)])
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 def split(source: Path, out: Path, size: str = "700K", *options: str) -> list[Path]:

@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from convert_tools import Run, convert, fresh_checkpoint
+from convert_tools import Run, convert
 from random_checkpoint import Spec
 
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.output.part_names import place_in_set
 from kimi_gguf.convert.pipeline import Options
 from kimi_gguf.convert.pipeline import convert as convert_in_python
 from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.split_names import place_in_set
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 SIZE = 300_000
@@ -91,17 +91,6 @@ def counted(self, target):
 pathlib.Path.replace = counted
 sys.exit(main(sys.argv[2:]))
 """
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 @pytest.fixture

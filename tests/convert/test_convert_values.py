@@ -192,7 +192,7 @@ def test_size_label_counts_the_published_model() -> None:
     from kimi_gguf.convert.model.config import KimiConfig
     from kimi_gguf.convert.model.metadata import parameters, size_label
 
-    published = Path(__file__).parents[2] / "scripts" / "kimi-linear-48b-config.json"
+    published = Path(__file__).parents[2] / "convert" / "model" / "kimi-linear-48b-config.json"
     config = KimiConfig.from_json(published.read_text(), "config.json")
     # kv_b counts once: its two halves are the k and v parts.
     total = 49_122_681_728

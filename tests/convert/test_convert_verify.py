@@ -12,16 +12,11 @@ from gguf import GGUFReader
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
-from kimi_gguf.convert.output.gguf_file import GgufFile
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.gguf import GgufFile
 from kimi_gguf.scripts.synthetic_checkpoint import write_twin
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return fresh_checkpoint(tmp_path / "model", SPEC)
 
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", pytest.param("Q4_K_M", marks=pytest.mark.engine)])

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output.parts import total_size
+from kimi_gguf.convert.model.config import published_config
 from kimi_gguf.convert.output.stream import Pace
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.scripts.synthetic_checkpoint import (
     num_bytes,
-    published_config,
     smaller_config,
     tensors,
     write_twin,
@@ -41,7 +40,7 @@ def test_the_converter_plans_the_full_size_model_in_little_memory(tmp_path: Path
     """BF16 takes the checkpoint's bytes, a little more where small tensors become F32, and the metadata."""
     plan = plan_only(write_twin(tmp_path), TYPES["BF16"])
     assert len(plan.tensors) == 610
-    assert 98_245_528_576 < total_size(plan) < 1.001 * 98_245_528_576
+    assert 98_245_528_576 < plan.nbytes < 1.001 * 98_245_528_576
 
 
 # Linux's own mark: what getrusage tells of a child begins with its parent's memory.

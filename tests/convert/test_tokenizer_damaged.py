@@ -11,7 +11,7 @@ import pytest
 from tokenizer_cases import config, train_ranks, write_tokenizer
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tokenizer import load_vocab
+from kimi_gguf.convert.model.vocab import load_vocab
 
 RANKS = train_ranks(40)
 N = len(RANKS)

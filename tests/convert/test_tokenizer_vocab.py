@@ -18,7 +18,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.byte_bpe import bytes_to_text, last_merge, merges_from_ranks, text_to_bytes
-from kimi_gguf.convert.model.tokenizer import Vocab, load_vocab
+from kimi_gguf.convert.model.vocab import Vocab, load_vocab
 
 
 def merged_ids(vocab: Vocab, piece: bytes) -> list[int]:

@@ -19,7 +19,7 @@ from random_checkpoint import config as config_json
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.tokenizer import Vocab
+from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.engine.llama import LlamaError
 from kimi_gguf.engine.worker import Worker
 

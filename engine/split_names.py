@@ -1,4 +1,5 @@
-"""How the files of a model in parts are called: NAME-00001-of-00003.gguf, as llama.cpp wants it."""
+"""Names of a model that is split over several GGUF files, as llama.cpp expects them: its files
+(NAME-00001-of-00003.gguf) and the keys in each that say how they belong together."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ from pathlib import Path
 from typing import Final
 
 MAX_PARTS: Final = 65535  # split.count is an unsigned number of 16 bits
+NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
+# Equal in all files of one model, and in no other's: a hash of all that the headers say. Our own key.
+SET: Final = "kimi_gguf.split.set"
 _PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 

@@ -1,0 +1,101 @@
+"""The files that a model is written to: one, or as many as keep each below a size, as llama.cpp loads them.
+
+Input: keys, planned tensors and the size. Output: `PlannedFile`s in order, each a GGUF file. The first has all keys;
+each has its number, how many there are, and how many tensors all have together (`split.*`, typed as
+llama-gguf-split does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.metadata import Key, ValueType
+from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.output.digest import digest
+from kimi_gguf.convert.output.gguf_header import COUNTS, aligned, header_bytes, key_bytes, tensor_bytes
+from kimi_gguf.engine.split_names import (
+    COUNT,
+    MAX_PARTS,
+    NUMBER,
+    SET,
+    TENSORS,
+)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One GGUF file before it is written."""
+
+    keys: tuple[Key, ...]
+    tensors: tuple[PlannedTensor, ...]
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each tensor begins, from the start of the data; behind the last, where the data end."""
+        return tuple(accumulate((aligned(t.nbytes) for t in self.tensors), initial=0))
+
+    @cached_property
+    def header(self) -> bytes:
+        """Everything in front of the data, padding included."""
+        return header_bytes(self.keys, self.tensors, self.offsets[:-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole file."""
+        return len(self.header) + self.offsets[-1]
+
+
+def split(
+    keys: tuple[Key, ...], tensors: tuple[PlannedTensor, ...], max_bytes: int | None
+) -> tuple[PlannedFile, ...]:
+    """The files, each of at most `max_bytes` unless a single tensor takes more; None: one file. Raises
+    `ConvertError` when there would be more than the format can count."""
+    whole = PlannedFile(keys, tensors)
+    if max_bytes is None or whole.nbytes <= max_bytes:
+        return (whole,)
+    chunks = list(_chunks(keys, tensors, max_bytes))
+    if len(chunks) == 1:
+        return (whole,)
+    if len(chunks) > MAX_PARTS:
+        raise ConvertError(
+            f"--split-max-size: would give {len(chunks)} parts, and llama.cpp counts to {MAX_PARTS}; "
+            "choose a larger size"
+        )
+    name = digest(whole.header)
+    return tuple(
+        PlannedFile(
+            (*(keys if number == 0 else ()), *_split_keys(number, len(chunks), len(tensors), name)),
+            tuple(chunk),
+        )
+        for number, chunk in enumerate(chunks)
+    )
+
+
+def _split_keys(number: int, count: int, tensors: int, name: str) -> tuple[Key, ...]:
+    return (
+        Key(NUMBER, ValueType.UINT16, number),
+        Key(COUNT, ValueType.UINT16, count),
+        Key(TENSORS, ValueType.INT32, tensors),
+        Key(SET, ValueType.STRING, name),
+    )
+
+
+def _chunks(
+    keys: Sequence[Key], tensors: Sequence[PlannedTensor], max_bytes: int
+) -> Iterator[Sequence[PlannedTensor]]:
+    """The tensors in order, cut where the next one would make a file too large; none is empty."""
+    split = COUNTS + sum(len(key_bytes(key)) for key in _split_keys(0, 0, 0, digest()))
+    head, data = split + sum(len(key_bytes(key)) for key in keys), 0
+    chunk: list[PlannedTensor] = []
+    for tensor in tensors:
+        entry, nbytes = len(tensor_bytes(tensor)), aligned(tensor.nbytes)
+        if chunk and aligned(head + entry) + data + nbytes > max_bytes:
+            yield chunk
+            chunk, head, data = [], split, 0
+        chunk.append(tensor)
+        head, data = head + entry, data + nbytes
+    yield chunk

@@ -1,0 +1,261 @@
+"""The one reader of GGUF: a single file, or a model whose tensors are split over several.
+
+Input: a path. Output: `GgufFile` (keys, and each tensor's type, shape and offset) or `GgufModel` (the keys of the
+first file and the tensors of all). Every number in a header is checked before it is used, and so is what the files
+of a split model say of each other; tensor data is read by byte range. Source: ggml's docs/gguf.md.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+
+from kimi_gguf.engine.split_names import COUNT, NUMBER, SET, TENSORS, place_in_set
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES, Bytes, TensorType
+from kimi_gguf.patches.errors import EngineError
+
+_MAX_HEADER: Final = 1 << 30  # a vocabulary of 160,000 tokens takes 10 MB
+_MAX_DIMENSIONS: Final = 4
+_SCALARS: Final = {
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_BY_NUMBER: Final = {kind.number: kind for kind in TENSOR_TYPES.values()}
+
+
+class GgufError(EngineError):
+    """A file that is missing, damaged, not GGUF, or part of another model; the message names it."""
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor as its file describes it."""
+
+    name: str
+    ne: tuple[int, ...]  # ggml order
+    type: TensorType
+    offset: int  # absolute, in the file
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.nbytes(self.ne)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.ne)
+
+
+class GgufFile:
+    """An open GGUF file; a context manager. Raises `GgufError` for anything that is not right."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if path.exists() and not path.is_file():
+                raise GgufError(f"{path}: expected a GGUF file, found something else")
+            self._file = path.open("rb")
+        except OSError as error:
+            raise GgufError(f"{path}: cannot be opened: {error.strerror}") from None
+        try:
+            self.size = os.fstat(self._file.fileno()).st_size
+            cursor = _Cursor(self._file.read(min(self.size, _MAX_HEADER)), path)
+            self.keys: Mapping[str, Any] = {}
+            self.tensors: Mapping[str, GgufTensor] = {}
+            self._header(cursor)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> GgufFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
+        """`count` bytes of a tensor from byte `first` on; without a count all that follow."""
+        count = tensor.nbytes - first if count is None else count
+        if not 0 <= first <= first + count <= tensor.nbytes:
+            raise ValueError(f"{tensor.name}: bytes {first}..{first + count} of {tensor.nbytes}")
+        data = os.pread(self._file.fileno(), count, tensor.offset + first)
+        if len(data) != count:
+            raise GgufError(f"{self.path}: {tensor.name!r}: the file ends early; it was changed meanwhile")
+        return np.frombuffer(data, np.uint8)
+
+    def _header(self, cursor: _Cursor) -> None:
+        if cursor.take(4) != b"GGUF":
+            raise GgufError(f"{self.path}: no GGUF file: expected 'GGUF' in front")
+        version, num_tensors, num_keys = cursor.unpack("<IQQ")
+        if version != 3:
+            raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
+        keys: dict[str, Any] = {}
+        for _ in range(num_keys):
+            name = cursor.string()
+            if name in keys:
+                raise GgufError(f"{self.path}: the key {name!r:.80} stands twice")
+            (kind,) = cursor.unpack("<I")
+            keys[name] = cursor.value(kind)
+        alignment = keys.get("general.alignment", 32)
+        if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20:
+            raise GgufError(f"{self.path}: general.alignment: expected 8 or more, found {alignment!r:.40}")
+        found = [self._tensor(cursor) for _ in range(num_tensors)]
+        start = -(-cursor.at // alignment) * alignment
+        tensors: dict[str, GgufTensor] = {}
+        for name, ne, type_, offset in found:
+            tensor = GgufTensor(name, ne, type_, start + offset)
+            if name in tensors:
+                raise GgufError(f"{self.path}: the tensor {name!r:.80} stands twice")
+            if ne[0] % type_.block:
+                raise GgufError(f"{self.path}: {name!r:.80}: rows of {ne[0]} are no blocks of {type_.name}")
+            if tensor.offset + tensor.nbytes > self.size:
+                raise GgufError(
+                    f"{self.path}: {name!r:.80}: expected {tensor.nbytes} bytes from {tensor.offset} on, but "
+                    f"the file has {self.size}; it is truncated"
+                )
+            tensors[name] = tensor
+        self.keys, self.tensors = keys, tensors
+
+    def _tensor(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], TensorType, int]:
+        name = cursor.string()
+        (dimensions,) = cursor.unpack("<I")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise GgufError(f"{self.path}: {name!r:.80}: expected 1 to 4 dimensions, found {dimensions}")
+        ne = cursor.unpack(f"<{dimensions}Q")
+        number, offset = cursor.unpack("<IQ")
+        if number not in _BY_NUMBER:
+            raise GgufError(f"{self.path}: {name!r:.80}: unknown tensor type {number}")
+        if min(ne) < 1 or math.prod(ne) > 1 << 48:
+            raise GgufError(f"{self.path}: {name!r:.80}: expected sizes of 1 and more, found {list(ne)}")
+        return name, ne, _BY_NUMBER[number], offset
+
+
+class GgufModel:
+    """An open model; a context manager. Raises `GgufError` for parts that are missing, damaged, or of
+    another set."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with ExitStack() as stack:
+            first = stack.enter_context(GgufFile(path))
+            files = [first]
+            for number, part in enumerate(_other_parts(first), 1):
+                files.append(stack.enter_context(GgufFile(part)))
+                _check_part(files[-1], number, first)
+            self.keys: Mapping[str, Any] = first.keys
+            self.files = tuple(files)
+            self._file_of = _file_of(files)
+            self.tensors: Mapping[str, GgufTensor] = {
+                name: tensor for file in files for name, tensor in file.tensors.items()
+            }
+            expected = first.keys.get(TENSORS) if len(files) > 1 else len(self.tensors)
+            if len(self.tensors) != expected:
+                raise GgufError(
+                    f"{path}: {TENSORS}: expected {expected!r:.40} tensors in all parts, found "
+                    f"{len(self.tensors)}; the parts are not of one set"
+                )
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> GgufModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
+        """`count` bytes of a tensor from byte `first` on; without a count all that follow."""
+        return self._file_of[tensor.name].read(tensor, first, count)
+
+
+def _other_parts(first: GgufFile) -> list[Path]:
+    """The files that belong to the first one, by its keys and its name."""
+    count, number = first.keys.get(COUNT, 0), first.keys.get(NUMBER, 0)
+    if not isinstance(count, int) or count <= 1:
+        return []
+    place = place_in_set(first.path)
+    if place is None or len(place[1]) != count:
+        raise GgufError(
+            f"{first.path}: is a part of {count}, which must be called NAME-00001-of-{count:05d}.gguf; "
+            "give it back the name that it had"
+        )
+    if number != 0 or place[0] != 1:
+        raise GgufError(
+            f"{first.path}: is part {place[0]} of {count}; give the first one, {place[1][0].name}"
+        )
+    for path in place[1]:
+        if not path.exists():
+            raise GgufError(f"{path}: is missing, one of {count} parts; put all of them into one folder")
+    return place[1][1:]
+
+
+def _check_part(part: GgufFile, number: int, first: GgufFile) -> None:
+    """What a part says of its set must be what the first says; the set's hash is our own key, which
+    llama-gguf-split leaves out of all parts but the first."""
+    wanted = {NUMBER: number, **{key: first.keys.get(key) for key in (COUNT, TENSORS)}}
+    if SET in part.keys:
+        wanted[SET] = first.keys.get(SET)
+    for key, expected in wanted.items():
+        if (found := part.keys.get(key)) != expected:
+            raise GgufError(
+                f"{part.path}: {key}: expected {expected!r:.80} by {first.path.name}, found {found!r:.80}; "
+                "it is a part of another model"
+            )
+
+
+def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
+    found: dict[str, GgufFile] = {}
+    for file in files:
+        for name in file.tensors:
+            if name in found:
+                raise GgufError(f"{file.path}: {name!r:.80} stands in {found[name].path.name} too")
+            found[name] = file
+    return found
+
+
+class _Cursor:
+    """A place in the header that never runs beyond it."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        self.data, self.path, self.at = data, path, 0
+
+    def take(self, count: int) -> bytes:
+        if count > len(self.data) - self.at:
+            raise GgufError(f"{self.path}: the header ends early, at byte {len(self.data)}; truncated")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def unpack(self, layout: str) -> tuple[Any, ...]:
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def string(self) -> str:
+        (length,) = self.unpack("<Q")
+        return self.take(length).decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            if kind not in _SCALARS:
+                raise GgufError(f"{self.path}: unknown type {kind} of a key's value")
+            return self.unpack(_SCALARS[kind])[0]
+        items, count = self.unpack("<IQ")
+        if items == _STRING:
+            if count > (len(self.data) - self.at) // 8:
+                raise GgufError(f"{self.path}: an array of {count} texts is longer than the header")
+            return [self.string() for _ in range(count)]
+        if items not in _SCALARS:
+            raise GgufError(f"{self.path}: unknown type {items} of an array's items")
+        layout = np.dtype(_SCALARS[items].replace("?", "?1")) if items == 7 else np.dtype(_SCALARS[items])
+        return np.frombuffer(self.take(count * layout.itemsize), layout).tolist()

@@ -1,0 +1,21 @@
+"""Fixtures that the converter's tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from convert_tools import fresh_checkpoint
+
+
+@pytest.fixture
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint as the module's `SPEC` describes it."""
+    return fresh_checkpoint(tmp_path / "model", request.module.SPEC)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """An empty folder for what is converted."""
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"

@@ -1,0 +1,79 @@
+"""Packages import one way: scripts -> bench, validate -> convert -> engine -> patches.
+
+Parsed from the sources, so that imports inside functions count, and so do module names in strings, as in
+`python -m` and `import_module`. Tests are no part of any package.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What each package may import. ggml_ops is data, and the programs that generate it; no package imports those.
+ALLOWED = {
+    "patches": set[str](),
+    "engine": {"patches"},
+    "convert": {"engine", "patches"},
+    "bench": {"convert", "engine", "patches"},
+    "validate": {"convert", "engine", "patches"},
+    "ggml_ops": {"convert", "engine", "patches"},
+    "scripts": {"bench", "validate", "convert", "engine", "patches"},
+}
+MODULE = re.compile(r"kimi_gguf\.(\w+)(\.\w+)*")
+
+
+def imported(source: str) -> Iterator[tuple[int, str]]:
+    """Line and package of every import of `kimi_gguf.PACKAGE`; relative imports give the package "."."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            yield node.lineno, "."
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names = [node.value]
+        for name in names:
+            if (match := MODULE.fullmatch(name)) and match[1] in ALLOWED:
+                yield node.lineno, match[1]
+
+
+def wrong_imports(package: str) -> list[str]:
+    return [
+        f"{file.relative_to(ROOT)}:{line}: {package} imports {other}"
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for line, other in imported(file.read_text(encoding="utf-8"))
+        if other not in {package, *ALLOWED[package]}
+    ]
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_a_package_imports_only_what_is_below_it(package: str) -> None:
+    assert wrong_imports(package) == []
+
+
+def test_every_package_is_listed() -> None:
+    packages = {file.parent.name for file in ROOT.glob("*/__init__.py")}
+    assert packages - {"tests"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from kimi_gguf.validate.errors import ValidateError",
+        "import kimi_gguf.validate",
+        "from kimi_gguf import validate",
+        "def f():\n    from kimi_gguf.validate import cli",
+        "if TYPE_CHECKING:\n    import kimi_gguf.validate.cli as cli",
+        "command = [sys.executable, '-m', 'kimi_gguf.validate.cli']",
+        "import_module('kimi_gguf.validate.cli')",
+    ],
+)
+def test_every_form_of_import_is_seen(source: str) -> None:
+    assert [package for _, package in imported(source)] == ["validate"]
