@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
@@ -175,10 +176,10 @@ class Context:
         p.n_threads = p.n_threads_batch = threads
         if flash_attention is not None:
             p.flash_attn_type = int(flash_attention)  # LLAMA_FLASH_ATTN_TYPE_DISABLED, _ENABLED
-        kind = getattr(self._api, f"GGML_TYPE_{cache_type.upper()}", None)
+        kind = GGMLQuantizationType.__members__.get(cache_type.upper())  # llama_cpp lacks some, such as BF16
         if kind is None:
             raise LlamaError(f"cache type {cache_type!r} is not one of ggml's types")
-        p.type_k = p.type_v = kind
+        p.type_k = p.type_v = int(kind)
         if eval_callback is not None:
             self._callback = self._api.ggml_backend_sched_eval_callback(eval_callback)
             p.cb_eval = self._callback
