@@ -245,7 +245,7 @@ def test_how_much_ggml_cuda_launches_for_a_token(
     _, nodes, launches, _ = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=GRAPHS[graph])[
         -1
     ]
-    assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda_graph" / "README.md").read_text()
+    assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda" / "README.md").read_text()
 
 
 # Cache type -> queries from which LATENT_ATTN is built, with up to 512 keys: the first line of CUDA's table.
