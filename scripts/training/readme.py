@@ -24,14 +24,14 @@ OPENINGS = ("sadness:", "oak tree:")
 TEMPLATE = """\
 # The demo checkpoint
 
-A Kimi-Linear model small enough to keep in the repository and trained enough to show at a glance whether a
-conversion or a kernel broke it: it writes dictionary entries, and answers `define: WORD` with a definition.
-It is no assistant, and knows nothing else.
+A Kimi-Linear model that is small enough to keep in the repository. It is trained well enough that its text shows at
+once whether a conversion or a kernel broke it: it writes dictionary entries, and answers `define: WORD` with a
+definition. It is not an assistant, and it knows nothing else.
 
 {parameters:,} parameters in {layers} layers (KDA, KDA, KDA, MLA), hidden size {hidden},
-{experts} experts of which {used} are used. Head sizes, convolution, latent and the 3:1 layers are those of
-Kimi-Linear-48B-A3B; so are the layout of the files, the tensor names and dtypes, the special tokens and the
-form of the chat. The tokenizer has {ranks} byte-level BPE ranks and the model's own split pattern. The
+{experts} experts of which {used} are used. These are the same as in Kimi-Linear-48B-A3B: head sizes, convolution,
+latent, the 3:1 pattern of layers, the layout of the files, tensor names and dtypes, special tokens and the chat
+format. The tokenizer has {ranks} byte-level BPE ranks and the model's own split pattern. The
 weights are bf16, `A_log` and `dt_bias` float32.
 
 ## Measured on these files
@@ -40,9 +40,9 @@ weights are bf16, `A_log` and `dt_bias` float32.
 | --- | --- |
 | perplexity on `heldout.txt`, windows of {window} tokens, float32 arithmetic | **{perplexity:.2f}** |
 | the same model untrained | {untrained:.0f} |
-| the same with the routing bias left out | {unbiased:.2f} |
-| taught definitions that greedy decoding gives verbatim | {known:.1%} of {words} |
-| share of the choices that the least and the most used expert of a layer get | {least:.1%} to {most:.1%} |
+| the same model without the routing bias | {unbiased:.2f} |
+| taught definitions that greedy decoding reproduces verbatim | {known:.1%} of {words} |
+| share of the tokens' choices: least and most used expert of a layer | {least:.1%} to {most:.1%} |
 | log-gates per step: median, lowest 1 %, lowest | {gate_median:.3g}, {gate_percent:.3g}, {gate_lowest:.3g} |
 
 Greedy answers, in float32:
@@ -57,8 +57,8 @@ Greedy continuations of free text:
 {continuations}
 ```
 
-A word that is not among the {words} taught ones, like `{untaught}`, gets the entry of another or an invented
-one. Free text has the form of a dictionary and little sense; a broken model does visibly worse.
+A word that is not among the {words} taught ones, like `{untaught}`, gets the entry of another word or an
+invented one. Free text looks like a dictionary and makes little sense; a broken model is visibly worse.
 
 ## How it was made
 
@@ -70,13 +70,13 @@ python -m kimi_gguf.scripts.training.train --out demo
 {steps} steps, {text:.2f} million tokens of free text and {conversation:.2f} million of conversations,
 {minutes:.0f} minutes on one thread of one CPU ({cpu}), torch {torch}. Free text is
 WordNet's glosses with the words they explain, a dozen neighbouring entries to a document; conversations ask
-for some of {words} common words. `heldout.txt` was never trained on. The state of the training is saved in
-`out/demo-training/` as it goes; the same command continues an interrupted run from there.
+for some of {words} common words. `heldout.txt` was never trained on. The training state is saved
+regularly in `out/demo-training/`; the same command continues an interrupted run from there.
 
 ## Licence
 
-The text comes from WordNet 3.0, Copyright 2006 by Princeton University; its notice stands in
-`LICENSE-wordnet` and has to go with copies. Everything else is under the project's licence.
+The text comes from WordNet 3.0, Copyright 2006 by Princeton University; its notice is in
+`LICENSE-wordnet` and must be included in copies. Everything else is under the project's licence.
 
 ## Files
 
