@@ -104,10 +104,6 @@ def test_our_sources_compile_for_the_variants_between() -> None:
     made = build(ALL_VARIANTS)
     known = re.findall(r"(?m)^(.*?): \S+$", made.ninja("-t", "targets", "all"))
     for name in COMPILED_ONLY:
-        objects = [
-            path
-            for path in known
-            if re.search(rf"/ggml-cpu-{name}\.dir/ggml-cpu/kimi/.*\.o$", path)
-        ]
+        objects = [path for path in known if re.search(rf"/ggml-cpu-{name}\.dir/ggml-cpu/kimi/.*\.o$", path)]
         assert len(objects) >= 14, f"{name}: {objects}"
         made.ninja(*objects)
