@@ -5,9 +5,7 @@ Upstream's comparison of FLASH_ATTN_EXT with its plain path is in test_upstream_
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,26 +135,6 @@ def test_the_switch_reaches_the_absorbed_form(
         options = RunOptions(n_ubatch=64, flash_attention=True)
         logits[choice] = run_logits(engine, case.gguf, case.ids, options)
     assert not (logits["conv,scan"] == logits["conv,scan,mla"]).all()
-
-
-def test_contexts_of_one_process_keep_their_choice(
-    case: Case, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two contexts take turns token by token, so that each uses its graph again and again beside the other's."""
-    choices = ("conv,scan", "conv,scan,mla")
-    ids, prompt = case.ids[:160], 128
-    np.save(tmp_path / "ids.npy", ids.astype(np.int32))
-    worker = Path(__file__).parents[1] / "support" / "latent_switch_worker.py"
-    subprocess.run(
-        [sys.executable, worker, case.gguf, tmp_path, str(prompt), *choices],
-        env={**os.environ, **engine.environment()},
-        check=True,
-    )
-    for choice in choices:
-        monkeypatch.setenv("KIMI_OPS", choice)
-        options = RunOptions(n_batch=prompt, step_from=prompt, flash_attention=True, cache_type="F16")
-        alone = run_logits(engine, case.gguf, ids, options)
-        np.testing.assert_array_equal(np.load(tmp_path / f"{choice}.npy"), alone)
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0", "Q4_0"])

@@ -28,7 +28,7 @@ def compile_cuda(
     return compile_program(
         sources,
         program,
-        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "cuda_common"],
+        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "common", OPERATORS / "cuda_common"],
         system=system,
         options=["-Werror", *options],
         link=link,
