@@ -4,10 +4,10 @@
 // against float64 on the values that cache and weights really hold. It needs ggml's public interface alone and looks
 // LATENT_ATTN up by name, so that the same binary runs on a pristine library too.
 
+#include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
-#include "ggml-latent-absorbed.h"
 #include "ggml.h"
 
 #include <dlfcn.h>
@@ -176,7 +176,7 @@ class LatentCase {
         ggml_tensor * a = ggml_flash_attn_ext(ctx, q_perm, k, view(k, s.n_latent), m, scale(), 0.0f, 0.0f);
         ggml_prec_set_acc(a, GGML_PREC_F32);
         if (s.plain) {
-            ggml_latent_absorbed_switch_off(a);
+            ggml_op_set_mark(a, GGML_OP_MARK_UPSTREAM);
         }
         return a;
     }

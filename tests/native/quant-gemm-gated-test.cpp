@@ -3,11 +3,11 @@
 // gate's own memory, which is NaN before and not written then.
 // Prints one line for each failure and the count; exit status 1 if there was one.
 
+#include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
-#include "ggml-quant-gemm.h"
 #include "ggml.h"
 
 #include <cmath>
@@ -74,7 +74,7 @@ static Answer compute(const Shape & s, bool together, int n_threads) {
         product[i]         = s.n_experts ? ggml_mul_mat_id(ctx, w[i], acts, s.apart == "ids" ? ids[i] : ids[0])
                                          : ggml_mul_mat(ctx, w[i], acts);
         if (s.apart == "off") {
-            ggml_quant_gemm_switch_off(product[i]);
+            ggml_op_set_mark(product[i], GGML_OP_MARK_UPSTREAM);
         }
         if (s.apart == "output" || !together) {
             ggml_set_output(product[i]);

@@ -1,9 +1,10 @@
 // Runs of nodes that ggml-cpu computes as one: prints, for each case, a hash of the results' bits and whether the
-// nodes ran as one. Under another KIMI_OPS the hashes must be the same.
+// nodes ran as one. With the argument `unfused` every node is marked GGML_OP_MARK_UNFUSED; the hashes must be the same.
 //
 // Nodes that ran as one leave what nobody wants unwritten, which the poison in their memory tells; products show
 // nothing of that kind.
 
+#include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -82,6 +83,12 @@ struct program {
     void want(ggml_tensor * t) {
         ggml_build_forward_expand(graph, t);
         results.push_back(t);
+    }
+
+    void mark_unfused() {
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            ggml_op_set_mark(ggml_graph_node(graph, i), GGML_OP_MARK_UNFUSED);
+        }
     }
 
     // own_memory: every tensor its own, poisoned with NaN; else as llama.cpp lays graphs out
@@ -181,12 +188,16 @@ static void products(program & p, int64_t tokens) {
     product(GGML_TYPE_Q8_0, 96, x);
 }
 
-int main() {
+int main(int argc, char ** argv) {
+    const bool unfused = argc > 1 && strcmp(argv[1], "unfused") == 0;
     for (const int threads : { 1, 2, 3 }) {
         for (const bool own_memory : { true, false }) {
             const auto run = [&](const std::string & name, const std::function<void(program &)> & build) {
                 program p(threads);
                 build(p);
+                if (unfused) {
+                    p.mark_unfused();
+                }
                 p.print((name + ", " + std::to_string(threads) + " threads" + (own_memory ? "" : ", memory reused"))
                             .c_str(),
                         own_memory);

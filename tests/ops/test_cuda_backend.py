@@ -26,7 +26,7 @@ from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 
 pytestmark = pytest.mark.engine
 
-SHARED = [NATIVE.parent, OPERATORS, OPERATORS / "common" / "cuda"]
+SHARED = [NATIVE.parent, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
 # Upstream's sources in which ggml-cuda decides what to compute how, and the functions in them that launch kernels,
 # which are put aside under other names.
 HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graph_operators import operators_of_last_graph
-from llama_script import Setup, context, decode, play, text, use
 from native_program import compile_program
 from random_checkpoint import Spec
 from twin_case import Case, make_case
@@ -136,28 +135,6 @@ def test_the_switch_reaches_the_absorbed_form(
         options = RunOptions(n_ubatch=64, flash_attention=True)
         logits[choice] = run_logits(engine, case.gguf, case.ids, options)
     assert not (logits["conv,scan"] == logits["conv,scan,mla"]).all()
-
-
-def test_contexts_of_one_process_keep_their_choice(
-    case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two contexts take turns token by token, so that each uses its graph again and again beside the other's."""
-    choices = ("conv,scan", "conv,scan,mla")
-    ids, prompt = case.ids[:160], 128
-    setup = Setup(flash_attention=True, cache_type="F16", n_ubatch=prompt, cells=256)
-    batches = [
-        decode(*text(0, ids[:prompt])),
-        *(decode((0, i, int(ids[i]))) for i in range(prompt, len(ids))),
-    ]
-    turns = [step for batch in batches for i in (1, 2) for step in (use(i), batch)]
-    steps = [*(context(KIMI_OPS=choice) for choice in choices), *turns]
-    logits = play(engine, case.gguf, setup, steps).logits
-    for i, choice in enumerate(choices):
-        monkeypatch.setenv("KIMI_OPS", choice)
-        options = RunOptions(n_batch=prompt, step_from=prompt, flash_attention=True, cache_type="F16")
-        alone = run_logits(engine, case.gguf, ids, options)
-        first, rest = logits[i * prompt :][:prompt], logits[2 * prompt + i :: 2]
-        np.testing.assert_array_equal(np.concatenate([first, rest]), alone)
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0", "Q4_0"])

@@ -28,7 +28,7 @@ def compile_cuda(
     return compile_program(
         sources,
         program,
-        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "common" / "cuda"],
+        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"],
         system=system,
         options=["-Werror", *options],
         link=link,

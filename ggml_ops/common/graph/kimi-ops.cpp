@@ -1,5 +1,8 @@
 #include "kimi-ops.h"
 
+#include "ggml-op-marks.h"
+#include "ggml.h"
+
 #include <cstdlib>
 #include <sstream>
 #include <stdexcept>
@@ -54,4 +57,18 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
 
 llama_kimi_ops llama_kimi_ops_from_env() {
     return llama_kimi_ops_parse(getenv("KIMI_OPS"));
+}
+
+void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
+        ggml_tensor * node   = ggml_graph_node(graph, i);
+        const bool    matmul = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
+        if ((matmul && !ops.moe) || (node->op == GGML_OP_FLASH_ATTN_EXT && !ops.mla)) {
+            ggml_op_set_mark(node, GGML_OP_MARK_UPSTREAM);
+        }
+        // the nodes that fused runs start with (node-fusion.cpp)
+        if (!ops.fuse && (matmul || node->op == GGML_OP_UNARY || node->op == GGML_OP_MUL)) {
+            ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
+        }
+    }
 }

@@ -2,29 +2,10 @@
 
 #include "node-fusion.h"
 
+#include "ggml-op-marks.h"
 #include "node-fusion-impl.h"
 
-#include <cstdlib>
-#include <cstring>
-
 namespace node_fusion {
-
-static bool switched_on() {
-    const char * text = getenv("KIMI_OPS");
-    if (text == nullptr) {
-        return true;
-    }
-    bool names = false;
-    for (const char * part = text; *part != '\0';) {
-        const size_t n = strcspn(part, ",");
-        if (n == 4 && strncmp(part, "fuse", n) == 0) {
-            return true;
-        }
-        names = names || (n > 0 && !(n == 7 && strncmp(part, "require", n) == 0));
-        part += n + (part[n] == ',');
-    }
-    return !names;
-}
 
 static const struct {
     ggml_op first;
@@ -38,12 +19,12 @@ static const struct {
 }  // namespace node_fusion
 
 int ggml_cpu_fuse_nodes(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params) {
-    static const bool on = node_fusion::switched_on();
-    if (!on || ggml_is_empty(cgraph->nodes[node_n])) {  // a batch without outputs leaves its last layer empty
-        return 0;
+    const ggml_tensor * node = cgraph->nodes[node_n];
+    if (ggml_is_empty(node) || ggml_op_has_mark(node, GGML_OP_MARK_UNFUSED)) {
+        return 0;  // without outputs, the last layer of a batch is empty
     }
     for (const auto & run : node_fusion::RUNS) {
-        if (cgraph->nodes[node_n]->op == run.first) {
+        if (node->op == run.first) {
             return run.run(cgraph, node_n, params);
         }
     }

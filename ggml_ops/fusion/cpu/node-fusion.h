@@ -13,7 +13,7 @@ struct ggml_cgraph;
 struct ggml_compute_params;
 
 // Node node_n may begin such a run. Returns the number of nodes after it that are done with it; 0: nothing was
-// computed. KIMI_OPS=off, or a list of names without `fuse`, switches all of them off for the process.
+// computed. A node marked GGML_OP_MARK_UNFUSED begins none.
 int ggml_cpu_fuse_nodes(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
 
 #ifdef __cplusplus

@@ -2,7 +2,6 @@
 
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
-#include "kimi-ops.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
 #include "llama-impl.h"
@@ -17,32 +16,31 @@
 static constexpr float KDA_L2_NORM_EPS = 1e-6f;
 
 // Refusal is logged once, when a context is made: upstream's graph takes over, or nothing does.
-static bool refuse(const std::string & reason) {
-    if (llama_kimi_ops_from_env().require) {
+static bool refuse(const llama_kimi_ops & ops, const std::string & reason) {
+    if (ops.require) {
         throw std::runtime_error("KIMI_OPS=require: KDA operators cannot be used: " + reason);
     }
     LLAMA_LOG_WARN("kda: operators not used, upstream's graph instead: %s\n", reason.c_str());
     return false;
 }
 
-bool llama_kda_wanted(const llama_model & model) {
+bool llama_kda_wanted(const llama_model & model, const llama_kimi_ops & ops) {
     if (model.arch != LLM_ARCH_KIMI_LINEAR) {
         return false;
     }
-    const llama_kimi_ops ops = llama_kimi_ops_from_env();
     if (!ops.conv && !ops.scan) {
         LLAMA_LOG_INFO("kda: operators switched off by KIMI_OPS, upstream's graph instead\n");
         return false;
     }
     if (!ops.conv || !ops.scan) {
-        return refuse("conv and scan go together, KIMI_OPS names one of them");
+        return refuse(ops, "conv and scan go together, KIMI_OPS names one of them");
     }
     const auto & hparams = model.hparams;
     if (!ggml_kda_head_size_supported(hparams.n_embd_head_kda)) {
-        return refuse("no kernel for head size " + std::to_string(hparams.n_embd_head_kda));
+        return refuse(ops, "no kernel for head size " + std::to_string(hparams.n_embd_head_kda));
     }
     if (hparams.ssm_d_conv != GGML_KDA_CONV_WIDTH) {
-        return refuse("no kernel for convolutions of width " + std::to_string(hparams.ssm_d_conv));
+        return refuse(ops, "no kernel for convolutions of width " + std::to_string(hparams.ssm_d_conv));
     }
     for (int il = 0; il < (int) hparams.n_layer(); ++il) {
         if (!hparams.is_recr(il)) {
@@ -52,7 +50,7 @@ bool llama_kda_wanted(const llama_model & model) {
         for (const ggml_tensor * t :
              { layer.ssm_q_conv, layer.ssm_k_conv, layer.ssm_v_conv, layer.ssm_dt_b, layer.ssm_a, layer.ssm_o_norm }) {
             if (t->type != GGML_TYPE_F32) {
-                return refuse(std::string(t->name) + " is " + ggml_type_name(t->type) + ", not f32");
+                return refuse(ops, std::string(t->name) + " is " + ggml_type_name(t->type) + ", not f32");
             }
         }
     }
@@ -60,6 +58,7 @@ bool llama_kda_wanted(const llama_model & model) {
 }
 
 bool llama_kda_resolve(const llama_model &                                                        model,
+                       const llama_kimi_ops &                                                     ops,
                        const std::function<const std::vector<llm_graph_fused_node> &(uint32_t)> & probe) {
     for (const uint32_t n_tokens : { 1, 64 }) {
         for (const auto & node : probe(n_tokens)) {
@@ -68,8 +67,8 @@ bool llama_kda_resolve(const llama_model &                                      
             }
             ggml_backend_dev_t dev = model.dev_layer(node.il);
             if (dev && !ggml_backend_dev_supports_op(dev, node.tensor)) {
-                return refuse(std::string(ggml_backend_dev_name(dev)) + ", which holds layer " +
-                              std::to_string(node.il) + ", does not have " + ggml_op_name(node.tensor->op));
+                return refuse(ops, std::string(ggml_backend_dev_name(dev)) + ", which holds layer " +
+                                       std::to_string(node.il) + ", does not have " + ggml_op_name(node.tensor->op));
             }
         }
     }

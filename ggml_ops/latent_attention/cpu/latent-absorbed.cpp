@@ -10,7 +10,7 @@
 
 #include "latent-attn.h"
 
-#include "ggml-latent-absorbed.h"
+#include "ggml-op-marks.h"
 #include "latent-gemm.h"
 #include "latent-int16.h"
 #include "latent-softmax.h"
@@ -327,7 +327,7 @@ size_t ggml_latent_absorbed_work_size(const ggml_tensor * dst, int n_tasks) {
 }
 
 bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, ggml_tensor * dst) {
-    if (params->use_ref || !ggml_latent_absorbed_is_on(dst) || !shapes_fit(dst) ||
+    if (params->use_ref || ggml_op_has_mark(dst, GGML_OP_MARK_UPSTREAM) || !shapes_fit(dst) ||
         !v_is_beginning_of_k(dst->src[1], dst->src[2])) {
         return false;
     }

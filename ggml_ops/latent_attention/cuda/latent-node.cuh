@@ -3,7 +3,7 @@
 // A FLASH_ATTN_EXT or LATENT_ATTN node as the kernels see it. In: the node. Out: their arguments, or why they cannot
 // serve it.
 
-#include "ggml-latent-absorbed.h"
+#include "ggml-op-marks.h"
 #include "ggml.h"
 #include "latent-cuda.cuh"
 
@@ -26,7 +26,7 @@ static inline const char * misfit(const ggml_tensor * dst) {
         bool         wrong;
         const char * what;
     } checks[] = {
-        { !ggml_latent_absorbed_is_on(dst), "switched off" },
+        { ggml_op_has_mark(dst, GGML_OP_MARK_UPSTREAM), "switched off" },
         { k->ne[0] != N_CACHE || v->ne[0] != N_LATENT, "head sizes other than 576 and 512" },
         { k->ne[2] != 1 || v->ne[2] != 1, "more than one KV head" },
         { k->ne[3] != q->ne[3] || v->ne[3] != q->ne[3], "streams that share a cache" },

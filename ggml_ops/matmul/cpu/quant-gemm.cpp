@@ -7,7 +7,7 @@
 
 #include "quant-gemm.h"
 
-#include "ggml-quant-gemm.h"
+#include "ggml-op-marks.h"
 #include "quant-gemm-dot.h"
 #include "vec.h"
 
@@ -78,7 +78,7 @@ static Work plan_work(const ggml_tensor * dst, const Format & format, int n_task
 }
 
 const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
-    if ((dst->op != GGML_OP_MUL_MAT && dst->op != GGML_OP_MUL_MAT_ID) || !ggml_quant_gemm_is_on(dst)) {
+    if ((dst->op != GGML_OP_MUL_MAT && dst->op != GGML_OP_MUL_MAT_ID) || ggml_op_has_mark(dst, GGML_OP_MARK_UPSTREAM)) {
         return nullptr;
     }
     const ggml_tensor * src0   = dst->src[0];

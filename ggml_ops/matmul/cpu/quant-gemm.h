@@ -30,7 +30,7 @@ enum quant_gemm_layout {
 size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
 
 // Computes the node and returns true, or returns false (nothing touched) where ggml's own path has to serve: other
-// types, layouts and shapes, an instruction set without VNNI, use_ref, or a node marked so (ggml-quant-gemm.h).
+// types, layouts and shapes, an instruction set without VNNI, use_ref, or a node marked so (ggml-op-marks.h).
 bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
                                      struct ggml_tensor *               dst,
                                      enum quant_gemm_layout             layout);

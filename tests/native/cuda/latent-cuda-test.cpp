@@ -67,7 +67,7 @@ static void test_refusals() {
     refused(&dst, "soft-capped scores");
     fresh().src[4] = good.src[3];
     refused(&dst, "attention sinks");
-    ggml_latent_absorbed_switch_off(&fresh());
+    ggml_op_set_mark(&fresh(), GGML_OP_MARK_UPSTREAM);
     refused(&dst, "switched off");
 
     fresh().src[2] = &v;

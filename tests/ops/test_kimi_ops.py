@@ -1,0 +1,58 @@
+"""The switch KIMI_OPS: each context keeps what it was created with, in every part of the choice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_script import Setup, context, decode, play, text, use
+from random_checkpoint import Spec, write_checkpoint
+
+from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.validate.llama import RunOptions, run_logits
+
+pytestmark = pytest.mark.engine
+
+PROMPT, TOKENS = 128, 136
+SPEC = Spec(layers="KM", hidden=128, heads=3, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50)
+CHOICES = (
+    "off",
+    "conv,scan",
+    "conv,scan,mla",
+    "conv,scan,mla,moe",
+    "conv,scan,mla,moe,fuse",
+)
+# Of CHOICES, those whose logits differ from those of the choice before. KDA and attention differ in bits that the
+# 8-bit activations of Q8_0 may hide; the matmuls of F32 weights are upstream's; fused nodes keep every bit.
+DIFFERENT = {"F32": (1, 2), "Q8_0": (3,)}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_contexts_of_one_process_keep_their_choice(
+    kind: str, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The contexts take turns token by token, so that each reuses its graph between those of the others."""
+    model = tmp_path / "model.gguf"
+    convert(write_checkpoint(tmp_path / "checkpoint", SPEC), model, TYPES[kind])
+    ids = np.random.default_rng(50).integers(0, 300, TOKENS)
+    setup = Setup(flash_attention=True, cache_type="F16", n_ubatch=PROMPT, cells=256)
+    batches = [
+        decode(*text(0, ids[:PROMPT])),
+        *(decode((0, i, int(ids[i]))) for i in range(PROMPT, TOKENS)),
+    ]
+    contexts = [context(KIMI_OPS=choice) for choice in CHOICES]
+    turns = [step for batch in batches for i in range(len(CHOICES)) for step in (use(i + 1), batch)]
+    together = play(engine, model, setup, [*contexts, *turns]).logits
+    prompts, rest = together[: len(CHOICES) * PROMPT], together[len(CHOICES) * PROMPT :]
+    alone = []
+    options = RunOptions(n_batch=PROMPT, step_from=PROMPT, flash_attention=True, cache_type="F16")
+    for i, choice in enumerate(CHOICES):
+        monkeypatch.setenv("KIMI_OPS", choice)
+        alone.append(run_logits(engine, model, ids, options))
+        mine = np.concatenate([prompts[i * PROMPT :][:PROMPT], rest[i :: len(CHOICES)]])
+        np.testing.assert_array_equal(mine, alone[i], err_msg=choice)
+    for i in DIFFERENT[kind]:
+        assert not np.array_equal(alone[i - 1], alone[i]), f"{CHOICES[i]} computes what {CHOICES[i - 1]} does"
