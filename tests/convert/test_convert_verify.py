@@ -14,7 +14,7 @@ from test_convert_like_quantize import write_imatrix
 
 from kimi_gguf.convert.output.gguf_file import GgufFile
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.synthetic_checkpoint import write_twin
+from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
 
@@ -105,7 +105,7 @@ def test_inspect_shows_file_and_checkpoint(tmp_path: Path, source: Path) -> None
 
 def test_the_48bs_caches(tmp_path: Path) -> None:
     """Known from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
-    seen = json.loads(convert("inspect", write_twin(tmp_path), "--json", "--context", 32768).out)
+    seen = json.loads(convert("inspect", write_synthetic(tmp_path), "--json", "--context", 32768).out)
     assert seen["parameters"] == 49_122_681_728
     assert sum(layer["nbytes"] for layer in seen["layers"]) == 98_245_528_576
     assert seen["latent_cache_f16"] == 7 * 576 * 32768 * 2

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from random_checkpoint import Spec
-from twin_case import make_case
+from synthetic_case import make_case
 
 from kimi_gguf.engine.builds import Engine
 
