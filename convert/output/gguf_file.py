@@ -1,7 +1,7 @@
-"""A GGUF file, read with trust in nothing: keys, and each tensor's type, shape and place.
+"""Reads a GGUF file as untrusted data: keys, and each tensor's type, shape and offset.
 
-Flows in: a path. Flows out: `GgufFile`. Every number of the header is checked before it is used; the data is
-read range by range. Source: the GGUF specification in ggml's docs/gguf.md.
+Input: a path. Output: `GgufFile`. Every number of the header is checked before it is used. Tensor data are read in
+ranges. Source: the GGUF specification in ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file; a context manager. Raises `ConvertError` for anything that is not right."""
+    """An open GGUF file; a context manager. Raises `ConvertError` if the file is invalid."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,18 +73,18 @@ class GgufFile:
         self._file.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
-        """`count` bytes of a tensor from byte `first` on; without a count all that follow."""
+        """`count` bytes of a tensor, starting at byte `first`; without a count, all remaining bytes."""
         count = tensor.nbytes - first if count is None else count
         if not 0 <= first <= first + count <= tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {first}..{first + count} of {tensor.nbytes}")
         data = os.pread(self._file.fileno(), count, tensor.offset + first)
         if len(data) != count:
-            raise ConvertError(f"{self.path}: {tensor.name!r}: the file ends early; it was changed meanwhile")
+            raise ConvertError(f"{self.path}: {tensor.name!r}: the file was truncated while it was read")
         return np.frombuffer(data, np.uint8)
 
     def _header(self, cursor: _Cursor) -> None:
         if cursor.take(4) != b"GGUF":
-            raise ConvertError(f"{self.path}: no GGUF file: expected 'GGUF' in front")
+            raise ConvertError(f"{self.path}: not a GGUF file: expected 'GGUF' as the first four bytes")
         version, num_tensors, num_keys = cursor.unpack("<IQQ")
         if version != 3:
             raise ConvertError(f"{self.path}: expected GGUF version 3, found {version}")
@@ -92,7 +92,7 @@ class GgufFile:
         for _ in range(num_keys):
             name = cursor.string()
             if name in keys:
-                raise ConvertError(f"{self.path}: the key {name!r:.80} stands twice")
+                raise ConvertError(f"{self.path}: duplicate key {name!r:.80}")
             (kind,) = cursor.unpack("<I")
             keys[name] = cursor.value(kind)
         alignment = keys.get("general.alignment", 32)
@@ -104,15 +104,15 @@ class GgufFile:
         for name, ne, type_, offset in found:
             tensor = GgufTensor(name, ne, type_, start + offset)
             if name in tensors:
-                raise ConvertError(f"{self.path}: the tensor {name!r:.80} stands twice")
+                raise ConvertError(f"{self.path}: duplicate tensor {name!r:.80}")
             if ne[0] % type_.block:
                 raise ConvertError(
-                    f"{self.path}: {name!r:.80}: rows of {ne[0]} are no blocks of {type_.name}"
+                    f"{self.path}: {name!r:.80}: row size {ne[0]} is not a multiple of {type_.name}'s block size"
                 )
             if tensor.offset + tensor.nbytes > self.size:
                 raise ConvertError(
-                    f"{self.path}: {name!r:.80}: expected {tensor.nbytes} bytes from {tensor.offset} on, but "
-                    f"the file has {self.size}; it is truncated"
+                    f"{self.path}: {name!r:.80}: expected {tensor.nbytes} bytes at offset "
+                    f"{tensor.offset}, but the file has {self.size} bytes; it is truncated"
                 )
             tensors[name] = tensor
         self.keys, self.tensors = keys, tensors
@@ -127,12 +127,12 @@ class GgufFile:
         if number not in _BY_NUMBER:
             raise ConvertError(f"{self.path}: {name!r:.80}: unknown tensor type {number}")
         if min(ne) < 1 or math.prod(ne) > 1 << 48:
-            raise ConvertError(f"{self.path}: {name!r:.80}: expected sizes of 1 and more, found {list(ne)}")
+            raise ConvertError(f"{self.path}: {name!r:.80}: expected sizes of at least 1, found {list(ne)}")
         return name, ne, _BY_NUMBER[number], offset
 
 
 class _Cursor:
-    """A place in the header that never runs beyond it."""
+    """A position in the header; reading beyond its end raises `ConvertError`."""
 
     def __init__(self, data: bytes, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
@@ -160,7 +160,7 @@ class _Cursor:
         items, count = self.unpack("<IQ")
         if items == _STRING:
             if count > (len(self.data) - self.at) // 8:
-                raise ConvertError(f"{self.path}: an array of {count} texts is longer than the header")
+                raise ConvertError(f"{self.path}: an array of {count} strings is longer than the header")
             return [self.string() for _ in range(count)]
         if items not in _SCALARS:
             raise ConvertError(f"{self.path}: unknown type {items} of an array's items")

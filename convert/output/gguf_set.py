@@ -1,7 +1,7 @@
-"""A model in GGUF, whether in one file or in parts, read through its first part as llama.cpp does.
+"""A GGUF model in one file or in splits; splits are opened through the first one, as in llama.cpp.
 
-Flows in: a path. Flows out: `GgufModel`, with the keys of the first part and the tensors of all. What the parts say
-of each other (`split.*`) is checked before anything is believed.
+Input: a path. Output: `GgufModel`, with the keys of the first split and the tensors of all. The `split.*` keys are
+checked for consistency first.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kimi_gguf.convert.types.tensor_types import Bytes
 
 
 class GgufModel:
-    """An open model; a context manager. Raises `ConvertError` for parts that are missing, damaged, or of
-    another set."""
+    """An open model; a context manager. Raises `ConvertError` for a split that is missing, damaged, or belongs to
+    another model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -40,8 +40,8 @@ class GgufModel:
             expected = first.keys.get(TENSORS) if len(files) > 1 else len(self.tensors)
             if len(self.tensors) != expected:
                 raise ConvertError(
-                    f"{path}: {TENSORS}: expected {expected!r:.40} tensors in all parts, found "
-                    f"{len(self.tensors)}; the parts are not of one set"
+                    f"{path}: {TENSORS}: expected {expected!r:.40} tensors in all splits, found "
+                    f"{len(self.tensors)}; the splits do not belong together"
                 )
             self._stack = stack.pop_all()
 
@@ -54,7 +54,7 @@ class GgufModel:
         self._stack.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
-        """`count` bytes of a tensor from byte `first` on; without a count all that follow."""
+        """`count` bytes of a tensor, starting at byte `first`; without a count, all remaining bytes."""
         return self._file_of[tensor.name].read(tensor, first, count)
 
 
@@ -66,30 +66,32 @@ def _other_parts(first: GgufFile) -> list[Path]:
     place = place_in_set(first.path)
     if place is None or len(place[1]) != count:
         raise ConvertError(
-            f"{first.path}: is a part of {count}, which must be called NAME-00001-of-{count:05d}.gguf; "
-            "give it back the name that it had"
+            f"{first.path}: split of {count}: expected a name like NAME-00001-of-{count:05d}.gguf; "
+            "restore its original name"
         )
     if number != 0 or place[0] != 1:
         raise ConvertError(
-            f"{first.path}: is part {place[0]} of {count}; give the first one, {place[1][0].name}"
+            f"{first.path}: is split {place[0]} of {count}; give the first one, {place[1][0].name}"
         )
     for path in place[1]:
         if not path.exists():
-            raise ConvertError(f"{path}: is missing, one of {count} parts; put all of them into one folder")
+            raise ConvertError(
+                f"{path}: not found, but the model has {count} splits; put all of them into one folder"
+            )
     return place[1][1:]
 
 
 def _check_part(part: GgufFile, number: int, first: GgufFile) -> None:
-    """What a part says of its set must be what the first says; the set's hash is our own key, which
-    llama-gguf-split leaves out of all parts but the first."""
+    """Compare a split's `split.*` keys with those of the first. llama-gguf-split does not copy SET, a key of this
+    project, to the other splits."""
     wanted = {NUMBER: number, **{key: first.keys.get(key) for key in (COUNT, TENSORS)}}
     if SET in part.keys:
         wanted[SET] = first.keys.get(SET)
     for key, expected in wanted.items():
         if (found := part.keys.get(key)) != expected:
             raise ConvertError(
-                f"{part.path}: {key}: expected {expected!r:.80} by {first.path.name}, found {found!r:.80}; "
-                "it is a part of another model"
+                f"{part.path}: {key}: expected {expected!r:.80} as in {first.path.name}, found {found!r:.80}; "
+                "it is a split of another model"
             )
 
 
@@ -98,6 +100,6 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
     for file in files:
         for name in file.tensors:
             if name in found:
-                raise ConvertError(f"{file.path}: {name!r:.80} stands in {found[name].path.name} too")
+                raise ConvertError(f"{file.path}: {name!r:.80} is also in {found[name].path.name}")
             found[name] = file
     return found

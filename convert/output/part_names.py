@@ -1,4 +1,4 @@
-"""How the files of a model in parts are called: NAME-00001-of-00003.gguf, as llama.cpp wants it."""
+"""File names of a split model: NAME-00001-of-00003.gguf, as llama.cpp requires."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 from typing import Final
 
-MAX_PARTS: Final = 65535  # split.count is an unsigned number of 16 bits
+MAX_PARTS: Final = 65535  # split.count is an unsigned 16-bit integer
 _PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 def part_paths(path: Path, count: int) -> list[Path]:
-    """The files that an output `path` of `count` parts stands in; one part is `path` itself."""
+    """The file names of an output `path` with `count` splits; a single one is `path` itself."""
     if count == 1:
         return [path]
     stem = path.name.removesuffix(".gguf")
@@ -19,7 +19,7 @@ def part_paths(path: Path, count: int) -> list[Path]:
 
 
 def place_in_set(path: Path) -> tuple[int, list[Path]] | None:
-    """(number from 1 on, all parts) of a file that is called as a part; None for any other name."""
+    """(number, starting at 1; all splits) for the name of a split; None for any other name."""
     match = _PART.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return None

@@ -1,7 +1,7 @@
-"""The files that a plan is written to: one, or as many as keep each below a size, as llama.cpp loads them.
+"""The files of a plan: one file, or several splits of limited size in llama.cpp's format.
 
-Flows in: a `Plan`. Flows out: its `Part`s in order, each a GGUF file of its own. The first has all keys; each says
-its number, how many there are, and how many tensors all have together (`split.*`, types as llama-gguf-split's).
+Input: a `Plan`. Output: its `Part`s in order, each a GGUF file. The first has all keys. Each has its number, the
+number of splits, and the total number of tensors (`split.*`, with the types that llama-gguf-split uses).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kimi_gguf.convert.output.part_names import MAX_PARTS, part_paths, place_in_
 from kimi_gguf.convert.output.unfinished import Layout
 from kimi_gguf.convert.plan import Plan, PlannedTensor, aligned
 
-# Equal in all parts of one set, and in no other set's: a hash of all that the headers say.
+# A hash of the header; the same in all splits of one model, and different for every other model.
 SET: Final = "kimi_gguf.split.set"
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 
@@ -35,28 +35,28 @@ class Part:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each tensor begins, from the start of the data; behind the last, where the data end."""
+        """Offset of each tensor from the start of the data, followed by the size of the data."""
         return tuple(accumulate((aligned(t.nbytes) for t in self.tensors), initial=0))
 
     @cached_property
     def header(self) -> bytes:
-        """Everything in front of the data, padding included."""
+        """The header including padding."""
         return header_bytes(self.keys, self.tensors, self.offsets[:-1])
 
     @property
     def nbytes(self) -> int:
-        """Of the whole file."""
+        """Size of the whole file."""
         return len(self.header) + self.offsets[-1]
 
 
 def parts_of(plan: Plan) -> tuple[Part, ...]:
-    """The files of the plan. Raises `ConvertError` when there would be more than the format can count."""
+    """The files of the plan. Raises `ConvertError` if there would be more than MAX_PARTS."""
     chunks = list(_chunks(plan))
     if len(chunks) == 1:
         return (Part(plan.keys, plan.tensors),)
     if len(chunks) > MAX_PARTS:
         raise ConvertError(
-            f"--split-max-size: would give {len(chunks)} parts, and llama.cpp counts to {MAX_PARTS}; "
+            f"--split-max-size: expected at most {MAX_PARTS} splits (llama.cpp's limit), found {len(chunks)}; "
             "choose a larger size"
         )
     name = digest(Part(plan.keys, plan.tensors).header)
@@ -70,14 +70,14 @@ def parts_of(plan: Plan) -> tuple[Part, ...]:
 
 
 def output_paths(plan: Plan, path: Path) -> list[Path]:
-    """The files that the plan's parts are called when `path` is asked for. Raises `ConvertError`."""
+    """The file names of the plan's splits for the output `path`. Raises `ConvertError`."""
     if plan.max_part is not None and place_in_set(path) is not None:
-        raise ConvertError(f"{path}: is the name of a part; give the name without number, parts get theirs")
+        raise ConvertError(f"{path}: is the name of a split; give the name without -NNNNN-of-NNNNN")
     return part_paths(path, len(parts_of(plan)))
 
 
 def layout_of(parts: Sequence[Part], paths: Sequence[Path]) -> Layout:
-    """Names and sizes of the parts, and where each tensor begins: a file's first with its header."""
+    """Names and sizes of the splits, and the file and offset at which each tensor (with its header) begins."""
     places = [
         (number, len(part.header) + offset if offset else 0)
         for number, part in enumerate(parts)
@@ -88,16 +88,16 @@ def layout_of(parts: Sequence[Part], paths: Sequence[Path]) -> Layout:
 
 
 def total_size(plan: Plan) -> int:
-    """Bytes of all files of the plan together."""
+    """Total size of all files of the plan, in bytes."""
     return sum(part.nbytes for part in parts_of(plan))
 
 
 def size_notes(plan: Plan) -> Iterator[str]:
-    """What a user should know of parts that are larger than asked for."""
+    """Notes about splits that are larger than the requested size."""
     for part in parts_of(plan):
         if plan.max_part is not None and part.nbytes > plan.max_part:
             yield (
-                f"{part.tensors[0].name} alone is more than --split-max-size: its part has {part.nbytes:,} bytes"
+                f"{part.tensors[0].name} is larger than --split-max-size: its split has {part.nbytes:,} bytes"
             )
 
 
@@ -111,7 +111,7 @@ def _split_keys(number: int, count: int, tensors: int, name: str) -> tuple[Key, 
 
 
 def _chunks(plan: Plan) -> Iterator[Sequence[PlannedTensor]]:
-    """The plan's tensors in order, cut where the next one would make a file too large; none is empty."""
+    """The plan's tensors in order, grouped into files of limited size; no group is empty."""
     if plan.max_part is None or Part(plan.keys, plan.tensors).nbytes <= plan.max_part:
         yield plan.tensors
         return

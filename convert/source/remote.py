@@ -1,11 +1,11 @@
-"""A file read over HTTP by ranges: what broke off goes on at the byte where it broke, what is wrong is refused.
+"""Reads a file over HTTP in ranges; an interrupted transfer continues at the byte where it stopped.
 
-Flows in: how to find the file (a `Location`, asked for anew after every failure). Flows out: `RemoteFile`, a
-`Source` of which nothing ever lies on a disk. Every answer is checked: status, range, length, encoding, ETag, and
-that the file is still the one that was opened.
+Input: a function that locates the file (a `Location`, requested again after each failure). Output: `RemoteFile`, a
+`Source` that stores nothing on disk. Every response is checked: status, range, length, encoding, ETag, and that the
+file is the one that was opened.
 
-The client is the one that huggingface_hub brings (proxies, certificates); the token goes to the hub's own origin
-and nowhere else.
+The HTTP client is that of huggingface_hub (with its proxies and certificates). The token is sent only to the hub's
+own origin.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What tensors can be written as: ggml's tensor types, and llama-quantize's file types. Data only.
+"""Tables of ggml's tensor types and llama-quantize's file types.
 
-Flows in: nothing. Flows out: `TENSOR_TYPES` (the types of one tensor: number, block, bytes) and `TYPES` (what
-`--type` names: the number in `general.file_type` and the tensor type it starts from; `mixes` says which tensors
-then get another one). Sources: `ggml.h`, `gguf-py/gguf/constants.py`, `tools/quantize/quantize.cpp`.
+Output: `TENSOR_TYPES` (number, block size and bytes of each tensor type) and `TYPES` (the values of `--type`: the
+number in `general.file_type` and the base tensor type; `mixes` chooses the tensors that get another type).
+Sources: `ggml.h`, `gguf-py/gguf/constants.py`, `tools/quantize/quantize.cpp`.
 """
 
 from __future__ import annotations

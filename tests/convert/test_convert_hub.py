@@ -481,7 +481,7 @@ def test_after_a_lost_connection_resume_goes_on(
     monkeypatch.setattr(read_ahead, "AHEAD_BYTES", 1 << 16)
     hub.fault = from_cdn(dropped_at_once, after=60)
     run = convert(DEMO, "-o", out / "x.gguf", "--quiet")
-    assert run.status == 1 and "go on with --resume" in run.err and len(run.err.splitlines()) == 1
+    assert run.status == 1 and "continue with --resume" in run.err and len(run.err.splitlines()) == 1
     assert {file.name for file in out.iterdir()} == KEPT
     hub.fault = lambda asked, answer: answer
     before = hub.served()
@@ -505,7 +505,7 @@ def test_resume_at_another_commit_is_refused(
     hub.fault = lambda asked, answer: answer
     hub.commit = "f" * 40
     run = convert(DEMO, "-o", out / "x.gguf", "--resume")
-    assert run.status == 1 and "begun from another checkpoint" in run.err
+    assert run.status == 1 and "is of another checkpoint" in run.err
     assert {file.name for file in out.iterdir()} == KEPT
 
 
