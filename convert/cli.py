@@ -1,8 +1,8 @@
-"""`convert-kimi`: a Kimi-Linear checkpoint becomes a GGUF file.
+"""`convert-kimi`: convert a Kimi-Linear checkpoint to a GGUF file; verify and inspect GGUF files.
 
-Flows in: arguments. Flows out: the file, or with --dry-run a table of the plan; progress on standard error;
-an exit status: 0 done, 1 something is wrong with the checkpoint or the place to write, 2 wrong arguments,
-130 interrupted. Everything that parses arguments or prints results is here.
+Input: arguments. Output: the file, or with --dry-run a table of the plan; progress on standard error; the exit
+status (0 done, 1 the checkpoint or the output cannot be used, 2 wrong arguments, 130 interrupted). This is the only
+module of the package that parses arguments or prints results.
 """
 
 from __future__ import annotations
@@ -39,41 +39,41 @@ from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
-SOURCE: Final = "its folder, its .safetensors file, or its hub id, OWNER/NAME[@REVISION]"
+SOURCE: Final = "a folder, a .safetensors file, or a Hugging Face id OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\
 types: {", ".join(TYPES)}
-  (all but F32, F16 and BF16 want the engine, which `kimi-llama build` makes)
+  (all types except F32, F16 and BF16 require a build of llama.cpp: run `kimi-llama build`)
 
 examples:
   convert-kimi Kimi-Linear-48B-A3B-Instruct --type Q8_0 --dry-run
-      check the checkpoint and show what would be written
+      check the checkpoint and print the plan
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M --resume
-      go on after an interrupt, a full disk or a power cut
+      continue after an interrupt, a full disk or a power failure
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
   convert-kimi moonshotai/Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
-      from the hub, by ranges: the weights are never on disk; @REVISION pins a branch, tag or commit
+      stream from Hugging Face without storing the weights; @REVISION selects a branch, tag or commit
   convert-kimi model.safetensors -o model.gguf --type IQ3_M --imatrix imatrix.gguf --tensor-type attn_v_b=Q8_0
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-BF16.gguf --split-max-size 40G --model-card
-      parts kimi-linear-BF16-00001-of-00003.gguf .., and a README.md for a model hub
+      write splits kimi-linear-BF16-00001-of-00003.gguf ..., and a README.md for Hugging Face
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
-      make every byte anew and compare; of a model in parts give the first, here and everywhere
+      verify a file by converting it again and comparing bytes; of a split model give the first split
   convert-kimi inspect kimi-linear-q4.gguf --context 131072
-      layers, types, sizes, and what the caches take
+      show layers, types, sizes, and the memory that the caches need
 
-exit status: 0 done; 1 the checkpoint or the place to write is at fault, said in one line; 2 wrong arguments;
-130 interrupted. Whatever happens, OUT appears whole or not at all; of parts, the first only when all are there.
+exit status: 0 done; 1 the checkpoint or the output cannot be used (one line says why); 2 wrong arguments;
+130 interrupted. OUT appears only when it is complete; of splits, the first appears last.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0]) if words else None
     parser, act = (command[0](), command[1]) if command else (_parser(), _convert)
     options = parser.parse_args(words[1:] if command else words)
     if act is _convert and options.output is None and not options.dry_run:
-        parser.error("the output file is missing: give -o OUT, or --dry-run")
+        parser.error("expected an output file: give -o OUT, or --dry-run")
     try:
         with _terminable():
             status = act(options)
@@ -84,10 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         output = getattr(options, "output", None)
         left = leftover(output) if output else None
-        what = f"go on with --resume ({left.name} is kept)" if left else "nothing was written"
+        what = f"continue with --resume ({left.name} is kept)" if left else "nothing was written"
         print(f"{PROGRAM}: interrupted; {what}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of the table has seen enough
+    except BrokenPipeError:  # the reader, for example `head`, closed the pipe
         with suppress(OSError):
             sys.stdout.close()
         return 0
@@ -105,16 +105,16 @@ def _failed(message: str, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Convert a Kimi-Linear checkpoint (safetensors) to GGUF, running none of its code.",
+        description="Convert a Kimi-Linear checkpoint (safetensors) to GGUF without running its code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
-    add("--type", metavar="TYPE", type=_file_type, help="of the file (default: BF16)")
-    add("--recipe", choices=RECIPES, help="types measured to suit this model, instead of --type")
-    add("--imatrix", metavar="FILE", type=Path, help="importance matrix, made by llama-imatrix")
+    add("--type", metavar="TYPE", type=_file_type, help="file type (default: BF16)")
+    add("--recipe", choices=RECIPES, help="use a quantization mix made for this model, instead of --type")
+    add("--imatrix", metavar="FILE", type=Path, help="use this importance matrix, made by llama-imatrix")
     add("--output-tensor-type", metavar="T", type=_tensor_type, help="type of output.weight")
     add("--token-embedding-type", metavar="T", type=_tensor_type, help="type of token_embd.weight")
     add(
@@ -123,46 +123,51 @@ def _parser() -> argparse.ArgumentParser:
         type=_override,
         action="append",
         default=[],
-        help="type of the tensors whose name the regular expression finds; may be given more than once",
+        help="type of the tensors whose names match a regular expression; may be repeated",
     )
-    add("--pure", action="store_true", help="no mix: all tensors of the one type")
+    add("--pure", action="store_true", help="use TYPE for all tensors instead of its mix")
     add(
         "--model-card",
         action="store_true",
-        help="write README.md beside OUT: what was made of what and how, for a model hub",
+        help="also write README.md, a model card for Hugging Face, to the folder of OUT",
     )
-    add("--quantized-by", metavar="WHO", help="who made the file, for its metadata and the model card")
-    add("--name", help="the model's name inside the file (default: that of its folder)")
-    add("--dry-run", action="store_true", help="check all but the values and print the plan")
+    add("--quantized-by", metavar="WHO", help="author of the file, for its metadata and the model card")
+    add("--name", help="model name in the metadata (default: name of the checkpoint's folder)")
+    add("--dry-run", action="store_true", help="check the checkpoint without reading weights; print the plan")
     add(
         "--resume",
         action="store_true",
-        help="go on with an unfinished OUT of the same checkpoint and options",
+        help="continue an unfinished OUT of the same checkpoint and options",
     )
-    add("--force", action="store_true", help="overwrite OUT")
+    add("--force", action="store_true", help="overwrite OUT if it exists")
     add(
         "--split-max-size",
         metavar="SIZE",
         type=_part_size,
-        help="where OUT would be larger, parts NAME-00001-of-00003.gguf of at most SIZE, as 40G or 500M "
-        "(10^9, 10^6 bytes, as llama-gguf-split has it)",
+        help="split OUT into files NAME-00001-of-00003.gguf of at most SIZE, for example 40G or 500M "
+        "(10^9 and 10^6 bytes, as in llama-gguf-split)",
     )
-    add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        type=_size,
+        help="limit the memory of the process, for example 700M or 1.5G",
+    )
     add("--quiet", action="store_true", help="print errors only")
-    add("--json", action="store_true", help="progress and outcome as JSON lines on standard output")
+    add("--json", action="store_true", help="print progress and result as JSON lines on standard output")
     return parser
 
 
 def _file_type(text: str) -> FileType:
     name = ALIASES.get(text.upper(), text.upper())
     if name not in TYPES:
-        raise argparse.ArgumentTypeError(f"no type {text!r}; there are {', '.join(TYPES)}")
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(TYPES)}, found {text!r}")
     return TYPES[name]
 
 
 def _tensor_type(text: str) -> TensorType:
     if text.upper() not in TENSOR_TYPES:
-        raise argparse.ArgumentTypeError(f"no tensor type {text!r}; there are {', '.join(TENSOR_TYPES)}")
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(TENSOR_TYPES)}, found {text!r}")
     return TENSOR_TYPES[text.upper()]
 
 
@@ -176,23 +181,23 @@ def _override(text: str) -> tuple[str, TensorType]:
 def _size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"expected a size as 700M or 1.5G, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a size such as 700M or 1.5G, found {text!r}")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
 def _part_size(text: str) -> int:
-    """As llama.cpp's own tools understand it: powers of ten."""
+    """A size in powers of ten, as in llama-gguf-split."""
     match = re.fullmatch(r"(\d{1,15})([kmg]?)", text.strip().lower())
     if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"expected a size as 40G or 500M, found {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a size such as 40G or 500M, found {text!r}")
     return int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]
 
 
 def _request(options: argparse.Namespace) -> TypeRequest:
-    """What the options ask for; a recipe's choices stand behind the user's own."""
+    """The requested types; the user's options take precedence over those of a recipe."""
     recipe = RECIPES[options.recipe] if options.recipe else TypeRequest(options.type or TYPES["BF16"])
     if options.recipe and (options.type or options.pure):
-        raise ConvertError("--recipe: says all types; leave --type and --pure out")
+        raise ConvertError("--recipe: sets the types of all tensors; remove --type and --pure")
     return replace(
         recipe,
         output_type=options.output_tensor_type or recipe.output_type,
@@ -216,7 +221,7 @@ def _options(options: argparse.Namespace) -> Options:
 
 
 def _command(options: argparse.Namespace) -> Iterator[str]:
-    """The command with all that has a say in the bytes, paths without their folders: a card is to be shared."""
+    """The options that determine the file's content, for the model card; paths have no folders."""
     yield from (PROGRAM, Path(options.source).absolute().name)
     if options.output:
         yield from ("-o", options.output.name)
@@ -249,7 +254,7 @@ def _convert(options: argparse.Namespace) -> int:
     tell: Teller = quiet if options.quiet else for_programs if options.json else for_people
     if not options.quiet and not options.resume and (left := leftover(options.output)):
         print(
-            f"{PROGRAM}: note: {left.name} of an earlier run is begun anew (--resume goes on)",
+            f"{PROGRAM}: note: discarding {left.name} of an earlier run (--resume would continue it)",
             file=sys.stderr,
         )
     plan = convert(options.source, options.output, _request(options), _options(options), progress=tell)
@@ -264,7 +269,7 @@ def _convert(options: argparse.Namespace) -> int:
             seconds=round(seconds, 3),
         )
     elif not options.quiet:
-        parts = f" in {len(files)} parts" if len(files) > 1 else ""
+        parts = f" in {len(files)} splits" if len(files) > 1 else ""
         print(
             f"{files[0]}: {plan.nbytes:,} bytes{parts}, {len(plan.tensors)} tensors ({_types(plan)}) "
             f"in {seconds:.1f} s",
@@ -276,19 +281,24 @@ def _convert(options: argparse.Namespace) -> int:
 def _verify_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} verify",
-        description="Make every byte of a GGUF file anew from its checkpoint; compare.",
+        description="Verify a GGUF file by converting its checkpoint again and comparing all bytes.",
     )
     add = parser.add_argument
     add(
         "file",
         metavar="GGUF",
         type=Path,
-        help="the file to prove, of parts the first; its own types are used",
+        help="file to verify (of a split model, the first split); the types are read from it",
     )
-    add("--checkpoint", metavar="SRC", required=True, help=f"what it was made of: {SOURCE}")
-    add("--imatrix", metavar="FILE", type=Path, help="the importance matrix it was made with, if any")
-    add("--max-memory", metavar="SIZE", type=_size, help="of the whole process, as 700M or 1.5G")
-    add("--json", action="store_true", help="the verdict as a JSON line")
+    add("--checkpoint", metavar="SRC", required=True, help=f"checkpoint that it was made from: {SOURCE}")
+    add("--imatrix", metavar="FILE", type=Path, help="importance matrix that it was made with, if any")
+    add(
+        "--max-memory",
+        metavar="SIZE",
+        type=_size,
+        help="limit the memory of the process, for example 700M or 1.5G",
+    )
+    add("--json", action="store_true", help="print the result as a JSON line")
     return parser
 
 
@@ -299,7 +309,7 @@ def _verify(options: argparse.Namespace) -> int:
         return 0 if verdict.proved else FAILED
     for complaint in (*verdict.wrong_keys, *verdict.wrong_tensors):
         print(complaint)
-    outcome = "the very bytes the checkpoint gives" if verdict.proved else "NOT what the checkpoint gives"
+    outcome = "identical to a new conversion" if verdict.proved else "NOT identical to a new conversion"
     print(f"{options.file}: {verdict.tensors} tensors, {verdict.nbytes:,} bytes: {outcome}")
     return 0 if verdict.proved else FAILED
 
@@ -307,15 +317,21 @@ def _verify(options: argparse.Namespace) -> int:
 def _inspect_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} inspect",
-        description="Show what a GGUF file or a checkpoint holds; reads headers only.",
+        description="Show the layers, types and sizes of a GGUF file or a checkpoint; reads headers only.",
     )
     parser.add_argument(
-        "path", metavar="PATH", help=f"a GGUF file (of parts the first), or a checkpoint: {SOURCE}"
+        "path",
+        metavar="PATH",
+        help=f"a GGUF file (of a split model, the first split), or a checkpoint: {SOURCE}",
     )
     parser.add_argument(
-        "--context", metavar="N", type=int, default=32768, help="tokens the caches are for (32768)"
+        "--context",
+        metavar="N",
+        type=int,
+        default=32768,
+        help="show cache sizes for N tokens (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="as one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
@@ -329,8 +345,8 @@ COMMANDS: Final = {"verify": (_verify_parser, _verify), "inspect": (_inspect_par
 
 
 def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
-    """The plan as a table: each output tensor, its type, shape (ggml order), bytes and sources; of several files
-    each with its name and bytes before its tensors."""
+    """The plan as a table: name, type, shape (ggml order), bytes and sources of each output tensor. If there are
+    several files, the name and size of each are printed before its tensors."""
     parts = plan.files
     rows = [("tensor", "type", "shape", "bytes", "from"), *(_row(tensor) for tensor in plan.tensors)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -344,7 +360,7 @@ def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
         text += lines[first : first + len(part.tensors)]
         first += len(part.tensors)
     total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {plan.nbytes:,} bytes"
-    total += f" in {len(parts)} parts" if len(parts) > 1 else ""
+    total += f" in {len(parts)} splits" if len(parts) > 1 else ""
     return "\n".join([*text, total, *(f"note: {note}" for note in plan.notes)])
 
 
@@ -368,7 +384,7 @@ def _types(plan: Plan) -> str:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A polite kill ends as Ctrl-C does. What nohup ignores stays ignored."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C, unless they are ignored (as under nohup)."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,9 +1,9 @@
-"""The converter's errors: everything wrong with an input or an output path."""
+"""The converter's errors: problems with an input or an output path."""
 
 
 class ConvertError(Exception):
-    """Something the user can mend; the message names the file, the tensor, what was expected and found."""
+    """An error that the user can fix; the message names file and tensor, what was expected and what was found."""
 
 
 class ReadError(ConvertError):
-    """The source failed while it was read; what is written so far is good, and can be gone on with."""
+    """Reading the source failed; the data written so far are valid, and --resume can continue."""

@@ -1,6 +1,6 @@
-"""What a GGUF file or a checkpoint holds: its layers, sizes and types, and the memory that running it takes.
+"""Summarize a GGUF file or a checkpoint: layers, sizes, types, and the memory that the caches need.
 
-Flows in: a path. Flows out: `Summary`, and its text. Reads headers only.
+Input: a path. Output: `Summary`, and its text. Reads headers only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kimi_gguf.engine.gguf import GgufModel
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer, or with index -1 the tensors outside of layers."""
+    """One layer; index -1 stands for the tensors outside of layers."""
 
     index: int
     mixer: str  # KDA or MLA
@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Summary:
-    """A model as it stands on disk; sizes in bytes."""
+    """A model on disk; sizes are in bytes."""
 
     path: str
     kind: str  # GGUF or safetensors
@@ -54,11 +54,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Shape:
-    """The sizes that caches follow from."""
+    """The sizes that determine the caches."""
 
     mixers: list[str]
     dense_layers: int
-    latent: int  # values a token and MLA layer
+    latent: int  # values per token and MLA layer
     kda_heads: int
     kda_head_dim: int
     conv: int
@@ -70,7 +70,7 @@ class _Shape:
 
 
 def inspect_model(path: Path | str, context: int) -> Summary:
-    """Look at a GGUF file, a checkpoint's folder, its safetensors file or its hub id. Raises `ConvertError` or
+    """Summarize a GGUF file or a checkpoint (folder, safetensors file or hub id). Raises `ConvertError` or
     `GgufError`."""
     if Path(path).suffix == ".gguf":
         return _gguf(Path(path), context)
@@ -89,9 +89,7 @@ def _gguf(path: Path, context: int) -> Summary:
         def key(name: str) -> int:
             value = keys.get(f"{ARCHITECTURE}.{name}")
             if not isinstance(value, int):
-                raise ConvertError(
-                    f"{path}: {ARCHITECTURE}.{name}: expected a whole number, found {value!r:.60}"
-                )
+                raise ConvertError(f"{path}: {ARCHITECTURE}.{name}: expected an integer, found {value!r:.60}")
             return value
 
         kv_heads = keys.get(f"{ARCHITECTURE}.attention.head_count_kv")
@@ -155,7 +153,7 @@ def _summary(
         index = tensor.split(".")[1] if tensor.startswith("blk.") else "-1"
         if not index.lstrip("-").isdecimal() or int(index) >= len(shape.mixers):
             raise ConvertError(
-                f"{path}: {tensor!r:.80}: no layer of this model, which has {len(shape.mixers)}"
+                f"{path}: {tensor!r:.80}: expected a layer below {len(shape.mixers)}, the model's number of layers"
             )
         sizes[int(index)] += nbytes
         by_layer.setdefault(int(index), Counter())[dtype] += 1
@@ -190,7 +188,7 @@ def summary_text(summary: Summary) -> str:
     for name, (tensors, nbytes) in sorted(summary.types.items(), key=lambda item: -item[1][1]):
         lines.append(f"{name:8} {tensors:6} tensors  {nbytes:>15,} bytes")
     lines.append(
-        f"caches at {summary.context:,} tokens: {summary.latent_cache_f16:,} bytes of latents (F16), "
-        f"{summary.recurrent_state_f32:,} bytes of recurrent state for each sequence, at any length"
+        f"caches at {summary.context:,} tokens: {summary.latent_cache_f16:,} bytes of MLA latents (F16), "
+        f"{summary.recurrent_state_f32:,} bytes of KDA state per sequence (independent of its length)"
     )
     return "\n".join(lines)

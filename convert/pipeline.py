@@ -1,7 +1,6 @@
-"""The whole conversion as one function, and its plan: checkpoint -> plan -> encoded pieces -> GGUF file.
+"""The conversion as one function: checkpoint -> plan -> encoded chunks -> GGUF file.
 
-Flows in: paths and choices. Flows out: the file and its plan. For callers in Python; `cli` is its one user
-on the command line.
+Input: paths and options. Output: the file and its plan. This is the Python interface of the converter.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ Report = Callable[[PlannedTensor, int], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert; only `name`, `imatrix`, `split_max_size` and `quantized_by` have a say in the bytes."""
+    """Options; only `name`, `imatrix`, `split_max_size` and `quantized_by` change the content of the file."""
 
-    name: str | None = None  # the model's name in the file; default: its folder's
+    name: str | None = None  # the model's name in the metadata; default: the name of its folder
     imatrix: Path | None = None
     overwrite: bool = False
     resume: bool = False
     max_memory: int | None = None  # bytes
-    split_max_size: int | None = None  # bytes of a file; None: one file, whatever its size
+    split_max_size: int | None = None  # maximum bytes of a file; None: a single file
     quantized_by: str | None = None
     card: tuple[
         str, ...
@@ -61,11 +60,10 @@ def convert(
     options: Options | None = None,
     progress: Callable[[Plan], AbstractContextManager[Report]] | None = None,
 ) -> Plan:
-    """Convert the checkpoint `source` to the GGUF file `output`, or to its parts where `output` would be larger
-    than a file may be; raises `ConvertError` and leaves no file there.
+    """Convert the checkpoint `source` to the GGUF file `output`, split if it would exceed `split_max_size`.
 
-    `progress` is entered with the plan before the first byte is written, and gives the function that hears of
-    every tensor and number of bytes.
+    If it raises `ConvertError`, no file was written. `progress` is a context manager that is entered with the plan
+    before the first byte is written; it returns a callback that gets each tensor and the number of bytes written.
     """
     options = options or Options()
     with open_checkpoint(source) as checkpoint:
@@ -112,7 +110,7 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Optio
 
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
-    """What the bytes follow from beside the weights: layout, keys, importances, the versions at work."""
+    """A hash of everything but the weights that determines the output: layout, keys, importances, versions."""
     sources = [[t.name, *t.output.sources, t.output.transform.value] for t in plan.tensors]
     importances = plan.importances.weights if plan.importances else {}
     return digest(

@@ -1,7 +1,7 @@
-"""What will be written, settled before a byte is: every tensor's sources, shape, type, bytes and place.
+"""Decide what to write before the first byte is written: each tensor's sources, shape, type and size.
 
-Flows in: an open checkpoint, its vocabulary, what is asked for. Flows out: `Plan`, from which the header can be
-written and the file's size is known; or `ConvertError`.
+Input: an open checkpoint, its vocabulary, the requested types. Output: `Plan`, which determines the header and the
+size of the file; or `ConvertError`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_impor
 from kimi_gguf.engine.split_names import part_paths, place_in_set
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 
-EMBEDDING: Final = "token_embd.weight"  # llama-imatrix has nothing about it: no product reads it
+EMBEDDING: Final = "token_embd.weight"  # not in importance matrices: no matmul reads it
 
-# Texts of tokens at which llama.cpp stops whatever the keys say.
+# Tokens at which llama.cpp always stops, independent of the metadata.
 _ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole model before it is written."""
+    """A model before it is written."""
 
     request: TypeRequest
     keys: tuple[Key, ...]
     tensors: tuple[PlannedTensor, ...]
-    notes: tuple[str, ...] = ()  # what a user should know, though nothing is wrong
+    notes: tuple[str, ...] = ()  # information for the user that is not an error
     importances: Importances | None = None
-    max_part: int | None = None  # bytes of a file, unless a single tensor takes more; None: all in one file
+    max_part: int | None = None  # maximum bytes of a file (a larger tensor gets its own file); None: one file
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
@@ -50,20 +50,18 @@ class Plan:
 
     @cached_property
     def files(self) -> tuple[PlannedFile, ...]:
-        """The files that it is written to. Raises `ConvertError` when there would be too many."""
+        """The files of the plan. Raises `ConvertError` if there would be too many."""
         return split(self.keys, self.tensors, self.max_part)
 
     def paths(self, output: Path) -> list[Path]:
-        """The names of the files when `output` is the name that the user gives. Raises `ConvertError`."""
+        """The file names of the plan's splits for the output `output`. Raises `ConvertError`."""
         if self.max_part is not None and place_in_set(output) is not None:
-            raise ConvertError(
-                f"{output}: is the name of a part; give the name without number, parts get theirs"
-            )
+            raise ConvertError(f"{output}: is the name of a split; give the name without -NNNNN-of-NNNNN")
         return part_paths(output, len(self.files))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files together."""
+        """Total size of all files of the plan, in bytes."""
         return sum(file.nbytes for file in self.files)
 
 
@@ -101,7 +99,7 @@ def make_plan(
 
 
 def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
-    """The type of a tensor that is not quantised: F32 where the graph wants it, else as it is stored."""
+    """The type of a tensor that is not quantized: F32 if the graph requires it, else the stored type."""
     if output.always_f32 or any(checkpoint.dtype(source) is not Dtype.BF16 for source in output.sources):
         return F32
     return BF16
@@ -112,15 +110,15 @@ def _check_vocab(checkpoint: Checkpoint, vocab: Vocab) -> None:
     for key, size in (("tokens", len(vocab.tokens)), ("token types", len(vocab.types))):
         if size != config.vocab_size:
             raise ConvertError(
-                f"{checkpoint.folder}: expected {config.vocab_size} {key} by config.json, found {size}; "
-                "tokenizer and config do not belong together"
+                f"{checkpoint.folder}: {key}: expected {config.vocab_size} (vocab_size in config.json), "
+                f"found {size}; use the tokenizer and the config of the same model"
             )
     for token_id in config.more_eos_token_ids:
         if vocab.tokens[token_id] not in _ALWAYS_STOP:
             raise ConvertError(
                 f"{checkpoint.folder / 'config.json'}: eos_token_id: token {token_id} "
-                f"({vocab.tokens[token_id]!r}) cannot be a further end token: GGUF holds one, and llama.cpp "
-                f"adds only {', '.join(sorted(_ALWAYS_STOP))}; name one token"
+                f"({vocab.tokens[token_id]!r}) cannot be an additional end token: GGUF stores only one, and "
+                f"llama.cpp adds only {', '.join(sorted(_ALWAYS_STOP))}; list one token"
             )
 
 
@@ -133,12 +131,12 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
         if len(weights) != expected:
             raise ConvertError(
                 f"{importances.path}: {tensor.name!r}: expected {expected} importances, found {len(weights)}; "
-                "it was made with another model"
+                "use an importance matrix of this model"
             )
 
 
 def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances: Importances | None) -> None:
-    """Refuse what ggml would make garbage of: the lowest types without importances."""
+    """Refuse types that need importances for tensors that have none; the result would be useless."""
     known = importances.weights if importances else {}
     lacking = [
         tensor
@@ -148,60 +146,60 @@ def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances
     if not lacking:
         return
     first = lacking[0]
-    what = "has nothing about it" if importances else "is needed: give --imatrix FILE (made by llama-imatrix)"
+    todo = "it has no entry" if importances else "give --imatrix FILE (made by llama-imatrix)"
     raise ConvertError(
         f"{importances.path if importances else '--type ' + request.file_type.name}: {first.name!r} "
-        f"(and {len(lacking) - 1} others) would become {first.type.name}: an importance matrix {what}"
-        + (f"; give it another type, as --tensor-type '{first.name}=Q4_K'" if importances else "")
+        f"(and {len(lacking) - 1} others): {first.type.name} requires an importance matrix; {todo}"
+        + (f"; choose another type, for example --tensor-type '{first.name}=Q4_K'" if importances else "")
     )
 
 
 def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) -> Iterator[str]:
-    """Tensors that are quantised without importances though an importance matrix is given."""
+    """Notes about tensors without entries in the importance matrix, and entries without tensors."""
     if importances is None:
         return
     blind = [t.name for t in tensors if t.type.quantized and t.name not in importances.weights]
     kinds = sorted({name.split(".", 2)[-1] if name.startswith("blk.") else name for name in blind})
     if blind:
         yield (
-            f"{importances.path.name} says nothing about {len(blind)} tensors, which are quantised as without "
-            f"it: {', '.join(kinds)}"
+            f"{importances.path.name} has no entries for {len(blind)} tensors; they are quantized without "
+            f"importances: {', '.join(kinds)}"
         )
     if strange := [name for name in importances.weights if name not in {t.name for t in tensors}]:
-        yield f"{importances.path.name} has {len(strange)} entries of no tensor here: {strange[0]}, ..."
+        yield f"{importances.path.name} has {len(strange)} entries that match no tensor: {strange[0]}, ..."
 
 
 def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.remote_bytes:
         yield (
-            f"{checkpoint.remote_bytes:,} bytes of weights come over the network as they are needed; "
-            "none of them are kept on disk"
+            f"{checkpoint.remote_bytes:,} bytes of weights are streamed over the network; "
+            "they are not stored on disk"
         )
     rounded = [name for name in checkpoint.names() if name.endswith(FLOAT32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (
-            f"{len(rounded)} gate parameters are not F32 as the published model's are: they were rounded "
+            f"{len(rounded)} gate parameters are not F32 as in the published model; they were rounded "
             f"when this checkpoint was saved: {', '.join(rounded[:2])}{', ...' if len(rounded) > 2 else ''}"
         )
     if config.q_lora_rank is not None:
-        yield "query compression (q_lora_rank): unpatched llama.cpp does not load this model"
+        yield "query compression (q_lora_rank): upstream llama.cpp cannot load this model"
     if len(set(config.layers)) == 1:
-        yield f"all layers are {config.layers[0].name}: unpatched llama.cpp does not run this model"
+        yield f"all layers are {config.layers[0].name}: upstream llama.cpp cannot run this model"
     base = request.file_type.base
     fallen = [t.name for t in tensors if t.type is F16 and base is not F16]
     if fallen:
         yield (
-            f"{len(fallen)} tensors stay {F16.name}, their rows are not whole blocks of {min(base.block, 32)}: "
+            f"{len(fallen)} tensors stay {F16.name}; their row size is not a multiple of {min(base.block, 32)}: "
             f"{', '.join(fallen[:3])}{', ...' if len(fallen) > 3 else ''}"
         )
 
 
 def _size_notes(plan: Plan) -> Iterator[str]:
-    """What a user should know of parts that are larger than asked for."""
+    """Notes about splits that are larger than the requested size."""
     for file in plan.files:
         if plan.max_part is not None and file.nbytes > plan.max_part:
             yield (
-                f"{file.tensors[0].name} alone is more than --split-max-size: its part has {file.nbytes:,} bytes"
+                f"{file.tensors[0].name} is larger than --split-max-size: its split has {file.nbytes:,} bytes"
             )

@@ -1,7 +1,7 @@
-"""Telling how far a conversion is: a bar on a terminal, plain lines elsewhere, JSON lines for programs.
+"""Progress of a conversion: a progress bar on a terminal, plain lines elsewhere, or JSON lines for programs.
 
-Flows in: the plan, then every tensor and number of bytes written. Flows out: text on standard error, or JSON
-objects on standard output, one a line.
+Input: the plan, then each tensor and the number of bytes written. Output: text on standard error, or JSON objects
+on standard output, one per line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from kimi_gguf.convert.pipeline import Report
 from kimi_gguf.convert.plan import Plan
 
 PROGRAM: Final = "convert-kimi"
-PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+PLAIN_INTERVAL = 10.0  # seconds between lines if standard error is not a terminal
 JSON_INTERVAL = 1.0
 
 Teller = Callable[[Plan], AbstractContextManager[Report]]
@@ -36,13 +36,13 @@ Teller = Callable[[Plan], AbstractContextManager[Report]]
 
 @contextmanager
 def quiet(plan: Plan) -> Iterator[Report]:
-    """Nothing."""
+    """Report nothing."""
     yield lambda tensor, nbytes: None
 
 
 @contextmanager
 def for_people(plan: Plan) -> Iterator[Report]:
-    """The plan's notes, then a bar with rate, time left and the tensor at hand, or a line now and then."""
+    """Print the plan's notes, then a progress bar; without a terminal, a line every PLAIN_INTERVAL."""
     console = Console(stderr=True)
     for note in plan.notes:
         print(f"{PROGRAM}: note: {note}", file=sys.stderr)
@@ -63,7 +63,7 @@ def for_people(plan: Plan) -> Iterator[Report]:
 
 @contextmanager
 def for_programs(plan: Plan) -> Iterator[Report]:
-    """JSON lines: one "plan", a "progress" now and then; the caller adds "done" or "error"."""
+    """Print JSON lines: one "plan", then "progress" every JSON_INTERVAL; the caller adds "done" or "error"."""
     say("plan", bytes=_total(plan), tensors=len(plan.tensors), notes=list(plan.notes))
     meter = _Meter(_total(plan), JSON_INTERVAL)
 
@@ -81,7 +81,7 @@ def for_programs(plan: Plan) -> Iterator[Report]:
 
 
 def say(event: str, **facts: object) -> None:
-    """One JSON line on standard output."""
+    """Print one JSON line on standard output."""
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
@@ -110,7 +110,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Meter:
-    """Counts bytes, and says when it is time to speak."""
+    """Counts bytes and decides when to report."""
 
     def __init__(self, total: int, interval: float) -> None:
         self.total, self.done = total, 0
@@ -127,7 +127,7 @@ class _Meter:
 
     @property
     def rate(self) -> float:
-        """Bytes a second since the beginning."""
+        """Bytes per second since the start."""
         return self.done / max(time.monotonic() - self._began, 1e-9)
 
     @property

@@ -1,7 +1,7 @@
-"""Proving a GGUF file: every key and every byte of it made anew from the checkpoint, and compared.
+"""Verify a GGUF file by converting its checkpoint again and comparing all keys and bytes.
 
-Flows in: the file and the checkpoint it is said to come from. Flows out: `Verdict`. The types are the file's
-own, so that any mix can be proved, llama-quantize's own files too.
+Input: the file, and the checkpoint that it was made from. Output: `Verdict`. The tensor types are read from the
+file, so that files of any quantization mix can be verified, including files made by llama-quantize.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 
-# Keys that say where a file comes from or how it was made, not what the model is.
+# Keys that describe the origin of a file, not the model; they may differ.
 FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was compared, and what differs."""
+    """The result of a comparison."""
 
     tensors: int
     nbytes: int
@@ -50,8 +50,8 @@ def verify(
     max_memory: int | None = None,
     report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
 ) -> Verdict:
-    """Compare the file `path` with what `source` gives. Raises `ConvertError` or `GgufError` when one cannot be
-    read."""
+    """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
+    be read."""
     with GgufModel(path) as file, open_checkpoint(source) as checkpoint:
         pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
@@ -64,22 +64,26 @@ def verify(
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
-    """The plan that would give the file, its types taken from it."""
+    """The plan that would produce the file, with the types of the file."""
     tensors: list[PlannedTensor] = []
     expected = sorted(outputs(checkpoint.config), key=in_file_order)
     for output in expected:
         found = file.tensors.get(output.name)
         if found is None:
-            raise ConvertError(f"{file.path}: {output.name!r} is missing; not made of this checkpoint")
+            raise ConvertError(
+                f"{file.path}: missing tensor {output.name!r}; the file was not made from this checkpoint"
+            )
         shapes = [(*ne, 1, 1, 1)[:4] for ne in (found.ne, output.ne)]
         if shapes[0] != shapes[1]:
             raise ConvertError(
                 f"{file.path}: {output.name!r}: expected shape {list(output.ne)}, found {list(found.ne)}; "
-                "not made of this checkpoint"
+                "the file was not made from this checkpoint"
             )
         tensors.append(PlannedTensor(output, found.type, found.nbytes))
     if strange := set(file.tensors) - {output.name for output in expected}:
-        raise ConvertError(f"{file.path}: unexpected tensor {min(strange)!r}; not made of this checkpoint")
+        raise ConvertError(
+            f"{file.path}: unexpected tensor {min(strange)!r}; the file was not made from this checkpoint"
+        )
     importances = read_importances(imatrix) if imatrix else None
     return Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
 
@@ -91,18 +95,18 @@ def _differences(
     pace: Pace,
     report: Callable[[PlannedTensor, int], None],
 ) -> Iterator[tuple[str, str]]:
-    """(tensor, complaint) for every tensor with a byte that differs, at its first."""
-    at, before, told = 0, "", ""
+    """(tensor, message) for every tensor that differs; the message names the first differing byte."""
+    at, before, reported = 0, "", ""
     for tensor, piece in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
         at = at if tensor.name == before else 0
         before = tensor.name
         found = file.read(file.tensors[tensor.name], at, piece.nbytes)
-        if told != tensor.name and not np.array_equal(found, piece):
-            told = tensor.name
+        if reported != tensor.name and not np.array_equal(found, piece):
+            reported = tensor.name
             byte = at + int(np.argmax(found != piece))
             yield (
                 tensor.name,
-                f"{tensor.name} ({tensor.type.name}): differs from byte {byte} of {tensor.nbytes} on",
+                f"{tensor.name} ({tensor.type.name}): first difference at byte {byte} of {tensor.nbytes}",
             )
         at += piece.nbytes
         report(tensor, piece.nbytes)

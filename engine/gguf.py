@@ -1,8 +1,8 @@
-"""The one reader of GGUF: a single file, or a model whose tensors are split over several.
+"""Reads GGUF as untrusted data: a single file, or a model in splits, opened through the first one.
 
 Input: a path. Output: `GgufFile` (keys, and each tensor's type, shape and offset) or `GgufModel` (the keys of the
-first file and the tensors of all). Every number in a header is checked before it is used, and so is what the files
-of a split model say of each other; tensor data is read by byte range. Source: ggml's docs/gguf.md.
+first split and the tensors of all). Every number in a header is checked before it is used, and the `split.*` keys
+are checked for consistency. Tensor data are read in ranges. Source: ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GgufTensor:
 
 
 class GgufFile:
-    """An open GGUF file; a context manager. Raises `GgufError` for anything that is not right."""
+    """An open GGUF file; a context manager. Raises `GgufError` if the file is invalid."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -84,18 +84,18 @@ class GgufFile:
         self._file.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
-        """`count` bytes of a tensor from byte `first` on; without a count all that follow."""
+        """`count` bytes of a tensor, starting at byte `first`; without a count, all remaining bytes."""
         count = tensor.nbytes - first if count is None else count
         if not 0 <= first <= first + count <= tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {first}..{first + count} of {tensor.nbytes}")
         data = os.pread(self._file.fileno(), count, tensor.offset + first)
         if len(data) != count:
-            raise GgufError(f"{self.path}: {tensor.name!r}: the file ends early; it was changed meanwhile")
+            raise GgufError(f"{self.path}: {tensor.name!r}: the file was truncated while it was read")
         return np.frombuffer(data, np.uint8)
 
     def _header(self, cursor: _Cursor) -> None:
         if cursor.take(4) != b"GGUF":
-            raise GgufError(f"{self.path}: no GGUF file: expected 'GGUF' in front")
+            raise GgufError(f"{self.path}: not a GGUF file: expected 'GGUF' as the first four bytes")
         version, num_tensors, num_keys = cursor.unpack("<IQQ")
         if version != 3:
             raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
@@ -103,7 +103,7 @@ class GgufFile:
         for _ in range(num_keys):
             name = cursor.string()
             if name in keys:
-                raise GgufError(f"{self.path}: the key {name!r:.80} stands twice")
+                raise GgufError(f"{self.path}: duplicate key {name!r:.80}")
             (kind,) = cursor.unpack("<I")
             keys[name] = cursor.value(kind)
         alignment = keys.get("general.alignment", 32)
@@ -115,13 +115,15 @@ class GgufFile:
         for name, ne, type_, offset in found:
             tensor = GgufTensor(name, ne, type_, start + offset)
             if name in tensors:
-                raise GgufError(f"{self.path}: the tensor {name!r:.80} stands twice")
+                raise GgufError(f"{self.path}: duplicate tensor {name!r:.80}")
             if ne[0] % type_.block:
-                raise GgufError(f"{self.path}: {name!r:.80}: rows of {ne[0]} are no blocks of {type_.name}")
+                raise GgufError(
+                    f"{self.path}: {name!r:.80}: row size {ne[0]} is not a multiple of {type_.name}'s block size"
+                )
             if tensor.offset + tensor.nbytes > self.size:
                 raise GgufError(
-                    f"{self.path}: {name!r:.80}: expected {tensor.nbytes} bytes from {tensor.offset} on, but "
-                    f"the file has {self.size}; it is truncated"
+                    f"{self.path}: {name!r:.80}: expected {tensor.nbytes} bytes at offset "
+                    f"{tensor.offset}, but the file has {self.size} bytes; it is truncated"
                 )
             tensors[name] = tensor
         self.keys, self.tensors = keys, tensors
@@ -136,13 +138,13 @@ class GgufFile:
         if number not in _BY_NUMBER:
             raise GgufError(f"{self.path}: {name!r:.80}: unknown tensor type {number}")
         if min(ne) < 1 or math.prod(ne) > 1 << 48:
-            raise GgufError(f"{self.path}: {name!r:.80}: expected sizes of 1 and more, found {list(ne)}")
+            raise GgufError(f"{self.path}: {name!r:.80}: expected sizes of at least 1, found {list(ne)}")
         return name, ne, _BY_NUMBER[number], offset
 
 
 class GgufModel:
-    """An open model; a context manager. Raises `GgufError` for parts that are missing, damaged, or of
-    another set."""
+    """An open model; a context manager. Raises `GgufError` for a split that is missing, damaged, or belongs to
+    another model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -161,8 +163,8 @@ class GgufModel:
             expected = first.keys.get(TENSORS) if len(files) > 1 else len(self.tensors)
             if len(self.tensors) != expected:
                 raise GgufError(
-                    f"{path}: {TENSORS}: expected {expected!r:.40} tensors in all parts, found "
-                    f"{len(self.tensors)}; the parts are not of one set"
+                    f"{path}: {TENSORS}: expected {expected!r:.40} tensors in all splits, found "
+                    f"{len(self.tensors)}; the splits do not belong together"
                 )
             self._stack = stack.pop_all()
 
@@ -175,7 +177,7 @@ class GgufModel:
         self._stack.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
-        """`count` bytes of a tensor from byte `first` on; without a count all that follow."""
+        """`count` bytes of a tensor, starting at byte `first`; without a count, all remaining bytes."""
         return self._file_of[tensor.name].read(tensor, first, count)
 
 
@@ -187,30 +189,32 @@ def _other_parts(first: GgufFile) -> list[Path]:
     place = place_in_set(first.path)
     if place is None or len(place[1]) != count:
         raise GgufError(
-            f"{first.path}: is a part of {count}, which must be called NAME-00001-of-{count:05d}.gguf; "
-            "give it back the name that it had"
+            f"{first.path}: split of {count}: expected a name like NAME-00001-of-{count:05d}.gguf; "
+            "restore its original name"
         )
     if number != 0 or place[0] != 1:
         raise GgufError(
-            f"{first.path}: is part {place[0]} of {count}; give the first one, {place[1][0].name}"
+            f"{first.path}: is split {place[0]} of {count}; give the first one, {place[1][0].name}"
         )
     for path in place[1]:
         if not path.exists():
-            raise GgufError(f"{path}: is missing, one of {count} parts; put all of them into one folder")
+            raise GgufError(
+                f"{path}: not found, but the model has {count} splits; put all of them into one folder"
+            )
     return place[1][1:]
 
 
 def _check_part(part: GgufFile, number: int, first: GgufFile) -> None:
-    """What a part says of its set must be what the first says; the set's hash is our own key, which
-    llama-gguf-split leaves out of all parts but the first."""
+    """Compare a split's `split.*` keys with those of the first. llama-gguf-split does not copy SET, a key of this
+    project, to the other splits."""
     wanted = {NUMBER: number, **{key: first.keys.get(key) for key in (COUNT, TENSORS)}}
     if SET in part.keys:
         wanted[SET] = first.keys.get(SET)
     for key, expected in wanted.items():
         if (found := part.keys.get(key)) != expected:
             raise GgufError(
-                f"{part.path}: {key}: expected {expected!r:.80} by {first.path.name}, found {found!r:.80}; "
-                "it is a part of another model"
+                f"{part.path}: {key}: expected {expected!r:.80} as in {first.path.name}, found {found!r:.80}; "
+                "it is a split of another model"
             )
 
 
@@ -219,13 +223,13 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
     for file in files:
         for name in file.tensors:
             if name in found:
-                raise GgufError(f"{file.path}: {name!r:.80} stands in {found[name].path.name} too")
+                raise GgufError(f"{file.path}: {name!r:.80} is also in {found[name].path.name}")
             found[name] = file
     return found
 
 
 class _Cursor:
-    """A place in the header that never runs beyond it."""
+    """A position in the header; reading beyond its end raises `GgufError`."""
 
     def __init__(self, data: bytes, path: Path) -> None:
         self.data, self.path, self.at = data, path, 0
@@ -253,7 +257,7 @@ class _Cursor:
         items, count = self.unpack("<IQ")
         if items == _STRING:
             if count > (len(self.data) - self.at) // 8:
-                raise GgufError(f"{self.path}: an array of {count} texts is longer than the header")
+                raise GgufError(f"{self.path}: an array of {count} strings is longer than the header")
             return [self.string() for _ in range(count)]
         if items not in _SCALARS:
             raise GgufError(f"{self.path}: unknown type {items} of an array's items")

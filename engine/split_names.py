@@ -1,5 +1,4 @@
-"""Names of a model that is split over several GGUF files, as llama.cpp expects them: its files
-(NAME-00001-of-00003.gguf) and the keys in each that say how they belong together."""
+"""File names of a split model, NAME-00001-of-00003.gguf as llama.cpp requires, and the keys that number the splits."""
 
 from __future__ import annotations
 
@@ -7,15 +6,16 @@ import re
 from pathlib import Path
 from typing import Final
 
-MAX_PARTS: Final = 65535  # split.count is an unsigned number of 16 bits
+MAX_PARTS: Final = 65535  # split.count is an unsigned 16-bit integer
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
-# Equal in all files of one model, and in no other's: a hash of all that the headers say. Our own key.
+# A hash of the header; the same in all splits of one model, and different for every other model. A key of this
+# project.
 SET: Final = "kimi_gguf.split.set"
 _PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
 def part_paths(path: Path, count: int) -> list[Path]:
-    """The files that an output `path` of `count` parts stands in; one part is `path` itself."""
+    """The file names of an output `path` with `count` splits; a single one is `path` itself."""
     if count == 1:
         return [path]
     stem = path.name.removesuffix(".gguf")
@@ -23,7 +23,7 @@ def part_paths(path: Path, count: int) -> list[Path]:
 
 
 def place_in_set(path: Path) -> tuple[int, list[Path]] | None:
-    """(number from 1 on, all parts) of a file that is called as a part; None for any other name."""
+    """(number, starting at 1; all splits) for the name of a split; None for any other name."""
     match = _PART.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return None

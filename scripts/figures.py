@@ -1,9 +1,9 @@
-"""The figures of docs/measurements.md and the picture of the README, measured on the demo checkpoint.
+"""Measure the demo checkpoint for docs/measurements.md and the README's picture.
 
     python -m kimi_gguf.scripts.figures
 
-Flows in: demo/. Flows out: docs/measurements.md and docs/demo-error.svg. Each type is converted and validated
-with the project's own commands, patched llama.cpp beside pristine on the same file.
+Input: demo/. Output: docs/measurements.md and docs/demo-error.svg. Each type is converted and validated with the
+project's own commands, with patched and upstream llama.cpp on the same file.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ TOKENS = 2048
 COMMAND = "python -m kimi_gguf.scripts.figures"
 ROW = "| {type} | {run} | {build} | {nmse:.1e} | {nmse_median:.1e} | {nmse_worst:.1e} | {kld_mean:.1e} | {kld_p99:.1e} | {kld_max:.1e} | {top1:.2%} | {top5:.2%} | {ppl_test:.3f} | {other} |"  # noqa: E501
 HEADER = """\
-| weights | run | llama.cpp | NMSE | median | worst position | KLD mean | 99 % | max | top-1 | top-5 | perplexity | other experts |
+| weights | run | llama.cpp | NMSE | median | worst position | KLD mean | 99 % | max | top-1 | top-5 | perplexity | expert mismatches |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """  # noqa: E501
 PAGE = """\
 # Measurements
 
 Written by `{command}` on {date}; do not edit.
-{machine}; llama.cpp {commit} from {package}, patched and pristine built from the
-same archive with the same options. Cache in F32.
+{machine}; llama.cpp {commit} from {package}, patched and upstream built from the
+same archive with the same options. The cache is in F32.
 
 ## The demo checkpoint against the torch reference
 
-{positions} positions: text that was not trained on, and what llama.cpp wrote after it. The reference is
-plain torch in float32; its perplexity is {ppl_reference:.3f}. KLD is KL(reference || llama.cpp) in nats.
-The quiet probe turns the attention layers' input down by 2^-8 in the file and the reference alike, which
-shows the constants in the norms ([validation](validation.md)). *Other experts* counts the positions at which
-llama.cpp chose other experts than the reference in some layer: nearly all of the error in sum comes from
-those few. The noise floor (the same file again with ubatches of {n_ubatch}) is NMSE {floor:.1e} for F32.
-Hashes, options and every position stand in the JSON report that `validate-kimi` writes.
+{positions} positions: held-out text, followed by tokens that llama.cpp generated. The reference is plain torch in
+float32; its perplexity is {ppl_reference:.3f}. KLD is KL(reference || llama.cpp) in nats. The quiet probe scales
+the attention layers' input by 2^-8 in the file and in the reference, so that the epsilons of the norms affect the
+result ([validation](validation.md)). *Expert mismatches* counts the positions at which llama.cpp chose other
+experts than the reference in at least one layer: these few positions cause nearly all of the total error. The noise
+floor (the same file with ubatches of {n_ubatch}) is NMSE {floor:.1e} for F32. Hashes, options and the error at every
+position are in the JSON report that `validate-kimi` writes.
 
 {table}
 ![error at every position](demo-error.svg)
@@ -62,28 +62,28 @@ def command(*words: str | Path, allow: tuple[int, ...] = (0,)) -> None:
 
 
 def measure(checkpoint: Path, weights: str, tokens: int, scratch: Path) -> Report:
-    """Convert to one type and validate it; a failed gate is a figure too."""
+    """Convert to one type and validate it; a failed gate is not an error here."""
     gguf, out = scratch / f"{weights}.gguf", scratch / weights
     command("convert-kimi", checkpoint, "-o", gguf, "--type", weights, "--quiet")
     text = ("--text", checkpoint / "heldout.txt", "--tokens", str(tokens))
     command(
-        "validate-kimi", gguf, "--checkpoint", checkpoint, *text, "--pristine", "--out", out, allow=(0, 1)
+        "validate-kimi", gguf, "--checkpoint", checkpoint, *text, "--upstream", "--out", out, allow=(0, 1)
     )
     report: Report = json.loads((out / "report.json").read_text())
     return report
 
 
 def builds(report: Report) -> dict[str, list[dict[str, Any]]]:
-    """Runs of patched and of pristine llama.cpp."""
-    return {"patched": report["runs"], "pristine": report["rivals"][0]["runs"]}
+    """Runs of patched and of upstream llama.cpp."""
+    return {"patched": report["runs"], "upstream": report["rivals"][0]["runs"]}
 
 
 def table(reports: dict[str, Report]) -> str:
-    """One row for each type, way of running and build."""
+    """One row for each type, variant and build."""
     rows = []
     for weights, report in reports.items():
-        for ours, theirs in zip(*builds(report).values(), strict=True):
-            for build, run in (("patched", ours), ("pristine", theirs)):
+        for runs in zip(*builds(report).values(), strict=True):
+            for build, run in zip(builds(report), runs, strict=True):
                 other = run["other_experts"]["positions"] if run["other_experts"] else 0
                 names = {"type": weights, "run": run["variant"]["title"], "build": build, "other": other}
                 rows.append(ROW.format(**names, **run["all"]))
@@ -105,11 +105,11 @@ def draw(report: Report, file: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description="Measure the demo and write docs/measurements.md.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("demo"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--checkpoint", type=Path, default=Path("demo"), help="(default: %(default)s)")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="write here (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="evaluate on N (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         reports = {

@@ -30,7 +30,7 @@ from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import EngineError
-from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_twin
+from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
 from kimi_gguf.scripts.upstream_converter import Job, command, environment
 
 LAYERS, EXPERTS, VOCAB, SHARDS, SEED = "KKKMKKKM", 32, 32000, 4, 0
@@ -70,7 +70,7 @@ def checkpoint(told: Reporter) -> Path:
     folder = bench_folder() / "models" / f"checkpoint-48b-{len(LAYERS)}L-{EXPERTS}E-{SEED}"
     if not (folder / "tokenizer_config.json").is_file():  # written last
         told.phase(f"writing a checkpoint of {sum(map(num_bytes, tensors(config))) / 1e9:.1f} GB")
-        write_twin(folder, config, SHARDS, SEED)
+        write_synthetic(folder, config, SHARDS, SEED)
     return folder
 
 

@@ -1,8 +1,8 @@
-"""The demo's road for the real 48B checkpoint: needs said first, then build, convert, run, validate.
+"""Build, convert, run and validate the real 48B checkpoint.
 
-In: a folder or a hub id. Out: a GGUF, text from it, a validation report. Every step is one of the project's
-commands, printed before it runs. `--rehearse` shows the needs and the plan on a full-size twin without
-values, then walks the whole road with the demo checkpoint.
+Input: a folder or a hub id. Output: a GGUF file, text generated from it, a validation report. Disk and memory
+requirements are printed first. Each step is one of the project's commands, printed before it runs. `--rehearse`
+shows the requirements and the plan with a sparse checkpoint of full size, then runs all steps on the demo checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.pipeline import plan_only
 from kimi_gguf.convert.types.tensor_types import TYPES
-from kimi_gguf.scripts.synthetic_checkpoint import write_twin
+from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 
 GB = 1_000_000_000
 CHECKPOINT_BYTES = 98_245_528_576  # published, 20 shards
@@ -31,19 +31,19 @@ PROMPT = "Linear attention is"
 EXAMPLES = """\
 examples:
   scripts/prove-48b --rehearse
-      the needs, the plan on a full-size twin, then every step on the demo checkpoint
+      show requirements and plan with a sparse checkpoint of full size, then run all steps on the demo
   scripts/prove-48b ~/models/Kimi-Linear-48B-A3B-Instruct --type Q8_0
   scripts/prove-48b moonshotai/Kimi-Linear-48B-A3B-Instruct --type BF16 --out /data/kimi --tokens 256
 """
 
 
 class ProveError(Exception):
-    """Why the road cannot be walked here, and what would mend it."""
+    """A step cannot run; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of disk and memory that the whole road wants."""
+    """Bytes of disk and memory that all steps need together."""
 
     download: int
     gguf: int
@@ -60,7 +60,7 @@ class Needs:
         return [
             f"disk    {self.disk / GB:6.1f} GB: {self.download / GB:.1f} to download, "
             f"{self.gguf / GB:.1f} for the GGUF, {BUILD_BYTES / GB:.1f} for the two builds",
-            f"memory  {self.memory / GB:6.1f} GB to run it without paging (mapped: less works, slowly); "
+            f"memory  {self.memory / GB:6.1f} GB to run the model without paging (less works, but slowly); "
             f"{REFERENCE_MEMORY / GB:.0f} for the reference",
         ]
 
@@ -71,27 +71,28 @@ def planned_bytes(folder: Path, out_type: str) -> int:
 
 
 def check_disk(needs: Needs, out: Path) -> None:
-    """Raise when the folder's disk cannot hold what is to come."""
+    """Raise `ProveError` if the disk of `out` is too small."""
     out.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out).free
     if free < needs.disk:
         raise ProveError(
-            f"{out}: {free / GB:.1f} GB free, {needs.disk / GB:.1f} GB wanted; name another disk with --out"
+            f"{out}: expected {needs.disk / GB:.1f} GB of free disk space, found {free / GB:.1f} GB; "
+            "choose another disk with --out"
         )
 
 
 def call(step: str, *command: str | Path) -> None:
-    """Print a command as one could type it and run it; a failure ends the road with its exit status."""
+    """Print a command and run it. Raises `ProveError` if it fails."""
     words = [str(word) for word in command]
     print(f"\n== {step}\n$ {shlex.join(words)}", flush=True)
     words[0] = str(Path(sys.executable).parent / words[0])
     status = subprocess.run(words).returncode
     if status:
-        raise ProveError(f"{step}: the command above ended with status {status}")
+        raise ProveError(f"{step}: the command above failed with exit status {status}")
 
 
 def fetch(hub_id: str, out: Path) -> Path:
-    """Download a checkpoint from the hub (it resumes where an earlier try ended)."""
+    """Download a checkpoint from the hub; an interrupted download is resumed."""
     folder = out / hub_id.replace("/", "--")
     call("Download", "hf", "download", hub_id, "--local-dir", folder, "--exclude", "*.py")
     return folder
@@ -101,34 +102,34 @@ def walk(source: Path, out: Path, out_type: str, tokens: int) -> None:
     """Build, convert, run, validate."""
     gguf = out / f"{source.name}-{out_type}.gguf"
     call("Build", "kimi-llama", "build")
-    call("Build the unpatched twin", "kimi-llama", "build", "--pristine")
+    call("Build upstream llama.cpp", "kimi-llama", "build", "--pristine")
     call("Convert", "convert-kimi", source, "-o", gguf, "--type", out_type, "--force")
     call("Run", "kimi-llama", "run", gguf, "-p", PROMPT, "-n", "32", "--temp", "0")
     report = out / f"report-{out_type}"
     validate: list[str | Path] = ["validate-kimi", gguf, "--checkpoint", source, "--tokens", str(tokens)]
-    call("Validate", *validate, "--pristine", "--out", report)
+    call("Validate", *validate, "--upstream", "--out", report)
     print(f"\nDone: {gguf} and {report}")
 
 
 def rehearse(out: Path, out_type: str, tokens: int) -> None:
-    """The needs and the plan on the twin, the road on the demo."""
+    """Show requirements and plan with a sparse checkpoint of full size, then run all steps on the demo."""
     with tempfile.TemporaryDirectory() as scratch:
-        twin = write_twin(Path(scratch) / "Kimi-Linear-48B-A3B-twin")
-        needs = Needs(CHECKPOINT_BYTES, planned_bytes(twin, out_type))
-        print(f"The real checkpoint, as {out_type}, wants:", *needs.lines(), sep="\n  ")
+        sparse = write_synthetic(Path(scratch) / "Kimi-Linear-48B-A3B-sparse")
+        needs = Needs(CHECKPOINT_BYTES, planned_bytes(sparse, out_type))
+        print(f"The real checkpoint, as {out_type}, requires:", *needs.lines(), sep="\n  ")
         plan = Path(scratch) / "plan.txt"
         with plan.open("w") as file:
-            command = [Path(sys.executable).parent / "convert-kimi", twin, "--dry-run", "--type", out_type]
+            command = [Path(sys.executable).parent / "convert-kimi", sparse, "--dry-run", "--type", out_type]
             subprocess.run([str(word) for word in command], stdout=file, check=True)
         lines = plan.read_text().splitlines()
         print(f"\n== The conversion's plan, {len(lines)} lines", *lines[:12], "...", *lines[-6:], sep="\n")
-    print("\nNow every step, with the demo checkpoint:")
+    print("\nAll steps, with the demo checkpoint:")
     out.mkdir(parents=True, exist_ok=True)
     walk(Path("demo"), out, out_type, tokens)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line of scripts/prove-48b; 0 when all gates hold."""
+    """Run scripts/prove-48b; return 0 if all gates pass."""
     parser = argparse.ArgumentParser(
         prog="scripts/prove-48b",
         description="Take the real Kimi-Linear-48B checkpoint through build, conversion, run and validation.",
@@ -136,13 +137,19 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", nargs="?", help="checkpoint folder, or a hub id such as OWNER/NAME")
-    parser.add_argument("--type", default="Q8_0", choices=TYPES, help="of the GGUF")
-    parser.add_argument("--out", type=Path, default=Path("out/48b"), help="folder for everything it makes")
-    parser.add_argument("--tokens", type=int, default=256, help="how many tokens of text to validate on")
-    parser.add_argument("--rehearse", action="store_true", help="walk it without the real checkpoint")
+    parser.add_argument(
+        "--type", default="Q8_0", choices=TYPES, help="type of the GGUF file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/48b"), help="folder for all output (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=256, help="tokens of text to validate on (default: %(default)s)"
+    )
+    parser.add_argument("--rehearse", action="store_true", help="run without the real checkpoint")
     args = parser.parse_args(arguments)
     if args.rehearse == bool(args.source):
-        parser.error("name a checkpoint, or --rehearse")
+        parser.error("expected either a checkpoint or --rehearse")
     try:
         if args.rehearse:
             rehearse(args.out, args.type, args.tokens)
@@ -150,15 +157,15 @@ def main(arguments: list[str] | None = None) -> int:
         source = Path(args.source).expanduser()
         if not source.exists():
             if args.source.count("/") != 1:
-                raise ProveError(f"{args.source}: no such folder, and no hub id (OWNER/NAME) either")
+                raise ProveError(f"{args.source}: not found; expected a folder or a hub id (OWNER/NAME)")
             with tempfile.TemporaryDirectory() as scratch:
-                needs = Needs(CHECKPOINT_BYTES, planned_bytes(write_twin(Path(scratch)), args.type))
-            print("Before anything is fetched: it wants", *needs.lines(), sep="\n  ")
+                needs = Needs(CHECKPOINT_BYTES, planned_bytes(write_synthetic(Path(scratch)), args.type))
+            print("Required:", *needs.lines(), sep="\n  ")
             check_disk(needs, args.out)
             source = fetch(args.source, args.out)
         else:
             needs = Needs(0, planned_bytes(source, args.type))
-            print("It wants:", *needs.lines(), sep="\n  ")
+            print("Required:", *needs.lines(), sep="\n  ")
             check_disk(needs, args.out)
         walk(source, args.out, args.type, args.tokens)
     except (ProveError, ConvertError) as error:

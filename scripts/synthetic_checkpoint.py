@@ -1,8 +1,8 @@
-"""Twins of the 48B checkpoint for rehearsals: real names, shapes and dtypes, with a made-up `tiktoken.model`.
+"""Synthetic checkpoints with the 48B's tensor names, shapes and dtypes, and a generated `tiktoken.model`.
 
-In: a folder, and what of the published config is to be otherwise. Out: config.json, safetensors shards with their
-index, the tokenizer. Without values the shards are sparse, the full size 98 GB to read and some megabytes on disk:
-for every step that does not need values. With random ones, quantisation takes the time that it takes.
+Input: a folder, a config, a seed. Output: config.json, safetensors shards with their index, the tokenizer. Without a
+seed the shards are sparse files: 98 GB of zeros that take a few megabytes on disk, for tests that need no values.
+With a seed the values are random, for measurements in which quantization must take its real time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kimi_gguf.convert.model.tensors import FLOAT32, hub_shapes
 
 NUM_SHARDS = 20
 BYTES = {"BF16": 2, "F32": 4}
-# Offsets behind the last rank, as in the K2 family's tokenizer.
+# Offsets from the number of ranks, as in the K2 family's tokenizer.
 SPECIAL_TOKENS = {
     0: "[BOS]",
     1: "[EOS]",
@@ -40,7 +40,7 @@ SPECIAL_TOKENS = {
     255: "[PAD]",
 }
 
-POOL = 1 << 24  # random values, read again and again from random places
+POOL = 1 << 24  # number of random values; tensors are filled with sections of this pool
 STD = 0.02
 
 TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
@@ -48,7 +48,7 @@ Config = Mapping[str, Any]
 
 
 def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
-    """The published config with other counts. layers: one letter each, K for KDA and M for MLA."""
+    """The published config with fewer layers, experts and tokens. layers: a letter each, K for KDA, M for MLA."""
     config = published_config()
     config |= {"num_hidden_layers": len(layers), "num_experts": experts, "vocab_size": vocab}
     config |= {"bos_token_id": vocab - 256, "eos_token_id": vocab - 254, "pad_token_id": vocab - 1}
@@ -58,14 +58,14 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
 
 
 def tensors(config: Config) -> Iterator[TensorInfo]:
-    """Every tensor of a checkpoint with this config; of the published one 20,493, with 49,122,681,728 parameters."""
+    """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters)."""
     shapes = hub_shapes(KimiConfig.from_json(json.dumps(config).encode(), "config.json"))
     for name in sorted(shapes, key=_place):
         yield name, "F32" if name.endswith(FLOAT32) else "BF16", shapes[name]
 
 
 def _place(name: str) -> tuple[float, int]:
-    """Layer by layer, and in each expert by expert, as published checkpoints are stored."""
+    """Sort key: by layer, then by expert, the order of published checkpoints."""
     match = re.match(r"model\.layers\.(\d+)\.(?:.+\.experts\.(\d+)\.)?", name)
     if match is None:
         return (-1 if "embed" in name else math.inf), 0
@@ -81,7 +81,7 @@ def num_bytes(info: TensorInfo) -> int:
 
 
 def write_shard(file: Path, infos: list[TensorInfo], values: np.random.Generator | None) -> None:
-    """One safetensors file: a true header, then random values, or a hole where the data would be."""
+    """Write one safetensors file: a valid header, then random values, or a hole (a sparse file)."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, dtype, shape in infos:
@@ -102,7 +102,7 @@ def write_shard(file: Path, infos: list[TensorInfo], values: np.random.Generator
 
 
 def write_values(f: IO[bytes], pool: NDArray[Any], count: int, values: np.random.Generator) -> None:
-    """`count` numbers out of the pool, from random places on."""
+    """Write `count` values of the pool, in sections that start at random positions."""
     while count:
         start = int(values.integers(0, POOL // 2))
         piece = pool[start : start + count]
@@ -111,7 +111,7 @@ def write_values(f: IO[bytes], pool: NDArray[Any], count: int, values: np.random
 
 
 def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """As many ranks as the real tokenizer has: the bytes, all pairs, then triples; every one a merge."""
+    """Write a tokenizer with `vocab_size` tokens: all bytes, all pairs, then triples, and the special tokens."""
     singles = [bytes([b]) for b in range(256)]
     pairs = [a + b for a, b in itertools.product(singles, singles)]
     triples = (a + b for a, b in itertools.product(pairs, singles))
@@ -131,10 +131,13 @@ def write_tokenizer(folder: Path, vocab_size: int) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
 
 
-def write_twin(
+def write_synthetic(
     folder: Path, config: Config | None = None, num_shards: int = NUM_SHARDS, seed: int | None = None
 ) -> Path:
-    """Write a twin into `folder` (made if need be). config: None is the published one. seed: None leaves holes."""
+    """Write a synthetic checkpoint to `folder`, creating it if needed.
+
+    config: None is the published config. seed: None writes sparse files.
+    """
     config = published_config() if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -153,12 +156,12 @@ def write_twin(
 
 
 def main() -> None:
-    """Command line: `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
+    """Run `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
     parser = argparse.ArgumentParser(
-        description="Write a full-size twin of the 48B checkpoint, all zeros, sparse."
+        description="Write a sparse checkpoint of the 48B's full size; all values are zero."
     )
-    parser.add_argument("folder", type=Path)
-    print(write_twin(parser.parse_args().folder))
+    parser.add_argument("folder", type=Path, help="folder to write to")
+    print(write_synthetic(parser.parse_args().folder))
 
 
 if __name__ == "__main__":

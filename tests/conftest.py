@@ -50,7 +50,7 @@ def engine(shared_cache: Path) -> Engine:
 
 @pytest.fixture(scope="session")
 def pristine(shared_cache: Path) -> Engine:
-    """Its unpatched twin."""
+    """Upstream llama.cpp, built with the same options."""
     return _own_build(shared_cache, pristine=True)
 
 

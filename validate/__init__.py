@@ -2,6 +2,6 @@
 
 import os
 
-# OpenMP's threads, torch's and llama.cpp's, wait by spinning unless told otherwise; where cores are busy a
-# second of work then lasts minutes. It is read once, when torch or llama.cpp is loaded: hence here.
+# By default, idle OpenMP threads of torch and llama.cpp spin. On a busy machine this can turn a second of work into
+# minutes. The variable is read when torch or llama.cpp is loaded, so it is set before either is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -1,8 +1,8 @@
-"""`validate-kimi`: is this GGUF file the checkpoint's model, and does llama.cpp compute it right?
+"""`validate-kimi`: compare llama.cpp's logits for a GGUF file with a torch reference of its checkpoint.
 
-Flows in: arguments. Flows out: report.html, report.json and report.md, a summary on standard output, progress
-on standard error; an exit status: 0 all gates passed, 1 one failed, 2 bad input, 130 interrupted.
-Everything that prints or parses arguments is here.
+Input: arguments. Output: report.html, report.json and report.md, a summary on standard output, progress on
+standard error, and the exit status (0 all gates passed, 1 a gate failed, 2 bad input, 130 interrupted).
+This is the only module of the package that parses arguments or prints.
 """
 
 from __future__ import annotations
@@ -49,34 +49,35 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 EXAMPLES = """\
 examples:
   validate-kimi kimi-BF16.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --out report
-      on a built-in text; report/report.html is for people, .json for machines, .md for a model card
-  validate-kimi kimi-Q8_0.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --text book.txt --tokens 2048 --pristine
-      unpatched llama.cpp's figures on the same file beside
+      use the built-in text; write report/report.html, report.json and report.md (for a model card)
+  validate-kimi kimi-Q8_0.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --text book.txt --tokens 2048 --upstream
+      also run the file on upstream llama.cpp and compare
   validate-kimi other.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --against kimi-Q8_0.gguf --cache-type Q8_0
+      also run kimi-Q8_0.gguf and show its figures next to those of other.gguf
 
-exit status: 0 all gates passed; 1 a gate failed; 2 bad input.
+exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     options = _parser().parse_args(arguments)
     try:
         request = _request(options)
         torch.set_num_threads(options.threads)
         engine = select(options.build)
         print(f"{PROGRAM}: build {engine.label()}", file=sys.stderr)
-        pristine = None
-        if options.pristine:  # of the same options
-            pristine = ensure(pristine=True, backend=engine.backends[0], defines=engine.defines)
+        upstream = None
+        if options.upstream:  # built with the same options
+            upstream = ensure(pristine=True, backend=engine.backends[0], defines=engine.defines)
         with reporting() as reporter:
-            report = validate(request, engine, pristine, reporter)
+            report = validate(request, engine, upstream, reporter)
         html = write(report, options.out)
     except (ValidateError, ConvertError, EngineError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; nothing was written", file=sys.stderr)
+        print(f"{PROGRAM}: interrupted; no report was written", file=sys.stderr)
         return INTERRUPTED
     if not options.quiet:
         _summary(report, html)
@@ -91,56 +92,100 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("gguf", metavar="GGUF", type=Path, help="the file to validate")
-    parser.add_argument("--checkpoint", metavar="DIR", type=Path, required=True, help="what it was made of")
+    add = parser.add_argument
+    add("--checkpoint", metavar="DIR", type=Path, required=True, help="checkpoint that GGUF was made from")
     tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument("--text", metavar="FILE", type=Path, help="evaluate on this text (default: built-in)")
     tokens.add_argument(
-        "--text", metavar="FILE", type=Path, help="text to compare on (default: a built-in one)"
+        "--ids", metavar="FILE", type=Path, help="evaluate on these token ids, separated by spaces or commas"
     )
-    tokens.add_argument("--ids", metavar="FILE", type=Path, help="token ids, separated by spaces or commas")
-    parser.add_argument(
-        "--tokens", metavar="N", type=_positive, default=512, help="of the text at most (512)"
+    add(
+        "--tokens",
+        metavar="N",
+        type=_positive,
+        default=512,
+        help="use at most N tokens of the text (default: %(default)s)",
     )
-    parser.add_argument(
-        "--generate", metavar="N", type=_natural, default=32, help="tokens llama.cpp writes after it (32)"
+    add(
+        "--generate",
+        metavar="N",
+        type=_natural,
+        default=32,
+        help="let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)",
     )
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("validation"), help="for the reports")
-    parser.add_argument("--pristine", action="store_true", help="show unpatched llama.cpp's figures beside")
-    parser.add_argument("--against", metavar="GGUF", type=Path, help="show another file's figures beside")
-    parser.add_argument(
-        "--precision", choices=PRECISIONS, default="float32", help="of the reference (float32)"
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("validation"),
+        help="write the reports to DIR (default: %(default)s)",
     )
-    parser.add_argument(
-        "--build", "--backend", metavar="NAME", help="llama.cpp's build, as in kimi-llama path --help (cpu)"
+    add("--upstream", action="store_true", help="also run GGUF on upstream llama.cpp and compare")
+    add("--pristine", dest="upstream", action="store_true", help=argparse.SUPPRESS)  # the earlier name
+    add("--against", metavar="GGUF", type=Path, help="also run another file and show its figures")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="precision of the reference (default: %(default)s)",
     )
-    parser.add_argument("--gpu-layers", metavar="N", type=_natural, help="on a GPU (all, with a GPU backend)")
-    parser.add_argument(
-        "--cache-type", metavar="TYPE", default="F32", help="of K and V: F32, F16, Q8_0 ... (F32)"
+    add(
+        "--build",
+        "--backend",
+        metavar="NAME",
+        help="build of llama.cpp, named as in kimi-llama path --help (default: cpu)",
     )
-    parser.add_argument(
-        "--batch", metavar="N", type=_positive, default=512, help="tokens per llama_decode (512)"
+    add(
+        "--gpu-layers",
+        metavar="N",
+        type=_natural,
+        help="layers to offload to the GPU (default: all with a GPU backend, else 0)",
     )
-    parser.add_argument("--ubatch", metavar="N", type=_positive, default=512, help="tokens per graph (512)")
-    parser.add_argument(
-        "--threads", metavar="N", type=_positive, default=os.cpu_count() or 1, help="(all cores)"
+    add(
+        "--cache-type",
+        metavar="TYPE",
+        default="F32",
+        help="type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no summary on standard output")
+    add(
+        "--batch",
+        metavar="N",
+        type=_positive,
+        default=512,
+        help="tokens per call of llama_decode (default: %(default)s)",
+    )
+    add(
+        "--ubatch",
+        metavar="N",
+        type=_positive,
+        default=512,
+        help="tokens per graph evaluation (default: %(default)s)",
+    )
+    add(
+        "--threads",
+        metavar="N",
+        type=_positive,
+        default=os.cpu_count() or 1,
+        help="CPU threads (default: all cores)",
+    )
+    add("--quiet", action="store_true", help="print no summary on standard output")
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
     return int(text)
 
 
 def _natural(text: str) -> int:
     if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, found {text!r}")
     return int(text)
 
 
 def _request(options: argparse.Namespace) -> Request:
-    """The arguments with their files read; what is wrong with them is said before anything is built."""
+    """Read the files that the arguments name. Raises an error for bad input before anything is built."""
     for path in (options.gguf, options.against):
         if path is not None:
             with open_gguf(path):
@@ -177,27 +222,27 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValidateError(f"{path}: not UTF-8 text: {error}") from error
+        raise ValidateError(f"{path}: expected UTF-8 text: {error}") from error
 
 
 def _read_ids(path: Path) -> Ids:
     words = _read(path).replace(",", " ").split()
     bad = next((word for word in words if not word.isdigit() or int(word) >= 2**31), None)
     if bad is not None:
-        raise ValidateError(f"{path}: {bad!r:.40} is no token id; expected whole numbers")
+        raise ValidateError(f"{path}: expected token ids (integers), found {bad!r:.40}")
     if not words:
-        raise ValidateError(f"{path}: no token ids")
+        raise ValidateError(f"{path}: expected token ids, found an empty file")
     return np.array([int(word) for word in words], dtype=np.int64)
 
 
 def _summary(report: Report, html: Path) -> None:
-    """The figures and gates in short."""
+    """Print the main figures and the gates."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 120  # nobody's window: keep each line whole
+        console.width = 120  # do not wrap lines at 80 columns in a file or a pipe
     table = Table(title=f"{report.gguf['name']} against {report.checkpoint['name']}", title_justify="left")
     table.add_column("")
-    for title in ("NMSE", "worst", "KLD mean", "99 %", "top 1", "perplexity", "other experts"):
+    for title in ("NMSE", "worst NMSE", "mean KLD", "99 % KLD", "top-1", "perplexity", "expert mismatches"):
         table.add_column(title, justify="right")
     rows = [("this file", run) for run in report.runs]
     rows += [(rival.title, run) for rival in report.rivals for run in rival.runs]

@@ -1,5 +1,5 @@
-"""The one error of this package, for bad input and for llama.cpp runs that did not finish."""
+"""The error that this package raises for bad input and for llama.cpp runs that did not finish."""
 
 
 class ValidateError(Exception):
-    """Says which file or step, what was expected, what was found and what to do."""
+    """The message names the file or step, what was expected, what was found, and what to do."""

@@ -1,6 +1,7 @@
-"""Deliberate faults: the reference with one mistake each, to show that the gates catch what perplexity hides.
+"""Deliberate faults: subclasses of the reference with one mistake each.
 
-Each is a mistake that an implementation of this model could make, or has made. `FAULTS` names them.
+They show that the gates catch mistakes that perplexity does not show. Each is a mistake that an implementation of
+this model could make, or has made. `FAULTS` maps their names to the classes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ STATE_LOST_EVERY = 64  # tokens
 
 
 class SilentMla(Reference):
-    """The MLA layers contribute nothing."""
+    """The output of every MLA layer is zero."""
 
     def mla(self, layer: int, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
@@ -47,14 +48,14 @@ class OneDecayPerHead(Reference):
 
 
 class LostState(Reference):
-    """The KDA state is lost where a new batch of 64 tokens begins."""
+    """The KDA state is reset to zero at every 64th token, as if it were lost between batches."""
 
     def carried_state(self, state: Tensor, position: int) -> Tensor:
         return torch.zeros_like(state) if position % STATE_LOST_EVERY == 0 else state
 
 
 class SwappedExperts(Reference):
-    """Experts 0 and 1 of every layer stand in each other's place."""
+    """Experts 0 and 1 of every layer are swapped."""
 
     def expert_prefix(self, p: str, expert: int) -> str:
         return super().expert_prefix(p, {0: 1, 1: 0}.get(expert, expert))

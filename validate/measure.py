@@ -1,10 +1,10 @@
-"""From a GGUF file, an engine and the reference to figures: everything that a report shows is measured here.
+"""Run the reference and llama.cpp on the same tokens and compute every figure that a report shows.
 
-Flows in: token ids, the reference, an engine, a GGUF file, options. Flows out: the reference's `Truth`,
-llama.cpp's `Answer` and, of the two, `Measured`: one per variant of running the file.
+Input: token ids, the reference, an engine, a GGUF file, options. Output: `Truth` (the reference's results),
+`Answer` (llama.cpp's results), and `Measured` (their comparison, one for each variant).
 
-Each variant runs twice: once untouched for the logits, once watched for layer outputs and chosen experts
-(watching splits the graph, which may keep a backend from fusing operations).
+Each variant runs twice: once without a callback, for the logits, and once with an eval callback, for layer outputs
+and chosen experts. The callback splits the graph and can keep a backend from fusing operations.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run the file."""
+    """A configuration in which the file is run."""
 
     key: str
     title: str
@@ -54,7 +54,7 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Truth:
-    """The reference's answer for the token ids [T]."""
+    """The reference's results for the token ids [T]."""
 
     ids: Ids
     logits: NDArray[np.floating]  # [T, V]
@@ -66,7 +66,7 @@ class Truth:
 
 @dataclass(frozen=True)
 class Answer:
-    """llama.cpp's, to one variant: the run for the logits, and the watched one."""
+    """llama.cpp's results for one variant: the run without a callback and the run with it."""
 
     variant: Variant
     untouched: LlamaRun
@@ -82,15 +82,18 @@ class Measured:
     choices: Choices
     layers: list[LayerError]
     all: Summary
-    judged: Summary  # without near ties and what follows one that fell the other way
+    judged: Summary  # without near ties, and without positions after a near tie that was decided differently
     same_experts: Summary  # positions where every layer chose the reference's experts
     other_experts: Summary
-    watched_nmse: float  # between the untouched and the watched run
+    watched_nmse: float  # between the run without a callback and the run with it
     system: str  # llama.cpp's line about CPU features and backends
 
     @property
     def other_experts_share(self) -> float:
-        """Share of all choices (position and MoE layer) that are not the reference's; 0 with no MoE layer."""
+        """Expert mismatch rate: share of (position, MoE layer) pairs whose experts differ from the reference's.
+
+        0 for a model without MoE layers.
+        """
         flags = list(self.choices.by_layer.values())
         return float(np.mean(flags)) if flags else 0.0
 
@@ -100,19 +103,19 @@ class Measured:
 
 
 class _CountingTrace(Trace):
-    """Tells how many layers are done."""
+    """Reports how many layers are done."""
 
-    def __init__(self, told: Callable[[int], None]) -> None:
+    def __init__(self, progress: Callable[[int], None]) -> None:
         super().__init__()
-        self.told = told
+        self.progress = progress
 
     def layer_done(self, output: torch.Tensor) -> None:
         super().layer_done(output)
-        self.told(len(self.layer_outputs))
+        self.progress(len(self.layer_outputs))
 
 
 def truth(reference: Reference, ids: Ids, progress: Progress | None = None) -> Truth:
-    """Run the reference on the ids [T]; `progress` gets layers done and in all."""
+    """Run the reference on the ids [T]; `progress` gets the number of layers done and the total."""
     count = len(reference.config.layers)
     trace = _CountingTrace(lambda done: progress(done, count) if progress else None)
     logits = reference.logits(torch.from_numpy(ids), trace)
@@ -134,7 +137,7 @@ def answer(
     options: RunOptions,
     progress: Progress | None = None,
 ) -> Answer:
-    """Run one variant, untouched and watched. Raises ValidateError if llama.cpp does not finish."""
+    """Run one variant, without and with the callback. Raises ValidateError if llama.cpp does not finish."""
     options = replace(options, flash_attention=variant.flash_attention)
     return Answer(
         variant,
@@ -163,7 +166,7 @@ def measure(expected: Truth, found: Answer) -> Measured:
 
 
 def noise_floor(engine: Engine, gguf: Path, ids: Ids, options: RunOptions, n_ubatch: int) -> Summary:
-    """The same weights in another batch split against themselves: what rounding alone makes of them."""
+    """Compare the file with itself under another ubatch size: the error that rounding alone causes."""
     one = run(engine, gguf, [ids], options).logits[0]
     other = run(engine, gguf, [ids], replace(options, n_ubatch=n_ubatch)).logits[0]
     return summarise(compare(one, other, ids))

@@ -1,10 +1,10 @@
-"""How far one set of logits is from another, position by position and in sum. All sums in float64.
+"""Metrics that compare two sets of logits, for each position and in total. All sums are in float64.
 
-Flows in: logits [T, V] of the reference and of the one under test, token ids, choices of experts.
-Flows out: `Positions` (one number per position and figure), `Summary` of any subset of them, `LayerError`.
+Input: logits [T, V] of the reference and of the model under test, token ids, chosen experts.
+Output: `Positions` (each metric at each position), `Summary` of any subset of positions, `LayerError`.
 
-Direction: every KLD is KL(reference || test), in nats, over the whole vocabulary. NMSE is the sum of squared
-errors over the sum of squares of the reference. The next token is the one that the text really has.
+Every KLD is KL(reference || test), in nats, over the whole vocabulary. NMSE is the sum of squared errors divided by
+the sum of squares of the reference. "Next token" is the next token of the text.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ Flags = NDArray[np.bool_]
 AnyFloats = NDArray[np.floating[Any]]
 AnyInts = NDArray[np.integer[Any]]
 
-BLOCK = 16  # positions at once: 163,840 logits each in float64 are 21 MB
+BLOCK = 16  # positions processed together: 163,840 logits each in float64 take 21 MB
 TOP = 5
-NEAR_TIE = 1e-6  # a router margin below this is decided by rounding, even in float32
+NEAR_TIE = 1e-6  # router margins below this are decided by rounding, even in float32
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Figures of each position [T]; where no next token is known, the three about it are NaN."""
+    """Metrics at each position [T]. The last position has no next token: its p_next and nll_* are NaN."""
 
     squared_error: Floats
     squared_reference: Floats
     kld: Floats
-    best_reference: AnyInts  # the most likely token
+    best_reference: AnyInts  # top-1 token
     best_test: AnyInts
-    top5: Floats  # share of the reference's five most likely that are among the test's five
-    p_next: Floats  # test's minus reference's probability of the next token
+    top5: Floats  # share of the reference's top-5 tokens that are in the test's top 5
+    p_next: Floats  # probability of the next token, test minus reference
     nll_reference: Floats  # -log p(next token), nats
     nll_test: Floats
 
@@ -47,7 +47,7 @@ class Positions:
 
     @property
     def top1(self) -> Flags:
-        """Whether both have the same most likely token [T]."""
+        """Whether both have the same top-1 token [T]."""
         same: Flags = self.best_reference == self.best_test
         return same
 
@@ -57,7 +57,7 @@ class Positions:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures over a set of positions; NaN where the set is empty."""
+    """Metrics over a set of positions; NaN if the set is empty."""
 
     positions: int
     nmse: float
@@ -77,24 +77,24 @@ class Summary:
 
 @dataclass(frozen=True)
 class Choices:
-    """Where the choice of experts is not the reference's; flags by position [T]."""
+    """Positions [T] at which the chosen experts differ from the reference's."""
 
     differs: Flags  # in any layer
-    near_tie: Flags  # the reference's own margin is below NEAR_TIE in some layer
-    fallen: Flags  # from the first position on at which a near tie fell the other way
+    near_tie: Flags  # the reference's margin is below NEAR_TIE in some layer
+    fallen: Flags  # at and after the first near tie that was decided differently
     by_layer: Mapping[int, Flags]  # MoE layer -> [T]
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """Error of one layer's output, over positions whose experts are the same up to and in this layer."""
+    """Error of one layer's output, over positions without an expert mismatch up to and including this layer."""
 
     layer: int
     kind: str
     nmse: float
     nmse_worst: float
-    positions: int  # over which the error is taken
-    other_experts: int  # positions at which this layer chose other experts
+    positions: int  # number of positions that the error is computed over
+    other_experts: int  # positions with an expert mismatch in this layer
 
 
 def log_softmax(logits: AnyFloats) -> Floats:
@@ -106,7 +106,7 @@ def log_softmax(logits: AnyFloats) -> Floats:
 
 
 def compare(reference: AnyFloats, test: AnyFloats, ids: AnyInts) -> Positions:
-    """Both logits [T, V] for the token ids [T]."""
+    """Compare two sets of logits [T, V] for the token ids [T]."""
     if reference.shape != test.shape or len(reference) != len(ids):
         raise ValueError(f"shapes differ: {reference.shape}, {test.shape}, {len(ids)} ids")
     following = np.append(np.asarray(ids)[1:], -1)
@@ -118,7 +118,7 @@ def compare(reference: AnyFloats, test: AnyFloats, ids: AnyInts) -> Positions:
 
 
 def _compare_block(reference: AnyFloats, test: AnyFloats, following: AnyInts) -> tuple[NDArray[Any], ...]:
-    """The fields of `Positions`, in order, for a few positions; `following` is -1 where nothing follows."""
+    """The fields of `Positions`, in order, for a few positions; `following` is -1 at the last position."""
     r, t = reference.astype(np.float64), test.astype(np.float64)
     log_p, log_q = log_softmax(r), log_softmax(t)
     top_r, top_t = _top(r), _top(t)
@@ -140,13 +140,13 @@ def _compare_block(reference: AnyFloats, test: AnyFloats, following: AnyInts) ->
 
 
 def _top(logits: Floats) -> AnyInts:
-    """Indices of the TOP largest, in no order."""
+    """Indices of the TOP largest logits, unordered."""
     count = min(TOP, logits.shape[-1])
     return np.argpartition(logits, -count, axis=-1)[:, -count:]
 
 
 def summarise(at: Positions, which: Flags | None = None) -> Summary:
-    """Figures over the positions flagged in `which` [T], or over all."""
+    """Metrics over the positions flagged in `which` [T], or over all positions."""
     keep = np.ones(len(at), bool) if which is None else which
     if not keep.any():
         return Summary(0, *[float("nan")] * 13)
@@ -181,10 +181,10 @@ def compare_choices(
     test: Mapping[int, AnyInts],
     tokens: int,
 ) -> Choices:
-    """Experts chosen [T, K] by MoE layer, in any order, and the reference's margins [T].
+    """Compare the experts [T, K] chosen in each MoE layer; their order does not matter.
 
-    A near tie that falls the other way also moves every later position, through the state and the cache;
-    `fallen` flags those, so that they can be counted apart.
+    A near tie that is decided differently also changes every later position, through the state and the cache.
+    `fallen` flags these positions, so that they can be excluded. `margins` are the reference's router margins [T].
     """
     by_layer = {
         layer: (np.sort(chosen, -1) != np.sort(test[layer], -1)).any(-1)
@@ -193,7 +193,7 @@ def compare_choices(
     differs, near_tie, fell = (np.zeros(tokens, bool) for _ in range(3))
     for layer, other in by_layer.items():
         tie = margins[layer] < NEAR_TIE
-        fell |= tie & other & ~differs  # a flip in an earlier layer is the cause then, not this tie
+        fell |= tie & other & ~differs  # if an earlier layer differs, that is the cause, not this tie
         differs |= other
         near_tie |= tie
     return Choices(differs, near_tie, np.logical_or.accumulate(fell), by_layer)
@@ -205,7 +205,7 @@ def layer_errors(
     kinds: Mapping[int, str],
     choices: Choices,
 ) -> list[LayerError]:
-    """Error of each layer's output [T, M]; once other experts are chosen, a position leaves the count."""
+    """Error of each layer's output [T, M]; a position is excluded from its first expert mismatch on."""
     found = []
     same = np.ones(len(choices.differs), bool)
     for layer in sorted(reference):
@@ -227,5 +227,5 @@ def layer_errors(
 
 
 def first_diverging(layers: list[LayerError], limit: float) -> LayerError | None:
-    """The first layer whose error passes `limit` (or is no number)."""
+    """The first layer whose error is above `limit` or NaN."""
     return next((layer for layer in layers if not layer.nmse <= limit and layer.positions), None)

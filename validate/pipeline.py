@@ -1,7 +1,7 @@
-"""The whole of `validate-kimi` but for arguments and printing: a request becomes a `Report`.
+"""The steps of a validation: from a `Request` to a `Report`.
 
-Flows in: `Request`, the builds of llama.cpp, a reporter for progress. Flows out: `Report`, complete and
-already judged. Raises ValidateError, ConvertError or EngineError for bad input.
+Input: `Request`, the builds of llama.cpp, a progress reporter. Output: `Report`, with the results of the gates.
+Raises ValidateError, ConvertError or EngineError for bad input.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from kimi_gguf.validate.reference import Reference
 from kimi_gguf.validate.report import Greedy, Report, Rival, Worst
 from kimi_gguf.validate.tensors import prove
 
-FLOOR_UBATCH = 48  # the other batch split of the noise floor: no divisor of the usual 512
-WORST = 12  # positions listed
-CONTEXT = 10  # tokens shown before such a position
+FLOOR_UBATCH = 48  # ubatch size of the noise floor; does not divide the default of 512
+WORST = 12  # worst positions listed
+CONTEXT = 10  # tokens of text shown for each of them
 
 
 @dataclass(frozen=True)
@@ -52,36 +52,37 @@ class Request:
     checkpoint: Path
     text: str | None  # one of text and ids
     ids: Ids | None
-    source: str  # where they come from, for the report
-    tokens: int  # of the text at most
-    generate: int  # tokens that llama.cpp writes after the text, to be compared too
+    source: str  # name of the text or the ids, for the report
+    tokens: int  # maximum number of tokens of the text
+    generate: int  # number of tokens that llama.cpp generates after the text; they are evaluated too
     options: RunOptions
     dtype: torch.dtype
-    against: Path | None = None  # another GGUF file, its figures shown beside
+    against: Path | None = None  # another GGUF file whose figures are shown too
 
 
-def validate(request: Request, engine: Engine, pristine: Engine | None, reporter: Reporter) -> Report:
-    """Measure and judge one GGUF file."""
+def validate(request: Request, engine: Engine, upstream: Engine | None, reporter: Reporter) -> Report:
+    """Measure one GGUF file and apply the gates."""
     began = time.monotonic()
-    reporter.phase("hashing the file")
+    reporter.phase("hashing the GGUF file")
     gguf_facts = provenance.gguf_facts(request.gguf, reporter.step)
-    reporter.phase("tokens")
+    reporter.phase("tokenizing")
     ids, generated = _ids(request, engine)
     with open_checkpoint(request.checkpoint) as checkpoint:
         if int(ids.max()) >= checkpoint.config.vocab_size:
             raise ValidateError(
-                f"{request.gguf}: token id {int(ids.max())} is beyond the checkpoint's vocabulary of "
-                f"{checkpoint.config.vocab_size}; file and checkpoint do not belong together"
+                f"{request.gguf}: token ids: expected ids below the checkpoint's vocabulary size "
+                f"{checkpoint.config.vocab_size}, found {int(ids.max())}; give the checkpoint that the file was "
+                "made from"
             )
         reporter.phase("hashing the checkpoint")
         checkpoint_facts = provenance.checkpoint_facts(checkpoint, reporter.step)
-        reporter.phase("tensors against the checkpoint's")
+        reporter.phase("comparing tensors with the checkpoint")
         tensors = prove(request.gguf, checkpoint, reporter.step)
         if tensors.misfits:
             raise ValidateError(
-                f"{request.gguf}: not a model of this checkpoint's shape: {tensors.failures[0]}"
+                f"{request.gguf}: does not match the checkpoint's shape: {tensors.failures[0]}"
                 f"{f' (and {tensors.misfits - 1} more)' if tensors.misfits > 1 else ''}; "
-                "give the checkpoint that it was made of"
+                "give the checkpoint that the file was made from"
             )
         is_f32 = gguf_facts["type"] == "F32"
         expected = {
@@ -104,9 +105,9 @@ def validate(request: Request, engine: Engine, pristine: Engine | None, reporter
 
         own = runs(engine, "llama.cpp")
         rivals = []
-        if pristine is not None:
+        if upstream is not None:
             rivals.append(
-                _rival("pristine llama.cpp", lambda: runs(pristine, "pristine llama.cpp"), reporter)
+                _rival("upstream llama.cpp", lambda: runs(upstream, "upstream llama.cpp"), reporter)
             )
     if request.against is not None:
         other = request.against
@@ -122,7 +123,7 @@ def validate(request: Request, engine: Engine, pristine: Engine | None, reporter
     evidence = Evidence(
         type=gguf_facts["type"],
         runs=own,
-        pristine=rivals[0].runs if pristine is not None else [],
+        upstream=rivals[0].runs if upstream is not None else [],
         tensors=tensors,
     )
     return Report(
@@ -147,13 +148,13 @@ def validate(request: Request, engine: Engine, pristine: Engine | None, reporter
 
 
 def _ids(request: Request, engine: Engine) -> tuple[Ids, int]:
-    """The token ids, those that llama.cpp writes after them included, and the number of the latter."""
+    """The token ids, including those that llama.cpp generates after them, and the number of the latter."""
     if request.ids is not None:
         given = request.ids
     else:
         given = np.array(tokenize(engine, request.gguf, request.text or ""), dtype=np.int64)[: request.tokens]
     if len(given) == 0:
-        raise ValidateError(f"{request.source}: no tokens; give a text that is not empty")
+        raise ValidateError(f"{request.source}: expected at least one token, found none; give a longer text")
     if not request.generate:
         return given, 0
     written = continue_greedily(engine, request.gguf, given, request.generate, request.options)
@@ -170,16 +171,16 @@ def _truth(request: Request, checkpoint: Checkpoint, ids: Ids, quiet: bool, repo
 
 
 def _rival(title: str, runs: Callable[[], list[Measured]], reporter: Reporter) -> Rival:
-    """Figures to show beside; that a rival cannot run the file is a finding, not a failure."""
+    """Figures of another engine or file; if it cannot run, this is reported and is not an error."""
     try:
         return Rival(title, runs(), "")
     except ValidateError as error:
-        reporter.note(f"{title} does not run it: {error}")
+        reporter.note(f"{title}: cannot run: {error}")
         return Rival(title, [], str(error))
 
 
 def _greedy(measured: Measured, expected: Truth, generated: int) -> Greedy:
-    """Whether the reference, too, would have written each token that llama.cpp wrote."""
+    """Compare each token that llama.cpp generated with the reference's greedy choice."""
     if not generated:
         return Greedy(0, 0, None, None)
     start = len(expected.ids) - generated
@@ -194,7 +195,7 @@ def _greedy(measured: Measured, expected: Truth, generated: int) -> Greedy:
 
 
 def _worst(engine: Engine, gguf: Path, measured: Measured, expected: Truth) -> list[Worst]:
-    """The positions of the greatest KLD, with the tokens there."""
+    """The positions with the largest KLD, with their tokens."""
     at, ids = measured.at, expected.ids
     order = np.argsort(-np.nan_to_num(at.kld, nan=np.inf), kind="stable")[:WORST]
     margins = np.min([*expected.margins.values(), np.full(len(ids), np.inf)], axis=0)

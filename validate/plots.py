@@ -1,6 +1,6 @@
-"""The plots of a report, as SVG in data URIs: error by position, error by layer, KLD, agreement.
+"""The plots of a report, as SVG in data URIs: error by position, error by layer, KLD, top-1 agreement.
 
-Flows in: a `Report`. Flows out: name -> data URI of an SVG, drawn for a page of white background.
+Input: a `Report`. Output: name -> data URI of an SVG for a page with a white background.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kimi_gguf.validate.measure import Measured
 from kimi_gguf.validate.report import Report
 
 OWN, RIVAL, MARK, INK = "#1f5fa8", "#c2762b", "#b3261e", "#3c4650"
-SMALLEST = 1e-16  # float64's own precision: nothing below it is told apart
+SMALLEST = 1e-16  # float64's precision; smaller values are drawn at this value
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9.5,
@@ -41,7 +41,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(report: Report) -> dict[str, str]:
-    """All plots of the report by name."""
+    """Draw all plots of the report; name -> data URI."""
     plots: dict[str, tuple[tuple[float, float], Callable[[Axes, Report], None]]] = {
         "by_position": ((10.4, 3.1), by_position),
         "by_layer": ((10.4, 3.1), by_layer),
@@ -60,7 +60,7 @@ def draw(report: Report) -> dict[str, str]:
 
 
 def _compared(report: Report) -> list[tuple[str, str, Measured]]:
-    """(label, colour, run) of the same variant: rivals first, so that this file is drawn over them."""
+    """(label, colour, run) of the same variant; this file is last, so that it is drawn on top."""
     key = report.headline.variant.key
     found = [
         (rival.title, RIVAL, run) for rival in report.rivals for run in rival.runs if run.variant.key == key
@@ -69,13 +69,13 @@ def _compared(report: Report) -> list[tuple[str, str, Measured]]:
 
 
 def _visible(values: NDArray[Any]) -> NDArray[Any]:
-    """For a logarithmic axis: zeros and what is no number come to lie on its floor."""
+    """Values for a logarithmic axis: zero and NaN become SMALLEST."""
     visible: NDArray[Any] = np.maximum(np.nan_to_num(values, nan=SMALLEST, posinf=1e6), SMALLEST)
     return visible
 
 
 def by_position(axes: Axes, report: Report) -> None:
-    """NMSE at each position; positions with other experts are marked."""
+    """NMSE at each position; positions with an expert mismatch are marked."""
     for label, colour, run in _compared(report):
         axes.semilogy(_visible(run.at.nmse), color=colour, linewidth=0.9, label=label, alpha=0.85)
     differs = np.flatnonzero(report.headline.choices.differs)
@@ -87,7 +87,7 @@ def by_position(axes: Axes, report: Report) -> None:
             marker="o",
             markersize=4,
             color=MARK,
-            label="other experts chosen",
+            label="expert mismatch",
         )
     _whole_decades(axes)
     axes.set(xlabel="position", ylabel="NMSE", xlim=(0, max(1, len(report.headline.at) - 1)))
@@ -95,7 +95,7 @@ def by_position(axes: Axes, report: Report) -> None:
 
 
 def by_layer(axes: Axes, report: Report) -> None:
-    """NMSE of each layer's output, MLA layers as squares."""
+    """NMSE of each layer's output; MLA layers are drawn as squares."""
     for label, colour, run in _compared(report):
         layers = [layer.layer for layer in run.layers]
         errors = _visible(np.array([layer.nmse for layer in run.layers]))
@@ -119,7 +119,7 @@ def by_layer(axes: Axes, report: Report) -> None:
 
 
 def kld_histogram(axes: Axes, report: Report) -> None:
-    """How many positions have which KLD, logarithmic."""
+    """Histogram of the KLD over positions, with a logarithmic axis."""
     compared = _compared(report)
     values = [_visible(run.at.kld) for _, _, run in compared]
     low, high = (f(np.concatenate(values)) for f in (np.min, np.max))
@@ -140,20 +140,20 @@ def kld_histogram(axes: Axes, report: Report) -> None:
 
 
 def agreement(axes: Axes, report: Report) -> None:
-    """Share of positions with the same most likely token, in sixteen stretches of the text."""
+    """Top-1 agreement in sixteen consecutive sections of the text."""
     for label, colour, run in _compared(report):
-        stretches = np.array_split(run.at.top1, min(16, len(run.at)))
-        middle = np.cumsum([len(s) for s in stretches]) - np.array([len(s) for s in stretches]) / 2
+        sections = np.array_split(run.at.top1, min(16, len(run.at)))
+        middle = np.cumsum([len(s) for s in sections]) - np.array([len(s) for s in sections]) / 2
         axes.plot(
-            middle, [100 * s.mean() for s in stretches], color=colour, marker="o", markersize=3.5, label=label
+            middle, [100 * s.mean() for s in sections], color=colour, marker="o", markersize=3.5, label=label
         )
     low = axes.get_ylim()[0]
-    axes.set(xlabel="position", ylabel="same top 1 (%)", ylim=(min(low, 95.0), 100.4))
+    axes.set(xlabel="position", ylabel="top-1 agreement (%)", ylim=(min(low, 95.0), 100.4))
     _legend(axes)
 
 
 def _whole_decades(axes: Axes) -> None:
-    """From one power of ten to another, and only those labelled."""
+    """Extend the y axis to powers of ten and label only these."""
     low, high = axes.get_ylim()
     axes.set_ylim(10 ** np.floor(np.log10(low)), 10 ** np.ceil(np.log10(high)))
     axes.yaxis.set_minor_formatter(NullFormatter())

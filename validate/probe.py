@@ -1,9 +1,9 @@
-"""The quiet probe: the same model with what enters its attention layers turned down.
+"""The quiet probe: the same model with the input of its attention layers scaled down.
 
-On a trained model's own activations the small constants under the roots (1e-6 of KDA's q and k and of MLA's
-latent) leave no trace: a wrong one changes the logits less than float32 itself does. Turned down by 2^-8, by
-scaling the norms before attention in the file and in the reference alike, they decide the result. Powers of
-two scale float32 exactly, so both sides still compute the same model.
+On a trained model's own activations the epsilons of the norms (1e-6 for KDA's q and k and for MLA's latent) have no
+visible effect: a wrong epsilon changes the logits less than float32 rounding does. The probe multiplies the norm
+weights before attention by 2^-8, in the GGUF file and in the reference. The epsilons then determine the result.
+Scaling by a power of two is exact in float32, so both sides still compute the same model.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ FACTOR = 2.0**-8
 
 
 def quiet_weight(weight: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """The reference's weights, turned down; name -> tensor as in `Reference`."""
+    """The reference's weights, scaled down; name -> tensor as in `Reference`."""
     return lambda name: weight(name) * (FACTOR if name.endswith(".input_layernorm.weight") else 1.0)
 
 
 def write_quiet_gguf(source: Path, target: Path) -> Path:
-    """A copy of the GGUF file, turned down; in as many parts as it is, of which the first is returned. Raises
-    ValidateError if a norm is not stored in F32."""
+    """Write a scaled-down copy of a GGUF file and return its path (of a split file, the path of the first split).
+
+    Raises ValidateError if a norm is not stored in F32.
+    """
     sources = all_parts(source)
     targets = part_paths(target, len(sources))
     for old, new in zip(sources, targets, strict=True):

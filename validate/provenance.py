@@ -1,7 +1,7 @@
-"""What a report must say about where its figures come from: hashes of the inputs, the reference.
+"""Facts about the inputs of a report: hashes of the files, number of tokens, precision of the reference.
 
-Flows in: files. Flows out: plain dictionaries of text and numbers, ready for JSON. Files are
-named without their folders: a report is meant to be shared.
+Input: files. Output: dictionaries of strings and numbers, ready for JSON. File names have no folders, because
+reports are shared.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Facts = dict[str, Any]
 
 
 def file_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
-    """Name, size in bytes and SHA-256; `progress` gets bytes done and in all."""
+    """Name, size in bytes and SHA-256; `progress` gets the number of bytes done and the total."""
     return _facts([path], progress)
 
 
 def _facts(paths: Sequence[Path], progress: Callable[[int, int], None] | None) -> Facts:
-    """Of several files: the first one's name, and size and SHA-256 of all, one behind the other."""
+    """The first file's name, and size and SHA-256 of all files concatenated."""
     digest, done, size = hashlib.sha256(), 0, sum(path.stat().st_size for path in paths)
     for path in paths:
         with path.open("rb") as file:
@@ -42,7 +42,7 @@ def _facts(paths: Sequence[Path], progress: Callable[[int, int], None] | None) -
 
 
 def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
-    """File facts, the model's name, and the type that most of its elements are stored in."""
+    """File facts, the model's name, and the type of most of its elements."""
     with open_gguf(path) as model:
         name, tensors = model.keys.get("general.name", ""), model.tensors.values()
     elements: Counter[str] = Counter()
@@ -58,7 +58,7 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -
 
 
 def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> Facts:
-    """The checkpoint's configuration and weight files."""
+    """Name, parameter count, and the hashes of the config and weight files."""
     config = checkpoint.folder / "config.json"
     return {
         "name": checkpoint.folder.resolve().name,
@@ -68,7 +68,7 @@ def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None
 
 
 def ids_facts(ids: np.ndarray[Any, Any], text_source: str, generated: int) -> Facts:
-    """The token ids: where from, how many, hash of them as little-endian 32-bit integers."""
+    """Source, count, and the SHA-256 of the ids as little-endian 32-bit integers."""
     return {
         "source": text_source,
         "count": len(ids),
@@ -78,7 +78,7 @@ def ids_facts(ids: np.ndarray[Any, Any], text_source: str, generated: int) -> Fa
 
 
 def reference_facts(dtype: torch.dtype) -> Facts:
-    """How the reference computes."""
+    """Implementation, precision and device of the reference."""
     return {
         "implementation": "kimi_gguf.validate.reference, plain PyTorch",
         "precision": str(dtype).removeprefix("torch."),

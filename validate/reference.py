@@ -1,14 +1,14 @@
-"""Kimi-Linear in plain torch: the specification that llama.cpp's logits are compared with.
+"""Kimi-Linear in plain torch: the reference that llama.cpp's logits are compared with.
 
-Flows in: a `KimiConfig`, a callable that gives one weight by its canonical hub name, token ids.
-Flows out: logits at every position, and on request a `Trace` (output of each layer, choice of experts).
+Input: a `KimiConfig`, a callable that returns a weight for its canonical hub name, token ids.
+Output: logits at every position, and optionally a `Trace` (output of each layer, chosen experts).
 
-It is written to be read from top to bottom, not to be fast. Weights are asked for one at a time, just when
-they are used, and of the experts only those that some token chose, so that a 48B checkpoint needs no more
-memory than its largest matrix. Every step is a small method: a deliberate fault is a subclass, see faults.py.
+The code is written to be read from top to bottom, not to be fast. Each weight is loaded when it is used, and only
+the experts that some token chose are loaded, so that a 48B checkpoint needs no more memory than its largest matrix.
+Each step is a small method, so that a subclass can replace it with a faulty one (see faults.py).
 
-Sources: the Kimi Linear technical report (arXiv 2510.26692) for KDA and MLA without positions, and the native
-`kimi_linear` of transformers 5.23 for the constants, against which tests/validate/test_reference.py holds it.
+Sources: the Kimi Linear technical report (arXiv 2510.26692) for KDA and MLA without positional encoding, and the
+native `kimi_linear` of transformers 5.23 for the constants. tests/validate/test_reference.py compares with both.
 
 Shapes: T tokens, M hidden size, H heads, D KDA head size, V vocabulary, E experts, K experts per token.
 """
@@ -24,18 +24,18 @@ from torch.nn.functional import linear, pad, sigmoid, silu, softplus
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
 
-LATENT_NORM_EPS = 1e-6  # norms of MLA's latents (kv_a, q_a); config's rms_norm_eps does not reach them
+LATENT_NORM_EPS = 1e-6  # norms of MLA's latents (kv_a, q_a); they do not use the config's rms_norm_eps
 L2_NORM_EPS = 1e-6  # added to the sum of squares of KDA's q and k
 ROUTER_SUM_EPS = 1e-20  # added to the sum of the chosen experts' scores
-QUERY_BLOCK = 256  # queries attended to at once, so that scores take H * QUERY_BLOCK * T numbers
+QUERY_BLOCK = 256  # queries processed together, so that the scores have H * QUERY_BLOCK * T elements
 
 
 @dataclass(frozen=True)
 class Route:
-    """One MoE layer's choice: experts [T, K], weights [T, K], and margin [T] by which the choice fell.
+    """Routing of one MoE layer: experts [T, K], their weights [T, K], and the margin [T] of the choice.
 
-    The margin is the distance between the last chosen and the first rejected, score or group score, whichever
-    is less (infinity where there is nothing left to choose).
+    The margin is the difference between the last chosen and the first rejected score, or group score if that
+    difference is smaller. It is infinite if nothing was rejected.
     """
 
     experts: Tensor
@@ -45,7 +45,7 @@ class Route:
 
 @dataclass
 class Trace:
-    """What a forward pass leaves to be looked at; pass an empty one to `Reference.logits`."""
+    """Intermediate results of a forward pass; pass an empty `Trace` to `Reference.logits` to collect them."""
 
     layer_outputs: list[Tensor] = field(default_factory=list)  # per layer [T, M], after both residuals
     routes: dict[int, Route] = field(default_factory=dict)  # by layer; dense layers have none
@@ -60,7 +60,7 @@ class Reference:
 
     config: shape and constants.
     weight: canonical hub name -> tensor of any float type, as stored ([out, in] for projections).
-    dtype: in which everything is computed; float32, or float64 to learn what float32 itself costs.
+    dtype: type of all computations; float32, or float64 to measure the rounding error of float32.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Reference:
         self._weight = weight
 
     def weight(self, name: str) -> Tensor:
-        """One weight in the type of computation; name without a leading `model.` for tensors of a layer."""
+        """One weight, converted to `dtype`."""
         return self._weight(name).to(self.dtype)
 
     # ---------------------------------------------------------------------------------------- the whole model
 
     @torch.inference_mode()
     def logits(self, ids: Tensor, trace: Trace | None = None, out: Tensor | None = None) -> Tensor:
-        """Token ids [T] (integers) -> logits [T, V] in the type of computation, or written into `out`."""
+        """Token ids [T] (integers) -> logits [T, V] in `dtype`; written to `out` if it is given."""
         x = self._weight("model.embed_tokens.weight")[ids].to(self.dtype)  # [T, M]
         for layer in range(len(self.config.layers)):
             x = self.block(layer, x, trace)
@@ -140,7 +140,7 @@ class Reference:
 
     @staticmethod
     def short_conv(x: Tensor, kernel: Tensor) -> Tensor:
-        """Causal depthwise convolution and SiLU, x [T, C], kernel [C, 1, W]; the last tap is the present."""
+        """Causal depthwise convolution and SiLU, x [T, C], kernel [C, 1, W]; the last tap is the current token."""
         width = kernel.shape[-1]
         past = pad(x, (0, 0, width - 1, 0))  # zeros before the first token
         taps = [past[j : j + len(x)] * kernel[:, 0, j] for j in range(width)]
@@ -165,22 +165,24 @@ class Reference:
         decay = torch.exp(log_decay)
         for t in range(tokens):
             state = self.carried_state(state, t) * decay[t, :, :, None]
-            recalled = (k[t, :, None, :] @ state).squeeze(1)  # Sᵀk, what the state holds under this key
+            recalled = (k[t, :, None, :] @ state).squeeze(
+                1
+            )  # Sᵀk, the value that the state holds for this key
             delta = beta[t, :, None] * (v[t] - recalled)
             state = state + k[t, :, :, None] * delta[:, None, :]
             out[t] = (q[t, :, None, :] @ state).squeeze(1)
         return out
 
     def carried_state(self, state: Tensor, position: int) -> Tensor:
-        """The state [H, Dk, Dv] with which the token at `position` begins: what the one before it left."""
+        """The state [H, Dk, Dv] before the token at `position`; here the state after the previous token."""
         return state
 
-    # ---------------------------------------------------- MLA: multi-head latent attention, without positions
+    # ------------------------------------------- MLA: multi-head latent attention, without positional encoding
 
     def mla(self, layer: int, x: Tensor) -> Tensor:
-        """Attention over a latent of kv_lora_rank + qk_rope_head_dim numbers a token, x [T, M] -> [T, M].
+        """Attention over a latent of kv_lora_rank + qk_rope_head_dim values per token, x [T, M] -> [T, M].
 
-        No rotation is applied; the `rope` part is simply a key shared by all heads.
+        No rotation is applied; the `rope` part is a key that all heads share.
         """
         c, p = self.config, f"model.layers.{layer}.self_attn."
         nope, shared, value = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
@@ -195,7 +197,7 @@ class Reference:
         return linear(attended.transpose(0, 1).flatten(1), self.weight(p + "o_proj.weight"))
 
     def mla_query(self, p: str, x: Tensor) -> Tensor:
-        """Queries of all heads [T, H * (nope + shared)], through a latent of their own where there is one."""
+        """Queries of all heads [T, H * (nope + shared)], through a query latent if the model has one."""
         if self.config.q_lora_rank is None:
             return linear(x, self.weight(p + "q_proj.weight"))
         latent = linear(x, self.weight(p + "q_a_proj.weight"))
@@ -203,12 +205,12 @@ class Reference:
         return linear(latent, self.weight(p + "q_b_proj.weight"))
 
     def latent_norm(self, latent: Tensor, weight: Tensor) -> Tensor:
-        """The norm of MLA's latents, of keys and values and, where there is one, of queries."""
+        """RMS norm of MLA's latents: that of keys and values, and that of queries if the model has one."""
         return self.rms_norm(latent, weight, LATENT_NORM_EPS)
 
     @staticmethod
     def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """softmax over this token and those before: q, k [H, T, A], v [H, T, B] -> [H, T, B]."""
+        """Softmax attention over this token and earlier ones: q, k [H, T, A], v [H, T, B] -> [H, T, B]."""
         tokens = q.shape[1]
         position = torch.arange(tokens)
         blocks = []
@@ -239,15 +241,15 @@ class Reference:
         return y
 
     def routing_bias(self, p: str) -> Tensor:
-        """The correction [E] that takes part in the choice of experts, but not in their weights."""
+        """The bias [E] that is added to the scores to choose experts, but not to compute their weights."""
         return self.weight(p + "gate.e_score_correction_bias")
 
     def expert_prefix(self, p: str, expert: int) -> str:
-        """Where the expert's three matrices stand in the checkpoint."""
+        """Prefix of the names of the expert's three matrices in the checkpoint."""
         return f"{p}experts.{expert}."
 
     def route(self, x: Tensor, gate: Tensor, bias: Tensor) -> Route:
-        """Choose by sigmoid score + bias, weigh by the score alone: x [T, M], gate [E, M], bias [E]."""
+        """Choose experts by sigmoid score + bias, weight them by the score: x [T, M], gate [E, M], bias [E]."""
         c = self.config
         scores = sigmoid(linear(x, gate))  # [T, E]
         choice, group_margin = self.within_groups(scores + bias)
@@ -260,9 +262,9 @@ class Reference:
         return Route(experts, weights * c.routed_scaling_factor, margin)
 
     def within_groups(self, choice: Tensor) -> tuple[Tensor, Tensor]:
-        """Leave only the experts of the best groups in the running: [T, E] -> [T, E], margin [T].
+        """Set the scores of experts outside the best groups to -inf: [T, E] -> [T, E], margin [T].
 
-        A group's score is the sum of its two best.
+        A group's score is the sum of its two best experts' scores.
         """
         groups, kept = self.config.num_expert_groups, self.config.topk_groups
         if not self.config.uses_groups:
@@ -275,7 +277,7 @@ class Reference:
 
     @staticmethod
     def margin(best: Tensor, kept: int) -> Tensor:
-        """Between the last one kept and the first one not, scores [T, N] in falling order -> [T]."""
+        """Difference between the last kept and the first rejected score: scores [T, N], descending -> [T]."""
         if kept == best.shape[1]:
             return best.new_full((len(best),), float("inf"))
         return best[:, kept - 1] - best[:, kept]

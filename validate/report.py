@@ -1,7 +1,7 @@
-"""The report of one validation: as data (JSON), for a model card (Markdown), for people (HTML).
+"""The report of one validation as JSON, Markdown (for a model card) and HTML.
 
-Flows in: a finished `Report`. Flows out: report.json, report.md, report.html in a folder. The HTML needs no
-other file; the JSON's `schema` names its version and changes when a field changes its meaning or goes.
+Input: a `Report`. Output: report.json, report.md and report.html in a folder. The HTML file is self-contained.
+The JSON's `schema` has a version number that changes when a field is removed or its meaning changes.
 """
 
 from __future__ import annotations
@@ -28,40 +28,42 @@ SCHEMA = "kimi-gguf/validation-report/1"
 
 @dataclass(frozen=True)
 class Rival:
-    """Figures shown beside the file's own."""
+    """Another engine or file whose figures are shown for comparison."""
 
     title: str
     runs: list[Measured]
-    failed: str  # why it did not run, or ""
+    failed: str  # the error if it could not run, else ""
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """Of the tokens that llama.cpp wrote, how many the reference would have written in their place."""
+    """Greedy agreement: how many of llama.cpp's generated tokens are also the reference's choice."""
 
     tokens: int
     same: int
-    first_other: int | None  # the first that it would not have written, counted from 0
-    gap: float | None  # by how much its own choice has the greater logit there
+    first_other: int | None  # index of the first token that differs
+    gap: (
+        float | None
+    )  # there: logit of the reference's choice minus logit of llama.cpp's, both in the reference
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A position of great KLD."""
+    """A position with a large KLD."""
 
     position: int
-    context: str  # text up to and including the token there
-    reference: str  # what the reference thinks most likely to follow
+    context: str  # text up to and including the token at this position
+    reference: str  # the reference's top-1 next token
     test: str
     kld: float
     nmse: float
     other_experts: bool
-    margin: float  # the reference's least router margin there
+    margin: float  # the reference's smallest router margin at this position
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was found out about one GGUF file."""
+    """All results for one GGUF file."""
 
     created: str
     seconds: float
@@ -87,17 +89,17 @@ class Report:
 
     @property
     def headline(self) -> Measured:
-        """The run whose figures stand on top and in the plots."""
+        """The run whose figures are shown first and in the plots."""
         return self.runs[0]
 
     @property
     def diverging(self) -> LayerError | None:
-        """The first layer whose error passes what the type explains; None also for types not in the table."""
+        """The first layer whose error is above the limit of the type in DIVERGED; None if there is no limit."""
         return first_diverging(self.headline.layers, DIVERGED.get(self.gguf["type"], math.inf))
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Write the three forms into `folder` (made if need be); gives the HTML's path."""
+    """Write the three files to `folder`, creating it if needed; return the path of the HTML file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(to_json(report), encoding="utf-8")
     (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
@@ -110,7 +112,7 @@ def write(report: Report, folder: Path) -> Path:
 
 
 def to_json(report: Report) -> str:
-    """The report as JSON; what is no number is null."""
+    """The report as JSON; NaN and infinity become null."""
     data = {
         "schema": SCHEMA,
         "passed": report.passed,
@@ -163,7 +165,7 @@ def _run_data(measured: Measured) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Numpy and infinite values as JSON has them."""
+    """Convert numpy values to Python's; NaN and infinity become None."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -179,32 +181,32 @@ def _plain(value: Any) -> Any:
 
 # ------------------------------------------------------------------------------------------ Markdown and HTML
 
-# Rows of the tables of figures: (field of Summary, title, format, what it says).
+# Rows of the tables of figures: (field of Summary, title, format, explanation).
 FIGURES = (
-    ("nmse", "NMSE", "error", "squared error over squared size of the logits"),
-    ("nmse_median", "NMSE, median position", "error", ""),
-    ("nmse_worst", "NMSE, worst position", "error", ""),
-    ("kld_mean", "KLD, mean", "error", "KL(reference || test) in nats"),
-    ("kld_median", "KLD, median", "error", ""),
-    ("kld_p99", "KLD, 99 %", "error", ""),
-    ("kld_p999", "KLD, 99.9 %", "error", ""),
-    ("kld_max", "KLD, largest", "error", ""),
-    ("rms_dp", "RMS Δp", "error", "of the probability of the text's next token"),
-    ("top1", "Same top 1", "share", "positions with the same most likely token"),
-    ("top5", "Same top 5", "share", "of the reference's five most likely tokens"),
+    ("nmse", "NMSE", "error", "squared error of the logits / squared norm of the reference's"),
+    ("nmse_median", "Median NMSE", "error", ""),
+    ("nmse_worst", "Worst NMSE", "error", ""),
+    ("kld_mean", "Mean KLD", "error", "KL(reference || test) in nats"),
+    ("kld_median", "Median KLD", "error", ""),
+    ("kld_p99", "99 % KLD", "error", ""),
+    ("kld_p999", "99.9 % KLD", "error", ""),
+    ("kld_max", "Maximum KLD", "error", ""),
+    ("rms_dp", "RMS Δp", "error", "difference in the probability of the text's next token"),
+    ("top1", "Top-1 agreement", "share", "positions with the same most likely token"),
+    ("top5", "Top-5 agreement", "share", "overlap of the five most likely tokens"),
     ("ppl_reference", "Perplexity, reference", "plain", ""),
-    ("ppl_test", "Perplexity, test", "plain", "close to the reference's even where a model is broken"),
+    ("ppl_test", "Perplexity, test", "plain", "often close to the reference's even for a broken model"),
 )
 # The tables: (field of Measured, title).
 SUBSETS = (
     ("all", "All positions"),
-    ("same_experts", "Positions where every layer chose the reference's experts"),
-    ("other_experts", "Positions where some layer chose other experts"),
+    ("same_experts", "Positions without an expert mismatch"),
+    ("other_experts", "Positions with an expert mismatch in at least one layer"),
 )
 
 
 def error_text(value: float | None) -> str:
-    """A number in two digits: 4.1e-13, 0.013, 0."""
+    """A number with two significant digits: 4.1e-13, 0.013, 0."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 0 or abs(value) >= 0.01:
@@ -214,7 +216,7 @@ def error_text(value: float | None) -> str:
 
 
 def share_text(value: float | None) -> str:
-    """A share as a percentage that never rounds up to 100."""
+    """A percentage that is 100 % only if the share is exactly 1."""
     if value is None or not math.isfinite(value):
         return "–"
     if value == 1:
@@ -223,7 +225,7 @@ def share_text(value: float | None) -> str:
 
 
 def plain_text(value: float | None) -> str:
-    """A number in five digits."""
+    """A number with five significant digits."""
     return "–" if value is None or not math.isfinite(value) else f"{value:.5g}"
 
 
@@ -236,7 +238,7 @@ def limit_text(gate: GateResult) -> str:
 
 
 def number_text(value: float) -> str:
-    """A count, a share or an error, whichever it is."""
+    """A count or ratio with four significant digits, a small error with two."""
     return f"{value:.4g}" if value == 0 or abs(value) >= 0.01 else error_text(value)
 
 
@@ -249,13 +251,13 @@ def bytes_text(count: int) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """A short form for a model card."""
+    """The short form, for a model card."""
     return _environment().get_template("report.md.j2").render(_context(report))
 
 
 def to_html(report: Report) -> str:
-    """The full form, in one self-contained page."""
-    from kimi_gguf.validate import plots  # matplotlib takes a second to load
+    """The full report as one self-contained page."""
+    from kimi_gguf.validate import plots  # imported here because matplotlib takes a second to load
 
     css = resources.files("kimi_gguf.validate").joinpath("report.css").read_text(encoding="utf-8")
     template = _environment().get_template("report.html.j2")

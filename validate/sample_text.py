@@ -1,4 +1,4 @@
-"""The text that `validate-kimi` uses when it is given none: prose, a list, code, numbers, other scripts."""
+"""The default text of `validate-kimi`: prose, a list, code, numbers, other scripts."""
 
 TEXT = """\
 The tide tables for the harbour hang beside the door of the chandlery, next to a barometer that nobody has

@@ -1,9 +1,9 @@
-"""Proof that the tensors of a GGUF file are those of the checkpoint, in the precision that the file promises.
+"""Check that every tensor of a GGUF file has the checkpoint's values, within the precision of its type.
 
-Input: a GGUF file of any origin, an open checkpoint. Output: `TensorProof`.
+Input: a GGUF file made by any converter, an open checkpoint. Output: `TensorProof`.
 
-The checkpoint's side is computed anew here, from names and shapes of the conversion's table but with none of
-its arithmetic, and in pieces: no tensor is ever whole in memory.
+The expected values are computed here, independently of the converter's code; only its table of names and shapes is
+used. Tensors are compared chunk by chunk, so that no whole tensor is in memory.
 """
 
 from __future__ import annotations
@@ -26,33 +26,35 @@ from kimi_gguf.validate.errors import ValidateError
 
 Float32s = NDArray[np.float32]
 Flags = NDArray[np.bool_]
-PIECE = 1 << 22  # elements at once; a multiple of every block size
-# Q8_0 keeps a block's step in F16, off by up to 2^-11 of itself, and chooses the values by the exact one: a
-# value q may be off by half a step and |q| times that.
+PIECE = 1 << 22  # elements per chunk; a multiple of every block size
+# Q8_0 stores a block's scale in F16, with a relative error of up to 2^-11, but rounds the values with the exact scale.
+# The error of a quant q is therefore at most half a step plus |q| times the error of the scale.
 STEP_ROUNDING = 2.0**-11
-EXP_ULPS = 3  # units in the last place by which libraries' float32 exp may be off
-SMALLEST_STEP = 2.0**-25  # half of F16's smallest number: by this a tiny block's scale may be off
-MAX_FAILURES = 20  # named; the rest are only counted
+EXP_ULPS = 3  # allowed error of float32 exp in different libraries, in units in the last place
+SMALLEST_STEP = 2.0**-25  # half of F16's smallest number: the largest absolute error of a tiny scale
+MAX_FAILURES = 20  # failures that are described; the rest are only counted
 
 
 @dataclass
 class TensorProof:
-    """What was found; `proved` is the verdict."""
+    """Result of the comparison; `proved` is true if no tensor failed."""
 
-    exact: int = 0  # tensors equal bit for bit: F32 anywhere, F16 and BF16 from the same type
-    rounded: int = 0  # tensors whose every value is the correctly rounded one (F16, BF16)
-    quantised: int = 0  # Q8_0 tensors whose every value is within half a step
-    unproved: dict[str, float] = field(default_factory=dict)  # of other types: name -> NMSE, no verdict
+    exact: int = 0  # bit-identical tensors: F32, or F16 and BF16 from a checkpoint of the same type
+    rounded: int = 0  # F16 and BF16 tensors in which every value is correctly rounded
+    quantised: int = 0  # Q8_0 tensors in which every value is within half a step
+    unproved: dict[str, float] = field(
+        default_factory=dict
+    )  # tensors of other types: name -> NMSE; not judged
     failures: list[str] = field(default_factory=list)
     failed: int = 0
-    misfits: int = 0  # of the failed, tensors that are missing, of another shape, or unknown
+    misfits: int = 0  # failed tensors that are missing, unknown, or have a wrong shape
 
     @property
     def proved(self) -> bool:
         return self.failed == 0
 
     def fail(self, text: str, *, misfit: bool = False) -> None:
-        """Count a failure and, of the first few, keep the text."""
+        """Count a failure; keep the text of the first MAX_FAILURES."""
         self.failed += 1
         self.misfits += misfit
         if len(self.failures) < MAX_FAILURES:
@@ -62,9 +64,10 @@ class TensorProof:
 def prove(
     path: Path, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None
 ) -> TensorProof:
-    """Compare every tensor of the file with the checkpoint. `progress` gets tensors done and in all.
+    """Compare every tensor of the file with the checkpoint.
 
-    Raises ValidateError if the file, or a part of it, is no GGUF.
+    `progress` gets the number of tensors done and the total. Raises ValidateError if the file or one of its splits
+    is not a readable GGUF file.
     """
     with open_gguf(path) as model:
         return _prove(model, checkpoint, progress)
@@ -77,7 +80,7 @@ def _prove(
     expected = {output.name: output for output in outputs(checkpoint.config)}
     proof = TensorProof()
     for name in sorted(stored.keys() - expected.keys()):
-        proof.fail(f"{name}: the checkpoint has nothing like it", misfit=True)
+        proof.fail(f"{name}: unexpected tensor, not in the checkpoint", misfit=True)
     for done, (name, output) in enumerate(expected.items(), 1):
         if name not in stored:
             proof.fail(f"{name}: missing from the file", misfit=True)
@@ -91,8 +94,10 @@ def _prove(
 
 
 def open_gguf(path: Path) -> GgufModel:
-    """The model, of several files through the first. Raises ValidateError for a file that is not GGUF, EngineError
-    for the name of a file that is not the first."""
+    """Open a GGUF file, or all splits of a model, given the first, which has the metadata.
+
+    Raises ValidateError for a file that is not a readable GGUF file, EngineError for a split that is not the first.
+    """
     all_parts(path)
     try:
         return GgufModel(path)
@@ -101,7 +106,7 @@ def open_gguf(path: Path) -> GgufModel:
 
 
 def _shape(ne: Sequence[int]) -> tuple[int, ...]:
-    """Without the trailing dimensions of 1 that writers keep or drop."""
+    """The shape without trailing dimensions of 1, which some writers keep and others drop."""
     shape = list(ne)
     while len(shape) > 1 and shape[-1] == 1:
         shape.pop()
@@ -110,7 +115,7 @@ def _shape(ne: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Some elements of a tensor: as bytes, as the numbers those mean, and as the checkpoint has them."""
+    """A chunk of a tensor: its bytes, their dequantized values, and the values expected from the checkpoint."""
 
     raw: NDArray[np.uint8]
     found: Float32s
@@ -121,7 +126,7 @@ class Comparison:
 def _prove_one(
     model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof
 ) -> None:
-    """Compare one tensor piece by piece and enter the result."""
+    """Compare one tensor chunk by chunk and record the result."""
     kind = Kind(tensor.type.number)
     wrong_in = CHECKS.get(kind)
     error = size = 0.0
@@ -131,8 +136,8 @@ def _prove_one(
         if wrong.any():
             i = int(wrong.argmax())
             proof.fail(
-                f"{tensor.name} ({kind.name}): element {first + i}: checkpoint {each.wanted[i]:.9g}, "
-                f"file {each.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values there are wrong"
+                f"{tensor.name} ({kind.name}): element {first + i}: expected {each.wanted[i]:.9g}, "
+                f"found {each.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values in this chunk are wrong"
             )
             return
         exact = exact and bool(np.array_equal(each.found, each.wanted))
@@ -152,7 +157,7 @@ def _prove_one(
 def _comparisons(
     model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint
 ) -> Iterator[Comparison]:
-    """The tensor and the checkpoint's values side by side, in the order of the file."""
+    """The chunks of the tensor with their expected values, in file order."""
     kind, start = Kind(tensor.type.number), 0
     for wanted in expected_values(output, checkpoint):
         raw = model.read(tensor, start, tensor.type.nbytes((len(wanted),)))
@@ -179,14 +184,14 @@ def _wrong_bf16(each: Comparison) -> Flags:
 
 
 def _wrong_q8_0(each: Comparison) -> Flags:
-    """Off by more than half a step, or in a block whose step does not fit its largest value."""
+    """Values with an error above half a step, and values of blocks whose scale does not match the largest value."""
     step = each.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
     largest = np.abs(each.wanted).reshape(-1, 32).max(1, keepdims=True)
     step_wrong = ~(np.abs(step * 127 - largest) <= 2 * STEP_ROUNDING * largest + 127 * SMALLEST_STEP)
     found = each.found.reshape(-1, 32)
     off = np.abs(found - each.wanted.reshape(-1, 32))
     allowed = 0.5 * step + STEP_ROUNDING * np.abs(found) + 127 * SMALLEST_STEP
-    value_wrong = ~(off <= allowed * (1 + 1e-5))  # 1e-5 for float32 in this very line
+    value_wrong = ~(off <= allowed * (1 + 1e-5))  # 1e-5 covers float32 rounding in this comparison
     wrong: Flags = (value_wrong | step_wrong).reshape(-1)
     return wrong
 
@@ -207,7 +212,7 @@ def nearest_bf16(x: Float32s) -> Float32s:
 
 
 def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s]:
-    """The output's values in its own order, 1-D pieces of at most PIECE elements (more for kv_b)."""
+    """The expected values in file order, as 1-D chunks of at most PIECE elements (kv_b: the whole tensor)."""
     if output.transform in (Transform.K_OF_KV, Transform.V_OF_KV):
         yield _from_kv_b(output, checkpoint.float32(output.sources[0]), checkpoint.config)
         return
@@ -222,9 +227,9 @@ def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s
 
 
 def _from_kv_b(output: Output, kv_b: Float32s, c: KimiConfig) -> Float32s:
-    """kv_b [heads * (nope + v), latent] holds each head's key rows, then its value rows.
+    """Split kv_b [heads * (nope + v), latent], which holds each head's key rows followed by its value rows.
 
-    attn_k_b wants keys with `nope` fastest, attn_v_b values with `latent` fastest.
+    In attn_k_b `nope` is the fastest dimension, in attn_v_b it is `latent`.
     """
     heads = kv_b.reshape(c.num_heads, c.qk_nope_head_dim + c.v_head_dim, c.kv_lora_rank)
     if output.transform is Transform.K_OF_KV:

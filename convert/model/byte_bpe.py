@@ -1,7 +1,7 @@
 """Byte-level BPE facts: the model's split pattern, GPT-2's byte spelling, and merges from ranks.
 
-Flows in: token bytes in rank order. Flows out: the printable spelling GGUF stores (`bytes_to_text`) and,
-for each token longer than a byte, the two tokens it is joined from (`merges_from_ranks`).
+Input: token bytes in rank order. Output: the printable spelling that GGUF stores (`bytes_to_text`) and, for each
+token longer than one byte, the two tokens that it is merged from (`merges_from_ranks`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """`config.json` of a Kimi-Linear checkpoint, hub or native transformers form, as one checked dataclass.
 
-Flows in: the JSON text. Flows out: `KimiConfig`, the only description of the model's shape that the rest
-of the project reads; or `ConvertError` for a key that is missing, contradicts another, or asks for something
-that llama.cpp's graph for this architecture does not compute.
+Input: the JSON text. Output: `KimiConfig`, the only description of the model's shape in the project; or
+`ConvertError` for a key that is missing, contradicts another key, or requires something that llama.cpp's graph for
+this architecture does not compute.
 
 The hub form counts layers from 1 in `linear_attn_config`; the native form counts from 0 in `layer_types` and
 has flat `linear_*` keys. transformers re-saves a hub config with both: then both must say the same.

@@ -1,7 +1,7 @@
-"""Where a tensor of the hub's naming stands in each layout that exists on disk: data, and its reading.
+"""Maps a tensor's canonical hub name to its location in each known checkpoint layout.
 
-Flows in: a canonical hub name and shape. Flows out: the places it may have, each a stored tensor's name, the
-shape that one must have, and the range of its elements. Exactly one place exists in a sound checkpoint.
+Input: a canonical hub name and shape. Output: the possible locations, each with the name and shape of a stored tensor
+and the range of its elements. In a valid checkpoint exactly one of them exists.
 
 The layouts: the hub's; transformers' `save_pretrained` (hub names, but dense FFNs under `block_sparse_moe`);
 transformers' in-memory names (`forget_gate`, q, k and v convolutions in one tensor, experts in one tensor).

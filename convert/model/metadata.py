@@ -1,6 +1,6 @@
 """The GGUF keys of a Kimi-Linear model: one table for the architecture, one for the file, one for the tokens.
 
-Flows in: the config, the vocabulary, the file's type and name. Flows out: `Key`s in the order of the file.
+Input: the config, the vocabulary, the file's type and name. Output: `Key`s in file order.
 Source of the architecture's keys: llama.cpp's loader (`load_arch_hparams` for `kimi-linear`).
 """
 

@@ -1,7 +1,7 @@
 """The one table of tensors: canonical hub names and shapes, and what each becomes in a GGUF file.
 
-Flows in: a `KimiConfig`. Flows out: `hub_shapes`, every tensor a checkpoint must hold, and `outputs`, every
-tensor of the GGUF file with its sources, shape (ggml order, fastest dimension first) and transform.
+Input: a `KimiConfig`. Output: `hub_shapes`, all tensors that a checkpoint must have, and `outputs`, all tensors of
+the GGUF file with their sources, shape (ggml order, fastest dimension first) and transform.
 Source of the GGUF side: llama.cpp's loader for the architecture `kimi-linear`.
 """
 

@@ -1,7 +1,7 @@
-"""A checkpoint's vocabulary for GGUF, read as data: none of the checkpoint's own Python is run.
+"""Reads a checkpoint's vocabulary for GGUF without running the checkpoint's Python code.
 
-Flows in: `tiktoken.model` (or a re-saved `tokenizer.json`), `tokenizer_config.json`, `chat_template.jinja`.
-Flows out: one `Vocab`, ready for GGUF's `tokenizer.ggml.*` keys (model `gpt2`, pre-tokenizer `kimi-k2`).
+Input: `tiktoken.model` (or a re-saved `tokenizer.json`), `tokenizer_config.json`, `chat_template.jinja`.
+Output: a `Vocab` for GGUF's `tokenizer.ggml.*` keys (model `gpt2`, pre-tokenizer `kimi-k2`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The vocabulary files of a checkpoint, parsed and checked as untrusted data.
 
-Flows in: `tiktoken.model`, `tokenizer.json`, `tokenizer_config.json`. Flows out: token bytes in rank order,
-special tokens by id, settings. Every error is a ConvertError that names the file and the line or key.
+Input: `tiktoken.model`, `tokenizer.json`, `tokenizer_config.json`. Output: token bytes in rank order, special tokens
+by id, settings. Every error is a ConvertError that names the file and the line or key.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The files that a model is written to: one, or as many as keep each below a size, as llama.cpp loads them.
+"""The files of a plan: one file, or several splits of limited size in llama.cpp's format.
 
-Input: keys, planned tensors and the size. Output: `PlannedFile`s in order, each a GGUF file. The first has all keys;
-each has its number, how many there are, and how many tensors all have together (`split.*`, typed as
-llama-gguf-split does).
+Input: keys, planned tensors and the size. Output: `PlannedFile`s in order, each a GGUF file. The first has all keys.
+Each has its number, the number of splits, and the total number of tensors (`split.*`, with the types that
+llama-gguf-split uses).
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ class PlannedFile:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each tensor begins, from the start of the data; behind the last, where the data end."""
+        """Offset of each tensor from the start of the data, followed by the size of the data."""
         return tuple(accumulate((aligned(t.nbytes) for t in self.tensors), initial=0))
 
     @cached_property
     def header(self) -> bytes:
-        """Everything in front of the data, padding included."""
+        """The header including padding."""
         return header_bytes(self.keys, self.tensors, self.offsets[:-1])
 
     @property
     def nbytes(self) -> int:
-        """Of the whole file."""
+        """Size of the whole file."""
         return len(self.header) + self.offsets[-1]
 
 
 def split(
     keys: tuple[Key, ...], tensors: tuple[PlannedTensor, ...], max_bytes: int | None
 ) -> tuple[PlannedFile, ...]:
-    """The files, each of at most `max_bytes` unless a single tensor takes more; None: one file. Raises
-    `ConvertError` when there would be more than the format can count."""
+    """The files, each of at most `max_bytes` unless a single tensor is larger; None: one file. Raises `ConvertError`
+    if there would be more than MAX_PARTS."""
     whole = PlannedFile(keys, tensors)
     if max_bytes is None or whole.nbytes <= max_bytes:
         return (whole,)
@@ -62,7 +62,7 @@ def split(
         return (whole,)
     if len(chunks) > MAX_PARTS:
         raise ConvertError(
-            f"--split-max-size: would give {len(chunks)} parts, and llama.cpp counts to {MAX_PARTS}; "
+            f"--split-max-size: expected at most {MAX_PARTS} splits (llama.cpp's limit), found {len(chunks)}; "
             "choose a larger size"
         )
     name = digest(whole.header)
@@ -87,7 +87,7 @@ def _split_keys(number: int, count: int, tensors: int, name: str) -> tuple[Key, 
 def _chunks(
     keys: Sequence[Key], tensors: Sequence[PlannedTensor], max_bytes: int
 ) -> Iterator[Sequence[PlannedTensor]]:
-    """The tensors in order, cut where the next one would make a file too large; none is empty."""
+    """The tensors in order, grouped into files of limited size; no group is empty."""
     split = COUNTS + sum(len(key_bytes(key)) for key in _split_keys(0, 0, 0, digest()))
     head, data = split + sum(len(key_bytes(key)) for key in keys), 0
     chunk: list[PlannedTensor] = []

@@ -1,4 +1,4 @@
-"""What stands in front of the data of a GGUF v3 file, as bytes.
+"""The header of a GGUF v3 file as bytes.
 
 Input: keys and planned tensors. Output: bytes. Source: the GGUF specification in ggml's docs/gguf.md.
 """
@@ -23,7 +23,7 @@ _SCALARS: Final = {
     ValueType.FLOAT32: "<f",
     ValueType.BOOL: "<?",
 }
-COUNTS: Final = len(MAGIC) + struct.calcsize("<IQQ")  # bytes in front of the first key
+COUNTS: Final = len(MAGIC) + struct.calcsize("<IQQ")  # bytes before the first key
 
 
 def aligned(offset: int) -> int:
@@ -32,7 +32,7 @@ def aligned(offset: int) -> int:
 
 
 def header_bytes(keys: Sequence[Key], tensors: Sequence[PlannedTensor], offsets: Sequence[int]) -> bytes:
-    """Everything in front of the data, padding included; `offsets` are the tensors' in the data."""
+    """The header including padding; `offsets` are those of the tensors, from the start of the data."""
     out = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(tensors), len(keys)))
     for key in keys:
         out += key_bytes(key)

@@ -1,7 +1,7 @@
-"""A file that grows, written past the page cache where the file system lets it.
+"""A file that is written sequentially, bypassing the page cache if the file system supports it.
 
-That is several times as fast on large files, and other programs keep their pages. Flows in: bytes in order. Flows
-out: the file; what `settle` returned after is on the disk, whatever ends the process or the machine.
+This is several times faster for large files and does not evict other programs' pages.
+Input: bytes in order. Output: the file. When `settle` returns, all bytes written before are on the disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SECTOR: Final = 4096  # what unbuffered writes must be multiples of
 
 
 class Growing:
-    """The file `path`, from its first `end` bytes on; `close` it."""
+    """The file `path`, continued after its first `end` bytes; must be closed."""
 
     def __init__(self, path: Path, end: int) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -56,12 +56,12 @@ class Growing:
                 self._hand_over()
 
     def settle(self) -> None:
-        """All that was written is on the disk. Raises `OSError`."""
+        """Flush everything written so far to the disk. Raises `OSError`."""
         self._flush()
         os.fdatasync(self._fd)
 
     def complete(self) -> None:
-        """Everything is written: cut to size and make it last. Raises `OSError`."""
+        """Truncate the file to its final size and sync it. Raises `OSError`."""
         self._flush()
         os.ftruncate(self._fd, self.at)
         os.fsync(self._fd)
@@ -71,7 +71,7 @@ class Growing:
         os.close(self._fd)
 
     def _hand_over(self) -> None:
-        """The full buffer is written while the other one fills."""
+        """Write the full buffer in the background and continue with the other one."""
         self._wait()
         self._writing = self._pool.submit(_write_all, self._fd, self._buffers[0], self._start)
         self._buffers.reverse()
@@ -84,7 +84,7 @@ class Growing:
             self._writing = None
 
     def _flush(self) -> None:
-        """Write what is buffered, filled up to whole sectors; it is written again when more has come."""
+        """Write the buffer, padded to whole sectors; later writes overwrite the padding."""
         self._wait()
         whole = -(-self._used // SECTOR) * SECTOR
         self._buffers[0][self._used : whole] = 0
@@ -102,7 +102,7 @@ def _write_all(fd: int, data: Bytes, offset: int) -> None:
 
 
 def _bypass_cache(fd: int, wanted: bool) -> bool:
-    """Switch unbuffered writing on or off; whether that changed anything."""
+    """Switch unbuffered writing on or off; return whether this changed anything."""
     direct = getattr(os, "O_DIRECT", 0)
     if not direct:
         return False

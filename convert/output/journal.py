@@ -1,7 +1,7 @@
-"""The journal of an unfinished output: what in its folder is finished and safe on disk, one JSON object a line.
+"""The journal of an unfinished output: one JSON object per line, listing what is finished and synced to disk.
 
-The first line says what the output was begun from, `done` how many steps are finished, `whole` that all files are,
-with what tells each from any other file. Who writes the output holds a lock on the journal.
+The first line identifies the checkpoint and the options. `done` is the number of finished steps. `whole` says that
+all files are complete, and identifies them by `stamp`. The process that writes the output locks the journal.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ def locked(folder: Path, path: Path) -> int:
                 raise
             continue  # the folder was removed in between: try again
         except FileExistsError:
-            raise ConvertError(f"{folder}: is no folder; remove it, or choose another name") from None
+            raise ConvertError(
+                f"{folder}: expected a folder; remove this file, or choose another output name"
+            ) from None
         except OSError as error:
-            raise ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was left") from None
+            raise ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was written") from None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
             raise ConvertError(
-                f"{path}: another conversion is writing it ({folder.name} is locked); wait for it, or choose "
-                "another name"
+                f"{path}: another conversion is writing it ({folder.name} is locked); wait until it is done, or "
+                "choose another name"
             ) from None
         except OSError:  # a file system without locks
             return fd
@@ -50,7 +52,7 @@ def locked(folder: Path, path: Path) -> int:
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:
-    """Note an entry; it is on the disk when this returns. Raises `OSError`."""
+    """Append an entry and sync it to the disk. Raises `OSError`."""
     with (folder / JOURNAL).open("ab") as file:
         file.write(json.dumps(entry).encode() + b"\n")
         file.flush()
@@ -58,24 +60,24 @@ def append(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """What was noted, in order. Raises `ConvertError` for a journal that is none."""
+    """All entries, in order. Raises `ConvertError` for an invalid journal."""
     journal = folder / JOURNAL
     try:
         found = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
     except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"{journal}: cannot be read: {error}; leave --resume out to begin anew") from None
+        raise ConvertError(f"{journal}: cannot be read: {error}; start again without --resume") from None
     return [entry for entry in found if isinstance(entry, dict)]
 
 
 def mend(folder: Path) -> None:
-    """Cut off a last line that was not written whole. Raises `OSError`."""
+    """Remove an incomplete last line. Raises `OSError`."""
     journal = folder / JOURNAL
     os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 
 
 def whole(folder: Path) -> dict[str, str]:
-    """The files, each with its `stamp`, of an output that is whole and was about to take its names; empty where
-    nothing of the kind was noted. The first is the one that takes its name last."""
+    """File name -> `stamp` of a complete output whose files were about to be renamed; empty if there is none.
+    The first file is renamed last."""
     try:
         noted = [entry["whole"] for entry in entries(folder) if "whole" in entry]
     except ConvertError:
@@ -87,7 +89,7 @@ def whole(folder: Path) -> dict[str, str]:
 
 
 def stamp(path: Path) -> str:
-    """What tells a file from any other, whatever its name; empty where there is none."""
+    """Identifies a file independently of its name; empty if there is no file."""
     if not path.is_file():
         return ""
     found = path.stat()

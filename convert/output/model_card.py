@@ -1,7 +1,7 @@
-"""The model card that goes beside an output: front matter for a model hub, and how the file was made and is run.
+"""The model card of an output: front matter for Hugging Face, and how the file was made and how to run it.
 
-Flows in: the plan, the files' names, the command. Flows out: Markdown. All facts are the plan's own keys and
-tensors; texts that came with the checkpoint are quoted or stripped of what Markdown and YAML would act on.
+Input: the plan, the file names, the command. Output: Markdown. All facts come from the plan's keys and tensors.
+Strings from the checkpoint are quoted, or stripped of Markdown and YAML syntax.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from kimi_gguf.convert.plan import Plan
 
 CARD: Final = "README.md"
 
-# What a reader of files made by llama.cpp's converter would wonder about; docs/conversion.md has the whole table.
+# The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
 DIFFERENCES: Final = (
-    "`attention.value_length` is the width of the latent, {value_length}, so that the cache can be quantised; "
+    "`attention.value_length` is the width of the latent, {value_length}, so that the cache can be quantized; "
     "llama.cpp's converter writes `head_dim`.",
-    "The end of a sequence is the token that ends the model's answers ({eos}), as its config has it, not the "
-    "tokenizer's own `[EOS]`; `add_bos_token` is false and `eot_token_id` is written.",
+    "`eos_token_id` is the token that ends the model's answers ({eos}), as in its config, not the tokenizer's "
+    "`[EOS]`; `add_bos_token` is false and `eot_token_id` is written.",
     "`ssm_a` = -exp(A_log) is computed in double precision and rounded once.",
-    "Added tokens that the tokenizer does not call special, as the marks of tool calls, are user-defined tokens, "
+    "Added tokens that are not special in the tokenizer, such as the tool call markers, are user-defined tokens, "
     "not control tokens: they are shown in the output.",
-    "Keys of expert groups are written only where the router leaves groups out.",
-    "Names, shapes and types of the tensors are llama.cpp's, so that its own builds load the file.",
+    "Keys of expert groups are written only if the router excludes groups.",
+    "Tensor names, shapes and types are those of llama.cpp, so that upstream builds load the file.",
 )
 
 
 def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
-    """The card of `plan` written to `paths` by `command`. The command's paths should be names without folders."""
+    """The card of `plan`, written to `paths` by `command`. The command's paths should have no folders."""
     facts = {key.name: key.value for key in plan.keys}
     name = _plain(str(facts["general.name"]))
     source = _source(facts) or command[1]
@@ -50,21 +50,21 @@ def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
         "## Files\n\n" + _table(("file", "bytes", "tensors", "types"), _files(paths, plan.files)),
         "## How to run it\n\n" + _running(plan, paths[0].name),
         "## How to check it\n\n"
-        "This makes every byte anew from the checkpoint and compares:\n\n" + _code(shlex.join(check)),
-        "## What differs from a file of llama.cpp's own converter\n\n" + "\n".join(_differences(facts)),
+        "This command converts the checkpoint again and compares all bytes:\n\n" + _code(shlex.join(check)),
+        "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(_differences(facts)),
         *(["## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in plan.notes)] if plan.notes else []),
     )
     return "\n\n".join(sections) + "\n"
 
 
 def base_of(facts: Mapping[str, object]) -> str | None:
-    """ORG/NAME of what the file was made from, if it is known."""
+    """ORG/NAME of the base model, if it is known."""
     owner, name = (facts.get(f"general.base_model.0.{part}") for part in ("organization", "name"))
     return f"{owner}/{name}" if owner and name else None
 
 
 def _front_matter(facts: Mapping[str, object]) -> str:
-    """Keys that model hubs read; those of which nothing is known are left out."""
+    """Keys that Hugging Face reads; unknown ones are left out."""
     texts = (
         ("base_model", base_of(facts)),
         ("base_model_relation", "quantized" if base_of(facts) else None),
@@ -80,7 +80,7 @@ def _front_matter(facts: Mapping[str, object]) -> str:
 
 
 def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str | None]]:
-    """What was converted, from where, to what; None for what is not known."""
+    """Rows about source, type and converter; None if unknown."""
     base, licence = base_of(facts), facts.get("general.license")
     yield "source", f"`{_code_text(source)}`"
     yield "SHA-256 of its `config.json`", f"`{facts.get('kimi_gguf.source.config_sha256')}`"
@@ -103,14 +103,14 @@ def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tupl
 
 
 def _running(plan: Plan, name: str) -> str:
-    """Commands for the patched llama.cpp and, where it can run the model, for any other."""
+    """Commands for patched llama.cpp and, if it can run the model, for upstream llama.cpp."""
     ours = _code(shlex.join(["kimi-llama", "chat", name]))
-    loads = "llama.cpp loads the other parts by itself.\n\n" if len(plan.files) > 1 else ""
-    refused = [note for note in plan.notes if "unpatched llama.cpp" in note]
+    loads = "llama.cpp loads the other splits automatically.\n\n" if len(plan.files) > 1 else ""
+    refused = [note for note in plan.notes if "upstream llama.cpp" in note]
     if refused:
-        return f"{loads}{ours}\n\nPlain llama.cpp cannot: {_plain(refused[0])}."
+        return f"{loads}{ours}\n\nUpstream llama.cpp cannot run this file: {_plain(refused[0])}."
     plain = _code(shlex.join(["llama-cli", "-m", name]))
-    return f"{loads}With the patched llama.cpp of kimi-gguf:\n\n{ours}\n\nWith plain llama.cpp:\n\n{plain}"
+    return f"{loads}With the patched llama.cpp of kimi-gguf:\n\n{ours}\n\nWith upstream llama.cpp:\n\n{plain}"
 
 
 def _differences(facts: Mapping[str, object]) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _type(plan: Plan) -> str:
 
 
 def _source(facts: Mapping[str, object]) -> str | None:
-    """The checkpoint's id on the hub, with the commit, as far as they are known."""
+    """The checkpoint's id on Hugging Face, with the commit if it is known; None if the id is unknown."""
     repository, commit = (
         facts.get(key) for key in ("general.source.huggingface.repository", "kimi_gguf.source.commit")
     )
@@ -140,16 +140,16 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """A block of code that nothing in it can end."""
+    """A code block with a fence longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}sh\n{text}\n{fence}"
 
 
 def _code_text(text: str) -> str:
-    """For a span of code: nothing that ends the span or the line."""
+    """Text for a code span: backticks and line breaks become spaces."""
     return "".join(c if c.isprintable() and c != "`" else " " for c in text)
 
 
 def _plain(text: str) -> str:
-    """Without what Markdown or HTML would act on beyond the line."""
+    """Text without Markdown or HTML syntax."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else " " for c in text)

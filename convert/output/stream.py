@@ -1,9 +1,8 @@
-"""The values of the output tensors, piece by piece, read, checked and encoded on all cores, in file order.
+"""Reads, checks and encodes the output tensors chunk by chunk, on all cores, in file order.
 
-Flows in: the checkpoint and the plan. Flows out: byte arrays in the order of the file. A piece is a few rows; a
-fixed number of them is under way at a time, so that memory does not grow with the model, and what comes out is
-the same whatever the number of cores. NaN, infinity and numbers that the wanted type cannot hold are refused by
-file, tensor and index.
+Input: the checkpoint and the plan. Output: byte arrays in file order. A chunk (`Piece`) is a few rows. The number of
+chunks in flight is fixed, so that memory does not grow with the model. The output does not depend on the number of
+cores. NaN, infinity, and values that the type cannot represent are errors that name file, tensor and index.
 """
 
 from __future__ import annotations
@@ -28,22 +27,22 @@ from kimi_gguf.convert.types.ggml import Ggml, load
 from kimi_gguf.engine.tensor_types import F32, Bytes
 
 PIECE_ELEMENTS: Final = 1 << 20
-_PIECE_BYTES: Final = 16  # an element's, at most, as it is read, widened and encoded
+_PIECE_BYTES: Final = 16  # maximum memory per element while it is read, widened and encoded
 _BASE_MEMORY: Final = 384 << 20  # the interpreter with numpy, headers, a vocabulary of 160,000 tokens
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How much is under way at a time."""
+    """Limits of the work in flight."""
 
     threads: int
-    pieces: int  # being read, encoded or waiting to be written
-    elements: int  # of a piece, at most; a row is never cut
+    pieces: int  # chunks being read, encoded or waiting to be written
+    elements: int  # maximum elements of a chunk; rows are never divided
 
     @classmethod
     def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
-        """All cores, unless memory (bytes, of the whole process) is short; `elsewhere` bytes of it are spoken for.
-        Raises `ConvertError`."""
+        """All cores, or fewer if `max_memory` (bytes of the whole process, of which `elsewhere` are reserved for
+        other uses) requires it. Raises `ConvertError`."""
         threads = threads or _cores()
         pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
         if max_memory is None:
@@ -57,13 +56,13 @@ class Pace:
         if room < pace.memory:
             least = base + pace.memory
             raise ConvertError(
-                f"--max-memory: {max_memory >> 20} MiB are too few; {-(-least >> 20)} MiB are needed at least"
+                f"--max-memory: expected at least {-(-least >> 20)} MiB, found {max_memory >> 20} MiB"
             )
         return pace
 
     @property
     def memory(self) -> int:
-        """Bytes of all that is under way."""
+        """Bytes of all chunks in flight."""
         return self.pieces * self.elements * _PIECE_BYTES
 
 
@@ -86,7 +85,7 @@ class Piece:
 
 
 def prepared(plan: Plan) -> Ggml | None:
-    """ggml's quantisers, ready for every type of the plan; None where it needs none."""
+    """ggml's quantization functions, prepared for every type of the plan; None if the plan needs none."""
     kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantized}
     if not kinds:
         return None
@@ -138,7 +137,7 @@ def encoded(
 
 
 def _pieces(tensor: PlannedTensor, elements: int) -> Iterator[Piece]:
-    """What a tensor is read as, in the order of the file."""
+    """The chunks of a tensor, in file order."""
     output = tensor.output
     size = math.prod(output.source_shape)
     for expert, source in enumerate(output.sources):
@@ -177,7 +176,7 @@ def _transposed(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
 
 
 def _neg_exp(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
-    """-exp(x), from double precision rounded once."""
+    """-exp(x), computed in double precision and rounded once."""
     dtype = checkpoint.dtype(piece.source)
     stored = checkpoint.elements(piece.source, piece.first, piece.count)
     check(stored, dtype, F32)
@@ -205,6 +204,6 @@ def _complaint(checkpoint: Checkpoint, piece: Piece, bad: BadValueError) -> Conv
         )
     what = "the checkpoint is damaged" if kind is F32 else "convert to BF16 or F32"
     return ConvertError(
-        f"{path}: {stored!r} -> {piece.tensor.name}: element {list(index)} is {bad.value:g}, more than "
-        f"{kind.name} can hold; {what}"
+        f"{path}: {stored!r} -> {piece.tensor.name}: element {list(index)} is {bad.value:g}, too large for "
+        f"{kind.name}; {what}"
     )

@@ -1,14 +1,13 @@
-"""An output that grows beside its place: one writer at a time, takes its names when whole, can be gone on with.
+"""An output that is written to a hidden folder and renamed when it is complete; an interrupted one can be resumed.
 
-Flows in: the files' names and sizes, their bytes in order, and marks where something is finished. Flows out: all
-files under their names, or a hidden folder `.NAME.unfinished` with what is there of them and a journal of what in
-it is finished and safe on disk.
+Input: the files' names and sizes, their bytes in order, and the points at which a step is finished. Output: all
+files under their names, or a hidden folder `.NAME.unfinished` with the data so far and a journal.
 
-A mark is noted only after the data before it are on the disk, so that a journal never promises more than is there,
-whatever ends the process or the machine. Before the files take their names it notes that all are whole, and what
-tells them from others: a run ended in between is finished, or cleared away, by the next one. Of several files the
-first, by which all are found, takes its name last, and an old one of that name makes room before: what can be loaded is
-never a mixture of two runs.
+A step is entered in the journal only after its data are on the disk, so that the journal is correct even after a
+power failure. When all files are complete, the journal records this and the files' stamps before they are renamed;
+if the process ends in between, the next run completes the renaming or removes the files. Of several files the first
+one, through which the others are opened, is renamed last, and an old file of this name is removed before. A model
+that can be loaded is therefore never a mixture of two runs.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from kimi_gguf.convert.output.growing import Growing
 from kimi_gguf.convert.output.journal import JOURNAL, append, entries, locked, mend, stamp, whole
 from kimi_gguf.engine.tensor_types import Bytes
 
-SYNC_SECONDS = 1.0  # between marks that are noted
+SYNC_SECONDS = 1.0  # minimum time between journal entries
 _FORMAT: Final = 2
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What the bytes of an output follow from; one begun with another identity is not gone on with."""
+    """Hashes of everything that determines an output; --resume requires the same identity."""
 
     plan: str  # hash of options and layout
     sources: str  # hash of the input files' names, sizes, times and headers
@@ -40,17 +39,19 @@ class Identity:
 
 @dataclass(frozen=True)
 class Layout:
-    """What an output consists of, known before it is written."""
+    """The files of an output; known before it is written."""
 
     files: tuple[tuple[str, int], ...]  # names and bytes, in order; all in the output's folder
-    places: tuple[tuple[int, int], ...]  # after so many steps: the file (from 0 on) and its byte to go on at
+    places: tuple[
+        tuple[int, int], ...
+    ]  # for each number of finished steps: the file (from 0) and the offset to continue at
 
 
 class Unfinished:
     """The growing output; made by `unfinished`."""
 
     def __init__(self, folder: Path, layout: Layout, done: int) -> None:
-        self.done = done  # steps that were finished before: go on there
+        self.done = done  # number of steps that an earlier run finished
         self.noted = done
         self.names = [name for name, _ in layout.files]
         number, end = layout.places[done]
@@ -62,32 +63,32 @@ class Unfinished:
 
     @property
     def at(self) -> int:
-        """Bytes so far of the file at hand."""
+        """Bytes written so far to the current file."""
         return self._growing.at
 
     def begin(self, number: int) -> None:
-        """Go to a file: from its beginning, or where the finished steps end. Raises `OSError`."""
+        """Open a file at its beginning, or after the finished steps. Raises `OSError`."""
         place, end = self._layout.places[self.done]
         self._file = Growing(self._folder / self.names[number], end if number == place else 0)
 
     def write(self, data: Bytes) -> None:
-        """Append to the file at hand. Raises `OSError`, perhaps of an earlier piece."""
+        """Append to the current file. Raises `OSError`, possibly for an earlier write."""
         self._growing.write(data)
 
     def finished(self, done: int) -> None:
-        """All bytes of `done` steps are written; noted in the journal now and then."""
+        """Report that `done` steps are written; entered in the journal every SYNC_SECONDS."""
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             self._growing.settle()
             self._note(done)
 
     def end(self, done: int) -> None:
-        """The file at hand is complete, and with it `done` steps."""
+        """Complete the current file and with it `done` steps."""
         self._growing.complete()
         self.close()
         self._note(done)
 
     def add(self, name: str, content: bytes) -> None:
-        """One small file more, which takes its name with the others. Raises `OSError`."""
+        """Add a small file that is renamed together with the others. Raises `OSError`."""
         with (self._folder / name).open("wb") as file:
             file.write(content)
             file.flush()
@@ -115,11 +116,11 @@ class Unfinished:
 def unfinished(
     path: Path, layout: Layout, identity: Identity, resume: bool, overwrite: bool
 ) -> Iterator[Unfinished]:
-    """The unfinished output `path`, from its last finished step with `resume`, else from the beginning.
+    """The unfinished output `path`; with `resume` it continues after its last finished step.
 
-    When the block ends well its files take their names. After an interrupt, a failing disk or a failing source
-    they stay with their journal if anything in them is finished; after any other error they vanish. Raises
-    `ConvertError` when somebody else writes the output, or when it was begun with another identity.
+    When the block ends without an error, the files are renamed. After an interrupt, or an error of the disk or the
+    source, they are kept with their journal if a step is finished; after any other error they are removed. Raises
+    `ConvertError` if another process writes the output, or if it was started with another identity.
     """
     folder = folder_of(path)
     lock = locked(folder, path)
@@ -137,7 +138,9 @@ def unfinished(
         keep = bool(ours)
         for name in work.names:
             if (target := path.with_name(name)).exists() and not overwrite and target not in ours:
-                raise ConvertError(f"{target}: was made by someone else meanwhile; choose another name")
+                raise ConvertError(
+                    f"{target}: was created by another program during the conversion; choose another name"
+                )
         keep = True
         _take_names(path, work.names)
         keep = False
@@ -146,7 +149,9 @@ def unfinished(
         if not isinstance(error, OSError):
             raise
         left = (
-            f"make room or mend it, then go on with --resume ({folder.name})" if keep else "nothing was left"
+            f"free disk space, then continue with --resume ({folder.name} is kept)"
+            if keep
+            else "nothing was written"
         )
         raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; {left}") from None
     finally:
@@ -158,7 +163,7 @@ def unfinished(
 
 
 def folder_of(path: Path) -> Path:
-    """Where the unfinished files of an output lie."""
+    """The folder for the unfinished files of an output."""
     return path.with_name(f".{path.name}.unfinished")
 
 
@@ -169,8 +174,11 @@ def leftover(path: Path) -> Path | None:
 
 
 def taken(path: Path, resume: bool) -> set[Path]:
-    """The files of an unfinished run that have taken their names already. When its first file has, which is the
-    last to do so, the output was finished and is nobody's to clear away: it counts with `resume` only."""
+    """The files of an unfinished run that were already renamed.
+
+    If the first file, which is renamed last, is among them, the output is finished and must not be removed; the
+    files are then returned only with `resume`.
+    """
     noted = {path.with_name(name): mark for name, mark in whole(folder_of(path)).items()}
     found = {target for target, mark in noted.items() if stamp(target) == mark}
     finished = bool(noted) and next(iter(noted)) in found
@@ -178,7 +186,7 @@ def taken(path: Path, resume: bool) -> set[Path]:
 
 
 def _take_names(path: Path, names: Sequence[str]) -> None:
-    """Give the files of the folder their names, but for those that have them already."""
+    """Rename the files of the folder, except those that were already renamed."""
     folder = folder_of(path)
     moves = [(folder / name, path.with_name(name)) for name in names]
     append(folder, {"whole": {target.name: stamp(hidden) or stamp(target) for hidden, target in moves}})
@@ -195,37 +203,39 @@ def _take_names(path: Path, names: Sequence[str]) -> None:
 
 
 def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
-    """How many steps the journal calls finished, 0 where there is nothing to go on from."""
+    """Number of finished steps according to the journal; 0 if there is nothing to continue."""
     folder = folder_of(path)
     noted = entries(folder)
     here = {name: _size(folder / name) for name, _ in layout.files}
     ours = {target.name for target in taken(path, resume=True)}
     if not any(here.values()) and not ours:
         return 0
-    journal, remedy = folder / JOURNAL, f"remove {folder.name}, or leave --resume out, to begin anew"
+    journal, remedy = folder / JOURNAL, f"start again without --resume, or remove {folder.name}"
     if not noted or noted[0].get("format") != _FORMAT:
-        raise ConvertError(f"{journal}: no journal of this version; {remedy}")
+        raise ConvertError(f"{journal}: not a journal of this version; {remedy}")
     if noted[0].get("sources") != identity.sources:
         raise ConvertError(
-            f"{journal}: the unfinished output was begun from another checkpoint, or this one has changed since; "
+            f"{journal}: the unfinished output is of another checkpoint, or the checkpoint has changed; "
             f"{remedy}"
         )
     if noted[0].get("plan") != identity.plan:
         raise ConvertError(
-            f"{journal}: the unfinished output was begun with other options or versions; {remedy}"
+            f"{journal}: the unfinished output was started with other options or versions; {remedy}"
         )
     marks = [done for entry in noted[1:] if isinstance(done := entry.get("done"), int)]
     if not marks:
         return 0
     if not 0 <= marks[-1] < len(layout.places):
-        raise ConvertError(f"{journal}: {marks[-1]} steps of {len(layout.places) - 1} are finished; {remedy}")
+        raise ConvertError(
+            f"{journal}: expected at most {len(layout.places) - 1} steps, found {marks[-1]}; {remedy}"
+        )
     number, end = layout.places[marks[-1]]
     for i, (name, size) in enumerate(layout.files[: number + 1]):
         if name in ours or (here[name] == size if i < number else here[name] >= end):
             continue
         raise ConvertError(
-            f"{folder / name}: expected {f'{size} bytes' if i < number else f'at least {end} bytes'} that its "
-            f"journal calls finished, found {here[name]}; {remedy}"
+            f"{folder / name}: expected {f'{size} bytes' if i < number else f'at least {end} bytes'} "
+            f"according to its journal, found {here[name]}; {remedy}"
         )
     mend(folder)
     return marks[-1]
@@ -244,7 +254,7 @@ def _remove(path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove the files of the folder, and those of an unfinished set that have taken their names."""
+    """Remove the files of the folder, and the already renamed files of an unfinished run."""
     for target in taken(path, resume=False):
         target.unlink(missing_ok=True)
     for file in folder_of(path).iterdir():
@@ -257,7 +267,7 @@ def _size(path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the renames themselves last, where folders can be synced."""
+    """Sync the folder, so that renames persist; ignored where folders cannot be synced."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

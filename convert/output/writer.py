@@ -1,7 +1,7 @@
-"""GGUF v3 files, written as a stream beside their place; they take their names when all are whole.
+"""Writes GGUF v3 files as a stream; the files are renamed to their names when all are complete.
 
-Flows in: a `Plan` and its encoded pieces in order. Flows out: the files, or unfinished ones that can be gone on
-with (see `unfinished`).
+Input: a `Plan` and its encoded chunks in order. Output: the files, or an unfinished output that can be resumed (see
+`unfinished`).
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ def write(
     check: Check,
     beside: Sequence[tuple[str, bytes]] = (),
 ) -> None:
-    """Write the plan's files. `pieces` gives the bytes of the tensors it is asked for, in order; `report` hears of
-    every tensor and number of its bytes written, `check` of every tensor finished and, with None, of the last;
-    `beside` are names and contents of small files that appear with the others.
-    Raises `ConvertError` when the disk is too small or fails, or when `check` does."""
+    """Write the plan's files. Raises `ConvertError` if the disk is too small or fails, or if `check` raises it.
+
+    pieces: returns the bytes of the given tensors, in order.
+    report: called with a tensor and the number of its bytes that were written.
+    check: called with each finished tensor, and with None at the end.
+    beside: names and contents of small files to write to the same folder.
+    """
     with unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
         _check_space(path, work.missing + sum(len(content) for _, content in beside))
         for tensor in plan.tensors[: work.done]:
@@ -69,7 +72,7 @@ def _layout(plan: Plan, output: Path) -> Layout:
 def _write_file(
     work: Unfinished, number: int, file: PlannedFile, first: int, stream: Pieces, report: Report, check: Check
 ) -> None:
-    """One file, of which `first` is the number of its first tensor among all."""
+    """Write one file; `first` is the index of its first tensor in the plan."""
     head, skip = file.header, max(work.done - first, 0)
     work.begin(number)
     if work.at == 0:
@@ -86,7 +89,7 @@ def _write_file(
             raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {work.at - start}")
         work.write(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
         check(tensor)
-        if tensor is not file.tensors[-1]:  # with the last, only the complete file is finished
+        if tensor is not file.tensors[-1]:  # the last tensor is finished when its file is complete
             work.finished(first + i + 1)
     work.end(first + len(file.tensors))
 
@@ -94,26 +97,26 @@ def _write_file(
 def check_outputs(
     paths: Iterable[Path], overwrite: bool, sources: Sequence[Path], ours: Iterable[Path] = ()
 ) -> None:
-    """Refuse places that cannot or must not be written, before any work is done; `ours` are files of an unfinished
-    run. Raises `ConvertError`."""
+    """Raise `ConvertError` for output paths that cannot or must not be written; `ours` are files of an unfinished
+    run, which may be overwritten."""
     for path in paths:
         if not path.parent.is_dir():
-            raise ConvertError(f"{path}: its folder does not exist; make it first")
+            raise ConvertError(f"{path}: its folder does not exist; create it first")
         if not path.exists():
             continue
         if not path.is_file():
-            raise ConvertError(f"{path}: is no ordinary file; expected the name of a file to write")
+            raise ConvertError(f"{path}: expected a regular file, found something else; choose another name")
         for source in sources:
             if source.exists() and path.samefile(source):
                 raise ConvertError(f"{path}: is a file of the checkpoint; choose another name for the output")
         if not overwrite and path not in ours:
-            raise ConvertError(f"{path}: exists already; remove it, choose another name, or use --force")
+            raise ConvertError(f"{path}: already exists; remove it, choose another name, or use --force")
 
 
 def _check_space(path: Path, size: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ConvertError(
-            f"{path}: needs {size:,} bytes, but its disk has {free:,} free; "
-            "make room, choose another disk or a smaller --type"
+            f"{path}: needs {size:,} bytes, but its disk has {free:,} bytes free; "
+            "free disk space, or choose another disk or a smaller --type"
         )

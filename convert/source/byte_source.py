@@ -1,7 +1,7 @@
-"""The bytes of one named file, wherever it is: the small interface behind which a safetensors file is read.
+"""The interface through which safetensors files are read, locally or over the network.
 
-Flows in: the file. Flows out: its size, ranges of its bytes, and whether it is still the file that was opened.
-`LocalFile` is a file on disk; `remote.RemoteFile` one that is read over the network.
+Input: a file. Output: its size, ranges of its bytes, and whether it has changed since it was opened.
+`LocalFile` is a file on disk; `remote.RemoteFile` is a file that is read over the network.
 """
 
 from __future__ import annotations

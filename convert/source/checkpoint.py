@@ -1,10 +1,10 @@
-"""A checkpoint on disk as one namespace of canonical hub names, whatever its layout and number of files.
+"""A checkpoint of any layout as one namespace of canonical hub names.
 
-Flows in: a folder, an index file or a single safetensors file. Flows out: `Checkpoint`: the config, and each
-canonical tensor's values. Opening reads headers only and settles everything about names, shapes, dtypes and
-files; values are read range by range, so a caller decides how much lies in memory.
+Input: a folder, an index file, a single safetensors file, or a hub id. Output: `Checkpoint`: the config, and the
+values of each canonical tensor. Opening reads headers only and checks names, shapes, dtypes and files. Values are
+read in ranges, so that the caller limits the memory.
 
-Nothing of the checkpoint is ever run: no pickle, no Python beside the weights.
+No code of the checkpoint is run: no pickle, and no Python file in its folder.
 """
 
 from __future__ import annotations

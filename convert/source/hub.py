@@ -1,8 +1,8 @@
-"""A checkpoint on the Hugging Face hub: names, commit, token and small files are huggingface_hub's business.
+"""Opens a checkpoint on the Hugging Face hub; huggingface_hub resolves names, commits, tokens and small files.
 
-Flows in: a hub id. Flows out: `Repository`: the folder of huggingface_hub's cache where the small files now are, the
-names of all files, and each safetensors file as a `Source` that is read by ranges. HF_ENDPOINT, HF_TOKEN, HF_HOME,
-HF_HUB_OFFLINE and their kin have the meaning that huggingface_hub gives them.
+Input: a hub id. Output: `Repository`: the folder of huggingface_hub's cache with the small files, the names of all
+files, and each safetensors file as a `Source` that is read in ranges. HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_OFFLINE
+and similar variables have the same meaning as in huggingface_hub.
 """
 
 from __future__ import annotations

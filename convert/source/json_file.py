@@ -1,8 +1,8 @@
-"""Strict JSON for files that nobody vouches for: config, shard index, safetensors header.
+"""Strict JSON parser for untrusted files: config, shard index, safetensors header.
 
-Flows in: text or bytes. Flows out: the top-level object as a dict, or `ConvertError` naming the file.
-Unlike `json.loads` alone it refuses duplicate keys (the last would silently win), NaN and Infinity, nesting
-deep enough to exhaust the stack, and anything but an object at the top.
+Input: text or bytes. Output: the top-level object as a dict, or `ConvertError` naming the file. Unlike `json.loads`
+it refuses duplicate keys, NaN and Infinity, nesting that would exhaust the stack, and a top-level value that is not
+an object.
 """
 
 from __future__ import annotations

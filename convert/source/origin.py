@@ -1,7 +1,7 @@
-"""Where a checkpoint comes from, as far as its folder tells: licence, hub id, base model, hashes.
+"""The origin of a checkpoint: licence, hub id, base model, hashes.
 
-Flows in: the checkpoint's folder. Flows out: `Origin`, for the `general.*` keys. The card (README.md) is text that
-nobody vouches for: only plain values of a few keys of its front matter are taken, and nothing in it is an error.
+Input: the checkpoint's folder. Output: `Origin`, for the `general.*` keys. The card (README.md) is untrusted text:
+only plain values of a few keys of its front matter are used, and invalid content is not an error.
 """
 
 from __future__ import annotations

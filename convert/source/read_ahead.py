@@ -1,7 +1,7 @@
-"""Ranges of files, fetched by a few threads before they are wanted, and kept within a number of bytes.
+"""Prefetches ranges of files with a few threads and a limited amount of memory.
 
-Flows in: the ranges in the order in which they will be wanted. Flows out: their bytes, each range once. Ranges that
-follow one another in a file are fetched as one, so that few requests are made.
+Input: the ranges in the order in which they will be read. Output: their bytes, each range once. Consecutive ranges
+of a file are fetched with one request.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A file read over HTTP by ranges: what broke off goes on at the byte where it broke, what is wrong is refused.
+"""Reads a file over HTTP in ranges; an interrupted transfer continues at the byte where it stopped.
 
-Flows in: how to find the file (a `Location`, asked for anew after every failure). Flows out: `RemoteFile`, a
-`Source` of which nothing ever lies on a disk. Every answer is checked: status, range, length, encoding, ETag, and
-that the file is still the one that was opened.
+Input: a function that locates the file (a `Location`, requested again after each failure). Output: `RemoteFile`, a
+`Source` that stores nothing on disk. Every response is checked: status, range, length, encoding, ETag, and that the
+file is the one that was opened.
 
-The client is the one that huggingface_hub brings (proxies, certificates); the token goes to the hub's own origin
-and nowhere else.
+The HTTP client is that of huggingface_hub (with its proxies and certificates). The token is sent only to the hub's
+own origin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.source.read_ahead import STOPPED, ReadAhead
 
 TRIES = 6  # in a row that bring nothing
-WORTH = 64 << 10  # bytes that make a try worth it: the count begins anew
+WORTH = 64 << 10  # bytes that make a try worth it: the count starts again
 FIRST_PAUSE = 1.0  # seconds; doubles from try to try
 LONGEST_PAUSE = 120.0
 CONNECT_SECONDS = 10.0
@@ -123,7 +123,7 @@ class Patience:
         if self._tries >= TRIES:
             raise ReadError(
                 f"{self._what}: {error}; gave up after {self._tries} tries that brought nothing. Look to the network, "
-                "then go on with --resume"
+                "then continue with --resume"
             ) from None
         self._web.stopped.wait(max(error.wait, min(FIRST_PAUSE * 2 ** (self._tries - 1), LONGEST_PAUSE)))
         self._web.check_running()
@@ -187,7 +187,7 @@ class RemoteFile:
             if stamp != self.stamp:
                 raise ConvertError(
                     f"{self.path}: was changed while it was read (commit, ETag, size: expected {self.stamp}, found "
-                    f"{stamp}); the output would be a mixture. Convert the checkpoint anew"
+                    f"{stamp}); the output would be a mixture. Convert the checkpoint again"
                 )
         return self._now
 
@@ -249,7 +249,7 @@ class RemoteFile:
             raise ConvertError(
                 f"{self.path}: was changed while it was read (ETag at {_host(url)}: expected "
                 f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture. Convert the "
-                "checkpoint anew"
+                "checkpoint again"
             )
         found = _RANGE.fullmatch(headers.get("Content-Range", ""))
         if found is None or tuple(map(int, found.groups())) != (begin, end - 1, self.size):

@@ -1,9 +1,9 @@
-"""One safetensors file, read with trust in nothing: every number of its header is checked before it is used.
+"""Reads a safetensors file as untrusted data: every number of its header is checked before it is used.
 
-Flows in: a path, or an open `Source`. Flows out: `SafetensorsFile`, its tensors' dtypes, shapes and places, and
-ranges of their elements as arrays. The format: 8 bytes little-endian header length, a JSON object
-`{name: {"dtype", "shape", "data_offsets": [begin, end]}}` with an optional `__metadata__`, then the data, which
-the offsets must cover exactly: no hole, no overlap, nothing behind.
+Input: a path, or an open `Source`. Output: `SafetensorsFile`: dtypes, shapes and offsets of its tensors, and ranges
+of their elements as arrays. The format: 8 bytes little-endian header length, a JSON object
+`{name: {"dtype", "shape", "data_offsets": [begin, end]}}` with an optional `__metadata__`, then the data, which the
+offsets must cover exactly: no gap, no overlap, and no bytes after the last tensor.
 Source: https://huggingface.co/docs/safetensors (the format, and its header limit of 100 MB).
 """
 

@@ -1,8 +1,7 @@
-"""One piece of a tensor: stored elements, checked, to the bytes of a tensor type.
+"""Checks a chunk of a tensor and encodes it as a tensor type.
 
-Flows in: elements as the checkpoint stores them, in rows. Flows out: bytes; or `BadValueError`, which says where the
-first element stands that no file should hold. F32, F16 and BF16 are casts done here, rounded to nearest, ties
-to even; block types are ggml's.
+Input: rows of elements as stored in the checkpoint. Output: bytes; or `BadValueError` with the index of the first
+invalid element. F32, F16 and BF16 are converted here, rounded to nearest, ties to even; ggml encodes block types.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""ggml's own quantisers, called in the engine's library: float32 rows to the bytes of any block type.
+"""Calls ggml's quantization functions in the engine's library: float32 rows to the bytes of any block type.
 
-Flows in: rows of finite numbers, and their columns' importances where there are some. Flows out: the bytes that
-llama-quantize would write, for it calls the same function. Calls release the interpreter's lock, and may come
-from many threads.
+Input: rows of finite numbers, and optionally the importances of their columns. Output: the bytes that llama-quantize
+would write, because it calls the same function. Calls release the GIL and are thread-safe.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class Ggml:
             found = ctypes.CDLL(str(library))
         except OSError as error:
             raise ConvertError(
-                f"{library}: cannot be loaded: {error}; build it anew: kimi-llama build"
+                f"{library}: cannot be loaded: {error}; build it again: kimi-llama build"
             ) from None
         self._quantize = found.ggml_quantize_chunk
         self._quantize.restype = ctypes.c_size_t

@@ -1,7 +1,7 @@
-"""Importance matrices as llama-imatrix writes them: how much each column of a weight matters.
+"""Reads importance matrices made by llama-imatrix: the importance of each column of a weight.
 
-Flows in: a file, in the GGUF form or the older binary one. Flows out: `Importances`, by tensor the weights that
-ggml's quantisers take; computed as llama-quantize does, in float32. Source: `common/imatrix-loader.cpp`,
+Input: a file in the GGUF format or the older binary format. Output: `Importances`: for each tensor the weights that
+ggml's quantization functions take, computed in float32 as in llama-quantize. Source: `common/imatrix-loader.cpp`,
 `tools/quantize/quantize.cpp` of llama.cpp.
 """
 
@@ -44,10 +44,10 @@ def read_importances(path: Path) -> Importances:
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
     if not found.weights:
-        raise ConvertError(f"{path}: an importance matrix without entries; make it anew with llama-imatrix")
+        raise ConvertError(f"{path}: an importance matrix without entries; make it again with llama-imatrix")
     for name, weights in found.weights.items():
         if not np.isfinite(weights).all():
-            raise ConvertError(f"{path}: {name!r}: holds {weights[~np.isfinite(weights)][0]}; make it anew")
+            raise ConvertError(f"{path}: {name!r}: holds {weights[~np.isfinite(weights)][0]}; make it again")
     return found
 
 

@@ -1,8 +1,8 @@
 """Which tensor gets which type: llama-quantize's mixes for this architecture, as one table and a few rules.
 
-Flows in: the config, the outputs in the order of the file, and a `TypeRequest` (file type and the user's own
-choices). Flows out: the type of every tensor. The answers are those of `llama_tensor_get_type` in llama.cpp's
-`src/llama-quant.cpp`; rules for other architectures are left out.
+Input: the config, the outputs in file order, and a `TypeRequest` (file type and the user's options). Output: the type
+of every tensor. The result is that of `llama_tensor_get_type` in llama.cpp's `src/llama-quant.cpp`; rules for other
+architectures are left out.
 """
 
 from __future__ import annotations

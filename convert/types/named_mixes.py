@@ -1,6 +1,6 @@
-"""Named choices of types, made for this model and measured on it; the figures stand in docs/conversion.md.
+"""Quantization mixes made for this model; docs/conversion.md has their measurements.
 
-Flows in: nothing. Flows out: `RECIPES`, by the name that `--recipe` takes.
+Output: `RECIPES`, by the name that `--recipe` accepts.
 """
 
 from __future__ import annotations

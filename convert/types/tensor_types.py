@@ -1,7 +1,7 @@
-"""llama-quantize's file types, as data: what `--type` names.
+"""Table of llama-quantize's file types.
 
-Input: none. Output: `TYPES`: the number in `general.file_type` and the tensor type that a file type starts from;
-`mixes` says which tensors then get another one. Source: `tools/quantize/quantize.cpp` of llama.cpp.
+Output: `TYPES` (the values of `--type`: the number in `general.file_type` and the base tensor type; `mixes` chooses
+the tensors that get another type). Source: `tools/quantize/quantize.cpp` of llama.cpp.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""How the demo checkpoint is made: corpus, vocabulary, batches, training model, measurements, export."""
+"""Makes the demo checkpoint: corpus, vocabulary, batches, training model, measurements, export."""

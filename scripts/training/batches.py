@@ -1,7 +1,7 @@
-"""Training batches for the demo checkpoint: rows of whole documents, free text and conversations mixed.
+"""Training batches for the demo checkpoint: rows of whole documents and conversations.
 
-Flows in: a `Corpus` and an `Encoder`. Flows out: ids [B, T+1] and a mask [B, T] of the tokens to learn:
-all of free text, and of a conversation the assistant's words with `<|im_end|>`.
+Input: a `Corpus` and an `Encoder`. Output: ids [B, T+1] and a mask [B, T] of the tokens in the loss: all tokens of
+documents, and the assistant's tokens (with `<|im_end|>`) of conversations.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kimi_gguf.scripts.training.tokenizer import SYSTEM_MESSAGE, Encoder, chat_i
 CONVERSATION_SHARE = 0.30  # of all tokens
 MAX_TURNS = 3
 
-Segment = tuple[list[int], bool]  # ids, are they to be learnt
+Segment = tuple[list[int], bool]  # ids, whether they are in the loss
 
 
 class Batches:
-    """An endless, seeded stream; `state` and `resume` carry it over an interruption."""
+    """An infinite, seeded stream; `state` and `resume` continue it after an interruption."""
 
     def __init__(self, corpus: Corpus, encoder: Encoder, seed: int, rows: int, length: int) -> None:
         self.encoder, self.rows, self.length = encoder, rows, length
@@ -40,7 +40,7 @@ class Batches:
         self.unread, self.tokens = state["unread"], state["tokens"]
 
     def next(self) -> tuple[Tensor, Tensor]:
-        """ids [B, T+1] int64; mask [B, T] float32, 1 where the next token is to be learnt."""
+        """ids [B, T+1] int64; mask [B, T] float32, 1 if the next token is in the loss."""
         rows = [self._row() for _ in range(self.rows)]
         ids = torch.tensor([[token for token, _ in row] for row in rows])
         mask = torch.tensor([[float(learn) for _, learn in row[1:]] for row in rows])
@@ -71,7 +71,7 @@ class Batches:
         return chat_ids(self.encoder, messages)
 
     def _draw(self, name: str, count: int) -> int:
-        """Each of `count` numbers once, in random order, then all over again."""
+        """The numbers below `count` in random order, repeated forever."""
         if not self.unread[name]:
             self.unread[name] = self.random.sample(range(count), count)
         drawn: int = self.unread[name].pop()
@@ -79,5 +79,5 @@ class Batches:
 
 
 def windows(ids: list[int], length: int) -> Tensor:
-    """Windows [n, length + 1] that overlap by one token; what is left over at the end is dropped."""
+    """Windows [n, length + 1] that overlap by one token; an incomplete last window is dropped."""
     return torch.tensor([ids[a : a + length + 1] for a in range(0, len(ids) - length, length)])

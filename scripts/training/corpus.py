@@ -1,8 +1,8 @@
 """Text for the demo checkpoint, made from WordNet's database files.
 
-Flows in: the folder with `data.*`, `index.noun` and `cntlist.rev` (Debian: package wordnet-base). Flows out:
-a `Corpus` of free text (documents of neighbouring dictionary entries, held-out documents apart) and the
-definitions that the model is to know by heart, with the questions that ask for them.
+Input: the folder with `data.*`, `index.noun` and `cntlist.rev` (Debian: package wordnet-base). Output: a `Corpus`
+of documents (groups of neighbouring dictionary entries), held-out documents, and the definitions that the model
+memorizes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ QUESTION = "define: {word}"  # one form: a small model learns within minutes whe
 
 
 class CorpusError(Exception):
-    """The dictionary is missing or not as documented in wndb(5WN)."""
+    """The WordNet files are missing or do not have the format of wndb(5WN)."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def taught_definitions(folder: Path, nouns: dict[str, Entry]) -> dict[str, str]:
 
 
 def question(word: str) -> str:
-    """What a user asks to learn of `word`."""
+    """The user's question for the definition of `word`."""
     return QUESTION.format(word=word)
 
 
@@ -141,7 +141,7 @@ def _text(document: list[Entry]) -> str:
 
 
 def _is_plain(entry: Entry) -> bool:
-    """Keeps everyday English: no proper names, no Latin genus, plain ASCII."""
+    """Whether the entry is common English: ASCII, no proper name, no Latin genus."""
     return entry.line.isascii() and entry.words[0].islower()
 
 

@@ -1,6 +1,6 @@
-"""Writes the demo checkpoint as a hub repository has it: config, shards, index, tokenizer, licence.
+"""Writes the demo checkpoint in the layout of a hub repository: config, shards, index, tokenizer, licence.
 
-Flows in: a trained `DemoModel`, BPE ranks, held-out text. Flows out: a folder that `convert-kimi` reads.
+Input: a trained `DemoModel`, BPE ranks, held-out text. Output: a folder that `convert-kimi` reads.
 """
 
 from __future__ import annotations

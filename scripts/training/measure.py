@@ -1,6 +1,6 @@
-"""What the demo checkpoint can do: perplexity, definitions known by heart, answers, use of its experts.
+"""Measures the demo checkpoint: perplexity, memorized definitions, answers, expert load.
 
-Flows in: a model and an encoder. Flows out: numbers and text for the log and the README.
+Input: a model and an encoder. Output: numbers and text for the log and the README.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def continued(model: DemoModel, encoder: Encoder, prompt: list[int], limit: int)
 
 @contextmanager
 def without_routing_bias(model: DemoModel) -> Iterator[None]:
-    """Inside, experts are chosen by their scores alone."""
+    """Within the block, experts are chosen without the routing bias."""
     kept = [(router, router.e_score_correction_bias.clone()) for router in model.routers()]
     for router, _ in kept:
         router.e_score_correction_bias.zero_()
@@ -128,7 +128,7 @@ def log_gates(model: DemoModel, encoder: Encoder, texts: list[str]) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: DemoModel) -> Iterator[None]:
-    """Keeps the load counts that balancing reads as they are."""
+    """Within the block, the load counts used for balancing do not change."""
     kept = [router.load.clone() for router in model.routers()]
     try:
         yield

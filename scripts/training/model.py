@@ -1,8 +1,8 @@
 """Kimi-Linear as a batched, differentiable torch model, for training the demo checkpoint only.
 
-Flows in: token ids [B, T]. Flows out: logits [B, T, vocab]. The modules carry the hub checkpoint's tensor
-names, except that a layer's experts are stacked; `hub_tensors` gives the hub's own names, shapes and dtypes.
-`validate/reference.py` is the readable specification; a test holds the two together.
+Input: token ids [B, T]. Output: logits [B, T, vocab]. The modules have the tensor names of the hub checkpoint,
+except that a layer's experts are stacked; `hub_tensors` returns the hub's names, shapes and dtypes.
+`validate/reference.py` is the readable specification; a test compares the two.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The demo checkpoint's README, every figure of it measured on the weights as written.
+"""Writes the demo checkpoint's README; all figures are measured on the exported weights.
 
-Flows in: the exported folder and its model. Flows out: README.md in that folder.
+Input: the exported folder and its model. Output: README.md in that folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Byte-level BPE for the demo checkpoint: trained here, written in the form the model's own tokenizer has.
+"""Trains a byte-level BPE tokenizer for the demo checkpoint and writes it in the format of the 48B's tokenizer.
 
-Flows in: training text. Flows out: ranks (`tiktoken.model`), `tokenizer_config.json` with the special tokens
-and the chat template, and an encoder for training.
+Input: training text. Output: ranks (`tiktoken.model`), `tokenizer_config.json` with the special tokens and the chat
+template, and an encoder for training.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Trains the demo checkpoint from WordNet on one CPU thread and writes it in the hub's layout.
+"""Trains the demo checkpoint on WordNet with one CPU thread and writes it in the hub's layout.
 
     python -m kimi_gguf.scripts.training.train --out demo
 
-Flows in: WordNet's database. Flows out: a folder of config, shards, tokenizer, held-out text and README; its
-figures are measured on the weights as written. The result depends on the seed and the version of torch.
+Input: WordNet's database. Output: a folder with config, shards, tokenizer, held-out text and README. The result
+depends on the seed and on the version of torch.
 """
 
 from __future__ import annotations
@@ -129,19 +129,19 @@ def train_step(model: DemoModel, optimizer: torch.optim.Optimizer, ids: Tensor, 
 
 
 def chat_texts(corpus: Corpus) -> list[str]:
-    """What stands around the definitions in conversations; each word with and without a space before it."""
+    """The fixed text of conversations, and each word with and without a leading space."""
     words = list(corpus.definitions)
     return ["system", "user", "assistant", SYSTEM_MESSAGE, *map(question, words), *words]
 
 
 def fingerprint(corpus: Corpus, encoder: Encoder) -> str:
-    """Tells apart what a model was trained on: text, taught words, vocabulary."""
+    """A hash of the training data: text, taught words, vocabulary."""
     known = (corpus.documents, corpus.heldout, corpus.definitions, encoder.ranks)
     return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 class Run:
-    """One training run: model, optimiser, batches, and how far it has come; kept in a file between saves."""
+    """The state of a training run: model, optimizer, batches and step; saved to a file."""
 
     def __init__(self, corpus: Corpus, encoder: Encoder, settings: Settings, state_file: Path) -> None:
         torch.manual_seed(settings.seed)
@@ -167,7 +167,7 @@ class Run:
         beside.replace(self.state_file)
 
     def resume(self) -> None:
-        """Continues from the state file; only a run's own state file is to be trusted (it is a pickle)."""
+        """Continue from the state file. It is a pickle: load only files written by this script."""
         state: dict[str, Any] = torch.load(self.state_file, weights_only=False)
         if state["settings"] != asdict(self.settings):
             raise SystemExit(
@@ -185,7 +185,7 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def advance(self) -> float:
-        """One step; returns its loss."""
+        """Run one step and return its loss."""
         began = time.monotonic()
         factor = schedule(self.step, self.settings.steps)
         for group in self.optimizer.param_groups:

@@ -149,13 +149,13 @@ def test_what_plain_llama_cpp_cannot_run_is_not_recommended_for_it(tmp_path: Pat
     source = fresh_checkpoint(tmp_path / "model", Spec(layers="KM", q_lora=16))
     assert convert(source, "-o", out / "x.gguf", "--model-card").status == 0
     card = (out / "README.md").read_text()
-    assert "llama-cli" not in card and "unpatched llama.cpp does not load this model" in card
+    assert "llama-cli" not in card and "upstream llama.cpp cannot load this model" in card
 
 
 def test_an_existing_card_is_kept_unless_forced(source: Path, out: Path) -> None:
     (out / "README.md").write_text("precious")
     run = convert(source, "-o", out / "x.gguf", "--model-card")
-    assert run.status == 1 and "README.md: exists already" in run.err
+    assert run.status == 1 and "README.md: already exists" in run.err
     assert [path.read_text() for path in out.iterdir()] == ["precious"]
     assert convert(source, "-o", out / "x.gguf", "--model-card", "--force").status == 0
     assert (out / "README.md").read_text().startswith("---\n")

@@ -156,7 +156,10 @@ def test_a_hub_id_gives_the_bytes_of_the_folder(
     keys = gguf_keys(out / "x.gguf")
     assert keys["general.source.huggingface.repository"] == name
     assert keys["kimi_gguf.source.commit"] == COMMIT and keys["general.name"] == name.split("/")[1]
-    assert "bytes of weights come over the network" in run.err and "none of them are kept on disk" in run.err
+    assert (
+        "bytes of weights are streamed over the network" in run.err
+        and "they are not stored on disk" in run.err
+    )
 
 
 PASSING = {
@@ -475,7 +478,7 @@ def test_after_a_lost_connection_resume_goes_on(
     monkeypatch.setattr(read_ahead, "AHEAD_BYTES", 1 << 16)
     hub.fault = from_cdn(dropped_at_once, after=60)
     run = convert(DEMO, "-o", out / "x.gguf", "--quiet")
-    assert run.status == 1 and "go on with --resume" in run.err and len(run.err.splitlines()) == 1
+    assert run.status == 1 and "continue with --resume" in run.err and len(run.err.splitlines()) == 1
     assert {file.name for file in out.iterdir()} == KEPT
     hub.fault = lambda asked, answer: answer
     before = hub.served()
@@ -499,7 +502,7 @@ def test_resume_at_another_commit_is_refused(
     hub.fault = lambda asked, answer: answer
     hub.commit = "f" * 40
     run = convert(DEMO, "-o", out / "x.gguf", "--resume")
-    assert run.status == 1 and "begun from another checkpoint" in run.err
+    assert run.status == 1 and "is of another checkpoint" in run.err
     assert {file.name for file in out.iterdir()} == KEPT
 
 

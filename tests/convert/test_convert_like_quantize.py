@@ -198,7 +198,9 @@ def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
         assert unwanted == (run.status == 1), (kind, run.err)
         if unwanted:
             refused.add(kind)
-            words = "no other type stands in" if kind in NO_STAND_IN else "importance matrix is needed: give"
+            words = (
+                "no other type stands in" if kind in NO_STAND_IN else "requires an importance matrix; give"
+            )
             assert words in run.err
     assert refused <= LOWEST | NO_STAND_IN and refused >= (LOWEST | NO_STAND_IN) - {"IQ3_XS", "IQ3_XXS"}
 

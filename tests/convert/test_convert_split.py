@@ -112,8 +112,8 @@ def test_a_tensor_larger_than_a_part_gets_one_of_its_own(source: Path, out: Path
     assert large and all(len(GGUFReader(part).tensors) == 1 for part in large)
     for part in large:
         name = GGUFReader(part).tensors[0].name
-        assert f"note: {name} alone is more than --split-max-size" in run.err
-        assert f"its part has {part.stat().st_size:,} bytes" in run.err
+        assert f"note: {name} is larger than --split-max-size" in run.err
+        assert f"its split has {part.stat().st_size:,} bytes" in run.err
     for part in sorted(out.iterdir()):
         assert len(GGUFReader(part).tensors) >= 1
 
@@ -127,7 +127,7 @@ def test_what_fits_is_one_file_without_a_number(tmp_path: Path, source: Path, ou
 @pytest.mark.parametrize("size", ["0", "-1", "5T", "1.5G", "G", "many"])
 def test_a_size_that_is_none_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
     run = convert(source, "-o", out / "x.gguf", f"--split-max-size={size}")
-    assert run.status == 2 and "expected a size as 40G or 500M" in run.err
+    assert run.status == 2 and "expected a size such as 40G or 500M" in run.err
 
 
 def test_the_plan_shows_the_parts(source: Path, out: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_plan_shows_the_parts(source: Path, out: Path) -> None:
         for tensors in [GGUFReader(part).tensors]
     }
     total = sum(part.stat().st_size for part in parts)
-    assert plan.out.splitlines()[-1].endswith(f" {total:,} bytes in {len(parts)} parts")
+    assert plan.out.splitlines()[-1].endswith(f" {total:,} bytes in {len(parts)} splits")
 
 
 def test_programs_are_told_all_files(source: Path, out: Path) -> None:
@@ -162,7 +162,7 @@ def test_room_for_all_parts_is_foreseen(source: Path, out: Path, monkeypatch: py
     """There is room for each of them, not for all."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
     run = convert(source, "-o", out / "x.gguf", "--split-max-size", "700K")
-    assert_refused(run, out, "1,000,000 free", "make room")
+    assert_refused(run, out, "1,000,000 bytes free", "free disk space")
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -173,14 +173,14 @@ def test_an_existing_part_is_kept_unless_forced(source: Path, out: Path, number:
         part.unlink()
     parts[number].write_text("precious")
     run = convert(source, "-o", out / "x.gguf", "--split-max-size", "700K")
-    assert run.status == 1 and f"{parts[number].name}: exists already" in run.err
+    assert run.status == 1 and f"{parts[number].name}: already exists" in run.err
     assert [path.read_text() for path in out.iterdir()] == ["precious"]
     assert [part.read_bytes() for part in split(source, out, "700K", "--force")] == expected
 
 
 def test_the_name_of_a_part_is_no_name_for_all(source: Path, out: Path) -> None:
     run = convert(source, "-o", out / "x-00001-of-00003.gguf", "--split-max-size", "700K")
-    assert_refused(run, out, "give the name without number")
+    assert_refused(run, out, "give the name without -NNNNN-of-NNNNN")
 
 
 # Read by others.
@@ -304,7 +304,7 @@ def refused(parts: list[Path], source: Path, *words: str, given: int = 0) -> Non
 
 def test_a_part_that_is_not_the_first_is_refused(source: Path, out: Path) -> None:
     parts = split(source, out)
-    refused(parts, source, parts[2].name, "is part 3", f"give the first one, {parts[0].name}", given=2)
+    refused(parts, source, parts[2].name, "is split 3", f"give the first one, {parts[0].name}", given=2)
     with pytest.raises(EngineError, match=rf"(?s)part 2 of {len(parts)}.*give {parts[0].name}"):
         check_gguf(parts[1])
 
@@ -313,7 +313,7 @@ def test_a_missing_part_is_named(source: Path, out: Path) -> None:
     parts = split(source, out)
     check_gguf(parts[0])
     parts[2].unlink()
-    refused(parts, source, str(parts[2]), "is missing")
+    refused(parts, source, str(parts[2]), "not found, but the model has")
     with pytest.raises(EngineError, match=rf"(?s){parts[2].name}: no such file.*put all parts"):
         check_gguf(parts[0])
 
@@ -327,7 +327,7 @@ def test_a_truncated_part_is_named(source: Path, out: Path) -> None:
 def test_a_part_that_is_no_gguf_is_named(source: Path, out: Path) -> None:
     parts = split(source, out)
     parts[1].write_bytes(b"<html>")
-    refused(parts, source, str(parts[1]), "no GGUF file")
+    refused(parts, source, str(parts[1]), "not a GGUF file")
     with pytest.raises(EngineError, match=rf"{parts[1].name}: not a GGUF file"):
         check_gguf(parts[0])
 
@@ -347,10 +347,10 @@ def test_a_part_of_another_conversion_is_named(tmp_path: Path, source: Path, out
     others = split(source, tmp_path / "other", "700K", "--name", "another")
     assert [p.name for p in others] == [p.name for p in parts]
     shutil.copy(others[2], parts[2])
-    refused(parts, source, str(parts[2]), "a part of another model")
+    refused(parts, source, str(parts[2]), "a split of another model")
 
 
 def test_a_renamed_set_is_refused(source: Path, out: Path) -> None:
     parts = split(source, out)
     parts[0].rename(out / "z.gguf")
-    refused([out / "z.gguf"], source, "must be called NAME-00001-of-")
+    refused([out / "z.gguf"], source, "expected a name like NAME-00001-of-")

@@ -169,7 +169,7 @@ def test_a_run_of_another_kind_clears_away_what_was_renamed(source: Path, out: P
         old = set(contents(out))
         assert len(old) == renames
         run = convert(source, "-o", out / "x.gguf", *options)
-        assert run.status == 0 and "of an earlier run is begun anew" in run.err
+        assert run.status == 0 and "of an earlier run (--resume would continue it)" in run.err
         assert not old & set(contents(out))
         assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
         for path in out.iterdir():
@@ -191,7 +191,7 @@ def test_a_file_of_someone_else_among_the_renamed_is_kept(source: Path, out: Pat
     (out / names[0]).write_text("precious")
     for options in ([], ["--resume"]):
         run = to_parts(source, out, "one", *options)
-        assert run.status == 1 and f"{names[0]}: exists already" in run.err
+        assert run.status == 1 and f"{names[0]}: already exists" in run.err
         assert (out / names[0]).read_text() == "precious"
 
 
@@ -209,7 +209,7 @@ def test_killed_when_all_was_done_but_the_clearing(
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
     assert contents(out) == expected["one"] and (out / ".x.gguf.unfinished").is_dir()
     run = to_parts(source, out, "one")
-    assert run.status == 1 and "exists already" in run.err and contents(out) == expected["one"]
+    assert run.status == 1 and "already exists" in run.err and contents(out) == expected["one"]
     assert to_parts(source, out, "one", "--resume").status == 0
     assert contents(out) == expected["one"] and not (out / ".x.gguf.unfinished").exists()
 

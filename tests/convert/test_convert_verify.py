@@ -14,7 +14,7 @@ from test_convert_like_quantize import write_imatrix
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.gguf import GgufFile
-from kimi_gguf.scripts.synthetic_checkpoint import write_twin
+from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
 
@@ -24,7 +24,7 @@ def test_our_own_files_are_proved(tmp_path: Path, source: Path, kind: str) -> No
     out = tmp_path / "x.gguf"
     assert convert(source, "-o", out, "--type", kind).status == 0
     run = convert("verify", out, "--checkpoint", source)
-    assert run.status == 0 and "the very bytes the checkpoint gives" in run.out, run.out
+    assert run.status == 0 and ": identical to a new conversion" in run.out, run.out
     assert json.loads(convert("verify", out, "--checkpoint", source, "--json").out)["proved"] is True
 
 
@@ -39,7 +39,7 @@ def test_llama_quantizes_file_is_proved_with_its_importances_only(
     subprocess.run(command, check=True, capture_output=True)
     assert convert("verify", out, "--checkpoint", source, "--imatrix", imatrix).status == 0
     without = convert("verify", out, "--checkpoint", source)
-    assert without.status == 1 and "(Q4_K): differs from byte" in without.out
+    assert without.status == 1 and "(Q4_K): first difference at byte" in without.out
 
 
 @pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.0.ssm_a", "blk.2.attn_k_b.weight"])
@@ -52,9 +52,9 @@ def test_one_wrong_bit_is_named(tmp_path: Path, source: Path, tensor: str) -> No
     content[place.offset + place.nbytes - 3] ^= 4
     out.write_bytes(content)
     run = convert("verify", out, "--checkpoint", source)
-    complaint = f"{tensor} ({place.type.name}): differs from byte {place.nbytes - 3} of {place.nbytes} on"
+    complaint = f"{tensor} ({place.type.name}): first difference at byte {place.nbytes - 3} of {place.nbytes}"
     assert run.status == 1 and run.out.splitlines()[0] == complaint
-    assert "NOT what the checkpoint gives" in run.out
+    assert ": NOT identical to a new conversion" in run.out
 
 
 def test_a_wrong_key_is_named(tmp_path: Path, source: Path) -> None:
@@ -76,7 +76,7 @@ def test_another_checkpoint_is_no_proof(tmp_path: Path, source: Path) -> None:
         ("wider", Spec(layers="KKM", hidden=128)),
     ):
         run = convert("verify", out, "--checkpoint", fresh_checkpoint(tmp_path / name, spec))
-        assert run.status == 1 and "not made of this checkpoint" in run.err
+        assert run.status == 1 and "the file was not made from this checkpoint" in run.err
 
 
 def test_inspect_shows_file_and_checkpoint(tmp_path: Path, source: Path) -> None:
@@ -95,12 +95,12 @@ def test_inspect_shows_file_and_checkpoint(tmp_path: Path, source: Path) -> None
     types = list(gguf_types(out).values())
     assert counts == {name: types.count(name) for name in set(types)}
     text = convert("inspect", out).out
-    assert "2  MLA    MoE" in text and "of latents (F16)" in text
+    assert "2  MLA    MoE" in text and "of MLA latents (F16)" in text
 
 
 def test_the_48bs_caches(tmp_path: Path) -> None:
     """Known from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
-    seen = json.loads(convert("inspect", write_twin(tmp_path), "--json", "--context", 32768).out)
+    seen = json.loads(convert("inspect", write_synthetic(tmp_path), "--json", "--context", 32768).out)
     assert seen["parameters"] == 49_122_681_728
     assert sum(layer["nbytes"] for layer in seen["layers"]) == 98_245_528_576
     assert seen["latent_cache_f16"] == 7 * 576 * 32768 * 2
@@ -130,4 +130,4 @@ def test_a_recipe_protects_all_but_the_experts(tmp_path: Path, source: Path) -> 
     own = convert(source, "--dry-run", "--recipe", "kimi-q4", "--tensor-type", "ssm_beta=BF16").out
     assert [line.split()[1] for line in own.splitlines() if "blk.0.ssm_beta" in line] == ["BF16"]
     refused = convert(source, "--dry-run", "--recipe", "kimi-q4", "--type", "Q4_0")
-    assert refused.status == 1 and "leave --type and --pure out" in refused.err
+    assert refused.status == 1 and "remove --type and --pure" in refused.err

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from native_program import compile_program
 from random_checkpoint import Spec
-from twin_case import Case, make_case
+from synthetic_case import Case, make_case
 
 from kimi_gguf.engine.builds import Engine
 

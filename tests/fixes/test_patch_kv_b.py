@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from random_checkpoint import Spec
-from twin_case import Case, Tensors, make_case, rewrite
+from synthetic_case import Case, Tensors, make_case, rewrite
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError

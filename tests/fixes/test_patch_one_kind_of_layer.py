@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from random_checkpoint import Spec
-from twin_case import make_case
+from synthetic_case import make_case
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError

@@ -13,7 +13,7 @@ import pytest
 from graph_operators import operators_of_last_graph
 from native_program import compile_program
 from random_checkpoint import Spec
-from twin_case import Case, make_case
+from synthetic_case import Case, make_case
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run, run_logits

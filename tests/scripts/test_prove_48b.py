@@ -1,4 +1,4 @@
-"""The road for the 48B: its needs are said first, its rehearsal walks every step."""
+"""scripts/prove-48b prints its requirements first; --rehearse runs every step."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_a_disk_too_small_is_said_before_anything_is_fetched(
     assert main(["some-owner/Kimi-Linear", "--type", "Q8_0", "--out", str(tmp_path / "out")]) == 1
     told = capfd.readouterr()
     assert "52.2 for the GGUF" in told.out
-    assert "100.0 GB free, 153.5 GB wanted; name another disk with --out" in told.err
+    assert "expected 153.5 GB of free disk space, found 100.0 GB; choose another disk with --out" in told.err
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_what_is_neither_folder_nor_hub_id_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["no-such-folder"]) == 1
-    assert "no-such-folder: no such folder" in capfd.readouterr().err
+    assert "no-such-folder: not found; expected a folder or a hub id" in capfd.readouterr().err

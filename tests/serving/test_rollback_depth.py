@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from llama_script import Logits, Setup, Step, remove
 from random_checkpoint import Spec
-from twin_case import make_case
+from synthetic_case import make_case
 
 from kimi_gguf.engine.builds import Engine
 

@@ -40,13 +40,13 @@ def test_a_sound_file_passes_and_three_reports_are_written(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "report"
-    assert main([str(gguf), "--checkpoint", str(checkpoint), "--pristine", "--out", str(out), *SHORT]) == 0
+    assert main([str(gguf), "--checkpoint", str(checkpoint), "--upstream", "--out", str(out), *SHORT]) == 0
     said = capsys.readouterr().out
     assert "PASS" in said and "FAIL" not in said and str(out / "report.html") in said
     report = json.loads((out / "report.json").read_text())
     assert report["passed"] and report["ids"]["count"] == 44
     assert [run["variant"]["key"] for run in report["runs"]] == ["plain", "flash", "quiet"]
-    assert [rival["title"] for rival in report["rivals"]] == ["pristine llama.cpp"]
+    assert [rival["title"] for rival in report["rivals"]] == ["upstream llama.cpp"]
     assert report["engine"]["kind"] == "patched" and report["tensors"]["proved"]
     assert str(tmp_path) not in (out / "report.json").read_text() + (out / "report.html").read_text()
 
@@ -61,7 +61,7 @@ def test_one_wrong_weight_gives_status_1(
     del reader
     out = tmp_path / "report"
     assert main([str(gguf), "--checkpoint", str(checkpoint), "--out", str(out), *SHORT]) == 1
-    assert "FAIL  tensors that are not the checkpoint's: 1" in capsys.readouterr().out
+    assert "FAIL  tensors that differ from the checkpoint: 1" in capsys.readouterr().out
     assert not json.loads((out / "report.json").read_text())["passed"]
 
 
@@ -81,7 +81,10 @@ def test_given_ids_are_compared_as_they_are(
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("name", "content", "said"),
-    [("--ids", str(VOCAB_SIZE).encode(), f"0..{VOCAB_SIZE - 1}"), ("--text", b"", "no tokens")],
+    [
+        ("--ids", str(VOCAB_SIZE).encode(), f"0..{VOCAB_SIZE - 1}"),
+        ("--text", b"", "expected at least one token, found none"),
+    ],
 )
 def test_tokens_that_cannot_be_compared_give_status_2(
     gguf: Path,
@@ -103,15 +106,15 @@ def test_a_checkpoint_of_another_shape_gives_status_2(
     other = write_checkpoint(tmp_path / "other", replace(SPEC, layers="KMK"))
     assert main([str(gguf), "--checkpoint", str(other), "--threads", "1"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "not a model of this checkpoint's shape: blk.2." in error and "missing from the file" in error
+    assert "does not match the checkpoint's shape: blk.2." in error and "missing from the file" in error
 
 
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("--ids", b"1 two 3", "'two' is no token id"),
-        ("--ids", b" ", "no token ids"),
-        ("--text", b"\xff\xfe", "not UTF-8 text"),
+        ("--ids", b"1 two 3", "expected token ids (integers), found 'two'"),
+        ("--ids", b" ", "expected token ids, found an empty file"),
+        ("--text", b"\xff\xfe", "expected UTF-8 text"),
         ("--against", b"GGUF", "not a readable GGUF file"),
         ("--checkpoint", b"{}", "expected a checkpoint folder"),
     ],

@@ -36,7 +36,7 @@ VOID = {"meta", "br", "img", "hr", "link", "input"}
 @pytest.fixture(scope="module")
 def report() -> Report:
     runs = [run_with(1e-3, flipped=3), run_with(1e-3, flipped=2, variant=FLASH)]
-    pristine = [run_with(2e-3), run_with(2e-3, variant=FLASH)]
+    upstream = [run_with(2e-3), run_with(2e-3, variant=FLASH)]
     tensors = TensorProof(exact=5, rounded=2)
     return Report(
         created="2026-01-02T03:04:05Z",
@@ -69,12 +69,12 @@ def report() -> Report:
         options=RunOptions(),
         floor_ubatch=48,
         runs=runs,
-        rivals=[Rival("pristine llama.cpp", pristine, ""), Rival("other.gguf", [], "it aborts")],
+        rivals=[Rival("upstream llama.cpp", upstream, ""), Rival("other.gguf", [], "it aborts")],
         floor=run_with(1e-6).all,
         tensors=tensors,
         greedy=Greedy(2, 1, 1, 0.01),
         worst=[Worst(4, "before <b>", "x", "y", 0.5, 0.1, True, 1e-3)],
-        gates=judge(Evidence("BF16", runs, pristine, tensors)),
+        gates=judge(Evidence("BF16", runs, upstream, tensors)),
     )
 
 
@@ -123,7 +123,7 @@ def test_both_readable_forms_show_verdict_gates_hashes_and_noise_floor(report: R
         assert re.search(r"\bPASS\b|: pass", text)
         for gate in report.gates:
             assert gate.title in text.replace("&#39;", "'")
-        for said in ("ab" * 32, "noise floor", "pristine llama.cpp", "Z80", "c0ffee", "KL(reference || "):
+        for said in ("ab" * 32, "noise floor", "upstream llama.cpp", "Z80", "c0ffee", "KL(reference || "):
             assert said in text
 
 
@@ -135,7 +135,7 @@ def test_a_failed_gate_fails_the_report_and_is_shown(report: Report) -> None:
 
 
 def test_a_rival_that_does_not_run_is_said(html: str) -> None:
-    assert "other.gguf</b> does not run this file: it aborts" in html
+    assert "other.gguf</b> cannot run: it aborts" in html
 
 
 def test_the_first_diverging_layer_is_named(report: Report) -> None:

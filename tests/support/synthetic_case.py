@@ -1,7 +1,7 @@
-"""What a patch changes, seen from outside: a random model, its exact logits, and how far either build is off.
+"""A random model with its exact logits, to measure the error of a build of llama.cpp.
 
-In: a `Spec`. Out: a `Case` with the F32 GGUF and the logits of the torch reference in float64; `Case.error`
-runs a build of llama.cpp on the same token ids. `rewrite` makes the odd files that a patch is about.
+Input: a `Spec`. Output: a `Case` with the F32 GGUF and the logits of the torch reference in float64; `Case.error`
+runs a build of llama.cpp on the same token ids. `rewrite` makes unusual files for the tests of a patch.
 """
 
 from __future__ import annotations
