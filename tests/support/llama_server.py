@@ -1,6 +1,9 @@
-"""A llama-server on the demo: started, asked over HTTP, and its debug log read for what it evaluated.
+"""Starts a llama-server, sends it requests, and reads in its debug log what it evaluated.
 
-Flows in: a build of llama.cpp, a GGUF and options. Flows out: answers as token ids, and an `Account` of the work.
+Input: a build of llama.cpp, a GGUF and options. Output: answers as token ids, and an `Account` of the work.
+
+cpp-httplib closes a connection on which no request arrives for 5 seconds, without an answer. On a busy machine
+this happens between a client's connect and its first byte, so the client sends such a request again.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import json
 import re
 import socket
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -22,12 +26,14 @@ from typing import Any
 from kimi_gguf.engine.builds import Engine
 
 PATIENCE = 300  # seconds, for a busy machine
+ATTEMPTS = 3  # times that a request is sent
+ENDING = 1  # seconds between the closing of a process's connections and its end
 EXACT = ("--flash-attn", "on", "-ctk", "f32", "-ctv", "f32", "--threads", "1", "--verbosity", "5")
 
 
 @dataclass(frozen=True)
 class Account:
-    """What the target model evaluated behind the prompts, by the server's debug log."""
+    """What the target model evaluated after the prompts, by the server's debug log."""
 
     tokens: int
     batches: int
@@ -45,12 +51,16 @@ class Answer:
 class Server:
     """A running llama-server."""
 
-    def __init__(self, port: int, log: Path) -> None:
+    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
         self.port = port
         self.log = log
+        self.process = process
+        self.answered = 0
+        self._in_flight = 0
+        self._changed = threading.Condition()
 
     def complete(self, prompt: str, count: int, **more: Any) -> Answer:
-        """`count` tokens behind a prompt, always the most likely one."""
+        """`count` tokens after a prompt, always the most likely one."""
         request = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}
         request |= {"ignore_eos": True, "cache_prompt": False} | more
         got = self.post("/completion", request)
@@ -62,15 +72,72 @@ class Server:
             return list(pool.map(lambda prompt: self.complete(prompt, count), prompts))
 
     def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a JSON request."""
+        """The answer to a JSON request, which is sent again if the server closed the connection unread."""
+        for _ in range(ATTEMPTS - 1):
+            try:
+                return self._send(path, content)
+            except OSError as error:
+                reason = error.reason if isinstance(error, urllib.error.URLError) else error
+                self.check_runs(ENDING)
+                if not isinstance(reason, ConnectionResetError | BrokenPipeError):
+                    raise
+                self._check_unread(error)
+        return self._send(path, content)
+
+    def check_runs(self, wait: float = 0) -> None:
+        """Fail with the end of the log if the process has ended, or ends within `wait` seconds."""
+        try:
+            status = self.process.wait(wait)
+        except subprocess.TimeoutExpired:
+            return
+        raise AssertionError(f"the server ended with status {status}:\n{self._end_of_log()}")
+
+    def check_requests(self) -> None:
+        """Fail if the server worked on more requests than it answered: one of them was sent twice."""
+        started = self._started()
+        assert started <= self.answered, (
+            f"{started} requests for {self.answered} answers\n{self._end_of_log()}"
+        )
+
+    def _send(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(content).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            got: dict[str, Any] = json.load(answer)
+        with self._changed:
+            self._in_flight += 1
+        got: dict[str, Any] | None = None
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                got = json.load(answer)
+        finally:
+            with self._changed:
+                self._in_flight -= 1
+                self.answered += got is not None
+                self._changed.notify_all()
+        assert got is not None
         return got
+
+    def _check_unread(self, error: OSError) -> None:
+        """Raise `error` unless the log shows that every request which reached the server was answered."""
+        with self._changed:
+            # Answered requests are in the log too, so it must be complete before it is compared.
+            idle = self._changed.wait_for(lambda: self._in_flight == 0, PATIENCE)
+            answered = self.answered
+            if not idle:
+                raise error
+        end = time.monotonic() + PATIENCE
+        while self._started() < answered and time.monotonic() < end:
+            time.sleep(0.05)
+        if self._started() != answered:
+            raise error
+
+    def _started(self) -> int:
+        return self.log.read_text(errors="replace").count("processing task, is_child = 0")
+
+    def _end_of_log(self) -> str:
+        return self.log.read_text(errors="replace")[-2000:]
 
     def healthy(self) -> bool:
         """Whether it has loaded its models."""
@@ -81,10 +148,10 @@ class Server:
             return False
 
     def account(self, requests: int) -> Account:
-        """The work done for this many requests, once the log's thread has told of all of them."""
+        """The work done for this many requests, once the log has all of them."""
         end = time.monotonic() + PATIENCE
         while (text := self.log.read_text(errors="replace")).count("stop processing: n_tokens") < requests:
-            assert time.monotonic() < end, "the log does not end"
+            assert time.monotonic() < end, "the log lacks the end of a request"
             time.sleep(0.05)
         drafts = [int(size) for size in re.findall(r"generate_draft: .*#draft=(\d+)", text)]
         drafts += [0] * len(re.findall(r"slot decode token, id=", text))
@@ -107,19 +174,22 @@ def serving(engine: Engine, folder: Path, gguf: Path, *options: str) -> Abstract
 
 @contextmanager
 def started(folder: Path, *command: str | Path) -> Iterator[Server]:
-    """What the command starts, ready to be asked, on a port of its own; its log goes to a file in `folder`."""
-    server = Server(free_port(), folder / "server.log")
-    words = [*map(str, command), "--port", str(server.port)]
-    with server.log.open("wb") as log:
-        process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
+    """The server that the command starts, once it is ready, on a free port; its log is a file in `folder`."""
+    port, path = free_port(), folder / "server.log"
+    with path.open("wb") as log:
+        process = subprocess.Popen(
+            [*map(str, command), "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
+        )
+    server = Server(port, path, process)
     try:
         end = time.monotonic() + PATIENCE
         while not server.healthy():
-            assert process.poll() is None, server.log.read_text(errors="replace")[-2000:]
+            server.check_runs()
             assert time.monotonic() < end, "the server does not come up"
             time.sleep(0.1)
         yield server
-        assert process.poll() is None, server.log.read_text(errors="replace")[-2000:]
+        server.check_runs()
     finally:
         process.terminate()
         process.wait()
+    server.check_requests()
