@@ -1,6 +1,6 @@
-"""What a build is made of: sources, patches, options, compilers, processor. Equal recipes, equal builds.
+"""What a build is made of: sources, patches, options, compilers, processor. Equal build specs give equal builds.
 
-Flows in: the wishes of the caller and the machine. Flows out: `Recipe`, whose keys name the finished build
+Flows in: the wishes of the caller and the machine. Flows out: `BuildSpec`, whose keys name the finished build
 and the scratch folder it is made in. All defaults of the build live in the tables here.
 """
 
@@ -83,7 +83,7 @@ TEST_PROGRAMS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildSpec:
     """Everything that decides a build, tests apart: they are added to it."""
 
     pin: Pin
@@ -126,19 +126,19 @@ class Recipe:
         return base + mark
 
 
-def make_recipe(
+def make_build_spec(
     pristine: bool = False,
     backend: str = "cpu",
     source: Path | None = None,
     defines: tuple[tuple[str, str], ...] = (),
-) -> Recipe:
-    """The recipe for these wishes on this machine; `EngineError` for an unknown backend or no compiler."""
+) -> BuildSpec:
+    """The build spec for these wishes on this machine; `EngineError` for an unknown backend or no compiler."""
     if backend not in BACKENDS:
         raise EngineError(
             f"unknown backend {backend!r}", expected=", ".join(BACKENDS), todo="name one of those"
         )
     options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
-    return Recipe(
+    return BuildSpec(
         pin=load_pin(),
         series=Series(()) if pristine else load_series(),
         pristine=pristine,

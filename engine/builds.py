@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pristine_source, read_manifest
-from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_recipe, provenance
+from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_build_spec, provenance
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
@@ -94,8 +94,8 @@ class Engine:
         names: list[str] = []
         if len(libraries) == 1:  # a process of its own: two builds' libraries must not meet in this one
             command = [sys.executable, "-I", "-S", "-c", _PROBE, str(libraries[0]), *_INSTRUCTIONS]
-            told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            names = [_INSTRUCTIONS[word] for word in told.split()]
+            output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            names = [_INSTRUCTIONS[word] for word in output.split()]
         implied = {each for name in names for each in _IMPLIED.get(name, ())}
         shown = [name for name in names if name not in implied]
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
@@ -136,16 +136,16 @@ def ensure(
     progress: where to tell about the work; by default a bar or lines on standard error.
     Raises `EngineError`; no unfinished build is ever left under its final name.
     """
-    recipe = make_recipe(pristine, backend, source, defines)
+    spec = make_build_spec(pristine, backend, source, defines)
     cache = Cache(cache_folder())
-    place = cache.engines / recipe.key
+    place = cache.engines / spec.key
     engine = load(place)
     if engine is None or (tests and not engine.tests):
         if progress is None:
-            with reporting() as told:
-                build(recipe, cache, archive, tests, told)
+            with reporting() as reporter:
+                build(spec, cache, archive, tests, reporter)
         else:
-            build(recipe, cache, archive, tests, progress)
+            build(spec, cache, archive, tests, progress)
         engine = load(place)
         assert engine is not None, place
     return engine
@@ -235,8 +235,8 @@ def builds(pristine: bool = False) -> list[Engine]:
 def upstream_source(archive: Path | None = None, progress: Reporter | None = None) -> Path:
     """A folder with the pinned archive's llama.cpp/ (pristine) and llama_cpp/, verified; only to be read."""
     cache = Cache(cache_folder())
-    with reporting() as told, build_lock(cache, progress or told):
-        return pristine_source(load_pin(), cache, archive, progress or told)
+    with reporting() as reporter, build_lock(cache, progress or reporter):
+        return pristine_source(load_pin(), cache, archive, progress or reporter)
 
 
 def load(place: Path) -> Engine | None:

@@ -1,6 +1,6 @@
 """CMake and Ninja: from sources to programs and libraries.
 
-Flows in: a recipe and a scratch folder with the sources in src/. Flows out: build/bin/ in it, and a log.
+Flows in: a build spec and a scratch folder with the sources in src/. Flows out: build/bin/ in it, and a log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, Recipe
+from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, BuildSpec
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import cores, packaged_tool
 from kimi_gguf.patches.errors import EngineError
@@ -30,7 +30,7 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 
 
 def compile_tree(
-    recipe: Recipe, work: Path, tests: bool, lock: int, reporter: Reporter
+    spec: BuildSpec, work: Path, tests: bool, lock: int, reporter: Reporter
 ) -> dict[str, list[str]]:
     """Configure and build `work/src` in `work/build`; returns the programs and test programs made.
 
@@ -43,10 +43,10 @@ def compile_tree(
     reporter.phase("configure")
     command = [packaged_tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     command += ["-S", str(work / "src"), "-B", str(work / "build")]
-    command += [f"-D{name}={value}" for name, value in recipe.options]
-    command += [f"-DLLAMA_BUILD_COMMIT={recipe.commit}", "-DLLAMA_BUILD_NUMBER=0"]
+    command += [f"-D{name}={value}" for name, value in spec.options]
+    command += [f"-DLLAMA_BUILD_COMMIT={spec.commit}", "-DLLAMA_BUILD_NUMBER=0"]
     launcher = shutil.which("ccache")
-    languages = ["C", "CXX"] + (["CUDA"] if recipe.backend == "cuda" else [])
+    languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
     environment = _environment(work)
     _run(command, environment, log, lock, "CMake cannot configure llama.cpp")

@@ -167,16 +167,16 @@ def _python(engine: Engine, tempting: list[str]) -> str:
             found=result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message",
             todo="pip install 'kimi-gguf[validate]', which brings what llama_cpp imports",
         )
-    told = json.loads(result.stdout.strip().splitlines()[-1])
-    if not Path(told["package"]).is_relative_to(engine.prefix):
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    if not Path(report["package"]).is_relative_to(engine.prefix):
         raise EngineError(
             "another llama_cpp shadows the build's own",
             expected=f"a package below {engine.prefix}",
-            found=told["package"],
+            found=report["package"],
             todo="uninstall it or remove it from PYTHONPATH",
         )
-    _expect_own(engine, told["mapped"], "llama_cpp")
-    return f"llama_cpp {told['version']}; {told['system'].strip()}"
+    _expect_own(engine, report["mapped"], "llama_cpp")
+    return f"llama_cpp {report['version']}; {report['system'].strip()}"
 
 
 def _devices(engine: Engine) -> str:

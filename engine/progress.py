@@ -49,7 +49,7 @@ class Plain:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._told = self._began
+        self._last_line = self._began
         self._name = ""
 
     def phase(self, name: str) -> None:
@@ -59,7 +59,7 @@ class Plain:
 
     def step(self, done: int, total: int) -> None:
         """See `Reporter`."""
-        if time.monotonic() - self._told >= self.interval:
+        if time.monotonic() - self._last_line >= self.interval:
             self._line(f"{self._name}: {done} of {total}")
 
     def note(self, text: str) -> None:
@@ -67,8 +67,8 @@ class Plain:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self._told = time.monotonic()
-        print(f"[{self._told - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
+        self._last_line = time.monotonic()
+        print(f"[{self._last_line - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Bar:

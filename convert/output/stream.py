@@ -9,7 +9,6 @@ file, tensor and index.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +25,7 @@ from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
 from kimi_gguf.engine.tensor_types import F32, Bytes
+from kimi_gguf.engine.toolchain import cores
 
 PIECE_ELEMENTS: Final = 1 << 20
 _PIECE_BYTES: Final = 16  # an element's, at most, as it is read, widened and encoded
@@ -44,7 +44,7 @@ class Pace:
     def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
         """All cores, unless memory (bytes, of the whole process) is short; `elsewhere` bytes of it are spoken for.
         Raises `ConvertError`."""
-        threads = threads or _cores()
+        threads = threads or cores()
         pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
         if max_memory is None:
             return pace
@@ -65,12 +65,6 @@ class Pace:
     def memory(self) -> int:
         """Bytes of all that is under way."""
         return self.pieces * self.elements * _PIECE_BYTES
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

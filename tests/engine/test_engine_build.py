@@ -284,7 +284,7 @@ def test_a_checkout_of_git_gives_its_tracked_files(tiny: tiny_llama.Tiny, tmp_pa
     checkout = tiny_llama.write_tree(tmp_path / "checkout", {**tiny_llama.FILES, ".gitignore": "junk/\n"})
     tiny_llama.write_tree(checkout, {"junk/CMakeCache.txt": "x"})
     subprocess.run(["git", "init", "-q", str(checkout)], check=True)
-    tree = tiny.recipe(source=checkout).source_tree
+    tree = tiny.spec(source=checkout).source_tree
     assert tree is not None
     assert tree.paths() == sorted(tiny_llama.FILES)
 
@@ -315,10 +315,10 @@ def test_a_folder_that_is_not_llama_cpp_is_refused(tiny: tiny_llama.Tiny, tmp_pa
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    from kimi_gguf.engine.build_spec import make_recipe
+    from kimi_gguf.engine.build_spec import make_build_spec
 
     with pytest.raises(EngineError, match="cpu, cuda, metal, vulkan"):
-        make_recipe(backend="abacus")
+        make_build_spec(backend="abacus")
 
 
 def test_a_program_that_does_not_run_is_not_installed(tmp_path: Path) -> None:
