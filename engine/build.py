@@ -1,9 +1,9 @@
 """From a build spec to files: sources into the scratch folder, CMake, Ninja, and the result into its place.
 
-Flows in: a `BuildSpec` and the cache's folders. Flows out: `engines/<key>/` with bin/, lib/, python/ and
+Input: a `BuildSpec` and the cache's folders. Output: `engines/<key>/` with bin/, lib/, python/ and
 manifest.json, complete or not at all.
 
-The scratch folder `work/<key>/` (src/ and build/) outlives a build that succeeded, so that the twin and the
+The scratch folder `work/<key>/` (src/ and build/) outlives a build that succeeded, so that the upstream build and the
 test programs compile only what differs; Ninja decides that by file times and commands. It is removed when a
 build fails or is interrupted, and by the next build when one was killed.
 """
@@ -32,7 +32,7 @@ from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 
 NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
-PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, beside it in the archive
+PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, next to it in the archive
 NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # of no use in the scratch folder, and large
 _UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
 _RECORD = (
@@ -54,7 +54,7 @@ class Cache:
 
     @property
     def sources(self) -> Path:
-        """Unpacked archives, pristine."""
+        """Unpacked archives, as upstream published them."""
         return self.root / "sources"
 
     @property
@@ -121,7 +121,7 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
     with _space_errors(cache.root), build_lock(cache, reporter) as lock:
         present = read_manifest(place)
         if present is not None and (present["tests"] or not tests):
-            return place  # another process has made it meanwhile
+            return place  # another process has built it in the meantime
         _sweep(cache)
         _require_space(cache.root, spec.backend)
         began = time.monotonic()
@@ -185,7 +185,7 @@ def check_runs(place: Path) -> str:
         raise EngineError(
             f"{program} does not run",
             found=(result.stderr or result.stdout).strip() or f"exit status {result.returncode}",
-            todo="install the library that it misses, or name its folder in LD_LIBRARY_PATH",
+            todo="install the missing library, or name its folder in LD_LIBRARY_PATH",
         )
     return (result.stdout + result.stderr).strip()
 
@@ -198,7 +198,7 @@ def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
         held = 0 if spec.source is None else load_series().applied(tree)
         if held:
             raise EngineError(
-                f"{spec.source} holds {held} of the patches already, so it makes no pristine twin",
+                f"{spec.source} has {held} of the patches already, so it makes no upstream build",
                 todo="give an unpatched checkout",
             )
         return tree
@@ -229,7 +229,7 @@ def _expect_tree(found: str, expected: str, what: str, todo: str) -> None:
 
 
 def _sweep(cache: Cache) -> None:
-    """Remove what killed builds have left; the lock is held, so nobody is at work on it."""
+    """Remove what killed builds left; the lock is held, so no other build uses it."""
     leftovers = [path for part in (cache.downloads, cache.sources, cache.engines) for path in part.glob(".*")]
     for work in cache.work.glob("*"):
         complete = work / "complete"

@@ -1,4 +1,4 @@
-"""The builds of llama.cpp in the cache: `ensure()` makes one, `find()` and `select()` say which one runs.
+"""The builds of llama.cpp in the cache: `ensure()` makes one, `find()` and `select()` name the one that runs.
 
 Input: which build is wanted (patched or upstream, backend, options). Output: `Engine`, a frozen description of a
 folder with bin/, lib/ and the Python package llama_cpp that loads the same libraries.
@@ -92,7 +92,7 @@ class Engine:
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
         libraries = sorted(self.lib.glob("libggml-cpu*"))
         names: list[str] = []
-        if len(libraries) == 1:  # a process of its own: two builds' libraries must not meet in this one
+        if len(libraries) == 1:  # a process of its own: this one must not load two builds' libraries
             command = [sys.executable, "-I", "-S", "-c", _PROBE, str(libraries[0]), *_INSTRUCTIONS]
             output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
             names = [_INSTRUCTIONS[word] for word in output.split()]
@@ -128,12 +128,12 @@ def ensure(
     defines: tuple[tuple[str, str], ...] = (),
     progress: Reporter | None = None,
 ) -> Engine:
-    """The build asked for, made now if it is not there yet (minutes); a no-op in milliseconds if it is.
+    """The build asked for, built now if it does not exist yet (minutes).
 
     pristine: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
     tests: with upstream's test programs. source: a llama.cpp checkout instead of the pinned archive.
-    archive: the pinned archive, where it is on disk already. defines: further CMake settings.
-    progress: where to tell about the work; by default a bar or lines on standard error.
+    archive: the pinned archive, if it is on disk already. defines: further CMake settings.
+    progress: progress callback; by default a bar or lines on standard error.
     Raises `EngineError`; no unfinished build is ever left under its final name.
     """
     spec = make_build_spec(pristine, backend, source, defines)
@@ -152,7 +152,7 @@ def ensure(
 
 
 def find(name: str | None = None, pristine: bool = False) -> Engine | None:
-    """The build that runs, or None where it is not made yet and `select` can make it.
+    """The build that runs, or None where it is not built yet and `select` can make it.
 
     name: a build's name, or the first characters of its key; without one, see the module's text.
     Raises `EngineError` where it is missing and other builds could be meant.
@@ -164,7 +164,7 @@ def find(name: str | None = None, pristine: bool = False) -> Engine | None:
         return max(named, key=lambda e: str(e.manifest["built"]))
     if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
         return None
-    how = "name a build that is there: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
+    how = "name an existing build: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
     made = wanted.split("+")[0] in BACKENDS
     raise EngineError(
         f"build {wanted}{origin}",
@@ -181,7 +181,7 @@ def select(name: str | None = None, pristine: bool = False, make: bool = True) -
         return engine
     wanted, origin = _wanted(name)
     if not make:
-        raise EngineError(f"build {wanted}{origin}: it is not made yet", todo=_command(wanted, pristine))
+        raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, pristine))
     return ensure(pristine, wanted)
 
 
@@ -233,7 +233,7 @@ def builds(pristine: bool = False) -> list[Engine]:
 
 
 def upstream_source(archive: Path | None = None, progress: Reporter | None = None) -> Path:
-    """A folder with the pinned archive's llama.cpp/ (pristine) and llama_cpp/, verified; only to be read."""
+    """A folder with the pinned archive's llama.cpp/ as upstream published it and llama_cpp/, verified; read-only."""
     cache = Cache(cache_folder())
     with reporting() as reporter, build_lock(cache, progress or reporter):
         return pristine_source(load_pin(), cache, archive, progress or reporter)

@@ -1,6 +1,6 @@
 """Progress of a build: phases and, inside a phase, steps done of a total.
 
-Flows in: calls from the engine. Flows out: a bar on a terminal, plain lines elsewhere, nothing at all for
+Input: calls from the engine. Output: a bar on a terminal, plain lines elsewhere, nothing at all for
 `Silent`. Everything goes to standard error, so that standard output stays a command's own result.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """What the engine tells about its work."""
+    """What the engine reports about its work."""
 
     def phase(self, name: str) -> None:
         """A new phase begins; the one before it has ended."""
@@ -30,7 +30,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """Tells nothing."""
+    """Reports nothing."""
 
     def phase(self, name: str) -> None:
         """See `Reporter`."""

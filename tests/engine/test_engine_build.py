@@ -294,7 +294,7 @@ def test_a_checkout_that_has_the_patches_is_built_but_makes_no_twin(
 ) -> None:
     assert answer(tiny.build(source=tmp_path / "patched")).endswith("answer 2\n")
     monkeypatch.setattr(building, "load_series", lambda: tiny.series)
-    with pytest.raises(EngineError, match="no pristine twin"):
+    with pytest.raises(EngineError, match="no upstream build"):
         tiny.build(pristine=True, source=tmp_path / "patched")
 
 

@@ -1,6 +1,6 @@
 """A llama.cpp in miniature: an archive with its folders, targets and options, which builds in a second.
 
-Flows in: a folder for it. Flows out: the archive, a pin for it, and build specs, so that the engine is tested
+Input: a folder for it. Output: the archive, a pin for it, and build specs, so that the engine is tested
 with real tools and no network. `main()` lets a test run the engine or the command in a process of its own:
 `python tiny_llama.py FOLDER build`, or `python tiny_llama.py FOLDER kimi-llama ARGUMENTS`.
 """
