@@ -97,7 +97,7 @@ def test_a_patch_that_does_not_apply_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_tree_other_than_the_pinned_one_is_not_built(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    write = tmp_path / "ops/tiny/kimi.h"
+    write = tmp_path / "ops/llama/tiny/kimi.h"
     write.write_text(write.read_text().replace("2", "3"))
     changed = tiny_llama.load(tmp_path, patched=tiny.pin.patched_tree_sha256)
     with pytest.raises(EngineError, match="not the pinned one") as caught:
