@@ -1,7 +1,7 @@
-"""The pinned source archive: found or downloaded, always checked against its hash, unpacked with distrust.
+"""The pinned source archive: found or downloaded, checked against its hash and unpacked safely.
 
-Flows in: the pin and a cache folder. Flows out: the archive's path, or folders holding llama.cpp and the
-Python package. Nothing of the archive is read, let alone run, before its sha256 is right.
+Input: the pin and a cache folder. Output: the archive's path, or folders holding llama.cpp and the
+Python package. No file of the archive is read or run before its sha256 is checked.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def check(path: Path, pin: Pin) -> None:
     found = file_sha256(path)
     if found != pin.archive_sha256:
         raise EngineError(
-            f"{path} is not the pinned source archive: its contents differ",
+            f"{path}: not the pinned source archive",
             expected=f"sha256 {pin.archive_sha256}",
             found=f"sha256 {found}, {path.stat().st_size:,} bytes",
-            todo=f"remove {path} and run the command again, which downloads it anew",
+            todo=f"remove {path} and run the command again, which downloads it again",
         )
 
 
@@ -58,7 +58,7 @@ def obtain(pin: Pin, folder: Path, reporter: Reporter) -> Path:
 
 
 def adopt(archive: Path, pin: Pin, folder: Path, reporter: Reporter) -> Path:
-    """Copy an archive that the user has already into `folder`, once it is proved to be the pinned one."""
+    """Copy the user's archive into `folder` after checking that it is the pinned one."""
     reporter.phase(f"check {archive.name}")
     check(archive, pin)
     path = folder / pin.archive
@@ -98,7 +98,7 @@ def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> P
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise EngineError(
-            f"{archive}: refused, it holds a path that leads out of it",
+            f"{archive}: refused: it has a path that leads out of it",
             expected="relative paths only",
             found=member.name,
         )
@@ -107,7 +107,7 @@ def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> P
             continue
         if not member.isfile() and not member.isdir():
             raise EngineError(
-                f"{archive}: refused, it holds a link or device among the sources",
+                f"{archive}: refused: it has a link or device among the sources",
                 expected="plain files and folders",
                 found=f"{member.name} -> {member.linkname}" if member.linkname else member.name,
             )

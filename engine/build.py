@@ -1,9 +1,9 @@
-"""From a recipe to files: sources into the scratch folder, CMake, Ninja, and the result into its place.
+"""From a build spec to files: sources into the scratch folder, CMake, Ninja, and the result into its place.
 
-Flows in: a `Recipe` and the cache's folders. Flows out: `engines/<key>/` with bin/, lib/, python/ and
+Input: a `BuildSpec` and the cache's folders. Output: `engines/<key>/` with bin/, lib/, python/ and
 manifest.json, complete or not at all.
 
-The scratch folder `work/<key>/` (src/ and build/) outlives a build that succeeded, so that the twin and the
+The scratch folder `work/<key>/` (src/ and build/) outlives a build that succeeded, so that the upstream build and the
 test programs compile only what differs; Ninja decides that by file times and commands. It is removed when a
 build fails or is interrupted, and by the next build when one was killed.
 """
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kimi_gguf.engine import archive
-from kimi_gguf.engine.build_spec import LAYOUT, Recipe
+from kimi_gguf.engine.build_spec import LAYOUT, BuildSpec
 from kimi_gguf.engine.compiling import compile_tree
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
@@ -32,7 +32,7 @@ from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 
 NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
-PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, beside it in the archive
+PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, next to it in the archive
 NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # of no use in the scratch folder, and large
 _UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
 _RECORD = (
@@ -54,7 +54,7 @@ class Cache:
 
     @property
     def sources(self) -> Path:
-        """Unpacked archives, pristine."""
+        """Unpacked archives, as upstream published them."""
         return self.root / "sources"
 
     @property
@@ -115,31 +115,31 @@ def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Report
     return place
 
 
-def build(recipe: Recipe, cache: Cache, given: Path | None, tests: bool, reporter: Reporter) -> Path:
-    """Make the build that the recipe describes; the lock is taken here. Returns its folder."""
-    place = cache.engines / recipe.key
+def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, reporter: Reporter) -> Path:
+    """Make the build that the build spec describes; the lock is taken here. Returns its folder."""
+    place = cache.engines / spec.key
     with _space_errors(cache.root), build_lock(cache, reporter) as lock:
         present = read_manifest(place)
         if present is not None and (present["tests"] or not tests):
-            return place  # another process has made it meanwhile
+            return place  # another process has built it in the meantime
         _sweep(cache)
-        _require_space(cache.root, recipe.backend)
+        _require_space(cache.root, spec.backend)
         began = time.monotonic()
-        source = pristine_source(recipe.pin, cache, given, reporter)
-        tree = _patched_tree(recipe, source, reporter)
-        digest = _verified(recipe, tree, reporter)
-        with _workspace(cache, recipe) as work:
+        source = pristine_source(spec.pin, cache, given, reporter)
+        tree = _patched_tree(spec, source, reporter)
+        digest = _verified(spec, tree, reporter)
+        with _workspace(cache, spec) as work:
             compiled = tree.without(NOT_COMPILED)
             compiled.write_to(work / "src")
             _expect_tree(tree_hash(work / "src"), compiled.hash(), str(work / "src"), "build again")
             log = work / "build.log"
             try:
                 tests = tests or (present is not None and present["tests"])
-                wanted = compile_tree(recipe, work, tests, lock, reporter)
+                wanted = compile_tree(spec, work, tests, lock, reporter)
             except EngineError as error:
-                raise _with_log(error, log, cache, recipe) from error
+                raise _with_log(error, log, cache, spec) from error
         reporter.phase("install")
-        manifest = _manifest(recipe, digest, wanted, time.monotonic() - began)
+        manifest = _manifest(spec, digest, wanted, time.monotonic() - began)
         with fresh_folder(place) as scratch:
             _install(work / "build" / "bin", source, scratch, wanted)
             log.replace(scratch / "build.log")
@@ -185,36 +185,36 @@ def check_runs(place: Path) -> str:
         raise EngineError(
             f"{program} does not run",
             found=(result.stderr or result.stdout).strip() or f"exit status {result.returncode}",
-            todo="install the library that it misses, or name its folder in LD_LIBRARY_PATH",
+            todo="install the missing library, or name its folder in LD_LIBRARY_PATH",
         )
     return (result.stdout + result.stderr).strip()
 
 
-def _patched_tree(recipe: Recipe, source: Path, reporter: Reporter) -> Tree:
-    """The recipe's sources with its series applied in memory."""
-    tree = recipe.source_tree or Tree(source / "llama.cpp")
+def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
+    """The sources of a build spec with its series applied in memory."""
+    tree = spec.source_tree or Tree(source / "llama.cpp")
     tree = tree.fork()
-    if recipe.pristine:
-        held = 0 if recipe.source is None else load_series().applied(tree)
+    if spec.pristine:
+        held = 0 if spec.source is None else load_series().applied(tree)
         if held:
             raise EngineError(
-                f"{recipe.source} holds {held} of the patches already, so it makes no pristine twin",
+                f"{spec.source} has {held} of the patches already, so it makes no upstream build",
                 todo="give an unpatched checkout",
             )
         return tree
     reporter.phase("apply the patches")
-    recipe.series.apply(tree)
+    spec.series.apply(tree)
     return tree
 
 
-def _verified(recipe: Recipe, tree: Tree, reporter: Reporter) -> str:
+def _verified(spec: BuildSpec, tree: Tree, reporter: Reporter) -> str:
     """The tree's hash, which for the pinned archive must be the pinned one."""
     reporter.phase("verify the sources")
     digest = tree.hash()
-    if recipe.source is None and recipe.pristine:
-        _expect_tree(digest, recipe.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
-    elif recipe.source is None:
-        _expect_tree(digest, recipe.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
+    if spec.source is None and spec.pristine:
+        _expect_tree(digest, spec.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
+    elif spec.source is None:
+        _expect_tree(digest, spec.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
     return digest
 
 
@@ -229,7 +229,7 @@ def _expect_tree(found: str, expected: str, what: str, todo: str) -> None:
 
 
 def _sweep(cache: Cache) -> None:
-    """Remove what killed builds have left; the lock is held, so nobody is at work on it."""
+    """Remove what killed builds left; the lock is held, so no other build uses it."""
     leftovers = [path for part in (cache.downloads, cache.sources, cache.engines) for path in part.glob(".*")]
     for work in cache.work.glob("*"):
         complete = work / "complete"
@@ -240,9 +240,9 @@ def _sweep(cache: Cache) -> None:
 
 
 @contextmanager
-def _workspace(cache: Cache, recipe: Recipe) -> Iterator[Path]:
+def _workspace(cache: Cache, spec: BuildSpec) -> Iterator[Path]:
     """The scratch folder: kept when the block ends well, removed when it does not."""
-    work = cache.work / recipe.work_key
+    work = cache.work / spec.work_key
     complete = work / "complete"
     work.mkdir(parents=True, exist_ok=True)
     complete.unlink(missing_ok=True)
@@ -254,12 +254,12 @@ def _workspace(cache: Cache, recipe: Recipe) -> Iterator[Path]:
     complete.write_text(str(work))
 
 
-def _with_log(error: EngineError, log: Path, cache: Cache, recipe: Recipe) -> EngineError:
+def _with_log(error: EngineError, log: Path, cache: Cache, spec: BuildSpec) -> EngineError:
     """The same error naming the log, which is moved out of the scratch folder."""
     if not log.exists():
         return error
     cache.logs.mkdir(parents=True, exist_ok=True)
-    kept = cache.logs / f"{recipe.key}.log"
+    kept = cache.logs / f"{spec.key}.log"
     log.replace(kept)
     todo = f"{error.todo}; log: {kept}"
     return EngineError(error.what, expected=error.expected, found=error.found, todo=todo)
@@ -280,24 +280,24 @@ def _install(built: Path, source: Path, place: Path, wanted: dict[str, list[str]
     shutil.copyfile(source / "llama.cpp" / "LICENSE", place / "LICENSE")
 
 
-def _manifest(recipe: Recipe, digest: str, wanted: dict[str, list[str]], seconds: float) -> dict[str, Any]:
+def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], seconds: float) -> dict[str, Any]:
     return {
-        "key": recipe.key,
-        "pristine": recipe.pristine,
-        "backends": ["cpu"] if recipe.backend == "cpu" else [recipe.backend, "cpu"],
+        "key": spec.key,
+        "pristine": spec.pristine,
+        "backends": ["cpu"] if spec.backend == "cpu" else [spec.backend, "cpu"],
         "tests": bool(wanted["tests"]),
-        "package": f"{recipe.pin.package}=={recipe.pin.version}",
-        "archive_sha256": recipe.pin.archive_sha256,
-        "source": None if recipe.source is None else str(recipe.source),
-        "origin": recipe.origin,
-        "commit": recipe.commit,
-        "llama_cpp_commit": recipe.pin.llama_cpp_commit if recipe.source is None else None,
+        "package": f"{spec.pin.package}=={spec.pin.version}",
+        "archive_sha256": spec.pin.archive_sha256,
+        "source": None if spec.source is None else str(spec.source),
+        "origin": spec.origin,
+        "commit": spec.commit,
+        "llama_cpp_commit": spec.pin.llama_cpp_commit if spec.source is None else None,
         "tree_sha256": digest,
-        "series_sha256": recipe.series.digest(),
-        "patches": [{"name": each.name, "subject": each.subject} for each in recipe.series.patches],
-        "options": dict(recipe.options),
-        "compilers": {language: f"{each.path}: {each.version}" for language, each in recipe.compilers},
-        "cpu": recipe.cpu,
+        "series_sha256": spec.series.digest(),
+        "patches": [{"name": each.name, "subject": each.subject} for each in spec.series.patches],
+        "options": dict(spec.options),
+        "compilers": {language: f"{each.path}: {each.version}" for language, each in spec.compilers},
+        "cpu": spec.cpu,
         "programs": wanted["programs"],
         "test_programs": wanted["tests"],
         "built": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -1,6 +1,6 @@
-"""What a build is made of: sources, patches, options, compilers, processor. Equal recipes, equal builds.
+"""What a build is made of: sources, patches, options, compilers, processor. Equal build specs give equal builds.
 
-Flows in: the wishes of the caller and the machine. Flows out: `Recipe`, whose keys name the finished build
+Input: the caller's options and the machine. Output: `BuildSpec`, whose keys name the finished build
 and the scratch folder it is made in. All defaults of the build live in the tables here.
 """
 
@@ -83,11 +83,11 @@ TEST_PROGRAMS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a build, tests apart: they are added to it."""
+class BuildSpec:
+    """Everything that decides a build, except the tests, which are added to it."""
 
     pin: Pin
-    series: Series  # empty for the pristine twin
+    series: Series  # empty for upstream
     pristine: bool
     backend: str
     options: tuple[tuple[str, str], ...]
@@ -113,7 +113,7 @@ class Recipe:
 
     @cached_property
     def work_key(self) -> str:
-        """Names the scratch folder, which the pristine and the patched build share one after the other."""
+        """Names the scratch folder, which the upstream and the patched build share, one after the other."""
         compilers = [(language, each.path, each.version) for language, each in self.compilers]
         return _digest(LAYOUT, self.options, compilers, self.cpu)
 
@@ -126,19 +126,19 @@ class Recipe:
         return base + mark
 
 
-def make_recipe(
+def make_build_spec(
     pristine: bool = False,
     backend: str = "cpu",
     source: Path | None = None,
     defines: tuple[tuple[str, str], ...] = (),
-) -> Recipe:
-    """The recipe for these wishes on this machine; `EngineError` for an unknown backend or no compiler."""
+) -> BuildSpec:
+    """The build spec for these options on this machine; `EngineError` for an unknown backend or no compiler."""
     if backend not in BACKENDS:
         raise EngineError(
-            f"unknown backend {backend!r}", expected=", ".join(BACKENDS), todo="name one of those"
+            f"unknown backend {backend!r}", expected=", ".join(BACKENDS), todo="give one of these"
         )
     options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
-    return Recipe(
+    return BuildSpec(
         pin=load_pin(),
         series=Series(()) if pristine else load_series(),
         pristine=pristine,
@@ -151,7 +151,7 @@ def make_recipe(
 
 
 def provenance(pristine: bool) -> dict[str, object]:
-    """What a build of the present pin and series for this machine has in its manifest, options aside."""
+    """What the manifest of a build of this pin and series for this machine has, except its options."""
     series = Series(()) if pristine else load_series()
     return {
         "pristine": pristine,
@@ -167,7 +167,7 @@ def _digest(*parts: object) -> str:
 
 
 def _checkout(folder: Path) -> Tree:
-    """A llama.cpp checkout: what git tracks there, or all but its build folders where git does not say."""
+    """A llama.cpp checkout: what git tracks there, or all except its build folders where git is not available."""
     missing = [
         name for name in ("CMakeLists.txt", "include/llama.h", "ggml/include/ggml.h")
         if not (folder / name).is_file()
@@ -185,5 +185,5 @@ def _checkout(folder: Path) -> Tree:
             listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
             return Tree(folder, [path for path in listed if path and (folder / path).is_file()])
         except (OSError, subprocess.CalledProcessError):
-            pass  # an archive's stray .git file, or no git here: take the files as they lie
+            pass  # an archive's stray .git file, or no git here: take the files as they are
     return Tree(folder, [path for path in list_files(folder) if not path.startswith("build")])

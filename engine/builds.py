@@ -1,4 +1,4 @@
-"""The builds of llama.cpp in the cache: `ensure()` makes one, `find()` and `select()` say which one runs.
+"""The builds of llama.cpp in the cache: `ensure()` makes one, `find()` and `select()` name the one that runs.
 
 Input: which build is wanted (patched or upstream, backend, options). Output: `Engine`, a frozen description of a
 folder with bin/, lib/ and the Python package llama_cpp that loads the same libraries.
@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pristine_source, read_manifest
-from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_recipe, provenance
+from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_build_spec, provenance
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
@@ -92,10 +92,10 @@ class Engine:
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
         libraries = sorted(self.lib.glob("libggml-cpu*"))
         names: list[str] = []
-        if len(libraries) == 1:  # a process of its own: two builds' libraries must not meet in this one
+        if len(libraries) == 1:  # a process of its own: this one must not load two builds' libraries
             command = [sys.executable, "-I", "-S", "-c", _PROBE, str(libraries[0]), *_INSTRUCTIONS]
-            told = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            names = [_INSTRUCTIONS[word] for word in told.split()]
+            output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+            names = [_INSTRUCTIONS[word] for word in output.split()]
         implied = {each for name in names for each in _IMPLIED.get(name, ())}
         shown = [name for name in names if name not in implied]
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
@@ -128,31 +128,31 @@ def ensure(
     defines: tuple[tuple[str, str], ...] = (),
     progress: Reporter | None = None,
 ) -> Engine:
-    """The build asked for, made now if it is not there yet (minutes); a no-op in milliseconds if it is.
+    """The build asked for, built now if it does not exist yet (minutes).
 
     pristine: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
     tests: with upstream's test programs. source: a llama.cpp checkout instead of the pinned archive.
-    archive: the pinned archive, where it is on disk already. defines: further CMake settings.
-    progress: where to tell about the work; by default a bar or lines on standard error.
+    archive: the pinned archive, if it is on disk already. defines: further CMake settings.
+    progress: progress callback; by default a bar or lines on standard error.
     Raises `EngineError`; no unfinished build is ever left under its final name.
     """
-    recipe = make_recipe(pristine, backend, source, defines)
+    spec = make_build_spec(pristine, backend, source, defines)
     cache = Cache(cache_folder())
-    place = cache.engines / recipe.key
+    place = cache.engines / spec.key
     engine = load(place)
     if engine is None or (tests and not engine.tests):
         if progress is None:
-            with reporting() as told:
-                build(recipe, cache, archive, tests, told)
+            with reporting() as reporter:
+                build(spec, cache, archive, tests, reporter)
         else:
-            build(recipe, cache, archive, tests, progress)
+            build(spec, cache, archive, tests, progress)
         engine = load(place)
         assert engine is not None, place
     return engine
 
 
 def find(name: str | None = None, pristine: bool = False) -> Engine | None:
-    """The build that runs, or None where it is not made yet and `select` can make it.
+    """The build that runs, or None where it is not built yet and `select` can make it.
 
     name: a build's name, or the first characters of its key; without one, see the module's text.
     Raises `EngineError` where it is missing and other builds could be meant.
@@ -164,7 +164,7 @@ def find(name: str | None = None, pristine: bool = False) -> Engine | None:
         return max(named, key=lambda e: str(e.manifest["built"]))
     if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
         return None
-    how = "name a build that is there: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
+    how = "name an existing build: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
     made = wanted.split("+")[0] in BACKENDS
     raise EngineError(
         f"build {wanted}{origin}",
@@ -181,7 +181,7 @@ def select(name: str | None = None, pristine: bool = False, make: bool = True) -
         return engine
     wanted, origin = _wanted(name)
     if not make:
-        raise EngineError(f"build {wanted}{origin}: it is not made yet", todo=_command(wanted, pristine))
+        raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, pristine))
     return ensure(pristine, wanted)
 
 
@@ -233,10 +233,10 @@ def builds(pristine: bool = False) -> list[Engine]:
 
 
 def upstream_source(archive: Path | None = None, progress: Reporter | None = None) -> Path:
-    """A folder with the pinned archive's llama.cpp/ (pristine) and llama_cpp/, verified; only to be read."""
+    """A folder with the pinned archive's llama.cpp/ as upstream published it and llama_cpp/, verified; read-only."""
     cache = Cache(cache_folder())
-    with reporting() as told, build_lock(cache, progress or told):
-        return pristine_source(load_pin(), cache, archive, progress or told)
+    with reporting() as reporter, build_lock(cache, progress or reporter):
+        return pristine_source(load_pin(), cache, archive, progress or reporter)
 
 
 def load(place: Path) -> Engine | None:

@@ -1,6 +1,6 @@
 """CMake and Ninja: from sources to programs and libraries.
 
-Flows in: a recipe and a scratch folder with the sources in src/. Flows out: build/bin/ in it, and a log.
+Input: a build spec and a scratch folder with the sources in src/. Output: build/bin/ in it, and a log.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, Recipe
+from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, BuildSpec
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import cores, packaged_tool
 from kimi_gguf.patches.errors import EngineError
@@ -21,7 +21,7 @@ from kimi_gguf.patches.errors import EngineError
 # what a log says where a backend's tools are incomplete, and what is to be installed
 _ADVICE = (
     (r"CUDA::cublas|cublas_v2\.h|CUDA Toolkit not found|Could NOT find CUDAToolkit",
-     "nvcc is there without the rest of the toolkit: install NVIDIA's whole CUDA toolkit, with cuBLAS (its package "
+     "nvcc is installed without the rest of the toolkit: install NVIDIA's whole CUDA toolkit, with cuBLAS (its package "
      "cuda-toolkit, Debian's nvidia-cuda-toolkit); CUDACXX names its nvcc if that is not the first on PATH"),
     (r"Could NOT find Vulkan|SPIRV-Headers",
      "install what builds Vulkan programs: libvulkan-dev, glslc and spirv-headers (Debian, Ubuntu)"),
@@ -30,12 +30,12 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 
 
 def compile_tree(
-    recipe: Recipe, work: Path, tests: bool, lock: int, reporter: Reporter
+    spec: BuildSpec, work: Path, tests: bool, lock: int, reporter: Reporter
 ) -> dict[str, list[str]]:
     """Configure and build `work/src` in `work/build`; returns the programs and test programs made.
 
-    lock: the descriptor of the build lock, held by every child until it ends. `EngineError` tells what the
-    log, `work/build.log`, says of a failure.
+    lock: the descriptor of the build lock, held by every child until it ends. `EngineError` has the
+    reason of a failure from the log, `work/build.log`.
     """
     log = work / "build.log"
     log.unlink(missing_ok=True)
@@ -43,10 +43,10 @@ def compile_tree(
     reporter.phase("configure")
     command = [packaged_tool("cmake"), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     command += ["-S", str(work / "src"), "-B", str(work / "build")]
-    command += [f"-D{name}={value}" for name, value in recipe.options]
-    command += [f"-DLLAMA_BUILD_COMMIT={recipe.commit}", "-DLLAMA_BUILD_NUMBER=0"]
+    command += [f"-D{name}={value}" for name, value in spec.options]
+    command += [f"-DLLAMA_BUILD_COMMIT={spec.commit}", "-DLLAMA_BUILD_NUMBER=0"]
     launcher = shutil.which("ccache")
-    languages = ["C", "CXX"] + (["CUDA"] if recipe.backend == "cuda" else [])
+    languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
     environment = _environment(work)
     _run(command, environment, log, lock, "CMake cannot configure llama.cpp")
@@ -84,7 +84,7 @@ def _run(
     failure: str,
     reporter: Reporter | None = None,
 ) -> None:
-    """Run a command into the log, telling its `[n/m]` steps; it never outlives an interrupted build."""
+    """Run a command into the log, and report its `[n/m]` steps; it ends with an interrupted build."""
     with log.open("a", encoding="utf-8", errors="replace") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
@@ -110,11 +110,11 @@ def _run(
 def advice(log: str) -> str:
     """What to do about a build that failed with this log."""
     known = (todo for pattern, todo in _ADVICE if re.search(pattern, log))
-    return next(known, "mend what the log shows, then build again")
+    return next(known, "correct what the log shows, then build again")
 
 
 def _errors(log: Path, count: int = 8) -> str:
-    """The lines of a log that tell why it failed: CMake's first message, or the compiler's last errors."""
+    """The lines of a log that give the reason of the failure: CMake's first message, or the compiler's last errors."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     configuring = [i for i, line in enumerate(lines) if line.startswith("CMake Error")]
     if configuring:

@@ -1,6 +1,6 @@
-"""Whether the builds on this machine work: what `kimi-llama doctor` looks at.
+"""Whether the builds on this machine work: the checks of `kimi-llama doctor`.
 
-Flows in: nothing but the machine. Flows out: `Diagnosis`, plain data that the command prints or dumps.
+Input: the machine. Output: `Diagnosis`, plain data that the command prints or dumps.
 Each check is made in a process of its own, so that no library of one build can help another.
 """
 
@@ -41,7 +41,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: whether it is well, and what was seen."""
+    """One check: whether it passed, and what was found."""
 
     name: str
     passed: bool
@@ -50,7 +50,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Health:
-    """A build and what its checks say."""
+    """A build and its checks."""
 
     engine: Engine
     checks: tuple[Check, ...]
@@ -68,7 +68,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """A patched build is there, and every check of every build passes."""
+        """A patched build exists, and every check of every build passes."""
         patched = any(not health.engine.pristine for health in self.engines)
         return (
             patched
@@ -101,7 +101,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Look at the machine and at all builds of the present pin and series, patched and pristine."""
+    """Check the machine and all builds of this pin and series, patched and upstream."""
     engines = [*builds(pristine=False), *builds(pristine=True)]
     return Diagnosis(
         machine=tuple(_machine()),
@@ -113,7 +113,7 @@ def diagnose() -> Diagnosis:
 
 
 def examine(engine: Engine, others: list[Engine]) -> list[Check]:
-    """Check one build: its programs run, and it loads its own libraries even beside those of the others."""
+    """Check one build: its programs run, and it loads its own libraries whatever LD_LIBRARY_PATH names."""
     tempting = [str(other.lib) for other in others if other.key != engine.key]
     return [
         _checked("programs run", lambda: _version(engine)),
@@ -145,9 +145,9 @@ def _version(engine: Engine) -> str:
 
 
 def _linked(engine: Engine, tempting: list[str]) -> str:
-    """Which libraries the loader gives each program, with other builds' libraries put in its way."""
+    """Which libraries the loader gives each program, with other builds' libraries in LD_LIBRARY_PATH."""
     if sys.platform != "linux":
-        return "not looked at on this system"
+        return "not checked on this system"
     programs = sorted(path for path in engine.bin.iterdir())
     for program in programs:
         environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": ":".join(tempting)}
@@ -158,7 +158,7 @@ def _linked(engine: Engine, tempting: list[str]) -> str:
 
 
 def _python(engine: Engine, tempting: list[str]) -> str:
-    """What a Python process gets that imports llama_cpp with the build's environment."""
+    """The llama_cpp that a Python process imports with the build's environment."""
     environment = {**engine.environment(), "LD_LIBRARY_PATH": ":".join(tempting)}
     result = _run([sys.executable, "-P", "-c", _PROBE], environment)
     if result.returncode != 0:
@@ -167,16 +167,16 @@ def _python(engine: Engine, tempting: list[str]) -> str:
             found=result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message",
             todo="pip install 'kimi-gguf[validate]', which brings what llama_cpp imports",
         )
-    told = json.loads(result.stdout.strip().splitlines()[-1])
-    if not Path(told["package"]).is_relative_to(engine.prefix):
+    report = json.loads(result.stdout.strip().splitlines()[-1])
+    if not Path(report["package"]).is_relative_to(engine.prefix):
         raise EngineError(
             "another llama_cpp shadows the build's own",
             expected=f"a package below {engine.prefix}",
-            found=told["package"],
+            found=report["package"],
             todo="uninstall it or remove it from PYTHONPATH",
         )
-    _expect_own(engine, told["mapped"], "llama_cpp")
-    return f"llama_cpp {told['version']}; {told['system'].strip()}"
+    _expect_own(engine, report["mapped"], "llama_cpp")
+    return f"llama_cpp {report['version']}; {report['system'].strip()}"
 
 
 def _devices(engine: Engine) -> str:
@@ -185,7 +185,7 @@ def _devices(engine: Engine) -> str:
     lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
     backend = engine.backends[0]
     if backend != "cpu" and not lines:
-        raise EngineError(f"built for {backend}, but no device is there", todo="check the driver")
+        raise EngineError(f"built for {backend}, but there is no device", todo="check the driver")
     return ", ".join(lines) or "CPU"
 
 
@@ -198,7 +198,7 @@ def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:
             f"{who} loads libraries that are not its build's own",
             expected=f"libraries in {engine.lib}",
             found=", ".join(foreign) or "none of llama.cpp's",
-            todo=f"unset LD_PRELOAD; if that is not it, remove {engine.prefix} and run kimi-llama build",
+            todo=f"unset LD_PRELOAD; if that does not help, remove {engine.prefix} and run kimi-llama build",
         )
 
 
@@ -219,7 +219,7 @@ def _machine() -> list[Check]:
 
 
 def _cuda_toolkit() -> str:
-    """The toolkit that --backend cuda would take, and whether it is a whole one."""
+    """The toolkit that --backend cuda uses, and whether it is complete."""
     try:
         nvcc = find_compilers("cuda")["CUDA"]
     except EngineError:

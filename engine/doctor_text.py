@@ -1,4 +1,4 @@
-"""A diagnosis as text for people. Flows in: `Diagnosis`. Flows out: lines for a terminal."""
+"""A diagnosis as text for people. Input: `Diagnosis`. Output: lines for a terminal."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def as_text(diagnosis: Diagnosis) -> str:
             "",
             "The patched llama.cpp is not built for this pin, series and processor: kimi-llama build",
         ]
-    lines += ["", "all is well" if diagnosis.healthy else "something needs attention, see above"]
+    lines += ["", "all checks pass" if diagnosis.healthy else "a check failed, see above"]
     return "\n".join(lines)
 
 
 def _engine(health: Health) -> list[str]:
     engine, manifest = health.engine, health.engine.manifest
-    kind = "pristine" if engine.pristine else f"patched, series of {len(manifest['patches'])}"
+    kind = "upstream" if engine.pristine else f"patched, series of {len(manifest['patches'])}"
     tests = ", with llama.cpp's tests" if engine.tests else ""
     source = manifest["source"] or manifest["package"]
     return [

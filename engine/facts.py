@@ -1,6 +1,6 @@
-"""Where figures come from, for reports: the build, the machine.
+"""Facts about the build and the machine, for reports.
 
-Flows in: a build. Flows out: plain dictionaries of text and numbers, ready for JSON, that name no folders.
+Input: a build. Output: plain dictionaries of text and numbers, ready for JSON, without paths.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def machine_facts() -> Facts:
 
 
 def _processor() -> str:
-    """The processor's trade name where the system tells it."""
+    """The processor's trade name if the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,7 @@
-"""What is said at once of a path that cannot be a model, before a program starts or a build is made."""
+"""Checks that a path can be a model, before a program starts or a build is made.
+
+Input: a path. Output: none, or `EngineError`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from kimi_gguf.patches.errors import EngineError
 
 def check_gguf(path: Path) -> None:
     """Raises `EngineError` for a missing file and for one that does not begin as a GGUF file; the first of a model
-    in parts (NAME-00001-of-00003.gguf) stands for all of them."""
+    in splits (NAME-00001-of-00003.gguf) stands for all of them."""
     for part in all_parts(path):
         _check_file(part)
 
@@ -42,7 +45,7 @@ def _check_file(path: Path) -> None:
     if magic != b"GGUF":
         raise EngineError(
             f"{path}: not a GGUF file",
-            expected="the bytes b'GGUF' at its start",
+            expected="b'GGUF' as its first bytes",
             found=repr(magic),
             todo="give a GGUF file; convert-kimi makes one from a checkpoint",
         )

@@ -1,6 +1,6 @@
 """Progress of a build: phases and, inside a phase, steps done of a total.
 
-Flows in: calls from the engine. Flows out: a bar on a terminal, plain lines elsewhere, nothing at all for
+Input: calls from the engine. Output: a bar on a terminal, plain lines elsewhere, nothing at all for
 `Silent`. Everything goes to standard error, so that standard output stays a command's own result.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """What the engine tells about its work."""
+    """What the engine reports about its work."""
 
     def phase(self, name: str) -> None:
         """A new phase begins; the one before it has ended."""
@@ -30,7 +30,7 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """Tells nothing."""
+    """Reports nothing."""
 
     def phase(self, name: str) -> None:
         """See `Reporter`."""
@@ -49,7 +49,7 @@ class Plain:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._told = self._began
+        self._last_line = self._began
         self._name = ""
 
     def phase(self, name: str) -> None:
@@ -59,7 +59,7 @@ class Plain:
 
     def step(self, done: int, total: int) -> None:
         """See `Reporter`."""
-        if time.monotonic() - self._told >= self.interval:
+        if time.monotonic() - self._last_line >= self.interval:
             self._line(f"{self._name}: {done} of {total}")
 
     def note(self, text: str) -> None:
@@ -67,8 +67,8 @@ class Plain:
         self._line(text)
 
     def _line(self, text: str) -> None:
-        self._told = time.monotonic()
-        print(f"[{self._told - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
+        self._last_line = time.monotonic()
+        print(f"[{self._last_line - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 class Bar:

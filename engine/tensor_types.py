@@ -30,7 +30,7 @@ class TensorType:
 
     @property
     def quantized(self) -> bool:
-        """Whether ggml counts it among its quantisations: blocks with scales."""
+        """Whether ggml counts it among its quantized types: blocks with scales."""
         return self.block > 1
 
     def nbytes(self, ne: Sequence[int]) -> int:

@@ -1,6 +1,6 @@
-"""Compiler, CMake, Ninja and what else decides how a build comes out on this machine.
+"""Compilers, CMake, Ninja and the processor of this machine.
 
-Flows in: the environment. Flows out: `Toolchain`, or an error that says how to install what is missing.
+Input: the environment. Output: paths and versions, or an error that says how to install what is missing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMPILER_ADVICE = {
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C or C++ compiler: how to call it and what it says of its version."""
+    """A C or C++ compiler: its path and its version text."""
 
     path: str
     version: str

@@ -1,7 +1,7 @@
 """A build as one installable file: the Python package llama_cpp with this build's libraries inside.
 
-Flows in: a finished build. Flows out: a wheel whose version is marked as ours, so
-that pip does not take it for the one on the index.
+Input: a finished build. Output: a wheel with a local version, so
+that pip does not confuse it with the one on the index.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
 
 
 def _wanted_libraries(engine: Engine) -> list[Path]:
-    """The libraries that llama_cpp loads and those they need, not the ones behind the programs."""
+    """The libraries that llama_cpp loads and those they need, not those of the programs alone."""
     paths = [
         path
         for path in sorted(engine.lib.iterdir())
@@ -69,7 +69,7 @@ def _wanted_libraries(engine: Engine) -> list[Path]:
 
 
 def _local_version(engine: Engine) -> str:
-    """The package's version, marked with the series (or as pristine)."""
+    """The package's version, marked with the series (or as upstream)."""
     upstream = str(engine.manifest["package"]).split("==")[1]
     series = str(engine.manifest["series_sha256"])[:8]
     return f"{upstream}+pristine" if engine.pristine else f"{upstream}+kimi.{series}"

@@ -1,4 +1,4 @@
-"""A process that holds one build of llama.cpp, and how it is asked.
+"""A process that holds one build of llama.cpp, and the protocol of its requests.
 
 Input, one line of JSON on standard input per request: {"do": NAME, ...}. Output, for each one line on standard output:
 {"ok": ANSWER} or {"error": ONE LINE, "out_of_memory": BOOL}, and before it perhaps {"progress": [DONE, TOTAL]}.

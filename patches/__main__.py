@@ -1,4 +1,4 @@
-"""For those who change the series: `python -m kimi_gguf.patches verify TREE | record TREE | index`.
+"""Tools for changing the series: `python -m kimi_gguf.patches verify TREE | record TREE | index`.
 
 TREE is a folder with upstream's llama.cpp. `verify` checks that the series turns it into the tree whose hash is
 pinned. `record` pins the hash of the tree that the series makes of it. `index` writes patches/README.md.
@@ -44,11 +44,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _expect_pristine(tree: Tree) -> None:
-    """Only what the series makes of the pinned sources is worth recording."""
+    """Raise `EngineError` unless the tree is the pinned upstream one."""
     pinned, found = load_pin().pristine_tree_sha256, tree.hash()
     if found != pinned:
         raise EngineError(
-            f"{tree.root} is not the pinned pristine llama.cpp",
+            f"{tree.root}: not the pinned upstream llama.cpp",
             expected=f"tree hash {pinned}",
             found=f"tree hash {found}",
             todo="give that one; for a new pin write the hash found as pristine_tree_sha256 in upstream.toml",

@@ -1,6 +1,6 @@
-"""Unified diffs, read and applied without any outside program.
+"""Unified diffs, read and applied without other programs.
 
-Flows in: the text of a patch and a `Tree`. Flows out: the edited tree, or an error that names the file, the
+Input: the text of a patch and a `Tree`. Output: the edited tree, or an error that names the file, the
 hunk, the line expected and the line found. Context must match exactly; a hunk may have moved to another
 line, as `git apply` allows. Renames, mode changes and binary diffs are refused: the series has none.
 """
@@ -21,7 +21,7 @@ _UNSUPPORTED = (b"rename ", b"copy ", b"old mode ", b"new mode ", b"GIT binary p
 
 
 class PatchConflictError(Exception):
-    """A hunk that finds no place; the message is the detail for the user."""
+    """A hunk that does not fit; the message is the detail for the user."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Hunk:
     new: tuple[bytes, ...]
 
     def reversed(self) -> Hunk:
-        """The hunk that takes this one back."""
+        """The hunk that reverts this one."""
         return Hunk(self.new_start, self.start, self.new, self.old)
 
 
@@ -48,7 +48,7 @@ class FileDiff:
     hunks: tuple[Hunk, ...]
 
     def reversed(self) -> FileDiff:
-        """The diff that takes this one back."""
+        """The diff that reverts this one."""
         return FileDiff(self.path, self.deletes, self.creates, tuple(hunk.reversed() for hunk in self.hunks))
 
 
@@ -58,7 +58,7 @@ def split_lines(content: bytes) -> list[bytes]:
 
 
 def parse(text: bytes, name: str) -> tuple[FileDiff, ...]:
-    """The diffs in a patch `name`, mail header and signature ignored; `EngineError` on anything unfit."""
+    """The diffs in a patch `name`, mail header and signature ignored; `EngineError` on anything invalid."""
     lines = split_lines(text)
     starts = [i for i, line in enumerate(lines) if line.startswith(b"diff --git ")]
     borders = itertools.pairwise([*starts, len(lines)] if starts else [])
@@ -167,7 +167,7 @@ def _checked_path(raw: bytes, name: str) -> str:
 
 
 def _find(lines: list[bytes], old: tuple[bytes, ...], wanted: int) -> int | None:
-    """The place nearest to `wanted` where the lines `old` stand."""
+    """The place nearest to `wanted` where the lines `old` are."""
     if not old:
         return wanted if wanted <= len(lines) else None
     last = len(lines) - len(old)
@@ -185,6 +185,6 @@ def _mismatch(lines: list[bytes], hunk: Hunk, wanted: int) -> str:
             return (
                 f"line {at + 1} should be {expected.decode(errors='replace').strip()!r}, "
                 f"but it is {found.decode(errors='replace').strip()!r}, "
-                "and the lines around it stand nowhere else in the file"
+                "and the file has the lines around it nowhere else"
             )
     return f"the hunk at line {hunk.start} fits nowhere in the file"

@@ -1,6 +1,6 @@
 """`upstream.toml`: which llama.cpp this project is built on, as one checked dataclass.
 
-Flows in: the pin file. Flows out: `Pin`, read by everything that fetches, verifies or names upstream.
+Input: the pin file. Output: `Pin`, read by everything that fetches, verifies or names upstream.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def load_pin(path: Path = PIN_FILE) -> Pin:
     names = {field.name for field in fields(Pin)}
     if set(table) != names or not all(isinstance(value, str) for value in table.values()):
         raise EngineError(
-            f"{path}: the pin does not hold exactly the keys it should, each a string",
+            f"{path}: wrong keys, or a value that is not a string",
             expected=", ".join(sorted(names)),
             found=", ".join(sorted(table)),
         )

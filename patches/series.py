@@ -89,7 +89,7 @@ class Patch:
             unified.apply(tree, change)
 
     def revert(self, tree: Tree) -> None:
-        """Take the patch back; `PatchConflictError` when the tree does not hold it."""
+        """Revert the patch; `PatchConflictError` if the tree does not have it."""
         for change in reversed(self.diffs):
             unified.apply(tree, change.reversed())
         for overlay in self.overlays:

@@ -1,6 +1,6 @@
 """A source tree seen as relative paths and bytes: listing, hashing, and edits held in memory until written.
 
-Flows in: a folder. Flows out: its hash, or a `Tree` on which patches are tried without touching the folder.
+Input: a folder. Output: its hash, or a `Tree` on which patches are tried without changing the folder.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Tree:
 
     def fork(self) -> Tree:
         """A copy whose edits do not reach this one."""
-        twin = Tree(self.root, self._files)
-        twin._edits = dict(self._edits)
-        return twin
+        copy = Tree(self.root, self._files)
+        copy._edits = dict(self._edits)
+        return copy
 
     def read(self, path: str) -> bytes | None:
         """A file's bytes, or None where the tree has no such file."""
@@ -77,17 +77,17 @@ class Tree:
 
     def without(self, folders: tuple[str, ...]) -> Tree:
         """A copy without the files below these folders, each given with a slash at its end."""
-        twin = self.fork()
-        twin._files = {path for path in self._files if not path.startswith(folders)}
-        twin._edits = {path: new for path, new in self._edits.items() if not path.startswith(folders)}
-        return twin
+        copy = self.fork()
+        copy._files = {path for path in self._files if not path.startswith(folders)}
+        copy._edits = {path: new for path, new in self._edits.items() if not path.startswith(folders)}
+        return copy
 
     def hash(self) -> str:
         """`tree_hash` of the folder as it would be with the edits."""
         return hash_files((path, self._bytes(path)) for path in self.paths())
 
     def write_to(self, target: Path) -> list[str]:
-        """Make `target` equal to this tree: files that differ are written, files beyond it are removed.
+        """Make `target` equal to this tree: write files that differ, remove files that it lacks.
 
         Files already equal are not touched, so their modification times stay and a build in `target`
         compiles only what changed. Returns the paths written or removed.

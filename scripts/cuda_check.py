@@ -1,7 +1,7 @@
-"""Our CUDA sources through nvcc, for each architecture that they are meant for: registers, spills, shared memory.
+"""Compiles our CUDA sources for each architecture and reports registers, spills and shared memory.
 
-In: the .cu files under ggml_ops. Out: what ptxas says of each kernel, and a page with it. No GPU is needed, and of a
-toolkit only the compiler: CUDA's own or the Python packages of the extra `cuda`.
+Input: the .cu files under ggml_ops. Output: ptxas's figures for each kernel, and a page with them. No GPU is needed,
+only nvcc: of the CUDA toolkit, or of the Python packages of the extra `cuda`.
 
     .venv/bin/python -m kimi_gguf.scripts.cuda_check                         the table
     .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
@@ -57,7 +57,7 @@ _KERNEL = re.compile(
 
 @dataclass(frozen=True)
 class KernelUse:
-    """What one kernel takes on one architecture; bytes, but for the registers of a thread."""
+    """What one kernel uses on one architecture, in bytes, except the registers of a thread."""
 
     source: str
     architecture: int
@@ -97,7 +97,7 @@ def cuda_sources() -> list[Path]:
 
 
 def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
-    """What ptxas says of each kernel of a source; `EngineError` with the compiler's words where it does not compile."""
+    """ptxas's figures for each kernel of a source; `EngineError` with the compiler's output if it does not compile."""
     nvcc = find_nvcc()
     ggml = patched_ggml()
     folders = [
@@ -118,14 +118,14 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
         raise EngineError(
             f"{source.name} does not compile for sm_{architecture}",
             found=ended.stderr.strip() or ended.stdout.strip(),
-            todo="mend what the compiler shows",
+            todo="correct what the compiler shows",
         )
     return _kernels(source, architecture, ended.stdout + ended.stderr)
 
 
 @functools.cache
 def _ggml() -> Path:
-    """Pristine upstream's, for sources that include its headers."""
+    """Upstream's ggml, for sources that include its headers."""
     return upstream_source() / "llama.cpp" / "ggml"
 
 
@@ -152,7 +152,7 @@ def patched_ggml() -> Path:
 
 
 def changed_sources() -> list[Path]:
-    """The .cu files of upstream's that the series changes, as it leaves them."""
+    """Upstream's .cu files that the series changes, after the change."""
     ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in (patched_ggml(), _ggml()))
     shared = [path for path in sorted(ours.glob("*.cu")) if (upstream / path.name).is_file()]
     return [path for path in shared if path.read_bytes() != (upstream / path.name).read_bytes()]
@@ -189,7 +189,7 @@ def _demangled(names: Sequence[str]) -> list[str]:
 
 
 def table(kernels: Sequence[KernelUse]) -> list[str]:
-    """Markdown: a row a kernel, a column of registers an architecture; bytes of stack and spills if any."""
+    """Markdown: a row for each kernel, a column of registers for each architecture; stack and spills if any."""
     architectures = sorted({each.architecture for each in kernels})
     rows: dict[tuple[str, str], dict[int, KernelUse]] = {}
     for each in kernels:
@@ -213,7 +213,7 @@ def page(kernels: Sequence[KernelUse], version: str) -> str:
         [
             "# Registers of the CUDA kernels",
             "",
-            "Registers of a thread and bytes of static shared memory, as ptxas tells them;",
+            "Registers of a thread and bytes of static shared memory, as ptxas reports them;",
             "bytes of stack and of spills where there are any.",
             "",
             "    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md",

@@ -1,7 +1,7 @@
 """The command `kimi-llama`: builds the patched llama.cpp and runs its tools with the right libraries.
 
-Flows in: the command line. Flows out: a finished build, a report on it, or one of llama.cpp's own programs,
-which takes this process's place so that its output, signals and exit status are the caller's.
+Input: the command line. Output: a finished build, a report on it, or one of llama.cpp's own programs,
+which replaces this process, so that its output, signals and exit status are the caller's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Tool:
 _THREADS = (("-t", "--threads"), ("--threads", "{cores}"))
 _FLASH = (("-fa", "--flash-attn"), ("--flash-attn", "auto"))
 _JINJA = (("--jinja", "--no-jinja"), ("--jinja",))
-_QUIET = (  # the text alone, and warnings: no listing of the model's metadata and tensors
+_QUIET = (  # only the text and warnings: no listing of the model's metadata and tensors
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
 )
@@ -52,7 +52,7 @@ _SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama
 _WHICH = """\
 which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and cpu, the build
 that `kimi-llama build` makes. A name is a backend and the settings that are not the defaults (cpu, cuda,
-cpu+GGML_NATIVE=OFF); `kimi-llama doctor` lists the builds. Standard error tells at start-up which one runs."""
+cpu+GGML_NATIVE=OFF); `kimi-llama doctor` lists the builds. Standard error names the one that runs."""
 
 TOOLS = {
     "run": Tool(
@@ -79,7 +79,7 @@ TOOLS = {
     ),
     "quantize": Tool(
         "llama-quantize",
-        "quantise a GGUF file",
+        "quantize a GGUF file",
         "kimi-llama quantize model-bf16.gguf model-q8_0.gguf Q8_0",
         (),
     ),
@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return action(parsed)
     except (EngineError, OSError) as error:
-        print(f"kimi-llama: {error}", file=sys.stderr)
+        print(f"kimi-llama: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("kimi-llama: interrupted; nothing unfinished is left behind", file=sys.stderr)
+        print("kimi-llama: interrupted; no unfinished file is left", file=sys.stderr)
         return 130
 
 
@@ -174,11 +174,11 @@ def _tool(parsed: argparse.Namespace) -> int:
 
 
 def _expect_to_run(engine: Engine) -> None:
-    """A GPU build needs its vendor's libraries, which may be gone since; the CPU's build is not taken instead."""
+    """A GPU build needs its vendor's libraries, which may have been removed; the CPU build is not used instead."""
     try:
         check_runs(engine.prefix)
     except EngineError as error:
-        todo = f"{error.todo}; or use the CPU's build: --build cpu"
+        todo = f"{error.todo}; or use the CPU build: --build cpu"
         raise EngineError(error.what, found=error.found, todo=todo) from error
 
 
@@ -227,24 +227,30 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "build",
         _build,
-        "build llama.cpp into the cache (minutes; nothing to do when it is built)",
+        "build llama.cpp into the cache (takes minutes; does nothing if it is built)",
         "kimi-llama build\n  kimi-llama build --pristine --tests\n  kimi-llama build --backend cuda\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
-        "--backend cuda wants NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor says what is there.\n"
+        "--backend cuda needs NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor shows what is installed.\n"
         "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
-        "only; all of it may be removed at any time.",
+        "only; you may remove all of it at any time.",
     )
     _pristine(sub)
     sub.add_argument(
-        "--backend", choices=tuple(BACKENDS), default=DEFAULT, help="what computes (default: %(default)s)"
+        "--backend",
+        choices=tuple(BACKENDS),
+        default=DEFAULT,
+        help="the backend that computes (default: %(default)s)",
     )
-    sub.add_argument("--tests", action="store_true", help="with llama.cpp's own test programs")
+    sub.add_argument("--tests", action="store_true", help="also build llama.cpp's test programs")
     sub.add_argument(
-        "--source", type=Path, metavar="DIR", help="a llama.cpp checkout, not the pinned archive"
+        "--source", type=Path, metavar="DIR", help="build this llama.cpp checkout, not the pinned archive"
     )
     sub.add_argument(
-        "--archive", type=Path, metavar="FILE", help="the pinned archive, if it is on disk already"
+        "--archive",
+        type=Path,
+        metavar="FILE",
+        help="use this copy of the pinned archive (default: download it)",
     )
     sub.add_argument(
         "--wheel",
@@ -259,13 +265,13 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="a further CMake setting",
+        help="add a CMake setting",
     )
 
     sub = command(
         "doctor", _doctor, "show what is built, from what, and whether it works", "kimi-llama doctor"
     )
-    sub.add_argument("--json", action="store_true", help="for machines")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
     sub = command(
         "path",
@@ -278,7 +284,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "use",
         _use,
-        "choose the build that runs where none is named",
+        "choose the build that runs if none is named",
         f"kimi-llama use cuda\n  kimi-llama use cpu+GGML_NATIVE=OFF\n  kimi-llama use cpu\n\n{_WHICH}",
     )
     sub.add_argument("name", metavar="NAME", help="a build's name or key, as kimi-llama doctor lists them")
@@ -286,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command(
         "bench",
         _bench,
-        "measure our llama.cpp against the pristine one, alternating in one run",
+        "measure the patched llama.cpp against upstream, alternating in one run",
         bench_cli.EXAMPLES.strip(),
     )
     bench_cli.add_arguments(sub)
@@ -296,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             _tool,
             f"{tool.help} ({tool.program})",
-            f"{tool.example}\n\nAll that follows MODEL goes to {tool.program} as it stands; "
+            f"{tool.example}\n\nAll that follows MODEL goes to {tool.program} unchanged; "
             f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n\n{_WHICH}',
         )
         _selection(sub)
@@ -309,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         "write the patches as a series for git am",
         "kimi-llama export-patches /tmp/kimi && git -C ~/llama.cpp am /tmp/kimi/*.patch",
     )
-    sub.add_argument("--fixes", action="store_true", help="write the corrections of upstream only")
+    sub.add_argument("--fixes", action="store_true", help="write the fixes of upstream only")
     sub.add_argument("folder", type=Path, metavar="DIR")
     return parser
 
@@ -323,7 +329,7 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 
 def _pristine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pristine", "--upstream", action="store_true", help="use upstream's llama.cpp, without the patches"
+        "--pristine", "--upstream", action="store_true", help="use upstream llama.cpp, without the patches"
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.engine.build_spec import make_recipe
+from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("KIMI_GGUF_CACHE", str(own))
         patch.delenv("KIMI_BUILD", raising=False)
         for pristine in (False, True):
-            place = shared / "engines" / make_recipe(pristine).key
+            place = shared / "engines" / make_build_spec(pristine).key
             if load(place):
                 (own / "engines" / place.name).symlink_to(place)
         yield shared

@@ -8,7 +8,6 @@ cores. NaN, infinity, and values that the type cannot represent are errors that 
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, Stored, check, encode
 from kimi_gguf.convert.types.ggml import Ggml, load
 from kimi_gguf.engine.tensor_types import F32, Bytes
+from kimi_gguf.engine.toolchain import cores
 
 PIECE_ELEMENTS: Final = 1 << 20
 _PIECE_BYTES: Final = 16  # maximum memory per element while it is read, widened and encoded
@@ -43,7 +43,7 @@ class Pace:
     def within(cls, max_memory: int | None, threads: int | None = None, elsewhere: int = 0) -> Pace:
         """All cores, or fewer if `max_memory` (bytes of the whole process, of which `elsewhere` are reserved for
         other uses) requires it. Raises `ConvertError`."""
-        threads = threads or _cores()
+        threads = threads or cores()
         pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
         if max_memory is None:
             return pace
@@ -64,12 +64,6 @@ class Pace:
     def memory(self) -> int:
         """Bytes of all chunks in flight."""
         return self.pieces * self.elements * _PIECE_BYTES
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_a_patch_that_does_not_apply_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_tree_other_than_the_pinned_one_is_not_built(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    write = tmp_path / "ops/tiny/kimi.h"
+    write = tmp_path / "ops/llama/tiny/kimi.h"
     write.write_text(write.read_text().replace("2", "3"))
     changed = tiny_llama.load(tmp_path, patched=tiny.pin.patched_tree_sha256)
     with pytest.raises(EngineError, match="not the pinned one") as caught:
@@ -284,7 +284,7 @@ def test_a_checkout_of_git_gives_its_tracked_files(tiny: tiny_llama.Tiny, tmp_pa
     checkout = tiny_llama.write_tree(tmp_path / "checkout", {**tiny_llama.FILES, ".gitignore": "junk/\n"})
     tiny_llama.write_tree(checkout, {"junk/CMakeCache.txt": "x"})
     subprocess.run(["git", "init", "-q", str(checkout)], check=True)
-    tree = tiny.recipe(source=checkout).source_tree
+    tree = tiny.spec(source=checkout).source_tree
     assert tree is not None
     assert tree.paths() == sorted(tiny_llama.FILES)
 
@@ -294,7 +294,7 @@ def test_a_checkout_that_has_the_patches_is_built_but_makes_no_twin(
 ) -> None:
     assert answer(tiny.build(source=tmp_path / "patched")).endswith("answer 2\n")
     monkeypatch.setattr(building, "load_series", lambda: tiny.series)
-    with pytest.raises(EngineError, match="no pristine twin"):
+    with pytest.raises(EngineError, match="no upstream build"):
         tiny.build(pristine=True, source=tmp_path / "patched")
 
 
@@ -315,10 +315,10 @@ def test_a_folder_that_is_not_llama_cpp_is_refused(tiny: tiny_llama.Tiny, tmp_pa
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    from kimi_gguf.engine.build_spec import make_recipe
+    from kimi_gguf.engine.build_spec import make_build_spec
 
     with pytest.raises(EngineError, match="cpu, cuda, metal, vulkan"):
-        make_recipe(backend="abacus")
+        make_build_spec(backend="abacus")
 
 
 def test_a_program_that_does_not_run_is_not_installed(tmp_path: Path) -> None:

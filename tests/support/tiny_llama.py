@@ -1,6 +1,6 @@
 """A llama.cpp in miniature: an archive with its folders, targets and options, which builds in a second.
 
-Flows in: a folder for it. Flows out: the archive, a pin for it, and recipes, so that the engine is tested
+Input: a folder for it. Output: the archive, a pin for it, and build specs, so that the engine is tested
 with real tools and no network. `main()` lets a test run the engine or the command in a process of its own:
 `python tiny_llama.py FOLDER build`, or `python tiny_llama.py FOLDER kimi-llama ARGUMENTS`.
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.engine import build_spec as recipe
+from kimi_gguf.engine import build_spec
 from kimi_gguf.engine import builds as engine
 from kimi_gguf.engine.archive import file_sha256
 from kimi_gguf.engine.build import Cache, build
@@ -104,15 +104,15 @@ class Tiny:
         """An engine cache beside it."""
         return Cache(self.folder / "cache")
 
-    def recipe(self, pristine: bool = False, source: Path | None = None) -> recipe.Recipe:
-        """The recipe of the patched miniature or its twin."""
-        real = recipe.make_recipe(pristine=True, source=source)
+    def spec(self, pristine: bool = False, source: Path | None = None) -> build_spec.BuildSpec:
+        """The build spec of the patched miniature or its twin."""
+        real = build_spec.make_build_spec(pristine=True, source=source)
         series = Series(()) if pristine else self.series
         return dataclasses.replace(real, pin=self.pin, pristine=pristine, series=series)
 
     def build(self, pristine: bool = False, tests: bool = False, source: Path | None = None) -> Path:
         """Build it; returns the folder of the build."""
-        return build(self.recipe(pristine, source), self.cache, self.archive, tests, Silent())
+        return build(self.spec(pristine, source), self.cache, self.archive, tests, Silent())
 
 
 def pack(archive: Path, files: Mapping[str, str], extra: tuple[tarfile.TarInfo, ...] = ()) -> None:
@@ -172,10 +172,10 @@ def main(arguments: list[str]) -> int:
     """Build the miniature, or run the command on it, in this process."""
     tiny = load(Path(arguments[0]))
     if arguments[1] == "build":
-        print(build(tiny.recipe(), tiny.cache, tiny.archive, False, Plain()))
+        print(build(tiny.spec(), tiny.cache, tiny.archive, False, Plain()))
         return 0
-    recipe.load_pin = lambda: tiny.pin
-    recipe.load_series = lambda: tiny.series
+    build_spec.load_pin = lambda: tiny.pin
+    build_spec.load_series = lambda: tiny.series
     kimi_llama.load_series = lambda: tiny.series
     engine.cache_folder = lambda: tiny.cache.root
     return kimi_llama.main(arguments[2:])
