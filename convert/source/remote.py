@@ -122,7 +122,7 @@ class Patience:
         self._tries = 1 if gained >= WORTH else self._tries + 1
         if self._tries >= TRIES:
             raise ReadError(
-                f"{self._what}: {error}; gave up after {self._tries} tries that brought nothing. Look to the network, "
+                f"{self._what}: {error}; gave up after {self._tries} attempts without data; check the network, "
                 "then continue with --resume"
             ) from None
         self._web.stopped.wait(max(error.wait, min(FIRST_PAUSE * 2 ** (self._tries - 1), LONGEST_PAUSE)))

@@ -200,12 +200,12 @@ def test_what_broke_off_goes_on_at_its_byte(hub: FakeHub, out: Path, expected: d
 REFUSED = {
     "never a byte": (
         lambda: from_cdn(dropped_at_once, after=6),
-        "gave up after 6 tries",
+        "gave up after 6 attempts",
         "--resume",
         SHARD[:5],
     ),
-    "always 500": (lambda: from_cdn(status(500), after=6), "answers 500", "gave up after 6 tries"),
-    "always 403": (lambda: from_cdn(status(403), after=6), "answers 403", "gave up after 6 tries"),
+    "always 500": (lambda: from_cdn(status(500), after=6), "answers 500", "gave up after 6 attempts"),
+    "always 403": (lambda: from_cdn(status(403), after=6), "answers 403", "gave up after 6 attempts"),
     "no ranges": (lambda: from_cdn(whole_file, after=6), "expected status 206, found 200"),
     "range not satisfiable": (lambda: from_cdn(status(416), after=6), "expected status 206, found 416"),
     "no Content-Range": (
@@ -305,7 +305,7 @@ ANSWERS = {
         lambda: from_hub("/api", lambda a: Answer(200, {}, b'{"id": "a/b", "siblings": []}')),
         "the commit ''",
     ),
-    "always 500": (lambda: from_hub("/api", status(500)), "answers 500", "gave up after 6 tries"),
+    "always 500": (lambda: from_hub("/api", status(500)), "answers 500", "gave up after 6 attempts"),
     "redirects without end": (
         lambda: from_hub("/api", status(302, Location="/api/models")),
         "TooManyRedirects",
