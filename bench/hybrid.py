@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from kimi_gguf.bench.cells import OURS, Cell
-from kimi_gguf.bench.limits import demand
+from kimi_gguf.bench.ab_run import Runners
+from kimi_gguf.bench.cells import PATCHED, Cell
 from kimi_gguf.bench.load import available_memory
-from kimi_gguf.bench.measure import Arena
 from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.roofline import demand
 from kimi_gguf.engine.progress import Reporter
 
 SEED = 1024  # tokens of the state that is repeated
@@ -63,7 +63,7 @@ def measure_hybrid(
     depths: Sequence[int],
     cache_type: str,
     threads: int,
-    told: Reporter,
+    reporter: Reporter,
 ) -> Iterator[dict[str, Any]]:
     """A row for each depth. models: the hybrid, then the all-MLA model. depths: ascending. Raises `EngineError`."""
     if not depths:
@@ -71,15 +71,15 @@ def measure_hybrid(
     with ExitStack() as stack:
         places = {}
         for name, model in zip(NAMES, models, strict=True):
-            arena = stack.enter_context(Arena(model, environments, told, threads))
+            runners = stack.enter_context(Runners(model, environments, reporter, threads))
             seed = Cell(cache_type, 1, SEED, threads, 1)
-            small = arena.context(OURS, seed, SEED + ROOM, 512)
-            file = arena.go_to(OURS, seed, small)
+            small = runners.context(PATCHED, seed, SEED + ROOM, 512)
+            file = runners.go_to(PATCHED, seed, small)
             small[0].ask("free", name=small[1])
-            process, context = arena.context(OURS, seed, depths[-1] + ROOM, 512)
+            process, context = runners.context(PATCHED, seed, depths[-1] + ROOM, 512)
             places[name] = process, context, file, model
         for depth in depths:
-            told.phase(f"decoding behind {depth} tokens")
+            reporter.phase(f"decoding behind {depth} tokens")
             samples: dict[str, list[float]] = {name: [] for name in NAMES}
             for process, context, file, _ in places.values():
                 process.ask("repeat", name=context, file=str(file), depth=depth)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
+from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
@@ -67,7 +67,7 @@ def bench_folder() -> Path:
 
 def plan_file(model: BenchModel, engine: Engine) -> Plan:
     """The plan of the generated file. Raises `EngineError` or `ConvertError`."""
-    return plan_of(model, quantised_types(model, engine.bin / "llama-quantize"))
+    return plan_of(model, quantized_types(model, engine.bin / "llama-quantize"))
 
 
 def model_path(model: BenchModel) -> Path:
@@ -80,7 +80,7 @@ def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
     return sum(plan_file(model, engine).nbytes for model in models if not model_path(model).is_file())
 
 
-def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
+def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
     """The generated file, made now unless it is in the cache. engine: whose quantisers and mix of types are used."""
     path = model_path(model)
     if path.is_file():
@@ -88,14 +88,14 @@ def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = plan_file(model, engine)
     total = plan.nbytes
-    told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
+    reporter.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0
 
     def report(_tensor: PlannedTensor, nbytes: int) -> None:
         nonlocal written
         written += nbytes
-        told.step(written >> 20, total >> 20)
+        reporter.step(written >> 20, total >> 20)
 
     try:
         write(
@@ -146,7 +146,7 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
-def convert_demo(kind: str, told: Reporter) -> Path:
+def convert_demo(kind: str, reporter: Reporter) -> Path:
     """The demo checkpoint as a GGUF file of one of the converter's types, in the cache. Raises `EngineError`."""
     demo = Path(__file__).resolve().parents[2] / "demo"
     if not (demo / "config.json").is_file():
@@ -154,7 +154,7 @@ def convert_demo(kind: str, told: Reporter) -> Path:
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(demo.glob("*.safetensors"))))
     path = bench_folder() / "models" / f"demo-{kind}-{digest.hexdigest()[:12]}.gguf"
     if not path.is_file():
-        told.phase(f"converting the demo to {kind}")
+        reporter.phase(f"converting the demo to {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,

@@ -52,7 +52,7 @@ FAMILIES: dict[str, tuple[str, int, int | None]] = {
     "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture wants a rank
 }
 
-COMPARABLE = ("kimi-linear", "deepseek2")  # pristine aborts at the first decode of one without any KDA layer
+COMPARABLE = ("kimi-linear", "deepseek2")  # upstream aborts at the first decode of one without any KDA layer
 
 TYPES = ("Q4_0", "Q4_K_M", "Q8_0", "BF16")
 
@@ -132,7 +132,7 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     return Plan(TypeRequest(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
-def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
+def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
     """Each tensor's type as llama-quantize would choose it, by name; None for BF16, which it does not touch.
 
     quantize: the program. Raises `EngineError` where it fails or says something unexpected.

@@ -1,6 +1,6 @@
 """The process that holds one build of llama.cpp and one loaded model: `python -m kimi_gguf.bench.worker`.
 
-Input: the requests that `Requests` defines, by contender.py; the protocol is that of engine/worker.py.
+Input: the requests that `Requests` defines, by runner.py; the protocol is that of engine/worker.py.
 Output: their answers; states and logits as files that a request names.
 """
 
