@@ -31,7 +31,7 @@ from kimi_gguf.patches.errors import EngineError
 
 LONG = 2.0  # seconds of a decode beside which what is touched for the first time does not count
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
-# NMSE between the runners' logits behind a shared state, above which it was not shared. With random weights one
+# NMSE between the runners' logits after a shared state; above it the state was not shared. With random weights one
 # expert chosen otherwise moves them: upstream's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
 SAME = 0.5
 MIB = 2**20

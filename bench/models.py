@@ -1,7 +1,7 @@
 """Generated models in the cache folder, and what the bench needs to know about any GGUF file.
 
-Flows in: a `BenchModel`, or a file that the user names. Flows out: `ModelFile`: a path, the architecture and every
-tensor's type, shape and size. A generated file appears under its name only when it is whole.
+Input: a `BenchModel`, or a file of the user. Output: `ModelFile`: a path, the architecture and every
+tensor's type, shape and size. A generated file gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class ModelFile:
 
 
 def bench_folder() -> Path:
-    """Where generated models and saved states lie; all of it may be removed at any time."""
+    """The folder of generated models and saved states; it may be deleted at any time."""
     return cache_folder() / "bench"
 
 
@@ -81,7 +81,7 @@ def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
 
 
 def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
-    """The generated file, made now unless it is in the cache. engine: whose quantisers and mix of types are used."""
+    """The generated file, made now unless it is in the cache. engine: whose llama-quantize and mix are used."""
     path = model_path(model)
     if path.is_file():
         return path
@@ -120,11 +120,13 @@ def open_model(path: Path) -> ModelFile:
         with GgufModel(path) as model:
             keys, tensors = model.keys, tuple(model.tensors.values())
     except GgufError as error:
-        raise EngineError(f"{path}: a damaged GGUF file", found=str(error), todo="make it anew") from None
+        raise EngineError(
+            f"{path}: a damaged GGUF file", found=str(error), todo="convert or download it again"
+        ) from None
     architecture = str(keys.get("general.architecture", "none"))
     if architecture not in ARCHITECTURES:
         raise EngineError(
-            f"{path}: not a model that our operators are for",
+            f"{path}: the operators do not support this model",
             expected=f"general.architecture {' or '.join(ARCHITECTURES)}",
             found=architecture,
             todo="give a Kimi-Linear or DeepSeek-V2/V3 file",

@@ -125,7 +125,7 @@ class Requests:
     def time(
         self, name: str, batch: int, steps: int, warm: int, threads: int, back: bool = True
     ) -> dict[str, Any]:
-        """Seconds of each of `steps` decodes of `batch` tokens a sequence, behind the kept state.
+        """Seconds of each of `steps` decodes of `batch` tokens a sequence, after the kept state.
 
         warm: decodes before them, untimed. back: restore the state first; else go on from where the context is.
         """
