@@ -1,1 +1,1 @@
-"""`kimi-llama bench`: pristine llama.cpp against ours, alternating in one run, and the machine's limit beside both."""
+"""`kimi-llama bench`: A/B runs of upstream and patched llama.cpp, compared with the roofline of the machine."""

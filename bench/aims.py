@@ -1,6 +1,6 @@
-"""What the kernels are to reach on a GPU, beside what records say.
+"""Compares the goals for the kernels on a GPU with the records.
 
-Flows in: records made on one device. Flows out: a table; what no record answers stays "not measured".
+Input: records of one device. Output: a table; goals without a measurement are "not measured".
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ Data = dict[str, Any]
 
 KDA_TOKENS = 8192
 KDA_MOST = 1200.0  # µs, for 32 heads of 128 on an H200
-LONG = 65536  # tokens from which a Q8_0 cache is to be no slower than one in F16
+LONG = 65536  # tokens; from here a Q8_0 cache must not be slower than an F16 cache
 
 
 def aims_table(records: Sequence[Data]) -> Rows:
-    """Each aim, and the worst that was measured."""
+    """Each goal, and the worst measurement."""
     cells = [cell for record in records for model in record["models"] for cell in model["cells"]]
     alone = [cell for cell in cells if cell["sequences"] == 1]
     prefill = [c for c in alone if c["batch"] >= UBATCH and KDA_TOKENS in (c["batch"], c["depth"])]
     decoding = [cell for cell in alone if cell["batch"] == 1]
-    rows: Rows = [("aim", "wanted", "worst measured", "reached")]
+    rows: Rows = [("goal", "required", "worst measured", "reached")]
     return [
         *rows,
         _kda(row for record in records for row in record.get("device_operators", ())),
-        _least("prefill at 8192 tokens, against pristine", 3.0, prefill, _ratio),
-        _least("decoding of one sequence, against pristine", 1.5, decoding, _ratio),
-        _least("everywhere, against pristine", 1.0, cells, _ratio),
-        _least(f"Q8_0 cache from {LONG} tokens on, against F16", 1.0, *_quantised(cells)),
+        _least("prefill at 8192 tokens, patched / upstream", 3.0, prefill, _ratio),
+        _least("decoding of one sequence, patched / upstream", 1.5, decoding, _ratio),
+        _least("all cells, patched / upstream", 1.0, cells, _ratio),
+        _least(f"Q8_0 cache from {LONG} tokens, Q8_0 / F16", 1.0, *_quantised(cells)),
     ]
 
 
@@ -60,7 +60,7 @@ def _kda(rows: Iterable[Data]) -> tuple[str, ...]:
 
 
 def _quantised(cells: Sequence[Data]) -> tuple[list[Data], Callable[[Data], float]]:
-    """Our deep cells with a Q8_0 cache that have a twin in F16, and how much faster they are than it."""
+    """Deep cells with a Q8_0 cache that were also measured with F16, and the ratio of their speeds."""
 
     def key(cell: Data) -> tuple[Any, ...]:
         return tuple(cell.get(name) for name in ("sequences", "depth", "batch", "ubatch", "threads"))

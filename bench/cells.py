@@ -1,7 +1,7 @@
-"""What is measured: the grid of cells, and the ways of running either build.
+"""What is measured: the grid of cells, and the variants of each build.
 
-Flows in: chosen batches, depths, threads, cache types, numbers of sequences. Flows out: `Cell`s in the order in
-which a depth, once reached, is used for all that stands behind it.
+Input: batches, depths, threads, cache types, numbers of sequences. Output: `Cell`s, ordered so that each depth is
+reached once.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DEVICE_BATCHES = (1, 2, 4, 8, 512, 2048, 8192)
 DEVICE_DEPTHS = (0, 8192, 65536)
 DEVICE_QUICK_BATCHES = (1, 8, 512, 8192)
 DEVICE_QUICK_DEPTHS = (0, 8192)
-DEVICE_THREADS = 4  # of the processor, for what stays there: looking up the tokens' rows
+DEVICE_THREADS = 4  # of the CPU, which still looks up the token embeddings
 UBATCH = 512  # llama.cpp's default
-DEVICE_WARM = 4  # decodes before a sample on a device: graphs are captured after some that are alike
-STEPS_TOKENS = 32  # tokens a sequence that the decodes of one sample may add to the depth
+DEVICE_WARM = 4  # decodes before a sample on a device: CUDA graphs are captured after some equal graphs
+STEPS_TOKENS = 32  # most tokens per sequence that one sample adds to the depth
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: `batch` tokens of each of `sequences` sequences decoded behind `depth` tokens."""
+    """One measurement: decoding `batch` tokens of each of `sequences` sequences after `depth` tokens."""
 
     cache_type: str
     sequences: int
@@ -35,7 +35,7 @@ class Cell:
     threads: int
     batch: int
     ubatch: int = UBATCH
-    device: str | None = None  # that computes it; None: the processor
+    device: str | None = None  # None: the CPU
 
     @property
     def tokens(self) -> int:
@@ -55,38 +55,45 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of running a build: what its process and its context are made with."""
+class Variant:
+    """A build and the options of its process and context."""
 
-    build: str  # "pristine" or "patched"
+    build: str  # "pristine" (the name of upstream in records) or "patched"
     repack: bool
     flash: bool
 
     @property
     def process(self) -> str:
-        """Ways that share a loaded model share a process."""
+        """Name of the process; variants that can share a loaded model share it."""
         return f"{self.build}{'' if self.repack else ' --repack 0'}"
 
     @property
     def name(self) -> str:
-        """As the table names it."""
+        """The name in records."""
         return f"{self.process}{'' if self.flash else ' -fa 0'}"
 
 
+def shown(name: str) -> str:
+    """A name from a record, with the word that users see: records call upstream "pristine"."""
+    return name.replace("pristine", "upstream", 1)
+
+
 FLASH = (True, False)
-OURS = Way("patched", repack=True, flash=True)
-PRISTINE = tuple(Way("pristine", repack, flash) for repack, flash in itertools.product((True, False), FLASH))
-PRISTINE_ON_DEVICE = tuple(Way("pristine", True, flash) for flash in FLASH)  # nothing is rearranged there
+PATCHED = Variant("patched", repack=True, flash=True)
+UPSTREAM = tuple(
+    Variant("pristine", repack, flash) for repack, flash in itertools.product((True, False), FLASH)
+)
+UPSTREAM_ON_DEVICE = tuple(Variant("pristine", True, flash) for flash in FLASH)  # devices do not repack
 
 
-def ways(cell: Cell, pristine: Sequence[Way]) -> list[Way]:
-    """The ways of running pristine here: quantised caches and several streams want flash attention."""
+def variants(cell: Cell, upstream: Sequence[Variant]) -> list[Variant]:
+    """The variants of upstream for a cell: quantized caches and several sequences require flash attention."""
     plain = cell.cache_type in ("f32", "f16", "bf16") and cell.sequences == 1
-    return [way for way in pristine if way.flash or plain]
+    return [variant for variant in upstream if variant.flash or plain]
 
 
 def defaults(grid: bool, device: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Batches and depths that nobody chose."""
+    """Default batches and depths."""
     if device:
         return (DEVICE_BATCHES, DEVICE_DEPTHS) if grid else (DEVICE_QUICK_BATCHES, DEVICE_QUICK_DEPTHS)
     return (BATCHES, DEPTHS) if grid else (QUICK_BATCHES, QUICK_DEPTHS)
@@ -101,7 +108,7 @@ def grid(
     ubatch: int = UBATCH,
     device: str | None = None,
 ) -> list[Cell]:
-    """All combinations, deepest last, large batches last at each depth."""
+    """All combinations, ordered by depth, then by batch."""
     combined = itertools.product(
         dict.fromkeys(cache_types), sorted(set(sequences)), sorted(set(depths)), sorted(set(threads), reverse=True),
         sorted(set(batches)),

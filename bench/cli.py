@@ -1,6 +1,6 @@
 """The arguments of `kimi-llama bench`.
 
-Flows in: an argument parser. Flows out: the same with the sub-command's arguments and their checks; run.py acts.
+Input: an argument parser. Output: the parser with the arguments of the sub-command.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ EXAMPLES = f"""\
   kimi-llama bench --grid --json out/bench.json     types x batches x depths x threads: hours
   kimi-llama bench model.gguf --batch 1,512 --depth 0,16384
   kimi-llama bench --type Q8_0 --batch 1 --depth 16384 --cache-type f16,q8_0
-  kimi-llama bench --batch 1 --sequences 1,4,8      decoding for several users side by side
-  kimi-llama bench --demo                           the demo checkpoint, from a source checkout
+  kimi-llama bench --batch 1 --sequences 1,4,8      decode for several users in one batch
+  kimi-llama bench --demo                           the demo checkpoint; needs a source checkout
   kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
   kimi-llama bench --operators --json out/operators.json
   kimi-llama bench --products --threads 1 --json out/products.json
@@ -50,17 +50,17 @@ EXAMPLES = f"""\
   kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
   kimi-llama bench --backend cuda --operators --json out/gpu/operators.json
-  kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build in the place of ours
+  kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build instead of the patched one
 
---quick: batches {_listed(QUICK_BATCHES)} at depths {_listed(QUICK_DEPTHS)}, all processors.
+--quick: batches {_listed(QUICK_BATCHES)} at depths {_listed(QUICK_DEPTHS)}, all cores.
 --grid: {", ".join(TYPES)}; batches {_listed(BATCHES)}; depths {_listed(DEPTHS)}; threads {_listed(THREADS)}.
 On a GPU --quick is batches {_listed(DEVICE_QUICK_BATCHES)} at depths {_listed(DEVICE_QUICK_DEPTHS)}, --grid batches
-{_listed(DEVICE_BATCHES)} at depths {_listed(DEVICE_DEPTHS)}; cells that its memory does not hold are left out.
-Both builds are made if they are not there (kimi-llama build). Generated models and states at depth are kept in bench/
-of the cache folder, which may be removed at any time.
+{_listed(DEVICE_BATCHES)} at depths {_listed(DEVICE_DEPTHS)}; cells that do not fit in its memory are left out.
+Both builds are made if they do not exist (kimi-llama build). Generated models and saved states are kept in bench/ of
+the cache folder; you may delete it at any time.
 
-exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; records on disk
-are whole after every cell."""
+exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; the record on disk
+is complete after every cell."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,19 +70,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)"
     )
     which.add_argument(
-        "--demo", action="store_true", help="the demo checkpoint, converted (--type Q8_0 or BF16)"
+        "--demo", action="store_true", help="measure the converted demo checkpoint (--type Q8_0 or BF16)"
     )
     which.add_argument(
-        "--operators", action="store_true", help="the operators alone, one layer of the 48B's sizes"
+        "--operators", action="store_true", help="time single operators, one layer of the 48B's sizes"
     )
     which.add_argument(
-        "--products", action="store_true", help="products of weights alone, type by type, and the limit"
+        "--products", action="store_true", help="time single matmuls by weight type, with % of roofline"
     )
     which.add_argument(
-        "--hybrid", action="store_true", help="3:1 against latent attention in every layer, ours alone"
+        "--hybrid",
+        action="store_true",
+        help="compare 3:1 with latent attention in every layer (patched only)",
     )
     which.add_argument(
-        "--records", nargs="+", type=Path, metavar="JSON", help="measure nothing: draw --page from these"
+        "--records",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="measure nothing: write --page from these records",
     )
     which.add_argument(
         "--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest"
@@ -93,66 +99,97 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)"
     )
     made.add_argument(
-        "--layers", type=number, default=8, metavar="N", help="one in four with latent attention (8)"
+        "--layers",
+        type=number,
+        default=8,
+        metavar="N",
+        help="layers, one in four with latent attention (default: 8)",
     )
     made.add_argument(
-        "--experts", type=number, default=32, metavar="N", help="of every layer but the first (32)"
+        "--experts",
+        type=number,
+        default=32,
+        metavar="N",
+        help="experts of every layer except the first (default: 32)",
     )
     made.add_argument("--family", choices=COMPARABLE, default="kimi-linear")
     made.add_argument(
-        "--shapes", choices=tuple(SHAPES), default="48b", help="tiny is for trying the command out"
+        "--shapes",
+        choices=tuple(SHAPES),
+        default="48b",
+        help="layer shapes; tiny is for a quick try (default: 48b)",
     )
 
     what = parser.add_argument_group("what is measured")
     size = what.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a small subset (the default)")
-    size.add_argument("--grid", action="store_true", help="every type, batch, depth and number of threads")
-    what.add_argument(
-        "--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence decoded at once"
+    size.add_argument("--quick", action="store_true", help="measure a small subset (default)")
+    size.add_argument(
+        "--grid", action="store_true", help="measure all types, batches, depths and numbers of threads"
     )
     what.add_argument(
-        "--depth", type=numbers(0), metavar="N,..", help=f"tokens behind them (--hybrid: from {hybrid.SEED})"
+        "--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence in one decode"
+    )
+    what.add_argument(
+        "--depth",
+        type=numbers(0),
+        metavar="N,..",
+        help=f"tokens before them in the cache (--hybrid: from {hybrid.SEED})",
     )
     what.add_argument(
         "--build",
         "--backend",
         dest="backend",
         metavar="NAME",
-        help="the build to measure, as in kimi-llama path --help; a GPU's computes all layers (default: cpu)",
+        help="measure this build, see kimi-llama path --help; a GPU build computes all layers there (default: cpu)",
     )
     what.add_argument(
-        "--device", metavar="NAME", help="one of the backend's, such as CUDA1 (default: the first)"
+        "--device", metavar="NAME", help="use this device of the backend, such as CUDA1 (default: the first)"
     )
     what.add_argument(
-        "--threads", type=numbers(1), metavar="N,..", help="default: all processors; 4 on a GPU"
+        "--threads", type=numbers(1), metavar="N,..", help="CPU threads (default: all cores; 4 on a GPU)"
     )
     what.add_argument(
-        "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens computed at once ({UBATCH})"
+        "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens in one ubatch (default: {UBATCH})"
     )
     what.add_argument(
-        "--cache-type", type=cache_types, default=(DEFAULT_CACHE,), metavar="T,..", help="such as f16,q8_0"
+        "--cache-type",
+        type=cache_types,
+        default=(DEFAULT_CACHE,),
+        metavar="T,..",
+        help="KV cache types, such as f16,q8_0 (f16)",
     )
     what.add_argument(
-        "--sequences", type=numbers(1), default=(1,), metavar="N,..", help="decoded side by side (1)"
+        "--sequences",
+        type=numbers(1),
+        default=(1,),
+        metavar="N,..",
+        help="sequences in one batch (default: 1)",
     )
     what.add_argument(
         "--seconds",
         type=seconds,
         default=CELL_SECONDS,
         metavar="S",
-        help="of taking turns in a cell, at most (8)",
+        help="measure a cell for at most S seconds (default: 8)",
     )
     what.add_argument(
-        "--budget", type=seconds, default=math.inf, metavar="S", help="begin no cell after so long"
+        "--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds"
     )
-    what.add_argument("--libraries", type=Path, metavar="DIR", help="libraries in the place of our build's")
+    what.add_argument(
+        "--libraries",
+        type=Path,
+        metavar="DIR",
+        help="use these libraries instead of those of the patched build",
+    )
 
     out = parser.add_argument_group("what is written")
-    out.add_argument("--json", type=Path, metavar="FILE", help="everything measured, for --records")
+    out.add_argument("--json", type=Path, metavar="FILE", help="write all measurements, for --records")
     out.add_argument(
-        "--record", type=Path, metavar="FILE", help="add everything measured to a machine's records"
+        "--record", type=Path, metavar="FILE", help="add all measurements to the records of a machine"
     )
-    out.add_argument("--page", type=Path, metavar="FILE", help="a Markdown page with pictures beside it")
+    out.add_argument(
+        "--page", type=Path, metavar="FILE", help="write a Markdown page, with pictures next to it"
+    )
 
 
 def number(text: str) -> int:

@@ -1,6 +1,6 @@
-"""The device that both builds compute on: which one, what it is called, its memory, its driver.
+"""Finds the device that both builds compute on.
 
-Flows in: a backend, how its build is loaded, perhaps a name. Flows out: a `Device`, for the worker and the record.
+Input: a backend, the environment of its build, optionally a name. Output: a `Device` with its memory and driver.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kimi_gguf.bench.contender import Contender
+from kimi_gguf.bench.runner import Runner
 from kimi_gguf.patches.errors import EngineError
 
-GPUS = ("GPU", "IGPU")  # kinds of devices that can hold all layers
+GPUS = ("GPU", "IGPU")  # types of devices that can hold all layers
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, as ggml names it and as its maker does."""
+    """A GPU."""
 
-    backend: str  # what the builds are made for
-    name: str  # such as CUDA0
+    backend: str
+    name: str  # in ggml, such as CUDA0
     description: str
     memory: int  # bytes
     free: int
-    driver: str | None  # None: nothing here tells
+    driver: str | None  # None: unknown
 
 
 def find_device(backend: str, environment: Mapping[str, str], wanted: str | None) -> Device:
-    """The device named, or the first one. environment: of the build. Raises `EngineError`."""
-    with Contender(backend, environment) as process:
+    """The named device, or the first one. environment: of the build. Raises `EngineError`."""
+    with Runner(backend, environment) as process:
         there = [each for each in process.ask("devices")["devices"] if each["kind"] in GPUS]
     names = ", ".join(each["name"] for each in there) or "none"
     for each in there:
@@ -40,32 +40,32 @@ def find_device(backend: str, environment: Mapping[str, str], wanted: str | None
                 backend, each["name"], each["description"], each["memory"], each["free"], driver_of(backend)
             )
     raise EngineError(
-        f"no device {wanted}" if wanted else f"built for {backend}, but no device is there",
+        f"no device {wanted}" if wanted else f"no {backend} device",
         found=names,
-        todo="name one of those: --device"
+        todo="choose one of these with --device"
         if there
         else "check the driver; kimi-llama doctor shows the devices",
     )
 
 
 def driver_of(backend: str) -> str | None:
-    """The driver and its version, where the system tells."""
+    """The driver and its version, if known."""
     if backend == "cuda":
-        version = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        version = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         return version and f"NVIDIA {version}"
     if backend == "vulkan":
-        lines = _said_all("vulkaninfo", "--summary")
-        told = [line.partition("=")[2].strip() for line in lines if line.strip().startswith("driverInfo")]
-        return told[0] if told else None
+        lines = _output_lines("vulkaninfo", "--summary")
+        found = [line.partition("=")[2].strip() for line in lines if line.strip().startswith("driverInfo")]
+        return found[0] if found else None
     return f"macOS {platform.mac_ver()[0]}" if backend == "metal" else None
 
 
-def _said(*command: str) -> str | None:
-    """The first line that a program prints."""
-    return next(iter(_said_all(*command)), None)
+def _first_line(*command: str) -> str | None:
+    """The first line of a program's output."""
+    return next(iter(_output_lines(*command)), None)
 
 
-def _said_all(*command: str) -> list[str]:
+def _output_lines(*command: str) -> list[str]:
     if shutil.which(command[0]) is None:
         return []
     ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)

@@ -1,10 +1,9 @@
-"""The operators alone on a device: what llama.cpp's test-backend-ops measures there with either build.
+"""Times single operators on a device, with the test-backend-ops of both builds.
 
-Flows in: both builds with their test programs, a device. Flows out: rows of an operator's parameters and the
-microseconds that each build takes; a build that lacks the operator has none.
+Input: both builds with their test programs, a device. Output: rows with an operator's parameters and microseconds
+in each build; None if the build lacks the operator.
 
-The programs bring their own cases. Pristine's recurrence, GATED_DELTA_NET, has none of the 48B's lengths among them:
-those are given in the format of the program's --test-file.
+test-backend-ops has no GATED_DELTA_NET cases of the 48B's lengths: they are passed with its --test-file option.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
 
-ASKED = ("KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN")
-LATENT = "hsk=576,hsv=512.*"  # the one kind of FLASH_ATTN_EXT that is asked for
-SMALL = "(n_seq_tokens=1,n_seqs=1|kv=512,nb=1|keys=512,)"  # for trying the command out
+OPERATORS = ("KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN")
+LATENT = "hsk=576,hsv=512.*"  # only these cases of FLASH_ATTN_EXT
+SMALL = "(n_seq_tokens=1,n_seqs=1|kv=512,nb=1|keys=512,)"  # for a quick try
 RECURRENCE = "GATED_DELTA_NET"
 HEADS, HEAD = 32, 128
 TOKENS = (1, 64, 512, 2048, 8192)
@@ -33,15 +32,15 @@ _VALUE = re.compile(r"'([^']*)'")
 
 
 def measure_device_operators(
-    engines: Mapping[str, Engine], device: str, small: bool, told: Reporter
+    engines: Mapping[str, Engine], device: str, small: bool, reporter: Reporter
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows of one operator after the other. engines: by build. small: few cases. Raises `EngineError`."""
-    for operator in ASKED:
-        told.phase(f"{operator} on {device}")
+    """Yield the rows of each operator. engines: by build. small: only few cases. Raises `EngineError`."""
+    for operator in OPERATORS:
+        reporter.phase(f"{operator} on {device}")
         pattern = (LATENT if operator == "FLASH_ATTN_EXT" else "") + (SMALL if small else "")
         words = ("-o", operator, *(("-p", pattern) if pattern else ()))
         yield _rows({build: _ask(engine, device, *words) for build, engine in engines.items()})
-    told.phase(f"{RECURRENCE} on {device}")
+    reporter.phase(f"{RECURRENCE} on {device}")
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder) / "cases"
         number = operator_number(RECURRENCE)
@@ -53,7 +52,7 @@ def measure_device_operators(
 
 
 def recurrence_case(number: int, tokens: int) -> str:
-    """A line of the file: operator, type, ne; its parameters; its sources, each with type, ne, nb; the case's name."""
+    """A line of the file: operator, type, ne, parameters, sources with type, ne, nb, and the name of the case."""
     shapes = [
         *3 * [(HEAD, HEADS, tokens, 1)],  # q, k, v
         (HEAD, HEADS, tokens, 1),  # a gate for each channel
@@ -70,7 +69,7 @@ def recurrence_case(number: int, tokens: int) -> str:
 
 
 def operator_number(name: str) -> int:
-    """The number by which llama.cpp knows an operator: the patches append theirs."""
+    """The number of an operator in upstream's enum ggml_op; the patches only append to it."""
     header = (upstream_source() / "llama.cpp" / "ggml" / "include" / "ggml.h").read_text()
     listed = header.partition("enum ggml_op {")[2].partition("}")[0]
     return re.findall(r"^ *GGML_OP_(\w+)", listed, re.MULTILINE).index(name)
@@ -85,15 +84,15 @@ def _ask(engine: Engine, device: str, *words: str) -> dict[tuple[str, str], floa
         capture_output=True, text=True, errors="replace", check=False, env=environment,
     )  # fmt: skip
     if ended.returncode:
-        said = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
+        message = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
         raise EngineError(
-            f"{program.name} perf {' '.join(words)} ended with status {ended.returncode}", found=said
+            f"{program.name} perf {' '.join(words)} ended with status {ended.returncode}", found=message
         )
     return parsed(ended.stdout)
 
 
 def parsed(text: str) -> dict[tuple[str, str], float]:
-    """Microseconds by operator and parameters, out of what the program prints as SQL."""
+    """Microseconds by operator and parameters, from the SQL output of the program."""
     found = {}
     for line in text.splitlines():
         if match := _ROW.match(line):
@@ -106,7 +105,7 @@ def parsed(text: str) -> dict[tuple[str, str], float]:
 
 
 def _rows(found: Mapping[str, Mapping[tuple[str, str], float]]) -> list[dict[str, Any]]:
-    """A row for each case that any build computes, in the order of the program."""
+    """A row for each case that a build supports, in the order of the program."""
     cases = dict.fromkeys(case for build in ("patched", "pristine") for case in found[build])
     return [
         {

@@ -1,6 +1,6 @@
-"""Files that are whole or not there.
+"""Writes files so that an interrupted write leaves no partial file.
 
-Flows in: a name and what writes the file. Flows out: the file under its name.
+Input: a path, and a function that writes the file. Output: the complete file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def atomically(file: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside its place, then give it its name; nothing else is ever left."""
+    """Let `write` write a temporary file next to `file`, then rename it. The temporary file never stays."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.unfinished")
     try:

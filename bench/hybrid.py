@@ -1,8 +1,8 @@
-"""What the hybrid buys: the 3:1 model against its twin with latent attention in every layer, on our build.
+"""Compares the 3:1 hybrid with a model that has latent attention in every layer, both with the patched build.
 
-Flows in: the two generated models, depths. Flows out: cache bytes and decode rate of both at each depth, and what
-the measured slopes say about a million tokens. Depths are reached by repeating the rows of a real state of
-SEED tokens (state.py); how long attention takes does not depend on what the rows hold.
+Input: the two generated models, depths. Output: cache bytes and decode rate of both at each depth, and their
+extrapolation to a million tokens. A depth is reached by repeating the rows of a real state of SEED tokens (state.py);
+the time of attention does not depend on the values of the rows.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from kimi_gguf.bench.cells import OURS, Cell
-from kimi_gguf.bench.limits import demand
+from kimi_gguf.bench.ab_run import Runners
+from kimi_gguf.bench.cells import PATCHED, Cell
 from kimi_gguf.bench.load import available_memory
-from kimi_gguf.bench.measure import Arena
 from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.roofline import demand
 from kimi_gguf.engine.progress import Reporter
 
 SEED = 1024  # tokens of the state that is repeated
 DEPTHS = (4096, 16384, 65536, 262144, 524288)
 MILLION = 1 << 20  # the 48B's trained context
 STEPS = 4  # decodes of a sample
-ROUNDS = 5  # samples of each model, in turns
-ROOM = 256  # cells behind the deepest state
+ROUNDS = 5  # samples of each model, alternating
+ROOM = 256  # cells after the deepest state
 NAMES = ("3:1", "all MLA")
 TOO_DEEP = "the caches of both models do not fit in memory"
 
@@ -40,7 +40,7 @@ class Line:
     per_token: float
 
     def at(self, depth: int) -> float:
-        """Seconds behind `depth` tokens."""
+        """Seconds after `depth` tokens."""
         return self.at_zero + self.per_token * depth
 
 
@@ -51,7 +51,7 @@ def fit(depths: Sequence[int], seconds: Sequence[float]) -> Line:
 
 
 def enough_memory(depth: int, models: Sequence[ModelFile], cache_type: str) -> bool:
-    """Whether the caches at a depth fit beside one state that is being loaded, as far as the system tells."""
+    """Whether the caches at a depth and one state that is being loaded fit in memory, if this is known."""
     needed = [demand(model, Cell(cache_type, 1, depth, 1, 1)).cache_bytes for model in models]
     free = available_memory()
     return free is None or sum(needed) + max(needed) < 0.9 * free
@@ -63,7 +63,7 @@ def measure_hybrid(
     depths: Sequence[int],
     cache_type: str,
     threads: int,
-    told: Reporter,
+    reporter: Reporter,
 ) -> Iterator[dict[str, Any]]:
     """A row for each depth. models: the hybrid, then the all-MLA model. depths: ascending. Raises `EngineError`."""
     if not depths:
@@ -71,15 +71,15 @@ def measure_hybrid(
     with ExitStack() as stack:
         places = {}
         for name, model in zip(NAMES, models, strict=True):
-            arena = stack.enter_context(Arena(model, environments, told, threads))
+            runners = stack.enter_context(Runners(model, environments, reporter, threads))
             seed = Cell(cache_type, 1, SEED, threads, 1)
-            small = arena.context(OURS, seed, SEED + ROOM, 512)
-            file = arena.go_to(OURS, seed, small)
+            small = runners.context(PATCHED, seed, SEED + ROOM, 512)
+            file = runners.go_to(PATCHED, seed, small)
             small[0].ask("free", name=small[1])
-            process, context = arena.context(OURS, seed, depths[-1] + ROOM, 512)
+            process, context = runners.context(PATCHED, seed, depths[-1] + ROOM, 512)
             places[name] = process, context, file, model
         for depth in depths:
-            told.phase(f"decoding behind {depth} tokens")
+            reporter.phase(f"decoding after {depth} tokens")
             samples: dict[str, list[float]] = {name: [] for name in NAMES}
             for process, context, file, _ in places.values():
                 process.ask("repeat", name=context, file=str(file), depth=depth)

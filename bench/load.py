@@ -1,7 +1,7 @@
-"""What else the machine was doing while something was measured.
+"""Measures the load of other programs on the machine during a measurement.
 
-Flows in: the processes that are the measurement's own. Flows out: how many processors other work kept busy.
-Source: proc(5), stat and pid/stat; on systems without it nothing is known.
+Input: the process ids of the measurement itself. Output: the number of cores that other programs kept busy.
+Source: proc(5), stat and pid/stat. On systems without /proc the load is unknown.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-IDLE = (3, 4)  # fields of /proc/stat's first line that are not work: idle, iowait
-GUEST = 8  # from here on counted before
-DISTURBED = 0.1  # processors that other work may keep busy before a sample is taken again, or a cell marked
-TICKS = 0.03  # processor seconds that counting in clock ticks may be off
-PATIENCE = 4  # times that a disturbed sample is taken, the last one as it is
+IDLE = (3, 4)  # fields of the first line of /proc/stat that are not work: idle, iowait
+GUEST = 8  # the fields from here are already part of the earlier fields
+DISTURBED = 0.1  # cores that other work may keep busy; above it a sample is repeated, and a cell is marked
+TICKS = 0.03  # CPU seconds: the error of counting in clock ticks
+PATIENCE = 4  # most attempts for a disturbed sample; the last one is kept
 
 Answer = TypeVar("Answer")
 
 
 class Watch:
-    """From its making to `others()`."""
+    """Counts the work of other programs from construction until `others()`."""
 
     def __init__(self, own: Collection[int]) -> None:
-        """own: process ids that count as ours, beside this process."""
+        """own: process ids of the measurement, in addition to this process."""
         self._own = {*own, os.getpid()}
         self._began = time.monotonic()
         self._before = self._ticks()
 
     def others(self) -> float | None:
-        """Processors that other work kept busy since, on average: 0.0 on a machine that does nothing else."""
+        """The average number of cores that other work kept busy; 0.0 on an idle machine."""
         now = self._ticks()
         seconds = time.monotonic() - self._began
         if now is None or self._before is None or seconds <= 0:
@@ -40,7 +40,7 @@ class Watch:
         return max(0.0, (now - self._before) / os.sysconf("SC_CLK_TCK") / seconds)
 
     def _ticks(self) -> int | None:
-        """Clock ticks of work so far, less our own."""
+        """Clock ticks of all work so far, without the work of the measurement."""
         try:
             fields = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
             mine = sum(self._of(pid) for pid in self._own)
@@ -50,25 +50,25 @@ class Watch:
 
     @staticmethod
     def _of(pid: int) -> int:
-        """User and system ticks of a process; of this one, with those of its children that have ended."""
+        """User and system ticks of a process; for this process, children that have ended are included."""
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11 : 15 if pid == os.getpid() else 13]))
 
 
 @dataclass(frozen=True)
-class Calm(Generic[Answer]):
-    """What was done, and how calm it was around it."""
+class Attempt(Generic[Answer]):
+    """The result of an action, and the other work during it."""
 
     answer: Answer
     took: float  # seconds
-    disturbance: float | None  # processor seconds of other work; None: not known
+    disturbance: float | None  # CPU seconds of other work; None: unknown
 
 
-def calmly(action: Callable[[], Answer], threads: int, own: Collection[int] = ()) -> Calm[Answer]:
-    """Do something again while other work disturbs it, at most PATIENCE times.
+def undisturbed(action: Callable[[], Answer], threads: int, own: Collection[int] = ()) -> Attempt[Answer]:
+    """Run an action, and repeat it while other work disturbs it, at most PATIENCE times.
 
-    threads: that the action keeps busy; other work disturbs where there are not processors enough for both.
-    own: processes whose work is the action's, beside this process and children that it starts and waits for.
+    threads: of the action; other work disturbs it if there are too few cores for both.
+    own: processes that work for the action, in addition to this process and the children that it waits for.
     """
     spare = max(0, (os.cpu_count() or 1) - threads)
     for _ in range(PATIENCE):
@@ -78,11 +78,11 @@ def calmly(action: Callable[[], Answer], threads: int, own: Collection[int] = ()
         disturbance = None if others is None else max(0.0, (others - spare) * took - TICKS)
         if disturbance is None or disturbance <= DISTURBED * took:
             break
-    return Calm(answer, took, disturbance)
+    return Attempt(answer, took, disturbance)
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without pushing others out; None where the system does not tell."""
+    """Bytes of available memory; None where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The manifest of a page of measurements: which commands it shows, and from which machine's records.
+"""Reads the manifest of a page of measurements: which commands it shows, and from which records.
 
 Input: a TOML file with `page`, `records` (paths relative to it) and `commands`. Output: the records of those commands.
 """
@@ -16,11 +16,11 @@ from kimi_gguf.patches.errors import EngineError
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a page is drawn from."""
+    """The input of a page."""
 
     page: Path
     records: Path
-    commands: tuple[str, ...]  # as the records have them
+    commands: tuple[str, ...]  # exactly as in the records
 
     def selected(self) -> list[dict[str, Any]]:
         """The records of the commands. Raises `EngineError` if a command has none."""

@@ -1,7 +1,7 @@
 """Generated models in the cache folder, and what the bench needs to know about any GGUF file.
 
-Flows in: a `BenchModel`, or a file that the user names. Flows out: `ModelFile`: a path, the architecture and every
-tensor's type, shape and size. A generated file appears under its name only when it is whole.
+Input: a `BenchModel`, or a file of the user. Output: `ModelFile`: a path, the architecture and every
+tensor's type, shape and size. A generated file gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantised_types
+from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
@@ -61,13 +61,13 @@ class ModelFile:
 
 
 def bench_folder() -> Path:
-    """Where generated models and saved states lie; all of it may be removed at any time."""
+    """The folder of generated models and saved states; it may be deleted at any time."""
     return cache_folder() / "bench"
 
 
 def plan_file(model: BenchModel, engine: Engine) -> Plan:
     """The plan of the generated file. Raises `EngineError` or `ConvertError`."""
-    return plan_of(model, quantised_types(model, engine.bin / "llama-quantize"))
+    return plan_of(model, quantized_types(model, engine.bin / "llama-quantize"))
 
 
 def model_path(model: BenchModel) -> Path:
@@ -80,22 +80,22 @@ def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
     return sum(plan_file(model, engine).nbytes for model in models if not model_path(model).is_file())
 
 
-def generate(model: BenchModel, engine: Engine, told: Reporter) -> Path:
-    """The generated file, made now unless it is in the cache. engine: whose quantisers and mix of types are used."""
+def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
+    """The generated file, made now unless it is in the cache. engine: whose llama-quantize and mix are used."""
     path = model_path(model)
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     plan = plan_file(model, engine)
     total = plan.nbytes
-    told.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
+    reporter.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
     weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
     written = 0
 
     def report(_tensor: PlannedTensor, nbytes: int) -> None:
         nonlocal written
         written += nbytes
-        told.step(written >> 20, total >> 20)
+        reporter.step(written >> 20, total >> 20)
 
     try:
         write(
@@ -120,11 +120,13 @@ def open_model(path: Path) -> ModelFile:
         with GgufModel(path) as model:
             keys, tensors = model.keys, tuple(model.tensors.values())
     except GgufError as error:
-        raise EngineError(f"{path}: a damaged GGUF file", found=str(error), todo="make it anew") from None
+        raise EngineError(
+            f"{path}: a damaged GGUF file", found=str(error), todo="convert or download it again"
+        ) from None
     architecture = str(keys.get("general.architecture", "none"))
     if architecture not in ARCHITECTURES:
         raise EngineError(
-            f"{path}: not a model that our operators are for",
+            f"{path}: the operators do not support this model",
             expected=f"general.architecture {' or '.join(ARCHITECTURES)}",
             found=architecture,
             todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
@@ -146,7 +148,7 @@ def open_model(path: Path) -> ModelFile:
     )
 
 
-def convert_demo(kind: str, told: Reporter) -> Path:
+def convert_demo(kind: str, reporter: Reporter) -> Path:
     """The demo checkpoint as a GGUF file of one of the converter's types, in the cache. Raises `EngineError`."""
     demo = Path(__file__).resolve().parents[2] / "demo"
     if not (demo / "config.json").is_file():
@@ -154,7 +156,7 @@ def convert_demo(kind: str, told: Reporter) -> Path:
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(demo.glob("*.safetensors"))))
     path = bench_folder() / "models" / f"demo-{kind}-{digest.hexdigest()[:12]}.gguf"
     if not path.is_file():
-        told.phase(f"converting the demo to {kind}")
+        reporter.phase(f"converting the demo to {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
         command = [
             sys.executable,

@@ -1,8 +1,8 @@
-"""The operators alone: one layer's KDA recurrence, convolutions and latent attention, pristine against ours.
+"""Times single operators of one layer: KDA recurrence, convolutions, latent attention; upstream and patched.
 
-Flows in: either build's libraries. Flows out: a row for each case: what is counted, seconds of a layer and call.
-One program is compiled once for each build (native/operators.cpp says what each case has in its graph) and the two
-take turns. Pristine's nodes are those of its own graph; where it has two ways, the faster one counts.
+Input: the libraries of both builds. Output: a row for each case: seconds per layer and call. native/operators.cpp
+lists the graph of each case; it is compiled once for each build. Upstream uses the nodes of its own graph; where
+there are two variants, the faster one counts.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kimi_gguf.bench.load import calmly
+from kimi_gguf.bench.load import undisturbed
 from kimi_gguf.bench.programs import ask, ggml_flags, program
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Reporter
 
-ROUNDS = 3  # turns of each program
+ROUNDS = 3  # runs of each program
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,20 @@ class Case:
     """A row of the table."""
 
     title: str
-    counted: str  # what pristine's side has in it, where the two differ
-    pristine: tuple[str, ...]  # cases of the program, of which the fastest counts
-    ours: str
+    counted: str  # what is timed on each side
+    upstream: tuple[str, ...]  # cases of the program; the fastest counts
+    patched: str
     options: tuple[str, ...]
 
 
-STATES = "layers=20"  # as many states as the 48B has: 40 MiB, more than caches hold
+STATES = "layers=20"  # as many states as the 48B has: 40 MiB, more than the caches hold
 DEEP = "keys=16384"
-ALONE = "pristine: the recurrence alone, its state lying ready; ours: with gates, norm, state"
-STATE = "the same, and pristine's state gathered and copied back"
-ALL = "the same work on both sides: gates, recurrence, norm, output gate, state read and written"
-NODES = "the same work on both sides: gather, convolutions, SiLU, norms of q and k, state written"
-ATTENTION = "from the folded query to the weighted latent"
-WHOLE = "from the projected query to a value per head: pristine with k_b and v_b around its attention"
+ALONE = "upstream: the recurrence only, without the cache; patched: with gates, norm and state"
+STATE = "the same, and upstream gathers the state and copies it back"
+ALL = "the same work in both: gates, recurrence, norm, output gate, state read and written"
+NODES = "the same work in both: gather, convolutions, SiLU, norms of q and k, state written"
+ATTENTION = "from the absorbed query to the weighted latent"
+WHOLE = "from the projected query to the value per head; upstream has k_b and v_b around its attention"
 
 CASES = (
     Case("KDA, 1 token", ALONE, ("gdn",), "scan", ("tokens=1", STATES)),
@@ -79,47 +79,55 @@ CASES = (
 )  # fmt: skip
 
 
+def counted(row: dict[str, Any]) -> str:
+    """What is timed in a row of a record; the record may have older words for it."""
+    same = (c.counted for c in CASES if c.title == row["title"] and row["pristine"]["case"] in c.upstream)
+    return next(same, str(row["counted"]))
+
+
 def programs(libraries: dict[str, Path]) -> dict[str, Path]:
-    """The program for each build. libraries: folders, by build. Raises `EngineError`."""
+    """Compile the program for each build. libraries: folders, by build. Raises `EngineError`."""
     return {build: program("operators", ggml_flags(folder)) for build, folder in libraries.items()}
 
 
-def libraries_of(patched: Engine, pristine: Engine, instead: Path | None) -> dict[str, Path]:
-    """Where each build's libraries are; `instead` of ours."""
-    return {"pristine": pristine.lib, "patched": instead.resolve() if instead else patched.lib}
+def libraries_of(patched: Engine, upstream: Engine, instead: Path | None) -> dict[str, Path]:
+    """The folder of each build's libraries. instead: used for the patched build."""
+    return {"pristine": upstream.lib, "patched": instead.resolve() if instead else patched.lib}
 
 
-def measure_operators(libraries: dict[str, Path], threads: int, told: Reporter) -> Iterator[dict[str, Any]]:
-    """Each case, in turns. Raises `EngineError`."""
-    made = programs(libraries)
+def measure_operators(
+    libraries: dict[str, Path], threads: int, reporter: Reporter
+) -> Iterator[dict[str, Any]]:
+    """Measure each case, A/B. Raises `EngineError`."""
+    compiled = programs(libraries)
     for case in CASES:
-        told.phase(f"{case.title}: {case.counted}")
-        yield measure_case(made, case, threads)
+        reporter.phase(f"{case.title}: {case.counted}")
+        yield measure_case(compiled, case, threads)
 
 
-def measure_case(made: dict[str, Path], case: Case, threads: int) -> dict[str, Any]:
-    """A case by the program of each build, in turns. Raises `EngineError`."""
-    turns = [*(("pristine", name) for name in case.pristine), ("patched", case.ours)]
+def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[str, Any]:
+    """Measure a case with the program of each build, A/B. Raises `EngineError`."""
+    turns = [*(("pristine", name) for name in case.upstream), ("patched", case.patched)]
     medians: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     disturbed = took = 0.0
     for _ in range(ROUNDS):
         for build, name in turns:
             words = (name, f"threads={threads}", *case.options)
-            said = calmly(lambda made=made[build], words=words: ask(made, *words), threads)  # type: ignore[misc]
-            medians[build, name].append(json.loads(said.answer)["median"])
-            disturbed += said.disturbance or 0.0
-            took += said.took
+            result = undisturbed(lambda compiled=compiled[build], words=words: ask(compiled, *words), threads)  # type: ignore[misc]
+            medians[build, name].append(json.loads(result.answer)["median"])
+            disturbed += result.disturbance or 0.0
+            took += result.took
     figures = {turn: statistics.median(each) for turn, each in medians.items()}
-    best = min(case.pristine, key=lambda name: figures["pristine", name])
-    theirs, ours = figures["pristine", best], figures["patched", case.ours]
+    best = min(case.upstream, key=lambda name: figures["pristine", name])
+    upstream, patched = figures["pristine", best], figures["patched", case.patched]
     return {
         "title": case.title,
         "counted": case.counted,
         "threads": threads,
         "options": case.options,
-        "pristine": {"case": best, "seconds": theirs},
-        "patched": {"case": case.ours, "seconds": ours},
-        "ratio": theirs / ours,
+        "pristine": {"case": best, "seconds": upstream},
+        "patched": {"case": case.patched, "seconds": patched},
+        "ratio": upstream / patched,
         "others": disturbed / took,
         "samples": {f"{build} {name}": each for (build, name), each in medians.items()},
     }

@@ -1,7 +1,7 @@
-"""The generated page of measurements, out of one or more records.
+"""Writes the page of measurements.
 
-Flows in: records. Flows out: a Markdown page and a picture beside it for each group of cells. A cell that several
-records have is taken from the one made last.
+Input: records. Output: a Markdown page, and a picture next to it for each group of cells. If several records have the
+same cell, the latest counts.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
+from kimi_gguf.bench.matmuls import K
+from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
-from kimi_gguf.bench.products import K
 from kimi_gguf.bench.report import (
     Rows,
     cells_table,
-    device_limits_table,
-    limits_table,
+    device_peaks_table,
     mark,
     markdown,
     memory_table,
     not_measured_lines,
+    of_roofline,
+    peaks_table,
     verdict,
 )
 from kimi_gguf.patches.errors import EngineError
@@ -37,68 +39,68 @@ PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops write
 INTRODUCTION = """\
 # Bench
 
-Written by `kimi-llama bench --page`; do not edit. How to measure anew: the commands stand with each part.
+Written by `kimi-llama bench --page`; do not edit. Each section lists the commands that measured it.
 
-{machine}. llama.cpp {commit} of {package}, pristine and patched ({builds}) built from the
+{machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
 same archive with the same options by {compiler}. Measured {when}.
 
-Both builds hold the model in a process of their own and take turns in one run (A B B A); the one not at work is
-stopped. Figures are medians, ± the median distance from them. Pristine is at its best over `--repack 0/1` and flash
-attention on and off, chosen cell by cell; ours runs as it does by default, with `KIMI_OPS={switch}`. *tg* is decoding
-token by token, *ppN* N tokens of a prompt at once with logits of the last, *at D* behind D tokens in the cache (states
-saved once and loaded into both). *Of the limit* is the least time at the machine's limit, measured before and after
-the cell, against ours: for weights, attention and recurrence, one behind the other, the bytes that a decode must move
-over the memory's rate, or its multiply-adds over the processor's, whichever takes longer. What binds most is named.
+Each build has its own process with the model loaded. The processes alternate in one run (A B B A); the idle one is
+stopped. Figures are medians ± the median absolute deviation. Upstream: the fastest of `--repack 0/1` and flash
+attention on/off, for each cell. Patched: the default options with `KIMI_OPS={switch}`. *tg*: decoding one token at a
+time. *ppN*: N prompt tokens in one batch, with the logits of the last. *at D*: after D tokens in the cache; both builds
+load the same saved state. *% of roofline*: the least possible time divided by the time of patched. The least time is
+the sum over weights, attention and recurrence of bytes / memory bandwidth or multiply-adds / peak rate, whichever is
+longer; the rates are measured before and after each cell. In parentheses: what bounds most of this time.
 
-Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the types
-are llama-quantize's mix.
+Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the
+quantization mix is that of llama-quantize.
 """
 
 DEVICE_INTRODUCTION = """\
 # Bench on {device}
 
-Written by `kimi-llama bench --page`; do not edit. How to measure anew: the commands stand with each part.
+Written by `kimi-llama bench --page`; do not edit. Each section lists the commands that measured it.
 
 {device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf {checkouts}; llama.cpp
-{commit} of {package}, pristine and patched ({builds}) built from the same archive with the same options for
+{commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for
 {backend} by {compilers}. Measured {when}.
 
-Both builds hold the model on the device, all layers of it, in a process of their own and take turns in one run
-(A B B A); the one not at work is stopped. Figures are medians, ± the median distance from them. Pristine is at its best
-over flash attention on and off, chosen cell by cell; ours runs as it does by default (`KIMI_OPS={switch}`), and what
-falls back to upstream's graph is said. *tg* is decoding token by token, *ppN* N tokens of a prompt at once with logits
-of the last, in parts of 512 unless another number stands there (`--ubatch`); *at D* behind D tokens in the cache
-(states saved once and loaded into both). {limits}
+Each build has its own process with all layers on the device. The processes alternate in one run (A B B A); the idle
+one is stopped. Figures are medians ± the median absolute deviation. Upstream: the faster of flash attention on/off, for
+each cell. Patched: the default options (`KIMI_OPS={switch}`); fallbacks to upstream's graph are listed. *tg*: decoding
+one token at a time. *ppN*: N prompt tokens in one batch, with the logits of the last; the ubatch size is 512 unless
+the cell names another (`--ubatch`). *at D*: after D tokens in the cache; both builds load the same saved state.
+{limits}
 
-Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the types
-are llama-quantize's mix.
+Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the
+quantization mix is that of llama-quantize.
 """
-DEVICE_LIMITS = """\
-*Of the limit* is the least time at the rates below against ours: for weights, attention and recurrence, one behind the
-other, the bytes that a decode must move over the rate of a copy, or its multiply-adds over that of the fastest large
-product, as pristine's ggml computes them on this device, whichever takes longer. What binds most is named."""
-NO_DEVICE_LIMITS = "The device's own limit was not measured."
+DEVICE_PEAKS = """\
+*% of roofline*: the least possible time divided by the time of patched. The least time is the sum over weights,
+attention and recurrence of bytes / copy rate or multiply-adds / rate of the fastest large matmul, whichever is longer,
+with the rates of upstream's ggml on this device. In parentheses: what bounds most of this time."""
+NO_DEVICE_PEAKS = "The device's peak rates were not measured."
 
 
 def cell_key(cell: Data) -> tuple[Any, ...]:
-    """What makes two cells the same measurement."""
+    """Equal for two cells that measure the same."""
     key = tuple(cell[name] for name in ("cache_type", "sequences", "threads", "depth", "batch"))
     return (*key[:3], cell.get("ubatch", UBATCH), *key[3:])
 
 
 def group_key(cell: Data) -> tuple[Any, ...]:
-    """What the cells of a table share."""
+    """Equal for the cells of one table."""
     return cell_key(cell)[:4]
 
 
 def cache_size(model: Data) -> float:
-    """MiB of the largest cache that was made; the model's memory is shown with that one."""
+    """MiB of the largest KV cache; the memory table is of this record."""
     contexts = model["about"]["contexts"].values()
     return max((sum(memory.get("kv", {}).values()) for memory in contexts), default=0.0)
 
 
 def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
-    """Models by name, their cells from all records, the latest of equal ones, in order."""
+    """Models by name with the cells of all records; the latest of equal cells."""
     models: dict[str, dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: str(record["created"])):
         for model in record["models"]:
@@ -131,43 +133,48 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
 
 
 def operators_table(rows: Iterable[Data]) -> Rows:
-    """The operators alone."""
-    table: Rows = [("operator, one layer", "counted", "pristine", "here", "ratio")]
+    """Times of single operators."""
+    table: Rows = [("operator, one layer", "what is timed", "upstream", "patched", "ratio")]
     for row in rows:
-        theirs, ours = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
+        upstream, patched = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
         plain = ", without flash attention" if row["pristine"]["case"].endswith("plain") else ""
-        table.append((row["title"], row["counted"], theirs + plain, ours, f"{row['ratio']:.1f}" + mark(row)))
+        table.append(
+            (row["title"], counted(row), upstream + plain, patched, f"{row['ratio']:.1f}" + mark(row))
+        )
     return table
 
 
 def device_operators_tables(rows: Iterable[Data]) -> list[tuple[str, Rows]]:
-    """A table for each operator, with a heading that has what all its cases share."""
+    """A table for each operator; the heading has the parameters that all its cases share."""
     tables = []
     for operator, group in itertools.groupby(rows, key=lambda row: str(row["operator"])):
         cases = [(dict(PARAMETER.findall(row["parameters"])), row) for row in group]
         names = dict.fromkeys(name for case, _ in cases for name in case)
         varied = [name for name in names if len({case.get(name) for case, _ in cases}) > 1]
         same = ", ".join(f"{name}={cases[0][0][name]}" for name in names if name not in varied)
-        table: Rows = [("case", "pristine", "here", "ratio")]
+        table: Rows = [("case", "upstream", "patched", "ratio")]
         for case, row in cases:
-            theirs, ours = row["pristine"], row["patched"]
-            times = ("not there" if each is None else short_time(each / 1e6) for each in (theirs, ours))
-            told = ", ".join(f"{name}={case[name]}" for name in varied if name in case)
-            table.append((told or "one case", *times, f"{theirs / ours:.2f}" if theirs and ours else ""))
+            upstream, patched = row["pristine"], row["patched"]
+            times = (
+                "not available" if each is None else short_time(each / 1e6) for each in (upstream, patched)
+            )
+            varying = ", ".join(f"{name}={case[name]}" for name in varied if name in case)
+            table.append(
+                (varying or "one case", *times, f"{upstream / patched:.2f}" if upstream and patched else "")
+            )
         tables.append((f"{operator}: {same}" if same else operator, table))
     return tables
 
 
-def products_table(rows: Iterable[Data]) -> Rows:
-    """Products of weights alone."""
-    table: Rows = [("weights", "product", "threads", "pristine", "here", "ratio", "of the limit")]
+def matmuls_table(rows: Iterable[Data]) -> Rows:
+    """Times of single matmuls."""
+    table: Rows = [("weights", "matmul", "threads", "upstream", "patched", "ratio", "% of roofline")]
     for row in rows:
-        theirs, ours = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
+        upstream, patched = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
         plain = ", --repack 0" if row["pristine"]["case"].endswith("rows") else ""
-        share = f"{100 * row['floor']['share']:.0f} % ({row['floor']['bound']})"
         table.append(
-            (row["weights"], row["shape"], str(row["threads"]), theirs + plain, ours,
-             f"{row['ratio']:.2f}" + mark(row), share)
+            (row["weights"], row["shape"], str(row["threads"]), upstream + plain, patched,
+             f"{row['ratio']:.2f}" + mark(row), of_roofline(row["floor"]))
         )  # fmt: skip
     return table
 
@@ -180,7 +187,7 @@ def short_time(seconds: float) -> str:
 
 
 def hybrid_table(hybrid: Data) -> Rows:
-    """Cache and decode rate of the hybrid and of its twin, with what the slopes give at a million tokens."""
+    """Cache and decode rate of the hybrid and the all-MLA model; the last row extrapolates to a million tokens."""
     rows: Rows = [("depth", "cache 3:1", "cache all MLA", "less", "tg 3:1", "tg all MLA", "ratio")]
     for row in hybrid["rows"]:
         cache = [row["cache_bytes"][name] + row["state_bytes"][name] for name in NAMES]
@@ -192,7 +199,7 @@ def hybrid_table(hybrid: Data) -> Rows:
         cache = [
             last["cache_bytes"][name] / last["depth"] * MILLION + last["state_bytes"][name] for name in NAMES
         ]
-        rows.append(hybrid_row(f"{MILLION} (from the slopes)", cache, [1 / beyond[name] for name in NAMES]))
+        rows.append(hybrid_row(f"{MILLION} (extrapolated)", cache, [1 / beyond[name] for name in NAMES]))
     return rows
 
 
@@ -209,21 +216,23 @@ def write_page(records: Sequence[Data], page: Path) -> None:
     if len(devices) > 1:
         raise EngineError(
             "records of different devices",
-            found=", ".join(sorted(name or "the processor" for name in devices)),
-            todo="draw a page for each",
+            found=", ".join(sorted(name or "the CPU" for name in devices)),
+            todo="write one page for each device",
         )
     device = latest.get("device")
     parts = [device_introduction(latest, records) if device else introduction(latest, records)]
     if device:
-        parts.append("## Aims\n\n" + markdown(aims_table(records)))
+        parts.append("## Goals\n\n" + markdown(aims_table(records)))
     limits = {each["threads"]: each for record in records for each in record["limits"]}
     if device and limits:
-        parts.append("## The device's limit\n\n" + markdown(device_limits_table(next(iter(limits.values())))))
+        parts.append(
+            "## Peak rates of the device\n\n" + markdown(device_peaks_table(next(iter(limits.values()))))
+        )
     elif limits:
         parts.append(
-            "## The machine's limit\n\nMeasured before each run and beside every cell: the memory is shared with other "
-            "machines,\nand the limit another one from minute to minute.\n\n"
-            + markdown(limits_table(machine_limits(records)))
+            "## Peak rates of the machine\n\nMeasured before each run and around every cell. Other machines share the "
+            "memory,\nso its bandwidth changes from minute to minute.\n\n"
+            + markdown(peaks_table(machine_peaks(records)))
         )
     for name, model in merged(records).items():
         if model["cells"] or model["about"]["not_measured"]:
@@ -232,8 +241,8 @@ def write_page(records: Sequence[Data], page: Path) -> None:
     if operators:
         record = max(operators, key=lambda record: str(record["created"]))
         parts.append(
-            f"## Operators alone\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
-            "sizes of the 48B; time of one layer and call, as many layers at once as caches do not hold.\n\n"
+            f"## Single operators\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
+            "sizes of the 48B; time per layer and call, over more layers than the caches hold.\n\n"
             + markdown(operators_table(record["operators"]))
         )
     operators = [record for record in records if record.get("device_operators")]
@@ -241,7 +250,7 @@ def write_page(records: Sequence[Data], page: Path) -> None:
         parts.append(device_operators_part(max(operators, key=lambda record: str(record["created"]))))
     products = [record for record in records if record.get("products")]
     if products:
-        parts.append(products_part(products))
+        parts.append(matmuls_part(products))
     hybrids = [record for record in records if record["hybrid"]]
     if hybrids:
         record = max(hybrids, key=lambda record: str(record["created"]))
@@ -249,15 +258,15 @@ def write_page(records: Sequence[Data], page: Path) -> None:
     atomically(page, lambda part: part.write_text("\n".join(parts)))
 
 
-def machine_limits(records: Iterable[Data]) -> list[Data]:
-    """All that were measured: before runs, and beside cells."""
+def machine_peaks(records: Iterable[Data]) -> list[Data]:
+    """All measured peak rates: before runs and around cells."""
     before = [limits for record in records for limits in record["limits"]]
     cells = [cell for record in records for model in record["models"] for cell in model["cells"]]
     return before + [cell["floor"]["limits"] for cell in cells if cell["floor"]]
 
 
 def introduction(record: Data, records: Sequence[Data]) -> str:
-    """The page's head."""
+    """The introduction of the page."""
     machine, engine = record["machine"], record["engines"]["patched"]
     days = sorted({str(each["created"])[:10] for each in records})
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
@@ -273,7 +282,7 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
 
 
 def device_introduction(record: Data, records: Sequence[Data]) -> str:
-    """The head of a page about a device."""
+    """The introduction of a page about a device."""
     machine, engine, device = record["machine"], record["engines"]["patched"], record["device"]
     days = sorted({str(each["created"])[:10] for each in records})
     compilers = [str(engine["compilers"][each]).rpartition(": ")[2] for each in sorted(engine["compilers"])]
@@ -281,7 +290,7 @@ def device_introduction(record: Data, records: Sequence[Data]) -> str:
         device=device["description"],
         name=device["name"],
         memory=device["memory"] / 2**30,
-        driver=device["driver"] or "not told",
+        driver=device["driver"] or "unknown",
         machine=f"{machine['processor']}, {machine['cores']} cores, {machine['system'].split()[0]}",
         checkouts=", ".join(sorted({str(each["checkout"] or "installed") for each in records})),
         commit=str(engine["llama_cpp_commit"])[:7],
@@ -291,16 +300,16 @@ def device_introduction(record: Data, records: Sequence[Data]) -> str:
         compilers=", ".join(dict.fromkeys(compilers)),
         when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
         switch=record["switch"],
-        limits=DEVICE_LIMITS if any(each["limits"] for each in records) else NO_DEVICE_LIMITS,
+        limits=DEVICE_PEAKS if any(each["limits"] for each in records) else NO_DEVICE_PEAKS,
     )
 
 
 def device_operators_part(record: Data) -> str:
-    """The operators alone, as test-backend-ops times them."""
+    """Single operators, timed by test-backend-ops."""
     parts = [
-        f"## Operators alone\n\n`{record['command']}`: llama.cpp's `test-backend-ops perf` of either build, time of "
-        "one call. Cases that pristine lacks are of operators or kernels of our own. `GATED_DELTA_NET` is pristine's "
-        "recurrence alone, without convolutions, gates and norms, 32 heads of 128.\n"
+        f"## Single operators\n\n`{record['command']}`: llama.cpp's `test-backend-ops perf` of both builds, time per "
+        "call. Upstream lacks the operators that are not available there. `GATED_DELTA_NET` is its recurrence "
+        "only, without convolutions, gates and norms, with 32 heads of 128.\n"
     ]
     for heading, table in device_operators_tables(record["device_operators"]):
         parts.append(f"{heading}\n\n{markdown(table)}")
@@ -308,7 +317,7 @@ def device_operators_part(record: Data) -> str:
 
 
 def model_part(name: str, model: Data, page: Path) -> str:
-    """A model's cells in groups, with pictures, and its memory."""
+    """The cells of a model in groups, with pictures, and its memory."""
     parts = [f"## {name}\n\n" + "\n".join(f"- `{command}`" for command in model["commands"]) + "\n"]
     for fallback in model["fallbacks"]:
         parts.append(f"Falls back: {fallback}\n")
@@ -326,33 +335,33 @@ def model_part(name: str, model: Data, page: Path) -> str:
     if lines := not_measured_lines(model):
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
-        "Memory in MiB, and seconds of loading (from the page cache):\n\n"
+        "Memory in MiB, and the time of loading from the page cache:\n\n"
         + markdown(memory_table(model["model"]))
     )
     return "\n".join(parts)
 
 
-def products_part(records: Sequence[Data]) -> str:
-    """Products of weights alone."""
+def matmuls_part(records: Sequence[Data]) -> str:
+    """Single matmuls."""
     rows = [row for record in records for row in record["products"]]
     commands = "\n".join(f"- `{record['command']}`" for record in records)
     return (
-        f"## Products alone\n\n{commands}\n\nA product of rows of {K} weights out of memory, rearranged where "
-        "llama.cpp would by default; pristine at its best over `--repack 0/1`. *Of the limit*: multiply-adds over the "
-        "measured int8, bf16 or (F16) float32 peak, or bytes of weights over the memory's rate, against ours. 512 "
-        "tokens on 8 of 32 experts are 128 columns a matrix.\n\n" + markdown(products_table(rows))
+        f"## Single matmuls\n\n{commands}\n\nRows of {K} weights, read from memory and repacked as llama.cpp does by "
+        "default. Upstream: the faster of `--repack 0/1`. *% of roofline*: multiply-adds / peak rate of int8, bf16 or, "
+        "for F16, float32, or bytes of weights / memory bandwidth, whichever is longer, divided by patched's time. "
+        "With 512 tokens and 8 of 32 experts each matrix has 128 columns.\n\n" + markdown(matmuls_table(rows))
     )
 
 
 def hybrid_part(record: Data) -> str:
-    """What the hybrid buys."""
+    """The hybrid against the all-MLA model."""
     hybrid = record["hybrid"]
     return (
-        f"## What the hybrid buys\n\n`{record['command']}`: {' against '.join(hybrid['models'])}, our build, "
-        f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches are filled with the rows of "
-        f"{hybrid['seed']} real tokens again and again; recurrent states count as cache. One layer in four attends, "
-        "so one sequence can decode four times as fast at most; the 6 × of the model's report (arXiv 2510.26692) come "
-        "with the larger batches that the smaller cache leaves room for.\n\n"
+        f"## Hybrid against all MLA\n\n`{record['command']}`: {' against '.join(hybrid['models'])}, patched, "
+        f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches repeat the rows of "
+        f"{hybrid['seed']} real tokens. Recurrent states count as cache. One layer in four has attention, so one "
+        "sequence decodes at most four times as fast. The 6 × of the model's report (arXiv 2510.26692) requires larger "
+        "batches, which fit because the cache is smaller.\n\n"
         + markdown(hybrid_table(hybrid))
         + "".join(
             f"\nNot measured: depth {depth}: {why}.\n"

@@ -1,6 +1,6 @@
-"""The picture of a record: how many times faster than pristine, and how far from the machine's limit.
+"""Draws the cells of a model: the speedup over upstream, and tokens/s next to the roofline.
 
-Flows in: cells of one model. Flows out: an SVG, the same for the same record.
+Input: cells of one model. Output: an SVG; equal cells give an equal file.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
     rates.set_yscale("log")
     rates.yaxis.set_major_formatter("{x:g}")
     rates.yaxis.set_minor_formatter("{x:g}")
-    ratios.set_ylabel("times as fast as pristine at its best")
-    rates.set_ylabel("tokens/s; pristine dotted, limit dashed")
+    ratios.set_ylabel("speedup over the best upstream variant")
+    rates.set_ylabel("tokens/s; upstream dotted, roofline dashed")
     ratios.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,6 +1,6 @@
-"""Small C++ programs of the bench, compiled when first wanted and kept in the cache.
+"""Compiles the C++ programs of native/ on first use, and keeps them in the cache.
 
-Flows in: a source of native/, flags, for some a build's libraries. Flows out: the path of the program.
+Input: a source file, compiler flags, the libraries of a build if the program uses ggml. Output: the program's path.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from kimi_gguf.engine.toolchain import cpu_fingerprint, find_compilers
 from kimi_gguf.patches.errors import EngineError
 
 # gnu++: with plain c++17 GCC does not contract a product and a sum into one instruction
-# -O2: at -O3 GCC 12 copies accumulators of limits.cpp inside its loop, and half of the int8 peak is lost
+# -O2: at -O3 GCC 12 copies accumulators of peaks.cpp inside its loop, and half of the int8 peak is lost
 FLAGS = ("-std=gnu++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 NATIVE = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
 
 
 def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
-    """The program made of native/NAME.cpp. Raises `EngineError` where it does not compile."""
+    """Compile native/NAME.cpp. Raises `EngineError` if it does not compile."""
     folder = resources.files(__package__).joinpath("native")
     source = Path(str(folder)) / f"{name}.cpp"
     compiler = find_compilers("cpu")["C++"]
@@ -54,14 +54,14 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
 
 
 def ggml_flags(libraries: Path) -> tuple[str, ...]:
-    """What a program is compiled with that uses a build's ggml, its own libraries and no others."""
+    """Flags for a program that uses the ggml of one build."""
     include = upstream_source() / "llama.cpp" / "ggml" / "include"
     linked = ("-lggml", "-lggml-cpu", "-lggml-base", "-ldl")
     return (*NATIVE, "-isystem", str(include), f"-L{libraries}", *linked, f"-Wl,-rpath,{libraries}")
 
 
 def ask(path: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
-    """What a program prints. Raises `EngineError` when it fails."""
+    """Run a program and return its output. Raises `EngineError` if it fails."""
     ended = subprocess.run(
         [str(path), *arguments],
         capture_output=True,

@@ -1,12 +1,12 @@
-"""What a run of the bench writes as JSON: plain data, whole after every cell, and enough to draw every page from.
+"""The JSON record of a run: complete after every cell, and sufficient to write every page.
 
-Flows in: facts, results. Flows out: a file that always holds a complete record, or none.
+Input: facts, results. Output: a file that is always a complete record.
 
-A record: schema, command, created (UTC), machine, device (null: the processor), checkout (this project's commit),
-engines, switch (KIMI_OPS of ours), libraries (in the place of ours, or null), limits by threads or the device's,
-models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid. A cell has its
-options, samples in seconds of one decode, what they come to, and its floor: the least time at the limit. Older records
-lack device, checkout, device_operators, products.
+A record: schema, command, created (UTC), machine, device (null: the CPU), checkout (this project's commit), engines,
+switch (KIMI_OPS of patched), libraries (used instead of patched's, or null), limits (peak rates, by threads or of the
+device), models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid. A cell has
+its options, samples in seconds of one decode, medians and spreads, and its floor: the least time on the roofline.
+Records call upstream "pristine", and compute "products". Older ones lack device, checkout, device_operators, products.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench.ab_run import Result, Runners
 from kimi_gguf.bench.device import Device
 from kimi_gguf.bench.files import atomically
-from kimi_gguf.bench.limits import Demand, Limits
-from kimi_gguf.bench.measure import Arena, Result
 from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.patches.errors import EngineError
@@ -35,7 +35,7 @@ Data = dict[str, Any]
 def new_record(
     command: Sequence[str],
     patched: Engine,
-    pristine: Engine,
+    upstream: Engine,
     libraries: Path | None,
     switch: str,
     device: Device | None = None,
@@ -48,7 +48,7 @@ def new_record(
         "machine": machine_facts(),
         "device": None if device is None else vars(device),
         "checkout": checkout(),
-        "engines": {"patched": engine_facts(patched), "pristine": engine_facts(pristine)},
+        "engines": {"patched": engine_facts(patched), "pristine": engine_facts(upstream)},
         "switch": switch,
         "libraries": None if libraries is None else libraries.name,
         "limits": [],
@@ -70,42 +70,42 @@ def checkout() -> str | None:
     return ended.stdout.strip() or None
 
 
-def model_data(model: ModelFile, arena: Arena) -> Data:
-    """A model of the record; its cells come as they are measured. `about` is the arena's own and fills later."""
+def model_data(model: ModelFile, runners: Runners) -> Data:
+    """A model of the record; its cells come as they are measured. `about` is the runners's own and fills later."""
     return {
         "name": model.name,
         "architecture": model.architecture,
         "bytes": model.nbytes,
-        "about": vars(arena.about),
+        "about": vars(runners.about),
         "cells": [],
     }
 
 
-def cell_data(result: Result, needs: Demand, limits: Limits | None) -> Data:
-    """A cell: everything measured, and what is derived from it; without limits it has no floor."""
+def cell_data(result: Result, needs: Demand, peaks: Peaks | None) -> Data:
+    """A cell: samples and derived figures. Without peak rates it has no floor."""
     tokens = result.cell.tokens
     return {
         **vars(result.cell),
         "tokens": tokens,
         "steps": result.steps,
-        "pristine": {"way": result.rival, "tokens_per_second": tokens / result.pristine.median,
-                     "spread": result.pristine.spread},
-        "patched": {"tokens_per_second": tokens / result.ours.median, "spread": result.ours.spread},
+        "pristine": {"way": result.rival, "tokens_per_second": tokens / result.upstream.median,
+                     "spread": result.upstream.spread},
+        "patched": {"tokens_per_second": tokens / result.patched.median, "spread": result.patched.spread},
         "ratio": result.ratio,
-        "floor": None if limits is None else floor_data(result, needs, limits),
+        "floor": None if peaks is None else floor_data(result, needs, peaks),
         "others": result.others,
         "samples": result.samples,
         "ruled_out": result.screened,
     }  # fmt: skip
 
 
-def floor_data(result: Result, needs: Demand, limits: Limits) -> Data:
-    """A cell's least time at the limit, and how near it either build came."""
-    floor, bound = needs.floor(limits)
+def floor_data(result: Result, needs: Demand, peaks: Peaks) -> Data:
+    """The least time of a cell, and its share of each build's time."""
+    floor, bound = needs.floor(peaks)
     return {
-        "seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.products,
-        "share": floor / result.ours.median, "pristine_share": floor / result.pristine.median,
-        "limits": vars(limits),
+        "seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.macs,
+        "share": floor / result.patched.median, "pristine_share": floor / result.upstream.median,
+        "limits": vars(peaks),
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Tables of a record: cells, the limits beside them, memory, operators, hybrid.
+"""Tables of a record: cells, peak rates, memory.
 
-Flows in: a record's plain data. Flows out: rows of text, Markdown tables, or a table on a terminal.
+Input: the data of a record. Output: rows of text, as a Markdown table or as a table on a terminal.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kimi_gguf.bench.cells import UBATCH
+from kimi_gguf.bench.cells import UBATCH, shown
 from kimi_gguf.bench.load import DISTURBED
 
 Data = dict[str, Any]
 Rows = list[tuple[str, ...]]
 
-CELLS = ("cell", "pristine, tokens/s", "here, tokens/s", "ratio", "of the limit", "pristine's best way")
+CELLS = ("cell", "upstream, tokens/s", "patched, tokens/s", "ratio", "% of roofline", "upstream variant")
+BOUNDS = {"memory": "memory", "products": "compute"}  # as records have them -> as tables do
 
 
 def describe(cell: Data) -> str:
@@ -25,7 +26,7 @@ def describe(cell: Data) -> str:
     threads = f", {cell['threads']} thread{'s' if cell['threads'] > 1 else ''}"
     where = "" if cell.get("device") else threads
     ubatch = cell.get("ubatch", UBATCH)
-    parts = "" if ubatch == UBATCH else f", in parts of {ubatch}"
+    parts = "" if ubatch == UBATCH else f", ubatch {ubatch}"
     cache = "" if cell["cache_type"] == "f16" else f", {cell['cache_type']} cache"
     return f"{kind}{several} at {cell['depth']}{where}{parts}{cache}"
 
@@ -37,9 +38,14 @@ def cell_row(cell: Data) -> tuple[str, ...]:
         for each in (cell["pristine"], cell["patched"])
     ]
     floor = cell["floor"]
-    share = f"{100 * floor['share']:.0f} % ({floor['bound']})" if floor else "not known"
+    share = of_roofline(floor) if floor else "unknown"
     ratio = f"{cell['ratio']:.2f}" + mark(cell)
-    return (describe(cell), *speeds, ratio, share, cell["pristine"]["way"])
+    return (describe(cell), *speeds, ratio, share, shown(cell["pristine"]["way"]))
+
+
+def of_roofline(floor: Data) -> str:
+    """Such as "91 % (memory)"."""
+    return f"{100 * floor['share']:.0f} % ({BOUNDS[floor['bound']]})"
 
 
 def mark(measured: Data) -> str:
@@ -48,10 +54,12 @@ def mark(measured: Data) -> str:
 
 
 def not_measured_lines(model: Data) -> list[str]:
-    """The cells of a model that could not be measured, and variants that could not be run, with the reasons."""
+    """The cells that were not measured and the variants that were not run, each with the reason."""
     about = model["about"]
     lines = [f"Not measured: {describe(cell)}: {cell['reason']}." for cell in about.get("not_measured", ())]
-    return lines + [f"Not run: {name}: {reason}." for name, reason in about.get("left_out", {}).items()]
+    return lines + [
+        f"Not run: {shown(name)}: {reason}." for name, reason in about.get("left_out", {}).items()
+    ]
 
 
 def cells_table(cells: Iterable[Data]) -> Rows:
@@ -60,16 +68,17 @@ def cells_table(cells: Iterable[Data]) -> Rows:
 
 
 def slower(cells: Iterable[Data]) -> list[Data]:
-    """Cells in which ours is slower than pristine by more than the spread of both."""
+    """Cells in which patched is slower than upstream by more than the sum of both spreads."""
     return [
         cell for cell in cells if cell["ratio"] < 1 - cell["pristine"]["spread"] - cell["patched"]["spread"]
     ]
 
 
 def verdict(cells: Sequence[Data]) -> str:
-    """One or two lines about all cells."""
+    """A summary of all cells."""
     losing = slower(cells)
-    words = [f"{len(cells)} cells, faster than pristine at its best in {sum(c['ratio'] > 1 for c in cells)}"]
+    faster = sum(cell["ratio"] > 1 for cell in cells)
+    words = [f"{len(cells)} cells; patched is faster than the best upstream variant in {faster}"]
     words.append(
         f"slower by more than the spread in {len(losing)}: "
         + "; ".join(f"{describe(cell)} ({cell['ratio']:.2f})" for cell in losing)
@@ -82,57 +91,59 @@ def verdict(cells: Sequence[Data]) -> str:
 
 
 def memory_table(model: Data) -> Rows:
-    """What each way of running holds in memory, MiB, and how long loading took."""
+    """Memory of each variant in MiB, and the time of loading."""
     rows: Rows = [("build, context", "weights", "KV cache", "recurrent cache", "compute buffers", "loading")]
-    for way, memory in model["about"]["contexts"].items():
-        name, _, context = way.partition(", ")
+    for variant, memory in model["about"]["contexts"].items():
+        name, _, context = variant.partition(", ")
         process = name.removesuffix(" -fa 0")
         loaded = model["about"]["load"][process]
         sizes = [sum(loaded["memory"].get("weights", {}).values())]
         sizes += [sum(memory.get(part, {}).values()) for part in ("kv", "recurrent", "compute")]
-        rows.append((f"{name}, {context}", *(f"{size:.1f}" for size in sizes), f"{loaded['seconds']:.1f} s"))
+        rows.append(
+            (f"{shown(name)}, {context}", *(f"{size:.1f}" for size in sizes), f"{loaded['seconds']:.1f} s")
+        )
     return rows
 
 
-def limits_table(limits: Iterable[Data]) -> Rows:
-    """What the machine was measured to do on each number of threads: from the least to the most of several times."""
+def peaks_table(peaks: Iterable[Data]) -> Rows:
+    """Measured peak rates by number of threads: the range of all measurements."""
     kinds = ("f32", "int8", "bf16")
     rows: Rows = [("threads", "reading, GB/s", *(f"{kind}, GMAC/s" for kind in kinds))]
     by_threads: dict[int, list[Data]] = {}
-    for each in limits:
+    for each in peaks:
         by_threads.setdefault(each["threads"], []).append(each)
     for threads, several in sorted(by_threads.items()):
-        peaks = (from_to([each[kind] for each in several if each[kind]], 0) for kind in kinds)
-        rows.append((str(threads), from_to([each["read"] for each in several], 1), *peaks))
+        rates = (from_to([each[kind] for each in several if each[kind]], 0) for kind in kinds)
+        rows.append((str(threads), from_to([each["read"] for each in several], 1), *rates))
     return rows
 
 
 def from_to(rates: Sequence[float], digits: int) -> str:
-    """Such as "41.2 to 57.3", in billions a second."""
+    """Such as "41.2 to 57.3", in 1e9 per second."""
     if not rates:
-        return "not there"
+        return "not available"
     ends = [f"{rate / 1e9:.{digits}f}" for rate in (min(rates), max(rates))]
     return ends[0] if ends[0] == ends[1] else " to ".join(ends)
 
 
-def device_limits_table(limits: Data) -> Rows:
-    """What the device was measured to do."""
+def device_peaks_table(peaks: Data) -> Rows:
+    """Measured peak rates of the device."""
     kinds = ("f32", "f16", "bf16", "int8")
-    peaks = ("not there" if limits[kind] is None else f"{limits[kind] / 1e9:.0f}" for kind in kinds)
+    rates = ("not available" if peaks[kind] is None else f"{peaks[kind] / 1e9:.0f}" for kind in kinds)
     return [
         ("copying, GB/s", *(f"{kind}, GMAC/s" for kind in kinds)),
-        (f"{limits['read'] / 1e9:.1f}", *peaks),
+        (f"{peaks['read'] / 1e9:.1f}", *rates),
     ]
 
 
 def markdown(rows: Rows) -> str:
-    """Rows, the first of them the header, as a Markdown table."""
+    """A Markdown table; the first row is the header."""
     lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def show(title: str, rows: Rows) -> None:
-    """A table on standard output: drawn on a terminal, Markdown elsewhere."""
+    """Print a table: drawn on a terminal, Markdown elsewhere."""
     if not sys.stdout.isatty():
         print(f"\n{title}\n\n{markdown(rows)}", flush=True)
         return

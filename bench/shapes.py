@@ -1,8 +1,8 @@
-"""Which models the bench makes: families of layers in the 48B's real shapes, and the type of every tensor.
+"""Defines the generated models: layers of the 48B's shapes, and the type of every tensor.
 
-Flows in: a `BenchModel`, the few things that are chosen. Flows out: its config, GGUF keys and planned tensors in
-the order of the file. Tensor names and shapes are those of the converter's one table; a quantised file's mix of
-types is llama-quantize's own, asked for with its --dry-run on a file without data.
+Input: a `BenchModel`. Output: its config, GGUF keys and planned tensors in the order of the file. Tensor names and
+shapes are those of the converter. The quantization mix is that of llama-quantize: it runs with --dry-run on a file
+without data.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kimi_gguf.patches.pin import load_pin
 
 GENERATOR = 1  # raise it when the same BenchModel comes out as another file
 
-# What differs from the 48B's config.json. "tiny" is for tests: K-quants want rows of 256.
+# What differs from the 48B's config.json. "tiny" is for tests: K-quants require rows of 256.
 SHAPES: dict[str, dict[str, Any]] = {
     "48b": {},
     "tiny": {
@@ -49,10 +49,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 FAMILIES: dict[str, tuple[str, int, int | None]] = {
     "kimi-linear": (ARCHITECTURE, 4, None),
     "all-mla": (ARCHITECTURE, 1, None),  # the same layers with latent attention everywhere
-    "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture wants a rank
+    "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture requires a rank
 }
 
-COMPARABLE = ("kimi-linear", "deepseek2")  # pristine aborts at the first decode of one without any KDA layer
+COMPARABLE = ("kimi-linear", "deepseek2")  # upstream aborts at the first decode of one without any KDA layer
 
 TYPES = ("Q4_0", "Q4_K_M", "Q8_0", "BF16")
 
@@ -132,7 +132,7 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     return Plan(TypeRequest(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
-def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
+def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
     """Each tensor's type as llama-quantize would choose it, by name; None for BF16, which it does not touch.
 
     quantize: the program. Raises `EngineError` where it fails or says something unexpected.
@@ -141,19 +141,19 @@ def quantised_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
         return None
     plan = plan_of(model)
     with tempfile.TemporaryDirectory() as folder:
-        hollow = Path(folder) / "hollow.gguf"
-        with hollow.open("wb") as file:  # a hole where the data would be
+        sparse = Path(folder) / "sparse.gguf"
+        with sparse.open("wb") as file:  # a hole where the data would be
             (whole,) = plan.files
             file.write(whole.header)
             file.truncate(whole.nbytes)
-        command = [str(quantize), "--dry-run", str(hollow), model.type]
+        command = [str(quantize), "--dry-run", str(sparse), model.type]
         said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     lines = (said.stdout + said.stderr).splitlines()
     found = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
     types = {name: TENSOR_TYPES[(new or old).upper()] for name, old, new in found}
     if said.returncode or set(types) != {tensor.name for tensor in plan.tensors}:
         raise EngineError(
-            f"{quantize.name} --dry-run does not tell the types of a {model.type} file",
+            f"{quantize.name} --dry-run does not print the types of a {model.type} file",
             expected=f"a line for each of {len(plan.tensors)} tensors",
             found=f"{len(types)}, status {said.returncode}: {lines[-1] if lines else 'no output'}",
             todo="look at the command's own output",

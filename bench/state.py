@@ -1,6 +1,6 @@
-"""A sequence's saved state, taken apart: for contexts without flash attention, and repeated to any depth.
+"""Edits the saved state of a sequence: for contexts without flash attention, and repeated to any depth.
 
-Flows in: the bytes of llama_state_seq_get_data for one stream with latent attention. Flows out: other such bytes.
+Input: the bytes of llama_state_seq_get_data for one stream with latent attention. Output: the edited bytes.
 The layout (llama.cpp, llama_kv_cache::state_write and llama_memory_recurrent::state_write): a mark and the
 sequence's number; streams, cells; of each cell its position and sequence; whether V is transposed, layers; of each
 layer the type, the row's size and a row for each cell; then the recurrent part: cells, the position, and states.
@@ -19,7 +19,7 @@ Bytes = NDArray[np.uint8]
 
 
 class StateError(ValueError):
-    """The bytes are not laid out so."""
+    """The bytes do not have the expected layout."""
 
 
 def _check(condition: bool) -> None:
@@ -50,7 +50,7 @@ def plain_layout(state: Bytes) -> Bytes:
 def repeated(state: Bytes, depth: int) -> Bytes:
     """The state of `depth` tokens whose rows of the cache are those of the given state again and again.
 
-    Attention takes as long over these as over any others, and a depth that takes hours to reach is there at once.
+    The time of attention does not depend on the values, so a depth that takes hours to decode is available at once.
     The recurrent part stays as it is but for its position.
     """
     cells = _cells(state)

@@ -1,6 +1,6 @@
-"""From samples to figures: medians, spreads, ratios, and pristine at its best.
+"""Medians and spreads of samples, and the choice of the fastest variant.
 
-Flows in: seconds of each sample, by contender. Flows out: what a table row says.
+Input: seconds of each sample, by variant. Output: the figures of a table row.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-STABLE = 0.01  # relative spread at which a median is believed
-LEAST, MOST = 3, 25  # samples of a stable one, at the least and at the most
-CLOSE = 1.1  # a way of running pristine within this factor of its best is measured along
+STABLE = 0.01  # relative spread at which a median is accepted
+LEAST, MOST = 3, 25  # fewest and most samples
+CLOSE = 1.1  # upstream variants within this factor of the fastest are measured too
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one contender's samples."""
+    """The figures of one variant."""
 
     median: float  # seconds
-    spread: float  # median distance from the median, relative to it
+    spread: float  # median absolute deviation from the median, relative to it
     samples: int
 
 
@@ -31,14 +31,14 @@ def summary(samples: Sequence[float]) -> Summary:
 
 
 def stable(samples: Sequence[float]) -> bool:
-    """Whether more samples would tell nothing new."""
+    """Whether no more samples are needed."""
     if len(samples) < LEAST:
         return False
     return len(samples) >= MOST or (summary(samples).spread <= STABLE / 2 and len(samples) >= 2 * LEAST)
 
 
 def worth_measuring(screened: Mapping[str, float]) -> list[str]:
-    """The contenders whose one sample comes near the best one, best first. screened: seconds."""
+    """The variants whose first sample is close to the fastest one, fastest first. screened: seconds."""
     best = min(screened.values())
     return sorted(
         (name for name, seconds in screened.items() if seconds <= CLOSE * best), key=screened.__getitem__
@@ -46,5 +46,5 @@ def worth_measuring(screened: Mapping[str, float]) -> list[str]:
 
 
 def best(samples: Mapping[str, Sequence[float]]) -> str:
-    """The contender with the smallest median."""
+    """The variant with the smallest median."""
     return min(samples, key=lambda name: summary(samples[name]).median)

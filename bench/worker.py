@@ -1,6 +1,6 @@
 """The process that holds one build of llama.cpp and one loaded model: `python -m kimi_gguf.bench.worker`.
 
-Input: the requests that `Requests` defines, by contender.py; the protocol is that of engine/worker.py.
+Input: the requests that `Requests` defines, by runner.py; the protocol is that of engine/worker.py.
 Output: their answers; states and logits as files that a request names.
 """
 
@@ -125,7 +125,7 @@ class Requests:
     def time(
         self, name: str, batch: int, steps: int, warm: int, threads: int, back: bool = True
     ) -> dict[str, Any]:
-        """Seconds of each of `steps` decodes of `batch` tokens a sequence, behind the kept state.
+        """Seconds of each of `steps` decodes of `batch` tokens a sequence, after the kept state.
 
         warm: decodes before them, untimed. back: restore the state first; else go on from where the context is.
         """

@@ -1,19 +1,19 @@
 // Time of one layer's operators alone: the KDA recurrence, its convolutions, latent attention, products of weights.
-// The same binary measures a pristine and a patched build: operators of our own are looked up by name, and only the
+// The same binary measures an upstream and a patched build: operators of the patches are looked up by name, and only the
 // library path differs.
 //
 //   operators CASE [key=value ...]     keys and defaults below; prints one line of JSON
 //
 // CASE                what is in the graph, for each of `layers` layers with their own states or caches
-//   gdn               pristine's GATED_DELTA_NET alone, on a state that lies ready
+//   gdn               upstream's GATED_DELTA_NET alone, on a state that lies ready
 //   gdn-state         with the state gathered from the cache by row, and copied back: what a step cannot do without
 //   gdn-mixer         and all else that KDA_SCAN does inside: bias, softplus, decay, sigmoids, output norm and gate
 //   scan              KDA_SCAN on the cache, and the copy of its states, which the CPU drops where it may
-//   conv-nodes        pristine's three convolutions: gather, transpose, concat, copy back, ssm_conv, silu; L2 norms
+//   conv-nodes        upstream's three convolutions: gather, transpose, concat, copy back, ssm_conv, silu; L2 norms
 //   conv              KDA_CONV on the cache, and the copy of its states
 //   absorbed          FLASH_ATTN_EXT over the latent
 //   absorbed-plain    without flash attention: two products and a softmax
-//   whole, whole-plain  pristine's absorbed attention with what belongs to it on both sides, q's k_b and the result's v_b
+//   whole, whole-plain  upstream's absorbed attention with what belongs to it on both sides, q's k_b and the result's v_b
 //   latent            LATENT_ATTN, which has them inside
 //   product           a product of `rows` x `k` weights, of `used` of `experts` matrices for each token where there are
 //                     any; weights lie as llama.cpp puts them: rearranged where this processor has kernels for that
@@ -74,7 +74,7 @@ struct Options {
     }
 };
 
-template <typename F> F operator_of_ours(const char * name) {
+template <typename F> F patched_operator(const char * name) {
     void * found = dlsym(RTLD_DEFAULT, name);
     if (!found) {
         fprintf(stderr, "operators: this build has no %s\n", name);
@@ -176,7 +176,7 @@ struct Bench {
         using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                          ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                          int64_t, int32_t, float, float);
-        const auto    make  = operator_of_ours<make_t>("ggml_kda_scan");
+        const auto    make  = patched_operator<make_t>("ggml_kda_scan");
         ggml_tensor * cache = f32({ D * C, 2 });
         ggml_tensor * op =
             make(ctx, f32({ D, 3 * H, T, 1 }, 0.0f, 0.09f), f32({ D, H, T, 1 }), f32({ C }),
@@ -205,7 +205,7 @@ struct Bench {
         using make_t =
             ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                               ggml_tensor *, ggml_tensor *, ggml_tensor *, int64_t, int64_t, int32_t, float);
-        const auto    make  = operator_of_ours<make_t>("ggml_kda_conv");
+        const auto    make  = patched_operator<make_t>("ggml_kda_conv");
         ggml_tensor * cache = f32({ 9 * C, 2 });
         ggml_tensor * op    = make(ctx, f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ 4 * C }),
                                    f32({ 4 * C }), f32({ 4 * C }), cache, row_numbers(), D, 1, -1, 1e-6f);
@@ -255,7 +255,7 @@ struct Bench {
 
     ggml_tensor * v_b() { return input(o.type("weights"), { n_latent(), D, H }, 0.0f, 0.05f); }
 
-    // From q as the projection leaves it to a value per head: what LATENT_ATTN does, by pristine's nodes.
+    // From q as the projection leaves it to a value per head: what LATENT_ATTN does, with upstream's nodes.
     void absorbed_whole(bool flash) {
         ggml_tensor * q      = f32({ D + n_rope(), H, T });
         const size_t  row    = q->nb[1];
@@ -271,7 +271,7 @@ struct Bench {
     void latent() {
         using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                          ggml_tensor *, float);
-        const auto    make  = operator_of_ours<make_t>("ggml_latent_attn");
+        const auto    make  = patched_operator<make_t>("ggml_latent_attn");
         ggml_tensor * q     = ggml_permute(ctx, f32({ D + n_rope(), H, T, 1 }), 0, 2, 1, 3);
         const float   scale = 1.0f / std::sqrt((float) (D + n_rope()));
         add(make(ctx, q, latent_keys(), k_b(), v_b(), causal(GGML_TYPE_F16), scale));

@@ -45,10 +45,10 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
             cell["patched"]["tokens_per_second"] / cell["pristine"]["tokens_per_second"]
         )
         assert cell["floor"]["seconds"] > 0
-        ways = set(cell["samples"]) | set(cell["ruled_out"])
-        assert len(ways) == (5 if cell["cache_type"] == "f16" else 3)
-    # behind depth 64 every way met the same state
-    assert {way.partition(", ")[0] for way in model["about"]["shared"]} == {
+        variants = set(cell["samples"]) | set(cell["ruled_out"])
+        assert len(variants) == (5 if cell["cache_type"] == "f16" else 3)
+    # behind depth 64 every variant met the same state
+    assert {variant.partition(", ")[0] for variant in model["about"]["shared"]} == {
         "patched", "pristine", "pristine -fa 0", "pristine --repack 0", "pristine --repack 0 -fa 0",
     }  # fmt: skip
     memory = next(iter(model["about"]["contexts"].values()))
@@ -116,7 +116,7 @@ def test_the_hybrid_against_its_twin(cache: Path, tmp_path: Path, engine: Engine
         hybrid, twin = (row["cache_bytes"][name] for name in NAMES)
         assert (hybrid, twin) == ((row["depth"] + 1) * 576 * 2, 4 * (row["depth"] + 1) * 576 * 2)
         assert row["seconds"]["all MLA"] > row["seconds"]["3:1"]
-    assert "1048576 (from the slopes)" in page.read_text()
+    assert "1048576 (extrapolated)" in page.read_text()
 
 
 @pytest.mark.engine
@@ -186,8 +186,8 @@ def children(pid: int) -> list[int]:
         (["absent.gguf"], "absent.gguf: no such file"),
         (["text.gguf"], "text.gguf: not a GGUF file"),
         (["--json", "absent/record.json"], "absent/record.json: its folder does not exist"),
-        (["--libraries", "absent"], "absent: no build's libraries"),
-        (["--records", "text.gguf"], "wants --page"),
+        (["--libraries", "absent"], "absent: no libraries of a build"),
+        (["--records", "text.gguf"], "needs --page"),
         (["--records", "text.gguf", "--page", "page.md"], "text.gguf: not a record of the bench"),
         (["--demo", "--type", "Q4_0"], "Q8_0 or BF16"),
     ],
@@ -284,7 +284,7 @@ def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Pat
     write_page([made], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "- Not measured: tg at 64, 2 threads: no room.\n" in text
-    assert "- Not run: pristine -fa 0: no memory.\n" in text
+    assert "- Not run: upstream -fa 0: no memory.\n" in text
     assert "later" not in text, "another record has measured it"
     model["cells"] = []
     write_page([made], tmp_path / "page.md")

@@ -16,9 +16,9 @@ from test_bench_cli import record
 from kimi_gguf.bench import device as devices
 from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.device_operators import operator_number, parsed, recurrence_case
-from kimi_gguf.bench.limits import Demand, Limits
 from kimi_gguf.bench.page import device_operators_tables, write_page
 from kimi_gguf.bench.record import load
+from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.compiling import advice
 from kimi_gguf.patches.errors import EngineError
@@ -58,8 +58,8 @@ def test_both_builds_compute_every_layer_on_the_device(
     (model,) = data["models"]
     assert len(model["cells"]) == 8
     for cell in model["cells"]:
-        ways = {"patched", "pristine"} | ({"pristine -fa 0"} if cell["cache_type"] == "f16" else set())
-        assert set(cell["samples"]) | set(cell["ruled_out"]) == ways
+        variants = {"patched", "pristine"} | ({"pristine -fa 0"} if cell["cache_type"] == "f16" else set())
+        assert set(cell["samples"]) | set(cell["ruled_out"]) == variants
         assert (cell["device"], cell["ubatch"]) == ("SECOND0", 256)
         assert cell["floor"]["seconds"] > 0
     for loaded in model["about"]["load"].values():  # the tokens' rows alone are looked up by the processor
@@ -67,8 +67,7 @@ def test_both_builds_compute_every_layer_on_the_device(
     assert model["about"]["fallbacks"] == {}
     text = page.read_text()
     assert (
-        "# Bench on the CPU with memory of its own" in text
-        and "| tg at 64, in parts of 256, q8_0 cache |" in text
+        "# Bench on the CPU with memory of its own" in text and "| tg at 64, ubatch 256, q8_0 cache |" in text
     )
     assert data["checkout"] in text and data["engines"]["patched"]["commit"] in text
     assert str(tmp_path) not in text
@@ -95,7 +94,7 @@ def test_cells_and_ways_that_the_memory_does_not_hold_are_left_out(
     told = bench(cache, *ON, "--batch", "300", "--depth", "2000,30000", "--json", str(file))
     assert told.returncode == 0, told.stderr
     assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in told.stderr
-    assert "pristine -fa 0 is left out: pristine: llama.cpp cannot make a context: SECOND0" in told.stderr
+    assert "upstream -fa 0 is left out: upstream: llama.cpp cannot make a context: SECOND0" in told.stderr
     (model,) = load(file)["models"]
     (cell,), (missing,) = model["cells"], model["about"]["not_measured"]
     assert (cell["depth"], missing["depth"]) == (2000, 30000)
@@ -127,7 +126,7 @@ def test_operators_alone_on_the_device(cache: Path, tmp_path: Path, backend: Pat
     [
         (["--device", "CUDA7"], "no device CUDA7"),
         (["--device", "CPU"], "no device CPU"),
-        (["--device", "SECOND0", "--hybrid"], "on the processor alone"),
+        (["--device", "SECOND0", "--hybrid"], "on the CPU only"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -158,8 +157,8 @@ def test_the_script_asks_everything_and_writes_a_page(
         assert passed == all_of_them and int(passed) > 3 and "0 not supported" in line
     page = (tmp_path / "out" / "bench-gpu.md").read_text()
     for part in (
-        "## Aims",
-        "## The device's limit",
+        "## Goals",
+        "## Peak rates of the device",
         "| pp600 at 64 |",
         "| tg at 96, q8_0 cache |",
         "KDA_SCAN: head_size",
@@ -181,9 +180,9 @@ def test_an_operator_that_is_wrong_on_the_device_ends_the_script(
 
 def test_a_device_s_floor_takes_its_fastest_products() -> None:
     demand = Demand(1e9, 0.0, 1e6, {"Q4_0": 4e12, "F32": 1e12}, 5e12, 0.0)
-    gpu = Limits(threads=0, read=1e12, f32=1e13, int8=2e14, bf16=4e14, f16=5e14)
+    gpu = Peaks(threads=0, read=1e12, f32=1e13, int8=2e14, bf16=4e14, f16=5e14)
     assert demand.floor(gpu) == (pytest.approx(0.02), "products")
-    cpu = Limits(threads=2, read=1e12, f32=1e13, int8=2e14, bf16=4e14)
+    cpu = Peaks(threads=2, read=1e12, f32=1e13, int8=2e14, bf16=4e14)
     assert demand.floor(cpu)[0] == pytest.approx(4e12 / 2e14 + 1e12 / 1e13 + 5e12 / 1e13)
 
 
@@ -213,7 +212,7 @@ def test_a_table_of_operators_tells_what_differs() -> None:
     ]
     ((heading, table),) = device_operators_tables(rows)
     assert heading == "A: type=f16, ne=[1,2]"
-    assert table[1:] == [("n=1", "1 ms", "500 µs", "2.00"), ("n=2", "not there", "500 µs", "")]
+    assert table[1:] == [("n=1", "1 ms", "500 µs", "2.00"), ("n=2", "not available", "500 µs", "")]
 
 
 def on_device(ratio: float, **cell: Any) -> dict[str, Any]:
@@ -248,8 +247,8 @@ def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path
     text = (tmp_path / "page.md").read_text()
     assert "# Bench on NVIDIA Something\n" in text
     assert "(CUDA0, 80 GiB; driver NVIDIA 1.2)" in text and "kimi-gguf abc" in text
-    assert "The device's own limit was not measured." in text
-    assert "| tg at 0 | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 | not known | pristine |" in text
+    assert "The device's peak rates were not measured." in text
+    assert "| tg at 0 | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 | unknown | upstream |" in text
 
 
 def test_a_page_is_of_one_device(tmp_path: Path) -> None:

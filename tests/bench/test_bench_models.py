@@ -14,8 +14,8 @@ from bench_case import own_cache
 
 from kimi_gguf.bench import models
 from kimi_gguf.bench.cells import Cell
-from kimi_gguf.bench.limits import demand
 from kimi_gguf.bench.models import ModelFile, generate, open_model
+from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError

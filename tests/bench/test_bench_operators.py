@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from bench_case import own_cache
 
-from kimi_gguf.bench import operators, products, programs
-from kimi_gguf.bench.limits import measure_limits
-from kimi_gguf.bench.load import PATIENCE, Watch, calmly
+from kimi_gguf.bench import matmuls, operators, programs
+from kimi_gguf.bench.load import PATIENCE, Watch, undisturbed
+from kimi_gguf.bench.matmuls import WEIGHTS, Shape, measure_matmuls
 from kimi_gguf.bench.operators import CASES, Case, libraries_of, measure_operators
-from kimi_gguf.bench.page import operators_table, products_table
-from kimi_gguf.bench.products import WEIGHTS, Shape, measure_products
+from kimi_gguf.bench.page import matmuls_table, operators_table
+from kimi_gguf.bench.roofline import measure_peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
@@ -31,7 +31,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.engine
 def test_every_case_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = tuple(Case(c.title, c.counted, c.pristine, c.ours, (*c.options, *SMALL)) for c in CASES)
+    small = tuple(Case(c.title, c.counted, c.upstream, c.patched, (*c.options, *SMALL)) for c in CASES)
     monkeypatch.setattr(operators, "CASES", small)
     monkeypatch.setattr(operators, "ROUNDS", 1)
     rows = list(measure_operators(libraries_of(engine, pristine, None), 1, Silent()))
@@ -44,18 +44,18 @@ def test_every_case_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.M
 @pytest.mark.engine
 def test_every_product_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        products, "SHAPES", (Shape("experts", 64, 6, experts=9), Shape("one", 64, 2, copies=2))
+        matmuls, "SHAPES", (Shape("experts", 64, 6, experts=9), Shape("one", 64, 2, copies=2))
     )
-    monkeypatch.setattr(products, "K", 256)
+    monkeypatch.setattr(matmuls, "K", 256)
     monkeypatch.setattr(operators, "ROUNDS", 1)
-    rows = list(measure_products(libraries_of(engine, pristine, None), 1, Silent()))
+    rows = list(measure_matmuls(libraries_of(engine, pristine, None), 1, Silent()))
     assert [(row["weights"], row["shape"]) for row in rows] == list(
         itertools.product(WEIGHTS, ("experts", "one"))
     )
     for row in rows:
         assert row["pristine"]["seconds"] > 0 and row["patched"]["seconds"] > 0
         assert 0 < row["floor"]["share"] < 2 and row["floor"]["bound"] in ("memory", "products")
-    assert len(products_table(rows)) == 1 + len(rows)
+    assert len(matmuls_table(rows)) == 1 + len(rows)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_every_product_runs(engine: Engine, pristine: Engine, monkeypatch: pytes
     ],
 )
 def test_what_a_product_has_to_do(shape: Shape, weights: str, n_products: int, n_bytes: float) -> None:
-    assert shape.products == n_products
+    assert shape.macs == n_products
     assert shape.weight_bytes(weights) == n_bytes
 
 
@@ -84,21 +84,21 @@ def test_what_a_build_does_not_have_is_said(engine: Engine, pristine: Engine) ->
 def test_limits_are_measured_with_and_without_the_processor_s_own_instructions(
     flags: tuple[str, ...],
 ) -> None:
-    told = json.loads(programs.ask(programs.program("limits", flags), "1", "0.02"))
+    told = json.loads(programs.ask(programs.program("peaks", flags), "1", "0.02"))
     assert told["threads"] == 1
     assert told["read"] > 1e8 and told["f32"] > 1e8
     assert all(told[kind] is None or told[kind] > 1e8 for kind in ("int8", "bf16"))
 
 
 def test_a_program_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = programs.program("limits")
+    path = programs.program("peaks")
     monkeypatch.setattr(subprocess, "run", None)
-    assert programs.program("limits") == path
+    assert programs.program("peaks") == path
 
 
 def test_a_compiler_that_fails_is_said_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"limits\.cpp: does not compile"):
-        programs.program("limits", ("-fno-such-flag",))
+    with pytest.raises(EngineError, match=r"peaks\.cpp: does not compile"):
+        programs.program("peaks", ("-fno-such-flag",))
     assert list((tmp_path / "cache" / "bench" / "programs").iterdir()) == []
 
 
@@ -123,7 +123,7 @@ def test_a_disturbed_sample_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> N
     taken = iter(range(9))
     now = iter(range(99))
     monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: float(next(now)))
-    assert calmly(lambda: next(taken), os.cpu_count() or 1).answer == 2
+    assert undisturbed(lambda: next(taken), os.cpu_count() or 1).answer == 2
 
 
 def test_other_work_that_has_processors_of_its_own_does_not_disturb(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,8 @@ def test_other_work_that_has_processors_of_its_own_does_not_disturb(monkeypatch:
     now = iter(range(99))
     monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: float(next(now)))
     taken = iter(range(9))
-    assert calmly(lambda: next(taken), threads=2).answer == 0
-    assert calmly(lambda: next(taken), threads=4).answer == PATIENCE
+    assert undisturbed(lambda: next(taken), threads=2).answer == 0
+    assert undisturbed(lambda: next(taken), threads=4).answer == PATIENCE
 
 
 def test_where_it_is_never_calm_the_last_sample_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,13 +141,13 @@ def test_where_it_is_never_calm_the_last_sample_counts(monkeypatch: pytest.Monke
     now = iter(range(99))
     monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: float(next(now)))
     taken = iter(range(9))
-    told = calmly(lambda: next(taken), os.cpu_count() or 1)
+    told = undisturbed(lambda: next(taken), os.cpu_count() or 1)
     assert told.answer == PATIENCE - 1
     assert told.disturbance is not None and told.disturbance > 1.0
 
 
 def test_limits_take_the_best_of_several_times(monkeypatch: pytest.MonkeyPatch) -> None:
     said = iter([json.dumps({"threads": 1, "read": n, "f32": 5, "int8": None, "bf16": 3}) for n in (2, 9, 4)])
-    monkeypatch.setattr("kimi_gguf.bench.limits.ask", lambda *_: next(said))
-    found = measure_limits(1)
+    monkeypatch.setattr("kimi_gguf.bench.roofline.ask", lambda *_: next(said))
+    found = measure_peaks(1)
     assert (found.read, found.int8, found.bf16) == (9, None, 3)

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from kimi_gguf.bench.cells import OURS, PRISTINE, Cell, grid, ways
+from kimi_gguf.bench.ab_run import LONG, Result, Sampler, Settings, measure_cell
+from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell, grid, variants
 from kimi_gguf.bench.hybrid import fit
-from kimi_gguf.bench.limits import Demand, Limits, attention_products
-from kimi_gguf.bench.measure import LONG, Result, Sampler, Settings, measure_cell
-from kimi_gguf.bench.report import limits_table, slower, verdict
+from kimi_gguf.bench.report import peaks_table, slower, verdict
+from kimi_gguf.bench.roofline import Demand, Peaks, attention_macs
 from kimi_gguf.bench.statistics import best, stable, summary, worth_measuring
 
 CELL = Cell("f16", 1, 0, 2, 8)
@@ -30,13 +30,13 @@ def test_an_even_number_of_samples_has_its_median_between_the_middle_two() -> No
 
 def test_pristine_counts_in_its_fastest_way_by_median() -> None:
     samples = {
-        OURS.name: [0.5, 0.5, 0.5],
+        PATCHED.name: [0.5, 0.5, 0.5],
         "pristine": [1.0, 1.0, 0.1],  # one lucky sample does not make it the best
         "pristine -fa 0": [0.8, 0.8, 3.0],
         "pristine --repack 0": [0.9, 0.9, 0.9],
     }
     result = Result(CELL, samples, {}, 1, None)
-    assert best({name: each for name, each in samples.items() if name != OURS.name}) == "pristine -fa 0"
+    assert best({name: each for name, each in samples.items() if name != PATCHED.name}) == "pristine -fa 0"
     assert result.rival == "pristine -fa 0"
     assert result.ratio == pytest.approx(0.8 / 0.5)
 
@@ -53,14 +53,14 @@ def test_measuring_goes_on_until_samples_agree_or_are_many() -> None:
 
 
 def test_pristine_runs_in_all_four_ways_where_the_cache_allows() -> None:
-    assert {way.name for way in ways(CELL, PRISTINE)} == {
+    assert {variant.name for variant in variants(CELL, UPSTREAM)} == {
         "pristine",
         "pristine -fa 0",
         "pristine --repack 0",
         "pristine --repack 0 -fa 0",
     }
     quantised = Cell("q8_0", 1, 0, 2, 8)
-    assert {way.name for way in ways(quantised, PRISTINE)} == {"pristine", "pristine --repack 0"}
+    assert {variant.name for variant in variants(quantised, UPSTREAM)} == {"pristine", "pristine --repack 0"}
 
 
 def test_a_grid_reaches_each_depth_once() -> None:
@@ -79,11 +79,11 @@ def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
     cells = [cell(0.99, 1), cell(0.9, 8), cell(1.5, 512)]
     assert slower(cells) == [cells[1]]
     assert "slower by more than the spread in 1: pp8 at 0, 2 threads (0.90)" in verdict(cells)
-    assert "faster than pristine at its best in 1" in verdict(cells)
+    assert "faster than the best upstream variant in 1" in verdict(cells)
 
 
 def test_the_floor_adds_parts_each_bound_by_reading_or_by_multiplying() -> None:
-    limits = Limits(threads=1, read=100.0, f32=10.0, int8=1000.0, bf16=None)
+    limits = Peaks(threads=1, read=100.0, f32=10.0, int8=1000.0, bf16=None)
     reading = Demand(500.0, 200.0, 100.0, {"Q4_0": 1000.0}, 5.0, 0.0)
     assert reading.floor(limits) == (5.0 + 1.0 + 2.0, "memory")
     multiplying = Demand(100.0, 0.0, 300.0, {"Q4_0": 5000.0, "F32": 20.0}, 40.0, 10.0)
@@ -93,15 +93,15 @@ def test_the_floor_adds_parts_each_bound_by_reading_or_by_multiplying() -> None:
 
 
 def test_without_bf16_products_such_weights_count_as_float32() -> None:
-    limits = Limits(threads=1, read=1e9, f32=10.0, int8=None, bf16=None)
-    assert limits.products("BF16") == limits.products("Q4_0") == 10.0
+    limits = Peaks(threads=1, read=1e9, f32=10.0, int8=None, bf16=None)
+    assert limits.matmul("BF16") == limits.matmul("Q4_0") == 10.0
 
 
 def test_attention_takes_the_cheaper_form() -> None:
     """A query and key cost 1088 products a head absorbed, 320 and the key's expansion otherwise (FACTS of MLA)."""
-    one = attention_products(Cell("f16", 1, 999, 1, 1), 1, 512, 64, 128, 128)
+    one = attention_macs(Cell("f16", 1, 999, 1, 1), 1, 512, 64, 128, 128)
     assert one == 1000 * 1088 + 512 * 256
-    many = attention_products(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128)
+    many = attention_macs(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128)
     assert many == 512 * 513 / 2 * 320 + 512 * 512 * 256
 
 
@@ -114,19 +114,19 @@ def test_the_slope_is_found_through_points_on_a_line() -> None:
 def test_a_long_first_look_is_a_sample_itself(
     monkeypatch: pytest.MonkeyPatch, seconds: float, kept: int
 ) -> None:
-    """Two turns of each way and no more, where the time is up; a short first look is thrown away."""
+    """Two turns of each variant and no more, where the time is up; a short first look is thrown away."""
     taken: list[str] = []
 
-    def sample(_self: Sampler, way: Any, _steps: int) -> float:
-        taken.append(way.name)
-        return seconds * (1 if way == OURS else 3)
+    def sample(_self: Sampler, variant: Any, _steps: int) -> float:
+        taken.append(variant.name)
+        return seconds * (1 if variant == PATCHED else 3)
 
     monkeypatch.setattr(Sampler, "sample", sample)
-    places: Any = {way: (SimpleNamespace(pid=1), "context") for way in (OURS, PRISTINE[0])}
+    places: Any = {variant: (SimpleNamespace(pid=1), "context") for variant in (PATCHED, UPSTREAM[0])}
     cell = Cell("f16", 1, 0, 2, 2048)
     found = measure_cell(SimpleNamespace(), cell, places, Settings(0.0, 0.0))  # type: ignore[arg-type]
-    assert taken.count(OURS.name) == taken.count(PRISTINE[0].name) == kept
-    assert {name: len(each) for name, each in found.samples.items()} == {OURS.name: 2, PRISTINE[0].name: 2}
+    assert taken.count(PATCHED.name) == taken.count(UPSTREAM[0].name) == kept
+    assert {name: len(each) for name, each in found.samples.items()} == {PATCHED.name: 2, UPSTREAM[0].name: 2}
     assert found.ratio == 3.0
 
 
@@ -136,7 +136,7 @@ def test_limits_of_several_times_are_shown_from_the_least_to_the_most() -> None:
         {"threads": 1, "read": 30e9, "f32": 125e9, "int8": None, "bf16": 250e9},
         {"threads": 2, "read": 41.25e9, "f32": 250.2e9, "int8": None, "bf16": 490e9},
     ]
-    assert limits_table(measured)[1:] == [
-        ("1", "30.0", "125", "not there", "250"),
-        ("2", "41.2 to 57.0", "250", "not there", "490 to 500"),
+    assert peaks_table(measured)[1:] == [
+        ("1", "30.0", "125", "not available", "250"),
+        ("2", "41.2 to 57.0", "250", "not available", "490 to 500"),
     ]

@@ -1,6 +1,6 @@
 // What this machine can do at best, on a number of threads: bytes read from memory a second, multiply-adds a second.
 //
-//   limits THREADS [SECONDS]     prints one line of JSON
+//   peaks THREADS [SECONDS]     prints one line of JSON
 //
 // Vectors come from GCC's and Clang's vector extensions; int8 and bf16 products from the processor's own
 // instructions where it has them. What a processor lacks is null.
@@ -205,7 +205,7 @@ int main(int argc, char ** argv) {
     const int    n_threads = argc > 1 ? atoi(argv[1]) : 1;
     const double seconds   = argc > 2 ? atof(argv[2]) : 0.5;
     if (n_threads < 1 || !(seconds > 0)) {
-        fprintf(stderr, "limits THREADS [SECONDS]\n");
+        fprintf(stderr, "peaks THREADS [SECONDS]\n");
         return 2;
     }
     printf("{\"threads\": %d, \"read\": %.6g, \"f32\": %.6g", n_threads, rate<Reading>(n_threads, seconds),

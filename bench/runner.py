@@ -1,7 +1,7 @@
-"""A long-lived process with one build and one loaded model, frozen while others are measured.
+"""A process that holds one build and one loaded model, and is stopped while other processes are measured.
 
-Input: a build, its libraries and environment, a model. Output: timings, states, memory figures. A frozen
-process (SIGSTOP) burns nothing: its threads would otherwise spin at a barrier for a while after each graph.
+Input: a build, its libraries and environment, a model. Output: timings, states, memory figures. The process is
+stopped with SIGSTOP, because its threads would otherwise spin at a barrier for a while after each graph.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from kimi_gguf.patches.errors import EngineError
 
 
 class NoRoomError(EngineError):
-    """What was asked for does not fit into memory."""
+    """The model or the context does not fit in memory."""
 
 
-class Contender(Worker):
-    """One process; use as a context manager. It ends with this process, however that ends."""
+class Runner(Worker):
+    """One process; use it as a context manager. It ends when this process ends, also after a kill."""
 
     def __init__(self, name: str, environment: Mapping[str, str]) -> None:
         super().__init__("-m", "kimi_gguf.bench.worker", environment=environment)
         self.name = name
 
-    def __enter__(self) -> Contender:
+    def __enter__(self) -> Runner:
         return self
 
     def ask(
         self, do: str, progress: Progress | None = None, timeout: float | None = None, **request: Any
     ) -> dict[str, Any]:
-        """Wake the process, let it answer one request, freeze it again. Raises `EngineError`."""
+        """Continue the process for one request, then stop it again. Raises `EngineError`."""
         self.send_signal(signal.SIGCONT)
         try:
             answer: dict[str, Any] = super().ask(do, progress, timeout, **request)
@@ -51,12 +51,12 @@ class Contender(Worker):
 
 
 def environment_of(
-    environment: Mapping[str, str], libraries: Path | None, ours: bool, switch: str = "require"
+    environment: Mapping[str, str], libraries: Path | None, patched: bool, switch: str = "require"
 ) -> dict[str, str]:
-    """How a build is loaded; `libraries` replaces its own folder of libraries. switch: KIMI_OPS of ours if unset."""
+    """The environment of a build. libraries: used instead of its own. switch: KIMI_OPS of a patched build, if unset."""
     chosen = dict(environment)
     if libraries is not None:
         chosen["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
-    if ours:
+    if patched:
         chosen["KIMI_OPS"] = os.environ.get("KIMI_OPS", switch)
     return chosen

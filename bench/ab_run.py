@@ -1,7 +1,7 @@
-"""The measuring itself: contenders take turns cell by cell, each behind the same saved state.
+"""A/B runs: the runners alternate in each cell, each from the same saved state.
 
-Flows in: builds, a model file, cells. Flows out: a `Result` for each cell as it is done. Pristine runs in every way
-that could be its best; those that one sample shows to be near the best alternate with ours: A B A B.
+Input: builds, a model file, cells. Output: a `Result` for each cell. Each variant of upstream is sampled once; those
+close to the fastest then alternate with patched: A B B A.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from kimi_gguf.bench.cells import OURS, UBATCH, Cell, Way, ways
-from kimi_gguf.bench.contender import Contender, NoRoomError
+from kimi_gguf.bench.cells import PATCHED, UBATCH, Cell, Variant, shown, variants
 from kimi_gguf.bench.files import atomically
-from kimi_gguf.bench.limits import demand
-from kimi_gguf.bench.load import Calm, calmly
+from kimi_gguf.bench.load import Attempt, undisturbed
 from kimi_gguf.bench.models import ModelFile, bench_folder
 from kimi_gguf.bench.report import describe
+from kimi_gguf.bench.roofline import demand
+from kimi_gguf.bench.runner import NoRoomError, Runner
 from kimi_gguf.bench.statistics import Summary, best, stable, summary, worth_measuring
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
 
 LONG = 2.0  # seconds of a decode beside which what is touched for the first time does not count
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
-# NMSE between the contenders' logits behind a shared state, above which it was not shared. With random weights one
-# expert chosen otherwise moves them: pristine's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
+# NMSE between the runners' logits after a shared state; above it the state was not shared. With random weights one
+# expert chosen otherwise moves them: upstream's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
 SAME = 0.5
 MIB = 2**20
 
@@ -50,39 +50,39 @@ class Result:
     """A cell's figures."""
 
     cell: Cell
-    samples: dict[str, list[float]]  # by way: seconds of a decode, one for each sample
-    screened: dict[str, float]  # ways of pristine that one sample ruled out: seconds of a decode
+    samples: dict[str, list[float]]  # by variant: seconds of a decode, one for each sample
+    screened: dict[str, float]  # variants of upstream that one sample ruled out: seconds of a decode
     steps: int  # decodes in a sample
     others: float | None  # processors that other work took away meanwhile, on average; None: not known here
 
     @property
-    def ours(self) -> Summary:
-        """Our build."""
-        return summary(self.samples[OURS.name])
+    def patched(self) -> Summary:
+        """The patched build."""
+        return summary(self.samples[PATCHED.name])
 
     @property
     def rival(self) -> str:
-        """Pristine's best way here."""
-        return best({name: samples for name, samples in self.samples.items() if name != OURS.name})
+        """The fastest variant of upstream."""
+        return best({name: samples for name, samples in self.samples.items() if name != PATCHED.name})
 
     @property
-    def pristine(self) -> Summary:
-        """Pristine at its best."""
+    def upstream(self) -> Summary:
+        """The fastest variant of upstream."""
         return summary(self.samples[self.rival])
 
     @property
     def ratio(self) -> float:
-        """How many times faster ours is."""
-        return self.pristine.median / self.ours.median
+        """The speedup of patched over upstream."""
+        return self.upstream.median / self.patched.median
 
 
 @dataclass
 class Loaded:
-    """What loading told, by process, and contexts by way."""
+    """What loading reported by process, and contexts by variant."""
 
     load: dict[str, dict[str, Any]] = field(default_factory=dict)
     contexts: dict[str, dict[str, Any]] = field(default_factory=dict)
-    shared: dict[str, float] = field(default_factory=dict)  # way and depth -> NMSE of logits to ours
+    shared: dict[str, float] = field(default_factory=dict)  # variant and depth -> NMSE of logits to patched
     fallbacks: dict[str, list[str]] = field(
         default_factory=dict
     )  # process -> what ran as upstream has it, and why
@@ -90,57 +90,59 @@ class Loaded:
     not_measured: list[dict[str, Any]] = field(default_factory=list)  # options of a cell, and the reason
 
 
-class Arena:
-    """The loaded contenders of one model; a context manager."""
+class Runners:
+    """The runners of one model, loaded on first use; a context manager."""
 
     def __init__(
         self,
         model: ModelFile,
         environments: Mapping[str, Mapping[str, str]],
-        told: Reporter,
+        reporter: Reporter,
         threads: int,
         device: str | None = None,
     ) -> None:
         """environments: by build, "pristine" and "patched". threads: for filling a context. device: for all layers."""
-        self.model, self.told, self.threads, self.device = model, told, threads, device
+        self.model, self.reporter, self.threads, self.device = model, reporter, threads, device
         self.about = Loaded()
         self._environments = environments
         self._stack = ExitStack()
-        self._processes: dict[str, Contender] = {}
-        self._contexts: set[tuple[Contender, str]] = set()
+        self._processes: dict[str, Runner] = {}
+        self._contexts: set[tuple[Runner, str]] = set()
         self._at: dict[str, tuple[str, int]] = {}  # process and context -> its kept state
 
-    def __enter__(self) -> Arena:
-        self.told.phase(f"reading {self.model.name}")
+    def __enter__(self) -> Runners:
+        self.reporter.phase(f"reading {self.model.name}")
         read_through(self.model.path)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def process(self, way: Way) -> Contender:
-        """The way's process, started and loaded on first use."""
-        process = self._processes.get(way.process)
+    def process(self, variant: Variant) -> Runner:
+        """The variant's process, started and loaded on first use."""
+        process = self._processes.get(variant.process)
         if process is None:
-            self.told.phase(f"loading {self.model.name}: {way.process}")
-            process = self._stack.enter_context(Contender(way.process, self._environments[way.build]))
-            self._processes[way.process] = process
-            self.about.load[way.process] = process.ask(
-                "load", gguf=str(self.model.path), repack=way.repack, device=self.device
+            self.reporter.phase(f"loading {self.model.name}: {shown(variant.process)}")
+            process = self._stack.enter_context(
+                Runner(shown(variant.process), self._environments[variant.build])
+            )
+            self._processes[variant.process] = process
+            self.about.load[variant.process] = process.ask(
+                "load", gguf=str(self.model.path), repack=variant.repack, device=self.device
             )
         return process
 
-    def context(self, way: Way, cell: Cell, n_ctx: int, n_batch: int) -> tuple[Contender, str]:
-        """The way's process and the name of its context for such cells."""
-        name = f"{'fa' if way.flash else 'plain'} {cell.cache_type} {cell.sequences}x{n_ctx} {n_batch}"
-        process = self.process(way)
-        told = process.ask(
+    def context(self, variant: Variant, cell: Cell, n_ctx: int, n_batch: int) -> tuple[Runner, str]:
+        """The variant's process and the name of its context for such cells."""
+        name = f"{'fa' if variant.flash else 'plain'} {cell.cache_type} {cell.sequences}x{n_ctx} {n_batch}"
+        process = self.process(variant)
+        answer = process.ask(
             "context", name=name, n_ctx=n_ctx, n_batch=n_batch, n_ubatch=cell.ubatch, sequences=cell.sequences,
-            flash=way.flash, cache_type=cell.cache_type, threads=self.threads,
+            flash=variant.flash, cache_type=cell.cache_type, threads=self.threads,
         )  # fmt: skip
-        self.about.contexts.setdefault(f"{way.name}, {name}", told["memory"])
-        if told["fallbacks"]:
-            self.about.fallbacks[way.process] = told["fallbacks"]
+        self.about.contexts.setdefault(f"{variant.name}, {name}", answer["memory"])
+        if answer["fallbacks"]:
+            self.about.fallbacks[variant.process] = answer["fallbacks"]
         self._contexts.add((process, name))
         return process, name
 
@@ -155,8 +157,8 @@ class Arena:
         self._contexts.clear()
         self._at.clear()
 
-    def go_to(self, way: Way, cell: Cell, place: tuple[Contender, str]) -> Path:
-        """Bring the way's context to the cell's depth: from a saved state, or by decoding with our build.
+    def go_to(self, variant: Variant, cell: Cell, place: tuple[Runner, str]) -> Path:
+        """Bring the variant's context to the cell's depth: from a saved state, or by decoding with our build.
 
         Returns where the state is saved; there is none at depth 0.
         """
@@ -169,11 +171,13 @@ class Arena:
             process.ask("empty", name=name)
         else:
             if not file.is_file():
-                if way != OURS:
-                    raise AssertionError("ours goes first")
-                self.told.phase(f"filling {cell.sequences} × {cell.depth} tokens ({cell.cache_type} cache)")
+                if variant != PATCHED:
+                    raise AssertionError("the patched build goes first")
+                self.reporter.phase(
+                    f"filling {cell.sequences} × {cell.depth} tokens ({cell.cache_type} cache)"
+                )
                 atomically(file, lambda part: process.ask(
-                    "fill", self.told.step, name=name, depth=cell.depth, file=str(part)))  # fmt: skip
+                    "fill", self.reporter.step, name=name, depth=cell.depth, file=str(part)))  # fmt: skip
             else:
                 process.ask("restore", name=name, file=str(file))
         self._at[key] = wanted
@@ -181,7 +185,7 @@ class Arena:
 
 
 def read_through(file: Path) -> None:
-    """Read all of a file, so that whoever loads it first finds it in the page cache like those behind."""
+    """Read a file into the page cache, so that the first process loads it as fast as the following ones."""
     part = bytearray(1 << 22)
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(part):
@@ -195,36 +199,36 @@ def state_file(model: ModelFile, cell: Cell) -> Path:
 
 
 def measure(
-    arena: Arena, cells: Sequence[Cell], pristine: Sequence[Way], settings: Settings
+    runners: Runners, cells: Sequence[Cell], upstream: Sequence[Variant], settings: Settings
 ) -> Iterator[Result]:
     """Measure cell after cell, until the time is used up. Raises `EngineError`."""
     n_batch = max(*(cell.tokens for cell in cells), UBATCH)
     n_ctx = context_size(cells)
-    left_out: set[Way] = set()
+    left_out: set[Variant] = set()
     for i, cell in enumerate(cells):
         if time.monotonic() >= settings.until:
-            arena.skip(cells[i:], "the time of --budget was used up")
+            runners.skip(cells[i:], "the time of --budget was used up")
             return
-        rivals = [way for way in ways(cell, pristine) if way not in left_out]
+        rivals = [variant for variant in variants(cell, upstream) if variant not in left_out]
         places = {}
-        for way in (OURS, *rivals):
+        for variant in (PATCHED, *rivals):
             try:
-                places[way] = arena.context(way, cell, n_ctx, n_batch)
+                places[variant] = runners.context(variant, cell, n_ctx, n_batch)
             except NoRoomError as error:
-                if way.flash:
+                if variant.flash:
                     raise
-                arena.told.note(f"{way.name} is left out: {error.what}")
-                arena.about.left_out[way.name] = error.what
-                left_out.add(way)
+                runners.reporter.note(f"{shown(variant.name)} is left out: {error.what}")
+                runners.about.left_out[variant.name] = error.what
+                left_out.add(variant)
                 continue
-            arena.go_to(way, cell, places[way])
-        check_shared(arena, cell, places)
-        arena.told.phase(describe(vars(cell)))
-        yield measure_cell(arena, cell, places, settings)
+            runners.go_to(variant, cell, places[variant])
+        check_shared(runners, cell, places)
+        runners.reporter.phase(describe(vars(cell)))
+        yield measure_cell(runners, cell, places, settings)
 
 
 def measure_fitting(
-    arena: Arena, cells: Sequence[Cell], pristine: Sequence[Way], settings: Settings, room: int
+    runners: Runners, cells: Sequence[Cell], upstream: Sequence[Variant], settings: Settings, room: int
 ) -> Iterator[Result]:
     """Measure on a device with `room` bytes beside the models: the deepest cells are left out until all fit.
 
@@ -233,10 +237,10 @@ def measure_fitting(
     for (cache_type, sequences), group in itertools.groupby(cells, key=lambda c: (c.cache_type, c.sequences)):
         left, measured = list(group), set[Cell]()
         while left:
-            wanted = caches_bytes(arena.model, left, pristine)
+            wanted = caches_bytes(runners.model, left, upstream)
             if wanted <= room:
                 try:
-                    for result in measure(arena, left, pristine, settings):
+                    for result in measure(runners, left, upstream, settings):
                         measured.add(result.cell)
                         yield result
                     break
@@ -244,16 +248,16 @@ def measure_fitting(
                     reason = error.what
             else:
                 reason = (
-                    f"caches of {wanted / MIB:.0f} MiB, room for {max(room, 0) / MIB:.0f} beside the models"
+                    f"caches of {wanted / MIB:.0f} MiB, {max(room, 0) / MIB:.0f} MiB free next to the models"
                 )
             depth = max(cell.depth for cell in left)
-            arena.skip(
+            runners.skip(
                 (cell for cell in left if cell.depth == depth and cell not in measured),
                 f"{sequences} × {depth} tokens ({cache_type} cache) do not fit the device: {reason}",
             )
             left = [cell for cell in left if cell.depth < depth and cell not in measured]
-            arena.free_contexts()
-        arena.free_contexts()
+            runners.free_contexts()
+        runners.free_contexts()
 
 
 def context_size(cells: Sequence[Cell]) -> int:
@@ -262,36 +266,36 @@ def context_size(cells: Sequence[Cell]) -> int:
     return -(-room // 256) * 256
 
 
-def caches_bytes(model: ModelFile, cells: Sequence[Cell], pristine: Sequence[Way]) -> float:
+def caches_bytes(model: ModelFile, cells: Sequence[Cell], upstream: Sequence[Variant]) -> float:
     """Bytes of the latent caches in all contexts that these cells, alike in type and sequences, are measured in."""
     whole = replace(cells[0], depth=context_size(cells), batch=0)
-    return demand(model, whole).cache_bytes * (1 + len(ways(cells[0], pristine)))
+    return demand(model, whole).cache_bytes * (1 + len(variants(cells[0], upstream)))
 
 
 def measure_cell(
-    arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]], settings: Settings
+    runners: Runners, cell: Cell, places: Mapping[Variant, tuple[Runner, str]], settings: Settings
 ) -> Result:
-    """One cell: a first look at every way, then A B A B among ours and pristine's best ones."""
+    """One cell: a first look at every variant, then A B A B between patched and the fastest variants of upstream."""
     sampler = Sampler(cell, places)
-    first = {way: sampler.sample(way, 1) for way in places}
-    steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[OURS])))
+    first = {variant: sampler.sample(variant, 1) for variant in places}
+    steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[PATCHED])))
     if steps > 1:  # the first decodes pay for what is touched for the first time: look again
-        first = {way: sampler.sample(way, min(steps, 4)) for way in places}
-    rivals = {way.name: seconds for way, seconds in first.items() if way != OURS}
+        first = {variant: sampler.sample(variant, min(steps, 4)) for variant in places}
+    rivals = {variant.name: seconds for variant, seconds in first.items() if variant != PATCHED}
     near = worth_measuring(rivals)
-    taking = [OURS, *(way for way in places if way.name in near)]
-    samples: dict[str, list[float]] = {way.name: [] for way in taking}
-    if first[OURS] >= LONG:
-        samples = {way.name: [first[way]] for way in taking}
+    taking = [PATCHED, *(variant for variant in places if variant.name in near)]
+    samples: dict[str, list[float]] = {variant.name: [] for variant in taking}
+    if first[PATCHED] >= LONG:
+        samples = {variant.name: [first[variant]] for variant in taking}
     else:
         sampler.forget()
     deadline = time.monotonic() + settings.cell_seconds
     while not all(stable(each) for each in samples.values()):
-        done = len(samples[OURS.name])
+        done = len(samples[PATCHED.name])
         if time.monotonic() >= deadline and done >= 2:
             break
-        for way in taking if done % 2 == 0 else reversed(taking):
-            samples[way.name].append(sampler.sample(way, steps))
+        for variant in taking if done % 2 == 0 else reversed(taking):
+            samples[variant.name].append(sampler.sample(variant, steps))
     ruled_out = {name: seconds for name, seconds in rivals.items() if name not in near}
     return Result(cell, samples, ruled_out, steps, sampler.others())
 
@@ -299,14 +303,14 @@ def measure_cell(
 class Sampler:
     """Samples of a cell, and how much other work there was around them."""
 
-    def __init__(self, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:
+    def __init__(self, cell: Cell, places: Mapping[Variant, tuple[Runner, str]]) -> None:
         self._cell, self._places = cell, places
         self._own = {process.pid for process, _ in places.values()}
-        self._taken: list[Calm[dict[str, Any]]] = []
+        self._taken: list[Attempt[dict[str, Any]]] = []
 
-    def sample(self, way: Way, steps: int) -> float:
+    def sample(self, variant: Variant, steps: int) -> float:
         """Seconds of a decode, the mean of `steps`."""
-        process, name = self._places[way]
+        process, name = self._places[variant]
         cell = self._cell
 
         def ask() -> dict[str, Any]:
@@ -314,7 +318,7 @@ class Sampler:
                 "time", name=name, batch=cell.batch, steps=steps, warm=cell.warm, threads=cell.threads
             )
 
-        self._taken.append(calmly(ask, cell.threads, self._own))
+        self._taken.append(undisturbed(ask, cell.threads, self._own))
         seconds: list[float] = self._taken[-1].answer["seconds"]
         return sum(seconds) / len(seconds)
 
@@ -328,24 +332,24 @@ class Sampler:
         return sum(work for work, _ in known) / sum(took for _, took in known) if known else None
 
 
-def check_shared(arena: Arena, cell: Cell, places: Mapping[Way, tuple[Contender, str]]) -> None:
-    """The next token's logits behind the shared state: every build and way must mean the same state by it."""
+def check_shared(runners: Runners, cell: Cell, places: Mapping[Variant, tuple[Runner, str]]) -> None:
+    """Check that all variants compute the same logits after the shared state."""
     mine = f"{cell.cache_type} cache, {cell.sequences} × {cell.depth}"
-    if cell.depth == 0 or all(f"{way.name}, {mine}" in arena.about.shared for way in places):
+    if cell.depth == 0 or all(f"{variant.name}, {mine}" in runners.about.shared for variant in places):
         return
     with tempfile.TemporaryDirectory() as folder:
         logits = {}
-        for i, (way, (process, name)) in enumerate(places.items()):
+        for i, (variant, (process, name)) in enumerate(places.items()):
             file = Path(folder) / f"{i}.npy"
-            process.ask("logits", name=name, threads=arena.threads, file=str(file))
-            logits[way] = np.load(file).astype(np.float64)
-    for way, theirs in logits.items():
-        error = float(np.square(theirs - logits[OURS]).sum() / np.square(logits[OURS]).sum())
+            process.ask("logits", name=name, threads=runners.threads, file=str(file))
+            logits[variant] = np.load(file).astype(np.float64)
+    for variant, row in logits.items():
+        error = float(np.square(row - logits[PATCHED]).sum() / np.square(logits[PATCHED]).sum())
         if not error <= SAME:
             raise EngineError(
-                f"{way.name}: behind a saved state of {cell.depth} tokens its logits are not ours",
+                f"{shown(variant.name)}: after a saved state of {cell.depth} tokens its logits differ from patched",
                 expected=f"NMSE up to {SAME}",
                 found=f"{error:.2g}",
                 todo="compare the builds with validate-kimi: one of them is wrong",
             )
-        arena.about.shared[f"{way.name}, {mine}"] = error
+        runners.about.shared[f"{variant.name}, {mine}"] = error

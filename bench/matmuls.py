@@ -1,8 +1,8 @@
-"""Products of weights alone, type by type: pristine against ours, and against the machine's limit.
+"""Times single matmuls, by weight type: upstream, patched, and % of roofline.
 
-Flows in: either build's libraries. Flows out: a row for each type and shape. Weights lie as llama.cpp puts them by
-default on our side; pristine is at its best over `--repack 0/1`. The limit is the products that are formed over the
-processor's rate for their kind, or the weights' bytes over the memory's rate, whichever takes longer.
+Input: the libraries of both builds. Output: a row for each type and shape. Weights are repacked as llama.cpp does by
+default; upstream uses the faster of `--repack 0/1`. The least time is that of the multiply-adds at the peak rate of
+their type, or of reading the weights, whichever is longer.
 """
 
 from __future__ import annotations
@@ -14,42 +14,42 @@ from typing import Any
 
 import gguf
 
-from kimi_gguf.bench.limits import measure_limits
 from kimi_gguf.bench.operators import Case, measure_case, programs
+from kimi_gguf.bench.roofline import measure_peaks
 from kimi_gguf.engine.progress import Reporter
 
 WEIGHTS = (
     "Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "BF16", "F16",
 )  # fmt: skip
 K = 2304  # the 48B's hidden size
-USED = 8  # experts of a token
-PRISTINE, OURS = ("product", "product-rows"), "product"
+USED = 8  # experts per token
+UPSTREAM, PATCHED = ("product", "product-rows"), "product"
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a product of the table has to do."""
+    """A matmul of the table."""
 
     title: str
     rows: int
     tokens: int
     experts: int = 0
-    copies: int = 1  # one behind the other, so that caches do not hold them
+    copies: int = 1  # computed one after the other, so that the caches do not hold them
 
     def options(self, weights: str) -> tuple[str, ...]:
-        """For the program."""
+        """Arguments of the program."""
         return (
             f"weights={weights.lower().replace('_k', '_K')}", f"k={K}", f"rows={self.rows}", f"tokens={self.tokens}",
             f"experts={self.experts}", f"used={USED}", f"layers={self.copies}", "seconds=0.2", "least=3",
         )  # fmt: skip
 
     @property
-    def products(self) -> int:
+    def macs(self) -> int:
         """Multiply-adds of a copy."""
         return K * self.rows * self.tokens * (USED if self.experts else 1)
 
     def weight_bytes(self, weights: str) -> float:
-        """Of a copy; every expert is met."""
+        """Bytes of a copy; every expert is used."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[weights]]
         return K * self.rows * max(self.experts, 1) * float(block_bytes / block)
 
@@ -63,25 +63,25 @@ SHAPES = (
 )
 
 
-def measure_products(libraries: dict[str, Path], threads: int, told: Reporter) -> Iterator[dict[str, Any]]:
-    """Each type and shape, in turns. Raises `EngineError`."""
+def measure_matmuls(libraries: dict[str, Path], threads: int, reporter: Reporter) -> Iterator[dict[str, Any]]:
+    """Measure each type and shape, A/B. Raises `EngineError`."""
     made = programs(libraries)
     for weights in WEIGHTS:
-        limits = measure_limits(threads)
+        peaks = measure_peaks(threads)
         for shape in SHAPES:
-            case = Case(f"{weights}, {shape.title}", "", PRISTINE, OURS, shape.options(weights))
-            told.phase(case.title)
+            case = Case(f"{weights}, {shape.title}", "", UPSTREAM, PATCHED, shape.options(weights))
+            reporter.phase(case.title)
             row = measure_case(made, case, threads)
-            forming, reading = (
-                shape.products / limits.products(weights),
-                shape.weight_bytes(weights) / limits.read,
+            computing, reading = (
+                shape.macs / peaks.matmul(weights),
+                shape.weight_bytes(weights) / peaks.read,
             )
             yield row | {
                 "weights": weights,
                 "shape": shape.title,
                 "floor": {
-                    "share": max(forming, reading) / row["patched"]["seconds"],
-                    "bound": "products" if forming >= reading else "memory",
-                    "limits": vars(limits),
+                    "share": max(computing, reading) / row["patched"]["seconds"],
+                    "bound": "products" if computing >= reading else "memory",
+                    "limits": vars(peaks),
                 },
             }

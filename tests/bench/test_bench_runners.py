@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from bench_case import own_cache
 
-from kimi_gguf.bench.contender import Contender, environment_of
 from kimi_gguf.bench.models import generate
+from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
 from kimi_gguf.bench.state import StateError, plain_layout, repeated
 from kimi_gguf.engine.builds import Engine
@@ -30,24 +30,24 @@ def gguf(tmp_path: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> P
     return generate(BenchModel("kimi-linear", 4, 8, "BF16", "tiny"), pristine, Silent())
 
 
-def start(engine: Engine) -> Contender:
+def start(engine: Engine) -> Runner:
     name = "pristine" if engine.pristine else "patched"
-    return Contender(name, environment_of(engine.environment(), None, ours=not engine.pristine))
+    return Runner(name, environment_of(engine.environment(), None, patched=not engine.pristine))
 
 
 @pytest.fixture
-def contenders(gguf: Path, engine: Engine, pristine: Engine) -> Iterator[tuple[Contender, Contender]]:
+def runners(gguf: Path, engine: Engine, pristine: Engine) -> Iterator[tuple[Runner, Runner]]:
     with start(engine) as ours, start(pristine) as theirs:
-        for contender in (ours, theirs):
-            contender.ask("load", gguf=str(gguf), repack=True)
-            contender.ask("context", name="fa", flash=True, **CONTEXT)
-            contender.ask("context", name="plain", flash=False, **CONTEXT)
+        for runner in (ours, theirs):
+            runner.ask("load", gguf=str(gguf), repack=True)
+            runner.ask("context", name="fa", flash=True, **CONTEXT)
+            runner.ask("context", name="plain", flash=False, **CONTEXT)
         yield ours, theirs
 
 
-def logits(contender: Contender, context: str, folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def logits(runner: Runner, context: str, folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     file = folder / "logits.npy"
-    contender.ask("logits", name=context, threads=1, file=str(file))
+    runner.ask("logits", name=context, threads=1, file=str(file))
     values = np.load(file).astype(np.float64)
     assert np.isfinite(values).all()
     return values
@@ -59,24 +59,22 @@ def nmse(
     return float(np.square(a - b).sum() / np.square(b).sum())
 
 
-def test_a_state_of_ours_is_pristine_s_too(contenders: tuple[Contender, Contender], tmp_path: Path) -> None:
-    ours, theirs = contenders
+def test_a_state_of_ours_is_pristine_s_too(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
+    ours, theirs = runners
     file = str(tmp_path / "state")
     ours.ask("fill", name="fa", depth=DEPTH, file=file)
     wanted = logits(ours, "fa", tmp_path)
     theirs.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "theirs"))
     alone = nmse(logits(theirs, "fa", tmp_path), wanted)  # each from its own state: what the builds differ by
-    for contender, context in ((theirs, "fa"), (theirs, "plain"), (ours, "plain")):
-        contender.ask("empty", name=context)
-        assert nmse(logits(contender, context, tmp_path), wanted) > 1e-2, "another state gives other logits"
-        contender.ask("restore", name=context, file=file)
-        assert nmse(logits(contender, context, tmp_path), wanted) < max(1e-3, 2 * alone)
+    for runner, context in ((theirs, "fa"), (theirs, "plain"), (ours, "plain")):
+        runner.ask("empty", name=context)
+        assert nmse(logits(runner, context, tmp_path), wanted) > 1e-2, "another state gives other logits"
+        runner.ask("restore", name=context, file=file)
+        assert nmse(logits(runner, context, tmp_path), wanted) < max(1e-3, 2 * alone)
 
 
-def test_timing_goes_back_to_the_state_each_time(
-    contenders: tuple[Contender, Contender], tmp_path: Path
-) -> None:
-    ours, _ = contenders
+def test_timing_goes_back_to_the_state_each_time(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
+    ours, _ = runners
     ours.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "state"))
     before = logits(ours, "fa", tmp_path)
     told = ours.ask("time", name="fa", batch=7, steps=3, warm=2, threads=1)
@@ -85,10 +83,8 @@ def test_timing_goes_back_to_the_state_each_time(
     assert (logits(ours, "fa", tmp_path) == before).all()
 
 
-def test_a_repeated_state_is_as_deep_as_it_says(
-    contenders: tuple[Contender, Contender], tmp_path: Path
-) -> None:
-    ours, _ = contenders
+def test_a_repeated_state_is_as_deep_as_it_says(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
+    ours, _ = runners
     file = tmp_path / "state"
     ours.ask("fill", name="fa", depth=DEPTH, file=str(file))
     state = np.fromfile(file, np.uint8)[8:]
