@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--operators", action="store_true", help="time single operators, one layer of the 48B's sizes"
     )
     which.add_argument(
-        "--products", action="store_true", help="time single matmuls by weight type, with % of roofline"
+        "--products", action="store_true", help="time single matmuls by weight type, with %% of roofline"
     )
     which.add_argument(
         "--hybrid",
