@@ -150,7 +150,7 @@ def open_model(path: Path) -> ModelFile:
 
 def convert_demo(kind: str, reporter: Reporter) -> Path:
     """The demo checkpoint as a GGUF file of one of the converter's types, in the cache. Raises `EngineError`."""
-    demo = Path(__file__).resolve().parents[2] / "demo"
+    demo = Path(__file__).resolve().parents[1] / "demo"
     if not (demo / "config.json").is_file():
         raise EngineError("the demo checkpoint is not here", todo="run from a source checkout of kimi-gguf")
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(demo.glob("*.safetensors"))))

@@ -279,4 +279,4 @@ def test_the_driver_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_toolkit_without_cublas_is_said() -> None:
     log = 'CMake Error:\n  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n'
     assert "whole CUDA toolkit, with cuBLAS" in advice(log)
-    assert advice("error: expected ';'") == "mend what the log shows, then build again"
+    assert advice("error: expected ';'") == "correct what the log shows, then build again"
