@@ -52,8 +52,7 @@ static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params
     }
     product p = { op, weights, g.used, false, 0, 0 };
     for (int i = 0; i < g.count; ++i) {
-        if (g.all[i].op->src[1] == op->src[1] &&
-            g.all[i].weights->activations(g.all[i].op) == weights->activations(op)) {
+        if (g.all[i].op->src[1] == op->src[1] && g.all[i].weights->format(g.all[i].op) == weights->format(op)) {
             p.packed = g.all[i].packed;
             p.shares = true;
         }

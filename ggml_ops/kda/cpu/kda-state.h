@@ -1,6 +1,6 @@
 #pragma once
 
-// Where the KDA operators leave their new states, and how a following copy into the cache is taken over.
+// Where the KDA operators write their new states on the CPU.
 
 #include "ggml.h"
 
@@ -18,10 +18,9 @@ struct ggml_kda_state_dest {
     size_t slot_stride;
 };
 
-// Node node_n is a KDA operator. When the copy of its new states into the cache follows at once, and every
-// sequence writes where it has read, computes the operator with the states written straight into the cache.
+// Computes the KDA operator at node_n and writes its new states into the cache, if the copy after it can be elided.
 // Returns the number of nodes after node_n that are done with it; 0: nothing was computed.
-int ggml_kda_try_fuse_copy(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
+int ggml_kda_elide_state_copy(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
 
 #ifdef __cplusplus
 }

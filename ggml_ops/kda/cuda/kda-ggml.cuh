@@ -4,11 +4,11 @@
 
 #include "common.cuh"
 
-// Whether the kernels take the node as it is: NVIDIA devices, head sizes, alignment.
-bool ggml_cuda_kda_supported(int device, const ggml_tensor * op);
+// Why the kernels do not support the node on this device; nullptr: they do.
+const char * ggml_cuda_kda_refused(int device, const ggml_tensor * op);
 
 void ggml_cuda_op_kda(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// Node i is a KDA operator. When the copy of its new states into the cache follows at once, computes both. Returns the
-// number of nodes behind node i that are done with it; 0: nothing was computed.
-int ggml_cuda_try_fuse_kda_copy(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);
+// Computes the KDA operator at node i and writes its new states into the cache, if the copy after it can be elided.
+// Returns the number of nodes after node i that are done with it; 0: nothing was computed.
+int ggml_cuda_kda_elide_state_copy(ggml_backend_cuda_context & ctx, const ggml_cgraph * cgraph, int i);

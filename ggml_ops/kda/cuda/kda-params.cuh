@@ -36,7 +36,7 @@ struct states {
     int             n_seqs;
     int             n_slots;  // snapshots asked for
     state_dest      result;
-    state_dest      in_cache;   // data == nullptr: no copy is taken over
+    state_dest      in_cache;   // data == nullptr: no copy is elided
     int64_t         first_row;  // of the cache, that in_cache begins with
 };
 
@@ -47,7 +47,7 @@ struct gate_kind {
 };
 
 // Moves what an operator left in its result to the cache, after it could not write there itself; `size` floats a state.
-// One launch for operators of more than one sequence whose copy was taken over; nothing otherwise.
+// One launch for operators of more than one sequence whose copy was elided; nothing otherwise.
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream);
 
 // out [n, size] = the rows of the cache [.., size] that `rows` [n] names.

@@ -1,5 +1,5 @@
-// Products of few columns in two steps, for neighbours that share the packed activations and the barrier behind them
-// (node fusion): the same values as quant-gemm.cpp's.
+// Matmuls of few columns in two steps, for neighbours that share the packed activations and the barrier (node fusion).
+// The values are those of quant-gemm.cpp.
 
 #include "packed-product.h"
 #include "quant-gemm-dot.h"
@@ -12,7 +12,7 @@ quant_gemm_layout ggml_quant_gemm_layout(const ggml_tensor * product) {
         return QUANT_GEMM_ROWS;
     }
     const ggml::cpu::packed_product * packed = ggml::cpu::repacked_product(product);
-    return packed != nullptr ? (quant_gemm_layout) packed->layout() : QUANT_GEMM_OTHER;
+    return packed != nullptr ? packed->layout() : QUANT_GEMM_OTHER;
 }
 
 namespace quant_gemm {
@@ -27,9 +27,9 @@ namespace {
 
 class Steps : public ggml::cpu::packed_product {
   public:
-    int activations(const ggml_tensor * op) const override {
+    ggml::cpu::packed_format format(const ggml_tensor * op) const override {
         const Format * format = format_of(op);
-        return -1 - ((int) format->scheme * 256 + format->offset);
+        return { ggml::cpu::packed_format::QUANT_GEMM, (int) format->scheme, format->offset };
     }
 
     int64_t row_step() const override { return PANEL_ROWS; }
@@ -65,10 +65,7 @@ class Steps : public ggml::cpu::packed_product {
 
 }  // namespace
 
-}  // namespace quant_gemm
-
-ggml::cpu::packed_product * ggml_quant_gemm_steps(const ggml_tensor * product) {
-    using namespace quant_gemm;
+static ggml::cpu::packed_product * find_steps(const ggml_tensor * product) {
     static Steps   steps;
     const Format * format = format_of(product);
     if (format == nullptr || product->op != GGML_OP_MUL_MAT || ggml_nrows(product) != product->ne[1]) {
@@ -76,4 +73,11 @@ ggml::cpu::packed_product * ggml_quant_gemm_steps(const ggml_tensor * product) {
     }
     const bool few = product->ne[1] < std::min(format->min_columns, MAX_COLUMNS + 1);
     return few && find_dot(*format) != nullptr ? &steps : nullptr;
+}
+
+}  // namespace quant_gemm
+
+ggml::cpu::packed_product * ggml::cpu::find_packed_product(const ggml_tensor * op) {
+    packed_product * steps = quant_gemm::find_steps(op);
+    return steps != nullptr ? steps : repacked_product(op);
 }

@@ -10,10 +10,6 @@
 #include <stddef.h>
 
 #ifdef __cplusplus
-namespace ggml::cpu {
-class packed_product;
-}
-
 extern "C" {
 #endif
 
@@ -45,10 +41,6 @@ int ggml_quant_gemm_gated(const struct ggml_cgraph * cgraph, int node_n, const s
 
 // How the weights of a product lie; QUANT_GEMM_OTHER where they are in a buffer of another kind.
 quant_gemm_layout ggml_quant_gemm_layout(const ggml_tensor * product);
-
-// A MUL_MAT of one matrix with so few columns that rows are dotted as they lie, in the two steps in which neighbours
-// share it (node fusion); nullptr for every other node.
-ggml::cpu::packed_product * ggml_quant_gemm_steps(const ggml_tensor * product);
 
 // The products of ggml_quant_gemm_gated, of one shape, type and layout, and of the same activations.
 bool ggml_compute_forward_quant_gemm_gated(const ggml_compute_params * params,

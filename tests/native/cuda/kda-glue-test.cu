@@ -70,8 +70,8 @@ struct graph {
         for (int i = 0; i < ggml_graph_n_nodes(nodes); ++i) {
             ggml_tensor * t = ggml_graph_node(nodes, i);
             if (t->op == GGML_OP_KDA_CONV || t->op == GGML_OP_KDA_SCAN) {
-                CHECK(ggml_cuda_kda_supported(0, t));
-                const int n = ggml_cuda_try_fuse_kda_copy(cuda, nodes, i);
+                CHECK(ggml_cuda_kda_refused(0, t) == nullptr);
+                const int n = ggml_cuda_kda_elide_state_copy(cuda, nodes, i);
                 if (n == 0) {
                     ggml_cuda_op_kda(cuda, t);
                 }
@@ -304,8 +304,8 @@ static void test_conv(const conv_shape & n, const surroundings & around, bool ne
     });
 }
 
-// A node whose q lies `offset` floats and rows `gap` floats apart, on a device of this capability.
-static bool supported(int64_t D, int64_t gap, int64_t offset, int cc) {
+// Why a node with q at `offset` floats and `gap` floats between rows is refused on a device of this capability.
+static std::string refused(int64_t D, int64_t gap, int64_t offset, int cc) {
     standin_capability  = cc;
     ggml_context * ctx  = ggml_init({ 1 << 20, nullptr, true });
     const int64_t  C    = 2 * D;
@@ -315,10 +315,10 @@ static bool supported(int64_t D, int64_t gap, int64_t offset, int cc) {
     ggml_tensor *  rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
     ggml_tensor *  op =
         ggml_kda_conv(ctx, q, q, q, w, w, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 9 * C, 1), rows, D, 1, -1, 1e-6f);
-    const bool yes = ggml_cuda_kda_supported(0, op);
+    const char * reason = ggml_cuda_kda_refused(0, op);
     ggml_free(ctx);
     standin_capability = 800;
-    return yes;
+    return reason != nullptr ? reason : "";
 }
 
 int main() {
@@ -335,10 +335,10 @@ int main() {
     test_scan({ 32, 2, 66, 2, 2 }, all_surroundings[1], false, reading::permuted);
     standin_capability = 800;
 
-    CHECK(supported(64, 4, 4, 750));
-    CHECK(!supported(64, 4, 4, 610));
-    CHECK(!supported(48, 4, 4, 800));
-    CHECK(!supported(64, 2, 4, 800));
-    CHECK(!supported(64, 4, 2, 800));
+    CHECK(refused(64, 4, 4, 750) == "");
+    CHECK(refused(64, 4, 4, 610) == "a device older than compute capability 7.0");
+    CHECK(refused(48, 4, 4, 800) == "a head size other than 32, 64, 96, 128, 256");
+    CHECK(refused(64, 2, 4, 800) == "a source whose rows are not aligned to 16 bytes");
+    CHECK(refused(64, 4, 2, 800) == "a source whose rows are not aligned to 16 bytes");
     printf("%d cases, all as they should be\n", n_cases);
 }
