@@ -1,10 +1,10 @@
 #pragma once
 
-// Marks that the builder of a graph leaves on nodes: what a backend must not use for them.
+// Marks on the nodes of a graph. The builder of the graph sets them; each forbids a backend one of our code paths.
 //
-// A mark is a bit in the last of the operator's parameters, which upstream reads for none of the operators marked: a
-// backend that does not know the marks computes the node as usual. Marks belong to the graph, so contexts of one
-// process may differ in them, and a graph that is reused keeps its own.
+// A mark is a bit in the operator's last parameter, which upstream does not read for the operators concerned, so a
+// backend that does not know the marks computes the node as usual. Marks belong to the graph: contexts of one process
+// may use different marks, and a reused graph keeps its marks.
 
 #include "ggml.h"
 

@@ -1,7 +1,7 @@
 #pragma once
 
-// What our CUDA kernels share: products on tensor cores, floats as sums of 16-bit numbers for them, and asynchronous
-// copies. Kernels that call it leave it out below compute capability 8.0, which the PTX wants.
+// Shared by our CUDA kernels: matmul on tensor cores, floats as sums of 16-bit numbers for it, and asynchronous copies.
+// The PTX requires compute capability 8.0; kernels do not call these functions below it.
 //
 // Fragments of mma.sync m16n8k16, lane = 4*g + t:
 //   a[0..3]: (row g, columns 2t 2t+1), (row g+8, the same), (row g, columns 2t+8 2t+9), (row g+8, the same)
@@ -16,7 +16,7 @@
 #include <cstring>
 #include <type_traits>
 
-// What only those kernels use is not referenced there.
+// Functions that only those kernels use are not referenced there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #pragma nv_diag_suppress 177
 #endif
@@ -26,7 +26,7 @@ namespace kimi_cuda {
 constexpr int      WARP      = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// Two neighbouring values in a word, the first in its low half. T: __half or __nv_bfloat16
+// Packs two neighbouring values into a word, the first in its low half. T: __half or __nv_bfloat16
 template <typename T> static __device__ __forceinline__ uint32_t pack(float x, float y) {
     uint32_t bits;
     if constexpr (std::is_same_v<T, __half>) {
@@ -39,7 +39,7 @@ template <typename T> static __device__ __forceinline__ uint32_t pack(float x, f
     return bits;
 }
 
-// The first and the second of them.
+// The first value of a packed word; second_of returns the second.
 template <typename T> static __device__ __forceinline__ float first_of(uint32_t bits) {
     if constexpr (std::is_same_v<T, __half>) {
         return __half2float(__ushort_as_half(bits & 0xffff));
@@ -56,8 +56,8 @@ template <typename T> static __device__ __forceinline__ float second_of(uint32_t
     }
 }
 
-// Two floats, each as the sum of up to two 16-bit numbers: of bf16 to 2^-17 of it, with float32's range; of halves to
-// 2^-22, within theirs.
+// Two floats, each as the sum of up to two 16-bit numbers. The relative error of two bf16 is 2^-17, with float32's
+// range; that of two halves is 2^-22, within the range of halves.
 template <int TERMS> struct terms {
     uint32_t term[TERMS];
 };
@@ -91,8 +91,8 @@ static __device__ __forceinline__ uint32_t shared_address(const void * shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Four 8 x 8 matrices of 16-bit values; lane 8*i + j gives the address of row j of matrix i. Lane 4*g + t gets of each
-// matrix (row g, columns 2t 2t+1), and transposed (rows 2t 2t+1, column g).
+// Loads four 8 x 8 matrices of 16-bit values; lane 8*i + j passes the address of row j of matrix i. Lane 4*g + t gets
+// (row g, columns 2t 2t+1) of each matrix; transposed, (rows 2t 2t+1, column g).
 static __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void * row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -107,8 +107,8 @@ static __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4]
                  : "memory");
 }
 
-// 16 or 4 bytes from global to shared memory, both so aligned; where `given` is said, only so many are read and the
-// rest is zero.
+// Copies 16 or 4 bytes from global to shared memory; both addresses must be aligned to this size. With `given`, only
+// that many bytes are read and the rest becomes zero.
 static __device__ __forceinline__ void copy_16_async(void * shared, const void * global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(shared_address(shared)), "l"(global) : "memory");
 }

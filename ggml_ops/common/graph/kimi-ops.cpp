@@ -66,7 +66,7 @@ void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops) {
         if ((matmul && !ops.moe) || (node->op == GGML_OP_FLASH_ATTN_EXT && !ops.mla)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UPSTREAM);
         }
-        // the nodes that fused runs start with (node-fusion.cpp)
+        // a fused run starts with one of these nodes (node-fusion.cpp)
         if (!ops.fuse && (matmul || node->op == GGML_OP_UNARY || node->op == GGML_OP_MUL)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
         }

@@ -12,10 +12,10 @@
 #include <cmath>
 #include <stdexcept>
 
-// fixed by the reference, whatever rms_norm_eps is
+// a constant of the reference, independent of rms_norm_eps
 static constexpr float KDA_L2_NORM_EPS = 1e-6f;
 
-// Refusal is logged once, when a context is made: upstream's graph takes over, or nothing does.
+// Logs the reason, once per context: upstream's graph is used instead. Throws if `ops` requires the operators.
 static bool refuse(const llama_kimi_ops & ops, const std::string & reason) {
     if (ops.require) {
         throw std::runtime_error("KIMI_OPS=require: KDA operators cannot be used: " + reason);
@@ -76,8 +76,8 @@ bool llama_kda_resolve(const llama_model &                                      
     return true;
 }
 
-// Copies what the cells behind those of the batch take over from elsewhere. Reads the cache after the operator
-// has read it, and writes it before the new states do.
+// Appends the copies of states to the cells that follow those of the batch. They read the cache after the operator has
+// read it, and write to it before the new states are stored.
 static void copy_extra_states(const llm_graph_context & g, llm_graph_input_rs * inp, ggml_tensor * cache) {
     const auto *  mctx    = inp->mctx;
     const int64_t n_seqs  = g.ubatch.n_seqs;
@@ -96,8 +96,8 @@ static void copy_extra_states(const llm_graph_context & g, llm_graph_input_rs * 
     ggml_build_forward_expand(g.gf, ggml_cpy(g.ctx0, from, to));
 }
 
-// Appends to the graph: op, and the copy of its new states, which begin after n_out values, into the cache:
-// snapshot s of each sequence into group s of the cells.
+// Appends to the graph: op, and the copy of its new states to the cache. The new states follow the n_out output values
+// of op; snapshot s of each sequence goes to group s of the cells.
 static void store_states(const llm_graph_context & g,
                          llm_graph_input_rs *      inp,
                          ggml_tensor *             cache,
@@ -125,7 +125,7 @@ ggml_tensor * llama_kda_mixer(
     ggml_context * ctx = g.ctx0;
 
     const int64_t D = g.hparams.n_embd_head_kda;
-    const int64_t H = g.hparams.n_head();  // as weights are loaded: a file may give KDA layers no heads of their own
+    const int64_t H = g.hparams.n_head();  // as for loading weights; a file may give KDA layers no heads of their own
     const int64_t C = D * H;
     const int64_t T = g.ubatch.n_seq_tokens;
     const int64_t S = g.ubatch.n_seqs;
@@ -133,8 +133,8 @@ ggml_tensor * llama_kda_mixer(
     const int64_t n_snapshots = g.cparams.n_rs_seq + 1;
     const int32_t zero_row    = inp->mctx->get_rs_z();
 
-    // what is made of x, one after the other, so that a backend can take these products together
-    ggml_tensor * qkv[3];  // [C, T, S], one product or three
+    // the matmuls of x, next to each other so that a backend can compute them together
+    ggml_tensor * qkv[3];  // [C, T, S], from one matmul or three
     if (layer.wqkv) {
         ggml_tensor * all = ggml_mul_mat(ctx, layer.wqkv, x);
         for (int i = 0; i < 3; ++i) {

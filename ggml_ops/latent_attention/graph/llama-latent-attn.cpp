@@ -13,17 +13,17 @@
 #include <stdexcept>
 #include <string>
 
-// From how many queries a stream on the decompressed form takes less time than the absorbed one with its products with
-// k_b and v_b, by the number of keys. Expanding a key costs as much as attending to it for hundreds of queries, but with
-// few keys those products weigh more. See README.md.
+// The number of queries per stream from which the decompressed form is faster than the absorbed form with its matmuls
+// by k_b and v_b. Expanding a key costs as much as attending to it for hundreds of queries; the fewer keys there are,
+// the more those matmuls count. See README.md.
 struct Threshold {
-    int64_t n_keys;  // up to so many
+    int64_t n_keys;  // this line is for up to n_keys keys
     int64_t f32;
-    int64_t halves;  // F16, BF16 and types without a column
+    int64_t halves;  // F16, BF16, and all types without a field of their own
     int64_t codes;   // Q8_0, Q4_0
 };
 
-// Measured. An absorbed pair costs less where scores and values are integer products (latent-int16).
+// Measured. With Q8_0 and Q4_0 an absorbed pair costs less, because it is computed in integers (latent-int16).
 static constexpr Threshold CPU[] = {
     { 512, 96, 96, 112 },
     { 1536, 128, 128, 192 },
@@ -31,8 +31,8 @@ static constexpr Threshold CPU[] = {
     { INT64_MAX, 160, 160, 288 },
 };
 
-// Counted, not measured: upstream's absorbed kernel multiplies in one pass, the kernels here in as many as their bound
-// of the error asks for.
+// Computed from the number of multiply-adds, not measured: upstream's absorbed kernel needs one pass, the decompressed
+// kernels need as many as their error bound requires.
 static constexpr Threshold CUDA[] = {
     { 512, 768, 464, 128 },
     { 2048, 1232, 688, 160 },
@@ -56,12 +56,12 @@ static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
     }
 }
 
-// The cache as the operator wants it: [n_cache, n_keys, 1, n_stream].
+// The cache in the layout of the operator: [n_cache, n_keys, 1, n_stream].
 static ggml_tensor * cache_of(const llm_graph_context & g, const llm_graph_input_attn_k * inp, int il) {
     return ggml_permute(g.ctx0, inp->mctx->get_k(g.ctx0, il), 0, 2, 1, 3);
 }
 
-// q [n_key, n_head, n_tokens] as the operator wants it: [n_key, n_tokens of one stream, n_head, n_stream].
+// q [n_key, n_head, n_tokens] in the layout of the operator: [n_key, n_tokens of one stream, n_head, n_stream].
 static ggml_tensor * by_stream(ggml_context * ctx, ggml_tensor * q, int64_t n_stream) {
     const int64_t n_tokens = q->ne[2] / n_stream;
     q = ggml_view_4d(ctx, q, q->ne[0], q->ne[1], n_tokens, n_stream, q->nb[1], q->nb[2], q->nb[2] * n_tokens, 0);
