@@ -233,13 +233,17 @@ class Context:
         shape = (self._rows, self.model.n_vocab)
         return np.ctypeslib.as_array(self._api.llama_get_logits(self._handle), shape)
 
-    def remove(self, sequence: int, start: int) -> bool:
-        """Take back the positions of a sequence from `start` on (-1: all); False where that is refused."""
-        return bool(self._api.llama_memory_seq_rm(self._memory, sequence, start, -1))
+    def remove(self, sequence: int, start: int, end: int = -1) -> bool:
+        """Remove the positions [start, end) of a sequence (-1: from the first, to the last); False: refused."""
+        return bool(self._api.llama_memory_seq_rm(self._memory, sequence, start, end))
 
     def copy(self, sequence: int, to: int) -> None:
         """Let another sequence share the tokens of this one."""
         self._api.llama_memory_seq_cp(self._memory, sequence, to, -1, -1)
+
+    def keep(self, sequence: int) -> None:
+        """Remove all other sequences."""
+        self._api.llama_memory_seq_keep(self._memory, sequence)
 
     def clear(self, data: bool = True) -> None:
         """Empty the memory; data: zero the buffers too."""

@@ -80,9 +80,27 @@ def cut(sequence: int, first: int) -> Step:
     return ["cut", sequence, first]
 
 
-def remove(sequence: int, first: int) -> Step:
-    """As `cut`, but llama.cpp may refuse; see `Played.removed`."""
-    return ["remove", sequence, first]
+def remove(sequence: int, first: int, end: int = -1) -> Step:
+    """Remove positions [first, end) of a sequence; llama.cpp may refuse, see `Played.removed`. -1: to the last."""
+    return ["remove", sequence, first, end]
+
+
+def attempt(*tokens: tuple[int, int, int], nodes: int | None = None) -> Step:
+    """As `decode`, without logits, aborted after so many nodes of the graph; None: not.
+
+    Whether the tokens were decoded is in `Played.removed`.
+    """
+    return ["attempt", [[int(number) for number in token] for token in tokens], nodes]
+
+
+def copy(sequence: int, to: int) -> Step:
+    """Let another sequence share the tokens of this one."""
+    return ["copy", sequence, to]
+
+
+def keep(sequence: int) -> Step:
+    """Remove all other sequences."""
+    return ["keep", sequence]
 
 
 def context(**environment: str) -> Step:

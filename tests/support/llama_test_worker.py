@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, Token
 from kimi_gguf.engine.worker import Progress, serve
+
+ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_callback
 
 
 class Player:
@@ -23,12 +26,14 @@ class Player:
         n_ctx = setup.pop("cells") * setup["n_seq_max"]
         self._setup = {**setup, "n_ctx": n_ctx, "n_batch": 4096}
         self._contexts: list[Context] = []
+        self._nodes_left: int | None = None
+        self._abort_callback = ABORT_CALLBACK(self._is_aborted)
         self.context({})
         self.logits: list[Logits] = []
 
     def context(self, environment: dict[str, str]) -> None:
         os.environ.update(environment)
-        self._contexts.append(Context(self._model, **self._setup))
+        self._contexts.append(Context(self._model, **self._setup, abort_callback=self._abort_callback))
         for name in environment:
             del os.environ[name]
         self.use(-1)
@@ -38,6 +43,24 @@ class Player:
 
     def decode(self, tokens: list[Token], wanted: list[int] | None) -> None:
         self.logits.append(self._context.decode(tokens, wanted).copy())
+
+    def attempt(self, tokens: list[Token], nodes: int | None) -> bool:
+        """Decode without logits, and abort after so many nodes; None: not. Was it decoded?"""
+        self._context.prepare(tokens, wanted=[])
+        self._nodes_left = nodes
+        try:
+            self._context.run()
+        except LlamaError:
+            return False
+        finally:
+            self._nodes_left = None
+        return True
+
+    def _is_aborted(self, _data: object) -> bool:
+        if self._nodes_left is None:
+            return False
+        self._nodes_left -= 1
+        return self._nodes_left < 0
 
     def save(self, sequence: int, file: str) -> None:
         self._context.save(sequence).tofile(file)
@@ -50,8 +73,11 @@ class Player:
         self.clear()
         self._context.restore(sequence, state)
 
-    def remove(self, sequence: int, first: int) -> bool:
-        return self._context.remove(sequence, first)
+    def remove(self, sequence: int, first: int, end: int = -1) -> bool:
+        return self._context.remove(sequence, first, end)
+
+    def keep(self, sequence: int) -> None:
+        self._context.keep(sequence)
 
     def cut(self, sequence: int, first: int) -> None:
         if not self.remove(sequence, first):

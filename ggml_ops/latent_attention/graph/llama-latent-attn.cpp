@@ -39,6 +39,7 @@ static constexpr Threshold CUDA[] = {
     { INT64_MAX, 1536, 832, 192 },
 };
 
+// Does not fall with n_keys.
 static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
     const bool        cuda = llama_latent_attn_on_cuda(cache);
     const Threshold * t    = cuda ? std::begin(CUDA) : std::begin(CPU);
@@ -99,6 +100,17 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
         LLAMA_LOG_WARN("latent attention: layer %d stays absorbed in large batches: %s\n", il, why.c_str());
     }
     return false;
+}
+
+uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        const ggml_tensor * node = ggml_graph_node(graph, i);
+        if (node->op == GGML_OP_LATENT_ATTN) {
+            const ggml_tensor * cache = node->src[1];
+            return min_queries(cache, cache->ne[1]) - 1;
+        }
+    }
+    return 0;
 }
 
 ggml_tensor * llama_latent_attn(const llm_graph_context & g,

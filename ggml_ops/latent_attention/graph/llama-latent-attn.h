@@ -16,6 +16,10 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llama_layer &            layer,
                               int                            il);
 
+// The largest number of queries per stream that does without LATENT_ATTN on the cache that this graph uses with it; 0 if
+// the graph has no LATENT_ATTN.
+uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph);
+
 // Writes k_cur [n_latent + n_rope, 1, n_tokens] to the cache and computes the attention.
 // q: [n_nope + n_rope, n_head, n_tokens], nope first. Returns [n_value * n_head, n_tokens], before wo.
 ggml_tensor * llama_latent_attn(const llm_graph_context & g,
