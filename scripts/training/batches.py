@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kimi_gguf.scripts.tokenizer_files import SYSTEM_MESSAGE
 from kimi_gguf.scripts.training.corpus import Corpus, answer, question
-from kimi_gguf.scripts.training.tokenizer import SYSTEM_MESSAGE, Encoder, chat_ids
+from kimi_gguf.scripts.training.tokenizer import Encoder, chat_ids
 
 CONVERSATION_SHARE = 0.30  # of all tokens
 MAX_TURNS = 3

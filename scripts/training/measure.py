@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from kimi_gguf.scripts.tokenizer_files import SYSTEM_MESSAGE
 from kimi_gguf.scripts.training.batches import windows
 from kimi_gguf.scripts.training.corpus import answer, question
 from kimi_gguf.scripts.training.model import KDA, DemoModel
-from kimi_gguf.scripts.training.tokenizer import SYSTEM_MESSAGE, Encoder, chat_ids
+from kimi_gguf.scripts.training.tokenizer import Encoder, chat_ids
 
 WINDOW = 512
 

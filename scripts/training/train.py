@@ -21,28 +21,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.scripts.tokenizer_files import SYSTEM_MESSAGE
 from kimi_gguf.scripts.training import corpus as wordnet
 from kimi_gguf.scripts.training.batches import Batches
 from kimi_gguf.scripts.training.corpus import Corpus, CorpusError, build_corpus, question
 from kimi_gguf.scripts.training.export import export, load
 from kimi_gguf.scripts.training.measure import heldout_perplexity, known_share
-from kimi_gguf.scripts.training.model import DemoModel
+from kimi_gguf.scripts.training.model import DemoModel, demo_config
 from kimi_gguf.scripts.training.readme import write_readme
-from kimi_gguf.scripts.training.tokenizer import (
-    NUM_RANKS,
-    NUM_SPECIAL,
-    OFFSET,
-    SYSTEM_MESSAGE,
-    Encoder,
-    train_ranks,
-)
+from kimi_gguf.scripts.training.tokenizer import Encoder, train_ranks
 
 EXAMPLES = """examples:
   python -m kimi_gguf.scripts.training.train --out demo
   python -m kimi_gguf.scripts.training.train --out out/try --steps 100 --work out/try-state
 """
-CONTEXT_LENGTH = 4096
 WARM_UP_STEPS = 60
 FINAL_RATE = 0.03  # of the peak
 BALANCE_RATE = 3e-3  # step of the routing bias, times the learning-rate schedule
@@ -57,41 +49,6 @@ class Settings:
     length: int
     rate: float
     seed: int
-
-
-def demo_config() -> KimiConfig:
-    """The 48B's shape made small: its head sizes, latent, convolution and 3:1 layers are kept."""
-    kda, mla = LayerKind.KDA, LayerKind.MLA
-    return KimiConfig(
-        hidden_size=256,
-        vocab_size=NUM_RANKS + NUM_SPECIAL,
-        context_length=CONTEXT_LENGTH,
-        rms_norm_eps=1e-5,
-        layers=(kda, kda, kda, mla),
-        kda_num_heads=2,
-        kda_head_dim=128,
-        conv_kernel_size=4,
-        num_heads=2,
-        q_lora_rank=None,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_theta=10000.0,
-        intermediate_size=512,
-        num_dense_layers=1,
-        moe_intermediate_size=128,
-        num_experts=6,
-        num_experts_per_token=2,
-        num_shared_experts=1,
-        num_expert_groups=1,
-        topk_groups=1,
-        routed_scaling_factor=2.446,
-        renormalize=True,
-        bos_token_id=NUM_RANKS + OFFSET["[BOS]"],
-        eos_token_id=NUM_RANKS + OFFSET["<|im_end|>"],
-        pad_token_id=NUM_RANKS + OFFSET["[PAD]"],
-    )
 
 
 def schedule(step: int, steps: int) -> float:

@@ -11,20 +11,14 @@ import tiktoken
 import torch
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.scripts.tokenizer_files import CHAT_TEMPLATE, SYSTEM_MESSAGE, write_tokenizer
 from kimi_gguf.scripts.training import corpus as wordnet_corpus
 from kimi_gguf.scripts.training import train
 from kimi_gguf.scripts.training.batches import Batches, windows
 from kimi_gguf.scripts.training.corpus import Corpus, CorpusError, build_corpus, read_entries
 from kimi_gguf.scripts.training.export import export, load
-from kimi_gguf.scripts.training.model import DemoModel, Router
-from kimi_gguf.scripts.training.tokenizer import (
-    CHAT_TEMPLATE,
-    SYSTEM_MESSAGE,
-    Encoder,
-    chat_ids,
-    train_ranks,
-    write_tokenizer,
-)
+from kimi_gguf.scripts.training.model import DemoModel, Router, demo_config
+from kimi_gguf.scripts.training.tokenizer import Encoder, chat_ids, train_ranks
 
 LICENCE_LINES = "  1 This software and database is being provided to you, the LICENSEE, by  \n" * 3
 TIGER = (
@@ -133,7 +127,7 @@ def test_frequent_texts_become_single_tokens() -> None:
 
 def test_an_exported_folder_loads_as_the_rounded_model(tmp_path: Path) -> None:
     torch.manual_seed(3)
-    model = DemoModel(train.demo_config())
+    model = DemoModel(demo_config())
     for router in model.routers():
         router.e_score_correction_bias.normal_()
     export(tmp_path, model, [bytes([value]) for value in range(256)], ["held: out.\n"], "a notice")
@@ -192,7 +186,7 @@ def test_windows_overlap_by_the_token_to_predict() -> None:
 
 
 def test_balancing_raises_the_bias_of_experts_with_less_than_their_share() -> None:
-    router = Router(train.demo_config())
+    router = Router(demo_config())
     router.load.copy_(torch.tensor([10.0, 0.0, 5.0, 5.0, 8.0, 2.0]))
     router.balance(0.25)
     assert router.e_score_correction_bias.tolist() == [-0.25, 0.25, 0.0, 0.0, -0.25, 0.25]
