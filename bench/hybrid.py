@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,22 +31,9 @@ NAMES = ("3:1", "all MLA")
 TOO_DEEP = "the caches of both models do not fit in memory"
 
 
-@dataclass(frozen=True)
-class Line:
-    """Seconds of a decode = at_zero + per_token * depth, by least squares."""
-
-    at_zero: float
-    per_token: float
-
-    def at(self, depth: int) -> float:
-        """Seconds after `depth` tokens."""
-        return self.at_zero + self.per_token * depth
-
-
-def fit(depths: Sequence[int], seconds: Sequence[float]) -> Line:
-    """The line through measured points, each weighted by 1/seconds: relative errors count alike."""
-    slope, at_zero = np.polyfit(depths, seconds, 1, w=1 / np.asarray(seconds))
-    return Line(float(at_zero), float(slope))
+def fit(depths: Sequence[int], seconds: Sequence[float]) -> np.poly1d:
+    """Seconds of a decode by depth: a line by least squares, weighted by 1/seconds so that relative errors count."""
+    return np.poly1d(np.polyfit(depths, seconds, 1, w=1 / np.asarray(seconds)))
 
 
 def enough_memory(depth: int, models: Sequence[ModelFile], cache_type: str) -> bool:
@@ -105,4 +91,4 @@ def extrapolated(rows: Sequence[Mapping[str, Any]], depth: int = MILLION) -> dic
     if len(rows) < 3:
         return None
     depths = [row["depth"] for row in rows]
-    return {name: fit(depths, [row["seconds"][name] for row in rows]).at(depth) for name in NAMES}
+    return {name: fit(depths, [row["seconds"][name] for row in rows])(depth) for name in NAMES}

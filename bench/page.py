@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench import report
 from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.files import atomically
@@ -19,18 +20,7 @@ from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.bench.matmuls import K
 from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
-from kimi_gguf.bench.report import (
-    Rows,
-    cells_table,
-    device_peaks_table,
-    mark,
-    markdown,
-    memory_table,
-    not_measured_lines,
-    of_roofline,
-    peaks_table,
-    verdict,
-)
+from kimi_gguf.bench.report import Rows, mark, markdown, of_roofline
 from kimi_gguf.patches.errors import EngineError
 
 Data = dict[str, Any]
@@ -219,13 +209,13 @@ def write_page(records: Sequence[Data], page: Path) -> None:
         parts.append("## Goals\n\n" + markdown(aims_table(records)))
     limits = {each["threads"]: each for record in records for each in record["limits"]}
     if device and limits:
-        table = device_peaks_table(next(iter(limits.values())))
+        table = report.device_peaks_table(next(iter(limits.values())))
         parts.append("## Peak rates of the device\n\n" + markdown(table))
     elif limits:
         parts.append(
             "## Peak rates of the machine\n\nMeasured before each run and around every cell. Other machines share the "
             "memory,\nso its bandwidth changes from minute to minute.\n\n"
-            + markdown(peaks_table(machine_peaks(records)))
+            + markdown(report.peaks_table(machine_peaks(records)))
         )
     for name, model in merged(records).items():
         if model["cells"] or model["about"]["not_measured"]:
@@ -310,15 +300,15 @@ def model_part(name: str, model: Data, page: Path) -> str:
         title = f"{name}, {cache_type} cache, {sequences} sequence{'s' if sequences > 1 else ''}, {where}"
         options = f"{sequences}x{threads}" + ("" if ubatch == UBATCH else f"-{ubatch}")
         picture = page.with_name(f"{page.stem}-{name}-{cache_type}-{options}.svg")
-        parts.append(markdown(cells_table(cells)) + "\n" + verdict(cells) + "\n")
+        parts.append(markdown(report.cells_table(cells)) + "\n" + report.verdict(cells) + "\n")
         if len(cells) > 3:
             atomically(picture, lambda part, t=title, c=cells: draw(t, c, part))  # type: ignore[misc]
             parts.append(f"![{title}]({picture.name})\n")
-    if lines := not_measured_lines(model):
+    if lines := report.not_measured_lines(model):
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
         "Memory in MiB, and the time of loading from the page cache:\n\n"
-        + markdown(memory_table(model["model"]))
+        + markdown(report.memory_table(model["model"]))
     )
     return "\n".join(parts)
 

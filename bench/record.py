@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,22 +33,17 @@ Data = dict[str, Any]
 
 
 def new_record(
-    command: Sequence[str],
-    patched: Engine,
-    upstream: Engine,
-    libraries: Path | None,
-    switch: str,
-    device: Device | None = None,
+    command: str, builds: Mapping[str, Engine], libraries: Path | None, switch: str, device: Device | None
 ) -> Data:
-    """An empty record of a run on this machine, or on its device."""
+    """An empty record of a run on this machine, or on its device. builds: "patched" and "pristine"."""
     return {
         "schema": SCHEMA,
-        "command": " ".join(command),
+        "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
         "device": None if device is None else vars(device),
         "checkout": checkout(),
-        "engines": {"patched": engine_facts(patched), "pristine": engine_facts(upstream)},
+        "engines": {name: engine_facts(build) for name, build in builds.items()},
         "switch": switch,
         "libraries": None if libraries is None else libraries.name,
         "limits": [],

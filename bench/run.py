@@ -130,8 +130,10 @@ class Run:
             self.device = find_device(parsed.backend, self.environments["patched"], parsed.device)
         switch = self.environments["patched"]["KIMI_OPS"]
         shown = [Path(word).name if "/" in word else word for word in words]
-        command = ["kimi-llama", *shown]
-        self.record = new_record(command, self.patched, self.upstream, parsed.libraries, switch, self.device)
+        builds = {"patched": self.patched, "pristine": self.upstream}
+        self.record = new_record(
+            " ".join(["kimi-llama", *shown]), builds, parsed.libraries, switch, self.device
+        )
         self.threads: tuple[int, ...] = parsed.threads or (
             (min(DEVICE_THREADS, cores()),) if gpu else THREADS if parsed.grid else (cores(),)
         )

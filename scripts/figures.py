@@ -65,10 +65,8 @@ def measure(checkpoint: Path, weights: str, tokens: int, scratch: Path) -> Repor
     """Convert to one type and validate it; a failed gate is not an error here."""
     gguf, out = scratch / f"{weights}.gguf", scratch / weights
     command("convert-kimi", checkpoint, "-o", gguf, "--type", weights, "--quiet")
-    text = ("--text", checkpoint / "heldout.txt", "--tokens", str(tokens))
-    command(
-        "validate-kimi", gguf, "--checkpoint", checkpoint, *text, "--upstream", "--out", out, allow=(0, 1)
-    )
+    options = ("--text", checkpoint / "heldout.txt", "--tokens", str(tokens), "--upstream", "--out", out)
+    command("validate-kimi", gguf, "--checkpoint", checkpoint, *options, allow=(0, 1))
     report: Report = json.loads((out / "report.json").read_text())
     return report
 
@@ -107,14 +105,13 @@ def draw(report: Report, file: Path) -> None:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure the demo and write docs/measurements.md.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("demo"), help="(default: %(default)s)")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="write here (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="evaluate on N (default: %(default)s)")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=Path("demo"), help="(default: %(default)s)")
+    add("--docs", type=Path, default=Path("docs"), help="write here (default: %(default)s)")
+    add("--tokens", type=int, default=TOKENS, help="evaluate on N (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        reports = {
-            weights: measure(args.checkpoint, weights, args.tokens, Path(scratch)) for weights in TYPES
-        }
+        reports = {kind: measure(args.checkpoint, kind, args.tokens, Path(scratch)) for kind in TYPES}
     exact = reports["F32"]
     machine, engine, first = exact["machine"], exact["engine"], exact["runs"][0]["all"]
     page = PAGE.format(

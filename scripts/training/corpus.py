@@ -136,6 +136,11 @@ def answer(word: str, definition: str) -> str:
     return f"{word}: {definition}."
 
 
+def exchange(word: str, definition: str) -> list[tuple[str, str]]:
+    """The question and the answer as (role, text) messages."""
+    return [("user", question(word)), ("assistant", answer(word, definition))]
+
+
 def _text(document: list[Entry]) -> str:
     return "".join(f"{entry.line}\n" for entry in document) + "\n"
 

@@ -54,11 +54,8 @@ def test_measuring_goes_on_until_samples_agree_or_are_many() -> None:
 
 def test_upstream_has_four_variants_if_the_cache_type_allows() -> None:
     assert {variant.name for variant in variants(CELL, UPSTREAM)} == {
-        "pristine",
-        "pristine -fa 0",
-        "pristine --repack 0",
-        "pristine --repack 0 -fa 0",
-    }
+        "pristine", "pristine -fa 0", "pristine --repack 0", "pristine --repack 0 -fa 0",
+    }  # fmt: skip
     quantised = Cell("q8_0", 1, 0, 2, 8)
     assert {variant.name for variant in variants(quantised, UPSTREAM)} == {"pristine", "pristine --repack 0"}
 
@@ -107,7 +104,7 @@ def test_attention_takes_the_cheaper_form() -> None:
 
 def test_the_slope_is_found_through_points_on_a_line() -> None:
     line = fit([4096, 16384, 65536], [0.01 + 1e-6 * depth for depth in (4096, 16384, 65536)])
-    assert line.at(1 << 20) == pytest.approx(0.01 + 1e-6 * (1 << 20))
+    assert line(1 << 20) == pytest.approx(0.01 + 1e-6 * (1 << 20))
 
 
 @pytest.mark.parametrize(("seconds", "kept"), [(LONG, 2), (LONG / 2, 3)], ids=["long", "short"])
