@@ -68,7 +68,7 @@ def measure_hybrid(
             reporter.phase(f"decoding after {depth} tokens")
             samples: dict[str, list[float]] = {name: [] for name in NAMES}
             for process, context, file, _ in places.values():
-                process.ask("repeat", name=context, file=str(file), depth=depth)
+                process.ask("restore", name=context, file=str(file), depth=depth)
             for turn in range(ROUNDS):
                 for name, (process, context, _, _) in places.items():
                     answer = process.ask("time", name=context, batch=1, steps=STEPS, warm=turn == 0,

@@ -165,18 +165,13 @@ def check_machine(there: Data, record: Data, file: Path) -> None:
 
 def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
     """Read a record. Raises `EngineError` for a file that is not one."""
+    what = f"{file}: not a record of the bench"
     try:
         record: Data = json.loads(file.read_text())
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
     except (OSError, ValueError) as error:
-        raise EngineError(
-            f"{file}: not a record of the bench", found=str(error), todo="name a file of --json"
-        ) from None
+        raise EngineError(what, found=str(error), todo="name a file of --json") from None
     if found not in schemas:
-        raise EngineError(
-            f"{file}: not a record of the bench",
-            expected=f"schema {SCHEMA}",
-            found=repr(found),
-            todo="measure again with --json",
-        )
+        expected = f"schema {SCHEMA}"
+        raise EngineError(what, expected=expected, found=repr(found), todo="measure again with --json")
     return record

@@ -96,19 +96,15 @@ class Requests:
                 out.write(state.data)
         return {}
 
-    def restore(self, name: str, file: str) -> dict[str, Any]:
-        """Take the state of a file for the context's, from now on."""
-        self._contexts[name].keep(read_states(file))
-        return {}
-
-    def repeat(self, name: str, file: str, depth: int) -> dict[str, Any]:
-        """The state of a file, repeated to `depth` tokens, into the context; it is not kept.
+    def restore(self, name: str, file: str, depth: int | None = None) -> dict[str, Any]:
+        """Load and keep the states of a file. depth: repeat them to so many tokens instead, and do not keep them.
 
         The answer's depth is the one at which llama.cpp goes on.
         """
-        context = self._contexts[name]
-        context.keep([repeated(state, depth) for state in read_states(file)])
-        context.states = []
+        context, states = self._contexts[name], read_states(file)
+        context.keep(states if depth is None else [repeated(state, depth) for state in states])
+        if depth is not None:
+            context.states = []
         return {"depth": context.depth}
 
     def empty(self, name: str) -> dict[str, Any]:

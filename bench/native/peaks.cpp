@@ -1,9 +1,9 @@
-// What this machine can do at best, on a number of threads: bytes read from memory a second, multiply-adds a second.
+// Peak rates of this machine on a number of threads: bytes read from memory and multiply-adds, per second.
 //
 //   peaks THREADS [SECONDS]     prints one line of JSON
 //
-// Vectors come from GCC's and Clang's vector extensions; int8 and bf16 products from the processor's own
-// instructions where it has them. What a processor lacks is null.
+// Vectors are GCC's and Clang's vector extensions; int8 and bf16 use the processor's own instructions, and are null
+// without them.
 
 #include <atomic>
 #include <chrono>

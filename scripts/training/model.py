@@ -53,16 +53,6 @@ def demo_config() -> KimiConfig:
     return KimiConfig.from_json(hub_config(), "config.json")
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
 class Conv(nn.Module):
     """Depthwise causal convolution without bias, then SiLU; weight [C, 1, W] as in the checkpoint."""
 
@@ -95,7 +85,7 @@ class KDA(nn.Module):
         self.f_a_proj, self.f_b_proj = _linear(hidden, dim), _linear(dim, inner)
         self.b_proj = _linear(hidden, heads)
         self.g_a_proj, self.g_b_proj = _linear(hidden, dim), _linear(dim, inner)
-        self.o_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.o_norm = nn.RMSNorm(dim, config.rms_norm_eps)
         self.o_proj = _linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,7 +120,7 @@ class MLA(nn.Module):
         self.latent, self.value = config.kv_lora_rank, config.v_head_dim
         self.q_proj = _linear(config.hidden_size, self.heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = _linear(config.hidden_size, self.latent + self.rope)
-        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_a_layernorm = nn.RMSNorm(self.latent, LATENT_NORM_EPS)
         self.kv_b_proj = _linear(self.latent, self.heads * (self.nope + self.value))
         self.o_proj = _linear(self.heads * self.value, config.hidden_size)
 
@@ -214,9 +204,9 @@ class MoE(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: KimiConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = KDA(config) if config.layers[index] is LayerKind.KDA else MLA(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn: nn.Module
         if index < config.num_dense_layers:
             self.mlp = self.ffn = MLP(config.hidden_size, config.intermediate_size)
@@ -235,7 +225,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=1.0)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(len(config.layers)))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DemoModel(nn.Module):

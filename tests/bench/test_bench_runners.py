@@ -89,7 +89,7 @@ def test_a_repeated_state_is_as_deep_as_it_says(runners: tuple[Runner, Runner], 
     state = np.fromfile(file, np.uint8)[8:]
     assert (repeated(state, DEPTH) == state).all()
     # the attention's rows and the recurrent state must be at the same place: the lesser counts
-    assert patched.ask("repeat", name="fa", file=str(file), depth=3 * DEPTH + 5) == {"depth": 3 * DEPTH + 5}
+    assert patched.ask("restore", name="fa", file=str(file), depth=3 * DEPTH + 5) == {"depth": 3 * DEPTH + 5}
     answer = patched.ask("time", name="fa", batch=1, steps=2, warm=0, threads=1, back=False)
     assert len(answer["seconds"]) == 2
     patched.ask("fill", name="fa", depth=3 * DEPTH, file=str(tmp_path / "deep"))
