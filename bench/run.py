@@ -10,7 +10,7 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kimi_gguf.bench import hybrid, page, report
@@ -122,9 +122,10 @@ class Run:
         for engine in (self.patched, self.upstream):
             print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
         # on a device patched runs with the default KIMI_OPS: fallbacks are allowed and reported
-        self.environments = environments(
-            self.patched, self.upstream, parsed.libraries, "" if gpu else "require"
-        )
+        self.environments = {
+            "patched": environment_of(self.patched, parsed.libraries, "" if gpu else "require"),
+            "pristine": environment_of(self.upstream),
+        }
         self.device: Device | None = None
         if gpu:
             self.device = find_device(parsed.backend, self.environments["patched"], parsed.device)
@@ -321,16 +322,6 @@ def check_device(model: ModelFile, device: Device | None) -> None:
             found=f"{device.free / 1e9:.1f} GB",
             todo="choose a smaller model: fewer --layers or --experts, another --type",
         )
-
-
-def environments(
-    patched: Engine, upstream: Engine, libraries: Path | None, switch: str
-) -> Mapping[str, Mapping[str, str]]:
-    """The environment of each build. switch: KIMI_OPS of the patched build, if unset."""
-    return {
-        "patched": environment_of(patched.environment(), libraries, patched=True, switch=switch),
-        "pristine": environment_of(upstream.environment(), None, patched=False),
-    }
 
 
 def check_disk(models: list[BenchModel], engine: Engine, reporter: Reporter) -> None:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import regex  # type: ignore[import-untyped]
+import tiktoken
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.scripts.tokenizer_files import MODEL_FILE, OFFSET, SPECIAL
@@ -72,8 +73,10 @@ class Encoder:
 
     def __init__(self, ranks: list[bytes]) -> None:
         self.ranks = ranks
-        self._rank = {token: rank for rank, token in enumerate(ranks)}
-        self._known: dict[str, list[int]] = {}
+        numbers = {token: rank for rank, token in enumerate(ranks)}
+        self._bpe = tiktoken.Encoding("", pat_str=SPLIT_PATTERN, mergeable_ranks=numbers, special_tokens={})
+        self._tokens = dict(enumerate(ranks))
+        self._tokens |= {len(ranks) + offset: text.encode() for offset, (text, _) in SPECIAL.items()}
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
@@ -84,29 +87,13 @@ class Encoder:
         return len(self.ranks) + OFFSET[text]
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in SPLIT.findall(text):
-            if piece not in self._known:
-                self._known[piece] = self._encode_piece(piece.encode())
-            ids += self._known[piece]
+        ids: list[int] = self._bpe.encode_ordinary(text)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens by name, reserved ones as `<|reserved|>`."""
-        added = {len(self.ranks) + offset: text.encode() for offset, (text, _) in SPECIAL.items()}
-        known = added | dict(enumerate(self.ranks))
-        return b"".join(known.get(token, b"<|reserved|>") for token in ids).decode(errors="replace")
-
-    def _encode_piece(self, piece: bytes) -> list[int]:
-        parts = [piece[i : i + 1] for i in range(len(piece))]
-        while len(parts) > 1:
-            joined = [self._rank.get(a + b) for a, b in pairwise(parts)]
-            found = [(rank, i) for i, rank in enumerate(joined) if rank is not None]
-            if not found:
-                break
-            _, i = min(found)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [self._rank[part] for part in parts]
+        parts = (self._tokens.get(token, b"<|reserved|>") for token in ids)
+        return b"".join(parts).decode(errors="replace")
 
 
 def chat_ids(encoder: Encoder, messages: list[tuple[str, str]]) -> list[tuple[list[int], bool]]:

@@ -31,8 +31,7 @@ def gguf(pristine: Engine) -> Path:
 
 
 def start(engine: Engine) -> Runner:
-    name = "pristine" if engine.pristine else "patched"
-    return Runner(name, environment_of(engine.environment(), None, patched=not engine.pristine))
+    return Runner("pristine" if engine.pristine else "patched", environment_of(engine))
 
 
 @pytest.fixture

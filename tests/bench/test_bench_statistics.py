@@ -19,7 +19,7 @@ CELL = Cell("f16", 1, 0, 2, 8)
 
 def test_the_median_is_not_moved_by_a_straggler() -> None:
     found = summary([1.0, 1.1, 0.9, 50.0, 1.0])
-    assert (found.median, found.spread, found.samples) == (1.0, pytest.approx(0.1), 5)
+    assert (found.median, found.spread) == (1.0, pytest.approx(0.1))
     assert summary([1.0, 2.0, 4.0, 8.0]).median == 3.0, "between the middle two"
 
 
