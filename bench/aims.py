@@ -9,9 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kimi_gguf.bench.cells import UBATCH
-from kimi_gguf.bench.report import Rows, describe
-
-Data = dict[str, Any]
+from kimi_gguf.bench.report import Data, Rows, describe
 
 KDA_TOKENS = 8192
 KDA_MOST = 1200.0  # µs, for 32 heads of 128 on an H200

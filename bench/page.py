@@ -20,10 +20,9 @@ from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.bench.matmuls import K
 from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
-from kimi_gguf.bench.report import Rows, mark, markdown, of_roofline
+from kimi_gguf.bench.report import Data, Rows, mark, markdown, of_roofline
 from kimi_gguf.patches.errors import EngineError
 
-Data = dict[str, Any]
 PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops writes them
 
 INTRODUCTION = """\

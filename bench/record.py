@@ -16,12 +16,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from kimi_gguf.bench.ab_run import Result, Runners
 from kimi_gguf.bench.device import Device
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
@@ -29,7 +29,6 @@ from kimi_gguf.patches.errors import EngineError
 
 SCHEMA = 1
 MACHINE_SCHEMA = 2  # of a machine's file: {schema, machine, engines: [...], records: [...]}
-Data = dict[str, Any]
 
 
 def new_record(

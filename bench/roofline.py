@@ -103,15 +103,15 @@ def _each(found: Sequence[Peaks], summary: Callable[[list[float]], float]) -> Pe
     return Peaks(**rates | {"threads": found[0].threads})
 
 
-def measure_peaks(threads: int, seconds: float = 0.1, times: int = TIMES) -> Peaks:
+def measure_peaks(threads: int, times: int = TIMES) -> Peaks:
     """Measure this machine several times and take the best. Raises `EngineError`."""
-    found = [Peaks(**json.loads(ask(program("peaks"), str(threads), str(seconds)))) for _ in range(times)]
+    found = [Peaks(**json.loads(ask(program("peaks"), str(threads), "0.1"))) for _ in range(times)]
     return _each(found, max)
 
 
-def measure_device_peaks(device: str, libraries: Path, seconds: float = 0.3) -> Peaks | None:
+def measure_device_peaks(device: str, libraries: Path) -> Peaks | None:
     """Peak rates of a copy and of large matmuls with the ggml of a build; None if the device lacks one of them."""
-    measured = json.loads(ask(program("device", ggml_flags(libraries)), device, str(seconds)))
+    measured = json.loads(ask(program("device", ggml_flags(libraries)), device))
     return Peaks(**measured) if measured["read"] and measured["f32"] and measured["f16"] else None
 
 

@@ -32,7 +32,8 @@ from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
-from kimi_gguf.bench.record import Data, add, cell_data, load_all, model_data, new_record, save
+from kimi_gguf.bench.record import add, cell_data, load_all, model_data, new_record, save
+from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.shapes import TYPES, BenchModel
@@ -126,10 +127,9 @@ class Run:
             "patched": environment_of(self.patched, parsed.libraries, "" if gpu else "require"),
             "pristine": environment_of(self.upstream),
         }
-        self.device: Device | None = None
-        if gpu:
-            self.device = find_device(parsed.backend, self.environments["patched"], parsed.device)
-        switch = self.environments["patched"]["KIMI_OPS"]
+        patched = self.environments["patched"]
+        self.device = find_device(parsed.backend, patched, parsed.device) if gpu else None
+        switch = patched["KIMI_OPS"]
         shown = [Path(word).name if "/" in word else word for word in words]
         builds = {"patched": self.patched, "pristine": self.upstream}
         self.record = new_record(
@@ -228,7 +228,7 @@ class Run:
 
         If other machines share the memory, its bandwidth changes from minute to minute.
         """
-        before, peaks[threads] = peaks[threads], measure_peaks(threads, seconds=0.1, times=1)
+        before, peaks[threads] = peaks[threads], measure_peaks(threads, times=1)
         return mean_of([before, peaks[threads]])
 
     def device_peaks(self, device: Device, reporter: Reporter) -> Peaks | None:

@@ -35,7 +35,6 @@ class Requests:
         self._llama = Llama(self._on_line)
         self._model: Model | None = None
         self._contexts: dict[str, BenchContext] = {}
-        self._backend = os.environ.get("GGML_BACKEND_PATH")
 
     def _on_line(self, line: str) -> None:
         if FALLBACK.search(line) and line not in self._fallbacks:
@@ -46,9 +45,8 @@ class Requests:
 
     def _load_backend(self) -> None:
         """The backend that GGML_BACKEND_PATH names, as llama.cpp's programs have it."""
-        if self._backend:
-            self._llama.load_backend(self._backend)
-            self._backend = None
+        if path := os.environ.get("GGML_BACKEND_PATH"):
+            self._llama.load_backend(path)
 
     def devices(self) -> dict[str, Any]:
         """What there is to compute on."""

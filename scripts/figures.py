@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 TOKENS = 2048
-COMMAND = "python -m kimi_gguf.scripts.figures"
 ROW = "| {type} | {run} | {build} | {nmse:.1e} | {nmse_median:.1e} | {nmse_worst:.1e} | {kld_mean:.1e} | {kld_p99:.1e} | {kld_max:.1e} | {top1:.2%} | {top5:.2%} | {ppl_test:.3f} | {other} |"  # noqa: E501
 HEADER = """\
 | weights | run | llama.cpp | NMSE | median | worst position | KLD mean | 99 % | max | top-1 | top-5 | perplexity | expert mismatches |
@@ -32,7 +31,7 @@ HEADER = """\
 PAGE = """\
 # Measurements
 
-Written by `{command}` on {date}; do not edit.
+Written by `python -m kimi_gguf.scripts.figures` on {date}; do not edit.
 {machine}; llama.cpp {commit} from {package}, patched and upstream built from the
 same archive with the same options. The cache is in F32.
 
@@ -115,7 +114,6 @@ def main() -> None:
     exact = reports["F32"]
     machine, engine, first = exact["machine"], exact["engine"], exact["runs"][0]["all"]
     page = PAGE.format(
-        command=COMMAND,
         date=exact["created"][:10],
         machine=f"{machine['processor']}, {machine['cores']} cores, {machine['system'].split()[0]}",
         commit=engine["llama_cpp_commit"][:7],

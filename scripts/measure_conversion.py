@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -25,7 +25,7 @@ import numpy as np
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.load import DISTURBED, Watch
 from kimi_gguf.bench.models import bench_folder
-from kimi_gguf.bench.report import Rows, mark, markdown
+from kimi_gguf.bench.report import Data, Rows, mark, markdown
 from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.progress import Reporter, reporting
@@ -37,7 +37,6 @@ LAYERS, EXPERTS, VOCAB, SHARDS, SEED = "KKKMKKKM", 32, 32000, 4, 0
 TYPES = ("BF16", "Q4_0", "Q8_0", "Q4_K_M")
 CONVERT = Path(sys.executable).with_name("convert-kimi")
 POLL = 0.02  # seconds between two looks at a process's memory
-Data = dict[str, Any]
 
 EXAMPLES = """\
 examples:

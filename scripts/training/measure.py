@@ -22,9 +22,9 @@ WINDOW = 512
 
 
 @torch.no_grad()
-def heldout_perplexity(model: DemoModel, encoder: Encoder, texts: list[str], window: int = WINDOW) -> float:
+def heldout_perplexity(model: DemoModel, encoder: Encoder, texts: list[str]) -> float:
     """exp of the mean loss over windows of the joined texts, each window on its own."""
-    rows = windows(encoder.encode("".join(texts)), window)
+    rows = windows(encoder.encode("".join(texts)), WINDOW)
     with _undisturbed(model):
         losses = [
             F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none").double() for row in rows
