@@ -28,8 +28,8 @@ A Kimi-Linear model that is small enough to keep in the repository. It is traine
 once whether a conversion or a kernel broke it: it writes dictionary entries, and answers `define: WORD` with a
 definition. It is not an assistant, and it knows nothing else.
 
-{parameters:,} parameters in {layers} layers (KDA, KDA, KDA, MLA), hidden size {config.hidden_size},
-{config.num_experts} experts of which {config.num_experts_per_token} are used. These are the same as in Kimi-Linear-48B-A3B: head sizes, convolution,
+{parameters:,} parameters in {layers} layers (KDA, KDA, KDA, MLA), hidden size {hidden},
+{experts} experts of which {used} are used. These are the same as in Kimi-Linear-48B-A3B: head sizes, convolution,
 latent, the 3:1 pattern of layers, the layout of the files, tensor names and dtypes, special tokens and the chat
 format. The tokenizer has {ranks} byte-level BPE ranks and the model's own split pattern. The
 weights are bf16, `A_log` and `dt_bias` float32.
@@ -115,8 +115,10 @@ def write_readme(
     ]
     text = TEMPLATE.format(
         parameters=sum(tensor.numel() for _, tensor in hub_tensors(model)),
-        config=config,
         layers=len(config.layers),
+        hidden=config.hidden_size,
+        experts=config.num_experts,
+        used=config.num_experts_per_token,
         ranks=len(encoder.ranks),
         window=measure.WINDOW,
         perplexity=measure.heldout_perplexity(model, encoder, corpus.heldout),
