@@ -225,7 +225,7 @@ def measure(
 def measure_fitting(
     runners: Runners, cells: Sequence[Cell], upstream: Sequence[Variant], settings: Settings, room: int
 ) -> Iterator[Result]:
-    """Measure on a device with `room` bytes beside the models: the deepest cells are left out until all fit.
+    """Measure on a device with `room` bytes free next to the models: the deepest cells are left out until all fit.
 
     Contexts of one type of cache and number of sequences are there at a time.
     """

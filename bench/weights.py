@@ -1,7 +1,7 @@
 """Random weights for the generated models, made fast: a pool of encoded rows for each kind of row, then slices.
 
 Input: planned tensors. Output: their bytes in chunks. Rows are normal with deviation 1/sqrt(columns), so
-that every product keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
+that every matmul keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
 No row follows its neighbours' order in another tensor: each slice of the pool begins at a random row.
 """
 

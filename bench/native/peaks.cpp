@@ -45,7 +45,7 @@ template <typename T> static void keep(T & value) {  // the compiler must assume
     asm volatile("" : "+m"(value) : : "memory");
 }
 
-// Multiply-adds in registers alone: Step adds products of two vectors to one of sums.
+// Multiply-adds in registers only: Step adds the products of two vectors to a vector of sums.
 template <typename Step> struct Products {
     using Sums   = typename Step::Sums;
     using Vector = typename Step::Vector;

@@ -31,7 +31,7 @@ def train_ranks(
     """Byte-pair merges by frequency inside split pieces; the rank order is the merge order.
 
     The first 256 ranks are the single bytes. Ties go to the pair with the lower ranks, so the result depends
-    on the text alone. `frequent`: texts that count as if they stood that often beside `texts`.
+    on the text alone. `frequent`: further texts, and how often each counts.
     """
     pieces = Counter(piece for text in texts for piece in SPLIT.findall(text))
     for text, times in (frequent or {}).items():

@@ -1,4 +1,4 @@
-"""`kimi-llama bench` on a device: the CPU behind memory of its own (native/second_backend.cpp) stands for a GPU."""
+"""`kimi-llama bench` on a device: the CPU with memory of its own (native/second_backend.cpp) replaces a GPU."""
 
 from __future__ import annotations
 

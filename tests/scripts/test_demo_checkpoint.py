@@ -144,7 +144,7 @@ def test_answers_with_the_definition(model: DemoModel, encoder: Encoder, word: s
     assert measure.reply(model, encoder, question(word)) == answer(word, WORDNET_SAYS[word])
 
 
-def test_readme_tells_the_hashes_of_the_files(demo_dir: Path) -> None:
+def test_readme_has_the_hashes_of_the_files(demo_dir: Path) -> None:
     rows = re.findall(r"^\| `(.+)` \| ([\d,]+) \| `(\w{64})` \|$", (demo_dir / "README.md").read_text(), re.M)
     found = {
         (path.name, f"{path.stat().st_size:,}", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -154,11 +154,11 @@ def test_readme_tells_the_hashes_of_the_files(demo_dir: Path) -> None:
     assert set(rows) == found
 
 
-def test_readme_tells_the_measured_perplexity(demo_dir: Path, encoder: Encoder, model: DemoModel) -> None:
-    told = re.search(r"\*\*([\d.]+)\*\*", (demo_dir / "README.md").read_text())
-    assert told is not None
+def test_readme_has_the_measured_perplexity(demo_dir: Path, encoder: Encoder, model: DemoModel) -> None:
+    found = re.search(r"\*\*([\d.]+)\*\*", (demo_dir / "README.md").read_text())
+    assert found is not None
     text = (demo_dir / HELDOUT_FILE).read_text()
-    assert measure.heldout_perplexity(model, encoder, [text]) == pytest.approx(float(told[1]), abs=0.02)
+    assert measure.heldout_perplexity(model, encoder, [text]) == pytest.approx(float(found[1]), abs=0.02)
 
 
 def test_carries_the_dictionary_s_licence(demo_dir: Path) -> None:
