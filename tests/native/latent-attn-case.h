@@ -25,7 +25,6 @@
 
 struct LatentShape {
     bool        expand    = false;  // from q to values as the model has them; false: both in the space of the cache
-    bool        fold      = false;  // with expand: by the absorbed form and its products with k_b and v_b
     bool        plain     = false;  // the absorbed form switched off: upstream's paths
     int64_t     n_queries = 1;
     int64_t     n_keys    = 16384;
@@ -96,8 +95,8 @@ class LatentCase {
     LatentCase(const LatentCase &)             = delete;
     LatentCase & operator=(const LatentCase &) = delete;
 
-    void compute(int n_threads, bool use_ref = false) {
-        cpu_backend_use(backend, n_threads, use_ref);
+    void compute(int n_threads) {
+        cpu_backend_use(backend, n_threads, false);
         ggml_backend_graph_compute(backend, graph);
     }
 
@@ -153,9 +152,7 @@ class LatentCase {
         mask            = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_keys, s.n_queries, 1, s.n_streams);
         ggml_tensor * k = view(cache, s.n_cache());
         ggml_tensor * m = s.mask == "none" ? nullptr : mask;
-        if (s.fold) {
-            out = folded_form(m);
-        } else if (s.expand) {
+        if (s.expand) {
             using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                              ggml_tensor *, float);
             const auto make = (make_t) dlsym(RTLD_DEFAULT, "ggml_latent_attn");
@@ -179,17 +176,6 @@ class LatentCase {
             ggml_op_set_mark(a, GGML_OP_MARK_UPSTREAM);
         }
         return a;
-    }
-
-    // As llama.cpp's graph of one stream does it.
-    ggml_tensor * folded_form(ggml_tensor * m) {
-        const auto part = [&](int64_t n, int64_t from) {
-            return ggml_view_3d(ctx, q, n, s.n_heads, s.n_queries, q->nb[1], q->nb[2], from * sizeof(float));
-        };
-        ggml_tensor * nope = ggml_mul_mat(ctx, k_b, ggml_permute(ctx, part(s.n_nope, 0), 0, 2, 1, 3));
-        ggml_tensor * all  = ggml_concat(ctx, ggml_permute(ctx, nope, 0, 2, 1, 3), part(s.n_rope, s.n_nope), 0);
-        ggml_tensor * a    = absorbed_form(ggml_permute(ctx, all, 0, 2, 1, 3), m);
-        return ggml_cont(ctx, ggml_permute(ctx, ggml_mul_mat(ctx, v_b, ggml_permute(ctx, a, 0, 2, 1, 3)), 0, 2, 1, 3));
     }
 
     ggml_tensor * view(ggml_tensor * t, int64_t n) {
