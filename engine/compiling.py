@@ -50,14 +50,13 @@ def compile_tree(
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
     environment = _environment(work)
     _run(command, environment, log, lock, "CMake cannot configure llama.cpp")
-    targets = subprocess.run(
-        [ninja, "-C", str(work / "build"), "-t", "targets", "all"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [ninja, "-C", str(work / "build"), "-t", "targets", "all"]
+    targets = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"(?m)^([\w-]+): phony$", targets))
-    wanted = {"programs": [name for name in PROGRAMS if name in known], "tests": []}
-    if tests:
-        wanted["tests"] = [name for name in TEST_PROGRAMS if name in known]
-    libraries = [name for name in LIBRARIES if name in known]
+    libraries, programs, test_programs = (
+        [name for name in names if name in known] for names in (LIBRARIES, PROGRAMS, TEST_PROGRAMS)
+    )
+    wanted = {"programs": programs, "tests": test_programs if tests else []}
     reporter.phase("compile")
     command = [ninja, "-C", str(work / "build"), "-j", str(cores())]
     command += [*libraries, *wanted["programs"], *wanted["tests"]]

@@ -18,16 +18,9 @@ Facts = dict[str, Any]
 def engine_facts(engine: Engine) -> Facts:
     """The build: pin, commit, patches, compilers, backends."""
     shown = (
-        "package",
-        "commit",
-        "llama_cpp_commit",
-        "archive_sha256",
-        "tree_sha256",
-        "patches",
-        "options",
-        "compilers",
-        "built",
-    )
+        "package", "commit", "llama_cpp_commit", "archive_sha256", "tree_sha256",
+        "patches", "options", "compilers", "built",
+    )  # fmt: skip
     return {
         "kind": "pristine" if engine.pristine else "patched",
         "backends": list(engine.backends),

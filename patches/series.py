@@ -21,6 +21,7 @@ CMake compiles what it finds in these folders, so a new file in a folder needs n
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -153,16 +154,8 @@ class Series:
 
 def header_field(header: str, name: str) -> str | None:
     """The value of a line `NAME: value`, continued by indented lines; None where there is no such line."""
-    lines = header.splitlines()
-    for start, line in enumerate(lines):
-        if line.startswith(f"{name}:"):
-            value = [line.removeprefix(f"{name}:").strip()]
-            for more in lines[start + 1 :]:
-                if not more.startswith(" "):
-                    break
-                value.append(more.strip())
-            return " ".join(value)
-    return None
+    match = re.search(rf"^{name}:(.*(?:\n .*)*)", header, re.MULTILINE)
+    return match and " ".join(line.strip() for line in match[1].split("\n"))
 
 
 def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLAY_FOLDER) -> Series:

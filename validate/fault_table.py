@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
 from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
@@ -23,8 +21,7 @@ from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.llama import tokenize
 from kimi_gguf.validate.measure import Ids, truth
 from kimi_gguf.validate.metrics import compare, compare_choices, summarise
-from kimi_gguf.validate.probe import quiet_weight
-from kimi_gguf.validate.reference import Reference
+from kimi_gguf.validate.probe import reference_of
 from kimi_gguf.validate.report import error_text, share_text
 
 TOKENS = 512
@@ -34,20 +31,15 @@ COMMAND = "python -m kimi_gguf.validate.fault_table"
 def table(checkpoint_folder: Path, ids: Ids) -> str:
     """One row for each fault: metrics of the logits, and perplexity."""
     with open_checkpoint(checkpoint_folder) as checkpoint:
-
-        def weight(name: str) -> torch.Tensor:
-            return torch.from_numpy(checkpoint.float32(name))
-
-        quiet: Callable[[str], torch.Tensor] = quiet_weight(weight)
-        sound = {w: truth(Reference(checkpoint.config, w), ids) for w in (weight, quiet)}
+        sound = [truth(reference_of(checkpoint, quiet), ids) for quiet in (False, True)]
         rows = []
         for name, model in FAULTS.items():
-            found = {w: truth(model(checkpoint.config, w), ids) for w in (weight, quiet)}
-            plain = summarise(compare(sound[weight].logits, found[weight].logits, ids))
-            probe = summarise(compare(sound[quiet].logits, found[quiet].logits, ids))
-            choices = compare_choices(
-                sound[weight].experts, sound[weight].margins, found[weight].experts, len(ids)
+            found = [truth(reference_of(checkpoint, quiet, model=model), ids) for quiet in (False, True)]
+            plain, probe = (
+                summarise(compare(right.logits, wrong.logits, ids))
+                for right, wrong in zip(sound, found, strict=True)
             )
+            choices = compare_choices(sound[0].experts, sound[0].margins, found[0].experts, len(ids))
             rows.append(
                 f"| {name} | {error_text(plain.nmse)} | {error_text(plain.nmse_median)} "
                 f"| {error_text(plain.kld_mean)} | {share_text(plain.top1)} | {int(choices.differs.sum())} "

@@ -13,7 +13,7 @@ from pathlib import Path
 import llama_script
 import numpy as np
 import pytest
-from llama_script import Logits, Setup, Step, remove
+from llama_script import Logits, Setup, Step, nmse, remove
 from random_checkpoint import Spec
 from synthetic_case import make_case
 
@@ -40,11 +40,6 @@ def play(engine: Engine, gguf: Path, steps: Steps) -> tuple[list[bool], Logits]:
     return played.removed, played.logits
 
 
-def assert_same(got: Logits, expected: Logits) -> None:
-    error = np.square(got.astype(np.float64) - expected).sum()
-    assert error / np.square(expected.astype(np.float64)).sum() <= 1e-10
-
-
 def token(seq: int, pos: int) -> tuple[int, int, int]:
     """The token of a sequence at a position, as a step takes it."""
     return seq, pos, (7 * pos + 31 * seq + 1) % VOCAB
@@ -67,14 +62,14 @@ def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(engine: Engin
     said, logits = play(engine, gguf, steps)
     assert said == granted
     for resumed in logits[3::3]:
-        assert_same(resumed, logits[0])
+        assert nmse(resumed, logits[0]) <= 1e-10
 
 
 def test_a_rollback_outlives_the_move_of_its_cell(engine: Engine, gguf: Path) -> None:
     steps = [decode(0, 20, 2), ["clear"], *DISORDERED, remove(2, 10), *MOVES, decode(10, 20, 2)]
     said, logits = play(engine, gguf, steps)
     assert said == [True]
-    assert_same(logits[-1], logits[0])
+    assert nmse(logits[-1], logits[0]) <= 1e-10
 
 
 # Sequences 1 and 2 lie in each other's places; a batch of 0 and 1 puts that right, and moves 2 without its snapshots.
@@ -102,7 +97,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Pa
     """Models as upstream's own program makes them, one for each of ARCHS and for others."""
     folder = tmp_path_factory.mktemp("archs")
     make = [engine.bin / "test-llama-archs", "-a", "|".join(ARCHS), "-o", folder]
-    subprocess.run([str(word) for word in make], check=True, capture_output=True)
+    subprocess.run(make, check=True, capture_output=True)
     return folder
 
 

@@ -111,6 +111,12 @@ def play(engine: Engine, model: Path, setup: Setup, steps: Sequence[Step], **env
         return Played(np.load(logits.name), removed, worker.log)
 
 
+def nmse(got: Logits, expected: Logits) -> float:
+    """NMSE in all."""
+    wide = expected.astype(np.float64)
+    return float(np.square(got - wide).sum() / np.square(wide).sum())
+
+
 def assert_same(got: Logits, expected: Logits) -> None:
     """The gate of the project for one model run in two ways: NMSE 1e-10 in all, 1e-8 at the worst position."""
     assert got.shape == expected.shape

@@ -61,6 +61,12 @@ class Case:
         return Error(float(square.sum() / power.sum()), float((square / power).max()))
 
 
+def make_gguf(folder: Path, spec: Spec) -> Path:
+    """Write the model into `folder` as an F32 GGUF, whose path is returned."""
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
+
+
 def make_case(folder: Path, spec: Spec, tokens: int = 96, scaled: dict[str, float] | None = None) -> Case:
     """Write the model into `folder` and compute its logits; `scaled`: part of a tensor's name -> factor."""
     checkpoint = write_checkpoint(folder / "checkpoint", spec, shards=1)
@@ -69,9 +75,8 @@ def make_case(folder: Path, spec: Spec, tokens: int = 96, scaled: dict[str, floa
         tensors |= {name: factor * tensor for name, tensor in tensors.items() if part in name}
     save_file(tensors, checkpoint / "model.safetensors")
     ids = torch.randint(0, VOCAB_SIZE, (tokens,), generator=torch.Generator().manual_seed(spec.seed))
-    reference = Reference(
-        KimiConfig.from_json(config(spec), "spec"), tensors.__getitem__, dtype=torch.float64
-    )
+    model = KimiConfig.from_json(config(spec), "spec")
+    reference = Reference(model, tensors.__getitem__, dtype=torch.float64)
     convert(checkpoint, folder / "model.gguf", TYPES["F32"])
     return Case(folder / "model.gguf", ids.numpy(), reference.logits(ids).numpy())
 

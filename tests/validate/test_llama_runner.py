@@ -7,21 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_checkpoint import MERGES, VOCAB_SIZE, Spec, config, weights, write_checkpoint
+from random_checkpoint import MERGES, VOCAB_SIZE, Spec, config, weights
+from synthetic_case import make_gguf
 
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.llama import (
-    RunOptions,
-    continue_greedily,
-    pieces,
-    run,
-    run_logits,
-    tokenize,
-)
+from kimi_gguf.validate.llama import RunOptions, continue_greedily, pieces, run, run_logits, tokenize
 from kimi_gguf.validate.llama_worker import plan_batches
 from kimi_gguf.validate.reference import Reference, Trace
 
@@ -31,9 +23,7 @@ IDS = np.random.default_rng(21).integers(0, VOCAB_SIZE, 70)
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runner")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(tmp_path_factory.mktemp("runner"), SPEC)
 
 
 def starts(batches: list[list[tuple[int, int]]]) -> list[int]:

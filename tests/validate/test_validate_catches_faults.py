@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
@@ -21,7 +20,7 @@ from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.gates import Evidence, GateResult, judge
 from kimi_gguf.validate.llama import RunOptions, tokenize
 from kimi_gguf.validate.measure import VARIANTS, Answer, Ids, Measured, answer, measure, truth
-from kimi_gguf.validate.probe import quiet_weight, write_quiet_gguf
+from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.reference import Reference
 from kimi_gguf.validate.tensors import TensorProof
 
@@ -57,13 +56,8 @@ def judged(
     def judged(kind: str, model: type[Reference]) -> Judged:
         ids, found = answers(kind)
         with open_checkpoint(demo_dir) as checkpoint:
-
-            def weight(name: str) -> torch.Tensor:
-                return torch.from_numpy(checkpoint.float32(name))
-
             expected = {
-                quiet: truth(model(checkpoint.config, quiet_weight(weight) if quiet else weight), ids)
-                for quiet in (False, True)
+                quiet: truth(reference_of(checkpoint, quiet, model=model), ids) for quiet in (False, True)
             }
         runs = [measure(expected[each.variant.quiet], each) for each in found]
         return judge(Evidence(kind, runs, [], TensorProof())), runs[0]
