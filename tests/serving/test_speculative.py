@@ -187,15 +187,14 @@ def figures(engine: Engine, target: Path, *options: str, tries: int = 1) -> Figu
     command = [engine.bin / "llama-speculative-simple", "-m", target, "-p", PROMPTS[0], "-n", str(COUNT)]
     command += ["--temp", "0", "--ignore-eos", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-lv", "4", *options]
     for _ in range(tries):
-        ended = subprocess.run(
-            command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True, check=True
-        )
-        if all(part in ended.stdout for part in ("n_predict", "#gen tokens", "  eval time")):
+        ended = subprocess.run(command, capture_output=True, text=True, check=True)
+        said = ended.stdout + ended.stderr
+        if all(part in said for part in ("n_predict", "#gen tokens", "  eval time")):
             break
 
     def number(pattern: str) -> int:
-        found = re.findall(pattern, ended.stdout)
-        assert found, (pattern, ended.stdout[-2000:])
+        found = re.findall(pattern, said)
+        assert found, (pattern, said[-2000:])
         return int(found[-1])
 
     prompt_evaluated = number(r"prompt eval time = .*?/ +(\d+) tokens")

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from random_checkpoint import VOCAB_SIZE, Spec, config, weights, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Layout, Spec, config, weights, write_checkpoint
 from safetensors.torch import save_file
 
 from kimi_gguf.convert.model.config import KimiConfig
@@ -59,6 +59,11 @@ class Case:
         square = np.square(got - self.logits).sum(1)
         power = np.square(self.logits).sum(1)
         return Error(float(square.sum() / power.sum()), float((square / power).max()))
+
+
+def reference_of(spec: Spec, layout: Layout = "hub", dtype: torch.dtype = torch.float32) -> Reference:
+    """The torch reference of the model."""
+    return Reference(KimiConfig.from_json(config(spec, layout), layout), weights(spec).__getitem__, dtype)
 
 
 def make_gguf(folder: Path, spec: Spec) -> Path:
