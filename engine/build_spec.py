@@ -55,31 +55,15 @@ BACKENDS: dict[str, dict[str, str]] = {
 LIBRARIES = ("llama", "mtmd")
 
 PROGRAMS = (
-    "llama-batched-bench",
-    "llama-bench",
-    "llama-cli",
-    "llama-completion",
-    "llama-gguf-split",
-    "llama-imatrix",
-    "llama-perplexity",
-    "llama-quantize",
-    "llama-server",
-    "llama-speculative-simple",
-    "llama-tokenize",
-)
+    "llama-batched-bench", "llama-bench", "llama-cli", "llama-completion", "llama-gguf-split", "llama-imatrix",
+    "llama-perplexity", "llama-quantize", "llama-server", "llama-speculative-simple", "llama-tokenize",
+)  # fmt: skip
 
 TEST_PROGRAMS = (
-    "test-backend-ops",
-    "test-chat-template",
-    "test-llama-archs",
-    "test-quantize-fns",
-    "test-recurrent-state-rollback",
-    "test-save-load-state",
-    "test-tiled-mulmat",
-    "test-tokenizer-0",
-    "test-tokenizer-1-bpe",
-    "test-unicode",
-)
+    "test-backend-ops", "test-chat-template", "test-llama-archs", "test-quantize-fns",
+    "test-recurrent-state-rollback", "test-save-load-state", "test-tiled-mulmat", "test-tokenizer-0",
+    "test-tokenizer-1-bpe", "test-unicode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

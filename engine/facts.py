@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.toolchain import cpuinfo
 
 Facts = dict[str, Any]
 
@@ -41,12 +41,7 @@ def machine_facts() -> Facts:
 
 def _processor() -> str:
     """The processor's trade name if the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

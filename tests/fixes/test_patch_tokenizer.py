@@ -9,10 +9,9 @@ from __future__ import annotations
 import random
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiktoken
@@ -68,19 +67,22 @@ def make(folder: Path, ranks: list[bytes]) -> Tokenizer:
     return Tokenizer(ranks, write_vocab_gguf(folder / "vocab.gguf", vocab), oracle(ranks, special))
 
 
-def fixture_of(ranks: Callable[[], list[bytes]]) -> Any:
-    """A fixture: the tokenizer with these ranks, made once."""
-
-    @pytest.fixture(scope="module")
-    def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-        return make(tmp_path_factory.mktemp("tokenizer"), ranks())
-
-    return tokenizer
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Any two bytes merge."""
+    return make(tmp_path_factory.mktemp("pairs"), every_pair_ranks(1))
 
 
-pairs = fixture_of(lambda: every_pair_ranks(1))  # any two bytes merge
-other_pairs = fixture_of(lambda: every_pair_ranks(2))  # the same in another order
-trained = fixture_of(lambda: train_ranks(600))  # a small vocabulary like a real one
+@pytest.fixture(scope="module")
+def other_pairs(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Any two bytes merge, in another order."""
+    return make(tmp_path_factory.mktemp("other_pairs"), every_pair_ranks(2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A vocabulary like a real one, small."""
+    return make(tmp_path_factory.mktemp("trained"), train_ranks(600))
 
 
 # Text, and the pieces the pattern cuts it into, found by hand. Upstream's split has others here ...

@@ -12,15 +12,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from llama_server import Account, Answer, serving, started
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -33,10 +31,8 @@ COMMAND = "kimi_gguf.scripts.kimi_llama"
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory, demo_dir: Path) -> Path:
-    gguf = tmp_path_factory.mktemp("target") / "demo-F32.gguf"
-    convert(demo_dir, gguf, TYPES["F32"])
-    return gguf
+def target(demo_gguf: Callable[[str], Path]) -> Path:
+    return demo_gguf("F32")
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def write_tree(folder: Path, files: Mapping[str, str]) -> Path:
 
 def make(folder: Path, files: Mapping[str, str] = FILES, patch: str = PATCH) -> Tiny:
     """Write the miniature's archive and series into a folder."""
-    tree = write_tree(folder / "tree", files)
+    write_tree(folder / "tree", files)
     write_tree(folder / "series", {"fixes/0001-answer.patch": patch})
     write_tree(folder / "ops", {"llama/tiny/kimi.h": OVERLAY_FILE})
     members = {f"llama.cpp/{name}": text for name, text in files.items()} | PACKAGE
@@ -139,10 +139,10 @@ def make(folder: Path, files: Mapping[str, str] = FILES, patch: str = PATCH) -> 
     patched = write_tree(folder / "patched", files)
     answer = '#include "kimi.h"\n\nint answer() {\n    return KIMI_ANSWER;\n}\n'
     write_tree(patched, {"src/kimi.h": OVERLAY_FILE, "src/answer.cpp": answer})
-    return load(folder, tree_hash(tree), tree_hash(patched))
+    return load(folder)
 
 
-def load(folder: Path, pristine: str | None = None, patched: str | None = None) -> Tiny:
+def load(folder: Path, patched: str | None = None) -> Tiny:
     """The miniature that `make` wrote into a folder."""
     archive = folder / f"{ROOT}.tar.gz"
     pin = dataclasses.replace(
@@ -153,7 +153,7 @@ def load(folder: Path, pristine: str | None = None, patched: str | None = None) 
         archive_sha256=file_sha256(archive),
         source_folder=f"{ROOT}/llama.cpp",
         python_folder=f"{ROOT}/llama_cpp",
-        pristine_tree_sha256=pristine or tree_hash(folder / "tree"),
+        pristine_tree_sha256=tree_hash(folder / "tree"),
         patched_tree_sha256=patched or tree_hash(folder / "patched"),
     )
     series = load_series(folder / "series", folder / "ops")

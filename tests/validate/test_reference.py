@@ -129,10 +129,3 @@ def test_only_chosen_experts_are_fetched_and_one_weight_at_a_time() -> None:
     experts = {int(name.split(".experts.")[1].split(".")[0]) for name in fetched if ".experts." in name}
     assert experts == chosen
     assert len(fetched) == len(set(fetched)), "each weight is read once"
-
-
-def test_logits_can_be_written_into_a_given_array() -> None:
-    reference, ids = reference_of(Spec(layers="KM")), ids_for(0)
-    out = torch.full((TOKENS, VOCAB_SIZE), float("nan"))
-    reference.logits(ids, out=out)
-    assert torch.allclose(out, reference.logits(ids), rtol=0, atol=1e-5)

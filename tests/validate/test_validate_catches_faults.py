@@ -12,9 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.gates import Evidence, GateResult, judge
@@ -34,16 +32,15 @@ Judged = tuple[list[GateResult], Measured]
 
 @pytest.fixture(scope="module")
 def judged(
-    demo_dir: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory
+    demo_dir: Path, demo_gguf: Callable[[str], Path], engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, type[Reference]], Judged]:
     """(GGUF type, reference) -> all gates, and the plain run's figures. Of F32 files with the quiet probe."""
     folder = tmp_path_factory.mktemp("faults")
 
     @cache
     def answers(kind: str) -> tuple[Ids, list[Answer]]:
-        gguf, quiet = folder / f"{kind}.gguf", folder / f"{kind}-quiet.gguf"
-        convert(demo_dir, gguf, TYPES[kind])
-        write_quiet_gguf(gguf, quiet)
+        gguf = demo_gguf(kind)
+        quiet = write_quiet_gguf(gguf, folder / f"{kind}-quiet.gguf")
         text = (demo_dir / "heldout.txt").read_text(encoding="utf-8")
         ids = np.array(tokenize(engine, gguf, text)[:TOKENS])
         variants = [variant for variant in VARIANTS if kind == "F32" or not variant.quiet]
