@@ -33,7 +33,6 @@ from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
 NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
 PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, next to it in the archive
 NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # of no use in the scratch folder, and large
-_NOT_PINNED = "the source tree is not the pinned one"
 _UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
 _RECORD = (
     "restore patches/ and ggml_ops/ as they were published; if they were changed on purpose, record the tree "
@@ -87,8 +86,7 @@ def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Report
         wanted = {pin.source_folder: scratch / "llama.cpp", pin.python_folder: scratch / "llama_cpp"}
         wanted |= {str(around / name): scratch / name for name in PACKAGE_FILES}
         archive.unpack(packed, wanted)
-        what, found = f"{packed}: {_NOT_PINNED}", tree_hash(scratch / "llama.cpp")
-        expect_tree(found, pin.pristine_tree_sha256, what, _UNPACK_AGAIN)
+        expect_tree(tree_hash(scratch / "llama.cpp"), pin.pristine_tree_sha256, str(packed), _UNPACK_AGAIN)
     return place
 
 
@@ -108,8 +106,7 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
         with _workspace(cache, spec) as work:
             compiled = tree.without(NOT_COMPILED)
             compiled.write_to(work / "src")
-            what = f"{work / 'src'}: {_NOT_PINNED}"
-            expect_tree(tree_hash(work / "src"), compiled.hash(), what, "build again")
+            expect_tree(tree_hash(work / "src"), compiled.hash(), str(work / "src"), "build again")
             log = work / "build.log"
             try:
                 tests = tests or (present is not None and present["tests"])
@@ -193,10 +190,9 @@ def _verified(spec: BuildSpec, tree: Tree, reporter: Reporter) -> str:
     reporter.phase("verify the sources")
     digest = tree.hash()
     if spec.source is None and spec.pristine:
-        expect_tree(digest, spec.pin.pristine_tree_sha256, f"llama.cpp: {_NOT_PINNED}", _UNPACK_AGAIN)
+        expect_tree(digest, spec.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
     elif spec.source is None:
-        what = f"llama.cpp with the patches: {_NOT_PINNED}"
-        expect_tree(digest, spec.pin.patched_tree_sha256, what, _RECORD)
+        expect_tree(digest, spec.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
     return digest
 
 

@@ -31,17 +31,12 @@ def engine_facts(engine: Engine) -> Facts:
 def machine_facts() -> Facts:
     """Processor, cores, memory and system."""
     return {
-        "processor": _processor(),
+        "processor": cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    """The processor's trade name if the system gives it."""
-    return cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def _memory_gib() -> float | None:

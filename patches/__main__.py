@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         tree = Tree(Path(arguments[1]))
         if arguments[0] == "record":
-            expect_tree(tree.hash(), load_pin().pristine_tree_sha256, f"{tree.root}: {_NOT_PINNED}", _GIVE)
+            expect_tree(tree.hash(), load_pin().pristine_tree_sha256, str(tree.root), _GIVE, _NOT_PINNED)
         series = load_series()
         series.apply(tree)
         digest = tree.hash()

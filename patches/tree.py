@@ -42,10 +42,13 @@ def tree_hash(root: Path) -> str:
     return hash_files((path, (root / path).read_bytes()) for path in list_files(root))
 
 
-def expect_tree(found: str, expected: str, what: str, todo: str) -> None:
+def expect_tree(
+    found: str, expected: str, what: str, todo: str, problem: str = "the source tree is not the pinned one"
+) -> None:
     """`EngineError` unless two tree hashes are equal; `what` names the tree."""
     if found != expected:
-        raise EngineError(what, expected=f"tree hash {expected}", found=f"tree hash {found}", todo=todo)
+        hashes = {"expected": f"tree hash {expected}", "found": f"tree hash {found}"}
+        raise EngineError(f"{what}: {problem}", **hashes, todo=todo)
 
 
 class Tree:

@@ -166,8 +166,6 @@ def _rival(title: str, runs: Callable[[], list[Measured]], reporter: Reporter) -
 
 def _greedy(measured: Measured, expected: Truth, generated: int) -> Greedy:
     """Compare each token that llama.cpp generated with the reference's greedy choice."""
-    if not generated:
-        return Greedy(0, 0, None, None)
     start = len(expected.ids) - generated
     wrote, would = expected.ids[start:], measured.at.best_reference[start - 1 : -1]
     other = np.flatnonzero(wrote != would)

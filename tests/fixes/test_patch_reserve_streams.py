@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import nmse
 from random_checkpoint import VOCAB_SIZE, Spec
-from synthetic_case import make_gguf
+from synthetic_case import error_of, make_gguf
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
@@ -27,4 +26,4 @@ def test_three_streams_run_and_agree_with_each_alone(
     with pytest.raises(ValidateError, match="ggml_can_repeat"):
         run(pristine, gguf, texts, OPTIONS)
     for ids, got in zip(texts, run(engine, gguf, texts, OPTIONS).logits, strict=True):
-        assert nmse(got, run_logits(engine, gguf, ids, OPTIONS)) <= 1e-10
+        assert error_of(got, run_logits(engine, gguf, ids, OPTIONS)).in_all <= 1e-10

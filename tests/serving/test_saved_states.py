@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import Logits, Setup, Step, assert_same, cut, decode, load, nmse, play, save, text
+from llama_script import Logits, Setup, Step, assert_same, cut, decode, load, play, save, text
 from random_checkpoint import VOCAB_SIZE, Spec
-from synthetic_case import make_gguf
+from synthetic_case import error_of, make_gguf
 
 from kimi_gguf.engine.builds import Engine
 
@@ -96,7 +96,7 @@ def test_between_pristine_and_patched(
     if name == "F32, plain attention":
         assert_same(there, last(here, going_on(0)))
     else:
-        assert nmse(there, last(here, going_on(0))) < 1e-4
+        assert error_of(there, last(here, going_on(0))).in_all < 1e-4
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0"])
@@ -116,4 +116,4 @@ def test_tokens_taken_back_after_a_restore(
     if cache_type == "F32":
         assert_same(last(got, rest), last(expected, rest))
     else:
-        assert nmse(last(got, rest), last(expected, rest)) < 1e-6
+        assert error_of(last(got, rest), last(expected, rest)).in_all < 1e-6

@@ -30,7 +30,7 @@ Tensors = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Error:
-    """NMSE of logits against float64."""
+    """NMSE of logits."""
 
     in_all: float
     worst: float  # of any position
@@ -39,6 +39,13 @@ class Error:
     def passes(self) -> bool:
         """The gate for F32 weights and an F32 cache."""
         return self.in_all <= 1e-10 and self.worst <= 1e-8
+
+
+def error_of(got: NDArray[np.floating], expected: NDArray[np.floating]) -> Error:
+    """NMSE of logits [T, V] against the expected ones; the sums are in float64."""
+    wide = expected.astype(np.float64)
+    square, power = np.square(got - wide).sum(1), np.square(wide).sum(1)
+    return Error(float(square.sum() / power.sum()), float((square / power).max()))
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,7 @@ class Case:
         one makes small models many times slower.
         """
         got = run_logits(engine, file or self.gguf, self.ids, RunOptions(**{"threads": 1, **options}))
-        square = np.square(got - self.logits).sum(1)
-        power = np.square(self.logits).sum(1)
-        return Error(float(square.sum() / power.sum()), float((square / power).max()))
+        return error_of(got, self.logits)
 
 
 def reference_of(spec: Spec, layout: Layout = "hub", dtype: torch.dtype = torch.float32) -> Reference:
