@@ -190,9 +190,7 @@ def _summary(report: Report, html: Path) -> None:
     table.add_column("")
     for title in (*(title for title, _, _ in COLUMNS), "expert mismatches"):
         table.add_column(title, justify="right")
-    rows = [("this file", run) for run in report.runs]
-    rows += [(rival.title, run) for rival in report.rivals for run in rival.runs]
-    for source, run in rows:
+    for source, run in report.columns:
         table.add_row(f"{source}, {run.variant.key}", *_cells(run.all), str(int(run.choices.differs.sum())))
     table.add_row("noise floor", *_cells(report.floor), "")
     console.print(table)

@@ -93,6 +93,12 @@ class Report:
         return self.runs[0]
 
     @property
+    def columns(self) -> list[tuple[str, Measured]]:
+        """Every run with the name of its file or engine."""
+        rivals = [(rival.title, run) for rival in self.rivals for run in rival.runs]
+        return [*(("this file", run) for run in self.runs), *rivals]
+
+    @property
     def diverging(self) -> LayerError | None:
         """The first layer whose error is above the limit of the type in DIVERGED; None if there is no limit."""
         return first_diverging(self.headline.layers, DIVERGED.get(self.gguf["type"], math.inf))
@@ -260,19 +266,15 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        error=error_text, share=share_text, plain=plain_text, number=number_text, bytes=bytes_text
-    )
+    environment.filters.update(FORMATS, number=number_text, bytes=bytes_text)
     return environment
 
 
 def _context(report: Report) -> dict[str, Any]:
-    columns = [("this file", measured) for measured in report.runs]
-    columns += [(rival.title, measured) for rival in report.rivals for measured in rival.runs]
     return {
         "report": report,
         "headline": report.headline,
-        "columns": columns,
+        "columns": report.columns,
         "figures": FIGURES,
         "formats": FORMATS,
         "subsets": SUBSETS,

@@ -209,9 +209,8 @@ def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, 
     told = figures(engine, target, *drafting(draft, 3), *options)
     assert told.predicted == COUNT
     assert 0 < told.accepted < told.drafted == told.generated
-    # where there was no batch of one token, the tool says one
-    assert (told.once <= told.evaluated <= told.once + 1) == (not options)
-    assert told.evaluated >= told.once
+    replayed = told.evaluated - told.once  # one where there was no batch of one token: the tool says one then
+    assert replayed > 1 if options else replayed in (0, 1)
 
 
 def test_pristines_tool_replays_and_counts_accepted_tokens_alone(
