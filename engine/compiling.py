@@ -48,7 +48,9 @@ def compile_tree(
     launcher = shutil.which("ccache")
     languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
-    environment = _environment(work)
+    # relative paths for ccache, no git repository around the tree
+    environment = {**os.environ, "CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(work), "NINJA_STATUS": "[%f/%t] "}
     _run(command, environment, log, lock, "CMake cannot configure llama.cpp")
     command = [ninja, "-C", str(work / "build"), "-t", "targets", "all"]
     targets = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -62,17 +64,6 @@ def compile_tree(
     command += [*libraries, *wanted["programs"], *wanted["tests"]]
     _run(command, environment, log, lock, "llama.cpp does not compile", reporter)
     return wanted
-
-
-def _environment(work: Path) -> dict[str, str]:
-    """The environment of CMake and Ninja: relative paths for ccache, no git repository around the tree."""
-    return {
-        **os.environ,
-        "CCACHE_BASEDIR": str(work),
-        "CCACHE_NOHASHDIR": "1",
-        "GIT_CEILING_DIRECTORIES": str(work),
-        "NINJA_STATUS": "[%f/%t] ",
-    }
 
 
 def _run(
