@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -63,9 +62,7 @@ def convert(*arguments: object) -> Run:
 def start_convert(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start `convert-kimi` as a process of its own."""
     command = [sys.executable, "-m", "kimi_gguf.convert.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), **options
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def assert_refused(run: Run, folder: Path, *words: str) -> None:

@@ -50,17 +50,13 @@ def config(num_ranks: int, rows: int = 256) -> KimiConfig:
 
 def one_piece(ranks: list[bytes]) -> tiktoken.Encoding:
     """tiktoken with these ranks and no splitting."""
-    return tiktoken.Encoding(
-        "one piece",
-        pat_str=r"(?s).+",
-        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        special_tokens={},
-    )
+    return oracle(ranks, pattern=r"(?s).+")
 
 
-def train_ranks(merges: int, text: str = CORPUS) -> list[bytes]:
-    """A vocabulary as a tiktoken.model holds it: the 256 bytes, then `merges` tokens learnt from `text`."""
-    words = Counter(tuple(bytes([b]) for b in word.encode()) for word in text.replace(" ", "\0 ").split("\0"))
+def train_ranks(merges: int) -> list[bytes]:
+    """A vocabulary as a tiktoken.model holds it: the 256 bytes, then `merges` tokens learnt from CORPUS."""
+    split = CORPUS.replace(" ", "\0 ").split("\0")
+    words = Counter(tuple(bytes([byte]) for byte in word.encode()) for word in split)
     ranks = list(BYTES)
     while len(ranks) < 256 + merges:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
@@ -113,13 +109,13 @@ def write_tokenizer(folder: Path, ranks: Sequence[bytes], **settings: object) ->
     return folder
 
 
-def oracle(ranks: Sequence[bytes], special: Mapping[str, int] | None = None) -> tiktoken.Encoding:
+def oracle(
+    ranks: Sequence[bytes], special: Mapping[str, int] | None = None, pattern: str = SPLIT_PATTERN
+) -> tiktoken.Encoding:
     """What the model's own tokenizer class builds from such files."""
+    mergeable = {token: rank for rank, token in enumerate(ranks)}
     return tiktoken.Encoding(
-        "kimi",
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        special_tokens=dict(special or {}),
+        "kimi", pat_str=pattern, mergeable_ranks=mergeable, special_tokens=dict(special or {})
     )
 
 
@@ -132,15 +128,9 @@ def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
     writer.add_token_types(vocab.types)
     writer.add_token_merges(vocab.merges)
     writer.add_add_bos_token(False)
-    for add, token in [
-        (writer.add_bos_token_id, vocab.bos_id),
-        (writer.add_eos_token_id, vocab.eos_id),
-        (writer.add_eot_token_id, vocab.eot_id),
-        (writer.add_pad_token_id, vocab.pad_id),
-        (writer.add_unk_token_id, vocab.unk_id),
-    ]:
-        if token is not None:
-            add(token)
+    for name in ("bos", "eos", "eot", "pad", "unk"):
+        if (token := getattr(vocab, f"{name}_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(token)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
@@ -173,74 +163,18 @@ FRAGMENTS = [
     *"aAbZéÉßſKÅıİǅǆΩωЖж",  # cased letters of several alphabets; a long s, the Kelvin and Angstrom signs
     *"אبकกაꭰ",  # letters without case, Georgian, Cherokee
     *"ªºʰˢー々ゝ",  # modifiers and letters that look like marks; an iteration mark that is Han
-    "\u0301",  # marks: non-spacing, spacing, enclosing, Han
-    "\u0903",
-    "\u20dd",
-    "\U00016ff0",
-    *"漢字世〇〡〻⺀⼀豈㐀",  # Han letters, numbers, radicals
-    "\U00020000",
-    "\U0002f800",
-    "\U00031350",
-    *"0179²½Ⅷ٣१๓①一",  # numbers of all three kinds; one of them is a letter
-    "\U0001d7d8",
+    *"\u0301\u0903\u20dd\U00016ff0",  # marks: non-spacing, spacing, enclosing, Han
+    *"漢字世〇〡〻⺀⼀豈㐀\U00020000\U0002f800\U00031350",  # Han letters, numbers, radicals
+    *"0179²½Ⅷ٣१๓①一\U0001d7d8",  # numbers of all three kinds; one of them is a letter
     *"'’`ʼ\"!.,-_/()…—¿「」$€+<^",
-    "'s",
-    "'S",
-    "'ſ",
-    "'t",
-    "'T",
-    "'re",
-    "'RE",
-    "'rE",
-    "'ve",
-    "'Ve",
-    "'m",
-    "'M",
-    "'ll",
-    "'lL",
-    "'d",
-    "'D",
-    "'l",
-    "'r",
-    *"☃☺\u2764",  # symbols and what emoji are made of
-    "\ufe0f",
-    "\u200d",
-    "👩",
-    "\U0001f3fd",
-    "🇨",
-    *" \t\n\r\v\f",  # white space, and characters that only look like it
-    "  ",
-    "\r\n",
-    "\n\n",
-    "\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000"[0],
-    "\xa0",
-    "\u1680",
-    "\u2003",
-    "\u2028",
-    "\u3000",
-    "\u180e",
-    "\u200b",
-    "\u2060",
-    "\ufeff",
-    "\x1c",
-    "\0",
-    "\x7f",
-    "\xad",
-    "\u0378",  # unassigned, private, last, replacement character
-    "\ue000",
-    "\U0010ffff",
-    "\U000e0001",
-    "\ufffd",
-    "\U00016f00",  # assigned after Unicode 5, 9, 15, 16
-    "\u1c80",
-    "\U0001e4d0",
-    "\U00010d50",
-    "camelCase",
-    "HTTPServer",
-    "iPhone",
-    "don't",
-    "I'M",
-]
+    "'s", "'S", "'ſ", "'t", "'T", "'re", "'RE", "'rE", "'ve", "'Ve", "'m", "'M", "'ll", "'lL", "'d", "'D", "'l", "'r",
+    *"☃☺\u2764\ufe0f\u200d👩\U0001f3fd🇨",  # symbols and what emoji are made of
+    *" \t\n\r\v\f", "  ", "\r\n", "\n\n", *"\x85\xa0\u1680\u2003\u2028\u3000",  # white space
+    *"\u180e\u200b\u2060\ufeff\x1c\0\x7f\xad",  # characters that only look like white space
+    *"\u0378\ue000\U0010ffff\U000e0001\ufffd",  # unassigned, private, last, replacement character
+    *"\U00016f00\u1c80\U0001e4d0\U00010d50",  # assigned after Unicode 5, 9, 15, 16
+    "camelCase", "HTTPServer", "iPhone", "don't", "I'M",
+]  # fmt: skip
 
 
 def hostile_texts(count: int, seed: int, longest: int = 40) -> list[str]:
