@@ -4,6 +4,7 @@
 // against float64 on the values that cache and weights really hold. It needs ggml's public interface alone and looks
 // LATENT_ATTN up by name, so that the same binary runs on a pristine library too.
 
+#include "check.h"
 #include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
@@ -44,6 +45,13 @@ struct LatentShape {
     float       last      = 1.0f;      // it grows by the same factor from key to key
     uint32_t    seed      = 1;
 
+    LatentShape with(int64_t queries, int64_t keys) const {
+        LatentShape other = *this;
+        other.n_queries   = queries;
+        other.n_keys      = keys;
+        return other;
+    }
+
     int64_t n_cache() const { return n_latent + n_rope; }
 
     int64_t n_key() const { return expand ? n_nope + n_rope : n_cache(); }
@@ -66,6 +74,20 @@ struct LatentShape {
         return mask == "none" || key <= n_keys - n_queries + query;
     }
 };
+
+inline std::string name_of(const LatentShape & s) {
+    return text(
+        "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
+        "%g%s",
+        s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
+        (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
+        s.first, s.last, s.poison ? " poisoned" : "");
+}
+
+// The bound of an NMSE against float64 on the dequantised values.
+inline double limit_of(ggml_type cache) {
+    return ggml_is_quantized(cache) ? 2e-5 : 1e-7;
+}
 
 inline ggml_type type_of(const std::string & name) {
     for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
