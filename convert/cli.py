@@ -22,17 +22,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
+from kimi_gguf.convert.conversion import Options, convert, plan_only
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.unfinished import leftover
-from kimi_gguf.convert.pipeline import Options, convert, plan_only
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.progress import PROGRAM, Teller, for_people, for_programs, quiet, say
+from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.convert.types.named_mixes import RECIPES
-from kimi_gguf.convert.types.tensor_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.verify import verify
 from kimi_gguf.engine.gguf import GgufError
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType

@@ -15,10 +15,10 @@ from typing import Any
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, parameters
-from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.model.tensor_table import outputs
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, metadata
-from kimi_gguf.convert.model.tensors import FLOAT32, Output, PlannedTensor, outputs
+from kimi_gguf.convert.model.tensor_table import FLOAT32, Output, PlannedTensor, outputs
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint

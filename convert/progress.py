@@ -23,8 +23,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from kimi_gguf.convert.model.tensors import PlannedTensor
-from kimi_gguf.convert.pipeline import Report
+from kimi_gguf.convert.conversion import Report
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.plan import Plan
 
 PROGRAM: Final = "convert-kimi"

@@ -15,14 +15,14 @@ import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
+from kimi_gguf.convert.model.tensor_table import PlannedTensor, outputs
 from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 
 # Keys that describe the origin of a file, not the model; they may differ.

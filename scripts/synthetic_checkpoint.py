@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_gguf.convert.model.config import KimiConfig, published_config
-from kimi_gguf.convert.model.tensors import FLOAT32, hub_shapes
+from kimi_gguf.convert.model.tensor_table import FLOAT32, hub_shapes
 
 NUM_SHARDS = 20
 BYTES = {"BF16": 2, "F32": 4}

@@ -14,11 +14,11 @@ from enum import IntEnum
 from typing import Final
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.model.tensor_table import outputs
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.source.origin import Origin
+from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.imatrix import Importances
-from kimi_gguf.convert.types.tensor_types import FileType
 
 ARCHITECTURE: Final = "kimi-linear"
 SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID

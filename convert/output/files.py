@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, ValueType
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.gguf_header import COUNTS, aligned, header_bytes, key_bytes, tensor_bytes
 from kimi_gguf.engine.split_names import (

@@ -11,7 +11,7 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, Value, ValueType
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 
 MAGIC: Final = b"GGUF"
 VERSION: Final = 3

@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import PlannedTensor, Transform
+from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished

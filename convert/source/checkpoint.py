@@ -22,7 +22,7 @@ import numpy.typing as npt
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.layouts import Place, places
-from kimi_gguf.convert.model.tensors import EMBEDDING, HEAD, hub_shapes
+from kimi_gguf.convert.model.tensor_table import EMBEDDING, HEAD, hub_shapes
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.source.byte_source import Source

@@ -15,8 +15,8 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensors import Output
-from kimi_gguf.convert.types.tensor_types import FileType
+from kimi_gguf.convert.model.tensor_table import Output
+from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.engine.tensor_types import F16, TENSOR_TYPES, TensorType
 
 

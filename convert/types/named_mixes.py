@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 
 # All but the experts, which hold 95 % of the 48B's weights: mixers with their gates and latents, shared experts,

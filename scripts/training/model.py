@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensors import FLOAT32
+from kimi_gguf.convert.model.tensor_table import FLOAT32
 from kimi_gguf.scripts.training.kda_chunked import kda_chunked
 
 L2_EPS = 1e-6

@@ -18,12 +18,12 @@ import pytest
 from convert_tools import convert, fresh_checkpoint, start_convert
 from random_checkpoint import Spec
 
+from kimi_gguf.convert.conversion import Report
+from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.output import growing, unfinished
-from kimi_gguf.convert.pipeline import Report
-from kimi_gguf.convert.pipeline import convert as convert_in_python
 from kimi_gguf.convert.plan import Plan
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 KEPT = {".x.gguf.unfinished"}
@@ -34,8 +34,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 from kimi_gguf.convert.types import ggml
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.pipeline import Options, convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import Options, convert
+from kimi_gguf.convert.types.file_types import TYPES
 
 source, out, whole, kills, kind = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
 unfinished.SYNC_SECONDS = 0

@@ -18,7 +18,7 @@ from convert_tools import convert, fresh_checkpoint
 from gguf import GGUFReader, GGUFWriter
 from random_checkpoint import Spec
 
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.gguf import GgufFile
 

@@ -30,11 +30,11 @@ from convert_tools import (
 from gguf import GGUFReader
 from random_checkpoint import Spec
 
+from kimi_gguf.convert.conversion import Report
+from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.pipeline import Report
-from kimi_gguf.convert.pipeline import convert as convert_in_python
 from kimi_gguf.convert.plan import Plan
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 
 SMALL = Spec(layers="KM")
 # Long enough to write that a signal arrives in the middle: 40 MB of F32.

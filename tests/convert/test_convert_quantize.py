@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, encode
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.ggml import load
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TENSOR_TYPES, TensorType
 
 NEWER = {"Q1_0", "Q2_0"}  # than the gguf package that may be installed

@@ -13,10 +13,10 @@ import pytest
 from convert_tools import Run, convert
 from random_checkpoint import Spec
 
+from kimi_gguf.convert.conversion import Options
+from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.pipeline import Options
-from kimi_gguf.convert.pipeline import convert as convert_in_python
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.split_names import place_in_set
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
@@ -29,8 +29,8 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.pipeline import Options, convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import Options, convert
+from kimi_gguf.convert.types.file_types import TYPES
 
 source, out, kills, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 sets = [{p.name: p.read_bytes() for p in Path(folder).iterdir()} for folder in sys.argv[5:]]

@@ -19,8 +19,8 @@ from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, cut, decode, play, text
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 

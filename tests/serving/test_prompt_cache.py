@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from llama_server import Server, serving
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine

@@ -15,9 +15,9 @@ from random_checkpoint import VOCAB_SIZE, Spec, config, weights, write_checkpoin
 from transformers import KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear
 
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 from kimi_gguf.validate.reference import Reference, Trace

@@ -9,9 +9,9 @@ import pytest
 import torch
 from random_checkpoint import MERGES, VOCAB_SIZE, Spec, config, weights, write_checkpoint
 
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import (

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.gates import Evidence, GateResult, judge

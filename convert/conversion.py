@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
@@ -23,10 +23,10 @@ from kimi_gguf.convert.output.writer import check_outputs, write
 from kimi_gguf.convert.plan import Plan, make_plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
+from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.tensor_types import FileType
 
 Report = Callable[[PlannedTensor, int], None]
 
