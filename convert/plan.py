@@ -6,7 +6,8 @@ size of the file; or `ConvertError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,9 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # information for the user that is not an error
     importances: Importances | None = None
-    max_part: int | None = None  # maximum bytes of a file (a larger tensor gets its own file); None: one file
+    split_max_size: int | None = (
+        None  # maximum bytes of a file (a larger tensor gets its own file); None: one file
+    )
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
@@ -51,11 +54,11 @@ class Plan:
     @cached_property
     def files(self) -> tuple[PlannedFile, ...]:
         """The files of the plan. Raises `ConvertError` if there would be too many."""
-        return split(self.keys, self.tensors, self.max_part)
+        return split(self.keys, self.tensors, self.split_max_size)
 
     def paths(self, output: Path) -> list[Path]:
         """The file names of the plan's splits for the output `output`. Raises `ConvertError`."""
-        if self.max_part is not None and place_in_set(output) is not None:
+        if self.split_max_size is not None and place_in_set(output) is not None:
             raise ConvertError(f"{output}: is the name of a split; give the name without -NNNNN-of-NNNNN")
         return part_paths(output, len(self.files))
 
@@ -63,6 +66,17 @@ class Plan:
     def nbytes(self) -> int:
         """Total size of all files of the plan, in bytes."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def type_counts(tensors: Iterable[PlannedTensor]) -> str:
+    """The number of tensors of each type, the most frequent type first."""
+    counts = Counter(tensor.type.name for tensor in tensors)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def in_file_order(output: Output) -> tuple[int, str]:
@@ -77,13 +91,13 @@ def make_plan(
     request: TypeRequest,
     name: str,
     importances: Importances | None = None,
-    max_part: int | None = None,
+    split_max_size: int | None = None,
     quantized_by: str | None = None,
 ) -> Plan:
-    """Plan the model called `name` in its metadata, in files of at most `max_part` bytes. Reads no weights.
+    """Plan the model called `name` in its metadata, in files of at most `split_max_size` bytes. Reads no weights.
     Raises `ConvertError`."""
     config = checkpoint.config
-    _check_vocab(checkpoint, vocab)
+    _check_end_tokens(checkpoint, vocab)
     every = sorted(outputs(config), key=in_file_order)
     chosen = choose_types(config, every, request, importances is not None)
     kinds = [chosen[output.name] or _kept(checkpoint, output) for output in every]
@@ -94,7 +108,7 @@ def make_plan(
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
-    plan = Plan(request, keys, tuple(tensors), notes, importances, max_part)
+    plan = Plan(request, keys, tuple(tensors), notes, importances, split_max_size)
     return replace(plan, notes=(*notes, *_size_notes(plan)))
 
 
@@ -105,18 +119,11 @@ def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
     return BF16
 
 
-def _check_vocab(checkpoint: Checkpoint, vocab: Vocab) -> None:
-    config = checkpoint.config
-    for key, size in (("tokens", len(vocab.tokens)), ("token types", len(vocab.types))):
-        if size != config.vocab_size:
-            raise ConvertError(
-                f"{checkpoint.folder}: {key}: expected {config.vocab_size} (vocab_size in config.json), "
-                f"found {size}; use the tokenizer and the config of the same model"
-            )
-    for token_id in config.more_eos_token_ids:
+def _check_end_tokens(checkpoint: Checkpoint, vocab: Vocab) -> None:
+    for token_id in checkpoint.config.more_eos_token_ids:
         if vocab.tokens[token_id] not in _ALWAYS_STOP:
             raise ConvertError(
-                f"{checkpoint.folder / 'config.json'}: eos_token_id: token {token_id} "
+                f"{checkpoint.folder / CONFIG}: eos_token_id: token {token_id} "
                 f"({vocab.tokens[token_id]!r}) cannot be an additional end token: GGUF stores only one, and "
                 f"llama.cpp adds only {', '.join(sorted(_ALWAYS_STOP))}; list one token"
             )
@@ -176,7 +183,7 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
             f"{checkpoint.remote_bytes:,} bytes of weights are streamed over the network; "
             "they are not stored on disk"
         )
-    rounded = [name for name in checkpoint.names() if name.endswith(FLOAT32)]
+    rounded = [name for name in checkpoint.shapes if name.endswith(FLOAT32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (
@@ -199,7 +206,7 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
 def _size_notes(plan: Plan) -> Iterator[str]:
     """Notes about splits that are larger than the requested size."""
     for file in plan.files:
-        if plan.max_part is not None and file.nbytes > plan.max_part:
+        if plan.split_max_size is not None and file.nbytes > plan.split_max_size:
             yield (
                 f"{file.tensors[0].name} is larger than --split-max-size: its split has {file.nbytes:,} bytes"
             )

@@ -27,10 +27,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Rule:
-    """`canonical` (a regular expression for the whole name) may also stand under `stored` (its template).
+    """A tensor `canonical` (a regular expression for the whole name) may be stored as `stored` (its template).
 
-    `experts`: the stored tensor has one slice per expert in front; the group `e` of the expression is ours.
-    `part`: (i, n), the tensor is the i-th of n equal parts along the (slice's) first dimension.
+    `experts`: the stored tensor's first dimension is the expert, which is the group `e` of the expression.
+    `part`: (i, n), the tensor is the i-th of n equal parts along the first dimension (of the expert's slice).
     """
 
     canonical: str
@@ -56,9 +56,10 @@ RULES: Final = (
         _LAYER + r"self_attn\.(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)",
         r"\g<layer>.self_attn.forget_gate.\g<rest>",
     ),
-    Rule(_LAYER + r"self_attn\.q_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(0, 3)),
-    Rule(_LAYER + r"self_attn\.k_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(1, 3)),
-    Rule(_LAYER + r"self_attn\.v_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(2, 3)),
+    *(
+        Rule(_LAYER + rf"self_attn\.{x}_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(i, 3))
+        for i, x in enumerate("qkv")
+    ),
 )
 _COMPILED: Final = tuple((re.compile(rule.canonical), rule) for rule in RULES)
 

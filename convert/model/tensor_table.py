@@ -7,9 +7,10 @@ Source of the GGUF side: llama.cpp's loader for the architecture `kimi-linear`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Final
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
@@ -25,19 +26,6 @@ class Transform(Enum):
     V_OF_KV = "v part per head"  # kv_b [heads*(nope+v), rank] -> [heads, v, rank]
 
 
-class Where(Enum):
-    """The layers (or the top level) that have a row of the table."""
-
-    TOP = "top"
-    EVERY = "every layer"
-    KDA = "KDA layers"
-    MLA = "MLA layers"
-    MLA_PLAIN_Q = "MLA layers without query compression"
-    MLA_LOW_RANK_Q = "MLA layers with query compression"
-    DENSE = "layers with a dense FFN"
-    MOE = "layers with experts"
-
-
 @dataclass(frozen=True)
 class Row:
     """One GGUF tensor; shapes are words of `dimensions`."""
@@ -45,86 +33,82 @@ class Row:
     hub: str
     shape: str  # of one source, row-major
     gguf: str
-    ne: str  # of the output, ggml order
+    ne: str = ""  # of the output, ggml order; empty: the source's shape reversed
     transform: Transform = Transform.COPY
-    always_f32: bool = False  # read by the graph in F32 only, or too small and delicate to round
+    always_f32: bool = False  # read by the graph in F32 only, or too small and sensitive to round
 
 
 @dataclass(frozen=True)
 class Group:
     """Rows of the same layers; {i} in a name is the layer, {e} the expert."""
 
-    where: Where
-    hub: str  # in front of every row's name
-    gguf: str
+    has: Callable[[KimiConfig, int], bool]  # whether the layer has these rows
+    hub: str  # prefix of every row's hub name, after "model.layers.{i}."
     rows: tuple[Row, ...]
 
 
-def _f32(hub: str, shape: str, gguf: str, ne: str, transform: Transform = Transform.COPY) -> Row:
-    return Row(hub, shape, gguf, ne, transform, always_f32=True)
+_f32 = partial(Row, always_f32=True)
+
+
+def _is_mla(config: KimiConfig, layer: int) -> bool:
+    return config.layers[layer] is LayerKind.MLA
 
 
 FLOAT32: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints, all others BF16
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LAYER: Final = "model.layers.{i}."
-_BLOCK: Final = "blk.{i}."
 
-TABLE: Final = (
-    Group(Where.TOP, "", "", (
-        Row(EMBEDDING, "vocab hidden", "token_embd.weight", "hidden vocab"),
-        _f32("model.norm.weight", "hidden", "output_norm.weight", "hidden"),
-        Row(HEAD, "vocab hidden", "output.weight", "hidden vocab"),
+FIRST: Final = Row(EMBEDDING, "vocab hidden", "token_embd.weight")
+LAST: Final = (
+    _f32("model.norm.weight", "hidden", "output_norm.weight"),
+    Row(HEAD, "vocab hidden", "output.weight"),
+)
+LAYERS: Final = (
+    Group(lambda config, layer: True, "", (
+        _f32("input_layernorm.weight", "hidden", "attn_norm.weight"),
+        _f32("post_attention_layernorm.weight", "hidden", "ffn_norm.weight"),
     )),
-    Group(Where.EVERY, _LAYER, _BLOCK, (
-        _f32("input_layernorm.weight", "hidden", "attn_norm.weight", "hidden"),
-        _f32("post_attention_layernorm.weight", "hidden", "ffn_norm.weight", "hidden"),
-    )),
-    Group(Where.KDA, _LAYER + "self_attn.", _BLOCK, (
-        Row("q_proj.weight", "kda hidden", "attn_q.weight", "hidden kda"),
-        Row("k_proj.weight", "kda hidden", "attn_k.weight", "hidden kda"),
-        Row("v_proj.weight", "kda hidden", "attn_v.weight", "hidden kda"),
-        _f32("q_conv1d.weight", "kda 1 conv", "ssm_conv1d_q.weight", "conv 1 kda 1"),
-        _f32("k_conv1d.weight", "kda 1 conv", "ssm_conv1d_k.weight", "conv 1 kda 1"),
-        _f32("v_conv1d.weight", "kda 1 conv", "ssm_conv1d_v.weight", "conv 1 kda 1"),
-        Row("f_a_proj.weight", "kda_head hidden", "ssm_f_a.weight", "hidden kda_head"),
-        Row("f_b_proj.weight", "kda kda_head", "ssm_f_b.weight", "kda_head kda"),
-        _f32("dt_bias", "kda", "ssm_dt.bias", "kda"),
+    Group(lambda config, layer: not _is_mla(config, layer), "self_attn.", (
+        *(Row(f"{x}_proj.weight", "kda hidden", f"attn_{x}.weight") for x in "qkv"),
+        *(_f32(f"{x}_conv1d.weight", "kda 1 conv", f"ssm_conv1d_{x}.weight", "conv 1 kda 1") for x in "qkv"),
+        Row("f_a_proj.weight", "kda_head hidden", "ssm_f_a.weight"),
+        Row("f_b_proj.weight", "kda kda_head", "ssm_f_b.weight"),
+        _f32("dt_bias", "kda", "ssm_dt.bias"),
         _f32("A_log", "1 1 kda_heads 1", "ssm_a", "1 kda_heads 1 1", Transform.NEG_EXP),
-        Row("b_proj.weight", "kda_heads hidden", "ssm_beta.weight", "hidden kda_heads"),
-        Row("g_a_proj.weight", "kda_head hidden", "ssm_g_a.weight", "hidden kda_head"),
-        Row("g_b_proj.weight", "kda kda_head", "ssm_g_b.weight", "kda_head kda"),
-        _f32("o_norm.weight", "kda_head", "ssm_norm.weight", "kda_head"),
-        Row("o_proj.weight", "hidden kda", "attn_output.weight", "kda hidden"),
+        Row("b_proj.weight", "kda_heads hidden", "ssm_beta.weight"),
+        Row("g_a_proj.weight", "kda_head hidden", "ssm_g_a.weight"),
+        Row("g_b_proj.weight", "kda kda_head", "ssm_g_b.weight"),
+        _f32("o_norm.weight", "kda_head", "ssm_norm.weight"),
+        Row("o_proj.weight", "hidden kda", "attn_output.weight"),
     )),
-    Group(Where.MLA_PLAIN_Q, _LAYER + "self_attn.", _BLOCK, (
-        Row("q_proj.weight", "mla_q hidden", "attn_q.weight", "hidden mla_q"),
+    Group(lambda config, layer: _is_mla(config, layer) and config.q_lora_rank is None, "self_attn.", (
+        Row("q_proj.weight", "mla_q hidden", "attn_q.weight"),
     )),
-    Group(Where.MLA_LOW_RANK_Q, _LAYER + "self_attn.", _BLOCK, (
-        Row("q_a_proj.weight", "q_rank hidden", "attn_q_a.weight", "hidden q_rank"),
-        _f32("q_a_layernorm.weight", "q_rank", "attn_q_a_norm.weight", "q_rank"),
-        Row("q_b_proj.weight", "mla_q q_rank", "attn_q_b.weight", "q_rank mla_q"),
+    Group(lambda config, layer: _is_mla(config, layer) and config.q_lora_rank is not None, "self_attn.", (
+        Row("q_a_proj.weight", "q_rank hidden", "attn_q_a.weight"),
+        _f32("q_a_layernorm.weight", "q_rank", "attn_q_a_norm.weight"),
+        Row("q_b_proj.weight", "mla_q q_rank", "attn_q_b.weight"),
     )),
-    Group(Where.MLA, _LAYER + "self_attn.", _BLOCK, (
-        Row("kv_a_proj_with_mqa.weight", "latent_rope hidden", "attn_kv_a_mqa.weight", "hidden latent_rope"),
-        _f32("kv_a_layernorm.weight", "latent", "attn_kv_a_norm.weight", "latent"),
+    Group(_is_mla, "self_attn.", (
+        Row("kv_a_proj_with_mqa.weight", "latent_rope hidden", "attn_kv_a_mqa.weight"),
+        _f32("kv_a_layernorm.weight", "latent", "attn_kv_a_norm.weight"),
         Row("kv_b_proj.weight", "mla_kv latent", "attn_k_b.weight", "nope latent heads", Transform.K_OF_KV),
         Row("kv_b_proj.weight", "mla_kv latent", "attn_v_b.weight", "latent v heads", Transform.V_OF_KV),
-        Row("o_proj.weight", "hidden mla_v", "attn_output.weight", "mla_v hidden"),
+        Row("o_proj.weight", "hidden mla_v", "attn_output.weight"),
     )),
-    Group(Where.DENSE, _LAYER + "mlp.", _BLOCK, (
-        Row("gate_proj.weight", "ffn hidden", "ffn_gate.weight", "hidden ffn"),
-        Row("up_proj.weight", "ffn hidden", "ffn_up.weight", "hidden ffn"),
-        Row("down_proj.weight", "hidden ffn", "ffn_down.weight", "ffn hidden"),
+    Group(lambda config, layer: layer < config.num_dense_layers, "mlp.", (
+        Row("gate_proj.weight", "ffn hidden", "ffn_gate.weight"),
+        Row("up_proj.weight", "ffn hidden", "ffn_up.weight"),
+        Row("down_proj.weight", "hidden ffn", "ffn_down.weight"),
     )),
-    Group(Where.MOE, _LAYER + "block_sparse_moe.", _BLOCK, (
-        _f32("gate.weight", "experts hidden", "ffn_gate_inp.weight", "hidden experts"),
-        _f32("gate.e_score_correction_bias", "experts", "exp_probs_b.bias", "experts"),
+    Group(lambda config, layer: layer >= config.num_dense_layers, "block_sparse_moe.", (
+        _f32("gate.weight", "experts hidden", "ffn_gate_inp.weight"),
+        _f32("gate.e_score_correction_bias", "experts", "exp_probs_b.bias"),
         Row("experts.{e}.w1.weight", "expert hidden", "ffn_gate_exps.weight", "hidden expert experts"),
         Row("experts.{e}.w3.weight", "expert hidden", "ffn_up_exps.weight", "hidden expert experts"),
         Row("experts.{e}.w2.weight", "hidden expert", "ffn_down_exps.weight", "expert hidden experts"),
-        Row("shared_experts.gate_proj.weight", "shared hidden", "ffn_gate_shexp.weight", "hidden shared"),
-        Row("shared_experts.up_proj.weight", "shared hidden", "ffn_up_shexp.weight", "hidden shared"),
-        Row("shared_experts.down_proj.weight", "hidden shared", "ffn_down_shexp.weight", "shared hidden"),
+        Row("shared_experts.gate_proj.weight", "shared hidden", "ffn_gate_shexp.weight"),
+        Row("shared_experts.up_proj.weight", "shared hidden", "ffn_up_shexp.weight"),
+        Row("shared_experts.down_proj.weight", "hidden shared", "ffn_down_shexp.weight"),
     )),
 )  # fmt: skip
 
@@ -180,46 +164,29 @@ def dimensions(config: KimiConfig) -> dict[str, int]:
     }
 
 
-def _layer_has(where: Where, layer: int, config: KimiConfig) -> bool:
-    mla = config.layers[layer] is LayerKind.MLA
-    dense = layer < config.num_dense_layers
-    return {
-        Where.EVERY: True,
-        Where.KDA: not mla,
-        Where.MLA: mla,
-        Where.MLA_PLAIN_Q: mla and config.q_lora_rank is None,
-        Where.MLA_LOW_RANK_Q: mla and config.q_lora_rank is not None,
-        Where.DENSE: dense,
-        Where.MOE: not dense,
-    }[where]
-
-
 def outputs(config: KimiConfig) -> Iterator[Output]:
     """Every tensor of the GGUF file in the order of the file: embedding, layers, output norm, output."""
     sizes = dimensions(config)
 
-    def shape(text: str) -> tuple[int, ...]:
-        return tuple(sizes[word] for word in text.split())
-
-    def make(group: Group, row: Row, layer: int) -> Output:
+    def make(row: Row, layer: int = 0, hub: str = "", gguf: str = "") -> Output:
+        shape = [sizes[word] for word in row.shape.split()]
         experts = config.num_experts if "{e}" in row.hub else 1
         return Output(
-            name=(group.gguf + row.gguf).format(i=layer),
-            ne=shape(row.ne),
-            sources=tuple((group.hub + row.hub).format(i=layer, e=e) for e in range(experts)),
-            source_shape=shape(row.shape),
+            name=gguf + row.gguf,
+            ne=tuple(sizes[word] for word in row.ne.split()) or tuple(reversed(shape)),
+            sources=tuple((hub + row.hub).format(i=layer, e=e) for e in range(experts)),
+            source_shape=tuple(shape),
             transform=row.transform,
             always_f32=row.always_f32,
         )
 
-    top, *per_layer = TABLE
-    first, *last = (make(top, row, 0) for row in top.rows)
-    yield first
+    yield make(FIRST)
     for layer in range(len(config.layers)):
-        for group in per_layer:
-            if _layer_has(group.where, layer, config):
-                yield from (make(group, row, layer) for row in group.rows)
-    yield from last
+        for group in LAYERS:
+            if group.has(config, layer):
+                hub, gguf = "model.layers.{i}." + group.hub, f"blk.{layer}."
+                yield from (make(row, layer, hub, gguf) for row in group.rows)
+    yield from map(make, LAST)
 
 
 def hub_shapes(config: KimiConfig) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +16,7 @@ from typing import Final
 
 from kimi_gguf.convert.model.metadata import ARCHITECTURE
 from kimi_gguf.convert.output.files import PlannedFile
-from kimi_gguf.convert.plan import Plan
-
-CARD: Final = "README.md"
+from kimi_gguf.convert.plan import Plan, type_counts
 
 # The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
 DIFFERENCES: Final = (
@@ -96,10 +93,9 @@ def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[t
 
 
 def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
-    for path, part in zip(paths, files, strict=True):
-        counts = Counter(tensor.type.name for tensor in part.tensors)
-        types = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-        yield f"`{_code_text(path.name)}`", f"{part.nbytes:,}", str(len(part.tensors)), types
+    for path, file in zip(paths, files, strict=True):
+        name, count = f"`{_code_text(path.name)}`", str(len(file.tensors))
+        yield name, f"{file.nbytes:,}", count, type_counts(file.tensors)
 
 
 def _running(plan: Plan, name: str) -> str:

@@ -22,7 +22,15 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.output.growing import Growing
-from kimi_gguf.convert.output.journal import JOURNAL, append, entries, locked, mend, stamp, whole
+from kimi_gguf.convert.output.journal import (
+    JOURNAL,
+    append,
+    entries,
+    locked,
+    remove_incomplete_line,
+    stamp,
+    whole,
+)
 from kimi_gguf.engine.tensor_types import Bytes
 
 SYNC_SECONDS = 1.0  # minimum time between journal entries
@@ -42,9 +50,7 @@ class Layout:
     """The files of an output; known before it is written."""
 
     files: tuple[tuple[str, int], ...]  # names and bytes, in order; all in the output's folder
-    places: tuple[
-        tuple[int, int], ...
-    ]  # for each number of finished steps: the file (from 0) and the offset to continue at
+    places: tuple[tuple[int, int], ...]  # by the finished steps: the file (from 0) and offset to continue at
 
 
 class Unfinished:
@@ -130,7 +136,8 @@ def unfinished(
         done = _steps_done(path, layout, identity) if resume else 0
         keep = False
         if done == 0:
-            _begin_anew(path)
+            _clear(path)
+            os.truncate(folder / JOURNAL, 0)
             append(folder, {"format": _FORMAT, "plan": identity.plan, "sources": identity.sources})
         work = Unfinished(folder, layout, done)
         yield work
@@ -148,12 +155,9 @@ def unfinished(
         keep = keep or (work is not None and work.noted > 0)
         if not isinstance(error, OSError):
             raise
-        left = (
-            f"free disk space, then continue with --resume ({folder.name} is kept)"
-            if keep
-            else "nothing was written"
-        )
-        raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; {left}") from None
+        kept = f"free disk space, then continue with --resume ({folder.name} is kept)"
+        todo = kept if keep else "nothing was written"
+        raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; {todo}") from None
     finally:
         if work is not None:
             work.close()
@@ -214,36 +218,25 @@ def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
     if not noted or noted[0].get("format") != _FORMAT:
         raise ConvertError(f"{journal}: not a journal of this version; {remedy}")
     if noted[0].get("sources") != identity.sources:
-        raise ConvertError(
-            f"{journal}: the unfinished output is of another checkpoint, or the checkpoint has changed; "
-            f"{remedy}"
-        )
+        raise ConvertError(f"{journal}: is of another checkpoint, or the checkpoint has changed; {remedy}")
     if noted[0].get("plan") != identity.plan:
-        raise ConvertError(
-            f"{journal}: the unfinished output was started with other options or versions; {remedy}"
-        )
+        raise ConvertError(f"{journal}: was started with other options or another version; {remedy}")
     marks = [done for entry in noted[1:] if isinstance(done := entry.get("done"), int)]
     if not marks:
         return 0
     if not 0 <= marks[-1] < len(layout.places):
-        raise ConvertError(
-            f"{journal}: expected at most {len(layout.places) - 1} steps, found {marks[-1]}; {remedy}"
-        )
+        most = len(layout.places) - 1
+        raise ConvertError(f"{journal}: expected at most {most} steps, found {marks[-1]}; {remedy}")
     number, end = layout.places[marks[-1]]
     for i, (name, size) in enumerate(layout.files[: number + 1]):
         if name in ours or (here[name] == size if i < number else here[name] >= end):
             continue
+        expected = f"{size} bytes" if i < number else f"at least {end} bytes"
         raise ConvertError(
-            f"{folder / name}: expected {f'{size} bytes' if i < number else f'at least {end} bytes'} "
-            f"according to its journal, found {here[name]}; {remedy}"
+            f"{folder / name}: expected {expected} according to its journal, found {here[name]}; {remedy}"
         )
-    mend(folder)
+    remove_incomplete_line(folder)
     return marks[-1]
-
-
-def _begin_anew(path: Path) -> None:
-    _clear(path)
-    os.truncate(folder_of(path) / JOURNAL, 0)
 
 
 def _remove(path: Path) -> None:

@@ -64,9 +64,9 @@ def test_layouts_and_numbers_of_files_give_the_same_bytes(tmp_path: Path, spec: 
 def test_a_checkpoint_reads_as_the_hubs_names(tmp_path: Path, spec: Spec, layout: Layout) -> None:
     expected = weights(spec)
     with open_checkpoint(fresh_checkpoint(tmp_path, spec, layout)) as checkpoint:
-        assert set(checkpoint.names()) == set(expected)
+        assert set(checkpoint.shapes) == set(expected)
         for name, tensor in expected.items():
-            assert checkpoint.shape(name) == tuple(tensor.shape)
+            assert checkpoint.shapes[name] == tuple(tensor.shape)
             assert checkpoint.dtype(name).name == DTYPES[tensor.dtype]
             assert np.array_equal(checkpoint.float32(name), tensor.float().numpy()), name
 

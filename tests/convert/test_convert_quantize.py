@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kimi_gguf.convert.source.safetensors_file import Dtype
@@ -95,21 +95,20 @@ def nearest(value: float, candidates: list[tuple[float, int]]) -> set[int]:
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=500, deadline=None)
-@given(finite.filter(lambda x: abs(x) < F16.limit))
-def test_f16_is_the_nearest_half_ties_to_even(value: float) -> None:
-    code = int(cast(np.array([[value]]), F16).view(np.uint16)[0])
-    around = [c for c in (code - 1, code, code + 1) if 0 <= c <= 0xFFFF]
-    halves = [(float(np.uint16(c).view(np.float16)), c) for c in around]
-    assert code in nearest(value, [(h, c) for h, c in halves if np.isfinite(h)])
+def from_code(code: int, kind: TensorType) -> float:
+    if kind is F16:
+        return float(np.uint16(code).view(np.float16))
+    return float((np.uint32(code) << np.uint32(16)).view(np.float32))
 
 
+@pytest.mark.parametrize("kind", [F16, BF16], ids=["F16", "BF16"])
 @settings(max_examples=500, deadline=None)
-@given(finite.filter(lambda x: abs(x) < BF16.limit))
-def test_bf16_is_the_nearest_ties_to_even(value: float) -> None:
-    code = int(cast(np.array([[value]]), BF16).view(np.uint16)[0])
+@given(value=finite)
+def test_casts_give_the_nearest_number_ties_to_even(kind: TensorType, value: float) -> None:
+    assume(abs(value) < kind.limit)
+    code = int(cast(np.array([[value]]), kind).view(np.uint16)[0])
     around = [c for c in (code - 1, code, code + 1) if 0 <= c <= 0xFFFF]
-    numbers = [(float((np.uint32(c) << np.uint32(16)).view(np.float32)), c) for c in around]
+    numbers = [(from_code(c, kind), c) for c in around]
     assert code in nearest(value, [(x, c) for x, c in numbers if np.isfinite(x)])
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,18 +136,12 @@ def test_the_plan_shows_the_parts(source: Path, out: Path) -> None:
     plan = convert(source, "-o", out / "x.gguf", "--split-max-size", "700K", "--dry-run")
     assert plan.status == 0 and list(out.iterdir()) == []
     parts = split(source, out)
-    lines = plan.out.splitlines()[1:-1]
-    planned: dict[str, list[str]] = {}
-    for line in lines:
-        if line.startswith("x-"):
-            planned[line] = []
-        else:
-            planned[next(reversed(planned))].append(line.split()[0])
-    assert planned == {
-        f"{part.name}: {len(tensors)} tensors, {part.stat().st_size:,} bytes": [t.name for t in tensors]
-        for part in parts
-        for tensors in [GGUFReader(part).tensors]
-    }
+    planned = [line if line.startswith("x-") else line.split()[0] for line in plan.out.splitlines()[1:-1]]
+    written: list[str] = []
+    for part in parts:
+        names = list(data(part))
+        written += [f"{part.name}: {len(names)} tensors, {part.stat().st_size:,} bytes", *names]
+    assert planned == written
     total = sum(part.stat().st_size for part in parts)
     assert plan.out.splitlines()[-1].endswith(f" {total:,} bytes in {len(parts)} splits")
 
@@ -309,35 +305,38 @@ def test_a_part_that_is_not_the_first_is_refused(source: Path, out: Path) -> Non
         check_gguf(parts[1])
 
 
-def test_a_missing_part_is_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
-    check_gguf(parts[0])
-    parts[2].unlink()
-    refused(parts, source, str(parts[2]), "not found, but the model has")
-    with pytest.raises(EngineError, match=rf"(?s){parts[2].name}: no such file.*put all parts"):
-        check_gguf(parts[0])
-
-
-def test_a_truncated_part_is_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
-    parts[1].write_bytes(parts[1].read_bytes()[:-1000])
-    refused(parts, source, str(parts[1]), "truncated")
-
-
-def test_a_part_that_is_no_gguf_is_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
-    parts[1].write_bytes(b"<html>")
-    refused(parts, source, str(parts[1]), "not a GGUF file")
-    with pytest.raises(EngineError, match=rf"{parts[1].name}: not a GGUF file"):
-        check_gguf(parts[0])
-
-
-def test_parts_in_each_others_place_are_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
+def swap(parts: list[Path]) -> None:
+    """The second and the third part are in each other's place."""
     second, third = parts[1].read_bytes(), parts[2].read_bytes()
     parts[1].write_bytes(third)
     parts[2].write_bytes(second)
-    refused(parts, source, str(parts[1]), "split.no: expected 1", "found 2")
+
+
+# (change, the part that is named, words of the error, words of `check_gguf`'s error if it reads so far)
+DAMAGED: dict[str, tuple[Callable[[list[Path]], object], int, list[str], str]] = {
+    "missing": (
+        lambda parts: parts[2].unlink(),
+        2,
+        ["not found, but the model has"],
+        "no such file.*put all parts",
+    ),
+    "truncated": (lambda parts: os.truncate(parts[1], parts[1].stat().st_size - 1000), 1, ["truncated"], ""),
+    "no GGUF": (lambda parts: parts[1].write_bytes(b"<html>"), 1, ["not a GGUF file"], "not a GGUF file"),
+    "swapped": (swap, 1, ["split.no: expected 1", "found 2"], ""),
+}
+
+
+@pytest.mark.parametrize("change, number, words, checked", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_part_is_named(
+    source: Path, out: Path, change: Any, number: int, words: Any, checked: str
+) -> None:
+    parts = split(source, out)
+    check_gguf(parts[0])
+    change(parts)
+    refused(parts, source, str(parts[number]), *words)
+    if checked:
+        with pytest.raises(EngineError, match=rf"(?s){parts[number].name}: {checked}"):
+            check_gguf(parts[0])
 
 
 def test_a_part_of_another_conversion_is_named(tmp_path: Path, source: Path, out: Path) -> None:

@@ -13,7 +13,8 @@ import pytest
 from gguf import TokenType
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizer_cases import BYTES, CORPUS, SPECIAL, config, one_piece, train_ranks, write_tokenizer
+from random_checkpoint import BYTES, SPECIAL, write_tokenizer
+from tokenizer_cases import CORPUS, config, one_piece, train_ranks
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kimi_gguf.convert.errors import ConvertError
@@ -143,7 +144,7 @@ def test_without_configs_ids_the_tokenizers_names_count(ranks: list[bytes], tmp_
     vocab = load_vocab(tmp_path, bare)
     assert (vocab.bos_id, vocab.eos_id, vocab.pad_id) == (len(ranks), len(ranks) + 1, None)
     write_tokenizer(tmp_path, ranks, eos_token=None)
-    with pytest.raises(ConvertError, match="which token ends a text"):
+    with pytest.raises(ConvertError, match="eos_token_id: expected a token id"):
         load_vocab(tmp_path, bare)
 
 
