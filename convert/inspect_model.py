@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, parameters
 from kimi_gguf.convert.model.tensor_table import outputs
@@ -76,9 +76,7 @@ def inspect_model(path: Path | str, context: int) -> Summary:
     for tensor, dtype, nbytes in model.tensors:
         index = tensor.split(".")[1] if tensor.startswith("blk.") else "-1"
         if not index.lstrip("-").isdecimal() or int(index) >= count:
-            raise ConvertError(
-                f"{path}: {tensor!r:.80}: expected a layer below {count}, the number of layers"
-            )
+            raise ConvertError(f"{path}: {tensor!r:.80}: expected a layer from 0 to {count - 1}")
         sizes[int(index)] += nbytes
         by_layer.setdefault(int(index), Counter())[dtype] += 1
         tensors, total = by_type.get(dtype, (0, 0))
@@ -114,21 +112,21 @@ def _gguf(path: Path) -> _Model:
         keys = file.keys
         architecture = keys.get("general.architecture")
         if architecture != ARCHITECTURE:
-            raise ConvertError(
-                f"{path}: general.architecture: expected {ARCHITECTURE}, found {architecture!r:.60}"
-            )
+            what = f"expected {ARCHITECTURE}, found {excerpt(architecture)}"
+            raise ConvertError(f"{path}: general.architecture: {what}")
 
         def key(name: str) -> int:
             value = keys.get(f"{ARCHITECTURE}.{name}")
             if not isinstance(value, int):
-                raise ConvertError(f"{path}: {ARCHITECTURE}.{name}: expected an integer, found {value!r:.60}")
+                raise ConvertError(
+                    f"{path}: {ARCHITECTURE}.{name}: expected an integer, found {excerpt(value)}"
+                )
             return value
 
         kv_heads = keys.get(f"{ARCHITECTURE}.attention.head_count_kv")
         if not isinstance(kv_heads, list) or len(kv_heads) != key("block_count"):
-            raise ConvertError(
-                f"{path}: {ARCHITECTURE}.attention.head_count_kv: expected a number for each layer"
-            )
+            name = f"{ARCHITECTURE}.attention.head_count_kv"
+            raise ConvertError(f"{path}: {name}: expected a number for each layer")
         types = {kind.number: kind.name for kind in TYPES.values()}
         number = keys.get("general.file_type")
         return _Model(

@@ -41,15 +41,12 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # information for the user that is not an error
     importances: Importances | None = None
-    split_max_size: int | None = (
-        None  # maximum bytes of a file (a larger tensor gets its own file); None: one file
-    )
+    split_max_size: int | None = None  # maximum bytes of a file; a larger tensor gets its own file
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
         found = self.importances.weights.get(tensor.name) if self.importances else None
-        ne = tensor.output.ne
-        return found if found is not None and len(found) == ne[0] * (ne[2] if len(ne) > 2 else 1) else None
+        return found if found is not None and len(found) == tensor.output.columns else None
 
     @cached_property
     def files(self) -> tuple[PlannedFile, ...]:
@@ -131,8 +128,7 @@ def _check_end_tokens(checkpoint: Checkpoint, vocab: Vocab) -> None:
 
 def _check_importances(tensors: list[PlannedTensor], importances: Importances) -> None:
     for tensor in tensors:
-        weights = importances.weights.get(tensor.name)
-        expected = tensor.output.ne[0] * (tensor.output.ne[2] if len(tensor.output.ne) > 2 else 1)
+        weights, expected = importances.weights.get(tensor.name), tensor.output.columns
         if weights is None or not tensor.type.quantized or tensor.name == EMBEDDING:
             continue
         if len(weights) != expected:
@@ -153,11 +149,13 @@ def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances
     if not lacking:
         return
     first = lacking[0]
-    todo = "it has no entry" if importances else "give --imatrix FILE (made by llama-imatrix)"
+    where, todo = f"--type {request.file_type.name}", "give --imatrix FILE (made by llama-imatrix)"
+    if importances:
+        where = str(importances.path)
+        todo = f"it has no entry; choose another type, for example --tensor-type '{first.name}=Q4_K'"
     raise ConvertError(
-        f"{importances.path if importances else '--type ' + request.file_type.name}: {first.name!r} "
-        f"(and {len(lacking) - 1} others): {first.type.name} requires an importance matrix; {todo}"
-        + (f"; choose another type, for example --tensor-type '{first.name}=Q4_K'" if importances else "")
+        f"{where}: {first.name!r} (and {len(lacking) - 1} others): {first.type.name} requires an importance "
+        f"matrix; {todo}"
     )
 
 
@@ -179,10 +177,8 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
 def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.remote_bytes:
-        yield (
-            f"{checkpoint.remote_bytes:,} bytes of weights are streamed over the network; "
-            "they are not stored on disk"
-        )
+        size = f"{checkpoint.remote_bytes:,} bytes"
+        yield f"{size} of weights are streamed over the network; they are not stored on disk"
     rounded = [name for name in checkpoint.shapes if name.endswith(FLOAT32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
@@ -207,6 +203,5 @@ def _size_notes(plan: Plan) -> Iterator[str]:
     """Notes about splits that are larger than the requested size."""
     for file in plan.files:
         if plan.split_max_size is not None and file.nbytes > plan.split_max_size:
-            yield (
-                f"{file.tensors[0].name} is larger than --split-max-size: its split has {file.nbytes:,} bytes"
-            )
+            name, size = file.tensors[0].name, f"{file.nbytes:,} bytes"
+            yield f"{name} is larger than --split-max-size: its split has {size}"

@@ -13,15 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.writer import ProgressCallback
@@ -42,13 +35,13 @@ def for_people(plan: Plan) -> Iterator[ProgressCallback]:
         yield _plain(plan.data_bytes)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=plan.data_bytes)
         yield lambda tensor, nbytes: bar.update(task, advance=nbytes, description=tensor.name)
 

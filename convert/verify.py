@@ -53,9 +53,8 @@ def verify(
         plan = _plan_of(file, checkpoint, imatrix)
         wrong_tensors = tuple(_differences(file, checkpoint, plan, pace))
         checkpoint.check_unchanged()
-        return Verdict(
-            len(plan.tensors), plan.data_bytes, tuple(_wrong_keys(file, checkpoint)), wrong_tensors
-        )
+        wrong_keys = tuple(_wrong_keys(file, checkpoint))
+        return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:

@@ -315,9 +315,8 @@ def _check_heads(keys: _Keys, config: KimiConfig) -> None:
     keys.require(found == heads, "num_key_value_heads", expected, found, todo)
     if LayerKind.KDA in config.layers:
         todo = "llama.cpp cannot run KDA with another number of heads than attention"
-        keys.require(
-            config.kda_num_heads == heads, f"{LINEAR}.num_heads", expected, config.kda_num_heads, todo
-        )
+        found = config.kda_num_heads
+        keys.require(found == heads, f"{LINEAR}.num_heads", expected, found, todo)
     expected = f"{config.kda_head_dim}, the only KDA head size"
     todo = "llama.cpp cannot run KDA with keys and values of different sizes"
     for key in KDA_OTHER_SIZES:

@@ -40,6 +40,7 @@ class Rule:
 
 
 _LAYER: Final = r"(?P<layer>model\.layers\.\d+)\."
+_ATTN: Final = _LAYER + r"self_attn\."
 _MOE: Final = _LAYER + r"block_sparse_moe\."
 _EXPERT: Final = _MOE + r"experts\.(?P<e>\d+)\."
 
@@ -52,12 +53,9 @@ RULES: Final = (
     Rule(_EXPERT + r"w1\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
     Rule(_EXPERT + r"w3\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
     Rule(_EXPERT + r"w2\.weight", r"\g<layer>.mlp.experts.down_proj", experts=True),
-    Rule(
-        _LAYER + r"self_attn\.(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)",
-        r"\g<layer>.self_attn.forget_gate.\g<rest>",
-    ),
+    Rule(_ATTN + r"(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)", r"\g<layer>.self_attn.forget_gate.\g<rest>"),
     *(
-        Rule(_LAYER + rf"self_attn\.{x}_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(i, 3))
+        Rule(_ATTN + rf"{x}_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(i, 3))
         for i, x in enumerate("qkv")
     ),
 )

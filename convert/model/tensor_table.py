@@ -124,6 +124,11 @@ class Output:
     transform: Transform
     always_f32: bool
 
+    @property
+    def columns(self) -> int:
+        """Columns with importances of their own: those of each expert or head."""
+        return self.ne[0] * (self.ne[2] if len(self.ne) > 2 else 1)
+
 
 @dataclass(frozen=True)
 class PlannedTensor:

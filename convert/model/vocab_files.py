@@ -35,9 +35,8 @@ def read_text(path: Path) -> str:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ConvertError(
-            f"{path}, line {line}: expected UTF-8, found byte {error.object[error.start]:#x}"
-        ) from None
+        found = f"{error.object[error.start]:#x}"
+        raise ConvertError(f"{path}, line {line}: expected UTF-8, found byte {found}") from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise ConvertError(f"{path}, line {line}: expected text, found a NUL character")
@@ -51,9 +50,7 @@ def checked_text(value: object, where: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConvertError(
-            f"{where}: expected valid text, found an unpaired surrogate in {excerpt(value)}"
-        ) from None
+        raise ConvertError(f"{where}: expected text, found an unpaired surrogate: {excerpt(value)}") from None
     return value
 
 
@@ -67,9 +64,7 @@ def check_ranks(tokens: list[bytes], path: Path, where: str) -> None:
     for rank, token in enumerate(tokens):
         place = f"{path}, {where} {rank + first}"
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
-            raise ConvertError(
-                f"{place}: expected a token of 1 to {MAX_TOKEN_BYTES} bytes, found {len(token)}"
-            )
+            raise ConvertError(f"{place}: expected 1 to {MAX_TOKEN_BYTES} bytes, found {len(token)}")
         if (earlier := places.setdefault(token, rank)) != rank:
             raise ConvertError(f"{place}: the token {excerpt(token)} is already in {where} {earlier + first}")
     missing = [byte for byte in range(256) if bytes([byte]) not in places]
@@ -100,9 +95,8 @@ def read_tiktoken_model(path: Path) -> list[bytes]:
         try:
             tokens.append(base64.b64decode(encoded, validate=True))
         except (binascii.Error, ValueError) as error:
-            raise ConvertError(
-                f"{path}, line {number}: expected base64, found {excerpt(encoded)} ({error})"
-            ) from None
+            found = f"{excerpt(encoded)} ({error})"
+            raise ConvertError(f"{path}, line {number}: expected base64, found {found}") from None
     check_ranks(tokens, path, "line")
     return tokens
 
@@ -111,9 +105,8 @@ def special_token(content: object, special: object, where: str) -> SpecialToken:
     """Check the two fields of an added token; `where` names its place in an error."""
     content = checked_text(content, f"{where}, 'content'")
     if not 0 < len(content) <= MAX_TOKEN_BYTES:
-        raise ConvertError(
-            f"{where}, 'content': expected 1 to {MAX_TOKEN_BYTES} characters, found {len(content)}"
-        )
+        size = f"expected 1 to {MAX_TOKEN_BYTES} characters, found {len(content)}"
+        raise ConvertError(f"{where}, 'content': {size}")
     if not isinstance(special, bool):
         raise ConvertError(f"{where}, 'special': expected true or false, found {excerpt(special)}")
     return SpecialToken(content, special)
@@ -180,9 +173,8 @@ def vocab_in_order(vocab: object, named: dict[int, SpecialToken], path: Path) ->
     plain: dict[int, str] = {}
     for text, rank in vocab.items():
         if type(rank) is not int or rank in plain:
-            raise ConvertError(
-                f"{path}, model.vocab[{excerpt(text)}]: expected a unique id, found {excerpt(rank)}"
-            )
+            place = f"{path}, model.vocab[{excerpt(text)}]"
+            raise ConvertError(f"{place}: expected a unique id, found {excerpt(rank)}")
         if rank not in named:
             plain[rank] = text
     tokens: list[bytes] = []
@@ -212,8 +204,7 @@ def merge_pairs(merges: object, path: Path) -> list[tuple[bytes, bytes]]:
         try:
             left, right = parts
             pairs.append((text_to_bytes(left), text_to_bytes(right)))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConvertError(
-                f"{path}, model.merges[{i}]: expected two tokens, found {excerpt(merge)}"
-            ) from error
+        except (KeyError, TypeError, ValueError):
+            what = f"expected two tokens, found {excerpt(merge)}"
+            raise ConvertError(f"{path}, model.merges[{i}]: {what}") from None
     return pairs

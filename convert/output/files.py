@@ -62,13 +62,9 @@ def split(
             "choose a larger size"
         )
     name = digest(whole.header)
-    return tuple(
-        PlannedFile(
-            (*(keys if number == 0 else ()), *_split_keys(number, len(chunks), len(tensors), name)),
-            tuple(chunk),
-        )
-        for number, chunk in enumerate(chunks)
-    )
+    every = [_split_keys(number, len(chunks), len(tensors), name) for number in range(len(chunks))]
+    every[0] = (*keys, *every[0])
+    return tuple(PlannedFile(own, tuple(chunk)) for own, chunk in zip(every, chunks, strict=True))
 
 
 def _split_keys(number: int, count: int, tensors: int, name: str) -> tuple[Key, ...]:

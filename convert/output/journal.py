@@ -30,9 +30,7 @@ def locked(folder: Path, path: Path) -> int:
                 raise
             continue  # the folder was removed in between: try again
         except FileExistsError:
-            raise ConvertError(
-                f"{folder}: expected a folder; remove this file, or choose another output name"
-            ) from None
+            raise ConvertError(f"{folder}: expected a folder, found a file; remove it") from None
         except OSError as error:
             raise ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was written") from None
         try:

@@ -123,9 +123,8 @@ def _type(plan: Plan) -> str:
 
 def _source(facts: Mapping[str, object]) -> str | None:
     """The checkpoint's id on Hugging Face, with the commit if it is known; None if the id is unknown."""
-    repository, commit = (
-        facts.get(key) for key in ("general.source.huggingface.repository", "kimi_gguf.source.commit")
-    )
+    repository = facts.get("general.source.huggingface.repository")
+    commit = facts.get("kimi_gguf.source.commit")
     return f"{repository}@{commit}" if repository and commit else str(repository) if repository else None
 
 

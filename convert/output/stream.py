@@ -54,10 +54,8 @@ class Pace:
         while room < pace.memory and pace.chunks > 2:
             pace = cls(max(pace.threads - 1, 1), pace.chunks - 2, pace.elements)
         if room < pace.memory:
-            least = base + pace.memory
-            raise ConvertError(
-                f"--max-memory: expected at least {-(-least >> 20)} MiB, found {max_memory >> 20} MiB"
-            )
+            least = -(-(base + pace.memory) >> 20)
+            raise ConvertError(f"--max-memory: expected at least {least} MiB, found {max_memory >> 20} MiB")
         return pace
 
     @property

@@ -50,9 +50,7 @@ class LocalFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
-            raise ConvertError(
-                f"{path}: not found; the checkpoint is incomplete, download the file"
-            ) from None
+            raise ConvertError(f"{path}: not found; the checkpoint is incomplete, download it") from None
         except OSError as error:
             raise ConvertError(f"{path}: cannot be opened: {error.strerror}") from None
         self.stamp = _stamp(os.fstat(self._fd))

@@ -267,9 +267,7 @@ def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[s
     """Raise `ConvertError` if the index and the shards differ."""
     for name, file in weight_map.items():
         if name not in where:
-            raise ConvertError(
-                f"{path / file}: missing tensor {name!r}, which {INDEX} lists; download the file again"
-            )
+            raise ConvertError(f"{path / file}: missing tensor {name!r} of {INDEX}; download the file again")
         if where[name] != path / file:
             raise ConvertError(
                 f"{path / INDEX}: {name!r}: expected in {file}, found in {where[name].name}; "

@@ -17,19 +17,12 @@ from typing import Any, Final
 from urllib.parse import urljoin
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.convert.source import remote
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
 from kimi_gguf.convert.source.json_file import MAX_BYTES
 from kimi_gguf.convert.source.origin import COMMIT
 from kimi_gguf.convert.source.read_ahead import ReadAhead
-from kimi_gguf.convert.source.remote import (
-    PASSING,
-    Location,
-    PassingError,
-    RemoteFile,
-    Web,
-    reason,
-    retry_after,
-)
+from kimi_gguf.convert.source.remote import Location, PassingError, RemoteFile, Web, reason
 
 PREFIX: Final = "hf://"
 LIBRARY: Final = "kimi-gguf"  # the user agent of requests
@@ -198,16 +191,15 @@ def _translated_errors(what: str, web: Web) -> Iterator[None]:
         yield
     except errors.LocalEntryNotFoundError as error:  # raised by hf_hub_download for a failed request
         status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        raise PassingError(
-            f"{web.hub} answers {status}" if status else f"{web.hub} cannot be reached"
-        ) from None
+        answer = f"answers {status}" if status else "cannot be reached"
+        raise PassingError(f"{web.hub} {answer}") from None
     except tuple(kind for kind, _ in refusals) as error:
         text = next(text for kind, text in refusals if isinstance(error, kind))
         raise ConvertError(f"{what}: {text}") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        if status in PASSING:
-            wait = retry_after(error.response.headers.get("Retry-After", ""))
+        if status in remote.PASSING:
+            wait = remote.retry_after(error.response.headers.get("Retry-After", ""))
             raise PassingError(f"{web.hub} answers {status}", wait) from None
         todo = _TOKEN if status in {401, 403} else "try again later"
         raise ReadError(f"{what}: {web.hub} answers {status}; {todo}") from None
@@ -219,5 +211,5 @@ def _translated_errors(what: str, web: Web) -> Iterator[None]:
         raise ConvertError(f"{what}: cannot be downloaded to the cache: {reason(error)}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ReadError(
-            f"{what}: {web.hub}: expected an answer that huggingface_hub can read: {reason(error)}"
+            f"{what}: {web.hub}: huggingface_hub cannot read the answer: {reason(error)}"
         ) from None

@@ -34,12 +34,9 @@ CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 15.0  # without a byte
 SLOW_SECONDS = 30.0  # with fewer bytes than `ENOUGH`: counts as silent
 REDIRECTS: Final = 5
-PASSING: Final = frozenset(
-    {408, 425, 429, 500, 502, 503, 504}
-)  # statuses after which another attempt may succeed
-EXPIRED: Final = frozenset(
-    {401, 403, 404, 410}
-)  # the same, after the file was located again: a signed URL expires
+# Statuses after which another attempt may succeed; after the second ones because a signed URL expires.
+PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+EXPIRED: Final = frozenset({401, 403, 404, 410})
 _NO_RANGES: Final = (
     "a proxy or mirror may not support ranges: do not use it, or download the checkpoint and give its folder"
 )
@@ -235,9 +232,8 @@ class RemoteFile:
             raise PassingError(f"{_host(url)} answers {status}", retry_after(headers.get("Retry-After", "")))
 
         def wrong(what: str, expected: object, found: object) -> ReadError:
-            return ReadError(
-                f"{self.path}: {_host(url)}: {what}: expected {expected}, found {found!r:.80}; {_NO_RANGES}"
-            )
+            differ = f"expected {expected}, found {found!r:.80}"
+            return ReadError(f"{self.path}: {_host(url)}: {what}: {differ}; {_NO_RANGES}")
 
         if status != 206:
             raise wrong(f"request for bytes {begin}-{end - 1}", "status 206", status)
@@ -248,11 +244,10 @@ class RemoteFile:
                 f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture, convert the "
                 "checkpoint again"
             )
-        found = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        content_range = headers.get("Content-Range", "")
+        found = _RANGE.fullmatch(content_range)
         if found is None or tuple(map(int, found.groups())) != (begin, end - 1, self.size):
-            raise wrong(
-                "Content-Range", f"'bytes {begin}-{end - 1}/{self.size}'", headers.get("Content-Range", "")
-            )
+            raise wrong("Content-Range", f"'bytes {begin}-{end - 1}/{self.size}'", content_range)
         if headers.get("Content-Length", str(end - begin)) != str(end - begin):
             raise wrong("Content-Length", end - begin, headers["Content-Length"])
         if headers.get("Content-Encoding", "identity") != "identity":

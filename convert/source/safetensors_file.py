@@ -168,10 +168,9 @@ class SafetensorsFile:
         begin, end = offsets
         if not 0 <= begin <= end <= size - start:
             raise fail(f"data_offsets inside the {size - start} bytes of data", offsets)
-        if end - begin != math.prod(shape) * _BYTES[dtype]:
-            raise fail(
-                f"{math.prod(shape) * _BYTES[dtype]} bytes for {dtype} {shape}", f"{end - begin} bytes"
-            )
+        nbytes = math.prod(shape) * _BYTES[dtype]
+        if end - begin != nbytes:
+            raise fail(f"{nbytes} bytes for {dtype} {shape}", f"{end - begin} bytes")
         return StoredTensor(name, dtype, tuple(shape), start + begin, start + end)
 
     def _check_cover(self, tensors: list[StoredTensor], start: int, size: int) -> None:

@@ -29,9 +29,7 @@ class Ggml:
         try:
             found = ctypes.CDLL(str(library))
         except OSError as error:
-            raise ConvertError(
-                f"{library}: cannot be loaded: {error}; build llama.cpp again: kimi-llama build"
-            ) from None
+            raise ConvertError(f"{library}: cannot be loaded: {error}; run `kimi-llama build`") from None
         pointer, kind, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_int64
 
         def function(name: str, result: Any, *arguments: Any) -> Any:

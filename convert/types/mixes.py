@@ -286,9 +286,8 @@ NOT_EXPERTS: Final = r"ssm_|attn_|shexp|ffn_(up|gate|down)\."
 def _protecting(name: str, experts: str) -> TypeRequest:
     """Experts in the type of a mix; all other tensors, whose errors affect every token, in Q8_0."""
     keep = TENSOR_TYPES["Q8_0"]
-    return TypeRequest(
-        TYPES[experts], keep, keep, ((NOT_EXPERTS, keep), ("_exps", TYPES[experts].base)), recipe=name
-    )
+    overrides = ((NOT_EXPERTS, keep), ("_exps", TYPES[experts].base))
+    return TypeRequest(TYPES[experts], keep, keep, overrides, recipe=name)
 
 
 RECIPES: Final = {

@@ -83,10 +83,8 @@ def test_a_full_disk_in_the_middle_leaves_no_file(source: Path, out: Path) -> No
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     process = start_convert(source, "-o", out / "x.gguf", preexec_fn=limit)
-    _, err = process.communicate(timeout=60)
-    assert_refused(
-        Run(process.returncode, "", err), out, "x.gguf", "cannot be written", "nothing was written"
-    )
+    run = Run(process.wait(timeout=60), "", process.communicate()[1])
+    assert_refused(run, out, "x.gguf", "cannot be written", "nothing was written")
 
 
 def test_a_disk_too_small_is_foreseen(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

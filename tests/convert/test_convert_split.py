@@ -36,6 +36,13 @@ def split(source: Path, out: Path, size: str = "700K", *options: str) -> list[Pa
     return sorted(out.glob("x-*.gguf"))
 
 
+def split_and_whole(source: Path, out: Path, size: str, kind: str) -> tuple[list[Path], Path]:
+    """The parts of a conversion, and the same model in one file."""
+    whole = out.with_name("whole.gguf")
+    assert convert(source, "-o", whole, "--type", kind).status == 0
+    return split(source, out, size, "--type", kind), whole
+
+
 def data(*paths: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of the files: type, shape and bytes, as gguf's own reader sees them; llama.cpp's tools leave out
     the last dimensions where they are 1."""
@@ -56,18 +63,16 @@ def llama_split(engine: Engine, *arguments: object) -> None:
 
 
 @engine_kinds
-def test_the_parts_have_the_bytes_of_the_whole(tmp_path: Path, source: Path, out: Path, kind: str) -> None:
-    parts = split(source, out, "400K", "--type", kind)
-    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
+def test_the_parts_have_the_bytes_of_the_whole(source: Path, out: Path, kind: str) -> None:
+    parts, whole = split_and_whole(source, out, "400K", kind)
     count = len(parts)
     assert count > 2 and {p.name for p in out.iterdir()} == {
         f"x-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)
     }
-    assert list(data(*parts).items()) == list(data(tmp_path / "whole.gguf").items())
-    assert sum(len(GGUFReader(part).tensors) for part in parts) == len(data(*parts)), "one stands twice"
-    whole = gguf_keys(tmp_path / "whole.gguf")
-    first = gguf_keys(parts[0])
-    assert {name: first[name] for name in whole} == whole and list(first)[: len(whole)] == list(whole)
+    assert list(data(*parts).items()) == list(data(whole).items())
+    assert sum(len(GGUFReader(part).tensors) for part in parts) == len(data(*parts)), "one appears twice"
+    keys, first = gguf_keys(whole), gguf_keys(parts[0])
+    assert {name: first[name] for name in keys} == keys and list(first)[: len(keys)] == list(keys)
 
 
 def test_every_part_says_what_llama_cpp_asks(source: Path, out: Path) -> None:
@@ -184,12 +189,9 @@ def test_the_name_of_a_part_is_no_name_for_all(source: Path, out: Path) -> None:
 
 @pytest.mark.engine
 @engine_kinds
-def test_llama_cpp_computes_the_same_from_parts(
-    tmp_path: Path, source: Path, out: Path, engine: Engine, kind: str
-) -> None:
-    parts = split(source, out, "700K", "--type", kind)
-    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
-    expected = run_logits(engine, tmp_path / "whole.gguf", IDS)
+def test_llama_cpp_computes_the_same_from_parts(source: Path, out: Path, engine: Engine, kind: str) -> None:
+    parts, whole = split_and_whole(source, out, "700K", kind)
+    expected = run_logits(engine, whole, IDS)
     assert np.isfinite(expected).all() and expected.std() > 0
     assert np.array_equal(run_logits(engine, parts[0], IDS), expected)
 
@@ -235,11 +237,9 @@ def test_validate_kimi_takes_the_first_part(
 def test_llama_gguf_split_merges_our_parts(
     tmp_path: Path, source: Path, out: Path, engine: Engine, kind: str
 ) -> None:
-    parts = split(source, out, "700K", "--type", kind)
+    parts, whole = split_and_whole(source, out, "700K", kind)
     llama_split(engine, "--merge", parts[0], tmp_path / "merged.gguf")
-    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
-    merged, whole = (data(tmp_path / name) for name in ("merged.gguf", "whole.gguf"))
-    assert list(merged.items()) == list(whole.items())
+    assert list(data(tmp_path / "merged.gguf").items()) == list(data(whole).items())
     assert convert("verify", tmp_path / "merged.gguf", "--checkpoint", source).status == 0
     again = tmp_path / "again"
     again.mkdir()
@@ -318,7 +318,7 @@ DAMAGED: dict[str, tuple[Callable[[list[Path]], object], int, list[str], str]] =
         lambda parts: parts[2].unlink(),
         2,
         ["not found, but the model has"],
-        "no such file.*put all parts",
+        "no such file.*put all",
     ),
     "truncated": (lambda parts: os.truncate(parts[1], parts[1].stat().st_size - 1000), 1, ["truncated"], ""),
     "no GGUF": (lambda parts: parts[1].write_bytes(b"<html>"), 1, ["not a GGUF file"], "not a GGUF file"),

@@ -60,9 +60,8 @@ def to_parts(source: Path, out: Path, name: str = "one", *options: str) -> Run:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files under their names, in order; what is hidden is left out."""
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-    }
+    shown = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in shown}
 
 
 def killed_among_renames(source: Path, out: Path, renames: int, name: str = "one", *options: str) -> None:
@@ -75,9 +74,8 @@ def test_killed_at_random_instants(
     tmp_path: Path, source: Path, out: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
     kills = 60
-    found = killed_conversions(
-        source, out / "x.gguf", kills, "BF16", SIZE, *(tmp_path / name for name in NAMES)
-    )
+    folders = [tmp_path / name for name in NAMES]
+    found = killed_conversions(source, out / "x.gguf", kills, "BF16", SIZE, *folders)
     assert found["wrong"] == 0 and found["killed"] == kills, found
     too_few = "too few were killed in the middle"
     assert found["resumed"] > kills // 6 and found["loadable"] > kills // 6, too_few

@@ -37,10 +37,7 @@ MODELS = {
     "a rank in other digits": (changed(9, "CA== ٨".encode()), r"line 9: expected rank 8"),
     "a negative rank": (changed(9, b"CA== -8"), r"line 9: expected rank 8, found b'-8'"),
     "a rank of thousands of digits": (changed(9, b"CA== " + b"9" * 9000), r"line 9: expected rank 8"),
-    "ranks out of order": (
-        b"\n".join([LINES[1], LINES[0], *LINES[2:]]),
-        r"line 1: expected rank 0, found b'1'",
-    ),
+    "ranks out of order": (b"\n".join(LINES[1::-1] + LINES[2:]), r"line 1: expected rank 0, found b'1'"),
     "a gap in the ranks": (b"\n".join(LINES[:20] + LINES[21:]), r"line 21: expected rank 20, found b'21'"),
     "a rank twice": (changed(10, LINES[8]), r"line 10: expected rank 9, found b'8'"),
     "a token twice": (changed(N, LINES[256].split()[0] + b" %d" % (N - 1)), r"is already in line"),
@@ -60,9 +57,8 @@ MODELS = {
 
 def added(**entries: object) -> bytes:
     """tokenizer_config.json with these added tokens; id_123 stands for the key "123"."""
-    return json.dumps(
-        {"added_tokens_decoder": {k.removeprefix("id_"): v for k, v in entries.items()}}
-    ).encode()
+    tokens = {key.removeprefix("id_"): entry for key, entry in entries.items()}
+    return json.dumps({"added_tokens_decoder": tokens}).encode()
 
 
 END = {"content": "<|im_end|>", "special": True}
@@ -86,10 +82,7 @@ SETTINGS = {
     ),
     "an entry that is no object": (added(**{str(N): "[BOS]"}), "expected an object, found '\\[BOS\\]'"),
     "no content": (added(**{str(N): {"special": True}}), "'content': expected text"),
-    "empty content": (
-        added(**{str(N): {"content": ""}}),
-        "'content': expected 1 to 1024 characters, found 0",
-    ),
+    "empty content": (added(**{str(N): {"content": ""}}), "'content': expected 1 to 1024 characters"),
     "content that is no text": (added(**{str(N): {"content": 7}}), "'content': expected text"),
     "a NUL in the content": (added(**{str(N): {"content": "a\0b"}}), "without NUL"),
     "half a surrogate pair": (added(**{str(N): {"content": "\ud800"}}), "unpaired surrogate"),
@@ -124,9 +117,7 @@ def folder(tmp_path: Path) -> Path:
     return write_tokenizer(tmp_path, RANKS)
 
 
-@pytest.mark.parametrize(
-    "name, content, message", DAMAGED, ids=[*MODELS, *(f"settings: {s}" for s in SETTINGS)]
-)
+@pytest.mark.parametrize("name, content, message", DAMAGED, ids=[*MODELS, *(f"token: {s}" for s in SETTINGS)])
 def test_a_damaged_file_is_refused(folder: Path, name: str, content: bytes, message: str) -> None:
     (folder / name).write_bytes(content)
     with pytest.raises(ConvertError, match=rf"{re.escape(name)}.*{message}"):
@@ -159,7 +150,5 @@ def test_a_template_file_that_is_no_text_is_refused(content: bytes, folder: Path
 
 
 def test_more_ranks_than_the_embedding_has_rows_are_refused(folder: Path) -> None:
-    with pytest.raises(
-        ConvertError, match=rf"vocab_size in config\.json: expected at least {N}, .* found {N - 1}"
-    ):
+    with pytest.raises(ConvertError, match=rf"vocab_size in config\.json: .* {N}, .* found {N - 1}"):
         load_vocab(folder, config(N, rows=-1))

@@ -81,19 +81,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "merges in another order": (lambda c: c["model"]["merges"].reverse(), "model.merges does not follow"),
     "ids in another order": (swap_ids, "model.merges does not follow"),
     "a merge to no token": (lambda c: c["model"]["merges"].append("Z Z"), "model.merges does not follow"),
-    "a merge of three": (
-        lambda c: c["model"]["merges"].append("a b c"),
-        r"model.merges\[\d+\]: expected two",
-    ),
-    "a merge that is no text": (
-        lambda c: c["model"]["merges"].append(7),
-        r"model.merges\[\d+\]: expected two",
-    ),
+    "a merge of three": (lambda c: c["model"]["merges"].append("a b c"), r"merges\[\d+\]: expected two"),
+    "a merge that is no text": (lambda c: c["model"]["merges"].append(7), r"merges\[\d+\]: expected two"),
     "merges that are no list": (lambda c: c["model"].update(merges={}), "expected a list model.merges"),
-    "a vocabulary that is no object": (
-        lambda c: c["model"].update(vocab=[]),
-        "expected an object model.vocab",
-    ),
+    "no object of tokens": (lambda c: c["model"].update(vocab=[]), "expected an object model.vocab"),
     "a token that spells no bytes": (
         lambda c: c["model"]["vocab"].update({"世": c["model"]["vocab"].pop("a")}),
         "expected GPT-2's spelling of bytes",

@@ -127,6 +127,7 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
     }
     if layout == "native":
         kinds = {"K": "linear_attention", "M": "full_attention"}
+        is_moe = [i >= spec.dense_layers for i in range(len(spec.layers))]
         return common | {
             "attention_bias": False,
             "head_dim": spec.rope,
@@ -134,9 +135,7 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
             "linear_conv_kernel_dim": spec.conv,
             "linear_head_dim": spec.kda_head_dim,
             "linear_num_heads": spec.heads,
-            "mlp_layer_types": [
-                "dense" if i < spec.dense_layers else "sparse" for i in range(len(spec.layers))
-            ],
+            "mlp_layer_types": ["sparse" if moe else "dense" for moe in is_moe],
         }
     return common | {
         "first_k_dense_replace": spec.dense_layers,

@@ -85,9 +85,8 @@ def oracle(
 ) -> tiktoken.Encoding:
     """What the model's own tokenizer class builds from these files."""
     tokens = {token: rank for rank, token in enumerate(ranks)}
-    return tiktoken.Encoding(
-        "kimi", pat_str=pattern, mergeable_ranks=tokens, special_tokens=dict(special or {})
-    )
+    marks = dict(special or {})
+    return tiktoken.Encoding("kimi", pat_str=pattern, mergeable_ranks=tokens, special_tokens=marks)
 
 
 def one_piece(ranks: Sequence[bytes]) -> tiktoken.Encoding:
