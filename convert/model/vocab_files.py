@@ -64,7 +64,7 @@ def check_ranks(tokens: list[bytes], path: Path, where: str) -> None:
     for rank, token in enumerate(tokens):
         place = f"{path}, {where} {rank + first}"
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
-            raise ConvertError(f"{place}: expected 1 to {MAX_TOKEN_BYTES} bytes, found {len(token)}")
+            raise ConvertError(f"{place}: token: expected 1 to {MAX_TOKEN_BYTES} bytes, found {len(token)}")
         if (earlier := places.setdefault(token, rank)) != rank:
             raise ConvertError(f"{place}: the token {excerpt(token)} is already in {where} {earlier + first}")
     missing = [byte for byte in range(256) if bytes([byte]) not in places]

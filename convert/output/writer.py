@@ -34,16 +34,16 @@ def write(
     resume: bool,
     report: ProgressCallback,
     check: Check,
-    beside: Sequence[tuple[str, bytes]] = (),
+    small_files: Sequence[tuple[str, bytes]] = (),
 ) -> None:
     """Write the plan's files. Raises `ConvertError` if the disk is too small or fails, or if `check` raises it.
 
     chunks: returns the bytes of the given tensors, in order.
     check: called with each finished tensor, and with None at the end.
-    beside: names and contents of small files to write to the same folder.
+    small_files: names and contents of small files to write to the same folder.
     """
     with unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
-        _check_space(path, work.missing + sum(len(content) for _, content in beside))
+        _check_space(path, work.missing + sum(len(content) for _, content in small_files))
         for tensor in plan.tensors[: work.done]:
             report(tensor, tensor.nbytes)
         stream = chunks(plan.tensors[work.done :])
@@ -53,7 +53,7 @@ def write(
                 _write_file(work, number, file, first, stream, report, check)
             first += len(file.tensors)
         check(None)
-        for name, content in beside:
+        for name, content in small_files:
             work.add(name, content)
 
 

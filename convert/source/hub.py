@@ -88,7 +88,8 @@ class Repository:
         with _translated_errors(str(self.path / name), self.web):
             found = get_hf_file_metadata(url, library_name=LIBRARY)
         if found.size is None or not found.etag:
-            raise ReadError(f"{self.path / name}: expected size and ETag from {self.web.hub}, found neither")
+            facts = f"{found.size} and {found.etag!r:.60}"
+            raise ReadError(f"{self.path / name}: {self.web.hub}: expected size and ETag, found {facts}")
         return Location(urljoin(url, found.location), found.commit_hash or "", found.etag, found.size)
 
 

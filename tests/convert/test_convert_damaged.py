@@ -36,7 +36,7 @@ def garble(rng: random.Random, content: bytes) -> bytes:
 
 
 def double(rng: random.Random, content: bytes) -> bytes:
-    """A stretch stands twice."""
+    """A stretch appears twice."""
     start = rng.randrange(len(content))
     end = min(start + rng.randrange(1, 200), len(content))
     return content[:end] + content[start:end] + content[end:]
@@ -73,7 +73,7 @@ def lose_mark(rng: random.Random, content: bytes) -> bytes:
 
 
 def double_line(rng: random.Random, content: bytes) -> bytes:
-    """A line that names one thing stands twice: a key with a plain value, or a rank."""
+    """A line that names one thing appears twice: a key with a plain value, or a rank."""
     lines = content.splitlines(keepends=True)
     plain = [i for i, line in enumerate(lines) if line.endswith(b",\n") and b'": ' in line]
     at = rng.choice(plain or range(len(lines)))

@@ -44,7 +44,7 @@ MODELS = {
     "an empty token": (changed(N, b"==== %d" % (N - 1)), rf"line {N}"),
     "a huge line": (
         changed(N, base64.b64encode(b"x" * 99999) + b" %d" % (N - 1)),
-        rf"line {N}: expected a token of 1 to 1024 bytes, found 99999",
+        rf"line {N}: token: expected 1 to 1024 bytes, found 99999",
     ),
     "a byte missing": (
         b"\n".join(base64.b64encode(t) + b" %d" % i for i, t in enumerate(RANKS[1:])),
