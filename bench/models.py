@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
 from kimi_gguf.convert.output.writer import write
 from kimi_gguf.convert.plan import Plan

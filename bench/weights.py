@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import encode
 from kimi_gguf.convert.types.ggml import Ggml

@@ -16,9 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_gguf.convert.conversion import plan_only
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.pipeline import plan_only
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 
 GB = 1_000_000_000

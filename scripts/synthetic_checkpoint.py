@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_gguf.convert.model.config import KimiConfig, published_config
-from kimi_gguf.convert.model.tensors import FLOAT32, hub_shapes
+from kimi_gguf.convert.model.tensor_table import FLOAT32, hub_shapes
 from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_tokenizer
 
 NUM_SHARDS = 20

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
 

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import ensure
 from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.llama import tokenize

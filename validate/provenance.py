@@ -59,7 +59,7 @@ def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None
     config = checkpoint.folder / "config.json"
     return {
         "name": checkpoint.folder.resolve().name,
-        "parameters": sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names()),
+        "parameters": sum(int(np.prod(shape)) for shape in checkpoint.shapes.values()),
         "files": [_file_facts([path], progress) for path in dict.fromkeys((config, *checkpoint.files))],
     }
 

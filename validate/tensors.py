@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.tensors import Output, Transform, outputs
+from kimi_gguf.convert.model.tensor_table import Output, Transform, outputs
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_parts

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind, published_config
-from kimi_gguf.convert.model.tensors import FLOAT32
+from kimi_gguf.convert.model.tensor_table import FLOAT32
 from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, OFFSET
 from kimi_gguf.scripts.training.kda_chunked import kda_chunked
 

@@ -18,7 +18,7 @@ from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent

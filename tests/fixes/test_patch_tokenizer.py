@@ -17,11 +17,9 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_checkpoint import BYTES, SPECIAL, TOOL_CALL_MARKS, write_tokenizer
 from tokenizer_cases import (
-    BYTES,
     CORPUS,
-    SPECIAL,
-    TOOL_CALL_MARKS,
     config,
     every_pair_ranks,
     hostile_texts,
@@ -29,7 +27,6 @@ from tokenizer_cases import (
     one_piece,
     oracle,
     train_ranks,
-    write_tokenizer,
     write_vocab_gguf,
 )
 

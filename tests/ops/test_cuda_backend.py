@@ -20,8 +20,8 @@ from llama_script import Logits, Setup, Step, cut, decode, play, text
 from native_program import ggml_libraries, passed_cases, roll_back_on_device
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 

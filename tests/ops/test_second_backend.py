@@ -20,8 +20,8 @@ from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, pl
 from native_program import compile_backend, passed_cases, roll_back_on_device
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine

@@ -89,10 +89,10 @@ def test_tensors_have_the_hub_s_names_shapes_and_dtypes(demo_dir: Path) -> None:
         "model.layers.3.self_attn.kv_b_proj.weight": ((512, 512), Dtype.BF16),
     }
     with open_checkpoint(demo_dir) as checkpoint:
-        assert set(index["weight_map"]) == set(checkpoint.names())
-        found = {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in expected}
+        assert set(index["weight_map"]) == set(checkpoint.shapes)
+        found = {name: (checkpoint.shapes[name], checkpoint.dtype(name)) for name in expected}
         assert found == expected
-        single = {name for name in checkpoint.names() if checkpoint.dtype(name) is Dtype.F32}
+        single = {name for name in checkpoint.shapes if checkpoint.dtype(name) is Dtype.F32}
     assert {name.rpartition(".")[2] for name in single} == {"A_log", "dt_bias"}
     assert len(single) == 6
 
@@ -121,7 +121,7 @@ def test_training_model_equals_the_reference(demo_dir: Path, encoder: Encoder, m
 def test_every_expert_is_used_and_the_routing_bias_decides(demo_dir: Path, encoder: Encoder) -> None:
     ids = torch.tensor(encoder.encode((demo_dir / HELDOUT_FILE).read_text())[:600])
     with open_checkpoint(demo_dir) as checkpoint:
-        weights = {name: torch.from_numpy(checkpoint.float32(name)) for name in checkpoint.names()}
+        weights = {name: torch.from_numpy(checkpoint.float32(name)) for name in checkpoint.shapes}
         config = checkpoint.config
     traced, unbiased = Trace(), Trace()
     Reference(config, weights.__getitem__).logits(ids, traced)

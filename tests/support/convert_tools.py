@@ -65,6 +65,15 @@ def start_convert(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def killed_conversions(*arguments: object) -> dict[str, int]:
+    """What `conversion_killer` counts."""
+    command = [sys.executable, Path(__file__).with_name("conversion_killer.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts: dict[str, int] = json.loads(done.stdout)
+    return counts
+
+
 def assert_refused(run: Run, folder: Path, *words: str) -> None:
     """One clear error line with `words` in it, a failing status, and nothing left in the output folder."""
     assert run.status != 0, "the damage went unnoticed"

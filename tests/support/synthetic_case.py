@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from random_checkpoint import VOCAB_SIZE, Layout, Spec, config, weights, write_checkpoint
 from safetensors.torch import save_file
 
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 from kimi_gguf.validate.reference import Reference

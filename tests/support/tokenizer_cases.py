@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,19 +9,19 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import gguf
 import tiktoken
+from gguf import GGUFValueType as ValueType
 from llama_script import WORKER
-from random_checkpoint import SPECIAL, TOOL_CALL_MARKS, Spec
+from random_checkpoint import BYTES, Spec
 from random_checkpoint import config as config_json
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.metadata import ARCHITECTURE, Key, tokenizer_keys
 from kimi_gguf.convert.model.vocab import Vocab
+from kimi_gguf.convert.output.gguf_header import header_bytes
 from kimi_gguf.engine.llama import LlamaError
 from kimi_gguf.engine.worker import Worker
-
-BYTES = [bytes([byte]) for byte in range(256)]
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. It's what you've seen: they're here, I'll go, we'd stay. "
@@ -46,11 +44,6 @@ def config(num_ranks: int, rows: int = 256) -> KimiConfig:
         eos_token_id=num_ranks + 2,
         pad_token_id=num_ranks + 255,
     )
-
-
-def one_piece(ranks: list[bytes]) -> tiktoken.Encoding:
-    """tiktoken with these ranks and no splitting."""
-    return oracle(ranks, pattern=r"(?s).+")
 
 
 def train_ranks(merges: int) -> list[bytes]:
@@ -88,52 +81,24 @@ def every_pair_ranks(seed: int) -> list[bytes]:
     return BYTES + pairs
 
 
-def write_tokenizer(folder: Path, ranks: Sequence[bytes], **settings: object) -> Path:
-    """`tiktoken.model` and `tokenizer_config.json` as the hub has them; `settings` replaces keys of these."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
-    (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
-    written: dict[str, object] = {
-        "added_tokens_decoder": {
-            str(len(ranks) + i): {"content": name, "special": i not in TOOL_CALL_MARKS}
-            for i, name in SPECIAL.items()
-        },
-        "bos_token": "[BOS]",
-        "eos_token": "[EOS]",
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "chat_template": "{{ messages[0]['content'] }}<|im_end|>",
-        "tokenizer_class": "TikTokenTokenizer",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(written | settings))
-    return folder
-
-
 def oracle(
     ranks: Sequence[bytes], special: Mapping[str, int] | None = None, pattern: str = SPLIT_PATTERN
 ) -> tiktoken.Encoding:
-    """What the model's own tokenizer class builds from such files."""
-    mergeable = {token: rank for rank, token in enumerate(ranks)}
-    return tiktoken.Encoding(
-        "kimi", pat_str=pattern, mergeable_ranks=mergeable, special_tokens=dict(special or {})
-    )
+    """What the model's own tokenizer class builds from these files."""
+    tokens = {token: rank for rank, token in enumerate(ranks)}
+    marks = dict(special or {})
+    return tiktoken.Encoding("kimi", pat_str=pattern, mergeable_ranks=tokens, special_tokens=marks)
+
+
+def one_piece(ranks: Sequence[bytes]) -> tiktoken.Encoding:
+    """tiktoken with these ranks and no splitting."""
+    return oracle(ranks, pattern=r"(?s).+")
 
 
 def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
     """A GGUF file with a vocabulary and nothing else."""
-    writer = gguf.GGUFWriter(path, "kimi-linear")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("kimi-k2")
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_types(vocab.types)
-    writer.add_token_merges(vocab.merges)
-    writer.add_add_bos_token(False)
-    for name in ("bos", "eos", "eot", "pad", "unk"):
-        if (token := getattr(vocab, f"{name}_id")) is not None:
-            getattr(writer, f"add_{name}_token_id")(token)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    keys = [Key("general.architecture", ValueType.STRING, ARCHITECTURE), *tokenizer_keys(vocab)]
+    path.write_bytes(header_bytes(keys, [], []))
     return path
 
 
@@ -167,14 +132,16 @@ FRAGMENTS = [
     *"漢字世〇〡〻⺀⼀豈㐀\U00020000\U0002f800\U00031350",  # Han letters, numbers, radicals
     *"0179²½Ⅷ٣१๓①一\U0001d7d8",  # numbers of all three kinds; one of them is a letter
     *"'’`ʼ\"!.,-_/()…—¿「」$€+<^",
-    "'s", "'S", "'ſ", "'t", "'T", "'re", "'RE", "'rE", "'ve", "'Ve", "'m", "'M", "'ll", "'lL", "'d", "'D", "'l", "'r",
+    *("'s", "'S", "'ſ", "'t", "'T", "'re", "'RE", "'rE", "'ve", "'Ve"),
+    *("'m", "'M", "'ll", "'lL", "'d", "'D", "'l", "'r"),
     *"☃☺\u2764\ufe0f\u200d👩\U0001f3fd🇨",  # symbols and what emoji are made of
-    *" \t\n\r\v\f", "  ", "\r\n", "\n\n", *"\x85\xa0\u1680\u2003\u2028\u3000",  # white space
-    *"\u180e\u200b\u2060\ufeff\x1c\0\x7f\xad",  # characters that only look like white space
+    *" \t\n\r\v\f",  # white space, and characters that only look like it
+    *("  ", "\r\n", "\n\n"),
+    *"\x85\xa0\u1680\u2003\u2028\u3000\u180e\u200b\u2060\ufeff\x1c\0\x7f\xad",
     *"\u0378\ue000\U0010ffff\U000e0001\ufffd",  # unassigned, private, last, replacement character
     *"\U00016f00\u1c80\U0001e4d0\U00010d50",  # assigned after Unicode 5, 9, 15, 16
-    "camelCase", "HTTPServer", "iPhone", "don't", "I'M",
-]  # fmt: skip
+    *("camelCase", "HTTPServer", "iPhone", "don't", "I'M"),
+]
 
 
 def hostile_texts(count: int, seed: int, longest: int = 40) -> list[str]:

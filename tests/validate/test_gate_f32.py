@@ -15,8 +15,8 @@ from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 from synthetic_case import reference_of
 from test_reference import TIE, smallest_margin, token_by_token, transformers_logits
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 from kimi_gguf.validate.reference import Trace

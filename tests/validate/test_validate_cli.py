@@ -11,8 +11,8 @@ import gguf as gguf_py
 import pytest
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.cli import main
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from random_checkpoint import Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.tensors import TensorProof, nearest_bf16, prove
 
