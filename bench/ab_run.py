@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from kimi_gguf.bench.statistics import Summary, best, stable, summary, worth_mea
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
 
-LONG = 2.0  # seconds of a decode beside which what is touched for the first time does not count
+LONG = 2.0  # seconds of a decode; in longer ones the first touch of memory does not count
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
 # NMSE between the runners' logits after a shared state; above it the state was not shared. With random weights one
 # expert chosen otherwise moves them: upstream's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
@@ -78,14 +79,12 @@ class Result:
 
 @dataclass
 class Loaded:
-    """What loading reported by process, and contexts by variant."""
+    """What loading a model and making contexts reported."""
 
     load: dict[str, dict[str, Any]] = field(default_factory=dict)
     contexts: dict[str, dict[str, Any]] = field(default_factory=dict)
     shared: dict[str, float] = field(default_factory=dict)  # variant and depth -> NMSE of logits to patched
-    fallbacks: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # process -> what ran as upstream has it, and why
+    fallbacks: dict[str, list[str]] = field(default_factory=dict)  # process -> operators not used, and why
     left_out: dict[str, str] = field(default_factory=dict)  # variant -> why it was not run
     not_measured: list[dict[str, Any]] = field(default_factory=list)  # options of a cell, and the reason
 
@@ -169,17 +168,13 @@ class Runners:
             return file
         if cell.depth == 0:
             process.ask("empty", name=name)
+        elif file.is_file():
+            process.ask("restore", name=name, file=str(file))
         else:
-            if not file.is_file():
-                if variant != PATCHED:
-                    raise AssertionError("the patched build goes first")
-                self.reporter.phase(
-                    f"filling {cell.sequences} × {cell.depth} tokens ({cell.cache_type} cache)"
-                )
-                atomically(file, lambda part: process.ask(
-                    "fill", self.reporter.step, name=name, depth=cell.depth, file=str(part)))  # fmt: skip
-            else:
-                process.ask("restore", name=name, file=str(file))
+            assert variant == PATCHED, "the patched build goes first"
+            self.reporter.phase(f"filling {cell.sequences} × {cell.depth} tokens ({cell.cache_type} cache)")
+            fill = partial(process.ask, "fill", self.reporter.step, name=name, depth=cell.depth)
+            atomically(file, lambda part: fill(file=str(part)))
         self._at[key] = wanted
         return file
 
@@ -230,7 +225,7 @@ def measure(
 def measure_fitting(
     runners: Runners, cells: Sequence[Cell], upstream: Sequence[Variant], settings: Settings, room: int
 ) -> Iterator[Result]:
-    """Measure on a device with `room` bytes beside the models: the deepest cells are left out until all fit.
+    """Measure on a device with `room` bytes free next to the models: the deepest cells are left out until all fit.
 
     Contexts of one type of cache and number of sequences are there at a time.
     """
@@ -247,9 +242,8 @@ def measure_fitting(
                 except NoRoomError as error:
                     reason = error.what
             else:
-                reason = (
-                    f"caches of {wanted / MIB:.0f} MiB, {max(room, 0) / MIB:.0f} MiB free next to the models"
-                )
+                free = f"{max(room, 0) / MIB:.0f} MiB free next to the models"
+                reason = f"caches of {wanted / MIB:.0f} MiB, {free}"
             depth = max(cell.depth for cell in left)
             runners.skip(
                 (cell for cell in left if cell.depth == depth and cell not in measured),
@@ -279,7 +273,7 @@ def measure_cell(
     sampler = Sampler(cell, places)
     first = {variant: sampler.sample(variant, 1) for variant in places}
     steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[PATCHED])))
-    if steps > 1:  # the first decodes pay for what is touched for the first time: look again
+    if steps > 1:  # the first decodes include the first touch of memory: look again
         first = {variant: sampler.sample(variant, min(steps, 4)) for variant in places}
     rivals = {variant.name: seconds for variant, seconds in first.items() if variant != PATCHED}
     near = worth_measuring(rivals)
@@ -310,15 +304,17 @@ class Sampler:
 
     def sample(self, variant: Variant, steps: int) -> float:
         """Seconds of a decode, the mean of `steps`."""
-        process, name = self._places[variant]
-        cell = self._cell
-
-        def ask() -> dict[str, Any]:
-            return process.ask(
-                "time", name=name, batch=cell.batch, steps=steps, warm=cell.warm, threads=cell.threads
-            )
-
-        self._taken.append(undisturbed(ask, cell.threads, self._own))
+        (process, name), cell = self._places[variant], self._cell
+        run = partial(
+            process.ask,
+            "time",
+            name=name,
+            batch=cell.batch,
+            steps=steps,
+            warm=cell.warm,
+            threads=cell.threads,
+        )
+        self._taken.append(undisturbed(run, cell.threads, self._own))
         seconds: list[float] = self._taken[-1].answer["seconds"]
         return sum(seconds) / len(seconds)
 

@@ -5,13 +5,11 @@ Input: records of one device. Output: a table; goals without a measurement are "
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kimi_gguf.bench.cells import UBATCH
-from kimi_gguf.bench.report import Rows, describe
-
-Data = dict[str, Any]
+from kimi_gguf.bench.report import Data, Rows, describe
 
 KDA_TOKENS = 8192
 KDA_MOST = 1200.0  # µs, for 32 heads of 128 on an H200
@@ -21,31 +19,26 @@ LONG = 65536  # tokens; from here a Q8_0 cache must not be slower than an F16 ca
 def aims_table(records: Sequence[Data]) -> Rows:
     """Each goal, and the worst measurement."""
     cells = [cell for record in records for model in record["models"] for cell in model["cells"]]
-    alone = [cell for cell in cells if cell["sequences"] == 1]
-    prefill = [c for c in alone if c["batch"] >= UBATCH and KDA_TOKENS in (c["batch"], c["depth"])]
-    decoding = [cell for cell in alone if cell["batch"] == 1]
-    rows: Rows = [("goal", "required", "worst measured", "reached")]
+    ratios = [(float(cell["ratio"]), cell) for cell in cells]
+    alone = [(ratio, cell) for ratio, cell in ratios if cell["sequences"] == 1]
+    decoding = [(ratio, cell) for ratio, cell in alone if cell["batch"] == 1]
+    large = [(ratio, cell) for ratio, cell in alone if cell["batch"] >= UBATCH]
+    prefill = [(ratio, cell) for ratio, cell in large if KDA_TOKENS in (cell["batch"], cell["depth"])]
     return [
-        *rows,
+        ("goal", "required", "worst measured", "reached"),
         _kda(row for record in records for row in record.get("device_operators", ())),
-        _least("prefill at 8192 tokens, patched / upstream", 3.0, prefill, _ratio),
-        _least("decoding of one sequence, patched / upstream", 1.5, decoding, _ratio),
-        _least("all cells, patched / upstream", 1.0, cells, _ratio),
-        _least(f"Q8_0 cache from {LONG} tokens, Q8_0 / F16", 1.0, *_quantised(cells)),
+        _least("prefill at 8192 tokens, patched / upstream", 3.0, prefill),
+        _least("decoding of one sequence, patched / upstream", 1.5, decoding),
+        _least("all cells, patched / upstream", 1.0, ratios),
+        _least(f"Q8_0 cache from {LONG} tokens, Q8_0 / F16", 1.0, _quantized(cells)),
     ]
 
 
-def _ratio(cell: Data) -> float:
-    return float(cell["ratio"])
-
-
-def _least(
-    aim: str, wanted: float, cells: Sequence[Data], figure: Callable[[Data], float]
-) -> tuple[str, ...]:
+def _least(aim: str, wanted: float, cells: Sequence[tuple[float, Data]]) -> tuple[str, ...]:
+    """The goal that all ratios are at least `wanted`. cells: with their ratios."""
     if not cells:
         return (aim, f"{wanted:g} ×", "not measured", "open")
-    worst = min(cells, key=figure)
-    found = figure(worst)
+    found, worst = min(cells, key=lambda cell: cell[0])
     return (aim, f"{wanted:g} ×", f"{found:.2f} × ({describe(worst)})", "yes" if found >= wanted else "no")
 
 
@@ -59,12 +52,15 @@ def _kda(rows: Iterable[Data]) -> tuple[str, ...]:
     return (aim, wanted, f"{found[-1] / 1000:.2f} ms", "yes" if found[-1] <= KDA_MOST else "no")
 
 
-def _quantised(cells: Sequence[Data]) -> tuple[list[Data], Callable[[Data], float]]:
-    """Deep cells with a Q8_0 cache that were also measured with F16, and the ratio of their speeds."""
+def _quantized(cells: Sequence[Data]) -> list[tuple[float, Data]]:
+    """Deep cells with a Q8_0 cache that were also measured with F16, with the ratio of their speeds."""
 
     def key(cell: Data) -> tuple[Any, ...]:
         return tuple(cell.get(name) for name in ("sequences", "depth", "batch", "ubatch", "threads"))
 
-    speeds = {key(c): c["patched"]["tokens_per_second"] for c in cells if c["cache_type"] == "f16"}
-    deep = [c for c in cells if c["cache_type"] == "q8_0" and c["depth"] >= LONG and key(c) in speeds]
-    return deep, lambda cell: float(cell["patched"]["tokens_per_second"] / speeds[key(cell)])
+    def speed(cell: Data) -> float:
+        return float(cell["patched"]["tokens_per_second"])
+
+    speeds = {key(cell): speed(cell) for cell in cells if cell["cache_type"] == "f16"}
+    deep = [cell for cell in cells if cell["cache_type"] == "q8_0" and cell["depth"] >= LONG]
+    return [(speed(cell) / speeds[key(cell)], cell) for cell in deep if key(cell) in speeds]

@@ -10,15 +10,14 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-BATCHES = (1, 2, 3, 4, 7, 8, 32, 512, 2048)
-DEPTHS = (0, 4096, 16384)
+# (all cells of --grid, on a device) -> default batches and depths
+SIZES = {
+    (False, False): ((1, 8, 512), (0, 4096)),
+    (True, False): ((1, 2, 3, 4, 7, 8, 32, 512, 2048), (0, 4096, 16384)),
+    (False, True): ((1, 8, 512, 8192), (0, 8192)),
+    (True, True): ((1, 2, 4, 8, 512, 2048, 8192), (0, 8192, 65536)),
+}
 THREADS = (1, 2)
-QUICK_BATCHES = (1, 8, 512)
-QUICK_DEPTHS = (0, 4096)
-DEVICE_BATCHES = (1, 2, 4, 8, 512, 2048, 8192)
-DEVICE_DEPTHS = (0, 8192, 65536)
-DEVICE_QUICK_BATCHES = (1, 8, 512, 8192)
-DEVICE_QUICK_DEPTHS = (0, 8192)
 DEVICE_THREADS = 4  # of the CPU, which still looks up the token embeddings
 UBATCH = 512  # llama.cpp's default
 DEVICE_WARM = 4  # decodes before a sample on a device: CUDA graphs are captured after some equal graphs
@@ -90,13 +89,6 @@ def variants(cell: Cell, upstream: Sequence[Variant]) -> list[Variant]:
     """The variants of upstream for a cell: quantized caches and several sequences require flash attention."""
     plain = cell.cache_type in ("f32", "f16", "bf16") and cell.sequences == 1
     return [variant for variant in upstream if variant.flash or plain]
-
-
-def defaults(grid: bool, device: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Default batches and depths."""
-    if device:
-        return (DEVICE_BATCHES, DEVICE_DEPTHS) if grid else (DEVICE_QUICK_BATCHES, DEVICE_QUICK_DEPTHS)
-    return (BATCHES, DEPTHS) if grid else (QUICK_BATCHES, QUICK_DEPTHS)
 
 
 def grid(

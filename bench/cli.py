@@ -13,27 +13,17 @@ from pathlib import Path
 import gguf
 
 from kimi_gguf.bench import hybrid
-from kimi_gguf.bench.cells import (
-    BATCHES,
-    DEPTHS,
-    DEVICE_BATCHES,
-    DEVICE_DEPTHS,
-    DEVICE_QUICK_BATCHES,
-    DEVICE_QUICK_DEPTHS,
-    QUICK_BATCHES,
-    QUICK_DEPTHS,
-    THREADS,
-    UBATCH,
-)
+from kimi_gguf.bench.cells import SIZES, THREADS, UBATCH
 from kimi_gguf.bench.shapes import COMPARABLE, SHAPES, TYPES
-
-CELL_SECONDS = 8.0
-DEFAULT_CACHE = "f16"
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
     return ",".join(map(str, numbers))
 
+
+_QUICK, _GRID, _GPU_QUICK, _GPU_GRID = (
+    {"batches": _listed(batches), "depths": _listed(depths)} for batches, depths in SIZES.values()
+)
 
 EXAMPLES = f"""\
   kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes
@@ -52,10 +42,10 @@ EXAMPLES = f"""\
   kimi-llama bench --backend cuda --operators --json out/gpu/operators.json
   kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build instead of the patched one
 
---quick: batches {_listed(QUICK_BATCHES)} at depths {_listed(QUICK_DEPTHS)}, all cores.
---grid: {", ".join(TYPES)}; batches {_listed(BATCHES)}; depths {_listed(DEPTHS)}; threads {_listed(THREADS)}.
-On a GPU --quick is batches {_listed(DEVICE_QUICK_BATCHES)} at depths {_listed(DEVICE_QUICK_DEPTHS)}, --grid batches
-{_listed(DEVICE_BATCHES)} at depths {_listed(DEVICE_DEPTHS)}; cells that do not fit in its memory are left out.
+--quick: batches {_QUICK["batches"]} at depths {_QUICK["depths"]}, all cores.
+--grid: {", ".join(TYPES)}; batches {_GRID["batches"]}; depths {_GRID["depths"]}; threads {_listed(THREADS)}.
+On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
+{_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
 Both builds are made if they do not exist (kimi-llama build). Generated models and saved states are kept in bench/ of
 the cache folder; you may delete it at any time.
 
@@ -65,131 +55,58 @@ is complete after every cell."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the sub-command's arguments."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)"
-    )
-    which.add_argument(
-        "--demo", action="store_true", help="measure the converted demo checkpoint (--type Q8_0 or BF16)"
-    )
-    which.add_argument(
-        "--operators", action="store_true", help="time single operators, one layer of the 48B's sizes"
-    )
-    which.add_argument(
-        "--products", action="store_true", help="time single matmuls by weight type, with %% of roofline"
-    )
-    which.add_argument(
-        "--hybrid",
-        action="store_true",
-        help="compare 3:1 with latent attention in every layer (patched only)",
-    )
-    which.add_argument(
-        "--records",
-        nargs="+",
-        type=Path,
-        metavar="JSON",
-        help="measure nothing: write --page from these records",
-    )
-    which.add_argument(
-        "--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest"
-    )
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)")
+    add("--demo", action="store_true", help="measure the converted demo checkpoint (--type Q8_0 or BF16)")
+    add("--operators", action="store_true", help="time single operators, one layer of the 48B's sizes")
+    add("--products", action="store_true", help="time single matmuls by weight type, with %% of roofline")
+    add("--hybrid", action="store_true",
+        help="compare 3:1 with latent attention in every layer (patched only)")  # fmt: skip
+    add("--records", nargs="+", type=Path, metavar="JSON",
+        help="measure nothing: write --page from these records")  # fmt: skip
+    add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
 
-    made = parser.add_argument_group("the generated model")
-    made.add_argument(
-        "--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)"
-    )
-    made.add_argument(
-        "--layers",
-        type=number,
-        default=8,
-        metavar="N",
-        help="layers, one in four with latent attention (default: 8)",
-    )
-    made.add_argument(
-        "--experts",
-        type=number,
-        default=32,
-        metavar="N",
-        help="experts of every layer except the first (default: 32)",
-    )
-    made.add_argument("--family", choices=COMPARABLE, default="kimi-linear")
-    made.add_argument(
-        "--shapes",
-        choices=tuple(SHAPES),
-        default="48b",
-        help="layer shapes; tiny is for a quick try (default: 48b)",
-    )
+    add = parser.add_argument_group("the generated model").add_argument
+    add("--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)")
+    add("--layers", type=number, default=8, metavar="N",
+        help="layers, one in four with latent attention (default: 8)")  # fmt: skip
+    add("--experts", type=number, default=32, metavar="N",
+        help="experts of every layer except the first (default: 32)")  # fmt: skip
+    add("--family", choices=COMPARABLE, default="kimi-linear")
+    add("--shapes", choices=tuple(SHAPES), default="48b",
+        help="layer shapes; tiny is for a quick try (default: 48b)")  # fmt: skip
 
     what = parser.add_argument_group("what is measured")
-    size = what.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="measure a small subset (default)")
-    size.add_argument(
-        "--grid", action="store_true", help="measure all types, batches, depths and numbers of threads"
-    )
-    what.add_argument(
-        "--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence in one decode"
-    )
-    what.add_argument(
-        "--depth",
-        type=numbers(0),
-        metavar="N,..",
-        help=f"tokens before them in the cache (--hybrid: from {hybrid.SEED})",
-    )
-    what.add_argument(
-        "--build",
-        "--backend",
-        dest="backend",
-        metavar="NAME",
-        help="measure this build, see kimi-llama path --help; a GPU build computes all layers there (default: cpu)",
-    )
-    what.add_argument(
-        "--device", metavar="NAME", help="use this device of the backend, such as CUDA1 (default: the first)"
-    )
-    what.add_argument(
-        "--threads", type=numbers(1), metavar="N,..", help="CPU threads (default: all cores; 4 on a GPU)"
-    )
-    what.add_argument(
+    add = what.add_mutually_exclusive_group().add_argument
+    add("--quick", action="store_true", help="measure a small subset (default)")
+    add("--grid", action="store_true", help="measure all types, batches, depths and numbers of threads")
+    add = what.add_argument
+    add("--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence in one decode")
+    add("--depth", type=numbers(0), metavar="N,..",
+        help=f"tokens before them in the cache (--hybrid: from {hybrid.SEED})")  # fmt: skip
+    add("--build", "--backend", dest="backend", metavar="NAME",
+        help="measure this build, see kimi-llama path --help; a GPU build computes all layers there "
+        "(default: cpu)")  # fmt: skip
+    add("--device", metavar="NAME",
+        help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
+    add("--threads", type=numbers(1), metavar="N,..", help="CPU threads (default: all cores; 4 on a GPU)")
+    add(
         "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens in one ubatch (default: {UBATCH})"
     )
-    what.add_argument(
-        "--cache-type",
-        type=cache_types,
-        default=(DEFAULT_CACHE,),
-        metavar="T,..",
-        help="KV cache types, such as f16,q8_0 (f16)",
-    )
-    what.add_argument(
-        "--sequences",
-        type=numbers(1),
-        default=(1,),
-        metavar="N,..",
-        help="sequences in one batch (default: 1)",
-    )
-    what.add_argument(
-        "--seconds",
-        type=seconds,
-        default=CELL_SECONDS,
-        metavar="S",
-        help="measure a cell for at most S seconds (default: 8)",
-    )
-    what.add_argument(
-        "--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds"
-    )
-    what.add_argument(
-        "--libraries",
-        type=Path,
-        metavar="DIR",
-        help="use these libraries instead of those of the patched build",
-    )
+    add("--cache-type", type=cache_types, default=("f16",), metavar="T,..",
+        help="KV cache types, such as f16,q8_0 (f16)")  # fmt: skip
+    add("--sequences", type=numbers(1), default=(1,), metavar="N,..",
+        help="sequences in one batch (default: 1)")  # fmt: skip
+    add("--seconds", type=seconds, default=8.0, metavar="S",
+        help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
+    add("--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds")
+    add("--libraries", type=Path, metavar="DIR",
+        help="use these libraries instead of those of the patched build")  # fmt: skip
 
-    out = parser.add_argument_group("what is written")
-    out.add_argument("--json", type=Path, metavar="FILE", help="write all measurements, for --records")
-    out.add_argument(
-        "--record", type=Path, metavar="FILE", help="add all measurements to the records of a machine"
-    )
-    out.add_argument(
-        "--page", type=Path, metavar="FILE", help="write a Markdown page, with pictures next to it"
-    )
+    add = parser.add_argument_group("what is written").add_argument
+    add("--json", type=Path, metavar="FILE", help="write all measurements, for --records")
+    add("--record", type=Path, metavar="FILE", help="add all measurements to the records of a machine")
+    add("--page", type=Path, metavar="FILE", help="write a Markdown page, with pictures next to it")
 
 
 def number(text: str) -> int:

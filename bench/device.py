@@ -33,15 +33,13 @@ def find_device(backend: str, environment: Mapping[str, str], wanted: str | None
     """The named device, or the first one. environment: of the build. Raises `EngineError`."""
     with Runner(backend, environment) as process:
         there = [each for each in process.ask("devices")["devices"] if each["kind"] in GPUS]
-    names = ", ".join(each["name"] for each in there) or "none"
     for each in there:
         if wanted in (None, each["name"]):
-            return Device(
-                backend, each["name"], each["description"], each["memory"], each["free"], driver_of(backend)
-            )
+            facts = {key: each[key] for key in ("name", "description", "memory", "free")}
+            return Device(backend=backend, driver=driver_of(backend), **facts)
     raise EngineError(
         f"no device {wanted}" if wanted else f"no {backend} device",
-        found=names,
+        found=", ".join(each["name"] for each in there) or "none",
         todo="choose one of these with --device"
         if there
         else "check the driver; kimi-llama doctor shows the devices",
@@ -51,18 +49,13 @@ def find_device(backend: str, environment: Mapping[str, str], wanted: str | None
 def driver_of(backend: str) -> str | None:
     """The driver and its version, if known."""
     if backend == "cuda":
-        version = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        return version and f"NVIDIA {version}"
+        lines = _output_lines("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        return f"NVIDIA {lines[0]}" if lines else None
     if backend == "vulkan":
         lines = _output_lines("vulkaninfo", "--summary")
         found = [line.partition("=")[2].strip() for line in lines if line.strip().startswith("driverInfo")]
         return found[0] if found else None
     return f"macOS {platform.mac_ver()[0]}" if backend == "metal" else None
-
-
-def _first_line(*command: str) -> str | None:
-    """The first line of a program's output."""
-    return next(iter(_output_lines(*command)), None)
 
 
 def _output_lines(*command: str) -> list[str]:

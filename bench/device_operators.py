@@ -9,15 +9,14 @@ test-backend-ops has no GATED_DELTA_NET cases of the 48B's lengths: they are pas
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench.programs import ask
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.patches.errors import EngineError
 
 OPERATORS = ("KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN")
 LATENT = "hsk=576,hsv=512.*"  # only these cases of FLASH_ATTN_EXT
@@ -53,12 +52,8 @@ def measure_device_operators(
 
 def recurrence_case(number: int, tokens: int) -> str:
     """A line of the file: operator, type, ne, parameters, sources with type, ne, nb, and the name of the case."""
-    shapes = [
-        *3 * [(HEAD, HEADS, tokens, 1)],  # q, k, v
-        (HEAD, HEADS, tokens, 1),  # a gate for each channel
-        (1, HEADS, tokens, 1),
-        (HEAD, HEAD, HEADS, 1),  # the state
-    ]
+    per_channel, per_head, state = (HEAD, HEADS, tokens, 1), (1, HEADS, tokens, 1), (HEAD, HEAD, HEADS, 1)
+    shapes = [*4 * [per_channel], per_head, state]  # q, k, v, gate; beta; state
     words = [number, F32, HEAD * HEADS, tokens + HEAD, 1, 1, 1, 1, len(shapes)]
     for shape in shapes:
         strides = [F32_BYTES]
@@ -77,18 +72,9 @@ def operator_number(name: str) -> int:
 
 def _ask(engine: Engine, device: str, *words: str) -> dict[tuple[str, str], float]:
     """Microseconds by operator and parameters."""
-    program = engine.bin / "test-backend-ops"
+    options = ("perf", "-b", device, "--output", "sql", *words)
     environment = {**engine.environment(), "GGML_NO_BACKTRACE": "1"}
-    ended = subprocess.run(
-        [str(program), "perf", "-b", device, "--output", "sql", *words],
-        capture_output=True, text=True, errors="replace", check=False, env=environment,
-    )  # fmt: skip
-    if ended.returncode:
-        message = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
-        raise EngineError(
-            f"{program.name} perf {' '.join(words)} ended with status {ended.returncode}", found=message
-        )
-    return parsed(ended.stdout)
+    return parsed(ask(engine.bin / "test-backend-ops", *options, environment=environment))
 
 
 def parsed(text: str) -> dict[tuple[str, str], float]:
@@ -108,10 +94,7 @@ def _rows(found: Mapping[str, Mapping[tuple[str, str], float]]) -> list[dict[str
     """A row for each case that a build supports, in the order of the program."""
     cases = dict.fromkeys(case for build in ("patched", "pristine") for case in found[build])
     return [
-        {
-            "operator": case[0],
-            "parameters": case[1],
-            **{build: times.get(case) for build, times in found.items()},
-        }
-        for case in cases
+        {"operator": operator, "parameters": parameters}
+        | {build: times.get((operator, parameters)) for build, times in found.items()}
+        for operator, parameters in cases
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,22 +31,9 @@ NAMES = ("3:1", "all MLA")
 TOO_DEEP = "the caches of both models do not fit in memory"
 
 
-@dataclass(frozen=True)
-class Line:
-    """Seconds of a decode = at_zero + per_token * depth, by least squares."""
-
-    at_zero: float
-    per_token: float
-
-    def at(self, depth: int) -> float:
-        """Seconds after `depth` tokens."""
-        return self.at_zero + self.per_token * depth
-
-
-def fit(depths: Sequence[int], seconds: Sequence[float]) -> Line:
-    """The line through measured points, each weighted by 1/seconds: relative errors count alike."""
-    slope, at_zero = np.polyfit(depths, seconds, 1, w=1 / np.asarray(seconds))
-    return Line(float(at_zero), float(slope))
+def fit(depths: Sequence[int], seconds: Sequence[float]) -> np.poly1d:
+    """Seconds of a decode by depth: a line by least squares, weighted by 1/seconds so that relative errors count."""
+    return np.poly1d(np.polyfit(depths, seconds, 1, w=1 / np.asarray(seconds)))
 
 
 def enough_memory(depth: int, models: Sequence[ModelFile], cache_type: str) -> bool:
@@ -77,32 +63,31 @@ def measure_hybrid(
             file = runners.go_to(PATCHED, seed, small)
             small[0].ask("free", name=small[1])
             process, context = runners.context(PATCHED, seed, depths[-1] + ROOM, 512)
-            places[name] = process, context, file, model
+            places[name] = process, context, file
         for depth in depths:
             reporter.phase(f"decoding after {depth} tokens")
             samples: dict[str, list[float]] = {name: [] for name in NAMES}
-            for process, context, file, _ in places.values():
-                process.ask("repeat", name=context, file=str(file), depth=depth)
+            for process, context, file in places.values():
+                process.ask("restore", name=context, file=str(file), depth=depth)
             for turn in range(ROUNDS):
-                for name, (process, context, _, _) in places.items():
+                for name, (process, context, _) in places.items():
                     answer = process.ask("time", name=context, batch=1, steps=STEPS, warm=turn == 0,
                                          threads=threads, back=False)  # fmt: skip
                     samples[name].append(sum(answer["seconds"]) / STEPS)
             cell = Cell(cache_type, 1, depth, threads, 1)
+            needs = {name: demand(model, cell) for name, model in zip(NAMES, models, strict=True)}
             yield {
                 "depth": depth,
                 "samples": samples,
                 "seconds": {name: statistics.median(each) for name, each in samples.items()},
-                "cache_bytes": {name: demand(place[3], cell).cache_bytes for name, place in places.items()},
-                "state_bytes": {
-                    name: demand(place[3], cell).state_bytes / 2 for name, place in places.items()
-                },
+                "cache_bytes": {name: each.cache_bytes for name, each in needs.items()},
+                "state_bytes": {name: each.state_bytes / 2 for name, each in needs.items()},
             }
 
 
-def extrapolated(rows: Sequence[Mapping[str, Any]], depth: int = MILLION) -> dict[str, float] | None:
-    """Seconds of a decode at `depth` by each model's measured slope; None from fewer than three depths."""
+def extrapolated(rows: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Seconds of a decode after MILLION tokens by each model's slope; None from fewer than three depths."""
     if len(rows) < 3:
         return None
     depths = [row["depth"] for row in rows]
-    return {name: fit(depths, [row["seconds"][name] for row in rows]).at(depth) for name in NAMES}
+    return {name: fit(depths, [row["seconds"][name] for row in rows])(MILLION) for name in NAMES}

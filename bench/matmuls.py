@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from kimi_gguf.bench.operators import Case, measure_case, programs
 from kimi_gguf.bench.roofline import measure_peaks
 from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 
 WEIGHTS = (
     "Q4_0", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "BF16", "F16",
@@ -48,10 +47,9 @@ class Shape:
         """Multiply-adds of a copy."""
         return K * self.rows * self.tokens * (USED if self.experts else 1)
 
-    def weight_bytes(self, weights: str) -> float:
+    def weight_bytes(self, weights: str) -> int:
         """Bytes of a copy; every expert is used."""
-        block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[weights]]
-        return K * self.rows * max(self.experts, 1) * float(block_bytes / block)
+        return TENSOR_TYPES[weights].nbytes((K, self.rows, max(self.experts, 1)))
 
 
 SHAPES = (
@@ -72,16 +70,10 @@ def measure_matmuls(libraries: dict[str, Path], threads: int, reporter: Reporter
             case = Case(f"{weights}, {shape.title}", "", UPSTREAM, PATCHED, shape.options(weights))
             reporter.phase(case.title)
             row = measure_case(made, case, threads)
-            computing, reading = (
-                shape.macs / peaks.matmul(weights),
-                shape.weight_bytes(weights) / peaks.read,
-            )
-            yield row | {
-                "weights": weights,
-                "shape": shape.title,
-                "floor": {
-                    "share": max(computing, reading) / row["patched"]["seconds"],
-                    "bound": "products" if computing >= reading else "memory",
-                    "limits": vars(peaks),
-                },
+            computing, reading = shape.macs / peaks.matmul(weights), shape.weight_bytes(weights) / peaks.read
+            floor = {
+                "share": max(computing, reading) / row["patched"]["seconds"],
+                "bound": "products" if computing >= reading else "memory",
+                "limits": vars(peaks),
             }
+            yield row | {"weights": weights, "shape": shape.title, "floor": floor}

@@ -16,29 +16,19 @@ from pathlib import Path
 
 from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
 from kimi_gguf.convert.output.writer import write
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine, cache_folder
-from kimi_gguf.engine.gguf import GgufError, GgufModel
+from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
 
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor of a file."""
-
-    name: str
-    type: str
-    ne: tuple[int, ...]  # ggml order
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -51,8 +41,8 @@ class ModelFile:
     architecture: str
     keys: Mapping[
         str, int | float | list[int]
-    ]  # numbers among the GGUF keys, the architecture's prefix cut off
-    tensors: tuple[Tensor, ...]
+    ]  # numbers among the GGUF keys, without the architecture's prefix
+    tensors: tuple[GgufTensor, ...]
 
     @property
     def nbytes(self) -> int:
@@ -99,15 +89,9 @@ def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
 
     try:
         write(
-            plan,
-            weights.pieces,
-            path,
-            overwrite=True,
-            identity=Identity(plan=model.key, sources=""),
-            resume=False,
-            report=report,
-            check=lambda _tensor: None,
-        )
+            plan, weights.pieces, path, overwrite=True, identity=Identity(plan=model.key, sources=""), resume=False,
+            report=report, check=lambda _tensor: None,
+        )  # fmt: skip
     finally:  # what a conversion keeps for --resume is of no use here
         shutil.rmtree(folder_of(path), ignore_errors=True)
     return path
@@ -144,7 +128,7 @@ def open_model(path: Path) -> ModelFile:
         key=hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12],
         architecture=architecture,
         keys=numbers,
-        tensors=tuple(Tensor(t.name, t.type.name, t.ne, t.nbytes) for t in tensors),
+        tensors=tensors,
     )
 
 
@@ -158,17 +142,8 @@ def convert_demo(kind: str, reporter: Reporter) -> Path:
     if not path.is_file():
         reporter.phase(f"converting the demo to {kind}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "kimi_gguf.convert.cli",
-            str(demo),
-            "-o",
-            str(path),
-            "--type",
-            kind,
-            "--quiet",
-        ]
+        options = [str(demo), "-o", str(path), "--type", kind, "--quiet"]
+        command = [sys.executable, "-m", "kimi_gguf.convert.cli", *options]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             raise EngineError(

@@ -3,20 +3,24 @@
 Input: the libraries of both builds. Output: a row for each case: seconds per layer and call. native/operators.cpp
 lists the graph of each case; it is compiled once for each build. Upstream uses the nodes of its own graph; where
 there are two variants, the faster one counts.
+
+    python -m kimi_gguf.bench.operators BUILD CASE [key=value ...]     one case; BUILD: patched or upstream
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kimi_gguf.bench.load import undisturbed
 from kimi_gguf.bench.programs import ask, ggml_flags, program
-from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.progress import Reporter
 
 ROUNDS = 3  # runs of each program
@@ -54,28 +58,16 @@ CASES = (
     Case("convolutions, 512 tokens", NODES, ("conv-nodes",), "conv", ("tokens=512", "layers=4")),
     *(
         Case(
-            f"attention, 1 query on 16384 keys, {kind} cache",
-            ATTENTION,
-            ("absorbed", "absorbed-plain") if kind == "F16" else ("absorbed",),
-            "absorbed",
+            f"attention, 1 query on 16384 keys, {kind} cache", ATTENTION,
+            ("absorbed", "absorbed-plain") if kind == "F16" else ("absorbed",), "absorbed",
             ("tokens=1", DEEP, "layers=4", f"type={kind.lower()}", "least=3"),
         )
         for kind in ("F16", "Q8_0", "Q4_0")
     ),
-    Case(
-        "attention, 512 queries on 4096 keys",
-        WHOLE,
-        ("whole", "whole-plain"),
-        "latent",
-        ("tokens=512", "keys=4096", "least=2"),
-    ),
-    Case(
-        "attention, 512 queries on 16384 keys",
-        WHOLE,
-        ("whole", "whole-plain"),
-        "latent",
-        ("tokens=512", DEEP, "least=1"),
-    ),
+    Case("attention, 512 queries on 4096 keys", WHOLE, ("whole", "whole-plain"), "latent",
+         ("tokens=512", "keys=4096", "least=2")),
+    Case("attention, 512 queries on 16384 keys", WHOLE, ("whole", "whole-plain"), "latent",
+         ("tokens=512", DEEP, "least=1")),
 )  # fmt: skip
 
 
@@ -112,8 +104,8 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
     disturbed = took = 0.0
     for _ in range(ROUNDS):
         for build, name in turns:
-            words = (name, f"threads={threads}", *case.options)
-            result = undisturbed(lambda compiled=compiled[build], words=words: ask(compiled, *words), threads)  # type: ignore[misc]
+            run = partial(ask, compiled[build], name, f"threads={threads}", *case.options)
+            result = undisturbed(run, threads)
             medians[build, name].append(json.loads(result.answer)["median"])
             disturbed += result.disturbance or 0.0
             took += result.took
@@ -131,3 +123,9 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
         "others": disturbed / took,
         "samples": {f"{build} {name}": each for (build, name), each in medians.items()},
     }
+
+
+if __name__ == "__main__":
+    build, *words = sys.argv[1:]
+    engine = ensure(pristine=build == "upstream")
+    print(ask(program("operators", ggml_flags(engine.lib)), *words), end="")

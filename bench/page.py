@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench import report
 from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.files import atomically
@@ -19,21 +20,9 @@ from kimi_gguf.bench.hybrid import MILLION, NAMES, extrapolated
 from kimi_gguf.bench.matmuls import K
 from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
-from kimi_gguf.bench.report import (
-    Rows,
-    cells_table,
-    device_peaks_table,
-    mark,
-    markdown,
-    memory_table,
-    not_measured_lines,
-    of_roofline,
-    peaks_table,
-    verdict,
-)
+from kimi_gguf.bench.report import Data, Rows, mark, markdown, of_roofline
 from kimi_gguf.patches.errors import EngineError
 
-Data = dict[str, Any]
 PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops writes them
 
 INTRODUCTION = """\
@@ -104,17 +93,8 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
     models: dict[str, dict[str, Any]] = {}
     for record in sorted(records, key=lambda record: str(record["created"])):
         for model in record["models"]:
-            into = models.setdefault(
-                model["name"],
-                {
-                    "cells": {},
-                    "commands": {},
-                    "fallbacks": {},
-                    "not_measured": {},
-                    "left_out": {},
-                    "model": model,
-                },
-            )
+            kinds = ("cells", "commands", "fallbacks", "not_measured", "left_out")
+            into = models.setdefault(model["name"], {"model": model} | {kind: {} for kind in kinds})
             into["model"] = max(into["model"], model, key=cache_size)
             about = model["about"]
             if model["cells"] or about.get("not_measured"):
@@ -126,8 +106,8 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
             into["cells"] |= {cell_key(cell): cell for cell in model["cells"]}
     for each in models.values():
         left = each["not_measured"].keys() - each["cells"].keys()
-        each["about"] = {"not_measured": [each["not_measured"][key] for key in sorted(left)],
-                         "left_out": each["left_out"]}  # fmt: skip
+        missing = [each["not_measured"][key] for key in sorted(left)]
+        each["about"] = {"not_measured": missing, "left_out": each["left_out"]}
         each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
     return models
 
@@ -154,14 +134,11 @@ def device_operators_tables(rows: Iterable[Data]) -> list[tuple[str, Rows]]:
         same = ", ".join(f"{name}={cases[0][0][name]}" for name in names if name not in varied)
         table: Rows = [("case", "upstream", "patched", "ratio")]
         for case, row in cases:
-            upstream, patched = row["pristine"], row["patched"]
-            times = (
-                "not available" if each is None else short_time(each / 1e6) for each in (upstream, patched)
-            )
+            both = upstream, patched = row["pristine"], row["patched"]
+            times = ("not available" if each is None else short_time(each / 1e6) for each in both)
             varying = ", ".join(f"{name}={case[name]}" for name in varied if name in case)
-            table.append(
-                (varying or "one case", *times, f"{upstream / patched:.2f}" if upstream and patched else "")
-            )
+            ratio = f"{upstream / patched:.2f}" if upstream and patched else ""
+            table.append((varying or "one case", *times, ratio))
         tables.append((f"{operator}: {same}" if same else operator, table))
     return tables
 
@@ -209,9 +186,16 @@ def hybrid_row(depth: str, cache: Sequence[float], rates: Sequence[float]) -> tu
     return (depth, *sizes, less, *(f"{rate:.2f}/s" for rate in rates), f"{rates[0] / rates[1]:.2f}")
 
 
+def latest(records: Iterable[Data]) -> Data | None:
+    """The record that was made last, if there is one."""
+    return max(records, key=lambda record: str(record["created"]), default=None)
+
+
 def write_page(records: Sequence[Data], page: Path) -> None:
     """Write the page and its pictures. Raises `EngineError` from reading, OSError from writing."""
-    latest = max(records, key=lambda record: str(record["created"]))
+    last = latest(records)
+    assert last is not None
+    device = last.get("device")
     devices = {(record.get("device") or {}).get("description") for record in records}
     if len(devices) > 1:
         raise EngineError(
@@ -219,41 +203,29 @@ def write_page(records: Sequence[Data], page: Path) -> None:
             found=", ".join(sorted(name or "the CPU" for name in devices)),
             todo="write one page for each device",
         )
-    device = latest.get("device")
-    parts = [device_introduction(latest, records) if device else introduction(latest, records)]
+    parts = [introduction(last, records)]
     if device:
         parts.append("## Goals\n\n" + markdown(aims_table(records)))
     limits = {each["threads"]: each for record in records for each in record["limits"]}
     if device and limits:
-        parts.append(
-            "## Peak rates of the device\n\n" + markdown(device_peaks_table(next(iter(limits.values()))))
-        )
+        table = report.device_peaks_table(next(iter(limits.values())))
+        parts.append("## Peak rates of the device\n\n" + markdown(table))
     elif limits:
         parts.append(
             "## Peak rates of the machine\n\nMeasured before each run and around every cell. Other machines share the "
             "memory,\nso its bandwidth changes from minute to minute.\n\n"
-            + markdown(peaks_table(machine_peaks(records)))
+            + markdown(report.peaks_table(machine_peaks(records)))
         )
     for name, model in merged(records).items():
         if model["cells"] or model["about"]["not_measured"]:
             parts.append(model_part(name, model, page))
-    operators = [record for record in records if record["operators"]]
-    if operators:
-        record = max(operators, key=lambda record: str(record["created"]))
-        parts.append(
-            f"## Single operators\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
-            "sizes of the 48B; time per layer and call, over more layers than the caches hold.\n\n"
-            + markdown(operators_table(record["operators"]))
-        )
-    operators = [record for record in records if record.get("device_operators")]
-    if operators:
-        parts.append(device_operators_part(max(operators, key=lambda record: str(record["created"]))))
-    products = [record for record in records if record.get("products")]
-    if products:
-        parts.append(matmuls_part(products))
-    hybrids = [record for record in records if record["hybrid"]]
-    if hybrids:
-        record = max(hybrids, key=lambda record: str(record["created"]))
+    if record := latest(record for record in records if record["operators"]):
+        parts.append(operators_part(record))
+    if record := latest(record for record in records if record.get("device_operators")):
+        parts.append(device_operators_part(record))
+    if matmuls := [record for record in records if record.get("products")]:
+        parts.append(matmuls_part(matmuls))
+    if record := latest(record for record in records if record["hybrid"]):
         parts.append(hybrid_part(record))
     atomically(page, lambda part: part.write_text("\n".join(parts)))
 
@@ -266,41 +238,40 @@ def machine_peaks(records: Iterable[Data]) -> list[Data]:
 
 
 def introduction(record: Data, records: Sequence[Data]) -> str:
-    """The introduction of the page."""
-    machine, engine = record["machine"], record["engines"]["patched"]
+    """The introduction of the page. record: the latest one."""
+    machine, engine, device = record["machine"], record["engines"]["patched"], record.get("device")
     days = sorted({str(each["created"])[:10] for each in records})
-    memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] else ""
-    return INTRODUCTION.format(
-        machine=f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
-        commit=str(engine["llama_cpp_commit"])[:7],
-        package=engine["package"],
-        builds=", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
-        switch=record["switch"],
-        compiler=str(engine["compilers"]["C++"]).rpartition(": ")[2],
-        when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
-    )
-
-
-def device_introduction(record: Data, records: Sequence[Data]) -> str:
-    """The introduction of a page about a device."""
-    machine, engine, device = record["machine"], record["engines"]["patched"], record["device"]
-    days = sorted({str(each["created"])[:10] for each in records})
-    compilers = [str(engine["compilers"][each]).rpartition(": ")[2] for each in sorted(engine["compilers"])]
+    memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] and not device else ""
+    compilers = {name: str(found).rpartition(": ")[2] for name, found in sorted(engine["compilers"].items())}
+    facts = {
+        "machine": f"{machine['processor']}, {machine['cores']} cores{memory}, {machine['system'].split()[0]}",
+        "commit": str(engine["llama_cpp_commit"])[:7],
+        "package": engine["package"],
+        "builds": ", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
+        "switch": record["switch"],
+        "when": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
+    }
+    if not device:
+        return INTRODUCTION.format(**facts, compiler=compilers["C++"])
     return DEVICE_INTRODUCTION.format(
+        **facts,
         device=device["description"],
         name=device["name"],
         memory=device["memory"] / 2**30,
         driver=device["driver"] or "unknown",
-        machine=f"{machine['processor']}, {machine['cores']} cores, {machine['system'].split()[0]}",
         checkouts=", ".join(sorted({str(each["checkout"] or "installed") for each in records})),
-        commit=str(engine["llama_cpp_commit"])[:7],
-        package=engine["package"],
-        builds=", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
         backend=device["backend"],
-        compilers=", ".join(dict.fromkeys(compilers)),
-        when=days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
-        switch=record["switch"],
+        compilers=", ".join(dict.fromkeys(compilers.values())),
         limits=DEVICE_PEAKS if any(each["limits"] for each in records) else NO_DEVICE_PEAKS,
+    )
+
+
+def operators_part(record: Data) -> str:
+    """Single operators on the CPU."""
+    return (
+        f"## Single operators\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
+        "sizes of the 48B; time per layer and call, over more layers than the caches hold.\n\n"
+        + markdown(operators_table(record["operators"]))
     )
 
 
@@ -328,15 +299,15 @@ def model_part(name: str, model: Data, page: Path) -> str:
         title = f"{name}, {cache_type} cache, {sequences} sequence{'s' if sequences > 1 else ''}, {where}"
         options = f"{sequences}x{threads}" + ("" if ubatch == UBATCH else f"-{ubatch}")
         picture = page.with_name(f"{page.stem}-{name}-{cache_type}-{options}.svg")
-        parts.append(markdown(cells_table(cells)) + "\n" + verdict(cells) + "\n")
+        parts.append(markdown(report.cells_table(cells)) + "\n" + report.verdict(cells) + "\n")
         if len(cells) > 3:
             atomically(picture, lambda part, t=title, c=cells: draw(t, c, part))  # type: ignore[misc]
             parts.append(f"![{title}]({picture.name})\n")
-    if lines := not_measured_lines(model):
+    if lines := report.not_measured_lines(model):
         parts.append("\n".join(f"- {line}" for line in lines) + "\n")
     parts.append(
         "Memory in MiB, and the time of loading from the page cache:\n\n"
-        + markdown(memory_table(model["model"]))
+        + markdown(report.memory_table(model["model"]))
     )
     return "\n".join(parts)
 
@@ -356,6 +327,7 @@ def matmuls_part(records: Sequence[Data]) -> str:
 def hybrid_part(record: Data) -> str:
     """The hybrid against the all-MLA model."""
     hybrid = record["hybrid"]
+    missing = hybrid.get("not_measured", {})
     return (
         f"## Hybrid against all MLA\n\n`{record['command']}`: {' against '.join(hybrid['models'])}, patched, "
         f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches repeat the rows of "
@@ -363,8 +335,5 @@ def hybrid_part(record: Data) -> str:
         "sequence decodes at most four times as fast. The 6 × of the model's report (arXiv 2510.26692) requires larger "
         "batches, which fit because the cache is smaller.\n\n"
         + markdown(hybrid_table(hybrid))
-        + "".join(
-            f"\nNot measured: depth {depth}: {why}.\n"
-            for depth, why in hybrid.get("not_measured", {}).items()
-        )
+        + "".join(f"\nNot measured: depth {depth}: {why}.\n" for depth, why in missing.items())
     )

@@ -25,24 +25,15 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
     for depth, colour in zip(depths, COLOURS, strict=False):
         row = sorted((cell for cell in cells if cell["depth"] == depth), key=lambda cell: cell["batch"])
         batches = [cell["batch"] for cell in row]
-        ratios.plot(
-            batches, [cell["ratio"] for cell in row], "o-", color=colour, markersize=4, label=f"depth {depth}"
-        )
-        rates.plot(
-            batches, [c["patched"]["tokens_per_second"] for c in row], "o-", color=colour, markersize=4
-        )
-        rates.plot(
-            batches, [c["pristine"]["tokens_per_second"] for c in row], "o:", color=colour, markersize=3
-        )
+        speedups = [cell["ratio"] for cell in row]
+        ratios.plot(batches, speedups, "o-", color=colour, markersize=4, label=f"depth {depth}")
+        for build, style, size in (("patched", "o-", 4), ("pristine", "o:", 3)):
+            speeds = [cell[build]["tokens_per_second"] for cell in row]
+            rates.plot(batches, speeds, style, color=colour, markersize=size)
         known = [cell for cell in row if cell["floor"]]
-        rates.plot(
-            [cell["batch"] for cell in known],
-            [cell["tokens"] / cell["floor"]["seconds"] for cell in known],
-            "--",
-            color=colour,
-            linewidth=0.8,
-            alpha=0.6,
-        )
+        roofline = [cell["tokens"] / cell["floor"]["seconds"] for cell in known]
+        batches = [cell["batch"] for cell in known]
+        rates.plot(batches, roofline, "--", color=colour, linewidth=0.8, alpha=0.6)
     ratios.axhline(1.0, color="black", linewidth=0.8)
     for axes in (ratios, rates):
         axes.set_xscale("log", base=2)

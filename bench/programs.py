@@ -8,13 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import secrets
 import subprocess
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
+from kimi_gguf.bench.files import atomically
 from kimi_gguf.engine.builds import cache_folder, upstream_source
 from kimi_gguf.engine.toolchain import cpu_fingerprint, find_compilers
 from kimi_gguf.patches.errors import EngineError
@@ -35,10 +34,9 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
     place = cache_folder() / "bench" / "programs" / f"{name}-{key}"
     if place.is_file():
         return place
-    place.parent.mkdir(parents=True, exist_ok=True)
-    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
-    command = [compiler.path, *FLAGS, str(source), *flags, "-o", str(part)]
-    try:
+
+    def compile_to(part: Path) -> None:
+        command = [compiler.path, *FLAGS, str(source), *flags, "-o", str(part)]
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if ended.returncode:
             raise EngineError(
@@ -46,10 +44,8 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
                 found=ended.stderr.strip().splitlines()[0] if ended.stderr.strip() else "no message",
                 todo="try another C++ compiler: CXX=... kimi-llama bench",
             )
-        part.replace(place)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+
+    atomically(place, compile_to)
     return place
 
 
@@ -71,8 +67,7 @@ def ask(path: Path, *arguments: str, environment: dict[str, str] | None = None) 
         env=environment,
     )
     if ended.returncode:
-        said = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
-        raise EngineError(
-            f"{path.name} {' '.join(arguments)} ended with status {ended.returncode}", found=said
-        )
+        message = (ended.stderr.strip() or ended.stdout.strip() or "no message").splitlines()[-1]
+        command = f"{path.name} {' '.join(arguments)}"
+        raise EngineError(f"{command} ended with status {ended.returncode}", found=message)
     return ended.stdout

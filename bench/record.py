@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from kimi_gguf.bench.ab_run import Result, Runners
 from kimi_gguf.bench.device import Device
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
@@ -29,26 +29,20 @@ from kimi_gguf.patches.errors import EngineError
 
 SCHEMA = 1
 MACHINE_SCHEMA = 2  # of a machine's file: {schema, machine, engines: [...], records: [...]}
-Data = dict[str, Any]
 
 
 def new_record(
-    command: Sequence[str],
-    patched: Engine,
-    upstream: Engine,
-    libraries: Path | None,
-    switch: str,
-    device: Device | None = None,
+    command: str, builds: Mapping[str, Engine], libraries: Path | None, switch: str, device: Device | None
 ) -> Data:
-    """An empty record of a run on this machine, or on its device."""
+    """An empty record of a run on this machine, or on its device. builds: "patched" and "pristine"."""
     return {
         "schema": SCHEMA,
-        "command": " ".join(command),
+        "command": command,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine_facts(),
         "device": None if device is None else vars(device),
         "checkout": checkout(),
-        "engines": {"patched": engine_facts(patched), "pristine": engine_facts(upstream)},
+        "engines": {name: engine_facts(build) for name, build in builds.items()},
         "switch": switch,
         "libraries": None if libraries is None else libraries.name,
         "limits": [],
@@ -170,18 +164,13 @@ def check_machine(there: Data, record: Data, file: Path) -> None:
 
 def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
     """Read a record. Raises `EngineError` for a file that is not one."""
+    what = f"{file}: not a record of the bench"
     try:
         record: Data = json.loads(file.read_text())
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
     except (OSError, ValueError) as error:
-        raise EngineError(
-            f"{file}: not a record of the bench", found=str(error), todo="name a file of --json"
-        ) from None
+        raise EngineError(what, found=str(error), todo="name a file of --json") from None
     if found not in schemas:
-        raise EngineError(
-            f"{file}: not a record of the bench",
-            expected=f"schema {SCHEMA}",
-            found=repr(found),
-            todo="measure again with --json",
-        )
+        expected = f"schema {SCHEMA}"
+        raise EngineError(what, expected=expected, found=repr(found), todo="measure again with --json")
     return record

@@ -7,17 +7,15 @@ time (the floor). The ratio of floor and measured time is shown as % of roofline
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
-
 from kimi_gguf.bench.cells import Cell
 from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.programs import ask, ggml_flags, program
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 
 F32_BYTES = 4
 KDA_STEP = 4  # times D² MACs per head and token, token by token: S'k, S'q, k d', and the decay of S
@@ -105,15 +103,15 @@ def _each(found: Sequence[Peaks], summary: Callable[[list[float]], float]) -> Pe
     return Peaks(**rates | {"threads": found[0].threads})
 
 
-def measure_peaks(threads: int, seconds: float = 0.1, times: int = TIMES) -> Peaks:
+def measure_peaks(threads: int, times: int = TIMES) -> Peaks:
     """Measure this machine several times and take the best. Raises `EngineError`."""
-    found = [Peaks(**json.loads(ask(program("peaks"), str(threads), str(seconds)))) for _ in range(times)]
+    found = [Peaks(**json.loads(ask(program("peaks"), str(threads), "0.1"))) for _ in range(times)]
     return _each(found, max)
 
 
-def measure_device_peaks(device: str, libraries: Path, seconds: float = 0.3) -> Peaks | None:
+def measure_device_peaks(device: str, libraries: Path) -> Peaks | None:
     """Peak rates of a copy and of large matmuls with the ggml of a build; None if the device lacks one of them."""
-    measured = json.loads(ask(program("device", ggml_flags(libraries)), device, str(seconds)))
+    measured = json.loads(ask(program("device", ggml_flags(libraries)), device))
     return Peaks(**measured) if measured["read"] and measured["f32"] and measured["f16"] else None
 
 
@@ -133,7 +131,6 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     met = experts * (1 - (1 - used / experts) ** tokens) if experts else 0.0
     weight_bytes, macs = 0.0, dict[str, float]()
     for tensor in model.tensors:
-        size = math.prod(tensor.ne)
         if tensor.name.startswith("token_embd"):
             weight_bytes += tensor.nbytes / tensor.ne[1] * tokens
             continue
@@ -142,19 +139,19 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
         if len([n for n in tensor.ne if n > 1]) < 2 or "conv1d" in tensor.name or is_latent(tensor.name):
             continue  # norms, biases, convolutions: negligible; k_b and v_b count with attention
         rows = cell.sequences if tensor.name.startswith("output") else tokens
-        macs[tensor.type] = macs.get(tensor.type, 0.0) + size * rows * (used / experts if routed else 1)
+        kind = tensor.type.name
+        macs[kind] = macs.get(kind, 0.0) + tensor.elements * rows * (used / experts if routed else 1)
     mla = sum(1 for tensor in model.tensors if tensor.name.endswith("attn_kv_a_norm.weight"))
     kda = sum(1 for tensor in model.tensors if tensor.name.endswith("ssm_norm.weight"))
     heads, head = number("attention.head_count"), number("kda.head_dim")
-    state = (
-        heads * head * head * F32_BYTES + (number("ssm.conv_kernel", 1) - 1) * 3 * heads * head * F32_BYTES
-    )
+    state = heads * head * (head + (number("ssm.conv_kernel", 1) - 1) * 3) * F32_BYTES
     latent, rope = number("attention.kv_lora_rank"), number("rope.dimension_count")
-    block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[cell.cache_type.upper()]]
+    cache = TENSOR_TYPES[cell.cache_type.upper()]
     return Demand(
         weight_bytes=weight_bytes,
         state_bytes=2.0 * kda * state * cell.sequences * -(-cell.batch // cell.ubatch),
-        cache_bytes=mla * cell.sequences * (cell.depth + cell.batch) * (latent + rope) * block_bytes / block,
+        cache_bytes=mla * cell.sequences * (cell.depth + cell.batch) * (latent + rope)
+        * cache.block_bytes / cache.block,
         weight_macs=macs,
         attention_macs=mla * attention_macs(
             cell, heads, latent, rope, number("attention.key_length_mla") - rope, number("attention.value_length_mla")

@@ -10,20 +10,19 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from kimi_gguf.bench import hybrid
+from kimi_gguf.bench import hybrid, page, report
 from kimi_gguf.bench.ab_run import Result, Runners, Settings, measure, measure_fitting
 from kimi_gguf.bench.cells import (
     DEVICE_THREADS,
+    SIZES,
     THREADS,
     UPSTREAM,
     UPSTREAM_ON_DEVICE,
     Cell,
     Variant,
-    defaults,
     grid,
 )
 from kimi_gguf.bench.device import Device, find_device
@@ -31,33 +30,10 @@ from kimi_gguf.bench.device_operators import measure_device_operators
 from kimi_gguf.bench.load import available_memory
 from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
-from kimi_gguf.bench.models import (
-    ModelFile,
-    bench_folder,
-    convert_demo,
-    generate,
-    missing_bytes,
-    open_model,
-)
+from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
-from kimi_gguf.bench.page import (
-    device_operators_tables,
-    hybrid_table,
-    matmuls_table,
-    operators_table,
-    write_page,
-)
-from kimi_gguf.bench.record import Data, add, cell_data, load_all, model_data, new_record, save
-from kimi_gguf.bench.report import (
-    cell_row,
-    cells_table,
-    device_peaks_table,
-    memory_table,
-    not_measured_lines,
-    peaks_table,
-    show,
-    verdict,
-)
+from kimi_gguf.bench.record import add, cell_data, load_all, model_data, new_record, save
+from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.shapes import TYPES, BenchModel
@@ -79,14 +55,14 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
         check(parsed)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
-            write_page(manifest.selected(), manifest.page)
+            page.write_page(manifest.selected(), manifest.page)
             return 0
         records = [each for file in parsed.records or () for each in load_all(file)]
         records = records or [Run(parsed, words).all()]
         if parsed.record is not None and not parsed.records:
             add(records[0], parsed.record)
         if parsed.page is not None:
-            write_page(records, parsed.page)
+            page.write_page(records, parsed.page)
         return 0
     except ConvertError as error:
         raise EngineError(str(error)) from None
@@ -147,16 +123,17 @@ class Run:
         for engine in (self.patched, self.upstream):
             print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
         # on a device patched runs with the default KIMI_OPS: fallbacks are allowed and reported
-        self.environments = environments(
-            self.patched, self.upstream, parsed.libraries, "" if gpu else "require"
-        )
-        self.device: Device | None = None
-        if gpu:
-            self.device = find_device(parsed.backend, self.environments["patched"], parsed.device)
-        switch = self.environments["patched"]["KIMI_OPS"]
+        self.environments = {
+            "patched": environment_of(self.patched, parsed.libraries, "" if gpu else "require"),
+            "pristine": environment_of(self.upstream),
+        }
+        patched = self.environments["patched"]
+        self.device = find_device(parsed.backend, patched, parsed.device) if gpu else None
+        switch = patched["KIMI_OPS"]
         shown = [Path(word).name if "/" in word else word for word in words]
+        builds = {"patched": self.patched, "pristine": self.upstream}
         self.record = new_record(
-            ["kimi-llama", *shown], self.patched, self.upstream, parsed.libraries, switch, self.device
+            " ".join(["kimi-llama", *shown]), builds, parsed.libraries, switch, self.device
         )
         self.threads: tuple[int, ...] = parsed.threads or (
             (min(DEVICE_THREADS, cores()),) if gpu else THREADS if parsed.grid else (cores(),)
@@ -190,7 +167,7 @@ class Run:
         name = self.device.name if self.device else None
         on_machine = self.peaks(reporter) if self.device is None else {}
         on_gpu = self.device_peaks(self.device, reporter) if self.device else None
-        batches, depths = defaults(parsed.grid, self.device is not None)
+        batches, depths = SIZES[parsed.grid, self.device is not None]
         cells = grid(
             parsed.cache_type, parsed.sequences, parsed.depth or depths, self.threads, parsed.batch or batches,
             parsed.ubatch, name,
@@ -205,14 +182,14 @@ class Run:
                     peaks = on_gpu if name else self.peaks_around(result.cell.threads, on_machine)
                     cell = cell_data(result, demand(model, result.cell), peaks)
                     data["cells"].append(cell)
-                    reporter.note("  ".join(cell_row(cell)))
+                    reporter.note("  ".join(report.cell_row(cell)))
                     self.keep()
-            for line in not_measured_lines(data):
+            for line in report.not_measured_lines(data):
                 reporter.note(line)
             if data["cells"]:
-                show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", cells_table(data["cells"]))
-                print(verdict(data["cells"]))
-                show("Memory, MiB", memory_table(data))
+                report.show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", report.cells_table(data["cells"]))
+                print(report.verdict(data["cells"]))
+                report.show("Memory, MiB", report.memory_table(data))
 
     def results(self, runners: Runners, cells: list[Cell]) -> Iterator[Result]:
         """Measure the cells of a loaded model."""
@@ -233,9 +210,8 @@ class Run:
         if parsed.demo:
             return [lambda t=each: convert_demo(t, reporter) for each in parsed.type or DEMO_TYPES[:1]]  # type: ignore[misc]
         types = parsed.type or (TYPES if parsed.grid else TYPES[:1])
-        models = [
-            BenchModel(parsed.family, parsed.layers, parsed.experts, each, parsed.shapes) for each in types
-        ]
+        sizes = (parsed.layers, parsed.experts)
+        models = [BenchModel(parsed.family, *sizes, each, parsed.shapes) for each in types]
         check_disk(models, self.upstream, reporter)
         return [lambda m=model: generate(m, self.upstream, reporter) for model in models]  # type: ignore[misc]
 
@@ -244,7 +220,7 @@ class Run:
         reporter.phase("measuring the peak rates of the machine")
         found = {threads: measure_peaks(threads) for threads in self.threads}
         self.record["limits"] = [vars(each) for each in found.values()]
-        show("Peak rates of the machine", peaks_table(self.record["limits"]))
+        report.show("Peak rates of the machine", report.peaks_table(self.record["limits"]))
         return found
 
     def peaks_around(self, threads: int, peaks: dict[int, Peaks]) -> Peaks:
@@ -252,7 +228,7 @@ class Run:
 
         If other machines share the memory, its bandwidth changes from minute to minute.
         """
-        before, peaks[threads] = peaks[threads], measure_peaks(threads, seconds=0.1, times=1)
+        before, peaks[threads] = peaks[threads], measure_peaks(threads, times=1)
         return mean_of([before, peaks[threads]])
 
     def device_peaks(self, device: Device, reporter: Reporter) -> Peaks | None:
@@ -263,32 +239,27 @@ class Run:
             reporter.note(f"{device.name}: no roofline: it does not support a copy or a matmul")
         else:
             self.record["limits"] = [vars(found)]
-            show(f"Peak rates of {device.description}", device_peaks_table(vars(found)))
+            report.show(f"Peak rates of {device.description}", report.device_peaks_table(vars(found)))
         return found
 
     def device_operators(self, device: Device, reporter: Reporter) -> None:
         """Time single operators on a device."""
         rows = self.record["device_operators"]
-        for found in measure_device_operators(
-            {"pristine": self.upstream, "patched": self.patched},
-            device.name,
-            self.parsed.shapes == "tiny",
-            reporter,
-        ):
+        engines, small = {"pristine": self.upstream, "patched": self.patched}, self.parsed.shapes == "tiny"
+        for found in measure_device_operators(engines, device.name, small, reporter):
             rows += found
             self.keep()
-        for operator, table in device_operators_tables(rows):
-            show(f"{operator} on {device.description}", table)
+        for operator, table in page.device_operators_tables(rows):
+            report.show(f"{operator} on {device.description}", table)
 
     def operators(self, reporter: Reporter) -> None:
         """Time single operators."""
-        for row in measure_operators(
-            libraries_of(self.patched, self.upstream, self.parsed.libraries), max(self.threads), reporter
-        ):
+        libraries = libraries_of(self.patched, self.upstream, self.parsed.libraries)
+        for row in measure_operators(libraries, max(self.threads), reporter):
             self.record["operators"].append(row)
-            reporter.note("  ".join(operators_table([row])[1]))
+            reporter.note("  ".join(page.operators_table([row])[1]))
             self.keep()
-        show("Single operators", operators_table(self.record["operators"]))
+        report.show("Single operators", page.operators_table(self.record["operators"]))
 
     def matmuls(self, reporter: Reporter) -> None:
         """Time single matmuls with each number of threads."""
@@ -296,41 +267,33 @@ class Run:
         for threads in self.threads:
             for row in measure_matmuls(libraries, threads, reporter):
                 self.record["products"].append(row)
-                reporter.note("  ".join(matmuls_table([row])[1]))
+                reporter.note("  ".join(page.matmuls_table([row])[1]))
                 self.keep()
-        show("Single matmuls", matmuls_table(self.record["products"]))
+        report.show("Single matmuls", page.matmuls_table(self.record["products"]))
 
     def hybrid(self, reporter: Reporter) -> None:
         """Compare the hybrid with the all-MLA model."""
         parsed = self.parsed
-        chosen = (parsed.type or TYPES)[0]
-        models = [
-            BenchModel(family, parsed.layers, parsed.experts, chosen, parsed.shapes)
-            for family in ("kimi-linear", "all-mla")
-        ]
+        cache_type, threads = parsed.cache_type[0], max(self.threads)
+        sizes = (parsed.layers, parsed.experts, (parsed.type or TYPES)[0], parsed.shapes)
+        models = [BenchModel(family, *sizes) for family in ("kimi-linear", "all-mla")]
         check_disk(models, self.upstream, reporter)
         files = [open_model(generate(model, self.upstream, reporter)) for model in models]
         depths = sorted(depth for depth in parsed.depth or hybrid.DEPTHS if depth > 0)
-        fitting = [depth for depth in depths if hybrid.enough_memory(depth, files, parsed.cache_type[0])]
+        fitting = [depth for depth in depths if hybrid.enough_memory(depth, files, cache_type)]
         too_deep = [depth for depth in depths if depth not in fitting]
         for depth in too_deep:
             reporter.note(f"Not measured: depth {depth}: {hybrid.TOO_DEEP}")
-        data: dict[str, Any] = {
-            "models": [file.name for file in files],
-            "cache_type": parsed.cache_type[0],
-            "threads": max(self.threads),
-            "seed": hybrid.SEED,
-            "rows": [],
-            "not_measured": dict.fromkeys(map(str, too_deep), hybrid.TOO_DEEP),
-        }
+        data: Data = {
+            "models": [file.name for file in files], "cache_type": cache_type, "threads": threads,
+            "seed": hybrid.SEED, "rows": [], "not_measured": dict.fromkeys(map(str, too_deep), hybrid.TOO_DEEP),
+        }  # fmt: skip
         self.record["hybrid"] = data
-        for row in hybrid.measure_hybrid(
-            files, self.environments, fitting, parsed.cache_type[0], max(self.threads), reporter
-        ):
+        for row in hybrid.measure_hybrid(files, self.environments, fitting, cache_type, threads, reporter):
             data["rows"].append(row)
-            reporter.note("  ".join(hybrid_table(data)[len(data["rows"])]))
+            reporter.note("  ".join(page.hybrid_table(data)[len(data["rows"])]))
             self.keep()
-        show("Hybrid against all MLA", hybrid_table(data))
+        report.show("Hybrid against all MLA", page.hybrid_table(data))
 
 
 def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, ...]:
@@ -359,16 +322,6 @@ def check_device(model: ModelFile, device: Device | None) -> None:
             found=f"{device.free / 1e9:.1f} GB",
             todo="choose a smaller model: fewer --layers or --experts, another --type",
         )
-
-
-def environments(
-    patched: Engine, upstream: Engine, libraries: Path | None, switch: str
-) -> Mapping[str, Mapping[str, str]]:
-    """The environment of each build. switch: KIMI_OPS of the patched build, if unset."""
-    return {
-        "patched": environment_of(patched.environment(), libraries, patched=True, switch=switch),
-        "pristine": environment_of(upstream.environment(), None, patched=False),
-    }
 
 
 def check_disk(models: list[BenchModel], engine: Engine, reporter: Reporter) -> None:

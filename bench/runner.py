@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.llama import LlamaError, OutOfMemoryError
 from kimi_gguf.engine.worker import Progress, Worker, WorkerEndedError
 from kimi_gguf.patches.errors import EngineError
@@ -50,13 +51,11 @@ class Runner(Worker):
             self.send_signal(signal.SIGSTOP)
 
 
-def environment_of(
-    environment: Mapping[str, str], libraries: Path | None, patched: bool, switch: str = "require"
-) -> dict[str, str]:
+def environment_of(engine: Engine, libraries: Path | None = None, switch: str = "require") -> dict[str, str]:
     """The environment of a build. libraries: used instead of its own. switch: KIMI_OPS of a patched build, if unset."""
-    chosen = dict(environment)
+    environment = engine.environment()
     if libraries is not None:
-        chosen["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
-    if patched:
-        chosen["KIMI_OPS"] = os.environ.get("KIMI_OPS", switch)
-    return chosen
+        environment["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
+    if not engine.pristine:
+        environment["KIMI_OPS"] = os.environ.get("KIMI_OPS", switch)
+    return environment

@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGUFValueType as ValueType
+
 from kimi_gguf.convert.model.config import KimiConfig, published_config
-from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, ValueType, architecture_keys
-from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
+from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, architecture_keys
+from kimi_gguf.convert.model.tensor_table import PlannedTensor, outputs
 from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.tensor_types import TYPES as FILE_TYPES
 from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin

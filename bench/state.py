@@ -57,37 +57,22 @@ def repeated(state: Bytes, depth: int) -> Bytes:
     at = HEAD + 8 + cells * CELL.itemsize
     transposed, layers = state[at : at + 8].view("<u4").tolist()
     _check(transposed == 0 and 0 < layers <= 512)
-    parts = [state[:HEAD], np.array([1, depth], "<u4").view(np.uint8)]
     places = np.zeros(depth, CELL)
     places["position"], places["sequences"] = np.arange(depth), 1
-    parts += [places.view(np.uint8), state[at : at + 8]]
+    counts = np.array([1, depth], "<u4")
+    parts = [state[:HEAD], counts.view(np.uint8), places.view(np.uint8), state[at : at + 8]]
     at += 8
-    rows: list[tuple[int, int]] = []  # where a layer's rows begin and their size
     for _ in range(layers):
         _check(at + ROWS.itemsize <= len(state))
-        size = int(state[at : at + ROWS.itemsize].view(ROWS)["size"][0])
+        header = state[at : at + ROWS.itemsize]
+        size = int(header.view(ROWS)["size"][0])
         _check(0 < size <= 1 << 20)
-        rows.append((at + ROWS.itemsize, size))
-        at += ROWS.itemsize + cells * size
+        at += ROWS.itemsize
+        rows = state[at : at + cells * size]
+        parts += [header, *depth // cells * [rows], rows[: depth % cells * size]]
+        at += cells * size
     recurrent = state[at:].copy()
     _check(len(recurrent) >= 8 and recurrent[:4].view("<u4")[0] == 1)
     _check(recurrent[4:8].view("<i4")[0] == cells - 1)
     recurrent[4:8] = np.array([depth - 1], "<i4").view(np.uint8)
-    sizes = (
-        [len(part) for part in parts] + [ROWS.itemsize + depth * size for _, size in rows] + [len(recurrent)]
-    )
-    whole = np.empty(sum(sizes), np.uint8)
-    done = 0
-    for part in parts:
-        whole[done : done + len(part)] = part
-        done += len(part)
-    for begin, size in rows:
-        whole[done : done + ROWS.itemsize] = state[begin - ROWS.itemsize : begin]
-        done += ROWS.itemsize
-        once = state[begin : begin + cells * size]
-        for first in range(0, depth, cells):
-            count = min(cells, depth - first) * size
-            whole[done : done + count] = once[:count]
-            done += count
-    whole[done:] = recurrent
-    return whole
+    return np.concatenate([*parts, recurrent])

@@ -20,14 +20,13 @@ class Summary:
 
     median: float  # seconds
     spread: float  # median absolute deviation from the median, relative to it
-    samples: int
 
 
 def summary(samples: Sequence[float]) -> Summary:
     """samples: seconds, at least one."""
     median = statistics.median(samples)
     distance = statistics.median(abs(sample - median) for sample in samples)
-    return Summary(median, distance / median, len(samples))
+    return Summary(median, distance / median)
 
 
 def stable(samples: Sequence[float]) -> bool:

@@ -1,7 +1,7 @@
 """Random weights for the generated models, made fast: a pool of encoded rows for each kind of row, then slices.
 
 Input: planned tensors. Output: their bytes in chunks. Rows are normal with deviation 1/sqrt(columns), so
-that every product keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
+that every matmul keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
 No row follows its neighbours' order in another tensor: each slice of the pool begins at a random row.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import encode
 from kimi_gguf.convert.types.ggml import Ggml
@@ -44,11 +44,11 @@ def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 
 class Weights:
-    """The bytes of planned tensors, the same for the same order of calls and seed."""
+    """The bytes of planned tensors, the same for the same order of calls."""
 
-    def __init__(self, ggml: Ggml, seed: int = 1) -> None:
+    def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
-        self._rng = np.random.default_rng(seed)
+        self._rng = np.random.default_rng(1)
         self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns: twice the same rows
 
     def pieces(self, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Bytes]]:
@@ -73,8 +73,6 @@ class Weights:
         pool = self._pools.get((kind.name, columns))
         if pool is None:
             values = self._rng.standard_normal((POOL_ROWS, columns), np.float32) / np.float32(columns**0.5)
-            once = encode(np.ascontiguousarray(values), Dtype.F32, kind, ggml=self._ggml).reshape(
-                POOL_ROWS, -1
-            )
-            pool = self._pools[kind.name, columns] = np.concatenate([once, once])
+            once = encode(np.ascontiguousarray(values), Dtype.F32, kind, ggml=self._ggml)
+            pool = self._pools[kind.name, columns] = np.tile(once.reshape(POOL_ROWS, -1), (2, 1))
         return pool

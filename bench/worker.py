@@ -18,14 +18,9 @@ from kimi_gguf.bench.state import Bytes, StateError, plain_layout, repeated
 from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, Model
 from kimi_gguf.engine.worker import Progress, serve
 
-# What llama.cpp's log says of memory: which figure, and the line's form; sizes in MiB.
-MEMORY = (
-    ("weights", re.compile(r"(\S+) model buffer size = +([\d.]+) MiB")),
-    ("kv", re.compile(r"(\S+) KV buffer size = +([\d.]+) MiB")),
-    ("recurrent", re.compile(r"(\S+) RS buffer size = +([\d.]+) MiB")),
-    ("output", re.compile(r"(\S+) +output buffer size = +([\d.]+) MiB")),
-    ("compute", re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")),
-)
+# Lines of llama.cpp's log about memory: buffer, part and MiB; and the names of the parts in records.
+MEMORY = re.compile(r"(\S+) +(model|KV|RS|output|compute) buffer size = +([\d.]+) MiB")
+PARTS = {"model": "weights", "KV": "kv", "RS": "recurrent", "output": "output", "compute": "compute"}
 
 FALLBACK = re.compile(r"operators not used|stays absorbed")  # ggml_ops/*/graph
 
@@ -40,21 +35,18 @@ class Requests:
         self._llama = Llama(self._on_line)
         self._model: Model | None = None
         self._contexts: dict[str, BenchContext] = {}
-        self._backend = os.environ.get("GGML_BACKEND_PATH")
 
     def _on_line(self, line: str) -> None:
         if FALLBACK.search(line) and line not in self._fallbacks:
             self._fallbacks.append(line)
-        for name, pattern in MEMORY:
-            if match := pattern.search(line):
-                buffers = self._memory.setdefault(name, {})
-                buffers[match[1]] = buffers.get(match[1], 0.0) + float(match[2])
+        if match := MEMORY.search(line):
+            buffers = self._memory.setdefault(PARTS[match[2]], {})
+            buffers[match[1]] = buffers.get(match[1], 0.0) + float(match[3])
 
     def _load_backend(self) -> None:
         """The backend that GGML_BACKEND_PATH names, as llama.cpp's programs have it."""
-        if self._backend:
-            self._llama.load_backend(self._backend)
-            self._backend = None
+        if path := os.environ.get("GGML_BACKEND_PATH"):
+            self._llama.load_backend(path)
 
     def devices(self) -> dict[str, Any]:
         """What there is to compute on."""
@@ -89,32 +81,28 @@ class Requests:
 
     def free(self, name: str) -> dict[str, Any]:
         """Free a context and its state."""
-        if name in self._contexts:
-            self._contexts.pop(name).free()
+        self._contexts.pop(name).free()
         return {}
 
     def fill(self, name: str, depth: int, file: str) -> dict[str, Any]:
-        """Bring every sequence of a context from where it stands to `depth` tokens; keep and save that state."""
-        self._contexts[name].fill(depth, self._progress)
+        """Decode up to `depth` tokens of every sequence of a context; keep and save that state."""
+        context = self._contexts[name]
+        context.fill(depth, self._progress)
         with Path(file).open("wb") as out:
-            for state in self._contexts[name].states:
+            for state in context.states:
                 out.write(len(state).to_bytes(8, "little"))
                 out.write(state.data)
         return {}
 
-    def restore(self, name: str, file: str) -> dict[str, Any]:
-        """Take the state of a file for the context's, from now on."""
-        self._contexts[name].keep(read_states(file))
-        return {}
-
-    def repeat(self, name: str, file: str, depth: int) -> dict[str, Any]:
-        """The state of a file, repeated to `depth` tokens, into the context; it is not kept.
+    def restore(self, name: str, file: str, depth: int | None = None) -> dict[str, Any]:
+        """Load and keep the states of a file. depth: repeat them to so many tokens instead, and do not keep them.
 
         The answer's depth is the one at which llama.cpp goes on.
         """
-        context = self._contexts[name]
-        context.keep([repeated(state, depth) for state in read_states(file)])
-        context.states = []
+        context, states = self._contexts[name], read_states(file)
+        context.keep(states if depth is None else [repeated(state, depth) for state in states])
+        if depth is not None:
+            context.states = []
         return {"depth": context.depth}
 
     def empty(self, name: str) -> dict[str, Any]:
@@ -145,19 +133,13 @@ class BenchContext(Context):
     ) -> None:
         """n_ctx: cells of each sequence. n_batch: tokens of a decode over all sequences. options: of Context."""
         super().__init__(
-            model,
-            flash_attention=flash,
-            n_ctx=n_ctx * sequences,
-            n_seq_max=sequences,
-            n_batch=max(n_batch, sequences),
-            no_perf=True,
-            **options,
-        )
+            model, flash_attention=flash, n_ctx=n_ctx * sequences, n_seq_max=sequences,
+            n_batch=max(n_batch, sequences), no_perf=True, **options,
+        )  # fmt: skip
         self.sequences, self.flash = sequences, flash
         self.memory: dict[str, dict[str, float]] = {}
-        self._ids = (
-            np.random.default_rng(1).integers(0, model.n_vocab, 1 << 16).tolist()
-        )  # the prompt of every build
+        # the prompt of every build
+        self._ids = np.random.default_rng(1).integers(0, model.n_vocab, 1 << 16).tolist()
         self.states: list[Bytes] = []
         self.depth = 0  # tokens of a sequence in `states`
         self._at = 0  # tokens of a sequence in the context

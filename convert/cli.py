@@ -9,34 +9,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, TypeVar
 
+from kimi_gguf.convert.conversion import Options, convert, plan_only, silent
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
-from kimi_gguf.convert.model.tensors import PlannedTensor
-from kimi_gguf.convert.output.files import PlannedFile
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import leftover
-from kimi_gguf.convert.pipeline import Options, convert, plan_only
-from kimi_gguf.convert.plan import Plan
-from kimi_gguf.convert.progress import PROGRAM, Teller, for_people, for_programs, quiet, say
-from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.named_mixes import RECIPES
-from kimi_gguf.convert.types.tensor_types import ALIASES, TYPES, FileType
+from kimi_gguf.convert.plan import Plan, type_counts
+from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say
+from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
+from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
 from kimi_gguf.engine.gguf import GgufError
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 
+T = TypeVar("T")
 FAILED: Final = 1
 INTERRUPTED: Final = 130
 SOURCE: Final = "a folder, a .safetensors file, or a Hugging Face id OWNER/NAME[@REVISION]"
@@ -110,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    flag = partial(add, action="store_true")
     add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
     add("--type", metavar="TYPE", type=_file_type, help="file type (default: BF16)")
@@ -125,50 +124,43 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="type of the tensors whose names match a regular expression; may be repeated",
     )
-    add("--pure", action="store_true", help="use TYPE for all tensors instead of its mix")
-    add(
-        "--model-card",
-        action="store_true",
-        help="also write README.md, a model card for Hugging Face, to the folder of OUT",
-    )
+    flag("--pure", help="use TYPE for all tensors instead of its mix")
+    flag("--model-card", help="also write README.md, a model card for Hugging Face, to the folder of OUT")
     add("--quantized-by", metavar="WHO", help="author of the file, for its metadata and the model card")
     add("--name", help="model name in the metadata (default: name of the checkpoint's folder)")
-    add("--dry-run", action="store_true", help="check the checkpoint without reading weights; print the plan")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue an unfinished OUT of the same checkpoint and options",
-    )
-    add("--force", action="store_true", help="overwrite OUT if it exists")
+    flag("--dry-run", help="check the checkpoint without reading weights; print the plan")
+    flag("--resume", help="continue an unfinished OUT of the same checkpoint and options")
+    flag("--force", help="overwrite OUT if it exists")
     add(
         "--split-max-size",
         metavar="SIZE",
-        type=_part_size,
+        type=_split_size,
         help="split OUT into files NAME-00001-of-00003.gguf of at most SIZE, for example 40G or 500M "
         "(10^9 and 10^6 bytes, as in llama-gguf-split)",
     )
-    add(
-        "--max-memory",
-        metavar="SIZE",
-        type=_size,
-        help="limit the memory of the process, for example 700M or 1.5G",
-    )
-    add("--quiet", action="store_true", help="print errors only")
-    add("--json", action="store_true", help="print progress and result as JSON lines on standard output")
+    _add_max_memory(parser)
+    flag("--quiet", help="print errors only")
+    flag("--json", help="print progress and result as JSON lines on standard output")
     return parser
 
 
+def _add_max_memory(parser: argparse.ArgumentParser) -> None:
+    text = "limit the memory of the process, for example 700M or 1.5G"
+    parser.add_argument("--max-memory", metavar="SIZE", type=_memory_size, help=text)
+
+
+def _one_of(table: Mapping[str, T], name: str, text: str) -> T:
+    if name not in table:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(table)}, found {text!r}")
+    return table[name]
+
+
 def _file_type(text: str) -> FileType:
-    name = ALIASES.get(text.upper(), text.upper())
-    if name not in TYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(TYPES)}, found {text!r}")
-    return TYPES[name]
+    return _one_of(TYPES, ALIASES.get(text.upper(), text.upper()), text)
 
 
 def _tensor_type(text: str) -> TensorType:
-    if text.upper() not in TENSOR_TYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(TENSOR_TYPES)}, found {text!r}")
-    return TENSOR_TYPES[text.upper()]
+    return _one_of(TENSOR_TYPES, text.upper(), text)
 
 
 def _override(text: str) -> tuple[str, TensorType]:
@@ -178,14 +170,14 @@ def _override(text: str) -> tuple[str, TensorType]:
     return pattern, _tensor_type(kind)
 
 
-def _size(text: str) -> int:
+def _memory_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"expected a size such as 700M or 1.5G, found {text!r}")
     return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
 
 
-def _part_size(text: str) -> int:
+def _split_size(text: str) -> int:
     """A size in powers of ten, as in llama-gguf-split."""
     match = re.fullmatch(r"(\d{1,15})([kmg]?)", text.strip().lower())
     if match is None or int(match[1]) == 0:
@@ -204,19 +196,6 @@ def _request(options: argparse.Namespace) -> TypeRequest:
         embedding_type=options.token_embedding_type or recipe.embedding_type,
         overrides=(*options.tensor_type, *recipe.overrides),
         pure=options.pure,
-    )
-
-
-def _options(options: argparse.Namespace) -> Options:
-    return Options(
-        options.name,
-        options.imatrix,
-        options.force,
-        options.resume,
-        options.max_memory,
-        options.split_max_size,
-        options.quantized_by,
-        tuple(_command(options)) if options.model_card else (),
     )
 
 
@@ -246,35 +225,34 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    request = _request(options)
+    wanted = Options(
+        options.name,
+        options.imatrix,
+        options.force,
+        options.resume,
+        options.max_memory,
+        options.split_max_size,
+        options.quantized_by,
+        tuple(_command(options)) if options.model_card else (),
+    )
     if options.dry_run:
-        plan = plan_only(options.source, _request(options), _options(options))
-        print(plan_text(plan, options.output or Path("OUT.gguf")))
+        print(plan_text(plan_only(options.source, request, wanted), options.output or Path("OUT.gguf")))
         return 0
     began = time.monotonic()
-    tell: Teller = quiet if options.quiet else for_programs if options.json else for_people
+    display = silent if options.quiet else for_programs if options.json else for_people
     if not options.quiet and not options.resume and (left := leftover(options.output)):
-        print(
-            f"{PROGRAM}: note: discarding {left.name} of an earlier run (--resume would continue it)",
-            file=sys.stderr,
-        )
-    plan = convert(options.source, options.output, _request(options), _options(options), progress=tell)
+        note = f"discarding {left.name} of an earlier run (--resume would continue it)"
+        print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+    plan = convert(options.source, options.output, request, wanted, display)
     seconds = time.monotonic() - began
-    files = plan.paths(options.output)
+    files = [str(file) for file in plan.paths(options.output)]
     if options.json:
-        say(
-            "done",
-            file=os.fspath(files[0]),
-            files=[os.fspath(file) for file in files],
-            bytes=plan.nbytes,
-            seconds=round(seconds, 3),
-        )
+        say("done", file=files[0], files=files, bytes=plan.nbytes, seconds=round(seconds, 3))
     elif not options.quiet:
-        parts = f" in {len(files)} splits" if len(files) > 1 else ""
-        print(
-            f"{files[0]}: {plan.nbytes:,} bytes{parts}, {len(plan.tensors)} tensors ({_types(plan)}) "
-            f"in {seconds:.1f} s",
-            file=sys.stderr,
-        )
+        size = f"{plan.nbytes:,} bytes{_in_splits(plan)}"
+        tensors = f"{len(plan.tensors)} tensors ({type_counts(plan.tensors)})"
+        print(f"{files[0]}: {size}, {tensors} in {seconds:.1f} s", file=sys.stderr)
     return 0
 
 
@@ -292,12 +270,7 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     add("--checkpoint", metavar="SRC", required=True, help=f"checkpoint that it was made from: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="importance matrix that it was made with, if any")
-    add(
-        "--max-memory",
-        metavar="SIZE",
-        type=_size,
-        help="limit the memory of the process, for example 700M or 1.5G",
-    )
+    _add_max_memory(parser)
     add("--json", action="store_true", help="print the result as a JSON line")
     return parser
 
@@ -306,11 +279,10 @@ def _verify(options: argparse.Namespace) -> int:
     verdict = verify(options.file, options.checkpoint, options.imatrix, options.max_memory)
     if options.json:
         say("verdict", proved=verdict.proved, **vars(verdict))
-        return 0 if verdict.proved else FAILED
-    for complaint in (*verdict.wrong_keys, *verdict.wrong_tensors):
-        print(complaint)
-    outcome = "identical to a new conversion" if verdict.proved else "NOT identical to a new conversion"
-    print(f"{options.file}: {verdict.tensors} tensors, {verdict.nbytes:,} bytes: {outcome}")
+    else:
+        outcome = "identical to a new conversion" if verdict.proved else "NOT identical to a new conversion"
+        summary = f"{options.file}: {verdict.tensors} tensors, {verdict.nbytes:,} bytes: {outcome}"
+        print(*verdict.wrong_keys, *verdict.wrong_tensors, summary, sep="\n")
     return 0 if verdict.proved else FAILED
 
 
@@ -319,35 +291,27 @@ def _inspect_parser() -> argparse.ArgumentParser:
         prog=f"{PROGRAM} inspect",
         description="Show the layers, types and sizes of a GGUF file or a checkpoint; reads headers only.",
     )
-    parser.add_argument(
-        "path",
-        metavar="PATH",
-        help=f"a GGUF file (of a split model, the first split), or a checkpoint: {SOURCE}",
-    )
-    parser.add_argument(
-        "--context",
-        metavar="N",
-        type=int,
-        default=32768,
-        help="show cache sizes for N tokens (default: %(default)s)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add = parser.add_argument
+    what = f"a GGUF file (of a split model, the first split), or a checkpoint: {SOURCE}"
+    add("path", metavar="PATH", help=what)
+    what = "show cache sizes for N tokens (default: %(default)s)"
+    add("--context", metavar="N", type=int, default=32768, help=what)
+    add("--json", action="store_true", help="print one JSON object")
     return parser
 
 
 def _inspect(options: argparse.Namespace) -> int:
     summary = inspect_model(options.path, options.context)
-    print(json.dumps(summary.as_json()) if options.json else summary_text(summary))
+    print(json.dumps(asdict(summary)) if options.json else summary_text(summary))
     return 0
 
 
 COMMANDS: Final = {"verify": (_verify_parser, _verify), "inspect": (_inspect_parser, _inspect)}
 
 
-def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
+def plan_text(plan: Plan, output: Path) -> str:
     """The plan as a table: name, type, shape (ggml order), bytes and sources of each output tensor. If there are
     several files, the name and size of each are printed before its tensors."""
-    parts = plan.files
     rows = [("tensor", "type", "shape", "bytes", "from"), *(_row(tensor) for tensor in plan.tensors)]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     head, *lines = [
@@ -355,13 +319,18 @@ def plan_text(plan: Plan, output: Path = Path("OUT.gguf")) -> str:
         for name, kind, shape, size, origin in rows
     ]
     text, first = [head], 0
-    for part, path in zip(parts, plan.paths(output), strict=True):
-        text += [f"{path.name}: {_contents(part)}"] if len(parts) > 1 else []
-        text += lines[first : first + len(part.tensors)]
-        first += len(part.tensors)
-    total = f"{len(plan.tensors)} tensors ({_types(plan)}), {len(plan.keys)} keys, {plan.nbytes:,} bytes"
-    total += f" in {len(parts)} splits" if len(parts) > 1 else ""
+    for file, path in zip(plan.files, plan.paths(output), strict=True):
+        count = len(file.tensors)
+        text += [f"{path.name}: {count} tensors, {file.nbytes:,} bytes"] if len(plan.files) > 1 else []
+        text += lines[first : first + count]
+        first += count
+    tensors = f"{len(plan.tensors)} tensors ({type_counts(plan.tensors)})"
+    total = f"{tensors}, {len(plan.keys)} keys, {plan.nbytes:,} bytes{_in_splits(plan)}"
     return "\n".join([*text, total, *(f"note: {note}" for note in plan.notes)])
+
+
+def _in_splits(plan: Plan) -> str:
+    return f" in {len(plan.files)} splits" if len(plan.files) > 1 else ""
 
 
 def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
@@ -373,15 +342,6 @@ def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
     return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
 
 
-def _contents(part: PlannedFile) -> str:
-    return f"{len(part.tensors)} tensors, {part.nbytes:,} bytes"
-
-
-def _types(plan: Plan) -> str:
-    counts = Counter(tensor.type.name for tensor in plan.tensors)
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
-
-
 @contextmanager
 def _terminable() -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, unless they are ignored (as under nohup)."""
@@ -389,14 +349,14 @@ def _terminable() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    names = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heeded = [name for name in names if signal.getsignal(name) is not signal.SIG_IGN]
-    before = [(name, signal.signal(name, stop)) for name in heeded]
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handled = [number for number in signals if signal.getsignal(number) is not signal.SIG_IGN]
+    before = [(number, signal.signal(number, stop)) for number in handled]
     try:
         yield
     finally:
-        for name, handler in before:
-            signal.signal(name, handler)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

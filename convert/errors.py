@@ -7,3 +7,9 @@ class ConvertError(Exception):
 
 class ReadError(ConvertError):
     """Reading the source failed; the data written so far are valid, and --resume can continue."""
+
+
+def excerpt(value: object) -> str:
+    """At most 60 characters of something found in a file, for an error message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

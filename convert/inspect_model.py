@@ -8,23 +8,22 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.model.metadata import ARCHITECTURE, parameters
-from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.model.tensor_table import outputs
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer; index -1 stands for the tensors outside of layers."""
+    """One layer; index -1 means the tensors outside of layers."""
 
     index: int
     mixer: str  # KDA or MLA
@@ -48,113 +47,36 @@ class Summary:
     latent_cache_f16: int  # of all MLA layers at `context` tokens
     recurrent_state_f32: int  # of all KDA layers, for one sequence, at any length
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class _Shape:
-    """The sizes that determine the caches."""
+class _Model:
+    """The facts that are read from either kind of file."""
 
+    kind: str
+    name: str
+    type: str
+    parameters: int
     mixers: list[str]
     dense_layers: int
     latent: int  # values per token and MLA layer
     kda_heads: int
     kda_head_dim: int
     conv: int
-
-    def caches(self, context: int) -> tuple[int, int]:
-        width = self.kda_heads * self.kda_head_dim
-        state = width * self.kda_head_dim + 3 * width * (self.conv - 1)
-        return self.mixers.count("MLA") * self.latent * context * 2, self.mixers.count("KDA") * state * 4
+    tensors: list[tuple[str, str, int]]  # GGUF name, type, bytes
 
 
 def inspect_model(path: Path | str, context: int) -> Summary:
-    """Summarize a GGUF file or a checkpoint (folder, safetensors file or hub id). Raises `ConvertError` or
-    `GgufError`."""
-    if Path(path).suffix == ".gguf":
-        return _gguf(Path(path), context)
-    return _checkpoint(path, context)
-
-
-def _gguf(path: Path, context: int) -> Summary:
-    with GgufModel(path) as file:
-        keys = file.keys
-        if keys.get("general.architecture") != ARCHITECTURE:
-            raise ConvertError(
-                f"{path}: general.architecture: expected {ARCHITECTURE}, "
-                f"found {keys.get('general.architecture')!r:.60}"
-            )
-
-        def key(name: str) -> int:
-            value = keys.get(f"{ARCHITECTURE}.{name}")
-            if not isinstance(value, int):
-                raise ConvertError(f"{path}: {ARCHITECTURE}.{name}: expected an integer, found {value!r:.60}")
-            return value
-
-        kv_heads = keys.get(f"{ARCHITECTURE}.attention.head_count_kv")
-        if not isinstance(kv_heads, list) or len(kv_heads) != key("block_count"):
-            raise ConvertError(
-                f"{path}: {ARCHITECTURE}.attention.head_count_kv: expected a number for each layer"
-            )
-        shape = _Shape(
-            ["MLA" if heads else "KDA" for heads in kv_heads],
-            key("leading_dense_block_count"),
-            key("attention.kv_lora_rank") + key("rope.dimension_count"),
-            key("attention.head_count"),
-            key("kda.head_dim"),
-            key("ssm.conv_kernel"),
-        )
-        numbers = {kind.number: kind.name for kind in TYPES.values()}
-        number = keys.get("general.file_type")
-        found = [(t.name, t.type.name, t.nbytes) for t in file.tensors.values()]
-        count = sum(math.prod(t.ne) for t in file.tensors.values())
-        type_ = numbers.get(number, f"unknown ({number})") if isinstance(number, int) else "unknown"
-        return _summary(path, "GGUF", str(keys.get("general.name", "")), type_, count, shape, found, context)
-
-
-def _checkpoint(path: Path | str, context: int) -> Summary:
-    with open_checkpoint(path) as checkpoint:
-        config = checkpoint.config
-        shape = _Shape(
-            ["MLA" if kind is LayerKind.MLA else "KDA" for kind in config.layers],
-            config.num_dense_layers,
-            config.kv_lora_rank + config.qk_rope_head_dim,
-            config.kda_num_heads,
-            config.kda_head_dim,
-            config.conv_kernel_size,
-        )
-        found: dict[str, tuple[str, str, int]] = {}
-        for output in outputs(config):
-            for source in output.sources:
-                dtype = checkpoint.dtype(source)
-                nbytes = math.prod(output.source_shape) * dtype.numpy.itemsize
-                found[source] = (output.name, dtype.name, nbytes)
-        type_ = Counter(dtype for _, dtype, _ in found.values()).most_common(1)[0][0]
-        count = parameters(config)[0]
-        name = model_name(checkpoint.folder)
-        return _summary(path, "safetensors", name, type_, count, shape, list(found.values()), context)
-
-
-def _summary(
-    path: Path | str,
-    kind: str,
-    name: str,
-    type_: str,
-    count: int,
-    shape: _Shape,
-    found: list[tuple[str, str, int]],
-    context: int,
-) -> Summary:
+    """Summarize a GGUF file or a checkpoint (folder, safetensors file or hub id) with caches for `context` tokens.
+    Raises `ConvertError` or `GgufError`."""
+    model = _gguf(Path(path)) if Path(path).suffix == ".gguf" else _checkpoint(path)
     sizes: Counter[int] = Counter()
     by_layer: dict[int, Counter[str]] = {}
     by_type: dict[str, tuple[int, int]] = {}
-    for tensor, dtype, nbytes in found:
+    count = len(model.mixers)
+    for tensor, dtype, nbytes in model.tensors:
         index = tensor.split(".")[1] if tensor.startswith("blk.") else "-1"
-        if not index.lstrip("-").isdecimal() or int(index) >= len(shape.mixers):
-            raise ConvertError(
-                f"{path}: {tensor!r:.80}: expected a layer below {len(shape.mixers)}, the model's number of layers"
-            )
+        if not index.lstrip("-").isdecimal() or int(index) >= count:
+            raise ConvertError(f"{path}: {tensor!r:.80}: expected a layer from 0 to {count - 1}")
         sizes[int(index)] += nbytes
         by_layer.setdefault(int(index), Counter())[dtype] += 1
         tensors, total = by_type.get(dtype, (0, 0))
@@ -162,15 +84,87 @@ def _summary(
     layers = tuple(
         Layer(
             i,
-            shape.mixers[i] if i >= 0 else "",
-            "" if i < 0 else "dense" if i < shape.dense_layers else "MoE",
+            model.mixers[i] if i >= 0 else "",
+            "" if i < 0 else "dense" if i < model.dense_layers else "MoE",
             sizes[i],
             dict(by_layer[i].most_common()),
         )
         for i in sorted(by_layer)
     )
-    latent, state = shape.caches(context)
-    return Summary(str(path), kind, name, type_, count, layers, by_type, context, latent, state)
+    width = model.kda_heads * model.kda_head_dim
+    state = width * model.kda_head_dim + 3 * width * (model.conv - 1)
+    return Summary(
+        path=str(path),
+        kind=model.kind,
+        name=model.name,
+        type=model.type,
+        parameters=model.parameters,
+        layers=layers,
+        types=by_type,
+        context=context,
+        latent_cache_f16=model.mixers.count("MLA") * model.latent * context * 2,
+        recurrent_state_f32=model.mixers.count("KDA") * state * 4,
+    )
+
+
+def _gguf(path: Path) -> _Model:
+    with GgufModel(path) as file:
+        keys = file.keys
+        architecture = keys.get("general.architecture")
+        if architecture != ARCHITECTURE:
+            what = f"expected {ARCHITECTURE}, found {excerpt(architecture)}"
+            raise ConvertError(f"{path}: general.architecture: {what}")
+
+        def key(name: str) -> int:
+            value = keys.get(f"{ARCHITECTURE}.{name}")
+            if not isinstance(value, int):
+                raise ConvertError(
+                    f"{path}: {ARCHITECTURE}.{name}: expected an integer, found {excerpt(value)}"
+                )
+            return value
+
+        kv_heads = keys.get(f"{ARCHITECTURE}.attention.head_count_kv")
+        if not isinstance(kv_heads, list) or len(kv_heads) != key("block_count"):
+            name = f"{ARCHITECTURE}.attention.head_count_kv"
+            raise ConvertError(f"{path}: {name}: expected a number for each layer")
+        types = {kind.number: kind.name for kind in TYPES.values()}
+        number = keys.get("general.file_type")
+        return _Model(
+            kind="GGUF",
+            name=str(keys.get("general.name", "")),
+            type=types.get(number, f"unknown ({number})") if isinstance(number, int) else "unknown",
+            parameters=sum(math.prod(t.ne) for t in file.tensors.values()),
+            mixers=["MLA" if heads else "KDA" for heads in kv_heads],
+            dense_layers=key("leading_dense_block_count"),
+            latent=key("attention.kv_lora_rank") + key("rope.dimension_count"),
+            kda_heads=key("attention.head_count"),
+            kda_head_dim=key("kda.head_dim"),
+            conv=key("ssm.conv_kernel"),
+            tensors=[(t.name, t.type.name, t.nbytes) for t in file.tensors.values()],
+        )
+
+
+def _checkpoint(path: Path | str) -> _Model:
+    with open_checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        found: dict[str, tuple[str, str, int]] = {}
+        for output in outputs(config):
+            for source in output.sources:
+                dtype = checkpoint.dtype(source)
+                found[source] = output.name, dtype.name, math.prod(output.source_shape) * dtype.numpy.itemsize
+        return _Model(
+            kind="safetensors",
+            name=model_name(checkpoint.folder),
+            type=Counter(dtype for _, dtype, _ in found.values()).most_common(1)[0][0],
+            parameters=parameters(config)[0],
+            mixers=["MLA" if kind is LayerKind.MLA else "KDA" for kind in config.layers],
+            dense_layers=config.num_dense_layers,
+            latent=config.kv_lora_rank + config.qk_rope_head_dim,
+            kda_heads=config.kda_num_heads,
+            kda_head_dim=config.kda_head_dim,
+            conv=config.conv_kernel_size,
+            tensors=list(found.values()),
+        )
 
 
 def summary_text(summary: Summary) -> str:

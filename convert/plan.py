@@ -6,7 +6,8 @@ size of the file; or `ConvertError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import Key, metadata
-from kimi_gguf.convert.model.tensors import FLOAT32, Output, PlannedTensor, outputs
+from kimi_gguf.convert.model.tensor_table import FLOAT32, Output, PlannedTensor, outputs
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
@@ -40,22 +41,21 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     notes: tuple[str, ...] = ()  # information for the user that is not an error
     importances: Importances | None = None
-    max_part: int | None = None  # maximum bytes of a file (a larger tensor gets its own file); None: one file
+    split_max_size: int | None = None  # maximum bytes of a file; a larger tensor gets its own file
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
         """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
         found = self.importances.weights.get(tensor.name) if self.importances else None
-        ne = tensor.output.ne
-        return found if found is not None and len(found) == ne[0] * (ne[2] if len(ne) > 2 else 1) else None
+        return found if found is not None and len(found) == tensor.output.columns else None
 
     @cached_property
     def files(self) -> tuple[PlannedFile, ...]:
         """The files of the plan. Raises `ConvertError` if there would be too many."""
-        return split(self.keys, self.tensors, self.max_part)
+        return split(self.keys, self.tensors, self.split_max_size)
 
     def paths(self, output: Path) -> list[Path]:
         """The file names of the plan's splits for the output `output`. Raises `ConvertError`."""
-        if self.max_part is not None and place_in_set(output) is not None:
+        if self.split_max_size is not None and place_in_set(output) is not None:
             raise ConvertError(f"{output}: is the name of a split; give the name without -NNNNN-of-NNNNN")
         return part_paths(output, len(self.files))
 
@@ -63,6 +63,17 @@ class Plan:
     def nbytes(self) -> int:
         """Total size of all files of the plan, in bytes."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def type_counts(tensors: Iterable[PlannedTensor]) -> str:
+    """The number of tensors of each type, the most frequent type first."""
+    counts = Counter(tensor.type.name for tensor in tensors)
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def in_file_order(output: Output) -> tuple[int, str]:
@@ -77,13 +88,13 @@ def make_plan(
     request: TypeRequest,
     name: str,
     importances: Importances | None = None,
-    max_part: int | None = None,
+    split_max_size: int | None = None,
     quantized_by: str | None = None,
 ) -> Plan:
-    """Plan the model called `name` in its metadata, in files of at most `max_part` bytes. Reads no weights.
+    """Plan the model called `name` in its metadata, in files of at most `split_max_size` bytes. Reads no weights.
     Raises `ConvertError`."""
     config = checkpoint.config
-    _check_vocab(checkpoint, vocab)
+    _check_end_tokens(checkpoint, vocab)
     every = sorted(outputs(config), key=in_file_order)
     chosen = choose_types(config, every, request, importances is not None)
     kinds = [chosen[output.name] or _kept(checkpoint, output) for output in every]
@@ -94,7 +105,7 @@ def make_plan(
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
     notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
-    plan = Plan(request, keys, tuple(tensors), notes, importances, max_part)
+    plan = Plan(request, keys, tuple(tensors), notes, importances, split_max_size)
     return replace(plan, notes=(*notes, *_size_notes(plan)))
 
 
@@ -105,18 +116,11 @@ def _kept(checkpoint: Checkpoint, output: Output) -> TensorType:
     return BF16
 
 
-def _check_vocab(checkpoint: Checkpoint, vocab: Vocab) -> None:
-    config = checkpoint.config
-    for key, size in (("tokens", len(vocab.tokens)), ("token types", len(vocab.types))):
-        if size != config.vocab_size:
-            raise ConvertError(
-                f"{checkpoint.folder}: {key}: expected {config.vocab_size} (vocab_size in config.json), "
-                f"found {size}; use the tokenizer and the config of the same model"
-            )
-    for token_id in config.more_eos_token_ids:
+def _check_end_tokens(checkpoint: Checkpoint, vocab: Vocab) -> None:
+    for token_id in checkpoint.config.more_eos_token_ids:
         if vocab.tokens[token_id] not in _ALWAYS_STOP:
             raise ConvertError(
-                f"{checkpoint.folder / 'config.json'}: eos_token_id: token {token_id} "
+                f"{checkpoint.folder / CONFIG}: eos_token_id: token {token_id} "
                 f"({vocab.tokens[token_id]!r}) cannot be an additional end token: GGUF stores only one, and "
                 f"llama.cpp adds only {', '.join(sorted(_ALWAYS_STOP))}; list one token"
             )
@@ -124,8 +128,7 @@ def _check_vocab(checkpoint: Checkpoint, vocab: Vocab) -> None:
 
 def _check_importances(tensors: list[PlannedTensor], importances: Importances) -> None:
     for tensor in tensors:
-        weights = importances.weights.get(tensor.name)
-        expected = tensor.output.ne[0] * (tensor.output.ne[2] if len(tensor.output.ne) > 2 else 1)
+        weights, expected = importances.weights.get(tensor.name), tensor.output.columns
         if weights is None or not tensor.type.quantized or tensor.name == EMBEDDING:
             continue
         if len(weights) != expected:
@@ -146,11 +149,13 @@ def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances
     if not lacking:
         return
     first = lacking[0]
-    todo = "it has no entry" if importances else "give --imatrix FILE (made by llama-imatrix)"
+    where, todo = f"--type {request.file_type.name}", "give --imatrix FILE (made by llama-imatrix)"
+    if importances:
+        where = str(importances.path)
+        todo = f"it has no entry; choose another type, for example --tensor-type '{first.name}=Q4_K'"
     raise ConvertError(
-        f"{importances.path if importances else '--type ' + request.file_type.name}: {first.name!r} "
-        f"(and {len(lacking) - 1} others): {first.type.name} requires an importance matrix; {todo}"
-        + (f"; choose another type, for example --tensor-type '{first.name}=Q4_K'" if importances else "")
+        f"{where}: {first.name!r} (and {len(lacking) - 1} others): {first.type.name} requires an importance "
+        f"matrix; {todo}"
     )
 
 
@@ -172,11 +177,9 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
 def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.remote_bytes:
-        yield (
-            f"{checkpoint.remote_bytes:,} bytes of weights are streamed over the network; "
-            "they are not stored on disk"
-        )
-    rounded = [name for name in checkpoint.names() if name.endswith(FLOAT32)]
+        size = f"{checkpoint.remote_bytes:,} bytes"
+        yield f"{size} of weights are streamed over the network; they are not stored on disk"
+    rounded = [name for name in checkpoint.shapes if name.endswith(FLOAT32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (
@@ -199,7 +202,6 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
 def _size_notes(plan: Plan) -> Iterator[str]:
     """Notes about splits that are larger than the requested size."""
     for file in plan.files:
-        if plan.max_part is not None and file.nbytes > plan.max_part:
-            yield (
-                f"{file.tensors[0].name} is larger than --split-max-size: its split has {file.nbytes:,} bytes"
-            )
+        if plan.split_max_size is not None and file.nbytes > plan.split_max_size:
+            name, size = file.tensors[0].name, f"{file.nbytes:,} bytes"
+            yield f"{name} is larger than --split-max-size: its split has {size}"

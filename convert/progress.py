@@ -10,74 +10,51 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Final
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
-from kimi_gguf.convert.model.tensors import PlannedTensor
-from kimi_gguf.convert.pipeline import Report
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
+from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 
 PROGRAM: Final = "convert-kimi"
 PLAIN_INTERVAL = 10.0  # seconds between lines if standard error is not a terminal
 JSON_INTERVAL = 1.0
 
-Teller = Callable[[Plan], AbstractContextManager[Report]]
-
 
 @contextmanager
-def quiet(plan: Plan) -> Iterator[Report]:
-    """Report nothing."""
-    yield lambda tensor, nbytes: None
-
-
-@contextmanager
-def for_people(plan: Plan) -> Iterator[Report]:
+def for_people(plan: Plan) -> Iterator[ProgressCallback]:
     """Print the plan's notes, then a progress bar; without a terminal, a line every PLAIN_INTERVAL."""
     console = Console(stderr=True)
     for note in plan.notes:
         print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     if not console.is_terminal:
-        yield _plain(plan)
+        yield _plain(plan.data_bytes)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=_total(plan))
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=plan.data_bytes)
         yield lambda tensor, nbytes: bar.update(task, advance=nbytes, description=tensor.name)
 
 
 @contextmanager
-def for_programs(plan: Plan) -> Iterator[Report]:
+def for_programs(plan: Plan) -> Iterator[ProgressCallback]:
     """Print JSON lines: one "plan", then "progress" every JSON_INTERVAL; the caller adds "done" or "error"."""
-    say("plan", bytes=_total(plan), tensors=len(plan.tensors), notes=list(plan.notes))
-    meter = _Meter(_total(plan), JSON_INTERVAL)
+    say("plan", bytes=plan.data_bytes, tensors=len(plan.tensors), notes=list(plan.notes))
 
-    def report(tensor: PlannedTensor, nbytes: int) -> None:
-        if meter.add(nbytes):
-            say(
-                "progress",
-                tensor=tensor.name,
-                bytes=meter.done,
-                bytes_per_second=round(meter.rate),
-                seconds_left=round(meter.seconds_left, 1),
-            )
+    def show(name: str, done: int, rate: float, left: float) -> None:
+        say("progress", tensor=name, bytes=done, bytes_per_second=round(rate), seconds_left=round(left, 1))
 
-    yield report
+    yield _every(JSON_INTERVAL, plan.data_bytes, show)
 
 
 def say(event: str, **facts: object) -> None:
@@ -85,51 +62,32 @@ def say(event: str, **facts: object) -> None:
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
-def _plain(plan: Plan) -> Report:
-    meter = _Meter(_total(plan), PLAIN_INTERVAL)
+def _plain(total: int) -> ProgressCallback:
+    def show(name: str, done: int, rate: float, left: float) -> None:
+        minutes, seconds = divmod(round(left), 60)
+        duration = f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+        print(
+            f"{PROGRAM}: {100 * done / total:.0f} % ({name}), {rate / 1e6:.0f} MB/s, {duration} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    return _every(PLAIN_INTERVAL, total, show)
+
+
+def _every(interval: float, total: int, show: Callable[[str, int, float, float], None]) -> ProgressCallback:
+    """A callback that calls `show` at most once in `interval` seconds, with the tensor's name, the bytes that are
+    done, the bytes per second since the start, and the seconds left."""
+    began = shown = time.monotonic()
+    done = 0
 
     def report(tensor: PlannedTensor, nbytes: int) -> None:
-        if meter.add(nbytes):
-            print(
-                f"{PROGRAM}: {100 * meter.done / meter.total:.0f} % ({tensor.name}), {meter.rate / 1e6:.0f} MB/s, "
-                f"{_duration(meter.seconds_left)} left",
-                file=sys.stderr,
-                flush=True,
-            )
+        nonlocal shown, done
+        done += nbytes
+        now = time.monotonic()
+        if now - shown >= interval:
+            shown = now
+            rate = max(done / max(now - began, 1e-9), 1e-9)
+            show(tensor.name, done, rate, (total - done) / rate)
 
     return report
-
-
-def _total(plan: Plan) -> int:
-    return sum(tensor.nbytes for tensor in plan.tensors)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-class _Meter:
-    """Counts bytes and decides when to report."""
-
-    def __init__(self, total: int, interval: float) -> None:
-        self.total, self.done = total, 0
-        self._interval = interval
-        self._began = self._told = time.monotonic()
-
-    def add(self, nbytes: int) -> bool:
-        self.done += nbytes
-        now = time.monotonic()
-        if now - self._told < self._interval:
-            return False
-        self._told = now
-        return True
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second since the start."""
-        return self.done / max(time.monotonic() - self._began, 1e-9)
-
-    @property
-    def seconds_left(self) -> float:
-        return (self.total - self.done) / max(self.rate, 1e-9)

@@ -6,23 +6,23 @@ file, so that files of any quantization mix can be verified, including files mad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensors import PlannedTensor, outputs
+from kimi_gguf.convert.model.tensor_table import PlannedTensor, outputs
 from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
 
 # Keys that describe the origin of a file, not the model; they may differ.
@@ -44,72 +44,53 @@ class Verdict:
 
 
 def verify(
-    path: Path,
-    source: Path | str,
-    imatrix: Path | None = None,
-    max_memory: int | None = None,
-    report: Callable[[PlannedTensor, int], None] = lambda tensor, nbytes: None,
+    path: Path, source: Path | str, imatrix: Path | None = None, max_memory: int | None = None
 ) -> Verdict:
     """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
     be read."""
     with GgufModel(path) as file, open_checkpoint(source) as checkpoint:
         pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
-        wrong = dict(_differences(file, checkpoint, plan, pace, report))
+        wrong_tensors = tuple(_differences(file, checkpoint, plan, pace))
         checkpoint.check_unchanged()
         wrong_keys = tuple(_wrong_keys(file, checkpoint))
-        return Verdict(
-            len(plan.tensors), sum(t.nbytes for t in plan.tensors), wrong_keys, tuple(wrong.values())
-        )
+        return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
     """The plan that would produce the file, with the types of the file."""
+
+    def wrong(what: str) -> ConvertError:
+        return ConvertError(f"{file.path}: {what}; the file was not made from this checkpoint")
+
     tensors: list[PlannedTensor] = []
     expected = sorted(outputs(checkpoint.config), key=in_file_order)
     for output in expected:
         found = file.tensors.get(output.name)
         if found is None:
-            raise ConvertError(
-                f"{file.path}: missing tensor {output.name!r}; the file was not made from this checkpoint"
-            )
+            raise wrong(f"missing tensor {output.name!r}")
         shapes = [(*ne, 1, 1, 1)[:4] for ne in (found.ne, output.ne)]
         if shapes[0] != shapes[1]:
-            raise ConvertError(
-                f"{file.path}: {output.name!r}: expected shape {list(output.ne)}, found {list(found.ne)}; "
-                "the file was not made from this checkpoint"
-            )
+            raise wrong(f"{output.name!r}: expected shape {list(output.ne)}, found {list(found.ne)}")
         tensors.append(PlannedTensor(output, found.type, found.nbytes))
     if strange := set(file.tensors) - {output.name for output in expected}:
-        raise ConvertError(
-            f"{file.path}: unexpected tensor {min(strange)!r}; the file was not made from this checkpoint"
-        )
+        raise wrong(f"unexpected tensor {min(strange)!r}")
     importances = read_importances(imatrix) if imatrix else None
     return Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
 
 
-def _differences(
-    file: GgufModel,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    pace: Pace,
-    report: Callable[[PlannedTensor, int], None],
-) -> Iterator[tuple[str, str]]:
-    """(tensor, message) for every tensor that differs; the message names the first differing byte."""
+def _differences(file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace) -> Iterator[str]:
+    """A message for every tensor that differs; it names the first differing byte."""
     at, before, reported = 0, "", ""
-    for tensor, piece in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
+    for tensor, chunk in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
         at = at if tensor.name == before else 0
         before = tensor.name
-        found = file.read(file.tensors[tensor.name], at, piece.nbytes)
-        if reported != tensor.name and not np.array_equal(found, piece):
+        found = file.read(file.tensors[tensor.name], at, chunk.nbytes)
+        if reported != tensor.name and not np.array_equal(found, chunk):
             reported = tensor.name
-            byte = at + int(np.argmax(found != piece))
-            yield (
-                tensor.name,
-                f"{tensor.name} ({tensor.type.name}): first difference at byte {byte} of {tensor.nbytes}",
-            )
-        at += piece.nbytes
-        report(tensor, piece.nbytes)
+            byte = at + int(np.argmax(found != chunk))
+            yield f"{tensor.name} ({tensor.type.name}): first difference at byte {byte} of {tensor.nbytes}"
+        at += chunk.nbytes
 
 
 def _wrong_keys(file: GgufModel, checkpoint: Checkpoint) -> Iterator[str]:
@@ -118,8 +99,6 @@ def _wrong_keys(file: GgufModel, checkpoint: Checkpoint) -> Iterator[str]:
         if key.name.startswith(FREE):
             continue
         found = file.keys.get(key.name)
-        expected: Any = key.value
-        if isinstance(expected, float):
-            expected = float(np.float32(expected))
+        expected = float(np.float32(key.value)) if isinstance(key.value, float) else key.value
         if found != expected:
             yield f"{key.name}: expected {expected!r:.60}, found {found!r:.60}"

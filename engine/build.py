@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +28,7 @@ from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import Pin
 from kimi_gguf.patches.series import load_series
-from kimi_gguf.patches.tree import Tree, tree_hash
+from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
 
 NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
 PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, next to it in the archive
@@ -41,36 +40,16 @@ _RECORD = (
 )
 
 
-@dataclass(frozen=True)
 class Cache:
     """The folders below the cache's root."""
 
-    root: Path
-
-    @property
-    def downloads(self) -> Path:
-        """Checked archives."""
-        return self.root / "downloads"
-
-    @property
-    def sources(self) -> Path:
-        """Unpacked archives, as upstream published them."""
-        return self.root / "sources"
-
-    @property
-    def work(self) -> Path:
-        """Scratch folders; may be removed at any time."""
-        return self.root / "work"
-
-    @property
-    def engines(self) -> Path:
-        """Finished builds."""
-        return self.root / "engines"
-
-    @property
-    def logs(self) -> Path:
-        """Logs of builds that failed."""
-        return self.root / "logs"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.downloads = root / "downloads"  # checked archives
+        self.sources = root / "sources"  # unpacked archives, as upstream published them
+        self.work = root / "work"  # scratch folders; may be removed at any time
+        self.engines = root / "engines"  # finished builds
+        self.logs = root / "logs"  # of builds that failed
 
 
 @contextmanager
@@ -98,11 +77,7 @@ def build_lock(cache: Cache, reporter: Reporter) -> Iterator[int]:
 def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter) -> Path:
     """The folder with the archive's llama.cpp/ and llama_cpp/, unpacked once and verified by hash."""
     place = cache.sources / f"{pin.archive_sha256[:16]}-{LAYOUT}"
-    packed = (
-        archive.obtain(pin, cache.downloads, reporter)
-        if given is None
-        else archive.adopt(given, pin, cache.downloads, reporter)
-    )
+    packed = archive.obtain(pin, cache.downloads, given, reporter)
     if place.is_dir():
         return place
     reporter.phase(f"unpack {pin.archive}")
@@ -111,7 +86,7 @@ def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Report
         wanted = {pin.source_folder: scratch / "llama.cpp", pin.python_folder: scratch / "llama_cpp"}
         wanted |= {str(around / name): scratch / name for name in PACKAGE_FILES}
         archive.unpack(packed, wanted)
-        _expect_tree(tree_hash(scratch / "llama.cpp"), pin.pristine_tree_sha256, str(packed), _UNPACK_AGAIN)
+        expect_tree(tree_hash(scratch / "llama.cpp"), pin.pristine_tree_sha256, str(packed), _UNPACK_AGAIN)
     return place
 
 
@@ -131,7 +106,7 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
         with _workspace(cache, spec) as work:
             compiled = tree.without(NOT_COMPILED)
             compiled.write_to(work / "src")
-            _expect_tree(tree_hash(work / "src"), compiled.hash(), str(work / "src"), "build again")
+            expect_tree(tree_hash(work / "src"), compiled.hash(), str(work / "src"), "build again")
             log = work / "build.log"
             try:
                 tests = tests or (present is not None and present["tests"])
@@ -164,8 +139,7 @@ def fresh_folder(place: Path) -> Iterator[Path]:
     place.parent.mkdir(parents=True, exist_ok=True)
     scratch = place.with_name(f".{place.name}.new")
     old = place.with_name(f".{place.name}.old")
-    for leftover in (scratch, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _remove(scratch, old)
     scratch.mkdir()
     try:
         yield scratch
@@ -173,14 +147,18 @@ def fresh_folder(place: Path) -> Iterator[Path]:
             place.rename(old)
         scratch.rename(place)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(scratch, old)
+
+
+def _remove(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_runs(place: Path) -> str:
     """Run the build's own program once; returns its version text, or `EngineError` with what it said."""
     program = place / "bin" / "llama-cli"
-    result = subprocess.run([str(program), "--version"], capture_output=True, text=True, check=False)
+    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise EngineError(
             f"{program} does not run",
@@ -212,20 +190,10 @@ def _verified(spec: BuildSpec, tree: Tree, reporter: Reporter) -> str:
     reporter.phase("verify the sources")
     digest = tree.hash()
     if spec.source is None and spec.pristine:
-        _expect_tree(digest, spec.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
+        expect_tree(digest, spec.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
     elif spec.source is None:
-        _expect_tree(digest, spec.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
+        expect_tree(digest, spec.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
     return digest
-
-
-def _expect_tree(found: str, expected: str, what: str, todo: str) -> None:
-    if found != expected:
-        raise EngineError(
-            f"{what}: the source tree is not the pinned one",
-            expected=f"tree hash {expected}",
-            found=f"tree hash {found}",
-            todo=todo,
-        )
 
 
 def _sweep(cache: Cache) -> None:
@@ -235,8 +203,7 @@ def _sweep(cache: Cache) -> None:
         complete = work / "complete"
         if not complete.exists() or complete.read_text() != str(work):  # CMake's files hold absolute paths
             leftovers.append(work)
-    for path in leftovers:
-        shutil.rmtree(path, ignore_errors=True)
+    _remove(*leftovers)
 
 
 @contextmanager
@@ -249,7 +216,7 @@ def _workspace(cache: Cache, spec: BuildSpec) -> Iterator[Path]:
     try:
         yield work
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
         raise
     complete.write_text(str(work))
 

@@ -55,31 +55,15 @@ BACKENDS: dict[str, dict[str, str]] = {
 LIBRARIES = ("llama", "mtmd")
 
 PROGRAMS = (
-    "llama-batched-bench",
-    "llama-bench",
-    "llama-cli",
-    "llama-completion",
-    "llama-gguf-split",
-    "llama-imatrix",
-    "llama-perplexity",
-    "llama-quantize",
-    "llama-server",
-    "llama-speculative-simple",
-    "llama-tokenize",
-)
+    "llama-batched-bench", "llama-bench", "llama-cli", "llama-completion", "llama-gguf-split", "llama-imatrix",
+    "llama-perplexity", "llama-quantize", "llama-server", "llama-speculative-simple", "llama-tokenize",
+)  # fmt: skip
 
 TEST_PROGRAMS = (
-    "test-backend-ops",
-    "test-chat-template",
-    "test-llama-archs",
-    "test-quantize-fns",
-    "test-recurrent-state-rollback",
-    "test-save-load-state",
-    "test-tiled-mulmat",
-    "test-tokenizer-0",
-    "test-tokenizer-1-bpe",
-    "test-unicode",
-)
+    "test-backend-ops", "test-chat-template", "test-llama-archs", "test-quantize-fns",
+    "test-recurrent-state-rollback", "test-save-load-state", "test-tiled-mulmat", "test-tokenizer-0",
+    "test-tokenizer-1-bpe", "test-unicode",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,7 +124,7 @@ def make_build_spec(
     options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
     return BuildSpec(
         pin=load_pin(),
-        series=Series(()) if pristine else load_series(),
+        series=_series(pristine),
         pristine=pristine,
         backend=backend,
         options=tuple(sorted(options.items())),
@@ -152,14 +136,17 @@ def make_build_spec(
 
 def provenance(pristine: bool) -> dict[str, object]:
     """What the manifest of a build of this pin and series for this machine has, except its options."""
-    series = Series(()) if pristine else load_series()
     return {
         "pristine": pristine,
         "archive_sha256": load_pin().archive_sha256,
-        "series_sha256": series.digest(),
+        "series_sha256": _series(pristine).digest(),
         "cpu": cpu_fingerprint(),
         "source": None,
     }
+
+
+def _series(pristine: bool) -> Series:
+    return Series(()) if pristine else load_series()
 
 
 def _digest(*parts: object) -> str:

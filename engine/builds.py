@@ -22,7 +22,7 @@ from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pristine_source, read_manifest
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_build_spec, provenance
-from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 
@@ -126,26 +126,21 @@ def ensure(
     source: Path | None = None,
     archive: Path | None = None,
     defines: tuple[tuple[str, str], ...] = (),
-    progress: Reporter | None = None,
 ) -> Engine:
     """The build asked for, built now if it does not exist yet (minutes).
 
     pristine: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
     tests: with upstream's test programs. source: a llama.cpp checkout instead of the pinned archive.
     archive: the pinned archive, if it is on disk already. defines: further CMake settings.
-    progress: progress callback; by default a bar or lines on standard error.
-    Raises `EngineError`; no unfinished build is ever left under its final name.
+    Progress is shown on standard error. Raises `EngineError`; no unfinished build is ever left under its final name.
     """
     spec = make_build_spec(pristine, backend, source, defines)
     cache = Cache(cache_folder())
     place = cache.engines / spec.key
     engine = load(place)
     if engine is None or (tests and not engine.tests):
-        if progress is None:
-            with reporting() as reporter:
-                build(spec, cache, archive, tests, reporter)
-        else:
-            build(spec, cache, archive, tests, progress)
+        with reporting() as reporter:
+            build(spec, cache, archive, tests, reporter)
         engine = load(place)
         assert engine is not None, place
     return engine
@@ -232,11 +227,11 @@ def builds(pristine: bool = False) -> list[Engine]:
     return [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
 
 
-def upstream_source(archive: Path | None = None, progress: Reporter | None = None) -> Path:
+def upstream_source() -> Path:
     """A folder with the pinned archive's llama.cpp/ as upstream published it and llama_cpp/, verified; read-only."""
     cache = Cache(cache_folder())
-    with reporting() as reporter, build_lock(cache, progress or reporter):
-        return pristine_source(load_pin(), cache, archive, progress or reporter)
+    with reporting() as reporter, build_lock(cache, reporter):
+        return pristine_source(load_pin(), cache, None, reporter)
 
 
 def load(place: Path) -> Engine | None:
@@ -244,6 +239,5 @@ def load(place: Path) -> Engine | None:
     manifest = read_manifest(place)
     if manifest is None:
         return None
-    return Engine(
-        manifest["key"], place, manifest["pristine"], tuple(manifest["backends"]), MappingProxyType(manifest)
-    )
+    backends = tuple(manifest["backends"])
+    return Engine(manifest["key"], place, manifest["pristine"], backends, MappingProxyType(manifest))

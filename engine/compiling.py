@@ -48,32 +48,22 @@ def compile_tree(
     launcher = shutil.which("ccache")
     languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
-    environment = _environment(work)
+    # relative paths for ccache, no git repository around the tree
+    environment = {**os.environ, "CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
+    environment |= {"GIT_CEILING_DIRECTORIES": str(work), "NINJA_STATUS": "[%f/%t] "}
     _run(command, environment, log, lock, "CMake cannot configure llama.cpp")
-    targets = subprocess.run(
-        [ninja, "-C", str(work / "build"), "-t", "targets", "all"], capture_output=True, text=True, check=True
-    ).stdout
+    command = [ninja, "-C", str(work / "build"), "-t", "targets", "all"]
+    targets = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"(?m)^([\w-]+): phony$", targets))
-    wanted = {"programs": [name for name in PROGRAMS if name in known], "tests": []}
-    if tests:
-        wanted["tests"] = [name for name in TEST_PROGRAMS if name in known]
-    libraries = [name for name in LIBRARIES if name in known]
+    libraries, programs, test_programs = (
+        [name for name in names if name in known] for names in (LIBRARIES, PROGRAMS, TEST_PROGRAMS)
+    )
+    wanted = {"programs": programs, "tests": test_programs if tests else []}
     reporter.phase("compile")
     command = [ninja, "-C", str(work / "build"), "-j", str(cores())]
     command += [*libraries, *wanted["programs"], *wanted["tests"]]
     _run(command, environment, log, lock, "llama.cpp does not compile", reporter)
     return wanted
-
-
-def _environment(work: Path) -> dict[str, str]:
-    """The environment of CMake and Ninja: relative paths for ccache, no git repository around the tree."""
-    return {
-        **os.environ,
-        "CCACHE_BASEDIR": str(work),
-        "CCACHE_NOHASHDIR": "1",
-        "GIT_CEILING_DIRECTORIES": str(work),
-        "NINJA_STATUS": "[%f/%t] ",
-    }
 
 
 def _run(

@@ -70,11 +70,8 @@ class Diagnosis:
     def healthy(self) -> bool:
         """A patched build exists, and every check of every build passes."""
         patched = any(not health.engine.pristine for health in self.engines)
-        return (
-            patched
-            and self.chosen.passed
-            and all(check.passed for health in self.engines for check in health.checks)
-        )
+        checks = [self.chosen, *(check for health in self.engines for check in health.checks)]
+        return patched and all(check.passed for check in checks)
 
     def as_json(self) -> str:
         """Everything, for machines."""
@@ -148,7 +145,7 @@ def _linked(engine: Engine, tempting: list[str]) -> str:
     """Which libraries the loader gives each program, with other builds' libraries in LD_LIBRARY_PATH."""
     if sys.platform != "linux":
         return "not checked on this system"
-    programs = sorted(path for path in engine.bin.iterdir())
+    programs = sorted(engine.bin.iterdir())
     for program in programs:
         environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": ":".join(tempting)}
         listing = _run([str(program)], environment).stdout

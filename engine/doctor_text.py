@@ -17,8 +17,6 @@ def as_text(diagnosis: Diagnosis) -> str:
         "",
         "machine",
         *map(_line, diagnosis.machine),
-    ]
-    lines += [
         "",
         "build that runs (--build, KIMI_BUILD or kimi-llama use names another)",
         _line(diagnosis.chosen),
@@ -26,10 +24,8 @@ def as_text(diagnosis: Diagnosis) -> str:
     for health in diagnosis.engines:
         lines += ["", *_engine(health)]
     if not any(not health.engine.pristine for health in diagnosis.engines):
-        lines += [
-            "",
-            "The patched llama.cpp is not built for this pin, series and processor: kimi-llama build",
-        ]
+        missing = "The patched llama.cpp is not built for this pin, series and processor: kimi-llama build"
+        lines += ["", missing]
     lines += ["", "all checks pass" if diagnosis.healthy else "a check failed, see above"]
     return "\n".join(lines)
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.toolchain import cpuinfo
 
 Facts = dict[str, Any]
 
@@ -18,16 +18,9 @@ Facts = dict[str, Any]
 def engine_facts(engine: Engine) -> Facts:
     """The build: pin, commit, patches, compilers, backends."""
     shown = (
-        "package",
-        "commit",
-        "llama_cpp_commit",
-        "archive_sha256",
-        "tree_sha256",
-        "patches",
-        "options",
-        "compilers",
-        "built",
-    )
+        "package", "commit", "llama_cpp_commit", "archive_sha256", "tree_sha256",
+        "patches", "options", "compilers", "built",
+    )  # fmt: skip
     return {
         "kind": "pristine" if engine.pristine else "patched",
         "backends": list(engine.backends),
@@ -38,22 +31,12 @@ def engine_facts(engine: Engine) -> Facts:
 def machine_facts() -> Facts:
     """Processor, cores, memory and system."""
     return {
-        "processor": _processor(),
+        "processor": cpuinfo("model name") or platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
-
-
-def _processor() -> str:
-    """The processor's trade name if the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _memory_gib() -> float | None:

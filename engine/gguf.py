@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
@@ -78,9 +77,7 @@ class GgufFile:
     def __enter__(self) -> GgufFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:
@@ -158,7 +155,7 @@ class GgufModel:
             self.files = tuple(files)
             self._file_of = _file_of(files)
             self.tensors: Mapping[str, GgufTensor] = {
-                name: tensor for file in files for name, tensor in file.tensors.items()
+                name: file.tensors[name] for name, file in self._file_of.items()
             }
             expected = first.keys.get(TENSORS) if len(files) > 1 else len(self.tensors)
             if len(self.tensors) != expected:
@@ -171,9 +168,7 @@ class GgufModel:
     def __enter__(self) -> GgufModel:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:

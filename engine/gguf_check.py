@@ -23,11 +23,8 @@ def all_parts(path: Path) -> list[Path]:
     Raises `EngineError` for the name of a part that is not the first."""
     number, parts = place_in_set(path) or (1, [path])
     if number != 1:
-        raise EngineError(
-            f"{path}: part {number} of {len(parts)}",
-            expected="the first part",
-            todo=f"give {parts[0].name}",
-        )
+        what = f"{path}: part {number} of {len(parts)}"
+        raise EngineError(what, expected="the first part", todo=f"give {parts[0].name}")
     return parts
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import AbstractContextManager
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -29,20 +29,11 @@ class Reporter(Protocol):
         """A remark worth a line."""
 
 
-class Silent:
+class Silent(Reporter):
     """Reports nothing."""
 
-    def phase(self, name: str) -> None:
-        """See `Reporter`."""
 
-    def step(self, done: int, total: int) -> None:
-        """See `Reporter`."""
-
-    def note(self, text: str) -> None:
-        """See `Reporter`."""
-
-
-class Plain:
+class Plain(Reporter):
     """Lines on standard error: each phase, and a step line at most every ten seconds."""
 
     interval = 10.0  # seconds
@@ -53,17 +44,14 @@ class Plain:
         self._name = ""
 
     def phase(self, name: str) -> None:
-        """See `Reporter`."""
         self._name = name
         self._line(name)
 
     def step(self, done: int, total: int) -> None:
-        """See `Reporter`."""
         if time.monotonic() - self._last_line >= self.interval:
             self._line(f"{self._name}: {done} of {total}")
 
     def note(self, text: str) -> None:
-        """See `Reporter`."""
         self._line(text)
 
     def _line(self, text: str) -> None:
@@ -71,7 +59,7 @@ class Plain:
         print(f"[{self._last_line - self._began:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
-class Bar:
+class Bar(Reporter):
     """A bar on a terminal; finished phases stay as lines above it."""
 
     def __init__(self, progress: Progress) -> None:
@@ -79,16 +67,13 @@ class Bar:
         self._task = progress.add_task("", total=None)
 
     def phase(self, name: str) -> None:
-        """See `Reporter`."""
         self._finish()
         self._task = self._progress.add_task(name, total=None)
 
     def step(self, done: int, total: int) -> None:
-        """See `Reporter`."""
         self._progress.update(self._task, completed=done, total=total)
 
     def note(self, text: str) -> None:
-        """See `Reporter`."""
         self._progress.console.print(text, highlight=False, markup=False)
 
     def _finish(self) -> None:
@@ -99,32 +84,16 @@ class Bar:
         self._progress.remove_task(self._task)
 
 
-class reporting(AbstractContextManager[Reporter]):  # noqa: N801 - used like a function
+@contextmanager
+def reporting() -> Iterator[Reporter]:
     """`with reporting() as reporter:` a bar where standard error is a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield Plain()
+        return
+    # Imported here: a build that is there already is answered before rich would be loaded.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    def __init__(self) -> None:
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> Reporter:
-        if not sys.stderr.isatty():
-            return Plain()
-        # Imported here: a build that is there already is answered before rich would be loaded.
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        self._progress.start()
-        return Bar(self._progress)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield Bar(progress)

@@ -6,6 +6,7 @@ Input: none. Output: `TENSOR_TYPES`, the types that a GGUF file's tensors may ha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -37,10 +38,7 @@ class TensorType:
         """Bytes of a tensor of ggml shape `ne`, whose first dimension must be whole blocks."""
         if ne[0] % self.block:
             raise ValueError(f"rows of {ne[0]} are not whole blocks of {self.block}")
-        size = self.block_bytes * (ne[0] // self.block)
-        for n in ne[1:]:
-            size *= n
-        return size
+        return self.block_bytes * (ne[0] // self.block) * math.prod(ne[1:])
 
 
 _F16_LIMIT: Final = 65520.0  # halfway between the largest half, 65504, and the next step

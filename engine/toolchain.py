@@ -65,6 +65,13 @@ def packaged_tool(name: str) -> str:
     return path
 
 
+def cpuinfo(*names: str) -> str:
+    """The first value in /proc/cpuinfo under one of these names; empty where there is none."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
+
+
 def cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -102,11 +109,8 @@ def _version(path: str, _modified: int) -> str:
 
 
 def _cpu_flags() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith(("flags", "Features")):
-                return " ".join(sorted(line.split(":", 1)[1].split()))
+    if flags := cpuinfo("flags", "Features"):
+        return " ".join(sorted(flags.split()))
     if sys.platform == "darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

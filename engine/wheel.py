@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -38,6 +39,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
     """All files of the wheel by their names in it."""
     package, info = engine.prefix / "python", f"{_NAME}-{version}.dist-info"
     metadata = (package / "PKG-INFO").read_text(encoding="utf-8")
+    metadata = re.sub(r"(?m)^Version:.*", f"Version: {version}", metadata, count=1)
     wheel = f"Wheel-Version: 1.0\nGenerator: kimi-gguf\nRoot-Is-Purelib: false\nTag: {tag}\n"
     sources = [path for path in sorted((package / "llama_cpp").rglob("*")) if path.is_file()]
     files = {
@@ -48,7 +50,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
         f"{info}/kimi-gguf.json": engine.prefix / "manifest.json",
     }
     contents = {name: path.read_bytes() for name, path in files.items()}
-    contents[f"{info}/METADATA"] = _with_version(metadata, version).encode()
+    contents[f"{info}/METADATA"] = metadata.encode()
     contents[f"{info}/WHEEL"] = wheel.encode()
     listed = [f"{name},{_record_hash(content)},{len(content)}\n" for name, content in contents.items()]
     contents[f"{info}/RECORD"] = "".join([*listed, f"{info}/RECORD,,\n"]).encode()
@@ -57,11 +59,8 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
 
 def _wanted_libraries(engine: Engine) -> list[Path]:
     """The libraries that llama_cpp loads and those they need, not those of the programs alone."""
-    paths = [
-        path
-        for path in sorted(engine.lib.iterdir())
-        if path.name.startswith(("libggml", "libllama.", "libmtmd"))
-    ]
+    wanted = ("libggml", "libllama.", "libmtmd")
+    paths = sorted(path for path in engine.lib.iterdir() if path.name.startswith(wanted))
     links = [path.name for path in paths if path.is_symlink()]
     if links:
         raise EngineError(f"{engine.lib}: symbolic links cannot go into a wheel", found=", ".join(links))
@@ -73,13 +72,6 @@ def _local_version(engine: Engine) -> str:
     upstream = str(engine.manifest["package"]).split("==")[1]
     series = str(engine.manifest["series_sha256"])[:8]
     return f"{upstream}+pristine" if engine.pristine else f"{upstream}+kimi.{series}"
-
-
-def _with_version(metadata: str, version: str) -> str:
-    lines = metadata.splitlines(keepends=True)
-    place = next(i for i, line in enumerate(lines) if line.startswith("Version:"))
-    lines[place] = f"Version: {version}\n"
-    return "".join(lines)
 
 
 def _record_hash(content: bytes) -> str:

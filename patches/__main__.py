@@ -13,7 +13,10 @@ from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin, record_patched_tree
 from kimi_gguf.patches.series import load_series
-from kimi_gguf.patches.tree import Tree
+from kimi_gguf.patches.tree import Tree, expect_tree
+
+_NOT_PINNED = "not the pinned upstream llama.cpp"
+_GIVE = "give that one; for a new pin write the hash found as pristine_tree_sha256 in upstream.toml"
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         tree = Tree(Path(arguments[1]))
         if arguments[0] == "record":
-            _expect_pristine(tree)
+            expect_tree(tree.hash(), load_pin().pristine_tree_sha256, str(tree.root), _GIVE, _NOT_PINNED)
         series = load_series()
         series.apply(tree)
         digest = tree.hash()
@@ -41,18 +44,6 @@ def main(arguments: list[str]) -> int:
         print(f"{patch.name}: {patch.subject}")
     print(f"patched tree {digest}: {'as pinned' if digest == pinned else f'but {pinned} is pinned'}")
     return 0 if digest == pinned else 1
-
-
-def _expect_pristine(tree: Tree) -> None:
-    """Raise `EngineError` unless the tree is the pinned upstream one."""
-    pinned, found = load_pin().pristine_tree_sha256, tree.hash()
-    if found != pinned:
-        raise EngineError(
-            f"{tree.root}: not the pinned upstream llama.cpp",
-            expected=f"tree hash {pinned}",
-            found=f"tree hash {found}",
-            todo="give that one; for a new pin write the hash found as pristine_tree_sha256 in upstream.toml",
-        )
 
 
 if __name__ == "__main__":

@@ -30,27 +30,23 @@ def export_patches(series: Series, folder: Path) -> list[Path]:
             found=", ".join(sorted(strangers)),
             todo="remove them or name another folder",
         )
-    written = []
     for number, patch in enumerate(series.patches, 1):
-        path = folder / patch.name
-        path.write_bytes(as_mail(patch, number, len(series.patches)))
-        written.append(path)
-    return written
+        (folder / patch.name).write_bytes(as_mail(patch, number, len(series.patches)))
+    return [folder / patch.name for patch in series.patches]
 
 
 def as_mail(patch: Patch, number: int, total: int) -> bytes:
     """One patch in the form of `git format-patch`."""
-    fields, body = _split_header(patch.header)
     head = [
         f"From {'0' * 40} Mon Sep 17 00:00:00 2001",
-        f"From: {fields.get('From', _AUTHOR)}",
-        f"Date: {fields.get('Date', _DATE)}",
+        f"From: {patch.field('From') or _AUTHOR}",
+        f"Date: {patch.field('Date') or _DATE}",
         f"Subject: [PATCH {number}/{total}] {patch.subject}",
         "MIME-Version: 1.0",
         "Content-Type: text/plain; charset=UTF-8",
         "Content-Transfer-Encoding: 8bit",
         "",
-        body,
+        _reason(patch.header),
         "---",
         "",
     ]
@@ -59,21 +55,10 @@ def as_mail(patch: Patch, number: int, total: int) -> bytes:
     return "\n".join(head).encode() + brought + _without_signature(diffs) + b"-- \nkimi-gguf\n"
 
 
-def _split_header(header: str) -> tuple[dict[str, str], str]:
-    """Mail fields and the reason below them, without the diffstat that follows its `---`."""
-    lines = header.splitlines()
-    if lines and lines[0].startswith("From "):
-        lines = lines[1:]
-    end = lines.index("") if "" in lines else len(lines)
-    fields = {}
-    for line in lines[:end]:
-        name, colon, value = line.partition(": ")
-        if colon and not line.startswith(" "):
-            fields[name] = value
-    body = lines[end + 1 :]
-    if "---" in body:
-        body = body[: body.index("---")]
-    return fields, "\n".join(body).strip("\n") + "\n"
+def _reason(header: str) -> str:
+    """The text below the mail fields, without the diffstat that follows its `---`."""
+    text = header.partition("\n\n")[2].partition("\n---\n")[0]
+    return text.strip("\n") + "\n"
 
 
 def _without_signature(diffs: bytes) -> bytes:

@@ -38,13 +38,12 @@ def index_page(series: Series) -> str:
 
 
 def _row(patch: Patch) -> str:
-    number = patch.name.split("-")[0]
-    subject = patch.subject
-    if needs := patch.field("Needs"):
-        subject += f" (needs {needs.split('-')[0]})"
+    number = f"[{patch.name.split('-')[0]}]({patch.kind}/{patch.name})"
+    needs = patch.field("Needs")
+    subject = patch.subject + (f" (needs {needs.split('-')[0]})" if needs else "")
     where = "<br>".join(f"`{diff.path}`" for diff in patch.diffs)
     test = patch.field("Test") or ""
     link = f"[{Path(test).stem}](../{test})"
-    path = f"{patch.kind}/{patch.name}"
-    effect, drop = patch.field("Effect"), patch.field("Drop when")
-    return f"| [{number}]({path}) | {subject} | {effect} | {where} | {link} | {drop} |"
+    return (
+        f"| {number} | {subject} | {patch.field('Effect')} | {where} | {link} | {patch.field('Drop when')} |"
+    )

@@ -21,7 +21,7 @@ CMake compiles what it finds in these folders, so a new file in a folder needs n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -49,7 +49,7 @@ SOURCES = (*HEADERS, ".c", ".cpp", ".cu", ".m", ".metal")
 class Overlay:
     """An operator source and its place in the llama.cpp tree."""
 
-    source: Path
+    source: PurePosixPath  # in ggml_ops
     dest: str
     content: bytes
 
@@ -153,21 +153,14 @@ class Series:
 
 def header_field(header: str, name: str) -> str | None:
     """The value of a line `NAME: value`, continued by indented lines; None where there is no such line."""
-    lines = header.splitlines()
-    for start, line in enumerate(lines):
-        if line.startswith(f"{name}:"):
-            value = [line.removeprefix(f"{name}:").strip()]
-            for more in lines[start + 1 :]:
-                if not more.startswith(" "):
-                    break
-                value.append(more.strip())
-            return " ".join(value)
-    return None
+    match = re.search(rf"^{name}:(.*(?:\n .*)*)", header, re.MULTILINE)
+    return match and " ".join(line.strip() for line in match[1].split("\n"))
 
 
 def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLAY_FOLDER) -> Series:
     """Read the series and check that every patch and every operator source belongs to it, exactly once."""
-    brought: dict[str, tuple[str, str]] = {}  # place in the tree -> source, patch
+    sources = _all_sources(overlay_folder)
+    brought: dict[str, Overlay] = {}  # by place in the tree
     patches = []
     for kind in (FIXES, OPS):
         for path in sorted((patch_folder / kind).glob("[0-9][0-9][0-9][0-9]-*.patch")):
@@ -175,24 +168,26 @@ def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLA
             header = text.split(b"diff --git ", 1)[0].decode()
             overlays = []
             for folder in (header_field(header, "Sources") or "").split():
-                for overlay in _folder_sources(overlay_folder, folder, path.name):
-                    source = overlay.source.relative_to(overlay_folder).as_posix()
-                    if overlay.dest in brought:
+                inside = [overlay for overlay in sources if overlay.source.parent == PurePosixPath(folder)]
+                if not inside:
+                    raise EngineError(f"{path.name}: the folder {folder} of ggml_ops holds no sources")
+                for overlay in inside:
+                    if other := brought.get(overlay.dest):
                         raise EngineError(
-                            f"{path.name}: {source} and {brought[overlay.dest][0]} would both be {overlay.dest}",
+                            f"{path.name}: {overlay.source} and {other.source} would both be {overlay.dest}",
                             expected="each source brought by one patch, and one file name for each source of a kind",
                         )
-                    brought[overlay.dest] = (source, path.name)
-                    overlays.append(overlay)
+                    brought[overlay.dest] = overlay
+                overlays += inside
             diffs = unified.parse(text, path.name)
             if not diffs and not overlays:
                 raise EngineError(f"{path}: the patch changes nothing")
             patches.append(Patch(path.name, kind, text, diffs, tuple(overlays)))
-    unused = set(_all_sources(overlay_folder)) - {source for source, _ in brought.values()}
+    unused = [str(overlay.source) for overlay in sources if brought.get(overlay.dest) is not overlay]
     if unused:
         raise EngineError(
             f"{overlay_folder} holds sources that no patch brings",
-            found=", ".join(sorted(unused)),
+            found=", ".join(unused),
             todo="name their folder on the line 'Sources:' of a patch",
         )
     return Series(tuple(patches))
@@ -212,19 +207,12 @@ def destination(source: PurePosixPath) -> str | None:
     return None
 
 
-def _folder_sources(root: Path, folder: str, patch: str) -> list[Overlay]:
+def _all_sources(root: Path) -> list[Overlay]:
+    """What the patches bring from ggml_ops, sorted by path."""
     found = []
-    for path in sorted((root / folder).glob("*")):
-        dest = destination(PurePosixPath(path.relative_to(root).as_posix()))
-        if dest is not None and path.is_file():
-            found.append(Overlay(path, dest, path.read_bytes()))
-    if not found:
-        raise EngineError(f"{patch}: the folder {folder} of ggml_ops holds no sources")
-    return found
-
-
-def _all_sources(root: Path) -> Iterator[str]:
-    for path in root.rglob("*"):
+    for path in sorted(root.rglob("*")):
         source = PurePosixPath(path.relative_to(root).as_posix())
-        if path.is_file() and destination(source) is not None:
-            yield str(source)
+        dest = destination(source)
+        if dest is not None and path.is_file():
+            found.append(Overlay(source, dest, path.read_bytes()))
+    return found

@@ -42,6 +42,15 @@ def tree_hash(root: Path) -> str:
     return hash_files((path, (root / path).read_bytes()) for path in list_files(root))
 
 
+def expect_tree(
+    found: str, expected: str, what: str, todo: str, problem: str = "the source tree is not the pinned one"
+) -> None:
+    """`EngineError` unless two tree hashes are equal; `what` names the tree."""
+    if found != expected:
+        hashes = {"expected": f"tree hash {expected}", "found": f"tree hash {found}"}
+        raise EngineError(f"{what}: {problem}", **hashes, todo=todo)
+
+
 class Tree:
     """A folder with edits laid over it in memory; nothing is written until `write_to`."""
 
@@ -73,7 +82,8 @@ class Tree:
 
     def changed(self) -> Mapping[str, bytes | None]:
         """The edits that differ from the folder: path to new bytes, or None for a removed file."""
-        return {path: new for path, new in self._edits.items() if new != self._original(path)}
+        folder = Tree(self.root, self._files)
+        return {path: new for path, new in self._edits.items() if new != folder.read(path)}
 
     def without(self, folders: tuple[str, ...]) -> Tree:
         """A copy without the files below these folders, each given with a slash at its end."""
@@ -112,6 +122,3 @@ class Tree:
         content = self.read(path)
         assert content is not None, path
         return content
-
-    def _original(self, path: str) -> bytes | None:
-        return (self.root / path).read_bytes() if path in self._files else None

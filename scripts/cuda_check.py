@@ -55,6 +55,20 @@ _KERNEL = re.compile(
 )
 
 
+PAGE = """\
+# Registers of the CUDA kernels
+
+Registers of a thread and bytes of static shared memory, as ptxas reports them;
+bytes of stack and of spills where there are any.
+
+    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
+
+{version}; {options}.
+
+{table}
+"""
+
+
 @dataclass(frozen=True)
 class KernelUse:
     """What one kernel uses on one architecture, in bytes, except the registers of a thread."""
@@ -108,12 +122,8 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
         command = [str(nvcc), *OPTIONS, *DEFINITIONS, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
         command += [f"-I{path}" for path in folders]
-        ended = subprocess.run(
-            [*command, str(source), "-o", str(Path(folder) / "out.cubin")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        command += [str(source), "-o", str(Path(folder) / "out.cubin")]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise EngineError(
             f"{source.name} does not compile for sm_{architecture}",
@@ -121,12 +131,6 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
             todo="correct what the compiler shows",
         )
     return _kernels(source, architecture, ended.stdout + ended.stderr)
-
-
-@functools.cache
-def _ggml() -> Path:
-    """Upstream's ggml, for sources that include its headers."""
-    return upstream_source() / "llama.cpp" / "ggml"
 
 
 @functools.cache
@@ -138,14 +142,9 @@ def patched_ggml() -> Path:
     tree = Tree(upstream_source() / "llama.cpp")
     load_series().apply(tree)
     for path in tree.paths():
-        part = PurePosixPath(path)
-        if not (
-            part.is_relative_to("ggml/include")
-            or part.is_relative_to("ggml/src/ggml-cuda")
-            or part.match("ggml/src/*.h")
-        ):
-            continue
-        if (content := tree.read(path)) is not None:
+        used = path.startswith(("ggml/include/", "ggml/src/ggml-cuda/"))
+        header = PurePosixPath(path).match("ggml/src/*.h")
+        if (used or header) and (content := tree.read(path)) is not None:
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(content)
     return root / "ggml"
@@ -153,7 +152,8 @@ def patched_ggml() -> Path:
 
 def changed_sources() -> list[Path]:
     """Upstream's .cu files that the series changes, after the change."""
-    ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in (patched_ggml(), _ggml()))
+    both = (patched_ggml(), upstream_source() / "llama.cpp" / "ggml")
+    ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in both)
     shared = [path for path in sorted(ours.glob("*.cu")) if (upstream / path.name).is_file()]
     return [path for path in shared if path.read_bytes() != (upstream / path.name).read_bytes()]
 
@@ -163,17 +163,13 @@ def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:
     names = _demangled([each["name"] for each in found])
     kernels = []
     for each, name in zip(found, names, strict=True):
+        stack, stores, loads, registers = (
+            int(each[key]) for key in ("stack", "stores", "loads", "registers")
+        )
         shared = re.search(r"(\d+) bytes smem", each["rest"])
+        smem = int(shared[1]) if shared else 0
         kernels.append(
-            KernelUse(
-                source=source.name,
-                architecture=architecture,
-                name=name,
-                registers=int(each["registers"]),
-                stack=int(each["stack"]),
-                spills=int(each["stores"]) + int(each["loads"]),
-                shared=int(shared[1]) if shared else 0,
-            )
+            KernelUse(source.name, architecture, name, registers, stack, spills=stores + loads, shared=smem)
         )
     return kernels
 
@@ -209,21 +205,7 @@ def _cell(use: KernelUse) -> str:
 
 def page(kernels: Sequence[KernelUse], version: str) -> str:
     """The page with the table and the command that made it."""
-    return "\n".join(
-        [
-            "# Registers of the CUDA kernels",
-            "",
-            "Registers of a thread and bytes of static shared memory, as ptxas reports them;",
-            "bytes of stack and of spills where there are any.",
-            "",
-            "    .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md",
-            "",
-            f"{version}; {' '.join(OPTIONS)}.",
-            "",
-            *table(kernels),
-            "",
-        ]
-    )
+    return PAGE.format(version=version, options=" ".join(OPTIONS), table="\n".join(table(kernels)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -23,7 +23,6 @@ import matplotlib.pyplot as plt
 
 TYPES = ("F32", "F16", "BF16", "Q8_0")
 TOKENS = 2048
-COMMAND = "python -m kimi_gguf.scripts.figures"
 ROW = "| {type} | {run} | {build} | {nmse:.1e} | {nmse_median:.1e} | {nmse_worst:.1e} | {kld_mean:.1e} | {kld_p99:.1e} | {kld_max:.1e} | {top1:.2%} | {top5:.2%} | {ppl_test:.3f} | {other} |"  # noqa: E501
 HEADER = """\
 | weights | run | llama.cpp | NMSE | median | worst position | KLD mean | 99 % | max | top-1 | top-5 | perplexity | expert mismatches |
@@ -32,7 +31,7 @@ HEADER = """\
 PAGE = """\
 # Measurements
 
-Written by `{command}` on {date}; do not edit.
+Written by `python -m kimi_gguf.scripts.figures` on {date}; do not edit.
 {machine}; llama.cpp {commit} from {package}, patched and upstream built from the
 same archive with the same options. The cache is in F32.
 
@@ -65,10 +64,8 @@ def measure(checkpoint: Path, weights: str, tokens: int, scratch: Path) -> Repor
     """Convert to one type and validate it; a failed gate is not an error here."""
     gguf, out = scratch / f"{weights}.gguf", scratch / weights
     command("convert-kimi", checkpoint, "-o", gguf, "--type", weights, "--quiet")
-    text = ("--text", checkpoint / "heldout.txt", "--tokens", str(tokens))
-    command(
-        "validate-kimi", gguf, "--checkpoint", checkpoint, *text, "--upstream", "--out", out, allow=(0, 1)
-    )
+    options = ("--text", checkpoint / "heldout.txt", "--tokens", str(tokens), "--upstream", "--out", out)
+    command("validate-kimi", gguf, "--checkpoint", checkpoint, *options, allow=(0, 1))
     report: Report = json.loads((out / "report.json").read_text())
     return report
 
@@ -107,18 +104,16 @@ def draw(report: Report, file: Path) -> None:
 def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure the demo and write docs/measurements.md.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("demo"), help="(default: %(default)s)")
-    parser.add_argument("--docs", type=Path, default=Path("docs"), help="write here (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="evaluate on N (default: %(default)s)")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=Path("demo"), help="(default: %(default)s)")
+    add("--docs", type=Path, default=Path("docs"), help="write here (default: %(default)s)")
+    add("--tokens", type=int, default=TOKENS, help="evaluate on N (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        reports = {
-            weights: measure(args.checkpoint, weights, args.tokens, Path(scratch)) for weights in TYPES
-        }
+        reports = {kind: measure(args.checkpoint, kind, args.tokens, Path(scratch)) for kind in TYPES}
     exact = reports["F32"]
     machine, engine, first = exact["machine"], exact["engine"], exact["runs"][0]["all"]
     page = PAGE.format(
-        command=COMMAND,
         date=exact["created"][:10],
         machine=f"{machine['processor']}, {machine['cores']} cores, {machine['system'].split()[0]}",
         commit=engine["llama_cpp_commit"][:7],

@@ -35,7 +35,7 @@ class Tool:
     help: str
     example: str
     defaults: Defaults
-    drafted: tuple[str, Defaults] | None = None  # program and defaults where the caller names a draft model
+    drafted: str | None = None  # the program that is used with a draft model
 
 
 _THREADS = (("-t", "--threads"), ("--threads", "{cores}"))
@@ -61,21 +61,21 @@ TOOLS = {
         'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0',
         (_THREADS, _FLASH, _PLAIN, _QUIET),
-        ("llama-speculative-simple", (_THREADS, _FLASH, _QUIET, _SPECULATE)),
+        drafted="llama-speculative-simple",
     ),
     "chat": Tool(
         "llama-cli",
         "talk to the model on the terminal",
         'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
         (_THREADS, _FLASH, _JINJA),
-        ("llama-cli", (_THREADS, _FLASH, _JINJA, _SPECULATE)),
+        drafted="llama-cli",
     ),
     "serve": Tool(
         "llama-server",
         "serve the model over HTTP with OpenAI's interface",
         "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf",
         (_THREADS, _FLASH, _JINJA),
-        ("llama-server", (_THREADS, _FLASH, _JINJA, _SPECULATE)),
+        drafted="llama-server",
     ),
     "quantize": Tool(
         "llama-quantize",
@@ -108,13 +108,9 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _build(parsed: argparse.Namespace) -> int:
     engine = ensure(
-        pristine=parsed.pristine,
-        backend=parsed.backend,
-        tests=parsed.tests,
-        source=parsed.source,
-        archive=parsed.archive,
+        parsed.pristine, parsed.backend, tests=parsed.tests, source=parsed.source, archive=parsed.archive,
         defines=tuple(parsed.defines),
-    )
+    )  # fmt: skip
     if parsed.wheel is not None:
         from kimi_gguf.engine.wheel import make_wheel
 
@@ -187,7 +183,8 @@ def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     options = {argument.split("=", 1)[0] for argument in given}
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & _DRAFT:
-        program, defaults = tool.drafted
+        program = tool.drafted
+        defaults = (*(each for each in defaults if each is not _PLAIN), _SPECULATE)
     if not defaults:
         return [program, str(model), *given]
     added = [
@@ -236,37 +233,17 @@ def _parser() -> argparse.ArgumentParser:
         "only; you may remove all of it at any time.",
     )
     _pristine(sub)
-    sub.add_argument(
-        "--backend",
-        choices=tuple(BACKENDS),
-        default=DEFAULT,
-        help="the backend that computes (default: %(default)s)",
-    )
-    sub.add_argument("--tests", action="store_true", help="also build llama.cpp's test programs")
-    sub.add_argument(
-        "--source", type=Path, metavar="DIR", help="build this llama.cpp checkout, not the pinned archive"
-    )
-    sub.add_argument(
-        "--archive",
-        type=Path,
-        metavar="FILE",
-        help="use this copy of the pinned archive (default: download it)",
-    )
-    sub.add_argument(
-        "--wheel",
-        type=Path,
-        metavar="DIR",
-        help="write a llama-cpp-python wheel holding this build (for processors like this one)",
-    )
-    sub.add_argument(
-        "-D",
-        dest="defines",
-        type=_define,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="add a CMake setting",
-    )
+    add = sub.add_argument
+    add("--backend", choices=tuple(BACKENDS), default=DEFAULT,
+        help="the backend that computes (default: %(default)s)")  # fmt: skip
+    add("--tests", action="store_true", help="also build llama.cpp's test programs")
+    add("--source", type=Path, metavar="DIR", help="build this llama.cpp checkout, not the pinned archive")
+    add("--archive", type=Path, metavar="FILE",
+        help="use this copy of the pinned archive (default: download it)")  # fmt: skip
+    add("--wheel", type=Path, metavar="DIR",
+        help="write a llama-cpp-python wheel holding this build (for processors like this one)")  # fmt: skip
+    add("-D", dest="defines", type=_define, action="append", default=[], metavar="NAME=VALUE",
+        help="add a CMake setting")  # fmt: skip
 
     sub = command(
         "doctor", _doctor, "show what is built, from what, and whether it works", "kimi-llama doctor"

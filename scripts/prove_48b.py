@@ -16,9 +16,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_gguf.convert.conversion import plan_only
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.pipeline import plan_only
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 
 GB = 1_000_000_000
@@ -98,7 +98,7 @@ def fetch(hub_id: str, out: Path) -> Path:
     return folder
 
 
-def walk(source: Path, out: Path, out_type: str, tokens: int) -> None:
+def run_all(source: Path, out: Path, out_type: str, tokens: int) -> None:
     """Build, convert, run, validate."""
     gguf = out / f"{source.name}-{out_type}.gguf"
     call("Build", "kimi-llama", "build")
@@ -106,8 +106,8 @@ def walk(source: Path, out: Path, out_type: str, tokens: int) -> None:
     call("Convert", "convert-kimi", source, "-o", gguf, "--type", out_type, "--force")
     call("Run", "kimi-llama", "run", gguf, "-p", PROMPT, "-n", "32", "--temp", "0")
     report = out / f"report-{out_type}"
-    validate: list[str | Path] = ["validate-kimi", gguf, "--checkpoint", source, "--tokens", str(tokens)]
-    call("Validate", *validate, "--upstream", "--out", report)
+    text = ("--tokens", str(tokens), "--upstream")
+    call("Validate", "validate-kimi", gguf, "--checkpoint", source, *text, "--out", report)
     print(f"\nDone: {gguf} and {report}")
 
 
@@ -117,15 +117,14 @@ def rehearse(out: Path, out_type: str, tokens: int) -> None:
         sparse = write_synthetic(Path(scratch) / "Kimi-Linear-48B-A3B-sparse")
         needs = Needs(CHECKPOINT_BYTES, planned_bytes(sparse, out_type))
         print(f"The real checkpoint, as {out_type}, requires:", *needs.lines(), sep="\n  ")
-        plan = Path(scratch) / "plan.txt"
-        with plan.open("w") as file:
-            command = [Path(sys.executable).parent / "convert-kimi", sparse, "--dry-run", "--type", out_type]
-            subprocess.run([str(word) for word in command], stdout=file, check=True)
-        lines = plan.read_text().splitlines()
+        program = str(Path(sys.executable).parent / "convert-kimi")
+        command = [program, str(sparse), "--dry-run", "--type", out_type]
+        plan = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        lines = plan.splitlines()
         print(f"\n== The conversion's plan, {len(lines)} lines", *lines[:12], "...", *lines[-6:], sep="\n")
     print("\nAll steps, with the demo checkpoint:")
     out.mkdir(parents=True, exist_ok=True)
-    walk(Path("demo"), out, out_type, tokens)
+    run_all(Path("demo"), out, out_type, tokens)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,17 +135,12 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", nargs="?", help="checkpoint folder, or a hub id such as OWNER/NAME")
-    parser.add_argument(
-        "--type", default="Q8_0", choices=TYPES, help="type of the GGUF file (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("out/48b"), help="folder for all output (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tokens", type=int, default=256, help="tokens of text to validate on (default: %(default)s)"
-    )
-    parser.add_argument("--rehearse", action="store_true", help="run without the real checkpoint")
+    add = parser.add_argument
+    add("source", nargs="?", help="checkpoint folder, or a hub id such as OWNER/NAME")
+    add("--type", default="Q8_0", choices=TYPES, help="type of the GGUF file (default: %(default)s)")
+    add("--out", type=Path, default=Path("out/48b"), help="folder for all output (default: %(default)s)")
+    add("--tokens", type=int, default=256, help="tokens of text to validate on (default: %(default)s)")
+    add("--rehearse", action="store_true", help="run without the real checkpoint")
     args = parser.parse_args(arguments)
     if args.rehearse == bool(args.source):
         parser.error("expected either a checkpoint or --rehearse")
@@ -155,19 +149,17 @@ def main(arguments: list[str] | None = None) -> int:
             rehearse(args.out, args.type, args.tokens)
             return 0
         source = Path(args.source).expanduser()
-        if not source.exists():
-            if args.source.count("/") != 1:
-                raise ProveError(f"{args.source}: not found; expected a folder or a hub id (OWNER/NAME)")
-            with tempfile.TemporaryDirectory() as scratch:
-                needs = Needs(CHECKPOINT_BYTES, planned_bytes(write_synthetic(Path(scratch)), args.type))
-            print("Required:", *needs.lines(), sep="\n  ")
-            check_disk(needs, args.out)
+        absent = not source.exists()
+        if absent and args.source.count("/") != 1:
+            raise ProveError(f"{args.source}: not found; expected a folder or a hub id (OWNER/NAME)")
+        with tempfile.TemporaryDirectory() as scratch:
+            planned = write_synthetic(Path(scratch)) if absent else source
+            needs = Needs(CHECKPOINT_BYTES if absent else 0, planned_bytes(planned, args.type))
+        print("Required:", *needs.lines(), sep="\n  ")
+        check_disk(needs, args.out)
+        if absent:
             source = fetch(args.source, args.out)
-        else:
-            needs = Needs(0, planned_bytes(source, args.type))
-            print("Required:", *needs.lines(), sep="\n  ")
-            check_disk(needs, args.out)
-        walk(source, args.out, args.type, args.tokens)
+        run_all(source, args.out, args.type, args.tokens)
     except (ProveError, ConvertError) as error:
         print(f"prove-48b: error: {error}", file=sys.stderr)
         return 1

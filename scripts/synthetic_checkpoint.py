@@ -8,7 +8,6 @@ With a seed the values are random, for measurements in which quantization must t
 from __future__ import annotations
 
 import argparse
-import base64
 import itertools
 import json
 import math
@@ -22,24 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_gguf.convert.model.config import KimiConfig, published_config
-from kimi_gguf.convert.model.tensors import FLOAT32, hub_shapes
+from kimi_gguf.convert.model.tensor_table import FLOAT32, hub_shapes
+from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_tokenizer
 
 NUM_SHARDS = 20
 BYTES = {"BF16": 2, "F32": 4}
-# Offsets from the number of ranks, as in the K2 family's tokenizer.
-SPECIAL_TOKENS = {
-    0: "[BOS]",
-    1: "[EOS]",
-    2: "<|im_end|>",
-    3: "<|im_user|>",
-    4: "<|im_assistant|>",
-    9: "[EOT]",
-    10: "<|im_system|>",
-    17: "<|im_middle|>",
-    254: "[UNK]",
-    255: "[PAD]",
-}
-
 POOL = 1 << 24  # number of random values; tensors are filled with sections of this pool
 STD = 0.02
 
@@ -74,10 +60,7 @@ def _place(name: str) -> tuple[float, int]:
 
 def num_bytes(info: TensorInfo) -> int:
     """Bytes of a tensor's data."""
-    size = BYTES[info[1]]
-    for extent in info[2]:
-        size *= extent
-    return size
+    return BYTES[info[1]] * math.prod(info[2])
 
 
 def write_shard(file: Path, infos: list[TensorInfo], values: np.random.Generator | None) -> None:
@@ -110,25 +93,12 @@ def write_values(f: IO[bytes], pool: NDArray[Any], count: int, values: np.random
         count -= len(piece)
 
 
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Write a tokenizer with `vocab_size` tokens: all bytes, all pairs, then triples, and the special tokens."""
+def ranks(count: int) -> list[bytes]:
+    """Tokens: all bytes, all pairs, then triples."""
     singles = [bytes([b]) for b in range(256)]
     pairs = [a + b for a, b in itertools.product(singles, singles)]
     triples = (a + b for a, b in itertools.product(pairs, singles))
-    ranks = itertools.islice(itertools.chain(singles, pairs, triples), vocab_size - 256)
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
-    (folder / "tiktoken.model").write_text("".join(lines))
-    added = {
-        str(vocab_size - 256 + offset): {"content": content, "special": True}
-        for offset, content in SPECIAL_TOKENS.items()
-    }
-    settings = {
-        "added_tokens_decoder": added,
-        "bos_token": "[BOS]",
-        "eos_token": "[EOS]",
-        "pad_token": "[PAD]",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return list(itertools.islice(itertools.chain(singles, pairs, triples), count))
 
 
 def write_synthetic(
@@ -151,7 +121,7 @@ def write_synthetic(
         weight_map |= {name: file for name, _, _ in infos}
     index = {"metadata": {"total_size": sum(map(num_bytes, every))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder, config["vocab_size"])
+    write_tokenizer(folder, ranks(config["vocab_size"] - NUM_SPECIAL), config["model_max_length"])
     return folder
 
 

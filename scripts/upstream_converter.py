@@ -1,7 +1,7 @@
-"""llama.cpp's own converter from the pinned archive, run in a process of its own on checkpoints of the tests.
+"""Runs llama.cpp's own converter from the pinned archive, in a process of its own.
 
-Its tokenizer step would run the checkpoint's Python. It is replaced: the tokenizer's keys are left out, or
-taken over from a GGUF file of ours, so that both files hold the same vocabulary.
+Its tokenizer step would run the checkpoint's Python. Instead, the tokenizer's keys are left out, or copied from one of
+our GGUF files, so that both files have the same vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 import gguf, torch
 from conversion.kimi_linear import KimiLinearModel
 
-def take_over(path, writer):
+def copy_tokenizer(path, writer):
     for name, field in gguf.GGUFReader(path).fields.items():
         if name.startswith("tokenizer."):
             items = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
@@ -33,14 +33,14 @@ def take_over(path, writer):
 with torch.inference_mode():
     for job in json.loads(sys.argv[1]):
         vocab = job["vocabulary"]
-        KimiLinearModel.set_vocab = lambda self: take_over(vocab, self.gguf_writer) if vocab else None
+        KimiLinearModel.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
         KimiLinearModel(Path(job["source"]), gguf.LlamaFileType[job["type"]], Path(job["output"])).write()
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion; with `vocabulary`, a GGUF file, the tokenizer's keys are taken over from it."""
+    """A conversion. vocabulary: a GGUF file whose tokenizer keys are copied."""
 
     source: Path
     output: Path
@@ -49,7 +49,7 @@ class Job:
 
 
 def environment() -> dict[str, str]:
-    """Variables under which the command runs."""
+    """The environment of the command."""
     folder = upstream_source() / "llama.cpp"
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder / "gguf-py"), str(folder)]),
@@ -58,22 +58,13 @@ def environment() -> dict[str, str]:
 
 
 def command(jobs: Sequence[Job]) -> list[str]:
-    """The command that does all jobs, in one process: most of its time on small ones goes into starting it."""
-    described = [
-        {
-            "source": str(job.source),
-            "output": str(job.output),
-            "type": FILE_TYPES[job.type],
-            "vocabulary": job.vocabulary and str(job.vocabulary),
-        }
-        for job in jobs
-    ]
-    return [sys.executable, "-c", SCRIPT, json.dumps(described)]
+    """The command that does all jobs in one process: with small ones, starting it takes most of the time."""
+    described = [vars(job) | {"type": FILE_TYPES[job.type]} for job in jobs]
+    return [sys.executable, "-c", SCRIPT, json.dumps(described, default=str)]
 
 
 def upstream_convert(jobs: Sequence[Job]) -> None:
     """Convert all."""
-    done = subprocess.run(
-        command(jobs), env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
+    variables = environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(jobs), env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,14 +1,17 @@
-"""Fixtures that many tests share: the two llama.cpp builds and the demo checkpoint."""
+"""Fixtures that many tests share: the two llama.cpp builds and the demo model."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
 
@@ -70,3 +73,16 @@ def _own_build(shared: Path, pristine: bool) -> Engine:
 def demo_dir() -> Path:
     """The trained demo checkpoint, hub layout."""
     return ROOT / "demo"
+
+
+@pytest.fixture(scope="session")
+def demo_gguf(tmp_path_factory: pytest.TempPathFactory, demo_dir: Path) -> Callable[[str], Path]:
+    """The demo as a GGUF of a type such as F32; each is made once."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    @cache
+    def make(kind: str) -> Path:
+        convert(demo_dir, folder / f"demo-{kind}.gguf", TYPES[kind])
+        return folder / f"demo-{kind}.gguf"
+
+    return make

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -29,21 +30,18 @@ from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.pipeline import Request, validate
-from kimi_gguf.validate.report import (
-    Report,
-    error_text,
-    limit_text,
-    number_text,
-    plain_text,
-    share_text,
-    write,
-)
+from kimi_gguf.validate.report import FORMATS, Report, limit_text, number_text, write
 from kimi_gguf.validate.sample_text import TEXT
 from kimi_gguf.validate.tensors import open_gguf
 
 PROGRAM: Final = "validate-kimi"
 PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+# Of the summary: title, field of Summary, format.
+COLUMNS = (
+    ("NMSE", "nmse", "error"), ("worst NMSE", "nmse_worst", "error"), ("mean KLD", "kld_mean", "error"),
+    ("99 % KLD", "kld_p99", "error"), ("top-1", "top1", "share"), ("perplexity", "ppl_test", "plain"),
+)  # fmt: skip
 
 
 EXAMPLES = """\
@@ -94,102 +92,50 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("gguf", metavar="GGUF", type=Path, help="the file to validate")
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=Path, required=True, help="checkpoint that GGUF was made from")
-    tokens = parser.add_mutually_exclusive_group()
-    tokens.add_argument("--text", metavar="FILE", type=Path, help="evaluate on this text (default: built-in)")
-    tokens.add_argument(
+    tokens = parser.add_mutually_exclusive_group().add_argument
+    tokens("--text", metavar="FILE", type=Path, help="evaluate on this text (default: built-in)")
+    tokens(
         "--ids", metavar="FILE", type=Path, help="evaluate on these token ids, separated by spaces or commas"
     )
+
+    def number(name: str, least: int, default: int | None, meaning: str) -> None:
+        add(name, metavar="N", type=partial(_at_least, least), default=default, help=meaning)
+
+    number("--tokens", 1, 512, "use at most N tokens of the text (default: %(default)s)")
+    written = "let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)"
+    number("--generate", 0, 32, written)
+    out = Path("validation")
     add(
-        "--tokens",
-        metavar="N",
-        type=_positive,
-        default=512,
-        help="use at most N tokens of the text (default: %(default)s)",
-    )
-    add(
-        "--generate",
-        metavar="N",
-        type=_natural,
-        default=32,
-        help="let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)",
-    )
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("validation"),
-        help="write the reports to DIR (default: %(default)s)",
+        "--out", metavar="DIR", type=Path, default=out, help="write the reports to DIR (default: %(default)s)"
     )
     add("--upstream", action="store_true", help="also run GGUF on upstream llama.cpp and compare")
     add("--pristine", dest="upstream", action="store_true", help=argparse.SUPPRESS)  # the earlier name
     add("--against", metavar="GGUF", type=Path, help="also run another file and show its figures")
-    add(
-        "--precision",
-        choices=PRECISIONS,
-        default="float32",
-        help="precision of the reference (default: %(default)s)",
-    )
-    add(
-        "--build",
-        "--backend",
-        metavar="NAME",
-        help="build of llama.cpp, named as in kimi-llama path --help (default: cpu)",
-    )
-    add(
-        "--gpu-layers",
-        metavar="N",
-        type=_natural,
-        help="layers to offload to the GPU (default: all with a GPU backend, else 0)",
-    )
-    add(
-        "--cache-type",
-        metavar="TYPE",
-        default="F32",
-        help="type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)",
-    )
-    add(
-        "--batch",
-        metavar="N",
-        type=_positive,
-        default=512,
-        help="tokens per call of llama_decode (default: %(default)s)",
-    )
-    add(
-        "--ubatch",
-        metavar="N",
-        type=_positive,
-        default=512,
-        help="tokens per graph evaluation (default: %(default)s)",
-    )
-    add(
-        "--threads",
-        metavar="N",
-        type=_positive,
-        default=os.cpu_count() or 1,
-        help="CPU threads (default: all cores)",
-    )
+    precision = "precision of the reference (default: %(default)s)"
+    add("--precision", choices=PRECISIONS, default="float32", help=precision)
+    build = "build of llama.cpp, named as in kimi-llama path --help (default: cpu)"
+    add("--build", "--backend", metavar="NAME", help=build)
+    number("--gpu-layers", 0, None, "layers to offload to the GPU (default: all with a GPU backend, else 0)")
+    cache_type = "type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)"
+    add("--cache-type", metavar="TYPE", default="F32", help=cache_type)
+    number("--batch", 1, 512, "tokens per call of llama_decode (default: %(default)s)")
+    number("--ubatch", 1, 512, "tokens per graph evaluation (default: %(default)s)")
+    number("--threads", 1, os.cpu_count() or 1, "CPU threads (default: all cores)")
     add("--quiet", action="store_true", help="print no summary on standard output")
     return parser
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
-    return int(text)
-
-
-def _natural(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, found {text!r}")
+def _at_least(least: int, text: str) -> int:
+    if not text.isdigit() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
     return int(text)
 
 
 def _request(options: argparse.Namespace) -> Request:
     """Read the files that the arguments name. Raises an error for bad input before anything is built."""
-    for path in (options.gguf, options.against):
-        if path is not None:
-            with open_gguf(path):
-                pass
+    for path in filter(None, (options.gguf, options.against)):
+        with open_gguf(path):
+            pass
     with open_checkpoint(options.checkpoint):
         pass
     on_gpu = options_of(options.build)[0] != "cpu"
@@ -242,11 +188,9 @@ def _summary(report: Report, html: Path) -> None:
         console.width = 120  # do not wrap lines at 80 columns in a file or a pipe
     table = Table(title=f"{report.gguf['name']} against {report.checkpoint['name']}", title_justify="left")
     table.add_column("")
-    for title in ("NMSE", "worst NMSE", "mean KLD", "99 % KLD", "top-1", "perplexity", "expert mismatches"):
+    for title in (*(title for title, _, _ in COLUMNS), "expert mismatches"):
         table.add_column(title, justify="right")
-    rows = [("this file", run) for run in report.runs]
-    rows += [(rival.title, run) for rival in report.rivals for run in rival.runs]
-    for source, run in rows:
+    for source, run in report.columns:
         table.add_row(f"{source}, {run.variant.key}", *_cells(run.all), str(int(run.choices.differs.sum())))
     table.add_row("noise floor", *_cells(report.floor), "")
     console.print(table)
@@ -258,11 +202,7 @@ def _summary(report: Report, html: Path) -> None:
 
 
 def _cells(summary: Summary) -> list[str]:
-    return [
-        *(error_text(x) for x in (summary.nmse, summary.nmse_worst, summary.kld_mean, summary.kld_p99)),
-        share_text(summary.top1),
-        plain_text(summary.ppl_test),
-    ]
+    return [FORMATS[form](getattr(summary, figure)) for _, figure, form in COLUMNS]
 
 
 if __name__ == "__main__":

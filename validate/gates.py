@@ -49,11 +49,9 @@ class Evidence:
     tensors: TensorProof
 
 
-JUDGED = Limit("judged_share", "", 0.5, "share of positions without a near tie", at_least=True)
-
 LIMITS: dict[str, tuple[Limit, ...]] = {
     "F32": (
-        JUDGED,
+        Limit("judged_share", "", 0.5, "share of positions without a near tie", at_least=True),
         Limit("nmse", "judged", 1e-10, "NMSE, near ties excluded"),
         Limit("nmse_worst", "judged", 1e-8, "worst NMSE, near ties excluded"),
     ),
@@ -92,26 +90,15 @@ SMALLEST = 1e-18  # below float64's precision for both metrics; keeps logarithms
 
 def judge(evidence: Evidence) -> list[GateResult]:
     """All gates that apply to the file's type."""
-    tensors = evidence.tensors
-    results = [
-        GateResult(
-            "tensors that differ from the checkpoint", "", tensors.failed, 0, False, tensors.failed == 0
-        )
-    ]
+    failed = evidence.tensors.failed
+    results = [GateResult("tensors that differ from the checkpoint", "", failed, 0, False, failed == 0)]
     for limit in LIMITS.get(evidence.type, ()):
         results += [_apply(limit, measured) for measured in evidence.runs]
-    if evidence.type != "F32":
-        for measured, upstream in _pairs(evidence):
-            results += _against_upstream(measured, upstream)
-    return results
-
-
-def _pairs(evidence: Evidence) -> Iterator[tuple[Measured, Measured]]:
-    """Runs of the same variant."""
-    by_key = {measured.variant.key: measured for measured in evidence.upstream}
+    upstream = {measured.variant.key: measured for measured in evidence.upstream}
     for measured in evidence.runs:
-        if measured.variant.key in by_key:
-            yield measured, by_key[measured.variant.key]
+        if evidence.type != "F32" and measured.variant.key in upstream:
+            results += _against_upstream(measured, upstream[measured.variant.key])
+    return results
 
 
 def _apply(limit: Limit, measured: Measured) -> GateResult:

@@ -80,11 +80,8 @@ def run(
         raise ValidateError(f"a traced run takes one sequence, and {len(sequences)} were given")
     with tempfile.TemporaryDirectory(prefix="kimi-validate-") as name:
         folder = Path(name)
-        request = {
-            "folder": name,
-            "options": asdict(options),
-            "sequences": [_listed(ids) for ids in sequences],
-        }
+        listed = [_listed(ids) for ids in sequences]
+        request = {"folder": name, "options": asdict(options), "sequences": listed}
         answer, log = _ask(engine, gguf, "logits", progress, **request)
         return LlamaRun(
             logits=[np.load(folder / f"logits-{i}.npy") for i in range(len(sequences))],
@@ -100,8 +97,8 @@ def continue_greedily(
 ) -> list[int]:
     """The `count` token ids that llama.cpp writes after `ids`, always taking the most likely one."""
     chosen = asdict(options or RunOptions())
-    answer = _ask(engine, gguf, "continue_greedily", options=chosen, ids=_listed(ids), count=count)
-    written: list[int] = answer[0]
+    written: list[int]
+    written, _ = _ask(engine, gguf, "continue_greedily", options=chosen, ids=_listed(ids), count=count)
     return written
 
 

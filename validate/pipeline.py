@@ -7,7 +7,7 @@ Raises ValidateError, ConvertError or EngineError for bad input.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.progress import Reporter
@@ -34,8 +34,7 @@ from kimi_gguf.validate.measure import (
     noise_floor,
     truth,
 )
-from kimi_gguf.validate.probe import quiet_weight, write_quiet_gguf
-from kimi_gguf.validate.reference import Reference
+from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.report import Greedy, Report, Rival, Worst
 from kimi_gguf.validate.tensors import prove
 
@@ -85,10 +84,11 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
                 "give the checkpoint that the file was made from"
             )
         is_f32 = gguf_facts["type"] == "F32"
-        expected = {
-            quiet: _truth(request, checkpoint, ids, quiet, reporter)
-            for quiet in ([False, True] if is_f32 else [False])
-        }
+        expected = {}
+        for quiet in [False, True] if is_f32 else [False]:
+            reporter.phase("reference" + (", quiet probe" if quiet else ""))
+            reference = reference_of(checkpoint, quiet, request.dtype)
+            expected[quiet] = truth(reference, ids, reporter.step)
     variants = [variant for variant in VARIANTS if variant.quiet in expected]
     with TemporaryDirectory(prefix="kimi-validate-") as folder:
         files = {False: request.gguf, True: Path(folder) / "quiet.gguf"}
@@ -106,9 +106,8 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         own = runs(engine, "llama.cpp")
         rivals = []
         if upstream is not None:
-            rivals.append(
-                _rival("upstream llama.cpp", lambda: runs(upstream, "upstream llama.cpp"), reporter)
-            )
+            title = "upstream llama.cpp"
+            rivals.append(_rival(title, lambda: runs(upstream, title), reporter))
     if request.against is not None:
         other = request.against
 
@@ -120,12 +119,7 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         rivals.append(_rival(other.name, run_other, reporter))
     reporter.phase("noise floor")
     floor = noise_floor(engine, request.gguf, ids, request.options, FLOOR_UBATCH)
-    evidence = Evidence(
-        type=gguf_facts["type"],
-        runs=own,
-        upstream=rivals[0].runs if upstream is not None else [],
-        tensors=tensors,
-    )
+    upstream_runs = rivals[0].runs if upstream is not None else []
     return Report(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         seconds=round(time.monotonic() - began, 1),
@@ -143,7 +137,7 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         tensors=tensors,
         greedy=_greedy(own[0], expected[False], generated),
         worst=_worst(engine, request.gguf, own[0], expected[False]),
-        gates=judge(evidence),
+        gates=judge(Evidence(gguf_facts["type"], own, upstream_runs, tensors)),
     )
 
 
@@ -161,15 +155,6 @@ def _ids(request: Request, engine: Engine) -> tuple[Ids, int]:
     return np.concatenate([given, np.array(written, dtype=np.int64)]), len(written)
 
 
-def _truth(request: Request, checkpoint: Checkpoint, ids: Ids, quiet: bool, reporter: Reporter) -> Truth:
-    def weight(name: str) -> torch.Tensor:
-        return torch.from_numpy(checkpoint.float32(name))
-
-    reporter.phase("reference" + (", quiet probe" if quiet else ""))
-    reference = Reference(checkpoint.config, quiet_weight(weight) if quiet else weight, request.dtype)
-    return truth(reference, ids, reporter.step)
-
-
 def _rival(title: str, runs: Callable[[], list[Measured]], reporter: Reporter) -> Rival:
     """Figures of another engine or file; if it cannot run, this is reported and is not an error."""
     try:
@@ -181,8 +166,6 @@ def _rival(title: str, runs: Callable[[], list[Measured]], reporter: Reporter) -
 
 def _greedy(measured: Measured, expected: Truth, generated: int) -> Greedy:
     """Compare each token that llama.cpp generated with the reference's greedy choice."""
-    if not generated:
-        return Greedy(0, 0, None, None)
     start = len(expected.ids) - generated
     wrote, would = expected.ids[start:], measured.at.best_reference[start - 1 : -1]
     other = np.flatnonzero(wrote != would)
@@ -199,21 +182,19 @@ def _worst(engine: Engine, gguf: Path, measured: Measured, expected: Truth) -> l
     at, ids = measured.at, expected.ids
     order = np.argsort(-np.nan_to_num(at.kld, nan=np.inf), kind="stable")[:WORST]
     margins = np.min([*expected.margins.values(), np.full(len(ids), np.inf)], axis=0)
-    wanted: list[int] = []
-    for position in order:
-        wanted += [int(i) for i in ids[max(0, position - CONTEXT + 1) : position + 1]]
-        wanted += [int(at.best_reference[position]), int(at.best_test[position])]
-    text = dict(zip(wanted, pieces(engine, gguf, wanted), strict=True))
+    contexts = {position: ids[max(0, position - CONTEXT + 1) : position + 1] for position in order}
+    wanted = np.concatenate([*contexts.values(), at.best_reference[order], at.best_test[order]])
+    text = dict(zip(wanted.tolist(), pieces(engine, gguf, wanted), strict=True))
 
-    def said(tokens: Sequence[int] | Ids) -> str:
-        return b"".join(text[int(token)] for token in tokens).decode(errors="replace")
+    def said(*tokens: int) -> str:
+        return b"".join(text[token] for token in tokens).decode(errors="replace")
 
     return [
         Worst(
             position=int(position),
-            context=said(ids[max(0, position - CONTEXT + 1) : position + 1]),
-            reference=said([at.best_reference[position]]),
-            test=said([at.best_test[position]]),
+            context=said(*contexts[position]),
+            reference=said(at.best_reference[position]),
+            test=said(at.best_test[position]),
             kld=float(at.kld[position]),
             nmse=float(at.nmse[position]),
             other_experts=bool(measured.choices.differs[position]),

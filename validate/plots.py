@@ -80,15 +80,8 @@ def by_position(axes: Axes, report: Report) -> None:
         axes.semilogy(_visible(run.at.nmse), color=colour, linewidth=0.9, label=label, alpha=0.85)
     differs = np.flatnonzero(report.headline.choices.differs)
     if len(differs):
-        axes.semilogy(
-            differs,
-            _visible(report.headline.at.nmse[differs]),
-            linestyle="none",
-            marker="o",
-            markersize=4,
-            color=MARK,
-            label="expert mismatch",
-        )
+        errors = _visible(report.headline.at.nmse[differs])
+        axes.semilogy(differs, errors, "o", markersize=4, color=MARK, label="expert mismatch")
     _whole_decades(axes)
     axes.set(xlabel="position", ylabel="NMSE", xlim=(0, max(1, len(report.headline.at) - 1)))
     _legend(axes)
@@ -102,16 +95,9 @@ def by_layer(axes: Axes, report: Report) -> None:
         axes.semilogy(layers, errors, color=colour, linewidth=1.1, label=label)
         for kind, marker in (("kda", "o"), ("mla", "s")):
             which = [i for i, layer in enumerate(run.layers) if layer.kind == kind]
-            axes.semilogy(
-                [layers[i] for i in which],
-                errors[which],
-                linestyle="none",
-                marker=marker,
-                markersize=5,
-                color=colour,
-            )
-    axes.semilogy([], [], linestyle="none", marker="o", color=INK, label="KDA layer")
-    axes.semilogy([], [], linestyle="none", marker="s", color=INK, label="MLA layer")
+            axes.semilogy([layers[i] for i in which], errors[which], marker, markersize=5, color=colour)
+    axes.semilogy([], [], "o", color=INK, label="KDA layer")
+    axes.semilogy([], [], "s", color=INK, label="MLA layer")
     _whole_decades(axes)
     axes.set(xlabel="layer", ylabel="NMSE of the output")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -125,16 +111,8 @@ def kld_histogram(axes: Axes, report: Report) -> None:
     low, high = (f(np.concatenate(values)) for f in (np.min, np.max))
     bins = [float(edge) for edge in np.geomspace(low * 0.8, high * 1.25, 48)]
     for (label, colour, _), kld in zip(compared, values, strict=True):
-        filled = colour == OWN
-        axes.hist(
-            kld,
-            bins=bins,
-            label=label,
-            color=colour,
-            alpha=0.75 if filled else 1.0,
-            histtype="stepfilled" if filled else "step",
-            linewidth=1.2,
-        )
+        style: Any = {"histtype": "stepfilled", "alpha": 0.75} if colour == OWN else {"histtype": "step"}
+        axes.hist(kld, bins=bins, label=label, color=colour, linewidth=1.2, **style)
     axes.set(xscale="log", xlabel="KLD (nats)", ylabel="positions")
     _legend(axes)
 
@@ -144,9 +122,8 @@ def agreement(axes: Axes, report: Report) -> None:
     for label, colour, run in _compared(report):
         sections = np.array_split(run.at.top1, min(16, len(run.at)))
         middle = np.cumsum([len(s) for s in sections]) - np.array([len(s) for s in sections]) / 2
-        axes.plot(
-            middle, [100 * s.mean() for s in sections], color=colour, marker="o", markersize=3.5, label=label
-        )
+        share = [100 * s.mean() for s in sections]
+        axes.plot(middle, share, color=colour, marker="o", markersize=3.5, label=label)
     low = axes.get_ylim()[0]
     axes.set(xlabel="position", ylabel="top-1 agreement (%)", ylim=(min(low, 95.0), 100.4))
     _legend(axes)

@@ -9,24 +9,36 @@ Scaling by a power of two is exact in float32, so both sides still compute the s
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.engine.gguf import GgufFile
 from kimi_gguf.engine.gguf_check import all_parts
 from kimi_gguf.engine.split_names import part_paths
 from kimi_gguf.engine.tensor_types import F32
 from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.reference import Reference
 
 FACTOR = 2.0**-8
 
 
-def quiet_weight(weight: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """The reference's weights, scaled down; name -> tensor as in `Reference`."""
-    return lambda name: weight(name) * (FACTOR if name.endswith(".input_layernorm.weight") else 1.0)
+def reference_of(
+    checkpoint: Checkpoint,
+    quiet: bool,
+    dtype: torch.dtype = torch.float32,
+    model: type[Reference] = Reference,
+) -> Reference:
+    """The reference of an open checkpoint, or of its quiet probe; model: `Reference` or a faulty subclass."""
+
+    def weight(name: str) -> Tensor:
+        tensor = torch.from_numpy(checkpoint.float32(name))
+        return tensor * FACTOR if quiet and name.endswith(".input_layernorm.weight") else tensor
+
+    return model(checkpoint.config, weight, dtype)
 
 
 def write_quiet_gguf(source: Path, target: Path) -> Path:

@@ -23,25 +23,22 @@ CHUNK = 1 << 24
 Facts = dict[str, Any]
 
 
-def file_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
-    """Name, size in bytes and SHA-256; `progress` gets the number of bytes done and the total."""
-    return _facts([path], progress)
+def _file_facts(paths: Sequence[Path], progress: Callable[[int, int], None]) -> Facts:
+    """The first file's name, and size in bytes and SHA-256 of all files concatenated.
 
-
-def _facts(paths: Sequence[Path], progress: Callable[[int, int], None] | None) -> Facts:
-    """The first file's name, and size and SHA-256 of all files concatenated."""
+    `progress` gets the number of bytes done and the total.
+    """
     digest, done, size = hashlib.sha256(), 0, sum(path.stat().st_size for path in paths)
     for path in paths:
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 done += len(chunk)
-                if progress is not None:
-                    progress(done, size)
+                progress(done, size)
     return {"name": paths[0].name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -> Facts:
+def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:
     """File facts, the model's name, and the type of most of its elements."""
     with open_gguf(path) as model:
         name, tensors = model.keys.get("general.name", ""), model.tensors.values()
@@ -49,7 +46,7 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -
     for tensor in tensors:
         elements[tensor.type.name] += tensor.elements
     return {
-        **_facts(all_parts(path), progress),
+        **_file_facts(all_parts(path), progress),
         "model": str(name),
         "type": max(elements, key=lambda kind: elements[kind]),
         "elements_by_type": dict(elements),
@@ -57,13 +54,13 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None] | None = None) -
     }
 
 
-def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> Facts:
+def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Facts:
     """Name, parameter count, and the hashes of the config and weight files."""
     config = checkpoint.folder / "config.json"
     return {
         "name": checkpoint.folder.resolve().name,
-        "parameters": sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names()),
-        "files": [file_facts(path, progress) for path in dict.fromkeys((config, *checkpoint.files))],
+        "parameters": sum(int(np.prod(shape)) for shape in checkpoint.shapes.values()),
+        "files": [_file_facts([path], progress) for path in dict.fromkeys((config, *checkpoint.files))],
     }
 
 

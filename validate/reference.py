@@ -77,20 +77,15 @@ class Reference:
     # ---------------------------------------------------------------------------------------- the whole model
 
     @torch.inference_mode()
-    def logits(self, ids: Tensor, trace: Trace | None = None, out: Tensor | None = None) -> Tensor:
-        """Token ids [T] (integers) -> logits [T, V] in `dtype`; written to `out` if it is given."""
+    def logits(self, ids: Tensor, trace: Trace | None = None) -> Tensor:
+        """Token ids [T] (integers) -> logits [T, V] in `dtype`."""
         x = self._weight("model.embed_tokens.weight")[ids].to(self.dtype)  # [T, M]
         for layer in range(len(self.config.layers)):
             x = self.block(layer, x, trace)
             if trace is not None:
                 trace.layer_done(x)
         x = self.rms_norm(x, self.weight("model.norm.weight"), self.config.rms_norm_eps)
-        head = self.weight("lm_head.weight")
-        if out is None:
-            return linear(x, head)
-        for start in range(0, len(ids), QUERY_BLOCK):
-            out[start : start + QUERY_BLOCK] = linear(x[start : start + QUERY_BLOCK], head)
-        return out
+        return linear(x, self.weight("lm_head.weight"))
 
     def block(self, layer: int, x: Tensor, trace: Trace | None) -> Tensor:
         """One layer, x [T, M] -> [T, M]."""
@@ -165,9 +160,7 @@ class Reference:
         decay = torch.exp(log_decay)
         for t in range(tokens):
             state = self.carried_state(state, t) * decay[t, :, :, None]
-            recalled = (k[t, :, None, :] @ state).squeeze(
-                1
-            )  # Sᵀk, the value that the state holds for this key
+            recalled = (k[t, :, None, :] @ state).squeeze(1)  # Sᵀk, what the state holds for this key
             delta = beta[t, :, None] * (v[t] - recalled)
             state = state + k[t, :, :, None] * delta[:, None, :]
             out[t] = (q[t, :, None, :] @ state).squeeze(1)

@@ -24,6 +24,8 @@ from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.tensors import TensorProof
 
 SCHEMA = "kimi-gguf/validation-report/1"
+FACTS = ("gguf", "checkpoint", "ids", "engine", "machine", "reference")  # fields of Report
+SUMMARIES = ("all", "judged", "same_experts", "other_experts")  # fields of Measured
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,7 @@ class Greedy:
     tokens: int
     same: int
     first_other: int | None  # index of the first token that differs
-    gap: (
-        float | None
-    )  # there: logit of the reference's choice minus logit of llama.cpp's, both in the reference
+    gap: float | None  # there, in the reference: logit of its choice minus logit of llama.cpp's
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,12 @@ class Report:
         return self.runs[0]
 
     @property
+    def columns(self) -> list[tuple[str, Measured]]:
+        """Every run with the name of its file or engine."""
+        rivals = [(rival.title, run) for rival in self.rivals for run in rival.runs]
+        return [*(("this file", run) for run in self.runs), *rivals]
+
+    @property
     def diverging(self) -> LayerError | None:
         """The first layer whose error is above the limit of the type in DIVERGED; None if there is no limit."""
         return first_diverging(self.headline.layers, DIVERGED.get(self.gguf["type"], math.inf))
@@ -119,12 +125,7 @@ def to_json(report: Report) -> str:
         "created": report.created,
         "seconds": report.seconds,
         "direction": "KLD is KL(reference || test), natural logarithm",
-        "gguf": report.gguf,
-        "checkpoint": report.checkpoint,
-        "ids": report.ids,
-        "engine": report.engine,
-        "machine": report.machine,
-        "reference": report.reference,
+        **{name: getattr(report, name) for name in FACTS},
         "options": asdict(report.options),
         "gates": [asdict(gate) for gate in report.gates],
         "runs": [_run_data(measured) for measured in report.runs],
@@ -146,21 +147,13 @@ def _run_data(measured: Measured) -> dict[str, Any]:
     return {
         "variant": asdict(measured.variant),
         "system": measured.system,
-        "all": asdict(measured.all),
-        "judged": asdict(measured.judged),
-        "same_experts": asdict(measured.same_experts),
-        "other_experts": asdict(measured.other_experts),
+        **{name: asdict(getattr(measured, name)) for name in SUMMARIES},
         "other_experts_share": measured.other_experts_share,
         "near_ties": int(choices.near_tie.sum()),
         "after_a_fallen_tie": int(choices.fallen.sum()),
         "watched_nmse": measured.watched_nmse,
         "layers": [asdict(layer) for layer in measured.layers],
-        "per_position": {
-            "nmse": at.nmse,
-            "kld": at.kld,
-            "top1": at.top1,
-            "other_experts": choices.differs,
-        },
+        "per_position": {"nmse": at.nmse, "kld": at.kld, "top1": at.top1, "other_experts": choices.differs},
     }
 
 
@@ -273,19 +266,15 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters.update(
-        error=error_text, share=share_text, plain=plain_text, number=number_text, bytes=bytes_text
-    )
+    environment.filters.update(FORMATS, number=number_text, bytes=bytes_text)
     return environment
 
 
 def _context(report: Report) -> dict[str, Any]:
-    columns = [("this file", measured) for measured in report.runs]
-    columns += [(rival.title, measured) for rival in report.rivals for measured in rival.runs]
     return {
         "report": report,
         "headline": report.headline,
-        "columns": columns,
+        "columns": report.columns,
         "figures": FIGURES,
         "formats": FORMATS,
         "subsets": SUBSETS,

@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.tensors import Output, Transform, outputs
+from kimi_gguf.convert.model.tensor_table import Output, Transform, outputs
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_parts
@@ -42,9 +42,8 @@ class TensorProof:
     exact: int = 0  # bit-identical tensors: F32, or F16 and BF16 from a checkpoint of the same type
     rounded: int = 0  # F16 and BF16 tensors in which every value is correctly rounded
     quantised: int = 0  # Q8_0 tensors in which every value is within half a step
-    unproved: dict[str, float] = field(
-        default_factory=dict
-    )  # tensors of other types: name -> NMSE; not judged
+    # tensors of other types, which are not judged: name -> NMSE
+    unproved: dict[str, float] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     failed: int = 0
     misfits: int = 0  # failed tensors that are missing, unknown, or have a wrong shape
@@ -69,27 +68,21 @@ def prove(
     `progress` gets the number of tensors done and the total. Raises ValidateError if the file or one of its splits
     is not a readable GGUF file.
     """
-    with open_gguf(path) as model:
-        return _prove(model, checkpoint, progress)
-
-
-def _prove(
-    model: GgufModel, checkpoint: Checkpoint, progress: Callable[[int, int], None] | None
-) -> TensorProof:
-    stored = model.tensors
     expected = {output.name: output for output in outputs(checkpoint.config)}
     proof = TensorProof()
-    for name in sorted(stored.keys() - expected.keys()):
-        proof.fail(f"{name}: unexpected tensor, not in the checkpoint", misfit=True)
-    for done, (name, output) in enumerate(expected.items(), 1):
-        if name not in stored:
-            proof.fail(f"{name}: missing from the file", misfit=True)
-        elif (found := _shape(stored[name].ne)) != _shape(output.ne):
-            proof.fail(f"{name}: expected shape {_shape(output.ne)}, found {found}", misfit=True)
-        else:
-            _prove_one(model, stored[name], output, checkpoint, proof)
-        if progress is not None:
-            progress(done, len(expected))
+    with open_gguf(path) as model:
+        stored = model.tensors
+        for name in sorted(stored.keys() - expected.keys()):
+            proof.fail(f"{name}: unexpected tensor, not in the checkpoint", misfit=True)
+        for done, (name, output) in enumerate(expected.items(), 1):
+            if name not in stored:
+                proof.fail(f"{name}: missing from the file", misfit=True)
+            elif (found := _shape(stored[name].ne)) != _shape(output.ne):
+                proof.fail(f"{name}: expected shape {_shape(output.ne)}, found {found}", misfit=True)
+            else:
+                _prove_one(model, stored[name], output, checkpoint, proof)
+            if progress is not None:
+                progress(done, len(expected))
     return proof
 
 
@@ -173,16 +166,6 @@ def _wrong_f32(each: Comparison) -> Flags:
     return wrong
 
 
-def _wrong_f16(each: Comparison) -> Flags:
-    wrong: Flags = each.found != each.wanted.astype(np.float16).astype(np.float32)
-    return wrong
-
-
-def _wrong_bf16(each: Comparison) -> Flags:
-    wrong: Flags = each.found != nearest_bf16(each.wanted)
-    return wrong
-
-
 def _wrong_q8_0(each: Comparison) -> Flags:
     """Values with an error above half a step, and values of blocks whose scale does not match the largest value."""
     step = each.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
@@ -198,8 +181,8 @@ def _wrong_q8_0(each: Comparison) -> Flags:
 
 CHECKS: dict[Kind, Callable[[Comparison], Flags]] = {
     Kind.F32: _wrong_f32,
-    Kind.F16: _wrong_f16,
-    Kind.BF16: _wrong_bf16,
+    Kind.F16: lambda each: each.found != each.wanted.astype(np.float16).astype(np.float32),
+    Kind.BF16: lambda each: each.found != nearest_bf16(each.wanted),
     Kind.Q8_0: _wrong_q8_0,
 }
 

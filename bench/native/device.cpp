@@ -1,6 +1,6 @@
-// What a device attains through ggml: bytes moved by a copy a second, multiply-adds of large products a second.
+// Peak rates of a device with ggml: bytes moved by a copy, and multiply-adds of large matmuls, per second.
 //
-//   device NAME [SECONDS]     prints one line of JSON; what the device does not compute is null
+//   device NAME     prints one line of JSON; what the device does not compute is null
 //
 // Sizes grow until a graph takes long enough to be timed, or fills its share of the memory.
 
@@ -18,16 +18,17 @@
 
 namespace {
 
-constexpr int    NODES    = 4;     // of a graph, so that launching is no part of it
+constexpr int    NODES    = 4;     // of a graph, so that the launch does not count
 constexpr double ENOUGH   = 0.02;  // seconds of a graph
-constexpr int    LARGEST  = 8192;  // rows and columns of a product
+constexpr double SECONDS  = 0.3;   // of repeating a graph
+constexpr int    LARGEST  = 8192;  // rows and columns of a matmul
 constexpr size_t MEBIBYTE = size_t(1) << 20;
 
 // Builds one result in a context; NODES of them make a graph.
 using Build = std::function<ggml_tensor *(ggml_context *)>;
 
-// The best time of a node in seconds, over `seconds`; 0 where the device does not compute it or lacks the memory.
-double best(ggml_backend_t backend, const Build & build, double seconds, double & graph_took) {
+// The best time of a graph in seconds, over SECONDS; 0 if the device does not compute it or lacks the memory.
+double best(ggml_backend_t backend, const Build & build) {
     std::vector<uint8_t>   memory(ggml_tensor_overhead() * 8 * NODES + ggml_graph_overhead());
     const ggml_init_params params = { memory.size(), memory.data(), true };
     ggml_context *         ctx    = ggml_init(params);
@@ -43,7 +44,7 @@ double best(ggml_backend_t backend, const Build & build, double seconds, double 
     if (buffer) {
         ggml_backend_buffer_clear(buffer, 0);
         const int64_t began = ggml_time_us();
-        for (int turn = 0; turn < 3 || ggml_time_us() - began < seconds * 1e6; ++turn) {
+        for (int turn = 0; turn < 3 || ggml_time_us() - began < SECONDS * 1e6; ++turn) {
             const int64_t from = ggml_time_us();
             if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
                 least = 0;
@@ -55,12 +56,11 @@ double best(ggml_backend_t backend, const Build & build, double seconds, double 
         ggml_backend_buffer_free(buffer);
     }
     ggml_free(ctx);
-    graph_took = least;
-    return least / NODES;
+    return least;
 }
 
 // Bytes read and written a second by a copy.
-double copying(ggml_backend_t backend, size_t room, double seconds) {
+double copying(ggml_backend_t backend, size_t room) {
     double rate = 0;
     for (size_t size = 16 * MEBIBYTE; 2 * NODES * size <= room; size *= 2) {
         const Build build = [size](ggml_context * ctx) {
@@ -68,12 +68,11 @@ double copying(ggml_backend_t backend, size_t room, double seconds) {
             ggml_tensor * from = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n);
             return ggml_cpy(ctx, from, ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n));
         };
-        double       took;
-        const double node = best(backend, build, seconds, took);
-        if (node == 0) {
+        const double took = best(backend, build);
+        if (took == 0) {
             break;
         }
-        rate = 2.0 * size / node;
+        rate = 2.0 * size * NODES / took;
         if (took >= ENOUGH) {
             break;
         }
@@ -82,19 +81,18 @@ double copying(ggml_backend_t backend, size_t room, double seconds) {
 }
 
 // Multiply-adds a second with weights of a type and activations in float32.
-double products(ggml_backend_t backend, ggml_type type, double seconds) {
+double matmul(ggml_backend_t backend, ggml_type type) {
     double rate = 0;
     for (int n = 512; n <= LARGEST; n *= 2) {
         const Build build = [type, n](ggml_context * ctx) {
             ggml_tensor * weights = ggml_new_tensor_2d(ctx, type, n, n);
             return ggml_mul_mat(ctx, weights, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n, n));
         };
-        double       took;
-        const double node = best(backend, build, seconds, took);
-        if (node == 0) {
+        const double took = best(backend, build);
+        if (took == 0) {
             break;
         }
-        rate = std::max(rate, (double) n * n * n / node);
+        rate = std::max(rate, (double) n * n * n * NODES / took);
         if (took >= ENOUGH) {
             break;
         }
@@ -109,11 +107,10 @@ std::string number(double value) {
 }  // namespace
 
 int main(int argc, char ** argv) {
-    if (argc < 2 || argc > 3) {
-        fprintf(stderr, "usage: device NAME [SECONDS]\n");
+    if (argc != 2) {
+        fprintf(stderr, "usage: device NAME\n");
         return 2;
     }
-    const double seconds = argc > 2 ? atof(argv[2]) : 0.3;
     ggml_time_init();
     ggml_backend_load_all();
     ggml_backend_dev_t device = ggml_backend_dev_by_name(argv[1]);
@@ -129,11 +126,9 @@ int main(int argc, char ** argv) {
     size_t free, total;
     ggml_backend_dev_memory(device, &free, &total);
     printf("{\"threads\": 0, \"read\": %s, \"f32\": %s, \"f16\": %s, \"bf16\": %s, \"int8\": %s}\n",
-           number(copying(backend, free / 2, seconds)).c_str(),
-           number(products(backend, GGML_TYPE_F32, seconds)).c_str(),
-           number(products(backend, GGML_TYPE_F16, seconds)).c_str(),
-           number(products(backend, GGML_TYPE_BF16, seconds)).c_str(),
-           number(products(backend, GGML_TYPE_Q8_0, seconds)).c_str());
+           number(copying(backend, free / 2)).c_str(), number(matmul(backend, GGML_TYPE_F32)).c_str(),
+           number(matmul(backend, GGML_TYPE_F16)).c_str(), number(matmul(backend, GGML_TYPE_BF16)).c_str(),
+           number(matmul(backend, GGML_TYPE_Q8_0)).c_str());
     ggml_backend_free(backend);
     return 0;
 }

@@ -1,26 +1,25 @@
-// Time of one layer's operators alone: the KDA recurrence, its convolutions, latent attention, products of weights.
-// The same binary measures an upstream and a patched build: operators of the patches are looked up by name, and only the
-// library path differs.
+// Time of single operators: the KDA recurrence, its convolutions, latent attention, matmuls.
+// The same source measures an upstream and a patched build: operators of the patches are looked up by name.
 //
 //   operators CASE [key=value ...]     keys and defaults below; prints one line of JSON
 //
 // CASE                what is in the graph, for each of `layers` layers with their own states or caches
-//   gdn               upstream's GATED_DELTA_NET alone, on a state that lies ready
-//   gdn-state         with the state gathered from the cache by row, and copied back: what a step cannot do without
-//   gdn-mixer         and all else that KDA_SCAN does inside: bias, softplus, decay, sigmoids, output norm and gate
-//   scan              KDA_SCAN on the cache, and the copy of its states, which the CPU drops where it may
+//   gdn               upstream's GATED_DELTA_NET alone, on a contiguous state
+//   gdn-state         with the state gathered from the cache by row, and copied back
+//   gdn-mixer         and with all else that KDA_SCAN computes: bias, softplus, decay, sigmoids, output norm and gate
+//   scan              KDA_SCAN on the cache, and the copy of its states, which the CPU elides if it can
 //   conv-nodes        upstream's three convolutions: gather, transpose, concat, copy back, ssm_conv, silu; L2 norms
 //   conv              KDA_CONV on the cache, and the copy of its states
 //   absorbed          FLASH_ATTN_EXT over the latent
-//   absorbed-plain    without flash attention: two products and a softmax
-//   whole, whole-plain  upstream's absorbed attention with what belongs to it on both sides, q's k_b and the result's v_b
-//   latent            LATENT_ATTN, which has them inside
-//   product           a product of `rows` x `k` weights, of `used` of `experts` matrices for each token where there are
-//                     any; weights lie as llama.cpp puts them: rearranged where this processor has kernels for that
+//   absorbed-plain    without flash attention: two matmuls and a softmax
+//   whole, whole-plain  the absorbed attention with the matmuls by k_b before it and by v_b after it
+//   latent            LATENT_ATTN, which contains them
+//   product           a matmul by `rows` x `k` weights, or by `used` of `experts` such matrices for each token; weights
+//                     are repacked if the processor has kernels for that
 //   product-rows      the same as with --repack 0
 //
-// Time is that of a whole graph over its layers; each layer has its own memory, so that caches of the processor hold
-// no more of it than in a model.
+// The time is that of a graph with all layers; each layer has its own memory, so that the caches hold no more of it than
+// in a model.
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -34,7 +33,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <map>
 #include <numeric>
 #include <random>
@@ -74,20 +72,21 @@ struct Options {
     }
 };
 
-template <typename F> F patched_operator(const char * name) {
+// Calls a function of the patches, which has exactly the types of `arguments`.
+template <typename... A> ggml_tensor * patched_operator(const char * name, A... arguments) {
     void * found = dlsym(RTLD_DEFAULT, name);
     if (!found) {
         fprintf(stderr, "operators: this build has no %s\n", name);
         exit(2);
     }
-    return (F) found;
+    return ((ggml_tensor * (*)(A...)) found)(arguments...);
 }
 
-// A graph under construction: tensors are made in the order of use; `fill` gives them values once they lie in memory.
+// A graph under construction; `fill` gives its tensors values once they are allocated.
 struct Bench {
     const Options & o;
     ggml_context *  ctx;
-    ggml_context *  rearranged;  // tensors that the repack buffer type is to hold
+    ggml_context *  repacked;  // tensors for the repack buffer type
     ggml_cgraph *   graph;
     std::mt19937    rng{ 1 };
 
@@ -107,7 +106,7 @@ struct Bench {
         const ggml_init_params params = { 4096 * ggml_tensor_overhead() + ggml_graph_overhead_custom(8192, false),
                                           nullptr, true };
         ctx                           = ggml_init(params);
-        rearranged                    = ggml_init(params);
+        repacked                      = ggml_init(params);
         graph                         = ggml_new_graph_custom(ctx, 8192, false);
         T                             = o.number("tokens");
         H                             = o.number("heads");
@@ -164,7 +163,7 @@ struct Bench {
         }
     }
 
-    // The states behind an operator's output, into the cache.
+    // Copy the states, which follow an operator's output, to the cache.
     void store(ggml_tensor * op, ggml_tensor * cache, int64_t n_out) {
         add(op);
         const size_t  size = cache->nb[1];
@@ -173,15 +172,11 @@ struct Bench {
     }
 
     void scan() {
-        using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
-                                         ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
-                                         int64_t, int32_t, float, float);
-        const auto    make  = patched_operator<make_t>("ggml_kda_scan");
         ggml_tensor * cache = f32({ D * C, 2 });
         ggml_tensor * op =
-            make(ctx, f32({ D, 3 * H, T, 1 }, 0.0f, 0.09f), f32({ D, H, T, 1 }), f32({ C }),
-                 f32({ 1, H, 1, 1 }, -4.0f, 0.5f), f32({ H, T, 1 }), f32({ D, H, T, 1 }), f32({ D }, 1.0f, 0.1f), cache,
-                 row_numbers(), 1, -1, 1e-5f, -std::numeric_limits<float>::infinity());
+            patched_operator("ggml_kda_scan", ctx, f32({ D, 3 * H, T, 1 }, 0.0f, 0.09f), f32({ D, H, T, 1 }),
+                             f32({ C }), f32({ 1, H, 1, 1 }, -4.0f, 0.5f), f32({ H, T, 1 }), f32({ D, H, T, 1 }),
+                             f32({ D }, 1.0f, 0.1f), cache, row_numbers(), int64_t(1), int32_t(-1), 1e-5f, -INFINITY);
         store(op, cache, C * T);
     }
 
@@ -202,13 +197,10 @@ struct Bench {
     }
 
     void conv() {
-        using make_t =
-            ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
-                              ggml_tensor *, ggml_tensor *, ggml_tensor *, int64_t, int64_t, int32_t, float);
-        const auto    make  = patched_operator<make_t>("ggml_kda_conv");
         ggml_tensor * cache = f32({ 9 * C, 2 });
-        ggml_tensor * op    = make(ctx, f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ 4 * C }),
-                                   f32({ 4 * C }), f32({ 4 * C }), cache, row_numbers(), D, 1, -1, 1e-6f);
+        ggml_tensor * op =
+            patched_operator("ggml_kda_conv", ctx, f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ 4 * C }),
+                             f32({ 4 * C }), f32({ 4 * C }), cache, row_numbers(), D, int64_t(1), int32_t(-1), 1e-6f);
         store(op, cache, 3 * C * T);
     }
 
@@ -218,7 +210,9 @@ struct Bench {
 
     int64_t n_rope() const { return o.number("rope"); }
 
-    // K: the rows of the cache that are attended to, of one that is longer.
+    float scale() const { return 1.0f / std::sqrt((float) (D + n_rope())); }
+
+    // K: the first rows of a longer cache.
     ggml_tensor * latent_keys() {
         const int64_t n = o.number("keys"), row = n_latent() + n_rope();
         ggml_tensor * cache = input(o.type("type"), { row, n + 256, 1, 1 }, 0.0f, 1.0f);
@@ -231,16 +225,15 @@ struct Bench {
     }
 
     ggml_tensor * attend(ggml_tensor * q, ggml_tensor * k, bool flash) {
-        const float   scale = 1.0f / std::sqrt((float) (D + n_rope()));
-        ggml_tensor * v     = ggml_view_4d(ctx, k, n_latent(), k->ne[1], 1, 1, k->nb[1], k->nb[2], k->nb[3], 0);
+        ggml_tensor * v = ggml_view_4d(ctx, k, n_latent(), k->ne[1], 1, 1, k->nb[1], k->nb[2], k->nb[3], 0);
         if (flash) {
-            ggml_tensor * out = ggml_flash_attn_ext(ctx, q, k, v, causal(GGML_TYPE_F16), scale, 0.0f, 0.0f);
+            ggml_tensor * out = ggml_flash_attn_ext(ctx, q, k, v, causal(GGML_TYPE_F16), scale(), 0.0f, 0.0f);
             ggml_prec_set_acc(out, GGML_PREC_F32);
             return out;  // [latent, heads, tokens]
         }
         ggml_tensor * scores = ggml_mul_mat(ctx, k, q);
         ggml_prec_set_acc(scores, GGML_PREC_F32);
-        scores             = ggml_soft_max_ext(ctx, scores, causal(GGML_TYPE_F32), scale, 0.0f);
+        scores             = ggml_soft_max_ext(ctx, scores, causal(GGML_TYPE_F32), scale(), 0.0f);
         ggml_tensor * vt   = ggml_cont(ctx, ggml_transpose(ctx, v));
         ggml_tensor * mean = ggml_mul_mat(ctx, vt, scores);
         return ggml_permute(ctx, mean, 0, 2, 1, 3);
@@ -255,7 +248,7 @@ struct Bench {
 
     ggml_tensor * v_b() { return input(o.type("weights"), { n_latent(), D, H }, 0.0f, 0.05f); }
 
-    // From q as the projection leaves it to a value per head: what LATENT_ATTN does, with upstream's nodes.
+    // From the projected q to a value per head: what LATENT_ATTN computes, with upstream's nodes.
     void absorbed_whole(bool flash) {
         ggml_tensor * q      = f32({ D + n_rope(), H, T });
         const size_t  row    = q->nb[1];
@@ -269,15 +262,11 @@ struct Bench {
     }
 
     void latent() {
-        using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
-                                         ggml_tensor *, float);
-        const auto    make  = patched_operator<make_t>("ggml_latent_attn");
-        ggml_tensor * q     = ggml_permute(ctx, f32({ D + n_rope(), H, T, 1 }), 0, 2, 1, 3);
-        const float   scale = 1.0f / std::sqrt((float) (D + n_rope()));
-        add(make(ctx, q, latent_keys(), k_b(), v_b(), causal(GGML_TYPE_F16), scale));
+        ggml_tensor * q = ggml_permute(ctx, f32({ D + n_rope(), H, T, 1 }), 0, 2, 1, 3);
+        add(patched_operator("ggml_latent_attn", ctx, q, latent_keys(), k_b(), v_b(), causal(GGML_TYPE_F16), scale()));
     }
 
-    // --- products ---
+    // --- matmuls ---
 
     void product(bool repack) {
         const int64_t        experts = o.number("experts"), k = o.number("k");
@@ -285,7 +274,7 @@ struct Bench {
         if (experts > 0) {
             ne.push_back(experts);
         }
-        ggml_context * const home    = repack ? rearranged : ctx;
+        ggml_context * const home    = repack ? repacked : ctx;
         ggml_tensor * const  weights = ggml_new_tensor(home, o.type("weights"), (int) ne.size(), ne.data());
         fillings.push_back({ weights, 0.0f, 1.0f });
         if (experts == 0) {
@@ -357,8 +346,7 @@ struct Bench {
         for (int64_t row = 0; row < ggml_nrows(f.tensor); ++row) {
             memcpy(all.data() + row * size, encoded.data() + row % made * size, size);
         }
-        ggml_backend_tensor_set(f.tensor, all.data(), 0,
-                                all.size());  // a rearranged tensor wants all of itself at once
+        ggml_backend_tensor_set(f.tensor, all.data(), 0, all.size());  // a repacked tensor is only set as a whole
     }
 };
 
@@ -378,7 +366,7 @@ const std::map<std::string, void (*)(Bench &)> CASES = {
     { "product-rows", [](Bench & b) { b.product(false); } },
 };
 
-// The buffer type of weights that this processor has rearranging kernels for, or nullptr.
+// The buffer type of repacked weights, or nullptr.
 ggml_backend_buffer_type_t repack_buffer_type() {
     const ggml_backend_reg_t reg = ggml_backend_cpu_reg();
     const auto               get =
@@ -391,7 +379,7 @@ ggml_backend_buffer_type_t repack_buffer_type() {
     return nullptr;
 }
 
-// Memory for weights of one type and shape as llama.cpp chooses it: a type that is not rearranged lies as it is.
+// Memory for weights of one type and shape as llama.cpp chooses it: repacked, if there are kernels for the type.
 ggml_backend_buffer_t place_weights(ggml_context * ctx) {
     ggml_tensor * const first = ggml_get_first_tensor(ctx);
     if (first == nullptr) {
@@ -429,7 +417,7 @@ int main(int argc, char ** argv) {
     }
     ggml_backend_t        backend = ggml_backend_cpu_init();
     ggml_backend_buffer_t buffer  = ggml_backend_alloc_ctx_tensors(bench.ctx, backend);
-    ggml_backend_buffer_t weights = place_weights(bench.rearranged);
+    ggml_backend_buffer_t weights = place_weights(bench.repacked);
     bench.fill();
     ggml_backend_cpu_set_n_threads(backend, (int) options.number("threads"));
 
@@ -448,7 +436,7 @@ int main(int argc, char ** argv) {
     ggml_backend_buffer_free(weights);
     ggml_backend_buffer_free(buffer);
     ggml_backend_free(backend);
-    ggml_free(bench.rearranged);
+    ggml_free(bench.repacked);
     ggml_free(bench.ctx);
     return 0;
 }

@@ -1,9 +1,9 @@
-// What this machine can do at best, on a number of threads: bytes read from memory a second, multiply-adds a second.
+// Peak rates of this machine on a number of threads: bytes read from memory and multiply-adds, per second.
 //
 //   peaks THREADS [SECONDS]     prints one line of JSON
 //
-// Vectors come from GCC's and Clang's vector extensions; int8 and bf16 products from the processor's own
-// instructions where it has them. What a processor lacks is null.
+// Vectors are GCC's and Clang's vector extensions; int8 and bf16 use the processor's own instructions, and are null
+// without them.
 
 #include <atomic>
 #include <chrono>
@@ -45,7 +45,7 @@ template <typename T> static void keep(T & value) {  // the compiler must assume
     asm volatile("" : "+m"(value) : : "memory");
 }
 
-// Multiply-adds in registers alone: Step adds products of two vectors to one of sums.
+// Multiply-adds in registers only: Step adds the products of two vectors to a vector of sums.
 template <typename Step> struct Products {
     using Sums   = typename Step::Sums;
     using Vector = typename Step::Vector;

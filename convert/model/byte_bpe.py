@@ -1,4 +1,4 @@
-"""Byte-level BPE facts: the model's split pattern, GPT-2's byte spelling, and merges from ranks.
+"""Byte-level BPE: the model's split pattern, GPT-2's spelling of bytes, and merges from ranks.
 
 Input: token bytes in rank order. Output: the printable spelling that GGUF stores (`bytes_to_text`) and, for each
 token longer than one byte, the two tokens that it is merged from (`merges_from_ranks`).
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-# How the K2 family cuts text into pieces before merging, in the syntax of Rust's regex crate (`&&` is set
+# The K2 family splits text with this pattern before merging; the syntax is that of Rust's regex crate (`&&` is set
 # intersection). GGUF names it by the pre-tokenizer `kimi-k2`.
 SPLIT_PATTERN = "|".join(
     [
@@ -28,8 +28,8 @@ SPLIT_PATTERN = "|".join(
 
 
 def _printable_code_points() -> list[int]:
-    """The 256 code points that spell the bytes 0..255: a printable Latin-1 byte is itself, the others follow
-    from U+0100 on in byte order (GPT-2's `bytes_to_unicode`)."""
+    """The code points for the bytes 0..255: a printable Latin-1 byte is itself, the others are numbered from U+0100
+    in byte order (GPT-2's `bytes_to_unicode`)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = iter(range(0x100, 0x200))
     itself = set(printable)
@@ -39,25 +39,25 @@ def _printable_code_points() -> list[int]:
 _BYTE_TO_TEXT = dict(enumerate(_printable_code_points()))
 _TEXT_TO_BYTE = {code: byte for byte, code in _BYTE_TO_TEXT.items()}
 
-MAX_TOKEN_BYTES = 1024  # far above any real token; bounds the quadratic cost of a hostile one
+MAX_TOKEN_BYTES = 1024  # far more than any real token; limits the quadratic cost
 
 
 def bytes_to_text(token: bytes) -> str:
-    """GPT-2's printable spelling of a token, one code point a byte."""
+    """GPT-2's printable spelling of a token, one code point per byte."""
     return token.decode("latin-1").translate(_BYTE_TO_TEXT)
 
 
 def text_to_bytes(text: str) -> bytes:
-    """The inverse of `bytes_to_text`. Raises KeyError, holding the character, for one that spells no byte."""
+    """The inverse of `bytes_to_text`. Raises `KeyError` for a character that is not the spelling of a byte."""
     return bytes(_TEXT_TO_BYTE[ord(character)] for character in text)
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts of `token` that byte-pair encoding would join last; two of them when it can be reached.
+    """The parts of `token` before the last merge of byte-pair encoding: two if merges can make it, else more.
 
-    The pair with the lowest rank is joined first, the leftmost of equals, as tiktoken does. Inside a longer
-    text the same joins happen in the same order as long as none crosses the token's ends, so this pair is
-    the only one that ever becomes the token there too. Joining stops short of the token itself.
+    The pair with the lowest rank is merged first, the leftmost of equals, as in tiktoken. In a longer text the same
+    merges happen in the same order as long as none crosses the token's ends, so no other pair becomes the token
+    there.
     """
     nothing = len(ranks)
     parts = [token[i : i + 1] for i in range(len(token))]
@@ -80,8 +80,8 @@ def merges_from_ranks(tokens: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]
     """The merge of every token longer than one byte, in rank order.
 
     tokens: distinct, index = rank, every single byte among them, none above MAX_TOKEN_BYTES.
-    Returns (merges, unreachable): unreachable are the ranks that no sequence of merges makes; tiktoken gives
-    such a token only for a piece of text that equals it, a merge list cannot say so.
+    Returns (merges, unreachable): unreachable are the ranks of tokens that no sequence of merges makes; tiktoken
+    gives them only for text that equals the token, which a merge list cannot express.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     merges: list[tuple[bytes, bytes]] = []

@@ -17,7 +17,7 @@ from enum import Enum
 from importlib import resources
 from typing import Any, Final
 
-from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.source.json_file import parse_object
 
 
@@ -90,9 +90,9 @@ def published_config() -> dict[str, Any]:
     return config
 
 
-# Settings with one value that the graph computes; a key that is absent or null means that value.
+# Settings of which the graph computes one value only; an absent key, or null, means this value.
 # (names of the key, the value, what the graph does)
-HONOURED: Final[Sequence[tuple[tuple[str, ...], Any, str]]] = (
+SUPPORTED: Final[Sequence[tuple[tuple[str, ...], Any, str]]] = (
     (("hidden_act",), "silu", "its activation is always SiLU"),
     (("moe_router_activation_func",), "sigmoid", "its router is always a sigmoid"),
     (("moe_renormalize", "norm_topk_prob"), True, "it always renormalises the chosen experts' weights"),
@@ -122,9 +122,9 @@ _MLP_TYPES: Final = ("dense", "sparse")
 
 
 class _Keys:
-    """The object's keys with their checks; every complaint names the file and the key.
+    """The keys of the config with their checks; every error names the file and the key.
 
-    The keys of the objects in it that matter are `object.key`.
+    The keys of the inner objects are named `object.key`.
     """
 
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
@@ -137,27 +137,32 @@ class _Keys:
             elif inner is not None:
                 raise self.fail(name, "an object", inner)
 
-    def fail(self, key: str, expected: str, found: Any, todo: str = "mend the config") -> ConvertError:
-        return ConvertError(f"{self.where}: {key}: expected {expected}, found {_short(found)}; {todo}")
+    def fail(self, key: str, expected: str, found: Any, todo: str = "correct the config") -> ConvertError:
+        text = "nothing" if found is None else excerpt(found)
+        return ConvertError(f"{self.where}: {key}: expected {expected}, found {text}; {todo}")
+
+    def require(self, holds: bool, key: str, expected: str, found: Any, *todo: str) -> None:
+        if not holds:
+            raise self.fail(key, expected, found, *todo)
 
     def get(self, *names: str) -> Any:
-        """The value under whichever of `names` is there (None when none is); two must not contradict."""
-        there = [(name, self.data[name]) for name in names if self.data.get(name) is not None]
-        for name, value in there[1:]:
-            if value != there[0][1] or type(value) is not type(there[0][1]):
+        """The value of whichever of `names` exists, or None. Raises `ConvertError` if two of them differ."""
+        found = [(name, self.data[name]) for name in names if self.data.get(name) is not None]
+        for name, value in found[1:]:
+            first, expected = found[0]
+            if value != expected or type(value) is not type(expected):
                 raise ConvertError(
-                    f"{self.where}: {there[0][0]} is {_short(there[0][1])} but {name} is {_short(value)}; "
-                    "they name the same thing, make them agree"
+                    f"{self.where}: {first} is {excerpt(expected)} but {name} is {excerpt(value)}; both keys mean "
+                    "the same, make them agree"
                 )
-        return there[0][1] if there else None
+        return found[0][1] if found else None
 
     def integer(self, *names: str, low: int = 1, high: int = _MAX_INT, default: Any = _ABSENT) -> Any:
         value = self.get(*names)
         if value is None and default is not _ABSENT:
             return default
         if type(value) is not int or not low <= value <= high:
-            found = "nothing" if value is None else value
-            raise self.fail(names[0], f"an integer from {low} to {high}", found)
+            raise self.fail(names[0], f"an integer from {low} to {high}", value)
         return value
 
     def number(self, *names: str, default: Any = _ABSENT) -> float:
@@ -165,26 +170,20 @@ class _Keys:
         if value is None and default is not _ABSENT:
             value = default
         if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise self.fail(names[0], "a positive number", "nothing" if value is None else value)
+            raise self.fail(names[0], "a positive number", value)
         return float(value)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def _read(keys: _Keys) -> KimiConfig:
-    if keys.get("model_type") != "kimi_linear":
-        found = keys.get("model_type")
-        raise keys.fail("model_type", "'kimi_linear'", found, "only Kimi-Linear is converted")
-    for names, value, why in HONOURED:
+    model = keys.get("model_type")
+    keys.require(model == "kimi_linear", "model_type", "'kimi_linear'", model, "no other model is supported")
+    for names, value, why in SUPPORTED:
         found = keys.get(*names)
-        if found is not None and (found != value or type(found) is not type(value)):
-            raise keys.fail(names[0], repr(value), found, f"llama.cpp cannot run this: {why}")
+        same = found is None or (found == value and type(found) is type(value))
+        keys.require(same, names[0], repr(value), found, f"llama.cpp cannot run this: {why}")
     if keys.get("layer_types") is None and keys.get("mla_use_nope") is None:
-        # The hub's own code rotates unless told not to; transformers' native form has no such key.
-        raise keys.fail("mla_use_nope", "true", "nothing", "llama.cpp never rotates queries and keys here")
+        # By default the hub's own code rotates; transformers' native form has no such key.
+        raise keys.fail("mla_use_nope", "true", None, "llama.cpp never rotates queries and keys here")
     num_layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
     vocab_size = keys.integer("vocab_size")
     eos = _eos(keys, vocab_size)
@@ -228,9 +227,8 @@ def _read(keys: _Keys) -> KimiConfig:
 
 def _boolean(keys: _Keys, name: str, default: bool) -> bool:
     value = keys.get(name)
-    if value is not None and type(value) is not bool:
-        raise keys.fail(name, "true or false", value)
-    return default if value is None else value
+    keys.require(value is None or type(value) is bool, name, "true or false", value)
+    return default if value is None else bool(value)
 
 
 def _eos(keys: _Keys, vocab_size: int) -> tuple[int, ...]:
@@ -252,32 +250,30 @@ def _layers(keys: _Keys, num_layers: int) -> tuple[LayerKind, ...]:
         numbers = keys.get(key)
         if numbers is None:
             continue
-        if not isinstance(numbers, list):
-            raise keys.fail(key, "a list of layer numbers", numbers)
+        keys.require(isinstance(numbers, list), key, "a list of layer numbers", numbers)
         for number in numbers:
-            if type(number) is not int or not 1 <= number <= num_layers:
-                raise keys.fail(key, f"layer numbers from 1 to {num_layers} (the first layer is 1)", number)
+            valid = type(number) is int and 1 <= number <= num_layers
+            keys.require(valid, key, f"layer numbers from 1 to {num_layers} (the first layer is 1)", number)
             if number in counted:
                 raise ConvertError(
-                    f"{keys.where}: layer {number} (counted from 1) is listed twice in {kda_key} and "
-                    f"{mla_key}; each layer belongs in exactly one of them, once"
+                    f"{keys.where}: layer {number} (counted from 1) appears twice in {kda_key} and {mla_key}; list "
+                    "each layer once"
                 )
             counted[number] = kind
     types = keys.get("layer_types")
-    if types is not None and (
-        not isinstance(types, list) or any(not isinstance(t, str) or t not in _LAYER_TYPES for t in types)
-    ):
-        raise keys.fail("layer_types", f"a list of {' and '.join(map(repr, _LAYER_TYPES))}", types)
-    if types is not None and len(types) != num_layers:
-        raise keys.fail("layer_types", f"{num_layers} entries (num_hidden_layers)", f"{len(types)} entries")
-    if types is None and all(keys.get(key) is None for key in lists):
-        raise keys.fail(f"{kda_key} and {mla_key}", "two lists of layers (or layer_types)", "nothing")
+    if types is not None:
+        valid = isinstance(types, list) and all(isinstance(t, str) and t in _LAYER_TYPES for t in types)
+        keys.require(valid, "layer_types", f"a list of {' and '.join(map(repr, _LAYER_TYPES))}", types)
+        count, expected = len(types), f"{num_layers} entries (num_hidden_layers)"
+        keys.require(count == num_layers, "layer_types", expected, f"{count} entries")
+    elif all(keys.get(key) is None for key in lists):
+        raise keys.fail(f"{kda_key} and {mla_key}", "two lists of layers (or layer_types)", None)
     if counted or types is None:
         missing = [number for number in range(1, num_layers + 1) if number not in counted]
         if missing:
             raise ConvertError(
                 f"{keys.where}: layer {missing[0]} (counted from 1) is in neither {kda_key} nor {mla_key}; "
-                f"{len(missing)} of {num_layers} layers are missing, list each once"
+                f"{len(missing)} of {num_layers} layers are missing, list each layer once"
             )
     from_lists = tuple(counted[number] for number in sorted(counted))
     from_types = tuple(_LAYER_TYPES[t] for t in types) if types is not None else from_lists
@@ -296,18 +292,14 @@ def _dense_layers(keys: _Keys, num_layers: int) -> int:
     types = keys.get("mlp_layer_types")
     if types is None:
         if counted is None:
-            raise keys.fail("first_k_dense_replace", "a number of layers (or mlp_layer_types)", "nothing")
+            raise keys.fail("first_k_dense_replace", "a number of layers (or mlp_layer_types)", None)
         return int(counted)
-    if not isinstance(types, list) or len(types) != num_layers or any(t not in _MLP_TYPES for t in types):
-        raise keys.fail("mlp_layer_types", f"{num_layers} entries of 'dense' or 'sparse'", types)
-    dense = types.count("dense")
-    if "dense" in types[dense:]:
-        raise keys.fail(
-            "mlp_layer_types",
-            "dense layers first, then sparse ones",
-            types,
-            "llama.cpp cannot run a dense layer after a sparse one",
-        )
+    valid = isinstance(types, list) and len(types) == num_layers and all(t in _MLP_TYPES for t in types)
+    keys.require(valid, "mlp_layer_types", f"{num_layers} entries of 'dense' or 'sparse'", types)
+    dense = int(types.count("dense"))
+    todo = "llama.cpp cannot run a dense layer after a sparse one"
+    dense_first = "dense" not in types[dense:]
+    keys.require(dense_first, "mlp_layer_types", "dense layers first, then sparse ones", types, todo)
     if counted is not None and counted != dense:
         raise ConvertError(
             f"{keys.where}: first_k_dense_replace is {counted} but mlp_layer_types starts with {dense} dense "
@@ -317,57 +309,39 @@ def _dense_layers(keys: _Keys, num_layers: int) -> int:
 
 
 def _check_heads(keys: _Keys, config: KimiConfig) -> None:
-    kv_heads = keys.integer("num_key_value_heads", default=config.num_heads)
-    if kv_heads != config.num_heads:
-        raise keys.fail(
-            "num_key_value_heads",
-            f"{config.num_heads}, as num_attention_heads",
-            kv_heads,
-            "llama.cpp cannot run latent attention with shared heads",
-        )
-    if LayerKind.KDA in config.layers and config.kda_num_heads != config.num_heads:
-        raise keys.fail(
-            f"{LINEAR}.num_heads",
-            f"{config.num_heads}, as num_attention_heads",
-            config.kda_num_heads,
-            "llama.cpp cannot run KDA with another number of heads than attention has",
-        )
+    heads, expected = config.num_heads, f"{config.num_heads}, as num_attention_heads"
+    found = keys.integer("num_key_value_heads", default=heads)
+    todo = "llama.cpp cannot run latent attention with shared heads"
+    keys.require(found == heads, "num_key_value_heads", expected, found, todo)
+    if LayerKind.KDA in config.layers:
+        todo = "llama.cpp cannot run KDA with another number of heads than attention"
+        found = config.kda_num_heads
+        keys.require(found == heads, f"{LINEAR}.num_heads", expected, found, todo)
+    expected = f"{config.kda_head_dim}, the only KDA head size"
+    todo = "llama.cpp cannot run KDA with keys and values of different sizes"
     for key in KDA_OTHER_SIZES:
         found = keys.get(key)
-        if found is not None and found != config.kda_head_dim:
-            raise keys.fail(
-                key,
-                f"{config.kda_head_dim}, the one KDA head size",
-                found,
-                "llama.cpp cannot run KDA with keys and values of different sizes",
-            )
+        keys.require(found is None or found == config.kda_head_dim, key, expected, found, todo)
 
 
 def _check_experts(keys: _Keys, config: KimiConfig) -> None:
     if config.num_moe_layers == 0:
         return
-    if config.num_shared_experts == 0:
-        raise keys.fail(
-            "num_shared_experts", "at least 1", 0, "llama.cpp cannot run this model without a shared expert"
-        )
-    used, experts = config.num_experts_per_token, config.num_experts
-    if used > experts:
-        raise keys.fail("num_experts_per_token", f"at most num_experts, {experts}", used)
+    shared, used, experts = config.num_shared_experts, config.num_experts_per_token, config.num_experts
+    todo = "llama.cpp cannot run this model without a shared expert"
+    keys.require(shared > 0, "num_shared_experts", "at least 1", 0, todo)
+    keys.require(used <= experts, "num_experts_per_token", f"at most num_experts, {experts}", used)
     groups, kept = config.num_expert_groups, config.topk_groups
-    if kept > groups:
-        raise keys.fail("topk_group", f"at most num_expert_group, {groups}", kept)
-    if groups > 1 and keys.get("use_grouped_topk") is False and kept < groups:
+    keys.require(kept <= groups, "topk_group", f"at most num_expert_group, {groups}", kept)
+    if not config.uses_groups:
+        return
+    if keys.get("use_grouped_topk") is False:
         raise ConvertError(
             f"{keys.where}: use_grouped_topk is false but {kept} of {groups} groups are kept; "
             "set num_expert_group and topk_group to 1 if the router has no groups"
         )
-    if config.uses_groups:
-        size = experts // groups
-        if experts % groups or size < 2:
-            raise keys.fail(
-                "num_expert_group", f"a divisor of num_experts, {experts}, with two experts a group", groups
-            )
-        if used > kept * size:
-            raise keys.fail(
-                "num_experts_per_token", f"at most {kept * size}, the experts of {kept} groups", used
-            )
+    size = experts // groups
+    expected = f"a divisor of num_experts, {experts}, with two experts a group"
+    keys.require(experts % groups == 0 and size >= 2, "num_expert_group", expected, groups)
+    expected = f"at most {kept * size}, the experts of {kept} groups"
+    keys.require(used <= kept * size, "num_experts_per_token", expected, used)

@@ -27,10 +27,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Rule:
-    """`canonical` (a regular expression for the whole name) may also stand under `stored` (its template).
+    """A tensor `canonical` (a regular expression for the whole name) may be stored as `stored` (its template).
 
-    `experts`: the stored tensor has one slice per expert in front; the group `e` of the expression is ours.
-    `part`: (i, n), the tensor is the i-th of n equal parts along the (slice's) first dimension.
+    `experts`: the stored tensor's first dimension is the expert, which is the group `e` of the expression.
+    `part`: (i, n), the tensor is the i-th of n equal parts along the first dimension (of the expert's slice).
     """
 
     canonical: str
@@ -40,6 +40,7 @@ class Rule:
 
 
 _LAYER: Final = r"(?P<layer>model\.layers\.\d+)\."
+_ATTN: Final = _LAYER + r"self_attn\."
 _MOE: Final = _LAYER + r"block_sparse_moe\."
 _EXPERT: Final = _MOE + r"experts\.(?P<e>\d+)\."
 
@@ -52,13 +53,11 @@ RULES: Final = (
     Rule(_EXPERT + r"w1\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
     Rule(_EXPERT + r"w3\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
     Rule(_EXPERT + r"w2\.weight", r"\g<layer>.mlp.experts.down_proj", experts=True),
-    Rule(
-        _LAYER + r"self_attn\.(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)",
-        r"\g<layer>.self_attn.forget_gate.\g<rest>",
+    Rule(_ATTN + r"(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)", r"\g<layer>.self_attn.forget_gate.\g<rest>"),
+    *(
+        Rule(_ATTN + rf"{x}_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(i, 3))
+        for i, x in enumerate("qkv")
     ),
-    Rule(_LAYER + r"self_attn\.q_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(0, 3)),
-    Rule(_LAYER + r"self_attn\.k_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(1, 3)),
-    Rule(_LAYER + r"self_attn\.v_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(2, 3)),
 )
 _COMPILED: Final = tuple((re.compile(rule.canonical), rule) for rule in RULES)
 

@@ -10,15 +10,16 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
+from gguf import GGUFValueType as ValueType
+
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensors import outputs
+from kimi_gguf.convert.model.tensor_table import outputs
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.source.origin import Origin
+from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.imatrix import Importances
-from kimi_gguf.convert.types.tensor_types import FileType
 
 ARCHITECTURE: Final = "kimi-linear"
 SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
@@ -26,18 +27,6 @@ QUANTIZATION_VERSION: Final = 2  # GGML_QNT_VERSION
 HUB: Final = "https://huggingface.co"
 # Names of models as BASENAME-SIZE-FINETUNE, as in Kimi-Linear-48B-A3B-Instruct.
 _NAME: Final = re.compile(r"(?P<basename>.+?)-\d+(\.\d+)?[KMBT](-A\d+(\.\d+)?[KMBT])?(-(?P<finetune>.+))?")
-
-
-class ValueType(IntEnum):
-    """Types of GGUF values (gguf_type) that are used here."""
-
-    UINT16 = 2
-    UINT32 = 4
-    INT32 = 5
-    FLOAT32 = 6
-    BOOL = 7
-    STRING = 8
-    ARRAY = 9
 
 
 Value = int | float | bool | str | list[int] | list[str]
@@ -62,12 +51,12 @@ def metadata(
     origin: Origin | None = None,
     quantized_by: str | None = None,
 ) -> list[Key]:
-    """Every key of the file, in the order in which llama-quantize leaves them."""
+    """Every key of the file, in the order in which llama-quantize writes them."""
     return [
         *_general(config, name, origin, quantized_by),
         *_origin(origin),
         *architecture_keys(config),
-        *_tokenizer(vocab),
+        *tokenizer_keys(vocab),
         _u32("general.quantization_version", QUANTIZATION_VERSION),
         _u32("general.file_type", file_type.number),
         *_quantize(importances),
@@ -97,7 +86,7 @@ def _general(config: KimiConfig, name: str, origin: Origin | None, quantized_by:
 
 
 def _origin(origin: Origin | None) -> Iterator[Key]:
-    """Licence and descent under the names of the GGUF specification, hashes under ours."""
+    """Licence and base model under the names of the GGUF specification; hashes under names of this project."""
     if origin is None:
         return
     texts = (
@@ -121,7 +110,7 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
 
 
 def _quantize(importances: Importances | None) -> Iterator[Key]:
-    """What llama-quantize says of an importance matrix; its texts hold 127 bytes."""
+    """The keys that llama-quantize writes about an importance matrix; it truncates texts to 127 bytes."""
     if importances is None:
         return
     texts = (("file", str(importances.path)), ("dataset", importances.dataset))
@@ -145,8 +134,8 @@ def architecture_keys(config: KimiConfig) -> Iterator[Key]:
         ("feed_forward_length", config.intermediate_size),
         ("vocab_size", config.vocab_size),
         ("attention.head_count", config.num_heads),
-        # The latent cache serves all heads: one key head as wide as latent and rotary part together, whose
-        # first `kv_lora_rank` values are the value head.
+        # All heads use the latent cache: one key head as wide as the latent and the rotary part together, of
+        # which the first `kv_lora_rank` values are the value head.
         ("attention.key_length", latent_rope),
         ("attention.value_length", config.kv_lora_rank),
         ("attention.key_length_mla", config.qk_nope_head_dim + config.qk_rope_head_dim),
@@ -161,7 +150,7 @@ def architecture_keys(config: KimiConfig) -> Iterator[Key]:
         ("expert_shared_count", config.num_shared_experts),
         ("expert_feed_forward_length", config.moe_intermediate_size),
         ("expert_gating_func", SIGMOID),
-        # llama.cpp wants fewer groups used than there are: without that, no key at all.
+        # llama.cpp requires that fewer groups are used than exist; otherwise the keys must be absent.
         ("expert_group_count", config.num_expert_groups if moe and config.uses_groups else None),
         ("expert_group_used_count", config.topk_groups if moe and config.uses_groups else None),
         ("leading_dense_block_count", config.num_dense_layers),
@@ -174,12 +163,13 @@ def architecture_keys(config: KimiConfig) -> Iterator[Key]:
     yield from (_u32(f"{ARCHITECTURE}.{name}", value) for name, value in integers if value is not None)
     yield from (Key(f"{ARCHITECTURE}.{name}", ValueType.FLOAT32, value) for name, value in floats)
     yield Key(f"{ARCHITECTURE}.expert_weights_norm", ValueType.BOOL, config.renormalize)
-    # No key-value heads mark a layer as recurrent.
+    # A layer without key-value heads is recurrent.
     kv_heads = [1 if kind is LayerKind.MLA else 0 for kind in config.layers]
     yield Key(f"{ARCHITECTURE}.attention.head_count_kv", ValueType.ARRAY, kv_heads, ValueType.INT32)
 
 
-def _tokenizer(vocab: Vocab) -> Iterator[Key]:
+def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
+    """The keys of the vocabulary."""
     yield Key("tokenizer.ggml.model", ValueType.STRING, "gpt2")
     yield Key("tokenizer.ggml.pre", ValueType.STRING, "kimi-k2")
     yield Key("tokenizer.ggml.tokens", ValueType.ARRAY, vocab.tokens, ValueType.STRING)
@@ -199,7 +189,7 @@ def _tokenizer(vocab: Vocab) -> Iterator[Key]:
 
 
 def parameters(config: KimiConfig) -> tuple[int, int]:
-    """(all parameters, those that one token meets): the second leaves out the experts that are not chosen."""
+    """(all parameters, active parameters of one token); the second excludes the experts that are not chosen."""
     total = active = 0
     for output in outputs(config):
         size = math.prod(output.ne)
@@ -210,7 +200,7 @@ def parameters(config: KimiConfig) -> tuple[int, int]:
 
 
 def size_label(config: KimiConfig) -> str:
-    """Such as "49B-A3B": all parameters, and after the A those that one token meets."""
+    """Such as "49B-A3B": all parameters, and after the A the active ones."""
     total, active = parameters(config)
     if config.num_moe_layers == 0:
         return _rounded(total)

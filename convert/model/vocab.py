@@ -12,13 +12,13 @@ from typing import Any
 
 from gguf import TokenType
 
-from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.byte_bpe import bytes_to_text, merges_from_ranks
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.vocab_files import (
     SpecialToken,
     added_tokens,
-    excerpt,
+    checked_text,
     read_text,
     read_tiktoken_model,
     read_tokenizer_json,
@@ -30,9 +30,9 @@ SPECIAL_IDS = 258  # how many ids past the ranks the hub's tokenizer class makes
 
 @dataclass(frozen=True)
 class Vocab:
-    """What `tokenizer.ggml.*` holds; `tokens` and `types` are as long as the embedding has rows."""
+    """The values of `tokenizer.ggml.*`; `tokens` and `types` have an entry for each row of the embedding."""
 
-    tokens: list[str]  # ranks in GPT-2's byte spelling, special tokens literally
+    tokens: list[str]  # ranks in GPT-2's spelling of bytes, special tokens literally
     types: list[int]  # gguf.TokenType
     merges: list[str]  # "left right", in rank order
     bos_id: int | None
@@ -46,7 +46,7 @@ class Vocab:
 def load_vocab(folder: Path, config: KimiConfig) -> Vocab:
     """The vocabulary of the checkpoint in `folder`, `config.vocab_size` tokens long.
 
-    Raises ConvertError, naming file and line, for anything missing, malformed or contradictory.
+    Raises `ConvertError`, naming file and line, for anything missing, malformed or contradictory.
     """
     settings_path = folder / "tokenizer_config.json"
     settings = read_object(settings_path)
@@ -69,32 +69,33 @@ def load_vocab(folder: Path, config: KimiConfig) -> Vocab:
         tokens=tokens,
         types=[int(TokenType.NORMAL)] * len(ranks) + types,
         merges=[f"{bytes_to_text(left)} {bytes_to_text(right)}" for left, right in merges],
-        bos_id=token_id("bos", config.bos_token_id, settings, ids, config),
-        eos_id=token_id("eos", config.eos_token_id, settings, ids, config),
+        bos_id=token_id("bos", config.bos_token_id, settings, ids),
+        eos_id=token_id("eos", config.eos_token_id, settings, ids),
         eot_id=ids.get("<|im_end|>", ids.get("[EOT]")),
-        pad_id=token_id("pad", config.pad_token_id, settings, ids, config),
-        unk_id=token_id("unk", None, settings, ids, config),
+        pad_id=token_id("pad", config.pad_token_id, settings, ids),
+        unk_id=token_id("unk", None, settings, ids),
         chat_template=chat_template(folder, settings, settings_path),
     )
     if vocab.eos_id is None:
         raise ConvertError(
-            f"{folder}: neither config.json nor tokenizer_config.json says which token ends a text"
+            f"{folder}: eos_token_id: expected a token id in config.json, or eos_token in tokenizer_config.json, "
+            "found neither; without it generation never ends"
         )
     return vocab
 
 
 def recovered_merges(ranks: list[bytes], path: Path) -> list[tuple[bytes, bytes]]:
-    """The merge list that gives the ids tiktoken gives for these ranks.
+    """The merge list that gives the same ids as tiktoken with these ranks.
 
-    A token no merges lead to is refused: tiktoken gives it for a piece of text equal to it, llama.cpp, which
-    merges from single bytes, never would.
+    Raises `ConvertError` for a token that no merges make: tiktoken gives it for a piece of text that equals it,
+    but llama.cpp, which merges from single bytes, never would.
     """
     merges, unreachable = merges_from_ranks(ranks)
     if unreachable:
         rank = unreachable[0]
         raise ConvertError(
             f"{path}: {len(unreachable)} tokens cannot be made by merging others, first rank {rank}, "
-            f"{excerpt(ranks[rank])}; GGUF's merge list cannot hold them: ids would not be the model's"
+            f"{excerpt(ranks[rank])}; a GGUF file cannot represent them, its token ids would be wrong"
         )
     return merges
 
@@ -102,42 +103,42 @@ def recovered_merges(ranks: list[bytes], path: Path) -> list[tuple[bytes, bytes]
 def check_same_merges(
     needed: list[tuple[bytes, bytes]], written: list[tuple[bytes, bytes]], ranks: list[bytes], path: Path
 ) -> None:
-    """Refuse a tokenizer.json whose merges act otherwise than its ranks.
+    """Raise `ConvertError` if the merges of a tokenizer.json give other ids than its ranks.
 
-    Writers list every way to cut a token in two; only one can ever happen, so more than the needed ones do no
-    harm, as long as all come in the order of the tokens they make.
+    Writers list every way to split a token in two, of which only one can happen. Additional merges are harmless if
+    all are in the order of the tokens that they make.
     """
     rank_of = {token: rank for rank, token in enumerate(ranks)}
     made = [rank_of.get(left + right, -1) for left, right in written]
     if -1 in made or made != sorted(made) or not set(needed) <= set(written):
         raise ConvertError(
-            f"{path}: model.merges does not follow from the order of model.vocab, so its ids are not those "
-            "of a tiktoken.model; take tiktoken.model from the original checkpoint"
+            f"{path}: model.merges does not follow from the order of model.vocab, so its token ids differ from "
+            "those of tiktoken.model; use tiktoken.model of the original checkpoint"
         )
 
 
 def special_rows(
     named: dict[int, SpecialToken], path: Path, num_ranks: int, vocab_size: int
 ) -> tuple[list[str], list[int]]:
-    """Spelling and type of every token past the ranks, up to the embedding's last row.
+    """Spelling and type of every token after the ranks, up to the embedding's last row.
 
-    The hub's tokenizer class takes the SPECIAL_IDS ids after the ranks, calls the unnamed ones
-    `<|reserved_token_ID|>` and matches them all in a text; two lie past the embedding and are left out here.
-    The types are what llama.cpp does with them: CONTROL is matched on request and not shown, USER_DEFINED
-    (`special: false`) always matched and shown, UNUSED (rows past the special ids) neither.
+    The hub's tokenizer class uses the SPECIAL_IDS ids after the ranks, names the unnamed ones
+    `<|reserved_token_ID|>`, and matches all of them in a text. Two are beyond the embedding and are left out here.
+    llama.cpp matches CONTROL on request and does not show it, always matches and shows USER_DEFINED
+    (`special: false`), and ignores UNUSED (rows after the special ids).
     """
     if vocab_size < num_ranks:
         raise ConvertError(
-            f"{path.parent}: the tokenizer has {num_ranks} ordinary tokens, config.json's vocab_size is only "
-            f"{vocab_size}; tokenizer and config are not of the same model"
+            f"{path.parent}: vocab_size in config.json: expected at least {num_ranks}, the tokenizer's ordinary "
+            f"tokens, found {vocab_size}; use the tokenizer and the config of the same model"
         )
     last = num_ranks + SPECIAL_IDS
     outside = [i for i in named if not num_ranks <= i < max(vocab_size, last)]
     if outside:
-        kind = "an ordinary token's" if outside[0] < num_ranks else "beyond the embedding"
+        name = excerpt(named[outside[0]].content)
         raise ConvertError(
-            f"{path}: the special token {excerpt(named[outside[0]].content)} has id {outside[0]}, which is "
-            f"{kind} (special ids are {num_ranks} to {max(vocab_size, last) - 1})"
+            f"{path}: the special token {name}: expected an id from {num_ranks} to {max(vocab_size, last) - 1}, "
+            f"found {outside[0]}"
         )
     spellings: list[str] = []
     types: list[TokenType] = []
@@ -152,25 +153,19 @@ def special_rows(
 
 
 def check_distinct(tokens: list[str], num_ranks: int, path: Path) -> None:
-    """Refuse two tokens of one spelling: llama.cpp aborts on such a file."""
+    """Raise `ConvertError` if two tokens have the same spelling: llama.cpp aborts on such a file."""
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if (earlier := seen.setdefault(token, i)) != i:
             kind = "ordinary" if earlier < num_ranks else "special"
             raise ConvertError(
-                f"{path}: special token {i}, {excerpt(token)}, is spelt like the {kind} token {earlier}"
+                f"{path}: special token {i}, {excerpt(token)}, has the spelling of the {kind} token {earlier}"
             )
 
 
-def token_id(
-    kind: str, configured: int | None, settings: dict[str, Any], ids: dict[str, int], config: KimiConfig
-) -> int | None:
-    """The id of the bos, eos, pad or unk token: config.json's word, else tokenizer_config.json's name."""
+def token_id(kind: str, configured: int | None, settings: dict[str, Any], ids: dict[str, int]) -> int | None:
+    """The id of the bos, eos, pad or unk token: that of config.json, else by its name in tokenizer_config.json."""
     if configured is not None:
-        if not 0 <= configured < config.vocab_size:
-            raise ConvertError(
-                f"config.json: {kind}_token_id is {configured}, but there are {config.vocab_size} tokens"
-            )
         return configured
     name = settings.get(f"{kind}_token")
     content = name.get("content") if isinstance(name, dict) else name
@@ -178,7 +173,7 @@ def token_id(
 
 
 def chat_template(folder: Path, settings: dict[str, Any], settings_path: Path) -> str | None:
-    """The chat template: `chat_template.jinja` if it is there (as in transformers), else the settings'."""
+    """The chat template: `chat_template.jinja` if it exists (as in transformers), else that of the settings."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return read_text(file)
@@ -186,14 +181,4 @@ def chat_template(folder: Path, settings: dict[str, Any], settings_path: Path) -
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
-    if template is None:
-        return None
-    if not isinstance(template, str) or "\0" in template:
-        raise ConvertError(
-            f"{settings_path}: 'chat_template' must be text without NUL, found {excerpt(template)}"
-        )
-    try:
-        template.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConvertError(f"{settings_path}: 'chat_template' holds half a surrogate pair") from error
-    return template
+    return None if template is None else checked_text(template, f"{settings_path}: 'chat_template'")

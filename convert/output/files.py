@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+from gguf import GGUFValueType as ValueType
+
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.metadata import Key, ValueType
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.metadata import Key
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.gguf_header import COUNTS, aligned, header_bytes, key_bytes, tensor_bytes
-from kimi_gguf.engine.split_names import (
-    COUNT,
-    MAX_PARTS,
-    NUMBER,
-    SET,
-    TENSORS,
-)
+from kimi_gguf.engine.split_names import COUNT, MAX_PARTS, NUMBER, SET, TENSORS
 
 
 @dataclass(frozen=True)
@@ -66,13 +62,9 @@ def split(
             "choose a larger size"
         )
     name = digest(whole.header)
-    return tuple(
-        PlannedFile(
-            (*(keys if number == 0 else ()), *_split_keys(number, len(chunks), len(tensors), name)),
-            tuple(chunk),
-        )
-        for number, chunk in enumerate(chunks)
-    )
+    every = [_split_keys(number, len(chunks), len(tensors), name) for number in range(len(chunks))]
+    every[0] = (*keys, *every[0])
+    return tuple(PlannedFile(own, tuple(chunk)) for own, chunk in zip(every, chunks, strict=True))
 
 
 def _split_keys(number: int, count: int, tensors: int, name: str) -> tuple[Key, ...]:
@@ -88,14 +80,14 @@ def _chunks(
     keys: Sequence[Key], tensors: Sequence[PlannedTensor], max_bytes: int
 ) -> Iterator[Sequence[PlannedTensor]]:
     """The tensors in order, grouped into files of limited size; no group is empty."""
-    split = COUNTS + sum(len(key_bytes(key)) for key in _split_keys(0, 0, 0, digest()))
-    head, data = split + sum(len(key_bytes(key)) for key in keys), 0
+    split_head = COUNTS + sum(len(key_bytes(key)) for key in _split_keys(0, 0, 0, digest()))
+    head, data = split_head + sum(len(key_bytes(key)) for key in keys), 0
     chunk: list[PlannedTensor] = []
     for tensor in tensors:
         entry, nbytes = len(tensor_bytes(tensor)), aligned(tensor.nbytes)
         if chunk and aligned(head + entry) + data + nbytes > max_bytes:
             yield chunk
-            chunk, head, data = [], split, 0
+            chunk, head, data = [], split_head, 0
         chunk.append(tensor)
         head, data = head + entry, data + nbytes
     yield chunk

@@ -9,9 +9,11 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
+from gguf import GGUFValueType as ValueType
+
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.metadata import Key, Value, ValueType
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.metadata import Key, Value
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 
 MAGIC: Final = b"GGUF"
 VERSION: Final = 3
@@ -70,7 +72,5 @@ def _string(text: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ConvertError(
-            f"{text!r:.80}: expected text, found half a character (a lone surrogate)"
-        ) from None
+        raise ConvertError(f"{text!r:.80}: expected valid text, found an unpaired surrogate") from None
     return struct.pack("<Q", len(data)) + data

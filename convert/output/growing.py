@@ -45,7 +45,7 @@ class Growing:
         return self._start + self._used
 
     def write(self, data: Bytes) -> None:
-        """Append. Raises `OSError`, perhaps of an earlier piece."""
+        """Append. Raises `OSError`, perhaps of an earlier write."""
         done = 0
         while done < len(data):
             count = min(len(data) - done, BUFFER - self._used)

@@ -19,8 +19,8 @@ JOURNAL: Final = "journal"
 
 
 def locked(folder: Path, path: Path) -> int:
-    """The journal in `folder`, both made if need be, opened and locked; the lock goes with the process, however
-    it ends. Raises `ConvertError` when another process has it, or the place of `path` cannot be written."""
+    """Open and lock the journal in `folder`, and create both if necessary; the lock is released when the process
+    ends. Raises `ConvertError` if another process has the lock, or if the folder cannot be written."""
     while True:
         try:
             folder.mkdir(exist_ok=True)
@@ -30,9 +30,7 @@ def locked(folder: Path, path: Path) -> int:
                 raise
             continue  # the folder was removed in between: try again
         except FileExistsError:
-            raise ConvertError(
-                f"{folder}: expected a folder; remove this file, or choose another output name"
-            ) from None
+            raise ConvertError(f"{folder}: expected a folder, found a file; remove it") from None
         except OSError as error:
             raise ConvertError(f"{path}: cannot be written: {error.strerror}; nothing was written") from None
         try:
@@ -48,7 +46,7 @@ def locked(folder: Path, path: Path) -> int:
         with suppress(FileNotFoundError):
             if os.path.samestat((folder / JOURNAL).stat(), os.fstat(fd)):
                 return fd
-        os.close(fd)  # it was finished or removed in between: try again
+        os.close(fd)  # another process finished or removed it in between: try again
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:
@@ -69,8 +67,8 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry in found if isinstance(entry, dict)]
 
 
-def mend(folder: Path) -> None:
-    """Remove an incomplete last line. Raises `OSError`."""
+def remove_incomplete_line(folder: Path) -> None:
+    """Remove the last line if the process ended while writing it. Raises `OSError`."""
     journal = folder / JOURNAL
     os.truncate(journal, journal.read_bytes().rfind(b"\n") + 1)
 

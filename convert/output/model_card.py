@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +16,7 @@ from typing import Final
 
 from kimi_gguf.convert.model.metadata import ARCHITECTURE
 from kimi_gguf.convert.output.files import PlannedFile
-from kimi_gguf.convert.plan import Plan
-
-CARD: Final = "README.md"
+from kimi_gguf.convert.plan import Plan, type_counts
 
 # The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
 DIFFERENCES: Final = (
@@ -96,10 +93,9 @@ def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[t
 
 
 def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
-    for path, part in zip(paths, files, strict=True):
-        counts = Counter(tensor.type.name for tensor in part.tensors)
-        types = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
-        yield f"`{_code_text(path.name)}`", f"{part.nbytes:,}", str(len(part.tensors)), types
+    for path, file in zip(paths, files, strict=True):
+        name, count = f"`{_code_text(path.name)}`", str(len(file.tensors))
+        yield name, f"{file.nbytes:,}", count, type_counts(file.tensors)
 
 
 def _running(plan: Plan, name: str) -> str:
@@ -127,9 +123,8 @@ def _type(plan: Plan) -> str:
 
 def _source(facts: Mapping[str, object]) -> str | None:
     """The checkpoint's id on Hugging Face, with the commit if it is known; None if the id is unknown."""
-    repository, commit = (
-        facts.get(key) for key in ("general.source.huggingface.repository", "kimi_gguf.source.commit")
-    )
+    repository = facts.get("general.source.huggingface.repository")
+    commit = facts.get("kimi_gguf.source.commit")
     return f"{repository}@{commit}" if repository and commit else str(repository) if repository else None
 
 

@@ -1,6 +1,6 @@
 """Reads, checks and encodes the output tensors chunk by chunk, on all cores, in file order.
 
-Input: the checkpoint and the plan. Output: byte arrays in file order. A chunk (`Piece`) is a few rows. The number of
+Input: the checkpoint and the plan. Output: byte arrays in file order. A `Chunk` is a few rows. The number of
 chunks in flight is fixed, so that memory does not grow with the model. The output does not depend on the number of
 cores. NaN, infinity, and values that the type cannot represent are errors that name file, tensor and index.
 """
@@ -17,7 +17,7 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import PlannedTensor, Transform
+from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
@@ -26,8 +26,8 @@ from kimi_gguf.convert.types.ggml import Ggml, load
 from kimi_gguf.engine.tensor_types import F32, Bytes
 from kimi_gguf.engine.toolchain import cores
 
-PIECE_ELEMENTS: Final = 1 << 20
-_PIECE_BYTES: Final = 16  # maximum memory per element while it is read, widened and encoded
+CHUNK_ELEMENTS: Final = 1 << 20
+_ELEMENT_BYTES: Final = 16  # maximum memory per element while it is read, widened and encoded
 _BASE_MEMORY: Final = 384 << 20  # the interpreter with numpy, headers, a vocabulary of 160,000 tokens
 
 
@@ -36,7 +36,7 @@ class Pace:
     """Limits of the work in flight."""
 
     threads: int
-    pieces: int  # chunks being read, encoded or waiting to be written
+    chunks: int  # chunks being read, encoded or waiting to be written
     elements: int  # maximum elements of a chunk; rows are never divided
 
     @classmethod
@@ -44,30 +44,28 @@ class Pace:
         """All cores, or fewer if `max_memory` (bytes of the whole process, of which `elsewhere` are reserved for
         other uses) requires it. Raises `ConvertError`."""
         threads = threads or cores()
-        pace = cls(threads, 4 * threads + 2, PIECE_ELEMENTS)
+        pace = cls(threads, 4 * threads + 2, CHUNK_ELEMENTS)
         if max_memory is None:
             return pace
         base = _BASE_MEMORY + elsewhere
         room = max_memory - base
         while room < pace.memory and pace.elements > 1 << 16:
-            pace = cls(pace.threads, pace.pieces, pace.elements // 2)
-        while room < pace.memory and pace.pieces > 2:
-            pace = cls(max(pace.threads - 1, 1), pace.pieces - 2, pace.elements)
+            pace = cls(pace.threads, pace.chunks, pace.elements // 2)
+        while room < pace.memory and pace.chunks > 2:
+            pace = cls(max(pace.threads - 1, 1), pace.chunks - 2, pace.elements)
         if room < pace.memory:
-            least = base + pace.memory
-            raise ConvertError(
-                f"--max-memory: expected at least {-(-least >> 20)} MiB, found {max_memory >> 20} MiB"
-            )
+            least = -(-(base + pace.memory) >> 20)
+            raise ConvertError(f"--max-memory: expected at least {least} MiB, found {max_memory >> 20} MiB")
         return pace
 
     @property
     def memory(self) -> int:
         """Bytes of all chunks in flight."""
-        return self.pieces * self.elements * _PIECE_BYTES
+        return self.chunks * self.elements * _ELEMENT_BYTES
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Rows of one output tensor, all from one source."""
 
     tensor: PlannedTensor
@@ -75,7 +73,7 @@ class Piece:
     slice: int  # the expert or head: which of the tensor's importances are these rows'
     first: int  # element of the source
     count: int
-    read: Callable[[Checkpoint, Piece], tuple[Stored, Dtype]]  # -> [rows, columns] and their dtype
+    read: Callable[[Checkpoint, Chunk], tuple[Stored, Dtype]]  # -> [rows, columns] and their dtype
 
 
 def prepared(plan: Plan) -> Ggml | None:
@@ -90,47 +88,42 @@ def prepared(plan: Plan) -> Ggml | None:
 
 
 def encoded(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    tensors: Sequence[PlannedTensor],
-    pace: Pace,
-    ggml: Ggml | None = None,
+    checkpoint: Checkpoint, plan: Plan, tensors: Sequence[PlannedTensor], pace: Pace, ggml: Ggml | None = None
 ) -> Iterator[tuple[PlannedTensor, Bytes]]:
-    """The bytes of `tensors` in order, each piece with its tensor. Raises `ConvertError`."""
+    """The bytes of `tensors` in order, each chunk with its tensor. Raises `ConvertError`."""
 
-    def work(piece: Piece) -> Bytes:
-        tensor = piece.tensor
+    def work(chunk: Chunk) -> Bytes:
+        tensor = chunk.tensor
         weights = plan.weights(tensor) if tensor.type.quantized else None
         if weights is not None:
             columns = tensor.output.ne[0]
-            weights = weights[piece.slice * columns : (piece.slice + 1) * columns]
+            weights = weights[chunk.slice * columns : (chunk.slice + 1) * columns]
         try:
-            rows, dtype = piece.read(checkpoint, piece)
+            rows, dtype = chunk.read(checkpoint, chunk)
             return encode(rows, dtype, tensor.type, weights, ggml)
         except BadValueError as bad:
-            raise _complaint(checkpoint, piece, bad) from None
+            raise _complaint(checkpoint, chunk, bad) from None
 
-    def pieces() -> Iterator[Piece]:
-        return (piece for tensor in tensors for piece in _pieces(tensor, pace.elements))
+    def chunks() -> Iterator[Chunk]:
+        return (chunk for tensor in tensors for chunk in _chunks(tensor, pace.elements))
 
     under_way: deque[tuple[PlannedTensor, Future[Bytes]]] = deque()
     pool = ThreadPoolExecutor(pace.threads, "encode")
     try:
-        with checkpoint.expecting((piece.source, piece.first, piece.count) for piece in pieces()):
-            for piece in pieces():
-                under_way.append((piece.tensor, pool.submit(work, piece)))
-                if len(under_way) >= pace.pieces:
+        with checkpoint.expecting((chunk.source, chunk.first, chunk.count) for chunk in chunks()):
+            for chunk in chunks():
+                under_way.append((chunk.tensor, pool.submit(work, chunk)))
+                if len(under_way) >= pace.chunks:
                     tensor, done = under_way.popleft()
                     yield tensor, done.result()
-            while under_way:
-                tensor, done = under_way.popleft()
+            for tensor, done in under_way:
                 yield tensor, done.result()
     finally:
         under_way.clear()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _pieces(tensor: PlannedTensor, elements: int) -> Iterator[Piece]:
+def _chunks(tensor: PlannedTensor, elements: int) -> Iterator[Chunk]:
     """The chunks of a tensor, in file order."""
     output = tensor.output
     size = math.prod(output.source_shape)
@@ -139,14 +132,14 @@ def _pieces(tensor: PlannedTensor, elements: int) -> Iterator[Piece]:
             columns = output.ne[0]
             step = max(elements // columns, 1) * columns
             for first in range(0, size, step):
-                yield Piece(tensor, source, expert, first, min(step, size - first), _rows)
+                yield Chunk(tensor, source, expert, first, min(step, size - first), _rows)
         elif output.transform is Transform.NEG_EXP:
-            yield Piece(tensor, source, 0, 0, size, _neg_exp)
+            yield Chunk(tensor, source, 0, 0, size, _neg_exp)
         else:
             yield from _heads(tensor, source)
 
 
-def _heads(tensor: PlannedTensor, source: str) -> Iterator[Piece]:
+def _heads(tensor: PlannedTensor, source: str) -> Iterator[Chunk]:
     """kv_b by head: `nope` rows of k, then `v` rows of v."""
     output = tensor.output
     of_k = output.transform is Transform.K_OF_KV
@@ -155,49 +148,47 @@ def _heads(tensor: PlannedTensor, source: str) -> Iterator[Piece]:
     per_head, count = math.prod(output.source_shape) // heads, rank * rows
     for head in range(heads):
         first = head * per_head if of_k else (head + 1) * per_head - count
-        yield Piece(tensor, source, head, first, count, _transposed if of_k else _rows)
+        yield Chunk(tensor, source, head, first, count, _transposed if of_k else _rows)
 
 
-def _rows(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
-    values = checkpoint.elements(piece.source, piece.first, piece.count)
-    return values.reshape(-1, piece.tensor.output.ne[0]), checkpoint.dtype(piece.source)
+def _rows(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
+    values = checkpoint.elements(chunk.source, chunk.first, chunk.count)
+    return values.reshape(-1, chunk.tensor.output.ne[0]), checkpoint.dtype(chunk.source)
 
 
-def _transposed(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
-    values = checkpoint.elements(piece.source, piece.first, piece.count)
-    values = np.ascontiguousarray(values.reshape(piece.tensor.output.ne[0], -1).T)
-    return values, checkpoint.dtype(piece.source)
+def _transposed(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
+    values, dtype = _rows(checkpoint, chunk)
+    return np.ascontiguousarray(values.reshape(chunk.tensor.output.ne[0], -1).T), dtype
 
 
-def _neg_exp(checkpoint: Checkpoint, piece: Piece) -> tuple[Stored, Dtype]:
+def _neg_exp(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
     """-exp(x), computed in double precision and rounded once."""
-    dtype = checkpoint.dtype(piece.source)
-    stored = checkpoint.elements(piece.source, piece.first, piece.count)
+    stored, dtype = _rows(checkpoint, chunk)
     check(stored, dtype, F32)
     with np.errstate(over="ignore"):
         exact = -np.exp(to_float32(stored, dtype).astype(np.float64))
         values = exact.astype(np.float32)
     if not np.isfinite(values).all():
         at = int(np.argmin(exact))
-        raise BadValueError(at, float(exact[at]), beyond=True)
-    return values.reshape(-1, piece.tensor.output.ne[0]), Dtype.F32
+        raise BadValueError(at, float(exact.flat[at]), beyond=True)
+    return values, Dtype.F32
 
 
-def _complaint(checkpoint: Checkpoint, piece: Piece, bad: BadValueError) -> ConvertError:
+def _complaint(checkpoint: Checkpoint, chunk: Chunk, bad: BadValueError) -> ConvertError:
     element = bad.index
-    if piece.read is _transposed:  # back to the order of the source
-        columns = piece.tensor.output.ne[0]
+    if chunk.read is _transposed:  # back to the order of the source
+        columns = chunk.tensor.output.ne[0]
         row, column = divmod(element, columns)
-        element = column * (piece.count // columns) + row
-    path, stored, index = checkpoint.locate(piece.source, piece.first + element)
-    kind = piece.tensor.type
+        element = column * (chunk.count // columns) + row
+    path, stored, index = checkpoint.locate(chunk.source, chunk.first + element)
+    kind = chunk.tensor.type
     if not bad.beyond:
         return ConvertError(
-            f"{path}: {stored!r}: element {list(index)} is {bad.value}, expected finite numbers; "
-            "the checkpoint is damaged, or its training diverged"
+            f"{path}: {stored!r}: element {list(index)}: expected a finite number, found {bad.value}; the checkpoint "
+            "is damaged, or its training diverged"
         )
     what = "the checkpoint is damaged" if kind is F32 else "convert to BF16 or F32"
     return ConvertError(
-        f"{path}: {stored!r} -> {piece.tensor.name}: element {list(index)} is {bad.value:g}, too large for "
+        f"{path}: {stored!r} -> {chunk.tensor.name}: element {list(index)} is {bad.value:g}, too large for "
         f"{kind.name}; {what}"
     )

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.convert.output import journal
 from kimi_gguf.convert.output.growing import Growing
-from kimi_gguf.convert.output.journal import JOURNAL, append, entries, locked, mend, stamp, whole
 from kimi_gguf.engine.tensor_types import Bytes
 
 SYNC_SECONDS = 1.0  # minimum time between journal entries
@@ -42,9 +42,7 @@ class Layout:
     """The files of an output; known before it is written."""
 
     files: tuple[tuple[str, int], ...]  # names and bytes, in order; all in the output's folder
-    places: tuple[
-        tuple[int, int], ...
-    ]  # for each number of finished steps: the file (from 0) and the offset to continue at
+    places: tuple[tuple[int, int], ...]  # by the finished steps: the file (from 0) and offset to continue at
 
 
 class Unfinished:
@@ -107,7 +105,7 @@ class Unfinished:
         return self._file
 
     def _note(self, done: int) -> None:
-        append(self._folder, {"done": done})
+        journal.append(self._folder, {"done": done})
         self.noted = done
         self._synced = time.monotonic()
 
@@ -123,24 +121,24 @@ def unfinished(
     `ConvertError` if another process writes the output, or if it was started with another identity.
     """
     folder = folder_of(path)
-    lock = locked(folder, path)
+    lock = journal.locked(folder, path)
     work: Unfinished | None = None
     keep = True
     try:
         done = _steps_done(path, layout, identity) if resume else 0
         keep = False
         if done == 0:
-            _begin_anew(path)
-            append(folder, {"format": _FORMAT, "plan": identity.plan, "sources": identity.sources})
+            _clear(path)
+            os.truncate(folder / journal.JOURNAL, 0)
+            journal.append(folder, {"format": _FORMAT, "plan": identity.plan, "sources": identity.sources})
         work = Unfinished(folder, layout, done)
         yield work
         ours = taken(path, resume=True)
         keep = bool(ours)
         for name in work.names:
             if (target := path.with_name(name)).exists() and not overwrite and target not in ours:
-                raise ConvertError(
-                    f"{target}: was created by another program during the conversion; choose another name"
-                )
+                what = "was created by another program during the conversion"
+                raise ConvertError(f"{target}: {what}; choose another name")
         keep = True
         _take_names(path, work.names)
         keep = False
@@ -148,12 +146,9 @@ def unfinished(
         keep = keep or (work is not None and work.noted > 0)
         if not isinstance(error, OSError):
             raise
-        left = (
-            f"free disk space, then continue with --resume ({folder.name} is kept)"
-            if keep
-            else "nothing was written"
-        )
-        raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; {left}") from None
+        kept = f"free disk space, then continue with --resume ({folder.name} is kept)"
+        todo = kept if keep else "nothing was written"
+        raise ConvertError(f"{path}: cannot be written: {error.strerror or error}; {todo}") from None
     finally:
         if work is not None:
             work.close()
@@ -179,8 +174,8 @@ def taken(path: Path, resume: bool) -> set[Path]:
     If the first file, which is renamed last, is among them, the output is finished and must not be removed; the
     files are then returned only with `resume`.
     """
-    noted = {path.with_name(name): mark for name, mark in whole(folder_of(path)).items()}
-    found = {target for target, mark in noted.items() if stamp(target) == mark}
+    noted = {path.with_name(name): mark for name, mark in journal.whole(folder_of(path)).items()}
+    found = {target for target, mark in noted.items() if journal.stamp(target) == mark}
     finished = bool(noted) and next(iter(noted)) in found
     return set() if finished and not resume else found
 
@@ -189,7 +184,8 @@ def _take_names(path: Path, names: Sequence[str]) -> None:
     """Rename the files of the folder, except those that were already renamed."""
     folder = folder_of(path)
     moves = [(folder / name, path.with_name(name)) for name in names]
-    append(folder, {"whole": {target.name: stamp(hidden) or stamp(target) for hidden, target in moves}})
+    stamps = {target.name: journal.stamp(hidden) or journal.stamp(target) for hidden, target in moves}
+    journal.append(folder, {"whole": stamps})
     (first, found), *others = moves
     if others and first.exists():
         found.unlink(missing_ok=True)
@@ -205,51 +201,38 @@ def _take_names(path: Path, names: Sequence[str]) -> None:
 def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
     """Number of finished steps according to the journal; 0 if there is nothing to continue."""
     folder = folder_of(path)
-    noted = entries(folder)
+    noted = journal.entries(folder)
     here = {name: _size(folder / name) for name, _ in layout.files}
     ours = {target.name for target in taken(path, resume=True)}
     if not any(here.values()) and not ours:
         return 0
-    journal, remedy = folder / JOURNAL, f"start again without --resume, or remove {folder.name}"
+    file, remedy = folder / journal.JOURNAL, f"start again without --resume, or remove {folder.name}"
     if not noted or noted[0].get("format") != _FORMAT:
-        raise ConvertError(f"{journal}: not a journal of this version; {remedy}")
+        raise ConvertError(f"{file}: not a journal of this version; {remedy}")
     if noted[0].get("sources") != identity.sources:
-        raise ConvertError(
-            f"{journal}: the unfinished output is of another checkpoint, or the checkpoint has changed; "
-            f"{remedy}"
-        )
+        raise ConvertError(f"{file}: is of another checkpoint, or the checkpoint has changed; {remedy}")
     if noted[0].get("plan") != identity.plan:
-        raise ConvertError(
-            f"{journal}: the unfinished output was started with other options or versions; {remedy}"
-        )
+        raise ConvertError(f"{file}: was started with other options or another version; {remedy}")
     marks = [done for entry in noted[1:] if isinstance(done := entry.get("done"), int)]
     if not marks:
         return 0
     if not 0 <= marks[-1] < len(layout.places):
-        raise ConvertError(
-            f"{journal}: expected at most {len(layout.places) - 1} steps, found {marks[-1]}; {remedy}"
-        )
+        most = len(layout.places) - 1
+        raise ConvertError(f"{file}: expected at most {most} steps, found {marks[-1]}; {remedy}")
     number, end = layout.places[marks[-1]]
     for i, (name, size) in enumerate(layout.files[: number + 1]):
         if name in ours or (here[name] == size if i < number else here[name] >= end):
             continue
-        raise ConvertError(
-            f"{folder / name}: expected {f'{size} bytes' if i < number else f'at least {end} bytes'} "
-            f"according to its journal, found {here[name]}; {remedy}"
-        )
-    mend(folder)
+        expected = f"{size} bytes" if i < number else f"at least {end} bytes"
+        raise ConvertError(f"{folder / name}: expected {expected}, found {here[name]}; {remedy}")
+    journal.remove_incomplete_line(folder)
     return marks[-1]
-
-
-def _begin_anew(path: Path) -> None:
-    _clear(path)
-    os.truncate(folder_of(path) / JOURNAL, 0)
 
 
 def _remove(path: Path) -> None:
     with suppress(OSError):
         _clear(path)
-        (folder_of(path) / JOURNAL).unlink()  # last: the lock is on it
+        (folder_of(path) / journal.JOURNAL).unlink()  # last: the lock is on it
         folder_of(path).rmdir()
 
 
@@ -258,7 +241,7 @@ def _clear(path: Path) -> None:
     for target in taken(path, resume=False):
         target.unlink(missing_ok=True)
     for file in folder_of(path).iterdir():
-        if file.name != JOURNAL:
+        if file.name != journal.JOURNAL:
             file.unlink()
 
 

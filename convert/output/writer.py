@@ -13,48 +13,47 @@ from pathlib import Path
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.engine.tensor_types import Bytes
 
-Pieces = Iterator[tuple[PlannedTensor, Bytes]]
-Report = Callable[[PlannedTensor, int], None]
+Chunks = Iterator[tuple[PlannedTensor, Bytes]]
+ProgressCallback = Callable[[PlannedTensor, int], None]  # a tensor, and how many of its bytes were written
 Check = Callable[[PlannedTensor | None], None]
 
 
 def write(
     plan: Plan,
-    pieces: Callable[[Sequence[PlannedTensor]], Pieces],
+    chunks: Callable[[Sequence[PlannedTensor]], Chunks],
     path: Path,
     overwrite: bool,
     identity: Identity,
     resume: bool,
-    report: Report,
+    report: ProgressCallback,
     check: Check,
-    beside: Sequence[tuple[str, bytes]] = (),
+    small_files: Sequence[tuple[str, bytes]] = (),
 ) -> None:
     """Write the plan's files. Raises `ConvertError` if the disk is too small or fails, or if `check` raises it.
 
-    pieces: returns the bytes of the given tensors, in order.
-    report: called with a tensor and the number of its bytes that were written.
+    chunks: returns the bytes of the given tensors, in order.
     check: called with each finished tensor, and with None at the end.
-    beside: names and contents of small files to write to the same folder.
+    small_files: names and contents of small files to write to the same folder.
     """
     with unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
-        _check_space(path, work.missing + sum(len(content) for _, content in beside))
+        _check_space(path, work.missing + sum(len(content) for _, content in small_files))
         for tensor in plan.tensors[: work.done]:
             report(tensor, tensor.nbytes)
-        stream = pieces(plan.tensors[work.done :])
+        stream = chunks(plan.tensors[work.done :])
         first = 0
         for number, file in enumerate(plan.files):
             if work.done < first + len(file.tensors):
                 _write_file(work, number, file, first, stream, report, check)
             first += len(file.tensors)
         check(None)
-        for name, content in beside:
+        for name, content in small_files:
             work.add(name, content)
 
 
@@ -70,7 +69,13 @@ def _layout(plan: Plan, output: Path) -> Layout:
 
 
 def _write_file(
-    work: Unfinished, number: int, file: PlannedFile, first: int, stream: Pieces, report: Report, check: Check
+    work: Unfinished,
+    number: int,
+    file: PlannedFile,
+    first: int,
+    stream: Chunks,
+    report: ProgressCallback,
+    check: Check,
 ) -> None:
     """Write one file; `first` is the index of its first tensor in the plan."""
     head, skip = file.header, max(work.done - first, 0)
@@ -82,9 +87,9 @@ def _write_file(
             continue
         start = len(head) + offset
         while work.at < start + tensor.nbytes:
-            found, piece = next(stream)
-            work.write(piece)
-            report(found, piece.nbytes)
+            found, chunk = next(stream)
+            work.write(chunk)
+            report(found, chunk.nbytes)
         if found is not tensor or work.at != start + tensor.nbytes:
             raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {work.at - start}")
         work.write(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))

@@ -18,30 +18,30 @@ class Source(Protocol):
 
     @property
     def path(self) -> PurePath:
-        """What errors call the file; its last part is its name in the checkpoint."""
+        """The file's name in errors; its last part is its name in the checkpoint."""
 
     @property
     def size(self) -> int:
-        """Bytes, as of now."""
+        """Bytes at present."""
 
     @property
     def stamp(self) -> tuple[object, ...]:
-        """What tells the file from another one of its name, as of its opening."""
+        """Identifies the file as it was opened among others with its name."""
 
     def read_into(self, buffer: memoryview, offset: int, what: str) -> None:
-        """Fill `buffer` with the bytes from `offset` on; `what` they are, for errors.
+        """Fill `buffer` with the bytes from `offset` on; `what` names them in errors.
 
-        Raises `ReadError` when reading fails, `ConvertError` when the file ends before or has changed."""
+        Raises `ReadError` if reading fails, `ConvertError` if the file is too short or has changed."""
 
     def unchanged(self) -> bool:
-        """Whether this is the file that was opened, as far as can be told without reading it."""
+        """Whether this is still the file that was opened; does not read it."""
 
     def close(self) -> None:
-        """Give everything back; a second call does nothing."""
+        """Release all resources; a second call does nothing."""
 
 
 class LocalFile:
-    """A `Source` on disk. Raises `ConvertError` when there is none, or when it is no ordinary file."""
+    """A `Source` on disk. Raises `ConvertError` if it does not exist or is not a regular file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,7 +50,7 @@ class LocalFile:
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:
-            raise ConvertError(f"{path}: not found; the checkpoint is incomplete, fetch the file") from None
+            raise ConvertError(f"{path}: not found; the checkpoint is incomplete, download it") from None
         except OSError as error:
             raise ConvertError(f"{path}: cannot be opened: {error.strerror}") from None
         self.stamp = _stamp(os.fstat(self._fd))
@@ -69,7 +69,7 @@ class LocalFile:
             if got == 0:
                 raise ConvertError(
                     f"{self.path}: {what}: the file ends at byte {offset + done}; "
-                    "the file is damaged or truncated, fetch it again"
+                    "the file is damaged or truncated, download it again"
                 )
             done += got
 
@@ -86,5 +86,5 @@ class LocalFile:
 
 
 def _stamp(found: os.stat_result) -> tuple[int, int, int, int]:
-    """What changes when a file is written to or replaced: size, time of change, device, inode."""
+    """Changes when a file is written to or replaced: size, time of change, device, inode."""
     return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino

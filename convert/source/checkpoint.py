@@ -22,10 +22,10 @@ import numpy.typing as npt
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.layouts import Place, places
-from kimi_gguf.convert.model.tensors import EMBEDDING, HEAD, hub_shapes
+from kimi_gguf.convert.model.tensor_table import EMBEDDING, HEAD, hub_shapes
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
-from kimi_gguf.convert.source.byte_source import Source
+from kimi_gguf.convert.source.byte_source import LocalFile, Source
 from kimi_gguf.convert.source.hub import HubId, cached_folder, is_offline, open_repository
 from kimi_gguf.convert.source.json_file import read_object
 from kimi_gguf.convert.source.origin import CARD
@@ -47,59 +47,51 @@ class Checkpoint:
 
     def __init__(
         self,
-        place: _Place,
+        root: _Root,
         config: KimiConfig,
         files: Mapping[PurePath, SafetensorsFile],
         where: Mapping[str, PurePath],
     ) -> None:
-        self.folder = place.folder  # of the config and the tokenizer
+        self.folder = root.folder  # of the config and the tokenizer
         self.config = config
-        self.files = (  # on this machine's disks
+        self.files = (  # that are on this machine
             *(path for path in files if isinstance(path, Path)),
             *(self.folder / name for name in (CONFIG, INDEX)),
         )
-        self.shapes: Mapping[str, tuple[int, ...]] = hub_shapes(config)
+        self.shapes: Mapping[str, tuple[int, ...]] = hub_shapes(config)  # in the order of the GGUF file
         self._files = files
         self._file_of = where
-        self._ahead = place.ahead
-        self._place = _resolve(place.path, config, self.shapes, files, where)
+        self._ahead = root.ahead
+        self._place = _resolve(root.path, config, self.shapes, files, where)
 
-    def names(self) -> list[str]:
-        """Every canonical name, in the order of the GGUF file."""
-        return list(self.shapes)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[name]
+    def _stored(self, name: str) -> tuple[SafetensorsFile, Place]:
+        place = self._place[name]
+        return self._files[self._file_of[place.stored]], place
 
     def dtype(self, name: str) -> Dtype:
         """The type the tensor is stored in."""
-        place = self._place[name]
-        return Dtype(self._files[self._file_of[place.stored]].tensors[place.stored].dtype)
-
-    def source(self, name: str) -> tuple[PurePath, str]:
-        """The file and the stored name that hold the tensor."""
-        place = self._place[name]
-        return self._file_of[place.stored], place.stored
+        file, place = self._stored(name)
+        return Dtype(file.tensors[place.stored].dtype)
 
     def locate(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
         """The file, the stored name and the index there of the tensor's `element` in row-major order."""
-        place = self._place[name]
+        file, place = self._stored(name)
         index = np.unravel_index(place.first + element, place.stored_shape)
-        return *self.source(name), tuple(int(i) for i in index)
+        return file.path, place.stored, tuple(int(i) for i in index)
 
     def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` in row-major order, 1-D, as stored (BF16 as uint16)."""
-        place = self._place[name]
-        return self._files[self._file_of[place.stored]].read(place.stored, place.first + first, count)
+        file, place = self._stored(name)
+        return file.read(place.stored, place.first + first, count)
 
     def _span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
-        place = self._place[name]
-        return self._files[self._file_of[place.stored]].span(place.stored, place.first + first, count)
+        file, place = self._stored(name)
+        return file.span(place.stored, place.first + first, count)
 
     @contextmanager
     def expecting(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[None]:
-        """Within the block these elements (name, first, count) are read, each range once and about in this order:
-        what comes over a network is fetched ahead."""
+        """Within the block these elements (name, first, count) are read, each range once and about in this order;
+        ranges of remote files are prefetched."""
         if self._ahead is None:
             yield
             return
@@ -109,7 +101,7 @@ class Checkpoint:
             yield
 
     def stop(self) -> None:
-        """Nothing more is wanted: whoever waits for a network gives up."""
+        """Stop reading: threads that wait for the network end."""
         if self._ahead is not None:
             self._ahead.stop()
 
@@ -121,20 +113,20 @@ class Checkpoint:
 
     @property
     def ahead_bytes(self) -> int:
-        """Bytes of memory that reading over a network takes."""
+        """Bytes of memory for prefetched data."""
         return MOST_BYTES if self._ahead else 0
 
     def identity(self) -> str:
-        """A hash of what the weights stand in: names, sizes, times and headers of the files."""
+        """A hash of the names, sizes, times and headers of the files with the weights."""
         return digest(*(file.identity() for file in self._files.values()))
 
     def headers_hash(self) -> str:
-        """A hash of all headers, the same wherever and whenever the files are."""
+        """A hash of all headers; it does not depend on the files' places and times."""
         return digest(*(file.header_hash.encode() for file in self._files.values()))
 
     def check_unchanged(self, names: Iterable[str] | None = None) -> None:
-        """Raise `ConvertError` if a file that holds one of the tensors `names` is no longer what was opened;
-        without names, look at every file, and read the headers again."""
+        """Raise `ConvertError` if a file with one of the tensors `names` has changed since it was opened; without
+        names, check every file, and read the headers again."""
         if names is None:
             for file in self._files.values():
                 file.check_unchanged(thoroughly=True)
@@ -142,29 +134,25 @@ class Checkpoint:
         for path in {self._file_of[self._place[name].stored] for name in names}:
             self._files[path].check_unchanged()
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """The whole tensor in its canonical shape, as stored (BF16 as uint16; see `dtype`)."""
-        shape = self.shapes[name]
-        return self.elements(name, 0, math.prod(shape)).reshape(shape)
-
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """The whole tensor in its canonical shape, exactly, as float32."""
-        return to_float32(self.read(name), self.dtype(name))
+        shape = self.shapes[name]
+        return to_float32(self.elements(name, 0, math.prod(shape)).reshape(shape), self.dtype(name))
 
 
 def to_float32(values: npt.NDArray[Any], dtype: Dtype) -> npt.NDArray[np.float32]:
-    """Stored elements as float32, exactly: every F16 and BF16 number is one."""
+    """Stored elements as float32; exact, because float32 has every F16 and BF16 number."""
     if dtype is Dtype.BF16:
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a checkpoint is: how errors call it, its small files' folder, its shards."""
+class _Root:
+    """Where a checkpoint is."""
 
-    path: PurePath
-    folder: Path
+    path: PurePath  # its name in errors
+    folder: Path  # of the small files
     weight_map: Mapping[str, str]  # of the index; empty for a single file
     single: str | None
     open: Callable[[str], SafetensorsFile]
@@ -173,34 +161,34 @@ class _Place:
 
 @contextmanager
 def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
-    """Open a checkpoint: its folder, its index, its single safetensors file with `config.json` beside it; or, where
-    a string names no such thing, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`.
+    """Open a checkpoint: its folder, its index, its single safetensors file with `config.json` in the same folder;
+    or, if a string is none of these, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`.
 
-    Raises `ConvertError`, naming file and tensor, for whatever is missing, damaged, doubled or unexpected.
+    Raises `ConvertError`, naming file and tensor, for anything missing, damaged, duplicate or unexpected.
     """
-    place = _find(source)
-    config_file = place.folder / CONFIG
+    root = _find(source)
+    config_file = root.folder / CONFIG
     config = KimiConfig.from_json(read_object(config_file), str(config_file))
     with ExitStack() as stack:
-        names = [place.single] if place.single else sorted(set(place.weight_map.values()))
-        files = {place.path / name: stack.enter_context(place.open(name)) for name in names}
+        names = [root.single] if root.single else sorted(set(root.weight_map.values()))
+        files = {root.path / name: stack.enter_context(root.open(name)) for name in names}
         where: dict[str, PurePath] = {}
         for file_path, file in files.items():
             for name in file.tensors:
                 if name in where:
                     raise ConvertError(
-                        f"{file_path}: {name!r} stands in {where[name].name} too; "
-                        "each tensor belongs in one file, fetch the checkpoint again"
+                        f"{file_path}: {name!r} is also in {where[name].name}; "
+                        "expected each tensor in one file, download the checkpoint again"
                     )
                 where[name] = file_path
-        if not place.single:
-            _check_index(place.path, place.weight_map, where)
-        checkpoint = Checkpoint(place, config, files, where)
+        if not root.single:
+            _check_index(root.path, root.weight_map, where)
+        checkpoint = Checkpoint(root, config, files, where)
         stack.callback(checkpoint.stop)
         yield checkpoint
 
 
-def _find(source: Path | str) -> _Place:
+def _find(source: Path | str) -> _Root:
     path = Path(source)
     if _exists(path):
         return _on_disk(path)
@@ -208,7 +196,7 @@ def _find(source: Path | str) -> _Place:
     if id is None:
         raise ConvertError(
             f"{source}: not found; expected a checkpoint folder, a safetensors file, or an id on the hub "
-            "(OWNER/NAME or hf://OWNER/NAME, perhaps with @REVISION)"
+            "([hf://]OWNER/NAME[@REVISION])"
         )
     return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
 
@@ -216,11 +204,11 @@ def _find(source: Path | str) -> _Place:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long, or a NUL in it
+    except (OSError, ValueError):  # too long, or with a NUL
         return False
 
 
-def _on_disk(path: Path) -> _Place:
+def _on_disk(path: Path) -> _Root:
     if path.is_dir():
         names = {file.name for file in path.iterdir() if file.exists()}
         folder, (single, index) = path, _weights(path, names)
@@ -233,20 +221,15 @@ def _on_disk(path: Path) -> _Place:
     else:
         raise ConvertError(f"{path}: expected a checkpoint folder or a .safetensors file")
     weight_map = _weight_map(folder / index) if index else {}
-    return _Place(folder, folder, weight_map, single, lambda name: SafetensorsFile(folder / name))
+    return _Root(folder, folder, weight_map, single, lambda name: SafetensorsFile(LocalFile(folder / name)))
 
 
-def _on_hub(id: HubId) -> _Place:
-    found = open_repository(id, (CONFIG, INDEX, CARD, *TOKENIZER))
-    single, index = _weights(found.path, found.names)
-    weight_map = _weight_map(found.folder / index) if index else {}
-    return _Place(
-        found.path,
-        found.folder,
-        weight_map,
-        single,
-        lambda name: SafetensorsFile(found.open(name)),
-        found.ahead,
+def _on_hub(id: HubId) -> _Root:
+    hub = open_repository(id, (CONFIG, INDEX, CARD, *TOKENIZER))
+    single, index = _weights(hub.path, hub.names)
+    weight_map = _weight_map(hub.folder / index) if index else {}
+    return _Root(
+        hub.path, hub.folder, weight_map, single, lambda name: SafetensorsFile(hub.open(name)), hub.ahead
     )
 
 
@@ -254,17 +237,17 @@ def _weights(path: PurePath, names: Collection[str]) -> tuple[str | None, str | 
     """The single file or the index among the names of a folder's files."""
     single, index = SINGLE in names, INDEX in names
     if single and index:
-        raise ConvertError(f"{path}: holds both {SINGLE} and {INDEX}; give the path of the one that is meant")
+        raise ConvertError(f"{path}: has both {SINGLE} and {INDEX}; give the path of the one to convert")
     if single or index:
         return (SINGLE, None) if single else (None, INDEX)
     pickles = sorted(name for name in names if PurePath(name).suffix in _PICKLES)
     if pickles:
         raise ConvertError(f"{path / pickles[0]}: {_NO_PICKLES}")
-    raise ConvertError(f"{path}: holds neither {SINGLE} nor {INDEX}; expected a checkpoint folder")
+    raise ConvertError(f"{path}: has neither {SINGLE} nor {INDEX}; expected a checkpoint folder")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name of a shard index; file names stay inside the index's folder."""
+    """Tensor name -> file name of a shard index; all files are in the index's folder."""
     found = read_object(index).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ConvertError(f"{index}: weight_map: expected an object of tensor and file names")
@@ -274,29 +257,27 @@ def _weight_map(index: Path) -> dict[str, str]:
         posix, windows = PurePosixPath(file), PureWindowsPath(file)
         if posix.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
             raise ConvertError(
-                f"{index}: {name!r}: {file!r:.80} leads out of the checkpoint's folder; "
-                "expected the name of a file beside the index"
+                f"{index}: {name!r}: expected a file in the folder of the index, found {file!r:.80}, which is "
+                "outside of it"
             )
     return found
 
 
 def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[str, PurePath]) -> None:
-    """The index and the shards must tell the same."""
+    """Raise `ConvertError` if the index and the shards differ."""
     for name, file in weight_map.items():
         if name not in where:
-            raise ConvertError(
-                f"{path / file}: {name!r} is missing, though {INDEX} says it is there; fetch the file again"
-            )
+            raise ConvertError(f"{path / file}: missing tensor {name!r} of {INDEX}; download the file again")
         if where[name] != path / file:
             raise ConvertError(
                 f"{path / INDEX}: {name!r}: expected in {file}, found in {where[name].name}; "
-                "index and files do not belong together, fetch the checkpoint again"
+                "index and files do not belong together, download the checkpoint again"
             )
     for name, found in where.items():
         if name not in weight_map:
             raise ConvertError(
                 f"{found}: unexpected tensor {name!r}, which {INDEX} does not list; "
-                "index and files do not belong together, fetch the checkpoint again"
+                "index and files do not belong together, download the checkpoint again"
             )
 
 
@@ -307,7 +288,7 @@ def _resolve(
     files: Mapping[PurePath, SafetensorsFile],
     where: Mapping[str, PurePath],
 ) -> dict[str, Place]:
-    """The one place of each canonical tensor; every stored tensor must serve."""
+    """The only place of each canonical tensor. Raises `ConvertError` for a stored tensor that is not used."""
     resolved: dict[str, Place] = {}
     for name, shape in shapes.items():
         candidates = places(name, shape, config.num_experts)
@@ -332,7 +313,7 @@ def _resolve(
         if stored not in used:
             raise ConvertError(
                 f"{file}: unexpected tensor {stored!r}; {CONFIG} describes a model without it, "
-                "and leaving it out could change what the model computes"
+                "and without this tensor it may compute something else"
             )
         tensor, expected = files[file].tensors[stored], used[stored].stored_shape
         if tensor.shape != expected:

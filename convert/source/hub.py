@@ -17,26 +17,19 @@ from typing import Any, Final
 from urllib.parse import urljoin
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.convert.source import remote
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
 from kimi_gguf.convert.source.json_file import MAX_BYTES
 from kimi_gguf.convert.source.origin import COMMIT
 from kimi_gguf.convert.source.read_ahead import ReadAhead
-from kimi_gguf.convert.source.remote import (
-    PASSING,
-    Location,
-    PassingError,
-    RemoteFile,
-    Web,
-    reason,
-    retry_after,
-)
+from kimi_gguf.convert.source.remote import Location, PassingError, RemoteFile, Web, reason
 
 PREFIX: Final = "hf://"
-LIBRARY: Final = "kimi-gguf"  # how requests name themselves
+LIBRARY: Final = "kimi-gguf"  # the user agent of requests
 _NAME: Final = r"[A-Za-z0-9][\w.-]{0,95}"
 _HUB_ID: Final = re.compile(rf"(hf://)?({_NAME}/{_NAME})(?:@([^\s@\\]{{1,200}}))?", re.ASCII)
-_FILES: Final = (".safetensors", ".json", ".gguf", ".bin", ".pt", ".pth")  # rather a path that is mistyped
-_TOKEN: Final = "a token that may read it: HF_TOKEN, or `hf auth login`"
+_FILES: Final = (".safetensors", ".json", ".gguf", ".bin", ".pt", ".pth")  # more likely a mistyped path
+_TOKEN: Final = "give a token with access: HF_TOKEN, or `hf auth login`"
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,7 @@ class HubId:
 
 
 class HubPath(PurePosixPath):
-    """What errors call a file on the hub: hf://OWNER/NAME@COMMIT/FILE."""
+    """A file on the hub in errors: hf://OWNER/NAME@COMMIT/FILE."""
 
     def __str__(self) -> str:
         return super().__str__().replace(":/", "://", 1)
@@ -81,7 +74,7 @@ class Repository:
         return HubPath("hf:", *f"{self.id.repository}@{self.commit[:12]}".split("/"))
 
     def open(self, name: str) -> Source:
-        """The file `name`, from the cache if it is there whole. Raises `ConvertError`, `ReadError`."""
+        """The file `name`, from the cache if it is there. Raises `ConvertError`, `ReadError`."""
         if (cached := self.folder / name).is_file():
             return LocalFile(cached)
         if name not in self.names:
@@ -92,50 +85,50 @@ class Repository:
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self.id.repository, name, revision=self.commit, endpoint=self.web.hub)
-        with _asking(str(self.path / name), self.web):
+        with _translated_errors(str(self.path / name), self.web):
             found = get_hf_file_metadata(url, library_name=LIBRARY)
         if found.size is None or not found.etag:
-            raise ReadError(f"{self.path / name}: {self.web.hub} tells neither its size nor its ETag")
+            facts = f"{found.size} and {found.etag!r:.60}"
+            raise ReadError(f"{self.path / name}: {self.web.hub}: expected size and ETag, found {facts}")
         return Location(urljoin(url, found.location), found.commit_hash or "", found.etag, found.size)
 
 
 def open_repository(id: HubId, small: Sequence[str]) -> Repository:
-    """Find the commit, and fetch those of the files `small` that are there into huggingface_hub's cache.
+    """Find the commit, and download the files `small` that exist to huggingface_hub's cache.
 
-    Raises `ConvertError` where there is no such repository, revision or access, `ReadError` where the hub does not
-    answer, or not as it should.
+    Raises `ConvertError` if the repository or revision does not exist or is not accessible, `ReadError` if the hub
+    does not answer or its answer is invalid.
     """
     web = _web_for(id)
     info = web.persistently(str(id), lambda: _model_info(id, web))
     commit, sizes = info.sha or "", {file.rfilename: file.size for file in info.siblings or ()}
     if not COMMIT.fullmatch(commit) or (COMMIT.fullmatch(id.revision) and commit != id.revision):
-        raise ReadError(f"{id}: {web.hub} answers with the commit {commit!r:.60}; expected the one asked for")
+        raise ReadError(f"{id}: {web.hub}: expected the commit of the revision, found {commit!r:.60}")
     paths: list[Path] = []
     for name in (name for name in small if name in sizes):
         if (sizes[name] or 0) > MAX_BYTES:
             raise ConvertError(f"{id}: {name}: expected a small file, found {sizes[name]:,} bytes")
-        path = web.persistently(f"{id}: {name}", partial(_download, id, commit, name, web))
-        paths.append(path)
+        paths.append(web.persistently(f"{id}: {name}", partial(_download, id, commit, name, web)))
     if not paths:
-        raise ConvertError(f"{id}: holds none of {', '.join(small)}; expected a checkpoint in safetensors")
+        raise ConvertError(f"{id}: has none of {', '.join(small)}; expected a checkpoint in safetensors")
     ahead: ReadAhead[RemoteFile] = ReadAhead(RemoteFile.fetch, web.stopped, web.stop)
     return Repository(id, commit, paths[0].parent, frozenset(sizes), web, ahead)
 
 
 def is_offline(id: HubId) -> bool:
-    """Whether huggingface_hub is told to stay away from the network (HF_HUB_OFFLINE)."""
+    """Whether huggingface_hub must not use the network (HF_HUB_OFFLINE)."""
     return bool(_library(id).constants.HF_HUB_OFFLINE)
 
 
 def cached_folder(id: HubId) -> Path:
-    """Where the cache holds the revision; nothing is asked of the hub. Raises `ConvertError` if it does not."""
+    """The folder of the revision in the cache; sends no request. Raises `ConvertError` if there is none."""
     hub = _library(id)
     try:
         return Path(hub.snapshot_download(id.repository, revision=id.revision, local_files_only=True))
     except (FileNotFoundError, ValueError):
         raise ConvertError(
-            f"{id}: not in the cache {hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to ask the hub; "
-            "download it first, or go online"
+            f"{id}: not in the cache {hub.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids requests to the hub; "
+            "download it first, or unset HF_HUB_OFFLINE"
         ) from None
 
 
@@ -147,8 +140,8 @@ def _library(id: HubId | None) -> Any:
         import huggingface_hub.utils
     except ImportError:
         raise ConvertError(
-            f"{id or PREFIX}: reading from the hub needs huggingface_hub: pip install 'kimi-gguf[hub]'; or download "
-            "the checkpoint and give its folder"
+            f"{id or PREFIX}: reading from the hub requires huggingface_hub: pip install 'kimi-gguf[hub]'; or "
+            "download the checkpoint and give its folder"
         ) from None
     return huggingface_hub
 
@@ -156,12 +149,12 @@ def _library(id: HubId | None) -> Any:
 def _web_for(id: HubId) -> Web:
     hub = _library(id)
     headers = hub.utils.build_hf_headers(library_name=LIBRARY)
-    # Its HTTP client's base error: httpx's or httpx2's, as the release goes.
+    # The base error of its HTTP client, which is httpx or httpx2, depending on the release.
     return Web(hub.utils.get_session(), hub.errors.HTTPError, hub.constants.ENDPOINT, headers)
 
 
 def _model_info(id: HubId, web: Web) -> Any:
-    with _asking(str(id), web):
+    with _translated_errors(str(id), web):
         api = _library(id).HfApi(endpoint=web.hub, library_name=LIBRARY)
         return api.model_info(id.repository, revision=id.revision, files_metadata=True, timeout=30)
 
@@ -171,56 +164,53 @@ def _download(id: HubId, commit: str, name: str, web: Web) -> Path:
     shown = not hub.utils.are_progress_bars_disabled()
     hub.utils.disable_progress_bars()
     try:
-        with _asking(f"{id}: {name}", web):
-            found = hub.hf_hub_download(
-                id.repository, name, revision=commit, endpoint=web.hub, library_name=LIBRARY
-            )
-            return Path(found)
+        with _translated_errors(f"{id}: {name}", web):
+            options = {"revision": commit, "endpoint": web.hub, "library_name": LIBRARY}
+            return Path(hub.hf_hub_download(id.repository, name, **options))
     finally:
         if shown:
             hub.utils.enable_progress_bars()
 
 
 @contextmanager
-def _asking(what: str, web: Web) -> Iterator[None]:
-    """huggingface_hub's errors as ours: what another try may mend, what the user can, what nobody here can."""
+def _translated_errors(what: str, web: Web) -> Iterator[None]:
+    """Turn huggingface_hub's errors into `PassingError` if another attempt may succeed, `ConvertError` if the user can
+    correct it, and `ReadError` otherwise."""
     errors = _library(None).errors
     refusals = (
-        (errors.GatedRepoError, f"is gated: accept its conditions at {web.hub}, then give {_TOKEN}"),
+        (errors.GatedRepoError, f"is gated: accept its conditions at {web.hub}, then {_TOKEN}"),
         (
             errors.RepositoryNotFoundError,
-            f"{web.hub} has no such repository, or a private one, and no such folder is here; look at the name, or "
-            f"give {_TOKEN}",
+            f"no such folder, and {web.hub} has no such repository, or it is private; check the name, or {_TOKEN}",
         ),
-        (errors.RevisionNotFoundError, "has no such revision; name a branch, a tag or a commit after the @"),
+        (errors.RevisionNotFoundError, "no such revision; give a branch, a tag or a commit after the @"),
         (errors.RemoteEntryNotFoundError, "not found; the checkpoint on the hub is incomplete"),
-        (errors.HFValidationError, "is no id of a repository; expected OWNER/NAME"),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids to ask the hub"),
+        (errors.HFValidationError, "not the id of a repository; expected OWNER/NAME"),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE forbids requests to the hub"),
     )
     try:
         yield
-    except errors.LocalEntryNotFoundError as error:  # what hf_hub_download makes of a failed request
+    except errors.LocalEntryNotFoundError as error:  # raised by hf_hub_download for a failed request
         status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        raise PassingError(
-            f"{web.hub} answers {status}" if status else f"{web.hub} cannot be reached"
-        ) from None
+        answer = f"answers {status}" if status else "cannot be reached"
+        raise PassingError(f"{web.hub} {answer}") from None
     except tuple(kind for kind, _ in refusals) as error:
         text = next(text for kind, text in refusals if isinstance(error, kind))
         raise ConvertError(f"{what}: {text}") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        if status in PASSING:
-            wait = retry_after(error.response.headers.get("Retry-After", ""))
+        if status in remote.PASSING:
+            wait = remote.retry_after(error.response.headers.get("Retry-After", ""))
             raise PassingError(f"{web.hub} answers {status}", wait) from None
-        todo = f"give {_TOKEN}" if status in {401, 403} else "try again later"
+        todo = _TOKEN if status in {401, 403} else "try again later"
         raise ReadError(f"{what}: {web.hub} answers {status}; {todo}") from None
     except web.failures as error:
         if type(error).__name__ in {"TooManyRedirects", "UnsupportedProtocol"}:
-            raise ReadError(f"{what}: {web.hub}: {reason(error)}; look to HF_ENDPOINT") from None
+            raise ReadError(f"{what}: {web.hub}: {reason(error)}; check HF_ENDPOINT") from None
         raise PassingError(f"{web.hub} cannot be reached ({reason(error)})") from None
     except OSError as error:
-        raise ConvertError(f"{what}: cannot be fetched into the cache: {reason(error)}") from None
+        raise ConvertError(f"{what}: cannot be downloaded to the cache: {reason(error)}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ReadError(
-            f"{what}: {web.hub} gives an answer that huggingface_hub does not read: {reason(error)}"
+            f"{what}: {web.hub}: huggingface_hub cannot read the answer: {reason(error)}"
         ) from None

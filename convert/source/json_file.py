@@ -1,8 +1,8 @@
-"""Strict JSON parser for untrusted files: config, shard index, safetensors header.
+"""Reads small untrusted files, and a strict JSON parser for config, shard index and safetensors header.
 
-Input: text or bytes. Output: the top-level object as a dict, or `ConvertError` naming the file. Unlike `json.loads`
-it refuses duplicate keys, NaN and Infinity, nesting that would exhaust the stack, and a top-level value that is not
-an object.
+Input: a path, text or bytes. Output: the top-level object as a dict, or `ConvertError` naming the file. Unlike
+`json.loads` it refuses duplicate keys, NaN, Infinity, nesting that would exhaust the stack, and a top-level value
+that is not an object.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from kimi_gguf.convert.errors import ConvertError
 
-MAX_BYTES = 64 << 20  # a hub index of 20,000 tensors has 2 MB
+MAX_BYTES = 64 << 20  # a hub index of 20,000 tensors has 2 MB, a tokenizer.json about 20
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
         if len(found) != len(pairs):
             seen: set[str] = set()
             twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ConvertError(f"{where}: the key {twice!r} stands twice in one object; remove one of them")
+            raise ConvertError(f"{where}: the key {twice!r} appears twice in one object; remove one of them")
         return found
 
     def no_constant(name: str) -> Any:
@@ -37,24 +37,29 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ConvertError(
-            f"{where}: not valid JSON ({reason}); the file is damaged or truncated, fetch it again"
+            f"{where}: not valid JSON ({reason}); the file is damaged or truncated, download it again"
         ) from None
     if not isinstance(value, dict):
         raise ConvertError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`. Raises `ConvertError`, also when it is absurdly large."""
+def read_small_file(path: Path) -> bytes:
+    """The content of a regular file of at most MAX_BYTES. Raises `ConvertError`."""
     try:
         if path.exists() and not path.is_file():
             raise ConvertError(f"{path}: expected a file, found something else")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise ConvertError(f"{path}: not found; it belongs beside the checkpoint's safetensors") from None
+        raise ConvertError(f"{path}: not found; copy it from the original checkpoint") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise ConvertError(f"{path}: larger than {MAX_BYTES >> 20} MiB; expected a small JSON file")
-    return parse_object(data, str(path))
+        raise ConvertError(f"{path}: expected at most {MAX_BYTES >> 20} MiB, found a larger file")
+    return data
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file. Raises `ConvertError`."""
+    return parse_object(read_small_file(path), str(path))

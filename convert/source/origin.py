@@ -23,20 +23,20 @@ _ITEM: Final = re.compile(r"[ \t]*-[ \t]+(.*)")
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known; None where nothing is."""
+    """The origin; None for what is unknown."""
 
     repository: str | None  # the checkpoint's own id on the hub, ORG/NAME
     commit: str | None  # the revision of that repository
-    base_model: str | None  # the id of what it was made from, by its card
+    base_model: str | None  # the id of its base model, according to its card
     license: str | None
-    license_name: str | None  # where the licence is none of the well-known ones
+    license_name: str | None  # of a licence without a standard identifier
     license_link: str | None
     config_sha256: str
-    headers_sha256: str  # of the shards' headers: every tensor's name, type, shape and place
+    headers_sha256: str  # of the shards' headers: every tensor's name, type, shape and offsets
 
 
 def read_origin(folder: Path, config: Path, headers_sha256: str) -> Origin:
-    """Look at the folder and its card. Reads small files only."""
+    """The origin according to the folder and its card. Reads small files only."""
     card = _front_matter(folder / CARD)
     base = card.get("base_model", "")
     return Origin(
@@ -75,7 +75,7 @@ def model_name(folder: Path) -> str:
 
 
 def _front_matter(card: Path) -> Mapping[str, str]:
-    """Plain `key: value` lines between two `---`; of a list its first item."""
+    """Plain `key: value` lines between two `---`; the first item of a list."""
     try:
         with card.open("rb") as file:
             text = file.read(_MAX_BYTES).decode("utf-8", "replace") if card.is_file() else ""

@@ -16,13 +16,11 @@ from typing import Final, Generic, TypeVar
 
 from kimi_gguf.convert.errors import ReadError
 
-AHEAD_BYTES: Final = 64 << 20  # fetched and not yet taken, at most
-FETCH_BYTES: Final = 8 << 20  # of one request, at most; a single wanted range is never cut
+AHEAD_BYTES: Final = 64 << 20  # maximum of bytes that are fetched but not yet read
+FETCH_BYTES: Final = 8 << 20  # maximum of one request; a single range is never divided
 CONNECTIONS: Final = 4
-MOST_BYTES: Final = (
-    AHEAD_BYTES + (1 + CONNECTIONS) * FETCH_BYTES
-)  # of memory, with what is just being handed over
-LOOK_SECONDS: Final = 0.2  # between looks whether reading was stopped
+MOST_BYTES: Final = AHEAD_BYTES + (1 + CONNECTIONS) * FETCH_BYTES  # maximum memory
+POLL_SECONDS: Final = 0.2  # between checks whether reading was stopped
 STOPPED: Final = "reading was stopped"
 
 F = TypeVar("F")
@@ -38,7 +36,7 @@ class Range(Generic[F]):
 
 
 class _Fetch(Generic[F]):
-    """One request under way, and how many of its ranges were not taken yet."""
+    """A request, and how many of its ranges were not taken yet."""
 
     def __init__(self, whole: Range[F], ranges: list[Range[F]], content: Future[memoryview]) -> None:
         self.whole, self.content = whole, content
@@ -46,13 +44,10 @@ class _Fetch(Generic[F]):
 
 
 class ReadAhead(Generic[F]):
-    """`fetch` gets the bytes of a file between two offsets, and gives up soon after `stop`, which sets `stopped`."""
+    """`fetch` reads the bytes of a file between two offsets, and ends soon after `stop`, which sets `stopped`."""
 
     def __init__(
-        self,
-        fetch: Callable[[F, int, int], memoryview],
-        stopped: threading.Event,
-        stop: Callable[[], None],
+        self, fetch: Callable[[F, int, int], memoryview], stopped: threading.Event, stop: Callable[[], None]
     ) -> None:
         self._fetch = fetch
         self._stopped = stopped
@@ -60,12 +55,12 @@ class ReadAhead(Generic[F]):
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._coming: Iterator[list[Range[F]]] = iter(())
-        self._fetches: dict[Range[F], deque[_Fetch[F]]] = {}  # by each range that is in it and not yet taken
+        self._fetches: dict[Range[F], deque[_Fetch[F]]] = {}  # by each range that was not taken yet
         self._held = 0
 
     @contextmanager
     def expecting(self, ranges: Iterable[Range[F]]) -> Iterator[None]:
-        """Within the block these ranges are fetched ahead, in this order, each to be taken once."""
+        """Within the block these ranges are prefetched in this order; each must be taken once."""
         self._pool = ThreadPoolExecutor(CONNECTIONS, "fetch")
         self._coming = _together(ranges)
         try:
@@ -81,10 +76,10 @@ class ReadAhead(Generic[F]):
             self._fetches.clear()
 
     def take(self, file: F, begin: int, end: int) -> memoryview | None:
-        """The bytes of an expected range; None of one that is not. Raises what fetching them raised."""
+        """The bytes of an expected range; None for any other. Raises the error of the request."""
         wanted = Range(file, begin, end)
         with self._lock:
-            while wanted not in self._fetches:  # a reader that is ahead of what may be held
+            while wanted not in self._fetches:  # this reader is ahead of the prefetched ranges
                 if not self._begin_next():
                     return None
             waiting = self._fetches[wanted]
@@ -100,7 +95,7 @@ class ReadAhead(Generic[F]):
         return content
 
     def _content(self, fetch: _Fetch[F]) -> memoryview:
-        while not wait([fetch.content], LOOK_SECONDS).done:
+        while not wait([fetch.content], POLL_SECONDS).done:
             if self._stopped.is_set():
                 raise ReadError(STOPPED)
         try:
@@ -125,7 +120,7 @@ class ReadAhead(Generic[F]):
 
 
 def _together(ranges: Iterable[Range[F]]) -> Iterator[list[Range[F]]]:
-    """Ranges that follow one another, as lists of `FETCH_BYTES` at most."""
+    """Consecutive ranges, as lists of at most `FETCH_BYTES`."""
     group: list[Range[F]] = []
     for wanted in ranges:
         follows = group and group[-1].file is wanted.file and group[-1].end == wanted.begin

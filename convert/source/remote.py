@@ -26,25 +26,26 @@ from urllib.parse import urljoin, urlsplit
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.source.read_ahead import STOPPED, ReadAhead
 
-TRIES = 6  # in a row that bring nothing
-WORTH = 64 << 10  # bytes that make a try worth it: the count starts again
-FIRST_PAUSE = 1.0  # seconds; doubles from try to try
+ATTEMPTS = 6  # in a row without data
+ENOUGH = 64 << 10  # bytes after which the attempts are counted from the start again
+FIRST_PAUSE = 1.0  # seconds; doubles with every attempt
 LONGEST_PAUSE = 120.0
 CONNECT_SECONDS = 10.0
 SILENT_SECONDS = 15.0  # without a byte
-SLOW_SECONDS = 30.0  # that bring fewer bytes than `WORTH`: as good as silent
+SLOW_SECONDS = 30.0  # with fewer bytes than `ENOUGH`: counts as silent
 REDIRECTS: Final = 5
-PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})  # statuses that may be gone at the next try
+# Statuses after which another attempt may succeed; after the second ones because a signed URL expires.
+PASSING: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+EXPIRED: Final = frozenset({401, 403, 404, 410})
 _NO_RANGES: Final = (
-    "a proxy or mirror between that does not hand on ranges? Go around it, or download the checkpoint and give its "
-    "folder"
+    "a proxy or mirror may not support ranges: do not use it, or download the checkpoint and give its folder"
 )
 _RANGE: Final = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
 T = TypeVar("T")
 
 
 class PassingError(Exception):
-    """Something that another try may mend; `wait` is what the server asked for, in seconds."""
+    """An error after which another attempt may succeed; `wait` is the pause that the server requires, in seconds."""
 
     def __init__(self, what: str, wait: float = 0.0) -> None:
         super().__init__(what)
@@ -53,7 +54,7 @@ class PassingError(Exception):
 
 @dataclass(frozen=True)
 class Location:
-    """Where a file is just now, and what it is."""
+    """The URL of a file at present, and its identity."""
 
     url: str
     commit: str
@@ -63,25 +64,25 @@ class Location:
 
 @dataclass(frozen=True)
 class Web:
-    """What the files of a checkpoint share."""
+    """The connection that all files of a checkpoint share."""
 
-    client: Any  # httpx.Client or httpx2.Client, which are alike
-    failures: type[Exception]  # what it raises when a connection fails
-    hub: str  # the URL whose origin may see the token
-    headers: Mapping[str, str]  # for the hub, perhaps with a token
+    client: Any  # httpx.Client or httpx2.Client, which have the same interface
+    failures: type[Exception]  # raised by the client if a connection fails
+    hub: str  # the token is sent only to the origin of this URL
+    headers: Mapping[str, str]  # for the hub, with the token if there is one
     stopped: threading.Event = field(default_factory=threading.Event)
     _answers: set[Any] = field(default_factory=set)  # being read
 
     def stop(self) -> None:
-        """Nothing more is wanted: who waits for a connection is woken."""
+        """Stop reading: threads that wait for a connection end."""
         self.stopped.set()
         for answer in list(self._answers):
-            with suppress(Exception):  # whatever this connection is, or is no more
+            with suppress(Exception):  # any kind of connection, and it may be closed already
                 answer.extensions["network_stream"].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def reading(self, answer: Any) -> Iterator[None]:
-        """`stop` breaks this answer's connection within the block."""
+        """Within the block `stop` closes the connection of this answer."""
         self._answers.add(answer)
         try:
             self.check_running()
@@ -90,7 +91,7 @@ class Web:
             self._answers.discard(answer)
 
     def headers_for(self, url: str) -> dict[str, str]:
-        """The headers that `url` may see."""
+        """The headers for a request to `url`."""
         if _origin(url) == _origin(self.hub):
             return dict(self.headers)
         return {name: value for name, value in self.headers.items() if name.lower() == "user-agent"}
@@ -100,7 +101,7 @@ class Web:
             raise ReadError(STOPPED)
 
     def persistently(self, what: str, act: Callable[[], T]) -> T:
-        """`act`, tried again while it raises `PassingError`. Raises `ReadError` when that does not help."""
+        """The result of `act`, repeated while it raises `PassingError`. Raises `ReadError` after the last attempt."""
         patience = Patience(self, what)
         while True:
             try:
@@ -110,29 +111,29 @@ class Web:
 
 
 class Patience:
-    """Counts the tries in a row that brought nothing, and waits between them."""
+    """Counts the attempts in a row without data, and waits between them."""
 
     def __init__(self, web: Web, what: str) -> None:
         self._web, self._what = web, what
-        self._tries = 0
+        self._attempts = 0
 
     def failed(self, error: PassingError, gained: int = 0) -> None:
-        """Wait for the next try, or raise `ReadError` after the last; `gained` bytes came in this one."""
+        """Wait for the next attempt, or raise `ReadError` after the last; this one received `gained` bytes."""
         self._web.check_running()
-        self._tries = 1 if gained >= WORTH else self._tries + 1
-        if self._tries >= TRIES:
+        self._attempts = 1 if gained >= ENOUGH else self._attempts + 1
+        if self._attempts >= ATTEMPTS:
             raise ReadError(
-                f"{self._what}: {error}; gave up after {self._tries} attempts without data; check the network, "
+                f"{self._what}: {error}; gave up after {self._attempts} attempts without data; check the network, "
                 "then continue with --resume"
             ) from None
-        self._web.stopped.wait(max(error.wait, min(FIRST_PAUSE * 2 ** (self._tries - 1), LONGEST_PAUSE)))
+        self._web.stopped.wait(max(error.wait, min(FIRST_PAUSE * 2 ** (self._attempts - 1), LONGEST_PAUSE)))
         self._web.check_running()
 
 
 class RemoteFile:
-    """A `Source` on the web. `locate` asks where it is: it raises `PassingError` or `ConvertError`.
+    """A `Source` on the web. `locate` requests its location; it raises `PassingError` or `ConvertError`.
 
-    Raises `ReadError` where another run may do better, `ConvertError` where the file is no longer what it was.
+    Raises `ReadError` if another run may succeed, `ConvertError` if the file has changed.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class RemoteFile:
         self._web = web
         self._locate = locate
         self._ahead = ahead
-        self._etags: dict[str, str] = {}  # of the files that were answered from, by origin
+        self._etags: dict[str, str] = {}  # of the file, by host
         self._opened = web.persistently(str(path), locate)
         self._now: Location | None = self._opened
         self.stamp = (self._opened.commit, self._opened.etag, self._opened.size)
@@ -158,14 +159,14 @@ class RemoteFile:
         buffer[:] = self.fetch(offset, offset + len(buffer)) if found is None else found
 
     def unchanged(self) -> bool:
-        """Nothing is asked: every answer is checked as it comes, and a commit stays what it is."""
+        """Sends no request: every answer is checked when it arrives, and a commit does not change."""
         return True
 
     def close(self) -> None:
-        """There is nothing to give back."""
+        """There is nothing to release."""
 
     def fetch(self, begin: int, end: int) -> memoryview:
-        """The bytes `begin .. end` of the file, over as many connections as it takes."""
+        """The bytes `begin .. end` of the file, over as many connections as necessary."""
         data, done = memoryview(bytearray(end - begin)), 0
         patience = Patience(self._web, str(self.path))
         while done < len(data):
@@ -187,12 +188,12 @@ class RemoteFile:
             if stamp != self.stamp:
                 raise ConvertError(
                     f"{self.path}: was changed while it was read (commit, ETag, size: expected {self.stamp}, found "
-                    f"{stamp}); the output would be a mixture. Convert the checkpoint again"
+                    f"{stamp}); the output would be a mixture, convert the checkpoint again"
                 )
         return self._now
 
     def _chunks(self, begin: int, end: int) -> Iterator[bytes]:
-        """The bytes `begin .. end` as they come, from one connection; fewer only with a `PassingError`."""
+        """The bytes `begin .. end` as they arrive from one connection; if fewer arrive, raises `PassingError`."""
         url = self._where().url
         for _ in range(REDIRECTS + 1):
             headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
@@ -212,9 +213,7 @@ class RemoteFile:
                     url = self._redirected(url, answer.headers.get("Location", ""))
             except self._web.failures as error:
                 raise PassingError(f"the connection failed ({reason(error)})") from None
-        raise ReadError(
-            f"{self.path}: more than {REDIRECTS} redirects, the last to {_host(url)}; nothing was read"
-        )
+        raise ReadError(f"{self.path}: expected at most {REDIRECTS} redirects, the last is to {_host(url)}")
 
     def _redirected(self, url: str, target: str) -> str:
         try:
@@ -227,35 +226,28 @@ class RemoteFile:
         return found
 
     def _check(self, answer: Any, url: str, begin: int, end: int) -> None:
-        """Whether the answer's head says that its body is the wanted bytes of the file that was opened."""
+        """Raise an error unless the answer's headers promise the requested bytes of the file that was opened."""
         status, headers = answer.status_code, answer.headers
-        if status in PASSING or status in {
-            401,
-            403,
-            404,
-            410,
-        }:  # these: the location may be a signed one, expired
+        if status in PASSING | EXPIRED:
             raise PassingError(f"{_host(url)} answers {status}", retry_after(headers.get("Retry-After", "")))
 
         def wrong(what: str, expected: object, found: object) -> ReadError:
-            return ReadError(
-                f"{self.path}: {_host(url)}: {what}: expected {expected}, found {found!r:.80}; {_NO_RANGES}"
-            )
+            differ = f"expected {expected}, found {found!r:.80}"
+            return ReadError(f"{self.path}: {_host(url)}: {what}: {differ}; {_NO_RANGES}")
 
         if status != 206:
-            raise wrong(f"answer to a request for bytes {begin}-{end - 1}", "status 206", status)
+            raise wrong(f"request for bytes {begin}-{end - 1}", "status 206", status)
         etag = headers.get("ETag", "")
         if etag and self._etags.setdefault(_host(url), etag) != etag:
             raise ConvertError(
                 f"{self.path}: was changed while it was read (ETag at {_host(url)}: expected "
-                f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture. Convert the "
+                f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture, convert the "
                 "checkpoint again"
             )
-        found = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        content_range = headers.get("Content-Range", "")
+        found = _RANGE.fullmatch(content_range)
         if found is None or tuple(map(int, found.groups())) != (begin, end - 1, self.size):
-            raise wrong(
-                "Content-Range", f"'bytes {begin}-{end - 1}/{self.size}'", headers.get("Content-Range", "")
-            )
+            raise wrong("Content-Range", f"'bytes {begin}-{end - 1}/{self.size}'", content_range)
         if headers.get("Content-Length", str(end - begin)) != str(end - begin):
             raise wrong("Content-Length", end - begin, headers["Content-Length"])
         if headers.get("Content-Encoding", "identity") != "identity":
@@ -266,28 +258,26 @@ class RemoteFile:
         for chunk in answer.iter_raw():
             self._web.check_running()
             if done + len(chunk) > size:
-                raise ReadError(
-                    f"{self.path}: more than the {size} bytes that were asked for came; {_NO_RANGES}"
-                )
+                raise ReadError(f"{self.path}: expected {size} bytes, received more; {_NO_RANGES}")
             yield chunk
             done += len(chunk)
             if time.monotonic() - since > SLOW_SECONDS:
-                if done - marked < WORTH:
-                    raise PassingError(f"only {done - marked} bytes came in {SLOW_SECONDS:g} s")
+                if done - marked < ENOUGH:
+                    raise PassingError(f"received only {done - marked} bytes in {SLOW_SECONDS:g} s")
                 marked, since = done, time.monotonic()
         if done < size:
             raise PassingError(f"the connection ended after {done} of {size} bytes")
 
 
 def retry_after(text: str) -> float:
-    """Seconds of a Retry-After header, which holds a number or a date; at most `LONGEST_PAUSE`."""
+    """Seconds of a Retry-After header, which is a number or a date; at most `LONGEST_PAUSE`."""
     seconds = 0.0
     if re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII):
         seconds = float(text)
     elif text:
         try:
             seconds = (parsedate_to_datetime(text) - datetime.now(UTC)).total_seconds()
-        except (ValueError, TypeError):  # no date, or one without a time zone
+        except (ValueError, TypeError):  # not a date, or without a time zone
             seconds = 0.0
     return min(max(seconds, 0.0), LONGEST_PAUSE)
 
@@ -303,7 +293,7 @@ def _origin(url: str) -> tuple[str, str, int | None]:
 
 
 def _host(url: str) -> str:
-    """What an error may say of an URL: the rest may be a signature."""
+    """The part of a URL for errors; the rest may contain a signature."""
     return urlsplit(url).netloc.rpartition("@")[2] or "?"
 
 

@@ -1,6 +1,6 @@
 """Reads a safetensors file as untrusted data: every number of its header is checked before it is used.
 
-Input: a path, or an open `Source`. Output: `SafetensorsFile`: dtypes, shapes and offsets of its tensors, and ranges
+Input: an open `Source`. Output: `SafetensorsFile`: dtypes, shapes and offsets of its tensors, and ranges
 of their elements as arrays. The format: 8 bytes little-endian header length, a JSON object
 `{name: {"dtype", "shape", "data_offsets": [begin, end]}}` with an optional `__metadata__`, then the data, which the
 offsets must cover exactly: no gap, no overlap, and no bytes after the last tensor.
@@ -15,20 +15,18 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
-from types import TracebackType
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
-from kimi_gguf.convert.source.byte_source import LocalFile, Source
+from kimi_gguf.convert.source.byte_source import Source
 from kimi_gguf.convert.source.json_file import parse_object
 
 MAX_HEADER_BYTES: Final = 100_000_000
 _MAX_DIMENSIONS: Final = 8
-_TODO: Final = "the file is damaged or truncated, fetch it again"
+_TODO: Final = "the file is damaged or truncated, download it again"
 
 
 class Dtype(Enum):
@@ -43,7 +41,7 @@ class Dtype(Enum):
         return np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.value])
 
 
-# Sizes of every dtype of the format: one that is not a weight type still has to fit its offsets.
+# Bytes of every dtype of the format: the offsets of other types are checked too.
 _BYTES: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -54,7 +52,7 @@ _BYTES: Final = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as its file describes it."""
+    """A tensor as described by its file."""
 
     name: str
     dtype: str
@@ -69,35 +67,30 @@ class StoredTensor:
 
 
 class SafetensorsFile:
-    """An open safetensors file; a context manager. Raises `ConvertError` for anything that is not right."""
+    """An open safetensors file; a context manager. Raises `ConvertError` for anything that is invalid."""
 
-    def __init__(self, file: Path | Source) -> None:
-        self.source = LocalFile(file) if isinstance(file, Path) else file
-        self.path = self.source.path
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.path = source.path
         try:
             self.tensors: Mapping[str, StoredTensor] = self._read_header()
         except BaseException:
-            self.close()
+            source.close()
             raise
 
     def __enter__(self) -> SafetensorsFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self.source.close()
 
     def identity(self) -> bytes:
-        """What tells the file from another one of its name: what its source says, and its header."""
+        """Identifies the file among others with its name: the stamp of its source, and the hash of its header."""
         return repr((self.path.name, self.source.stamp, self.header_hash)).encode()
 
     def check_unchanged(self, thoroughly: bool = False) -> None:
-        """Raise `ConvertError` if another file stands at the path, or this one was written to, since it was
-        opened; thoroughly: by its header too."""
+        """Raise `ConvertError` if the file was replaced or written to since it was opened; thoroughly: compare its
+        header too."""
         same = self.source.unchanged()
         if same and thoroughly:
             try:
@@ -108,20 +101,20 @@ class SafetensorsFile:
                 same = False
         if not same:
             raise ConvertError(
-                f"{self.path}: was changed while it was read; the output would be a mixture. Leave the checkpoint "
-                "alone, then convert it again"
+                f"{self.path}: was changed while it was read; the output would be a mixture, convert the "
+                "checkpoint again"
             )
 
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
-        (BF16 as uint16). The range must lie inside the tensor and the dtype be one of `Dtype`."""
+        (BF16 as uint16). The range must be inside the tensor, and the dtype one of `Dtype`."""
         source, begin, _ = self.span(name, first, count)
         out = np.empty(count, Dtype(self.tensors[name].dtype).numpy)
         source.read_into(out.view(np.uint8).data, begin, repr(name))
         return out
 
     def span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
-        """Where elements `first .. first+count` of tensor `name` lie: the source, first byte and end there."""
+        """Where elements `first .. first+count` of tensor `name` are stored: the source, first byte and end."""
         tensor = self.tensors[name]
         if not 0 <= first <= first + count <= tensor.size:
             raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
@@ -137,8 +130,8 @@ class SafetensorsFile:
         (length,) = struct.unpack("<Q", prefix)
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise ConvertError(
-                f"{self.path}: its header claims {length} bytes of a file of {size}; "
-                f"not a safetensors file, or {_TODO}"
+                f"{self.path}: header length: expected at most {min(size - 8, MAX_HEADER_BYTES)} bytes, found "
+                f"{length}; not a safetensors file, or {_TODO}"
             )
         header = bytearray(length)
         self.source.read_into(memoryview(header), 8, "the header")
@@ -175,10 +168,9 @@ class SafetensorsFile:
         begin, end = offsets
         if not 0 <= begin <= end <= size - start:
             raise fail(f"data_offsets inside the {size - start} bytes of data", offsets)
-        if end - begin != math.prod(shape) * _BYTES[dtype]:
-            raise fail(
-                f"{math.prod(shape) * _BYTES[dtype]} bytes for {dtype} {shape}", f"{end - begin} bytes"
-            )
+        nbytes = math.prod(shape) * _BYTES[dtype]
+        if end - begin != nbytes:
+            raise fail(f"{nbytes} bytes for {dtype} {shape}", f"{end - begin} bytes")
         return StoredTensor(name, dtype, tuple(shape), start + begin, start + end)
 
     def _check_cover(self, tensors: list[StoredTensor], start: int, size: int) -> None:

@@ -6,6 +6,7 @@ invalid element. F32, F16 and BF16 are converted here, rounded to nearest, ties 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -19,7 +20,8 @@ from kimi_gguf.engine.tensor_types import BF16, F16, F32, Bytes, TensorType, Val
 
 Stored = npt.NDArray[Any]  # elements as they are in the checkpoint; BF16 as uint16
 BLOCK_ELEMENTS: Final = 1 << 18  # float32 copies are made in blocks that a core's cache holds
-# Dtype -> (integers of the same width, mask of the magnitude, the bits of infinity): ordered like magnitudes.
+# Dtype -> (integer type of the same width, mask of the magnitude, bits of infinity). Masked integers have the order
+# of the magnitudes.
 _BITS: Final[dict[Dtype, tuple[Any, int, int]]] = {
     Dtype.BF16: (np.uint16, 0x7FFF, 0x7F80),
     Dtype.F16: (np.uint16, 0x7FFF, 0x7C00),
@@ -29,7 +31,7 @@ _BITS: Final[dict[Dtype, tuple[Any, int, int]]] = {
 
 @dataclass
 class BadValueError(Exception):
-    """Element `index` of a piece is `value`: no finite number, or `beyond` what the type can hold."""
+    """Element `index` of a chunk is `value`: not finite, or `beyond` the largest number of the type."""
 
     index: int
     value: float
@@ -81,14 +83,6 @@ def _as_bytes(values: npt.NDArray[Any]) -> Bytes:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
-def _f32(values: Values) -> Bytes:
-    return _as_bytes(values.astype("<f4", copy=False))
-
-
-def _f16(values: Values) -> Bytes:
-    return _as_bytes(values.astype("<f2"))
-
-
 def _bf16(values: Values) -> Bytes:
     """The upper half of each float32, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, "<f4").view("<u4")
@@ -99,4 +93,8 @@ def _bf16(values: Values) -> Bytes:
     return _as_bytes(rounded.view("<u2").reshape(-1, 2)[:, 1])
 
 
-_CASTS: Final = {F32.name: _f32, F16.name: _f16, BF16.name: _bf16}
+_CASTS: Final[dict[str, Callable[[Values], Bytes]]] = {
+    F32.name: lambda values: _as_bytes(values.astype("<f4", copy=False)),
+    F16.name: lambda values: _as_bytes(values.astype("<f2")),
+    BF16.name: _bf16,
+}

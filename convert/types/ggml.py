@@ -10,7 +10,7 @@ import ctypes
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -25,40 +25,40 @@ class Ggml:
     """The library of one build; made by `load`."""
 
     def __init__(self, library: Path, identity: str) -> None:
-        self.identity = identity  # of the build, since another one might quantise otherwise
+        self.identity = identity  # of the build: another one may quantize differently
         try:
             found = ctypes.CDLL(str(library))
         except OSError as error:
-            raise ConvertError(
-                f"{library}: cannot be loaded: {error}; build it again: kimi-llama build"
-            ) from None
-        self._quantize = found.ggml_quantize_chunk
-        self._quantize.restype = ctypes.c_size_t
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._quantize.argtypes = [ctypes.c_int, pointer, pointer, number, number, number, pointer]
-        self._init = found.ggml_quantize_init
-        self._init.argtypes, self._init.restype = [ctypes.c_int], None
-        self._sound = found.ggml_validate_row_data
-        self._sound.argtypes, self._sound.restype = [ctypes.c_int, pointer, ctypes.c_size_t], ctypes.c_bool
-        self._block = found.ggml_blck_size
-        self._block.argtypes, self._block.restype = [ctypes.c_int], ctypes.c_int64
-        self._block_bytes = found.ggml_type_size
-        self._block_bytes.argtypes, self._block_bytes.restype = [ctypes.c_int], ctypes.c_size_t
+            raise ConvertError(f"{library}: cannot be loaded: {error}; run `kimi-llama build`") from None
+        pointer, kind, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t, ctypes.c_int64
+
+        def function(name: str, result: Any, *arguments: Any) -> Any:
+            symbol = getattr(found, name)
+            symbol.restype, symbol.argtypes = result, arguments
+            return symbol
+
+        chunk = (kind, pointer, pointer, number, number, number, pointer)
+        self._quantize = function("ggml_quantize_chunk", size, *chunk)
+        self._init = function("ggml_quantize_init", None, kind)
+        self._is_valid = function("ggml_validate_row_data", ctypes.c_bool, kind, pointer, size)
+        self._block = function("ggml_blck_size", number, kind)
+        self._block_bytes = function("ggml_type_size", size, kind)
 
     def prepare(self, kind: TensorType) -> None:
-        """Make the type's search tables, seconds for some. Raises `ConvertError` for a type it lacks."""
+        """Make the type's search tables, which takes seconds for some types. Raises `ConvertError` if the build does
+        not have the type."""
         sizes = self._block(kind.number), self._block_bytes(kind.number)
         if sizes != (kind.block, kind.block_bytes):
             raise ConvertError(
-                f"{kind.name}: the engine's ggml has blocks of {sizes[0]} in {sizes[1]} bytes, expected "
-                f"{kind.block} in {kind.block_bytes}; build the engine of this version: kimi-llama build"
+                f"{kind.name}: expected blocks of {kind.block} elements in {kind.block_bytes} bytes, found "
+                f"{sizes[0]} in {sizes[1]}; build llama.cpp again: kimi-llama build"
             )
         self._init(kind.number)
 
     def quantize(self, kind: TensorType, rows: Values, weights: Values | None, out: Bytes) -> bool:
         """Encode `rows` [n, columns] into `out`; `weights` [columns] are their importances.
 
-        False when a block's scale overflowed: the bytes mean nothing then.
+        False if a block's scale overflowed; the bytes are then invalid.
         """
         n, columns = rows.shape
         if not rows.flags.c_contiguous or rows.dtype != np.float32 or not out.flags.c_contiguous:
@@ -69,19 +69,19 @@ class Ggml:
             raise ValueError(f"weights of shape {weights.shape} for {columns} columns")
         place = None if weights is None else np.ascontiguousarray(weights).ctypes.data
         self._quantize(kind.number, rows.ctypes.data, out.ctypes.data, 0, n, columns, place)
-        return bool(self._sound(kind.number, out.ctypes.data, out.nbytes))
+        return bool(self._is_valid(kind.number, out.ctypes.data, out.nbytes))
 
 
 @cache
 def load() -> Ggml:
-    """The build that runs (see `engine.builds`). Raises `ConvertError` when there is none."""
+    """The library of the build in use (see `engine.builds`). Raises `ConvertError` if there is none."""
     try:
         engine = find()
     except EngineError as error:
         raise ConvertError(str(error)) from None
     if engine is None:
         raise ConvertError(
-            "this --type is made by ggml's own quantisers, and no engine is built: run `kimi-llama build` "
-            "(minutes, once); F32, F16 and BF16 need none"
+            "--type: expected a build of llama.cpp, whose functions quantize to this type, found none; run "
+            "`kimi-llama build` (minutes, once), or use F32, F16 or BF16"
         )
     return Ggml(engine.lib / LIBRARY, engine.key)

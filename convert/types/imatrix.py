@@ -27,7 +27,7 @@ _MAX_NAME: Final = 1024
 
 @dataclass(frozen=True)
 class Importances:
-    """The weights of an importance matrix by tensor name, 1-D, an expert's after another's."""
+    """The weights of an importance matrix by tensor name, 1-D, expert after expert."""
 
     path: Path
     weights: Mapping[str, Values]
@@ -36,7 +36,7 @@ class Importances:
 
 
 def read_importances(path: Path) -> Importances:
-    """Read either form. Raises `ConvertError` or `GgufError` for what is damaged, empty, or not finite."""
+    """Read either format. Raises `ConvertError` or `GgufError` if the file is damaged, empty, or not finite."""
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -44,17 +44,20 @@ def read_importances(path: Path) -> Importances:
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
     if not found.weights:
-        raise ConvertError(f"{path}: an importance matrix without entries; make it again with llama-imatrix")
+        raise ConvertError(f"{path}: expected entries, found none; make it again with llama-imatrix")
     for name, weights in found.weights.items():
         if not np.isfinite(weights).all():
-            raise ConvertError(f"{path}: {name!r}: holds {weights[~np.isfinite(weights)][0]}; make it again")
+            found_value = weights[~np.isfinite(weights)][0]
+            raise ConvertError(
+                f"{path}: {name!r}: expected finite numbers, found {found_value}; make it again"
+            )
     return found
 
 
 def _gguf(path: Path) -> Importances:
     with GgufFile(path) as file:
         if missing := [key for key in (_DATASETS, _CHUNKS, _CHUNK_SIZE) if key not in file.keys]:
-            raise ConvertError(f"{path}: the key {missing[0]} is missing; not made by llama-imatrix")
+            raise ConvertError(f"{path}: missing key {missing[0]}; make it with llama-imatrix")
         datasets, chunks = file.keys[_DATASETS], file.keys[_CHUNKS]
         if not isinstance(datasets, list) or not isinstance(chunks, int):
             raise ConvertError(f"{path}: {_DATASETS}, {_CHUNKS}: expected a list and a number")
@@ -73,9 +76,9 @@ def _gguf(path: Path) -> Importances:
 
 
 def _means(sums: Values, counts: Values, where: str) -> Values:
-    """Mean squares: each expert's sums by how often it was asked; ones for an expert that never was."""
+    """Mean squares: each expert's sums divided by its number of calls; ones for an expert without calls."""
     if not np.isfinite(counts).all() or len(sums) % len(counts):
-        raise ConvertError(f"{where}: {len(sums)} sums do not belong to {len(counts)} counts")
+        raise ConvertError(f"{where}: expected a multiple of {len(counts)} sums, found {len(sums)}")
     whole = np.copysign(np.floor(np.abs(counts.astype(np.float64)) + 0.5), counts).astype(np.float32)
     by_expert = sums.reshape(len(counts), -1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -86,11 +89,13 @@ def _means(sums: Values, counts: Values, where: str) -> Values:
 def _legacy(path: Path) -> Importances:
     """i32 entries; each: i32 length, name, i32 calls, i32 values, float32 values; then i32 chunks, dataset."""
     if path.stat().st_size > _MAX_BYTES:
-        raise ConvertError(f"{path}: larger than any importance matrix")
+        raise ConvertError(f"{path}: expected an importance matrix, found more than {_MAX_BYTES >> 30} GiB")
     data, at = path.read_bytes(), 0
 
     def fail(what: str) -> ConvertError:
-        return ConvertError(f"{path}: no importance matrix: {what} at byte {at}; make it with llama-imatrix")
+        return ConvertError(
+            f"{path}: invalid importance matrix: {what} at byte {at}; make it with llama-imatrix"
+        )
 
     def take(count: int, what: str) -> bytes:
         nonlocal at
@@ -112,13 +117,12 @@ def _legacy(path: Path) -> Importances:
         if count < 1:
             raise fail(f"{count} values of {name!r:.80}")
         sums = np.frombuffer(take(4 * count, "the values"), "<f4").astype(np.float32)
-        with np.errstate(invalid="ignore"):  # what is not finite is refused later
+        with np.errstate(invalid="ignore"):  # not finite numbers are refused later
             weights[name] = sums / np.float32(calls) if calls > 0 else sums
     chunks, dataset = 0, None
     if at < len(data):
         chunks = number("the number of chunks")
         if len(data) - at > 4:
-            dataset = (
-                take(number("the dataset's length"), "the dataset").split(b"\0")[0].decode(errors="replace")
-            )
+            text = take(number("the dataset's length"), "the dataset")
+            dataset = text.split(b"\0")[0].decode(errors="replace")
     return Importances(path, weights, dataset, chunks)

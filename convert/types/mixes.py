@@ -1,8 +1,8 @@
 """Which tensor gets which type: llama-quantize's mixes for this architecture, as one table and a few rules.
 
 Input: the config, the outputs in file order, and a `TypeRequest` (file type and the user's options). Output: the type
-of every tensor. The result is that of `llama_tensor_get_type` in llama.cpp's `src/llama-quant.cpp`; rules for other
-architectures are left out.
+of every tensor, as in `llama_tensor_get_type` of llama.cpp's `src/llama-quant.cpp` without the rules for other
+architectures; and `RECIPES`, the mixes made for this model, by the name that `--recipe` accepts.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensors import Output
-from kimi_gguf.convert.types.tensor_types import FileType
+from kimi_gguf.convert.model.tensor_table import Output
+from kimi_gguf.convert.types.file_types import TYPES, FileType
 from kimi_gguf.engine.tensor_types import F16, TENSOR_TYPES, TensorType
 
 
 @dataclass(frozen=True)
 class TypeRequest:
-    """What the user wants the file to be; the same options as llama-quantize's."""
+    """The requested types; the options are those of llama-quantize."""
 
     file_type: FileType
     output_type: TensorType | None = None  # of output.weight
     embedding_type: TensorType | None = None  # of token_embd.weight
-    overrides: tuple[tuple[str, TensorType], ...] = ()  # (regular expression, type); the first that is found
-    pure: bool = False  # no mix: every tensor the file type's own
-    recipe: str | None = None  # the name of the recipe this came from
+    overrides: tuple[tuple[str, TensorType], ...] = ()  # (regular expression, type); the first that matches
+    pure: bool = False  # no mix: the base type of the file type for every tensor
+    recipe: str | None = None  # the name in `RECIPES`, if the request came from there
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where a tensor stands, as the rules ask."""
+    """The position of a tensor, as the rules need it."""
 
-    index: int  # its layer; without experts, how many of its kind came before
-    nth: int  # how many of its kind came before
-    count: int  # layers, or for attn_v how many there are
-    gqa: int  # query heads per key-value head in the first layer; 0 where that one is recurrent
+    index: int  # its layer; without experts, the number of tensors of its kind before it
+    nth: int  # the number of tensors of its kind before it
+    count: int  # layers; for attn_v, the number of these tensors
+    gqa: int  # query heads per key-value head in the first layer; 0 if that is recurrent
     experts: int
-    importances: bool  # an importance matrix is at hand
+    importances: bool  # whether there is an importance matrix
 
     @property
     def first_eighth(self) -> bool:
@@ -50,15 +50,14 @@ class Site:
     @property
     def more_bits(self) -> bool:
         """The first and the last eighth, and every third in between."""
-        eighth = self.count // 8
-        return self.first_eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
+        return not self.middle or (self.index - self.count // 8) % 3 == 2
 
     @property
     def middle(self) -> bool:
         return self.count // 8 <= self.index < 7 * self.count // 8
 
 
-# Kinds of tensors, by a part of their names; the first that fits.
+# Kinds of tensors, by a part of their names; the first match counts.
 _KINDS: Final = (
     ("attn_v.weight", "v"),
     ("attn_k.weight", "k"),
@@ -71,8 +70,8 @@ _KINDS: Final = (
 _COUNTED: Final = frozenset({"v", "up", "gate", "down"})
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
 
-# A row: kinds, file types ("*" any but the lowest), condition, the type. The first row that fits decides;
-# where none does the file type's base stays.
+# A row: kinds, file types ("*" any but the lowest), condition, the type. The first matching row counts; without one
+# the tensor has the base type.
 _LOWEST: Final = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M"
 _IQ2_SM: Final = "IQ2_S IQ2_M"
 _EIGHT_O: Final = "Q2_K IQ3_XS IQ3_XXS Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M IQ3_S IQ3_M IQ4_XS"
@@ -146,35 +145,36 @@ _EMBEDDING_TYPES: Final = (
     | _each("IQ2_S IQ2_M IQ3_XXS", "IQ3_S")
     | _each("TQ1_0 TQ2_0 Q2_0", "Q4_K")
 )
-# Where rows are not whole blocks of the type: another one of blocks of 32; where they are not that, F16.
+# For rows that are not whole blocks of the type: a type with blocks of 32, and F16 if that does not fit either.
 _FALLBACKS: Final = (
     _each("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS", "IQ4_NL")
     | _each("Q2_0 Q2_K Q3_K TQ1_0 TQ2_0", "Q4_0")
     | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
-# Without importances the result would be garbage, says llama-quantize; but not of embedding and output.
+# Types that llama-quantize refuses without importances, except for embedding and output.
 _NEED_IMPORTANCES: Final = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
 
 
 def choose_types(
     config: KimiConfig, outputs: Sequence[Output], request: TypeRequest, importances: bool
 ) -> dict[str, TensorType | None]:
-    """Tensor name -> its type, None for those that are not quantised and stay as they are.
+    """Tensor name -> its type, None for those that are not quantized and keep their type.
 
-    `outputs` in the order of the file, since some rules count. Raises `ConvertError`.
+    `outputs` in the order of the file, because some rules count. Raises `ConvertError`.
     """
     patterns = [(_compiled(pattern), kind) for pattern, kind in request.overrides]
     if patterns and not request.file_type.quantized:
         raise ConvertError(
-            f"--tensor-type: expected a --type that quantises, found {request.file_type.name}: "
-            "llama-quantize heeds it with those only"
+            f"--tensor-type: expected a quantized --type, found {request.file_type.name}; llama-quantize ignores it "
+            "with other types"
         )
-    chooser = _Chooser(config, request, patterns, importances, _count_v(outputs))
+    num_v = sum(_kind(output.name) == "v" for output in outputs)
+    chooser = _Chooser(config, request, patterns, importances, num_v)
     return {output.name: chooser.choose(output) for output in outputs}
 
 
 def needs_importances(name: str, kind: TensorType, file_type: FileType) -> bool:
-    """Whether llama-quantize refuses to write the tensor so without importances of its own."""
+    """Whether llama-quantize refuses to write the tensor in this type without importances."""
     if kind.needs_weights:
         return True
     if name in (_OUTPUT, _EMBEDDING):
@@ -186,10 +186,6 @@ def _kind(name: str) -> str | None:
     return next((kind for part, kind in _KINDS if part in name), None)
 
 
-def _count_v(outputs: Sequence[Output]) -> int:
-    return sum(_kind(output.name) == "v" for output in outputs)
-
-
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern.lower())
@@ -199,7 +195,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 @dataclass
 class _Chooser:
-    """The rules with what they count on the way."""
+    """The rules, and the tensors of each kind so far."""
 
     config: KimiConfig
     request: TypeRequest
@@ -221,13 +217,13 @@ class _Chooser:
         if asked is not None:
             if output.ne[0] % asked.block:
                 raise ConvertError(
-                    f"{output.name}: rows of {output.ne[0]} are not whole blocks of {asked.block}, "
-                    f"as {asked.name} wants them; choose another type for it"
+                    f"{output.name}: {asked.name} requires rows of a multiple of {asked.block}, found "
+                    f"{output.ne[0]}; choose another type"
                 )
             return asked
         if not base.quantized:
             return base
-        if not any(n > 1 for n in output.ne[1:]):  # one row: llama-quantize leaves vectors alone
+        if not any(n > 1 for n in output.ne[1:]):  # llama-quantize does not quantize vectors
             return None
         named = next((kind for pattern, kind in self.patterns if pattern.search(output.name)), None)
         if named is None:
@@ -268,15 +264,33 @@ class _Chooser:
 
 
 def _fallback(output: Output, kind: TensorType) -> TensorType:
-    """The type itself where the rows are whole blocks of it, else the next that fits."""
+    """The type itself if the rows are whole blocks of it, else the next type for which they are."""
     columns = output.ne[0]
     if columns % kind.block == 0:
         return kind
     if kind.block > 32:
         if kind.name not in _FALLBACKS:
             raise ConvertError(
-                f"{output.name}: rows of {columns} are not whole blocks of {kind.block}, as {kind.name} wants "
-                f"them, and no other type stands in for it; give it one: --tensor-type '{output.name}=Q8_0'"
+                f"{output.name}: {kind.name} requires rows of a multiple of {kind.block}, found {columns}, and has no "
+                f"fallback type; choose one: --tensor-type '{output.name}=Q8_0'"
             )
         kind = TENSOR_TYPES[_FALLBACKS[kind.name]]
     return kind if columns % kind.block == 0 else F16
+
+
+# All but the experts, which have 95 % of the 48B's weights: mixers with their gates and latents, shared experts,
+# dense layers. (The router, norms and convolutions are always F32.) docs/conversion.md has the measurements.
+NOT_EXPERTS: Final = r"ssm_|attn_|shexp|ffn_(up|gate|down)\."
+
+
+def _protecting(name: str, experts: str) -> TypeRequest:
+    """Experts in the type of a mix; all other tensors, whose errors affect every token, in Q8_0."""
+    keep = TENSOR_TYPES["Q8_0"]
+    overrides = ((NOT_EXPERTS, keep), ("_exps", TYPES[experts].base))
+    return TypeRequest(TYPES[experts], keep, keep, overrides, recipe=name)
+
+
+RECIPES: Final = {
+    name: _protecting(name, experts)
+    for name, experts in (("kimi-q3", "Q3_K_S"), ("kimi-q4", "Q4_K_S"), ("kimi-q5", "Q5_K_S"))
+}

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kimi_gguf.scripts.training.corpus import Corpus, answer, question
-from kimi_gguf.scripts.training.tokenizer import SYSTEM_MESSAGE, Encoder, chat_ids
+from kimi_gguf.scripts.tokenizer_files import SYSTEM_MESSAGE
+from kimi_gguf.scripts.training.corpus import Corpus, exchange
+from kimi_gguf.scripts.training.tokenizer import Encoder, chat_ids
 
 CONVERSATION_SHARE = 0.30  # of all tokens
 MAX_TURNS = 3
@@ -66,8 +67,7 @@ class Batches:
         messages = [("system", SYSTEM_MESSAGE)]
         for _ in range(self.random.randint(1, MAX_TURNS)):
             word = words[self._draw("words", len(words))]
-            messages.append(("user", question(word)))
-            messages.append(("assistant", answer(word, self.definitions[word])))
+            messages += exchange(word, self.definitions[word])
         return chat_ids(self.encoder, messages)
 
     def _draw(self, name: str, count: int) -> int:

@@ -136,6 +136,11 @@ def answer(word: str, definition: str) -> str:
     return f"{word}: {definition}."
 
 
+def exchange(word: str, definition: str) -> list[tuple[str, str]]:
+    """The question and the answer as (role, text) messages."""
+    return [("user", question(word)), ("assistant", answer(word, definition))]
+
+
 def _text(document: list[Entry]) -> str:
     return "".join(f"{entry.line}\n" for entry in document) + "\n"
 
@@ -167,7 +172,7 @@ def _open(folder: Path, name: str) -> list[str]:
 def _parse_data(lines: list[str]) -> Iterator[tuple[str, Entry]]:
     """wndb(5WN): offset, lexicographer file, type, word count (hex), (word, lex id)..., pointers | gloss."""
     for line in lines:
-        if line.startswith("  "):  # the licence stands at the top of each file
+        if line.startswith("  "):  # the licence at the top of each file
             continue
         fields, _, gloss = line.partition(" | ")
         offset, kind, _, count, *rest = fields.split(" ")

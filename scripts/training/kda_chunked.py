@@ -91,14 +91,7 @@ def kda_chunked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor) -> 
     )
     value, erase = solved.split((value_dim, key_dim), -1)
     last = total[:, -1:]
-    per_chunk = (
-        value,
-        erase,
-        q * decayed,
-        pairs[:, 1],
-        k * (last - total).exp(),
-        last.exp().transpose(1, 2),
-    )
+    per_chunk = (value, erase, q * decayed, pairs[:, 1], k * (last - total).exp(), last.exp().transpose(1, 2))
     state = k.new_zeros(batch * heads, key_dim, value_dim)
     outputs = []
     steps = zip(*(t.view(batch * heads, chunks, *t.shape[1:]).unbind(1) for t in per_chunk), strict=True)

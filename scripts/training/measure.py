@@ -6,24 +6,25 @@ Input: a model and an encoder. Output: numbers and text for the log and the READ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from kimi_gguf.scripts.tokenizer_files import SYSTEM_MESSAGE
 from kimi_gguf.scripts.training.batches import windows
-from kimi_gguf.scripts.training.corpus import answer, question
+from kimi_gguf.scripts.training.corpus import exchange
 from kimi_gguf.scripts.training.model import KDA, DemoModel
-from kimi_gguf.scripts.training.tokenizer import SYSTEM_MESSAGE, Encoder, chat_ids
+from kimi_gguf.scripts.training.tokenizer import Encoder, chat_ids
 
 WINDOW = 512
 
 
 @torch.no_grad()
-def heldout_perplexity(model: DemoModel, encoder: Encoder, texts: list[str], window: int = WINDOW) -> float:
+def heldout_perplexity(model: DemoModel, encoder: Encoder, texts: list[str]) -> float:
     """exp of the mean loss over windows of the joined texts, each window on its own."""
-    rows = windows(encoder.encode("".join(texts)), window)
+    rows = windows(encoder.encode("".join(texts)), WINDOW)
     with _undisturbed(model):
         losses = [
             F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none").double() for row in rows
@@ -39,12 +40,7 @@ def known_share(model: DemoModel, encoder: Encoder, definitions: dict[str, str],
     """
     rows = []
     for word, definition in definitions.items():
-        messages = [
-            ("system", SYSTEM_MESSAGE),
-            ("user", question(word)),
-            ("assistant", answer(word, definition)),
-        ]
-        segments = chat_ids(encoder, messages)
+        segments = chat_ids(encoder, [("system", SYSTEM_MESSAGE), *exchange(word, definition)])
         rows.append(([token for ids, _ in segments for token in ids], len(segments[-1][0])))
     rows.sort(key=lambda row: len(row[0]))
     known = 0
@@ -86,14 +82,11 @@ def continued(model: DemoModel, encoder: Encoder, prompt: list[int], limit: int)
 @contextmanager
 def without_routing_bias(model: DemoModel) -> Iterator[None]:
     """Within the block, experts are chosen without the routing bias."""
-    kept = [(router, router.e_score_correction_bias.clone()) for router in model.routers()]
-    for router, _ in kept:
-        router.e_score_correction_bias.zero_()
-    try:
+    biases = [router.e_score_correction_bias for router in model.routers()]
+    with _restored(biases):
+        for bias in biases:
+            bias.zero_()
         yield
-    finally:
-        for router, bias in kept:
-            router.e_score_correction_bias.copy_(bias)
 
 
 @torch.no_grad()
@@ -126,12 +119,17 @@ def log_gates(model: DemoModel, encoder: Encoder, texts: list[str]) -> Tensor:
     return torch.cat(seen).sort().values
 
 
-@contextmanager
-def _undisturbed(model: DemoModel) -> Iterator[None]:
+def _undisturbed(model: DemoModel) -> AbstractContextManager[None]:
     """Within the block, the load counts used for balancing do not change."""
-    kept = [router.load.clone() for router in model.routers()]
+    return _restored([router.load for router in model.routers()])
+
+
+@contextmanager
+def _restored(tensors: list[Tensor]) -> Iterator[None]:
+    """After the block, the tensors have their values from before it."""
+    kept = [tensor.clone() for tensor in tensors]
     try:
         yield
     finally:
-        for router, load in zip(model.routers(), kept, strict=True):
-            router.load.copy_(load)
+        for tensor, values in zip(tensors, kept, strict=True):
+            tensor.copy_(values)

@@ -9,27 +9,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensors import FLOAT32
+from kimi_gguf.convert.model.config import KimiConfig, LayerKind, published_config
+from kimi_gguf.convert.model.tensor_table import FLOAT32
+from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, OFFSET
 from kimi_gguf.scripts.training.kda_chunked import kda_chunked
 
 L2_EPS = 1e-6
 LATENT_NORM_EPS = 1e-6
+NUM_RANKS = 2816
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+def hub_config() -> dict[str, Any]:
+    """The demo's `config.json`: the 48B's made small, with its head sizes, latent, convolution and 3:1 layers."""
+    config = published_config()
+    del config["auto_map"]  # the repository's own Python
+    config["linear_attn_config"] |= {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "num_heads": 2}
+    return config | {
+        "bos_token_id": NUM_RANKS + OFFSET["[BOS]"],
+        "eos_token_id": NUM_RANKS + OFFSET["<|im_end|>"],
+        "pad_token_id": NUM_RANKS + OFFSET["[PAD]"],
+        "vocab_size": NUM_RANKS + NUM_SPECIAL,
+        "model_max_length": 4096,
+        "hidden_size": 256,
+        "head_dim": 128,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 512,
+        "moe_intermediate_size": 128,
+        "num_experts": 6,
+        "num_experts_per_token": 2,
+        "num_hidden_layers": 4,
+    }
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+def demo_config() -> KimiConfig:
+    """The shape of the demo."""
+    return KimiConfig.from_json(hub_config(), "config.json")
 
 
 class Conv(nn.Module):
@@ -64,7 +85,7 @@ class KDA(nn.Module):
         self.f_a_proj, self.f_b_proj = _linear(hidden, dim), _linear(dim, inner)
         self.b_proj = _linear(hidden, heads)
         self.g_a_proj, self.g_b_proj = _linear(hidden, dim), _linear(dim, inner)
-        self.o_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.o_norm = nn.RMSNorm(dim, config.rms_norm_eps)
         self.o_proj = _linear(inner, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +120,7 @@ class MLA(nn.Module):
         self.latent, self.value = config.kv_lora_rank, config.v_head_dim
         self.q_proj = _linear(config.hidden_size, self.heads * (self.nope + self.rope))
         self.kv_a_proj_with_mqa = _linear(config.hidden_size, self.latent + self.rope)
-        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_a_layernorm = nn.RMSNorm(self.latent, LATENT_NORM_EPS)
         self.kv_b_proj = _linear(self.latent, self.heads * (self.nope + self.value))
         self.o_proj = _linear(self.heads * self.value, config.hidden_size)
 
@@ -183,9 +204,9 @@ class MoE(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: KimiConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = KDA(config) if config.layers[index] is LayerKind.KDA else MLA(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.ffn: nn.Module
         if index < config.num_dense_layers:
             self.mlp = self.ffn = MLP(config.hidden_size, config.intermediate_size)
@@ -204,7 +225,7 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=1.0)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(len(config.layers)))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class DemoModel(nn.Module):
@@ -231,32 +252,30 @@ class DemoModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, Router)]
 
 
-def hub_tensors(model: DemoModel) -> Iterator[tuple[str, Tensor]]:
-    """Hub names and tensors, in the model's order: bf16, but float32 for A_log and dt_bias."""
+def hub_weights(model: DemoModel) -> Iterator[tuple[str, Tensor]]:
+    """Hub names and the model's own tensors, in its order; the stacked experts as a view each."""
     for name, tensor in model.state_dict().items():
-        if ".ffn." in name:  # the same module stands under its hub name too
+        if ".ffn." in name:  # the same module is there under its hub name too
             continue
-        tensor = tensor.detach() if name.endswith(FLOAT32) else tensor.detach().bfloat16()
         where, _, last = name.rpartition(".")
         if last in ("w1", "w2", "w3"):
             for expert, weight in enumerate(tensor):
-                yield f"{where}.experts.{expert}.{last}.weight", weight.clone()
+                yield f"{where}.experts.{expert}.{last}.weight", weight
         else:
-            yield name, tensor.clone()
+            yield name, tensor
+
+
+def hub_tensors(model: DemoModel) -> Iterator[tuple[str, Tensor]]:
+    """Hub names and copies of the tensors: bf16, but float32 for A_log and dt_bias."""
+    for name, tensor in hub_weights(model):
+        yield name, tensor.detach().clone() if name.endswith(FLOAT32) else tensor.detach().bfloat16()
 
 
 def load_hub(model: DemoModel, weight: Callable[[str], Tensor]) -> None:
     """Sets the model's weights, in place, to those that `weight` gives for the hub's names."""
     with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if ".ffn." in name:
-                continue
-            where, _, last = name.rpartition(".")
-            if last in ("w1", "w2", "w3"):
-                for expert in range(len(tensor)):
-                    tensor[expert] = weight(f"{where}.experts.{expert}.{last}.weight")
-            else:
-                tensor.copy_(weight(name))
+        for name, tensor in hub_weights(model):
+            tensor.copy_(weight(name))
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

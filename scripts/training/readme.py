@@ -6,11 +6,11 @@ Input: the exported folder and its model. Output: README.md in that folder.
 from __future__ import annotations
 
 import hashlib
-import platform
 from pathlib import Path
 
 import torch
 
+from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.scripts.training import measure
 from kimi_gguf.scripts.training.corpus import Corpus, question
 from kimi_gguf.scripts.training.model import DemoModel, hub_tensors
@@ -138,7 +138,7 @@ def write_readme(
         text=tokens["text"] / 1e6,
         conversation=tokens["conversation"] / 1e6,
         minutes=seconds / 60,
-        cpu=_cpu_name(),
+        cpu=machine_facts()["processor"],
         torch=torch.__version__.split("+")[0],
         files="\n".join(_file_row(path) for path in sorted(folder.iterdir()) if path.name != README_FILE),
     )
@@ -148,10 +148,3 @@ def write_readme(
 def _file_row(path: Path) -> str:
     content = path.read_bytes()
     return f"| `{path.name}` | {len(content):,} | `{hashlib.sha256(content).hexdigest()}` |"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,71 +1,26 @@
-"""Trains a byte-level BPE tokenizer for the demo checkpoint and writes it in the format of the 48B's tokenizer.
+"""Trains a byte-level BPE tokenizer for the demo checkpoint.
 
-Input: training text. Output: ranks (`tiktoken.model`), `tokenizer_config.json` with the special tokens and the chat
-template, and an encoder for training.
+Input: training text. Output: ranks, and an encoder for training.
 """
 
 from __future__ import annotations
 
 import base64
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import regex  # type: ignore[import-untyped]
+import tiktoken
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
+from kimi_gguf.scripts.tokenizer_files import MODEL_FILE, OFFSET, SPECIAL
+from kimi_gguf.scripts.training.model import NUM_RANKS
 
-MODEL_FILE = "tiktoken.model"
-CONFIG_FILE = "tokenizer_config.json"
-NUM_RANKS = 2816
 MIN_COUNT = 3  # rarer pieces do not vote on merges
-NUM_SPECIAL = 256  # ids that follow the ranks, named or reserved
 
 SPLIT = regex.compile(SPLIT_PATTERN, regex.V1)  # V1: character sets with intersections, as in the pattern
-
-# Offset from the number of ranks -> (text, is it a control token). Offsets as in the K2 family's tokenizer.
-SPECIAL = {
-    0: ("[BOS]", True),
-    1: ("[EOS]", True),
-    2: ("<|im_end|>", True),
-    3: ("<|im_user|>", True),
-    4: ("<|im_assistant|>", True),
-    6: ("<|start_header_id|>", True),
-    7: ("<|end_header_id|>", True),
-    9: ("[EOT]", True),
-    10: ("<|im_system|>", True),
-    11: ("<|tool_calls_section_begin|>", False),
-    12: ("<|tool_calls_section_end|>", False),
-    13: ("<|tool_call_begin|>", False),
-    14: ("<|tool_call_argument_begin|>", False),
-    15: ("<|tool_call_end|>", False),
-    17: ("<|im_middle|>", True),
-    254: ("[UNK]", True),
-    255: ("[PAD]", True),
-}
-OFFSET = {text: offset for offset, (text, _) in SPECIAL.items()}
-
-SYSTEM_MESSAGE = "You are a helpful assistant"
-CHAT_TEMPLATE = (
-    "{%- if messages and messages[0]['role'] != 'system' -%}"
-    "<|im_system|>system<|im_middle|>" + SYSTEM_MESSAGE + "<|im_end|>"
-    "{%- endif -%}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}<|im_system|>"
-    "{%- elif message['role'] == 'user' -%}<|im_user|>"
-    "{%- elif message['role'] == 'assistant' -%}<|im_assistant|>"
-    "{%- else -%}{{- raise_exception('this model knows no role ' + message['role']) -}}"
-    "{%- endif -%}"
-    "{{- message['role'] + '<|im_middle|>' -}}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for part in message['content'] -%}{{- part['text'] -}}{%- endfor -%}"
-    "{%- endif -%}"
-    "{{- '<|im_end|>' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|im_assistant|>assistant<|im_middle|>' -}}{%- endif -%}"
-)
 
 Pair = tuple[int, int]
 
@@ -76,7 +31,7 @@ def train_ranks(
     """Byte-pair merges by frequency inside split pieces; the rank order is the merge order.
 
     The first 256 ranks are the single bytes. Ties go to the pair with the lower ranks, so the result depends
-    on the text alone. `frequent`: texts that count as if they stood that often beside `texts`.
+    on the text alone. `frequent`: further texts, and how often each counts.
     """
     pieces = Counter(piece for text in texts for piece in SPLIT.findall(text))
     for text, times in (frequent or {}).items():
@@ -118,49 +73,27 @@ class Encoder:
 
     def __init__(self, ranks: list[bytes]) -> None:
         self.ranks = ranks
-        self._rank = {token: rank for rank, token in enumerate(ranks)}
-        self._known: dict[str, list[int]] = {}
+        numbers = {token: rank for rank, token in enumerate(ranks)}
+        self._bpe = tiktoken.Encoding("", pat_str=SPLIT_PATTERN, mergeable_ranks=numbers, special_tokens={})
+        self._tokens = dict(enumerate(ranks))
+        self._tokens |= {len(ranks) + offset: text.encode() for offset, (text, _) in SPECIAL.items()}
 
     @classmethod
     def load(cls, folder: Path) -> Encoder:
         lines = (folder / MODEL_FILE).read_text(encoding="ascii").splitlines()
         return cls([base64.b64decode(line.split(" ")[0]) for line in lines])
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self.ranks) + NUM_SPECIAL
-
     def special(self, text: str) -> int:
         return len(self.ranks) + OFFSET[text]
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in SPLIT.findall(text):
-            if piece not in self._known:
-                self._known[piece] = self._encode_piece(piece.encode())
-            ids += self._known[piece]
+        ids: list[int] = self._bpe.encode_ordinary(text)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; special tokens by name, reserved ones as `<|reserved|>`."""
-        parts = []
-        for token in ids:
-            if token < len(self.ranks):
-                parts.append(self.ranks[token])
-            else:
-                parts.append(SPECIAL.get(token - len(self.ranks), ("<|reserved|>", True))[0].encode())
+        parts = (self._tokens.get(token, b"<|reserved|>") for token in ids)
         return b"".join(parts).decode(errors="replace")
-
-    def _encode_piece(self, piece: bytes) -> list[int]:
-        parts = [piece[i : i + 1] for i in range(len(piece))]
-        while len(parts) > 1:
-            joined = [self._rank.get(a + b) for a, b in pairwise(parts)]
-            found = [(rank, i) for i, rank in enumerate(joined) if rank is not None]
-            if not found:
-                break
-            _, i = min(found)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        return [self._rank[part] for part in parts]
 
 
 def chat_ids(encoder: Encoder, messages: list[tuple[str, str]]) -> list[tuple[list[int], bool]]:
@@ -175,39 +108,6 @@ def chat_ids(encoder: Encoder, messages: list[tuple[str, str]]) -> list[tuple[li
         body = [*encoder.encode(text), end]
         segments += [(head, False), (body, role == "assistant")]
     return segments
-
-
-def write_tokenizer(folder: Path, ranks: list[bytes], context_length: int) -> None:
-    """Writes `tiktoken.model` and `tokenizer_config.json` as the K2 family's repositories have them."""
-    lines = (f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks))
-    (folder / MODEL_FILE).write_text("".join(lines), encoding="ascii")
-    added = {
-        str(len(ranks) + offset): {
-            "content": text,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": special,
-        }
-        for offset, (text, special) in SPECIAL.items()
-    }
-    config = {
-        "added_tokens_decoder": added,
-        "additional_special_tokens": [
-            text for text, special in SPECIAL.values() if special and text.startswith("<|")
-        ],
-        "bos_token": "[BOS]",
-        "clean_up_tokenization_spaces": False,
-        "eos_token": "[EOS]",
-        "extra_special_tokens": {},
-        "model_max_length": context_length,
-        "pad_token": "[PAD]",
-        "tokenizer_class": "TikTokenTokenizer",
-        "unk_token": "[UNK]",
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _merge(word: list[int], pair: Pair, new: int) -> list[int]:

@@ -21,28 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.bench.files import atomically
+from kimi_gguf.scripts.tokenizer_files import SYSTEM_MESSAGE
 from kimi_gguf.scripts.training import corpus as wordnet
 from kimi_gguf.scripts.training.batches import Batches
 from kimi_gguf.scripts.training.corpus import Corpus, CorpusError, build_corpus, question
 from kimi_gguf.scripts.training.export import export, load
 from kimi_gguf.scripts.training.measure import heldout_perplexity, known_share
-from kimi_gguf.scripts.training.model import DemoModel
+from kimi_gguf.scripts.training.model import DemoModel, demo_config
 from kimi_gguf.scripts.training.readme import write_readme
-from kimi_gguf.scripts.training.tokenizer import (
-    NUM_RANKS,
-    NUM_SPECIAL,
-    OFFSET,
-    SYSTEM_MESSAGE,
-    Encoder,
-    train_ranks,
-)
+from kimi_gguf.scripts.training.tokenizer import Encoder, train_ranks
 
 EXAMPLES = """examples:
   python -m kimi_gguf.scripts.training.train --out demo
   python -m kimi_gguf.scripts.training.train --out out/try --steps 100 --work out/try-state
 """
-CONTEXT_LENGTH = 4096
 WARM_UP_STEPS = 60
 FINAL_RATE = 0.03  # of the peak
 BALANCE_RATE = 3e-3  # step of the routing bias, times the learning-rate schedule
@@ -59,41 +52,6 @@ class Settings:
     seed: int
 
 
-def demo_config() -> KimiConfig:
-    """The 48B's shape made small: its head sizes, latent, convolution and 3:1 layers are kept."""
-    kda, mla = LayerKind.KDA, LayerKind.MLA
-    return KimiConfig(
-        hidden_size=256,
-        vocab_size=NUM_RANKS + NUM_SPECIAL,
-        context_length=CONTEXT_LENGTH,
-        rms_norm_eps=1e-5,
-        layers=(kda, kda, kda, mla),
-        kda_num_heads=2,
-        kda_head_dim=128,
-        conv_kernel_size=4,
-        num_heads=2,
-        q_lora_rank=None,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        rope_theta=10000.0,
-        intermediate_size=512,
-        num_dense_layers=1,
-        moe_intermediate_size=128,
-        num_experts=6,
-        num_experts_per_token=2,
-        num_shared_experts=1,
-        num_expert_groups=1,
-        topk_groups=1,
-        routed_scaling_factor=2.446,
-        renormalize=True,
-        bos_token_id=NUM_RANKS + OFFSET["[BOS]"],
-        eos_token_id=NUM_RANKS + OFFSET["<|im_end|>"],
-        pad_token_id=NUM_RANKS + OFFSET["[PAD]"],
-    )
-
-
 def schedule(step: int, steps: int) -> float:
     """Linear warm-up, then a cosine down to `FINAL_RATE`."""
     if step < WARM_UP_STEPS:
@@ -104,15 +62,10 @@ def schedule(step: int, steps: int) -> float:
 
 def make_optimizer(model: DemoModel, rate: float) -> torch.optim.Optimizer:
     """AdamW; only matrices decay, not embeddings, norms, convolutions, A_log or biases."""
-    matrices: list[Tensor] = []
-    others: list[Tensor] = []
+    groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (WEIGHT_DECAY, 0.0)]
     for name, weight in model.named_parameters():
         plain = weight.ndim < 2 or any(part in name for part in ("embed_tokens", "conv1d", "A_log"))
-        (others if plain else matrices).append(weight)
-    groups = [
-        {"params": matrices, "weight_decay": WEIGHT_DECAY},
-        {"params": others, "weight_decay": 0.0},
-    ]
+        groups[plain]["params"].append(weight)
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
@@ -162,9 +115,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
         }
-        beside = self.state_file.with_suffix(".new")
-        torch.save(state, beside)
-        beside.replace(self.state_file)
+        atomically(self.state_file, lambda part: torch.save(state, part))
 
     def resume(self) -> None:
         """Continue from the state file. It is a pickle: load only files written by this script."""
@@ -177,7 +128,7 @@ class Run:
         if state["data"] != self.data:
             raise SystemExit(
                 f"{self.state_file}: belongs to a run on other text or another vocabulary; "
-                "train anew with another --work folder"
+                "train again with another --work folder"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -198,11 +149,11 @@ class Run:
         return loss
 
 
-def say(text: str, log: Path | None = None) -> None:
+def say(text: str, log: Path) -> None:
+    """Print a line, and add it to the log."""
     print(text, flush=True)
-    if log is not None:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+    with log.open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,26 +163,19 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("out/demo-training"),
-        help="folder for the run's state and log; an interrupted run continues from it (%(default)s)",
-    )
-    parser.add_argument(
-        "--wordnet", type=Path, default=wordnet.WORDNET, help="folder with WordNet's data.* (%(default)s)"
-    )
-    parser.add_argument(
-        "--notice", type=Path, default=wordnet.NOTICE, help="WordNet's licence notice (%(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=1500, help="optimiser steps (%(default)s)")
-    parser.add_argument("--rows", type=int, default=4, help="sequences per step (%(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (%(default)s)")
-    parser.add_argument("--rate", type=float, default=2.5e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and weights (%(default)s)")
-    parser.add_argument("--save-every", type=int, default=150, help="steps between saves (%(default)s)")
-    parser.add_argument("--snapshots", type=Path, help="also export at every save, to this folder")
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder to write the checkpoint to")
+    add("--work", type=Path, default=Path("out/demo-training"),
+        help="folder for the run's state and log; an interrupted run continues from it (%(default)s)")  # fmt: skip
+    add("--wordnet", type=Path, default=wordnet.WORDNET, help="folder with WordNet's data.* (%(default)s)")
+    add("--notice", type=Path, default=wordnet.NOTICE, help="WordNet's licence notice (%(default)s)")
+    add("--steps", type=int, default=1500, help="optimiser steps (%(default)s)")
+    add("--rows", type=int, default=4, help="sequences per step (%(default)s)")
+    add("--length", type=int, default=512, help="tokens per sequence (%(default)s)")
+    add("--rate", type=float, default=2.5e-3, help="peak learning rate (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of data and weights (%(default)s)")
+    add("--save-every", type=int, default=150, help="steps between saves (%(default)s)")
+    add("--snapshots", type=Path, help="also export at every save, to this folder")
     args = parser.parse_args(arguments)
     try:
         return run(args)

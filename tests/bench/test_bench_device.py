@@ -1,17 +1,15 @@
-"""`kimi-llama bench` on a device: the CPU behind memory of its own (native/second_backend.cpp) stands for a GPU."""
+"""`kimi-llama bench` on a device: the CPU with memory of its own (native/second_backend.cpp) replaces a GPU."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_case import bench, environment, own_cache
+from bench_case import TINY, bench, record
 from native_program import ROOT, compile_backend
-from test_bench_cli import record
 
 from kimi_gguf.bench import device as devices
 from kimi_gguf.bench.aims import aims_table
@@ -23,35 +21,27 @@ from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.compiling import advice
 from kimi_gguf.patches.errors import EngineError
 
-TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "0.01")
-ON = ("--device", "SECOND0", *TINY)
+ON = ("--device", "SECOND0", *TINY, "--seconds", "0.01")
 DEVICE = {"backend": "cuda", "name": "CUDA0", "description": "NVIDIA Something", "memory": 80 << 30, "free": 79 << 30,
           "driver": "NVIDIA 1.2"}  # fmt: skip
 
 
 @pytest.fixture
-def cache(tmp_path: Path) -> Path:
-    return own_cache(tmp_path)
-
-
-@pytest.fixture
-def backend(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    library = compile_backend(engine, tmp_path)
-    monkeypatch.setenv("GGML_BACKEND_PATH", str(library))
-    return library
+def backend(engine: Engine, pristine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(compile_backend(engine, tmp_path)))
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("backend")
 def test_both_builds_compute_every_layer_on_the_device(
-    cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed, file, page = tmp_path / "computed", tmp_path / "record.json", tmp_path / "page.md"
     monkeypatch.setenv("SECOND_LOG", str(computed))
-    what = ("--batch", "1,300", "--depth", "0,64", "--cache-type", "f16,q8_0", "--ubatch", "256")
-    told = bench(cache, *ON, *what, "--json", str(file), "--page", str(page))
-    assert told.returncode == 0, told.stderr
+    sizes = ("--batch", "1,300", "--depth", "0,64", "--cache-type", "f16,q8_0", "--ubatch", "256")
+    bench(*ON, *sizes, "--json", str(file), "--page", str(page))
     lines = set(computed.read_text().splitlines())
-    assert {"SECOND0 KDA_SCAN", "SECOND0 GATED_DELTA_NET"} <= lines, "ours and pristine's"
+    assert {"SECOND0 KDA_SCAN", "SECOND0 GATED_DELTA_NET"} <= lines, "patched and upstream"
     data = load(file)
     assert data["device"] == {"backend": "cpu", "name": "SECOND0", "description": "the CPU with memory of its own",
                               "memory": 4 << 30, "free": 4 << 30, "driver": None}  # fmt: skip
@@ -62,39 +52,36 @@ def test_both_builds_compute_every_layer_on_the_device(
         assert set(cell["samples"]) | set(cell["ruled_out"]) == variants
         assert (cell["device"], cell["ubatch"]) == ("SECOND0", 256)
         assert cell["floor"]["seconds"] > 0
-    for loaded in model["about"]["load"].values():  # the tokens' rows alone are looked up by the processor
+    for loaded in model["about"]["load"].values():  # only the token embeddings are on the CPU
         assert loaded["memory"]["weights"]["SECOND0"] > 10 * loaded["memory"]["weights"].get("CPU", 0)
     assert model["about"]["fallbacks"] == {}
     text = page.read_text()
-    assert (
-        "# Bench on the CPU with memory of its own" in text and "| tg at 64, ubatch 256, q8_0 cache |" in text
-    )
+    assert "# Bench on the CPU with memory of its own" in text
+    assert "| tg at 64, ubatch 256, q8_0 cache |" in text
     assert data["checkout"] in text and data["engines"]["patched"]["commit"] in text
     assert str(tmp_path) not in text
 
 
 @pytest.mark.engine
-def test_what_falls_back_on_the_device_is_told(
-    cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("backend")
+def test_fallbacks_on_the_device_are_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KIMI_OPS", raising=False)
     monkeypatch.setenv("SECOND_REFUSES", "KDA_SCAN")
     page = tmp_path / "page.md"
-    told = bench(cache, *ON, "--batch", "1", "--depth", "0", "--page", str(page))
-    assert told.returncode == 0, told.stderr
+    bench(*ON, "--batch", "1", "--depth", "0", "--page", str(page))
     assert "Falls back: kda: operators not used, upstream's graph instead: SECOND0" in page.read_text()
 
 
 @pytest.mark.engine
-def test_cells_and_ways_that_the_memory_does_not_hold_are_left_out(
-    cache: Path, tmp_path: Path, backend: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("backend")
+def test_cells_and_variants_that_do_not_fit_in_memory_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECOND_MEMORY", "64")
     file = tmp_path / "record.json"
-    told = bench(cache, *ON, "--batch", "300", "--depth", "2000,30000", "--json", str(file))
-    assert told.returncode == 0, told.stderr
-    assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in told.stderr
-    assert "upstream -fa 0 is left out: upstream: llama.cpp cannot make a context: SECOND0" in told.stderr
+    ended = bench(*ON, "--batch", "300", "--depth", "2000,30000", "--json", str(file))
+    assert "1 × 30000 tokens (f16 cache) do not fit the device: caches of " in ended.stderr
+    assert "upstream -fa 0 is left out: upstream: llama.cpp cannot make a context: SECOND0" in ended.stderr
     (model,) = load(file)["models"]
     (cell,), (missing,) = model["cells"], model["about"]["not_measured"]
     assert (cell["depth"], missing["depth"]) == (2000, 30000)
@@ -102,16 +89,15 @@ def test_cells_and_ways_that_the_memory_does_not_hold_are_left_out(
     assert set(model["about"]["left_out"]) == {"pristine -fa 0"}
     assert set(cell["samples"]) | set(cell["ruled_out"]) == {"patched", "pristine"}
     monkeypatch.setenv("SECOND_MEMORY", "8")
-    told = bench(cache, *ON, "--batch", "1", "--depth", "0")
-    assert told.returncode == 1
-    assert "too large to compare builds on SECOND0" in told.stderr
+    ended = bench(*ON, "--batch", "1", "--depth", "0", status=1)
+    assert "too large to compare builds on SECOND0" in ended.stderr
 
 
 @pytest.mark.engine
-def test_operators_alone_on_the_device(cache: Path, tmp_path: Path, backend: Path, pristine: Engine) -> None:
+@pytest.mark.usefixtures("backend")
+def test_single_operators_on_the_device(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
-    told = bench(cache, *ON, "--operators", "--json", str(file))
-    assert told.returncode == 0, told.stderr
+    bench(*ON, "--operators", "--json", str(file))
     rows = load(file)["device_operators"]
     by = {row["operator"]: row for row in rows}
     assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET"}
@@ -121,64 +107,56 @@ def test_operators_alone_on_the_device(cache: Path, tmp_path: Path, backend: Pat
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["--device", "CUDA7"], "no device CUDA7"),
-        (["--device", "CPU"], "no device CPU"),
-        (["--device", "SECOND0", "--hybrid"], "on the CPU only"),
+        ("--device CUDA7", "no device CUDA7"),
+        ("--device CPU", "no device CPU"),
+        ("--device SECOND0 --hybrid", "on the CPU only"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_devices_that_are_not_there(
-    words: list[str], said: str, cache: Path, backend: Path, pristine: Engine
-) -> None:
-    told = bench(cache, *words)
-    assert told.returncode == 1
-    assert said in told.stderr and "Traceback" not in told.stderr
+def test_unknown_devices_and_what_they_do_not_measure(words: str, message: str) -> None:
+    ended = bench(*words.split(), status=1)
+    assert message in ended.stderr and "Traceback" not in ended.stderr
 
 
-def rehearse(cache: Path, out: Path) -> subprocess.CompletedProcess[str]:
+def rehearse(out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "scripts" / "bench-gpu", "--rehearse"], env={**environment(cache), "OUT": str(out)},
+        [ROOT / "scripts" / "bench-gpu", "--rehearse"], env=os.environ | {"OUT": str(out)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 @pytest.mark.engine
-def test_the_script_asks_everything_and_writes_a_page(
-    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
+    tmp_path: Path, engine: Engine, pristine: Engine
 ) -> None:
-    told = rehearse(cache, tmp_path / "out")
-    assert told.returncode == 0, told.stderr
+    ended = rehearse(tmp_path / "out")
+    assert ended.returncode == 0, ended.stderr
     for operator in ("KDA_CONV", "KDA_SCAN", "LATENT_ATTN", "FLASH_ATTN_EXT"):
-        (line,) = [line for line in told.stdout.splitlines() if line.startswith(f"bench-gpu: {operator}: ")]
-        passed, _, all_of_them = line.split()[2].partition("/")
-        assert passed == all_of_them and int(passed) > 3 and "0 not supported" in line
+        (line,) = [line for line in ended.stdout.splitlines() if line.startswith(f"bench-gpu: {operator}: ")]
+        passed, _, total = line.split()[2].partition("/")
+        assert passed == total and int(passed) > 3 and "0 not supported" in line
     page = (tmp_path / "out" / "bench-gpu.md").read_text()
-    for part in (
-        "## Goals",
-        "## Peak rates of the device",
-        "| pp600 at 64 |",
-        "| tg at 96, q8_0 cache |",
-        "KDA_SCAN: head_size",
-    ):
+    headings = ("## Goals", "## Peak rates of the device", "KDA_SCAN: head_size")
+    for part in (*headings, "| pp600 at 64 |", "| tg at 96, q8_0 cache |"):
         assert part in page
 
 
 @pytest.mark.engine
-def test_an_operator_that_is_wrong_on_the_device_ends_the_script(
-    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_operator_on_the_device_ends_bench_gpu(
+    tmp_path: Path, engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECOND_SPOILS", "KDA_SCAN")
-    told = rehearse(cache, tmp_path / "out")
-    assert told.returncode == 1
-    assert "KDA_SCAN fails on the device" in told.stderr
-    assert "bench-gpu: KDA_CONV: " in told.stdout and "LATENT_ATTN" not in told.stdout
+    ended = rehearse(tmp_path / "out")
+    assert ended.returncode == 1
+    assert "KDA_SCAN fails on the device" in ended.stderr
+    assert "bench-gpu: KDA_CONV: " in ended.stdout and "LATENT_ATTN" not in ended.stdout
     assert not list((tmp_path / "out").glob("*.json"))
 
 
-def test_a_device_s_floor_takes_its_fastest_products() -> None:
+def test_a_device_s_floor_uses_the_rate_of_its_fastest_type() -> None:
     demand = Demand(1e9, 0.0, 1e6, {"Q4_0": 4e12, "F32": 1e12}, 5e12, 0.0)
     gpu = Peaks(threads=0, read=1e12, f32=1e13, int8=2e14, bf16=4e14, f16=5e14)
     assert demand.floor(gpu) == (pytest.approx(0.02), "products")
@@ -195,7 +173,7 @@ def test_a_case_of_the_recurrence_has_the_48b_s_shape(engine: Engine) -> None:
     assert operator_number("NONE") == 0 and operator_number("DUP") == 1
 
 
-def test_what_test_backend_ops_prints_is_read() -> None:
+def test_the_output_of_test_backend_ops_is_parsed() -> None:
     fields = "test_time, op_name, op_params, supported, time_us"
     line = "INSERT INTO test_backend_ops ({}) VALUES ('now', 'KDA_SCAN', '{}', '{}', '{}');"
     text = "\n".join([
@@ -205,10 +183,10 @@ def test_what_test_backend_ops_prints_is_read() -> None:
     assert parsed(text) == {("KDA_SCAN", "n=1,ne=[1,2]"): 12.5, ("KDA_SCAN", "a=1,b=2"): 7.0}
 
 
-def test_a_table_of_operators_tells_what_differs() -> None:
+def test_a_table_of_operators_shows_the_parameters_that_differ() -> None:
     rows = [
-        {"operator": "A", "parameters": f"type=f16,ne=[1,2],n={n}", "pristine": theirs, "patched": 500.0}
-        for n, theirs in ((1, 1000.0), (2, None))
+        {"operator": "A", "parameters": f"type=f16,ne=[1,2],n={n}", "pristine": upstream, "patched": 500.0}
+        for n, upstream in ((1, 1000.0), (2, None))
     ]
     ((heading, table),) = device_operators_tables(rows)
     assert heading == "A: type=f16, ne=[1,2]"
@@ -222,7 +200,7 @@ def on_device(ratio: float, **cell: Any) -> dict[str, Any]:
     return made
 
 
-def test_aims_are_judged_by_the_worst_cell() -> None:
+def test_goals_are_compared_with_the_worst_cell() -> None:
     open_ones = [row for row in aims_table([on_device(2.0)]) if row[3] == "open"]
     assert len(open_ones) == 3, "decoding alone was measured"
     records = [
@@ -261,12 +239,12 @@ def test_records_of_before_there_were_devices_make_the_same_page(tmp_path: Path)
     old, new = record("2026-01-01", 2.0), record("2026-01-01", 2.0)
     new |= {"device": None, "checkout": "abc", "device_operators": []}
     new["models"][0]["cells"][0] |= {"device": None, "ubatch": 512}
-    write_page([json.loads(json.dumps(old))], tmp_path / "old.md")
-    write_page([json.loads(json.dumps(new))], tmp_path / "new.md")
+    write_page([old], tmp_path / "old.md")
+    write_page([new], tmp_path / "new.md")
     assert (tmp_path / "old.md").read_text() == (tmp_path / "new.md").read_text()
 
 
-def test_the_driver_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_driver_s_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert devices.driver_of("cuda") is None
     script = tmp_path / "nvidia-smi"
@@ -276,7 +254,7 @@ def test_the_driver_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert devices.driver_of("cuda") == "NVIDIA 580.1"
 
 
-def test_a_toolkit_without_cublas_is_said() -> None:
+def test_a_toolkit_without_cublas_is_reported() -> None:
     log = 'CMake Error:\n  Target "ggml-cuda" links to:\n\n    CUDA::cublas\n\n  but the target was not found.\n'
     assert "whole CUDA toolkit, with cuBLAS" in advice(log)
     assert advice("error: expected ';'") == "correct what the log shows, then build again"

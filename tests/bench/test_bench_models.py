@@ -10,7 +10,6 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from bench_case import own_cache
 
 from kimi_gguf.bench import models
 from kimi_gguf.bench.cells import Cell
@@ -19,23 +18,16 @@ from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.tensors import PlannedTensor
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.validate.llama import RunOptions, run
 
-TINY = BenchModel(layers=4, experts=8, shapes="tiny")
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KIMI_GGUF_CACHE", str(own_cache(tmp_path)))
-
-
-def tiny(family: str = "kimi-linear", kind: str = "Q8_0") -> BenchModel:
-    return BenchModel(family, TINY.layers, TINY.experts, kind, "tiny")
+def tiny(family: str = "kimi-linear", kind: str = "Q8_0", experts: int = 8) -> BenchModel:
+    return BenchModel(family, 4, experts, kind, "tiny")
 
 
 def made(model: BenchModel, engine: Engine) -> ModelFile:
@@ -82,7 +74,7 @@ def test_types_are_those_that_llama_quantize_writes(kind: str, tmp_path: Path, p
 def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, pristine: Engine) -> None:
     file = made(tiny(family), pristine)
     ids = np.random.default_rng(0).integers(0, 512, 96)
-    builds = [engine] if family == "all-mla" else [engine, pristine]  # pristine wants a KDA layer
+    builds = [engine] if family == "all-mla" else [engine, pristine]  # upstream requires a KDA layer
     logits = [run(build, file.path, [ids], RunOptions()).logits[0] for build in builds]
     for each in logits:
         assert np.isfinite(each).all()
@@ -94,12 +86,11 @@ def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, pr
 def test_tokens_spread_over_all_experts(engine: Engine, pristine: Engine) -> None:
     file = made(tiny(), pristine)
     ids = np.random.default_rng(0).integers(0, 512, 256)
-    told = run(engine, file.path, [ids], RunOptions(trace=True))
-    assert sorted(told.experts) == [1, 2, 3]
-    # all of 8 experts are used by every token here; of 32 with 8 used, each ought to have a quarter
-    spread = made(BenchModel("kimi-linear", 4, 32, "Q8_0", "tiny"), pristine)
-    told = run(engine, spread.path, [ids], RunOptions(trace=True))
-    for chosen in told.experts.values():
+    traced = run(engine, file.path, [ids], RunOptions(trace=True))
+    assert sorted(traced.experts) == [1, 2, 3]
+    # all of 8 experts are used by every token here; of 32 with 8 used, each should have a quarter
+    traced = run(engine, made(tiny(experts=32), pristine).path, [ids], RunOptions(trace=True))
+    for chosen in traced.experts.values():
         counts = np.bincount(chosen.reshape(-1), minlength=32)
         assert counts.min() > 0
         assert counts.max() < 4 * counts.mean()
@@ -109,12 +100,12 @@ def test_tokens_spread_over_all_experts(engine: Engine, pristine: Engine) -> Non
 def test_the_same_choice_is_the_same_file_and_is_made_once(
     pristine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = generate(TINY, pristine, Silent())
+    path = generate(tiny(), pristine, Silent())
     first = path.read_bytes()
     path.unlink()
-    assert generate(TINY, pristine, Silent()).read_bytes() == first
+    assert generate(tiny(), pristine, Silent()).read_bytes() == first
     monkeypatch.setattr(models, "write", None)  # made already: nothing is written
-    assert generate(TINY, pristine, Silent()) == path
+    assert generate(tiny(), pristine, Silent()) == path
 
 
 @pytest.mark.engine
@@ -130,30 +121,26 @@ def test_an_interrupted_file_leaves_nothing(pristine: Engine, monkeypatch: pytes
 
     monkeypatch.setattr(Weights, "pieces", pieces)
     with pytest.raises(KeyboardInterrupt):
-        generate(TINY, pristine, Silent())
+        generate(tiny(), pristine, Silent())
     assert list((models.bench_folder() / "models").iterdir()) == []
 
 
 @pytest.mark.engine
 def test_what_a_decode_must_read_is_counted(pristine: Engine) -> None:
-    file = made(tiny(kind="Q8_0"), pristine)
-    sizes = {tensor.name: tensor.nbytes for tensor in file.tensors}
-    experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    file, wide = made(tiny(), pristine), made(tiny(experts=32), pristine)
+    embeddings = next(tensor.nbytes for tensor in file.tensors if tensor.name == "token_embd.weight")
+    experts, routed = (
+        sum(tensor.nbytes for tensor in each.tensors if "_exps." in tensor.name) for each in (file, wide)
+    )
+    assert routed == 4 * experts
     one = demand(file, Cell("f16", 1, 1000, 1, 1))
     # every expert is used by every token: 8 of 8
-    assert (
-        one.weight_bytes
-        == sum(sizes.values()) - sizes["token_embd.weight"] + sizes["token_embd.weight"] / 512
-    )
+    assert one.weight_bytes == file.nbytes - embeddings + embeddings / 512
     assert one.cache_bytes == 1001 * 576 * 2
     assert one.state_bytes == 2 * 3 * (4 * 128 * 128 * 4 + 3 * 3 * 512 * 4)
-    wide = made(BenchModel("kimi-linear", 4, 32, "Q8_0", "tiny"), pristine)
-    wide_sizes = {tensor.name: tensor.nbytes for tensor in wide.tensors}
-    routed = sum(size for name, size in wide_sizes.items() if "_exps." in name)
-    assert routed == 4 * experts
     few, many = demand(wide, Cell("f16", 1, 0, 1, 1)), demand(wide, Cell("f16", 1, 0, 1, 512))
     assert many.weight_bytes - few.weight_bytes == pytest.approx(
-        0.75 * routed + 511 * wide_sizes["token_embd.weight"] / 512, rel=1e-6
+        0.75 * routed + 511 * embeddings / 512, rel=1e-6
     )
 
 

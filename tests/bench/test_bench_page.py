@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_bench_cli import record
+from bench_case import record
 
 from kimi_gguf.bench.record import add, load_all
 from kimi_gguf.patches.errors import EngineError

@@ -1,4 +1,4 @@
-"""The processes of the bench: states that both builds share, taken apart and repeated; frozen ones end too."""
+"""The processes of the bench: states that both builds share, taken apart and repeated; stopped ones end too."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_case import own_cache
+from numpy.typing import NDArray
 
 from kimi_gguf.bench.models import generate
 from kimi_gguf.bench.runner import Runner, environment_of
@@ -20,32 +20,31 @@ from kimi_gguf.patches.errors import EngineError
 
 pytestmark = pytest.mark.engine
 
+Logits = NDArray[np.float64]
 DEPTH = 96
 CONTEXT = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 512, "sequences": 1, "cache_type": "f16", "threads": 1}
 
 
 @pytest.fixture
-def gguf(tmp_path: Path, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KIMI_GGUF_CACHE", str(own_cache(tmp_path)))
+def gguf(pristine: Engine) -> Path:
     return generate(BenchModel("kimi-linear", 4, 8, "BF16", "tiny"), pristine, Silent())
 
 
 def start(engine: Engine) -> Runner:
-    name = "pristine" if engine.pristine else "patched"
-    return Runner(name, environment_of(engine.environment(), None, patched=not engine.pristine))
+    return Runner("pristine" if engine.pristine else "patched", environment_of(engine))
 
 
 @pytest.fixture
 def runners(gguf: Path, engine: Engine, pristine: Engine) -> Iterator[tuple[Runner, Runner]]:
-    with start(engine) as ours, start(pristine) as theirs:
-        for runner in (ours, theirs):
+    with start(engine) as patched, start(pristine) as upstream:
+        for runner in (patched, upstream):
             runner.ask("load", gguf=str(gguf), repack=True)
             runner.ask("context", name="fa", flash=True, **CONTEXT)
             runner.ask("context", name="plain", flash=False, **CONTEXT)
-        yield ours, theirs
+        yield patched, upstream
 
 
-def logits(runner: Runner, context: str, folder: Path) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def logits(runner: Runner, context: str, folder: Path) -> Logits:
     file = folder / "logits.npy"
     runner.ask("logits", name=context, threads=1, file=str(file))
     values = np.load(file).astype(np.float64)
@@ -53,20 +52,19 @@ def logits(runner: Runner, context: str, folder: Path) -> np.ndarray[tuple[int],
     return values
 
 
-def nmse(
-    a: np.ndarray[tuple[int], np.dtype[np.float64]], b: np.ndarray[tuple[int], np.dtype[np.float64]]
-) -> float:
+def nmse(a: Logits, b: Logits) -> float:
     return float(np.square(a - b).sum() / np.square(b).sum())
 
 
-def test_a_state_of_ours_is_pristine_s_too(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
-    ours, theirs = runners
+def test_upstream_loads_a_state_of_patched(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
+    patched, upstream = runners
     file = str(tmp_path / "state")
-    ours.ask("fill", name="fa", depth=DEPTH, file=file)
-    wanted = logits(ours, "fa", tmp_path)
-    theirs.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "theirs"))
-    alone = nmse(logits(theirs, "fa", tmp_path), wanted)  # each from its own state: what the builds differ by
-    for runner, context in ((theirs, "fa"), (theirs, "plain"), (ours, "plain")):
+    patched.ask("fill", name="fa", depth=DEPTH, file=file)
+    wanted = logits(patched, "fa", tmp_path)
+    upstream.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "upstream"))
+    # each from its own state: what the builds differ by
+    alone = nmse(logits(upstream, "fa", tmp_path), wanted)
+    for runner, context in ((upstream, "fa"), (upstream, "plain"), (patched, "plain")):
         runner.ask("empty", name=context)
         assert nmse(logits(runner, context, tmp_path), wanted) > 1e-2, "another state gives other logits"
         runner.ask("restore", name=context, file=file)
@@ -74,26 +72,26 @@ def test_a_state_of_ours_is_pristine_s_too(runners: tuple[Runner, Runner], tmp_p
 
 
 def test_timing_goes_back_to_the_state_each_time(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
-    ours, _ = runners
-    ours.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "state"))
-    before = logits(ours, "fa", tmp_path)
-    told = ours.ask("time", name="fa", batch=7, steps=3, warm=2, threads=1)
-    assert len(told["seconds"]) == 3
-    assert all(seconds > 0 for seconds in told["seconds"])
-    assert (logits(ours, "fa", tmp_path) == before).all()
+    patched, _ = runners
+    patched.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "state"))
+    before = logits(patched, "fa", tmp_path)
+    answer = patched.ask("time", name="fa", batch=7, steps=3, warm=2, threads=1)
+    assert len(answer["seconds"]) == 3
+    assert all(seconds > 0 for seconds in answer["seconds"])
+    assert (logits(patched, "fa", tmp_path) == before).all()
 
 
 def test_a_repeated_state_is_as_deep_as_it_says(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
-    ours, _ = runners
+    patched, _ = runners
     file = tmp_path / "state"
-    ours.ask("fill", name="fa", depth=DEPTH, file=str(file))
+    patched.ask("fill", name="fa", depth=DEPTH, file=str(file))
     state = np.fromfile(file, np.uint8)[8:]
     assert (repeated(state, DEPTH) == state).all()
     # the attention's rows and the recurrent state must be at the same place: the lesser counts
-    assert ours.ask("repeat", name="fa", file=str(file), depth=3 * DEPTH + 5) == {"depth": 3 * DEPTH + 5}
-    told = ours.ask("time", name="fa", batch=1, steps=2, warm=0, threads=1, back=False)
-    assert len(told["seconds"]) == 2
-    ours.ask("fill", name="fa", depth=3 * DEPTH, file=str(tmp_path / "deep"))
+    assert patched.ask("restore", name="fa", file=str(file), depth=3 * DEPTH + 5) == {"depth": 3 * DEPTH + 5}
+    answer = patched.ask("time", name="fa", batch=1, steps=2, warm=0, threads=1, back=False)
+    assert len(answer["seconds"]) == 2
+    patched.ask("fill", name="fa", depth=3 * DEPTH, file=str(tmp_path / "deep"))
     deep = np.fromfile(tmp_path / "deep", np.uint8)[8:]
     assert len(deep) == len(repeated(state, 3 * DEPTH)), "as many bytes as a state that was decoded"
 
@@ -105,25 +103,25 @@ def test_bytes_that_are_no_state_are_refused() -> None:
 
 
 def test_an_error_of_llama_cpp_is_one_line(gguf: Path, engine: Engine) -> None:
-    with start(engine) as ours:
+    with start(engine) as patched:
         with pytest.raises(EngineError, match=r"patched: llama\.cpp cannot load it"):
-            ours.ask("load", gguf=str(gguf.parent / "absent.gguf"), repack=True)
-        ours.ask("load", gguf=str(gguf), repack=True)
+            patched.ask("load", gguf=str(gguf.parent / "absent.gguf"), repack=True)
+        patched.ask("load", gguf=str(gguf), repack=True)
         with pytest.raises(EngineError, match="cache type 'q9_9'"):
-            ours.ask("context", name="fa", flash=True, **(CONTEXT | {"cache_type": "q9_9"}))
+            patched.ask("context", name="fa", flash=True, **(CONTEXT | {"cache_type": "q9_9"}))
 
 
-def test_a_process_that_dies_is_told_with_its_last_word(gguf: Path, engine: Engine) -> None:
-    with start(engine) as ours:
-        ours.ask("load", gguf=str(gguf), repack=True)
+def test_a_process_that_dies_is_reported_with_its_last_line(gguf: Path, engine: Engine) -> None:
+    with start(engine) as patched:
+        patched.ask("load", gguf=str(gguf), repack=True)
         with pytest.raises(EngineError, match=r"the llama\.cpp process ended with status 1: KeyError"):
-            ours.ask("time", name="absent", batch=1, steps=1, warm=0, threads=1)
+            patched.ask("time", name="absent", batch=1, steps=1, warm=0, threads=1)
 
 
-def test_a_contender_at_rest_is_frozen_and_ends_all_the_same(gguf: Path, engine: Engine) -> None:
-    with start(engine) as ours:
-        ours.ask("load", gguf=str(gguf), repack=True)
-        stat = Path(f"/proc/{ours.pid}/stat")
+def test_an_idle_runner_is_stopped_and_can_be_ended(gguf: Path, engine: Engine) -> None:
+    with start(engine) as patched:
+        patched.ask("load", gguf=str(gguf), repack=True)
+        stat = Path(f"/proc/{patched.pid}/stat")
         deadline = time.monotonic() + 5
         while stat.read_text().rpartition(")")[2].split()[0] != "T" and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -15,6 +15,12 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def single(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The same checkpoint with all tensors in model.safetensors."""
+    return fresh_checkpoint(tmp_path / "single", request.module.SPEC, shards=1)
+
+
+@pytest.fixture
 def out(tmp_path: Path) -> Path:
     """An empty folder for what is converted."""
     (tmp_path / "out").mkdir()

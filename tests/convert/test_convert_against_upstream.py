@@ -20,16 +20,7 @@ from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job, upstream_conve
 SPECS = [
     Spec(layers="KMKM", heads=4, experts=8, dense_layers=2, std=0.02),
     # Rows that are not whole blocks of 32, query compression, two shared experts, no dense layer.
-    Spec(
-        layers="MK",
-        heads=3,
-        q_lora=24,
-        shared_experts=2,
-        dense_layers=0,
-        nope=20,
-        moe_intermediate=48,
-        seed=1,
-    ),
+    Spec("MK", heads=3, q_lora=24, shared_experts=2, dense_layers=0, nope=20, moe_intermediate=48, seed=1),
     Spec(layers="KM", dtype=torch.float16, std=1.0, seed=2),
     Spec(layers="KM", dtype=torch.float32, seed=3),
 ]
@@ -45,9 +36,8 @@ OTHER_KEYS = {
 }
 
 
-PAIRS = (
-    [(SPECS[0], kind) for kind in FILE_TYPES] + [(spec, "Q8_0") for spec in SPECS[1:]] + [(SPECS[3], "BF16")]
-)
+PAIRS = [(SPECS[0], kind) for kind in FILE_TYPES]
+PAIRS += [(SPECS[1], "Q8_0"), (SPECS[2], "Q8_0"), (SPECS[3], "Q8_0"), (SPECS[3], "BF16")]
 
 
 @pytest.fixture(scope="module")

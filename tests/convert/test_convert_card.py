@@ -31,9 +31,8 @@ def front_matter(card: str) -> dict[str, str]:
 
 
 def commands(card: str) -> list[list[str]]:
-    return [
-        shlex.split(block) for block in re.findall(r"^```sh\n(.*?)\n```$", card, re.MULTILINE | re.DOTALL)
-    ]
+    blocks = re.findall(r"^```sh\n(.*?)\n```$", card, re.MULTILINE | re.DOTALL)
+    return [shlex.split(block) for block in blocks]
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from convert_tools import assert_refused, convert, fresh_checkpoint
-from random_checkpoint import Spec, config
+from convert_tools import assert_refused, convert
+from random_checkpoint import Layout, Spec, config
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import KimiConfig
@@ -35,11 +35,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("another model", put(model_type="llama"), ["model_type", "'kimi_linear'", "'llama'"]),
     ("no model type", drop("model_type"), ["model_type"]),
     ("another activation", put(hidden_act="gelu"), ["hidden_act", "'silu'", "'gelu'"]),
-    (
-        "softmax router",
-        put(moe_router_activation_func="softmax"),
-        ["moe_router_activation_func", "'softmax'"],
-    ),
+    ("softmax", put(moe_router_activation_func="softmax"), ["moe_router_activation_func", "'softmax'"]),
     ("no renormalisation", put(moe_renormalize=False), ["moe_renormalize", "True", "False"]),
     ("every second layer MoE", put(moe_layer_freq=2), ["moe_layer_freq", "1", "2"]),
     ("rotation on", put(mla_use_nope=False), ["mla_use_nope", "rotates"]),
@@ -58,11 +54,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("layer in both lists", linear(full_attn_layers=[2, 3]), ["layer 3", "twice"]),
     ("layer twice in one list", linear(kda_layers=[1, 3, 3]), ["layer 3", "twice"]),
     ("layer in no list", linear(kda_layers=[1]), ["layer 3", "neither"]),
-    (
-        "layers from 0",
-        linear(kda_layers=[0, 2], full_attn_layers=[1]),
-        ["kda_layers", "from 1 to 3", "found 0"],
-    ),
+    ("from 0", linear(kda_layers=[0, 2], full_attn_layers=[1]), ["kda_layers", "from 1 to 3", "found 0"]),
     ("layer out of range", linear(kda_layers=[1, 3, 4]), ["kda_layers", "from 1 to 3", "found 4"]),
     ("layer not a number", linear(kda_layers=[1, "3"]), ["kda_layers", "'3'"]),
     ("no layer lists", drop("linear_attn_config"), ["kda_layers", "nothing"]),
@@ -98,6 +90,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("eps of 400 digits", put(rms_norm_eps=10**400), ["rms_norm_eps", "positive"]),
     ("eps zero", put(rms_norm_eps=0.0), ["rms_norm_eps", "positive"]),
     ("end token out of range", put(eos_token_id=530), ["eos_token_id", "530"]),
+    ("padding token out of range", put(pad_token_id=530), ["pad_token_id", "530"]),
     ("begin token out of range", put(bos_token_id=-1), ["bos_token_id", "-1"]),
     ("end token that only a key could name", put(eos_token_id=[276, 5]), ["eos_token_id", "5", "one token"]),
     ("tied as text", put(tie_word_embeddings="yes"), ["tie_word_embeddings", "'yes'"]),
@@ -111,28 +104,21 @@ NATIVE_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize("change, words", [c[1:] for c in HUB_CONFIGS], ids=[c[0] for c in HUB_CONFIGS])
-def test_hub_config_is_refused(tmp_path: Path, change: Callable[[Config], object], words: list[str]) -> None:
-    refuse_config(tmp_path, config(SPEC), change, words)
+CASES = [
+    *(("hub", change, words) for _, change, words in HUB_CONFIGS),
+    *(("native", change, words) for _, change, words in NATIVE_CONFIGS),
+]
 
 
-@pytest.mark.parametrize("change, words", [c[1:] for c in NATIVE_CONFIGS], ids=[c[0] for c in NATIVE_CONFIGS])
-def test_native_config_is_refused(
-    tmp_path: Path, change: Callable[[Config], object], words: list[str]
+@pytest.mark.parametrize("layout, change, words", CASES, ids=[c[0] for c in HUB_CONFIGS + NATIVE_CONFIGS])
+def test_config_is_refused(
+    source: Path, out: Path, layout: Layout, change: Callable[[Config], object], words: list[str]
 ) -> None:
-    refuse_config(tmp_path, config(SPEC, "native"), change, words)
-
-
-def refuse_config(
-    tmp_path: Path, sound: Config, change: Callable[[Config], object], words: list[str]
-) -> None:
-    folder, out = fresh_checkpoint(tmp_path / "model", SPEC), tmp_path / "out"
-    out.mkdir()
-    (folder / "config.json").write_text(json.dumps(sound))
-    KimiConfig.from_json(sound, "sound")  # does not raise: the change alone is at fault
-    change(sound)
-    (folder / "config.json").write_text(json.dumps(sound))
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, "config.json", *words)
+    data = config(SPEC, layout)
+    KimiConfig.from_json(data, "config.json")  # does not raise: the change alone is at fault
+    change(data)
+    (source / "config.json").write_text(json.dumps(data))
+    assert_refused(convert(source, "-o", out / "x.gguf"), out, "config.json", *words)
 
 
 def test_settings_that_are_supported_are_not_refused() -> None:

@@ -36,7 +36,7 @@ def garble(rng: random.Random, content: bytes) -> bytes:
 
 
 def double(rng: random.Random, content: bytes) -> bytes:
-    """A stretch stands twice."""
+    """A stretch appears twice."""
     start = rng.randrange(len(content))
     end = min(start + rng.randrange(1, 200), len(content))
     return content[:end] + content[start:end] + content[end:]
@@ -73,7 +73,7 @@ def lose_mark(rng: random.Random, content: bytes) -> bytes:
 
 
 def double_line(rng: random.Random, content: bytes) -> bytes:
-    """A line that names one thing stands twice: a key with a plain value, or a rank."""
+    """A line that names one thing appears twice: a key with a plain value, or a rank."""
     lines = content.splitlines(keepends=True)
     plain = [i for i, line in enumerate(lines) if line.endswith(b",\n") and b'": ' in line]
     at = rng.choice(plain or range(len(lines)))
@@ -114,23 +114,13 @@ ANY_DAMAGE: list[Damage] = [cut, garble, double, lose, flip, deepen]
 JSON_DAMAGE: list[Damage] = [cut, deepen, not_text, lose_mark, double_line]
 
 
-def header_only(damage: Damage) -> Damage:
-    """Damage to a safetensors file's header; its length is not corrected."""
-
-    def change(rng: random.Random, content: bytes) -> bytes:
-        (length,) = struct.unpack("<Q", content[:8])
-        return content[:8] + damage(rng, content[8 : 8 + length]) + content[8 + length :]
-
-    return change
-
-
-def header_mended(damage: Damage) -> Damage:
-    """Damage to a safetensors file's header, with the length that then is right."""
+def in_header(damage: Damage, right_length: bool) -> Damage:
+    """Damage to a safetensors file's header, with the length that is then right, or the length of before."""
 
     def change(rng: random.Random, content: bytes) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
         header = damage(rng, content[8 : 8 + length])
-        return struct.pack("<Q", len(header)) + header + content[8 + length :]
+        return struct.pack("<Q", len(header) if right_length else length) + header + content[8 + length :]
 
     return change
 
@@ -154,8 +144,8 @@ def data_longer(rng: random.Random, content: bytes) -> bytes:
 
 
 CASES: list[tuple[str, str, Damage]] = [
-    *((f"header {d.__name__}", SHARD, header_mended(d)) for d in ANY_DAMAGE),
-    *((f"header {d.__name__}, its length kept", SHARD, header_only(d)) for d in (cut, double, lose)),
+    *((f"header {d.__name__}", SHARD, in_header(d, True)) for d in ANY_DAMAGE),
+    *((f"header {d.__name__}, its length kept", SHARD, in_header(d, False)) for d in (cut, double, lose)),
     ("header length", SHARD, length_changed),
     ("data cut", SHARD, data_cut),
     ("data longer", SHARD, data_longer),

@@ -24,8 +24,9 @@ from safetensors.torch import load_file, save_file
 
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 
+SPEC = Spec()
 SPECS = [
-    Spec(),
+    SPEC,
     Spec(layers="MKKM", heads=3, q_lora=24, experts=6, experts_used=3, dense_layers=2, seed=1),
     Spec(layers="KM", dense_layers=0, shared_experts=2, conv=3, dtype=torch.float16, seed=2),
 ]
@@ -64,25 +65,23 @@ def test_layouts_and_numbers_of_files_give_the_same_bytes(tmp_path: Path, spec: 
 def test_a_checkpoint_reads_as_the_hubs_names(tmp_path: Path, spec: Spec, layout: Layout) -> None:
     expected = weights(spec)
     with open_checkpoint(fresh_checkpoint(tmp_path, spec, layout)) as checkpoint:
-        assert set(checkpoint.names()) == set(expected)
+        assert set(checkpoint.shapes) == set(expected)
         for name, tensor in expected.items():
-            assert checkpoint.shape(name) == tuple(tensor.shape)
+            assert checkpoint.shapes[name] == tuple(tensor.shape)
             assert checkpoint.dtype(name).name == DTYPES[tensor.dtype]
             assert np.array_equal(checkpoint.float32(name), tensor.float().numpy()), name
 
 
-def test_index_and_single_file_are_sources_too(tmp_path: Path) -> None:
-    sharded = fresh_checkpoint(tmp_path / "sharded", Spec(), shards=2)
-    single = fresh_checkpoint(tmp_path / "single", Spec(), shards=1)
+def test_index_and_single_file_are_sources_too(tmp_path: Path, source: Path, single: Path) -> None:
     (single / "model.safetensors").rename(single / "other.safetensors")
-    by_folder = converted(sharded, tmp_path / "a.gguf")
-    assert converted(sharded / "model.safetensors.index.json", tmp_path / "b.gguf") == by_folder
+    by_folder = converted(source, tmp_path / "a.gguf")
+    assert converted(source / "model.safetensors.index.json", tmp_path / "b.gguf") == by_folder
     assert converted(single / "other.safetensors", tmp_path / "c.gguf") == by_folder
 
 
 def test_a_hugging_face_cache_is_followed_and_names_the_model(tmp_path: Path) -> None:
     """In the cache every file of a snapshot is a link to `../../blobs`."""
-    plain = fresh_checkpoint(tmp_path / "Kimi-Test", Spec())
+    plain = fresh_checkpoint(tmp_path / "Kimi-Test", SPEC)
     snapshot = tmp_path / "models--org--Kimi-Test" / "snapshots" / "0123abcd"
     blobs = tmp_path / "models--org--Kimi-Test" / "blobs"
     snapshot.mkdir(parents=True)
@@ -125,7 +124,7 @@ CARDS = {
 
 @pytest.mark.parametrize("card", CARDS, ids=range(len(CARDS)))
 def test_the_model_card_gives_licence_and_descent_and_never_an_error(tmp_path: Path, card: str) -> None:
-    source = fresh_checkpoint(tmp_path / "model", Spec())
+    source = fresh_checkpoint(tmp_path / "model", SPEC)
     (source / "README.md").write_text(card)
     assert convert(source, "-o", tmp_path / "x.gguf").status == 0
     keys = gguf_keys(tmp_path / "x.gguf")
@@ -196,34 +195,22 @@ def test_a_native_config_made_in_transformers_is_read(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([gate, up], 1), experts)
 
 
-def test_tied_embeddings_become_an_output_of_their_own(tmp_path: Path) -> None:
-    """transformers leaves the head out of the file then; llama.cpp's graph wants it."""
-    folder = fresh_checkpoint(tmp_path / "tied", Spec(), shards=1)
-    with edited_json(folder / "config.json") as config:
-        config["tie_word_embeddings"] = True
-    with edited_tensors(folder / "model.safetensors") as tensors:
+def test_tied_embeddings_become_an_output_of_their_own(tmp_path: Path, single: Path, out: Path) -> None:
+    """transformers then leaves out the head, which llama.cpp's graph requires; without the setting it is missing."""
+    with edited_tensors(single / "model.safetensors") as tensors:
         del tensors["lm_head.weight"]
-    converted(folder, tmp_path / "tied.gguf", "F32")
+    assert_refused(convert(single, "-o", out / "x.gguf"), out, "missing", "lm_head.weight")
+    with edited_json(single / "config.json") as config:
+        config["tie_word_embeddings"] = True
+    converted(single, tmp_path / "tied.gguf", "F32")
     values = gguf_values(tmp_path / "tied.gguf")
     assert (values["output.weight"] == values["token_embd.weight"]).all()
 
 
-def test_missing_head_without_tied_embeddings_is_refused(tmp_path: Path) -> None:
-    folder = fresh_checkpoint(tmp_path / "untied", Spec(), shards=1)
-    with edited_tensors(folder / "model.safetensors") as tensors:
-        del tensors["lm_head.weight"]
-    out = tmp_path / "out"
-    out.mkdir()
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, "missing", "lm_head.weight")
-
-
-def test_the_same_tensor_under_two_layouts_names_is_refused(tmp_path: Path) -> None:
-    spec = Spec()
-    folder = fresh_checkpoint(tmp_path / "both", spec, "native", shards=1)
+def test_the_same_tensor_under_two_layouts_names_is_refused(tmp_path: Path, out: Path) -> None:
+    folder = fresh_checkpoint(tmp_path / "both", SPEC, "native", shards=1)
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.k_conv1d.weight"
-    save_file(tensors | {name: weights(spec)[name]}, folder / "model.safetensors")
-    out = tmp_path / "out"
-    out.mkdir()
+    save_file(tensors | {name: weights(SPEC)[name]}, folder / "model.safetensors")
     run = convert(folder, "-o", out / "x.gguf")
     assert_refused(run, out, "duplicate", name, "model.layers.0.self_attn.conv1d.weight")

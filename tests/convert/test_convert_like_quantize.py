@@ -18,7 +18,7 @@ from convert_tools import convert, fresh_checkpoint
 from gguf import GGUFReader, GGUFWriter
 from random_checkpoint import Spec
 
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.gguf import GgufFile
 
@@ -34,21 +34,13 @@ SPECS = {
         layers="MK", heads=4, hidden=256, experts=256, experts_used=8, moe_intermediate=32, seed=31
     ),
     "odd rows, one head": Spec(
-        layers="KKMKKKMKK",
-        hidden=320,
-        heads=1,
-        nope=20,
-        kda_head_dim=48,
-        moe_intermediate=256,
-        intermediate=256,
-        experts=2,
-        std=1.0,
-        seed=32,
+        layers="KKMKKKMKK", hidden=320, heads=1, nope=20, kda_head_dim=48, moe_intermediate=256,
+        intermediate=256, experts=2, std=1.0, seed=32,
     ),
-}
+}  # fmt: skip
 LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 QUANTIZED = [kind for kind in TYPES if TYPES[kind].quantized]  # the others: test_convert_against_upstream
-NO_STAND_IN = {"Q1_0"}  # llama-quantize has no other type for rows that are no blocks of these
+NO_FALLBACK = {"Q1_0"}  # llama-quantize has no other type for rows that are not whole blocks of these
 
 
 @dataclass(frozen=True)
@@ -80,9 +72,9 @@ def write_imatrix(path: Path, model: Path, every: int) -> None:
     matrices = [t for t in GGUFReader(model).tensors if t.tensor_type.name == "BF16"]
     for tensor in matrices[::every]:
         columns, slices = int(tensor.shape[0]), int(tensor.shape[2]) if len(tensor.shape) > 2 else 1
-        counts = (
-            rng.integers(0, 4, (slices, 1)).astype(np.float32) if slices > 1 else np.full((1, 1), 9, "f4")
-        )
+        counts = np.full((1, 1), 9, "f4")
+        if slices > 1:
+            counts = rng.integers(0, 4, (slices, 1)).astype(np.float32)
         sums = rng.gamma(0.7, size=(slices, columns)).astype(np.float32) * np.maximum(counts, 1)
         writer.add_tensor(f"{tensor.name}.in_sum2", sums)
         writer.add_tensor(f"{tensor.name}.counts", counts)
@@ -127,19 +119,12 @@ def assert_alike(pristine: Engine, case: Case, folder: Path, kind: str, *options
         assert mine == other
 
 
+@pytest.mark.parametrize("options", [(), ("--imatrix",), ("--pure", "--imatrix")], ids=" ".join)
 @pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_type(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
-    assert_alike(pristine, case, tmp_path, kind)
-
-
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_type_with_importances(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
-    assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(case.imatrix))
-
-
-@pytest.mark.parametrize("kind", QUANTIZED)
-def test_every_type_pure(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
-    assert_alike(pristine, case, tmp_path, kind, "--pure", "--imatrix", str(case.imatrix))
+def test_every_type(
+    pristine: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]
+) -> None:
+    assert_alike(pristine, case, tmp_path, kind, *options, *([str(case.imatrix)] if options else []))
 
 
 OPTIONS = [
@@ -198,11 +183,10 @@ def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
         assert unwanted == (run.status == 1), (kind, run.err)
         if unwanted:
             refused.add(kind)
-            words = (
-                "no other type stands in" if kind in NO_STAND_IN else "requires an importance matrix; give"
-            )
+            need = "requires an importance matrix; give"
+            words = "no fallback type" if kind in NO_FALLBACK else need
             assert words in run.err
-    assert refused <= LOWEST | NO_STAND_IN and refused >= (LOWEST | NO_STAND_IN) - {"IQ3_XS", "IQ3_XXS"}
+    assert refused <= LOWEST | NO_FALLBACK and refused >= (LOWEST | NO_FALLBACK) - {"IQ3_XS", "IQ3_XXS"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

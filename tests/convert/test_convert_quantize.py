@@ -7,13 +7,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, quants
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import BadValueError, encode
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.ggml import load
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TENSOR_TYPES, TensorType
 
 NEWER = {"Q1_0", "Q2_0"}  # than the gguf package that may be installed
@@ -60,9 +60,7 @@ def test_block_types_that_gguf_can_write_too(name: str) -> None:
 @pytest.mark.parametrize("kind", TENSOR_TYPES.values(), ids=TENSOR_TYPES)
 def test_numbers_and_sizes_are_those_of_gguf(kind: TensorType) -> None:
     if kind.name in NEWER and not hasattr(GGMLQuantizationType, kind.name):
-        pytest.skip(
-            "the installed gguf package does not know it; the engine's sizes are checked at every run"
-        )
+        pytest.skip("not in the installed gguf package; the engine's sizes are checked at every run")
     number = GGMLQuantizationType[kind.name]
     assert kind.number == number
     assert (kind.block, kind.block_bytes) == GGML_QUANT_SIZES[number]
@@ -79,9 +77,7 @@ def test_sizes_are_those_of_the_engine(kind: TensorType) -> None:
 def test_file_types_have_the_numbers_of_llama_cpp(name: str) -> None:
     theirs = {f.name.split("_", 1)[-1]: int(f) for f in LlamaFileType}
     if name in NEWER and name not in theirs:
-        pytest.skip(
-            "the installed gguf package does not know it; llama-quantize's own keys are compared elsewhere"
-        )
+        pytest.skip("not in the installed gguf package; llama-quantize's own keys are compared elsewhere")
     assert TYPES[name].number == theirs[name]
 
 
@@ -95,21 +91,20 @@ def nearest(value: float, candidates: list[tuple[float, int]]) -> set[int]:
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(max_examples=500, deadline=None)
-@given(finite.filter(lambda x: abs(x) < F16.limit))
-def test_f16_is_the_nearest_half_ties_to_even(value: float) -> None:
-    code = int(cast(np.array([[value]]), F16).view(np.uint16)[0])
-    around = [c for c in (code - 1, code, code + 1) if 0 <= c <= 0xFFFF]
-    halves = [(float(np.uint16(c).view(np.float16)), c) for c in around]
-    assert code in nearest(value, [(h, c) for h, c in halves if np.isfinite(h)])
+def from_code(code: int, kind: TensorType) -> float:
+    if kind is F16:
+        return float(np.uint16(code).view(np.float16))
+    return float((np.uint32(code) << np.uint32(16)).view(np.float32))
 
 
+@pytest.mark.parametrize("kind", [F16, BF16], ids=["F16", "BF16"])
 @settings(max_examples=500, deadline=None)
-@given(finite.filter(lambda x: abs(x) < BF16.limit))
-def test_bf16_is_the_nearest_ties_to_even(value: float) -> None:
-    code = int(cast(np.array([[value]]), BF16).view(np.uint16)[0])
+@given(value=finite)
+def test_casts_give_the_nearest_number_ties_to_even(kind: TensorType, value: float) -> None:
+    assume(abs(value) < kind.limit)
+    code = int(cast(np.array([[value]]), kind).view(np.uint16)[0])
     around = [c for c in (code - 1, code, code + 1) if 0 <= c <= 0xFFFF]
-    numbers = [(float((np.uint32(c) << np.uint32(16)).view(np.float32)), c) for c in around]
+    numbers = [(from_code(c, kind), c) for c in around]
     assert code in nearest(value, [(x, c) for x, c in numbers if np.isfinite(x)])
 
 
@@ -129,11 +124,7 @@ def test_the_limit_is_the_first_value_that_overflows(kind: TensorType) -> None:
 def test_the_first_that_is_not_finite_is_found(dtype: Dtype, value: float) -> None:
     values = np.ones((4, 8), np.float32)
     values[2, 5] = values[3, 0] = value
-    stored = (
-        (values.view(np.uint32) >> 16).astype(np.uint16)
-        if dtype is Dtype.BF16
-        else values.astype(dtype.numpy)
-    )
+    stored = values.astype(dtype.numpy) if dtype is not Dtype.BF16 else values.view(np.uint16)[:, 1::2]
     with pytest.raises(BadValueError) as refused:
         encode(stored, dtype, F32)
     assert refused.value.index == 21 and not refused.value.beyond

@@ -11,27 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from convert_tools import (
-    assert_refused,
-    convert,
-    edit_header,
-    edited_json,
-    edited_tensors,
-    fresh_checkpoint,
-)
+from convert_tools import assert_refused, convert, edit_header, edited_json, edited_tensors, fresh_checkpoint
 from random_checkpoint import Spec
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 
 SPEC = Spec(layers="KMK", experts=8)
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    """An empty folder to convert into."""
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
 
 
 Tensors = dict[str, tuple[str, list[int], bytes]]
@@ -72,11 +58,7 @@ TENSORS: list[tuple[str, Callable[[Tensors], object], list[str]]] = [
     ("missing expert", lose(f"{MOE}experts.7.w2.weight"), ["missing", "experts.7.w2"]),
     ("missing routing bias", lose(f"{MOE}gate.e_score_correction_bias"), ["missing", "e_score_correction"]),
     ("bias", add("model.layers.0.self_attn.q_proj.bias", "F32", [64]), ["unexpected", "q_proj.bias"]),
-    (
-        "layer too many",
-        add("model.layers.3.input_layernorm.weight", "BF16", [64]),
-        ["unexpected", "layers.3"],
-    ),
+    ("another layer", add("model.layers.3.input_layernorm.weight", "BF16", [64]), ["unexpected", "layers.3"]),
     ("expert too many", add(f"{MOE}experts.8.w1.weight", "BF16", [32, 64]), ["unexpected", "experts.8"]),
     ("transposed", reshape("model.layers.0.self_attn.f_a_proj.weight", [64, 32]), ["[32, 64]", "[64, 32]"]),
     ("flattened", reshape(Q, [4096]), [Q, "[64, 64]", "[4096]"]),
@@ -93,12 +75,11 @@ TENSORS: list[tuple[str, Callable[[Tensors], object], list[str]]] = [
 
 @pytest.mark.parametrize("change, words", [c[1:] for c in TENSORS], ids=[c[0] for c in TENSORS])
 def test_tensor_is_refused(
-    tmp_path: Path, out: Path, change: Callable[[Tensors], object], words: list[str]
+    single: Path, out: Path, change: Callable[[Tensors], object], words: list[str]
 ) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC, shards=1)
-    with edited_tensors(folder / "model.safetensors") as tensors:
+    with edited_tensors(single / "model.safetensors") as tensors:
         change(tensors)
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, *words)
+    assert_refused(convert(single, "-o", out / "x.gguf"), out, *words)
 
 
 def test_nan_in_a_fused_tensor_is_named_where_it_stands(tmp_path: Path, out: Path) -> None:
@@ -128,11 +109,11 @@ def move(name: str, file: str) -> Callable[[Index], object]:
 
 
 INDEXES: list[tuple[str, Callable[[Index], object], list[str]]] = [
-    ("absolute path", move(Q, "/etc/model.safetensors"), [Q, "/etc/model.safetensors", "leads out"]),
-    ("climbing path", move(Q, "../model-00001-of-00002.safetensors"), [Q, "leads out"]),
-    ("climbing in the middle", move(Q, "a/../../x.safetensors"), [Q, "leads out"]),
-    ("Windows drive", move(Q, "C:\\model.safetensors"), [Q, "leads out"]),
-    ("climbing Windows path", move(Q, "..\\model.safetensors"), [Q, "leads out"]),
+    ("absolute path", move(Q, "/etc/model.safetensors"), [Q, "/etc/model.safetensors", "outside"]),
+    ("climbing path", move(Q, "../model-00001-of-00002.safetensors"), [Q, "outside"]),
+    ("climbing in the middle", move(Q, "a/../../x.safetensors"), [Q, "outside"]),
+    ("Windows drive", move(Q, "C:\\model.safetensors"), [Q, "outside"]),
+    ("climbing Windows path", move(Q, "..\\model.safetensors"), [Q, "outside"]),
     ("NUL in a path", move(Q, "a\0.safetensors"), [Q, "file name"]),
     ("half a character in a path", move(Q, "\ud800.safetensors"), [Q, "file name"]),
     ("pickle", move(Q, "model-00001.bin"), [Q, "safetensors"]),
@@ -149,41 +130,39 @@ INDEXES: list[tuple[str, Callable[[Index], object], list[str]]] = [
 
 @pytest.mark.parametrize("change, words", [c[1:] for c in INDEXES], ids=[c[0] for c in INDEXES])
 def test_index_is_refused(
-    tmp_path: Path, out: Path, change: Callable[[Index], object], words: list[str]
+    source: Path, out: Path, change: Callable[[Index], object], words: list[str]
 ) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC)
-    with edited_json(folder / "model.safetensors.index.json") as index:
+    with edited_json(source / "model.safetensors.index.json") as index:
         change(index)
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, *words)
+    assert_refused(convert(source, "-o", out / "x.gguf"), out, *words)
 
 
 @pytest.mark.parametrize("name, home, other", [(Q, 1, 2), ("lm_head.weight", 2, 1)])
-def test_a_tensor_in_two_shards_is_refused(
-    tmp_path: Path, out: Path, name: str, home: int, other: int
-) -> None:
+def test_a_tensor_in_two_shards_is_refused(source: Path, out: Path, name: str, home: int, other: int) -> None:
     """Whichever of the two the index means."""
-    folder = fresh_checkpoint(tmp_path / "model", SPEC)
-    with edited_tensors(folder / f"model-0000{home}-of-00002.safetensors") as tensors:
+    with edited_tensors(source / f"model-0000{home}-of-00002.safetensors") as tensors:
         copy = tensors[name]
-    with edited_tensors(folder / f"model-0000{other}-of-00002.safetensors") as tensors:
+    with edited_tensors(source / f"model-0000{other}-of-00002.safetensors") as tensors:
         tensors[name] = copy
-    run = convert(folder, "-o", out / "x.gguf")
-    assert_refused(run, out, name, "model-00001", "model-00002", "stands in")
+    run = convert(source, "-o", out / "x.gguf")
+    assert_refused(run, out, name, "model-00001", "model-00002", "is also in")
 
 
 Header = dict[str, Any]
 
 
 def offsets(name: str, begin: int, end: int) -> Callable[[Header], object]:
-    return lambda h: h[name].update(
-        data_offsets=[h[name]["data_offsets"][0] + begin, h[name]["data_offsets"][1] + end]
-    )
+    def change(header: Header) -> None:
+        first, last = header[name]["data_offsets"]
+        header[name]["data_offsets"] = [first + begin, last + end]
+
+    return change
 
 
 HEADERS: list[tuple[str, Callable[[Header], object], list[str]]] = [
     ("overlap", offsets(Q, -2, -2), ["overlaps"]),
     ("gap", lambda h: h.pop(Q), ["gap"]),
-    ("offsets behind the file", offsets(Q, 1 << 40, 1 << 40), [Q, "inside"]),
+    ("offsets after the end of the file", offsets(Q, 1 << 40, 1 << 40), [Q, "inside"]),
     ("negative offset", lambda h: h[Q].update(data_offsets=[-1, 8191]), [Q, "inside"]),
     ("backward offsets", lambda h: h[Q]["data_offsets"].reverse(), [Q, "inside"]),
     ("size unlike the shape", lambda h: h[Q].update(shape=[64, 63]), [Q, "bytes"]),
@@ -202,48 +181,43 @@ HEADERS: list[tuple[str, Callable[[Header], object], list[str]]] = [
 
 @pytest.mark.parametrize("change, words", [c[1:] for c in HEADERS], ids=[c[0] for c in HEADERS])
 def test_safetensors_header_is_refused(
-    tmp_path: Path, out: Path, change: Callable[[Header], object], words: list[str]
+    single: Path, out: Path, change: Callable[[Header], object], words: list[str]
 ) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC, shards=1)
-    edit_header(folder / "model.safetensors", change)
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, "model.safetensors", *words)
+    edit_header(single / "model.safetensors", change)
+    assert_refused(convert(single, "-o", out / "x.gguf"), out, "model.safetensors", *words)
 
 
 @pytest.mark.parametrize("change", [-1, 1], ids=["a byte short", "a byte long"])
 def test_a_file_of_another_length_than_its_header_says_is_refused(
-    tmp_path: Path, out: Path, change: int
+    single: Path, out: Path, change: int
 ) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC, shards=1)
-    path = folder / "model.safetensors"
+    path = single / "model.safetensors"
     size = path.stat().st_size
     os.truncate(path, size + change)
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, "model.safetensors", "bytes")
+    assert_refused(convert(single, "-o", out / "x.gguf"), out, "model.safetensors", "bytes")
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC, shards=1)
-    with open_checkpoint(folder) as checkpoint:
+def test_a_file_that_shrinks_while_it_is_read_is_refused(single: Path) -> None:
+    with open_checkpoint(single) as checkpoint:
         checkpoint.float32(Q)
-        os.truncate(folder / "model.safetensors", 100_000)
+        os.truncate(single / "model.safetensors", 100_000)
         with pytest.raises(ConvertError, match="the file ends at byte 100000"):
-            for name in checkpoint.names():
+            for name in checkpoint.shapes:
                 checkpoint.float32(name)
 
 
-def test_duplicate_header_key_is_refused(tmp_path: Path, out: Path) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC, shards=1)
-    path = folder / "model.safetensors"
+def test_duplicate_header_key_is_refused(single: Path, out: Path) -> None:
+    path = single / "model.safetensors"
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     twice = content[8:9] + b'"model.norm.weight":{},' + content[9 : 8 + length]
     path.write_bytes(struct.pack("<Q", len(twice)) + twice + content[8 + length :])
-    assert_refused(convert(folder, "-o", out / "x.gguf"), out, "'model.norm.weight'", "twice")
+    assert_refused(convert(single, "-o", out / "x.gguf"), out, "'model.norm.weight'", "twice")
 
 
-def test_pickled_weights_are_refused_unread(tmp_path: Path, out: Path) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC, shards=1)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    for source in (folder, folder / "pytorch_model.bin"):
+def test_pickled_weights_are_refused_unread(single: Path, out: Path) -> None:
+    (single / "model.safetensors").rename(single / "pytorch_model.bin")
+    for source in (single, single / "pytorch_model.bin"):
         assert_refused(convert(source, "-o", out / "x.gguf"), out, "pytorch_model.bin", "safetensors", "code")
 
 
@@ -254,19 +228,12 @@ def test_two_checkpoints_in_one_folder_are_refused(tmp_path: Path, out: Path) ->
     assert convert(folder / "model.safetensors", "-o", out / "x.gguf").status == 0
 
 
-def test_python_of_the_checkpoint_is_never_run(tmp_path: Path) -> None:
-    folder = fresh_checkpoint(tmp_path / "model", SPEC)
+def test_python_of_the_checkpoint_is_never_run(tmp_path: Path, source: Path) -> None:
     (tmp_path / "trap").mkdir()
     trap = f"open({str(tmp_path / 'trap' / 'sprung')!r}, 'w')\n"
-    for name in (
-        "configuration_kimi.py",
-        "modeling_kimi.py",
-        "tokenization_kimi.py",
-        "tiktoken.py",
-        "gguf.py",
-    ):
-        (folder / name).write_text(trap)
-    with edited_json(folder / "config.json") as data:
+    for name in ("configuration_kimi", "modeling_kimi", "tokenization_kimi", "tiktoken", "gguf"):
+        (source / f"{name}.py").write_text(trap)
+    with edited_json(source / "config.json") as data:
         data["auto_map"] = {"AutoConfig": "configuration_kimi.KimiLinearConfig"}
-    assert convert(folder, "-o", tmp_path / "x.gguf").status == 0
+    assert convert(source, "-o", tmp_path / "x.gguf").status == 0
     assert list((tmp_path / "trap").iterdir()) == []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,13 @@ def split(source: Path, out: Path, size: str = "700K", *options: str) -> list[Pa
     return sorted(out.glob("x-*.gguf"))
 
 
+def split_and_whole(source: Path, out: Path, size: str, kind: str) -> tuple[list[Path], Path]:
+    """The parts of a conversion, and the same model in one file."""
+    whole = out.with_name("whole.gguf")
+    assert convert(source, "-o", whole, "--type", kind).status == 0
+    return split(source, out, size, "--type", kind), whole
+
+
 def data(*paths: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of the files: type, shape and bytes, as gguf's own reader sees them; llama.cpp's tools leave out
     the last dimensions where they are 1."""
@@ -54,18 +63,16 @@ def llama_split(engine: Engine, *arguments: object) -> None:
 
 
 @engine_kinds
-def test_the_parts_have_the_bytes_of_the_whole(tmp_path: Path, source: Path, out: Path, kind: str) -> None:
-    parts = split(source, out, "400K", "--type", kind)
-    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
+def test_the_parts_have_the_bytes_of_the_whole(source: Path, out: Path, kind: str) -> None:
+    parts, whole = split_and_whole(source, out, "400K", kind)
     count = len(parts)
     assert count > 2 and {p.name for p in out.iterdir()} == {
         f"x-{i:05d}-of-{count:05d}.gguf" for i in range(1, count + 1)
     }
-    assert list(data(*parts).items()) == list(data(tmp_path / "whole.gguf").items())
-    assert sum(len(GGUFReader(part).tensors) for part in parts) == len(data(*parts)), "one stands twice"
-    whole = gguf_keys(tmp_path / "whole.gguf")
-    first = gguf_keys(parts[0])
-    assert {name: first[name] for name in whole} == whole and list(first)[: len(whole)] == list(whole)
+    assert list(data(*parts).items()) == list(data(whole).items())
+    assert sum(len(GGUFReader(part).tensors) for part in parts) == len(data(*parts)), "one appears twice"
+    keys, first = gguf_keys(whole), gguf_keys(parts[0])
+    assert {name: first[name] for name in keys} == keys and list(first)[: len(keys)] == list(keys)
 
 
 def test_every_part_says_what_llama_cpp_asks(source: Path, out: Path) -> None:
@@ -134,18 +141,12 @@ def test_the_plan_shows_the_parts(source: Path, out: Path) -> None:
     plan = convert(source, "-o", out / "x.gguf", "--split-max-size", "700K", "--dry-run")
     assert plan.status == 0 and list(out.iterdir()) == []
     parts = split(source, out)
-    lines = plan.out.splitlines()[1:-1]
-    planned: dict[str, list[str]] = {}
-    for line in lines:
-        if line.startswith("x-"):
-            planned[line] = []
-        else:
-            planned[next(reversed(planned))].append(line.split()[0])
-    assert planned == {
-        f"{part.name}: {len(tensors)} tensors, {part.stat().st_size:,} bytes": [t.name for t in tensors]
-        for part in parts
-        for tensors in [GGUFReader(part).tensors]
-    }
+    planned = [line if line.startswith("x-") else line.split()[0] for line in plan.out.splitlines()[1:-1]]
+    written: list[str] = []
+    for part in parts:
+        names = list(data(part))
+        written += [f"{part.name}: {len(names)} tensors, {part.stat().st_size:,} bytes", *names]
+    assert planned == written
     total = sum(part.stat().st_size for part in parts)
     assert plan.out.splitlines()[-1].endswith(f" {total:,} bytes in {len(parts)} splits")
 
@@ -188,12 +189,9 @@ def test_the_name_of_a_part_is_no_name_for_all(source: Path, out: Path) -> None:
 
 @pytest.mark.engine
 @engine_kinds
-def test_llama_cpp_computes_the_same_from_parts(
-    tmp_path: Path, source: Path, out: Path, engine: Engine, kind: str
-) -> None:
-    parts = split(source, out, "700K", "--type", kind)
-    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
-    expected = run_logits(engine, tmp_path / "whole.gguf", IDS)
+def test_llama_cpp_computes_the_same_from_parts(source: Path, out: Path, engine: Engine, kind: str) -> None:
+    parts, whole = split_and_whole(source, out, "700K", kind)
+    expected = run_logits(engine, whole, IDS)
     assert np.isfinite(expected).all() and expected.std() > 0
     assert np.array_equal(run_logits(engine, parts[0], IDS), expected)
 
@@ -239,11 +237,9 @@ def test_validate_kimi_takes_the_first_part(
 def test_llama_gguf_split_merges_our_parts(
     tmp_path: Path, source: Path, out: Path, engine: Engine, kind: str
 ) -> None:
-    parts = split(source, out, "700K", "--type", kind)
+    parts, whole = split_and_whole(source, out, "700K", kind)
     llama_split(engine, "--merge", parts[0], tmp_path / "merged.gguf")
-    assert convert(source, "-o", tmp_path / "whole.gguf", "--type", kind).status == 0
-    merged, whole = (data(tmp_path / name) for name in ("merged.gguf", "whole.gguf"))
-    assert list(merged.items()) == list(whole.items())
+    assert list(data(tmp_path / "merged.gguf").items()) == list(data(whole).items())
     assert convert("verify", tmp_path / "merged.gguf", "--checkpoint", source).status == 0
     again = tmp_path / "again"
     again.mkdir()
@@ -309,35 +305,38 @@ def test_a_part_that_is_not_the_first_is_refused(source: Path, out: Path) -> Non
         check_gguf(parts[1])
 
 
-def test_a_missing_part_is_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
-    check_gguf(parts[0])
-    parts[2].unlink()
-    refused(parts, source, str(parts[2]), "not found, but the model has")
-    with pytest.raises(EngineError, match=rf"(?s){parts[2].name}: no such file.*put all parts"):
-        check_gguf(parts[0])
-
-
-def test_a_truncated_part_is_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
-    parts[1].write_bytes(parts[1].read_bytes()[:-1000])
-    refused(parts, source, str(parts[1]), "truncated")
-
-
-def test_a_part_that_is_no_gguf_is_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
-    parts[1].write_bytes(b"<html>")
-    refused(parts, source, str(parts[1]), "not a GGUF file")
-    with pytest.raises(EngineError, match=rf"{parts[1].name}: not a GGUF file"):
-        check_gguf(parts[0])
-
-
-def test_parts_in_each_others_place_are_named(source: Path, out: Path) -> None:
-    parts = split(source, out)
+def swap(parts: list[Path]) -> None:
+    """The second and the third part are in each other's place."""
     second, third = parts[1].read_bytes(), parts[2].read_bytes()
     parts[1].write_bytes(third)
     parts[2].write_bytes(second)
-    refused(parts, source, str(parts[1]), "split.no: expected 1", "found 2")
+
+
+# (change, the part that is named, words of the error, words of `check_gguf`'s error if it reads so far)
+DAMAGED: dict[str, tuple[Callable[[list[Path]], object], int, list[str], str]] = {
+    "missing": (
+        lambda parts: parts[2].unlink(),
+        2,
+        ["not found, but the model has"],
+        "no such file.*put all",
+    ),
+    "truncated": (lambda parts: os.truncate(parts[1], parts[1].stat().st_size - 1000), 1, ["truncated"], ""),
+    "no GGUF": (lambda parts: parts[1].write_bytes(b"<html>"), 1, ["not a GGUF file"], "not a GGUF file"),
+    "swapped": (swap, 1, ["split.no: expected 1", "found 2"], ""),
+}
+
+
+@pytest.mark.parametrize("change, number, words, checked", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_part_is_named(
+    source: Path, out: Path, change: Any, number: int, words: Any, checked: str
+) -> None:
+    parts = split(source, out)
+    check_gguf(parts[0])
+    change(parts)
+    refused(parts, source, str(parts[number]), *words)
+    if checked:
+        with pytest.raises(EngineError, match=rf"(?s){parts[number].name}: {checked}"):
+            check_gguf(parts[0])
 
 
 def test_a_part_of_another_conversion_is_named(tmp_path: Path, source: Path, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,71 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from convert_tools import Run, convert
+from convert_tools import Run, convert, killed_conversions
 from random_checkpoint import Spec
 
+from kimi_gguf.convert.conversion import Options
+from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.pipeline import Options
-from kimi_gguf.convert.pipeline import convert as convert_in_python
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.split_names import place_in_set
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 SIZE = 300_000
 NAMES = ("one", "two")  # of the model: two conversions with the same parts and other bytes
 
-# Forks conversions under two names by turns, kills each after a random time, and looks at what can be loaded.
-KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-from kimi_gguf.convert.output import unfinished
-from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.pipeline import Options, convert
-from kimi_gguf.convert.types.tensor_types import TYPES
-
-source, out, kills, size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-sets = [{p.name: p.read_bytes() for p in Path(folder).iterdir()} for folder in sys.argv[5:]]
-names = Path(sys.argv[5]).name, Path(sys.argv[6]).name
-unfinished.SYNC_SECONDS = 0
-rng = random.Random(2)
-found = dict(killed=0, ended=0, refused=0, gone_on=0, loadable=0, wrong=0)
-
-def child(name, resume):
-    done = os.fork()
-    if done == 0:
-        try:
-            convert(source, out / "x.gguf", TYPES["BF16"], Options(name, None, True, resume, split_max_size=size))
-        except ConvertError:
-            os._exit(7)
-        os._exit(0)
-    return done
-
-began = time.monotonic()
-os.waitpid(child(names[0], False), 0)
-duration = time.monotonic() - began
-journal = out / ".x.gguf.unfinished" / "journal"
-while found["killed"] < kills:
-    name, resume = rng.choice(names), rng.random() < 0.7
-    found["gone_on"] += resume and journal.exists() and journal.read_bytes().count(b"\\n") > 1
-    process = child(name, resume)
-    time.sleep(rng.uniform(0, duration))
-    os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    ended = "killed" if os.WIFSIGNALED(status) else "refused" if os.WEXITSTATUS(status) == 7 else "ended"
-    found[ended] += 1
-    here = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
-    if min(sets[0]) in here:
-        found["loadable"] += 1
-        found["wrong"] += here not in sets
-    found["wrong"] += ended == "ended" and here != sets[names.index(name)]
-for name in names:
-    os.waitpid(child(name, False), 0)
-    here = {p.name: p.read_bytes() for p in out.iterdir()}
-    found["wrong"] += here != sets[names.index(name)]
-print(json.dumps(found))
-"""
-
-# Ends itself as SIGKILL would when so many files have taken their names.
+# Ends itself as SIGKILL would after so many files were renamed; 0: before the first.
 DIES_AMONG_RENAMES = """
 import os, pathlib, signal, sys
 from kimi_gguf.convert.cli import main
@@ -83,10 +31,11 @@ left, replace = int(sys.argv[1]), pathlib.Path.replace
 
 def counted(self, target):
     global left
+    if left > 0:
+        replace(self, target)
+        left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return replace(self, target)
 
 pathlib.Path.replace = counted
 sys.exit(main(sys.argv[2:]))
@@ -111,9 +60,8 @@ def to_parts(source: Path, out: Path, name: str = "one", *options: str) -> Run:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files under their names, in order; what is hidden is left out."""
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")
-    }
+    shown = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
+    return {path.name: path.read_bytes() for path in shown}
 
 
 def killed_among_renames(source: Path, out: Path, renames: int, name: str = "one", *options: str) -> None:
@@ -126,15 +74,11 @@ def test_killed_at_random_instants(
     tmp_path: Path, source: Path, out: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
     kills = 60
-    command = [sys.executable, "-c", KILLER, source, out, str(kills), str(SIZE)]
-    command += [tmp_path / name for name in NAMES]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    folders = [tmp_path / name for name in NAMES]
+    found = killed_conversions(source, out / "x.gguf", kills, "BF16", SIZE, *folders)
     assert found["wrong"] == 0 and found["killed"] == kills, found
-    assert found["gone_on"] > kills // 6 and found["loadable"] > kills // 6, (
-        "too few were killed in the middle"
-    )
+    too_few = "too few were killed in the middle"
+    assert found["resumed"] > kills // 6 and found["loadable"] > kills // 6, too_few
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
@@ -144,9 +88,8 @@ def test_killed_among_renames_no_first_part_is_there(
     killed_among_renames(source, out, renames)
     there = contents(out)
     assert len(there) == renames and min(expected["one"]) not in there
-    run = to_parts(source, out, "one", "--resume")
-    assert run.status == 0 and contents(out) == expected["one"]
-    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    assert to_parts(source, out, "one", "--resume").status == 0
+    assert contents(out) == expected["one"] and not (out / ".x.gguf.unfinished").exists()
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
@@ -171,7 +114,7 @@ def test_a_run_of_another_kind_clears_away_what_was_renamed(source: Path, out: P
         run = convert(source, "-o", out / "x.gguf", *options)
         assert run.status == 0 and "of an earlier run (--resume would continue it)" in run.err
         assert not old & set(contents(out))
-        assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+        assert not (out / ".x.gguf.unfinished").exists()
         for path in out.iterdir():
             path.unlink()
 
@@ -199,14 +142,7 @@ def test_killed_when_all_was_done_but_the_clearing(
     source: Path, out: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
     """The set is finished and stands: a run without --force leaves it alone, one with --resume clears up."""
-    count = len(expected["one"])
-    script = DIES_AMONG_RENAMES.replace(
-        "return replace(self, target)",
-        "replace(self, target)\n    if left == 0:\n        os.kill(os.getpid(), signal.SIGKILL)",
-    )
-    command = [sys.executable, "-c", script, str(count), source, "-o", out / "x.gguf"]
-    command += ["--split-max-size", str(SIZE), "--name", "one"]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    killed_among_renames(source, out, len(expected["one"]))
     assert contents(out) == expected["one"] and (out / ".x.gguf.unfinished").is_dir()
     run = to_parts(source, out, "one")
     assert run.status == 1 and "already exists" in run.err and contents(out) == expected["one"]
@@ -235,9 +171,7 @@ def test_resume_goes_on_in_the_part_where_it_stopped(
     assert begun[3:] == list(range(2, len(expected["one"]))) and contents(out) == expected["one"]
 
 
-def test_a_finished_part_that_was_cut_meanwhile_is_refused(
-    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_part_that_was_cut_meanwhile_is_refused(source: Path, out: Path) -> None:
     killed_among_renames(source, out, 0)
     first = sorted((out / ".x.gguf.unfinished").glob("x-*"))[0]
     os.truncate(first, 1000)

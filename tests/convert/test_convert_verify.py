@@ -19,6 +19,12 @@ from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=50)
 
 
+@pytest.fixture
+def file(tmp_path: Path, source: Path) -> Path:
+    assert convert(source, "-o", tmp_path / "x.gguf").status == 0
+    return tmp_path / "x.gguf"
+
+
 @pytest.mark.parametrize("kind", ["F32", "BF16", pytest.param("Q4_K_M", marks=pytest.mark.engine)])
 def test_our_own_files_are_proved(tmp_path: Path, source: Path, kind: str) -> None:
     out = tmp_path / "x.gguf"
@@ -43,39 +49,31 @@ def test_llama_quantizes_file_is_proved_with_its_importances_only(
 
 
 @pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.0.ssm_a", "blk.2.attn_k_b.weight"])
-def test_one_wrong_bit_is_named(tmp_path: Path, source: Path, tensor: str) -> None:
-    out = tmp_path / "x.gguf"
-    assert convert(source, "-o", out).status == 0
-    with GgufFile(out) as file:
-        place = file.tensors[tensor]
-    content = bytearray(out.read_bytes())
+def test_one_wrong_bit_is_named(source: Path, file: Path, tensor: str) -> None:
+    with GgufFile(file) as opened:
+        place = opened.tensors[tensor]
+    content = bytearray(file.read_bytes())
     content[place.offset + place.nbytes - 3] ^= 4
-    out.write_bytes(content)
-    run = convert("verify", out, "--checkpoint", source)
+    file.write_bytes(content)
+    run = convert("verify", file, "--checkpoint", source)
     complaint = f"{tensor} ({place.type.name}): first difference at byte {place.nbytes - 3} of {place.nbytes}"
     assert run.status == 1 and run.out.splitlines()[0] == complaint
     assert ": NOT identical to a new conversion" in run.out
 
 
-def test_a_wrong_key_is_named(tmp_path: Path, source: Path) -> None:
-    out = tmp_path / "x.gguf"
-    assert convert(source, "-o", out).status == 0
-    content = out.read_bytes()
+def test_a_wrong_key_is_named(source: Path, file: Path) -> None:
+    content = file.read_bytes()
     key = b"kimi-linear.expert_used_count\x04\x00\x00\x00"
     at = content.index(key) + len(key)
-    out.write_bytes(content[:at] + b"\x03" + content[at + 1 :])
-    run = convert("verify", out, "--checkpoint", source)
+    file.write_bytes(content[:at] + b"\x03" + content[at + 1 :])
+    run = convert("verify", file, "--checkpoint", source)
     assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 3\n")
 
 
-def test_another_checkpoint_is_no_proof(tmp_path: Path, source: Path) -> None:
-    out = tmp_path / "x.gguf"
-    assert convert(source, "-o", out).status == 0
-    for name, spec in (
-        ("deeper", Spec(layers="KKMM", hidden=256, heads=4)),
-        ("wider", Spec(layers="KKM", hidden=128)),
-    ):
-        run = convert("verify", out, "--checkpoint", fresh_checkpoint(tmp_path / name, spec))
+def test_another_checkpoint_is_no_proof(tmp_path: Path, source: Path, file: Path) -> None:
+    others = {"deeper": Spec(layers="KKMM", hidden=256, heads=4), "wider": Spec(layers="KKM", hidden=128)}
+    for name, spec in others.items():
+        run = convert("verify", file, "--checkpoint", fresh_checkpoint(tmp_path / name, spec))
         assert run.status == 1 and "the file was not made from this checkpoint" in run.err
 
 
@@ -108,16 +106,12 @@ def test_the_48bs_caches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["", "GGUF", "GGUX", "cut", "text"])
-def test_what_is_no_gguf_is_refused(tmp_path: Path, source: Path, damage: str) -> None:
-    out = tmp_path / "x.gguf"
-    assert convert(source, "-o", out).status == 0
-    whole = out.read_bytes()
-    out.write_bytes({"cut": whole[:-4000], "text": b"hello" * 100}.get(damage, damage.encode()))
-    for arguments in (["inspect", out], ["verify", out, "--checkpoint", source]):
+def test_what_is_no_gguf_is_refused(source: Path, file: Path, damage: str) -> None:
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-4000], "text": b"hello" * 100}.get(damage, damage.encode()))
+    for arguments in (["inspect", file], ["verify", file, "--checkpoint", source]):
         run = convert(*arguments)
-        assert (
-            run.status == 1 and run.err.startswith("convert-kimi: error: ") and len(run.err.splitlines()) == 1
-        )
+        assert run.status == 1 and run.err.startswith("convert-kimi: error: ") and run.err.count("\n") == 1
 
 
 @pytest.mark.engine

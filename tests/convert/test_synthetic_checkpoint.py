@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from kimi_gguf.convert.conversion import plan_only
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import published_config
 from kimi_gguf.convert.output.stream import Pace
-from kimi_gguf.convert.pipeline import plan_only
-from kimi_gguf.convert.types.tensor_types import TYPES
-from kimi_gguf.scripts.synthetic_checkpoint import (
-    num_bytes,
-    smaller_config,
-    tensors,
-    write_synthetic,
-)
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
 
 
 def test_it_has_the_published_tensor_count_parameters_and_bytes() -> None:

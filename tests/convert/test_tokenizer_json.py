@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizer_cases import SPECIAL, TOOL_CALL_MARKS, config, train_ranks, write_tokenizer
+from random_checkpoint import SPECIAL, TOOL_CALL_MARKS, write_tokenizer
+from tokenizer_cases import config, train_ranks
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from kimi_gguf.convert.errors import ConvertError
@@ -73,45 +74,27 @@ Change = Callable[[dict[str, Any]], object]
 REFUSED: dict[str, tuple[Change, str]] = {
     "no model": (lambda c: c.pop("model"), "expected a 'model' of type BPE"),
     "another model": (lambda c: c["model"].update(type="Unigram"), "expected a 'model' of type BPE"),
-    "another pattern": (
-        lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0),
-        "not the model's own split pattern",
-    ),
-    "no pattern": (lambda c: c.update(pre_tokenizer=None), "not the model's own split pattern"),
-    "a normalizer": (lambda c: c.update(normalizer={"type": "NFC"}), "has a normalizer"),
+    "another pattern": (lambda c: c["pre_tokenizer"]["pretokenizers"].pop(0), "expected the split pattern"),
+    "no pattern": (lambda c: c.update(pre_tokenizer=None), "expected the split pattern"),
+    "a normalizer": (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer: expected none"),
     "a merge missing": (lambda c: c["model"]["merges"].pop(), "model.merges does not follow"),
     "merges in another order": (lambda c: c["model"]["merges"].reverse(), "model.merges does not follow"),
     "ids in another order": (swap_ids, "model.merges does not follow"),
     "a merge to no token": (lambda c: c["model"]["merges"].append("Z Z"), "model.merges does not follow"),
-    "a merge of three": (
-        lambda c: c["model"]["merges"].append("a b c"),
-        r"model.merges\[\d+\]: expected two",
-    ),
-    "a merge that is no text": (
-        lambda c: c["model"]["merges"].append(7),
-        r"model.merges\[\d+\]: expected two",
-    ),
+    "a merge of three": (lambda c: c["model"]["merges"].append("a b c"), r"merges\[\d+\]: expected two"),
+    "a merge that is no text": (lambda c: c["model"]["merges"].append(7), r"merges\[\d+\]: expected two"),
     "merges that are no list": (lambda c: c["model"].update(merges={}), "expected a list model.merges"),
-    "a vocabulary that is no object": (
-        lambda c: c["model"].update(vocab=[]),
-        "expected an object model.vocab",
-    ),
+    "no object of tokens": (lambda c: c["model"].update(vocab=[]), "expected an object model.vocab"),
     "a token that spells no bytes": (
         lambda c: c["model"]["vocab"].update({"世": c["model"]["vocab"].pop("a")}),
-        "not in GPT-2's byte spelling",
+        "expected GPT-2's spelling of bytes",
     ),
-    "an id past the others": (lambda c: c["model"]["vocab"].update({"世": N + 999}), "none with id"),
-    "an id that is no number": (lambda c: c["model"]["vocab"].update(a=True), "expected an id of its own"),
-    "an id twice": (lambda c: c["model"]["vocab"].update(a=66), "expected an id of its own"),
-    "a gap in the ids": (lambda c: c["model"]["vocab"].pop("a"), "but none with id"),
-    "an added token without id": (
-        lambda c: c["added_tokens"].append({"content": "x"}),
-        "with an 'id' of its own",
-    ),
-    "an added token twice": (
-        lambda c: c["added_tokens"].append(c["added_tokens"][0]),
-        "with an 'id' of its own",
-    ),
+    "an id past the others": (lambda c: c["model"]["vocab"].update({"世": N + 999}), "found none with id"),
+    "an id that is no number": (lambda c: c["model"]["vocab"].update(a=True), "expected a unique id"),
+    "an id twice": (lambda c: c["model"]["vocab"].update(a=66), "expected a unique id"),
+    "a gap in the ids": (lambda c: c["model"]["vocab"].pop("a"), "found none with id"),
+    "an added token without id": (lambda c: c["added_tokens"].append({"content": "x"}), "with a unique 'id'"),
+    "an added token twice": (lambda c: c["added_tokens"].append(c["added_tokens"][0]), "with a unique 'id'"),
 }
 
 

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_program import NATIVE, compile_cuda
+from cuda_program import NATIVE, compile_cuda, compile_with_ggml
 from ggml_variant import require_tools
 
 from kimi_gguf.engine.builds import Engine, upstream_source
@@ -23,26 +23,25 @@ ORDERS = {"forwards": "end", "backwards": "start", "17": "end"}
 def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [program, *arguments],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, **environment},
         timeout=120,
     )
 
 
+@pytest.mark.parametrize("races", [False, True], ids=["plain", "watched"])
 @pytest.mark.parametrize("name", ["emulator-features", "emulator-matrices"])
-def test_kernels_compute_what_they_say(name: str, tmp_path: Path) -> None:
-    ended = run(compile_cuda([NATIVE / f"{name}.cu"], tmp_path / name))
+def test_kernels_compute_what_they_say(name: str, races: bool, tmp_path: Path) -> None:
+    ended = run(compile_cuda([NATIVE / f"{name}.cu"], tmp_path / name, races=races))
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
 
 
 def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
     """Halves without F16C: what other processors run."""
-    program = compile_cuda(
-        [NATIVE / "emulator-features.cu"], tmp_path / "plain", options=["-mno-f16c", "-mno-avx"]
-    )
-    ended = run(program)
+    source = NATIVE / "emulator-features.cu"
+    ended = run(compile_cuda([source], tmp_path / "plain", options=["-mno-f16c", "-mno-avx"]))
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
 
 
@@ -91,14 +90,8 @@ int main() {
 @pytest.mark.engine
 def test_upstreams_kernels_as_they_are(engine: Engine, tmp_path: Path) -> None:
     ggml = upstream_source() / "llama.cpp" / "ggml"
-    program = compile_cuda(
-        [NATIVE / "emulator-upstream.cu"],
-        tmp_path / "upstream",
-        system=[ggml / "include", ggml / "src"],
-        options=["-DGGML_CUDA_NO_VMM", "-w"],
-        link=[f"-L{engine.lib}", "-lggml-base", f"-Wl,-rpath,{engine.lib}"],
-    )
-    ended = run(program)
+    source = NATIVE / "emulator-upstream.cu"
+    ended = run(compile_with_ggml(engine, [source], tmp_path / "upstream", ggml=ggml, options=["-w"]))
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
 
 

@@ -37,10 +37,10 @@ def test_a_changed_byte_in_a_given_archive_is_refused_and_leaves_nothing(tmp_pat
 
 def test_a_changed_byte_in_the_cached_archive_is_refused(tmp_path: Path) -> None:
     tiny = tiny_llama.make(tmp_path)
-    cached = archive.adopt(tiny.archive, tiny.pin, tiny.cache.downloads, Silent())
+    cached = archive.obtain(tiny.pin, tiny.cache.downloads, tiny.archive, Silent())
     flip_byte(cached)
     with pytest.raises(EngineError, match="not the pinned source archive") as caught:
-        archive.obtain(tiny.pin, tiny.cache.downloads, Silent())
+        archive.obtain(tiny.pin, tiny.cache.downloads, None, Silent())
     assert caught.value.todo is not None
     assert str(cached) in caught.value.todo
 
@@ -51,7 +51,7 @@ def test_without_network_the_download_says_what_to_do(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     tiny = tiny_llama.make(tmp_path)
     with pytest.raises(EngineError, match=r"pip could not download tiny==1\.0") as caught:
-        archive.obtain(tiny.pin, tiny.cache.downloads, Silent())
+        archive.obtain(tiny.pin, tiny.cache.downloads, None, Silent())
     assert "--archive" in str(caught.value)
     assert listing(tiny.cache.downloads) == []
 
@@ -63,7 +63,7 @@ def test_a_missing_build_backend_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     )
     tiny = tiny_llama.make(tmp_path)
     with pytest.raises(EngineError, match="scikit-build-core") as caught:
-        archive.obtain(tiny.pin, tiny.cache.downloads, Silent())
+        archive.obtain(tiny.pin, tiny.cache.downloads, None, Silent())
     assert "pip install" in str(caught.value)
 
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_llama
+from tiny_llama import call
 
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, provenance
-from kimi_gguf.engine.builds import VARIABLE
 
-SCRIPT = str(Path(tiny_llama.__file__))
 # name of a build, its key, and when it was built: the default one is the oldest and no GPU's
 BUILDS = {
     "cpu": ("11111111aaaaaaaa", "2026-01-01"),
@@ -52,35 +48,30 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(folder: Path, *arguments: str, variable: str = "") -> subprocess.CompletedProcess[str]:
-    """`kimi-llama` on the miniature, with KIMI_BUILD in its environment."""
-    command = [sys.executable, SCRIPT, str(folder), "kimi-llama", *arguments]
-    environment = {**os.environ, VARIABLE: variable}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-
-
-def path_of(folder: Path, *arguments: str, variable: str = "") -> str:
-    """The name of the build whose folder `kimi-llama path` prints."""
-    done = call(folder, "path", *arguments, variable=variable)
+def key_of(folder: Path, *arguments: str, **environment: str) -> str:
+    """The key of the build whose folder `kimi-llama path` prints."""
+    done = call(folder, "path", *arguments, **environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    (name,) = (name for name, (key, _) in BUILDS.items() if key == Path(done.stdout.strip()).name)
-    return name
+    return Path(done.stdout.strip()).name
 
 
-def test_the_default_build_runs_and_no_newer_or_gpu_build(folder: Path) -> None:
-    assert path_of(folder) == "cpu"
+def path_of(folder: Path, *arguments: str, **environment: str) -> str:
+    """The name of that build."""
+    key = key_of(folder, *arguments, **environment)
+    return next(name for name, build in BUILDS.items() if build[0] == key)
 
 
 @pytest.mark.parametrize("name", BUILDS)
 def test_each_way_names_a_build_and_the_nearer_one_wins(folder: Path, name: str) -> None:
     others = [other for other in BUILDS if other != name]
+    assert path_of(folder) == "cpu", "not the newest one, nor one for a GPU"
     assert path_of(folder, "--build", name) == path_of(folder, "--build", BUILDS[name][0][:8]) == name
-    assert path_of(folder, variable=name) == name
+    assert path_of(folder, KIMI_BUILD=name) == name
     assert call(folder, "use", name).returncode == 0
     assert path_of(folder) == name
-    assert path_of(folder, variable=others[0]) == others[0]
-    assert path_of(folder, "--build", others[1], variable=others[0]) == others[1]
+    assert path_of(folder, KIMI_BUILD=others[0]) == others[0]
+    assert path_of(folder, "--build", others[1], KIMI_BUILD=others[0]) == others[1]
     assert call(folder, "use", "cpu").returncode == 0
     assert path_of(folder) == "cpu"
 
@@ -121,21 +112,20 @@ def test_a_name_of_no_build_is_refused_with_those_there_are(folder: Path, argume
 
 
 def test_who_gave_a_name_that_means_no_build_is_said(folder: Path) -> None:
-    assert "KIMI_BUILD" in call(folder, "path", variable="abacus").stderr
+    assert "KIMI_BUILD" in call(folder, "path", KIMI_BUILD="abacus").stderr
 
 
 def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
     """The same options by another compiler."""
     add(folder, "cpu", "44444444dddddddd", "2026-02-01")
-    assert Path(call(folder, "path").stdout.strip()).name == "44444444dddddddd"
+    assert key_of(folder) == "44444444dddddddd"
 
 
 def test_the_choice_holds_for_upstreams_build_too(folder: Path) -> None:
     add(folder, "cpu", "55555555eeeeeeee", "2026-01-01", pristine=True)
     add(folder, "cuda", "66666666ffffffff", "2026-01-01", pristine=True)
-    assert Path(call(folder, "path", "--upstream").stdout.strip()).name == "55555555eeeeeeee"
-    told = call(folder, "path", "--pristine", variable="cuda").stdout
-    assert Path(told.strip()).name == "66666666ffffffff"
+    assert key_of(folder, "--upstream") == "55555555eeeeeeee"
+    assert key_of(folder, "--pristine", KIMI_BUILD="cuda") == "66666666ffffffff"
 
 
 @pytest.mark.parametrize(
@@ -149,6 +139,6 @@ def test_one_line_at_start_up_says_which_build_runs(folder: Path, name: str, kin
 
 
 def test_doctor_says_which_build_runs(folder: Path) -> None:
-    told = json.loads(call(folder, "doctor", "--json", variable="cpu+GGML_NATIVE=OFF").stdout)
+    told = json.loads(call(folder, "doctor", "--json", KIMI_BUILD="cpu+GGML_NATIVE=OFF").stdout)
     assert told["build"]["seen"].startswith("cpu+GGML_NATIVE=OFF 22222222 (portable: ")
     assert {each["name"] for each in told["engines"]} == set(BUILDS)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_llama
+from tiny_llama import call
 
 from kimi_gguf.scripts import kimi_llama
 
-SCRIPT = str(Path(tiny_llama.__file__))
 COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "quantize", "export-patches"]
 
 
@@ -26,12 +24,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.build(pristine=True)
     (folder / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     return folder
-
-
-def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`kimi-llama` on the miniature in a folder."""
-    command = [sys.executable, SCRIPT, str(folder), "kimi-llama", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def test_path_prints_the_folder_with_bin_and_lib(built: Path) -> None:

@@ -15,15 +15,22 @@ from test_engine_series import git_am
 
 from kimi_gguf.engine.build_spec import PROGRAMS, TEST_PROGRAMS
 from kimi_gguf.engine.builds import Engine, ensure, find, upstream_source
-from kimi_gguf.engine.doctor import diagnose
 from kimi_gguf.engine.toolchain import packaged_tool
 from kimi_gguf.patches.export import export_patches
 from kimi_gguf.patches.pin import load_pin
-from kimi_gguf.patches.series import OVERLAY_FOLDER, PATCH_FOLDER, load_series
+from kimi_gguf.patches.series import OVERLAY_FOLDER, PATCH_FOLDER, Series, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 
 pytestmark = pytest.mark.engine
 COMMAND = [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama"]
+
+
+def output(*command: str | Path, **environment: str) -> str:
+    """What a command writes to standard output and to standard error."""
+    told = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
+    )
+    return told.stdout + told.stderr
 
 
 def test_both_builds_hold_all_programs_and_tests(engine: Engine, pristine: Engine) -> None:
@@ -34,39 +41,34 @@ def test_both_builds_hold_all_programs_and_tests(engine: Engine, pristine: Engin
 
 def test_building_again_takes_less_than_two_seconds(engine: Engine) -> None:
     began = time.monotonic()
-    told = subprocess.run([*COMMAND, "build"], capture_output=True, text=True, check=True)
+    told = output(*COMMAND, "build")
     assert time.monotonic() - began < 2.0
-    assert told.stdout == f"{engine.prefix}\n"
+    assert told == f"{engine.prefix}\n"
     assert ensure(tests=True) == engine
 
 
 def test_doctor_finds_all_well(engine: Engine, pristine: Engine) -> None:
-    diagnosis = diagnose()
-    failed = [check for health in diagnosis.engines for check in health.checks if not check.passed]
-    assert not failed
-    assert diagnosis.healthy
-    assert {engine.key, pristine.key} <= {health.engine.key for health in diagnosis.engines}
+    report = json.loads(output(*COMMAND, "doctor", "--json"))
+    assert not [check for each in report["engines"] for check in each["checks"] if not check["passed"]]
+    assert report["healthy"] is True
+    assert report["pin"]["llama_cpp_commit"] == load_pin().llama_cpp_commit
+    assert {engine.key, pristine.key} <= {each["key"] for each in report["engines"]}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_LIBRARY_PATH is Linux's")
 def test_patched_and_pristine_do_not_load_each_others_libraries(engine: Engine, pristine: Engine) -> None:
     for own, other in ((engine, pristine), (pristine, engine)):
         for program in own.bin.iterdir():
-            environment = {**os.environ, "LD_TRACE_LOADED_OBJECTS": "1", "LD_LIBRARY_PATH": str(other.lib)}
-            listed = subprocess.run(
-                [str(program)], env=environment, capture_output=True, text=True, check=True
-            )
-            assert str(own.prefix.resolve()) in listed.stdout
-            assert str(other.prefix.resolve()) not in listed.stdout, program.name
+            listed = output(program, LD_TRACE_LOADED_OBJECTS="1", LD_LIBRARY_PATH=str(other.lib))
+            assert str(own.prefix.resolve()) in listed
+            assert str(other.prefix.resolve()) not in listed, program.name
 
 
 def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, pristine: Engine) -> None:
     probe = "import llama_cpp as l; l.llama_backend_init(); print(open('/proc/self/maps').read())"
     for own, other in ((engine, pristine), (pristine, engine)):
         environment = {**own.environment(), "LD_LIBRARY_PATH": str(other.lib)}
-        told = subprocess.run(
-            [sys.executable, "-P", "-c", probe], env=environment, capture_output=True, text=True, check=True
-        ).stdout
+        told = output(sys.executable, "-P", "-c", probe, **environment)
         assert str(own.lib.resolve() / "libllama.so") in told
         assert str(other.prefix.resolve()) not in told
 
@@ -78,45 +80,23 @@ def test_the_manifest_tells_pin_patches_and_tree(engine: Engine, pristine: Engin
     assert [patch["name"] for patch in engine.manifest["patches"]] == [patch.name for patch in series.patches]
     assert pristine.manifest["patches"] == []
     for build in (engine, pristine):
-        told = subprocess.run(
-            [str(build.bin / "llama-cli"), "--version"], capture_output=True, text=True, check=True
-        )
-        assert build.manifest["commit"] in told.stdout + told.stderr
+        assert build.manifest["commit"] in output(build.bin / "llama-cli", "--version")
     assert engine.manifest["options"] == pristine.manifest["options"]
 
 
 def test_path_and_find_give_the_build(engine: Engine, pristine: Engine) -> None:
     assert find() == engine
     assert find(pristine=True) == pristine
-    told = subprocess.run([*COMMAND, "path", "--pristine"], capture_output=True, text=True, check=True)
-    assert told.stdout == f"{pristine.prefix}\n"
+    assert output(*COMMAND, "path", "--pristine") == f"{pristine.prefix}\n"
 
 
-def test_doctor_as_json_is_json(engine: Engine) -> None:
-    told = subprocess.run([*COMMAND, "doctor", "--json"], capture_output=True, text=True, check=True)
-    report = json.loads(told.stdout)
-    assert report["healthy"] is True
-    assert report["pin"]["llama_cpp_commit"] == load_pin().llama_cpp_commit
-
-
-def test_the_exported_series_on_upstreams_source_gives_the_pinned_tree(tmp_path: Path) -> None:
-    Tree(upstream_source() / "llama.cpp").without(("docs/", "media/", "models/")).write_to(
-        tmp_path / "llama.cpp"
-    )
+@pytest.mark.parametrize("series", [load_series(), load_series().fixes()], ids=["all", "fixes"])
+def test_what_is_exported_applies_to_upstreams_source(tmp_path: Path, series: Series) -> None:
+    upstream = Tree(upstream_source() / "llama.cpp").without(("docs/", "media/", "models/"))
+    upstream.write_to(tmp_path / "llama.cpp")
     expected = Tree(tmp_path / "llama.cpp")
-    load_series().apply(expected)
-    git_am(tmp_path / "llama.cpp", export_patches(load_series(), tmp_path / "mail"))
-    assert tree_hash(tmp_path / "llama.cpp") == expected.hash()
-
-
-def test_the_exported_fixes_apply_to_upstreams_source(tmp_path: Path) -> None:
-    fixes = load_series().fixes()
-    Tree(upstream_source() / "llama.cpp").without(("docs/", "media/", "models/")).write_to(
-        tmp_path / "llama.cpp"
-    )
-    expected = Tree(tmp_path / "llama.cpp")
-    assert fixes.apply(expected) == len(fixes.patches)
-    git_am(tmp_path / "llama.cpp", export_patches(fixes, tmp_path / "mail"))
+    assert series.apply(expected) == len(series.patches)
+    git_am(tmp_path / "llama.cpp", export_patches(series, tmp_path / "mail"))
     assert tree_hash(tmp_path / "llama.cpp") == expected.hash()
 
 
@@ -162,10 +142,3 @@ def test_a_new_operator_source_is_compiled_without_any_other_change(tmp_path: Pa
     made = [ninja, "-C", str(folder), *ADDED.values()]
     ended = subprocess.run(made, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-2000:]
-
-
-def test_the_series_makes_the_pinned_tree() -> None:
-    tree = Tree(upstream_source() / "llama.cpp")
-    assert tree.hash() == load_pin().pristine_tree_sha256
-    load_series().apply(tree)
-    assert tree.hash() == load_pin().patched_tree_sha256

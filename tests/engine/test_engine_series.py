@@ -44,13 +44,18 @@ def test_applying_again_changes_nothing(tiny: tiny_llama.Tiny, tmp_path: Path) -
     assert not tree.changed()
 
 
-def test_a_series_half_applied_is_completed(tmp_path: Path) -> None:
+def with_operator(folder: Path) -> Series:
+    """The miniature's series with a second patch, of an operator."""
     second = tiny_llama.PATCH.replace("answer", "steady").replace("return 1", "return 5")
     second = second.replace("KIMI_ANSWER", "6").replace('+#include "kimi.h"', "+// six")
-    tiny = tiny_llama.make(tmp_path)
     second = second.replace("Sources: llama/tiny\n", "")
-    tiny_llama.write_tree(tmp_path / "series", {"ops/0002-steady.patch": second})
-    series = load_series(tmp_path / "series", tmp_path / "ops")
+    tiny_llama.write_tree(folder / "series", {"ops/0002-steady.patch": second})
+    return load_series(folder / "series", folder / "ops")
+
+
+def test_a_series_half_applied_is_completed(tmp_path: Path) -> None:
+    tiny = tiny_llama.make(tmp_path)
+    series = with_operator(tmp_path)
     tree = Tree(tmp_path / "tree")
     assert tiny.series.apply(tree) == 1
     assert series.applied(tree) == 1
@@ -64,10 +69,8 @@ def test_a_patch_that_does_not_apply_names_patch_file_and_lines(
     (tmp_path / "tree/src/answer.cpp").write_text("int answer() {\n    return 3;\n}\n")
     with pytest.raises(EngineError) as caught:
         tiny.series.apply(Tree(tmp_path / "tree"))
-    assert "0001-answer.patch" in str(caught.value)
-    assert "src/answer.cpp" in str(caught.value)
-    assert "'return 1;'" in str(caught.value)
-    assert "'return 3;'" in str(caught.value)
+    for part in ("0001-answer.patch", "src/answer.cpp", "'return 1;'", "'return 3;'"):
+        assert part in str(caught.value)
     assert caught.value.todo
 
 
@@ -77,8 +80,7 @@ def test_an_operator_source_never_replaces_a_file(tiny: tiny_llama.Tiny, tmp_pat
         tiny.series.apply(Tree(tmp_path / "tree"))
 
 
-def test_a_hunk_is_found_where_its_lines_have_moved_to(tmp_path: Path) -> None:
-    tiny = tiny_llama.make(tmp_path)
+def test_a_hunk_is_found_where_its_lines_have_moved_to(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     (tmp_path / "tree/src/answer.cpp").write_text("// new\n" * 40 + "int answer() {\n    return 1;\n}\n")
     tree = Tree(tmp_path / "tree")
     tiny.series.apply(tree)
@@ -131,24 +133,21 @@ def test_unfit_patches_are_refused_by_name(tmp_path: Path, change: tuple[str, st
     assert "0001-answer.patch" in str(caught.value)
 
 
-def test_an_operator_source_without_a_patch_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    tiny_llama.write_tree(tmp_path / "ops", {"tiny/cpu/other.cpp": OPERATOR})
-    with pytest.raises(EngineError, match=r"tiny/cpu/other\.cpp"):
-        load_series(tmp_path / "series", tmp_path / "ops")
-
-
-def test_a_patch_that_names_no_sources_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    (tmp_path / "ops/llama/tiny/kimi.h").unlink()
-    with pytest.raises(EngineError, match=r"0001-answer\.patch: the folder llama/tiny"):
-        load_series(tmp_path / "series", tmp_path / "ops")
-
-
-def test_two_sources_with_one_place_are_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    tiny_llama.write_tree(tmp_path / "ops", {"one/cpu/same.cpp": OPERATOR, "two/cpu/same.cpp": OPERATOR})
-    patch = tiny_llama.PATCH.replace("llama/tiny", "one/cpu two/cpu")
-    tiny_llama.write_tree(tmp_path / "series", {"ops/0002-both.patch": patch})
-    with pytest.raises(EngineError, match=r"ggml/src/ggml-cpu/kimi/same\.cpp"):
-        load_series(tmp_path / "series", tmp_path / "ops")
+@pytest.mark.parametrize(
+    ("sources", "named", "message"),
+    [
+        (["tiny/cpu/other.cpp"], "llama/tiny", r"tiny/cpu/other\.cpp"),
+        ([], "llama/none", r"0001-answer\.patch: the folder llama/none"),
+        (["a/cpu/same.cpp", "b/cpu/same.cpp"], "a/cpu b/cpu", r"ggml/src/ggml-cpu/kimi/same\.cpp"),
+    ],
+    ids=["a source without a patch", "a folder without sources", "two sources with one place"],
+)
+def test_sources_that_do_not_fit_the_series_are_refused(
+    tmp_path: Path, sources: list[str], named: str, message: str
+) -> None:
+    tiny_llama.write_tree(tmp_path / "ops", dict.fromkeys(sources, OPERATOR))
+    with pytest.raises(EngineError, match=message):
+        tiny_llama.make(tmp_path, patch=tiny_llama.PATCH.replace("llama/tiny", named))
 
 
 @pytest.mark.parametrize(
@@ -172,12 +171,10 @@ def test_the_place_of_a_source_follows_from_its_folder(source: str, expected: st
 
 
 def test_the_tree_hash_sees_names_contents_and_borders(tmp_path: Path) -> None:
-    hashes = set()
-    for number, files in enumerate([{"a": "x"}, {"b": "x"}, {"a": "y"}, {"a": "x", "b": ""}, {"ab": "x"}]):
-        hashes.add(tree_hash(tiny_llama.write_tree(tmp_path / str(number), files)))
+    trees = [{"a": "x"}, {"b": "x"}, {"a": "y"}, {"a": "x", "b": ""}, {"ab": "x"}]
+    hashes = {tree_hash(tiny_llama.write_tree(tmp_path / str(i), files)) for i, files in enumerate(trees)}
     assert len(hashes) == 5
-    (tmp_path / "0" / ".git").mkdir()
-    (tmp_path / "0" / ".git" / "HEAD").write_text("ref\n")
+    tiny_llama.write_tree(tmp_path / "0", {".git/HEAD": "ref\n"})
     assert tree_hash(tmp_path / "0") in hashes
 
 
@@ -197,9 +194,7 @@ def git_am(checkout: Path, patches: list[Path]) -> None:
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-Af", "."], ["commit", "-q", "-m", "pristine"]):
         subprocess.run(["git", *identity, *command], cwd=checkout, check=True)
-    subprocess.run(
-        ["git", *identity, "am", "-q", *map(str, patches)], cwd=checkout, check=True, capture_output=True
-    )
+    subprocess.run(["git", *identity, "am", "-q", *patches], cwd=checkout, check=True, capture_output=True)
 
 
 def test_the_exported_series_gives_the_same_tree_by_git_am(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
@@ -212,10 +207,7 @@ def test_the_exported_series_gives_the_same_tree_by_git_am(tiny: tiny_llama.Tiny
 
 
 def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    operator = tiny_llama.PATCH.replace("answer", "steady").replace("return 1", "return 5")
-    operator = operator.replace("Sources: llama/tiny\n", "")
-    tiny_llama.write_tree(tmp_path / "series", {"ops/0002-steady.patch": operator})
-    series = load_series(tmp_path / "series", tmp_path / "ops")
+    series = with_operator(tmp_path)
     assert len(series.patches) == 2
     mails = export_patches(series.fixes(), tmp_path / "mail")
     assert [path.name for path in mails] == ["0001-answer.patch"]
@@ -232,9 +224,8 @@ def test_exporting_beside_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_pa
 def test_each_patch_of_the_project_says_why_and_when_it_may_be_dropped() -> None:
     for patch in load_series().patches:
         assert patch.subject != patch.name, f"{patch.name}: no subject"
-        assert patch.field("Effect"), f"{patch.name}: its effect"
-        assert patch.field("Upstream"), f"{patch.name}: where it was or could be forwarded"
-        assert patch.field("Drop when"), f"{patch.name}: when it may be dropped"
+        for field in ("Effect", "Upstream", "Drop when"):
+            assert patch.field(field), f"{patch.name}: no {field}"
         test = patch.field("Test")
         assert test and (PATCH_FOLDER.parent / test).is_file(), f"{patch.name}: the test {test}"
 
@@ -248,9 +239,8 @@ def test_the_numbers_have_no_gaps_and_fixes_come_first() -> None:
 
 
 def test_the_index_page_is_made_from_the_headers() -> None:
-    assert PAGE.read_text(encoding="utf-8") == index_page(load_series()), (
-        "run: python -m kimi_gguf.patches index"
-    )
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == index_page(load_series()), "run: python -m kimi_gguf.patches index"
 
 
 def test_each_fix_needs_at_most_one_other_fix_before_it() -> None:

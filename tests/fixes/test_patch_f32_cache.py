@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-from native_program import compile_program
+from native_program import compile_program, run_program
 from random_checkpoint import Spec
 from synthetic_case import Case, make_case
 
@@ -56,4 +55,4 @@ def test_a_cache_that_its_device_cannot_read_is_copied_once(tmp_path: Path, engi
     program = compile_program(
         engine, "test_fattn_f32.cpp", tmp_path, ("llama/f32_cache",), ("llama/f32_cache/llama-fattn-f32.cpp",)
     )
-    subprocess.run([program], check=True)
+    run_program(program)

@@ -26,13 +26,9 @@ def told_by_a_slow_log(engine: Engine, folder: Path) -> str:
     subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
     command = [engine.bin / "llama-completion", "--model", make_case(folder, Spec(seed=80)).gguf]
     command += ["--prompt", PROMPT, "-n", "1", "--no-conversation", "--threads", "1", "--verbosity", "2"]
+    slow = {"LD_PRELOAD": str(shim)}
     run = subprocess.run(
-        [str(word) for word in command],
-        env={"LD_PRELOAD": str(shim)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
+        command, env=slow, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )
     assert run.returncode == 0, run.stderr
     return run.stdout

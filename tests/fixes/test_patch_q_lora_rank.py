@@ -13,10 +13,7 @@ from kimi_gguf.validate.errors import ValidateError
 
 pytestmark = pytest.mark.engine
 
-SPECS = [
-    Spec(layers="KM", q_lora=24, seed=50),
-    Spec(layers="MKMK", heads=4, q_lora=96, std=0.02, seed=51),
-]
+SPECS = [Spec(layers="KM", q_lora=24, seed=50), Spec(layers="MKMK", heads=4, q_lora=96, std=0.02, seed=51)]
 
 
 @pytest.mark.parametrize("flash_attention", [False, True])
@@ -38,8 +35,7 @@ def test_the_norm_of_compressed_queries_has_the_models_epsilon(tmp_path: Path, e
 def test_a_missing_part_is_named(tmp_path: Path, engine: Engine) -> None:
     case = make_case(tmp_path, SPECS[0])
     missing = "blk.1.attn_q_a_norm.weight"
-    damaged = rewrite(
-        case.gguf, tmp_path / "damaged.gguf", lambda all_: {n: t for n, t in all_.items() if n != missing}
-    )
+    damaged = tmp_path / "damaged.gguf"
+    rewrite(case.gguf, damaged, lambda all_: {n: t for n, t in all_.items() if n != missing})
     with pytest.raises(ValidateError, match=missing):
         case.error(engine, damaged)

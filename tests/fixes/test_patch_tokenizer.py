@@ -17,11 +17,9 @@ import pytest
 import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_checkpoint import BYTES, SPECIAL, TOOL_CALL_MARKS, write_tokenizer
 from tokenizer_cases import (
-    BYTES,
     CORPUS,
-    SPECIAL,
-    TOOL_CALL_MARKS,
     config,
     every_pair_ranks,
     hostile_texts,
@@ -29,7 +27,6 @@ from tokenizer_cases import (
     one_piece,
     oracle,
     train_ranks,
-    write_tokenizer,
     write_vocab_gguf,
 )
 
@@ -49,9 +46,14 @@ class Tokenizer:
     model: Path
     tiktoken: tiktoken.Encoding
 
+    def ids(self, engine: Engine, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """llama.cpp's ids for each of the texts."""
+        encoded = [text.encode() for text in texts]
+        return llama_tokenize(engine.environment(), self.model, encoded, special).ids
+
     def wrong(self, engine: Engine, texts: Sequence[str]) -> list[str]:
         """The texts for which llama.cpp's ids are not tiktoken's."""
-        found = llama_tokenize(engine.environment(), self.model, [text.encode() for text in texts]).ids
+        found = self.ids(engine, texts)
         wanted = self.tiktoken.encode_ordinary_batch(list(texts), num_threads=1)
         return [text for text, ids, right in zip(texts, found, wanted, strict=True) if ids != right]
 
@@ -112,11 +114,9 @@ NAMED = SEAMS | AGREED
 @pytest.fixture(scope="module")
 def seams(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Every piece of SEAMS is a token, and so is every whole text: a cut too many or too few shows."""
-    tokens = [
-        piece.encode()[:end] for _, pieces in SEAMS.values() for piece in pieces for end in range(2, 99)
-    ]
-    tokens += [text.encode() for text, _ in SEAMS.values()]
-    ranks = list(dict.fromkeys([*BYTES, *tokens]))
+    pieces = [piece.encode() for _, pieces in SEAMS.values() for piece in pieces]
+    tokens = [piece[:end] for piece in pieces for end in range(2, 99)]
+    ranks = list(dict.fromkeys([*BYTES, *tokens, *(text.encode() for text, _ in SEAMS.values())]))
     while unreachable := merges_from_ranks(ranks)[1]:
         ranks = [token for rank, token in enumerate(ranks) if rank not in unreachable]
     return make(tmp_path_factory.mktemp("seams"), ranks)
@@ -174,10 +174,8 @@ def test_hostile_mixtures(
 def test_long_runs(engine: Engine, trained: Tokenizer) -> None:
     """Longer than any look-ahead a matcher may have, shorter than what tiktoken's backtracking bears."""
     runs = ["A", "a", "ʰA", "\u0301", "漢", "1", "!", " ", "\n", " \n", "\t", "'", "aB", "ªº", "\u200d"]
-    assert (
-        trained.wrong(engine, [f"x{run * 5000}{end}" for run in runs for end in ("", "b", "B", " ", "\r\n")])
-        == []
-    )
+    texts = [f"x{run * 5000}{end}" for run in runs for end in ("", "b", "B", " ", "\r\n")]
+    assert trained.wrong(engine, texts) == []
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -187,23 +185,10 @@ def test_texts_that_hypothesis_makes(engine: Engine, pairs: Tokenizer, texts: li
 
 
 ILL_FORMED = [
-    b"\xff",
-    b"\xc3",
-    b"a\x80b",
-    b"caf\xe9 au lait",
-    b"\xe4\xb8",
-    b"\xe4\xb8x",
-    b"\xe4\xb8\xe4\xb8\x96",
-    b"\xf0\x9f\x91",
-    b"\xf0\x9f\x91 \xf0\x9f\x91\xa9",
-    b"\xc0\xaf",
-    b"\xe0\x80\xaf",
-    b"\xf0\x80\x80\xaf",
-    b"\xed\xa0\x80\xed\xb0\x80",
-    b"\xf4\x90\x80\x80",
-    b"\xf7\xbf\xbf\xbf",
-    b"\xfe\xff\x00a",
-]
+    b"\xff", b"\xc3", b"a\x80b", b"caf\xe9 au lait", b"\xe4\xb8", b"\xe4\xb8x", b"\xe4\xb8\xe4\xb8\x96",
+    b"\xf0\x9f\x91", b"\xf0\x9f\x91 \xf0\x9f\x91\xa9", b"\xc0\xaf", b"\xe0\x80\xaf", b"\xf0\x80\x80\xaf",
+    b"\xed\xa0\x80\xed\xb0\x80", b"\xf4\x90\x80\x80", b"\xf7\xbf\xbf\xbf", b"\xfe\xff\x00a",
+]  # fmt: skip
 
 
 def test_ill_formed_bytes_are_replaced_as_python_replaces_them(engine: Engine, pairs: Tokenizer) -> None:
@@ -231,17 +216,16 @@ def test_special_tokens_are_matched_on_request(engine: Engine, trained: Tokenize
         "<|im_end |>[eos]",
         "世<|im_end|>界 <|im_end|>\n",
     ]
-    found = llama_tokenize(engine.environment(), trained.model, [t.encode() for t in texts], special=True).ids
-    assert found == [trained.tiktoken.encode(text, allowed_special="all") for text in texts]
+    expected = [trained.tiktoken.encode(text, allowed_special="all") for text in texts]
+    assert trained.ids(engine, texts, special=True) == expected
 
 
 def test_without_request_only_tokens_that_are_not_special_are_matched(
     engine: Engine, trained: Tokenizer
 ) -> None:
     texts = [f"a{name}b" for name in SPECIAL.values()]
-    found = llama_tokenize(engine.environment(), trained.model, [text.encode() for text in texts]).ids
     shown = {SPECIAL[i] for i in TOOL_CALL_MARKS}
-    assert found == [
+    assert trained.ids(engine, texts) == [
         trained.tiktoken.encode(text, allowed_special=shown, disallowed_special=()) for text in texts
     ]
 
@@ -274,10 +258,6 @@ VOCABULARIES = """
 @pytest.mark.parametrize("name", VOCABULARIES)
 def test_other_vocabularies_pass_upstreams_test(name: str, engine: Engine, pristine: Engine) -> None:
     model = upstream_source() / "llama.cpp" / "models" / f"ggml-vocab-{name}.gguf"
-    outcomes = [
-        subprocess.run(
-            [str(build.bin / "test-tokenizer-0"), str(model)], capture_output=True, cwd=model.parent
-        ).returncode
-        for build in (pristine, engine)
-    ]
-    assert outcomes == [0, 0]
+    for build in (pristine, engine):
+        command = [build.bin / "test-tokenizer-0", model]
+        assert subprocess.run(command, capture_output=True, cwd=model.parent).returncode == 0

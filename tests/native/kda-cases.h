@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -37,26 +39,23 @@ template <typename A, typename B> inline double nmse(const A * x, const B * y, s
     return err / ref;
 }
 
-// Rows of the sequences: permuted, or in place; a new one reads a row of NaN.
-inline std::vector<int32_t> choose_rows(int64_t S, int64_t n_rows, bool in_place, int32_t zero_row) {
-    std::vector<int32_t> rows(n_rows);
-    for (int64_t i = 0; i < n_rows; ++i) {
-        rows[i] = i;
-    }
-    if (!in_place) {
-        std::shuffle(rows.begin(), rows.end(), rng);
-    }
-    rows.resize(S);
-    if (zero_row >= 0) {
-        rows[S - 1] = zero_row;
-    }
-    return rows;
+inline bool same_bits(const std::vector<float> & x, const std::vector<float> & y) {
+    return x.size() == y.size() && memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
 }
 
-inline void poison_row(std::vector<float> & cache, int64_t n_rows, int32_t row) {
-    if (row >= 0) {
-        const size_t size = cache.size() / n_rows;
-        std::fill_n(cache.begin() + row * size, size, NAN);
+// Rows of the sequences: permuted, or in place; a new one reads a row of NaN.
+template <typename Inputs> void choose_rows(Inputs & x, int64_t S, int64_t n_rows, bool new_seq, bool in_place) {
+    x.rows.resize(n_rows);
+    std::iota(x.rows.begin(), x.rows.end(), 0);
+    if (!in_place) {
+        std::shuffle(x.rows.begin(), x.rows.end(), rng);
+    }
+    x.rows.resize(S);
+    x.zero_row = -1;
+    if (new_seq) {
+        x.zero_row = x.rows[S - 1] = in_place ? S : 0;
+        const size_t size          = x.cache.size() / n_rows;
+        std::fill_n(x.cache.begin() + x.zero_row * size, size, NAN);
     }
 }
 
@@ -115,9 +114,7 @@ make_scan(const scan_shape & n, const std::string & gate, double lower_bound, bo
             s *= 1e-38f;
         }
     }
-    x.zero_row = new_seq ? (in_place ? n.S : 0) : -1;
-    x.rows     = choose_rows(n.S, n_rows, in_place, x.zero_row);
-    poison_row(x.cache, n_rows, x.zero_row);
+    choose_rows(x, n.S, n_rows, new_seq, in_place);
     return x;
 }
 
@@ -129,11 +126,9 @@ inline conv_inputs make_conv(const conv_shape & n, bool new_seq, bool in_place) 
         x.w[p] = normal(4 * C, 0, 0.5f);
     }
     std::fill_n(x.x[0].begin(), n.D, 0.0f);
-    x.cache    = normal(9 * C * n_rows);
-    x.eps      = 1e-6;
-    x.zero_row = new_seq ? (in_place ? n.S : 0) : -1;
-    x.rows     = choose_rows(n.S, n_rows, in_place, x.zero_row);
-    poison_row(x.cache, n_rows, x.zero_row);
+    x.cache = normal(9 * C * n_rows);
+    x.eps   = 1e-6;
+    choose_rows(x, n.S, n_rows, new_seq, in_place);
     return x;
 }
 

@@ -4,6 +4,7 @@
 // against float64 on the values that cache and weights really hold. It needs ggml's public interface alone and looks
 // LATENT_ATTN up by name, so that the same binary runs on a pristine library too.
 
+#include "check.h"
 #include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
@@ -25,7 +26,6 @@
 
 struct LatentShape {
     bool        expand    = false;  // from q to values as the model has them; false: both in the space of the cache
-    bool        fold      = false;  // with expand: by the absorbed form and its products with k_b and v_b
     bool        plain     = false;  // the absorbed form switched off: upstream's paths
     int64_t     n_queries = 1;
     int64_t     n_keys    = 16384;
@@ -44,6 +44,13 @@ struct LatentShape {
     float       first     = 1.0f;      // deviation of the values of the first key, and of the last; between them
     float       last      = 1.0f;      // it grows by the same factor from key to key
     uint32_t    seed      = 1;
+
+    LatentShape with(int64_t queries, int64_t keys) const {
+        LatentShape other = *this;
+        other.n_queries   = queries;
+        other.n_keys      = keys;
+        return other;
+    }
 
     int64_t n_cache() const { return n_latent + n_rope; }
 
@@ -67,6 +74,20 @@ struct LatentShape {
         return mask == "none" || key <= n_keys - n_queries + query;
     }
 };
+
+inline std::string name_of(const LatentShape & s) {
+    return text(
+        "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
+        "%g%s",
+        s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
+        (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
+        s.first, s.last, s.poison ? " poisoned" : "");
+}
+
+// The bound of an NMSE against float64 on the dequantised values.
+inline double limit_of(ggml_type cache) {
+    return ggml_is_quantized(cache) ? 2e-5 : 1e-7;
+}
 
 inline ggml_type type_of(const std::string & name) {
     for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
@@ -96,8 +117,8 @@ class LatentCase {
     LatentCase(const LatentCase &)             = delete;
     LatentCase & operator=(const LatentCase &) = delete;
 
-    void compute(int n_threads, bool use_ref = false) {
-        cpu_backend_use(backend, n_threads, use_ref);
+    void compute(int n_threads) {
+        cpu_backend_use(backend, n_threads, false);
         ggml_backend_graph_compute(backend, graph);
     }
 
@@ -153,9 +174,7 @@ class LatentCase {
         mask            = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_keys, s.n_queries, 1, s.n_streams);
         ggml_tensor * k = view(cache, s.n_cache());
         ggml_tensor * m = s.mask == "none" ? nullptr : mask;
-        if (s.fold) {
-            out = folded_form(m);
-        } else if (s.expand) {
+        if (s.expand) {
             using make_t = ggml_tensor * (*)(ggml_context *, ggml_tensor *, ggml_tensor *, ggml_tensor *, ggml_tensor *,
                                              ggml_tensor *, float);
             const auto make = (make_t) dlsym(RTLD_DEFAULT, "ggml_latent_attn");
@@ -179,17 +198,6 @@ class LatentCase {
             ggml_op_set_mark(a, GGML_OP_MARK_UPSTREAM);
         }
         return a;
-    }
-
-    // As llama.cpp's graph of one stream does it.
-    ggml_tensor * folded_form(ggml_tensor * m) {
-        const auto part = [&](int64_t n, int64_t from) {
-            return ggml_view_3d(ctx, q, n, s.n_heads, s.n_queries, q->nb[1], q->nb[2], from * sizeof(float));
-        };
-        ggml_tensor * nope = ggml_mul_mat(ctx, k_b, ggml_permute(ctx, part(s.n_nope, 0), 0, 2, 1, 3));
-        ggml_tensor * all  = ggml_concat(ctx, ggml_permute(ctx, nope, 0, 2, 1, 3), part(s.n_rope, s.n_nope), 0);
-        ggml_tensor * a    = absorbed_form(ggml_permute(ctx, all, 0, 2, 1, 3), m);
-        return ggml_cont(ctx, ggml_permute(ctx, ggml_mul_mat(ctx, v_b, ggml_permute(ctx, a, 0, 2, 1, 3)), 0, 2, 1, 3));
     }
 
     ggml_tensor * view(ggml_tensor * t, int64_t n) {

@@ -2,6 +2,7 @@
 // with the same bits for any number of threads, more threads than matrices and matrices that threads do not divide too.
 // Prints one line for each failure; exit status 1 if there was one.
 
+#include "check.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
 
@@ -56,19 +57,15 @@ static std::vector<float> compute(int64_t n_matrices, int n_threads, double & er
 }
 
 int main() {
-    int n_failed = 0;
     for (int64_t n_matrices : { 1, 3, 4, 5, 13, 32 }) {
         double     error;
         const auto expected = compute(n_matrices, 1, error);
         for (int n_threads : { 1, 2, 3, 4, 8 }) {
             const auto got  = compute(n_matrices, n_threads, error);
             const bool same = memcmp(got.data(), expected.data(), expected.size() * sizeof(float)) == 0;
-            if (!same || !(error <= 1e-10)) {
-                ++n_failed;
-                printf("FAILED %lld matrices, %d threads: %s, NMSE %g\n", (long long) n_matrices, n_threads,
-                       same ? "same bits" : "other bits", error);
-            }
+            expect(same && error <= 1e-10, text("%d matrices, %d threads: %s, NMSE %g", (int) n_matrices, n_threads,
+                                                same ? "same bits" : "other bits", error));
         }
     }
-    return n_failed != 0;
+    return report();
 }

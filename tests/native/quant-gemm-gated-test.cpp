@@ -3,22 +3,14 @@
 // gate's own memory, which is NaN before and not written then.
 // Prints one line for each failure and the count; exit status 1 if there was one.
 
+#include "check.h"
 #include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
-#include "ggml-backend.h"
 #include "ggml-cpu.h"
-#include "ggml.h"
 
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <random>
-#include <string>
-#include <vector>
-
-static int n_failed = 0;
-static int n_done   = 0;
 
 struct Shape {
     ggml_type   type      = GGML_TYPE_Q8_0;
@@ -31,14 +23,9 @@ struct Shape {
     bool        as_one   = true;  // expected
 };
 
-static void expect(bool good, const Shape & s, const char * what) {
-    ++n_done;
-    if (!good) {
-        ++n_failed;
-        printf("FAILED %s%s, %lld experts, %lld rows, %lld tokens, %s%s: %s\n", ggml_type_name(s.type),
-               s.repack ? " repacked" : "", (long long) s.n_experts, (long long) s.n_rows, (long long) s.n_tokens,
-               s.apart.c_str(), s.up_first ? " up first" : "", what);
-    }
+static std::string name_of(const Shape & s) {
+    return text("%s%s, %d experts, %d rows, %d tokens, %s%s: ", ggml_type_name(s.type), s.repack ? " repacked" : "",
+                (int) s.n_experts, (int) s.n_rows, (int) s.n_tokens, s.apart.c_str(), s.up_first ? " up first" : "");
 }
 
 static ggml_backend_buffer_type_t buffer_type(bool repack) {
@@ -133,12 +120,13 @@ static void check(const Shape & s) {
     if (!chosen()) {
         return;
     }
-    const Answer apart = compute(s, false, 1);
-    expect(!apart.as_one, s, "ran as one though both were wanted");
+    const std::string name  = name_of(s);
+    const Answer      apart = compute(s, false, 1);
+    expect(!apart.as_one, name + "ran as one though both were wanted");
     for (const int n_threads : { 1, 2, 5 }) {
         const Answer together = compute(s, true, n_threads);
-        expect(together.as_one == s.as_one, s, s.as_one ? "did not run as one" : "ran as one");
-        expect(together.bits == apart.bits, s, "not the bits of single nodes");
+        expect(together.as_one == s.as_one, name + (s.as_one ? "did not run as one" : "ran as one"));
+        expect(together.bits == apart.bits, name + "not the bits of single nodes");
     }
 }
 
@@ -177,6 +165,5 @@ int main() {
             check(s);
         }
     }
-    printf("%d of %d checks passed\n", n_done - n_failed, n_done);
-    return n_failed == 0 ? 0 : 1;
+    return report();
 }

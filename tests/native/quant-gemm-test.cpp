@@ -2,23 +2,15 @@
 // values; the same bits for any number of threads; nothing written outside the result. Needs ggml's public interface alone.
 // Prints one line for each failure and the count; exit status 1 if there was one.
 
+#include "check.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
-#include "ggml-backend.h"
 #include "ggml-cpu.h"
-#include "ggml.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <random>
-#include <string>
-#include <vector>
-
-static int n_failed = 0;
-static int n_done   = 0;
 
 // Against float64 on the dequantised weights and on the activations as ggml quantises them for the type.
 static const double EXACT_LIMIT = 1e-10;
@@ -42,21 +34,10 @@ struct Shape {
 };
 
 static std::string name_of(const Shape & s) {
-    char text[256];
-    snprintf(text, sizeof(text), "%s%s %s k %lld rows %lld tokens %lld experts %lld/%lld planes %lld/%lld%s%s %s %s",
-             ggml_type_name(s.type), s.repack ? " repacked" : "", s.n_experts ? "MUL_MAT_ID" : "MUL_MAT",
-             (long long) s.k, (long long) s.n_rows, (long long) s.n_tokens, (long long) s.n_used,
-             (long long) s.n_experts, (long long) s.n_weights, (long long) s.n_planes, s.broadcast ? "" : " own",
-             s.strided ? " strided" : "", s.values.c_str(), s.routing.c_str());
-    return text;
-}
-
-static void expect(bool good, const Shape & s, const char * what, double value) {
-    ++n_done;
-    if (!good) {
-        ++n_failed;
-        printf("FAILED %s: %s (%g)\n", name_of(s).c_str(), what, value);
-    }
+    return text("%s%s %s k %d rows %d tokens %d experts %d/%d planes %d/%d%s%s %s %s", ggml_type_name(s.type),
+                s.repack ? " repacked" : "", s.n_experts ? "MUL_MAT_ID" : "MUL_MAT", (int) s.k, (int) s.n_rows,
+                (int) s.n_tokens, (int) s.n_used, (int) s.n_experts, (int) s.n_weights, (int) s.n_planes,
+                s.broadcast ? "" : " own", s.strided ? " strided" : "", s.values.c_str(), s.routing.c_str());
 }
 
 // A row of activations after ggml's quantisation for this weight type, in float64.
@@ -219,11 +200,12 @@ static void check(const Shape & s) {
     Case                     product(s);
     const std::vector<float> one   = product.compute(1);
     const double             error = product.nmse(one);
-    expect(error <= EXACT_LIMIT, s, "NMSE against float64", error);  // false for NaN too
+    const std::string        name  = name_of(s);
+    expect(error <= EXACT_LIMIT, name + text(": NMSE against float64 %g", error));  // false for NaN too
     for (const int n_threads : { 2, 3, 7 }) {
         const std::vector<float> many = product.compute(n_threads);
-        expect(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0, s, "not the bits of one thread with",
-               n_threads);
+        expect(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0,
+               name + text(": not the bits of one thread with %d", n_threads));
     }
 }
 
@@ -307,6 +289,5 @@ int main() {
             }
         }
     }
-    printf("%d of %d checks passed\n", n_done - n_failed, n_done);
-    return n_failed == 0 ? 0 : 1;
+    return report();
 }

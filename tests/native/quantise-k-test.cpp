@@ -5,10 +5,9 @@
 
 #include "quantize_k/ggml-quantize-k.cpp"
 
+#include "check.h"
 #include "ggml.h"
 
-#include <cstdint>
-#include <cstdio>
 #include <functional>
 #include <random>
 #include <vector>
@@ -81,7 +80,6 @@ int main() {
     }
 #endif
 
-    int n_done = 0, n_failed = 0;
     for (const ggml_type type : { GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K }) {
         for (const auto & kind : kinds) {
             for (const int64_t n_blocks : { 1, 2, 3, 9, 200 }) {
@@ -95,16 +93,11 @@ int main() {
                 for (const auto & form : forms) {
                     std::vector<uint8_t> ours(size, 2);
                     form.second(type, x.data(), ours.data(), (int64_t) x.size());
-                    ++n_done;
-                    if (theirs != ours) {
-                        ++n_failed;
-                        printf("FAILED %s, %s, %lld blocks, %s\n", ggml_type_name(type), kind.name,
-                               (long long) n_blocks, form.first);
-                    }
+                    expect(theirs == ours,
+                           text("%s, %s, %d blocks, %s", ggml_type_name(type), kind.name, (int) n_blocks, form.first));
                 }
             }
         }
     }
-    printf("%d of %d checks passed\n", n_done - n_failed, n_done);
-    return n_failed == 0 ? 0 : 1;
+    return report();
 }

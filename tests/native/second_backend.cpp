@@ -26,19 +26,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <set>
 #include <sstream>
-#include <string>
-#include <vector>
 
 namespace {
-
-constexpr size_t ALIGNMENT   = 64;
-constexpr int    MIN_TO_TAKE = 32;
 
 size_t memory_size() {
     const char * text = getenv("SECOND_MEMORY");
@@ -131,52 +125,37 @@ void buffer_free(ggml_backend_buffer_t buffer) {
     delete &memory;
 }
 
-void * buffer_base(ggml_backend_buffer_t buffer) {
-    return memory_of(buffer).base;
-}
-
-void buffer_memset(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
-    Open open(device_of(buffer));
-    memset((char *) t->data + offset, value, size);
-}
-
-void buffer_set(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
-    Open open(device_of(buffer));
-    memcpy((char *) t->data + offset, data, size);
-}
-
-void buffer_get(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
-    Open open(device_of(buffer));
-    memcpy(data, (const char *) t->data + offset, size);
-}
-
-void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
-    Open open(device_of(buffer));
-    memset(memory_of(buffer).base, value, buffer->size);
-}
-
-const ggml_backend_buffer_i BUFFER = {
-    /* .free_buffer   = */ buffer_free,
-    /* .get_base      = */ buffer_base,
-    /* .init_tensor   = */ nullptr,
-    /* .memset_tensor = */ buffer_memset,
-    /* .set_tensor    = */ buffer_set,
-    /* .get_tensor    = */ buffer_get,
-    /* .set_tensor_2d = */ nullptr,
-    /* .get_tensor_2d = */ nullptr,
-    /* .cpy_tensor    = */ nullptr,
-    /* .clear         = */ buffer_clear,
-    /* .reset         = */ nullptr,
-};
-
-const char * buft_name(ggml_backend_buffer_type_t buft) {
-    return device_of(buft->device).name.c_str();
+ggml_backend_buffer_i buffer_interface() {
+    ggml_backend_buffer_i i = {};
+    i.free_buffer           = buffer_free;
+    i.get_base              = [](ggml_backend_buffer_t buffer) { return memory_of(buffer).base; };
+    i.memset_tensor = [](ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+        Open open(device_of(buffer));
+        memset((char *) t->data + offset, value, size);
+    };
+    i.set_tensor = [](ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+        Open open(device_of(buffer));
+        memcpy((char *) t->data + offset, data, size);
+    };
+    i.get_tensor = [](ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+        Open open(device_of(buffer));
+        memcpy(data, (const char *) t->data + offset, size);
+    };
+    i.clear = [](ggml_backend_buffer_t buffer, uint8_t value) {
+        Open open(device_of(buffer));
+        memset(memory_of(buffer).base, value, buffer->size);
+    };
+    return i;
 }
 
 ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
-    Device &     device = device_of(buft->device);
-    const size_t page   = sysconf(_SC_PAGESIZE);
-    const size_t room   = std::max((size + page - 1) / page * page, page);
+    Device & device = device_of(buft->device);
+    if (held(device) + size > memory_size()) {
+        GGML_LOG_ERROR("%s: out of memory\n", device.name.c_str());
+        return nullptr;
+    }
+    const size_t page = sysconf(_SC_PAGESIZE);
+    const size_t room = std::max((size + page - 1) / page * page, page);
     void * base = second_kernels ? second_kernels->allocate(room)
                                  : mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == nullptr || base == MAP_FAILED) {
@@ -186,40 +165,18 @@ ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t size) {
     Memory * memory = new Memory{ base, room };
     device.buffers.push_back(memory);
     GGML_ASSERT(device.opened == 0 && mprotect(base, room, PROT_NONE) == 0);
-    return ggml_backend_buffer_init(buft, BUFFER, memory, size);
+    return ggml_backend_buffer_init(buft, buffer_interface(), memory, size);
 }
 
-ggml_backend_buffer_t buft_alloc_within(ggml_backend_buffer_type_t buft, size_t size) {
-    if (held(device_of(buft->device)) + size > memory_size()) {
-        GGML_LOG_ERROR("%s: out of memory\n", buft_name(buft));
-        return nullptr;
-    }
-    return buft_alloc(buft, size);
+ggml_backend_buffer_type_i buft_interface() {
+    ggml_backend_buffer_type_i i = {};
+    i.get_name                   = [](ggml_backend_buffer_type_t buft) { return device_of(buft->device).name.c_str(); };
+    i.alloc_buffer               = buft_alloc;
+    i.get_alignment              = [](ggml_backend_buffer_type_t) { return size_t(64); };
+    return i;
 }
-
-size_t buft_alignment(ggml_backend_buffer_type_t) {
-    return ALIGNMENT;
-}
-
-const ggml_backend_buffer_type_i BUFT = {
-    /* .get_name       = */ buft_name,
-    /* .alloc_buffer   = */ buft_alloc_within,
-    /* .get_alignment  = */ buft_alignment,
-    /* .get_max_size   = */ nullptr,
-    /* .get_alloc_size = */ nullptr,
-    /* .is_host        = */ nullptr,
-};
 
 // backend
-
-const char * backend_name(ggml_backend_t backend) {
-    return device_of(backend->device).name.c_str();
-}
-
-void backend_free(ggml_backend_t backend) {
-    ggml_backend_free((ggml_backend_t) backend->context);
-    delete backend;
-}
 
 void expect_here(const Device & device, const ggml_tensor * node, const ggml_tensor * t) {
     ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
@@ -229,13 +186,16 @@ void expect_here(const Device & device, const ggml_tensor * node, const ggml_ten
     }
 }
 
+// Appends a line to the file that the variable names.
+void log_line(const char * variable, const Device & device, const std::string & what) {
+    std::ofstream file(getenv(variable), std::ios::app);
+    file << device.name << ' ' << what << '\n';
+    GGML_ASSERT(file.flush());
+}
+
 void log_once(Device & device, const std::string & what) {
-    const char * path = getenv("SECOND_LOG");
-    if (path && device.logged.insert(what).second) {
-        FILE * file = fopen(path, "a");
-        GGML_ASSERT(file);
-        fprintf(file, "%s %s\n", device.name.c_str(), what.c_str());
-        fclose(file);
+    if (getenv("SECOND_LOG") && device.logged.insert(what).second) {
+        log_line("SECOND_LOG", device, what);
     }
 }
 
@@ -268,16 +228,14 @@ ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph 
 }
 
 void log_graph(const Device & device, ggml_cgraph * graph, int n_steps) {
-    if (const char * path = getenv("SECOND_GRAPHS")) {
+    if (getenv("SECOND_GRAPHS")) {
         int n_nodes = 0;
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             n_nodes += computes(ggml_graph_node(graph, i));
         }
-        FILE * file = fopen(path, "a");
-        GGML_ASSERT(file);
         const bool again = second_kernels && second_kernels->replays(graph);
-        fprintf(file, "%s %d %d %s\n", device.name.c_str(), n_nodes, n_steps, again ? "again" : "anew");
-        fclose(file);
+        log_line("SECOND_GRAPHS", device,
+                 std::to_string(n_nodes) + " " + std::to_string(n_steps) + (again ? " again" : " anew"));
     }
 }
 
@@ -302,13 +260,7 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     const ggml_status status =
         second_kernels ? compute_by_kernels(device, cpu, graph, n_steps) : ggml_backend_graph_compute(cpu, graph);
     log_graph(device, graph, n_steps);
-    return status;
-}
-
-ggml_status backend_compute_spoiled(ggml_backend_t backend, ggml_cgraph * graph) {
     static const std::set<std::string> spoiled = named("SECOND_SPOILS");
-    const ggml_status                  status  = backend_compute(backend, graph);
-    Open                               open(device_of(backend->device));
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (spoiled.count(ggml_op_name(node->op))) {
@@ -320,37 +272,20 @@ ggml_status backend_compute_spoiled(ggml_backend_t backend, ggml_cgraph * graph)
 
 ggml_backend_i backend_interface() {
     ggml_backend_i i = {};
-    i.get_name       = backend_name;
-    i.free           = backend_free;
-    i.graph_compute  = backend_compute_spoiled;
+    i.get_name       = [](ggml_backend_t backend) { return device_of(backend->device).name.c_str(); };
+    i.free           = [](ggml_backend_t backend) {
+        ggml_backend_free((ggml_backend_t) backend->context);
+        delete backend;
+    };
+    i.graph_compute = backend_compute;
     return i;
 }
 
 // devices
 
-const char * dev_name(ggml_backend_dev_t dev) {
-    return device_of(dev).name.c_str();
-}
-
-const char * dev_description(ggml_backend_dev_t) {
-    return "the CPU with memory of its own";
-}
-
 void dev_memory(ggml_backend_dev_t dev, size_t * free, size_t * total) {
     *total = memory_size();
     *free  = *total - std::min(*total, held(device_of(dev)));
-}
-
-enum ggml_backend_dev_type dev_type(ggml_backend_dev_t) {
-    return GGML_BACKEND_DEVICE_TYPE_GPU;
-}
-
-void dev_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
-    *props             = {};
-    props->name        = dev_name(dev);
-    props->description = dev_description(dev);
-    props->type        = dev_type(dev);
-    dev_memory(dev, &props->memory_free, &props->memory_total);
 }
 
 ggml_backend_t dev_init(ggml_backend_dev_t dev, const char *) {
@@ -358,10 +293,6 @@ ggml_backend_t dev_init(ggml_backend_dev_t dev, const char *) {
     ggml_backend_t   cpu  = ggml_backend_cpu_init();
     ggml_backend_cpu_set_n_threads(cpu, 1);
     return new ggml_backend{ &guid, backend_interface(), dev, cpu };
-}
-
-ggml_backend_buffer_type_t dev_buft(ggml_backend_dev_t dev) {
-    return &device_of(dev).buft;
 }
 
 bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
@@ -377,29 +308,33 @@ bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     return ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0), op);
 }
 
-bool dev_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
-    return buft == &device_of(dev).buft;
-}
-
 bool dev_offload_op(ggml_backend_dev_t, const ggml_tensor * op) {
     const int64_t rows = op->op == GGML_OP_MUL_MAT      ? op->ne[1]
                          : op->op == GGML_OP_MUL_MAT_ID ? op->ne[2]
                                                         : ggml_nrows(op);
-    return getenv("SECOND_TAKES") && op->op != GGML_OP_GET_ROWS && rows >= MIN_TO_TAKE;
+    return getenv("SECOND_TAKES") && op->op != GGML_OP_GET_ROWS && rows >= 32;
 }
 
 ggml_backend_device_i device_interface() {
     ggml_backend_device_i i = {};
-    i.get_name              = dev_name;
-    i.get_description       = dev_description;
+    i.get_name              = [](ggml_backend_dev_t dev) { return device_of(dev).name.c_str(); };
+    i.get_description       = [](ggml_backend_dev_t) { return "the CPU with memory of its own"; };
     i.get_memory            = dev_memory;
-    i.get_type              = dev_type;
-    i.get_props             = dev_props;
-    i.init_backend          = dev_init;
-    i.get_buffer_type       = dev_buft;
-    i.supports_op           = dev_supports_op;
-    i.supports_buft         = dev_supports_buft;
-    i.offload_op            = dev_offload_op;
+    i.get_type              = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
+    i.get_props             = [](ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+        *props             = {};
+        props->name        = dev->iface.get_name(dev);
+        props->description = dev->iface.get_description(dev);
+        props->type        = dev->iface.get_type(dev);
+        dev_memory(dev, &props->memory_free, &props->memory_total);
+    };
+    i.init_backend    = dev_init;
+    i.get_buffer_type = [](ggml_backend_dev_t dev) { return &device_of(dev).buft; };
+    i.supports_op     = dev_supports_op;
+    i.supports_buft   = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+        return buft == &device_of(dev).buft;
+    };
+    i.offload_op = dev_offload_op;
     return i;
 }
 
@@ -410,34 +345,24 @@ std::vector<std::unique_ptr<Device>> & devices() {
     return all;
 }
 
-const char * reg_name(ggml_backend_reg_t) {
-    return second_kernels ? second_kernels->registry : "SECOND";
-}
-
-size_t reg_device_count(ggml_backend_reg_t) {
-    return devices().size();
-}
-
-ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t index) {
-    return &devices().at(index)->dev;
-}
-
-void * reg_proc_address(ggml_backend_reg_t, const char *) {
-    return nullptr;
+ggml_backend_reg_i registry_interface() {
+    ggml_backend_reg_i i = {};
+    i.get_name           = [](ggml_backend_reg_t) { return second_kernels ? second_kernels->registry : "SECOND"; };
+    i.get_device_count   = [](ggml_backend_reg_t) { return devices().size(); };
+    i.get_device         = [](ggml_backend_reg_t, size_t index) { return &devices().at(index)->dev; };
+    return i;
 }
 
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init() {
-    static ggml_backend_reg reg   = { GGML_BACKEND_API_VERSION,
-                                      { reg_name, reg_device_count, reg_device, reg_proc_address },
-                                      nullptr };
+    static ggml_backend_reg reg   = { GGML_BACKEND_API_VERSION, registry_interface(), nullptr };
     const char *            count = getenv("SECOND_DEVICES");
     for (int i = (int) devices().size(); i < (count ? atoi(count) : 1); ++i) {
         auto device  = std::make_unique<Device>();
         device->name = "SECOND" + std::to_string(i);
         device->dev  = { device_interface(), &reg, device.get() };
-        device->buft = { BUFT, &device->dev, nullptr };
+        device->buft = { buft_interface(), &device->dev, nullptr };
         devices().push_back(std::move(device));
     }
     return &reg;

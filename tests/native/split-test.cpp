@@ -20,37 +20,16 @@ static size_t characters(const std::vector<std::string> & pieces) {
 }
 
 int main() {
-    const std::vector<std::string> well_formed = { "a",
-                                                   "Z",
-                                                   "0",
-                                                   "99",
-                                                   " ",
-                                                   "  ",
-                                                   "\n",
-                                                   "\r\n",
-                                                   "\t",
-                                                   "!",
-                                                   "'s",
-                                                   "'LL",
-                                                   "\u0301",
-                                                   "\u4e16\u754c",
-                                                   "\u3007",
-                                                   "\u01c5",
-                                                   "\u02b0",
-                                                   "\u00e9",
-                                                   "\u0410\u0431",
-                                                   "\u00a0",
-                                                   "\u200b",
-                                                   "\u2028",
-                                                   "\U0001f600",
-                                                   "\U00030000",
-                                                   "\U0010ffff",
-                                                   "\u0378",
-                                                   "\ue000",
-                                                   std::string(1, '\0'),
-                                                   "a very long run of words and of         blanks" };
-    const std::vector<std::string> ill_formed  = { "\x80",     "\xc3",         "\xe4\xb8", "\xf0\x9f\x98", "\xff",
-                                                   "\xc0\x80", "\xed\xa0\x80", "\xfe",     "\xf5",         "\xf0" };
+    std::vector<std::string> well_formed = { "a",      "Z",      "0",          "99",           " ",
+                                             "  ",     "\n",     "\r\n",       "\t",           "!",
+                                             "'s",     "'LL",    "\u0301",     "\u4e16\u754c", "\u3007",
+                                             "\u01c5", "\u02b0", "\u00e9",     "\u0410\u0431", "\u00a0",
+                                             "\u200b", "\u2028", "\U0001f600", "\U00030000",   "\U0010ffff",
+                                             "\u0378", "\ue000" };
+    well_formed.push_back(std::string(1, '\0'));
+    well_formed.push_back("a very long run of words and of         blanks");
+    const std::vector<std::string> ill_formed = { "\x80",     "\xc3",         "\xe4\xb8", "\xf0\x9f\x98", "\xff",
+                                                  "\xc0\x80", "\xed\xa0\x80", "\xfe",     "\xf5",         "\xf0" };
     std::mt19937                   rng(1);
     size_t                         n_bytes = 0;
     for (int i = 0; i < 4000; ++i) {

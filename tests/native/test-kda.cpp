@@ -3,19 +3,7 @@
 // into the cache in place, rows copied in between for cells behind the batch's, and bit-equality over thread counts.
 
 #include "cpu_backend.h"
-#include "ggml-backend.h"
-#include "ggml-kda-conv.h"
-#include "ggml-kda-scan.h"
-#include "ggml.h"
-#include "kda-cases.h"
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <string>
+#include "kda-nodes.h"
 
 using namespace kda_cases;
 
@@ -48,23 +36,6 @@ struct runner {
     }
 };
 
-// Writes x into a tensor whose rows may lie apart.
-template <typename T> static void put(ggml_tensor * t, const std::vector<T> & x) {
-    size_t n = 0;
-    for (int64_t d = 0; d < t->ne[3]; ++d) {
-        for (int64_t c = 0; c < t->ne[2]; ++c) {
-            for (int64_t b = 0; b < t->ne[1]; ++b) {
-                memcpy((char *) t->data + b * t->nb[1] + c * t->nb[2] + d * t->nb[3], x.data() + n,
-                       t->ne[0] * sizeof(T));
-                n += t->ne[0];
-            }
-        }
-    }
-    if (n != x.size()) {
-        abort();
-    }
-}
-
 struct options {
     int  threads  = 2;
     bool use_ref  = false;
@@ -87,191 +58,94 @@ static ggml_tensor * source(runner & r, const options & o, int64_t a, int64_t b,
     return ggml_view_4d(r.ctx, t, a, b, c, d, t->nb[1], t->nb[2], t->nb[3], a * sizeof(float));
 }
 
-// a contiguous one: weights and the cache
-static ggml_tensor * weight(runner & r, int64_t a, int64_t b) {
-    return source(r, {}, a, b);
-}
-
 struct result {
     std::vector<float> out;
     std::vector<float> states;
 };
 
-// The copy of the new states into the cache, from row `head` on; with `in_place` the states are read there.
-static result compute(runner &                    r,
-                      ggml_tensor *               op,
-                      ggml_tensor *               cache,
-                      int64_t                     n_out,
-                      int64_t                     S,
-                      int64_t                     n_slots,
-                      bool                        in_place,
-                      const std::function<void()> fill) {
-    const int64_t size  = cache->ne[0];
-    const int64_t cells = cache->ne[1] / n_slots;
-    ggml_tensor * from  = ggml_view_3d(r.ctx, op, size, S, n_slots, size * 4, size * S * 4, n_out * 4);
-    ggml_tensor * to    = ggml_view_3d(r.ctx, cache, size, S, n_slots, cache->nb[1], cells * cache->nb[1], 0);
-    ggml_tensor * out   = ggml_view_1d(r.ctx, op, n_out, 0);
-    if (in_place) {
-        r.allocate({ op, ggml_cpy(r.ctx, from, to), ggml_scale(r.ctx, out, 1.0f) });
+// With `in_place` the states are read from the cache, into which they are copied, from its first row on.
+template <typename Node, typename Shape, typename Inputs>
+static result run(const Shape & n, const Inputs & x, const options & o) {
+    runner        r(o.threads, o.use_ref);
+    const Node    node(r.ctx, n, x, [&](auto... ne) { return source(r, o, ne...); });
+    const int64_t size    = node.cache->ne[0];
+    const int64_t n_slots = std::min(n.T + 1, n.K);
+    const int64_t n_out   = ggml_nelements(node.op) - size * n.S * n.K;
+    const size_t  row     = node.cache->nb[1];
+    const int64_t cells   = node.cache->ne[1] / n_slots;
+    ggml_tensor * from    = ggml_view_3d(r.ctx, node.op, size, n.S, n_slots, size * 4, size * n.S * 4, n_out * 4);
+    ggml_tensor * to      = ggml_view_3d(r.ctx, node.cache, size, n.S, n_slots, row, cells * row, 0);
+    ggml_tensor * out     = ggml_view_1d(r.ctx, node.op, n_out, 0);
+    if (o.in_place) {
+        r.allocate({ node.op, ggml_cpy(r.ctx, from, to), ggml_scale(r.ctx, out, 1.0f) });
     } else {
-        r.allocate({ op });
+        r.allocate({ node.op });
     }
-    fill();
+    node.fill(x);
     r.run();
 
     result y;
-    y.out.assign((float *) op->data, (float *) op->data + n_out);
+    y.out.assign((float *) node.op->data, (float *) node.op->data + n_out);
     for (int64_t k = 0; k < n_slots; ++k) {
-        for (int64_t s = 0; s < S; ++s) {
-            const ggml_tensor * t = in_place ? to : from;
-            const float *       p = (const float *) ((const char *) t->data + s * t->nb[1] + k * t->nb[2]);
+        for (int64_t s = 0; s < n.S; ++s) {
+            const float * p = (const float *) row_of(o.in_place ? to : from, s, k);
             y.states.insert(y.states.end(), p, p + size);
         }
     }
     return y;
 }
 
-// KDA_SCAN and what it reads
-struct scan_node {
-    ggml_tensor *qkv, *f, *dt, *a, *beta, *gate, *norm, *cache, *rows, *op;
-
-    scan_node(runner & r, const scan_shape & n, const scan_inputs & x, const options & o) {
-        const int64_t size = n.D * n.D * n.H;
-        qkv                = source(r, o, n.D, 3 * n.H, n.T, n.S);
-        f                  = source(r, o, n.D, n.H, n.T, n.S);
-        dt                 = weight(r, n.D * n.H, 1);
-        a                  = weight(r, 1, n.H);
-        beta               = source(r, o, n.H, n.T, n.S);
-        gate               = source(r, o, n.D, n.H, n.T, n.S);
-        norm               = weight(r, n.D, 1);
-        cache              = weight(r, size, x.cache.size() / size);
-        rows               = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n.S);
-        op = ggml_kda_scan(r.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
-    }
-
-    void fill(const scan_inputs & x) const {
-        put(qkv, x.qkv);
-        put(f, x.f);
-        put(dt, x.dt_bias);
-        put(a, x.a);
-        put(beta, x.beta);
-        put(gate, x.gate);
-        put(norm, x.norm);
-        put(cache, x.cache);
-        put(rows, x.rows);
-    }
-};
-
-static result run_scan(const scan_shape & n, const scan_inputs & x, const options & o) {
-    runner          r(o.threads, o.use_ref);
-    const int64_t   slots = std::min(n.T + 1, n.K);
-    const scan_node node(r, n, x, o);
-    return compute(r, node.op, node.cache, n.D * n.H * n.T * n.S, n.S, slots, o.in_place, [&] { node.fill(x); });
-}
-
-static result run_conv(const conv_shape & n, const conv_inputs & x, const options & o) {
-    runner        r(o.threads, o.use_ref);
-    const int64_t C      = n.D * n.H;
-    const int64_t n_rows = x.cache.size() / (9 * C);
-    const int64_t slots  = std::min(n.T + 1, n.K);
-
-    ggml_tensor *in[3], *w[3];
-    for (int p = 0; p < 3; ++p) {
-        in[p] = source(r, o, C, n.T, n.S);
-        w[p]  = ggml_new_tensor_3d(r.ctx, GGML_TYPE_F32, 4, 1, C);
-    }
-    ggml_tensor * cache = weight(r, 9 * C, n_rows);
-    ggml_tensor * rows  = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, n.S);
-    ggml_tensor * op =
-        ggml_kda_conv(r.ctx, in[0], in[1], in[2], w[0], w[1], w[2], cache, rows, n.D, n.K, x.zero_row, x.eps);
-
-    return compute(r, op, cache, 3 * C * n.T * n.S, n.S, slots, o.in_place, [&] {
-        for (int p = 0; p < 3; ++p) {
-            put(in[p], x.x[p]);
-            put(w[p], x.w[p]);
-        }
-        put(cache, x.cache);
-        put(rows, x.rows);
-    });
-}
-
-static int    n_tests, n_failed;
 static double worst;
 
-template <typename Result>
-static void
-compare(const std::string & name, const result & got, const Result & want, int64_t slots, int64_t K, double limit) {
-    const size_t n_states = want.states.size() / K * slots;
+template <typename Want, typename Shape>
+static void compare(const std::string & name, const result & got, const Want & want, const Shape & n, double limit) {
+    const size_t n_states = want.states.size() / n.K * std::min(n.T + 1, n.K);
     const double e_out    = nmse(got.out.data(), want.out.data(), want.out.size());
     const double e_state  = nmse(got.states.data(), want.states.data(), n_states);
-    const double e        = std::max(e_out, e_state);
     const bool   ok       = e_out <= limit && e_state <= limit;
-    worst                 = ok ? std::max(worst, e) : worst;
-    n_tests++;
-    if (!ok) {
-        n_failed++;
-        printf("FAIL %s: NMSE of the output %.2e, of the states %.2e, limit %.0e\n", name.c_str(), e_out, e_state,
-               limit);
-    }
+    worst                 = ok ? std::max({ worst, e_out, e_state }) : worst;
+    expect(ok, name + text(": NMSE of the output %.2e, of the states %.2e, limit %.0e", e_out, e_state, limit));
 }
 
-static void test_scan(const scan_shape & n, const std::string & gate, double lower_bound, bool new_seq, options o) {
-    if (!chosen()) {
-        return;
-    }
-    const scan_inputs x    = make_scan(n, gate, lower_bound, new_seq, o.in_place);
-    const scan_result want = scan(n, x);
-    char              name[200];
-    snprintf(name, sizeof(name),
-             "scan D=%d H=%d T=%d S=%d K=%d gate=%s bound=%g new=%d strided=%d permuted=%d in_place=%d", (int) n.D,
-             (int) n.H, (int) n.T, (int) n.S, (int) n.K, gate.c_str(), lower_bound, new_seq, o.strided, o.permuted,
-             o.in_place);
+template <typename Shape>
+static std::string describe(const char * what, const Shape & n, bool new_seq, const options & o) {
+    return text("%s D=%d H=%d T=%d S=%d K=%d new=%d strided=%d permuted=%d in_place=%d", what, (int) n.D, (int) n.H,
+                (int) n.T, (int) n.S, (int) n.K, new_seq, o.strided, o.permuted, o.in_place);
+}
 
-    std::vector<float> first;
+// The operator as ggml chooses its kernels, with the same bits for any number of threads, and its plain path.
+template <typename Node, typename Shape, typename Inputs, typename Want>
+static void
+test(const std::string & name, const Shape & n, const Inputs & x, const Want & want, double limit, options o) {
+    result first;
     for (const int threads : { 2, 1, 3, 7 }) {
         o.threads      = threads;
-        const result y = run_scan(n, x, o);
-        if (first.empty()) {
-            compare(name, y, want, std::min(n.T + 1, n.K), n.K, 1e-11);
-            first = y.out;
-            first.insert(first.end(), y.states.begin(), y.states.end());
+        const result y = run<Node>(n, x, o);
+        if (first.out.empty()) {
+            compare(name, y, want, n, limit);
+            first = y;
         } else {
-            std::vector<float> again = y.out;
-            again.insert(again.end(), y.states.begin(), y.states.end());
-            n_tests++;
-            if (memcmp(first.data(), again.data(), first.size() * sizeof(float)) != 0) {
-                n_failed++;
-                printf("FAIL %s: %d threads give other bits\n", name, threads);
-            }
+            expect(same_bits(first.out, y.out) && same_bits(first.states, y.states),
+                   name + text(": %d threads give other bits", threads));
         }
     }
     o.use_ref = true;
-    compare(std::string(name) + " plain", run_scan(n, x, o), want, std::min(n.T + 1, n.K), n.K, 1e-11);
+    compare(name + " plain", run<Node>(n, x, o), want, n, limit);
 }
 
-static void test_conv(const conv_shape & n, bool new_seq, options o) {
-    if (!chosen()) {
-        return;
+static void test_scan(const scan_shape & n, const char * gate, double lower_bound, bool new_seq, const options & o) {
+    if (chosen()) {
+        const scan_inputs x = make_scan(n, gate, lower_bound, new_seq, o.in_place);
+        test<scan_node>(describe("scan", n, new_seq, o) + text(" gate=%s bound=%g", gate, lower_bound), n, x,
+                        scan(n, x), 1e-11, o);
     }
-    const conv_inputs x    = make_conv(n, new_seq, o.in_place);
-    const conv_result want = conv(n, x);
-    char              name[200];
-    snprintf(name, sizeof(name), "conv D=%d H=%d T=%d S=%d K=%d new=%d strided=%d permuted=%d in_place=%d", (int) n.D,
-             (int) n.H, (int) n.T, (int) n.S, (int) n.K, new_seq, o.strided, o.permuted, o.in_place);
-    std::vector<float> first;
-    for (const int threads : { 2, 1, 7 }) {
-        o.threads      = threads;
-        const result y = run_conv(n, x, o);
-        if (first.empty()) {
-            compare(name, y, want, std::min(n.T + 1, n.K), n.K, 1e-12);
-            first = y.out;
-        } else if (n_tests++; first != y.out) {
-            n_failed++;
-            printf("FAIL %s: %d threads give other bits\n", name, threads);
-        }
+}
+
+static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
+    if (chosen()) {
+        const conv_inputs x = make_conv(n, new_seq, o.in_place);
+        test<conv_node>(describe("conv", n, new_seq, o), n, x, conv(n, x), 1e-12, o);
     }
-    o.use_ref = true;
-    compare(std::string(name) + " plain", run_conv(n, x, o), want, std::min(n.T + 1, n.K), n.K, 1e-12);
 }
 
 // Between operator and copy, rows are gathered for the cells behind the batch's, as llama.cpp does when n_rs > n_seqs:
@@ -292,7 +166,8 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
     runner                     r(2, false);
     const int64_t              size  = n.D * n.D * n.H;
     const int64_t              n_out = n.D * n.H * T;
-    const scan_node            node(r, n, x, {});
+    const auto                 make  = [&](auto... ne) { return source(r, {}, ne...); };
+    const scan_node            node(r.ctx, n, x, make);
     ggml_tensor * const        cache = node.cache;
     ggml_tensor * const        op    = node.op;
     ggml_tensor *              moved = ggml_new_tensor_1d(r.ctx, GGML_TYPE_I32, 2);
@@ -327,12 +202,10 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
 
     const float * got    = (const float *) cache->data;
     const bool    elided = std::isnan(((const float *) op->data)[n_out]);  // its states were left unwritten
-    n_tests++;
-    if (!(nmse(got, want.data(), want.size()) <= 1e-11) || elided != extra.elided) {
-        n_failed++;
-        printf("FAIL extra rows from %d and %d, zeros in %d, T=%d: NMSE %.1e, elided %d\n", extra.from[0],
-               extra.from[1], extra.zero_row, (int) T, nmse(got, want.data(), want.size()), elided);
-    }
+    const double  error  = nmse(got, want.data(), want.size());
+    expect(error <= 1e-11 && elided == extra.elided,
+           text("extra rows from %d and %d, zeros in %d, T=%d: NMSE %.1e, elided %d", extra.from[0], extra.from[1],
+                extra.zero_row, (int) T, error, elided));
 }
 
 int main() {
@@ -369,6 +242,6 @@ int main() {
             test_extra_rows(extra, T);
         }
     }
-    printf("%d checks, %d failed; largest NMSE that passed %.1e\n", n_tests, n_failed, worst);
-    return n_failed != 0;
+    printf("largest NMSE that passed %.1e\n", worst);
+    return report();
 }

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_program import NATIVE, OPERATORS
+from cuda_program import GGML_OPTIONS, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, cut, decode, play, text
+from native_program import ggml_libraries, passed_cases, roll_back_on_device
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 
 pytestmark = pytest.mark.engine
 
-SHARED = [NATIVE.parent, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
 # Upstream's sources in which ggml-cuda decides what to compute how, and the functions in them that launch kernels,
 # which are put aside under other names.
 HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
@@ -58,7 +58,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "ours",
         include=[*include, *SHARED],
         system=system,
-        options=["-Werror", "-DGGML_CUDA_NO_VMM", "-Wno-unused-function", "-Wno-unused-parameter", "-fPIC"],
+        options=["-Werror", *GGML_OPTIONS, "-fPIC"],
     )
     aside = [f"-Dggml_cuda_{prefix}{name}=aside_{prefix}{name}" for name in ASIDE for prefix in ("", "op_")]
     for name, sources, chosen in (
@@ -72,8 +72,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
             system=system,
             options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-O0", "-w", "-fPIC"],
         )
-    link = ["-shared", "-fPIC", f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base"]
-    link += [f"-Wl,-rpath,{engine.lib}"]
+    link = ["-shared", "-fPIC", *ggml_libraries(engine)]
     whole = link_program(objects, folder / "without-upstreams-kernels.so", link=link)
     missing = write_missing(whole, engine, folder / "missing.c")
     return link_program([*objects, missing], folder / "libsecond-cuda.so", link=link)
@@ -117,17 +116,12 @@ COMPARED = {
 def test_upstreams_comparison_of_devices(
     operator: str, backend: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """test-backend-ops: its cases and bounds, the CPU's plain path as the truth."""
     cases, count, copied = COMPARED[operator]
-    told = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(tmp_path / "log"), "GGML_NO_BACKTRACE": "1"}
-    ended = subprocess.run(
-        [engine.bin / "test-backend-ops", "test", "-b", "SECOND0", "-o", operator, "-p", cases],
-        env={**engine.environment(), **told}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
-    assert sum(operator in line and "OK" in line for line in ended.stdout.splitlines()) > count
+    log = tmp_path / "log"
+    told = {"GGML_BACKEND_PATH": str(backend), "SECOND_LOG": str(log), "GGML_NO_BACKTRACE": "1"}
+    assert passed_cases(engine, "SECOND0", operator, "-p", cases, **told) > count
     kernel = f"SECOND0 kernel {operator}"
-    assert ran(tmp_path / "log") == {kernel, *([f"{kernel} and its copy"] if copied else [])}
+    assert ran(log) == {kernel, *([f"{kernel} and its copy"] if copied else [])}
 
 
 @pytest.fixture(scope="module")
@@ -285,14 +279,6 @@ def graphs_of(
 def test_rollback_of_states_on_the_device(
     order: str, backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """Upstream's program; it loads no backends, so the device registers itself."""
-    told = {"LD_PRELOAD": str(backend), "SECOND_REGISTERS": "1", "GGML_NO_BACKTRACE": "1"}
-    told |= {"SECOND_LOG": str(tmp_path / "log"), "KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
-    ended = subprocess.run(
-        [engine.bin / "test-recurrent-state-rollback", "-m", model, "-t", "1", "-ngl", str(ALL)],
-        env={**engine.environment(), **told}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 0, said[-2000:]
-    assert said.count("multi-seq split replay matched") == 2
+    told = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
+    roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **told)
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each} and its copy" for each in KDA}

@@ -100,18 +100,17 @@ def test_upstreams_common_header_compiles_without_cublas(tmp_path: Path) -> None
     assert kernel.clean
 
 
-def test_what_the_compiler_says_is_passed_on(tmp_path: Path) -> None:
-    (tmp_path / "wrong.cu").write_text("__global__ void wrong(float * x) { x[0] = y; }")
-    with pytest.raises(
-        EngineError, match=r"wrong.cu does not compile for sm_80(.|\n)*identifier \"y\" is undefined"
-    ):
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("x[0] = y;", 'identifier "y" is undefined'),
+        ("int y; x[0] = 1.0f;", 'variable "y" was declared but never referenced'),
+    ],
+)
+def test_errors_and_warnings_are_passed_on(body: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "wrong.cu").write_text(f"__global__ void wrong(float * x) {{ {body} }}")
+    with pytest.raises(EngineError, match=rf"wrong.cu does not compile for sm_80(.|\n)*{words}"):
         compile_cuda(tmp_path / "wrong.cu", 80)
-
-
-def test_a_warning_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "unused.cu").write_text("__global__ void unused(float * x) { int y; x[0] = 1.0f; }")
-    with pytest.raises(EngineError, match=r"variable \"y\" was declared but never referenced"):
-        compile_cuda(tmp_path / "unused.cu", 80)
 
 
 def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

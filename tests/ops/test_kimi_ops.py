@@ -9,8 +9,8 @@ import pytest
 from llama_script import Setup, context, decode, play, text, use
 from random_checkpoint import Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
@@ -18,13 +18,7 @@ pytestmark = pytest.mark.engine
 
 PROMPT, TOKENS = 128, 136
 SPEC = Spec(layers="KM", hidden=128, heads=3, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50)
-CHOICES = (
-    "off",
-    "conv,scan",
-    "conv,scan,mla",
-    "conv,scan,mla,moe",
-    "conv,scan,mla,moe,fuse",
-)
+CHOICES = ("off", "conv,scan", "conv,scan,mla", "conv,scan,mla,moe", "conv,scan,mla,moe,fuse")
 # Of CHOICES, those whose logits differ from those of the choice before. KDA and attention differ in bits that the
 # 8-bit activations of Q8_0 may hide; the matmuls of F32 weights are upstream's; fused nodes keep every bit.
 DIFFERENT = {"F32": (1, 2), "Q8_0": (3,)}
@@ -39,10 +33,7 @@ def test_contexts_of_one_process_keep_their_choice(
     convert(write_checkpoint(tmp_path / "checkpoint", SPEC), model, TYPES[kind])
     ids = np.random.default_rng(50).integers(0, 300, TOKENS)
     setup = Setup(flash_attention=True, cache_type="F16", n_ubatch=PROMPT, cells=256)
-    batches = [
-        decode(*text(0, ids[:PROMPT])),
-        *(decode((0, i, int(ids[i]))) for i in range(PROMPT, TOKENS)),
-    ]
+    batches = [decode(*text(0, ids[:PROMPT])), *(decode((0, i, int(ids[i]))) for i in range(PROMPT, TOKENS))]
     contexts = [context(KIMI_OPS=choice) for choice in CHOICES]
     turns = [step for batch in batches for i in range(len(CHOICES)) for step in (use(i + 1), batch)]
     together = play(engine, model, setup, [*contexts, *turns]).logits

@@ -1,17 +1,17 @@
 """Latent attention, absorbed (FLASH_ATTN_EXT) and decompressed (LATENT_ATTN): the operators, and the graph's choice.
 
-Upstream's comparison of FLASH_ATTN_EXT with its plain path is in test_upstream_programs.py.
+Upstream's comparison with the plain path: LATENT_ATTN in test_kda_operators.py, FLASH_ATTN_EXT in
+test_upstream_programs.py.
 """
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 from graph_operators import operators_of_last_graph
-from native_program import compile_program
+from native_program import compile_program, run_program
 from random_checkpoint import Spec
 from synthetic_case import Case, make_case
 
@@ -35,14 +35,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_every_type_length_mask_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
     program = compile_program(engine, "latent-attn-test.cpp", tmp_path, ("latent_attention",))
-    ended = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
-
-
-def test_the_bench_compiles_and_finds_the_same_function(tmp_path: Path, engine: Engine) -> None:
-    program = compile_program(engine, "latent-attn-bench.cpp", tmp_path, ("latent_attention",))
-    for form in ("absorbed", "decompressed", "folded"):
-        subprocess.run([program, f"form={form}", "keys=256", "heads=2", "runs=1"], check=True)
+    run_program(program)
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0"])
@@ -53,12 +46,9 @@ def test_a_node_switched_off_has_the_bits_of_pristine(
     hashes = {}
     for name, build in (("ours", engine), ("pristine", pristine)):
         (tmp_path / name).mkdir()
-        program = compile_program(build, "latent-attn-bench.cpp", tmp_path / name, ("latent_attention",))
+        program = compile_program(build, "latent-attn-hash.cpp", tmp_path / name, ("latent_attention",))
         for plain in (0, 1):
-            options = [f"queries={queries}", f"type={cache_type}", f"plain={plain}"]
-            command = [program, *options, "keys=600", "heads=4", "runs=1"]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            hashes[name, plain] = said.split("hash")[1]
+            hashes[name, plain] = run_program(program, str(queries), cache_type, str(plain)).stdout
     assert hashes["ours", 1] == hashes["pristine", 1] == hashes["pristine", 0] != hashes["ours", 0]
 
 
@@ -70,19 +60,7 @@ def test_where_cache_and_weights_lie_decides(tmp_path: Path, engine: Engine) -> 
         ("latent_attention", "latent_attention/graph"),
         ("latent_attention/graph/llama-latent-place.cpp",),
     )
-    subprocess.run([program], check=True)
-
-
-def test_kernels_agree_with_the_plain_path(engine: Engine) -> None:
-    ended = subprocess.run(
-        [engine.bin / "test-backend-ops", "test", "-b", "CPU", "-o", "LATENT_ATTN"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stdout[-2000:]
-    passed = [line for line in ended.stdout.splitlines() if "LATENT_ATTN" in line and "OK" in line]
-    assert len(passed) > 10, "no cases of the operator were run"
+    run_program(program)
 
 
 @pytest.mark.parametrize("n_ubatch", [TOKENS, 64], ids=["decompressed", "absorbed"])

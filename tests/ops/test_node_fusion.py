@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from native_program import compile_program
+from native_program import compile_program, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.llama import run as run_model
@@ -26,15 +23,12 @@ AS_ONE = " as one"
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
-    return compile_program(engine, "test-node-fusion.cpp", tmp_path_factory.mktemp("fusion"), ())
+    return compile_program(engine, "test-node-fusion.cpp", tmp_path_factory.mktemp("fusion"))
 
 
 def run(program: Path, *arguments: str, **environment: str) -> list[str]:
     """The program's lines, a case each: name, hash of the result's bits, and AS_ONE where the nodes ran so."""
-    ended = subprocess.run(
-        [program, *arguments], env=os.environ | environment, capture_output=True, text=True, check=True
-    )
-    return ended.stdout.splitlines()
+    return run_program(program, *arguments, **environment).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -78,11 +72,7 @@ def quantised(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
     )
     convert(write_checkpoint(folder / "checkpoint", spec), folder / "f32.gguf", TYPES["F32"])
     made = folder / "q4_0.gguf"
-    subprocess.run(
-        [engine.bin / "llama-quantize", "--pure", folder / "f32.gguf", made, "Q4_0", "1"],
-        check=True,
-        capture_output=True,
-    )
+    run_program(engine.bin / "llama-quantize", "--pure", folder / "f32.gguf", made, "Q4_0", "1")
     return made
 
 
@@ -112,25 +102,13 @@ def test_llama_imatrix_sees_every_product(quantised: Path, engine: Engine, tmp_p
     text = tmp_path / "text"
     text.write_text("He was in the restaurant on the water. " * 60)
 
-    def importance(environment: Mapping[str, str]) -> bytes:
-        out = tmp_path / f"{len(environment['KIMI_OPS'])}.gguf"
-        command = [
-            engine.bin / "llama-imatrix",
-            "-m",
-            quantised,
-            "-f",
-            text,
-            "-o",
-            out,
-            "-c",
-            "128",
-            "-t",
-            "2",
-        ]
-        subprocess.run(command, env=os.environ | environment, check=True, capture_output=True)
+    def importance(choice: str) -> bytes:
+        out = tmp_path / f"{len(choice)}.gguf"
+        options = ("-m", quantised, "-f", text, "-o", out, "-c", "128", "-t", "2")
+        run_program(engine.bin / "llama-imatrix", *options, KIMI_OPS=choice)
         return out.read_bytes()
 
-    together = importance({"KIMI_OPS": TOGETHER})
+    together = importance(TOGETHER)
     assert b"ffn_gate_exps" in together
     assert b"attn_k.weight" in together
-    assert together == importance({"KIMI_OPS": APART})
+    assert together == importance(APART)

@@ -5,17 +5,16 @@ Upstream's comparison of MUL_MAT and MUL_MAT_ID with its plain path is in test_u
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from native_program import compile_program
+from native_program import compile_program, run_program
 from numpy.typing import NDArray
 from random_checkpoint import Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
@@ -50,16 +49,9 @@ def logits(
     return np.asarray(run_logits(engine, model, ids, RunOptions(threads=threads)), np.float64)
 
 
-def test_every_type_layout_shape_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
-    program = compile_program(engine, "quant-gemm-test.cpp", tmp_path, ("matmul",))
-    ended = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
-
-
-def test_gate_and_up_as_one_have_the_bits_of_single_nodes(tmp_path: Path, engine: Engine) -> None:
-    program = compile_program(engine, "quant-gemm-gated-test.cpp", tmp_path, ("matmul",))
-    ended = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:])
+@pytest.mark.parametrize("name", ["quant-gemm-test.cpp", "quant-gemm-gated-test.cpp"])
+def test_every_type_layout_shape_and_number_of_threads(name: str, tmp_path: Path, engine: Engine) -> None:
+    run_program(compile_program(engine, name, tmp_path, ("matmul",)))
 
 
 def test_a_model_has_the_logits_of_upstreams_products(

@@ -18,8 +18,8 @@ import pytest
 from ggml_variant import Build, Variant, build
 from random_checkpoint import Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")

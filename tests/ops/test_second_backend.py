@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, play, text
-from native_program import compile_backend
+from native_program import compile_backend, passed_cases, roll_back_on_device
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -184,33 +184,13 @@ def test_where_decompressed_attention_cannot_run_it_stays_absorbed(
 
 @pytest.mark.parametrize("layers", [3, ALL])
 def test_rollback_with_states_on_the_device(layers: int, world: World, tmp_path: Path) -> None:
-    """Upstream's program: take back tokens, replay, several sequences, caches of zeros and of rubbish.
-
-    It loads no backends, so the device registers itself.
-    """
-    log = tmp_path / "log"
-    told = {"LD_PRELOAD": str(world.backend), "SECOND_REGISTERS": "1", "SECOND_LOG": str(log)}
-    told["GGML_NO_BACKTRACE"] = "1"  # its gdb would load the library too
-    ended = subprocess.run(
-        [world.engine.bin / "test-recurrent-state-rollback", "-m", world.gguf, "-t", "1", "-ngl", str(layers)],
-        env={**world.engine.environment(), **told}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    said = ended.stdout + ended.stderr
-    assert ended.returncode == 0, said[-2000:]
-    assert {f"SECOND0 {name}" for name in KDA} <= set(log.read_text().splitlines())
-    assert said.count("multi-seq split replay matched") == 2
+    computed = roll_back_on_device(world.engine, world.gguf, world.backend, layers, tmp_path / "log")
+    assert {f"SECOND0 {name}" for name in KDA} <= computed
 
 
 @pytest.mark.parametrize("operator", [*sorted(KDA), "LATENT_ATTN"])
 def test_upstreams_comparison_of_devices(operator: str, world: World) -> None:
-    """test-backend-ops takes the CPU as the truth and asks the device."""
-    ended = subprocess.run(
-        [world.engine.bin / "test-backend-ops", "test", "-b", "SECOND0", "-o", operator],
-        env={**world.engine.environment(), "GGML_BACKEND_PATH": str(world.backend)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout[-2000:]
-    assert sum(operator in line and "OK" in line for line in ended.stdout.splitlines()) > 5
+    assert passed_cases(world.engine, "SECOND0", operator, GGML_BACKEND_PATH=str(world.backend)) > 5
 
 
 TRESPASS = """

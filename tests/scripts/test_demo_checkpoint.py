@@ -14,12 +14,12 @@ from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.safetensors_file import Dtype
+from kimi_gguf.scripts.tokenizer_files import SPECIAL
 from kimi_gguf.scripts.training import measure
 from kimi_gguf.scripts.training.corpus import answer, question
-from kimi_gguf.scripts.training.export import HELDOUT_FILE, hub_config, load
-from kimi_gguf.scripts.training.model import DemoModel
-from kimi_gguf.scripts.training.tokenizer import SPECIAL, Encoder
-from kimi_gguf.scripts.training.train import demo_config
+from kimi_gguf.scripts.training.export import HELDOUT_FILE, load
+from kimi_gguf.scripts.training.model import DemoModel, demo_config, hub_config
+from kimi_gguf.scripts.training.tokenizer import Encoder
 from kimi_gguf.validate.reference import Reference, Trace
 
 MAX_BYTES = 12_000_000
@@ -60,7 +60,7 @@ def test_has_the_48b_s_proportions(demo_dir: Path) -> None:
 
 def test_config_reads_back_as_the_trained_shape(demo_dir: Path) -> None:
     config = demo_config()
-    assert json.loads((demo_dir / "config.json").read_text()) == hub_config(config)
+    assert json.loads((demo_dir / "config.json").read_text()) == hub_config()
     with open_checkpoint(demo_dir) as checkpoint:
         assert checkpoint.config == config
     assert config.layers.count(LayerKind.KDA) == 3 * config.layers.count(LayerKind.MLA)
@@ -89,10 +89,10 @@ def test_tensors_have_the_hub_s_names_shapes_and_dtypes(demo_dir: Path) -> None:
         "model.layers.3.self_attn.kv_b_proj.weight": ((512, 512), Dtype.BF16),
     }
     with open_checkpoint(demo_dir) as checkpoint:
-        assert set(index["weight_map"]) == set(checkpoint.names())
-        found = {name: (checkpoint.shape(name), checkpoint.dtype(name)) for name in expected}
+        assert set(index["weight_map"]) == set(checkpoint.shapes)
+        found = {name: (checkpoint.shapes[name], checkpoint.dtype(name)) for name in expected}
         assert found == expected
-        single = {name for name in checkpoint.names() if checkpoint.dtype(name) is Dtype.F32}
+        single = {name for name in checkpoint.shapes if checkpoint.dtype(name) is Dtype.F32}
     assert {name.rpartition(".")[2] for name in single} == {"A_log", "dt_bias"}
     assert len(single) == 6
 
@@ -121,7 +121,7 @@ def test_training_model_equals_the_reference(demo_dir: Path, encoder: Encoder, m
 def test_every_expert_is_used_and_the_routing_bias_decides(demo_dir: Path, encoder: Encoder) -> None:
     ids = torch.tensor(encoder.encode((demo_dir / HELDOUT_FILE).read_text())[:600])
     with open_checkpoint(demo_dir) as checkpoint:
-        weights = {name: torch.from_numpy(checkpoint.float32(name)) for name in checkpoint.names()}
+        weights = {name: torch.from_numpy(checkpoint.float32(name)) for name in checkpoint.shapes}
         config = checkpoint.config
     traced, unbiased = Trace(), Trace()
     Reference(config, weights.__getitem__).logits(ids, traced)
@@ -144,7 +144,7 @@ def test_answers_with_the_definition(model: DemoModel, encoder: Encoder, word: s
     assert measure.reply(model, encoder, question(word)) == answer(word, WORDNET_SAYS[word])
 
 
-def test_readme_tells_the_hashes_of_the_files(demo_dir: Path) -> None:
+def test_readme_has_the_hashes_of_the_files(demo_dir: Path) -> None:
     rows = re.findall(r"^\| `(.+)` \| ([\d,]+) \| `(\w{64})` \|$", (demo_dir / "README.md").read_text(), re.M)
     found = {
         (path.name, f"{path.stat().st_size:,}", hashlib.sha256(path.read_bytes()).hexdigest())
@@ -154,11 +154,11 @@ def test_readme_tells_the_hashes_of_the_files(demo_dir: Path) -> None:
     assert set(rows) == found
 
 
-def test_readme_tells_the_measured_perplexity(demo_dir: Path, encoder: Encoder, model: DemoModel) -> None:
-    told = re.search(r"\*\*([\d.]+)\*\*", (demo_dir / "README.md").read_text())
-    assert told is not None
+def test_readme_has_the_measured_perplexity(demo_dir: Path, encoder: Encoder, model: DemoModel) -> None:
+    found = re.search(r"\*\*([\d.]+)\*\*", (demo_dir / "README.md").read_text())
+    assert found is not None
     text = (demo_dir / HELDOUT_FILE).read_text()
-    assert measure.heldout_perplexity(model, encoder, [text]) == pytest.approx(float(told[1]), abs=0.02)
+    assert measure.heldout_perplexity(model, encoder, [text]) == pytest.approx(float(found[1]), abs=0.02)
 
 
 def test_carries_the_dictionary_s_licence(demo_dir: Path) -> None:

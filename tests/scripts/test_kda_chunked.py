@@ -1,4 +1,4 @@
-"""Chunked KDA of the training script against the recurrence it stands for, in float64."""
+"""Compares the training script's chunked KDA with the recurrence, in float64."""
 
 import pytest
 import torch

@@ -5,13 +5,12 @@ Answers with the cache are compared, token for token, with those of the same ser
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from llama_server import Server, serving
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -45,10 +44,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory, demo_dir: Path) -> Path:
-    path = tmp_path_factory.mktemp("cache") / "demo-F32.gguf"
-    convert(demo_dir, path, TYPES["F32"])
-    return path
+def gguf(demo_gguf: Callable[[str], Path]) -> Path:
+    return demo_gguf("F32")
 
 
 def answers(server: Server, *, cache: bool) -> dict[str, tuple[int, ...]]:

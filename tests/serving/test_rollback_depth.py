@@ -1,8 +1,7 @@
-"""0026-rollback-no-deeper-than-its-snapshots, and 0029: tokens are taken back right, or not at all.
+"""0009, 0010 and 0013 (rollback-no-deeper-than-its-snapshots): tokens are taken back correctly, or not at all.
 
-Snapshots of the recurrent state stand in front of each token of the last ubatch. What lies deeper, what was
-saved and restored, and what several sequences share cannot be taken back; the caller hears so and may restore a
-checkpoint or begin anew, and the memory is as it was.
+There is a snapshot of the recurrent state before each token of the last ubatch. What is deeper, what was saved and
+restored, and what several sequences share cannot be taken back. The caller is told, and the memory is unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from llama_script import Logits, Setup, Step, remove
 from random_checkpoint import Spec
-from synthetic_case import make_case
+from synthetic_case import error_of, make_case
 
 from kimi_gguf.engine.builds import Engine
 
@@ -35,14 +34,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def play(engine: Engine, gguf: Path, steps: Steps) -> tuple[list[bool], Logits]:
-    """What each removal answered, and the logits [rows, V] behind each sequence of each decode."""
+    """What each removal answered, and the logits [decodes, V] after the last token of each decode."""
     played = llama_script.play(engine, gguf, SETUP, steps)
     return played.removed, played.logits
-
-
-def assert_same(got: Logits, expected: Logits) -> None:
-    error = np.square(got.astype(np.float64) - expected).sum()
-    assert error / np.square(expected.astype(np.float64)).sum() <= 1e-10
 
 
 def token(seq: int, pos: int) -> tuple[int, int, int]:
@@ -67,14 +61,14 @@ def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(engine: Engin
     said, logits = play(engine, gguf, steps)
     assert said == granted
     for resumed in logits[3::3]:
-        assert_same(resumed, logits[0])
+        assert error_of(resumed[None], logits[:1]).in_all <= 1e-10
 
 
 def test_a_rollback_outlives_the_move_of_its_cell(engine: Engine, gguf: Path) -> None:
     steps = [decode(0, 20, 2), ["clear"], *DISORDERED, remove(2, 10), *MOVES, decode(10, 20, 2)]
     said, logits = play(engine, gguf, steps)
     assert said == [True]
-    assert_same(logits[-1], logits[0])
+    assert error_of(logits[-1:], logits[:1]).in_all <= 1e-10
 
 
 # Sequences 1 and 2 lie in each other's places; a batch of 0 and 1 puts that right, and moves 2 without its snapshots.
@@ -102,7 +96,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Pa
     """Models as upstream's own program makes them, one for each of ARCHS and for others."""
     folder = tmp_path_factory.mktemp("archs")
     make = [engine.bin / "test-llama-archs", "-a", "|".join(ARCHS), "-o", folder]
-    subprocess.run([str(word) for word in make], check=True, capture_output=True)
+    subprocess.run(make, check=True, capture_output=True)
     return folder
 
 
@@ -117,7 +111,7 @@ def test_no_architecture_goes_back_further(engine: Engine, small_models: Path, a
 def test_every_architecture_takes_back_a_whole_short_batch(
     engine: Engine, small_models: Path, arch: str
 ) -> None:
-    """0029-snapshot-in-front-of-a-short-batch; bits, as these models forget within a few tokens."""
+    """0009-snapshot-in-front-of-a-short-batch; bits, as these models forget within a few tokens."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13)]
     taken_back = [["clear"], decode(0, 12), decode(12, 15), remove(0, 12), decode(12, 13)]

@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_script import Logits, Setup, Step, assert_same, cut, decode, load, play, save, text
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import error_of, make_gguf
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -24,24 +23,20 @@ pytestmark = pytest.mark.engine
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, kv_lora=64, rope=32, std=0.2, seed=71)
 A, B = np.random.default_rng(71).integers(0, VOCAB_SIZE, (2, 250))
 SAVED = 120  # tokens of A in the state; 50 of B live beside it
+FLASH = Setup(n_seq_max=3, flash_attention=True)
 SETUPS = {
     "F32, plain attention": Setup(n_seq_max=3),
-    **{
-        name: Setup(n_seq_max=3, flash_attention=True, cache_type=name)
-        for name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0")
-    },
-    "F32, unified": Setup(n_seq_max=3, flash_attention=True, kv_unified=True),
-    "F32, rollback": Setup(n_seq_max=3, flash_attention=True, n_rs_seq=4),
-    "Q8_0, rollback": Setup(n_seq_max=3, flash_attention=True, cache_type="Q8_0", n_rs_seq=4),
+    **{name: replace(FLASH, cache_type=name) for name in ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q4_0")},
+    "F32, unified": replace(FLASH, kv_unified=True),
+    "F32, rollback": replace(FLASH, n_rs_seq=4),
+    "Q8_0, rollback": replace(FLASH, cache_type="Q8_0", n_rs_seq=4),
 }
 BEGINNING = [decode(*text(0, A[:SAVED])), decode(*text(1, B[:50]))]
 
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("saved")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(tmp_path_factory.mktemp("saved"), SPEC)
 
 
 def going_on(slot: int) -> list[Step]:
@@ -55,15 +50,13 @@ def last(logits: Logits, steps: list[Step]) -> Logits:
     return logits[-sum(len(tokens) for name, tokens, *_ in steps if name == "decode") :]
 
 
+FUTURE = text(0, B[60:90], SAVED)
 # What happens between the saving and the going on, and the slot where A then is.
 WAYS = {
     "emptied and restored": (0, lambda file: [save(0, file), cut(0, -1), load(0, file)]),
     "into a free slot, the old one emptied": (2, lambda file: [save(0, file), cut(0, -1), load(2, file)]),
     "over what the slot held": (1, lambda file: [save(0, file), load(1, file)]),
-    "over its own future": (
-        0,
-        lambda file: [save(0, file), decode(*text(0, B[60:90], SAVED)), load(0, file)],
-    ),
+    "over its own future": (0, lambda file: [save(0, file), decode(*FUTURE), load(0, file)]),
 }
 
 
@@ -103,14 +96,7 @@ def test_between_pristine_and_patched(
     if name == "F32, plain attention":
         assert_same(there, last(here, going_on(0)))
     else:
-        assert error(there, last(here, going_on(0))) < 1e-4
-
-
-def error(got: Logits, expected: Logits) -> float:
-    """NMSE in all."""
-    return float(
-        np.square(got.astype(np.float64) - expected).sum() / np.square(expected.astype(np.float64)).sum()
-    )
+        assert error_of(there, last(here, going_on(0))).in_all < 1e-4
 
 
 @pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0"])
@@ -121,14 +107,13 @@ def test_tokens_taken_back_after_a_restore(
     setup = Setup(n_seq_max=2, flash_attention=True, cache_type=cache_type, n_rs_seq=4)
     file, wrong = tmp_path / "state", B[100:105].copy()
     wrong[:2] = A[SAVED : SAVED + 2]
-    rest = [decode((1, i, int(A[i]))) for i in range(SAVED + 2, SAVED + 12)]
+    rest, straight = ([decode((slot, i, int(A[i]))) for i in range(SAVED + 2, SAVED + 12)] for slot in (1, 0))
     draft = [decode(*text(1, wrong, SAVED)), cut(1, SAVED + 2), *rest]
     beginning = [decode(*text(0, A[:SAVED])), decode(*text(1, B[:90])), decode(*text(1, B[90:95], 90))]
     got = play(engine, gguf, setup, [*beginning, save(0, file), load(1, file), *draft]).logits
-    straight = [decode(*text(0, A[:SAVED])), decode(*text(0, A[SAVED : SAVED + 2], SAVED))]
-    straight += [decode((0, i, int(A[i]))) for i in range(SAVED + 2, SAVED + 12)]
-    expected = play(engine, gguf, setup, straight).logits
+    alone = [decode(*text(0, A[:SAVED])), decode(*text(0, A[SAVED : SAVED + 2], SAVED)), *straight]
+    expected = play(engine, gguf, setup, alone).logits
     if cache_type == "F32":
         assert_same(last(got, rest), last(expected, rest))
     else:
-        assert error(last(got, rest), last(expected, rest)) < 1e-6
+        assert error_of(last(got, rest), last(expected, rest)).in_all < 1e-6

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.toolchain import cores
 
@@ -23,7 +22,7 @@ TOUCHED = "kimi-linear|kimi-k3|deepseek2|qwen3next|bailingmoe3|jamba|falcon-h1|l
 ALL = ".*"
 full = pytest.mark.full
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-STATE_PROGRAMS = ["test-save-load-state", "test-recurrent-state-rollback"]
+ROLLBACK = "test-recurrent-state-rollback"
 
 
 def outcome(engine: Engine, folder: Path, program: str, *arguments: str) -> list[str]:
@@ -47,11 +46,8 @@ def table(build: Engine, folder: Path, archs: str, program: str) -> list[str]:
     models = folder / "models"
     models.mkdir(parents=True)
     verdicts(build, folder, "test-llama-archs", "-a", archs, "-o", str(models))
-    lines = [
-        line
-        for line in verdicts(build, folder, program, "--models", str(models), "-t", "1")
-        if ".gguf " in line
-    ]
+    found = verdicts(build, folder, program, "--models", str(models), "-t", "1")
+    lines = [line for line in found if ".gguf " in line]
     assert len(lines) == len(list(models.glob("*.gguf"))) > 0
     return lines
 
@@ -62,13 +58,13 @@ def test_architectures(tmp_path: Path, archs: str, engine: Engine) -> None:
     assert verdicts(engine, tmp_path, "test-llama-archs", "-a", archs)
 
 
-@pytest.mark.parametrize("program", STATE_PROGRAMS)
+@pytest.mark.parametrize("program", ["test-save-load-state", ROLLBACK])
 @pytest.mark.parametrize("archs", [TOUCHED, pytest.param(ALL, marks=full)], ids=["touched", "all"])
 def test_states_of_small_models(
     tmp_path: Path, archs: str, program: str, engine: Engine, pristine: Engine
 ) -> None:
     expected = table(pristine, tmp_path / "pristine", archs, program)
-    if program == "test-recurrent-state-rollback":
+    if program == ROLLBACK:
         expected = [with_rollback(line) for line in expected]
     assert table(engine, tmp_path / "patched", archs, program) == expected
 
@@ -81,31 +77,28 @@ def with_rollback(line: str) -> str:
     return line.replace("SKIP", "PASS")
 
 
-def test_save_and_load_of_the_demo(tmp_path: Path, demo_dir: Path, engine: Engine) -> None:
-    gguf = tmp_path / "demo.gguf"
-    convert(demo_dir, gguf, TYPES["BF16"])
-    verdicts(engine, tmp_path, "test-save-load-state", "-m", str(gguf), "-t", "1")
+def test_save_and_load_of_the_demo(tmp_path: Path, demo_gguf: Callable[[str], Path], engine: Engine) -> None:
+    outcome(engine, tmp_path, "test-save-load-state", "-m", str(demo_gguf("BF16")), "-t", "1")
 
 
 @pytest.mark.parametrize("choice", ["require", "off"])
 @pytest.mark.parametrize("weights", ["F32", "BF16", "Q8_0"])
 def test_rollback_of_the_demo(
-    tmp_path: Path, demo_dir: Path, choice: str, weights: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, demo_gguf: Callable[[str], Path], choice: str, weights: str, engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """On the operators and on upstream's graph; the program fills the caches with zeros, then with rubbish."""
-    gguf = tmp_path / "demo.gguf"
-    convert(demo_dir, gguf, TYPES[weights])
     monkeypatch.setenv("KIMI_OPS", choice)
-    said = outcome(engine, tmp_path, "test-recurrent-state-rollback", "-m", str(gguf), "-t", "1")
+    said = outcome(engine, tmp_path, ROLLBACK, "-m", str(demo_gguf(weights)), "-t", "1")
     assert not any("skipping" in line for line in said)
     for done in ("rollback checkpoint restored successfully", "multi-seq split replay matched"):
         assert sum(done in line for line in said) == 2, said
 
 
-def test_pristine_does_not_roll_back_the_demo(tmp_path: Path, demo_dir: Path, pristine: Engine) -> None:
-    gguf = tmp_path / "demo.gguf"
-    convert(demo_dir, gguf, TYPES["BF16"])
-    said = outcome(pristine, tmp_path, "test-recurrent-state-rollback", "-m", str(gguf), "-t", "1")
+def test_pristine_does_not_roll_back_the_demo(
+    tmp_path: Path, demo_gguf: Callable[[str], Path], pristine: Engine
+) -> None:
+    said = outcome(pristine, tmp_path, ROLLBACK, "-m", str(demo_gguf("BF16")), "-t", "1")
     assert any("skipping" in line for line in said)
 
 
@@ -115,9 +108,5 @@ def test_pristine_does_not_roll_back_the_demo(tmp_path: Path, demo_dir: Path, pr
     ids=["latent attention", "delta rule", "all"],
 )
 def test_operators(tmp_path: Path, chosen: list[str], engine: Engine) -> None:
-    assert any(
-        "Backend CPU: OK" in line
-        for line in verdicts(
-            engine, tmp_path, "test-backend-ops", "test", "-b", "CPU", "-j", str(2 * cores()), *chosen
-        )
-    )
+    options = ["test", "-b", "CPU", "-j", str(2 * cores()), *chosen]
+    assert any("Backend CPU: OK" in line for line in verdicts(engine, tmp_path, "test-backend-ops", *options))

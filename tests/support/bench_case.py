@@ -1,30 +1,12 @@
-"""What the tests of the bench share: a cache folder of their own beside the finished builds, and tiny models."""
+"""What the tests of the bench share: its command, sizes for a quick run, and a record."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from typing import Any
 
-from kimi_gguf.engine.builds import cache_folder
-
-BUILT = ("engines", "sources", "downloads")  # parts of the cache that are made once for all tests
-
-
-def own_cache(folder: Path) -> Path:
-    """A cache folder in which builds are there already, and nothing of the bench."""
-    cache = folder / "cache"
-    cache.mkdir()
-    for name in BUILT:
-        (cache / name).symlink_to(cache_folder() / name)
-    return cache
-
-
-def environment(cache: Path) -> Mapping[str, str]:
-    """For commands that are to use that cache."""
-    return {**os.environ, "KIMI_GGUF_CACHE": str(cache)}
+TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1", "--seconds", "0.05")
 
 
 def command(*words: str) -> list[str]:
@@ -32,8 +14,28 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama", "bench", *words]
 
 
-def bench(cache: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run `kimi-llama bench`."""
-    return subprocess.run(
-        command(*words), env=environment(cache), capture_output=True, text=True, check=False, timeout=600
-    )
+def bench(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run `kimi-llama bench`, which must end with `status`."""
+    ended = subprocess.run(command(*words), capture_output=True, text=True, check=False, timeout=600)
+    assert ended.returncode == status, ended.stderr
+    return ended
+
+
+def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
+    """A record with one cell."""
+    cell = {
+        "cache_type": "f16", "sequences": 1, "threads": 2, "depth": depth, "batch": 1, "tokens": 1, "ratio": ratio,
+        "pristine": {"way": "pristine", "tokens_per_second": 10.0, "spread": 0.01},
+        "patched": {"tokens_per_second": 10.0 * ratio, "spread": 0.01},
+        "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05}, "others": 0.0,
+    }  # fmt: skip
+    engine = {
+        "llama_cpp_commit": "0123456789", "package": "llama", "commit": "01234-ours",
+        "compilers": {"C++": "c++: some compiler 1.0"},
+    }  # fmt: skip
+    return {
+        "schema": 1, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
+        "hybrid": None, "switch": "require", "engines": {"patched": engine, "pristine": engine}, "libraries": None,
+        "machine": {"processor": "one", "cores": 2, "memory_gib": None, "system": "Linux 1"},
+        "models": [{"name": "m", "cells": [cell], "about": {"load": {}, "contexts": {}, "shared": {}}}],
+    }  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -63,9 +62,16 @@ def convert(*arguments: object) -> Run:
 def start_convert(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start `convert-kimi` as a process of its own."""
     command = [sys.executable, "-m", "kimi_gguf.convert.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy(), **options
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def killed_conversions(*arguments: object) -> dict[str, int]:
+    """What `conversion_killer` counts."""
+    command = [sys.executable, Path(__file__).with_name("conversion_killer.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts: dict[str, int] = json.loads(done.stdout)
+    return counts
 
 
 def assert_refused(run: Run, folder: Path, *words: str) -> None:

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from emulators.cuda import compile_program
+import native_program
+from emulators.cuda import compile_objects, link_program
+from native_program import OPERATORS, ggml_libraries
 
-NATIVE = Path(__file__).parents[1] / "native" / "cuda"
-OPERATORS = Path(__file__).parents[2] / "ggml_ops"
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.scripts.cuda_check import patched_ggml
+
+NATIVE = native_program.NATIVE / "cuda"
+SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
+GGML_OPTIONS = [
+    "-DGGML_CUDA_NO_VMM",
+    "-Wno-unused-function",
+    "-Wno-unused-parameter",
+]  # for upstream's headers
 
 
 def compile_cuda(
@@ -16,24 +27,29 @@ def compile_cuda(
     program: Path,
     *,
     include: Sequence[Path] = (),
-    system: Sequence[Path] = (),
     options: Sequence[str] = (),
     link: Sequence[str] = (),
-    architecture: int = 80,
-    races: bool = False,
-    fast_math: bool = True,
     compiler: str | None = None,
+    **others: Any,
 ) -> Path:
-    """As compile_program; #include "…" also finds what lies in tests/native, ggml_ops and its common/cuda."""
-    return compile_program(
+    """Compile as compile_objects does and link; #include "…" also finds what is in SHARED."""
+    objects = compile_objects(
         sources,
-        program,
-        include=[*include, NATIVE.parent, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"],
-        system=system,
+        program.with_suffix(".work"),
+        include=[*include, *SHARED],
         options=["-Werror", *options],
-        link=link,
-        architecture=architecture,
-        races=races,
-        fast_math=fast_math,
         compiler=compiler,
+        **others,
+    )
+    return link_program(objects, program, link=link, compiler=compiler)
+
+
+def compile_with_ggml(
+    engine: Engine, sources: Sequence[Path], program: Path, *, ggml: Path | None = None, **others: Any
+) -> Path:
+    """Compile as compile_cuda does with the headers of `ggml`, by default the patched one; link to the build's."""
+    headers = [(ggml or patched_ggml()) / folder for folder in ("include", "src", "src/ggml-cuda")]
+    options = [*GGML_OPTIONS, *others.pop("options", ())]
+    return compile_cuda(
+        sources, program, system=headers, options=options, link=ggml_libraries(engine), **others
     )

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -84,13 +84,8 @@ class Build:
         )
 
     def ninja(self, *arguments: str) -> str:
-        """What Ninja says; `CalledProcessError` shows its output where it fails."""
-        command = [packaged_tool("ninja"), "-C", str(self.folder), *arguments]
-        ended = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
-        assert ended.returncode == 0, ended.stdout[-4000:]
-        return ended.stdout
+        """What Ninja says; it must succeed."""
+        return _output([packaged_tool("ninja"), "-C", self.folder, *arguments])
 
 
 def require_tools(tools: Mapping[str, str]) -> None:
@@ -116,15 +111,8 @@ def build(variant: Variant) -> Build:
             _forget(folder.parent)
         os.utime(folder)
     compilers = variant.compilers or tuple(find_compilers("cpu")[name].path for name in ("C", "C++"))
-    versions = [
-        subprocess.run([each, "--version"], capture_output=True, check=True).stdout for each in compilers
-    ]
-    settings = [
-        variant.flags,
-        sorted({**DEFINES, **variant.defines}.items()),
-        cpu_fingerprint(),
-        str(versions),
-    ]
+    versions = [_output([each, "--version"]) for each in compilers]
+    settings = [variant.flags, sorted({**DEFINES, **variant.defines}.items()), cpu_fingerprint(), *versions]
     with _locked(folder / f"{variant.name}.lock"):
         if _read(made.folder / "settings") != json.dumps(settings):
             shutil.rmtree(made.folder, ignore_errors=True)
@@ -167,18 +155,16 @@ def _configure(made: Build, compilers: tuple[str, ...]) -> None:
         "OPERATORS": str(made.source / "operators"),
         **made.variant.defines,
     }
-    command = [
-        packaged_tool("cmake"),
-        "-G",
-        "Ninja",
-        "-S",
-        str(made.source / "native"),
-        "-B",
-        str(made.folder),
-    ]
-    command += [f"-D{name}={value}" for name, value in defines.items()]
+    options = [f"-D{name}={value}" for name, value in defines.items()]
+    _output(
+        [packaged_tool("cmake"), "-G", "Ninja", "-S", made.source / "native", "-B", made.folder, *options]
+    )
+
+
+def _output(command: Sequence[str | Path]) -> str:
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-4000:]
+    return ended.stdout
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """Small C++ programs against a build's ggml: what pytest compiles from tests/native and runs.
 
-In: a build, a source file and the folders of our operators that it includes. Out: the path of the program,
+Input: a build, a source file and the folders of our operators that it includes. Output: the path of the program,
 compiled with all warnings as errors. Its headers are pristine upstream's, which patches never change for
 others, and those of ggml_ops.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.toolchain import find_compilers
 
 ROOT = Path(__file__).parents[2]
+NATIVE = ROOT / "tests" / "native"
 OPERATORS = ROOT / "ggml_ops"
 
 
@@ -22,7 +24,7 @@ def compile_program(
     engine: Engine,
     name: str,
     folder: Path,
-    operators: tuple[str, ...],
+    operators: tuple[str, ...] = (),
     sources: tuple[str, ...] = (),
     options: tuple[str, ...] = (),
 ) -> Path:
@@ -32,7 +34,7 @@ def compile_program(
     options: of the compiler, further ones. `CalledProcessError` where it does not compile.
     """
     program = folder / Path(name).stem
-    files = [ROOT / "tests" / "native" / name, *(OPERATORS / each for each in sources)]
+    files = [NATIVE / name, *(OPERATORS / each for each in sources)]
     _compile(engine, files, program, [*(f"-I{OPERATORS / each}" for each in operators), *options])
     return program
 
@@ -40,8 +42,41 @@ def compile_program(
 def compile_backend(engine: Engine, folder: Path) -> Path:
     """Compile native/second_backend.cpp into a shared library that ggml_backend_load takes."""
     library = folder / "libsecond.so"
-    _compile(engine, [ROOT / "tests" / "native" / "second_backend.cpp"], library, ["-fPIC", "-shared"])
+    _compile(engine, [NATIVE / "second_backend.cpp"], library, ["-fPIC", "-shared"])
     return library
+
+
+def run_program(
+    program: Path, *arguments: str | Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program that must end with status 0; the assertion shows its last lines."""
+    ended = subprocess.run(
+        [program, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, "\n".join(ended.stdout.splitlines()[-20:]) + ended.stderr[-2000:]
+    return ended
+
+
+def passed_cases(engine: Engine, device: str, operator: str, *arguments: str, **environment: str) -> int:
+    """Run upstream's test-backend-ops, to which the CPU's plain path is the truth; how many cases there were."""
+    program = engine.bin / "test-backend-ops"
+    ended = run_program(program, "test", "-b", device, "-o", operator, *arguments, **environment)
+    return sum(operator in line and "OK" in line for line in ended.stdout.splitlines())
+
+
+def roll_back_on_device(
+    engine: Engine, gguf: Path, backend: Path, layers: int, log: Path, **environment: str
+) -> set[str]:
+    """Run upstream's program: take back tokens, replay, several sequences, caches of zeros and of rubbish.
+
+    It loads no backends, so the device registers itself. Returns the lines of SECOND_LOG.
+    """
+    environment |= {"LD_PRELOAD": str(backend), "SECOND_REGISTERS": "1", "SECOND_LOG": str(log)}
+    environment["GGML_NO_BACKTRACE"] = "1"  # its gdb would load the library too
+    program = engine.bin / "test-recurrent-state-rollback"
+    ended = run_program(program, "-m", gguf, "-t", "1", "-ngl", str(layers), **environment)
+    assert (ended.stdout + ended.stderr).count("multi-seq split replay matched") == 2
+    return set(log.read_text().splitlines())
 
 
 def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]) -> None:
@@ -49,8 +84,12 @@ def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]
     command = [find_compilers("cpu")["C++"].path, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
     command += ["-isystem", str(ggml / "include"), "-isystem", str(ggml / "src"), f"-I{OPERATORS}", *options]
     command += [*map(str, files), "-o", str(target)]
-    command += [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath,{engine.lib}"]
-    subprocess.run(command, check=True)
+    subprocess.run([*command, *ggml_libraries(engine)], check=True)
+
+
+def ggml_libraries(engine: Engine) -> list[str]:
+    """Options of the linker."""
+    return [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl", f"-Wl,-rpath,{engine.lib}"]
 
 
 if __name__ == "__main__":  # FOLDER: for scripts/bench-gpu --rehearse

@@ -1,6 +1,6 @@
 """Random Kimi-Linear checkpoints in every layout that exists on disk: what the tests convert and compare.
 
-In: a `Spec` (shape, scale of the weights, seed). Out: a folder with config.json, safetensors (sharded or
+Input: a `Spec` (shape, scale of the weights, seed). Output: a folder with config.json, safetensors (sharded or
 single), `tiktoken.model` and `tokenizer_config.json`. The weights depend on the spec alone, so the layouts of
 one spec hold the same model. Layouts: "hub" (as published), "resaved" (transformers' `save_pretrained`, every
 dense layer under `block_sparse_moe`), "native" (transformers' in-memory names, fused convolutions and
@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,25 +24,11 @@ Layout = Literal["hub", "resaved", "native"]
 Weights = dict[str, torch.Tensor]
 
 MERGES = [
-    " t",
-    "he",
-    "in",
-    "re",
-    "on",
-    " a",
-    "er",
-    " the",
-    "nd",
-    " w",
-    "or",
-    "at",
-    " s",
-    " o",
-    "is",
-    "it",
-    "en",
-    "an",
-]
+    " t", "he", "in", "re", "on", " a", "er", " the", "nd",
+    " w", "or", "at", " s", " o", "is", "it", "en", "an",
+]  # fmt: skip
+BYTES = [bytes([byte]) for byte in range(256)]
+RANKS = BYTES + [merge.encode() for merge in MERGES]
 # The K2 family's names, by distance from the last rank; the marks of tool calls are not special.
 SPECIAL = {
     0: "[BOS]",
@@ -63,7 +50,7 @@ SPECIAL = {
     255: "[PAD]",
 }
 TOOL_CALL_MARKS = range(11, 16)
-NUM_RANKS = 256 + len(MERGES)
+NUM_RANKS = len(RANKS)
 VOCAB_SIZE = NUM_RANKS + 256
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_{{ m['role'] }}|>{{ m['role'] }}<|im_middle|>{{ m['content'] }}<|im_end|>"
@@ -118,10 +105,16 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
         "hidden_size": spec.hidden,
         "intermediate_size": spec.intermediate,
         "kv_lora_rank": spec.kv_lora,
+        "model_max_length": 4096,
         "moe_intermediate_size": spec.moe_intermediate,
+        "moe_renormalize": True,
         "num_attention_heads": spec.heads,
+        "num_expert_group": spec.groups,
+        "num_experts": spec.experts,
+        "num_experts_per_token": spec.experts_used,
         "num_hidden_layers": len(spec.layers),
         "num_key_value_heads": spec.heads,
+        "num_shared_experts": spec.shared_experts,
         "q_lora_rank": spec.q_lora,
         "qk_nope_head_dim": spec.nope,
         "qk_rope_head_dim": spec.rope,
@@ -134,6 +127,7 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
     }
     if layout == "native":
         kinds = {"K": "linear_attention", "M": "full_attention"}
+        is_moe = [i >= spec.dense_layers for i in range(len(spec.layers))]
         return common | {
             "attention_bias": False,
             "head_dim": spec.rope,
@@ -141,15 +135,7 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
             "linear_conv_kernel_dim": spec.conv,
             "linear_head_dim": spec.kda_head_dim,
             "linear_num_heads": spec.heads,
-            "mlp_layer_types": [
-                "dense" if i < spec.dense_layers else "sparse" for i in range(len(spec.layers))
-            ],
-            "model_max_length": 4096,
-            "moe_renormalize": True,
-            "num_expert_group": spec.groups,
-            "num_experts": spec.experts,
-            "num_experts_per_token": spec.experts_used,
-            "num_shared_experts": spec.shared_experts,
+            "mlp_layer_types": ["sparse" if moe else "dense" for moe in is_moe],
         }
     return common | {
         "first_k_dense_replace": spec.dense_layers,
@@ -162,15 +148,9 @@ def config(spec: Spec, layout: Layout = "hub") -> dict[str, Any]:
             "short_conv_kernel_size": spec.conv,
         },
         "mla_use_nope": True,
-        "model_max_length": 4096,
         "moe_layer_freq": 1,
-        "moe_renormalize": True,
         "moe_router_activation_func": "sigmoid",
-        "num_expert_group": spec.groups,
-        "num_experts": spec.experts,
-        "num_experts_per_token": spec.experts_used,
         "num_nextn_predict_layers": 0,
-        "num_shared_experts": spec.shared_experts,
         "rope_scaling": None,
         "rope_theta": 10000.0,
         "use_grouped_topk": True,
@@ -207,9 +187,8 @@ def weights(spec: Spec) -> Weights:
                 normal(f"{attn}{x}_conv1d.weight", width, 1, spec.conv, std=0.3)
             a = 1 + 15 * torch.rand(1, 1, spec.heads, 1, generator=rng)
             out[f"{attn}A_log"] = a.log().float()
-            dt = torch.exp(
-                torch.rand(width, generator=rng) * (math.log(0.1) - math.log(0.001)) + math.log(0.001)
-            )
+            low, high = math.log(0.001), math.log(0.1)
+            dt = torch.exp(torch.rand(width, generator=rng) * (high - low) + low)
             out[f"{attn}dt_bias"] = (dt + torch.log(-torch.expm1(-dt))).float()
             normal(f"{attn}f_a_proj.weight", spec.kda_head_dim, spec.hidden)
             normal(f"{attn}f_b_proj.weight", width, spec.kda_head_dim)
@@ -262,14 +241,13 @@ def in_layout(hub: Weights, spec: Spec, layout: Layout) -> Weights:
         elif ".experts." in name:
             stem, rest = name.split(".block_sparse_moe.experts.")
             if rest == "0.w1.weight":
-                expert = f"{stem}.block_sparse_moe.experts."
-                every = range(spec.experts)
-                out[f"{stem}.mlp.experts.gate_up_proj"] = torch.stack(
-                    [torch.cat([hub[f"{expert}{e}.w1.weight"], hub[f"{expert}{e}.w3.weight"]]) for e in every]
+                prefix = f"{stem}.block_sparse_moe.experts."
+                gate, down, up = (
+                    torch.stack([hub[f"{prefix}{e}.w{n}.weight"] for e in range(spec.experts)])
+                    for n in (1, 2, 3)
                 )
-                out[f"{stem}.mlp.experts.down_proj"] = torch.stack(
-                    [hub[f"{expert}{e}.w2.weight"] for e in every]
-                )
+                out[f"{stem}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+                out[f"{stem}.mlp.experts.down_proj"] = down
         elif name.endswith(gates):
             out[name.replace(".self_attn.", ".self_attn.forget_gate.")] = tensor
         else:
@@ -277,24 +255,17 @@ def in_layout(hub: Weights, spec: Spec, layout: Layout) -> Weights:
     return out
 
 
-def write_tokenizer(folder: Path) -> None:
-    """A `tiktoken.model` of the 256 bytes and a few merges; the K2 family's special tokens follow."""
-    ranks = [bytes([b]) for b in range(256)] + [m.encode() for m in MERGES]
+def write_tokenizer(folder: Path, ranks: Sequence[bytes] = RANKS, **settings: object) -> Path:
+    """`tiktoken.model` and `tokenizer_config.json` as on the hub; `settings` replaces keys of the latter."""
+    folder.mkdir(parents=True, exist_ok=True)
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
     (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
-    added = {
-        str(NUM_RANKS + offset): {
-            "content": content,
-            "lstrip": False,
-            "normalized": False,
-            "rstrip": False,
-            "single_word": False,
-            "special": offset not in TOOL_CALL_MARKS,
-        }
-        for offset, content in SPECIAL.items()
-    }
-    settings = {
-        "added_tokens_decoder": added,
+    same = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    written: dict[str, object] = {
+        "added_tokens_decoder": {
+            str(len(ranks) + i): {"content": name, **same, "special": i not in TOOL_CALL_MARKS}
+            for i, name in SPECIAL.items()
+        },
         "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
         "bos_token": "[BOS]",
         "chat_template": CHAT_TEMPLATE,
@@ -304,14 +275,14 @@ def write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "TikTokenTokenizer",
         "unk_token": "[UNK]",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    (folder / "tokenizer_config.json").write_text(json.dumps(written | settings, indent=2))
+    return folder
 
 
 def write_checkpoint(folder: Path, spec: Spec, layout: Layout = "hub", shards: int = 2) -> Path:
     """Write the whole checkpoint into `folder` (made if need be); `shards=1` writes `model.safetensors`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(spec, layout), indent=2))
     write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config(spec, layout), indent=2))
     tensors = in_layout(weights(spec), spec, layout)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,12 +15,12 @@ import gguf
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from random_checkpoint import VOCAB_SIZE, Spec, config, weights, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Layout, Spec, config, weights, write_checkpoint
 from safetensors.torch import save_file
 
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 from kimi_gguf.validate.reference import Reference
@@ -30,7 +30,7 @@ Tensors = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Error:
-    """NMSE of logits against float64."""
+    """NMSE of logits."""
 
     in_all: float
     worst: float  # of any position
@@ -39,6 +39,13 @@ class Error:
     def passes(self) -> bool:
         """The gate for F32 weights and an F32 cache."""
         return self.in_all <= 1e-10 and self.worst <= 1e-8
+
+
+def error_of(got: NDArray[np.floating], expected: NDArray[np.floating]) -> Error:
+    """NMSE of logits [T, V] against the expected ones; the sums are in float64."""
+    wide = expected.astype(np.float64)
+    square, power = np.square(got - wide).sum(1), np.square(wide).sum(1)
+    return Error(float(square.sum() / power.sum()), float((square / power).max()))
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,18 @@ class Case:
         one makes small models many times slower.
         """
         got = run_logits(engine, file or self.gguf, self.ids, RunOptions(**{"threads": 1, **options}))
-        square = np.square(got - self.logits).sum(1)
-        power = np.square(self.logits).sum(1)
-        return Error(float(square.sum() / power.sum()), float((square / power).max()))
+        return error_of(got, self.logits)
+
+
+def reference_of(spec: Spec, layout: Layout = "hub", dtype: torch.dtype = torch.float32) -> Reference:
+    """The torch reference of the model."""
+    return Reference(KimiConfig.from_json(config(spec, layout), layout), weights(spec).__getitem__, dtype)
+
+
+def make_gguf(folder: Path, spec: Spec) -> Path:
+    """Write the model into `folder` as an F32 GGUF, whose path is returned."""
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
 
 
 def make_case(folder: Path, spec: Spec, tokens: int = 96, scaled: dict[str, float] | None = None) -> Case:
@@ -69,9 +85,8 @@ def make_case(folder: Path, spec: Spec, tokens: int = 96, scaled: dict[str, floa
         tensors |= {name: factor * tensor for name, tensor in tensors.items() if part in name}
     save_file(tensors, checkpoint / "model.safetensors")
     ids = torch.randint(0, VOCAB_SIZE, (tokens,), generator=torch.Generator().manual_seed(spec.seed))
-    reference = Reference(
-        KimiConfig.from_json(config(spec), "spec"), tensors.__getitem__, dtype=torch.float64
-    )
+    model = KimiConfig.from_json(config(spec), "spec")
+    reference = Reference(model, tensors.__getitem__, dtype=torch.float64)
     convert(checkpoint, folder / "model.gguf", TYPES["F32"])
     return Case(folder / "model.gguf", ids.numpy(), reference.logits(ids).numpy())
 

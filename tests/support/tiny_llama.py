@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import subprocess
 import sys
 import tarfile
 from collections.abc import Mapping
@@ -47,6 +49,9 @@ diff --git a/src/answer.cpp b/src/answer.cpp
 """
 OVERLAY_FILE = "#define KIMI_ANSWER 2\n"
 
+ECHO = """#include <cstdio>
+int main(int n, char ** v) { for (int i = 1; i < n; i++) std::puts(v[i]); return %d; }
+"""
 # llama-cli prints its commit and the library's answer; llama-completion prints its arguments and fails with 7,
 # llama-speculative-simple with 8.
 FILES = {
@@ -71,10 +76,8 @@ endforeach()
     "src/steady.cpp": "int steady() {\n    return 5;\n}\n",
     "tools/llama-cli.cpp": '#include <cstdio>\n#include "commit.h"\nint answer();\n'
     'int main() { std::printf("%s answer %d\\n", COMMIT, answer()); }\n',
-    "tools/llama-completion.cpp": "#include <cstdio>\n"
-    "int main(int n, char ** v) { for (int i = 1; i < n; i++) std::puts(v[i]); return 7; }\n",
-    "tools/llama-speculative-simple.cpp": "#include <cstdio>\n"
-    "int main(int n, char ** v) { for (int i = 1; i < n; i++) std::puts(v[i]); return 8; }\n",
+    "tools/llama-completion.cpp": ECHO % 7,
+    "tools/llama-speculative-simple.cpp": ECHO % 8,
     "tools/test-unicode.cpp": "int main() {}\n",
     ".gitignore": "src/kimi*\n",
 }
@@ -88,21 +91,12 @@ PACKAGE = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """The miniature in a folder: its archive, its pin, its series and a cache of its own."""
+    """The miniature in a folder: its pin, its series, its source archive and a cache of its own."""
 
-    folder: Path
     pin: Pin
     series: Series
-
-    @property
-    def archive(self) -> Path:
-        """The source archive."""
-        return self.folder / "tiny-1.0.tar.gz"
-
-    @property
-    def cache(self) -> Cache:
-        """An engine cache beside it."""
-        return Cache(self.folder / "cache")
+    archive: Path
+    cache: Cache
 
     def spec(self, pristine: bool = False, source: Path | None = None) -> build_spec.BuildSpec:
         """The build spec of the patched miniature or its twin."""
@@ -137,35 +131,47 @@ def write_tree(folder: Path, files: Mapping[str, str]) -> Path:
 
 def make(folder: Path, files: Mapping[str, str] = FILES, patch: str = PATCH) -> Tiny:
     """Write the miniature's archive and series into a folder."""
-    tree = write_tree(folder / "tree", files)
+    write_tree(folder / "tree", files)
     write_tree(folder / "series", {"fixes/0001-answer.patch": patch})
     write_tree(folder / "ops", {"llama/tiny/kimi.h": OVERLAY_FILE})
-    members = {f"{ROOT}/llama.cpp/{name}": text for name, text in files.items()}
-    pack(
-        folder / "tiny-1.0.tar.gz", {**members, **{f"{ROOT}/{name}": text for name, text in PACKAGE.items()}}
-    )
+    members = {f"llama.cpp/{name}": text for name, text in files.items()} | PACKAGE
+    pack(folder / f"{ROOT}.tar.gz", {f"{ROOT}/{name}": text for name, text in members.items()})
     patched = write_tree(folder / "patched", files)
-    (patched / "src/kimi.h").write_text(OVERLAY_FILE)
-    (patched / "src/answer.cpp").write_text(
-        '#include "kimi.h"\n\nint answer() {\n    return KIMI_ANSWER;\n}\n'
-    )
-    return load(folder, tree_hash(tree), tree_hash(patched))
+    answer = '#include "kimi.h"\n\nint answer() {\n    return KIMI_ANSWER;\n}\n'
+    write_tree(patched, {"src/kimi.h": OVERLAY_FILE, "src/answer.cpp": answer})
+    return load(folder)
 
 
-def load(folder: Path, pristine: str | None = None, patched: str | None = None) -> Tiny:
+def load(folder: Path, patched: str | None = None) -> Tiny:
     """The miniature that `make` wrote into a folder."""
+    archive = folder / f"{ROOT}.tar.gz"
     pin = dataclasses.replace(
         load_pin(),
         package="tiny",
         version="1.0",
-        archive="tiny-1.0.tar.gz",
-        archive_sha256=file_sha256(folder / "tiny-1.0.tar.gz"),
+        archive=archive.name,
+        archive_sha256=file_sha256(archive),
         source_folder=f"{ROOT}/llama.cpp",
         python_folder=f"{ROOT}/llama_cpp",
-        pristine_tree_sha256=pristine or tree_hash(folder / "tree"),
+        pristine_tree_sha256=tree_hash(folder / "tree"),
         patched_tree_sha256=patched or tree_hash(folder / "patched"),
     )
-    return Tiny(folder, pin, load_series(folder / "series", folder / "ops"))
+    series = load_series(folder / "series", folder / "ops")
+    return Tiny(pin, series, archive, Cache(folder / "cache"))
+
+
+def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    """`main` in a process of its own."""
+    command = [sys.executable, __file__, str(folder), *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+def call(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`kimi-llama` on the miniature in a folder, to its end."""
+    process = start(folder, "kimi-llama", *arguments, **environment)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def main(arguments: list[str]) -> int:

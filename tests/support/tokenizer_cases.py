@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,19 +9,19 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import gguf
 import tiktoken
+from gguf import GGUFValueType as ValueType
 from llama_script import WORKER
-from random_checkpoint import SPECIAL, TOOL_CALL_MARKS, Spec
+from random_checkpoint import BYTES, Spec
 from random_checkpoint import config as config_json
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.metadata import ARCHITECTURE, Key, tokenizer_keys
 from kimi_gguf.convert.model.vocab import Vocab
+from kimi_gguf.convert.output.gguf_header import header_bytes
 from kimi_gguf.engine.llama import LlamaError
 from kimi_gguf.engine.worker import Worker
-
-BYTES = [bytes([byte]) for byte in range(256)]
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog. It's what you've seen: they're here, I'll go, we'd stay. "
@@ -48,19 +46,10 @@ def config(num_ranks: int, rows: int = 256) -> KimiConfig:
     )
 
 
-def one_piece(ranks: list[bytes]) -> tiktoken.Encoding:
-    """tiktoken with these ranks and no splitting."""
-    return tiktoken.Encoding(
-        "one piece",
-        pat_str=r"(?s).+",
-        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        special_tokens={},
-    )
-
-
-def train_ranks(merges: int, text: str = CORPUS) -> list[bytes]:
-    """A vocabulary as a tiktoken.model holds it: the 256 bytes, then `merges` tokens learnt from `text`."""
-    words = Counter(tuple(bytes([b]) for b in word.encode()) for word in text.replace(" ", "\0 ").split("\0"))
+def train_ranks(merges: int) -> list[bytes]:
+    """A vocabulary as a tiktoken.model holds it: the 256 bytes, then `merges` tokens learnt from CORPUS."""
+    split = CORPUS.replace(" ", "\0 ").split("\0")
+    words = Counter(tuple(bytes([byte]) for byte in word.encode()) for word in split)
     ranks = list(BYTES)
     while len(ranks) < 256 + merges:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
@@ -92,58 +81,24 @@ def every_pair_ranks(seed: int) -> list[bytes]:
     return BYTES + pairs
 
 
-def write_tokenizer(folder: Path, ranks: Sequence[bytes], **settings: object) -> Path:
-    """`tiktoken.model` and `tokenizer_config.json` as the hub has them; `settings` replaces keys of these."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
-    (folder / "tiktoken.model").write_text("\n".join(lines) + "\n")
-    written: dict[str, object] = {
-        "added_tokens_decoder": {
-            str(len(ranks) + i): {"content": name, "special": i not in TOOL_CALL_MARKS}
-            for i, name in SPECIAL.items()
-        },
-        "bos_token": "[BOS]",
-        "eos_token": "[EOS]",
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "chat_template": "{{ messages[0]['content'] }}<|im_end|>",
-        "tokenizer_class": "TikTokenTokenizer",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(written | settings))
-    return folder
+def oracle(
+    ranks: Sequence[bytes], special: Mapping[str, int] | None = None, pattern: str = SPLIT_PATTERN
+) -> tiktoken.Encoding:
+    """What the model's own tokenizer class builds from these files."""
+    tokens = {token: rank for rank, token in enumerate(ranks)}
+    marks = dict(special or {})
+    return tiktoken.Encoding("kimi", pat_str=pattern, mergeable_ranks=tokens, special_tokens=marks)
 
 
-def oracle(ranks: Sequence[bytes], special: Mapping[str, int] | None = None) -> tiktoken.Encoding:
-    """What the model's own tokenizer class builds from such files."""
-    return tiktoken.Encoding(
-        "kimi",
-        pat_str=SPLIT_PATTERN,
-        mergeable_ranks={token: rank for rank, token in enumerate(ranks)},
-        special_tokens=dict(special or {}),
-    )
+def one_piece(ranks: Sequence[bytes]) -> tiktoken.Encoding:
+    """tiktoken with these ranks and no splitting."""
+    return oracle(ranks, pattern=r"(?s).+")
 
 
 def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
     """A GGUF file with a vocabulary and nothing else."""
-    writer = gguf.GGUFWriter(path, "kimi-linear")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("kimi-k2")
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_types(vocab.types)
-    writer.add_token_merges(vocab.merges)
-    writer.add_add_bos_token(False)
-    for add, token in [
-        (writer.add_bos_token_id, vocab.bos_id),
-        (writer.add_eos_token_id, vocab.eos_id),
-        (writer.add_eot_token_id, vocab.eot_id),
-        (writer.add_pad_token_id, vocab.pad_id),
-        (writer.add_unk_token_id, vocab.unk_id),
-    ]:
-        if token is not None:
-            add(token)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    keys = [Key("general.architecture", ValueType.STRING, ARCHITECTURE), *tokenizer_keys(vocab)]
+    path.write_bytes(header_bytes(keys, [], []))
     return path
 
 
@@ -173,73 +128,19 @@ FRAGMENTS = [
     *"aAbZéÉßſKÅıİǅǆΩωЖж",  # cased letters of several alphabets; a long s, the Kelvin and Angstrom signs
     *"אبकกაꭰ",  # letters without case, Georgian, Cherokee
     *"ªºʰˢー々ゝ",  # modifiers and letters that look like marks; an iteration mark that is Han
-    "\u0301",  # marks: non-spacing, spacing, enclosing, Han
-    "\u0903",
-    "\u20dd",
-    "\U00016ff0",
-    *"漢字世〇〡〻⺀⼀豈㐀",  # Han letters, numbers, radicals
-    "\U00020000",
-    "\U0002f800",
-    "\U00031350",
-    *"0179²½Ⅷ٣१๓①一",  # numbers of all three kinds; one of them is a letter
-    "\U0001d7d8",
+    *"\u0301\u0903\u20dd\U00016ff0",  # marks: non-spacing, spacing, enclosing, Han
+    *"漢字世〇〡〻⺀⼀豈㐀\U00020000\U0002f800\U00031350",  # Han letters, numbers, radicals
+    *"0179²½Ⅷ٣१๓①一\U0001d7d8",  # numbers of all three kinds; one of them is a letter
     *"'’`ʼ\"!.,-_/()…—¿「」$€+<^",
-    "'s",
-    "'S",
-    "'ſ",
-    "'t",
-    "'T",
-    "'re",
-    "'RE",
-    "'rE",
-    "'ve",
-    "'Ve",
-    "'m",
-    "'M",
-    "'ll",
-    "'lL",
-    "'d",
-    "'D",
-    "'l",
-    "'r",
-    *"☃☺\u2764",  # symbols and what emoji are made of
-    "\ufe0f",
-    "\u200d",
-    "👩",
-    "\U0001f3fd",
-    "🇨",
+    *("'s", "'S", "'ſ", "'t", "'T", "'re", "'RE", "'rE", "'ve", "'Ve"),
+    *("'m", "'M", "'ll", "'lL", "'d", "'D", "'l", "'r"),
+    *"☃☺\u2764\ufe0f\u200d👩\U0001f3fd🇨",  # symbols and what emoji are made of
     *" \t\n\r\v\f",  # white space, and characters that only look like it
-    "  ",
-    "\r\n",
-    "\n\n",
-    "\x85\xa0\u1680\u2003\u2028\u2029\u202f\u3000"[0],
-    "\xa0",
-    "\u1680",
-    "\u2003",
-    "\u2028",
-    "\u3000",
-    "\u180e",
-    "\u200b",
-    "\u2060",
-    "\ufeff",
-    "\x1c",
-    "\0",
-    "\x7f",
-    "\xad",
-    "\u0378",  # unassigned, private, last, replacement character
-    "\ue000",
-    "\U0010ffff",
-    "\U000e0001",
-    "\ufffd",
-    "\U00016f00",  # assigned after Unicode 5, 9, 15, 16
-    "\u1c80",
-    "\U0001e4d0",
-    "\U00010d50",
-    "camelCase",
-    "HTTPServer",
-    "iPhone",
-    "don't",
-    "I'M",
+    *("  ", "\r\n", "\n\n"),
+    *"\x85\xa0\u1680\u2003\u2028\u3000\u180e\u200b\u2060\ufeff\x1c\0\x7f\xad",
+    *"\u0378\ue000\U0010ffff\U000e0001\ufffd",  # unassigned, private, last, replacement character
+    *"\U00016f00\u1c80\U0001e4d0\U00010d50",  # assigned after Unicode 5, 9, 15, 16
+    *("camelCase", "HTTPServer", "iPhone", "don't", "I'M"),
 ]
 
 

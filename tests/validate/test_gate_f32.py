@@ -8,26 +8,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from random_checkpoint import VOCAB_SIZE, Spec, config, weights, write_checkpoint
-from transformers import KimiLinearForCausalLM
-from transformers.models.kimi_linear import modeling_kimi_linear
+from llama_script import assert_same
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from synthetic_case import reference_of
+from test_reference import TIE, smallest_margin, token_by_token, transformers_logits
 
-from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
-from kimi_gguf.validate.reference import Reference, Trace
+from kimi_gguf.validate.reference import Trace
 
 pytestmark = pytest.mark.engine
 
 TOKENS = 130
-TIE = 1e-6
-NMSE_IN_ALL = 1e-10
-NMSE_WORST = 1e-8
 
 SPECS = [
     Spec(layers="KM", heads=2, kda_head_dim=32, std=0.02, seed=10),
@@ -41,33 +37,21 @@ SPECS = [
 ]  # fmt: skip
 
 
-def transformers_logits(folder: Path, ids: torch.Tensor) -> np.ndarray:
-    """Logits [T, V] in float32, KDA token by token (the chunked form loses digits where gates are steep)."""
-    model = KimiLinearForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.inference_mode():
-        logits: np.ndarray = model.eval()(ids[None], use_cache=False).logits[0].numpy()
-    return logits
-
-
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 def test_f32_logits_equal_transformers(
     tmp_path: Path, spec: Spec, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recurrent = modeling_kimi_linear.recurrent_kimi_delta_attention
-    monkeypatch.setattr(modeling_kimi_linear, "chunk_kimi_delta_attention", recurrent)
+    token_by_token(monkeypatch)
     folder = write_checkpoint(tmp_path / "checkpoint", spec)
     ids = torch.randint(0, VOCAB_SIZE, (TOKENS,), generator=torch.Generator().manual_seed(spec.seed))
-    expected = transformers_logits(folder, ids).astype(np.float64)
+    expected = transformers_logits(folder, ids).double().numpy()
     trace = Trace()
-    Reference(KimiConfig.from_json(config(spec), "spec"), weights(spec).__getitem__).logits(ids, trace)
-    tied = (torch.stack([route.margin for route in trace.routes.values()]).amin(0) < TIE).numpy()
+    reference_of(spec).logits(ids, trace)
+    tied = (smallest_margin(trace) < TIE).numpy()
     assert tied.mean() < 0.05, "too many ties to say anything: choose another seed"
 
     gguf = tmp_path / "model.gguf"
     convert(folder, gguf, TYPES["F32"])
     for flash_attention in (False, True):
         got = run_logits(engine, gguf, ids.numpy(), RunOptions(flash_attention=flash_attention))
-        error = np.square(got - expected).sum(1)[~tied]
-        power = np.square(expected).sum(1)[~tied]
-        assert error.sum() / power.sum() <= NMSE_IN_ALL, f"flash attention {flash_attention}"
-        assert (error / power).max() <= NMSE_WORST, f"flash attention {flash_attention}"
+        assert_same(got[~tied], expected[~tied])

@@ -7,23 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from random_checkpoint import MERGES, VOCAB_SIZE, Spec, config, weights, write_checkpoint
+from random_checkpoint import MERGES, VOCAB_SIZE, Spec
+from synthetic_case import make_gguf, reference_of
 
-from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.llama import (
-    RunOptions,
-    continue_greedily,
-    pieces,
-    run,
-    run_logits,
-    tokenize,
-)
+from kimi_gguf.validate.llama import RunOptions, continue_greedily, pieces, run, run_logits, tokenize
 from kimi_gguf.validate.llama_worker import plan_batches
-from kimi_gguf.validate.reference import Reference, Trace
+from kimi_gguf.validate.reference import Trace
 
 SPEC = Spec(layers="KMK", experts=8, experts_used=3, seed=21)
 IDS = np.random.default_rng(21).integers(0, VOCAB_SIZE, 70)
@@ -31,9 +22,7 @@ IDS = np.random.default_rng(21).integers(0, VOCAB_SIZE, 70)
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runner")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(tmp_path_factory.mktemp("runner"), SPEC)
 
 
 def starts(batches: list[list[tuple[int, int]]]) -> list[int]:
@@ -64,8 +53,7 @@ def test_every_token_is_fed_once_even_if_batches_are_smaller_than_the_sequences_
 def test_logits_layers_and_experts_are_those_of_the_reference(gguf: Path, engine: Engine) -> None:
     """With a graph of 16 tokens, so that the watched rows are put together from several."""
     trace = Trace()
-    reference = Reference(KimiConfig.from_json(config(SPEC), "spec"), weights(SPEC).__getitem__)
-    expected = reference.logits(torch.from_numpy(IDS), trace).numpy()
+    expected = reference_of(SPEC).logits(torch.from_numpy(IDS), trace).numpy()
     found = run(engine, gguf, [IDS], RunOptions(n_ubatch=16, trace=True))
     assert found.logits[0].shape == (len(IDS), VOCAB_SIZE)
     assert np.abs(found.logits[0] - expected).max() < 1e-3 * np.abs(expected).max()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from random_checkpoint import VOCAB_SIZE, Layout, Spec, config, weights, write_checkpoint
+from synthetic_case import reference_of
 from transformers import KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear
 
@@ -44,6 +45,13 @@ def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         return model.eval()(ids[None], use_cache=False).logits[0]
 
 
+def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers compute KDA token by token. With steep gates its chunked form loses digits in differences
+    of cumulative log-gates: it is then up to 5e-9 from float64."""
+    recurrent = modeling_kimi_linear.recurrent_kimi_delta_attention
+    monkeypatch.setattr(modeling_kimi_linear, "chunk_kimi_delta_attention", recurrent)
+
+
 def nmse_by_position(expected: torch.Tensor, got: torch.Tensor) -> torch.Tensor:
     error = (got.double() - expected.double()).square().sum(-1)
     return error / expected.double().square().sum(-1)
@@ -58,8 +66,7 @@ def smallest_margin(trace: Trace) -> torch.Tensor:
 def test_logits_equal_transformers_at_every_position(tmp_path: Path, spec: Spec, layout: Layout) -> None:
     ids, trace = ids_for(spec.seed), Trace()
     expected = transformers_logits(write_checkpoint(tmp_path, spec, layout), ids)
-    reference = Reference(KimiConfig.from_json(config(spec, layout), layout), weights(spec).__getitem__)
-    error = nmse_by_position(expected, reference.logits(ids, trace))
+    error = nmse_by_position(expected, reference_of(spec, layout).logits(ids, trace))
     assert smallest_margin(trace).min() > TIE, "choose another seed: here a tie picks the experts"
     assert error.max() <= NMSE_LIMIT
 
@@ -68,14 +75,10 @@ def test_logits_equal_transformers_at_every_position(tmp_path: Path, spec: Spec,
 def test_logits_equal_transformers_token_by_token_where_gates_are_steep(
     tmp_path: Path, spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With steep gates transformers' chunked form loses digits in differences of cumulative log-gates (it is
-    then up to 5e-9 from float64), so its token-by-token form is the yardstick."""
-    recurrent = modeling_kimi_linear.recurrent_kimi_delta_attention
-    monkeypatch.setattr(modeling_kimi_linear, "chunk_kimi_delta_attention", recurrent)
+    token_by_token(monkeypatch)
     ids = ids_for(spec.seed)
     expected = transformers_logits(write_checkpoint(tmp_path, spec), ids)
-    reference = Reference(KimiConfig.from_json(config(spec), "spec"), weights(spec).__getitem__)
-    assert nmse_by_position(expected, reference.logits(ids)).max() <= NMSE_LIMIT
+    assert nmse_by_position(expected, reference_of(spec).logits(ids)).max() <= NMSE_LIMIT
 
 
 @pytest.mark.parametrize("gate", ["ordinary", "hostile"])
@@ -100,18 +103,14 @@ def test_delta_rule_equals_a_float64_recurrence(gate: str) -> None:
             state = state + np.outer(k[t, h], beta[t, h] * (v[t, h] - state.T @ k[t, h]))
             expected[t, h] = state.T @ q[t, h]
 
-    spec = Spec()
-    reference = Reference(KimiConfig.from_json(config(spec), "spec"), weights(spec).__getitem__)
-    got = reference.delta_rule(*(torch.from_numpy(x).float() for x in (q, k, v, g, beta)))
+    got = reference_of(Spec()).delta_rule(*(torch.from_numpy(x).float() for x in (q, k, v, g, beta)))
     error = nmse_by_position(torch.from_numpy(expected).flatten(1), got.flatten(1))
     assert error.max() <= 1e-11
 
 
 def test_float64_shows_what_float32_costs() -> None:
     spec, ids = Spec(layers="KMKM", seed=6), ids_for(6)
-    model = KimiConfig.from_json(config(spec), "spec")
-    exact = Reference(model, weights(spec).__getitem__, dtype=torch.float64).logits(ids)
-    single = Reference(model, weights(spec).__getitem__).logits(ids)
+    exact, single = (reference_of(spec, dtype=dtype).logits(ids) for dtype in (torch.float64, torch.float32))
     assert exact.dtype is torch.float64 and single.dtype is torch.float32
     assert 0 < nmse_by_position(exact, single).max() <= NMSE_LIMIT
 
@@ -130,11 +129,3 @@ def test_only_chosen_experts_are_fetched_and_one_weight_at_a_time() -> None:
     experts = {int(name.split(".experts.")[1].split(".")[0]) for name in fetched if ".experts." in name}
     assert experts == chosen
     assert len(fetched) == len(set(fetched)), "each weight is read once"
-
-
-def test_logits_can_be_written_into_a_given_array() -> None:
-    spec, ids = Spec(layers="KM"), ids_for(0)
-    reference = Reference(KimiConfig.from_json(config(spec), "spec"), weights(spec).__getitem__)
-    out = torch.full((TOKENS, VOCAB_SIZE), float("nan"))
-    reference.logits(ids, out=out)
-    assert torch.allclose(out, reference.logits(ids), rtol=0, atol=1e-5)

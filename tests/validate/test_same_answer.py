@@ -10,17 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from llama_script import assert_same
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run, run_logits
 
 pytestmark = pytest.mark.engine
 
-Logits = NDArray[np.float32]
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 TOKENS = 200  # decompressed attention begins at 160
 IDS = np.random.default_rng(40).integers(0, VOCAB_SIZE, (3, TOKENS))
@@ -39,16 +37,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("same-answer")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
-
-
-def assert_same(got: Logits, expected: Logits) -> None:
-    error = np.square(got.astype(np.float64) - expected).sum(1)
-    power = np.square(expected.astype(np.float64)).sum(1)
-    assert error.sum() / power.sum() <= 1e-10
-    assert (error / power).max() <= 1e-8
+    return make_gguf(tmp_path_factory.mktemp("same-answer"), SPEC)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -63,9 +52,8 @@ def test_any_way_of_feeding_a_text_gives_the_same_logits(
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
 def test_sequences_side_by_side_do_not_touch_each_other(gguf: Path, engine: Engine, unified: bool) -> None:
-    lengths = (TOKENS, 61, 120)
-    alone = [run_logits(engine, gguf, ids[:length]) for ids, length in zip(IDS, lengths, strict=True)]
-    texts = [ids[:length] for ids, length in zip(IDS, lengths, strict=True)]
+    texts = [ids[:length] for ids, length in zip(IDS, (TOKENS, 61, 120), strict=True)]
+    alone = [run_logits(engine, gguf, ids) for ids in texts]
     for options in (
         RunOptions(kv_unified=unified),
         RunOptions(kv_unified=unified, n_batch=40, n_ubatch=40),

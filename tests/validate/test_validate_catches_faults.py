@@ -11,17 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from kimi_gguf.convert.pipeline import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.types.tensor_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.faults import FAULTS
 from kimi_gguf.validate.gates import Evidence, GateResult, judge
 from kimi_gguf.validate.llama import RunOptions, tokenize
 from kimi_gguf.validate.measure import VARIANTS, Answer, Ids, Measured, answer, measure, truth
-from kimi_gguf.validate.probe import quiet_weight, write_quiet_gguf
+from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.reference import Reference
 from kimi_gguf.validate.tensors import TensorProof
 
@@ -35,16 +32,15 @@ Judged = tuple[list[GateResult], Measured]
 
 @pytest.fixture(scope="module")
 def judged(
-    demo_dir: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory
+    demo_dir: Path, demo_gguf: Callable[[str], Path], engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, type[Reference]], Judged]:
     """(GGUF type, reference) -> all gates, and the plain run's figures. Of F32 files with the quiet probe."""
     folder = tmp_path_factory.mktemp("faults")
 
     @cache
     def answers(kind: str) -> tuple[Ids, list[Answer]]:
-        gguf, quiet = folder / f"{kind}.gguf", folder / f"{kind}-quiet.gguf"
-        convert(demo_dir, gguf, TYPES[kind])
-        write_quiet_gguf(gguf, quiet)
+        gguf = demo_gguf(kind)
+        quiet = write_quiet_gguf(gguf, folder / f"{kind}-quiet.gguf")
         text = (demo_dir / "heldout.txt").read_text(encoding="utf-8")
         ids = np.array(tokenize(engine, gguf, text)[:TOKENS])
         variants = [variant for variant in VARIANTS if kind == "F32" or not variant.quiet]
@@ -57,13 +53,8 @@ def judged(
     def judged(kind: str, model: type[Reference]) -> Judged:
         ids, found = answers(kind)
         with open_checkpoint(demo_dir) as checkpoint:
-
-            def weight(name: str) -> torch.Tensor:
-                return torch.from_numpy(checkpoint.float32(name))
-
             expected = {
-                quiet: truth(model(checkpoint.config, quiet_weight(weight) if quiet else weight), ids)
-                for quiet in (False, True)
+                quiet: truth(reference_of(checkpoint, quiet, model=model), ids) for quiet in (False, True)
             }
         runs = [measure(expected[each.variant.quiet], each) for each in found]
         return judge(Evidence(kind, runs, [], TensorProof())), runs[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import gguf as gguf_py
 import pytest
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.cli import main
 
@@ -31,13 +32,9 @@ def gguf(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("engine", "pristine")
 def test_a_sound_file_passes_and_three_reports_are_written(
-    gguf: Path,
-    checkpoint: Path,
-    engine: Engine,
-    pristine: Engine,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    gguf: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "report"
     assert main([str(gguf), "--checkpoint", str(checkpoint), "--upstream", "--out", str(out), *SHORT]) == 0
@@ -78,6 +75,24 @@ def test_given_ids_are_compared_as_they_are(
     assert (report["ids"]["source"], report["ids"]["count"]) == ("ids.txt", 5)
 
 
+@pytest.fixture
+def refused(
+    gguf: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, bytes, str], None]:
+    """Checks that an option's file gives status 2, one last line that names it or says why, and no report."""
+
+    def check(name: str, content: bytes, said: str) -> None:
+        given, out = tmp_path / "given", tmp_path / "report"
+        given.write_bytes(content)
+        command = [str(gguf), "--checkpoint", str(checkpoint), name, str(given), "--out", str(out)]
+        assert main([*command, "--threads", "1"]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("validate-kimi: error: ") and said in error
+        assert not out.exists()
+
+    return check
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     ("name", "content", "said"),
@@ -87,16 +102,9 @@ def test_given_ids_are_compared_as_they_are(
     ],
 )
 def test_tokens_that_cannot_be_compared_give_status_2(
-    gguf: Path,
-    checkpoint: Path,
-    engine: Engine,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    content: bytes,
-    said: str,
+    engine: Engine, refused: Callable[[str, bytes, str], None], name: str, content: bytes, said: str
 ) -> None:
-    refused(capsys, tmp_path, gguf, checkpoint, name, content, said)
+    refused(name, content, said)
 
 
 @pytest.mark.engine
@@ -120,15 +128,9 @@ def test_a_checkpoint_of_another_shape_gives_status_2(
     ],
 )
 def test_a_bad_file_gives_status_2_and_one_line_that_names_it(
-    gguf: Path,
-    checkpoint: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    content: bytes,
-    said: str,
+    refused: Callable[[str, bytes, str], None], name: str, content: bytes, said: str
 ) -> None:
-    refused(capsys, tmp_path, gguf, checkpoint, name, content, said)
+    refused(name, content, said)
 
 
 def test_a_missing_or_damaged_gguf_gives_status_2(
@@ -140,23 +142,3 @@ def test_a_missing_or_damaged_gguf_gives_status_2(
         assert main([str(tmp_path / "x.gguf"), "--checkpoint", str(checkpoint)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("validate-kimi: error: ") and "x.gguf" in error and error.count("\n") == 1
-
-
-def refused(
-    capsys: pytest.CaptureFixture[str],
-    folder: Path,
-    gguf: Path,
-    checkpoint: Path,
-    name: str,
-    content: bytes,
-    said: str,
-) -> None:
-    """The option's file gives status 2, one last line that names it or says why, and no report."""
-    given = folder / "given"
-    given.write_bytes(content)
-    out = folder / "report"
-    command = [str(gguf), "--checkpoint", str(checkpoint), name, str(given), "--out", str(out)]
-    assert main([*command, "--threads", "1"]) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("validate-kimi: error: ") and said in error
-    assert not out.exists()

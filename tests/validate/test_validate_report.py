@@ -41,19 +41,8 @@ def report() -> Report:
     return Report(
         created="2026-01-02T03:04:05Z",
         seconds=1.0,
-        gguf={
-            "name": "model.gguf",
-            "bytes": 10,
-            "sha256": "ab" * 32,
-            "type": "BF16",
-            "tensors": 7,
-            "model": "m",
-        },
-        checkpoint={
-            "name": "folder",
-            "parameters": 5,
-            "files": [{"name": "a.safetensors", "bytes": 3, "sha256": "cd" * 32}],
-        },
+        gguf={"name": "model.gguf", "bytes": 10, "sha256": "ab" * 32, "type": "BF16", "tensors": 7},
+        checkpoint={"name": "folder", "parameters": 5, "files": [{"name": "a", "sha256": "cd" * 32}]},
         ids={"source": "a text", "count": TOKENS, "generated": 2, "sha256": "ef" * 32},
         engine={
             "kind": "patched",

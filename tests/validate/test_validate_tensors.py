@@ -11,13 +11,19 @@ import pytest
 import torch
 from random_checkpoint import Spec, write_checkpoint
 
-from kimi_gguf.convert.pipeline import convert
+from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.types.tensor_types import TYPES
+from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.tensors import TensorProof, nearest_bf16, prove
 
 SPEC = Spec(layers="KM", hidden=64, kda_head_dim=32, q_lora=32, seed=3)
+LAST_VALUE = {
+    "F32": (-4, 1),
+    "F16": (-2, 1),
+    "BF16": (-2, 1),
+    "Q8_0": (-1, 2),
+}  # its lowest byte, bits to change
 
 
 def proof_of(file: Path, checkpoint: Path) -> TensorProof:
@@ -51,21 +57,13 @@ def test_one_wrong_value_is_found_and_named(tmp_path: Path, kind: str, name: str
     file, checkpoint = converted(tmp_path, kind)
     reader = gguf.GGUFReader(file, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
-    stored = tensor.data.reshape(-1).view(np.uint8)
-    if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0:
-        stored[-1] ^= 2
-    else:
-        stored[-stored_width(tensor)] ^= 1
+    byte, bits = LAST_VALUE[tensor.tensor_type.name]
+    tensor.data.reshape(-1).view(np.uint8)[byte] ^= bits
     reader.data.flush()
     del reader
     proof = proof_of(file, checkpoint)
     assert proof.failed == 1
     assert name in proof.failures[0] and "1 of" in proof.failures[0]
-
-
-def stored_width(tensor: gguf.ReaderTensor) -> int:
-    """Bytes of one value; the lowest comes first."""
-    return {"F32": 4, "F16": 2, "BF16": 2}[tensor.tensor_type.name]
 
 
 def test_a_scale_that_is_off_is_found(tmp_path: Path) -> None:
@@ -85,9 +83,7 @@ def test_a_scale_that_is_off_is_found(tmp_path: Path) -> None:
 
 def test_another_checkpoint_is_told_apart(tmp_path: Path) -> None:
     file, _ = converted(tmp_path, "BF16")
-    other = write_checkpoint(
-        tmp_path / "other", Spec(layers="KM", hidden=64, kda_head_dim=32, q_lora=32, seed=9)
-    )
+    other = write_checkpoint(tmp_path / "other", replace(SPEC, seed=9))
     assert proof_of(file, other).failed > 30
     more_layers = write_checkpoint(tmp_path / "more", replace(SPEC, layers="KMK"))
     assert any("missing from the file" in failure for failure in proof_of(file, more_layers).failures)

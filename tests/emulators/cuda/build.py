@@ -15,9 +15,7 @@ from pathlib import Path
 from emulators.cuda.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
-STUBS = (
-    Path(__file__).parent / "stubs"
-)  # of headers that neither the emulator nor a toolkit without cuBLAS has
+STUBS = Path(__file__).parent / "stubs"  # headers that a toolkit without cuBLAS lacks
 
 # What kernels are checked for as they run: see include/cuda_emulator/checks.h.
 CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
@@ -38,37 +36,6 @@ class CompileError(Exception):
     """What the compiler said."""
 
 
-def compile_program(
-    sources: Sequence[Path],
-    program: Path,
-    *,
-    include: Sequence[Path] = (),
-    system: Sequence[Path] = (),
-    options: Sequence[str] = (),
-    link: Sequence[str] = (),
-    architecture: int = 80,
-    races: bool = False,
-    fast_math: bool = True,
-    compiler: str | None = None,
-) -> Path:
-    """Compile and link `sources` into `program`; its objects and rewritten sources lie beside it.
-
-    link: options of the linker. The others are those of `compile_objects`. `RewriteError`, `CompileError`.
-    """
-    objects = compile_objects(
-        sources,
-        program.resolve().parent / f"{program.name}.work",
-        include=include,
-        system=system,
-        options=options,
-        architecture=architecture,
-        races=races,
-        fast_math=fast_math,
-        compiler=compiler,
-    )
-    return link_program(objects, program, link=link, compiler=compiler)
-
-
 def compile_objects(
     sources: Sequence[Path],
     work: Path,
@@ -76,7 +43,6 @@ def compile_objects(
     include: Sequence[Path] = (),
     system: Sequence[Path] = (),
     options: Sequence[str] = (),
-    architecture: int = 80,
     races: bool = False,
     fast_math: bool = True,
     compiler: str | None = None,
@@ -84,12 +50,12 @@ def compile_objects(
     """Compile each of `sources` into an object, several at a time; objects and rewritten sources lie in `work`.
 
     include: folders for #include "…", those of .cuh files too. system: the same without warnings.
-    options: further ones of the compiler. architecture: 75, 80, 89, … of __CUDA_ARCH__.
+    options: further ones of the compiler.
     races: look for races in shared memory too, at each access (include/cuda_emulator/races.h); slower.
     fast_math: as nvcc's -use_fast_math, with which ggml compiles: expf is __expf, subnormal numbers are zero.
     compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
     """
-    command = [_compiler(compiler), *OPTIONS, *WARNINGS, f"-D__CUDA_ARCH__={architecture}0"]
+    command = [_compiler(compiler), *OPTIONS, *WARNINGS]
     command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
     command += ["-isystem", str(INCLUDE), "-isystem", str(STUBS), "-include", "cuda_runtime.h"]
     command += [f"-I{path}" for path in include]

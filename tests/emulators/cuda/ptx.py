@@ -44,30 +44,20 @@ def _plain(function: str, operands: Sequence[str]) -> str:
     return f"cuda_emulator::{function}({', '.join(['cuda_emulator::Place::here()', *operands])})"
 
 
-_MMA_TYPES = {"f16": "F16", "bf16": "BF16", "tf32": "TF32", "s8": "S8"}
-
-
 def _mma(found: re.Match[str], groups: Groups) -> str:
-    kind = f"{_MMA_TYPES[found['type']]}, {found['k']}"
+    kind = f"{found['type'].upper()}, {found['k']}"
     function = f"mma_f16<{found['k']}>" if found["sum"] == "f16" else f"mma<cuda_emulator::{kind}>"
     return _call(function, 1)(found, groups)
 
 
-def _matrices(function: str, results: int) -> Call:
-    def call(found: re.Match[str], groups: Groups) -> str:
-        registers, address = groups if results else reversed(groups)
-        moved = _out(registers) if results else _in(registers)
-        operands = [moved, *address] if results else [*address, moved]
-        return _plain(f"{function}<{'true' if found['trans'] else 'false'}>", operands)
-
-    return call
+def _matrices(found: re.Match[str], groups: Groups) -> str:
+    first, second = groups
+    operands = [_out(first), *second] if found["name"] == "ldmatrix" else [*first, _in(second)]
+    return _plain(f"{found['name']}<{'true' if found['trans'] else 'false'}>", operands)
 
 
-def _special(register: str) -> str:
-    """%laneid and its kin, which are read by mov."""
-    return {"%laneid": "cuda_emulator::lane()", "%warpid": "cuda_emulator::block.current->warp->number"}[
-        register
-    ]
+# Registers that mov reads.
+_SPECIAL = {"%laneid": "cuda_emulator::lane()", "%warpid": "cuda_emulator::block.current->warp->number"}
 
 
 # A statement's instruction, with all its suffixes -> the call. The first that fits counts.
@@ -79,17 +69,10 @@ _INSTRUCTIONS: list[tuple[str, Call]] = [
     ),
     (r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col\.(?P<sum>f32)\.(?P<type>bf16)\.bf16\.f32", _mma),
     (r"mma\.sync\.aligned\.m16n8k(?P<k>4|8)\.row\.col\.(?P<sum>f32)\.(?P<type>tf32)\.tf32\.f32", _mma),
+    (r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col\.(?P<sum>s32)\.(?P<type>s8)\.s8\.s32", _mma),
     (
-        r"mma\.sync\.aligned\.m16n8k(?P<k>16|32)\.row\.col\.(?P<sum>s32)\.(?P<type>s8)\.s8\.s32",
-        _mma,
-    ),
-    (
-        r"ldmatrix\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16",
-        _matrices("ldmatrix", 1),
-    ),
-    (
-        r"stmatrix\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16",
-        _matrices("stmatrix", 0),
+        r"(?P<name>ldmatrix|stmatrix)\.sync\.aligned(\.m8n8)?\.x[124](?P<trans>\.trans)?(\.shared(::cta)?)?\.b16",
+        _matrices,
     ),
     (r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", _call("movmatrix", 1)),
     (r"cp\.async\.c[ag]\.shared(::cta)?\.global(\.L2::(64|128|256)B)?", _values("cp_async")),
@@ -161,8 +144,9 @@ def _expression(word: str, expressions: Sequence[str]) -> str | None:
     """C++ for `%0`, `%0 + 16`, a number or a special register; None for anything else."""
     if _NUMBER.match(word):
         return word
-    if word in ("%%laneid", "%laneid", "%%warpid", "%warpid"):
-        return _special(word.replace("%%", "%"))
+    special = word.replace("%%", "%")
+    if special in _SPECIAL:
+        return _SPECIAL[special]
     found = re.fullmatch(r"%(\d+)\s*(\+\s*(?:%(\d+)|(\d+)))?", word)
     if not found or int(found[1]) >= len(expressions):
         return None

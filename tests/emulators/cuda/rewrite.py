@@ -18,16 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from emulators.cuda.ptx import translate
-from emulators.cuda.tokens import (
-    Token,
-    after_blank,
-    closing,
-    joined,
-    line_ends,
-    split,
-    stripped,
-    tokens,
-)
+from emulators.cuda.tokens import Token, after_blank, closing, joined, line_ends, split, stripped, tokens
 
 # What nvcc's -use_fast_math makes of them.
 _FAST = {

@@ -90,9 +90,7 @@ def split(row: Sequence[Token], separator: str, angles: bool = False) -> list[li
 
 def stripped(row: Sequence[Token]) -> list[Token]:
     """Without blanks at both ends."""
-    first, last = 0, len(row)
-    while first < last and row[first].kind == "blank":
-        first += 1
+    first, last = after_blank(row, 0), len(row)
     while last > first and row[last - 1].kind == "blank":
         last -= 1
     return list(row[first:last])

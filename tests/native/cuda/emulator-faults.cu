@@ -173,6 +173,13 @@ __global__ void stop(float * y) {
     __trap();
 }
 
+static float * freed_buffer() {
+    float * buffer;
+    cudaMalloc(&buffer, 128);
+    cudaFree(buffer);
+    return buffer;
+}
+
 static void run(const std::string & name) {
     DeviceArray<float> x(32), y(64);
     int *              numbers = reinterpret_cast<int *>(y.data());
@@ -187,26 +194,11 @@ static void run(const std::string & name) {
         { "write before a buffer", [&] { copy_shifted<<<1, 32>>>(x.data(), y.data(), -1); } },
         { "a freed buffer",
           [&] {
-              float * freed;  // in device memory, where no launch looks at it
-              cudaMalloc(&freed, 128);
-              cudaFree(freed);
-              DeviceArray<float *> pointers(std::vector<float *>{ freed });
+              DeviceArray<float *> pointers(std::vector<float *>{ freed_buffer() });  // where no launch looks
               write_through<<<1, 32>>>(pointers.data());
           } },
-        { "a freed argument",
-          [&] {
-              float * freed;
-              cudaMalloc(&freed, 128);
-              cudaFree(freed);
-              copy<<<1, 32>>>(x.data(), freed, 0);
-          } },
-        { "freed twice",
-          [&] {
-              float * freed;
-              cudaMalloc(&freed, 128);
-              cudaFree(freed);
-              cudaFree(freed);
-          } },
+        { "a freed argument", [&] { copy<<<1, 32>>>(x.data(), freed_buffer(), 0); } },
+        { "freed twice", [&] { cudaFree(freed_buffer()); } },
         { "memory of the host", [&] { copy<<<1, 32>>>(x.data(), host, 0); } },
         { "misaligned vectors", [&] { copy_vectors<<<1, 16>>>(x.data(), y.data()); } },
         { "behind a shared array", [&] { write_static_shared<<<1, 32>>>(y.data(), 1); } },

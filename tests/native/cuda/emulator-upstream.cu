@@ -2,55 +2,14 @@
 // know the fragments' layouts on their own. Both against plain loops in float64.
 
 #include "../check.h"
-#include "ggml-cuda/gated_delta_net.cu"
-#include "ggml-cuda/mma.cuh"
+#include "gated_delta_net.cu"
+#include "ggml-cuda-standin.cuh"
+#include "mma.cuh"
 
 #include <cstdio>
 #include <random>
 
 using namespace cuda_emulator;
-
-// What ggml-cuda.cu, which is not here, gives the others.
-void ggml_cuda_error(const char * stmt, const char *, const char * file, int line, const char * msg) {
-    throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + stmt + ": " + msg);
-}
-
-int ggml_cuda_get_device() {
-    return 0;
-}
-
-void ggml_cuda_set_device(int) {}
-
-const ggml_cuda_device_info & ggml_cuda_info() {
-    static const ggml_cuda_device_info info = [] {
-        ggml_cuda_device_info one = {};
-        one.device_count          = 1;
-        one.devices[0].cc         = __CUDA_ARCH__;
-        one.devices[0].warp_size  = 32;
-        return one;
-    }();
-    return info;
-}
-
-ggml_backend_cuda_context::~ggml_backend_cuda_context() = default;
-
-struct Tensor {
-    DeviceArray<float> data;
-    ggml_tensor        tensor = {};
-
-    Tensor(const std::vector<float> & values, int64_t a, int64_t b, int64_t c, int64_t d) : data(values) {
-        tensor.type         = GGML_TYPE_F32;
-        tensor.data         = data.data();
-        tensor.nb[0]        = sizeof(float);
-        const int64_t ne[4] = { a, b, c, d };
-        for (int i = 0; i < 4; i++) {
-            tensor.ne[i] = ne[i];
-            if (i) {
-                tensor.nb[i] = tensor.nb[i - 1] * size_t(ne[i - 1]);
-            }
-        }
-    }
-};
 
 static double nmse(const std::vector<float> & got, const std::vector<double> & wanted) {
     double error = 0, size = 0;
@@ -101,14 +60,23 @@ static void check_gated_delta_net(int D, int H, int T, int S) {
         }
     }
 
-    Tensor        Q(q, D, H, T, S), K(k, D, H, T, S), V(v, D, H, T, S), G(g, D, H, T, S), B(beta, 1, H, T, S);
-    Tensor        M(state, D, D, H, S), out(std::vector<float>(wanted.size(), NAN), D * H, T * S + D * S, 1, 1);
-    ggml_tensor * sources[] = { &Q.tensor, &K.tensor, &V.tensor, &G.tensor, &B.tensor, &M.tensor };
-    std::copy(std::begin(sources), std::end(sources), out.tensor.src);
-    out.tensor.op_params[0] = 1;
+    ggml_context *                                   ctx = ggml_init({ 1 << 20, nullptr, true });
+    std::vector<std::unique_ptr<DeviceArray<float>>> arrays;
+    const auto tensor = [&](const std::vector<float> & values, int64_t a, int64_t b, int64_t c, int64_t d) {
+        arrays.push_back(std::make_unique<DeviceArray<float>>(values));
+        ggml_tensor * t = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, a, b, c, d);
+        t->data         = arrays.back()->data();
+        return t;
+    };
+    ggml_tensor * sources[] = { tensor(q, D, H, T, S), tensor(k, D, H, T, S),    tensor(v, D, H, T, S),
+                                tensor(g, D, H, T, S), tensor(beta, 1, H, T, S), tensor(state, D, D, H, S) };
+    ggml_tensor * out       = tensor(std::vector<float>(wanted.size(), NAN), D * H, T * S + D * S, 1, 1);
+    std::copy(std::begin(sources), std::end(sources), out->src);
+    out->op_params[0] = 1;
     ggml_backend_cuda_context context(0);
-    ggml_cuda_op_gated_delta_net(context, &out.tensor);
-    CHECK(nmse(out.data.values(), wanted) < 1e-12);
+    ggml_cuda_op_gated_delta_net(context, out);
+    ggml_free(ctx);
+    CHECK(nmse(arrays.back()->values(), wanted) < 1e-12);
 }
 
 using namespace ggml_cuda_mma;

@@ -2,16 +2,10 @@
 // the CPU, against float64. What it is told of tensors that lie apart, which copies of the states it takes over, what it
 // refuses. A small interpreter stands in for ggml-cuda.cu.
 
-#include "../check.h"
 #include "ggml-cuda-standin.cuh"
-#include "ggml-kda-conv.h"
-#include "ggml-kda-scan.h"
-#include "kda-cases.h"
 #include "kda-ggml.cuh"
+#include "kda-nodes.h"
 
-#include <cstdio>
-#include <cstring>
-#include <map>
 #include <memory>
 
 using namespace cuda_emulator;
@@ -19,12 +13,11 @@ using namespace kda_cases;
 
 // Tensors, their memory, and the nodes in order.
 struct graph {
-    ggml_context *                                     ctx = ggml_init({ 4 << 20, nullptr, true });
-    ggml_cgraph *                                      nodes;
-    std::map<const ggml_tensor *, DeviceArray<char> *> memory;
-    std::vector<std::unique_ptr<DeviceArray<char>>>    arrays;
-    ggml_backend_cuda_context                          cuda{ 0 };
-    int                                                n_fused = 0;
+    ggml_context *                                  ctx = ggml_init({ 4 << 20, nullptr, true });
+    ggml_cgraph *                                   nodes;
+    std::vector<std::unique_ptr<DeviceArray<char>>> arrays;
+    ggml_backend_cuda_context                       cuda{ 0 };
+    int                                             n_fused = 0;
 
     graph() : nodes(ggml_new_graph(ctx)) {}
 
@@ -42,26 +35,10 @@ struct graph {
         }
     }
 
-    static char * at(const ggml_tensor * t, int64_t b, int64_t c, int64_t d) {
-        return (char *) t->data + b * t->nb[1] + c * t->nb[2] + d * t->nb[3];
-    }
-
-    template <typename T> static void put(ggml_tensor * t, const std::vector<T> & x) {
-        CHECK((int64_t) x.size() == ggml_nelements(t));
-        size_t n = 0;
-        for (int64_t d = 0; d < t->ne[3]; ++d) {
-            for (int64_t c = 0; c < t->ne[2]; ++c) {
-                for (int64_t b = 0; b < t->ne[1]; ++b, n += t->ne[0]) {
-                    memcpy(at(t, b, c, d), x.data() + n, t->ne[0] * sizeof(T));
-                }
-            }
-        }
-    }
-
     static void copy(const ggml_tensor * from, ggml_tensor * to) {
         for (int64_t c = 0; c < from->ne[2]; ++c) {
             for (int64_t b = 0; b < from->ne[1]; ++b) {
-                memcpy(at(to, b, c, 0), at(from, b, c, 0), from->ne[0] * sizeof(float));
+                memcpy(row_of(to, b, c), row_of(from, b, c), from->ne[0] * sizeof(float));
             }
         }
     }
@@ -81,7 +58,7 @@ struct graph {
                 copy(t->src[0], t->src[1]);
             } else if (t->op == GGML_OP_GET_ROWS) {
                 for (int64_t r = 0; r < t->ne[1]; ++r) {
-                    memcpy(at(t, r, 0, 0), at(t->src[0], ((int32_t *) t->src[1]->data)[r], 0, 0), t->nb[1]);
+                    memcpy(row_of(t, r), row_of(t->src[0], ((int32_t *) t->src[1]->data)[r]), t->nb[1]);
                 }
             } else if (t->op == GGML_OP_FILL) {
                 memset(t->data, 0, ggml_nbytes(t));
@@ -118,28 +95,21 @@ static ggml_tensor * apart(graph & g, int64_t a, int64_t b, int64_t c, int64_t d
     return ggml_view_4d(g.ctx, t, a, b, c, d, t->nb[1], t->nb[2], t->nb[3], a * sizeof(float));
 }
 
-// Rows of the cache that two cells take over: one that the new states are for, and the row of zeros if there is one.
-static std::vector<int32_t> rows_moved(int32_t zero_row) {
-    return { 0, zero_row >= 0 ? zero_row : 1 };
-}
-
 // Appends the operator and what stands around it. Returns the view of the cache that the states end in.
-static ggml_tensor * surround(graph &              g,
-                              const surroundings & around,
-                              ggml_tensor *        op,
-                              ggml_tensor *        cache,
-                              int64_t              n_out,
-                              int64_t              S,
-                              int64_t              K,
-                              int32_t              zero_row) {
+template <typename Node, typename Shape>
+static ggml_tensor *
+surround(graph & g, const surroundings & around, const Node & node, const Shape & n, int32_t zero_row) {
+    ggml_tensor * op    = node.op;
+    ggml_tensor * cache = node.cache;
     const int64_t size  = cache->ne[0];
-    const int64_t cells = cache->ne[1] / K;
+    const int64_t cells = cache->ne[1] / n.K;
+    const int64_t n_out = ggml_nelements(op) - size * n.S * n.K;
     ggml_build_forward_expand(g.nodes, op);
     if (around.output) {
         ggml_set_output(op);
     }
-    ggml_tensor * from = ggml_view_3d(g.ctx, op, size, S, K, size * 4, size * S * 4, n_out * 4);
-    ggml_tensor * to   = ggml_view_3d(g.ctx, cache, size, S, K, cache->nb[1], cells * cache->nb[1], 0);
+    ggml_tensor * from = ggml_view_3d(g.ctx, op, size, n.S, n.K, size * 4, size * n.S * 4, n_out * 4);
+    ggml_tensor * to   = ggml_view_3d(g.ctx, cache, size, n.S, n.K, cache->nb[1], cells * cache->nb[1], 0);
     if (around.gathered) {
         if (zero_row >= 0) {
             ggml_tensor * zeros = ggml_view_1d(g.ctx, cache, size, zero_row * cache->nb[1]);
@@ -148,14 +118,14 @@ static ggml_tensor * surround(graph &              g,
         ggml_tensor * moved = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, 2);
         ggml_set_name(moved, "moved");
         ggml_tensor * behind =
-            ggml_view_2d(g.ctx, cache, size, 2, cache->nb[1], (around.onto ? S - 1 : S) * cache->nb[1]);
+            ggml_view_2d(g.ctx, cache, size, 2, cache->nb[1], (around.onto ? n.S - 1 : n.S) * cache->nb[1]);
         ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), behind));
     }
     if (around.copied) {
         ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, from, to));
     }
     if (around.reader) {
-        ggml_tensor * other = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, size, S, K);
+        ggml_tensor * other = ggml_new_tensor_3d(g.ctx, GGML_TYPE_F32, size, n.S, n.K);
         ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, from, other));
     }
     return around.copied ? to : from;
@@ -178,34 +148,25 @@ static bool is_direct(const std::vector<int32_t> & rows, int32_t zero_row, int64
 // Which rows the sequences continue.
 enum class reading { permuted, own, own_snapshot };
 
-static void choose(std::vector<int32_t> & rows, reading how, int32_t zero_row, int64_t cells) {
-    for (size_t s = 0; s < rows.size(); ++s) {
-        if (how == reading::own_snapshot && rows[s] != zero_row) {
-            rows[s] = s + cells;
-        }
-    }
-}
-
 static int n_cases;
 
-template <typename Want>
-static void judge(const std::string &        name,
-                  const graph &              g,
-                  bool                       fused,
-                  const ggml_tensor *        op,
-                  const ggml_tensor *        states,
-                  bool                       direct,
-                  const Want &               want,
-                  const ggml_tensor *        cache,
-                  const std::vector<float> & before,
-                  int32_t                    zero_row) {
-    const double e_out = nmse((const float *) op->data, want.out.data(), want.out.size());
-    size_t       n     = 0;
-    double       worst = 0;
+// x: the inputs. states: where they end.
+template <typename Node, typename Inputs, typename Want>
+static void judge(const std::string & name,
+                  const graph &       g,
+                  bool                fused,
+                  bool                direct,
+                  const Node &        node,
+                  const ggml_tensor * states,
+                  const Inputs &      x,
+                  const Want &        want) {
+    const ggml_tensor * op    = node.op;
+    const double        e_out = nmse((const float *) op->data, want.out.data(), want.out.size());
+    size_t              n     = 0;
+    double              worst = 0;
     for (int64_t k = 0; k < states->ne[2]; ++k) {
         for (int64_t s = 0; s < states->ne[1]; ++s, n += states->ne[0]) {
-            worst = std::max(worst,
-                             nmse((const float *) graph::at(states, s, k, 0), want.states.data() + n, states->ne[0]));
+            worst = std::max(worst, nmse((const float *) row_of(states, s, k), want.states.data() + n, states->ne[0]));
         }
     }
     // the states in the result are left alone where the kernels write to the cache
@@ -215,9 +176,9 @@ static void judge(const std::string &        name,
     if (const ggml_tensor * rows = ggml_get_tensor(g.ctx, "moved"); rows && fused) {
         for (int64_t i = 0; i < rows->ne[0]; ++i) {
             const int32_t            row = ((const int32_t *) rows->data)[i];
-            const std::vector<float> zeros(cache->ne[0]);
-            const float *            from = row == zero_row ? zeros.data() : before.data() + row * cache->ne[0];
-            moved = moved && memcmp(graph::at(cache, states->ne[1] + i, 0, 0), from, cache->nb[1]) == 0;
+            const std::vector<float> zeros(states->ne[0]);
+            const float *            from = row == x.zero_row ? zeros.data() : x.cache.data() + row * zeros.size();
+            moved = moved && memcmp(row_of(node.cache, states->ne[1] + i), from, node.cache->nb[1]) == 0;
         }
     }
     ++n_cases;
@@ -230,78 +191,36 @@ static void judge(const std::string &        name,
     exit(1);
 }
 
-static void test_scan(const scan_shape & n, const surroundings & around, bool new_seq, reading how) {
-    scan_inputs   x     = make_scan(n, "ordinary", -INFINITY, new_seq, how != reading::permuted);
-    const int64_t size  = n.D * n.D * n.H;
+template <typename Node, typename Shape, typename Inputs, typename Want>
+static void
+test(const char * what, const Shape & n, Inputs x, const Want & oracle, const surroundings & around, reading how) {
     const int64_t cells = n.S + 2;
-    choose(x.rows, how, x.zero_row, cells);
+    for (int32_t s = 0; s < n.S && how == reading::own_snapshot; ++s) {
+        x.rows[s] = x.rows[s] == x.zero_row ? x.zero_row : s + cells;
+    }
     const bool direct = n.S == 1 || is_direct(x.rows, x.zero_row, cells, n.K);
     in_all_orders([&](const char * order) {
         graph         g;
-        ggml_tensor * qkv   = apart(g, n.D, 3 * n.H, n.T, n.S);
-        ggml_tensor * f     = apart(g, n.D, n.H, n.T, n.S);
-        ggml_tensor * gate  = apart(g, n.D, n.H, n.T, n.S);
-        ggml_tensor * beta  = apart(g, n.H, n.T, n.S, 1);
-        ggml_tensor * dt    = ggml_new_tensor_1d(g.ctx, GGML_TYPE_F32, n.D * n.H);
-        ggml_tensor * a     = ggml_new_tensor_1d(g.ctx, GGML_TYPE_F32, n.H);
-        ggml_tensor * norm  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_F32, n.D);
-        ggml_tensor * cache = ggml_new_tensor_2d(g.ctx, GGML_TYPE_F32, size, x.cache.size() / size);
-        ggml_tensor * rows  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, n.S);
-        ggml_tensor * op =
-            ggml_kda_scan(g.ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
-        ggml_tensor * states = surround(g, around, op, cache, n.D * n.H * n.T * n.S, n.S, n.K, x.zero_row);
+        const Node    node(g.ctx, n, x, [&](auto... ne) { return apart(g, ne...); });
+        ggml_tensor * states = surround(g, around, node, n, x.zero_row);
         g.allocate();
-        g.put(qkv, x.qkv);
-        g.put(f, x.f);
-        g.put(gate, x.gate);
-        g.put(beta, x.beta);
-        g.put(dt, x.dt_bias);
-        g.put(a, x.a);
-        g.put(norm, x.norm);
-        g.put(cache, x.cache);
-        g.put(rows, x.rows);
-        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {
-            g.put(moved, rows_moved(x.zero_row));
+        node.fill(x);
+        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {  // a row whose state is new, and that of zeros
+            put(moved, std::vector<int32_t>{ 0, x.zero_row >= 0 ? x.zero_row : 1 });
         }
         g.run();
-        judge(std::string("scan ") + around.name + " T=" + std::to_string(n.T) + " " + order, g, around.fused, op,
-              states, direct, scan(n, x), cache, x.cache, x.zero_row);
+        judge(text("%s %s T=%d %s", what, around.name, (int) n.T, order), g, around.fused, direct, node, states, x,
+              oracle(n, x));
     });
 }
 
+static void test_scan(const scan_shape & n, const surroundings & around, bool new_seq, reading how) {
+    test<scan_node>("scan", n, make_scan(n, "ordinary", -INFINITY, new_seq, how != reading::permuted), scan, around,
+                    how);
+}
+
 static void test_conv(const conv_shape & n, const surroundings & around, bool new_seq, reading how) {
-    conv_inputs   x     = make_conv(n, new_seq, how != reading::permuted);
-    const int64_t C     = n.D * n.H;
-    const int64_t cells = n.S + 2;
-    choose(x.rows, how, x.zero_row, cells);
-    const bool direct = n.S == 1 || is_direct(x.rows, x.zero_row, cells, n.K);
-    in_all_orders([&](const char * order) {
-        graph         g;
-        ggml_tensor * in[3];
-        ggml_tensor * w[3];
-        for (int p = 0; p < 3; ++p) {
-            in[p] = apart(g, C, n.T, n.S, 1);
-            w[p]  = ggml_new_tensor_2d(g.ctx, GGML_TYPE_F32, 4, C);
-        }
-        ggml_tensor * cache = ggml_new_tensor_2d(g.ctx, GGML_TYPE_F32, 9 * C, x.cache.size() / (9 * C));
-        ggml_tensor * rows  = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, n.S);
-        ggml_tensor * op =
-            ggml_kda_conv(g.ctx, in[0], in[1], in[2], w[0], w[1], w[2], cache, rows, n.D, n.K, x.zero_row, x.eps);
-        ggml_tensor * states = surround(g, around, op, cache, 3 * C * n.T * n.S, n.S, n.K, x.zero_row);
-        g.allocate();
-        for (int p = 0; p < 3; ++p) {
-            g.put(in[p], x.x[p]);
-            g.put(w[p], x.w[p]);
-        }
-        g.put(cache, x.cache);
-        g.put(rows, x.rows);
-        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {
-            g.put(moved, rows_moved(x.zero_row));
-        }
-        g.run();
-        judge(std::string("conv ") + around.name + " T=" + std::to_string(n.T) + " " + order, g, around.fused, op,
-              states, direct, conv(n, x), cache, x.cache, x.zero_row);
-    });
+    test<conv_node>("conv", n, make_conv(n, new_seq, how != reading::permuted), conv, around, how);
 }
 
 // Why a node with q at `offset` floats and `gap` floats between rows is refused on a device of this capability.

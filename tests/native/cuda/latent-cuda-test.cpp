@@ -1,35 +1,62 @@
-// The CUDA kernels of latent attention, run on the CPU, against float64, in the cases of the CPU's own test: every type
-// of cache, lengths around the borders of tiles and pieces, masks with holes, several streams, numbers of heads that do
-// not fill a block of rows, flat and peaked scores, great and tiny queries, growing and shrinking values, poisoned padding, rows at odd
-// addresses, nodes that are refused; and the same bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for ggml-cuda.
+// The CUDA kernels of latent attention in both forms, run on the CPU, against float64, in the cases of the CPU's own test:
+// every type of cache and several of weights, lengths around the borders of tiles, pieces, blocks and runs of keys, masks
+// with holes, several streams, numbers of heads that do not fill a block of rows, flat and peaked scores, great and tiny
+// queries, growing and shrinking values, poisoned padding, rows at odd addresses, nodes that are refused; and the same
+// bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for
+// ggml-cuda.
+//
+//   latent-cuda-test absorbed|decompressed [TYPE of the cache ...]     no type: the nodes that are refused
 
-#include "latent-judge.h"
+#include "check.h"
+#include "latent-attn-case.h"
 #include "latent-node.cuh"
 
+using namespace cuda_emulator;
 using latent_cuda::attention;
+using latent_cuda::decompressed;
 
-static std::string name_of(const LatentShape & s) {
-    char text[256];
-    snprintf(text, sizeof(text), "%s queries %d keys %d heads %d streams %d mask %s spread %g%s",
-             ggml_type_name(s.cache), (int) s.n_queries, (int) s.n_keys, (int) s.n_heads, (int) s.n_streams,
-             s.mask.c_str(), s.spread, s.poison ? " poisoned" : "");
-    return text;
+static double worst[GGML_TYPE_COUNT];
+
+struct Setup {
+    LatentShape shape;
+    size_t      before  = 0;  // bytes in front of the cache
+    int64_t     n_rows  = 0;  // of the result, how many are compared, 1: its first; 0: all
+    size_t      scratch = latent_cuda::SCRATCH;
+};
+
+// A tensor's bytes on the device; `before` bytes stand in front of them, so that they begin at another alignment.
+static DeviceArray<char> to_device(const ggml_tensor * t, size_t before = 0) {
+    std::vector<char> bytes(before + ggml_nbytes(t), '\xff');
+    memcpy(bytes.data() + before, t->data, ggml_nbytes(t));
+    return DeviceArray<char>(bytes);
 }
 
-static std::vector<float> run(const ggml_tensor * dst, size_t before) {
-    const DeviceArray<char> q     = to_device(dst->src[0]);
-    const DeviceArray<char> cache = to_device(dst->src[1], before);
-    const DeviceArray<char> mask  = to_device(dst->src[3] ? dst->src[3] : dst->src[0]);
-    DeviceArray<float>      out(ggml_nelements(dst));
+static std::vector<float> as_floats(const ggml_tensor * t) {
+    std::vector<float> values(ggml_nelements(t));
+    if (t->type == GGML_TYPE_F32) {
+        memcpy(values.data(), t->data, ggml_nbytes(t));
+    } else {
+        ggml_get_type_traits(t->type)->to_float(t->data, values.data(), values.size());
+    }
+    return values;
+}
 
-    attention    args;
-    const char * why = latent_cuda::read_node(dst, args);
+static void require_taken(const char * why) {
     if (why) {
         throw std::runtime_error(std::string("refused: ") + why);
     }
+}
+
+template <class Args>
+static std::vector<float> attend(const ggml_tensor * dst, const ggml_tensor * mask, size_t before, Args & args) {
+    const DeviceArray<char> q      = to_device(dst->src[0]);
+    const DeviceArray<char> cache  = to_device(dst->src[1], before);
+    const DeviceArray<char> masked = to_device(mask ? mask : dst->src[0]);
+    DeviceArray<float>      out(ggml_nelements(dst));
+
     args.q     = (const float *) q.data();
     args.cache = cache.data() + before;
-    args.mask  = args.mask ? (const uint16_t *) mask.data() : nullptr;
+    args.mask  = args.mask ? (const uint16_t *) masked.data() : nullptr;
     args.out   = out.data();
     DeviceArray<char> work(latent_cuda::workspace(args));
     latent_cuda::attend(args, work.data(), nullptr);
@@ -37,140 +64,255 @@ static std::vector<float> run(const ggml_tensor * dst, size_t before) {
     return out.values();
 }
 
-// n_rows: of the result, how many are compared, 1: its first; 0: all.
-static void check(const LatentShape & s, size_t before = 0, int64_t n_rows = 0) {
-    judge(s, name_of(s), n_rows, [&](const ggml_tensor * dst) { return run(dst, before); });
+// A node's result by the kernels.
+static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
+    if (!setup.shape.expand) {
+        attention args;
+        require_taken(latent_cuda::read_node(dst, args));
+        return attend(dst, dst->src[3], setup.before, args);
+    }
+    const DeviceArray<float> k_b(as_floats(dst->src[2])), v_b(as_floats(dst->src[3]));
+    decompressed             args;
+    require_taken(latent_cuda::read_decompressed(dst, args));
+    args.k_b     = k_b.data();
+    args.v_b     = v_b.data();
+    args.scratch = setup.scratch;
+    return attend(dst, dst->src[4], setup.before, args);
 }
 
-static void refused(const ggml_tensor * dst, const char * because) {
-    attention args;
-    refused_because(latent_cuda::read_node(dst, args), because);
+static void check(const Setup & setup) {
+    if (!chosen()) {
+        return;
+    }
+    const LatentShape & s    = setup.shape;
+    const std::string   name = name_of(s);
+    LatentCase          attention(s);
+    ggml_tensor *       dst = attention.node();
+    std::vector<float>  first;
+    try {
+        in_all_orders([&](const char * order) {
+            const std::vector<float> got = run(dst, setup);
+            if (first.empty()) {
+                first = got;
+            }
+            expect(memcmp(first.data(), got.data(), got.size() * sizeof(float)) == 0,
+                   name + ": other bits, lanes " + order);
+        });
+    } catch (const std::exception & error) {
+        expect(false, name + ": " + error.what());
+        return;
+    }
+    memcpy(dst->data, first.data(), ggml_nbytes(dst));
+    const double error = attention.nmse(setup.n_rows == 0 ? s.n_rows() : setup.n_rows);
+    worst[s.cache]     = std::max(worst[s.cache], error);
+    expect(error <= limit_of(s.cache), name + text(": NMSE against float64 %.1e", error));  // false for NaN too
+}
+
+// Flat and peaked scores; growing and shrinking values; great and tiny queries, and a query that sees small values
+// beside one that sees great ones.
+static void test_values(const LatentShape & scores, const LatentShape & values, const LatentShape & queries) {
+    for (const float spread : { 0.0f, 5.0f, 40.0f }) {
+        LatentShape s = scores;
+        s.spread      = spread;
+        check({ s });
+    }
+    const float deviations[][2] = { { 1e-5f, 1e-5f }, { 1e-4f, 100.0f }, { 100.0f, 1e-4f } };
+    for (const auto & [first, last] : deviations) {
+        LatentShape s = values;
+        s.spread      = 0.05f;
+        s.first       = first;
+        s.last        = last;
+        check({ s });
+    }
+    for (const float deviation : { 1e-6f, 1e6f }) {
+        LatentShape s = queries;
+        s.query       = deviation;
+        check({ s });
+    }
+    LatentShape beside = queries.with(2, 2);
+    beside.first       = 1e-3f;
+    beside.last        = 1e3f;
+    check({ beside, 0, 1 });
+}
+
+static void test_absorbed(ggml_type type) {
+    LatentShape base;
+    base.cache   = type;
+    base.n_heads = 4;
+    for (const int64_t n_keys : { 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 129 }) {
+        LatentShape s = base.with(n_keys % 2 ? 1 : 2, n_keys);
+        s.poison      = true;
+        check({ s });
+    }
+    for (const char * mask : { "none", "mixed", "blind" }) {
+        for (const int64_t n_heads : { 1, 3, 32 }) {
+            LatentShape s = base.with(n_heads == 32 ? 2 : 9, 100);
+            s.n_heads     = n_heads;
+            s.n_streams   = n_heads == 3 ? 2 : 1;
+            s.mask        = mask;
+            s.poison      = true;
+            check({ s });
+        }
+    }
+    LatentShape many = base.with(1, 300);
+    many.n_heads     = 16;
+    test_values(many, base.with(1, 300), base.with(1, 70));
+    LatentShape kimi = base.with(1, 513);
+    kimi.n_heads     = 32;
+    check({ kimi });
+    // streams whose caches begin at multiples of 4 bytes only, where the type allows it
+    LatentShape apart = base.with(1, 65);
+    apart.n_streams   = 2;
+    check({ apart });
+    if (ggml_is_quantized(type)) {
+        check({ apart, 4 });
+    }
+    if (type == GGML_TYPE_Q4_0) {  // more tiles than the least that a piece has
+        LatentShape far = base.with(1, 8300);
+        far.n_heads     = 1;
+        check({ far });
+    }
+}
+
+static void test_decompressed(ggml_type type) {
+    LatentShape base;
+    base.cache                 = type;
+    base.expand                = true;
+    base.n_heads               = 1;
+    const int64_t lengths[][2] = { { 1, 1 }, { 2, 31 }, { 1, 33 }, { 17, 64 }, { 5, 129 }, { 130, 130 } };
+    for (const auto & [n_queries, n_keys] : lengths) {
+        LatentShape s = base.with(n_queries, n_keys);
+        s.poison      = true;
+        check({ s });
+    }
+    const std::pair<const char *, ggml_type> masks[] = { { "none", GGML_TYPE_F32 },
+                                                         { "mixed", GGML_TYPE_BF16 },
+                                                         { "blind", GGML_TYPE_Q8_0 } };
+    for (const auto & [mask, weights] : masks) {
+        LatentShape s = base.with(9, 70);
+        s.n_heads     = 2;
+        s.n_streams   = 2;
+        s.mask        = mask;
+        s.weights     = weights;
+        s.poison      = true;
+        check({ s });
+    }
+    LatentShape near = base.with(16, 200);  // scores that are large and almost the same
+    near.spread      = 40.0f;
+    near.first = near.last = 1e-3f;
+    near.weights           = GGML_TYPE_Q5_0;
+    check({ near });
+    test_values(base.with(16, 200), base.with(3, 200), base.with(3, 70));
+
+    Setup runs{ base.with(3, 300), 0, 0, 1 };  // keys in three runs, one stream after the other
+    runs.shape.n_streams = 2;
+    runs.shape.n_heads   = 2;
+    runs.shape.poison    = true;
+    check(runs);
+    runs.shape.mask = "mixed";
+    runs.scratch    = 2 * 2 * 300 * 2048;  // two streams side by side
+    check(runs);
+    LatentShape wide = base.with(2, 600);  // two of three streams side by side, keys in two runs; then the third
+    wide.n_streams   = 3;
+    check({ wide, 0, 0, 2 * 512 * (type == GGML_TYPE_F32 ? 3072u : ggml_is_quantized(type) ? 1664u : 1920u) });
+    LatentShape apart = base.with(2, 65);  // a cache at an odd address
+    apart.n_streams   = 2;
+    check({ apart, type == GGML_TYPE_F32 ? 4u : 2u });
+}
+
+// why: what reading a node said, nullptr if it was taken.
+static void refused_because(const char * why, const char * because) {
+    expect(why != nullptr && strcmp(why, because) == 0, text("a node with %s: %s", because, why ? why : "not refused"));
 }
 
 // One thing is wrong with each of these nodes.
-static void test_refusals() {
-    LatentShape small;
-    small.n_keys  = 64;
-    small.n_heads = 2;
-    LatentCase             attention(small);
-    const ggml_tensor      good = *attention.node();
-    ggml_tensor            dst, k = *good.src[1], v = *good.src[2], mask = *good.src[3];
-    const auto             fresh = [&]() -> ggml_tensor & { return dst = good; };
+static void test_absorbed_refusals() {
+    LatentShape small = LatentShape().with(1, 64);
+    small.n_heads     = 2;
+    LatentCase        attention(small);
+    const ggml_tensor good = *attention.node();
+    ggml_tensor       dst, k = *good.src[1], v = *good.src[2], mask = *good.src[3];
+    const auto        fresh   = [&]() -> ggml_tensor & { return dst = good; };
+    const auto        refused = [&](const char * because) {
+        latent_cuda::attention args;
+        refused_because(latent_cuda::read_node(&dst, args), because);
+    };
     latent_cuda::attention args;
-    n_done++;
-    n_failed += latent_cuda::read_node(&good, args) != nullptr;
+    expect(latent_cuda::read_node(&good, args) == nullptr, "a good node");
 
     const float one = 1.0f;
     memcpy(&fresh().op_params[1], &one, sizeof(one));
-    refused(&dst, "ALiBi");
+    refused("ALiBi");
     memcpy(&fresh().op_params[2], &one, sizeof(one));
-    refused(&dst, "soft-capped scores");
+    refused("soft-capped scores");
     fresh().src[4] = good.src[3];
-    refused(&dst, "attention sinks");
+    refused("attention sinks");
     ggml_op_set_mark(&fresh(), GGML_OP_MARK_UPSTREAM);
-    refused(&dst, "switched off");
+    refused("switched off");
 
     fresh().src[2] = &v;
     v.view_offs += 2;
-    refused(&dst, "V that is not the beginning of K");
+    refused("V that is not the beginning of K");
     v.view_offs -= 2;
     v.ne[0] = 256;
-    refused(&dst, "head sizes other than 576 and 512");
+    refused("head sizes other than 576 and 512");
 
     fresh().src[3] = &mask;
     mask.ne[2]     = 2;
-    refused(&dst, "a mask for each head");
+    refused("a mask for each head");
 
     v              = *good.src[2];
     fresh().src[1] = &k;
     dst.src[2]     = &v;
     k.type = v.type = GGML_TYPE_Q5_1;
-    refused(&dst, "a type of cache that the kernels do not read");
+    refused("a type of cache that the kernels do not read");
     k.type = v.type = GGML_TYPE_Q8_0;
-    refused(&dst, "rows of a quantised cache that lie apart");
+    refused("rows of a quantised cache that lie apart");
     k.type = v.type = GGML_TYPE_F16;
     k.nb[1] = v.nb[1] = k.nb[1] + 2;
-    refused(&dst, "rows of the cache that do not begin at multiples of 16 bytes");
+    refused("rows of the cache that do not begin at multiples of 16 bytes");
 }
 
-static void test_type(ggml_type type) {
-    LatentShape base;
-    base.cache   = type;
-    base.n_heads = 4;
-    for (const int64_t n_keys : { 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 129 }) {
-        LatentShape s = base;
-        s.n_keys      = n_keys;
-        s.n_queries   = n_keys % 2 ? 1 : 2;
-        s.poison      = true;
-        check(s);
-    }
-    for (const char * mask : { "none", "mixed", "blind" }) {
-        for (const int64_t n_heads : { 1, 3, 32 }) {
-            LatentShape s = base;
-            s.n_keys      = 100;
-            s.n_queries   = n_heads == 32 ? 2 : 9;
-            s.n_heads     = n_heads;
-            s.n_streams   = n_heads == 3 ? 2 : 1;
-            s.mask        = mask;
-            s.poison      = true;
-            check(s);
-        }
-    }
-    for (const float spread : { 0.0f, 5.0f, 40.0f }) {
-        LatentShape s = base;
-        s.n_keys      = 300;
-        s.n_heads     = 16;
-        s.spread      = spread;
-        check(s);
-    }
-    const float deviations[][2] = { { 1e-5f, 1e-5f }, { 1e-4f, 100.0f }, { 100.0f, 1e-4f } };
-    for (const auto & [first, last] : deviations) {
-        LatentShape s = base;
-        s.n_keys      = 300;
-        s.spread      = 0.05f;
-        s.first       = first;
-        s.last        = last;
-        check(s);
-    }
-    for (const float deviation : { 1e-6f, 1e6f }) {
-        LatentShape s = base;
-        s.n_keys      = 70;
-        s.query       = deviation;
-        check(s);
-    }
-    LatentShape beside = base;  // a query that sees small values beside one that sees great ones
-    beside.n_keys      = 2;
-    beside.n_queries   = 2;
-    beside.first       = 1e-3f;
-    beside.last        = 1e3f;
-    check(beside, 0, 1);
-    LatentShape kimi = base;
-    kimi.n_heads     = 32;
-    kimi.n_keys      = 513;
-    check(kimi);
-    LatentShape apart = base;  // streams whose caches begin at multiples of 4 bytes only, where the type allows it
-    apart.n_keys      = 65;
-    apart.n_streams   = 2;
-    check(apart);
-    if (ggml_is_quantized(type)) {
-        check(apart, 4);
-    }
-    if (type == GGML_TYPE_Q4_0) {  // more tiles than the least that a piece has
-        LatentShape far = base;
-        far.n_heads     = 1;
-        far.n_keys      = 8300;
-        check(far);
-    }
+static void test_decompressed_refusals() {
+    LatentShape small = LatentShape().with(1, 64);
+    small.expand      = true;
+    small.n_heads     = 2;
+    LatentCase        attention(small);
+    const ggml_tensor good = *attention.node();
+    ggml_tensor       dst = good, k = *good.src[1], k_b = *good.src[2], v_b = *good.src[3];
+    const auto        refused = [&](const char * because) {
+        decompressed args;
+        refused_because(latent_cuda::read_decompressed(&dst, args), because);
+    };
+    decompressed args;
+    expect(latent_cuda::read_decompressed(&good, args) == nullptr, "a good node");
+
+    const char * sizes = "head sizes other than 128 + 64 and 128, or a latent other than 512";
+    dst.src[3]         = &v_b;
+    v_b.ne[1]          = 64;
+    refused(sizes);
+    dst.src[3] = good.src[3];
+    dst.src[2] = &k_b;
+    k_b.ne[0]  = 192;
+    refused(sizes);
+    k_b = *good.src[2];
+    k_b.nb[2] += 2;
+    refused("weights that do not lie one behind the other");
+    dst.src[2] = good.src[2];
+    dst.src[1] = &k;
+    k.type     = GGML_TYPE_Q5_1;
+    refused("a type of cache that the kernels do not read");
 }
 
 int main(int argc, char ** argv) {
-    if (argc == 1) {
-        test_refusals();
+    const bool expand = argc > 1 && strcmp(argv[1], "decompressed") == 0;
+    if (argc == 2) {
+        expand ? test_decompressed_refusals() : test_absorbed_refusals();
     }
-    for (int i = 1; i < argc; ++i) {
-        test_type(type_of(argv[i]));
-        printf("%s: largest NMSE %.1e\n", argv[i], worst[type_of(argv[i])]);
+    for (int i = 2; i < argc; ++i) {
+        const ggml_type type = type_of(argv[i]);
+        expand ? test_decompressed(type) : test_absorbed(type);
+        printf("%s: largest NMSE %.1e\n", argv[i], worst[type]);
     }
-    printf("%d checks, %d failed\n", n_done, n_failed);
-    return n_failed != 0 || n_done == 0;
+    return report();
 }

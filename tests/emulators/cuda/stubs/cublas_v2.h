@@ -40,38 +40,17 @@ inline const char * cublasGetStatusString(cublasStatus_t status) {
     return status == CUBLAS_STATUS_SUCCESS ? "success" : "not supported: this is no cuBLAS";
 }
 
-inline cublasStatus_t cublasCreate(cublasHandle_t *) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-inline cublasStatus_t cublasDestroy(cublasHandle_t) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-inline cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-template <class Stream> cublasStatus_t cublasSetStream(cublasHandle_t, Stream) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-template <class... Arguments> cublasStatus_t cublasSetWorkspace(Arguments...) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-template <class... Arguments> cublasStatus_t cublasSgemm(Arguments...) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-template <class... Arguments> cublasStatus_t cublasGemmEx(Arguments...) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-template <class... Arguments> cublasStatus_t cublasGemmBatchedEx(Arguments...) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-template <class... Arguments> cublasStatus_t cublasGemmStridedBatchedEx(Arguments...) {
-    return CUBLAS_STATUS_NOT_SUPPORTED;
-}
+#define CUBLAS_STUB(NAME)                                                                                              \
+    template <class... Arguments> cublasStatus_t NAME(Arguments...) {                                                  \
+        return CUBLAS_STATUS_NOT_SUPPORTED;                                                                            \
+    }
+CUBLAS_STUB(cublasCreate)
+CUBLAS_STUB(cublasDestroy)
+CUBLAS_STUB(cublasSetMathMode)
+CUBLAS_STUB(cublasSetStream)
+CUBLAS_STUB(cublasSetWorkspace)
+CUBLAS_STUB(cublasSgemm)
+CUBLAS_STUB(cublasGemmEx)
+CUBLAS_STUB(cublasGemmBatchedEx)
+CUBLAS_STUB(cublasGemmStridedBatchedEx)
+#undef CUBLAS_STUB

@@ -33,12 +33,12 @@ inline void async_copy(char * to, const char * from, unsigned count, unsigned gi
     self.copies.push_back(copy);
 }
 
-inline void async_commit() {
+inline void cp_async_commit(Place) {
     block.current->groups++;
 }
 
 // The copies of all groups but the newest `but` arrive.
-inline void async_wait(unsigned but) {
+inline void cp_async_wait(Place, unsigned but) {
     Thread & self = *block.current;
     size_t   kept = 0;
     for (size_t i = 0; i < self.copies.size(); i++) {
@@ -54,20 +54,3 @@ inline void async_wait(unsigned but) {
 }
 
 }  // namespace cuda_emulator
-
-inline void __pipeline_memcpy_async(void *               to,
-                                    const void *         from,
-                                    size_t               count,
-                                    size_t               zeros = 0,
-                                    cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    cuda_emulator::async_copy(static_cast<char *>(to), static_cast<const char *>(from), unsigned(count),
-                              unsigned(count - zeros), place);
-}
-
-inline void __pipeline_commit() {
-    cuda_emulator::async_commit();
-}
-
-inline void __pipeline_wait_prior(unsigned but) {
-    cuda_emulator::async_wait(but);
-}

@@ -119,19 +119,6 @@ template <class FORMAT> struct alignas(4) NarrowPair {
     NarrowPair &      operator*=(NarrowPair other) { return *this = *this * other; }
 };
 
-// a * b + c, rounded once
-template <class FORMAT> Narrow<FORMAT> fused(Narrow<FORMAT> a, Narrow<FORMAT> b, Narrow<FORMAT> c) {
-    return Narrow<FORMAT>(std::fma(float(a), float(b), float(c)));
-}
-
-template <class FORMAT> Narrow<FORMAT> greater(Narrow<FORMAT> a, Narrow<FORMAT> b) {
-    return Narrow<FORMAT>(std::fmax(float(a), float(b)));
-}
-
-template <class FORMAT> Narrow<FORMAT> smaller(Narrow<FORMAT> a, Narrow<FORMAT> b) {
-    return Narrow<FORMAT>(std::fmin(float(a), float(b)));
-}
-
 }  // namespace cuda_emulator
 
 using __half         = cuda_emulator::Narrow<cuda_emulator::HalfFormat>;
@@ -147,32 +134,11 @@ using nv_bfloat162   = __nv_bfloat162;
 // clang-format off
 namespace cuda_emulator {
 
-template <class F> Narrow<F> __hadd(Narrow<F> a, Narrow<F> b) { return a + b; }
-template <class F> Narrow<F> __hsub(Narrow<F> a, Narrow<F> b) { return a - b; }
-template <class F> Narrow<F> __hmul(Narrow<F> a, Narrow<F> b) { return a * b; }
-template <class F> Narrow<F> __hdiv(Narrow<F> a, Narrow<F> b) { return a / b; }
-template <class F> Narrow<F> __hneg(Narrow<F> a) { return -a; }
-template <class F> Narrow<F> __habs(Narrow<F> a) { a.bits &= 0x7fff; return a; }
-template <class F> Narrow<F> __hfma(Narrow<F> a, Narrow<F> b, Narrow<F> c) { return fused(a, b, c); }
-template <class F> Narrow<F> __hmax(Narrow<F> a, Narrow<F> b) { return greater(a, b); }
-template <class F> Narrow<F> __hmin(Narrow<F> a, Narrow<F> b) { return smaller(a, b); }
-template <class F> bool __heq(Narrow<F> a, Narrow<F> b) { return a == b; }
-template <class F> bool __hne(Narrow<F> a, Narrow<F> b) { return a != b; }
-template <class F> bool __hlt(Narrow<F> a, Narrow<F> b) { return a < b; }
-template <class F> bool __hle(Narrow<F> a, Narrow<F> b) { return a <= b; }
-template <class F> bool __hgt(Narrow<F> a, Narrow<F> b) { return a > b; }
-template <class F> bool __hge(Narrow<F> a, Narrow<F> b) { return a >= b; }
-template <class F> bool __hisnan(Narrow<F> a) { return std::isnan(float(a)); }
+template <class F> Narrow<F> __hmax(Narrow<F> a, Narrow<F> b) { return Narrow<F>(std::fmax(float(a), float(b))); }
 template <class F> NarrowPair<F> __hadd2(NarrowPair<F> a, NarrowPair<F> b) { return a + b; }
 template <class F> NarrowPair<F> __hsub2(NarrowPair<F> a, NarrowPair<F> b) { return a - b; }
 template <class F> NarrowPair<F> __hmul2(NarrowPair<F> a, NarrowPair<F> b) { return a * b; }
-template <class F> NarrowPair<F> __hneg2(NarrowPair<F> a) { return -a; }
-template <class F> NarrowPair<F> __hfma2(NarrowPair<F> a, NarrowPair<F> b, NarrowPair<F> c) { return { __hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y) }; }
 template <class F> NarrowPair<F> __hmax2(NarrowPair<F> a, NarrowPair<F> b) { return { __hmax(a.x, b.x), __hmax(a.y, b.y) }; }
-template <class F> NarrowPair<F> __hmin2(NarrowPair<F> a, NarrowPair<F> b) { return { __hmin(a.x, b.x), __hmin(a.y, b.y) }; }
-template <class F> Narrow<F> hexp(Narrow<F> a) { return Narrow<F>(std::exp(float(a))); }
-template <class F> Narrow<F> hrsqrt(Narrow<F> a) { return Narrow<F>(1.0f / std::sqrt(float(a))); }
-template <class F> NarrowPair<F> h2exp(NarrowPair<F> a) { return { hexp(a.x), hexp(a.y) }; }
 
 }  // namespace cuda_emulator
 
@@ -180,37 +146,22 @@ template <class F> NarrowPair<F> h2exp(NarrowPair<F> a) { return { hexp(a.x), he
 inline float         __half2float(__half a) { return float(a); }
 inline __half        __float2half(float a) { return __half(a); }
 inline __half        __float2half_rn(float a) { return __half(a); }
-inline __half        __int2half_rn(int a) { return __half(float(a)); }
 inline __half        __ushort_as_half(unsigned short a) { return cuda_emulator::bits_as<__half>(a); }
-inline __half        __short_as_half(short a) { return cuda_emulator::bits_as<__half>(a); }
-inline unsigned short __half_as_ushort(__half a) { return a.bits; }
-inline short         __half_as_short(__half a) { return short(a.bits); }
 inline __half2       make_half2(__half x, __half y) { return { x, y }; }
 inline __half2       __halves2half2(__half x, __half y) { return { x, y }; }
 inline __half2       __half2half2(__half x) { return { x, x }; }
-inline __half2       __float2half2_rn(float x) { return { x, x }; }
 inline __half2       __floats2half2_rn(float x, float y) { return { x, y }; }
 inline __half2       __float22half2_rn(float2 a) { return { a.x, a.y }; }
 inline float2        __half22float2(__half2 a) { return { float(a.x), float(a.y) }; }
 inline __half        __low2half(__half2 a) { return a.x; }
 inline __half        __high2half(__half2 a) { return a.y; }
-inline __half2       __low2half2(__half2 a) { return { a.x, a.x }; }
-inline __half2       __high2half2(__half2 a) { return { a.y, a.y }; }
 inline __half2       __lows2half2(__half2 a, __half2 b) { return { a.x, b.x }; }
 inline __half2       __highs2half2(__half2 a, __half2 b) { return { a.y, b.y }; }
-inline __half2       __lowhigh2highlow(__half2 a) { return { a.y, a.x }; }
 inline float         __low2float(__half2 a) { return float(a.x); }
 inline float         __high2float(__half2 a) { return float(a.y); }
 
 inline float         __bfloat162float(__nv_bfloat16 a) { return float(a); }
 inline __nv_bfloat16 __float2bfloat16(float a) { return __nv_bfloat16(a); }
-inline __nv_bfloat16 __float2bfloat16_rn(float a) { return __nv_bfloat16(a); }
-inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short a) { return cuda_emulator::bits_as<__nv_bfloat16>(a); }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
-inline __nv_bfloat162 make_bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return { x, y }; }
-inline __nv_bfloat162 __halves2bfloat162(__nv_bfloat16 x, __nv_bfloat16 y) { return { x, y }; }
-inline __nv_bfloat162 __bfloat162bfloat162(__nv_bfloat16 x) { return { x, x }; }
-inline __nv_bfloat162 __float2bfloat162_rn(float x) { return { x, x }; }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return { x, y }; }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 a) { return { a.x, a.y }; }
 inline float2        __bfloat1622float2(__nv_bfloat162 a) { return { float(a.x), float(a.y) }; }

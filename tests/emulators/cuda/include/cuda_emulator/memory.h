@@ -58,6 +58,17 @@ class Guarded {
 
     void poison() { memset(begin, POISON, bytes); }
 
+    // "4 bytes behind the end of NAME"
+    std::string where(const char * address, const std::string & name) const {
+        if (address < begin) {
+            return format("%td bytes before the begin of %s", begin - address, name.c_str());
+        }
+        if (address >= begin + bytes) {
+            return format("%td bytes behind the end of %s", address - (begin + bytes), name.c_str());
+        }
+        return format("at byte %td of %s", address - begin, name.c_str());
+    }
+
     // The first byte beside the buffer that was written, or null; the next call does not find it again.
     const char * trespass() {
         const char * found = opened ? written(first, begin) : nullptr;
@@ -94,22 +105,9 @@ struct Buffer {
 
     Guarded memory = {};
 
-    std::string name() const {
-        return format("the buffer of %zu bytes allocated at %s", memory.bytes, place.text().c_str());
-    }
-
-    // "4 bytes behind the end of the buffer …"
     std::string where(const char * address) const {
-        if (freed) {
-            return format("in %s, which is freed", name().c_str());
-        }
-        if (address < memory.begin) {
-            return format("%td bytes before the begin of %s", memory.begin - address, name().c_str());
-        }
-        if (address >= memory.begin + memory.bytes) {
-            return format("%td bytes behind the end of %s", address - (memory.begin + memory.bytes), name().c_str());
-        }
-        return format("at byte %td of %s", address - memory.begin, name().c_str());
+        const std::string name = format("the buffer of %zu bytes allocated at %s", memory.bytes, place.text().c_str());
+        return freed ? "in " + name + ", which is freed" : memory.where(address, name);
     }
 };
 

@@ -32,17 +32,9 @@ template <class To, class From> void cp_async(Place place, To to, From from, uns
     cp_async(place, to, from, count, count);
 }
 
-inline void cp_async_commit(Place) {
-    async_commit();
-}
-
-inline void cp_async_wait(Place, unsigned but) {
-    async_wait(but);
-}
-
-inline void cp_async_wait_all(Place) {
-    async_commit();
-    async_wait(0);
+inline void cp_async_wait_all(Place place) {
+    cp_async_commit(place);
+    cp_async_wait(place, 0);
 }
 
 inline void cvt_tf32(Place, Out<1> to, const In<1> & from) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// Races in shared memory. In programs that are compiled for it (compile_program's `races`) the compiler calls a function
+// Races in shared memory. In programs that are compiled for it (compile_objects' `races`) the compiler calls a function
 // at every access to memory, as for its own thread sanitizer; here these functions look at shared memory only, and are
 // our own: no runtime library of a sanitizer is linked.
 //

@@ -5,41 +5,25 @@
 
 #include "launch.h"
 
-#include <chrono>
-
 enum cudaError_t {
-    cudaSuccess                       = 0,
-    cudaErrorInvalidValue             = 1,
-    cudaErrorMemoryAllocation         = 2,
-    cudaErrorNotReady                 = 600,
-    cudaErrorPeerAccessAlreadyEnabled = 704,
-    cudaErrorPeerAccessNotEnabled     = 705,
-    cudaErrorNotSupported             = 801,
-    cudaErrorGraphExecUpdateFailure   = 910,
+    cudaSuccess                     = 0,
+    cudaErrorInvalidValue           = 1,
+    cudaErrorMemoryAllocation       = 2,
+    cudaErrorNotSupported           = 801,
+    cudaErrorGraphExecUpdateFailure = 910,
 };
 
-using cudaError = cudaError_t;
-
 enum cudaMemcpyKind {
-    cudaMemcpyHostToHost,
     cudaMemcpyHostToDevice,
     cudaMemcpyDeviceToHost,
     cudaMemcpyDeviceToDevice,
-    cudaMemcpyDefault,
 };
 
 enum cudaFuncAttribute {
     cudaFuncAttributeMaxDynamicSharedMemorySize,
-    cudaFuncAttributePreferredSharedMemoryCarveout,
 };
 
 enum cudaDeviceAttr {
-    cudaDevAttrMultiProcessorCount,
-    cudaDevAttrMaxSharedMemoryPerBlock,
-    cudaDevAttrMaxSharedMemoryPerBlockOptin,
-    cudaDevAttrComputeCapabilityMajor,
-    cudaDevAttrComputeCapabilityMinor,
-    cudaDevAttrWarpSize,
     cudaDevAttrCooperativeLaunch,
 };
 
@@ -50,8 +34,6 @@ enum cudaDataType_t {
 };
 
 enum cudaStreamCaptureMode {
-    cudaStreamCaptureModeGlobal,
-    cudaStreamCaptureModeThreadLocal,
     cudaStreamCaptureModeRelaxed,
 };
 
@@ -64,18 +46,12 @@ using cudaGraph_t     = CUgraph_st *;
 using cudaGraphExec_t = CUgraphExec_st *;
 using cudaGraphNode_t = CUgraphNode_st *;
 
-struct CUevent_st {
-    std::chrono::steady_clock::time_point at;
-};
+struct CUevent_st {};
 
-using cudaEvent_t = CUevent_st *;
-
+using cudaEvent_t  = CUevent_st *;
 using cudaHostFn_t = void (*)(void *);
 
-enum cudaGraphExecUpdateResult {
-    cudaGraphExecUpdateSuccess,
-    cudaGraphExecUpdateError,
-};
+enum cudaGraphExecUpdateResult {};
 
 inline const cudaStream_t cudaStreamPerThread = nullptr;
 
@@ -100,9 +76,7 @@ inline const char * cudaGetErrorString(cudaError_t error) {
 }
 
 // clang-format off
-inline const char * cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int * count) { *count = 1; return cudaSuccess; }
@@ -115,8 +89,8 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) 
 inline cudaError_t cudaEventCreate(cudaEvent_t * event) { *event = new CUevent_st(); return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
+inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t = nullptr) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t f, void * data) { f(data); return cudaSuccess; }
 inline cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
 inline cudaError_t cudaDeviceCanAccessPeer(int * can, int, int) { *can = 0; return cudaSuccess; }
@@ -135,26 +109,10 @@ inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
 // clang-format on
 
-inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t = nullptr) {
-    event->at = std::chrono::steady_clock::now();
-    return cudaSuccess;
-}
-
-inline cudaError_t cudaEventElapsedTime(float * milliseconds, cudaEvent_t from, cudaEvent_t to) {
-    *milliseconds = std::chrono::duration<float, std::milli>(to->at - from->at).count();
-    return cudaSuccess;
-}
-
 template <class T>
 cudaError_t cudaMalloc(T ** pointer, size_t bytes, cuda_emulator::Place place = cuda_emulator::Place::here()) {
     *pointer = static_cast<T *>(cuda_emulator::device_memory.allocate(bytes, place));
     return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-template <class T>
-cudaError_t
-cudaMallocAsync(T ** pointer, size_t bytes, cudaStream_t, cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cudaMalloc(pointer, bytes, place);
 }
 
 template <class T> cudaError_t cudaMallocManaged(T ** pointer, size_t bytes) {
@@ -166,10 +124,6 @@ inline cudaError_t cudaFree(void * pointer) {
         throw cuda_emulator::Fault("cudaFree: the pointer is not one of cudaMalloc's, or freed already");
     }
     return cudaSuccess;
-}
-
-inline cudaError_t cudaFreeAsync(void * pointer, cudaStream_t) {
-    return cudaFree(pointer);
 }
 
 template <class T> cudaError_t cudaMallocHost(T ** pointer, size_t bytes) {
@@ -259,11 +213,6 @@ inline cudaError_t cudaMemGetInfo(size_t * free, size_t * total) {
     return cudaSuccess;
 }
 
-template <class T> cudaError_t cudaMemcpyToSymbol(T & symbol, const void * from, size_t bytes, size_t offset = 0) {
-    memcpy(reinterpret_cast<char *>(&symbol) + offset, from, bytes);
-    return cudaSuccess;
-}
-
 template <class K> cudaError_t cudaFuncSetAttribute(K * kernel, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
         if (value < 0 || size_t(value) > cuda_emulator::options.shared_limit) {
@@ -302,31 +251,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp * properties, int) {
     return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr attribute, int device) {
-    cudaDeviceProp properties;
-    cudaGetDeviceProperties(&properties, device);
-    switch (attribute) {
-    case cudaDevAttrMultiProcessorCount:
-        *value = properties.multiProcessorCount;
-        break;
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-        *value = int(properties.sharedMemPerBlock);
-        break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-        *value = int(properties.sharedMemPerBlockOptin);
-        break;
-    case cudaDevAttrComputeCapabilityMajor:
-        *value = properties.major;
-        break;
-    case cudaDevAttrComputeCapabilityMinor:
-        *value = properties.minor;
-        break;
-    case cudaDevAttrWarpSize:
-        *value = properties.warpSize;
-        break;
-    case cudaDevAttrCooperativeLaunch:
-        *value = 0;
-        break;
-    }
+inline cudaError_t cudaDeviceGetAttribute(int * value, cudaDeviceAttr, int) {
+    *value = 0;
     return cudaSuccess;
 }

@@ -90,14 +90,7 @@ class SharedArray {
     }
 
     std::string where(const char * address) const {
-        const std::string array = format("the shared array '%s' of %zu bytes", name.c_str(), memory.bytes);
-        if (address < memory.begin) {
-            return format("%td bytes before the begin of %s", memory.begin - address, array.c_str());
-        }
-        if (address >= memory.begin + memory.bytes) {
-            return format("%td bytes behind the end of %s", address - (memory.begin + memory.bytes), array.c_str());
-        }
-        return format("at byte %td of %s", address - memory.begin, array.c_str());
+        return memory.where(address, format("the shared array '%s' of %zu bytes", name.c_str(), memory.bytes));
     }
 
     static std::vector<SharedArray *> & all() {
@@ -158,8 +151,4 @@ inline size_t __cvta_generic_to_shared(const void * pointer) {
         cuda_emulator::fail("__cvta_generic_to_shared: the pointer is not one to shared memory");
     }
     return size_t(static_cast<const char *>(pointer) - cuda_emulator::shared_arena.begin());
-}
-
-inline void * __cvta_shared_to_generic(size_t address) {
-    return cuda_emulator::shared_arena.begin() + address;
 }

@@ -46,19 +46,15 @@ template <int N> void put(const Out<N> & to, const uint32_t * bits) {
 }
 
 // Element i of a register, as the number that the product takes.
-struct F16 {
+template <class FORMAT> struct Sixteen {
     using Sum                  = float;
     static constexpr int E     = 2;
     static constexpr int BLOCK = 8;
-    static float         element(uint32_t bits, int i) { return HalfFormat::widen(uint16_t(bits >> 16 * i)); }
+    static float         element(uint32_t bits, int i) { return FORMAT::widen(uint16_t(bits >> 16 * i)); }
 };
 
-struct BF16 {
-    using Sum                  = float;
-    static constexpr int E     = 2;
-    static constexpr int BLOCK = 8;
-    static float         element(uint32_t bits, int i) { return BfloatFormat::widen(uint16_t(bits >> 16 * i)); }
-};
+using F16  = Sixteen<HalfFormat>;
+using BF16 = Sixteen<BfloatFormat>;
 
 // The low 13 bits of a register are not looked at.
 struct TF32 {
@@ -161,17 +157,14 @@ void mma(Place place, Out<4> d, const In<Product<T, K>::A> & a, const In<Product
 template <int K>
 void mma_f16(
     Place place, Out<2> d, const In<Product<F16, K>::A> & a, const In<Product<F16, K>::B> & b, const In<2> & c) {
-    require_whole_warp("mma.sync", place);
-    Product<F16, K> mine;
-    memcpy(mine.a, a.bits, sizeof(mine.a));
-    memcpy(mine.b, b.bits, sizeof(mine.b));
+    float sum[4];
     for (int i = 0; i < 4; i++) {
-        mine.sum[i] = F16::element(c.bits[i / 2], i % 2);
+        sum[i] = F16::element(c.bits[i / 2], i % 2);
     }
-    meet<Product<F16, K>, multiply<F16, K>>(~0u, mine, "mma.sync", place);
+    mma<F16, K>(place, out(sum[0], sum[1], sum[2], sum[3]), a, b, in(sum[0], sum[1], sum[2], sum[3]));
     uint32_t sums[2] = {};
     for (int i = 0; i < 4; i++) {
-        sums[i / 2] |= uint32_t(HalfFormat::round(mine.sum[i])) << 16 * (i % 2);
+        sums[i / 2] |= uint32_t(HalfFormat::round(sum[i])) << 16 * (i % 2);
     }
     put(d, sums);
 }

@@ -51,17 +51,7 @@ struct Vote {
     uint32_t result;
 };
 
-enum class Reduction {
-    ballot,
-    sum,
-    minimum,
-    maximum,
-    signed_minimum,
-    signed_maximum,
-    conjunction,
-    disjunction,
-    parity
-};
+enum class Reduction { ballot, sum, maximum, signed_maximum, disjunction };
 
 template <Reduction REDUCTION> void reduce(Vote * const * lanes, uint32_t arrived) {
     uint32_t result = 0;
@@ -75,20 +65,12 @@ template <Reduction REDUCTION> void reduce(Vote * const * lanes, uint32_t arrive
             result = value;
         } else if constexpr (REDUCTION == Reduction::sum) {
             result += value;
-        } else if constexpr (REDUCTION == Reduction::minimum) {
-            result = value < result ? value : result;
         } else if constexpr (REDUCTION == Reduction::maximum) {
             result = value > result ? value : result;
-        } else if constexpr (REDUCTION == Reduction::signed_minimum) {
-            result = int32_t(value) < int32_t(result) ? value : result;
         } else if constexpr (REDUCTION == Reduction::signed_maximum) {
             result = int32_t(value) > int32_t(result) ? value : result;
-        } else if constexpr (REDUCTION == Reduction::conjunction) {
-            result &= value;
-        } else if constexpr (REDUCTION == Reduction::disjunction) {
-            result |= value;
         } else {
-            result ^= value;
+            result |= value;
         }
         first = false;
     }
@@ -164,13 +146,9 @@ CUDA_EMULATOR_VOTE(__ballot_sync, unsigned, int, ballot, )
 CUDA_EMULATOR_VOTE(__any_sync, int, int, ballot, != 0)
 CUDA_EMULATOR_VOTE(__reduce_add_sync, unsigned, unsigned, sum, )
 CUDA_EMULATOR_VOTE(__reduce_add_sync, int, int, sum, )
-CUDA_EMULATOR_VOTE(__reduce_min_sync, unsigned, unsigned, minimum, )
-CUDA_EMULATOR_VOTE(__reduce_min_sync, int, int, signed_minimum, )
 CUDA_EMULATOR_VOTE(__reduce_max_sync, unsigned, unsigned, maximum, )
 CUDA_EMULATOR_VOTE(__reduce_max_sync, int, int, signed_maximum, )
-CUDA_EMULATOR_VOTE(__reduce_and_sync, unsigned, unsigned, conjunction, )
 CUDA_EMULATOR_VOTE(__reduce_or_sync, unsigned, unsigned, disjunction, )
-CUDA_EMULATOR_VOTE(__reduce_xor_sync, unsigned, unsigned, parity, )
 #undef CUDA_EMULATOR_VOTE
 
 inline int __all_sync(unsigned mask, int predicate, cuda_emulator::Place place = cuda_emulator::Place::here()) {

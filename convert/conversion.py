@@ -6,29 +6,28 @@ Input: paths and options. Output: the file and its plan. This is the Python inte
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from kimi_gguf.convert.model.tensors import PlannedTensor
 from kimi_gguf.convert.model.vocab import load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
-from kimi_gguf.convert.output.model_card import CARD, card_text
+from kimi_gguf.convert.output.model_card import card_text
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.output.unfinished import Identity, taken
-from kimi_gguf.convert.output.writer import check_outputs, write
+from kimi_gguf.convert.output.writer import ProgressCallback, check_outputs, write
 from kimi_gguf.convert.plan import Plan, make_plan
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
-from kimi_gguf.convert.source.origin import model_name
+from kimi_gguf.convert.source.origin import CARD, model_name
+from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
-from kimi_gguf.convert.types.tensor_types import FileType
 
-Report = Callable[[PlannedTensor, int], None]
+ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
 
 
 @dataclass(frozen=True)
@@ -42,9 +41,13 @@ class Options:
     max_memory: int | None = None  # bytes
     split_max_size: int | None = None  # maximum bytes of a file; None: a single file
     quantized_by: str | None = None
-    card: tuple[
-        str, ...
-    ] = ()  # the command that a model card is to name, the checkpoint second; none: no card
+    card: tuple[str, ...] = ()  # the command for the model card, the checkpoint second; empty: no card
+
+
+@contextmanager
+def silent(plan: Plan) -> Iterator[ProgressCallback]:
+    """A `ProgressDisplay` that shows nothing."""
+    yield lambda tensor, nbytes: None
 
 
 def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
@@ -58,44 +61,36 @@ def convert(
     output: Path,
     wanted: FileType | TypeRequest,
     options: Options | None = None,
-    progress: Callable[[Plan], AbstractContextManager[Report]] | None = None,
+    progress: ProgressDisplay = silent,
 ) -> Plan:
     """Convert the checkpoint `source` to the GGUF file `output`, split if it would exceed `split_max_size`.
 
     If it raises `ConvertError`, no file was written. `progress` is a context manager that is entered with the plan
-    before the first byte is written; it returns a callback that gets each tensor and the number of bytes written.
+    before the first byte is written.
     """
     options = options or Options()
     with open_checkpoint(source) as checkpoint:
         pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
-        beside = (*checkpoint.files, *(checkpoint.folder / n for n in (*TOKENIZER, CARD)))
-        inputs = (*beside, *([options.imatrix] if options.imatrix else []))
+        inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, CARD))]
+        inputs += [options.imatrix] if options.imatrix else []
         plan = _plan(checkpoint, wanted, options)
         paths = plan.paths(output)
         cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
-        wanted_names = [*paths, *(output.with_name(name) for name, _ in cards)]
-        check_outputs(wanted_names, options.overwrite, inputs, taken(output, options.resume))
+        outputs = [*paths, *(output.with_name(name) for name, _ in cards)]
+        check_outputs(outputs, options.overwrite, inputs, taken(output, options.resume))
         ggml = prepared(plan)
-        identity = Identity(_plan_digest(plan, ggml), checkpoint.identity())
-
-        def run(report: Report) -> None:
+        with progress(plan) as report:
             write(
                 plan,
                 lambda left: encoded(checkpoint, plan, left, pace, ggml),
                 output,
                 options.overwrite,
-                identity,
+                Identity(_plan_digest(plan, ggml), checkpoint.identity()),
                 options.resume,
                 report,
                 lambda tensor: checkpoint.check_unchanged(tensor.output.sources if tensor else None),
                 cards,
             )
-
-        if progress is None:
-            run(lambda tensor, nbytes: None)
-        else:
-            with progress(plan) as report:
-                run(report)
     return plan
 
 
@@ -104,9 +99,8 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Optio
     request = wanted if isinstance(wanted, TypeRequest) else TypeRequest(wanted)
     importances = read_importances(options.imatrix) if options.imatrix else None
     name = options.name or model_name(checkpoint.folder)
-    return make_plan(
-        checkpoint, vocab, request, name, importances, options.split_max_size, options.quantized_by
-    )
+    size, author = options.split_max_size, options.quantized_by
+    return make_plan(checkpoint, vocab, request, name, importances, size, author)
 
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:

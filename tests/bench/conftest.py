@@ -1,0 +1,19 @@
+"""A cache folder for each test of the bench, with the builds and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.engine.builds import cache_folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder of this test and of the commands that it runs."""
+    own = tmp_path_factory.mktemp("cache")
+    for name in ("engines", "sources", "downloads"):
+        (own / name).symlink_to(cache_folder() / name)
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(own))
+    return own
