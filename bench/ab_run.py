@@ -27,8 +27,8 @@ from kimi_gguf.bench.report import describe
 from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.runner import NoRoomError, Runner
 from kimi_gguf.bench.statistics import Summary, best, stable, summary, worth_measuring
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.patches.errors import EngineError
 
 LONG = 2.0  # seconds of a decode; in longer ones the first touch of memory does not count
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kimi_gguf.bench.runner import Runner
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
 
 GPUS = ("GPU", "IGPU")  # types of devices that can hold all layers
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.bench.record import load_all
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from kimi_gguf.convert.output.writer import write
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.ggml import LIBRARY, Ggml
 from kimi_gguf.engine.builds import Engine, cache_folder
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.patches.errors import EngineError
 
 ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
 GIB = 2**30

@@ -21,7 +21,7 @@ from kimi_gguf.bench.matmuls import K
 from kimi_gguf.bench.operators import counted
 from kimi_gguf.bench.plot import draw
 from kimi_gguf.bench.report import Data, Rows, mark, markdown, of_roofline
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
 
 PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops writes them
 

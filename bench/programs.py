@@ -15,8 +15,8 @@ from pathlib import Path
 
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.engine.builds import cache_folder, upstream_source
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import cpu_fingerprint, find_compilers
-from kimi_gguf.patches.errors import EngineError
 
 # gnu++: with plain c++17 GCC does not contract a product and a sum into one instruction
 # -O2: at -O3 GCC 12 copies accumulators of peaks.cpp inside its loop, and half of the int8 peak is lost

@@ -24,8 +24,8 @@ from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import engine_facts, machine_facts
-from kimi_gguf.patches.errors import EngineError
 
 SCHEMA = 1
 MACHINE_SCHEMA = 2  # of a machine's file: {schema, machine, engines: [...], records: [...]}

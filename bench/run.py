@@ -39,9 +39,9 @@ from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.shapes import TYPES, BenchModel
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.builds import Engine, ensure, options_of
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import cores
-from kimi_gguf.patches.errors import EngineError
 
 DEMO_TYPES = ("Q8_0", "BF16")
 FREE_SHARE = 0.95  # of a device's free memory that is used

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.llama import LlamaError, OutOfMemoryError
 from kimi_gguf.engine.worker import Progress, Worker, WorkerEndedError
-from kimi_gguf.patches.errors import EngineError
 
 
 class NoRoomError(EngineError):

@@ -25,8 +25,8 @@ from kimi_gguf.convert.model.tensor_table import PlannedTensor, outputs
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 from kimi_gguf.convert.types.mixes import TypeRequest
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 
 GENERATOR = 1  # raise it when the same BenchModel comes out as another file

@@ -31,8 +31,8 @@ from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say
 from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
-from kimi_gguf.engine.gguf import GgufError
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
+from kimi_gguf.patches.errors import KimiError
 
 T = TypeVar("T")
 FAILED: Final = 1
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = act(options)
             sys.stdout.flush()
             return status
-    except (ConvertError, GgufError) as error:
+    except KimiError as error:
         return _failed(str(error), options.json)
     except KeyboardInterrupt:
         output = getattr(options, "output", None)

@@ -1,7 +1,9 @@
 """The converter's errors: problems with an input or an output path."""
 
+from kimi_gguf.patches.errors import KimiError
 
-class ConvertError(Exception):
+
+class ConvertError(KimiError):
     """An error that the user can fix; the message names file and tensor, what was expected and what was found."""
 
 

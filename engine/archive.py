@@ -16,8 +16,8 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import Pin
 
 

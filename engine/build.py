@@ -24,8 +24,8 @@ from typing import Any
 from kimi_gguf.engine import archive
 from kimi_gguf.engine.build_spec import LAYOUT, BuildSpec
 from kimi_gguf.engine.compiling import compile_tree
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import Pin
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash

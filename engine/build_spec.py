@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import Compiler, cpu_fingerprint, find_compilers
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import Pin, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import Tree, list_files

@@ -22,8 +22,8 @@ from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pristine_source, read_manifest
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_build_spec, provenance
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.pin import load_pin
 
 __all__ = [

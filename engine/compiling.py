@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, BuildSpec
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import cores, packaged_tool
-from kimi_gguf.patches.errors import EngineError
 
 # what a log says where a backend's tools are incomplete, and what is to be installed
 _ADVICE = (

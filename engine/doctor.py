@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.engine.builds import Engine, builds, cache_folder, select
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.patches.series import load_series
 
@@ -123,7 +124,7 @@ def examine(engine: Engine, others: list[Engine]) -> list[Check]:
 def _checked(name: str, look: Callable[[], str]) -> Check:
     try:
         return Check(name, True, look())
-    except (EngineError, OSError, subprocess.SubprocessError) as error:
+    except (KimiError, OSError, subprocess.SubprocessError) as error:
         return Check(name, False, str(error))
 
 
@@ -219,7 +220,7 @@ def _cuda_toolkit() -> str:
     """The toolkit that --backend cuda uses, and whether it is complete."""
     try:
         nvcc = find_compilers("cuda")["CUDA"]
-    except EngineError:
+    except KimiError:
         return "not found (only --backend cuda needs it)"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "whole.cu"

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.split_names import COUNT, NUMBER, SET, TENSORS, place_in_set
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, Bytes, TensorType
-from kimi_gguf.patches.errors import EngineError
 
 _MAX_HEADER: Final = 1 << 30  # a vocabulary of 160,000 tokens takes 10 MB
 _MAX_DIMENSIONS: Final = 4

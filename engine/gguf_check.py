@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.split_names import place_in_set
-from kimi_gguf.patches.errors import EngineError
 
 
 def check_gguf(path: Path) -> None:

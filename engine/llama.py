@@ -241,7 +241,7 @@ class Context:
         """Let another sequence share the tokens of this one."""
         self._api.llama_memory_seq_cp(self._memory, sequence, to, -1, -1)
 
-    def keep(self, sequence: int) -> None:
+    def keep_only(self, sequence: int) -> None:
         """Remove all other sequences."""
         self._api.llama_memory_seq_keep(self._memory, sequence)
 

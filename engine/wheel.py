@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
 
 _NAME = "llama_cpp_python"
 _DATE = (2026, 1, 1, 0, 0, 0)  # of every file inside: equal builds, equal wheels

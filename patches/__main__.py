@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin, record_patched_tree
 from kimi_gguf.patches.series import load_series
@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
         digest = tree.hash()
         if arguments[0] == "record":
             record_patched_tree(digest)
-    except EngineError as error:
+    except PatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     pinned = load_pin().patched_tree_sha256

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.tree import Tree
 
 _HUNK = re.compile(rb"^@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
@@ -58,14 +58,14 @@ def split_lines(content: bytes) -> list[bytes]:
 
 
 def parse(text: bytes, name: str) -> tuple[FileDiff, ...]:
-    """The diffs in a patch `name`, mail header and signature ignored; `EngineError` on anything invalid."""
+    """The diffs in a patch `name`, mail header and signature ignored; `PatchError` on anything invalid."""
     lines = split_lines(text)
     starts = [i for i, line in enumerate(lines) if line.startswith(b"diff --git ")]
     borders = itertools.pairwise([*starts, len(lines)] if starts else [])
     diffs = [_parse_file(lines[begin:end], name) for begin, end in borders]
     twice = {diff.path for diff in diffs if sum(other.path == diff.path for other in diffs) > 1}
     if twice:
-        raise EngineError(f"{name}: more than one diff for {', '.join(sorted(twice))}")
+        raise PatchError(f"{name}: more than one diff for {', '.join(sorted(twice))}")
     return tuple(diffs)
 
 
@@ -96,7 +96,7 @@ def new_file(path: str, content: bytes) -> bytes:
     """The diff, as git writes it, that creates a file with this content."""
     lines = split_lines(content)
     if not lines or not lines[-1].endswith(b"\n"):
-        raise EngineError(f"{path}: an operator source must have lines and end with a line end")
+        raise PatchError(f"{path}: an operator source must have lines and end with a line end")
     head = f"diff --git a/{path} b/{path}\nnew file mode 100644\n--- /dev/null\n+++ b/{path}\n"
     return head.encode() + b"@@ -0,0 +1,%d @@\n" % len(lines) + b"".join(b"+" + line for line in lines)
 
@@ -105,7 +105,7 @@ def _parse_file(lines: list[bytes], name: str) -> FileDiff:
     head, rest = [], iter(lines)
     for line in rest:
         if line.startswith(_UNSUPPORTED):
-            raise EngineError(
+            raise PatchError(
                 f"{name}: {lines[0].decode(errors='replace').strip()}",
                 expected="a plain change of text, a new file or a removed file",
                 found=line.decode(errors="replace").strip(),
@@ -116,14 +116,14 @@ def _parse_file(lines: list[bytes], name: str) -> FileDiff:
     old = [line[4:].split(b"\t")[0].strip() for line in head if line.startswith(b"--- ")]
     new = [line[4:].split(b"\t")[0].strip() for line in head if line.startswith(b"+++ ")]
     if len(old) != 1 or len(new) != 1:
-        raise EngineError(f"{name}: {lines[0].decode(errors='replace').strip()} has no '---' and '+++' lines")
+        raise PatchError(f"{name}: {lines[0].decode(errors='replace').strip()} has no '---' and '+++' lines")
     creates, deletes = old == [b"/dev/null"], new == [b"/dev/null"]
     path = _checked_path((old if deletes else new)[0], name)
     if not creates and not deletes and _checked_path(old[0], name) != path:
-        raise EngineError(f"{name}: {path} would be renamed; the series has no renames")
+        raise PatchError(f"{name}: {path} would be renamed; the series has no renames")
     hunks = tuple(_parse_hunks(rest, name, path))
     if not hunks:
-        raise EngineError(f"{name}: no hunk for {path}")
+        raise PatchError(f"{name}: no hunk for {path}")
     return FileDiff(path, creates, deletes, hunks)
 
 
@@ -142,7 +142,7 @@ def _parse_hunks(lines: Iterator[bytes], name: str, path: str) -> Iterator[Hunk]
             elif len(old) < old_count or len(new) < new_count:
                 sides = {b" ": [old, new], b"-": [old], b"+": [new], b"\n": [old, new]}.get(pending[:1])
                 if sides is None:
-                    raise EngineError(f"{name}: {path}: a line inside a hunk starts with {pending[:1]!r}")
+                    raise PatchError(f"{name}: {path}: a line inside a hunk starts with {pending[:1]!r}")
                 for side in sides:
                     side.append(pending[1:] or b"\n")
                 last = sides
@@ -150,7 +150,7 @@ def _parse_hunks(lines: Iterator[bytes], name: str, path: str) -> Iterator[Hunk]
                 break
             pending = next(lines, None)
         if len(old) != old_count or len(new) != new_count:
-            raise EngineError(
+            raise PatchError(
                 f"{name}: {path}: the hunk at line {start} is cut short or miscounted",
                 expected=f"{old_count} old and {new_count} new lines",
                 found=f"{len(old)} and {len(new)}",
@@ -162,7 +162,7 @@ def _checked_path(raw: bytes, name: str) -> str:
     text = raw.decode(errors="replace")
     path = PurePosixPath(text[2:])
     if text[:2] not in ("a/", "b/") or path.is_absolute() or ".." in path.parts or not path.parts:
-        raise EngineError(f"{name}: unfit path {text!r}", expected="a/... or b/... inside the tree")
+        raise PatchError(f"{name}: unfit path {text!r}", expected="a/... or b/... inside the tree")
     return str(path)
 
 

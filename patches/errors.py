@@ -1,9 +1,9 @@
-"""The one error type of the engine: fetching, patching, building and running llama.cpp."""
+"""The base of the project's errors, and the errors of the patch series."""
 
 from __future__ import annotations
 
 
-class EngineError(Exception):
+class KimiError(Exception):
     """An error that the user can correct: what happened, what was expected and found, and what to do."""
 
     def __init__(
@@ -14,3 +14,7 @@ class EngineError(Exception):
             f"{label} {text}" for label, text in (("expected", expected), ("found", found)) if text
         )
         super().__init__("; ".join(filter(None, [": ".join(filter(None, [what, facts])), todo])))
+
+
+class PatchError(KimiError):
+    """The pin or a patch is invalid, or the series does not apply."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_gguf.patches.diff import new_file
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.series import Patch, Series
 
 _AUTHOR = "kimi-gguf <kimi-gguf@localhost>"
@@ -19,12 +19,12 @@ _DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # for a patch that names none: equal s
 def export_patches(series: Series, folder: Path) -> list[Path]:
     """Write the series into `folder`, made if missing; returns the files in the order of application.
 
-    `EngineError` when the folder holds other patches, which `git am *.patch` would take in too.
+    `PatchError` when the folder holds other patches, which `git am *.patch` would take in too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     strangers = {path.name for path in folder.glob("*.patch")} - {patch.name for patch in series.patches}
     if strangers:
-        raise EngineError(
+        raise PatchError(
             f"{folder} holds other patches",
             expected="an empty or new folder",
             found=", ".join(sorted(strangers)),

@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import PatchError
 
 PIN_FILE = Path(__file__).with_name("upstream.toml")
 
@@ -37,11 +37,11 @@ class Pin:
 
 
 def load_pin(path: Path = PIN_FILE) -> Pin:
-    """Read the pin; `EngineError` when a key is missing, unknown or not a string."""
+    """Read the pin; `PatchError` when a key is missing, unknown or not a string."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     names = {field.name for field in fields(Pin)}
     if set(table) != names or not all(isinstance(value, str) for value in table.values()):
-        raise EngineError(
+        raise PatchError(
             f"{path}: wrong keys, or a value that is not a string",
             expected=", ".join(sorted(names)),
             found=", ".join(sorted(table)),
@@ -54,5 +54,5 @@ def record_patched_tree(digest: str, path: Path = PIN_FILE) -> None:
     text = path.read_text(encoding="utf-8")
     text, count = re.subn(r'(?m)^(patched_tree_sha256 = ")[^"]*"', rf'\g<1>{digest}"', text)
     if count != 1:
-        raise EngineError(f"{path}: no single line 'patched_tree_sha256 = ...' to write to")
+        raise PatchError(f"{path}: no single line 'patched_tree_sha256 = ...' to write to")
     path.write_text(text, encoding="utf-8")

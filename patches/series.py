@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kimi_gguf.patches import diff as unified
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.tree import Tree
 
 PATCH_FOLDER = Path(__file__).parent
@@ -134,7 +134,7 @@ class Series:
     def apply(self, tree: Tree) -> int:
         """Apply to the tree what it does not hold yet; returns how many patches that were.
 
-        `EngineError` names the patch, the file and the lines; the tree keeps the patches before that one,
+        `PatchError` names the patch, the file and the lines; the tree keeps the patches before that one,
         in memory only: nothing is written here.
         """
         done = self.applied(tree)
@@ -142,7 +142,7 @@ class Series:
             try:
                 patch.apply(tree)
             except unified.PatchConflictError as conflict:
-                raise EngineError(
+                raise PatchError(
                     f"{patch.name} does not apply to {tree.root}",
                     found=str(conflict),
                     todo="use the pinned llama.cpp revision (patches/upstream.toml), "
@@ -170,10 +170,10 @@ def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLA
             for folder in (header_field(header, "Sources") or "").split():
                 inside = [overlay for overlay in sources if overlay.source.parent == PurePosixPath(folder)]
                 if not inside:
-                    raise EngineError(f"{path.name}: the folder {folder} of ggml_ops holds no sources")
+                    raise PatchError(f"{path.name}: the folder {folder} of ggml_ops holds no sources")
                 for overlay in inside:
                     if other := brought.get(overlay.dest):
-                        raise EngineError(
+                        raise PatchError(
                             f"{path.name}: {overlay.source} and {other.source} would both be {overlay.dest}",
                             expected="each source brought by one patch, and one file name for each source of a kind",
                         )
@@ -181,11 +181,11 @@ def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLA
                 overlays += inside
             diffs = unified.parse(text, path.name)
             if not diffs and not overlays:
-                raise EngineError(f"{path}: the patch changes nothing")
+                raise PatchError(f"{path}: the patch changes nothing")
             patches.append(Patch(path.name, kind, text, diffs, tuple(overlays)))
     unused = [str(overlay.source) for overlay in sources if brought.get(overlay.dest) is not overlay]
     if unused:
-        raise EngineError(
+        raise PatchError(
             f"{overlay_folder} holds sources that no patch brings",
             found=", ".join(unused),
             todo="name their folder on the line 'Sources:' of a patch",

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import PatchError
 
 
 def list_files(root: Path) -> list[str]:
@@ -24,7 +24,7 @@ def list_files(root: Path) -> list[str]:
                 continue
             path = base / name
             if path.is_symlink():
-                raise EngineError(f"{path}: a symbolic link in the source tree", expected="plain files only")
+                raise PatchError(f"{path}: a symbolic link in the source tree", expected="plain files only")
             found.append(path.relative_to(root).as_posix())
     return sorted(found)
 
@@ -45,10 +45,10 @@ def tree_hash(root: Path) -> str:
 def expect_tree(
     found: str, expected: str, what: str, todo: str, problem: str = "the source tree is not the pinned one"
 ) -> None:
-    """`EngineError` unless two tree hashes are equal; `what` names the tree."""
+    """`PatchError` unless two tree hashes are equal; `what` names the tree."""
     if found != expected:
         hashes = {"expected": f"tree hash {expected}", "found": f"tree hash {found}"}
-        raise EngineError(f"{what}: {problem}", **hashes, todo=todo)
+        raise PatchError(f"{what}: {problem}", **hashes, todo=todo)
 
 
 class Tree:

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kimi_gguf.engine.builds import upstream_source
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
 
@@ -219,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for source in options.sources or cuda_sources():
             for architecture in ARCHITECTURES:
                 kernels += compile_cuda(source, architecture)
-    except EngineError as error:
+    except KimiError as error:
         print(f"cuda_check: error: {error}", file=sys.stderr)
         return 1
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

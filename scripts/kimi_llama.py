@@ -19,9 +19,10 @@ from kimi_gguf.bench import cli as bench_cli
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.toolchain import cores
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 
 Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (spellings of an option, what is added)
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return action(parsed)
-    except (EngineError, OSError) as error:
+    except (KimiError, OSError) as error:
         print(f"kimi-llama: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -173,7 +174,7 @@ def _expect_to_run(engine: Engine) -> None:
     """A GPU build needs its vendor's libraries, which may have been removed; the CPU build is not used instead."""
     try:
         check_runs(engine.prefix)
-    except EngineError as error:
+    except KimiError as error:
         todo = f"{error.todo}; or use the CPU build: --build cpu"
         raise EngineError(error.what, found=error.found, todo=todo) from error
 

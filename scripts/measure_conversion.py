@@ -27,9 +27,10 @@ from kimi_gguf.bench.load import DISTURBED, Watch
 from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.report import Data, Rows, mark, markdown
 from kimi_gguf.engine.builds import Engine, ensure
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.progress import Reporter, reporting
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
 from kimi_gguf.scripts.upstream_converter import Job, command, environment
 
@@ -232,7 +233,7 @@ def main() -> None:
         for file, text in ((parsed.json, json.dumps(record, indent=1) + "\n"), (parsed.page, page(record))):
             if file is not None:
                 atomically(file, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
-    except EngineError as error:
+    except KimiError as error:
         sys.exit(f"measure-conversion: error: {error}")
 
 

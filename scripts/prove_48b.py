@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.convert.conversion import plan_only
-from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts.synthetic_checkpoint import write_synthetic
 
 GB = 1_000_000_000
@@ -37,7 +37,7 @@ examples:
 """
 
 
-class ProveError(Exception):
+class ProveError(KimiError):
     """A step cannot run; the message says why and what to do."""
 
 
@@ -160,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
         if absent:
             source = fetch(args.source, args.out)
         run_all(source, args.out, args.type, args.tokens)
-    except (ProveError, ConvertError) as error:
+    except KimiError as error:
         print(f"prove-48b: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

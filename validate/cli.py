@@ -20,11 +20,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import ensure, options_of, select
 from kimi_gguf.engine.progress import reporting
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with reporting() as reporter:
             report = validate(request, engine, upstream, reporter)
         html = write(report, options.out)
-    except (ValidateError, ConvertError, EngineError, OSError) as error:
+    except (KimiError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:

@@ -15,8 +15,9 @@ from typing import Any, Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.engine.builds import EngineError, find
+from kimi_gguf.engine.builds import find
 from kimi_gguf.engine.tensor_types import Bytes, TensorType, Values
+from kimi_gguf.patches.errors import KimiError
 
 LIBRARY: Final = "libggml-base.dylib" if sys.platform == "darwin" else "libggml-base.so"
 
@@ -77,7 +78,7 @@ def load() -> Ggml:
     """The library of the build in use (see `engine.builds`). Raises `ConvertError` if there is none."""
     try:
         engine = find()
-    except EngineError as error:
+    except KimiError as error:
         raise ConvertError(str(error)) from None
     if engine is None:
         raise ConvertError(

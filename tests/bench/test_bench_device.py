@@ -19,7 +19,7 @@ from kimi_gguf.bench.record import load
 from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.compiling import advice
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
 
 ON = ("--device", "SECOND0", *TINY, "--seconds", "0.01")
 DEVICE = {"backend": "cuda", "name": "CUDA0", "description": "NVIDIA Something", "memory": 80 << 30, "free": 79 << 30,

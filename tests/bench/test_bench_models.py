@@ -21,8 +21,8 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.validate.llama import RunOptions, run
 
 

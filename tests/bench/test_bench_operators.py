@@ -16,8 +16,8 @@ from kimi_gguf.bench.operators import CASES, Case, libraries_of, measure_operato
 from kimi_gguf.bench.page import matmuls_table, operators_table
 from kimi_gguf.bench.roofline import measure_peaks
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
-from kimi_gguf.patches.errors import EngineError
 
 SMALL = ("heads=2", "keys=64", "layers=2", "seconds=0.001", "least=1")
 

@@ -9,7 +9,7 @@ import pytest
 from bench_case import record
 
 from kimi_gguf.bench.record import add, load_all
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.scripts import kimi_llama
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -15,8 +15,8 @@ from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
 from kimi_gguf.bench.state import StateError, plain_layout, repeated
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
-from kimi_gguf.patches.errors import EngineError
 
 pytestmark = pytest.mark.engine
 

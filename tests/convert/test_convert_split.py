@@ -18,9 +18,9 @@ from gguf import GGUFReader
 from random_checkpoint import VOCAB_SIZE, Spec
 
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.gguf_check import check_gguf
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.validate.cli import main as validate
 from kimi_gguf.validate.llama import run_logits
 

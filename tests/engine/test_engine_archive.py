@@ -10,8 +10,8 @@ import pytest
 import tiny_llama
 
 from kimi_gguf.engine import archive
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
-from kimi_gguf.patches.errors import EngineError
 
 
 def flip_byte(path: Path) -> None:

@@ -22,8 +22,8 @@ import tiny_llama
 from kimi_gguf.engine import build as building
 from kimi_gguf.engine import toolchain
 from kimi_gguf.engine.build_spec import make_build_spec
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
-from kimi_gguf.patches.errors import EngineError
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.patches import diff
-from kimi_gguf.patches.errors import EngineError
 from kimi_gguf.patches.export import export_patches
 from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin

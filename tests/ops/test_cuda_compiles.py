@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.patches.errors import EngineError
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts import cuda_check
 from kimi_gguf.scripts.cuda_check import (
     ARCHITECTURES,
@@ -31,7 +32,7 @@ MAY_SPILL: dict[str, str] = {}
 def nvcc() -> Path:
     try:
         return find_nvcc()
-    except EngineError as error:
+    except KimiError as error:
         if os.environ.get("KIMI_CI"):
             pytest.fail(str(error))
         pytest.skip(str(error))

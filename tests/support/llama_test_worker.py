@@ -77,7 +77,7 @@ class Player:
         return self._context.remove(sequence, first, end)
 
     def keep(self, sequence: int) -> None:
-        self._context.keep(sequence)
+        self._context.keep_only(sequence)
 
     def cut(self, sequence: int, first: int) -> None:
         if not self.remove(sequence, first):
