@@ -2,12 +2,16 @@
 
 // What the files of the KDA scan on the CPU share: one head of one sequence, laid out for the kernels.
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
-
-struct ggml_tensor;
+#include <type_traits>
 
 namespace kda {
+
+static inline float sigmoid(float x) {
+    return 1.0f / (1.0f + expf(-x));
+}
 
 // rows of one head along the tokens: data[t*stride + i]
 struct token_rows {
@@ -60,6 +64,20 @@ constexpr int CHUNK = 16;
 // output, k, and the three products with the decay, the four small matrices, and room to spare for vectors.
 constexpr int64_t scan_scratch_floats(int64_t D) {
     return D * D + (7 * CHUNK + 4) * D + 4 * CHUNK * CHUNK + 4 * CHUNK * 32;
+}
+
+// Calls f with the head size as a constant. False when the vector paths do not have it.
+template <typename F> static bool with_head_size(int64_t D, const F & f) {
+    // clang-format off
+    switch (D) {
+        case  32: f(std::integral_constant<int,  32>()); return true;
+        case  64: f(std::integral_constant<int,  64>()); return true;
+        case  96: f(std::integral_constant<int,  96>()); return true;
+        case 128: f(std::integral_constant<int, 128>()); return true;
+        case 256: f(std::integral_constant<int, 256>()); return true;
+        default:  return false;
+    }
+    // clang-format on
 }
 
 // The plain path: all columns and the output norm of one head, token by token, in scalar float32.

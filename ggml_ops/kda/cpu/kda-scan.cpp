@@ -20,10 +20,6 @@ namespace kda {
 // Chunks begin to pay here (README, Measurements).
 constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
 
-static float sigmoid(float x) {
-    return 1.0f / (1.0f + expf(-x));
-}
-
 static float log_gate(const scan_head & head, int64_t t, int64_t i) {
     const float x = head.f[t][i] + head.dt_bias[i];
     if (head.lower_bound > -INFINITY) {

@@ -24,6 +24,20 @@ const Dot * find_dot(const Format & format);
 
 const Dot * find_dot_of_groups(ggml_type type);
 
+struct TypedDot {
+    ggml_type type;
+    Dot       dot;
+};
+
+template <size_t N> const Dot * find_dot(const TypedDot (&dots)[N], ggml_type type) {
+    for (const TypedDot & each : dots) {
+        if (each.type == type) {
+            return &each.dot;
+        }
+    }
+    return nullptr;
+}
+
 // n_rows rows of weights, stride bytes apart, times n columns: sums[column * PANEL_ROWS + row].
 void dot_rows(const Dot &          dot,
               const char *         weights,

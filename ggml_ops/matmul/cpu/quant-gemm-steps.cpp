@@ -18,6 +18,7 @@ quant_gemm_layout ggml_quant_gemm_layout(const ggml_tensor * product) {
 namespace quant_gemm {
 
 static constexpr int MAX_COLUMNS = 16;
+static constexpr int N_OFFSETS   = 256;  // an offset is less
 
 static const Format * format_of(const ggml_tensor * op) {
     return format_of(op, ggml_quant_gemm_layout(op));
@@ -27,9 +28,10 @@ namespace {
 
 class Steps : public ggml::cpu::packed_product {
   public:
+    // of scheme and offset, which decide the packed bytes; negative, as those of upstream's formats are not
     int activations(const ggml_tensor * op) const override {
-        const Format * format = format_of(op);
-        return -1 - ((int) format->scheme * 256 + format->offset);
+        const Format & format = *format_of(op);
+        return -1 - ((int) format.scheme * N_OFFSETS + format.offset);
     }
 
     int64_t row_step() const override { return PANEL_ROWS; }
