@@ -30,7 +30,7 @@ struct Product {
     Ahead *       ahead;  // or null
 };
 
-// One register block: ROWS rows by COLUMNS vectors, over k in [0, n_steps).
+// One register block: ROWS rows by COLUMNS vectors.
 template <int ROWS, int COLUMNS, Accumulate ACC>
 static inline void multiply_block(int64_t                     n_steps,
                                   const float * GGML_RESTRICT a,
@@ -41,12 +41,7 @@ static inline void multiply_block(int64_t                     n_steps,
                                   float * GGML_RESTRICT       c,
                                   int64_t                     ldc,
                                   const float * GGML_RESTRICT scale) {
-    vf acc[ROWS][COLUMNS];
-    for (int i = 0; i < ROWS; ++i) {
-        for (int j = 0; j < COLUMNS; ++j) {
-            acc[i][j] = v_set(0.0f);
-        }
-    }
+    vf acc[ROWS][COLUMNS] = {};
     for (int64_t k = 0; k < n_steps; ++k) {
         vf bk[COLUMNS];
         for (int j = 0; j < COLUMNS; ++j) {
@@ -83,11 +78,6 @@ static inline void multiply_last_rows(int64_t n_rows, const Product & p, int64_t
         } else {
             multiply_last_rows<ROWS - 1, COLUMNS, ACC>(n_rows, p, m, n);
         }
-    } else {
-        GGML_UNUSED(n_rows);
-        GGML_UNUSED(p);
-        GGML_UNUSED(m);
-        GGML_UNUSED(n);
     }
 }
 
@@ -113,10 +103,6 @@ static inline void multiply_last_columns(int64_t n_vectors, const Product & p, i
         } else {
             multiply_last_columns<COLUMNS - 1, ACC>(n_vectors, p, n);
         }
-    } else {
-        GGML_UNUSED(n_vectors);
-        GGML_UNUSED(p);
-        GGML_UNUSED(n);
     }
 }
 

@@ -5,8 +5,6 @@
 
 #include "quant-gemm-panel.h"
 
-#include <algorithm>
-
 namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
@@ -24,17 +22,26 @@ static inline __m512 broadcast_float(const char * p) {
     return _mm512_castsi512_ps(broadcast32(p));
 }
 
+template <int N_C> static inline void load_columns(const char * const * columns, const char * (&act)[N_C]) {
+#pragma GCC                           unroll 8
+    for (int c = 0; c < N_C; c++) {
+        act[c] = columns[c];
+    }
+}
+
 template <int N_C> static inline void load_sums(const float * sums, __m512 (&f)[N_C][2]) {
 #pragma GCC                           unroll 8
-    for (int i = 0; i < 2 * N_C; i++) {
-        f[i / 2][i % 2] = _mm512_load_ps(sums + 16 * i);
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
     }
 }
 
 template <int N_C> static inline void store_sums(const __m512 (&f)[N_C][2], float * sums) {
 #pragma GCC                           unroll 8
-    for (int i = 0; i < 2 * N_C; i++) {
-        _mm512_store_ps(sums + 16 * i, f[i / 2][i % 2]);
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
     }
 }
 
@@ -68,7 +75,7 @@ template <int N_C>
 static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
-    std::copy(columns, columns + N_C, act);
+    load_columns(columns, act);
     load_sums(sums, f);
     const uint8_t * weights = &panel.codes[0][0][0][0];
     const float *   scales  = panel.scales[0];
@@ -97,7 +104,7 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     constexpr int STARTS    = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
     __m512        f[N_C][2] = {};
     const char *  act[N_C];
-    std::copy(columns, columns + N_C, act);
+    load_columns(columns, act);
     const uint8_t * weights = &panel.codes[0][0][0][0];
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < SLICE / SUB; b++) {
@@ -155,7 +162,7 @@ template <int N_C>
 static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
-    std::copy(columns, columns + N_C, act);
+    load_columns(columns, act);
     load_sums(sums, f);
     const uint16_t * weights = &panel.pairs[0][0][0][0];
     for (int p = 0; p < n_blocks * N_PAIRS; p++) {
@@ -180,7 +187,7 @@ template <int N_C> static void tile_bf16(const Panel &, int, const char * const 
 template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
-    std::copy(columns, columns + N_C, act);
+    load_columns(columns, act);
     load_sums(sums, f);
     for (int k = 0; k < n_blocks * BLOCK; k += 4) {
 #pragma GCC unroll 4
