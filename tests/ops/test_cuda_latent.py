@@ -25,7 +25,6 @@ TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 KERNELS = [FOLDER / "cuda" / "latent-attend.cu"]
 GLUE = FOLDER / "cuda" / "latent-ggml.cu"
 DECOMPRESSED = [FOLDER / "cuda" / f"latent-{part}.cu" for part in ("collect", "expand", "decompressed")]
-DECOMPRESSED_GLUE = FOLDER / "cuda" / "latent-attn-ggml.cu"
 
 
 def compile_test(engine: Engine, sources: list[Path], program: Path, *, races: bool = False) -> Path:
@@ -71,7 +70,8 @@ def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_which_nodes_of_ggml_are_taken(engine: Engine, tmp_path: Path) -> None:
-    program = compile_test(engine, [*KERNELS, GLUE, NATIVE / "latent-glue-test.cu"], tmp_path / "glue")
+    sources = [*KERNELS, *DECOMPRESSED, GLUE, NATIVE / "latent-glue-test.cu"]
+    program = compile_test(engine, sources, tmp_path / "glue")
     ended = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
     assert ended.stderr.count("latent attention: FLASH_ATTN_EXT converts its cache to F16: a type") == 1
@@ -96,10 +96,3 @@ def test_decompressed_no_races_in_shared_memory(engine: Engine, tmp_path: Path) 
     sources = [*DECOMPRESSED, NATIVE / "latent-decompressed-test.cpp"]
     program = compile_test(engine, sources, tmp_path / "races", races=True)
     passes(program, *TYPES, KIMI_CASES="17")
-
-
-def test_which_nodes_of_latent_attn_are_claimed(engine: Engine, tmp_path: Path) -> None:
-    sources = [*DECOMPRESSED, DECOMPRESSED_GLUE, NATIVE / "latent-attn-node-test.cu"]
-    program = compile_test(engine, sources, tmp_path / "node")
-    ended = subprocess.run([program], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
