@@ -99,7 +99,4 @@ bool scan_chunks(const scan_head & head, const scan_range & range, float * scrat
 // out = norm * rms_norm(out) * sigmoid(gate) for tokens [t0, t1)
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1);
 
-// value channels that one call of a vector path may be given at least; 0 when this build has none
-int64_t scan_column_tile();
-
 }  // namespace kda

@@ -143,10 +143,6 @@ void scan_finish(const scan_head & head, int64_t t0, int64_t t1) {
     with_head_size(head.D, [&](auto D) { finish_all<D>(head, t0, t1); });
 }
 
-int64_t scan_column_tile() {
-    return 2 * VW;
-}
-
 #else
 
 bool scan_steps(const scan_head &, const scan_range &, float *) {
@@ -154,10 +150,6 @@ bool scan_steps(const scan_head &, const scan_range &, float *) {
 }
 
 void scan_finish(const scan_head &, int64_t, int64_t) {}
-
-int64_t scan_column_tile() {
-    return 0;
-}
 
 #endif
 

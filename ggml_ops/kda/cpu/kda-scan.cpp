@@ -20,6 +20,13 @@ namespace kda {
 // Chunks begin to pay here (README, Measurements).
 constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
 
+// Value channels that one call of a vector path may be given at least; 0 when this build has none.
+#if defined(KDA_SIMD)
+constexpr int64_t COLUMN_TILE = 2 * VW;
+#else
+constexpr int64_t COLUMN_TILE = 0;
+#endif
+
 static float log_gate(const scan_head & head, int64_t t, int64_t i) {
     const float x = head.f[t][i] + head.dt_bias[i];
     if (head.lower_bound > -INFINITY) {
@@ -151,9 +158,8 @@ scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t
 
 // Blocks of value channels into which a head is cut so that no thread is left without work.
 static int64_t blocks_per_head(int64_t D, int64_t n_heads, int n_threads) {
-    const int64_t tile = scan_column_tile();
-    int64_t       n    = 1;
-    while (n_heads * n < n_threads && tile > 0 && D % (2 * n * tile) == 0) {
+    int64_t n = 1;
+    while (n_heads * n < n_threads && COLUMN_TILE > 0 && D % (2 * n * COLUMN_TILE) == 0) {
         n *= 2;
     }
     return n;
@@ -177,7 +183,7 @@ void ggml_compute_forward_kda_scan(const ggml_compute_params * params,
 
     float * scratch = thread_scratch(params, scan_scratch_floats(D));
 
-    const bool    plain   = params->use_ref || scan_column_tile() == 0 || !ggml_kda_head_size_supported(D);
+    const bool    plain   = params->use_ref || COLUMN_TILE == 0 || !ggml_kda_head_size_supported(D);
     const int64_t blocks  = plain ? 1 : blocks_per_head(D, n_heads, params->nth);
     const int64_t columns = D / blocks;
     const int64_t n_units = n_heads * blocks;

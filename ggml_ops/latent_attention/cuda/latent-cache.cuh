@@ -245,10 +245,9 @@ template <cache_type TYPE> struct quantised_tiles {
 
 // 32-bit values as sums of two.
 struct split_tiles : no_factors {
-    using element                  = __nv_bfloat16;
-    static constexpr int PLANES    = 2;
-    static constexpr int ROW_BYTES = N_CACHE * sizeof(float);
-    static constexpr int SHARED    = PLANES * TILE_VALUES * sizeof(element);
+    using element               = __nv_bfloat16;
+    static constexpr int PLANES = 2;
+    static constexpr int SHARED = PLANES * TILE_VALUES * sizeof(element);
 
     cache_rows rows;
     element *  tile_values;

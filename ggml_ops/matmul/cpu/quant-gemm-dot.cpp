@@ -11,6 +11,7 @@
 #include "quant-gemm-super-block.h"
 #include "simd-mappings.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 
@@ -253,22 +254,16 @@ const Dot * find_dot(const Format &) {
 
 #endif
 
-void dot_rows(const Dot &          dot,
-              const char *         weights,
-              size_t               stride,
-              int64_t              n_rows,
-              int64_t              k,
-              const char * const * columns,
-              int                  n,
-              float *              sums) {
-    // weights come from memory once; more columns than stay in L1 beside them take turns over rows that are in L2 by then
-    const int turn = n > 2 * DOT_COLUMNS ? DOT_COLUMNS : n;
-    for (int first = 0; first < n; first += turn) {
-        const int end = first + turn < n ? first + turn : n;
+void dot_rows(
+    const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums) {
+    // weights come from memory once; more columns than stay in L1 with them take turns over rows that are in L2 by then
+    const int turn = columns.n > 2 * DOT_COLUMNS ? DOT_COLUMNS : columns.n;
+    for (int first = 0; first < columns.n; first += turn) {
+        const int end = std::min(first + turn, columns.n);
         for (int64_t r = 0; r < n_rows; r += dot.rows) {
             for (int c = first; c < end; c += DOT_COLUMNS) {
-                const int together = end - c < DOT_COLUMNS ? end - c : DOT_COLUMNS;
-                dot.multiply[together - 1](weights + r * stride, k, columns + c, sums + c * PANEL_ROWS + r);
+                const int together = std::min(end - c, DOT_COLUMNS);
+                dot.multiply[together - 1](weights + r * stride, k, columns.at + c, sums + c * PANEL_ROWS + r);
             }
         }
     }

@@ -38,15 +38,9 @@ template <size_t N> const Dot * find_dot(const TypedDot (&dots)[N], ggml_type ty
     return nullptr;
 }
 
-// n_rows rows of weights, stride bytes apart, times n columns: sums[column * PANEL_ROWS + row].
-void dot_rows(const Dot &          dot,
-              const char *         weights,
-              size_t               stride,
-              int64_t              n_rows,
-              int64_t              k,
-              const char * const * columns,
-              int                  n,
-              float *              sums);
+// n_rows rows of k weights, stride bytes apart, times the columns: sums[column * PANEL_ROWS + row].
+void dot_rows(
+    const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums);
 
 #if QUANT_GEMM_VNNI
 

@@ -227,29 +227,19 @@ static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * 
     }
 }
 
-static void ask_for(const char * first, const char * end) {
-    for (; first < end; first += CACHE_LINE) {
-        __builtin_prefetch(first);
-    }
-}
-
-void multiply(Scheme               scheme,
-              const Panel &        panel,
-              int                  n_blocks,
-              const char * const * columns,
-              int                  n_columns,
-              const Ahead &        ahead,
-              float *              sums) {
+void multiply(Scheme scheme, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums) {
     using Tile                = void (*)(Scheme, const Panel &, int, const char * const *, float *);
     static const Tile tiles[] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8> };
     const bool        plain   = scheme == Scheme::bf16 || scheme == Scheme::f16;
     const int         most    = plain ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
-    const int         n_tiles = (n_columns + most - 1) / most;
+    const int         n_tiles = (columns.n + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
-        const int first = n_columns * t / n_tiles;
-        const int end   = n_columns * (t + 1) / n_tiles;
-        ask_for(ahead.first + ahead.size * t / n_tiles, ahead.first + ahead.size * (t + 1) / n_tiles);
-        tiles[end - first](scheme, panel, n_blocks, columns + first, sums + first * PANEL_ROWS);
+        const int first = columns.n * t / n_tiles;
+        const int end   = columns.n * (t + 1) / n_tiles;
+        for (size_t i = ahead.size * t / n_tiles; i < ahead.size * (t + 1) / n_tiles; i += CACHE_LINE) {
+            __builtin_prefetch(ahead.first + i);
+        }
+        tiles[end - first](scheme, panel, n_blocks, columns.at + first, sums + first * PANEL_ROWS);
     }
 }
 
