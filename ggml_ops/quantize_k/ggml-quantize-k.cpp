@@ -48,12 +48,9 @@ INLINE floats to_floats(ints x) {
 }
 
 INLINE void take_root(floats & x) {
-    float one[LANES];
-    memcpy(one, &x, sizeof(x));
-    for (float & each : one) {
-        each = sqrtf(each);
+    for (int i = 0; i < LANES; i++) {
+        x[i] = sqrtf(x[i]);
     }
-    memcpy(&x, one, sizeof(x));
 }
 
 // How a type of 32 values with scale and minimum is searched.

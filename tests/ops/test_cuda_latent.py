@@ -20,11 +20,12 @@ pytestmark = pytest.mark.engine
 
 FOLDER = OPERATORS / "latent_attention"
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
-
-
-KERNELS = [FOLDER / "cuda" / "latent-attend.cu"]
-GLUE = FOLDER / "cuda" / "latent-ggml.cu"
-DECOMPRESSED = [FOLDER / "cuda" / f"latent-{part}.cu" for part in ("collect", "expand", "decompressed")]
+KERNELS = {
+    "absorbed": [FOLDER / "cuda" / "latent-attend.cu"],
+    "decompressed": [FOLDER / "cuda" / f"latent-{part}.cu" for part in ("collect", "expand", "decompressed")],
+}
+TESTS = {"absorbed": "latent-cuda-test.cpp", "decompressed": "latent-decompressed-test.cpp"}
+EVERY = {"absorbed": "8", "decompressed": "17"}  # so manieth case for races
 
 
 def compile_test(engine: Engine, sources: list[Path], program: Path, *, races: bool = False) -> Path:
@@ -48,10 +49,15 @@ def passes(program: Path, *types: str, **environment: str) -> None:
     assert ", 0 failed" in ended.stdout
 
 
+@pytest.fixture(scope="module", params=KERNELS)
+def form(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(form: str, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("latent") / "latent-test"
-    return compile_test(engine, [*KERNELS, NATIVE / "latent-cuda-test.cpp"], target)
+    return compile_test(engine, [*KERNELS[form], NATIVE / TESTS[form]], target)
 
 
 @pytest.mark.parametrize("cache_type", TYPES)
@@ -63,36 +69,14 @@ def test_nodes_that_the_kernels_do_not_fit_are_refused(program: Path) -> None:
     passes(program)
 
 
-def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
-    sources = [*KERNELS, NATIVE / "latent-cuda-test.cpp"]
-    program = compile_test(engine, sources, tmp_path / "races", races=True)
-    passes(program, *TYPES, KIMI_CASES="8")
+def test_no_races_in_shared_memory(form: str, engine: Engine, tmp_path: Path) -> None:
+    program = compile_test(engine, [*KERNELS[form], NATIVE / TESTS[form]], tmp_path / "races", races=True)
+    passes(program, *TYPES, KIMI_CASES=EVERY[form])
 
 
 def test_which_nodes_of_ggml_are_taken(engine: Engine, tmp_path: Path) -> None:
-    sources = [*KERNELS, *DECOMPRESSED, GLUE, NATIVE / "latent-glue-test.cu"]
-    program = compile_test(engine, sources, tmp_path / "glue")
+    sources = [*KERNELS["absorbed"], *KERNELS["decompressed"], FOLDER / "cuda" / "latent-ggml.cu"]
+    program = compile_test(engine, [*sources, NATIVE / "latent-glue-test.cu"], tmp_path / "glue")
     ended = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
     assert ended.stderr.count("latent attention: FLASH_ATTN_EXT converts its cache to F16: a type") == 1
-
-
-@pytest.fixture(scope="module")
-def decompressed(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("decompressed") / "latent-test"
-    return compile_test(engine, [*DECOMPRESSED, NATIVE / "latent-decompressed-test.cpp"], target)
-
-
-@pytest.mark.parametrize("cache_type", TYPES)
-def test_decompressed_every_shape_mask_and_order_of_threads(cache_type: str, decompressed: Path) -> None:
-    passes(decompressed, cache_type)
-
-
-def test_decompressed_nodes_that_the_kernels_do_not_fit_are_refused(decompressed: Path) -> None:
-    passes(decompressed)
-
-
-def test_decompressed_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
-    sources = [*DECOMPRESSED, NATIVE / "latent-decompressed-test.cpp"]
-    program = compile_test(engine, sources, tmp_path / "races", races=True)
-    passes(program, *TYPES, KIMI_CASES="17")

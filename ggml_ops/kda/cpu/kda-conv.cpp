@@ -129,20 +129,6 @@ static void convolve(const conv_unit & u, int64_t t) {
     }
 }
 
-static bool has_vectors(int64_t D) {
-    return D % VW == 0;
-}
-
-#else
-
-static void convolve(const conv_unit & u, int64_t t) {
-    convolve_reference(u, t);
-}
-
-static bool has_vectors(int64_t) {
-    return false;
-}
-
 #endif
 
 static conv_unit unit_of(const ggml_tensor * dst, const ggml_kda_state_dest * dest, int64_t x, int64_t h, int64_t s) {
@@ -203,7 +189,11 @@ void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
 
     float * scratch = thread_scratch(params, HEADS_TOGETHER * unit_scratch_floats(D));
 
-    const bool    plain   = params->use_ref || !has_vectors(D);
+#if defined(KDA_SIMD)
+    const auto convolve_token = params->use_ref || D % VW != 0 ? convolve_reference : convolve;
+#else
+    const auto convolve_token = convolve_reference;
+#endif
     const int64_t n_units = 3 * H * q->ne[2];
     const int64_t u0      = n_units * params->ith / params->nth;
     const int64_t u1      = n_units * (params->ith + 1) / params->nth;
@@ -222,11 +212,7 @@ void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
                     prefetch(units[g].row(t + AHEAD), D);
                     prefetch<true>(units[g].out + (t + AHEAD) * units[g].out_stride, D);
                 }
-                if (plain) {
-                    convolve_reference(units[g], t);
-                } else {
-                    convolve(units[g], t);
-                }
+                convolve_token(units[g], t);
             }
         }
         for (int g = 0; g < n; ++g) {

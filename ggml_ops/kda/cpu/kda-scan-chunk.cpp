@@ -282,15 +282,13 @@ template <int D> static void chunks(const scan_head & head, const scan_range & r
     }
 }
 
-bool scan_chunks(const scan_head & head, const scan_range & range, float * scratch) {
-    return with_head_size(head.D, [&](auto D) { chunks<D>(head, range, scratch); });
+void scan_chunks(const scan_head & head, const scan_range & range, float * scratch) {
+    with_head_size(head.D, [&](auto D) { chunks<D>(head, range, scratch); });
 }
 
 #else
 
-bool scan_chunks(const scan_head &, const scan_range &, float *) {
-    return false;
-}
+void scan_chunks(const scan_head &, const scan_range &, float *) {}
 
 #endif
 

@@ -2,6 +2,8 @@
 
 // What the files of the KDA scan on the CPU share: one head of one sequence, laid out for the kernels.
 
+#include "ggml.h"
+
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -66,16 +68,16 @@ constexpr int64_t scan_scratch_floats(int64_t D) {
     return D * D + (7 * CHUNK + 4) * D + 4 * CHUNK * CHUNK + 4 * CHUNK * 32;
 }
 
-// Calls f with the head size as a constant. False when the vector paths do not have it.
-template <typename F> static bool with_head_size(int64_t D, const F & f) {
+// Calls f with the head size, a supported one, as a constant.
+template <typename F> static void with_head_size(int64_t D, const F & f) {
     // clang-format off
     switch (D) {
-        case  32: f(std::integral_constant<int,  32>()); return true;
-        case  64: f(std::integral_constant<int,  64>()); return true;
-        case  96: f(std::integral_constant<int,  96>()); return true;
-        case 128: f(std::integral_constant<int, 128>()); return true;
-        case 256: f(std::integral_constant<int, 256>()); return true;
-        default:  return false;
+        case  32: return f(std::integral_constant<int,  32>());
+        case  64: return f(std::integral_constant<int,  64>());
+        case  96: return f(std::integral_constant<int,  96>());
+        case 128: return f(std::integral_constant<int, 128>());
+        case 256: return f(std::integral_constant<int, 256>());
+        default:  GGML_ABORT("no KDA kernel for this head size");
     }
     // clang-format on
 }
@@ -92,9 +94,9 @@ struct scan_range {
     const scan_head * next;  // that comes after this one: its state and first tokens are asked for; nullptr: none
 };
 
-// The vector paths. False when this build has no kernel for the head size.
-bool scan_steps(const scan_head & head, const scan_range & range, float * scratch);
-bool scan_chunks(const scan_head & head, const scan_range & range, float * scratch);
+// The vector paths, for builds that have vectors and head sizes that have kernels.
+void scan_steps(const scan_head & head, const scan_range & range, float * scratch);
+void scan_chunks(const scan_head & head, const scan_range & range, float * scratch);
 
 // out = norm * rms_norm(out) * sigmoid(gate) for tokens [t0, t1)
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1);

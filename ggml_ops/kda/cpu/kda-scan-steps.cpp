@@ -135,8 +135,8 @@ template <int D> static void finish_all(const scan_head & head, int64_t t0, int6
     }
 }
 
-bool scan_steps(const scan_head & head, const scan_range & range, float * scratch) {
-    return with_head_size(head.D, [&](auto D) { steps<D>(head, range, scratch); });
+void scan_steps(const scan_head & head, const scan_range & range, float * scratch) {
+    with_head_size(head.D, [&](auto D) { steps<D>(head, range, scratch); });
 }
 
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1) {
@@ -145,9 +145,7 @@ void scan_finish(const scan_head & head, int64_t t0, int64_t t1) {
 
 #else
 
-bool scan_steps(const scan_head &, const scan_range &, float *) {
-    return false;
-}
+void scan_steps(const scan_head &, const scan_range &, float *) {}
 
 void scan_finish(const scan_head &, int64_t, int64_t) {}
 

@@ -142,18 +142,18 @@ static scan_head head_of(const ggml_tensor * dst, const ggml_kda_state_dest * de
 }
 
 // All tokens of value channels [j0, j1): chunks while the states inside them are not asked for, then steps.
-static bool
+static void
 scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t j1, bool finish, float * scratch) {
     keep_state_found(head, j0, j1);
     int64_t t = 0;
     if (head.T >= CHUNKS_FROM) {
         const int64_t n = (head.T - head.n_slots + 1) / CHUNK * CHUNK;
-        if (n >= CHUNK && !scan_chunks(head, { 0, n, j0, j1, finish, n == head.T ? next : nullptr }, scratch)) {
-            return false;
+        if (n >= CHUNK) {
+            scan_chunks(head, { 0, n, j0, j1, finish, n == head.T ? next : nullptr }, scratch);
         }
         t = std::max<int64_t>(n, 0);
     }
-    return scan_steps(head, { t, head.T, j0, j1, finish, nullptr }, scratch);
+    scan_steps(head, { t, head.T, j0, j1, finish, nullptr }, scratch);
 }
 
 // Blocks of value channels into which a head is cut so that no thread is left without work.
@@ -200,8 +200,7 @@ void ggml_compute_forward_kda_scan(const ggml_compute_params * params,
             const bool      whole = blocks == 1;
             const int64_t   after = whole && u + 1 < u1 ? unit + 1 : unit;
             const scan_head next  = head_of(dst, dest, after % H, after / H);
-            const bool      done = scan_columns(head, after > unit ? &next : nullptr, j0, j0 + columns, whole, scratch);
-            GGML_ASSERT(done);
+            scan_columns(head, after > unit ? &next : nullptr, j0, j0 + columns, whole, scratch);
         }
     }
 

@@ -1,13 +1,11 @@
-// ggml's side of the KDA operators on CUDA: what the kernels can take, their arguments out of tensors, and the copy of
-// the new states into the cache, which they take over when it follows at once.
+// ggml's side of the KDA operators on CUDA: which nodes the kernels accept, their arguments, and the copy of the new
+// states into the cache, which the kernels do themselves if it follows at once.
 //
-// Whether a sequence reads a row that another one writes is known on the device only; the kernels look, and leave their
-// states in the result where one does (`copy_states` then moves them). So the graph, captured or not, is right whatever
-// the rows hold.
+// Only the device knows whether a sequence reads a row that another one writes. If so, the kernels leave their states in
+// the result and `copy_states` moves them. So the graph, captured or not, is right whatever the rows hold.
 //
-// Between operator and copy may stand what cells behind the batch's take over from other rows: a row filled with zeros,
-// rows gathered, and stored. Filled and gathered is then before the operator, which reads neither what is filled (a
-// sequence that continues the row of zeros starts from zero) nor what is gathered into; stored behind it.
+// Between operator and copy a graph may fill a row with zeros, gather rows and store them, for cells that follow the
+// batch's. Fill and gather then run before the operator, which reads neither of their results; the store runs after it.
 
 #include "kda-ggml.cuh"
 
@@ -38,13 +36,12 @@ int ggml_cuda_try_fuse_kda_copy(ggml_backend_cuda_context &, const ggml_cgraph *
 // Kernels read and write 16 bytes at once.
 constexpr size_t ALIGNMENT = 16;
 
-static bool rows_aligned(const ggml_tensor * t) {
-    return t->nb[1] % ALIGNMENT == 0 && t->nb[2] % ALIGNMENT == 0 && t->nb[3] % ALIGNMENT == 0 &&
-           t->view_offs % ALIGNMENT == 0;
-}
-
 static bool offset_aligned(const ggml_tensor * t) {
     return t->view_offs % ALIGNMENT == 0;
+}
+
+static bool rows_aligned(const ggml_tensor * t) {
+    return t->nb[1] % ALIGNMENT == 0 && t->nb[2] % ALIGNMENT == 0 && t->nb[3] % ALIGNMENT == 0 && offset_aligned(t);
 }
 
 static int64_t in_floats(size_t bytes) {

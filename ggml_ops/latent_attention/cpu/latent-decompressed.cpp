@@ -237,11 +237,9 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     const int64_t parts       = std::min(p.n_blocks, (params->nth + n_heads - 1) / n_heads);
     const int64_t part_blocks = (p.n_blocks + parts - 1) / parts;
     for (int64_t i = params->ith; i < n_heads * parts; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        Task task;
-        task.stream = i / parts / p.s.n_heads;
-        task.head   = i / parts % p.s.n_heads;
-        task.query0 = i % parts * part_blocks * BLOCK_QUERIES;
-        task.query1 = std::min(p.s.n_queries, task.query0 + part_blocks * BLOCK_QUERIES);
+        const int64_t query0 = i % parts * part_blocks * BLOCK_QUERIES;
+        const int64_t query1 = std::min(p.s.n_queries, query0 + part_blocks * BLOCK_QUERIES);
+        const Task    task   = { i / parts / p.s.n_heads, i / parts % p.s.n_heads, query0, query1 };
         attend(dst, p, task, map + task.stream * p.n_groups, own);
     }
 }

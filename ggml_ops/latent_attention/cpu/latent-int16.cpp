@@ -27,7 +27,9 @@ float round_pairs(const float * x, int64_t n, int64_t d0, int64_t d1, int32_t * 
     const float largest = largest_magnitude(x, n);
     const float factor  = largest == 0.0f ? 0.0f : INT16_MAX / largest;
     int64_t     i       = 0;
-    for (x += d0, n = d1 - d0; i + LANES <= n; i += LANES) {
+    x += d0;
+    n = d1 - d0;
+    for (; i + LANES <= n; i += LANES) {
         const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v_mul(v_load(x + i), v_set(factor))));
         int32_t       pair[LANES / 2];
         _mm256_storeu_si256((__m256i *) pair, rounded);
@@ -195,18 +197,26 @@ round_weights(const CodeTile & t, int64_t b, int64_t n_cols, const float * weigh
     }
 }
 
+// One block of values; rows of weights, units and out begin at row 0.
+struct BlockOfValues {
+    int64_t         n_pairs;
+    int64_t         n_cols;
+    const int32_t * weights;
+    const int32_t * codes;
+    const float *   unit;
+    const float *   rescale;  // or null
+    int64_t         ldo;
+    float *         out;
+};
+
 // ROWS rows by one block of values.
-template <int ROWS>
-static void add_block(int64_t         n_pairs,
-                      int64_t         n_cols,
-                      const int32_t * weights,
-                      const int32_t * codes,
-                      const float *   unit,
-                      const float *   rescale,
-                      int64_t         ldo,
-                      float *         out) {
-    constexpr int COLUMNS            = CODES_A_SCALE / LANES;
-    __m512i       acc[ROWS][COLUMNS] = {};
+template <int ROWS> static void add_block(const BlockOfValues & v, int64_t row) {
+    const int64_t   n_pairs            = v.n_pairs;
+    const int64_t   n_cols             = v.n_cols;
+    const int32_t * weights            = v.weights + row;
+    const int32_t * codes              = v.codes;
+    constexpr int   COLUMNS            = CODES_A_SCALE / LANES;
+    __m512i         acc[ROWS][COLUMNS] = {};
     LATENT_UNROLL
     for (int64_t pair = 0; pair < n_pairs; ++pair) {
         __m512i c[COLUMNS];
@@ -222,32 +232,20 @@ static void add_block(int64_t         n_pairs,
     }
     for (int i = 0; i < ROWS; ++i) {
         for (int j = 0; j < COLUMNS; ++j) {
-            float *  o   = out + i * ldo + j * LANES;
-            const vf old = rescale ? v_mul(v_load(o), v_set(rescale[i])) : v_set(0.0f);
-            v_store(o, v_fma(_mm512_cvtepi32_ps(acc[i][j]), v_set(unit[i]), old));
+            float *  o   = v.out + (row + i) * v.ldo + j * LANES;
+            const vf old = v.rescale ? v_mul(v_load(o), v_set(v.rescale[row + i])) : v_set(0.0f);
+            v_store(o, v_fma(_mm512_cvtepi32_ps(acc[i][j]), v_set(v.unit[row + i]), old));
         }
     }
 }
 
-template <int ROWS>
-static void add_rows(int64_t         n_pairs,
-                     int64_t         row,
-                     int64_t         n_rows,
-                     int64_t         n_cols,
-                     const int32_t * weights,
-                     const int32_t * codes,
-                     const float *   unit,
-                     const float *   rescale,
-                     Ahead &         ahead,
-                     int64_t         ldo,
-                     float *         out) {
+template <int ROWS> static void add_rows(const BlockOfValues & v, int64_t row, int64_t n_rows, Ahead & ahead) {
     for (; row + ROWS <= n_rows; row += ROWS) {
         ahead.touch();
-        add_block<ROWS>(n_pairs, n_cols, weights + row, codes, unit + row, rescale ? rescale + row : nullptr, ldo,
-                        out + row * ldo);
+        add_block<ROWS>(v, row);
     }
     if constexpr (ROWS > 1) {
-        add_rows<ROWS / 2>(n_pairs, row, n_rows, n_cols, weights, codes, unit, rescale, ahead, ldo, out);
+        add_rows<ROWS / 2>(v, row, n_rows, ahead);
     }
 }
 
@@ -264,8 +262,9 @@ void add_values_int16(int64_t          n_rows,
     float *       unit    = room + MAX_TILE_KEYS / 2 * n_cols;
     for (int64_t b = 0; b < codes.n_values / CODES_A_SCALE; ++b) {
         round_weights(codes, b, n_cols, weights, rounded, unit);
-        add_rows<8>(n_pairs, 0, n_rows, n_cols, rounded, codes.pairs + b * CodeTile::PAIRS, unit, rescale, ahead,
-                    codes.n_values, out + b * CODES_A_SCALE);
+        const int32_t * pairs = codes.pairs + b * CodeTile::PAIRS;
+        add_rows<8>({ n_pairs, n_cols, rounded, pairs, unit, rescale, codes.n_values, out + b * CODES_A_SCALE }, 0,
+                    n_rows, ahead);
     }
 }
 

@@ -17,10 +17,6 @@ constexpr int JOIN_THREADS  = N_LATENT / 4;
 
 static_assert(MAX_PIECES <= JOIN_THREADS, "a thread a piece");
 
-static int divide_up(int a, int b) {
-    return (a + b - 1) / b;
-}
-
 static plan make_plan(const attention & args) {
     plan p;
     p.n_rows          = args.n_queries * args.n_heads;

@@ -38,6 +38,10 @@ template <typename F> void with_cache_type(cache_type type, const F & f) {
     }
 }
 
+template <typename T> constexpr T divide_up(T a, T b) {
+    return (a + b - 1) / b;
+}
+
 struct attention {
     const float * q;  // [streams][queries][heads][N_CACHE] by these strides in floats, which are even
     int64_t       q_stream, q_query, q_head;

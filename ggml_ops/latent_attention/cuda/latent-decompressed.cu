@@ -15,10 +15,6 @@ static __device__ __forceinline__ float quad_sum(float x) {
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
-static int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
 namespace {
 
 constexpr int KEY_STEPS     = N_KEY / 16;

@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 namespace quant_gemm {
 
@@ -29,27 +28,24 @@ template <int N_C> static inline void store_sums(const __m512 (&total)[N_C], flo
 // ---- types of 256 values
 
 template <typename Block> static inline __m512i offset_sums(const ActSuperBlock & a) {
-    if constexpr (OFFSETS<Block> == Offsets::starts_16) {
-        return _mm512_loadu_si512(a.starts);
-    } else if constexpr (OFFSETS<Block> == Offsets::starts_32) {
-        return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *) a.starts));
-    } else if constexpr (OFFSETS<Block> == Offsets::sums_16) {
-        return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *) a.sums_16));
+    if constexpr (BY_16<Block>) {
+        return HAS_MINIMA<Block> ? _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *) a.sums_16))
+                                 : _mm512_loadu_si512(a.starts);
     } else {
-        return _mm512_zextsi256_si512(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *) a.sums)));
+        return _mm512_zextsi256_si512(HAS_MINIMA<Block>
+                                          ? _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *) a.sums))
+                                          : _mm256_loadu_si256((const __m256i *) a.starts));
     }
 }
 
 // A row times N_C columns.
 template <typename Block, int N_C>
 static void dot_super_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
-    constexpr bool BY_16      = OFFSETS<Block> == Offsets::starts_16 || OFFSETS<Block> == Offsets::sums_16;
-    constexpr bool IS_LESS    = OFFSETS<Block> == Offsets::sums_16 || OFFSETS<Block> == Offsets::sums_32;
-    constexpr int  PER_VECTOR = BY_16 ? 4 : 2;  // scales of 64 weights, each for some of 16 lanes
-    const __m512i  lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i  which      = _mm512_srli_epi32(lane, BY_16 ? 2 : 3);
-    const Block *  w          = (const Block *) row;
-    __m512         total[N_C] = {};
+    constexpr int PER_VECTOR = BY_16<Block> ? 4 : 2;  // scales of 64 weights, each for some of 16 lanes
+    const __m512i lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i which      = _mm512_srli_epi32(lane, BY_16<Block> ? 2 : 3);
+    const Block * w          = (const Block *) row;
+    __m512        total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         prefetch_behind(w + i, sizeof(Block));
         const SuperBlock s = load(w[i]);
@@ -62,8 +58,8 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
         for (int c = 0; c < N_C; c++) {
             const ActSuperBlock & a   = ((const ActSuperBlock *) columns[c])[i];
             const __m512          off = _mm512_cvtepi32_ps(offset_sums<Block>(a));
-            __m512                sum =
-                IS_LESS ? _mm512_fnmadd_ps(off, s.offsets, _mm512_setzero_ps()) : _mm512_mul_ps(off, s.offsets);
+            __m512                sum = HAS_MINIMA<Block> ? _mm512_fnmadd_ps(off, s.offsets, _mm512_setzero_ps())
+                                                          : _mm512_mul_ps(off, s.offsets);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 const __m512i x = _mm512_loadu_si512(a.codes + 64 * j);
@@ -214,7 +210,7 @@ template <int N_C> static void dot_bf16(const char * row, int64_t k, const char 
 // ---- the choice
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (std::is_same_v<Block, block_q2_K> || (sizeof(Block) > sizeof(block_q8_0))) {
+    if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K, block_q6_K, block_iq4_xs>) {
         return dot_super_blocks<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;

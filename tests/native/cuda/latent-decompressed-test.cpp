@@ -176,13 +176,5 @@ static void test_refusals() {
 }
 
 int main(int argc, char ** argv) {
-    if (argc == 1) {
-        test_refusals();
-    }
-    for (int i = 1; i < argc; ++i) {
-        test_type(type_of(argv[i]));
-        printf("%s: largest NMSE %.1e\n", argv[i], worst[type_of(argv[i])]);
-    }
-    printf("%d checks, %d failed\n", n_done, n_failed);
-    return n_failed != 0 || n_done == 0;
+    return run_tests(argc, argv, test_refusals, test_type);
 }

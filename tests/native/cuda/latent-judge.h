@@ -65,3 +65,16 @@ static void refused_because(const char * why, const char * because) {
     expect(why != nullptr && strcmp(why, because) == 0, std::string("a node with ") + because,
            why ? why : "not refused");
 }
+
+// The tests of the types that the arguments name; without arguments, of refusals. Returns the exit status.
+static int run_tests(int argc, char ** argv, void (*test_refusals)(), void (*test_type)(ggml_type)) {
+    if (argc == 1) {
+        test_refusals();
+    }
+    for (int i = 1; i < argc; ++i) {
+        test_type(type_of(argv[i]));
+        printf("%s: largest NMSE %.1e\n", argv[i], worst[type_of(argv[i])]);
+    }
+    printf("%d checks, %d failed\n", n_done, n_failed);
+    return n_failed != 0 || n_done == 0;
+}
