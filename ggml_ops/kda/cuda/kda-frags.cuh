@@ -15,7 +15,7 @@ static __device__ __forceinline__ terms<2> split(float x, float y) {
 }
 
 // frag_b is in the order in which memory holds it, so that a lane's part is one 16-byte word.
-template <int WORDS> struct alignas(16) fragment {
+template <int WORDS> struct alignas(WORDS == 2 ? 16 : 4) fragment {
     uint32_t hi[WORDS], lo[WORDS];
 
     __device__ void set(int i, const terms<2> & x) {

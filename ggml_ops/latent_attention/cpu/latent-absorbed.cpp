@@ -206,9 +206,13 @@ void attend(const ggml_tensor * dst,
     float * sum     = partial + (p.at_sum - p.at_max);
     float * out     = partial + (p.at_out - p.at_max);
 
-    CodeTile codes = {
-        p.dk, p.dv, (int16_t *) (own + p.at_codes), own + p.at_code_scales, (int32_t *) (own + p.at_code_pairs), 0
-    };
+    CodeTile codes = { p.dk,
+                       p.dv,
+                       (int16_t *) (own + p.at_codes),
+                       own + p.at_code_scales,
+                       (int32_t *) (own + p.at_code_pairs),
+                       own + p.at_room,
+                       0 };
 
     std::fill(maximum, maximum + n_cols, -INFINITY);
     std::fill(sum, sum + n_cols, 0.0f);
@@ -239,14 +243,16 @@ void attend(const ggml_tensor * dst,
         }
         softmax_tile(tile.n_keys, n_cols, scores, maximum, sum, rescale);
 
-        const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
-                                 keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
         if constexpr (INTEGER) {
-            add_values_int16(n_rows, n_cols, codes, scores, first ? nullptr : rescale, own + p.at_room, ahead, out);
-        } else if (first) {
-            multiply<Accumulate::NONE>(values);
+            add_values_int16(n_rows, codes, scores, first ? nullptr : rescale, ahead, out);
         } else {
-            multiply<Accumulate::SCALE>(values);
+            const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
+                                     keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
+            if (first) {
+                multiply<Accumulate::NONE>(values);
+            } else {
+                multiply<Accumulate::SCALE>(values);
+            }
         }
         first = false;
     }
@@ -254,8 +260,10 @@ void attend(const ggml_tensor * dst,
         std::fill(out, out + n_rows * p.dv, 0.0f);
     }
 
-    for (int64_t i = 0; p.n_pieces == 1 && i < n_rows; ++i) {
-        write_row(out + i * p.dv, sum[i], p.dv, result_row(dst, stream, row0 + i));
+    if (p.n_pieces == 1) {
+        for (int64_t i = 0; i < n_rows; ++i) {
+            write_row(out + i * p.dv, sum[i], p.dv, result_row(dst, stream, row0 + i));
+        }
     }
 }
 

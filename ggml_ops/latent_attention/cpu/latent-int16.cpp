@@ -249,17 +249,12 @@ template <int ROWS> static void add_rows(const BlockOfValues & v, int64_t row, i
     }
 }
 
-void add_values_int16(int64_t          n_rows,
-                      int64_t          n_cols,
-                      const CodeTile & codes,
-                      const float *    weights,
-                      const float *    rescale,
-                      float *          room,
-                      Ahead &          ahead,
-                      float *          out) {
+void add_values_int16(
+    int64_t n_rows, const CodeTile & codes, const float * weights, const float * rescale, Ahead & ahead, float * out) {
+    const int64_t n_cols  = pad_lanes(n_rows);
     const int64_t n_pairs = (codes.n_keys + 1) / 2;
-    int32_t *     rounded = (int32_t *) room;
-    float *       unit    = room + MAX_TILE_KEYS / 2 * n_cols;
+    int32_t *     rounded = (int32_t *) codes.room;
+    float *       unit    = codes.room + MAX_TILE_KEYS / 2 * n_cols;
     for (int64_t b = 0; b < codes.n_values / CODES_A_SCALE; ++b) {
         round_weights(codes, b, n_cols, weights, rounded, unit);
         const int32_t * pairs = codes.pairs + b * CodeTile::PAIRS;

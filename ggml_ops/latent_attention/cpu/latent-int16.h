@@ -10,12 +10,13 @@
 
 namespace latent {
 
-constexpr int64_t CODES_A_SCALE = 32;
+constexpr int64_t CODES_A_SCALE   = 32;
+constexpr int64_t ROOM_PER_COLUMN = MAX_TILE_KEYS / 2 + 1;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
 constexpr bool HAS_INT16 = true;
 #else
-constexpr bool HAS_INT16 = false;  // nothing below is defined
+constexpr bool HAS_INT16 = false;  // the functions below are not defined
 #endif
 
 inline bool has_int16(ggml_type type) {
@@ -29,6 +30,7 @@ struct CodeTile {
     int16_t * codes;     // [key][n_dims], for the scores
     float *   scales;    // [key][n_dims / CODES_A_SCALE]
     int32_t * pairs;     // [block][PAIRS]: the codes of two neighbouring keys beside each other, for the values
+    float *   room;      // ROOM_PER_COLUMN floats for each column of the weights
     int       n_keys;
 
     static constexpr int64_t PAIRS = (MAX_TILE_KEYS / 2 + 1) * CODES_A_SCALE;  // one to spare keeps blocks off one set
@@ -50,15 +52,8 @@ void score_int16(int64_t n_cols, const CodeTile & codes, const int32_t * queries
 // out[row][d] = out[row][d] * rescale[row] + sum over keys of weights[key][row] * codes[key][d] * scales[key][d/32],
 // for d < n_values; rescale null: out is overwritten. Weights times scales are rounded under one factor for each row and
 // block of 32 values, taken from this very tile, so that tiles with small weights keep their precision.
-// room: ROOM_PER_COLUMN * n_cols floats. n_rows <= n_cols, which is a multiple of the vector.
-constexpr int64_t ROOM_PER_COLUMN = MAX_TILE_KEYS / 2 + 1;
-void              add_values_int16(int64_t          n_rows,
-                                   int64_t          n_cols,
-                                   const CodeTile & codes,
-                                   const float *    weights,
-                                   const float *    rescale,
-                                   float *          room,
-                                   Ahead &          ahead,
-                                   float *          out);
+// Columns of weights: those of n_rows, padded.
+void add_values_int16(
+    int64_t n_rows, const CodeTile & codes, const float * weights, const float * rescale, Ahead & ahead, float * out);
 
 }  // namespace latent
