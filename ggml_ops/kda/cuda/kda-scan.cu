@@ -16,7 +16,7 @@ constexpr size_t RUN_BYTES = 48 << 20;
 // Bytes of one chunk of all heads and sequences.
 static size_t step_size(const scan_args & args) {
     size_t size = 0;
-    with_head_size(chunked_sizes(), args.head_size, [&](auto D) { size = chunk_layout<D>::SIZE; });
+    with_head_size(head_sizes(), args.head_size, [&](auto D) { size = chunk_layout<D>::SIZE; });
     return size * args.n_heads * args.n_seqs;
 }
 
