@@ -48,12 +48,9 @@ INLINE floats to_floats(ints x) {
 }
 
 INLINE void take_root(floats & x) {
-    float one[LANES];
-    memcpy(one, &x, sizeof(x));
-    for (float & each : one) {
-        each = sqrtf(each);
+    for (int i = 0; i < LANES; i++) {
+        x[i] = sqrtf(x[i]);
     }
-    memcpy(&x, one, sizeof(x));
 }
 
 // How a type of 32 values with scale and minimum is searched.
@@ -63,8 +60,9 @@ struct Affine {
     int   steps;
 };
 
-constexpr Affine Q4_K = { 15, -1.0f, 20 };
-constexpr Affine Q5_K = { 31, -0.5f, 15 };
+template <typename Block> constexpr Affine AFFINE             = {};
+template <> inline constexpr Affine        AFFINE<block_q4_K> = { 15, -1.0f, 20 };
+template <> inline constexpr Affine        AFFINE<block_q5_K> = { 31, -0.5f, 15 };
 
 // 16 blocks, x[i]: value i of each. Least squares with weights |x| + rms(x).
 INLINE void search(const Affine & type, const floats * x, floats & scale, floats & minus_min) {
@@ -250,7 +248,8 @@ INLINE void reference(const float * x, block_q5_K * y) {
     quantize_row_q5_K_ref(x, y, QK_K);
 }
 
-template <typename Block> INLINE void quantise_affine(const Affine & type, const float * x, Block * y, int64_t n) {
+template <typename Block> INLINE void quantise(const float * x, Block * y, int64_t n) {
+    constexpr Affine type = AFFINE<Block>;
     for (int64_t i = 0; i < n; i += 2) {
         floats    values[MAX_VALUES], scales, minima;
         const int here = n - i < 2 ? 1 : 2;
@@ -269,14 +268,6 @@ template <typename Block> INLINE void quantise_affine(const Affine & type, const
             }
         }
     }
-}
-
-INLINE void quantise(const float * x, block_q4_K * y, int64_t n) {
-    quantise_affine(Q4_K, x, y, n);
-}
-
-INLINE void quantise(const float * x, block_q5_K * y, int64_t n) {
-    quantise_affine(Q5_K, x, y, n);
 }
 
 INLINE bool finish(const float * x, const float * scales, block_q6_K & y, uint8_t * codes) {

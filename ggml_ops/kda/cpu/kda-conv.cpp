@@ -52,26 +52,22 @@ static size_t unit_scratch_floats(int64_t D) {
     return (WIDTH + HISTORY) * D;
 }
 
-static size_t conv_scratch_floats(int64_t D) {
-    return HEADS_TOGETHER * unit_scratch_floats(D);
+// from [D][N] to [N][D]
+template <int N> static void transpose(const float * from, int64_t D, float * to) {
+    for (int64_t c = 0; c < D; ++c) {
+        for (int i = 0; i < N; ++i) {
+            to[i * D + c] = from[c * N + i];
+        }
+    }
 }
 
 static void lay_out_by_tap(const conv_unit & u) {
-    float * w = u.by_tap;
-    float * x = u.by_tap + WIDTH * u.D;
-    for (int64_t c = 0; c < u.D; ++c) {
-        for (int i = 0; i < WIDTH; ++i) {
-            w[i * u.D + c] = u.weight[c * WIDTH + i];
-        }
-    }
-    if (u.state_in == nullptr) {
-        memset(x, 0, HISTORY * u.D * sizeof(float));
-        return;
-    }
-    for (int64_t c = 0; c < u.D; ++c) {
-        for (int i = 0; i < HISTORY; ++i) {
-            x[i * u.D + c] = u.state_in[c * HISTORY + i];
-        }
+    float * history = u.by_tap + WIDTH * u.D;
+    transpose<WIDTH>(u.weight, u.D, u.by_tap);
+    if (u.state_in) {
+        transpose<HISTORY>(u.state_in, u.D, history);
+    } else {
+        memset(history, 0, HISTORY * u.D * sizeof(float));
     }
 }
 
@@ -133,20 +129,6 @@ static void convolve(const conv_unit & u, int64_t t) {
     }
 }
 
-static bool has_vectors(int64_t D) {
-    return D % VW == 0;
-}
-
-#else
-
-static void convolve(const conv_unit & u, int64_t t) {
-    convolve_reference(u, t);
-}
-
-static bool has_vectors(int64_t) {
-    return false;
-}
-
 #endif
 
 static conv_unit unit_of(const ggml_tensor * dst, const ggml_kda_state_dest * dest, int64_t x, int64_t h, int64_t s) {
@@ -164,7 +146,7 @@ static conv_unit unit_of(const ggml_tensor * dst, const ggml_kda_state_dest * de
 
     const int64_t first = x * C + h * D;  // channel among those of q, k and v together
 
-    conv_unit u;
+    conv_unit u    = {};
     u.D            = D;
     u.T            = T;
     u.input        = (const float *) ((const char *) input->data + s * input->nb[2]) + h * D;
@@ -186,14 +168,14 @@ static conv_unit unit_of(const ggml_tensor * dst, const ggml_kda_state_dest * de
     u.normed  = x != GGML_KDA_CONV_V;
     u.eps     = params.eps;
     u.scale   = x == GGML_KDA_CONV_Q ? 1.0f / sqrtf((float) D) : 1.0f;
-    u.by_tap  = nullptr;
     return u;
 }
 
 }  // namespace kda
 
 size_t ggml_kda_conv_work_size(const ggml_tensor * op, int n_tasks) {
-    return kda::conv_scratch_floats(ggml_kda_conv_get_params(op).head_size) * sizeof(float) * n_tasks;
+    const int64_t D = ggml_kda_conv_get_params(op).head_size;
+    return kda::HEADS_TOGETHER * kda::unit_scratch_floats(D) * sizeof(float) * n_tasks;
 }
 
 void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
@@ -205,9 +187,13 @@ void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
     const int64_t       D = ggml_kda_conv_get_params(dst).head_size;
     const int64_t       H = q->ne[0] / D;
 
-    float * scratch = thread_scratch(params, conv_scratch_floats(D));
+    float * scratch = thread_scratch(params, HEADS_TOGETHER * unit_scratch_floats(D));
 
-    const bool    plain   = params->use_ref || !has_vectors(D);
+#if defined(KDA_SIMD)
+    const auto convolve_token = params->use_ref || D % VW != 0 ? convolve_reference : convolve;
+#else
+    const auto convolve_token = convolve_reference;
+#endif
     const int64_t n_units = 3 * H * q->ne[2];
     const int64_t u0      = n_units * params->ith / params->nth;
     const int64_t u1      = n_units * (params->ith + 1) / params->nth;
@@ -224,13 +210,9 @@ void ggml_compute_forward_kda_conv(const ggml_compute_params * params,
             for (int g = 0; g < n; ++g) {
                 if (t + AHEAD < q->ne[1]) {
                     prefetch(units[g].row(t + AHEAD), D);
-                    prefetch_write(units[g].out + (t + AHEAD) * units[g].out_stride, D);
+                    prefetch<true>(units[g].out + (t + AHEAD) * units[g].out_stride, D);
                 }
-                if (plain) {
-                    convolve_reference(units[g], t);
-                } else {
-                    convolve(units[g], t);
-                }
+                convolve_token(units[g], t);
             }
         }
         for (int g = 0; g < n; ++g) {

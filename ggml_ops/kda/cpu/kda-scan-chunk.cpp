@@ -43,13 +43,8 @@ template <int D> struct chunk_vectors {
 template <int D, int N>
 static KDA_INLINE void
 pair_products(float (*kj)[D], const float * e, const float * k, const float * q, vf * ek, vf * eq) {
-    vf a[N];
-    vf b[N];
-    KDA_UNROLL
-    for (int j = 0; j < N; ++j) {
-        a[j] = v_zero();
-        b[j] = v_zero();
-    }
+    vf a[N] = {};
+    vf b[N] = {};
     for (int n = 0; n < D; n += VW) {
         const vf vk = v_load(k + n);
         const vf vq = v_load(q + n);
@@ -82,15 +77,9 @@ template <int D> static void prepare(const scan_head & head, int64_t t0, chunk_v
         const float * k = head.k[t0 + i];
         const float * q = head.q[t0 + i];
 
-        vf ek[CHUNK];
-        vf eq[CHUNK];
-        KDA_UNROLL
-        for (int j = 0; j < CHUNK; ++j) {
-            ek[j] = v_zero();
-            eq[j] = v_zero();
-        }
-
-        vf kq = v_zero();
+        vf ek[CHUNK] = {};
+        vf eq[CHUNK] = {};
+        vf kq        = v_zero();
         for (int n = 0; n < D; n += VW) {
             const vf vk = v_load(k + n);
             const vf vq = v_load(q + n);
@@ -112,7 +101,7 @@ template <int D> static void prepare(const scan_head & head, int64_t t0, chunk_v
             pair_products<D, 1>(p.to_end + j, p.decay[i], k, q, ek + j, eq + j);
         }
 
-        p.beta[i]     = sigmoid_of(head.beta[t0 + i][0]);
+        p.beta[i]     = sigmoid(head.beta[t0 + i][0]);
         const vf beta = v_set1(p.beta[i]);
         for (int j = 0; j < CHUNK; j += VW) {
             v_store(p.L[i] + j, v_mul(beta, v_sum_rows(ek + j)));
@@ -127,12 +116,7 @@ constexpr int TILES = 2 * CHUNK / RT;
 template <int D, typename F> static void multiply(chunk_vectors<D> & p, const float * S, F && ahead) {
     for (int r0 = 0; r0 < 2 * CHUNK; r0 += RT) {
         ahead(r0 / RT);
-        vf acc[RT][2];
-        KDA_UNROLL
-        for (int r = 0; r < RT; ++r) {
-            acc[r][0] = v_zero();
-            acc[r][1] = v_zero();
-        }
+        vf acc[RT][2] = {};
         for (int i = 0; i < D; ++i) {
             const vf s0 = v_load(S + i * JB);
             const vf s1 = v_load(S + i * JB + VW);
@@ -213,36 +197,19 @@ template <int D> static void update(const chunk_vectors<D> & p, float * S) {
     }
 }
 
-// JB rows of the state in its stored order [j][i] to and from D rows of JB value channels [i][j]
-template <int D> static void load_block(const float * state, float * S) {
-    for (int j = 0; j < JB; j += VW) {
-        for (int i = 0; i < D; i += VW) {
+// from [ROWS][COLUMNS] to [COLUMNS][ROWS]
+template <int ROWS, int COLUMNS> static void transpose(const float * from, float * to) {
+    for (int row = 0; row < ROWS; row += VW) {
+        for (int column = 0; column < COLUMNS; column += VW) {
             vf tile[VW];
             KDA_UNROLL
             for (int r = 0; r < VW; ++r) {
-                tile[r] = v_load(state + (j + r) * D + i);
+                tile[r] = v_load(from + (row + r) * COLUMNS + column);
             }
             v_transpose(tile);
             KDA_UNROLL
             for (int r = 0; r < VW; ++r) {
-                v_store(S + (i + r) * JB + j, tile[r]);
-            }
-        }
-    }
-}
-
-template <int D> static void store_block(const float * S, float * state) {
-    for (int j = 0; j < JB; j += VW) {
-        for (int i = 0; i < D; i += VW) {
-            vf tile[VW];
-            KDA_UNROLL
-            for (int r = 0; r < VW; ++r) {
-                tile[r] = v_load(S + (i + r) * JB + j);
-            }
-            v_transpose(tile);
-            KDA_UNROLL
-            for (int r = 0; r < VW; ++r) {
-                v_store(state + (j + r) * D + i, tile[r]);
+                v_store(to + (column + r) * ROWS + row, tile[r]);
             }
         }
     }
@@ -256,7 +223,7 @@ template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64
         prefetch(head.q[i], D);
         prefetch(head.v[i], D);
         prefetch(head.gate[i], D);
-        prefetch_write(head.out_row(i), D);
+        prefetch<true>(head.out_row(i), D);
     }
 }
 
@@ -286,7 +253,7 @@ template <int D> static void chunks(const scan_head & head, const scan_range & r
     const float * from = head.state_before(range.t0);
     for (int64_t j = j0; j < j1; j += JB) {
         if (from) {
-            load_block<D>(from + j * D, S + j * D);
+            transpose<JB, D>(from + j * D, S + j * D);
         } else {
             memset(S + j * D, 0, JB * D * sizeof(float));
         }
@@ -311,28 +278,17 @@ template <int D> static void chunks(const scan_head & head, const scan_range & r
     }
     float * to = head.state_after(range.t1 - 1);
     for (int64_t j = j0; j < j1; j += JB) {
-        store_block<D>(S + j * D, to + j * D);
+        transpose<D, JB>(S + j * D, to + j * D);
     }
 }
 
-bool scan_chunks(const scan_head & head, const scan_range & range, float * scratch) {
-    // clang-format off
-    switch (head.D) {
-        case  32: chunks< 32>(head, range, scratch); return true;
-        case  64: chunks< 64>(head, range, scratch); return true;
-        case  96: chunks< 96>(head, range, scratch); return true;
-        case 128: chunks<128>(head, range, scratch); return true;
-        case 256: chunks<256>(head, range, scratch); return true;
-        default:  return false;
-    }
-    // clang-format on
+void scan_chunks(const scan_head & head, const scan_range & range, float * scratch) {
+    with_head_size(head.D, [&](auto D) { chunks<D>(head, range, scratch); });
 }
 
 #else
 
-bool scan_chunks(const scan_head &, const scan_range &, float *) {
-    return false;
-}
+void scan_chunks(const scan_head &, const scan_range &, float *) {}
 
 #endif
 

@@ -5,8 +5,6 @@
 #include "kda-scan-impl.h"
 #include "kda-simd.h"
 
-#include <cmath>
-
 #if defined(KDA_SIMD)
 
 namespace kda {
@@ -33,21 +31,13 @@ template <int D> static KDA_INLINE void decays(const scan_head & head, int64_t t
     }
 }
 
-static KDA_INLINE float sigmoid_of(float x) {
-    return 1.0f / (1.0f + expf(-x));
-}
-
 // out = norm * rms_norm(o) * sigmoid(gate) for tokens [t0, t0 + n), n <= CHUNK; o: their rows, `stride` floats apart,
 // which may be those of out. A token's result does not depend on those it comes with.
 template <int D>
 static KDA_INLINE void finish(const scan_head & head, int64_t t0, int n, const float * o, size_t stride) {
     alignas(64) float scale[CHUNK];
     for (int i0 = 0; i0 < n; i0 += VW) {
-        vf square[VW];
-        KDA_UNROLL
-        for (int i = 0; i < VW; ++i) {
-            square[i] = v_zero();
-        }
+        vf square[VW] = {};
         for (int i = 0; i < VW && i0 + i < n; ++i) {
             vf sum = v_zero();
             for (int j = 0; j < D; j += VW) {

@@ -2,12 +2,18 @@
 
 // What the files of the KDA scan on the CPU share: one head of one sequence, laid out for the kernels.
 
+#include "ggml.h"
+
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
-
-struct ggml_tensor;
+#include <type_traits>
 
 namespace kda {
+
+static inline float sigmoid(float x) {
+    return 1.0f / (1.0f + expf(-x));
+}
 
 // rows of one head along the tokens: data[t*stride + i]
 struct token_rows {
@@ -62,6 +68,20 @@ constexpr int64_t scan_scratch_floats(int64_t D) {
     return D * D + (7 * CHUNK + 4) * D + 4 * CHUNK * CHUNK + 4 * CHUNK * 32;
 }
 
+// Calls f with the head size, a supported one, as a constant.
+template <typename F> static void with_head_size(int64_t D, const F & f) {
+    // clang-format off
+    switch (D) {
+        case  32: return f(std::integral_constant<int,  32>());
+        case  64: return f(std::integral_constant<int,  64>());
+        case  96: return f(std::integral_constant<int,  96>());
+        case 128: return f(std::integral_constant<int, 128>());
+        case 256: return f(std::integral_constant<int, 256>());
+        default:  GGML_ABORT("no KDA kernel for this head size");
+    }
+    // clang-format on
+}
+
 // The plain path: all columns and the output norm of one head, token by token, in scalar float32.
 // scratch: scan_scratch_floats(D)
 void scan_reference(const scan_head & head, float * scratch);
@@ -74,14 +94,11 @@ struct scan_range {
     const scan_head * next;  // that comes after this one: its state and first tokens are asked for; nullptr: none
 };
 
-// The vector paths. False when this build has no kernel for the head size.
-bool scan_steps(const scan_head & head, const scan_range & range, float * scratch);
-bool scan_chunks(const scan_head & head, const scan_range & range, float * scratch);
+// The vector paths, for builds that have vectors and head sizes that have kernels.
+void scan_steps(const scan_head & head, const scan_range & range, float * scratch);
+void scan_chunks(const scan_head & head, const scan_range & range, float * scratch);
 
 // out = norm * rms_norm(out) * sigmoid(gate) for tokens [t0, t1)
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1);
-
-// value channels that one call of a vector path may be given at least; 0 when this build has none
-int64_t scan_column_tile();
 
 }  // namespace kda

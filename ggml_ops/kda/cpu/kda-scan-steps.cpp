@@ -44,7 +44,7 @@ template <int D> static void prepare(const scan_head & head, int64_t t, step_vec
         kq = v_fma(vk, vq, kq);
     }
     p.kq[n]   = v_hsum(kq);
-    p.beta[n] = sigmoid_of(head.beta[t][0]);
+    p.beta[n] = sigmoid(head.beta[t][0]);
 }
 
 // One token on VW rows of the state.
@@ -135,47 +135,19 @@ template <int D> static void finish_all(const scan_head & head, int64_t t0, int6
     }
 }
 
-bool scan_steps(const scan_head & head, const scan_range & range, float * scratch) {
-    // clang-format off
-    switch (head.D) {
-        case  32: steps< 32>(head, range, scratch); return true;
-        case  64: steps< 64>(head, range, scratch); return true;
-        case  96: steps< 96>(head, range, scratch); return true;
-        case 128: steps<128>(head, range, scratch); return true;
-        case 256: steps<256>(head, range, scratch); return true;
-        default:  return false;
-    }
-    // clang-format on
+void scan_steps(const scan_head & head, const scan_range & range, float * scratch) {
+    with_head_size(head.D, [&](auto D) { steps<D>(head, range, scratch); });
 }
 
 void scan_finish(const scan_head & head, int64_t t0, int64_t t1) {
-    // clang-format off
-    switch (head.D) {
-        case  32: finish_all< 32>(head, t0, t1); break;
-        case  64: finish_all< 64>(head, t0, t1); break;
-        case  96: finish_all< 96>(head, t0, t1); break;
-        case 128: finish_all<128>(head, t0, t1); break;
-        case 256: finish_all<256>(head, t0, t1); break;
-        default:  break;
-    }
-    // clang-format on
-}
-
-int64_t scan_column_tile() {
-    return 2 * VW;
+    with_head_size(head.D, [&](auto D) { finish_all<D>(head, t0, t1); });
 }
 
 #else
 
-bool scan_steps(const scan_head &, const scan_range &, float *) {
-    return false;
-}
+void scan_steps(const scan_head &, const scan_range &, float *) {}
 
 void scan_finish(const scan_head &, int64_t, int64_t) {}
-
-int64_t scan_column_tile() {
-    return 0;
-}
 
 #endif
 

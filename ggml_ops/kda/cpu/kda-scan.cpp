@@ -20,9 +20,12 @@ namespace kda {
 // Chunks begin to pay here (README, Measurements).
 constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
 
-static float sigmoid(float x) {
-    return 1.0f / (1.0f + expf(-x));
-}
+// Value channels that one call of a vector path may be given at least; 0 when this build has none.
+#if defined(KDA_SIMD)
+constexpr int64_t COLUMN_TILE = 2 * VW;
+#else
+constexpr int64_t COLUMN_TILE = 0;
+#endif
 
 static float log_gate(const scan_head & head, int64_t t, int64_t i) {
     const float x = head.f[t][i] + head.dt_bias[i];
@@ -139,25 +142,24 @@ static scan_head head_of(const ggml_tensor * dst, const ggml_kda_state_dest * de
 }
 
 // All tokens of value channels [j0, j1): chunks while the states inside them are not asked for, then steps.
-static bool
+static void
 scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t j1, bool finish, float * scratch) {
     keep_state_found(head, j0, j1);
     int64_t t = 0;
     if (head.T >= CHUNKS_FROM) {
         const int64_t n = (head.T - head.n_slots + 1) / CHUNK * CHUNK;
-        if (n >= CHUNK && !scan_chunks(head, { 0, n, j0, j1, finish, n == head.T ? next : nullptr }, scratch)) {
-            return false;
+        if (n >= CHUNK) {
+            scan_chunks(head, { 0, n, j0, j1, finish, n == head.T ? next : nullptr }, scratch);
         }
         t = std::max<int64_t>(n, 0);
     }
-    return scan_steps(head, { t, head.T, j0, j1, finish, nullptr }, scratch);
+    scan_steps(head, { t, head.T, j0, j1, finish, nullptr }, scratch);
 }
 
 // Blocks of value channels into which a head is cut so that no thread is left without work.
 static int64_t blocks_per_head(int64_t D, int64_t n_heads, int n_threads) {
-    const int64_t tile = scan_column_tile();
-    int64_t       n    = 1;
-    while (n_heads * n < n_threads && tile > 0 && D % (2 * n * tile) == 0) {
+    int64_t n = 1;
+    while (n_heads * n < n_threads && COLUMN_TILE > 0 && D % (2 * n * COLUMN_TILE) == 0) {
         n *= 2;
     }
     return n;
@@ -181,7 +183,7 @@ void ggml_compute_forward_kda_scan(const ggml_compute_params * params,
 
     float * scratch = thread_scratch(params, scan_scratch_floats(D));
 
-    const bool    plain   = params->use_ref || scan_column_tile() == 0 || !ggml_kda_head_size_supported(D);
+    const bool    plain   = params->use_ref || COLUMN_TILE == 0 || !ggml_kda_head_size_supported(D);
     const int64_t blocks  = plain ? 1 : blocks_per_head(D, n_heads, params->nth);
     const int64_t columns = D / blocks;
     const int64_t n_units = n_heads * blocks;
@@ -198,8 +200,7 @@ void ggml_compute_forward_kda_scan(const ggml_compute_params * params,
             const bool      whole = blocks == 1;
             const int64_t   after = whole && u + 1 < u1 ? unit + 1 : unit;
             const scan_head next  = head_of(dst, dest, after % H, after / H);
-            const bool      done = scan_columns(head, after > unit ? &next : nullptr, j0, j0 + columns, whole, scratch);
-            GGML_ASSERT(done);
+            scan_columns(head, after > unit ? &next : nullptr, j0, j0 + columns, whole, scratch);
         }
     }
 

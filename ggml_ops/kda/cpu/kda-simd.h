@@ -23,26 +23,15 @@
 
 namespace kda {
 
-// Asks for the cache lines of n floats that will be read, or written.
-static KDA_INLINE void prefetch(const float * p, int64_t n) {
+// Prefetches n floats that will be read, or written.
+template <bool WRITE = false> static KDA_INLINE void prefetch(const float * p, int64_t n) {
 #if defined(__GNUC__)
     for (int64_t i = 0; i < n; i += 16) {
-        __builtin_prefetch(p + i, 0);
+        __builtin_prefetch(p + i, WRITE);
     }
 #else
-    (void) p;
-    (void) n;
-#endif
-}
-
-static KDA_INLINE void prefetch_write(float * p, int64_t n) {
-#if defined(__GNUC__)
-    for (int64_t i = 0; i < n; i += 16) {
-        __builtin_prefetch(p + i, 1);
-    }
-#else
-    (void) p;
-    (void) n;
+    GGML_UNUSED(p);
+    GGML_UNUSED(n);
 #endif
 }
 
@@ -52,13 +41,9 @@ static inline float * thread_scratch(const ggml_compute_params * params, size_t 
     return (float *) (((uintptr_t) params->wdata + line - 1) / line * line) + params->ith * floats_per_thread;
 }
 
-}  // namespace kda
-
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 
 #define KDA_SIMD
-
-namespace kda {
 
 constexpr int VW = 16;  // floats in a vector
 using vf         = __m512;
@@ -132,13 +117,9 @@ static KDA_INLINE void v_transpose(vf r[VW]) {
     }
 }
 
-}  // namespace kda
-
 #elif defined(__AVX2__) && defined(__FMA__)
 
 #define KDA_SIMD
-
-namespace kda {
 
 constexpr int VW = 8;
 using vf         = __m256;
@@ -204,13 +185,9 @@ static KDA_INLINE void v_transpose(vf r[VW]) {
     }
 }
 
-}  // namespace kda
-
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
 #define KDA_SIMD
-
-namespace kda {
 
 constexpr int VW = 4;
 using vf         = float32x4_t;
@@ -258,13 +235,9 @@ static KDA_INLINE void v_transpose(vf r[VW]) {
     r[3]                   = vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]));
 }
 
-}  // namespace kda
-
 #endif
 
 #if defined(KDA_SIMD)
-
-namespace kda {
 
 // e^x = 2^n e^r, |r| <= ln(2)/2, e^r by its series to r^7 (relative error 5e-9); 0 below -104, e^87 above 87
 static KDA_INLINE vf v_exp(vf x) {
@@ -298,6 +271,6 @@ static KDA_INLINE vf v_softplus(vf x) {
     return v_add(v_fma(p, u2, u), v_max(x, v_zero()));
 }
 
-}  // namespace kda
-
 #endif
+
+}  // namespace kda

@@ -154,23 +154,7 @@ template <int D> static void launch_conv(const conv_args & args, cudaStream_t st
 }
 
 void conv(const conv_args & args, cudaStream_t stream) {
-    switch (args.head_size) {
-    case 32:
-        launch_conv<32>(args, stream);
-        break;
-    case 64:
-        launch_conv<64>(args, stream);
-        break;
-    case 96:
-        launch_conv<96>(args, stream);
-        break;
-    case 128:
-        launch_conv<128>(args, stream);
-        break;
-    case 256:
-        launch_conv<256>(args, stream);
-        break;
-    }
+    with_head_size(head_sizes(), args.head_size, [&](auto D) { launch_conv<D>(args, stream); });
     const int n_slots = args.st.n_slots < args.n_tokens + 1 ? args.st.n_slots : args.n_tokens + 1;
     copy_states(args.st, 9 * (int64_t) args.head_size * args.n_heads, n_slots, stream);
 }

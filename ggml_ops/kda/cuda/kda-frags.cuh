@@ -14,8 +14,9 @@ static __device__ __forceinline__ terms<2> split(float x, float y) {
     return kimi_cuda::split<__nv_bfloat16, 2>(x, y);
 }
 
-struct frag_a {
-    uint32_t hi[4], lo[4];
+// frag_b is in the order in which memory holds it, so that a lane's part is one 16-byte word.
+template <int WORDS> struct alignas(WORDS == 2 ? 16 : 4) fragment {
+    uint32_t hi[WORDS], lo[WORDS];
 
     __device__ void set(int i, const terms<2> & x) {
         hi[i] = x.term[0];
@@ -23,15 +24,8 @@ struct frag_a {
     }
 };
 
-// In the order in which memory holds it, so that a lane's part is one 16-byte word.
-struct alignas(16) frag_b {
-    uint32_t hi[2], lo[2];
-
-    __device__ void set(int i, const terms<2> & x) {
-        hi[i] = x.term[0];
-        lo[i] = x.term[1];
-    }
-};
+using frag_a = fragment<4>;
+using frag_b = fragment<2>;
 
 // c += a b
 static __device__ __forceinline__ void mma_split(float (&c)[4], const frag_a & a, const frag_b & b) {

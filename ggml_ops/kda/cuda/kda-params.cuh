@@ -5,8 +5,19 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 namespace kda_cuda {
+
+using head_sizes    = std::integer_sequence<int, 32, 64, 96, 128, 256>;
+using chunked_sizes = std::integer_sequence<int, 32, 64, 96, 128>;  // states of more do not fit a warp's registers
+
+// Calls f with the head size as a constant, if it is one of these sizes.
+template <int... SIZES, typename F>
+void with_head_size(std::integer_sequence<int, SIZES...>, int head_size, const F & f) {
+    ((head_size == SIZES ? f(std::integral_constant<int, SIZES>()) : void()), ...);
+}
 
 // Rows of packed floats, one for each head, token and sequence; strides in floats.
 struct rows {

@@ -315,16 +315,7 @@ template <int D> static void launch_prepare(const scan_args & args, const chunk_
 }
 
 void prepare_chunks(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
-    switch (args.head_size) {
-    case 32:
-        return launch_prepare<32>(args, run, stream);
-    case 64:
-        return launch_prepare<64>(args, run, stream);
-    case 96:
-        return launch_prepare<96>(args, run, stream);
-    case 128:
-        return launch_prepare<128>(args, run, stream);
-    }
+    with_head_size(chunked_sizes(), args.head_size, [&](auto D) { launch_prepare<D>(args, run, stream); });
 }
 
 }  // namespace kda_cuda

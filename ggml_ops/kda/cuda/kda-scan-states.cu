@@ -240,16 +240,7 @@ template <int D> static void launch_states(const scan_args & args, const chunk_r
 }
 
 void carry_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
-    switch (args.head_size) {
-    case 32:
-        return launch_states<32>(args, run, stream);
-    case 64:
-        return launch_states<64>(args, run, stream);
-    case 96:
-        return launch_states<96>(args, run, stream);
-    case 128:
-        return launch_states<128>(args, run, stream);
-    }
+    with_head_size(chunked_sizes(), args.head_size, [&](auto D) { launch_states<D>(args, run, stream); });
 }
 
 }  // namespace kda_cuda

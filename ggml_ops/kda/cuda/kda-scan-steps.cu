@@ -237,33 +237,11 @@ template <int D> static void launch_steps(const scan_args & args, const token_ra
 }
 
 void scan_steps(const scan_args & args, const token_range & range, cudaStream_t stream) {
-    switch (args.head_size) {
-    case 32:
-        return launch_steps<32>(args, range, stream);
-    case 64:
-        return launch_steps<64>(args, range, stream);
-    case 96:
-        return launch_steps<96>(args, range, stream);
-    case 128:
-        return launch_steps<128>(args, range, stream);
-    case 256:
-        return launch_steps<256>(args, range, stream);
-    }
+    with_head_size(head_sizes(), args.head_size, [&](auto D) { launch_steps<D>(args, range, stream); });
 }
 
 void scan_finish(const scan_args & args, const token_range & range, cudaStream_t stream) {
-    switch (args.head_size) {
-    case 32:
-        return launch_finish<32>(args, range, stream);
-    case 64:
-        return launch_finish<64>(args, range, stream);
-    case 96:
-        return launch_finish<96>(args, range, stream);
-    case 128:
-        return launch_finish<128>(args, range, stream);
-    case 256:
-        return launch_finish<256>(args, range, stream);
-    }
+    with_head_size(head_sizes(), args.head_size, [&](auto D) { launch_finish<D>(args, range, stream); });
 }
 
 }  // namespace kda_cuda

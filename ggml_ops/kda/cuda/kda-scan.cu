@@ -13,22 +13,11 @@ constexpr int CHUNKS_FROM = CHUNK;
 // Long sequences go through in runs, so that what one kernel leaves for the next one stays in a large cache.
 constexpr size_t RUN_BYTES = 48 << 20;
 
-static size_t chunk_size(int head_size) {
-    switch (head_size) {
-    case 32:
-        return chunk_layout<32>::SIZE;
-    case 64:
-        return chunk_layout<64>::SIZE;
-    case 96:
-        return chunk_layout<96>::SIZE;
-    default:
-        return chunk_layout<128>::SIZE;
-    }
-}
-
 // Bytes of one chunk of all heads and sequences.
 static size_t step_size(const scan_args & args) {
-    return chunk_size(args.head_size) * args.n_heads * args.n_seqs;
+    size_t size = 0;
+    with_head_size(head_sizes(), args.head_size, [&](auto D) { size = chunk_layout<D>::SIZE; });
+    return size * args.n_heads * args.n_seqs;
 }
 
 static int chunks_of_run(const scan_args & args, const token_range & range) {

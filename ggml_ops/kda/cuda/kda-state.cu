@@ -9,26 +9,24 @@ namespace kda_cuda {
 
 constexpr int COPY_THREADS = 256;
 
-static __global__ void __launch_bounds__(COPY_THREADS) copy_states_kernel(const states st, const int64_t size) {
-    if (writes_to_cache(st)) {
-        return;
-    }
-    const int     seq  = blockIdx.y;
-    const int     slot = blockIdx.z;
-    const float * from = st.result.at(seq, slot);
-    float *       to   = st.in_cache.at(seq, slot);
+static __device__ __forceinline__ void copy_state(const float * from, float * to, int64_t size) {
     for (int64_t i = 4 * (blockIdx.x * COPY_THREADS + threadIdx.x); i < size; i += 4 * COPY_THREADS * gridDim.x) {
         store4(to + i, load4(from + i));
     }
 }
 
+static __global__ void __launch_bounds__(COPY_THREADS) copy_states_kernel(const states st, const int64_t size) {
+    if (writes_to_cache(st)) {
+        return;
+    }
+    const int seq  = blockIdx.y;
+    const int slot = blockIdx.z;
+    copy_state(st.result.at(seq, slot), st.in_cache.at(seq, slot), size);
+}
+
 static __global__ void __launch_bounds__(COPY_THREADS)
     gather_states_kernel(const float * cache, const int32_t * rows, const int64_t size, float * out) {
-    const float * from = cache + rows[blockIdx.y] * size;
-    float *       to   = out + blockIdx.y * size;
-    for (int64_t i = 4 * (blockIdx.x * COPY_THREADS + threadIdx.x); i < size; i += 4 * COPY_THREADS * gridDim.x) {
-        store4(to + i, load4(from + i));
-    }
+    copy_state(cache + rows[blockIdx.y] * size, out + blockIdx.y * size, size);
 }
 
 static unsigned blocks_of(int64_t size) {

@@ -28,11 +28,6 @@ constexpr int64_t BLOCK_ROWS  = 64;
 constexpr int64_t TILE_KEYS   = 64;
 constexpr int64_t MIN_TASKS   = 32;   // cut the keys where blocks alone make fewer tasks
 constexpr int64_t STEP_LATENT = 288;  // values of a row taken at once, so that this much of q^T stays in the L1 cache
-constexpr int64_t ALIGN       = 64 / sizeof(float);
-
-int64_t align(int64_t n) {
-    return (n + ALIGN - 1) / ALIGN * ALIGN;
-}
 
 // How a node is cut into tasks, and where its working memory lies (in floats from the start of wdata).
 struct Plan {
@@ -80,29 +75,24 @@ Plan make_plan(const ggml_tensor * dst) {
     p.ld_tile          = align(p.dk);
     p.integer          = has_int16(k->type) && p.dv % CODES_A_SCALE == 0;
 
-    int64_t    at   = 0;
-    const auto room = [&](int64_t size) {
-        const int64_t here = at;
-        at += align(size);
-        return here;
-    };
+    Layout        room;
     const int64_t floats   = p.integer ? 0 : 1;
     const int64_t integers = p.integer ? 1 : 0;
-    p.at_q                 = room(p.integer ? p.dk / 2 * rows : p.dk * rows);
-    p.at_q_scale           = room(integers * rows);
-    p.q_size               = at;
-    p.at_tile              = room(floats * TILE_KEYS * p.ld_tile);
-    p.at_codes             = room(integers * TILE_KEYS * p.dk / 2);
-    p.at_code_scales       = room(integers * TILE_KEYS * p.dk / CODES_A_SCALE);
-    p.at_code_pairs        = room(integers * p.dv / CODES_A_SCALE * CodeTile::PAIRS);
-    p.at_room              = room(integers * ROOM_PER_COLUMN * rows);
-    p.at_scores            = room(TILE_KEYS * rows);
-    p.at_rescale           = room(rows);
-    p.at_max               = room(rows);
-    p.at_sum               = room(rows);
-    p.at_out               = room(rows * p.dv);
-    p.partial_size         = at - p.at_max;
-    p.thread_size          = at;
+    p.at_q                 = room.add(p.integer ? p.dk / 2 * rows : p.dk * rows);
+    p.at_q_scale           = room.add(integers * rows);
+    p.q_size               = room.size;
+    p.at_tile              = room.add(floats * TILE_KEYS * p.ld_tile);
+    p.at_codes             = room.add(integers * TILE_KEYS * p.dk / 2);
+    p.at_code_scales       = room.add(integers * TILE_KEYS * p.dk / CODES_A_SCALE);
+    p.at_code_pairs        = room.add(integers * p.dv / CODES_A_SCALE * CodeTile::PAIRS);
+    p.at_room              = room.add(integers * ROOM_PER_COLUMN * rows);
+    p.at_scores            = room.add(TILE_KEYS * rows);
+    p.at_rescale           = room.add(rows);
+    p.at_max               = room.add(rows);
+    p.at_sum               = room.add(rows);
+    p.at_out               = room.add(rows * p.dv);
+    p.partial_size         = room.size - p.at_max;
+    p.thread_size          = room.size;
     return p;
 }
 
@@ -137,44 +127,35 @@ int64_t rows_of_block(const Plan & p, int64_t block) {
     return std::min(BLOCK_ROWS, p.n_rows - block * BLOCK_ROWS);
 }
 
-const float * query_row(const ggml_tensor * q, const Plan & p, int64_t stream, int64_t row) {
-    return (const float *) ((const char *) q->data + row / p.n_heads * q->nb[1] + row % p.n_heads * q->nb[2] +
-                            stream * q->nb[3]);
-}
-
 // Values [d0, d1) of q^T [DK][n_cols] of a block of rows, times the scale; columns beyond the block's rows are zero.
+// INTEGER: pairs of neighbouring d rounded to 16 bits, and each row's scale, in which the attention's own is included.
+template <bool INTEGER>
 void load_queries(
     const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t block, int64_t d0, int64_t d1, float * queries) {
     const float   scale  = ggml_get_op_params_f32(dst, 0);
     const int64_t n_rows = rows_of_block(p, block);
     const int64_t n_cols = pad_lanes(n_rows);
-    const auto    row    = [&](int64_t i) { return query_row(dst->src[0], p, stream, block * BLOCK_ROWS + i); };
-    transpose_rows(row, n_rows, n_cols, d0, d1, scale, queries, n_cols);
-}
-
-// The same for integer products: pairs of neighbouring d rounded to 16 bits, and each row's scale, in which the
-// attention's own is included.
-void load_queries_int16(
-    const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t block, int64_t d0, int64_t d1, float * queries) {
-    const float   scale  = ggml_get_op_params_f32(dst, 0);
-    const int64_t n_rows = rows_of_block(p, block);
-    const int64_t n_cols = pad_lanes(n_rows);
-    int32_t *     pairs  = (int32_t *) queries;
-    float *       scales = queries + p.at_q_scale;
-    for (int64_t col = 0; col < n_rows; ++col) {
-        const float * src     = query_row(dst->src[0], p, stream, block * BLOCK_ROWS + col);
-        const float   largest = largest_magnitude(src, p.dk);
-        const float   inverse = largest == 0.0f ? 0.0f : INT16_MAX / largest;
-        round_pairs(src + d0, d1 - d0, inverse, pairs + d0 / 2 * n_cols + col, n_cols);
-        if (d0 == 0) {
-            scales[col] = scale * largest / INT16_MAX;
+    const auto    row    = [&](int64_t i) {
+        const int64_t j = block * BLOCK_ROWS + i;
+        return (const float *) row_of(dst->src[0], j / p.n_heads, j % p.n_heads, stream);
+    };
+    if constexpr (INTEGER) {
+        int32_t * pairs  = (int32_t *) queries;
+        float *   scales = queries + p.at_q_scale;
+        for (int64_t col = 0; col < n_rows; ++col) {
+            const float largest = round_pairs(row(col), p.dk, d0, d1, pairs + d0 / 2 * n_cols + col, n_cols);
+            if (d0 == 0) {
+                scales[col] = scale * largest / INT16_MAX;
+            }
         }
-    }
-    for (int64_t d = d0; d < d1; d += 2) {
-        std::fill(pairs + d / 2 * n_cols + n_rows, pairs + (d / 2 + 1) * n_cols, 0);
-    }
-    if (d0 == 0) {
-        std::fill(scales + n_rows, scales + n_cols, 0.0f);
+        for (int64_t d = d0; d < d1; d += 2) {
+            std::fill(pairs + d / 2 * n_cols + n_rows, pairs + (d / 2 + 1) * n_cols, 0);
+        }
+        if (d0 == 0) {
+            std::fill(scales + n_rows, scales + n_cols, 0.0f);
+        }
+    } else {
+        transpose_rows(row, n_rows, n_cols, d0, d1, scale, queries, n_cols);
     }
 }
 
@@ -194,23 +175,14 @@ void mask_scores(const Plan &     p,
     }
 }
 
-// out = out / sum; rows that saw no key give zero.
-void write_rows(const float * out, const float * sum, int64_t n_rows, int64_t dv, float * dst) {
-    for (int64_t row = 0; row < n_rows; ++row) {
-        const float inverse = sum[row] == 0.0f ? 0.0f : 1.0f / sum[row];
-        for (int64_t d = 0; d < dv; ++d) {
-            dst[row * dv + d] = out[row * dv + d] * inverse;
-        }
-    }
-}
-
+// Rows are (query, head) pairs, head fastest, just as dst has them.
 float * result_row(const ggml_tensor * dst, int64_t stream, int64_t row) {
-    // rows are (query, head) pairs, head fastest, just as dst has them
-    return (float *) ((char *) dst->data + stream * dst->nb[3] + row * dst->nb[1]);
+    return (float *) row_of(dst, row, 0, stream);
 }
 
 // One block of rows (queries: its q^T) over one piece of the keys. The sums are left in `partial` (max, sum, out), or, if the piece is all
 // there is, the result goes to dst.
+template <bool INTEGER>
 void attend(const ggml_tensor * dst,
             const Plan &        p,
             int64_t             stream,
@@ -219,8 +191,7 @@ void attend(const ggml_tensor * dst,
             const float *       queries,
             float *             own,
             float *             partial) {
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * mask = dst->src[3];
+    const ggml_tensor * k = dst->src[1];
 
     const int64_t row0   = block * BLOCK_ROWS;
     const int64_t n_rows = rows_of_block(p, block);
@@ -235,32 +206,32 @@ void attend(const ggml_tensor * dst,
     float * sum     = partial + (p.at_sum - p.at_max);
     float * out     = partial + (p.at_out - p.at_max);
 
-    const CodeTile codes = { p.dk, p.dv, (int16_t *) (own + p.at_codes), own + p.at_code_scales,
-                             (int32_t *) (own + p.at_code_pairs) };
+    CodeTile codes = { p.dk,
+                       p.dv,
+                       (int16_t *) (own + p.at_codes),
+                       own + p.at_code_scales,
+                       (int32_t *) (own + p.at_code_pairs),
+                       own + p.at_room,
+                       0 };
 
     std::fill(maximum, maximum + n_cols, -INFINITY);
     std::fill(sum, sum + n_cols, 0.0f);
 
-    MaskRows mask_rows = { nullptr, 0, query1 - query0 };
-    if (mask) {
-        mask_rows.stride = mask->nb[1];
-        mask_rows.data   = (const char *) mask->data + query0 * mask->nb[1] + (stream % mask->ne[3]) * mask->nb[3];
-    }
-
-    const char *  k_data = (const char *) k->data + stream * k->nb[3];
-    const int64_t end    = std::min(p.n_keys, (piece + 1) * p.keys_a_piece);
+    const MaskRows masks  = mask_rows(dst->src[3], stream, query0, query1 - query0);
+    const char *   k_data = row_of(k, 0, 0, stream);
+    const int64_t  end    = std::min(p.n_keys, (piece + 1) * p.keys_a_piece);
 
     KeyTile tile;
     bool    first = true;  // nothing is in `out` yet
     for (int64_t key = piece * p.keys_a_piece; key < end;) {
-        key = next_tile(mask_rows, nullptr, key, end, TILE_KEYS, tile);
+        key = next_tile(masks, nullptr, key, end, TILE_KEYS, tile);
         if (tile.n_keys == 0) {
             continue;
         }
         Ahead ahead = { k_data + key * k->nb[1], k_data + std::min(end, key + TILE_KEYS) * k->nb[1] };
-        if (p.integer) {
+        if constexpr (INTEGER) {
             read_codes(tile, k->type, k_data, k->nb[1], codes);
-            score_int16(tile.n_keys, n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
+            score_int16(n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
         } else {
             read_rows(tile, k->type, k_data, k->nb[1], p.dk, keys, p.ld_tile);
             multiply_in_steps(
@@ -268,19 +239,20 @@ void attend(const ggml_tensor * dst,
                 STEP_LATENT);
         }
         if (tile.masked) {
-            mask_scores(p, tile, mask_rows, row0, n_rows, n_cols, scores);
+            mask_scores(p, tile, masks, row0, n_rows, n_cols, scores);
         }
         softmax_tile(tile.n_keys, n_cols, scores, maximum, sum, rescale);
 
-        const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
-                                 keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
-        if (p.integer) {
-            add_values_int16(tile.n_keys, n_rows, n_cols, codes, scores, first ? nullptr : rescale, own + p.at_room,
-                             ahead, out);
-        } else if (first) {
-            multiply<Accumulate::NONE>(values);
+        if constexpr (INTEGER) {
+            add_values_int16(n_rows, codes, scores, first ? nullptr : rescale, ahead, out);
         } else {
-            multiply<Accumulate::SCALE>(values);
+            const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
+                                     keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
+            if (first) {
+                multiply<Accumulate::NONE>(values);
+            } else {
+                multiply<Accumulate::SCALE>(values);
+            }
         }
         first = false;
     }
@@ -289,7 +261,9 @@ void attend(const ggml_tensor * dst,
     }
 
     if (p.n_pieces == 1) {
-        write_rows(out, sum, n_rows, p.dv, result_row(dst, stream, row0));
+        for (int64_t i = 0; i < n_rows; ++i) {
+            write_row(out + i * p.dv, sum[i], p.dv, result_row(dst, stream, row0 + i));
+        }
     }
 }
 
@@ -317,7 +291,47 @@ void join(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t row, 
             out[d] += factor * part_out[d];
         }
     }
-    write_rows(out, &sum, 1, p.dv, result_row(dst, stream, row));
+    write_row(out, sum, p.dv, result_row(dst, stream, row));
+}
+
+template <bool INTEGER> void compute(const ggml_compute_params * params, const ggml_tensor * dst, const Plan & p) {
+    float * work     = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+    float * own      = work + params->ith * p.thread_size;
+    float * partials = work + params->nth * p.thread_size;
+    float * queries  = partials + p.n_tasks() * p.partial_size;  // of all blocks; shared as the partial results are
+
+    const bool in_pieces = p.n_pieces > 1;
+    if (in_pieces) {
+        const int64_t d0 = p.dk / 2 * params->ith / params->nth * 2;
+        const int64_t d1 = params->ith + 1 == params->nth ? p.dk : p.dk / 2 * (params->ith + 1) / params->nth * 2;
+        for (int64_t i = 0; i < p.n_streams * p.n_blocks; ++i) {
+            load_queries<INTEGER>(dst, p, i / p.n_blocks, i % p.n_blocks, d0, d1, queries + i * p.q_size);
+        }
+    }
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+
+    for (int64_t task = params->ith; task < p.n_tasks(); task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t i      = task / p.n_pieces;
+        const int64_t stream = i / p.n_blocks;
+        const int64_t block  = i % p.n_blocks;
+        if (in_pieces) {
+            attend<INTEGER>(dst, p, stream, block, task % p.n_pieces, queries + i * p.q_size, own,
+                            partials + task * p.partial_size);
+        } else {
+            load_queries<INTEGER>(dst, p, stream, block, 0, p.dk, own + p.at_q);
+            attend<INTEGER>(dst, p, stream, block, 0, own + p.at_q, own, own + p.at_max);
+        }
+    }
+
+    if (in_pieces) {
+        ggml_barrier(params->threadpool);
+        for (int64_t row = params->ith; row < p.n_streams * p.n_rows; row += params->nth) {
+            join(dst, p, row / p.n_rows, row % p.n_rows, partials, own + p.at_out);
+        }
+    }
 }
 
 }  // namespace
@@ -334,43 +348,12 @@ bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, gg
     const Plan p = make_plan(dst);
     GGML_ASSERT(params->wsize >= work_size(p, params->nth));
 
-    float * work     = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
-    float * own      = work + params->ith * p.thread_size;
-    float * partials = work + params->nth * p.thread_size;
-    float * queries  = partials + p.n_tasks() * p.partial_size;  // of all blocks; shared as the partial results are
-
-    const auto load      = p.integer ? load_queries_int16 : load_queries;
-    const bool in_pieces = p.n_pieces > 1;
-    if (in_pieces) {
-        const int64_t d0 = p.dk / 2 * params->ith / params->nth * 2;
-        const int64_t d1 = params->ith + 1 == params->nth ? p.dk : p.dk / 2 * (params->ith + 1) / params->nth * 2;
-        for (int64_t i = 0; i < p.n_streams * p.n_blocks; ++i) {
-            load(dst, p, i / p.n_blocks, i % p.n_blocks, d0, d1, queries + i * p.q_size);
+    if constexpr (HAS_INT16) {
+        if (p.integer) {
+            compute<true>(params, dst, p);
+            return true;
         }
     }
-    if (params->ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, params->nth);
-    }
-    ggml_barrier(params->threadpool);
-
-    for (int64_t task = params->ith; task < p.n_tasks(); task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t i      = task / p.n_pieces;
-        const int64_t stream = i / p.n_blocks;
-        const int64_t block  = i % p.n_blocks;
-        if (in_pieces) {
-            attend(dst, p, stream, block, task % p.n_pieces, queries + i * p.q_size, own,
-                   partials + task * p.partial_size);
-        } else {
-            load(dst, p, stream, block, 0, p.dk, own + p.at_q);
-            attend(dst, p, stream, block, 0, own + p.at_q, own, own + p.at_max);
-        }
-    }
-
-    if (in_pieces) {
-        ggml_barrier(params->threadpool);
-        for (int64_t row = params->ith; row < p.n_streams * p.n_rows; row += params->nth) {
-            join(dst, p, row / p.n_rows, row % p.n_rows, partials, own + p.at_out);
-        }
-    }
+    compute<false>(params, dst, p);
     return true;
 }

@@ -28,11 +28,6 @@ constexpr int64_t BLOCK_QUERIES = 64;
 constexpr int64_t TILE_KEYS     = 128;
 constexpr int64_t STEP_LATENT   = 128;  // see multiply_in_steps
 constexpr int64_t ROWS_ONCE     = 16;   // rows of v_b transposed together
-constexpr int64_t ALIGN         = 64 / sizeof(float);
-
-int64_t align(int64_t n) {
-    return (n + ALIGN - 1) / ALIGN * ALIGN;
-}
 
 // Where the parts of one thread's working memory lie, in floats.
 struct Plan {
@@ -50,25 +45,20 @@ Plan make_plan(const ggml_tensor * dst) {
     p.n_groups      = (p.s.n_keys + GROUP_KEYS - 1) / GROUP_KEYS;
     const int64_t n = p.n_blocks * BLOCK_QUERIES;
 
-    int64_t    at   = 0;
-    const auto room = [&](int64_t size) {
-        const int64_t here = at;
-        at += align(size);
-        return here;
-    };
-    p.at_k_b      = room(p.s.n_latent * pad_lanes(p.s.n_nope));
-    p.at_v_b      = room(p.s.n_latent * pad_lanes(p.s.n_value));
-    p.at_rows     = room(ROWS_ONCE * p.s.n_latent);
-    p.at_q        = room(p.s.n_key * n);
-    p.at_tile     = room(TILE_KEYS * align(p.s.n_cache));
-    p.at_key      = room(TILE_KEYS * align(p.s.n_key + LANES));
-    p.at_value    = room(TILE_KEYS * pad_lanes(p.s.n_value));
-    p.at_scores   = room(TILE_KEYS * BLOCK_QUERIES);
-    p.at_rescale  = room(BLOCK_QUERIES);
-    p.at_max      = room(n);
-    p.at_sum      = room(n);
-    p.at_out      = room(n * pad_lanes(p.s.n_value));
-    p.thread_size = at;
+    Layout room;
+    p.at_k_b      = room.add(p.s.n_latent * pad_lanes(p.s.n_nope));
+    p.at_v_b      = room.add(p.s.n_latent * pad_lanes(p.s.n_value));
+    p.at_rows     = room.add(ROWS_ONCE * p.s.n_latent);
+    p.at_q        = room.add(p.s.n_key * n);
+    p.at_tile     = room.add(TILE_KEYS * align(p.s.n_cache));
+    p.at_key      = room.add(TILE_KEYS * align(p.s.n_key + LANES));
+    p.at_value    = room.add(TILE_KEYS * pad_lanes(p.s.n_value));
+    p.at_scores   = room.add(TILE_KEYS * BLOCK_QUERIES);
+    p.at_rescale  = room.add(BLOCK_QUERIES);
+    p.at_max      = room.add(n);
+    p.at_sum      = room.add(n);
+    p.at_out      = room.add(n * pad_lanes(p.s.n_value));
+    p.thread_size = room.size;
     return p;
 }
 
@@ -77,7 +67,7 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * dst
     const int64_t ld = pad_lanes(p.s.n_nope);
     std::fill(dst, dst + p.s.n_latent * ld, 0.0f);
     for (int64_t j = 0; j < p.s.n_latent; ++j) {
-        read_row(k_b->type, (const char *) k_b->data + j * k_b->nb[1] + head * k_b->nb[2], p.s.n_nope, dst + j * ld);
+        read_row(k_b->type, row_of(k_b, j, head), p.s.n_nope, dst + j * ld);
     }
 }
 
@@ -88,8 +78,7 @@ void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * row
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {
         const int64_t n = std::min(ROWS_ONCE, p.s.n_value - i0);
         for (int64_t i = 0; i < n; ++i) {
-            read_row(v_b->type, (const char *) v_b->data + (i0 + i) * v_b->nb[1] + head * v_b->nb[2], p.s.n_latent,
-                     rows + i * p.s.n_latent);
+            read_row(v_b->type, row_of(v_b, i0 + i, head), p.s.n_latent, rows + i * p.s.n_latent);
         }
         transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f, dst + i0, ld);
     }
@@ -107,23 +96,14 @@ void load_queries(const ggml_tensor * dst, const Task & task, const Plan & p, fl
     const ggml_tensor * q     = dst->src[0];
     const float         scale = ggml_get_op_params_f32(dst, 0);
     for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
-        const auto row = [&](int64_t i) {
-            return (const float *) ((const char *) q->data + (query0 + i) * q->nb[1] + task.head * q->nb[2] +
-                                    task.stream * q->nb[3]);
-        };
+        const auto row = [&](int64_t i) { return (const float *) row_of(q, query0 + i, task.head, task.stream); };
         transpose_rows(row, std::min(BLOCK_QUERIES, task.query1 - query0), BLOCK_QUERIES, 0, p.s.n_key, scale,
                        queries + query0 * p.s.n_key, BLOCK_QUERIES);
     }
 }
 
 MaskRows mask_of(const ggml_tensor * dst, int64_t stream) {
-    const ggml_tensor * mask = dst->src[4];
-    MaskRows            rows = { nullptr, 0, dst->src[0]->ne[1] };
-    if (mask) {
-        rows.data   = (const char *) mask->data + (stream % mask->ne[3]) * mask->nb[3];
-        rows.stride = mask->nb[1];
-    }
-    return rows;
+    return mask_rows(dst->src[4], stream, 0, dst->src[0]->ne[1]);
 }
 
 // The tile's keys of one head, [NOPE, ROPE], and their values, out of its rows of the cache.
@@ -178,7 +158,7 @@ void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const Vi
     std::fill(out, out + n_padded * ld_value, 0.0f);
 
     const MaskRows all   = mask_of(dst, task.stream);
-    const char *   cache = (const char *) k->data + task.stream * k->nb[3];
+    const char *   cache = row_of(k, 0, 0, task.stream);
 
     KeyTile tile;
     for (int64_t key = 0; key < p.s.n_keys;) {
@@ -213,12 +193,7 @@ void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const Vi
     }
 
     for (int64_t i = task.query0; i < task.query1; ++i) {
-        const float inverse = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
-        float *     row =
-            (float *) ((char *) dst->data + task.head * dst->nb[1] + i * dst->nb[2] + task.stream * dst->nb[3]);
-        for (int64_t d = 0; d < p.s.n_value; ++d) {
-            row[d] = out[i * ld_value + d] * inverse;
-        }
+        write_row(out + i * ld_value, sum[i], p.s.n_value, (float *) row_of(dst, task.head, i, task.stream));
     }
 }
 
@@ -262,11 +237,9 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     const int64_t parts       = std::min(p.n_blocks, (params->nth + n_heads - 1) / n_heads);
     const int64_t part_blocks = (p.n_blocks + parts - 1) / parts;
     for (int64_t i = params->ith; i < n_heads * parts; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        Task task;
-        task.stream = i / parts / p.s.n_heads;
-        task.head   = i / parts % p.s.n_heads;
-        task.query0 = i % parts * part_blocks * BLOCK_QUERIES;
-        task.query1 = std::min(p.s.n_queries, task.query0 + part_blocks * BLOCK_QUERIES);
+        const int64_t query0 = i % parts * part_blocks * BLOCK_QUERIES;
+        const int64_t query1 = std::min(p.s.n_queries, query0 + part_blocks * BLOCK_QUERIES);
+        const Task    task   = { i / parts / p.s.n_heads, i / parts % p.s.n_heads, query0, query1 };
         attend(dst, p, task, map + task.stream * p.n_groups, own);
     }
 }

@@ -30,7 +30,7 @@ struct Product {
     Ahead *       ahead;  // or null
 };
 
-// One register block: ROWS rows by COLUMNS vectors, over k in [0, n_steps).
+// One register block: ROWS rows by COLUMNS vectors.
 template <int ROWS, int COLUMNS, Accumulate ACC>
 static inline void multiply_block(int64_t                     n_steps,
                                   const float * GGML_RESTRICT a,
@@ -41,12 +41,7 @@ static inline void multiply_block(int64_t                     n_steps,
                                   float * GGML_RESTRICT       c,
                                   int64_t                     ldc,
                                   const float * GGML_RESTRICT scale) {
-    vf acc[ROWS][COLUMNS];
-    for (int i = 0; i < ROWS; ++i) {
-        for (int j = 0; j < COLUMNS; ++j) {
-            acc[i][j] = v_set(0.0f);
-        }
-    }
+    vf acc[ROWS][COLUMNS] = {};
     for (int64_t k = 0; k < n_steps; ++k) {
         vf bk[COLUMNS];
         for (int j = 0; j < COLUMNS; ++j) {
@@ -72,29 +67,9 @@ static inline void multiply_block(int64_t                     n_steps,
     }
 }
 
-// The rows left over below a full register block.
+// COLUMNS vectors from column n on, of the rows from m on: ROWS at a time, then the rest.
 template <int ROWS, int COLUMNS, Accumulate ACC>
-static inline void multiply_last_rows(int64_t n_rows, const Product & p, int64_t m, int64_t n) {
-    if constexpr (ROWS > 0) {
-        if (n_rows == ROWS) {
-            multiply_block<ROWS, COLUMNS, ACC>(p.n_steps, p.a + m * p.a_row, p.a_row, p.a_step, p.b + n, p.ldb,
-                                               p.c + m * p.ldc + n, p.ldc,
-                                               p.scale + (ACC == Accumulate::SCALE ? m : 0));
-        } else {
-            multiply_last_rows<ROWS - 1, COLUMNS, ACC>(n_rows, p, m, n);
-        }
-    } else {
-        GGML_UNUSED(n_rows);
-        GGML_UNUSED(p);
-        GGML_UNUSED(m);
-        GGML_UNUSED(n);
-    }
-}
-
-// All rows of COLUMNS vectors, from column n on.
-template <int COLUMNS, Accumulate ACC> static inline void multiply_panel(const Product & p, int64_t n) {
-    constexpr int ROWS = N_ACCUMULATORS / COLUMNS > 12 ? 12 : N_ACCUMULATORS / COLUMNS;
-    int64_t       m    = 0;
+static inline void multiply_rows(const Product & p, int64_t m, int64_t n) {
     for (; m + ROWS <= p.n_rows; m += ROWS) {
         if (p.ahead) {
             p.ahead->touch();
@@ -102,30 +77,24 @@ template <int COLUMNS, Accumulate ACC> static inline void multiply_panel(const P
         multiply_block<ROWS, COLUMNS, ACC>(p.n_steps, p.a + m * p.a_row, p.a_row, p.a_step, p.b + n, p.ldb,
                                            p.c + m * p.ldc + n, p.ldc, p.scale + (ACC == Accumulate::SCALE ? m : 0));
     }
-    multiply_last_rows<ROWS - 1, COLUMNS, ACC>(p.n_rows - m, p, m, n);
+    if constexpr (ROWS > 1) {
+        multiply_rows<ROWS - 1, COLUMNS, ACC>(p, m, n);
+    }
 }
 
-template <int COLUMNS, Accumulate ACC>
-static inline void multiply_last_columns(int64_t n_vectors, const Product & p, int64_t n) {
-    if constexpr (COLUMNS > 0) {
-        if (n_vectors == COLUMNS) {
-            multiply_panel<COLUMNS, ACC>(p, n);
-        } else {
-            multiply_last_columns<COLUMNS - 1, ACC>(n_vectors, p, n);
-        }
-    } else {
-        GGML_UNUSED(n_vectors);
-        GGML_UNUSED(p);
-        GGML_UNUSED(n);
+// All rows from column n on: COLUMNS vectors at a time, then the rest.
+template <int COLUMNS, Accumulate ACC> static inline void multiply_columns(const Product & p, int64_t n) {
+    constexpr int ROWS = N_ACCUMULATORS / COLUMNS > 12 ? 12 : N_ACCUMULATORS / COLUMNS;
+    for (; n + COLUMNS * LANES <= p.n_cols; n += COLUMNS * LANES) {
+        multiply_rows<ROWS, COLUMNS, ACC>(p, 0, n);
+    }
+    if constexpr (COLUMNS > 1) {
+        multiply_columns<COLUMNS - 1, ACC>(p, n);
     }
 }
 
 template <Accumulate ACC> static void multiply(const Product & p) {
-    int64_t n = 0;
-    for (; n + MAX_COLUMNS * LANES <= p.n_cols; n += MAX_COLUMNS * LANES) {
-        multiply_panel<MAX_COLUMNS, ACC>(p, n);
-    }
-    multiply_last_columns<MAX_COLUMNS - 1, ACC>((p.n_cols - n) / LANES, p, n);
+    multiply_columns<MAX_COLUMNS, ACC>(p, 0);
 }
 
 // C = A * B, taking `step` values of k at once, so that as much of B as belongs to them stays in the nearest cache.

@@ -10,11 +10,7 @@ namespace latent {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
 
-bool has_int16(ggml_type type) {
-    return type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
-}
-
-float largest_magnitude(const float * x, int64_t n) {
+static float largest_magnitude(const float * x, int64_t n) {
     vf      largest = v_set(0.0f);
     int64_t i       = 0;
     for (; i + LANES <= n; i += LANES) {
@@ -27,8 +23,12 @@ float largest_magnitude(const float * x, int64_t n) {
     return r;
 }
 
-void round_pairs(const float * x, int64_t n, float factor, int32_t * pairs, int64_t ldp) {
-    int64_t i = 0;
+float round_pairs(const float * x, int64_t n, int64_t d0, int64_t d1, int32_t * pairs, int64_t ldp) {
+    const float largest = largest_magnitude(x, n);
+    const float factor  = largest == 0.0f ? 0.0f : INT16_MAX / largest;
+    int64_t     i       = 0;
+    x += d0;
+    n = d1 - d0;
     for (; i + LANES <= n; i += LANES) {
         const __m256i rounded = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v_mul(v_load(x + i), v_set(factor))));
         int32_t       pair[LANES / 2];
@@ -42,6 +42,7 @@ void round_pairs(const float * x, int64_t n, float factor, int32_t * pairs, int6
         const uint16_t high = (uint16_t) (int16_t) lrintf(x[i + 1] * factor);
         pairs[i / 2 * ldp]  = (int32_t) (low | (uint32_t) high << 16);
     }
+    return largest;
 }
 
 // The 32 codes of one block, and its scale.
@@ -97,7 +98,8 @@ static void read_blocks(const KeyTile & tile, const char * src, size_t stride, c
     }
 }
 
-void read_codes(const KeyTile & tile, ggml_type type, const char * src, size_t stride, const CodeTile & codes) {
+void read_codes(const KeyTile & tile, ggml_type type, const char * src, size_t stride, CodeTile & codes) {
+    codes.n_keys = tile.n_keys;
     if (type == GGML_TYPE_Q8_0) {
         read_blocks<block_q8_0>(tile, src, stride, codes);
     } else {
@@ -109,23 +111,13 @@ void read_codes(const KeyTile & tile, ggml_type type, const char * src, size_t s
 template <int ROWS, int COLUMNS>
 static void score_block(
     int64_t n_cols, const CodeTile & t, int64_t key, const int32_t * queries, const float * scale, float * scores) {
-    const int16_t * codes  = t.codes + key * t.n_dims;
-    const float *   scales = t.scales + key * t.n_scales();
-    vf              sum[ROWS][COLUMNS];
-    for (int i = 0; i < ROWS; ++i) {
-        for (int j = 0; j < COLUMNS; ++j) {
-            sum[i][j] = v_set(0.0f);
-        }
-    }
+    const int16_t * codes              = t.codes + key * t.n_dims;
+    const float *   scales             = t.scales + key * t.n_scales();
+    vf              sum[ROWS][COLUMNS] = {};
     for (int64_t b = 0; b < t.n_scales(); ++b) {
-        __m512i acc[ROWS][COLUMNS];
-        for (int i = 0; i < ROWS; ++i) {
-            for (int j = 0; j < COLUMNS; ++j) {
-                acc[i][j] = _mm512_setzero_si512();
-            }
-        }
-        const int16_t * code  = codes + b * CODES_A_SCALE;
-        const int32_t * query = queries + b * CODES_A_SCALE / 2 * n_cols;
+        __m512i         acc[ROWS][COLUMNS] = {};
+        const int16_t * code               = codes + b * CODES_A_SCALE;
+        const int32_t * query              = queries + b * CODES_A_SCALE / 2 * n_cols;
         LATENT_UNROLL
         for (int step = 0; step < CODES_A_SCALE / 2; ++step) {
             __m512i q[COLUMNS];
@@ -156,46 +148,34 @@ static void score_block(
 
 // Keys from `key` on: ROWS at a time, then the rest.
 template <int ROWS, int COLUMNS>
-static void score_rows(int64_t          n_keys,
-                       int64_t          n_cols,
-                       const CodeTile & t,
-                       int64_t          key,
-                       const int32_t *  queries,
-                       const float *    scale,
-                       float *          scores) {
-    for (; key + ROWS <= n_keys; key += ROWS) {
+static void score_rows(
+    int64_t n_cols, const CodeTile & t, int64_t key, const int32_t * queries, const float * scale, float * scores) {
+    for (; key + ROWS <= t.n_keys; key += ROWS) {
         score_block<ROWS, COLUMNS>(n_cols, t, key, queries, scale, scores);
     }
     if constexpr (ROWS > 1) {
-        score_rows<ROWS == 6 ? 4 : ROWS / 2, COLUMNS>(n_keys, n_cols, t, key, queries, scale, scores);
+        score_rows<ROWS == 6 ? 4 : ROWS / 2, COLUMNS>(n_cols, t, key, queries, scale, scores);
     }
 }
 
-void score_int16(int64_t          n_keys,
-                 int64_t          n_cols,
-                 const CodeTile & codes,
-                 const int32_t *  queries,
-                 const float *    scale,
-                 float *          scores) {
+void score_int16(int64_t n_cols, const CodeTile & codes, const int32_t * queries, const float * scale, float * scores) {
     int64_t col = 0;
     for (; col + 2 * LANES <= n_cols; col += 2 * LANES) {
-        score_rows<6, 2>(n_keys, n_cols, codes, 0, queries + col, scale + col, scores + col);
+        score_rows<6, 2>(n_cols, codes, 0, queries + col, scale + col, scores + col);
     }
     if (col < n_cols) {
-        score_rows<12, 1>(n_keys, n_cols, codes, 0, queries + col, scale + col, scores + col);
+        score_rows<12, 1>(n_cols, codes, 0, queries + col, scale + col, scores + col);
     }
 }
 
 // Weights times the scales of block b, rounded, as pairs of neighbouring keys [n_keys/2][n_cols]; unit[col] is what
 // one step of them stands for.
-static void round_weights(int64_t       n_keys,
-                          int64_t       n_cols,
-                          const float * weights,
-                          const float * scales,
-                          int64_t       n_scales,
-                          int32_t *     pairs,
-                          float *       unit) {
+static void
+round_weights(const CodeTile & t, int64_t b, int64_t n_cols, const float * weights, int32_t * pairs, float * unit) {
     constexpr __mmask32 UPPER_HALVES = 0xaaaaaaaa;
+    const int64_t       n_keys       = t.n_keys;
+    const int64_t       n_scales     = t.n_scales();
+    const float *       scales       = t.scales + b;
     for (int64_t col = 0; col < n_cols; col += LANES) {
         const float * w       = weights + col;
         vf            largest = v_set(0.0f);
@@ -217,23 +197,26 @@ static void round_weights(int64_t       n_keys,
     }
 }
 
+// One block of values; rows of weights, units and out begin at row 0.
+struct BlockOfValues {
+    int64_t         n_pairs;
+    int64_t         n_cols;
+    const int32_t * weights;
+    const int32_t * codes;
+    const float *   unit;
+    const float *   rescale;  // or null
+    int64_t         ldo;
+    float *         out;
+};
+
 // ROWS rows by one block of values.
-template <int ROWS>
-static void add_block(int64_t         n_pairs,
-                      int64_t         n_cols,
-                      const int32_t * weights,
-                      const int32_t * codes,
-                      const float *   unit,
-                      const float *   rescale,
-                      int64_t         ldo,
-                      float *         out) {
-    constexpr int COLUMNS = CODES_A_SCALE / LANES;
-    __m512i       acc[ROWS][COLUMNS];
-    for (int i = 0; i < ROWS; ++i) {
-        for (int j = 0; j < COLUMNS; ++j) {
-            acc[i][j] = _mm512_setzero_si512();
-        }
-    }
+template <int ROWS> static void add_block(const BlockOfValues & v, int64_t row) {
+    const int64_t   n_pairs            = v.n_pairs;
+    const int64_t   n_cols             = v.n_cols;
+    const int32_t * weights            = v.weights + row;
+    const int32_t * codes              = v.codes;
+    constexpr int   COLUMNS            = CODES_A_SCALE / LANES;
+    __m512i         acc[ROWS][COLUMNS] = {};
     LATENT_UNROLL
     for (int64_t pair = 0; pair < n_pairs; ++pair) {
         __m512i c[COLUMNS];
@@ -249,83 +232,35 @@ static void add_block(int64_t         n_pairs,
     }
     for (int i = 0; i < ROWS; ++i) {
         for (int j = 0; j < COLUMNS; ++j) {
-            float *  o   = out + i * ldo + j * LANES;
-            const vf old = rescale ? v_mul(v_load(o), v_set(rescale[i])) : v_set(0.0f);
-            v_store(o, v_fma(_mm512_cvtepi32_ps(acc[i][j]), v_set(unit[i]), old));
+            float *  o   = v.out + (row + i) * v.ldo + j * LANES;
+            const vf old = v.rescale ? v_mul(v_load(o), v_set(v.rescale[row + i])) : v_set(0.0f);
+            v_store(o, v_fma(_mm512_cvtepi32_ps(acc[i][j]), v_set(v.unit[row + i]), old));
         }
     }
 }
 
-template <int ROWS>
-static void add_rows(int64_t         n_pairs,
-                     int64_t         row,
-                     int64_t         n_rows,
-                     int64_t         n_cols,
-                     const int32_t * weights,
-                     const int32_t * codes,
-                     const float *   unit,
-                     const float *   rescale,
-                     Ahead &         ahead,
-                     int64_t         ldo,
-                     float *         out) {
+template <int ROWS> static void add_rows(const BlockOfValues & v, int64_t row, int64_t n_rows, Ahead & ahead) {
     for (; row + ROWS <= n_rows; row += ROWS) {
         ahead.touch();
-        add_block<ROWS>(n_pairs, n_cols, weights + row, codes, unit + row, rescale ? rescale + row : nullptr, ldo,
-                        out + row * ldo);
+        add_block<ROWS>(v, row);
     }
     if constexpr (ROWS > 1) {
-        add_rows<ROWS / 2>(n_pairs, row, n_rows, n_cols, weights, codes, unit, rescale, ahead, ldo, out);
+        add_rows<ROWS / 2>(v, row, n_rows, ahead);
     }
-}
-
-void add_values_int16(int64_t          n_keys,
-                      int64_t          n_rows,
-                      int64_t          n_cols,
-                      const CodeTile & codes,
-                      const float *    weights,
-                      const float *    rescale,
-                      float *          room,
-                      Ahead &          ahead,
-                      float *          out) {
-    const int64_t n_pairs = (n_keys + 1) / 2;
-    int32_t *     rounded = (int32_t *) room;
-    float *       unit    = room + MAX_TILE_KEYS / 2 * n_cols;
-    for (int64_t b = 0; b < codes.n_values / CODES_A_SCALE; ++b) {
-        round_weights(n_keys, n_cols, weights, codes.scales + b, codes.n_scales(), rounded, unit);
-        add_rows<8>(n_pairs, 0, n_rows, n_cols, rounded, codes.pairs + b * CodeTile::PAIRS, unit, rescale, ahead,
-                    codes.n_values, out + b * CODES_A_SCALE);
-    }
-}
-
-#else
-
-[[noreturn]] static void missing() {
-    GGML_ABORT("no 16-bit integer products in this build");
-}
-
-bool has_int16(ggml_type) {
-    return false;
-}
-
-void read_codes(const KeyTile &, ggml_type, const char *, size_t, const CodeTile &) {
-    missing();
-}
-
-float largest_magnitude(const float *, int64_t) {
-    missing();
-}
-
-void round_pairs(const float *, int64_t, float, int32_t *, int64_t) {
-    missing();
-}
-
-void score_int16(int64_t, int64_t, const CodeTile &, const int32_t *, const float *, float *) {
-    missing();
 }
 
 void add_values_int16(
-    int64_t, int64_t, int64_t, const CodeTile &, const float *, const float *, float *, Ahead &, float *) {
-    missing();
+    int64_t n_rows, const CodeTile & codes, const float * weights, const float * rescale, Ahead & ahead, float * out) {
+    const int64_t n_cols  = pad_lanes(n_rows);
+    const int64_t n_pairs = (codes.n_keys + 1) / 2;
+    int32_t *     rounded = (int32_t *) codes.room;
+    float *       unit    = codes.room + MAX_TILE_KEYS / 2 * n_cols;
+    for (int64_t b = 0; b < codes.n_values / CODES_A_SCALE; ++b) {
+        round_weights(codes, b, n_cols, weights, rounded, unit);
+        const int32_t * pairs = codes.pairs + b * CodeTile::PAIRS;
+        add_rows<8>({ n_pairs, n_cols, rounded, pairs, unit, rescale, codes.n_values, out + b * CODES_A_SCALE }, 0,
+                    n_rows, ahead);
+    }
 }
 
 #endif

@@ -10,10 +10,18 @@
 
 namespace latent {
 
-constexpr int64_t CODES_A_SCALE = 32;
+constexpr int64_t CODES_A_SCALE   = 32;
+constexpr int64_t ROOM_PER_COLUMN = MAX_TILE_KEYS / 2 + 1;
 
-// Whether this build and type can do it.
-bool has_int16(ggml_type type);
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
+constexpr bool HAS_INT16 = true;
+#else
+constexpr bool HAS_INT16 = false;  // the functions below are not defined
+#endif
+
+inline bool has_int16(ggml_type type) {
+    return HAS_INT16 && (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0);
+}
 
 // A tile of keys as codes and scales. The memory is the caller's.
 struct CodeTile {
@@ -22,6 +30,8 @@ struct CodeTile {
     int16_t * codes;     // [key][n_dims], for the scores
     float *   scales;    // [key][n_dims / CODES_A_SCALE]
     int32_t * pairs;     // [block][PAIRS]: the codes of two neighbouring keys beside each other, for the values
+    float *   room;      // ROOM_PER_COLUMN floats for each column of the weights
+    int       n_keys;
 
     static constexpr int64_t PAIRS = (MAX_TILE_KEYS / 2 + 1) * CODES_A_SCALE;  // one to spare keeps blocks off one set
 
@@ -29,36 +39,21 @@ struct CodeTile {
 };
 
 // Reads the tile's keys out of src, whose rows are `stride` bytes apart.
-void read_codes(const KeyTile & tile, ggml_type type, const char * src, size_t stride, const CodeTile & codes);
+void read_codes(const KeyTile & tile, ggml_type type, const char * src, size_t stride, CodeTile & codes);
 
-float largest_magnitude(const float * x, int64_t n);
-
-// Neighbouring values times `factor`, rounded to 16 bits, pair by pair (the first in the lower half) to
-// pairs[0], pairs[ldp], ...; n is even.
-void round_pairs(const float * x, int64_t n, float factor, int32_t * pairs, int64_t ldp);
+// Neighbouring values of x[d0 .. d1), scaled so that the largest magnitude of all n values becomes INT16_MAX, and rounded:
+// pair by pair (the first in the lower half) to pairs[0], pairs[ldp], ... d0 and d1 are even. Returns that magnitude.
+float round_pairs(const float * x, int64_t n, int64_t d0, int64_t d1, int32_t * pairs, int64_t ldp);
 
 // scores[key][col] = scale[col] * sum over d of queries[d][col] * codes[key][d] * scales[key][d/32].
 // queries: pairs of neighbouring d, [n_dims/2][n_cols] of two int16 (the lower d in the lower half).
-void score_int16(int64_t          n_keys,
-                 int64_t          n_cols,
-                 const CodeTile & codes,
-                 const int32_t *  queries,
-                 const float *    scale,
-                 float *          scores);
+void score_int16(int64_t n_cols, const CodeTile & codes, const int32_t * queries, const float * scale, float * scores);
 
 // out[row][d] = out[row][d] * rescale[row] + sum over keys of weights[key][row] * codes[key][d] * scales[key][d/32],
 // for d < n_values; rescale null: out is overwritten. Weights times scales are rounded under one factor for each row and
 // block of 32 values, taken from this very tile, so that tiles with small weights keep their precision.
-// room: ROOM_PER_COLUMN * n_cols floats. n_rows <= n_cols, which is a multiple of the vector.
-constexpr int64_t ROOM_PER_COLUMN = MAX_TILE_KEYS / 2 + 1;
-void              add_values_int16(int64_t          n_keys,
-                                   int64_t          n_rows,
-                                   int64_t          n_cols,
-                                   const CodeTile & codes,
-                                   const float *    weights,
-                                   const float *    rescale,
-                                   float *          room,
-                                   Ahead &          ahead,
-                                   float *          out);
+// Columns of weights: those of n_rows, padded.
+void add_values_int16(
+    int64_t n_rows, const CodeTile & codes, const float * weights, const float * rescale, Ahead & ahead, float * out);
 
 }  // namespace latent

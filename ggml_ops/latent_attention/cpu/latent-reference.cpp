@@ -43,16 +43,13 @@ static void attend(const ggml_tensor *            dst,
     float * cached = folded + s.n_cache;
     float * total  = cached + s.n_cache;
 
-    const float   scale = ggml_get_op_params_f32(dst, 0);
-    const float * q_row =
-        (const float *) ((const char *) q->data + query * q->nb[1] + head * q->nb[2] + stream * q->nb[3]);
-    const auto * m_row  = mask ? (const ggml_fp16_t *) ((const char *) mask->data + query * mask->nb[1] +
-                                                        (stream % mask->ne[3]) * mask->nb[3])
-                               : nullptr;
-    float *      result = (float *) ((char *) dst->data + head * dst->nb[1] + query * dst->nb[2] + stream * dst->nb[3]);
+    const float    scale  = ggml_get_op_params_f32(dst, 0);
+    const float *  q_row  = (const float *) row_of(q, query, head, stream);
+    const MaskRows masks  = mask_rows(mask, stream, query, 1);
+    float *        result = (float *) row_of(dst, head, query, stream);
 
     for (int64_t j = 0; j < s.n_latent; ++j) {
-        read_row(k_b->type, (const char *) k_b->data + j * k_b->nb[1] + head * k_b->nb[2], s.n_nope, weight);
+        read_row(k_b->type, row_of(k_b, j, head), s.n_nope, weight);
         folded[j] = (float) dot(weight, q_row, s.n_nope);
     }
     std::copy(q_row + s.n_nope, q_row + s.n_key, folded + s.n_latent);
@@ -61,11 +58,11 @@ static void attend(const ggml_tensor *            dst,
     float maximum = -INFINITY;
     float sum     = 0.0f;
     for (int64_t key = 0; key < s.n_keys; ++key) {
-        const float m = m_row ? GGML_CPU_FP16_TO_FP32(m_row[key]) : 0.0f;
+        const float m = masks.data ? GGML_CPU_FP16_TO_FP32(masks.row(0)[key]) : 0.0f;
         if (m == -INFINITY) {
             continue;
         }
-        read_row(k->type, (const char *) k->data + key * k->nb[1] + stream * k->nb[3], s.n_cache, cached);
+        read_row(k->type, row_of(k, key, 0, stream), s.n_cache, cached);
         const float score = (float) dot(folded, cached, s.n_cache) * scale + m;
         if (score == -INFINITY) {
             continue;
@@ -81,7 +78,7 @@ static void attend(const ggml_tensor *            dst,
     }
 
     for (int64_t i = 0; i < s.n_value; ++i) {
-        read_row(v_b->type, (const char *) v_b->data + i * v_b->nb[1] + head * v_b->nb[2], s.n_latent, weight);
+        read_row(v_b->type, row_of(v_b, i, head), s.n_latent, weight);
         result[i] = sum == 0.0f ? 0.0f : (float) (dot(weight, total, s.n_latent) / sum);
     }
 }

@@ -15,34 +15,26 @@ constexpr uint16_t MAGNITUDE = 0x7fff;
 // A window into fewer keys than this is not worth another look at the mask.
 constexpr int64_t MIN_WINDOW = 8;
 
-static View summary(uint16_t any_set, uint16_t any_visible) {
-    return any_set == 0 ? View::OPEN : any_visible == 0 ? View::CLOSED : View::MIXED;
+// What the queries see of the keys key_of(0) .. key_of(n_keys - 1).
+template <typename KeyOf> static View view_of_keys(const MaskRows & mask, int64_t n_keys, const KeyOf & key_of) {
+    uint16_t set     = 0;
+    uint16_t visible = 0;
+    for (int64_t q = 0; q < mask.n_queries; ++q) {
+        const ggml_fp16_t * row = mask.row(q);
+        for (int64_t i = 0; i < n_keys; ++i) {
+            set |= row[key_of(i)] & MAGNITUDE;
+            visible |= row[key_of(i)] ^ MINUS_INF;
+        }
+    }
+    return set == 0 ? View::OPEN : visible == 0 ? View::CLOSED : View::MIXED;
 }
 
 View view_of(const MaskRows & mask, int64_t begin, int64_t n_keys) {
-    uint16_t set     = 0;
-    uint16_t visible = 0;
-    for (int64_t q = 0; mask.data && q < mask.n_queries; ++q) {
-        const ggml_fp16_t * row = mask.row(q) + begin;
-        for (int64_t i = 0; i < n_keys; ++i) {
-            set |= row[i] & MAGNITUDE;
-            visible |= row[i] ^ MINUS_INF;
-        }
-    }
-    return summary(set, visible);
+    return view_of_keys(mask, mask.data ? n_keys : 0, [&](int64_t i) { return begin + i; });
 }
 
 View view_of(const MaskRows & mask, const KeyTile & tile) {
-    uint16_t set     = 0;
-    uint16_t visible = 0;
-    for (int64_t q = 0; tile.masked && q < mask.n_queries; ++q) {
-        const ggml_fp16_t * row = mask.row(q);
-        for (int i = 0; i < tile.n_keys; ++i) {
-            set |= row[tile.key[i]] & MAGNITUDE;
-            visible |= row[tile.key[i]] ^ MINUS_INF;
-        }
-    }
-    return summary(set, visible);
+    return view_of_keys(mask, tile.masked ? tile.n_keys : 0, [&](int64_t i) { return tile.key[i]; });
 }
 
 // The last query first: under a causal mask it sees the most.

@@ -10,6 +10,29 @@ namespace latent {
 
 constexpr int MAX_TILE_KEYS = 128;
 
+// Parts of working memory, in floats, each at a cache line.
+constexpr int64_t ALIGN = 64 / sizeof(float);
+
+constexpr int64_t align(int64_t n) {
+    return (n + ALIGN - 1) / ALIGN * ALIGN;
+}
+
+struct Layout {
+    int64_t size = 0;
+
+    // Returns where the n floats begin.
+    int64_t add(int64_t n) {
+        const int64_t at = size;
+        size += align(n);
+        return at;
+    }
+};
+
+// A row of a tensor by its outer indices.
+inline char * row_of(const ggml_tensor * t, int64_t i1, int64_t i2 = 0, int64_t i3 = 0) {
+    return (char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3];
+}
+
 // Some keys, in ascending order, each visible to at least one of the queries it was made for.
 struct KeyTile {
     int     n_keys;
@@ -25,6 +48,14 @@ struct MaskRows {
 
     const ggml_fp16_t * row(int64_t query) const { return (const ggml_fp16_t *) (data + query * stride); }
 };
+
+// The mask of the queries from query0 on; mask may be null.
+inline MaskRows mask_rows(const ggml_tensor * mask, int64_t stream, int64_t query0, int64_t n_queries) {
+    if (!mask) {
+        return { nullptr, 0, n_queries };
+    }
+    return { row_of(mask, query0, 0, stream % mask->ne[3]), mask->nb[1], n_queries };
+}
 
 // What some queries see of some keys.
 enum class View : uint8_t {

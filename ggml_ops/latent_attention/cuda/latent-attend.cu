@@ -17,10 +17,6 @@ constexpr int JOIN_THREADS  = N_LATENT / 4;
 
 static_assert(MAX_PIECES <= JOIN_THREADS, "a thread a piece");
 
-static int divide_up(int a, int b) {
-    return (a + b - 1) / b;
-}
-
 static plan make_plan(const attention & args) {
     plan p;
     p.n_rows          = args.n_queries * args.n_heads;
@@ -58,11 +54,7 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
     const int64_t all_rows = gridDim.x;
     const float2  mine     = i < n_pieces ? partials.max_sum[i * all_rows + row] : make_float2(-INFINITY, 0.0f);
 
-    float maximum = mine.x;
-#pragma unroll
-    for (int mask = WARP / 2; mask > 0; mask /= 2) {
-        maximum = fmaxf(maximum, __shfl_xor_sync(ALL_LANES, maximum, mask));
-    }
+    float maximum = max_lanes(mine.x);
     if (i % WARP == 0) {
         of_warps[0][i / WARP] = maximum;
     }
@@ -72,11 +64,7 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
         maximum = fmaxf(maximum, of_warps[0][w]);
     }
     const float weight = mine.x == -INFINITY ? 0.0f : exp2f(mine.x - maximum);
-    float       sum    = weight * mine.y;
-#pragma unroll
-    for (int mask = WARP / 2; mask > 0; mask /= 2) {
-        sum += __shfl_xor_sync(ALL_LANES, sum, mask);
-    }
+    float       sum    = sum_lanes(weight * mine.y);
     if (i % WARP == 0) {
         of_warps[1][i / WARP] = sum;
     }
@@ -145,23 +133,7 @@ void attend(const attention & args, void * work, cudaStream_t stream) {
     const int64_t  rows  = partial_rows(p, args);
     const partials parts = { static_cast<float *>(work),
                              reinterpret_cast<float2 *>(static_cast<float *>(work) + rows * N_LATENT) };
-    switch (args.type) {
-    case cache_type::f32:
-        launch<cache_type::f32>(args, p, parts, stream);
-        break;
-    case cache_type::f16:
-        launch<cache_type::f16>(args, p, parts, stream);
-        break;
-    case cache_type::bf16:
-        launch<cache_type::bf16>(args, p, parts, stream);
-        break;
-    case cache_type::q8_0:
-        launch<cache_type::q8_0>(args, p, parts, stream);
-        break;
-    case cache_type::q4_0:
-        launch<cache_type::q4_0>(args, p, parts, stream);
-        break;
-    }
+    with_cache_type(args.type, [&](auto type) { launch<type>(args, p, parts, stream); });
     if (p.n_pieces > 1) {
         join_pieces<<<args.n_streams * p.n_rows, JOIN_THREADS, 0, stream>>>(parts, p.n_pieces, args.out);
     }

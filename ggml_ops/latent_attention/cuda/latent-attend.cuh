@@ -109,11 +109,7 @@ static __device__ __forceinline__ float half_range(const float * row) {
     for (int d = threadIdx.x % WARP; d < N_CACHE; d += WARP) {
         largest = fmaxf(largest, fabsf(row[d]));
     }
-#pragma unroll
-    for (int mask = WARP / 2; mask > 0; mask /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, mask));
-    }
-    return power_of_two(min(127 + 8 + 127 - exponent_of(largest), 253));
+    return power_of_two(min(127 + 8 + 127 - exponent_of(max_lanes(largest)), 253));
 }
 
 template <cache_type TYPE>
@@ -277,10 +273,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                 x[i]    = tile.sees(my_key + i) ? x[i] : -INFINITY;
                 largest = fmaxf(largest, x[i]);
             }
-#pragma unroll
-            for (int mask = LANES_A_ROW / 2; mask > 0; mask /= 2) {
-                largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, mask));
-            }
+            largest            = max_lanes<LANES_A_ROW>(largest);
             const float factor = largest == maximum ? 1.0f : exp2f(maximum - largest);
             const float offset = largest == -INFINITY ? 0.0f : largest - fixed::WEIGHT_EXPONENT;
 #pragma unroll
@@ -359,10 +352,8 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         next = sight.next(next.key + TILE_KEYS, ahead);
     }
 
-#pragma unroll
-    for (int mask = LANES_A_ROW / 2; mask > 0; mask /= 2) {
-        sum += __shfl_xor_sync(ALL_LANES, sum, mask);
-    }
+    sum = sum_lanes<LANES_A_ROW>(sum);
+
     const int64_t first_row = static_cast<int64_t>(s) * plan.n_rows + row0;
     const int64_t all_rows  = static_cast<int64_t>(args.n_streams) * plan.n_rows;
     const bool    whole     = plan.n_pieces == 1;

@@ -59,15 +59,25 @@ struct cache_rows {
     __device__ const char * at(int key) const { return data + key * row_bytes; }
 };
 
-template <cache_type TYPE> struct cache_tiles;
+// Values without scales.
+struct no_factors {
+    static constexpr bool FACTORS = false;
+
+    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
+
+    __device__ float factor_unit() const { return 1.0f; }
+
+    __device__ float inverse_unit() const { return 1.0f; }
+
+    __device__ float unit_change() const { return 1.0f; }
+};
 
 // 16-bit values: two tiles in turns.
-template <typename T> struct plain_tiles {
-    using element                   = T;
-    static constexpr int  PLANES    = 1;
-    static constexpr bool FACTORS   = false;
-    static constexpr int  ROW_BYTES = N_CACHE * sizeof(T);
-    static constexpr int  SHARED    = 2 * TILE_VALUES * sizeof(T);
+template <typename T> struct plain_tiles : no_factors {
+    using element                  = T;
+    static constexpr int PLANES    = 1;
+    static constexpr int ROW_BYTES = N_CACHE * sizeof(T);
+    static constexpr int SHARED    = 2 * TILE_VALUES * sizeof(T);
 
     cache_rows rows;
     T *        tiles;
@@ -98,14 +108,6 @@ template <typename T> struct plain_tiles {
     }
 
     __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
-
-    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
-
-    __device__ float factor_unit() const { return 1.0f; }
-
-    __device__ float inverse_unit() const { return 1.0f; }
-
-    __device__ float unit_change() const { return 1.0f; }
 };
 
 // Two codes, unpacked to words of 16 bits, as halves. In 2^10 + n, n < 2^10, halves are exact to one.
@@ -242,12 +244,10 @@ template <cache_type TYPE> struct quantised_tiles {
 };
 
 // 32-bit values as sums of two.
-struct split_tiles {
-    using element                   = __nv_bfloat16;
-    static constexpr int  PLANES    = 2;
-    static constexpr bool FACTORS   = false;
-    static constexpr int  ROW_BYTES = N_CACHE * sizeof(float);
-    static constexpr int  SHARED    = PLANES * TILE_VALUES * sizeof(element);
+struct split_tiles : no_factors {
+    using element               = __nv_bfloat16;
+    static constexpr int PLANES = 2;
+    static constexpr int SHARED = PLANES * TILE_VALUES * sizeof(element);
 
     cache_rows rows;
     element *  tile_values;
@@ -278,34 +278,24 @@ struct split_tiles {
     }
 
     __device__ const element * plane(int p) const { return tile_values + p * TILE_VALUES; }
-
-    __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
-
-    __device__ float factor_unit() const { return 1.0f; }
-
-    __device__ float inverse_unit() const { return 1.0f; }
-
-    __device__ float unit_change() const { return 1.0f; }
 };
 
-template <> struct cache_tiles<cache_type::f32> : split_tiles {
-    using split_tiles::split_tiles;
+template <cache_type TYPE> struct tiles_of {
+    using type = quantised_tiles<TYPE>;
 };
 
-template <> struct cache_tiles<cache_type::f16> : plain_tiles<__half> {
-    using plain_tiles::plain_tiles;
+template <> struct tiles_of<cache_type::f32> {
+    using type = split_tiles;
 };
 
-template <> struct cache_tiles<cache_type::bf16> : plain_tiles<__nv_bfloat16> {
-    using plain_tiles::plain_tiles;
+template <> struct tiles_of<cache_type::f16> {
+    using type = plain_tiles<__half>;
 };
 
-template <> struct cache_tiles<cache_type::q8_0> : quantised_tiles<cache_type::q8_0> {
-    using quantised_tiles::quantised_tiles;
+template <> struct tiles_of<cache_type::bf16> {
+    using type = plain_tiles<__nv_bfloat16>;
 };
 
-template <> struct cache_tiles<cache_type::q4_0> : quantised_tiles<cache_type::q4_0> {
-    using quantised_tiles::quantised_tiles;
-};
+template <cache_type TYPE> using cache_tiles = typename tiles_of<TYPE>::type;
 
 }  // namespace latent_cuda

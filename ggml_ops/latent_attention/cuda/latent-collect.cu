@@ -70,10 +70,7 @@ static __global__ void __launch_bounds__(WEIGHT_THREADS)
     for (int i = threadIdx.x; i < N_WEIGHTS; i += WEIGHT_THREADS) {
         largest = fmaxf(largest, fabsf(from[i]));
     }
-#pragma unroll
-    for (int mask = WARP / 2; mask > 0; mask /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, mask));
-    }
+    largest = max_lanes(largest);
     if (threadIdx.x % WARP == 0) {
         of_warps[threadIdx.x / WARP] = largest;
     }
@@ -128,14 +125,6 @@ template <int TERMS> static __device__ __forceinline__ void store_terms(float x,
     }
 }
 
-static __device__ __forceinline__ float largest_of_warp(float x) {
-#pragma unroll
-    for (int mask = WARP / 2; mask > 0; mask /= 2) {
-        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, mask));
-    }
-    return x;
-}
-
 // Magnitude as far as it says how to scale: what is not finite has none.
 static __device__ __forceinline__ float magnitude(float x) {
     return exponent_of(x) == 255 ? 0.0f : fabsf(x);
@@ -183,9 +172,9 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
                 of_row[k] = fmaxf(of_row[k], magnitude(x[k][i]));
             }
         }
-        of_row[k] = largest_of_warp(of_row[k]);
+        of_row[k] = max_lanes(of_row[k]);
     }
-    largest = largest_of_warp(largest);
+    largest = max_lanes(largest);
     if (lane == 0) {
         of_warps[warp] = largest;
     }
@@ -228,23 +217,10 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
 
 void collect(const decompressed & args, const prefill & p, const run & to, cudaStream_t stream) {
     const dim3 grid(to.n_tiles(), to.n_streams);
-    switch (args.type) {
-    case cache_type::f32:
-        collect_tile<cache_type::f32, 2><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
-        break;
-    case cache_type::f16:
-        collect_tile<cache_type::f16, 1><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
-        break;
-    case cache_type::bf16:
-        collect_tile<cache_type::bf16, 1><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
-        break;
-    case cache_type::q8_0:
-        collect_tile<cache_type::q8_0, 1><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
-        break;
-    case cache_type::q4_0:
-        collect_tile<cache_type::q4_0, 1><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
-        break;
-    }
+    with_cache_type(args.type, [&](auto type) {
+        constexpr int TERMS = type == cache_type::f32 ? 2 : 1;
+        collect_tile<type, TERMS><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
+    });
 }
 
 }  // namespace latent_cuda

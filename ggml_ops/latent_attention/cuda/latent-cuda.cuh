@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace latent_cuda {
 
@@ -20,6 +21,26 @@ constexpr int N_KEY    = N_NOPE + N_ROPE;
 constexpr int N_VALUE  = 128;
 
 enum class cache_type { f32, f16, bf16, q8_0, q4_0 };
+
+// Calls f with the type as a constant.
+template <typename F> void with_cache_type(cache_type type, const F & f) {
+    switch (type) {
+    case cache_type::f32:
+        return f(std::integral_constant<cache_type, cache_type::f32>());
+    case cache_type::f16:
+        return f(std::integral_constant<cache_type, cache_type::f16>());
+    case cache_type::bf16:
+        return f(std::integral_constant<cache_type, cache_type::bf16>());
+    case cache_type::q8_0:
+        return f(std::integral_constant<cache_type, cache_type::q8_0>());
+    case cache_type::q4_0:
+        return f(std::integral_constant<cache_type, cache_type::q4_0>());
+    }
+}
+
+template <typename T> constexpr T divide_up(T a, T b) {
+    return (a + b - 1) / b;
+}
 
 struct attention {
     const float * q;  // [streams][queries][heads][N_CACHE] by these strides in floats, which are even

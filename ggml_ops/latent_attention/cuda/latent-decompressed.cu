@@ -10,18 +10,9 @@
 
 namespace latent_cuda {
 
-static __device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
-    return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
-}
-
 static __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(ALL_LANES, x, 1);
     return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
-
-static int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
 }
 
 namespace {
@@ -150,7 +141,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
             for (int i = 0; i < 4 * KEY_STEPS; ++i) {
                 largest = fmaxf(largest, fabsf(value(row, i / 2 * 8 + 2 * t + i % 2)));
             }
-            largest        = quad_max(largest);
+            largest        = max_lanes<4>(largest);
             range[row]     = power_of_two(min(127 + 8 + 127 - exponent_of(largest), 253));
             row_scale[row] = args.scale * LOG2_E * power_of_two(254 - exponent_of(range[row]));
         }
@@ -265,7 +256,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         float factor[2];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
-            largest[row] = quad_max(largest[row]);
+            largest[row] = max_lanes<4>(largest[row]);
             factor[row]  = largest[row] == maximum[row] ? 1.0f : exp2f(maximum[row] - largest[row]);
             maximum[row] = largest[row];
             sum[row] *= factor[row];

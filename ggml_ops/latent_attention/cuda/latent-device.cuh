@@ -1,6 +1,6 @@
 #pragma once
 
-// What the kernels of latent attention share on the device, beside the products: exact powers of two.
+// What the kernels of latent attention share on the device: exact powers of two, sums over lanes.
 
 #include "kimi-mma.cuh"
 
@@ -17,6 +17,24 @@ static __device__ __forceinline__ float power_of_two(int exponent) {
 
 static __device__ __forceinline__ int exponent_of(float x) {
     return __float_as_uint(x) >> 23 & 0xff;
+}
+
+// The greatest x in groups of LANES neighbouring lanes, the same in each of them.
+template <int LANES = WARP> static __device__ __forceinline__ float max_lanes(float x) {
+#pragma unroll
+    for (int mask = LANES / 2; mask > 0; mask /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, mask));
+    }
+    return x;
+}
+
+// The sum of x in such groups.
+template <int LANES = WARP> static __device__ __forceinline__ float sum_lanes(float x) {
+#pragma unroll
+    for (int mask = LANES / 2; mask > 0; mask /= 2) {
+        x += __shfl_xor_sync(ALL_LANES, x, mask);
+    }
+    return x;
 }
 
 }  // namespace latent_cuda

@@ -1,7 +1,8 @@
-// ggml's side of latent attention on CUDA: which nodes of FLASH_ATTN_EXT the kernels take, and their call.
+// ggml's side of latent attention on CUDA: which nodes of FLASH_ATTN_EXT (absorbed) and LATENT_ATTN (decompressed) the
+// kernels take, weights of any type as floats, and the calls.
 //
-// What upstream's kernels claim is not widened: a node may lose V's being a view of K on its way to the device, and then
-// has to be theirs.
+// What upstream's kernels claim of FLASH_ATTN_EXT is not widened: a node may lose V's being a view of K on its way to
+// the device, and then has to be theirs.
 
 #include "latent-ggml.cuh"
 
@@ -11,8 +12,17 @@ bool ggml_cuda_latent_attention(ggml_backend_cuda_context &, ggml_tensor *) {
     return false;
 }
 
+bool ggml_cuda_latent_attn_supported(int, const ggml_tensor *) {
+    return false;
+}
+
+void ggml_cuda_op_latent_attn(ggml_backend_cuda_context &, ggml_tensor *) {
+    GGML_ABORT("LATENT_ATTN has kernels for NVIDIA devices only");
+}
+
 #else
 
+#include "convert.cuh"
 #include "latent-node.cuh"
 
 #include <atomic>
@@ -27,6 +37,11 @@ static int max_queries(latent_cuda::cache_type type) {
     return type == latent_cuda::cache_type::f16 ? MAX_QUERIES_F16 : MAX_QUERIES_CONVERTED;
 }
 
+// Of the code that runs, which may be older than the device.
+static bool has_kernels(int device) {
+    return ampere_mma_available(ggml_cuda_info().devices[device].cc);
+}
+
 // Said once for each reason.
 static void log_refusal(const char * reason) {
     static std::atomic<const char *> last(nullptr);
@@ -36,8 +51,7 @@ static void log_refusal(const char * reason) {
 }
 
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    // of the code that runs, which may be older than the device
-    if (!ampere_mma_available(ggml_cuda_info().devices[ctx.device].cc) || latent_cuda::misfit(dst)) {
+    if (!has_kernels(ctx.device) || latent_cuda::misfit(dst)) {
         return false;
     }
     latent_cuda::attention args;
@@ -55,6 +69,39 @@ bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * d
     latent_cuda::attend(args, work.get(), ctx.stream());
     CUDA_CHECK(cudaGetLastError());
     return true;
+}
+
+static bool readable(const ggml_tensor * weights) {
+    return weights->type == GGML_TYPE_F32 || ggml_get_to_fp32_cuda(weights->type) != nullptr;
+}
+
+// All of a tensor as floats: itself, or converted into memory of the pool.
+static const float * as_floats(const ggml_tensor * t, ggml_cuda_pool_alloc<float> & room, cudaStream_t stream) {
+    if (t->type == GGML_TYPE_F32) {
+        return static_cast<const float *>(t->data);
+    }
+    const int64_t n = ggml_nelements(t);
+    ggml_get_to_fp32_cuda(t->type)(t->data, room.alloc(n), n, stream);
+    return room.get();
+}
+
+bool ggml_cuda_latent_attn_supported(int device, const ggml_tensor * dst) {
+    latent_cuda::decompressed args;
+    return has_kernels(device) && latent_cuda::read_decompressed(dst, args) == nullptr && readable(dst->src[2]) &&
+           readable(dst->src[3]);
+}
+
+void ggml_cuda_op_latent_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    latent_cuda::decompressed args;
+    GGML_ASSERT(latent_cuda::read_decompressed(dst, args) == nullptr);
+
+    ggml_cuda_pool_alloc<float> k_b(ctx.pool());
+    ggml_cuda_pool_alloc<float> v_b(ctx.pool());
+    args.k_b = as_floats(dst->src[2], k_b, ctx.stream());
+    args.v_b = as_floats(dst->src[3], v_b, ctx.stream());
+    ggml_cuda_pool_alloc<char> work(ctx.pool(), latent_cuda::workspace(args));
+    latent_cuda::attend(args, work.get(), ctx.stream());
+    CUDA_CHECK(cudaGetLastError());
 }
 
 #endif

@@ -53,10 +53,13 @@ static inline __m512 scales_of(const block_mxfp4x8 & w) {
     return both_lanes(w.e);
 }
 
-static inline void store_sums(__m512 lanes, float * sums) {
-    const __m512 swapped = _mm512_permute_ps(lanes, 0xb1);
-    const __m512 added   = _mm512_add_ps(lanes, swapped);
-    _mm256_storeu_ps(sums, _mm512_castps512_ps256(_mm512_maskz_compress_ps(FIRST_LANES, added)));
+template <int N_C> static inline void store_sums(const __m512 (&lanes)[N_C], float * sums) {
+    constexpr int SWAP = 0xb1;
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        const __m512 added = _mm512_add_ps(lanes[c], _mm512_permute_ps(lanes[c], SWAP));
+        _mm256_storeu_ps(sums + c * PANEL_ROWS, _mm512_castps512_ps256(_mm512_maskz_compress_ps(FIRST_LANES, added)));
+    }
 }
 
 // Both halves of the bytes of a group's block: as unsigned codes.
@@ -79,12 +82,8 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
 // Blocks of 32 values with one scale a row: bytes hold values 0..15 in their low halves, 16..31 in their high ones.
 template <typename Block, int N_C>
 static void dot_nibble_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
-    const Block * w = (const Block *) group;
-    __m512        sum[N_C];
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        sum[c] = _mm512_setzero_ps();
-    }
+    const Block * w        = (const Block *) group;
+    __m512        sum[N_C] = {};
     for (int64_t i = 0; i < k / BLOCK; i++) {
         __m512i codes[4];  // values 8j .. 8j + 7
         split(w[i], load_codes(w[i].qs), codes[0], codes[2]);
@@ -102,10 +101,7 @@ static void dot_nibble_groups(const char * group, int64_t k, const char * const 
             sum[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_mul_ps(d, _mm512_set1_ps(a.scales[b])), sum[c]);
         }
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        store_sums(sum[c], sums + c * PANEL_ROWS);
-    }
+    store_sums(sum, sums);
 }
 
 // Minima of four blocks, 8 rows each, as 16-bit numbers: those of blocks 0 and 1 in the first lane of a row, of 2 and 3
@@ -118,24 +114,35 @@ static inline __m512i minima_by_row(__m512i x) {
     return _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 }
 
+// Adds super block i: sums of products with codes times scales, and with minima, times the floats that belong to them.
+template <typename Block, int N_C>
+static inline void add_scaled(const Block &        w,
+                              int64_t              i,
+                              const char * const * columns,
+                              const __m512i (&products)[N_C],
+                              const __m512i (&minima)[N_C],
+                              __m512 (&sum)[N_C]) {
+    const __m512 d    = both_lanes(w.d);
+    const __m512 dmin = both_lanes(w.dmin);
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+        const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
+        const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
+        sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
+    }
+}
+
 // Q4_K: blocks of 32 values with a scale and a minimum in each of 256 values. Scales are whole numbers, so that 256
 // values are added as integers (at most 8 * 32 * 15 * 127 * 63).
 template <int N_C>
 static void dot_q4_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
-    const block_q4_Kx8 * w     = (const block_q4_Kx8 *) group;
-    const __m128i        twice = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    __m512               sum[N_C];
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        sum[c] = _mm512_setzero_ps();
-    }
+    const block_q4_Kx8 * w        = (const block_q4_Kx8 *) group;
+    const __m128i        twice    = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    __m512               sum[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
-        __m512i products[N_C], minima[N_C];
-#pragma GCC unroll 4
-        for (int c = 0; c < N_C; c++) {
-            products[c] = _mm512_setzero_si512();
-            minima[c]   = _mm512_setzero_si512();
-        }
+        __m512i products[N_C] = {};
+        __m512i minima[N_C]   = {};
 #pragma GCC unroll 2
         for (int part = 0; part < 2; part++) {  // four blocks each
             prefetch_behind(w[i].scales + 48 * part, CACHE_LINE);
@@ -177,20 +184,9 @@ static void dot_q4_K_groups(const char * group, int64_t k, const char * const * 
                 }
             }
         }
-        const __m512 d    = both_lanes(w[i].d);
-        const __m512 dmin = both_lanes(w[i].dmin);
-#pragma GCC unroll 4
-        for (int c = 0; c < N_C; c++) {
-            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-            const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
-            const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
-            sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
-        }
+        add_scaled(w[i], i, columns, products, minima, sum);
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        store_sums(sum[c], sums + c * PANEL_ROWS);
-    }
+    store_sums(sum, sums);
 }
 
 // Q2_K: a scale and a minimum of four bits for each 16 values; codes times scales are bytes (45 at most), and 256 of their
@@ -199,21 +195,13 @@ template <int N_C>
 static void dot_q2_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
     const block_q2_Kx8 * w = (const block_q2_Kx8 *) group;
     // of every row's 8 bytes: the first or second one as four numbers, bytes 0, 1, 4 and 5 as four numbers
-    const __m512i first  = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
-    const __m512i second = _mm512_set4_epi32((int) 0x80098009, (int) 0x80098009, (int) 0x80018001, (int) 0x80018001);
-    const __m512i four   = _mm512_set4_epi32((int) 0x800d800c, (int) 0x80098008, (int) 0x80058004, (int) 0x80018000);
-    __m512        sum[N_C];
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        sum[c] = _mm512_setzero_ps();
-    }
+    const __m512i first    = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
+    const __m512i second   = _mm512_set4_epi32((int) 0x80098009, (int) 0x80098009, (int) 0x80018001, (int) 0x80018001);
+    const __m512i four     = _mm512_set4_epi32((int) 0x800d800c, (int) 0x80098008, (int) 0x80058004, (int) 0x80018000);
+    __m512        sum[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
-        __m512i products[N_C], minima[N_C];
-#pragma GCC unroll 4
-        for (int c = 0; c < N_C; c++) {
-            products[c] = _mm512_setzero_si512();
-            minima[c]   = _mm512_setzero_si512();
-        }
+        __m512i products[N_C] = {};
+        __m512i minima[N_C]   = {};
 #pragma GCC unroll 2
         for (int part = 0; part < 2; part++) {  // 128 values
             prefetch_behind(w[i].scales + 64 * part, CACHE_LINE);
@@ -253,20 +241,9 @@ static void dot_q2_K_groups(const char * group, int64_t k, const char * const * 
                 }
             }
         }
-        const __m512 d    = both_lanes(w[i].d);
-        const __m512 dmin = both_lanes(w[i].dmin);
-#pragma GCC unroll 4
-        for (int c = 0; c < N_C; c++) {
-            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-            const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
-            const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
-            sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
-        }
+        add_scaled(w[i], i, columns, products, minima, sum);
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        store_sums(sum[c], sums + c * PANEL_ROWS);
-    }
+    store_sums(sum, sums);
 }
 
 template <typename Block>
@@ -274,25 +251,16 @@ static constexpr Dot NIBBLES = { 8,
                                  { dot_nibble_groups<Block, 1>, dot_nibble_groups<Block, 2>,
                                    dot_nibble_groups<Block, 3>, dot_nibble_groups<Block, 4> } };
 
-static constexpr Dot Q4_K = { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } };
-
-static constexpr Dot Q2_K = { 8, { dot_q2_K_groups<1>, dot_q2_K_groups<2>, dot_q2_K_groups<3>, dot_q2_K_groups<4> } };
+static const TypedDot DOTS[] = {
+    { GGML_TYPE_Q4_0, NIBBLES<block_q4_0x8> },
+    { GGML_TYPE_IQ4_NL, NIBBLES<block_iq4_nlx8> },
+    { GGML_TYPE_MXFP4, NIBBLES<block_mxfp4x8> },
+    { GGML_TYPE_Q2_K, { 8, { dot_q2_K_groups<1>, dot_q2_K_groups<2>, dot_q2_K_groups<3>, dot_q2_K_groups<4> } } },
+    { GGML_TYPE_Q4_K, { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } } },
+};
 
 const Dot * find_dot_of_groups(ggml_type type) {
-    switch (type) {
-    case GGML_TYPE_Q4_0:
-        return &NIBBLES<block_q4_0x8>;
-    case GGML_TYPE_IQ4_NL:
-        return &NIBBLES<block_iq4_nlx8>;
-    case GGML_TYPE_MXFP4:
-        return &NIBBLES<block_mxfp4x8>;
-    case GGML_TYPE_Q2_K:
-        return &Q2_K;
-    case GGML_TYPE_Q4_K:
-        return &Q4_K;
-    default:
-        return nullptr;
-    }
+    return find_dot(DOTS, type);
 }
 
 #endif

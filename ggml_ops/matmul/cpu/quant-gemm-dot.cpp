@@ -11,41 +11,41 @@
 #include "quant-gemm-super-block.h"
 #include "simd-mappings.h"
 
+#include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
+template <int N_C> static inline void store_sums(const __m512 (&total)[N_C], float * sums) {
+#pragma GCC                           unroll 4
+    for (int c = 0; c < N_C; c++) {
+        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(total[c]);
+    }
+}
+
 // ---- types of 256 values
 
 template <typename Block> static inline __m512i offset_sums(const ActSuperBlock & a) {
-    if constexpr (OFFSETS<Block> == Offsets::starts_16) {
-        return _mm512_loadu_si512(a.starts);
-    } else if constexpr (OFFSETS<Block> == Offsets::starts_32) {
-        return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *) a.starts));
-    } else if constexpr (OFFSETS<Block> == Offsets::sums_16) {
-        return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *) a.sums_16));
+    if constexpr (BY_16<Block>) {
+        return HAS_MINIMA<Block> ? _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *) a.sums_16))
+                                 : _mm512_loadu_si512(a.starts);
     } else {
-        return _mm512_zextsi256_si512(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *) a.sums)));
+        return _mm512_zextsi256_si512(HAS_MINIMA<Block>
+                                          ? _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *) a.sums))
+                                          : _mm256_loadu_si256((const __m256i *) a.starts));
     }
 }
 
 // A row times N_C columns.
 template <typename Block, int N_C>
 static void dot_super_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
-    constexpr bool BY_16      = OFFSETS<Block> == Offsets::starts_16 || OFFSETS<Block> == Offsets::sums_16;
-    constexpr bool IS_LESS    = OFFSETS<Block> == Offsets::sums_16 || OFFSETS<Block> == Offsets::sums_32;
-    constexpr int  PER_VECTOR = BY_16 ? 4 : 2;  // scales of 64 weights, each for some of 16 lanes
-    const __m512i  lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i  which      = _mm512_srli_epi32(lane, BY_16 ? 2 : 3);
-    const Block *  w          = (const Block *) row;
-    __m512         total[N_C];
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        total[c] = _mm512_setzero_ps();
-    }
+    constexpr int PER_VECTOR = BY_16<Block> ? 4 : 2;  // scales of 64 weights, each for some of 16 lanes
+    const __m512i lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i which      = _mm512_srli_epi32(lane, BY_16<Block> ? 2 : 3);
+    const Block * w          = (const Block *) row;
+    __m512        total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         prefetch_behind(w + i, sizeof(Block));
         const SuperBlock s = load(w[i]);
@@ -58,8 +58,8 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
         for (int c = 0; c < N_C; c++) {
             const ActSuperBlock & a   = ((const ActSuperBlock *) columns[c])[i];
             const __m512          off = _mm512_cvtepi32_ps(offset_sums<Block>(a));
-            __m512                sum =
-                IS_LESS ? _mm512_fnmadd_ps(off, s.offsets, _mm512_setzero_ps()) : _mm512_mul_ps(off, s.offsets);
+            __m512                sum = HAS_MINIMA<Block> ? _mm512_fnmadd_ps(off, s.offsets, _mm512_setzero_ps())
+                                                          : _mm512_mul_ps(off, s.offsets);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
                 const __m512i x = _mm512_loadu_si512(a.codes + 64 * j);
@@ -69,10 +69,7 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
             total[c] = _mm512_fmadd_ps(sum, _mm512_set1_ps(a.scale), total[c]);
         }
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(total[c]);
-    }
+    store_sums(total, sums);
 }
 
 // ---- types of 32 values with one scale
@@ -155,13 +152,9 @@ static inline void add_blocks(const Block * w, int64_t i, const char * const * c
 // A row times N_C columns. Blocks that are missing from the last 8 are zeros on both sides.
 template <typename Block, int N_C>
 static void dot_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
-    const Block * w    = (const Block *) row;
-    const int     rest = k / BLOCK % N_BLOCKS;
-    __m512        total[N_C];
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        total[c] = _mm512_setzero_ps();
-    }
+    const Block * w          = (const Block *) row;
+    const int     rest       = k / BLOCK % N_BLOCKS;
+    __m512        total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++, w += N_BLOCKS) {
         prefetch_behind(w, N_BLOCKS * sizeof(Block));
         add_blocks<Block, N_C>(w, i, columns, total);
@@ -172,10 +165,7 @@ static void dot_blocks(const char * row, int64_t k, const char * const * columns
         memcpy(last, w, rest * sizeof(Block));
         add_blocks<Block, N_C>(last, k / SLICE, columns, total);
     }
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(total[c]);
-    }
+    store_sums(total, sums);
 }
 
 // ---- BF16
@@ -188,14 +178,10 @@ static inline __m512bh pairs_of(const void * p) {
 
 // Two vectors of 32 values at once; their sums, in pairs, are the instruction's own. K is a multiple of 32.
 template <int N_C> static void dot_bf16(const char * row, int64_t k, const char * const * columns, float * sums) {
-    __m512 even[N_C], odd[N_C];
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        even[c] = _mm512_setzero_ps();
-        odd[c]  = _mm512_setzero_ps();
-    }
-    const int64_t size = k * (int64_t) sizeof(ggml_bf16_t);
-    int64_t       at   = 0;
+    __m512        even[N_C] = {};
+    __m512        odd[N_C]  = {};
+    const int64_t size      = k * (int64_t) sizeof(ggml_bf16_t);
+    int64_t       at        = 0;
     for (; at + 128 <= size; at += 128) {
         prefetch_behind(row + at, 128);
         const __m512bh first  = pairs_of(row + at);
@@ -214,18 +200,17 @@ template <int N_C> static void dot_bf16(const char * row, int64_t k, const char 
     }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(_mm512_add_ps(even[c], odd[c]));
+        even[c] = _mm512_add_ps(even[c], odd[c]);
     }
+    store_sums(even, sums);
 }
-
-static constexpr Dot BF16 = { 1, { dot_bf16<1>, dot_bf16<2>, dot_bf16<3>, dot_bf16<4> } };
 
 #endif
 
 // ---- the choice
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (std::is_same_v<Block, block_q2_K> || (sizeof(Block) > sizeof(block_q8_0))) {
+    if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K, block_q6_K, block_iq4_xs>) {
         return dot_super_blocks<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;
@@ -236,41 +221,25 @@ template <typename Block>
 static constexpr Dot ROW = { 1,
                              { row_dot<Block, 1>(), row_dot<Block, 2>(), row_dot<Block, 3>(), row_dot<Block, 4>() } };
 
-static const Dot * find_dot_of_rows(ggml_type type) {
-    switch (type) {
-    case GGML_TYPE_Q4_0:
-        return &ROW<block_q4_0>;
-    case GGML_TYPE_Q5_0:
-        return &ROW<block_q5_0>;
-    case GGML_TYPE_Q8_0:
-        return &ROW<block_q8_0>;
-    case GGML_TYPE_IQ4_NL:
-        return &ROW<block_iq4_nl>;
-    case GGML_TYPE_MXFP4:
-        return &ROW<block_mxfp4>;
-    case GGML_TYPE_Q2_K:
-        return &ROW<block_q2_K>;
-    case GGML_TYPE_Q3_K:
-        return &ROW<block_q3_K>;
-    case GGML_TYPE_Q4_K:
-        return &ROW<block_q4_K>;
-    case GGML_TYPE_Q5_K:
-        return &ROW<block_q5_K>;
-    case GGML_TYPE_Q6_K:
-        return &ROW<block_q6_K>;
-    case GGML_TYPE_IQ4_XS:
-        return &ROW<block_iq4_xs>;
+static const TypedDot DOTS[] = {
+    { GGML_TYPE_Q4_0, ROW<block_q4_0> },
+    { GGML_TYPE_Q5_0, ROW<block_q5_0> },
+    { GGML_TYPE_Q8_0, ROW<block_q8_0> },
+    { GGML_TYPE_IQ4_NL, ROW<block_iq4_nl> },
+    { GGML_TYPE_MXFP4, ROW<block_mxfp4> },
+    { GGML_TYPE_Q2_K, ROW<block_q2_K> },
+    { GGML_TYPE_Q3_K, ROW<block_q3_K> },
+    { GGML_TYPE_Q4_K, ROW<block_q4_K> },
+    { GGML_TYPE_Q5_K, ROW<block_q5_K> },
+    { GGML_TYPE_Q6_K, ROW<block_q6_K> },
+    { GGML_TYPE_IQ4_XS, ROW<block_iq4_xs> },
 #if defined(__AVX512BF16__)
-    case GGML_TYPE_BF16:
-        return &BF16;
+    { GGML_TYPE_BF16, { 1, { dot_bf16<1>, dot_bf16<2>, dot_bf16<3>, dot_bf16<4> } } },
 #endif
-    default:
-        return nullptr;
-    }
-}
+};
 
 const Dot * find_dot(const Format & format) {
-    return format.layout == QUANT_GEMM_8X8 ? find_dot_of_groups(format.type) : find_dot_of_rows(format.type);
+    return format.layout == QUANT_GEMM_8X8 ? find_dot_of_groups(format.type) : find_dot(DOTS, format.type);
 }
 
 #else
@@ -281,22 +250,16 @@ const Dot * find_dot(const Format &) {
 
 #endif
 
-void dot_rows(const Dot &          dot,
-              const char *         weights,
-              size_t               stride,
-              int64_t              n_rows,
-              int64_t              k,
-              const char * const * columns,
-              int                  n,
-              float *              sums) {
-    // weights come from memory once; more columns than stay in L1 beside them take turns over rows that are in L2 by then
-    const int turn = n > 2 * DOT_COLUMNS ? DOT_COLUMNS : n;
-    for (int first = 0; first < n; first += turn) {
-        const int end = first + turn < n ? first + turn : n;
+void dot_rows(
+    const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums) {
+    // weights come from memory once; more columns than stay in L1 with them take turns over rows that are in L2 by then
+    const int turn = columns.n > 2 * DOT_COLUMNS ? DOT_COLUMNS : columns.n;
+    for (int first = 0; first < columns.n; first += turn) {
+        const int end = std::min(first + turn, columns.n);
         for (int64_t r = 0; r < n_rows; r += dot.rows) {
             for (int c = first; c < end; c += DOT_COLUMNS) {
-                const int together = end - c < DOT_COLUMNS ? end - c : DOT_COLUMNS;
-                dot.multiply[together - 1](weights + r * stride, k, columns + c, sums + c * PANEL_ROWS + r);
+                const int together = std::min(end - c, DOT_COLUMNS);
+                dot.multiply[together - 1](weights + r * stride, k, columns.at + c, sums + c * PANEL_ROWS + r);
             }
         }
     }

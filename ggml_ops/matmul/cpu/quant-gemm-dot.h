@@ -24,15 +24,23 @@ const Dot * find_dot(const Format & format);
 
 const Dot * find_dot_of_groups(ggml_type type);
 
-// n_rows rows of weights, stride bytes apart, times n columns: sums[column * PANEL_ROWS + row].
-void dot_rows(const Dot &          dot,
-              const char *         weights,
-              size_t               stride,
-              int64_t              n_rows,
-              int64_t              k,
-              const char * const * columns,
-              int                  n,
-              float *              sums);
+struct TypedDot {
+    ggml_type type;
+    Dot       dot;
+};
+
+template <size_t N> const Dot * find_dot(const TypedDot (&dots)[N], ggml_type type) {
+    for (const TypedDot & each : dots) {
+        if (each.type == type) {
+            return &each.dot;
+        }
+    }
+    return nullptr;
+}
+
+// n_rows rows of k weights, stride bytes apart, times the columns: sums[column * PANEL_ROWS + row].
+void dot_rows(
+    const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums);
 
 #if QUANT_GEMM_VNNI
 

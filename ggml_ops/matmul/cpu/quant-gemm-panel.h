@@ -122,20 +122,20 @@ const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout);
 // Packs this thread's share of the rows of src1, one behind the other.
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth);
 
-// Bytes that come next, to be asked for meanwhile.
+// Bytes that come next, to be prefetched meanwhile.
 struct Ahead {
     const char * first;
     size_t       size;
 };
 
-// Adds to sums[column][row] (PANEL_ROWS floats a column) the product of a panel with n_columns packed rows, at the
-// panel's place: columns[i] is the address of the block in row i that belongs to the panel's first block.
-void multiply(Scheme               scheme,
-              const Panel &        panel,
-              int                  n_blocks,
-              const char * const * columns,
-              int                  n_columns,
-              const Ahead &        ahead,
-              float *              sums);
+// The addresses of n packed rows of activations, or of one block in each.
+struct Columns {
+    const char * const * at;
+    int                  n;
+};
+
+// Adds to sums[column][row] (PANEL_ROWS floats a column) the product of a panel with packed rows, whose blocks that
+// belong to the panel's first one begin at columns.
+void multiply(Scheme scheme, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums);
 
 }  // namespace quant_gemm

@@ -6,13 +6,16 @@
 #include "quant-gemm-codes.h"
 
 #include <cstring>
+#include <type_traits>
 
 namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
+template <typename T, typename... Others> constexpr bool IS_ONE_OF = (std::is_same_v<T, Others> || ...);
+
 // 256 weights: their codes in the order of k as unsigned bytes, and one scale for each 16 or 32 of them. Offsets are
-// what a sum of activation codes (see Offsets) is multiplied with: the scales again, or minima.
+// what a sum of activation codes is multiplied with: the scales again, or minima.
 struct SuperBlock {
     __m512i codes[4];
     __m512  scales;
@@ -167,20 +170,12 @@ inline SuperBlock load(const block_q3_K & w) {
     return s;
 }
 
-// Which sums of activation codes the offsets of a type belong to.
-enum class Offsets {
-    starts_16,  // of 16, times the offset of the codes
-    starts_32,  // of 32, times the offset of the codes
-    sums_16,    // of 16
-    sums_32,    // of 32
-};
+// Scales and offsets for each 16 weights; else for each 32.
+template <typename Block> constexpr bool BY_16 = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q6_K>;
 
-template <typename Block> constexpr Offsets OFFSETS             = Offsets::starts_32;
-template <> inline constexpr Offsets        OFFSETS<block_q2_K> = Offsets::sums_16;
-template <> inline constexpr Offsets        OFFSETS<block_q3_K> = Offsets::sums_16;
-template <> inline constexpr Offsets        OFFSETS<block_q4_K> = Offsets::sums_32;
-template <> inline constexpr Offsets        OFFSETS<block_q5_K> = Offsets::sums_32;
-template <> inline constexpr Offsets        OFFSETS<block_q6_K> = Offsets::starts_16;
+// Offsets are minima (Q3_K: scales times the offset of its codes), to be subtracted times sums of activation codes; else
+// they are the scales, for sums that are minus the offset of the codes already (starts).
+template <typename Block> constexpr bool HAS_MINIMA = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K>;
 
 #endif
 

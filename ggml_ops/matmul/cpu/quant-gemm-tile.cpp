@@ -22,6 +22,29 @@ static inline __m512 broadcast_float(const char * p) {
     return _mm512_castsi512_ps(broadcast32(p));
 }
 
+template <int N_C> static inline void load_columns(const char * const * columns, const char * (&act)[N_C]) {
+#pragma GCC                           unroll 8
+    for (int c = 0; c < N_C; c++) {
+        act[c] = columns[c];
+    }
+}
+
+template <int N_C> static inline void load_sums(const float * sums, __m512 (&f)[N_C][2]) {
+#pragma GCC                           unroll 8
+    for (int c = 0; c < N_C; c++) {
+        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
+        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
+    }
+}
+
+template <int N_C> static inline void store_sums(const __m512 (&f)[N_C][2], float * sums) {
+#pragma GCC                           unroll 8
+    for (int c = 0; c < N_C; c++) {
+        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
+        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
+    }
+}
+
 // Adds N_G groups of four values of K to the integer sums.
 template <int N_C, int N_G>
 static inline void
@@ -52,12 +75,8 @@ template <int N_C>
 static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
-        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
-        act[c]  = columns[c];
-    }
+    load_columns(columns, act);
+    load_sums(sums, f);
     const uint8_t * weights = &panel.codes[0][0][0][0];
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < n_blocks; b++) {
@@ -75,37 +94,22 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
         weights += BLOCK * PANEL_ROWS;
         scales += PANEL_ROWS;
     }
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
-        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
-    }
+    store_sums(f, sums);
 }
 
 // a scale for each SUB weights, one for each 256 activations; a minimum for each MIN_SUB, or none (0)
 template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
-    constexpr int STEP   = SUB < BLOCK ? SUB : BLOCK;
-    constexpr int STARTS = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
-    __m512        f[N_C][2];
+    constexpr int STEP      = SUB < BLOCK ? SUB : BLOCK;
+    constexpr int STARTS    = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
+    __m512        f[N_C][2] = {};
     const char *  act[N_C];
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        f[c][0] = _mm512_setzero_ps();
-        f[c][1] = _mm512_setzero_ps();
-        act[c]  = columns[c];
-    }
+    load_columns(columns, act);
     const uint8_t * weights = &panel.codes[0][0][0][0];
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < SLICE / SUB; b++) {
-        __m512i z[N_C][2];
-        if (MIN_SUB != 0) {  // these types are unsigned by themselves
-#pragma GCC unroll 8
-            for (int c = 0; c < N_C; c++) {
-                z[c][0] = _mm512_setzero_si512();
-                z[c][1] = _mm512_setzero_si512();
-            }
-        } else {
+        __m512i z[N_C][2] = {};
+        if (MIN_SUB == 0) {  // types with a minimum are unsigned by themselves
             start_sums<N_C>(z, act, STARTS + 4 * b);
         }
         for (int k = 0; k < SUB; k += STEP) {
@@ -122,13 +126,8 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         scales += PANEL_ROWS;
     }
     if constexpr (MIN_SUB != 0) {
-        constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
-        __m512i          z[N_C][2];
-#pragma GCC unroll 8
-        for (int c = 0; c < N_C; c++) {
-            z[c][0] = _mm512_setzero_si512();
-            z[c][1] = _mm512_setzero_si512();
-        }
+        constexpr size_t SUMS      = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
+        __m512i          z[N_C][2] = {};
 #pragma GCC unroll 8
         for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
             const __m512i m0 = _mm512_load_si512(&panel.minima[pair][0]);
@@ -163,12 +162,8 @@ template <int N_C>
 static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
-        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
-        act[c]  = columns[c];
-    }
+    load_columns(columns, act);
+    load_sums(sums, f);
     const uint16_t * weights = &panel.pairs[0][0][0][0];
     for (int p = 0; p < n_blocks * N_PAIRS; p++) {
         const __m512bh w0 = (__m512bh) _mm512_load_si512(weights + p * PANEL_ROWS * 2);
@@ -180,11 +175,7 @@ static void tile_bf16(const Panel & panel, int n_blocks, const char * const * co
             f[c][1]          = _mm512_dpbf16_ps(f[c][1], w1, a);
         }
     }
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
-        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
-    }
+    store_sums(f, sums);
 }
 
 #else
@@ -196,12 +187,8 @@ template <int N_C> static void tile_bf16(const Panel &, int, const char * const 
 template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
     const char * act[N_C];
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        f[c][0] = _mm512_load_ps(sums + c * PANEL_ROWS);
-        f[c][1] = _mm512_load_ps(sums + c * PANEL_ROWS + 16);
-        act[c]  = columns[c];
-    }
+    load_columns(columns, act);
+    load_sums(sums, f);
     for (int k = 0; k < n_blocks * BLOCK; k += 4) {
 #pragma GCC unroll 4
         for (int i = k; i < k + 4; i++) {
@@ -215,11 +202,7 @@ template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const
             }
         }
     }
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        _mm512_store_ps(sums + c * PANEL_ROWS, f[c][0]);
-        _mm512_store_ps(sums + c * PANEL_ROWS + 16, f[c][1]);
-    }
+    store_sums(f, sums);
 }
 
 template <int N_C>
@@ -244,29 +227,19 @@ static void tile(Scheme scheme, const Panel & panel, int n_blocks, const char * 
     }
 }
 
-static void ask_for(const char * first, const char * end) {
-    for (; first < end; first += CACHE_LINE) {
-        __builtin_prefetch(first);
-    }
-}
-
-void multiply(Scheme               scheme,
-              const Panel &        panel,
-              int                  n_blocks,
-              const char * const * columns,
-              int                  n_columns,
-              const Ahead &        ahead,
-              float *              sums) {
+void multiply(Scheme scheme, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums) {
     using Tile                = void (*)(Scheme, const Panel &, int, const char * const *, float *);
     static const Tile tiles[] = { nullptr, tile<1>, tile<2>, tile<3>, tile<4>, tile<5>, tile<6>, tile<7>, tile<8> };
     const bool        plain   = scheme == Scheme::bf16 || scheme == Scheme::f16;
     const int         most    = plain ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
-    const int         n_tiles = (n_columns + most - 1) / most;
+    const int         n_tiles = (columns.n + most - 1) / most;
     for (int t = 0; t < n_tiles; t++) {
-        const int first = n_columns * t / n_tiles;
-        const int end   = n_columns * (t + 1) / n_tiles;
-        ask_for(ahead.first + ahead.size * t / n_tiles, ahead.first + ahead.size * (t + 1) / n_tiles);
-        tiles[end - first](scheme, panel, n_blocks, columns + first, sums + first * PANEL_ROWS);
+        const int first = columns.n * t / n_tiles;
+        const int end   = columns.n * (t + 1) / n_tiles;
+        for (size_t i = ahead.size * t / n_tiles; i < ahead.size * (t + 1) / n_tiles; i += CACHE_LINE) {
+            __builtin_prefetch(ahead.first + i);
+        }
+        tiles[end - first](scheme, panel, n_blocks, columns.at + first, sums + first * PANEL_ROWS);
     }
 }
 

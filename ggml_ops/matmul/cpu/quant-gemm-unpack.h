@@ -11,21 +11,24 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
-#include <type_traits>
 
 namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-// Types of 256 values (quant-gemm-unpack-k.cpp), one function for each layout.
-using UnpackFunction = std::remove_pointer_t<Unpack>;
+// 16 rows of a panel, from `first` on.
+struct HalfPanel {
+    Panel & panel;
+    int     first;
 
-UnpackFunction unpack_q2_K, unpack_q3_K, unpack_q4_K, unpack_q5_K, unpack_q6_K, unpack_iq4_xs;
-UnpackFunction unpack_q2_K_groups, unpack_q4_K_groups;
+    inline void codes(int b, int j, __m512i x) const { _mm512_store_si512(panel.codes[b][j][first], x); }
 
-inline void store(void * to, __m512i x) {
-    _mm512_store_si512(to, x);
-}
+    inline void scales(int b, __m512 x) const { _mm512_store_ps(panel.scales[b] + first, x); }
+
+    inline void minima(int pair, __m512i x) const { _mm512_store_si512(panel.minima[pair][first], x); }
+
+    inline void minimum_scales(__m512 x) const { _mm512_store_ps(panel.minimum_scales + first, x); }
+};
 
 // The addresses of 16 rows, the last one repeated beyond the end.
 struct Rows16 {
@@ -57,6 +60,12 @@ struct Rows16 {
         x[1]                      = _mm512_shuffle_i64x2(a, b, 0xee);
         x[2]                      = _mm512_shuffle_i64x2(c, d, 0x44);
         x[3]                      = _mm512_shuffle_i64x2(c, d, 0xee);
+    }
+
+    // x[j]: bytes offset + 4j .. + 3 of every row, of 32 bytes
+    inline void load32(size_t offset, __m512i * x) const {
+        load16(offset, x);
+        load16(offset + 16, x + 4);
     }
 
     // the F16 numbers at an offset
@@ -99,6 +108,33 @@ struct Groups2 {
         }
     }
 
+    // x[j]: bytes 4j .. 4j + 3 of every row, of 16 bytes, 8 of them side by side
+    inline void load16(size_t offset, __m512i * x) const {
+        load8(offset, x);
+        load8(offset + 64, x + 2);
+    }
+
+    inline void load32(size_t offset, __m512i * x) const {
+        load16(offset, x);
+        load16(offset + 128, x + 4);
+    }
+
+    // 8 F16 numbers of each group
+    inline __m512 load_half(size_t offset) const { return _mm512_cvtph_ps(load_16_bytes(offset)); }
+
+    // 2 bytes of each row, in the lower halves of the lanes
+    inline __m512i load_pair(size_t offset) const { return _mm512_cvtepu16_epi32(load_16_bytes(offset)); }
+
+    // 8 exponents of each group
+    inline __m512 load_power(size_t offset) const {
+        alignas(64) float x[16];
+        for (int i = 0; i < 16; i++) {
+            x[i] = GGML_CPU_E8M0_TO_FP32_HALF(group[i / 8][offset + i % 8]);
+        }
+        return _mm512_load_ps(x);
+    }
+
+  private:
     // x[0], x[1]: the first and the second four of the 8 bytes that lie side by side for each row
     inline void load8(size_t offset, __m512i * x) const {
         const __m512i a    = _mm512_loadu_si512(group[0] + offset);
@@ -109,29 +145,20 @@ struct Groups2 {
         x[1]               = _mm512_permutex2var_epi32(a, odd, b);
     }
 
-    // 8 F16 numbers of each group
-    inline __m512 load_half(size_t offset) const {
+    // of each group
+    inline __m256i load_16_bytes(size_t offset) const {
         const __m128i a = _mm_loadu_si128((const __m128i *) (group[0] + offset));
         const __m128i b = _mm_loadu_si128((const __m128i *) (group[1] + offset));
-        return _mm512_cvtph_ps(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
-    }
-
-    // 2 bytes of each row, in the lower halves of the lanes
-    inline __m512i load_pair(size_t offset) const {
-        const __m128i a = _mm_loadu_si128((const __m128i *) (group[0] + offset));
-        const __m128i b = _mm_loadu_si128((const __m128i *) (group[1] + offset));
-        return _mm512_cvtepu16_epi32(_mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1));
-    }
-
-    // 8 exponents of each group
-    inline __m512 load_power(size_t offset) const {
-        alignas(64) float x[16];
-        for (int i = 0; i < 16; i++) {
-            x[i] = GGML_CPU_E8M0_TO_FP32_HALF(group[i / 8][offset + i % 8]);
-        }
-        return _mm512_load_ps(x);
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1);
     }
 };
+
+// Unpacks `n_blocks` blocks of 16 rows, from block `block` on. Rows: Rows16 or Groups2.
+template <typename Rows> using UnpackHalf = void(const Rows & rows, int64_t block, int n_blocks, const HalfPanel & to);
+
+// Types of 256 values (quant-gemm-unpack-k.cpp).
+UnpackHalf<Rows16>  unpack_q2_K, unpack_q3_K, unpack_q4_K, unpack_q5_K, unpack_q6_K, unpack_iq4_xs;
+UnpackHalf<Groups2> unpack_q2_K_groups, unpack_q4_K_groups;
 
 inline __m512 lower_half(__m512i x) {  // the F16 number in the lower half of each lane
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
@@ -143,11 +170,11 @@ inline __m512 upper_half(__m512i x) {
 
 // Nibbles of a block: bytes 0..15 hold values 0..15 in their low halves and 16..31 in their high ones.
 template <typename Decode>
-inline void store_nibbles(Panel & panel, int b, int half, const __m512i (&x)[4], Decode decode) {
+inline void store_nibbles(const HalfPanel & to, int b, const __m512i (&x)[4], Decode decode) {
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-        store(panel.codes[b][j][16 * half], decode(low_nibbles(x[j])));
-        store(panel.codes[b][j + 4][16 * half], decode(high_nibbles(x[j])));
+        to.codes(b, j, decode(low_nibbles(x[j])));
+        to.codes(b, j + 4, decode(high_nibbles(x[j])));
     }
 }
 

@@ -168,29 +168,28 @@ static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
 // PANEL_ROWS rows of a matrix times n columns. A panel takes its weights in short pieces from its rows, which the
 // hardware does not foresee; so the rows that come next, `ahead`, are asked for meanwhile in the order of addresses, a few
 // lines with each tile: all at once they would fill the queue that the tiles' own reads stand in.
-static void add_panel(const Format &       format,
-                      const ggml_tensor *  src0,
-                      const char *         weights,
-                      int64_t              row,
-                      const Ahead &        ahead,
-                      const char * const * columns,
-                      int                  n,
-                      Panel &              panel,
-                      Sums &               sums) {
+static void add_panel(const Format &      format,
+                      const ggml_tensor * src0,
+                      const char *        weights,
+                      int64_t             row,
+                      const Ahead &       ahead,
+                      Columns             columns,
+                      Panel &             panel,
+                      Sums &              sums) {
     const int64_t n_blocks = src0->ne[0] / BLOCK;
     const int     step     = panel_blocks(format.scheme);
     const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
     const size_t  piece    = ahead.size * step / n_blocks;
     const char *  next     = ahead.first;
     const char *  act[MAX_COLUMNS];
-    std::copy(columns, columns + n, act);
-    memset(sums, 0, n * sizeof(sums[0]));
+    std::copy(columns.at, columns.at + columns.n, act);
+    memset(sums, 0, columns.n * sizeof(sums[0]));
     for (int64_t block = 0; block < n_blocks; block += step) {
         const int here = (int) std::min<int64_t>(step, n_blocks - block);
         format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, panel);
-        multiply(format.scheme, panel, here, act, n, { next, piece }, sums[0]);
+        multiply(format.scheme, panel, here, { act, columns.n }, { next, piece }, sums[0]);
         next += piece;
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < columns.n; i++) {
             act[i] += act_step;
         }
     }
@@ -215,12 +214,13 @@ static void compute_task(const Format & format,
         act[i] = acts + columns[i].act_row * act_size;
     }
     for (; row < end; row += PANEL_ROWS) {
+        const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int p = 0; p < job.n_products; p++) {
             src0                 = job.products[p]->src[0];
             const char * weights = weights_of(job.products[p], matrix);
             if (dot != nullptr) {
-                const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, end - row);
-                dot_rows(*dot, weights + row * src0->nb[1], src0->nb[1], n_rows, src0->ne[0], act, n, *scratch.sums[p]);
+                const char * from = weights + row * src0->nb[1];
+                dot_rows(*dot, from, src0->nb[1], n_rows, src0->ne[0], { act, n }, *scratch.sums[p]);
                 continue;
             }
             const bool          last    = p + 1 == job.n_products;
@@ -229,9 +229,8 @@ static void compute_task(const Format & format,
             const int64_t       n_next  = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
             const size_t        stride  = follows->src[0]->nb[1];
             const Ahead         ahead   = { weights_of(follows, matrix) + next * stride, n_next * stride };
-            add_panel(format, src0, weights, row, ahead, act, n, scratch.panel, scratch.sums[p]);
+            add_panel(format, src0, weights, row, ahead, { act, n }, scratch.panel, scratch.sums[p]);
         }
-        const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int i = 0; i < n; i++) {
             float * to = (float *) ((char *) job.dst->data + columns[i].dst_offset) + row;
             if (job.n_products == 2) {

@@ -1,9 +1,8 @@
-// ggml's side of latent attention on CUDA: which nodes are taken on which device, absorbed (latent-ggml.cu) and
-// decompressed (latent-attn-ggml.cu), what is left alone, and that what is taken comes out right.
+// ggml's side of latent attention on CUDA: which nodes are taken on which device, absorbed and decompressed
+// (latent-ggml.cu), what is left alone, and that what is taken comes out right.
 
 #include "../latent-attn-case.h"
 #include "ggml-cuda-standin.cuh"
-#include "latent-attn-ggml.cuh"
 #include "latent-ggml.cuh"
 #include "on-device.cuh"
 #include "to-floats.cuh"
