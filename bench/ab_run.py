@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_gguf.bench.cells import PATCHED, UBATCH, Cell, Variant, shown, variants
+from kimi_gguf.bench.cells import PATCHED, UBATCH, Cell, Variant, variants
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.load import Attempt, undisturbed
 from kimi_gguf.bench.models import ModelFile, bench_folder
@@ -100,7 +100,7 @@ class Runners:
         threads: int,
         device: str | None = None,
     ) -> None:
-        """environments: by build, "pristine" and "patched". threads: for filling a context. device: for all layers."""
+        """environments: by build, "upstream" and "patched". threads: for filling a context. device: for all layers."""
         self.model, self.reporter, self.threads, self.device = model, reporter, threads, device
         self.about = Loaded()
         self._environments = environments
@@ -121,10 +121,8 @@ class Runners:
         """The variant's process, started and loaded on first use."""
         process = self._processes.get(variant.process)
         if process is None:
-            self.reporter.phase(f"loading {self.model.name}: {shown(variant.process)}")
-            process = self._stack.enter_context(
-                Runner(shown(variant.process), self._environments[variant.build])
-            )
+            self.reporter.phase(f"loading {self.model.name}: {variant.process}")
+            process = self._stack.enter_context(Runner(variant.process, self._environments[variant.build]))
             self._processes[variant.process] = process
             self.about.load[variant.process] = process.ask(
                 "load", gguf=str(self.model.path), repack=variant.repack, device=self.device
@@ -212,7 +210,7 @@ def measure(
             except NoRoomError as error:
                 if variant.flash:
                     raise
-                runners.reporter.note(f"{shown(variant.name)} is left out: {error.what}")
+                runners.reporter.note(f"{variant.name} is left out: {error.what}")
                 runners.about.left_out[variant.name] = error.what
                 left_out.add(variant)
                 continue
@@ -343,7 +341,7 @@ def check_shared(runners: Runners, cell: Cell, places: Mapping[Variant, tuple[Ru
         error = float(np.square(row - logits[PATCHED]).sum() / np.square(logits[PATCHED]).sum())
         if not error <= SAME:
             raise EngineError(
-                f"{shown(variant.name)}: after a saved state of {cell.depth} tokens its logits differ from patched",
+                f"{variant.name}: after a saved state of {cell.depth} tokens its logits differ from patched",
                 expected=f"NMSE up to {SAME}",
                 found=f"{error:.2g}",
                 todo="compare the builds with validate-kimi: one of them is wrong",

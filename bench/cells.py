@@ -57,7 +57,7 @@ class Cell:
 class Variant:
     """A build and the options of its process and context."""
 
-    build: str  # "pristine" (the name of upstream in records) or "patched"
+    build: str  # "upstream" or "patched"
     repack: bool
     flash: bool
 
@@ -72,17 +72,12 @@ class Variant:
         return f"{self.process}{'' if self.flash else ' -fa 0'}"
 
 
-def shown(name: str) -> str:
-    """A name from a record, with the word that users see: records call upstream "pristine"."""
-    return name.replace("pristine", "upstream", 1)
-
-
 FLASH = (True, False)
 PATCHED = Variant("patched", repack=True, flash=True)
 UPSTREAM = tuple(
-    Variant("pristine", repack, flash) for repack, flash in itertools.product((True, False), FLASH)
+    Variant("upstream", repack, flash) for repack, flash in itertools.product((True, False), FLASH)
 )
-UPSTREAM_ON_DEVICE = tuple(Variant("pristine", True, flash) for flash in FLASH)  # devices do not repack
+UPSTREAM_ON_DEVICE = tuple(Variant("upstream", True, flash) for flash in FLASH)  # devices do not repack
 
 
 def variants(cell: Cell, upstream: Sequence[Variant]) -> list[Variant]:

@@ -73,7 +73,7 @@ CASES = (
 
 def counted(row: dict[str, Any]) -> str:
     """What is timed in a row of a record; the record may have older words for it."""
-    same = (c.counted for c in CASES if c.title == row["title"] and row["pristine"]["case"] in c.upstream)
+    same = (c.counted for c in CASES if c.title == row["title"] and row["upstream"]["case"] in c.upstream)
     return next(same, str(row["counted"]))
 
 
@@ -84,7 +84,7 @@ def programs(libraries: dict[str, Path]) -> dict[str, Path]:
 
 def libraries_of(patched: Engine, upstream: Engine, instead: Path | None) -> dict[str, Path]:
     """The folder of each build's libraries. instead: used for the patched build."""
-    return {"pristine": upstream.lib, "patched": instead.resolve() if instead else patched.lib}
+    return {"upstream": upstream.lib, "patched": instead.resolve() if instead else patched.lib}
 
 
 def measure_operators(
@@ -99,7 +99,7 @@ def measure_operators(
 
 def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[str, Any]:
     """Measure a case with the program of each build, A/B. Raises `EngineError`."""
-    turns = [*(("pristine", name) for name in case.upstream), ("patched", case.patched)]
+    turns = [*(("upstream", name) for name in case.upstream), ("patched", case.patched)]
     medians: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     disturbed = took = 0.0
     for _ in range(ROUNDS):
@@ -110,14 +110,14 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
             disturbed += result.disturbance or 0.0
             took += result.took
     figures = {turn: statistics.median(each) for turn, each in medians.items()}
-    best = min(case.upstream, key=lambda name: figures["pristine", name])
-    upstream, patched = figures["pristine", best], figures["patched", case.patched]
+    best = min(case.upstream, key=lambda name: figures["upstream", name])
+    upstream, patched = figures["upstream", best], figures["patched", case.patched]
     return {
         "title": case.title,
         "counted": case.counted,
         "threads": threads,
         "options": case.options,
-        "pristine": {"case": best, "seconds": upstream},
+        "upstream": {"case": best, "seconds": upstream},
         "patched": {"case": case.patched, "seconds": patched},
         "ratio": upstream / patched,
         "others": disturbed / took,
@@ -127,5 +127,5 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
 
 if __name__ == "__main__":
     build, *words = sys.argv[1:]
-    engine = ensure(pristine=build == "upstream")
+    engine = ensure(upstream=build == "upstream")
     print(ask(program("operators", ggml_flags(engine.lib)), *words), end="")

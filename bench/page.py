@@ -116,8 +116,8 @@ def operators_table(rows: Iterable[Data]) -> Rows:
     """Times of single operators."""
     table: Rows = [("operator, one layer", "what is timed", "upstream", "patched", "ratio")]
     for row in rows:
-        upstream, patched = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
-        plain = ", without flash attention" if row["pristine"]["case"].endswith("plain") else ""
+        upstream, patched = (short_time(row[build]["seconds"]) for build in ("upstream", "patched"))
+        plain = ", without flash attention" if row["upstream"]["case"].endswith("plain") else ""
         table.append(
             (row["title"], counted(row), upstream + plain, patched, f"{row['ratio']:.1f}" + mark(row))
         )
@@ -134,7 +134,7 @@ def device_operators_tables(rows: Iterable[Data]) -> list[tuple[str, Rows]]:
         same = ", ".join(f"{name}={cases[0][0][name]}" for name in names if name not in varied)
         table: Rows = [("case", "upstream", "patched", "ratio")]
         for case, row in cases:
-            both = upstream, patched = row["pristine"], row["patched"]
+            both = upstream, patched = row["upstream"], row["patched"]
             times = ("not available" if each is None else short_time(each / 1e6) for each in both)
             varying = ", ".join(f"{name}={case[name]}" for name in varied if name in case)
             ratio = f"{upstream / patched:.2f}" if upstream and patched else ""
@@ -147,8 +147,8 @@ def matmuls_table(rows: Iterable[Data]) -> Rows:
     """Times of single matmuls."""
     table: Rows = [("weights", "matmul", "threads", "upstream", "patched", "ratio", "% of roofline")]
     for row in rows:
-        upstream, patched = (short_time(row[build]["seconds"]) for build in ("pristine", "patched"))
-        plain = ", --repack 0" if row["pristine"]["case"].endswith("rows") else ""
+        upstream, patched = (short_time(row[build]["seconds"]) for build in ("upstream", "patched"))
+        plain = ", --repack 0" if row["upstream"]["case"].endswith("rows") else ""
         table.append(
             (row["weights"], row["shape"], str(row["threads"]), upstream + plain, patched,
              f"{row['ratio']:.2f}" + mark(row), of_roofline(row["floor"]))

@@ -27,7 +27,7 @@ def draw(title: str, cells: Sequence[dict[str, Any]], file: Path) -> None:
         batches = [cell["batch"] for cell in row]
         speedups = [cell["ratio"] for cell in row]
         ratios.plot(batches, speedups, "o-", color=colour, markersize=4, label=f"depth {depth}")
-        for build, style, size in (("patched", "o-", 4), ("pristine", "o:", 3)):
+        for build, style, size in (("patched", "o-", 4), ("upstream", "o:", 3)):
             speeds = [cell[build]["tokens_per_second"] for cell in row]
             rates.plot(batches, speeds, style, color=colour, markersize=size)
         known = [cell for cell in row if cell["floor"]]

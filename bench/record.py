@@ -6,7 +6,7 @@ A record: schema, command, created (UTC), machine, device (null: the CPU), check
 switch (KIMI_OPS of patched), libraries (used instead of patched's, or null), limits (peak rates, by threads or of the
 device), models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid. A cell has
 its options, samples in seconds of one decode, medians and spreads, and its floor: the least time on the roofline.
-Records call upstream "pristine", and compute "products". Older ones lack device, checkout, device_operators, products.
+Records call matmuls "products". Older ones lack device, checkout, device_operators, products.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 
-SCHEMA = 1
-MACHINE_SCHEMA = 2  # of a machine's file: {schema, machine, engines: [...], records: [...]}
+SCHEMA = 3
+MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
 
 
 def new_record(
     command: str, builds: Mapping[str, Engine], libraries: Path | None, switch: str, device: Device | None
 ) -> Data:
-    """An empty record of a run on this machine, or on its device. builds: "patched" and "pristine"."""
+    """An empty record of a run on this machine, or on its device. builds: "patched" and "upstream"."""
     return {
         "schema": SCHEMA,
         "command": command,
@@ -82,7 +82,7 @@ def cell_data(result: Result, needs: Demand, peaks: Peaks | None) -> Data:
         **vars(result.cell),
         "tokens": tokens,
         "steps": result.steps,
-        "pristine": {"way": result.rival, "tokens_per_second": tokens / result.upstream.median,
+        "upstream": {"way": result.rival, "tokens_per_second": tokens / result.upstream.median,
                      "spread": result.upstream.spread},
         "patched": {"tokens_per_second": tokens / result.patched.median, "spread": result.patched.spread},
         "ratio": result.ratio,
@@ -98,7 +98,7 @@ def floor_data(result: Result, needs: Demand, peaks: Peaks) -> Data:
     floor, bound = needs.floor(peaks)
     return {
         "seconds": floor, "bound": bound, "bytes": needs.nbytes, "products": needs.macs,
-        "share": floor / result.patched.median, "pristine_share": floor / result.upstream.median,
+        "share": floor / result.patched.median, "upstream_share": floor / result.upstream.median,
         "limits": vars(peaks),
     }  # fmt: skip
 

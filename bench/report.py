@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kimi_gguf.bench.cells import UBATCH, shown
+from kimi_gguf.bench.cells import UBATCH
 from kimi_gguf.bench.load import DISTURBED
 
 Data = dict[str, Any]
@@ -35,12 +35,12 @@ def cell_row(cell: Data) -> tuple[str, ...]:
     """A line of the table of cells."""
     speeds = [
         f"{each['tokens_per_second']:.4g} ± {100 * each['spread']:.1f} %"
-        for each in (cell["pristine"], cell["patched"])
+        for each in (cell["upstream"], cell["patched"])
     ]
     floor = cell["floor"]
     share = of_roofline(floor) if floor else "unknown"
     ratio = f"{cell['ratio']:.2f}" + mark(cell)
-    return (describe(cell), *speeds, ratio, share, shown(cell["pristine"]["way"]))
+    return (describe(cell), *speeds, ratio, share, cell["upstream"]["way"])
 
 
 def of_roofline(floor: Data) -> str:
@@ -57,9 +57,7 @@ def not_measured_lines(model: Data) -> list[str]:
     """The cells that were not measured and the variants that were not run, each with the reason."""
     about = model["about"]
     lines = [f"Not measured: {describe(cell)}: {cell['reason']}." for cell in about.get("not_measured", ())]
-    return lines + [
-        f"Not run: {shown(name)}: {reason}." for name, reason in about.get("left_out", {}).items()
-    ]
+    return lines + [f"Not run: {name}: {reason}." for name, reason in about.get("left_out", {}).items()]
 
 
 def cells_table(cells: Iterable[Data]) -> Rows:
@@ -70,7 +68,7 @@ def cells_table(cells: Iterable[Data]) -> Rows:
 def slower(cells: Iterable[Data]) -> list[Data]:
     """Cells in which patched is slower than upstream by more than the sum of both spreads."""
     return [
-        cell for cell in cells if cell["ratio"] < 1 - cell["pristine"]["spread"] - cell["patched"]["spread"]
+        cell for cell in cells if cell["ratio"] < 1 - cell["upstream"]["spread"] - cell["patched"]["spread"]
     ]
 
 
@@ -99,9 +97,7 @@ def memory_table(model: Data) -> Rows:
         loaded = model["about"]["load"][process]
         sizes = [sum(loaded["memory"].get("weights", {}).values())]
         sizes += [sum(memory.get(part, {}).values()) for part in ("kv", "recurrent", "compute")]
-        rows.append(
-            (f"{shown(name)}, {context}", *(f"{size:.1f}" for size in sizes), f"{loaded['seconds']:.1f} s")
-        )
+        rows.append((f"{name}, {context}", *(f"{size:.1f}" for size in sizes), f"{loaded['seconds']:.1f} s"))
     return rows
 
 

@@ -125,13 +125,13 @@ class Run:
         # on a device patched runs with the default KIMI_OPS: fallbacks are allowed and reported
         self.environments = {
             "patched": environment_of(self.patched, parsed.libraries, "" if gpu else "require"),
-            "pristine": environment_of(self.upstream),
+            "upstream": environment_of(self.upstream),
         }
         patched = self.environments["patched"]
         self.device = find_device(parsed.backend, patched, parsed.device) if gpu else None
         switch = patched["KIMI_OPS"]
         shown = [Path(word).name if "/" in word else word for word in words]
-        builds = {"patched": self.patched, "pristine": self.upstream}
+        builds = {"patched": self.patched, "upstream": self.upstream}
         self.record = new_record(
             " ".join(["kimi-llama", *shown]), builds, parsed.libraries, switch, self.device
         )
@@ -245,7 +245,7 @@ class Run:
     def device_operators(self, device: Device, reporter: Reporter) -> None:
         """Time single operators on a device."""
         rows = self.record["device_operators"]
-        engines, small = {"pristine": self.upstream, "patched": self.patched}, self.parsed.shapes == "tiny"
+        engines, small = {"upstream": self.upstream, "patched": self.patched}, self.parsed.shapes == "tiny"
         for found in measure_device_operators(engines, device.name, small, reporter):
             rows += found
             self.keep()

@@ -56,6 +56,6 @@ def environment_of(engine: Engine, libraries: Path | None = None, switch: str = 
     environment = engine.environment()
     if libraries is not None:
         environment["LLAMA_CPP_LIB_PATH"] = str(libraries.resolve())
-    if not engine.pristine:
+    if not engine.is_upstream:
         environment["KIMI_OPS"] = os.environ.get("KIMI_OPS", switch)
     return environment

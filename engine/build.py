@@ -74,7 +74,7 @@ def build_lock(cache: Cache, reporter: Reporter) -> Iterator[int]:
         yield file.fileno()
 
 
-def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter) -> Path:
+def pinned_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter) -> Path:
     """The folder with the archive's llama.cpp/ and llama_cpp/, unpacked once and verified by hash."""
     place = cache.sources / f"{pin.archive_sha256[:16]}-{LAYOUT}"
     packed = archive.obtain(pin, cache.downloads, given, reporter)
@@ -86,7 +86,7 @@ def pristine_source(pin: Pin, cache: Cache, given: Path | None, reporter: Report
         wanted = {pin.source_folder: scratch / "llama.cpp", pin.python_folder: scratch / "llama_cpp"}
         wanted |= {str(around / name): scratch / name for name in PACKAGE_FILES}
         archive.unpack(packed, wanted)
-        expect_tree(tree_hash(scratch / "llama.cpp"), pin.pristine_tree_sha256, str(packed), _UNPACK_AGAIN)
+        expect_tree(tree_hash(scratch / "llama.cpp"), pin.upstream_tree_sha256, str(packed), _UNPACK_AGAIN)
     return place
 
 
@@ -100,7 +100,7 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
         _sweep(cache)
         _require_space(cache.root, spec.backend)
         began = time.monotonic()
-        source = pristine_source(spec.pin, cache, given, reporter)
+        source = pinned_source(spec.pin, cache, given, reporter)
         tree = _patched_tree(spec, source, reporter)
         digest = _verified(spec, tree, reporter)
         with _workspace(cache, spec) as work:
@@ -172,7 +172,7 @@ def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
     """The sources of a build spec with its series applied in memory."""
     tree = spec.source_tree or Tree(source / "llama.cpp")
     tree = tree.fork()
-    if spec.pristine:
+    if spec.upstream:
         held = 0 if spec.source is None else load_series().applied(tree)
         if held:
             raise EngineError(
@@ -189,8 +189,8 @@ def _verified(spec: BuildSpec, tree: Tree, reporter: Reporter) -> str:
     """The tree's hash, which for the pinned archive must be the pinned one."""
     reporter.phase("verify the sources")
     digest = tree.hash()
-    if spec.source is None and spec.pristine:
-        expect_tree(digest, spec.pin.pristine_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
+    if spec.source is None and spec.upstream:
+        expect_tree(digest, spec.pin.upstream_tree_sha256, "llama.cpp", _UNPACK_AGAIN)
     elif spec.source is None:
         expect_tree(digest, spec.pin.patched_tree_sha256, "llama.cpp with the patches", _RECORD)
     return digest
@@ -250,7 +250,7 @@ def _install(built: Path, source: Path, place: Path, wanted: dict[str, list[str]
 def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], seconds: float) -> dict[str, Any]:
     return {
         "key": spec.key,
-        "pristine": spec.pristine,
+        "upstream": spec.upstream,
         "backends": ["cpu"] if spec.backend == "cpu" else [spec.backend, "cpu"],
         "tests": bool(wanted["tests"]),
         "package": f"{spec.pin.package}=={spec.pin.version}",

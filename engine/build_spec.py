@@ -20,7 +20,7 @@ from kimi_gguf.patches.pin import Pin, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import Tree, list_files
 
-LAYOUT = 2  # of a finished build's and the sources' folder; raise it when one changes
+LAYOUT = 3  # of a finished build's and the sources' folder; raise it when one changes
 
 _ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 # Run paths must win over LD_LIBRARY_PATH, or a stray libllama could replace the build's own.
@@ -72,7 +72,7 @@ class BuildSpec:
 
     pin: Pin
     series: Series  # empty for upstream
-    pristine: bool
+    upstream: bool
     backend: str
     options: tuple[tuple[str, str], ...]
     compilers: tuple[tuple[str, Compiler], ...]
@@ -93,7 +93,7 @@ class BuildSpec:
     @cached_property
     def key(self) -> str:
         """Names the finished build."""
-        return _digest(LAYOUT, self.origin, self.series.digest(), self.pristine, self.work_key)
+        return _digest(LAYOUT, self.origin, self.series.digest(), self.upstream, self.work_key)
 
     @cached_property
     def work_key(self) -> str:
@@ -104,14 +104,14 @@ class BuildSpec:
     @property
     def commit(self) -> str:
         """What the programs give as their commit: upstream's, or a checkout's tree, marked where patched."""
-        known = self.origin in (f"archive {self.pin.archive_sha256}", f"tree {self.pin.pristine_tree_sha256}")
+        known = self.origin in (f"archive {self.pin.archive_sha256}", f"tree {self.pin.upstream_tree_sha256}")
         base = self.pin.short_commit if known else self.origin.replace("tree ", "tree-")[:13]
-        mark = "" if self.pristine else f"-kimi-{self.series.digest()[:8]}"
+        mark = "" if self.upstream else f"-kimi-{self.series.digest()[:8]}"
         return base + mark
 
 
 def make_build_spec(
-    pristine: bool = False,
+    upstream: bool = False,
     backend: str = "cpu",
     source: Path | None = None,
     defines: tuple[tuple[str, str], ...] = (),
@@ -124,8 +124,8 @@ def make_build_spec(
     options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
     return BuildSpec(
         pin=load_pin(),
-        series=_series(pristine),
-        pristine=pristine,
+        series=_series(upstream),
+        upstream=upstream,
         backend=backend,
         options=tuple(sorted(options.items())),
         compilers=tuple(find_compilers(backend).items()),
@@ -134,19 +134,19 @@ def make_build_spec(
     )
 
 
-def provenance(pristine: bool) -> dict[str, object]:
+def provenance(upstream: bool) -> dict[str, object]:
     """What the manifest of a build of this pin and series for this machine has, except its options."""
     return {
-        "pristine": pristine,
+        "upstream": upstream,
         "archive_sha256": load_pin().archive_sha256,
-        "series_sha256": _series(pristine).digest(),
+        "series_sha256": _series(upstream).digest(),
         "cpu": cpu_fingerprint(),
         "source": None,
     }
 
 
-def _series(pristine: bool) -> Series:
-    return Series(()) if pristine else load_series()
+def _series(upstream: bool) -> Series:
+    return Series(()) if upstream else load_series()
 
 
 def _digest(*parts: object) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from kimi_gguf.engine.build import Cache, build, build_lock, pristine_source, read_manifest
+from kimi_gguf.engine.build import Cache, build, build_lock, pinned_source, read_manifest
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_build_spec, provenance
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
@@ -56,7 +56,7 @@ class Engine:
 
     key: str
     prefix: Path  # holds bin/, lib/, python/, manifest.json, build.log
-    pristine: bool
+    is_upstream: bool
     backends: tuple[str, ...]
     manifest: Mapping[str, Any]
 
@@ -102,7 +102,7 @@ class Engine:
 
     def label(self) -> str:
         """One line for a person: name, key, instruction set."""
-        kind = "upstream " if self.pristine else ""
+        kind = "upstream " if self.is_upstream else ""
         return f"{kind}{self.name} {self.key[:SHORT_KEY]} ({self.instructions()})"
 
     def environment(self) -> dict[str, str]:
@@ -120,7 +120,7 @@ def cache_folder() -> Path:
 
 
 def ensure(
-    pristine: bool = False,
+    upstream: bool = False,
     backend: str = "cpu",
     tests: bool = False,
     source: Path | None = None,
@@ -129,12 +129,12 @@ def ensure(
 ) -> Engine:
     """The build asked for, built now if it does not exist yet (minutes).
 
-    pristine: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
+    upstream: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
     tests: with upstream's test programs. source: a llama.cpp checkout instead of the pinned archive.
     archive: the pinned archive, if it is on disk already. defines: further CMake settings.
     Progress is shown on standard error. Raises `EngineError`; no unfinished build is ever left under its final name.
     """
-    spec = make_build_spec(pristine, backend, source, defines)
+    spec = make_build_spec(upstream, backend, source, defines)
     cache = Cache(cache_folder())
     place = cache.engines / spec.key
     engine = load(place)
@@ -146,14 +146,14 @@ def ensure(
     return engine
 
 
-def find(name: str | None = None, pristine: bool = False) -> Engine | None:
+def find(name: str | None = None, upstream: bool = False) -> Engine | None:
     """The build that runs, or None where it is not built yet and `select` can make it.
 
     name: a build's name, or the first characters of its key; without one, see the module's text.
     Raises `EngineError` where it is missing and other builds could be meant.
     """
     wanted, origin = _wanted(name)
-    present = builds(pristine)
+    present = builds(upstream)
     named = [e for e in present if wanted == e.name or (len(wanted) >= 4 and e.key.startswith(wanted))]
     if named:  # of equal options, by several compilers, the last
         return max(named, key=lambda e: str(e.manifest["built"]))
@@ -165,19 +165,19 @@ def find(name: str | None = None, pristine: bool = False) -> Engine | None:
         f"build {wanted}{origin}",
         expected="a finished build of this version for this machine",
         found=", ".join(f"{e.name} ({e.key[:SHORT_KEY]})" for e in present) or "no build",
-        todo=f"{_command(wanted, pristine)}, or {how}" if made else how,
+        todo=f"{_command(wanted, upstream)}, or {how}" if made else how,
     )
 
 
-def select(name: str | None = None, pristine: bool = False, make: bool = True) -> Engine:
+def select(name: str | None = None, upstream: bool = False, make: bool = True) -> Engine:
     """The build that runs, as `find` says; made now if there is none and `make` allows it."""
-    engine = find(name, pristine)
+    engine = find(name, upstream)
     if engine is not None:
         return engine
     wanted, origin = _wanted(name)
     if not make:
-        raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, pristine))
-    return ensure(pristine, wanted)
+        raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, upstream))
+    return ensure(upstream, wanted)
 
 
 def options_of(name: str | None = None) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -210,18 +210,18 @@ def _choice() -> Path:
     return cache_folder() / "build-in-use"
 
 
-def _command(name: str, pristine: bool) -> str:
+def _command(name: str, upstream: bool) -> str:
     """The command that makes the build of a name."""
     backend, *defines = name.split("+")
-    words = ["--pristine"] if pristine else []
+    words = ["--upstream"] if upstream else []
     words += ["--backend", backend] if backend != DEFAULT else []
     words += [f"-D {define}" for define in defines]
     return " ".join(["kimi-llama build", *words])
 
 
-def builds(pristine: bool = False) -> list[Engine]:
+def builds(upstream: bool = False) -> list[Engine]:
     """All finished builds of the present pin, series and processor, whatever their options."""
-    wanted, cache = provenance(pristine), Cache(cache_folder())
+    wanted, cache = provenance(upstream), Cache(cache_folder())
     places = sorted(cache.engines.glob("[0-9a-f]*")) if cache.engines.is_dir() else []
     engines = [engine for place in places if (engine := load(place))]
     return [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
@@ -231,13 +231,13 @@ def upstream_source() -> Path:
     """A folder with the pinned archive's llama.cpp/ as upstream published it and llama_cpp/, verified; read-only."""
     cache = Cache(cache_folder())
     with reporting() as reporter, build_lock(cache, reporter):
-        return pristine_source(load_pin(), cache, None, reporter)
+        return pinned_source(load_pin(), cache, None, reporter)
 
 
 def load(place: Path) -> Engine | None:
     """The finished build in a folder, or None where there is none."""
     manifest = read_manifest(place)
-    if manifest is None:
-        return None
+    if manifest is None or "upstream" not in manifest:
+        return None  # none, or of an earlier layout
     backends = tuple(manifest["backends"])
-    return Engine(manifest["key"], place, manifest["pristine"], backends, MappingProxyType(manifest))
+    return Engine(manifest["key"], place, manifest["upstream"], backends, MappingProxyType(manifest))

@@ -70,7 +70,7 @@ class Diagnosis:
     @property
     def healthy(self) -> bool:
         """A patched build exists, and every check of every build passes."""
-        patched = any(not health.engine.pristine for health in self.engines)
+        patched = any(not health.engine.is_upstream for health in self.engines)
         checks = [self.chosen, *(check for health in self.engines for check in health.checks)]
         return patched and all(check.passed for check in checks)
 
@@ -100,7 +100,7 @@ class Diagnosis:
 
 def diagnose() -> Diagnosis:
     """Check the machine and all builds of this pin and series, patched and upstream."""
-    engines = [*builds(pristine=False), *builds(pristine=True)]
+    engines = [*builds(upstream=False), *builds(upstream=True)]
     return Diagnosis(
         machine=tuple(_machine()),
         pin={name: str(value) for name, value in vars(load_pin()).items()},

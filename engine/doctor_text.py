@@ -23,7 +23,7 @@ def as_text(diagnosis: Diagnosis) -> str:
     ]
     for health in diagnosis.engines:
         lines += ["", *_engine(health)]
-    if not any(not health.engine.pristine for health in diagnosis.engines):
+    if not any(not health.engine.is_upstream for health in diagnosis.engines):
         missing = "The patched llama.cpp is not built for this pin, series and processor: kimi-llama build"
         lines += ["", missing]
     lines += ["", "all checks pass" if diagnosis.healthy else "a check failed, see above"]
@@ -32,7 +32,7 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 def _engine(health: Health) -> list[str]:
     engine, manifest = health.engine, health.engine.manifest
-    kind = "upstream" if engine.pristine else f"patched, series of {len(manifest['patches'])}"
+    kind = "upstream" if engine.is_upstream else f"patched, series of {len(manifest['patches'])}"
     tests = ", with llama.cpp's tests" if engine.tests else ""
     source = manifest["source"] or manifest["package"]
     return [

@@ -22,7 +22,7 @@ def engine_facts(engine: Engine) -> Facts:
         "patches", "options", "compilers", "built",
     )  # fmt: skip
     return {
-        "kind": "pristine" if engine.pristine else "patched",
+        "kind": "upstream" if engine.is_upstream else "patched",
         "backends": list(engine.backends),
         **{name: engine.manifest.get(name) for name in shown},
     }

@@ -71,7 +71,7 @@ def _local_version(engine: Engine) -> str:
     """The package's version, marked with the series (or as upstream)."""
     upstream = str(engine.manifest["package"]).split("==")[1]
     series = str(engine.manifest["series_sha256"])[:8]
-    return f"{upstream}+pristine" if engine.pristine else f"{upstream}+kimi.{series}"
+    return f"{upstream}+upstream" if engine.is_upstream else f"{upstream}+kimi.{series}"
 
 
 def _record_hash(content: bytes) -> str:

@@ -16,7 +16,7 @@ from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, expect_tree
 
 _NOT_PINNED = "not the pinned upstream llama.cpp"
-_GIVE = "give that one; for a new pin write the hash found as pristine_tree_sha256 in upstream.toml"
+_GIVE = "give that one; for a new pin write the hash found as upstream_tree_sha256 in upstream.toml"
 
 
 def main(arguments: list[str]) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         tree = Tree(Path(arguments[1]))
         if arguments[0] == "record":
-            expect_tree(tree.hash(), load_pin().pristine_tree_sha256, str(tree.root), _GIVE, _NOT_PINNED)
+            expect_tree(tree.hash(), load_pin().upstream_tree_sha256, str(tree.root), _GIVE, _NOT_PINNED)
         series = load_series()
         series.apply(tree)
         digest = tree.hash()

@@ -27,7 +27,7 @@ class Pin:
     python_folder: str  # the Python package inside the archive
     llama_cpp_commit: str
     ggml_version: str
-    pristine_tree_sha256: str  # of llama.cpp as the archive holds it (see `tree.tree_hash`)
+    upstream_tree_sha256: str  # of llama.cpp as the archive holds it (see `tree.tree_hash`)
     patched_tree_sha256: str  # of the same tree with the whole series and all operator sources
 
     @property

@@ -109,7 +109,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def _build(parsed: argparse.Namespace) -> int:
     engine = ensure(
-        parsed.pristine, parsed.backend, tests=parsed.tests, source=parsed.source, archive=parsed.archive,
+        parsed.upstream, parsed.backend, tests=parsed.tests, source=parsed.source, archive=parsed.archive,
         defines=tuple(parsed.defines),
     )  # fmt: skip
     if parsed.wheel is not None:
@@ -122,7 +122,7 @@ def _build(parsed: argparse.Namespace) -> int:
 
 
 def _path(parsed: argparse.Namespace) -> int:
-    print(select(parsed.build, parsed.pristine, make=False).prefix)
+    print(select(parsed.build, parsed.upstream, make=False).prefix)
     return 0
 
 
@@ -160,7 +160,7 @@ def _tool(parsed: argparse.Namespace) -> int:
     check_gguf(parsed.model)
     for draft in _drafts(parsed.arguments):
         check_gguf(draft)
-    engine = select(parsed.build, parsed.pristine)
+    engine = select(parsed.build, parsed.upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.backends[0] != "cpu":
         _expect_to_run(engine)
@@ -226,14 +226,14 @@ def _parser() -> argparse.ArgumentParser:
         "build",
         _build,
         "build llama.cpp into the cache (takes minutes; does nothing if it is built)",
-        "kimi-llama build\n  kimi-llama build --pristine --tests\n  kimi-llama build --backend cuda\n"
+        "kimi-llama build\n  kimi-llama build --upstream --tests\n  kimi-llama build --backend cuda\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
         "--backend cuda needs NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor shows what is installed.\n"
         "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
         "only; you may remove all of it at any time.",
     )
-    _pristine(sub)
+    _upstream(sub)
     add = sub.add_argument
     add("--backend", choices=tuple(BACKENDS), default=DEFAULT,
         help="the backend that computes (default: %(default)s)")  # fmt: skip
@@ -255,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         _path,
         "print the folder that holds a build's bin/ and lib/",
-        f'kimi-llama path --pristine\n  "$(kimi-llama path)/bin/llama-bench" -m model.gguf\n\n{_WHICH}',
+        f'kimi-llama path --upstream\n  "$(kimi-llama path)/bin/llama-bench" -m model.gguf\n\n{_WHICH}',
     )
     _selection(sub)
 
@@ -299,15 +299,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _selection(parser: argparse.ArgumentParser) -> None:
-    _pristine(parser)
+    _upstream(parser)
     parser.add_argument(
         "--build", "--backend", metavar="NAME", help="the build to use: a name or a key (default: see below)"
     )
 
 
-def _pristine(parser: argparse.ArgumentParser) -> None:
+def _upstream(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pristine", "--upstream", action="store_true", help="use upstream llama.cpp, without the patches"
+        "--upstream", "--pristine", action="store_true", help="use upstream llama.cpp, without the patches"
     )
 
 

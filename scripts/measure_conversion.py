@@ -220,7 +220,7 @@ def main() -> None:
     try:
         with reporting() as reporter:
             ensure()  # convert-kimi uses its quantizers
-            engine, source = ensure(pristine=True), checkpoint(reporter)
+            engine, source = ensure(upstream=True), checkpoint(reporter)
             record: Data = {
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "command": " ".join(["scripts/measure-conversion", *sys.argv[1:]]),

@@ -102,7 +102,7 @@ def run_all(source: Path, out: Path, out_type: str, tokens: int) -> None:
     """Build, convert, run, validate."""
     gguf = out / f"{source.name}-{out_type}.gguf"
     call("Build", "kimi-llama", "build")
-    call("Build upstream llama.cpp", "kimi-llama", "build", "--pristine")
+    call("Build upstream llama.cpp", "kimi-llama", "build", "--upstream")
     call("Convert", "convert-kimi", source, "-o", gguf, "--type", out_type, "--force")
     call("Run", "kimi-llama", "run", gguf, "-p", PROMPT, "-n", "32", "--temp", "0")
     report = out / f"report-{out_type}"

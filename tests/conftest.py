@@ -38,8 +38,8 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KIMI_GGUF_CACHE", str(own))
         patch.delenv("KIMI_BUILD", raising=False)
-        for pristine in (False, True):
-            place = shared / "engines" / make_build_spec(pristine).key
+        for upstream in (False, True):
+            place = shared / "engines" / make_build_spec(upstream).key
             if load(place):
                 (own / "engines" / place.name).symlink_to(place)
         yield shared
@@ -48,19 +48,19 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def engine(shared_cache: Path) -> Engine:
     """The patched llama.cpp with upstream's test programs; built on first use."""
-    return _own_build(shared_cache, pristine=False)
+    return _own_build(shared_cache, upstream=False)
 
 
 @pytest.fixture(scope="session")
-def pristine(shared_cache: Path) -> Engine:
+def upstream(shared_cache: Path) -> Engine:
     """Upstream llama.cpp, built with the same options."""
-    return _own_build(shared_cache, pristine=True)
+    return _own_build(shared_cache, upstream=True)
 
 
-def _own_build(shared: Path, pristine: bool) -> Engine:
+def _own_build(shared: Path, upstream: bool) -> Engine:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KIMI_GGUF_CACHE", str(shared))
-        built = ensure(pristine, tests=True)
+        built = ensure(upstream, tests=True)
     place = cache_folder() / "engines" / built.key
     if not place.exists():
         place.symlink_to(built.prefix)

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: build {engine.label()}", file=sys.stderr)
         upstream = None
         if options.upstream:  # built with the same options
-            upstream = ensure(pristine=True, backend=engine.backends[0], defines=engine.defines)
+            upstream = ensure(upstream=True, backend=engine.backends[0], defines=engine.defines)
         with reporting() as reporter:
             report = validate(request, engine, upstream, reporter)
         html = write(report, options.out)

@@ -18,7 +18,7 @@ from kimi_gguf.scripts import kimi_llama
 
 
 @pytest.mark.engine
-def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine, pristine: Engine) -> None:
+def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record, page = tmp_path / "record.json", tmp_path / "page.md"
     sizes = ("--batch", "1,8", "--depth", "0,64", "--cache-type", "f16,q8_0")
     ended = bench(*TINY, *sizes, "--json", str(record), "--page", str(page))
@@ -31,14 +31,14 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
     for cell in cells:
         assert len(cell["samples"]["patched"]) >= 2
         assert cell["ratio"] == pytest.approx(
-            cell["patched"]["tokens_per_second"] / cell["pristine"]["tokens_per_second"]
+            cell["patched"]["tokens_per_second"] / cell["upstream"]["tokens_per_second"]
         )
         assert cell["floor"]["seconds"] > 0
         variants = set(cell["samples"]) | set(cell["ruled_out"])
         assert len(variants) == (5 if cell["cache_type"] == "f16" else 3)
     # after depth 64 every variant has the same state
     assert {variant.partition(", ")[0] for variant in model["about"]["shared"]} == {
-        "patched", "pristine", "pristine -fa 0", "pristine --repack 0", "pristine --repack 0 -fa 0",
+        "patched", "upstream", "upstream -fa 0", "upstream --repack 0", "upstream --repack 0 -fa 0",
     }  # fmt: skip
     memory = next(iter(model["about"]["contexts"].values()))
     assert memory["kv"] and memory["recurrent"] and memory["compute"]
@@ -55,7 +55,7 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
 
 @pytest.mark.engine
 def test_the_demo_and_a_file_of_one_s_own(
-    cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+    cache: Path, tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     sizes = ("--batch", "1", "--depth", "0", "--threads", "1", "--seconds", "0.05")
     bench("--demo", *sizes)
@@ -65,14 +65,14 @@ def test_the_demo_and_a_file_of_one_s_own(
 
 
 @pytest.mark.engine
-def test_several_sequences_decode_in_one_batch(tmp_path: Path, engine: Engine, pristine: Engine) -> None:
+def test_several_sequences_decode_in_one_batch(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
     bench(*TINY, "--batch", "1", "--depth", "64", "--sequences", "1,3", "--json", str(record))
     assert [cell["tokens"] for cell in load(record)["models"][0]["cells"]] == [1, 3]
 
 
 @pytest.mark.engine
-def test_cells_after_the_budget_are_reported(tmp_path: Path, engine: Engine, pristine: Engine) -> None:
+def test_cells_after_the_budget_are_reported(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
     ended = bench(*TINY, "--batch", "1,8", "--depth", "0", "--budget", "0.001", "--json", str(record))
     reason = "the time of --budget was used up"
@@ -84,7 +84,7 @@ def test_cells_after_the_budget_are_reported(tmp_path: Path, engine: Engine, pri
 
 
 @pytest.mark.engine
-def test_the_hybrid_against_all_mla(tmp_path: Path, engine: Engine, pristine: Engine) -> None:
+def test_the_hybrid_against_all_mla(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record, page = tmp_path / "record.json", tmp_path / "page.md"
     bench(*TINY, "--hybrid", "--depth", "4096,6000,9000", "--json", str(record), "--page", str(page))
     rows = load(record)["hybrid"]["rows"]
@@ -118,7 +118,7 @@ def started(moment: str, *words: str) -> tuple[subprocess.Popen[str], list[int]]
 @pytest.mark.engine
 @pytest.mark.parametrize(("moment", "depth"), [("filling", "60000"), ("tg at", "0")])
 def test_ctrl_c_ends_everything(
-    moment: str, depth: str, cache: Path, tmp_path: Path, engine: Engine, pristine: Engine
+    moment: str, depth: str, cache: Path, tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     record = tmp_path / "record.json"
     process, workers = started(moment, "--depth", depth, "--json", str(record))
@@ -133,7 +133,7 @@ def test_ctrl_c_ends_everything(
 
 
 @pytest.mark.engine
-def test_a_killed_bench_leaves_no_process_behind(engine: Engine, pristine: Engine) -> None:
+def test_a_killed_bench_leaves_no_process_behind(engine: Engine, upstream: Engine) -> None:
     process, workers = started("tg at", "--depth", "0")
     process.kill()
     process.communicate()
@@ -214,7 +214,7 @@ def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Pat
     (model,) = made["models"]
     options = {name: model["cells"][0][name] for name in ("cache_type", "sequences", "threads", "batch")}
     missing = [options | {"depth": 64, "reason": "no room"}, options | {"depth": 0, "reason": "later"}]
-    model["about"] |= {"not_measured": missing, "left_out": {"pristine -fa 0": "no memory"}}
+    model["about"] |= {"not_measured": missing, "left_out": {"upstream -fa 0": "no memory"}}
     write_page([made], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "- Not measured: tg at 64, 2 threads: no room.\n" in text

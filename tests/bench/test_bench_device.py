@@ -27,7 +27,7 @@ DEVICE = {"backend": "cuda", "name": "CUDA0", "description": "NVIDIA Something",
 
 
 @pytest.fixture
-def backend(engine: Engine, pristine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def backend(engine: Engine, upstream: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GGML_BACKEND_PATH", str(compile_backend(engine, tmp_path)))
 
 
@@ -48,7 +48,7 @@ def test_both_builds_compute_every_layer_on_the_device(
     (model,) = data["models"]
     assert len(model["cells"]) == 8
     for cell in model["cells"]:
-        variants = {"patched", "pristine"} | ({"pristine -fa 0"} if cell["cache_type"] == "f16" else set())
+        variants = {"patched", "upstream"} | ({"upstream -fa 0"} if cell["cache_type"] == "f16" else set())
         assert set(cell["samples"]) | set(cell["ruled_out"]) == variants
         assert (cell["device"], cell["ubatch"]) == ("SECOND0", 256)
         assert cell["floor"]["seconds"] > 0
@@ -86,8 +86,8 @@ def test_cells_and_variants_that_do_not_fit_in_memory_are_left_out(
     (cell,), (missing,) = model["cells"], model["about"]["not_measured"]
     assert (cell["depth"], missing["depth"]) == (2000, 30000)
     assert "do not fit the device: caches of " in missing["reason"]
-    assert set(model["about"]["left_out"]) == {"pristine -fa 0"}
-    assert set(cell["samples"]) | set(cell["ruled_out"]) == {"patched", "pristine"}
+    assert set(model["about"]["left_out"]) == {"upstream -fa 0"}
+    assert set(cell["samples"]) | set(cell["ruled_out"]) == {"patched", "upstream"}
     monkeypatch.setenv("SECOND_MEMORY", "8")
     ended = bench(*ON, "--batch", "1", "--depth", "0", status=1)
     assert "too large to compare builds on SECOND0" in ended.stderr
@@ -102,7 +102,7 @@ def test_single_operators_on_the_device(tmp_path: Path) -> None:
     by = {row["operator"]: row for row in rows}
     assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET"}
     assert all(row["patched"] > 0 for row in rows)
-    assert by["KDA_SCAN"]["pristine"] is None and by["GATED_DELTA_NET"]["pristine"] > 0
+    assert by["KDA_SCAN"]["upstream"] is None and by["GATED_DELTA_NET"]["upstream"] > 0
     assert by["GATED_DELTA_NET"]["parameters"] == "kda=1,n_seq_tokens=1"
 
 
@@ -130,7 +130,7 @@ def rehearse(out: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.engine
 def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
-    tmp_path: Path, engine: Engine, pristine: Engine
+    tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     ended = rehearse(tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
@@ -146,7 +146,7 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
 
 @pytest.mark.engine
 def test_a_wrong_operator_on_the_device_ends_bench_gpu(
-    tmp_path: Path, engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECOND_SPOILS", "KDA_SCAN")
     ended = rehearse(tmp_path / "out")
@@ -185,7 +185,7 @@ def test_the_output_of_test_backend_ops_is_parsed() -> None:
 
 def test_a_table_of_operators_shows_the_parameters_that_differ() -> None:
     rows = [
-        {"operator": "A", "parameters": f"type=f16,ne=[1,2],n={n}", "pristine": upstream, "patched": 500.0}
+        {"operator": "A", "parameters": f"type=f16,ne=[1,2],n={n}", "upstream": upstream, "patched": 500.0}
         for n, upstream in ((1, 1000.0), (2, None))
     ]
     ((heading, table),) = device_operators_tables(rows)
@@ -210,7 +210,7 @@ def test_goals_are_compared_with_the_worst_cell() -> None:
     ]  # fmt: skip
     shape = "head_size=128,head_count=32,n_seq_tokens=8192,n_seqs=1,n_snapshots=1"
     records[0]["device_operators"] = [
-        {"operator": "KDA_SCAN", "parameters": shape, "pristine": None, "patched": 1100.0}
+        {"operator": "KDA_SCAN", "parameters": shape, "upstream": None, "patched": 1100.0}
     ]
     kda, prefill, decoding, everywhere, quantised = aims_table(records)[1:]
     assert kda[2:] == ("1.10 ms", "yes")

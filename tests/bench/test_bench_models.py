@@ -60,21 +60,21 @@ def test_families_differ_in_their_kinds_of_layers(family: str, latent: int, recu
 
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", [kind for kind in TYPES if kind != "BF16"])
-def test_types_are_those_that_llama_quantize_writes(kind: str, tmp_path: Path, pristine: Engine) -> None:
-    wide = generate(tiny(kind="BF16"), pristine, Silent())
+def test_types_are_those_that_llama_quantize_writes(kind: str, tmp_path: Path, upstream: Engine) -> None:
+    wide = generate(tiny(kind="BF16"), upstream, Silent())
     wanted = tmp_path / "quantised.gguf"
-    program = [str(pristine.bin / "llama-quantize"), str(wide), str(wanted), kind]
+    program = [str(upstream.bin / "llama-quantize"), str(wide), str(wanted), kind]
     subprocess.run(program, check=True, capture_output=True)
     types = {tensor.name: tensor.type for tensor in open_model(wanted).tensors}
-    assert {tensor.name: tensor.type for tensor in made(tiny(kind=kind), pristine).tensors} == types
+    assert {tensor.name: tensor.type for tensor in made(tiny(kind=kind), upstream).tensors} == types
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, pristine: Engine) -> None:
-    file = made(tiny(family), pristine)
+def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, upstream: Engine) -> None:
+    file = made(tiny(family), upstream)
     ids = np.random.default_rng(0).integers(0, 512, 96)
-    builds = [engine] if family == "all-mla" else [engine, pristine]  # upstream requires a KDA layer
+    builds = [engine] if family == "all-mla" else [engine, upstream]  # upstream requires a KDA layer
     logits = [run(build, file.path, [ids], RunOptions()).logits[0] for build in builds]
     for each in logits:
         assert np.isfinite(each).all()
@@ -83,13 +83,13 @@ def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, pr
 
 
 @pytest.mark.engine
-def test_tokens_spread_over_all_experts(engine: Engine, pristine: Engine) -> None:
-    file = made(tiny(), pristine)
+def test_tokens_spread_over_all_experts(engine: Engine, upstream: Engine) -> None:
+    file = made(tiny(), upstream)
     ids = np.random.default_rng(0).integers(0, 512, 256)
     traced = run(engine, file.path, [ids], RunOptions(trace=True))
     assert sorted(traced.experts) == [1, 2, 3]
     # all of 8 experts are used by every token here; of 32 with 8 used, each should have a quarter
-    traced = run(engine, made(tiny(experts=32), pristine).path, [ids], RunOptions(trace=True))
+    traced = run(engine, made(tiny(experts=32), upstream).path, [ids], RunOptions(trace=True))
     for chosen in traced.experts.values():
         counts = np.bincount(chosen.reshape(-1), minlength=32)
         assert counts.min() > 0
@@ -98,18 +98,18 @@ def test_tokens_spread_over_all_experts(engine: Engine, pristine: Engine) -> Non
 
 @pytest.mark.engine
 def test_the_same_choice_is_the_same_file_and_is_made_once(
-    pristine: Engine, monkeypatch: pytest.MonkeyPatch
+    upstream: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = generate(tiny(), pristine, Silent())
+    path = generate(tiny(), upstream, Silent())
     first = path.read_bytes()
     path.unlink()
-    assert generate(tiny(), pristine, Silent()).read_bytes() == first
+    assert generate(tiny(), upstream, Silent()).read_bytes() == first
     monkeypatch.setattr(models, "write", None)  # made already: nothing is written
-    assert generate(tiny(), pristine, Silent()) == path
+    assert generate(tiny(), upstream, Silent()) == path
 
 
 @pytest.mark.engine
-def test_an_interrupted_file_leaves_nothing(pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_file_leaves_nothing(upstream: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)  # a conversion would keep what is finished by now
     whole = Weights.pieces
 
@@ -121,13 +121,13 @@ def test_an_interrupted_file_leaves_nothing(pristine: Engine, monkeypatch: pytes
 
     monkeypatch.setattr(Weights, "pieces", pieces)
     with pytest.raises(KeyboardInterrupt):
-        generate(tiny(), pristine, Silent())
+        generate(tiny(), upstream, Silent())
     assert list((models.bench_folder() / "models").iterdir()) == []
 
 
 @pytest.mark.engine
-def test_what_a_decode_must_read_is_counted(pristine: Engine) -> None:
-    file, wide = made(tiny(), pristine), made(tiny(experts=32), pristine)
+def test_what_a_decode_must_read_is_counted(upstream: Engine) -> None:
+    file, wide = made(tiny(), upstream), made(tiny(experts=32), upstream)
     embeddings = next(tensor.nbytes for tensor in file.tensors if tensor.name == "token_embd.weight")
     experts, routed = (
         sum(tensor.nbytes for tensor in each.tensors if "_exps." in tensor.name) for each in (file, wide)

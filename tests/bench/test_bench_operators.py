@@ -23,30 +23,30 @@ SMALL = ("heads=2", "keys=64", "layers=2", "seconds=0.001", "least=1")
 
 
 @pytest.mark.engine
-def test_every_case_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_case_runs(engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     small = tuple(Case(c.title, c.counted, c.upstream, c.patched, (*c.options, *SMALL)) for c in CASES)
     monkeypatch.setattr(operators, "CASES", small)
     monkeypatch.setattr(operators, "ROUNDS", 1)
-    rows = list(measure_operators(libraries_of(engine, pristine, None), 1, Silent()))
+    rows = list(measure_operators(libraries_of(engine, upstream, None), 1, Silent()))
     assert [row["title"] for row in rows] == [case.title for case in CASES]
     for row in rows:
-        assert row["pristine"]["seconds"] > 0 and row["patched"]["seconds"] > 0
+        assert row["upstream"]["seconds"] > 0 and row["patched"]["seconds"] > 0
     assert len(operators_table(rows)) == 1 + len(CASES)
 
 
 @pytest.mark.engine
-def test_every_matmul_runs(engine: Engine, pristine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_matmul_runs(engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         matmuls, "SHAPES", (Shape("experts", 64, 6, experts=9), Shape("one", 64, 2, copies=2))
     )
     monkeypatch.setattr(matmuls, "K", 256)
     monkeypatch.setattr(operators, "ROUNDS", 1)
-    rows = list(measure_matmuls(libraries_of(engine, pristine, None), 1, Silent()))
+    rows = list(measure_matmuls(libraries_of(engine, upstream, None), 1, Silent()))
     assert [(row["weights"], row["shape"]) for row in rows] == list(
         itertools.product(WEIGHTS, ("experts", "one"))
     )
     for row in rows:
-        assert row["pristine"]["seconds"] > 0 and row["patched"]["seconds"] > 0
+        assert row["upstream"]["seconds"] > 0 and row["patched"]["seconds"] > 0
         assert 0 < row["floor"]["share"] < 2 and row["floor"]["bound"] in ("memory", "products")
     assert len(matmuls_table(rows)) == 1 + len(rows)
 
@@ -64,10 +64,10 @@ def test_work_of_a_matmul(shape: Shape, weights: str, n_macs: int, n_bytes: floa
 
 
 @pytest.mark.engine
-def test_a_missing_operator_is_reported(engine: Engine, pristine: Engine) -> None:
-    made = operators.programs(libraries_of(engine, pristine, None))
+def test_a_missing_operator_is_reported(engine: Engine, upstream: Engine) -> None:
+    made = operators.programs(libraries_of(engine, upstream, None))
     with pytest.raises(EngineError, match="this build has no ggml_kda_scan"):
-        programs.ask(made["pristine"], "scan", *SMALL)
+        programs.ask(made["upstream"], "scan", *SMALL)
     with pytest.raises(EngineError, match="unknown argument colour=red"):
         programs.ask(made["patched"], "scan", "colour=red")
 

@@ -26,17 +26,17 @@ CONTEXT = {"n_ctx": 1024, "n_batch": 512, "n_ubatch": 512, "sequences": 1, "cach
 
 
 @pytest.fixture
-def gguf(pristine: Engine) -> Path:
-    return generate(BenchModel("kimi-linear", 4, 8, "BF16", "tiny"), pristine, Silent())
+def gguf(upstream: Engine) -> Path:
+    return generate(BenchModel("kimi-linear", 4, 8, "BF16", "tiny"), upstream, Silent())
 
 
 def start(engine: Engine) -> Runner:
-    return Runner("pristine" if engine.pristine else "patched", environment_of(engine))
+    return Runner("upstream" if engine.is_upstream else "patched", environment_of(engine))
 
 
 @pytest.fixture
-def runners(gguf: Path, engine: Engine, pristine: Engine) -> Iterator[tuple[Runner, Runner]]:
-    with start(engine) as patched, start(pristine) as upstream:
+def runners(gguf: Path, engine: Engine, upstream: Engine) -> Iterator[tuple[Runner, Runner]]:
+    with start(engine) as patched, start(upstream) as upstream:
         for runner in (patched, upstream):
             runner.ask("load", gguf=str(gguf), repack=True)
             runner.ask("context", name="fa", flash=True, **CONTEXT)

@@ -26,13 +26,13 @@ def test_the_median_is_not_moved_by_a_straggler() -> None:
 def test_upstream_counts_as_its_fastest_variant_by_median() -> None:
     samples = {
         PATCHED.name: [0.5, 0.5, 0.5],
-        "pristine": [1.0, 1.0, 0.1],  # one lucky sample does not make it the best
-        "pristine -fa 0": [0.8, 0.8, 3.0],
-        "pristine --repack 0": [0.9, 0.9, 0.9],
+        "upstream": [1.0, 1.0, 0.1],  # one lucky sample does not make it the best
+        "upstream -fa 0": [0.8, 0.8, 3.0],
+        "upstream --repack 0": [0.9, 0.9, 0.9],
     }
     result = Result(CELL, samples, {}, 1, None)
-    assert best({name: each for name, each in samples.items() if name != PATCHED.name}) == "pristine -fa 0"
-    assert result.rival == "pristine -fa 0"
+    assert best({name: each for name, each in samples.items() if name != PATCHED.name}) == "upstream -fa 0"
+    assert result.rival == "upstream -fa 0"
     assert result.ratio == pytest.approx(0.8 / 0.5)
 
 
@@ -49,10 +49,10 @@ def test_measuring_goes_on_until_samples_agree_or_are_many() -> None:
 
 def test_upstream_has_four_variants_if_the_cache_type_allows() -> None:
     assert {variant.name for variant in variants(CELL, UPSTREAM)} == {
-        "pristine", "pristine -fa 0", "pristine --repack 0", "pristine --repack 0 -fa 0",
+        "upstream", "upstream -fa 0", "upstream --repack 0", "upstream --repack 0 -fa 0",
     }  # fmt: skip
     quantised = Cell("q8_0", 1, 0, 2, 8)
-    assert {variant.name for variant in variants(quantised, UPSTREAM)} == {"pristine", "pristine --repack 0"}
+    assert {variant.name for variant in variants(quantised, UPSTREAM)} == {"upstream", "upstream --repack 0"}
 
 
 def test_a_grid_reaches_each_depth_once() -> None:
@@ -65,7 +65,7 @@ def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
     def cell(ratio: float, batch: int) -> dict[str, object]:
         return {
             "ratio": ratio, "batch": batch, "sequences": 1, "threads": 2, "cache_type": "f16", "depth": 0,
-            "pristine": {"spread": 0.01}, "patched": {"spread": 0.01}, "others": 0.0,
+            "upstream": {"spread": 0.01}, "patched": {"spread": 0.01}, "others": 0.0,
         }  # fmt: skip
 
     cells = [cell(0.99, 1), cell(0.9, 8), cell(1.5, 512)]

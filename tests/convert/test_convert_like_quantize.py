@@ -106,10 +106,10 @@ def contents(path: Path) -> tuple[list[tuple[str, Any]], Tensors, bytes]:
         return list(file.keys.items()), tensors, path.read_bytes()[start:]
 
 
-def assert_alike(pristine: Engine, case: Case, folder: Path, kind: str, *options: str) -> None:
+def assert_alike(upstream: Engine, case: Case, folder: Path, kind: str, *options: str) -> None:
     """Both refuse, or both write the same."""
     theirs_path, ours_path = folder / "theirs.gguf", folder / "ours.gguf"
-    refused = quantize(pristine, case, theirs_path, kind, *options)
+    refused = quantize(upstream, case, theirs_path, kind, *options)
     run = convert(case.source, "-o", ours_path, "--type", kind, *options)
     if refused is not None:
         assert run.status == 1, f"llama-quantize refused: {refused[-600:]}"
@@ -122,9 +122,9 @@ def assert_alike(pristine: Engine, case: Case, folder: Path, kind: str, *options
 @pytest.mark.parametrize("options", [(), ("--imatrix",), ("--pure", "--imatrix")], ids=" ".join)
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_type(
-    pristine: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]
+    upstream: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]
 ) -> None:
-    assert_alike(pristine, case, tmp_path, kind, *options, *([str(case.imatrix)] if options else []))
+    assert_alike(upstream, case, tmp_path, kind, *options, *([str(case.imatrix)] if options else []))
 
 
 OPTIONS = [
@@ -139,22 +139,22 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("kind, options", OPTIONS, ids=[f"{kind} {' '.join(o)}" for kind, o in OPTIONS])
-def test_options(pristine: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]) -> None:
-    assert_alike(pristine, case, tmp_path, kind, *options)
+def test_options(upstream: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]) -> None:
+    assert_alike(upstream, case, tmp_path, kind, *options)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "IQ4_NL", "Q3_K_M", "IQ3_XXS"])
-def test_importances_of_some_tensors_only(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+def test_importances_of_some_tensors_only(upstream: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     some = tmp_path / "some.gguf"
     write_imatrix(some, case.bf16, every=3)
-    assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(some))
+    assert_alike(upstream, case, tmp_path, kind, "--imatrix", str(some))
 
 
 @pytest.mark.parametrize("kind", ["Q4_K_M", "IQ2_XS"])
-def test_importances_in_the_older_form(pristine: Engine, tmp_path: Path, case: Case, kind: str) -> None:
+def test_importances_in_the_older_form(upstream: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     legacy = tmp_path / "imatrix.dat"
     write_legacy_imatrix(legacy, case.bf16)
-    assert_alike(pristine, case, tmp_path, kind, "--imatrix", str(legacy))
+    assert_alike(upstream, case, tmp_path, kind, "--imatrix", str(legacy))
 
 
 def write_legacy_imatrix(path: Path, model: Path) -> None:
@@ -171,12 +171,12 @@ def write_legacy_imatrix(path: Path, model: Path) -> None:
 
 
 def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
-    pristine: Engine, tmp_path: Path, case: Case
+    upstream: Engine, tmp_path: Path, case: Case
 ) -> None:
     """That the cases above compare files, not refusals: these and no others are refused."""
     refused = set()
     for kind in TYPES:
-        command = [str(pristine.bin / "llama-quantize"), "--dry-run", str(case.bf16), kind, "2"]
+        command = [str(upstream.bin / "llama-quantize"), "--dry-run", str(case.bf16), kind, "2"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         run = convert(case.source, "--dry-run", "--type", kind)
         unwanted = done.returncode == 1 or "will require an imatrix" in done.stdout + done.stderr
@@ -191,12 +191,12 @@ def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_of_finer_weights_nothing_is_lost_on_the_way(
-    pristine: Engine, tmp_path: Path, dtype: torch.dtype
+    upstream: Engine, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """Weights stored in F32 or F16 are quantised as they are: the bytes of F32 conversion and llama-quantize."""
     spec = replace(SPECS["odd rows, one head"], dtype=dtype, std=0.05)
     source = fresh_checkpoint(tmp_path / "model", spec)
     assert convert(source, "-o", tmp_path / "f32.gguf", "--type", "F32").status == 0
     for kind in ("Q4_K_M", "Q8_0", "IQ4_XS"):
-        assert_alike(pristine, Case(source, tmp_path / "f32.gguf", tmp_path), tmp_path, kind)
+        assert_alike(upstream, Case(source, tmp_path / "f32.gguf", tmp_path), tmp_path, kind)
         (tmp_path / "ours.gguf").unlink()

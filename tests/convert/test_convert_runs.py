@@ -25,13 +25,13 @@ SPECS = [
 
 @pytest.mark.parametrize("kind", ["F32", "BF16", "Q8_0"])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
-def test_our_file_runs_on_pristine_llama_cpp(
-    tmp_path: Path, pristine: Engine, engine: Engine, spec: Spec, kind: str
+def test_our_file_runs_on_upstream_llama_cpp(
+    tmp_path: Path, upstream: Engine, engine: Engine, spec: Spec, kind: str
 ) -> None:
     """Alike to what the patches change: epsilons, 1e-5 for 1e-6."""
     source = fresh_checkpoint(tmp_path / "model", spec)
     assert convert(source, "-o", tmp_path / "x.gguf", "--type", kind).status == 0
-    theirs = run_logits(pristine, tmp_path / "x.gguf", IDS).astype(np.float64)
+    theirs = run_logits(upstream, tmp_path / "x.gguf", IDS).astype(np.float64)
     ours = run_logits(engine, tmp_path / "x.gguf", IDS).astype(np.float64)
     assert np.isfinite(theirs).all() and theirs.std() > 0
     error = np.square(theirs - ours).sum(-1) / np.square(ours).sum(-1)

@@ -197,8 +197,8 @@ def test_llama_cpp_computes_the_same_from_parts(source: Path, out: Path, engine:
 
 
 @pytest.mark.engine
-def test_parts_run_on_pristine_llama_cpp(source: Path, out: Path, pristine: Engine) -> None:
-    assert np.isfinite(run_logits(pristine, split(source, out)[0], IDS)).all()
+def test_parts_run_on_upstream_llama_cpp(source: Path, out: Path, upstream: Engine) -> None:
+    assert np.isfinite(run_logits(upstream, split(source, out)[0], IDS)).all()
 
 
 @pytest.mark.engine

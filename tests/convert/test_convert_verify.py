@@ -36,12 +36,12 @@ def test_our_own_files_are_proved(tmp_path: Path, source: Path, kind: str) -> No
 
 @pytest.mark.engine
 def test_llama_quantizes_file_is_proved_with_its_importances_only(
-    tmp_path: Path, source: Path, pristine: Engine
+    tmp_path: Path, source: Path, upstream: Engine
 ) -> None:
     bf16, imatrix, out = (tmp_path / name for name in ("bf16.gguf", "imatrix.gguf", "x.gguf"))
     assert convert(source, "-o", bf16).status == 0
     write_imatrix(imatrix, bf16, every=1)
-    command = [pristine.bin / "llama-quantize", "--imatrix", imatrix, bf16, out, "Q4_K_S"]
+    command = [upstream.bin / "llama-quantize", "--imatrix", imatrix, bf16, out, "Q4_K_S"]
     subprocess.run(command, check=True, capture_output=True)
     assert convert("verify", out, "--checkpoint", source, "--imatrix", imatrix).status == 0
     without = convert("verify", out, "--checkpoint", source)

@@ -49,21 +49,21 @@ def refused(tiny: tiny_llama.Tiny, reason: str, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_patched_and_pristine_differ_and_each_loads_its_own_library(tiny: tiny_llama.Tiny) -> None:
-    patched, pristine = tiny.build(), tiny.build(pristine=True)
+def test_patched_and_upstream_differ_and_each_loads_its_own_library(tiny: tiny_llama.Tiny) -> None:
+    patched, upstream = tiny.build(), tiny.build(upstream=True)
     commit = tiny.pin.short_commit
     assert answer(patched) == f"{commit}-kimi-{tiny.series.digest()[:8]} answer 2\n"
-    assert answer(pristine) == f"{commit} answer 1\n"
+    assert answer(upstream) == f"{commit} answer 1\n"
     assert (patched / "python/llama_cpp/__init__.py").is_file()
-    assert names(patched.parent) == sorted([patched.name, pristine.name])
+    assert names(patched.parent) == sorted([patched.name, upstream.name])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_LIBRARY_PATH is Linux's")
 def test_a_library_path_in_the_environment_does_not_mislead_a_program(
     tiny: tiny_llama.Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patched, pristine = tiny.build(), tiny.build(pristine=True)
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(pristine / "lib"))
+    patched, upstream = tiny.build(), tiny.build(upstream=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(upstream / "lib"))
     assert answer(patched).endswith("answer 2\n")
 
 
@@ -72,7 +72,7 @@ def test_the_twin_compiles_only_what_the_patches_touch(
 ) -> None:
     monkeypatch.setattr(shutil, "which", without(shutil.which, "ccache"))
     tiny.build()
-    log = (tiny.build(pristine=True) / "build.log").read_text()
+    log = (tiny.build(upstream=True) / "build.log").read_text()
     assert "answer.cpp" in log
     assert "steady.cpp" not in log
 
@@ -266,7 +266,7 @@ def test_a_checkout_that_has_the_patches_is_built_but_makes_no_twin(
     assert answer(tiny.build(source=tmp_path / "patched")).endswith("answer 2\n")
     monkeypatch.setattr(building, "load_series", lambda: tiny.series)
     with pytest.raises(EngineError, match="no upstream build"):
-        tiny.build(pristine=True, source=tmp_path / "patched")
+        tiny.build(upstream=True, source=tmp_path / "patched")
 
 
 @pytest.mark.parametrize("source", ["tree", None], ids=["checkout", "archive"])

@@ -19,7 +19,7 @@ BUILDS = {
 }
 
 
-def add(folder: Path, name: str, key: str, built: str, pristine: bool = False) -> None:
+def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -> None:
     """Put a build of this name into the miniature's cache; its llama-completion prints its key."""
     tiny = tiny_llama.load(folder)
     backend, *defines = name.split("+")
@@ -27,7 +27,7 @@ def add(folder: Path, name: str, key: str, built: str, pristine: bool = False) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("kimi_gguf.engine.build_spec.load_pin", lambda: tiny.pin)
         patch.setattr("kimi_gguf.engine.build_spec.load_series", lambda: tiny.series)
-        manifest = provenance(pristine)
+        manifest = provenance(upstream)
     manifest |= {"key": key, "tests": False, "options": options, "built": built, "commit": "none"}
     manifest |= {"backends": ["cpu"] if backend == "cpu" else [backend, "cpu"]}
     place = tiny.cache.engines / key
@@ -122,10 +122,10 @@ def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
 
 
 def test_the_choice_holds_for_upstreams_build_too(folder: Path) -> None:
-    add(folder, "cpu", "55555555eeeeeeee", "2026-01-01", pristine=True)
-    add(folder, "cuda", "66666666ffffffff", "2026-01-01", pristine=True)
+    add(folder, "cpu", "55555555eeeeeeee", "2026-01-01", upstream=True)
+    add(folder, "cuda", "66666666ffffffff", "2026-01-01", upstream=True)
     assert key_of(folder, "--upstream") == "55555555eeeeeeee"
-    assert key_of(folder, "--pristine", KIMI_BUILD="cuda") == "66666666ffffffff"
+    assert key_of(folder, "--upstream", KIMI_BUILD="cuda") == "66666666ffffffff"
 
 
 @pytest.mark.parametrize(

@@ -17,20 +17,20 @@ COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, patched and pristine, built."""
+    """The miniature, patched and upstream, built."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny = tiny_llama.make(folder)
     tiny.build()
-    tiny.build(pristine=True)
+    tiny.build(upstream=True)
     (folder / "model.gguf").write_bytes(b"GGUF" + bytes(60))
     return folder
 
 
 def test_path_prints_the_folder_with_bin_and_lib(built: Path) -> None:
-    patched, pristine = call(built, "path"), call(built, "path", "--pristine")
-    assert patched.returncode == pristine.returncode == 0
-    assert patched.stdout != pristine.stdout
-    for told in (patched, pristine):
+    patched, upstream = call(built, "path"), call(built, "path", "--upstream")
+    assert patched.returncode == upstream.returncode == 0
+    assert patched.stdout != upstream.stdout
+    for told in (patched, upstream):
         assert Path(told.stdout.rstrip("\n"), "bin", "llama-cli").is_file()
         assert Path(told.stdout.rstrip("\n"), "lib").is_dir()
 
@@ -44,9 +44,9 @@ def test_building_what_is_built_prints_its_path_and_nothing_else(built: Path) ->
 
 def test_path_before_a_build_says_to_build(tmp_path: Path) -> None:
     tiny_llama.make(tmp_path)
-    told = call(tmp_path, "path", "--pristine")
+    told = call(tmp_path, "path", "--upstream")
     assert told.returncode == 1
-    assert "kimi-llama build --pristine" in told.stderr
+    assert "kimi-llama build --upstream" in told.stderr
     assert told.stdout == ""
 
 

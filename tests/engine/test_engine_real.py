@@ -1,4 +1,4 @@
-"""The real llama.cpp build, patched and pristine: each works, and neither reaches into the other."""
+"""The real llama.cpp build, patched and upstream: each works, and neither reaches into the other."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def output(*command: str | Path, **environment: str) -> str:
     return told.stdout + told.stderr
 
 
-def test_both_builds_hold_all_programs_and_tests(engine: Engine, pristine: Engine) -> None:
-    for build in (engine, pristine):
+def test_both_builds_hold_all_programs_and_tests(engine: Engine, upstream: Engine) -> None:
+    for build in (engine, upstream):
         assert {path.name for path in build.bin.iterdir()} == {*PROGRAMS, *TEST_PROGRAMS}
         assert not [path for path in build.lib.iterdir() if path.is_symlink()]
 
@@ -47,47 +47,47 @@ def test_building_again_takes_less_than_two_seconds(engine: Engine) -> None:
     assert ensure(tests=True) == engine
 
 
-def test_doctor_finds_all_well(engine: Engine, pristine: Engine) -> None:
+def test_doctor_finds_all_well(engine: Engine, upstream: Engine) -> None:
     report = json.loads(output(*COMMAND, "doctor", "--json"))
     assert not [check for each in report["engines"] for check in each["checks"] if not check["passed"]]
     assert report["healthy"] is True
     assert report["pin"]["llama_cpp_commit"] == load_pin().llama_cpp_commit
-    assert {engine.key, pristine.key} <= {each["key"] for each in report["engines"]}
+    assert {engine.key, upstream.key} <= {each["key"] for each in report["engines"]}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="LD_LIBRARY_PATH is Linux's")
-def test_patched_and_pristine_do_not_load_each_others_libraries(engine: Engine, pristine: Engine) -> None:
-    for own, other in ((engine, pristine), (pristine, engine)):
+def test_patched_and_upstream_do_not_load_each_others_libraries(engine: Engine, upstream: Engine) -> None:
+    for own, other in ((engine, upstream), (upstream, engine)):
         for program in own.bin.iterdir():
             listed = output(program, LD_TRACE_LOADED_OBJECTS="1", LD_LIBRARY_PATH=str(other.lib))
             assert str(own.prefix.resolve()) in listed
             assert str(other.prefix.resolve()) not in listed, program.name
 
 
-def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, pristine: Engine) -> None:
+def test_llama_cpp_python_loads_the_builds_libraries(engine: Engine, upstream: Engine) -> None:
     probe = "import llama_cpp as l; l.llama_backend_init(); print(open('/proc/self/maps').read())"
-    for own, other in ((engine, pristine), (pristine, engine)):
+    for own, other in ((engine, upstream), (upstream, engine)):
         environment = {**own.environment(), "LD_LIBRARY_PATH": str(other.lib)}
         told = output(sys.executable, "-P", "-c", probe, **environment)
         assert str(own.lib.resolve() / "libllama.so") in told
         assert str(other.prefix.resolve()) not in told
 
 
-def test_the_manifest_tells_pin_patches_and_tree(engine: Engine, pristine: Engine) -> None:
+def test_the_manifest_tells_pin_patches_and_tree(engine: Engine, upstream: Engine) -> None:
     pin, series = load_pin(), load_series()
     assert engine.manifest["tree_sha256"] == pin.patched_tree_sha256
-    assert pristine.manifest["tree_sha256"] == pin.pristine_tree_sha256
+    assert upstream.manifest["tree_sha256"] == pin.upstream_tree_sha256
     assert [patch["name"] for patch in engine.manifest["patches"]] == [patch.name for patch in series.patches]
-    assert pristine.manifest["patches"] == []
-    for build in (engine, pristine):
+    assert upstream.manifest["patches"] == []
+    for build in (engine, upstream):
         assert build.manifest["commit"] in output(build.bin / "llama-cli", "--version")
-    assert engine.manifest["options"] == pristine.manifest["options"]
+    assert engine.manifest["options"] == upstream.manifest["options"]
 
 
-def test_path_and_find_give_the_build(engine: Engine, pristine: Engine) -> None:
+def test_path_and_find_give_the_build(engine: Engine, upstream: Engine) -> None:
     assert find() == engine
-    assert find(pristine=True) == pristine
-    assert output(*COMMAND, "path", "--pristine") == f"{pristine.prefix}\n"
+    assert find(upstream=True) == upstream
+    assert output(*COMMAND, "path", "--upstream") == f"{upstream.prefix}\n"
 
 
 @pytest.mark.parametrize("series", [load_series(), load_series().fixes()], ids=["all", "fixes"])

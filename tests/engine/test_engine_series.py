@@ -192,7 +192,7 @@ def test_writing_a_tree_touches_only_what_differs(tiny: tiny_llama.Tiny, tmp_pat
 def git_am(checkout: Path, patches: list[Path]) -> None:
     """Make the folder a git repository and take the patches in as mail."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
-    for command in (["init", "-q"], ["add", "-Af", "."], ["commit", "-q", "-m", "pristine"]):
+    for command in (["init", "-q"], ["add", "-Af", "."], ["commit", "-q", "-m", "upstream"]):
         subprocess.run(["git", *identity, *command], cwd=checkout, check=True)
     subprocess.run(["git", *identity, "am", "-q", *patches], cwd=checkout, check=True, capture_output=True)
 

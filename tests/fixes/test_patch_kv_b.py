@@ -45,12 +45,12 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.mark.parametrize("flash_attention", [False, True])
 @pytest.mark.parametrize("keys", KEYS)
 def test_unsplit_kv_b_runs_right(
-    tmp_path: Path, case: Case, keys: str, flash_attention: bool, engine: Engine, pristine: Engine
+    tmp_path: Path, case: Case, keys: str, flash_attention: bool, engine: Engine, upstream: Engine
 ) -> None:
     old = rewrite(case.gguf, tmp_path / "old.gguf", unsplit, KEYS[keys])
     assert case.error(engine, old, flash_attention=flash_attention).passes
     try:
-        wrong = case.error(pristine, old, flash_attention=flash_attention)
+        wrong = case.error(upstream, old, flash_attention=flash_attention)
     except ValidateError:
         return  # it crashed
     assert wrong.in_all > 1e-3

@@ -38,5 +38,5 @@ def test_text_still_queued_at_the_end_is_written(tmp_path: Path, engine: Engine)
     assert told_by_a_slow_log(engine, tmp_path).startswith(PROMPT)
 
 
-def test_pristine_loses_it(tmp_path: Path, pristine: Engine) -> None:
-    assert PROMPT not in told_by_a_slow_log(pristine, tmp_path)
+def test_upstream_loses_it(tmp_path: Path, upstream: Engine) -> None:
+    assert PROMPT not in told_by_a_slow_log(upstream, tmp_path)

@@ -31,9 +31,9 @@ def test_one_kind_of_layer_runs_right(tmp_path: Path, layers: str, way: str, eng
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_pristine_cannot(tmp_path: Path, layers: str, pristine: Engine) -> None:
+def test_upstream_cannot(tmp_path: Path, layers: str, upstream: Engine) -> None:
     with pytest.raises(ValidateError, match="SIGABRT"):
-        make_case(tmp_path, Spec(layers=layers, seed=70)).error(pristine)
+        make_case(tmp_path, Spec(layers=layers, seed=70)).error(upstream)
 
 
 @pytest.mark.parametrize("layers", ["KK", "MM"])

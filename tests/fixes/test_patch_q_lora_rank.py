@@ -19,12 +19,12 @@ SPECS = [Spec(layers="KM", q_lora=24, seed=50), Spec(layers="MKMK", heads=4, q_l
 @pytest.mark.parametrize("flash_attention", [False, True])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
 def test_compressed_queries_run_right(
-    tmp_path: Path, spec: Spec, flash_attention: bool, engine: Engine, pristine: Engine
+    tmp_path: Path, spec: Spec, flash_attention: bool, engine: Engine, upstream: Engine
 ) -> None:
     case = make_case(tmp_path, spec)
     assert case.error(engine, flash_attention=flash_attention).passes
     with pytest.raises(ValidateError, match="attn_q_a_norm"):
-        case.error(pristine, flash_attention=flash_attention)
+        case.error(upstream, flash_attention=flash_attention)
 
 
 def test_the_norm_of_compressed_queries_has_the_models_epsilon(tmp_path: Path, engine: Engine) -> None:

@@ -19,11 +19,11 @@ OPTIONS = RunOptions(n_batch=512, n_ubatch=512, kv_unified=False)
 
 
 def test_three_streams_run_and_agree_with_each_alone(
-    tmp_path: Path, engine: Engine, pristine: Engine
+    tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     gguf = make_gguf(tmp_path, Spec(layers="KMKM", seed=70))
     texts = list(np.random.default_rng(70).integers(0, VOCAB_SIZE, (3, 40)))
     with pytest.raises(ValidateError, match="ggml_can_repeat"):
-        run(pristine, gguf, texts, OPTIONS)
+        run(upstream, gguf, texts, OPTIONS)
     for ids, got in zip(texts, run(engine, gguf, texts, OPTIONS).logits, strict=True):
         assert error_of(got, run_logits(engine, gguf, ids, OPTIONS)).in_all <= 1e-10

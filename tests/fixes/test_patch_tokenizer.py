@@ -1,4 +1,4 @@
-"""The patched llama.cpp gives tiktoken's ids for every text; the pristine one does not.
+"""The patched llama.cpp gives tiktoken's ids for every text; the upstream one does not.
 
 The oracle is tiktoken with the model's own pattern and the same ranks. Most tests use a vocabulary in which
 any two bytes merge, in random order: where a piece of text ends then shows in the ids.
@@ -130,12 +130,12 @@ def test_the_oracle_cuts_as_the_pattern_reads(text: str, pieces: list[str], seam
     assert seams.tiktoken.encode_ordinary(text) == by_hand
 
 
-def test_named_seams_are_right_and_pristine_has_them_wrong(
-    engine: Engine, pristine: Engine, seams: Tokenizer
+def test_named_seams_are_right_and_upstream_has_them_wrong(
+    engine: Engine, upstream: Engine, seams: Tokenizer
 ) -> None:
     texts = [text for text, _ in NAMED.values()]
     assert seams.wrong(engine, texts) == []
-    assert seams.wrong(pristine, texts) == [text for text, _ in SEAMS.values()]
+    assert seams.wrong(upstream, texts) == [text for text, _ in SEAMS.values()]
 
 
 def in_context(characters: str) -> list[str]:
@@ -202,9 +202,9 @@ def test_ill_formed_bytes_are_replaced_as_python_replaces_them(engine: Engine, p
         assert ids == pairs.tiktoken.encode_ordinary(text.decode("utf-8", "replace")), text
 
 
-def test_four_bytes_end_the_pristine_process(pristine: Engine, pairs: Tokenizer) -> None:
+def test_four_bytes_end_the_upstream_process(upstream: Engine, pairs: Tokenizer) -> None:
     with pytest.raises(AssertionError, match="invalid codepoint"):
-        llama_tokenize(pristine.environment(), pairs.model, [b"\xf4\x90\x80\x80"])
+        llama_tokenize(upstream.environment(), pairs.model, [b"\xf4\x90\x80\x80"])
 
 
 def test_special_tokens_are_matched_on_request(engine: Engine, trained: Tokenizer) -> None:
@@ -230,22 +230,22 @@ def test_without_request_only_tokens_that_are_not_special_are_matched(
     ]
 
 
-def test_generation_stops_at_both_end_tokens(engine: Engine, pristine: Engine, trained: Tokenizer) -> None:
+def test_generation_stops_at_both_end_tokens(engine: Engine, upstream: Engine, trained: Tokenizer) -> None:
     names = {len(trained.ranks) + i: name for i, name in SPECIAL.items()}
-    for build in (engine, pristine):
+    for build in (engine, upstream):
         stops = {names[i] for i in llama_tokenize(build.environment(), trained.model, [b"a"]).stops}
         assert stops == {"<|im_end|>", "[EOS]", "[EOT]", "[PAD]"}
 
 
-def test_it_is_not_slower(engine: Engine, pristine: Engine, trained: Tokenizer) -> None:
+def test_it_is_not_slower(engine: Engine, upstream: Engine, trained: Tokenizer) -> None:
     """Processor time on 1 MB of mixed text in turns; the margin is for a busy machine."""
     rng = random.Random(0)
     words = CORPUS.split(" ")
     texts = [" ".join(rng.choices(words, k=1000)).encode() for _ in range(120)]
     took: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(3):
-        for build in (engine, pristine):
-            took[build.pristine].append(llama_tokenize(build.environment(), trained.model, texts).seconds)
+        for build in (engine, upstream):
+            took[build.is_upstream].append(llama_tokenize(build.environment(), trained.model, texts).seconds)
     assert statistics.median(took[False]) < 1.15 * statistics.median(took[True])
 
 
@@ -256,8 +256,8 @@ VOCABULARIES = """
 
 
 @pytest.mark.parametrize("name", VOCABULARIES)
-def test_other_vocabularies_pass_upstreams_test(name: str, engine: Engine, pristine: Engine) -> None:
+def test_other_vocabularies_pass_upstreams_test(name: str, engine: Engine, upstream: Engine) -> None:
     model = upstream_source() / "llama.cpp" / "models" / f"ggml-vocab-{name}.gguf"
-    for build in (pristine, engine):
+    for build in (upstream, engine):
         command = [build.bin / "test-tokenizer-0", model]
         assert subprocess.run(command, capture_output=True, cwd=model.parent).returncode == 0

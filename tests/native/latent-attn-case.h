@@ -2,7 +2,7 @@
 
 // One latent attention: its sources, made as llama.cpp makes them, its result by ggml's CPU backend, and its error
 // against float64 on the values that cache and weights really hold. It needs ggml's public interface alone and looks
-// LATENT_ATTN up by name, so that the same binary runs on a pristine library too.
+// LATENT_ATTN up by name, so that the same binary runs on a upstream library too.
 
 #include "check.h"
 #include "common/ggml-op-marks.h"

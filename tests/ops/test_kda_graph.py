@@ -1,6 +1,6 @@
 """KDA layers on the operators, seen from outside: the same logits as upstream's graph, and who decides.
 
-`KIMI_OPS=off` is upstream's graph in the same build; the pristine twin is another witness.
+`KIMI_OPS=off` is upstream's graph in the same build; the upstream twin is another witness.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def test_and_those_of_the_reference(case: Case, engine: Engine, monkeypatch: pyt
     assert case.error(engine).passes
 
 
-def test_and_those_of_the_pristine_build(
-    engine: Engine, pristine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_and_those_of_the_upstream_build(
+    engine: Engine, upstream: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With weights this large pristine's norm constants do not matter."""
+    """With weights this large upstream's norm constants do not matter."""
     case = make_case(tmp_path, Spec(layers="KKMK", heads=4, kda_head_dim=64, std=0.2, seed=63), TOKENS)
     ours = decode("require", engine, case, monkeypatch, {})
-    assert_close(ours, decode("require", pristine, case, monkeypatch, {}))
+    assert_close(ours, decode("require", upstream, case, monkeypatch, {}))
 
 
 @pytest.mark.parametrize("way", ["at once", "token by token", "three sequences, ubatches of 32"])

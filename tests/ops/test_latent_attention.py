@@ -40,16 +40,16 @@ def test_every_type_length_mask_and_number_of_threads(tmp_path: Path, engine: En
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0"])
 @pytest.mark.parametrize("queries", [1, 70])
-def test_a_node_switched_off_has_the_bits_of_pristine(
-    queries: int, cache_type: str, tmp_path: Path, engine: Engine, pristine: Engine
+def test_a_node_switched_off_has_the_bits_of_upstream(
+    queries: int, cache_type: str, tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     hashes = {}
-    for name, build in (("ours", engine), ("pristine", pristine)):
+    for name, build in (("ours", engine), ("upstream", upstream)):
         (tmp_path / name).mkdir()
         program = compile_program(build, "latent-attn-hash.cpp", tmp_path / name, ("latent_attention",))
         for plain in (0, 1):
             hashes[name, plain] = run_program(program, str(queries), cache_type, str(plain)).stdout
-    assert hashes["ours", 1] == hashes["pristine", 1] == hashes["pristine", 0] != hashes["ours", 0]
+    assert hashes["ours", 1] == hashes["upstream", 1] == hashes["upstream", 0] != hashes["ours", 0]
 
 
 def test_where_cache_and_weights_lie_decides(tmp_path: Path, engine: Engine) -> None:

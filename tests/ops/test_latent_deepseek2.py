@@ -29,9 +29,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exact(model: Path, pristine: Engine) -> NDArray[np.float32]:
+def exact(model: Path, upstream: Engine) -> NDArray[np.float32]:
     """Pristine llama.cpp's logits, its plain attention on an F32 cache."""
-    return run_logits(pristine, model, IDS, RunOptions())
+    return run_logits(upstream, model, IDS, RunOptions())
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_an_f32_cache_gives_the_logits_of_plain_attention(form: str, errors: Err
 @pytest.mark.parametrize("cache_type", ["F16", "Q8_0"])
 @pytest.mark.parametrize("form", FORMS)
 def test_other_caches_lose_no_more_than_before(
-    form: str, cache_type: str, errors: Errors, engine: Engine, pristine: Engine
+    form: str, cache_type: str, errors: Errors, engine: Engine, upstream: Engine
 ) -> None:
-    ours, theirs = (errors(build, form, cache_type)[0] for build in (engine, pristine))
+    ours, theirs = (errors(build, form, cache_type)[0] for build in (engine, upstream))
     assert ours <= 1.05 * theirs

@@ -19,7 +19,7 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-# Activations large enough for pristine's norm constants not to matter; rows of the cache that all types divide.
+# Activations large enough for upstream's norm constants not to matter; rows of the cache that all types divide.
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, kv_lora=64, rope=32, std=0.2, seed=71)
 A, B = np.random.default_rng(71).integers(0, VOCAB_SIZE, (2, 250))
 SAVED = 120  # tokens of A in the state; 50 of B live beside it
@@ -84,13 +84,13 @@ def test_in_another_process_with_another_number_of_slots(
 
 
 @pytest.mark.parametrize("name", ["F32, plain attention", "F32", "F16", "Q8_0"])
-@pytest.mark.parametrize("to_patched", [True, False], ids=["to patched", "to pristine"])
-def test_between_pristine_and_patched(
-    name: str, to_patched: bool, gguf: Path, engine: Engine, pristine: Engine, tmp_path: Path
+@pytest.mark.parametrize("to_patched", [True, False], ids=["to patched", "to upstream"])
+def test_between_upstream_and_patched(
+    name: str, to_patched: bool, gguf: Path, engine: Engine, upstream: Engine, tmp_path: Path
 ) -> None:
     """Both builds go on from the same state. A cache of less than F32 rounds, and the builds round differently."""
-    setup, file = replace(SETUPS[name], n_seq_max=2), tmp_path / "state"  # pristine aborts with three
-    source, target = (pristine, engine) if to_patched else (engine, pristine)
+    setup, file = replace(SETUPS[name], n_seq_max=2), tmp_path / "state"  # upstream aborts with three
+    source, target = (upstream, engine) if to_patched else (engine, upstream)
     here = play(source, gguf, setup, [*BEGINNING, save(0, file), *going_on(0)]).logits
     there = play(target, gguf, setup, [load(1, file), *going_on(1)]).logits
     if name == "F32, plain attention":

@@ -87,8 +87,8 @@ def test_four_slots_write_what_each_would_alone(
         assert server.account(len(answers)) == without_replay(answers)
 
 
-def test_pristine_replays(tmp_path: Path, pristine: Engine, target: Path, draft: Path) -> None:
-    with serving(pristine, tmp_path, target, "-np", "1", *drafting(draft, 3)) as server:
+def test_upstream_replays(tmp_path: Path, upstream: Engine, target: Path, draft: Path) -> None:
+    with serving(upstream, tmp_path, target, "-np", "1", *drafting(draft, 3)) as server:
         answers = [server.complete(prompt, COUNT) for prompt in PROMPTS]
         account = server.account(len(answers))
     assert account.restored > 0
@@ -213,10 +213,10 @@ def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, 
     assert replayed > 1 if options else replayed in (0, 1)
 
 
-def test_pristines_tool_replays_and_counts_accepted_tokens_alone(
-    engine: Engine, pristine: Engine, target: Path, draft: Path
+def test_upstreams_tool_replays_and_counts_accepted_tokens_alone(
+    engine: Engine, upstream: Engine, target: Path, draft: Path
 ) -> None:
-    told = figures(pristine, target, *drafting(draft, 3), tries=9)
+    told = figures(upstream, target, *drafting(draft, 3), tries=9)
     ours = figures(engine, target, *drafting(draft, 3))
     assert told.accepted == told.drafted < told.generated
     assert told.evaluated / told.predicted > ours.evaluated / ours.predicted

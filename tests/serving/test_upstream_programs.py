@@ -1,4 +1,4 @@
-"""Upstream's own test programs end on the patched build as on the pristine one, or better.
+"""Upstream's own test programs end on the patched build as on the upstream one, or better.
 
 The programs take models from a folder; `test-llama-archs -o` makes one small model per architecture. Without
 --full, what the patches touch: kimi-linear and the architectures that share its memory, attention or norms.
@@ -61,16 +61,16 @@ def test_architectures(tmp_path: Path, archs: str, engine: Engine) -> None:
 @pytest.mark.parametrize("program", ["test-save-load-state", ROLLBACK])
 @pytest.mark.parametrize("archs", [TOUCHED, pytest.param(ALL, marks=full)], ids=["touched", "all"])
 def test_states_of_small_models(
-    tmp_path: Path, archs: str, program: str, engine: Engine, pristine: Engine
+    tmp_path: Path, archs: str, program: str, engine: Engine, upstream: Engine
 ) -> None:
-    expected = table(pristine, tmp_path / "pristine", archs, program)
+    expected = table(upstream, tmp_path / "upstream", archs, program)
     if program == ROLLBACK:
         expected = [with_rollback(line) for line in expected]
     assert table(engine, tmp_path / "patched", archs, program) == expected
 
 
 def with_rollback(line: str) -> str:
-    """A line of pristine's table as it must read where kimi-linear can roll back: pristine skips it."""
+    """A line of upstream's table as it must read where kimi-linear can roll back: upstream skips it."""
     if not line.startswith("kimi-linear"):
         return line
     assert "SKIP" in line and "PASS" not in line, line
@@ -95,10 +95,10 @@ def test_rollback_of_the_demo(
         assert sum(done in line for line in said) == 2, said
 
 
-def test_pristine_does_not_roll_back_the_demo(
-    tmp_path: Path, demo_gguf: Callable[[str], Path], pristine: Engine
+def test_upstream_does_not_roll_back_the_demo(
+    tmp_path: Path, demo_gguf: Callable[[str], Path], upstream: Engine
 ) -> None:
-    said = outcome(pristine, tmp_path, ROLLBACK, "-m", str(demo_gguf("BF16")), "-t", "1")
+    said = outcome(upstream, tmp_path, ROLLBACK, "-m", str(demo_gguf("BF16")), "-t", "1")
     assert any("skipping" in line for line in said)
 
 

@@ -25,7 +25,7 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
     """A record with one cell."""
     cell = {
         "cache_type": "f16", "sequences": 1, "threads": 2, "depth": depth, "batch": 1, "tokens": 1, "ratio": ratio,
-        "pristine": {"way": "pristine", "tokens_per_second": 10.0, "spread": 0.01},
+        "upstream": {"way": "upstream", "tokens_per_second": 10.0, "spread": 0.01},
         "patched": {"tokens_per_second": 10.0 * ratio, "spread": 0.01},
         "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05}, "others": 0.0,
     }  # fmt: skip
@@ -34,8 +34,8 @@ def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
         "compilers": {"C++": "c++: some compiler 1.0"},
     }  # fmt: skip
     return {
-        "schema": 1, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
-        "hybrid": None, "switch": "require", "engines": {"patched": engine, "pristine": engine}, "libraries": None,
+        "schema": 3, "command": f"kimi-llama bench {created}", "created": created, "limits": [], "operators": [],
+        "hybrid": None, "switch": "require", "engines": {"patched": engine, "upstream": engine}, "libraries": None,
         "machine": {"processor": "one", "cores": 2, "memory_gib": None, "system": "Linux 1"},
         "models": [{"name": "m", "cells": [cell], "about": {"load": {}, "contexts": {}, "shared": {}}}],
     }  # fmt: skip

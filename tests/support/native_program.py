@@ -1,7 +1,7 @@
 """Small C++ programs against a build's ggml: what pytest compiles from tests/native and runs.
 
 Input: a build, a source file and the folders of our operators that it includes. Output: the path of the program,
-compiled with all warnings as errors. Its headers are pristine upstream's, which patches never change for
+compiled with all warnings as errors. Its headers are upstream's, which patches never change for
 others, and those of ggml_ops.
 """
 

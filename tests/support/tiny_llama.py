@@ -98,15 +98,15 @@ class Tiny:
     archive: Path
     cache: Cache
 
-    def spec(self, pristine: bool = False, source: Path | None = None) -> build_spec.BuildSpec:
+    def spec(self, upstream: bool = False, source: Path | None = None) -> build_spec.BuildSpec:
         """The build spec of the patched miniature or its twin."""
-        real = build_spec.make_build_spec(pristine=True, source=source)
-        series = Series(()) if pristine else self.series
-        return dataclasses.replace(real, pin=self.pin, pristine=pristine, series=series)
+        real = build_spec.make_build_spec(upstream=True, source=source)
+        series = Series(()) if upstream else self.series
+        return dataclasses.replace(real, pin=self.pin, upstream=upstream, series=series)
 
-    def build(self, pristine: bool = False, tests: bool = False, source: Path | None = None) -> Path:
+    def build(self, upstream: bool = False, tests: bool = False, source: Path | None = None) -> Path:
         """Build it; returns the folder of the build."""
-        return build(self.spec(pristine, source), self.cache, self.archive, tests, Silent())
+        return build(self.spec(upstream, source), self.cache, self.archive, tests, Silent())
 
 
 def pack(archive: Path, files: Mapping[str, str], extra: tuple[tarfile.TarInfo, ...] = ()) -> None:
@@ -153,7 +153,7 @@ def load(folder: Path, patched: str | None = None) -> Tiny:
         archive_sha256=file_sha256(archive),
         source_folder=f"{ROOT}/llama.cpp",
         python_folder=f"{ROOT}/llama_cpp",
-        pristine_tree_sha256=tree_hash(folder / "tree"),
+        upstream_tree_sha256=tree_hash(folder / "tree"),
         patched_tree_sha256=patched or tree_hash(folder / "patched"),
     )
     series = load_series(folder / "series", folder / "ops")

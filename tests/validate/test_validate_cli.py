@@ -32,7 +32,7 @@ def gguf(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("engine", "pristine")
+@pytest.mark.usefixtures("engine", "upstream")
 def test_a_sound_file_passes_and_three_reports_are_written(
     gguf: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

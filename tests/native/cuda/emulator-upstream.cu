@@ -1,4 +1,4 @@
-// Code of pristine llama.cpp, run as it is: gated_delta_net.cu as ggml-cuda would run it, and the tiles of mma.cuh, which
+// Code of upstream llama.cpp, run as it is: gated_delta_net.cu as ggml-cuda would run it, and the tiles of mma.cuh, which
 // know the fragments' layouts on their own. Both against plain loops in float64.
 
 #include "../check.h"
