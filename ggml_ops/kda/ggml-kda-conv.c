@@ -13,24 +13,17 @@ struct ggml_kda_conv_params ggml_kda_conv_get_params(const struct ggml_tensor * 
     return params;
 }
 
-struct ggml_tensor * ggml_kda_conv(struct ggml_context * ctx,
-                                   struct ggml_tensor *  q,
-                                   struct ggml_tensor *  k,
-                                   struct ggml_tensor *  v,
-                                   struct ggml_tensor *  wq,
-                                   struct ggml_tensor *  wk,
-                                   struct ggml_tensor *  wv,
-                                   struct ggml_tensor *  cache,
-                                   struct ggml_tensor *  rows,
-                                   int64_t               head_size,
-                                   int64_t               n_snapshots,
-                                   int32_t               zero_row,
-                                   float                 eps) {
+struct ggml_tensor * ggml_kda_conv(struct ggml_context *       ctx,
+                                   struct ggml_tensor * const  sources[GGML_KDA_CONV_N_SRC],
+                                   struct ggml_kda_conv_params params) {
+    const struct ggml_tensor * q     = sources[GGML_KDA_CONV_Q];
+    const struct ggml_tensor * cache = sources[GGML_KDA_CONV_CACHE];
+    const struct ggml_tensor * rows  = sources[GGML_KDA_CONV_ROWS];
+
     const int64_t C = q->ne[0];
     const int64_t T = q->ne[1];
     const int64_t S = q->ne[2];
 
-    struct ggml_tensor * const sources[] = { q, k, v, wq, wk, wv, cache, rows };
     for (int x = GGML_KDA_CONV_Q; x <= GGML_KDA_CONV_V; ++x) {
         const struct ggml_tensor * input  = sources[x];
         const struct ggml_tensor * weight = sources[GGML_KDA_CONV_WQ + x];
@@ -43,18 +36,17 @@ struct ggml_tensor * ggml_kda_conv(struct ggml_context * ctx,
     GGML_ASSERT(cache->ne[0] == 3 * (GGML_KDA_CONV_WIDTH - 1) * C);
     GGML_ASSERT(rows->type == GGML_TYPE_I32 && rows->nb[0] == sizeof(int32_t));
     GGML_ASSERT(rows->ne[0] == S && ggml_is_vector(rows));
-    GGML_ASSERT(head_size > 0 && C % head_size == 0);
-    GGML_ASSERT(n_snapshots >= 1);
-    GGML_ASSERT(zero_row >= -1 && zero_row < cache->ne[1]);
+    GGML_ASSERT(params.head_size > 0 && C % params.head_size == 0);
+    GGML_ASSERT(params.n_snapshots >= 1);
+    GGML_ASSERT(params.zero_row >= -1 && params.zero_row < cache->ne[1]);
 
     struct ggml_tensor * result =
-        ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 3 * C, T * S + (GGML_KDA_CONV_WIDTH - 1) * S * n_snapshots);
+        ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 3 * C, T * S + (GGML_KDA_CONV_WIDTH - 1) * S * params.n_snapshots);
 
-    const struct ggml_kda_conv_params params = { (int32_t) head_size, (int32_t) n_snapshots, zero_row, eps };
     ggml_set_op_params(result, &params, sizeof(params));
 
     result->op = GGML_OP_KDA_CONV;
-    for (int i = GGML_KDA_CONV_Q; i <= GGML_KDA_CONV_ROWS; ++i) {
+    for (int i = GGML_KDA_CONV_Q; i < GGML_KDA_CONV_N_SRC; ++i) {
         result->src[i] = sources[i];
     }
 

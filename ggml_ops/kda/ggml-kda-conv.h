@@ -11,6 +11,26 @@ extern "C" {
 
 #define GGML_KDA_CONV_WIDTH 4
 
+// the sources in order, and the parameters as they are in op_params
+enum ggml_kda_conv_src {
+    GGML_KDA_CONV_Q,
+    GGML_KDA_CONV_K,
+    GGML_KDA_CONV_V,
+    GGML_KDA_CONV_WQ,
+    GGML_KDA_CONV_WK,
+    GGML_KDA_CONV_WV,
+    GGML_KDA_CONV_CACHE,
+    GGML_KDA_CONV_ROWS,
+    GGML_KDA_CONV_N_SRC,
+};
+
+struct ggml_kda_conv_params {
+    int32_t head_size;
+    int32_t n_snapshots;
+    int32_t zero_row;
+    float   eps;
+};
+
 // C channels (head size times heads), T tokens of a sequence, S sequences, R rows of the cache;
 // float32 but for rows
 //
@@ -26,38 +46,9 @@ extern "C" {
 // result: [3*C, T*S + 3*S*n_snapshots]: silu(conv) of q (normed, times head_size^-1/2), of k (normed) and of
 // v, [3*C, T, S], then the states [9*C, S, n_snapshots], of which slots 0..min(T, n_snapshots-1) are written;
 // slot T is the state that the tokens found
-GGML_API struct ggml_tensor * ggml_kda_conv(struct ggml_context * ctx,
-                                            struct ggml_tensor *  q,
-                                            struct ggml_tensor *  k,
-                                            struct ggml_tensor *  v,
-                                            struct ggml_tensor *  wq,
-                                            struct ggml_tensor *  wk,
-                                            struct ggml_tensor *  wv,
-                                            struct ggml_tensor *  cache,
-                                            struct ggml_tensor *  rows,
-                                            int64_t               head_size,
-                                            int64_t               n_snapshots,
-                                            int32_t               zero_row,
-                                            float                 eps);
-
-// the sources in order, and the parameters as they stand in op_params
-enum ggml_kda_conv_src {
-    GGML_KDA_CONV_Q,
-    GGML_KDA_CONV_K,
-    GGML_KDA_CONV_V,
-    GGML_KDA_CONV_WQ,
-    GGML_KDA_CONV_WK,
-    GGML_KDA_CONV_WV,
-    GGML_KDA_CONV_CACHE,
-    GGML_KDA_CONV_ROWS,
-};
-
-struct ggml_kda_conv_params {
-    int32_t head_size;
-    int32_t n_snapshots;
-    int32_t zero_row;
-    float   eps;
-};
+GGML_API struct ggml_tensor * ggml_kda_conv(struct ggml_context *       ctx,
+                                            struct ggml_tensor * const  sources[GGML_KDA_CONV_N_SRC],
+                                            struct ggml_kda_conv_params params);
 
 GGML_API struct ggml_kda_conv_params ggml_kda_conv_get_params(const struct ggml_tensor * op);
 

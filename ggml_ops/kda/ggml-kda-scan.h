@@ -9,6 +9,27 @@
 extern "C" {
 #endif
 
+// the sources in order, and the parameters as they are in op_params
+enum ggml_kda_scan_src {
+    GGML_KDA_SCAN_QKV,
+    GGML_KDA_SCAN_F,
+    GGML_KDA_SCAN_DT_BIAS,
+    GGML_KDA_SCAN_A,
+    GGML_KDA_SCAN_BETA,
+    GGML_KDA_SCAN_GATE,
+    GGML_KDA_SCAN_NORM,
+    GGML_KDA_SCAN_CACHE,
+    GGML_KDA_SCAN_ROWS,
+    GGML_KDA_SCAN_N_SRC,
+};
+
+struct ggml_kda_scan_params {
+    int32_t n_snapshots;
+    int32_t zero_row;
+    float   eps;
+    float   lower_bound;
+};
+
 // D head size, H heads, T tokens of a sequence, S sequences, R rows of the cache; float32 but for rows
 //
 //   qkv     [D, 3*H, T, S]  q heads, then k, then v: the result of ggml_kda_conv
@@ -30,40 +51,9 @@ extern "C" {
 // result: [D*H, T*S + D*S*n_snapshots]: the gated output [D, H, T, S], then the states
 // [D*D*H, S, n_snapshots], of which slots 0..min(T, n_snapshots-1) are written;
 // slot T is the state that the tokens found
-GGML_API struct ggml_tensor * ggml_kda_scan(struct ggml_context * ctx,
-                                            struct ggml_tensor *  qkv,
-                                            struct ggml_tensor *  f,
-                                            struct ggml_tensor *  dt_bias,
-                                            struct ggml_tensor *  a,
-                                            struct ggml_tensor *  beta,
-                                            struct ggml_tensor *  gate,
-                                            struct ggml_tensor *  norm,
-                                            struct ggml_tensor *  cache,
-                                            struct ggml_tensor *  rows,
-                                            int64_t               n_snapshots,
-                                            int32_t               zero_row,
-                                            float                 eps,
-                                            float                 lower_bound);
-
-// the sources in order, and the parameters as they stand in op_params
-enum ggml_kda_scan_src {
-    GGML_KDA_SCAN_QKV,
-    GGML_KDA_SCAN_F,
-    GGML_KDA_SCAN_DT_BIAS,
-    GGML_KDA_SCAN_A,
-    GGML_KDA_SCAN_BETA,
-    GGML_KDA_SCAN_GATE,
-    GGML_KDA_SCAN_NORM,
-    GGML_KDA_SCAN_CACHE,
-    GGML_KDA_SCAN_ROWS,
-};
-
-struct ggml_kda_scan_params {
-    int32_t n_snapshots;
-    int32_t zero_row;
-    float   eps;
-    float   lower_bound;
-};
+GGML_API struct ggml_tensor * ggml_kda_scan(struct ggml_context *       ctx,
+                                            struct ggml_tensor * const  sources[GGML_KDA_SCAN_N_SRC],
+                                            struct ggml_kda_scan_params params);
 
 GGML_API struct ggml_kda_scan_params ggml_kda_scan_get_params(const struct ggml_tensor * op);
 

@@ -46,7 +46,9 @@ struct scan_node {
         norm               = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n.D);
         cache              = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, size, x.cache.size() / size);
         rows               = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n.S);
-        op = ggml_kda_scan(ctx, qkv, f, dt, a, beta, gate, norm, cache, rows, n.K, x.zero_row, x.eps, x.lower_bound);
+
+        ggml_tensor * src[] = { qkv, f, dt, a, beta, gate, norm, cache, rows };
+        op                  = ggml_kda_scan(ctx, src, { (int32_t) n.K, x.zero_row, x.eps, x.lower_bound });
     }
 
     void fill(const scan_inputs & x) const {
@@ -74,7 +76,9 @@ struct conv_node {
         }
         cache = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 9 * C, x.cache.size() / (9 * C));
         rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n.S);
-        op    = ggml_kda_conv(ctx, in[0], in[1], in[2], w[0], w[1], w[2], cache, rows, n.D, n.K, x.zero_row, x.eps);
+
+        ggml_tensor * src[] = { in[0], in[1], in[2], w[0], w[1], w[2], cache, rows };
+        op                  = ggml_kda_conv(ctx, src, { (int32_t) n.D, (int32_t) n.K, x.zero_row, x.eps });
     }
 
     void fill(const conv_inputs & x) const {

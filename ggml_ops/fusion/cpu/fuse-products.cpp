@@ -1,7 +1,6 @@
-// Products with repacked weights, or of few columns, that stand one behind the other and do not need each other: q, k and v and the first
+// Neighbouring matmuls with repacked weights, or of few columns, that do not depend on each other: q, k, v and the first
 // halves of the low-rank gates; the second halves; gate and up of a dense layer or shared expert. All activations are
-// packed first, each kind once; one barrier stands behind that and one behind all the products, so that a thread goes
-// from one weight to the next without waiting. Each value is computed by the instructions that compute it alone.
+// packed first, once per format, then all rows are multiplied, with one barrier after each of the two steps.
 
 #include "node-fusion-impl.h"
 #include "packed-product.h"

@@ -1,7 +1,7 @@
 #pragma once
 
-// The runs of nodes, each in a file of its own. All take the place of their first node and return how many nodes
-// after it they have computed as well, or 0 when the nodes there are not theirs and nothing was computed.
+// The runs of nodes, each in its own file. Each function returns how many nodes after the first one it has computed too;
+// 0: the nodes do not match, and nothing was computed.
 
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"

@@ -3,7 +3,7 @@
 #include "node-fusion.h"
 
 #include "ggml-op-marks.h"
-#include "kda-state.h"
+#include "kda-cpu.h"
 #include "node-fusion-impl.h"
 #include "quant-gemm.h"
 

@@ -2,7 +2,7 @@
 // are laid out by tap once, then the tokens run through. Neighbouring heads go together, token by token, so that
 // memory is read and written in stretches of a few kilobytes.
 
-#include "kda-conv.h"
+#include "kda-cpu.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-kda-conv.h"

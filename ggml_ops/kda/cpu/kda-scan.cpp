@@ -4,7 +4,7 @@
 // its value channels; every value is computed by the same instructions whatever the split, so results are
 // bit-equal for any number of threads.
 
-#include "kda-scan.h"
+#include "kda-cpu.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-kda-scan.h"

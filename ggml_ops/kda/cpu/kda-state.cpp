@@ -3,12 +3,10 @@
 // The operator reads rows of the cache while it writes others, so this is done only if each sequence writes the row that
 // it reads, or reads none. The rows are checked when the graph runs; the graph is the same either way.
 
-#include "kda-state.h"
+#include "kda-cpu.h"
 
 #include "ggml-cpu-impl.h"
 #include "ggml-kda-state.h"
-#include "kda-conv.h"
-#include "kda-scan.h"
 #include "ops.h"
 
 // Does every sequence continue a row that no other sequence writes?

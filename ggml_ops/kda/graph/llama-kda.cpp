@@ -130,7 +130,7 @@ ggml_tensor * llama_kda_mixer(
     const int64_t T = g.ubatch.n_seq_tokens;
     const int64_t S = g.ubatch.n_seqs;
 
-    const int64_t n_snapshots = g.cparams.n_rs_seq + 1;
+    const int32_t n_snapshots = g.cparams.n_rs_seq + 1;
     const int32_t zero_row    = inp->mctx->get_rs_z();
 
     // the matmuls of x, next to each other so that a backend can compute them together
@@ -164,18 +164,22 @@ ggml_tensor * llama_kda_mixer(
     g.cb(beta, "kda_beta", il);
 
     ggml_tensor * conv_cache = inp->mctx->get_r_l(il);
-    ggml_tensor * conv =
-        ggml_kda_conv(ctx, qkv[0], qkv[1], qkv[2], layer.ssm_q_conv, layer.ssm_k_conv, layer.ssm_v_conv, conv_cache,
-                      inp->s_copy_main, D, n_snapshots, zero_row, KDA_L2_NORM_EPS);
+    ggml_tensor * conv_src[] = { qkv[0],           qkv[1],           qkv[2],     layer.ssm_q_conv,
+                                 layer.ssm_k_conv, layer.ssm_v_conv, conv_cache, inp->s_copy_main };
+    ggml_tensor * conv       = ggml_kda_conv(ctx, conv_src, { (int32_t) D, n_snapshots, zero_row, KDA_L2_NORM_EPS });
     g.cb(conv, "kda_conv", il);
     store_states(g, inp, conv_cache, conv, 3 * C * T * S, il);
     ggml_tensor * packed = ggml_view_4d(ctx, conv, D, 3 * H, T, S, D * sizeof(float), conv->nb[1], conv->nb[1] * T, 0);
 
-    ggml_tensor * cache = inp->mctx->get_s_l(il);
-    ggml_tensor * scan  = ggml_kda_scan(
-        ctx, packed, ggml_reshape_4d(ctx, f, D, H, T, S), layer.ssm_dt_b, layer.ssm_a,
-        S > 1 ? ggml_reshape_3d(ctx, beta, H, T, S) : beta, ggml_reshape_4d(ctx, gate, D, H, T, S), layer.ssm_o_norm,
-        cache, inp->s_copy_main, n_snapshots, zero_row, g.hparams.f_norm_rms_eps, g.hparams.kda_gate_lower_bound);
+    f    = ggml_reshape_4d(ctx, f, D, H, T, S);
+    gate = ggml_reshape_4d(ctx, gate, D, H, T, S);
+    beta = S > 1 ? ggml_reshape_3d(ctx, beta, H, T, S) : beta;
+
+    ggml_tensor * cache      = inp->mctx->get_s_l(il);
+    ggml_tensor * scan_src[] = { packed,           f,     layer.ssm_dt_b,  layer.ssm_a, beta, gate,
+                                 layer.ssm_o_norm, cache, inp->s_copy_main };
+    ggml_tensor * scan       = ggml_kda_scan(
+        ctx, scan_src, { n_snapshots, zero_row, g.hparams.f_norm_rms_eps, g.hparams.kda_gate_lower_bound });
     g.cb(scan, "kda_scan", il);
     store_states(g, inp, cache, scan, C * T * S, il);
 

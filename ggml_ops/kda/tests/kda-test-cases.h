@@ -133,9 +133,10 @@ struct test_kda_conv : public test_kda {
         ggml_tensor * k     = source(ctx, "k", C, n_seq_tokens, n_seqs);
         ggml_tensor * v     = source(ctx, "v", C, n_seq_tokens, n_seqs);
         ggml_tensor * cache = new_cache(ctx, 9 * C);
-        ggml_tensor * op =
-            ggml_kda_conv(ctx, q, k, v, weight(ctx, "wq", 4, C), weight(ctx, "wk", 4, C), weight(ctx, "wv", 4, C),
-                          cache, new_rows(ctx), head_size, n_snapshots, zero_row(), 1e-6f);
+        ggml_tensor * src[] = {
+            q, k, v, weight(ctx, "wq", 4, C), weight(ctx, "wk", 4, C), weight(ctx, "wv", 4, C), cache, new_rows(ctx)
+        };
+        ggml_tensor * op = ggml_kda_conv(ctx, src, { (int32_t) head_size, (int32_t) n_snapshots, zero_row(), 1e-6f });
         ggml_set_name(op, "kda_conv");
         return with_copy(ctx, op, cache, 3 * C * n_seq_tokens * n_seqs);
     }
@@ -182,9 +183,10 @@ struct test_kda_scan : public test_kda {
         ggml_tensor * beta  = source(ctx, "beta", H, T, n_seqs);
         ggml_tensor * gate  = source(ctx, "gate", D, H, T, n_seqs);
         ggml_tensor * cache = new_cache(ctx, D * D * H);
-        ggml_tensor * op =
-            ggml_kda_scan(ctx, qkv, f, weight(ctx, "dt_bias", D * H, 1), weight(ctx, "a", 1, H), beta, gate,
-                          weight(ctx, "norm", D, 1), cache, new_rows(ctx), n_snapshots, zero_row(), 1e-5f, lower_bound);
+        ggml_tensor * src[] = { qkv,          f,    weight(ctx, "dt_bias", D * H, 1), weight(ctx, "a", 1, H),
+                                beta,         gate, weight(ctx, "norm", D, 1),        cache,
+                                new_rows(ctx) };
+        ggml_tensor * op    = ggml_kda_scan(ctx, src, { (int32_t) n_snapshots, zero_row(), 1e-5f, lower_bound });
         ggml_set_name(op, "kda_scan");
         return with_copy(ctx, op, cache, D * H * T * n_seqs);
     }

@@ -71,13 +71,10 @@ def table_text(bits: list[int]) -> str:
         f"    KIMI_{name} = {1 << bit},".ljust(24) + f"// {expr}"
         for bit, (name, expr) in enumerate(CLASSES.items())
     ]
+    versions = f"tiktoken {tiktoken.__version__}, Unicode {unicode_version()}"
     return "\n".join(
         [
-            "// Written by make_tables.py from tiktoken "
-            + tiktoken.__version__
-            + ", Unicode "
-            + unicode_version()
-            + ". Do not edit.",
+            f"// Written by make_tables.py from {versions}. Do not edit.",
             "#pragma once",
             "",
             "#include <cstdint>",

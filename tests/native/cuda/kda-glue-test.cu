@@ -225,16 +225,17 @@ static void test_conv(const conv_shape & n, const surroundings & around, bool ne
 
 // Why a node with q at `offset` floats and `gap` floats between rows is refused on a device of this capability.
 static std::string refused(int64_t D, int64_t gap, int64_t offset, int cc) {
-    standin_capability  = cc;
-    ggml_context * ctx  = ggml_init({ 1 << 20, nullptr, true });
-    const int64_t  C    = 2 * D;
-    ggml_tensor *  all  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, C + gap + offset, 4);
-    ggml_tensor *  q    = ggml_view_3d(ctx, all, C, 4, 1, (C + gap) * 4, (C + gap) * 16, offset * 4);
-    ggml_tensor *  w    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 4, C);
-    ggml_tensor *  rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
-    ggml_tensor *  op =
-        ggml_kda_conv(ctx, q, q, q, w, w, w, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 9 * C, 1), rows, D, 1, -1, 1e-6f);
-    const char * reason = ggml_cuda_kda_refused(0, op);
+    standin_capability    = cc;
+    ggml_context * ctx    = ggml_init({ 1 << 20, nullptr, true });
+    const int64_t  C      = 2 * D;
+    ggml_tensor *  all    = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, C + gap + offset, 4);
+    ggml_tensor *  q      = ggml_view_3d(ctx, all, C, 4, 1, (C + gap) * 4, (C + gap) * 16, offset * 4);
+    ggml_tensor *  w      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 4, C);
+    ggml_tensor *  rows   = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 1);
+    ggml_tensor *  cache  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 9 * C, 1);
+    ggml_tensor *  src[]  = { q, q, q, w, w, w, cache, rows };
+    ggml_tensor *  op     = ggml_kda_conv(ctx, src, { (int32_t) D, 1, -1, 1e-6f });
+    const char *   reason = ggml_cuda_kda_refused(0, op);
     ggml_free(ctx);
     standin_capability = 800;
     return reason != nullptr ? reason : "";
