@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graph_operators import operators_of_last_graph
+from llama_script import Setup, decode, play, text
 from numpy.typing import NDArray
 from random_deepseek2 import VOCAB_SIZE, DeepseekSpec, write_deepseek2
 
@@ -59,6 +60,21 @@ def test_each_form_is_in_its_graph(
         found = operators_of_last_graph(engine, model, IDS[:n_batch], options, monkeypatch)
         assert ("LATENT_ATT" in found) == (form == "decompressed")
         assert ("FLASH_ATTN" in found) == (form != "decompressed")
+
+
+@pytest.mark.parametrize("cache_type", ["F32", "Q8_0"])
+@pytest.mark.parametrize("n_seq_max", [1, 2])
+def test_memory_is_reserved_for_the_form_that_needs_more(
+    tmp_path: Path, cache_type: str, n_seq_max: int, engine: Engine
+) -> None:
+    """A batch below the threshold takes the absorbed form, which needs more than LATENT_ATTN for 512 tokens."""
+    model = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(heads=32))
+    setup = Setup(n_seq_max=n_seq_max, cells=2048, flash_attention=True, cache_type=cache_type)
+    steps, first = [], 0
+    for size in (512, 250, 150, 90):
+        steps.append(decode(*text(0, IDS[:1].repeat(size), first), wanted=[size - 1]))
+        first += size
+    assert "does not match expectation" not in play(engine, model, setup, steps, KIMI_OPS="require").log
 
 
 @pytest.mark.parametrize("form", FORMS)

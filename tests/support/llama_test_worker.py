@@ -38,6 +38,10 @@ class Player:
             del os.environ[name]
         self.use(-1)
 
+    def free(self) -> None:
+        for context in self._contexts:
+            context.free()
+
     def use(self, number: int) -> None:
         self._context = self._contexts[number]
 
@@ -101,6 +105,7 @@ class Requests:
         player = Player(self._llama, gguf, setup)
         said = [getattr(player, step)(*given) for step, *given in steps]
         np.save(file, np.concatenate(player.logits))
+        player.free()
         return [answer for answer in said if answer is not None]
 
     def tokenize(self, gguf: str, texts: list[str], special: bool) -> dict[str, Any]:
