@@ -122,20 +122,19 @@ def test_a_sequence_whose_first_batch_is_aborted_is_empty(engine: Engine, gguf: 
     assert_same(logits[:1], logits[1:])
 
 
-def test_the_second_ubatch_is_aborted(engine: Engine, gguf: Path) -> None:
+@pytest.mark.parametrize("nodes", [150, 180])
+def test_the_second_ubatch_is_aborted(engine: Engine, gguf: Path, nodes: int) -> None:
     """Ubatches of 64 tokens: the first is computed, and the sequence is lost with the second."""
-    said, _ = play(
-        engine,
-        gguf,
-        [
-            attempt(*tokens(0, 100), nodes=300),
-            attempt(*tokens(64, 65)),
-            remove(0, 64),
-            ["clear"],
-            decode(0, 1),
-        ],
-    )
-    assert said == [False, False, False]
+    steps = [
+        attempt(*tokens(0, 100), nodes=nodes),
+        attempt(*tokens(64, 65)),
+        remove(0, 64),
+        ["clear"],
+        decode(0, 1),
+    ]
+    played = llama_script.play(engine, gguf, setup(8), steps)
+    assert played.removed == [False, False, False]
+    assert "pos = [64, +inf)" in played.log
 
 
 def test_a_lost_state_is_not_saved(engine: Engine, gguf: Path, tmp_path: Path) -> None:

@@ -87,9 +87,9 @@ def remove(sequence: int, first: int, end: int = -1) -> Step:
 
 
 def attempt(*tokens: tuple[int, int, int], nodes: int | None = None) -> Step:
-    """As `decode`, without logits, aborted after so many nodes of the graph; None: not.
+    """As `decode`, aborted after so many nodes of the graph; None: not.
 
-    Whether the tokens were decoded is in `Played.removed`.
+    Whether the tokens were decoded is in `Played.removed`. The last token of each sequence gives logits if they were.
     """
     return ["attempt", [[int(number) for number in token] for token in tokens], nodes]
 

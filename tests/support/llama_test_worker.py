@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, Token
+from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, State, Token
 from kimi_gguf.engine.worker import Progress, serve
 
 ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_callback
@@ -27,6 +27,7 @@ class Player:
         self._setup = {**setup, "n_ctx": n_ctx, "n_batch": 4096}
         self._contexts: list[Context] = []
         self._nodes_left: int | None = None
+        self._stored: dict[str, State] = {}
         self._abort_callback = ABORT_CALLBACK(self._is_aborted)
         self.context({})
         self.logits: list[Logits] = []
@@ -49,8 +50,12 @@ class Player:
         self.logits.append(self._context.decode(tokens, wanted).copy())
 
     def attempt(self, tokens: list[Token], nodes: int | None) -> bool:
-        """Decode without logits, and abort after so many nodes; None: not. Was it decoded?"""
-        self._context.prepare(tokens, wanted=[])
+        """Decode, and abort after so many nodes; None: not. The last token of each sequence gives logits.
+
+        Were they decoded?
+        """
+        last = {sequence: i for i, (sequence, _, _) in enumerate(tokens)}
+        self._context.prepare(tokens, wanted=sorted(last.values()))
         self._nodes_left = nodes
         try:
             self._context.run()
@@ -58,6 +63,7 @@ class Player:
             return False
         finally:
             self._nodes_left = None
+        self.logits.append(self._context.logits().copy())
         return True
 
     def _is_aborted(self, _data: object) -> bool:
@@ -71,6 +77,20 @@ class Player:
 
     def load(self, sequence: int, file: str) -> None:
         self._context.restore(sequence, np.fromfile(file, np.uint8))
+
+    def store(self, sequence: int, name: str) -> bool:
+        """Keep the state of a sequence under a name. Could it be saved?"""
+        try:
+            self._stored[name] = self._context.save(sequence)
+        except LlamaError:
+            return False
+        return True
+
+    def fetch(self, sequence: int, name: str) -> None:
+        self._context.restore(sequence, self._stored[name])
+
+    def length(self, sequence: int) -> int:
+        return self._context.length(sequence)
 
     def reload(self, sequence: int) -> None:
         state = self._context.save(sequence)
@@ -107,6 +127,17 @@ class Requests:
         np.save(file, np.concatenate(player.logits))
         player.free()
         return [answer for answer in said if answer is not None]
+
+    def begin(self, gguf: str, setup: dict[str, Any]) -> None:
+        """Make a context for `step`."""
+        self._player = Player(self._llama, gguf, setup)
+
+    def step(self, step: list[Any]) -> tuple[Any, list[list[float]]]:
+        """Play one step. Answers its answer, and the logits that it gave."""
+        self._player.logits.clear()
+        name, *given = step
+        answer = getattr(self._player, name)(*given)
+        return answer, [row.tolist() for rows in self._player.logits for row in rows]
 
     def tokenize(self, gguf: str, texts: list[str], special: bool) -> dict[str, Any]:
         """Tokenize texts in hexadecimal; seconds: of the processor, for that alone."""
