@@ -9,7 +9,7 @@
 
 namespace latent {
 
-// One thread's memory: a row of k_b or v_b, the query folded into the latent space, a row of the cache, the sum of them.
+// Work buffer of a thread: a row of k_b or v_b, the query with k_b absorbed, a row of the cache, the weighted sum.
 static int64_t thread_size(const ggml_latent_attn_shape & s) {
     return std::max(s.n_nope, s.n_latent) + 2 * s.n_cache + s.n_latent;
 }
