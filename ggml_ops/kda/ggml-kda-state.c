@@ -1,5 +1,4 @@
-// Finds the copy of a KDA operator's new states that a backend can elide. Used by every backend, so that all elide the
-// same ones.
+// Finds the copy of a KDA operator's new states that a backend can elide. Common to all backends.
 
 #include "ggml-kda-state.h"
 
@@ -136,8 +135,7 @@ struct ggml_kda_state_copy ggml_kda_find_state_copy(const struct ggml_cgraph * c
     const struct ggml_tensor * from = node->src[0];
     struct ggml_tensor *       to   = node->src[1];
 
-    // no other node reads the states from the result: their view has one user, and the only other view is that of the
-    // output
+    // no other node reads the states from the result: their view has one user, and the only other view is the output
     const bool whole = from->view_src == op && from->view_offs == states.offset && is_states(from, &states) &&
                        ggml_is_contiguous(from) && count_uses(cgraph, node_n + 1, n, from) == 1 &&
                        ggml_node_get_use_count(cgraph, node_n) <= 2;

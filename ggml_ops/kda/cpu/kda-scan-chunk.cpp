@@ -227,8 +227,7 @@ template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64
     }
 }
 
-// Prefetches part `part` of `n_parts` of the data after the chunk at t: the next chunk, or the next head's state and
-// first chunk.
+// Prefetches part `part` of `n_parts` of the next chunk, or of the next head's state and first chunk.
 template <int D>
 static KDA_INLINE void ahead(const scan_head & head, const scan_range & range, int64_t t, int part, int n_parts) {
     const int64_t i0 = CHUNK * part / n_parts;

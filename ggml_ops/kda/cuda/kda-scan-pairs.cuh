@@ -2,12 +2,12 @@
 
 // Dot products of pairs of tokens of a chunk, with decay: A_ij = q_i.(E_ij k_j) and L_ij = beta_i k_i.(E_ij k_j).
 //
-// The log-gate has no lower bound, so decays are only ever products of e^g, each at most 1. The decay between tokens j
-// < i is split at a boundary between them: rows i are multiplied with the decays from the boundary to i, columns j with
-// those after j up to the boundary, and the rest is a matmul. Boundaries are nested: at 32 for the halves of the chunk,
-// at 16 inside them, at 8; pairs inside a tile of 8 are computed one by one. At each level a token is either a row or a
-// column, so one array of factors suffices. Key channels are processed in parts of 32: a warp's lanes are the channels
-// of a part, a warp is a tile of 8 tokens.
+// The log-gate has no lower bound, so decays are only ever products of e^g, each at most 1. The decay between two
+// tokens j < i is split at a boundary between them: rows i are multiplied with the decays from the boundary to i,
+// columns j with those after j up to the boundary, and the rest is a matmul. Boundaries are nested: at 32 for the
+// halves of the chunk, at 16 inside them, at 8; pairs inside a tile of 8 are computed one by one. At each level a token
+// is either a row or a column, so one array of factors suffices. Key channels are processed in parts of 32: a warp's
+// lanes are the channels of a part, a warp is a tile of 8 tokens.
 
 #include "kda-frags.cuh"
 #include "kda-scan-chunk.cuh"

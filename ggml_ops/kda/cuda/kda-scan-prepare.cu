@@ -1,9 +1,8 @@
 // First kernel of the chunked KDA scan: computes what does not depend on the state, one block per chunk and head.
 // Input: the tokens. Output: w, u, A, P q, R k and P_last in the layout of kda-scan-chunk.cuh.
 //
-// For each part of the key channels, A and L are accumulated (kda-scan-pairs.cuh) and results that are final are
-// written. Then I + L is inverted in shared memory, and each warp solves for its 16 key channels and its 16 value
-// channels.
+// For each part of the key channels, A and L are accumulated (kda-scan-pairs.cuh) and final results are written. Then
+// I + L is inverted in shared memory, and each warp solves for its 16 key channels and its 16 value channels.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 

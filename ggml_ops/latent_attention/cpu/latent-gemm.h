@@ -1,7 +1,7 @@
 #pragma once
 
 // Dense float32 matmuls for latent attention.
-//   C[m][n] = (old C[m][n] as Accumulate says) + sum over k of A[m*a_row + k*a_step] * B[k*ldb + n]
+//   C[m][n] = (term of the old C[m][n], see Accumulate) + sum over k of A[m*a_row + k*a_step] * B[k*ldb + n]
 // B and C are row-major and are read and written in vectors, A is broadcast; with A's two strides the same kernel
 // supports a matrix or its transpose. The order of summation depends on the shape only.
 
@@ -110,8 +110,8 @@ static inline void multiply_in_steps(Product p, int64_t step) {
     }
 }
 
-// Rows as matrix B: dst[d*ldd + i] = row(i)[d] * factor for d in [d0, d1) and i < n_rows; zero for the other i <
-// n_cols, a multiple of LANES.
+// Rows as matrix B: dst[d*ldd + i] = row(i)[d] * factor for d in [d0, d1) and i < n_rows; zero for the other
+// i < n_cols, a multiple of LANES.
 template <typename RowOf>
 static void transpose_rows(
     const RowOf & row, int64_t n_rows, int64_t n_cols, int64_t d0, int64_t d1, float factor, float * dst, int64_t ldd) {

@@ -5,7 +5,7 @@
 // All heads of all queries see the same cache, so the rows of the matmuls are (query, head) pairs, head fastest, as in
 // the result. A thread block processes BLOCK_ROWS of them and loops over tiles of keys. Each tile is loaded into shared
 // memory once and serves as keys and values of all rows. A tile has three steps, each followed by a barrier:
-//   scores   warp (m, slice): 16 rows, a quarter of the N_CACHE values of a row, all keys of the tile; q stays in
+//   scores   warp (m, slice): 16 rows, a quarter of the N_CACHE values of a row, all keys of the tile; q is in
 //   registers
 //   softmax  eight lanes per row: sum of the slices, online maximum, weights
 //   values   warp w: all rows, values [64 w, 64 w + 64) of the result, which stays in registers

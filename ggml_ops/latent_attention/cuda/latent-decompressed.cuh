@@ -9,10 +9,9 @@
 //   expand    per run  keys and values of each head
 //   attend    per run  online softmax over them; its state is carried from run to run
 //
-// All matmuls multiply halves and sum in float32; a value that one half cannot hold accurately is a sum of two
-// (`modes`). Powers of two keep every factor in the range of halves: one for each head of k_b and v_b (weights::units),
-// one for each row of the cache, one for each tile of keys (run::shifts), which is also the unit of its keys and values
-// in all heads.
+// All matmuls multiply halves and sum in float32; a value that needs more accuracy is the sum of two halves (`modes`).
+// Powers of two keep every factor in the range of halves: one for each head of k_b and v_b (weights::units), one for
+// each row of the cache, and one for each tile of keys (run::shifts), the unit of its keys and values in all heads.
 
 #include "latent-cuda.cuh"
 #include "latent-device.cuh"

@@ -7,10 +7,10 @@
 
 struct llama_layer;
 
-// Whether to use the decompressed form for this layer and this batch. It requires `mla` in KIMI_OPS, k_b and v_b, flash
-// attention, enough queries per stream to make up for the expansion of keys and values, and one device that holds cache
-// and weights and supports the operator. If only the device is missing, this is logged once; with KIMI_OPS=require,
-// std::runtime_error is thrown.
+// Whether to use the decompressed form for this layer and this batch.
+// It requires `mla` in KIMI_OPS, k_b and v_b, flash attention, enough queries per stream to make up for the expansion
+// of keys and values, and one device that holds cache and weights and supports the operator. If only the device is
+// missing, logs this once, or throws std::runtime_error with KIMI_OPS=require.
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,

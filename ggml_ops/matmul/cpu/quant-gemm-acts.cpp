@@ -1,6 +1,5 @@
-// Activations: quantized to the same quants and scales as in ggml for the type of the weights, and packed for the
-// tiles. (quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16; the tests
-// compare.)
+// Activations: quantized to the same quants and scales as in ggml for the type of the weights, and packed for tiles.
+// Tests compare with quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16.
 
 #include "ggml-cpu.h"
 #include "quant-gemm-panel.h"
