@@ -250,14 +250,14 @@ struct Bench {
 
     // From the projected q to the output per head: the equivalent of LATENT_ATTN with upstream's nodes.
     void absorbed_whole(bool flash) {
-        ggml_tensor * q      = f32({ D + n_rope(), H, T });
-        const size_t  row    = q->nb[1];
-        ggml_tensor * nope   = ggml_view_3d(ctx, q, D, H, T, row, q->nb[2], 0);
-        ggml_tensor * rope   = ggml_view_3d(ctx, q, n_rope(), H, T, row, q->nb[2], D * sizeof(float));
-        ggml_tensor * folded = ggml_mul_mat(ctx, k_b(), ggml_permute(ctx, nope, 0, 2, 1, 3));
-        folded               = ggml_concat(ctx, ggml_permute(ctx, folded, 0, 2, 1, 3), rope, 0);
-        ggml_tensor * out    = attend(ggml_permute(ctx, folded, 0, 2, 1, 3), latent_keys(), flash);
-        out                  = ggml_mul_mat(ctx, v_b(), ggml_permute(ctx, out, 0, 2, 1, 3));
+        ggml_tensor * q        = f32({ D + n_rope(), H, T });
+        const size_t  row      = q->nb[1];
+        ggml_tensor * nope     = ggml_view_3d(ctx, q, D, H, T, row, q->nb[2], 0);
+        ggml_tensor * rope     = ggml_view_3d(ctx, q, n_rope(), H, T, row, q->nb[2], D * sizeof(float));
+        ggml_tensor * latent_q = ggml_mul_mat(ctx, k_b(), ggml_permute(ctx, nope, 0, 2, 1, 3));
+        latent_q               = ggml_concat(ctx, ggml_permute(ctx, latent_q, 0, 2, 1, 3), rope, 0);
+        ggml_tensor * out      = attend(ggml_permute(ctx, latent_q, 0, 2, 1, 3), latent_keys(), flash);
+        out                    = ggml_mul_mat(ctx, v_b(), ggml_permute(ctx, out, 0, 2, 1, 3));
         add(ggml_cont_2d(ctx, ggml_permute(ctx, out, 0, 2, 1, 3), C, T));
     }
 

@@ -259,7 +259,7 @@ class LatentCase {
     }
 
     // The query with k_b absorbed.
-    std::vector<double> folded(int64_t row) const {
+    std::vector<double> absorbed_query(int64_t row) const {
         std::vector<double> f(s.n_cache());
         const float *       x = q_f.data() + row * s.n_key();
         if (!s.expand) {
@@ -281,7 +281,7 @@ class LatentCase {
         const int64_t       query  = row / s.n_heads % s.n_queries;
         const int64_t       head   = row % s.n_heads;
         const float *       keys   = cache_f.data() + stream * s.n_keys * s.n_cache();
-        std::vector<double> f      = folded(row);
+        std::vector<double> f      = absorbed_query(row);
         std::vector<double> score(s.n_keys, -std::numeric_limits<double>::infinity());
         double              top = -std::numeric_limits<double>::infinity();
         for (int64_t key = 0; key < s.n_keys; ++key) {

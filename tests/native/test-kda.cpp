@@ -176,8 +176,8 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
         ggml_tensor * row = ggml_view_1d(r.ctx, cache, size, extra.zero_row * cache->nb[1]);
         nodes.push_back(ggml_fill_inplace(r.ctx, row, 0.0f));
     }
-    ggml_tensor * behind = ggml_view_2d(r.ctx, cache, size, 2, cache->nb[1], 2 * cache->nb[1]);
-    nodes.push_back(ggml_cpy(r.ctx, ggml_get_rows(r.ctx, cache, moved), behind));
+    ggml_tensor * others = ggml_view_2d(r.ctx, cache, size, 2, cache->nb[1], 2 * cache->nb[1]);
+    nodes.push_back(ggml_cpy(r.ctx, ggml_get_rows(r.ctx, cache, moved), others));
     ggml_tensor * from = ggml_view_3d(r.ctx, op, size, 1, 1, size * 4, size * 4, n_out * 4);
     ggml_tensor * to   = ggml_view_3d(r.ctx, cache, size, 1, 1, cache->nb[1], 5 * cache->nb[1], cache->nb[1]);
     nodes.push_back(ggml_cpy(r.ctx, from, to));

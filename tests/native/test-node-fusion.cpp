@@ -30,7 +30,7 @@ struct program {
     std::vector<ggml_backend_buffer_t> buffers;
     std::vector<std::function<void()>> fill;
     std::vector<const ggml_tensor *>   results;
-    const ggml_tensor *                unwanted = nullptr;  // not written if its run is fused
+    const ggml_tensor *                unneeded = nullptr;  // not written if its run is fused
 
     explicit program(int threads) : backend(ggml_backend_cpu_init()) {
         ggml_backend_cpu_set_n_threads(backend, threads);
@@ -118,7 +118,7 @@ struct program {
                 }
             }
         }
-        const bool one = own_memory && unwanted != nullptr && std::isnan(*(const float *) unwanted->data);
+        const bool one = own_memory && unneeded != nullptr && std::isnan(*(const float *) unneeded->data);
         printf("%s: %016llx%s\n", name, (unsigned long long) hash, one ? " as one" : "");
         ggml_gallocr_free(galloc);
     }
@@ -147,7 +147,7 @@ static void router(program & p, int64_t experts, int64_t k, int64_t tokens, bool
     if (reader) {
         p.want(ggml_scale(ctx, scores, 1.0f));
     }
-    p.unwanted = scores;
+    p.unneeded = scores;
 }
 
 static void expert_sum(program & p, int64_t n, int64_t k, int64_t tokens) {
@@ -167,7 +167,7 @@ static void expert_sum(program & p, int64_t n, int64_t k, int64_t tokens) {
         ggml_build_forward_expand(p.graph, sum);
     }
     p.want(ggml_scale(ctx, sum, 1.0f));
-    p.unwanted = weighted;
+    p.unneeded = weighted;
 }
 
 // Several types of weights on the same activations, others on their own activations, and one that depends on the matmul

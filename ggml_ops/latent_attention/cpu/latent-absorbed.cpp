@@ -66,8 +66,8 @@ Plan make_plan(const ggml_tensor * dst) {
     p.n_blocks  = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
 
     const int64_t n_tiles = (p.n_keys + TILE_KEYS - 1) / TILE_KEYS;
-    const int64_t wanted  = (MIN_TASKS + p.n_blocks * p.n_streams - 1) / (p.n_blocks * p.n_streams);
-    const int64_t tiles   = std::max<int64_t>(1, (n_tiles + wanted - 1) / wanted);
+    const int64_t target  = (MIN_TASKS + p.n_blocks * p.n_streams - 1) / (p.n_blocks * p.n_streams);
+    const int64_t tiles   = std::max<int64_t>(1, (n_tiles + target - 1) / target);
     p.keys_a_piece        = tiles * TILE_KEYS;
     p.n_pieces            = std::max<int64_t>(1, (n_tiles + tiles - 1) / tiles);
 

@@ -10,9 +10,9 @@
 namespace latent_cuda {
 
 // The keys are split until there are about this many blocks, as many as a large device runs at once, but no further.
-constexpr int WANTED_BLOCKS = 128;
+constexpr int TARGET_BLOCKS = 128;
 constexpr int MIN_TILES     = 2;
-constexpr int MAX_PIECES    = WANTED_BLOCKS;
+constexpr int MAX_PIECES    = TARGET_BLOCKS;
 constexpr int JOIN_THREADS  = N_LATENT / 4;
 
 static_assert(MAX_PIECES <= JOIN_THREADS, "a thread a piece");
@@ -22,8 +22,8 @@ static plan make_plan(const attention & args) {
     p.n_rows          = args.n_queries * args.n_heads;
     p.n_blocks        = divide_up(p.n_rows, BLOCK_ROWS);
     const int n_tiles = divide_up(args.n_keys, TILE_KEYS);
-    const int wanted  = divide_up(WANTED_BLOCKS, p.n_blocks * args.n_streams);
-    const int tiles   = divide_up(n_tiles, wanted);
+    const int target  = divide_up(TARGET_BLOCKS, p.n_blocks * args.n_streams);
+    const int tiles   = divide_up(n_tiles, target);
     p.keys_a_piece    = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
     p.n_pieces        = divide_up(args.n_keys, p.keys_a_piece);
     return p;

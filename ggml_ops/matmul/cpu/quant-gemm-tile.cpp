@@ -1,7 +1,7 @@
 // The tiles: a panel of 32 weight rows times one to six activation rows, with the sums in registers.
 //
-// For each four values of K, two loads of weights and one broadcast per activation row feed two instructions of 64
-// multiplications each. A block of 32 values is summed as integers, then scaled and added as floats.
+// For each four values of K there are two loads of weights; each activation row takes one broadcast and two
+// instructions of 64 multiplications. A block of 32 values is summed as integers, then scaled and added as floats.
 
 #include "quant-gemm-panel.h"
 

@@ -117,9 +117,9 @@ surround(graph & g, const surroundings & around, const Node & node, const Shape 
         }
         ggml_tensor * moved = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, 2);
         ggml_set_name(moved, "moved");
-        ggml_tensor * behind =
+        ggml_tensor * others =
             ggml_view_2d(g.ctx, cache, size, 2, cache->nb[1], (around.onto ? n.S - 1 : n.S) * cache->nb[1]);
-        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), behind));
+        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), others));
     }
     if (around.copied) {
         ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, from, to));

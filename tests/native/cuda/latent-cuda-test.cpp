@@ -128,10 +128,10 @@ static void test_values(const LatentShape & scores, const LatentShape & values, 
         s.query       = deviation;
         check({ s });
     }
-    LatentShape beside = queries.with(2, 2);
-    beside.first       = 1e-3f;
-    beside.last        = 1e3f;
-    check({ beside, 0, 1 });
+    LatentShape varied = queries.with(2, 2);
+    varied.first       = 1e-3f;
+    varied.last        = 1e3f;
+    check({ varied, 0, 1 });
 }
 
 static void test_absorbed(ggml_type type) {

@@ -40,9 +40,9 @@ static SecondStep step(ggml_cgraph * graph, int i) {
     ggml_tensor * node = graph->nodes[i];
     upstream_missing   = 0;
     try {
-        const int n_behind = ggml_cuda_try_fuse(&cuda(), graph, i);
-        if (n_behind > 0) {
-            return { 1 + n_behind, !upstream_missing };
+        const int n_after = ggml_cuda_try_fuse(&cuda(), graph, i);
+        if (n_after > 0) {
+            return { 1 + n_after, !upstream_missing };
         }
         if (is_ours(node) || node->op == GGML_OP_FLASH_ATTN_EXT) {
             GGML_ASSERT(ggml_cuda_compute_forward(cuda(), node));

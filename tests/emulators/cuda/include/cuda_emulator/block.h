@@ -150,15 +150,15 @@ inline Warp * next_warp() {
     std::string text = "no thread of the block can go on:";
     for (const Warp & warp : block.warps) {
         // one line for each place at which lanes of this warp wait
-        uint32_t told = ~warp.alive;
-        while (~told) {
-            const Thread & first = warp.threads[__builtin_ctz(~told)];
+        uint32_t printed = ~warp.alive;
+        while (~printed) {
+            const Thread & first = warp.threads[__builtin_ctz(~printed)];
             uint32_t       same  = 0;
             for (unsigned lane = 0; lane < 32; lane++) {
                 const bool alive = warp.alive >> lane & 1;
                 same |= uint32_t(alive && warp.threads[lane].waits_at == first.waits_at) << lane;
             }
-            told |= same;
+            printed |= same;
             text += format("\n  warp %u, lanes 0x%08x (the first is %s) wait at %s, %s", warp.number, same,
                            name_of(first).c_str(), first.waits_for, first.waits_at.text().c_str());
         }

@@ -232,8 +232,8 @@ inline void run_grid(const Shape & shape) {
 
 // Throws the Fault of the last launch, if it failed.
 inline void report(const char * name, const void * kernel) {
-    const std::string beside_buffers = device_memory.trespasses(), beside_arrays = shared_trespasses();
-    std::string       text = beside_buffers.empty() ? beside_arrays : beside_buffers;
+    const std::string outside_buffers = device_memory.trespasses(), outside_arrays = shared_trespasses();
+    std::string       text = outside_buffers.empty() ? outside_arrays : outside_buffers;
     if (block.failed) {
         text         = trap.signal ? trap_text() : block.message;
         block.failed = false;

@@ -35,15 +35,15 @@ class Guarded {
     size_t bytes = 0;
 
     // `room` is address space of `room_bytes`; the buffer is placed in its middle.
-    void open(char * room, size_t room_bytes, size_t wanted, size_t alignment, Placement placement) {
+    void open(char * room, size_t room_bytes, size_t needed, size_t alignment, Placement placement) {
         close();
         const size_t page = page_bytes();
-        opened            = rounded_up(wanted ? wanted : 1, page);
+        opened            = rounded_up(needed ? needed : 1, page);
         first             = room + (room_bytes - opened) / 2 / page * page;
-        bytes             = wanted;
-        begin             = placement == Placement::start ? first : first + opened - rounded_up(wanted, alignment);
+        bytes             = needed;
+        begin             = placement == Placement::start ? first : first + opened - rounded_up(needed, alignment);
         if (opened + 2 * page > room_bytes || mprotect(first, opened, PROT_READ | PROT_WRITE) != 0) {
-            throw Fault(format("no memory for %zu bytes of the emulated device", wanted));
+            throw Fault(format("no memory for %zu bytes of the emulated device", needed));
         }
         memset(first, POISON, opened);
     }
