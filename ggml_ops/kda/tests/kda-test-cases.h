@@ -118,7 +118,6 @@ struct test_kda : public test_case {
     }
 };
 
-// GGML_OP_KDA_CONV
 struct test_kda_conv : public test_kda {
     using test_kda::test_kda;
 
@@ -144,7 +143,6 @@ struct test_kda_conv : public test_kda {
     void initialize_tensors(ggml_context * ctx) override { init_from(ctx, { { "q", -4, 4 }, { "k", -1e-3f, 1e-3f } }); }
 };
 
-// GGML_OP_KDA_SCAN
 struct test_kda_scan : public test_kda {
     const float f_max;  // gates: f is in [-f_max, f_max], and -exp(A_log) in [-4, 0]
     const float lower_bound;

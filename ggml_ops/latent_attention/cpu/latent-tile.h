@@ -40,7 +40,7 @@ struct KeyTile {
     bool    masked;  // false: the mask of all these queries is zero on all these keys
 };
 
-// The mask rows (F16, one entry per key) of neighbouring queries; rows are `stride` bytes apart. No mask: data is null.
+// The mask rows (F16, one entry per key) of neighbouring queries, row stride `stride` bytes. No mask: data is null.
 struct MaskRows {
     const char * data;
     size_t       stride;
