@@ -1,8 +1,8 @@
-// Peak rates of a device with ggml: bytes moved by a copy, and multiply-adds of large matmuls, per second.
+// Measures peak rates of a device with ggml: bytes moved by a copy, and multiply-adds of large matmuls, per second.
 //
-//   device NAME     prints one line of JSON; what the device does not compute is null
+//   device NAME     prints one line of JSON; null for operations that the device does not support
 //
-// Sizes grow until a graph takes long enough to be timed, or fills its share of the memory.
+// Sizes grow until a graph takes long enough to be timed, or uses its share of the memory.
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -18,16 +18,16 @@
 
 namespace {
 
-constexpr int    NODES    = 4;     // of a graph, so that the launch does not count
-constexpr double ENOUGH   = 0.02;  // seconds of a graph
-constexpr double SECONDS  = 0.3;   // of repeating a graph
-constexpr int    LARGEST  = 8192;  // rows and columns of a matmul
+constexpr int    NODES    = 4;     // per graph, to amortize the launch
+constexpr double ENOUGH   = 0.02;  // minimum seconds per graph
+constexpr double SECONDS  = 0.3;   // seconds spent repeating a graph
+constexpr int    LARGEST  = 8192;  // maximum rows and columns of a matmul
 constexpr size_t MEBIBYTE = size_t(1) << 20;
 
 // Builds one result in a context; NODES of them make a graph.
 using Build = std::function<ggml_tensor *(ggml_context *)>;
 
-// The best time of a graph in seconds, over SECONDS; 0 if the device does not compute it or lacks the memory.
+// The best time of a graph in seconds, over SECONDS; 0 if the device does not support it or memory is too small.
 double best(ggml_backend_t backend, const Build & build) {
     std::vector<uint8_t>   memory(ggml_tensor_overhead() * 8 * NODES + ggml_graph_overhead());
     const ggml_init_params params = { memory.size(), memory.data(), true };
@@ -51,7 +51,7 @@ double best(ggml_backend_t backend, const Build & build) {
                 break;
             }
             const double took = std::max<int64_t>(1, ggml_time_us() - from) / 1e6;
-            least             = turn < 2 ? took : std::min(least, took);  // the first pays for what comes with it
+            least             = turn < 2 ? took : std::min(least, took);  // the first run includes warm-up
         }
         ggml_backend_buffer_free(buffer);
     }
@@ -59,7 +59,7 @@ double best(ggml_backend_t backend, const Build & build) {
     return least;
 }
 
-// Bytes read and written a second by a copy.
+// Bytes read and written per second by a copy.
 double copying(ggml_backend_t backend, size_t room) {
     double rate = 0;
     for (size_t size = 16 * MEBIBYTE; 2 * NODES * size <= room; size *= 2) {
@@ -80,7 +80,7 @@ double copying(ggml_backend_t backend, size_t room) {
     return rate;
 }
 
-// Multiply-adds a second with weights of a type and activations in float32.
+// Multiply-adds per second with weights of a type and float32 activations.
 double matmul(ggml_backend_t backend, ggml_type type) {
     double rate = 0;
     for (int n = 512; n <= LARGEST; n *= 2) {

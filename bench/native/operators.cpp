@@ -1,25 +1,25 @@
-// Time of single operators: the KDA recurrence, its convolutions, latent attention, matmuls.
-// The same source measures an upstream and a patched build: operators of the patches are looked up by name.
+// Times single operators: the KDA recurrence, its convolutions, latent attention, matmuls.
+// The same source works with an upstream and a patched build: operators of the patches are looked up by name.
 //
 //   operators CASE [key=value ...]     keys and defaults below; prints one line of JSON
 //
-// CASE                what is in the graph, for each of `layers` layers with their own states or caches
+// CASE                contents of the graph, for each of `layers` layers with their own states or caches
 //   gdn               upstream's GATED_DELTA_NET alone, on a contiguous state
 //   gdn-state         with the state gathered from the cache by row, and copied back
-//   gdn-mixer         and with all else that KDA_SCAN computes: bias, softplus, decay, sigmoids, output norm and gate
+//   gdn-mixer         and with the rest of KDA_SCAN: bias, softplus, decay, sigmoids, output norm and gate
 //   scan              KDA_SCAN on the cache, and the copy of its states, which the CPU elides if it can
 //   conv-nodes        upstream's three convolutions: gather, transpose, concat, copy back, ssm_conv, silu; L2 norms
 //   conv              KDA_CONV on the cache, and the copy of its states
 //   absorbed          FLASH_ATTN_EXT over the latent
 //   absorbed-plain    without flash attention: two matmuls and a softmax
 //   whole, whole-plain  the absorbed attention with the matmuls by k_b before it and by v_b after it
-//   latent            LATENT_ATTN, which contains them
+//   latent            LATENT_ATTN, which includes these matmuls
 //   product           a matmul by `rows` x `k` weights, or by `used` of `experts` such matrices for each token; weights
-//                     are repacked if the processor has kernels for that
+//                     are repacked if the CPU has kernels for that
 //   product-rows      the same as with --repack 0
 //
-// The time is that of a graph with all layers; each layer has its own memory, so that the caches hold no more of it than
-// in a model.
+// The time is that of a graph with all layers; each layer has its own memory, so that no more of it is cached than in a
+// model.
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -72,7 +72,7 @@ struct Options {
     }
 };
 
-// Calls a function of the patches, which has exactly the types of `arguments`.
+// Calls a function of the patches with exactly the types of `arguments`.
 template <typename... A> ggml_tensor * patched_operator(const char * name, A... arguments) {
     void * found = dlsym(RTLD_DEFAULT, name);
     if (!found) {
@@ -82,7 +82,7 @@ template <typename... A> ggml_tensor * patched_operator(const char * name, A... 
     return ((ggml_tensor * (*)(A...)) found)(arguments...);
 }
 
-// A graph under construction; `fill` gives its tensors values once they are allocated.
+// A graph under construction; `fill` sets the values of its tensors after allocation.
 struct Bench {
     const Options & o;
     ggml_context *  ctx;
@@ -248,16 +248,16 @@ struct Bench {
 
     ggml_tensor * v_b() { return input(o.type("weights"), { n_latent(), D, H }, 0.0f, 0.05f); }
 
-    // From the projected q to a value per head: what LATENT_ATTN computes, with upstream's nodes.
+    // From the projected q to the output per head: the equivalent of LATENT_ATTN with upstream's nodes.
     void absorbed_whole(bool flash) {
-        ggml_tensor * q      = f32({ D + n_rope(), H, T });
-        const size_t  row    = q->nb[1];
-        ggml_tensor * nope   = ggml_view_3d(ctx, q, D, H, T, row, q->nb[2], 0);
-        ggml_tensor * rope   = ggml_view_3d(ctx, q, n_rope(), H, T, row, q->nb[2], D * sizeof(float));
-        ggml_tensor * folded = ggml_mul_mat(ctx, k_b(), ggml_permute(ctx, nope, 0, 2, 1, 3));
-        folded               = ggml_concat(ctx, ggml_permute(ctx, folded, 0, 2, 1, 3), rope, 0);
-        ggml_tensor * out    = attend(ggml_permute(ctx, folded, 0, 2, 1, 3), latent_keys(), flash);
-        out                  = ggml_mul_mat(ctx, v_b(), ggml_permute(ctx, out, 0, 2, 1, 3));
+        ggml_tensor * q        = f32({ D + n_rope(), H, T });
+        const size_t  row      = q->nb[1];
+        ggml_tensor * nope     = ggml_view_3d(ctx, q, D, H, T, row, q->nb[2], 0);
+        ggml_tensor * rope     = ggml_view_3d(ctx, q, n_rope(), H, T, row, q->nb[2], D * sizeof(float));
+        ggml_tensor * latent_q = ggml_mul_mat(ctx, k_b(), ggml_permute(ctx, nope, 0, 2, 1, 3));
+        latent_q               = ggml_concat(ctx, ggml_permute(ctx, latent_q, 0, 2, 1, 3), rope, 0);
+        ggml_tensor * out      = attend(ggml_permute(ctx, latent_q, 0, 2, 1, 3), latent_keys(), flash);
+        out                    = ggml_mul_mat(ctx, v_b(), ggml_permute(ctx, out, 0, 2, 1, 3));
         add(ggml_cont_2d(ctx, ggml_permute(ctx, out, 0, 2, 1, 3), C, T));
     }
 
@@ -325,7 +325,7 @@ struct Bench {
         }
     }
 
-    // Rows out of a pool, in another order each time: random enough to compute on, and quick to make.
+    // Rows from a pool, in a different order each time: random enough for the computation, and fast to generate.
     void fill_values(const Filling & f) {
         constexpr int64_t               pool = 61;
         const int64_t                   n    = f.tensor->ne[0];
@@ -346,7 +346,7 @@ struct Bench {
         for (int64_t row = 0; row < ggml_nrows(f.tensor); ++row) {
             memcpy(all.data() + row * size, encoded.data() + row % made * size, size);
         }
-        ggml_backend_tensor_set(f.tensor, all.data(), 0, all.size());  // a repacked tensor is only set as a whole
+        ggml_backend_tensor_set(f.tensor, all.data(), 0, all.size());  // a repacked tensor can only be set as a whole
     }
 };
 
@@ -379,7 +379,7 @@ ggml_backend_buffer_type_t repack_buffer_type() {
     return nullptr;
 }
 
-// Memory for weights of one type and shape as llama.cpp chooses it: repacked, if there are kernels for the type.
+// Memory for weights of one type and shape as llama.cpp selects it: repacked, if there are kernels for the type.
 ggml_backend_buffer_t place_weights(ggml_context * ctx) {
     ggml_tensor * const first = ggml_get_first_tensor(ctx);
     if (first == nullptr) {
@@ -423,7 +423,7 @@ int main(int argc, char ** argv) {
 
     const double        enough = std::stod(options.values.at("seconds"));
     std::vector<double> seconds;
-    ggml_backend_graph_compute(backend, bench.graph);  // pages and caches
+    ggml_backend_graph_compute(backend, bench.graph);  // warms up pages and caches
     for (double sum = 0.0; sum < enough || (int64_t) seconds.size() < options.number("least");) {
         const int64_t began = ggml_time_us();
         ggml_backend_graph_compute(backend, bench.graph);

@@ -1,8 +1,8 @@
-// Peak rates of this machine on a number of threads: bytes read from memory and multiply-adds, per second.
+// Measures peak rates of this machine for a number of threads: bytes read from memory and multiply-adds, per second.
 //
 //   peaks THREADS [SECONDS]     prints one line of JSON
 //
-// Vectors are GCC's and Clang's vector extensions; int8 and bf16 use the processor's own instructions, and are null
+// Vectors are GCC's and Clang's vector extensions; int8 and bf16 use the CPU's own instructions, and are null
 // without them.
 
 #include <atomic>
@@ -23,7 +23,7 @@
 
 using clock_type = std::chrono::steady_clock;
 
-// as wide as one register, and as many accumulators as hide the latency without spilling
+// one register wide, with enough accumulators to hide the latency without spilling
 #if defined(__AVX512F__)
 static constexpr int WIDTH = 64, ACCUMULATORS = 24;
 #elif defined(__AVX__)
@@ -41,7 +41,7 @@ typedef uint64_t words __attribute__((vector_size(WIDTH)));
 #define IN_REGISTER "+w"
 #endif
 
-template <typename T> static void keep(T & value) {  // the compiler must assume that it is used and changed
+template <typename T> static void keep(T & value) {  // makes the compiler assume that value is used and changed
     asm volatile("" : "+m"(value) : : "memory");
 }
 
@@ -65,7 +65,7 @@ template <typename Step> struct Products {
             for (int j = 0; j < ACCUMULATORS; ++j) {
                 s[j] = Step::add(s[j], x, y);
             }
-            asm volatile("" : IN_REGISTER(x), IN_REGISTER(y));  // or one turn would do for all
+            asm volatile("" : IN_REGISTER(x), IN_REGISTER(y));  // prevents the compiler from hoisting the computation
         }
 #pragma GCC unroll 24
         for (int j = 0; j < ACCUMULATORS; ++j) {
@@ -81,7 +81,7 @@ struct FloatStep {
     using Vector                  = floats;
     static constexpr int products = WIDTH / sizeof(float);
 
-    static floats add(floats s, floats x, floats y) { return s + x * y; }  // contracted where there is an instruction
+    static floats add(floats s, floats x, floats y) { return s + x * y; }  // contracted if there is an instruction
 };
 
 #if defined(__AVX512VNNI__)
@@ -146,7 +146,7 @@ struct Bf16Step {
 };
 #endif
 
-// Reads 256 MiB again and again, which no cache holds; counts bytes.
+// Reads 256 MiB repeatedly, larger than any cache; counts bytes.
 struct Reading {
     std::vector<words> data = std::vector<words>((256 << 20) / WIDTH, words{} + 1);
     size_t             at   = 0;
@@ -171,7 +171,7 @@ struct Reading {
     }
 };
 
-// Units a second over all threads, the best of several stretches of `seconds`.
+// Units per second over all threads, the best of several intervals of `seconds`.
 template <typename Work> static double rate(int n_threads, double seconds) {
     double            best = 0.0;
     std::vector<Work> work(n_threads);

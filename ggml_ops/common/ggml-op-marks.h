@@ -1,10 +1,11 @@
 #pragma once
 
-// Marks on the nodes of a graph. The builder of the graph sets them; each forbids a backend one of our code paths.
+// Marks on the nodes of a graph. The builder of the graph sets them; each one disables one of our code paths in a
+// backend.
 //
-// A mark is a bit in the operator's last parameter, which upstream does not read for the operators concerned, so a
-// backend that does not know the marks computes the node as usual. Marks belong to the graph: contexts of one process
-// may use different marks, and a reused graph keeps its marks.
+// A mark is a bit in the operator's last parameter, which upstream does not read for these operators, so a backend that
+// does not know the marks computes the node as usual. Marks belong to the graph: contexts of one process may use
+// different marks, and a reused graph keeps its marks.
 
 #include "ggml.h"
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// KDA conv as it is specified in README.md, in float64, one line of mathematics per line of code.
+// KDA conv as specified in README.md, in float64, one line of mathematics per line of code.
 // Inputs are dense arrays in the order of the specification's shapes, first dimension fastest.
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace kda_oracle {
 
 struct conv_shape {
-    int64_t D, H, T, S, K;  // head size, heads, tokens of a sequence, sequences, snapshots
+    int64_t D, H, T, S, K;  // head size, heads, tokens per sequence, sequences, snapshots
 };
 
 struct conv_inputs {
@@ -25,7 +25,7 @@ struct conv_inputs {
 
 struct conv_result {
     std::vector<double> out;     // [3*C, T, S]
-    std::vector<double> states;  // [9*C, S, K]; slots beyond T are left at zero
+    std::vector<double> states;  // [9*C, S, K]; slots after T stay zero
 };
 
 inline conv_result conv(const conv_shape & n, const conv_inputs & in) {
@@ -37,7 +37,7 @@ inline conv_result conv(const conv_shape & n, const conv_inputs & in) {
     y.states.resize(9 * C * n.S * n.K);
 
     for (int64_t s = 0; s < n.S; ++s) {
-        // input of channel c of q, k or v at token t, which may lie up to three before the first
+        // input of channel c of q, k or v at token t; t >= -3
         const auto input = [&](int64_t p, int64_t c, int64_t t) -> double {
             if (t >= 0) {
                 return in.x[p][(s * n.T + t) * C + c];

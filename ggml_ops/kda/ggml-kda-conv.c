@@ -1,4 +1,4 @@
-// Shape checks and result of ggml_kda_conv; the computation is each backend's own.
+// Shape checks and result of ggml_kda_conv; backends implement the computation.
 
 #include "ggml-kda-conv.h"
 

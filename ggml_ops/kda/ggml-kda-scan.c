@@ -1,4 +1,4 @@
-// Shape checks and result of ggml_kda_scan; the computation is each backend's own.
+// Shape checks and result of ggml_kda_scan; backends implement the computation.
 
 #include "ggml-kda-scan.h"
 
@@ -17,7 +17,7 @@ struct ggml_kda_scan_params ggml_kda_scan_get_params(const struct ggml_tensor * 
     return params;
 }
 
-// float32 with its rows packed; strides between rows are free
+// float32 with contiguous rows; any strides between rows
 static bool has_packed_rows(const struct ggml_tensor * t) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float);
 }

@@ -1,7 +1,7 @@
 #pragma once
 
 // The recurrence of Kimi Delta Attention with its gates and its output norm, as one operator.
-// Specification: README.md beside this file in the sources it comes from.
+// Specification: README.md next to this file in its source repository.
 
 #include "ggml.h"
 
@@ -9,7 +9,7 @@
 extern "C" {
 #endif
 
-// the sources in order, and the parameters as they are in op_params
+// the sources in order, and the parameters in the layout of op_params
 enum ggml_kda_scan_src {
     GGML_KDA_SCAN_QKV,
     GGML_KDA_SCAN_F,
@@ -30,7 +30,7 @@ struct ggml_kda_scan_params {
     float   lower_bound;
 };
 
-// D head size, H heads, T tokens of a sequence, S sequences, R rows of the cache; float32 but for rows
+// D head size, H heads, T tokens per sequence, S sequences, R rows of the cache; float32 except rows
 //
 //   qkv     [D, 3*H, T, S]  q heads, then k, then v: the result of ggml_kda_conv
 //   f       [D, H, T, S]    forget gate before dt_bias and softplus
@@ -50,14 +50,14 @@ struct ggml_kda_scan_params {
 //
 // result: [D*H, T*S + D*S*n_snapshots]: the gated output [D, H, T, S], then the states
 // [D*D*H, S, n_snapshots], of which slots 0..min(T, n_snapshots-1) are written;
-// slot T is the state that the tokens found
+// slot T is the state before the first token
 GGML_API struct ggml_tensor * ggml_kda_scan(struct ggml_context *       ctx,
                                             struct ggml_tensor * const  sources[GGML_KDA_SCAN_N_SRC],
                                             struct ggml_kda_scan_params params);
 
 GGML_API struct ggml_kda_scan_params ggml_kda_scan_get_params(const struct ggml_tensor * op);
 
-// head sizes with kernels: 32, 64, 96, 128, 256
+// supported head sizes: 32, 64, 96, 128, 256
 GGML_API bool ggml_kda_head_size_supported(int64_t head_size);
 
 #ifdef __cplusplus

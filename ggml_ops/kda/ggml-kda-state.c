@@ -1,4 +1,4 @@
-// Which copy of a KDA operator's new states a backend can elide. Used by every backend, so that all elide the same ones.
+// Finds the copy of a KDA operator's new states that a backend can elide. Common to all backends.
 
 #include "ggml-kda-state.h"
 
@@ -30,13 +30,13 @@ struct ggml_kda_states ggml_kda_get_states(const struct ggml_tensor * op) {
     return states;
 }
 
-// [state, sequences, slots], each state packed
+// [state, sequences, slots], each state contiguous
 static bool is_states(const struct ggml_tensor * t, const struct ggml_kda_states * states) {
     return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[0] == states->cache->ne[0] &&
            t->ne[1] == states->rows->ne[0] && t->ne[2] == states->n_written && t->ne[3] == 1;
 }
 
-// Does each state of t occupy a row of the cache, and do the states of a slot occupy adjacent rows?
+// Whether each state of t occupies a row of the cache, and the states of a slot occupy adjacent rows.
 static bool is_in_rows(const struct ggml_tensor * t, const struct ggml_tensor * cache) {
     const char * base = (const char *) cache->data;
     const char * data = (const char *) t->data;
@@ -63,7 +63,7 @@ static struct ggml_tensor * node_of(const struct ggml_cgraph * cgraph, int n, en
     return is ? node : NULL;
 }
 
-// How many nodes use t, one of the nodes [n0, n1); -1 if it is not one of them.
+// Number of nodes that use t, one of the nodes [n0, n1); -1 if it is not one of them.
 static int count_uses(const struct ggml_cgraph * cgraph, int n0, int n1, const struct ggml_tensor * t) {
     for (int n = n0; n < n1; ++n) {
         if (cgraph->nodes[n] == t) {
@@ -78,7 +78,7 @@ static bool zeroes_row(const struct ggml_tensor * fill, const struct ggml_tensor
            ggml_nbytes(fill) == cache->nb[1] && fill->data == (char *) cache->data + row * cache->nb[1];
 }
 
-// Finds the nodes for cells outside the batch that begin at node n. Returns the node after them; n: there are none.
+// Finds the nodes for cells outside the batch that start at node n. Returns the node after them; n: there are none.
 static int find_extra_copies(const struct ggml_cgraph *     cgraph,
                              int                            n,
                              const struct ggml_kda_states * states,
@@ -135,7 +135,7 @@ struct ggml_kda_state_copy ggml_kda_find_state_copy(const struct ggml_cgraph * c
     const struct ggml_tensor * from = node->src[0];
     struct ggml_tensor *       to   = node->src[1];
 
-    // no other node reads the states from the result: their view has one user, and the only other view is the output's
+    // no other node reads the states from the result: their view has one user, and the only other view is the output
     const bool whole = from->view_src == op && from->view_offs == states.offset && is_states(from, &states) &&
                        ggml_is_contiguous(from) && count_uses(cgraph, node_n + 1, n, from) == 1 &&
                        ggml_node_get_use_count(cgraph, node_n) <= 2;

@@ -1,7 +1,7 @@
 #pragma once
 
-// The recurrent states of a KDA operator (KDA_CONV or KDA_SCAN), and the copy after it that moves the new ones into the
-// cache, which a backend can elide by writing them there itself.
+// The recurrent states of a KDA operator (KDA_CONV or KDA_SCAN), and the copy of the new ones into the cache after it,
+// which a backend can elide by writing them there itself.
 
 #include "ggml.h"
 
@@ -11,36 +11,36 @@ extern "C" {
 
 struct ggml_cgraph;
 
-// What the two operators have in common.
+// Data common to both operators.
 struct ggml_kda_states {
     const struct ggml_tensor * cache;  // [state, R]
     const struct ggml_tensor * rows;   // [S] int32: the row that each sequence continues
     int32_t                    zero_row;
     int32_t                    n_snapshots;
-    int64_t                    n_tokens;   // of a sequence
-    int64_t                    n_written;  // slots that the operator writes: min(n_tokens + 1, n_snapshots)
-    size_t                     offset;     // of the states in the result, bytes
+    int64_t                    n_tokens;   // per sequence
+    int64_t                    n_written;  // number of slots that the operator writes: min(n_tokens + 1, n_snapshots)
+    size_t                     offset;     // offset of the states in the result, bytes
 };
 
 GGML_API struct ggml_kda_states ggml_kda_get_states(const struct ggml_tensor * op);
 
-// The copy, and what llama.cpp puts between operator and copy for cells outside the batch: a row is zeroed, rows are
-// gathered, and stored in other rows.
+// The copy, and the nodes that llama.cpp inserts between operator and copy for cells outside the batch: one fills a row
+// with zeros, one gathers rows, one stores them in other rows.
 struct ggml_kda_state_copy {
     struct ggml_tensor * to;         // [state, S, n_written], view of the cache; NULL: there is no copy to elide
-    int64_t              first_row;  // of `to` in the cache
-    struct ggml_tensor * fill;       // row zero_row with zeros; NULL: none
+    int64_t              first_row;  // index of the first row of `to` in the cache
+    struct ggml_tensor * fill;       // fills row zero_row with zeros; NULL: none
     struct ggml_tensor * gather;     // NULL: none
-    struct ggml_tensor * store;      // contiguous rows, none of which `to` has; NULL: none
+    struct ggml_tensor * store;      // contiguous rows outside `to`; NULL: none
     int                  n_nodes;    // nodes after the operator up to and including the copy
 };
 
-// The copy of the new states of the operator at node_n. It moves exactly the states that the operator writes, into
-// whole rows of the operator's cache, and no other node reads them from the result. What the rows contain is not looked
-// at: one sequence may read a row that another one writes.
+// The copy of the new states of the operator at node_n. It copies exactly the states that the operator writes, into
+// whole rows of the operator's cache, and no other node reads them from the result. The contents of `rows` are not
+// checked: one sequence may read a row that another one writes.
 GGML_API struct ggml_kda_state_copy ggml_kda_find_state_copy(const struct ggml_cgraph * cgraph, int node_n);
 
-// Does the copy write row `row` of the cache?
+// Whether the copy writes row `row` of the cache.
 GGML_API bool ggml_kda_state_copy_writes(const struct ggml_kda_state_copy * copy, int64_t row);
 
 #ifdef __cplusplus

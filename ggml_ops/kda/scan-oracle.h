@@ -1,6 +1,6 @@
 #pragma once
 
-// KDA scan as it is specified in README.md, in float64, one line of mathematics per line of code.
+// KDA scan as specified in README.md, in float64, one line of mathematics per line of code.
 // Inputs are dense arrays in the order of the specification's shapes, first dimension fastest.
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace kda_oracle {
 
 struct scan_shape {
-    int64_t D, H, T, S, K;  // head size, heads, tokens of a sequence, sequences, snapshots
+    int64_t D, H, T, S, K;  // head size, heads, tokens per sequence, sequences, snapshots
 };
 
 struct scan_inputs {
@@ -24,7 +24,7 @@ struct scan_inputs {
 
 struct scan_result {
     std::vector<double> out;     // [D, H, T, S]
-    std::vector<double> states;  // [D*D*H, S, K]; slots beyond T are left at zero
+    std::vector<double> states;  // [D*D*H, S, K]; slots after T stay zero
 };
 
 inline double sigmoid(double x) {

@@ -1,7 +1,7 @@
 #pragma once
 
-// LATENT_ATTN: attention of many queries over a latent cache, keys and values expanded from it (MLA, decompressed).
-// The operator's README specifies it; here is how a graph gets it.
+// LATENT_ATTN: attention over a latent cache, with keys and values expanded from it (MLA, decompressed).
+// Specification: the operator's README. This header adds it to a graph.
 
 #include "ggml.h"
 
@@ -10,7 +10,7 @@ extern "C" {
 #endif
 
 // q      F32            [n_nope + n_rope, n_queries, n_heads, n_streams]
-// k      any cache type [n_latent + n_rope, n_keys, 1, n_streams]; rows whole, one row stride
+// k      any cache type [n_latent + n_rope, n_keys, 1, n_streams]; contiguous rows, constant row stride
 // k_b    any type       [n_nope, n_latent, n_heads]
 // v_b    any type       [n_latent, n_value, n_heads]
 // mask   F16 or null    [n_keys, n_queries or more, 1, a divisor of n_streams]
@@ -23,9 +23,9 @@ GGML_API struct ggml_tensor * ggml_latent_attn(struct ggml_context * ctx,
                                                struct ggml_tensor *  mask,
                                                float                 scale);
 
-// The sizes of a LATENT_ATTN node, by name.
+// The sizes of a LATENT_ATTN node.
 struct ggml_latent_attn_shape {
-    int64_t n_nope;    // values of a key that come out of k_b
+    int64_t n_nope;    // values of a key expanded with k_b
     int64_t n_latent;  // values of a cache row that k_b and v_b expand
     int64_t n_key;     // n_nope + n_rope
     int64_t n_cache;   // n_latent + n_rope

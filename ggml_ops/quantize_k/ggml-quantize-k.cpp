@@ -1,7 +1,7 @@
-// The search for a block's scale (and minimum) tries some twenty candidates, each with sums over the block in a fixed
-// order. Here 16 blocks are searched side by side, one in each lane of a vector: every lane does the operations, in the
-// order, of ggml's loop over one block. Products and sums are not contracted (the build says so for this file), as they
-// are not in ggml's own, which is compiled for processors without FMA.
+// The search for a block's scale (and minimum) tries about twenty candidates, each with sums over the block in a fixed
+// order. Here 16 blocks are searched in parallel, one per vector lane: every lane does the operations of ggml's loop
+// over one block, in the same order. Products and sums are not contracted (a build option of this file), as in ggml's
+// own code, which is compiled for CPUs without FMA.
 
 #include "ggml-quantize-k.h"
 
@@ -19,8 +19,8 @@ namespace {
 
 constexpr int   LANES      = 16;
 constexpr float LEAST      = 1e-15f;      // a block of smaller magnitudes has no scale
-constexpr float ROUNDS     = 12582912.f;  // 1.5 * 2^23: added to a small number, it leaves its nearest integer
-constexpr int   MAX_VALUES = 32;          // of a block
+constexpr float ROUNDS     = 12582912.f;  // 1.5 * 2^23: adding it to a small number rounds that to the nearest integer
+constexpr int   MAX_VALUES = 32;          // per block
 
 typedef float   floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -53,9 +53,9 @@ INLINE void take_root(floats & x) {
     }
 }
 
-// How a type of 32 values with scale and minimum is searched.
+// Search parameters of a type of 32 values with scale and minimum.
 struct Affine {
-    int   most;   // largest code
+    int   most;   // largest quant
     float first;  // candidates: (first + 0.1 n + most) / range
     int   steps;
 };
@@ -126,7 +126,7 @@ INLINE void search(const Affine & type, const floats * x, floats & scale, floats
     minus_min = -(flat ? flat_min : min);
 }
 
-// 16 blocks of 16 values, codes -32..31 and no minimum: least squares with weights x^2.
+// 16 blocks of 16 values, quants -32..31 and no minimum: least squares with weights x^2.
 INLINE void search_symmetric(const floats * x, floats & scale) {
     constexpr int N       = 16;
     floats        extreme = {}, largest = {};
@@ -160,7 +160,7 @@ INLINE void search_symmetric(const floats * x, floats & scale) {
     scale = largest < LEAST ? floats{} : scale;
 }
 
-// x[i] of 16 blocks that lie one behind the other
+// x[i] of 16 contiguous blocks
 template <int N> INLINE void transpose(const float * values, int n_blocks, floats * x) {
     float turned[N][LANES] = {};
     for (int lane = 0; lane < n_blocks; lane++) {
@@ -178,7 +178,7 @@ int nearest(float x) {
     return (bits & 0x007fffff) - 0x00400000;
 }
 
-// The codes of 16 values.
+// The quants of 16 values.
 INLINE void encode(const float * x, float plus, float scale, int least, int most, int added, uint8_t * codes) {
     floats v;
     memcpy(&v, x, sizeof(v));
@@ -186,7 +186,7 @@ INLINE void encode(const float * x, float plus, float scale, int least, int most
     memcpy(codes, &n, sizeof(n));
 }
 
-// What Q4_K and Q5_K have in common: scales, minima, and the codes of 256 values. False: a block has no scale.
+// Common to Q4_K and Q5_K: scales, minima, and the quants of 256 values. Returns false if a block has no scale.
 template <typename Block>
 INLINE bool
 finish(const Affine & type, const float * x, const float * scales, const float * minima, Block & y, uint8_t * codes) {
@@ -264,7 +264,7 @@ template <typename Block> INLINE void quantise(const float * x, Block * y, int64
             if (finish(type, from, scale + 8 * j, min + 8 * j, y[i + j], codes)) {
                 pack(codes, y[i + j]);
             } else {
-                reference(from, y + i + j);  // it keeps the search's own codes, which are not at hand here
+                reference(from, y + i + j);  // keeps the quants of its search, which are not available here
             }
         }
     }
@@ -319,7 +319,7 @@ INLINE void quantise(const float * x, block_q6_K * y, int64_t n) {
     }
 }
 
-// ggml-base is compiled once for all processors, so the width is chosen here.
+// ggml-base is compiled once for all CPUs, so the vector width is selected here.
 template <typename Block> __attribute__((target("avx512f"))) void by_16(const float * x, Block * y, int64_t n) {
     quantise(x, y, n);
 }

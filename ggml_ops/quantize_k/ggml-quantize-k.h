@@ -1,7 +1,7 @@
 #pragma once
 
-// Quantisation to Q4_K, Q5_K and Q6_K without an importance matrix, many blocks at once. The bytes are those of
-// quantize_row_q4_K_ref and its kin; the README says how, and where it is not used.
+// Quantization to Q4_K, Q5_K and Q6_K without an importance matrix, many blocks at once. The result is bit-identical to
+// quantize_row_q4_K_ref and the like; the README describes the method and its limits.
 
 #include "ggml.h"
 
@@ -11,8 +11,8 @@
 extern "C" {
 #endif
 
-// Quantises k floats (a multiple of 256) at x to `type` at y. Returns false, nothing touched, for other types and on
-// processors and compilers without wide vectors.
+// Quantizes k floats (a multiple of 256) at x to `type` at y. Returns false, nothing touched, for other types and for
+// CPUs and compilers without wide vectors.
 bool ggml_quantise_k(enum ggml_type type, const float * x, void * y, int64_t k);
 
 #ifdef __cplusplus

@@ -1,7 +1,7 @@
 #pragma once
 
-// CHECK(x): where x does not hold the program says so and ends with status 1.
-// expect(good, what): counts the check; where it fails the program says so and goes on. report() ends such a program.
+// CHECK(x): if x is false, prints it and exits with status 1.
+// expect(good, what): counts the check; if it fails, prints `what` and continues. report() ends such a program.
 
 #include <cstdarg>
 #include <cstdio>
@@ -35,7 +35,7 @@ inline void expect(bool good, const std::string & what) {
     }
 }
 
-// Prints the counts; the program's exit status, which is a failure too where nothing was checked.
+// Prints the counts and returns the exit status, which is a failure if nothing was checked.
 inline int report() {
     printf("%d checks, %d failed\n", n_done, n_failed);
     return n_failed != 0 || n_done == 0;

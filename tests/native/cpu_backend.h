@@ -1,9 +1,9 @@
 #pragma once
 
-// The CPU backend of whatever ggml a program is linked to, memory for its tensors, and which of its cases to run.
+// The CPU backend of the ggml that a program is linked to, memory for its tensors, and the selection of test cases.
 //
-//   KIMI_CPU_BACKEND   a library of GGML_BACKEND_DL to load; unset, ggml chooses among those beside the program
-//   KIMI_CASES         N: every Nth case only; for slow machines (emulated, or under sanitizers)
+//   KIMI_CPU_BACKEND   a library of GGML_BACKEND_DL to load; if unset, ggml selects one next to the program
+//   KIMI_CASES         N: run only every Nth case; for slow machines (emulated, or under sanitizers)
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -42,7 +42,7 @@ inline void cpu_backend_use(ggml_backend_t backend, int n_threads, bool use_ref)
     ((set_ref_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_cpu_set_use_ref"))(backend, use_ref);
 }
 
-// The buffer type that keeps weights rearranged for this CPU, or nullptr where it has none.
+// The buffer type that repacks weights for this CPU, or nullptr if there is none.
 inline ggml_backend_buffer_type_t repack_buffer_type() {
     auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(
         cpu_registry(), "ggml_backend_dev_get_extra_bufts");
@@ -54,8 +54,8 @@ inline ggml_backend_buffer_type_t repack_buffer_type() {
     return nullptr;
 }
 
-// The tensors of a context, each in memory of its own that ends where the tensor ends, so that AddressSanitizer sees a
-// step beyond it; all bytes 0xff at first, which is NaN.
+// The tensors of a context, each in its own memory that ends where the tensor ends, so that AddressSanitizer detects
+// out-of-bounds accesses. All bytes are initially 0xff, which is NaN.
 class ApartBuffers {
   public:
     ApartBuffers() = default;

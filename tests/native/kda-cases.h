@@ -1,7 +1,7 @@
 #pragma once
 
-// Inputs of the KDA operators' tests, whatever computes them: ordinary and hostile gates, permuted and new rows, rows
-// that must not be read full of NaN; and the measure by which results are judged.
+// Inputs for the tests of all KDA operators: ordinary and hostile gates, permuted and new rows, rows of NaN that must
+// not be read; and the error measure of the results.
 
 #include "kda/conv-oracle.h"
 #include "kda/scan-oracle.h"
@@ -43,7 +43,7 @@ inline bool same_bits(const std::vector<float> & x, const std::vector<float> & y
     return x.size() == y.size() && memcmp(x.data(), y.data(), x.size() * sizeof(float)) == 0;
 }
 
-// Rows of the sequences: permuted, or in place; a new one reads a row of NaN.
+// Rows of the sequences: permuted, or in place; the row of a new sequence is NaN.
 template <typename Inputs> void choose_rows(Inputs & x, int64_t S, int64_t n_rows, bool new_seq, bool in_place) {
     x.rows.resize(n_rows);
     std::iota(x.rows.begin(), x.rows.end(), 0);
@@ -82,7 +82,7 @@ make_scan(const scan_shape & n, const std::string & gate, double lower_bound, bo
     if (gate == "strong") {
         x.f = normal(D * H * n_tokens, 10, 10);  // log-gates of -20 and stronger
     } else if (gate == "deadly") {
-        x.f = normal(D * H * n_tokens, 0, 40);  // from -700 to 0 within a token
+        x.f = normal(D * H * n_tokens, 0, 40);  // from -700 to 0 within one token
         std::fill(x.a.begin(), x.a.end(), -7.0f);
     } else if (gate == "open") {
         x.f = normal(D * H * n_tokens, -12, 2);  // a decay of nearly 1

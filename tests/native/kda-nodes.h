@@ -1,6 +1,6 @@
 #pragma once
 
-// The nodes of the KDA operators over the inputs of kda-cases.h, for tests that reach the kernels through ggml.
+// The nodes of the KDA operators with the inputs of kda-cases.h, for tests that use the kernels through ggml.
 
 #include "check.h"
 #include "ggml-kda-conv.h"
@@ -17,7 +17,7 @@ inline char * row_of(const ggml_tensor * t, int64_t b, int64_t c = 0, int64_t d 
     return (char *) t->data + b * t->nb[1] + c * t->nb[2] + d * t->nb[3];
 }
 
-// Writes x into a tensor whose rows may lie apart.
+// Writes x to a tensor whose rows may be non-contiguous.
 template <typename T> void put(ggml_tensor * t, const std::vector<T> & x) {
     CHECK((int64_t) x.size() == ggml_nelements(t));
     size_t n = 0;
@@ -30,7 +30,7 @@ template <typename T> void put(ggml_tensor * t, const std::vector<T> & x) {
     }
 }
 
-// An operator's node and what it reads. source(a, b, c, d) makes a tensor for activations, whose rows may lie apart.
+// An operator's node and its sources. source(a, b, c, d) makes a tensor for activations; its rows may have gaps.
 struct scan_node {
     ggml_tensor *qkv, *f, *dt, *a, *beta, *gate, *norm, *cache, *rows, *op;
 

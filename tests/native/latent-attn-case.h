@@ -1,8 +1,8 @@
 #pragma once
 
-// One latent attention: its sources, made as llama.cpp makes them, its result by ggml's CPU backend, and its error
-// against float64 on the values that cache and weights really hold. It needs ggml's public interface alone and looks
-// LATENT_ATTN up by name, so that the same binary runs on a upstream library too.
+// One latent attention: its sources, built as in llama.cpp, its result from ggml's CPU backend, and its error against
+// float64 on the exact values of cache and weights. Uses only ggml's public interface and looks up LATENT_ATTN by name,
+// so that the same binary also runs with an upstream library.
 
 #include "check.h"
 #include "common/ggml-op-marks.h"
@@ -25,24 +25,24 @@
 #include <vector>
 
 struct LatentShape {
-    bool        expand    = false;  // from q to values as the model has them; false: both in the space of the cache
-    bool        plain     = false;  // the absorbed form switched off: upstream's paths
+    bool        expand    = false;  // from q to values as in the model; false: both in the latent space
+    bool        plain     = false;  // the absorbed form disabled: upstream's paths
     int64_t     n_queries = 1;
     int64_t     n_keys    = 16384;
     int64_t     n_heads   = 32;
     int64_t     n_streams = 1;
     int64_t     n_latent  = 512;
     int64_t     n_rope    = 64;
-    int64_t     n_nope    = 128;  // these two in the decompressed form
+    int64_t     n_nope    = 128;  // this and n_value: decompressed form only
     int64_t     n_value   = 128;
     ggml_type   cache     = GGML_TYPE_F16;
     ggml_type   weights   = GGML_TYPE_F16;
-    std::string mask      = "causal";  // none, causal, mixed (two keys of five), blind (the first query sees nothing)
+    std::string mask      = "causal";  // none, causal, mixed (two of five keys), blind (the first query sees nothing)
     float       spread    = 1.0f;      // standard deviation of the scores
-    float       query     = 1.0f;      // deviation of the values of q, for which the scale makes up
-    bool        poison    = false;     // cells that no query sees hold NaN
-    float       first     = 1.0f;      // deviation of the values of the first key, and of the last; between them
-    float       last      = 1.0f;      // it grows by the same factor from key to key
+    float       query     = 1.0f;      // standard deviation of the values of q, compensated by the scale
+    bool        poison    = false;     // cells that no query sees are NaN
+    float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
+    float       last      = 1.0f;      // them it grows by a constant factor per key
     uint32_t    seed      = 1;
 
     LatentShape with(int64_t queries, int64_t keys) const {
@@ -84,7 +84,7 @@ inline std::string name_of(const LatentShape & s) {
         s.first, s.last, s.poison ? " poisoned" : "");
 }
 
-// The bound of an NMSE against float64 on the dequantised values.
+// The bound of the NMSE against float64 on the dequantized values.
 inline double limit_of(ggml_type cache) {
     return ggml_is_quantized(cache) ? 2e-5 : 1e-7;
 }
@@ -122,7 +122,7 @@ class LatentCase {
         ggml_backend_graph_compute(backend, graph);
     }
 
-    // The operator's node, whose sources lie in the CPU's memory; what is written to its result is judged by nmse().
+    // The operator's node with its sources in CPU memory; nmse() checks the data written to its result.
     ggml_tensor * node() const { return out; }
 
     std::vector<float> result() const {
@@ -167,7 +167,7 @@ class LatentCase {
     void build() {
         q                    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, s.n_key(), s.n_heads, s.n_queries, s.n_streams);
         ggml_tensor * q_perm = ggml_permute(ctx, q, 0, 2, 1, 3);
-        // the cache is longer than what is attended to
+        // the cache is longer than n_keys
         cache           = ggml_new_tensor_4d(ctx, s.cache, s.n_cache(), s.n_keys + 256, 1, s.n_streams);
         k_b             = ggml_new_tensor_3d(ctx, s.weights, s.n_nope, s.n_latent, s.n_heads);
         v_b             = ggml_new_tensor_3d(ctx, s.weights, s.n_latent, s.n_value, s.n_heads);
@@ -204,7 +204,7 @@ class LatentCase {
         return ggml_view_4d(ctx, t, n, s.n_keys, 1, s.n_streams, t->nb[1], t->nb[2], t->nb[3], 0);
     }
 
-    // A random row in the tensor's type; what it holds then goes to `values`.
+    // Fills a row with random values of the tensor's type and returns the rounded values in `values`.
     void fill_row(ggml_type type, char * row, int64_t n, float deviation, float * values) {
         std::normal_distribution<float> normal(0.0f, deviation);
         std::vector<float>              x(n);
@@ -246,7 +246,7 @@ class LatentCase {
                          key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data());
                 if (s.poison && !seen) {
                     memset(row, 0xff,
-                           cache->nb[1]);  // NaN in every float type, and as the scale of every quantised one
+                           cache->nb[1]);  // NaN in every float type, and as the scale of every quantized type
                 }
             }
             for (int64_t i = 0; i < s.n_queries; ++i) {
@@ -258,8 +258,8 @@ class LatentCase {
         }
     }
 
-    // The query folded into the space of the cache.
-    std::vector<double> folded(int64_t row) const {
+    // The query with k_b absorbed.
+    std::vector<double> absorbed_query(int64_t row) const {
         std::vector<double> f(s.n_cache());
         const float *       x = q_f.data() + row * s.n_key();
         if (!s.expand) {
@@ -281,7 +281,7 @@ class LatentCase {
         const int64_t       query  = row / s.n_heads % s.n_queries;
         const int64_t       head   = row % s.n_heads;
         const float *       keys   = cache_f.data() + stream * s.n_keys * s.n_cache();
-        std::vector<double> f      = folded(row);
+        std::vector<double> f      = absorbed_query(row);
         std::vector<double> score(s.n_keys, -std::numeric_limits<double>::infinity());
         double              top = -std::numeric_limits<double>::infinity();
         for (int64_t key = 0; key < s.n_keys; ++key) {

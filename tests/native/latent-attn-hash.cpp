@@ -1,4 +1,4 @@
-// A hash of the result of latent attention, absorbed (FLASH_ATTN_EXT), which compares two builds bit by bit.
+// Prints a hash of the result of latent attention, absorbed (FLASH_ATTN_EXT), to compare two builds bit by bit.
 //
 //   latent-attn-hash QUERIES TYPE PLAIN     TYPE: of the cache; PLAIN: 1 selects upstream's paths
 

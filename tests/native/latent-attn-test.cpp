@@ -1,6 +1,6 @@
 // Latent attention against float64, in both forms: every type, lengths around the borders of tiles and vectors, masks
-// with holes, several streams, flat and peaked scores, poisoned padding; and the same bits for any number of threads.
-// Prints one line for each failure and the count; exit status 1 if there was one.
+// with holes, several streams, flat and peaked scores, poisoned padding; and bit-identical results for any number of
+// threads. Prints one line per failure and the count; exit status 1 if there was a failure.
 
 #include "latent-attn-case.h"
 
@@ -59,7 +59,7 @@ int main() {
                 s.spread      = spread;
                 check(s);
             }
-            LatentShape crowd = base.with(300, 700);  // more threads than heads: they share out the queries
+            LatentShape crowd = base.with(300, 700);  // more threads than heads: they split the queries
             crowd.n_heads     = 2;
             for (const char * mask : { "causal", "mixed" }) {
                 crowd.mask = mask;

@@ -1,6 +1,6 @@
 // MUL_MAT of many matrices with one row each, as one token of MLA multiplies k_b and v_b: against sums in double, and
-// with the same bits for any number of threads, more threads than matrices and matrices that threads do not divide too.
-// Prints one line for each failure; exit status 1 if there was one.
+// bit-identical for any number of threads, including more threads than matrices and numbers that do not divide evenly.
+// Prints one line per failure; exit status 1 if there was a failure.
 
 #include "check.h"
 #include "cpu_backend.h"

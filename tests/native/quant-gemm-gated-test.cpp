@@ -1,7 +1,7 @@
-// Gate and up of a SwiGLU as one: the bits of the single nodes for every type and layout, dense and with experts, any
-// number of threads; and none of it where something else wants what is between. Whether they ran as one shows in the
-// gate's own memory, which is NaN before and not written then.
-// Prints one line for each failure and the count; exit status 1 if there was one.
+// Gate and up of a SwiGLU computed as one: bit-identical to the single nodes for every type and layout, dense and with
+// experts, any number of threads; and not fused if another node needs the intermediate results. To detect fusion, the
+// memory of the gate is filled with NaN, which a fused run does not overwrite.
+// Prints one line per failure and the count; exit status 1 if there was a failure.
 
 #include "check.h"
 #include "common/ggml-op-marks.h"
@@ -18,9 +18,9 @@ struct Shape {
     int64_t     n_experts = 0;  // 0: MUL_MAT
     int64_t     n_rows    = 104;
     int64_t     n_tokens  = 9;
-    std::string apart;  // what keeps them apart: output, read, activations, ids, glu, off
+    std::string apart;  // what prevents fusion: output, read, activations, ids, glu, off
     bool        up_first = false;
-    bool        as_one   = true;  // expected
+    bool        as_one   = true;  // expected result
 };
 
 static std::string name_of(const Shape & s) {
@@ -161,7 +161,7 @@ int main() {
             Shape s;
             s.n_experts = n_experts;
             s.apart     = apart;
-            s.as_one    = s.apart == "ids" && n_experts == 0;  // a dense product has none
+            s.as_one    = s.apart == "ids" && n_experts == 0;  // a dense matmul has no ids
             check(s);
         }
     }

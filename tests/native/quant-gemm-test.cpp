@@ -1,6 +1,6 @@
-// Products of quantised weights against float64: every type in every layout, MUL_MAT and MUL_MAT_ID, hostile shapes and
-// values; the same bits for any number of threads; nothing written outside the result. Needs ggml's public interface alone.
-// Prints one line for each failure and the count; exit status 1 if there was one.
+// Matmuls of quantized weights against float64: every type in every layout, MUL_MAT and MUL_MAT_ID, hostile shapes and
+// values; bit-identical for any number of threads; nothing written outside the result. Uses only ggml's public
+// interface. Prints one line per failure and the count; exit status 1 if there was a failure.
 
 #include "check.h"
 #include "cpu_backend.h"
@@ -12,12 +12,12 @@
 #include <cstring>
 #include <random>
 
-// Against float64 on the dequantised weights and on the activations as ggml quantises them for the type.
+// Against float64 on the dequantized weights and on the activations as ggml quantizes them for the type.
 static const double EXACT_LIMIT = 1e-10;
 
 struct Shape {
     ggml_type   type;
-    bool        repack    = false;  // weights in the repack buffer type, where it takes them
+    bool        repack    = false;  // weights in the repack buffer type, if it supports them
     int64_t     k         = 512;
     int64_t     n_rows    = 64;
     int64_t     n_tokens  = 16;
@@ -26,7 +26,7 @@ struct Shape {
     bool        broadcast = true;   // MUL_MAT_ID: all slots of a token read the same activations
     int64_t     n_planes  = 1;      // MUL_MAT: planes of activations, ...
     int64_t     n_weights = 1;      // ... and of weights
-    bool        strided   = false;  // activations are a part of longer rows
+    bool        strided   = false;  // activations are views of longer rows
     std::string values =
         "normal";  // normal, zeros (some rows of both are zero), huge, tiny, faint (weights, near 1e-38)
     std::string routing =
@@ -40,7 +40,7 @@ static std::string name_of(const Shape & s) {
                 s.broadcast ? "" : " own", s.strided ? " strided" : "", s.values.c_str(), s.routing.c_str());
 }
 
-// A row of activations after ggml's quantisation for this weight type, in float64.
+// A row of activations after ggml's quantization for this weight type, in float64.
 static std::vector<double> quantised(ggml_type weights, const float * x, int64_t k) {
     const ggml_type      type = ggml_get_type_traits_cpu(weights)->vec_dot_type;
     std::vector<double>  out(k);
@@ -108,7 +108,7 @@ struct Case {
         return out;
     }
 
-    // of every column of the result: sum of squares of the error, and of the value
+    // sums over all columns of the result: squared error, and squared value
     double nmse(const std::vector<float> & out) const {
         double error = 0, power = 0;
         for (int64_t column = 0; column < (int64_t) out.size() / s.n_rows; column++) {
@@ -135,7 +135,7 @@ struct Case {
   private:
     void fill() {
         std::normal_distribution<float> normal;
-        const float                     huge  = s.type == GGML_TYPE_F16 ? 200.0f : 1e4f;  // F16 ends at 65504
+        const float                     huge  = s.type == GGML_TYPE_F16 ? 200.0f : 1e4f;  // the largest F16 is 65504
         const bool                      faint = s.values == "faint";
         const float                     scale = s.values == "huge" || faint ? huge : s.values == "tiny" ? 1e-6f : 1.0f;
         const float                     strength = s.values == "huge" ? 100.0f : faint ? 3.2e-38f : 0.02f;
@@ -151,7 +151,7 @@ struct Case {
         w_values.resize(w.size());
         ggml_get_type_traits(s.type)->to_float(stored.data(), w_values.data(), w.size());
 
-        x_values.assign(ggml_nelements(full), NAN);  // what lies between strided rows is never read
+        x_values.assign(ggml_nelements(full), NAN);  // the gaps between strided rows are never read
         for (int64_t r = 0; r < ggml_nrows(full); r++) {
             for (int64_t i = 0; i < s.k; i++) {
                 const bool zero               = s.values == "zeros" && (r % 3 == 1 || i / 32 % 4 == 2);
@@ -229,7 +229,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     Shape              base;
     base.type      = kind.type;
     base.repack    = kind.repack;
-    base.n_tokens  = kind.type == GGML_TYPE_BF16 || kind.type == GGML_TYPE_F16 ? 40 : 16;  // upstream's below 20
+    base.n_tokens  = kind.type == GGML_TYPE_BF16 || kind.type == GGML_TYPE_F16 ? 40 : 16;  // upstream's < 20
     const auto add = [&](auto change) {
         Shape s = base;
         change(s);
@@ -250,7 +250,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         add([&](Shape & s) { s.values = values; });
         add([&](Shape & s) { s.values = values, s.n_tokens = 2; });
     }
-    if (kind.type == GGML_TYPE_MXFP4) {  // its least scales are subnormal
+    if (kind.type == GGML_TYPE_MXFP4) {  // its smallest scales are subnormal
         for (const int64_t n : { 2, 16 }) {
             add([&](Shape & s) { s.values = "faint", s.n_tokens = n; });
         }
@@ -281,7 +281,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
 }
 
 int main() {
-    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // one line for every repacked tensor
+    ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // suppresses one line per repacked tensor
     for (const Kind & kind : kinds) {
         for (const Shape & shape : shapes_of(kind)) {
             if (chosen()) {

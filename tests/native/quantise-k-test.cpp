@@ -1,7 +1,7 @@
-// Q4_K, Q5_K and Q6_K have the bytes of ggml's own loops over single blocks, which stay reachable as the types'
-// from_float_ref: ordinary and hostile values, any number of blocks; by ggml_quantize_chunk, and by vectors of every
-// width that the processor has, for which the source is included.
-// Prints one line for each failure and the count; exit status 1 if there was one.
+// Q4_K, Q5_K and Q6_K are bit-identical to ggml's own loops over single blocks, which are still available as the types'
+// from_float_ref: ordinary and hostile values, any number of blocks; through ggml_quantize_chunk, and directly with
+// every vector width that the CPU supports, for which the source is included. Prints one line per failure and the
+// count; exit status 1 if there was a failure.
 
 #include "quantize_k/ggml-quantize-k.cpp"
 

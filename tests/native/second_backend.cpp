@@ -1,21 +1,21 @@
-// A second backend out of the CPU's compute: devices that llama.cpp takes for GPUs, each with memory of its own that
-// nobody else may touch. It makes the scheduler split graphs and copy tensors between devices on a machine with none.
-// Loaded as a shared library: ggml_backend_load, or GGML_BACKEND_PATH for llama.cpp's programs.
+// A second backend on top of the CPU backend: devices that llama.cpp treats as GPUs, each with its own memory that
+// nothing else may access. It makes the scheduler split graphs and copy tensors between devices on a machine without
+// GPUs. Loaded as a shared library: ggml_backend_load, or GGML_BACKEND_PATH for llama.cpp's programs.
 //
-// Memory of a device is closed (PROT_NONE) except while the device computes or copies, so that code which follows a
-// pointer into it from elsewhere is ended by SIGSEGV, and begins as NaN. A graph that holds a tensor in foreign
-// memory ends the process with the tensor's name.
+// Memory of a device is inaccessible (PROT_NONE) except while the device computes or copies, so that code that follows
+// a pointer into it from elsewhere is killed by SIGSEGV. It is initially NaN. A graph with a tensor in the memory of
+// another device ends the process with the tensor's name.
 //
-//   SECOND_DEVICES   how many devices, 1 if unset; named SECOND0, SECOND1, ...
-//   SECOND_REFUSES   names of operators that no device claims, comma separated
-//   SECOND_TAKES     set: a device takes operations of 32 rows and more whose weights lie in the CPU's memory
-//   SECOND_MEMORY    MiB of memory that a device has, 4096 if unset
+//   SECOND_DEVICES   number of devices, 1 if unset; named SECOND0, SECOND1, ...
+//   SECOND_REFUSES   names of operators that no device supports, comma separated
+//   SECOND_TAKES     set: devices accept operations of 32 rows and more whose weights are in the CPU's memory
+//   SECOND_MEMORY    MiB of memory per device, 4096 if unset
 //   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated
-//   SECOND_REGISTERS set: the library registers itself as it is loaded, for LD_PRELOAD
-//   SECOND_LOG       a file that gets a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
-//                    (second_kernels.h) "DEVICE kernel OPERATOR" besides, "... and its copy" where that is taken over
-//   SECOND_GRAPHS    a file that gets a line for each graph computed: the device, how many nodes compute something, how
-//                    many steps kernels make of them, and "again" where a captured graph would be launched, or "anew"
+//   SECOND_REGISTERS set: the library registers itself when it is loaded, for LD_PRELOAD
+//   SECOND_LOG       a file for a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
+//                    (second_kernels.h) also "DEVICE kernel OPERATOR", with "... and its copy" if the copy is elided
+//   SECOND_GRAPHS    a file for a line per computed graph: the device, the number of nodes that compute something, the
+//                    number of steps with kernels, and "again" if a captured graph would be launched, or "anew"
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
@@ -69,7 +69,7 @@ struct Device {
     }
 };
 
-// A device's memory is open as long as one of these lives.
+// A device's memory is accessible while one of these exists.
 class Open {
   public:
     explicit Open(Device & device) : device(device) {
@@ -203,7 +203,7 @@ bool computes(const ggml_tensor * node) {
     return !ggml_op_is_empty(node->op) && !ggml_is_empty(node) && (node->flags & GGML_TENSOR_FLAG_COMPUTE) != 0;
 }
 
-// Step by step: the kernels, or the CPU where a step is not theirs. n_steps: how many there are.
+// Runs step by step: the kernels, or the CPU for steps they do not support. n_steps: number of steps.
 ggml_status compute_by_kernels(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_steps) {
     for (int i = 0; i < ggml_graph_n_nodes(graph);) {
         if (!computes(ggml_graph_node(graph, i))) {
@@ -244,7 +244,7 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (ggml_op_is_empty(node->op)) {
-            continue;  // a view of another device's tensor may stand in the graph, but nothing reads it
+            continue;  // a graph may contain a view of another device's tensor, but nothing reads it
         }
         expect_here(device, node, node);
         for (const ggml_tensor * source : node->src) {
@@ -304,7 +304,7 @@ bool dev_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     if (claimed >= 0) {
         return claimed;
     }
-    // asked for an operation on tensors of its own memory, the CPU answers for their shapes and types
+    // for tensors in its own memory, the CPU's answer depends on shapes and types only
     return ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0), op);
 }
 

@@ -1,30 +1,30 @@
 #pragma once
 
-// Kernels for the devices of second_backend.cpp, where another source of the library has some (cuda/second_cuda.cu).
+// Kernels for the devices of second_backend.cpp, if another source of the library has them (cuda/second_cuda.cu).
 
 #include "ggml-impl.h"
 
-// Nodes that a backend computes by one call.
+// Nodes that a backend computes in one call.
 struct SecondStep {
     int  n_nodes;
-    bool done;  // by the kernels; false: the CPU is to compute the nodes
+    bool done;  // computed by the kernels; false: the CPU has to compute the nodes
 };
 
 struct SecondKernels {
-    // The registry of the devices, by whose name llama.cpp chooses some things.
+    // The name of the devices' registry, on which some decisions of llama.cpp depend.
     const char * registry;
 
-    // Memory of whole pages that the kernels take for theirs.
+    // Allocates whole pages of memory for the kernels.
     void * (*allocate)(size_t bytes);
     void (*release)(void * memory);
 
-    // Whether devices claim a node: 1 yes, 0 no, -1 if the CPU's compute does.
+    // Whether devices support a node: 1 yes, 0 no, -1 if the CPU backend decides.
     int (*claims)(const ggml_tensor * node);
 
     // The next step of a graph, at node i.
     SecondStep (*step)(ggml_cgraph * graph, int i);
 
-    // Whether the device would launch what it captured of this graph before, asked once for each that is computed.
+    // Whether the device would launch its captured version of this graph; called once per computed graph.
     bool (*replays)(ggml_cgraph * graph);
 };
 

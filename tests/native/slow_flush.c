@@ -1,6 +1,6 @@
-// Preloaded into a program: every fflush outside its main thread takes a while first.
+// Preloaded into a program: delays every fflush outside its main thread.
 //
-// llama.cpp's log prints from a thread of its own and flushes after each piece; so slowed down, the pieces are
+// llama.cpp's log prints from its own thread and flushes after each piece. With the delay, pieces are
 // still queued when main() returns.
 #define _GNU_SOURCE
 #include <dlfcn.h>

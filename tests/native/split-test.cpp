@@ -1,6 +1,6 @@
-// The exact split on hostile bytes, for sanitizers: random mixtures of every kind of character, cut anywhere. Checked
-// besides: the pieces spell the text, one character of GPT-2's byte spelling for each byte, three for what is ill-formed.
-// That the cuts are right is tested through llama.cpp, in test_patch_tokenizer.py.
+// The exact split on hostile bytes, for sanitizers: random mixtures of all kinds of characters, truncated anywhere.
+// Also checks that the pieces spell the text: one character of GPT-2's byte spelling for each byte, three for
+// ill-formed ones. The positions of the splits are tested through llama.cpp, in test_patch_tokenizer.py.
 
 #include "kimi-split.h"
 

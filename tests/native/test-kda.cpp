@@ -1,6 +1,6 @@
 // The KDA operators against their float64 oracles: ordinary and hostile inputs, every head size, lengths around
 // the tiles, several sequences with permuted and new rows, snapshots, strided and permuted sources, states written
-// into the cache in place, rows copied in between for cells behind the batch's, and bit-equality over thread counts.
+// into the cache in place, rows copied in between for cells after the batch's, and bit-equality over thread counts.
 
 #include "cpu_backend.h"
 #include "kda-nodes.h"
@@ -40,11 +40,11 @@ struct options {
     int  threads  = 2;
     bool use_ref  = false;
     bool strided  = false;  // sources with gaps full of NaN between their rows
-    bool permuted = false;  // sources whose outer dimensions lie in reverse order
-    bool in_place = false;  // with a copy of the states into the cache behind
+    bool permuted = false;  // sources whose outer dimensions are in reverse order
+    bool in_place = false;  // followed by a copy of the states into the cache
 };
 
-// a [a, b, c, d] tensor; strided: a view with twice its rows' length; permuted: laid out as [a, d, c, b]
+// a [a, b, c, d] tensor; strided: a view of rows of twice the length; permuted: stored as [a, d, c, b]
 static ggml_tensor * source(runner & r, const options & o, int64_t a, int64_t b, int64_t c = 1, int64_t d = 1) {
     if (o.permuted) {
         options inner  = o;
@@ -63,7 +63,7 @@ struct result {
     std::vector<float> states;
 };
 
-// With `in_place` the states are read from the cache, into which they are copied, from its first row on.
+// With `in_place` the states are read from the rows of the cache to which they are copied, from its first row on.
 template <typename Node, typename Shape, typename Inputs>
 static result run(const Shape & n, const Inputs & x, const options & o) {
     runner        r(o.threads, o.use_ref);
@@ -113,7 +113,7 @@ static std::string describe(const char * what, const Shape & n, bool new_seq, co
                 (int) n.T, (int) n.S, (int) n.K, new_seq, o.strided, o.permuted, o.in_place);
 }
 
-// The operator as ggml chooses its kernels, with the same bits for any number of threads, and its plain path.
+// The operator with the kernels that ggml selects, bit-identical for any number of threads, and its plain path.
 template <typename Node, typename Shape, typename Inputs, typename Want>
 static void
 test(const std::string & name, const Shape & n, const Inputs & x, const Want & want, double limit, options o) {
@@ -148,12 +148,12 @@ static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
     }
 }
 
-// Between operator and copy, rows are gathered for the cells behind the batch's, as llama.cpp does when n_rs > n_seqs:
-// one sequence, in row 1, of a cache of five rows; rows 2 and 3 take over what rows[0] and rows[1] held, or zeros.
+// Between operator and copy, rows are gathered for the cells after the batch's, as llama.cpp does when n_rs > n_seqs:
+// one sequence, in row 1, of a cache of five rows; rows 2 and 3 receive the contents of rows[0] and rows[1], or zeros.
 struct extra_rows {
     int32_t from[2];
     int32_t zero_row;  // filled with zeros first; -1: none
-    bool    elided;    // may the operator write the cache itself?
+    bool    elided;    // whether the operator may write to the cache itself
 };
 
 static void test_extra_rows(const extra_rows & extra, int64_t T) {
@@ -176,8 +176,8 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
         ggml_tensor * row = ggml_view_1d(r.ctx, cache, size, extra.zero_row * cache->nb[1]);
         nodes.push_back(ggml_fill_inplace(r.ctx, row, 0.0f));
     }
-    ggml_tensor * behind = ggml_view_2d(r.ctx, cache, size, 2, cache->nb[1], 2 * cache->nb[1]);
-    nodes.push_back(ggml_cpy(r.ctx, ggml_get_rows(r.ctx, cache, moved), behind));
+    ggml_tensor * others = ggml_view_2d(r.ctx, cache, size, 2, cache->nb[1], 2 * cache->nb[1]);
+    nodes.push_back(ggml_cpy(r.ctx, ggml_get_rows(r.ctx, cache, moved), others));
     ggml_tensor * from = ggml_view_3d(r.ctx, op, size, 1, 1, size * 4, size * 4, n_out * 4);
     ggml_tensor * to   = ggml_view_3d(r.ctx, cache, size, 1, 1, cache->nb[1], 5 * cache->nb[1], cache->nb[1]);
     nodes.push_back(ggml_cpy(r.ctx, from, to));
@@ -201,7 +201,7 @@ static void test_extra_rows(const extra_rows & extra, int64_t T) {
     std::copy(y.states.begin(), y.states.end(), row(1));
 
     const float * got    = (const float *) cache->data;
-    const bool    elided = std::isnan(((const float *) op->data)[n_out]);  // its states were left unwritten
+    const bool    elided = std::isnan(((const float *) op->data)[n_out]);  // its states were not written to the result
     const double  error  = nmse(got, want.data(), want.size());
     expect(error <= 1e-11 && elided == extra.elided,
            text("extra rows from %d and %d, zeros in %d, T=%d: NMSE %.1e, elided %d", extra.from[0], extra.from[1],
@@ -233,9 +233,9 @@ int main() {
     }
     const extra_rows extras[] = {
         { { 3, 4 }, -1, true },
-        { { 0, 4 }, 4, true },    // a new sequence takes row 0's place in row 2: zeros come from row 4
-        { { 1, 4 }, -1, false },  // reads the row whose new state the operator would have written
-        { { 0, 4 }, 1, false },   // the row of zeros is the one written
+        { { 0, 4 }, 4, true },    // a new sequence replaces row 0 in row 2: zeros are read from row 4
+        { { 1, 4 }, -1, false },  // reads the row whose new state the operator would have overwritten
+        { { 0, 4 }, 1, false },   // the row of zeros is the row written
     };
     for (const extra_rows & extra : extras) {
         for (const int64_t T : { 1, 40 }) {

@@ -1,8 +1,8 @@
-// Runs of nodes that ggml-cpu computes as one: prints, for each case, a hash of the results' bits and whether the
-// nodes ran as one. With the argument `unfused` every node is marked GGML_OP_MARK_UNFUSED; the hashes must be the same.
+// Fused runs of nodes in ggml-cpu: prints, for each case, a hash of the results' bits and whether the nodes were fused.
+// With the argument `unfused` every node is marked GGML_OP_MARK_UNFUSED; the hashes must be the same.
 //
-// Nodes that ran as one leave what nobody wants unwritten, which the poison in their memory tells; products show
-// nothing of that kind.
+// A fused run does not write unused intermediate results. The poison in their memory shows whether a run was fused;
+// matmuls have no such results.
 
 #include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
@@ -30,7 +30,7 @@ struct program {
     std::vector<ggml_backend_buffer_t> buffers;
     std::vector<std::function<void()>> fill;
     std::vector<const ggml_tensor *>   results;
-    const ggml_tensor *                unwanted = nullptr;  // not written when its run is one
+    const ggml_tensor *                unneeded = nullptr;  // not written if its run is fused
 
     explicit program(int threads) : backend(ggml_backend_cpu_init()) {
         ggml_backend_cpu_set_n_threads(backend, threads);
@@ -57,7 +57,7 @@ struct program {
         return t;
     }
 
-    // a quantised weight, where `repacked` in ggml-cpu's own layout
+    // a quantized weight; repacked: in ggml-cpu's own layout
     ggml_tensor * weight(ggml_type type, int64_t columns, int64_t rows, bool repacked) {
         ggml_tensor *              t   = ggml_new_tensor_2d(ctx, type, columns, rows);
         ggml_backend_buffer_type_t own = repacked ? repack_buffer_type() : nullptr;
@@ -91,7 +91,7 @@ struct program {
         }
     }
 
-    // own_memory: every tensor its own, poisoned with NaN; else as llama.cpp lays graphs out
+    // own_memory: every tensor has its own, poisoned with NaN; otherwise allocated as in llama.cpp
     void print(const char * name, bool own_memory) {
         ggml_gallocr_t galloc = ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend));
         if (own_memory) {
@@ -118,13 +118,13 @@ struct program {
                 }
             }
         }
-        const bool one = own_memory && unwanted != nullptr && std::isnan(*(const float *) unwanted->data);
+        const bool one = own_memory && unneeded != nullptr && std::isnan(*(const float *) unneeded->data);
         printf("%s: %016llx%s\n", name, (unsigned long long) hash, one ? " as one" : "");
         ggml_gallocr_free(galloc);
     }
 };
 
-// as build_moe_ffn builds it; `reader`: one more node reads the scores, so that they are wanted
+// as in build_moe_ffn; `reader`: another node reads the scores, so that they have to be written
 static void router(program & p, int64_t experts, int64_t k, int64_t tokens, bool ties, bool reader) {
     ggml_context * ctx    = p.ctx;
     ggml_tensor *  x      = p.input(experts, tokens);
@@ -147,7 +147,7 @@ static void router(program & p, int64_t experts, int64_t k, int64_t tokens, bool
     if (reader) {
         p.want(ggml_scale(ctx, scores, 1.0f));
     }
-    p.unwanted = scores;
+    p.unneeded = scores;
 }
 
 static void expert_sum(program & p, int64_t n, int64_t k, int64_t tokens) {
@@ -167,11 +167,11 @@ static void expert_sum(program & p, int64_t n, int64_t k, int64_t tokens) {
         ggml_build_forward_expand(p.graph, sum);
     }
     p.want(ggml_scale(ctx, sum, 1.0f));
-    p.unwanted = weighted;
+    p.unneeded = weighted;
 }
 
-// Several kinds of weights on the same activations, others on activations of their own, and one that needs the product
-// before it. The first is the widest, so that the work buffer holds the activations of several.
+// Several types of weights on the same activations, others on their own activations, and one that depends on the matmul
+// before it. The first is the widest, so that the work buffer can hold several activations.
 static void products(program & p, int64_t tokens) {
     const auto product = [&](ggml_type type, int64_t rows, ggml_tensor * x) {
         ggml_tensor * y = ggml_mul_mat(p.ctx, p.weight(type, x->ne[0], rows, type != GGML_TYPE_Q8_0), x);

@@ -1,5 +1,5 @@
-// What llama_fattn_fit_f32 does to a flash attention node, for caches on devices that read F32 and that do not.
-// Devices and their buffers are made up; only the last check computes something, on the CPU.
+// Tests llama_fattn_fit_f32 on flash attention nodes, for caches on devices that support F32 and that do not.
+// Devices and their buffers are fakes; only the last check computes something, on the CPU.
 
 #include "check.h"
 #include "ggml-backend-impl.h"
@@ -22,7 +22,7 @@ static bool reads_f16(ggml_backend_dev_t, const ggml_tensor * op) {
     return op->src[1]->type == GGML_TYPE_F16 && op->src[2]->type == GGML_TYPE_F16;
 }
 
-// a buffer on a device that answers with `supports`; without it, on no device, as ggml's CPU buffers are
+// a buffer on a device that answers with `supports`; without it, on no device, like ggml's CPU buffers
 struct fake_buffer {
     ggml_backend_device      dev  = {};
     ggml_backend_buffer_type buft = {};
@@ -42,7 +42,7 @@ struct attention {
     ggml_tensor *  v;
     ggml_tensor *  node;
 
-    // one cache row holds one token; V is the first part of K, or of a cache of its own with the same strides
+    // one cache row per token; V is the first part of K, or in its own cache with the same strides
     attention(ggml_type type, ggml_backend_buffer_t buffer, bool v_in_k, bool no_alloc = true) :
         ctx(ggml_init({ 1 << 20, nullptr, no_alloc })) {
         ggml_tensor * cache_k = ggml_new_tensor_2d(ctx, type, DK, N_KV);
@@ -52,7 +52,7 @@ struct attention {
         q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, DK, N_Q, N_HEAD);
         k = ggml_view_3d(ctx, cache_k, DK, N_KV, 1, cache_k->nb[1], cache_k->nb[2], 0);
         v = ggml_view_3d(ctx, cache_v, DV, N_KV, 1, cache_v->nb[1], cache_v->nb[2], 0);
-        // with soft-capped scores the CPU does the same whether V is a view of K or apart
+        // with soft-capped scores the CPU computes the same whether V is a view of K or not
         node = ggml_flash_attn_ext(ctx, q, k, v, nullptr, 0.2f, 0.0f, 30.0f);
     }
 
@@ -110,7 +110,7 @@ static std::vector<float> compute(attention & a) {
     return std::vector<float>(y, y + ggml_nelements(a.node));
 }
 
-// K without a buffer is copied: the one copy gives what a copy of each gives
+// K without a buffer is copied: one copy has the same result as a copy of each
 static void one_copy_computes_what_two_do() {
     attention one(GGML_TYPE_F32, nullptr, true, false);
     llama_fattn_fit_f32(one.ctx, one.node);

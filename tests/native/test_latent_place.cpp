@@ -1,5 +1,5 @@
-// What llama_latent_attn_obstacle says of a LATENT_ATTN whose cache and weights lie here and there.
-// Devices and their buffers are made up, but for the CPU's own.
+// Tests llama_latent_attn_obstacle on a LATENT_ATTN whose cache and weights are in various places.
+// Devices and their buffers are fakes, except the CPU's own.
 
 #include "check.h"
 #include "ggml-backend-impl.h"
@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-// A buffer on a device of its own, which has LATENT_ATTN or not; the host may read it in place or not.
+// A buffer on its own device, which supports LATENT_ATTN or not; the host may be able to read it in place.
 struct Place {
     ggml_backend_device      device = {};
     ggml_backend_buffer_type type   = {};
@@ -71,24 +71,24 @@ int main() {
     CHECK(obstacle(&unable.buffer, &unable.buffer, &unable.buffer) ==
           "GPU does not have LATENT_ATTN for f16 caches and cache in memory");
 
-    // layers on a GPU, cache in host memory (-nkvo), and the other way round: weights kept back
+    // layers on a GPU, cache in host memory (-nkvo), and the reverse: weights kept in host memory
     CHECK(obstacle(cpu, &able.buffer, &able.buffer) == "its cache is on CPU and k_b on GPU");
     CHECK(obstacle(&able.buffer, cpu, cpu) == "its cache is on GPU and k_b on CPU");
     CHECK(obstacle(&able.buffer, &able.buffer, cpu) == "its cache is on GPU and v_b on CPU");
 
-    // layers on the CPU beside a GPU: the weights lie in pinned memory
+    // layers on the CPU, with a GPU present: the weights are in pinned memory
     CHECK(obstacle(cpu, &pinned.buffer, &pinned.buffer).empty());
     CHECK(obstacle(&able.buffer, &pinned.buffer, &pinned.buffer) == "its cache is on GPU and k_b on CPU");
 
-    // memory of nobody's
+    // memory without a device
     Place stray(true, false);
     stray.type.device = nullptr;
     CHECK(obstacle(&stray.buffer, &stray.buffer, &stray.buffer) == "no device is known for memory");
 
-    // nothing has memory yet
+    // nothing is allocated yet
     CHECK(obstacle(nullptr, nullptr, nullptr).empty());
 
-    // whose break-even
+    // only CUDA has its own break-even point
     ggml_backend_reg cuda = {};
     ggml_backend_reg rocm = {};
     cuda.iface.get_name   = [](ggml_backend_reg_t) { return "CUDA"; };

@@ -1,7 +1,7 @@
 #pragma once
 
-// Shared by our CUDA kernels: matmul on tensor cores, floats as sums of 16-bit numbers for it, and asynchronous copies.
-// The PTX requires compute capability 8.0; kernels do not call these functions below it.
+// Common to our CUDA kernels: matmul on tensor cores, floats as sums of 16-bit numbers for it, and asynchronous copies.
+// The PTX requires compute capability 8.0; kernels do not call these functions on older devices.
 //
 // Fragments of mma.sync m16n8k16, lane = 4*g + t:
 //   a[0..3]: (row g, columns 2t 2t+1), (row g+8, the same), (row g, columns 2t+8 2t+9), (row g+8, the same)

@@ -1,11 +1,11 @@
-// The end of a mixture of experts: each chosen expert's result times its weight, and the sum over the experts in
-// their order. One MUL, k views, k - 1 ADDs; the weighted results themselves are not wanted.
+// The end of a mixture of experts: the result of each selected expert times its weight, and the sum over the experts in
+// order. One MUL, k views, k - 1 ADDs; the weighted results themselves are not written.
 
 #include "node-fusion-impl.h"
 
 #include <algorithm>
 
-// a product and the sum it goes into are rounded apart, as they are in nodes of their own
+// a product and its sum are rounded separately, as in separate nodes
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
@@ -17,7 +17,7 @@ namespace node_fusion {
 constexpr int     MAX_EXPERTS_USED = 15;
 constexpr int64_t COLUMNS          = 64;  // summed together
 
-// How many experts' results the run that begins at node n sums up; 0 where there is none.
+// Number of experts summed by the run that starts at node n; 0 if there is none.
 static int experts_summed(const ggml_cgraph * cgraph, int n) {
     const ggml_tensor * weighted = cgraph->nodes[n];
     const ggml_tensor * results  = weighted->src[0];
@@ -78,8 +78,8 @@ sum_token(const float * results, const float * weights, int64_t n, int k, int64_
     }
 }
 
-// The weights of tokens [t0, t1), by token; copied to this thread's part of the work buffer where the sums will be
-// written over them (the allocator takes them for done with behind the MUL). nullptr: no room for that.
+// The weights of tokens [t0, t1), by token; copied to this thread's part of the work buffer if the sums overwrite them
+// (for the allocator they are free after the MUL). nullptr: the work buffer is too small.
 static const float * weights_of(
     const ggml_tensor * weights, const ggml_tensor * out, int64_t t0, int64_t t1, const ggml_compute_params * params) {
     const int64_t k     = weights->ne[1];
@@ -110,7 +110,7 @@ int expert_sum(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params
 
     const int64_t n      = results->ne[0];
     const int64_t T      = results->ne[2];
-    const int64_t blocks = (n + COLUMNS - 1) / COLUMNS;  // of a token
+    const int64_t blocks = (n + COLUMNS - 1) / COLUMNS;  // per token
     const share   mine(params, blocks * T);
     const int64_t t0      = mine.first / blocks;
     const int64_t t1      = std::min(T, mine.last / blocks + 1);

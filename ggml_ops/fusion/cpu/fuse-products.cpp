@@ -1,4 +1,4 @@
-// Neighbouring matmuls with repacked weights, or of few columns, that do not depend on each other: q, k, v and the first
+// Adjacent matmuls with repacked weights, or of few columns, that do not depend on each other: q, k, v and the first
 // halves of the low-rank gates; the second halves; gate and up of a dense layer or shared expert. All activations are
 // packed first, once per format, then all rows are multiplied, with one barrier after each of the two steps.
 
@@ -18,8 +18,8 @@ constexpr size_t  ALIGNMENT         = 64;  // of packed activations in the work 
 struct product {
     ggml_tensor *    op;
     packed_product * weights;
-    size_t           packed;  // where its activations lie in the work buffer
-    bool             shares;  // those of a product before it
+    size_t           packed;  // offset of its activations in the work buffer
+    bool             shares;  // whether an earlier matmul has the same activations
     int64_t          chunk;   // rows
     int64_t          n_chunks;
 };
@@ -37,13 +37,13 @@ static packed_product * packed_weights(const ggml_tensor * op) {
     return weights != nullptr && !weights->whole(op) ? weights : nullptr;
 }
 
-// Is t, or what it is a view of, made by a product of the group?
+// Whether t, or the tensor it is a view of, is the result of a matmul of the group.
 static bool made_by(const group & g, const ggml_tensor * t) {
     const ggml_tensor * origin = t->view_src ? t->view_src : t;
     return std::any_of(g.all, g.all + g.count, [&](const product & p) { return p.op == t || p.op == origin; });
 }
 
-// Takes op into the group; false when it cannot join.
+// Adds op to the group; returns false if it cannot join.
 static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params) {
     packed_product * weights = packed_weights(op);
     if (weights == nullptr || g.count == MAX_PRODUCTS || made_by(g, op->src[1])) {
@@ -72,7 +72,7 @@ static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params
     return true;
 }
 
-// the parameters with which p's weights find their activations
+// the parameters with which p's weights locate their activations
 static ggml_compute_params params_of(const product & p, const ggml_compute_params * params) {
     ggml_compute_params own = *params;
     own.wdata               = (char *) params->wdata + p.packed;
@@ -107,7 +107,7 @@ int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params *
     }
     ggml_barrier(params->threadpool);
 
-    int64_t before = 0;  // chunks of the products before this one
+    int64_t before = 0;  // chunks of the matmuls before this one
     int64_t chunk  = params->ith;
     for (int i = 0; i < g.count; ++i) {
         const product &     p   = g.all[i];

@@ -1,9 +1,9 @@
-// The router behind its product, as build_moe_ffn makes it for sigmoid scores with a bias for the choice:
+// The router after its matmul, as built by build_moe_ffn for sigmoid scores with a selection bias:
 //
-//   p = sigmoid(logits)    chosen = the first k of argsort(p + bias), falling
+//   p = sigmoid(logits)    chosen = the first k of argsort(p + bias), descending
 //   w = p[chosen]          weights = w / clamp(sum w) * scale
 //
-// Twelve nodes, of which only the chosen ids (the first k of the ARGSORT's row) and the weights are wanted.
+// Twelve nodes, of which only the selected ids (the first k of the ARGSORT's row) and the weights are written.
 
 #include "node-fusion-impl.h"
 
@@ -16,7 +16,7 @@ namespace node_fusion {
 constexpr int64_t MAX_EXPERTS = 1024;
 constexpr int64_t MAX_CHOSEN  = 32;
 
-// the nodes in their order
+// the nodes in order
 enum {
     SCORES,
     SCORES_BY_EXPERT,  // reshaped
@@ -84,7 +84,7 @@ int router(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * p
     ggml_tensor * const * node   = cgraph->nodes + node_n;
     const ggml_tensor *   logits = node[SCORES]->src[0];
     const ggml_tensor *   bias   = node[BIASED]->src[1];
-    // one token is read whole before its results are written; of more, a thread could write over another's
+    // one token is read completely before its results are written; with more, a thread could overwrite another's input
     const bool one_token = logits->ne[1] == 1;
     for (const ggml_tensor * written : { node[SORTED], node[WEIGHTS] }) {
         if ((!one_token && overlap(written, logits)) || overlap(written, bias)) {
@@ -115,7 +115,7 @@ int router(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * p
             score[e] = p[e] + b[e];
         }
         std::iota(id, id + experts, 0);
-        // the sort of ggml's ARGSORT, so that equal scores come in the same order
+        // the same sort as ggml's ARGSORT, so that the order of equal scores is the same
         std::sort(id, id + experts, [&](int32_t i, int32_t j) { return score[i] > score[j]; });
 
         double sum = 0;

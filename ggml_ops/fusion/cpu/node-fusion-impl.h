@@ -1,7 +1,7 @@
 #pragma once
 
-// The runs of nodes, each in its own file. Each function returns how many nodes after the first one it has computed too;
-// 0: the nodes do not match, and nothing was computed.
+// Fused runs of nodes, each in its own file. Each function returns the number of nodes after the first one that it
+// computed; 0: the nodes do not match, and nothing was computed.
 
 #include "ggml-cpu-impl.h"
 #include "ggml-impl.h"
@@ -11,13 +11,13 @@ namespace node_fusion {
 // SIGMOID of the router's logits ... SCALE of the chosen experts' weights
 int router(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
 
-// MUL of the experts' results by their weights, ADDs of them all
+// MUL of the experts' results by their weights, ADDs over the experts
 int expert_sum(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
 
 // MUL_MATs of the same activations
 int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
 
-// Do the two share memory? Nodes that run as one must not write what they still have to read.
+// Whether a and b share memory. A fused run must not overwrite its own inputs.
 static inline bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     const char * a0 = (const char *) a->data;
     const char * b0 = (const char *) b->data;

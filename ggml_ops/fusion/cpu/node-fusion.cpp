@@ -11,10 +11,10 @@ namespace node_fusion {
 
 constexpr int ALWAYS = 0;
 
-// Runs that begin with the same operator are tried in this order.
+// Runs that start with the same operator are tried in this order.
 static const struct {
     ggml_op first;
-    int     mark;  // on the first node: the run is not fused
+    int     mark;  // if set on the first node, the run is not fused
     int (*run)(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params);
 } RUNS[] = {
     { GGML_OP_KDA_CONV, ALWAYS, ggml_kda_elide_state_copy },

@@ -1,7 +1,7 @@
 #pragma once
 
-// Runs of nodes that the CPU computes as one, with one barrier after all of them. The graph keeps its nodes, and the
-// results have the same bits.
+// Runs of nodes that the CPU computes as one, with one barrier at the end. The graph is unchanged, and the results are
+// bit-identical.
 
 #include "ggml.h"
 
@@ -12,8 +12,8 @@ extern "C" {
 struct ggml_cgraph;
 struct ggml_compute_params;
 
-// Computes the run that begins at node_n, if there is one. Returns the number of nodes after node_n that are done with
-// it; 0: nothing was computed.
+// Computes the run that starts at node_n, if there is one. Returns the number of nodes after node_n that are then done;
+// 0: nothing was computed.
 int ggml_cpu_fuse_nodes(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
 
 #ifdef __cplusplus

@@ -1,6 +1,6 @@
-// KDA conv on the CPU. A unit of work is one head of q, of k or of v in one sequence: its taps and its history
-// are laid out by tap once, then the tokens run through. Neighbouring heads go together, token by token, so that
-// memory is read and written in stretches of a few kilobytes.
+// KDA conv on the CPU. A unit of work is one head of q, of k or of v in one sequence: its taps and its history are
+// transposed to rows by tap once, then the tokens are processed. Neighbouring heads are processed together, token by
+// token, so that memory is accessed in runs of a few kilobytes.
 
 #include "kda-cpu.h"
 
@@ -16,8 +16,8 @@ namespace kda {
 
 constexpr int WIDTH          = GGML_KDA_CONV_WIDTH;
 constexpr int HISTORY        = WIDTH - 1;
-constexpr int HEADS_TOGETHER = 8;  // heads that go together
-// tokens ahead of which rows are asked for: each row is another page, where a processor's own prefetching begins anew
+constexpr int HEADS_TOGETHER = 8;  // heads processed together
+// prefetch distance in tokens: each row is in another page, where hardware prefetching has to start again
 constexpr int AHEAD = 1;
 
 // One head of q, k or v in one sequence.
@@ -44,7 +44,7 @@ struct conv_unit {
 
     const float * tap(int i) const { return by_tap + i * D; }
 
-    // inputs of token t, which may lie up to HISTORY before the first one
+    // inputs of token t; t >= -HISTORY
     const float * row(int64_t t) const { return t < 0 ? by_tap + (WIDTH + HISTORY + t) * D : input + t * input_stride; }
 };
 
@@ -144,7 +144,7 @@ static conv_unit unit_of(const ggml_tensor * dst, const ggml_kda_state_dest * de
     const int32_t row = ((const int32_t *) dst->src[GGML_KDA_CONV_ROWS]->data)[s];
     GGML_ASSERT(row >= 0 && row < cache->ne[1]);
 
-    const int64_t first = x * C + h * D;  // channel among those of q, k and v together
+    const int64_t first = x * C + h * D;  // channel index over q, k and v
 
     conv_unit u    = {};
     u.D            = D;

@@ -1,16 +1,16 @@
-// KDA scan in chunks of CHUNK tokens, in vectors. Within a chunk, with e_t the decay of token t, the products
+// KDA scan in chunks of CHUNK tokens, vectorized. Within a chunk, with e_t the decay of token t, the products
 //
 //   P_i = e_0 ... e_i            decay from the chunk's start to token i, inclusive
 //   E_ij = e_{j+1} ... e_i       decay from token j to token i
 //
-// are built by multiplication alone. All are <= 1 however strong the gates are: no log-gate is ever negated.
+// are computed by multiplication only. All are <= 1 however strong the gates are: no log-gate is ever negated.
 // The chunk then is (README, Chunked form)
 //
 //   L_ij = beta_i k_i . (E_ij k_j), j < i        A_ij = q_i . (E_ij k_j), j <= i
 //   U = (I + L)^-1 beta (V - (P k) S)            O = (P q) S + A U            S <- P_last S + (E_last k)^T U
 //
-// The products run over blocks of value channels, which depend on one another nowhere. For them the state is
-// held by columns: lanes are value channels, so no product ends in a sum across lanes.
+// The matmuls are computed in blocks of value channels, which are independent. For them the state is stored by columns:
+// lanes are value channels, so there are no sums across lanes.
 
 #include "kda-scan-gate.h"
 #include "kda-scan-impl.h"
@@ -23,8 +23,8 @@ namespace kda {
 
 #if defined(KDA_SIMD)
 
-constexpr int JB = 2 * VW;  // value channels in a block
-// rows of a register tile: JB columns wide, so twice as many accumulators
+constexpr int JB = 2 * VW;  // value channels per block
+// rows per register tile: JB columns wide, so twice as many accumulators
 constexpr int RT = VW == 8 ? 4 : 8;
 
 template <int D> struct chunk_vectors {
@@ -39,7 +39,7 @@ template <int D> struct chunk_vectors {
     float out[CHUNK][D];           // O
 };
 
-// k_j <- e_i k_j, and its products with k_i and q_i, for N neighbouring j
+// k_j <- e_i k_j, and its dot products with k_i and q_i, for N neighbouring j
 template <int D, int N>
 static KDA_INLINE void
 pair_products(float (*kj)[D], const float * e, const float * k, const float * q, vf * ek, vf * eq) {
@@ -110,7 +110,7 @@ template <int D> static void prepare(const scan_head & head, int64_t t0, chunk_v
     }
 }
 
-// product = decayed * S, where S is D rows of JB value channels. Before each of its register tiles it calls `ahead`.
+// product = decayed * S, where S is D rows of JB value channels. Calls `ahead` before each register tile.
 constexpr int TILES = 2 * CHUNK / RT;
 
 template <int D, typename F> static void multiply(chunk_vectors<D> & p, const float * S, F && ahead) {
@@ -215,7 +215,7 @@ template <int ROWS, int COLUMNS> static void transpose(const float * from, float
     }
 }
 
-// Asks for the rows of tokens [t, t + n) of a head: those that its next chunk will read, and those it will write.
+// Prefetches the rows of tokens [t, t + n) of a head: those that its next chunk reads, and those that it writes.
 template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64_t t, int64_t n) {
     for (int64_t i = t; i < t + n; ++i) {
         prefetch(head.f[i], D);
@@ -227,7 +227,7 @@ template <int D> static KDA_INLINE void rows_ahead(const scan_head & head, int64
     }
 }
 
-// Part `part` of `n_parts` of what comes after the chunk at t: the next chunk, or the next head's state and first one.
+// Prefetches part `part` of `n_parts` of the next chunk, or of the next head's state and first chunk.
 template <int D>
 static KDA_INLINE void ahead(const scan_head & head, const scan_range & range, int64_t t, int part, int n_parts) {
     const int64_t i0 = CHUNK * part / n_parts;
@@ -258,12 +258,12 @@ template <int D> static void chunks(const scan_head & head, const scan_range & r
             memset(S + j * D, 0, JB * D * sizeof(float));
         }
     }
-    const int n_tiles = TILES * (int) ((j1 - j0) / JB);  // of the product, in a chunk
+    const int n_tiles = TILES * (int) ((j1 - j0) / JB);  // register tiles per chunk
     for (int64_t t = range.t0; t < range.t1; t += CHUNK) {
         prepare<D>(head, t, p);
         for (int64_t j = j0; j < j1; j += JB) {
             const int first = TILES * (int) ((j - j0) / JB);
-            // what comes next is fetched while this chunk multiplies
+            // prefetches the next data while this chunk multiplies
             multiply<D>(p, S + j * D, [&](int tile) { ahead<D>(head, range, t, first + tile, n_tiles); });
             solve<D>(head, t, j, p);
             update<D>(p, S + j * D);

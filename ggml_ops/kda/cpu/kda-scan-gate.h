@@ -1,6 +1,6 @@
 #pragma once
 
-// The gates and the output norm of the KDA scan in vectors, used by the stepwise and by the chunked kernel.
+// The gates and the output norm of the KDA scan, vectorized; used by the stepwise and by the chunked kernel.
 
 #include "kda-scan-impl.h"
 #include "kda-simd.h"
@@ -9,8 +9,8 @@
 
 namespace kda {
 
-// decay = e^(log-gate) of token t. Two passes: the chain of one vector through both is too long for a processor to
-// overlap with the next one's.
+// decay = e^(log-gate) of token t. In two passes: the dependency chain of one vector through both is too long for a CPU
+// to overlap it with the next one's.
 template <int D> static KDA_INLINE void decays(const scan_head & head, int64_t t, float * decay) {
     const float * f     = head.f[t];
     const float * dt    = head.dt_bias;
@@ -31,8 +31,8 @@ template <int D> static KDA_INLINE void decays(const scan_head & head, int64_t t
     }
 }
 
-// out = norm * rms_norm(o) * sigmoid(gate) for tokens [t0, t0 + n), n <= CHUNK; o: their rows, `stride` floats apart,
-// which may be those of out. A token's result does not depend on those it comes with.
+// out = norm * rms_norm(o) * sigmoid(gate) for tokens [t0, t0 + n), n <= CHUNK; o: their rows, row stride `stride`
+// floats, may be equal to out. A token's result does not depend on n.
 template <int D>
 static KDA_INLINE void finish(const scan_head & head, int64_t t0, int n, const float * o, size_t stride) {
     alignas(64) float scale[CHUNK];

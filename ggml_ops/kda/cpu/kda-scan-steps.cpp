@@ -1,9 +1,9 @@
-// KDA scan token by token, in vectors. For one token, with row m_j of the state (one for each value channel j):
+// KDA scan token by token, vectorized. For one token, with row m_j of the state (one for each value channel j):
 //
 //   d_j = beta (v_j - m_j . (e k))        o_j = m_j . (e q) + (k . q) d_j        m_j <- e m_j + k d_j
 //
-// so both products are taken in one pass over the old state and the state is written once. VW rows go together:
-// they stay in the first cache level between the passes and across the tokens of a group.
+// so both products are computed in one pass over the old state and the state is written once. VW rows are processed
+// together: they stay in the L1 cache between the passes and across the tokens of a group.
 
 #include "kda-scan-gate.h"
 #include "kda-scan-impl.h"
@@ -16,7 +16,7 @@ namespace kda {
 
 #if defined(KDA_SIMD)
 
-// tokens that are prepared together: their vectors and a tile of the state fit into the first cache level
+// tokens prepared together: their vectors and a tile of the state fit in the L1 cache
 constexpr int TOKENS_TOGETHER = 8;
 
 template <int D> struct step_vectors {

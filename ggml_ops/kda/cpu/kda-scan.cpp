@@ -1,8 +1,8 @@
-// KDA scan on the CPU: takes the operator apart into heads, chooses the kernel, shares the work out.
+// KDA scan on the CPU: splits the operator into heads, selects the kernel, and distributes the work.
 //
-// A unit of work is one head of one sequence, or, when there are too few of those for the threads, a block of
-// its value channels; every value is computed by the same instructions whatever the split, so results are
-// bit-equal for any number of threads.
+// A unit of work is one head of one sequence, or, if there are fewer of those than threads, a block of its value
+// channels. Every value is computed by the same instructions for any split, so results are bit-identical for any number
+// of threads.
 
 #include "kda-cpu.h"
 
@@ -17,10 +17,10 @@
 
 namespace kda {
 
-// Chunks begin to pay here (README, Measurements).
+// The break-even point of chunks (README, Measurements).
 constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
 
-// Value channels that one call of a vector path may be given at least; 0 when this build has none.
+// Minimum number of value channels per call of a vector path; 0 if this build has none.
 #if defined(KDA_SIMD)
 constexpr int64_t COLUMN_TILE = 2 * VW;
 #else
@@ -35,7 +35,7 @@ static float log_gate(const scan_head & head, int64_t t, int64_t i) {
     return head.a * (x > 20.0f ? x : log1pf(expf(x)));
 }
 
-// Slot T, where there is one, holds the state that the tokens find.
+// Slot T, if it exists, holds the state before the first token.
 static void keep_state_found(const scan_head & head, int64_t j0, int64_t j1) {
     if (head.T >= head.n_slots) {
         return;
@@ -141,7 +141,7 @@ static scan_head head_of(const ggml_tensor * dst, const ggml_kda_state_dest * de
     return head;
 }
 
-// All tokens of value channels [j0, j1): chunks while the states inside them are not asked for, then steps.
+// All tokens of value channels [j0, j1): chunks as long as the states inside them are not requested, then steps.
 static void
 scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t j1, bool finish, float * scratch) {
     keep_state_found(head, j0, j1);
@@ -156,7 +156,7 @@ scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t
     scan_steps(head, { t, head.T, j0, j1, finish, nullptr }, scratch);
 }
 
-// Blocks of value channels into which a head is cut so that no thread is left without work.
+// Blocks of value channels per head, so that no thread is idle.
 static int64_t blocks_per_head(int64_t D, int64_t n_heads, int n_threads) {
     int64_t n = 1;
     while (n_heads * n < n_threads && COLUMN_TILE > 0 && D % (2 * n * COLUMN_TILE) == 0) {
@@ -205,7 +205,7 @@ void ggml_compute_forward_kda_scan(const ggml_compute_params * params,
     }
 
     if (blocks > 1) {
-        // the norm runs over all channels of a head: after the last block
+        // the norm needs all channels of a head: after the last block
         ggml_barrier(params->threadpool);
         const int64_t T  = f->ne[2];
         const int64_t n  = n_heads * T;

@@ -1,7 +1,7 @@
 #pragma once
 
-// One vector type for the KDA operators on the CPU: AVX-512, AVX2 or NEON, whichever this build of
-// ggml-cpu has. Without one of them KDA_SIMD is not defined and the plain scalar paths serve.
+// One vector type for the KDA operators on the CPU: AVX-512, AVX2 or NEON, depending on the build of ggml-cpu. Without
+// any of them KDA_SIMD is not defined and the plain scalar paths are used.
 
 #include "ggml-cpu-impl.h"
 
@@ -35,7 +35,7 @@ template <bool WRITE = false> static KDA_INLINE void prefetch(const float * p, i
 #endif
 }
 
-// This thread's part of the work buffer, at a cache line; ggml_graph_plan adds a line for every thread.
+// This thread's part of the work buffer, aligned to a cache line; ggml_graph_plan adds a line per thread.
 static inline float * thread_scratch(const ggml_compute_params * params, size_t floats_per_thread) {
     constexpr uintptr_t line = 64;
     return (float *) (((uintptr_t) params->wdata + line - 1) / line * line) + params->ith * floats_per_thread;
@@ -45,7 +45,7 @@ static inline float * thread_scratch(const ggml_compute_params * params, size_t 
 
 #define KDA_SIMD
 
-constexpr int VW = 16;  // floats in a vector
+constexpr int VW = 16;  // floats per vector
 using vf         = __m512;
 
 // clang-format off
@@ -68,7 +68,7 @@ static KDA_INLINE vf   v_sqrt(vf a)                   { return _mm512_sqrt_ps(a)
 static KDA_INLINE float v_hsum(vf a)                  { return _mm512_reduce_add_ps(a); }
 // clang-format on
 
-// 1/a for 1 <= a < 2^126: 14 bits and one step of Newton's, half the time of a division
+// 1/a for 1 <= a < 2^126: 14 bits and one Newton step, half the time of a division
 static KDA_INLINE vf v_reciprocal(vf a) {
     const vf r = _mm512_rcp14_ps(a);
     return v_fma(v_fnma(a, r, v_set1(1.0f)), r, r);
@@ -143,7 +143,7 @@ static KDA_INLINE vf   v_sqrt(vf a)                   { return _mm256_sqrt_ps(a)
 static KDA_INLINE vf   v_reciprocal(vf a)             { return v_div(v_set1(1.0f), a); }
 // clang-format on
 
-// a * 2^n in two factors, so that results below the normal range come out too
+// a * 2^n in two factors, so that results below the normal range are correct too
 static KDA_INLINE vf v_scale2(vf a, vf n) {
     const __m256i i    = _mm256_cvtps_epi32(n);
     const __m256i half = _mm256_srai_epi32(i, 1);
@@ -212,7 +212,7 @@ static KDA_INLINE vf   v_reciprocal(vf a)             { return v_div(v_set1(1.0f
 static KDA_INLINE float v_hsum(vf a)                  { return vaddvq_f32(a); }
 // clang-format on
 
-// a * 2^n in two factors, so that results below the normal range come out too
+// a * 2^n in two factors, so that results below the normal range are correct too
 static KDA_INLINE vf v_scale2(vf a, vf n) {
     const int32x4_t i    = vcvtq_s32_f32(n);
     const int32x4_t half = vshrq_n_s32(i, 1);
@@ -256,8 +256,8 @@ static KDA_INLINE vf v_sigmoid(vf x) {
     return v_reciprocal(v_add(v_set1(1.0f), v_exp(v_sub(v_zero(), x))));
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|; log1p(u) = u + u^2 p(u) on [0, 1], where p is the polynomial whose
-// largest relative error there, 5e-9, is the least (Lawson's iteration on Chebyshev nodes)
+// log(1 + e^x) = max(x, 0) + log1p(u), u = e^-|x|; log1p(u) = u + u^2 p(u) on [0, 1], where p is the minimax polynomial
+// of the relative error, 5e-9 (Lawson's iteration on Chebyshev nodes)
 static KDA_INLINE vf v_softplus(vf x) {
     const vf u  = v_exp(v_sub(v_zero(), v_abs(x)));
     const vf u2 = v_mul(u, u);

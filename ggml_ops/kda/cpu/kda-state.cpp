@@ -1,6 +1,6 @@
 // Writes the new states of a KDA operator into the cache, instead of the ggml_cpy after it.
 //
-// The operator reads rows of the cache while it writes others, so this is done only if each sequence writes the row that
+// The operator reads rows of the cache while it writes others, so this requires that each sequence writes the row that
 // it reads, or reads none. The rows are checked when the graph runs; the graph is the same either way.
 
 #include "kda-cpu.h"
@@ -9,7 +9,7 @@
 #include "ggml-kda-state.h"
 #include "ops.h"
 
-// Does every sequence continue a row that no other sequence writes?
+// Whether every sequence continues a row that no other sequence writes.
 static bool reads_what_it_writes(const ggml_kda_states & states, const ggml_kda_state_copy & copy) {
     const int32_t * rows = (const int32_t *) states.rows->data;
     for (int64_t s = 0; s < states.rows->ne[0]; ++s) {
@@ -20,8 +20,8 @@ static bool reads_what_it_writes(const ggml_kda_states & states, const ggml_kda_
     return true;
 }
 
-// May the nodes between operator and copy run after the copy? They must not read or write a row that it writes; that
-// `store` does not is known.
+// Whether the nodes between operator and copy may run after the copy: they must not read or write a row that it writes.
+// `store` is known not to.
 static bool may_follow(const ggml_kda_states & states, const ggml_kda_state_copy & copy) {
     if (copy.gather == nullptr) {
         return true;

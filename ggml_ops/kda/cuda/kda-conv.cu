@@ -1,8 +1,8 @@
 // KDA conv: q, k and v projections -> convolution, SiLU, L2 norm of q and k, scale of q, and the new states.
 //
-// A warp takes one head of one projection through a tile of tokens; a lane holds four neighbouring channels, their taps
-// and their last three inputs. The warp of the first tile is the only one that touches the sequence's state: it has
-// read what it found before it writes, so the new state may lie where the old one was.
+// A warp processes one head of one projection over a tile of tokens; a lane holds four neighbouring channels, their
+// taps and their last three inputs. Only the warp of the first tile accesses the sequence's state. It reads the old
+// state before it writes the new one, so both may be at the same address.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -12,11 +12,11 @@
 namespace kda_cuda {
 
 constexpr int CONV_WARPS  = 4;
-constexpr int CONV_TOKENS = 16;  // of a tile
+constexpr int CONV_TOKENS = 16;  // tokens per tile
 constexpr int TAPS        = 4;
-constexpr int LANE_VALUES = 4;  // channels of a lane
+constexpr int LANE_VALUES = 4;  // channels per lane
 
-// One lane's channels: the last three inputs of each, oldest first, as a state lays them out.
+// The last three inputs of each of a lane's channels, oldest first, in the layout of the state.
 struct history {
     float x[LANE_VALUES][TAPS - 1];
 };
@@ -54,7 +54,7 @@ static __device__ __forceinline__ void store_history(float * state, const histor
     }
 }
 
-// The inputs of the tokens in front of token t; found: those in front of token 0.
+// The inputs of the tokens before token t; found: those before token 0.
 static __device__ __forceinline__ history
 history_before(const conv_args & args, int p, int64_t h, int s, int channel, int t, const history & found) {
     history now = found;
@@ -76,7 +76,7 @@ static __device__ __forceinline__ float4 convolve(const history & h, const float
 }
 
 template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP, 4) conv_kernel(const conv_args args) {
-    constexpr int VECTORS = (D + WARP * LANE_VALUES - 1) / (WARP * LANE_VALUES);  // of a lane
+    constexpr int VECTORS = (D + WARP * LANE_VALUES - 1) / (WARP * LANE_VALUES);  // per lane
 
     const state_dest dest = choose_dest(args.st);
 

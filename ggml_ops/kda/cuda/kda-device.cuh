@@ -1,7 +1,7 @@
 #pragma once
 
-// What the CUDA kernels of KDA_CONV and KDA_SCAN share: which states they read and write, gates, sums over a warp,
-// vectors of four.
+// Device functions common to the CUDA kernels of KDA_CONV and KDA_SCAN: source and destination of the states, gates,
+// warp reductions, vectors of four.
 
 #include "kda-params.cuh"
 #include "kimi-mma.cuh"
@@ -18,8 +18,8 @@ static __device__ __forceinline__ const float * state_found(const states & st, i
     return row == st.zero_row ? nullptr : st.cache + row * st.row_stride;
 }
 
-// Do the new states go straight to the cache? Only where no sequence reads a row that another one writes; the rows are
-// looked at on the device, so a captured graph stays right whatever they hold. For whole warps.
+// Whether the new states are written directly to the cache: only if no sequence reads a row that another one writes.
+// The rows are read on the device, so a captured graph is correct for any rows. Call it with whole warps.
 static __device__ __forceinline__ bool writes_to_cache(const states & st) {
     if (st.in_cache.data == nullptr || st.n_seqs == 1) {
         return st.in_cache.data != nullptr;
@@ -27,7 +27,7 @@ static __device__ __forceinline__ bool writes_to_cache(const states & st) {
     const int64_t slot_rows = st.in_cache.slot / st.row_stride;
     bool          own       = true;
     for (int s = threadIdx.x % WARP; s < st.n_seqs; s += WARP) {
-        const int64_t row    = st.rows[s] - st.first_row;  // written by sequence `writer`, if there is one
+        const int64_t row    = st.rows[s] - st.first_row;  // written by sequence `writer`, if it exists
         const int64_t writer = row >= 0 && row < st.n_slots * slot_rows ? row % slot_rows : st.n_seqs;
         own                  = own && (st.rows[s] == st.zero_row || writer == s || writer >= st.n_seqs);
     }
@@ -42,8 +42,8 @@ static __device__ __forceinline__ float sigmoid(float x) {
     return 1.0f / (1.0f + expf(-x));
 }
 
-// e^x of x <= 0, near 0 to a rounding whatever the compiler makes of expf: a decay of nearly 1 acts over thousands of
-// tokens, and the fast one's error would with it. 0 where float32 has no normal numbers.
+// e^x for x <= 0, accurate to rounding near 0 whatever the compiler makes of expf: a decay of nearly 1 applies over
+// thousands of tokens, and so would the error of the fast version. 0 where float32 has no normal numbers.
 static __device__ __forceinline__ float decay_exp(float x) {
     x             = fmaxf(x, -88.0f);
     const float n = rintf(x * 1.44269504f);
@@ -57,7 +57,7 @@ static __device__ __forceinline__ float decay_exp(float x) {
     return p * __int_as_float(((int) n + 127) << 23);  // n = -127: p * 0
 }
 
-// Gates' inputs, with dt_bias added, become e^(log-gate), at most 1.
+// Converts inputs of the gates, with dt_bias added, to e^(log-gate), at most 1.
 template <int N> static __device__ __forceinline__ void decays_of(float (&x)[N], float a, const gate_kind & kind) {
     if (kind.bounded) {
 #pragma unroll
@@ -72,7 +72,7 @@ template <int N> static __device__ __forceinline__ void decays_of(float (&x)[N],
     }
 }
 
-// Sum over groups of LANES neighbouring lanes, the same in each of them.
+// Sum over groups of LANES neighbouring lanes, returned in each of them.
 template <int LANES> static __device__ __forceinline__ float sum_lanes(float x) {
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2) {

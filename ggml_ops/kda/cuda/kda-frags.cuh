@@ -1,20 +1,20 @@
 #pragma once
 
-// Matrix products on tensor cores with float32's accuracy: each factor is the sum hi + lo of two bf16 numbers, to 2^-17
-// of it; the product is hi*hi + hi*lo + lo*hi, summed in float32. bf16 has float32's range, so that nothing over- or
-// underflows before the product does.
+// Matmuls on tensor cores with the accuracy of float32: each factor is the sum hi + lo of two bf16 numbers, accurate to
+// 2^-17 relative; the product is hi*hi + hi*lo + lo*hi, summed in float32. bf16 has the range of float32, so nothing
+// over- or underflows before the product does.
 
 #include "kda-device.cuh"
 #include "kimi-mma.cuh"
 
 namespace kda_cuda {
 
-// Two neighbouring factors.
+// Splits two neighbouring factors.
 static __device__ __forceinline__ terms<2> split(float x, float y) {
     return kimi_cuda::split<__nv_bfloat16, 2>(x, y);
 }
 
-// frag_b is in the order in which memory holds it, so that a lane's part is one 16-byte word.
+// frag_b is in memory order, so that a lane's part is one 16-byte word.
 template <int WORDS> struct alignas(WORDS == 2 ? 16 : 4) fragment {
     uint32_t hi[WORDS], lo[WORDS];
 
@@ -36,7 +36,7 @@ static __device__ __forceinline__ void mma_split(float (&c)[4], const frag_a & a
 
 constexpr int MMA_TOGETHER = 4;
 
-// c[n] += a b[n] for neighbouring ones. The three products of each wait for one another, so they go in turns.
+// c[n] += a b[n] for neighbouring n. The three products of each n depend on one another, so they are interleaved.
 static __device__ __forceinline__ void mma_split(float (*c)[4], const frag_a & a, const frag_b (&b)[MMA_TOGETHER]) {
 #pragma unroll
     for (int n = 0; n < MMA_TOGETHER; ++n) {
@@ -52,7 +52,7 @@ static __device__ __forceinline__ void mma_split(float (*c)[4], const frag_a & a
     }
 }
 
-// The accumulators of two neighbouring 16x8 products as the left factor of another one.
+// The accumulators of two neighbouring 16x8 products as the left factor of another product.
 static __device__ __forceinline__ frag_a as_factor(const float (&left)[4], const float (&right)[4]) {
     frag_a a;
     a.set(0, split(left[0], left[1]));

@@ -1,12 +1,12 @@
-// ggml's side of the KDA operators on CUDA: which nodes the kernels support, their arguments from tensors, and the copy of
-// the new states into the cache, which the operator elides.
+// ggml's side of the KDA operators on CUDA: which nodes the kernels support, their arguments from tensors, and the copy
+// of the new states into the cache, which the operator elides.
 //
-// Whether a sequence reads a row that another one writes is known on the device only. The kernels check it, and leave
-// their states in the result if one does (`copy_states` then moves them), so a captured graph is correct for any rows.
+// Whether a sequence reads a row that another one writes is known only on the device. The kernels check it. If so, they
+// leave their states in the result, and `copy_states` then copies them, so a captured graph is correct for any rows.
 //
-// Of the nodes between operator and copy, fill and gather run before the operator, the latter into memory of its own:
-// the operator reads neither the row filled (a sequence that continues the row of zeros starts from zero) nor that
-// memory. Store runs after the operator.
+// Of the nodes between operator and copy, fill and gather run before the operator, gather into memory of its own: the
+// operator reads neither the filled row (a sequence that continues the row of zeros starts from zero) nor that memory.
+// Store runs after the operator.
 
 #include "kda-ggml.cuh"
 
@@ -55,7 +55,7 @@ static kda_cuda::rows rows_of(const ggml_tensor * t, int64_t head = 0) {
              in_floats(t->nb[3]) };
 }
 
-// [channels, tokens, sequences], heads of head_size side by side
+// [channels, tokens, sequences], heads of head_size are contiguous
 static kda_cuda::rows channels_of(const ggml_tensor * t, int64_t head_size) {
     return { (const float *) t->data, head_size, in_floats(t->nb[1]), in_floats(t->nb[2]) };
 }
@@ -64,7 +64,7 @@ static const float * data_of(const ggml_tensor * t) {
     return (const float *) t->data;
 }
 
-// copy: the copy that is elided; nullptr: none
+// copy: the elided copy, or nullptr
 static kda_cuda::states states_of(const ggml_tensor * op, const ggml_kda_state_copy * copy) {
     const ggml_kda_states src    = ggml_kda_get_states(op);
     const int64_t         size   = src.cache->ne[0];
@@ -103,7 +103,7 @@ static void compute_conv(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
     kda_cuda::conv(args, ctx.stream());
 }
 
-// Logged once for each reason: long batches are computed token by token.
+// Logs each reason once: long batches are computed token by token.
 static void log_refusal(const char * reason) {
     static std::atomic<const char *> last(nullptr);
     if (last.exchange(reason) != reason) {
@@ -137,7 +137,7 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
     args.eps                 = params.eps;
     args.kind                = { params.lower_bound > -INFINITY, params.lower_bound };
 
-    // of the code that runs, which may be older than the device
+    // of the compiled code, which may be for an older architecture than the device
     const int capability = ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[ctx.device].cc) / 10;
     const int n_chunked  = kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots);
 

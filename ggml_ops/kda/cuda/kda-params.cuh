@@ -1,6 +1,6 @@
 #pragma once
 
-// What the CUDA kernels of KDA_CONV and KDA_SCAN are told: plain pointers and numbers, so that they run without ggml.
+// Arguments of the CUDA kernels of KDA_CONV and KDA_SCAN: plain pointers and numbers; the kernels run without ggml.
 
 #include <cuda_runtime.h>
 
@@ -11,15 +11,15 @@
 namespace kda_cuda {
 
 using head_sizes    = std::integer_sequence<int, 32, 64, 96, 128, 256>;
-using chunked_sizes = std::integer_sequence<int, 32, 64, 96, 128>;  // states of more do not fit a warp's registers
+using chunked_sizes = std::integer_sequence<int, 32, 64, 96, 128>;  // larger states do not fit in a warp's registers
 
-// Calls f with the head size as a constant, if it is one of these sizes.
+// Calls f with the head size as a compile-time constant, if it is one of these sizes.
 template <int... SIZES, typename F>
 void with_head_size(std::integer_sequence<int, SIZES...>, int head_size, const F & f) {
     ((head_size == SIZES ? f(std::integral_constant<int, SIZES>()) : void()), ...);
 }
 
-// Rows of packed floats, one for each head, token and sequence; strides in floats.
+// Rows of contiguous floats, one for each head, token and sequence; strides in floats.
 struct rows {
     const float * data;
     int64_t       head, token, seq;
@@ -29,7 +29,7 @@ struct rows {
     }
 };
 
-// Slot k of sequence s lies at data + s*seq + k*slot; strides in floats.
+// Slot k of sequence s is at data + s*seq + k*slot; strides in floats.
 struct state_dest {
     float * data;
     int64_t seq, slot;
@@ -37,31 +37,31 @@ struct state_dest {
     __device__ float * at(int64_t s, int64_t k) const { return data + s * seq + k * slot; }
 };
 
-// The states of an operator: found in rows of a cache, left in its result or, in place of the copy that follows it, in
-// the cache.
+// The states of an operator: read from rows of a cache, written to its result or, if the copy after the operator is
+// elided, to the cache.
 struct states {
     const float *   cache;
     int64_t         row_stride;  // floats
     const int32_t * rows;        // [n_seqs] the row that each sequence continues
-    int32_t         zero_row;    // sequences that continue it start from zero; -1: none
+    int32_t         zero_row;    // sequences that continue this row start from zero; -1: none
     int             n_seqs;
-    int             n_slots;  // snapshots asked for
+    int             n_slots;  // number of snapshots
     state_dest      result;
     state_dest      in_cache;   // data == nullptr: no copy is elided
-    int64_t         first_row;  // of the cache, that in_cache begins with
+    int64_t         first_row;  // the row of the cache at which in_cache begins
 };
 
-// How the log-gate is formed: unbounded below, or by a lower bound.
+// Form of the log-gate: without or with a lower bound.
 struct gate_kind {
     bool  bounded;
     float lower_bound;
 };
 
-// Moves what an operator left in its result to the cache, after it could not write there itself; `size` floats a state.
-// One launch for operators of more than one sequence whose copy was elided; nothing otherwise.
+// Copies the states from an operator's result to the cache if it could not write them there itself; `size` floats per
+// state. One launch for operators of more than one sequence whose copy was elided; no launch otherwise.
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream);
 
-// out [n, size] = the rows of the cache [.., size] that `rows` [n] names.
+// out [n, size] = the rows of the cache [.., size] given by `rows` [n].
 void gather_states(
     const float * cache, const int32_t * rows, int64_t n, int64_t size, float * out, cudaStream_t stream);
 

@@ -1,20 +1,20 @@
 #pragma once
 
-// What the two kernels of the chunked KDA scan hand over: for each chunk of 64 tokens of a head, what `prepare` makes
-// of its tokens alone and `states` takes through the recurrence, in the order in which `states` reads it.
+// Data passed between the two kernels of the chunked KDA scan. For each chunk of 64 tokens of a head, `prepare`
+// computes everything that depends only on its tokens, in the order in which `states` reads it for the recurrence.
 //
 // Over a chunk, with P_i the product of the decays up to token i, R_j that of those after j, E_ij of those after j up
 // to i, and X = (I + L)^-1, L_ij = beta_i k_i.(E_ij k_j), j < i:
 //   w = X beta (P k)     u = X beta v     A_ij = q_i.(E_ij k_j), j <= i
-// and then, with the state S that the chunk found,
+// and then, with S the state before the chunk,
 //   U = u - w S          O = (P q) S + A U          S <- P_last S + (R k)^T U
 //
-// All right-hand factors of tensor-core products stand as `frag_b`, split into bf16 and in the order of the lanes: 512
-// bytes for 16x8 numbers. The states kernel computes everything transposed, so that the state never leaves the
-// accumulators: value channels are rows there, and the columns of a factor are
-//   tokens, and rows key channels       in -w and P q
-//   tokens i, and rows tokens j         in A
-//   key channels, and rows tokens       in R k
+// All right-hand factors of tensor-core products are stored as `frag_b`, split into bf16 and in lane order: 512 bytes
+// for 16x8 numbers. The states kernel computes everything transposed, so that the state never leaves the accumulators:
+// value channels are rows there, and the factors have
+//   columns tokens, rows key channels       in -w and P q
+//   columns tokens i, rows tokens j         in A
+//   columns key channels, rows tokens       in R k
 
 #include "kda-scan.cuh"
 
@@ -24,13 +24,13 @@ constexpr int CHUNK     = 64;     // tokens
 constexpr int TILE      = 8;      // columns of a fragment
 constexpr int DEPTH     = 16;     // rows of a fragment
 constexpr int FRAG_SIZE = 512;    // bytes
-constexpr int STAGE     = 16384;  // bytes that the states kernel loads at once, at most
+constexpr int STAGE     = 16384;  // maximum bytes that the states kernel loads at once
 constexpr int TILES     = CHUNK / TILE;
-constexpr int A_FRAGS   = 20;  // those of A with an element on or below the diagonal
+constexpr int A_FRAGS   = 20;  // fragments of A with an element on or below the diagonal
 
-// Offsets in bytes, D key and value channels.
+// Offsets in bytes; D key and value channels.
 template <int D> struct chunk_layout {
-    static constexpr int WQ_STAGES = D / 32;                          // -w of 32 key channels, then P q of the same
+    static constexpr int WQ_STAGES = D / 32;                          // -w of 32 key channels, then P q of them
     static constexpr int A         = WQ_STAGES * STAGE;               // fragments of A, then P_last
     static constexpr int LAST      = A + A_FRAGS * FRAG_SIZE;         // [D] float
     static constexpr int RK        = LAST + D * (int) sizeof(float);  // by 8 key channels, then by 16 tokens
@@ -51,7 +51,7 @@ template <int D> struct chunk_layout {
         return end < U ? end : U;
     }
 
-    // fragment of -w or P q in the stage of its key channels; deep: by 16 of them
+    // fragment of -w or P q in the stage of its key channels; deep: index of 16 key channels
     static __device__ __forceinline__ int wq_offset(bool is_q, int deep, int tile) {
         return deep / 2 * STAGE + ((is_q ? 2 : 0) + deep % 2) * TILES * FRAG_SIZE + tile * FRAG_SIZE;
     }
@@ -59,11 +59,11 @@ template <int D> struct chunk_layout {
 
 // Fragment of A for 8 tokens i (tile) and 16 tokens j (deep <= tile/2).
 static __device__ __forceinline__ int a_frag(int tile, int deep) {
-    const int n = tile / 2 + 1;  // of each tile of this pair
+    const int n = tile / 2 + 1;  // fragments per tile of this pair
     return n * (n - 1) + tile % 2 * n + deep;
 }
 
-// A run of chunks of every sequence and head, with its place in the workspace.
+// A run of chunks of all sequences and heads, and its place in the workspace.
 struct chunk_run {
     int    begin, end;  // tokens; begin is a multiple of CHUNK
     char * workspace;

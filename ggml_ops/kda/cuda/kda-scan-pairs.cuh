@@ -1,13 +1,13 @@
 #pragma once
 
-// Products of the tokens of a chunk with one another, decayed: A_ij = q_i.(E_ij k_j) and L_ij = beta_i k_i.(E_ij k_j).
+// Dot products of pairs of tokens of a chunk, with decay: A_ij = q_i.(E_ij k_j) and L_ij = beta_i k_i.(E_ij k_j).
 //
-// The log-gate has no lower bound, so decays are only ever products of e^g, each at most 1. The product between tokens
-// j < i is split at a boundary that lies between them: rows i carry the product from there to i, columns j that from
-// behind j up to there, and the rest is a matrix product. Boundaries are nested: at 32 for the halves of the chunk, at
-// 16 inside them, at 8; pairs inside a tile of 8 are taken one by one. At each level a token is a row or a column, so
-// one array of factors serves. Key channels come in parts of 32: a warp's lanes are the channels of a part, a warp is a
-// tile of 8 tokens.
+// The log-gate has no lower bound, so decays are only ever products of e^g, each at most 1. The decay between two
+// tokens j < i is split at a boundary between them: rows i are multiplied with the decays from the boundary to i,
+// columns j with those after j up to the boundary, and the rest is a matmul. Boundaries are nested: at 32 for the
+// halves of the chunk, at 16 inside them, at 8; pairs inside a tile of 8 are computed one by one. At each level a token
+// is either a row or a column, so one array of factors suffices. Key channels are processed in parts of 32: a warp's
+// lanes are the channels of a part, a warp is a tile of 8 tokens.
 
 #include "kda-frags.cuh"
 #include "kda-scan-chunk.cuh"
@@ -25,7 +25,7 @@ constexpr int SCRATCH         = 32 * 36;  // floats, for the inverse
 
 static_assert(PREPARE_WARPS == TILES, "a warp for each tile of 8 tokens");
 
-// The block's shared memory. L and A take the place of the part's arrays when the last part is through.
+// The block's shared memory. L and A reuse the memory of the part's arrays after the last part.
 struct alignas(16) prepare_memory {
     union {
         struct {
@@ -41,13 +41,13 @@ struct alignas(16) prepare_memory {
     float beta[CHUNK];
 };
 
-// A thread's decays: those of one channel in one tile.
+// A thread's decays: one channel in one tile.
 struct tile_decays {
     float e[TILE];
     int   channel = threadIdx.x % WARP;
     int   tile    = threadIdx.x / WARP;
 
-    // Its own numbers again; over near_pairs they are not worth their registers.
+    // Loads the thread's decays again: keeping them during near_pairs would cost too many registers.
     __device__ void reload(const float * from) {
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
@@ -57,7 +57,7 @@ struct tile_decays {
 
     __device__ int at(int i) const { return (tile * TILE + i) * PART_LD + channel; }
 
-    // Products from tile `from` up to each token.
+    // Products of the decays from tile `from` up to each token.
     __device__ void rows_to(float * to, const float (&totals)[TILES][PART], int from) const {
         float x = 1.0f;
         for (int other = from; other < tile; ++other) {
@@ -70,7 +70,7 @@ struct tile_decays {
         }
     }
 
-    // Products of what follows each token, up to the end of tile `end` - 1.
+    // Products of the decays after each token, up to the end of tile `end` - 1.
     __device__ void columns_to(float * to, const float (&totals)[TILES][PART], int end) const {
         float x = 1.0f;
         for (int other = end - 1; other > tile; --other) {
@@ -83,7 +83,7 @@ struct tile_decays {
         }
     }
 
-    // The factors of the level whose boundary lies in the middle of 2*HALF tokens.
+    // The factors of the level whose boundary is in the middle of 2*HALF tokens.
     template <int HALF> __device__ void level_to(float * to, const float (&totals)[TILES][PART]) const {
         constexpr int N    = HALF / TILE;  // tiles
         const int     half = tile / N;
@@ -95,10 +95,10 @@ struct tile_decays {
     }
 };
 
-// Sums over key channels, of which a thread has gathered a part: rows of q (A) and of k (L).
+// Partial sums of a thread over key channels: rows of q (A) and of k (L).
 struct pair_sums {
     float near_q[TILE] = {}, near_k[TILE] = {};  // tile `warp`: column lane%8, a quarter of the channels: lane/8
-    float half32[2][4] = {};                     // 16x16 of rows 32 on, columns before: q or k by warp
+    float half32[2][4] = {};                     // 16x16 of rows from 32 on, columns before 32: q or k by warp
     float half16[4]    = {};                     // 16x8 of one pair of tiles of 16: q or k by warp
     float half8[4]     = {};                     // 8x8 of one pair of tiles of 8: q above, k below; warps 0..3
 };
@@ -155,7 +155,7 @@ tokens_by_channels(const float * x, const float * factor, int token, int c, int 
     return b;
 }
 
-// Rows `upper` on of x and `lower` on of y as the left factor, 16 channels from c on.
+// Rows from `upper` on of x and from `lower` on of y as the left factor, 16 channels from c on.
 static __device__ __forceinline__ frag_a
 token_rows(const float * x, int upper, const float * y, int lower, const float * factor, int c, int lane) {
     const int g = lane / 4;
@@ -168,7 +168,7 @@ token_rows(const float * x, int upper, const float * y, int lower, const float *
     return a;
 }
 
-// How the warps share the pairs of a level.
+// Distribution of the pairs of a level over the warps.
 struct level_place {
     int  row, column;  // tokens
     bool is_k;
@@ -209,7 +209,7 @@ far_pairs(pair_sums & sums, const prepare_memory & mem, const float * factor, in
     }
 }
 
-// 8 rows and 8 columns of A or, times beta, of L: half of an accumulator.
+// 8 rows and 8 columns of A or of L (times beta): half of an accumulator.
 static __device__ __forceinline__ void
 put_pairs(prepare_memory & mem, bool is_k, int row, int column, float x, float y, int lane) {
     const int   i                   = row + lane / 4;
@@ -218,7 +218,7 @@ put_pairs(prepare_memory & mem, bool is_k, int row, int column, float x, float y
     *reinterpret_cast<float2 *>(to) = make_float2(scale * x, scale * y);
 }
 
-// The gathered sums as the lower triangles L and A; all else of them is zero already.
+// Stores the sums as the lower triangles L and A; all other elements are already zero.
 static __device__ __forceinline__ void put_sums(const pair_sums & sums, prepare_memory & mem, int warp, int lane) {
     const int column = lane % TILE;
 #pragma unroll

@@ -1,7 +1,7 @@
-// First kernel of the chunked KDA scan: what can be made of a chunk's tokens without the state. A block a chunk and head.
-// In: the tokens. Out: w, u, A, P q, R k and P_last as kda-scan-chunk.cuh lays them out.
+// First kernel of the chunked KDA scan: computes what does not depend on the state, one block per chunk and head.
+// Input: the tokens. Output: w, u, A, P q, R k and P_last in the layout of kda-scan-chunk.cuh.
 //
-// Part by part of the key channels, A and L are gathered (kda-scan-pairs.cuh) and what needs nothing else leaves; then
+// For each part of the key channels, A and L are accumulated (kda-scan-pairs.cuh) and final results are written. Then
 // I + L is inverted in shared memory, and each warp solves for its 16 key channels and its 16 value channels.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
@@ -10,7 +10,7 @@
 
 namespace kda_cuda {
 
-// The chunk that a block prepares. Formed anew at every use: kept, it costs registers that there are not.
+// The chunk that a block prepares. Computed again at every use, to save registers.
 struct block_chunk {
     const scan_args & args;
     const chunk_run & run;
@@ -31,7 +31,7 @@ struct block_chunk {
     }
 };
 
-// Channels c0 on of q and k, and the decays. Tokens behind the chunk's last do nothing: k = 0, e = 1.
+// Channels from c0 on of q and k, and the decays. Tokens after the chunk's last have no effect: k = 0, e = 1.
 static __device__ __forceinline__ void
 load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & chunk, int c0) {
     const scan_args & args = chunk.args;
@@ -65,7 +65,7 @@ load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & 
     mem.totals[decays.tile][decays.channel] = total;
 }
 
-// The inverses of the four 16x16 blocks on the diagonal of I + x, in place: a warp a block, a lane a column.
+// The inverses of the four 16x16 blocks on the diagonal of I + x, in place: one block per warp, one column per lane.
 static __device__ __forceinline__ void invert_diagonal(float * x, int warp, int lane) {
     if (warp >= CHUNK / DEPTH) {
         return;
@@ -89,7 +89,7 @@ static __device__ __forceinline__ void invert_diagonal(float * x, int warp, int 
     }
 }
 
-// Two neighbouring inverses of N x N and the block below the first become one of 2N x 2N: X21 = -X22 (L21 X11).
+// Merges two neighbouring N x N inverses and the block below the first into one of 2N x 2N: X21 = -X22 (L21 X11).
 template <int N> static __device__ __forceinline__ void merge_inverses(float * x, float * scratch) {
     constexpr int LD      = N + 4;
     const int     unit    = threadIdx.x;  // four neighbouring columns
@@ -124,7 +124,7 @@ template <int N> static __device__ __forceinline__ void merge_inverses(float * x
     __syncthreads();
 }
 
-// Rows i and columns j of X beta: tokens from `row` and from `column` on.
+// X beta, tokens from `row` on by tokens from `column` on.
 static __device__ __forceinline__ frag_a solved(const prepare_memory & mem, int row, int column, int lane) {
     frag_a a;
 #pragma unroll
@@ -156,7 +156,7 @@ static __device__ __forceinline__ frag_a values(const block_chunk & chunk, int t
     return a;
 }
 
-// Tokens j from 16*deep on of A, for the tokens i of a tile.
+// A for tokens j from 16*deep on and the tokens i of a tile.
 static __device__ __forceinline__ frag_b pairs_by_tokens(const prepare_memory & mem, int deep, int tile, int lane) {
     const float * row = mem.a + (tile * TILE + lane / 4) * SQUARE_LD + deep * DEPTH + lane % 4 * 2;
     frag_b        b;
@@ -165,7 +165,7 @@ static __device__ __forceinline__ frag_b pairs_by_tokens(const prepare_memory & 
     return b;
 }
 
-// -w = -X beta (P k), key channels 16*warp on.
+// -w = -X beta (P k), key channels from 16*warp on.
 template <typename layout>
 static __device__ __forceinline__ void solve_keys(
     const block_chunk & chunk, const prepare_memory & mem, const frag_b (&pk)[2][CHUNK / DEPTH], int warp, int lane) {
@@ -191,7 +191,7 @@ static __device__ __forceinline__ void solve_keys(
     }
 }
 
-// u = X beta v, value channels 16*warp on, transposed.
+// u = X beta v, value channels from 16*warp on, transposed.
 template <typename layout>
 static __device__ __forceinline__ void
 solve_values(const block_chunk & chunk, const prepare_memory & mem, int warp, int lane) {
@@ -236,7 +236,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
         mem.beta[t] = t < chunk.n_tokens() ? sigmoid(*chunk.row(args.beta, t)) : 0.0f;
     }
     pair_sums   sums;
-    frag_b      pk[2][CHUNK / DEPTH];  // P k of key channels 16*warp on
+    frag_b      pk[2][CHUNK / DEPTH];  // P k of key channels from 16*warp on
     tile_decays decays;
     for (int c0 = 0; c0 < D; c0 += PART) {
         load_part(mem, decays, chunk, c0);
@@ -305,7 +305,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
         solve_values<layout>(chunk, mem, warp, lane);
     }
 #else
-    __trap();  // chunks_refused keeps older devices away
+    __trap();  // chunks_refused rejects older devices
 #endif
 }
 

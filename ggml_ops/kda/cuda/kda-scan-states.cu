@@ -1,9 +1,9 @@
-// Second kernel of the chunked KDA scan: takes the state through the chunks and leaves the output before its norm.
+// Second kernel of the chunked KDA scan: updates the state chunk by chunk and writes the output before its norm.
 //
-// A warp owns 16 value channels of a head: rows of the transposed state never meet, so warps share nothing but what
-// they read. The state S^T [16, D] stays in the accumulators of its products; as left-hand factor of the next ones it
-// is split into bf16 where it stands, and so are the values U^T [16, 64]. What `prepare` left streams through a ring of
-// shared memory, in stages of up to 16 KiB and in the order of use; one barrier a stage.
+// A warp computes 16 value channels of a head. Rows of the transposed state are independent, so warps share only what
+// they read. The state S^T [16, D] stays in the accumulators of its matmuls; as left-hand factor of the next ones it is
+// split into bf16 in registers, and so are the values U^T [16, 64]. The output of `prepare` streams through a ring in
+// shared memory, in order of use and in stages of up to 16 KiB, with one barrier per stage.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -12,15 +12,15 @@
 
 namespace kda_cuda {
 
-constexpr int RING = 5;  // stages: 80 KiB, which every device from 8.0 on has
+constexpr int RING = 5;  // stages: 80 KiB, available on every device from 8.0 on
 
-// The stages of a run of chunks, one after the other, as the whole block reads them.
+// The stages of a run of chunks, in order, as read by the whole block.
 template <int D, int THREADS> struct stage_ring {
     using layout = chunk_layout<D>;
     char *       ring;
     const char * from;    // the chunk that the next load reads
-    int          n_left;  // stages not yet asked for
-    int          stage;   // next to load, inside its chunk
+    int          n_left;  // stages not yet loaded
+    int          stage;   // next to load, within its chunk
     int          slot;    // next to load
     int          used;    // next to use
 
@@ -47,7 +47,7 @@ template <int D, int THREADS> struct stage_ring {
         }
     }
 
-    // The next stage, which stays until the next call.
+    // The next stage, valid until the next call.
     __device__ const char * next() {
         wait_copies<RING - 2>();
         __syncthreads();
@@ -58,7 +58,7 @@ template <int D, int THREADS> struct stage_ring {
     }
 };
 
-// A warp's 16 rows of the transposed state: value channels j0 on.
+// A warp's 16 rows of the transposed state: value channels from j0 on.
 template <int D> struct warp_state {
     float m[D / TILE][4];
 
@@ -99,7 +99,7 @@ template <int D> struct warp_state {
     }
 };
 
-// u of value channels j0 on and all tokens of a chunk, as accumulators
+// u of value channels from j0 on and all tokens of a chunk, as accumulators
 static __device__ __forceinline__ void load_values(float (&u)[TILES][4], const char * from, int j0, int lane) {
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
@@ -112,7 +112,7 @@ static __device__ __forceinline__ void load_values(float (&u)[TILES][4], const c
     }
 }
 
-// o: rows value channels j0 on, columns tokens; n of them count
+// o: rows value channels from j0 on, columns tokens, of which n are valid
 static __device__ __forceinline__ void
 store_output(const scan_args & args, const float (&o)[TILES][4], int h, int s, int t0, int n, int j0, int lane) {
 #pragma unroll
@@ -193,7 +193,7 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
         }
         store_output(args, o, h, s, t0, run.end - t0, j0, lane);
 
-        // the next chunk's, long before they are needed
+        // prefetches those of the next chunk
         chunk += layout::SIZE;
         if (t0 + CHUNK < run.end) {
             load_values(u, chunk + layout::U, j0, lane);
@@ -216,11 +216,11 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
     }
     state.store(kept, j0, lane);
 #else
-    __trap();  // chunks_refused keeps older devices away
+    __trap();  // chunks_refused rejects older devices
 #endif
 }
 
-// From so many heads of all sequences on a block takes whole ones, and reads what belongs to them once.
+// From this many heads of all sequences on, a block processes whole heads and reads their inputs once.
 constexpr int WHOLE_HEADS_FROM = 96;
 
 template <int D, int WARPS>

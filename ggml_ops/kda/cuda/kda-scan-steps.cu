@@ -1,10 +1,10 @@
-// KDA scan token by token: decoding, short batches, and the last tokens of a long one whose states are asked for.
+// KDA scan token by token: decoding, short batches, and the last tokens of a long batch whose states are requested.
 //
-// A block holds the state of one head (of 64 value channels where D = 256) in registers from its first token to its
-// last. LANES neighbouring lanes share a row s[j], so that a warp reads whole stretches of memory and a row's sums take
-// log2(LANES) shuffles. Tokens go in groups: the block forms decays and gates of a group in shared memory, then every
-// warp steps through it alone, then the block norms what came out. Both products with the old state are taken in one
-// pass, o_j = m_j . (e q) + (k . q) d_j.
+// A block keeps the state of one head (of 64 value channels if D = 256) in registers from its first token to its last.
+// LANES neighbouring lanes share a row s[j], so that a warp reads contiguous memory and the sum of a row takes
+// log2(LANES) shuffles. Tokens are processed in groups: the block computes decays and gates of a group in shared
+// memory, then every warp steps through it independently, then the block normalizes the output. Both products with the
+// old state are computed in one pass, o_j = m_j . (e q) + (k . q) d_j.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -14,17 +14,17 @@
 namespace kda_cuda {
 
 constexpr int GROUP       = 8;  // tokens
-constexpr int THREAD_ROWS = 2;  // value channels of a thread
+constexpr int THREAD_ROWS = 2;  // value channels per thread
 
 template <int D> struct step_shape {
-    static constexpr int LANES      = D == 256 ? 16 : 8;  // of a row of the state
-    static constexpr int VECTORS    = D / (4 * LANES);    // of four key channels, of a thread
-    static constexpr int BLOCK_ROWS = D == 256 ? 64 : D;  // value channels of a block
+    static constexpr int LANES      = D == 256 ? 16 : 8;  // lanes per row of the state
+    static constexpr int VECTORS    = D / (4 * LANES);    // of four key channels, per thread
+    static constexpr int BLOCK_ROWS = D == 256 ? 64 : D;  // value channels per block
     static constexpr int THREADS    = BLOCK_ROWS / THREAD_ROWS * LANES;
-    static constexpr int APART      = D / BLOCK_ROWS;  // blocks of a head
+    static constexpr int APART      = D / BLOCK_ROWS;  // blocks per head
 };
 
-// What the tokens of a group need of a head.
+// Data of a head for the tokens of a group.
 template <int D> struct alignas(16) step_group {
     float q[GROUP][D];
     float k[GROUP][D];
@@ -34,11 +34,11 @@ template <int D> struct alignas(16) step_group {
     float beta[GROUP];
 };
 
-// Where a thread stands: in the block's rows of the state, and in a row.
+// A thread's position: in the block's rows of the state, and within a row.
 template <int D> struct step_place {
     using shape = step_shape<D>;
-    int row0    = blockIdx.x % shape::APART * shape::BLOCK_ROWS;  // of the block
-    int row     = threadIdx.x / shape::LANES;                     // further ones: + THREADS/LANES
+    int row0    = blockIdx.x % shape::APART * shape::BLOCK_ROWS;  // first row of the block
+    int row     = threadIdx.x / shape::LANES;                     // the next ones: + THREADS/LANES
     int lane    = threadIdx.x % shape::LANES;
 
     __device__ int block_row(int r) const { return row + r * (shape::THREADS / shape::LANES); }
@@ -60,7 +60,7 @@ keep_state(float * to, const step_place<D> & at, const float4 (&m)[THREAD_ROWS][
     }
 }
 
-// n_group tokens from t on into shared memory.
+// Loads n_group tokens from t on into shared memory.
 template <int D>
 static __device__ __forceinline__ void
 load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, int n_group, int row0) {
@@ -85,7 +85,7 @@ load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, i
     }
 }
 
-// One token: m becomes the new state, and the output of the thread's rows stands in group.o.
+// One token: m becomes the new state, and the output of the thread's rows is written to group.o.
 template <int D>
 static __device__ __forceinline__ void
 step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_ROWS][step_shape<D>::VECTORS]) {
@@ -132,7 +132,7 @@ step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_
     }
 }
 
-// out = norm * rms_norm(o) * sigmoid(gate) of one token and head, by a warp
+// out = norm * rms_norm(o) * sigmoid(gate) of one token and head, by one warp
 template <int D>
 static __device__ __forceinline__ void
 finish_token(const scan_args & args, const float * o, float * out, const float * gate) {

@@ -1,4 +1,4 @@
-// KDA scan: which kernels take which tokens.
+// KDA scan: selects the kernels for each range of tokens.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -7,13 +7,13 @@
 
 namespace kda_cuda {
 
-// Chunks begin to pay somewhere here; to be measured.
+// The break-even point of chunks is about here; to be measured.
 constexpr int CHUNKS_FROM = CHUNK;
 
-// Long sequences go through in runs, so that what one kernel leaves for the next one stays in a large cache.
+// Long sequences are processed in runs, so that the data passed between the kernels stays in a large L2 cache.
 constexpr size_t RUN_BYTES = 48 << 20;
 
-// Bytes of one chunk of all heads and sequences.
+// Bytes per chunk of all heads and sequences.
 static size_t step_size(const scan_args & args) {
     size_t size = 0;
     with_head_size(head_sizes(), args.head_size, [&](auto D) { size = chunk_layout<D>::SIZE; });

@@ -1,5 +1,5 @@
-// Copies states: the new ones of a KDA operator from its result to the cache, where the operator could not write them
-// itself; and rows of the cache that other cells take over.
+// Copies states: new ones of a KDA operator from its result to the cache, if the operator could not write them there
+// itself; and rows of the cache that move to other cells.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 

@@ -125,7 +125,7 @@ ggml_tensor * llama_kda_mixer(
     ggml_context * ctx = g.ctx0;
 
     const int64_t D = g.hparams.n_embd_head_kda;
-    const int64_t H = g.hparams.n_head();  // as for loading weights; a file may give KDA layers no heads of their own
+    const int64_t H = g.hparams.n_head();  // as for loading weights; a file may have no head count of KDA layers
     const int64_t C = D * H;
     const int64_t T = g.ubatch.n_seq_tokens;
     const int64_t S = g.ubatch.n_seqs;

@@ -15,8 +15,8 @@ struct llama_model;
 // Whether the graph of this model may use the operators. If not, logs the reason, or throws if `ops` requires them.
 bool llama_kda_wanted(const llama_model & model, const llama_kimi_ops & ops);
 
-// Whether the devices that hold the KDA layers have the operators. `probe` builds the graph for a number of tokens per
-// sequence and returns its fused nodes. If not, logs what is missing, or throws if `ops` requires the operators.
+// Whether the devices that hold the KDA layers support the operators. `probe` builds the graph for a number of tokens
+// per sequence and returns its fused nodes. If not, logs what is missing, or throws if `ops` requires the operators.
 bool llama_kda_resolve(const llama_model &                                                        model,
                        const llama_kimi_ops &                                                     ops,
                        const std::function<const std::vector<llm_graph_fused_node> &(uint32_t)> & probe);

@@ -1,11 +1,11 @@
 #pragma once
 
-// The KDA operators' cases for test-backend-ops, which includes this file after struct test_case.
+// The KDA cases for test-backend-ops, which includes this file after struct test_case.
 
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
 
-// What both operators share: shapes, the rows of the cache, and the copy of the new states behind them.
+// Common to both operators: shapes, the rows of the cache, and the copy of the new states after them.
 struct test_kda : public test_case {
     const int64_t head_size;
     const int64_t head_count;
@@ -14,7 +14,7 @@ struct test_kda : public test_case {
     const int64_t n_snapshots;
     const bool    new_seq;   // the last sequence starts from zero
     const bool    strided;   // sources are views of larger tensors
-    const bool    in_place;  // the new states are copied to where they were read
+    const bool    in_place;  // the new states are copied to the rows that were read
 
     ggml_tensor * copy = nullptr;
 
@@ -33,7 +33,7 @@ struct test_kda : public test_case {
         return VARS_TO_STR8(head_size, head_count, n_seq_tokens, n_seqs, n_snapshots, new_seq, strided, in_place);
     }
 
-    // one cell more than sequences, so that they can be permuted and a new one has its zero row
+    // one cell more than sequences, for permutations and for the zero row of a new sequence
     int64_t n_cells() const { return n_seqs + 1; }
 
     int32_t zero_row() const { return new_seq ? n_seqs : -1; }
@@ -118,7 +118,6 @@ struct test_kda : public test_case {
     }
 };
 
-// GGML_OP_KDA_CONV
 struct test_kda_conv : public test_kda {
     using test_kda::test_kda;
 
@@ -144,9 +143,8 @@ struct test_kda_conv : public test_kda {
     void initialize_tensors(ggml_context * ctx) override { init_from(ctx, { { "q", -4, 4 }, { "k", -1e-3f, 1e-3f } }); }
 };
 
-// GGML_OP_KDA_SCAN
 struct test_kda_scan : public test_kda {
-    const float f_max;  // gates: f lies in [-f_max, f_max], and -exp(A_log) in [-4, 0]
+    const float f_max;  // gates: f is in [-f_max, f_max], and -exp(A_log) in [-4, 0]
     const float lower_bound;
 
     test_kda_scan(int64_t head_size,
@@ -192,7 +190,7 @@ struct test_kda_scan : public test_kda {
     }
 
     void initialize_tensors(ggml_context * ctx) override {
-        const float unit = sqrtf(3.0f / head_size);  // rows of length about one
+        const float unit = sqrtf(3.0f / head_size);  // rows of norm about 1
         init_from(ctx, { { "qkv", -unit, unit },
                          { "f", -f_max, f_max },
                          { "a", -4, 0 },

@@ -1,12 +1,12 @@
 // Latent attention, absorbed form: FLASH_ATTN_EXT with one KV head and V the beginning of K.
 //
 // All heads of all queries see the same keys, so the rows of the computation are (query, head) pairs, head fastest, as
-// they also lie in the result. They are taken in blocks; a block walks over tiles of keys, and every tile is read and
-// turned to float32 once for the whole block:
+// in the result. They are processed in blocks; a block loops over tiles of keys, and every tile is read and converted
+// to float32 once for the whole block:
 //   scores^T [keys][rows]  = tile [keys][DK]  *  q^T [DK][rows]
 //   out      [rows][DV]    = out * rescale  +  weights [rows][keys]  *  tile [keys][DV]
-// Where there are too few blocks to keep many threads busy, the keys are cut into pieces, whose partial results are
-// joined in a second pass. Number and borders of the pieces follow from the shapes alone, and so does the result.
+// If there are too few blocks for many threads, the keys are split and the partial results are combined in a second
+// pass. Number and borders of the splits depend on the shapes only, and so does the result.
 
 #include "latent-attn.h"
 
@@ -26,25 +26,25 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS  = 64;
 constexpr int64_t TILE_KEYS   = 64;
-constexpr int64_t MIN_TASKS   = 32;   // cut the keys where blocks alone make fewer tasks
-constexpr int64_t STEP_LATENT = 288;  // values of a row taken at once, so that this much of q^T stays in the L1 cache
+constexpr int64_t MIN_TASKS   = 32;   // the keys are split if there are fewer blocks than this
+constexpr int64_t STEP_LATENT = 288;  // values of a row per step, so that this part of q^T stays in the L1 cache
 
-// How a node is cut into tasks, and where its working memory lies (in floats from the start of wdata).
+// How a node is split into tasks, and the layout of its work buffer (in floats from the start of wdata).
 struct Plan {
     int64_t dk, dv, n_keys;
     int64_t n_heads, n_queries, n_streams;
-    int64_t n_rows;    // of one stream
-    int64_t n_blocks;  // of one stream
-    int64_t n_pieces;  // of the keys
+    int64_t n_rows;    // per stream
+    int64_t n_blocks;  // per stream
+    int64_t n_pieces;  // splits of the keys
     int64_t keys_a_piece;
-    int64_t ld_tile;  // floats from row to row of a tile
-    bool    integer;  // by integer products, out of a tile of codes
+    int64_t ld_tile;  // row stride of a tile, in floats
+    bool    integer;  // uses integer matmuls, on a tile of quants
 
-    // one thread's own memory; either a tile of floats or the four of codes
+    // memory of one thread: either a tile of floats or the four arrays of quants
     int64_t at_q, at_q_scale, at_tile, at_codes, at_code_scales, at_code_pairs, at_room, at_scores, at_rescale, at_max,
         at_sum, at_out, thread_size;
     int64_t q_size;
-    // one partial result: max, sum, out
+    // size of one partial result: max, sum, out
     int64_t partial_size;
 
     int64_t n_tasks() const { return n_streams * n_blocks * n_pieces; }
@@ -66,8 +66,8 @@ Plan make_plan(const ggml_tensor * dst) {
     p.n_blocks  = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
 
     const int64_t n_tiles = (p.n_keys + TILE_KEYS - 1) / TILE_KEYS;
-    const int64_t wanted  = (MIN_TASKS + p.n_blocks * p.n_streams - 1) / (p.n_blocks * p.n_streams);
-    const int64_t tiles   = std::max<int64_t>(1, (n_tiles + wanted - 1) / wanted);
+    const int64_t target  = (MIN_TASKS + p.n_blocks * p.n_streams - 1) / (p.n_blocks * p.n_streams);
+    const int64_t tiles   = std::max<int64_t>(1, (n_tiles + target - 1) / target);
     p.keys_a_piece        = tiles * TILE_KEYS;
     p.n_pieces            = std::max<int64_t>(1, (n_tiles + tiles - 1) / tiles);
 
@@ -118,7 +118,7 @@ bool shapes_fit(const ggml_tensor * dst) {
            max_bias == 0.0f && logit_softcap == 0.0f;
 }
 
-// V starts where K starts and goes from row to row as K does.
+// Whether V has the address and the strides of K.
 bool v_is_beginning_of_k(const ggml_tensor * k, const ggml_tensor * v) {
     return v->data == k->data && v->nb[0] == k->nb[0] && v->nb[1] == k->nb[1] && v->nb[3] == k->nb[3];
 }
@@ -127,8 +127,8 @@ int64_t rows_of_block(const Plan & p, int64_t block) {
     return std::min(BLOCK_ROWS, p.n_rows - block * BLOCK_ROWS);
 }
 
-// Values [d0, d1) of q^T [DK][n_cols] of a block of rows, times the scale; columns beyond the block's rows are zero.
-// INTEGER: pairs of neighbouring d rounded to 16 bits, and each row's scale, in which the attention's own is included.
+// Values [d0, d1) of q^T [DK][n_cols] of a block of rows, times the scale; columns after the block's rows are zero.
+// INTEGER: pairs of neighbouring d rounded to 16 bits, and each row's scale, which includes the scale of the attention.
 template <bool INTEGER>
 void load_queries(
     const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t block, int64_t d0, int64_t d1, float * queries) {
@@ -175,13 +175,13 @@ void mask_scores(const Plan &     p,
     }
 }
 
-// Rows are (query, head) pairs, head fastest, just as dst has them.
+// Rows are (query, head) pairs, head fastest, as in dst.
 float * result_row(const ggml_tensor * dst, int64_t stream, int64_t row) {
     return (float *) row_of(dst, row, 0, stream);
 }
 
-// One block of rows (queries: its q^T) over one piece of the keys. The sums are left in `partial` (max, sum, out), or, if the piece is all
-// there is, the result goes to dst.
+// One block of rows (queries: its q^T) over one split of the keys. The sums are written to `partial` (max, sum, out)
+// or, if the keys are not split, the result is written to dst.
 template <bool INTEGER>
 void attend(const ggml_tensor * dst,
             const Plan &        p,
@@ -222,7 +222,7 @@ void attend(const ggml_tensor * dst,
     const int64_t  end    = std::min(p.n_keys, (piece + 1) * p.keys_a_piece);
 
     KeyTile tile;
-    bool    first = true;  // nothing is in `out` yet
+    bool    first = true;  // `out` is still empty
     for (int64_t key = piece * p.keys_a_piece; key < end;) {
         key = next_tile(masks, nullptr, key, end, TILE_KEYS, tile);
         if (tile.n_keys == 0) {
@@ -267,7 +267,7 @@ void attend(const ggml_tensor * dst,
     }
 }
 
-// Joins the pieces of one row, in their order.
+// Combines the splits of one row, in order.
 void join(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t row, const float * partials, float * out) {
     const int64_t block = row / BLOCK_ROWS;
     const int64_t i     = row % BLOCK_ROWS;
@@ -298,7 +298,7 @@ template <bool INTEGER> void compute(const ggml_compute_params * params, const g
     float * work     = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
     float * own      = work + params->ith * p.thread_size;
     float * partials = work + params->nth * p.thread_size;
-    float * queries  = partials + p.n_tasks() * p.partial_size;  // of all blocks; shared as the partial results are
+    float * queries  = partials + p.n_tasks() * p.partial_size;  // common to all threads, like the partial results
 
     const bool in_pieces = p.n_pieces > 1;
     if (in_pieces) {

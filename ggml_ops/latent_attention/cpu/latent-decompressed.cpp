@@ -1,11 +1,11 @@
 // Latent attention, decompressed form: the operator LATENT_ATTN.
 //
-// One task is one head of one stream, or some blocks of its queries where there are more threads than heads: they then
-// expand the same keys, but compute what one thread would, bit for bit. The head's weights are turned to float32 once;
-// then the task walks over tiles of keys, and for each tile that its queries see
-//   k_nope [keys][NOPE] = latent [keys][LATENT] * k_b [LATENT][NOPE]      (k_rope is copied beside it)
+// A task is one head of one stream, or some blocks of its queries if there are more threads than heads; such tasks
+// expand the same keys, but compute what one thread would, bit for bit. A task converts the head's weights to float32
+// once, then loops over tiles of keys. For each tile visible to its queries it computes
+//   k_nope [keys][NOPE] = latent [keys][LATENT] * k_b [LATENT][NOPE]      (k_rope is copied next to it)
 //   value  [keys][DV]   = latent [keys][LATENT] * v_b^T [LATENT][DV]
-// and lets all queries that see the tile attend to it, a block of queries at a time:
+// and the attention of all queries that see the tile, a block of queries at a time:
 //   scores^T [keys][queries] = key [keys][DK] * q^T [DK][queries]
 //   out      [queries][DV]   = out * rescale + weights [queries][keys] * value [keys][DV]
 
@@ -27,13 +27,13 @@ namespace {
 constexpr int64_t BLOCK_QUERIES = 64;
 constexpr int64_t TILE_KEYS     = 128;
 constexpr int64_t STEP_LATENT   = 128;  // see multiply_in_steps
-constexpr int64_t ROWS_ONCE     = 16;   // rows of v_b transposed together
+constexpr int64_t ROWS_ONCE     = 16;   // rows of v_b transposed at a time
 
-// Where the parts of one thread's working memory lie, in floats.
+// The layout of one thread's work buffer, in floats.
 struct Plan {
     ggml_latent_attn_shape s;
-    int64_t                n_blocks;  // of queries
-    int64_t                n_groups;  // of keys, see next_tile
+    int64_t                n_blocks;  // blocks of queries
+    int64_t                n_groups;  // groups of keys, see next_tile
     int64_t at_k_b, at_v_b, at_rows, at_q, at_tile, at_key, at_value, at_scores, at_rescale, at_max, at_sum, at_out;
     int64_t thread_size;
 };
@@ -62,7 +62,7 @@ Plan make_plan(const ggml_tensor * dst) {
     return p;
 }
 
-// k_b of one head as [LATENT][NOPE]: as it lies.
+// k_b of one head as [LATENT][NOPE], its own layout.
 void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * dst) {
     const int64_t ld = pad_lanes(p.s.n_nope);
     std::fill(dst, dst + p.s.n_latent * ld, 0.0f);
@@ -84,14 +84,14 @@ void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * row
     }
 }
 
-// What one task computes.
+// One task.
 struct Task {
     int64_t stream;
     int64_t head;
-    int64_t query0, query1;  // query0 begins a block
+    int64_t query0, query1;  // query0 is the start of a block
 };
 
-// q^T of one head, times the scale: for each block of queries [DK][BLOCK_QUERIES]; missing queries are zero.
+// q^T of one head, times the scale: [DK][BLOCK_QUERIES] for each block of queries; missing queries are zero.
 void load_queries(const ggml_tensor * dst, const Task & task, const Plan & p, float * queries) {
     const ggml_tensor * q     = dst->src[0];
     const float         scale = ggml_get_op_params_f32(dst, 0);
@@ -106,7 +106,7 @@ MaskRows mask_of(const ggml_tensor * dst, int64_t stream) {
     return mask_rows(dst->src[4], stream, 0, dst->src[0]->ne[1]);
 }
 
-// The tile's keys of one head, [NOPE, ROPE], and their values, out of its rows of the cache.
+// Expands the tile's rows of the cache to keys [NOPE, ROPE] and values of one head.
 void expand(const Plan &  p,
             int           n_keys,
             const float * latents,
@@ -130,7 +130,7 @@ void expand(const Plan &  p,
     }
 }
 
-// map: what all queries of the task's stream see of each group of keys.
+// map: visibility of each group of keys for all queries of the task's stream.
 void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const View * map, float * own) {
     const ggml_tensor * k = dst->src[1];
 
@@ -231,8 +231,8 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     }
     ggml_barrier(params->threadpool);
 
-    // Parts of the queries: as many as keep every thread busy. Blocks are whole and know nothing of one another, so the
-    // number of threads decides who computes, not what.
+    // Splits of the queries: enough to keep all threads busy. Blocks are whole and independent, so the number of
+    // threads does not change the result.
     const int64_t n_heads     = p.s.n_streams * p.s.n_heads;
     const int64_t parts       = std::min(p.n_blocks, (params->nth + n_heads - 1) / n_heads);
     const int64_t part_blocks = (p.n_blocks + parts - 1) / parts;

@@ -1,9 +1,9 @@
 #pragma once
 
-// Dense float32 products for latent attention.
-//   C[m][n] = (what Accumulate says of the old C[m][n]) + sum over k of A[m*a_row + k*a_step] * B[k*ldb + n]
-// B and C lie row by row and are read and written in vectors, A is broadcast; A's two strides let the same kernel take
-// a matrix or its transpose. The order of summation depends on the shape alone.
+// Dense float32 matmuls for latent attention.
+//   C[m][n] = (term of the old C[m][n], see Accumulate) + sum over k of A[m*a_row + k*a_step] * B[k*ldb + n]
+// B and C are row-major and are read and written in vectors, A is broadcast; with A's two strides the same kernel
+// supports a matrix or its transpose. The order of summation depends on the shape only.
 
 #include "latent-simd.h"
 
@@ -67,7 +67,7 @@ static inline void multiply_block(int64_t                     n_steps,
     }
 }
 
-// COLUMNS vectors from column n on, of the rows from m on: ROWS at a time, then the rest.
+// COLUMNS vectors from column n on, for the rows from m on: ROWS at a time, then the rest.
 template <int ROWS, int COLUMNS, Accumulate ACC>
 static inline void multiply_rows(const Product & p, int64_t m, int64_t n) {
     for (; m + ROWS <= p.n_rows; m += ROWS) {
@@ -97,7 +97,7 @@ template <Accumulate ACC> static void multiply(const Product & p) {
     multiply_columns<MAX_COLUMNS, ACC>(p, 0);
 }
 
-// C = A * B, taking `step` values of k at once, so that as much of B as belongs to them stays in the nearest cache.
+// C = A * B in steps of `step` values of k, so that the part of B in use stays in the L1 cache.
 static inline void multiply_in_steps(Product p, int64_t step) {
     const int64_t n_steps = p.n_steps;
     p.n_steps             = n_steps < step ? n_steps : step;
@@ -110,8 +110,8 @@ static inline void multiply_in_steps(Product p, int64_t step) {
     }
 }
 
-// Rows as a B: dst[d*ldd + i] = row(i)[d] * factor for d in [d0, d1) and i < n_rows; zero for the other i < n_cols, a
-// multiple of LANES.
+// Rows as matrix B: dst[d*ldd + i] = row(i)[d] * factor for d in [d0, d1) and i < n_rows; zero for the other
+// i < n_cols, a multiple of LANES.
 template <typename RowOf>
 static void transpose_rows(
     const RowOf & row, int64_t n_rows, int64_t n_cols, int64_t d0, int64_t d1, float factor, float * dst, int64_t ldd) {

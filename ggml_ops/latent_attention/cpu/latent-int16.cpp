@@ -45,7 +45,7 @@ float round_pairs(const float * x, int64_t n, int64_t d0, int64_t d1, int32_t * 
     return largest;
 }
 
-// The 32 codes of one block, and its scale.
+// The 32 quants of one block, and its scale.
 static __m512i unpack(const block_q8_0 & block, float & scale) {
     scale = _cvtsh_ss(block.d);
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *) block.qs));
@@ -59,7 +59,7 @@ static __m512i unpack(const block_q4_0 & block, float & scale) {
     return _mm512_sub_epi16(_mm512_cvtepu8_epi16(_mm256_set_m128i(high, low)), _mm512_set1_epi16(8));
 }
 
-// The codes of two keys beside each other: [d] of (first, second), in two vectors.
+// The quants of two keys interleaved: [d] of (first, second), in two vectors.
 static void store_pairs(__m512i first, __m512i second, int32_t * pairs) {
     alignas(64) static const int16_t order[2][2 * LANES] = {
         { 0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
@@ -168,8 +168,8 @@ void score_int16(int64_t n_cols, const CodeTile & codes, const int32_t * queries
     }
 }
 
-// Weights times the scales of block b, rounded, as pairs of neighbouring keys [n_keys/2][n_cols]; unit[col] is what
-// one step of them stands for.
+// Weights times the scales of block b, rounded, as pairs of neighbouring keys [n_keys/2][n_cols]; unit[col] is the
+// value of one step.
 static void
 round_weights(const CodeTile & t, int64_t b, int64_t n_cols, const float * weights, int32_t * pairs, float * unit) {
     constexpr __mmask32 UPPER_HALVES = 0xaaaaaaaa;
@@ -197,14 +197,14 @@ round_weights(const CodeTile & t, int64_t b, int64_t n_cols, const float * weigh
     }
 }
 
-// One block of values; rows of weights, units and out begin at row 0.
+// One block of values; rows of weights, units and out start at row 0.
 struct BlockOfValues {
     int64_t         n_pairs;
     int64_t         n_cols;
     const int32_t * weights;
     const int32_t * codes;
     const float *   unit;
-    const float *   rescale;  // or null
+    const float *   rescale;  // may be null
     int64_t         ldo;
     float *         out;
 };

@@ -9,7 +9,7 @@
 
 namespace latent {
 
-// One thread's memory: a row of k_b or v_b, the query folded into the latent space, a row of the cache, the sum of them.
+// Work buffer of a thread: a row of k_b or v_b, the query with k_b absorbed, a row of the cache, the weighted sum.
 static int64_t thread_size(const ggml_latent_attn_shape & s) {
     return std::max(s.n_nope, s.n_latent) + 2 * s.n_cache + s.n_latent;
 }
@@ -38,10 +38,10 @@ static void attend(const ggml_tensor *            dst,
     const ggml_tensor * v_b  = dst->src[3];
     const ggml_tensor * mask = dst->src[4];
 
-    float * weight = own;
-    float * folded = weight + std::max(s.n_nope, s.n_latent);
-    float * cached = folded + s.n_cache;
-    float * total  = cached + s.n_cache;
+    float * weight   = own;
+    float * absorbed = weight + std::max(s.n_nope, s.n_latent);
+    float * cached   = absorbed + s.n_cache;
+    float * total    = cached + s.n_cache;
 
     const float    scale  = ggml_get_op_params_f32(dst, 0);
     const float *  q_row  = (const float *) row_of(q, query, head, stream);
@@ -50,9 +50,9 @@ static void attend(const ggml_tensor *            dst,
 
     for (int64_t j = 0; j < s.n_latent; ++j) {
         read_row(k_b->type, row_of(k_b, j, head), s.n_nope, weight);
-        folded[j] = (float) dot(weight, q_row, s.n_nope);
+        absorbed[j] = (float) dot(weight, q_row, s.n_nope);
     }
-    std::copy(q_row + s.n_nope, q_row + s.n_key, folded + s.n_latent);
+    std::copy(q_row + s.n_nope, q_row + s.n_key, absorbed + s.n_latent);
 
     std::fill(total, total + s.n_latent, 0.0f);
     float maximum = -INFINITY;
@@ -63,7 +63,7 @@ static void attend(const ggml_tensor *            dst,
             continue;
         }
         read_row(k->type, row_of(k, key, 0, stream), s.n_cache, cached);
-        const float score = (float) dot(folded, cached, s.n_cache) * scale + m;
+        const float score = (float) dot(absorbed, cached, s.n_cache) * scale + m;
         if (score == -INFINITY) {
             continue;
         }

@@ -1,7 +1,7 @@
 #pragma once
 
-// The plain path of LATENT_ATTN, which runs under use_ref: scalar, one (query, head) at a time, over the latents
-// themselves. So it shares neither code nor order of computation with the fast path that is compared with it.
+// The plain path of LATENT_ATTN, used with use_ref: scalar, one (query, head) at a time, directly on the latents. It
+// shares neither code nor order of computation with the fast path that is compared with it.
 
 #include "ggml-cpu-impl.h"
 

@@ -1,10 +1,9 @@
 #pragma once
 
-// The vector type of the latent attention kernels: vf, LANES floats wide. It is the KDA operators' (kda-simd.h) where
-// this build of ggml-cpu has AVX-512, AVX2 or NEON; everything else gets four plain floats, which compilers turn into
-// whatever vectors there are.
+// The vector type of the latent attention kernels: vf, LANES floats wide. With AVX-512, AVX2 or NEON it is that of the
+// KDA operators (kda-simd.h); otherwise it is four plain floats, which the compiler may vectorize.
 
-// GCC before 13 warns of the undefined registers in its own AVX-512 intrinsics.
+// GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -28,14 +27,14 @@ using kda::v_transpose;
 using kda::vf;
 
 constexpr int LANES = kda::VW;
-// Of 32 registers, or of AVX2's 16, those that a register block may sum in, and the vectors side by side in it.
+// Accumulators of a register block, out of 32 registers (AVX2: 16), and the vectors per row of the block.
 constexpr int N_ACCUMULATORS = LANES == 8 ? 12 : 24;
 constexpr int MAX_COLUMNS    = LANES == 8 ? 2 : 4;
 
 static inline vf v_set(float x) {
     return kda::v_set1(x);
 }
-// ggml's own, so that weights are those of its softmax; under SVE it is made for another type
+// ggml's own, so that the weights equal those of its softmax; with SVE it is defined for another type
 static inline vf v_exp(vf a) {
 #if defined(__ARM_FEATURE_SVE)
     return kda::v_exp(a);
@@ -103,7 +102,7 @@ static inline void v_transpose(vf r[LANES]) {
 
 #endif
 
-// Before a loop with a constant number of rounds, or one that may be cut into such.
+// For loops with a constant number of iterations, or that can be split into such loops.
 #if defined(__clang__)
 #define LATENT_UNROLL _Pragma("clang loop unroll_count(16)")
 #elif defined(__GNUC__)
@@ -122,7 +121,7 @@ static inline void prefetch(const char * x) {
 #endif
 }
 
-// Memory that will be wanted soon. It is asked for a few cache lines at a time, while the arithmetic goes on.
+// Memory to prefetch, a few cache lines at a time, during the computation.
 struct Ahead {
     static constexpr int64_t LINE       = 64;
     static constexpr int     LINES_ONCE = 24;

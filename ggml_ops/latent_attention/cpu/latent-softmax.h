@@ -1,7 +1,7 @@
 #pragma once
 
 // Online softmax over tiles of keys, with the scores stored transposed: scores[key*n_cols + row], so that each vector
-// lane is a row and nothing is ever summed across lanes.
+// lane is a row and there are no sums across lanes.
 
 #include <cfloat>
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 namespace latent {
 
-// Turns scores [n_keys][n_cols] into weights exp(score - max) in place, and updates per column the running maximum and
-// sum. rescale receives the factor by which everything summed before has to shrink. A column with nothing but -inf so
-// far keeps maximum -inf, sum 0 and weights 0.
+// Converts scores [n_keys][n_cols] to weights exp(score - max) in place, and updates the running maximum and sum per
+// column. rescale is set to the factor for everything summed before. A column with only -inf so far keeps
+// maximum -inf, sum 0 and weights 0.
 static inline void
 softmax_tile(int64_t n_keys, int64_t n_cols, float * scores, float * maximum, float * sum, float * rescale) {
     const vf lowest = v_set(-FLT_MAX);

@@ -12,10 +12,10 @@ namespace latent {
 constexpr uint16_t MINUS_INF = 0xfc00;  // as F16 bits
 constexpr uint16_t MAGNITUDE = 0x7fff;
 
-// A window into fewer keys than this is not worth another look at the mask.
+// A window of fewer keys than this is not worth another look at the mask.
 constexpr int64_t MIN_WINDOW = 8;
 
-// What the queries see of the keys key_of(0) .. key_of(n_keys - 1).
+// Visibility of the keys key_of(0) .. key_of(n_keys - 1) for the queries.
 template <typename KeyOf> static View view_of_keys(const MaskRows & mask, int64_t n_keys, const KeyOf & key_of) {
     uint16_t set     = 0;
     uint16_t visible = 0;
@@ -37,7 +37,7 @@ View view_of(const MaskRows & mask, const KeyTile & tile) {
     return view_of_keys(mask, tile.masked ? tile.n_keys : 0, [&](int64_t i) { return tile.key[i]; });
 }
 
-// The last query first: under a causal mask it sees the most.
+// Starts with the last query: under a causal mask it sees the most.
 static bool is_visible(const MaskRows & mask, int64_t key) {
     for (int64_t q = mask.n_queries - 1; q >= 0; --q) {
         if (mask.row(q)[key] != MINUS_INF) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// Tiles of keys: which keys of the cache the queries at hand can see, and their rows as float32.
+// Tiles of keys: the keys of the cache that the current queries can see, and their rows as float32.
 
 #include "ggml.h"
 
@@ -10,7 +10,7 @@ namespace latent {
 
 constexpr int MAX_TILE_KEYS = 128;
 
-// Parts of working memory, in floats, each at a cache line.
+// Alignment of the parts of the work buffer, in floats: one cache line.
 constexpr int64_t ALIGN = 64 / sizeof(float);
 
 constexpr int64_t align(int64_t n) {
@@ -20,7 +20,7 @@ constexpr int64_t align(int64_t n) {
 struct Layout {
     int64_t size = 0;
 
-    // Returns where the n floats begin.
+    // Returns the offset of the n floats.
     int64_t add(int64_t n) {
         const int64_t at = size;
         size += align(n);
@@ -33,14 +33,14 @@ inline char * row_of(const ggml_tensor * t, int64_t i1, int64_t i2 = 0, int64_t 
     return (char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3];
 }
 
-// Some keys, in ascending order, each visible to at least one of the queries it was made for.
+// Some keys, in ascending order, each visible to at least one of the tile's queries.
 struct KeyTile {
     int     n_keys;
     int32_t key[MAX_TILE_KEYS];
     bool    masked;  // false: the mask of all these queries is zero on all these keys
 };
 
-// The mask rows (F16, one entry per key) of neighbouring queries; rows are `stride` bytes apart. No mask: data is null.
+// The mask rows (F16, one entry per key) of neighbouring queries, row stride `stride` bytes. No mask: data is null.
 struct MaskRows {
     const char * data;
     size_t       stride;
@@ -57,33 +57,33 @@ inline MaskRows mask_rows(const ggml_tensor * mask, int64_t stream, int64_t quer
     return { row_of(mask, query0, 0, stream % mask->ne[3]), mask->nb[1], n_queries };
 }
 
-// What some queries see of some keys.
+// Visibility of some keys for some queries.
 enum class View : uint8_t {
-    OPEN,    // everything, and their mask is zero
-    CLOSED,  // nothing
+    OPEN,    // all keys, and their mask is zero
+    CLOSED,  // no keys
     MIXED,
 };
 View view_of(const MaskRows & mask, int64_t begin, int64_t n_keys);
 View view_of(const MaskRows & mask, const KeyTile & tile);
 
-// Collects the next tile, of up to `capacity` keys, from the keys [begin, end); returns where to go on.
-// n_keys is 0 when nothing was left to see. map: null, or what these queries see of each GROUP_KEYS keys from key 0 on,
-// for callers who would otherwise ask the same mask many times.
+// Collects the next tile, of up to `capacity` keys, from the keys [begin, end); returns the key to continue from.
+// n_keys is 0 if no visible keys are left. map: null, or the visibility of each GROUP_KEYS keys from key 0 on for these
+// queries, for callers that would otherwise read the same mask many times.
 constexpr int64_t GROUP_KEYS = 64;
 int64_t
 next_tile(const MaskRows & mask, const View * map, int64_t begin, int64_t end, int64_t capacity, KeyTile & tile);
 
-// Adds the mask of one query to the columns [col0, col1) of scores[n_keys][n_cols]. Where the mask is -inf the score
-// becomes -inf whatever it was.
+// Adds the mask of one query to the columns [col0, col1) of scores[n_keys][n_cols]. If the mask is -inf, the score
+// becomes -inf, even if it was NaN.
 void add_mask(
     const KeyTile & tile, const ggml_fp16_t * mask, int64_t col0, int64_t col1, int64_t n_cols, float * scores);
 
-// Whether read_row knows the type.
+// Whether read_row supports the type.
 bool can_read_rows(ggml_type type);
 
 void read_row(ggml_type type, const char * src, int64_t n, float * dst);
 
-// dst[i*ldd .. + n_cols] = the tile's i-th row of src, whose rows are `stride` bytes apart; n_cols in whole blocks.
+// dst[i*ldd .. + n_cols] = the tile's i-th row of src, whose row stride is `stride` bytes; n_cols in whole blocks.
 void read_rows(
     const KeyTile & tile, ggml_type type, const char * src, size_t stride, int64_t n_cols, float * dst, int64_t ldd);
 

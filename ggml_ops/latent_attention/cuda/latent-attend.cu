@@ -1,7 +1,7 @@
-// Latent attention on CUDA, absorbed: how the work is cut, the kernels and their launches.
+// Latent attention on CUDA, absorbed: partitioning, kernels and launches.
 //
-// Blocks of rows, streams and pieces of the keys are blocks of the grid. How many pieces there are follows from the
-// shapes alone, never from the device, and so does the result. A second kernel joins them in their order.
+// The grid is blocks of rows x streams x splits of the keys. The number of splits depends on the shapes only, never on
+// the device, and so does the result. A second kernel combines the splits in order.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -9,10 +9,10 @@
 
 namespace latent_cuda {
 
-// Keys are cut until there are about so many blocks, as many as large devices run at once; but not finer than that.
-constexpr int WANTED_BLOCKS = 128;
+// The keys are split until there are about this many blocks, as many as a large device runs at once, but no further.
+constexpr int TARGET_BLOCKS = 128;
 constexpr int MIN_TILES     = 2;
-constexpr int MAX_PIECES    = WANTED_BLOCKS;
+constexpr int MAX_PIECES    = TARGET_BLOCKS;
 constexpr int JOIN_THREADS  = N_LATENT / 4;
 
 static_assert(MAX_PIECES <= JOIN_THREADS, "a thread a piece");
@@ -22,8 +22,8 @@ static plan make_plan(const attention & args) {
     p.n_rows          = args.n_queries * args.n_heads;
     p.n_blocks        = divide_up(p.n_rows, BLOCK_ROWS);
     const int n_tiles = divide_up(args.n_keys, TILE_KEYS);
-    const int wanted  = divide_up(WANTED_BLOCKS, p.n_blocks * args.n_streams);
-    const int tiles   = divide_up(n_tiles, wanted);
+    const int target  = divide_up(TARGET_BLOCKS, p.n_blocks * args.n_streams);
+    const int tiles   = divide_up(n_tiles, target);
     p.keys_a_piece    = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
     p.n_pieces        = divide_up(args.n_keys, p.keys_a_piece);
     return p;
@@ -40,11 +40,11 @@ static __global__ void __launch_bounds__(THREADS, 1)
     extern __shared__ __align__(16) char shared[];
     attend_piece<TYPE>(args, plan, partials, shared);
 #else
-    __trap();  // the caller keeps older devices away
+    __trap();  // the caller rejects older devices
 #endif
 }
 
-// Result of one row out of its pieces. Those that saw no key hold no weight.
+// Combines the partial results of one row. Splits that saw no key have weight 0.
 static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partials partials, int n_pieces, float * out) {
     __shared__ float weights[MAX_PIECES];
     __shared__ float of_warps[2][JOIN_THREADS / WARP];
@@ -122,7 +122,7 @@ size_t workspace(const attention & args) {
 template <cache_type TYPE>
 static void launch(const attention & args, const plan & p, const partials & partials, cudaStream_t stream) {
     static_assert(shared_bytes<TYPE>() <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
-    // each device of the process has to be told once; telling it again costs little
+    // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(attend_pieces<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<TYPE>());
     const dim3 grid(p.n_pieces, p.n_blocks, args.n_streams);
     attend_pieces<TYPE><<<grid, THREADS, shared_bytes<TYPE>(), stream>>>(args, p, partials);

@@ -1,16 +1,16 @@
 #pragma once
 
-// One block of rows over one piece of the keys.
+// Attention of one block of rows over one split of the keys.
 //
-// All heads of all queries see the same cache, so the rows of the products are (query, head) pairs, head fastest, as
-// they also lie in the result. A block of threads takes BLOCK_ROWS of them and walks over tiles of keys; every tile
-// comes to shared memory once and serves keys and values of all rows. A tile takes three steps, with a barrier behind
-// each:
-//   scores   warp (m, slice): 16 rows, a quarter of the N_CACHE values of a row, all keys of the tile; q stays in registers
-//   softmax  eight lanes a row: sum of the slices, online maximum, weights
+// All heads of all queries see the same cache, so the rows of the matmuls are (query, head) pairs, head fastest, as in
+// the result. A thread block processes BLOCK_ROWS of them and loops over tiles of keys. Each tile is loaded into shared
+// memory once and serves as keys and values of all rows. A tile has three steps, each followed by a barrier:
+//   scores   warp (m, slice): 16 rows, a quarter of the N_CACHE values of a row, all keys of the tile; q is in
+//   registers
+//   softmax  eight lanes per row: sum of the slices, online maximum, weights
 //   values   warp w: all rows, values [64 w, 64 w + 64) of the result, which stays in registers
-// Sums are float32. A factor that 16 bits do not hold well enough is taken as the sum of two terms (`precision`); weights
-// of quantised values are multiplied with the scales of the codes and rounded then.
+// Sums are float32. A factor that 16 bits cannot hold accurately enough is the sum of two terms (`precision`). Weights
+// of quantized values are multiplied with the scales of the quants, then rounded.
 
 #include "latent-cache.cuh"
 
@@ -24,21 +24,21 @@ constexpr int KEY_STEPS     = TILE_KEYS / 16;
 constexpr int SCORE_COLUMNS = TILE_KEYS / 8;
 constexpr int WARP_VALUES   = N_LATENT / N_WARPS;
 constexpr int VALUE_COLUMNS = WARP_VALUES / 8;
-constexpr int SCORE_STRIDE  = TILE_KEYS + 8;  // floats; pairs of eight rows then lie in different banks
+constexpr int SCORE_STRIDE  = TILE_KEYS + 8;  // floats; avoids bank conflicts between pairs of eight rows
 constexpr int LANES_A_ROW   = WARP * N_WARPS / BLOCK_ROWS;
 
 static_assert(TILE_KEYS == WARP && LANES_A_ROW * 4 == TILE_KEYS, "a lane a key, and four keys a lane of the softmax");
 
-// What depends on the type of the cache beside its tiles.
+// Properties of a cache type, other than its tiles.
 template <cache_type TYPE> struct precision {
     static constexpr bool QUANTISED = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
     static constexpr bool HALF      = TYPE == cache_type::f16 || QUANTISED;
-    // Terms of a value of q and of a weight.
+    // Terms per value of q and per weight.
     static constexpr int Q_TERMS = QUANTISED ? 1 : 2;
     static constexpr int P_TERMS = HALF ? 1 : 2;
-    // The greatest weight is 2^this: multiplied with a scale far below the greatest, it is no subnormal half yet.
+    // The largest weight is 2^this, so that a weight times a small scale is not yet a subnormal half.
     static constexpr int WEIGHT_EXPONENT = QUANTISED ? 14 : 0;
-    // Steps of 16 values in a slice. The 18 blocks of a quantised row are not divided: slices have 4 or 5 of them.
+    // Steps of 16 values per slice. The 18 blocks of a quantized row are not split: a slice has 4 or 5 of them.
     static constexpr int MIN_STEPS = QUANTISED ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
     static constexpr int MAX_STEPS = QUANTISED ? MIN_STEPS + 2 : MIN_STEPS;
 
@@ -47,24 +47,24 @@ template <cache_type TYPE> struct precision {
     }
 };
 
-// Partial results: of each piece of the keys, row by row.
+// Partial results: one per split of the keys and row.
 struct partials {
-    float *  out;      // [pieces][rows of all streams][N_LATENT]
-    float2 * max_sum;  // [pieces][rows of all streams]
+    float *  out;      // [splits][rows of all streams][N_LATENT]
+    float2 * max_sum;  // [splits][rows of all streams]
 };
 
 struct plan {
-    int n_rows;        // of a stream
-    int n_blocks;      // of rows
-    int n_pieces;      // of the keys
+    int n_rows;        // per stream
+    int n_blocks;      // blocks of rows
+    int n_pieces;      // splits of the keys
     int keys_a_piece;  // a multiple of TILE_KEYS
 };
 
-// Shared memory beside the tiles, in floats.
+// Shared memory in addition to the tiles, in floats.
 struct room {
     static constexpr int SCORES  = SLICES * BLOCK_ROWS * SCORE_STRIDE;
     static constexpr int WEIGHTS = BLOCK_ROWS * SCORE_STRIDE;
-    static constexpr int ROWS    = BLOCK_ROWS;  // each of: rescale, row_scale
+    static constexpr int ROWS    = BLOCK_ROWS;  // size of rescale and of row_scale
     static constexpr int BYTES   = (SCORES + WEIGHTS + 2 * ROWS) * sizeof(float);
 };
 
@@ -72,14 +72,14 @@ template <cache_type TYPE> constexpr int shared_bytes() {
     return cache_tiles<TYPE>::SHARED + room::BYTES;
 }
 
-// What the rows of a block see of the keys of a piece.
+// Visibility of the keys of a split for the rows of a block.
 struct sight {
-    const uint16_t * mask;  // of the block's first query; nullptr: all is seen
+    const uint16_t * mask;  // of the block's first query; nullptr: all keys are visible
     int64_t          mask_query;
     int              n_queries;
-    int              end;  // of the piece
+    int              end;  // end of the split
 
-    // Whether any of the queries sees the key.
+    // Whether any query of the block sees the key.
     __device__ bool sees(int key) const {
         constexpr uint16_t MINUS_INFINITY = 0xfc00;
         bool               any            = mask == nullptr && key < end;
@@ -89,8 +89,8 @@ struct sight {
         return any;
     }
 
-    // The next tile at or behind `key` that holds a key that is seen, the same in all warps. `first` is what sees() said
-    // of this lane's key of the first one.
+    // The next tile at or after `key` with a visible key, the same in all warps. `first`: sees() for this lane's key of
+    // the first tile.
     __device__ key_tile next(int key, bool first) const {
         for (; key < end; key += TILE_KEYS) {
             const uint32_t visible = __ballot_sync(ALL_LANES, first);
@@ -103,7 +103,7 @@ struct sight {
     }
 };
 
-// A power of two that brings the row's greatest magnitude near 2^8, where two halves hold it as well as they can.
+// A power of two that scales the row's largest magnitude to about 2^8, where two halves represent it most accurately.
 static __device__ __forceinline__ float half_range(const float * row) {
     float largest = 0.0f;
     for (int d = threadIdx.x % WARP; d < N_CACHE; d += WARP) {
@@ -152,7 +152,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     key_tile  next      = sight.next(tile.key + TILE_KEYS, sight.sees(tile.key + TILE_KEYS + lane));
     cache.fetch(tile);
 
-    // The scale of each row's scores, in which exp is 2^x.
+    // The scale of each row's scores, for exp2.
 #pragma unroll
     for (int i = warp * BLOCK_ROWS / N_WARPS; i < (warp + 1) * BLOCK_ROWS / N_WARPS; ++i) {
         const float range = fixed::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
@@ -188,7 +188,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         }
     }
 
-    // Of the softmax: this lane's row and keys.
+    // Softmax: this lane's row and keys.
     const int        my_row   = warp * (WARP / LANES_A_ROW) + lane / LANES_A_ROW;
     const int        my_key   = lane % LANES_A_ROW * 4;
     const int        my_query = (row0 + min(my_row, n_rows - 1)) / args.n_heads;
@@ -201,7 +201,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     while (tile.visible != 0) {
         cache.arrive(tile);
         cache.fetch(next);
-        // asked for long before they are needed
+        // prefetched
         const bool ahead = sight.sees(next.key + TILE_KEYS + lane);
         uint16_t   added[4];
 #pragma unroll

@@ -1,22 +1,22 @@
 #pragma once
 
-// Tiles of the cache in shared memory, ready for tensor cores: TILE_KEYS rows of 16-bit values, one source for keys and
-// values alike.
+// Tiles of the cache in shared memory, ready for tensor cores: TILE_KEYS rows of 16-bit values, used as keys and as
+// values.
 //
-//   type        | element | planes       | factors | on its way
-//   f16, bf16   | as it is| 1            | none    | copied asynchronously into one of two tiles
-//   q8_0, q4_0  | half    | 1: the codes | scales  | copied asynchronously as it lies, then unpacked
-//   f32         | bf16    | 2: hi + lo   | none    | read and split
+//   type        | element | planes        | factors | loading
+//   f16, bf16   | same    | 1             | none    | asynchronous copy into one of two tiles
+//   q8_0, q4_0  | half    | 1: the quants | scales  | asynchronous copy of the raw blocks, then unpacked
+//   f32         | bf16    | 2: hi + lo    | none    | read and split
 //
-// Codes are exact in halves. A key that is not visible becomes zeros, whatever its cell holds; in a 16-bit or 32-bit
+// Quants are exact in halves. A key that is not visible becomes zeros, whatever its cell holds; in a 16-bit or 32-bit
 // cache it is not even read.
 //
-// Scales may be of any magnitude, which halves cannot follow: weights that are multiplied with them are multiplied with
-// factor_unit() too, which brings the greatest scale so far to [1, 2). Where it changes, what was summed up with the old
-// one is to be multiplied with unit_change(), and what comes out of it all with inverse_unit().
+// Scales may have any magnitude, beyond the range of halves. Weights that are multiplied with scales are therefore also
+// multiplied with factor_unit(), which brings the largest scale so far to [1, 2). When it changes, sums of the old unit
+// have to be multiplied with unit_change(); final results have to be multiplied with inverse_unit().
 //
-// Use: fetch(first tile); then for each tile arrive(), fetch(the one behind it), and read. All threads of the block
-// call both; arrive() is a barrier on both sides.
+// Use: fetch(first tile); then for each tile arrive(), fetch(next tile), and read. All threads of the block
+// call both; arrive() is a barrier before and after.
 
 #include "latent-cuda.cuh"
 #include "latent-device.cuh"
@@ -25,13 +25,13 @@ namespace latent_cuda {
 
 constexpr int THREADS     = 256;
 constexpr int TILE_KEYS   = 32;
-constexpr int TILE_STRIDE = N_CACHE + 8;  // values; eight rows then lie in different banks for ldmatrix
+constexpr int TILE_STRIDE = N_CACHE + 8;  // values; avoids bank conflicts of ldmatrix between eight rows
 constexpr int TILE_VALUES = TILE_KEYS * TILE_STRIDE;
-constexpr int FACTOR_SPAN = 32;  // values that share a scale
+constexpr int FACTOR_SPAN = 32;  // values per scale
 constexpr int N_FACTORS   = N_CACHE / FACTOR_SPAN;
 
-// f(i) for each i in [0, COUNT), shared among the threads of the block. Three at a time keep loads under way; for more
-// there are no registers.
+// f(i) for each i in [0, COUNT), distributed over the threads of the block. Unrolled by three to keep loads in flight;
+// more would not fit in registers.
 template <int COUNT, typename F> static __device__ __forceinline__ void share(const F & f) {
 #pragma unroll 3
     for (int n = 0; n < (COUNT + THREADS - 1) / THREADS; ++n) {
@@ -42,7 +42,7 @@ template <int COUNT, typename F> static __device__ __forceinline__ void share(co
     }
 }
 
-// Keys [key, key + TILE_KEYS), those that some query of the block sees. None: there is no such tile any more.
+// Keys [key, key + TILE_KEYS), with those visible to some query of the block. None visible: no tiles are left.
 struct key_tile {
     int      key;
     uint32_t visible;
@@ -72,7 +72,7 @@ struct no_factors {
     __device__ float unit_change() const { return 1.0f; }
 };
 
-// 16-bit values: two tiles in turns.
+// 16-bit values: two tiles, double-buffered.
 template <typename T> struct plain_tiles : no_factors {
     using element                  = T;
     static constexpr int PLANES    = 1;
@@ -110,7 +110,7 @@ template <typename T> struct plain_tiles : no_factors {
     __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
 };
 
-// Two codes, unpacked to words of 16 bits, as halves. In 2^10 + n, n < 2^10, halves are exact to one.
+// Two quants, unpacked to 16-bit words, as halves. Halves hold 2^10 + n exactly for integers n < 2^10.
 template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_half(uint32_t codes) {
     constexpr bool SIGNED = TYPE == cache_type::q8_0;
     const uint32_t above  = (SIGNED ? codes ^ 0x00800080 : codes) | 0x64006400;
@@ -124,7 +124,7 @@ template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_h
     return bits;
 }
 
-// Blocks of 32 codes behind a half that is their scale.
+// Blocks of 32 quants after a half that is their scale.
 template <cache_type TYPE> struct quantised_tiles {
     using element                      = __half;
     static constexpr int  PLANES       = 1;
@@ -141,9 +141,9 @@ template <cache_type TYPE> struct quantised_tiles {
     cache_rows rows;
     element *  tile_values;
     float *    tile_factors;  // [N_FACTORS][TILE_KEYS]
-    char *     raw;           // the rows as they lie, one behind the other
-    int *      exponents;     // the greatest of the factors that each warp saw
-    int        exponent = 1;  // the greatest so far
+    char *     raw;           // the raw rows, contiguous
+    int *      exponents;     // the largest exponent of the factors that each warp saw
+    int        exponent = 1;  // the largest so far
     float      change   = 1.0f;
 
     __device__ quantised_tiles(char * shared, const cache_rows & rows) :
@@ -185,7 +185,7 @@ template <cache_type TYPE> struct quantised_tiles {
         if (threadIdx.x % WARP == 0) {
             exponents[threadIdx.x / WARP] = greatest;
         }
-        // eight codes at a time
+        // eight quants at a time
         constexpr int PIECES = FACTOR_SPAN / 8;
         share<TILE_KEYS * N_FACTORS * PIECES>([&](int i) {
             const int    key   = i / (N_FACTORS * PIECES);
@@ -203,13 +203,13 @@ template <cache_type TYPE> struct quantised_tiles {
         change = power_of_two(max(127 + before - exponent, 1));
     }
 
-    // Codes begin at even addresses only.
+    // Quants are only 2-byte aligned.
     static __device__ __forceinline__ uint32_t load_four(const char * at) {
         const uint16_t * halves = reinterpret_cast<const uint16_t *>(at);
         return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
     }
 
-    // Part `piece` of a block's codes to where they belong in its values.
+    // Unpacks part `piece` of a block's quants to its values.
     static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
         if constexpr (TYPE == cache_type::q8_0) {
             const uint32_t a                           = load_four(codes + piece * 8);
@@ -218,7 +218,7 @@ template <cache_type TYPE> struct quantised_tiles {
                 codes_to_half<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(a, 0, 0x4342)),
                 codes_to_half<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(b, 0, 0x4342)));
         } else {
-            // value j in the low half of byte j, value j + 16 in the high one
+            // value j in the low half of byte j, value j + 16 in the high half
             const uint32_t x = load_four(codes + piece * 4);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -231,7 +231,7 @@ template <cache_type TYPE> struct quantised_tiles {
 
     __device__ const element * plane(int) const { return tile_values; }
 
-    // Of keys i, which is even, and i + 1.
+    // Factors of keys i (even) and i + 1.
     __device__ float2 factors(int block, int i) const {
         return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
     }
@@ -243,7 +243,7 @@ template <cache_type TYPE> struct quantised_tiles {
     __device__ float unit_change() const { return change; }
 };
 
-// 32-bit values as sums of two.
+// 32-bit values as sums of two bf16.
 struct split_tiles : no_factors {
     using element               = __nv_bfloat16;
     static constexpr int PLANES = 2;

@@ -1,4 +1,4 @@
-// Latent attention on CUDA, decompressed: its sources as halves, and who sees what.
+// Latent attention on CUDA, decompressed: converts the sources to halves and finds the visible keys.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -11,7 +11,7 @@ constexpr int LANE_VALUES    = N_CACHE / WARP;
 constexpr int LANE_LATENTS   = N_LATENT / WARP;
 constexpr int WEIGHT_THREADS = 512;
 
-// A warp looks for some of the queries, a lane at each key.
+// Each warp checks some of the queries, each lane one key.
 static __global__ void __launch_bounds__(BLOCK_THREADS)
     look_at(const uint16_t * mask, int64_t mask_stream, int64_t mask_query, int n_keys, int n_queries, sight * to) {
     constexpr int      QUERIES        = BLOCK_QUERIES / BLOCK_WARPS;
@@ -107,7 +107,7 @@ template <cache_type TYPE> static __device__ __forceinline__ float read_value(co
         return __half2float(reinterpret_cast<const __half *>(row)[at]);
     } else if constexpr (TYPE == cache_type::bf16) {
         return __uint_as_float(static_cast<uint32_t>(reinterpret_cast<const uint16_t *>(row)[at]) << 16);
-    } else {  // blocks of 32 codes behind a half that is their scale
+    } else {  // blocks of 32 quants after a half that is their scale
         constexpr bool    BYTES  = TYPE == cache_type::q8_0;
         const char *      block  = row + i * (BYTES ? 34 : 18);
         const float       factor = __half2float(*reinterpret_cast<const __half *>(block));
@@ -116,7 +116,7 @@ template <cache_type TYPE> static __device__ __forceinline__ float read_value(co
     }
 }
 
-// x as the sum of halves, in planes of `plane` values.
+// Stores x as a sum of halves, in planes of `plane` values.
 template <int TERMS> static __device__ __forceinline__ void store_terms(float x, __half * to, int64_t plane) {
     const __half high = __float2half_rn(x);
     to[0]             = high;
@@ -125,12 +125,12 @@ template <int TERMS> static __device__ __forceinline__ void store_terms(float x,
     }
 }
 
-// Magnitude as far as it says how to scale: what is not finite has none.
+// Magnitude for scaling: 0 for values that are not finite.
 static __device__ __forceinline__ float magnitude(float x) {
     return exponent_of(x) == 255 ? 0.0f : fabsf(x);
 }
 
-// A tile of one stream; a warp takes WARP_KEYS of its keys.
+// A tile of one stream; each warp converts WARP_KEYS of its keys.
 template <cache_type TYPE, int TERMS>
 static __global__ void __launch_bounds__(BLOCK_THREADS)
     collect_tile(const decompressed args, const prefill p, const run to) {
@@ -152,11 +152,11 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
         to.seen[mine] = seen;
     }
     if (seen == 0) {
-        return;  // all of the block
+        return;  // the whole block returns
     }
 
     float x[WARP_KEYS][LANE_VALUES];
-    float of_row[WARP_KEYS];  // the greatest of the latent
+    float of_row[WARP_KEYS];  // the largest latent value of each row
     float largest = 0.0f;
 #pragma unroll
     for (int k = 0; k < WARP_KEYS; ++k) {
@@ -191,7 +191,7 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
 #pragma unroll
     for (int k = 0; k < WARP_KEYS; ++k) {
         const int64_t at = static_cast<int64_t>(tile) * TILE + warp * WARP_KEYS + k;
-        // halves are what they are
+        // halves are not scaled
         const int exponent = TYPE == cache_type::f16 ? 127 : scaling_exponent(of_row[k]);
         if (lane == 0) {
             to.factors[static_cast<int64_t>(blockIdx.y) * to.n_room + at] = power_of_two(exponent) * in_unit;
@@ -211,7 +211,7 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
         }
     }
 #else
-    __trap();  // the caller keeps older devices away
+    __trap();  // the caller rejects older devices
 #endif
 }
 

@@ -1,9 +1,9 @@
 #pragma once
 
-// What the CUDA kernels of latent attention are told: plain pointers and numbers, so that they run without ggml.
+// Arguments of the CUDA kernels of latent attention: plain pointers and numbers, so that the kernels run without ggml.
 //
-// In: queries folded into the space of the cache, the cache as it lies in memory, a mask. Out: for each query and head
-// the weighted mean of the first N_LATENT values of the rows that it sees.
+// Input: queries with k_b absorbed, the cache in its layout in memory, a mask. Output: for each query and head the
+// weighted mean of the first N_LATENT values of the visible rows.
 
 #include <cuda_runtime.h>
 
@@ -14,15 +14,15 @@
 namespace latent_cuda {
 
 constexpr int N_LATENT = 512;  // values of a row that are both key and value
-constexpr int N_ROPE   = 64;   // and those that are key alone
+constexpr int N_ROPE   = 64;   // values of a row that are key only
 constexpr int N_CACHE  = N_LATENT + N_ROPE;
-constexpr int N_NOPE   = 128;  // values of a key that are expanded
+constexpr int N_NOPE   = 128;  // expanded values of a key
 constexpr int N_KEY    = N_NOPE + N_ROPE;
 constexpr int N_VALUE  = 128;
 
 enum class cache_type { f32, f16, bf16, q8_0, q4_0 };
 
-// Calls f with the type as a constant.
+// Calls f with the type as a compile-time constant.
 template <typename F> void with_cache_type(cache_type type, const F & f) {
     switch (type) {
     case cache_type::f32:
@@ -43,16 +43,16 @@ template <typename T> constexpr T divide_up(T a, T b) {
 }
 
 struct attention {
-    const float * q;  // [streams][queries][heads][N_CACHE] by these strides in floats, which are even
+    const float * q;  // [streams][queries][heads][N_CACHE]; strides in floats, even
     int64_t       q_stream, q_query, q_head;
 
     const void * cache;  // [streams][n_keys] rows; strides in bytes
     int64_t      cache_stream, cache_row;
     cache_type   type;
 
-    const uint16_t * mask;  // [mask_streams][queries][n_keys] of half, -inf hides a key; nullptr: all is seen
-    int64_t          mask_stream, mask_query;  // in values
-    int              mask_streams;             // 1 or more: stream s has the mask of s % mask_streams
+    const uint16_t * mask;  // [mask_streams][queries][n_keys] of half, -inf hides a key; nullptr: all keys are visible
+    int64_t          mask_stream, mask_query;  // strides in values
+    int              mask_streams;             // >= 1; stream s uses mask s % mask_streams
 
     float * out;  // [streams][queries][heads][N_LATENT]
 
@@ -60,29 +60,29 @@ struct attention {
     float scale;
 };
 
-// nullptr, or why the kernels cannot read sources that lie so.
+// nullptr, or why the kernels do not support this layout of the sources.
 const char * refused(const attention & args);
 
-// Bytes of `work`, whose alignment must be 16; 0 where the keys are in one piece.
+// Size of `work` in bytes, 0 if the keys are not split. `work` has to be 16-byte aligned.
 size_t workspace(const attention & args);
 
-// Two launches at most. Compute capability 8.0 at least.
+// At most two launches. Requires compute capability 8.0.
 void attend(const attention & args, void * work, cudaStream_t stream);
 
-// The decompressed form: q [..][N_KEY] by any strides, out [..][N_VALUE], rows of the cache at any address that its type
-// allows. Of k_b and v_b all heads, one behind the other.
+// The decompressed form: q [..][N_KEY] with any strides, out [..][N_VALUE], cache rows at any address that is aligned
+// for their type. The heads of k_b and v_b are contiguous.
 struct decompressed : attention {
     const float * k_b;      // [heads][N_LATENT][N_NOPE]
     const float * v_b;      // [heads][N_VALUE][N_LATENT]
-    size_t        scratch;  // bytes that expanded keys may take
+    size_t        scratch;  // bytes available for expanded keys
 };
 
-// Of `scratch`, but in tests; a constant, since the result depends on it, if by rounding alone.
+// Default of `scratch`; only tests change it. A constant, since the rounding of the result depends on it.
 constexpr size_t SCRATCH = 64 << 20;
 
 size_t workspace(const decompressed & args);
 
-// Two launches, and four for each run of keys that fits the scratch.
+// Two launches, plus four for each run of keys that fits in the scratch.
 void attend(const decompressed & args, void * work, cudaStream_t stream);
 
 }  // namespace latent_cuda

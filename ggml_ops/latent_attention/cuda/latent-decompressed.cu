@@ -1,8 +1,8 @@
-// Latent attention on CUDA, decompressed: how the keys are cut into runs, and the attention of a run.
+// Latent attention on CUDA, decompressed: splits the keys into runs and computes the attention of a run.
 //
-// A block attends for 128 queries of a head, a warp for 16, whose q and result stay in registers; tiles of keys and
-// values come to shared memory, two in turns, with one barrier a tile. Scores become weights in the registers that they
-// were summed up in.
+// A block computes 128 queries of a head, a warp 16 of them, whose q and result stay in registers. Tiles of keys and
+// values are double-buffered in shared memory, with one barrier per tile. Scores become weights in the accumulator
+// registers.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -21,16 +21,16 @@ constexpr int KEY_STEPS     = N_KEY / 16;
 constexpr int NOPE_STEPS    = N_NOPE / 16;
 constexpr int TILE_COLUMNS  = TILE / 8;
 constexpr int VALUE_COLUMNS = N_VALUE / 8;
-constexpr int KEY_STRIDE    = N_KEY + 8;  // eight rows then lie in different banks
+constexpr int KEY_STRIDE    = N_KEY + 8;  // avoids bank conflicts between eight rows
 constexpr int VALUE_STRIDE  = N_VALUE + 8;
-constexpr int CHUNK         = 8;  // halves of an asynchronous copy
-// The greatest weight is 2^this: those of many keys beside a much greater one are no subnormal halves yet.
+constexpr int CHUNK         = 8;  // halves per asynchronous copy
+// The largest weight is 2^this, so that many small weights next to a much larger one are not yet subnormal halves.
 constexpr int WEIGHT_EXPONENT = 14;
 
-// Of so many steps a thread keeps the second terms of q in shared memory, for want of registers.
+// For this many steps a thread keeps the second terms of q in shared memory, to save registers.
 constexpr int LENT_STEPS = 2;
 
-// Shared memory: two tiles, in halves, and what is lent to registers.
+// Shared memory, in halves: two tiles and the terms of q that do not fit in registers.
 template <typename MODE> struct tile_room {
     static constexpr int KEYS   = MODE::KEY * TILE * KEY_STRIDE;
     static constexpr int VALUES = MODE::VALUE * TILE * VALUE_STRIDE;
@@ -40,14 +40,14 @@ template <typename MODE> struct tile_room {
     static constexpr int BYTES  = TILES + LENT;
 };
 
-// The tiles of a run that a block of queries sees, one after the other; the same in all warps.
+// The tiles of a run that a block of queries sees, in order; the same in all warps.
 struct tile_walk {
     const sight * sights;
     int           n_tiles;
     int           base = -WARP;
-    uint32_t      rest = 0;  // of the tiles [base, base + WARP)
+    uint32_t      rest = 0;  // remaining tiles of [base, base + WARP)
 
-    // n_tiles: there is none any more.
+    // Returns n_tiles if no tiles are left.
     __device__ int next() {
         while (rest == 0) {
             base += WARP;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     const int warp   = threadIdx.x / WARP;
     const int g      = lane / 4;
     const int t      = lane % 4;
-    const int block  = gridDim.x - 1 - blockIdx.x;  // the last queries see most
+    const int block  = gridDim.x - 1 - blockIdx.x;  // the last queries see the most keys, so they start first
     const int head   = blockIdx.y;
     const int stream = r.stream0 + blockIdx.z;
 
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         fetch(tile, buffer);
     }
 
-    // q of this warp's rows, each brought to 2^8 by a power of two, with the unit of k_b in it.
+    // q of this warp's rows, each scaled to 2^8 by a power of two and multiplied with the unit of k_b.
     const float k_unit = w.units[head];
     uint32_t    q[KEY_STEPS][MODE::QUERY][4];
     float       row_scale[2];
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
             }
         }
 
-        // scores in which exp is 2^x
+        // scale of the scores for exp2
         const int shift_before = shift;
         shift                  = shifts[this_tile];
         const float unit       = power_of_two(shift - UNIT_SHIFT + 127);
@@ -325,11 +325,11 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         }
     }
 #else
-    __trap();  // the caller keeps older devices away
+    __trap();  // the caller rejects older devices
 #endif
 }
 
-// Memory that is handed out piece by piece; from nothing, to see how much it takes.
+// Bump allocator; starting at nullptr it measures the required size.
 class pieces {
   public:
     explicit pieces(void * begin) : begin(static_cast<char *>(begin)) {}
@@ -356,10 +356,10 @@ struct plan {
     size_t  size;
 };
 
-// Streams go side by side as long as there is room for so many keys of each.
+// Streams are processed together as long as there is room for this many keys of each.
 constexpr int64_t LEAST_KEYS = 4 * EXPAND_KEYS;
 
-// Shapes and the size of the scratch decide, never the device.
+// Depends on the shapes and the size of the scratch only, never on the device.
 template <typename MODE> plan make_plan(const decompressed & args, void * work) {
     constexpr int EXPANDED = MODE::KEY * N_NOPE + MODE::VALUE * N_VALUE;
     constexpr int SHARED   = MODE::CACHE * N_CACHE;
@@ -404,7 +404,7 @@ template <typename MODE> void attend_in_runs(const decompressed & args, void * w
     run        r    = made.first;
     look(args, all, made.sights, stream);
     weigh(args, MODE::WEIGHT, made.w, stream);
-    // each device of the process has to be told once; telling it again costs little
+    // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(attend_tiles<MODE>, cudaFuncAttributeMaxDynamicSharedMemorySize, tile_room<MODE>::BYTES);
     for (r.stream0 = 0; r.stream0 < args.n_streams; r.stream0 += r.n_streams) {
         r.n_streams = min(made.first.n_streams, args.n_streams - r.stream0);
@@ -420,7 +420,7 @@ template <typename MODE> void attend_in_runs(const decompressed & args, void * w
     }
 }
 
-// f with the mode of the cache's type.
+// Calls f with the mode of the cache's type.
 template <typename F> auto with_mode(cache_type type, const F & f) {
     switch (type) {
     case cache_type::f32:

@@ -1,6 +1,6 @@
 #pragma once
 
-// What the kernels of latent attention share on the device: exact powers of two, sums over lanes.
+// Device functions common to the kernels of latent attention: exact powers of two, reductions over lanes.
 
 #include "kimi-mma.cuh"
 
@@ -19,7 +19,7 @@ static __device__ __forceinline__ int exponent_of(float x) {
     return __float_as_uint(x) >> 23 & 0xff;
 }
 
-// The greatest x in groups of LANES neighbouring lanes, the same in each of them.
+// The maximum of x over groups of LANES neighbouring lanes, returned in each of them.
 template <int LANES = WARP> static __device__ __forceinline__ float max_lanes(float x) {
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2) {
@@ -28,7 +28,7 @@ template <int LANES = WARP> static __device__ __forceinline__ float max_lanes(fl
     return x;
 }
 
-// The sum of x in such groups.
+// The sum of x over such groups.
 template <int LANES = WARP> static __device__ __forceinline__ float sum_lanes(float x) {
 #pragma unroll
     for (int mask = LANES / 2; mask > 0; mask /= 2) {

@@ -1,8 +1,8 @@
-// Latent attention on CUDA, decompressed: keys and values of each head out of the latent of a run of keys.
+// Latent attention on CUDA, decompressed: expands the latents of a run of keys to keys and values of each head.
 //
-// A product for each head: [keys][N_LATENT] times [N_LATENT][128]. A block makes EXPAND_KEYS keys of it, a warp 32 keys
-// by 64 values, both factors from a ring of two steps of the latent in shared memory. k_b lies with the latent slow,
-// v_b with the latent fast: they differ in how matrices come out of shared memory, and in nothing else.
+// One matmul per head: [keys][N_LATENT] x [N_LATENT][128]. A block computes EXPAND_KEYS keys of it, a warp 32 keys by
+// 64 values; both factors are double-buffered in shared memory by steps of the latent. The latent is the slow dimension
+// of k_b and the fast one of v_b; the two differ only in how matrices are loaded from shared memory.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -12,16 +12,16 @@ namespace latent_cuda {
 
 namespace {
 
-constexpr int STEP        = 32;  // of the latent
+constexpr int STEP        = 32;  // latent values
 constexpr int N_STEPS     = N_LATENT / STEP;
-constexpr int N_OUT       = N_NOPE;                // and N_VALUE
-constexpr int STRIDE      = STEP + 8;              // of rows of a step; eight rows then lie in different banks
-constexpr int WIDE_STRIDE = N_OUT + 8;             // of rows of outputs
-constexpr int PLANE       = EXPAND_KEYS * STRIDE;  // of either factor: that of k_b is smaller
+constexpr int N_OUT       = N_NOPE;                // also N_VALUE
+constexpr int STRIDE      = STEP + 8;              // of the rows of a step; avoids bank conflicts between eight rows
+constexpr int WIDE_STRIDE = N_OUT + 8;             // of the rows of outputs
+constexpr int PLANE       = EXPAND_KEYS * STRIDE;  // of either factor; that of k_b is smaller
 constexpr int WARP_OUT    = N_OUT / (BLOCK_WARPS / (EXPAND_KEYS / TILE));
 constexpr int OUT_COLUMNS = WARP_OUT / 8;
-constexpr int CHUNK       = 8;                                           // halves of an asynchronous copy
-constexpr int SHARE       = EXPAND_KEYS * STEP / CHUNK / BLOCK_THREADS;  // chunks of a plane that a thread copies
+constexpr int CHUNK       = 8;                                           // halves per asynchronous copy
+constexpr int SHARE       = EXPAND_KEYS * STEP / CHUNK / BLOCK_THREADS;  // chunks of a plane per thread
 
 static_assert(N_OUT == EXPAND_KEYS && STEP * WIDE_STRIDE <= PLANE, "both factors take the same copies and room");
 
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) expand_keys(const weights w,
     const uint32_t * seen    = r.seen + static_cast<int64_t>(stream) * r.room_tiles() + tile0;
     const auto       is_seen = [&](int i) { return tile0 + i < r.n_tiles() && seen[i] != 0; };
     if (!is_seen(0) && !is_seen(1) && !is_seen(2) && !is_seen(3)) {
-        return;  // all of the block
+        return;  // the whole block returns
     }
 
     __half *       ring = reinterpret_cast<__half *>(shared);
@@ -163,14 +163,14 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) expand_keys(const weights w,
         }
     }
 #else
-    __trap();  // the caller keeps older devices away
+    __trap();  // the caller rejects older devices
 #endif
 }
 
 template <typename MODE, bool VALUES> void launch(const weights & w, int n_heads, const run & r, cudaStream_t stream) {
     constexpr int BYTES = expand_bytes<MODE>();
     static_assert(BYTES <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
-    // each device of the process has to be told once; telling it again costs little
+    // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(expand_keys<MODE, VALUES>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     const dim3 grid((r.end - r.begin + EXPAND_KEYS - 1) / EXPAND_KEYS, n_heads, r.n_streams);
     expand_keys<MODE, VALUES><<<grid, BLOCK_THREADS, BYTES, stream>>>(w, r);

@@ -1,8 +1,8 @@
-// ggml's side of latent attention on CUDA: which nodes of FLASH_ATTN_EXT (absorbed) and LATENT_ATTN (decompressed) the
-// kernels take, weights of any type as floats, and the calls.
+// ggml's side of latent attention on CUDA: selects the nodes of FLASH_ATTN_EXT (absorbed) and LATENT_ATTN
+// (decompressed) that the kernels compute, converts weights of any type to floats, and calls the kernels.
 //
-// What upstream's kernels claim of FLASH_ATTN_EXT is not widened: a node may lose V's being a view of K on its way to
-// the device, and then has to be theirs.
+// Upstream's supports_op() of FLASH_ATTN_EXT is not widened: on its way to the device V may stop being a view of K, and
+// then upstream's kernels have to compute the node.
 
 #include "latent-ggml.cuh"
 
@@ -27,9 +27,9 @@ void ggml_cuda_op_latent_attn(ggml_backend_cuda_context &, ggml_tensor *) {
 
 #include <atomic>
 
-// Up to how many queries a stream the kernels are taken, by the cache's type. Upstream's turn every cache but F16 to F16
-// in memory, at each step anew, and then multiply in one pass; so with few queries reading the cache as it lies wins,
-// with many it does not. Estimated from bandwidth and products, not measured yet; F16 stays upstream's until it is.
+// Maximum number of queries per stream for the kernels, by cache type. Upstream converts caches other than F16 to F16
+// in memory at each step, then multiplies in one pass: reading the cache directly is faster with few queries, slower
+// with many. Estimated from bandwidth and FLOPs, not measured yet; F16 stays upstream's until it is.
 constexpr int MAX_QUERIES_CONVERTED = 8;
 constexpr int MAX_QUERIES_F16       = 0;
 
@@ -37,12 +37,12 @@ static int max_queries(latent_cuda::cache_type type) {
     return type == latent_cuda::cache_type::f16 ? MAX_QUERIES_F16 : MAX_QUERIES_CONVERTED;
 }
 
-// Of the code that runs, which may be older than the device.
+// Checks the compiled code, which may be for an older architecture than the device.
 static bool has_kernels(int device) {
     return ampere_mma_available(ggml_cuda_info().devices[device].cc);
 }
 
-// Said once for each reason.
+// Logs each reason once.
 static void log_refusal(const char * reason) {
     static std::atomic<const char *> last(nullptr);
     if (last.exchange(reason) != reason) {
@@ -75,7 +75,7 @@ static bool readable(const ggml_tensor * weights) {
     return weights->type == GGML_TYPE_F32 || ggml_get_to_fp32_cuda(weights->type) != nullptr;
 }
 
-// All of a tensor as floats: itself, or converted into memory of the pool.
+// The tensor as floats: itself, or converted into memory of the pool.
 static const float * as_floats(const ggml_tensor * t, ggml_cuda_pool_alloc<float> & room, cudaStream_t stream) {
     if (t->type == GGML_TYPE_F32) {
         return static_cast<const float *>(t->data);

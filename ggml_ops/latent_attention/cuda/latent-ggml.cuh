@@ -1,13 +1,13 @@
 #pragma once
 
-// Latent attention as nodes of ggml's CUDA backend: tensors in, arguments of the kernels out.
+// Latent attention as nodes of ggml's CUDA backend: converts tensors to kernel arguments.
 
 #include "common.cuh"
 
-// Absorbed: computes the FLASH_ATTN_EXT node if the kernels take it and are worth it there. false: nothing was done.
+// Absorbed: computes the FLASH_ATTN_EXT node if the kernels support it and are faster. false: nothing was done.
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// Decompressed: whether ggml_cuda_op_latent_attn computes the LATENT_ATTN node on this device.
+// Decompressed: whether ggml_cuda_op_latent_attn supports the LATENT_ATTN node on this device.
 bool ggml_cuda_latent_attn_supported(int device, const ggml_tensor * dst);
 
 void ggml_cuda_op_latent_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst);

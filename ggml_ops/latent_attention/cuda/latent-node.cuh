@@ -1,7 +1,6 @@
 #pragma once
 
-// A FLASH_ATTN_EXT or LATENT_ATTN node as the kernels see it. In: the node. Out: their arguments, or why they cannot
-// serve it.
+// Converts a FLASH_ATTN_EXT or LATENT_ATTN node to kernel arguments, or returns why the kernels do not support it.
 
 #include "ggml-op-marks.h"
 #include "ggml.h"
@@ -11,8 +10,8 @@
 
 namespace latent_cuda {
 
-// Sizes of a node and their arguments that the kernels were written for. Addresses are not looked at, so this can be
-// asked before there are any. nullptr, or what does not fit.
+// Checks sizes and parameters of a node against what the kernels support. Ignores addresses, so it can be called before
+// allocation. Returns nullptr, or what does not fit.
 static inline const char * misfit(const ggml_tensor * dst) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
@@ -66,7 +65,7 @@ static inline bool find_cache_type(ggml_type type, cache_type & found) {
     return false;
 }
 
-// What nodes of both operators have.
+// Sources common to both operators.
 static inline void read_sources(
     const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * mask, const ggml_tensor * dst, attention & args) {
     memcpy(&args.scale, dst->op_params, sizeof(args.scale));
@@ -91,7 +90,7 @@ static inline void read_sources(
     args.n_streams = q->ne[3];
 }
 
-// nullptr, or why the kernels cannot serve the node.
+// Returns nullptr, or why the kernels do not support the node.
 static inline const char * read_node(const ggml_tensor * dst, attention & args) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
@@ -108,7 +107,7 @@ static inline const char * read_node(const ggml_tensor * dst, attention & args) 
     return refused(args);
 }
 
-// The same of LATENT_ATTN, addresses of tensors apart. k_b and v_b are left to the caller, who has to bring them to float.
+// The same for LATENT_ATTN. The caller has to convert k_b and v_b to float.
 static inline const char * read_decompressed(const ggml_tensor * dst, decompressed & args) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];

@@ -14,12 +14,12 @@
 #include <string>
 
 // The number of queries per stream from which the decompressed form is faster than the absorbed form with its matmuls
-// by k_b and v_b. Expanding a key costs as much as attending to it for hundreds of queries; the fewer keys there are,
-// the more those matmuls count. See README.md.
+// by k_b and v_b. Expanding a key costs as much as its attention for hundreds of queries; the fewer keys there are,
+// the larger the share of those matmuls. See README.md.
 struct Threshold {
-    int64_t n_keys;  // this line is for up to n_keys keys
+    int64_t n_keys;  // maximum n_keys of this row
     int64_t f32;
-    int64_t halves;  // F16, BF16, and all types without a field of their own
+    int64_t halves;  // F16, BF16, and all types without their own field
     int64_t codes;   // Q8_0, Q4_0
 };
 
@@ -39,7 +39,7 @@ static constexpr Threshold CUDA[] = {
     { INT64_MAX, 1536, 832, 192 },
 };
 
-// Does not fall with n_keys.
+// Does not decrease with n_keys.
 static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
     const bool        cuda = llama_latent_attn_on_cuda(cache);
     const Threshold * t    = cuda ? std::begin(CUDA) : std::begin(CPU);

@@ -8,16 +8,16 @@
 struct llama_layer;
 
 // Whether to use the decompressed form for this layer and this batch.
-// It needs `mla` in KIMI_OPS, k_b and v_b, flash attention, enough queries per stream to make up for the expansion of
-// keys and values, and one device that holds cache and weights and has the operator. If only the device is missing, the
-// log says so once; with KIMI_OPS=require, std::runtime_error is thrown.
+// It requires `mla` in KIMI_OPS, k_b and v_b, flash attention, enough queries per stream to make up for the expansion
+// of keys and values, and one device that holds cache and weights and supports the operator. If only the device is
+// missing, logs this once, or throws std::runtime_error with KIMI_OPS=require.
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,
                               int                            il);
 
-// The largest number of queries per stream that does without LATENT_ATTN on the cache that this graph uses with it; 0 if
-// the graph has no LATENT_ATTN.
+// The largest number of queries per stream for which LATENT_ATTN is not used on the cache of this graph's LATENT_ATTN;
+// 0 if the graph has none.
 uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph);
 
 // Writes k_cur [n_latent + n_rope, 1, n_tokens] to the cache and computes the attention.

@@ -4,8 +4,8 @@
 
 #include "ggml-latent-attn.h"
 
-// The absorbed form. The plain path it is compared with rounds more than it does itself (F16 sums for an F16 cache,
-// queries in the cache's own type), so these bounds are that path's; the float64 oracle has its own test.
+// The absorbed form. The plain path it is compared with rounds more (F16 sums for an F16 cache, queries in the cache's
+// type), so these bounds are those of the plain path; another test compares with the float64 oracle.
 struct test_latent_absorbed : public test_flash_attn_ext {
     test_latent_absorbed(int64_t                hsk,
                          int64_t                hsv,
@@ -62,7 +62,7 @@ struct test_latent_attn : public test_case {
         return VARS_TO_STR8(dims, n_heads, n_streams, n_keys, n_queries, mask, type_cache, type_weights);
     }
 
-    // CUDA multiplies keys and values of quantised caches in one pass of halves.
+    // CUDA multiplies keys and values of quantized caches in one pass of halves.
     double max_nmse_err() override { return ggml_is_quantized(type_cache) ? 2e-6 : 1e-7; }
 
     uint64_t op_flops(ggml_tensor *) override {
@@ -84,7 +84,7 @@ struct test_latent_attn : public test_case {
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         const auto [nope, rope, latent, value] = dims;
-        // q as graphs have it, heads before tokens; the cache longer than what is attended to
+        // q as in llama.cpp's graphs, heads before tokens; the cache is longer than n_keys
         ggml_tensor * q     = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, nope + rope, n_heads, n_queries, n_streams);
         ggml_tensor * cache = ggml_new_tensor_4d(ctx, type_cache, latent + rope, 2 * n_keys, 1, n_streams);
         ggml_tensor * k_b   = ggml_new_tensor_3d(ctx, type_weights, nope, latent, n_heads);
@@ -118,7 +118,7 @@ struct test_latent_attn : public test_case {
 
 static const std::array<int64_t, 4> LATENT_KIMI  = { 128, 64, 512, 128 };
 static const std::array<int64_t, 4> LATENT_SMALL = { 32, 32, 64, 32 };
-static const std::array<int64_t, 4> LATENT_ODD   = { 48, 16, 112, 40 };  // not multiples of any vector
+static const std::array<int64_t, 4> LATENT_ODD   = { 48, 16, 112, 40 };  // not multiples of any vector width
 
 static void add_latent_eval_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     for (ggml_type type :

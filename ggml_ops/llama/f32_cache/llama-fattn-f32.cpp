@@ -7,19 +7,19 @@ static const ggml_tensor * base(const ggml_tensor * t) {
     return t->view_src ? t->view_src : t;
 }
 
-// does the backend that holds the cache take this node as it is?
+// whether the backend that holds the cache supports this node unchanged
 static bool is_supported(const ggml_tensor * fattn) {
     const ggml_backend_buffer_t buffer = base(fattn->src[1])->buffer;
     if (buffer == nullptr) {
-        return false;  // K is a result of this very graph: nobody knows yet where it will be
+        return false;  // K is a result of this graph: its backend is not known yet
     }
 
-    // ggml's plain CPU buffer type names no device; the CPU reads F32
+    // ggml's plain CPU buffer type has no device; the CPU supports F32
     const ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
     return dev == nullptr || ggml_backend_dev_supports_op(dev, fattn);
 }
 
-// do the rows of V stand at the start of the rows of K?
+// whether the rows of V are the start of the rows of K
 static bool is_prefix(const ggml_tensor * v, const ggml_tensor * k) {
     bool res = base(v) == base(k) && v->view_offs == k->view_offs && v->type == k->type && v->ne[0] <= k->ne[0];
     for (int i = 1; i < GGML_MAX_DIMS; ++i) {

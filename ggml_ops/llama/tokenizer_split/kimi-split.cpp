@@ -10,9 +10,9 @@
 //           8  \s+
 //
 // where UPPER is [\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]] and LOWER the same with \p{Ll} for \p{Lu}\p{Lt}.
-// The first alternative that matches at a place wins, with the longest repetitions that let it match. Every
-// character is matched by one of them, so each text is cut into pieces without gaps, in one pass: no alternative
-// looks at more than the run it takes and the character behind.
+// The first alternative that matches at a position wins, with the longest repetitions that let it match. Every
+// character is matched by one of them, so each text is split without gaps, in one pass: no alternative
+// reads past its own run and the next character.
 
 #include "kimi-split.h"
 
@@ -27,14 +27,14 @@
 #include <utility>
 #include <vector>
 
-// A name of its own: upstream compiles many files as one.
+// A separate namespace: upstream compiles many files as one.
 namespace kimi {
 
 constexpr uint32_t REPLACEMENT        = 0xFFFD;
 constexpr char     REPLACEMENT_UTF8[] = "\xEF\xBF\xBD";
 constexpr uint32_t NUM_CODE_POINTS    = 0x110000;
 
-// The classes of each code point, a byte each.
+// The classes of each code point, one byte each.
 static std::vector<uint8_t> expand_class_runs() {
     std::vector<uint8_t> classes(NUM_CODE_POINTS);
     const size_t         n_runs = sizeof(KIMI_CLASS_RUNS) / sizeof(KIMI_CLASS_RUNS[0]);
@@ -62,14 +62,14 @@ struct utf8_unit {
     bool     valid;
 };
 
-// The unit at `pos` of `text`, by the table of well-formed byte sequences (Unicode 16, table 3-7).
+// The unit at `pos` of `text`, according to the table of well-formed byte sequences (Unicode 16, table 3-7).
 static utf8_unit decode(const std::string & text, size_t pos) {
     const uint8_t lead = text[pos];
     if (lead < 0x80) {
         return { lead, 1, true };
     }
     size_t   length = 0;
-    uint8_t  low    = 0x80;  // bounds of the second byte; they rule out overlong forms, surrogates and > 10FFFF
+    uint8_t  low    = 0x80;  // bounds of the second byte; they exclude overlong forms, surrogates and > 10FFFF
     uint8_t  high   = 0xBF;
     uint32_t value  = 0;
     if (lead >= 0xC2 && lead <= 0xDF) {
@@ -101,7 +101,7 @@ static utf8_unit decode(const std::string & text, size_t pos) {
 }
 
 // A text as characters, and the alternatives of the pattern on it. Positions count characters. Each alternative
-// takes the position where a piece starts and returns where its match ends, `pos` itself if there is none.
+// takes the start position of a piece and returns the end of its match, `pos` itself if there is none.
 class character_text {
   public:
     explicit character_text(const std::string & text) {
@@ -125,7 +125,7 @@ class character_text {
 
     size_t size() const { return classes.size(); }
 
-    // The piece that starts at `pos` < size() ends here.
+    // Returns the end of the piece that starts at `pos` < size().
     size_t piece_end(size_t pos) const {
         using alternative                           = size_t (character_text::*)(size_t) const;
         static constexpr alternative ALTERNATIVES[] = {
@@ -138,10 +138,10 @@ class character_text {
                 return end;
             }
         }
-        return pos + 1;  // not reached: every class is in one of the alternatives
+        return pos + 1;  // unreachable: every class is in one of the alternatives
     }
 
-    // The bytes from one position to another in GPT-2's spelling.
+    // The bytes between two positions in GPT-2's spelling.
     std::string spelling(size_t begin, size_t end) const {
         static const std::array<std::string, 256> byte_spelling = spell_bytes();
         std::string                               result;
@@ -168,7 +168,7 @@ class character_text {
         return pos;
     }
 
-    // The byte at which character `pos` starts, lower-cased if ASCII; 0 behind the end.
+    // The first byte of character `pos`, lower-cased if ASCII; 0 after the end.
     char ascii(size_t pos) const {
         const char c = pos < size() ? utf8[starts[pos]] : '\0';
         return c >= 'A' && c <= 'Z' ? (char) (c - 'A' + 'a') : c;
@@ -181,7 +181,7 @@ class character_text {
         const bool   prefix = out_of(pos, KIMI_LETTER | KIMI_NUMBER | KIMI_NEWLINE);
         const size_t begin  = prefix ? pos + 1 : pos;
 
-        // UPPER* as far as it goes; it gives characters back until LOWER+ can take one.
+        // Greedy UPPER*; gives characters back until LOWER+ matches one.
         const size_t upper_end = skip(begin, KIMI_UPPER);
         if (in(upper_end, KIMI_LOWER)) {
             return contraction(skip(upper_end, KIMI_LOWER));
@@ -191,14 +191,14 @@ class character_text {
                 return contraction(i);
             }
         }
-        // The same without the prefix: LOWER+ is a mark that stands in its place.
+        // The same without the prefix: LOWER+ is the mark in its place.
         if (prefix && in(pos, KIMI_LOWER)) {
             return contraction(begin);
         }
         return upper_end > begin ? contraction(upper_end) : pos;
     }
 
-    // (?i:'s|'t|'re|'ve|'m|'ll|'d)? at the end of a word. The only letter beyond ASCII that folds to one of these
+    // (?i:'s|'t|'re|'ve|'m|'ll|'d)? at the end of a word. The only non-ASCII letter that folds to one of these
     // is U+017F, a long s.
     size_t contraction(size_t pos) const {
         if (ascii(pos) != '\'') {
@@ -236,8 +236,8 @@ class character_text {
         return end > begin ? skip(end, KIMI_NEWLINE) : pos;
     }
 
-    // Alternatives 6 to 8: up to the last line end of the run; else all of it at the end of the text; else leave
-    // one character for the word behind.
+    // Alternatives 6 to 8: up to the last line end of the run; else all of it at the end of the text; else all but
+    // one character, which belongs to the next word.
     size_t blank(size_t pos) const {
         const size_t run_end = skip(pos, KIMI_SPACE);
         for (size_t i = run_end; i > pos; i--) {

@@ -1,8 +1,8 @@
 #pragma once
 
 // A matmul in two steps, packing the activations and multiplying rows of weights, so that matmuls of the same
-// activations can share the first step and the barrier after it. Offered by repacked weights, and by quant-gemm for few
-// columns.
+// activations can share the first step and the barrier after it. Implemented by repacked weights, and by quant-gemm for
+// few columns.
 
 #include "ggml-cpu-impl.h"
 #include "quant-gemm.h"
@@ -13,8 +13,8 @@ namespace ggml::cpu {
 struct packed_format {
     enum { REPACK, QUANT_GEMM } writer;
 
-    int     type;    // REPACK: a ggml_type; QUANT_GEMM: its scheme
-    int64_t detail;  // REPACK: elements of a row that are adjacent; QUANT_GEMM: the offset of the weights' codes
+    int     type;    // REPACK: a ggml_type; QUANT_GEMM: a Scheme
+    int64_t detail;  // REPACK: adjacent elements of a row; QUANT_GEMM: the offset of the quants
 
     bool operator==(const packed_format & o) const {
         return writer == o.writer && type == o.type && detail == o.detail;
@@ -27,7 +27,7 @@ class packed_product {
 
     virtual packed_format format(const ggml_tensor * op) const = 0;
 
-    // Is the whole matmul faster than these steps?
+    // Whether the whole matmul is faster than these steps.
     virtual bool whole(const ggml_tensor *) const { return false; }
 
     // The layout of the weights, for quant-gemm.
@@ -36,7 +36,7 @@ class packed_product {
     // rows of the weights that are multiplied together
     virtual int64_t row_step() const = 0;
 
-    // bytes that op->src[1] takes when packed
+    // size of the packed op->src[1] in bytes
     virtual size_t packed_size(const ggml_tensor * op) const = 0;
 
     // Packs this thread's part of op->src[1] into the work buffer.
@@ -50,8 +50,8 @@ class packed_product {
 // The repacked weights of a matmul, or nullptr if they are not repacked. Defined in repack.cpp.
 packed_product * repacked_product(const ggml_tensor * op);
 
-// What multiplies a MUL_MAT in two steps: quant-gemm, if it has so few columns that rows are dot products in the layout
-// of the file; otherwise repacked_product.
+// The two-step implementation of a MUL_MAT: quant-gemm, if it has so few columns that it computes rows as dot products
+// in the layout of the file; otherwise repacked_product.
 packed_product * find_packed_product(const ggml_tensor * op);
 
 }  // namespace ggml::cpu

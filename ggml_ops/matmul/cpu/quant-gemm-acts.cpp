@@ -1,5 +1,5 @@
-// Activations: quantised to the very codes and scales that ggml has for the weight's type, and packed for the tiles.
-// (ggml's quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16; the tests compare.)
+// Activations: quantized to the same quants and scales as in ggml for the type of the weights, and packed for tiles.
+// Tests compare with quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16.
 
 #include "ggml-cpu.h"
 #include "quant-gemm-panel.h"
@@ -22,7 +22,7 @@ size_t act_row_size(Scheme scheme, int64_t k) {
 
 #if QUANT_GEMM_VNNI
 
-// Rounds 32 scaled values to the nearest codes; returns their sums by 16, side by side.
+// Rounds 32 scaled values to quants; returns their sums by 16, contiguous.
 static inline void round_codes(const float * x, float scale, int8_t * codes, int32_t (&sums)[2]) {
     for (int i = 0; i < 2; i++) {
         const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(scale)));
@@ -48,7 +48,7 @@ static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed
     }
 }
 
-// The first of 256 values that has the largest magnitude.
+// The first of 256 values with the largest magnitude.
 static inline float extreme(const float * x) {
     __m512 largest = _mm512_setzero_ps();
     for (int i = 0; i < SLICE; i += 16) {
@@ -64,7 +64,7 @@ static inline float extreme(const float * x) {
     return 0.0f;
 }
 
-// What the scheme needs of the sums by 16 of block b.
+// Stores the sums by 16 of block b as the scheme needs them.
 static inline void put_sums(Scheme scheme, int offset, int b, const int32_t (&sums)[2], ActSuperBlock & packed) {
     const int32_t both = sums[0] + sums[1];
     switch (scheme) {
@@ -120,7 +120,7 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed) 
 
 #else
 
-void pack_row(const Format &, const float *, int64_t, char *) {}  // no format gets here
+void pack_row(const Format &, const float *, int64_t, char *) {}  // never called: there is no format
 
 #endif
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// Taking stored codes apart, in vectors of bytes: what unpacking into panels and dot products of rows share.
+// Unpacks quants in vectors of bytes: functions common to unpacking into panels and dot products of rows.
 
 #include "quant-gemm-panel.h"
 
@@ -24,27 +24,27 @@ inline __m512i high_nibbles(__m512i x) {
     return _mm512_and_si512(_mm512_srli_epi16(x, 4), bytes(0x0f));
 }
 
-// 16 bytes hold 32 values, 0..15 in the low nibbles, 16..31 in the high ones: two times 32 values.
+// 16 bytes hold 32 values, 0..15 in the low nibbles, 16..31 in the high ones. Returns two times 32 values.
 inline __m512i nibbles_of(const void * first, const void * second) {
     const __m512i one  = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) first));
     const __m512i both = _mm512_mask_broadcast_i32x4(one, 0xff00, _mm_loadu_si128((const __m128i *) second));
     return _mm512_and_si512(_mm512_mask_srli_epi16(both, 0xff00ff00, both, 4), bytes(0x0f));
 }
 
-// What the nibbles of IQ4_NL and IQ4_XS stand for, plus an offset of 128.
+// The values of the nibbles of IQ4_NL and IQ4_XS, plus an offset of 128.
 inline __m512i iq4_values(__m512i nibbles) {
     const __m128i values = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char) 129, (char) 141, (char) 153,
                                          (char) 166, (char) 181, (char) 197, (char) 217, (char) 241);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
 }
 
-// What the nibbles of MXFP4 stand for, twice, plus an offset of 12.
+// Twice the values of the nibbles of MXFP4, plus an offset of 12.
 inline __m512i mxfp4_values(__m512i nibbles) {
     const __m128i values = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
 }
 
-// Halves of the powers of two that MXFP4 has as scales, from their exponents.
+// Half of the scales of MXFP4, which are powers of two, from their exponents.
 inline __m512 half_powers(__m512i e) {
     const __m512i   normal    = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
     const __m512i   subnormal = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), e);
@@ -52,14 +52,14 @@ inline __m512 half_powers(__m512i e) {
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, small, subnormal));
 }
 
-// Four blocks' scales and minima of 8 interleaved rows (Q4_K): 48 bytes become 8 bytes of scales and 8 of minima for each block.
+// Scales and minima of four blocks of 8 interleaved rows (Q4_K): 48 bytes become 8 + 8 bytes for each block.
 inline __m512i six_bit_numbers(const char * p) {
     __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
     v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 12)), 1);
     v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 24)), 2);
     v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 36)), 3);
-    // words 0, 1, 2 of 12 bytes: six bits of four scales, of four minima, and four bits of four more of both, whose
-    // upper pairs of bits stand above the six of words 0 and 1
+    // words 0, 1, 2 of 12 bytes: six bits of four scales, six bits of four minima, and the low four bits of four more
+    // of each, whose upper two bits are the upper bits of words 0 and 1
     const __m512i low   = _mm512_shuffle_epi32(v, (_MM_PERM_ENUM) 0x98);  // words 0 2 1 2
     const __m512i high  = _mm512_srli_epi16(v, 4);
     const __m512i parts = _mm512_mask_shuffle_epi32(low, 0x8888, high, (_MM_PERM_ENUM) 0x98);

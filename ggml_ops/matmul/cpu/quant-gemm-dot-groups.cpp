@@ -1,7 +1,7 @@
-// Few columns, weights of 8 rows interleaved: a group of rows is multiplied as it lies.
+// Few columns, weights of 8 interleaved rows: a group of rows is multiplied in its layout.
 //
-// 64 bytes of codes are 8 bytes of each of the 8 rows, so that a vector holds two 32-bit lanes a row and is multiplied
-// with 8 activation codes, repeated 8 times. The two lanes of a row are added at the end.
+// 64 bytes of quants are 8 bytes of each of the 8 rows, so a vector holds two 32-bit lanes per row and is multiplied
+// with 8 activation quants, repeated 8 times. The two lanes of a row are added at the end.
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
@@ -24,14 +24,14 @@ static inline __m512i load_codes(const void * p) {
     return _mm512_loadu_si512(p);
 }
 
-// 8 activation codes, once for every row
+// 8 activation quants, repeated for each row
 static inline __m512i repeat_8(const int8_t * codes) {
     int64_t x;
     memcpy(&x, codes, sizeof(x));
     return _mm512_set1_epi64(x);
 }
 
-// An F16 number of every row, in both of its lanes, ...
+// An F16 number per row, in both lanes of the row, ...
 static inline __m512 both_lanes(const ggml_half * d) {
     const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) d));
     return _mm512_cvtph_ps(_mm256_or_si256(x, _mm256_slli_epi32(x, 16)));
@@ -62,7 +62,7 @@ template <int N_C> static inline void store_sums(const __m512 (&lanes)[N_C], flo
     }
 }
 
-// Both halves of the bytes of a group's block: as unsigned codes.
+// Both nibbles of the bytes of a group's block, as unsigned quants.
 static inline void split(const block_q4_0x8 &, __m512i x, __m512i & low, __m512i & high) {
     const __m512i y = _mm512_xor_si512(x, bytes(0x88));  // two's complement nibbles to offset 8
     low             = low_nibbles(y);
@@ -79,7 +79,7 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
     high = mxfp4_values(high_nibbles(x));
 }
 
-// Blocks of 32 values with one scale a row: bytes hold values 0..15 in their low halves, 16..31 in their high ones.
+// Blocks of 32 values with one scale per row: bytes hold values 0..15 in their low nibbles, 16..31 in their high ones.
 template <typename Block, int N_C>
 static void dot_nibble_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
     const Block * w        = (const Block *) group;
@@ -114,7 +114,7 @@ static inline __m512i minima_by_row(__m512i x) {
     return _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 }
 
-// Adds super block i: sums of products with codes times scales, and with minima, times the floats that belong to them.
+// Adds super block i: integer sums of quants times scales and of minima, times their float factors.
 template <typename Block, int N_C>
 static inline void add_scaled(const Block &        w,
                               int64_t              i,
@@ -133,8 +133,8 @@ static inline void add_scaled(const Block &        w,
     }
 }
 
-// Q4_K: blocks of 32 values with a scale and a minimum in each of 256 values. Scales are whole numbers, so that 256
-// values are added as integers (at most 8 * 32 * 15 * 127 * 63).
+// Q4_K: blocks of 32 values with a scale and a minimum, in super blocks of 256 values. Scales are integers, so 256
+// values are summed as integers (at most 8 * 32 * 15 * 127 * 63).
 template <int N_C>
 static void dot_q4_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
     const block_q4_Kx8 * w        = (const block_q4_Kx8 *) group;
@@ -189,12 +189,12 @@ static void dot_q4_K_groups(const char * group, int64_t k, const char * const * 
     store_sums(sum, sums);
 }
 
-// Q2_K: a scale and a minimum of four bits for each 16 values; codes times scales are bytes (45 at most), and 256 of their
-// products one integer sum.
+// Q2_K: a scale and a minimum of four bits for each 16 values. Quants times scales fit in bytes (45 at most), and 256
+// of their products are one integer sum.
 template <int N_C>
 static void dot_q2_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
     const block_q2_Kx8 * w = (const block_q2_Kx8 *) group;
-    // of every row's 8 bytes: the first or second one as four numbers, bytes 0, 1, 4 and 5 as four numbers
+    // of every row's 8 bytes: the first or second one as four numbers; bytes 0, 1, 4 and 5 as four numbers
     const __m512i first    = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
     const __m512i second   = _mm512_set4_epi32((int) 0x80098009, (int) 0x80098009, (int) 0x80018001, (int) 0x80018001);
     const __m512i four     = _mm512_set4_epi32((int) 0x800d800c, (int) 0x80098008, (int) 0x80058004, (int) 0x80018000);

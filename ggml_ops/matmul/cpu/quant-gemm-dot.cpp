@@ -1,7 +1,7 @@
-// Few columns: the rows of a matrix are multiplied one after another as they lie, so that they stream from memory.
+// Few columns: the rows of a matrix are multiplied one by one in their layout, so that they stream from memory.
 //
-// A row's codes are unpacked into registers once for all its columns. Products are added up as exact integers, by four;
-// each such sum is scaled by its weights' scale and added in float32, in the order of k.
+// A row's quants are unpacked into registers once for all columns. Products are summed as exact integers, by four;
+// each sum is multiplied with the scale of its weights and added in float32, in the order of k.
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
@@ -41,7 +41,7 @@ template <typename Block> static inline __m512i offset_sums(const ActSuperBlock 
 // A row times N_C columns.
 template <typename Block, int N_C>
 static void dot_super_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
-    constexpr int PER_VECTOR = BY_16<Block> ? 4 : 2;  // scales of 64 weights, each for some of 16 lanes
+    constexpr int PER_VECTOR = BY_16<Block> ? 4 : 2;  // scales per 64 weights, each for some of 16 lanes
     const __m512i lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i which      = _mm512_srli_epi32(lane, BY_16<Block> ? 2 : 3);
     const Block * w          = (const Block *) row;
@@ -74,7 +74,7 @@ static void dot_super_blocks(const char * row, int64_t k, const char * const * c
 
 // ---- types of 32 values with one scale
 
-// Codes of two blocks in the order of k, as unsigned bytes.
+// Quants of two blocks in the order of k, as unsigned bytes.
 static inline __m512i codes_of(const block_q8_0 * w) {
     const __m256i first  = _mm256_loadu_si256((const __m256i *) w[0].qs);
     const __m256i second = _mm256_loadu_si256((const __m256i *) w[1].qs);
@@ -121,7 +121,7 @@ static inline __m256 scales_of(const block_mxfp4 * w) {
     return _mm512_castps512_ps256(half_powers(_mm512_castsi256_si512(all)));
 }
 
-// Adds 8 blocks of a row times N_C columns. Two blocks make a vector; each has 8 of its lanes.
+// Adds 8 blocks of a row times N_C columns. A vector holds two blocks, 8 lanes each.
 template <typename Block, int N_C>
 static inline void add_blocks(const Block * w, int64_t i, const char * const * columns, __m512 (&total)[N_C]) {
     const __m512i which = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 3);
@@ -149,7 +149,7 @@ static inline void add_blocks(const Block * w, int64_t i, const char * const * c
     }
 }
 
-// A row times N_C columns. Blocks that are missing from the last 8 are zeros on both sides.
+// A row times N_C columns. Blocks missing from the last 8 are zeros on both sides.
 template <typename Block, int N_C>
 static void dot_blocks(const char * row, int64_t k, const char * const * columns, float * sums) {
     const Block * w          = (const Block *) row;
@@ -176,7 +176,7 @@ static inline __m512bh pairs_of(const void * p) {
     return (__m512bh) _mm512_loadu_si512(p);
 }
 
-// Two vectors of 32 values at once; their sums, in pairs, are the instruction's own. K is a multiple of 32.
+// Two vectors of 32 values at once; the instruction sums pairs. K is a multiple of 32.
 template <int N_C> static void dot_bf16(const char * row, int64_t k, const char * const * columns, float * sums) {
     __m512        even[N_C] = {};
     __m512        odd[N_C]  = {};
@@ -207,7 +207,7 @@ template <int N_C> static void dot_bf16(const char * row, int64_t k, const char 
 
 #endif
 
-// ---- the choice
+// ---- selection
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
     if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K, block_q6_K, block_iq4_xs>) {
@@ -252,7 +252,7 @@ const Dot * find_dot(const Format &) {
 
 void dot_rows(
     const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums) {
-    // weights come from memory once; more columns than stay in L1 with them take turns over rows that are in L2 by then
+    // weights are read from memory once; columns that do not all fit in L1 are processed in groups, with rows from L2
     const int turn = columns.n > 2 * DOT_COLUMNS ? DOT_COLUMNS : columns.n;
     for (int first = 0; first < columns.n; first += turn) {
         const int end = std::min(first + turn, columns.n);

@@ -1,7 +1,7 @@
 #pragma once
 
-// Few columns: weights are multiplied as they lie, one row after another (quant-gemm-dot.cpp) or one group of
-// interleaved rows after another (quant-gemm-dot-groups.cpp), unpacked into registers once for up to DOT_COLUMNS columns.
+// Few columns: weights are multiplied in their layout, one row (quant-gemm-dot.cpp) or one group of interleaved rows
+// (quant-gemm-dot-groups.cpp) at a time, unpacked into registers once for up to DOT_COLUMNS columns.
 
 #include "quant-gemm-panel.h"
 
@@ -9,17 +9,17 @@ namespace quant_gemm {
 
 constexpr int DOT_COLUMNS = 4;
 
-// Multiplies a row, or a group, of k weights with some packed rows of activations: sums[column * PANEL_ROWS + row].
+// Multiplies a row, or a group, of k weights with packed rows of activations: sums[column * PANEL_ROWS + row].
 using DotColumns = void (*)(const char * weights, int64_t k, const char * const * columns, float * sums);
 
 struct Dot {
-    int        rows;                   // that go together
-    DotColumns multiply[DOT_COLUMNS];  // by 1, 2, ... columns
+    int        rows;                   // rows per call
+    DotColumns multiply[DOT_COLUMNS];  // for 1, 2, ... columns
 };
 
-// What serves matrices that meet fewer columns than the format's min_columns; nullptr: upstream's path has to, so that a
-// node is taken where its matrices meet enough on average (experts: half as many, as most of those that are met then
-// meet more).
+// The kernels for matrices with fewer columns than the format's min_columns; nullptr: upstream's path computes them, so
+// a node is only computed here if its matrices have enough columns on average (experts: half as many, since most of the
+// experts in use then have more).
 const Dot * find_dot(const Format & format);
 
 const Dot * find_dot_of_groups(ggml_type type);
@@ -44,7 +44,7 @@ void dot_rows(
 
 #if QUANT_GEMM_VNNI
 
-// Asks for what lies behind these n bytes: weights come from memory, and the hardware by itself looks less far ahead.
+// Prefetches the bytes after these n bytes: weights come from memory, and hardware prefetching is not far enough ahead.
 inline void prefetch_behind(const void * p, size_t n) {
     constexpr size_t DISTANCE = 4096;
     for (size_t i = 0; i < n; i += CACHE_LINE) {

@@ -1,5 +1,5 @@
-// Gate and up of a feed-forward layer and the SwiGLU of both, recognised when the first of them is about to run. The
-// activations are packed once, and what the two products give never goes through memory. The graph keeps its nodes.
+// Gate and up of a feed-forward layer and the SwiGLU of both, matched when the first of them is about to run. The
+// activations are packed once, and the results of gate and up are never written to memory. The graph is unchanged.
 
 #include "ggml-impl.h"
 #include "quant-gemm.h"

@@ -1,12 +1,12 @@
 #pragma once
 
-// What the three stages of a product share: packed activations (quant-gemm-acts.cpp), a panel of unpacked weights
-// (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp). What serves few columns without a
-// panel stands in quant-gemm-dot.h.
+// Declarations common to the three stages of a matmul: packed activations (quant-gemm-acts.cpp), a panel of unpacked
+// weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp). Few columns without a panel:
+// quant-gemm-dot.h.
 //
-// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes in the order of VNNI: for each group of
-// four consecutive k, four bytes of every row. Types with signed values are shifted by an offset; what the shift adds,
-// offset times the sum of the activations' codes, is taken off by starting each integer sum at minus that.
+// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes in VNNI order: for each group of four
+// consecutive k, four bytes of every row. Types with signed values are shifted by an offset. To remove its
+// contribution, offset times the sum of the activations' quants, each integer sum starts at minus that.
 
 #include "quant-gemm.h"
 
@@ -15,7 +15,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) &&                 \
     defined(__AVX512VNNI__)
 #define QUANT_GEMM_VNNI 1
-// GCC before 13 warns of the undefined registers in its own AVX-512 intrinsics.
+// GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -26,48 +26,48 @@
 namespace quant_gemm {
 
 constexpr int PANEL_ROWS = 32;   // two vectors of 16 rows
-constexpr int SLICE      = 256;  // values of K in a panel, so that its 8 KiB and the activations share L1
-constexpr int BLOCK      = 32;   // values of K that share a scale (some types: 16)
+constexpr int SLICE      = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1
+constexpr int BLOCK      = 32;   // values of K per scale (some types: 16)
 constexpr int N_BLOCKS   = SLICE / BLOCK;
 constexpr int N_GROUPS   = BLOCK / 4;
 constexpr int N_PAIRS    = BLOCK / 2;
-constexpr int SLICE_16   = 128;  // the same for values of two bytes
+constexpr int SLICE_16   = 128;  // the same for 2-byte values
 
 constexpr size_t CACHE_LINE = 64;
 
-// How activations are quantised, and with it the form of the sum (the weight type's vec_dot type in ggml).
+// The quantization of activations, which determines the form of the sum (the weight type's vec_dot type in ggml).
 enum class Scheme {
-    q8_0,           // a scale for each 32 activations
-    q8_K,           // one for each 256; weights have a scale for each 32
-    q8_K_16,        // ... for each 16
-    q8_K_mins,      // ... for each 32, and a minimum
-    q8_K_256,       // ... for each 256: those of smaller blocks are integers, and panels hold codes times them
-    q8_K_256_mins,  // ... the same, and a minimum for each 16
-    bf16,           // none: rounded to bf16
-    f16,            // none: rounded to F16
+    q8_0,           // a scale per 32 activations
+    q8_K,           // a scale per 256; weights have a scale per 32
+    q8_K_16,        // ... per 16
+    q8_K_mins,      // ... per 32, and a minimum
+    q8_K_256,       // ... per 256: scales of smaller blocks are integers, and panels hold quants times scales
+    q8_K_256_mins,  // ... the same, and a minimum per 16
+    bf16,           // no scale: rounded to bf16
+    f16,            // no scale: rounded to F16
 };
 
-// Activations of a row, packed: K/256 of these for Scheme::q8_0, what is missing from the last one being zeros ...
+// A packed row of activations is K/256 of these for Scheme::q8_0, the last one zero-padded ...
 struct ActBlocks {
     int8_t  codes[N_BLOCKS][BLOCK];
     float   scales[N_BLOCKS];
-    int32_t starts[N_BLOCKS];  // -offset * sum of codes
+    int32_t starts[N_BLOCKS];  // -offset * sum of quants
 };
 
 static_assert(sizeof(ActBlocks) == 320, "activations are read at fixed distances");
 
-// ... K/256 of these for Scheme::q8_K and its kin; the values themselves for Scheme::bf16 and, as float32, for Scheme::f16.
+// ... K/256 of these for the q8_K schemes; the values themselves for Scheme::bf16 and, as float32, for Scheme::f16.
 struct ActSuperBlock {
     int8_t codes[SLICE];
 
     union {
-        int32_t starts[SLICE / 16];   // -offset * sum of 16 codes (q8_K_16), or of 32
-        int16_t sums_16[SLICE / 16];  // sum of 16 codes (q8_K_256 and q8_K_256_mins)
+        int32_t starts[SLICE / 16];   // -offset * sum of 16 quants (q8_K_16), or of 32
+        int16_t sums_16[SLICE / 16];  // sum of 16 quants (q8_K_256 and q8_K_256_mins)
     };
 
     union {
-        int16_t sums[N_BLOCKS];  // sum of 32 codes, for the minima of q8_K_mins
-        int32_t start;           // -offset * sum of 256 codes (q8_K_256)
+        int16_t sums[N_BLOCKS];  // sum of 32 quants, for the minima of q8_K_mins
+        int32_t start;           // -offset * sum of 256 quants (q8_K_256)
     };
 
     float   scale;
@@ -80,16 +80,16 @@ struct alignas(64) Panel {
     union {
         uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
         uint16_t pairs[SLICE_16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
-        uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: of two k, first and second 16 rows
+        uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: two values of k, first and second 16 rows
     };
 
-    float   scales[SLICE / 16][PANEL_ROWS];   // of a block of 32 (half of the array), of 16, or of 256 (the first)
+    float   scales[SLICE / 16][PANEL_ROWS];   // per block of 32 (half of the array), of 16, or of 256 (the first)
     int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
     float   minimum_scales[PANEL_ROWS];
 };
 
 // Fills a panel with `n_blocks` blocks of 32 values from block `block` on of the rows row .. row + PANEL_ROWS - 1;
-// rows beyond n_rows - 1 repeat the last one (or the last group of 8). weights: first row; stride: bytes from row to row.
+// rows after n_rows - 1 repeat the last one (or the last group of 8). weights: first row; stride: row stride in bytes.
 using Unpack = void (*)(
     const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel);
 
@@ -97,9 +97,9 @@ struct Format {
     ggml_type         type;
     quant_gemm_layout layout;
     Scheme            scheme;
-    int               offset;  // what is added to the signed values to make them unsigned
+    int               offset;  // added to signed values to make them unsigned
     Unpack            unpack;
-    int               min_columns;  // of a matrix, from which unpacking it pays
+    int               min_columns;  // minimum number of columns of a matrix for which unpacking is faster
 };
 
 // The format of a type and layout, or nullptr.
@@ -110,19 +110,19 @@ inline int panel_blocks(Scheme scheme) {
     return (scheme == Scheme::bf16 || scheme == Scheme::f16 ? SLICE_16 : SLICE) / BLOCK;
 }
 
-// Bytes of a packed row of k activations.
+// Size of a packed row of k activations in bytes.
 size_t act_row_size(Scheme scheme, int64_t k);
 
-// Quantises a row of k floats as ggml does for this weight type and packs it.
+// Quantizes a row of k floats as ggml does for this weight type and packs it.
 void pack_row(const Format & format, const float * x, int64_t k, char * packed);
 
-// The format that serves the node, or nullptr.
+// The format for the node, or nullptr if it is not supported.
 const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout);
 
-// Packs this thread's share of the rows of src1, one behind the other.
+// Packs this thread's share of the rows of src1, contiguously.
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth);
 
-// Bytes that come next, to be prefetched meanwhile.
+// Bytes to prefetch during the computation.
 struct Ahead {
     const char * first;
     size_t       size;
@@ -134,8 +134,8 @@ struct Columns {
     int                  n;
 };
 
-// Adds to sums[column][row] (PANEL_ROWS floats a column) the product of a panel with packed rows, whose blocks that
-// belong to the panel's first one begin at columns.
+// Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of a panel with packed rows. `columns` points to
+// the first block of the rows that belongs to the panel.
 void multiply(Scheme scheme, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums);
 
 }  // namespace quant_gemm

@@ -1,5 +1,5 @@
-// Matmuls of few columns in two steps, for neighbours that share the packed activations and the barrier (node fusion).
-// The values are those of quant-gemm.cpp.
+// Matmuls of few columns in two steps, for adjacent nodes that share the packed activations and the barrier (node
+// fusion). Results are equal to those of quant-gemm.cpp.
 
 #include "packed-product.h"
 #include "quant-gemm-dot.h"

@@ -1,6 +1,6 @@
 #pragma once
 
-// Types of 256 values, a super block of them taken apart in registers: for quant-gemm-dot.cpp.
+// Types of 256 values: unpacks a super block in registers, for quant-gemm-dot.cpp.
 
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
@@ -14,21 +14,21 @@ namespace quant_gemm {
 
 template <typename T, typename... Others> constexpr bool IS_ONE_OF = (std::is_same_v<T, Others> || ...);
 
-// 256 weights: their codes in the order of k as unsigned bytes, and one scale for each 16 or 32 of them. Offsets are
-// what a sum of activation codes is multiplied with: the scales again, or minima.
+// 256 weights: their quants in the order of k as unsigned bytes, and one scale per 16 or 32 of them. Offsets are
+// multiplied with sums of activation quants: they are the scales again, or minima.
 struct SuperBlock {
     __m512i codes[4];
     __m512  scales;
     __m512  offsets;
 };
 
-constexpr int CHOOSE = 0xca;  // for ternary logic: bits of the second where the first has them, else of the third
+constexpr int CHOOSE = 0xca;  // for ternary logic: first ? second : third, bit by bit
 
 inline __m512i choose(__m512i where, __m512i x, __m512i otherwise) {
     return _mm512_ternarylogic_epi32(where, x, otherwise, CHOOSE);
 }
 
-// 32 bytes, twice: the first time for 32 values, the second time for those in bits above.
+// 32 bytes, twice: once for 32 values, once for the 32 values in higher bits.
 inline __m512i twice(const uint8_t * p) {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) p));
 }
@@ -37,7 +37,7 @@ inline __m512i shifts(int first, int second) {
     return halves(_mm256_set1_epi16((short) first), _mm256_set1_epi16((short) second));
 }
 
-// The halves shifted to the left by so many bits, to the right where negative.
+// Shifts the halves to the left by `first` and `second` bits, to the right if negative.
 inline __m512i shifted(__m512i x, int first, int second) {
     return second >= 0 ? _mm512_sllv_epi16(x, shifts(first, second)) : _mm512_srlv_epi16(x, shifts(-first, -second));
 }
@@ -65,9 +65,9 @@ inline SuperBlock load(const block_q6_K & w) {
     return s;
 }
 
-// Q4_K and Q5_K: nibbles (32 bytes hold two blocks of 32), and 8 scales and 8 minima of six bits in 12 bytes behind two F16
-// factors: the first four of each in the low six bits of words 0 and 1; of the others, the low four bits in word 2 and two
-// more above the former.
+// Q4_K and Q5_K: nibbles (32 bytes hold two blocks of 32), and 8 scales and 8 minima of six bits in 12 bytes after two
+// F16 factors: the first four of each in the low six bits of words 0 and 1; of the others, the low four bits in word 2
+// and the upper two bits above the former.
 template <typename Block> inline SuperBlock load_with_minima(const Block & w) {
     SuperBlock s;
 #pragma GCC unroll 4
@@ -124,7 +124,7 @@ inline SuperBlock load(const block_iq4_xs & w) {
     return s;
 }
 
-// Values 64j .. 64j + 63 of Q2_K and Q3_K in the lower two bits of bytes, others above: 32 bytes hold four times 32 values.
+// Values 64j .. 64j + 63 of Q2_K and Q3_K, in the low two bits of the bytes; 32 bytes hold four times 32 values.
 inline __m512i pairs_of_bits(const uint8_t * qs, int j) {
     return shifted(twice(qs + j / 2 * 32), -(j % 2 * 4), -(j % 2 * 4 + 2));
 }
@@ -146,8 +146,8 @@ inline SuperBlock load(const block_q2_K & w) {
     return s;
 }
 
-// The third bit, and with it an offset of 4, stands in bit b of hmask, b the block of 32. Scales are of six bits, 32 too
-// large: low nibbles of the first 8 bytes, high ones, and upper pairs of bits in the last 4 bytes, pair i for scales 4i ...
+// The third bit, with an offset of 4, is bit b of hmask, b the block of 32. Scales are six bits with an offset of 32:
+// low nibbles of the first 8 bytes, high ones, and upper pairs of bits in the last 4 bytes, pair i for scales 4i ...
 inline SuperBlock load(const block_q3_K & w) {
     SuperBlock    s;
     const __m512i third = twice(w.hmask);
@@ -170,11 +170,11 @@ inline SuperBlock load(const block_q3_K & w) {
     return s;
 }
 
-// Scales and offsets for each 16 weights; else for each 32.
+// Scales and offsets per 16 weights; else per 32.
 template <typename Block> constexpr bool BY_16 = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q6_K>;
 
-// Offsets are minima (Q3_K: scales times the offset of its codes), to be subtracted times sums of activation codes; else
-// they are the scales, for sums that are minus the offset of the codes already (starts).
+// Offsets are minima (Q3_K: scales times the offset of its quants), to be subtracted times sums of activation quants;
+// else they are the scales, for sums that already include minus the offset of the quants (starts).
 template <typename Block> constexpr bool HAS_MINIMA = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K>;
 
 #endif

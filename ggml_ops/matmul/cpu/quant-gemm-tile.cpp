@@ -1,7 +1,7 @@
-// The tiles: a panel of 32 weight rows times one to six activation rows, sums in registers.
+// The tiles: a panel of 32 weight rows times one to six activation rows, with the sums in registers.
 //
-// For each four values of K two loads of weights and one broadcast of every activation row serve two products of 64
-// multiplications each. A block of 32 values is summed as integers; then it is scaled and added as floats.
+// For each four values of K there are two loads of weights; each activation row takes one broadcast and two
+// instructions of 64 multiplications. A block of 32 values is summed as integers, then scaled and added as floats.
 
 #include "quant-gemm-panel.h"
 
@@ -9,7 +9,7 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static constexpr int TILE_COLUMNS       = 6;  // 12 integer and 12 float sums of the 32 registers
+static constexpr int TILE_COLUMNS       = 6;  // 12 integer and 12 float sums, out of 32 registers
 static constexpr int TILE_COLUMNS_PLAIN = 8;  // bf16 and f16: 16 float sums
 
 static inline __m512i broadcast32(const char * p) {
@@ -70,7 +70,7 @@ template <int N_C> static inline void start_sums(__m512i (&z)[N_C][2], const cha
     }
 }
 
-// a scale for each 32 weights and for each 32 activations
+// a scale per 32 weights and per 32 activations
 template <int N_C>
 static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     __m512       f[N_C][2];
@@ -97,7 +97,7 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
     store_sums(f, sums);
 }
 
-// a scale for each SUB weights, one for each 256 activations; a minimum for each MIN_SUB, or none (0)
+// a scale per SUB weights, one per 256 activations; a minimum per MIN_SUB, or none (0)
 template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
     constexpr int STEP      = SUB < BLOCK ? SUB : BLOCK;
@@ -109,7 +109,7 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < SLICE / SUB; b++) {
         __m512i z[N_C][2] = {};
-        if (MIN_SUB == 0) {  // types with a minimum are unsigned by themselves
+        if (MIN_SUB == 0) {  // types with a minimum are already unsigned
             start_sums<N_C>(z, act, STARTS + 4 * b);
         }
         for (int k = 0; k < SUB; k += STEP) {
@@ -180,7 +180,7 @@ static void tile_bf16(const Panel & panel, int n_blocks, const char * const * co
 
 #else
 
-template <int N_C> static void tile_bf16(const Panel &, int, const char * const *, float *) {}  // no format gets here
+template <int N_C> static void tile_bf16(const Panel &, int, const char * const *, float *) {}  // never called
 
 #endif
 

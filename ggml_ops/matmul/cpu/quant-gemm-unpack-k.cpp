@@ -1,4 +1,4 @@
-// Unpacking of types of 256 values (quant-gemm-unpack.cpp has the others, and the table).
+// Unpacking of types of 256 values (the others and the table are in quant-gemm-unpack.cpp).
 
 #include "quant-gemm-unpack.h"
 
@@ -6,18 +6,18 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-// The byte i of every lane in all of its bytes, ...
+// Byte i of every lane, repeated in all of its bytes, ...
 static inline __m512i spread_byte(__m512i x, int i) {
     const __m512i within = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
     return _mm512_shuffle_epi8(x, _mm512_add_epi8(within, bytes(i)));
 }
 
-// ... and as two numbers of 16 bits.
+// ... and as two 16-bit numbers.
 static inline __m512i spread_number(__m512i x, int i) {
     return _mm512_maskz_mov_epi8(0x5555555555555555, spread_byte(x, i));
 }
 
-// Block b of Q2_K, two bits a value: codes times their scales of four bits are at most 45 and go into the panel as one.
+// Block b of Q2_K, two bits per value: quants times their 4-bit scales are at most 45 and are stored as one byte.
 // x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: the block's two bytes of scale and minimum.
 static inline void store_q2_K(const HalfPanel & to, int b, const __m512i (&x)[8], __m512i scales) {
     const __m512i low    = low_nibbles(scales);
@@ -33,8 +33,8 @@ static inline void store_q2_K(const HalfPanel & to, int b, const __m512i (&x)[8]
     to.minima(b, _mm512_and_si512(_mm512_or_si512(minima, second_up), _mm512_set1_epi32(0xff00ff)));
 }
 
-// Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; in front of all, 16 bytes with scales in
-// their low halves and minima in their high ones.
+// Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales in
+// their low nibbles and minima in their high ones.
 void unpack_q2_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) {
     const size_t at = block / N_BLOCKS * sizeof(block_q2_K);
     __m512i      scales[4];
@@ -53,7 +53,7 @@ void unpack_q2_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) 
     to.minimum_scales(upper_half(d));
 }
 
-// Q2_K of 8 rows side by side; for each block of 32, two bytes of scales and minima of every row.
+// Q2_K of 8 interleaved rows; for each block of 32, two bytes of scales and minima of every row.
 void unpack_q2_K_groups(const Groups2 & groups, int64_t block, int, const HalfPanel & to) {
     const size_t at = block / N_BLOCKS * sizeof(block_q2_Kx8);
 #pragma GCC unroll 2
@@ -69,11 +69,11 @@ void unpack_q2_K_groups(const Groups2 & groups, int64_t block, int, const HalfPa
     to.minimum_scales(groups.load_half(at + offsetof(block_q2_Kx8, dmin)));
 }
 
-// Values of Q3_K times their scales, -4 .. 3 times -32 .. 31, plus an offset of 124, which are 0 .. 252: the magnitude of the
-// scale times c plus a rest, all of them bytes; c is value + 4, or 3 - value where the scale is negative.
+// Values of Q3_K times their scales, -4 .. 3 times -32 .. 31, plus an offset of 124, are in 0 .. 252: the magnitude of
+// the scale times c plus a remainder, all of them bytes; c is value + 4, or 3 - value if the scale is negative.
 struct ScalesQ3K {
     __m512i magnitudes;
-    __m512i flips;  // 7 where the scale is negative
+    __m512i flips;  // 7 if the scale is negative
     __m512i rests;
 
     explicit ScalesQ3K(__m512i scales) {
@@ -86,14 +86,14 @@ struct ScalesQ3K {
     }
 };
 
-// c of values whose lower two bits are those of pairs, whose third is that of thirds.
+// c of values, from their lower two bits (pairs) and their third bit (thirds).
 static inline __m512i codes_q3_K(__m512i pairs, __m512i thirds, __m512i flips) {
-    const __m512i three_bits = _mm512_ternarylogic_epi32(bytes(3), pairs, thirds, 0xca);  // the first chooses
+    const __m512i three_bits = _mm512_ternarylogic_epi32(bytes(3), pairs, thirds, 0xca);  // first ? second : third
     return _mm512_ternarylogic_epi32(three_bits, bytes(7), flips, 0x6a);                  // (first & second) ^ third
 }
 
-// Scales of Q3_K: 16 numbers of six bits, 32 too large, in 12 bytes: of word w the low nibbles are those of numbers 4w ..
-// 4w + 3, the high ones of 8 + 4w ..; their upper pairs of bits stand in the third word, pair i for numbers 4i ..
+// Scales of Q3_K: 16 numbers of six bits, offset 32, in 12 bytes: of word w the low nibbles are those of numbers 4w ..
+// 4w + 3, the high ones of 8 + 4w ..; their upper pairs of bits are in the third word, pair i for numbers 4i ..
 static inline void load_scales_q3_K(const Rows16 & rows, size_t at, __m512i (&scales)[4]) {
     __m512i x[4];
     rows.load16(at + offsetof(block_q3_K, scales) - 4, x);
@@ -105,7 +105,7 @@ static inline void load_scales_q3_K(const Rows16 & rows, size_t at, __m512i (&sc
     }
 }
 
-// Two bits of a value lie as in Q2_K, the third in bit b of 32 bytes, b the block. Values and scales go into the panel as one.
+// Two bits of a value are stored as in Q2_K, the third in bit b of 32 bytes, b the block. Stores values times scales.
 void unpack_q3_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) {
     const size_t at = block / N_BLOCKS * sizeof(block_q3_K);
     __m512i      scales[4], third[8], x[8];
@@ -130,7 +130,7 @@ void unpack_q3_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) 
     to.scales(0, rows.load_half(at + offsetof(block_q3_K, d)));
 }
 
-// Scales and minima of Q4_K and Q5_K: d, dmin and 12 bytes of 6-bit numbers stand in front.
+// Scales and minima of Q4_K and Q5_K, from d, dmin and 12 bytes of 6-bit numbers at the start of the block.
 static inline void unpack_scales_and_minima(const Rows16 & rows, size_t at, const HalfPanel & to) {
     __m512i x[4];
     rows.load16(at, x);
@@ -246,7 +246,7 @@ void unpack_iq4_xs(const Rows16 & rows, int64_t block, int, const HalfPanel & to
     }
 }
 
-// Q4_K of 8 rows side by side; scales and minima of block b in 12 bytes, in Q4_K's own packing but for rows, not blocks.
+// Q4_K of 8 interleaved rows; scales and minima of block b of all rows in 12 bytes, packed as in Q4_K.
 void unpack_q4_K_groups(const Groups2 & groups, int64_t block, int, const HalfPanel & to) {
     const size_t at = block / N_BLOCKS * sizeof(block_q4_Kx8);
     for (int i = 0; i < N_BLOCKS / 2; i++) {

@@ -1,5 +1,5 @@
-// Unpacking: stored weights of 32 rows and up to 256 values of K become a panel (quant-gemm-panel.h). One function for each
-// type and layout: here types of 32 values and plain numbers, in quant-gemm-unpack-k.cpp those of 256; and the table of all.
+// Unpacking: stored weights of 32 rows and up to 256 values of K become a panel (quant-gemm-panel.h). One function per
+// type and layout: types of 32 values and plain numbers here, those of 256 in quant-gemm-unpack-k.cpp; and the table.
 
 #include "quant-gemm-unpack.h"
 
@@ -17,7 +17,7 @@ static inline __m512i flip_bit_3(__m512i x) {  // two's complement nibbles to of
     return _mm512_xor_si512(x, bytes(8));
 }
 
-// Nibbles, and as the scale an F16 number, for MXFP4 an exponent.
+// Nibbles; the scale is an F16 number, for MXFP4 an exponent.
 template <typename Rows, typename Block, __m512i (*DECODE)(__m512i)>
 static void unpack_nibbles(const Rows & rows, int64_t block, int n_blocks, const HalfPanel & to) {
     for (int b = 0; b < n_blocks; b++) {

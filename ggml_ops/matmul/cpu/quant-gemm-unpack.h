@@ -1,7 +1,7 @@
 #pragma once
 
-// Unpacking: what its functions share. All work on 16 rows at once, one row in each 32-bit lane: a 16-byte piece of 16 rows
-// is transposed into four vectors, and the type's bit fields are taken apart in the lanes.
+// Functions common to all unpacking. They process 16 rows at once, one row per 32-bit lane: 16 bytes of 16 rows are
+// transposed into four vectors, and the type's bit fields are extracted in the lanes.
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
@@ -30,7 +30,7 @@ struct HalfPanel {
     inline void minimum_scales(__m512 x) const { _mm512_store_ps(panel.minimum_scales + first, x); }
 };
 
-// The addresses of 16 rows, the last one repeated beyond the end.
+// The addresses of 16 rows; the last one is repeated past the end.
 struct Rows16 {
     const char * row[16];
 
@@ -77,7 +77,7 @@ struct Rows16 {
         return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) x));
     }
 
-    // the exponents at an offset, as MXFP4 has them: half of the power of two, since its values are doubled
+    // half of the power of two for the exponents at an offset (MXFP4, whose values are doubled)
     inline __m512 load_power(size_t offset) const {
         alignas(64) float x[16];
         for (int i = 0; i < 16; i++) {
@@ -98,7 +98,7 @@ struct Rows16 {
     inline __m128i load(int i, size_t offset) const { return _mm_loadu_si128((const __m128i *) (row[i] + offset)); }
 };
 
-// The addresses of two groups of 8 interleaved rows. A group of n rows takes n strides.
+// The addresses of two groups of 8 interleaved rows. A group of n rows is n strides long.
 struct Groups2 {
     const char * group[2];
 
@@ -108,7 +108,7 @@ struct Groups2 {
         }
     }
 
-    // x[j]: bytes 4j .. 4j + 3 of every row, of 16 bytes, 8 of them side by side
+    // x[j]: bytes 4j .. 4j + 3 of every row, of 16 bytes, interleaved by 8
     inline void load16(size_t offset, __m512i * x) const {
         load8(offset, x);
         load8(offset + 64, x + 2);
@@ -122,7 +122,7 @@ struct Groups2 {
     // 8 F16 numbers of each group
     inline __m512 load_half(size_t offset) const { return _mm512_cvtph_ps(load_16_bytes(offset)); }
 
-    // 2 bytes of each row, in the lower halves of the lanes
+    // 2 bytes per row, in the lower halves of the lanes
     inline __m512i load_pair(size_t offset) const { return _mm512_cvtepu16_epi32(load_16_bytes(offset)); }
 
     // 8 exponents of each group
@@ -135,7 +135,7 @@ struct Groups2 {
     }
 
   private:
-    // x[0], x[1]: the first and the second four of the 8 bytes that lie side by side for each row
+    // x[0], x[1]: the first and the second four of the 8 bytes that are contiguous for each row
     inline void load8(size_t offset, __m512i * x) const {
         const __m512i a    = _mm512_loadu_si512(group[0] + offset);
         const __m512i b    = _mm512_loadu_si512(group[1] + offset);
@@ -168,7 +168,7 @@ inline __m512 upper_half(__m512i x) {
     return lower_half(_mm512_srli_epi32(x, 16));
 }
 
-// Nibbles of a block: bytes 0..15 hold values 0..15 in their low halves and 16..31 in their high ones.
+// Nibbles of a block: bytes 0..15 hold values 0..15 in their low nibbles and 16..31 in their high ones.
 template <typename Decode>
 inline void store_nibbles(const HalfPanel & to, int b, const __m512i (&x)[4], Decode decode) {
 #pragma GCC unroll 4

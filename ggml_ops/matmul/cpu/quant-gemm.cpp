@@ -1,9 +1,9 @@
-// The product of one node: which columns meet which weights, how the work is cut, and where results go.
+// The matmul of one node: assigns columns to matrices of weights, splits the work, and writes the results.
 //
-// All activation rows are quantised and packed by all threads; meanwhile the first one sorts the columns of the result by
-// the matrix they belong to (an expert of MUL_MAT_ID, a plane of MUL_MAT). After one barrier threads take tasks, each some
-// weight rows times up to MAX_COLUMNS columns of one matrix, from ggml's chunk counter. Every element of the result is
-// summed in the same order whatever the number of threads.
+// All threads quantize and pack the activation rows; meanwhile the first one sorts the columns of the result by matrix
+// (an expert of MUL_MAT_ID, a plane of MUL_MAT). After one barrier threads fetch tasks from ggml's chunk counter; a
+// task is some weight rows times up to MAX_COLUMNS columns of one matrix. Every element of the result is summed in the
+// same order for any number of threads.
 
 #include "quant-gemm.h"
 
@@ -23,33 +23,33 @@ static size_t padded(size_t n) {
     return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
 }
 
-// A column of the result: its activations and its place.
+// A column of the result: its activations and its position.
 struct Column {
     int64_t act_row;
     int64_t dst_offset;  // bytes
 };
 
-// One product, or two of the same activations that are gate and up of a SwiGLU.
+// One matmul, or two of the same activations that are gate and up of a SwiGLU.
 struct Job {
-    const ggml_tensor * products[2];  // of one shape and format, the gate first
+    const ggml_tensor * products[2];  // of the same shape and format, the gate first
     int                 n_products;
-    ggml_tensor *       dst;  // the product itself, or the SwiGLU of both
+    ggml_tensor *       dst;  // the matmul itself, or the SwiGLU of both
 };
 
 using Sums = float[MAX_COLUMNS][PANEL_ROWS];
 
-// What each thread needs for itself.
+// Buffers of one thread.
 struct alignas(CACHE_LINE) Scratch {
     Panel panel;
-    Sums  sums[2];  // of each product
+    Sums  sums[2];  // of each matmul
 };
 
-// The parts of the work buffer, in order.
+// The layout of the work buffer, in order.
 struct Work {
     size_t acts;     // packed rows of src1
     size_t columns;  // Column of every column of the result, sorted by matrix
     size_t starts;   // int64_t: the first column of every matrix, and the end
-    size_t scratch;  // of each thread
+    size_t scratch;  // per thread
     size_t total;
 };
 
@@ -57,7 +57,7 @@ static int64_t count_columns(const ggml_tensor * dst) {
     return dst->ne[1] * dst->ne[2] * dst->ne[3];
 }
 
-// Matrices that columns are sorted by: experts, or planes of src1 where src0 has several.
+// Number of matrices by which columns are sorted: experts, or planes of src1 if src0 has several.
 static int64_t count_matrices(const ggml_tensor * dst) {
     if (dst->op == GGML_OP_MUL_MAT_ID) {
         return dst->src[0]->ne[2];
@@ -147,7 +147,7 @@ static void sort_columns(const Job & job, Column * columns, int64_t * starts) {
             columns[starts[expert_of(slot, token)]++] = { act_row, (int64_t) (slot * dst->nb[1] + token * dst->nb[2]) };
         }
     }
-    for (int64_t m = n_matrices; m > 0; m--) {  // each start has moved on to the next one's
+    for (int64_t m = n_matrices; m > 0; m--) {  // each start has advanced to the start of the next matrix
         starts[m] = starts[m - 1];
     }
     starts[0] = 0;
@@ -165,9 +165,9 @@ static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
 
 #if QUANT_GEMM_VNNI
 
-// PANEL_ROWS rows of a matrix times n columns. A panel takes its weights in short pieces from its rows, which the
-// hardware does not foresee; so the rows that come next, `ahead`, are asked for meanwhile in the order of addresses, a few
-// lines with each tile: all at once they would fill the queue that the tiles' own reads stand in.
+// PANEL_ROWS rows of a matrix times n columns. Unpacking reads short pieces of many rows, which hardware prefetching
+// does not recognize. So the next rows, `ahead`, are prefetched in address order, a few lines with each tile: all at
+// once would fill the queue for the reads of the tiles themselves.
 static void add_panel(const Format &      format,
                       const ggml_tensor * src0,
                       const char *        weights,
@@ -195,7 +195,7 @@ static void add_panel(const Format &      format,
     }
 }
 
-// Rows row .. end - 1 of a matrix, and then from next_row on, as far as one can tell, times n columns.
+// Rows row .. end - 1 of a matrix times n columns; next_row: first row to prefetch, the likely next task.
 static void compute_task(const Format & format,
                          const Job &    job,
                          int64_t        matrix,
@@ -261,7 +261,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     pack_rows(format, src1, acts, params->ith, params->nth);
     ggml_barrier(params->threadpool);
 
-    // tasks are numbered matrix by matrix; in each, all rows of the first columns come first
+    // tasks are numbered matrix by matrix; within a matrix, all rows of the first columns come first
     const int64_t n_matrices = count_matrices(product);
     const int64_t row_parts  = (src0->ne[1] + TASK_ROWS - 1) / TASK_ROWS;
     int64_t       first_task = 0;
@@ -277,7 +277,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
             const int64_t  first = n * part / column_parts;
             const int      here  = (int) (n * (part + 1) / column_parts - first);
             const Column * those = columns + starts[m] + first;
-            // the task after this one, if all threads go on at the same pace
+            // the next task of this thread if all threads progress equally
             const int64_t next_row = row + params->nth * TASK_ROWS;
             compute_task(format, job, m, row, end, next_row, acts, those, here, scratch);
         }
@@ -287,7 +287,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
 
 #else
 
-static void compute(const ggml_compute_params *, const Job &, const Format &) {}  // no format gets here
+static void compute(const ggml_compute_params *, const Job &, const Format &) {}  // never called: there is no format
 
 #endif
 

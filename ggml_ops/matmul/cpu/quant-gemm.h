@@ -1,8 +1,7 @@
 #pragma once
 
-// Products of quantised weights on the CPU, MUL_MAT and MUL_MAT_ID: many activation rows as matrix products, few row by
-// row.
-// What is computed, for which types and layouts, and with which error is said in the folder's README.
+// Matmuls of quantized weights on the CPU, MUL_MAT and MUL_MAT_ID: GEMM for many activation rows, row by row for few.
+// The folder's README specifies the computation, the supported types and layouts, and the error.
 
 #include "ggml-cpu-impl.h"
 
@@ -13,36 +12,36 @@
 extern "C" {
 #endif
 
-// How the weights lie in memory: the type's own rows, or interleaved as upstream's repack buffer type does it
-// (ggml-cpu/repack.cpp: 8 rows side by side, 8 bytes of each in turn).
+// The layout of the weights: rows of the type, or interleaved as in upstream's repack buffer type
+// (ggml-cpu/repack.cpp: 8 rows interleaved by 8 bytes).
 enum quant_gemm_layout {
     QUANT_GEMM_ROWS,
     QUANT_GEMM_8X8,
     QUANT_GEMM_OTHER,
 };
 
-// Bytes of params->wdata wanted for this MUL_MAT or MUL_MAT_ID node; 0 where ggml's own path serves it.
-// Looks at shapes and types alone, so that it may be asked before memory is assigned.
+// Bytes of params->wdata required for this MUL_MAT or MUL_MAT_ID node; 0 if ggml's own path computes it.
+// Depends on shapes and types only, so it can be called before memory is allocated.
 size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
 
-// Computes the node and returns true, or returns false (nothing touched) where ggml's own path has to serve: other
-// types, layouts and shapes, an instruction set without VNNI, use_ref, or a node marked so (ggml-op-marks.h).
+// Computes the node and returns true, or returns false (nothing touched) if ggml's own path has to compute it: other
+// types, layouts and shapes, an instruction set without VNNI, use_ref, or a marked node (ggml-op-marks.h).
 bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
                                      struct ggml_tensor *               dst,
                                      enum quant_gemm_layout             layout);
 
-// Node node_n and the one after it are gate and up of the SwiGLU behind them: computes all three as one and returns 2;
-// or returns 0, nothing touched, where they are not, or one of the products is not served here. The results are those of
-// the single nodes to the last bit.
+// If node_n and the next node are gate and up of the SwiGLU after them, computes all three as one and returns 2.
+// Returns 0, nothing touched, if they are not or if one of the matmuls is not supported here. The results are
+// bit-identical to those of the single nodes.
 int ggml_quant_gemm_gated(const struct ggml_cgraph * cgraph, int node_n, const struct ggml_compute_params * params);
 
 #ifdef __cplusplus
 }
 
-// How the weights of a product lie; QUANT_GEMM_OTHER where they are in a buffer of another kind.
+// The layout of the weights of a matmul; QUANT_GEMM_OTHER if they are in another kind of buffer.
 quant_gemm_layout ggml_quant_gemm_layout(const ggml_tensor * product);
 
-// The products of ggml_quant_gemm_gated, of one shape, type and layout, and of the same activations.
+// The matmuls of ggml_quant_gemm_gated, of the same shape, type and layout, and of the same activations.
 bool ggml_compute_forward_quant_gemm_gated(const ggml_compute_params * params,
                                            const ggml_tensor *         gate,
                                            const ggml_tensor *         up,

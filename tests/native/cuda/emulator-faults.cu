@@ -1,5 +1,5 @@
-// A planted fault of each kind that the emulator is to find. In: the name of one. Out: what the Fault says and status 1,
-// or "nothing found" and status 0. What must be said of each: tests/emulators/test_cuda_emulator.py.
+// Planted faults, one of each kind that the emulator has to detect. Input: the name of one. Output: the Fault and
+// status 1, or "nothing found" and status 0. The expected messages: tests/emulators/test_cuda_emulator.py.
 
 #include <cuda_bf16.h>
 
@@ -28,7 +28,7 @@ __global__ void copy_vectors(const float * x, float * y) {
     y[threadIdx.x] = v.w;
 }
 
-// A pointer, so that no compiler knows the array's size.
+// A pointer, so that the compiler does not know the array's size.
 __device__ __noinline__ void store(float * s, int i) {
     s[i] = 1.0f;
 }
@@ -194,7 +194,7 @@ static void run(const std::string & name) {
         { "write before a buffer", [&] { copy_shifted<<<1, 32>>>(x.data(), y.data(), -1); } },
         { "a freed buffer",
           [&] {
-              DeviceArray<float *> pointers(std::vector<float *>{ freed_buffer() });  // where no launch looks
+              DeviceArray<float *> pointers(std::vector<float *>{ freed_buffer() });  // not checked by launches
               write_through<<<1, 32>>>(pointers.data());
           } },
         { "a freed argument", [&] { copy<<<1, 32>>>(x.data(), freed_buffer(), 0); } },

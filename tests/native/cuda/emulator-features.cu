@@ -1,4 +1,4 @@
-// What kernels use beside tensor cores: each against a plain loop, in all orders of lanes, warps and blocks.
+// Device features other than tensor cores: each against a plain loop, in all orders of lanes, warps and blocks.
 
 #include "../check.h"
 
@@ -53,7 +53,7 @@ static void check_shuffles() {
     }
 }
 
-// Halves of a warp shuffle apart; lanes that have ended are not waited for.
+// Halves of a warp shuffle independently, without waiting for lanes that have ended.
 __global__ void parts(int * out) {
     const int lane = int(threadIdx.x);
     if (lane >= 24) {
@@ -76,7 +76,7 @@ static void check_parts() {
     for (int lane = 0; lane < 23; lane++) {
         CHECK(got[lane] == (lane < 16 ? lane ^ 1 : lane + 1));
     }
-    CHECK(got[23] == -1);  // what lane 24 does not give
+    CHECK(got[23] == -1);  // the poison from lane 24
 }
 
 template <int N> __global__ void reverse(const float4 * x, float4 * y, int * counts) {
@@ -110,7 +110,7 @@ static void check_blocks() {
     CHECK(counts.values()[0] == BLOCKS * N * (N / 2 + 1000));
 }
 
-// Two halves of a block meet at barriers of their own, any number of times.
+// Each half of a block uses its own barrier, any number of times.
 __global__ void named_barriers(int * out) {
     __shared__ int sums[2];
     const int      half = int(threadIdx.x / 64), i = int(threadIdx.x % 64);
@@ -136,7 +136,7 @@ static void check_named_barriers() {
     }
 }
 
-// Shared memory is NaN when a block begins, also that of the block before; copies arrive at the wait.
+// Shared memory is NaN when a block starts, also after a previous block; copies arrive at the wait.
 __global__ void poison(const float * x, float * out, bool wait) {
     __shared__ __align__(16) float s[4 * 32];
     extern __shared__ float        dynamic[];
@@ -177,7 +177,7 @@ static void check_poison() {
     }
 }
 
-// Groups of copies, some of fewer bytes than they write.
+// Groups of copies, some reading fewer bytes than they write.
 __global__ void stages(const float * x, float * out) {
     __shared__ __align__(16) float s[3][4];
     for (int stage = 0; stage < 3; stage++) {
@@ -234,7 +234,7 @@ static void check_scalar_ptx() {
     CHECK(got[7] == 0xff338077);  // bytes 4, 3, 0 and the sign of 3
 }
 
-// What the bits of a number of `mantissa` bits mean, bias and all, by the definition.
+// The value of a number of `mantissa` bits and exponent bias `bias`, by definition.
 static double meaning(uint32_t bits, int mantissa, int bias) {
     const int    exponent = int(bits >> mantissa), top = 2 * bias + 1;
     const double fraction = double(bits & ((1u << mantissa) - 1)) / double(1u << mantissa);
@@ -244,7 +244,7 @@ static double meaning(uint32_t bits, int mantissa, int bias) {
                                             : std::ldexp(1 + fraction, exponent - bias);
 }
 
-// Every value of a 16-bit type, and floats of every size, each of which must become the nearest one; halves become even.
+// Every value of a 16-bit type, and floats of every magnitude, each of which must round to nearest even.
 template <class T> void check_rounding(int mantissa, int bias) {
     for (uint32_t bits = 0; bits < 65536; bits++) {
         const float  value = float(bits_as<T>(uint16_t(bits)));
@@ -262,7 +262,7 @@ template <class T> void check_rounding(int mantissa, int bias) {
             continue;
         }
         CHECK(got >> 15 == random >> 31);
-        // infinity stands where the next number would be, 2^(bias + 1)
+        // infinity is in the place of the next number, 2^(bias + 1)
         auto place = [&](uint32_t bits) {
             const double value = meaning(bits, mantissa, bias);
             return std::isinf(value) ? std::ldexp(1.0, bias + 1) : value;
@@ -282,11 +282,11 @@ constexpr bool STOPPED_BY_RACES = true;
 constexpr bool STOPPED_BY_RACES = false;
 #endif
 
-// Kernels that rely on an order which no device promises: their results are to differ between orders.
+// Kernels that rely on an order that devices do not guarantee: their results have to differ between orders.
 __global__ void leans_on_lanes(int * out) {
     __shared__ int s[32];
     s[threadIdx.x]   = int(threadIdx.x);
-    out[threadIdx.x] = s[31 - threadIdx.x];  // no barrier before it
+    out[threadIdx.x] = s[31 - threadIdx.x];  // without a barrier
 }
 
 __global__ void leans_on_warps(int * out) {

@@ -1,5 +1,5 @@
-// Tensor-core instructions against plain loops, on matrices without any symmetry. Fragments are filled as the PTX ISA
-// tells for each shape and type, element by element; the kernels know nothing of the emulator's own formulas.
+// Tensor-core instructions against plain loops, on matrices without any symmetry. Fragments are filled according to the
+// PTX ISA for each shape and type, element by element; the kernels do not use the emulator's own formulas.
 
 #include "../check.h"
 
@@ -70,7 +70,7 @@ struct F16K8 : Narrow16<__half> {
     }
 };
 
-// Sums of f16, for which the kernel's float sums are rounded.
+// Sums in f16, for which the kernel's float sums are rounded.
 struct F16SumsK16 : Wide16<__half> {
     static __device__ void product(float * d, const uint32_t * a, const uint32_t * b) {
         __half2 c[2] = { __floats2half2_rn(d[0], d[1]), __floats2half2_rn(d[2], d[3]) };
@@ -144,7 +144,7 @@ struct S8K16 {
     }
 };
 
-// out = A B + in; A is 16 x K, B is K x 8, all by rows. c0, c1 stand in row g, c2, c3 in row g + 8, columns 2 t, 2 t + 1.
+// out = A B + in; A is 16 x K, B is K x 8, row-major. c0, c1 are in row g, c2, c3 in row g + 8, columns 2 t, 2 t + 1.
 template <class I>
 __global__ void multiply_with(const typename I::Element * A,
                               const typename I::Element * B,
@@ -171,7 +171,7 @@ __global__ void multiply_with(const typename I::Element * A,
     }
 }
 
-// Numbers that each type holds exactly and whose products are summed exactly: any other result is a wrong place.
+// Numbers that each type represents exactly and whose products are summed exactly: any difference is an indexing error.
 template <class T> std::vector<T> random_values(size_t n, unsigned seed) {
     std::mt19937                       random(seed);
     std::uniform_int_distribution<int> number(-60, 60);
@@ -202,23 +202,23 @@ template <class I> void check_product(double limit = 0.0) {
     }
 }
 
-// What a register of tf32 has beyond 10 bits of mantissa is not looked at; sums lose what lies below a float.
+// The bits of a tf32 register after 10 bits of mantissa are ignored; sums are truncated to float.
 static void check_rounding() {
     std::vector<float> A(16 * 8), B(8 * 8), C(16 * 8, 1.0f);
     for (float & value : A) {
         value = 1.0f + 0x1p-11f;
     }
-    B[0] = 1.0f;        // column 0 gets A's first column, once
-    B[1] = 0x1.8p-24f;  // column 1: less than the last bit of 1.0 by a quarter
+    B[0] = 1.0f;        // column 0 is A's first column, once
+    B[1] = 0x1.8p-24f;  // column 1: a quarter less than the last bit of 1.0
     C[1] = 1.0f;
     DeviceArray<float> a(A), b(B), in(C), out(C.size());
     multiply_with<Tf32K8><<<1, 32>>>(a.data(), b.data(), in.data(), out.data());
     const std::vector<float> got = out.values();
     CHECK(got[0] == 2.0f);
-    CHECK(got[1] == 1.0f);  // nearest would be the float above
+    CHECK(got[1] == 1.0f);  // round to nearest would be the next float
 }
 
-// Matrix m of 8 x 8 halves begins at row 8 m; a lane's address is that of row lane.
+// Matrix m of 8 x 8 halves starts at row 8 m; the address of a lane is that of row `lane`.
 template <int N, bool TRANSPOSED> __global__ void load(const uint16_t * x, uint32_t * out, uint16_t * stored) {
     __shared__ __align__(16) uint16_t s[8 * N][8], back[8 * N][8];
     const int                         lane = int(threadIdx.x);
@@ -282,7 +282,7 @@ template <int N, bool TRANSPOSED> void check_load() {
     const std::vector<uint32_t> got = out.values();
     for (int lane = 0; lane < 32; lane++) {
         for (int m = 0; m < N; m++) {
-            for (int i = 0; i < 2; i++) {  // lane l: row l / 4, elements 2 (l % 4) and the next; or of the transposed
+            for (int i = 0; i < 2; i++) {  // lane l: row l / 4, elements 2 (l % 4) and the next; or its transpose
                 const int row = lane / 4, column = lane % 4 * 2 + i;
                 const int at = 64 * m + (TRANSPOSED ? column * 8 + row : row * 8 + column);
                 CHECK(uint16_t(got[4 * lane + m] >> 16 * i) == x[at]);
@@ -302,7 +302,7 @@ static void check_transposed() {
         x[i] = uint16_t(i * 40503 + 7);
     }
     std::vector<uint32_t> registers(32);
-    memcpy(registers.data(), x.data(), 128);  // row l / 4, elements 2 (l % 4), +1: the order of memory
+    memcpy(registers.data(), x.data(), 128);  // row l / 4, elements 2 (l % 4), +1: memory order
     DeviceArray<uint32_t> from(registers), to(32);
     transpose_registers<<<1, 32>>>(from.data(), to.data());
     const std::vector<uint32_t> got = to.values();

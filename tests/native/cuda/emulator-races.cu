@@ -1,5 +1,5 @@
-// Planted races in shared memory, for programs that are compiled to see them. In: the name of one. Out: what the Fault
-// says and status 1, or "nothing found" and status 0. What must be said of each: tests/emulators/test_cuda_races.py.
+// Planted races in shared memory, for programs compiled to detect them. Input: the name of one. Output: the Fault and
+// status 1, or "nothing found" and status 0. The expected messages: tests/emulators/test_cuda_races.py.
 
 #include <cstdio>
 #include <map>
@@ -44,7 +44,7 @@ __global__ void all_write(float * y) {
     y[threadIdx.x] = s;
 }
 
-// A warp's copies are its lanes' own until __syncwarp.
+// A warp's copies are visible only to the copying lane until __syncwarp.
 __global__ void copied(const float * x, float * y) {
     __shared__ __align__(16) float s[128];
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"  // on its way
@@ -64,7 +64,7 @@ __global__ void matrix(float * y) {
     y[threadIdx.x] = __uint_as_float(r);
 }
 
-// Neighbouring bytes of different threads; reads by all; barriers of the warp, of the block, of a part of it.
+// Correct: adjacent bytes of different threads; reads by all; barriers of the warp, of the block, of a part of it.
 __global__ void none(float * y) {
     __shared__ signed char   bytes[128];
     __shared__ __nv_bfloat16 s[128], t[128];

@@ -1,5 +1,5 @@
-// Code of upstream llama.cpp, run as it is: gated_delta_net.cu as ggml-cuda would run it, and the tiles of mma.cuh, which
-// know the fragments' layouts on their own. Both against plain loops in float64.
+// Unmodified code of upstream llama.cpp: gated_delta_net.cu as ggml-cuda runs it, and the tiles of mma.cuh, which
+// implement the fragment layouts independently. Both against plain loops in float64.
 
 #include "../check.h"
 #include "gated_delta_net.cu"
@@ -20,7 +20,7 @@ static double nmse(const std::vector<float> & got, const std::vector<double> & w
     return error / size;
 }
 
-// KDA's recurrence (a gate for each channel) over T tokens, from states [D, D, H, S] that lie transposed.
+// KDA's recurrence (a gate for each channel) over T tokens, from transposed states [D, D, H, S].
 static void check_gated_delta_net(int D, int H, int T, int S) {
     std::mt19937                          random(5);
     std::uniform_real_distribution<float> uniform(-1, 1);
@@ -107,7 +107,7 @@ template <class Pair, bool LDMATRIX> __global__ void multiply_tiles(const Pair *
     }
 }
 
-// PER: elements of a register.
+// PER: elements per register.
 template <class T, class Pair, int PER, bool LDMATRIX> void check_tiles() {
     std::mt19937                       random(9);
     std::uniform_int_distribution<int> number(-60, 60);

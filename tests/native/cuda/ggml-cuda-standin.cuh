@@ -1,7 +1,7 @@
 #pragma once
 
-// What ggml-cuda.cu gives the other sources of ggml-cuda, for programs that hold only some of them: one device, a pool
-// that allocates each piece anew (so that a step beyond it is seen), errors as exceptions.
+// The functions of ggml-cuda.cu that other sources of ggml-cuda need, for programs with only some of them: one device,
+// a pool that allocates each buffer separately (so that out-of-bounds accesses are detected), errors as exceptions.
 
 #include "common.cuh"
 
@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-static int standin_capability = 800;  // of the device there is, as ggml counts
+static int standin_capability = 800;  // compute capability of the device, in ggml's encoding
 
 void ggml_cuda_error(const char * stmt, const char *, const char * file, int line, const char * msg) {
     throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + stmt + ": " + msg);

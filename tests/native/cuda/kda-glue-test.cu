@@ -1,6 +1,6 @@
-// ggml's side of the KDA operators on CUDA (kda-ggml.cu): graphs of ggml tensors through it and through the kernels on
-// the CPU, against float64. What it is told of tensors that lie apart, which copies of the states it takes over, what it
-// refuses. A small interpreter stands in for ggml-cuda.cu.
+// ggml's side of the KDA operators on CUDA (kda-ggml.cu): runs graphs of ggml tensors through it and through the
+// kernels on the CPU, against float64. Covers non-contiguous tensors, which copies of the states are elided, and which
+// nodes are refused. A small interpreter replaces ggml-cuda.cu.
 
 #include "ggml-cuda-standin.cuh"
 #include "kda-ggml.cuh"
@@ -69,15 +69,15 @@ struct graph {
     }
 };
 
-// What stands around the operator.
+// The nodes around the operator.
 struct surroundings {
     const char * name;
-    bool         copied;    // the states into the cache
-    bool         gathered;  // rows taken over by other cells, in between
-    bool         onto;      // these cells are among those that the states are for
-    bool         output;    // the operator is a result of the graph itself
-    bool         reader;    // something else reads the states
-    bool         fused;     // may the copy be taken over?
+    bool         copied;    // the states are copied into the cache
+    bool         gathered;  // rows are moved to other cells in between
+    bool         onto;      // these cells are among the destinations of the states
+    bool         output;    // the operator is an output of the graph
+    bool         reader;    // another node reads the states
+    bool         fused;     // expected: the copy can be elided
 };
 
 static const surroundings all_surroundings[] = {
@@ -89,13 +89,13 @@ static const surroundings all_surroundings[] = {
     { "read", true, false, false, false, true, false },
 };
 
-// a [a, b, c, d] tensor with twice its rows' length
+// a [a, b, c, d] tensor with a row stride of twice its row length
 static ggml_tensor * apart(graph & g, int64_t a, int64_t b, int64_t c, int64_t d) {
     ggml_tensor * t = ggml_new_tensor_4d(g.ctx, GGML_TYPE_F32, 2 * a, b, c, d);
     return ggml_view_4d(g.ctx, t, a, b, c, d, t->nb[1], t->nb[2], t->nb[3], a * sizeof(float));
 }
 
-// Appends the operator and what stands around it. Returns the view of the cache that the states end in.
+// Appends the operator and the nodes around it. Returns the view of the cache for the final states.
 template <typename Node, typename Shape>
 static ggml_tensor *
 surround(graph & g, const surroundings & around, const Node & node, const Shape & n, int32_t zero_row) {
@@ -117,9 +117,9 @@ surround(graph & g, const surroundings & around, const Node & node, const Shape 
         }
         ggml_tensor * moved = ggml_new_tensor_1d(g.ctx, GGML_TYPE_I32, 2);
         ggml_set_name(moved, "moved");
-        ggml_tensor * behind =
+        ggml_tensor * others =
             ggml_view_2d(g.ctx, cache, size, 2, cache->nb[1], (around.onto ? n.S - 1 : n.S) * cache->nb[1]);
-        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), behind));
+        ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, ggml_get_rows(g.ctx, cache, moved), others));
     }
     if (around.copied) {
         ggml_build_forward_expand(g.nodes, ggml_cpy(g.ctx, from, to));
@@ -131,7 +131,7 @@ surround(graph & g, const surroundings & around, const Node & node, const Shape 
     return around.copied ? to : from;
 }
 
-// Do the kernels write the states to the cache themselves? Not where a sequence reads a row that another one writes.
+// Whether the kernels write the states directly to the cache: not if a sequence reads a row that another one writes.
 static bool is_direct(const std::vector<int32_t> & rows, int32_t zero_row, int64_t cells, int64_t K) {
     for (size_t s = 0; s < rows.size(); ++s) {
         for (size_t other = 0; other < rows.size(); ++other) {
@@ -145,12 +145,12 @@ static bool is_direct(const std::vector<int32_t> & rows, int32_t zero_row, int64
     return true;
 }
 
-// Which rows the sequences continue.
+// The rows that the sequences continue.
 enum class reading { permuted, own, own_snapshot };
 
 static int n_cases;
 
-// x: the inputs. states: where they end.
+// x: the inputs. states: where the final states are.
 template <typename Node, typename Inputs, typename Want>
 static void judge(const std::string & name,
                   const graph &       g,
@@ -169,7 +169,7 @@ static void judge(const std::string & name,
             worst = std::max(worst, nmse((const float *) row_of(states, s, k), want.states.data() + n, states->ne[0]));
         }
     }
-    // the states in the result are left alone where the kernels write to the cache
+    // the states in the result are not written if the kernels write to the cache
     const float * tail    = (const float *) op->data + ggml_nelements(op) - ggml_nelements(states);
     const bool    written = std::any_of(tail, tail + ggml_nelements(states), [](float x) { return !std::isnan(x); });
     bool          moved   = true;
@@ -205,7 +205,7 @@ test(const char * what, const Shape & n, Inputs x, const Want & oracle, const su
         ggml_tensor * states = surround(g, around, node, n, x.zero_row);
         g.allocate();
         node.fill(x);
-        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {  // a row whose state is new, and that of zeros
+        if (ggml_tensor * moved = ggml_get_tensor(g.ctx, "moved")) {  // a row with a new state, and the row of zeros
             put(moved, std::vector<int32_t>{ 0, x.zero_row >= 0 ? x.zero_row : 1 });
         }
         g.run();

@@ -1,8 +1,8 @@
-// The CUDA kernels of KDA_CONV and KDA_SCAN on the CPU, against their float64 oracles: every kernel, head sizes, lengths
-// around the tiles, several sequences with permuted and new rows, snapshots, sources whose rows lie apart, states written
-// into the cache or copied there, hostile gates; and the same bits whatever order threads run in.
+// The CUDA kernels of KDA_CONV and KDA_SCAN on the CPU, against their float64 oracles: every kernel, head sizes,
+// lengths around the tiles, several sequences with permuted and new rows, snapshots, non-contiguous sources, states
+// written into the cache or copied there, hostile gates; and bit-identical results for every thread order.
 //
-// Argument: which group of cases, conv, steps, chunks, scan or briefly; none: all.
+// Argument: the group of cases: conv, steps, chunks, scan or briefly; none: all.
 
 #include "check.h"
 #include "kda-cases.h"
@@ -17,7 +17,7 @@ namespace kda = kda_cuda;
 
 static constexpr double LIMIT = 1e-7;
 
-// A tensor [a, heads, tokens, sequences], `gap` floats of NaN behind each row; reversed: heads outermost.
+// A tensor [a, heads, tokens, sequences], `gap` floats of NaN after each row; reversed: heads outermost.
 struct layout {
     int64_t a, H, T, S, gap;
     bool    reversed;
@@ -54,26 +54,26 @@ struct source {
 struct options {
     int64_t gap      = 0;
     bool    reversed = false;
-    bool    in_place = false;  // a copy of the states to the cache is taken over
+    bool    in_place = false;  // a copy of the states to the cache is elided
     bool    own_rows = false;  // every sequence continues the row that it writes
 };
 
 struct result {
     std::vector<float> out;
-    std::vector<float> states;  // of the slots that are to be written
+    std::vector<float> states;  // of the slots that have to be written
     bool               tail_untouched = true;
 };
 
 static constexpr float UNWRITTEN = 12345.0f;
 
-// Memory of an operator's result and cache, as the glue would hand it to the kernels.
+// Memory of an operator's result and cache, laid out as by the glue.
 struct memory {
     DeviceArray<float>   out, states, cache;
     DeviceArray<int32_t> rows;
     int64_t              size, S, n_slots;
     kda::states          st;
 
-    // size: of a state. x: the inputs, of which this holds cache and rows.
+    // size: of a state. x: the inputs, of which this contains cache and rows.
     template <typename Shape, typename Inputs>
     memory(int64_t n_out, int64_t size, const Shape & n, const Inputs & x, const options & o) :
         out(n_out), states(std::vector<float>(size * n.S * n.K, UNWRITTEN)), cache(x.cache), rows(x.rows), size(size),
@@ -171,7 +171,7 @@ static result run_conv(const conv_shape & n, const conv_inputs & x, const option
 
 static double worst;
 
-// run: the kernels, once for each order. Want's slots beyond those written do not count.
+// run: the kernels, once for each order. Slots of Want that are not written are ignored.
 template <typename Shape, typename Want>
 static void judge(const std::string & name, const Shape & n, const Want & want, const std::function<result()> & run) {
     const size_t n_states = want.states.size() / n.K * std::min(n.T + 1, n.K);
@@ -218,7 +218,7 @@ static scan_kernel whole(int capability) {
     };
 }
 
-// Chunks alone, of any length; in two runs where there are more than two chunks.
+// Chunks only, for any length; in two runs if there are more than two chunks.
 static scan_kernel chunks() {
     return [](const kda::scan_args & args) {
         const int               middle = args.n_tokens > 128 ? 64 : args.n_tokens;
@@ -243,7 +243,7 @@ static void test_scan(const char *        what,
     judge(name, n, scan(n, x), [&] { return run_scan(n, x, o, kernel); });
 }
 
-// A decay of 1 - 1.2e-4 at every one of 4096 tokens: an error in it acts over all of them.
+// A decay of 1 - 1.2e-4 at every one of 4096 tokens: an error in it accumulates over all of them.
 static void test_long_memory(const char * what, const scan_kernel & kernel) {
     const scan_shape n = { 32, 1, 4096, 1, 1 };
     scan_inputs      x = make_scan(n, "ordinary", -INFINITY, false, false);
@@ -321,10 +321,10 @@ static void test_whole() {
         }
     }
     test_scan("scan", whole(90), { 128, 2, 70, 3, 2 }, "deadly", -INFINITY, true, vary(0));
-    test_scan("scan", whole(90), { 64, 48, 64, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // a block a head
+    test_scan("scan", whole(90), { 64, 48, 64, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // one block per head
 }
 
-// One case of every kernel, for a program that watches shared memory.
+// One case of every kernel, for a program that checks shared memory.
 static void test_briefly() {
     const options copied = { 4, false, true, false };
     test_conv({ 64, 1, 17, 2, 2 }, true, copied);

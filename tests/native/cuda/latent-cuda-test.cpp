@@ -1,9 +1,8 @@
-// The CUDA kernels of latent attention in both forms, run on the CPU, against float64, in the cases of the CPU's own test:
-// every type of cache and several of weights, lengths around the borders of tiles, pieces, blocks and runs of keys, masks
-// with holes, several streams, numbers of heads that do not fill a block of rows, flat and peaked scores, great and tiny
-// queries, growing and shrinking values, poisoned padding, rows at odd addresses, nodes that are refused; and the same
-// bits whatever order lanes run in. The node's sources are what the kernels get, through the code that reads nodes for
-// ggml-cuda.
+// The CUDA kernels of latent attention in both forms, run on the CPU, against float64, in the cases of the CPU's test:
+// every type of cache and several of weights, lengths around the borders of tiles, splits, blocks and runs of keys,
+// masks with holes, several streams, numbers of heads that do not fill a block of rows, flat and peaked scores, large
+// and small queries, growing and shrinking values, poisoned padding, rows at odd addresses, nodes that are refused; and
+// bit-identical results for every lane order. The sources of a node are converted by the same code as in ggml-cuda.
 //
 //   latent-cuda-test absorbed|decompressed [TYPE of the cache ...]     no type: the nodes that are refused
 
@@ -19,12 +18,12 @@ static double worst[GGML_TYPE_COUNT];
 
 struct Setup {
     LatentShape shape;
-    size_t      before  = 0;  // bytes in front of the cache
-    int64_t     n_rows  = 0;  // of the result, how many are compared, 1: its first; 0: all
+    size_t      before  = 0;  // bytes before the cache
+    int64_t     n_rows  = 0;  // rows of the result to compare, 1: the first only; 0: all
     size_t      scratch = latent_cuda::SCRATCH;
 };
 
-// A tensor's bytes on the device; `before` bytes stand in front of them, so that they begin at another alignment.
+// A tensor's bytes on the device, after `before` other bytes, to change their alignment.
 static DeviceArray<char> to_device(const ggml_tensor * t, size_t before = 0) {
     std::vector<char> bytes(before + ggml_nbytes(t), '\xff');
     memcpy(bytes.data() + before, t->data, ggml_nbytes(t));
@@ -64,7 +63,7 @@ static std::vector<float> attend(const ggml_tensor * dst, const ggml_tensor * ma
     return out.values();
 }
 
-// A node's result by the kernels.
+// The result of a node computed by the kernels.
 static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
     if (!setup.shape.expand) {
         attention args;
@@ -108,8 +107,8 @@ static void check(const Setup & setup) {
     expect(error <= limit_of(s.cache), name + text(": NMSE against float64 %.1e", error));  // false for NaN too
 }
 
-// Flat and peaked scores; growing and shrinking values; great and tiny queries, and a query that sees small values
-// beside one that sees great ones.
+// Flat and peaked scores; growing and shrinking values; large and small queries, and a query that sees small values
+// next to one that sees large ones.
 static void test_values(const LatentShape & scores, const LatentShape & values, const LatentShape & queries) {
     for (const float spread : { 0.0f, 5.0f, 40.0f }) {
         LatentShape s = scores;
@@ -129,10 +128,10 @@ static void test_values(const LatentShape & scores, const LatentShape & values, 
         s.query       = deviation;
         check({ s });
     }
-    LatentShape beside = queries.with(2, 2);
-    beside.first       = 1e-3f;
-    beside.last        = 1e3f;
-    check({ beside, 0, 1 });
+    LatentShape varied = queries.with(2, 2);
+    varied.first       = 1e-3f;
+    varied.last        = 1e3f;
+    check({ varied, 0, 1 });
 }
 
 static void test_absorbed(ggml_type type) {
@@ -160,14 +159,14 @@ static void test_absorbed(ggml_type type) {
     LatentShape kimi = base.with(1, 513);
     kimi.n_heads     = 32;
     check({ kimi });
-    // streams whose caches begin at multiples of 4 bytes only, where the type allows it
+    // streams whose caches are only 4-byte aligned, if the type allows it
     LatentShape apart = base.with(1, 65);
     apart.n_streams   = 2;
     check({ apart });
     if (ggml_is_quantized(type)) {
         check({ apart, 4 });
     }
-    if (type == GGML_TYPE_Q4_0) {  // more tiles than the least that a piece has
+    if (type == GGML_TYPE_Q4_0) {  // more tiles than the minimum of a split
         LatentShape far = base.with(1, 8300);
         far.n_heads     = 1;
         check({ far });
@@ -197,22 +196,22 @@ static void test_decompressed(ggml_type type) {
         s.poison      = true;
         check({ s });
     }
-    LatentShape near = base.with(16, 200);  // scores that are large and almost the same
+    LatentShape near = base.with(16, 200);  // scores that are large and almost equal
     near.spread      = 40.0f;
     near.first = near.last = 1e-3f;
     near.weights           = GGML_TYPE_Q5_0;
     check({ near });
     test_values(base.with(16, 200), base.with(3, 200), base.with(3, 70));
 
-    Setup runs{ base.with(3, 300), 0, 0, 1 };  // keys in three runs, one stream after the other
+    Setup runs{ base.with(3, 300), 0, 0, 1 };  // keys in three runs, one stream at a time
     runs.shape.n_streams = 2;
     runs.shape.n_heads   = 2;
     runs.shape.poison    = true;
     check(runs);
     runs.shape.mask = "mixed";
-    runs.scratch    = 2 * 2 * 300 * 2048;  // two streams side by side
+    runs.scratch    = 2 * 2 * 300 * 2048;  // two streams together
     check(runs);
-    LatentShape wide = base.with(2, 600);  // two of three streams side by side, keys in two runs; then the third
+    LatentShape wide = base.with(2, 600);  // two of three streams together, keys in two runs; then the third
     wide.n_streams   = 3;
     check({ wide, 0, 0, 2 * 512 * (type == GGML_TYPE_F32 ? 3072u : ggml_is_quantized(type) ? 1664u : 1920u) });
     LatentShape apart = base.with(2, 65);  // a cache at an odd address
@@ -220,12 +219,12 @@ static void test_decompressed(ggml_type type) {
     check({ apart, type == GGML_TYPE_F32 ? 4u : 2u });
 }
 
-// why: what reading a node said, nullptr if it was taken.
+// why: the result of reading a node, nullptr if it was accepted.
 static void refused_because(const char * why, const char * because) {
     expect(why != nullptr && strcmp(why, because) == 0, text("a node with %s: %s", because, why ? why : "not refused"));
 }
 
-// One thing is wrong with each of these nodes.
+// Each of these nodes has one defect.
 static void test_absorbed_refusals() {
     LatentShape small = LatentShape().with(1, 64);
     small.n_heads     = 2;

@@ -1,5 +1,5 @@
-// ggml's side of latent attention on CUDA: which nodes are taken on which device, absorbed and decompressed
-// (latent-ggml.cu), what is left alone, and that what is taken comes out right.
+// ggml's side of latent attention on CUDA: which nodes are supported on which device, absorbed and decompressed
+// (latent-ggml.cu), that other nodes are not touched, and that the results are correct.
 
 #include "../latent-attn-case.h"
 #include "ggml-cuda-standin.cuh"
@@ -9,7 +9,7 @@
 
 static constexpr float UNTOUCHED = 12345.0f;
 
-// Whether the absorbed node of this shape is taken. Its result is then right, and untouched otherwise.
+// Whether the absorbed node of this shape is computed. Its result has to be correct then, and untouched otherwise.
 static bool taken(const LatentShape & shape, int capability = 800) {
     standin_capability = capability;
     LatentCase                attention(shape);
@@ -28,7 +28,7 @@ static bool taken(const LatentShape & shape, int capability = 800) {
     return yes;
 }
 
-// Whether the decompressed node of this shape is claimed. Its result is then right.
+// Whether the decompressed node of this shape is supported. Its result has to be correct then.
 static bool claimed(const LatentShape & shape, int capability = 800) {
     standin_capability = capability;
     LatentCase attention(shape);

@@ -1,7 +1,7 @@
 #pragma once
 
-// A node and its sources in arrays of the emulator, one for what begins at the same address, so that a step beyond one
-// of them is seen.
+// A node and its sources in arrays of the emulator, one per distinct start address, so that out-of-bounds accesses are
+// detected.
 
 #include "cuda_emulator/harness.h"
 #include "ggml.h"
@@ -24,7 +24,7 @@ class OnDevice {
 
     ggml_tensor * node() { return &device; }
 
-    // The result, into the node that this was made of.
+    // Copies the result to the node.
     void fetch() const { memcpy(host->data, device.data, ggml_nbytes(host)); }
 
   private:

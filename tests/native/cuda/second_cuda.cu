@@ -1,6 +1,6 @@
-// ggml-cuda's own host code, patched, as what the devices of second_backend.cpp do: it says what is claimed, which nodes
-// are computed by one call and whether a captured graph is launched again, and it calls our kernels, which the emulator
-// runs. Upstream's kernels are not there (upstream_missing, test_cuda_backend.py): the CPU stands in for them.
+// ggml-cuda's own host code, patched, for the devices of second_backend.cpp: it decides which nodes are supported,
+// which nodes are computed in one call and whether a captured graph is launched again, and it calls our kernels, which
+// the emulator runs. Upstream's kernels are not linked (upstream_missing, test_cuda_backend.py): the CPU replaces them.
 
 #include "../second_kernels.h"
 #include "ggml-cuda.cu"
@@ -8,7 +8,7 @@
 
 using namespace cuda_emulator;
 
-// Set by whatever function of upstream's is called and missing.
+// Set by calls of missing upstream functions.
 extern "C" int upstream_missing;
 int            upstream_missing = 0;
 
@@ -40,9 +40,9 @@ static SecondStep step(ggml_cgraph * graph, int i) {
     ggml_tensor * node = graph->nodes[i];
     upstream_missing   = 0;
     try {
-        const int n_behind = ggml_cuda_try_fuse(&cuda(), graph, i);
-        if (n_behind > 0) {
-            return { 1 + n_behind, !upstream_missing };
+        const int n_after = ggml_cuda_try_fuse(&cuda(), graph, i);
+        if (n_after > 0) {
+            return { 1 + n_after, !upstream_missing };
         }
         if (is_ours(node) || node->op == GGML_OP_FLASH_ATTN_EXT) {
             GGML_ASSERT(ggml_cuda_compute_forward(cuda(), node));

@@ -1,6 +1,6 @@
 #pragma once
 
-// In place of convert.cu: ggml's CPU code for the kernels of ggml-cuda that make floats of a tensor's values.
+// Replaces convert.cu: ggml's CPU code for the kernels of ggml-cuda that convert a tensor's values to floats.
 
 #include "convert.cuh"
 

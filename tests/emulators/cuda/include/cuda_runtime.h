@@ -1,8 +1,8 @@
 #pragma once
 
-// The emulator's stand-in for CUDA's header of this name: all that a .cu finds without including anything.
+// The emulator's replacement for CUDA's header of this name: everything available to a .cu without includes.
 
-// What the emulated device is: sm_80 unless the compiler is told otherwise.
+// The architecture of the emulated device: sm_80 unless the compiler defines another.
 #ifndef __CUDA_ARCH__
 #define __CUDA_ARCH__ 800
 #endif

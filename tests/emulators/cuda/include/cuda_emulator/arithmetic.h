@@ -1,7 +1,7 @@
 #pragma once
 
-// The device's arithmetic functions. The fast ones (__expf, ex2.approx …) are as far from the truth as the formula that
-// the programming guide gives for them; the last bit of a device is not imitated.
+// The device's arithmetic functions. The error of the fast ones (__expf, ex2.approx …) is that of the formula in the
+// programming guide; the last bit of a device is not emulated.
 
 #include "block.h"
 #include "half.h"
@@ -52,8 +52,8 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned(uint64_t(x) * y >> 32); }
 // clang-format on
 
-// Byte i of the result is the one that nibble i of `selector` names of the eight bytes of x and y; its highest bit
-// spreads the sign instead.
+// Byte i of the result is the one of the eight bytes of x and y that nibble i of `selector` selects; its highest bit
+// replicates the sign instead.
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const uint64_t bytes  = uint64_t(y) << 32 | x;
     unsigned       result = 0;
@@ -79,7 +79,7 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
     return c;
 }
 
-// Byte by byte: differences; 0xff where they differ.
+// Difference of each byte; 0xff if they differ.
 inline unsigned __vsub4(unsigned a, unsigned b) {
     unsigned out = 0;
     for (int i = 0; i < 4; i++) {
@@ -100,7 +100,7 @@ template <class T> T __ldg(const T * at) {
     return *at;
 }
 
-// Threads are never interrupted.
+// Threads are never preempted.
 template <class T, class V> T atomicAdd(T * at, V value) {
     const T before = *at;
     *at            = T(before + T(value));

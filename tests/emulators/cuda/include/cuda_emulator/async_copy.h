@@ -1,7 +1,7 @@
 #pragma once
 
 // cp.async: copies from global to shared memory that arrive only when the thread waits for their group. Until then
-// their destination holds NaN, so that a read without a wait shows in the result.
+// their destination holds NaN, so that a read without a wait changes the result.
 
 #include "block.h"
 #include "races.h"
@@ -9,7 +9,7 @@
 
 namespace cuda_emulator {
 
-// Bytes beyond `given` arrive as zeros.
+// Bytes after `given` arrive as zeros.
 inline void async_copy(char * to, const char * from, unsigned count, unsigned given, Place place) {
     if ((count != 4 && count != 8 && count != 16) || given > count) {
         fail(format("cp.async: %u bytes, %u of them given; a copy has 4, 8 or 16", count, given), place);
@@ -37,7 +37,7 @@ inline void cp_async_commit(Place) {
     block.current->groups++;
 }
 
-// The copies of all groups but the newest `but` arrive.
+// Completes the copies of all groups except the newest `but`.
 inline void cp_async_wait(Place, unsigned but) {
     Thread & self = *block.current;
     size_t   kept = 0;

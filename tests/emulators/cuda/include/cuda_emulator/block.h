@@ -1,11 +1,11 @@
 #pragma once
 
-// One thread block: its threads as fibers, its warps and barriers, and which thread runs next.
+// One thread block: its threads as fibers, its warps and barriers, and its scheduler.
 //
-// A thread runs until it waits: at a barrier of the block, or where lanes of its warp meet (shuffles, votes, matrix
-// products). The last one to arrive sets the others free. Who goes next says Options::order; the same warp goes on
-// while one of its lanes can. What a thread may not do ends in `fail`, which leaves the block as it is and goes back to
-// the host's stack, where the launch throws.
+// A thread runs until it waits: at a barrier of the block, or for other lanes of its warp (shuffles, votes, mma). The
+// last one to arrive releases the others. Options::order selects the next thread; the same warp continues while one of
+// its lanes can run. An error of a thread ends in `fail`, which leaves the block unchanged and returns to the host's
+// stack, where the launch throws.
 
 #include "fault.h"
 #include "fiber.h"
@@ -26,7 +26,7 @@ struct Warp;
 struct AsyncCopy {
     char *        to;
     unsigned char bytes[16];
-    unsigned      count;  // of bytes
+    unsigned      count;  // in bytes
     unsigned      group;
     Place         place;
 };
@@ -38,12 +38,12 @@ struct Thread {
     unsigned lane;
     bool     ended;
 
-    // while it waits
+    // during a wait
     const char * waits_for;
     Place        waits_at;
 
     std::vector<AsyncCopy> copies;  // issued, not yet arrived
-    unsigned               groups;  // of copies, committed
+    unsigned               groups;  // committed groups of copies
 };
 
 // Lanes that wait for each other.
@@ -58,8 +58,8 @@ struct Warp {
     Thread * threads;
     unsigned number;
     uint32_t alive, ready;
-    uint32_t time;       // counts what orders memory in the warp
-    void *   lanes[32];  // what each waiting lane brings to its meeting
+    uint32_t time;       // logical clock of memory ordering in the warp
+    void *   lanes[32];  // the argument of each waiting lane
     unsigned meeting_count;
     Meeting  meetings[32];
 };
@@ -68,7 +68,7 @@ struct Barrier {
     unsigned                 arrived = 0;
     Place                    place;
     Thread *                 first = nullptr;
-    std::array<uint32_t, 32> waiting{};  // lanes of each warp
+    std::array<uint32_t, 32> waiting{};  // waiting lanes of each warp
     int                      sum = 0, result = 0;
 };
 
@@ -78,19 +78,19 @@ struct Block {
     std::vector<Thread>           threads;
     std::vector<Warp>             warps;
     std::array<Barrier, BARRIERS> barriers;
-    Thread *                      current            = nullptr;  // null: the host runs
+    Thread *                      current            = nullptr;  // nullptr: the host runs
     unsigned                      ended              = 0;
     void *                        host_stack_pointer = nullptr;
-    void *                        abandoned          = nullptr;  // where a failed thread's stack pointer goes
-    uint64_t                      number             = 0;        // of all blocks ever run
-    uint32_t                      time               = 1;  // counts what orders memory in the block, over all blocks
+    void *                        abandoned          = nullptr;  // receives a failed thread's stack pointer
+    uint64_t                      number             = 0;        // number of blocks run so far
+    uint32_t                      time               = 1;        // logical clock of memory ordering, over all blocks
     uint32_t                      random             = 1;
     Stacks                        stacks;
 
     void (*invoke)(const void * closure) = nullptr;
     const void * closure                 = nullptr;
 
-    // Of what ended the block before its end.
+    // The error that ended the block.
     std::string message;
     bool        failed = false;
 };
@@ -101,7 +101,7 @@ inline std::string name_of(const Thread & thread) {
     return format("thread (%u,%u,%u)", thread.index.x, thread.index.y, thread.index.z);
 }
 
-// End the launch with a Fault. In a kernel the text gets the block, the thread and the place put before it.
+// Ends the launch with a Fault. In a kernel the message is prefixed with the block, the thread and the place.
 [[noreturn]] inline void fail(const std::string & message, Place place = {}) {
     const std::string at = place.file ? place.text() + ": " : "";
     if (!block.current) {
@@ -120,7 +120,7 @@ inline uint32_t next_random() {
     return block.random;
 }
 
-// The set bit that is next in the order.
+// The next set bit in the order.
 inline unsigned pick(uint32_t set) {
     switch (options.order) {
     case Order::forwards:
@@ -149,16 +149,16 @@ inline Warp * next_warp() {
 [[noreturn]] inline void fail_deadlock() {
     std::string text = "no thread of the block can go on:";
     for (const Warp & warp : block.warps) {
-        // one line for each place where lanes of this warp wait
-        uint32_t told = ~warp.alive;
-        while (~told) {
-            const Thread & first = warp.threads[__builtin_ctz(~told)];
+        // one line for each place at which lanes of this warp wait
+        uint32_t printed = ~warp.alive;
+        while (~printed) {
+            const Thread & first = warp.threads[__builtin_ctz(~printed)];
             uint32_t       same  = 0;
             for (unsigned lane = 0; lane < 32; lane++) {
                 const bool alive = warp.alive >> lane & 1;
                 same |= uint32_t(alive && warp.threads[lane].waits_at == first.waits_at) << lane;
             }
-            told |= same;
+            printed |= same;
             text += format("\n  warp %u, lanes 0x%08x (the first is %s) wait at %s, %s", warp.number, same,
                            name_of(first).c_str(), first.waits_for, first.waits_at.text().c_str());
         }
@@ -166,7 +166,7 @@ inline Warp * next_warp() {
     fail(text);
 }
 
-// Give the processor to the next ready thread, which may be the same.
+// Yields to the next ready thread, which may be the same.
 inline void go_on() {
     Warp * warp = next_warp();
     if (!warp) {
@@ -181,7 +181,7 @@ inline void go_on() {
     }
 }
 
-// The barrier of that number: `count` threads, or all (0). Returns the sum of their values.
+// The barrier of that number: waits for `count` threads, or all (0). Returns the sum of their values.
 inline int wait_at_barrier(unsigned number, unsigned count, int value, const char * what, Place place) {
     Thread &       self    = *block.current;
     Barrier &      barrier = block.barriers[number];
@@ -232,8 +232,8 @@ inline void complete(Warp & warp, unsigned at) {
     warp.ready |= meeting.arrived;
 }
 
-// Wait until all lanes of the mask that have not ended are here. The last one calls COMPLETE(lanes, arrived), where
-// lanes[i] is lane i's `mine`, which it fills for all.
+// Waits until all lanes of the mask that have not ended are here. The last one calls COMPLETE(lanes, arrived), where
+// lanes[i] is lane i's `mine`, which it sets for all.
 template <class Data, void (*COMPLETE)(Data * const * lanes, uint32_t arrived)>
 void meet(uint32_t mask, Data & mine, const char * what, Place place) {
     Thread &       self = *block.current;
@@ -272,7 +272,7 @@ void meet(uint32_t mask, Data & mine, const char * what, Place place) {
     go_on();
 }
 
-// The end of every thread.
+// Ends a thread.
 [[noreturn]] inline void end_thread() {
     Thread & self = *block.current;
     Warp &   warp = *self.warp;
@@ -310,7 +310,7 @@ inline void thread_main() {
     end_thread();
 }
 
-// Run the block blockIdx of shape blockDim; returns on the host's stack, block.failed telling how.
+// Runs the block blockIdx of shape blockDim; returns on the host's stack. block.failed contains the error.
 inline void run_block() {
     const unsigned count = blockDim.x * blockDim.y * blockDim.z;
     block.number++;

@@ -1,14 +1,14 @@
 #pragma once
 
-// Compiled with -fsanitize=alignment,bounds,… a kernel calls these where an access is misaligned, an index is beyond an
-// array whose size the compiler knows, a shift or a division has no result. They are the compilers' own names: no
-// runtime library of a sanitizer is linked.
+// With -fsanitize=alignment,bounds,… a kernel calls these functions if an access is misaligned, an index is out of the
+// bounds of an array whose size the compiler knows, or a shift or division is undefined. The names are those of the
+// compilers; no sanitizer runtime is linked.
 
 #include "block.h"
 
 namespace cuda_emulator {
 
-// What the compilers (GCC's ubsan.cc, clang's) lay out for these calls.
+// The compilers' layout of the arguments (GCC's ubsan.cc, clang's).
 struct CheckedPlace {
     const char * file;
     uint32_t     line, column;

@@ -1,9 +1,9 @@
 #pragma once
 
-// What goes wrong in an emulated kernel, and how a run is set up.
+// Errors in an emulated kernel, and the options of a run.
 //
-// In: a place in a source, a message. Out: a Fault, thrown by the launch in the host's thread; its text names the
-// kernel, the block, the thread and the place. The options come from the environment and may be changed between
+// Input: a place in a source, a message. Output: a Fault, thrown by the launch in the host's thread; its text contains
+// the kernel, the block, the thread and the place. The options come from the environment and may be changed between
 // launches.
 
 #include <cstdarg>
@@ -21,7 +21,7 @@ class Fault : public std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// The line of a caller: the default of a last parameter.
+// The line of a caller, as the default of a last parameter.
 struct Place {
     const char * file = nullptr;
     int          line = 0;
@@ -49,10 +49,10 @@ struct Place {
     return result;
 }
 
-// In what order ready threads, warps and blocks run. A kernel without a fault gives the same in each.
+// The order in which ready threads, warps and blocks run. A correct kernel has the same result in each.
 enum class Order { forwards, backwards, shuffled };
 
-// Where a buffer or a shared array lies between its two guards.
+// Position of a buffer or a shared array between its two guards.
 enum class Placement { end, start };
 
 struct Options {
@@ -60,14 +60,14 @@ struct Options {
     uint32_t  seed      = 1;  // of Order::shuffled
     Placement placement = Placement::end;
 
-    // Subnormal floats are zero, as nvcc's -use_fast_math makes them, with which ggml compiles its kernels.
+    // Subnormal floats are zero, as with nvcc's -use_fast_math, with which ggml compiles its kernels.
 #if defined(CUDA_EMULATOR_EXACT_MATH)
     bool flush_subnormals = false;
 #else
     bool flush_subnormals = true;
 #endif
 
-    // What one block may have: of sm_86, sm_89 and sm_120, the least of what we compile for but sm_75.
+    // Maximum per block: that of sm_86, sm_89 and sm_120, the smallest of our targets except sm_75.
     size_t shared_limit = 99 * 1024;
 };
 

@@ -1,10 +1,10 @@
 #pragma once
 
-// Fibers: what runs one CUDA thread. A switch saves what the C calling convention makes a function keep, and nothing
-// else (no signal mask, no floating-point modes), so that it takes a few nanoseconds.
+// Fibers: each runs one CUDA thread. A switch saves only the callee-saved registers of the C calling convention (no
+// signal mask, no floating-point modes), so that it takes a few nanoseconds.
 //
-// In: an entry function that never returns. Out: a stack pointer to switch to. Stacks lie between guard pages and are
-// kept for the next block.
+// Input: an entry function that never returns. Output: a stack pointer to switch to. Stacks are between guard pages and
+// are reused by the next block.
 
 #include "fault.h"
 
@@ -83,16 +83,16 @@ class Stacks {
     static constexpr size_t GUARD = 64 * 1024;
     static constexpr size_t BYTES = 128 * 1024;
 
-    // The stack pointer from which `entry` begins, on the stack of that number.
+    // Returns a stack pointer that starts `entry` on the stack of that number.
     void * start(size_t number, void (*entry)()) {
         while (tops.size() <= number) {
             tops.push_back(make());
         }
-        // Stacks that began at the same offset of a page would share few sets of the first cache.
+        // Stacks that start at the same offset of a page would share a few sets of the L1 cache.
         char *  top  = tops[number] - (number * 9 % 64) * 64;
         void ** slot = reinterpret_cast<void **>(top);
 #if defined(__x86_64__)
-        slot -= 8;  // six registers, the return address; at the entry the stack is off 16 by the 8 of a call
+        slot -= 8;  // six registers, the return address; the stack is 8 bytes off 16-byte alignment, as after a call
         slot[6] = reinterpret_cast<void *>(entry);
         slot[7] = nullptr;
         for (int i = 0; i < 6; i++) {

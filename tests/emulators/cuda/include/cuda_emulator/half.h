@@ -1,7 +1,7 @@
 #pragma once
 
-// __half and __nv_bfloat16: 16-bit values whose arithmetic is that of float, rounded to nearest even after each
-// operation, as a device's is.
+// __half and __nv_bfloat16: 16-bit values computed in float and rounded to nearest even after each operation, as on a
+// device.
 
 #include "vector_types.h"
 
@@ -29,7 +29,7 @@ struct HalfFormat {
         return _cvtsh_ss(bits);
 #else
         const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
-        if (rest >= 0x7c00) {  // infinite or NaN
+        if (rest >= 0x7c00) {  // infinity or NaN
             return bits_as<float>(sign | 0x7f800000 | (rest & 0x3ff) << 13);
         }
         if (rest < 0x400) {  // subnormal: a multiple of 2^-24
@@ -47,10 +47,10 @@ struct HalfFormat {
         if (rest > 0x7f800000) {
             return uint16_t(sign | 0x7fff);
         }
-        if (rest >= 0x477ff000) {  // 65520: half way to what would follow the greatest
+        if (rest >= 0x477ff000) {  // 65520: half way between the largest half and the next value
             return uint16_t(sign | 0x7c00);
         }
-        if (rest < 0x38800000) {  // subnormal: adding 0.5 rounds at the last place of a half
+        if (rest < 0x38800000) {  // subnormal: adding 0.5 rounds to the last bit of a half
             return uint16_t(sign | (bits_as<uint32_t>(bits_as<float>(rest) + 0.5f) - 0x3f000000));
         }
         return uint16_t(sign | ((rest + 0xfff + (rest >> 13 & 1)) >> 13) - 0x1c000);
@@ -142,7 +142,7 @@ template <class F> NarrowPair<F> __hmax2(NarrowPair<F> a, NarrowPair<F> b) { ret
 
 }  // namespace cuda_emulator
 
-// Of one of them. The others above are found by their arguments' namespace.
+// Of one type only. The functions above are found by argument-dependent lookup.
 inline float         __half2float(__half a) { return float(a); }
 inline __half        __float2half(float a) { return __half(a); }
 inline __half        __float2half_rn(float a) { return __half(a); }

@@ -1,6 +1,6 @@
 #pragma once
 
-// For test programs: buffers of the device that free themselves, and runs in every order and placement.
+// For test programs: device buffers with RAII, and runs in every order and placement.
 
 #include "runtime_api.h"
 
@@ -33,8 +33,8 @@ template <class T> class DeviceArray {
     T *    at;
 };
 
-// Run it forwards with buffers that end at their guards, backwards with buffers that begin there, and shuffled. Buffers
-// are to be made inside of it.
+// Runs `run` forwards with buffers at the ends of their rooms, backwards with buffers at the starts, and shuffled.
+// Create buffers inside of it.
 inline void in_all_orders(const std::function<void(const char * name)> & run) {
     const Options before = options;
     const struct {

@@ -1,10 +1,10 @@
 #pragma once
 
-// Launches. In: a kernel, its shape and arguments, from what the rewriter makes of <<<…>>>. Out: nothing, or a Fault
-// that says what went wrong, in which kernel, block and thread, and at which line.
+// Launches. Input: a kernel, its shape and arguments, from the rewritten <<<…>>>. Output: nothing, or a Fault with the
+// error, the kernel, block and thread, and the line.
 //
 // Blocks run one after another, in the order of the options. Signals of a running kernel (an access to a guard, an
-// integer division by zero) become Faults; where in the source they struck says addr2line.
+// integer division by zero) become Faults; addr2line finds their source lines.
 
 #include "block.h"
 #include "memory.h"
@@ -23,7 +23,7 @@
 
 namespace cuda_emulator {
 
-// What a signal told, kept until the host's stack is reached.
+// The data of a signal, kept until the host's stack is reached.
 struct Trap {
     int          signal  = 0;
     const char * address = nullptr;
@@ -80,7 +80,7 @@ inline void catch_signals() {
     }
 }
 
-// What addr2line says of a code address: {function, file:line}, each empty where it says nothing.
+// addr2line's result for a code address: {function, file:line}, each empty if unknown.
 inline std::pair<std::string, std::string> symbol(const void * address) {
     Dl_info info;
     if (!dladdr(address, &info)) {
@@ -146,7 +146,7 @@ inline std::string trap_text() {
     return (place.empty() ? "" : place + ": ") + text;
 }
 
-// The greatest dynamic shared memory that cudaFuncSetAttribute has allowed a kernel.
+// The maximum dynamic shared memory that cudaFuncSetAttribute has set for a kernel.
 inline std::map<const void *, size_t> & shared_attributes() {
     static std::map<const void *, size_t> attributes;
     return attributes;
@@ -176,7 +176,7 @@ inline std::string check(const Shape & shape, const void * kernel) {
     return "";
 }
 
-// A pointer among the arguments that no buffer of the device holds is one of the host, or was freed.
+// A pointer argument outside all device buffers is a host pointer, or was freed.
 template <class T> std::string check_argument(unsigned number, const T & argument) {
     if constexpr (std::is_pointer_v<T> && !std::is_function_v<std::remove_pointer_t<T>>) {
         const void * const pointer = (const void *) argument;
@@ -189,7 +189,7 @@ template <class T> std::string check_argument(unsigned number, const T & argumen
     return "";
 }
 
-// While it lives the processor takes subnormal floats for zero, where the options want it.
+// During its lifetime the CPU treats subnormal floats as zero, if the options require it.
 class Flushing {
   public:
 #if defined(__x86_64__)
@@ -219,7 +219,7 @@ inline void run_grid(const Shape & shape) {
     blockDim                    = shape.block;
     dynamic_shared_memory.bytes = shape.shared;
     const uint64_t blocks       = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
-    const uint64_t stride       = blocks % 7919 ? 7919 : 7907;  // prime: a walk through all blocks out of order
+    const uint64_t stride       = blocks % 7919 ? 7919 : 7907;  // prime: visits all blocks out of order
     for (uint64_t i = 0; i < blocks && !block.failed; i++) {
         const uint64_t at = options.order == Order::forwards    ? i
                             : options.order == Order::backwards ? blocks - 1 - i
@@ -230,10 +230,10 @@ inline void run_grid(const Shape & shape) {
     }
 }
 
-// The Fault of the launch that has just ended, if it failed.
+// Throws the Fault of the last launch, if it failed.
 inline void report(const char * name, const void * kernel) {
-    const std::string beside_buffers = device_memory.trespasses(), beside_arrays = shared_trespasses();
-    std::string       text = beside_buffers.empty() ? beside_arrays : beside_buffers;
+    const std::string outside_buffers = device_memory.trespasses(), outside_arrays = shared_trespasses();
+    std::string       text = outside_buffers.empty() ? outside_arrays : outside_buffers;
     if (block.failed) {
         text         = trap.signal ? trap_text() : block.message;
         block.failed = false;

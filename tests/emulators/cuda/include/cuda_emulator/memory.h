@@ -1,10 +1,10 @@
 #pragma once
 
-// Device memory: each buffer between two guards that nobody may touch, so that a kernel's read or write beyond it ends
-// in a fault at that very access. New memory holds NaN. What is left of a page beside a buffer holds NaN too and is
-// looked at after each launch.
+// Device memory: each buffer is between two inaccessible guards, so that an out-of-bounds access of a kernel is a fault
+// at that very access. New memory holds NaN. The rest of a page next to a buffer also holds NaN and is checked after
+// each launch.
 //
-// A buffer ends at its guard or begins at it (Options::placement): a run with each finds steps on both sides.
+// A buffer ends at its guard or starts at it (Options::placement): one run with each detects errors on both sides.
 
 #include "fault.h"
 
@@ -17,7 +17,7 @@
 
 namespace cuda_emulator {
 
-constexpr int POISON = 0xff;  // of this byte every float, half, bfloat16 and double is NaN
+constexpr int POISON = 0xff;  // with this byte every float, half, bfloat16 and double is NaN
 
 inline size_t page_bytes() {
     static const size_t bytes = size_t(sysconf(_SC_PAGESIZE));
@@ -28,22 +28,22 @@ inline size_t rounded_up(size_t value, size_t unit) {
     return (value + unit - 1) / unit * unit;
 }
 
-// Bytes of address space of which some pages are open; the rest is guard.
+// A range of address space of which some pages are accessible; the rest is guard.
 class Guarded {
   public:
     char * begin = nullptr;
     size_t bytes = 0;
 
-    // `room` is address space of `room_bytes`; the buffer is laid in its middle.
-    void open(char * room, size_t room_bytes, size_t wanted, size_t alignment, Placement placement) {
+    // `room` is address space of `room_bytes`; the buffer is placed in its middle.
+    void open(char * room, size_t room_bytes, size_t needed, size_t alignment, Placement placement) {
         close();
         const size_t page = page_bytes();
-        opened            = rounded_up(wanted ? wanted : 1, page);
+        opened            = rounded_up(needed ? needed : 1, page);
         first             = room + (room_bytes - opened) / 2 / page * page;
-        bytes             = wanted;
-        begin             = placement == Placement::start ? first : first + opened - rounded_up(wanted, alignment);
+        bytes             = needed;
+        begin             = placement == Placement::start ? first : first + opened - rounded_up(needed, alignment);
         if (opened + 2 * page > room_bytes || mprotect(first, opened, PROT_READ | PROT_WRITE) != 0) {
-            throw Fault(format("no memory for %zu bytes of the emulated device", wanted));
+            throw Fault(format("no memory for %zu bytes of the emulated device", needed));
         }
         memset(first, POISON, opened);
     }
@@ -69,7 +69,7 @@ class Guarded {
         return format("at byte %td of %s", address - begin, name.c_str());
     }
 
-    // The first byte beside the buffer that was written, or null; the next call does not find it again.
+    // The first byte outside the buffer that was written, or nullptr; the next call does not find it again.
     const char * trespass() {
         const char * found = opened ? written(first, begin) : nullptr;
         found              = found || !opened ? found : written(begin + bytes, first + opened);
@@ -84,7 +84,7 @@ class Guarded {
     char * first  = nullptr;
     size_t opened = 0;
 
-    // The first byte from `at` to `end` that is no longer poison, or null.
+    // The first byte from `at` to `end` that is no longer poison, or nullptr.
     static const char * written(const char * at, const char * end) {
         static const std::vector<char> poison(65536, char(POISON));
         while (at < end && memcmp(at, poison.data(), std::min(poison.size(), size_t(end - at))) == 0) {
@@ -114,7 +114,7 @@ struct Buffer {
 class DeviceMemory {
   public:
     static constexpr size_t GUARD     = 16 << 20;
-    static constexpr size_t ALIGNMENT = 16;  // of the widest access; a real device's buffers begin at 256
+    static constexpr size_t ALIGNMENT = 16;  // that of the widest access; a real device's buffers are 256-byte aligned
 
     void * allocate(size_t bytes, Place place) {
         const size_t room_bytes = rounded_up(bytes, page_bytes()) + 2 * GUARD;
@@ -127,7 +127,7 @@ class DeviceMemory {
         return buffer.memory.begin;
     }
 
-    // False where the pointer is not one of allocate's. The addresses stay closed, so that later use is a fault.
+    // Returns false if the pointer is not from allocate. The addresses stay inaccessible, so that later use is a fault.
     bool release(void * pointer) {
         Buffer * buffer = find(pointer);
         if (!buffer || buffer->freed || buffer->memory.begin != pointer) {
@@ -138,7 +138,7 @@ class DeviceMemory {
         return true;
     }
 
-    // The buffer in whose room the address lies.
+    // The buffer whose room contains the address.
     Buffer * find(const void * pointer) {
         char * address = static_cast<char *>(const_cast<void *>(pointer));
         auto   next    = buffers.upper_bound(address);
@@ -149,7 +149,7 @@ class DeviceMemory {
         return address < buffer.room + buffer.room_bytes ? &buffer : nullptr;
     }
 
-    // What a kernel wrote beside its buffers without touching a guard; empty where nothing.
+    // Reports bytes that a kernel wrote outside its buffers without touching a guard; empty if none.
     std::string trespasses() {
         std::string text;
         for (auto & entry : buffers) {
@@ -160,7 +160,7 @@ class DeviceMemory {
     }
 
   private:
-    std::map<char *, Buffer> buffers;  // by the begin of the room
+    std::map<char *, Buffer> buffers;  // by the start of the room
 };
 
 inline DeviceMemory device_memory;

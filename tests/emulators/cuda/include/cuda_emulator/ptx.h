@@ -1,7 +1,7 @@
 #pragma once
 
-// What inline PTX does beside tensor cores and copies: the rewriter turns each statement into a call from here, or into
-// `unknown_ptx`.
+// Inline PTX other than tensor cores and copies: the rewriter converts each statement to a call of a function in this
+// file, or of `unknown_ptx`.
 
 #include "arithmetic.h"
 #include "async_copy.h"
@@ -19,7 +19,7 @@ template <class T> char * global_pointer(T operand) {
     return (char *) uintptr_t(operand);
 }
 
-// The address of `[%0 + 16]`, before the offset.
+// The address in `[%0 + 16]`, before the offset.
 template <class T> uintptr_t address_of(T operand) {
     return uintptr_t(operand);
 }
@@ -67,7 +67,7 @@ inline void prmt(Place, Out<1> to, const In<1> & a, const In<1> & b, const In<1>
     put(to, &bits);
 }
 
-// Bit i of `table` is the result where the bits of a, b, c make the number i.
+// Bit i of `table` is the result if the bits of a, b, c form the number i.
 inline void lop3(Place, Out<1> to, const In<1> & a, const In<1> & b, const In<1> & c, const In<1> & table) {
     uint32_t bits = 0;
     for (int i = 0; i < 8; i++) {

@@ -1,12 +1,12 @@
 #pragma once
 
-// Races in shared memory. In programs that are compiled for it (compile_objects' `races`) the compiler calls a function
-// at every access to memory, as for its own thread sanitizer; here these functions look at shared memory only, and are
-// our own: no runtime library of a sanitizer is linked.
+// Races in shared memory. In programs compiled for it (compile_objects' `races`) the compiler inserts a call at every
+// memory access, as for its own thread sanitizer. These functions check shared memory only; no sanitizer runtime is
+// linked.
 //
-// Two accesses of one byte, one of them a write, by two threads of a block must have between them a barrier of the
-// block; in one warp __syncwarp is enough. A shuffle orders nothing, as CUDA says of it. What does not is a Fault that
-// names both lines, in whatever order threads ran.
+// Two accesses of one byte, one of them a write, by two threads of a block need a barrier of the block between them;
+// within a warp __syncwarp is enough. As specified by CUDA, a shuffle does not order memory accesses. Violations are
+// Faults that name both lines, in whatever order the threads ran.
 
 #include "block.h"
 #include "launch.h"
@@ -27,17 +27,17 @@
 
 namespace cuda_emulator {
 
-// Where an access stands: an instruction or, with a line, the name of a file.
+// The place of an access: an instruction or, with a line, the name of a file.
 struct Site {
     const void * at   = nullptr;
     int          line = 0;
 };
 
-// When and by whom; times are those of Block::time and Warp::time.
+// Time and thread of an access; times are those of Block::time and Warp::time.
 struct Stamp {
     uint32_t block_time = 0, warp_time = 0;
     uint16_t thread = 0;
-    bool     lanes = false, warps = false;  // several of a warp, of several warps, since those times
+    bool     lanes = false, warps = false;  // several lanes of a warp, several warps, since those times
     Site     site;
 };
 
@@ -45,7 +45,7 @@ struct Cell {
     Stamp written, read;
 };
 
-// One for each byte of the arena, in address space of which only what is used gets memory.
+// One for each byte of the arena, in address space that is only backed by memory where used.
 inline Cell * cells() {
     static Cell * const all = [] {
         void * map = mmap(nullptr, SharedArena::BYTES * sizeof(Cell), PROT_READ | PROT_WRITE,
@@ -69,7 +69,7 @@ fail_race(const char * byte, const char * now, const Stamp & before, const char 
          then + " at " + text_of(before.site) + " without a barrier between");
 }
 
-// Whether an access of that stamp may be at the same time as one of this thread now.
+// Whether an access with that stamp may be concurrent with one of this thread now.
 CUDA_EMULATOR_UNSEEN inline bool meets(const Stamp & stamp, uint32_t block_time, uint32_t warp_time, unsigned thread) {
     if (stamp.block_time != block_time) {
         return false;
@@ -116,7 +116,7 @@ CUDA_EMULATOR_UNSEEN inline void see(const void * address, size_t count, bool wr
     }
 }
 
-// The call that returns there.
+// The call with this return address.
 CUDA_EMULATOR_UNSEEN inline Site caller(const void * returns_to) {
     return { static_cast<const char *>(returns_to) - 1, 0 };
 }
@@ -160,7 +160,7 @@ __attribute__((weak)) void __tsan_vptr_update(void *, void *) {}
 
 __attribute__((weak)) void __tsan_vptr_read(void *) {}
 
-// Of the host's standard library; a program has one thread.
+// From the host's standard library; a program has one thread.
 CUDA_EMULATOR_UNSEEN __attribute__((weak)) int __tsan_atomic32_load(const volatile int * at, int) {
     return *at;
 }
@@ -177,7 +177,7 @@ CUDA_EMULATOR_UNSEEN __attribute__((weak)) int __tsan_atomic32_fetch_add(volatil
 
 namespace cuda_emulator {
 
-// What the emulator itself does to shared memory on behalf of this thread.
+// Records an access of the emulator itself to shared memory on behalf of this thread.
 CUDA_EMULATOR_UNSEEN inline void see_access([[maybe_unused]] const void * address,
                                             [[maybe_unused]] size_t       count,
                                             [[maybe_unused]] bool         write,

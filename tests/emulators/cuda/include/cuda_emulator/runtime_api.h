@@ -1,7 +1,7 @@
 #pragma once
 
 // The part of CUDA's runtime that hosts call: memory, streams, events, attributes. There is one device, and every call
-// is done when it returns.
+// is synchronous.
 
 #include "launch.h"
 
@@ -99,7 +99,7 @@ inline cudaError_t cudaDeviceGetPCIBusId(char * id, int size, int) { snprintf(id
 inline cudaError_t cudaHostRegister(void *, size_t, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaHostUnregister(void *) { return cudaSuccess; }
 
-// Nothing is captured: whoever tries hears that it cannot be.
+// Capture is not supported and returns an error.
 inline cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) { return cudaErrorNotSupported; }
 inline cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t *) { return cudaErrorNotSupported; }
 inline cudaError_t cudaGraphInstantiate(cudaGraphExec_t *, cudaGraph_t, cudaGraphNode_t *, char *, size_t) { return cudaErrorNotSupported; }
@@ -138,7 +138,7 @@ inline cudaError_t cudaFreeHost(void * pointer) {
 
 namespace cuda_emulator {
 
-// A copy by the host stays within its buffer.
+// Checks that a copy by the host stays within its buffer.
 inline void check_range(const void * pointer, size_t bytes, const char * what, Place place) {
     const Buffer * buffer = device_memory.find(pointer);
     const char *   begin  = static_cast<const char *>(pointer);

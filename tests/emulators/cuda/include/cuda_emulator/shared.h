@@ -1,10 +1,10 @@
 #pragma once
 
-// Shared memory. Every __shared__ array lies alone between guards in one arena of 32-bit addresses, so that an access
-// beyond an array is a fault even where another array would lie there on a device. At the begin of each block all of
+// Shared memory. Every __shared__ array is between its own guards in one arena of 32-bit addresses, so that an
+// out-of-bounds access is a fault even if it would hit another array on a device. At the start of each block all of
 // it holds NaN.
 //
-// In: what the rewriter makes of `__shared__ T name[N];` and `extern __shared__ T name[];`. Out: the memory.
+// Input: the rewritten `__shared__ T name[N];` and `extern __shared__ T name[];`. Output: the memory.
 
 #include "block.h"
 #include "memory.h"
@@ -13,13 +13,13 @@ namespace cuda_emulator {
 
 class SharedArena {
   public:
-    static constexpr size_t ROOM  = 512 * 1024;  // of an array and its guards
+    static constexpr size_t ROOM  = 512 * 1024;  // for an array and its guards
     static constexpr size_t ROOMS = 4096;
     static constexpr size_t BYTES = ROOM * ROOMS;
 
-    char * base = nullptr;  // null until the first array
+    char * base = nullptr;  // nullptr until the first array
 
-    // Room for another array.
+    // Returns room for another array.
     char * another() {
         if (used == ROOMS) {
             throw Fault("the emulator has no room for another shared array");
@@ -41,12 +41,12 @@ class SharedArena {
     bool contains(const void * address) { return address >= begin() && address < begin() + BYTES; }
 
   private:
-    size_t used = 1;  // none begins at the address 0
+    size_t used = 1;  // no array starts at address 0
 };
 
 inline SharedArena shared_arena;
 
-// All of the running block's, static and dynamic.
+// Shared memory of the running block, static and dynamic.
 struct SharedUse {
     uint64_t block = 0;
     size_t   bytes = 0;
@@ -59,7 +59,7 @@ class SharedArray {
     SharedArray(std::string name) : name(std::move(name)) { all().push_back(this); }
     SharedArray(const SharedArray &) = delete;
 
-    // NaN, once a block; the memory is made anew where its size or the placement has changed.
+    // Fills with NaN, once per block; allocates again if the size or the placement has changed.
     char * begin_block(size_t bytes, size_t alignment) {
         if (block_number == block.number) {
             return memory.begin;
@@ -79,7 +79,7 @@ class SharedArray {
         return memory.begin;
     }
 
-    // The array in whose room the address lies.
+    // The array whose room contains the address.
     static SharedArray * find(const char * address) {
         for (SharedArray * array : all()) {
             if (array->room && address >= array->room && address < array->room + SharedArena::ROOM) {
@@ -113,14 +113,14 @@ inline void require_kernel(const char * name) {
     }
 }
 
-// `__shared__ T name;`. A lambda as TAG tells apart arrays of one type, and those of a template's instances.
+// `__shared__ T name;`. A lambda as TAG distinguishes arrays of one type, and those of a template's instances.
 template <class T, class TAG> T & shared_variable(const char * name, size_t alignment, TAG) {
     static SharedArray array(name);
     require_kernel(name);
     return *reinterpret_cast<T *>(array.begin_block(sizeof(T), alignment > alignof(T) ? alignment : alignof(T)));
 }
 
-// What the launch gives.
+// The dynamic shared memory of the launch.
 struct DynamicShared {
     SharedArray array{ "dynamic" };
     size_t      bytes = 0;
@@ -134,7 +134,7 @@ template <class T> T * dynamic_shared(const char * name) {
     return reinterpret_cast<T *>(dynamic_shared_memory.array.begin_block(dynamic_shared_memory.bytes, 16));
 }
 
-// What a kernel wrote beside its shared arrays without touching a guard; empty where nothing.
+// Reports bytes that a kernel wrote outside its shared arrays without touching a guard; empty if none.
 inline std::string shared_trespasses() {
     std::string text;
     for (SharedArray * array : SharedArray::all()) {

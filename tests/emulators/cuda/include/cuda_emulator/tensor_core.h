@@ -1,6 +1,6 @@
 #pragma once
 
-// Tensor cores: mma.sync, ldmatrix, stmatrix, movmatrix, as the PTX ISA lays their fragments out ("Matrix Fragments
+// Tensor cores: mma.sync, ldmatrix, stmatrix, movmatrix, with the fragment layouts of the PTX ISA ("Matrix Fragments
 // for mma…", "ldmatrix"). A warp of 32 lanes, in groups of 4, holds matrices in 32-bit registers of E elements each
 // (E = 1: tf32, 2: f16 and bf16, 4: s8). With g = lane / 4, t = lane % 4, register r, element i of it:
 //
@@ -9,9 +9,9 @@
 //   C, D (16x8)  row g + 8 (r / 2), column 2 t + r % 2               4, one element each
 //   C, D of f16  row g + 8 r, column 2 t + i                         2, two elements each
 //
-// Sums: products are exact; an A100 adds them to the sum in blocks of 8 (tf32: 4) and cuts the result off to float, so
-// that is what happens here (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021). Its
-// further loss, bits shifted out where the terms of a block differ by more than 2^24, is not modelled.
+// Sums: products are exact; like an A100, the emulator adds them to the sum in blocks of 8 (tf32: 4) and truncates the
+// result to float (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021). The further loss
+// of an A100, bits shifted out if the terms of a block differ by more than 2^24, is not modelled.
 
 #include "block.h"
 #include "half.h"
@@ -20,7 +20,7 @@
 
 namespace cuda_emulator {
 
-// Registers of one operand: where results go, what comes in. Any 32-bit type may stand for a register.
+// Registers of one operand: Out for results, In for inputs. A register may be of any 32-bit type.
 template <int N> struct Out {
     void * at[N];
 };
@@ -45,7 +45,7 @@ template <int N> void put(const Out<N> & to, const uint32_t * bits) {
     }
 }
 
-// Element i of a register, as the number that the product takes.
+// Element i of a register, as a number.
 template <class FORMAT> struct Sixteen {
     using Sum                  = float;
     static constexpr int E     = 2;
@@ -56,7 +56,7 @@ template <class FORMAT> struct Sixteen {
 using F16  = Sixteen<HalfFormat>;
 using BF16 = Sixteen<BfloatFormat>;
 
-// The low 13 bits of a register are not looked at.
+// The low 13 bits of a register are ignored.
 struct TF32 {
     using Sum                  = float;
     static constexpr int E     = 1;
@@ -71,18 +71,18 @@ struct S8 {
     static int           element(uint32_t bits, int i) { return int8_t(bits >> 8 * i); }
 };
 
-// A row of 8 sums, exact while they are summed.
+// A row of 8 sums, exact until truncated.
 using Doubles = double __attribute__((vector_size(64)));
 using Longs   = int64_t __attribute__((vector_size(64)));
 using Floats  = float __attribute__((vector_size(32)));
 using Ints    = int32_t __attribute__((vector_size(32)));
 
-// To float, towards zero: what a tensor core does where adding.
+// Rounds to float toward zero, as a tensor core does when adding.
 inline Doubles cut_off(Doubles sums) {
     const Floats nearest = __builtin_convertvector(sums, Floats);
     const Longs  size    = (Longs) sums & INT64_MAX;
     const Longs  rounded = (Longs) __builtin_convertvector(nearest, Doubles) & INT64_MAX;
-    const Longs  beyond  = (Doubles) rounded > (Doubles) size;  // -1 where it is
+    const Longs  beyond  = (Doubles) rounded > (Doubles) size;  // -1 if it is
     return __builtin_convertvector((Floats) ((Ints) nearest + __builtin_convertvector(beyond, Ints)), Doubles);
 }
 
@@ -141,7 +141,7 @@ inline void require_whole_warp(const char * what, Place place) {
     }
 }
 
-// D = A B + C, for T and K; the type of the sum's registers is T::Sum.
+// D = A B + C for T and K; the register type of the sum is T::Sum.
 template <class T, int K>
 void mma(Place place, Out<4> d, const In<Product<T, K>::A> & a, const In<Product<T, K>::B> & b, const In<4> & c) {
     require_whole_warp("mma.sync", place);
@@ -172,18 +172,18 @@ void mma_f16(
 // A shared pointer from an operand: a 32-bit shared address or a pointer.
 template <class T> char * shared_pointer(T operand) {
     if constexpr (std::is_pointer_v<T>) {
-        return (char *) operand;  // whatever it points to, const or not
+        return (char *) operand;  // const or not
     } else {
         char * const whole = reinterpret_cast<char *>(uintptr_t(operand));
         return shared_arena.contains(whole) ? whole : shared_arena.begin() + size_t(operand);
     }
 }
 
-// Rows of 8 elements of 16 bits: lane 8 m + r gives the address of row r of matrix m.
+// Rows of 8 elements of 16 bits: lane 8 m + r passes the address of row r of matrix m.
 struct MatrixRows {
     char *   row;
     uint32_t registers[4];
-    char *   elements[4][2] = {};  // where this lane's lie
+    char *   elements[4][2] = {};  // addresses of this lane's elements
 };
 
 inline void check_row(const char * row, const char * what, Place place) {
@@ -195,8 +195,8 @@ inline void check_row(const char * row, const char * what, Place place) {
     }
 }
 
-// Lane l holds of matrix m the elements (row l / 4, columns 2 (l % 4) + {0, 1}); transposed, row and column change
-// places.
+// Lane l holds the elements (row l / 4, columns 2 (l % 4) + {0, 1}) of matrix m; transposed, row and column are
+// swapped.
 template <int MATRICES, bool TRANSPOSED, bool STORE>
 CUDA_EMULATOR_UNSEEN void move_matrices(MatrixRows * const * lanes, uint32_t) {
     for (int lane = 0; lane < 32; lane++) {

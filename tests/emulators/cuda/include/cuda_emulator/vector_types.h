@@ -1,6 +1,6 @@
 #pragma once
 
-// CUDA's vector types: float4 and its kin, with their alignment, and dim3.
+// CUDA's vector types: float4 and similar, with their alignment, and dim3.
 
 #include <cstdint>
 
@@ -26,7 +26,7 @@ template <class T, int ALIGNMENT> struct alignas(ALIGNMENT) Vector<T, 4, ALIGNME
 
 }  // namespace cuda_emulator
 
-// Name1 … Name4 and make_Name1 … make_Name4; vectors of 3 are aligned as one value is.
+// Name1 … Name4 and make_Name1 … make_Name4; vectors of 3 have the alignment of one element.
 #define CUDA_EMULATOR_VECTORS(Name, T)                                                                                 \
     using Name##1 = cuda_emulator::Vector<T, 1, sizeof(T)>;                                                            \
     using Name##2 = cuda_emulator::Vector<T, 2, 2 * sizeof(T)>;                                                        \

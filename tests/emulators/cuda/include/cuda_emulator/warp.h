@@ -1,9 +1,9 @@
 #pragma once
 
-// What the lanes of a warp do together: shuffles, votes, reductions, __syncwarp.
+// Operations of the lanes of a warp: shuffles, votes, reductions, __syncwarp.
 //
-// Lanes that have ended take no part. What a lane would read from one that does not take part is undefined on a
-// device; here it is poison (NaN).
+// Lanes that have ended do not participate. A value read from a lane that does not participate is undefined on a
+// device; in the emulator it is poison (NaN).
 
 #include "block.h"
 #include "memory.h"
@@ -14,7 +14,7 @@ namespace cuda_emulator {
 
 template <class T> struct Shuffled {
     T   value;
-    int from;  // the lane whose value this one gets
+    int from;  // the source lane of this lane's value
     T   result;
 };
 
