@@ -1,4 +1,4 @@
-"""What stands in the GGUF file: each tensor's values, type and shape, and each key, by the contract."""
+"""The content of the GGUF file: each tensor's values, type and shape, and each key, according to the specification."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALWAYS_F32 = ("norm", "conv1d", "ssm_a", "ssm_dt", "ffn_gate_inp", "exp_probs_b"
 
 
 def expected_tensors(spec: Spec) -> dict[str, torch.Tensor]:
-    """GGUF name -> values in row-major shape, written down a second time, straight from the GGUF contract."""
+    """GGUF name -> values in row-major shape, implemented a second time, directly from the GGUF specification."""
     w = {name: tensor.float() for name, tensor in weights(spec).items()}
     out = {
         "token_embd.weight": w["model.embed_tokens.weight"],
@@ -188,13 +188,13 @@ def test_query_compression_has_its_key(tmp_path: Path) -> None:
 
 
 def test_size_label_counts_the_published_model() -> None:
-    """49,122,681,728 parameters, of which a token meets those of 8 of 256 experts in 26 layers."""
+    """49,122,681,728 parameters; a token uses those of 8 of 256 experts in 26 layers."""
     from kimi_gguf.convert.model.config import KimiConfig
     from kimi_gguf.convert.model.metadata import parameters, size_label
 
     published = Path(__file__).parents[2] / "convert" / "model" / "kimi-linear-48b-config.json"
     config = KimiConfig.from_json(published.read_text(), "config.json")
-    # kv_b counts once: its two halves are the k and v parts.
+    # kv_b counts once: its two halves are the k and v tensors.
     total = 49_122_681_728
     active = total - 26 * (256 - 8) * 3 * 1024 * 2304
     assert parameters(config) == (total, active)

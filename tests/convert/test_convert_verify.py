@@ -1,4 +1,4 @@
-"""`verify` proves a file, whoever made it, and names what is wrong; `inspect` tells the truth about a model."""
+"""`verify` checks files of any converter and names what is wrong; `inspect` shows a model's true properties."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_inspect_shows_file_and_checkpoint(tmp_path: Path, source: Path) -> None
 
 
 def test_the_48bs_caches(tmp_path: Path) -> None:
-    """Known from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
+    """Computed from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
     seen = json.loads(convert("inspect", write_synthetic(tmp_path), "--json", "--context", 32768).out)
     assert seen["parameters"] == 49_122_681_728
     assert sum(layer["nbytes"] for layer in seen["layers"]) == 98_245_528_576

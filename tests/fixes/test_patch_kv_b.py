@@ -1,4 +1,4 @@
-"""0005-kimi-linear-kv-b: files that hold attn_kv_b unsplit run right, whatever cache their keys describe."""
+"""0005-kimi-linear-kv-b: files with an unsplit attn_kv_b run correctly, with any cache that their keys describe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""0008-log-flush-at-exit: what llama-completion writes arrives, however far the log's thread lags behind."""
+"""0008-log-flush-at-exit: all output of llama-completion is written, even if the log's thread is slow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHIM = Path(__file__).parents[1] / "native" / "slow_flush.c"
 
 
 def told_by_a_slow_log(engine: Engine, folder: Path) -> str:
-    """What the program has written when its log's thread takes 0.2 s for each piece of text."""
+    """The output of the program if its log's thread takes 0.2 s for each piece of text."""
     shim = folder / "slow_flush.so"
     subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
     command = [engine.bin / "llama-completion", "--model", make_case(folder, Spec(seed=80)).gguf]

@@ -1,4 +1,4 @@
-"""0006-hybrid-one-kind-of-layer: models with KDA layers only, or MLA layers only, run right."""
+"""0006-hybrid-one-kind-of-layer: models with KDA layers only, or MLA layers only, run correctly."""
 
 from __future__ import annotations
 

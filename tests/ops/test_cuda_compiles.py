@@ -1,6 +1,6 @@
-"""Every CUDA source of ours through nvcc, for each architecture that it is meant for, without spills.
+"""Compiles our CUDA sources with nvcc for each supported architecture, without spills.
 
-Where nvcc is missing the tests are skipped and say how to get it; with KIMI_CI set they fail instead.
+If nvcc is missing, the tests are skipped and say how to get it; with KIMI_CI set they fail instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kimi_gguf.scripts.cuda_check import (
     table,
 )
 
-# Kernels that may spill or keep arrays in local memory, by the begin of their name, and why.
+# Kernels that may spill or keep arrays in local memory, by the start of their name, and the reason.
 MAY_SPILL: dict[str, str] = {}
 
 

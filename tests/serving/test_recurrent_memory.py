@@ -1,6 +1,6 @@
 """0013-recurrent-memory-computed-states, 0016-kv-cache-keep-streams: every answer comes from a computed state.
 
-A pending rollback belongs to the state, whichever sequences own it. A state is lost if the batch that should have
+A pending rollback belongs to the state, for all sequences that own it. A state is lost if the batch that should have
 computed it fails; until the sequence is removed or restored, everything that would use the state is refused.
 """
 
@@ -33,17 +33,17 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokens(start: int, end: int, seq: int = 0, text: int = 0) -> list[tuple[int, int, int]]:
-    """Positions [start, end) of one of two texts, for a sequence."""
+    """Positions [start, end) of one of two texts, as tokens of a sequence."""
     return [(seq, pos, (7 * pos + 31 * text + 1) % VOCAB) for pos in range(start, end)]
 
 
 def decode(start: int, end: int, seq: int = 0, text: int = 0) -> Step:
-    """The logits after the last token are kept."""
+    """Returns only the logits after the last token."""
     return llama_script.decode(*tokens(start, end, seq, text), wanted=[end - start - 1])
 
 
 def play(engine: Engine, gguf: Path, steps: Steps, n_rs_seq: int = 8) -> tuple[list[bool], Logits]:
-    """What each removal and attempt answered, and the logits [decodes, V]."""
+    """The results of all removals and attempts, and the logits [decodes, V]."""
     played = llama_script.play(engine, gguf, setup(n_rs_seq), steps)
     return played.removed, played.logits
 
@@ -51,7 +51,7 @@ def play(engine: Engine, gguf: Path, steps: Steps, n_rs_seq: int = 8) -> tuple[l
 ROLLED_BACK = [decode(0, 20), remove(0, 15)]  # pending on sequence 0
 SECOND = [decode(0, 20, seq=1, text=1), remove(1, 15)]  # pending on sequence 1
 
-# what is done while a rollback is pending, and the decode whose logits must be those of [0, 15) + [15, 16) of a text
+# steps while a rollback is pending, and the decode whose logits must be those of [0, 15) + [15, 16) of a text
 PENDING: dict[str, tuple[Steps, Step, int]] = {
     "copied, the copy goes on": ([*ROLLED_BACK, copy(0, 1)], decode(15, 16, seq=1), 0),
     "copied, the original goes on": ([*ROLLED_BACK, copy(0, 1)], decode(15, 16), 0),
@@ -99,8 +99,8 @@ def test_what_an_aborted_batch_leaves_is_refused(
         decode(0, 12),
         decode(0, 9, seq=1, text=1),
         attempt(*tokens(12, 15), nodes=nodes),
-        attempt(*tokens(12, 13)),  # the batch again
-        attempt(*tokens(15, 16)),  # as if it had been decoded
+        attempt(*tokens(12, 13)),  # the same batch again
+        attempt(*tokens(15, 16)),  # as if the batch had been decoded
         remove(0, 12),
         remove(0, 14),
         copy(0, 2),

@@ -1,8 +1,8 @@
-"""llama.cpp played step by step in a process of its own: what runs where, and what happens to states on the way.
+"""Runs llama.cpp step by step in a separate process: which device computes, and what happens to states.
 
 Input: a build, a GGUF, a `Setup` (devices, cache, sequences) and steps made by the functions below. Output: `Played`
-with the logits of the decoded tokens, in order, what the removals answered, and the log. `PlayError` holds why
-llama.cpp refused. The process is llama_test_worker.py.
+with the logits of the decoded tokens, in order, the results of the removals, and the log. `PlayError` has the reason
+if llama.cpp refused. The process is llama_test_worker.py.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ Step = list[Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """How the model and its context are made; the defaults keep all of it on the CPU, in float32."""
+    """Options of the model and its context; with the defaults everything is on the CPU, in float32."""
 
     backend: str | None = None  # a shared library with another backend, loaded first
     devices: tuple[str, ...] | None = None  # by name; None: llama.cpp's own choice
-    n_gpu_layers: int = 0  # the output counts as one
+    n_gpu_layers: int = 0  # the output counts as a layer
     offload_kqv: bool = True
     op_offload: bool = True
     flash_attention: bool | None = False  # None: llama.cpp's choice
     cache_type: str = "F32"
     n_seq_max: int = 1
-    n_rs_seq: int = 0  # states kept for taking tokens back
+    n_rs_seq: int = 0  # states that are kept for rollback
     kv_unified: bool = False
     n_ubatch: int = 512
-    cells: int = 512  # of each sequence
+    cells: int = 512  # per sequence
 
 
 @dataclass(frozen=True)
 class Played:
-    """What the steps left."""
+    """The results of the steps."""
 
     logits: Logits  # [tokens, V] in the order in which they were decoded
-    removed: list[bool]  # of each `remove`, whether llama.cpp did it
+    removed: list[bool]  # for each `remove`, whether llama.cpp did it
     log: str
 
 
 class PlayError(Exception):
-    """Why there are no logits: what llama.cpp said."""
+    """The error of llama.cpp."""
 
 
 def decode(*tokens: tuple[int, int, int], wanted: Sequence[int] | None = None) -> Step:
-    """One llama_decode of (sequence, position, token id). wanted: indices of those that give logits; None: all."""
+    """One llama_decode of (sequence, position, token id). wanted: indices of the tokens with logits; None: all."""
     return ["decode", [[int(number) for number in token] for token in tokens], wanted]
 
 
@@ -67,17 +67,17 @@ def text(sequence: int, ids: Sequence[int] | NDArray[np.int64], first: int = 0) 
 
 
 def save(sequence: int, file: Path) -> Step:
-    """Write the state of a sequence into a file."""
+    """Save the state of a sequence to a file."""
     return ["save", sequence, str(file)]
 
 
 def load(sequence: int, file: Path) -> Step:
-    """Give a sequence the state that a file holds."""
+    """Load the state in a file into a sequence."""
     return ["load", sequence, str(file)]
 
 
 def cut(sequence: int, first: int) -> Step:
-    """Take back the tokens of a sequence from position `first` on; -1 empties it."""
+    """Remove the tokens of a sequence from position `first` on; -1: all."""
     return ["cut", sequence, first]
 
 
@@ -87,7 +87,7 @@ def remove(sequence: int, first: int, end: int = -1) -> Step:
 
 
 def attempt(*tokens: tuple[int, int, int], nodes: int | None = None) -> Step:
-    """As `decode`, without logits, aborted after so many nodes of the graph; None: not.
+    """Like `decode`, without logits, aborted after this number of nodes of the graph; None: not aborted.
 
     Whether the tokens were decoded is in `Played.removed`.
     """
@@ -105,17 +105,17 @@ def keep(sequence: int) -> Step:
 
 
 def context(**environment: str) -> Step:
-    """Make one more context under this environment."""
+    """Create another context with this environment."""
     return ["context", environment]
 
 
 def use(number: int) -> Step:
-    """The steps from here on are for this context; the first is 0."""
+    """Select the context for the following steps; the first is 0."""
     return ["use", number]
 
 
 def play(engine: Engine, model: Path, setup: Setup, steps: Sequence[Step], **environment: str) -> Played:
-    """Play the steps on a build. Raises `PlayError`."""
+    """Run the steps with a build. Raises `PlayError`."""
     told = {**engine.environment(), **environment}
     with (
         tempfile.NamedTemporaryFile(suffix=".npy") as logits,
@@ -131,6 +131,6 @@ def play(engine: Engine, model: Path, setup: Setup, steps: Sequence[Step], **env
 
 
 def assert_same(got: Logits, expected: Logits) -> None:
-    """The gate of the project for one model run in two ways: NMSE 1e-10 in all, 1e-8 at the worst position."""
+    """The limits of the project for one model run in two ways: NMSE 1e-10 in total, 1e-8 at the worst position."""
     assert got.shape == expected.shape
     assert error_of(got, expected).passes

@@ -16,7 +16,7 @@ ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_
 
 
 class Player:
-    """Contexts of one model, and a method a step. Answers other than None are collected."""
+    """Contexts of one model, and a method for each step. Results other than None are collected."""
 
     def __init__(self, llama: Llama, gguf: str, setup: dict[str, Any]) -> None:
         backend = setup.pop("backend")
@@ -45,7 +45,7 @@ class Player:
         self.logits.append(self._context.decode(tokens, wanted).copy())
 
     def attempt(self, tokens: list[Token], nodes: int | None) -> bool:
-        """Decode without logits, and abort after so many nodes; None: not. Was it decoded?"""
+        """Decode without logits, and abort after this number of nodes; None: not. Returns whether it was decoded."""
         self._context.prepare(tokens, wanted=[])
         self._nodes_left = nodes
         try:
@@ -91,20 +91,20 @@ class Player:
 
 
 class Requests:
-    """What can be asked."""
+    """The requests."""
 
     def __init__(self, _progress: Progress) -> None:
         self._llama = Llama()
 
     def play(self, gguf: str, setup: dict[str, Any], steps: list[list[Any]], file: str) -> list[bool]:
-        """Play the steps; their logits go to the file. Answers what each removal answered."""
+        """Run the steps; save their logits to the file. Returns the results of the removals."""
         player = Player(self._llama, gguf, setup)
         said = [getattr(player, step)(*given) for step, *given in steps]
         np.save(file, np.concatenate(player.logits))
         return [answer for answer in said if answer is not None]
 
     def tokenize(self, gguf: str, texts: list[str], special: bool) -> dict[str, Any]:
-        """Tokenize texts in hexadecimal; seconds: of the processor, for that alone."""
+        """Tokenize texts in hexadecimal; seconds: the processor time of tokenizing alone."""
         model = self._llama.load(gguf, vocab_only=True)
         ids, seconds = [], 0.0
         for text in map(bytes.fromhex, texts):

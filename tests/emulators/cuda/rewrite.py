@@ -54,7 +54,7 @@ def rewrite(source: str, name: str, fast_math: bool = False) -> str:
                 at = _shared(row, at, done)
             elif token.kind == "word" and token.text in ("asm", "__asm__", "__asm"):
                 at = _asm(row, at, done)
-            elif token.text == "__noinline__":  # a macro would take it from the standard library's attributes
+            elif token.text == "__noinline__":  # a macro would also replace the standard library's attributes
                 done.append(Token("other", "__attribute__((noinline))"))
                 at += 1
             elif fast_math and token.text in _FAST and not (done and done[-1].text in ("::", ".")):
