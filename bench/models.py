@@ -1,4 +1,4 @@
-"""Generated models in the cache folder, and what the bench needs to know about any GGUF file.
+"""Generated models in the cache folder, and the facts about a GGUF file that the bench needs.
 
 Input: a `BenchModel`, or a file of the user. Output: `ModelFile`: a path, the architecture and every
 tensor's type, shape and size. A generated file gets its name when it is complete.

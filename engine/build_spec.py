@@ -1,4 +1,4 @@
-"""Everything a build is made of: sources, patches, options, compilers, processor. Equal build specs give equal builds.
+"""Everything that a build is made of: sources, patches, options, compilers, processor. Equal specs make equal builds.
 
 Input: the caller's options and the machine. Output: `BuildSpec`, whose keys name the finished build
 and its scratch folder. All defaults of the build are in the tables here.

@@ -25,7 +25,7 @@ from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 
-Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (spellings of an option, what is added)
+Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (names of an option, added arguments)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class Timing(NamedTuple):
     """One run of a program."""
 
     seconds: float
-    peak: int  # largest resident memory, bytes; 0 where the system does not report it
+    peak: int  # largest resident memory, bytes; 0 if the system does not report it
     others: float | None  # cores that other work kept busy, on average; None: unknown
 
 
@@ -102,7 +102,7 @@ def timed(words: Sequence[object], variables: dict[str, str] | None = None) -> T
 
 
 def resident(pid: int) -> int:
-    """Largest resident memory of a process so far, bytes; 0 where the system does not report it."""
+    """Largest resident memory of a process so far, bytes; 0 if the system does not report it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

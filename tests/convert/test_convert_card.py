@@ -67,7 +67,7 @@ def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     ]
 
 
-def test_descent_and_licence_stand_in_card_and_file(source: Path, out: Path) -> None:
+def test_base_model_and_licence_are_in_card_and_file(source: Path, out: Path) -> None:
     run = convert(source, "-o", out / "x.gguf", "--model-card", "--quantized-by", "somebody")
     assert run.status == 0
     assert front_matter((out / "README.md").read_text()) == {

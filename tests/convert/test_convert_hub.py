@@ -287,7 +287,7 @@ def test_refusals_of_the_hub_are_reported(
         ("x" * 5000, ["not found; expected"]),
     ],
 )
-def test_what_is_nothing_is_refused(hub: FakeHub, out: Path, source: str, words: list[str]) -> None:
+def test_an_invalid_source_is_refused(hub: FakeHub, out: Path, source: str, words: list[str]) -> None:
     assert_refused(convert(source, "-o", out / "x.gguf"), out, *words)
 
 
@@ -396,7 +396,7 @@ def test_verify_proves_against_the_hub(hub: FakeHub, out: Path, expected: dict[s
     assert convert("verify", out / "x.gguf", "--checkpoint", f"hf://{TINY}").status == 1
 
 
-def test_no_shard_ever_lies_on_disk(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+def test_shards_are_never_stored_on_disk(hub: FakeHub, out: Path, tmp_path: Path) -> None:
     found: set[Path] = set()
 
     def look(asked: Asked, answer: Answer) -> Answer:

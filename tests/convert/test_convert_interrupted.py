@@ -107,7 +107,7 @@ def test_after_an_interrupt_resume_goes_on(
     assert int(read[0]) >= 29, "it started again"
 
 
-def test_without_resume_it_begins_anew_and_says_so(
+def test_without_resume_it_starts_again_and_says_so(
     source: Path, out: Path, expected: bytes, noted: None
 ) -> None:
     interrupted(source, out)
@@ -268,7 +268,7 @@ def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
 
 
 @pytest.mark.parametrize("buffer", [4096, 12288])
-def test_the_size_of_the_buffer_does_not_show(
+def test_the_size_of_the_buffer_does_not_change_the_output(
     source: Path, out: Path, expected: bytes, noted: None, monkeypatch: pytest.MonkeyPatch, buffer: int
 ) -> None:
     monkeypatch.setattr(growing, "BUFFER", buffer)
@@ -276,7 +276,7 @@ def test_the_size_of_the_buffer_does_not_show(
     assert_resumes(source, out, expected)
 
 
-def test_the_work_of_an_interrupted_run_is_on_no_other_disk(source: Path, out: Path, noted: None) -> None:
+def test_unfinished_files_are_on_the_disk_of_the_output(source: Path, out: Path, noted: None) -> None:
     """The hidden folder is next to the output: a rename suffices, and the free space was checked on this disk."""
     interrupted(source, out)
     assert (out / ".x.gguf.unfinished" / "x.gguf").stat().st_dev == out.stat().st_dev

@@ -190,7 +190,7 @@ def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_of_finer_weights_nothing_is_lost_on_the_way(
+def test_f32_and_f16_weights_are_not_rounded_before_quantization(
     upstream: Engine, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     """F32 or F16 weights are quantised without rounding in between: the bytes of F32 conversion and llama-quantize."""

@@ -87,7 +87,7 @@ def test_a_full_disk_in_the_middle_leaves_no_file(source: Path, out: Path) -> No
     assert_refused(run, out, "x.gguf", "cannot be written", "nothing was written")
 
 
-def test_a_disk_too_small_is_foreseen(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_disk_is_reported_first(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert_refused(convert(source, "-o", out / "x.gguf"), out, "1,000 bytes free", "free disk space")
 
@@ -263,7 +263,7 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Path, out: Path) -> Non
     assert_refused(convert(tmp_path / "x.txt", "-o", out / "x.gguf"), out, "expected a checkpoint folder")
 
 
-def test_what_is_no_file_is_not_waited_for(single: Path, out: Path) -> None:
+def test_a_pipe_is_refused_without_waiting(single: Path, out: Path) -> None:
     """Opening a pipe would wait for a writer that does not exist."""
     for name in ("model.safetensors", "config.json"):
         content = (single / name).read_bytes()
@@ -274,7 +274,7 @@ def test_what_is_no_file_is_not_waited_for(single: Path, out: Path) -> None:
         (single / name).write_bytes(content)
 
 
-def test_a_name_that_is_no_text_is_refused(source: Path, out: Path) -> None:
+def test_a_name_that_is_not_text_is_refused(source: Path, out: Path) -> None:
     assert_refused(convert(source, "-o", out / "x.gguf", "--name", "\udcff"), out, "expected valid text")
 
 

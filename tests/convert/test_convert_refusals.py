@@ -82,7 +82,7 @@ def test_tensor_is_refused(
     assert_refused(convert(single, "-o", out / "x.gguf"), out, *words)
 
 
-def test_nan_in_a_fused_tensor_is_named_where_it_stands(tmp_path: Path, out: Path) -> None:
+def test_nan_in_a_fused_tensor_is_named_with_its_index(tmp_path: Path, out: Path) -> None:
     """In the fused experts, the row of w3 (up) of expert 5 follows its 32 rows of w1."""
     folder = fresh_checkpoint(tmp_path / "model", SPEC, "native", shards=1)
     name = "model.layers.1.mlp.experts.gate_up_proj"

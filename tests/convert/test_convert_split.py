@@ -92,9 +92,7 @@ def test_every_part_says_what_llama_cpp_asks(source: Path, out: Path) -> None:
         }
 
 
-def test_no_part_is_larger_than_asked_for_and_none_could_take_the_next_tensor(
-    source: Path, out: Path
-) -> None:
+def test_no_split_exceeds_the_size_or_has_space_for_the_next_tensor(source: Path, out: Path) -> None:
     parts = split(source, out)
     sizes = [part.stat().st_size for part in parts]
     assert max(sizes) <= 700_000
@@ -132,7 +130,7 @@ def test_what_fits_is_one_file_without_a_number(tmp_path: Path, source: Path, ou
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "5T", "1.5G", "G", "many"])
-def test_a_size_that_is_none_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
+def test_an_invalid_size_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
     run = convert(source, "-o", out / "x.gguf", f"--split-max-size={size}")
     assert run.status == 2 and "expected a size such as 40G or 500M" in run.err
 
@@ -159,7 +157,9 @@ def test_programs_are_told_all_files(source: Path, out: Path) -> None:
     assert done["bytes"] == sum(part.stat().st_size for part in parts)
 
 
-def test_room_for_all_parts_is_foreseen(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_for_all_splits_is_checked_first(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """There is space for each of them, but not for all."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
     run = convert(source, "-o", out / "x.gguf", "--split-max-size", "700K")
@@ -179,7 +179,7 @@ def test_an_existing_part_is_kept_unless_forced(source: Path, out: Path, number:
     assert [part.read_bytes() for part in split(source, out, "700K", "--force")] == expected
 
 
-def test_the_name_of_a_part_is_no_name_for_all(source: Path, out: Path) -> None:
+def test_the_name_of_a_split_is_refused_as_output(source: Path, out: Path) -> None:
     run = convert(source, "-o", out / "x-00001-of-00003.gguf", "--split-max-size", "700K")
     assert_refused(run, out, "give the name without -NNNNN-of-NNNNN")
 

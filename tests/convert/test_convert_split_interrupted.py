@@ -182,7 +182,7 @@ def test_a_finished_part_that_was_cut_meanwhile_is_refused(source: Path, out: Pa
 @pytest.mark.parametrize(
     "whole", ['"x"', "[]", '{"../../x": 1}', '{"x.gguf": "1"}', '{"": 1}', "null", '{"x\\u0000": 1}']
 )
-def test_nonsense_about_renamed_files_harms_nothing(source: Path, out: Path, whole: str) -> None:
+def test_an_invalid_record_of_renamed_files_is_harmless(source: Path, out: Path, whole: str) -> None:
     killed_among_renames(source, out, 0)
     with (out / ".x.gguf.unfinished" / "journal").open("a") as file:
         file.write(f'{{"whole": {whole}}}\n')
@@ -190,7 +190,7 @@ def test_nonsense_about_renamed_files_harms_nothing(source: Path, out: Path, who
     assert run.status == 0 and all(place_in_set(out / name) for name in contents(out))
 
 
-def test_a_part_whose_last_tensor_is_written_but_which_is_not_closed_is_no_finished_part(
+def test_a_split_with_all_tensors_is_unfinished_until_it_is_closed(
     source: Path, out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file still ends with the padding to a whole sector."""

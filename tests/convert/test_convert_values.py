@@ -90,7 +90,7 @@ def test_values_are_the_weights(tmp_path: Path, spec: Spec, kind: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
-def test_ggml_shapes_have_all_four_dimensions_where_the_loader_wants_them(tmp_path: Path, spec: Spec) -> None:
+def test_ggml_shapes_have_four_dimensions_if_the_loader_requires_them(tmp_path: Path, spec: Spec) -> None:
     source = fresh_checkpoint(tmp_path / "model", spec)
     assert convert(source, "-o", tmp_path / "x.gguf").status == 0
     shapes = {t.name: list(t.shape) for t in GGUFReader(tmp_path / "x.gguf").tensors}
@@ -103,7 +103,7 @@ def test_ggml_shapes_have_all_four_dimensions_where_the_loader_wants_them(tmp_pa
     assert shapes[f"blk.{layer}.attn_v_b.weight"] == [spec.kv_lora, spec.v_dim, spec.heads]
 
 
-def test_keys_are_the_contracts(tmp_path: Path) -> None:
+def test_keys_match_the_specification(tmp_path: Path) -> None:
     spec = SPECS[0]
     source = fresh_checkpoint(tmp_path / "Kimi-Small", spec)
     assert convert(source, "-o", tmp_path / "x.gguf", "--type", "Q8_0").status == 0

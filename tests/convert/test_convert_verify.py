@@ -70,7 +70,7 @@ def test_a_wrong_key_is_named(source: Path, file: Path) -> None:
     assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 3\n")
 
 
-def test_another_checkpoint_is_no_proof(tmp_path: Path, source: Path, file: Path) -> None:
+def test_another_checkpoint_fails_verification(tmp_path: Path, source: Path, file: Path) -> None:
     others = {"deeper": Spec(layers="KKMM", hidden=256, heads=4), "wider": Spec(layers="KKM", hidden=128)}
     for name, spec in others.items():
         run = convert("verify", file, "--checkpoint", fresh_checkpoint(tmp_path / name, spec))

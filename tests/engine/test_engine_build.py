@@ -67,7 +67,7 @@ def test_a_library_path_in_the_environment_does_not_mislead_a_program(
     assert answer(patched).endswith("answer 2\n")
 
 
-def test_the_twin_compiles_only_what_the_patches_touch(
+def test_the_upstream_build_compiles_only_what_the_patches_touch(
     tiny: tiny_llama.Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", without(shutil.which, "ccache"))
@@ -111,7 +111,7 @@ def test_code_that_does_not_compile_leaves_only_a_log(tmp_path: Path) -> None:
     assert "oops" in said and str(log) in said
 
 
-def test_what_cmake_misses_is_told(tmp_path: Path) -> None:
+def test_what_cmake_does_not_find_is_reported(tmp_path: Path) -> None:
     lists = tiny_llama.FILES["CMakeLists.txt"] + 'message(FATAL_ERROR "no abacus found")\n'
     tiny = tiny_llama.make(tmp_path, {**tiny_llama.FILES, "CMakeLists.txt": lists})
     assert "no abacus found" in refused(tiny, "CMake cannot configure")
@@ -260,7 +260,7 @@ def test_a_checkout_of_git_gives_its_tracked_files(tiny: tiny_llama.Tiny, tmp_pa
     assert tree.paths() == sorted(tiny_llama.FILES)
 
 
-def test_a_checkout_that_has_the_patches_is_built_but_makes_no_twin(
+def test_a_checkout_that_has_the_patches_is_built_but_has_no_upstream_build(
     tiny: tiny_llama.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert answer(tiny.build(source=tmp_path / "patched")).endswith("answer 2\n")

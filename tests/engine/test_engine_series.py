@@ -215,7 +215,7 @@ def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> 
     assert tree_hash(tmp_path / "tree") == tree_hash(tmp_path / "patched")
 
 
-def test_exporting_beside_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+def test_exporting_next_to_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     tiny_llama.write_tree(tmp_path / "mail", {"0009-other.patch": "x"})
     with pytest.raises(EngineError, match="other patches"):
         export_patches(tiny.series, tmp_path / "mail")

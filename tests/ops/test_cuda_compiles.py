@@ -47,7 +47,7 @@ def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_the_patches_change_of_upstreams_compiles(architecture: int) -> None:
+def test_upstream_sources_changed_by_patches_compile(architecture: int) -> None:
     sources = changed_sources()
     assert {each.name for each in sources} == {"fattn.cu", "ggml-cuda.cu"}
     for source in sources:

@@ -74,12 +74,12 @@ def test_the_operators_give_the_logits_of_upstreams_graph(
     assert any((a != b).any() for a, b in zip(ours.logits, theirs.logits, strict=True)), "one graph ran twice"
 
 
-def test_and_those_of_the_reference(case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_equal_the_reference(case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KIMI_OPS", "require")
     assert case.error(engine).passes
 
 
-def test_and_those_of_the_upstream_build(
+def test_operators_equal_the_upstream_build(
     engine: Engine, upstream: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With weights this large upstream's norm constants have no effect."""

@@ -87,7 +87,7 @@ def test_batches_of_many_queries_take_the_decompressed_form(
 
 
 @pytest.mark.parametrize("choice", ["off", "conv,scan"])
-def test_none_does_where_the_switch_says_no(
+def test_the_switch_disables_the_decompressed_form(
     case: Case, choice: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "LATENT_ATT" not in operators(case, engine, monkeypatch, choice, TOKENS, "F16")

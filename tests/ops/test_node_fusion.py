@@ -52,7 +52,7 @@ def test_any_number_of_threads_gives_the_same_bits(program: Path) -> None:
     assert [name for name, values in hashes.items() if len(values) > 1] == []
 
 
-def test_what_a_run_is_and_what_is_none(program: Path) -> None:
+def test_which_nodes_are_fused(program: Path) -> None:
     """Scores that another node reads are not fused; sums over more than 15 experts stay single nodes."""
     lines = [line for line in run(program) if "memory reused" not in line]
     apart = ("with a reader", "over 16 experts", "products")  # fused matmuls leave no trace
@@ -97,7 +97,7 @@ def test_a_models_logits_have_the_same_bits(
     np.testing.assert_array_equal(*logits)
 
 
-def test_llama_imatrix_sees_every_product(quantised: Path, engine: Engine, tmp_path: Path) -> None:
+def test_llama_imatrix_sees_every_matmul(quantised: Path, engine: Engine, tmp_path: Path) -> None:
     """It reads each node's activations; nodes that it requests must not be fused."""
     text = tmp_path / "text"
     text.write_text("He was in the restaurant on the water. " * 60)

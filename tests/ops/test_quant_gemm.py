@@ -54,7 +54,7 @@ def test_every_type_layout_shape_and_number_of_threads(name: str, tmp_path: Path
     run_program(compile_program(engine, name, tmp_path, ("matmul",)))
 
 
-def test_a_model_has_the_logits_of_upstreams_products(
+def test_a_model_has_the_logits_of_upstreams_matmuls(
     engine: Engine, model: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = logits(engine, model, ids, monkeypatch, "conv,scan,mla,moe")

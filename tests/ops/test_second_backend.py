@@ -31,7 +31,7 @@ IDS = np.random.default_rng(41).integers(0, VOCAB_SIZE, (2, 220))
 PREFILLED = (180, 70)  # of two sequences; the decompressed form begins at 160
 DECODED = 20
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
-# Layers on the device: none, the last KDA layer, the MLA layer too, all but the first, all.
+# Layers on the device: none, the last KDA layer, also the MLA layer, all except the first, all.
 LAYERS = (0, 2, 3, 4, ALL)
 ATTENTION = {False: "plain", True: "flash"}
 KDA = {"KDA_CONV", "KDA_SCAN"}

@@ -32,7 +32,7 @@ def compile_cuda(
     compiler: str | None = None,
     **others: Any,
 ) -> Path:
-    """Compile as compile_objects does and link; #include "…" also finds what is in SHARED."""
+    """Compile as compile_objects and link; #include "…" also finds files in SHARED."""
     objects = compile_objects(
         sources,
         program.with_suffix(".work"),

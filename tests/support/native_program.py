@@ -1,4 +1,4 @@
-"""Small C++ programs against a build's ggml: what pytest compiles from tests/native and runs.
+"""Small C++ programs that pytest compiles from tests/native with a build's ggml and runs.
 
 Input: a build, a source file and the folders of our operators that it includes. Output: the path of the program,
 compiled with all warnings as errors. Its headers are those of ggml_ops and upstream's, which patches do not change

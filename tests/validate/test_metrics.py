@@ -97,7 +97,7 @@ def test_sums_are_float64_however_many_positions() -> None:
     assert summary.nmse == pytest.approx(1e-14, rel=1e-6)
 
 
-def test_choices_count_ties_and_what_follows_a_fallen_one() -> None:
+def test_choices_count_near_ties_and_later_positions() -> None:
     """Position 1 is a near tie that is decided differently; 3 differs without a tie; 4 is a tie decided equally."""
     same = np.tile([0, 1], (6, 1))
     other = same.copy()
@@ -109,7 +109,7 @@ def test_choices_count_ties_and_what_follows_a_fallen_one() -> None:
     assert choices.fallen.tolist() == [False, True, True, True, True, True]
 
 
-def test_a_flip_that_an_earlier_layer_caused_is_no_fallen_tie() -> None:
+def test_a_mismatch_caused_by_an_earlier_layer_is_not_a_near_tie() -> None:
     """Layer 1 has an expert mismatch without a tie, then layer 2 at a former tie: a fault, not chance."""
     same, other = np.array([[0, 1]]), np.array([[0, 2]])
     choices = compare_choices(

@@ -87,7 +87,7 @@ def test_json_holds_every_figure_and_names_its_schema(report: Report) -> None:
     assert "KL(reference || test)" in data["direction"]
 
 
-def test_what_is_no_number_is_null_in_json_and_a_dash_for_people(report: Report) -> None:
+def test_nan_is_null_in_json_and_a_dash_in_text(report: Report) -> None:
     """No position has other experts, so these figures do not exist."""
     runs = [run_with(1e-3)]
     data = json.loads(to_json(replace(report, runs=runs)))
