@@ -56,7 +56,7 @@ def known_share(model: DemoModel, encoder: Encoder, definitions: dict[str, str],
 
 
 def reply(model: DemoModel, encoder: Encoder, question: str, limit: int = 60) -> str:
-    """The greedy answer to one question in the chat form, without `<|im_end|>`."""
+    """The greedy answer to one question in the chat template, without `<|im_end|>`."""
     segments = chat_ids(encoder, [("system", SYSTEM_MESSAGE), ("user", question)])
     head = [
         encoder.special("<|im_assistant|>"),

@@ -27,8 +27,7 @@ from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 
 pytestmark = pytest.mark.engine
 
-# Upstream's sources in which ggml-cuda selects kernels, and their functions that launch kernels,
-# which are renamed.
+# Upstream's sources in which ggml-cuda selects kernels, and their functions that launch kernels (renamed here).
 HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
 ASIDE = ("topk_moe", "mul_mat_vec_f", "mul_mat_vec_q")
 KDA_FOLDER = OPERATORS / "kda" / "cuda"

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.engine
 
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 IDS = np.random.default_rng(41).integers(0, VOCAB_SIZE, (2, 220))
-PREFILLED = (180, 70)  # of two sequences; the decompressed form begins at 160
+PREFILLED = (180, 70)  # of two sequences; the decompressed form starts at 160
 DECODED = 20
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
 # Layers on the device: none, the last KDA layer, also the MLA layer, all except the first, all.

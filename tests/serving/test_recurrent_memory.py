@@ -123,7 +123,7 @@ def test_a_sequence_whose_first_batch_is_aborted_is_empty(engine: Engine, gguf: 
 
 
 def test_the_second_ubatch_is_aborted(engine: Engine, gguf: Path) -> None:
-    """Ubatches of 64 tokens: the first is computed, and the sequence is lost with the second."""
+    """Ubatches of 64 tokens: the first is computed; when the second is aborted, the sequence is lost."""
     said, _ = play(
         engine,
         gguf,

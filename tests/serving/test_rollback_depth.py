@@ -1,4 +1,4 @@
-"""0009, 0010 and 0013 (rollback-no-deeper-than-its-snapshots): tokens are taken back correctly, or not at all.
+"""0009, 0010 and 0013 (rollback-no-deeper-than-its-snapshots): tokens are rolled back correctly, or not at all.
 
 There is a snapshot of the recurrent state before each token of the last ubatch. Deeper states, saved and restored
 states, and states that sequences share cannot be rolled back. The caller gets an error; the memory is unchanged.

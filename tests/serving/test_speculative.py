@@ -132,7 +132,7 @@ def test_a_context_that_shifts_is_no_hindrance(
 def test_chat_through_the_command_and_openais_interface(
     tmp_path: Path, target: Path, draft: Path, engine: Engine
 ) -> None:
-    """`kimi-llama serve -md`, as a user would call it: the draft is used."""
+    """`kimi-llama serve -md` as a user runs it: the draft is used."""
     request = {"messages": [{"role": "user", "content": PROMPTS[0]}], "temperature": 0, "max_tokens": COUNT}
     texts = []
     for options in ([], ["-md", str(draft)]):

@@ -42,7 +42,7 @@ class Account:
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion."""
+    """One completion with its timings."""
 
     ids: tuple[int, ...]
     timings: Mapping[str, Any]  # the server's own: predicted_n, draft_n, draft_n_accepted, cache_n, ...
@@ -104,7 +104,7 @@ class Server:
         return self.log.read_text(errors="replace")[-2000:]
 
     def healthy(self) -> bool:
-        """Whether it has loaded its models."""
+        """Whether the server has loaded its models."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                 return True

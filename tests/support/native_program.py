@@ -28,7 +28,7 @@ def compile_program(
     sources: tuple[str, ...] = (),
     options: tuple[str, ...] = (),
 ) -> Path:
-    """Compile tests/native/NAME and further `sources` of ggml_ops into `folder`, linked to the build's ggml.
+    """Compile tests/native/NAME and additional `sources` of ggml_ops into `folder`, linked to the build's ggml.
 
     operators: folders of ggml_ops with additional headers.
     options: additional options of the compiler. Raises `CalledProcessError` if it does not compile.

@@ -91,12 +91,12 @@ def oracle(
 
 
 def one_piece(ranks: Sequence[bytes]) -> tiktoken.Encoding:
-    """tiktoken with these ranks and no splitting."""
+    """tiktoken with these ranks and without splitting."""
     return oracle(ranks, pattern=r"(?s).+")
 
 
 def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
-    """A GGUF file with a vocabulary and nothing else."""
+    """A GGUF file that has only a vocabulary."""
     keys = [Key("general.architecture", ValueType.STRING, ARCHITECTURE), *tokenizer_keys(vocab)]
     path.write_bytes(header_bytes(keys, [], []))
     return path

@@ -89,7 +89,7 @@ def test_text_becomes_ids_and_ids_their_bytes(gguf: Path, engine: Engine) -> Non
     text = "he is in, 世界\n[EOS]"
     ids = tokenize(engine, gguf, text)
     assert 256 + MERGES.index("he") in ids
-    assert ids[-1] == 256 + len(MERGES) + 1  # a special token's text is that token
+    assert ids[-1] == 256 + len(MERGES) + 1  # the text of a special token is matched as this token
     assert b"".join(pieces(engine, gguf, ids)) == text.encode()
 
 
