@@ -30,10 +30,10 @@ from kimi_gguf.bench.statistics import Summary, best, stable, summary, worth_mea
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
 
-LONG = 2.0  # seconds of a decode; in longer ones the first touch of memory does not count
+LONG = 2.0  # seconds of a decode; in longer ones the first touch of memory is negligible
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
-# NMSE between the runners' logits after a shared state; above it the state was not shared. With random weights one
-# expert chosen otherwise moves them: upstream's own two layouts of Q4_K differ by 0.066. Another state gives 1.9.
+# Maximum NMSE between the runners' logits if they share a state. With random weights one expert mismatch is visible:
+# upstream's own two layouts of Q4_K differ by 0.066. A different state has an NMSE of 1.9.
 SAME = 0.5
 MIB = 2**20
 
@@ -54,7 +54,7 @@ class Result:
     samples: dict[str, list[float]]  # by variant: seconds of a decode, one for each sample
     screened: dict[str, float]  # variants of upstream that one sample ruled out: seconds of a decode
     steps: int  # decodes in a sample
-    others: float | None  # processors that other work took away meanwhile, on average; None: not known here
+    others: float | None  # average number of processors that other work used meanwhile; None: unknown
 
     @property
     def patched(self) -> Summary:
@@ -79,7 +79,7 @@ class Result:
 
 @dataclass
 class Loaded:
-    """What loading a model and making contexts reported."""
+    """Information reported when the model was loaded and the contexts were created."""
 
     load: dict[str, dict[str, Any]] = field(default_factory=dict)
     contexts: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -155,7 +155,7 @@ class Runners:
         self._at.clear()
 
     def go_to(self, variant: Variant, cell: Cell, place: tuple[Runner, str]) -> Path:
-        """Bring the variant's context to the cell's depth: from a saved state, or by decoding with our build.
+        """Bring the variant's context to the cell's depth: load a saved state, or decode with the patched build.
 
         Returns where the state is saved; there is none at depth 0.
         """
@@ -225,7 +225,7 @@ def measure_fitting(
 ) -> Iterator[Result]:
     """Measure on a device with `room` bytes free next to the models: the deepest cells are left out until all fit.
 
-    Contexts of one type of cache and number of sequences are there at a time.
+    At any time only contexts with one cache type and one number of sequences exist.
     """
     for (cache_type, sequences), group in itertools.groupby(cells, key=lambda c: (c.cache_type, c.sequences)):
         left, measured = list(group), set[Cell]()
@@ -259,7 +259,7 @@ def context_size(cells: Sequence[Cell]) -> int:
 
 
 def caches_bytes(model: ModelFile, cells: Sequence[Cell], upstream: Sequence[Variant]) -> float:
-    """Bytes of the latent caches in all contexts that these cells, alike in type and sequences, are measured in."""
+    """Bytes of the latent caches in all contexts for these cells, which have equal cache types and sequences."""
     whole = replace(cells[0], depth=context_size(cells), batch=0)
     return demand(model, whole).cache_bytes * (1 + len(variants(cells[0], upstream)))
 
@@ -267,11 +267,11 @@ def caches_bytes(model: ModelFile, cells: Sequence[Cell], upstream: Sequence[Var
 def measure_cell(
     runners: Runners, cell: Cell, places: Mapping[Variant, tuple[Runner, str]], settings: Settings
 ) -> Result:
-    """One cell: a first look at every variant, then A B A B between patched and the fastest variants of upstream."""
+    """Measure one cell: sample every variant once, then alternate A B A B with the fastest variants of upstream."""
     sampler = Sampler(cell, places)
     first = {variant: sampler.sample(variant, 1) for variant in places}
     steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[PATCHED])))
-    if steps > 1:  # the first decodes include the first touch of memory: look again
+    if steps > 1:  # the first decodes include the first touch of memory: sample again
         first = {variant: sampler.sample(variant, min(steps, 4)) for variant in places}
     rivals = {variant.name: seconds for variant, seconds in first.items() if variant != PATCHED}
     near = worth_measuring(rivals)
@@ -293,7 +293,7 @@ def measure_cell(
 
 
 class Sampler:
-    """Samples of a cell, and how much other work there was around them."""
+    """Samples of a cell, and the load of other programs meanwhile."""
 
     def __init__(self, cell: Cell, places: Mapping[Variant, tuple[Runner, str]]) -> None:
         self._cell, self._places = cell, places
@@ -317,11 +317,11 @@ class Sampler:
         return sum(seconds) / len(seconds)
 
     def forget(self) -> None:
-        """Count other work from here."""
+        """Start counting other work again."""
         self._taken.clear()
 
     def others(self) -> float | None:
-        """Processors that other work took away during the samples taken, on average; None where not known."""
+        """Average number of processors that other work used during the samples; None: unknown."""
         known = [(each.disturbance, each.took) for each in self._taken if each.disturbance is not None]
         return sum(work for work, _ in known) / sum(took for _, took in known) if known else None
 

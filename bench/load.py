@@ -82,7 +82,7 @@ def undisturbed(action: Callable[[], Answer], threads: int, own: Collection[int]
 
 
 def available_memory() -> int | None:
-    """Bytes of available memory; None where the system does not report it."""
+    """Bytes of available memory; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

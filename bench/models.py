@@ -1,4 +1,4 @@
-"""Generated models in the cache folder, and what the bench needs to know about any GGUF file.
+"""Generated models in the cache folder, and the facts about a GGUF file that the bench needs.
 
 Input: a `BenchModel`, or a file of the user. Output: `ModelFile`: a path, the architecture and every
 tensor's type, shape and size. A generated file gets its name when it is complete.
@@ -71,7 +71,7 @@ def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
 
 
 def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
-    """The generated file, made now unless it is in the cache. engine: whose llama-quantize and mix are used."""
+    """Return the generated file; make it if it is not in the cache. engine: its llama-quantize and mix are used."""
     path = model_path(model)
     if path.is_file():
         return path
@@ -92,13 +92,13 @@ def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
             plan, weights.pieces, path, overwrite=True, identity=Identity(plan=model.key, sources=""), resume=False,
             report=report, check=lambda _tensor: None,
         )  # fmt: skip
-    finally:  # what a conversion keeps for --resume is of no use here
+    finally:  # the files that a conversion keeps for --resume are not needed here
         shutil.rmtree(folder_of(path), ignore_errors=True)
     return path
 
 
 def open_model(path: Path) -> ModelFile:
-    """Look at a file's header. Raises `EngineError` for a file that is no GGUF or of another architecture."""
+    """Read a file's header. Raises `EngineError` if it is not a GGUF file or has another architecture."""
     check_gguf(path)
     try:
         with GgufModel(path) as model:

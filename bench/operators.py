@@ -1,7 +1,7 @@
 """Times single operators of one layer: KDA recurrence, convolutions, latent attention; upstream and patched.
 
 Input: the libraries of both builds. Output: a row for each case: seconds per layer and call. native/operators.cpp
-lists the graph of each case; it is compiled once for each build. Upstream uses the nodes of its own graph; where
+lists the graph of each case; it is compiled once for each build. Upstream uses the nodes of its own graph; if
 there are two variants, the faster one counts.
 
     python -m kimi_gguf.bench.operators BUILD CASE [key=value ...]     one case; BUILD: patched or upstream

@@ -18,7 +18,7 @@ from kimi_gguf.engine.builds import cache_folder, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import cpu_fingerprint, find_compilers
 
-# gnu++: with plain c++17 GCC does not contract a product and a sum into one instruction
+# gnu++: with plain c++17 GCC does not contract a multiply and an add into one instruction
 # -O2: at -O3 GCC 12 copies accumulators of peaks.cpp inside its loop, and half of the int8 peak is lost
 FLAGS = ("-std=gnu++17", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread")
 NATIVE = ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)

@@ -55,7 +55,7 @@ def new_record(
 
 
 def checkout() -> str | None:
-    """The commit of this project, marked where files differ from it; None where it is installed without git."""
+    """The commit of this project, marked if files differ from it; None if it is installed without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -65,7 +65,7 @@ def checkout() -> str | None:
 
 
 def model_data(model: ModelFile, runners: Runners) -> Data:
-    """A model of the record; its cells come as they are measured. `about` is the runners's own and fills later."""
+    """A model of the record; cells are added when they are measured. The runners fill `about` later."""
     return {
         "name": model.name,
         "architecture": model.architecture,
@@ -104,7 +104,7 @@ def floor_data(result: Result, needs: Demand, peaks: Peaks) -> Data:
 
 
 def save(record: Data, file: Path) -> None:
-    """Write the record so that the name never holds half of one."""
+    """Write the record atomically."""
     text = json.dumps(record, indent=1)
     atomically(file, lambda part: part.write_text(text + "\n"))
 
@@ -122,7 +122,7 @@ def load_all(file: Path) -> list[Data]:
 
 
 def save_all(records: Sequence[Data], file: Path) -> None:
-    """Write a machine's file: facts of the machine and of each build once, then one record a line."""
+    """Write a machine's file: the facts of the machine and of each build once, then one record per line."""
     engines: list[Data] = []
     lines = []
     for record in sorted(records, key=lambda record: str(record["created"])):
@@ -139,7 +139,7 @@ def save_all(records: Sequence[Data], file: Path) -> None:
 
 
 def add(record: Data, file: Path) -> None:
-    """Add a record to a machine's file, which is made where there is none. Raises `EngineError`."""
+    """Add a record to a machine's file, creating it if needed. Raises `EngineError`."""
     there = load_all(file) if file.exists() else []
     for each in there[:1]:
         check_machine(each, record, file)

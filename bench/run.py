@@ -224,7 +224,7 @@ class Run:
         return found
 
     def peaks_around(self, threads: int, peaks: dict[int, Peaks]) -> Peaks:
-        """Peak rates for a cell: the mean of before and after it. The latter replaces the former in `peaks`.
+        """Peak rates for a cell: the mean of those before and after it. The latter replace the former in `peaks`.
 
         If other machines share the memory, its bandwidth changes from minute to minute.
         """

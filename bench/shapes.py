@@ -29,7 +29,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.patches.pin import load_pin
 
-GENERATOR = 1  # raise it when the same BenchModel comes out as another file
+GENERATOR = 1  # increment it when the same BenchModel results in a different file
 
 # What differs from the 48B's config.json. "tiny" is for tests: K-quants require rows of 256.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -47,14 +47,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# family: (architecture, one MLA layer in how many, rank of the queries' compression)
+# family: (architecture, number of layers per MLA layer, rank of query compression)
 FAMILIES: dict[str, tuple[str, int, int | None]] = {
     "kimi-linear": (ARCHITECTURE, 4, None),
     "all-mla": (ARCHITECTURE, 1, None),  # the same layers with latent attention everywhere
     "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture requires a rank
 }
 
-COMPARABLE = ("kimi-linear", "deepseek2")  # upstream aborts at the first decode of one without any KDA layer
+COMPARABLE = ("kimi-linear", "deepseek2")  # upstream aborts at the first decode of a model without KDA layers
 
 TYPES = ("Q4_0", "Q4_K_M", "Q8_0", "BF16")
 
@@ -63,7 +63,7 @@ _DRY_RUN_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), 
 
 @dataclass(frozen=True)
 class BenchModel:
-    """What is chosen about a generated model."""
+    """The options of a generated model."""
 
     family: str = "kimi-linear"
     layers: int = 8
@@ -125,7 +125,7 @@ def keys_of(model: BenchModel, config: KimiConfig) -> list[Key]:
 
 
 def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) -> Plan:
-    """The whole file; without `types` everything large is BF16."""
+    """The plan of the file; without `types` all large tensors are BF16."""
     config = config_of(model)
     tensors: list[PlannedTensor] = []
     for output in outputs(config):
@@ -135,16 +135,16 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
 
 
 def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
-    """Each tensor's type as llama-quantize would choose it, by name; None for BF16, which it does not touch.
+    """Each tensor's type as llama-quantize would choose it, by name; None for BF16 tensors, which it keeps.
 
-    quantize: the program. Raises `EngineError` where it fails or says something unexpected.
+    quantize: the program. Raises `EngineError` if it fails or prints something unexpected.
     """
     if model.type == "BF16":
         return None
     plan = plan_of(model)
     with tempfile.TemporaryDirectory() as folder:
         sparse = Path(folder) / "sparse.gguf"
-        with sparse.open("wb") as file:  # a hole where the data would be
+        with sparse.open("wb") as file:  # a hole instead of the data
             (whole,) = plan.files
             file.write(whole.header)
             file.truncate(whole.nbytes)

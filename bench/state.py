@@ -2,8 +2,8 @@
 
 Input: the bytes of llama_state_seq_get_data for one stream with latent attention. Output: the edited bytes.
 The layout (llama.cpp, llama_kv_cache::state_write and llama_memory_recurrent::state_write): a mark and the
-sequence's number; streams, cells; of each cell its position and sequence; whether V is transposed, layers; of each
-layer the type, the row's size and a row for each cell; then the recurrent part: cells, the position, and states.
+number of the sequence; streams, cells; the position and sequence of each cell; whether V is transposed, layers; for
+each layer the type, the row size and a row per cell; then the recurrent part: cells, the position, and states.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-HEAD = 8  # bytes of the mark and the sequence's number
+HEAD = 8  # bytes of the mark and the sequence number
 CELL = np.dtype([("position", "<i4"), ("sequences", "<u4"), ("sequence", "<i4")])
 ROWS = np.dtype([("type", "<i4"), ("size", "<u8")])  # packed, as written
 
@@ -28,7 +28,7 @@ def _check(condition: bool) -> None:
 
 
 def _cells(state: Bytes) -> int:
-    """Cells of the one stream."""
+    """Number of cells of the only stream."""
     streams, cells = state[HEAD : HEAD + 8].view("<u4").tolist()
     _check(streams == 1 and cells > 0)
     return int(cells)
@@ -37,8 +37,8 @@ def _cells(state: Bytes) -> int:
 def plain_layout(state: Bytes) -> Bytes:
     """The state for a context without flash attention.
 
-    With latent attention the cache holds K alone, V being the beginning of each row, so both hold the same bytes;
-    only the flag that says whether V is transposed differs.
+    With latent attention the cache stores only K, and V is the beginning of each row. Both layouts therefore have the
+    same bytes; only the flag for a transposed V differs.
     """
     flag = HEAD + 8 + _cells(state) * CELL.itemsize
     _check(state[flag : flag + 4].tobytes() in (bytes(4), b"\1\0\0\0"))
@@ -48,10 +48,10 @@ def plain_layout(state: Bytes) -> Bytes:
 
 
 def repeated(state: Bytes, depth: int) -> Bytes:
-    """The state of `depth` tokens whose rows of the cache are those of the given state again and again.
+    """The state of `depth` tokens, made by repeating the cache rows of the given state.
 
-    The time of attention does not depend on the values, so a depth that takes hours to decode is available at once.
-    The recurrent part stays as it is but for its position.
+    The time of attention does not depend on the values, so a large depth does not require hours of decoding.
+    The recurrent part is unchanged except for its position.
     """
     cells = _cells(state)
     at = HEAD + 8 + cells * CELL.itemsize

@@ -1,8 +1,8 @@
-"""Random weights for the generated models, made fast: a pool of encoded rows for each kind of row, then slices.
+"""Random weights for the generated models, made quickly as slices of a pool of encoded rows for each kind of row.
 
 Input: planned tensors. Output: their bytes in chunks. Rows are normal with deviation 1/sqrt(columns), so
 that every matmul keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
-No row follows its neighbours' order in another tensor: each slice of the pool begins at a random row.
+Each slice starts at a random row of the pool, so that tensors do not repeat the same sequence of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POOL_ROWS = 1021  # a prime, so that slices do not line up with heads or experts
 
 
 def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Values | None:
-    """Values of the tensors that are no weight matrices, [rows, columns]; None for the others."""
+    """Values [rows, columns] of tensors that are not weight matrices; None for weight matrices."""
     size = int(np.prod(shape))
 
     def normal(mean: float, deviation: float) -> Values:
@@ -44,19 +44,19 @@ def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 
 
 class Weights:
-    """The bytes of planned tensors, the same for the same order of calls."""
+    """The bytes of planned tensors, deterministic for the same order of calls."""
 
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
         self._rng = np.random.default_rng(1)
-        self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns: twice the same rows
+        self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns; all rows are stored twice
 
     def pieces(self, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Bytes]]:
-        """The data of all tensors in order, each piece with its tensor."""
+        """The data of all tensors in order, as chunks, each with its tensor."""
         return ((tensor, piece) for tensor in tensors for piece in self.pieces_of(tensor))
 
     def pieces_of(self, tensor: PlannedTensor) -> Iterator[Bytes]:
-        """One tensor's data in order."""
+        """The data of one tensor in order."""
         ne = tensor.output.ne
         values = small_values(tensor.name, ne, self._rng)
         if values is not None:

@@ -26,12 +26,12 @@ FALLBACK = re.compile(r"operators not used|stays absorbed")  # ggml_ops/*/graph
 
 
 class Requests:
-    """What can be asked; the model and its contexts, one for each set of options."""
+    """The requests, and the model and its contexts, one for each set of options."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._fallbacks: list[str] = []  # what our operators did not serve, and why
-        self._memory: dict[str, dict[str, float]] = {}  # figure -> buffer -> MiB, since it was last emptied
+        self._fallbacks: list[str] = []  # operators that were not used, and the reasons
+        self._memory: dict[str, dict[str, float]] = {}  # figure -> buffer -> MiB, since the last reset
         self._llama = Llama(self._on_line)
         self._model: Model | None = None
         self._contexts: dict[str, BenchContext] = {}
@@ -44,17 +44,17 @@ class Requests:
             buffers[match[1]] = buffers.get(match[1], 0.0) + float(match[3])
 
     def _load_backend(self) -> None:
-        """The backend that GGML_BACKEND_PATH names, as llama.cpp's programs have it."""
+        """Load the backend that GGML_BACKEND_PATH names, as llama.cpp's programs do."""
         if path := os.environ.get("GGML_BACKEND_PATH"):
             self._llama.load_backend(path)
 
     def devices(self) -> dict[str, Any]:
-        """What there is to compute on."""
+        """The available devices."""
         self._load_backend()
         return {"devices": self._llama.devices()}
 
     def load(self, gguf: str, repack: bool, device: str | None = None) -> dict[str, Any]:
-        """Load the model, all of it onto a device; `seconds` is the time of loading alone."""
+        """Load the model, on a device with all layers; `seconds` is the time of loading alone."""
         params: dict[str, Any] = {"n_gpu_layers": 0}
         if device is not None:
             self._load_backend()
@@ -70,7 +70,7 @@ class Requests:
         }
 
     def context(self, name: str, **options: Any) -> dict[str, Any]:
-        """Make the context `name`, if it is not there; see BenchContext for the options."""
+        """Create the context `name` if it does not exist; see BenchContext for the options."""
         if name not in self._contexts:
             self._memory = {}
             assert self._model is not None
@@ -95,9 +95,9 @@ class Requests:
         return {}
 
     def restore(self, name: str, file: str, depth: int | None = None) -> dict[str, Any]:
-        """Load and keep the states of a file. depth: repeat them to so many tokens instead, and do not keep them.
+        """Load and keep the states of a file. depth: repeat them up to this number of tokens, and do not keep them.
 
-        The answer's depth is the one at which llama.cpp goes on.
+        Returns the depth at which llama.cpp continues.
         """
         context, states = self._contexts[name], read_states(file)
         context.keep(states if depth is None else [repeated(state, depth) for state in states])
@@ -106,60 +106,60 @@ class Requests:
         return {"depth": context.depth}
 
     def empty(self, name: str) -> dict[str, Any]:
-        """No tokens in the context from now on."""
+        """Remove all tokens from the context."""
         self._contexts[name].keep([])
         return {}
 
     def time(
         self, name: str, batch: int, steps: int, warm: int, threads: int, back: bool = True
     ) -> dict[str, Any]:
-        """Seconds of each of `steps` decodes of `batch` tokens a sequence, after the kept state.
+        """Seconds of each of `steps` decodes of `batch` tokens per sequence, after the kept state.
 
-        warm: decodes before them, untimed. back: restore the state first; else go on from where the context is.
+        warm: untimed decodes before them. back: restore the state first; otherwise continue at the current position.
         """
         return {"seconds": self._contexts[name].time(batch, steps, warm, threads, back)}
 
     def logits(self, name: str, threads: int, file: str) -> dict[str, Any]:
-        """Logits of one more token of the first sequence, as .npy."""
+        """Save the logits of one more token of the first sequence as .npy."""
         np.save(file, self._contexts[name].next_logits(threads))
         return {}
 
 
 class BenchContext(Context):
-    """A context and the state that it is put back to before each measurement."""
+    """A context and the state that is restored before each measurement."""
 
     def __init__(
         self, model: Model, n_ctx: int, n_batch: int, sequences: int, flash: bool, **options: Any
     ) -> None:
-        """n_ctx: cells of each sequence. n_batch: tokens of a decode over all sequences. options: of Context."""
+        """n_ctx: cells per sequence. n_batch: tokens per decode over all sequences. options: of Context."""
         super().__init__(
             model, flash_attention=flash, n_ctx=n_ctx * sequences, n_seq_max=sequences,
             n_batch=max(n_batch, sequences), no_perf=True, **options,
         )  # fmt: skip
         self.sequences, self.flash = sequences, flash
         self.memory: dict[str, dict[str, float]] = {}
-        # the prompt of every build
+        # the same prompt for every build
         self._ids = np.random.default_rng(1).integers(0, model.n_vocab, 1 << 16).tolist()
         self.states: list[Bytes] = []
-        self.depth = 0  # tokens of a sequence in `states`
-        self._at = 0  # tokens of a sequence in the context
+        self.depth = 0  # tokens per sequence in `states`
+        self._at = 0  # tokens per sequence in the context
 
     def keep(self, states: list[Bytes]) -> None:
-        """From now on this is the state, of each sequence."""
+        """Keep the state of each sequence and restore it."""
         if states and len(states) != self.sequences:
             raise LlamaError(f"a state of {len(states)} sequences for a context of {self.sequences}")
         self.states = [plain_layout(state) for state in states] if not self.flash else states
         self.put_back()
 
     def put_back(self) -> None:
-        """The kept state into the context."""
+        """Restore the kept state."""
         self.clear(data=False)
         for sequence, state in enumerate(self.states):
             self.restore(sequence, state)
         self._at = self.depth = self.length(0)
 
     def fill(self, depth: int, progress: Progress) -> None:
-        """Decode up to `depth` tokens a sequence, and keep that."""
+        """Decode up to `depth` tokens per sequence, and keep that state."""
         if self.depth == depth == 0:
             return
         self.put_back()
@@ -193,7 +193,7 @@ class BenchContext(Context):
         return row
 
     def _next(self, count: int) -> None:
-        """Put the next `count` tokens of every sequence into the batch; as for a prompt, logits of each one's last."""
+        """Add the next `count` tokens of every sequence to the batch; as in a prompt, only the last has logits."""
         ids, wanted = self._ids, range(count - 1, count * self.sequences, count)
         tokens = [
             (sequence, self._at + i, ids[(self._at + i + 1000 * sequence) % len(ids)])

@@ -186,7 +186,7 @@ def _split_size(text: str) -> int:
 
 
 def _request(options: argparse.Namespace) -> TypeRequest:
-    """The requested types; the user's options take precedence over those of a recipe."""
+    """The requested types; the user's options take precedence over those of a mix."""
     recipe = RECIPES[options.recipe] if options.recipe else TypeRequest(options.type or TYPES["BF16"])
     if options.recipe and (options.type or options.pure):
         raise ConvertError("--recipe: sets the types of all tensors; remove --type and --pure")

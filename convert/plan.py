@@ -44,7 +44,7 @@ class Plan:
     split_max_size: int | None = None  # maximum bytes of a file; a larger tensor gets its own file
 
     def weights(self, tensor: PlannedTensor) -> Values | None:
-        """The importances of a tensor's columns, 1-D, one set per expert or head; None where none are known."""
+        """The importances of a tensor's columns, 1-D, one set per expert or head; None if they are unknown."""
         found = self.importances.weights.get(tensor.name) if self.importances else None
         return found if found is not None and len(found) == tensor.output.columns else None
 

@@ -42,7 +42,7 @@ def check(path: Path, pin: Pin) -> None:
 
 
 def obtain(pin: Pin, folder: Path, given: Path | None, reporter: Reporter) -> Path:
-    """The checked archive in `folder`: a copy of the user's one if given, else downloaded through pip if missing."""
+    """The checked archive in `folder`: copied from the user's file if given, else downloaded with pip if missing."""
     path = folder / pin.archive
     source = path if given is None else given
     if given is not None or path.exists():
@@ -64,10 +64,10 @@ def obtain(pin: Pin, folder: Path, given: Path | None, reporter: Reporter) -> Pa
 
 
 def unpack(archive: Path, wanted: dict[str, Path]) -> None:
-    """Write the archive's folders and files named in `wanted` to their places; git's own files are left out.
+    """Write the folders and files of the archive in `wanted` to their places, without git's own files.
 
-    Only plain files are written, each below its place: an archive with an absolute or climbing path, or with
-    a link or device inside a wanted folder, is refused whole before anything is written.
+    Only regular files are written, each below its place. An archive with an absolute path, a path with `..`, or a
+    link or device in a wanted folder is refused before anything is written.
     """
     with tarfile.open(archive) as tar:
         members = tar.getmembers()

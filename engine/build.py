@@ -1,11 +1,11 @@
-"""From a build spec to files: sources into the scratch folder, CMake, Ninja, and the result into its place.
+"""Makes a build from a build spec: prepares the sources, runs CMake and Ninja, and installs the result.
 
 Input: a `BuildSpec` and the cache's folders. Output: `engines/<key>/` with bin/, lib/, python/ and
 manifest.json, complete or not at all.
 
-The scratch folder `work/<key>/` (src/ and build/) outlives a build that succeeded, so that the upstream build and the
-test programs compile only what differs; Ninja decides that by file times and commands. It is removed when a
-build fails or is interrupted, and by the next build when one was killed.
+The scratch folder `work/<key>/` (src/ and build/) is kept after a successful build, so that the upstream build and the
+test programs compile only what differs; Ninja decides this by file times and commands. It is removed when a
+build fails or is interrupted; if a build was killed, the next build removes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
 
 NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
 PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, next to it in the archive
-NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # of no use in the scratch folder, and large
+NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # large, and not needed in the scratch folder
 _UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
 _RECORD = (
     "restore patches/ and ggml_ops/ as they were published; if they were changed on purpose, record the tree "
@@ -54,7 +54,7 @@ class Cache:
 
 @contextmanager
 def build_lock(cache: Cache, reporter: Reporter) -> Iterator[int]:
-    """Only one build at a time in a cache; yields the lock's file descriptor, to hand on to children."""
+    """Allow one build at a time in a cache; yields the lock's file descriptor, which child processes inherit."""
     try:
         import fcntl
     except ImportError as error:
@@ -91,7 +91,7 @@ def pinned_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter
 
 
 def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, reporter: Reporter) -> Path:
-    """Make the build that the build spec describes; the lock is taken here. Returns its folder."""
+    """Make the build of a build spec while holding the build lock. Returns its folder."""
     place = cache.engines / spec.key
     with _space_errors(cache.root), build_lock(cache, reporter) as lock:
         present = read_manifest(place)
@@ -124,7 +124,7 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
 
 
 def read_manifest(place: Path) -> dict[str, Any] | None:
-    """The manifest of a finished build, or None where there is none."""
+    """The manifest of a finished build, or None if there is none."""
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
@@ -135,7 +135,7 @@ def read_manifest(place: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def fresh_folder(place: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `place` when the block ends well, and is removed when it does not."""
+    """A scratch folder that is renamed to `place` if the block succeeds, and removed if it does not."""
     place.parent.mkdir(parents=True, exist_ok=True)
     scratch = place.with_name(f".{place.name}.new")
     old = place.with_name(f".{place.name}.old")
@@ -156,7 +156,7 @@ def _remove(*folders: Path) -> None:
 
 
 def check_runs(place: Path) -> str:
-    """Run the build's own program once; returns its version text, or `EngineError` with what it said."""
+    """Run the build's own program once; return its version text. Raises `EngineError` with its output."""
     program = place / "bin" / "llama-cli"
     result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -186,7 +186,7 @@ def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
 
 
 def _verified(spec: BuildSpec, tree: Tree, reporter: Reporter) -> str:
-    """The tree's hash, which for the pinned archive must be the pinned one."""
+    """The tree's hash; for the pinned archive it must be the pinned one."""
     reporter.phase("verify the sources")
     digest = tree.hash()
     if spec.source is None and spec.upstream:
@@ -197,7 +197,7 @@ def _verified(spec: BuildSpec, tree: Tree, reporter: Reporter) -> str:
 
 
 def _sweep(cache: Cache) -> None:
-    """Remove what killed builds left; the lock is held, so no other build uses it."""
+    """Remove the files of killed builds; the lock is held, so no other build uses them."""
     leftovers = [path for part in (cache.downloads, cache.sources, cache.engines) for path in part.glob(".*")]
     for work in cache.work.glob("*"):
         complete = work / "complete"
@@ -208,7 +208,7 @@ def _sweep(cache: Cache) -> None:
 
 @contextmanager
 def _workspace(cache: Cache, spec: BuildSpec) -> Iterator[Path]:
-    """The scratch folder: kept when the block ends well, removed when it does not."""
+    """The scratch folder: kept if the block succeeds, removed if it does not."""
     work = cache.work / spec.work_key
     complete = work / "complete"
     work.mkdir(parents=True, exist_ok=True)
@@ -222,7 +222,7 @@ def _workspace(cache: Cache, spec: BuildSpec) -> Iterator[Path]:
 
 
 def _with_log(error: EngineError, log: Path, cache: Cache, spec: BuildSpec) -> EngineError:
-    """The same error naming the log, which is moved out of the scratch folder."""
+    """The same error with the path of the log, which is moved out of the scratch folder."""
     if not log.exists():
         return error
     cache.logs.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ def _require_space(root: Path, backend: str) -> None:
 
 @contextmanager
 def _space_errors(root: Path) -> Iterator[None]:
-    """Turn errors of the file system into one that says what to do."""
+    """Turn file system errors into an error that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What a build is made of: sources, patches, options, compilers, processor. Equal build specs give equal builds.
+"""Everything that a build is made of: sources, patches, options, compilers, processor. Equal specs make equal builds.
 
 Input: the caller's options and the machine. Output: `BuildSpec`, whose keys name the finished build
-and the scratch folder it is made in. All defaults of the build live in the tables here.
+and its scratch folder. All defaults of the build are in the tables here.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from kimi_gguf.patches.pin import Pin, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import Tree, list_files
 
-LAYOUT = 3  # of a finished build's and the sources' folder; raise it when one changes
+LAYOUT = 3  # layout of the folders of builds and sources; increment it when one changes
 
 _ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
-# Run paths must win over LD_LIBRARY_PATH, or a stray libllama could replace the build's own.
+# Run paths must take precedence over LD_LIBRARY_PATH, or a stray libllama could replace the build's own.
 _LINK = {} if sys.platform == "darwin" else {"LINKER_FLAGS": "-Wl,--disable-new-dtags"}
 
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "BUILD_SHARED_LIBS": "ON",
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
-    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # one file a library: a wheel cannot hold symbolic links
+    "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",  # one file per library: a wheel cannot contain symbolic links
     "CMAKE_INSTALL_RPATH": f"{_ORIGIN};{_ORIGIN}/../lib",
     **{f"CMAKE_{kind}_{name}": flags for kind in ("EXE", "SHARED") for name, flags in _LINK.items()},
     "FETCHCONTENT_FULLY_DISCONNECTED": "ON",
     "GGML_CCACHE": "OFF",  # the launcher is set here, for llama.cpp's own files too
     "GGML_NATIVE": "ON",
     "LLAMA_BUILD_APP": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "ON",  # only configured, but for llama-speculative-simple
+    "LLAMA_BUILD_EXAMPLES": "ON",  # only configured, except llama-speculative-simple
     "LLAMA_BUILD_SERVER": "ON",
-    "LLAMA_BUILD_TESTS": "ON",  # only configured; compiled when asked for
+    "LLAMA_BUILD_TESTS": "ON",  # only configured; compiled on request
     "LLAMA_BUILD_UI": "OFF",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
@@ -68,7 +68,7 @@ TEST_PROGRAMS = (
 
 @dataclass(frozen=True)
 class BuildSpec:
-    """Everything that decides a build, except the tests, which are added to it."""
+    """Everything that determines a build, except the test programs, which are added to it."""
 
     pin: Pin
     series: Series  # empty for upstream
@@ -103,7 +103,7 @@ class BuildSpec:
 
     @property
     def commit(self) -> str:
-        """What the programs give as their commit: upstream's, or a checkout's tree, marked where patched."""
+        """The commit that the programs report: upstream's, or a checkout's tree hash, marked if patched."""
         known = self.origin in (f"archive {self.pin.archive_sha256}", f"tree {self.pin.upstream_tree_sha256}")
         base = self.pin.short_commit if known else self.origin.replace("tree ", "tree-")[:13]
         mark = "" if self.upstream else f"-kimi-{self.series.digest()[:8]}"
@@ -135,7 +135,7 @@ def make_build_spec(
 
 
 def provenance(upstream: bool) -> dict[str, object]:
-    """What the manifest of a build of this pin and series for this machine has, except its options."""
+    """The manifest of a build of this pin and series for this machine, without its options."""
     return {
         "upstream": upstream,
         "archive_sha256": load_pin().archive_sha256,
@@ -154,7 +154,7 @@ def _digest(*parts: object) -> str:
 
 
 def _checkout(folder: Path) -> Tree:
-    """A llama.cpp checkout: what git tracks there, or all except its build folders where git is not available."""
+    """A llama.cpp checkout: the files that git tracks, or all files except build folders if git is not available."""
     missing = [
         name for name in ("CMakeLists.txt", "include/llama.h", "ggml/include/ggml.h")
         if not (folder / name).is_file()
@@ -172,5 +172,5 @@ def _checkout(folder: Path) -> Tree:
             listed = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
             return Tree(folder, [path for path in listed if path and (folder / path).is_file()])
         except (OSError, subprocess.CalledProcessError):
-            pass  # an archive's stray .git file, or no git here: take the files as they are
+            pass  # a stray .git file of an archive, or git is not installed: use all files
     return Tree(folder, [path for path in list_files(folder) if not path.startswith("build")])

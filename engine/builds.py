@@ -1,6 +1,6 @@
 """The builds of llama.cpp in the cache: `ensure()` makes one, `find()` and `select()` name the one that runs.
 
-Input: which build is wanted (patched or upstream, backend, options). Output: `Engine`, a frozen description of a
+Input: the requested build (patched or upstream, backend, options). Output: `Engine`, a frozen description of a
 folder with bin/, lib/ and the Python package llama_cpp that loads the same libraries.
 Patched and upstream libraries have the same names: never load both into one process.
 
@@ -33,9 +33,9 @@ __all__ = [
 
 VARIABLE = "KIMI_BUILD"
 DEFAULT = "cpu"
-SHORT_KEY = 8  # characters of a key that a person sees; a build may be named by four or more
+SHORT_KEY = 8  # characters of a key in printed text; four or more are enough to name a build
 
-# The functions of libggml-cpu that say what it was compiled for, and the name that a person knows it by.
+# Functions of libggml-cpu that report an instruction set it was compiled for, and the printed name.
 _INSTRUCTIONS = {
     "avx512": "AVX512", "avx512_vnni": "VNNI", "avx512_bf16": "BF16", "avx512_vbmi": "VBMI",
     "amx_int8": "AMX", "avx2": "AVX2", "avx_vnni": "AVX-VNNI", "avx": "AVX", "sse3": "SSE3",
@@ -84,15 +84,15 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """What a person calls it: the backend and the settings that are not the defaults."""
+        """The name in printed text: the backend and the settings that differ from the defaults."""
         return "+".join([self.backends[0], *(f"{name}={value}" for name, value in self.defines)])
 
     def instructions(self) -> str:
-        """What the CPU's part was compiled for, such as `native: AVX512 VNNI` or `portable: AVX2`."""
+        """The instruction sets of the CPU backend, such as `native: AVX512 VNNI` or `portable: AVX2`."""
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
         libraries = sorted(self.lib.glob("libggml-cpu*"))
         names: list[str] = []
-        if len(libraries) == 1:  # a process of its own: this one must not load two builds' libraries
+        if len(libraries) == 1:  # in a separate process: this one must not load the libraries of two builds
             command = [sys.executable, "-I", "-S", "-c", _PROBE, str(libraries[0]), *_INSTRUCTIONS]
             output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
             names = [_INSTRUCTIONS[word] for word in output.split()]
@@ -101,18 +101,18 @@ class Engine:
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
 
     def label(self) -> str:
-        """One line for a person: name, key, instruction set."""
+        """One line of text: name, key, instruction set."""
         kind = "upstream " if self.is_upstream else ""
         return f"{kind}{self.name} {self.key[:SHORT_KEY]} ({self.instructions()})"
 
     def environment(self) -> dict[str, str]:
-        """The environment for a Python subprocess that is to `import llama_cpp` from this build."""
+        """The environment for a Python process that imports llama_cpp from this build."""
         paths = [str(self.prefix / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "LLAMA_CPP_LIB_PATH": str(self.lib), "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def cache_folder() -> Path:
-    """Where builds live: KIMI_GGUF_CACHE, or kimi-gguf in the user's cache folder."""
+    """The folder of the cache: KIMI_GGUF_CACHE, or kimi-gguf in the user's cache folder."""
     chosen = os.environ.get("KIMI_GGUF_CACHE")
     if chosen:
         return Path(chosen).expanduser().resolve()
@@ -127,12 +127,12 @@ def ensure(
     archive: Path | None = None,
     defines: tuple[tuple[str, str], ...] = (),
 ) -> Engine:
-    """The build asked for, built now if it does not exist yet (minutes).
+    """The requested build; it is built now if it does not exist (this takes minutes).
 
     upstream: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
     tests: with upstream's test programs. source: a llama.cpp checkout instead of the pinned archive.
     archive: the pinned archive, if it is on disk already. defines: further CMake settings.
-    Progress is shown on standard error. Raises `EngineError`; no unfinished build is ever left under its final name.
+    Progress is shown on standard error. Raises `EngineError`; an unfinished build never has its final name.
     """
     spec = make_build_spec(upstream, backend, source, defines)
     cache = Cache(cache_folder())
@@ -147,15 +147,15 @@ def ensure(
 
 
 def find(name: str | None = None, upstream: bool = False) -> Engine | None:
-    """The build that runs, or None where it is not built yet and `select` can make it.
+    """The build that runs, or None if it does not exist and `select` can make it.
 
-    name: a build's name, or the first characters of its key; without one, see the module's text.
-    Raises `EngineError` where it is missing and other builds could be meant.
+    name: a build's name, or the first characters of its key; by default, see the module's docstring.
+    Raises `EngineError` if it is missing and other builds could be meant.
     """
     wanted, origin = _wanted(name)
     present = builds(upstream)
     named = [e for e in present if wanted == e.name or (len(wanted) >= 4 and e.key.startswith(wanted))]
-    if named:  # of equal options, by several compilers, the last
+    if named:  # of several with equal options and different compilers, the latest
         return max(named, key=lambda e: str(e.manifest["built"]))
     if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
         return None
@@ -170,7 +170,7 @@ def find(name: str | None = None, upstream: bool = False) -> Engine | None:
 
 
 def select(name: str | None = None, upstream: bool = False, make: bool = True) -> Engine:
-    """The build that runs, as `find` says; made now if there is none and `make` allows it."""
+    """The build that runs, as in `find`; if it does not exist and `make` allows it, it is made now."""
     engine = find(name, upstream)
     if engine is not None:
         return engine
@@ -181,13 +181,13 @@ def select(name: str | None = None, upstream: bool = False, make: bool = True) -
 
 
 def options_of(name: str | None = None) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """Backend and further CMake settings of the build that runs, whether it is made yet or not."""
+    """Backend and further CMake settings of the build that runs, whether it exists or not."""
     engine = find(name)
     return (engine.backends[0], engine.defines) if engine else (_wanted(name)[0], ())
 
 
 def use(name: str) -> Engine:
-    """Make a finished build the one that runs where none is named. The choice is a file in the cache."""
+    """Make a finished build the one that runs if none is named. The choice is stored in the cache."""
     engine = select(name, make=False)
     kept = engine.name if find(engine.name) == engine else engine.key
     _choice().write_text(kept + "\n", encoding="utf-8")
@@ -195,7 +195,7 @@ def use(name: str) -> Engine:
 
 
 def _wanted(name: str | None) -> tuple[str, str]:
-    """The name of the build that runs, and who gave it (nothing for the default)."""
+    """The name of the build that runs, and where it was set (empty for the default)."""
     if name:
         return name, " (named on the command line)"
     if variable := os.environ.get(VARIABLE):
@@ -211,7 +211,7 @@ def _choice() -> Path:
 
 
 def _command(name: str, upstream: bool) -> str:
-    """The command that makes the build of a name."""
+    """The command that makes the build with this name."""
     backend, *defines = name.split("+")
     words = ["--upstream"] if upstream else []
     words += ["--backend", backend] if backend != DEFAULT else []
@@ -220,7 +220,7 @@ def _command(name: str, upstream: bool) -> str:
 
 
 def builds(upstream: bool = False) -> list[Engine]:
-    """All finished builds of the present pin, series and processor, whatever their options."""
+    """All finished builds of the current pin, series and processor, with any options."""
     wanted, cache = provenance(upstream), Cache(cache_folder())
     places = sorted(cache.engines.glob("[0-9a-f]*")) if cache.engines.is_dir() else []
     engines = [engine for place in places if (engine := load(place))]
@@ -235,9 +235,9 @@ def upstream_source() -> Path:
 
 
 def load(place: Path) -> Engine | None:
-    """The finished build in a folder, or None where there is none."""
+    """The finished build in a folder, or None if there is none."""
     manifest = read_manifest(place)
     if manifest is None or "upstream" not in manifest:
-        return None  # none, or of an earlier layout
+        return None  # none, or one with an earlier layout
     backends = tuple(manifest["backends"])
     return Engine(manifest["key"], place, manifest["upstream"], backends, MappingProxyType(manifest))

@@ -18,7 +18,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import cores, packaged_tool
 
-# what a log says where a backend's tools are incomplete, and what is to be installed
+# text of a log if a backend's tools are incomplete, and what to install
 _ADVICE = (
     (r"CUDA::cublas|cublas_v2\.h|CUDA Toolkit not found|Could NOT find CUDAToolkit",
      "nvcc is installed without the rest of the toolkit: install NVIDIA's whole CUDA toolkit, with cuBLAS (its package "
@@ -32,10 +32,10 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 def compile_tree(
     spec: BuildSpec, work: Path, tests: bool, lock: int, reporter: Reporter
 ) -> dict[str, list[str]]:
-    """Configure and build `work/src` in `work/build`; returns the programs and test programs made.
+    """Configure and build `work/src` in `work/build`; returns the names of the programs and test programs.
 
-    lock: the descriptor of the build lock, held by every child until it ends. `EngineError` has the
-    reason of a failure from the log, `work/build.log`.
+    lock: descriptor of the build lock; every child process holds it until it ends. Raises `EngineError` with the
+    reason of a failure, from the log `work/build.log`.
     """
     log = work / "build.log"
     log.unlink(missing_ok=True)
@@ -48,7 +48,7 @@ def compile_tree(
     launcher = shutil.which("ccache")
     languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]
-    # relative paths for ccache, no git repository around the tree
+    # relative paths for ccache; ignore a git repository around the tree
     environment = {**os.environ, "CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
     environment |= {"GIT_CEILING_DIRECTORIES": str(work), "NINJA_STATUS": "[%f/%t] "}
     _run(command, environment, log, lock, "CMake cannot configure llama.cpp")
@@ -74,7 +74,7 @@ def _run(
     failure: str,
     reporter: Reporter | None = None,
 ) -> None:
-    """Run a command into the log, and report its `[n/m]` steps; it ends with an interrupted build."""
+    """Run a command, write its output to the log, and report its `[n/m]` steps; it ends if the build is interrupted."""
     with log.open("a", encoding="utf-8", errors="replace") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
@@ -98,13 +98,13 @@ def _run(
 
 
 def advice(log: str) -> str:
-    """What to do about a build that failed with this log."""
+    """Advice for a build that failed with this log."""
     known = (todo for pattern, todo in _ADVICE if re.search(pattern, log))
     return next(known, "correct what the log shows, then build again")
 
 
 def _errors(log: Path, count: int = 8) -> str:
-    """The lines of a log that give the reason of the failure: CMake's first message, or the compiler's last errors."""
+    """The reason of the failure in a log: CMake's first message, or the compiler's last errors."""
     lines = [line.rstrip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     configuring = [i for i, line in enumerate(lines) if line.startswith("CMake Error")]
     if configuring:

@@ -1,7 +1,7 @@
-"""Whether the builds on this machine work: the checks of `kimi-llama doctor`.
+"""Checks whether the builds on this machine work, for `kimi-llama doctor`.
 
 Input: the machine. Output: `Diagnosis`, plain data that the command prints or dumps.
-Each check is made in a process of its own, so that no library of one build can help another.
+Each check runs in a separate process, so that a build never uses libraries of another one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kimi_gguf.patches.series import load_series
 
 OUR_LIBRARIES = ("libllama", "libggml", "libmtmd")
 
-# Run with the build's environment: which package and which libraries a Python process ends up with.
+# Runs with the build's environment: which package and which libraries a Python process loads.
 _PROBE = """
 import json, sys
 import llama_cpp
@@ -65,7 +65,7 @@ class Diagnosis:
     pin: dict[str, str]
     patches: tuple[tuple[str, str], ...]  # file name, subject
     engines: tuple[Health, ...]
-    chosen: Check  # which build runs where none is named
+    chosen: Check  # the build that runs if none is named
 
     @property
     def healthy(self) -> bool:
@@ -75,7 +75,7 @@ class Diagnosis:
         return patched and all(check.passed for check in checks)
 
     def as_json(self) -> str:
-        """Everything, for machines."""
+        """All data, ready for JSON."""
         engines = [
             {
                 "prefix": str(health.engine.prefix),
@@ -111,7 +111,7 @@ def diagnose() -> Diagnosis:
 
 
 def examine(engine: Engine, others: list[Engine]) -> list[Check]:
-    """Check one build: its programs run, and it loads its own libraries whatever LD_LIBRARY_PATH names."""
+    """Check one build: its programs run, and it loads its own libraries for any LD_LIBRARY_PATH."""
     tempting = [str(other.lib) for other in others if other.key != engine.key]
     return [
         _checked("programs run", lambda: _version(engine)),
@@ -143,7 +143,7 @@ def _version(engine: Engine) -> str:
 
 
 def _linked(engine: Engine, tempting: list[str]) -> str:
-    """Which libraries the loader gives each program, with other builds' libraries in LD_LIBRARY_PATH."""
+    """The libraries that the loader finds for each program, with other builds' libraries in LD_LIBRARY_PATH."""
     if sys.platform != "linux":
         return "not checked on this system"
     programs = sorted(engine.bin.iterdir())
@@ -156,7 +156,7 @@ def _linked(engine: Engine, tempting: list[str]) -> str:
 
 
 def _python(engine: Engine, tempting: list[str]) -> str:
-    """The llama_cpp that a Python process imports with the build's environment."""
+    """The llama_cpp that a Python process imports in the build's environment."""
     environment = {**engine.environment(), "LD_LIBRARY_PATH": ":".join(tempting)}
     result = _run([sys.executable, "-P", "-c", _PROBE], environment)
     if result.returncode != 0:

@@ -1,4 +1,4 @@
-"""A diagnosis as text for people. Input: `Diagnosis`. Output: lines for a terminal."""
+"""A diagnosis as text for users. Input: `Diagnosis`. Output: lines for a terminal."""
 
 from __future__ import annotations
 

@@ -12,15 +12,15 @@ from kimi_gguf.engine.split_names import place_in_set
 
 
 def check_gguf(path: Path) -> None:
-    """Raises `EngineError` for a missing file and for one that does not begin as a GGUF file; the first of a model
-    in splits (NAME-00001-of-00003.gguf) stands for all of them."""
+    """Raise `EngineError` for a missing file, or one that does not start as a GGUF file. Given the first split of a
+    model (NAME-00001-of-00003.gguf), check all splits."""
     for part in all_parts(path):
         _check_file(part)
 
 
 def all_parts(path: Path) -> list[Path]:
-    """The files of a model, by the name of its first or only one; llama.cpp finds the others in the same way.
-    Raises `EngineError` for the name of a part that is not the first."""
+    """The files of a model, from the name of its first or only file; llama.cpp finds the others in the same way.
+    Raises `EngineError` for the name of a split that is not the first."""
     number, parts = place_in_set(path) or (1, [path])
     if number != 1:
         what = f"{path}: part {number} of {len(parts)}"

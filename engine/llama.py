@@ -1,8 +1,8 @@
 """The one Python binding of llama.cpp: models, contexts, batches, memory, tokens, devices.
 
-Input: the build that `LLAMA_CPP_LIB_PATH` names, through its package llama_cpp; parameters by their name in llama.h.
+Input: the build that `LLAMA_CPP_LIB_PATH` names, through its package llama_cpp; parameters with their names in llama.h.
 Output: logits and states as numpy arrays; `LlamaError` with the reason that llama.cpp logged.
-Only for processes that hold one build (worker.py): the patched and the upstream libraries share their names.
+Only for processes that hold one build (worker.py): patched and upstream libraries have the same names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 Logits = NDArray[np.float32]
 State = NDArray[np.uint8]
 Token = tuple[int, int, int]  # sequence, position, token id
-EvalCallback = Callable[[int, bool, int | None], bool]  # a tensor's address, whether it is wanted, user data
+EvalCallback = Callable[[int, bool, int | None], bool]  # tensor address, ask or report, user data
 
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 OUT_OF_MEMORY = re.compile(r"alloc|out of memory", re.IGNORECASE)
@@ -30,11 +30,11 @@ DEVICE_TYPES = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # ggml_backend_dev_type
 
 
 class LlamaError(Exception):
-    """One line about what llama.cpp could not do."""
+    """One line about an operation that failed in llama.cpp."""
 
 
 class OutOfMemoryError(LlamaError):
-    """Memory was lacking."""
+    """There is not enough memory."""
 
 
 def library(name: str) -> ctypes.CDLL:
@@ -44,10 +44,10 @@ def library(name: str) -> ctypes.CDLL:
 
 
 class Llama:
-    """The build: its log and its devices. Make one per process."""
+    """The build: its log and its devices. Create one per process."""
 
     def __init__(self, on_line: Callable[[str], None] | None = None) -> None:
-        """on_line: gets every line of the log; the log also goes to standard error."""
+        """on_line: receives every line of the log, which is also written to standard error."""
         import llama_cpp
 
         self.api: Any = llama_cpp
@@ -66,13 +66,13 @@ class Llama:
             self._on_line(line)
 
     def error(self, what: str) -> LlamaError:
-        """What failed, with the errors that llama.cpp has logged since the last call."""
+        """An error with `what` failed and the errors that llama.cpp has logged since the last call."""
         reason = "; ".join(self._errors) or "it gave no reason"
         self._errors.clear()
         return LlamaError(f"{what}: {reason}")
 
     def cannot(self, what: str) -> LlamaError:
-        """The error of a call that allocates memory."""
+        """The error for a call that allocates memory."""
         error = self.error(f"llama.cpp cannot {what}")
         return OutOfMemoryError(str(error)) if OUT_OF_MEMORY.search(str(error)) else error
 
@@ -82,7 +82,7 @@ class Llama:
         return str(self.api.llama_print_system_info().decode(errors="replace").strip())
 
     def load_backend(self, path: str) -> None:
-        """Load a library with a further backend, as llama.cpp's programs do with GGML_BACKEND_PATH."""
+        """Load a library with another backend, as llama.cpp's programs do with GGML_BACKEND_PATH."""
         ggml = library("ggml")
         ggml.ggml_backend_load.restype = ctypes.c_void_p
         if not ggml.ggml_backend_load(path.encode()):
@@ -118,7 +118,7 @@ class Llama:
             found = [ggml.ggml_backend_dev_by_name(name.encode()) for name in devices]
             if not all(found):
                 raise LlamaError(f"not all of the devices {', '.join(devices)} are there")
-            listed = (ctypes.c_void_p * (len(found) + 1))(*found, None)  # lives until the model is loaded
+            listed = (ctypes.c_void_p * (len(found) + 1))(*found, None)  # must live until the model is loaded
             p.devices = ctypes.cast(listed, ctypes.c_void_p)
         handle = self.api.llama_model_load_from_file(gguf.encode(), p)
         if not handle:
@@ -135,7 +135,7 @@ class Model:
         self.n_vocab: int = llama.api.llama_vocab_n_tokens(self.vocab)
 
     def tokenize(self, text: bytes, special: bool) -> list[int]:
-        """Token ids; special: whether special tokens are matched in the text. None is added."""
+        """Token ids; special: whether special tokens in the text are matched. No token is added."""
         room = len(text) + 16
         ids = (self.llama.api.llama_token * room)()
         count = self.llama.api.llama_tokenize(self.vocab, text, len(text), ids, room, False, special)
@@ -144,13 +144,13 @@ class Model:
         return list(ids[:count])
 
     def piece(self, token: int) -> bytes:
-        """The bytes that a token stands for."""
+        """The bytes of a token."""
         buffer = ctypes.create_string_buffer(4096)
         size = self.llama.api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
         return buffer.raw[: max(0, size)]
 
     def end_tokens(self) -> list[int]:
-        """The ids that end a generation."""
+        """The ids of the tokens that end a generation."""
         return [i for i in range(self.n_vocab) if self.llama.api.llama_vocab_is_eog(self.vocab, i)]
 
 
@@ -190,20 +190,20 @@ class Context:
         self._memory = self._api.llama_get_memory(self._handle)
         self.n_batch = int(p.n_batch)
         self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
-        self._rows = 0  # tokens of the batch whose logits are wanted
+        self._rows = 0  # number of tokens in the batch with logits
 
     def free(self) -> None:
         """Free the context; it must not be used after that."""
         self._api.llama_free(self._handle)
 
     def set_threads(self, threads: int) -> None:
-        """Of prompts and of single tokens alike."""
+        """Set the number of threads for prompts and for single tokens."""
         self._api.llama_set_n_threads(self._handle, threads, threads)
 
     def decode(self, tokens: Sequence[Token], wanted: Collection[int] | None = None) -> Logits:
         """Decode the tokens and return the logits [wanted, V], which are valid until the next call.
 
-        wanted: indices of the tokens whose logits are computed; None: all.
+        wanted: indices of the tokens with logits; None: all.
         """
         self.prepare(tokens, wanted)
         self.run()
@@ -222,19 +222,19 @@ class Context:
         self._rows = len(tokens) if wanted is None else len(wanted)
 
     def run(self) -> None:
-        """Decode the batch to the end."""
+        """Decode the batch and wait until it is finished."""
         status = self._api.llama_decode(self._handle, self._batch)
         if status != 0:
             raise self._llama.error(f"llama_decode gave {status} at position {self._batch.pos[0]}")
         self._api.llama_synchronize(self._handle)
 
     def logits(self) -> Logits:
-        """Of the tokens wanted, in their order [wanted, V]; valid until the next batch."""
+        """Logits [wanted, V] of the wanted tokens, in batch order; valid until the next batch."""
         shape = (self._rows, self.model.n_vocab)
         return np.ctypeslib.as_array(self._api.llama_get_logits(self._handle), shape)
 
     def remove(self, sequence: int, start: int, end: int = -1) -> bool:
-        """Remove the positions [start, end) of a sequence (-1: from the first, to the last); False: refused."""
+        """Remove positions [start, end) of a sequence (-1: from the first, to the last); False if llama.cpp refuses."""
         return bool(self._api.llama_memory_seq_rm(self._memory, sequence, start, end))
 
     def copy(self, sequence: int, to: int) -> None:
@@ -246,7 +246,7 @@ class Context:
         self._api.llama_memory_seq_keep(self._memory, sequence)
 
     def clear(self, data: bool = True) -> None:
-        """Empty the memory; data: zero the buffers too."""
+        """Clear the memory; data: also zero the buffers."""
         self._api.llama_memory_clear(self._memory, data)
 
     def length(self, sequence: int) -> int:
@@ -254,7 +254,7 @@ class Context:
         return int(self._api.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def save(self, sequence: int) -> State:
-        """The state of a sequence."""
+        """Return the state of a sequence."""
         size = self._api.llama_state_seq_get_size(self._handle, sequence)
         state = np.empty(size, np.uint8)
         if not size == self._api.llama_state_seq_get_data(self._handle, _pointer(state), size, sequence) > 0:
@@ -262,7 +262,7 @@ class Context:
         return state
 
     def restore(self, sequence: int, state: State) -> None:
-        """Give a sequence a saved state."""
+        """Restore the state of a sequence."""
         size = len(state)
         if self._api.llama_state_seq_set_data(self._handle, _pointer(state), size, sequence) != size:
             raise self._llama.error(f"the state of sequence {sequence} cannot be restored")
@@ -273,7 +273,7 @@ def _pointer(state: State) -> Any:
 
 
 def _assign(struct: Any, params: Mapping[str, Any]) -> None:
-    """Set fields by name; a name that the struct lacks would be ignored by ctypes."""
+    """Set fields by name, and check that they exist: ctypes would ignore an unknown name."""
     for name, value in params.items():
         if not hasattr(struct, name):
             raise LlamaError(f"{type(struct).__name__} has no field {name}")

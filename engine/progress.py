@@ -1,7 +1,7 @@
 """Progress of a build: phases and, inside a phase, steps done of a total.
 
-Input: calls from the engine. Output: a bar on a terminal, plain lines elsewhere, nothing at all for
-`Silent`. Everything goes to standard error, so that standard output stays a command's own result.
+Input: calls from the engine. Output: a bar on a terminal, plain lines elsewhere, nothing for
+`Silent`. All output goes to standard error; standard output is only for a command's own result.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 class Reporter(Protocol):
-    """What the engine reports about its work."""
+    """Interface for the progress of the engine."""
 
     def phase(self, name: str) -> None:
-        """A new phase begins; the one before it has ended."""
+        """Begin a new phase; this ends the previous one."""
 
     def step(self, done: int, total: int) -> None:
-        """`done` of `total` steps of the present phase are finished."""
+        """`done` of `total` steps of the current phase are finished."""
 
     def note(self, text: str) -> None:
-        """A remark worth a line."""
+        """Show a note."""
 
 
 class Silent(Reporter):
@@ -34,7 +34,7 @@ class Silent(Reporter):
 
 
 class Plain(Reporter):
-    """Lines on standard error: each phase, and a step line at most every ten seconds."""
+    """Writes lines to standard error: each phase, and a step line at most every ten seconds."""
 
     interval = 10.0  # seconds
 
@@ -60,7 +60,7 @@ class Plain(Reporter):
 
 
 class Bar(Reporter):
-    """A bar on a terminal; finished phases stay as lines above it."""
+    """Draws a bar on a terminal; finished phases stay as lines above it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -86,11 +86,11 @@ class Bar(Reporter):
 
 @contextmanager
 def reporting() -> Iterator[Reporter]:
-    """`with reporting() as reporter:` a bar where standard error is a terminal, plain lines elsewhere."""
+    """`with reporting() as reporter:` uses a bar if standard error is a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
         yield Plain()
         return
-    # Imported here: a build that is there already is answered before rich would be loaded.
+    # Imported here, so that rich is not loaded if the build already exists.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

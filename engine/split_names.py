@@ -23,7 +23,7 @@ def part_paths(path: Path, count: int) -> list[Path]:
 
 
 def place_in_set(path: Path) -> tuple[int, list[Path]] | None:
-    """(number, starting at 1; all splits) for the name of a split; None for any other name."""
+    """(number of the split, from 1; all splits) for the name of a split; None for any other name."""
     match = _PART.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return None

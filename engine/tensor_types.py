@@ -24,10 +24,10 @@ class TensorType:
 
     name: str
     number: int  # ggml_type
-    block: int  # elements that are encoded together; a row must be whole blocks
+    block: int  # elements that are encoded together; a row must consist of whole blocks
     block_bytes: int
-    limit: float  # magnitudes from here on have no finite encoding, or are not worth trying
-    needs_weights: bool = False  # ggml has no search for it without importances
+    limit: float  # magnitudes from here on have no finite encoding, or are not supported
+    needs_weights: bool = False  # ggml cannot quantize to it without importances
 
     @property
     def quantized(self) -> bool:
@@ -43,8 +43,8 @@ class TensorType:
 
 _F16_LIMIT: Final = 65520.0  # halfway between the largest half, 65504, and the next step
 _BF16_LIMIT: Final = float(np.array(0x7F7F8000, np.uint32).view(np.float32))
-# Every block type but the 4-bit floats has scales in half precision, so that the result is checked by ggml.
-# This bound lies above all of them and below where the searches' sums of squares overflow.
+# All block types except the 4-bit floats have scales in half precision; ggml checks the result for overflow.
+# This bound is above all limits, and below the values at which the sums of squares in the searches overflow.
 _BLOCK_LIMIT: Final = float(1 << 28)
 
 F32: Final = TensorType("F32", 0, 1, 4, float("inf"))
@@ -52,7 +52,7 @@ F16: Final = TensorType("F16", 1, 1, 2, _F16_LIMIT)
 BF16: Final = TensorType("BF16", 30, 1, 2, _BF16_LIMIT)
 
 _BLOCK_TYPES: Final = (
-    # name, ggml_type, elements and bytes of a block, whether importances are a must
+    # name, ggml_type, elements and bytes of a block, whether importances are required
     ("Q4_0", 2, 32, 18, False),
     ("Q4_1", 3, 32, 20, False),
     ("Q5_0", 6, 32, 22, False),

@@ -34,7 +34,7 @@ class Compiler:
 
 
 def find_compilers(backend: str) -> dict[str, Compiler]:
-    """The compilers that a build for `backend` uses, by language; `EngineError` where one is missing."""
+    """The compilers that a build for `backend` uses, by language. Raises `EngineError` if one is missing."""
     wanted: dict[str, tuple[str, tuple[str, ...]]] = {
         "C": ("CC", ("cc", "gcc", "clang")),
         "C++": ("CXX", ("c++", "g++", "clang++")),
@@ -50,7 +50,7 @@ def cpu_fingerprint() -> str:
 
 
 def packaged_tool(name: str) -> str:
-    """Path of `cmake` or `ninja`: the Python package's own program, or the one on PATH."""
+    """Path of `cmake` or `ninja`: the Python package's own program, or else the one on PATH."""
     try:
         module = importlib.import_module(name)
         folder = getattr(module, "CMAKE_BIN_DIR" if name == "cmake" else "BIN_DIR")
@@ -66,14 +66,14 @@ def packaged_tool(name: str) -> str:
 
 
 def cpuinfo(*names: str) -> str:
-    """The first value in /proc/cpuinfo under one of these names; empty where there is none."""
+    """The first value in /proc/cpuinfo with one of these names; empty if there is none."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
 
 
 def cores() -> int:
-    """How many processors this process may use."""
+    """The number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,4 +1,4 @@
-"""A build as one installable file: the Python package llama_cpp with this build's libraries inside.
+"""Packs a build as one installable file: the Python package llama_cpp with this build's libraries.
 
 Input: a finished build. Output: a wheel with a local version, so
 that pip does not confuse it with the one on the index.
@@ -17,11 +17,11 @@ from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
 
 _NAME = "llama_cpp_python"
-_DATE = (2026, 1, 1, 0, 0, 0)  # of every file inside: equal builds, equal wheels
+_DATE = (2026, 1, 1, 0, 0, 0)  # of every file in it, so that equal builds give equal wheels
 
 
 def make_wheel(engine: Engine, folder: Path) -> Path:
-    """Write the wheel of a build into `folder`, made if missing; returns its path."""
+    """Write the wheel of a build to `folder`, creating it if needed; return its path."""
     version = _local_version(engine)
     tag = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
     path = folder / f"{_NAME}-{version}-{tag}.whl"
@@ -36,7 +36,7 @@ def make_wheel(engine: Engine, folder: Path) -> Path:
 
 
 def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
-    """All files of the wheel by their names in it."""
+    """All files of the wheel by their name in it."""
     package, info = engine.prefix / "python", f"{_NAME}-{version}.dist-info"
     metadata = (package / "PKG-INFO").read_text(encoding="utf-8")
     metadata = re.sub(r"(?m)^Version:.*", f"Version: {version}", metadata, count=1)
@@ -58,7 +58,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
 
 
 def _wanted_libraries(engine: Engine) -> list[Path]:
-    """The libraries that llama_cpp loads and those they need, not those of the programs alone."""
+    """The libraries that llama_cpp loads and their dependencies, without those that only programs use."""
     wanted = ("libggml", "libllama.", "libmtmd")
     paths = sorted(path for path in engine.lib.iterdir() if path.name.startswith(wanted))
     links = [path.name for path in paths if path.is_symlink()]
@@ -68,7 +68,7 @@ def _wanted_libraries(engine: Engine) -> list[Path]:
 
 
 def _local_version(engine: Engine) -> str:
-    """The package's version, marked with the series (or as upstream)."""
+    """The package's version, marked with the series or as upstream."""
     upstream = str(engine.manifest["package"]).split("==")[1]
     series = str(engine.manifest["series_sha256"])[:8]
     return f"{upstream}+upstream" if engine.is_upstream else f"{upstream}+kimi.{series}"

@@ -26,11 +26,11 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class WorkerEndedError(LlamaError):
-    """The process ended instead of answering."""
+    """The process ended without an answer."""
 
 
 class Worker:
-    """One process; use as a context manager. It ends with this process, however that ends."""
+    """One process; use it as a context manager. It ends when this process ends, also after a kill."""
 
     def __init__(self, *command: str, environment: Mapping[str, str]) -> None:
         """command: Python's arguments. environment: of the build."""
@@ -42,21 +42,21 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            process_group=0,  # Ctrl-C is the parent's to act on
+            process_group=0,  # Ctrl-C is handled by the parent
         )
 
     @property
     def pid(self) -> int:
-        """The process."""
+        """The id of the process."""
         return self._process.pid
 
     @property
     def log(self) -> str:
-        """What llama.cpp logged and the process wrote to standard error."""
+        """The log of llama.cpp and everything the process wrote to standard error."""
         file = self._stderr.fileno()
         return os.pread(file, os.fstat(file).st_size, 0).decode(
             errors="replace"
-        )  # leaves the place to write at
+        )  # pread keeps the file position
 
     def __enter__(self) -> Worker:
         return self
@@ -66,13 +66,13 @@ class Worker:
         self._stderr.close()
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send a signal; nothing happens where the process has ended."""
+        """Send a signal; does nothing if the process has ended."""
         with suppress(ProcessLookupError):
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End the process, stopped or not."""
-        self._process.kill()  # SIGKILL reaches a stopped process too
+        """End the process, even if it is stopped."""
+        self._process.kill()  # SIGKILL also ends a stopped process
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):
@@ -105,7 +105,7 @@ class Worker:
         raise WorkerEndedError(f"the llama.cpp process {self._ending()}")
 
     def _ending(self) -> str:
-        """How the process ended and the line that tells most about it."""
+        """How the process ended, and the most informative line of its log."""
         status = self._process.wait()
         lines = [line.strip() for line in self.log.splitlines() if line.strip()] or ["it said nothing"]
         telling = [line for line in lines if "GGML_ASSERT" in line or "rror" in line] or lines
@@ -114,15 +114,15 @@ class Worker:
 
 
 def serve(start: Callable[[Progress], object], errors: tuple[type[Exception], ...] = ()) -> None:
-    """Answer requests until standard input ends. Never returns.
+    """Answer requests until standard input is closed. Never returns.
 
-    start: makes the object whose methods are the requests. errors: further exceptions that are answers.
+    start: creates the object whose methods are the requests. errors: additional exceptions that become answers.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is not an answer
+    os.dup2(2, 1)  # output printed by a library must not become an answer
 
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
@@ -138,4 +138,4 @@ def serve(start: Callable[[Progress], object], errors: tuple[type[Exception], ..
             text = " ".join(str(error).split())
             answer = {"error": text, "out_of_memory": isinstance(error, OutOfMemoryError)}
         say(answer)
-    os._exit(0)  # llama.cpp's memory goes with the process; no destructor needs to run
+    os._exit(0)  # frees llama.cpp's memory without running destructors

@@ -21,12 +21,12 @@ _UNSUPPORTED = (b"rename ", b"copy ", b"old mode ", b"new mode ", b"GIT binary p
 
 
 class PatchConflictError(Exception):
-    """A hunk that does not fit; the message is the detail for the user."""
+    """A hunk that does not apply; the message gives the details."""
 
 
 @dataclass(frozen=True)
 class Hunk:
-    """One block of a diff: the lines it expects, with their line ends, and those it leaves in their place."""
+    """One block of a diff: the lines it expects, with line ends, and the lines that replace them."""
 
     start: int  # line number in the old file, from 1; 0 for a file that does not exist
     new_start: int
@@ -58,7 +58,7 @@ def split_lines(content: bytes) -> list[bytes]:
 
 
 def parse(text: bytes, name: str) -> tuple[FileDiff, ...]:
-    """The diffs in a patch `name`, mail header and signature ignored; `PatchError` on anything invalid."""
+    """The diffs in the patch `name`, without mail header and signature. Raises `PatchError` on anything invalid."""
     lines = split_lines(text)
     starts = [i for i, line in enumerate(lines) if line.startswith(b"diff --git ")]
     borders = itertools.pairwise([*starts, len(lines)] if starts else [])
@@ -70,7 +70,7 @@ def parse(text: bytes, name: str) -> tuple[FileDiff, ...]:
 
 
 def apply(tree: Tree, diff: FileDiff) -> None:
-    """Apply one file's diff to the tree; `PatchConflictError` when it does not fit."""
+    """Apply one file's diff to the tree. Raises `PatchConflictError` if it does not apply."""
     before = tree.read(diff.path)
     if diff.creates:
         if before is not None:
@@ -79,7 +79,7 @@ def apply(tree: Tree, diff: FileDiff) -> None:
     elif before is None:
         raise PatchConflictError(f"{diff.path}: the file to be changed is not there")
     lines = split_lines(before)
-    shift = 0  # how far earlier hunks have moved the later lines
+    shift = 0  # how far earlier hunks moved the following lines
     for hunk in diff.hunks:
         wanted = max(hunk.start - 1, 0) + shift if hunk.old else hunk.start + shift
         place = _find(lines, hunk.old, wanted)
@@ -167,7 +167,7 @@ def _checked_path(raw: bytes, name: str) -> str:
 
 
 def _find(lines: list[bytes], old: tuple[bytes, ...], wanted: int) -> int | None:
-    """The place nearest to `wanted` where the lines `old` are."""
+    """The position nearest to `wanted` at which the lines `old` are found."""
     if not old:
         return wanted if wanted <= len(lines) else None
     last = len(lines) - len(old)

@@ -1,7 +1,7 @@
-"""The series as mail: what `git am` accepts on a checkout of the pinned llama.cpp.
+"""The series as mail, which `git am` accepts on a checkout of the pinned llama.cpp.
 
-Input: the series, or its fixes alone. Output: one file per patch, with the sources it brings, so that the checkout
-afterwards is exactly the tree that the engine builds.
+Input: the series, or its fixes alone. Output: one file per patch, including its sources, so that the checkout
+is then exactly the tree that the engine builds.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.series import Patch, Series
 
 _AUTHOR = "kimi-gguf <kimi-gguf@localhost>"
-_DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # for a patch that names none: equal series, equal files
+_DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # for a patch without a date, so that equal series give equal files
 
 
 def export_patches(series: Series, folder: Path) -> list[Path]:
-    """Write the series into `folder`, made if missing; returns the files in the order of application.
+    """Write the series to `folder`, creating it if needed; return the files in the order of application.
 
-    `PatchError` when the folder holds other patches, which `git am *.patch` would take in too.
+    Raises `PatchError` if the folder has other patches, which `git am *.patch` would also apply.
     """
     folder.mkdir(parents=True, exist_ok=True)
     strangers = {path.name for path in folder.glob("*.patch")} - {patch.name for patch in series.patches}
@@ -56,11 +56,11 @@ def as_mail(patch: Patch, number: int, total: int) -> bytes:
 
 
 def _reason(header: str) -> str:
-    """The text below the mail fields, without the diffstat that follows its `---`."""
+    """The text after the mail fields, without the diffstat that follows its `---`."""
     text = header.partition("\n\n")[2].partition("\n---\n")[0]
     return text.strip("\n") + "\n"
 
 
 def _without_signature(diffs: bytes) -> bytes:
-    """Drop the version line that git writes below the last diff."""
+    """Remove the version line that git writes after the last diff."""
     return diffs.rsplit(b"\n-- \n", 1)[0] + b"\n" if b"\n-- \n" in diffs else diffs

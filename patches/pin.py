@@ -1,4 +1,4 @@
-"""`upstream.toml`: which llama.cpp this project is built on, as one checked dataclass.
+"""`upstream.toml`: the llama.cpp that this project is built on, as one checked dataclass.
 
 Input: the pin file. Output: `Pin`, read by everything that fetches, verifies or names upstream.
 """
@@ -17,7 +17,7 @@ PIN_FILE = Path(__file__).with_name("upstream.toml")
 
 @dataclass(frozen=True)
 class Pin:
-    """The upstream source and the hashes that prove it; hashes are sha256 in lower-case hex."""
+    """The upstream source and the hashes that verify it; hashes are sha256 in lower-case hex."""
 
     package: str  # name on the Python package index
     version: str
@@ -27,7 +27,7 @@ class Pin:
     python_folder: str  # the Python package inside the archive
     llama_cpp_commit: str
     ggml_version: str
-    upstream_tree_sha256: str  # of llama.cpp as the archive holds it (see `tree.tree_hash`)
+    upstream_tree_sha256: str  # of llama.cpp as stored in the archive (see `tree.tree_hash`)
     patched_tree_sha256: str  # of the same tree with the whole series and all operator sources
 
     @property
@@ -37,7 +37,7 @@ class Pin:
 
 
 def load_pin(path: Path = PIN_FILE) -> Pin:
-    """Read the pin; `PatchError` when a key is missing, unknown or not a string."""
+    """Read the pin. Raises `PatchError` if a key is missing, unknown or not a string."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
     names = {field.name for field in fields(Pin)}
     if set(table) != names or not all(isinstance(value, str) for value in table.values()):
@@ -50,7 +50,7 @@ def load_pin(path: Path = PIN_FILE) -> Pin:
 
 
 def record_patched_tree(digest: str, path: Path = PIN_FILE) -> None:
-    """Write `digest` as the patched tree's hash, leaving every other line as it is."""
+    """Write `digest` as the patched tree's hash; all other lines are unchanged."""
     text = path.read_text(encoding="utf-8")
     text, count = re.subn(r'(?m)^(patched_tree_sha256 = ")[^"]*"', rf'\g<1>{digest}"', text)
     if count != 1:

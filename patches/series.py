@@ -1,10 +1,10 @@
-"""The series: the ordered patches, the sources each one brings, and how they reach a tree.
+"""The series: the patches in order, the sources of each, and how they are applied to a tree.
 
 Input: `fixes/` and `ops/` next to this file, with `NNNN-*.patch`, and the sources in ggml_ops. Output: `Series`, which
-applies itself to a `Tree` (a patch that is already applied is left alone) and knows its own digest.
+applies itself to a `Tree` (patches that are already applied are skipped) and knows its own digest.
 
-A patch names the folders of ggml_ops whose sources it brings on a line `Sources:` of its header, and the patch it
-needs, if any, on a line `Needs:`. Where a source goes in the llama.cpp tree follows from its folder:
+The header of a patch lists the folders of ggml_ops with its sources in the line `Sources:`, and the patch that it
+needs, if any, in the line `Needs:`. The folder of a source determines its place in the llama.cpp tree:
 
     OP/ggml-*.h           ggml/include/
     OP/ggml-*.c, .cpp     ggml/src/kimi/
@@ -13,9 +13,9 @@ needs, if any, on a line `Needs:`. Where a source goes in the llama.cpp tree fol
     OP/metal/*            ggml/src/ggml-metal/kimi/
     OP/graph/*            src/kimi/
     OP/tests/*            tests/kimi/
-    llama/NAME/*          src/                        sources of a fix, which stands on its own
+    llama/NAME/*          src/                        sources of a fix, independent of the operators
 
-CMake compiles what it finds in these folders, so a new file in a folder needs no further change.
+CMake compiles all sources in these folders, so a new file in a folder needs no further change.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from kimi_gguf.patches.tree import Tree
 
 PATCH_FOLDER = Path(__file__).parent
 OVERLAY_FOLDER = PATCH_FOLDER.parent / "ggml_ops"
-FIXES = "fixes"  # corrections of upstream: each applies to the pinned tree alone, or on the one fix it needs
-OPS = "ops"  # call sites of the operators, on all fixes
+FIXES = "fixes"  # corrections of upstream: each needs only the pinned tree, or one other fix
+OPS = "ops"  # call sites of the operators; they need all fixes
 
 PLACES = {
     "cpu": "ggml/src/ggml-cpu/kimi",
@@ -60,7 +60,7 @@ class Patch:
 
     name: str  # file name
     kind: str  # FIXES or OPS
-    text: bytes  # header and diffs as they are in the file
+    text: bytes  # header and diffs as stored in the file
     diffs: tuple[unified.FileDiff, ...]
     overlays: tuple[Overlay, ...]
 
@@ -76,11 +76,11 @@ class Patch:
         return joined.split("] ", 1)[1] if joined.startswith("[PATCH") else joined
 
     def field(self, name: str) -> str | None:
-        """The value of a line `NAME: value` of the header, continued by indented lines."""
+        """The value of a line `NAME: value` of the header, with its indented continuation lines."""
         return header_field(self.header, name)
 
     def apply(self, tree: Tree) -> None:
-        """Apply to the tree; `PatchConflictError` when it does not fit."""
+        """Apply to the tree. Raises `PatchConflictError` if the patch does not apply."""
         for overlay in self.overlays:
             if tree.read(overlay.dest) is not None:
                 raise unified.PatchConflictError(f"{overlay.dest}: the file to be added exists already")
@@ -89,7 +89,7 @@ class Patch:
             unified.apply(tree, change)
 
     def revert(self, tree: Tree) -> None:
-        """Revert the patch; `PatchConflictError` if the tree does not have it."""
+        """Revert the patch. Raises `PatchConflictError` if the tree does not have it."""
         for change in reversed(self.diffs):
             unified.apply(tree, change.reversed())
         for overlay in self.overlays:
@@ -109,7 +109,7 @@ class Series:
         return Series(tuple(patch for patch in self.patches if patch.kind == FIXES))
 
     def digest(self) -> str:
-        """sha256 in hex over all patches and operator sources: equal digests give equal trees."""
+        """sha256 in hex over all patches and operator sources: equal digests mean equal trees."""
         total = hashlib.sha256()
         for patch in self.patches:
             parts = [patch.name.encode(), patch.text]
@@ -120,7 +120,7 @@ class Series:
         return total.hexdigest()
 
     def applied(self, tree: Tree) -> int:
-        """How many patches, counted from the first, the tree holds already."""
+        """The number of patches, counted from the first, that the tree already has."""
         for count in range(len(self.patches), 0, -1):
             trial = tree.fork()
             try:
@@ -132,10 +132,10 @@ class Series:
         return 0
 
     def apply(self, tree: Tree) -> int:
-        """Apply to the tree what it does not hold yet; returns how many patches that were.
+        """Apply the patches that the tree does not have yet; return their number.
 
-        `PatchError` names the patch, the file and the lines; the tree keeps the patches before that one,
-        in memory only: nothing is written here.
+        `PatchError` names the patch, the file and the lines; the tree then has the patches before that one,
+        in memory only: nothing is written to the folder.
         """
         done = self.applied(tree)
         for patch in self.patches[done:]:
@@ -152,13 +152,13 @@ class Series:
 
 
 def header_field(header: str, name: str) -> str | None:
-    """The value of a line `NAME: value`, continued by indented lines; None where there is no such line."""
+    """The value of a line `NAME: value`, with its indented continuation lines; None if there is no such line."""
     match = re.search(rf"^{name}:(.*(?:\n .*)*)", header, re.MULTILINE)
     return match and " ".join(line.strip() for line in match[1].split("\n"))
 
 
 def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLAY_FOLDER) -> Series:
-    """Read the series and check that every patch and every operator source belongs to it, exactly once."""
+    """Read the series, and check that every patch and every operator source belongs to it exactly once."""
     sources = _all_sources(overlay_folder)
     brought: dict[str, Overlay] = {}  # by place in the tree
     patches = []
@@ -194,7 +194,7 @@ def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLA
 
 
 def destination(source: PurePosixPath) -> str | None:
-    """The place in the llama.cpp tree of a file of ggml_ops, by the rule above; None for one that stays here."""
+    """The place in the llama.cpp tree of a file of ggml_ops, by the rule above; None if it is not copied there."""
     folder, name = source.parent, source.name
     if source.suffix not in SOURCES:
         return None
@@ -208,7 +208,7 @@ def destination(source: PurePosixPath) -> str | None:
 
 
 def _all_sources(root: Path) -> list[Overlay]:
-    """What the patches bring from ggml_ops, sorted by path."""
+    """All sources in ggml_ops that belong to a patch, sorted by path."""
     found = []
     for path in sorted(root.rglob("*")):
         source = PurePosixPath(path.relative_to(root).as_posix())

@@ -1,6 +1,6 @@
-"""A source tree seen as relative paths and bytes: listing, hashing, and edits held in memory until written.
+"""A source tree as relative paths and bytes: listing, hashing, and edits that stay in memory until they are written.
 
-Input: a folder. Output: its hash, or a `Tree` on which patches are tried without changing the folder.
+Input: a folder. Output: its hash, or a `Tree` for trying patches without changing the folder.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def tree_hash(root: Path) -> str:
 def expect_tree(
     found: str, expected: str, what: str, todo: str, problem: str = "the source tree is not the pinned one"
 ) -> None:
-    """`PatchError` unless two tree hashes are equal; `what` names the tree."""
+    """Raise `PatchError` unless the two tree hashes are equal; `what` names the tree."""
     if found != expected:
         hashes = {"expected": f"tree hash {expected}", "found": f"tree hash {found}"}
         raise PatchError(f"{what}: {problem}", **hashes, todo=todo)
 
 
 class Tree:
-    """A folder with edits laid over it in memory; nothing is written until `write_to`."""
+    """A folder with edits in memory; nothing is written until `write_to`."""
 
     def __init__(self, root: Path, files: Iterable[str] | None = None) -> None:
         self.root = root
@@ -60,13 +60,13 @@ class Tree:
         self._edits: dict[str, bytes | None] = {}
 
     def fork(self) -> Tree:
-        """A copy whose edits do not reach this one."""
+        """A copy whose edits do not affect this one."""
         copy = Tree(self.root, self._files)
         copy._edits = dict(self._edits)
         return copy
 
     def read(self, path: str) -> bytes | None:
-        """A file's bytes, or None where the tree has no such file."""
+        """A file's bytes, or None if the tree has no such file."""
         if path in self._edits:
             return self._edits[path]
         return (self.root / path).read_bytes() if path in self._files else None
@@ -76,7 +76,7 @@ class Tree:
         self._edits[path] = content
 
     def paths(self) -> list[str]:
-        """All paths that the tree has with its edits, sorted."""
+        """All paths of the tree including its edits, sorted."""
         gone = {path for path, content in self._edits.items() if content is None}
         return sorted((self._files | set(self._edits)) - gone)
 
@@ -93,13 +93,13 @@ class Tree:
         return copy
 
     def hash(self) -> str:
-        """`tree_hash` of the folder as it would be with the edits."""
+        """`tree_hash` of the folder with the edits applied."""
         return hash_files((path, self._bytes(path)) for path in self.paths())
 
     def write_to(self, target: Path) -> list[str]:
-        """Make `target` equal to this tree: write files that differ, remove files that it lacks.
+        """Make `target` equal to this tree: write files that differ, remove files that this tree does not have.
 
-        Files already equal are not touched, so their modification times stay and a build in `target`
+        Equal files are not touched: they keep their modification times, so that a build in `target`
         compiles only what changed. Returns the paths written or removed.
         """
         wanted = self.paths()

@@ -32,15 +32,15 @@ from kimi_gguf.patches.tree import Tree
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ROOT / "ggml_ops"
-STUBS = ROOT / "tests" / "emulators" / "cuda" / "stubs"  # headers that nvcc lacks without a toolkit
+STUBS = ROOT / "tests" / "emulators" / "cuda" / "stubs"  # headers that nvcc needs without a toolkit
 
-# Turing, where what needs Ampere's instructions is left out; Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
+# Turing, without the code that needs Ampere's instructions; Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
 ARCHITECTURES = (75, 80, 89, 90, 120)
 
-# As ggml-cuda's CMakeLists.txt has them.
+# As in ggml-cuda's CMakeLists.txt.
 OPTIONS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda")
 
-# Of upstream's kernels for pairs of cache types, none: what calls them is compiled, they are not.
+# Upstream's kernels for pairs of cache types are not compiled, only the code that calls them.
 _FATTN_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
 DEFINITIONS = (
     "-DGGML_CUDA_NO_VMM",
@@ -72,7 +72,7 @@ bytes of stack and of spills where there are any.
 
 @dataclass(frozen=True)
 class KernelUse:
-    """What one kernel uses on one architecture, in bytes, except the registers of a thread."""
+    """Resources of one kernel on one architecture, in bytes, except the registers per thread."""
 
     source: str
     architecture: int
@@ -84,12 +84,12 @@ class KernelUse:
 
     @property
     def clean(self) -> bool:
-        """Whether all that a thread holds is in registers."""
+        """Whether all values of a thread are in registers."""
         return self.stack == self.spills == 0
 
 
 def find_nvcc() -> Path:
-    """$CUDACXX, nvcc on PATH or in /usr/local/cuda, or the Python packages'; `EngineError` where there is none."""
+    """$CUDACXX, nvcc on PATH or in /usr/local/cuda, or the Python packages'. Raises `EngineError` if there is none."""
     chosen = os.environ.get("CUDACXX")
     for name in shlex.split(chosen)[:1] if chosen else ("nvcc", "/usr/local/cuda/bin/nvcc"):
         if (found := shutil.which(name)) is not None:
@@ -112,7 +112,7 @@ def cuda_sources() -> list[Path]:
 
 
 def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
-    """ptxas's figures for each kernel of a source; `EngineError` with the compiler's output if it does not compile."""
+    """ptxas's figures for each kernel of a source. Raises `EngineError` with the compiler's output if it fails."""
     nvcc = find_nvcc()
     ggml = patched_ggml()
     folders = [
@@ -136,7 +136,7 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
 
 @functools.cache
 def patched_ggml() -> Path:
-    """ggml's headers and the sources of ggml-cuda as the series leaves them: a folder ggml, there until the end."""
+    """A folder `ggml` with ggml's headers and the patched sources of ggml-cuda; removed when the process exits."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     root = Path(folder.name)
@@ -176,7 +176,7 @@ def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:
 
 
 def _demangled(names: Sequence[str]) -> list[str]:
-    """Without their parameters; as they are where there is no c++filt."""
+    """Names without their parameters; unchanged if c++filt is missing."""
     program = shutil.which("c++filt")
     if program is None or not names:
         return list(names)

@@ -1,7 +1,7 @@
 """The command `kimi-llama`: builds the patched llama.cpp and runs its tools with the right libraries.
 
-Input: the command line. Output: a finished build, a report on it, or one of llama.cpp's own programs,
-which replaces this process, so that its output, signals and exit status are the caller's.
+Input: the command line. Output: a finished build, a report on it, or one of llama.cpp's own programs, which
+replaces this process, so that the caller gets its output, signals and exit status.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 
-Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (spellings of an option, what is added)
+Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (names of an option, added arguments)
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Tool:
 _THREADS = (("-t", "--threads"), ("--threads", "{cores}"))
 _FLASH = (("-fa", "--flash-attn"), ("--flash-attn", "auto"))
 _JINJA = (("--jinja", "--no-jinja"), ("--jinja",))
-_QUIET = (  # only the text and warnings: no listing of the model's metadata and tensors
+_QUIET = (  # only text and warnings: no list of the model's metadata and tensors
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
 )
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
-_SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp loads the draft and idles
+_SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp does not use the draft
 
 _WHICH = """\
 which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and cpu, the build
@@ -88,7 +88,7 @@ TOOLS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status (the tools' sub-commands do not return)."""
+    """Run the command; return the exit status (sub-commands of tools do not return)."""
     parsed = _parser().parse_args(arguments)
     parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
@@ -180,7 +180,7 @@ def _expect_to_run(engine: Engine) -> None:
 
 
 def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
-    """The program, and what it is called with: the model, defaults not set by the caller, the caller's own."""
+    """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
     options = {argument.split("=", 1)[0] for argument in given}
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & _DRAFT:

@@ -37,7 +37,7 @@ from kimi_gguf.scripts.upstream_converter import Job, command, environment
 LAYERS, EXPERTS, VOCAB, SHARDS, SEED = "KKKMKKKM", 32, 32000, 4, 0
 TYPES = ("BF16", "Q4_0", "Q8_0", "Q4_K_M")
 CONVERT = Path(sys.executable).with_name("convert-kimi")
-POLL = 0.02  # seconds between two looks at a process's memory
+POLL = 0.02  # seconds between two readings of a process's memory
 
 EXAMPLES = """\
 examples:
@@ -78,7 +78,7 @@ class Timing(NamedTuple):
     """One run of a program."""
 
     seconds: float
-    peak: int  # largest resident memory, bytes; 0 where the system does not report it
+    peak: int  # largest resident memory, bytes; 0 if the system does not report it
     others: float | None  # cores that other work kept busy, on average; None: unknown
 
 
@@ -102,7 +102,7 @@ def timed(words: Sequence[object], variables: dict[str, str] | None = None) -> T
 
 
 def resident(pid: int) -> int:
-    """Largest resident memory of a process so far, bytes; 0 where the system does not report it."""
+    """Largest resident memory of a process so far, bytes; 0 if the system does not report it."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -111,7 +111,7 @@ def resident(pid: int) -> int:
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
-    """Kinds of tensors (`blk.3.ssm_a` counts as `ssm_a`) that two GGUF files do not both hold with the same bytes."""
+    """Kinds of tensors (`blk.3.ssm_a` counts as `ssm_a`) that differ between two GGUF files, or that only one has."""
     files = [{tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (one, other)]
     different = {
         name
@@ -122,7 +122,7 @@ def different_tensors(one: Path, other: Path) -> list[str]:
 
 
 def same(one: gguf.ReaderTensor, other: gguf.ReaderTensor) -> bool:
-    """Type, shape and bytes. llama-quantize leaves out extents of 1 at the end, the converters write them."""
+    """Compare type, shape and bytes. llama-quantize omits trailing dimensions of 1; the converters write them."""
     shapes = ["x".join(map(str, tensor.shape)) for tensor in (one, other)]
     while any(shape.endswith("x1") for shape in shapes):
         shapes = [shape.removesuffix("x1") for shape in shapes]
@@ -131,7 +131,7 @@ def same(one: gguf.ReaderTensor, other: gguf.ReaderTensor) -> bool:
 
 
 def measure(source: Path, kind: str, turns: int, engine: Engine, reporter: Reporter) -> Data:
-    """Convert to one type with both, in turns."""
+    """Convert to one type with both, alternating."""
     folder = bench_folder() / "conversion"
     folder.mkdir(parents=True, exist_ok=True)
     bf16, upstream, ours = files = [folder / f"{name}.gguf" for name in ("upstream-bf16", "upstream", "ours")]
@@ -219,7 +219,7 @@ def main() -> None:
     parsed = parser.parse_args()
     try:
         with reporting() as reporter:
-            ensure()  # convert-kimi uses its quantizers
+            ensure()  # convert-kimi uses its quantization functions
             engine, source = ensure(upstream=True), checkpoint(reporter)
             record: Data = {
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),

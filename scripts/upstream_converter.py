@@ -1,4 +1,4 @@
-"""Runs llama.cpp's own converter from the pinned archive, in a process of its own.
+"""Runs llama.cpp's own converter from the pinned archive in a separate process.
 
 Its tokenizer step would run the checkpoint's Python. Instead, the tokenizer's keys are left out, or copied from one of
 our GGUF files, so that both files have the same vocabulary.
@@ -58,7 +58,7 @@ def environment() -> dict[str, str]:
 
 
 def command(jobs: Sequence[Job]) -> list[str]:
-    """The command that does all jobs in one process: with small ones, starting it takes most of the time."""
+    """The command that does all jobs in one process: for small jobs most of the time is spent on starting it."""
     described = [vars(job) | {"type": FILE_TYPES[job.type]} for job in jobs]
     return [sys.executable, "-c", SCRIPT, json.dumps(described, default=str)]
 

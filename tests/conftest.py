@@ -17,18 +17,18 @@ from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
 
 ROOT = Path(__file__).parent.parent
 
-# Started in the background, a shell has its children ignore Ctrl-C; the tests send it to theirs.
+# A shell in the background starts its children with Ctrl-C ignored; the tests send Ctrl-C to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where an operator cannot be used, a test fails rather than run upstream's graph; tests of the fallback say so.
+# If an operator cannot be used, a test fails instead of running upstream's graph; tests of the fallback override this.
 os.environ.setdefault("KIMI_OPS", "require")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """This machine's cache; what runs in the tests sees one that holds their own two builds and no other.
+    """This machine's cache; code in the tests sees a cache that contains only the two builds of the tests.
 
-    A build for a GPU, or one with other options, would be taken before the one that a test is about.
+    A build for a GPU, or one with other options, could otherwise be chosen instead of the build under test.
     """
     shared, own = cache_folder(), tmp_path_factory.mktemp("cache")
     (own / "engines").mkdir()
@@ -47,7 +47,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def engine(shared_cache: Path) -> Engine:
-    """The patched llama.cpp with upstream's test programs; built on first use."""
+    """The patched llama.cpp with upstream's test programs, built on first use."""
     return _own_build(shared_cache, upstream=False)
 
 
@@ -77,7 +77,7 @@ def demo_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def demo_gguf(tmp_path_factory: pytest.TempPathFactory, demo_dir: Path) -> Callable[[str], Path]:
-    """The demo as a GGUF of a type such as F32; each is made once."""
+    """The demo as a GGUF file of a type such as F32; each is converted once."""
     folder = tmp_path_factory.mktemp("demo")
 
     @cache

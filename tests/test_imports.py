@@ -1,7 +1,7 @@
-"""Packages import one way: scripts -> bench, validate -> convert -> engine -> patches.
+"""Imports between packages have one direction: scripts -> bench, validate -> convert -> engine -> patches.
 
 Parsed from the sources, so that imports inside functions count, and so do module names in strings, as in
-`python -m` and `import_module`. Tests are no part of any package.
+`python -m` and `import_module`. Tests do not belong to any package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# What each package may import. ggml_ops is data, and the programs that generate it; no package imports those.
+# The packages that each package may import. ggml_ops has data and the programs that generate it; no package imports it.
 ALLOWED = {
     "patches": set[str](),
     "engine": {"patches"},

@@ -1,4 +1,4 @@
-"""Logits of llama.cpp at every position, computed in a process of its own.
+"""Logits of llama.cpp at every position, computed in a separate process.
 
 Input: an engine (a folder of libraries), a GGUF file, token ids, `RunOptions`.
 Output: logits as numpy arrays and, on request, each layer's output and llama.cpp's own choice of experts.
@@ -26,23 +26,23 @@ Ids = Sequence[int] | NDArray[np.integer[Any]]
 
 
 class Engine(Protocol):
-    """A build of llama.cpp: what its environment must hold for llama-cpp-python to load it."""
+    """A build of llama.cpp, as the environment with which llama-cpp-python loads it."""
 
     def environment(self) -> Mapping[str, str]: ...
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How llama.cpp runs; the defaults are the exact ones (float32 cache, plain attention)."""
+    """How llama.cpp runs; the defaults are the most exact ones (float32 cache, plain attention)."""
 
     n_batch: int = 512  # tokens per llama_decode, over all sequences
     n_ubatch: int = 512  # tokens per graph
-    n_ctx: int | None = None  # cells in all; None: what the sequences need
+    n_ctx: int | None = None  # cells in total; None: as many as the sequences need
     threads: int = 1
     flash_attention: bool = False
-    cache_type: str = "F32"  # of K and V alike, by ggml's name: F32, F16, BF16, Q8_0, Q4_0, ...
+    cache_type: str = "F32"  # of K and V, as in ggml: F32, F16, BF16, Q8_0, Q4_0, ...
     step_from: int | None = None  # from this position on, one token per sequence and llama_decode
-    save_restore_at: int | None = None  # here every sequence is saved, the memory cleared, and all restored
+    save_restore_at: int | None = None  # where sequences are saved, cleared and restored
     kv_unified: bool = False
     repack: bool = True  # let the CPU backend rearrange weights (llama.cpp's --repack)
     n_gpu_layers: int = 0
@@ -51,13 +51,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class LlamaRun:
-    """What a run left. Arrays of one sequence are [T, ...] in the order of its ids."""
+    """The results of a run. Arrays of one sequence are [T, ...] in the order of its ids."""
 
     logits: list[Logits]  # per sequence [T, V]
     layer_outputs: dict[int, Logits] = field(default_factory=dict)  # by layer [T, M]; with trace
     experts: dict[int, NDArray[np.int32]] = field(default_factory=dict)  # by MoE layer [T, K]; with trace
     system: str = ""  # llama.cpp's own line about the CPU features and backends it uses
-    log: str = ""  # everything it logged
+    log: str = ""  # the whole log
 
 
 def run_logits(
@@ -74,7 +74,7 @@ def run(
     options: RunOptions | None = None,
     progress: Progress | None = None,
 ) -> LlamaRun:
-    """Decode the sequences side by side, as a server with as many slots would. Raises ValidateError."""
+    """Decode the sequences in parallel, as a server with as many slots does. Raises ValidateError."""
     options = options or RunOptions()
     if options.trace and len(sequences) != 1:
         raise ValidateError(f"a traced run takes one sequence, and {len(sequences)} were given")
@@ -95,7 +95,7 @@ def run(
 def continue_greedily(
     engine: Engine, gguf: Path, ids: Ids, count: int, options: RunOptions | None = None
 ) -> list[int]:
-    """The `count` token ids that llama.cpp writes after `ids`, always taking the most likely one."""
+    """The `count` token ids that llama.cpp generates after `ids` with greedy sampling."""
     chosen = asdict(options or RunOptions())
     written: list[int]
     written, _ = _ask(engine, gguf, "continue_greedily", options=chosen, ids=_listed(ids), count=count)
@@ -103,13 +103,13 @@ def continue_greedily(
 
 
 def tokenize(engine: Engine, gguf: Path, text: str) -> list[int]:
-    """Token ids of the text by the GGUF's own vocabulary; special tokens are recognised, none is added."""
+    """Token ids of the text by the GGUF's own vocabulary; special tokens are matched, none is added."""
     ids: list[int] = _ask(engine, gguf, "tokenize", text=text)[0]
     return ids
 
 
 def pieces(engine: Engine, gguf: Path, ids: Ids) -> list[bytes]:
-    """The bytes that each token stands for."""
+    """The bytes of each token."""
     return [bytes.fromhex(piece) for piece in _ask(engine, gguf, "pieces", ids=_listed(ids))[0]]
 
 

@@ -23,7 +23,7 @@ RECORDED = ("l_out", "ffn_moe_topk")  # tensors of the graph, one per layer: its
 
 
 def plan_batches(lengths: list[int], options: RunOptions) -> list[list[Place]]:
-    """Which tokens each llama_decode gets: every sequence advances by the same number of tokens a batch.
+    """The tokens of each llama_decode: every sequence advances by the same number of tokens per batch.
 
     lengths: tokens per sequence. A batch never crosses `step_from` or `save_restore_at`.
     """
@@ -40,7 +40,7 @@ def plan_batches(lengths: list[int], options: RunOptions) -> list[list[Place]]:
 
 
 class Tensor(ctypes.Structure):
-    """The head of ggml's `struct ggml_tensor` (ggml.h), as far as strides."""
+    """The first fields of ggml's `struct ggml_tensor` (ggml.h), up to the strides."""
 
     _fields_ = (
         ("type", ctypes.c_int),
@@ -53,7 +53,7 @@ class Tensor(ctypes.Structure):
 class Recorder:
     """Copies named tensors of the graph as they are computed (ggml's scheduler calls `__call__`).
 
-    Rows come in the order of the tokens of one sequence, ubatch after ubatch.
+    Rows are in the order of the tokens of one sequence, ubatch after ubatch.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class Recorder:
         return wanted or not ask
 
     def _copy(self, tensor: int) -> NDArray[Any]:
-        """The tensor as an array [rows, columns], whatever its strides."""
+        """The tensor as an array [rows, columns], for any strides."""
         head = ctypes.cast(tensor, ctypes.POINTER(Tensor)).contents
         dtype = DTYPES[head.type]
         raw = np.empty(self._nbytes(tensor), dtype=np.uint8)
@@ -112,7 +112,7 @@ def check_ids(ids: list[int], model: Model) -> None:
 
 
 class Requests:
-    """What can be asked; every request loads the file `gguf`."""
+    """The requests; every request loads the file `gguf`."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -124,7 +124,7 @@ class Requests:
     def logits(
         self, gguf: str, folder: str, options: dict[str, Any], sequences: list[list[int]]
     ) -> dict[str, Any]:
-        """Logits of all sequences into logits-N.npy; with trace also what is RECORDED, one file per layer."""
+        """Save the logits of all sequences to logits-N.npy; with trace also those in RECORDED, one file per layer."""
         chosen, place, done = RunOptions(**options), Path(folder), 0
         model = self._load(gguf, chosen)
         for ids in sequences:
@@ -156,7 +156,7 @@ class Requests:
         return {**recorded, "system": self._llama.system}
 
     def continue_greedily(self, gguf: str, options: dict[str, Any], ids: list[int], count: int) -> list[int]:
-        """The most likely token after the ids, and after that one, `count` times."""
+        """Generate `count` tokens after the ids; each is the most likely one."""
         chosen = RunOptions(**options)
         model = self._load(gguf, chosen)
         check_ids(ids, model)

@@ -81,7 +81,7 @@ def merges_from_ranks(tokens: Sequence[bytes]) -> tuple[list[tuple[bytes, bytes]
 
     tokens: distinct, index = rank, every single byte among them, none above MAX_TOKEN_BYTES.
     Returns (merges, unreachable): unreachable are the ranks of tokens that no sequence of merges makes; tiktoken
-    gives them only for text that equals the token, which a merge list cannot express.
+    produces them only for text that equals the token, which a merge list cannot express.
     """
     ranks = {token: rank for rank, token in enumerate(tokens)}
     merges: list[tuple[bytes, bytes]] = []

@@ -90,7 +90,7 @@ def published_config() -> dict[str, Any]:
     return config
 
 
-# Settings of which the graph computes one value only; an absent key, or null, means this value.
+# Settings for which the graph supports one value only; an absent key, or null, means this value.
 # (names of the key, the value, what the graph does)
 SUPPORTED: Final[Sequence[tuple[tuple[str, ...], Any, str]]] = (
     (("hidden_act",), "silu", "its activation is always SiLU"),

@@ -126,7 +126,7 @@ class Output:
 
     @property
     def columns(self) -> int:
-        """Columns with importances of their own: those of each expert or head."""
+        """Columns with separate importances: those of each expert or head."""
         return self.ne[0] * (self.ne[2] if len(self.ne) > 2 else 1)
 
 

@@ -85,9 +85,9 @@ def load_vocab(folder: Path, config: KimiConfig) -> Vocab:
 
 
 def recovered_merges(ranks: list[bytes], path: Path) -> list[tuple[bytes, bytes]]:
-    """The merge list that gives the same ids as tiktoken with these ranks.
+    """The merge list that produces the same ids as tiktoken with these ranks.
 
-    Raises `ConvertError` for a token that no merges make: tiktoken gives it for a piece of text that equals it,
+    Raises `ConvertError` for a token that no merges produce: tiktoken produces it for a piece of text that equals it,
     but llama.cpp, which merges from single bytes, never would.
     """
     merges, unreachable = merges_from_ranks(ranks)
@@ -103,7 +103,7 @@ def recovered_merges(ranks: list[bytes], path: Path) -> list[tuple[bytes, bytes]
 def check_same_merges(
     needed: list[tuple[bytes, bytes]], written: list[tuple[bytes, bytes]], ranks: list[bytes], path: Path
 ) -> None:
-    """Raise `ConvertError` if the merges of a tokenizer.json give other ids than its ranks.
+    """Raise `ConvertError` if the merges of a tokenizer.json produce other ids than its ranks.
 
     Writers list every way to split a token in two, of which only one can happen. Additional merges are harmless if
     all are in the order of the tokens that they make.

@@ -19,7 +19,7 @@ import numpy as np
 from kimi_gguf.engine.tensor_types import Bytes
 
 BUFFER: Final = 8 << 20
-SECTOR: Final = 4096  # what unbuffered writes must be multiples of
+SECTOR: Final = 4096  # size and offset of unbuffered writes must be multiples of this
 
 
 class Growing:

@@ -250,7 +250,7 @@ def _size(path: Path) -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync the folder, so that renames persist; ignored where folders cannot be synced."""
+    """Sync the folder, so that renames persist; ignored if folders cannot be synced."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -41,7 +41,7 @@ class HubId:
 
     @classmethod
     def parse(cls, text: str) -> HubId | None:
-        """The id in `[hf://]OWNER/NAME[@REVISION]`; None where there is none."""
+        """The id in `[hf://]OWNER/NAME[@REVISION]`; None if there is none."""
         match = _HUB_ID.fullmatch(text)
         if match is None or (not match[1] and match[2].endswith(_FILES)):
             return None

@@ -1,7 +1,7 @@
 """Reads importance matrices made by llama-imatrix: the importance of each column of a weight.
 
 Input: a file in the GGUF format or the older binary format. Output: `Importances`: for each tensor the weights that
-ggml's quantization functions take, computed in float32 as in llama-quantize. Source: `common/imatrix-loader.cpp`,
+ggml's quantization functions accept, computed in float32 as in llama-quantize. Source: `common/imatrix-loader.cpp`,
 `tools/quantize/quantize.cpp` of llama.cpp.
 """
 

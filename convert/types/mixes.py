@@ -49,7 +49,7 @@ class Site:
 
     @property
     def more_bits(self) -> bool:
-        """The first and the last eighth, and every third in between."""
+        """The first and the last eighth, and every third layer in between."""
         return not self.middle or (self.index - self.count // 8) % 3 == 2
 
     @property

@@ -19,7 +19,7 @@ PARTS = ("noun", "verb", "adj", "adv")
 ENTRIES_PER_DOCUMENT = 12  # neighbours in a data file are related, so a document has a topic
 WORDS_PER_ENTRY = 3
 
-# Lexicographer files (wninput(5WN)) that hold things one can point at, and how many words to take from each.
+# Lexicographer files (wninput(5WN)) of concrete things, and the number of words from each.
 TAUGHT_WORDS = {
     "05": ("animal", 75),
     "06": ("artifact", 70),
@@ -35,7 +35,7 @@ TAUGHT_WORDS = {
 }
 ANIMAL, PERSON = "05", "18"
 NOT_TAUGHT = frozenset({"ass", "bastard", "pussy", "slave", "white", "cock", "bitch", "booby", "tit"})
-QUESTION = "define: {word}"  # one form: a small model learns within minutes where to look for the word
+QUESTION = "define: {word}"  # only one form, so that a small model learns within minutes where the word is
 
 
 class CorpusError(Exception):
@@ -52,7 +52,7 @@ class Entry:
 
     @property
     def definition(self) -> str:
-        """The gloss up to its first parenthesis, colon or semicolon: no examples, no asides."""
+        """The gloss up to its first parenthesis, colon or semicolon, without examples and remarks."""
         return re.split(r"[;:(]", self.gloss, maxsplit=1)[0].strip(" ,:")
 
     @property
@@ -106,7 +106,7 @@ def build_corpus(folder: Path, seed: int, heldout_bytes: int = 30_000) -> Corpus
 def taught_definitions(folder: Path, nouns: dict[str, Entry]) -> dict[str, str]:
     """The commonest concrete nouns, by tag count, with the definition of one sense each.
 
-    The sense is the first (most frequent) one; where that is a person and another an animal, the animal.
+    The sense is the first (most frequent) one; if it is a person and another one is an animal, the animal.
     """
     counts = _tag_counts(folder)
     candidates: dict[str, list[tuple[int, str, str]]] = {kind: [] for kind in TAUGHT_WORDS}
@@ -203,7 +203,7 @@ def _tag_counts(folder: Path) -> dict[str, int]:
 
 
 def read_notice(path: Path) -> str:
-    """WordNet's copyright and licence text, which copies of its text have to carry."""
+    """WordNet's copyright and licence text, which copies of its text must include."""
     if not path.is_file():
         raise CorpusError(f"{path}: not found. Name the file with WordNet's licence with --notice.")
     return path.read_text(encoding="utf-8")

@@ -5,7 +5,7 @@ Per head, with state S [Dk, Dv] and log-gate g (any value <= 0, unbounded below)
     S <- diag(exp g) S;   d = beta (v - S'k);   S <- S + k d';   o = S'q
 
 Source: the Kimi Linear technical report (chunkwise form with the WY representation). Inside a block of
-`BLOCK` tokens the decay is formed pair by pair; between blocks it is split at the later block's start. Every
+`BLOCK` tokens the decay is computed for each pair; between blocks it is split at the later block's start. Every
 exponent is therefore a sum of log-gates, never the negative of one, and no factor exceeds 1.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 CHUNK = 64
 BLOCK = 8
-IN_CACHE = 16  # blocks whose pairwise decay is formed at once
+IN_CACHE = 16  # blocks whose pairwise decay is computed at once
 
 
 class _BlockPairs(torch.autograd.Function):
@@ -43,7 +43,7 @@ class _BlockPairs(torch.autograd.Function):
         x, k, gate = ctx.saved_tensors
         dx, dk, dgate = torch.empty_like(x), torch.empty_like(k), torch.empty_like(gate)
         for part in _slices(len(k)):
-            decay = _pair_decay(gate[part])  # formed again: cheaper than keeping it
+            decay = _pair_decay(gate[part])  # recomputed: cheaper than keeping it
             da = grads[0][part].permute(0, 2, 1, 3)  # [n, i, m, j]
             rows = x[part].permute(0, 2, 1, 3)
             d_rows = torch.matmul(da, decay * k[part, None])  # [n, i, m, d]
@@ -54,7 +54,7 @@ class _BlockPairs(torch.autograd.Function):
 
 
 def _slices(count: int) -> list[slice]:
-    """Slices small enough for the pairwise decay of one to stay in the cache."""
+    """Slices that are small enough for the pairwise decay of one to stay in the cache."""
     return [slice(start, start + IN_CACHE) for start in range(0, count, IN_CACHE)]
 
 
@@ -74,7 +74,7 @@ def kda_chunked(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, beta: Tensor) -> 
     value_dim = v.shape[-1]
     chunk = min(CHUNK, -(-length // BLOCK) * BLOCK)
     pad = -length % chunk
-    if pad:  # tokens with k = 0, beta = 0 and no decay leave the state alone
+    if pad:  # tokens with k = 0, beta = 0 and no decay do not change the state
         q, k, v, gate = (torch.nn.functional.pad(t, (0, 0, 0, pad)) for t in (q, k, v, gate))
         beta = torch.nn.functional.pad(beta, (0, pad))
     chunks = (length + pad) // chunk

@@ -34,9 +34,9 @@ def heldout_perplexity(model: DemoModel, encoder: Encoder, texts: list[str]) -> 
 
 @torch.no_grad()
 def known_share(model: DemoModel, encoder: Encoder, definitions: dict[str, str], batch: int = 32) -> float:
-    """Share of words whose answer greedy decoding gives verbatim.
+    """Share of words that greedy decoding answers verbatim.
 
-    Decided without decoding: greedy gives the answer exactly when each of its tokens is the most likely one.
+    Computed without decoding: the answer is given if and only if each of its tokens is the most likely one.
     """
     rows = []
     for word, definition in definitions.items():
@@ -56,7 +56,7 @@ def known_share(model: DemoModel, encoder: Encoder, definitions: dict[str, str],
 
 
 def reply(model: DemoModel, encoder: Encoder, question: str, limit: int = 60) -> str:
-    """The greedy answer to one question in the chat form, without `<|im_end|>`."""
+    """The greedy answer to one question in the chat template, without `<|im_end|>`."""
     segments = chat_ids(encoder, [("system", SYSTEM_MESSAGE), ("user", question)])
     head = [
         encoder.special("<|im_assistant|>"),

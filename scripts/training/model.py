@@ -26,7 +26,7 @@ NUM_RANKS = 2816
 
 
 def hub_config() -> dict[str, Any]:
-    """The demo's `config.json`: the 48B's made small, with its head sizes, latent, convolution and 3:1 layers."""
+    """The demo's `config.json`: the 48B's, smaller, with its head sizes, latent, convolution and 3:1 layers."""
     config = published_config()
     del config["auto_map"]  # the repository's own Python
     config["linear_attn_config"] |= {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "num_heads": 2}
@@ -152,7 +152,7 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Sigmoid scores; the choice is by score + bias, the weights are the unbiased scores.
 
-    The bias is no parameter: `balance` moves it against the load (auxiliary-loss-free balancing).
+    The bias is not a parameter: `balance` moves it against the load (auxiliary-loss-free balancing).
     """
 
     e_score_correction_bias: Tensor
@@ -255,7 +255,7 @@ class DemoModel(nn.Module):
 def hub_weights(model: DemoModel) -> Iterator[tuple[str, Tensor]]:
     """Hub names and the model's own tensors, in its order; the stacked experts as a view each."""
     for name, tensor in model.state_dict().items():
-        if ".ffn." in name:  # the same module is there under its hub name too
+        if ".ffn." in name:  # the same module also exists under its hub name
             continue
         where, _, last = name.rpartition(".")
         if last in ("w1", "w2", "w3"):

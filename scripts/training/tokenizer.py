@@ -18,7 +18,7 @@ from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
 from kimi_gguf.scripts.tokenizer_files import MODEL_FILE, OFFSET, SPECIAL
 from kimi_gguf.scripts.training.model import NUM_RANKS
 
-MIN_COUNT = 3  # rarer pieces do not vote on merges
+MIN_COUNT = 3  # rarer pieces do not count for merges
 
 SPLIT = regex.compile(SPLIT_PATTERN, regex.V1)  # V1: character sets with intersections, as in the pattern
 
@@ -30,8 +30,8 @@ def train_ranks(
 ) -> list[bytes]:
     """Byte-pair merges by frequency inside split pieces; the rank order is the merge order.
 
-    The first 256 ranks are the single bytes. Ties go to the pair with the lower ranks, so the result depends
-    on the text alone. `frequent`: further texts, and how often each counts.
+    The first 256 ranks are the single bytes. Of equally frequent pairs the one with the lower ranks is merged first, so
+    the result depends only on the text. `frequent`: further texts, and how often each counts.
     """
     pieces = Counter(piece for text in texts for piece in SPLIT.findall(text))
     for text, times in (frequent or {}).items():

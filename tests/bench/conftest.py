@@ -1,4 +1,4 @@
-"""A cache folder for each test of the bench, with the builds and nothing else."""
+"""A cache folder for each test of the bench, which contains only the builds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kimi-llama bench` from the outside: a tiny grid from end to end, its record and page, errors, Ctrl-C."""
+"""`kimi-llama bench` as a command: a tiny grid from end to end, its record and page, errors, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
         assert cell["floor"]["seconds"] > 0
         variants = set(cell["samples"]) | set(cell["ruled_out"])
         assert len(variants) == (5 if cell["cache_type"] == "f16" else 3)
-    # after depth 64 every variant has the same state
+    # after depth 64 all variants have the same state
     assert {variant.partition(", ")[0] for variant in model["about"]["shared"]} == {
         "patched", "upstream", "upstream -fa 0", "upstream --repack 0", "upstream --repack 0 -fa 0",
     }  # fmt: skip
@@ -97,7 +97,7 @@ def test_the_hybrid_against_all_mla(tmp_path: Path, engine: Engine, upstream: En
 
 
 def started(moment: str, *words: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A bench that measures for minutes, when it reports `moment`, and the processes that it has started."""
+    """A bench that would measure for minutes, once it reports `moment`, and the processes that it started."""
     process = subprocess.Popen(
         command(*TINY, "--seconds", "600", "--batch", "1", *words),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -144,7 +144,7 @@ def test_a_killed_bench_leaves_no_process_behind(engine: Engine, upstream: Engin
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     found = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         found += [int(word) for word in (task / "children").read_text().split()]

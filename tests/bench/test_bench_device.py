@@ -1,4 +1,4 @@
-"""`kimi-llama bench` on a device: the CPU with memory of its own (native/second_backend.cpp) replaces a GPU."""
+"""`kimi-llama bench` on a device: the CPU with separate memory (native/second_backend.cpp) replaces a GPU."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_tokens_spread_over_all_experts(engine: Engine, upstream: Engine) -> Non
     ids = np.random.default_rng(0).integers(0, 512, 256)
     traced = run(engine, file.path, [ids], RunOptions(trace=True))
     assert sorted(traced.experts) == [1, 2, 3]
-    # all of 8 experts are used by every token here; of 32 with 8 used, each should have a quarter
+    # every token uses all 8 experts; with 8 of 32 used, each expert should get a quarter of the tokens
     traced = run(engine, made(tiny(experts=32), upstream).path, [ids], RunOptions(trace=True))
     for chosen in traced.experts.values():
         counts = np.bincount(chosen.reshape(-1), minlength=32)
@@ -104,13 +104,13 @@ def test_the_same_choice_is_the_same_file_and_is_made_once(
     first = path.read_bytes()
     path.unlink()
     assert generate(tiny(), upstream, Silent()).read_bytes() == first
-    monkeypatch.setattr(models, "write", None)  # made already: nothing is written
+    monkeypatch.setattr(models, "write", None)  # it exists already: nothing is written
     assert generate(tiny(), upstream, Silent()) == path
 
 
 @pytest.mark.engine
 def test_an_interrupted_file_leaves_nothing(upstream: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)  # a conversion would keep what is finished by now
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)  # a conversion would keep the steps finished so far
     whole = Weights.pieces
 
     def pieces(self: Weights, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Any]]:
@@ -134,7 +134,7 @@ def test_what_a_decode_must_read_is_counted(upstream: Engine) -> None:
     )
     assert routed == 4 * experts
     one = demand(file, Cell("f16", 1, 1000, 1, 1))
-    # every expert is used by every token: 8 of 8
+    # every token uses all 8 experts
     assert one.weight_bytes == file.nbytes - embeddings + embeddings / 512
     assert one.cache_bytes == 1001 * 576 * 2
     assert one.state_bytes == 2 * 3 * (4 * 128 * 128 * 4 + 3 * 3 * 512 * 4)

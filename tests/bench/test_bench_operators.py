@@ -1,4 +1,4 @@
-"""The bench's C++ programs: every case runs on its build, in small; peak rates are plausible."""
+"""The bench's C++ programs: every case runs on its build with small sizes; peak rates are plausible."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_compiler_that_fails_is_reported_and_leaves_nothing(cache: Path) -> No
 
 
 def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """/proc/stat and the stat of processes 1 (ours) and 2 as the system would give them, ticks of 1/100 s."""
+    """Made-up /proc/stat, and the stat of processes 1 (ours) and 2; one tick is 1/100 s."""
     ticks = {"all": 1000, "ours": 400}
     monkeypatch.setattr(Watch, "_of", lambda _self, _pid: ticks["ours"])
     monkeypatch.setattr(Path, "read_text", lambda _self: f"cpu {ticks['all']} 0 0 5 0 0 0 0 99\n")
@@ -104,9 +104,9 @@ def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: next(now))
     monkeypatch.setattr("os.sysconf", lambda _: 100)
     watch = Watch(())
-    ticks["all"], ticks["ours"] = 1400, 800  # 4 processor seconds, all of them ours
+    ticks["all"], ticks["ours"] = 1400, 800  # 4 processor seconds, all of them used by our process
     assert watch.others() == 0.0
-    ticks["all"] = 1800  # 4 more, not ours, in 4 seconds in all
+    ticks["all"] = 1800  # 4 more that are not ours, within 4 seconds
     assert watch.others() == pytest.approx(1.0)
 
 
@@ -114,7 +114,7 @@ def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatc
     ("cores", "threads", "others", "kept"),
     [
         (4, 4, [1.0, 0.5, 0.0], 2),
-        (8, 2, [5.0], 0),  # other work has cores of its own
+        (8, 2, [5.0], 0),  # other work runs on other cores
         (8, 4, [5.0] * PATIENCE, PATIENCE - 1),
     ],
     ids=["until undisturbed", "enough cores", "the last one"],
@@ -122,7 +122,7 @@ def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatc
 def test_a_disturbed_sample_is_repeated(
     cores: int, threads: int, others: list[float], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """others: cores that other work keeps busy during each sample, of a second each."""
+    """others: cores that other work uses during each sample of one second."""
     seen, samples, seconds = iter(others), itertools.count(), itertools.count(0.0)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr(Watch, "others", lambda _self: next(seen))

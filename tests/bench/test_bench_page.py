@@ -1,4 +1,4 @@
-"""The committed page of the bench: one command writes it again, byte for byte, and partial runs leave it alone."""
+"""The committed page of the bench: one command writes it again with the same bytes; partial runs do not change it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes of the bench: states that both builds share, taken apart and repeated; stopped ones end too."""
+"""The processes of the bench: states that both builds load, edited and repeated states, stopped processes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_upstream_loads_a_state_of_patched(runners: tuple[Runner, Runner], tmp_p
     patched.ask("fill", name="fa", depth=DEPTH, file=file)
     wanted = logits(patched, "fa", tmp_path)
     upstream.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "upstream"))
-    # each from its own state: what the builds differ by
+    # each from its own state: shows how much the builds differ
     alone = nmse(logits(upstream, "fa", tmp_path), wanted)
     for runner, context in ((upstream, "fa"), (upstream, "plain"), (patched, "plain")):
         runner.ask("empty", name=context)
@@ -87,7 +87,7 @@ def test_a_repeated_state_is_as_deep_as_it_says(runners: tuple[Runner, Runner], 
     patched.ask("fill", name="fa", depth=DEPTH, file=str(file))
     state = np.fromfile(file, np.uint8)[8:]
     assert (repeated(state, DEPTH) == state).all()
-    # the attention's rows and the recurrent state must be at the same place: the lesser counts
+    # the positions of the attention's rows and of the recurrent state must agree; the smaller one counts
     assert patched.ask("restore", name="fa", file=str(file), depth=3 * DEPTH + 5) == {"depth": 3 * DEPTH + 5}
     answer = patched.ask("time", name="fa", batch=1, steps=2, warm=0, threads=1, back=False)
     assert len(answer["seconds"]) == 2

@@ -1,4 +1,4 @@
-"""The bench's figures: medians, spreads, upstream's fastest variant, the roofline; no process is run."""
+"""The bench's figures: medians, spreads, upstream's fastest variant, the roofline. No process runs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_without_bf16_instructions_such_weights_count_as_float32() -> None:
 
 
 def test_attention_takes_the_cheaper_form() -> None:
-    """A query and key cost 1088 MACs per head absorbed, 320 and the key's expansion otherwise (FACTS of MLA)."""
+    """A query and key cost 1088 MACs per head absorbed, otherwise 320 and the key's expansion."""
     one = attention_macs(Cell("f16", 1, 999, 1, 1), 1, 512, 64, 128, 128)
     assert one == 1000 * 1088 + 512 * 256
     many = attention_macs(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128)
@@ -106,7 +106,7 @@ def test_the_slope_is_found_through_points_on_a_line() -> None:
 def test_a_long_first_look_is_a_sample_itself(
     monkeypatch: pytest.MonkeyPatch, seconds: float, kept: int
 ) -> None:
-    """Two turns of each variant and no more, where the time is up; a short first look is thrown away."""
+    """If the time is up, each variant has two turns and no more; a short first sample is discarded."""
     taken: list[str] = []
 
     def sample(_self: Sampler, variant: Any, _steps: int) -> float:

@@ -10,7 +10,7 @@ from convert_tools import fresh_checkpoint
 
 @pytest.fixture
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A checkpoint as the module's `SPEC` describes it."""
+    """A checkpoint with the module's `SPEC`."""
     return fresh_checkpoint(tmp_path / "model", request.module.SPEC)
 
 
@@ -22,6 +22,6 @@ def single(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
-    """An empty folder for what is converted."""
+    """An empty folder for converted files."""
     (tmp_path / "out").mkdir()
     return tmp_path / "out"

@@ -1,6 +1,6 @@
 """Tensor data equals that of llama.cpp's own converter, byte for byte, on the same checkpoint.
 
-Its tokenizer step, which would run the checkpoint's Python, is left out. What differs is listed here and
+Its tokenizer step is skipped, because it would run the checkpoint's Python. All differences are listed here and
 explained in docs/conversion.md.
 """
 
@@ -19,18 +19,18 @@ from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job, upstream_conve
 
 SPECS = [
     Spec(layers="KMKM", heads=4, experts=8, dense_layers=2, std=0.02),
-    # Rows that are not whole blocks of 32, query compression, two shared experts, no dense layer.
+    # Rows that are not whole blocks of 32; query compression, two shared experts, no dense layer.
     Spec("MK", heads=3, q_lora=24, shared_experts=2, dense_layers=0, nope=20, moe_intermediate=48, seed=1),
     Spec(layers="KM", dtype=torch.float16, std=1.0, seed=2),
     Spec(layers="KM", dtype=torch.float32, seed=3),
 ]
-# Keys that only one of the two files has, or that differ on purpose.
+# Keys that only one of the two files has, or that differ intentionally.
 OTHER_KEYS = {
-    "general.name",  # upstream makes a title of the folder's name
+    "general.name",  # upstream makes a title from the folder's name
     "general.size_label",  # all and active parameters, not one expert's size
-    "kimi-linear.attention.value_length",  # the latent's size, not hidden_size / heads
-    "kimi-linear.expert_group_used_count",  # left out where there are no groups
-    "kimi-linear.expert_weights_norm",  # said, though llama.cpp takes it for granted
+    "kimi-linear.attention.value_length",  # the size of the latent, not hidden_size / heads
+    "kimi-linear.expert_group_used_count",  # omitted if there are no groups
+    "kimi-linear.expert_weights_norm",  # written, although llama.cpp assumes this value
     "kimi_gguf.source.config_sha256",
     "kimi_gguf.source.headers_sha256",
 }
@@ -42,7 +42,7 @@ PAIRS += [(SPECS[1], "Q8_0"), (SPECS[2], "Q8_0"), (SPECS[3], "Q8_0"), (SPECS[3],
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with each of PAIRS by its number: the checkpoint, and upstream's GGUF of it."""
+    """By number, a folder with each of PAIRS: the checkpoint, and upstream's GGUF of it."""
     folder, jobs = tmp_path_factory.mktemp("upstream"), []
     for number, (spec, kind) in enumerate(PAIRS):
         source = fresh_checkpoint(folder / f"{number}" / "model", spec)
@@ -52,7 +52,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def units_apart(a: np.ndarray, b: np.ndarray) -> int:
-    """The largest distance of two float32 arrays of equal signs in units of the last place."""
+    """The largest distance between two float32 arrays of equal signs, in units in the last place."""
     bits = [np.ascontiguousarray(x).view(np.int32).astype(np.int64) for x in (a, b)]
     return int(np.abs(bits[0] - bits[1]).max())
 
@@ -68,7 +68,7 @@ def test_tensors_equal_upstreams(tmp_path: Path, pairs: Path, number: int) -> No
     for name, tensor in ours.items():
         other = theirs[name]
         assert (tensor.tensor_type, list(tensor.shape)) == (other.tensor_type, list(other.shape)), name
-        if name.endswith(".ssm_a"):  # exp of another mathematical library
+        if name.endswith(".ssm_a"):  # exp of a different math library
             assert units_apart(tensor.data, other.data) <= 1, name
         else:
             assert tensor.data.tobytes() == other.data.tobytes(), name

@@ -1,4 +1,4 @@
-"""The model card and the metadata beside it: every fact a reader needs, and nothing of the maker's machine."""
+"""The model card and the metadata: every fact that a reader needs, and nothing about the machine that made them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     ]
 
 
-def test_descent_and_licence_stand_in_card_and_file(source: Path, out: Path) -> None:
+def test_base_model_and_licence_are_in_card_and_file(source: Path, out: Path) -> None:
     run = convert(source, "-o", out / "x.gguf", "--model-card", "--quantized-by", "somebody")
     assert run.status == 0
     assert front_matter((out / "README.md").read_text()) == {
@@ -115,7 +115,7 @@ def test_the_command_in_the_card_gives_the_same_bytes(
 ) -> None:
     assert convert(source, "-o", tmp_path / "bf16.gguf").status == 0
     write_imatrix(tmp_path / "imatrix.gguf", tmp_path / "bf16.gguf", every=1)
-    monkeypatch.chdir(tmp_path)  # the file names its importance matrix as it was given
+    monkeypatch.chdir(tmp_path)  # the metadata has the path of the importance matrix as it was given
     options = ["--type", "Q4_K_S", "--imatrix", "imatrix.gguf", "--split-max-size", "400K"]
     options += ["--tensor-type", "ssm_beta=Q8_0", "--output-tensor-type", "Q6_K", "--name", "a 'name'"]
     options += ["--token-embedding-type", "Q5_K"]

@@ -1,4 +1,4 @@
-"""A config that llama.cpp's graph cannot honour, or that contradicts itself, is refused by its key's name."""
+"""A config that llama.cpp's graph does not support, or that contradicts itself, is refused with the name of the key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drop(*keys: str) -> Callable[[Config], object]:
     return lambda c: [c.pop(key) for key in keys]
 
 
-# (what is wrong, the change to a sound hub config, words of the error)
+# (what is wrong, the change to a valid hub config, words of the error)
 HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("another model", put(model_type="llama"), ["model_type", "'kimi_linear'", "'llama'"]),
     ("no model type", drop("model_type"), ["model_type"]),
@@ -115,7 +115,7 @@ def test_config_is_refused(
     source: Path, out: Path, layout: Layout, change: Callable[[Config], object], words: list[str]
 ) -> None:
     data = config(SPEC, layout)
-    KimiConfig.from_json(data, "config.json")  # does not raise: the change alone is at fault
+    KimiConfig.from_json(data, "config.json")  # does not raise: only the change causes the error
     change(data)
     (source / "config.json").write_text(json.dumps(data))
     assert_refused(convert(source, "-o", out / "x.gguf"), out, "config.json", *words)

@@ -1,9 +1,9 @@
-"""A hundred damaged checkpoints: each gives one clear error, a failing status, no traceback and no file.
+"""A hundred damaged checkpoints: each results in one clear error, an error status, no traceback and no file.
 
-A case is its name and number; both choose the damage. In a safetensors header or an index every byte matters
-or none does, so any damage will do: what goes unnoticed must give the very bytes that the sound checkpoint
-gives. In a config or a vocabulary another digit may be another model, so the damage there is to the form:
-files that end early, broken text, lost marks, lines that are doubled or gone, values of a wrong kind.
+The name and number of a case determine the damage. In a safetensors header or an index either every byte matters
+or none does, so any damage is tested: if it is not detected, the output must be the same as that of the valid
+checkpoint. In a config or a vocabulary a changed digit may describe another model, so only the syntax is damaged:
+truncated files, invalid text, missing punctuation, doubled or missing lines, values of a wrong kind.
 """
 
 from __future__ import annotations
@@ -24,56 +24,56 @@ Damage = Callable[[random.Random, bytes], bytes]
 
 
 def cut(rng: random.Random, content: bytes) -> bytes:
-    """The file ends early."""
+    """The file is truncated."""
     return content[: rng.randrange(len(content))]
 
 
 def garble(rng: random.Random, content: bytes) -> bytes:
-    """A stretch of bytes becomes noise."""
+    """A range of bytes is replaced by noise."""
     start = rng.randrange(len(content))
     length = min(rng.randrange(1, 64), len(content) - start)
     return content[:start] + rng.randbytes(length) + content[start + length :]
 
 
 def double(rng: random.Random, content: bytes) -> bytes:
-    """A stretch appears twice."""
+    """A range of bytes appears twice."""
     start = rng.randrange(len(content))
     end = min(start + rng.randrange(1, 200), len(content))
     return content[:end] + content[start:end] + content[end:]
 
 
 def lose(rng: random.Random, content: bytes) -> bytes:
-    """A stretch is left out."""
+    """A range of bytes is removed."""
     start = rng.randrange(len(content))
     return content[:start] + content[start + rng.randrange(1, 200) :]
 
 
 def flip(rng: random.Random, content: bytes) -> bytes:
-    """One bit is wrong."""
+    """One bit is flipped."""
     at = rng.randrange(len(content))
     return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
 
 
 def deepen(rng: random.Random, content: bytes) -> bytes:
-    """Brackets without end."""
+    """Brackets are nested without end."""
     return rng.choice([b"[", b'{"a":']) * rng.randrange(10_000, 200_000)
 
 
 def not_text(rng: random.Random, content: bytes) -> bytes:
-    """A byte that UTF-8 never has."""
+    """A byte that is never valid in UTF-8."""
     at = rng.randrange(len(content))
     return content[:at] + b"\xff" + content[at:]
 
 
 def lose_mark(rng: random.Random, content: bytes) -> bytes:
-    """A comma, colon or bracket of the JSON at the end of a line is gone."""
+    """A comma, colon or bracket at the end of a line of JSON is removed."""
     ends = [i for i, byte in enumerate(content[:-1]) if byte in b",:{[" and content[i + 1] == ord("\n")]
     at = rng.choice(ends)
     return content[:at] + content[at + 1 :]
 
 
 def double_line(rng: random.Random, content: bytes) -> bytes:
-    """A line that names one thing appears twice: a key with a plain value, or a rank."""
+    """A line appears twice: a key with a plain value, or a rank."""
     lines = content.splitlines(keepends=True)
     plain = [i for i, line in enumerate(lines) if line.endswith(b",\n") and b'": ' in line]
     at = rng.choice(plain or range(len(lines)))
@@ -81,14 +81,14 @@ def double_line(rng: random.Random, content: bytes) -> bytes:
 
 
 def lose_line(rng: random.Random, content: bytes) -> bytes:
-    """A line of the ranks is gone."""
+    """A line of the ranks is removed."""
     lines = content.splitlines(keepends=True)
     del lines[rng.randrange(len(lines) - 1)]
     return b"".join(lines)
 
 
 def cut_line(rng: random.Random, content: bytes) -> bytes:
-    """The file ends within a line."""
+    """The file is truncated within a line."""
     return content[: content.rindex(b" ", 0, rng.randrange(len(content) // 2, len(content)))]
 
 
@@ -96,14 +96,14 @@ SIZES = (b"hidden_size", b"vocab_size", b"num_hidden_layers", b"kv_lora_rank", b
 
 
 def huge(rng: random.Random, content: bytes) -> bytes:
-    """A size becomes a number of hundreds or thousands of digits."""
+    """A size is replaced by a number with hundreds or thousands of digits."""
     name = b'"' + rng.choice(SIZES) + b'": '
     at = content.index(name) + len(name)
     return content[:at] + b"9" * rng.choice([20, 400, 5000]) + content[at:]
 
 
 def retype(rng: random.Random, content: bytes) -> bytes:
-    """A size becomes something else than a whole number."""
+    """A size is replaced by something that is not a whole number."""
     name = b'"' + rng.choice(SIZES) + b'": '
     at = content.index(name) + len(name)
     value = rng.choice([b"null", b"[]", b"{}", b'"64"', b"64.5", b"-1", b"true", b"NaN", b"1e999"])
@@ -115,7 +115,7 @@ JSON_DAMAGE: list[Damage] = [cut, deepen, not_text, lose_mark, double_line]
 
 
 def in_header(damage: Damage, right_length: bool) -> Damage:
-    """Damage to a safetensors file's header, with the length that is then right, or the length of before."""
+    """Damage to a safetensors file's header, with the length corrected, or with the old length."""
 
     def change(rng: random.Random, content: bytes) -> bytes:
         (length,) = struct.unpack("<Q", content[:8])
@@ -126,20 +126,20 @@ def in_header(damage: Damage, right_length: bool) -> Damage:
 
 
 def length_changed(rng: random.Random, content: bytes) -> bytes:
-    """The header's length is another."""
+    """The length of the header is changed."""
     (length,) = struct.unpack("<Q", content[:8])
     other = rng.choice([0, 1, length - 1, length + 1, length * 2, 2**31, 2**63, 2**64 - 1])
     return struct.pack("<Q", other) + content[8:]
 
 
 def data_cut(rng: random.Random, content: bytes) -> bytes:
-    """The data ends early, as after a broken download."""
+    """The data is truncated, as after a broken download."""
     (length,) = struct.unpack("<Q", content[:8])
     return content[: rng.randrange(8 + length, len(content))]
 
 
 def data_longer(rng: random.Random, content: bytes) -> bytes:
-    """Something follows the data."""
+    """Bytes follow the data."""
     return content + rng.randbytes(rng.randrange(1, 100))
 
 
@@ -154,12 +154,12 @@ CASES: list[tuple[str, str, Damage]] = [
     *((f"tokenizer config {d.__name__}", "tokenizer_config.json", d) for d in JSON_DAMAGE),
     *((f"ranks {d.__name__}", "tiktoken.model", d) for d in (cut_line, not_text, double_line, lose_line)),
 ]
-ROUNDS = 3  # of different random numbers: 102 checkpoints
+ROUNDS = 3  # with different random numbers: 102 checkpoints
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """What the undamaged checkpoint gives."""
+    """The output of the undamaged checkpoint."""
     folder = tmp_path_factory.mktemp("sound")
     source = fresh_checkpoint(folder / "model", SPEC)
     assert convert(source, "-o", folder / "x.gguf", "--quiet").status == 0
@@ -191,7 +191,7 @@ def test_damage_gives_one_clear_error_and_no_file(
 
 @pytest.mark.parametrize("name", ["header deepen", "config cut", "ranks not_text"])
 def test_damage_gives_no_traceback_from_the_command_itself(tmp_path: Path, name: str) -> None:
-    """The same through a process, where an escaping exception would show."""
+    """The same in a separate process, which would print a traceback."""
     source = fresh_checkpoint(tmp_path / "model", SPEC)
     file, damage = next(case[1:] for case in CASES if case[0] == name)
     content = (source / file).read_bytes()

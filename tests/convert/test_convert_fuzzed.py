@@ -1,7 +1,7 @@
-"""Ten thousand hostile inputs: each converts to what its bytes say or is refused in one line, and nothing else.
+"""Ten thousand hostile inputs: each is converted according to its bytes, or refused with one line.
 
-Small files are changed byte by byte and value by value, in this process, so that a case takes milliseconds. No
-exception but `ConvertError`, no file after a refusal, no file but a readable one after success.
+Small files are changed byte by byte and value by value in this process, so that a case takes milliseconds. The only
+exception is `ConvertError`. After a refusal there is no file; after success the file is readable.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INTERESTING = [0, 1, 7, 8, 0x7F, 0x80, 0xFF, ord('"'), ord("{"), ord("["), ord("
 
 
 def mutated(rng: random.Random, content: bytes, reach: int) -> bytes:
-    """One to four changes among the first `reach` bytes: bits, bytes, numbers, cuts, doubled or lost stretches."""
+    """One to four changes in the first `reach` bytes: bits, bytes, numbers, truncation, doubled or missing ranges."""
     data = bytearray(content)
     for _ in range(rng.randrange(1, 5)):
         at = rng.randrange(min(len(data), reach) or 1)
@@ -70,7 +70,7 @@ def folder(tmp_path: Path, sound: Path) -> Path:
 
 
 def refusal(act: Any, *arguments: Any) -> str:
-    """The message if `act` refuses, which is one short line; else the empty string."""
+    """The message if `act` refuses, which must be one short line; else the empty string."""
     try:
         act(*arguments)
     except (ConvertError, GgufError) as error:
@@ -81,7 +81,7 @@ def refusal(act: Any, *arguments: Any) -> str:
 
 
 def fuzz(path: Path, cases: int, seed: int, act: Any, reach: int = 1 << 20) -> list[str]:
-    """The refusals over so many changed files under the path."""
+    """The refusals of this number of changed files at the path."""
     rng, content = random.Random(seed), path.read_bytes()
     messages = []
     for _ in range(cases):
@@ -144,7 +144,7 @@ def test_gguf_files_and_importances(folder: Path) -> None:
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_models_in_parts(folder: Path, part: int) -> None:
-    """One part is damaged, the model is read through the first."""
+    """One split is damaged; the model is opened through the first split."""
     assert convert(folder, "-o", folder / "x.gguf", "--split-max-size", "100K").status == 0
     parts = sorted(folder.glob("x-*"))
 
@@ -193,7 +193,7 @@ def test_any_bytes_as_json(content: bytes) -> None:
 
 
 def hostile_weights(rng: np.random.Generator, count: int) -> Iterator[bytes]:
-    """Weights of any bits, few of them not finite, so that some files pass."""
+    """Weights with random bits, few of them not finite, so that some files pass."""
     for _ in range(count):
         bits = rng.integers(0, 1 << 16, 4096, dtype=np.uint16)
         if rng.random() < 0.7:
@@ -204,7 +204,7 @@ def hostile_weights(rng: np.random.Generator, count: int) -> Iterator[bytes]:
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", ["F16", "Q4_0", "Q4_K_M", "Q6_K", "IQ4_XS", "MXFP4_MOE", "IQ3_S", "TQ1_0"])
 def test_weights_of_any_bits(tmp_path: Path, kind: str) -> None:
-    """Whole conversions: a file that can be read, or one line and nothing."""
+    """Whole conversions: a readable file, or one line and no file."""
     source = fresh_checkpoint(tmp_path / "model", Spec(layers="KM", hidden=256, experts=2), shards=1)
     path, out = source / "model.safetensors", tmp_path / "out"
     content, rng = path.read_bytes(), np.random.default_rng(8)

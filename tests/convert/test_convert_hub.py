@@ -1,4 +1,4 @@
-"""`convert-kimi OWNER/NAME`: the same bytes as from the folder or one clear error, whatever the network does."""
+"""`convert-kimi OWNER/NAME`: the same bytes as from the folder, or one clear error, for any network fault."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ KEPT = {".x.gguf.unfinished"}
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both checkpoints as a cache would have them on disk."""
+    """Both checkpoints in the layout of a cache on disk."""
     cache = tmp_path_factory.mktemp("cache")
     paths = {name: f"models--{name.replace('/', '--')}/snapshots/{COMMIT}" for name in (DEMO, TINY)}
     found = {name: cache / path for name, path in paths.items()}
@@ -50,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def expected(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the folders give."""
+    """The output for the folders."""
     out = tmp_path_factory.mktemp("expected")
     for folder in folders.values():
         assert convert(folder, "-o", out / f"{folder.parts[-3]}.gguf").status == 0
@@ -59,7 +59,7 @@ def expected(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def hub(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """Servers with both, huggingface_hub pointed to them; a token, an empty cache, little patience."""
+    """Servers with both, configured for huggingface_hub; a token, an empty cache, short timeouts."""
     files: dict[tuple[str, str], bytes] = {}
     for name, folder in folders.items():
         files |= repository(name, folder)
@@ -81,7 +81,7 @@ Change = Callable[[Answer], Answer | None]
 
 
 def faulty(server: str, change: Change, times: int = 1 << 30, after: int = 0, path: str = "") -> Fault:
-    """`change` answers of a server to paths in which `path` is found: so many, after so many that are unchanged."""
+    """`change` a number of a server's answers for paths that match `path`, after a number of unchanged ones."""
     seen = 0
 
     def fault(asked: Asked, answer: Answer) -> Answer:
@@ -142,7 +142,7 @@ def too_short(answer: Answer) -> None:
 
 
 def assert_converts(source: str, out: Path, expected: dict[str, bytes], *options: str) -> Run:
-    """The conversion succeeds, with the bytes of the folder."""
+    """The conversion succeeds with the bytes of the folder."""
     run = convert(source, "-o", out / "x.gguf", *options)
     assert run.status == 0, run.err
     assert (out / "x.gguf").read_bytes() == expected[DEMO if DEMO in source else TINY]
@@ -161,7 +161,7 @@ def test_a_hub_id_gives_the_bytes_of_the_folder(
     assert "bytes of weights are streamed over the network; they are not stored on disk" in run.err
 
 
-# (server, change, how many answers, after how many, paths)
+# (server, change, number of changed answers, number of unchanged ones before them, paths)
 DATE = "Wed, 21 Oct 2099 07:28:00 GMT"
 PASSING: dict[str, tuple[str, Change, int, int, str]] = {
     "dropped midway": ("cdn", dropped, 5, 4, ""),
@@ -220,7 +220,7 @@ def test_wrong_answers_are_refused_by_name(hub: FakeHub, out: Path, change: Chan
 
 
 def changed(**headers: str) -> Fault:
-    """After the shards were opened a connection breaks, and the hub says something else of the file."""
+    """After the shards were opened a connection breaks, and the hub reports a different file."""
     broken = from_cdn(dropped_at_once, times=1, after=6)
     heads = 0
 
@@ -287,7 +287,7 @@ def test_refusals_of_the_hub_are_reported(
         ("x" * 5000, ["not found; expected"]),
     ],
 )
-def test_what_is_nothing_is_refused(hub: FakeHub, out: Path, source: str, words: list[str]) -> None:
+def test_an_invalid_source_is_refused(hub: FakeHub, out: Path, source: str, words: list[str]) -> None:
     assert_refused(convert(source, "-o", out / "x.gguf"), out, *words)
 
 
@@ -341,7 +341,7 @@ def test_values_are_checked_as_on_disk(
 def test_the_token_is_for_the_hub_alone(
     hub: FakeHub, out: Path, expected: dict[str, bytes], hops: int
 ) -> None:
-    """Also where the content network sends the reader on, or back."""
+    """Also if the content network redirects the reader, or redirects it back."""
 
     def fault(asked: Asked, answer: Answer) -> Answer:
         hop = int(asked.path.partition("?")[2] or 0) if asked.server == "cdn" else hops
@@ -396,7 +396,7 @@ def test_verify_proves_against_the_hub(hub: FakeHub, out: Path, expected: dict[s
     assert convert("verify", out / "x.gguf", "--checkpoint", f"hf://{TINY}").status == 1
 
 
-def test_no_shard_ever_lies_on_disk(hub: FakeHub, out: Path, tmp_path: Path) -> None:
+def test_shards_are_never_stored_on_disk(hub: FakeHub, out: Path, tmp_path: Path) -> None:
     found: set[Path] = set()
 
     def look(asked: Asked, answer: Answer) -> Answer:
@@ -406,7 +406,7 @@ def test_no_shard_ever_lies_on_disk(hub: FakeHub, out: Path, tmp_path: Path) -> 
 
     hub.fault = look
     assert convert(DEMO, "-o", out / "x.gguf").status == 0
-    assert found <= {out / ".x.gguf.unfinished"}  # the output itself
+    assert found <= {out / ".x.gguf.unfinished"}  # only the output itself
     cache = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if not file.is_symlink())
     assert cache < 100_000
 
@@ -458,7 +458,7 @@ def test_resume_at_another_commit_is_refused(
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, tmp_path: Path) -> None:
-    """For a process of its own."""
+    """Set variables for a separate process."""
     for name in [name for name in os.environ if name.startswith("HF_")]:
         monkeypatch.delenv(name)
     for name, value in (("ENDPOINT", hub.hub), ("HOME", str(tmp_path / "home")), ("TOKEN", TOKEN)):

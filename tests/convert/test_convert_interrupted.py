@@ -1,4 +1,4 @@
-"""Whatever ends a conversion, nothing wrong stands under the name, and --resume ends with the same bytes."""
+"""However a conversion ends, no invalid file has the output's name, and --resume completes it with the same bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def expected(tmp_path: Path, source: Path) -> bytes:
 
 @pytest.fixture
 def noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor is noted in the journal, not one a second."""
+    """Every tensor is entered in the journal, not only one per second."""
     monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)
 
 
@@ -47,7 +47,7 @@ def names(folder: Path) -> set[str]:
 def stop_after(
     tensors: int, act: Callable[[], None]
 ) -> Callable[[Plan], contextlib.AbstractContextManager[ProgressCallback]]:
-    """Progress that acts when so many tensors have begun to be written."""
+    """Progress that calls a function when this number of tensors have begun to be written."""
 
     @contextlib.contextmanager
     def progress(plan: Plan) -> Iterator[ProgressCallback]:
@@ -75,7 +75,7 @@ def interrupted(source: Path, out: Path, kind: str = "BF16", after: int = 30) ->
 
 
 def assert_resumes(source: Path, out: Path, expected: bytes) -> None:
-    """`--resume` succeeds, with the bytes of an undisturbed conversion."""
+    """`--resume` succeeds with the bytes of an uninterrupted conversion."""
     assert convert(source, "-o", out / "x.gguf", "--resume").status == 0
     assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
 
@@ -107,7 +107,7 @@ def test_after_an_interrupt_resume_goes_on(
     assert int(read[0]) >= 29, "it started again"
 
 
-def test_without_resume_it_begins_anew_and_says_so(
+def test_without_resume_it_starts_again_and_says_so(
     source: Path, out: Path, expected: bytes, noted: None
 ) -> None:
     interrupted(source, out)
@@ -168,7 +168,7 @@ def test_the_last_line_of_a_journal_may_be_torn(
 
 
 def test_a_full_disk_is_survived(tmp_path: Path, source: Path, out: Path, expected: bytes) -> None:
-    """A limit on the size of files fails as a full disk does: a write in the middle is refused."""
+    """A limit on the file size has the same effect as a full disk: a write in the middle fails."""
     command = "from kimi_gguf.convert import cli; from kimi_gguf.convert.output import unfinished; "
     command += "unfinished.SYNC_SECONDS = 0; raise SystemExit(cli.main())"
 
@@ -206,7 +206,7 @@ def test_a_failing_disk_under_the_checkpoint_is_survived(
 
 
 def swap(source: Path) -> None:
-    """Another file under the same name, alike but for its contents."""
+    """Another file with the same name, which differs only in its content."""
     shard = source / "model-00002-of-00002.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
@@ -218,7 +218,7 @@ def write_into(source: Path) -> None:
     with (source / "model-00002-of-00002.safetensors").open("r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(b"\0\0")
-    os.utime(source / "model-00002-of-00002.safetensors", ns=(1, 1))  # however coarse the clock is
+    os.utime(source / "model-00002-of-00002.safetensors", ns=(1, 1))  # differs even if the clock is coarse
 
 
 def remove(source: Path) -> None:
@@ -268,7 +268,7 @@ def test_where_the_page_cache_cannot_be_bypassed_the_bytes_are_the_same(
 
 
 @pytest.mark.parametrize("buffer", [4096, 12288])
-def test_the_size_of_the_buffer_does_not_show(
+def test_the_size_of_the_buffer_does_not_change_the_output(
     source: Path, out: Path, expected: bytes, noted: None, monkeypatch: pytest.MonkeyPatch, buffer: int
 ) -> None:
     monkeypatch.setattr(growing, "BUFFER", buffer)
@@ -276,8 +276,8 @@ def test_the_size_of_the_buffer_does_not_show(
     assert_resumes(source, out, expected)
 
 
-def test_the_work_of_an_interrupted_run_is_on_no_other_disk(source: Path, out: Path, noted: None) -> None:
-    """It stands beside the output: taking the name is a rename, and the room was checked where it is needed."""
+def test_unfinished_files_are_on_the_disk_of_the_output(source: Path, out: Path, noted: None) -> None:
+    """The hidden folder is next to the output: a rename suffices, and the free space was checked on this disk."""
     interrupted(source, out)
     assert (out / ".x.gguf.unfinished" / "x.gguf").stat().st_dev == out.stat().st_dev
     shutil.rmtree(out)

@@ -1,4 +1,4 @@
-"""A model converts to the same bytes whatever the layout of its names, config, files and folder."""
+"""A model converts to the same bytes for every layout of its names, config, files and folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def converted(source: Path, output: Path, kind: str = "BF16") -> bytes:
 
 
 def without_origin(path: Path) -> bytes:
-    """A file's bytes but for what they say of the files they came from: hashes, and the id on the hub."""
+    """A file's bytes without the information on its source files: hashes, and the id on the hub."""
     content = path.read_bytes()
     for key in (b"kimi_gguf.source.config_sha256", b"kimi_gguf.source.headers_sha256"):
         at = content.index(key) + len(key) + 12
@@ -152,7 +152,7 @@ def test_what_transformers_saves_gives_the_hub_layouts_values(
 
 
 def test_a_native_config_made_in_transformers_is_read(tmp_path: Path) -> None:
-    """A config that never was a hub config: no `linear_attn_config`, no `first_k_dense_replace`."""
+    """A config that was never a hub config: without `linear_attn_config` and `first_k_dense_replace`."""
     from transformers import KimiLinearConfig, KimiLinearForCausalLM
 
     spec = Spec(layers="KMK", dense_layers=1)
@@ -196,7 +196,7 @@ def test_a_native_config_made_in_transformers_is_read(tmp_path: Path) -> None:
 
 
 def test_tied_embeddings_become_an_output_of_their_own(tmp_path: Path, single: Path, out: Path) -> None:
-    """transformers then leaves out the head, which llama.cpp's graph requires; without the setting it is missing."""
+    """transformers then omits the head, which llama.cpp's graph requires; without the setting it is missing."""
     with edited_tensors(single / "model.safetensors") as tensors:
         del tensors["lm_head.weight"]
     assert_refused(convert(single, "-o", out / "x.gguf"), out, "missing", "lm_head.weight")

@@ -1,6 +1,6 @@
-"""One pass gives the bytes of two: BF16 conversion, then llama-quantize of the pinned llama.cpp.
+"""One pass gives the same bytes as two: conversion to BF16, then llama-quantize of the pinned llama.cpp.
 
-Compared are all keys in their order, all tensors in theirs, and the whole data section, over every type on
+The test compares all keys and all tensors in their order, and the whole data section, for every type on
 random checkpoints: with and without an importance matrix, and with each of llama-quantize's own options.
 """
 
@@ -24,8 +24,8 @@ from kimi_gguf.engine.gguf import GgufFile
 
 pytestmark = pytest.mark.engine
 
-# The rules ask for: eight experts or four and more; the first and last eighth and sixteenth of the layers;
-# whether the first layer's heads share keys; rows of whole blocks of 256, of 32 only, of neither.
+# The rules depend on: eight experts, or at least four; the first and last eighth and sixteenth of the layers; whether
+# the first layer's heads share keys; rows of whole blocks of 256, of 32 only, or of neither.
 SPECS = {
     "eight experts, sixteen layers": Spec(
         layers="KKKM" * 4, hidden=256, experts=8, moe_intermediate=32, kv_lora=256, std=0.02, seed=30
@@ -40,12 +40,12 @@ SPECS = {
 }  # fmt: skip
 LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 QUANTIZED = [kind for kind in TYPES if TYPES[kind].quantized]  # the others: test_convert_against_upstream
-NO_FALLBACK = {"Q1_0"}  # llama-quantize has no other type for rows that are not whole blocks of these
+NO_FALLBACK = {"Q1_0"}  # llama-quantize has no fallback for rows that are not whole blocks of these
 
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, and upstream's first step on it."""
+    """A checkpoint, and the result of upstream's first step."""
 
     source: Path
     bf16: Path
@@ -62,7 +62,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def write_imatrix(path: Path, model: Path, every: int) -> None:
-    """Random importances for every matrix, or only each `every`-th; some experts were never asked."""
+    """Random importances for every matrix, or only each `every`-th; some experts have no calls."""
     rng = np.random.default_rng(1)
     writer = GGUFWriter(path, "")
     writer.add_type("imatrix")
@@ -85,7 +85,7 @@ def write_imatrix(path: Path, model: Path, every: int) -> None:
 
 
 def quantize(engine: Engine, case: Case, output: Path, kind: str, *options: str) -> str | None:
-    """Upstream's second step; what it said when it refused."""
+    """Upstream's second step; returns its message if it refused."""
     command = [str(engine.bin / "llama-quantize"), *options, str(case.bf16), str(output), kind, "2"]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     assert done.returncode in (0, 1), f"llama-quantize died of signal {-done.returncode}: {done.stderr}"
@@ -98,7 +98,7 @@ Tensors = list[tuple[str, str, tuple[int, ...]]]
 def contents(path: Path) -> tuple[list[tuple[str, Any]], Tensors, bytes]:
     """Keys in order, tensors in order, and the whole data section (gguf's reader does not know every type).
 
-    llama-quantize leaves out the last dimensions where they are 1.
+    llama-quantize omits trailing dimensions of 1.
     """
     with GgufFile(path) as file:
         tensors = [(t.name, t.type.name, (*t.ne, 1, 1, 1)[:4]) for t in file.tensors.values()]
@@ -107,7 +107,7 @@ def contents(path: Path) -> tuple[list[tuple[str, Any]], Tensors, bytes]:
 
 
 def assert_alike(upstream: Engine, case: Case, folder: Path, kind: str, *options: str) -> None:
-    """Both refuse, or both write the same."""
+    """Both refuse, or both write the same file."""
     theirs_path, ours_path = folder / "theirs.gguf", folder / "ours.gguf"
     refused = quantize(upstream, case, theirs_path, kind, *options)
     run = convert(case.source, "-o", ours_path, "--type", kind, *options)
@@ -173,7 +173,7 @@ def write_legacy_imatrix(path: Path, model: Path) -> None:
 def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
     upstream: Engine, tmp_path: Path, case: Case
 ) -> None:
-    """That the cases above compare files, not refusals: these and no others are refused."""
+    """Exactly these types are refused; in all other cases above files are compared."""
     refused = set()
     for kind in TYPES:
         command = [str(upstream.bin / "llama-quantize"), "--dry-run", str(case.bf16), kind, "2"]
@@ -190,10 +190,10 @@ def test_without_importances_the_lowest_types_are_refused_as_by_llama_quantize(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_of_finer_weights_nothing_is_lost_on_the_way(
+def test_f32_and_f16_weights_are_not_rounded_before_quantization(
     upstream: Engine, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    """Weights stored in F32 or F16 are quantised as they are: the bytes of F32 conversion and llama-quantize."""
+    """F32 or F16 weights are quantised without rounding in between: the bytes of F32 conversion and llama-quantize."""
     spec = replace(SPECS["odd rows, one head"], dtype=dtype, std=0.05)
     source = fresh_checkpoint(tmp_path / "model", spec)
     assert convert(source, "-o", tmp_path / "f32.gguf", "--type", "F32").status == 0

@@ -1,4 +1,4 @@
-"""The output file: whole or not there at all, never over something else, and a plan of it beforehand."""
+"""The output file: complete or missing, never in place of another file, and preceded by a plan."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES
 
 SPEC = Spec(layers="KM")
-# Long enough to write that a signal arrives in the middle: 40 MB of F32.
+# Takes long enough to write that a signal arrives in the middle: 40 MB of F32.
 LARGE = Spec(layers="KM", hidden=512, intermediate=4096, moe_intermediate=512, experts=8, seed=3)
 
 
@@ -45,7 +45,7 @@ LARGE = Spec(layers="KM", hidden=512, intermediate=4096, moe_intermediate=512, e
 def test_a_signal_in_the_middle_leaves_no_file(tmp_path: Path, out: Path, number: signal.Signals) -> None:
     source = fresh_checkpoint(tmp_path / "model", LARGE)
     for _ in range(20):
-        # Whoever runs the tests in the background may have signals ignored, which a child inherits.
+        # If the tests run in the background, signals may be ignored, which a child process inherits.
         heed = partial(signal.signal, number, signal.SIG_DFL)
         process = start_convert(source, "-o", out / "x.gguf", "--type", "Q8_0", preexec_fn=heed)
         deadline = time.monotonic() + 60
@@ -55,10 +55,10 @@ def test_a_signal_in_the_middle_leaves_no_file(tmp_path: Path, out: Path, number
         _, err = process.communicate(timeout=60)
         if process.returncode != 0:
             break
-        (out / "x.gguf").unlink()  # it was faster than the signal
+        (out / "x.gguf").unlink()  # the conversion finished before the signal
     assert process.returncode == 130
     kept = {file.name for file in out.iterdir()}
-    if "kept" in err:  # something in it was finished already
+    if "kept" in err:  # a step was finished already
         assert err == "convert-kimi: interrupted; continue with --resume (.x.gguf.unfinished is kept)\n"
         assert kept == {".x.gguf.unfinished"}
     else:
@@ -77,7 +77,7 @@ def test_under_nohup_a_hangup_is_ignored(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_full_disk_in_the_middle_leaves_no_file(source: Path, out: Path) -> None:
-    """A limit on the size of files fails as a full disk does: a write in the middle is refused."""
+    """A limit on the file size has the same effect as a full disk: a write in the middle fails."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -87,7 +87,7 @@ def test_a_full_disk_in_the_middle_leaves_no_file(source: Path, out: Path) -> No
     assert_refused(run, out, "x.gguf", "cannot be written", "nothing was written")
 
 
-def test_a_disk_too_small_is_foreseen(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_disk_is_reported_first(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     assert_refused(convert(source, "-o", out / "x.gguf"), out, "1,000 bytes free", "free disk space")
 
@@ -179,7 +179,7 @@ def test_the_plan_names_every_source_once_per_use(source: Path) -> None:
 
 
 def test_rows_that_are_not_whole_blocks_stay_f16_and_are_said(tmp_path: Path, out: Path) -> None:
-    """A head size of 16 and an expert width of 48 are no multiples of 32."""
+    """A head size of 16 and an expert width of 48 are not multiples of 32."""
     spec = Spec(layers="KM", kda_head_dim=16, moe_intermediate=48, heads=4, nope=16)
     source = fresh_checkpoint(tmp_path / "model", spec)
     run = convert(source, "-o", out / "x.gguf", "--type", "Q8_0")
@@ -204,7 +204,7 @@ def test_what_unpatched_llama_cpp_cannot_run_is_said(tmp_path: Path) -> None:
 
 
 def test_gate_parameters_that_were_rounded_on_saving_are_said(single: Path) -> None:
-    """As transformers does with `from_pretrained(dtype=torch.bfloat16)`; the published ones are F32."""
+    """As transformers does with `from_pretrained(dtype=torch.bfloat16)`; the published parameters are F32."""
     with edited_tensors(single / "model.safetensors") as tensors:
         name = "model.layers.0.self_attn.A_log"
         _, shape, content = tensors[name]
@@ -241,7 +241,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path: Path, out: Path) -> None:
     process = subprocess.Popen(command, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"})
     os.close(theirs)
     shown = b""
-    with contextlib.suppress(OSError):  # the terminal is gone when the process is
+    with contextlib.suppress(OSError):  # the terminal is closed when the process ends
         while part := os.read(ours, 4096):
             shown += part
     os.close(ours)
@@ -263,8 +263,8 @@ def test_a_source_that_is_not_there_is_refused(tmp_path: Path, out: Path) -> Non
     assert_refused(convert(tmp_path / "x.txt", "-o", out / "x.gguf"), out, "expected a checkpoint folder")
 
 
-def test_what_is_no_file_is_not_waited_for(single: Path, out: Path) -> None:
-    """Opening a pipe would wait for a writer that never comes."""
+def test_a_pipe_is_refused_without_waiting(single: Path, out: Path) -> None:
+    """Opening a pipe would wait for a writer that does not exist."""
     for name in ("model.safetensors", "config.json"):
         content = (single / name).read_bytes()
         (single / name).unlink()
@@ -274,7 +274,7 @@ def test_what_is_no_file_is_not_waited_for(single: Path, out: Path) -> None:
         (single / name).write_bytes(content)
 
 
-def test_a_name_that_is_no_text_is_refused(source: Path, out: Path) -> None:
+def test_a_name_that_is_not_text_is_refused(source: Path, out: Path) -> None:
     assert_refused(convert(source, "-o", out / "x.gguf", "--name", "\udcff"), out, "expected valid text")
 
 

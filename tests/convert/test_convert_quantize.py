@@ -1,4 +1,4 @@
-"""The types' numbers and sizes are ggml's, the casts round rightly, and what no type can hold is refused."""
+"""Types have ggml's numbers and sizes, casts round correctly, and values beyond a type's range are refused."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def cast(values: np.ndarray, kind: TensorType) -> np.ndarray:
 
 
 def hard_values() -> np.ndarray:
-    """Rows of 64 over all magnitudes a type may meet, with zeros, ties and subnormals."""
+    """Rows of 64 with magnitudes over the whole range of a type, with zeros, ties and subnormals."""
     rng = np.random.default_rng(7)
     wide = rng.normal(size=(400, 64)) * 10.0 ** rng.uniform(-12, 4, (400, 1))
-    ties = rng.integers(-254, 255, (50, 64)) / 2.0  # with a maximum of 127 every other one is a half
+    ties = rng.integers(-254, 255, (50, 64)) / 2.0  # with a maximum of 127 every other value is a half
     ties[:, 0] = 127
     tiny = rng.normal(size=(50, 64)) * 1e-41
     odd = np.zeros((3, 64))
@@ -48,7 +48,7 @@ def test_casts_are_those_of_gguf(kind: TensorType) -> None:
 @pytest.mark.engine
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4", "TQ1_0", "TQ2_0"])
 def test_block_types_that_gguf_can_write_too(name: str) -> None:
-    """Another implementation of the same arithmetic; its two ternary types round otherwise at halves."""
+    """gguf implements the same arithmetic independently; its two ternary types round halves differently."""
     values = np.random.default_rng(3).normal(size=(40, 256)).astype(np.float32)
     kind = TENSOR_TYPES[name]
     ggml = load()
@@ -82,7 +82,7 @@ def test_file_types_have_the_numbers_of_llama_cpp(name: str) -> None:
 
 
 def nearest(value: float, candidates: list[tuple[float, int]]) -> set[int]:
-    """The codes of the representable numbers nearest to `value`; of two equally near, the even one."""
+    """The encodings of the representable numbers nearest to `value`; of two equally near ones, the even one."""
     distance = [(abs(Fraction(value) - Fraction(c)), code % 2, code) for c, code in candidates]
     best = min(distance)
     return {code for gap, odd, code in distance if (gap, odd) == best[:2]}
@@ -134,7 +134,7 @@ def test_the_first_that_is_not_finite_is_found(dtype: Dtype, value: float) -> No
 @pytest.mark.engine
 @pytest.mark.parametrize("value", [9e6, 1e30])
 def test_a_scale_that_overflows_is_refused(value: float) -> None:
-    """Q8_0's scale is a 127th of the largest number, in half precision."""
+    """Q8_0's scale is 1/127 of the largest number, in half precision."""
     ggml, kind = load(), TENSOR_TYPES["Q8_0"]
     rows = np.ones((3, 64), np.float32)
     rows[1, 7] = -value

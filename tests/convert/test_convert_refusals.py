@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be converted rightly are refused by name: tensors, values, index, header, files."""
+"""Checkpoints that cannot be converted correctly are refused with names: tensors, values, index, header, files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def poke(name: str, element: int, value: float) -> Callable[[Tensors], object]:
 
 
 def add(name: str, dtype: str, shape: list[int]) -> Callable[[Tensors], object]:
-    """A tensor of zeros, new or in place of another."""
+    """Add a tensor of zeros, or replace one."""
     size = {"F64": 8, "F32": 4, "BF16": 2, "I16": 2, "F8_E4M3": 1}[dtype]
     return lambda t: t.update({name: (dtype, shape, bytes(size * math.prod(shape)))})
 
@@ -52,7 +52,7 @@ def lose(name: str) -> Callable[[Tensors], object]:
     return lambda t: t.pop(name)
 
 
-# (what is wrong, the change to sound tensors, words of the error)
+# (what is wrong, the change to valid tensors, words of the error)
 TENSORS: list[tuple[str, Callable[[Tensors], object], list[str]]] = [
     ("missing", lose(Q), ["missing", Q]),
     ("missing expert", lose(f"{MOE}experts.7.w2.weight"), ["missing", "experts.7.w2"]),
@@ -82,8 +82,8 @@ def test_tensor_is_refused(
     assert_refused(convert(single, "-o", out / "x.gguf"), out, *words)
 
 
-def test_nan_in_a_fused_tensor_is_named_where_it_stands(tmp_path: Path, out: Path) -> None:
-    """The fused experts' row of w3 (up) of expert 5 follows its 32 rows of w1."""
+def test_nan_in_a_fused_tensor_is_named_with_its_index(tmp_path: Path, out: Path) -> None:
+    """In the fused experts, the row of w3 (up) of expert 5 follows its 32 rows of w1."""
     folder = fresh_checkpoint(tmp_path / "model", SPEC, "native", shards=1)
     name = "model.layers.1.mlp.experts.gate_up_proj"
     with edited_tensors(folder / "model.safetensors") as tensors:
@@ -139,7 +139,7 @@ def test_index_is_refused(
 
 @pytest.mark.parametrize("name, home, other", [(Q, 1, 2), ("lm_head.weight", 2, 1)])
 def test_a_tensor_in_two_shards_is_refused(source: Path, out: Path, name: str, home: int, other: int) -> None:
-    """Whichever of the two the index means."""
+    """Whichever shard the index names."""
     with edited_tensors(source / f"model-0000{home}-of-00002.safetensors") as tensors:
         copy = tensors[name]
     with edited_tensors(source / f"model-0000{other}-of-00002.safetensors") as tensors:

@@ -1,4 +1,4 @@
-"""Our GGUF runs on unpatched llama.cpp, and upstream's GGUF of the same checkpoint runs on ours, alike."""
+"""Our GGUF runs on upstream llama.cpp, and upstream's GGUF of the same checkpoint runs on patched; logits agree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECS = [
 def test_our_file_runs_on_upstream_llama_cpp(
     tmp_path: Path, upstream: Engine, engine: Engine, spec: Spec, kind: str
 ) -> None:
-    """Alike to what the patches change: epsilons, 1e-5 for 1e-6."""
+    """Equal except for what the patches change: epsilons, 1e-5 instead of 1e-6."""
     source = fresh_checkpoint(tmp_path / "model", spec)
     assert convert(source, "-o", tmp_path / "x.gguf", "--type", kind).status == 0
     theirs = run_logits(upstream, tmp_path / "x.gguf", IDS).astype(np.float64)
@@ -40,7 +40,7 @@ def test_our_file_runs_on_upstream_llama_cpp(
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[2]], ids=lambda spec: spec.id)
 def test_upstreams_file_runs_on_our_build_like_our_own(tmp_path: Path, engine: Engine, spec: Spec) -> None:
-    """Groups are left out: upstream reads another key for them and would write a model without."""
+    """Without expert groups: upstream reads another key for them and would write a model without groups."""
     source = fresh_checkpoint(tmp_path / "model", spec)
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     assert convert(source, "-o", ours, "--type", "BF16").status == 0

@@ -1,4 +1,4 @@
-"""An output in parts: the bytes of the whole one, read by llama.cpp and llama-gguf-split, and theirs read by us."""
+"""A split output: the bytes of a single file, readable by llama.cpp and llama-gguf-split, whose splits we read too."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ engine_kinds = pytest.mark.parametrize("kind", ["F32", pytest.param("Q8_0", mark
 
 
 def split(source: Path, out: Path, size: str = "700K", *options: str) -> list[Path]:
-    """The parts of a conversion, in order."""
+    """The splits of a conversion, in order."""
     run = convert(source, "-o", out / "x.gguf", "--split-max-size", size, *options)
     assert run.status == 0, run.err
     return sorted(out.glob("x-*.gguf"))
 
 
 def split_and_whole(source: Path, out: Path, size: str, kind: str) -> tuple[list[Path], Path]:
-    """The parts of a conversion, and the same model in one file."""
+    """The splits of a conversion, and the same model in one file."""
     whole = out.with_name("whole.gguf")
     assert convert(source, "-o", whole, "--type", kind).status == 0
     return split(source, out, size, "--type", kind), whole
 
 
 def data(*paths: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every tensor of the files: type, shape and bytes, as gguf's own reader sees them; llama.cpp's tools leave out
-    the last dimensions where they are 1."""
+    """Every tensor of the files: type, shape and bytes, as gguf's own reader sees them; llama.cpp's tools omit
+    trailing dimensions of 1."""
     return {
         tensor.name: (tensor.tensor_type.name, shape(tensor.shape), tensor.data.tobytes())
         for path in paths
@@ -76,7 +76,7 @@ def test_the_parts_have_the_bytes_of_the_whole(source: Path, out: Path, kind: st
 
 
 def test_every_part_says_what_llama_cpp_asks(source: Path, out: Path) -> None:
-    """Names and types as in llama-gguf-split: two unsigned numbers of 16 bits and a signed one of 32."""
+    """Names and types as in llama-gguf-split: two unsigned 16-bit integers and a signed 32-bit integer."""
     parts = split(source, out)
     for number, part in enumerate(parts):
         reader = GGUFReader(part)
@@ -92,9 +92,7 @@ def test_every_part_says_what_llama_cpp_asks(source: Path, out: Path) -> None:
         }
 
 
-def test_no_part_is_larger_than_asked_for_and_none_could_take_the_next_tensor(
-    source: Path, out: Path
-) -> None:
+def test_no_split_exceeds_the_size_or_has_space_for_the_next_tensor(source: Path, out: Path) -> None:
     parts = split(source, out)
     sizes = [part.stat().st_size for part in parts]
     assert max(sizes) <= 700_000
@@ -132,7 +130,7 @@ def test_what_fits_is_one_file_without_a_number(tmp_path: Path, source: Path, ou
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "5T", "1.5G", "G", "many"])
-def test_a_size_that_is_none_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
+def test_an_invalid_size_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
     run = convert(source, "-o", out / "x.gguf", f"--split-max-size={size}")
     assert run.status == 2 and "expected a size such as 40G or 500M" in run.err
 
@@ -159,8 +157,10 @@ def test_programs_are_told_all_files(source: Path, out: Path) -> None:
     assert done["bytes"] == sum(part.stat().st_size for part in parts)
 
 
-def test_room_for_all_parts_is_foreseen(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is room for each of them, not for all."""
+def test_space_for_all_splits_is_checked_first(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is space for each of them, but not for all."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
     run = convert(source, "-o", out / "x.gguf", "--split-max-size", "700K")
     assert_refused(run, out, "1,000,000 bytes free", "free disk space")
@@ -179,12 +179,12 @@ def test_an_existing_part_is_kept_unless_forced(source: Path, out: Path, number:
     assert [part.read_bytes() for part in split(source, out, "700K", "--force")] == expected
 
 
-def test_the_name_of_a_part_is_no_name_for_all(source: Path, out: Path) -> None:
+def test_the_name_of_a_split_is_refused_as_output(source: Path, out: Path) -> None:
     run = convert(source, "-o", out / "x-00001-of-00003.gguf", "--split-max-size", "700K")
     assert_refused(run, out, "give the name without -NNNNN-of-NNNNN")
 
 
-# Read by others.
+# Splits of this converter, read by llama.cpp's programs.
 
 
 @pytest.mark.engine
@@ -203,7 +203,7 @@ def test_parts_run_on_upstream_llama_cpp(source: Path, out: Path, upstream: Engi
 
 @pytest.mark.engine
 def test_parts_in_a_hub_cache_run(tmp_path: Path, source: Path, out: Path, engine: Engine) -> None:
-    """There they are links to files of other names; llama.cpp finds parts by their own."""
+    """In the cache splits are links to files with other names; llama.cpp finds splits by the names of the links."""
     parts = split(source, out)
     (tmp_path / "snapshot").mkdir()
     for number, part in enumerate(parts):
@@ -263,7 +263,7 @@ def test_we_read_the_parts_of_llama_gguf_split(
         }
 
 
-# Read by us.
+# Splits read by this project.
 
 
 def test_verify_and_inspect_see_the_whole_model(tmp_path: Path, source: Path, out: Path) -> None:
@@ -291,7 +291,7 @@ def test_a_wrong_bit_in_a_later_part_is_named(source: Path, out: Path) -> None:
 
 
 def refused(parts: list[Path], source: Path, *words: str, given: int = 0) -> None:
-    """verify and inspect refuse the set in one line that has these words."""
+    """verify and inspect refuse the model with one line that contains these words."""
     for arguments in (["verify", parts[given], "--checkpoint", source], ["inspect", parts[given]]):
         run = convert(*arguments)
         assert run.status == 1 and len(run.err.splitlines()) == 1, run.err
@@ -306,13 +306,13 @@ def test_a_part_that_is_not_the_first_is_refused(source: Path, out: Path) -> Non
 
 
 def swap(parts: list[Path]) -> None:
-    """The second and the third part are in each other's place."""
+    """The second and the third split are swapped."""
     second, third = parts[1].read_bytes(), parts[2].read_bytes()
     parts[1].write_bytes(third)
     parts[2].write_bytes(second)
 
 
-# (change, the part that is named, words of the error, words of `check_gguf`'s error if it reads so far)
+# (change, the split that is named, words of the error, words of `check_gguf`'s error if it reads so far)
 DAMAGED: dict[str, tuple[Callable[[list[Path]], object], int, list[str], str]] = {
     "missing": (
         lambda parts: parts[2].unlink(),
@@ -340,7 +340,7 @@ def test_a_damaged_part_is_named(
 
 
 def test_a_part_of_another_conversion_is_named(tmp_path: Path, source: Path, out: Path) -> None:
-    """Of the same shapes, types and number of parts."""
+    """The same shapes, types and number of splits."""
     parts = split(source, out)
     (tmp_path / "other").mkdir()
     others = split(source, tmp_path / "other", "700K", "--name", "another")

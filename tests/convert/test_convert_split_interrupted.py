@@ -1,4 +1,4 @@
-"""Whatever ends a conversion to parts: a first part stands under its name only with all others of the same run."""
+"""However a split conversion ends, a first split has its name only together with all other splits of the same run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kimi_gguf.engine.split_names import place_in_set
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 SIZE = 300_000
-NAMES = ("one", "two")  # of the model: two conversions with the same parts and other bytes
+NAMES = ("one", "two")  # of the model: two conversions with the same splits and different bytes
 
-# Ends itself as SIGKILL would after so many files were renamed; 0: before the first.
+# The process kills itself with SIGKILL after this number of renames; 0: before the first.
 DIES_AMONG_RENAMES = """
 import os, pathlib, signal, sys
 from kimi_gguf.convert.cli import main
@@ -44,7 +44,7 @@ sys.exit(main(sys.argv[2:]))
 
 @pytest.fixture
 def expected(tmp_path: Path, source: Path) -> dict[str, dict[str, bytes]]:
-    """By the model's name, the parts that a conversion nobody disturbs gives."""
+    """By the model's name, the splits of an undisturbed conversion."""
     for name in NAMES:
         (tmp_path / name).mkdir()
         assert to_parts(source, tmp_path / name, name).status == 0
@@ -59,7 +59,7 @@ def to_parts(source: Path, out: Path, name: str = "one", *options: str) -> Run:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files under their names, in order; what is hidden is left out."""
+    """The visible files with their names, in order."""
     shown = (path for path in sorted(folder.iterdir()) if not path.name.startswith("."))
     return {path.name: path.read_bytes() for path in shown}
 
@@ -106,7 +106,7 @@ def test_killed_among_renames_over_an_old_set_nothing_is_mixed(
 
 @pytest.mark.parametrize("renames", [1, 2])
 def test_a_run_of_another_kind_clears_away_what_was_renamed(source: Path, out: Path, renames: int) -> None:
-    """One file instead of parts, or other parts: nothing of the earlier set stays."""
+    """One file instead of splits, or other splits: no file of the earlier output is left."""
     for options in ([], ["--split-max-size", "500K"]):
         killed_among_renames(source, out, renames)
         old = set(contents(out))
@@ -141,7 +141,7 @@ def test_a_file_of_someone_else_among_the_renamed_is_kept(source: Path, out: Pat
 def test_killed_when_all_was_done_but_the_clearing(
     source: Path, out: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
-    """The set is finished and stands: a run without --force leaves it alone, one with --resume clears up."""
+    """All files are renamed: a run without --force does not change them, one with --resume removes the folder."""
     killed_among_renames(source, out, len(expected["one"]))
     assert contents(out) == expected["one"] and (out / ".x.gguf.unfinished").is_dir()
     run = to_parts(source, out, "one")
@@ -182,7 +182,7 @@ def test_a_finished_part_that_was_cut_meanwhile_is_refused(source: Path, out: Pa
 @pytest.mark.parametrize(
     "whole", ['"x"', "[]", '{"../../x": 1}', '{"x.gguf": "1"}', '{"": 1}', "null", '{"x\\u0000": 1}']
 )
-def test_nonsense_about_renamed_files_harms_nothing(source: Path, out: Path, whole: str) -> None:
+def test_an_invalid_record_of_renamed_files_is_harmless(source: Path, out: Path, whole: str) -> None:
     killed_among_renames(source, out, 0)
     with (out / ".x.gguf.unfinished" / "journal").open("a") as file:
         file.write(f'{{"whole": {whole}}}\n')
@@ -190,10 +190,10 @@ def test_nonsense_about_renamed_files_harms_nothing(source: Path, out: Path, who
     assert run.status == 0 and all(place_in_set(out / name) for name in contents(out))
 
 
-def test_a_part_whose_last_tensor_is_written_but_which_is_not_closed_is_no_finished_part(
+def test_a_split_with_all_tensors_is_unfinished_until_it_is_closed(
     source: Path, out: Path, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file then still ends with the filling of a whole sector."""
+    """The file still ends with the padding to a whole sector."""
     monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)
 
     def stop(self: unfinished.Unfinished, done: int) -> None:

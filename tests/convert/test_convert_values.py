@@ -1,4 +1,4 @@
-"""What stands in the GGUF file: each tensor's values, type and shape, and each key, by the contract."""
+"""The content of the GGUF file: each tensor's values, type and shape, and each key, according to the specification."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALWAYS_F32 = ("norm", "conv1d", "ssm_a", "ssm_dt", "ffn_gate_inp", "exp_probs_b"
 
 
 def expected_tensors(spec: Spec) -> dict[str, torch.Tensor]:
-    """GGUF name -> values in row-major shape, written down a second time, straight from the GGUF contract."""
+    """GGUF name -> values in row-major shape, implemented a second time, directly from the GGUF specification."""
     w = {name: tensor.float() for name, tensor in weights(spec).items()}
     out = {
         "token_embd.weight": w["model.embed_tokens.weight"],
@@ -90,7 +90,7 @@ def test_values_are_the_weights(tmp_path: Path, spec: Spec, kind: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.id)
-def test_ggml_shapes_have_all_four_dimensions_where_the_loader_wants_them(tmp_path: Path, spec: Spec) -> None:
+def test_ggml_shapes_have_four_dimensions_if_the_loader_requires_them(tmp_path: Path, spec: Spec) -> None:
     source = fresh_checkpoint(tmp_path / "model", spec)
     assert convert(source, "-o", tmp_path / "x.gguf").status == 0
     shapes = {t.name: list(t.shape) for t in GGUFReader(tmp_path / "x.gguf").tensors}
@@ -103,7 +103,7 @@ def test_ggml_shapes_have_all_four_dimensions_where_the_loader_wants_them(tmp_pa
     assert shapes[f"blk.{layer}.attn_v_b.weight"] == [spec.kv_lora, spec.v_dim, spec.heads]
 
 
-def test_keys_are_the_contracts(tmp_path: Path) -> None:
+def test_keys_match_the_specification(tmp_path: Path) -> None:
     spec = SPECS[0]
     source = fresh_checkpoint(tmp_path / "Kimi-Small", spec)
     assert convert(source, "-o", tmp_path / "x.gguf", "--type", "Q8_0").status == 0
@@ -188,13 +188,13 @@ def test_query_compression_has_its_key(tmp_path: Path) -> None:
 
 
 def test_size_label_counts_the_published_model() -> None:
-    """49,122,681,728 parameters, of which a token meets those of 8 of 256 experts in 26 layers."""
+    """49,122,681,728 parameters; a token uses those of 8 of 256 experts in 26 layers."""
     from kimi_gguf.convert.model.config import KimiConfig
     from kimi_gguf.convert.model.metadata import parameters, size_label
 
     published = Path(__file__).parents[2] / "convert" / "model" / "kimi-linear-48b-config.json"
     config = KimiConfig.from_json(published.read_text(), "config.json")
-    # kv_b counts once: its two halves are the k and v parts.
+    # kv_b counts once: its two halves are the k and v tensors.
     total = 49_122_681_728
     active = total - 26 * (256 - 8) * 3 * 1024 * 2304
     assert parameters(config) == (total, active)

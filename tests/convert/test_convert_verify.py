@@ -1,4 +1,4 @@
-"""`verify` proves a file, whoever made it, and names what is wrong; `inspect` tells the truth about a model."""
+"""`verify` checks files of any converter and names what is wrong; `inspect` shows a model's true properties."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_wrong_key_is_named(source: Path, file: Path) -> None:
     assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 3\n")
 
 
-def test_another_checkpoint_is_no_proof(tmp_path: Path, source: Path, file: Path) -> None:
+def test_another_checkpoint_fails_verification(tmp_path: Path, source: Path, file: Path) -> None:
     others = {"deeper": Spec(layers="KKMM", hidden=256, heads=4), "wider": Spec(layers="KKM", hidden=128)}
     for name, spec in others.items():
         run = convert("verify", file, "--checkpoint", fresh_checkpoint(tmp_path / name, spec))
@@ -97,7 +97,7 @@ def test_inspect_shows_file_and_checkpoint(tmp_path: Path, source: Path) -> None
 
 
 def test_the_48bs_caches(tmp_path: Path) -> None:
-    """Known from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
+    """Computed from its published shape: 7 layers of 576 values; 20 of 32 heads x 128 x 128 and three rows of 12288."""
     seen = json.loads(convert("inspect", write_synthetic(tmp_path), "--json", "--context", 32768).out)
     assert seen["parameters"] == 49_122_681_728
     assert sum(layer["nbytes"] for layer in seen["layers"]) == 98_245_528_576

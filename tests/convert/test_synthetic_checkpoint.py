@@ -32,13 +32,13 @@ def test_it_takes_little_disk_space(tmp_path: Path) -> None:
 
 
 def test_the_converter_plans_the_full_size_model_in_little_memory(tmp_path: Path) -> None:
-    """BF16 takes the checkpoint's bytes, a little more where small tensors become F32, and the metadata."""
+    """BF16 has the checkpoint's bytes, slightly more for the small F32 tensors, and the metadata."""
     plan = plan_only(write_synthetic(tmp_path), TYPES["BF16"])
     assert len(plan.tensors) == 610
     assert 98_245_528_576 < plan.nbytes < 1.001 * 98_245_528_576
 
 
-# Linux's own mark: what getrusage tells of a child begins with its parent's memory.
+# Linux's own high-water mark: getrusage of a child starts with the memory of its parent.
 MEASURED = """
 import re, sys
 from pathlib import Path

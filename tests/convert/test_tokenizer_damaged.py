@@ -1,4 +1,4 @@
-"""Damaged or contradictory vocabulary files: one ConvertError that names the place, never anything else."""
+"""Damaged or contradictory vocabulary files: each raises one ConvertError that names the location."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ MODELS = {
 
 
 def added(**entries: object) -> bytes:
-    """tokenizer_config.json with these added tokens; id_123 stands for the key "123"."""
+    """tokenizer_config.json with these added tokens; id_123 is the key "123"."""
     tokens = {key.removeprefix("id_"): entry for key, entry in entries.items()}
     return json.dumps({"added_tokens_decoder": tokens}).encode()
 

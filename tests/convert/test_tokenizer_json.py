@@ -1,4 +1,4 @@
-"""A tokenizer.json in place of tiktoken.model: the same vocabulary, or a refusal that says why."""
+"""A tokenizer.json instead of tiktoken.model: the same vocabulary, or a refusal with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ N = len(RANKS)
 
 
 def every_split(ranks: list[bytes]) -> list[tuple[str, str]]:
-    """The merges transformers writes for a tiktoken.model: each token, cut wherever both parts are tokens."""
+    """The merges that transformers writes for a tiktoken.model: every split of each token into two tokens."""
     known = set(ranks)
     return [
         (bytes_to_text(token[:i]), bytes_to_text(token[i:]))
@@ -32,7 +32,7 @@ def every_split(ranks: list[bytes]) -> list[tuple[str, str]]:
 
 
 def write_fast(folder: Path) -> dict[str, Any]:
-    """A tokenizer.json of RANKS by the tokenizers library, beside the settings; returns its content."""
+    """Write a tokenizer.json of RANKS with the tokenizers library, next to the settings; return its content."""
     write_tokenizer(folder, RANKS, added_tokens_decoder={})
     (folder / "tiktoken.model").unlink()
     vocab = {bytes_to_text(token): rank for rank, token in enumerate(RANKS)}

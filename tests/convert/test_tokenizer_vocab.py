@@ -1,4 +1,4 @@
-"""The vocabulary read from tiktoken.model gives tiktoken's ids, and GGUF's types, names and stop tokens."""
+"""The vocabulary read from tiktoken.model has tiktoken's ids, and GGUF's types, names and stop tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kimi_gguf.convert.model.vocab import Vocab, load_vocab
 
 
 def merged_ids(vocab: Vocab, piece: bytes) -> list[int]:
-    """Ids of one piece by the merge list alone: the earliest merge first, the leftmost of equals."""
+    """Ids of one piece by the merge list only: the earliest merge first, the leftmost of equals."""
     order = {tuple(merge.split(" ")): i for i, merge in enumerate(vocab.merges)}
     parts = list(bytes_to_text(piece))
     while True:
@@ -60,7 +60,7 @@ def test_merges_from_ranks_give_tiktokens_ids(vocab: Vocab, ranks: list[bytes]) 
     st.lists(st.text("abc", min_size=2, max_size=6), unique=True, max_size=30), st.text("abc", max_size=60)
 )
 def test_merges_hold_for_any_order_of_ranks(words: list[str], text: str) -> None:
-    """Also where a token ranks before the parts it is made of, as no training would leave it."""
+    """Also if a token has a lower rank than its parts, which training never produces."""
     extra = [word.encode() for word in words]
     while unreachable := merges_from_ranks(BYTES + extra)[1]:
         extra = [token for i, token in enumerate(extra) if i + 256 not in unreachable]
@@ -81,7 +81,7 @@ def test_a_token_no_merge_leads_to_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_vocabulary_of_full_size_takes_seconds() -> None:
-    """163,584 ranks of up to 16 bytes; the bound is several times what a slow core takes."""
+    """163,584 ranks of up to 16 bytes; the limit is several times the duration on a slow core."""
     rng = random.Random(0)
     ranks = dict.fromkeys(BYTES)
     pool = list(BYTES)

@@ -1,6 +1,6 @@
-"""The CUDA emulator: what it lets kernels do, what it finds in them, and upstream's own kernels on it.
+"""The CUDA emulator: which kernels it runs, the faults that it finds, and upstream's own kernels on it.
 
-No GPU and no CUDA toolkit: kernels are C++ here (tests/emulators/cuda).
+Requires no GPU and no CUDA toolkit: kernels are compiled as C++ (tests/emulators/cuda).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def test_kernels_compute_what_they_say(name: str, races: bool, tmp_path: Path) -
 
 
 def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
-    """Halves without F16C: what other processors run."""
+    """Half precision without F16C, as on other processors."""
     source = NATIVE / "emulator-features.cu"
     ended = run(compile_cuda([source], tmp_path / "plain", options=["-mno-f16c", "-mno-avx"]))
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
@@ -47,7 +47,7 @@ def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["emulator-features", "emulator-matrices"])
 def test_on_arm(name: str, tmp_path: Path) -> None:
-    """The other fiber switch, under qemu."""
+    """The other implementation of fiber switches, under qemu."""
     prefix = "aarch64-linux-gnu"
     require_tools({f"{prefix}-g++": f"g++-{prefix}", "qemu-aarch64": "qemu-user"})
     program = compile_cuda(
@@ -66,7 +66,7 @@ def test_fast_math_is_what_ggml_compiles_with(fast: bool, tmp_path: Path) -> Non
     far, subnormal, near, host = (float(word) for word in run(program).stdout.split())
     assert (far == 0.0, subnormal == 0.0) == (fast, fast)
     assert far == 0.0 or abs(far / math.exp(-100) - 1) < 0.1
-    assert abs(near / math.exp(-20) - 1) < 3e-6  # 20 * 2^-24 of the argument, and some
+    assert abs(near / math.exp(-20) - 1) < 3e-6  # 20 * 2^-24 of the argument, and a margin
     assert host == 1e-39
 
 
@@ -101,14 +101,14 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def line_of(text: str) -> int:
-    """The number of the one line of emulator-faults.cu that begins with the text."""
+    """The number of the one line of emulator-faults.cu that starts with the text."""
     lines = (NATIVE / "emulator-faults.cu").read_text().splitlines()
     (number,) = [i for i, line in enumerate(lines, 1) if line.strip().startswith(text)]
     return number
 
 
-# Each planted fault: the kernel, the thread that does it, the line that it stands in, and what else is to be said.
-# A thread or a line of None: the fault is no one thread's, or is found at the launch or its end.
+# Each planted fault: the kernel, the thread that causes it, its line, and the expected message.
+# The thread or line is None if the fault has none, or is detected at the launch or at its end.
 FAULTS = {
     "read behind a buffer": (
         "copy",
@@ -241,7 +241,7 @@ FAULTS = {
     "too many threads": ("copy", None, None, r"a block is \(1025,1,1\); it must have 1 to 1024 threads"),
     "no blocks": ("copy", None, None, r"the grid is \(0,1,1\)"),
 }
-# Steps out of memory that one placement's guards stop at once; the other's page hides a read.
+# Accesses out of bounds that the guard page of one placement detects at once; the other placement hides reads.
 AT_END = ("read behind a buffer", "write behind a buffer", "behind a shared array", "behind dynamic shared")
 AT_START = ("read before a buffer", "write before a buffer", "before a shared array", "before dynamic shared")
 
@@ -263,7 +263,7 @@ def test_a_planted_fault_is_found(fault: str, faults: Path) -> None:
 
 @pytest.mark.parametrize("fault", [each for each in (*AT_END, *AT_START) if "shared" in each])
 def test_a_write_beside_an_array_is_found_in_either_placement(fault: str, faults: Path) -> None:
-    """Where no guard is hit, what lies beside the array is looked at after the launch."""
+    """If no guard page is hit, the memory next to the array is checked after the launch."""
     ended = run(faults, fault, KIMI_CUDA_PLACEMENT="end" if fault in AT_START else "start")
     assert ended.returncode == 1
     assert re.search(r"a write \d bytes (behind the end|before the begin) of the shared array", ended.stdout)

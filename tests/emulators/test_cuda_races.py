@@ -1,4 +1,4 @@
-"""Races in shared memory, which the emulator sees in programs compiled for it, whatever the order of threads."""
+"""Races in shared memory, which the emulator detects for any order of threads if programs are compiled for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_cuda_emulator import ORDERS, run
 
 SOURCE = NATIVE / "emulator-races.cu"
 
-# The kernel -> how the comments at the two lines of its race begin; one of them is named as now, the other as before.
+# Kernel -> start of the comments at the two lines of its race; one is reported as current, the other as earlier.
 RACES = {
     "no_barrier": ("written", "read"),
     "overwritten": ("read by another", "written again"),
@@ -29,7 +29,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def line_of(comment: str) -> int:
-    """The number of the one line whose comment is this one."""
+    """The number of the one line with this comment."""
     lines = SOURCE.read_text().splitlines()
     (number,) = [i for i, line in enumerate(lines, 1) if re.search(rf"\S.* // {comment}$", line)]
     return number

@@ -1,4 +1,4 @@
-"""The emulator's rewriter: the C++ that it makes of CUDA's own syntax, and what it refuses."""
+"""The emulator's rewriter: the C++ that it makes of CUDA's own syntax, and the source that it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source archive: nothing in it is used before its hash is right, and nothing of it lands elsewhere."""
+"""The source archive: no file is used before the hash is checked, and none is written outside its folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flip_byte(path: Path) -> None:
 
 
 def listing(folder: Path) -> list[str]:
-    """Everything below a folder but the lock."""
+    """All files below a folder except the lock."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "lock")
 
 

@@ -1,4 +1,4 @@
-"""Building: complete or not at all, once, and the twin from the same scratch folder."""
+"""Builds: complete or missing, made once; the upstream build uses the same scratch folder."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def tiny(tmp_path: Path) -> tiny_llama.Tiny:
 
 
 def answer(place: Path) -> str:
-    """What the build's llama-cli prints."""
+    """The output of the build's llama-cli."""
     return subprocess.run([str(place / "bin/llama-cli")], capture_output=True, text=True, check=True).stdout
 
 
 def names(folder: Path) -> list[str]:
-    """What stands in a folder, hidden files too; nothing if there is none."""
+    """All names in a folder, including hidden files; empty if the folder does not exist."""
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def refused(tiny: tiny_llama.Tiny, reason: str, **options: Any) -> str:
-    """What is said about a build that is refused for this reason; it leaves nothing behind."""
+    """The message of a build that is refused for this reason; no files are left."""
     with pytest.raises(EngineError, match=reason) as caught:
         tiny.build(**options)
     assert names(tiny.cache.engines) == names(tiny.cache.work) == []
@@ -67,7 +67,7 @@ def test_a_library_path_in_the_environment_does_not_mislead_a_program(
     assert answer(patched).endswith("answer 2\n")
 
 
-def test_the_twin_compiles_only_what_the_patches_touch(
+def test_the_upstream_build_compiles_only_what_the_patches_touch(
     tiny: tiny_llama.Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", without(shutil.which, "ccache"))
@@ -80,7 +80,7 @@ def test_the_twin_compiles_only_what_the_patches_touch(
 def test_building_again_does_nothing(tiny: tiny_llama.Tiny) -> None:
     place = tiny.build()
     before = (place / "manifest.json").stat().st_mtime_ns
-    tiny.archive.unlink()  # not even looked at
+    tiny.archive.unlink()  # not read
     assert tiny.build() == place
     assert (place / "manifest.json").stat().st_mtime_ns == before
 
@@ -111,14 +111,14 @@ def test_code_that_does_not_compile_leaves_only_a_log(tmp_path: Path) -> None:
     assert "oops" in said and str(log) in said
 
 
-def test_what_cmake_misses_is_told(tmp_path: Path) -> None:
+def test_what_cmake_does_not_find_is_reported(tmp_path: Path) -> None:
     lists = tiny_llama.FILES["CMakeLists.txt"] + 'message(FATAL_ERROR "no abacus found")\n'
     tiny = tiny_llama.make(tmp_path, {**tiny_llama.FILES, "CMakeLists.txt": lists})
     assert "no abacus found" in refused(tiny, "CMake cannot configure")
 
 
 def without(which: object, *missing: str) -> object:
-    """`shutil.which` on a machine that lacks some programs."""
+    """`shutil.which` on a machine where some programs are missing."""
     return lambda name, *args, **kw: None if Path(name).name in missing else which(name, *args, **kw)  # type: ignore[operator]
 
 
@@ -159,7 +159,7 @@ def test_a_full_disk_is_said_before_the_work_begins(
 def test_a_cache_that_cannot_be_written_is_said(
     tiny: tiny_llama.Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The refusal is made up, since root may write anywhere."""
+    """The error is simulated, since root may write anywhere."""
 
     def refuse(path: Path, *args: object, **options: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
@@ -170,7 +170,7 @@ def test_a_cache_that_cannot_be_written_is_said(
 
 @contextlib.contextmanager
 def slow_build(tiny: tiny_llama.Tiny, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A build in a process of its own that hangs in its compiler."""
+    """A build in a separate process that hangs in its compiler."""
     slow = tmp_path / "slow-c++"
     real = shutil.which("c++")
     # Only llama.cpp's own files hang: CMake must first find a working compiler.
@@ -195,7 +195,7 @@ def slow_build(tiny: tiny_llama.Tiny, tmp_path: Path) -> Iterator[subprocess.Pop
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs still."""
+    """Whether a process is still running."""
     try:
         return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:
@@ -221,7 +221,7 @@ def test_after_a_killed_build_the_next_one_starts_clean(tiny: tiny_llama.Tiny, t
         child.kill()
         child.communicate(timeout=60)
     assert names(tiny.cache.engines) == []
-    # Ninja outlives the killed command and holds the lock until it is gone.
+    # Ninja outlives the killed command and holds the lock until it ends.
     hanging = int((tmp_path / "hangs").read_text())
     os.kill(hanging, signal.SIGKILL)
     (leftover,) = tiny.cache.work.iterdir()
@@ -260,7 +260,7 @@ def test_a_checkout_of_git_gives_its_tracked_files(tiny: tiny_llama.Tiny, tmp_pa
     assert tree.paths() == sorted(tiny_llama.FILES)
 
 
-def test_a_checkout_that_has_the_patches_is_built_but_makes_no_twin(
+def test_a_checkout_that_has_the_patches_is_built_but_has_no_upstream_build(
     tiny: tiny_llama.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert answer(tiny.build(source=tmp_path / "patched")).endswith("answer 2\n")

@@ -11,7 +11,7 @@ from tiny_llama import call
 
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, provenance
 
-# name of a build, its key, and when it was built: the default one is the oldest and no GPU's
+# name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
 BUILDS = {
     "cpu": ("11111111aaaaaaaa", "2026-01-01"),
     "cpu+GGML_NATIVE=OFF": ("22222222bbbbbbbb", "2026-01-03"),
@@ -20,7 +20,7 @@ BUILDS = {
 
 
 def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -> None:
-    """Put a build of this name into the miniature's cache; its llama-completion prints its key."""
+    """Add a build with this name to the miniature's cache; its llama-completion prints its key."""
     tiny = tiny_llama.load(folder)
     backend, *defines = name.split("+")
     options = {**OPTIONS, **BACKENDS[backend], **dict(each.split("=") for each in defines)}
@@ -57,7 +57,7 @@ def key_of(folder: Path, *arguments: str, **environment: str) -> str:
 
 
 def path_of(folder: Path, *arguments: str, **environment: str) -> str:
-    """The name of that build."""
+    """The name of the folder."""
     key = key_of(folder, *arguments, **environment)
     return next(name for name, build in BUILDS.items() if build[0] == key)
 
@@ -81,7 +81,7 @@ def test_a_gpus_build_is_named_by_its_backend(folder: Path) -> None:
 
 
 def test_a_name_outlives_the_build_it_named(folder: Path) -> None:
-    """`use` keeps a name and not a key, so that it means the next version's build too."""
+    """`use` stores a name, not a key, so that it also selects the build of the next version."""
     assert call(folder, "use", BUILDS["cuda"][0]).returncode == 0
     assert (folder / "cache/build-in-use").read_text() == "cuda\n"
 
@@ -116,7 +116,7 @@ def test_who_gave_a_name_that_means_no_build_is_said(folder: Path) -> None:
 
 
 def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
-    """The same options by another compiler."""
+    """The same options with another compiler."""
     add(folder, "cpu", "44444444dddddddd", "2026-02-01")
     assert key_of(folder) == "44444444dddddddd"
 

@@ -1,4 +1,4 @@
-"""`kimi-llama`: errors with an exit status, defaults for the tools, their output and status passed on."""
+"""`kimi-llama`: errors with an exit status, defaults for the tools, their output and exit status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The miniature, patched and upstream, built."""
+    """The miniature with a patched and an upstream build."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny = tiny_llama.make(folder)
     tiny.build()

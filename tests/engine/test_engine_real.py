@@ -1,4 +1,4 @@
-"""The real llama.cpp build, patched and upstream: each works, and neither reaches into the other."""
+"""The real llama.cpp, patched and upstream: both builds work, and neither loads libraries of the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMAND = [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama"]
 
 
 def output(*command: str | Path, **environment: str) -> str:
-    """What a command writes to standard output and to standard error."""
+    """Everything that a command writes to standard output and standard error."""
     told = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=True
     )
@@ -137,7 +137,7 @@ def test_a_new_operator_source_is_compiled_without_any_other_change(tmp_path: Pa
     for name in ADDED:
         (operators / name).write_text("int added(void);\nint added(void) {\n    return 1;\n}\n")
     write()
-    # the globs are checked before each build, so CMake finds the new files by itself
+    # the globs are checked before each build, so CMake finds the new files without further changes
     subprocess.run([ninja, "-C", str(folder), "build.ninja"], check=True, capture_output=True)
     made = [ninja, "-C", str(folder), *ADDED.values()]
     ended = subprocess.run(made, capture_output=True, text=True, check=False)

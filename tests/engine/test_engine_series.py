@@ -1,4 +1,4 @@
-"""The series: patches apply exactly or not at all, once, and leave the tree that is pinned."""
+"""The series: patches apply exactly or not at all, only once, and produce the pinned tree."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_applying_again_changes_nothing(tiny: tiny_llama.Tiny, tmp_path: Path) -
 
 
 def with_operator(folder: Path) -> Series:
-    """The miniature's series with a second patch, of an operator."""
+    """The miniature's series with a second patch, which belongs to an operator."""
     second = tiny_llama.PATCH.replace("answer", "steady").replace("return 1", "return 5")
     second = second.replace("KIMI_ANSWER", "6").replace('+#include "kimi.h"', "+// six")
     second = second.replace("Sources: llama/tiny\n", "")
@@ -190,7 +190,7 @@ def test_writing_a_tree_touches_only_what_differs(tiny: tiny_llama.Tiny, tmp_pat
 
 
 def git_am(checkout: Path, patches: list[Path]) -> None:
-    """Make the folder a git repository and take the patches in as mail."""
+    """Make the folder a git repository and apply the mailed patches."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost"]
     for command in (["init", "-q"], ["add", "-Af", "."], ["commit", "-q", "-m", "upstream"]):
         subprocess.run(["git", *identity, *command], cwd=checkout, check=True)
@@ -215,7 +215,7 @@ def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> 
     assert tree_hash(tmp_path / "tree") == tree_hash(tmp_path / "patched")
 
 
-def test_exporting_beside_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+def test_exporting_next_to_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     tiny_llama.write_tree(tmp_path / "mail", {"0009-other.patch": "x"})
     with pytest.raises(EngineError, match="other patches"):
         export_patches(tiny.series, tmp_path / "mail")

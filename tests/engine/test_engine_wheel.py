@@ -1,4 +1,4 @@
-"""`kimi-llama build --wheel`: one file that pip installs, holding this build's libraries."""
+"""`kimi-llama build --wheel`: one file that pip installs, with this build's libraries."""
 
 from __future__ import annotations
 

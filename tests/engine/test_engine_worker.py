@@ -1,4 +1,4 @@
-"""The process protocol, with requests that need no llama.cpp."""
+"""The process protocol, tested with requests that need no llama.cpp."""
 
 from __future__ import annotations
 

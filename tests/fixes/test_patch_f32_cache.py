@@ -14,9 +14,9 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 300  # more than 256, so that the cache has the 512 cells from which on keys are split over threads
+TOKENS = 300  # more than 256: the cache then has 512 cells, and keys are split over threads
 PATHS: dict[str, dict[str, Any]] = {
-    "tiled": {},  # 64 queries and more
+    "tiled": {},  # 64 or more queries
     "one chunk": {"n_ubatch": 16},
     "split over keys": {"step_from": TOKENS - 4},  # one query
 }

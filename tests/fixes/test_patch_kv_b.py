@@ -1,4 +1,4 @@
-"""0005-kimi-linear-kv-b: files that hold attn_kv_b unsplit run right, whatever cache their keys describe."""
+"""0005-kimi-linear-kv-b: files with an unsplit attn_kv_b run correctly, with any cache that their keys describe."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_one_token_at_a_time_and_after_a_restore(tmp_path: Path, case: Case, eng
     assert case.error(engine, old, step_from=80, save_restore_at=60).passes
 
 
-def test_the_price_is_told(tmp_path: Path, case: Case, engine: Engine) -> None:
+def test_the_cost_is_logged(tmp_path: Path, case: Case, engine: Engine) -> None:
     old = rewrite(case.gguf, tmp_path / "old.gguf", unsplit)
     log = run(engine, old, [case.ids], RunOptions()).log
     assert "attn_kv_b is not split: the cache takes 352 values per token and MLA layer instead of 80" in log

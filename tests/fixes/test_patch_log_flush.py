@@ -1,4 +1,4 @@
-"""0008-log-flush-at-exit: what llama-completion writes arrives, however far the log's thread lags behind."""
+"""0008-log-flush-at-exit: all output of llama-completion is written, even if the log's thread is slow."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PROMPT = "the hat is on the tin"
 SHIM = Path(__file__).parents[1] / "native" / "slow_flush.c"
 
 
-def told_by_a_slow_log(engine: Engine, folder: Path) -> str:
-    """What the program has written when its log's thread takes 0.2 s for each piece of text."""
+def output_with_a_slow_log(engine: Engine, folder: Path) -> str:
+    """The output of the program if its log's thread takes 0.2 s for each piece of text."""
     shim = folder / "slow_flush.so"
     subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
     command = [engine.bin / "llama-completion", "--model", make_case(folder, Spec(seed=80)).gguf]
@@ -35,8 +35,8 @@ def told_by_a_slow_log(engine: Engine, folder: Path) -> str:
 
 
 def test_text_still_queued_at_the_end_is_written(tmp_path: Path, engine: Engine) -> None:
-    assert told_by_a_slow_log(engine, tmp_path).startswith(PROMPT)
+    assert output_with_a_slow_log(engine, tmp_path).startswith(PROMPT)
 
 
 def test_upstream_loses_it(tmp_path: Path, upstream: Engine) -> None:
-    assert PROMPT not in told_by_a_slow_log(upstream, tmp_path)
+    assert PROMPT not in output_with_a_slow_log(upstream, tmp_path)

@@ -12,7 +12,7 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-# Small activations, where the epsilon weighs: most layers with the L2 norm of q and k, or with the latent's.
+# Small activations, for which the epsilon matters: most layers with the L2 norm of q and k, or with the latent's.
 SMALL = [
     Spec(layers="KKKM", std=0.02, seed=30),
     Spec(layers="MMMK", std=0.02, seed=31),

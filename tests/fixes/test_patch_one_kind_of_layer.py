@@ -1,4 +1,4 @@
-"""0006-hybrid-one-kind-of-layer: models with KDA layers only, or MLA layers only, run right."""
+"""0006-hybrid-one-kind-of-layer: models with KDA layers only, or MLA layers only, run correctly."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_one_kind_of_layer_runs_right(tmp_path: Path, layers: str, way: str, eng
 
 
 @pytest.mark.parametrize("layers", LAYERS)
-def test_upstream_cannot(tmp_path: Path, layers: str, upstream: Engine) -> None:
+def test_upstream_fails(tmp_path: Path, layers: str, upstream: Engine) -> None:
     with pytest.raises(ValidateError, match="SIGABRT"):
         make_case(tmp_path, Spec(layers=layers, seed=70)).error(upstream)
 

@@ -1,4 +1,4 @@
-"""MUL_MAT of many matrices with one row each is right for any number of threads and matrices."""
+"""MUL_MAT of many matrices with one row each is correct for any number of threads and matrices."""
 
 from __future__ import annotations
 

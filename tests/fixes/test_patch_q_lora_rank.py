@@ -1,4 +1,4 @@
-"""0004-kimi-linear-q-lora-rank: checkpoints with query compression load and run right."""
+"""0004-kimi-linear-q-lora-rank: checkpoints with query compression load and run correctly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_compressed_queries_run_right(
 
 
 def test_the_norm_of_compressed_queries_has_the_models_epsilon(tmp_path: Path, engine: Engine) -> None:
-    case = make_case(tmp_path, SPECS[0], scaled={"q_a_proj": 2**-7})  # so small that an epsilon weighs
+    case = make_case(tmp_path, SPECS[0], scaled={"q_a_proj": 2**-7})  # so small that an epsilon matters
     assert case.error(engine).passes
 
 

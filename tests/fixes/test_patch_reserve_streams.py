@@ -1,4 +1,4 @@
-"""Patch 0007: sequences with streams of their own, in a number that does not divide the ubatch."""
+"""Patch 0007: sequences with separate streams, whose number does not divide the ubatch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The patched llama.cpp gives tiktoken's ids for every text; the upstream one does not.
+"""The patched llama.cpp produces tiktoken's ids for every text; upstream does not.
 
 The oracle is tiktoken with the model's own pattern and the same ranks. Most tests use a vocabulary in which
-any two bytes merge, in random order: where a piece of text ends then shows in the ids.
+any two bytes merge, in random order, so that the ids depend on where a piece of text ends.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ pytestmark = pytest.mark.engine
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """One vocabulary on both sides."""
+    """One vocabulary in tiktoken and llama.cpp."""
 
     ranks: list[bytes]
     model: Path
     tiktoken: tiktoken.Encoding
 
     def ids(self, engine: Engine, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """llama.cpp's ids for each of the texts."""
+        """llama.cpp's ids of each text."""
         encoded = [text.encode() for text in texts]
         return llama_tokenize(engine.environment(), self.model, encoded, special).ids
 
     def wrong(self, engine: Engine, texts: Sequence[str]) -> list[str]:
-        """The texts for which llama.cpp's ids are not tiktoken's."""
+        """The texts for which llama.cpp's ids differ from tiktoken's."""
         found = self.ids(engine, texts)
         wanted = self.tiktoken.encode_ordinary_batch(list(texts), num_threads=1)
         return [text for text, ids, right in zip(texts, found, wanted, strict=True) if ids != right]
@@ -78,11 +78,11 @@ def other_pairs(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A vocabulary like a real one, small."""
+    """A small vocabulary that is similar to a real one."""
     return make(tmp_path_factory.mktemp("trained"), train_ranks(600))
 
 
-# Text, and the pieces the pattern cuts it into, found by hand. Upstream's split has others here ...
+# Text, and the pieces that the pattern splits it into, determined by hand. Upstream splits these differently ...
 SEAMS = {
     "a capital after a small letter": ("camelCase", ["camel", "Case"]),
     "a combining mark in a word": ("ne\u0301e", ["ne\u0301e"]),
@@ -98,7 +98,7 @@ SEAMS = {
     "a title-case letter": ("aǅb", ["a", "ǅb"]),
     "a letter of Unicode 16": ("A\u1c8ab", ["A\u1c8ab"]),
 }
-# ... and the same here.
+# ... and these in the same way.
 AGREED = {
     "capitals before a capitalised word": ("HTTPServer", ["HTTPServer"]),
     "a capital after a contraction": ("I'mOk", ["I'm", "Ok"]),
@@ -113,7 +113,7 @@ NAMED = SEAMS | AGREED
 
 @pytest.fixture(scope="module")
 def seams(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """Every piece of SEAMS is a token, and so is every whole text: a cut too many or too few shows."""
+    """Every piece of SEAMS and every whole text is a token, so that an additional or missing split changes the ids."""
     pieces = [piece.encode() for _, pieces in SEAMS.values() for piece in pieces]
     tokens = [piece[:end] for piece in pieces for end in range(2, 99)]
     ranks = list(dict.fromkeys([*BYTES, *tokens, *(text.encode() for text, _ in SEAMS.values())]))
@@ -139,7 +139,7 @@ def test_named_seams_are_right_and_upstream_has_them_wrong(
 
 
 def in_context(characters: str) -> list[str]:
-    """Texts with each of the characters alone, doubled, and beside letters, digits and an apostrophe."""
+    """Texts with each of the characters alone, doubled, and next to letters, digits and an apostrophe."""
     per_text = 64
     return [
         "\n".join(f"a{c}b A{c}{c}B {c} 1{c}2 x'{c}" for c in characters[i : i + per_text])
@@ -148,7 +148,7 @@ def in_context(characters: str) -> list[str]:
 
 
 def test_assigned_code_points_in_context(engine: Engine, pairs: Tokenizer) -> None:
-    """Every one of planes 0 to 3, where all characters are; every 61st of the others."""
+    """Every code point of planes 0 to 3, which have all characters; every 61st of the others."""
     later = SCALARS.index("\U00040000")
     assert pairs.wrong(engine, in_context(SCALARS[:later] + SCALARS[later::61])) == []
 
@@ -160,7 +160,7 @@ def test_every_code_point_in_context(engine: Engine, pairs: Tokenizer, other_pai
 
 
 def test_code_points_alone(engine: Engine, pairs: Tokenizer) -> None:
-    """All of the alphabets, every 61st of the rest."""
+    """All code points of the alphabets, every 61st of the others."""
     assert pairs.wrong(engine, [c for c in SCALARS if ord(c) < 0x3400 or ord(c) % 61 == 0]) == []
 
 
@@ -172,7 +172,7 @@ def test_hostile_mixtures(
 
 
 def test_long_runs(engine: Engine, trained: Tokenizer) -> None:
-    """Longer than any look-ahead a matcher may have, shorter than what tiktoken's backtracking bears."""
+    """Longer than any look-ahead of a matcher, shorter than the limit of tiktoken's backtracking."""
     runs = ["A", "a", "ʰA", "\u0301", "漢", "1", "!", " ", "\n", " \n", "\t", "'", "aB", "ªº", "\u200d"]
     texts = [f"x{run * 5000}{end}" for run in runs for end in ("", "b", "B", " ", "\r\n")]
     assert trained.wrong(engine, texts) == []
@@ -238,7 +238,7 @@ def test_generation_stops_at_both_end_tokens(engine: Engine, upstream: Engine, t
 
 
 def test_it_is_not_slower(engine: Engine, upstream: Engine, trained: Tokenizer) -> None:
-    """Processor time on 1 MB of mixed text in turns; the margin is for a busy machine."""
+    """Processor time on 1 MB of mixed text, alternating; the margin is for a busy machine."""
     rng = random.Random(0)
     words = CORPUS.split(" ")
     texts = [" ".join(rng.choices(words, k=1000)).encode() for _ in range(120)]

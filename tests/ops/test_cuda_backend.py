@@ -1,8 +1,8 @@
-"""The CUDA kernels behind ggml-cuda's own host code: upstream's own comparison of devices, and whole models.
+"""The CUDA kernels called by ggml-cuda's own host code: upstream's own comparison of devices, and whole models.
 
-The device is that of second_backend.cpp. What it claims, what it computes by one call and whether it launches a
-captured graph again is what patched ggml-cuda says (native/cuda/second_cuda.cu); our kernels run on the emulator, the
-CPU stands in for upstream's. So graphs are those that llama.cpp builds, with its caches, sequences and rollback.
+The device is that of second_backend.cpp. Patched ggml-cuda decides which operators it supports, which nodes it computes
+with one call and whether it launches a captured graph again (native/cuda/second_cuda.cu); our kernels run on the
+emulator, the CPU replaces upstream's. Graphs are therefore those of llama.cpp, with its caches, sequences and rollback.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 
 pytestmark = pytest.mark.engine
 
-# Upstream's sources in which ggml-cuda decides what to compute how, and the functions in them that launch kernels,
-# which are put aside under other names.
+# Upstream's sources in which ggml-cuda selects kernels, and their functions that launch kernels (renamed here).
 HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
 ASIDE = ("topk_moe", "mul_mat_vec_f", "mul_mat_vec_q")
 KDA_FOLDER = OPERATORS / "kda" / "cuda"
@@ -40,14 +39,14 @@ PUBLISHED = Spec(
     experts=16, experts_used=8, moe_intermediate=64, seed=43,
 )  # fmt: skip
 KDA = {"KDA_CONV", "KDA_SCAN"}
-ERROR = 1e-7  # NMSE; the operators' own bound
+ERROR = 1e-7  # NMSE; the same bound as for the operators
 SEQUENCES = 4
 IDS = np.random.default_rng(42).integers(0, VOCAB_SIZE, (SEQUENCES, 200))
 
 
 @pytest.fixture(scope="module")
 def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library of devices."""
+    """The library with the devices."""
     folder = tmp_path_factory.mktemp("cuda-backend")
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
@@ -79,14 +78,14 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def symbols(library: Path, which: str) -> set[str]:
-    """Names that a library defines, or wants and does not say where from."""
+    """Names that a library defines, or requires from elsewhere."""
     told = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
     kinds = "U" if which == "--undefined-only" else "BDRTVW"
     return {line.split()[-1] for line in told.splitlines() if line.split()[-2] in kinds and "@" not in line}
 
 
 def write_missing(library: Path, engine: Engine, source: Path) -> Path:
-    """C that defines what the library wants and ggml does not have: functions that only say they were called."""
+    """C for the functions that the library requires and ggml does not have: each only records that it was called."""
     there = set[str]().union(*(symbols(each, "--defined-only") for each in engine.lib.glob("libggml*.so")))
     wanted = sorted(symbols(library, "--undefined-only") - there)
     assert all("cuda" in name for name in wanted), wanted
@@ -99,11 +98,11 @@ def write_missing(library: Path, engine: Engine, source: Path) -> Path:
 
 
 def ran(log: Path) -> set[str]:
-    """Which kernels did: "DEVICE kernel OPERATOR", "... and its copy"."""
+    """The kernels that ran: "DEVICE kernel OPERATOR", "... and its copy"."""
     return {line for line in log.read_text().splitlines() if " kernel " in line}
 
 
-# Operator -> which of its cases; how many there are, more than; whether some are kernels with the copy behind them.
+# Operator -> pattern of its cases; there are more than this number; whether some kernels include the following copy.
 COMPARED = {
     "KDA_CONV": (".*", 60, True),
     "KDA_SCAN": (".*", 100, True),
@@ -132,7 +131,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def together(*positions: int | None) -> Step:
-    """One token of each sequence that has a position here."""
+    """One token of each sequence with a position."""
     return decode(*((s, n, int(IDS[s][n])) for s, n in enumerate(positions) if n is not None))
 
 
@@ -140,7 +139,7 @@ def prompts(*lengths: int) -> list[Step]:
     return [decode(*text(s, IDS[s][:length])) for s, length in enumerate(lengths) if length]
 
 
-# Steps over up to four sequences, and how they are set up.
+# Steps over up to four sequences, and their setup.
 CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
     "one sequence": ([*prompts(150), *(together(n) for n in range(150, 160))], {"n_seq_max": 1}),
     "two, in chunks and token by token": (
@@ -151,7 +150,7 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
         [
             *prompts(5, 6, 7),
             together(5, 6, 7),
-            together(6, None, 8),  # cells apart: the one between them moves behind
+            together(6, None, 8),  # cells are not contiguous: the one between them moves to the end
             together(7, 7),
             together(None, 8, 9, 0),
             cut(1, -1),
@@ -194,13 +193,13 @@ def test_a_model_on_the_device(
     setup = Setup(backend=str(backend), n_gpu_layers=layers, offload_kqv=kqv, op_offload=False, **chosen)
     played = play(engine, model, setup, steps, SECOND_LOG=str(tmp_path / "log"))
     assert_near(played.logits, expected)
-    copied = " and its copy" if kqv else ""  # whatever the batch, the cells and the rows of its sequences
+    copied = " and its copy" if kqv else ""  # for any batch, cells and rows of its sequences
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each}{copied}" for each in KDA}
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model as people run it: quantised, with heads and experts used of the 48B's sizes."""
+    """A typical model: quantised, with heads and number of used experts as in the 48B."""
     folder = tmp_path_factory.mktemp("cuda-quantised")
     convert(write_checkpoint(folder / "checkpoint", PUBLISHED), folder / "model.gguf", TYPES["Q8_0"])
     return folder / "model.gguf"
@@ -217,14 +216,14 @@ def test_a_captured_graph_is_launched_again(
     engine: Engine,
     tmp_path: Path,
 ) -> None:
-    """From the third token on: the first continues no state, and its states lie elsewhere than the second's."""
+    """From the third token on: the first has no previous state, and its states have different addresses."""
     steps = [together(*[i] * sequences) for i in range(10)]
     setup = Setup(n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash, cache_type="F16")
     graphs = graphs_of(engine, published, backend, setup, steps, tmp_path / "log")
     assert [again for *_, again in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
 
 
-# Rows of the README's table: whose graph -> KIMI_OPS.
+# Rows of the README's table: origin of the graph -> KIMI_OPS.
 GRAPHS = {"upstream's, `KIMI_OPS=off`": "off", "these operators": ""}
 
 
@@ -232,7 +231,7 @@ GRAPHS = {"upstream's, `KIMI_OPS=off`": "off", "these operators": ""}
 def test_how_much_ggml_cuda_launches_for_a_token(
     graph: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """As the README has it: upstream's own runs of nodes are found in our graph too."""
+    """As in the README: upstream's own fusion also applies to our graph."""
     setup = Setup(flash_attention=True, cache_type="F16")
     steps = [together(i) for i in range(4)]
     log = tmp_path / "log"
@@ -242,7 +241,7 @@ def test_how_much_ggml_cuda_launches_for_a_token(
     assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda" / "README.md").read_text()
 
 
-# Cache type -> queries from which LATENT_ATTN is built, with up to 512 keys: the first line of CUDA's table.
+# Cache type -> number of queries from which LATENT_ATTN is used, with up to 512 keys: the first line of CUDA's table.
 FIRST_DECOMPRESSED = {"Q8_0": 128, "F16": 464}
 
 
@@ -259,7 +258,7 @@ def test_many_queries_take_the_decompressed_form(
         play(engine, published, setup, steps, SECOND_LOG=str(log))
         used[queries] = {each for each in log.read_text().splitlines() if "ATTN" in each}
     assert used == {
-        first - 1: {"SECOND0 FLASH_ATTN_EXT"},  # by upstream's kernel
+        first - 1: {"SECOND0 FLASH_ATTN_EXT"},  # computed by upstream's kernel
         first: {"SECOND0 LATENT_ATTN", "SECOND0 kernel LATENT_ATTN"},
     }
 
@@ -267,7 +266,7 @@ def test_many_queries_take_the_decompressed_form(
 def graphs_of(
     engine: Engine, model: Path, backend: Path, setup: Setup, steps: list[Step], log: Path, **environment: str
 ) -> list[list[str]]:
-    """The columns of SECOND_GRAPHS for each step, all layers on the device: one graph each."""
+    """The columns of SECOND_GRAPHS for each step, with all layers on the device: one graph each."""
     chosen = replace(setup, backend=str(backend), n_gpu_layers=99)
     play(engine, model, chosen, steps, SECOND_GRAPHS=str(log), **environment)
     graphs = [line.split() for line in log.read_text().splitlines()]

@@ -1,6 +1,6 @@
-"""Every CUDA source of ours through nvcc, for each architecture that it is meant for, without spills.
+"""Compiles our CUDA sources with nvcc for each supported architecture, without spills.
 
-Where nvcc is missing the tests are skipped and say how to get it; with KIMI_CI set they fail instead.
+If nvcc is missing, the tests are skipped and say how to get it; with KIMI_CI set they fail instead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kimi_gguf.scripts.cuda_check import (
     table,
 )
 
-# Kernels that may spill or keep arrays in local memory, by the begin of their name, and why.
+# Kernels that may spill or keep arrays in local memory, by the start of their name, and the reason.
 MAY_SPILL: dict[str, str] = {}
 
 
@@ -47,7 +47,7 @@ def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_what_the_patches_change_of_upstreams_compiles(architecture: int) -> None:
+def test_upstream_sources_changed_by_patches_compile(architecture: int) -> None:
     sources = changed_sources()
     assert {each.name for each in sources} == {"fattn.cu", "ggml-cuda.cu"}
     for source in sources:

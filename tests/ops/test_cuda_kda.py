@@ -1,4 +1,4 @@
-"""KDA_CONV and KDA_SCAN on CUDA: the kernels' own sources on the CPU, against float64, and ggml's side of them."""
+"""KDA_CONV and KDA_SCAN on CUDA: the kernels' own sources on the CPU, compared with float64, and their ggml code."""
 
 from __future__ import annotations
 

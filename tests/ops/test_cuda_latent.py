@@ -1,6 +1,6 @@
-"""Latent attention on CUDA: the kernels' own sources on the CPU, against float64, in the cases of the CPU's own test.
+"""Latent attention on CUDA: the kernels' own sources on the CPU, compared with float64, in the cases of the CPU test.
 
-The nodes are made by ggml and read by what reads them for ggml-cuda (tests/native/cuda/latent-cuda-test.cpp).
+The nodes are made by ggml and read by the code that reads them in ggml-cuda (tests/native/cuda/latent-cuda-test.cpp).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ KERNELS = [path for path in sorted(FOLDER.glob("*.cu")) if path != GLUE]
 SOURCES = [*KERNELS, NATIVE / "latent-cuda-test.cpp"]
 INCLUDE = [FOLDER.parent, FOLDER]
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
-FORMS = {"absorbed": "8", "decompressed": "17"}  # every so manieth case is watched for races
+FORMS = {"absorbed": "8", "decompressed": "17"}  # every n-th case is checked for races
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
-"""KDA layers on the operators, seen from outside: the same logits as upstream's graph, and who decides.
+"""KDA layers on the operators: the same logits as upstream's graph, and how the graph is selected.
 
-`KIMI_OPS=off` is upstream's graph in the same build; the upstream twin is another witness.
+`KIMI_OPS=off` is upstream's graph in the same build; the upstream build is a second comparison.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def decode(
     choice: str, engine: Engine, case: Case, monkeypatch: pytest.MonkeyPatch, way: Mapping[str, Any]
 ) -> LlamaRun:
-    """A run under KIMI_OPS=`choice`; `texts` of the way: lengths of several sequences, each rotated by its number."""
+    """A run with KIMI_OPS=`choice`; `texts` of the way: lengths of several sequences, each rotated by its number."""
     monkeypatch.setenv("KIMI_OPS", choice)
     options = dict(way)
     lengths = options.pop("texts", (TOKENS,))
@@ -74,15 +74,15 @@ def test_the_operators_give_the_logits_of_upstreams_graph(
     assert any((a != b).any() for a, b in zip(ours.logits, theirs.logits, strict=True)), "one graph ran twice"
 
 
-def test_and_those_of_the_reference(case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_equal_the_reference(case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KIMI_OPS", "require")
     assert case.error(engine).passes
 
 
-def test_and_those_of_the_upstream_build(
+def test_operators_equal_the_upstream_build(
     engine: Engine, upstream: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With weights this large upstream's norm constants do not matter."""
+    """With weights this large upstream's norm constants have no effect."""
     case = make_case(tmp_path, Spec(layers="KKMK", heads=4, kda_head_dim=64, std=0.2, seed=63), TOKENS)
     ours = decode("require", engine, case, monkeypatch, {})
     assert_close(ours, decode("require", upstream, case, monkeypatch, {}))
@@ -99,7 +99,7 @@ def test_the_same_bits_for_any_number_of_threads(
         np.testing.assert_array_equal(a, b)
 
 
-# What the switch says, and what the log then holds.
+# The value of the switch, and the resulting text in the log.
 CHOICES = {
     "": "operators in use",
     "require": "operators in use",

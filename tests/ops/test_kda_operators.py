@@ -1,4 +1,4 @@
-"""KDA_CONV and KDA_SCAN: our program against float64, and upstream's comparison of kernels with the plain path."""
+"""KDA_CONV and KDA_SCAN: our program compares with float64, upstream's program compares with the plain path."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The switch KIMI_OPS: each context keeps what it was created with, in every part of the choice."""
+"""The switch KIMI_OPS: each context keeps the value with which it was created, in every part of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.engine
 PROMPT, TOKENS = 128, 136
 SPEC = Spec(layers="KM", hidden=128, heads=3, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50)
 CHOICES = ("off", "conv,scan", "conv,scan,mla", "conv,scan,mla,moe", "conv,scan,mla,moe,fuse")
-# Of CHOICES, those whose logits differ from those of the choice before. KDA and attention differ in bits that the
-# 8-bit activations of Q8_0 may hide; the matmuls of F32 weights are upstream's; fused nodes keep every bit.
+# Of CHOICES, those whose logits differ from those of the previous one. KDA and attention differ in bits that the
+# 8-bit activations of Q8_0 may hide; the matmuls of F32 weights are upstream's; fused nodes give the same bits.
 DIFFERENT = {"F32": (1, 2), "Q8_0": (3,)}
 
 
@@ -28,7 +28,7 @@ DIFFERENT = {"F32": (1, 2), "Q8_0": (3,)}
 def test_contexts_of_one_process_keep_their_choice(
     kind: str, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The contexts take turns token by token, so that each reuses its graph between those of the others."""
+    """The contexts alternate token by token, so that each reuses its graph between those of the others."""
     model = tmp_path / "model.gguf"
     convert(write_checkpoint(tmp_path / "checkpoint", SPEC), model, TYPES[kind])
     ids = np.random.default_rng(50).integers(0, 300, TOKENS)

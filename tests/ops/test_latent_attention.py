@@ -20,8 +20,8 @@ from kimi_gguf.validate.llama import RunOptions, run, run_logits
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 400  # one ubatch of them is enough for the decompressed form; pieces of 64 are not
-# Head sizes of the 48B, which the operators are made for, and others.
+TOKENS = 400  # as one ubatch they are enough for the decompressed form; ubatches of 64 are not
+# Head sizes of the 48B, for which the operators are optimised, and others.
 SHAPES = {
     "48B": Spec(layers="KM", heads=3, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50),
     "small": Spec(layers="MKM", heads=4, rope=32, seed=51),
@@ -72,7 +72,7 @@ def test_both_forms_give_the_models_logits(
     assert case.error(engine, n_ubatch=n_ubatch, flash_attention=True).passes
 
 
-# Queries from which LATENT_ATTN is built, by cache type, with up to 512 keys: the first line of the graph's table.
+# Queries from which LATENT_ATTN is used, by cache type, with up to 512 keys: the first line of the graph's table.
 FIRST_DECOMPRESSED = {"F16": 96, "Q8_0": 112}
 
 
@@ -87,7 +87,7 @@ def test_batches_of_many_queries_take_the_decompressed_form(
 
 
 @pytest.mark.parametrize("choice", ["off", "conv,scan"])
-def test_none_does_where_the_switch_says_no(
+def test_the_switch_disables_the_decompressed_form(
     case: Case, choice: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "LATENT_ATT" not in operators(case, engine, monkeypatch, choice, TOKENS, "F16")
@@ -96,7 +96,7 @@ def test_none_does_where_the_switch_says_no(
 def operators(
     case: Case, engine: Engine, monkeypatch: pytest.MonkeyPatch, choice: str, tokens: int, cache_type: str
 ) -> set[str]:
-    """The operators of the graph of one batch of so many tokens."""
+    """The operators in the graph of one batch with this number of tokens."""
     monkeypatch.setenv("KIMI_OPS", choice)
     options = RunOptions(
         n_batch=tokens, n_ubatch=tokens, n_ctx=512, flash_attention=True, cache_type=cache_type

@@ -1,4 +1,4 @@
-"""deepseek2 takes both forms of latent attention as Kimi-Linear does, and gives the logits that it gave."""
+"""deepseek2 uses both forms of latent attention, as Kimi-Linear does; its logits do not change."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exact(model: Path, upstream: Engine) -> NDArray[np.float32]:
-    """Pristine llama.cpp's logits, its plain attention on an F32 cache."""
+    """Upstream's logits, with plain attention on an F32 cache."""
     return run_logits(upstream, model, IDS, RunOptions())
 
 
 @pytest.fixture
 def errors(model: Path, exact: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch) -> Errors:
-    """NMSE to `exact`, in all and at the worst position, of what a build computes in a form with a cache type."""
+    """NMSE to `exact`, in total and at the worst position, of a build with a form and a cache type."""
     monkeypatch.setenv("KIMI_OPS", "require")
 
     def errors(build: Engine, form: str, cache_type: str) -> tuple[float, float]:

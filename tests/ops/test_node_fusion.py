@@ -1,4 +1,4 @@
-"""Runs of nodes computed as one (ggml_ops/fusion): when they are, and that they give the same bits."""
+"""Node fusion (ggml_ops/fusion): when nodes are fused, and that they give the same bits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def program(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
 
 
 def run(program: Path, *arguments: str, **environment: str) -> list[str]:
-    """The program's lines, a case each: name, hash of the result's bits, and AS_ONE where the nodes ran so."""
+    """The program's lines, one per case: name, hash of the result's bits, and AS_ONE if the nodes were fused."""
     return run_program(program, *arguments, **environment).stdout.splitlines()
 
 
@@ -52,10 +52,10 @@ def test_any_number_of_threads_gives_the_same_bits(program: Path) -> None:
     assert [name for name, values in hashes.items() if len(values) > 1] == []
 
 
-def test_what_a_run_is_and_what_is_none(program: Path) -> None:
-    """Scores that another node reads are wanted, and sums over more than 15 experts stay single nodes."""
+def test_which_nodes_are_fused(program: Path) -> None:
+    """Scores that another node reads are not fused; sums over more than 15 experts stay single nodes."""
     lines = [line for line in run(program) if "memory reused" not in line]
-    apart = ("with a reader", "over 16 experts", "products")  # products leave no trace
+    apart = ("with a reader", "over 16 experts", "products")  # fused matmuls leave no trace
     for line in lines:
         assert (AS_ONE in line) != any(word in line for word in apart), line
 
@@ -97,8 +97,8 @@ def test_a_models_logits_have_the_same_bits(
     np.testing.assert_array_equal(*logits)
 
 
-def test_llama_imatrix_sees_every_product(quantised: Path, engine: Engine, tmp_path: Path) -> None:
-    """It looks at each node's activations, so that nodes it wants are not among those that run as one."""
+def test_llama_imatrix_sees_every_matmul(quantised: Path, engine: Engine, tmp_path: Path) -> None:
+    """It reads each node's activations; nodes that it requests must not be fused."""
     text = tmp_path / "text"
     text.write_text("He was in the restaurant on the water. " * 60)
 

@@ -1,4 +1,4 @@
-"""The operators on other processors: ARM under emulation, older x86, and ggml's own choice among variants."""
+"""The operators on other processors: ARM under emulation, older x86, and ggml's own selection among variants."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ggml_variant import Build, Variant, build, sources
 PROGRAMS = ("test-kda", "latent-attn-test")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
-# Of each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp) the variant of
-# ggml's that has it, and the processor flags that it needs. ggml takes the last that the machine can run.
+# For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp): ggml's variant
+# with this instruction set, and the processor flags it requires. ggml uses the last one that the machine supports.
 AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 RUN = {
@@ -29,11 +29,11 @@ ALL_VARIANTS = Variant(
     {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"},
 )
 
-# Every so manieth case of a program: emulated, and on the instruction sets of older x86.
+# Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
 EMULATED = {"test-kda": 13, "latent-attn-test": 41}
 NATIVE = {"test-kda": 5, "latent-attn-test": 7}
 
-# Architecture of the compiler -> a processor of that kind, which ends a program at any newer instruction.
+# Architecture of the compiler -> a processor of that kind, which terminates a program at any newer instruction.
 ARM = {"armv8-a": "cortex-a53", "armv8.2-a+dotprod": "neoverse-n1"}
 PREFIX = "aarch64-linux-gnu"
 
@@ -57,7 +57,7 @@ def arm(architecture: str) -> Variant:
 
 
 def passes(made: Build, program: str, cases: int, **environment: str) -> None:
-    """Run every so manieth case of the program; it must end well and have run some."""
+    """Run every n-th case of the program; it must succeed and run more than 20 cases."""
     ended = made.run(program, KIMI_CASES=str(cases), **environment)
     said = ended.stdout.splitlines()
     assert ended.returncode == 0, "\n".join([*said[-15:], ended.stderr[-1500:]])
@@ -71,7 +71,7 @@ def test_on_arm(architecture: str, program: str) -> None:
 
 
 def cpu_flags() -> set[str]:
-    """What the processor says of itself."""
+    """The flags that the processor reports."""
     line = re.search(r"(?m)^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text())
     return set(line[1].split()) if line else set()
 

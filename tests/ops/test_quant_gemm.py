@@ -1,4 +1,4 @@
-"""Products of quantised weights on the CPU: the kernels against float64, and models with and without them.
+"""Matmuls of quantised weights on the CPU: the kernels compared with float64, and models with and without them.
 
 Upstream's comparison of MUL_MAT and MUL_MAT_ID with its plain path is in test_upstream_programs.py.
 """
@@ -21,7 +21,7 @@ from kimi_gguf.validate.llama import RunOptions, run_logits
 pytestmark = pytest.mark.engine
 
 TOKENS = 96
-# All experts are used, so that no near tie of the router decides which of them are compared.
+# All experts are used, so that no near tie of the router changes which of them are compared.
 SPEC = Spec(layers="KM", hidden=96, intermediate=160, moe_intermediate=64, experts=2, experts_used=2, seed=60)
 
 
@@ -54,7 +54,7 @@ def test_every_type_layout_shape_and_number_of_threads(name: str, tmp_path: Path
     run_program(compile_program(engine, name, tmp_path, ("matmul",)))
 
 
-def test_a_model_has_the_logits_of_upstreams_products(
+def test_a_model_has_the_logits_of_upstreams_matmuls(
     engine: Engine, model: Path, ids: NDArray[np.int64], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = logits(engine, model, ids, monkeypatch, "conv,scan,mla,moe")
@@ -62,7 +62,7 @@ def test_a_model_has_the_logits_of_upstreams_products(
     assert not (ours == upstream).all(), (
         "the switch does nothing: sums in another order differ in their last bits"
     )
-    # Sums that differ in the last bit move some later activation across the border between two of its codes.
+    # Sums that differ in the last bit can change the rounding of a later activation to a quant.
     assert np.square(ours - upstream).sum() <= 1e-4 * np.square(upstream).sum()
 
 

@@ -1,6 +1,6 @@
-"""The vectorised search of K-quants gives the bytes of ggml's own loops (ggml_ops/quantize_k).
+"""The vectorised search of K-quants produces the same bytes as ggml's own loops (ggml_ops/quantize_k).
 
-Whole models against upstream llama-quantize: test_convert_like_quantize.py.
+Whole models compared with upstream's llama-quantize: test_convert_like_quantize.py.
 """
 
 from __future__ import annotations

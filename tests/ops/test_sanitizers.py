@@ -1,8 +1,8 @@
-"""ggml and our native tests under sanitizers: addresses and undefined behaviour, and races of threads.
+"""ggml and our native tests with sanitizers: addresses and undefined behaviour, and data races.
 
-Fewer cases than without them (KIMI_CASES). Tensors of the native tests end where their memory ends (ApartBuffers), so
-a step beyond a tensor is one beyond the heap block. Each sanitizer is shown a fault of its kind, in a copy of the
-KDA scan, which it must find. A small model runs on the same libraries, beside the engine's own libllama.
+Fewer cases than without them (KIMI_CASES). Tensors of the native tests end where their buffer ends (ApartBuffers), so
+an access beyond a tensor is beyond the heap block. Each sanitizer must find a planted fault of its kind in a copy of
+the KDA scan. A small model runs with the same libraries and the engine's own libllama.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kimi_gguf.engine.builds import Engine
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
 CASES = dict.fromkeys(THREADED, "7")
-THREADED_CASES = "29"  # waiting threads spin, so that more of them than cores take their time
+THREADED_CASES = "29"  # waiting threads spin, so more threads than cores slow each other down
 ADDRESS = Variant(
     "address",
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
@@ -36,7 +36,7 @@ THREAD = Variant(
     "thread",
     "-O1 -g1 -fsanitize=thread",
     THREADED,
-    runner=("setarch", "-R"),  # its memory map does not bear much randomness
+    runner=("setarch", "-R"),  # it does not support much randomness of the memory map
     environment={"TSAN_OPTIONS": "halt_on_error=1"},
 )
 RUNTIME = {"address": "libasan.so", "thread": "libtsan.so"}
@@ -55,7 +55,7 @@ def test_threads(program: str) -> None:
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
 
 
-# A line at the head of the scan, run by every thread, and what must be said of it.
+# A line at the start of the scan, executed by every thread, and the expected message.
 FAULTS = {
     "a read beyond a tensor": (
         ADDRESS,
@@ -87,7 +87,7 @@ def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
 
 
 def plant(made: Build, line: str, folder: Path) -> Path:
-    """A copy of bin/ whose ggml-cpu has the line at the head of the scan; its folder."""
+    """Copy bin/ with the line at the start of the scan in its ggml-cpu; returns the folder."""
     commands = json.loads((made.folder / "compile_commands.json").read_text())
     entry = next(each for each in commands if each["file"].endswith("/ggml-cpu/kimi/kda-scan.cpp"))
     source = Path(entry["file"])
@@ -112,7 +112,7 @@ def plant(made: Build, line: str, folder: Path) -> Path:
 @pytest.mark.engine
 @pytest.mark.parametrize("variant", [ADDRESS, THREAD], ids=lambda variant: variant.name)
 def test_a_model_with_rollback(variant: Variant, engine: Engine, tmp_path: Path) -> None:
-    """Upstream's program on the sanitized ggml; libllama itself is the engine's, without a sanitizer."""
+    """Upstream's program with the sanitized ggml; libllama is the engine's, without a sanitizer."""
     made = build(variant)
     convert(
         write_checkpoint(tmp_path / "model", Spec(layers="KM", seed=70)), tmp_path / "m.gguf", TYPES["F32"]

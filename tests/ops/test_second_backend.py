@@ -1,8 +1,8 @@
-"""Layers on another device: the same logits wherever layers, caches and states lie, and who says no says so.
+"""Layers on another device: the same logits for any placement of layers, caches and states; refusals are reported.
 
-The device is the CPU behind memory of its own (native/second_backend.cpp): nobody else can touch that memory, so the
-scheduler has to split the graph and copy tensors as it does for a GPU. An operator that wrote its state anywhere but
-into its result would lose it here.
+The device is the CPU with separate memory (native/second_backend.cpp): only this backend can access its memory, so the
+scheduler has to split the graph and copy tensors as it does for a GPU. An operator that wrote its state to anything
+except its result would lose it here.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ pytestmark = pytest.mark.engine
 
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 IDS = np.random.default_rng(41).integers(0, VOCAB_SIZE, (2, 220))
-PREFILLED = (180, 70)  # of two sequences; the decompressed form begins at 160
+PREFILLED = (180, 70)  # of two sequences; the decompressed form starts at 160
 DECODED = 20
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
-# Layers on the device: none, the last KDA layer, the MLA layer too, all but the first, all.
+# Layers on the device: none, the last KDA layer, also the MLA layer, all except the first, all.
 LAYERS = (0, 2, 3, 4, ALL)
 ATTENTION = {False: "plain", True: "flash"}
 KDA = {"KDA_CONV", "KDA_SCAN"}
@@ -47,7 +47,7 @@ def conversation() -> list[Step]:
 
 @dataclass(frozen=True)
 class World:
-    """A model, a build, the library of devices, and what the plain CPU answers, by use of flash attention."""
+    """A model, a build, the library with the devices, and the logits of the plain CPU, by use of flash attention."""
 
     engine: Engine
     gguf: Path
@@ -57,7 +57,7 @@ class World:
     def play(
         self, log: Path, flash: bool, told: dict[str, str], **setup: Any
     ) -> tuple[Logits, str, set[str]]:
-        """Logits, llama.cpp's log, and "DEVICE OPERATOR" of all that the devices computed."""
+        """Logits, llama.cpp's log, and "DEVICE OPERATOR" for everything that the devices computed."""
         chosen = Setup(backend=str(self.backend), n_seq_max=2, flash_attention=flash, **setup)
         played = play(self.engine, self.gguf, chosen, conversation(), SECOND_LOG=str(log), **told)
         return played.logits, played.log, set(log.read_text().splitlines()) if log.exists() else set()
@@ -82,7 +82,7 @@ def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> World:
 def test_any_placement_of_layers_and_caches(
     layers: int, flash: bool, kqv: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # where the cache stays behind, decompressed attention refuses by design (tested below)
+    # decompressed attention refuses, by design, a cache that is on the CPU (tested below)
     monkeypatch.setenv("KIMI_OPS", "require" if kqv or not flash else "conv,scan")
     logits, log, computed = world.play(
         tmp_path / "log", flash, {}, n_gpu_layers=layers, offload_kqv=kqv, op_offload=False
@@ -90,7 +90,7 @@ def test_any_placement_of_layers_and_caches(
     assert_same(logits, world.expected[flash])
     assert "kda: operators in use" in log
     expected = {f"SECOND0 {name}" for name in KDA} if layers else set()
-    if layers > 2 and flash:  # with -nkvo, llama.cpp brings the cache to the absorbed form
+    if layers > 2 and flash:  # with -nkvo, llama.cpp copies the cache for the absorbed form
         expected |= {"SECOND0 FLASH_ATTN_EXT"} | ({"SECOND0 LATENT_ATTN"} if kqv else set())
     assert {each for each in computed if "KDA" in each or "ATTN" in each} == expected
 
@@ -114,7 +114,7 @@ def test_the_devices_named_are_the_ones_used(world: World, tmp_path: Path) -> No
 def test_a_device_that_takes_over_large_batches(
     layers: int, flash: bool, world: World, tmp_path: Path
 ) -> None:
-    """Weights and states of these layers stay in the CPU's memory; prompts are computed on the device."""
+    """Weights and states of these layers stay in the CPU's memory; the device computes prompts."""
     logits, _, computed = world.play(tmp_path / "log", flash, {"SECOND_TAKES": "1"}, n_gpu_layers=layers)
     assert_same(logits, world.expected[flash])
     assert {f"SECOND0 {name}" for name in KDA} <= computed
@@ -143,7 +143,7 @@ def test_a_device_without_the_kda_operators_runs_upstreams_graph(
 
 
 def test_a_device_that_holds_no_kda_layer_is_not_asked(world: World, tmp_path: Path) -> None:
-    """It holds the output alone."""
+    """It has only the output layer."""
     told = {"SECOND_REFUSES": ",".join(sorted(KDA))}
     logits, log, _ = world.play(tmp_path / "log", False, told, n_gpu_layers=1)
     assert_same(logits, world.expected[False])
@@ -209,7 +209,7 @@ ctypes.string_at(ggml.ggml_backend_buffer_get_base(buffer), 1)
 
 
 def test_the_memory_of_a_device_is_closed_to_others(world: World) -> None:
-    """What the tests above rest on."""
+    """A condition for the tests above."""
     ended = subprocess.run(
         [sys.executable, "-c", TRESPASS, str(world.backend)],
         env=world.engine.environment(), capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""The character classes in C++ are those of tiktoken's regular expressions, code point by code point."""
+"""The character classes in C++ equal those of tiktoken's regular expressions, code point by code point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo checkpoint in demo/: its files are what the hub's would be, and the model knows its words."""
+"""The demo checkpoint in demo/: its files have the form of the hub's, and the model knows its words."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kimi_gguf.scripts.training.tokenizer import Encoder
 from kimi_gguf.validate.reference import Reference, Trace
 
 MAX_BYTES = 12_000_000
-# As WordNet has them; the first word of each question is all that changes.
+# As in WordNet; only the first word of each question changes.
 WORDNET_SAYS = {
     "elephant": "five-toed pachyderm",
     "river": "a large natural stream of water",

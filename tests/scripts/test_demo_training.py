@@ -32,7 +32,7 @@ TEXTS = [
 
 @pytest.fixture
 def wordnet(tmp_path: Path) -> Path:
-    """A dictionary of 201 nouns in the form of wndb(5WN), and one verb, one adjective, one adverb."""
+    """A dictionary in the form of wndb(5WN): 201 nouns, one verb, one adjective, one adverb."""
     nouns, index, counts = [LICENCE_LINES], [LICENCE_LINES], []
     for number in range(200):
         word = "".join(chr(ord("a") + int(digit)) for digit in f"{number:03}") + "ish"
@@ -112,7 +112,7 @@ def test_a_written_tokenizer_loads_encodes_and_decodes(tmp_path: Path) -> None:
 def test_ranks_are_in_merge_order() -> None:
     ranks = train_ranks([" abab" * 4 + " cd" * 7], num_ranks=260)
     assert ranks[:256] == [bytes([value]) for value in range(256)]
-    # "ab" occurs 8 times; " c" and "cd" 7 times, and a space is the lower rank; " ab" and "abab" 4 times
+    # "ab" occurs 8 times; " c" and "cd" 7 times, and a space has the lower rank; " ab" and "abab" 4 times
     assert ranks[256:] == [b"ab", b" c", b" cd", b" ab"]
     encoder = Encoder(ranks)
     assert [encoder.encode(token.decode()) for token in ranks[256:]] == [[256], [257], [258], [259]]
@@ -120,7 +120,7 @@ def test_ranks_are_in_merge_order() -> None:
 
 def test_frequent_texts_become_single_tokens() -> None:
     ranks = train_ranks([" abab" * 4], num_ranks=258, frequent={" xyz": 9})
-    assert ranks[256:] == [b" x", b"yz"]  # 9 times each, against 8 of "ab"
+    assert ranks[256:] == [b" x", b"yz"]  # 9 times each, compared with 8 of "ab"
 
 
 def test_an_exported_folder_loads_as_the_rounded_model(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_gradients_equal_the_recurrence(gates: str) -> None:
 
 
 def test_parallel_keys_and_full_strength() -> None:
-    """beta = 1 with all keys alike: the delta rule replaces the whole value at each step."""
+    """beta = 1 and equal keys: the delta rule replaces the whole value at each step."""
     q, k, v, gate, beta = inputs(100, "open")
     k = k[:, :, :1].expand_as(k)
     case = (q, k, v, gate, torch.ones_like(beta))

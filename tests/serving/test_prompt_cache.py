@@ -1,6 +1,6 @@
-"""What a server keeps of earlier prompts changes no answer: prefixes, repetitions, cut texts, removed passages.
+"""The server's prompt cache changes no answer: prefixes, repetitions, truncated texts, removed passages.
 
-Answers with the cache are compared, token for token, with those of the same server told to keep nothing.
+Answers with the cache are compared, token for token, with those of the same server without it.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def gguf(demo_gguf: Callable[[str], Path]) -> Path:
 
 
 def answers(server: Server, *, cache: bool) -> dict[str, tuple[int, ...]]:
-    """One request after the other on the same server."""
+    """Send the requests one after the other to the same server."""
     return {name: server.complete(prompt, COUNT, cache_prompt=cache).ids for name, prompt in DIALOGUE.items()}
 
 

@@ -1,7 +1,7 @@
-"""0009, 0010 and 0013 (rollback-no-deeper-than-its-snapshots): tokens are taken back correctly, or not at all.
+"""0009, 0010 and 0013 (rollback-no-deeper-than-its-snapshots): tokens are rolled back correctly, or not at all.
 
-There is a snapshot of the recurrent state before each token of the last ubatch. What is deeper, what was saved and
-restored, and what several sequences share cannot be taken back. The caller is told, and the memory is unchanged.
+There is a snapshot of the recurrent state before each token of the last ubatch. Deeper states, saved and restored
+states, and states that sequences share cannot be rolled back. The caller gets an error; the memory is unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 N_BACK = 8
 SETUP = Setup(n_seq_max=3, n_rs_seq=N_BACK, n_ubatch=64, cells=256, flash_attention=None)
-VOCAB = 128  # tokens that every model here has
+VOCAB = 128  # number of tokens in every model here
 ARCHS = ("kimi-linear", "kimi-k3", "qwen35", "lfm2", "nemotron_h", "bailingmoe3", "glm5-next")
 Steps = list[Step]
 
@@ -34,13 +34,13 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def play(engine: Engine, gguf: Path, steps: Steps) -> tuple[list[bool], Logits]:
-    """What each removal answered, and the logits [decodes, V] after the last token of each decode."""
+    """The results of all removals, and the logits [decodes, V] after the last token of each decode."""
     played = llama_script.play(engine, gguf, SETUP, steps)
     return played.removed, played.logits
 
 
 def token(seq: int, pos: int) -> tuple[int, int, int]:
-    """The token of a sequence at a position, as a step takes it."""
+    """The token of a sequence at a position, as in a step."""
     return seq, pos, (7 * pos + 31 * seq + 1) % VOCAB
 
 
@@ -50,7 +50,7 @@ def decode(start: int, end: int, seq: int = 0) -> Step:
 
 
 def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(engine: Engine, gguf: Path) -> None:
-    """For every size of the last batch and every depth: refused, or the logits of one who never went there."""
+    """For every size of the last batch and every depth: refused, or the logits of a run without the removed tokens."""
     cases = [(size, depth) for size in (1, 2, 5, 8, 12) for depth in range(1, N_BACK + 2)]
     granted = [depth <= min(size, N_BACK) for size, depth in cases]
     steps: Steps = [decode(0, 40)]
@@ -71,7 +71,7 @@ def test_a_rollback_outlives_the_move_of_its_cell(engine: Engine, gguf: Path) ->
     assert error_of(logits[-1:], logits[:1]).in_all <= 1e-10
 
 
-# Sequences 1 and 2 lie in each other's places; a batch of 0 and 1 puts that right, and moves 2 without its snapshots.
+# Sequences 1 and 2 are in each other's cells; a batch of 0 and 1 corrects that, and moves 2 without its snapshots.
 DISORDERED: Steps = [decode(0, 12, 0), decode(0, 12, 2), decode(0, 12, 1)]
 MOVES: Steps = [llama_script.decode(token(0, 12), token(1, 12))]
 
@@ -93,7 +93,7 @@ def test_it_is_refused(engine: Engine, gguf: Path, steps: Steps) -> None:
 
 @pytest.fixture(scope="module")
 def small_models(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
-    """Models as upstream's own program makes them, one for each of ARCHS and for others."""
+    """Models made by upstream's own program, one for each of ARCHS and for others."""
     folder = tmp_path_factory.mktemp("archs")
     make = [engine.bin / "test-llama-archs", "-a", "|".join(ARCHS), "-o", folder]
     subprocess.run(make, check=True, capture_output=True)
@@ -111,7 +111,7 @@ def test_no_architecture_goes_back_further(engine: Engine, small_models: Path, a
 def test_every_architecture_takes_back_a_whole_short_batch(
     engine: Engine, small_models: Path, arch: str
 ) -> None:
-    """0009-snapshot-in-front-of-a-short-batch; bits, as these models forget within a few tokens."""
+    """0009-snapshot-in-front-of-a-short-batch; compares bits, as these models forget within a few tokens."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13)]
     taken_back = [["clear"], decode(0, 12), decode(12, 15), remove(0, 12), decode(12, 13)]

@@ -1,7 +1,7 @@
-"""A sequence saved in the middle and restored, in whatever place: it goes on as if nothing had happened.
+"""A sequence is saved, restored to any slot and continued: the logits do not change.
 
-For every type of cache, with and without states kept for rollback, over slots, processes and builds. A restored
-cache holds the bytes that were saved, so what follows is the same to the bit; between builds it meets the gate.
+Tested for every cache type, with and without rollback states, across slots, processes and builds. A restored
+cache has the saved bytes, so its logits have the same bits; between builds they are within the limit of the gate.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-# Activations large enough for upstream's norm constants not to matter; rows of the cache that all types divide.
+# Activations large enough for upstream's norm constants to have no effect; cache rows that all types can store.
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, kv_lora=64, rope=32, std=0.2, seed=71)
 A, B = np.random.default_rng(71).integers(0, VOCAB_SIZE, (2, 250))
-SAVED = 120  # tokens of A in the state; 50 of B live beside it
+SAVED = 120  # tokens of A in the state; the memory also has 50 of B
 FLASH = Setup(n_seq_max=3, flash_attention=True)
 SETUPS = {
     "F32, plain attention": Setup(n_seq_max=3),
@@ -40,18 +40,18 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def going_on(slot: int) -> list[Step]:
-    """A from the saved token on: a batch large enough for chunks, a small one, single tokens."""
+    """A from the saved token on: a batch large enough for chunks, a small batch, single tokens."""
     steps = [decode(*text(slot, A[SAVED:190], SAVED)), decode(*text(slot, A[190:195], 190))]
     return steps + [decode((slot, i, int(A[i]))) for i in range(195, 205)]
 
 
 def last(logits: Logits, steps: list[Step]) -> Logits:
-    """The logits of these steps, with which the run ended."""
+    """The logits of these steps, which are the last of the run."""
     return logits[-sum(len(tokens) for name, tokens, *_ in steps if name == "decode") :]
 
 
 FUTURE = text(0, B[60:90], SAVED)
-# What happens between the saving and the going on, and the slot where A then is.
+# Steps between saving and continuing, and the slot that then has A.
 WAYS = {
     "emptied and restored": (0, lambda file: [save(0, file), cut(0, -1), load(0, file)]),
     "into a free slot, the old one emptied": (2, lambda file: [save(0, file), cut(0, -1), load(2, file)]),
@@ -88,7 +88,7 @@ def test_in_another_process_with_another_number_of_slots(
 def test_between_upstream_and_patched(
     name: str, to_patched: bool, gguf: Path, engine: Engine, upstream: Engine, tmp_path: Path
 ) -> None:
-    """Both builds go on from the same state. A cache of less than F32 rounds, and the builds round differently."""
+    """Both builds continue from the same state. Cache types other than F32 round, which differs between builds."""
     setup, file = replace(SETUPS[name], n_seq_max=2), tmp_path / "state"  # upstream aborts with three
     source, target = (upstream, engine) if to_patched else (engine, upstream)
     here = play(source, gguf, setup, [*BEGINNING, save(0, file), *going_on(0)]).logits
@@ -103,7 +103,7 @@ def test_between_upstream_and_patched(
 def test_tokens_taken_back_after_a_restore(
     cache_type: str, gguf: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """In another slot, where rollback states of the one before lie: draft five tokens, take back three."""
+    """In another slot, which has rollback states of the previous one: draft five tokens, remove three."""
     setup = Setup(n_seq_max=2, flash_attention=True, cache_type=cache_type, n_rs_seq=4)
     file, wrong = tmp_path / "state", B[100:105].copy()
     wrong[:2] = A[SAVED : SAVED + 2]

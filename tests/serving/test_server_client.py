@@ -1,4 +1,4 @@
-"""The client of the server tests: it sends a lost request again, and never hides a failure of the server."""
+"""The client of the server tests: it repeats a lost request, and never hides a failure of the server."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from llama_server import Server, started
 
-# Closes the first connections that ask for a completion, as many as its first argument says. Its second argument
-# says what it does then: nothing, write that it works on the request, or end.
+# Closes the first connections that request a completion; their number is its first argument. Its second argument
+# is what it does then: nothing, log that it works on the request, or exit.
 SERVER = """
 import json, os, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

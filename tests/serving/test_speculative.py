@@ -1,10 +1,10 @@
 """Speculative decoding on the demo: the same tokens as without a draft, and no token evaluated twice.
 
-The draft is the demo itself in a coarser type: nothing to train or store, right often enough to be worth it and
-wrong often enough to be taken back. Weights and caches of the target are float32, so that a batch of drafted
-tokens and the same tokens one by one differ by rounding alone, far less than two candidates do.
+The draft is the demo itself in a coarser type: it needs no training or storage, its tokens are often accepted and
+often rejected. Weights and caches of the target are float32, so that a batch of drafted
+tokens and the same tokens one by one differ only by rounding, far less than two candidates do.
 
-Every token that is written or rejected is evaluated once, except the last, which nothing follows.
+Every token that is written or rejected is evaluated once, except the last, which has no successor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.engine
 DRAFT_TYPE = "Q2_K"
 PROMPTS = ["define: elephant", "define: river", "define: to walk", "The sea is"]
 COUNT = 64
-LENGTHS = (1, 3, 8)  # of drafts
+LENGTHS = (1, 3, 8)  # lengths of drafts
 COMMAND = "kimi_gguf.scripts.kimi_llama"
 
 
@@ -51,17 +51,17 @@ def drafting(draft: Path, length: int) -> list[str]:
 def plain(
     tmp_path_factory: pytest.TempPathFactory, engine: Engine, target: Path
 ) -> Iterator[dict[str, tuple[int, ...]]]:
-    """What the server writes without a draft."""
+    """The server's output without a draft."""
     with serving(engine, tmp_path_factory.mktemp("plain"), target, "-np", "1") as server:
         yield {prompt: server.complete(prompt, COUNT).ids for prompt in PROMPTS}
 
 
 def without_replay(answers: list[Answer]) -> Account:
-    """The work that these answers take if no token is evaluated twice; a slot's batches counted apart."""
+    """The work for these answers if no token is evaluated twice; batches are counted per slot."""
     drafted = sum(a.timings["draft_n"] for a in answers)
     accepted = sum(a.timings["draft_n_accepted"] for a in answers)
     assert 0 < accepted < drafted, "a draft that is never wrong shows nothing, nor one that is never right"
-    followed = sum(len(a.ids) - 1 for a in answers)  # the first token comes of the prompt
+    followed = sum(len(a.ids) - 1 for a in answers)  # the first token is sampled from the prompt's logits
     return Account(tokens=followed + drafted - accepted, batches=followed - accepted, restored=0)
 
 
@@ -98,7 +98,7 @@ def test_upstream_replays(tmp_path: Path, upstream: Engine, target: Path, draft:
 def test_ubatches_too_small_for_a_rollback_restore_checkpoints(
     tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]]
 ) -> None:
-    """The states of a rollback come from one ubatch; 3 drafted tokens take one of more than 4."""
+    """The states of a rollback come from one ubatch; 3 drafted tokens require one of more than 4 tokens."""
     with serving(engine, tmp_path, target, "-np", "1", "-ub", "4", *drafting(draft, 3)) as server:
         assert server.complete(PROMPTS[0], COUNT).ids == plain[PROMPTS[0]]
         assert server.account(1).restored > 0
@@ -118,7 +118,7 @@ def test_several_answers_to_one_prompt_share_its_state_and_part(
 def test_a_context_that_shifts_is_no_hindrance(
     tmp_path: Path, engine: Engine, target: Path, draft: Path
 ) -> None:
-    """A text twice as long as the context: the server drops the older half of it from time to time."""
+    """A text twice as long as the context: from time to time the server discards the older half."""
     small, long = ["-np", "1", "-c", "256", "--context-shift"], 500
     with serving(engine, tmp_path, target, *small) as server:
         expected = server.complete(PROMPTS[0], long)
@@ -132,7 +132,7 @@ def test_a_context_that_shifts_is_no_hindrance(
 def test_chat_through_the_command_and_openais_interface(
     tmp_path: Path, target: Path, draft: Path, engine: Engine
 ) -> None:
-    """`kimi-llama serve -md`, as a user would call it: the draft is used."""
+    """`kimi-llama serve -md` as a user runs it: the draft is used."""
     request = {"messages": [{"role": "user", "content": PROMPTS[0]}], "temperature": 0, "max_tokens": COUNT}
     texts = []
     for options in ([], ["-md", str(draft)]):
@@ -144,7 +144,7 @@ def test_chat_through_the_command_and_openais_interface(
 
 
 def run_command(*words: str | Path) -> str:
-    """What `kimi-llama run` writes, with an F32 cache on one thread."""
+    """The output of `kimi-llama run` with an F32 cache on one thread."""
     command = [sys.executable, "-m", COMMAND, "run", *words, "-ctk", "f32", "-ctv", "f32", "-t", "1"]
     command += ["-n", str(COUNT), "--temp", "0", "--ignore-eos"]
     run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
@@ -163,23 +163,23 @@ def test_the_command_line_writes_the_same_with_a_draft(
 
 @dataclass(frozen=True)
 class Figures:
-    """What llama-speculative-simple says at its end."""
+    """The statistics that llama-speculative-simple prints at its end."""
 
     predicted: int
     drafted: int
     accepted: int
-    generated: int  # drafted tokens, by the statistics of the drafting itself
-    evaluated: int  # tokens that the target evaluated, the prompt and probes of its memory among them
+    generated: int  # drafted tokens, in the statistics of the drafting itself
+    evaluated: int  # tokens that the target evaluated, including the prompt and probes of its memory
     prompt: int
 
     @property
     def once(self) -> int:
-        """How many it takes if none is evaluated twice: the last token of the prompt comes with the first draft."""
+        """The number if none is evaluated twice: the last token of the prompt is evaluated with the first draft."""
         return self.prompt - 1 + self.predicted + self.drafted - self.accepted
 
 
 def figures(engine: Engine, target: Path, *options: str, tries: int = 1) -> Figures:
-    """The tool's account of itself. Pristine's may end before its log is printed (patch 0008): tries."""
+    """The tool's statistics. Upstream may exit before they are printed (patch 0008): run it up to `tries` times."""
     command = [engine.bin / "llama-speculative-simple", "-m", target, "-p", PROMPTS[0], "-n", str(COUNT)]
     command += ["--temp", "0", "--ignore-eos", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-lv", "4", *options]
     for _ in range(tries):
@@ -209,7 +209,7 @@ def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, 
     told = figures(engine, target, *drafting(draft, 3), *options)
     assert told.predicted == COUNT
     assert 0 < told.accepted < told.drafted == told.generated
-    replayed = told.evaluated - told.once  # one where there was no batch of one token: the tool says one then
+    replayed = told.evaluated - told.once  # one if no batch has a single token: the tool then reports one
     assert replayed > 1 if options else replayed in (0, 1)
 
 

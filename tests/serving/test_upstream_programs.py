@@ -1,7 +1,7 @@
-"""Upstream's own test programs end on the patched build as on the upstream one, or better.
+"""Upstream's own test programs have the same results with the patched build as with the upstream one, or better.
 
-The programs take models from a folder; `test-llama-archs -o` makes one small model per architecture. Without
---full, what the patches touch: kimi-linear and the architectures that share its memory, attention or norms.
+The programs read models from a folder; `test-llama-archs -o` makes one small model per architecture. Without
+--full, only those that the patches affect: kimi-linear and the architectures that share its memory, attention or norms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROLLBACK = "test-recurrent-state-rollback"
 
 
 def outcome(engine: Engine, folder: Path, program: str, *arguments: str) -> list[str]:
-    """Lines of the program, which must end with status 0. `folder` is where it may write."""
+    """Lines of the program, which must exit with status 0. `folder`: where it may write."""
     ended = subprocess.run(
         [engine.bin / program, *arguments], cwd=folder, capture_output=True, text=True, check=False
     )
@@ -36,13 +36,13 @@ def outcome(engine: Engine, folder: Path, program: str, *arguments: str) -> list
 
 
 def verdicts(engine: Engine, folder: Path, program: str, *arguments: str) -> list[str]:
-    """Those lines of the program that hold a verdict."""
+    """The lines of the program with a verdict."""
     lines = outcome(engine, folder, program, *arguments)
     return [line for line in lines if re.search(r"\b(OK|PASS|SKIP|passed)\b", line)]
 
 
 def table(build: Engine, folder: Path, archs: str, program: str) -> list[str]:
-    """A line of verdicts per architecture. Each build makes its own models, as the patched one knows more."""
+    """A line of verdicts per architecture. Each build makes its own models, as the patched one supports more."""
     models = folder / "models"
     models.mkdir(parents=True)
     verdicts(build, folder, "test-llama-archs", "-a", archs, "-o", str(models))
@@ -54,7 +54,7 @@ def table(build: Engine, folder: Path, archs: str, program: str) -> list[str]:
 
 @pytest.mark.parametrize("archs", [TOUCHED, pytest.param(ALL, marks=full)], ids=["touched", "all"])
 def test_architectures(tmp_path: Path, archs: str, engine: Engine) -> None:
-    # the status tells; of the lines, the last may be missing, as the program leaves before its log is written
+    # the status is sufficient; the last lines may be missing, as the program exits before its log is written
     assert verdicts(engine, tmp_path, "test-llama-archs", "-a", archs)
 
 
@@ -70,7 +70,7 @@ def test_states_of_small_models(
 
 
 def with_rollback(line: str) -> str:
-    """A line of upstream's table as it must read where kimi-linear can roll back: upstream skips it."""
+    """A line of upstream's table as expected if kimi-linear can roll back: upstream skips it."""
     if not line.startswith("kimi-linear"):
         return line
     assert "SKIP" in line and "PASS" not in line, line
@@ -87,7 +87,7 @@ def test_rollback_of_the_demo(
     tmp_path: Path, demo_gguf: Callable[[str], Path], choice: str, weights: str, engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """On the operators and on upstream's graph; the program fills the caches with zeros, then with rubbish."""
+    """With the operators and with upstream's graph; the program fills the caches with zeros, then with garbage."""
     monkeypatch.setenv("KIMI_OPS", choice)
     said = outcome(engine, tmp_path, ROLLBACK, "-m", str(demo_gguf(weights)), "-t", "1")
     assert not any("skipping" in line for line in said)

@@ -1,4 +1,4 @@
-"""What the tests of the bench share: its command, sizes for a quick run, and a record."""
+"""Shared by the tests of the bench: its command, sizes for a quick run, and a record."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ TINY = ("--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1",
 
 
 def command(*words: str) -> list[str]:
-    """`kimi-llama bench` with these words."""
+    """`kimi-llama bench` with these arguments."""
     return [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama", "bench", *words]
 
 
 def bench(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `kimi-llama bench`, which must end with `status`."""
+    """Run `kimi-llama bench`, which must exit with `status`."""
     ended = subprocess.run(command(*words), capture_output=True, text=True, check=False, timeout=600)
     assert ended.returncode == status, ended.stderr
     return ended

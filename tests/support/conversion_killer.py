@@ -1,8 +1,8 @@
-"""Converts again and again, kills each conversion after a random time, and looks at the files that are there.
+"""Converts repeatedly, kills each conversion after a random time, and checks the files that are left.
 
 Run as a program. Input: checkpoint, output, number of kills, file type, maximum size of a split (0: one file), and
-folders, each with the files of an undisturbed conversion under the folder's name. Of several names each run takes a
-random one, with --force and perhaps with --resume. Output: the counts as a JSON object.
+folders, each with the files of an undisturbed conversion under the folder's name. Of several names each run uses a
+random one, with --force and possibly with --resume. Output: the counts as a JSON object.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the converter's tests share: running the command, editing checkpoints, reading GGUF files."""
+"""Shared by the converter's tests: run the command, edit checkpoints, read GGUF files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Header = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """How a run of the command ended."""
+    """The result of a run of the command."""
 
     status: int
     out: str
@@ -41,7 +41,7 @@ def _files(spec: Spec, layout: Layout, shards: int) -> dict[str, bytes]:
 
 
 def fresh_checkpoint(folder: Path, spec: Spec, layout: Layout = "hub", shards: int = 2) -> Path:
-    """`write_checkpoint`, but each kind is made once in a test run."""
+    """`write_checkpoint`, but each kind is made only once in a test run."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in _files(spec, layout, shards).items():
         (folder / name).write_bytes(content)
@@ -60,13 +60,13 @@ def convert(*arguments: object) -> Run:
 
 
 def start_convert(*arguments: object, **options: Any) -> subprocess.Popen[str]:
-    """Start `convert-kimi` as a process of its own."""
+    """Start `convert-kimi` in a separate process."""
     command = [sys.executable, "-m", "kimi_gguf.convert.cli", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def killed_conversions(*arguments: object) -> dict[str, int]:
-    """What `conversion_killer` counts."""
+    """The counts of `conversion_killer`."""
     command = [sys.executable, Path(__file__).with_name("conversion_killer.py"), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def killed_conversions(*arguments: object) -> dict[str, int]:
 
 
 def assert_refused(run: Run, folder: Path, *words: str) -> None:
-    """One clear error line with `words` in it, a failing status, and nothing left in the output folder."""
+    """One clear error line with `words` in it, an error status, and no files in the output folder."""
     assert run.status != 0, "the damage went unnoticed"
     lines = run.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("convert-kimi: error: "), run.err
@@ -99,14 +99,14 @@ def split_safetensors(path: Path) -> tuple[Header, bytes]:
 
 
 def join_safetensors(path: Path, header: Header | bytes, data: bytes) -> None:
-    """Write a safetensors file of any header, sound or not."""
+    """Write a safetensors file with any header, valid or not."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
 @contextmanager
 def edited_tensors(path: Path) -> Iterator[dict[str, tuple[str, list[int], bytes]]]:
-    """The tensors of a safetensors file as name -> (dtype, shape, bytes), written back soundly."""
+    """The tensors of a safetensors file as name -> (dtype, shape, bytes), written back as a valid file."""
     header, data = split_safetensors(path)
     metadata = header.pop("__metadata__", None)
     tensors = {
@@ -123,7 +123,7 @@ def edited_tensors(path: Path) -> Iterator[dict[str, tuple[str, list[int], bytes
 
 
 def edit_header(path: Path, change: Callable[[Header], None]) -> None:
-    """Change the header of a safetensors file and leave its data alone."""
+    """Change the header of a safetensors file; the data is unchanged."""
     header, data = split_safetensors(path)
     change(header)
     join_safetensors(path, header, data)
@@ -142,6 +142,6 @@ def gguf_types(path: Path) -> dict[str, str]:
 
 
 def gguf_keys(path: Path) -> dict[str, Any]:
-    """Every key of a GGUF file but the counts that readers add."""
+    """Every key of a GGUF file except the counts that readers add."""
     fields = GGUFReader(path).fields
     return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}

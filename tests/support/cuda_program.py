@@ -1,4 +1,4 @@
-"""CUDA kernels of ours and of tests/native/cuda as programs for the CPU: the emulator, with its warnings as errors."""
+"""Our CUDA kernels and those of tests/native/cuda as CPU programs: the emulator, with warnings as errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def compile_cuda(
     compiler: str | None = None,
     **others: Any,
 ) -> Path:
-    """Compile as compile_objects does and link; #include "…" also finds what is in SHARED."""
+    """Compile as compile_objects and link; #include "…" also finds files in SHARED."""
     objects = compile_objects(
         sources,
         program.with_suffix(".work"),
@@ -47,7 +47,7 @@ def compile_cuda(
 def compile_with_ggml(
     engine: Engine, sources: Sequence[Path], program: Path, *, ggml: Path | None = None, **others: Any
 ) -> Path:
-    """Compile as compile_cuda does with the headers of `ggml`, by default the patched one; link to the build's."""
+    """Compile as compile_cuda with the headers of `ggml`, by default the patched one; link to the build's libraries."""
     headers = [(ggml or patched_ggml()) / folder for folder in ("include", "src", "src/ggml-cuda")]
     options = [*GGML_OPTIONS, *others.pop("options", ())]
     return compile_cuda(

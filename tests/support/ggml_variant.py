@@ -1,10 +1,10 @@
-"""ggml of the patched tree and the programs of tests/native, built in variants: sanitizers, other processors.
+"""ggml of the patched tree and the programs of tests/native, built as variants: sanitizers, other processors.
 
-In: a `Variant`. Out: a `Build`, a folder with bin/ in which programs and libraries lie side by side; `Build.run` runs
-a program under the variant's runner. Builds stay in the cache: where the content of all sources is as it was, finding
-one costs the reading of the sources; where it is not, Ninja compiles what changed.
+Input: a `Variant`. Output: a `Build`, a folder whose bin/ has programs and libraries; `Build.run` runs
+a program with the variant's runner. Builds stay in the cache: if no source has changed, finding
+one only requires reading the sources; otherwise Ninja compiles what changed.
 
-Where a tool is missing the test is skipped and names the Debian package; with KIMI_CI set it fails instead.
+If a tool is missing, the test is skipped and names the Debian package; with KIMI_CI set it fails instead.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
 
 ROOT = Path(__file__).parents[2]
-KEPT = 3  # checkouts whose builds stay
-# What is compiled here: ggml without the backends of other devices, and three sources of libllama.
+KEPT = 3  # number of checkouts whose builds are kept
+# Only these are compiled: ggml without the backends of other devices, and three sources of libllama.
 UPSTREAM = re.compile(r"ggml/(?!src/ggml-(?!cpu/)[\w-]+/)|src/(kimi-split|unicode|llama-fattn-f32)")
 DEFINES = {
     "BUILD_SHARED_LIBS": "ON",
-    "CMAKE_BUILD_TYPE": "None",  # the variant's flags alone
+    "CMAKE_BUILD_TYPE": "None",  # only the variant's flags
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
     "CMAKE_PLATFORM_NO_VERSIONED_SONAME": "ON",
     "GGML_CCACHE": "OFF",
     "GGML_LLAMAFILE": "OFF",
-    "GGML_OPENMP": "OFF",  # ThreadSanitizer knows pthreads only
+    "GGML_OPENMP": "OFF",  # ThreadSanitizer supports pthreads only
 }
 
 
@@ -52,7 +52,7 @@ class Variant:
 
     name: str
     flags: str  # for C and C++
-    targets: tuple[str, ...]  # for Ninja; programs and libraries
+    targets: tuple[str, ...]  # of Ninja; programs and libraries
     defines: Mapping[str, str] = field(default_factory=dict)
     compilers: tuple[str, str] | None = None  # C, C++; None: the engine's own
     tools: Mapping[str, str] = field(default_factory=dict)  # program -> Debian package
@@ -65,7 +65,7 @@ class Build:
     """A finished variant."""
 
     variant: Variant
-    source: Path  # the patched tree's part, tests/native as native/, headers of ggml_ops as operators/
+    source: Path  # the patched tree's files, tests/native as native/, headers of ggml_ops as operators/
     folder: Path
 
     @property
@@ -76,7 +76,7 @@ class Build:
     def run(
         self, program: str | Path, *arguments: str, **environment: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a program of bin/, or one given by path, to its end."""
+        """Run a program of bin/, or one given by path, until it exits."""
         command = [*self.variant.runner, str(self.bin / program), *arguments]
         told = {**os.environ, **self.variant.environment, **environment}
         return subprocess.run(
@@ -84,12 +84,12 @@ class Build:
         )
 
     def ninja(self, *arguments: str) -> str:
-        """What Ninja says; it must succeed."""
+        """Ninja's output; it must succeed."""
         return _output([packaged_tool("ninja"), "-C", self.folder, *arguments])
 
 
 def require_tools(tools: Mapping[str, str]) -> None:
-    """Skip, or with KIMI_CI fail, where a program is not installed."""
+    """Skip, or with KIMI_CI fail, if a program is not installed."""
     missing = {package for program, package in tools.items() if shutil.which(program) is None}
     if missing:
         reason = f"not installed: {', '.join(sorted(missing))} (Debian packages)"
@@ -97,7 +97,7 @@ def require_tools(tools: Mapping[str, str]) -> None:
 
 
 def build(variant: Variant) -> Build:
-    """The variant, built now where anything that goes into it has changed."""
+    """The variant, built now if any of its inputs has changed."""
     require_tools(variant.tools)
     folder = cache_folder() / "variants" / hashlib.sha256(str(ROOT).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def build(variant: Variant) -> Build:
     digest = tree.hash()
     with _locked(folder / "source.lock"):
         if _read(folder / "source.digest") != digest:
-            tree.write_to(made.source)  # touches only what differs
+            tree.write_to(made.source)  # writes only files that differ
             (folder / "source.digest").write_text(digest)
             _forget(folder.parent)
         os.utime(folder)
@@ -127,7 +127,7 @@ def build(variant: Variant) -> Build:
 
 @cache
 def sources() -> Tree:
-    """What variants are made of."""
+    """The sources of the variants."""
     tree = Tree(upstream_source() / "llama.cpp")
     load_series().apply(tree)
     for path in tree.paths():
@@ -179,7 +179,7 @@ def _read(path: Path) -> str | None:
 
 
 def _forget(folder: Path) -> None:
-    """Remove the builds of checkouts that nobody uses any more."""
+    """Remove the builds of checkouts that are not used any more."""
     builds = [path for path in folder.iterdir() if path.is_dir()]
     for old in sorted(builds, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
         shutil.rmtree(old, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Which operators llama.cpp's graph of a batch has, as ggml's scheduler lists them.
+"""The operators of llama.cpp's graph of a batch, as ggml's scheduler lists them.
 
-In: a build, a GGUF, token ids for one batch, `RunOptions`. Out: the operators' names, cut to ten letters.
+Input: a build, a GGUF, token ids for one batch, `RunOptions`. Output: the operators' names, cut to ten letters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kimi_gguf.validate.llama import Ids, RunOptions, run
 def operators_of_last_graph(
     engine: Engine, gguf: Path, ids: Ids, options: RunOptions, monkeypatch: pytest.MonkeyPatch
 ) -> set[str]:
-    """Decode the ids and take the graph of the last batch; KIMI_OPS is as the environment has it."""
+    """Decode the ids and read the graph of the last batch; KIMI_OPS is that of the environment."""
     monkeypatch.setenv("GGML_SCHED_DEBUG", "2")
     log = run(engine, gguf, [ids], options).log
     graph = log[log.rindex("## SPLIT") :]

@@ -1,7 +1,7 @@
-"""A hub and its content network on this machine: the few routes that huggingface_hub uses, and faults to order.
+"""A hub and its content network on this machine: the few routes that huggingface_hub uses, and faults on demand.
 
-Flows in: folders as repositories. Flows out: two HTTP servers, as the real ones: the hub, which knows names and
-commits and sends readers of large files elsewhere, and the network that has the bytes. Both note what was asked.
+Input: folders as repositories. Output: two HTTP servers, like the real ones: the hub, which has names and
+commits and redirects requests for large files, and the network that has the bytes. Both record all requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKEN = "hf_a_secret_for_the_hub_alone"
 
 @dataclass
 class Asked:
-    """One request, and what was served."""
+    """One request, and the response."""
 
     server: str  # hub or cdn
     method: str
@@ -35,13 +35,13 @@ class Asked:
 
 @dataclass
 class Answer:
-    """What a server is about to say; a fault changes it."""
+    """A response before it is sent; a fault changes it."""
 
     status: int
     headers: dict[str, str]
     content: bytes = b""
     pace: Callable[[bytes], Iterator[bytes]] = lambda content: iter([content])
-    length: int | None = None  # the Content-Length that is claimed; default: the true one
+    length: int | None = None  # the declared Content-Length; default: the correct one
 
 
 Fault = Callable[[Asked, Answer], Answer]
@@ -49,7 +49,7 @@ Fault = Callable[[Asked, Answer], Answer]
 
 @dataclass
 class FakeHub:
-    """Both servers. `files` is (repository, name) -> content; `fault` sees every answer before it goes out."""
+    """Both servers. `files` is (repository, name) -> content; `fault` gets every response before it is sent."""
 
     files: dict[tuple[str, str], bytes]
     large: Callable[[str], bool] = lambda name: name.endswith(".safetensors")
@@ -113,7 +113,7 @@ def _refused(status: int, code: str) -> Answer:
 
 @contextmanager
 def serving(files: dict[tuple[str, str], bytes]) -> Iterator[FakeHub]:
-    """The two servers, as long as the block lasts."""
+    """The two servers, until the block ends."""
     hub = FakeHub(files)
     servers = [_server(hub, name) for name in ("hub", "cdn")]
     hub.hub, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
@@ -130,12 +130,12 @@ def serving(files: dict[tuple[str, str], bytes]) -> Iterator[FakeHub]:
 
 
 def repository(name: str, folder: Path) -> dict[tuple[str, str], bytes]:
-    """The files of a folder as those of a repository."""
+    """The files of a folder as a repository."""
     return {(name, file.name): file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 def trickle(pieces: int, seconds: float) -> Callable[[bytes], Iterator[bytes]]:
-    """So many bytes one by one, then the rest, each after a while."""
+    """This number of bytes one by one, then the rest, each after a pause."""
 
     def pace(content: bytes) -> Iterator[bytes]:
         for i in range(min(pieces, len(content))):
@@ -177,7 +177,7 @@ def _server(hub: FakeHub, name: str) -> ThreadingHTTPServer:
 
     class Server(ThreadingHTTPServer):
         def handle_error(self, request: Any, client_address: Any) -> None:
-            """A reader that has gone is no error."""
+            """A reader that disconnected is not an error."""
 
     server = Server(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

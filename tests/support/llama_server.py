@@ -1,10 +1,10 @@
-"""Starts a llama-server, sends it requests, and reads in its debug log what it evaluated.
+"""Starts a llama-server, sends it requests, and reads from its debug log which tokens it evaluated.
 
 Input: a build of llama.cpp, a GGUF and options. Output: answers as token ids, and an `Account` of the work.
 
 cpp-httplib closes a connection on which no request arrives for 5 seconds, without an answer. On a busy machine
-this happens between a client's connect and its first byte, so the client sends such a request again. That the
-server did not work on both is checked at the end.
+this happens between a client's connect and its first byte, so the client repeats such a request. A check at the
+end shows that the server did not process both.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from kimi_gguf.engine.builds import Engine
 
 PATIENCE = 300  # seconds, for a busy machine
 ATTEMPTS = 3  # times that a request is sent
-ENDING = 1  # seconds between the closing of a process's connections and its end
+ENDING = 1  # seconds between closing a process's connections and its exit
 EXACT = ("--flash-attn", "on", "-ctk", "f32", "-ctv", "f32", "--threads", "1", "--verbosity", "5")
 
 
 @dataclass(frozen=True)
 class Account:
-    """What the target model evaluated after the prompts, by the server's debug log."""
+    """The tokens that the target model evaluated after the prompts, according to the server's debug log."""
 
     tokens: int
     batches: int
-    restored: int  # checkpoints put back to verify accepted tokens again
+    restored: int  # checkpoints that were restored to verify accepted tokens again
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion."""
+    """One completion with its timings."""
 
     ids: tuple[int, ...]
     timings: Mapping[str, Any]  # the server's own: predicted_n, draft_n, draft_n_accepted, cache_n, ...
@@ -58,7 +58,7 @@ class Server:
         self._answered: list[str] = []  # paths of the requests; appended to by several threads
 
     def complete(self, prompt: str, count: int, **more: Any) -> Answer:
-        """`count` tokens after a prompt, always the most likely one."""
+        """`count` tokens after a prompt, each the most likely one."""
         request = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}
         request |= {"ignore_eos": True, "cache_prompt": False} | more
         got = self.post("/completion", request)
@@ -70,7 +70,7 @@ class Server:
             return list(pool.map(lambda prompt: self.complete(prompt, count), prompts))
 
     def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a JSON request, which is sent again if the server closed the connection."""
+        """The answer to a JSON request, which is repeated if the server closed the connection."""
         url, encoded = f"http://127.0.0.1:{self.port}{path}", json.dumps(content).encode()
         request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
         for attempt in range(1, ATTEMPTS + 1):
@@ -95,7 +95,7 @@ class Server:
         raise AssertionError(f"the server ended with status {status}:\n{self._end_of_log()}")
 
     def check_requests(self) -> None:
-        """Fail if the server worked on more requests than it answered: one of them was sent twice."""
+        """Fail if the server processed more requests than it answered: one of them was repeated."""
         started = self.log.read_text(errors="replace").count("processing task, is_child = 0")
         answered = len(self._answered)
         assert started <= answered, f"{started} requests for {answered} answers\n{self._end_of_log()}"
@@ -104,7 +104,7 @@ class Server:
         return self.log.read_text(errors="replace")[-2000:]
 
     def healthy(self) -> bool:
-        """Whether it has loaded its models."""
+        """Whether the server has loaded its models."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
                 return True
@@ -112,7 +112,7 @@ class Server:
             return False
 
     def account(self, requests: int) -> Account:
-        """The work done for this many requests, once the log has all of them."""
+        """The work for this number of requests, once the log has all of them."""
         end = time.monotonic() + PATIENCE
         while (text := self.log.read_text(errors="replace")).count("stop processing: n_tokens") < requests:
             assert time.monotonic() < end, "the log lacks the end of a request"
@@ -124,7 +124,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """An unused port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -138,7 +138,7 @@ def serving(engine: Engine, folder: Path, gguf: Path, *options: str) -> Abstract
 
 @contextmanager
 def started(folder: Path, *command: str | Path) -> Iterator[Server]:
-    """The server that the command starts, once it is ready, on a free port; its log is a file in `folder`."""
+    """Start the server with the command on a free port, and wait until it is ready; its log is a file in `folder`."""
     port, path = free_port(), folder / "server.log"
     with path.open("wb") as log:
         process = subprocess.Popen(

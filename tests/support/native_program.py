@@ -1,8 +1,8 @@
-"""Small C++ programs against a build's ggml: what pytest compiles from tests/native and runs.
+"""Small C++ programs that pytest compiles from tests/native with a build's ggml and runs.
 
 Input: a build, a source file and the folders of our operators that it includes. Output: the path of the program,
-compiled with all warnings as errors. Its headers are upstream's, which patches never change for
-others, and those of ggml_ops.
+compiled with all warnings as errors. Its headers are those of ggml_ops and upstream's, which patches do not change
+for other code.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def compile_program(
     sources: tuple[str, ...] = (),
     options: tuple[str, ...] = (),
 ) -> Path:
-    """Compile tests/native/NAME and further `sources` of ggml_ops into `folder`, linked to the build's ggml.
+    """Compile tests/native/NAME and additional `sources` of ggml_ops into `folder`, linked to the build's ggml.
 
-    operators: folders of ggml_ops whose headers are wanted.
-    options: of the compiler, further ones. `CalledProcessError` where it does not compile.
+    operators: folders of ggml_ops with additional headers.
+    options: additional options of the compiler. Raises `CalledProcessError` if it does not compile.
     """
     program = folder / Path(name).stem
     files = [NATIVE / name, *(OPERATORS / each for each in sources)]
@@ -40,7 +40,7 @@ def compile_program(
 
 
 def compile_backend(engine: Engine, folder: Path) -> Path:
-    """Compile native/second_backend.cpp into a shared library that ggml_backend_load takes."""
+    """Compile native/second_backend.cpp into a shared library that ggml_backend_load can load."""
     library = folder / "libsecond.so"
     _compile(engine, [NATIVE / "second_backend.cpp"], library, ["-fPIC", "-shared"])
     return library
@@ -49,7 +49,7 @@ def compile_backend(engine: Engine, folder: Path) -> Path:
 def run_program(
     program: Path, *arguments: str | Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program that must end with status 0; the assertion shows its last lines."""
+    """Run a program that must exit with status 0; the assertion shows its last lines."""
     ended = subprocess.run(
         [program, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False
     )
@@ -58,7 +58,7 @@ def run_program(
 
 
 def passed_cases(engine: Engine, device: str, operator: str, *arguments: str, **environment: str) -> int:
-    """Run upstream's test-backend-ops, to which the CPU's plain path is the truth; how many cases there were."""
+    """Run upstream's test-backend-ops, which compares with the CPU's plain path; return the number of cases."""
     program = engine.bin / "test-backend-ops"
     ended = run_program(program, "test", "-b", device, "-o", operator, *arguments, **environment)
     return sum(operator in line and "OK" in line for line in ended.stdout.splitlines())
@@ -67,12 +67,12 @@ def passed_cases(engine: Engine, device: str, operator: str, *arguments: str, **
 def roll_back_on_device(
     engine: Engine, gguf: Path, backend: Path, layers: int, log: Path, **environment: str
 ) -> set[str]:
-    """Run upstream's program: take back tokens, replay, several sequences, caches of zeros and of rubbish.
+    """Run upstream's program: rollback, replay, several sequences, caches with zeros and with garbage.
 
     It loads no backends, so the device registers itself. Returns the lines of SECOND_LOG.
     """
     environment |= {"LD_PRELOAD": str(backend), "SECOND_REGISTERS": "1", "SECOND_LOG": str(log)}
-    environment["GGML_NO_BACKTRACE"] = "1"  # its gdb would load the library too
+    environment["GGML_NO_BACKTRACE"] = "1"  # its gdb would also load the library
     program = engine.bin / "test-recurrent-state-rollback"
     ended = run_program(program, "-m", gguf, "-t", "1", "-ngl", str(layers), **environment)
     assert (ended.stdout + ended.stderr).count("multi-seq split replay matched") == 2
@@ -88,7 +88,7 @@ def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]
 
 
 def ggml_libraries(engine: Engine) -> list[str]:
-    """Options of the linker."""
+    """Linker options."""
     return [f"-L{engine.lib}", "-lggml", "-lggml-cpu", "-lggml-base", "-ldl", f"-Wl,-rpath,{engine.lib}"]
 
 

@@ -1,8 +1,8 @@
-"""Random Kimi-Linear checkpoints in every layout that exists on disk: what the tests convert and compare.
+"""Random Kimi-Linear checkpoints in every layout that exists on disk, for tests of the converter.
 
 Input: a `Spec` (shape, scale of the weights, seed). Output: a folder with config.json, safetensors (sharded or
-single), `tiktoken.model` and `tokenizer_config.json`. The weights depend on the spec alone, so the layouts of
-one spec hold the same model. Layouts: "hub" (as published), "resaved" (transformers' `save_pretrained`, every
+single), `tiktoken.model` and `tokenizer_config.json`. The weights depend only on the spec, so the layouts of
+one spec contain the same model. Layouts: "hub" (as published), "resaved" (transformers' `save_pretrained`, every
 dense layer under `block_sparse_moe`), "native" (transformers' in-memory names, fused convolutions and
 experts, flat config).
 """
@@ -29,7 +29,7 @@ MERGES = [
 ]  # fmt: skip
 BYTES = [bytes([byte]) for byte in range(256)]
 RANKS = BYTES + [merge.encode() for merge in MERGES]
-# The K2 family's names, by distance from the last rank; the marks of tool calls are not special.
+# The K2 family's names, by distance from the last rank; the markers of tool calls are not special.
 SPECIAL = {
     0: "[BOS]",
     1: "[EOS]",
@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Spec:
-    """Shape and statistics of a random checkpoint; `layers` spells them, K for KDA and M for MLA."""
+    """Shape and statistics of a random checkpoint; `layers` has a letter per layer, K for KDA and M for MLA."""
 
     layers: str = "KKKM"
     hidden: int = 64
@@ -226,7 +226,7 @@ def weights(spec: Spec) -> Weights:
 
 
 def in_layout(hub: Weights, spec: Spec, layout: Layout) -> Weights:
-    """The same weights under another layout's names (FACTS of transformers 5.23's conversion mapping)."""
+    """The same weights with another layout's names (as in transformers 5.23's conversion mapping)."""
     if layout == "hub":
         return hub
     if layout == "resaved":
@@ -280,7 +280,7 @@ def write_tokenizer(folder: Path, ranks: Sequence[bytes] = RANKS, **settings: ob
 
 
 def write_checkpoint(folder: Path, spec: Spec, layout: Layout = "hub", shards: int = 2) -> Path:
-    """Write the whole checkpoint into `folder` (made if need be); `shards=1` writes `model.safetensors`."""
+    """Write the whole checkpoint to `folder`, creating it if needed; `shards=1` writes `model.safetensors`."""
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config(spec, layout), indent=2))
     tensors = in_layout(weights(spec), spec, layout)

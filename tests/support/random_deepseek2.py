@@ -1,6 +1,6 @@
 """A random deepseek2 model as an F32 GGUF: MLA with rotated keys and compressed queries, and dense layers.
 
-In: head sizes. Out: the file. It has no vocabulary, only a number of tokens.
+Input: head sizes. Output: the file. It has no vocabulary, only a number of tokens.
 """
 
 from __future__ import annotations

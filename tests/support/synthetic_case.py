@@ -1,7 +1,7 @@
 """A random model with its exact logits, to measure the error of a build of llama.cpp.
 
 Input: a `Spec`. Output: a `Case` with the F32 GGUF and the logits of the torch reference in float64; `Case.error`
-runs a build of llama.cpp on the same token ids. `rewrite` makes unusual files for the tests of a patch.
+runs a build of llama.cpp on the same token ids. `rewrite` makes unusual files for the tests of patches.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Error:
     """NMSE of logits."""
 
     in_all: float
-    worst: float  # of any position
+    worst: float  # of all positions
 
     @property
     def passes(self) -> bool:
-        """The gate for F32 weights and an F32 cache."""
+        """The limits for F32 weights and an F32 cache."""
         return self.in_all <= 1e-10 and self.worst <= 1e-8
 
 
@@ -57,10 +57,10 @@ class Case:
     logits: NDArray[np.float64]
 
     def error(self, engine: Engine, file: Path | None = None, **options: Any) -> Error:
-        """Error of this build, on another file of the same model if one is given; options: `RunOptions`.
+        """Error of this build, optionally with another file of the same model; options: `RunOptions`.
 
-        One thread unless asked otherwise: llama.cpp's threads wait by spinning, so on a busy machine a second
-        one makes small models many times slower.
+        One thread by default: llama.cpp's threads spin while waiting, so on a busy machine a second thread makes
+        small models many times slower.
         """
         got = run_logits(engine, file or self.gguf, self.ids, RunOptions(**{"threads": 1, **options}))
         return error_of(got, self.logits)
@@ -72,13 +72,13 @@ def reference_of(spec: Spec, layout: Layout = "hub", dtype: torch.dtype = torch.
 
 
 def make_gguf(folder: Path, spec: Spec) -> Path:
-    """Write the model into `folder` as an F32 GGUF, whose path is returned."""
+    """Write the model to `folder` as an F32 GGUF; return its path."""
     convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
     return folder / "model.gguf"
 
 
 def make_case(folder: Path, spec: Spec, tokens: int = 96, scaled: dict[str, float] | None = None) -> Case:
-    """Write the model into `folder` and compute its logits; `scaled`: part of a tensor's name -> factor."""
+    """Write the model to `folder` and compute its logits; `scaled`: part of a tensor's name -> factor."""
     checkpoint = write_checkpoint(folder / "checkpoint", spec, shards=1)
     tensors = weights(spec)
     for part, factor in (scaled or {}).items():

@@ -1,7 +1,7 @@
-"""A llama.cpp in miniature: an archive with its folders, targets and options, which builds in a second.
+"""A miniature llama.cpp: an archive with the same folders, targets and options, which builds in a second.
 
 Input: a folder for it. Output: the archive, a pin for it, and build specs, so that the engine is tested
-with real tools and no network. `main()` lets a test run the engine or the command in a process of its own:
+with real tools and no network. `main()` lets a test run the engine or the command in a separate process:
 `python tiny_llama.py FOLDER build`, or `python tiny_llama.py FOLDER kimi-llama ARGUMENTS`.
 """
 
@@ -52,7 +52,7 @@ OVERLAY_FILE = "#define KIMI_ANSWER 2\n"
 ECHO = """#include <cstdio>
 int main(int n, char ** v) { for (int i = 1; i < n; i++) std::puts(v[i]); return %d; }
 """
-# llama-cli prints its commit and the library's answer; llama-completion prints its arguments and fails with 7,
+# llama-cli prints its commit and the library's answer; llama-completion prints its arguments and exits with 7,
 # llama-speculative-simple with 8.
 FILES = {
     "CMakeLists.txt": """cmake_minimum_required(VERSION 3.14...3.28)
@@ -91,7 +91,7 @@ PACKAGE = {
 
 @dataclass(frozen=True)
 class Tiny:
-    """The miniature in a folder: its pin, its series, its source archive and a cache of its own."""
+    """The miniature in a folder: its pin, its series, its source archive and its own cache."""
 
     pin: Pin
     series: Series
@@ -99,7 +99,7 @@ class Tiny:
     cache: Cache
 
     def spec(self, upstream: bool = False, source: Path | None = None) -> build_spec.BuildSpec:
-        """The build spec of the patched miniature or its twin."""
+        """The build spec of the patched or upstream miniature."""
         real = build_spec.make_build_spec(upstream=True, source=source)
         series = Series(()) if upstream else self.series
         return dataclasses.replace(real, pin=self.pin, upstream=upstream, series=series)
@@ -110,7 +110,7 @@ class Tiny:
 
 
 def pack(archive: Path, files: Mapping[str, str], extra: tuple[tarfile.TarInfo, ...] = ()) -> None:
-    """Write an archive with these files, and members as given in `extra`."""
+    """Write an archive with these files and with the members in `extra`."""
     with tarfile.open(archive, "w:gz") as tar:
         for name, text in files.items():
             member = tarfile.TarInfo(name)
@@ -121,7 +121,7 @@ def pack(archive: Path, files: Mapping[str, str], extra: tuple[tarfile.TarInfo, 
 
 
 def write_tree(folder: Path, files: Mapping[str, str]) -> Path:
-    """Write files below a folder, which is returned."""
+    """Write files below a folder; return the folder."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,14 +161,14 @@ def load(folder: Path, patched: str | None = None) -> Tiny:
 
 
 def start(folder: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
-    """`main` in a process of its own."""
+    """Run `main` in a separate process."""
     command = [sys.executable, __file__, str(folder), *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
 
 
 def call(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`kimi-llama` on the miniature in a folder, to its end."""
+    """Run `kimi-llama` on the miniature in a folder, and wait for it."""
     process = start(folder, "kimi-llama", *arguments, **environment)
     out, err = process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -1,4 +1,4 @@
-"""What the tokenizer tests share: vocabularies, tiktoken as oracle, llama.cpp as the tested side, texts."""
+"""Shared by the tokenizer tests: vocabularies, tiktoken as the oracle, llama.cpp as the tested side, texts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CORPUS = (
 
 
 def config(num_ranks: int, rows: int = 256) -> KimiConfig:
-    """A config for a vocabulary of `num_ranks` ordinary tokens and `rows` more."""
+    """A config for a vocabulary of `num_ranks` ordinary tokens and `rows` additional ones."""
     base = KimiConfig.from_json(config_json(Spec(), "hub"), "config.json")
     return replace(
         base,
@@ -47,7 +47,7 @@ def config(num_ranks: int, rows: int = 256) -> KimiConfig:
 
 
 def train_ranks(merges: int) -> list[bytes]:
-    """A vocabulary as a tiktoken.model holds it: the 256 bytes, then `merges` tokens learnt from CORPUS."""
+    """A vocabulary as in a tiktoken.model: the 256 bytes, then `merges` tokens trained on CORPUS."""
     split = CORPUS.replace(" ", "\0 ").split("\0")
     words = Counter(tuple(bytes([byte]) for byte in word.encode()) for word in split)
     ranks = list(BYTES)
@@ -75,7 +75,7 @@ def train_ranks(merges: int) -> list[bytes]:
 
 
 def every_pair_ranks(seed: int) -> list[bytes]:
-    """A vocabulary in which any two bytes merge, in random order: where a piece ends shows in the ids."""
+    """A vocabulary in which any two bytes merge, in random order, so that the ids depend on where a piece ends."""
     pairs = [left + right for left in BYTES for right in BYTES]
     random.Random(seed).shuffle(pairs)
     return BYTES + pairs
@@ -84,19 +84,19 @@ def every_pair_ranks(seed: int) -> list[bytes]:
 def oracle(
     ranks: Sequence[bytes], special: Mapping[str, int] | None = None, pattern: str = SPLIT_PATTERN
 ) -> tiktoken.Encoding:
-    """What the model's own tokenizer class builds from these files."""
+    """The same encoding that the model's own tokenizer class builds from these files."""
     tokens = {token: rank for rank, token in enumerate(ranks)}
     marks = dict(special or {})
     return tiktoken.Encoding("kimi", pat_str=pattern, mergeable_ranks=tokens, special_tokens=marks)
 
 
 def one_piece(ranks: Sequence[bytes]) -> tiktoken.Encoding:
-    """tiktoken with these ranks and no splitting."""
+    """tiktoken with these ranks and without splitting."""
     return oracle(ranks, pattern=r"(?s).+")
 
 
 def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
-    """A GGUF file with a vocabulary and nothing else."""
+    """A GGUF file that has only a vocabulary."""
     keys = [Key("general.architecture", ValueType.STRING, ARCHITECTURE), *tokenizer_keys(vocab)]
     path.write_bytes(header_bytes(keys, [], []))
     return path
@@ -104,10 +104,10 @@ def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
 
 @dataclass(frozen=True)
 class LlamaAnswer:
-    """What llama.cpp made of some texts."""
+    """The result of llama.cpp for some texts."""
 
     ids: list[list[int]]  # of each text
-    seconds: float  # processor time of the tokenizing alone
+    seconds: float  # processor time of tokenizing alone
     stops: list[int]  # the ids that end a generation
 
 
@@ -123,7 +123,7 @@ def llama_tokenize(
             raise AssertionError(f"llama.cpp could not tokenize: {worker.log[-2000:]}") from None
 
 
-# Short strings that meet at every seam of the pattern; random sequences of them are hostile texts.
+# Short strings for every boundary in the pattern; hostile texts are random sequences of them.
 FRAGMENTS = [
     *"aAbZéÉßſKÅıİǅǆΩωЖж",  # cased letters of several alphabets; a long s, the Kelvin and Angstrom signs
     *"אبकกაꭰ",  # letters without case, Georgian, Cherokee
@@ -145,7 +145,7 @@ FRAGMENTS = [
 
 
 def hostile_texts(count: int, seed: int, longest: int = 40) -> list[str]:
-    """Random sequences of FRAGMENTS; half of them draw from few, so that runs come about."""
+    """Random sequences of FRAGMENTS; half of them use only four fragments, so that runs occur."""
     rng = random.Random(seed)
     texts = []
     for i in range(count):

@@ -1,4 +1,4 @@
-"""Made-up runs for tests of gates and reports: no llama.cpp, errors of a known size."""
+"""Synthetic runs for tests of gates and reports: no llama.cpp, errors of a known size."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TRUTH = Truth(
 
 
 def run_with(error: float, flipped: int = 0, variant: Variant = PLAIN, truth: Truth = TRUTH) -> Measured:
-    """A run whose logits and layers are off by `error` of their size (NMSE error squared), and whose first
-    `flipped` positions chose another expert in the last layer."""
+    """A run whose logits and layers have an error of `error` times their size (NMSE error squared), and whose first
+    `flipped` positions choose another expert in the last layer."""
     rng = np.random.default_rng(11)
 
     def off(x: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""The F32 gate: an F32 GGUF in patched llama.cpp against transformers, over models of many shapes.
+"""The F32 gate: an F32 GGUF in patched llama.cpp compared with transformers, for models of many shapes.
 
-NMSE of logits at most 1e-10 in all and 1e-8 at the worst position, F32 cache, flash attention on and off.
-Positions where the reference's own choice of experts hangs on less than 1e-6 are counted apart.
+NMSE of logits at most 1e-10 in total and 1e-8 at the worst position, F32 cache, flash attention on and off.
+Positions where the reference's own router margin is below 1e-6 are counted separately.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The runner of llama.cpp: what it feeds in which order, what comes back, and how it says that it cannot."""
+"""The runner of llama.cpp: the order of its batches, its results, and its errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_token_is_fed_once_even_if_batches_are_smaller_than_the_sequences_
 
 @pytest.mark.engine
 def test_logits_layers_and_experts_are_those_of_the_reference(gguf: Path, engine: Engine) -> None:
-    """With a graph of 16 tokens, so that the watched rows are put together from several."""
+    """With ubatches of 16 tokens, so that the recorded rows are concatenated from several graphs."""
     trace = Trace()
     expected = reference_of(SPEC).logits(torch.from_numpy(IDS), trace).numpy()
     found = run(engine, gguf, [IDS], RunOptions(n_ubatch=16, trace=True))
@@ -89,7 +89,7 @@ def test_text_becomes_ids_and_ids_their_bytes(gguf: Path, engine: Engine) -> Non
     text = "he is in, 世界\n[EOS]"
     ids = tokenize(engine, gguf, text)
     assert 256 + MERGES.index("he") in ids
-    assert ids[-1] == 256 + len(MERGES) + 1  # a special token's text is that token
+    assert ids[-1] == 256 + len(MERGES) + 1  # the text of a special token is matched as this token
     assert b"".join(pieces(engine, gguf, ids)) == text.encode()
 
 
@@ -131,7 +131,7 @@ def test_a_file_that_llama_cannot_load_is_named_with_its_reason(engine: Engine, 
 
 
 def test_a_process_that_dies_is_reported_by_signal_and_last_word(tmp_path: Path) -> None:
-    """A stand-in for llama_cpp that aborts as ggml's assertions do."""
+    """A package llama_cpp that aborts as ggml's assertions do."""
 
     class Aborting:
         def environment(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The figures of a report, against values worked out by hand."""
+"""The figures of a report, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_perplexity_and_delta_p_are_of_the_next_token() -> None:
 
 
 def test_top1_and_top5_agreement() -> None:
-    """Second position: the best two swap places (top 5 the same); third: two of the five are others."""
+    """Second position: the best two are swapped (top 5 the same); third: two of the five differ."""
     reference = np.tile(np.arange(10.0), (3, 1))
     test = reference.copy()
     test[1, [8, 9]] = test[1, [9, 8]]
@@ -67,7 +67,7 @@ def test_top1_and_top5_agreement() -> None:
 
 
 def test_percentiles_and_subsets() -> None:
-    """101 positions with KLD of 0, 1, .. 100 units: the 99 % one is 99 units."""
+    """101 positions with KLD of 0, 1, .. 100 units: the 99th percentile is 99 units."""
     unit = 1e-3
     at = compare(np.zeros((101, 2)), np.zeros((101, 2)), np.zeros(101, int))
     object.__setattr__(at, "kld", unit * np.arange(101.0))
@@ -91,14 +91,14 @@ def test_a_nan_in_the_logits_shows_in_every_error() -> None:
 
 
 def test_sums_are_float64_however_many_positions() -> None:
-    """An error of 1e-7 of the size: in float32 its square would drown."""
+    """An error of 1e-7 of the size: in float32 its square would be lost."""
     reference = np.full((50, 1000), 1.0)
     summary = summarise(compare(reference, reference * (1 + 1e-7), np.zeros(50, int)))
     assert summary.nmse == pytest.approx(1e-14, rel=1e-6)
 
 
-def test_choices_count_ties_and_what_follows_a_fallen_one() -> None:
-    """Position 1 falls the other way at a tie; 3 differs far from any tie; 4 is a tie that held."""
+def test_choices_count_near_ties_and_later_positions() -> None:
+    """Position 1 is a near tie that is decided differently; 3 differs without a tie; 4 is a tie decided equally."""
     same = np.tile([0, 1], (6, 1))
     other = same.copy()
     other[[1, 3]] = [2, 1]
@@ -109,8 +109,8 @@ def test_choices_count_ties_and_what_follows_a_fallen_one() -> None:
     assert choices.fallen.tolist() == [False, True, True, True, True, True]
 
 
-def test_a_flip_that_an_earlier_layer_caused_is_no_fallen_tie() -> None:
-    """Layer 1 chooses otherwise far from a tie, then layer 2 at what was a tie: a fault, not chance."""
+def test_a_mismatch_caused_by_an_earlier_layer_is_not_a_near_tie() -> None:
+    """Layer 1 has an expert mismatch without a tie, then layer 2 at a former tie: a fault, not chance."""
     same, other = np.array([[0, 1]]), np.array([[0, 2]])
     choices = compare_choices(
         {1: same, 2: same}, {1: np.array([0.5]), 2: np.array([1e-9])}, {1: other, 2: other}, 1
@@ -119,7 +119,7 @@ def test_a_flip_that_an_earlier_layer_caused_is_no_fallen_tie() -> None:
 
 
 def test_layer_errors_leave_out_positions_with_other_experts() -> None:
-    """Two positions; in layer 1 the second chooses otherwise, so from there on only the first counts."""
+    """Two positions; in layer 1 the second has an expert mismatch, so from there on only the first counts."""
     reference = {0: np.array([[1.0], [1.0]]), 1: np.array([[2.0], [2.0]]), 2: np.array([[4.0], [4.0]])}
     test = {0: np.array([[1.0], [1.1]]), 1: np.array([[2.0], [7.0]]), 2: np.array([[4.4], [9.0]])}
     choices = compare_choices(

@@ -1,4 +1,4 @@
-"""The torch reference equals transformers' native model at every position; its recurrence a float64 one."""
+"""The torch reference equals transformers' native model at every position; its recurrence equals a float64 one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from transformers.models.kimi_linear import modeling_kimi_linear
 from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.validate.reference import Reference, Trace
 
-TOKENS = 150  # two whole chunks of transformers' chunked form, and a part
+TOKENS = 150  # two whole chunks of transformers' chunked form, and an incomplete one
 NMSE_LIMIT = 1e-10  # at every position
-TIE = 1e-6  # below this margin float32 itself may choose other experts
+TIE = 1e-6  # with a margin below this, float32 itself may choose other experts
 
 SPECS = [
     Spec(),
@@ -46,8 +46,8 @@ def transformers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let transformers compute KDA token by token. With steep gates its chunked form loses digits in differences
-    of cumulative log-gates: it is then up to 5e-9 from float64."""
+    """Make transformers compute KDA token by token. With steep gates its chunked form loses digits in differences
+    of cumulative log-gates: its error compared with float64 is then up to 5e-9."""
     recurrent = modeling_kimi_linear.recurrent_kimi_delta_attention
     monkeypatch.setattr(modeling_kimi_linear, "chunk_kimi_delta_attention", recurrent)
 
@@ -83,7 +83,7 @@ def test_logits_equal_transformers_token_by_token_where_gates_are_steep(
 
 @pytest.mark.parametrize("gate", ["ordinary", "hostile"])
 def test_delta_rule_equals_a_float64_recurrence(gate: str) -> None:
-    """Plain loops over the paper's equation; hostile: log-decay to -700, beta at 0 and 1, parallel keys."""
+    """Plain loops over the paper's equation; hostile inputs: log-decay to -700, beta 0 and 1, parallel keys."""
     tokens, heads, dim = 40, 2, 8
     rng = np.random.default_rng(0)
     q, k, v = rng.standard_normal((3, tokens, heads, dim))

@@ -1,6 +1,6 @@
-"""However a text is fed to llama.cpp, its logits are the same: NMSE 1e-10 in all, 1e-8 at the worst.
+"""The logits do not depend on how a text is split into batches: NMSE 1e-10 in total, 1e-8 at the worst position.
 
-The text is long enough for the forms that operators keep for large batches, and the ways include small ones.
+The text is long enough for the operators' forms for large batches; small batches are tested too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kimi_gguf.validate.llama import RunOptions, run, run_logits
 pytestmark = pytest.mark.engine
 
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
-TOKENS = 200  # decompressed attention begins at 160
+TOKENS = 200  # decompressed attention starts at 160
 IDS = np.random.default_rng(40).integers(0, VOCAB_SIZE, (3, TOKENS))
 
 WAYS = {

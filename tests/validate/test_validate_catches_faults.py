@@ -1,6 +1,6 @@
-"""The gates' own worth: deliberate faults of the reference are each caught, and perplexity would not tell.
+"""Tests of the gates: they catch every deliberate fault of the reference, which perplexity would not show.
 
-llama.cpp answers once for the trained demo checkpoint; each faulty reference is then compared with it.
+llama.cpp runs once for the trained demo checkpoint; each faulty reference is then compared with the result.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kimi_gguf.validate.tensors import TensorProof
 
 pytestmark = pytest.mark.engine
 
-TOKENS = 384  # six stretches of 64, after each of which one fault loses its state
+TOKENS = 384  # six sections of 64, after each of which one fault loses its state
 UNTOLD = ("MLA output zeroed", "routing bias dropped", "norm constants 1e-5")  # by perplexity
 
 Judged = tuple[list[GateResult], Measured]
@@ -34,7 +34,7 @@ Judged = tuple[list[GateResult], Measured]
 def judged(
     demo_dir: Path, demo_gguf: Callable[[str], Path], engine: Engine, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, type[Reference]], Judged]:
-    """(GGUF type, reference) -> all gates, and the plain run's figures. Of F32 files with the quiet probe."""
+    """(GGUF type, reference) -> all gates, and the plain run's figures. F32 files include the quiet probe."""
     folder = tmp_path_factory.mktemp("faults")
 
     @cache
@@ -78,7 +78,7 @@ def test_every_fault_is_caught_on_an_f32_file(judged: Callable[..., Judged], fau
 def test_every_fault_but_the_constants_is_caught_through_bf16(
     judged: Callable[..., Judged], fault: str
 ) -> None:
-    """The constants weigh less than bf16 rounding: F32 files and the quiet probe are there for them."""
+    """The constants have less effect than bf16 rounding: F32 files and the quiet probe exist for them."""
     gates, _ = judged("BF16", FAULTS[fault])
     assert [gate for gate in gates if not gate.passed]
 
@@ -90,7 +90,7 @@ def test_perplexity_moves_less_than_two_percent(judged: Callable[..., Judged], f
 
 
 def test_the_norm_constants_show_in_the_quiet_probe_alone(judged: Callable[..., Judged]) -> None:
-    """On the model's own activations they are beneath float32's own noise."""
+    """On the model's own activations their effect is below float32's own rounding error."""
     gates, measured = judged("F32", FAULTS["norm constants 1e-5"])
     failed = {gate.variant for gate in gates if not gate.passed}
     assert failed == {"quiet probe"}

@@ -1,4 +1,4 @@
-"""`validate-kimi` as a person or a CI job meets it: reports, exit status, one clear line for bad input."""
+"""`validate-kimi` as a user or a CI job runs it: reports, exit status, one clear line for bad input."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_given_ids_are_compared_as_they_are(
 def refused(
     gguf: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str, bytes, str], None]:
-    """Checks that an option's file gives status 2, one last line that names it or says why, and no report."""
+    """Check that an option's file results in status 2, a last line that names it or the reason, and no report."""
 
     def check(name: str, content: bytes, said: str) -> None:
         given, out = tmp_path / "given", tmp_path / "report"

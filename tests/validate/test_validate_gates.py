@@ -1,4 +1,4 @@
-"""Which figures pass and which fail, by the file's type, and what near ties and upstream's figures change."""
+"""Which figures pass and which fail, by the file's type, and the effect of near ties and of upstream's figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def failed(kind: str, runs: list[Measured], upstream: list[Measured] | None = No
     ],
 )
 def test_the_limit_of_each_type(kind: str, error: float, passes: bool) -> None:
-    """F32: NMSE 1e-10, that is an error of 1e-5 of the logits' size; F16 2e-7, BF16 1e-5."""
+    """F32: NMSE 1e-10, which is an error of 1e-5 of the logits' size; F16 2e-7, BF16 1e-5."""
     assert (not failed(kind, [run_with(error)])) == passes
 
 
@@ -39,7 +39,7 @@ def test_every_variant_must_keep_the_limits() -> None:
 
 
 def test_one_bad_position_fails_f32() -> None:
-    """NMSE 4e-8 at one of 64 positions is 6e-10 in all."""
+    """NMSE 4e-8 at one of 64 positions is 6e-10 in total."""
     run = run_with(0)
     run.at.squared_error[5] = 4e-8 * run.at.squared_reference[5]
     bad = replace(run, judged=replace(run.judged, nmse_worst=float(run.at.nmse.max())))
@@ -60,8 +60,8 @@ def test_a_wrong_tensor_fails_whatever_the_logits() -> None:
 
 
 def test_a_near_tie_is_set_apart_but_not_most_of_the_text() -> None:
-    """An error where the reference itself could have chosen otherwise does not count; if that is everywhere,
-    nothing has been shown."""
+    """An error at a position where the reference itself could have chosen differently does not count; if all
+    positions are like this, the validation shows nothing."""
     margins = {1: np.full(TOKENS, 0.1), 2: np.full(TOKENS, 0.1)}
     margins[2][10] = 1e-9
     run = run_with(1e-7, truth=replace(TRUTH, margins=margins))
@@ -86,7 +86,7 @@ def test_worse_than_upstream_fails_even_within_the_limits() -> None:
 
 
 def test_more_top1_mismatches_than_upstream_fail_unless_chance_explains_them() -> None:
-    """30 top-1 mismatches of 64 where upstream has none are not chance. Equally many mismatches at other positions
+    """30 top-1 mismatches of 64 where upstream has none are not chance. The same number at other positions
     can be."""
 
     def saying_otherwise(positions: list[int]) -> Measured:

@@ -1,4 +1,4 @@
-"""The report in its three forms: complete, self-contained, and honest about what is no number."""
+"""The report in its three forms: complete, self-contained, and without made-up numbers."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_json_holds_every_figure_and_names_its_schema(report: Report) -> None:
     assert "KL(reference || test)" in data["direction"]
 
 
-def test_what_is_no_number_is_null_in_json_and_a_dash_for_people(report: Report) -> None:
-    """No position has other experts: their figures do not exist."""
+def test_nan_is_null_in_json_and_a_dash_in_text(report: Report) -> None:
+    """No position has other experts, so these figures do not exist."""
     runs = [run_with(1e-3)]
     data = json.loads(to_json(replace(report, runs=runs)))
     assert data["runs"][0]["other_experts"]["nmse"] is None
@@ -153,7 +153,7 @@ def test_a_share_never_rounds_up_to_all(value: float, text: str) -> None:
 
 
 def check_nesting(html: str) -> None:
-    """Every opened element is closed, in order."""
+    """Every opened element is closed, in the correct order."""
 
     class Nesting(HTMLParser):
         def __init__(self) -> None:

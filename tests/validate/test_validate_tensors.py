@@ -1,4 +1,4 @@
-"""The proof that a GGUF file's tensors are the checkpoint's: what it proves, and that one wrong bit shows."""
+"""The proof that a GGUF file has the checkpoint's tensors: its results, and that it finds one wrong bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_converted_file_is_proved(tmp_path: Path, kind: str) -> None:
     proof = proof_of(*converted(tmp_path, kind))
     assert proof.proved and not proof.failures and not proof.unproved
     assert (proof.quantised > 0) == (kind == "Q8_0")
-    assert (proof.rounded > 1) == (kind == "F16")  # ssm_a apart, an exponential of the checkpoint's
+    assert (proof.rounded > 1) == (kind == "F16")  # except ssm_a, an exponential of the checkpoint's values
 
 
 def test_float32_weights_are_correctly_rounded_to_bf16(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_float32_weights_are_correctly_rounded_to_bf16(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 @pytest.mark.parametrize("name", ["blk.1.attn_k_b.weight", "blk.1.ffn_down_exps.weight", "token_embd.weight"])
 def test_one_wrong_value_is_found_and_named(tmp_path: Path, kind: str, name: str) -> None:
-    """The last value's lowest bit; for Q8_0 two steps (one may still round to within half a step)."""
+    """The lowest bit of the last value; for Q8_0 two steps (one may still round to within half a step)."""
     file, checkpoint = converted(tmp_path, kind)
     reader = gguf.GGUFReader(file, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == name)
@@ -67,7 +67,7 @@ def test_one_wrong_value_is_found_and_named(tmp_path: Path, kind: str, name: str
 
 
 def test_a_scale_that_is_off_is_found(tmp_path: Path) -> None:
-    """A block's step 1 % too large, with values that fit it: each within half a step, but coarser."""
+    """A block's step 1 % too large, with values that fit it: each is within half a step, but coarser."""
     file, checkpoint = converted(tmp_path, "Q8_0")
     reader = gguf.GGUFReader(file, "r+")
     tensor = next(tensor for tensor in reader.tensors if tensor.name == "output.weight")

@@ -7,6 +7,7 @@
 #include "llama-latent-place.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <iterator>
@@ -103,14 +104,15 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
 }
 
 uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph) {
+    int64_t most = 0;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (node->op == GGML_OP_LATENT_ATTN) {
             const ggml_tensor * cache = node->src[1];
-            return min_queries(cache, cache->ne[1]) - 1;
+            most = std::max(most, (min_queries(cache, cache->ne[1]) - 1) * cache->ne[3]);
         }
     }
-    return 0;
+    return most;
 }
 
 ggml_tensor * llama_latent_attn(const llm_graph_context & g,

@@ -16,8 +16,8 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llama_layer &            layer,
                               int                            il);
 
-// The largest number of queries per stream for which LATENT_ATTN is not used on the cache of this graph's LATENT_ATTN;
-// 0 if the graph has none.
+// The largest number of tokens, in as many streams as this graph has, that does not use LATENT_ATTN; 0 if the graph has
+// no LATENT_ATTN.
 uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph);
 
 // Writes k_cur [n_latent + n_rope, 1, n_tokens] to the cache and computes the attention.

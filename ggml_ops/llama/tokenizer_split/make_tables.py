@@ -1,8 +1,8 @@
-"""Write kimi-split-data.h: for every code point, which character classes of the split pattern hold it.
+"""Write kimi-split-data.h: for every code point, the character classes of the split pattern that contain it.
 
-Flows in: the installed tiktoken, asked by regular expression (its regex crate decides what the model's own
-tokenizer does, so it is the source, not a copy of the Unicode database). Flows out: the C++ table, as runs of
-code points with equal classes. Run it again when tiktoken moves to another Unicode version:
+Input: the installed tiktoken, queried with regular expressions (its regex crate defines what the model's own
+tokenizer does; the Unicode database is not copied). Output: the C++ table, as runs of
+code points with equal classes. Run it again when tiktoken changes to another Unicode version:
 
     python ggml_ops/llama/tokenizer_split/make_tables.py
 """
@@ -28,7 +28,7 @@ CLASSES = {
     "SPACE": r"\s",
     "NEWLINE": r"[\r\n]",
 }
-# Every code point UTF-8 can hold: all but the surrogates.
+# Every code point that UTF-8 can encode: all except the surrogates.
 SCALARS = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
 
 
@@ -40,7 +40,7 @@ def matching(expression: str) -> set[str]:
 
 
 def unicode_version() -> str:
-    """The newest Unicode version whose code points tiktoken's regex crate knows."""
+    """The newest Unicode version with code points that tiktoken's regex crate knows."""
     newest = ""
     for major in range(10, 40):
         try:
@@ -52,7 +52,7 @@ def unicode_version() -> str:
 
 
 def class_bits() -> list[int]:
-    """For each code point 0..0x10FFFF the classes it is in, one bit each in the order of CLASSES."""
+    """For each code point 0..0x10FFFF its classes, one bit each in the order of CLASSES."""
     bits = [0] * 0x110000
     for bit, (name, expression) in enumerate(CLASSES.items()):
         if expression not in SPLIT_PATTERN:

@@ -1,4 +1,4 @@
-"""CUDA kernels on the CPU: what they compute and what they do wrong, without a GPU (README.md)."""
+"""Runs CUDA kernels on the CPU: finds what they compute and their faults, without a GPU (README.md)."""
 
 from emulators.cuda.build import CompileError, compile_objects, link_program
 from emulators.cuda.rewrite import RewriteError

@@ -1,7 +1,7 @@
 """Programs that run CUDA kernels on the CPU.
 
-In: .cu files with the kernels, .cpp or .cu files with a `main`. Out: a program; kernels are compiled as C++ against
-include/, each source in a translation unit of its own.
+Input: .cu files with the kernels, .cpp or .cu files with a `main`. Output: a program; kernels are compiled as C++ with
+include/, each source as a separate translation unit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from pathlib import Path
 from emulators.cuda.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
-STUBS = Path(__file__).parent / "stubs"  # headers that a toolkit without cuBLAS lacks
+STUBS = Path(__file__).parent / "stubs"  # headers that are missing in a toolkit without cuBLAS
 
-# What kernels are checked for as they run: see include/cuda_emulator/checks.h.
+# Checks of running kernels: see include/cuda_emulator/checks.h.
 CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
 OPTIONS = (
     "-std=c++17",
     "-O2",
     "-g1",
-    "-gdwarf-4",  # addr2line finds the lines of #line in this one
-    "-fno-strict-aliasing",  # kernels look at registers as other types
+    "-gdwarf-4",  # with this version addr2line finds the lines of #line
+    "-fno-strict-aliasing",  # kernels access registers as other types
     "-fwrapv",
     "-march=native",
     "-pthread",
@@ -33,7 +33,7 @@ WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi")
 
 
 class CompileError(Exception):
-    """What the compiler said."""
+    """The compiler's output."""
 
 
 def compile_objects(
@@ -47,13 +47,13 @@ def compile_objects(
     fast_math: bool = True,
     compiler: str | None = None,
 ) -> list[Path]:
-    """Compile each of `sources` into an object, several at a time; objects and rewritten sources lie in `work`.
+    """Compile each of `sources` to an object, several at a time; objects and rewritten sources are stored in `work`.
 
-    include: folders for #include "…", those of .cuh files too. system: the same without warnings.
-    options: further ones of the compiler.
-    races: look for races in shared memory too, at each access (include/cuda_emulator/races.h); slower.
-    fast_math: as nvcc's -use_fast_math, with which ggml compiles: expf is __expf, subnormal numbers are zero.
-    compiler: C++17, default $CXX or g++. `RewriteError`, `CompileError`.
+    include: folders for #include "…", also those of .cuh files. system: the same without warnings.
+    options: additional options of the compiler.
+    races: also detect races in shared memory, at each access (include/cuda_emulator/races.h); slower.
+    fast_math: as nvcc's -use_fast_math, which ggml uses: expf is __expf, subnormal numbers are zero.
+    compiler: C++17, default $CXX or g++. Raises `RewriteError`, `CompileError`.
     """
     command = [_compiler(compiler), *OPTIONS, *WARNINGS]
     command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
@@ -80,7 +80,7 @@ def compile_objects(
 def link_program(
     objects: Sequence[Path], program: Path, *, link: Sequence[str] = (), compiler: str | None = None
 ) -> Path:
-    """Link objects of `compile_objects`. link: options of the linker. `CompileError`."""
+    """Link objects of `compile_objects`. link: options of the linker. Raises `CompileError`."""
     _run([_compiler(compiler), "-pthread", *map(str, objects), "-o", str(program), *link])
     return program
 

@@ -1,7 +1,7 @@
-"""Inline PTX: from the text of an asm statement to calls of the emulator's functions (include/cuda_emulator/ptx.h).
+"""Inline PTX: translates an asm statement to calls of the emulator's functions (include/cuda_emulator/ptx.h).
 
-In: the PTX with %0, %1, … and the C++ expressions that these stand for. Out: C++ statements. A PTX statement that no
-line of the table knows becomes a call that names it when it is run.
+Input: the PTX with %0, %1, … and the C++ expressions for these operands. Output: C++ statements. A PTX statement that
+is not in the table becomes a call that reports its name when it runs.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ def _out(registers: Sequence[str]) -> str:
 
 
 def _in(registers: Sequence[str]) -> str:
-    # a literal in the PTX is an operand of 32 bits
+    # a literal in the PTX is a 32-bit operand
     values = [f"uint32_t({each})" if _NUMBER.match(each) else each for each in registers]
     return f"cuda_emulator::in({', '.join(values)})"
 
 
 def _call(function: str, results: int = 0) -> Call:
-    """The function with `results` operands to write and the others to read, as 32-bit registers."""
+    """A call of the function with `results` operands to write and the others to read, as 32-bit registers."""
 
     def call(_: re.Match[str], groups: Groups) -> str:
         operands = [_out(each) for each in groups[:results]] + [_in(each) for each in groups[results:]]
@@ -36,7 +36,7 @@ def _call(function: str, results: int = 0) -> Call:
 
 
 def _values(function: str) -> Call:
-    """The function with its operands as they are."""
+    """A call of the function with its operands unchanged."""
     return lambda _, groups: _plain(function, [each for group in groups for each in group])
 
 
@@ -56,11 +56,11 @@ def _matrices(found: re.Match[str], groups: Groups) -> str:
     return _plain(f"{found['name']}<{'true' if found['trans'] else 'false'}>", operands)
 
 
-# Registers that mov reads.
+# Registers that mov can read.
 _SPECIAL = {"%laneid": "cuda_emulator::lane()", "%warpid": "cuda_emulator::block.current->warp->number"}
 
 
-# A statement's instruction, with all its suffixes -> the call. The first that fits counts.
+# A statement's instruction with all its suffixes -> the call. The first match counts.
 _INSTRUCTIONS: list[tuple[str, Call]] = [
     (
         r"mma\.sync\.aligned\.m16n8k(?P<k>8|16)\.row\.col"
@@ -104,7 +104,7 @@ _OPERAND = re.compile(r"\s*(\{[^{}]*\}|\[[^\[\]]*\]|[^,{}\[\]]+)\s*(,|$)")
 def translate(ptx: str, expressions: Sequence[str]) -> list[str]:
     """C++ statements, without their semicolons, for the PTX of one asm.
 
-    ptx: as the compiler would hand it to the assembler, but for %0, %1, …, which stand for the expressions.
+    ptx: as it would be passed to the assembler, except for the operands %0, %1, ….
     """
     text = re.sub(r"//[^\n]*|/\*.*?\*/", " ", ptx, flags=re.DOTALL).strip()
     if text.startswith("{") and text.endswith("}"):  # a block
@@ -125,7 +125,7 @@ def _translate(statement: str, expressions: Sequence[str]) -> str:
 
 
 def _operands(text: str, expressions: Sequence[str]) -> Groups | None:
-    """The operands' groups with their expressions; None where one is not understood."""
+    """The operands' groups with their expressions; None if one is not supported."""
     groups: Groups = []
     at = 0
     while at < len(text):

@@ -1,4 +1,4 @@
-"""CUDA C++ to C++: the few things that no header can make a C++ compiler take.
+"""CUDA C++ to C++: rewrites the syntax that no header can make a C++ compiler accept.
 
     kernel<<<grid, block, …>>>(arguments)   a call of cuda_emulator::configure
     __shared__ T a[N];                      a reference to memory of the block
@@ -8,7 +8,7 @@
     expf(x), with fast_math                 __expf(x), as nvcc does
     #include "other.cuh"                    the rewritten file
 
-In: a .cu or .cuh. Out: C++ of the same lines, so that a compiler's words and the emulator's name those of the source.
+Input: a .cu or .cuh file. Output: C++ with the same lines, so that messages name the lines of the source.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from emulators.cuda.ptx import translate
 from emulators.cuda.tokens import Token, after_blank, closing, joined, line_ends, split, stripped, tokens
 
-# What nvcc's -use_fast_math makes of them.
+# The functions that nvcc's -use_fast_math uses instead.
 _FAST = {
     "expf": "__expf",
     "exp10f": "__exp10f",
@@ -36,11 +36,11 @@ _INCLUDE = re.compile(r'(?m)^([ \t]*#[ \t]*include[ \t]+)"([^"\n]+)"')
 
 
 class RewriteError(Exception):
-    """What of a source the rewriter does not take; file, line, and what to write instead."""
+    """Source that the rewriter does not support; file, line, and what to write instead."""
 
 
 def rewrite(source: str, name: str, fast_math: bool = False) -> str:
-    """The C++ for CUDA C++; `name` is the file's in messages. `RewriteError`.
+    """The C++ for CUDA C++; `name` is the file's name in messages. Raises `RewriteError`.
 
     fast_math: the functions that -use_fast_math replaces are replaced.
     """
@@ -54,7 +54,7 @@ def rewrite(source: str, name: str, fast_math: bool = False) -> str:
                 at = _shared(row, at, done)
             elif token.kind == "word" and token.text in ("asm", "__asm__", "__asm"):
                 at = _asm(row, at, done)
-            elif token.text == "__noinline__":  # a macro would take it from the standard library's attributes
+            elif token.text == "__noinline__":  # a macro would also replace the standard library's attributes
                 done.append(Token("other", "__attribute__((noinline))"))
                 at += 1
             elif fast_math and token.text in _FAST and not (done and done[-1].text in ("::", ".")):
@@ -72,15 +72,15 @@ def rewrite(source: str, name: str, fast_math: bool = False) -> str:
 
 
 def rewrite_tree(source: Path, folder: Path, include: Sequence[Path], fast_math: bool = False) -> Path:
-    """Rewrite a source and all .cu and .cuh that it includes in quotes; the rewritten source, in `folder`.
+    """Rewrite a source and all .cu and .cuh files that it includes in quotes to `folder`; return the rewritten source.
 
-    include: where to look for what does not lie beside the file that includes it.
+    include: folders for files that are not next to the file that includes them.
     """
     return _Tree(folder, [path.resolve() for path in include], fast_math).file(source.resolve())
 
 
 class _Tree:
-    """Rewritten copies: one for each file, however often it is included."""
+    """Rewritten copies: one for each file, even if it is included several times."""
 
     def __init__(self, folder: Path, include: Sequence[Path], fast_math: bool) -> None:
         self.folder = folder
@@ -103,7 +103,7 @@ class _Tree:
             if path.is_file():
                 path = self.file(path) if path.suffix in (".cu", ".cuh") else path
                 return f'{found[1]}"{path}"'
-        return found[0]  # the compiler's own folders, or not meant to be there
+        return found[0]  # in the compiler's own folders, or intentionally missing
 
 
 def _is_marks(row: Sequence[Token], at: int, marks: str) -> bool:
@@ -128,9 +128,9 @@ def _launch(row: Sequence[Token], at: int, done: list[Token]) -> int:
 
 
 def _expression_before(done: list[Token]) -> list[Token]:
-    """Take a kernel's name, with its template arguments and namespaces, off the end."""
+    """Remove a kernel's name, with its template arguments and namespaces, from the end."""
     first = len(done)
-    depth = inside = 0  # of <>; of [], and of () in either
+    depth = inside = 0  # nesting depth of <>; of [] and () in either
     while first > 0:
         token = done[first - 1]
         if depth or inside or token.text == "]":
@@ -194,7 +194,7 @@ def _without_stars(base: Sequence[Token]) -> list[Token]:
 def _declaration(name: str, kind: str, sizes: str, alignment: str, dynamic: bool) -> str:
     sizes = re.sub(
         r"\[([^\[\]]*>[^\[\]]*)\]", r"[(\1)]", " ".join(sizes.split())
-    )  # no end of a template's arguments
+    )  # no end of the template arguments
     if dynamic:
         inner = re.sub(r"^\[\s*\]", "", sizes)
         if inner == sizes:
@@ -209,7 +209,7 @@ def _declaration(name: str, kind: str, sizes: str, alignment: str, dynamic: bool
 
 
 def _alignment(row: Sequence[Token]) -> tuple[str, list[Token]]:
-    """The alignment that a declaration asks for ("1": none), and the declaration without it."""
+    """The alignment in a declaration ("1": none), and the declaration without it."""
     asked, rest = "1", []
     at = 0
     while at < len(row):
@@ -250,13 +250,13 @@ def _asm(row: Sequence[Token], at: int, done: list[Token]) -> int:
 
 
 def _between_operands(row: Sequence[Token]) -> bool:
-    """Whether a `::` after this row separates parts of an asm, rather than names."""
+    """Whether the `::` after this row separates parts of an asm, not names."""
     depth = sum((token.text in "([{") - (token.text in ")]}") for token in row if token.kind == "mark")
     return depth == 0
 
 
 def _literal(text: str) -> str:
-    """What a string literal says."""
+    """The content of a string literal."""
     raw = re.fullmatch(r'R"(.*?)\((.*)\)\1"', text, re.DOTALL)
     return (
         raw[2]

@@ -1,6 +1,6 @@
-"""C++ as a row of tokens: what the rewriter looks at, so that comments and strings stay as they are.
+"""C++ as a list of tokens for the rewriter, so that comments and strings stay unchanged.
 
-In: source text. Out: tokens whose texts, put together, are the source again.
+Input: source text. Output: tokens whose concatenated texts are the source.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 class Token(NamedTuple):
-    """kind: blank (also comments), text, char, number, word or mark; `::` is one mark."""
+    """kind: blank (including comments), text, char, number, word or mark; `::` is one mark."""
 
     kind: str
     text: str
 
 
 def tokens(source: str) -> list[Token]:
-    """All of the source; a comment or string without an end is split into single marks."""
+    """Tokenize the whole source; a comment or string without an end is split into single marks."""
     return [
         Token((found.lastgroup or "").rstrip("_") if found.lastgroup != "mark" else "text", found[0])
         for found in _TOKEN.finditer(source)
@@ -43,21 +43,21 @@ def joined(row: Sequence[Token]) -> str:
 
 
 def line_ends(row: Sequence[Token]) -> str:
-    """The line ends of a row, as it has them (in a macro with a backslash): what keeps later lines in place."""
+    """The line ends of a row, unchanged (in a macro with a backslash), so that later lines keep their numbers."""
     return "".join(
         end for token in row if token.kind == "blank" for end in re.findall(r"\\\n|\n", token.text)
     )
 
 
 def after_blank(row: Sequence[Token], at: int) -> int:
-    """The first index from `at` on that is no blank."""
+    """The first index from `at` on that is not blank."""
     while at < len(row) and row[at].kind == "blank":
         at += 1
     return at
 
 
 def closing(row: Sequence[Token], at: int) -> int:
-    """The index of the bracket that closes the one at `at`; `ValueError` where none does."""
+    """The index of the bracket that closes the one at `at`. Raises `ValueError` if there is none."""
     stack: list[str] = []
     for index in range(at, len(row)):
         text = row[index].text
@@ -73,7 +73,7 @@ def closing(row: Sequence[Token], at: int) -> int:
 def split(row: Sequence[Token], separator: str, angles: bool = False) -> list[list[Token]]:
     """The parts between separators outside of all brackets, also <…> if `angles`."""
     parts: list[list[Token]] = [[]]
-    depth = inside = 0  # of all brackets; of those that are not <>
+    depth = inside = 0  # nesting depth of all brackets; of those except <>
     for token in row:
         if token.kind == "mark":
             change = (token.text in _CLOSING) - (token.text in _CLOSING.values())
