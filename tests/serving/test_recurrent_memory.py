@@ -1,4 +1,4 @@
-"""0013-recurrent-memory-computed-states, 0016-kv-cache-keep-streams: every answer comes from a computed state.
+"""0013-recurrent-memory-computed-states, 0016-kv-cache-streams: every answer comes from a computed state.
 
 A pending rollback belongs to the state, whichever sequences own it. A state is lost if the batch that should have
 computed it fails; until the sequence is removed or restored, everything that would use the state is refused.
