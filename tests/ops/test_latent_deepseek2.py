@@ -62,15 +62,18 @@ def test_each_form_is_in_its_graph(
         assert ("FLASH_ATTN" in found) == (form != "decompressed")
 
 
-@pytest.mark.parametrize("n_seq_max", [1, 2])
+@pytest.mark.parametrize("unified", [False, True])
+@pytest.mark.parametrize("n_seq_max", [1, 4])
 def test_memory_is_reserved_for_the_form_that_needs_more(
-    tmp_path: Path, n_seq_max: int, engine: Engine
+    tmp_path: Path, n_seq_max: int, unified: bool, engine: Engine
 ) -> None:
     """A batch below the threshold takes the absorbed form, which needs more than LATENT_ATTN for 512 tokens."""
     model = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(heads=32))
-    setup = Setup(n_seq_max=n_seq_max, cells=4096, flash_attention=True, cache_type="Q8_0")
+    setup = Setup(
+        n_seq_max=n_seq_max, cells=4096, flash_attention=True, cache_type="Q8_0", kv_unified=unified
+    )
     steps, first = [], 0
-    for size in (512, 512, 512, 512, 250):
+    for size in (512, 512, 512, 512, 255):
         steps.append(decode(*text(0, IDS[:1].repeat(size), first), wanted=[size - 1]))
         first += size
     assert "does not match expectation" not in play(engine, model, setup, steps, KIMI_OPS="require").log

@@ -89,12 +89,11 @@ class Memory:
             self.doubtful -= sizes.keys()
             return
         assert nodes is not None or self.doubtful & sizes.keys(), "refused without a reason"
-        # the batch may have moved the states of other sequences; those that are empty now are known
-        self.doubtful |= {s for s in range(SEQUENCES) if self.tokens[s] or s in sizes}
+        # the batch may have moved the states of other sequences, and ubatches before the failed one are computed
+        self.doubtful |= {s for s in range(SEQUENCES) if self.tokens[s]} | sizes.keys()
         for s in sizes:
-            if self.step(["length", s])[0] == 0:
-                self.tokens[s] = ()
-                self.doubtful.discard(s)
+            self.tokens[s] = longer[s][: self.step(["length", s])[0]]
+        self.doubtful -= {s for s in range(SEQUENCES) if not self.tokens[s]}
 
     def abort(self, sizes: dict[int, int], nodes: int) -> None:
         self.decode(sizes, nodes)
