@@ -21,6 +21,8 @@
 // The time is that of a graph with all layers; each layer has its own memory, so that no more of it is cached than in a
 // model.
 
+#include "../../ggml_ops/kda/ggml-kda-conv.h"
+#include "../../ggml_ops/kda/ggml-kda-scan.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -172,12 +174,18 @@ struct Bench {
     }
 
     void scan() {
-        ggml_tensor * cache = f32({ D * C, 2 });
-        ggml_tensor * op =
-            patched_operator("ggml_kda_scan", ctx, f32({ D, 3 * H, T, 1 }, 0.0f, 0.09f), f32({ D, H, T, 1 }),
-                             f32({ C }), f32({ 1, H, 1, 1 }, -4.0f, 0.5f), f32({ H, T, 1 }), f32({ D, H, T, 1 }),
-                             f32({ D }, 1.0f, 0.1f), cache, row_numbers(), int64_t(1), int32_t(-1), 1e-5f, -INFINITY);
-        store(op, cache, C * T);
+        ggml_tensor *              cache     = f32({ D * C, 2 });
+        ggml_tensor *              sources[] = { f32({ D, 3 * H, T, 1 }, 0.0f, 0.09f),
+                                                 f32({ D, H, T, 1 }),
+                                                 f32({ C }),
+                                                 f32({ 1, H, 1, 1 }, -4.0f, 0.5f),
+                                                 f32({ H, T, 1 }),
+                                                 f32({ D, H, T, 1 }),
+                                                 f32({ D }, 1.0f, 0.1f),
+                                                 cache,
+                                                 row_numbers() };
+        const ggml_kda_scan_params params    = { 1, -1, 1e-5f, -INFINITY };
+        store(patched_operator("ggml_kda_scan", ctx, sources, params), cache, C * T);
     }
 
     void conv_nodes() {
@@ -197,11 +205,13 @@ struct Bench {
     }
 
     void conv() {
-        ggml_tensor * cache = f32({ 9 * C, 2 });
-        ggml_tensor * op =
-            patched_operator("ggml_kda_conv", ctx, f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ 4 * C }),
-                             f32({ 4 * C }), f32({ 4 * C }), cache, row_numbers(), D, int64_t(1), int32_t(-1), 1e-6f);
-        store(op, cache, 3 * C * T);
+        ggml_tensor * cache     = f32({ 9 * C, 2 });
+        ggml_tensor * sources[] = {
+            f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ C, T, 1 }), f32({ 4 * C }), f32({ 4 * C }), f32({ 4 * C }), cache,
+            row_numbers()
+        };
+        const ggml_kda_conv_params params = { (int32_t) D, 1, -1, 1e-6f };
+        store(patched_operator("ggml_kda_conv", ctx, sources, params), cache, 3 * C * T);
     }
 
     // --- latent attention ---

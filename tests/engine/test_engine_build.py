@@ -24,6 +24,7 @@ from kimi_gguf.engine import toolchain
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
+from kimi_gguf.patches.errors import KimiError
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def names(folder: Path) -> list[str]:
 
 def refused(tiny: tiny_llama.Tiny, reason: str, **options: Any) -> str:
     """The message of a build that is refused for this reason; no files are left."""
-    with pytest.raises(EngineError, match=reason) as caught:
+    with pytest.raises(KimiError, match=reason) as caught:
         tiny.build(**options)
     assert names(tiny.cache.engines) == names(tiny.cache.work) == []
     return str(caught.value)

@@ -10,8 +10,8 @@ import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.patches import diff
+from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.export import export_patches
 from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin
@@ -67,7 +67,7 @@ def test_a_patch_that_does_not_apply_names_patch_file_and_lines(
     tiny: tiny_llama.Tiny, tmp_path: Path
 ) -> None:
     (tmp_path / "tree/src/answer.cpp").write_text("int answer() {\n    return 3;\n}\n")
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(PatchError) as caught:
         tiny.series.apply(Tree(tmp_path / "tree"))
     for part in ("0001-answer.patch", "src/answer.cpp", "'return 1;'", "'return 3;'"):
         assert part in str(caught.value)
@@ -76,7 +76,7 @@ def test_a_patch_that_does_not_apply_names_patch_file_and_lines(
 
 def test_an_operator_source_never_replaces_a_file(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     (tmp_path / "tree/src/kimi.h").write_text("upstream's own\n")
-    with pytest.raises(EngineError, match=r"src/kimi\.h"):
+    with pytest.raises(PatchError, match=r"src/kimi\.h"):
         tiny.series.apply(Tree(tmp_path / "tree"))
 
 
@@ -128,7 +128,7 @@ def test_diffs_of_git_are_applied_and_taken_back(
 )
 def test_unfit_patches_are_refused_by_name(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     assert change[0] in tiny_llama.PATCH
-    with pytest.raises(EngineError, match=message) as caught:
+    with pytest.raises(PatchError, match=message) as caught:
         tiny_llama.make(tmp_path, patch=tiny_llama.PATCH.replace(*change))
     assert "0001-answer.patch" in str(caught.value)
 
@@ -146,7 +146,7 @@ def test_sources_that_do_not_fit_the_series_are_refused(
     tmp_path: Path, sources: list[str], named: str, message: str
 ) -> None:
     tiny_llama.write_tree(tmp_path / "ops", dict.fromkeys(sources, OPERATOR))
-    with pytest.raises(EngineError, match=message):
+    with pytest.raises(PatchError, match=message):
         tiny_llama.make(tmp_path, patch=tiny_llama.PATCH.replace("llama/tiny", named))
 
 
@@ -217,7 +217,7 @@ def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> 
 
 def test_exporting_next_to_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     tiny_llama.write_tree(tmp_path / "mail", {"0009-other.patch": "x"})
-    with pytest.raises(EngineError, match="other patches"):
+    with pytest.raises(PatchError, match="other patches"):
         export_patches(tiny.series, tmp_path / "mail")
 
 

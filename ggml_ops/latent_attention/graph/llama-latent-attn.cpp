@@ -109,7 +109,7 @@ uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (node->op == GGML_OP_LATENT_ATTN) {
             const ggml_tensor * cache = node->src[1];
-            most = std::max(most, (min_queries(cache, cache->ne[1]) - 1) * cache->ne[3]);
+            most                      = std::max(most, (min_queries(cache, cache->ne[1]) - 1) * cache->ne[3]);
         }
     }
     return most;
