@@ -48,7 +48,7 @@ struct scan_node {
         rows               = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n.S);
 
         ggml_tensor * src[] = { qkv, f, dt, a, beta, gate, norm, cache, rows };
-        op                  = ggml_kda_scan(ctx, src, { (int32_t) n.K, x.zero_row, x.eps, x.lower_bound });
+        op = ggml_kda_scan(ctx, src, { (int32_t) n.K, x.zero_row, (float) x.eps, (float) x.lower_bound });
     }
 
     void fill(const scan_inputs & x) const {
@@ -78,7 +78,7 @@ struct conv_node {
         rows  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n.S);
 
         ggml_tensor * src[] = { in[0], in[1], in[2], w[0], w[1], w[2], cache, rows };
-        op                  = ggml_kda_conv(ctx, src, { (int32_t) n.D, (int32_t) n.K, x.zero_row, x.eps });
+        op                  = ggml_kda_conv(ctx, src, { (int32_t) n.D, (int32_t) n.K, x.zero_row, (float) x.eps });
     }
 
     void fill(const conv_inputs & x) const {
