@@ -1,7 +1,6 @@
 #pragma once
 
-// Marks on the nodes of a graph. The builder of the graph sets them; each one disables one of our code paths in a
-// backend.
+// Marks on the nodes of a graph. The builder of the graph sets them; each one disables a code path in a backend.
 //
 // A mark is a bit in the operator's last parameter, which upstream does not read for these operators, so a backend that
 // does not know the marks computes the node as usual. Marks belong to the graph: contexts of one process may use
@@ -18,6 +17,9 @@ extern "C" {
 enum ggml_op_mark {
     GGML_OP_MARK_UPSTREAM = 1,  // MUL_MAT, MUL_MAT_ID, FLASH_ATTN_EXT: use upstream's kernels
     GGML_OP_MARK_UNFUSED  = 2,  // do not start a fused run of nodes here
+
+    // MUL_MAT, MUL_MAT_ID: no code path whose choice, or whose order of sums, depends on the number of columns
+    GGML_OP_MARK_INVARIANT = 4,
 };
 
 static inline void ggml_op_set_mark(struct ggml_tensor * node, enum ggml_op_mark mark) {

@@ -1,7 +1,7 @@
 // Few columns, weights of 8 interleaved rows: a group of rows is multiplied in its layout.
 //
 // 64 bytes of quants are 8 bytes of each of the 8 rows, so a vector holds two 32-bit lanes per row and is multiplied
-// with 8 activation quants, repeated 8 times. The two lanes of a row are added at the end.
+// with 8 activation quants, repeated 8 times. The two lanes of a row are added before they become floats.
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
@@ -53,12 +53,16 @@ static inline __m512 scales_of(const block_mxfp4x8 & w) {
     return both_lanes(w.e);
 }
 
+// Adds the two lanes of each row.
+static inline __m512i both_added(__m512i x) {
+    return _mm512_add_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_CDAB));
+}
+
 template <int N_C> static inline void store_sums(const __m512 (&lanes)[N_C], float * sums) {
-    constexpr int SWAP = 0xb1;
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        const __m512 added = _mm512_add_ps(lanes[c], _mm512_permute_ps(lanes[c], SWAP));
-        _mm256_storeu_ps(sums + c * PANEL_ROWS, _mm512_castps512_ps256(_mm512_maskz_compress_ps(FIRST_LANES, added)));
+        _mm256_storeu_ps(sums + c * PANEL_ROWS,
+                         _mm512_castps512_ps256(_mm512_maskz_compress_ps(FIRST_LANES, lanes[c])));
     }
 }
 
@@ -81,7 +85,7 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
 
 // Blocks of 32 values with one scale per row: bytes hold values 0..15 in their low nibbles, 16..31 in their high ones.
 template <typename Block, int N_C>
-static void dot_nibble_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+static void dot_nibble_groups(const char * group, size_t, int, int64_t k, const char * const * columns, float * sums) {
     const Block * w        = (const Block *) group;
     __m512        sum[N_C] = {};
     for (int64_t i = 0; i < k / BLOCK; i++) {
@@ -98,7 +102,7 @@ static void dot_nibble_groups(const char * group, int64_t k, const char * const 
             for (int j = 0; j < 4; j++) {
                 z = _mm512_dpbusd_epi32(z, codes[j], repeat_8(a.codes[b] + 8 * j));
             }
-            sum[c] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z), _mm512_mul_ps(d, _mm512_set1_ps(a.scales[b])), sum[c]);
+            sum[c] = add_block(sum[c], both_added(z), d, _mm512_set1_ps(a.scales[b]));
         }
     }
     store_sums(sum, sums);
@@ -127,16 +131,14 @@ static inline void add_scaled(const Block &        w,
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-        const __m512 less  = _mm512_mul_ps(_mm512_cvtepi32_ps(minima[c]), dmin);
-        const __m512 all   = _mm512_fmsub_ps(_mm512_cvtepi32_ps(products[c]), d, less);
-        sum[c]             = _mm512_fmadd_ps(all, scale, sum[c]);
+        sum[c]             = add_super_block(sum[c], both_added(products[c]), d, both_added(minima[c]), dmin, scale);
     }
 }
 
 // Q4_K: blocks of 32 values with a scale and a minimum, in super blocks of 256 values. Scales are integers, so 256
 // values are summed as integers (at most 8 * 32 * 15 * 127 * 63).
 template <int N_C>
-static void dot_q4_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+static void dot_q4_K_groups(const char * group, size_t, int, int64_t k, const char * const * columns, float * sums) {
     const block_q4_Kx8 * w        = (const block_q4_Kx8 *) group;
     const __m128i        twice    = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     __m512               sum[N_C] = {};
@@ -192,7 +194,7 @@ static void dot_q4_K_groups(const char * group, int64_t k, const char * const * 
 // Q2_K: a scale and a minimum of four bits for each 16 values. Quants times scales fit in bytes (45 at most), and 256
 // of their products are one integer sum.
 template <int N_C>
-static void dot_q2_K_groups(const char * group, int64_t k, const char * const * columns, float * sums) {
+static void dot_q2_K_groups(const char * group, size_t, int, int64_t k, const char * const * columns, float * sums) {
     const block_q2_Kx8 * w = (const block_q2_Kx8 *) group;
     // of every row's 8 bytes: the first or second one as four numbers; bytes 0, 1, 4 and 5 as four numbers
     const __m512i first    = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
@@ -259,8 +261,8 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_Q4_K, { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } } },
 };
 
-const Dot * find_dot_of_groups(ggml_type type) {
-    return find_dot(DOTS, type);
+const Dot & dot_of_groups(ggml_type type) {
+    return dot_of(DOTS, type);
 }
 
 #endif

@@ -1,7 +1,8 @@
 #pragma once
 
 // Few columns: weights are multiplied in their layout, one row (quant-gemm-dot.cpp) or one group of interleaved rows
-// (quant-gemm-dot-groups.cpp) at a time, unpacked into registers once for up to DOT_COLUMNS columns.
+// (quant-gemm-dot-groups.cpp) at a time, unpacked into registers once for up to DOT_COLUMNS columns. The sums of
+// quantized weights have the same bits as those of the tiles (quant-gemm-tile.cpp), for any number of columns.
 
 #include "quant-gemm-panel.h"
 
@@ -9,33 +10,33 @@ namespace quant_gemm {
 
 constexpr int DOT_COLUMNS = 4;
 
-// Multiplies a row, or a group, of k weights with packed rows of activations: sums[column * PANEL_ROWS + row].
-using DotColumns = void (*)(const char * weights, int64_t k, const char * const * columns, float * sums);
+// Multiplies up to Dot::rows of n_rows rows of k weights, stride bytes apart, with packed rows of activations:
+// sums[column * PANEL_ROWS + row]. It may write sums of all Dot::rows rows.
+using DotColumns =
+    void (*)(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums);
 
 struct Dot {
     int        rows;                   // rows per call
     DotColumns multiply[DOT_COLUMNS];  // for 1, 2, ... columns
 };
 
-// The kernels for matrices with fewer columns than the format's min_columns; nullptr: upstream's path computes them, so
-// a node is only computed here if its matrices have enough columns on average (experts: half as many, since most of the
-// experts in use then have more).
-const Dot * find_dot(const Format & format);
+// The kernels for matrices with fewer columns than the format's min_columns.
+const Dot & dot_of(const Format & format);
 
-const Dot * find_dot_of_groups(ggml_type type);
+const Dot & dot_of_groups(ggml_type type);
 
 struct TypedDot {
     ggml_type type;
     Dot       dot;
 };
 
-template <size_t N> const Dot * find_dot(const TypedDot (&dots)[N], ggml_type type) {
+template <size_t N> const Dot & dot_of(const TypedDot (&dots)[N], ggml_type type) {
     for (const TypedDot & each : dots) {
         if (each.type == type) {
-            return &each.dot;
+            return each.dot;
         }
     }
-    return nullptr;
+    GGML_ABORT("no dot product for %s", ggml_type_name(type));
 }
 
 // n_rows rows of k weights, stride bytes apart, times the columns: sums[column * PANEL_ROWS + row].

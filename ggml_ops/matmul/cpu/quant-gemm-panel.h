@@ -38,10 +38,10 @@ constexpr size_t CACHE_LINE = 64;
 // The quantization of activations, which determines the form of the sum (the weight type's vec_dot type in ggml).
 enum class Scheme {
     q8_0,           // a scale per 32 activations
-    q8_K,           // a scale per 256; weights have a scale per 32
+    q8_K,           // a scale per 256; weights have a scale per 256 and an integer factor per 32
     q8_K_16,        // ... per 16
     q8_K_mins,      // ... per 32, and a minimum
-    q8_K_256,       // ... per 256: scales of smaller blocks are integers, and panels hold quants times scales
+    q8_K_256,       // ... panels hold quants times factors
     q8_K_256_mins,  // ... the same, and a minimum per 16
     bf16,           // no scale: rounded to bf16
     f16,            // no scale: rounded to F16
@@ -83,7 +83,12 @@ struct alignas(64) Panel {
         uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: two values of k, first and second 16 rows
     };
 
-    float   scales[SLICE / 16][PANEL_ROWS];   // per block of 32 (half of the array), of 16, or of 256 (the first)
+    union {
+        float   scales[N_BLOCKS][PANEL_ROWS];     // q8_0: per block of 32
+        int32_t factors[SLICE / 16][PANEL_ROWS];  // q8_K, q8_K_mins: per block of 32 (half of the array), q8_K_16: of 16
+    };
+
+    float   super_scales[PANEL_ROWS];         // of 256 weights
     int16_t minima[N_BLOCKS][PANEL_ROWS][2];  // of two neighbouring blocks of 32 (half of the array), or of 16
     float   minimum_scales[PANEL_ROWS];
 };
@@ -119,6 +124,10 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed);
 // The format for the node, or nullptr if it is not supported.
 const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout);
 
+// Whether n_columns of one matrix of the node are multiplied as dot products of rows, else as panels. The two give the
+// same bits, except for plain numbers.
+bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns);
+
 // Packs this thread's share of the rows of src1, contiguously.
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth);
 
@@ -133,6 +142,28 @@ struct Columns {
     const char * const * at;
     int                  n;
 };
+
+#if QUANT_GEMM_VNNI
+
+// The float operations of 256 values, for all kernels, so that the sums of a row and a column have the same bits in each
+// of them. products: integer sum of quants times factors.
+inline __m512 add_super_block(__m512 sum, __m512i products, __m512 scale, __m512 act_scale) {
+    return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(products), scale), act_scale, sum);
+}
+
+// The same with minima: their integer sum, and its scale.
+inline __m512 add_super_block(
+    __m512 sum, __m512i products, __m512 scale, __m512i minima, __m512 minimum_scale, __m512 act_scale) {
+    const __m512 less = _mm512_mul_ps(_mm512_cvtepi32_ps(minima), minimum_scale);
+    return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_cvtepi32_ps(products), scale, less), act_scale, sum);
+}
+
+// The same for 32 values with one scale; products: their integer sum.
+inline __m512 add_block(__m512 sum, __m512i products, __m512 scale, __m512 act_scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_mul_ps(scale, act_scale), sum);
+}
+
+#endif
 
 // Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of a panel with packed rows. `columns` points to
 // the first block of the rows that belongs to the panel.

@@ -55,7 +55,7 @@ class Steps : public ggml::cpu::packed_product {
             const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, last - row);
             const char *  from   = (const char *) weights->data + row * weights->nb[1];
             float         sums[MAX_COLUMNS][PANEL_ROWS];
-            dot_rows(*find_dot(format), from, weights->nb[1], n_rows, weights->ne[0], { columns, n }, *sums);
+            dot_rows(dot_of(format), from, weights->nb[1], n_rows, weights->ne[0], { columns, n }, *sums);
             for (int c = 0; c < n; c++) {
                 memcpy((char *) op->data + c * op->nb[1] + row * sizeof(float), sums[c], n_rows * sizeof(float));
             }
@@ -71,8 +71,7 @@ static ggml::cpu::packed_product * find_steps(const ggml_tensor * product) {
     if (format == nullptr || product->op != GGML_OP_MUL_MAT || ggml_nrows(product) != product->ne[1]) {
         return nullptr;
     }
-    const bool few = product->ne[1] < std::min(format->min_columns, MAX_COLUMNS + 1);
-    return few && find_dot(*format) != nullptr ? &steps : nullptr;
+    return product->ne[1] <= MAX_COLUMNS && uses_dots(*format, product, product->ne[1]) ? &steps : nullptr;
 }
 
 }  // namespace quant_gemm

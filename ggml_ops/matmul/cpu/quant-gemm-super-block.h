@@ -14,12 +14,12 @@ namespace quant_gemm {
 
 template <typename T, typename... Others> constexpr bool IS_ONE_OF = (std::is_same_v<T, Others> || ...);
 
-// 256 weights: their quants in the order of k as unsigned bytes, and one scale per 16 or 32 of them. Offsets are
-// multiplied with sums of activation quants: they are the scales again, or minima.
+// 256 weights: their quants in the order of k as unsigned bytes, and one factor per 16 or 32 of them. Offsets are
+// multiplied with sums of activation quants: they are the factors again, or minima.
 struct SuperBlock {
     __m512i codes[4];
-    __m512  scales;
-    __m512  offsets;
+    __m512i factors;
+    __m512i offsets;
 };
 
 constexpr int CHOOSE = 0xca;  // for ternary logic: first ? second : third, bit by bit
@@ -59,9 +59,8 @@ inline SuperBlock load(const block_q6_K & w) {
         s.codes[2 * half]     = _mm512_and_si512(choose(bytes(0x0f), low, first), six);
         s.codes[2 * half + 1] = _mm512_and_si512(choose(bytes(0x0f), high, second), six);
     }
-    const __m512i scales = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
-    s.scales             = _mm512_mul_ps(_mm512_cvtepi32_ps(scales), _mm512_set1_ps(_cvtsh_ss(w.d)));
-    s.offsets            = s.scales;
+    s.factors = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
+    s.offsets = s.factors;
     return s;
 }
 
@@ -81,10 +80,8 @@ template <typename Block> inline SuperBlock load_with_minima(const Block & w) {
     const __m128i parts = _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f);
     const __m128i rests = _mm_setr_epi32(0, 0x30303030, 0, 0x30303030);
     const __m128i six   = _mm_or_si128(_mm_and_si128(low, parts), _mm_and_si128(high, rests));
-    const __m512i which = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    const __m512  d     = _mm512_permutexvar_ps(which, _mm512_castps128_ps512(_mm_cvtph_ps(x)));
-    s.scales            = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(six)), d);
-    s.offsets           = _mm512_zextps256_ps512(_mm512_extractf32x8_ps(s.scales, 1));
+    s.factors           = _mm512_cvtepu8_epi32(six);
+    s.offsets           = _mm512_zextsi256_si512(_mm512_extracti64x4_epi64(s.factors, 1));
     return s;
 }
 
@@ -118,9 +115,8 @@ inline SuperBlock load(const block_iq4_xs & w) {
     const __m256i high   = _mm256_srlv_epi32(_mm256_set1_epi32(w.scales_h << 4), by_2);
     const __m256i both   = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x0f), low, high, CHOOSE);
     const __m256i six    = _mm256_and_si256(both, _mm256_set1_epi32(0x3f));
-    const __m256  scales = _mm256_cvtepi32_ps(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
-    s.scales             = _mm512_zextps256_ps512(_mm256_mul_ps(scales, _mm256_set1_ps(_cvtsh_ss(w.d))));
-    s.offsets            = s.scales;
+    s.factors            = _mm512_zextsi256_si512(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
+    s.offsets            = s.factors;
     return s;
 }
 
@@ -136,13 +132,9 @@ inline SuperBlock load(const block_q2_K & w) {
     for (int j = 0; j < 4; j++) {
         s.codes[j] = _mm512_and_si512(pairs_of_bits(w.qs, j), bytes(3));
     }
-    uint16_t d[2];  // of the scales, of the minima
-    memcpy(d, (const char *) &w + offsetof(block_q2_K, GGML_COMMON_AGGR_U), sizeof(d));
-    const __m512i both   = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
-    const __m512  scales = _mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)));
-    const __m512  minima = _mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4));
-    s.scales             = _mm512_mul_ps(scales, _mm512_set1_ps(_cvtsh_ss(d[0])));
-    s.offsets            = _mm512_mul_ps(minima, _mm512_set1_ps(_cvtsh_ss(d[1])));
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
+    s.factors          = _mm512_and_si512(both, _mm512_set1_epi32(15));
+    s.offsets          = _mm512_srli_epi32(both, 4);
     return s;
 }
 
@@ -164,18 +156,20 @@ inline SuperBlock load(const block_q3_K & w) {
     const __m128i high   = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
     const __m128i both   = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
     const __m128i six    = _mm_and_si128(both, _mm_set1_epi8(0x3f));
-    const __m512  scales = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(six, _mm_set1_epi8(32))));
-    s.scales             = _mm512_mul_ps(scales, _mm512_set1_ps(_cvtsh_ss(w.d)));
-    s.offsets            = _mm512_mul_ps(s.scales, _mm512_set1_ps(4));
+    s.factors            = _mm512_cvtepi8_epi32(_mm_sub_epi8(six, _mm_set1_epi8(32)));
+    s.offsets            = _mm512_slli_epi32(s.factors, 2);
     return s;
 }
 
-// Scales and offsets per 16 weights; else per 32.
+// Factors and offsets per 16 weights; else per 32.
 template <typename Block> constexpr bool BY_16 = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q6_K>;
 
-// Offsets are minima (Q3_K: scales times the offset of its quants), to be subtracted times sums of activation quants;
-// else they are the scales, for sums that already include minus the offset of the quants (starts).
-template <typename Block> constexpr bool HAS_MINIMA = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K>;
+// Offsets are minima, with a scale of their own.
+template <typename Block> constexpr bool HAS_MINIMA = IS_ONE_OF<Block, block_q2_K, block_q4_K, block_q5_K>;
+
+// Offsets are to be subtracted, times sums of activation quants: minima, and for Q3_K factors times the offset of the
+// quants. Else they are the factors, to be added, times minus the offset times the sums of activation quants (starts).
+template <typename Block> constexpr bool SUBTRACTS = HAS_MINIMA<Block> || IS_ONE_OF<Block, block_q3_K>;
 
 #endif
 

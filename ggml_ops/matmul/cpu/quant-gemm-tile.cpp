@@ -88,8 +88,8 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             const __m512 d = broadcast_float(act[c] + offsetof(ActBlocks, scales) + 4 * b);
-            f[c][0]        = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][0]), _mm512_mul_ps(d0, d), f[c][0]);
-            f[c][1]        = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][1]), _mm512_mul_ps(d1, d), f[c][1]);
+            f[c][0]        = add_block(f[c][0], z[c][0], d0, d);
+            f[c][1]        = add_block(f[c][1], z[c][1], d1, d);
         }
         weights += BLOCK * PANEL_ROWS;
         scales += PANEL_ROWS;
@@ -97,16 +97,16 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
     store_sums(f, sums);
 }
 
-// a scale per SUB weights, one per 256 activations; a minimum per MIN_SUB, or none (0)
+// 256 values: a factor per SUB weights (256: panels hold quants times factors); a minimum per MIN_SUB, or none (0)
 template <int N_C, int SUB, int MIN_SUB>
 static void tile_q8_K(const Panel & panel, const char * const * columns, float * sums) {
-    constexpr int STEP      = SUB < BLOCK ? SUB : BLOCK;
-    constexpr int STARTS    = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
-    __m512        f[N_C][2] = {};
+    constexpr int STEP             = SUB < BLOCK ? SUB : BLOCK;
+    constexpr int STARTS           = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
+    __m512i       products[N_C][2] = {};
     const char *  act[N_C];
     load_columns(columns, act);
     const uint8_t * weights = &panel.codes[0][0][0][0];
-    const float *   scales  = panel.scales[0];
+    const int32_t * factors = panel.factors[0];
     for (int b = 0; b < SLICE / SUB; b++) {
         __m512i z[N_C][2] = {};
         if (MIN_SUB == 0) {  // types with a minimum are already unsigned
@@ -115,19 +115,19 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
         for (int k = 0; k < SUB; k += STEP) {
             add_groups<N_C, STEP / 4>(z, weights + k * PANEL_ROWS, act, SUB * b + k);
         }
-        const __m512 d0 = _mm512_load_ps(scales);
-        const __m512 d1 = _mm512_load_ps(scales + 16);
+        const __m512i f0 = _mm512_load_si512(factors);
+        const __m512i f1 = _mm512_load_si512(factors + 16);
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
-            f[c][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][0]), d0, f[c][0]);
-            f[c][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(z[c][1]), d1, f[c][1]);
+            products[c][0] = SUB == SLICE ? z[c][0] : _mm512_add_epi32(products[c][0], _mm512_mullo_epi32(z[c][0], f0));
+            products[c][1] = SUB == SLICE ? z[c][1] : _mm512_add_epi32(products[c][1], _mm512_mullo_epi32(z[c][1], f1));
         }
         weights += SUB * PANEL_ROWS;
-        scales += PANEL_ROWS;
+        factors += PANEL_ROWS;
     }
+    __m512i minima[N_C][2] = {};
     if constexpr (MIN_SUB != 0) {
-        constexpr size_t SUMS      = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
-        __m512i          z[N_C][2] = {};
+        constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
 #pragma GCC unroll 8
         for (int pair = 0; pair < SLICE / MIN_SUB / 2; pair++) {
             const __m512i m0 = _mm512_load_si512(&panel.minima[pair][0]);
@@ -135,24 +135,26 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
                 const __m512i a = broadcast32(act[c] + SUMS + 4 * pair);
-                z[c][0]         = _mm512_dpwssd_epi32(z[c][0], m0, a);
-                z[c][1]         = _mm512_dpwssd_epi32(z[c][1], m1, a);
+                minima[c][0]    = _mm512_dpwssd_epi32(minima[c][0], m0, a);
+                minima[c][1]    = _mm512_dpwssd_epi32(minima[c][1], m1, a);
             }
         }
-        const __m512 d0 = _mm512_load_ps(panel.minimum_scales);
-        const __m512 d1 = _mm512_load_ps(panel.minimum_scales + 16);
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        const __m512 d    = _mm512_load_ps(panel.super_scales + 16 * half);
+        const __m512 dmin = MIN_SUB != 0 ? _mm512_load_ps(panel.minimum_scales + 16 * half) : _mm512_setzero_ps();
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
-            f[c][0] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(z[c][0]), d0, f[c][0]);
-            f[c][1] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(z[c][1]), d1, f[c][1]);
+            const __m512 scale = broadcast_float(act[c] + offsetof(ActSuperBlock, scale));
+            float *      to    = sums + c * PANEL_ROWS + 16 * half;
+            const __m512 sum   = _mm512_load_ps(to);
+            if constexpr (MIN_SUB != 0) {
+                _mm512_store_ps(to, add_super_block(sum, products[c][half], d, minima[c][half], dmin, scale));
+            } else {
+                _mm512_store_ps(to, add_super_block(sum, products[c][half], d, scale));
+            }
         }
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < N_C; c++) {
-        const __m512 d  = broadcast_float(act[c] + offsetof(ActSuperBlock, scale));
-        float *      to = sums + c * PANEL_ROWS;
-        _mm512_store_ps(to, _mm512_fmadd_ps(f[c][0], d, _mm512_load_ps(to)));
-        _mm512_store_ps(to + 16, _mm512_fmadd_ps(f[c][1], d, _mm512_load_ps(to + 16)));
     }
 }
 

@@ -49,7 +49,7 @@ void unpack_q2_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) 
         }
     }
     const __m512i d = rows.load_word(at + offsetof(block_q2_K, GGML_COMMON_AGGR_U));
-    to.scales(0, lower_half(d));
+    to.super_scales(lower_half(d));
     to.minimum_scales(upper_half(d));
 }
 
@@ -65,7 +65,7 @@ void unpack_q2_K_groups(const Groups2 & groups, int64_t block, int, const HalfPa
             store_q2_K(to, b, x, groups.load_pair(at + offsetof(block_q2_Kx8, scales) + 16 * b));
         }
     }
-    to.scales(0, groups.load_half(at + offsetof(block_q2_Kx8, d)));
+    to.super_scales(groups.load_half(at + offsetof(block_q2_Kx8, d)));
     to.minimum_scales(groups.load_half(at + offsetof(block_q2_Kx8, dmin)));
 }
 
@@ -127,7 +127,7 @@ void unpack_q3_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) 
             to.codes(b, j, _mm512_add_epi8(times, spread_byte(parts.rests, i)));
         }
     }
-    to.scales(0, rows.load_half(at + offsetof(block_q3_K, d)));
+    to.super_scales(rows.load_half(at + offsetof(block_q3_K, d)));
 }
 
 // Scales and minima of Q4_K and Q5_K, from d, dmin and 12 bytes of 6-bit numbers at the start of the block.
@@ -140,12 +140,11 @@ static inline void unpack_scales_and_minima(const Rows16 & rows, size_t at, cons
     const __m512i s_low  = _mm512_and_si512(x[1], lower6);
     const __m512i s_high = _mm512_or_si512(low_nibbles(x[3]), _mm512_and_si512(_mm512_srli_epi16(x[1], 2), upper2));
     const __m512i m_high = _mm512_or_si512(high_nibbles(x[3]), _mm512_and_si512(_mm512_srli_epi16(x[2], 2), upper2));
-    const __m512  d      = lower_half(x[0]);
     const __m512i byte   = _mm512_set1_epi32(0xff);
 #pragma GCC unroll 8
     for (int b = 0; b < N_BLOCKS; b++) {
         const __m512i s = _mm512_and_si512(_mm512_srli_epi32(b < 4 ? s_low : s_high, 8 * (b % 4)), byte);
-        to.scales(b, _mm512_mul_ps(d, _mm512_cvtepi32_ps(s)));
+        to.factors(b, s);
     }
 #pragma GCC unroll 4
     for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
@@ -154,6 +153,7 @@ static inline void unpack_scales_and_minima(const Rows16 & rows, size_t at, cons
         const __m512i two = _mm512_slli_epi32(_mm512_and_si512(m, _mm512_set1_epi32(0xff00)), 8);
         to.minima(pair, _mm512_or_si512(one, two));
     }
+    to.super_scales(lower_half(x[0]));
     to.minimum_scales(upper_half(x[0]));
 }
 
@@ -219,19 +219,17 @@ void unpack_q6_K(const Rows16 & rows, int64_t block, int, const HalfPanel & to) 
     }
     __m512i scales[4];
     rows.load16(at + offsetof(block_q6_K, scales), scales);
-    const __m512 d = rows.load_half(at + offsetof(block_q6_K, d));
 #pragma GCC unroll 16
     for (int b = 0; b < SLICE / 16; b++) {
-        const __m512i s = _mm512_srai_epi32(_mm512_slli_epi32(scales[b / 4], 24 - 8 * (b % 4)), 24);
-        to.scales(b, _mm512_mul_ps(d, _mm512_cvtepi32_ps(s)));
+        to.factors(b, _mm512_srai_epi32(_mm512_slli_epi32(scales[b / 4], 24 - 8 * (b % 4)), 24));
     }
+    to.super_scales(rows.load_half(at + offsetof(block_q6_K, d)));
 }
 
 void unpack_iq4_xs(const Rows16 & rows, int64_t block, int, const HalfPanel & to) {
     const size_t at = block / N_BLOCKS * sizeof(block_iq4_xs);
     __m512i      head[4];  // d and scales_h, scales_l
     rows.load16(at, head);
-    const __m512  d    = lower_half(head[0]);
     const __m512i high = _mm512_srli_epi32(head[0], 16);
 #pragma GCC unroll 8
     for (int b = 0; b < N_BLOCKS; b++) {
@@ -241,9 +239,9 @@ void unpack_iq4_xs(const Rows16 & rows, int64_t block, int, const HalfPanel & to
         const __m512i low4 = _mm512_and_si512(_mm512_srli_epi32(head[1], 4 * b), _mm512_set1_epi32(15));
         const __m512i up2  = _mm512_and_si512(_mm512_srli_epi32(high, 2 * b), _mm512_set1_epi32(3));
         const __m512i s    = _mm512_or_si512(low4, _mm512_slli_epi32(up2, 4));
-        const __m512  sf   = _mm512_cvtepi32_ps(_mm512_sub_epi32(s, _mm512_set1_epi32(32)));
-        to.scales(b, _mm512_mul_ps(d, sf));
+        to.factors(b, _mm512_sub_epi32(s, _mm512_set1_epi32(32)));
     }
+    to.super_scales(lower_half(head[0]));
 }
 
 // Q4_K of 8 interleaved rows; scales and minima of block b of all rows in 12 bytes, packed as in Q4_K.
@@ -254,7 +252,6 @@ void unpack_q4_K_groups(const Groups2 & groups, int64_t block, int, const HalfPa
         groups.load32(at + offsetof(block_q4_Kx8, qs) + 256 * i, x);
         store_two_blocks(to, i, x);
     }
-    const __m512 d = groups.load_half(at + offsetof(block_q4_Kx8, d));
     for (int part = 0; part < 2; part++) {  // four blocks each
         const __m512i       one = six_bit_numbers(groups.group[0] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
         const __m512i       two = six_bit_numbers(groups.group[1] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
@@ -263,8 +260,7 @@ void unpack_q4_K_groups(const Groups2 & groups, int64_t block, int, const HalfPa
         _mm512_store_si512(m, _mm512_unpackhi_epi64(one, two));
 #pragma GCC unroll 4
         for (int b = 0; b < 4; b++) {
-            const __m512i sv = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) s[b]));
-            to.scales(4 * part + b, _mm512_mul_ps(d, _mm512_cvtepi32_ps(sv)));
+            to.factors(4 * part + b, _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) s[b])));
         }
 #pragma GCC unroll 2
         for (int pair = 0; pair < 2; pair++) {
@@ -273,6 +269,7 @@ void unpack_q4_K_groups(const Groups2 & groups, int64_t block, int, const HalfPa
             to.minima(2 * part + pair, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
     }
+    to.super_scales(groups.load_half(at + offsetof(block_q4_Kx8, d)));
     to.minimum_scales(groups.load_half(at + offsetof(block_q4_Kx8, dmin)));
 }
 

@@ -25,6 +25,10 @@ struct HalfPanel {
 
     inline void scales(int b, __m512 x) const { _mm512_store_ps(panel.scales[b] + first, x); }
 
+    inline void factors(int b, __m512i x) const { _mm512_store_si512(panel.factors[b] + first, x); }
+
+    inline void super_scales(__m512 x) const { _mm512_store_ps(panel.super_scales + first, x); }
+
     inline void minima(int pair, __m512i x) const { _mm512_store_si512(panel.minima[pair][first], x); }
 
     inline void minimum_scales(__m512 x) const { _mm512_store_ps(panel.minimum_scales + first, x); }

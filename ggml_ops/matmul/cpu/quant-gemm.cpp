@@ -3,7 +3,7 @@
 // All threads quantize and pack the activation rows; meanwhile the first one sorts the columns of the result by matrix
 // (an expert of MUL_MAT_ID, a plane of MUL_MAT). After one barrier threads fetch tasks from ggml's chunk counter; a
 // task is some weight rows times up to MAX_COLUMNS columns of one matrix. Every element of the result is summed in the
-// same order for any number of threads.
+// same order for any number of threads, and of quantized weights for any number of columns.
 
 #include "quant-gemm.h"
 
@@ -90,9 +90,12 @@ const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
     if (src0->nb[0] != ggml_type_size(src0->type) || src1->nb[0] != sizeof(float) || dst->nb[0] != sizeof(float)) {
         return nullptr;
     }
-    const int64_t at_least = dst->op == GGML_OP_MUL_MAT_ID ? format->min_columns / 2 : format->min_columns;
-    const bool    enough   = count_columns(dst) >= at_least * count_matrices(dst);
-    return enough || find_dot(*format) != nullptr ? format : nullptr;
+    return format;
+}
+
+bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns) {
+    const bool plain = format.scheme == Scheme::bf16 || format.scheme == Scheme::f16;
+    return n_columns < format.min_columns || (plain && ggml_op_has_mark(dst, GGML_OP_MARK_INVARIANT));
 }
 
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth) {
@@ -206,7 +209,7 @@ static void compute_task(const Format & format,
                          const Column * columns,
                          int            n,
                          Scratch &      scratch) {
-    const Dot *         dot      = n < format.min_columns ? find_dot(format) : nullptr;
+    const bool          dots     = uses_dots(format, job.products[0], n);
     const ggml_tensor * src0     = job.products[0]->src[0];
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
     const char *        act[MAX_COLUMNS];
@@ -218,9 +221,9 @@ static void compute_task(const Format & format,
         for (int p = 0; p < job.n_products; p++) {
             src0                 = job.products[p]->src[0];
             const char * weights = weights_of(job.products[p], matrix);
-            if (dot != nullptr) {
+            if (dots) {
                 const char * from = weights + row * src0->nb[1];
-                dot_rows(*dot, from, src0->nb[1], n_rows, src0->ne[0], { act, n }, *scratch.sums[p]);
+                dot_rows(dot_of(format), from, src0->nb[1], n_rows, src0->ne[0], { act, n }, *scratch.sums[p]);
                 continue;
             }
             const bool          last    = p + 1 == job.n_products;
