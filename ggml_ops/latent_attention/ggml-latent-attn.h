@@ -23,6 +23,13 @@ GGML_API struct ggml_tensor * ggml_latent_attn(struct ggml_context * ctx,
                                                struct ggml_tensor *  mask,
                                                float                 scale);
 
+// Optional source of LATENT_ATTN and of FLASH_ATTN_EXT nodes with one KV head: the cells of the cache in the order of the
+// positions of their tokens, so that the result does not depend on where the cells are, or on other sequences.
+//   order  I32 [n_keys, n_groups * n_streams]; a list ends with -1, or has n_keys cells
+// The queries of each stream are n_groups groups of equal size; LATENT_ATTN has one group. A query sees no cell that is
+// not in the list of its group. Backends without it read the keys in the order of the cells.
+enum { GGML_LATENT_ORDER_SRC = 5 };
+
 // The sizes of a LATENT_ATTN node.
 struct ggml_latent_attn_shape {
     int64_t n_nope;    // values of a key expanded with k_b

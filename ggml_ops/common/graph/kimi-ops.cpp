@@ -2,6 +2,7 @@
 
 #include "ggml-op-marks.h"
 #include "ggml.h"
+#include "llama-batch.h"
 
 #include <cstdlib>
 #include <sstream>
@@ -14,7 +15,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         return all;
     }
 
-    llama_kimi_ops picked = { false, false, false, false, false, false };
+    llama_kimi_ops picked = { false, false, false, false, false, false, false };
     bool           any    = false;
     bool           is_off = false;
     const struct {
@@ -22,7 +23,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         bool *       flag;
     } names[] = {
         { "conv", &picked.conv }, { "scan", &picked.scan }, { "mla", &picked.mla },
-        { "moe", &picked.moe },   { "fuse", &picked.fuse },
+        { "moe", &picked.moe },   { "fuse", &picked.fuse }, { "batch", &picked.batch },
     };
 
     std::istringstream parts(text);
@@ -42,7 +43,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
             }
         }
         if (!known) {
-            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of off, conv, scan, mla, moe, fuse, require");
+            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of off, conv, scan, mla, moe, fuse, batch, require");
         }
     }
     if (is_off && (any || picked.require)) {
@@ -59,12 +60,16 @@ llama_kimi_ops llama_kimi_ops_from_env() {
     return llama_kimi_ops_parse(getenv("KIMI_OPS"));
 }
 
-void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops) {
+void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops, const llama_ubatch & ubatch) {
+    const bool shared = ubatch.equal_seqs() && ubatch.n_seq_tokens < LLAMA_MANY_TOKENS;
     for (int i = 0; i < ggml_graph_n_nodes(graph); i++) {
         ggml_tensor * node   = ggml_graph_node(graph, i);
         const bool    matmul = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
         if ((matmul && !ops.moe) || (node->op == GGML_OP_FLASH_ATTN_EXT && !ops.mla)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UPSTREAM);
+        }
+        if (matmul && ops.batch && shared) {
+            ggml_op_set_mark(node, GGML_OP_MARK_INVARIANT);
         }
         // a fused run starts with one of these nodes (node-fusion.cpp)
         if (!ops.fuse && (matmul || node->op == GGML_OP_UNARY || node->op == GGML_OP_MUL)) {

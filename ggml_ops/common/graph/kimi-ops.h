@@ -7,9 +7,17 @@
 //   unset or empty          all operators, each where its device supports it; upstream's graph elsewhere
 //   off                     no operators: upstream's graph
 //   conv,scan,mla,moe,fuse  only the operators named
+//   batch                   the same for code paths whose result does not depend on other sequences
 //   require                 alone or with names: an operator that cannot be used is an error
 
+#include <cstdint>
+
 struct ggml_cgraph;
+struct llama_ubatch;
+
+// A sequence with fewer tokens in a batch may share a ubatch with others. Its results are those of single tokens, one
+// after the other, for any other sequences. (KDA_SCAN computes chunks from this number on.)
+constexpr uint32_t LLAMA_MANY_TOKENS = 32;
 
 struct llama_kimi_ops {
     bool conv    = true;  // KDA_CONV
@@ -17,6 +25,7 @@ struct llama_kimi_ops {
     bool mla     = true;  // LATENT_ATTN, and FLASH_ATTN_EXT over the latent cache
     bool moe     = true;  // matmul on the CPU
     bool fuse    = true;  // fusion of nodes on the CPU
+    bool batch   = true;  // results independent of other sequences
     bool require = false;
 };
 
@@ -27,5 +36,6 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text);
 // Parses the value in the environment.
 llama_kimi_ops llama_kimi_ops_from_env();
 
-// Marks those nodes of a new graph that must use upstream's code according to `ops`.
-void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops);
+// Marks those nodes of a new graph that must use upstream's code according to `ops`, and the matmuls of a ubatch that
+// sequences share.
+void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops, const llama_ubatch & ubatch);

@@ -5,11 +5,15 @@
 // to float32 once for the whole block:
 //   scores^T [keys][rows]  = tile [keys][DK]  *  q^T [DK][rows]
 //   out      [rows][DV]    = out * rescale  +  weights [rows][keys]  *  tile [keys][DV]
-// If there are too few blocks for many threads, the keys are split and the partial results are combined in a second
-// pass. Number and borders of the splits depend on the shapes only, and so does the result.
+// A block has the queries of one sequence if the node has an order of the keys (Keys in latent-tile.h).
+//
+// The keys are split at fixed numbers of keys. Each split starts with empty sums, and the sums of the splits are added in
+// order. So it does not matter to the result whether one thread computes all splits of a block, or, if there are few
+// blocks, many threads one split each.
 
 #include "latent-attn.h"
 
+#include "ggml-latent-attn.h"
 #include "ggml-op-marks.h"
 #include "latent-gemm.h"
 #include "latent-int16.h"
@@ -26,29 +30,67 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS  = 64;
 constexpr int64_t TILE_KEYS   = 64;
-constexpr int64_t MIN_TASKS   = 32;   // the keys are split if there are fewer blocks than this
+constexpr int64_t MIN_TASKS   = 32;   // splits are tasks if there are fewer blocks than this ...
+constexpr int64_t MAX_SPLITS  = 512;  // ... and at most so many splits in all: each needs memory for its sums
 constexpr int64_t STEP_LATENT = 288;  // values of a row per step, so that this part of q^T stays in the L1 cache
+
+// Splits of the keys: SPLITS_A_LEVEL splits of SPLIT_KEYS keys, then as many of twice the size, and so on.
+constexpr int64_t SPLIT_KEYS     = 128;
+constexpr int64_t SPLITS_A_LEVEL = 32;
+
+int64_t first_key(int64_t split) {
+    const int64_t size = SPLIT_KEYS << split / SPLITS_A_LEVEL;
+    return SPLITS_A_LEVEL * (size - SPLIT_KEYS) + split % SPLITS_A_LEVEL * size;
+}
+
+int64_t count_splits(int64_t n_keys) {
+    int64_t n = 1;
+    while (first_key(n) < n_keys) {
+        ++n;
+    }
+    return n;
+}
 
 // How a node is split into tasks, and the layout of its work buffer (in floats from the start of wdata).
 struct Plan {
     int64_t dk, dv, n_keys;
     int64_t n_heads, n_queries, n_streams;
-    int64_t n_rows;    // per stream
-    int64_t n_blocks;  // per stream
-    int64_t n_pieces;  // splits of the keys
-    int64_t keys_a_piece;
-    int64_t ld_tile;  // row stride of a tile, in floats
-    bool    integer;  // uses integer matmuls, on a tile of quants
+    int64_t n_groups;  // of queries, per stream; each has its own order of the keys
+    int64_t n_rows;    // per group
+    int64_t n_blocks;  // in all
+    int64_t n_splits;  // of the keys; 1: all of a block are one task
+    int64_t ld_tile;   // row stride of a tile, in floats
+    bool    integer;   // uses integer matmuls, on a tile of quants
 
     // memory of one thread: either a tile of floats or the four arrays of quants
-    int64_t at_q, at_q_scale, at_tile, at_codes, at_code_scales, at_code_pairs, at_room, at_scores, at_rescale, at_max,
-        at_sum, at_out, thread_size;
+    int64_t at_q, at_q_scale, at_tile, at_codes, at_code_scales, at_code_pairs, at_room, at_scores, at_rescale, at_sums,
+        at_total, thread_size;
     int64_t q_size;
-    // size of one partial result: max, sum, out
-    int64_t partial_size;
+    // the sums of a block: maximum, sum and out of each row
+    int64_t at_sum, at_out, sums_size;
 
-    int64_t n_tasks() const { return n_streams * n_blocks * n_pieces; }
+    int64_t n_tasks() const { return n_blocks * n_splits; }
+
+    int64_t blocks_a_group() const { return n_blocks / (n_streams * n_groups); }
 };
+
+// Some rows of the computation.
+struct Block {
+    int64_t stream;
+    int64_t group;  // in all streams
+    int64_t row0;   // (query, head) in the stream
+    int64_t n_rows;
+};
+
+Block block_of(const Plan & p, int64_t i) {
+    const int64_t group = i / p.blocks_a_group();
+    const int64_t first = i % p.blocks_a_group() * BLOCK_ROWS;  // in the group
+    return { group / p.n_groups, group, group % p.n_groups * p.n_rows + first, std::min(BLOCK_ROWS, p.n_rows - first) };
+}
+
+const ggml_tensor * order_of(const ggml_tensor * dst) {
+    return dst->src[GGML_LATENT_ORDER_SRC];
+}
 
 Plan make_plan(const ggml_tensor * dst) {
     const ggml_tensor * q = dst->src[0];
@@ -62,14 +104,12 @@ Plan make_plan(const ggml_tensor * dst) {
     p.n_queries = q->ne[1];
     p.n_heads   = q->ne[2];
     p.n_streams = q->ne[3];
-    p.n_rows    = p.n_queries * p.n_heads;
-    p.n_blocks  = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    p.n_groups  = order_of(dst) ? order_of(dst)->ne[1] / p.n_streams : 1;
+    p.n_rows    = p.n_queries / p.n_groups * p.n_heads;
+    p.n_blocks  = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * p.n_groups * p.n_streams;
 
-    const int64_t n_tiles = (p.n_keys + TILE_KEYS - 1) / TILE_KEYS;
-    const int64_t target  = (MIN_TASKS + p.n_blocks * p.n_streams - 1) / (p.n_blocks * p.n_streams);
-    const int64_t tiles   = std::max<int64_t>(1, (n_tiles + target - 1) / target);
-    p.keys_a_piece        = tiles * TILE_KEYS;
-    p.n_pieces            = std::max<int64_t>(1, (n_tiles + tiles - 1) / tiles);
+    const int64_t n_splits = count_splits(p.n_keys);
+    p.n_splits             = p.n_blocks < MIN_TASKS && p.n_blocks * n_splits <= MAX_SPLITS ? n_splits : 1;
 
     const int64_t rows = std::min(BLOCK_ROWS, pad_lanes(p.n_rows));
     p.ld_tile          = align(p.dk);
@@ -88,16 +128,19 @@ Plan make_plan(const ggml_tensor * dst) {
     p.at_room              = room.add(integers * ROOM_PER_COLUMN * rows);
     p.at_scores            = room.add(TILE_KEYS * rows);
     p.at_rescale           = room.add(rows);
-    p.at_max               = room.add(rows);
-    p.at_sum               = room.add(rows);
-    p.at_out               = room.add(rows * p.dv);
-    p.partial_size         = room.size - p.at_max;
-    p.thread_size          = room.size;
+    Layout sums;
+    sums.add(rows);  // maximum
+    p.at_sum      = sums.add(rows);
+    p.at_out      = sums.add(rows * p.dv);
+    p.sums_size   = sums.size;
+    p.at_sums     = room.add(p.sums_size);
+    p.at_total    = room.add(p.sums_size);
+    p.thread_size = room.size;
     return p;
 }
 
 size_t work_size(const Plan & p, int n_tasks) {
-    const int64_t shared = p.n_pieces > 1 ? p.n_tasks() * p.partial_size + p.n_streams * p.n_blocks * p.q_size : 0;
+    const int64_t shared = p.n_splits > 1 ? p.n_tasks() * p.sums_size + p.n_blocks * p.q_size : 0;
     return (n_tasks * p.thread_size + shared + ALIGN) * sizeof(float);
 }
 
@@ -123,21 +166,17 @@ bool v_is_beginning_of_k(const ggml_tensor * k, const ggml_tensor * v) {
     return v->data == k->data && v->nb[0] == k->nb[0] && v->nb[1] == k->nb[1] && v->nb[3] == k->nb[3];
 }
 
-int64_t rows_of_block(const Plan & p, int64_t block) {
-    return std::min(BLOCK_ROWS, p.n_rows - block * BLOCK_ROWS);
-}
-
 // Values [d0, d1) of q^T [DK][n_cols] of a block of rows, times the scale; columns after the block's rows are zero.
 // INTEGER: pairs of neighbouring d rounded to 16 bits, and each row's scale, which includes the scale of the attention.
 template <bool INTEGER>
 void load_queries(
-    const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t block, int64_t d0, int64_t d1, float * queries) {
+    const ggml_tensor * dst, const Plan & p, const Block & block, int64_t d0, int64_t d1, float * queries) {
     const float   scale  = ggml_get_op_params_f32(dst, 0);
-    const int64_t n_rows = rows_of_block(p, block);
+    const int64_t n_rows = block.n_rows;
     const int64_t n_cols = pad_lanes(n_rows);
     const auto    row    = [&](int64_t i) {
-        const int64_t j = block * BLOCK_ROWS + i;
-        return (const float *) row_of(dst->src[0], j / p.n_heads, j % p.n_heads, stream);
+        const int64_t j = block.row0 + i;
+        return (const float *) row_of(dst->src[0], j / p.n_heads, j % p.n_heads, block.stream);
     };
     if constexpr (INTEGER) {
         int32_t * pairs  = (int32_t *) queries;
@@ -180,31 +219,31 @@ float * result_row(const ggml_tensor * dst, int64_t stream, int64_t row) {
     return (float *) row_of(dst, row, 0, stream);
 }
 
-// One block of rows (queries: its q^T) over one split of the keys. The sums are written to `partial` (max, sum, out)
-// or, if the keys are not split, the result is written to dst.
+// One block of rows (queries: its q^T) over the keys [begin, end). Writes the sums: maximum, sum, and out, which is only
+// written if a key is visible.
 template <bool INTEGER>
 void attend(const ggml_tensor * dst,
             const Plan &        p,
-            int64_t             stream,
-            int64_t             block,
-            int64_t             piece,
+            const Block &       block,
+            const Keys &        all,
+            int64_t             begin,
+            int64_t             end,
             const float *       queries,
             float *             own,
-            float *             partial) {
+            float *             sums) {
     const ggml_tensor * k = dst->src[1];
 
-    const int64_t row0   = block * BLOCK_ROWS;
-    const int64_t n_rows = rows_of_block(p, block);
+    const int64_t n_rows = block.n_rows;
     const int64_t n_cols = pad_lanes(n_rows);
-    const int64_t query0 = row0 / p.n_heads;
-    const int64_t query1 = (row0 + n_rows - 1) / p.n_heads + 1;
+    const int64_t query0 = block.row0 / p.n_heads;
+    const int64_t query1 = (block.row0 + n_rows - 1) / p.n_heads + 1;
 
     float * keys    = own + p.at_tile;
     float * scores  = own + p.at_scores;
     float * rescale = own + p.at_rescale;
-    float * maximum = partial;
-    float * sum     = partial + (p.at_sum - p.at_max);
-    float * out     = partial + (p.at_out - p.at_max);
+    float * maximum = sums;
+    float * sum     = sums + p.at_sum;
+    float * out     = sums + p.at_out;
 
     CodeTile codes = { p.dk,
                        p.dv,
@@ -217,18 +256,18 @@ void attend(const ggml_tensor * dst,
     std::fill(maximum, maximum + n_cols, -INFINITY);
     std::fill(sum, sum + n_cols, 0.0f);
 
-    const MaskRows masks  = mask_rows(dst->src[3], stream, query0, query1 - query0);
-    const char *   k_data = row_of(k, 0, 0, stream);
-    const int64_t  end    = std::min(p.n_keys, (piece + 1) * p.keys_a_piece);
+    const MaskRows masks  = mask_rows(dst->src[3], block.stream, query0, query1 - query0);
+    const char *   k_data = row_of(k, 0, 0, block.stream);
 
     KeyTile tile;
     bool    first = true;  // `out` is still empty
-    for (int64_t key = piece * p.keys_a_piece; key < end;) {
-        key = next_tile(masks, nullptr, key, end, TILE_KEYS, tile);
+    for (int64_t key = begin; key < end;) {
+        key = next_tile(masks, all, nullptr, key, end, TILE_KEYS, tile);
         if (tile.n_keys == 0) {
             continue;
         }
-        Ahead ahead = { k_data + key * k->nb[1], k_data + std::min(end, key + TILE_KEYS) * k->nb[1] };
+        const char * next  = k_data + (key < end ? all.cell(key) : 0) * k->nb[1];
+        Ahead        ahead = { next, next + std::min(TILE_KEYS, end - key) * k->nb[1] };
         if constexpr (INTEGER) {
             read_codes(tile, k->type, k_data, k->nb[1], codes);
             score_int16(n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
@@ -239,7 +278,7 @@ void attend(const ggml_tensor * dst,
                 STEP_LATENT);
         }
         if (tile.masked) {
-            mask_scores(p, tile, masks, row0, n_rows, n_cols, scores);
+            mask_scores(p, tile, masks, block.row0, n_rows, n_cols, scores);
         }
         softmax_tile(tile.n_keys, n_cols, scores, maximum, sum, rescale);
 
@@ -256,56 +295,74 @@ void attend(const ggml_tensor * dst,
         }
         first = false;
     }
-    if (first) {
-        std::fill(out, out + n_rows * p.dv, 0.0f);
-    }
+}
 
-    if (p.n_pieces == 1) {
-        for (int64_t i = 0; i < n_rows; ++i) {
-            write_row(out + i * p.dv, sum[i], p.dv, result_row(dst, stream, row0 + i));
-        }
+// Adds the sums of row i of a split to those of the splits before it.
+void add_split(const Plan & p, const float * split, int64_t i, float * total) {
+    if (split[i] == -INFINITY) {
+        return;
+    }
+    const float * more = split + p.at_out + i * p.dv;
+    float *       out  = total + p.at_out + i * p.dv;
+    if (total[i] == -INFINITY) {
+        total[i]            = split[i];
+        total[p.at_sum + i] = split[p.at_sum + i];
+        std::copy(more, more + p.dv, out);
+        return;
+    }
+    const float maximum = std::max(total[i], split[i]);
+    const float old     = expf(total[i] - maximum);
+    const float added   = expf(split[i] - maximum);
+    const vf    sum     = v_fma(v_set(split[p.at_sum + i]), v_set(added), v_mul(v_set(total[p.at_sum + i]), v_set(old)));
+    total[i]            = maximum;
+    float lanes[LANES];
+    v_store(lanes, sum);
+    total[p.at_sum + i] = lanes[0];
+    for (int64_t d = 0; d < p.dv; d += LANES) {
+        v_store(out + d, v_fma(v_load(more + d), v_set(added), v_mul(v_load(out + d), v_set(old))));
     }
 }
 
-// Combines the splits of one row, in order.
-void join(const ggml_tensor * dst, const Plan & p, int64_t stream, int64_t row, const float * partials, float * out) {
-    const int64_t block = row / BLOCK_ROWS;
-    const int64_t i     = row % BLOCK_ROWS;
-    const float * first = partials + (stream * p.n_blocks + block) * p.n_pieces * p.partial_size;
+void write_sums(const ggml_tensor * dst, const Plan & p, const Block & block, int64_t i, const float * total) {
+    if (total[i] == -INFINITY) {
+        float * result = result_row(dst, block.stream, block.row0 + i);
+        std::fill(result, result + p.dv, 0.0f);
+        return;
+    }
+    write_row(total + p.at_out + i * p.dv, total[p.at_sum + i], p.dv, result_row(dst, block.stream, block.row0 + i));
+}
 
-    float maximum = -INFINITY;
-    for (int64_t piece = 0; piece < p.n_pieces; ++piece) {
-        maximum = std::max(maximum, first[piece * p.partial_size + i]);
-    }
-    float sum = 0.0f;
-    std::fill(out, out + p.dv, 0.0f);
-    for (int64_t piece = 0; piece < p.n_pieces; ++piece) {
-        const float * part = first + piece * p.partial_size;
-        if (part[i] == -INFINITY) {
-            continue;
-        }
-        const float   factor   = expf(part[i] - maximum);
-        const float * part_out = part + (p.at_out - p.at_max) + i * p.dv;
-        sum += factor * part[p.at_sum - p.at_max + i];
-        for (int64_t d = 0; d < p.dv; ++d) {
-            out[d] += factor * part_out[d];
+// One block over all its keys.
+template <bool INTEGER>
+void attend_all(const ggml_tensor * dst, const Plan & p, const Block & block, const float * queries, float * own) {
+    const Keys keys  = keys_of(order_of(dst), block.group, p.n_keys);
+    float *    total = own + p.at_total;
+    float *    sums  = own + p.at_sums;
+    attend<INTEGER>(dst, p, block, keys, 0, std::min(keys.n, first_key(1)), queries, own, total);
+    for (int64_t split = 1; first_key(split) < keys.n; ++split) {
+        attend<INTEGER>(dst, p, block, keys, first_key(split), std::min(keys.n, first_key(split + 1)), queries, own,
+                        sums);
+        for (int64_t i = 0; i < block.n_rows; ++i) {
+            add_split(p, sums, i, total);
         }
     }
-    write_row(out, sum, p.dv, result_row(dst, stream, row));
+    for (int64_t i = 0; i < block.n_rows; ++i) {
+        write_sums(dst, p, block, i, total);
+    }
 }
 
 template <bool INTEGER> void compute(const ggml_compute_params * params, const ggml_tensor * dst, const Plan & p) {
-    float * work     = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
-    float * own      = work + params->ith * p.thread_size;
-    float * partials = work + params->nth * p.thread_size;
-    float * queries  = partials + p.n_tasks() * p.partial_size;  // common to all threads, like the partial results
+    float * work    = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+    float * own     = work + params->ith * p.thread_size;
+    float * sums    = work + params->nth * p.thread_size;
+    float * queries = sums + p.n_tasks() * p.sums_size;  // common to all threads, like the sums of the splits
 
-    const bool in_pieces = p.n_pieces > 1;
-    if (in_pieces) {
+    const bool splits = p.n_splits > 1;
+    if (splits) {
         const int64_t d0 = p.dk / 2 * params->ith / params->nth * 2;
         const int64_t d1 = params->ith + 1 == params->nth ? p.dk : p.dk / 2 * (params->ith + 1) / params->nth * 2;
-        for (int64_t i = 0; i < p.n_streams * p.n_blocks; ++i) {
-            load_queries<INTEGER>(dst, p, i / p.n_blocks, i % p.n_blocks, d0, d1, queries + i * p.q_size);
+        for (int64_t i = 0; i < p.n_blocks; ++i) {
+            load_queries<INTEGER>(dst, p, block_of(p, i), d0, d1, queries + i * p.q_size);
         }
     }
     if (params->ith == 0) {
@@ -314,22 +371,30 @@ template <bool INTEGER> void compute(const ggml_compute_params * params, const g
     ggml_barrier(params->threadpool);
 
     for (int64_t task = params->ith; task < p.n_tasks(); task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t i      = task / p.n_pieces;
-        const int64_t stream = i / p.n_blocks;
-        const int64_t block  = i % p.n_blocks;
-        if (in_pieces) {
-            attend<INTEGER>(dst, p, stream, block, task % p.n_pieces, queries + i * p.q_size, own,
-                            partials + task * p.partial_size);
+        const int64_t i     = task / p.n_splits;
+        const Block   block = block_of(p, i);
+        if (splits) {
+            const int64_t split = task % p.n_splits;
+            const Keys    keys  = keys_of(order_of(dst), block.group, p.n_keys);
+            attend<INTEGER>(dst, p, block, keys, first_key(split), std::min(keys.n, first_key(split + 1)),
+                            queries + i * p.q_size, own, sums + task * p.sums_size);
         } else {
-            load_queries<INTEGER>(dst, p, stream, block, 0, p.dk, own + p.at_q);
-            attend<INTEGER>(dst, p, stream, block, 0, own + p.at_q, own, own + p.at_max);
+            load_queries<INTEGER>(dst, p, block, 0, p.dk, own + p.at_q);
+            attend_all<INTEGER>(dst, p, block, own + p.at_q, own);
         }
     }
 
-    if (in_pieces) {
+    if (splits) {
         ggml_barrier(params->threadpool);
-        for (int64_t row = params->ith; row < p.n_streams * p.n_rows; row += params->nth) {
-            join(dst, p, row / p.n_rows, row % p.n_rows, partials, own + p.at_out);
+        for (int64_t i = 0; i < p.n_blocks; ++i) {
+            const Block block = block_of(p, i);
+            float *     total = sums + i * p.n_splits * p.sums_size;  // the first split
+            for (int64_t row = params->ith; row < block.n_rows; row += params->nth) {
+                for (int64_t split = 1; split < p.n_splits; ++split) {
+                    add_split(p, total + split * p.sums_size, row, total);
+                }
+                write_sums(dst, p, block, row, total);
+            }
         }
     }
 }

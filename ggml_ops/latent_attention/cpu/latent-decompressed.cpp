@@ -106,6 +106,10 @@ MaskRows mask_of(const ggml_tensor * dst, int64_t stream) {
     return mask_rows(dst->src[4], stream, 0, dst->src[0]->ne[1]);
 }
 
+Keys keys_in(const ggml_tensor * dst, const Plan & p, int64_t stream) {
+    return keys_of(dst->src[GGML_LATENT_ORDER_SRC], stream, p.s.n_keys);
+}
+
 // Expands the tile's rows of the cache to keys [NOPE, ROPE] and values of one head.
 void expand(const Plan &  p,
             int           n_keys,
@@ -157,12 +161,13 @@ void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const Vi
     std::fill(sum, sum + n_padded, 0.0f);
     std::fill(out, out + n_padded * ld_value, 0.0f);
 
-    const MaskRows all   = mask_of(dst, task.stream);
-    const char *   cache = row_of(k, 0, 0, task.stream);
+    const MaskRows all      = mask_of(dst, task.stream);
+    const Keys     all_keys = keys_in(dst, p, task.stream);
+    const char *   cache    = row_of(k, 0, 0, task.stream);
 
     KeyTile tile;
-    for (int64_t key = 0; key < p.s.n_keys;) {
-        key = next_tile(all, map, key, p.s.n_keys, TILE_KEYS, tile);
+    for (int64_t key = 0; key < all_keys.n;) {
+        key = next_tile(all, all_keys, map, key, all_keys.n, TILE_KEYS, tile);
         if (tile.n_keys == 0) {
             continue;
         }
@@ -223,8 +228,11 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     View *     map = (View *) (all + params->nth * p.thread_size);
 
     for (int64_t i = params->ith; i < p.s.n_streams * p.n_groups; i += params->nth) {
-        const int64_t key = i % p.n_groups * GROUP_KEYS;
-        map[i]            = view_of(mask_of(dst, i / p.n_groups), key, std::min(GROUP_KEYS, p.s.n_keys - key));
+        const Keys    keys = keys_in(dst, p, i / p.n_groups);
+        const int64_t key  = i % p.n_groups * GROUP_KEYS;
+        if (key < keys.n) {
+            map[i] = view_of(mask_of(dst, i / p.n_groups), keys, key, std::min(GROUP_KEYS, keys.n - key));
+        }
     }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);

@@ -29,8 +29,23 @@ template <typename KeyOf> static View view_of_keys(const MaskRows & mask, int64_
     return set == 0 ? View::OPEN : visible == 0 ? View::CLOSED : View::MIXED;
 }
 
-View view_of(const MaskRows & mask, int64_t begin, int64_t n_keys) {
-    return view_of_keys(mask, mask.data ? n_keys : 0, [&](int64_t i) { return begin + i; });
+Keys keys_of(const ggml_tensor * order, int64_t group, int64_t n_keys) {
+    if (!order) {
+        return { nullptr, n_keys };
+    }
+    const int32_t * cells = (const int32_t *) row_of(order, group);
+    const int32_t * end   = std::partition_point(cells, cells + order->ne[0], [](int32_t c) { return c >= 0; });
+    return { cells, end - cells };
+}
+
+View view_of(const MaskRows & mask, const Keys & keys, int64_t begin, int64_t n_keys) {
+    if (!mask.data) {
+        return View::OPEN;
+    }
+    if (!keys.order) {
+        return view_of_keys(mask, n_keys, [&](int64_t i) { return begin + i; });
+    }
+    return view_of_keys(mask, n_keys, [&](int64_t i) { return keys.order[begin + i]; });
 }
 
 View view_of(const MaskRows & mask, const KeyTile & tile) {
@@ -47,15 +62,43 @@ static bool is_visible(const MaskRows & mask, int64_t key) {
     return false;
 }
 
-int64_t
-next_tile(const MaskRows & mask, const View * map, int64_t begin, int64_t end, int64_t capacity, KeyTile & tile) {
+// The next `n` keys in their order, if a query sees one of them.
+static void ordered_tile(
+    const MaskRows & mask, const Keys & keys, const View * map, int64_t begin, int64_t n, KeyTile & tile) {
+    View view = View::CLOSED;
+    if (map) {
+        for (int64_t group = begin / GROUP_KEYS; group * GROUP_KEYS < begin + n; ++group) {
+            view = group * GROUP_KEYS == begin || map[group] == view ? map[group] : View::MIXED;
+        }
+    } else {
+        view = view_of(mask, keys, begin, n);
+    }
+    if (view != View::CLOSED) {
+        std::copy(keys.order + begin, keys.order + begin + n, tile.key);
+        tile.n_keys = (int) n;
+        tile.masked = view == View::MIXED;
+    }
+}
+
+int64_t next_tile(const MaskRows & mask,
+                  const Keys &     keys,
+                  const View *     map,
+                  int64_t          begin,
+                  int64_t          end,
+                  int64_t          capacity,
+                  KeyTile &        tile) {
     tile.n_keys = 0;
     tile.masked = false;
+    if (keys.order) {
+        const int64_t n = std::min(capacity, end - begin);
+        ordered_tile(mask, keys, map, begin, n, tile);
+        return begin + n;
+    }
     while (begin < end && capacity - tile.n_keys >= MIN_WINDOW) {
         const int64_t group  = begin / GROUP_KEYS;
         const int64_t border = map ? std::min(end, (group + 1) * GROUP_KEYS) : end;
         const int64_t n      = std::min(border - begin, capacity - tile.n_keys);
-        const View    view   = map ? map[group] : view_of(mask, begin, n);
+        const View    view   = map ? map[group] : view_of(mask, keys, begin, n);
         if (view != View::CLOSED) {
             tile.masked |= view == View::MIXED;
             for (int64_t key = begin; key < begin + n; ++key) {

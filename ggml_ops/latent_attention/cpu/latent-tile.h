@@ -33,7 +33,20 @@ inline char * row_of(const ggml_tensor * t, int64_t i1, int64_t i2 = 0, int64_t 
     return (char *) t->data + i1 * t->nb[1] + i2 * t->nb[2] + i3 * t->nb[3];
 }
 
-// Some keys, in ascending order, each visible to at least one of the tile's queries.
+// The keys that some queries may see, as cells of the cache. With an order (a list of cells, in the order of the
+// positions of their tokens) they are counted in that order, so that tiles do not depend on where the cells are.
+struct Keys {
+    const int32_t * order;  // null: the cells 0, 1, 2 ...
+    int64_t         n;
+
+    int32_t cell(int64_t i) const { return order ? order[i] : (int32_t) i; }
+};
+
+// The source `order` of a node ([cells, groups] as int32, each list ends with -1, or null) for one of the groups of
+// queries; n_keys: without one.
+Keys keys_of(const ggml_tensor * order, int64_t group, int64_t n_keys);
+
+// Some cells.
 struct KeyTile {
     int     n_keys;
     int32_t key[MAX_TILE_KEYS];
@@ -63,15 +76,21 @@ enum class View : uint8_t {
     CLOSED,  // no keys
     MIXED,
 };
-View view_of(const MaskRows & mask, int64_t begin, int64_t n_keys);
+View view_of(const MaskRows & mask, const Keys & keys, int64_t begin, int64_t n_keys);
 View view_of(const MaskRows & mask, const KeyTile & tile);
 
-// Collects the next tile, of up to `capacity` keys, from the keys [begin, end); returns the key to continue from.
-// n_keys is 0 if no visible keys are left. map: null, or the visibility of each GROUP_KEYS keys from key 0 on for these
-// queries, for callers that would otherwise read the same mask many times.
+// Collects the next tile from the keys [begin, end), of which at least one query sees some; returns the key to continue
+// from. n_keys is 0 if there are none. With an order, a tile is the next `capacity` keys; without one, as many visible
+// ones. map: null, or the visibility of each GROUP_KEYS keys from key 0 on for these queries, for callers that would
+// otherwise read the same mask many times; `capacity` is then a multiple of GROUP_KEYS.
 constexpr int64_t GROUP_KEYS = 64;
-int64_t
-next_tile(const MaskRows & mask, const View * map, int64_t begin, int64_t end, int64_t capacity, KeyTile & tile);
+int64_t   next_tile(const MaskRows & mask,
+                    const Keys &     keys,
+                    const View *     map,
+                    int64_t          begin,
+                    int64_t          end,
+                    int64_t          capacity,
+                    KeyTile &        tile);
 
 // Adds the mask of one query to the columns [col0, col1) of scores[n_keys][n_cols]. If the mask is -inf, the score
 // becomes -inf, even if it was NaN.

@@ -4,6 +4,7 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-latent-order.h"
 #include "llama-latent-place.h"
 #include "llama-model.h"
 
@@ -40,6 +41,9 @@ static constexpr Threshold CUDA[] = {
     { INT64_MAX, 1536, 832, 192 },
 };
 
+// The maxima of the tables, to tell whether two numbers of keys are in the same row.
+static constexpr int64_t ROWS[] = { 512, 1536, 2048, 6144 };
+
 // Does not decrease with n_keys.
 static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
     const bool        cuda = llama_latent_attn_on_cuda(cache);
@@ -70,6 +74,18 @@ static ggml_tensor * by_stream(ggml_context * ctx, ggml_tensor * q, int64_t n_st
     return ggml_permute(ctx, q, 0, 2, 1, 3);
 }
 
+// The keys of the only sequence of the ubatch, which must have tokens next to each other; else 0.
+static int64_t own_keys(const llama_ubatch & ubatch) {
+    if (!ubatch.equal_seqs() || ubatch.n_seqs != 1) {
+        return 0;
+    }
+    return *std::max_element(ubatch.pos, ubatch.pos + ubatch.n_tokens) + 1;
+}
+
+int llama_latent_attn_row(const llama_ubatch & ubatch) {
+    return (int) (std::lower_bound(std::begin(ROWS), std::end(ROWS), own_keys(ubatch)) - ROWS);
+}
+
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,
@@ -79,7 +95,8 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
         return false;
     }
     ggml_tensor * k         = cache_of(g, inp, il);
-    const int64_t n_queries = g.n_tokens / k->ne[3];
+    const bool    equal     = g.ubatch.equal_seqs();
+    const int64_t n_queries = equal ? g.ubatch.n_seq_tokens : g.n_tokens / k->ne[3];
     if (n_queries < min_queries(k, 0)) {
         return false;
     }
@@ -90,7 +107,8 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
         ggml_latent_attn(g.ctx0, by_stream(g.ctx0, q, k->ne[3]), k, layer.wk_b, layer.wv_b, inp->get_kq_mask(), 1.0f);
     const std::string why = llama_latent_attn_obstacle(node);
     if (why.empty()) {
-        return n_queries >= min_queries(k, k->ne[1]);
+        const int64_t n_keys = own_keys(g.ubatch);
+        return n_queries >= min_queries(k, n_keys > 0 ? n_keys : k->ne[1]);
     }
     if (ops.require) {
         throw std::runtime_error("KIMI_OPS=require: layer " + std::to_string(il) +
@@ -103,13 +121,14 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     return false;
 }
 
-uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph) {
+uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs) {
     int64_t most = 0;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         if (node->op == GGML_OP_LATENT_ATTN) {
             const ggml_tensor * cache = node->src[1];
             most                      = std::max(most, (min_queries(cache, cache->ne[1]) - 1) * cache->ne[3]);
+            most                      = std::max<int64_t>(most, (LLAMA_MANY_TOKENS - 1) * n_seqs);
         }
     }
     return most;
@@ -129,6 +148,9 @@ ggml_tensor * llama_latent_attn(const llm_graph_context & g,
     ggml_tensor * k   = cache_of(g, inp, il);
     ggml_tensor * cur = ggml_latent_attn(g.ctx0, by_stream(g.ctx0, q, k->ne[3]), k, layer.wk_b, layer.wv_b,
                                          inp->get_kq_mask(), kq_scale);
+    if (inp->self_k_order && inp->self_k_order->ne[1] == k->ne[3]) {
+        llama_latent_order_attach(g.gf, inp->self_k_order, cur);
+    }
     g.cb(cur, "latent_attn", il);
     return ggml_reshape_2d(g.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2] * cur->ne[3]);
 }

@@ -16,9 +16,12 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llama_layer &            layer,
                               int                            il);
 
-// The largest number of tokens, in as many streams as this graph has, that does not use LATENT_ATTN; 0 if the graph has
-// no LATENT_ATTN.
-uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph);
+// Two ubatches of the same size use the same form if this number is the same.
+int llama_latent_attn_row(const llama_ubatch & ubatch);
+
+// The largest number of tokens, in as many streams as this graph has or in n_seqs sequences, that does not use
+// LATENT_ATTN; 0 if the graph has no LATENT_ATTN.
+uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs);
 
 // Writes k_cur [n_latent + n_rope, 1, n_tokens] to the cache and computes the attention.
 // q: [n_nope + n_rope, n_head, n_tokens], nope first. Returns [n_value * n_head, n_tokens], before wo.

@@ -42,6 +42,12 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
     return "";
 }
 
+bool llama_latent_attn_on_cpu(const ggml_tensor * cache) {
+    const ggml_backend_buffer_type_t memory = memory_of(cache);
+    const ggml_backend_dev_t         dev    = memory ? device_of(memory) : nullptr;
+    return dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 bool llama_latent_attn_on_cuda(const ggml_tensor * cache) {
     const ggml_backend_buffer_type_t memory = memory_of(cache);
     const ggml_backend_dev_t         dev    = memory ? device_of(memory) : nullptr;

@@ -14,3 +14,6 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node);
 
 // Whether the cache is on a device of ggml's CUDA backend, which has its own break-even point.
 bool llama_latent_attn_on_cuda(const ggml_tensor * cache);
+
+// Whether the cache is in the CPU's memory.
+bool llama_latent_attn_on_cpu(const ggml_tensor * cache);
