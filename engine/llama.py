@@ -184,21 +184,21 @@ class Context:
             self._callback = self._api.ggml_backend_sched_eval_callback(eval_callback)
             p.cb_eval = self._callback
         _assign(p, params)
-        self._handle = self._api.llama_init_from_model(model.handle, p)
-        if not self._handle:
+        self.handle = self._api.llama_init_from_model(model.handle, p)
+        if not self.handle:
             raise self._llama.cannot("make a context")
-        self._memory = self._api.llama_get_memory(self._handle)
+        self._memory = self._api.llama_get_memory(self.handle)
         self.n_batch = int(p.n_batch)
         self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
         self._rows = 0  # number of tokens in the batch with logits
 
     def free(self) -> None:
         """Free the context; it must not be used after that."""
-        self._api.llama_free(self._handle)
+        self._api.llama_free(self.handle)
 
     def set_threads(self, threads: int) -> None:
         """Set the number of threads for prompts and for single tokens."""
-        self._api.llama_set_n_threads(self._handle, threads, threads)
+        self._api.llama_set_n_threads(self.handle, threads, threads)
 
     def decode(self, tokens: Sequence[Token], wanted: Collection[int] | None = None) -> Logits:
         """Decode the tokens and return the logits [wanted, V], which are valid until the next call.
@@ -223,15 +223,15 @@ class Context:
 
     def run(self) -> None:
         """Decode the batch and wait until it is finished."""
-        status = self._api.llama_decode(self._handle, self._batch)
+        status = self._api.llama_decode(self.handle, self._batch)
         if status != 0:
             raise self._llama.error(f"llama_decode gave {status} at position {self._batch.pos[0]}")
-        self._api.llama_synchronize(self._handle)
+        self._api.llama_synchronize(self.handle)
 
     def logits(self) -> Logits:
         """Logits [wanted, V] of the wanted tokens, in batch order; valid until the next batch."""
         shape = (self._rows, self.model.n_vocab)
-        return np.ctypeslib.as_array(self._api.llama_get_logits(self._handle), shape)
+        return np.ctypeslib.as_array(self._api.llama_get_logits(self.handle), shape)
 
     def remove(self, sequence: int, start: int, end: int = -1) -> bool:
         """Remove positions [start, end) of a sequence (-1: from the first, to the last); False if llama.cpp refuses."""
@@ -255,16 +255,16 @@ class Context:
 
     def save(self, sequence: int) -> State:
         """Return the state of a sequence."""
-        size = self._api.llama_state_seq_get_size(self._handle, sequence)
+        size = self._api.llama_state_seq_get_size(self.handle, sequence)
         state = np.empty(size, np.uint8)
-        if not size == self._api.llama_state_seq_get_data(self._handle, _pointer(state), size, sequence) > 0:
+        if not size == self._api.llama_state_seq_get_data(self.handle, _pointer(state), size, sequence) > 0:
             raise self._llama.error(f"the state of sequence {sequence} cannot be saved")
         return state
 
     def restore(self, sequence: int, state: State) -> None:
         """Restore the state of a sequence."""
         size = len(state)
-        if self._api.llama_state_seq_set_data(self._handle, _pointer(state), size, sequence) != size:
+        if self._api.llama_state_seq_set_data(self.handle, _pointer(state), size, sequence) != size:
             raise self._llama.error(f"the state of sequence {sequence} cannot be restored")
 
 

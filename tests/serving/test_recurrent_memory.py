@@ -6,6 +6,9 @@ computed it fails; until the sequence is removed or restored, everything that wo
 
 from __future__ import annotations
 
+import struct
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import llama_script
@@ -151,3 +154,44 @@ def test_a_saved_state_replaces_a_lost_one(engine: Engine, gguf: Path, tmp_path:
     )
     assert said == [False]
     assert_same(logits[1:2], logits[-1:])
+
+
+LAYERS = 4  # of the model of this file
+# number of cells; position and number of sequences of each
+ONE_CELL = struct.pack("<IiI", 1, 11, 0)
+HOSTILE = {
+    "two cells": (
+        struct.pack("<IiIiI", 2, 10, 0, 11, 0),
+        "expected one recurrent state of one sequence, found 2",
+    ),
+    "more cells than the cache has": (struct.pack("<I", 2**31), "expected one recurrent state"),
+    "a negative position": (struct.pack("<IiI", 1, -5, 0), "invalid seq_id-agnostic kv cell"),
+    "a cell of a named sequence": (struct.pack("<IiII", 1, 11, 1, 0), "invalid seq_id-agnostic kv cell"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_hostile_state_is_refused(
+    engine: Engine, gguf: Path, tmp_path: Path, case: tuple[bytes, str]
+) -> None:
+    """0030-restored-recurrent-states."""
+    file, (cells, reason) = tmp_path / "state", case
+    play(engine, gguf, [decode(0, 12), save(0, file)])
+    after = struct.pack("<II", 0, LAYERS)  # not transposed, number of layers
+    saved = file.read_bytes()
+    assert saved.count(ONE_CELL + after) == 1
+    file.write_bytes(saved.replace(ONE_CELL + after, cells + after))
+    with pytest.raises(PlayError, match=reason):
+        play(engine, gguf, [decode(0, 12), load(0, file)])
+
+
+def test_a_copy_replaces_what_the_index_holds(engine: Engine, tmp_path: Path) -> None:
+    """The indexer of sparse attention, in a unified cache: seq_cp onto a sequence that is not empty."""
+    make = [engine.bin / "test-llama-archs", "-a", "glm5-next", "-o", tmp_path]
+    subprocess.run(make, check=True, capture_output=True)
+    (sparse,) = tmp_path.glob("*.gguf")
+    copied = [decode(0, 60), decode(0, 100, seq=1, text=1), copy(0, 1), decode(60, 61, seq=1)]
+    fresh = [["clear"], decode(0, 60), decode(60, 61)]
+    unified = replace(setup(0), kv_unified=True)
+    logits = llama_script.play(engine, sparse, unified, [*copied, *fresh]).logits
+    assert_same(logits[2:3], logits[-1:])

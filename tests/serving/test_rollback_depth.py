@@ -1,4 +1,4 @@
-"""0009, 0010 and 0013 (rollback-no-deeper-than-its-snapshots): tokens are rolled back correctly, or not at all.
+"""0009, 0010, 0013 and 0031: tokens are rolled back correctly, or not at all.
 
 There is a snapshot of the recurrent state before each token of the last ubatch. Deeper states, saved and restored
 states, and states that sequences share cannot be rolled back. The caller gets an error; the memory is unchanged.
@@ -118,3 +118,23 @@ def test_every_architecture_takes_back_a_whole_short_batch(
     said, logits = play(engine, gguf, [*never, *taken_back])
     assert said == [True]
     assert np.array_equal(logits[-1], logits[1])
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_without_the_state_in_front_one_token_stays(engine: Engine, small_models: Path, arch: str) -> None:
+    """0031-no-state-in-front-of-a-draft: all tokens of a batch except the first are taken back."""
+    (gguf,) = small_models.glob(f"{arch}-*.gguf")
+    never = [decode(0, 12), decode(12, 13), decode(13, 14)]
+    back = [
+        ["clear"],
+        ["omit_front"],
+        decode(0, 12),
+        decode(12, 15),
+        remove(0, 12),
+        remove(0, 13),
+        decode(13, 14),
+    ]
+    single = [remove(0, 13)]
+    said, logits = play(engine, gguf, [*never, *back, *single])
+    assert said == [False, True, False]
+    assert error_of(logits[-1:], logits[2:3]).in_all <= 1e-10

@@ -104,6 +104,68 @@ def test_ubatches_too_small_for_a_rollback_restore_checkpoints(
         assert server.account(1).restored > 0
 
 
+STATE = (
+    3 * (2 * 128 * 128 + 3 * 3 * 2 * 128) * 4
+)  # bytes: 3 KDA layers with 2 heads of 128, and 3 convolutions
+
+
+@pytest.mark.parametrize(("slots", "mib"), [(1, None), (1, 3), (1, 1), (4, 1)])
+def test_the_memory_for_rollback_is_limited_and_shown(
+    tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]],
+    slots: int, mib: int | None,
+) -> None:  # fmt: skip
+    """Drafts are as long as the states allow; with one state per slot, checkpoints are used."""
+    states = 9 if mib is None else max(1, (mib << 20) // (slots * STATE))
+    options = ["-np", str(slots), *drafting(draft, 8)]
+    options += [] if mib is None else ["--spec-rollback-mem", str(mib)]
+    with serving(engine, tmp_path, target, *options) as server:
+        answer = server.complete(PROMPTS[0], COUNT)
+        account, log = server.account(1), server.log.read_text()
+    assert answer.ids == plain[PROMPTS[0]]
+    total = slots * states * STATE / 2**20
+    line = f": {slots} sequences x {states} states x {STATE / 2**20:.1f} MiB = {total:.1f} MiB"
+    assert "target" + line in log
+    assert "draft" + line in log
+    assert ("drafts are shortened" in log) == (1 < states < 9)
+    if states > 1:
+        assert account == without_replay([answer])
+        assert max(map(int, re.findall(r"generate_draft: .*#draft=(\d+)", log))) == states - 1
+    else:
+        assert account.restored > 0
+
+
+LONG = 128  # tokens after which a text repeats itself
+NGRAMS = ("ngram-simple", "ngram-map-k", "ngram-map-k4v", "ngram-mod", "ngram-cache")
+
+
+@pytest.fixture(scope="module")
+def long_texts(
+    tmp_path_factory: pytest.TempPathFactory, engine: Engine, target: Path
+) -> list[tuple[int, ...]]:
+    """The server's output without a draft."""
+    with serving(engine, tmp_path_factory.mktemp("long"), target, "-np", "1") as server:
+        return [server.complete(prompt, LONG).ids for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("kind", NGRAMS)
+def test_drafts_from_the_text_itself(
+    tmp_path: Path, engine: Engine, target: Path, long_texts: list[tuple[int, ...]], kind: str
+) -> None:
+    """They need no memory for rollback: a checkpoint is restored where a draft is not accepted whole."""
+    with serving(engine, tmp_path, target, "-np", "4", "--spec-type", kind, "--metrics") as server:
+        answers = server.complete_together(PROMPTS, LONG)
+        counted = {
+            name: server.metric(f"spec_decode_num_{name}_tokens_total") for name in ("draft", "accepted")
+        }
+        restored = server.account(len(PROMPTS)).restored
+    assert [answer.ids for answer in answers] == long_texts
+    drafted = sum(answer.timings.get("draft_n", 0) for answer in answers)
+    accepted = sum(answer.timings.get("draft_n_accepted", 0) for answer in answers)
+    assert 0 < accepted < drafted
+    assert counted == {"draft": drafted, "accepted": accepted}
+    assert restored > 0
+
+
 def test_several_answers_to_one_prompt_share_its_state_and_part(
     tmp_path: Path, engine: Engine, target: Path, draft: Path
 ) -> None:

@@ -86,6 +86,12 @@ class Server:
         self._answered.append(path)
         return got
 
+    def metric(self, name: str) -> float:
+        """A counter of the server, which needs the option --metrics."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE) as answer:
+            (value,) = re.findall(rf"^llamacpp:{name} (\S+)$", answer.read().decode(), re.MULTILINE)
+        return float(value)
+
     def check_runs(self, wait: float = 0) -> None:
         """Fail with the end of the log if the process has ended, or ends within `wait` seconds."""
         try:

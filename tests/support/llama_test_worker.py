@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, State, Token
+from kimi_gguf.engine.llama import Context, Llama, LlamaError, Logits, State, Token, library
 from kimi_gguf.engine.worker import Progress, serve
 
 ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_callback
@@ -106,6 +106,12 @@ class Player:
     def cut(self, sequence: int, first: int) -> None:
         if not self.remove(sequence, first):
             raise LlamaError(f"sequence {sequence} cannot be cut at {first}")
+
+    def omit_front(self) -> None:
+        """From here on, no batch keeps the recurrent state in front of it (llama_set_rs_keep_front, a C++ function)."""
+        keep_front = library("llama")["_Z23llama_set_rs_keep_frontP13llama_contextb"]
+        keep_front.argtypes, keep_front.restype = (ctypes.c_void_p, ctypes.c_bool), None
+        keep_front(self._context.handle, False)
 
     def copy(self, sequence: int, to: int) -> None:
         self._context.copy(sequence, to)

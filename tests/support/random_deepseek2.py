@@ -1,6 +1,7 @@
 """A random deepseek2 model as an F32 GGUF: MLA with rotated keys and compressed queries, and dense layers.
 
-Input: head sizes. Output: the file. It has no vocabulary, only a number of tokens.
+Input: head sizes. Output: the file. It has no vocabulary, only a number of tokens, or the vocabulary and the embeddings
+of another file: such a model and the other one can draft for each other.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ class DeepseekSpec:
     nope: int = 128
     rope: int = 64
     value: int = 128
+    scale: float = 1.0  # of what each layer adds
     seed: int = 60
 
 
-def write_deepseek2(path: Path, spec: DeepseekSpec) -> Path:
-    """Write the model to `path` and return it."""
+EMBEDDINGS = ("token_embd.weight", "output_norm.weight", "output.weight")
+
+
+def write_deepseek2(path: Path, spec: DeepseekSpec, like: Path | None = None) -> Path:
+    """Write the model to `path` and return it. like: take the vocabulary and the embeddings of this F32 file."""
     random = np.random.default_rng(spec.seed)
+    other = gguf.GGUFReader(like) if like else None
+    shared = {t.name: np.array(t.data) for t in other.tensors if t.name in EMBEDDINGS} if other else {}
     writer = gguf.GGUFWriter(path, "deepseek2")
     writer.add_block_count(spec.layers)
     writer.add_context_length(4096)
@@ -49,14 +56,22 @@ def write_deepseek2(path: Path, spec: DeepseekSpec) -> Path:
     writer.add_leading_dense_block_count(spec.layers)
     writer.add_expert_feed_forward_length(spec.ffn)
     writer.add_expert_shared_count(1)
-    writer.add_vocab_size(VOCAB_SIZE)
-    writer.add_tokenizer_model("no_vocab")
+    if other is None:
+        writer.add_vocab_size(VOCAB_SIZE)
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        for name, field in other.fields.items():
+            if name.startswith("tokenizer."):
+                kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(name, field.contents(), kind, sub_type=item)
 
-    def add(name: str, *shape: int) -> None:
-        if len(shape) == 1:
+    def add(name: str, *shape: int, scale: float = 1.0) -> None:
+        if f"{name}.weight" in shared:
+            data = shared[f"{name}.weight"]
+        elif len(shape) == 1:
             data = 1 + 0.1 * random.standard_normal(shape)
         else:
-            data = random.standard_normal(shape) / np.sqrt(shape[-1])
+            data = scale * random.standard_normal(shape) / np.sqrt(shape[-1])
         writer.add_tensor(f"{name}.weight", data.astype(np.float32))
 
     add("token_embd", VOCAB_SIZE, spec.hidden)
@@ -72,11 +87,11 @@ def write_deepseek2(path: Path, spec: DeepseekSpec) -> Path:
         add(layer + "attn_kv_a_norm", spec.kv_lora)
         add(layer + "attn_k_b", spec.heads, spec.kv_lora, spec.nope)
         add(layer + "attn_v_b", spec.heads, spec.value, spec.kv_lora)
-        add(layer + "attn_output", spec.hidden, spec.heads * spec.value)
+        add(layer + "attn_output", spec.hidden, spec.heads * spec.value, scale=spec.scale)
         add(layer + "ffn_norm", spec.hidden)
         add(layer + "ffn_gate", spec.ffn, spec.hidden)
         add(layer + "ffn_up", spec.ffn, spec.hidden)
-        add(layer + "ffn_down", spec.hidden, spec.ffn)
+        add(layer + "ffn_down", spec.hidden, spec.ffn, scale=spec.scale)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -106,7 +106,7 @@ static void store_states(const llm_graph_context & g,
                          int                       il) {
     const auto *  mctx    = inp->mctx;
     const int64_t n_seqs  = g.ubatch.n_seqs;
-    const int64_t n_slots = std::min<int64_t>(g.ubatch.n_seq_tokens + 1, g.cparams.n_rs_seq + 1);
+    const int64_t n_slots = mctx->get_n_states(g.ubatch.n_seq_tokens);
     const size_t  state   = cache->nb[1];
 
     g.res->add_fused_node({ LLM_FUSED_OP_KDA, op, il });
@@ -130,7 +130,7 @@ ggml_tensor * llama_kda_mixer(
     const int64_t T = g.ubatch.n_seq_tokens;
     const int64_t S = g.ubatch.n_seqs;
 
-    const int32_t n_snapshots = g.cparams.n_rs_seq + 1;
+    const int32_t n_snapshots = inp->mctx->get_n_states(T);
     const int32_t zero_row    = inp->mctx->get_rs_z();
 
     // the matmuls of x, next to each other so that a backend can compute them together
