@@ -74,7 +74,9 @@ class Conversation:
 
     def tokens(self, text: str) -> int:
         """Tokens that a user's message adds: the end of the answer before it, its markers, those of the next answer."""
-        rendered = f"<|im_end|><|im_user|>user<|im_middle|>{text}<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        rendered = (
+            f"<|im_end|><|im_user|>user<|im_middle|>{text}<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        )
         return len(self.server.post("/tokenize", {"content": rendered})["tokens"])
 
 
@@ -183,14 +185,20 @@ def live(start: Start, words: Words) -> Iterator[Count]:
         for _ in range(3):
             talk.ask(words(MESSAGE))
         yield Count("live: regenerate", talk.again().evaluated, talk.prompt, 4)
-        yield Count("live: next turn", talk.ask(words(MESSAGE)).evaluated, talk.prompt, 454)
-        yield Count("live: last message edited", talk.edit(words(MESSAGE)).evaluated, talk.prompt, 423)
+        new = words(MESSAGE)
+        yield Count("live: next turn", talk.ask(new).evaluated, talk.prompt, talk.tokens(new) + ROOM)
+        new = words(MESSAGE)
+        yield Count(
+            "live: last message edited", talk.edit(new).evaluated, talk.prompt, talk.tokens(new) + ROOM
+        )
         old = talk.messages[-3]
-        assert old["role"] == "assistant"
         old["content"] = old["content"][:-1]
-        yield Count("live: old answer trimmed by one character", talk.again().evaluated, talk.prompt, 940)
-        other = Conversation(server, system).ask(words(MESSAGE))
-        yield Count("live: new conversation with the same system prompt", other.evaluated, other.prompt, 505)
+        yield Count("live: old answer trimmed by one character", talk.again().evaluated, talk.prompt,
+                    ANSWER + talk.tokens(new) + ROOM)  # fmt: skip
+        new = words(MESSAGE)
+        other = Conversation(server, system).ask(new)
+        yield Count("live: new conversation with the same system prompt", other.evaluated, other.prompt,
+                    talk.tokens(new) + ROOM)  # fmt: skip
 
 
 SITUATIONS = (second_document, resumed, long_prompts, restored, live)

@@ -87,10 +87,11 @@ def test_a_prompt_is_evaluated_once(tmp_path: Path, engine: Engine, gguf: Path) 
 
 
 def long_text(words: str, tokens: int) -> str:
-    return f"define: {words}\n" + f"{words} " * (tokens // 2)
+    """Of at least that many tokens."""
+    return f"define: {words}\n" + f"{words} " * tokens
 
 
-LONG = [long_text(words, 1500) for words in ("elephant", "river", "to walk", "ivory")]
+LONG = [long_text(words, 1000) for words in ("elephant", "river", "to walk", "ivory")]
 
 
 def places(server: Server) -> list[list[int]]:
@@ -99,7 +100,16 @@ def places(server: Server) -> list[list[int]]:
 
 
 def test_prompts_are_cut_at_the_same_places_under_load(tmp_path: Path, engine: Engine, gguf: Path) -> None:
-    options = ("-np", "4", "--no-kv-unified", "--no-cache-idle-slots", "-c", "16384", "--checkpoint-min-step", "1")
+    options = (
+        "-np",
+        "4",
+        "--no-kv-unified",
+        "--no-cache-idle-slots",
+        "-c",
+        "16384",
+        "--checkpoint-min-step",
+        "1",
+    )
     alone = []
     for prompt in LONG:
         with serving(engine, tmp_path, gguf, *options) as server:
@@ -113,9 +123,7 @@ def test_prompts_are_cut_at_the_same_places_under_load(tmp_path: Path, engine: E
 
 
 @pytest.mark.parametrize("mebibytes", [1, 4])
-def test_checkpoints_keep_to_their_budget(
-    tmp_path: Path, engine: Engine, gguf: Path, mebibytes: int
-) -> None:
+def test_checkpoints_keep_to_their_budget(tmp_path: Path, engine: Engine, gguf: Path, mebibytes: int) -> None:
     options = ("-np", "2", "-c", "32768", "--override-kv", "kimi-linear.context_length=int:16384")
     with serving(engine, tmp_path, gguf, *options, "--ctx-checkpoints-ram", str(mebibytes)) as server:
         for words in ("elephant", "river"):

@@ -197,7 +197,9 @@ def test_a_file_of_upstream_with_changed_numbers_never_ends_the_server(tmp_path:
 
 
 def test_kept_slots_come_back_after_a_restart(tmp_path: Path, start: Start) -> None:
-    other = "define: river\n" + "A large natural stream of water that flows into the sea or into a lake. " * 40
+    other = (
+        "define: river\n" + "A large natural stream of water that flows into the sea or into a lake. " * 40
+    )
     with start("--keep-slots") as server:
         first, second = ask(server), ask(server, other)
     assert sorted(file.name for file in tmp_path.glob("kept-*")) == ["kept-0000.bin", "kept-0001.bin"]
