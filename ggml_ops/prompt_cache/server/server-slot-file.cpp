@@ -313,6 +313,9 @@ server_checkpoints restore(const std::string & path, uint64_t size_tgt, uint32_t
     const auto  flags   = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
     const bytes end_tgt = state_of(ctx_tgt, id, flags);
     const bytes end_dft = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
+    const bool  needs_tgt = llama_model_is_hybrid(llama_get_model(ctx_tgt)) ||
+                           llama_model_is_recurrent(llama_get_model(ctx_tgt)) ||
+                           llama_model_n_swa(llama_get_model(ctx_tgt)) > 0;
     int64_t     n_last  = 0;
     for (auto & each : found.checkpoints) {
         if (each.n_tokens <= n_last || (size_t) each.n_tokens >= tokens.size() || each.pos_min < 0 ||
@@ -320,11 +323,14 @@ server_checkpoints restore(const std::string & path, uint64_t size_tgt, uint32_t
             throw std::runtime_error("the file is damaged: a checkpoint is not inside the prompt");
         }
         n_last = each.n_tokens;
-        if (!set_state(ctx_tgt, id, each.data_tgt, flags) ||
+        const bool has_tgt = !each.data_tgt.empty(); // attention alone goes back without
+        if (has_tgt != needs_tgt || (has_tgt && !set_state(ctx_tgt, id, each.data_tgt, flags)) ||
             (ctx_dft && !set_state(ctx_dft, id, each.data_dft, flags))) {
             throw std::runtime_error("a checkpoint does not fit this model or its cache");
         }
-        expect_position(ctx_tgt, id, each.pos_max, "a checkpoint");
+        if (has_tgt) {
+            expect_position(ctx_tgt, id, each.pos_max, "a checkpoint");
+        }
         checkpoints.push_back(std::make_shared<server_checkpoint>(std::move(each)));
     }
     if (!set_state(ctx_tgt, id, end_tgt, flags) || (ctx_dft && !set_state(ctx_dft, id, end_dft, flags))) {
