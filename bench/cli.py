@@ -36,6 +36,7 @@ EXAMPLES = f"""\
   kimi-llama bench --operators --json out/operators.json
   kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
+  kimi-llama bench --prompt-cache --json out/prompt-cache.json
   kimi-llama bench --records out/*.json --page out/bench.md
   kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--products", action="store_true", help="time single matmuls by weight type, with %% of roofline")
     add("--hybrid", action="store_true",
         help="compare 3:1 with latent attention in every layer (patched only)")  # fmt: skip
+    add("--prompt-cache", action="store_true",
+        help="count the prompt tokens that the server evaluates again, with the demo as F32")  # fmt: skip
     add("--records", nargs="+", type=Path, metavar="JSON",
         help="measure nothing: write --page from these records")  # fmt: skip
     add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
@@ -99,6 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences in one batch (default: 1)")  # fmt: skip
     add("--seconds", type=seconds, default=8.0, metavar="S",
         help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
+    add("--seed", type=number, default=1, metavar="N", help="random words of --prompt-cache (default: 1)")
     add("--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds")
     add("--libraries", type=Path, metavar="DIR",
         help="use these libraries instead of those of the patched build")  # fmt: skip

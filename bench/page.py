@@ -186,6 +186,16 @@ def hybrid_row(depth: str, cache: Sequence[float], rates: Sequence[float]) -> tu
     return (depth, *sizes, less, *(f"{rate:.2f}/s" for rate in rates), f"{rates[0] / rates[1]:.2f}")
 
 
+def prompt_cache_table(rows: Sequence[Data]) -> Rows:
+    """Prompt tokens that each build evaluated."""
+    table: Rows = [("situation", "upstream", "patched", "at most")]
+    of = {build: [row for row in rows if row["build"] == build] for build in ("upstream", "patched")}
+    for theirs, ours in zip(of["upstream"], of["patched"], strict=False):
+        counts = (f"{row['evaluated']} of {row['prompt']}" for row in (theirs, ours))
+        table.append((ours["situation"], *counts, str(ours["most"])))
+    return table
+
+
 def latest(records: Iterable[Data]) -> Data | None:
     """The record that was made last, if there is one."""
     return max(records, key=lambda record: str(record["created"]), default=None)
@@ -227,6 +237,8 @@ def write_page(records: Sequence[Data], page: Path) -> None:
         parts.append(matmuls_part(matmuls))
     if record := latest(record for record in records if record["hybrid"]):
         parts.append(hybrid_part(record))
+    if record := latest(record for record in records if record.get("prompt_cache")):
+        parts.append(prompt_cache_part(record))
     atomically(page, lambda part: part.write_text("\n".join(parts)))
 
 
@@ -321,6 +333,15 @@ def matmuls_part(records: Sequence[Data]) -> str:
         "default. Upstream: the faster of `--repack 0/1`. *% of roofline*: multiply-adds / peak rate of int8, bf16 or, "
         "for F16, float32, or bytes of weights / memory bandwidth, whichever is longer, divided by patched's time. "
         "With 512 tokens and 8 of 32 experts each matrix has 128 columns.\n\n" + markdown(matmuls_table(rows))
+    )
+
+
+def prompt_cache_part(record: Data) -> str:
+    """Prompt tokens that the server evaluates again."""
+    return (
+        f"## Prompt cache\n\n`{record['command']}`: prompt tokens that llama-server evaluated, of all tokens of the "
+        "prompt, for the demo as F32 with the chat template of Kimi K2 and random words. *At most*: the goal.\n\n"
+        + markdown(prompt_cache_table(record["prompt_cache"]))
     )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from kimi_gguf.bench import hybrid, page, report
@@ -32,6 +34,7 @@ from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
+from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
 from kimi_gguf.bench.record import add, cell_data, load_all, model_data, new_record, save
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
@@ -93,9 +96,11 @@ def check(parsed: argparse.Namespace) -> None:
             expected="libllama in it",
             todo="give the folder of a build's shared libraries",
         )
-    if on_device(parsed) and (parsed.hybrid or parsed.products or (parsed.operators and parsed.libraries)):
+    if on_device(parsed) and (
+        parsed.hybrid or parsed.products or parsed.prompt_cache or (parsed.operators and parsed.libraries)
+    ):
         raise EngineError(
-            "--hybrid, --products and --operators --libraries are measured on the CPU only",
+            "--hybrid, --products, --prompt-cache and --operators --libraries are measured on the CPU only",
             todo="leave out --backend and --device",
         )
     if parsed.model is not None:
@@ -150,6 +155,8 @@ class Run:
                 self.matmuls(reporter)
             elif self.parsed.hybrid:
                 self.hybrid(reporter)
+            elif self.parsed.prompt_cache:
+                self.prompt_cache(reporter)
             else:
                 self.models(reporter)
         self.keep()
@@ -294,6 +301,19 @@ class Run:
             reporter.note("  ".join(page.hybrid_table(data)[len(data["rows"])]))
             self.keep()
         report.show("Hybrid against all MLA", page.hybrid_table(data))
+
+    def prompt_cache(self, reporter: Reporter) -> None:
+        """Count the prompt tokens that the servers of both builds evaluate."""
+        gguf = convert_demo("F32", reporter)
+        template = chat_template(reporter)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, engine in (("upstream", self.upstream), ("patched", self.patched)):
+                start = Starter(engine, gguf, template, Path(folder), max(self.threads))
+                for count in measure_prompt_cache(start, self.parsed.seed):
+                    self.record["prompt_cache"].append({"build": name, **asdict(count)})
+                    reporter.note(f"{name}: {count.situation}: {count.evaluated} of {count.prompt} tokens")
+                    self.keep()
+        report.show("Prompt tokens evaluated", page.prompt_cache_table(self.record["prompt_cache"]))
 
 
 def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, ...]:

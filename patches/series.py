@@ -12,6 +12,7 @@ needs, if any, in the line `Needs:`. The folder of a source determines its place
     OP/cuda/*             ggml/src/ggml-cuda/kimi/
     OP/metal/*            ggml/src/ggml-metal/kimi/
     OP/graph/*            src/kimi/
+    OP/server/*           tools/server/kimi/
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
 
@@ -39,6 +40,7 @@ PLACES = {
     "cuda": "ggml/src/ggml-cuda/kimi",
     "metal": "ggml/src/ggml-metal/kimi",
     "graph": "src/kimi",
+    "server": "tools/server/kimi",
     "tests": "tests/kimi",
 }
 HEADERS = (".h", ".cuh")

@@ -5,13 +5,17 @@ Answers with the cache are compared, token for token, with those of the same ser
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from llama_server import Server, serving
 
+from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import reporting
 
 pytestmark = pytest.mark.engine
 
@@ -72,3 +76,71 @@ def test_a_longer_prompt_begins_where_the_shorter_one_ended(
         longer = server.complete(FIRST + SECOND, 1, cache_prompt=True)
     assert longer.timings["cache_n"] >= first.timings["prompt_n"] - 8
     assert longer.timings["prompt_n"] + longer.timings["cache_n"] > first.timings["prompt_n"]
+
+
+def test_a_prompt_is_evaluated_once(tmp_path: Path, engine: Engine, gguf: Path) -> None:
+    with reporting() as reporter:
+        start = Starter(engine, gguf, chat_template(reporter), tmp_path, threads=1)
+    counts = list(measure_prompt_cache(start, seed=2))
+    assert len(counts) >= 12
+    assert [count for count in counts if count.evaluated > count.most] == []
+
+
+def long_text(words: str, tokens: int) -> str:
+    """Of at least that many tokens."""
+    return f"define: {words}\n" + f"{words} " * tokens
+
+
+LONG = [long_text(words, 1000) for words in ("elephant", "river", "to walk", "ivory")]
+
+
+def places(server: Server) -> list[list[int]]:
+    """Where the slots have checkpoints; the prompts of LONG have different lengths."""
+    return [[each["n_tokens"] for each in slot["checkpoints"]] for slot in server.get("/slots")]
+
+
+def test_prompts_are_cut_at_the_same_places_under_load(tmp_path: Path, engine: Engine, gguf: Path) -> None:
+    options = (
+        "-np",
+        "4",
+        "--no-kv-unified",
+        "--no-cache-idle-slots",
+        "-c",
+        "16384",
+        "--checkpoint-min-step",
+        "1",
+    )
+    alone = []
+    for prompt in LONG:
+        with serving(engine, tmp_path, gguf, *options) as server:
+            server.complete(prompt, 4, cache_prompt=True)
+            alone += [found for found in places(server) if found]
+    with serving(engine, tmp_path, gguf, *options) as server:
+        server.complete_together(LONG, 4)
+        together = [found for found in places(server) if found]
+    assert len(alone) == len(together) == len(LONG)
+    assert sorted(together) == sorted(alone)
+
+
+@pytest.mark.parametrize("mebibytes", [1, 4])
+def test_checkpoints_keep_to_their_budget(tmp_path: Path, engine: Engine, gguf: Path, mebibytes: int) -> None:
+    options = ("-np", "2", "-c", "32768", "--override-kv", "kimi-linear.context_length=int:16384")
+    with serving(engine, tmp_path, gguf, *options, "--ctx-checkpoints-ram", str(mebibytes)) as server:
+        for words in ("elephant", "river"):
+            server.complete(long_text(words, 12000), 4, cache_prompt=True)
+        found = [each for slot in server.get("/slots") for each in slot["checkpoints"]]
+        saved = re.findall(r"checkpoints: +(\d+),", server.log.read_text())
+    size = found[0]["size"]
+    assert mebibytes * 2**20 - 2 * size <= sum(each["size"] for each in found) <= mebibytes * 2**20 or saved
+    assert sum(each["size"] for each in found) <= mebibytes * 2**20
+
+
+def test_checkpoints_become_rarer_towards_the_beginning(tmp_path: Path, engine: Engine, gguf: Path) -> None:
+    options = ("-np", "1", "-c", "16384", "--override-kv", "kimi-linear.context_length=int:16384")
+    with serving(engine, tmp_path, gguf, *options, "--ctx-checkpoints-ram", "3") as server:
+        server.complete(long_text("elephant", 14000), 4, cache_prompt=True)
+        found = places(server)[0]
+    distances = [after - before for before, after in itertools.pairwise([0, *found])]
+    assert 4 <= len(found) <= 7
+    assert distances[0] > distances[-2] or distances[1] > distances[-2]
+    assert distances == sorted(distances, reverse=True)

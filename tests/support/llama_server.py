@@ -9,13 +9,10 @@ end shows that the server did not process both.
 
 from __future__ import annotations
 
-import json
 import re
-import socket
 import subprocess
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -23,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kimi_gguf.bench.server import PATIENCE, RunningServer, free_port
 from kimi_gguf.engine.builds import Engine
 
-PATIENCE = 300  # seconds, for a busy machine
 ATTEMPTS = 3  # times that a request is sent
 ENDING = 1  # seconds between closing a process's connections and its exit
 EXACT = ("--flash-attn", "on", "-ctk", "f32", "-ctv", "f32", "--threads", "1", "--verbosity", "5")
@@ -48,13 +45,11 @@ class Answer:
     timings: Mapping[str, Any]  # the server's own: predicted_n, draft_n, draft_n_accepted, cache_n, ...
 
 
-class Server:
+class Server(RunningServer):
     """A running llama-server."""
 
     def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
-        self.port = port
-        self.log = log
-        self.process = process
+        super().__init__(port, log, process)
         self._answered: list[str] = []  # paths of the requests; appended to by several threads
 
     def complete(self, prompt: str, count: int, **more: Any) -> Answer:
@@ -71,13 +66,13 @@ class Server:
 
     def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a JSON request, which is repeated if the server closed the connection."""
-        url, encoded = f"http://127.0.0.1:{self.port}{path}", json.dumps(content).encode()
-        request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-                    got: dict[str, Any] = json.load(answer)
+                got = super().post(path, content)
                 break
+            except urllib.error.HTTPError:
+                self._answered.append(path)
+                raise
             except OSError as error:
                 reason = error.reason if isinstance(error, urllib.error.URLError) else error
                 self.check_runs(ENDING)
@@ -109,14 +104,6 @@ class Server:
     def _end_of_log(self) -> str:
         return self.log.read_text(errors="replace")[-2000:]
 
-    def healthy(self) -> bool:
-        """Whether the server has loaded its models."""
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
-                return True
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
-
     def account(self, requests: int) -> Account:
         """The work for this number of requests, once the log has all of them."""
         end = time.monotonic() + PATIENCE
@@ -127,14 +114,6 @@ class Server:
         drafts += [0] * len(re.findall(r"slot decode token, id=", text))
         restored = len(re.findall(r"restoring speculative checkpoint", text))
         return Account(sum(1 + size for size in drafts), len(drafts), restored)
-
-
-def free_port() -> int:
-    """An unused port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def serving(engine: Engine, folder: Path, gguf: Path, *options: str) -> AbstractContextManager[Server]:

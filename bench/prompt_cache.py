@@ -1,0 +1,210 @@
+"""Counts the prompt tokens that llama-server evaluates again: conversations, long prompts, saved slots.
+
+Input: a build of llama.cpp, the demo as F32 GGUF, the chat template of Kimi K2. Output: for each situation the tokens
+that were evaluated, the tokens of the prompt and the most that this project allows. The text is random words from a
+seed, so that a run can be repeated. Source of the counts: `timings.prompt_n` and `cache_n` in the server's answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.bench.server import RunningServer, running
+from kimi_gguf.engine.build import Cache, pinned_source
+from kimi_gguf.engine.builds import Engine, cache_folder
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.patches.pin import load_pin
+
+SYSTEM, MESSAGE, DOCUMENT, ANSWER = 600, 80, 500, 60  # words; the answer: tokens
+LONG = 3050  # words of the raw prompt, about 15,000 tokens
+CONTEXT = 32768
+ROOM = 64  # tokens that may be evaluated besides what is new
+STEP = 1024  # tokens between two checkpoints of a raw prompt
+
+Messages = list[dict[str, str]]
+Start = Callable[..., Any]  # starts a server with more options: a context manager of RunningServer
+
+
+@dataclass(frozen=True)
+class Count:
+    """What one request evaluated. `most`: the most that is allowed, None: reported only."""
+
+    situation: str
+    evaluated: int
+    prompt: int
+    most: int | None
+
+
+class Conversation:
+    """A conversation with one server; every request sends all messages so far."""
+
+    def __init__(self, server: RunningServer, system: str) -> None:
+        self.server = server
+        self.messages: Messages = [{"role": "system", "content": system}]
+        self.evaluated = self.prompt = 0
+
+    def ask(self, text: str) -> Conversation:
+        """Add a message of the user and the model's answer."""
+        self.messages.append({"role": "user", "content": text})
+        return self.answer()
+
+    def again(self) -> Conversation:
+        """Replace the last answer by a new one."""
+        self.messages.pop()
+        return self.answer()
+
+    def edit(self, text: str) -> Conversation:
+        """Replace the user's last message and its answer."""
+        del self.messages[-2:]
+        return self.ask(text)
+
+    def answer(self) -> Conversation:
+        """Let the model answer."""
+        request = {"messages": self.messages, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
+        got = self.server.post("/v1/chat/completions", request)
+        self.messages.append({"role": "assistant", "content": got["choices"][0]["message"]["content"]})
+        self.evaluated = got["timings"]["prompt_n"]
+        self.prompt = got["timings"]["cache_n"] + self.evaluated
+        return self
+
+    def tokens(self, text: str) -> int:
+        """Tokens that a user's message adds: the end of the answer before it, its markers, those of the next answer."""
+        rendered = (
+            f"<|im_end|><|im_user|>user<|im_middle|>{text}<|im_end|><|im_assistant|>assistant<|im_middle|>"
+        )
+        return len(self.server.post("/tokenize", {"content": rendered})["tokens"])
+
+
+class Starter:
+    """Starts servers of a build with the demo, one after the other, and with the folder of saved slots in common."""
+
+    def __init__(self, engine: Engine, gguf: Path, template: Path, folder: Path, threads: int) -> None:
+        self._command: list[str | Path] = [
+            engine.bin / "llama-server", "--model", gguf, "--jinja", "--chat-template-file", template,
+            "-c", str(CONTEXT), "--override-kv", f"kimi-linear.context_length=int:{CONTEXT}", "-fa", "on",
+            "-ctk", "f32", "-ctv", "f32", "--threads", str(threads), "--slot-save-path", f"{folder}/",
+        ]  # fmt: skip
+        self._log = folder / "server.log"
+
+    def __call__(self, *options: str) -> AbstractContextManager[RunningServer]:
+        """A running server with more options."""
+        return running(self._log, *self._command, *options)
+
+
+def chat_template(reporter: Reporter) -> Path:
+    """The chat template of Kimi K2 from llama.cpp's archive. Raises `EngineError`."""
+    source = pinned_source(load_pin(), Cache(cache_folder()), None, reporter)
+    return source / "llama.cpp" / "models" / "templates" / "moonshotai-Kimi-K2.jinja"
+
+
+class Words:
+    """Random words of three to nine letters."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def __call__(self, count: int) -> str:
+        lengths = [self._random.randint(3, 9) for _ in range(count)]
+        return " ".join("".join(self._random.choices("abcdefghijklmnopqrstuvwxyz", k=n)) for n in lengths)
+
+
+def raw(server: RunningServer, prompt: str) -> tuple[int, int]:
+    """Evaluated and all tokens of a prompt without a chat template."""
+    request = {"prompt": prompt, "n_predict": 4, "temperature": 0, "cache_prompt": True}
+    timings = server.post("/completion", request)["timings"]
+    return timings["prompt_n"], timings["prompt_n"] + timings["cache_n"]
+
+
+def second_document(start: Start, words: Words) -> Iterator[Count]:
+    """Two documents after one system prompt."""
+    with start("-np", "1") as server:
+        system = words(SYSTEM)
+        Conversation(server, system).ask(words(DOCUMENT))
+        second = words(DOCUMENT)
+        talk = Conversation(server, system).ask(second)
+        yield Count("second document after the same system prompt", talk.evaluated, talk.prompt,
+                    talk.tokens(second) + ROOM)  # fmt: skip
+
+
+def resumed(start: Start, words: Words) -> Iterator[Count]:
+    """A conversation that goes on after three others."""
+    for options, name in ((("-np", "1"), "one slot"), ((), "default slots")):
+        with start(*options) as server:
+            system = words(SYSTEM)
+            talks = [Conversation(server, system) for _ in range(4)]
+            for talk in talks:
+                for _ in range(3):
+                    talk.ask(words(MESSAGE))
+            new = words(MESSAGE)
+            first = talks[0].ask(new)
+            yield Count(f"first conversation resumed after three others, {name}", first.evaluated, first.prompt,
+                        first.tokens(new) + ROOM)  # fmt: skip
+
+
+def long_prompts(start: Start, words: Words) -> Iterator[Count]:
+    """A raw prompt that is changed in the middle, and one that is cut short."""
+    text = words(LONG).split()
+    for name, change, most in (
+        ("raw prompt changed in the middle", [*text[: LONG // 2], "changed", *text[LONG // 2 + 1 :]], None),
+        ("raw prompt truncated to 95 %", text[: LONG * 95 // 100], STEP),
+    ):
+        with start("-np", "1") as server:
+            raw(server, " ".join(text))
+            evaluated, total = raw(server, " ".join(change))
+            yield Count(name, evaluated, total, most or total // 2 + STEP)
+
+
+def restored(start: Start, words: Words) -> Iterator[Count]:
+    """Slots that are saved and restored by a new server."""
+    for situation in ("regenerate", "last message edited"):
+        with start("-np", "1") as server:
+            talk = Conversation(server, words(SYSTEM))
+            for _ in range(3):
+                talk.ask(words(MESSAGE))
+            server.post("/slots/0?action=save", {"filename": "slot.bin"})
+        with start("-np", "1") as server:
+            server.post("/slots/0?action=restore", {"filename": "slot.bin"})
+            talk.server = server
+            new = words(MESSAGE)
+            edited = situation != "regenerate"
+            talk = talk.edit(new) if edited else talk.again()
+            yield Count(f"{situation} after a restart and a restored slot", talk.evaluated, talk.prompt,
+                        talk.tokens(new) + ROOM if edited else 4)  # fmt: skip
+
+
+def live(start: Start, words: Words) -> Iterator[Count]:
+    """What a conversation does without leaving the server."""
+    with start("-np", "1") as server:
+        system = words(SYSTEM)
+        talk = Conversation(server, system)
+        for _ in range(3):
+            talk.ask(words(MESSAGE))
+        yield Count("live: regenerate", talk.again().evaluated, talk.prompt, 4)
+        new = words(MESSAGE)
+        yield Count("live: next turn", talk.ask(new).evaluated, talk.prompt, talk.tokens(new) + ROOM)
+        new = words(MESSAGE)
+        yield Count(
+            "live: last message edited", talk.edit(new).evaluated, talk.prompt, talk.tokens(new) + ROOM
+        )
+        old = talk.messages[-3]
+        old["content"] = old["content"][:-1]
+        yield Count("live: old answer trimmed by one character", talk.again().evaluated, talk.prompt,
+                    ANSWER + talk.tokens(new) + ROOM)  # fmt: skip
+        new = words(MESSAGE)
+        other = Conversation(server, system).ask(new)
+        yield Count("live: new conversation with the same system prompt", other.evaluated, other.prompt,
+                    talk.tokens(new) + ROOM)  # fmt: skip
+
+
+SITUATIONS = (second_document, resumed, long_prompts, restored, live)
+
+
+def measure_prompt_cache(start: Start, seed: int = 1) -> Iterator[Count]:
+    """All situations, one after the other."""
+    for situation in SITUATIONS:
+        yield from situation(start, Words(seed))

@@ -1,0 +1,78 @@
+"""Starts llama-server on a free port of this machine, sends it JSON requests and ends it.
+
+Input: a build, a GGUF, options. Output: answers as dictionaries. The log is a file.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 300  # seconds, for a busy machine
+
+
+class RunningServer:
+    """A running llama-server."""
+
+    def __init__(self, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
+        self.port = port
+        self.log = log
+        self.process = process
+
+    def get(self, path: str) -> Any:
+        """The answer to a request without content."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE) as answer:
+            return json.load(answer)
+
+    def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a JSON request. Raises `urllib.error.HTTPError`."""
+        url, encoded = f"http://127.0.0.1:{self.port}{path}", json.dumps(content).encode()
+        request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+            got: dict[str, Any] = json.load(answer)
+        return got
+
+    def healthy(self) -> bool:
+        """Whether the server has loaded its models."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+
+def free_port() -> int:
+    """An unused port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@contextmanager
+def running(log: Path, *command: str | Path) -> Iterator[RunningServer]:
+    """Start a server with a command and a free port; wait until it is ready."""
+    port = free_port()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [*map(str, command), "--port", str(port)], stdout=file, stderr=subprocess.STDOUT
+        )
+    server = RunningServer(port, log, process)
+    try:
+        end = time.monotonic() + PATIENCE
+        while not server.healthy():
+            if process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.1)
+        yield server
+    finally:
+        process.terminate()
+        process.wait()

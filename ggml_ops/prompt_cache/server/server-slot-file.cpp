@@ -1,0 +1,526 @@
+#include "server-slot-file.h"
+
+#include "../server-common.h"
+
+#include "hash/xxhash/xxhash.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <regex>
+#include <sstream>
+#include <stdexcept>
+#include <vector>
+
+#ifndef _WIN32
+#include <fcntl.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+constexpr uint32_t TAG_IDENTITY   = 0x6e656469; // "iden"
+constexpr uint32_t TAG_DRAFT      = 0x74667264; // "drft"
+constexpr uint32_t TAG_CHECKPOINT = 0x74706b63; // "ckpt"
+constexpr uint64_t MAGIC_END      = 0x31746f6c73696d6b; // "kmislot1"
+
+constexpr const char * DRAFT_MODEL = "draft model"; // in an identity; it may differ
+
+struct section_head {
+    uint32_t tag;
+    uint32_t zero;
+    uint64_t size;
+};
+
+struct checkpoint_head {
+    int64_t  n_tokens;
+    int32_t  pos_min;
+    int32_t  pos_max;
+    uint32_t at_message;
+    uint32_t zero;
+    uint64_t size_tgt;
+    uint64_t size_dft;
+};
+
+struct file_end {
+    uint64_t size; // of upstream's part
+    uint64_t hash_low;
+    uint64_t hash_high;
+    uint64_t magic;
+};
+
+using bytes = std::vector<uint8_t>;
+
+// XXH3 of 128 bits over parts of files
+class hasher {
+  public:
+    hasher() : state(XXH3_createState(), XXH3_freeState) { XXH3_128bits_reset(state.get()); }
+
+    void add(const void * data, size_t size) { XXH3_128bits_update(state.get(), data, size); }
+
+    // `size` bytes of a file from where it stands; false if it has fewer
+    bool add(std::ifstream & file, uint64_t size) {
+        bytes buffer(1 << 20);
+        while (size > 0) {
+            const size_t n = std::min<uint64_t>(size, buffer.size());
+            if (!file.read((char *) buffer.data(), n)) {
+                return false;
+            }
+            add(buffer.data(), n);
+            size -= n;
+        }
+        return true;
+    }
+
+    XXH128_hash_t digest() const { return XXH3_128bits_digest(state.get()); }
+
+  private:
+    std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state;
+};
+
+std::string hex(const XXH128_hash_t & hash) {
+    return string_format("%016llx%016llx", (unsigned long long) hash.high64, (unsigned long long) hash.low64);
+}
+
+// reads a file or a part of it, never beyond its end
+class reader {
+  public:
+    reader(std::ifstream & file, uint64_t end) : file(file), end(end) {}
+
+    uint64_t left() { return end - (uint64_t) file.tellg(); }
+
+    template <typename T> T read() {
+        T value;
+        read(&value, sizeof(value));
+        return value;
+    }
+
+    bytes read_bytes(uint64_t size) {
+        expect(size);
+        bytes data(size);
+        read(data.data(), size);
+        return data;
+    }
+
+    void read(void * data, uint64_t size) {
+        expect(size);
+        if (size > 0 && !file.read((char *) data, size)) {
+            throw std::runtime_error("the file cannot be read");
+        }
+    }
+
+  private:
+    void expect(uint64_t size) {
+        if (size > left()) {
+            throw std::runtime_error("the file is damaged: it ends in the middle of its content");
+        }
+    }
+
+    std::ifstream & file;
+    uint64_t        end;
+};
+
+// what the sections of a file contain
+struct sections {
+    bool                           present = false;
+    server_slot_identity           identity;
+    bytes                          draft;
+    std::vector<server_checkpoint> checkpoints;
+};
+
+bytes state_of(llama_context * ctx, llama_seq_id id, llama_state_seq_flags flags) {
+    bytes data(llama_state_seq_get_size_ext(ctx, id, flags));
+    if (data.empty() || llama_state_seq_get_data_ext(ctx, data.data(), data.size(), id, flags) != data.size()) {
+        throw std::runtime_error("the slot's state was lost when a batch failed");
+    }
+    return data;
+}
+
+bool set_state(llama_context * ctx, llama_seq_id id, const bytes & data, llama_state_seq_flags flags) {
+    return llama_state_seq_set_data_ext(ctx, data.data(), data.size(), id, flags) == data.size();
+}
+
+void write_sections(std::ofstream & file, const server_prompt & prompt, const bytes & draft,
+                    const server_slot_identity & identity) {
+    const auto write = [&](const void * data, size_t size) { file.write((const char *) data, size); };
+
+    std::string text;
+    for (const auto & [name, value] : identity) {
+        text += name + '\n' + value + '\n';
+    }
+    const section_head head{ TAG_IDENTITY, 0, text.size() };
+    write(&head, sizeof(head));
+    write(text.data(), text.size());
+
+    if (!draft.empty()) {
+        const section_head head{ TAG_DRAFT, 0, draft.size() };
+        write(&head, sizeof(head));
+        write(draft.data(), draft.size());
+    }
+
+    for (const auto & checkpoint : prompt.checkpoints) {
+        if (!checkpoint->data_spec.empty()) {
+            continue; // its meaning is known to the kind of draft only
+        }
+        const checkpoint_head own{ checkpoint->n_tokens,   checkpoint->pos_min,         checkpoint->pos_max,
+                                   checkpoint->at_message, 0,                           checkpoint->data_tgt.size(),
+                                   checkpoint->data_dft.size() };
+        const section_head    head{ TAG_CHECKPOINT, 0, sizeof(own) + own.size_tgt + own.size_dft };
+        write(&head, sizeof(head));
+        write(&own, sizeof(own));
+        write(checkpoint->data_tgt.data(), own.size_tgt);
+        write(checkpoint->data_dft.data(), own.size_dft);
+    }
+}
+
+sections read_sections(std::ifstream & file, uint64_t begin, uint64_t end) {
+    sections found;
+    found.present = true;
+    file.seekg(begin);
+    reader in(file, end);
+    while (in.left() > 0) {
+        const auto head = in.read<section_head>();
+        if (head.size > in.left()) {
+            throw std::runtime_error("the file is damaged: a section is longer than the file");
+        }
+        if (head.tag == TAG_IDENTITY) {
+            const bytes        text = in.read_bytes(head.size);
+            std::istringstream lines(std::string(text.begin(), text.end()));
+            for (std::string name, value; std::getline(lines, name) && std::getline(lines, value);) {
+                found.identity[name] = value;
+            }
+        } else if (head.tag == TAG_DRAFT) {
+            found.draft = in.read_bytes(head.size);
+        } else if (head.tag == TAG_CHECKPOINT) {
+            const auto own = in.read<checkpoint_head>();
+            if (head.size < sizeof(own) || own.size_tgt > head.size - sizeof(own) ||
+                own.size_dft != head.size - sizeof(own) - own.size_tgt) {
+                throw std::runtime_error("the file is damaged: a checkpoint has another size than its section");
+            }
+            server_checkpoint checkpoint;
+            checkpoint.update_pos(own.n_tokens, own.pos_min, own.pos_max);
+            checkpoint.at_message = own.at_message != 0;
+            checkpoint.data_tgt   = in.read_bytes(own.size_tgt);
+            checkpoint.data_dft   = in.read_bytes(own.size_dft);
+            found.checkpoints.push_back(std::move(checkpoint));
+        } else {
+            throw std::runtime_error("the file has a section of an unknown kind: it is from a later version");
+        }
+    }
+    return found;
+}
+
+// the last bytes of a file that this code wrote; magic = 0: upstream's
+file_end read_end(std::ifstream & file, uint64_t size) {
+    file_end end{};
+    if (size >= sizeof(end)) {
+        file.seekg(size - sizeof(end));
+        file.read((char *) &end, sizeof(end));
+    }
+    if (!file || end.magic != MAGIC_END || end.size > size - sizeof(end)) {
+        file.clear();
+        return {};
+    }
+    file.seekg(0);
+    hasher hash;
+    if (!hash.add(file, size - sizeof(end) + sizeof(end.size))) {
+        throw std::runtime_error("the file cannot be read");
+    }
+    const XXH128_hash_t found    = hash.digest();
+    const XXH128_hash_t expected = { end.hash_low, end.hash_high };
+    if (hex(found) != hex(expected)) {
+        throw std::runtime_error("the file is damaged: its checksum is " + hex(found) + ", expected " + hex(expected));
+    }
+    return end;
+}
+
+void check_identity(const server_slot_identity & found, const server_slot_identity & expected) {
+    for (const auto & [name, value] : expected) {
+        const auto it = found.find(name);
+        if (name != DRAFT_MODEL && (it == found.end() || it->second != value)) {
+            throw std::runtime_error("the file was saved with another " + name + ": expected " + value + ", found " +
+                                     (it == found.end() ? "none" : it->second));
+        }
+    }
+}
+
+server_tokens read_tokens(std::ifstream & file, uint64_t end, bool has_mtmd, int32_t n_ctx, const llama_context * ctx,
+                          uint32_t & n_packed) {
+    file.seekg(0);
+    reader     in(file, end);
+    const auto magic   = in.read<uint32_t>();
+    const auto version = in.read<uint32_t>();
+    if (magic != LLAMA_STATE_SEQ_MAGIC || version != LLAMA_STATE_SEQ_VERSION) {
+        throw std::runtime_error(string_format("not a saved slot: magic and version are %08x %u, expected %08x %u", magic,
+                                               version, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION));
+    }
+    n_packed = in.read<uint32_t>();
+    if (n_packed > in.left() / sizeof(llama_token)) {
+        throw std::runtime_error("the file is damaged: it has more tokens than bytes");
+    }
+    llama_tokens packed(n_packed);
+    in.read(packed.data(), packed.size() * sizeof(llama_token));
+
+    server_tokens tokens = server_tokens::deserialize(packed, has_mtmd);
+    if (tokens.size() > (size_t) n_ctx) {
+        throw std::runtime_error(string_format("the file's %zu tokens do not fit in the slot's context of %d", tokens.size(), n_ctx));
+    }
+    if (!tokens.validate(ctx)) {
+        throw std::runtime_error("the file has tokens that the model does not have");
+    }
+    return tokens;
+}
+
+// the positions that a sequence must have after n tokens of a prompt
+void expect_position(llama_context * ctx, llama_seq_id id, llama_pos expected, const char * what) {
+    const llama_pos found = llama_memory_seq_pos_max(llama_get_memory(ctx), id);
+    if (found != expected) {
+        throw std::runtime_error(string_format("%s ends at position %d, expected %d", what, found, expected));
+    }
+}
+
+// restore everything into the contexts; the checkpoints are tried, so that none can fail later
+server_checkpoints restore(const std::string & path, uint64_t size_tgt, uint32_t n_packed, const server_tokens & tokens,
+                           sections & found, llama_context * ctx_tgt, llama_context * ctx_dft, llama_seq_id id) {
+    llama_tokens packed(std::max(1u, n_packed)); // not null
+    size_t       n_found = 0;
+    const size_t n_read  = llama_state_seq_load_file(ctx_tgt, path.c_str(), id, packed.data(), packed.size(), &n_found);
+    if (n_read == 0) {
+        throw std::runtime_error("the state does not fit this model, its cache or the free space in it; the log has details");
+    }
+    if (n_read != size_tgt) {
+        throw std::runtime_error(string_format("the file is truncated or damaged: its state ends after %zu bytes, expected %zu", n_read, (size_t) size_tgt));
+    }
+    const llama_pos pos_last = tokens.pos_next() - 1;
+    expect_position(ctx_tgt, id, pos_last, "the state");
+
+    if (ctx_dft) {
+        llama_memory_seq_rm(llama_get_memory(ctx_dft), id, -1, -1);
+        if (!found.draft.empty()) {
+            if (!set_state(ctx_dft, id, found.draft, LLAMA_STATE_SEQ_FLAGS_NONE)) {
+                throw std::runtime_error("the draft model's state does not fit this draft model or its cache");
+            }
+        }
+    }
+
+    server_checkpoints checkpoints;
+    if (found.checkpoints.empty()) {
+        return checkpoints;
+    }
+    const auto  flags   = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+    const bytes end_tgt = state_of(ctx_tgt, id, flags);
+    const bytes end_dft = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
+    const bool  needs_tgt = llama_model_is_hybrid(llama_get_model(ctx_tgt)) ||
+                           llama_model_is_recurrent(llama_get_model(ctx_tgt)) ||
+                           llama_model_n_swa(llama_get_model(ctx_tgt)) > 0;
+    int64_t     n_last  = 0;
+    for (auto & each : found.checkpoints) {
+        if (each.n_tokens <= n_last || (size_t) each.n_tokens >= tokens.size() || each.pos_min < 0 ||
+            each.pos_min > each.pos_max || each.pos_max != tokens.pos_next(each.n_tokens) - 1) {
+            throw std::runtime_error("the file is damaged: a checkpoint is not inside the prompt");
+        }
+        n_last = each.n_tokens;
+        const bool has_tgt = !each.data_tgt.empty(); // attention alone goes back without
+        if (has_tgt != needs_tgt || (has_tgt && !set_state(ctx_tgt, id, each.data_tgt, flags)) ||
+            (ctx_dft && !set_state(ctx_dft, id, each.data_dft, flags))) {
+            throw std::runtime_error("a checkpoint does not fit this model or its cache");
+        }
+        if (has_tgt) {
+            expect_position(ctx_tgt, id, each.pos_max, "a checkpoint");
+        }
+        checkpoints.push_back(std::make_shared<server_checkpoint>(std::move(each)));
+    }
+    if (!set_state(ctx_tgt, id, end_tgt, flags) || (ctx_dft && !set_state(ctx_dft, id, end_dft, flags))) {
+        throw std::runtime_error("the state cannot be restored");
+    }
+    return checkpoints;
+}
+
+// until the bytes are on the disk
+void flush_to_disk(const std::string & path) {
+#ifndef _WIN32
+    const int fd = open(path.c_str(), O_RDONLY);
+    if (fd < 0 || fsync(fd) != 0) {
+        if (fd >= 0) {
+            close(fd);
+        }
+        throw std::runtime_error("the file cannot be written to the disk");
+    }
+    close(fd);
+#else
+    (void) path;
+#endif
+}
+
+} // namespace
+
+std::string server_model_identity(const std::string & path) {
+    constexpr uint64_t HEAD = 1 << 20, SAMPLE = 4096, N_SAMPLES = 64;
+
+    std::vector<std::string> files;
+    std::smatch              match;
+    if (std::regex_match(path, match, std::regex("(.*)-\\d{5}-of-(\\d{5})\\.gguf"))) {
+        const int count = std::stoi(match[2]);
+        for (int i = 1; i <= count; i++) {
+            files.push_back(string_format("%s-%05d-of-%05d.gguf", match[1].str().c_str(), i, count));
+        }
+    } else {
+        files.push_back(path);
+    }
+
+    hasher hash;
+    for (const auto & name : files) {
+        std::ifstream file(name, std::ios::binary | std::ios::ate);
+        if (!file) {
+            throw std::runtime_error("the model cannot be read: " + name);
+        }
+        const uint64_t size = file.tellg();
+        hash.add(&size, sizeof(size));
+        file.seekg(0);
+        bool ok = hash.add(file, std::min(size, HEAD));
+        for (uint64_t i = 0; ok && size > HEAD + SAMPLE && i < N_SAMPLES; i++) {
+            file.seekg(HEAD + (size - HEAD - SAMPLE) / (N_SAMPLES - 1) * i);
+            ok = hash.add(file, SAMPLE);
+        }
+        if (!ok) {
+            throw std::runtime_error("the model cannot be read: " + name);
+        }
+    }
+    return hex(hash.digest());
+}
+
+namespace {
+
+// Write a file; write_state writes upstream's part and returns its size.
+template <typename F>
+size_t save(const std::string & path, const server_prompt & prompt, const bytes & draft,
+            const server_slot_identity & identity, F && write_state) {
+    const std::string part = path + ".part";
+    try {
+        const std::vector<char> packed = prompt.tokens.serialize();
+        GGML_ASSERT(packed.size() % sizeof(llama_token) == 0);
+
+        file_end end{ write_state(part, packed), 0, 0, MAGIC_END };
+        if (end.size == 0) {
+            throw std::runtime_error("the state cannot be written; the log has details");
+        }
+        {
+            std::ofstream file(part, std::ios::binary | std::ios::app);
+            write_sections(file, prompt, draft, identity);
+            file.write((const char *) &end.size, sizeof(end.size));
+            file.close();
+            if (!file) {
+                throw std::runtime_error("the file cannot be written");
+            }
+        }
+        const uint64_t size = std::filesystem::file_size(part);
+        {
+            std::ifstream file(part, std::ios::binary);
+            hasher        hash;
+            if (!hash.add(file, size)) {
+                throw std::runtime_error("the file cannot be read back");
+            }
+            end.hash_low  = hash.digest().low64;
+            end.hash_high = hash.digest().high64;
+        }
+        {
+            std::ofstream file(part, std::ios::binary | std::ios::app);
+            file.write((const char *) &end.hash_low, sizeof(end) - sizeof(end.size));
+            file.close();
+            if (!file) {
+                throw std::runtime_error("the file cannot be written");
+            }
+        }
+        flush_to_disk(part);
+        std::filesystem::rename(part, path);
+        return size + sizeof(end) - sizeof(end.size);
+    } catch (...) {
+        std::error_code ignored;
+        if (std::filesystem::is_regular_file(part, ignored)) {
+            std::filesystem::remove(part, ignored);
+        }
+        throw;
+    }
+}
+
+} // namespace
+
+size_t server_slot_save(const std::string & path, const server_prompt & prompt, llama_context * ctx_tgt,
+                        llama_context * ctx_dft, llama_seq_id id, const server_slot_identity & identity) {
+    const bytes draft = ctx_dft ? state_of(ctx_dft, id, LLAMA_STATE_SEQ_FLAGS_NONE) : bytes();
+    return save(path, prompt, draft, identity, [&](const std::string & part, const std::vector<char> & packed) {
+        return llama_state_seq_save_file(ctx_tgt, part.c_str(), id, reinterpret_cast<const llama_token *>(packed.data()),
+                                         packed.size() / sizeof(llama_token));
+    });
+}
+
+size_t server_slot_save(const std::string & path, const server_prompt_cache_state & state,
+                        const server_slot_identity & identity) {
+    constexpr size_t N_HEAD = sizeof(uint32_t) + sizeof(llama_seq_id); // a magic number and the sequence, in memory only
+    return save(path, state.prompt, state.data.drft, identity, [&](const std::string & part, const std::vector<char> & packed) {
+        const uint32_t head[] = { LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION,
+                                  (uint32_t) (packed.size() / sizeof(llama_token)) };
+        std::ofstream  file(part, std::ios::binary);
+        file.write((const char *) head, sizeof(head));
+        file.write(packed.data(), packed.size());
+        file.write((const char *) state.data.main.data() + N_HEAD, state.data.main.size() - N_HEAD);
+        file.close();
+        return file ? sizeof(head) + packed.size() + state.data.main.size() - N_HEAD : 0;
+    });
+}
+
+server_prompt server_slot_restore(const std::string & path, bool has_mtmd, int32_t n_ctx, llama_context * ctx_tgt,
+                                  llama_context * ctx_dft, llama_seq_id id, const server_slot_identity & identity,
+                                  size_t & n_bytes) {
+    std::ifstream file(path, std::ios::binary | std::ios::ate);
+    if (!file) {
+        throw std::runtime_error("the file does not exist or cannot be read");
+    }
+    n_bytes            = file.tellg();
+    const auto end     = read_end(file, n_bytes);
+    const bool own     = end.magic == MAGIC_END;
+    const auto n_state = own ? end.size : n_bytes;
+
+    sections found;
+    if (own) {
+        found = read_sections(file, end.size, n_bytes - sizeof(end));
+        check_identity(found.identity, identity);
+        if (ctx_dft && found.identity[DRAFT_MODEL] != identity.at(DRAFT_MODEL)) {
+            found.draft.clear();
+            found.checkpoints.clear(); // both models have to go back to them
+        }
+    }
+
+    server_prompt prompt;
+    uint32_t      n_packed = 0;
+    prompt.tokens          = read_tokens(file, n_state, has_mtmd, n_ctx, ctx_tgt, n_packed);
+    file.close();
+
+    // a file of upstream has no checksum: what is in the slot now comes back if the file turns out to be damaged
+    std::vector<std::pair<llama_context *, bytes>> before;
+    for (llama_context * ctx : { ctx_tgt, ctx_dft }) {
+        if (ctx) {
+            before.emplace_back(ctx, llama_memory_seq_pos_max(llama_get_memory(ctx), id) < 0 ?
+                                         bytes() :
+                                         state_of(ctx, id, LLAMA_STATE_SEQ_FLAGS_NONE));
+        }
+    }
+    try {
+        prompt.checkpoints = restore(path, n_state, n_packed, prompt.tokens, found, ctx_tgt, ctx_dft, id);
+    } catch (...) {
+        for (const auto & [ctx, data] : before) {
+            llama_memory_seq_rm(llama_get_memory(ctx), id, -1, -1);
+            if (!data.empty() && !set_state(ctx, id, data, LLAMA_STATE_SEQ_FLAGS_NONE)) {
+                for (const auto & [other, unused] : before) {
+                    llama_memory_seq_rm(llama_get_memory(other), id, -1, -1);
+                }
+                throw std::runtime_error("the slot cannot be restored and is empty now");
+            }
+        }
+        throw;
+    }
+    return prompt;
+}

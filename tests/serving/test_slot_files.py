@@ -1,0 +1,214 @@
+"""Saved slots: they restore all of a slot, and a file that is damaged or of another model changes nothing.
+
+`KIMI_FUZZ=1000` tries that many damaged files.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+import urllib.error
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from llama_server import Answer, Server, serving
+
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = pytest.mark.engine
+
+DAMAGED = int(os.environ.get("KIMI_FUZZ", "60"))
+PROMPT = "define: elephant\n" + "The largest living land animal, with a trunk and two tusks of ivory. " * 90
+COUNT = 16
+END = struct.Struct("<QQQQ")  # of a file: size of upstream's part, checksum, magic
+
+Start = Callable[..., AbstractContextManager[Server]]
+
+
+@pytest.fixture(scope="module")
+def gguf(demo_gguf: Callable[[str], Path]) -> Path:
+    return demo_gguf("F32")
+
+
+@pytest.fixture
+def start(tmp_path: Path, engine: Engine, gguf: Path) -> Start:
+    """Starts a server with one slot that saves in the test's folder."""
+    return lambda *options: serving(
+        engine, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/", *options
+    )
+
+
+def ask(server: Server, prompt: str = PROMPT) -> Answer:
+    return server.complete(prompt, COUNT, cache_prompt=True)
+
+
+def slot(server: Server, action: str, file: str = "slot.bin") -> None:
+    server.post(f"/slots/0?action={action}", {"filename": file})
+
+
+def refusal(server: Server, file: str) -> str | None:
+    """The reason why a file was not restored; None: it was."""
+    try:
+        slot(server, "restore", file)
+    except urllib.error.HTTPError as error:
+        assert error.code == 400
+        return error.read().decode()
+    return None
+
+
+def checkpoints(server: Server) -> list[int]:
+    with_slots = server.get("/slots")
+    return [each["n_tokens"] for each in with_slots[0]["checkpoints"]]
+
+
+def test_a_restored_slot_has_its_checkpoints(start: Start) -> None:
+    with start() as server:
+        first = ask(server)
+        made = checkpoints(server)
+        slot(server, "save")
+    assert len(made) >= 2
+    with start() as server:
+        slot(server, "restore")
+        assert checkpoints(server) == made
+        again = ask(server)
+        shorter = ask(server, PROMPT[: len(PROMPT) * 3 // 4])
+    assert again.ids == first.ids
+    assert again.timings["prompt_n"] == 4
+    assert shorter.timings["cache_n"] >= 1024
+    with start() as server:
+        assert shorter.ids == ask(server, PROMPT[: len(PROMPT) * 3 // 4]).ids
+
+
+def test_a_file_of_upstream_is_restored_without_checkpoints(
+    tmp_path: Path, start: Start, upstream: Engine, gguf: Path
+) -> None:
+    with serving(upstream, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/") as server:
+        ask(server)
+        slot(server, "save")
+    with start() as server:
+        expected = ask(server, PROMPT + "define: river\n")
+    with start() as server:
+        slot(server, "restore")
+        assert checkpoints(server) == []
+        longer = ask(server, PROMPT + "define: river\n")
+    assert longer.ids == expected.ids
+
+
+def test_upstream_restores_our_file(tmp_path: Path, start: Start, upstream: Engine, gguf: Path) -> None:
+    with start() as server:
+        ask(server)
+        slot(server, "save")
+    with serving(upstream, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/") as server:
+        slot(server, "restore")
+        assert server.get("/slots")[0]["n_ctx"] > 0
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, start: Start) -> None:
+    with start() as server:
+        ask(server)
+        (tmp_path / "slot.bin").write_bytes(b"old")
+        in_the_way = tmp_path / "slot.bin.part"
+        in_the_way.mkdir()
+        with pytest.raises(urllib.error.HTTPError):
+            slot(server, "save")
+        assert (tmp_path / "slot.bin").read_bytes() == b"old"
+        in_the_way.rmdir()
+        slot(server, "save")
+    assert not (tmp_path / "slot.bin.part").exists()
+
+
+def test_a_file_of_another_model_or_cache_is_refused(
+    tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path], start: Start
+) -> None:
+    with start() as server:
+        ask(server)
+        slot(server, "save")
+    options = ("-np", "1", "--slot-save-path", f"{tmp_path}/")
+    with serving(engine, tmp_path, demo_gguf("Q8_0"), *options) as server:
+        before = ask(server)
+        assert "another model" in str(refusal(server, "slot.bin"))
+        assert ask(server).timings["prompt_n"] == 4
+        assert ask(server).ids == before.ids
+    with start("-ctk", "q8_0", "-ctv", "q8_0") as server:
+        assert "K cache type: expected q8_0, found f32" in str(refusal(server, "slot.bin"))
+
+
+def damaged(content: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Truncated files, files with changed bytes, and files with bytes that were removed or added."""
+    chance = random.Random(seed)
+    (own,) = struct.unpack_from("<Q", content, len(content) - END.size)
+    for number in range(count):
+        kind = number % 6
+        data = bytearray(content)
+        place = chance.randrange(len(data))
+        if kind == 0:
+            del data[place:]
+        elif kind == 1:
+            data[place] ^= 1 << chance.randrange(8)
+        elif kind == 2:
+            del data[place : place + chance.randrange(1, 100)]
+        elif kind == 3:
+            data[place:place] = chance.randbytes(chance.randrange(1, 100))
+        elif kind == 4:  # the end is whole: only the checksum can tell
+            place = chance.randrange(len(data) - END.size)
+            data[place : place + 4] = chance.randbytes(4)
+        else:  # upstream's part alone, which has no checksum
+            del data[own:]
+            place = chance.randrange(own)
+            del data[place:]
+        if data != content:
+            yield f"{number}, kind {kind}, at {place}", bytes(data)
+
+
+def test_a_damaged_file_changes_nothing(tmp_path: Path, start: Start) -> None:
+    with start() as server:
+        first = ask(server)
+        slot(server, "save")
+        content = (tmp_path / "slot.bin").read_bytes()
+        for name, data in damaged(content, DAMAGED, seed=1):
+            (tmp_path / "damaged.bin").write_bytes(data)
+            assert refusal(server, "damaged.bin"), name
+            again = ask(server)
+            assert again.timings["prompt_n"] == 4, name
+            assert again.ids == first.ids, name
+
+
+def test_a_file_of_upstream_with_changed_numbers_never_ends_the_server(tmp_path: Path, start: Start) -> None:
+    """It has no checksum, so a changed number can restore another state, but nothing worse."""
+    chance = random.Random(2)
+    with start() as server:
+        ask(server)
+        slot(server, "save")
+        content = (tmp_path / "slot.bin").read_bytes()
+        (own,) = struct.unpack_from("<Q", content, len(content) - END.size)
+        (tokens,) = struct.unpack_from("<I", content, 8)
+        heads = [range(12 + 4 * tokens + 200), range(own - 5000, own), range(own)]
+        for number in range(DAMAGED):
+            data = bytearray(content[:own])
+            place = chance.choice(heads[number % 3]) & ~3
+            value = chance.choice([0, 1, 2, -1, 2**31 - 1, chance.getrandbits(31)])
+            data[place : place + 4] = struct.pack("<i", value)
+            (tmp_path / "damaged.bin").write_bytes(bytes(data[:own]))
+            refusal(server, "damaged.bin")
+            assert len(ask(server).ids) == COUNT, (place, value)
+
+
+def test_kept_slots_come_back_after_a_restart(tmp_path: Path, start: Start) -> None:
+    other = (
+        "define: river\n" + "A large natural stream of water that flows into the sea or into a lake. " * 40
+    )
+    with start("--keep-slots") as server:
+        first, second = ask(server), ask(server, other)
+    assert sorted(file.name for file in tmp_path.glob("kept-*")) == ["kept-0000.bin", "kept-0001.bin"]
+    with start("--keep-slots") as server:
+        for prompt, before in ((PROMPT, first), (other, second)):
+            again = ask(server, prompt)
+            assert again.ids == before.ids
+            assert again.timings["prompt_n"] == 4
+    (tmp_path / "kept-0000.bin").write_bytes(b"not a slot")
+    with start("--keep-slots") as server:
+        assert "kept-0000.bin is not restored" in server.log.read_text()
+        assert ask(server).timings["prompt_n"] + ask(server, other).timings["prompt_n"] > 8
