@@ -180,6 +180,25 @@ def test_the_announcement_of_a_build_is_invisible_to_upstream(worker: RpcWorker)
     assert_serves(worker)
 
 
+def test_a_worker_gives_signs_of_life_while_it_computes(worker: RpcWorker) -> None:
+    """Only to clients that know them."""
+    side = 2048  # of a matrix
+    square = {"ne": (side, side, 1, 1), "nb": (4, 4 * side, 4 * side * side, 4 * side * side)}
+    for announced in (False, True):
+        with connect(worker) as client:
+            if announced:
+                client.ask(rpc.BUILD, b"0" * 64)
+            buffer = client.allocate(3 * 4 * side * side)
+            sources = [value(buffer, i, data=buffer.base + i * 4 * side * side, **square) for i in (1, 2)]
+            results = [
+                value(buffer, i, data=buffer.base, op=rpc.OP_MUL_MAT, src=(1, 2), **square)
+                for i in range(3, 15)
+            ]
+            client.send(rpc.GRAPH_COMPUTE, rpc.graph([each.id for each in results], [*sources, *results]))
+            client.ask(rpc.GET_TENSOR, reads(value(buffer, data=buffer.base), 0, 4))
+            assert (client.signs_of_life > 0) == announced
+
+
 def replaced(command: int, answer: bytes | None) -> rpc.Answer:
     """A worker that answers one command like this."""
     honest = Memory()
@@ -234,3 +253,27 @@ def test_a_client_survives_wrong_results(
         for layers in (LAYERS, 1):
             setup = Setup(workers=(endpoint,), n_gpu_layers=layers)
             play(engine, small, setup, [decode(*text(0, range(8)))])
+
+
+def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
+    engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It computes for longer than the deadline."""
+    honest = Memory()
+
+    def answer(command: int, request: bytes) -> Iterator[bytes]:
+        if command == rpc.HELLO:
+            yield framed(struct.pack("<4B24x", *rpc.VERSION, 1))
+        elif command == rpc.BUILD:
+            yield framed(bytes(64))
+        elif command == rpc.GET_TENSOR:
+            for _ in range(4):
+                time.sleep(1)
+                yield rpc.SIGN_OF_LIFE
+        if command not in (rpc.HELLO, rpc.BUILD):
+            yield honest(command, request) or b""
+
+    monkeypatch.setenv("KIMI_OPS", "")
+    monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
+    with fake_worker(answer) as endpoint:
+        play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])

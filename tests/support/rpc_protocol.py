@@ -21,7 +21,8 @@ BUILD, SUPPORTS_OP = 0xE0, 0xE1
 VERSION = (7, 0, 0)
 F32, Q4_0 = 0, 2
 FLAG_COMPUTE = 16
-OP_ADD, OP_MAP_CUSTOM1, OP_KDA_CONV = 2, 92, 101
+OP_ADD, OP_MUL_MAT, OP_MAP_CUSTOM1, OP_KDA_CONV = 2, 29, 92, 101
+SIGN_OF_LIFE = b"\xff" * 8
 
 TENSOR = struct.Struct("<QIQ4I4II16ii10QQQQ64si")
 assert TENSOR.size == 296
@@ -70,6 +71,7 @@ class Client:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.signs_of_life = 0
 
     def __enter__(self) -> Client:
         return self
@@ -84,8 +86,9 @@ class Client:
     def ask(self, command: int, request: bytes) -> bytes:
         """Send a command and return its answer."""
         self.send(command, request)
-        (size,) = struct.unpack("<Q", self._read(8))
-        return self._read(size)
+        while (size := self._read(8)) == SIGN_OF_LIFE:
+            self.signs_of_life += 1
+        return self._read(struct.unpack("<Q", size)[0])
 
     def _read(self, size: int) -> bytes:
         data = b""
@@ -169,7 +172,8 @@ def fake_worker(answer: Answer) -> Iterator[str]:
                     answered = answer(command, self.rfile.read(size))
                     if answered is None:
                         return
-                    self.wfile.write(answered)
+                    for part in [answered] if isinstance(answered, bytes) else answered:
+                        self.wfile.write(part)
 
     class Listener(socketserver.ThreadingTCPServer):
         daemon_threads = True
