@@ -40,6 +40,7 @@ from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.shapes import TYPES, BenchModel
+from kimi_gguf.bench.workers import measure_workers
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.builds import Engine, ensure, options_of
 from kimi_gguf.engine.errors import EngineError
@@ -59,6 +60,9 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
             page.write_page(manifest.selected(), manifest.page)
+            return 0
+        if parsed.workers:
+            measure_workers(parsed)
             return 0
         records = [each for file in parsed.records or () for each in load_all(file)]
         records = records or [Run(parsed, words).all()]

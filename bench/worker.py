@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,13 @@ class Requests:
         self._load_backend()
         return {"devices": self._llama.devices()}
 
-    def load(self, gguf: str, repack: bool, device: str | None = None) -> dict[str, Any]:
-        """Load the model, on a device with all layers; `seconds` is the time of loading alone."""
-        params: dict[str, Any] = {"n_gpu_layers": 0}
+    def load(
+        self, gguf: str, repack: bool, device: str | None = None, workers: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Load the model, on a device or on workers with all layers; `seconds` is the time of loading alone."""
+        params: dict[str, Any] = {"n_gpu_layers": -1 if workers else 0}
+        for endpoint in workers:
+            self._llama.add_worker(endpoint)
         if device is not None:
             self._load_backend()
             params = {"n_gpu_layers": -1, "split_mode": self._llama.api.LLAMA_SPLIT_MODE_NONE}
@@ -68,6 +73,11 @@ class Requests:
             "n_vocab": self._model.n_vocab,
             "system": self._llama.system,
         }
+
+    def traffic(self, workers: Sequence[str]) -> dict[str, int]:
+        """Bytes sent to and received from the workers so far."""
+        sent, received = zip(*map(self._llama.traffic, workers), strict=True) if workers else ((0,), (0,))
+        return {"sent": sum(sent), "received": sum(received)}
 
     def context(self, name: str, **options: Any) -> dict[str, Any]:
         """Create the context `name` if it does not exist; see BenchContext for the options."""

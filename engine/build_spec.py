@@ -36,6 +36,8 @@ OPTIONS = {
     "FETCHCONTENT_FULLY_DISCONNECTED": "ON",
     "GGML_CCACHE": "OFF",  # the launcher is set here, for llama.cpp's own files too
     "GGML_NATIVE": "ON",
+    "GGML_RPC": "ON",
+    "GGML_RPC_RDMA": "OFF",  # it waits without a deadline, and its library would become a requirement
     "LLAMA_BUILD_APP": "OFF",
     "LLAMA_BUILD_EXAMPLES": "ON",  # only configured, except llama-speculative-simple
     "LLAMA_BUILD_SERVER": "ON",
@@ -55,8 +57,9 @@ BACKENDS: dict[str, dict[str, str]] = {
 LIBRARIES = ("llama", "mtmd")
 
 PROGRAMS = (
-    "llama-batched-bench", "llama-bench", "llama-cli", "llama-completion", "llama-gguf-split", "llama-imatrix",
-    "llama-perplexity", "llama-quantize", "llama-server", "llama-speculative-simple", "llama-tokenize",
+    "ggml-rpc-server", "llama-batched-bench", "llama-bench", "llama-cli", "llama-completion", "llama-gguf-split",
+    "llama-imatrix", "llama-perplexity", "llama-quantize", "llama-server", "llama-speculative-simple",
+    "llama-tokenize",
 )  # fmt: skip
 
 TEST_PROGRAMS = (
@@ -89,6 +92,12 @@ class BuildSpec:
         """The sources' identity: the archive's hash, or the checkout's tree hash."""
         tree = self.source_tree
         return f"archive {self.pin.archive_sha256}" if tree is None else f"tree {tree.hash()}"
+
+    @cached_property
+    def sources(self) -> str:
+        """Identifies the patched sources: programs of builds with the same value use our operators over RPC."""
+        text = f"{self.origin} {self.series.digest()}"
+        return "" if self.upstream else hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def key(self) -> str:

@@ -45,6 +45,7 @@ def compile_tree(
     command += ["-S", str(work / "src"), "-B", str(work / "build")]
     command += [f"-D{name}={value}" for name, value in spec.options]
     command += [f"-DLLAMA_BUILD_COMMIT={spec.commit}", "-DLLAMA_BUILD_NUMBER=0"]
+    command += [f"-DGGML_KIMI_BUILD_ID={spec.sources}"]
     launcher = shutil.which("ccache")
     languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]

@@ -88,6 +88,23 @@ class Llama:
         if not ggml.ggml_backend_load(path.encode()):
             raise LlamaError(f"{path}: the backend cannot be loaded")
 
+    def add_worker(self, endpoint: str) -> None:
+        """Add the devices of a worker (`kimi-llama worker`), such as 10.0.0.2:50052."""
+        rpc = library("ggml-rpc")
+        rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+        registry = rpc.ggml_backend_rpc_add_server(endpoint.encode())
+        if not registry:
+            raise self.error(f"the worker {endpoint} cannot be used")
+        library("ggml").ggml_backend_register(ctypes.c_void_p(registry))
+
+    def traffic(self, endpoint: str) -> tuple[int, int]:
+        """Bytes sent to and received from a worker since the connection was made (patched builds only)."""
+        sent, received = ctypes.c_uint64(), ctypes.c_uint64()
+        library("ggml-rpc").ggml_backend_rpc_traffic(
+            endpoint.encode(), ctypes.byref(sent), ctypes.byref(received)
+        )
+        return sent.value, received.value
+
     def devices(self) -> list[dict[str, Any]]:
         """Name, description, kind and memory of each device."""
         ggml, found = library("ggml"), []

@@ -47,6 +47,7 @@ _QUIET = (  # only text and warnings: no list of the model's metadata and tensor
     ("--verbosity", "2"),
 )
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
+_WORKERS = "--workers"  # our name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
 _SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp does not use the draft
 
@@ -55,12 +56,28 @@ which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-ll
 that `kimi-llama build` makes. A name is a backend and the settings that are not the defaults (cpu, cuda,
 cpu+GGML_NATIVE=OFF); `kimi-llama doctor` lists the builds. Standard error names the one that runs."""
 
+_WORKER_HELP = """\
+  kimi-llama worker                                      on loopback, for an ssh tunnel
+  kimi-llama worker --host 10.0.0.2 --cache              on a private network
+
+A worker computes for one client at a time: kimi-llama serve|run|chat|bench MODEL --workers HOST:PORT,...
+The client sends the weights; no model is needed here. Our operators run on workers of the same patched build; on
+others upstream's graph does.
+
+There is no authentication and no encryption: whoever reaches the port can use and end the worker, and read what it
+computes. It listens on loopback unless --host is given. Give --host only on a network that you trust, for instance the
+address of a WireGuard interface; or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. docs/serving.md says
+more."""
+
+_ELSEWHERE = f"{_WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
+
 TOOLS = {
     "run": Tool(
         "llama-completion",
         "continue a text once",
         'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
-        '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0',
+        '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0\n'
+        '  kimi-llama run model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 -p "The sea is"',
         (_THREADS, _FLASH, _PLAIN, _QUIET),
         drafted="llama-speculative-simple",
     ),
@@ -74,7 +91,8 @@ TOOLS = {
     "serve": Tool(
         "llama-server",
         "serve the model over HTTP with OpenAI's interface",
-        "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf",
+        "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
+        "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
         (_THREADS, _FLASH, _JINJA),
         drafted="llama-server",
     ),
@@ -170,6 +188,17 @@ def _tool(parsed: argparse.Namespace) -> int:
     os.execv(command[0], command)
 
 
+def _worker(parsed: argparse.Namespace) -> int:
+    engine = select(parsed.build, parsed.upstream)
+    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
+    command = [str(engine.bin / "ggml-rpc-server"), "--host", parsed.host, "--port", str(parsed.port)]
+    command += ["--threads", str(parsed.threads)]
+    command += ["--device", parsed.device] if parsed.device else []
+    command += ["--cache"] if parsed.cache else []
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
 def _expect_to_run(engine: Engine) -> None:
     """A GPU build needs its vendor's libraries, which may have been removed; the CPU build is not used instead."""
     try:
@@ -181,6 +210,7 @@ def _expect_to_run(engine: Engine) -> None:
 
 def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
+    given = ["--rpc" if word == _WORKERS else word for word in given]
     options = {argument.split("=", 1)[0] for argument in given}
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & _DRAFT:
@@ -280,12 +310,36 @@ def _parser() -> argparse.ArgumentParser:
             name,
             _tool,
             f"{tool.help} ({tool.program})",
-            f"{tool.example}\n\nAll that follows MODEL goes to {tool.program} unchanged; "
+            f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else ''}"
+            f"All that follows MODEL goes to {tool.program} unchanged; "
             f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n\n{_WHICH}',
         )
         _selection(sub)
         sub.add_argument("model", type=Path, metavar="MODEL", help="a GGUF file")
         sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=f"for {tool.program}")
+
+    sub = command(
+        "worker", _worker, "compute for kimi-llama on another machine (ggml-rpc-server)", _WORKER_HELP.strip()
+    )
+    _selection(sub)
+    add = sub.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="listen on this IPv4 address; there is no authentication (default: %(default)s)")  # fmt: skip
+    add("--port", type=int, default=50052, metavar="PORT", help="listen on this port (default: %(default)s)")
+    add(
+        "--threads",
+        type=int,
+        default=cores(),
+        metavar="N",
+        help="threads of the CPU device (default: %(default)s)",
+    )
+    add(
+        "--device",
+        metavar="NAME,..",
+        help="serve these devices (default: all GPUs, or the CPU if there is none)",
+    )
+    add("--cache", action="store_true",
+        help="keep tensors of more than 10 MiB in ~/.cache/llama.cpp/rpc, so that loading again is fast")  # fmt: skip
 
     sub = command(
         "export-patches",

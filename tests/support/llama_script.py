@@ -30,6 +30,7 @@ class Setup:
     """How the model and its context are made; the defaults keep all of it on the CPU, in float32."""
 
     backend: str | None = None  # a shared library with another backend, loaded first
+    workers: tuple[str, ...] = ()  # HOST:PORT, their devices are RPC0, RPC1, ...
     devices: tuple[str, ...] | None = None  # by name; None: llama.cpp's own choice
     n_gpu_layers: int = 0  # the output counts as one
     offload_kqv: bool = True

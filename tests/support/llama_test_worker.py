@@ -22,6 +22,8 @@ class Player:
         backend = setup.pop("backend")
         if backend is not None:
             llama.load_backend(backend)
+        for endpoint in setup.pop("workers"):
+            llama.add_worker(endpoint)
         self._model = llama.load(gguf, devices=setup.pop("devices"), n_gpu_layers=setup.pop("n_gpu_layers"))
         n_ctx = setup.pop("cells") * setup["n_seq_max"]
         self._setup = {**setup, "n_ctx": n_ctx, "n_batch": 4096}

@@ -1,0 +1,71 @@
+"""`kimi-llama bench FILE --workers HOST:PORT,...`: speed on this machine and over workers, and bytes on the wire.
+
+Input: parsed arguments. Output: a table on standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+from kimi_gguf.bench import report
+from kimi_gguf.bench.cells import SIZES
+from kimi_gguf.bench.models import open_model
+from kimi_gguf.bench.runner import Runner, environment_of
+from kimi_gguf.engine.builds import ensure
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.toolchain import cores
+
+STEPS = 32  # timed decodes of single tokens
+WARM = 2
+
+
+def measure_workers(parsed: argparse.Namespace) -> None:
+    """Measure each batch at each depth, here and over the workers."""
+    if parsed.model is None:
+        raise EngineError("--workers needs a model", todo="name a GGUF file")
+    engine = ensure(False)
+    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
+    model = open_model(parsed.model)
+    batches, depths = SIZES[False, False]
+    depths, batches = parsed.depth or depths, parsed.batch or batches
+    table: report.Rows = [
+        ("batch", "depth", "where", "tokens/s", "bytes sent per token", "bytes received per token")
+    ]
+    threads = (parsed.threads or (cores(),))[0]
+    environment = environment_of(engine, parsed.libraries, "")
+    n_ctx = max(depths) + max(batches) * (WARM + max(map(steps_of, batches)))
+    everywhere: tuple[tuple[str, list[str]], ...] = (
+        ("here", []),
+        (f"{len(parsed.workers)} workers", list(parsed.workers)),
+    )
+    for where, workers in everywhere:
+        with Runner(where, environment) as runner:
+            runner.ask("load", gguf=str(model.path), repack=True, workers=workers)
+            made = runner.ask(
+                "context", name="c", n_ctx=n_ctx, n_batch=max(*batches, 512), n_ubatch=parsed.ubatch, sequences=1,
+                flash=True, cache_type=parsed.cache_type[0], threads=threads,
+            )  # fmt: skip
+            for line in made["fallbacks"]:
+                print(line, file=sys.stderr)
+            for depth in sorted(depths):
+                runner.ask("fill", name="c", depth=depth, file="/dev/null")
+                for batch in batches:
+                    decode: dict[str, Any] = {"name": "c", "batch": batch, "warm": 0, "threads": threads}
+                    runner.ask("time", steps=WARM, back=True, **decode)  # restores the state too
+                    before = runner.ask("traffic", workers=workers)
+                    timed = runner.ask("time", steps=steps_of(batch), back=False, **decode)
+                    after = runner.ask("traffic", workers=workers)
+                    tokens = batch * steps_of(batch)
+                    sent, received = ((after[key] - before[key]) / tokens for key in ("sent", "received"))
+                    speed = batch / statistics.median(timed["seconds"])
+                    numbers = f"{speed:.4g}", f"{sent:,.0f}", f"{received:,.0f}"
+                    table.append((f"{batch}", f"{depth}", where, *numbers))
+    report.show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", table)
+
+
+def steps_of(batch: int) -> int:
+    """Timed decodes of a batch."""
+    return max(2, STEPS // batch)

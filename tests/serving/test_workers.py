@@ -1,0 +1,269 @@
+"""More than one machine: equal answers, operators on workers of the same build only, and workers that die or hang.
+
+KIMI_KILLS=200 kills workers so many times at random moments.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from llama_script import PlayError, Setup, assert_same, decode, play, text
+from llama_server import Server, serving
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from rpc_workers import RpcWorker, rpc_workers
+
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = pytest.mark.engine
+
+PROMPT = "define: elephant\nThe largest living land animal, with a trunk and two tusks of ivory.\n"
+COUNT = 24
+DEADLINE = 3  # seconds
+KILLS = int(os.environ.get("KIMI_KILLS", "4"))
+RECOVERY = 60  # seconds, for a busy machine
+SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
+ALL = len(SPEC.layers) + 1
+IDS = np.random.default_rng(41).integers(0, VOCAB_SIZE, 220)
+PREFILLED = 180  # LATENT_ATTN starts at 160 with this model
+SAME_BUILD = "is this build: it runs the operators"
+UPSTREAM_BUILD = "is an upstream build: it runs upstream's graph"
+
+
+@pytest.fixture(scope="module")
+def gguf(demo_gguf: Callable[[str], Path]) -> Path:
+    return demo_gguf("F32")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
+
+
+def listed(workers: Sequence[RpcWorker]) -> str:
+    return ",".join(worker.endpoint for worker in workers)
+
+
+def ask(server: Server, method: str, path: str, content: dict[str, Any] | None = None) -> tuple[int, str]:
+    """Status and body of one request, also of an error."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RECOVERY)
+    connection.request(method, path, content and json.dumps(content), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def endless(server: Server, stream: bool = False) -> tuple[int, str]:
+    """A request that takes longer than any test, unless it fails."""
+    request = {"prompt": PROMPT, "n_predict": 10**6, "temperature": 0, "ignore_eos": True, "stream": stream}
+    return ask(server, "POST", "/completion", request)
+
+
+def wait_for_tokens(server: Server) -> None:
+    """Wait until a request is being generated."""
+    end = time.monotonic() + RECOVERY
+    while not any(slot["is_processing"] for slot in json.loads(ask(server, "GET", "/slots")[1])):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    time.sleep(0.3)
+
+
+def wait_until_healthy(server: Server) -> None:
+    end = time.monotonic() + RECOVERY
+    while not server.healthy():
+        server.check_runs()
+        assert time.monotonic() < end, "the server does not recover"
+        time.sleep(0.1)
+
+
+def assert_unavailable(server: Server, reason: str) -> None:
+    """Every request gets 503 and the reason, until the model is loaded again."""
+    completion = {"prompt": PROMPT, "n_predict": 1}
+    for method, path, content in (
+        ("GET", "/health", None),
+        ("GET", "/metrics", None),
+        ("POST", "/completion", completion),
+        ("POST", "/tokenize", {"content": "a"}),
+    ):
+        status, body = ask(server, method, path, content)
+        assert status == 503, (path, body)
+        assert reason in body
+    server.check_runs()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_logits_have_the_same_bits(count: int, engine: Engine, small: Path, tmp_path: Path) -> None:
+    """Prompt, and token by token; the output and all layers are on the workers."""
+    steps = [decode(*text(0, IDS[:PREFILLED]))]
+    steps += [decode((0, i, int(IDS[i]))) for i in range(PREFILLED, len(IDS))]
+    local = play(engine, small, Setup(flash_attention=True), steps)
+    with rpc_workers(engine, tmp_path, count) as workers:
+        endpoints = tuple(worker.endpoint for worker in workers)
+        setup = Setup(flash_attention=True, workers=endpoints, n_gpu_layers=ALL)
+        remote = play(engine, small, setup, steps)
+    assert remote.log.count(SAME_BUILD) == count
+    assert "kda: operators in use" in remote.log
+    assert "stays absorbed" not in remote.log
+    assert np.array_equal(remote.logits, local.logits)
+
+
+def test_a_server_answers_the_same_over_two_workers(engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    with serving(engine, tmp_path, gguf) as server:
+        expected = server.complete(PROMPT, COUNT).ids
+    with rpc_workers(engine, tmp_path, 2) as workers:
+        with serving(engine, tmp_path, gguf, "--rpc", listed(workers)) as server:
+            assert server.complete(PROMPT, COUNT).ids == expected
+        log = server.log.read_text(errors="replace")
+    assert "kda: operators in use" in log
+    assert all(f"{worker.endpoint} {SAME_BUILD}" in log for worker in workers)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_killed_worker(stream: bool, engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    """Requests in flight and later ones fail with 503; the server recovers when the worker is back."""
+    with (
+        rpc_workers(engine, tmp_path, 2) as workers,
+        serving(
+            engine, tmp_path, gguf, "--rpc", listed(workers), "-np", "2", "--slots", "--metrics"
+        ) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        server.check_requests = lambda: None  # type: ignore[method-assign]  # failed requests are not counted
+        expected = server.complete(PROMPT, COUNT).ids
+        waiting = [pool.submit(endless, server, stream) for _ in range(3)]  # one more than there are slots
+        wait_for_tokens(server)
+        workers[1].send(signal.SIGKILL)
+        reason = f"{workers[1].endpoint} is lost"
+        for each in waiting:
+            status, body = each.result(RECOVERY)
+            assert status == (200 if stream and '"content"' in body else 503)
+            assert '"code":503' in body and reason in body
+        assert_unavailable(server, reason)
+        workers[1].start()
+        wait_until_healthy(server)
+        assert server.complete(PROMPT, COUNT).ids == expected
+
+
+def test_a_worker_that_dies_while_nobody_asks(engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    with (
+        rpc_workers(engine, tmp_path, 1) as workers,
+        serving(engine, tmp_path, gguf, "--rpc", listed(workers)) as server,
+    ):
+        workers[0].send(signal.SIGKILL)
+        end = time.monotonic() + 10
+        while server.healthy():
+            assert time.monotonic() < end, "the server does not notice"
+            time.sleep(0.1)
+        workers[0].start()
+        wait_until_healthy(server)
+        assert server.complete(PROMPT, COUNT).ids
+
+
+def test_a_worker_that_hangs(
+    engine: Engine, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GGML_RPC_DEADLINE", str(DEADLINE))
+    with (
+        rpc_workers(engine, tmp_path, 2) as workers,
+        serving(engine, tmp_path, gguf, "--rpc", listed(workers), "--slots", "--metrics") as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        server.check_requests = lambda: None  # type: ignore[method-assign]
+        expected = server.complete(PROMPT, COUNT).ids
+        waiting = pool.submit(endless, server)
+        wait_for_tokens(server)
+        workers[0].send(signal.SIGSTOP)
+        began = time.monotonic()
+        status, body = waiting.result(RECOVERY)
+        assert status == 503
+        assert f"no progress in receiving for {DEADLINE} s" in body
+        assert DEADLINE - 1 < time.monotonic() - began < DEADLINE + 10
+        assert_unavailable(server, f"{workers[0].endpoint} is lost")
+        workers[0].send(signal.SIGCONT)
+        wait_until_healthy(server)
+        assert server.complete(PROMPT, COUNT).ids == expected
+
+
+def test_an_upstream_worker_runs_upstreams_graph(
+    engine: Engine, upstream: Engine, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [decode(*text(0, IDS[:PREFILLED])), decode((0, PREFILLED, 7))]
+    local = play(engine, small, Setup(flash_attention=True), steps)
+    with rpc_workers(upstream, tmp_path, 1) as workers:
+        setup = Setup(flash_attention=True, workers=(workers[0].endpoint,), n_gpu_layers=ALL)
+        with pytest.raises(PlayError, match="KIMI_OPS=require: KDA operators cannot be used: RPC0"):
+            play(engine, small, setup, steps)
+        monkeypatch.setenv("KIMI_OPS", "")
+        remote = play(engine, small, setup, steps)
+    assert remote.log.count(f"{workers[0].endpoint} {UPSTREAM_BUILD}") == 1
+    assert "kda: operators not used, upstream's graph instead: RPC0" in remote.log
+    assert "latent attention: layer 2 stays absorbed in large batches: RPC0" in remote.log
+    assert_same(remote.logits, local.logits)
+
+
+def test_an_upstream_client_uses_our_worker(
+    engine: Engine, upstream: Engine, small: Path, tmp_path: Path
+) -> None:
+    steps = [decode(*text(0, IDS[:PREFILLED])), decode((0, PREFILLED, 7))]
+    local = play(upstream, small, Setup(), steps)
+    with rpc_workers(engine, tmp_path, 1) as workers:
+        remote = play(upstream, small, Setup(workers=(workers[0].endpoint,), n_gpu_layers=ALL), steps)
+        assert workers[0].running()
+    assert_same(remote.logits, local.logits)
+
+
+def test_a_worker_that_is_not_there(engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    with rpc_workers(engine, tmp_path, 1) as workers:
+        workers[0].send(signal.SIGKILL)
+        command = [engine.bin / "llama-server", "--model", gguf, "--rpc", workers[0].endpoint]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=RECOVERY, check=False)
+    assert result.returncode == 1
+    assert f"no device at RPC server {workers[0].endpoint}" in result.stdout + result.stderr
+
+
+def test_kills_at_random_moments(engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    """While loading, reading a prompt, generating, or recovering: no wrong answer, and the server never ends."""
+    chance = random.Random(KILLS)
+    with (
+        rpc_workers(engine, tmp_path, 2) as workers,
+        serving(engine, tmp_path, gguf, "--rpc", listed(workers), "-np", "2") as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        server.check_requests = lambda: None  # type: ignore[method-assign]
+        expected = server.complete(PROMPT, COUNT).ids
+        request = {
+            "prompt": PROMPT,
+            "n_predict": COUNT,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_tokens": True,
+        }
+        for _ in range(KILLS):
+            asked = [pool.submit(ask, server, "POST", "/completion", request) for _ in range(3)]
+            time.sleep(chance.uniform(0, 1.5))
+            worker = chance.choice(workers)
+            worker.send(signal.SIGKILL)
+            time.sleep(chance.uniform(0, 1.5))
+            worker.start()
+            time.sleep(chance.uniform(0, 1.5))  # the next kill can hit the reload
+            for each in asked:
+                status, body = each.result(RECOVERY)
+                assert status in (200, 503), body
+                assert status == 503 or tuple(json.loads(body)["tokens"]) == expected
+            server.check_runs()
+        wait_until_healthy(server)
+        assert server.complete(PROMPT, COUNT).ids == expected
