@@ -197,6 +197,10 @@ def _summary(report: Report, html: Path) -> None:
         verdict = "[green]pass[/]" if gate.passed else "[bold red]FAIL[/]"
         where = f" ({gate.variant})" if gate.variant else ""
         console.print(f"{verdict}  {gate.title}{where}: {number_text(gate.found)}, {limit_text(gate)}")
+    for failure in report.tensors.failures:
+        console.print(f"      {failure}", markup=False, soft_wrap=True)
+    for said in report.unchecked:
+        console.print(f"note  {said}", markup=False, soft_wrap=True)
     console.print(f"[bold]{'PASS' if report.passed else 'FAIL'}[/]  report: {html}")
 
 

@@ -16,14 +16,14 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from kimi_gguf.validate.gates import DIVERGED, GateResult
+from kimi_gguf.validate.gates import DIVERGED, LIMITS, GateResult
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Measured
 from kimi_gguf.validate.metrics import LayerError, Summary, first_diverging
 from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.tensors import TensorProof
 
-SCHEMA = "kimi-gguf/validation-report/1"
+SCHEMA = "kimi-gguf/validation-report/2"
 FACTS = ("gguf", "checkpoint", "ids", "engine", "machine", "reference")  # fields of Report
 SUMMARIES = ("all", "judged", "same_experts", "other_experts")  # fields of Measured
 
@@ -88,6 +88,20 @@ class Report:
         return all(gate.passed for gate in self.gates)
 
     @property
+    def unchecked(self) -> list[str]:
+        """What the gates do not cover, one sentence each."""
+        kind, bounded = self.gguf["type"], len(self.tensors.bounded)
+        said = []
+        if kind not in LIMITS:
+            said.append(f"No limits of the logits exist for {kind}.")
+        if bounded:
+            said.append(
+                f"{bounded} tensors were checked only by their NMSE; `convert-kimi verify` compares the bytes of a "
+                "file that convert-kimi made."
+            )
+        return said
+
+    @property
     def headline(self) -> Measured:
         """The run whose figures are shown first and in the plots."""
         return self.runs[0]
@@ -135,6 +149,7 @@ def to_json(report: Report) -> str:
         ],
         "noise_floor": {"n_ubatch": report.floor_ubatch, **asdict(report.floor)},
         "first_diverging_layer": report.diverging.layer if report.diverging else None,
+        "unchecked": report.unchecked,
         "tensors": {**asdict(report.tensors), "proved": report.tensors.proved},
         "greedy": asdict(report.greedy),
         "worst": [asdict(worst) for worst in report.worst],

@@ -1,6 +1,8 @@
 """Check that every tensor of a GGUF file has the checkpoint's values, within the precision of its type.
 
-Input: a GGUF file made by any converter, an open checkpoint. Output: `TensorProof`.
+Input: a GGUF file made by any converter, an open checkpoint. Output: `TensorProof`. F32, F16, BF16 and Q8_0 are proved
+value by value. The values of the other types depend on the quantizer and its importance matrix: for them the NMSE is
+limited.
 
 The expected values are computed here, independently of the converter's code; only its table of names and shapes is
 used. Tensors are compared chunk by chunk, so that no whole tensor is in memory.
@@ -8,13 +10,13 @@ used. Tensors are compared chunk by chunk, so that no whole tensor is in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
 import numpy as np
-from gguf import GGMLQuantizationType as Kind
 from numpy.typing import NDArray
 
 from kimi_gguf.convert.model.config import KimiConfig
@@ -22,6 +24,7 @@ from kimi_gguf.convert.model.tensor_table import Output, Transform, outputs
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_parts
+from kimi_gguf.engine.tensor_types import Bytes, TensorType
 from kimi_gguf.validate.errors import ValidateError
 
 Float32s = NDArray[np.float32]
@@ -34,23 +37,83 @@ EXP_ULPS = 3  # allowed error of float32 exp in different libraries, in units in
 SMALLEST_STEP = 2.0**-25  # half of F16's smallest number: the largest absolute error of a tiny scale
 MAX_FAILURES = 20  # failures that are described; the rest are only counted
 
+# The largest NMSE of a matrix (a tensor, an expert, a head) by type: about twice the largest that correct quantization
+# has (docs/validation.md#limits-of-quantized-tensors), and below 1, the NMSE of a matrix of zeros.
+NMSE_LIMITS = {
+    "Q4_0": 0.06, "Q4_1": 0.03, "Q5_0": 0.03, "Q5_1": 0.01,
+    "Q2_K": 0.3, "Q3_K": 0.1, "Q4_K": 0.06, "Q5_K": 0.02, "Q6_K": 0.02,
+    "IQ1_S": 0.8, "IQ1_M": 0.75, "IQ2_XXS": 0.9, "IQ2_XS": 0.75, "IQ2_S": 0.75, "IQ3_XXS": 0.45, "IQ3_S": 0.45,
+    "IQ4_NL": 0.06, "IQ4_XS": 0.06, "MXFP4": 0.06, "NVFP4": 0.04,
+    "TQ1_0": 0.85, "TQ2_0": 0.85, "Q1_0": 0.95, "Q2_0": 0.75,
+}  # fmt: skip
+# The same for a row. With the types that are not listed, a correct row can have an NMSE near or above 1.
+ROW_NMSE_LIMIT = 0.5
+ROW_LIMITED = frozenset(
+    ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
+)
+SMALL_ROW = 0.01  # rows with less than this share of the mean row's squared norm count as having this share
+UNIT = 32  # elements that are summed together; rows of block types are a multiple of it
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A tensor that was checked by its NMSE only."""
+
+    name: str
+    type: str
+    nmse: float  # of the matrix with the largest
+    limit: float
+    row_nmse: float  # of the row with the largest
+    row_limit: float | None
+
+
+@dataclass(frozen=True)
+class TypeSummary:
+    """The tensors of one type that were checked by their NMSE only; `nmse` and `row_nmse` are the largest."""
+
+    type: str
+    tensors: int
+    nmse: float
+    limit: float
+    row_nmse: float
+    row_limit: float | None
+
 
 @dataclass
 class TensorProof:
-    """Result of the comparison; `proved` is true if no tensor failed."""
+    """Result of the comparison; `proved` is true if every value of every tensor was proved."""
 
     exact: int = 0  # bit-identical tensors: F32, or F16 and BF16 from a checkpoint of the same type
     rounded: int = 0  # F16 and BF16 tensors in which every value is correctly rounded
     quantised: int = 0  # Q8_0 tensors in which every value is within half a step
-    # tensors of other types, which are not judged: name -> NMSE
-    unproved: dict[str, float] = field(default_factory=dict)
+    bounded: list[Bounded] = field(
+        default_factory=list
+    )  # tensors of other types, also those over their limit
     failures: list[str] = field(default_factory=list)
     failed: int = 0
     misfits: int = 0  # failed tensors that are missing, unknown, or have a wrong shape
 
     @property
     def proved(self) -> bool:
-        return self.failed == 0
+        return self.failed == 0 and not self.bounded
+
+    @property
+    def bounded_types(self) -> list[TypeSummary]:
+        """A summary of `bounded` for each type."""
+        by_type: dict[str, list[Bounded]] = {}
+        for each in self.bounded:
+            by_type.setdefault(each.type, []).append(each)
+        return [
+            TypeSummary(
+                kind,
+                len(tensors),
+                max(tensor.nmse for tensor in tensors),
+                tensors[0].limit,
+                max(tensor.row_nmse for tensor in tensors),
+                tensors[0].row_limit,
+            )
+            for kind, tensors in by_type.items()
+        ]
 
     def fail(self, text: str, *, misfit: bool = False) -> None:
         """Count a failure; keep the text of the first MAX_FAILURES."""
@@ -106,6 +169,39 @@ def _shape(ne: Sequence[int]) -> tuple[int, ...]:
     return tuple(shape)
 
 
+class SquaredErrors:
+    """The squared errors and the squared values of a tensor, summed row by row."""
+
+    def __init__(self, ne: Sequence[int]) -> None:
+        self._columns, self._done = ne[0], 0
+        shape = (math.prod(ne[2:]), math.prod(ne[1:2]))  # matrices, rows
+        self._errors, self._sizes = np.zeros(shape), np.zeros(shape)
+
+    def add(self, found: Float32s, wanted: Float32s) -> None:
+        """Add the next elements, in file order; whole units."""
+        rows = np.arange(self._done, self._done + len(wanted), UNIT) // self._columns
+        for sums, values in ((self._errors, found - wanted), (self._sizes, wanted)):
+            units = np.square(values, dtype=np.float64).reshape(-1, UNIT).sum(1)
+            sums += np.bincount(rows, units, sums.size).reshape(sums.shape)
+        self._done += len(wanted)
+
+    def matrices(self) -> NDArray[np.float64]:
+        """The NMSE of every matrix."""
+        return _ratio(self._errors.sum(1), self._sizes.sum(1))
+
+    def rows(self) -> NDArray[np.float64]:
+        """The NMSE of every row [matrix, row]."""
+        least = SMALL_ROW * self._sizes.mean(1, keepdims=True)
+        return _ratio(self._errors, np.maximum(self._sizes, least))
+
+
+def _ratio(errors: NDArray[np.float64], sizes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """errors / sizes; 0 if both are zero."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio: NDArray[np.float64] = np.where((errors == 0) & (sizes == 0), 0, errors / sizes)
+    return ratio
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A chunk of a tensor: its bytes, their dequantized values, and the values expected from the checkpoint."""
@@ -120,26 +216,23 @@ def _prove_one(
     model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof
 ) -> None:
     """Compare one tensor chunk by chunk and record the result."""
-    kind = Kind(tensor.type.number)
-    wrong_in = CHECKS.get(kind)
-    error = size = 0.0
+    kind = tensor.type.name
+    if kind not in CHECKS:
+        _bound_one(model, tensor, output, checkpoint, proof)
+        return
     exact, first = True, 0
     for each in _comparisons(model, tensor, output, checkpoint):
-        wrong = wrong_in(each) if wrong_in else np.zeros(1, bool)
+        wrong = CHECKS[kind](each)
         if wrong.any():
             i = int(wrong.argmax())
             proof.fail(
-                f"{tensor.name} ({kind.name}): element {first + i}: expected {each.wanted[i]:.9g}, "
+                f"{tensor.name} ({kind}): element {first + i}: expected {each.wanted[i]:.9g}, "
                 f"found {each.found[i]:.9g}; {int(wrong.sum())} of {len(wrong)} values in this chunk are wrong"
             )
             return
         exact = exact and bool(np.array_equal(each.found, each.wanted))
-        error += float(np.square(each.found - each.wanted, dtype=np.float64).sum())
-        size += float(np.square(each.wanted, dtype=np.float64).sum())
         first += len(each.wanted)
-    if wrong_in is None:
-        proof.unproved[tensor.name] = error / size if size else 0.0
-    elif kind == Kind.Q8_0:
+    if kind == "Q8_0":
         proof.quantised += 1
     elif exact:
         proof.exact += 1
@@ -147,16 +240,58 @@ def _prove_one(
         proof.rounded += 1
 
 
+def _bound_one(
+    model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof
+) -> None:
+    """Compare the NMSE of a tensor's matrices and rows with the limits of its type, and record the result."""
+    errors, kind = SquaredErrors(tensor.ne), tensor.type.name
+    for each in _comparisons(model, tensor, output, checkpoint):
+        errors.add(each.found, each.wanted)
+    matrices, rows = errors.matrices(), errors.rows()
+    limit, row_limit = NMSE_LIMITS[kind], ROW_NMSE_LIMIT if kind in ROW_LIMITED else None
+    proof.bounded.append(
+        Bounded(tensor.name, kind, float(matrices.max()), limit, float(rows.max()), row_limit)
+    )
+    over = np.flatnonzero(~(matrices <= limit))
+    over_rows = np.argwhere(~(rows <= row_limit)) if row_limit is not None else np.empty((0, 2), int)
+    text, found, most = f"{tensor.name} ({kind}): NMSE", float(matrices.max()), limit
+    if len(over):
+        if len(matrices) > 1:
+            text += f" of {len(over)} of {len(matrices)} matrices, the first of which is {over[0]}"
+    elif len(over_rows):
+        matrix, row = over_rows[0]
+        text += f" of {len(over_rows)} of {rows.size} rows, the first of which is {row}"
+        text += f" of matrix {matrix}" if len(matrices) > 1 else ""
+        found, most = float(rows.max()), ROW_NMSE_LIMIT
+    else:
+        return
+    proof.fail(f"{text}: expected at most {most:g}, found {found:.3g}")
+
+
 def _comparisons(
     model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint
 ) -> Iterator[Comparison]:
     """The chunks of the tensor with their expected values, in file order."""
-    kind, start = Kind(tensor.type.number), 0
+    start = 0
     for wanted in expected_values(output, checkpoint):
         raw = model.read(tensor, start, tensor.type.nbytes((len(wanted),)))
-        found = gguf.quants.dequantize(raw, kind).reshape(-1).astype(np.float32, copy=False)
-        yield Comparison(raw, found, wanted, output.transform)
+        yield Comparison(raw, dequantize(raw, tensor.type), wanted, output.transform)
         start += raw.nbytes
+
+
+def dequantize(raw: Bytes, kind: TensorType) -> Float32s:
+    """The values of whole blocks, as a 1-D array."""
+    values: Float32s
+    if kind.name in ("Q1_0", "Q2_0"):
+        # The package gguf lacks them. A block is a scale in F16, then quants of 1 or 2 bits, the lowest first.
+        blocks = raw.reshape(-1, kind.block_bytes)
+        scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+        bits = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(np.float32)
+        quants = 2 * bits - 1 if kind.name == "Q1_0" else bits[:, ::2] + 2 * bits[:, 1::2] - 1
+        values = scale * quants
+    else:
+        values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType(kind.number))
+    return values.reshape(-1).astype(np.float32, copy=False)
 
 
 def _wrong_f32(each: Comparison) -> Flags:
@@ -179,11 +314,11 @@ def _wrong_q8_0(each: Comparison) -> Flags:
     return wrong
 
 
-CHECKS: dict[Kind, Callable[[Comparison], Flags]] = {
-    Kind.F32: _wrong_f32,
-    Kind.F16: lambda each: each.found != each.wanted.astype(np.float16).astype(np.float32),
-    Kind.BF16: lambda each: each.found != nearest_bf16(each.wanted),
-    Kind.Q8_0: _wrong_q8_0,
+CHECKS: dict[str, Callable[[Comparison], Flags]] = {
+    "F32": _wrong_f32,
+    "F16": lambda each: each.found != each.wanted.astype(np.float16).astype(np.float32),
+    "BF16": lambda each: each.found != nearest_bf16(each.wanted),
+    "Q8_0": _wrong_q8_0,
 }
 
 

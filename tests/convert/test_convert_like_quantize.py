@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from convert_tools import convert, fresh_checkpoint
-from gguf import GGUFReader, GGUFWriter
+from convert_tools import convert, fresh_checkpoint, write_imatrix
+from gguf import GGUFReader
 from random_checkpoint import Spec
 
 from kimi_gguf.convert.types.file_types import TYPES
@@ -59,29 +59,6 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert convert(source, "-o", folder / "bf16.gguf", "--type", "BF16").status == 0
     write_imatrix(folder / "imatrix.gguf", folder / "bf16.gguf", every=1)
     return Case(source, folder / "bf16.gguf", folder / "imatrix.gguf")
-
-
-def write_imatrix(path: Path, model: Path, every: int) -> None:
-    """Random importances for every matrix, or only each `every`-th; some experts have no calls."""
-    rng = np.random.default_rng(1)
-    writer = GGUFWriter(path, "")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", ["calibration.txt"])
-    writer.add_uint32("imatrix.chunk_count", 7)
-    writer.add_uint32("imatrix.chunk_size", 512)
-    matrices = [t for t in GGUFReader(model).tensors if t.tensor_type.name == "BF16"]
-    for tensor in matrices[::every]:
-        columns, slices = int(tensor.shape[0]), int(tensor.shape[2]) if len(tensor.shape) > 2 else 1
-        counts = np.full((1, 1), 9, "f4")
-        if slices > 1:
-            counts = rng.integers(0, 4, (slices, 1)).astype(np.float32)
-        sums = rng.gamma(0.7, size=(slices, columns)).astype(np.float32) * np.maximum(counts, 1)
-        writer.add_tensor(f"{tensor.name}.in_sum2", sums)
-        writer.add_tensor(f"{tensor.name}.counts", counts)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def quantize(engine: Engine, case: Case, output: Path, kind: str, *options: str) -> str | None:

@@ -23,6 +23,7 @@ def test_the_rehearsal_runs_every_step(
     assert "610 tensors" in output
     for step in ("Build", "Convert", "Run", "Validate"):
         assert f"== {step}\n$ " in output
+    assert "--text demo/heldout.txt --tokens 64" in output
     assert (tmp_path / "demo-BF16.gguf").stat().st_size > 11_000_000
     assert (tmp_path / "report-BF16" / "report.html").exists()
 
@@ -39,6 +40,12 @@ def test_a_disk_too_small_is_reported_before_the_download(
         "expected 153.5 GB of free disk space, found 100.0 GB; choose another disk with --out" in output.err
     )
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("path", ["/nope", "./nope", "~/nope"])
+def test_a_path_is_not_taken_as_a_hub_id(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([path]) == 1
+    assert capfd.readouterr().err == f"prove-48b: error: {path}: no such folder\n"
 
 
 def test_neither_folder_nor_hub_id_is_refused(capfd: pytest.CaptureFixture[str]) -> None:

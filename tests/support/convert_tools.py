@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, GGUFWriter, dequantize
 from random_checkpoint import Layout, Spec, write_checkpoint
 
 from kimi_gguf.convert.cli import main
@@ -145,3 +145,26 @@ def gguf_keys(path: Path) -> dict[str, Any]:
     """Every key of a GGUF file except the counts that readers add."""
     fields = GGUFReader(path).fields
     return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
+
+
+def write_imatrix(path: Path, model: Path, every: int) -> None:
+    """Random importances for every matrix, or only each `every`-th; some experts have no calls."""
+    rng = np.random.default_rng(1)
+    writer = GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["calibration.txt"])
+    writer.add_uint32("imatrix.chunk_count", 7)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    matrices = [t for t in GGUFReader(model).tensors if t.tensor_type.name == "BF16"]
+    for tensor in matrices[::every]:
+        columns, slices = int(tensor.shape[0]), int(tensor.shape[2]) if len(tensor.shape) > 2 else 1
+        counts = np.full((1, 1), 9, "f4")
+        if slices > 1:
+            counts = rng.integers(0, 4, (slices, 1)).astype(np.float32)
+        sums = rng.gamma(0.7, size=(slices, columns)).astype(np.float32) * np.maximum(counts, 1)
+        writer.add_tensor(f"{tensor.name}.in_sum2", sums)
+        writer.add_tensor(f"{tensor.name}.counts", counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

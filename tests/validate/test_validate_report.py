@@ -28,7 +28,7 @@ from kimi_gguf.validate.report import (
     to_markdown,
     write,
 )
-from kimi_gguf.validate.tensors import TensorProof
+from kimi_gguf.validate.tensors import Bounded, TensorProof
 
 VOID = {"meta", "br", "img", "hr", "link", "input"}
 
@@ -121,6 +121,38 @@ def test_a_failed_gate_fails_the_report_and_is_shown(report: Report) -> None:
     assert not bad.passed
     assert "**FAIL**" in to_markdown(bad)
     assert json.loads(to_json(bad))["passed"] is False
+
+
+def test_tensors_checked_by_their_nmse_are_shown_with_their_limits(report: Report) -> None:
+    """Name, type, NMSE and limit of a tensor over its limit, and what was not checked, in all three forms."""
+    tensors = TensorProof(exact=5)
+    tensors.bounded = [
+        Bounded("blk.1.attn_q.weight", "Q4_K", 0.0052, 0.06, 0.013, 0.5),
+        Bounded("blk.1.attn_output.weight", "Q4_K", 0.973, 0.06, 1.0, 0.5),
+        Bounded("blk.1.ffn_up.weight", "Q2_K", 0.1, 0.3, 0.4, None),
+    ]
+    failure = "blk.1.attn_output.weight (Q4_K): NMSE: expected at most 0.06, found 0.973"
+    tensors.fail(failure)
+    gates = judge(Evidence("Q4_K", report.runs, [], tensors))
+    bad = replace(report, gguf={**report.gguf, "type": "Q4_K"}, tensors=tensors, gates=gates)
+    assert not bad.passed and not tensors.proved
+    data, markdown, html = json.loads(to_json(bad)), to_markdown(bad), to_html(bad)
+    assert [each["nmse"] for each in data["tensors"]["bounded"]] == [0.0052, 0.973, 0.1]
+    for said in (
+        failure,
+        "No limits of the logits exist for Q4_K.",
+        "3 tensors were checked only by their NMSE",
+    ):
+        assert said in "".join(data["tensors"]["failures"] + data["unchecked"])
+        assert said in markdown and said in html
+    assert "| Q4_K | 2 | 0.973 | 0.06 | 1 | 0.5 |" in markdown
+    assert "| Q2_K | 1 | 0.1 | 0.3 | 0.4 |  |" in markdown
+    check_nesting(html)
+
+
+def test_nothing_is_said_to_be_unchecked_if_everything_is(report: Report) -> None:
+    assert report.unchecked == [] and json.loads(to_json(report))["tensors"]["proved"]
+    assert "checked only" not in to_markdown(report) + to_html(report)
 
 
 def test_a_rival_that_does_not_run_is_said(html: str) -> None:

@@ -40,7 +40,7 @@ def converted(folder: Path, kind: str, spec: Spec = SPEC) -> tuple[Path, Path]:
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
 def test_a_converted_file_is_proved(tmp_path: Path, kind: str) -> None:
     proof = proof_of(*converted(tmp_path, kind))
-    assert proof.proved and not proof.failures and not proof.unproved
+    assert proof.proved and not proof.failures
     assert (proof.quantised > 0) == (kind == "Q8_0")
     assert (proof.rounded > 1) == (kind == "F16")  # except ssm_a, an exponential of the checkpoint's values
 
