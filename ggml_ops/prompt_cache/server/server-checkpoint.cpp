@@ -4,12 +4,12 @@
 #include <map>
 #include <set>
 
-static const int32_t N_LAST         = 4;    // tokens after the last cut: their evaluation gives the first answer again
-static const double  WORTH_MESSAGE  = 4.0;  // see server_checkpoints_fit()
-static const double  WORTH_DISTANCE = 1024; // tokens that are added to the distance from the end
+static const int32_t N_LAST         = 4;     // tokens after the last cut: their evaluation gives the first answer again
+static const double  WORTH_MESSAGE  = 4.0;   // see server_checkpoints_fit()
+static const double  WORTH_DISTANCE = 1024;  // tokens that are added to the distance from the end
 
-server_prompt_cuts::server_prompt_cuts(const common_chat_msg_spans & spans, int32_t n_tokens, int32_t n_ubatch)
-    : n_tokens(n_tokens), n_ubatch(std::max(1, n_ubatch)) {
+server_prompt_cuts::server_prompt_cuts(const common_chat_msg_spans & spans, int32_t n_tokens, int32_t n_ubatch) :
+    n_tokens(n_tokens), n_ubatch(std::max(1, n_ubatch)) {
     std::vector<int32_t> starts;
     for (const auto & span : spans.spans) {
         if (span.role == COMMON_CHAT_ROLE_USER && span.pos > 0 && (int64_t) span.pos < n_tokens) {

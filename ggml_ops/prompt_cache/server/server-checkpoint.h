@@ -12,11 +12,11 @@
 // A saved recurrent state: the part of a context's memory that cannot be cut back to fewer tokens. Copies of a prompt
 // share its checkpoints.
 struct server_checkpoint : common_prompt_checkpoint {
-    bool at_message = false; // at the start of a message, where other prompts are likely to branch off
+    bool at_message = false;  // at the start of a message, where other prompts are likely to branch off
 };
 
 using server_checkpoint_ptr = std::shared_ptr<const server_checkpoint>;
-using server_checkpoints = std::list<server_checkpoint_ptr>; // by growing n_tokens
+using server_checkpoints    = std::list<server_checkpoint_ptr>;  // by growing n_tokens
 
 // Where a prompt is cut into batches: at messages of the user, every n_ubatch tokens after them, and a few tokens before
 // its end. The places depend on the prompt alone, not on the load, on other prompts or on what has been evaluated
@@ -42,14 +42,14 @@ class server_prompt_cuts {
   private:
     int32_t              n_tokens;
     int32_t              n_ubatch;
-    std::vector<int32_t> messages; // positions > 0, ascending
+    std::vector<int32_t> messages;  // positions > 0, ascending
 };
 
 // One prompt and its checkpoints, for server_checkpoints_fit().
 struct server_checkpoints_owner {
     server_checkpoints * checkpoints;
-    int64_t              n_tokens; // of the prompt
-    int64_t              age;      // 0: in use, 1: used last, 2: before that, ...
+    int64_t              n_tokens;  // of the prompt
+    int64_t              age;       // 0: in use, 1: used last, 2: before that, ...
 };
 
 // Bytes of all checkpoints; one that several prompts share counts once.

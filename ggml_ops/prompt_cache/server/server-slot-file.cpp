@@ -22,12 +22,12 @@
 
 namespace {
 
-constexpr uint32_t TAG_IDENTITY   = 0x6e656469; // "iden"
-constexpr uint32_t TAG_DRAFT      = 0x74667264; // "drft"
-constexpr uint32_t TAG_CHECKPOINT = 0x74706b63; // "ckpt"
-constexpr uint64_t MAGIC_END      = 0x31746f6c73696d6b; // "kmislot1"
+constexpr uint32_t TAG_IDENTITY   = 0x6e656469;          // "iden"
+constexpr uint32_t TAG_DRAFT      = 0x74667264;          // "drft"
+constexpr uint32_t TAG_CHECKPOINT = 0x74706b63;          // "ckpt"
+constexpr uint64_t MAGIC_END      = 0x31746f6c73696d6b;  // "kmislot1"
 
-constexpr const char * DRAFT_MODEL = "draft model"; // in an identity; it may differ
+constexpr const char * DRAFT_MODEL = "draft model";  // in an identity; it may differ
 
 struct section_head {
     uint32_t tag;
@@ -46,7 +46,7 @@ struct checkpoint_head {
 };
 
 struct file_end {
-    uint64_t size; // of upstream's part
+    uint64_t size;  // of upstream's part
     uint64_t hash_low;
     uint64_t hash_high;
     uint64_t magic;
@@ -143,7 +143,9 @@ bool set_state(llama_context * ctx, llama_seq_id id, const bytes & data, llama_s
     return llama_state_seq_set_data_ext(ctx, data.data(), data.size(), id, flags) == data.size();
 }
 
-void write_sections(std::ofstream & file, const server_prompt & prompt, const bytes & draft,
+void write_sections(std::ofstream &              file,
+                    const server_prompt &        prompt,
+                    const bytes &                draft,
                     const server_slot_identity & identity) {
     const auto write = [&](const void * data, size_t size) { file.write((const char *) data, size); };
 
@@ -163,12 +165,13 @@ void write_sections(std::ofstream & file, const server_prompt & prompt, const by
 
     for (const auto & checkpoint : prompt.checkpoints) {
         if (!checkpoint->data_spec.empty()) {
-            continue; // its meaning is known to the kind of draft only
+            continue;  // its meaning is known to the kind of draft only
         }
-        const checkpoint_head own{ checkpoint->n_tokens,   checkpoint->pos_min,         checkpoint->pos_max,
-                                   checkpoint->at_message, 0,                           checkpoint->data_tgt.size(),
-                                   checkpoint->data_dft.size() };
-        const section_head    head{ TAG_CHECKPOINT, 0, sizeof(own) + own.size_tgt + own.size_dft };
+        const checkpoint_head own{
+            checkpoint->n_tokens,        checkpoint->pos_min,        checkpoint->pos_max, checkpoint->at_message, 0,
+            checkpoint->data_tgt.size(), checkpoint->data_dft.size()
+        };
+        const section_head head{ TAG_CHECKPOINT, 0, sizeof(own) + own.size_tgt + own.size_dft };
         write(&head, sizeof(head));
         write(&own, sizeof(own));
         write(checkpoint->data_tgt.data(), own.size_tgt);
@@ -247,15 +250,15 @@ void check_identity(const server_slot_identity & found, const server_slot_identi
     }
 }
 
-server_tokens read_tokens(std::ifstream & file, uint64_t end, bool has_mtmd, int32_t n_ctx, const llama_context * ctx,
-                          uint32_t & n_packed) {
+server_tokens read_tokens(
+    std::ifstream & file, uint64_t end, bool has_mtmd, int32_t n_ctx, const llama_context * ctx, uint32_t & n_packed) {
     file.seekg(0);
     reader     in(file, end);
     const auto magic   = in.read<uint32_t>();
     const auto version = in.read<uint32_t>();
     if (magic != LLAMA_STATE_SEQ_MAGIC || version != LLAMA_STATE_SEQ_VERSION) {
-        throw std::runtime_error(string_format("not a saved slot: magic and version are %08x %u, expected %08x %u", magic,
-                                               version, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION));
+        throw std::runtime_error(string_format("not a saved slot: magic and version are %08x %u, expected %08x %u",
+                                               magic, version, LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION));
     }
     n_packed = in.read<uint32_t>();
     if (n_packed > in.left() / sizeof(llama_token)) {
@@ -266,7 +269,8 @@ server_tokens read_tokens(std::ifstream & file, uint64_t end, bool has_mtmd, int
 
     server_tokens tokens = server_tokens::deserialize(packed, has_mtmd);
     if (tokens.size() > (size_t) n_ctx) {
-        throw std::runtime_error(string_format("the file's %zu tokens do not fit in the slot's context of %d", tokens.size(), n_ctx));
+        throw std::runtime_error(
+            string_format("the file's %zu tokens do not fit in the slot's context of %d", tokens.size(), n_ctx));
     }
     if (!tokens.validate(ctx)) {
         throw std::runtime_error("the file has tokens that the model does not have");
@@ -283,16 +287,25 @@ void expect_position(llama_context * ctx, llama_seq_id id, llama_pos expected, c
 }
 
 // restore everything into the contexts; the checkpoints are tried, so that none can fail later
-server_checkpoints restore(const std::string & path, uint64_t size_tgt, uint32_t n_packed, const server_tokens & tokens,
-                           sections & found, llama_context * ctx_tgt, llama_context * ctx_dft, llama_seq_id id) {
-    llama_tokens packed(std::max(1u, n_packed)); // not null
+server_checkpoints restore(const std::string &   path,
+                           uint64_t              size_tgt,
+                           uint32_t              n_packed,
+                           const server_tokens & tokens,
+                           sections &            found,
+                           llama_context *       ctx_tgt,
+                           llama_context *       ctx_dft,
+                           llama_seq_id          id) {
+    llama_tokens packed(std::max(1u, n_packed));  // not null
     size_t       n_found = 0;
     const size_t n_read  = llama_state_seq_load_file(ctx_tgt, path.c_str(), id, packed.data(), packed.size(), &n_found);
     if (n_read == 0) {
-        throw std::runtime_error("the state does not fit this model, its cache or the free space in it; the log has details");
+        throw std::runtime_error(
+            "the state does not fit this model, its cache or the free space in it; the log has details");
     }
     if (n_read != size_tgt) {
-        throw std::runtime_error(string_format("the file is truncated or damaged: its state ends after %zu bytes, expected %zu", n_read, (size_t) size_tgt));
+        throw std::runtime_error(
+            string_format("the file is truncated or damaged: its state ends after %zu bytes, expected %zu", n_read,
+                          (size_t) size_tgt));
     }
     const llama_pos pos_last = tokens.pos_next() - 1;
     expect_position(ctx_tgt, id, pos_last, "the state");
@@ -310,20 +323,20 @@ server_checkpoints restore(const std::string & path, uint64_t size_tgt, uint32_t
     if (found.checkpoints.empty()) {
         return checkpoints;
     }
-    const auto  flags   = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
-    const bytes end_tgt = state_of(ctx_tgt, id, flags);
-    const bytes end_dft = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
+    const auto  flags     = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+    const bytes end_tgt   = state_of(ctx_tgt, id, flags);
+    const bytes end_dft   = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
     const bool  needs_tgt = llama_model_is_hybrid(llama_get_model(ctx_tgt)) ||
-                           llama_model_is_recurrent(llama_get_model(ctx_tgt)) ||
-                           llama_model_n_swa(llama_get_model(ctx_tgt)) > 0;
-    int64_t     n_last  = 0;
+                            llama_model_is_recurrent(llama_get_model(ctx_tgt)) ||
+                            llama_model_n_swa(llama_get_model(ctx_tgt)) > 0;
+    int64_t     n_last    = 0;
     for (auto & each : found.checkpoints) {
         if (each.n_tokens <= n_last || (size_t) each.n_tokens >= tokens.size() || each.pos_min < 0 ||
             each.pos_min > each.pos_max || each.pos_max != tokens.pos_next(each.n_tokens) - 1) {
             throw std::runtime_error("the file is damaged: a checkpoint is not inside the prompt");
         }
-        n_last = each.n_tokens;
-        const bool has_tgt = !each.data_tgt.empty(); // attention alone goes back without
+        n_last             = each.n_tokens;
+        const bool has_tgt = !each.data_tgt.empty();  // attention alone goes back without
         if (has_tgt != needs_tgt || (has_tgt && !set_state(ctx_tgt, id, each.data_tgt, flags)) ||
             (ctx_dft && !set_state(ctx_dft, id, each.data_dft, flags))) {
             throw std::runtime_error("a checkpoint does not fit this model or its cache");
@@ -355,7 +368,7 @@ void flush_to_disk(const std::string & path) {
 #endif
 }
 
-} // namespace
+}  // namespace
 
 std::string server_model_identity(const std::string & path) {
     constexpr uint64_t HEAD = 1 << 20, SAMPLE = 4096, N_SAMPLES = 64;
@@ -396,8 +409,11 @@ namespace {
 
 // Write a file; write_state writes upstream's part and returns its size.
 template <typename F>
-size_t save(const std::string & path, const server_prompt & prompt, const bytes & draft,
-            const server_slot_identity & identity, F && write_state) {
+size_t save(const std::string &          path,
+            const server_prompt &        prompt,
+            const bytes &                draft,
+            const server_slot_identity & identity,
+            F &&                         write_state) {
     const std::string part = path + ".part";
     try {
         const std::vector<char> packed = prompt.tokens.serialize();
@@ -446,35 +462,48 @@ size_t save(const std::string & path, const server_prompt & prompt, const bytes 
     }
 }
 
-} // namespace
+}  // namespace
 
-size_t server_slot_save(const std::string & path, const server_prompt & prompt, llama_context * ctx_tgt,
-                        llama_context * ctx_dft, llama_seq_id id, const server_slot_identity & identity) {
+size_t server_slot_save(const std::string &          path,
+                        const server_prompt &        prompt,
+                        llama_context *              ctx_tgt,
+                        llama_context *              ctx_dft,
+                        llama_seq_id                 id,
+                        const server_slot_identity & identity) {
     const bytes draft = ctx_dft ? state_of(ctx_dft, id, LLAMA_STATE_SEQ_FLAGS_NONE) : bytes();
     return save(path, prompt, draft, identity, [&](const std::string & part, const std::vector<char> & packed) {
-        return llama_state_seq_save_file(ctx_tgt, part.c_str(), id, reinterpret_cast<const llama_token *>(packed.data()),
+        return llama_state_seq_save_file(ctx_tgt, part.c_str(), id,
+                                         reinterpret_cast<const llama_token *>(packed.data()),
                                          packed.size() / sizeof(llama_token));
     });
 }
 
-size_t server_slot_save(const std::string & path, const server_prompt_cache_state & state,
-                        const server_slot_identity & identity) {
-    constexpr size_t N_HEAD = sizeof(uint32_t) + sizeof(llama_seq_id); // a magic number and the sequence, in memory only
-    return save(path, state.prompt, state.data.drft, identity, [&](const std::string & part, const std::vector<char> & packed) {
-        const uint32_t head[] = { LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION,
-                                  (uint32_t) (packed.size() / sizeof(llama_token)) };
-        std::ofstream  file(part, std::ios::binary);
-        file.write((const char *) head, sizeof(head));
-        file.write(packed.data(), packed.size());
-        file.write((const char *) state.data.main.data() + N_HEAD, state.data.main.size() - N_HEAD);
-        file.close();
-        return file ? sizeof(head) + packed.size() + state.data.main.size() - N_HEAD : 0;
-    });
+size_t server_slot_save(const std::string &               path,
+                        const server_prompt_cache_state & state,
+                        const server_slot_identity &      identity) {
+    constexpr size_t N_HEAD =
+        sizeof(uint32_t) + sizeof(llama_seq_id);  // a magic number and the sequence, in memory only
+    return save(path, state.prompt, state.data.drft, identity,
+                [&](const std::string & part, const std::vector<char> & packed) {
+                    const uint32_t head[] = { LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION,
+                                              (uint32_t) (packed.size() / sizeof(llama_token)) };
+                    std::ofstream  file(part, std::ios::binary);
+                    file.write((const char *) head, sizeof(head));
+                    file.write(packed.data(), packed.size());
+                    file.write((const char *) state.data.main.data() + N_HEAD, state.data.main.size() - N_HEAD);
+                    file.close();
+                    return file ? sizeof(head) + packed.size() + state.data.main.size() - N_HEAD : 0;
+                });
 }
 
-server_prompt server_slot_restore(const std::string & path, bool has_mtmd, int32_t n_ctx, llama_context * ctx_tgt,
-                                  llama_context * ctx_dft, llama_seq_id id, const server_slot_identity & identity,
-                                  size_t & n_bytes) {
+server_prompt server_slot_restore(const std::string &          path,
+                                  bool                         has_mtmd,
+                                  int32_t                      n_ctx,
+                                  llama_context *              ctx_tgt,
+                                  llama_context *              ctx_dft,
+                                  llama_seq_id                 id,
+                                  const server_slot_identity & identity,
+                                  size_t &                     n_bytes) {
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) {
         throw std::runtime_error("the file does not exist or cannot be read");
@@ -490,7 +519,7 @@ server_prompt server_slot_restore(const std::string & path, bool has_mtmd, int32
         check_identity(found.identity, identity);
         if (ctx_dft && found.identity[DRAFT_MODEL] != identity.at(DRAFT_MODEL)) {
             found.draft.clear();
-            found.checkpoints.clear(); // both models have to go back to them
+            found.checkpoints.clear();  // both models have to go back to them
         }
     }
 
@@ -503,9 +532,9 @@ server_prompt server_slot_restore(const std::string & path, bool has_mtmd, int32
     std::vector<std::pair<llama_context *, bytes>> before;
     for (llama_context * ctx : { ctx_tgt, ctx_dft }) {
         if (ctx) {
-            before.emplace_back(ctx, llama_memory_seq_pos_max(llama_get_memory(ctx), id) < 0 ?
-                                         bytes() :
-                                         state_of(ctx, id, LLAMA_STATE_SEQ_FLAGS_NONE));
+            before.emplace_back(ctx, llama_memory_seq_pos_max(llama_get_memory(ctx), id) < 0
+                                         ? bytes()
+                                         : state_of(ctx, id, LLAMA_STATE_SEQ_FLAGS_NONE));
         }
     }
     try {

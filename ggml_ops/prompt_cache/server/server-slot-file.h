@@ -28,15 +28,25 @@ using server_slot_identity = std::map<std::string, std::string>;
 std::string server_model_identity(const std::string & path);
 
 // Write a file, which has its name when it is complete. Returns its size. Throws std::runtime_error.
-size_t server_slot_save(const std::string & path, const server_prompt & prompt, llama_context * ctx_tgt,
-                        llama_context * ctx_dft, llama_seq_id id, const server_slot_identity & identity);
+size_t server_slot_save(const std::string &          path,
+                        const server_prompt &        prompt,
+                        llama_context *              ctx_tgt,
+                        llama_context *              ctx_dft,
+                        llama_seq_id                 id,
+                        const server_slot_identity & identity);
 
 // The same for a saved prompt.
-size_t server_slot_save(const std::string & path, const server_prompt_cache_state & state,
-                        const server_slot_identity & identity);
+size_t server_slot_save(const std::string &               path,
+                        const server_prompt_cache_state & state,
+                        const server_slot_identity &      identity);
 
 // Restore a file into sequence id, which has at most n_ctx tokens. Returns its prompt. Throws std::runtime_error with
 // the reason if the file is damaged or of another model; the sequence is then as before, or empty if that fails.
-server_prompt server_slot_restore(const std::string & path, bool has_mtmd, int32_t n_ctx, llama_context * ctx_tgt,
-                                  llama_context * ctx_dft, llama_seq_id id, const server_slot_identity & identity,
-                                  size_t & n_bytes);
+server_prompt server_slot_restore(const std::string &          path,
+                                  bool                         has_mtmd,
+                                  int32_t                      n_ctx,
+                                  llama_context *              ctx_tgt,
+                                  llama_context *              ctx_dft,
+                                  llama_seq_id                 id,
+                                  const server_slot_identity & identity,
+                                  size_t &                     n_bytes);
