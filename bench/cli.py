@@ -37,6 +37,8 @@ EXAMPLES = f"""\
   kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
   kimi-llama bench --prompt-cache --json out/prompt-cache.json
+  kimi-llama bench --speculative --layers 4 --experts 256 --type Q8_0
+  kimi-llama bench --speculative-demo               the same on llama-server, with the demo checkpoint
   kimi-llama bench --records out/*.json --page out/bench.md
   kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
@@ -66,12 +68,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare 3:1 with latent attention in every layer (patched only)")  # fmt: skip
     add("--prompt-cache", action="store_true",
         help="count the prompt tokens that the server evaluates again, with the demo as F32")  # fmt: skip
+    add("--speculative", action="store_true",
+        help="measure what drafts cost: --type, drafted by --draft-type")  # fmt: skip
+    add("--speculative-demo", action="store_true",
+        help="measure what drafts gain on llama-server: the demo, drafted by --draft-type")  # fmt: skip
     add("--records", nargs="+", type=Path, metavar="JSON",
         help="measure nothing: write --page from these records")  # fmt: skip
     add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
 
     add = parser.add_argument_group("the generated model").add_argument
     add("--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)")
+    add("--draft-type", choices=TYPES, default="Q4_0", help="the draft model's type (default: Q4_0)")
     add("--layers", type=number, default=8, metavar="N",
         help="layers, one in four with latent attention (default: 8)")  # fmt: skip
     add("--experts", type=number, default=32, metavar="N",

@@ -40,6 +40,7 @@ from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.shapes import TYPES, BenchModel
+from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import measure_workers
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.builds import Engine, ensure, options_of
@@ -100,11 +101,14 @@ def check(parsed: argparse.Namespace) -> None:
             expected="libllama in it",
             todo="give the folder of a build's shared libraries",
         )
-    if on_device(parsed) and (
-        parsed.hybrid or parsed.products or parsed.prompt_cache or (parsed.operators and parsed.libraries)
-    ):
+    of_cpu = (
+        parsed.hybrid, parsed.products, parsed.prompt_cache, parsed.speculative, parsed.speculative_demo,
+        parsed.operators and parsed.libraries,
+    )  # fmt: skip
+    if on_device(parsed) and any(of_cpu):
         raise EngineError(
-            "--hybrid, --products, --prompt-cache and --operators --libraries are measured on the CPU only",
+            "--hybrid, --products, --prompt-cache, --speculative and --operators --libraries are measured on the CPU "
+            "only",
             todo="leave out --backend and --device",
         )
     if parsed.model is not None:
@@ -161,6 +165,8 @@ class Run:
                 self.hybrid(reporter)
             elif self.parsed.prompt_cache:
                 self.prompt_cache(reporter)
+            elif self.parsed.speculative or self.parsed.speculative_demo:
+                self.speculative(reporter)
             else:
                 self.models(reporter)
         self.keep()
@@ -318,6 +324,34 @@ class Run:
                     reporter.note(f"{name}: {count.situation}: {count.evaluated} of {count.prompt} tokens")
                     self.keep()
         report.show("Prompt tokens evaluated", page.prompt_cache_table(self.record["prompt_cache"]))
+
+    def speculative(self, reporter: Reporter) -> None:
+        """Measure drafts: their cost on a generated model, or their gain on llama-server with the demo."""
+        parsed, threads = self.parsed, max(self.threads)
+        types = ((parsed.type or ("BF16" if parsed.speculative_demo else "Q8_0",))[0], parsed.draft_type)
+        data: Data = {"types": types, "threads": threads, "cost": [], "server": []}
+        self.record["speculative"] = data
+        if parsed.speculative_demo:
+            target, draft = (convert_demo(each, reporter) for each in types)
+            builds = {"patched": self.patched, "upstream": self.upstream}
+            found = measure_server(target, draft, builds, threads, reporter)
+            rows, table = data["server"], server_table
+            title = f"llama-server, demo-{types[0]} drafted by demo-{types[1]}"
+        else:
+            models = [
+                BenchModel(parsed.family, parsed.layers, parsed.experts, each, parsed.shapes)
+                for each in types
+            ]
+            check_disk(models, self.upstream, reporter)
+            pair = [open_model(generate(model, self.upstream, reporter)) for model in models]
+            found = measure_cost(pair[0], pair[1], self.environments, threads, reporter)
+            rows, table = data["cost"], cost_table
+            title = f"Drafts for {pair[0].name} by {pair[1].name}"
+        for row in found:
+            rows.append(row)
+            reporter.note("  ".join(table(rows)[-1]))
+            self.keep()
+        report.show(title, table(rows))
 
 
 def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, ...]:

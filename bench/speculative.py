@@ -1,0 +1,269 @@
+"""What a draft costs and what it gains.
+
+Input: a target and a coarser draft of it. Output: rows of two tables. `measure_cost` times the verification of n
+drafted tokens against the decoding of one, and gives the acceptance rate from which a draft gains. `measure_server`
+runs llama-server with drafts of several kinds and counts tokens, drafted and accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.bench.cells import PATCHED
+from kimi_gguf.bench.load import undisturbed
+from kimi_gguf.bench.models import ModelFile
+from kimi_gguf.bench.report import Rows
+from kimi_gguf.bench.runner import Runner
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.progress import Reporter
+
+LENGTHS = (1, 2, 3, 5, 8)  # drafted tokens
+SLOTS = (1, 4)
+ROUNDS = 9  # samples of each context, alternating
+CELLS = 512  # of each sequence
+COUNT = 128  # tokens of an answer
+PATIENCE = 300  # seconds that a server may take
+PROMPTS = tuple(
+    f"define: {word}"
+    for word in ("elephant", "river", "to walk", "ivory", "stone", "to sing", "green", "house")
+)
+NGRAM = ("--spec-ngram-simple-size-n", "4", "--spec-ngram-simple-size-m", "8")
+DRAFTS: dict[str, tuple[str, ...]] = {  # {draft}: the draft model
+    "none": (),
+    "model, up to 3 tokens": ("--spec-type", "draft-simple", "-md", "{draft}", "--spec-draft-n-max", "3"),
+    "model, up to 8 tokens": ("--spec-type", "draft-simple", "-md", "{draft}", "--spec-draft-n-max", "8"),
+    "ngram-simple, 12 then 48": ("--spec-type", "ngram-simple"),
+    "ngram-simple, 4 then 8": ("--spec-type", "ngram-simple", *NGRAM),
+    "ngram-map-k": ("--spec-type", "ngram-map-k"),
+    "ngram-map-k4v": ("--spec-type", "ngram-map-k4v"),
+    "ngram-mod": ("--spec-type", "ngram-mod"),
+    "ngram-cache": ("--spec-type", "ngram-cache"),
+}
+Row = dict[str, Any]
+
+
+def break_even(length: int, cost: float) -> float | None:
+    """The acceptance rate of each token from which a draft of `length` tokens gains; None: never.
+
+    cost: of the draft and its verification, in decodes of one token. A round gives 1 + p + p² + … + p^length tokens.
+    """
+    if cost >= length + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if sum(middle**i for i in range(length + 1)) > cost else (middle, high)
+    return high
+
+
+def measure_cost(
+    target: ModelFile,
+    draft: ModelFile,
+    environments: Mapping[str, Mapping[str, str]],
+    threads: int,
+    reporter: Reporter,
+) -> Iterator[Row]:
+    """A row for each number of sequences and each length of drafts. Raises `EngineError`."""
+    with ExitStack() as stack:
+        places = {}
+        for name, build, model in (
+            ("patched", "patched", target), ("upstream", "upstream", target), ("draft", "patched", draft),
+        ):  # fmt: skip
+            reporter.phase(f"loading {model.name}: {name}")
+            places[name] = stack.enter_context(Runner(name, environments[build]))
+            places[name].ask("load", gguf=str(model.path), repack=True)
+        own = {process.pid for process in places.values()}
+        for sequences in SLOTS:
+            samples: dict[tuple[str, int, int], list[float]] = {}
+            wanted = [  # process, states for rollback, tokens in one batch
+                *((name, 0, 1) for name in ("patched", "upstream")),
+                *((name, n, n + 1) for n in LENGTHS for name in places),
+                *(("draft", n, 1) for n in LENGTHS),
+            ]
+            for name, n, _ in wanted:
+                places[name].ask(
+                    "context", name=f"{sequences}x{n}", n_ctx=CELLS, n_batch=CELLS, n_ubatch=CELLS,
+                    sequences=sequences, flash=PATCHED.flash, cache_type="f16", threads=threads, n_rs_seq=n,
+                )  # fmt: skip
+            for turn in range(ROUNDS):
+                reporter.phase(f"{sequences} sequences: round {turn + 1} of {ROUNDS}")
+                for name, n, batch in wanted:
+                    ask = partial(
+                        places[name].ask, "time", name=f"{sequences}x{n}", batch=batch, steps=3, warm=1,
+                        threads=threads, all_logits=True,
+                    )  # fmt: skip
+                    seconds = undisturbed(ask, threads, own).answer["seconds"]
+                    samples.setdefault((name, n, batch), []).append(statistics.mean(seconds))
+            took = {key: statistics.median(each) for key, each in samples.items()}
+            for process in places.values():
+                for n in (0, *LENGTHS):
+                    if process is not places["draft"] or n:
+                        process.ask("free", name=f"{sequences}x{n}")
+            for n in LENGTHS:
+                yield cost_row(n, sequences, took)
+
+
+def cost_row(n: int, sequences: int, took: Mapping[tuple[str, int, int], float]) -> Row:
+    """A row of the table of costs; costs are in decodes of one token without drafts."""
+    single = took["patched", 0, 1]
+    verify = took["patched", n, n + 1] / single
+    drafting = (n * took["draft", n, 1] + took["draft", n, n + 1]) / single
+    return {
+        "length": n,
+        "sequences": sequences,
+        "single_seconds": single,
+        "verify": verify,
+        "upstream_verify": took["upstream", n, n + 1] / took["upstream", 0, 1],
+        "draft": drafting,
+        "break_even": break_even(n, verify),
+        "break_even_draft": break_even(n, verify + drafting),
+        "samples": {" ".join(map(str, key)): value for key, value in took.items()},
+    }
+
+
+def cost_table(rows: Sequence[Row]) -> Rows:
+    """The table of costs."""
+    table: Rows = [(
+        "slots", "drafted tokens", "verification, in decodes", "the same upstream", "draft model, in decodes",
+        "break-even rate, n-gram", "break-even rate, draft model",
+    )]  # fmt: skip
+
+    def rate(found: float | None) -> str:
+        return "never" if found is None else f"{100 * found:.0f} %"
+
+    return table + [
+        (
+            str(row["sequences"]), str(row["length"]), f"{row['verify']:.2f}", f"{row['upstream_verify']:.2f}",
+            f"{row['draft']:.2f}", rate(row["break_even"]), rate(row["break_even_draft"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+
+
+def measure_server(
+    target: Path, draft: Path, builds: Mapping[str, Engine], threads: int, reporter: Reporter
+) -> Iterator[Row]:
+    """A row for each number of slots and kind of draft: the median of three runs of each build.
+
+    Raises `EngineError`.
+    """
+    for slots in SLOTS:
+        for name, options in DRAFTS.items():
+            row: Row = {"slots": slots, "draft": name}
+            runs: dict[str, list[Row]] = {build: [] for build in builds}
+            for _ in range(3):
+                for build, engine in builds.items():
+                    reporter.phase(f"{slots} slots, draft: {name}, {build}")
+                    given = [option.format(draft=draft) for option in options]
+                    with serving(engine, target, ["-np", str(slots), "-t", str(threads), *given]) as port:
+                        runs[build].append(answer_all(port, slots))
+            for build, each in runs.items():
+                rates = [run["tokens"] / run["seconds"] for run in each]
+                row[build] = {**each[0], "tokens_per_second": statistics.median(rates), "rates": rates}
+            yield row
+
+
+def server_table(rows: Sequence[Row]) -> Rows:
+    """The table of the server's runs. The gain is that over the same build without a draft."""
+    table: Rows = [(
+        "slots", "draft", "drafted", "accepted", "tokens/s", "gain", "upstream: accepted", "tokens/s", "gain",
+    )]  # fmt: skip
+    plain = {
+        (row["slots"], build): row[build]["tokens_per_second"]
+        for row in rows
+        for build in ("patched", "upstream")
+        if row["draft"] == "none"
+    }
+    for row in rows:
+        cells = [str(row["slots"]), row["draft"], str(row["patched"]["drafted"])]
+        for build in ("patched", "upstream"):
+            drafted, speed = row[build]["drafted"], row[build]["tokens_per_second"]
+            cells += [
+                f"{100 * row[build]['accepted'] / drafted:.0f} %" if drafted else "",
+                f"{speed:.0f}",
+                f"{speed / plain[row['slots'], build]:.2f}",
+            ]
+        table.append(tuple(cells))
+    return table
+
+
+def answer_all(port: int, slots: int) -> Row:
+    """Send the prompts, as many at a time as there are slots, after one request that is not counted."""
+    complete(port, PROMPTS[0])
+    began = time.monotonic()
+    with ThreadPoolExecutor(slots) as pool:
+        timings = list(pool.map(lambda prompt: complete(port, prompt), PROMPTS))
+    return {
+        "seconds": time.monotonic() - began,
+        "tokens": sum(each["predicted_n"] for each in timings),
+        "drafted": sum(each.get("draft_n", 0) for each in timings),
+        "accepted": sum(each.get("draft_n_accepted", 0) for each in timings),
+    }
+
+
+def complete(port: int, prompt: str) -> Row:
+    """The server's timings of one greedy answer."""
+    request = {
+        "prompt": prompt, "n_predict": COUNT, "temperature": 0, "ignore_eos": True, "cache_prompt": False,
+    }  # fmt: skip
+    url = f"http://127.0.0.1:{port}/completion"
+    sent = urllib.request.Request(url, json.dumps(request).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(sent, timeout=PATIENCE) as answer:
+        timings: Row = json.load(answer)["timings"]
+        return timings
+
+
+@contextmanager
+def serving(engine: Engine, model: Path, options: Sequence[str]) -> Iterator[int]:
+    """Run llama-server; gives its port. Raises `EngineError` with the end of its log."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    command = [
+        str(engine.bin / "llama-server"),
+        "-m",
+        str(model),
+        "--port",
+        str(port),
+        "--flash-attn",
+        "on",
+        *options,
+    ]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
+        try:
+            end = time.monotonic() + PATIENCE
+            while not healthy(port):
+                if process.poll() is not None or time.monotonic() > end:
+                    log.seek(0)
+                    said = log.read()[-500:].decode(errors="replace").strip()
+                    raise EngineError("llama-server does not start", found=said, todo=" ".join(command))
+                time.sleep(0.1)
+            yield port
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def healthy(port: int) -> bool:
+    """Whether the server on this port has loaded its models."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False

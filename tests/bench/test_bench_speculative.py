@@ -1,0 +1,62 @@
+"""`kimi-llama bench --speculative`: the break-even rate, and both tables from end to end on small models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from bench_case import TINY, bench
+
+from kimi_gguf.bench import speculative
+from kimi_gguf.bench.record import load
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import Silent
+
+
+@pytest.mark.parametrize(
+    ("length", "cost", "rate"),
+    [(1, 1.5, 0.5), (3, 1.875, 0.5), (8, 9 - 1e-9, 1.0), (2, 1.0, 0.0), (2, 3.0, None), (1, 7.0, None)],
+)
+def test_break_even(length: int, cost: float, rate: float | None) -> None:
+    """At a rate of 1/2 a draft of 3 tokens gives 1 + 1/2 + 1/4 + 1/8 tokens a round."""
+    found = speculative.break_even(length, cost)
+    assert found == (None if rate is None else pytest.approx(rate, abs=1e-6))
+
+
+@pytest.mark.engine
+def test_the_cost_of_a_draft(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
+    record = tmp_path / "record.json"
+    ended = bench(*TINY, "--speculative", "--json", str(record))
+    rows = load(record)["speculative"]["cost"]
+    assert [(row["sequences"], row["length"]) for row in rows] == [
+        (slots, length) for slots in speculative.SLOTS for length in speculative.LENGTHS
+    ]
+    for row in rows:
+        took, n = row["samples"], row["length"]
+        single = took["patched 0 1"]
+        assert row["verify"] == pytest.approx(took[f"patched {n} {n + 1}"] / single)
+        assert row["draft"] == pytest.approx((n * took[f"draft {n} 1"] + took[f"draft {n} {n + 1}"]) / single)
+        assert row["draft"] > 0 and row["upstream_verify"] > 0
+    assert "| slots | drafted tokens |" in ended.stdout
+
+
+@pytest.mark.engine
+def test_drafts_on_the_server(
+    engine: Engine, upstream: Engine, demo_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speculative, "SLOTS", (2,))
+    monkeypatch.setattr(speculative, "COUNT", 32)
+    few = ("none", "model, up to 3 tokens", "ngram-simple, 4 then 8")
+    monkeypatch.setattr(speculative, "DRAFTS", {name: speculative.DRAFTS[name] for name in few})
+    target, builds = demo_gguf("F32"), {"patched": engine, "upstream": upstream}
+    rows = list(speculative.measure_server(target, target, builds, 1, Silent()))
+    assert [row["draft"] for row in rows] == list(few)
+    for row in rows:
+        for build in builds:
+            assert row[build]["tokens"] == 32 * len(speculative.PROMPTS)
+            assert row[build]["accepted"] <= row[build]["drafted"]
+            assert (row[build]["drafted"] > 0) == (row["draft"] != "none")
+    # the target drafts for itself
+    assert rows[1]["patched"]["accepted"] > 0.9 * rows[1]["patched"]["drafted"]
+    assert len(speculative.server_table(rows)) == 1 + len(few)
