@@ -43,7 +43,8 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
             }
         }
         if (!known) {
-            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of off, conv, scan, mla, moe, fuse, batch, require");
+            throw std::runtime_error("KIMI_OPS: '" + part +
+                                     "' is none of off, conv, scan, mla, moe, fuse, batch, require");
         }
     }
     if (is_off && (any || picked.require)) {

@@ -313,8 +313,8 @@ void add_split(const Plan & p, const float * split, int64_t i, float * total) {
     const float maximum = std::max(total[i], split[i]);
     const float old     = expf(total[i] - maximum);
     const float added   = expf(split[i] - maximum);
-    const vf    sum     = v_fma(v_set(split[p.at_sum + i]), v_set(added), v_mul(v_set(total[p.at_sum + i]), v_set(old)));
-    total[i]            = maximum;
+    const vf    sum = v_fma(v_set(split[p.at_sum + i]), v_set(added), v_mul(v_set(total[p.at_sum + i]), v_set(old)));
+    total[i]        = maximum;
     float lanes[LANES];
     v_store(lanes, sum);
     total[p.at_sum + i] = lanes[0];

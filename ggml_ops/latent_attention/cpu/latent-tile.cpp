@@ -63,8 +63,8 @@ static bool is_visible(const MaskRows & mask, int64_t key) {
 }
 
 // The next `n` keys in their order, if a query sees one of them.
-static void ordered_tile(
-    const MaskRows & mask, const Keys & keys, const View * map, int64_t begin, int64_t n, KeyTile & tile) {
+static void
+ordered_tile(const MaskRows & mask, const Keys & keys, const View * map, int64_t begin, int64_t n, KeyTile & tile) {
     View view = View::CLOSED;
     if (map) {
         for (int64_t group = begin / GROUP_KEYS; group * GROUP_KEYS < begin + n; ++group) {

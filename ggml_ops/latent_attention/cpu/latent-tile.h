@@ -84,13 +84,13 @@ View view_of(const MaskRows & mask, const KeyTile & tile);
 // ones. map: null, or the visibility of each GROUP_KEYS keys from key 0 on for these queries, for callers that would
 // otherwise read the same mask many times; `capacity` is then a multiple of GROUP_KEYS.
 constexpr int64_t GROUP_KEYS = 64;
-int64_t   next_tile(const MaskRows & mask,
-                    const Keys &     keys,
-                    const View *     map,
-                    int64_t          begin,
-                    int64_t          end,
-                    int64_t          capacity,
-                    KeyTile &        tile);
+int64_t           next_tile(const MaskRows & mask,
+                            const Keys &     keys,
+                            const View *     map,
+                            int64_t          begin,
+                            int64_t          end,
+                            int64_t          capacity,
+                            KeyTile &        tile);
 
 // Adds the mask of one query to the columns [col0, col1) of scores[n_keys][n_cols]. If the mask is -inf, the score
 // becomes -inf, even if it was NaN.

@@ -9,10 +9,8 @@
 #include <set>
 #include <utility>
 
-ggml_tensor * llama_latent_order(ggml_context *        ctx,
-                                 const llama_ubatch &  ubatch,
-                                 const llama_cparams & cparams,
-                                 int64_t               n_kv) {
+ggml_tensor *
+llama_latent_order(ggml_context * ctx, const llama_ubatch & ubatch, const llama_cparams & cparams, int64_t n_kv) {
     if (!ubatch.equal_seqs() || !cparams.flash_attn || !cparams.kimi_ops.mla || !cparams.kimi_ops.batch) {
         return nullptr;
     }
@@ -40,8 +38,8 @@ static int64_t list_cells(const llama_kv_cells & cells, llama_seq_id seq, int64_
     return n;
 }
 
-void llama_latent_order_set(ggml_tensor *                                                order,
-                            const llama_ubatch &                                         ubatch,
+void llama_latent_order_set(ggml_tensor *                                               order,
+                            const llama_ubatch &                                        ubatch,
                             const std::function<const llama_kv_cells &(llama_seq_id)> & cells_of) {
     const int64_t n_kv     = order->ne[0];
     const int64_t n_tokens = ubatch.n_tokens / order->ne[1];

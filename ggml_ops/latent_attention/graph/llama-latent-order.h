@@ -12,14 +12,12 @@ class llama_kv_cells;
 
 // I32 [n_kv, n_seqs]; nullptr if the tokens of a sequence are not neighbours in the ubatch, without flash attention, or
 // if KIMI_OPS does not have mla and batch.
-ggml_tensor * llama_latent_order(ggml_context *        ctx,
-                                 const llama_ubatch &  ubatch,
-                                 const llama_cparams & cparams,
-                                 int64_t               n_kv);
+ggml_tensor *
+llama_latent_order(ggml_context * ctx, const llama_ubatch & ubatch, const llama_cparams & cparams, int64_t n_kv);
 
 // Writes the lists; cells_of: the cells of the stream of a sequence.
-void llama_latent_order_set(ggml_tensor *                                                order,
-                            const llama_ubatch &                                         ubatch,
+void llama_latent_order_set(ggml_tensor *                                               order,
+                            const llama_ubatch &                                        ubatch,
                             const std::function<const llama_kv_cells &(llama_seq_id)> & cells_of);
 
 // Gives the order to the last FLASH_ATTN_EXT node of the graph, or to a LATENT_ATTN node, if its cache is in the CPU's

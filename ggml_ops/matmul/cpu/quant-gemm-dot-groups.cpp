@@ -59,7 +59,7 @@ static inline __m512i both_added(__m512i x) {
 }
 
 template <int N_C> static inline void store_sums(const __m512 (&lanes)[N_C], float * sums) {
-#pragma GCC unroll 4
+#pragma GCC                           unroll 4
     for (int c = 0; c < N_C; c++) {
         _mm256_storeu_ps(sums + c * PANEL_ROWS,
                          _mm512_castps512_ps256(_mm512_maskz_compress_ps(FIRST_LANES, lanes[c])));

@@ -44,8 +44,7 @@ static inline __m128i add_quarters(__m512i x) {
 // Integer sums of a super block times a column: of products in four lanes, or, if the type has minima, of products and
 // of minima, each in two lanes, alternating.
 template <typename Block>
-static inline __m128i
-sum_super_block(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
+static inline __m128i sum_super_block(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
     const __m512i offsets  = _mm512_mullo_epi32(offset_sums<Block>(a), w.offsets);
     __m512i       products = _mm512_setzero_si512();
     if constexpr (!HAS_MINIMA<Block>) {
@@ -166,8 +165,8 @@ template <typename Block> static inline __m512 scale_of(const Rows16 & rows, siz
 
 // Integer sums of 8 blocks of a row times N_C columns, without the offset of the quants.
 template <typename Block, int N_C>
-static inline void sum_blocks(const Block * w, int64_t slice, const char * const * columns, int r,
-                              int32_t (&integers)[N_C][DOT_ROWS][N_BLOCKS]) {
+static inline void sum_blocks(
+    const Block * w, int64_t slice, const char * const * columns, int r, int32_t (&integers)[N_C][DOT_ROWS][N_BLOCKS]) {
     __m512i codes[4];
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
@@ -192,8 +191,8 @@ static inline void sum_blocks(const Block * w, int64_t slice, const char * const
 
 // Blocks missing from the last 8 are zeros on both sides.
 template <typename Block, int N_C>
-static void dot_blocks(
-    const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
+static void
+dot_blocks(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
     alignas(64) int32_t integers[MAX_SLICES][N_C][DOT_ROWS][N_BLOCKS];
     const Rows16        rows(weights, stride, 0, n_rows);
     const int64_t       n_blocks   = k / BLOCK;
@@ -242,7 +241,7 @@ static void dot_blocks(
 // another order.
 
 template <int N_C> static inline void store_row(__m512 (&even)[N_C], const __m512 (&odd)[N_C], float * sums) {
-#pragma GCC unroll 4
+#pragma GCC                           unroll 4
     for (int c = 0; c < N_C; c++) {
         sums[c * PANEL_ROWS] = _mm512_reduce_add_ps(_mm512_add_ps(even[c], odd[c]));
     }
@@ -303,8 +302,8 @@ template <int N_C> static void dot_row_f16(const char * row, int64_t k, const ch
 using DotRow = void(const char * row, int64_t k, const char * const * columns, float * sums);
 
 template <DotRow * ROW>
-static void dot_plain_rows(
-    const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
+static void
+dot_plain_rows(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
     for (int r = 0; r < std::min(DOT_ROWS, n_rows); r++) {
         ROW(weights + r * stride, k, columns, sums + r);
     }
@@ -337,12 +336,14 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_Q6_K, ROWS<block_q6_K> },
     { GGML_TYPE_IQ4_XS, ROWS<block_iq4_xs> },
     { GGML_TYPE_F16,
-     { DOT_ROWS, { dot_plain_rows<dot_row_f16<1>>, dot_plain_rows<dot_row_f16<2>>, dot_plain_rows<dot_row_f16<3>>,
-                    dot_plain_rows<dot_row_f16<4>> } } },
+      { DOT_ROWS,
+        { dot_plain_rows<dot_row_f16<1>>, dot_plain_rows<dot_row_f16<2>>, dot_plain_rows<dot_row_f16<3>>,
+          dot_plain_rows<dot_row_f16<4>> } } },
 #if defined(__AVX512BF16__)
     { GGML_TYPE_BF16,
-     { DOT_ROWS, { dot_plain_rows<dot_row_bf16<1>>, dot_plain_rows<dot_row_bf16<2>>, dot_plain_rows<dot_row_bf16<3>>,
-                    dot_plain_rows<dot_row_bf16<4>> } } },
+      { DOT_ROWS,
+        { dot_plain_rows<dot_row_bf16<1>>, dot_plain_rows<dot_row_bf16<2>>, dot_plain_rows<dot_row_bf16<3>>,
+          dot_plain_rows<dot_row_bf16<4>> } } },
 #endif
 };
 

@@ -84,8 +84,9 @@ struct alignas(64) Panel {
     };
 
     union {
-        float   scales[N_BLOCKS][PANEL_ROWS];     // q8_0: per block of 32
-        int32_t factors[SLICE / 16][PANEL_ROWS];  // q8_K, q8_K_mins: per block of 32 (half of the array), q8_K_16: of 16
+        float   scales[N_BLOCKS][PANEL_ROWS];  // q8_0: per block of 32
+        int32_t factors[SLICE / 16]
+                       [PANEL_ROWS];  // q8_K, q8_K_mins: per block of 32 (half of the array), q8_K_16: of 16
     };
 
     float   super_scales[PANEL_ROWS];         // of 256 weights
@@ -152,8 +153,8 @@ inline __m512 add_super_block(__m512 sum, __m512i products, __m512 scale, __m512
 }
 
 // The same with minima: their integer sum, and its scale.
-inline __m512 add_super_block(
-    __m512 sum, __m512i products, __m512 scale, __m512i minima, __m512 minimum_scale, __m512 act_scale) {
+inline __m512
+add_super_block(__m512 sum, __m512i products, __m512 scale, __m512i minima, __m512 minimum_scale, __m512 act_scale) {
     const __m512 less = _mm512_mul_ps(_mm512_cvtepi32_ps(minima), minimum_scale);
     return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_cvtepi32_ps(products), scale, less), act_scale, sum);
 }

@@ -109,14 +109,14 @@ inline SuperBlock load(const block_iq4_xs & w) {
     }
     int32_t low4;
     memcpy(&low4, w.scales_l, sizeof(low4));
-    const __m256i by_4   = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    const __m256i by_2   = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-    const __m256i low    = _mm256_srlv_epi32(_mm256_set1_epi32(low4), by_4);
-    const __m256i high   = _mm256_srlv_epi32(_mm256_set1_epi32(w.scales_h << 4), by_2);
-    const __m256i both   = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x0f), low, high, CHOOSE);
-    const __m256i six    = _mm256_and_si256(both, _mm256_set1_epi32(0x3f));
-    s.factors            = _mm512_zextsi256_si512(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
-    s.offsets            = s.factors;
+    const __m256i by_4 = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    const __m256i by_2 = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
+    const __m256i low  = _mm256_srlv_epi32(_mm256_set1_epi32(low4), by_4);
+    const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(w.scales_h << 4), by_2);
+    const __m256i both = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x0f), low, high, CHOOSE);
+    const __m256i six  = _mm256_and_si256(both, _mm256_set1_epi32(0x3f));
+    s.factors          = _mm512_zextsi256_si512(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
+    s.offsets          = s.factors;
     return s;
 }
 
@@ -152,12 +152,12 @@ inline SuperBlock load(const block_q3_K & w) {
     const __m128i nibble = _mm_shuffle_epi8(x, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
     const __m128i pairs =
         _mm_shuffle_epi8(x, _mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13));
-    const __m128i low    = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
-    const __m128i high   = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
-    const __m128i both   = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
-    const __m128i six    = _mm_and_si128(both, _mm_set1_epi8(0x3f));
-    s.factors            = _mm512_cvtepi8_epi32(_mm_sub_epi8(six, _mm_set1_epi8(32)));
-    s.offsets            = _mm512_slli_epi32(s.factors, 2);
+    const __m128i low  = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
+    const __m128i high = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
+    const __m128i both = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
+    const __m128i six  = _mm_and_si128(both, _mm_set1_epi8(0x3f));
+    s.factors          = _mm512_cvtepi8_epi32(_mm_sub_epi8(six, _mm_set1_epi8(32)));
+    s.offsets          = _mm512_slli_epi32(s.factors, 2);
     return s;
 }
 
