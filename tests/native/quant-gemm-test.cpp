@@ -154,7 +154,11 @@ struct Case {
         ggml_quantize_chunk(s.type, w.data(), stored.data(), 0, s.n_rows * matrices, s.k, nullptr);
         ggml_backend_tensor_set(weights, stored.data(), 0, stored.size());
         w_values.resize(w.size());
-        ggml_get_type_traits(s.type)->to_float(stored.data(), w_values.data(), w.size());
+        if (s.type == GGML_TYPE_F32) {
+            w_values = w;
+        } else {
+            ggml_get_type_traits(s.type)->to_float(stored.data(), w_values.data(), w.size());
+        }
 
         x_values.assign(ggml_nelements(full), NAN);  // the gaps between strided rows are never read
         for (int64_t r = 0; r < ggml_nrows(full); r++) {
