@@ -9,6 +9,7 @@
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
+#include "ggml-latent-attn.h"
 #include "ggml.h"
 
 #include <dlfcn.h>
@@ -41,6 +42,8 @@ struct LatentShape {
     float       spread    = 1.0f;      // standard deviation of the scores
     float       query     = 1.0f;      // standard deviation of the values of q, compensated by the scale
     bool        poison    = false;     // cells that no query sees are NaN
+    bool        ordered   = false;     // the node has the order of the keys, ...
+    bool        backwards = false;     // ... of which the last one is in the first cell
     float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
     float       last      = 1.0f;      // them it grows by a constant factor per key
     uint32_t    seed      = 1;
@@ -64,6 +67,8 @@ struct LatentShape {
         return first * std::pow(last / first, (float) key / (float) std::max<int64_t>(1, n_keys - 1));
     }
 
+    int64_t cell(int64_t key) const { return backwards && key < n_keys ? n_keys - 1 - key : key; }
+
     bool visible(int64_t stream, int64_t query, int64_t key) const {
         if (mask == "mixed") {
             return (query * 7 + key * 13 + stream) % 5 < 2;
@@ -78,10 +83,13 @@ struct LatentShape {
 inline std::string name_of(const LatentShape & s) {
     return text(
         "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g%s",
+        "%g%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.poison ? " poisoned" : "");
+        s.first, s.last, s.poison ? " poisoned" : "",
+        s.backwards ? " backwards"
+        : s.ordered ? " ordered"
+                    : "");
 }
 
 // The bound of the NMSE against float64 on the dequantized values.
@@ -157,6 +165,7 @@ class LatentCase {
     ggml_tensor *      mask;
     ggml_tensor *      k_b;
     ggml_tensor *      v_b;
+    ggml_tensor *      order;
     ggml_tensor *      out;
     ggml_cgraph *      graph;
     ApartBuffers       buffers;
@@ -185,6 +194,10 @@ class LatentCase {
             out = make(ctx, q_perm, k, k_b, v_b, m, scale());
         } else {
             out = absorbed_form(q_perm, m);
+        }
+        order = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, s.n_keys, s.n_streams);
+        if (s.ordered) {
+            out->src[GGML_LATENT_ORDER_SRC] = order;
         }
         graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, out);
@@ -226,9 +239,6 @@ class LatentCase {
         v_b_f.resize(ggml_nelements(v_b));
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
         const float deviation = 1.0f / std::sqrt((float) s.n_nope);
-        for (int64_t i = 0; i < ggml_nrows(q); ++i) {
-            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
-        }
         for (auto [t, values] : { std::pair{ k_b, &k_b_f }, std::pair{ v_b, &v_b_f } }) {
             for (int64_t i = 0; i < ggml_nrows(t); ++i) {
                 fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation, values->data() + i * t->ne[0]);
@@ -237,7 +247,7 @@ class LatentCase {
         std::vector<float> spare(s.n_cache());
         for (int64_t stream = 0; stream < s.n_streams; ++stream) {
             for (int64_t key = 0; key < cache->ne[1]; ++key) {
-                char * row  = (char *) cache->data + stream * cache->nb[3] + key * cache->nb[1];
+                char * row  = (char *) cache->data + stream * cache->nb[3] + s.cell(key) * cache->nb[1];
                 bool   seen = false;
                 for (int64_t i = 0; i < s.n_queries && key < s.n_keys; ++i) {
                     seen = seen || s.visible(stream, i, key);
@@ -252,9 +262,16 @@ class LatentCase {
             for (int64_t i = 0; i < s.n_queries; ++i) {
                 ggml_fp16_t * row = (ggml_fp16_t *) ((char *) mask->data + i * mask->nb[1] + stream * mask->nb[3]);
                 for (int64_t key = 0; key < s.n_keys; ++key) {
-                    row[key] = ggml_fp32_to_fp16(s.visible(stream, i, key) ? 0.0f : -INFINITY);
+                    row[s.cell(key)] = ggml_fp32_to_fp16(s.visible(stream, i, key) ? 0.0f : -INFINITY);
                 }
             }
+            for (int64_t key = 0; key < s.n_keys; ++key) {
+                ((int32_t *) order->data)[stream * s.n_keys + key] = (int32_t) s.cell(key);
+            }
+        }
+        // the last query first, so that it does not depend on their number
+        for (int64_t i = ggml_nrows(q) - 1; i >= 0; --i) {
+            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
         }
     }
 

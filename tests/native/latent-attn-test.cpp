@@ -22,6 +22,32 @@ static void check(const LatentShape & s, const std::vector<int> & more_threads =
     }
 }
 
+static std::vector<float> result_of(const LatentShape & s, int n_threads) {
+    LatentCase attention(s);
+    attention.compute(n_threads);
+    return attention.result();
+}
+
+// With an order of the keys, the last query has the same bits alone and with many others, and wherever the cells are.
+static void check_order(LatentShape s) {
+    if (!chosen()) {
+        return;
+    }
+    s.ordered = true;
+    check(s);
+    const std::vector<float> alone = result_of(s.with(1, s.n_keys), 1);
+    for (const int64_t n_queries : { 2, 5, 600 }) {
+        for (const bool backwards : { false, true }) {
+            LatentShape other              = s.with(n_queries, s.n_keys);
+            other.backwards                = backwards;
+            const std::vector<float> found = result_of(other, 2);
+            expect(memcmp(alone.data(), found.data() + (found.size() - alone.size()), alone.size() * sizeof(float)) ==
+                       0,
+                   name_of(other) + ": not the bits of the last query alone");
+        }
+    }
+}
+
 int main() {
     const ggml_type types[]   = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,
                                   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_1 };
@@ -64,6 +90,11 @@ int main() {
             for (const char * mask : { "causal", "mixed" }) {
                 crowd.mask = mask;
                 check(crowd, { 2, 3, 4, 7, 12 });
+            }
+            for (const int64_t n_keys : { 600, 5000 }) {
+                LatentShape s = base.with(3, n_keys);
+                s.spread      = 5.0f;
+                check_order(s);
             }
             LatentShape odd = base.with(1, 77);  // an odd number of visible keys in the last pair
             odd.mask        = "none";

@@ -1,8 +1,9 @@
 // Matmuls of quantized weights against float64: every type in every layout, MUL_MAT and MUL_MAT_ID, hostile shapes and
-// values; bit-identical for any number of threads; nothing written outside the result. Uses only ggml's public
+// values; bit-identical for any number of threads and of columns; nothing written outside the result. Uses only ggml's public
 // interface. Prints one line per failure and the count; exit status 1 if there was a failure.
 
 #include "check.h"
+#include "common/ggml-op-marks.h"
 #include "cpu_backend.h"
 #include "ggml-alloc.h"
 #include "ggml-cpu.h"
@@ -27,6 +28,7 @@ struct Shape {
     int64_t     n_planes  = 1;      // MUL_MAT: planes of activations, ...
     int64_t     n_weights = 1;      // ... and of weights
     bool        strided   = false;  // activations are views of longer rows
+    bool        invariant = false;  // marked GGML_OP_MARK_INVARIANT
     std::string values =
         "normal";  // normal, zeros (some rows of both are zero), huge, tiny, faint (weights, near 1e-38)
     std::string routing =
@@ -78,6 +80,9 @@ struct Case {
             result = ggml_mul_mat_id(ctx, weights, acts, ids);
         } else {
             result = ggml_mul_mat(ctx, weights, acts);
+        }
+        if (s.invariant) {
+            ggml_op_set_mark(result, GGML_OP_MARK_INVARIANT);
         }
         graph = ggml_new_graph(ctx);
         ggml_build_forward_expand(graph, result);
@@ -149,7 +154,11 @@ struct Case {
         ggml_quantize_chunk(s.type, w.data(), stored.data(), 0, s.n_rows * matrices, s.k, nullptr);
         ggml_backend_tensor_set(weights, stored.data(), 0, stored.size());
         w_values.resize(w.size());
-        ggml_get_type_traits(s.type)->to_float(stored.data(), w_values.data(), w.size());
+        if (s.type == GGML_TYPE_F32) {
+            w_values = w;
+        } else {
+            ggml_get_type_traits(s.type)->to_float(stored.data(), w_values.data(), w.size());
+        }
 
         x_values.assign(ggml_nelements(full), NAN);  // the gaps between strided rows are never read
         for (int64_t r = 0; r < ggml_nrows(full); r++) {
@@ -206,6 +215,18 @@ static void check(const Shape & s) {
         const std::vector<float> many = product.compute(n_threads);
         expect(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0,
                name + text(": not the bits of one thread with %d", n_threads));
+    }
+}
+
+// The first column has the same bits for any number of columns. Quantized weights need no mark for that.
+static void check_columns(Shape s) {
+    s.n_tokens                     = 1;
+    const std::vector<float> alone = Case(s).compute(1);
+    for (const int64_t n : { 2, 3, 5, 7, 17, 33 }) {
+        s.n_tokens                   = n;
+        const std::vector<float> all = Case(s).compute(2);
+        expect(memcmp(alone.data(), all.data(), alone.size() * sizeof(float)) == 0,
+               name_of(s) + ": not the bits of one column");
     }
 }
 
@@ -280,6 +301,22 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     return shapes;
 }
 
+static void check_columns_of(const Kind & kind) {
+    Shape base;
+    base.type      = kind.type;
+    base.repack    = kind.repack;
+    base.routing   = "one";
+    base.n_rows    = 40;
+    base.invariant = !ggml_is_quantized(kind.type);
+    for (const int64_t k : { kind.block * 3, (int64_t) 2304, (int64_t) 4608 }) {
+        base.k = k;
+        check_columns(base);
+    }
+    base.k         = 768;
+    base.n_experts = 3;
+    check_columns(base);
+}
+
 int main() {
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // suppresses one line per repacked tensor
     for (const Kind & kind : kinds) {
@@ -288,6 +325,12 @@ int main() {
                 check(shape);
             }
         }
+        if (chosen()) {
+            check_columns_of(kind);
+        }
+    }
+    if (chosen()) {
+        check_columns_of({ GGML_TYPE_F32, false, 32 });
     }
     return report();
 }

@@ -118,6 +118,9 @@ class Player:
     def copy(self, sequence: int, to: int) -> None:
         self._context.copy(sequence, to)
 
+    def threads(self, count: int) -> None:
+        self._context.set_threads(count)
+
     def clear(self) -> None:
         self._context.clear()
 

@@ -1,0 +1,178 @@
+"""The logits of a token on the CPU have the same bits whatever else is decoded, and wherever its sequence is stored.
+
+A sequence decoded alone, token by token, is compared with the same tokens next to other sequences, prompts and drafts,
+with other numbers of threads, with a unified cache, and after other sequences were removed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_script import WORKER, Logits, Setup, Step, decode, remove, text
+
+from kimi_gguf.bench.models import generate
+from kimi_gguf.bench.shapes import BenchModel
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.progress import Silent
+from kimi_gguf.engine.worker import Worker
+
+pytestmark = pytest.mark.engine
+
+SLOTS, SUBJECT, PROMPT, STEPS = 24, 5, 150, 4
+VOCABULARY = 512
+# weights and cache: every kind of matmul, and of attention
+TYPES = {
+    "F32": "F32",
+    "F16": "F16",
+    "BF16": "BF16",
+    "Q8_0": "Q8_0",
+    "Q4_0": "F16",
+    "Q4_K_M": "Q4_0",
+    "Q6_K": "F16",
+}
+OTHERS = [slot for slot in range(SLOTS) if slot != SUBJECT]
+
+Tokens = list[tuple[int, int, int]]
+
+
+def tokens(slot: int, first: int, count: int) -> Tokens:
+    """Tokens [first, first + count) of the text of a slot."""
+    ids = np.random.default_rng(slot).integers(0, VOCABULARY, first + count)
+    return text(slot, ids[first:], first)
+
+
+def length(slot: int) -> int:
+    """Length of the prompt of a slot."""
+    return PROMPT if slot == SUBJECT else 20 + slot * 37 % 70
+
+
+class Slots:
+    """A context with many sequences, and the logits of one of them."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._logits: list[Logits] = []
+
+    def step(self, step: Step) -> None:
+        """Play a step and keep its logits."""
+        self._logits += [np.array(row, np.float32) for row in self._worker.ask("step", step=step)[1]]
+
+    def begin(self, threads: int = 2) -> None:
+        """Forget all sequences."""
+        self.step(["clear"])
+        self.step(["threads", threads])
+        self._logits.clear()
+
+    def batch(self, *parts: Tokens) -> None:
+        """Decode some tokens of each of several slots, and keep the logits of the subject's tokens."""
+        batch = [token for part in sorted(parts) for token in part]
+        mine = [i for i, token in enumerate(batch) if token[0] == SUBJECT]
+        wanted = mine[-1:] if len(mine) >= PROMPT else mine
+        self.step(decode(*batch, wanted=wanted))
+
+    def prompts(self, slots: Sequence[int]) -> None:
+        """Decode the prompts, one after the other."""
+        for slot in slots:
+            self.batch(tokens(slot, 0, length(slot)))
+
+    def generate(self, others: Sequence[int]) -> None:
+        """Decode the subject token by token, next to the others."""
+        for i in range(STEPS):
+            self.batch(*(tokens(slot, length(slot) + i, 1) for slot in (SUBJECT, *others)))
+
+    def logits(self) -> Logits:
+        """The logits of the subject's prompt and of its tokens."""
+        return np.stack(self._logits)
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def model(request: pytest.FixtureRequest, engine: Engine) -> tuple[Path, str]:
+    """A small model with the head sizes of the 48B, and the type of its cache."""
+    kind: str = request.param
+    return generate(BenchModel("kimi-linear", 4, 8, kind, "tiny"), engine, Silent()), TYPES[kind]
+
+
+def slots_of(engine: Engine, model: tuple[Path, str], unified: bool) -> Iterator[Slots]:
+    setup = Setup(
+        flash_attention=True, cache_type=model[1], n_seq_max=SLOTS, n_rs_seq=4, kv_unified=unified, cells=256
+    )
+    with Worker(str(WORKER), environment=engine.environment()) as worker:
+        worker.ask("begin", gguf=str(model[0]), setup=asdict(setup))
+        yield Slots(worker)
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine, model: tuple[Path, str]) -> Logits:
+    """The logits of the subject in an empty context with a cache for each sequence."""
+    (logits,) = (_alone(slots) for slots in slots_of(engine, model, False))
+    return logits
+
+
+def _alone(slots: Slots, threads: int = 1) -> Logits:
+    slots.begin(threads)
+    slots.prompts([SUBJECT])
+    slots.generate([])
+    return slots.logits()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["a stream each", "unified"])
+def slots(request: pytest.FixtureRequest, engine: Engine, model: tuple[Path, str]) -> Iterator[Slots]:
+    yield from slots_of(engine, model, request.param)
+
+
+def assert_equal_bits(got: Logits, expected: Logits) -> None:
+    np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+def test_threads_and_the_kind_of_cache(slots: Slots, alone: Logits) -> None:
+    for threads in (2, 3):
+        assert_equal_bits(_alone(slots, threads), alone)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 15, 23])
+def test_other_sequences(slots: Slots, alone: Logits, count: int) -> None:
+    slots.begin()
+    slots.prompts([*OTHERS[: count // 2], SUBJECT, *OTHERS[count // 2 : count]])
+    slots.generate(OTHERS[:count])
+    assert_equal_bits(slots.logits(), alone)
+
+
+def test_cells_of_removed_sequences(slots: Slots, alone: Logits) -> None:
+    """With a unified cache, the prompt is stored in gaps, and later tokens before earlier ones."""
+    slots.begin()
+    slots.prompts([0, 1, 2, 3])
+    for slot in (0, 2):
+        slots.step(remove(slot, -1))
+    slots.prompts([SUBJECT])
+    slots.step(remove(1, -1))
+    slots.generate([3])
+    assert_equal_bits(slots.logits(), alone)
+
+
+def test_a_prompt_next_to_tokens_and_prompts(slots: Slots, alone: Logits) -> None:
+    slots.begin()
+    generating, reading = OTHERS[:6], OTHERS[6:9]
+    slots.prompts(generating)
+    slots.batch(
+        tokens(SUBJECT, 0, PROMPT),
+        *(tokens(slot, 0, length(slot)) for slot in reading),
+        *(tokens(slot, length(slot), 1) for slot in generating),
+    )
+    slots.generate(reading)
+    assert_equal_bits(slots.logits(), alone)
+
+
+@pytest.mark.parametrize("others", [0, 9])
+def test_verified_drafts(slots: Slots, alone: Logits, others: int) -> None:
+    """All tokens in one batch, next to other drafts of other lengths."""
+    slots.begin()
+    slots.prompts([SUBJECT, *OTHERS[:others]])
+    slots.batch(
+        tokens(SUBJECT, PROMPT, STEPS),
+        *(tokens(slot, length(slot), 1 + slot % 4) for slot in OTHERS[:others]),
+    )
+    assert_equal_bits(slots.logits(), alone)
