@@ -79,7 +79,8 @@ static int64_t own_keys(const llama_ubatch & ubatch) {
     if (!ubatch.equal_seqs() || ubatch.n_seqs != 1) {
         return 0;
     }
-    return *std::max_element(ubatch.pos, ubatch.pos + ubatch.n_tokens) + 1;
+    const int64_t n_keys = *std::max_element(ubatch.pos, ubatch.pos + ubatch.n_tokens) + 1;
+    return n_keys < ubatch.n_tokens ? 0 : n_keys;  // 0: the ubatch that memory is reserved with has no positions
 }
 
 int llama_latent_attn_row(const llama_ubatch & ubatch) {
