@@ -103,6 +103,8 @@ def _failed(message: str, as_json: bool) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} SRC -o OUT [options]\n       {PROGRAM} verify OUT --checkpoint SRC [--imatrix FILE]\n"
+        f"       {PROGRAM} inspect PATH [--context N]",
         description="Convert a Kimi-Linear checkpoint (safetensors) to GGUF without running its code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

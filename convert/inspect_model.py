@@ -68,6 +68,8 @@ class _Model:
 def inspect_model(path: Path | str, context: int) -> Summary:
     """Summarize a GGUF file or a checkpoint (folder, safetensors file or hub id) with caches for `context` tokens.
     Raises `ConvertError` or `GgufError`."""
+    if Path(path).is_file() and Path(path).suffix not in (".gguf", ".safetensors", ".json"):
+        raise ConvertError(f"{path}: expected a GGUF file, a checkpoint folder or a .safetensors file")
     model = _gguf(Path(path)) if Path(path).suffix == ".gguf" else _checkpoint(path)
     sizes: Counter[int] = Counter()
     by_layer: dict[int, Counter[str]] = {}

@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
 
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.pin import Pin
 
@@ -116,7 +116,7 @@ def _download(pin: Pin, path: Path) -> None:
             raise EngineError(
                 f"the Python package {package} is needed to download {pin.archive} and is not installed",
                 found=f"Python at {sys.executable}",
-                todo=f"pip install 'kimi-gguf[build]', or give the archive with --archive {pin.archive}",
+                todo=f"{install(package)}, or give the archive with --archive {pin.archive}",
             )
     requirements = path.with_name("requirements.txt")
     requirements.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.archive_sha256}\n")

@@ -159,13 +159,12 @@ def find(name: str | None = None, upstream: bool = False) -> Engine | None:
         return max(named, key=lambda e: str(e.manifest["built"]))
     if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
         return None
-    how = "name an existing build: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
-    made = wanted.split("+")[0] in BACKENDS
+    finished = ", ".join(f"{e.name} ({e.key[:SHORT_KEY]})" for e in present) or "none"
+    make = _command(wanted if wanted.split("+")[0] in BACKENDS else DEFAULT, upstream)
+    choose = "name one of them: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
     raise EngineError(
-        f"build {wanted}{origin}",
-        expected="a finished build of this version for this machine",
-        found=", ".join(f"{e.name} ({e.key[:SHORT_KEY]})" for e in present) or "no build",
-        todo=f"{_command(wanted, upstream)}, or {how}" if made else how,
+        f"no build named {wanted}{origin}; finished builds of this version for this machine: {finished}",
+        todo=f"{make}, or {choose}" if present else make,
     )
 
 
@@ -177,6 +176,9 @@ def select(name: str | None = None, upstream: bool = False, make: bool = True) -
     wanted, origin = _wanted(name)
     if not make:
         raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, upstream))
+    with reporting() as reporter:
+        kind = "upstream llama.cpp" if upstream else "the patched llama.cpp"
+        reporter.note(f"{kind} is not built yet: building it now, once; this takes minutes")
     return ensure(upstream, wanted)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kimi_gguf.engine.builds import Engine, builds, cache_folder, select
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
@@ -163,7 +163,7 @@ def _python(engine: Engine, tempting: list[str]) -> str:
         raise EngineError(
             "llama_cpp cannot be imported",
             found=result.stderr.strip().splitlines()[-1] if result.stderr.strip() else "no message",
-            todo="pip install 'kimi-gguf[validate]', which brings what llama_cpp imports",
+            todo=f"{install('diskcache', 'jinja2', 'typing-extensions')}, which llama_cpp imports",
         )
     report = json.loads(result.stdout.strip().splitlines()[-1])
     if not Path(report["package"]).is_relative_to(engine.prefix):
@@ -181,6 +181,7 @@ def _devices(engine: Engine) -> str:
     """The devices that the build can compute on."""
     result = _run([str(engine.bin / "llama-cli"), "--list-devices"], dict(os.environ))
     lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
+    lines = [line for line in lines if line != "(none)"]
     backend = engine.backends[0]
     if backend != "cpu" and not lines:
         raise EngineError(f"built for {backend}, but there is no device", todo="check the driver")
@@ -226,7 +227,7 @@ def _cuda_toolkit() -> str:
         source = Path(folder) / "whole.cu"
         source.write_text("#include <cublas_v2.h>\n")
         whole = _run([nvcc.path, "-E", str(source)], dict(os.environ)).returncode == 0
-    seen = "with cuBLAS" if whole else "without cuBLAS: --backend cuda needs the whole toolkit"
+    seen = "with cuBLAS" if whole else "incomplete, without cuBLAS: --backend cuda needs the whole toolkit"
     return f"{nvcc.path}: {nvcc.version}, {seen}"
 
 

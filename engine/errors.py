@@ -1,7 +1,15 @@
 """The errors of fetching, building and running llama.cpp, and of reading what it writes."""
 
+import shlex
+import sys
+
 from kimi_gguf.patches.errors import KimiError
 
 
 class EngineError(KimiError):
     """llama.cpp cannot be fetched, built, found or run, or a file for it cannot be read."""
+
+
+def install(*packages: str) -> str:
+    """The command that installs packages for the Python that runs. (No index has this project's own package.)"""
+    return shlex.join([sys.executable, "-m", "pip", "install", *packages])

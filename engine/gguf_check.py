@@ -29,6 +29,12 @@ def all_parts(path: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise EngineError(
+            f"{path}: is a folder",
+            expected="a GGUF file",
+            todo=f"convert it first: convert-kimi {path} -o model.gguf",
+        )
     if not path.is_file():
         raise EngineError(
             f"{path}: no such file",

@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, install
 
 _COMPILER_ADVICE = {
     "linux": "install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)",
@@ -59,9 +59,7 @@ def packaged_tool(name: str) -> str:
         path = None
     path = path or shutil.which(name)
     if path is None:
-        raise EngineError(
-            f"{name} is not installed", todo=f"pip install 'kimi-gguf[build]' (or pip install {name})"
-        )
+        raise EngineError(f"{name} is not installed", todo=install(name))
     return path
 
 

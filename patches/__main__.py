@@ -16,7 +16,7 @@ from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, expect_tree
 
 _NOT_PINNED = "not the pinned upstream llama.cpp"
-_GIVE = "give that one; for a new pin write the hash found as upstream_tree_sha256 in upstream.toml"
+_GIVE = "give the tree with the expected hash; for a new pin write the hash found to upstream.toml"
 
 
 def main(arguments: list[str]) -> int:

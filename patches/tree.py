@@ -24,7 +24,9 @@ def list_files(root: Path) -> list[str]:
                 continue
             path = base / name
             if path.is_symlink():
-                raise PatchError(f"{path}: a symbolic link in the source tree", expected="plain files only")
+                raise PatchError(
+                    f"{path}: is a symbolic link; the source tree must contain only regular files"
+                )
             found.append(path.relative_to(root).as_posix())
     return sorted(found)
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from kimi_gguf.engine.builds import upstream_source
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree
@@ -102,7 +102,8 @@ def find_nvcc() -> Path:
         "no nvcc found",
         expected="CUDACXX in the environment, nvcc on PATH or in /usr/local/cuda, or the Python packages of it",
         found=f"CUDACXX={chosen}, which is not a program" if chosen else "none of them",
-        todo="install NVIDIA's CUDA toolkit, or: pip install 'kimi-gguf[cuda]' (100 MB to fetch, 270 MB on disk)",
+        todo="install NVIDIA's CUDA toolkit, or in the checkout: "
+        f"{install('-e', '.[cuda]')} (100 MB to fetch, 270 MB on disk)",
     )
 
 

@@ -316,7 +316,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         _selection(sub)
         sub.add_argument("model", type=Path, metavar="MODEL", help="a GGUF file")
-        sub.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help=f"for {tool.program}")
+        rest = sub.add_argument(
+            "arguments", nargs=argparse.REMAINDER, metavar="...", help=f"for {tool.program}"
+        )
+        rest.required = False  # otherwise argparse names it too if MODEL is missing
 
     sub = command(
         "worker", _worker, "compute for kimi-llama on another machine (ggml-rpc-server)", _WORKER_HELP.strip()
@@ -360,9 +363,9 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 
 
 def _upstream(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--upstream", "--pristine", action="store_true", help="use upstream llama.cpp, without the patches"
-    )
+    add = parser.add_argument
+    add("--upstream", action="store_true", help="use upstream llama.cpp, without the patches")
+    add("--pristine", dest="upstream", action="store_true", help=argparse.SUPPRESS)  # the earlier name
 
 
 def _define(text: str) -> tuple[str, str]:

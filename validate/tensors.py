@@ -155,10 +155,14 @@ def open_gguf(path: Path) -> GgufModel:
     Raises ValidateError for a file that is not a readable GGUF file, EngineError for a split that is not the first.
     """
     all_parts(path)
+    if not path.exists():
+        raise ValidateError(f"{path}: no such file")
     try:
         return GgufModel(path)
     except GgufError as error:
-        raise ValidateError(f"{path}: not a readable GGUF file: {error}") from error
+        raise ValidateError(
+            f"{path}: not a readable GGUF file: {str(error).removeprefix(f'{path}: ')}"
+        ) from error
 
 
 def _shape(ne: Sequence[int]) -> tuple[int, ...]:

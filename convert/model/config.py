@@ -138,7 +138,7 @@ class _Keys:
                 raise self.fail(name, "an object", inner)
 
     def fail(self, key: str, expected: str, found: Any, todo: str = "correct the config") -> ConvertError:
-        text = "nothing" if found is None else excerpt(found)
+        text = "nothing" if found is None else _shown(found)
         return ConvertError(f"{self.where}: {key}: expected {expected}, found {text}; {todo}")
 
     def require(self, holds: bool, key: str, expected: str, found: Any, *todo: str) -> None:
@@ -174,13 +174,18 @@ class _Keys:
         return float(value)
 
 
+def _shown(value: Any) -> str:
+    """A value for a message; booleans as in JSON."""
+    return str(value).lower() if isinstance(value, bool) else excerpt(value)
+
+
 def _read(keys: _Keys) -> KimiConfig:
     model = keys.get("model_type")
     keys.require(model == "kimi_linear", "model_type", "'kimi_linear'", model, "no other model is supported")
     for names, value, why in SUPPORTED:
         found = keys.get(*names)
         same = found is None or (found == value and type(found) is type(value))
-        keys.require(same, names[0], repr(value), found, f"llama.cpp cannot run this: {why}")
+        keys.require(same, names[0], _shown(value), found, f"llama.cpp cannot run this: {why}")
     if keys.get("layer_types") is None and keys.get("mla_use_nope") is None:
         # By default the hub's own code rotates; transformers' native form has no such key.
         raise keys.fail("mla_use_nope", "true", None, "llama.cpp never rotates queries and keys here")

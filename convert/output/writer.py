@@ -107,6 +107,10 @@ def check_outputs(
     for path in paths:
         if not path.parent.is_dir():
             raise ConvertError(f"{path}: its folder does not exist; create it first")
+        if path.suffix == ".safetensors":
+            raise ConvertError(
+                f"{path}: expected a name for a GGUF file, found one of safetensors; use NAME.gguf"
+            )
         if not path.exists():
             continue
         if not path.is_file():

@@ -26,7 +26,7 @@ from kimi_gguf.convert.model.tensor_table import EMBEDDING, HEAD, hub_shapes
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
-from kimi_gguf.convert.source.hub import HubId, cached_folder, is_offline, open_repository
+from kimi_gguf.convert.source.hub import PREFIX, HubId, cached_folder, is_offline, open_repository
 from kimi_gguf.convert.source.json_file import read_object
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.source.read_ahead import MOST_BYTES, Range, ReadAhead
@@ -198,7 +198,12 @@ def _find(source: Path | str) -> _Root:
             f"{source}: not found; expected a checkpoint folder, a safetensors file, or an id on the hub "
             "([hf://]OWNER/NAME[@REVISION])"
         )
-    return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
+    try:
+        return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
+    except ConvertError as error:
+        if str(source).startswith(PREFIX):
+            raise
+        raise type(error)(f"{source}: no such folder, so taken as a hub id; {error}") from None
 
 
 def _exists(path: Path) -> bool:

@@ -23,6 +23,7 @@ from kimi_gguf.convert.source.json_file import MAX_BYTES
 from kimi_gguf.convert.source.origin import COMMIT
 from kimi_gguf.convert.source.read_ahead import ReadAhead
 from kimi_gguf.convert.source.remote import Location, PassingError, RemoteFile, Web, reason
+from kimi_gguf.engine.errors import install
 
 PREFIX: Final = "hf://"
 LIBRARY: Final = "kimi-gguf"  # the user agent of requests
@@ -140,8 +141,8 @@ def _library(id: HubId | None) -> Any:
         import huggingface_hub.utils
     except ImportError:
         raise ConvertError(
-            f"{id or PREFIX}: reading from the hub requires huggingface_hub: pip install 'kimi-gguf[hub]'; or "
-            "download the checkpoint and give its folder"
+            f"{id or PREFIX}: reading from the hub requires huggingface_hub: {install('huggingface_hub')}; "
+            "or download the checkpoint and give its folder"
         ) from None
     return huggingface_hub
 
@@ -181,7 +182,7 @@ def _translated_errors(what: str, web: Web) -> Iterator[None]:
         (errors.GatedRepoError, f"is gated: accept its conditions at {web.hub}, then {_TOKEN}"),
         (
             errors.RepositoryNotFoundError,
-            f"no such folder, and {web.hub} has no such repository, or it is private; check the name, or {_TOKEN}",
+            f"{web.hub} has no such repository, or it is private; check the name, or {_TOKEN}",
         ),
         (errors.RevisionNotFoundError, "no such revision; give a branch, a tag or a commit after the @"),
         (errors.RemoteEntryNotFoundError, "not found; the checkpoint on the hub is incomplete"),

@@ -170,7 +170,7 @@ class SafetensorsFile:
             raise fail(f"data_offsets inside the {size - start} bytes of data", offsets)
         nbytes = math.prod(shape) * _BYTES[dtype]
         if end - begin != nbytes:
-            raise fail(f"{nbytes} bytes for {dtype} {shape}", f"{end - begin} bytes")
+            raise fail(f"{nbytes} bytes for {dtype} {shape}", end - begin)
         return StoredTensor(name, dtype, tuple(shape), start + begin, start + end)
 
     def _check_cover(self, tensors: list[StoredTensor], start: int, size: int) -> None:

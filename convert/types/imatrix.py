@@ -60,7 +60,10 @@ def _gguf(path: Path) -> Importances:
             raise ConvertError(f"{path}: missing key {missing[0]}; make it with llama-imatrix")
         datasets, chunks = file.keys[_DATASETS], file.keys[_CHUNKS]
         if not isinstance(datasets, list) or not isinstance(chunks, int):
-            raise ConvertError(f"{path}: {_DATASETS}, {_CHUNKS}: expected a list and a number")
+            types = f"{type(datasets).__name__} and {type(chunks).__name__}"
+            raise ConvertError(
+                f"{path}: {_DATASETS}, {_CHUNKS}: expected list and int, found {types}; make it with llama-imatrix"
+            )
         weights: dict[str, Values] = {}
         for full in file.tensors:
             name, suffix = full[: full.rfind(".")], full[full.rfind(".") :]

@@ -160,6 +160,13 @@ def test_an_existing_card_is_kept_unless_forced(source: Path, out: Path) -> None
     assert (out / "README.md").read_text().startswith("---\n")
 
 
+def test_a_gguf_file_is_not_named_as_weights(source: Path) -> None:
+    """It would make the folder ambiguous: a checkpoint in shards, and a model.safetensors."""
+    run = convert(source, "-o", source / "model.safetensors")
+    assert run.status == 1 and "model.safetensors: expected a name for a GGUF file" in run.err
+    assert not (source / "model.safetensors").exists()
+
+
 def test_the_checkpoints_own_card_is_never_overwritten(source: Path) -> None:
     run = convert(source, "-o", source / "x.gguf", "--model-card", "--force")
     assert run.status == 1 and "README.md: is a file of the checkpoint" in run.err

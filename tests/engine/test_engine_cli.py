@@ -112,6 +112,18 @@ def test_a_missing_model_is_said_at_once(built: Path, command: str) -> None:
     assert "convert-kimi" in told.stderr
 
 
+def test_a_folder_is_to_be_converted_first(built: Path) -> None:
+    told = call(built, "run", str(built))
+    assert told.returncode == 1
+    assert "is a folder" in told.stderr and f"convert-kimi {built}" in told.stderr
+
+
+def test_only_the_model_is_required(built: Path) -> None:
+    told = call(built, "run")
+    assert told.returncode == 2
+    assert told.stderr.endswith("the following arguments are required: MODEL\n")
+
+
 def test_a_file_that_is_not_gguf_is_said_at_once(built: Path) -> None:
     (built / "model.safetensors").write_bytes(b"\x10" + bytes(20))
     told = call(built, "run", str(built / "model.safetensors"))
