@@ -31,7 +31,8 @@ INTRODUCTION = """\
 Written by `kimi-llama bench --page`; do not edit. Each section lists the commands that measured it.
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
-same archive with the same options by {compiler}. Measured {when}.
+same archive with the same options by {compiler}. Measured {when} with kimi-gguf
+at {checkouts}. Builds of later commits contain later patches.
 
 Each build has its own process with the model loaded. The processes alternate in one run (A B B A); the idle one is
 stopped. Figures are medians ± the median absolute deviation. Upstream: the fastest of `--repack 0/1` and flash
@@ -39,7 +40,8 @@ attention on/off, for each cell. Patched: the default options with `KIMI_OPS={sw
 time. *ppN*: N prompt tokens in one batch, with the logits of the last. *at D*: after D tokens in the cache; both builds
 load the same saved state. *% of roofline*: the least possible time divided by the time of patched. The least time is
 the sum over weights, attention and recurrence of bytes / memory bandwidth or multiply-adds / peak rate, whichever is
-longer; the rates are measured before and after each cell. In parentheses: what bounds most of this time.
+longer; the rates are measured before and after each cell. In parentheses: what bounds most of this time. Above 100 %:
+the bandwidth measured around the cell was lower than during it.
 
 Generated models have the 48B's layer shapes with fewer layers and random weights (`--layers`, `--experts`); the
 quantization mix is that of llama-quantize.
@@ -50,7 +52,7 @@ DEVICE_INTRODUCTION = """\
 
 Written by `kimi-llama bench --page`; do not edit. Each section lists the commands that measured it.
 
-{device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf {checkouts}; llama.cpp
+{device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
 {commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for
 {backend} by {compilers}. Measured {when}.
 
@@ -226,7 +228,10 @@ def write_page(records: Sequence[Data], page: Path) -> None:
             "memory,\nso its bandwidth changes from minute to minute.\n\n"
             + markdown(report.peaks_table(machine_peaks(records)))
         )
-    for name, model in merged(records).items():
+    models = merged(records)
+    if cells := [cell for model in models.values() for cell in model["cells"]]:
+        parts.append("## All cells\n\n" + report.verdict(cells) + "\n")
+    for name, model in models.items():
         if model["cells"] or model["about"]["not_measured"]:
             parts.append(model_part(name, model, page))
     if record := latest(record for record in records if record["operators"]):
@@ -252,6 +257,7 @@ def machine_peaks(records: Iterable[Data]) -> list[Data]:
 def introduction(record: Data, records: Sequence[Data]) -> str:
     """The introduction of the page. record: the latest one."""
     machine, engine, device = record["machine"], record["engines"]["patched"], record.get("device")
+    by_age = sorted(records, key=lambda each: str(each["created"]))
     days = sorted({str(each["created"])[:10] for each in records})
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] and not device else ""
     compilers = {name: str(found).rpartition(": ")[2] for name, found in sorted(engine["compilers"].items())}
@@ -261,6 +267,7 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         "package": engine["package"],
         "builds": ", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
         "switch": record["switch"],
+        "checkouts": ", ".join(dict.fromkeys(map(checkout, by_age))),
         "when": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
     }
     if not device:
@@ -271,18 +278,24 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         name=device["name"],
         memory=device["memory"] / 2**30,
         driver=device["driver"] or "unknown",
-        checkouts=", ".join(sorted({str(each["checkout"] or "installed") for each in records})),
         backend=device["backend"],
         compilers=", ".join(dict.fromkeys(compilers.values())),
         limits=DEVICE_PEAKS if any(each["limits"] for each in records) else NO_DEVICE_PEAKS,
     )
 
 
+def checkout(record: Data) -> str:
+    """The commit of kimi-gguf that made a record."""
+    return str(record.get("checkout") or "an unrecorded commit")
+
+
 def operators_part(record: Data) -> str:
     """Single operators on the CPU."""
     return (
         f"## Single operators\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
-        "sizes of the 48B; time per layer and call, over more layers than the caches hold.\n\n"
+        "sizes of the 48B; time per layer and call, over more layers than the caches hold. "
+        "Each row is a run of its own, in which both builds alternate. The machine's bandwidth changes between rows "
+        "(see above), and with it the time of the same operator.\n\n"
         + markdown(operators_table(record["operators"]))
     )
 
@@ -330,8 +343,9 @@ def matmuls_part(records: Sequence[Data]) -> str:
     commands = "\n".join(f"- `{record['command']}`" for record in records)
     return (
         f"## Single matmuls\n\n{commands}\n\nRows of {K} weights, read from memory and repacked as llama.cpp does by "
-        "default. Upstream: the faster of `--repack 0/1`. *% of roofline*: multiply-adds / peak rate of int8, bf16 or, "
-        "for F16, float32, or bytes of weights / memory bandwidth, whichever is longer, divided by patched's time. "
+        "default. Upstream: the faster of `--repack 0/1`. *% of roofline*: the longer of two ideal times, divided by "
+        "patched's time: compute (multiply-adds / peak rate of the type: int8, bf16, or float32 for F16) and memory "
+        "(bytes of weights / bandwidth). "
         "With 512 tokens and 8 of 32 experts each matrix has 128 columns.\n\n" + markdown(matmuls_table(rows))
     )
 

@@ -72,11 +72,21 @@ def slower(cells: Iterable[Data]) -> list[Data]:
     ]
 
 
+def clearly_faster(cells: Iterable[Data]) -> list[Data]:
+    """Cells in which patched is faster than upstream by more than the sum of both spreads."""
+    return [
+        cell for cell in cells if cell["ratio"] > 1 + cell["upstream"]["spread"] + cell["patched"]["spread"]
+    ]
+
+
 def verdict(cells: Sequence[Data]) -> str:
     """A summary of all cells."""
     losing = slower(cells)
     faster = sum(cell["ratio"] > 1 for cell in cells)
-    words = [f"{len(cells)} cells; patched is faster than the best upstream variant in {faster}"]
+    words = [
+        f"{len(cells)} cells; patched is faster than the best upstream variant in {faster}, by more than the spread in "
+        f"{len(clearly_faster(cells))}"
+    ]
     words.append(
         f"slower by more than the spread in {len(losing)}: "
         + "; ".join(f"{describe(cell)} ({cell['ratio']:.2f})" for cell in losing)

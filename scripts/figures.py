@@ -32,7 +32,7 @@ PAGE = """\
 # Measurements
 
 Written by `python -m kimi_gguf.scripts.figures` on {date}; do not edit.
-{machine}; llama.cpp {commit} from {package}, patched and upstream built from the
+{machine}; llama.cpp {commit} from {package}, patched ({build}) and upstream built from the
 same archive with the same options. The cache is in F32.
 
 ## The demo checkpoint against the torch reference
@@ -41,7 +41,7 @@ same archive with the same options. The cache is in F32.
 float32; its perplexity is {ppl_reference:.3f}. KLD is KL(reference || llama.cpp) in nats. The quiet probe scales
 the attention layers' input by 2^-8 in the file and in the reference, so that the epsilons of the norms affect the
 result ([validation](validation.md)). *Expert mismatches* counts the positions at which llama.cpp chose other
-experts than the reference in at least one layer: these few positions cause nearly all of the total error. The noise
+experts than the reference in at least one layer: these few positions cause most of the total error. The noise
 floor (the same file with ubatches of {n_ubatch}) is NMSE {floor:.1e} for F32. Hashes, options and the error at every
 position are in the JSON report that `validate-kimi` writes.
 
@@ -118,6 +118,7 @@ def main() -> None:
         machine=f"{machine['processor']}, {machine['cores']} cores, {machine['system'].split()[0]}",
         commit=engine["llama_cpp_commit"][:7],
         package=engine["package"],
+        build=engine["commit"],
         positions=first["positions"],
         ppl_reference=first["ppl_reference"],
         n_ubatch=exact["noise_floor"]["n_ubatch"],

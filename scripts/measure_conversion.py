@@ -180,7 +180,16 @@ def shown(samples: Sequence[float]) -> str:
 def table(rows: Sequence[Data]) -> Rows:
     """The page's table."""
     lines: Rows = [
-        ("to", "llama.cpp: to BF16", "llama-quantize", "`convert-kimi`", "ratio", "peak", "same bytes in")
+        (
+            "to",
+            "llama.cpp: to BF16",
+            "llama-quantize",
+            "both steps",
+            "`convert-kimi`",
+            "ratio",
+            "peak",
+            "same bytes in",
+        )
     ]
     for row in rows:
         both = sum(statistics.median(row[step]) for step in ("convert", "quantize") if row[step])
@@ -188,6 +197,7 @@ def table(rows: Sequence[Data]) -> Rows:
         same_in = f"all but {', '.join(row['different'])}" if row["different"] else "all"
         times = [shown(row[step]) for step in ("convert", "quantize", "ours")]
         ratio = both / statistics.median(row["ours"])
+        times.insert(2, f"{both:.1f} s")
         lines.append((row["type"] + mark(row), *times, f"{ratio:.1f}", peaks, same_in))
     return lines
 

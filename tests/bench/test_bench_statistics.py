@@ -10,7 +10,7 @@ import pytest
 from kimi_gguf.bench.ab_run import LONG, Result, Sampler, Settings, measure_cell
 from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell, grid, variants
 from kimi_gguf.bench.hybrid import fit
-from kimi_gguf.bench.report import peaks_table, slower, verdict
+from kimi_gguf.bench.report import clearly_faster, peaks_table, slower, verdict
 from kimi_gguf.bench.roofline import Demand, Peaks, attention_macs
 from kimi_gguf.bench.statistics import best, stable, summary, worth_measuring
 
@@ -71,7 +71,15 @@ def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
     cells = [cell(0.99, 1), cell(0.9, 8), cell(1.5, 512)]
     assert slower(cells) == [cells[1]]
     assert "slower by more than the spread in 1: pp8 at 0, 2 threads (0.90)" in verdict(cells)
-    assert "faster than the best upstream variant in 1" in verdict(cells)
+    assert "faster than the best upstream variant in 1, by more than the spread in 1;" in verdict(cells)
+
+
+def test_only_what_is_beyond_the_spread_is_called_faster() -> None:
+    def cell(ratio: float) -> dict[str, object]:
+        return {"ratio": ratio, "upstream": {"spread": 0.02}, "patched": {"spread": 0.03}, "others": 0.0}
+
+    assert clearly_faster([cell(1.04), cell(1.06)]) == [cell(1.06)]
+    assert "variant in 2, by more than the spread in 1; slower" in verdict([cell(1.04), cell(1.06)])
 
 
 def test_the_floor_adds_parts_bound_by_memory_or_compute() -> None:
