@@ -10,6 +10,9 @@ import tiny_llama
 from tiny_llama import call
 
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, provenance
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.doctor import _devices
+from kimi_gguf.engine.errors import EngineError
 
 # name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
 BUILDS = {
@@ -142,3 +145,14 @@ def test_doctor_says_which_build_runs(folder: Path) -> None:
     told = json.loads(call(folder, "doctor", "--json", KIMI_BUILD="cpu+GGML_NATIVE=OFF").stdout)
     assert told["build"]["seen"].startswith("cpu+GGML_NATIVE=OFF 22222222 (portable: ")
     assert {each["name"] for each in told["engines"]} == set(BUILDS)
+
+
+@pytest.mark.parametrize("listed", ["Available devices:\n  (none)\n", "Available devices:\n"])
+def test_a_gpu_build_without_a_device_is_not_well(tmp_path: Path, listed: str) -> None:
+    program = tmp_path / "bin" / "llama-cli"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
+    program.chmod(0o755)
+    assert _devices(Engine("key", tmp_path, False, ("cpu",), {})) == "CPU"
+    with pytest.raises(EngineError, match="built for cuda, but there is no device"):
+        _devices(Engine("key", tmp_path, False, ("cuda",), {}))
