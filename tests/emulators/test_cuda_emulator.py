@@ -132,7 +132,7 @@ FAULTS = {
     "write before a buffer": ("copy_shifted", 0, "y[i + shift] = x[i];", "a write 4 bytes before the begin"),
     "a freed buffer": ("write_through", 0, "y[0][threadIdx.x] = 1.0f;", "which is freed"),
     "a freed argument": ("copy", None, None, "argument 2 is 0x\\w+, which is in a freed buffer"),
-    "freed twice": (None, None, None, "cudaFree: the pointer is not one of cudaMalloc's, or freed already"),
+    "freed twice": (None, None, None, "cudaFree: invalid or already freed pointer"),
     "memory of the host": ("copy", None, None, "argument 2 is 0x\\w+, which is no address of the device"),
     "misaligned vectors": (
         "copy_vectors",

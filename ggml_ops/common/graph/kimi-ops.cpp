@@ -48,7 +48,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         }
     }
     if (is_off && (any || picked.require)) {
-        throw std::runtime_error("KIMI_OPS: 'off' stands alone");
+        throw std::runtime_error("KIMI_OPS: 'off' cannot be combined with other values");
     }
     if (!is_off && !any) {
         all.require = picked.require;

@@ -18,7 +18,7 @@ struct ggml_kda_state_dest {
     size_t slot_stride;
 };
 
-// dest: destination of the new states; NULL: the result
+// dest: where the new states are written; NULL means the result tensor
 void ggml_compute_forward_kda_conv(const struct ggml_compute_params * params,
                                    struct ggml_tensor *               dst,
                                    const struct ggml_kda_state_dest * dest);

@@ -77,7 +77,7 @@ template <typename F> static void with_head_size(int64_t D, const F & f) {
         case  96: return f(std::integral_constant<int,  96>());
         case 128: return f(std::integral_constant<int, 128>());
         case 256: return f(std::integral_constant<int, 256>());
-        default:  GGML_ABORT("no KDA kernel for this head size");
+        default:  GGML_ABORT("KDA_SCAN: unsupported head size %d", (int) D);
     }
     // clang-format on
 }

@@ -9,7 +9,7 @@
 
 namespace kda_cuda {
 
-// Splits two neighbouring factors.
+// Splits x and y into bf16 hi + lo, packed in pairs.
 static __device__ __forceinline__ terms<2> split(float x, float y) {
     return kimi_cuda::split<__nv_bfloat16, 2>(x, y);
 }

@@ -209,7 +209,7 @@ struct BlockOfValues {
     float *         out;
 };
 
-// ROWS rows by one block of values.
+// Adds one block of values, times their weights, to ROWS rows of the result.
 template <int ROWS> static void add_block(const BlockOfValues & v, int64_t row) {
     const int64_t   n_pairs            = v.n_pairs;
     const int64_t   n_cols             = v.n_cols;

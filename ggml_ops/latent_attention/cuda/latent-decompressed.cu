@@ -24,7 +24,7 @@ constexpr int VALUE_COLUMNS = N_VALUE / 8;
 constexpr int KEY_STRIDE    = N_KEY + 8;  // avoids bank conflicts between eight rows
 constexpr int VALUE_STRIDE  = N_VALUE + 8;
 constexpr int CHUNK         = 8;  // halves per asynchronous copy
-// The largest weight is 2^this, so that many small weights next to a much larger one are not yet subnormal halves.
+// Softmax weights are scaled so that the largest is 2^WEIGHT_EXPONENT; small ones then stay normal halves.
 constexpr int WEIGHT_EXPONENT = 14;
 
 // For this many steps a thread keeps the second terms of q in shared memory, to save registers.

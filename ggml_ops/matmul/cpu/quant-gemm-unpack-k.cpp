@@ -92,8 +92,10 @@ static inline __m512i codes_q3_K(__m512i pairs, __m512i thirds, __m512i flips) {
     return _mm512_ternarylogic_epi32(three_bits, bytes(7), flips, 0x6a);                  // (first & second) ^ third
 }
 
-// Scales of Q3_K: 16 numbers of six bits, offset 32, in 12 bytes: of word w the low nibbles are those of numbers 4w ..
-// 4w + 3, the high ones of 8 + 4w ..; their upper pairs of bits are in the third word, pair i for numbers 4i ..
+// Scales of Q3_K: 16 numbers of six bits, offset 32, in 12 bytes:
+//   bytes 0 .. 3:  the lower four bits of numbers 0 .. 3 (low nibbles) and 8 .. 11 (high nibbles)
+//   bytes 4 .. 7:  the lower four bits of numbers 4 .. 7 (low nibbles) and 12 .. 15 (high nibbles)
+//   bytes 8 .. 11: the upper two bits; bits 2i and 2i + 1 of byte 8 + j are those of number 4i + j
 static inline void load_scales_q3_K(const Rows16 & rows, size_t at, __m512i (&scales)[4]) {
     __m512i x[4];
     rows.load16(at + offsetof(block_q3_K, scales) - 4, x);

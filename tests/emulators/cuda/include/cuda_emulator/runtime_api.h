@@ -121,7 +121,7 @@ template <class T> cudaError_t cudaMallocManaged(T ** pointer, size_t bytes) {
 
 inline cudaError_t cudaFree(void * pointer) {
     if (pointer && !cuda_emulator::device_memory.release(pointer)) {
-        throw cuda_emulator::Fault("cudaFree: the pointer is not one of cudaMalloc's, or freed already");
+        throw cuda_emulator::Fault("cudaFree: invalid or already freed pointer");
     }
     return cudaSuccess;
 }
