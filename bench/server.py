@@ -6,6 +6,7 @@ Input: a build, a GGUF, options. Output: answers as dictionaries. The log is a f
 from __future__ import annotations
 
 import json
+import random
 import socket
 import subprocess
 import time
@@ -50,11 +51,15 @@ class RunningServer:
 
 
 def free_port() -> int:
-    """An unused port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """An unused port. No outgoing connection of the system takes it: Linux gives those 32768 and higher."""
+    while True:
+        port = random.randrange(10000, 32768)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
 
 
 @contextmanager

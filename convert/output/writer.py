@@ -107,6 +107,9 @@ def check_outputs(
     for path in paths:
         if not path.parent.is_dir():
             raise ConvertError(f"{path}: its folder does not exist; create it first")
+        for source in sources:
+            if path.exists() and source.exists() and path.samefile(source):
+                raise ConvertError(f"{path}: is a file of the checkpoint; choose another name for the output")
         if path.suffix == ".safetensors":
             raise ConvertError(
                 f"{path}: expected a name for a GGUF file, found one of safetensors; use NAME.gguf"
@@ -115,9 +118,6 @@ def check_outputs(
             continue
         if not path.is_file():
             raise ConvertError(f"{path}: expected a regular file, found something else; choose another name")
-        for source in sources:
-            if source.exists() and path.samefile(source):
-                raise ConvertError(f"{path}: is a file of the checkpoint; choose another name for the output")
         if not overwrite and path not in ours:
             raise ConvertError(f"{path}: already exists; remove it, choose another name, or use --force")
 

@@ -213,16 +213,16 @@ def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Pat
     made = record("2026-01-01", 2.0)
     (model,) = made["models"]
     options = {name: model["cells"][0][name] for name in ("cache_type", "sequences", "threads", "batch")}
-    missing = [options | {"depth": 64, "reason": "no room"}, options | {"depth": 0, "reason": "later"}]
+    missing = [options | {"depth": 64, "reason": "no room"}, options | {"depth": 0, "reason": "no time"}]
     model["about"] |= {"not_measured": missing, "left_out": {"upstream -fa 0": "no memory"}}
     write_page([made], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     assert "- Not measured: tg at 64, 2 threads: no room.\n" in text
     assert "- Not run: upstream -fa 0: no memory.\n" in text
-    assert "later" not in text, "another record has measured it"
+    assert "no time" not in text, "another record has measured it"
     model["cells"] = []
     write_page([made], tmp_path / "page.md")
-    assert "- Not measured: tg at 0, 2 threads: later.\n" in (tmp_path / "page.md").read_text()
+    assert "- Not measured: tg at 0, 2 threads: no time.\n" in (tmp_path / "page.md").read_text()
 
 
 def test_a_page_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> None:

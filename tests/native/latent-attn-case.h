@@ -238,7 +238,13 @@ class LatentCase {
         k_b_f.resize(ggml_nelements(k_b));
         v_b_f.resize(ggml_nelements(v_b));
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
-        const float deviation = 1.0f / std::sqrt((float) s.n_nope);
+        const float deviation  = 1.0f / std::sqrt((float) s.n_nope);
+        const auto  fill_query = [&](int64_t i) {
+            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
+        };
+        for (int64_t i = 0; !s.ordered && i < ggml_nrows(q); ++i) {
+            fill_query(i);
+        }
         for (auto [t, values] : { std::pair{ k_b, &k_b_f }, std::pair{ v_b, &v_b_f } }) {
             for (int64_t i = 0; i < ggml_nrows(t); ++i) {
                 fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation, values->data() + i * t->ne[0]);
@@ -269,9 +275,9 @@ class LatentCase {
                 ((int32_t *) order->data)[stream * s.n_keys + key] = (int32_t) s.cell(key);
             }
         }
-        // the last query first, so that it does not depend on their number
-        for (int64_t i = ggml_nrows(q) - 1; i >= 0; --i) {
-            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
+        // cases with an order compare runs of several queries with one: the last query first, the same in both
+        for (int64_t i = ggml_nrows(q) - 1; s.ordered && i >= 0; --i) {
+            fill_query(i);
         }
     }
 

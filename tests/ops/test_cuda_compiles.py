@@ -117,7 +117,7 @@ def test_errors_and_warnings_are_passed_on(body: str, words: str, tmp_path: Path
 def test_no_nvcc_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDACXX", "no-such-nvcc")
     monkeypatch.setattr(cuda_check.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"no nvcc found(.|\n)*pip install 'kimi-gguf\[cuda\]'"):
+    with pytest.raises(EngineError, match=r"no nvcc found(.|\n)*pip install -e '.\[cuda\]'"):
         find_nvcc()
 
 
