@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import struct
 import time
 import urllib.error
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 from llama_server import Answer, Server, serving
 
+from kimi_gguf.bench.server import PATIENCE
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -205,16 +207,78 @@ def test_kept_slots_come_back_after_a_restart(tmp_path: Path, start: Start) -> N
     )
     with start("--keep-slots") as server:
         first, second = ask(server), ask(server, other)
-    assert sorted(file.name for file in tmp_path.glob("kept-*")) == ["kept-0000.bin", "kept-0001.bin"]
+    files = kept(tmp_path)
+    assert [file.name[-8:] for file in files] == ["0000.bin", "0001.bin"]
     with start("--keep-slots") as server:
         for prompt, before in ((PROMPT, first), (other, second)):
             again = ask(server, prompt)
             assert again.ids == before.ids
             assert again.timings["prompt_n"] == 4
-    (tmp_path / "kept-0000.bin").write_bytes(b"not a slot")
+    files[0].write_bytes(b"not a slot")
     with start("--keep-slots") as server:
-        assert "kept-0000.bin is not restored" in server.log.read_text()
+        assert f"{files[0].name} is not restored" in server.log.read_text()
         assert ask(server).timings["prompt_n"] + ask(server, other).timings["prompt_n"] > 8
+    assert files[0].read_bytes() == b"not a slot"
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files of --keep-slots, oldest prompt first."""
+    return sorted(folder.glob("kept-*.bin"))
+
+
+def test_servers_of_other_models_keep_their_files_in_the_same_folder(
+    tmp_path: Path, engine: Engine, gguf: Path, start: Start
+) -> None:
+    with start("--keep-slots") as server:
+        first = ask(server)
+    (file,) = kept(tmp_path)
+    with start("--keep-slots", "-ctk", "q8_0", "-ctv", "q8_0") as server:
+        ask(server)
+    assert len(kept(tmp_path)) == 2
+    with start("--keep-slots", "-c", "512") as server:  # the prompt does not fit
+        ask(server, "define: river\n")
+    assert len(kept(tmp_path)) == 3
+    assert file in kept(tmp_path)
+    with start("--keep-slots") as server:
+        again = ask(server)
+        (tmp_path / "log").mkdir()
+        options = ("-np", "1", "--slot-save-path", f"{tmp_path}/", "--keep-slots")
+        with (
+            pytest.raises(AssertionError, match="another server uses it"),
+            serving(engine, tmp_path / "log", gguf, *options),
+        ):
+            pass
+    assert again.ids == first.ids
+    assert again.timings["prompt_n"] == 4
+
+
+def test_a_server_that_restores_its_slots_can_be_ended(tmp_path: Path, start: Start) -> None:
+    prompts = [f"{number} {PROMPT}" for number in range(6)]
+    with start("--keep-slots") as server:
+        for prompt in prompts:
+            ask(server, prompt)
+    before = {file: file.read_bytes() for file in kept(tmp_path)}
+    assert len(before) == len(prompts)
+    with pytest.raises(AssertionError, match="ended with status 0"), start("--keep-slots") as server:
+        server.process.terminate()
+        server.process.wait(PATIENCE)
+    assert set(kept(tmp_path)) == set(before)
+
+
+def test_a_model_that_is_replaced_while_the_server_runs(
+    tmp_path: Path, engine: Engine, gguf: Path, demo_gguf: Callable[[str], Path]
+) -> None:
+    """The states are those of the old weights."""
+    model = tmp_path / "model.gguf"
+    options = ("-np", "1", "--slot-save-path", f"{tmp_path}/")
+    shutil.copy(gguf, model)
+    with serving(engine, tmp_path, model, *options) as server:
+        ask(server)
+        shutil.copy(demo_gguf("BF16"), tmp_path / "new.gguf")
+        (tmp_path / "new.gguf").replace(model)
+        slot(server, "save")
+    with serving(engine, tmp_path, model, *options) as server:
+        assert "another model" in str(refusal(server, "slot.bin"))
 
 
 def test_kills_at_random_moments(tmp_path: Path, start: Start) -> None:
