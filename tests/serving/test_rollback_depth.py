@@ -111,7 +111,7 @@ def test_no_architecture_goes_back_further(engine: Engine, small_models: Path, a
 def test_every_architecture_takes_back_a_whole_short_batch(
     engine: Engine, small_models: Path, arch: str
 ) -> None:
-    """0009-snapshot-in-front-of-a-short-batch; compares bits, as these models forget within a few tokens."""
+    """0009-snapshot-in-front-of-a-short-batch; compares bits: the states of these models depend on few tokens."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13)]
     taken_back = [["clear"], decode(0, 12), decode(12, 15), remove(0, 12), decode(12, 13)]
