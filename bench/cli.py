@@ -37,6 +37,7 @@ EXAMPLES = f"""\
   kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
   kimi-llama bench --prompt-cache --json out/prompt-cache.json
+  kimi-llama bench --equal-requests                 answers of llama-server to equal requests, with the demo
   kimi-llama bench --speculative --layers 4 --experts 256 --type Q8_0
   kimi-llama bench --speculative-demo               drafts on llama-server, with the demo checkpoint
   kimi-llama bench --records out/*.json --page out/bench.md
@@ -68,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare 3:1 with latent attention in every layer (patched only)")  # fmt: skip
     add("--prompt-cache", action="store_true",
         help="count the prompt tokens that the server evaluates again, with the demo as F32")  # fmt: skip
+    add("--equal-requests", action="store_true",
+        help="count the different answers of llama-server to equal requests under load, with the demo")  # fmt: skip
     add("--speculative", action="store_true",
         help="measure the time that drafts take: target of --type (default here: Q8_0), "
         "draft model of --draft-type")  # fmt: skip

@@ -198,6 +198,16 @@ def prompt_cache_table(rows: Sequence[Data]) -> Rows:
     return table
 
 
+def equal_requests_table(rows: Sequence[Data]) -> Rows:
+    """Answers to equal requests under load."""
+    table: Rows = [("type", "build", "different answers", "equal to the answer without load")]
+    for row in rows:
+        table.append(
+            (row["type"], row["build"], str(row["different"]), f"{row['as_alone']} of {row['requests']}")
+        )
+    return table
+
+
 def latest(records: Iterable[Data]) -> Data | None:
     """The record that was made last, if there is one."""
     return max(records, key=lambda record: str(record["created"]), default=None)

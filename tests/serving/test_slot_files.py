@@ -1,6 +1,6 @@
 """Saved slots: they restore all of a slot, and a file that is damaged or of another model changes nothing.
 
-`KIMI_FUZZ=1000` tries that many damaged files.
+`KIMI_FUZZ=1000` tries that many damaged files; `KIMI_KILLS=200` kills the server so many times at random moments.
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import random
 import struct
+import time
 import urllib.error
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from kimi_gguf.engine.builds import Engine
 pytestmark = pytest.mark.engine
 
 DAMAGED = int(os.environ.get("KIMI_FUZZ", "60"))
+KILLS = int(os.environ.get("KIMI_KILLS", "4"))
 PROMPT = "define: elephant\n" + "The largest living land animal, with a trunk and two tusks of ivory. " * 90
 COUNT = 16
 END = struct.Struct("<QQQQ")  # end of a file: bytes of upstream's part, checksum (two words), magic
@@ -212,3 +215,41 @@ def test_kept_slots_come_back_after_a_restart(tmp_path: Path, start: Start) -> N
     with start("--keep-slots") as server:
         assert "kept-0000.bin is not restored" in server.log.read_text()
         assert ask(server).timings["prompt_n"] + ask(server, other).timings["prompt_n"] > 8
+
+
+def test_kills_at_random_moments(tmp_path: Path, start: Start) -> None:
+    """While generating, or saving at SIGTERM: the next server starts, and its answers are those of a new one."""
+    chance = random.Random(KILLS)
+    prompts = [PROMPT[: len(PROMPT) * part // 4] for part in (2, 3, 4)]
+    with start() as server:
+        expected = {prompt: ask(server, prompt).ids for prompt in prompts}
+
+    def answers(server: Server) -> None:
+        for prompt in chance.choices(prompts, k=4):
+            try:
+                got = ask(server, prompt)
+            except (OSError, AssertionError):
+                return  # the server was killed
+            assert got.ids == expected[prompt]
+
+    for number in range(KILLS):
+        with ThreadPoolExecutor() as pool:
+            with (
+                pytest.raises(AssertionError, match=r"ended with status (-9|0)"),
+                start("--keep-slots") as server,
+            ):
+                asked = pool.submit(answers, server)
+                if number % 2:
+                    asked.result()
+                    server.process.terminate()
+                    time.sleep(
+                        chance.uniform(0, 0.1)
+                    )  # saving takes less: 0 is the status of a server that has saved
+                else:
+                    time.sleep(chance.uniform(0, 3))
+                server.process.kill()
+                server.process.wait()
+            asked.result()
+    with start("--keep-slots") as server:
+        answers(server)
+    assert not list(tmp_path.glob("*.part"))
