@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import socket
 import subprocess
 import time
@@ -16,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from kimi_gguf.engine.errors import EngineError
 
 PATIENCE = 300  # seconds until a start or an answer counts as failed; long, for a busy machine
 
@@ -66,7 +69,7 @@ def free_port() -> int:
 def running(log: Path, *command: str | Path) -> Iterator[RunningServer]:
     """Start a server by a command with a free port, wait until it is ready, and end it after the block.
 
-    log: the file for its output. Raises `RuntimeError` with the end of the log if it does not start.
+    log: the file for its output. Raises `EngineError` with the end of the log if it does not start.
     """
     port = free_port()
     with log.open("wb") as file:
@@ -78,7 +81,9 @@ def running(log: Path, *command: str | Path) -> Iterator[RunningServer]:
         end = time.monotonic() + PATIENCE
         while not server.healthy():
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"llama-server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+                said = " | ".join(log.read_text(errors="replace").splitlines()[-6:])
+                todo = f"run it to see the whole log: {shlex.join(map(str, command))}"
+                raise EngineError("llama-server did not start", found=said or "an empty log", todo=todo)
             time.sleep(0.1)
         yield server
     finally:
