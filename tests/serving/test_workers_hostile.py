@@ -269,7 +269,7 @@ def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
         elif command == rpc.GET_TENSOR:
             for _ in range(4):
                 time.sleep(1)
-                yield rpc.SIGN_OF_LIFE
+                yield rpc.KEEP_ALIVE
         if command not in (rpc.HELLO, rpc.BUILD):
             yield honest(command, request) or b""
 
