@@ -30,7 +30,7 @@ SYSTEM = "You explain words. " * 40
 QUESTIONS = [
     f"define: {word}" for word in ("elephant", "river", "ivory", "to walk", "stone", "a large tree", "salt")
 ]
-GROWTH = 1.10  # most memory at the end, relative to a tenth of the time
+GROWTH = 1.10  # limit for the memory at the end, relative to the largest in the first 30 % of the time
 
 
 def chat(server: RunningServer, question: str, **more: object) -> str:
@@ -53,7 +53,7 @@ def resident(server: RunningServer) -> int:
 
 
 def refused(server: RunningServer, chance: random.Random) -> None:
-    """A request that cannot be answered."""
+    """Send a request that cannot be answered; the status must be 4xx."""
     wrong = chance.choice(
         [{"messages": []}, {"messages": "x"}, {"prompt": "word " * 9000}, {"prompt": 1.5}, {"prompt": []}]
     )

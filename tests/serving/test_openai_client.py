@@ -1,4 +1,4 @@
-"""The server as the official `openai` client sees it: answers, streams, tools, JSON, limits, errors, many at once."""
+"""The server with the official `openai` client: answers, streams, tools, JSON, limits, errors, concurrent requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 KEY = "secret"
 MODEL = "demo"
-CALL = {"reasoning_format": "none"}  # the demo would think without end
+CALL = {"reasoning_format": "none"}  # otherwise the demo generates reasoning without end
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -179,7 +179,7 @@ def slots(server: RunningServer) -> Any:
 
 
 def wait_for(done: Callable[[], bool]) -> bool:
-    """Whether it becomes true within a minute."""
+    """Whether `done` returns true within 60 seconds."""
     end = time.monotonic() + 60
     while not done():
         if time.monotonic() > end:
@@ -221,7 +221,7 @@ def test_invalid_requests_are_refused(server: RunningServer, client: openai.Open
 
 
 def test_a_hundred_requests_at_once(server: RunningServer) -> None:
-    """Each question gets its own answer, as if it had been asked alone."""
+    """Each question gets the answer that it gets when it is asked alone."""
     questions = [f"define: {word}" for word in ("elephant", "river", "ivory", "walk", "stone")]
     alone = {question: ask(connect(server), question).choices[0].message.content for question in questions}
     gate = threading.Barrier(100)

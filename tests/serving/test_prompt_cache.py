@@ -1,6 +1,6 @@
 """The server's prompt cache changes no answer: prefixes, repetitions, truncated texts, removed passages.
 
-Answers with the cache are compared, token for token, with those of the same server without it.
+Answers with the cache are compared token by token with the answers of the same server without it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_answers_do_not_depend_on_what_was_asked_before(
     with serving(engine, tmp_path, gguf, *options, *drafted) as server:
         expected = answers(server, cache=False)
         assert answers(server, cache=True) == expected
-        assert len(set(expected.values())) >= 6, "prompts that all end alike show nothing"
+        assert len(set(expected.values())) >= 6, "too many answers are equal to notice a wrong one"
 
 
 def test_a_longer_prompt_begins_where_the_shorter_one_ended(
@@ -93,7 +93,7 @@ def test_a_prompt_is_evaluated_once(tmp_path: Path, engine: Engine, gguf: Path) 
 
 
 def long_text(words: str, tokens: int) -> str:
-    """Of at least that many tokens."""
+    """A text of at least `tokens` tokens."""
     return f"define: {words}\n" + f"{words} " * tokens
 
 
@@ -101,7 +101,7 @@ LONG = [long_text(words, 1000) for words in ("elephant", "river", "to walk", "iv
 
 
 def places(server: Server) -> list[list[int]]:
-    """Where the slots have checkpoints; the prompts of LONG have different lengths."""
+    """The positions of the checkpoints of each slot, in tokens. The prompts of LONG have different lengths."""
     return [[each["n_tokens"] for each in slot["checkpoints"]] for slot in server.get("/slots")]
 
 

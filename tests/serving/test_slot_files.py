@@ -28,7 +28,7 @@ DAMAGED = int(os.environ.get("KIMI_FUZZ", "60"))
 KILLS = int(os.environ.get("KIMI_KILLS", "4"))
 PROMPT = "define: elephant\n" + "The largest living land animal, with a trunk and two tusks of ivory. " * 90
 COUNT = 16
-END = struct.Struct("<QQQQ")  # of a file: size of upstream's part, checksum, magic
+END = struct.Struct("<QQQQ")  # end of a file: bytes of upstream's part, checksum (two words), magic
 
 Start = Callable[..., AbstractContextManager[Server]]
 
@@ -40,7 +40,7 @@ def gguf(demo_gguf: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path, engine: Engine, gguf: Path) -> Start:
-    """Starts a server with one slot that saves in the test's folder."""
+    """Starts a server with one slot, which it saves in the test's folder."""
     return lambda *options: serving(
         engine, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/", *options
     )
@@ -55,7 +55,7 @@ def slot(server: Server, action: str, file: str = "slot.bin") -> None:
 
 
 def refusal(server: Server, file: str) -> str | None:
-    """The reason why a file was not restored; None: it was."""
+    """The reason why a file was not restored; None: it was restored."""
     try:
         slot(server, "restore", file)
     except urllib.error.HTTPError as error:
@@ -157,7 +157,7 @@ def damaged(content: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]
             del data[place : place + chance.randrange(1, 100)]
         elif kind == 3:
             data[place:place] = chance.randbytes(chance.randrange(1, 100))
-        elif kind == 4:  # the end is whole: only the checksum can tell
+        elif kind == 4:  # the end is complete: only the checksum shows the damage
             place = chance.randrange(len(data) - END.size)
             data[place : place + 4] = chance.randbytes(4)
         else:  # upstream's part alone, which has no checksum
@@ -182,7 +182,7 @@ def test_a_damaged_file_changes_nothing(tmp_path: Path, start: Start) -> None:
 
 
 def test_a_file_of_upstream_with_changed_numbers_never_ends_the_server(tmp_path: Path, start: Start) -> None:
-    """It has no checksum, so a changed number can restore another state, but nothing worse."""
+    """Upstream's file has no checksum: a changed number can restore another state, but must not end the server."""
     chance = random.Random(2)
     with start() as server:
         ask(server)

@@ -1,6 +1,6 @@
-"""More than one machine: equal answers, operators on workers of the same build only, and workers that die or hang.
+"""More than one machine: equal answers, operators on workers of the same build only, and workers that end or hang.
 
-KIMI_KILLS=200 kills workers so many times at random moments.
+`KIMI_KILLS=200` kills workers 200 times at random moments.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def listed(workers: Sequence[RpcWorker]) -> str:
 
 
 def ask(server: Server, method: str, path: str, content: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Status and body of one request, also of an error."""
+    """Status and body of the answer to one request, also if it is an error."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RECOVERY)
     connection.request(method, path, content and json.dumps(content), {"Content-Type": "application/json"})
     answer = connection.getresponse()
@@ -74,7 +74,7 @@ def endless(server: Server, stream: bool = False) -> tuple[int, str]:
 
 
 def wait_for_tokens(server: Server) -> None:
-    """Wait until a request is being generated."""
+    """Wait until an answer is being generated."""
     end = time.monotonic() + RECOVERY
     while not any(slot["is_processing"] for slot in json.loads(ask(server, "GET", "/slots")[1])):
         assert time.monotonic() < end
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_while_nobody_asks(engine: Engine, gguf: Path, tmp_pa
         workers[0].send(signal.SIGKILL)
         end = time.monotonic() + 10
         while server.healthy():
-            assert time.monotonic() < end, "the server does not notice"
+            assert time.monotonic() < end, "the server does not notice that the worker has ended"
             time.sleep(0.1)
         workers[0].start()
         wait_until_healthy(server)

@@ -1,4 +1,4 @@
-"""Peers that send garbage: a worker closes the connection and serves the next client; a client fails with an error."""
+"""Malformed messages: a worker closes the connection and serves the next client; a client fails with an error."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-SIZE = 4096  # of the client's buffer
-CHAIN = 200_000  # tensors; one call per tensor needs more than the stack
+SIZE = 4096  # bytes of the client's buffer
+CHAIN = 200_000  # tensors; a recursive call for each would overflow the stack
 MESSAGES = 300  # random ones
 SPEC = Spec(layers="KM", heads=2, kda_head_dim=32, seed=3)
 LAYERS = len(SPEC.layers) + 1
@@ -130,7 +130,7 @@ def test_a_worker_closes_the_connection(
 
 
 def test_a_worker_survives_random_messages(worker: RpcWorker) -> None:
-    """Of right and wrong sizes, to every command; graphs are left out, their operators are not checked."""
+    """Messages of valid and invalid sizes. Graphs are left out, because their operators are not checked."""
     chance = random.Random(5)
     for _ in range(MESSAGES):
         command = chance.choice([each for each in range(18) if each not in (rpc.HELLO, rpc.GRAPH_COMPUTE)])
@@ -150,7 +150,7 @@ def test_a_worker_survives_random_messages(worker: RpcWorker) -> None:
 
 
 def test_a_worker_survives_clients_that_do_not_read(worker: RpcWorker) -> None:
-    """They ask, and are gone before the answer."""
+    """They send requests and disconnect before the answers."""
     for _ in range(20):
         with connect(worker) as client:
             for _ in range(50):
@@ -168,7 +168,7 @@ def test_a_silent_client_does_not_occupy_a_worker(worker: RpcWorker) -> None:
 
 
 def test_the_announcement_of_a_build_is_invisible_to_upstream(worker: RpcWorker) -> None:
-    """An upstream client checks the version, ignores the fourth byte and never sends our commands."""
+    """An upstream client checks the version, ignores the fourth byte and never sends BUILD or SUPPORTS_OP."""
     with Client(worker.connect()) as client:
         answer = client.hello()
         assert tuple(answer[:4]) == (*rpc.VERSION, 1)
@@ -181,7 +181,7 @@ def test_the_announcement_of_a_build_is_invisible_to_upstream(worker: RpcWorker)
 
 
 def test_a_worker_gives_signs_of_life_while_it_computes(worker: RpcWorker) -> None:
-    """Only to clients that know them."""
+    """Keep-alive messages are sent only to clients that have sent BUILD."""
     side = 2048  # of a matrix
     square = {"ne": (side, side, 1, 1), "nb": (4, 4 * side, 4 * side * side, 4 * side * side)}
     for announced in (False, True):
@@ -200,7 +200,7 @@ def test_a_worker_gives_signs_of_life_while_it_computes(worker: RpcWorker) -> No
 
 
 def replaced(command: int, answer: bytes | None) -> rpc.Answer:
-    """A worker that answers one command like this."""
+    """The answers of a worker that gives `answer` to one command, and valid answers to the others."""
     honest = Memory()
     return lambda asked, request: answer if asked == command else honest(asked, request)
 
@@ -258,7 +258,7 @@ def test_a_client_survives_wrong_results(
 def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
     engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It computes for longer than the deadline."""
+    """The worker computes for longer than the deadline."""
     honest = Memory()
 
     def answer(command: int, request: bytes) -> Iterator[bytes]:
@@ -269,7 +269,7 @@ def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
         elif command == rpc.GET_TENSOR:
             for _ in range(4):
                 time.sleep(1)
-                yield rpc.SIGN_OF_LIFE
+                yield rpc.KEEP_ALIVE
         if command not in (rpc.HELLO, rpc.BUILD):
             yield honest(command, request) or b""
 

@@ -22,7 +22,7 @@ VERSION = (7, 0, 0)
 F32, Q4_0 = 0, 2
 FLAG_COMPUTE = 16
 OP_ADD, OP_MUL_MAT, OP_MAP_CUSTOM1, OP_KDA_CONV = 2, 29, 92, 101
-SIGN_OF_LIFE = b"\xff" * 8
+KEEP_ALIVE = b"\xff" * 8
 
 TENSOR = struct.Struct("<QIQ4I4II16ii10QQQQ64si")
 assert TENSOR.size == 296
@@ -86,7 +86,7 @@ class Client:
     def ask(self, command: int, request: bytes) -> bytes:
         """Send a command and return its answer."""
         self.send(command, request)
-        while (size := self._read(8)) == SIGN_OF_LIFE:
+        while (size := self._read(8)) == KEEP_ALIVE:
             self.signs_of_life += 1
         return self._read(struct.unpack("<Q", size)[0])
 

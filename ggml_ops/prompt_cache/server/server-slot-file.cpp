@@ -57,14 +57,14 @@ struct file_end {
 
 using bytes = std::vector<uint8_t>;
 
-// XXH3 of 128 bits over parts of files
+// the 128-bit XXH3 hash of parts of files
 class hasher {
   public:
     hasher() : state(XXH3_createState(), XXH3_freeState) { XXH3_128bits_reset(state.get()); }
 
     void add(const void * data, size_t size) { XXH3_128bits_update(state.get(), data, size); }
 
-    // `size` bytes of a file from where it stands; false if it has fewer
+    // add the next `size` bytes of a file; false if it has fewer
     bool add(std::ifstream & file, uint64_t size) {
         bytes buffer(1 << 20);
         while (size > 0) {
@@ -174,7 +174,7 @@ void write_sections(std::ofstream &              file,
 
     for (const auto & checkpoint : prompt.checkpoints) {
         if (!checkpoint->data_spec.empty()) {
-            continue;  // its meaning is known to the kind of draft only
+            continue;  // only the kind of draft that wrote it can read it
         }
         const checkpoint_head own{
             checkpoint->n_tokens,        checkpoint->pos_min,        checkpoint->pos_max, checkpoint->at_message, 0,
@@ -317,7 +317,7 @@ void expect_position(llama_context * ctx, llama_seq_id id, llama_pos expected, c
     }
 }
 
-// restore everything into the contexts; the checkpoints are tried, so that none can fail later
+// restore all states into the contexts; each checkpoint is loaded once, so that none can fail later
 server_checkpoints restore(const std::string &   path,
                            uint64_t              size_tgt,
                            uint32_t              n_packed,
@@ -369,7 +369,7 @@ server_checkpoints restore(const std::string &   path,
             throw std::runtime_error("the file is damaged: a checkpoint is not inside the prompt");
         }
         n_last             = each.n_tokens;
-        const bool has_tgt = !each.data_tgt.empty();  // attention alone goes back without
+        const bool has_tgt = !each.data_tgt.empty();  // attention needs no state to remove tokens
         if (!needs_dft) {
             each.data_dft.clear();
         }
@@ -389,7 +389,7 @@ server_checkpoints restore(const std::string &   path,
     return checkpoints;
 }
 
-// until the bytes are on the disk
+// wait until the bytes of the file are on the disk
 void flush_to_disk(const std::string & path) {
 #ifndef _WIN32
     const int fd = open(path.c_str(), O_RDONLY);
@@ -582,7 +582,7 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
         prompt.adapters = read_adapters(found.identity, target.adapter_ids);
         if (ctx_dft && found.identity[DRAFT_MODEL] != target.identity.at(DRAFT_MODEL)) {
             found.draft.clear();
-            found.checkpoints.clear();  // both models have to go back to them
+            found.checkpoints.clear();  // a checkpoint needs the states of both models
         }
     }
 
@@ -590,7 +590,7 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
     prompt.tokens     = read_tokens(file, n_state, target.has_mtmd, target.n_ctx, ctx_tgt, n_packed);
     file.close();
 
-    // a file of upstream has no checksum: what is in the slot now comes back if the file turns out to be damaged
+    // a file of upstream has no checksum: keep the slot's present state, to restore it if the file is damaged
     std::vector<std::pair<llama_context *, bytes>> before;
     for (llama_context * ctx : { ctx_tgt, ctx_dft }) {
         if (ctx) {

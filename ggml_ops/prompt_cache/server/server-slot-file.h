@@ -9,20 +9,20 @@
 #include <string>
 #include <vector>
 
-// A slot in a file: the file that llama_state_seq_save_file() writes, and behind it what the server knows besides:
+// A slot in a file: the data that llama_state_seq_save_file() writes, followed by the data that only the server has:
 //
 //     u32 magic, u32 version, u32 n, n x u32 tokens, state of the target context    (as upstream)
 //     sections, each: u32 tag, u32 0, u64 size, content
-//         'iden'  identity and LoRA adapters: lines of a name and a value in turn
+//         'iden'  identity and LoRA adapters: alternating lines, a name and its value
 //         'drft'  state of the draft context
 //         'ckpt'  checkpoint: i64 n_tokens, i32 pos_min, i32 pos_max, u32 at_message, u32 0, u64 size of the target's
 //                 part, u64 size of the draft's part, both parts
-//     u64 size of all before the sections, u64 x 2 XXH3 of all before it, u64 magic
+//     u64 bytes before the sections, u64 x 2 XXH3 of all bytes before the hash, u64 magic
 //
 // Little-endian. Upstream reads such a file, without the sections. A file without sections is restored too.
 
 // what has to be equal for a state to be restored: the name of a property -> its value; if only the "draft model" differs,
-// its state and the checkpoints are left out
+// the draft model's state and the checkpoints are not restored
 using server_slot_identity = std::map<std::string, std::string>;
 
 // a file's content: its size and samples of its bytes; all files of a split model
@@ -43,7 +43,7 @@ struct server_slot_target {
     std::string                      adapters;     // with which upstream's files were evaluated
 };
 
-// Write a file, which has its name when it is complete. Returns its size. Throws std::runtime_error.
+// Write a file under a temporary name, and rename it when it is complete. Returns its size. Throws std::runtime_error.
 size_t server_slot_save(const std::string &          path,
                         const server_prompt &        prompt,
                         llama_context *              ctx_tgt,
@@ -57,7 +57,7 @@ size_t server_slot_save(const std::string &               path,
                         const server_slot_identity &      identity);
 
 // Restore a file. Returns its prompt. Throws std::runtime_error with the reason if the file is damaged or of another
-// model; the sequence is then as before, or empty if that fails.
+// model. The sequence then has its previous state, or is empty if that cannot be restored.
 server_prompt server_slot_restore(const std::string & path, const server_slot_target & target, size_t & n_bytes);
 
 // Keeps other processes from locking the same file, until it is destroyed. Does nothing on Windows.
