@@ -40,6 +40,23 @@ WEATHER: Any = {
     },
 }
 
+ANIMAL: Any = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "animal",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {
+                "word": {"type": "string", "maxLength": 6},
+                "legs": {"type": "integer", "maximum": 9},
+            },
+            "required": ["word", "legs"],
+            "additionalProperties": False,
+        },
+    },
+}
+
 
 @pytest.fixture(scope="module")
 def server(
@@ -135,14 +152,50 @@ def test_tools_may_be_left_alone(client: openai.OpenAI) -> None:
 
 
 def test_json_follows_its_schema(client: openai.OpenAI) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"word": {"type": "string", "maxLength": 6}, "legs": {"type": "integer", "maximum": 9}},
-        "required": ["word", "legs"],
-        "additionalProperties": False,
-    }
-    form: Any = {"type": "json_schema", "json_schema": {"name": "animal", "strict": True, "schema": schema}}
-    found = json.loads(ask(client, response_format=form, max_tokens=100).choices[0].message.content)
+    check_animal(ask(client, response_format=ANIMAL, max_tokens=100).choices[0].message.content)
+
+
+@pytest.mark.parametrize(
+    ("choice", "start", "called"),
+    [("auto", "<", True), ("auto", "{", False), ("required", "{", True), ("none", "<", False)],
+)
+def test_tools_and_json(
+    choice: str, start: str, called: bool, server: RunningServer, client: openai.OpenAI
+) -> None:
+    """The model prefers to start like a call or like JSON, and gets what the request allows."""
+    bias = {token(server, start): 100}
+    answer = ask(
+        client,
+        tools=[WEATHER],
+        tool_choice=choice,
+        response_format=ANIMAL,
+        logit_bias=bias,
+        max_tokens=200,
+        extra_body=CALL,
+    ).choices[0]
+    if called:
+        assert answer.finish_reason == "tool_calls"
+        assert not answer.message.content
+        arguments = json.loads(answer.message.tool_calls[0].function.arguments)
+        assert set(arguments) == {"place", "days"}
+    else:
+        assert answer.finish_reason == "stop"
+        assert not answer.message.tool_calls
+        check_animal(answer.message.content)
+
+
+def token(server: RunningServer, text: str) -> int:
+    """The id of a text that is one token."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{server.port}/tokenize"
+    request = urllib.request.Request(url, json.dumps({"content": text}).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        (found,) = json.load(answer)["tokens"]
+    return int(found)
+
+
+def check_animal(text: str) -> None:
+    found = json.loads(text)
     assert set(found) == {"word", "legs"}
     assert isinstance(found["word"], str) and len(found["word"]) <= 6
     assert isinstance(found["legs"], int) and found["legs"] <= 9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import socket
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import rpc_protocol as rpc
-from llama_script import PlayError, Setup, decode, play, text
+from llama_script import PlayError, Setup, decode, play, save, text
 from random_checkpoint import Spec, write_checkpoint
 from rpc_protocol import Buffer, Client, Memory, Tensor, fake_worker, framed
 from rpc_workers import RpcWorker, rpc_workers
@@ -28,6 +29,7 @@ CHAIN = 200_000  # tensors; a recursive call for each would overflow the stack
 MESSAGES = 300  # random ones
 SPEC = Spec(layers="KM", heads=2, kda_head_dim=32, seed=3)
 LAYERS = len(SPEC.layers) + 1
+WIDE = dataclasses.replace(SPEC, intermediate=1 << 15)  # three tensors of 8 MiB: more than sockets buffer
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,16 @@ def worker(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return converted(SPEC, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(WIDE, tmp_path_factory.mktemp("wide"))
+
+
+def converted(spec: Spec, folder: Path) -> Path:
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
     return folder / "model.gguf"
 
 
@@ -255,25 +265,76 @@ def test_a_client_survives_wrong_results(
             play(engine, small, setup, [decode(*text(0, range(8)))])
 
 
-def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
-    engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_state_that_cannot_be_read_is_not_saved(
+    engine: Engine, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The worker computes for longer than the deadline."""
+    """The worker goes when the first tensor of the state is read."""
+    monkeypatch.setenv("KIMI_OPS", "")
+    steps = [decode(*text(0, range(8)), wanted=[]), save(0, tmp_path / "state")]
+    reason = "the state of sequence 0 cannot be saved"
+    with fake_worker(replaced(rpc.GET_TENSOR, None)) as endpoint, pytest.raises(PlayError, match=reason):
+        play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), steps)
+
+
+def busy_worker(busy: int, seconds: int, *, signs_of_life: bool) -> Callable[[int, bytes], Iterator[bytes]]:
+    """A worker that does not read for some time after it has received this command for the first time."""
     honest = Memory()
+    waiting = iter(range(seconds))
 
     def answer(command: int, request: bytes) -> Iterator[bytes]:
-        if command == rpc.HELLO:
+        if command == rpc.HELLO and signs_of_life:
             yield framed(struct.pack("<4B24x", *rpc.VERSION, 1))
         elif command == rpc.BUILD:
             yield framed(bytes(64))
-        elif command == rpc.GET_TENSOR:
-            for _ in range(4):
-                time.sleep(1)
-                yield rpc.KEEP_ALIVE
-        if command not in (rpc.HELLO, rpc.BUILD):
+        else:
+            if command == busy:
+                for _ in waiting:
+                    time.sleep(1)
+                    if signs_of_life:
+                        yield rpc.KEEP_ALIVE
             yield honest(command, request) or b""
+
+    return answer
+
+
+@pytest.mark.parametrize("busy", [rpc.SET_TENSOR, rpc.GET_TENSOR], ids=["while sending", "while receiving"])
+def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
+    busy: int, engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is busy for longer than the deadline."""
+    monkeypatch.setenv("KIMI_OPS", "")
+    monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
+    with fake_worker(busy_worker(busy, 5, signs_of_life=True)) as endpoint:
+        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
+
+
+@pytest.mark.parametrize("said", [b"", b"\0" * 8], ids=["nothing", "garbage"])
+def test_a_client_does_not_wait_for_a_worker_that_is_silent(
+    said: bytes, engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gave signs of life, and stopped reading and giving them."""
+    given = busy_worker(rpc.SET_TENSOR, 3, signs_of_life=True)
+
+    def answer(command: int, request: bytes) -> Iterator[bytes]:
+        yield from given(command, request)
+        if command == rpc.SET_TENSOR:
+            yield said
+            time.sleep(30)
 
     monkeypatch.setenv("KIMI_OPS", "")
     monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
-    with fake_worker(answer) as endpoint:
-        play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
+    reason = "it sent something without a request" if said else "no progress in sending for 2 s"
+    began = time.monotonic()
+    with fake_worker(answer) as endpoint, pytest.raises(PlayError, match=reason):
+        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
+    assert time.monotonic() - began < 25
+
+
+@pytest.mark.full
+def test_nothing_but_the_deadline_ends_a_connection(
+    engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker does not read for longer than its own limit for clients, 30 seconds, and gives no signs of life."""
+    monkeypatch.setenv("KIMI_OPS", "")
+    with fake_worker(busy_worker(rpc.SET_TENSOR, 40, signs_of_life=False)) as endpoint:
+        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
