@@ -12,23 +12,36 @@ from dataclasses import dataclass
 from kimi_gguf.bench.server import RunningServer
 
 EQUAL = 12  # equal requests, and as many others
-ANSWER = 64  # tokens
+ANSWER = 200  # tokens
 SYSTEM = "You explain words. " * 40
 QUESTION = "define: elephant"
 OTHERS = ("define: river", "define: ivory", "define: to walk", "define: stone", "define: a large tree")
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The text, and the logarithm of each token's probability, which shows differences that change no token."""
+
+    text: str
+    logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Answers:
     """`alone`: the answer without load. `equal`, `others`: the answers under load."""
 
-    alone: str
-    equal: tuple[str, ...]
-    others: tuple[str, ...]
+    alone: Answer
+    equal: tuple[Answer, ...]
+    others: tuple[Answer, ...]
+
+    @property
+    def texts(self) -> int:
+        """Number of different texts among the answers to the equal requests."""
+        return len({answer.text for answer in self.equal})
 
     @property
     def different(self) -> int:
-        """Number of different answers to the equal requests."""
+        """Number of different answers to the equal requests, with their log probabilities."""
         return len(set(self.equal))
 
     @property
@@ -40,10 +53,19 @@ class Answers:
 def ask_together(server: RunningServer) -> Answers:
     """Ask once alone, then all at once: every second request is one of the others, each with another length."""
 
-    def ask(text: str) -> str:
+    def ask(text: str) -> Answer:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-        request = {"messages": messages, "max_tokens": ANSWER, "temperature": 0}
-        return str(server.post("/v1/chat/completions", request)["choices"][0]["message"]["content"])
+        request = {
+            "messages": messages,
+            "max_tokens": ANSWER,
+            "temperature": 0,
+            "ignore_eos": True,
+            "logprobs": True,
+        }
+        (choice,) = server.post("/v1/chat/completions", request)["choices"]
+        return Answer(
+            choice["message"]["content"], tuple(each["logprob"] for each in choice["logprobs"]["content"])
+        )
 
     others = [f"{OTHERS[i % len(OTHERS)]} {'again ' * i}" for i in range(EQUAL)]
     alone = ask(QUESTION)

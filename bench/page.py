@@ -200,11 +200,10 @@ def prompt_cache_table(rows: Sequence[Data]) -> Rows:
 
 def equal_requests_table(rows: Sequence[Data]) -> Rows:
     """Answers to equal requests under load."""
-    table: Rows = [("type", "build", "different answers", "equal to the answer without load")]
+    table: Rows = [("type", "build", "different texts", "different log probabilities", "as without load")]
     for row in rows:
-        table.append(
-            (row["type"], row["build"], str(row["different"]), f"{row['as_alone']} of {row['requests']}")
-        )
+        counts = (str(row["texts"]), str(row["different"]), f"{row['as_alone']} of {row['requests']}")
+        table.append((row["type"], row["build"], *counts))
     return table
 
 

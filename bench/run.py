@@ -342,7 +342,11 @@ class Run:
                         log, program, "--model", gguf, "--threads", str(max(self.threads))
                     ) as server:
                         answers = ask_together(server)
-                    counts = {"different": answers.different, "as_alone": answers.as_alone}
+                    counts = {
+                        "texts": answers.texts,
+                        "different": answers.different,
+                        "as_alone": answers.as_alone,
+                    }
                     rows.append({"build": name, "type": kind, "requests": len(answers.equal), **counts})
                     reporter.note("  ".join(page.equal_requests_table(rows[-1:])[-1]))
                     self.keep()
