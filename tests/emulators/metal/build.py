@@ -87,10 +87,10 @@ def compile_device(folder: Path, kernels: Iterable[Path], *, include: Sequence[P
     folder = folder.resolve()
     (folder / "kernels").mkdir(parents=True, exist_ok=True)
     own = [f"-I{INCLUDE}", f'-DMETAL_EMULATOR_KERNELS="{folder}/kernels"']
-    commands = [(_compiler(), source, [*DEVICE_OPTIONS, *own]) for source in sorted(DEVICE.glob("*.cpp"))]
+    sources = sorted(DEVICE.glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         listed = pool.map(lambda source: _rewrite(source, folder / "kernels", include), kernels)
-        objects = list(pool.map(lambda command: _compile(*command, folder), commands))
+        objects = list(pool.map(lambda source: _compile(source, [*DEVICE_OPTIONS, *own], folder), sources))
         (folder / "kernels" / "kernels").write_text("".join(listed), encoding="utf-8")
     library = _link(objects, folder / "libmetal-emulator.so", ["-ldl"])
     _write_script(folder / "kernels" / "compile", library)
@@ -113,14 +113,15 @@ def compile_backend(ggml: Path, folder: Path, *, link: Sequence[str], kernels: I
     include = [f"-I{OURS}", f"-I{DEVICE}", f"-I{INCLUDE}"]
     for path in (ggml / "include", ggml / "src", metal):
         include += ["-isystem", str(path)]
-    commands = [
-        (_compiler(), source, [*DEVICE_OPTIONS, *DEFINITIONS, *include])
-        for source in sorted(OURS.glob("*.cpp"))
-    ]
-    commands += [(_compiler(), metal / name, [*HOST_OPTIONS, *DEFINITIONS, *include]) for name in HOST]
-    commands += [("gcc", plain_c, ["-O0", "-g1", "-fPIC", "-w", *include])]
+    commands = {source: DEVICE_OPTIONS for source in sorted(OURS.glob("*.cpp"))}
+    commands |= {metal / name: HOST_OPTIONS for name in HOST}
+    commands |= {plain_c: ("-x", "c", "-O0", "-g1", "-fPIC", "-w")}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda command: _compile(*command, folder), commands))
+        objects = list(
+            pool.map(
+                lambda source: _compile(source, [*commands[source], *DEFINITIONS, *include], folder), commands
+            )
+        )
     return _link(objects, folder / "libggml-metal-emulated.so", [str(device), *link])
 
 
@@ -162,9 +163,9 @@ def _rewrite(source: Path, folder: Path, include: Sequence[Path]) -> str:
     return "".join(f"{k.name}\t{target.name}\t{k.function}\t{', '.join(k.parameters)}\n" for k in kernels)
 
 
-def _compile(compiler: str, source: Path, options: Sequence[str], folder: Path) -> Path:
+def _compile(source: Path, options: Sequence[str], folder: Path) -> Path:
     target = folder / f"{source.name}.o"
-    _run([compiler, *options, "-c", str(source), "-o", str(target)])
+    _run([_compiler(), *options, "-c", str(source), "-o", str(target)])
     return target
 
 
