@@ -225,7 +225,12 @@ FAULTS = {
         None,
         "120 bytes .*; it must be a multiple of 16",
     ),
-    "no threadgroup memory": ("write_argument", None, None, "the threadgroup memory 0 has no size"),
+    "no threadgroup memory": (
+        "write_argument",
+        0,
+        "s[int(i) + args.shift] = 1;",
+        "outside of all threadgroup memory",
+    ),
     "too large an array": ("large_array", 0, None, "32772 bytes of threadgroup memory; the limit is 32768"),
     "too many bytes of constants": (None, None, None, "4100 bytes for the argument 0; the limit is 4096"),
     "an argument that is not set": ("copy", None, None, "the buffer argument 2 is not set"),

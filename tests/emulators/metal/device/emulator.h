@@ -16,11 +16,12 @@
 namespace metal_emulator {
 
 // Apple's limits, as in the Metal feature set tables for Apple7 and later.
-constexpr unsigned MAX_THREADS            = 1024;
-constexpr size_t   MAX_THREADGROUP_MEMORY = 32 * 1024;
-constexpr unsigned MAX_BUFFER_ARGUMENTS   = 31;
-constexpr size_t   MAX_ARGUMENT_BYTES     = 4 * 1024;  // of set_bytes
-constexpr unsigned SIMDGROUP              = 32;
+constexpr unsigned  MAX_THREADS            = 1024;
+constexpr size_t    MAX_THREADGROUP_MEMORY = 32 * 1024;
+constexpr unsigned  MAX_BUFFER_ARGUMENTS   = 31;
+constexpr size_t    MAX_ARGUMENT_BYTES     = 4 * 1024;  // of set_bytes
+constexpr ptrdiff_t OVERRUN                = 512;
+constexpr unsigned  SIMDGROUP              = 32;
 
 class Fault : public std::runtime_error {
   public:
@@ -89,6 +90,9 @@ struct Pipeline {
     std::string    name, kernel_name;
     const Kernel * kernel;
     KernelObject * object;
+    bool           reads_outside = false;  // of tensors, and does not use what it reads
+    bool           overruns      = false;  // threadgroup memory by up to OVERRUN bytes
+    bool           in_step       = false;  // needs lanes that run in step
 
     struct Value {
         void *  at;
@@ -144,6 +148,7 @@ void run(Dispatch & dispatch);
 std::string current_thread();
 bool        in_kernel();
 unsigned    current_simdgroup();
+void        wait_for_lanes();  // until the others of the simdgroup wait, too
 bool        is_stack(const void * address);
 
 [[noreturn]] void fail(const std::string & text);
@@ -155,6 +160,7 @@ bool        is_stack(const void * address);
 void begin_dispatch(Dispatch & dispatch);
 void begin_threadgroup();  // places dynamic threadgroup memory
 void end_dispatch();
+void check_rewrite();             // after a write that may be a race
 void order_threadgroup_memory();  // after a barrier
 
 }  // namespace metal_emulator

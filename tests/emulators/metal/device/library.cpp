@@ -1,5 +1,5 @@
 // Kernels as shared objects, compiled when a pipeline first needs them. The folder METAL_EMULATOR_KERNELS contains the
-// rewritten sources, the list `kernels` (name, source, function, parameters), and the script `compile` (build.py).
+// rewritten sources, the list `kernels` (name, source, function, parameters, checks that are left out, flags), and the script `compile` (build.py).
 
 #include "emulator.h"
 
@@ -53,7 +53,7 @@ class KernelObject {
 namespace {
 
 struct Entry {
-    std::string                   source, function, parameters;
+    std::string                   source, function, parameters, unchecked, flags;
     std::unique_ptr<KernelObject> object;
 };
 
@@ -69,6 +69,8 @@ std::map<std::string, Entry> read_list() {
         std::getline(fields, entry.source, '\t');
         std::getline(fields, entry.function, '\t');
         std::getline(fields, entry.parameters, '\t');
+        std::getline(fields, entry.unchecked, '\t');
+        std::getline(fields, entry.flags, '\t');
         entries[name] = std::move(entry);
     }
     return entries;
@@ -79,7 +81,7 @@ std::string compile(const std::string & name, const Entry & entry) {
     if (access((path + ".so").c_str(), R_OK) != 0) {
         std::ofstream(path + ".cpp") << "#include \"" << entry.source << "\"\nMETAL_EMULATOR_EXPORT((" << entry.function
                                      << "), " << entry.parameters << ")\n";
-        const int status = system(("'" METAL_EMULATOR_KERNELS "/compile' " + name).c_str());
+        const int status = system(("'" METAL_EMULATOR_KERNELS "/compile' " + name + " " + entry.unchecked).c_str());
         if (status != 0) {
             throw Fault("the kernel " + name + " does not compile: see " + path + ".log");
         }
@@ -107,11 +109,14 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     if (!entry.object) {
         entry.object = std::make_unique<KernelObject>(compile(kernel, entry));
     }
-    auto pipeline         = std::make_unique<Pipeline>();
-    pipeline->name        = name;
-    pipeline->kernel_name = kernel;
-    pipeline->object      = entry.object.get();
-    pipeline->kernel      = pipeline->object->kernel;
+    auto pipeline           = std::make_unique<Pipeline>();
+    pipeline->name          = name;
+    pipeline->kernel_name   = kernel;
+    pipeline->object        = entry.object.get();
+    pipeline->kernel        = pipeline->object->kernel;
+    pipeline->reads_outside = entry.flags.find("outside") != std::string::npos;
+    pipeline->overruns      = entry.flags.find("overrun") != std::string::npos;
+    pipeline->in_step       = entry.flags.find("in-step") != std::string::npos;
     for (const FunctionConstant * each = *pipeline->kernel->constants; each; each = each->next) {
         for (const ConstantValue & given : constants) {
             if (given.index == each->index) {

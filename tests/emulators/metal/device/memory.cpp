@@ -83,16 +83,24 @@ struct ThreadgroupMemory {
     }
 };
 
-ThreadgroupMemory & threadgroup_memory() {
-    static ThreadgroupMemory memory;
-    return memory;
-}
+ThreadgroupMemory group;
 
 struct Constants {
     const char * begin;
     size_t       bytes;
 };
 
+// A write of bytes that another simdgroup has written: a race unless the values are the same, which the next event
+// shows.
+struct Rewrite {
+    const char * address = nullptr;  // nullptr: none
+    size_t       bytes;
+    char         before[16];
+    const void * code;
+    const void * other;
+};
+
+Rewrite                         rewrite;
 Dispatch *                      current = nullptr;
 std::vector<DeviceBuffer *>     buffers;  // of the current dispatch
 std::vector<Constants>          constants;
@@ -118,6 +126,9 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
             while (last < ranges.size() && !(address >= ranges[last].begin && address + bytes <= ranges[last].end &&
                                              (ranges[last].writable || !write))) {
                 last++;
+            }
+            if (last == ranges.size() && !write && current->pipeline->reads_outside) {
+                return;
             }
             if (last == ranges.size()) {
                 const Range * near = nullptr;
@@ -159,8 +170,7 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
 }
 
 void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic, const void * code) {
-    ThreadgroupMemory & group  = threadgroup_memory();
-    const auto          inside = [&](const Array & array) {
+    const auto inside = [&](const Array & array) {
         return address >= array.begin && address + bytes <= array.begin + array.bytes;
     };
     if (group.last >= group.arrays.size() || !inside(group.arrays[group.last])) {
@@ -171,6 +181,10 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
                 return address + ThreadgroupMemory::GAP / 2 >= array.begin &&
                        address < array.begin + array.bytes + ThreadgroupMemory::GAP / 2;
             });
+            if (near != group.arrays.end() && current->pipeline->overruns && address >= near->begin &&
+                address + bytes <= near->begin + near->bytes + OVERRUN) {
+                return;
+            }
             fail_at(code, what(write) + (near == group.arrays.end()
                                              ? " outside of all threadgroup memory"
                                              : " outside of the threadgroup memory " + near->where(address)));
@@ -187,8 +201,14 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
                 fail_at(code, "a read of threadgroup memory that no thread has written: " + array.where(address + i));
             }
         } else if (cell.written_time == group.time && cell.writer != self && apart) {
-            fail_at(code, "a race: " + what(write) + " of threadgroup memory that another simdgroup wrote at " +
-                              place_of(cell.written_at) + " without a barrier between: " + array.where(address + i));
+            if (write && bytes <= sizeof(rewrite.before)) {
+                rewrite = { address, bytes, {}, code, cell.written_at };
+                memcpy(rewrite.before, address, bytes);
+            } else {
+                fail_at(code, "a race: " + what(write) + " of threadgroup memory that another simdgroup wrote at " +
+                                  place_of(cell.written_at) +
+                                  " without a barrier between: " + array.where(address + i));
+            }
         }
         if (write) {
             if (cell.read_time == group.time && cell.reader != self && apart) {
@@ -212,7 +232,11 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
     if (is_stack(address) || !in_kernel()) {
         return;
     }
-    if (threadgroup_memory().contains(address)) {
+    check_rewrite();
+    if (group.contains(address)) {
+        if (write && current->pipeline->in_step) {
+            wait_for_lanes();
+        }
         see_threadgroup(address, bytes, write, atomic, code);
         return;
     }
@@ -279,6 +303,17 @@ DeviceBuffer::~DeviceBuffer() {
     }
 }
 
+void check_rewrite() {
+    if (rewrite.address) {
+        const Rewrite last = rewrite;
+        rewrite            = Rewrite();
+        if (memcmp(last.before, last.address, last.bytes) != 0) {
+            fail_at(last.code, "a race: a write of threadgroup memory that another simdgroup wrote at " +
+                                   place_of(last.other) + " without a barrier between");
+        }
+    }
+}
+
 void begin_dispatch(Dispatch & dispatch) {
     if (names_epoch != dispatch.epoch) {
         names.clear();
@@ -303,7 +338,7 @@ void end_dispatch() {
 }
 
 void begin_threadgroup() {
-    ThreadgroupMemory & group = threadgroup_memory();
+    rewrite = Rewrite();
     group.arrays.clear();
     group.used = group.total = group.last = 0;
     group.begin                           = ++group.time;
@@ -313,7 +348,7 @@ void begin_threadgroup() {
 }
 
 void order_threadgroup_memory() {
-    threadgroup_memory().time++;
+    group.time++;
 }
 
 void * buffer_argument(unsigned index) {
@@ -326,24 +361,23 @@ void * buffer_argument(unsigned index) {
                                     : argument.bytes.data();
 }
 
+// Without a size it may be passed on, but not accessed.
 void * threadgroup_argument(unsigned index) {
-    if (index >= current->threadgroup_memory.size() || current->threadgroup_memory[index] == 0) {
-        fail(format("the threadgroup memory %u has no size", index));
-    }
-    return threadgroup_memory().arrays[index].begin;
+    const bool sized = index < current->threadgroup_memory.size() && current->threadgroup_memory[index];
+    return sized ? group.arrays[index].begin : group.memory;
 }
 
 void * threadgroup_array(const void * key, size_t bytes, size_t, const char * name, Place) {
-    for (const Array & array : threadgroup_memory().arrays) {
+    for (const Array & array : group.arrays) {
         if (array.key == key) {
             return array.begin;
         }
     }
-    return threadgroup_memory().add(key, bytes, name).begin;
+    return group.add(key, bytes, name).begin;
 }
 
 void see_atomic(const void * address, size_t bytes) {
-    if (threadgroup_memory().contains(static_cast<const char *>(address))) {
+    if (group.contains(static_cast<const char *>(address))) {
         see(address, bytes, true, true, __builtin_return_address(0));
     }
 }

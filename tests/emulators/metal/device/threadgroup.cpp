@@ -8,6 +8,7 @@
 #include "fiber.h"
 
 #include <signal.h>
+#include <ucontext.h>
 
 #include <mutex>
 
@@ -31,7 +32,8 @@ struct Simdgroup {
     Thread * threads;
     unsigned number;
     uint32_t alive, ready, arrived, at_barrier;
-    void **  lanes;  // the argument of each waiting lane
+    uint32_t in_step;  // wait until no other lane is ready
+    void **  lanes;    // the argument of each waiting lane
     Complete complete;
     Place    place;
 };
@@ -86,6 +88,9 @@ unsigned pick(uint32_t set) {
 }
 
 Simdgroup * next_simdgroup() {
+    if (Simdgroup * simdgroup = group.current ? group.current->simdgroup : nullptr; simdgroup && !simdgroup->ready) {
+        std::swap(simdgroup->ready, simdgroup->in_step);
+    }
     if (options.order != Order::shuffled && group.current && group.current->simdgroup->ready) {
         return group.current->simdgroup;
     }
@@ -139,6 +144,7 @@ void complete(Simdgroup & simdgroup) {
 
 // Ends a thread.
 [[noreturn]] void end_thread() {
+    check_rewrite();
     Thread &    self      = *group.current;
     Simdgroup & simdgroup = *self.simdgroup;
     if (group.arrived) {
@@ -172,12 +178,12 @@ void run_threadgroup(const Dispatch & dispatch, Size at) {
     group.failed                = false;
     group.run_thread            = dispatch.pipeline->kernel->run_thread;
     for (unsigned i = 0; i < group.simdgroups.size(); i++) {
-        const unsigned living = std::min(count - lanes * i, lanes);
-        group.simdgroups[i]   = {
-            &group.threads[lanes * i], i,       ~0u >> (32 - living),
-            ~0u >> (32 - living),      0,       0,
-            group.stacks.lanes(i),     nullptr, {},
-        };
+        const unsigned living    = std::min(count - lanes * i, lanes);
+        Simdgroup &    simdgroup = group.simdgroups[i] = Simdgroup();
+        simdgroup.threads                              = &group.threads[lanes * i];
+        simdgroup.number                               = i;
+        simdgroup.alive = simdgroup.ready = ~0u >> (32 - living);
+        simdgroup.lanes                   = group.stacks.lanes(i);
     }
     const Size & size = dispatch.threads;
     for (unsigned i = 0; i < count; i++) {
@@ -219,18 +225,39 @@ void check(const Dispatch & dispatch) {
         if ((kernel.buffers >> i & 1) && (i >= dispatch.arguments.size() || !dispatch.arguments[i].given)) {
             throw Fault(format("the buffer argument %u is not set", i));
         }
-        if ((kernel.threadgroup_memory >> i & 1) &&
-            (i >= dispatch.threadgroup_memory.size() || !dispatch.threadgroup_memory[i])) {
-            throw Fault(format("the threadgroup memory %u has no size", i));
-        }
     }
 }
 
-void on_signal(int signal, siginfo_t * info, void *) {
+#if defined(__x86_64__)
+// Skips an integer division, whose result is then NaN's bits: by zero it has no value on a GPU, but no effect either.
+// Only kernels that are compiled without the check get here.
+bool skip_division(ucontext_t & context) {
+    auto &                registers = context.uc_mcontext.gregs;
+    const unsigned char * code      = reinterpret_cast<const unsigned char *>(registers[REG_RIP]);
+    size_t                length    = (code[0] & 0xf0) == 0x40 || code[0] == 0x66;  // a prefix
+    if ((code[length] & 0xfe) != 0xf6) {
+        return false;
+    }
+    const unsigned mode = code[length + 1] >> 6, base = code[length + 1] & 7;
+    const bool     scaled = mode != 3 && base == 4;
+    const bool     wide   = mode == 2 || (mode == 0 && (base == 5 || (scaled && (code[length + 2] & 7) == 5)));
+    length += 2 + scaled + (mode == 1 ? 1 : wide ? 4 : 0);
+    registers[REG_RIP] += greg_t(length);
+    registers[REG_RAX] = registers[REG_RDX] = -1;
+    return true;
+}
+#endif
+
+void on_signal(int signal, siginfo_t * info, [[maybe_unused]] void * context) {
     if (!group.current) {  // not ours
         ::signal(signal, SIG_DFL);
         return;
     }
+#if defined(__x86_64__)
+    if (signal == SIGFPE && skip_division(*static_cast<ucontext_t *>(context))) {
+        return;
+    }
+#endif
     group.message = signal == SIGFPE                       ? "an integer division by zero"
                     : group.stacks.contains(info->si_addr) ? "local variables exceed the emulator's stack"
                                                            : format("an access of the address %p", info->si_addr);
@@ -303,6 +330,7 @@ unsigned lane_index() {
 }
 
 void wait_for_threadgroup(bool orders_memory, Place place) {
+    check_rewrite();
     Thread & self = *group.current;
     if (group.ended) {
         for (const Thread & other : group.threads) {
@@ -336,7 +364,16 @@ void wait_for_threadgroup(bool orders_memory, Place place) {
     go_on();
 }
 
+void wait_for_lanes() {
+    Thread &    self      = *group.current;
+    Simdgroup & simdgroup = *self.simdgroup;
+    simdgroup.in_step |= 1u << self.lane;
+    simdgroup.ready &= ~(1u << self.lane);
+    go_on();
+}
+
 void meet_simdgroup(void * mine, Complete completed, const char * what, Place place) {
+    check_rewrite();
     Thread &    self      = *group.current;
     Simdgroup & simdgroup = *self.simdgroup;
     self.waits_for        = what;

@@ -36,24 +36,22 @@ template <class T> T pointer(void * argument) {
 }
 
 // One struct for each kind of parameter, with a function that returns its value.
+struct NoBuffer {
+    static constexpr uint64_t BUFFERS = 0;
+};
+
 template <unsigned INDEX> struct Buffer {
-    static constexpr uint64_t BUFFERS = uint64_t(1) << INDEX, THREADGROUP_MEMORY = 0;
+    static constexpr uint64_t BUFFERS = uint64_t(1) << INDEX;
 
     template <class T> static T get() { return pointer<T>(buffer_argument(INDEX)); }
 };
 
-template <unsigned INDEX> struct ThreadgroupMemory {
-    static constexpr uint64_t BUFFERS = 0, THREADGROUP_MEMORY = uint64_t(1) << INDEX;
-
+template <unsigned INDEX> struct ThreadgroupMemory : NoBuffer {
     template <class T> static T get() { return pointer<T>(threadgroup_argument(INDEX)); }
 };
 
-struct NoArgument {
-    static constexpr uint64_t BUFFERS = 0, THREADGROUP_MEMORY = 0;
-};
-
 #define METAL_EMULATOR_POSITION(NAME, VALUE)                                                                           \
-    struct NAME : NoArgument {                                                                                         \
+    struct NAME : NoBuffer {                                                                                         \
         template <class T> static T get() {                                                                            \
             const Position p = position();                                                                             \
             return components<T>(VALUE);                                                                               \
@@ -98,24 +96,16 @@ template <class T> struct Constant : FunctionConstant {
     }
 };
 
+template <class... PARAMETER> constexpr uint64_t buffers_of() {
+    return (PARAMETER::BUFFERS | ... | 0);
+}
+
 }  // namespace metal_emulator
 
 // KERNEL: its name with template arguments, in parentheses. The rest: its parameters.
 #define METAL_EMULATOR_EXPORT(KERNEL, ...)                                                                             \
     extern "C" __attribute__((visibility("default"))) const metal_emulator::Kernel metal_emulator_kernel = {           \
         [] { metal_emulator::call<__VA_ARGS__>(&METAL_EMULATOR_BARE KERNEL); }, &metal_emulator::function_constants,   \
-        metal_emulator::bits<__VA_ARGS__>().buffers, metal_emulator::bits<__VA_ARGS__>().threadgroup_memory            \
+        metal_emulator::buffers_of<__VA_ARGS__>()                                                                      \
     };
 #define METAL_EMULATOR_BARE(...) __VA_ARGS__
-
-namespace metal_emulator {
-
-struct Bits {
-    uint64_t buffers, threadgroup_memory;
-};
-
-template <class... PARAMETER> constexpr Bits bits() {
-    return { (PARAMETER::BUFFERS | ... | 0), (PARAMETER::THREADGROUP_MEMORY | ... | 0) };
-}
-
-}  // namespace metal_emulator

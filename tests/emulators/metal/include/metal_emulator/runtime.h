@@ -69,7 +69,7 @@ struct FunctionConstant {
 struct Kernel {
     void (*run_thread)();
     const FunctionConstant * const * constants;
-    uint64_t                         buffers, threadgroup_memory;  // indices of the arguments, as bits
+    uint64_t                         buffers;  // indices of the arguments, as bits
 };
 
 }  // namespace metal_emulator
