@@ -69,8 +69,8 @@ KERNEL_OPTIONS = (
     f"-fsanitize={','.join(CHECKS)}",
     f"-fno-sanitize-recover={','.join(CHECKS)}",
 )
-# Kernel files of ggml-metal -> checks that they do not pass, although they work on Apple's GPUs: vectors are read at any
-# element, remainders by sizes of operands that are not there are computed and not used.
+# Kernel files of ggml-metal -> checks that they do not pass, although they work on Apple's GPUs: vectors are read at
+# any element; remainders by sizes of operands that are not there are computed and not used.
 UNCHECKED = {
     "fa_f16": ("alignment",),
     "fa_f32": ("alignment",),
@@ -82,7 +82,7 @@ UNCHECKED = {
 READ_OUTSIDE = ("mul_mv",)
 # Those that zero more threadgroup memory than the host reserves.
 OVERRUN = ("fa_vec_",)
-# Those in which lanes read what another lane of the simdgroup then writes, without a barrier: correct only because lanes
+# Those in which a lane overwrites what the others of its simdgroup read, without a barrier: correct only because lanes
 # run in step.
 IN_STEP = ("fa_vec_",)
 FLAGS = {"outside": READ_OUTSIDE, "overrun": OVERRUN, "in-step": IN_STEP}
@@ -146,7 +146,16 @@ def compile_backend(ggml: Path, folder: Path, *, link: Sequence[str], kernels: I
 
 
 def _link(objects: Sequence[Path], library: Path, link: Sequence[str]) -> Path:
-    options = ["-shared", "-pthread", "-O2", "-flto", "-fno-semantic-interposition", "-Wl,-z,defs", f"-Wl,-soname,{library.name}", "-Wl,-rpath,$ORIGIN"]
+    options = [
+        "-shared",
+        "-pthread",
+        "-O2",
+        "-flto",
+        "-fno-semantic-interposition",
+        "-Wl,-z,defs",
+        f"-Wl,-soname,{library.name}",
+        "-Wl,-rpath,$ORIGIN",
+    ]
     _run([_compiler(), *options, *map(str, objects), "-o", str(library), *link])
     return library
 

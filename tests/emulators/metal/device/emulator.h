@@ -1,7 +1,7 @@
 #pragma once
 
-// The emulated device: memory, threadgroups, kernels, commands. One global device; commands run in the thread that
-// commits them, one at a time.
+// The emulated device: memory, threadgroups, kernels, commands. There is one device for the process; commands run in the
+// thread that commits them, one at a time.
 
 #include "metal_emulator/runtime.h"
 
@@ -87,7 +87,7 @@ class KernelObject;
 
 // A kernel with the values of its function constants.
 struct Pipeline {
-    std::string    name, kernel_name;
+    std::string    name;
     const Kernel * kernel;
     KernelObject * object;
     bool           reads_outside = false;  // of tensors, and does not use what it reads
@@ -144,12 +144,10 @@ struct Dispatch {
 // Runs all threadgroups. Throws Fault.
 void run(Dispatch & dispatch);
 
-// The thread that runs, for messages: "threadgroup (0,0,0), thread (1,0,0)"; "" on the host's stack.
-std::string current_thread();
-bool        in_kernel();
-unsigned    current_simdgroup();
-void        wait_for_lanes();  // until the others of the simdgroup wait, too
-bool        is_stack(const void * address);
+bool     in_kernel();
+unsigned current_simdgroup();
+void     wait_for_lanes();  // until the others of the simdgroup wait, too
+bool     is_stack(const void * address);
 
 [[noreturn]] void fail(const std::string & text);
 

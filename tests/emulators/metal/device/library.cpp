@@ -111,7 +111,6 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     }
     auto pipeline           = std::make_unique<Pipeline>();
     pipeline->name          = name;
-    pipeline->kernel_name   = kernel;
     pipeline->object        = entry.object.get();
     pipeline->kernel        = pipeline->object->kernel;
     pipeline->reads_outside = entry.flags.find("outside") != std::string::npos;

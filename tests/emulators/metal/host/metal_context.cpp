@@ -28,13 +28,17 @@ constexpr int MAX_COMMAND_BUFFERS = 8;
 
 using Commands = std::shared_ptr<CommandBuffer>;
 
-// A fault is an error of the code under test: the process ends.
+// A fault is an error of the code under test.
+[[noreturn]] void end_process(const Fault & fault) {
+    fprintf(stderr, "metal emulator: %s\n", fault.what());
+    std::_Exit(1);
+}
+
 void commit(ggml_metal_device_t dev, const Commands & commands) {
     try {
         static_cast<Queue *>(dev->queue)->commit(commands);
     } catch (const Fault & fault) {
-        fprintf(stderr, "metal emulator: %s\n", fault.what());
-        std::_Exit(1);
+        end_process(fault);
     }
 }
 
@@ -63,9 +67,7 @@ struct ggml_metal {
     ggml_metal_fusion_info * finfo;
     bool                     use_concurrency, use_graph_optimize;
     int                      debug_graph;
-    int                      n_cb                = 0;
-    ggml_abort_callback      abort_callback      = nullptr;
-    void *                   abort_callback_data = nullptr;
+    int                      n_cb = 0;
 
     void encode(ggml_cgraph * graph, int begin, int end, const Commands & commands);
 };
@@ -188,8 +190,7 @@ ggml_status ggml_metal_graph_compute(ggml_metal_t ctx, ggml_cgraph * gf) {
         try {
             ctx->encode(gf, begin, end, commands);
         } catch (const Fault & fault) {
-            fprintf(stderr, "metal emulator: %s\n", fault.what());
-            std::_Exit(1);
+            end_process(fault);
         }
         commit(ctx->dev, commands);
     }
@@ -222,10 +223,8 @@ void ggml_metal_set_n_cb(ggml_metal_t ctx, int n_cb) {
     ctx->n_cb = ggml_metal_fusion_info_stats(ctx->finfo) ? 0 : std::min(n_cb, MAX_COMMAND_BUFFERS);
 }
 
-void ggml_metal_set_abort_callback(ggml_metal_t ctx, ggml_abort_callback abort_callback, void * user_data) {
-    ctx->abort_callback      = abort_callback;
-    ctx->abort_callback_data = user_data;
-}
+// Upstream asks it only while it captures a graph.
+void ggml_metal_set_abort_callback(ggml_metal_t, ggml_abort_callback, void *) {}
 
 bool ggml_metal_supports_family(ggml_metal_t ctx, int family) {
     return family <= ctx->dev->props.gpu_family;
