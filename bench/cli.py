@@ -37,8 +37,9 @@ EXAMPLES = f"""\
   kimi-llama bench --products --threads 1 --json out/products.json
   kimi-llama bench --hybrid --json out/hybrid.json
   kimi-llama bench --prompt-cache --json out/prompt-cache.json
+  kimi-llama bench --equal-requests                 answers of llama-server to equal requests, with the demo
   kimi-llama bench --speculative --layers 4 --experts 256 --type Q8_0
-  kimi-llama bench --speculative-demo               the same on llama-server, with the demo checkpoint
+  kimi-llama bench --speculative-demo               drafts on llama-server, with the demo checkpoint
   kimi-llama bench --records out/*.json --page out/bench.md
   kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
@@ -68,10 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare 3:1 with latent attention in every layer (patched only)")  # fmt: skip
     add("--prompt-cache", action="store_true",
         help="count the prompt tokens that the server evaluates again, with the demo as F32")  # fmt: skip
+    add("--equal-requests", action="store_true",
+        help="count the different answers of llama-server to equal requests under load, with the demo")  # fmt: skip
     add("--speculative", action="store_true",
-        help="measure what drafts cost: --type, drafted by --draft-type")  # fmt: skip
+        help="measure the time that drafts take: target of --type (default here: Q8_0), "
+        "draft model of --draft-type")  # fmt: skip
     add("--speculative-demo", action="store_true",
-        help="measure what drafts gain on llama-server: the demo, drafted by --draft-type")  # fmt: skip
+        help="measure llama-server with drafts: demo as --type (default here: BF16), "
+        "draft model of --draft-type")  # fmt: skip
     add("--records", nargs="+", type=Path, metavar="JSON",
         help="measure nothing: write --page from these records")  # fmt: skip
     add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
@@ -101,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME",
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
     add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",
-        help="measure FILE here and over these workers, with the bytes on the wire")  # fmt: skip
+        help="measure FILE on this machine and over these workers, and the bytes sent and received")  # fmt: skip
     add("--threads", type=numbers(1), metavar="N,..", help="CPU threads (default: all cores; 4 on a GPU)")
     add(
         "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens in one ubatch (default: {UBATCH})"
@@ -112,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences in one batch (default: 1)")  # fmt: skip
     add("--seconds", type=seconds, default=8.0, metavar="S",
         help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
-    add("--seed", type=number, default=1, metavar="N", help="random words of --prompt-cache (default: 1)")
+    add("--seed", type=number, default=1, metavar="N", help="seed for --prompt-cache (default: 1)")
     add("--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds")
     add("--libraries", type=Path, metavar="DIR",
         help="use these libraries instead of those of the patched build")  # fmt: skip

@@ -198,6 +198,15 @@ def prompt_cache_table(rows: Sequence[Data]) -> Rows:
     return table
 
 
+def equal_requests_table(rows: Sequence[Data]) -> Rows:
+    """Answers to equal requests under load."""
+    table: Rows = [("type", "build", "different texts", "different log probabilities", "as without load")]
+    for row in rows:
+        counts = (str(row["texts"]), str(row["different"]), f"{row['as_alone']} of {row['requests']}")
+        table.append((row["type"], row["build"], *counts))
+    return table
+
+
 def latest(records: Iterable[Data]) -> Data | None:
     """The record that was made last, if there is one."""
     return max(records, key=lambda record: str(record["created"]), default=None)

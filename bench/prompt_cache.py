@@ -1,8 +1,9 @@
-"""Counts the prompt tokens that llama-server evaluates again: conversations, long prompts, saved slots.
+"""Counts the prompt tokens that llama-server evaluates, in conversations, for long prompts and after a restart.
 
-Input: a build of llama.cpp, the demo as F32 GGUF, the chat template of Kimi K2. Output: for each situation the tokens
-that were evaluated, the tokens of the prompt and the most that this project allows. The text is random words from a
-seed, so that a run can be repeated. Source of the counts: `timings.prompt_n` and `cache_n` in the server's answers.
+Input: a build of llama.cpp, the demo as F32 GGUF, the chat template of Kimi K2. Output: for each situation the number
+of evaluated tokens, the number of tokens of the prompt, and the limit for the former that the tests check. The text is
+random words from a seed, so that a run can be repeated. The counts are `timings.prompt_n` and `timings.cache_n` of the
+server's answers.
 """
 
 from __future__ import annotations
@@ -20,19 +21,20 @@ from kimi_gguf.engine.builds import Engine, cache_folder
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.pin import load_pin
 
-SYSTEM, MESSAGE, DOCUMENT, ANSWER = 600, 80, 500, 60  # words; the answer: tokens
+SYSTEM, MESSAGE, DOCUMENT = 600, 80, 500  # words
+ANSWER = 60  # tokens
 LONG = 3050  # words of the raw prompt, about 15,000 tokens
-CONTEXT = 32768
-ROOM = 64  # tokens that may be evaluated besides what is new
+CONTEXT = 32768  # tokens
+ROOM = 64  # tokens that may be evaluated in addition to the new ones
 STEP = 1024  # tokens between two checkpoints of a raw prompt
 
 Messages = list[dict[str, str]]
-Start = Callable[..., Any]  # starts a server with more options: a context manager of RunningServer
+Start = Callable[..., Any]  # starts a server with additional options, as a context manager
 
 
 @dataclass(frozen=True)
 class Count:
-    """What one request evaluated. `most`: the most that is allowed, None: reported only."""
+    """The token counts of one request. `most`: the limit for `evaluated`; None: no limit."""
 
     situation: str
     evaluated: int
@@ -41,7 +43,7 @@ class Count:
 
 
 class Conversation:
-    """A conversation with one server; every request sends all messages so far."""
+    """A conversation with one server. Every request sends all previous messages."""
 
     def __init__(self, server: RunningServer, system: str) -> None:
         self.server = server
@@ -49,22 +51,22 @@ class Conversation:
         self.evaluated = self.prompt = 0
 
     def ask(self, text: str) -> Conversation:
-        """Add a message of the user and the model's answer."""
+        """Add a user message and the model's answer to it."""
         self.messages.append({"role": "user", "content": text})
         return self.answer()
 
     def again(self) -> Conversation:
-        """Replace the last answer by a new one."""
+        """Regenerate the last answer."""
         self.messages.pop()
         return self.answer()
 
     def edit(self, text: str) -> Conversation:
-        """Replace the user's last message and its answer."""
+        """Replace the last user message and its answer."""
         del self.messages[-2:]
         return self.ask(text)
 
     def answer(self) -> Conversation:
-        """Let the model answer."""
+        """Let the model answer the last message."""
         request = {"messages": self.messages, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
         got = self.server.post("/v1/chat/completions", request)
         self.messages.append({"role": "assistant", "content": got["choices"][0]["message"]["content"]})
@@ -73,7 +75,10 @@ class Conversation:
         return self
 
     def tokens(self, text: str) -> int:
-        """Tokens that a user's message adds: the end of the answer before it, its markers, those of the next answer."""
+        """The number of tokens that a user message adds to the prompt.
+
+        It includes the end of the previous answer, the markers of the message and the markers of the next answer.
+        """
         rendered = (
             f"<|im_end|><|im_user|>user<|im_middle|>{text}<|im_end|><|im_assistant|>assistant<|im_middle|>"
         )
@@ -81,7 +86,7 @@ class Conversation:
 
 
 class Starter:
-    """Starts servers of a build with the demo, one after the other, and with the folder of saved slots in common."""
+    """Starts servers of one build with the demo, one after the other. All of them save slots in the same folder."""
 
     def __init__(self, engine: Engine, gguf: Path, template: Path, folder: Path, threads: int) -> None:
         self._command: list[str | Path] = [
@@ -92,18 +97,18 @@ class Starter:
         self._log = folder / "server.log"
 
     def __call__(self, *options: str) -> AbstractContextManager[RunningServer]:
-        """A running server with more options."""
+        """Start a server with additional options."""
         return running(self._log, *self._command, *options)
 
 
 def chat_template(reporter: Reporter) -> Path:
-    """The chat template of Kimi K2 from llama.cpp's archive. Raises `EngineError`."""
+    """The path of Kimi K2's chat template in llama.cpp's archive. Raises `EngineError`."""
     source = pinned_source(load_pin(), Cache(cache_folder()), None, reporter)
     return source / "llama.cpp" / "models" / "templates" / "moonshotai-Kimi-K2.jinja"
 
 
 class Words:
-    """Random words of three to nine letters."""
+    """Makes texts of random words of three to nine letters."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -114,7 +119,7 @@ class Words:
 
 
 def raw(server: RunningServer, prompt: str) -> tuple[int, int]:
-    """Evaluated and all tokens of a prompt without a chat template."""
+    """Send a prompt without a chat template. Returns the numbers of evaluated tokens and of all its tokens."""
     request = {"prompt": prompt, "n_predict": 4, "temperature": 0, "cache_prompt": True}
     timings = server.post("/completion", request)["timings"]
     return timings["prompt_n"], timings["prompt_n"] + timings["cache_n"]
@@ -132,7 +137,7 @@ def second_document(start: Start, words: Words) -> Iterator[Count]:
 
 
 def resumed(start: Start, words: Words) -> Iterator[Count]:
-    """A conversation that goes on after three others."""
+    """A conversation that continues after three others, with one slot and with the default slots."""
     for options, name in ((("-np", "1"), "one slot"), ((), "default slots")):
         with start(*options) as server:
             system = words(SYSTEM)
@@ -147,7 +152,7 @@ def resumed(start: Start, words: Words) -> Iterator[Count]:
 
 
 def long_prompts(start: Start, words: Words) -> Iterator[Count]:
-    """A raw prompt that is changed in the middle, and one that is cut short."""
+    """A raw prompt that is changed in the middle, and one that is truncated."""
     text = words(LONG).split()
     for name, change, most in (
         ("raw prompt changed in the middle", [*text[: LONG // 2], "changed", *text[LONG // 2 + 1 :]], None),
@@ -160,8 +165,8 @@ def long_prompts(start: Start, words: Words) -> Iterator[Count]:
 
 
 def restored(start: Start, words: Words) -> Iterator[Count]:
-    """Slots that are saved and restored by a new server."""
-    for situation in ("regenerate", "last message edited"):
+    """Slots that one server saves and the next one restores."""
+    for situation in ("answer regenerated", "last message edited"):
         with start("-np", "1") as server:
             talk = Conversation(server, words(SYSTEM))
             for _ in range(3):
@@ -171,20 +176,20 @@ def restored(start: Start, words: Words) -> Iterator[Count]:
             server.post("/slots/0?action=restore", {"filename": "slot.bin"})
             talk.server = server
             new = words(MESSAGE)
-            edited = situation != "regenerate"
+            edited = situation != "answer regenerated"
             talk = talk.edit(new) if edited else talk.again()
             yield Count(f"{situation} after a restart and a restored slot", talk.evaluated, talk.prompt,
                         talk.tokens(new) + ROOM if edited else 4)  # fmt: skip
 
 
 def live(start: Start, words: Words) -> Iterator[Count]:
-    """What a conversation does without leaving the server."""
+    """Conversations with a server that keeps running."""
     with start("-np", "1") as server:
         system = words(SYSTEM)
         talk = Conversation(server, system)
         for _ in range(3):
             talk.ask(words(MESSAGE))
-        yield Count("live: regenerate", talk.again().evaluated, talk.prompt, 4)
+        yield Count("live: answer regenerated", talk.again().evaluated, talk.prompt, 4)
         new = words(MESSAGE)
         yield Count("live: next turn", talk.ask(new).evaluated, talk.prompt, talk.tokens(new) + ROOM)
         new = words(MESSAGE)
@@ -205,6 +210,6 @@ SITUATIONS = (second_document, resumed, long_prompts, restored, live)
 
 
 def measure_prompt_cache(start: Start, seed: int = 1) -> Iterator[Count]:
-    """All situations, one after the other."""
+    """Count the tokens of all situations, one after the other."""
     for situation in SITUATIONS:
         yield from situation(start, Words(seed))

@@ -5,9 +5,9 @@ Input: facts, results. Output: a file that is always a complete record.
 A record: schema, command, created (UTC), machine, device (null: the CPU), checkout (this project's commit), engines,
 switch (KIMI_OPS of patched), libraries (used instead of patched's, or null), limits (peak rates, by threads or of the
 device), models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid,
-prompt_cache, speculative. A cell has its options, samples in seconds of one decode, medians and spreads, and its floor:
-the least time on the roofline. Records call matmuls "products". Older ones lack device, checkout, device_operators,
-products, prompt_cache, speculative.
+prompt_cache, equal_requests, speculative. A cell has its options, samples in seconds of one decode, medians and
+spreads, and its floor: the least time on the roofline. Records call matmuls "products". Older ones lack device,
+checkout, device_operators, products, prompt_cache, equal_requests, speculative.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def new_record(
         "products": [],
         "hybrid": None,
         "prompt_cache": [],
+        "equal_requests": [],
         "speculative": None,
     }
 

@@ -29,6 +29,7 @@ from kimi_gguf.bench.cells import (
 )
 from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import measure_device_operators
+from kimi_gguf.bench.equal_requests import ask_together
 from kimi_gguf.bench.load import available_memory
 from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
@@ -39,6 +40,7 @@ from kimi_gguf.bench.record import add, cell_data, load_all, model_data, new_rec
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
+from kimi_gguf.bench.server import running
 from kimi_gguf.bench.shapes import TYPES, BenchModel
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import measure_workers
@@ -49,6 +51,7 @@ from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import cores
 
 DEMO_TYPES = ("Q8_0", "BF16")
+EQUAL_TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")  # of --equal-requests
 FREE_SHARE = 0.95  # of a device's free memory that is used
 
 
@@ -102,13 +105,13 @@ def check(parsed: argparse.Namespace) -> None:
             todo="give the folder of a build's shared libraries",
         )
     of_cpu = (
-        parsed.hybrid, parsed.products, parsed.prompt_cache, parsed.speculative, parsed.speculative_demo,
-        parsed.operators and parsed.libraries,
+        parsed.hybrid, parsed.products, parsed.prompt_cache, parsed.equal_requests, parsed.speculative,
+        parsed.speculative_demo, parsed.operators and parsed.libraries,
     )  # fmt: skip
     if on_device(parsed) and any(of_cpu):
         raise EngineError(
-            "--hybrid, --products, --prompt-cache, --speculative and --operators --libraries are measured on the CPU "
-            "only",
+            "--hybrid, --products, --prompt-cache, --equal-requests, --speculative and --operators --libraries are "
+            "measured on the CPU only",
             todo="leave out --backend and --device",
         )
     if parsed.model is not None:
@@ -165,6 +168,8 @@ class Run:
                 self.hybrid(reporter)
             elif self.parsed.prompt_cache:
                 self.prompt_cache(reporter)
+            elif self.parsed.equal_requests:
+                self.equal_requests(reporter)
             elif self.parsed.speculative or self.parsed.speculative_demo:
                 self.speculative(reporter)
             else:
@@ -324,6 +329,28 @@ class Run:
                     reporter.note(f"{name}: {count.situation}: {count.evaluated} of {count.prompt} tokens")
                     self.keep()
         report.show("Prompt tokens evaluated", page.prompt_cache_table(self.record["prompt_cache"]))
+
+    def equal_requests(self, reporter: Reporter) -> None:
+        """Count the different answers of the servers of both builds to equal requests."""
+        rows: list[Data] = self.record["equal_requests"]
+        for kind in self.parsed.type or EQUAL_TYPES:
+            gguf = convert_demo(kind, reporter)
+            with tempfile.TemporaryDirectory() as folder:
+                for name, engine in (("upstream", self.upstream), ("patched", self.patched)):
+                    log, program = Path(folder) / "server.log", engine.bin / "llama-server"
+                    with running(
+                        log, program, "--model", gguf, "--threads", str(max(self.threads))
+                    ) as server:
+                        answers = ask_together(server)
+                    counts = {
+                        "texts": answers.texts,
+                        "different": answers.different,
+                        "as_alone": answers.as_alone,
+                    }
+                    rows.append({"build": name, "type": kind, "requests": len(answers.equal), **counts})
+                    reporter.note("  ".join(page.equal_requests_table(rows[-1:])[-1]))
+                    self.keep()
+        report.show("Different answers to equal requests", page.equal_requests_table(rows))
 
     def speculative(self, reporter: Reporter) -> None:
         """Measure drafts: their cost on a generated model, or their gain on llama-server with the demo."""

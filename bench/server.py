@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import socket
 import subprocess
 import time
@@ -17,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 300  # seconds, for a busy machine
+from kimi_gguf.engine.errors import EngineError
+
+PATIENCE = 300  # seconds until a start or an answer counts as failed; long, for a busy machine
 
 
 class RunningServer:
@@ -29,12 +32,12 @@ class RunningServer:
         self.process = process
 
     def get(self, path: str) -> Any:
-        """The answer to a request without content."""
+        """The JSON answer to a GET request. Raises `urllib.error.HTTPError`."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE) as answer:
             return json.load(answer)
 
     def post(self, path: str, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to a JSON request. Raises `urllib.error.HTTPError`."""
+        """The JSON answer to a POST request with JSON content. Raises `urllib.error.HTTPError`."""
         url, encoded = f"http://127.0.0.1:{self.port}{path}", json.dumps(content).encode()
         request = urllib.request.Request(url, encoded, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
@@ -51,7 +54,7 @@ class RunningServer:
 
 
 def free_port() -> int:
-    """An unused port. No outgoing connection of the system takes it: Linux gives those 32768 and higher."""
+    """An unused port below 32768: Linux gives ports from 32768 on to outgoing connections, so none takes this one."""
     while True:
         port = random.randrange(10000, 32768)
         with socket.socket() as probe:
@@ -64,7 +67,10 @@ def free_port() -> int:
 
 @contextmanager
 def running(log: Path, *command: str | Path) -> Iterator[RunningServer]:
-    """Start a server with a command and a free port; wait until it is ready."""
+    """Start a server by a command with a free port, wait until it is ready, and end it after the block.
+
+    log: the file for its output. Raises `EngineError` with the end of the log if it does not start.
+    """
     port = free_port()
     with log.open("wb") as file:
         process = subprocess.Popen(
@@ -75,7 +81,9 @@ def running(log: Path, *command: str | Path) -> Iterator[RunningServer]:
         end = time.monotonic() + PATIENCE
         while not server.healthy():
             if process.poll() is not None or time.monotonic() > end:
-                raise RuntimeError(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
+                said = " | ".join(log.read_text(errors="replace").splitlines()[-6:])
+                todo = f"run it to see the whole log: {shlex.join(map(str, command))}"
+                raise EngineError("llama-server did not start", found=said or "an empty log", todo=todo)
             time.sleep(0.1)
         yield server
     finally:

@@ -1,8 +1,9 @@
-"""What a draft costs and what it gains.
+"""Measures the time that drafts take, and the speed of llama-server with drafts.
 
-Input: a target and a coarser draft of it. Output: rows of two tables. `measure_cost` times the verification of n
-drafted tokens against the decoding of one, and gives the acceptance rate from which a draft gains. `measure_server`
-runs llama-server with drafts of several kinds and counts tokens, drafted and accepted.
+Input: a target model, and a lower-bit quantization of it as the draft model. Output: rows of two tables. `measure_cost`
+times the verification of n drafted tokens relative to the decoding of one token, and computes the break-even acceptance
+rate. `measure_server` runs llama-server with several kinds of drafts, and counts tokens, drafted tokens and accepted
+tokens.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from kimi_gguf.engine.progress import Reporter
 
 LENGTHS = (1, 2, 3, 5, 8)  # drafted tokens
 SLOTS = (1, 4)
-ROUNDS = 9  # samples of each context, alternating
-CELLS = 512  # of each sequence
-COUNT = 128  # tokens of an answer
-PATIENCE = 300  # seconds that a server may take
+ROUNDS = 9  # samples per context; the contexts alternate
+CELLS = 512  # KV cells per sequence
+COUNT = 128  # tokens per answer
+PATIENCE = 300  # seconds until a start or an answer counts as failed
 PROMPTS = tuple(
     f"define: {word}"
     for word in ("elephant", "river", "to walk", "ivory", "stone", "to sing", "green", "house")
 )
 NGRAM = ("--spec-ngram-simple-size-n", "4", "--spec-ngram-simple-size-m", "8")
-DRAFTS: dict[str, tuple[str, ...]] = {  # {draft}: the draft model
+DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the path of the draft model
     "none": (),
     "model, up to 3 tokens": ("--spec-type", "draft-simple", "-md", "{draft}", "--spec-draft-n-max", "3"),
     "model, up to 8 tokens": ("--spec-type", "draft-simple", "-md", "{draft}", "--spec-draft-n-max", "8"),
@@ -58,9 +59,10 @@ Row = dict[str, Any]
 
 
 def break_even(length: int, cost: float) -> float | None:
-    """The acceptance rate of each token from which a draft of `length` tokens gains; None: never.
+    """The break-even acceptance rate (0 to 1) of each token of a draft of `length` tokens; None: there is none.
 
-    cost: of the draft and its verification, in decodes of one token. A round gives 1 + p + p² + … + p^length tokens.
+    cost: time of the draft and of its verification, in decodes of one token. With acceptance rate p, a draft and its
+    verification give 1 + p + p² + … + p^length tokens. Above the break-even rate this is more than the cost.
     """
     if cost >= length + 1:
         return None
@@ -78,7 +80,7 @@ def measure_cost(
     threads: int,
     reporter: Reporter,
 ) -> Iterator[Row]:
-    """A row for each number of sequences and each length of drafts. Raises `EngineError`."""
+    """Yield a row for each number of sequences and each length of drafts. Raises `EngineError`."""
     with ExitStack() as stack:
         places = {}
         for name, build, model in (
@@ -119,7 +121,7 @@ def measure_cost(
 
 
 def cost_row(n: int, sequences: int, took: Mapping[tuple[str, int, int], float]) -> Row:
-    """A row of the table of costs; costs are in decodes of one token without drafts."""
+    """A row of the table of costs. Costs are in decodes of one token without drafts; `took` is in seconds."""
     single = took["patched", 0, 1]
     verify = took["patched", n, n + 1] / single
     drafting = (n * took["draft", n, 1] + took["draft", n, n + 1]) / single
@@ -158,7 +160,7 @@ def cost_table(rows: Sequence[Row]) -> Rows:
 def measure_server(
     target: Path, draft: Path, builds: Mapping[str, Engine], threads: int, reporter: Reporter
 ) -> Iterator[Row]:
-    """A row for each number of slots and kind of draft: the median of three runs of each build.
+    """Yield a row for each number of slots and each kind of draft: the median of three runs of each build.
 
     Raises `EngineError`.
     """
@@ -179,9 +181,9 @@ def measure_server(
 
 
 def server_table(rows: Sequence[Row]) -> Rows:
-    """The table of the server's runs. The gain is that over the same build without a draft."""
+    """The table of the server's runs. The speedup is relative to the same build without drafts."""
     table: Rows = [(
-        "slots", "draft", "drafted", "accepted", "tokens/s", "gain", "upstream: accepted", "tokens/s", "gain",
+        "slots", "draft", "drafted", "accepted", "tokens/s", "speedup", "upstream: accepted", "tokens/s", "speedup",
     )]  # fmt: skip
     plain = {
         (row["slots"], build): row[build]["tokens_per_second"]
@@ -203,7 +205,10 @@ def server_table(rows: Sequence[Row]) -> Rows:
 
 
 def answer_all(port: int, slots: int) -> Row:
-    """Send the prompts, as many at a time as there are slots, after one request that is not counted."""
+    """Send the prompts, as many at once as there are slots, after one request that is not counted.
+
+    Returns the sums of tokens, drafted tokens and accepted tokens, and the seconds until all answers are complete.
+    """
     complete(port, PROMPTS[0])
     began = time.monotonic()
     with ThreadPoolExecutor(slots) as pool:
@@ -230,7 +235,7 @@ def complete(port: int, prompt: str) -> Row:
 
 @contextmanager
 def serving(engine: Engine, model: Path, options: Sequence[str]) -> Iterator[int]:
-    """Run llama-server; gives its port. Raises `EngineError` with the end of its log."""
+    """Run llama-server and yield its port. Raises `EngineError` with the end of its log if it does not start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -252,7 +257,8 @@ def serving(engine: Engine, model: Path, options: Sequence[str]) -> Iterator[int
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)
                     said = log.read()[-500:].decode(errors="replace").strip()
-                    raise EngineError("llama-server does not start", found=said, todo=" ".join(command))
+                    todo = f"run it to see the whole log: {' '.join(command)}"
+                    raise EngineError("llama-server did not start", found=said, todo=todo)
                 time.sleep(0.1)
             yield port
         finally:

@@ -47,7 +47,7 @@ _QUIET = (  # only text and warnings: no list of the model's metadata and tensor
     ("--verbosity", "2"),
 )
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
-_WORKERS = "--workers"  # our name for llama.cpp's --rpc
+_WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
 _SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp does not use the draft
 
@@ -61,13 +61,13 @@ _WORKER_HELP = """\
   kimi-llama worker --host 10.0.0.2 --cache              on a private network
 
 A worker computes for one client at a time: kimi-llama serve|run|chat|bench MODEL --workers HOST:PORT,...
-The client sends the weights; no model is needed here. Our operators run on workers of the same patched build; on
-others upstream's graph does.
+The client sends the weights; a worker needs no model file. The operators of the patched build run on workers of the
+same build; other workers run upstream's graph.
 
-There is no authentication and no encryption: whoever reaches the port can use and end the worker, and read what it
-computes. It listens on loopback unless --host is given. Give --host only on a network that you trust, for instance the
-address of a WireGuard interface; or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. docs/serving.md says
-more."""
+There is no authentication and no encryption: anyone who can reach the port can use the worker, end it, and read what
+it computes. A worker listens on loopback unless --host is given. Give --host only on a network that you trust, for
+example the address of a WireGuard interface. Or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. For more,
+see docs/serving.md."""
 
 _ELSEWHERE = f"{_WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
 
@@ -90,7 +90,7 @@ TOOLS = {
     ),
     "serve": Tool(
         "llama-server",
-        "serve the model over HTTP with OpenAI's interface",
+        "serve the model over HTTP with an OpenAI-compatible API",
         "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
         "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
         (_THREADS, _FLASH, _JINJA),
@@ -334,7 +334,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=cores(),
         metavar="N",
-        help="threads of the CPU device (default: %(default)s)",
+        help="use this many threads on the CPU device (default: %(default)s)",
     )
     add(
         "--device",
@@ -342,7 +342,7 @@ def _parser() -> argparse.ArgumentParser:
         help="serve these devices (default: all GPUs, or the CPU if there is none)",
     )
     add("--cache", action="store_true",
-        help="keep tensors of more than 10 MiB in ~/.cache/llama.cpp/rpc, so that loading again is fast")  # fmt: skip
+        help="store tensors of more than 10 MiB in ~/.cache/llama.cpp/rpc; they are not sent again")  # fmt: skip
 
     sub = command(
         "export-patches",

@@ -17,11 +17,23 @@ from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
 
 ROOT = Path(__file__).parent.parent
 
+# Files that take minutes, longest first. A test process takes whole files: the long ones at the beginning, so that no
+# process is left alone with one at the end.
+LONG = (
+    "test_other_processors", "test_sanitizers", "test_bench_device", "test_cuda_kda", "test_cuda_latent",
+    "test_convert_like_quantize", "test_cuda_backend", "test_cuda_compiles", "test_bench_operators", "test_quant_gemm",
+)  # fmt: skip
+
 # A shell in the background starts its children with Ctrl-C ignored; the tests send Ctrl-C to theirs.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # If an operator cannot be used, a test fails instead of running upstream's graph; tests of the fallback override this.
 os.environ.setdefault("KIMI_OPS", "require")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the files that take longest."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ enum ggml_op_mark {
     GGML_OP_MARK_UPSTREAM = 1,  // MUL_MAT, MUL_MAT_ID, FLASH_ATTN_EXT: use upstream's kernels
     GGML_OP_MARK_UNFUSED  = 2,  // do not start a fused run of nodes here
 
-    // MUL_MAT, MUL_MAT_ID: no code path whose choice, or whose order of sums, depends on the number of columns
+    // MUL_MAT, MUL_MAT_ID: use only code paths whose choice and order of summation do not depend on the number of columns
     GGML_OP_MARK_INVARIANT = 4,
 };
 

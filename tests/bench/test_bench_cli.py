@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from bench_case import TINY, bench, command, record
 
 from kimi_gguf.bench.page import merged, write_page
 from kimi_gguf.bench.record import load
+from kimi_gguf.bench.server import running
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.scripts import kimi_llama
 
 
@@ -187,6 +190,16 @@ def test_wrong_arguments_have_status_2(words: str, capsys: pytest.CaptureFixture
         kimi_llama.main(["bench", *words.split()])
     assert caught.value.code == 2
     assert "expected" in capsys.readouterr().err
+
+
+def test_a_server_that_does_not_start_is_one_message(tmp_path: Path) -> None:
+    program = "print('loading'); print('out of memory')"
+    with (
+        pytest.raises(EngineError, match=r"did not start: found loading \| out of memory; ") as caught,
+        running(tmp_path / "server.log", sys.executable, "-c", program),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
 
 
 def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None:

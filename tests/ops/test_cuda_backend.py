@@ -160,7 +160,7 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
         ],
         {"n_seq_max": 4, "kv_unified": True},
     ),
-    "drafts taken back": (
+    "drafts rolled back": (
         [
             *prompts(20, 30),
             decode(*text(0, IDS[0][20:24], 20), *text(1, IDS[1][30:34], 30)),

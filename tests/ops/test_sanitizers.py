@@ -24,7 +24,7 @@ from kimi_gguf.engine.builds import Engine
 
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
-CASES = dict.fromkeys(THREADED, "7")
+CASES = dict.fromkeys(THREADED, "13")
 THREADED_CASES = "29"  # waiting threads spin, so more threads than cores slow each other down
 ADDRESS = Variant(
     "address",

@@ -1,7 +1,8 @@
 """The logits of a token on the CPU have the same bits whatever else is decoded, and wherever its sequence is stored.
 
-A sequence decoded alone, token by token, is compared with the same tokens next to other sequences, prompts and drafts,
-with other numbers of threads, with a unified cache, and after other sequences were removed.
+The logits of a sequence that is decoded alone, token by token, are compared with those of the same tokens next to other
+sequences, prompts and drafts, with other numbers of threads, with a unified cache, and after other sequences were
+removed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 SLOTS, SUBJECT, PROMPT, STEPS = 24, 5, 150, 4
 VOCABULARY = 512
-# weights and cache: every kind of matmul, and of attention
+# type of the weights: type of the cache; they cover every kind of matmul and of attention
 TYPES = {
     "F32": "F32",
     "F16": "F16",
@@ -62,7 +63,7 @@ class Slots:
         self._logits += [np.array(row, np.float32) for row in self._worker.ask("step", step=step)[1]]
 
     def begin(self, threads: int = 2) -> None:
-        """Forget all sequences."""
+        """Remove all sequences and all logits so far, and set the number of threads."""
         self.step(["clear"])
         self.step(["threads", threads])
         self._logits.clear()
@@ -142,7 +143,7 @@ def test_other_sequences(slots: Slots, alone: Logits, count: int) -> None:
 
 
 def test_cells_of_removed_sequences(slots: Slots, alone: Logits) -> None:
-    """With a unified cache, the prompt is stored in gaps, and later tokens before earlier ones."""
+    """In a unified cache the prompt gets the cells of removed sequences; later tokens can get lower cells."""
     slots.begin()
     slots.prompts([0, 1, 2, 3])
     for slot in (0, 2):
@@ -168,7 +169,7 @@ def test_a_prompt_next_to_tokens_and_prompts(slots: Slots, alone: Logits) -> Non
 
 @pytest.mark.parametrize("others", [0, 9])
 def test_verified_drafts(slots: Slots, alone: Logits, others: int) -> None:
-    """All tokens in one batch, next to other drafts of other lengths."""
+    """All tokens are in one batch, next to drafts of other lengths."""
     slots.begin()
     slots.prompts([SUBJECT, *OTHERS[:others]])
     slots.batch(

@@ -1,6 +1,6 @@
-"""Mixed load: every answer is the one that is given alone, and the server's memory stays constant.
+"""Load: every answer is the one that is given alone, and the server's memory stays constant.
 
-`KIMI_LOAD=1800` runs it for that many seconds.
+`KIMI_LOAD=1800` runs the mixed load for that many seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from llama_server import EXACT
 
+from kimi_gguf.bench.equal_requests import ask_together
 from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine
 
@@ -29,7 +30,7 @@ SYSTEM = "You explain words. " * 40
 QUESTIONS = [
     f"define: {word}" for word in ("elephant", "river", "ivory", "to walk", "stone", "a large tree", "salt")
 ]
-GROWTH = 1.10  # most memory at the end, relative to a tenth of the time
+GROWTH = 1.10  # limit for the memory at the end, relative to the largest in the first 30 % of the time
 
 
 def chat(server: RunningServer, question: str, **more: object) -> str:
@@ -52,7 +53,7 @@ def resident(server: RunningServer) -> int:
 
 
 def refused(server: RunningServer, chance: random.Random) -> None:
-    """A request that cannot be answered."""
+    """Send a request that cannot be answered; the status must be 4xx."""
     wrong = chance.choice(
         [{"messages": []}, {"messages": "x"}, {"prompt": "word " * 9000}, {"prompt": 1.5}, {"prompt": []}]
     )
@@ -95,3 +96,14 @@ def test_mixed_load(tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], P
         assert server.process.poll() is None
         early = max(size for when, size in sizes if when < end - 0.7 * SECONDS)
         assert sizes[-1][1] <= GROWTH * early, f"{early} bytes grew to {sizes[-1][1]}"
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q4_K_M", "Q8_0", "BF16"])
+def test_equal_requests_among_others_have_one_answer(
+    kind: str, tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
+) -> None:
+    """Twelve equal greedy requests among twelve others, with the default slots, caches and threads."""
+    with running(tmp_path / "server.log", engine.bin / "llama-server", "--model", demo_gguf(kind)) as server:
+        answers = ask_together(server)
+    assert len(set(answers.others)) > 1
+    assert answers.as_alone == len(answers.equal) == 12

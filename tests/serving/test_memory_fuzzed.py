@@ -1,7 +1,7 @@
 """Random operations on the memory of a hybrid model: every answer is that of a fresh context, or a refusal.
 
 Sequences are decoded in batches of any size, aborted, rolled back, removed, copied, kept, saved and restored. After
-each decode the logits are compared with those of the same tokens decoded in an empty context. More of them:
+each decode the logits are compared with those of the same tokens decoded in an empty context. To run 5000 examples:
 
     KIMI_FUZZ=5000 .venv/bin/python -m pytest tests/serving/test_memory_fuzzed.py
 """
@@ -45,7 +45,7 @@ operations = st.one_of(
 
 
 class Memory:
-    """llama.cpp's memory, and what it should hold."""
+    """llama.cpp's memory, and the tokens that it should contain."""
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker

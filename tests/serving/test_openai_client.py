@@ -1,4 +1,4 @@
-"""The server as the official `openai` client sees it: answers, streams, tools, JSON, limits, errors, many at once."""
+"""The server with the official `openai` client: answers, streams, tools, JSON, limits, errors, concurrent requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.engine
 
 KEY = "secret"
 MODEL = "demo"
-CALL = {"reasoning_format": "none"}  # the demo would think without end
+CALL = {"reasoning_format": "none"}  # otherwise the demo generates reasoning without end
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -35,6 +35,23 @@ WEATHER: Any = {
             "type": "object",
             "properties": {"place": {"type": "string", "maxLength": 8}, "days": {"type": "integer"}},
             "required": ["place", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+ANIMAL: Any = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "animal",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {
+                "word": {"type": "string", "maxLength": 6},
+                "legs": {"type": "integer", "maximum": 9},
+            },
+            "required": ["word", "legs"],
             "additionalProperties": False,
         },
     },
@@ -135,14 +152,50 @@ def test_tools_may_be_left_alone(client: openai.OpenAI) -> None:
 
 
 def test_json_follows_its_schema(client: openai.OpenAI) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"word": {"type": "string", "maxLength": 6}, "legs": {"type": "integer", "maximum": 9}},
-        "required": ["word", "legs"],
-        "additionalProperties": False,
-    }
-    form: Any = {"type": "json_schema", "json_schema": {"name": "animal", "strict": True, "schema": schema}}
-    found = json.loads(ask(client, response_format=form, max_tokens=100).choices[0].message.content)
+    check_animal(ask(client, response_format=ANIMAL, max_tokens=100).choices[0].message.content)
+
+
+@pytest.mark.parametrize(
+    ("choice", "start", "called"),
+    [("auto", "<", True), ("auto", "{", False), ("required", "{", True), ("none", "<", False)],
+)
+def test_tools_and_json(
+    choice: str, start: str, called: bool, server: RunningServer, client: openai.OpenAI
+) -> None:
+    """The model prefers to start like a call or like JSON, and gets what the request allows."""
+    bias = {token(server, start): 100}
+    answer = ask(
+        client,
+        tools=[WEATHER],
+        tool_choice=choice,
+        response_format=ANIMAL,
+        logit_bias=bias,
+        max_tokens=200,
+        extra_body=CALL,
+    ).choices[0]
+    if called:
+        assert answer.finish_reason == "tool_calls"
+        assert not answer.message.content
+        arguments = json.loads(answer.message.tool_calls[0].function.arguments)
+        assert set(arguments) == {"place", "days"}
+    else:
+        assert answer.finish_reason == "stop"
+        assert not answer.message.tool_calls
+        check_animal(answer.message.content)
+
+
+def token(server: RunningServer, text: str) -> int:
+    """The id of a text that is one token."""
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{server.port}/tokenize"
+    request = urllib.request.Request(url, json.dumps({"content": text}).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        (found,) = json.load(answer)["tokens"]
+    return int(found)
+
+
+def check_animal(text: str) -> None:
+    found = json.loads(text)
     assert set(found) == {"word", "legs"}
     assert isinstance(found["word"], str) and len(found["word"]) <= 6
     assert isinstance(found["legs"], int) and found["legs"] <= 9
@@ -179,7 +232,7 @@ def slots(server: RunningServer) -> Any:
 
 
 def wait_for(done: Callable[[], bool]) -> bool:
-    """Whether it becomes true within a minute."""
+    """Whether `done` returns true within 60 seconds."""
     end = time.monotonic() + 60
     while not done():
         if time.monotonic() > end:
@@ -221,7 +274,7 @@ def test_invalid_requests_are_refused(server: RunningServer, client: openai.Open
 
 
 def test_a_hundred_requests_at_once(server: RunningServer) -> None:
-    """Each question gets its own answer, as if it had been asked alone."""
+    """Each question gets the answer that it gets when it is asked alone."""
     questions = [f"define: {word}" for word in ("elephant", "river", "ivory", "walk", "stone")]
     alone = {question: ask(connect(server), question).choices[0].message.content for question in questions}
     gate = threading.Barrier(100)

@@ -1,16 +1,22 @@
 """The server's prompt cache changes no answer: prefixes, repetitions, truncated texts, removed passages.
 
-Answers with the cache are compared, token for token, with those of the same server without it.
+Answers with the cache are compared token by token with the answers of the same server without it.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable
+import threading
+import urllib.error
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 from llama_server import Server, serving
 
 from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
@@ -65,7 +71,7 @@ def test_answers_do_not_depend_on_what_was_asked_before(
     with serving(engine, tmp_path, gguf, *options, *drafted) as server:
         expected = answers(server, cache=False)
         assert answers(server, cache=True) == expected
-        assert len(set(expected.values())) >= 6, "prompts that all end alike show nothing"
+        assert len(set(expected.values())) >= 6, "too many answers are equal to notice a wrong one"
 
 
 def test_a_longer_prompt_begins_where_the_shorter_one_ended(
@@ -87,7 +93,7 @@ def test_a_prompt_is_evaluated_once(tmp_path: Path, engine: Engine, gguf: Path) 
 
 
 def long_text(words: str, tokens: int) -> str:
-    """Of at least that many tokens."""
+    """A text of at least `tokens` tokens."""
     return f"define: {words}\n" + f"{words} " * tokens
 
 
@@ -95,7 +101,7 @@ LONG = [long_text(words, 1000) for words in ("elephant", "river", "to walk", "iv
 
 
 def places(server: Server) -> list[list[int]]:
-    """Where the slots have checkpoints; the prompts of LONG have different lengths."""
+    """The positions of the checkpoints of each slot, in tokens. The prompts of LONG have different lengths."""
     return [[each["n_tokens"] for each in slot["checkpoints"]] for slot in server.get("/slots")]
 
 
@@ -144,3 +150,143 @@ def test_checkpoints_become_rarer_towards_the_beginning(tmp_path: Path, engine: 
     assert 4 <= len(found) <= 7
     assert distances[0] > distances[-2] or distances[1] > distances[-2]
     assert distances == sorted(distances, reverse=True)
+
+
+def test_a_checkpoint_of_one_more_token_is_not_taken_for_another_prompt(
+    tmp_path: Path, engine: Engine, gguf: Path
+) -> None:
+    """Prompts of which one is a token longer have checkpoints a token apart, four tokens before their ends."""
+    with serving(engine, tmp_path, gguf, "-np", "1") as server:
+        text = server.post("/tokenize", {"content": long_text("elephant", 590)})["tokens"][:600]
+        a, b, c, d, e, f = server.post("/tokenize", {"content": "river stone salt ivory tree walk go"})[
+            "tokens"
+        ][:6]
+
+        def answer(*end: int, cache: bool = True) -> list[float]:
+            return logprobs(server, [*text, *end], cache_prompt=cache)
+
+        answer(a, b, c, d)
+        answer(a, b, c, d, e)
+        got = [answer(f, b, c, d, e), answer(f, b, c, d, e)]
+        expected = answer(f, b, c, d, e, cache=False)
+    # the prompt is cut at another place than without the cache
+    np.testing.assert_allclose(got, [expected, expected], atol=1e-5)
+
+
+def logprobs(server: Server, prompt: str | Sequence[int], **more: Any) -> list[float]:
+    """Of the tokens of a greedy answer: they tell states apart that give the same tokens."""
+    request = {"prompt": prompt, "n_predict": 8, "temperature": 0, "n_probs": 1, "cache_prompt": True} | more
+    found = server.post("/completion", request)["completion_probabilities"]
+    return [each["logprob"] for each in found]
+
+
+def test_conversations_in_idle_slots_are_not_lost_to_several_choices(
+    tmp_path: Path, engine: Engine, gguf: Path
+) -> None:
+    with serving(engine, tmp_path, gguf, "-np", "2", "--no-cache-idle-slots") as server:
+        server.complete(LONG[0], 4, cache_prompt=True)
+        server.post("/v1/completions", {"prompt": LONG[1], "n": 2, "max_tokens": 4, "temperature": 0})
+        again = server.complete(LONG[0], 4, cache_prompt=True)
+    assert again.timings["prompt_n"] == 4
+
+
+def test_a_prompt_does_not_wait_for_ever(tmp_path: Path, engine: Engine, gguf: Path) -> None:
+    """A prompt that fits in no batch next to other prompts, which other slots send without a pause."""
+    options = (
+        "-np",
+        "4",
+        "--ctx-checkpoints",
+        "0",
+        "-b",
+        "512",
+        "-ub",
+        "512",
+        "--no-cache-idle-slots",
+        "--cache-ram",
+        "0",
+    )
+    with serving(engine, tmp_path, gguf, *options) as server, ThreadPoolExecutor() as pool:
+        done = threading.Event()
+
+        def others(word: str) -> None:
+            number = 0
+            while not done.is_set():
+                number += 1
+                server.complete(f"{word} {number}", 1, id_slot=WORDS.index(word))
+
+        pending = [pool.submit(others, word) for word in WORDS]
+        try:
+            server.complete(LONG[0], 1, id_slot=3)
+        finally:
+            done.set()
+        for each in pending:
+            each.result()
+
+
+WORDS = ("river", "stone", "salt")  # of the slots 0, 1 and 2
+WEIGHT = "blk.0.ffn_down"
+
+
+@pytest.fixture(scope="module")
+def adapter(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that changes the answers: random matrices for a weight of the first layer."""
+    model = GGUFReader(gguf)
+    (weight,) = (tensor for tensor in model.tensors if tensor.name == f"{WEIGHT}.weight")
+    inputs, outputs = (int(size) for size in weight.shape)
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("adapter") / "adapter.gguf"
+    writer = GGUFWriter(path, "kimi-linear")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    writer.add_tensor(f"{WEIGHT}.weight.lora_a", rng.standard_normal((4, inputs), np.float32))
+    writer.add_tensor(f"{WEIGHT}.weight.lora_b", rng.standard_normal((outputs, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_states_of_an_adapter_are_not_continued_without_it(
+    tmp_path: Path, engine: Engine, gguf: Path, adapter: Path
+) -> None:
+    with serving(engine, tmp_path, gguf, "-np", "1", "--lora", str(adapter)) as server:
+
+        def answer(prompt: str, scale: float, cache: bool = True) -> list[float]:
+            return logprobs(server, prompt, cache_prompt=cache, lora=[{"id": 0, "scale": scale}])
+
+        with_adapter = answer(LONG[0], 1.0)
+        answer(LONG[1], 0.0)
+        without = answer(LONG[0], 0.0)
+        assert answer(LONG[0], 1.0) == with_adapter
+        assert answer(LONG[0], 0.0, cache=False) == without
+        server.post("/lora-adapters", [{"id": 0, "scale": 0.0}])  # type: ignore[arg-type]
+        assert logprobs(server, LONG[0]) == without
+    assert with_adapter != without
+
+
+def test_a_saved_slot_knows_its_adapters(tmp_path: Path, engine: Engine, gguf: Path, adapter: Path) -> None:
+    options, lora = ("-np", "1", "--slot-save-path", f"{tmp_path}/"), ("--lora", str(adapter))
+
+    def slot(server: Server, action: str) -> None:
+        server.post(f"/slots/0?action={action}", {"filename": f"{action}d.bin"})
+
+    with serving(engine, tmp_path, gguf, *options, *lora) as server:
+        with_adapter = server.complete(LONG[0], COUNT, cache_prompt=True).ids
+        slot(server, "save")
+    (tmp_path / "saved.bin").rename(tmp_path / "restored.bin")
+    with serving(engine, tmp_path, gguf, *options, *lora) as server:
+        slot(server, "restore")
+        again = server.complete(LONG[0], COUNT, cache_prompt=True)
+        assert (again.ids, again.timings["prompt_n"]) == (with_adapter, 4)
+    with serving(engine, tmp_path, gguf, *options) as server:
+        with pytest.raises(urllib.error.HTTPError):
+            slot(server, "restore")
+        assert "the LoRA adapter adapter.gguf" in server.log.read_text()
+        server.complete(LONG[0], COUNT, cache_prompt=True)
+        slot(server, "save")
+    (tmp_path / "saved.bin").rename(tmp_path / "restored.bin")
+    with serving(engine, tmp_path, gguf, *options, *lora) as server:
+        slot(server, "restore")
+        assert server.complete(LONG[0], COUNT, cache_prompt=True).ids == with_adapter

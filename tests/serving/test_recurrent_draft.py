@@ -1,7 +1,7 @@
-"""0029-server-recurrent-draft: an attention-only target and a hybrid draft model.
+"""0017-server-recurrent-draft: an attention-only target and a hybrid draft model.
 
-Both models are random, with the same vocabulary and embeddings. Their layers add little, so that the embeddings alone
-often decide the next token: some drafted tokens are accepted and some rejected.
+Both models are random and have the same vocabulary and embeddings. Their layers change the hidden state little, so that
+the embeddings often decide the next token: some drafted tokens are accepted and some are rejected.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def test_the_server_writes_the_same(
 
 
 def test_a_checkpoint_spares_most_of_the_prompt(tmp_path: Path, engine: Engine, models: Models) -> None:
-    """The checkpoints hold the state of the draft model only, and the target keeps what it has."""
+    """The checkpoints contain only the draft model's state; the target keeps its cache."""
     long = PROMPT * 40
     with serving(engine, tmp_path, models.target, "-np", "1", *DRAFT, "-md", str(models.draft)) as server:
         first = server.complete(long, COUNT, cache_prompt=True).timings
@@ -89,7 +89,7 @@ def test_a_checkpoint_spares_most_of_the_prompt(tmp_path: Path, engine: Engine, 
 
 @pytest.mark.parametrize("options", ROLLBACKS.values(), ids=list(ROLLBACKS))
 def test_the_tool_writes_the_same(engine: Engine, models: Models, options: list[str]) -> None:
-    """The same as when the target drafts for itself, and no batch fails."""
+    """The text is the same as with the target as its own draft model, and no batch fails."""
     command = [engine.bin / "llama-speculative-simple", "-m", models.target, "-p", PROMPT, "-n", str(COUNT)]
     command += ["--temp", "0", "--ignore-eos", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-fa", "on", *DRAFT]
 

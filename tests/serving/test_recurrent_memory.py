@@ -1,7 +1,7 @@
 """0013-recurrent-memory-computed-states, 0016-kv-cache-streams: every answer comes from a computed state.
 
-A pending rollback belongs to the state, whichever sequences own it. A state is lost if the batch that should have
-computed it fails; until the sequence is removed or restored, everything that would use the state is refused.
+A pending rollback belongs to the state, for any sequences that own the state. A state is lost if the batch that should
+have computed it fails. Everything that would use a lost state is refused until the sequence is removed or restored.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def decode(start: int, end: int, seq: int = 0, text: int = 0) -> Step:
 
 
 def play(engine: Engine, gguf: Path, steps: Steps, n_rs_seq: int = 8) -> tuple[list[bool], Logits]:
-    """What each removal and attempt answered, and the logits [decodes, V]."""
+    """The results of all removals and attempts, and the logits [decodes, V]."""
     played = llama_script.play(engine, gguf, setup(n_rs_seq), steps)
     return played.removed, played.logits
 
@@ -54,7 +54,8 @@ def play(engine: Engine, gguf: Path, steps: Steps, n_rs_seq: int = 8) -> tuple[l
 ROLLED_BACK = [decode(0, 20), remove(0, 15)]  # pending on sequence 0
 SECOND = [decode(0, 20, seq=1, text=1), remove(1, 15)]  # pending on sequence 1
 
-# what is done while a rollback is pending, and the decode whose logits must be those of [0, 15) + [15, 16) of a text
+# (steps while a rollback is pending, a decode of one position, a text): the logits of the decode must be those of the
+# same position of the text in an empty context
 PENDING: dict[str, tuple[Steps, Step, int]] = {
     "copied, the copy goes on": ([*ROLLED_BACK, copy(0, 1)], decode(15, 16, seq=1), 0),
     "copied, the original goes on": ([*ROLLED_BACK, copy(0, 1)], decode(15, 16), 0),
@@ -174,7 +175,7 @@ HOSTILE = {
 def test_a_hostile_state_is_refused(
     engine: Engine, gguf: Path, tmp_path: Path, case: tuple[bytes, str]
 ) -> None:
-    """0030-restored-recurrent-states."""
+    """0018-restored-recurrent-states."""
     file, (cells, reason) = tmp_path / "state", case
     play(engine, gguf, [decode(0, 12), save(0, file)])
     after = struct.pack("<II", 0, LAYERS)  # not transposed, number of layers
@@ -186,7 +187,7 @@ def test_a_hostile_state_is_refused(
 
 
 def test_a_copy_replaces_what_the_index_holds(engine: Engine, tmp_path: Path) -> None:
-    """The indexer of sparse attention, in a unified cache: seq_cp onto a sequence that is not empty."""
+    """The index of sparse attention, in a unified cache: seq_cp to a sequence that is not empty."""
     make = [engine.bin / "test-llama-archs", "-a", "glm5-next", "-o", tmp_path]
     subprocess.run(make, check=True, capture_output=True)
     (sparse,) = tmp_path.glob("*.gguf")

@@ -1,7 +1,7 @@
-"""0009, 0010, 0013 and 0031: tokens are rolled back correctly, or not at all.
+"""0009, 0010, 0013 and 0038: tokens are rolled back correctly, or not at all.
 
-There is a snapshot of the recurrent state before each token of the last ubatch. Deeper states, saved and restored
-states, and states that sequences share cannot be rolled back. The caller gets an error; the memory is unchanged.
+There is a snapshot of the recurrent state before each token of the last ubatch. A rollback to an older state, of a
+restored state, or of a state that sequences share is refused. The caller gets an error; the memory is unchanged.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def test_no_architecture_goes_back_further(engine: Engine, small_models: Path, a
 def test_every_architecture_takes_back_a_whole_short_batch(
     engine: Engine, small_models: Path, arch: str
 ) -> None:
-    """0009-snapshot-in-front-of-a-short-batch; compares bits, as these models forget within a few tokens."""
+    """0009-snapshot-in-front-of-a-short-batch; compares bits: the states of these models depend on few tokens."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13)]
     taken_back = [["clear"], decode(0, 12), decode(12, 15), remove(0, 12), decode(12, 13)]
@@ -122,7 +122,7 @@ def test_every_architecture_takes_back_a_whole_short_batch(
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_without_the_state_in_front_one_token_stays(engine: Engine, small_models: Path, arch: str) -> None:
-    """0031-no-state-in-front-of-a-draft: all tokens of a batch except the first are taken back."""
+    """0038-no-state-in-front-of-a-draft: all tokens of a batch except the first can be rolled back."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13), decode(13, 14)]
     back = [

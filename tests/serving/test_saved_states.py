@@ -1,7 +1,7 @@
 """A sequence is saved, restored to any slot and continued: the logits do not change.
 
-Tested for every cache type, with and without rollback states, across slots, processes and builds. A restored
-cache has the saved bytes, so its logits have the same bits; between builds they are within the limit of the gate.
+Tested for every cache type, with and without rollback states, between slots, processes and builds. A restored cache has
+the saved bytes, so its logits have the same bits. Between builds the logits are within the limit of the gate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def going_on(slot: int) -> list[Step]:
-    """A from the saved token on: a batch large enough for chunks, a small batch, single tokens."""
+    """Steps that decode A after the saved tokens: a batch large enough for chunks, a small batch, single tokens."""
     steps = [decode(*text(slot, A[SAVED:190], SAVED)), decode(*text(slot, A[190:195], 190))]
     return steps + [decode((slot, i, int(A[i]))) for i in range(195, 205)]
 
@@ -103,7 +103,7 @@ def test_between_upstream_and_patched(
 def test_tokens_taken_back_after_a_restore(
     cache_type: str, gguf: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """In another slot, which has rollback states of the previous one: draft five tokens, remove three."""
+    """In another slot, which has rollback states of its previous sequence: draft five tokens, remove three."""
     setup = Setup(n_seq_max=2, flash_attention=True, cache_type=cache_type, n_rs_seq=4)
     file, wrong = tmp_path / "state", B[100:105].copy()
     wrong[:2] = A[SAVED : SAVED + 2]

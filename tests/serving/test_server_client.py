@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from llama_server import Server, started
 
-# Closes the first connections that request a completion; their number is its first argument. Its second argument
-# is what it does then: nothing, log that it works on the request, or exit.
+# A server that closes the first connections that request a completion. The first argument is their number. The second
+# says what it does before: nothing (closes), logs that it works on the request (starts), or exits (ends).
 SERVER = """
 import json, os, sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,29 +1,34 @@
 """Saved slots: they restore all of a slot, and a file that is damaged or of another model changes nothing.
 
-`KIMI_FUZZ=1000` tries that many damaged files.
+`KIMI_FUZZ=1000` tries that many damaged files; `KIMI_KILLS=200` kills the server so many times at random moments.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shutil
 import struct
+import time
 import urllib.error
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from llama_server import Answer, Server, serving
 
+from kimi_gguf.bench.server import PATIENCE
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
 DAMAGED = int(os.environ.get("KIMI_FUZZ", "60"))
+KILLS = int(os.environ.get("KIMI_KILLS", "4"))
 PROMPT = "define: elephant\n" + "The largest living land animal, with a trunk and two tusks of ivory. " * 90
 COUNT = 16
-END = struct.Struct("<QQQQ")  # of a file: size of upstream's part, checksum, magic
+END = struct.Struct("<QQQQ")  # end of a file: bytes of upstream's part, checksum (two words), magic
 
 Start = Callable[..., AbstractContextManager[Server]]
 
@@ -35,7 +40,7 @@ def gguf(demo_gguf: Callable[[str], Path]) -> Path:
 
 @pytest.fixture
 def start(tmp_path: Path, engine: Engine, gguf: Path) -> Start:
-    """Starts a server with one slot that saves in the test's folder."""
+    """Starts a server with one slot, which it saves in the test's folder."""
     return lambda *options: serving(
         engine, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/", *options
     )
@@ -50,7 +55,7 @@ def slot(server: Server, action: str, file: str = "slot.bin") -> None:
 
 
 def refusal(server: Server, file: str) -> str | None:
-    """The reason why a file was not restored; None: it was."""
+    """The reason why a file was not restored; None: it was restored."""
     try:
         slot(server, "restore", file)
     except urllib.error.HTTPError as error:
@@ -152,7 +157,7 @@ def damaged(content: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]
             del data[place : place + chance.randrange(1, 100)]
         elif kind == 3:
             data[place:place] = chance.randbytes(chance.randrange(1, 100))
-        elif kind == 4:  # the end is whole: only the checksum can tell
+        elif kind == 4:  # the end is complete: only the checksum shows the damage
             place = chance.randrange(len(data) - END.size)
             data[place : place + 4] = chance.randbytes(4)
         else:  # upstream's part alone, which has no checksum
@@ -177,7 +182,7 @@ def test_a_damaged_file_changes_nothing(tmp_path: Path, start: Start) -> None:
 
 
 def test_a_file_of_upstream_with_changed_numbers_never_ends_the_server(tmp_path: Path, start: Start) -> None:
-    """It has no checksum, so a changed number can restore another state, but nothing worse."""
+    """Upstream's file has no checksum: a changed number can restore another state, but must not end the server."""
     chance = random.Random(2)
     with start() as server:
         ask(server)
@@ -202,13 +207,113 @@ def test_kept_slots_come_back_after_a_restart(tmp_path: Path, start: Start) -> N
     )
     with start("--keep-slots") as server:
         first, second = ask(server), ask(server, other)
-    assert sorted(file.name for file in tmp_path.glob("kept-*")) == ["kept-0000.bin", "kept-0001.bin"]
+    files = kept(tmp_path)
+    assert [file.name[-8:] for file in files] == ["0000.bin", "0001.bin"]
     with start("--keep-slots") as server:
         for prompt, before in ((PROMPT, first), (other, second)):
             again = ask(server, prompt)
             assert again.ids == before.ids
             assert again.timings["prompt_n"] == 4
-    (tmp_path / "kept-0000.bin").write_bytes(b"not a slot")
+    files[0].write_bytes(b"not a slot")
     with start("--keep-slots") as server:
-        assert "kept-0000.bin is not restored" in server.log.read_text()
+        assert f"{files[0].name} is not restored" in server.log.read_text()
         assert ask(server).timings["prompt_n"] + ask(server, other).timings["prompt_n"] > 8
+    assert files[0].read_bytes() == b"not a slot"
+
+
+def kept(folder: Path) -> list[Path]:
+    """The files of --keep-slots, oldest prompt first."""
+    return sorted(folder.glob("kept-*.bin"))
+
+
+def test_servers_of_other_models_keep_their_files_in_the_same_folder(
+    tmp_path: Path, engine: Engine, gguf: Path, start: Start
+) -> None:
+    with start("--keep-slots") as server:
+        first = ask(server)
+    (file,) = kept(tmp_path)
+    with start("--keep-slots", "-ctk", "q8_0", "-ctv", "q8_0") as server:
+        ask(server)
+    assert len(kept(tmp_path)) == 2
+    with start("--keep-slots", "-c", "512") as server:  # the prompt does not fit
+        ask(server, "define: river\n")
+    assert len(kept(tmp_path)) == 3
+    assert file in kept(tmp_path)
+    with start("--keep-slots") as server:
+        again = ask(server)
+        (tmp_path / "log").mkdir()
+        options = ("-np", "1", "--slot-save-path", f"{tmp_path}/", "--keep-slots")
+        with (
+            pytest.raises(AssertionError, match="another server uses it"),
+            serving(engine, tmp_path / "log", gguf, *options),
+        ):
+            pass
+    assert again.ids == first.ids
+    assert again.timings["prompt_n"] == 4
+
+
+def test_a_server_that_restores_its_slots_can_be_ended(tmp_path: Path, start: Start) -> None:
+    prompts = [f"{number} {PROMPT}" for number in range(6)]
+    with start("--keep-slots") as server:
+        for prompt in prompts:
+            ask(server, prompt)
+    before = {file: file.read_bytes() for file in kept(tmp_path)}
+    assert len(before) == len(prompts)
+    with pytest.raises(AssertionError, match="ended with status 0"), start("--keep-slots") as server:
+        server.process.terminate()
+        server.process.wait(PATIENCE)
+    assert set(kept(tmp_path)) == set(before)
+
+
+def test_a_model_that_is_replaced_while_the_server_runs(
+    tmp_path: Path, engine: Engine, gguf: Path, demo_gguf: Callable[[str], Path]
+) -> None:
+    """The states are those of the old weights."""
+    model = tmp_path / "model.gguf"
+    options = ("-np", "1", "--slot-save-path", f"{tmp_path}/")
+    shutil.copy(gguf, model)
+    with serving(engine, tmp_path, model, *options) as server:
+        ask(server)
+        shutil.copy(demo_gguf("BF16"), tmp_path / "new.gguf")
+        (tmp_path / "new.gguf").replace(model)
+        slot(server, "save")
+    with serving(engine, tmp_path, model, *options) as server:
+        assert "another model" in str(refusal(server, "slot.bin"))
+
+
+def test_kills_at_random_moments(tmp_path: Path, start: Start) -> None:
+    """While generating, or saving at SIGTERM: the next server starts, and its answers are those of a new one."""
+    chance = random.Random(KILLS)
+    prompts = [PROMPT[: len(PROMPT) * part // 4] for part in (2, 3, 4)]
+    with start() as server:
+        expected = {prompt: ask(server, prompt).ids for prompt in prompts}
+
+    def answers(server: Server) -> None:
+        for prompt in chance.choices(prompts, k=4):
+            try:
+                got = ask(server, prompt)
+            except (OSError, AssertionError):
+                return  # the server was killed
+            assert got.ids == expected[prompt]
+
+    for number in range(KILLS):
+        with ThreadPoolExecutor() as pool:
+            with (
+                pytest.raises(AssertionError, match=r"ended with status (-9|0)"),
+                start("--keep-slots") as server,
+            ):
+                asked = pool.submit(answers, server)
+                if number % 2:
+                    asked.result()
+                    server.process.terminate()
+                    time.sleep(
+                        chance.uniform(0, 0.1)
+                    )  # saving takes less: 0 is the status of a server that has saved
+                else:
+                    time.sleep(chance.uniform(0, 3))
+                server.process.kill()
+                server.process.wait()
+            asked.result()
+    with start("--keep-slots") as server:
+        answers(server)
+    assert not list(tmp_path.glob("*.part"))

@@ -1,10 +1,10 @@
 """Speculative decoding on the demo: the same tokens as without a draft, and no token evaluated twice.
 
-The draft is the demo itself in a coarser type: it needs no training or storage, its tokens are often accepted and
-often rejected. Weights and caches of the target are float32, so that a batch of drafted
-tokens and the same tokens one by one differ only by rounding, far less than two candidates do.
+The draft model is the demo itself as Q2_K: it needs no training or storage, and its tokens are often accepted and often
+rejected. Weights and caches of the target are float32. The logits of a batch of drafted tokens and of the same tokens
+one by one therefore differ only by rounding, which is far less than the difference between two candidate tokens.
 
-Every token that is written or rejected is evaluated once, except the last, which has no successor.
+Every generated or rejected token is evaluated once, except the last one, which has no successor.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def without_replay(answers: list[Answer]) -> Account:
     """The work for these answers if no token is evaluated twice; batches are counted per slot."""
     drafted = sum(a.timings["draft_n"] for a in answers)
     accepted = sum(a.timings["draft_n_accepted"] for a in answers)
-    assert 0 < accepted < drafted, "a draft that is never wrong shows nothing, nor one that is never right"
+    assert 0 < accepted < drafted, "expected accepted tokens and rejected tokens"
     followed = sum(len(a.ids) - 1 for a in answers)  # the first token is sampled from the prompt's logits
     return Account(tokens=followed + drafted - accepted, batches=followed - accepted, restored=0)
 
@@ -98,7 +98,7 @@ def test_upstream_replays(tmp_path: Path, upstream: Engine, target: Path, draft:
 def test_ubatches_too_small_for_a_rollback_restore_checkpoints(
     tmp_path: Path, engine: Engine, target: Path, draft: Path, plain: dict[str, tuple[int, ...]]
 ) -> None:
-    """The states of a rollback come from one ubatch; 3 drafted tokens require one of more than 4 tokens."""
+    """The states of a rollback come from one ubatch; 3 drafted tokens require a ubatch of more than 4 tokens."""
     with serving(engine, tmp_path, target, "-np", "1", "-ub", "4", *drafting(draft, 3)) as server:
         assert server.complete(PROMPTS[0], COUNT).ids == plain[PROMPTS[0]]
         assert server.account(1).restored > 0
@@ -151,7 +151,7 @@ def long_texts(
 def test_drafts_from_the_text_itself(
     tmp_path: Path, engine: Engine, target: Path, long_texts: list[tuple[int, ...]], kind: str
 ) -> None:
-    """They need no memory for rollback: a checkpoint is restored where a draft is not accepted whole."""
+    """n-gram drafts need no memory for rollback: if one is not accepted completely, a checkpoint is restored."""
     with serving(engine, tmp_path, target, "-np", "4", "--spec-type", kind, "--metrics") as server:
         answers = server.complete_together(PROMPTS, LONG)
         counted = {
@@ -230,13 +230,13 @@ class Figures:
     predicted: int
     drafted: int
     accepted: int
-    generated: int  # drafted tokens, in the statistics of the drafting itself
-    evaluated: int  # tokens that the target evaluated, including the prompt and probes of its memory
+    generated: int  # drafted tokens, according to the statistics of the drafts
+    evaluated: int  # tokens that the target evaluated, including the prompt and tests of its memory
     prompt: int
 
     @property
     def once(self) -> int:
-        """The number if none is evaluated twice: the last token of the prompt is evaluated with the first draft."""
+        """`evaluated` if no token is evaluated twice. The prompt's last token is evaluated with the first draft."""
         return self.prompt - 1 + self.predicted + self.drafted - self.accepted
 
 
@@ -271,7 +271,7 @@ def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, 
     told = figures(engine, target, *drafting(draft, 3), *options)
     assert told.predicted == COUNT
     assert 0 < told.accepted < told.drafted == told.generated
-    replayed = told.evaluated - told.once  # one if no batch has a single token: the tool then reports one
+    replayed = told.evaluated - told.once  # 1 if no batch has a single token: the tool then reports 1
     assert replayed > 1 if options else replayed in (0, 1)
 
 

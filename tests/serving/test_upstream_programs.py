@@ -42,7 +42,7 @@ def verdicts(engine: Engine, folder: Path, program: str, *arguments: str) -> lis
 
 
 def table(build: Engine, folder: Path, archs: str, program: str) -> list[str]:
-    """A line of verdicts per architecture. Each build makes its own models, as the patched one supports more."""
+    """A line of verdicts per architecture. Each build makes its own models, because the patched build supports more."""
     models = folder / "models"
     models.mkdir(parents=True)
     verdicts(build, folder, "test-llama-archs", "-a", archs, "-o", str(models))

@@ -1,6 +1,6 @@
-"""More than one machine: equal answers, operators on workers of the same build only, and workers that die or hang.
+"""More than one machine: equal answers, operators on workers of the same build only, and workers that end or hang.
 
-KIMI_KILLS=200 kills workers so many times at random moments.
+`KIMI_KILLS=200` kills workers 200 times at random moments.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def listed(workers: Sequence[RpcWorker]) -> str:
 
 
 def ask(server: Server, method: str, path: str, content: dict[str, Any] | None = None) -> tuple[int, str]:
-    """Status and body of one request, also of an error."""
+    """Status and body of the answer to one request, also if it is an error."""
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=RECOVERY)
     connection.request(method, path, content and json.dumps(content), {"Content-Type": "application/json"})
     answer = connection.getresponse()
@@ -74,7 +74,7 @@ def endless(server: Server, stream: bool = False) -> tuple[int, str]:
 
 
 def wait_for_tokens(server: Server) -> None:
-    """Wait until a request is being generated."""
+    """Wait until an answer is being generated."""
     end = time.monotonic() + RECOVERY
     while not any(slot["is_processing"] for slot in json.loads(ask(server, "GET", "/slots")[1])):
         assert time.monotonic() < end
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_while_nobody_asks(engine: Engine, gguf: Path, tmp_pa
         workers[0].send(signal.SIGKILL)
         end = time.monotonic() + 10
         while server.healthy():
-            assert time.monotonic() < end, "the server does not notice"
+            assert time.monotonic() < end, "the server does not notice that the worker has ended"
             time.sleep(0.1)
         workers[0].start()
         wait_until_healthy(server)
@@ -196,6 +196,36 @@ def test_a_worker_that_hangs(
         workers[0].send(signal.SIGCONT)
         wait_until_healthy(server)
         assert server.complete(PROMPT, COUNT).ids == expected
+
+
+def test_a_server_that_ends_after_its_worker_saves_no_prompts(
+    engine: Engine, gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state of its slot cannot be read any more. The files of the server before are left as they are."""
+    monkeypatch.setenv("GGML_RPC_DEADLINE", str(DEADLINE))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in kept.iterdir()}
+
+    with rpc_workers(engine, tmp_path, 1) as workers:
+        options = ("--rpc", listed(workers), "-np", "1", "--slot-save-path", f"{kept}/", "--keep-slots")
+        with serving(engine, tmp_path, gguf, *options) as server:
+            server.complete(PROMPT, COUNT, cache_prompt=True)
+        before = files()
+        assert before
+        with serving(engine, tmp_path, gguf, *options) as server:
+            expected = server.complete("define: river\n", COUNT, cache_prompt=True).ids
+            workers[0].send(signal.SIGSTOP)
+            server.process.terminate()
+            server.process.wait(RECOVERY)
+            server.check_runs = lambda *_: None  # type: ignore[method-assign]
+        assert files() == before
+        assert "prompts are not saved" in server.log.read_text(errors="replace")
+        workers[0].send(signal.SIGCONT)
+        with serving(engine, tmp_path, gguf, *options) as server:
+            assert server.complete("define: river\n", COUNT, cache_prompt=True).ids == expected
 
 
 def test_an_upstream_worker_runs_upstreams_graph(
@@ -265,5 +295,8 @@ def test_kills_at_random_moments(engine: Engine, gguf: Path, tmp_path: Path) -> 
                 assert status in (200, 503), body
                 assert status == 503 or tuple(json.loads(body)["tokens"]) == expected
             server.check_runs()
-        wait_until_healthy(server)
-        assert server.complete(PROMPT, COUNT).ids == expected
+        end = time.monotonic() + RECOVERY
+        while (got := ask(server, "POST", "/completion", request))[0] == 503:  # an idle server notices late
+            assert time.monotonic() < end, "the server does not recover"
+            time.sleep(0.1)
+        assert tuple(json.loads(got[1])["tokens"]) == expected

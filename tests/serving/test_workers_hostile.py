@@ -1,7 +1,8 @@
-"""Peers that send garbage: a worker closes the connection and serves the next client; a client fails with an error."""
+"""Malformed messages: a worker closes the connection and serves the next client; a client fails with an error."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import socket
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import rpc_protocol as rpc
-from llama_script import PlayError, Setup, decode, play, text
+from llama_script import PlayError, Setup, decode, play, save, text
 from random_checkpoint import Spec, write_checkpoint
 from rpc_protocol import Buffer, Client, Memory, Tensor, fake_worker, framed
 from rpc_workers import RpcWorker, rpc_workers
@@ -23,11 +24,12 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-SIZE = 4096  # of the client's buffer
-CHAIN = 200_000  # tensors; one call per tensor needs more than the stack
+SIZE = 4096  # bytes of the client's buffer
+CHAIN = 200_000  # tensors; a recursive call for each would overflow the stack
 MESSAGES = 300  # random ones
 SPEC = Spec(layers="KM", heads=2, kda_head_dim=32, seed=3)
 LAYERS = len(SPEC.layers) + 1
+WIDE = dataclasses.replace(SPEC, intermediate=1 << 15)  # three tensors of 8 MiB: more than sockets buffer
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +40,16 @@ def worker(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("small")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return converted(SPEC, tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return converted(WIDE, tmp_path_factory.mktemp("wide"))
+
+
+def converted(spec: Spec, folder: Path) -> Path:
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
     return folder / "model.gguf"
 
 
@@ -130,7 +140,7 @@ def test_a_worker_closes_the_connection(
 
 
 def test_a_worker_survives_random_messages(worker: RpcWorker) -> None:
-    """Of right and wrong sizes, to every command; graphs are left out, their operators are not checked."""
+    """Messages of valid and invalid sizes. Graphs are left out, because their operators are not checked."""
     chance = random.Random(5)
     for _ in range(MESSAGES):
         command = chance.choice([each for each in range(18) if each not in (rpc.HELLO, rpc.GRAPH_COMPUTE)])
@@ -150,7 +160,7 @@ def test_a_worker_survives_random_messages(worker: RpcWorker) -> None:
 
 
 def test_a_worker_survives_clients_that_do_not_read(worker: RpcWorker) -> None:
-    """They ask, and are gone before the answer."""
+    """They send requests and disconnect before the answers."""
     for _ in range(20):
         with connect(worker) as client:
             for _ in range(50):
@@ -168,7 +178,7 @@ def test_a_silent_client_does_not_occupy_a_worker(worker: RpcWorker) -> None:
 
 
 def test_the_announcement_of_a_build_is_invisible_to_upstream(worker: RpcWorker) -> None:
-    """An upstream client checks the version, ignores the fourth byte and never sends our commands."""
+    """An upstream client checks the version, ignores the fourth byte and never sends BUILD or SUPPORTS_OP."""
     with Client(worker.connect()) as client:
         answer = client.hello()
         assert tuple(answer[:4]) == (*rpc.VERSION, 1)
@@ -181,7 +191,7 @@ def test_the_announcement_of_a_build_is_invisible_to_upstream(worker: RpcWorker)
 
 
 def test_a_worker_gives_signs_of_life_while_it_computes(worker: RpcWorker) -> None:
-    """Only to clients that know them."""
+    """Keep-alive messages are sent only to clients that have sent BUILD."""
     side = 2048  # of a matrix
     square = {"ne": (side, side, 1, 1), "nb": (4, 4 * side, 4 * side * side, 4 * side * side)}
     for announced in (False, True):
@@ -200,7 +210,7 @@ def test_a_worker_gives_signs_of_life_while_it_computes(worker: RpcWorker) -> No
 
 
 def replaced(command: int, answer: bytes | None) -> rpc.Answer:
-    """A worker that answers one command like this."""
+    """The answers of a worker that gives `answer` to one command, and valid answers to the others."""
     honest = Memory()
     return lambda asked, request: answer if asked == command else honest(asked, request)
 
@@ -255,25 +265,76 @@ def test_a_client_survives_wrong_results(
             play(engine, small, setup, [decode(*text(0, range(8)))])
 
 
-def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
-    engine: Engine, small: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_state_that_cannot_be_read_is_not_saved(
+    engine: Engine, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It computes for longer than the deadline."""
+    """The worker goes when the first tensor of the state is read."""
+    monkeypatch.setenv("KIMI_OPS", "")
+    steps = [decode(*text(0, range(8)), wanted=[]), save(0, tmp_path / "state")]
+    reason = "the state of sequence 0 cannot be saved"
+    with fake_worker(replaced(rpc.GET_TENSOR, None)) as endpoint, pytest.raises(PlayError, match=reason):
+        play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), steps)
+
+
+def busy_worker(busy: int, seconds: int, *, signs_of_life: bool) -> Callable[[int, bytes], Iterator[bytes]]:
+    """A worker that does not read for some time after it has received this command for the first time."""
     honest = Memory()
+    waiting = iter(range(seconds))
 
     def answer(command: int, request: bytes) -> Iterator[bytes]:
-        if command == rpc.HELLO:
+        if command == rpc.HELLO and signs_of_life:
             yield framed(struct.pack("<4B24x", *rpc.VERSION, 1))
         elif command == rpc.BUILD:
             yield framed(bytes(64))
-        elif command == rpc.GET_TENSOR:
-            for _ in range(4):
-                time.sleep(1)
-                yield rpc.SIGN_OF_LIFE
-        if command not in (rpc.HELLO, rpc.BUILD):
+        else:
+            if command == busy:
+                for _ in waiting:
+                    time.sleep(1)
+                    if signs_of_life:
+                        yield rpc.KEEP_ALIVE
             yield honest(command, request) or b""
+
+    return answer
+
+
+@pytest.mark.parametrize("busy", [rpc.SET_TENSOR, rpc.GET_TENSOR], ids=["while sending", "while receiving"])
+def test_a_client_waits_for_a_worker_that_gives_signs_of_life(
+    busy: int, engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is busy for longer than the deadline."""
+    monkeypatch.setenv("KIMI_OPS", "")
+    monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
+    with fake_worker(busy_worker(busy, 5, signs_of_life=True)) as endpoint:
+        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
+
+
+@pytest.mark.parametrize("said", [b"", b"\0" * 8], ids=["nothing", "garbage"])
+def test_a_client_does_not_wait_for_a_worker_that_is_silent(
+    said: bytes, engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gave signs of life, and stopped reading and giving them."""
+    given = busy_worker(rpc.SET_TENSOR, 3, signs_of_life=True)
+
+    def answer(command: int, request: bytes) -> Iterator[bytes]:
+        yield from given(command, request)
+        if command == rpc.SET_TENSOR:
+            yield said
+            time.sleep(30)
 
     monkeypatch.setenv("KIMI_OPS", "")
     monkeypatch.setenv("GGML_RPC_DEADLINE", "2")
-    with fake_worker(answer) as endpoint:
-        play(engine, small, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
+    reason = "it sent something without a request" if said else "no progress in sending for 2 s"
+    began = time.monotonic()
+    with fake_worker(answer) as endpoint, pytest.raises(PlayError, match=reason):
+        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])
+    assert time.monotonic() - began < 25
+
+
+@pytest.mark.full
+def test_nothing_but_the_deadline_ends_a_connection(
+    engine: Engine, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker does not read for longer than its own limit for clients, 30 seconds, and gives no signs of life."""
+    monkeypatch.setenv("KIMI_OPS", "")
+    with fake_worker(busy_worker(rpc.SET_TENSOR, 40, signs_of_life=False)) as endpoint:
+        play(engine, wide, Setup(workers=(endpoint,), n_gpu_layers=LAYERS), [decode(*text(0, range(8)))])

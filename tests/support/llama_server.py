@@ -52,7 +52,7 @@ class Server(RunningServer):
         super().__init__(port, log, process)
         self._answered: list[str] = []  # paths of the requests; appended to by several threads
 
-    def complete(self, prompt: str, count: int, **more: Any) -> Answer:
+    def complete(self, prompt: str | Sequence[int], count: int, **more: Any) -> Answer:
         """`count` tokens after a prompt, each the most likely one."""
         request = {"prompt": prompt, "n_predict": count, "temperature": 0, "return_tokens": True}
         request |= {"ignore_eos": True, "cache_prompt": False} | more

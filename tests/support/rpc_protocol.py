@@ -22,7 +22,8 @@ VERSION = (7, 0, 0)
 F32, Q4_0 = 0, 2
 FLAG_COMPUTE = 16
 OP_ADD, OP_MUL_MAT, OP_MAP_CUSTOM1, OP_KDA_CONV = 2, 29, 92, 101
-SIGN_OF_LIFE = b"\xff" * 8
+RECEIVED = 1 << 20  # bytes that a fake worker takes before it reads them
+KEEP_ALIVE = b"\xff" * 8
 
 TENSOR = struct.Struct("<QIQ4I4II16ii10QQQQ64si")
 assert TENSOR.size == 296
@@ -86,7 +87,7 @@ class Client:
     def ask(self, command: int, request: bytes) -> bytes:
         """Send a command and return its answer."""
         self.send(command, request)
-        while (size := self._read(8)) == SIGN_OF_LIFE:
+        while (size := self._read(8)) == KEEP_ALIVE:
             self.signs_of_life += 1
         return self._read(struct.unpack("<Q", size)[0])
 
@@ -121,9 +122,8 @@ class Client:
         return True
 
 
-Answer = Callable[
-    [int, bytes], bytes | None
-]  # command and request -> framed answer; None: close the connection
+# command and request -> framed answer, or its parts; None: close the connection
+Answer = Callable[[int, bytes], bytes | Iterator[bytes] | None]
 
 
 def framed(answer: bytes) -> bytes:
@@ -178,6 +178,10 @@ def fake_worker(answer: Answer) -> Iterator[str]:
     class Listener(socketserver.ThreadingTCPServer):
         daemon_threads = True
         block_on_close = False
+
+        def server_bind(self) -> None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVED)
+            super().server_bind()
 
     with Listener(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)

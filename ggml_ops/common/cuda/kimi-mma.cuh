@@ -1,7 +1,7 @@
 #pragma once
 
-// Common to our CUDA kernels: matmul on tensor cores, floats as sums of 16-bit numbers for it, and asynchronous copies.
-// The PTX requires compute capability 8.0; kernels do not call these functions on older devices.
+// Common to the project's CUDA kernels: matmul on tensor cores, floats as sums of 16-bit numbers for it, and
+// asynchronous copies. The PTX requires compute capability 8.0; kernels do not call these functions on older devices.
 //
 // Fragments of mma.sync m16n8k16, lane = 4*g + t:
 //   a[0..3]: (row g, columns 2t 2t+1), (row g+8, the same), (row g, columns 2t+8 2t+9), (row g+8, the same)
@@ -16,7 +16,7 @@
 #include <cstring>
 #include <type_traits>
 
-// Functions that only those kernels use are not referenced there.
+// On older devices no kernel calls some of these functions: suppress the warning about unused functions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #pragma nv_diag_suppress 177
 #endif

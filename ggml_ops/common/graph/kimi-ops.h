@@ -1,13 +1,13 @@
 #pragma once
 
-// The environment variable KIMI_OPS selects which of our operators a context may use. It is read when a context is
-// created; an unknown name makes that call fail. ggml sees the choice only as marks on nodes (ggml-op-marks.h), so
-// contexts of one process may use different values.
+// The environment variable KIMI_OPS selects which of the project's operators a context may use. It is read when a
+// context is created; an unknown name makes that call fail. ggml sees the choice only as marks on nodes
+// (ggml-op-marks.h), so contexts of one process may use different values.
 //
 //   unset or empty          all operators, each where its device supports it; upstream's graph elsewhere
 //   off                     no operators: upstream's graph
-//   conv,scan,mla,moe,fuse  only the operators named
-//   batch                   the same for code paths whose result does not depend on other sequences
+//   conv,scan,mla,moe,fuse  only these operators
+//   batch                   a name like these: the code paths whose results do not depend on other sequences
 //   require                 alone or with names: an operator that cannot be used is an error
 
 #include <cstdint>
@@ -15,8 +15,9 @@
 struct ggml_cgraph;
 struct llama_ubatch;
 
-// A sequence with fewer tokens in a batch may share a ubatch with others. Its results are those of single tokens, one
-// after the other, for any other sequences. (KDA_SCAN computes chunks from this number on.)
+// A sequence with fewer tokens in a batch may share a ubatch with others. Its results are equal to those of its
+// tokens decoded one after the other, whatever other sequences are in the ubatch. (KDA_SCAN computes chunks from this
+// number on.)
 constexpr uint32_t LLAMA_MANY_TOKENS = 32;
 
 struct llama_kimi_ops {

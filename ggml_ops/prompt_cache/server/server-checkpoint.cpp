@@ -4,7 +4,7 @@
 #include <map>
 #include <set>
 
-static const int32_t N_LAST         = 4;     // tokens after the last cut: their evaluation gives the first answer again
+static const int32_t N_LAST         = 4;     // tokens after the last cut; evaluated again if an answer is regenerated
 static const double  WORTH_MESSAGE  = 4.0;   // see server_checkpoints_fit()
 static const double  WORTH_DISTANCE = 1024;  // tokens that are added to the distance from the end
 
@@ -16,7 +16,7 @@ server_prompt_cuts::server_prompt_cuts(const common_chat_msg_spans & spans, int3
             starts.push_back((int32_t) span.pos);
         }
     }
-    // short messages in a row would make small batches, so only the first and the last are cut off in any case
+    // short messages in a row would make small batches, so only the first and the last message always get a cut
     int32_t last = 0;
     for (const int32_t start : starts) {
         if (start == starts.front() || start == starts.back() || start - last >= this->n_ubatch / 2) {

@@ -9,14 +9,14 @@
 #include <memory>
 #include <vector>
 
-// A saved recurrent state: the part of a context's memory that cannot be cut back to fewer tokens. Copies of a prompt
-// share its checkpoints.
+// A saved recurrent state: the part of a context's memory from which the last tokens cannot be removed. Copies of a
+// prompt share its checkpoints.
 struct server_checkpoint : common_prompt_checkpoint {
     bool at_message = false;  // at the start of a message, where other prompts are likely to branch off
 };
 
 using server_checkpoint_ptr = std::shared_ptr<const server_checkpoint>;
-using server_checkpoints    = std::list<server_checkpoint_ptr>;  // by growing n_tokens
+using server_checkpoints    = std::list<server_checkpoint_ptr>;  // in ascending order of n_tokens
 
 // Where a prompt is cut into batches: at messages of the user, every n_ubatch tokens after them, and a few tokens before
 // its end. The places depend on the prompt alone, not on the load, on other prompts or on what has been evaluated
@@ -34,9 +34,9 @@ class server_prompt_cuts {
     // whether pos is a cut
     bool is_cut(int32_t pos) const;
 
-    // end of the batch that begins at pos: it has no cuts except every n_ubatch tokens after pos, has at most n_batch
-    // tokens if possible, and ends where the next checkpoint is due (step tokens after `last`, the position of the last
-    // one, or at a message); step = 0: at every cut
+    // End of the batch that begins at pos. It has at most n_batch tokens. Inside it there are cuts only every n_ubatch
+    // tokens after pos. It ends where the next checkpoint is due: at a message, or at least `step` tokens after `last`,
+    // the position of the last checkpoint. step = 0: at every cut.
     int32_t batch_end(int32_t pos, int32_t n_batch, int64_t last, int32_t step) const;
 
   private:
@@ -49,7 +49,7 @@ class server_prompt_cuts {
 struct server_checkpoints_owner {
     server_checkpoints * checkpoints;
     int64_t              n_tokens;  // of the prompt
-    int64_t              age;       // 0: in use, 1: used last, 2: before that, ...
+    int64_t              age;       // 0: in use, 1: most recently used, 2: the one used before it, ...
 };
 
 // Bytes of all checkpoints; one that several prompts share counts once.

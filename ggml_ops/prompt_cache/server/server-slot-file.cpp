@@ -17,6 +17,7 @@
 
 #ifndef _WIN32
 #include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 #endif
 
@@ -28,6 +29,8 @@ constexpr uint32_t TAG_CHECKPOINT = 0x74706b63;          // "ckpt"
 constexpr uint64_t MAGIC_END      = 0x31746f6c73696d6b;  // "kmislot1"
 
 constexpr const char * DRAFT_MODEL = "draft model";  // in an identity; it may differ
+constexpr const char * ADAPTERS    = "LoRA adapters";
+constexpr const char * NONE        = "none";
 
 struct section_head {
     uint32_t tag;
@@ -54,14 +57,14 @@ struct file_end {
 
 using bytes = std::vector<uint8_t>;
 
-// XXH3 of 128 bits over parts of files
+// the 128-bit XXH3 hash of parts of files
 class hasher {
   public:
     hasher() : state(XXH3_createState(), XXH3_freeState) { XXH3_128bits_reset(state.get()); }
 
     void add(const void * data, size_t size) { XXH3_128bits_update(state.get(), data, size); }
 
-    // `size` bytes of a file from where it stands; false if it has fewer
+    // add the next `size` bytes of a file; false if it has fewer
     bool add(std::ifstream & file, uint64_t size) {
         bytes buffer(1 << 20);
         while (size > 0) {
@@ -143,16 +146,22 @@ bool set_state(llama_context * ctx, llama_seq_id id, const bytes & data, llama_s
     return llama_state_seq_set_data_ext(ctx, data.data(), data.size(), id, flags) == data.size();
 }
 
+std::string text_of(const server_slot_identity & identity) {
+    std::string text;
+    for (const auto & [name, value] : identity) {
+        text += name + '\n' + value + '\n';
+    }
+    return text;
+}
+
 void write_sections(std::ofstream &              file,
                     const server_prompt &        prompt,
                     const bytes &                draft,
                     const server_slot_identity & identity) {
     const auto write = [&](const void * data, size_t size) { file.write((const char *) data, size); };
 
-    std::string text;
-    for (const auto & [name, value] : identity) {
-        text += name + '\n' + value + '\n';
-    }
+    std::string text = text_of(identity);
+    text += std::string(ADAPTERS) + '\n' + (prompt.adapters.empty() ? NONE : prompt.adapters) + '\n';
     const section_head head{ TAG_IDENTITY, 0, text.size() };
     write(&head, sizeof(head));
     write(text.data(), text.size());
@@ -165,7 +174,7 @@ void write_sections(std::ofstream &              file,
 
     for (const auto & checkpoint : prompt.checkpoints) {
         if (!checkpoint->data_spec.empty()) {
-            continue;  // its meaning is known to the kind of draft only
+            continue;  // only the kind of draft that wrote it can read it
         }
         const checkpoint_head own{
             checkpoint->n_tokens,        checkpoint->pos_min,        checkpoint->pos_max, checkpoint->at_message, 0,
@@ -245,9 +254,31 @@ void check_identity(const server_slot_identity & found, const server_slot_identi
         const auto it = found.find(name);
         if (name != DRAFT_MODEL && (it == found.end() || it->second != value)) {
             throw std::runtime_error("the file was saved with another " + name + ": expected " + value + ", found " +
-                                     (it == found.end() ? "none" : it->second));
+                                     (it == found.end() ? NONE : it->second));
         }
     }
+}
+
+// Returns the LoRA adapters with which a prompt was evaluated.
+std::string read_adapters(const server_slot_identity & found, const std::vector<std::string> & loaded) {
+    const auto it = found.find(ADAPTERS);
+    if (it == found.end() || it->second == NONE) {
+        return "";
+    }
+    std::istringstream words(it->second);
+    for (std::string word; words >> word;) {  // ID*SCALE
+        const std::string id     = word.substr(0, word.rfind('*'));
+        const bool        listed = id.size() < word.size();
+        if (listed && std::find(loaded.begin(), loaded.end(), id) == loaded.end()) {
+            throw std::runtime_error("the file was saved with the LoRA adapter " + id + ", which is not loaded");
+        }
+    }
+    return it->second;
+}
+
+bool has_state_beside_attention(const llama_context * ctx) {
+    const llama_model * model = llama_get_model(ctx);
+    return llama_model_is_hybrid(model) || llama_model_is_recurrent(model) || llama_model_n_swa(model) > 0;
 }
 
 server_tokens read_tokens(
@@ -286,7 +317,7 @@ void expect_position(llama_context * ctx, llama_seq_id id, llama_pos expected, c
     }
 }
 
-// restore everything into the contexts; the checkpoints are tried, so that none can fail later
+// restore all states into the contexts; each checkpoint is loaded once, so that none can fail later
 server_checkpoints restore(const std::string &   path,
                            uint64_t              size_tgt,
                            uint32_t              n_packed,
@@ -316,29 +347,35 @@ server_checkpoints restore(const std::string &   path,
             if (!set_state(ctx_dft, id, found.draft, LLAMA_STATE_SEQ_FLAGS_NONE)) {
                 throw std::runtime_error("the draft model's state does not fit this draft model or its cache");
             }
+            if (llama_memory_seq_pos_max(llama_get_memory(ctx_dft), id) > pos_last) {
+                throw std::runtime_error("the draft model's state has more positions than the prompt");
+            }
         }
     }
 
+    const bool         needs_tgt = has_state_beside_attention(ctx_tgt);
+    const bool         needs_dft = ctx_dft != nullptr;
     server_checkpoints checkpoints;
-    if (found.checkpoints.empty()) {
+    if (found.checkpoints.empty() || !(needs_tgt || needs_dft)) {
         return checkpoints;
     }
-    const auto  flags     = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
-    const bytes end_tgt   = state_of(ctx_tgt, id, flags);
-    const bytes end_dft   = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
-    const bool  needs_tgt = llama_model_is_hybrid(llama_get_model(ctx_tgt)) ||
-                            llama_model_is_recurrent(llama_get_model(ctx_tgt)) ||
-                            llama_model_n_swa(llama_get_model(ctx_tgt)) > 0;
-    int64_t     n_last    = 0;
+    const auto  flags   = LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY;
+    const bytes end_tgt = state_of(ctx_tgt, id, flags);
+    const bytes end_dft = ctx_dft ? state_of(ctx_dft, id, flags) : bytes();
+    int64_t     n_last  = 0;
     for (auto & each : found.checkpoints) {
         if (each.n_tokens <= n_last || (size_t) each.n_tokens >= tokens.size() || each.pos_min < 0 ||
             each.pos_min > each.pos_max || each.pos_max != tokens.pos_next(each.n_tokens) - 1) {
             throw std::runtime_error("the file is damaged: a checkpoint is not inside the prompt");
         }
         n_last             = each.n_tokens;
-        const bool has_tgt = !each.data_tgt.empty();  // attention alone goes back without
-        if (has_tgt != needs_tgt || (has_tgt && !set_state(ctx_tgt, id, each.data_tgt, flags)) ||
-            (ctx_dft && !set_state(ctx_dft, id, each.data_dft, flags))) {
+        const bool has_tgt = !each.data_tgt.empty();  // attention needs no state to remove tokens
+        if (!needs_dft) {
+            each.data_dft.clear();
+        }
+        if (has_tgt != needs_tgt || each.data_dft.empty() == needs_dft ||
+            (has_tgt && !set_state(ctx_tgt, id, each.data_tgt, flags)) ||
+            (needs_dft && !set_state(ctx_dft, id, each.data_dft, flags))) {
             throw std::runtime_error("a checkpoint does not fit this model or its cache");
         }
         if (has_tgt) {
@@ -352,7 +389,7 @@ server_checkpoints restore(const std::string &   path,
     return checkpoints;
 }
 
-// until the bytes are on the disk
+// wait until the bytes of the file are on the disk
 void flush_to_disk(const std::string & path) {
 #ifndef _WIN32
     const int fd = open(path.c_str(), O_RDONLY);
@@ -370,7 +407,33 @@ void flush_to_disk(const std::string & path) {
 
 }  // namespace
 
-std::string server_model_identity(const std::string & path) {
+std::string server_identity_hash(const server_slot_identity & identity) {
+    const std::string text = text_of(identity);
+    hasher            hash;
+    hash.add(text.data(), text.size());
+    return hex(hash.digest());
+}
+
+server_file_lock::server_file_lock(const std::string & path) : path(path) {
+#ifndef _WIN32
+    fd = open(path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        throw std::runtime_error(path + " cannot be created");
+    }
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        close(fd);
+        throw std::runtime_error(path + " is locked: another server uses it");
+    }
+#endif
+}
+
+server_file_lock::~server_file_lock() {
+#ifndef _WIN32
+    close(fd);
+#endif
+}
+
+std::string server_file_identity(const std::string & path) {
     constexpr uint64_t HEAD = 1 << 20, SAMPLE = 4096, N_SAMPLES = 64;
 
     std::vector<std::string> files;
@@ -496,14 +559,11 @@ size_t server_slot_save(const std::string &               path,
                 });
 }
 
-server_prompt server_slot_restore(const std::string &          path,
-                                  bool                         has_mtmd,
-                                  int32_t                      n_ctx,
-                                  llama_context *              ctx_tgt,
-                                  llama_context *              ctx_dft,
-                                  llama_seq_id                 id,
-                                  const server_slot_identity & identity,
-                                  size_t &                     n_bytes) {
+server_prompt server_slot_restore(const std::string & path, const server_slot_target & target, size_t & n_bytes) {
+    llama_context * const ctx_tgt = target.ctx_tgt;
+    llama_context * const ctx_dft = target.ctx_dft;
+    const auto            id      = target.id;
+
     std::ifstream file(path, std::ios::binary | std::ios::ate);
     if (!file) {
         throw std::runtime_error("the file does not exist or cannot be read");
@@ -513,22 +573,24 @@ server_prompt server_slot_restore(const std::string &          path,
     const bool own     = end.magic == MAGIC_END;
     const auto n_state = own ? end.size : n_bytes;
 
-    sections found;
+    sections      found;
+    server_prompt prompt;
+    prompt.adapters = target.adapters;
     if (own) {
         found = read_sections(file, end.size, n_bytes - sizeof(end));
-        check_identity(found.identity, identity);
-        if (ctx_dft && found.identity[DRAFT_MODEL] != identity.at(DRAFT_MODEL)) {
+        check_identity(found.identity, target.identity);
+        prompt.adapters = read_adapters(found.identity, target.adapter_ids);
+        if (ctx_dft && found.identity[DRAFT_MODEL] != target.identity.at(DRAFT_MODEL)) {
             found.draft.clear();
-            found.checkpoints.clear();  // both models have to go back to them
+            found.checkpoints.clear();  // a checkpoint needs the states of both models
         }
     }
 
-    server_prompt prompt;
-    uint32_t      n_packed = 0;
-    prompt.tokens          = read_tokens(file, n_state, has_mtmd, n_ctx, ctx_tgt, n_packed);
+    uint32_t n_packed = 0;
+    prompt.tokens     = read_tokens(file, n_state, target.has_mtmd, target.n_ctx, ctx_tgt, n_packed);
     file.close();
 
-    // a file of upstream has no checksum: what is in the slot now comes back if the file turns out to be damaged
+    // a file of upstream has no checksum: keep the slot's present state, to restore it if the file is damaged
     std::vector<std::pair<llama_context *, bytes>> before;
     for (llama_context * ctx : { ctx_tgt, ctx_dft }) {
         if (ctx) {

@@ -7,27 +7,43 @@
 #include <cstddef>
 #include <map>
 #include <string>
+#include <vector>
 
-// A slot in a file: the file that llama_state_seq_save_file() writes, and behind it what the server knows besides:
+// A slot in a file: the data that llama_state_seq_save_file() writes, followed by the data that only the server has:
 //
 //     u32 magic, u32 version, u32 n, n x u32 tokens, state of the target context    (as upstream)
 //     sections, each: u32 tag, u32 0, u64 size, content
-//         'iden'  identity: lines of a name and a value in turn
+//         'iden'  identity and LoRA adapters: alternating lines, a name and its value
 //         'drft'  state of the draft context
 //         'ckpt'  checkpoint: i64 n_tokens, i32 pos_min, i32 pos_max, u32 at_message, u32 0, u64 size of the target's
 //                 part, u64 size of the draft's part, both parts
-//     u64 size of all before the sections, u64 x 2 XXH3 of all before it, u64 magic
+//     u64 bytes before the sections, u64 x 2 XXH3 of all bytes before the hash, u64 magic
 //
 // Little-endian. Upstream reads such a file, without the sections. A file without sections is restored too.
 
 // what has to be equal for a state to be restored: the name of a property -> its value; if only the "draft model" differs,
-// its state and the checkpoints are left out
+// the draft model's state and the checkpoints are not restored
 using server_slot_identity = std::map<std::string, std::string>;
 
-// the model file's content: its size and samples of its bytes; all files of a split model
-std::string server_model_identity(const std::string & path);
+// a file's content: its size and samples of its bytes; all files of a split model
+std::string server_file_identity(const std::string & path);
 
-// Write a file, which has its name when it is complete. Returns its size. Throws std::runtime_error.
+// a hash of all names and values
+std::string server_identity_hash(const server_slot_identity & identity);
+
+// where a file is restored
+struct server_slot_target {
+    llama_context *                  ctx_tgt;
+    llama_context *                  ctx_dft;  // or null
+    llama_seq_id                     id;
+    int32_t                          n_ctx;  // most tokens of the sequence
+    bool                             has_mtmd;
+    const server_slot_identity &     identity;
+    const std::vector<std::string> & adapter_ids;  // LoRA adapters that are loaded
+    std::string                      adapters;     // with which upstream's files were evaluated
+};
+
+// Write a file under a temporary name, and rename it when it is complete. Returns its size. Throws std::runtime_error.
 size_t server_slot_save(const std::string &          path,
                         const server_prompt &        prompt,
                         llama_context *              ctx_tgt,
@@ -40,13 +56,21 @@ size_t server_slot_save(const std::string &               path,
                         const server_prompt_cache_state & state,
                         const server_slot_identity &      identity);
 
-// Restore a file into sequence id, which has at most n_ctx tokens. Returns its prompt. Throws std::runtime_error with
-// the reason if the file is damaged or of another model; the sequence is then as before, or empty if that fails.
-server_prompt server_slot_restore(const std::string &          path,
-                                  bool                         has_mtmd,
-                                  int32_t                      n_ctx,
-                                  llama_context *              ctx_tgt,
-                                  llama_context *              ctx_dft,
-                                  llama_seq_id                 id,
-                                  const server_slot_identity & identity,
-                                  size_t &                     n_bytes);
+// Restore a file. Returns its prompt. Throws std::runtime_error with the reason if the file is damaged or of another
+// model. The sequence then has its previous state, or is empty if that cannot be restored.
+server_prompt server_slot_restore(const std::string & path, const server_slot_target & target, size_t & n_bytes);
+
+// Keeps other processes from locking the same file, until it is destroyed. Does nothing on Windows.
+class server_file_lock {
+  public:
+    // throws std::runtime_error if another process has locked the file
+    explicit server_file_lock(const std::string & path);
+    ~server_file_lock();
+
+    server_file_lock(const server_file_lock &)             = delete;
+    server_file_lock & operator=(const server_file_lock &) = delete;
+
+  private:
+    std::string path;
+    int         fd = -1;
+};
