@@ -133,7 +133,7 @@ def compile_backend(ggml: Path, folder: Path, *, link: Sequence[str], kernels: I
     include = [f"-I{OURS}", f"-I{DEVICE}", f"-I{INCLUDE}"]
     for path in (ggml / "include", ggml / "src", metal):
         include += ["-isystem", str(path)]
-    commands = {source: DEVICE_OPTIONS for source in sorted(OURS.glob("*.cpp"))}
+    commands: dict[Path, Sequence[str]] = dict.fromkeys(sorted(OURS.glob("*.cpp")), DEVICE_OPTIONS)
     commands |= {metal / name: HOST_OPTIONS for name in HOST}
     commands |= {plain_c: ("-x", "c", "-O0", "-g1", "-fPIC", "-w")}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
