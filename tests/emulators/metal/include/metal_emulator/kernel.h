@@ -51,7 +51,7 @@ template <unsigned INDEX> struct ThreadgroupMemory : NoBuffer {
 };
 
 #define METAL_EMULATOR_POSITION(NAME, VALUE)                                                                           \
-    struct NAME : NoBuffer {                                                                                         \
+    struct NAME : NoBuffer {                                                                                           \
         template <class T> static T get() {                                                                            \
             const Position p = position();                                                                             \
             return components<T>(VALUE);                                                                               \
