@@ -136,15 +136,15 @@ def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = (
 
 
 @functools.cache
-def patched_ggml() -> Path:
-    """A folder `ggml` with ggml's headers and the patched sources of ggml-cuda; removed when the process exits."""
+def patched_ggml(backend: str = "cuda") -> Path:
+    """A folder `ggml` with ggml's headers and a backend's patched sources; removed when the process exits."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     root = Path(folder.name)
     tree = Tree(upstream_source() / "llama.cpp")
     load_series().apply(tree)
     for path in tree.paths():
-        used = path.startswith(("ggml/include/", "ggml/src/ggml-cuda/"))
+        used = path.startswith(("ggml/include/", f"ggml/src/ggml-{backend}/"))
         header = PurePosixPath(path).match("ggml/src/*.h")
         if (used or header) and (content := tree.read(path)) is not None:
             (root / path).parent.mkdir(parents=True, exist_ok=True)

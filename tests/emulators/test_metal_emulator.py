@@ -1,0 +1,297 @@
+"""The Metal emulator: what kernels compute on it, and the faults that it finds.
+
+Requires no Mac: kernels are compiled as C++ (tests/emulators/metal).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from emulators.metal import RewriteError
+from emulators.metal.rewrite import rewrite
+from metal_program import NATIVE, compile_metal
+
+
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [program, *arguments],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_kernels_compute_what_they_say(tmp_path: Path) -> None:
+    ended = run(compile_metal("emulator-features", tmp_path))
+    assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_metal("emulator-faults", tmp_path_factory.mktemp("metal"))
+
+
+def line_of(text: str) -> int:
+    """The number of the first line of emulator-faults.metal that starts with the text."""
+    lines = (NATIVE / "emulator-faults.metal").read_text().splitlines()
+    return next(number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
+
+
+# Each planted fault: the kernel, the thread that causes it, its line, and the expected message.
+# The thread or line is None if the fault has none, or is detected before the dispatch.
+FAULTS = {
+    "read behind a buffer": (
+        "copy",
+        31,
+        "y[i] = x[int(i) + args.shift];",
+        "a read 0 bytes behind the end of a buffer of 4096 bytes",
+    ),
+    "read before a buffer": ("copy", 0, "y[i] = x[int(i)", "a read 4 bytes before the begin of a buffer"),
+    "read far behind a buffer": ("copy", 0, "y[i] = x[int(i)", "a read 395904 bytes behind the end"),
+    "write behind a buffer": ("copy_shifted", 31, "y[int(i) + args.shift]", "a write 0 bytes behind the end"),
+    "write before a buffer": (
+        "copy_shifted",
+        0,
+        "y[int(i) + args.shift]",
+        "a write 4 bytes before the begin",
+    ),
+    "misaligned vectors": (
+        "copy_vectors",
+        1,
+        "const float4 v =",
+        "a misaligned access: .* must be a multiple of 16 bytes",
+    ),
+    "behind a table": ("read_table", 3, "y[i] = table", r"the index 4 is beyond the array 'float \[4\]'"),
+    "behind constant memory": (
+        "read_constants",
+        31,
+        "y[i] = x[i + args.shift];",
+        "a read 0 bytes behind the end of constant memory of 124 bytes",
+    ),
+    "behind a small struct": (
+        "copy",
+        0,
+        "y[i] = x[int(i)",
+        "a read 0 bytes behind the end of constant memory of 4 bytes",
+    ),
+    "behind threadgroup memory": (
+        "write_argument",
+        31,
+        "s[int(i) + args.shift] = 1;",
+        "a write outside of the threadgroup memory argument 0 of 128 bytes, byte 128",
+    ),
+    "before threadgroup memory": (
+        "write_argument",
+        0,
+        "s[int(i) + args.shift] = 1;",
+        "a write outside of the threadgroup memory argument 0 of 128 bytes, byte -4",
+    ),
+    "behind a threadgroup array": (
+        "write_array",
+        31,
+        "p[int(i) + args.shift] = 1;",
+        "a write outside of the threadgroup memory s of 128 bytes, byte 128",
+    ),
+    "before a threadgroup array": (
+        "write_array",
+        0,
+        "p[int(i) + args.shift] = 1;",
+        "a write outside of the threadgroup memory s of 128 bytes, byte -4",
+    ),
+    "unwritten threadgroup memory": (
+        "read_unwritten",
+        24,
+        "y[i] = s[31 - i];",
+        "a read of threadgroup memory that no thread has written: s of 128 bytes, byte 28",
+    ),
+    "a conditional barrier": (
+        "conditional_barrier",
+        40,
+        None,
+        r"this thread ended while thread \(0,0,0\) waits for it at threadgroup_barrier, .*emulator-faults.metal:\d+",
+    ),
+    "a return before a barrier": ("early_return", 40, None, r"ended while thread \(0,0,0\) waits for it at"),
+    "two barriers": (
+        "two_barriers",
+        32,
+        None,
+        r"thread \(32,0,0\) waits here while thread \(0,0,0\) waits at .*emulator-faults.metal:\d+",
+    ),
+    "two sums": (
+        "two_sums",
+        16,
+        "y[i] = simd_sum(2.0f);",
+        r"thread \(16,0,0\) is at simd_sum here while thread \(0,0,0\) waits at simd_sum, ",
+    ),
+    "a deadlock": (
+        "sum_or_barrier",
+        31,
+        None,
+        r"no thread of the threadgroup can go on:\n.*lanes 0xffffffdf .* wait at simd_sum, .*\n"
+        r".*lanes 0x00000020 \(the first is thread \(5,0,0\)\) wait at threadgroup_barrier",
+    ),
+    "half a simdgroup's matrix": (
+        "half_a_matrix",
+        31,
+        "simdgroup_store(m, y, 8);",
+        "not all 32 lanes are there",
+    ),
+    "a matrix at several addresses": (
+        "matrices_of_lanes",
+        31,
+        "simdgroup_store(m, y + i, 8);",
+        "lanes have different addresses",
+    ),
+    "a race": (
+        "race",
+        None,
+        None,
+        "a race: a (read|write) of threadgroup memory that another simdgroup (wrote|read) at .*emulator-faults.metal:"
+        rf"({line_of('s[i] = float(i);')}|{line_of('y[i] = s[63 - i];')}) without a barrier between",
+    ),
+    "a race of writes": (
+        "race_of_writes",
+        32,
+        "s[i % 32] = float(i);",
+        "a race: a write of threadgroup memory that another simdgroup wrote",
+    ),
+    "a barrier without memory": (
+        "barrier_without_memory",
+        32,
+        None,
+        "a race: a read of threadgroup memory that another simdgroup wrote",
+    ),
+    "the order of lanes": (None, None, None, "the result depends on the order of lanes"),
+    "a local array": (
+        "local_array",
+        0,
+        "y[0] = a[args.shift];",
+        r"the index 4 is beyond the array 'float \[4\]'",
+    ),
+    "a division by zero": ("divide", 0, "y[0] = 7 / args.shift;", "a division"),
+    "a shift too far": ("shift", 0, "y[0] = 7 << args.shift;", "a shift of 'int' 7 by 32"),
+    "no barrier before a read": (
+        "copy_shifted",
+        0,
+        "y[int(i) + args.shift]",
+        "a read of bytes that kernel copy writes concurrently: no memory barrier between",
+    ),
+    "no barrier before a write": (
+        "copy_shifted",
+        0,
+        "y[int(i) + args.shift]",
+        "a write of bytes that kernel copy reads concurrently: no memory barrier between",
+    ),
+    "no barrier between writes": (
+        "copy_shifted",
+        0,
+        "y[int(i) + args.shift]",
+        "a write of bytes that kernel copy writes concurrently: no memory barrier between",
+    ),
+    "a read outside of the tensors": (
+        "copy of COPY",
+        31,
+        "y[i] = x[int(i)",
+        "a read outside of the node's tensors: 0 bytes behind the end of one of 2048 bytes",
+    ),
+    "a write outside of the tensors": (
+        "copy_shifted of COPY",
+        31,
+        "y[int(i) + args.shift]",
+        "a write outside of the node's tensors: 0 bytes behind the end of one of 2048 bytes",
+    ),
+    "too many threads": (
+        "early_return",
+        None,
+        None,
+        r"a threadgroup is \(1025,1,1\); it must have 1 to 1024 threads",
+    ),
+    "no threadgroups": ("race", None, None, r"the grid is \(0,1,1\)"),
+    "too much threadgroup memory": (
+        "write_argument",
+        None,
+        None,
+        "32784 bytes of threadgroup memory; the limit is 32768",
+    ),
+    "an odd size of threadgroup memory": (
+        "write_argument",
+        None,
+        None,
+        "120 bytes .*; it must be a multiple of 16",
+    ),
+    "no threadgroup memory": (
+        "write_argument",
+        0,
+        "s[int(i) + args.shift] = 1;",
+        "outside of all threadgroup memory",
+    ),
+    "too large an array": ("large_array", 0, None, "32772 bytes of threadgroup memory; the limit is 32768"),
+    "too many bytes of constants": (None, None, None, "4100 bytes for the argument 0; the limit is 4096"),
+    "an argument that is not set": ("copy", None, None, "the buffer argument 2 is not set"),
+    "an unknown kernel": (None, None, None, "there is no kernel 'unknown'"),
+    "a constant of another type": (
+        None,
+        None,
+        None,
+        "the function constant 7, FC_factor, .* has another type",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, faults: Path) -> None:
+    kernel, thread, line, words = FAULTS[fault]
+    ended = run(faults, fault)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    said = ended.stdout
+    assert re.search(words, said), said
+    if kernel is not None:
+        assert said.startswith(f"kernel {kernel}"), said
+    if thread is not None:
+        assert f"thread ({thread},0,0): " in said
+    if line is not None:
+        assert f"emulator-faults.metal:{line_of(line)}: " in said
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards", "17"])
+def test_kernels_without_a_fault_are_let_through(order: str, faults: Path) -> None:
+    ended = run(faults, "none", KIMI_METAL_ORDER=order)
+    assert (ended.returncode, ended.stdout) == (0, "nothing found\n")
+
+
+def test_every_planted_fault_is_expected(faults: Path) -> None:
+    planted = set(re.findall(r'^    \{ "(.*?)",', (NATIVE / "emulator-faults.cpp").read_text(), re.MULTILINE))
+    assert planted == {*FAULTS, "none"}
+
+
+def test_an_unknown_order_is_refused(faults: Path) -> None:
+    ended = run(faults, "none", KIMI_METAL_ORDER="sideways")
+    assert ended.returncode != 0
+    assert "KIMI_METAL_ORDER is 'sideways'; known: " in ended.stderr
+
+
+def test_rewriting_keeps_lines_and_lists_kernels() -> None:
+    source = (NATIVE / "emulator-features.metal").read_text()
+    text, kernels = rewrite(source, "features")
+    assert text.count("\n") == source.count("\n")
+    assert {each.name: each.function for each in kernels if "product" in each.name} == {
+        "product_f32": "product<float>",
+        "product_f16": "product<half>",
+        "product_bf16": "product<bfloat>",
+    }
+    (product, *_) = [each.parameters for each in kernels if each.name == "product_f32"]
+    assert product[4:] == (
+        "metal_emulator::ThreadgroupMemory<0>",
+        "metal_emulator::thread_index_in_simdgroup",
+    )
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(RewriteError, match="the parameter 'uint i' of a kernel is not known"):
+        rewrite("kernel void f(device float * y, uint i) {}", "test")

@@ -1,0 +1,180 @@
+// One kernel for each kind of fault that the emulator finds.
+
+#include <metal_stdlib>
+
+using namespace metal;
+
+struct arguments {
+    int count;
+    int shift;
+};
+
+kernel void
+copy(constant arguments & args, device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = x[int(i) + args.shift];
+}
+
+kernel void
+copy_shifted(constant arguments & args, device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
+    y[int(i) + args.shift] = x[i];
+}
+
+kernel void
+copy_vectors(constant arguments & args, device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
+    const float4 v = *(device const float4 *) (x + i * args.shift);
+    y[i]           = v.x;
+}
+
+constant float table[4] = { 1, 2, 3, 4 };
+
+kernel void read_table(constant arguments & args, device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = table[i + args.shift];
+}
+
+kernel void
+read_constants(constant float * x, constant arguments & args, device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = x[i + args.shift];
+}
+
+kernel void write_argument(constant arguments & args,
+                           device float *       y,
+                           threadgroup float *  s [[threadgroup(0)]],
+                           uint                 i [[thread_position_in_threadgroup]]) {
+    s[int(i) + args.shift] = 1;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = s[i];
+}
+
+kernel void write_array(constant arguments & args, device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float   s[32];
+    threadgroup float * p = s;
+
+    p[int(i) + args.shift] = 1;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = p[i];
+}
+
+kernel void large_array(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[8 * 1024 + 1];
+
+    s[i] = 1;
+    y[i] = s[i];
+}
+
+kernel void read_unwritten(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[32];
+
+    if (i != 7) {
+        s[i] = 1;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = s[31 - i];
+}
+
+kernel void conditional_barrier(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i < 40) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    y[i] = 1;
+}
+
+kernel void early_return(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i >= 40) {
+        return;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = 1;
+}
+
+kernel void two_barriers(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i < 32) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    y[i] = 1;
+}
+
+kernel void two_sums(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i < 16) {
+        y[i] = simd_sum(1.0f);
+    } else {
+        y[i] = simd_sum(2.0f);
+    }
+}
+
+kernel void sum_or_barrier(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i == 5) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    } else {
+        y[i] = simd_sum(1.0f);
+    }
+}
+
+kernel void half_a_matrix(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i < 16) {
+        return;
+    }
+    simdgroup_float8x8 m = make_filled_simdgroup_matrix<float, 8>(1.0f);
+    simdgroup_store(m, y, 8);
+}
+
+kernel void matrices_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    simdgroup_float8x8 m = make_filled_simdgroup_matrix<float, 8>(1.0f);
+    simdgroup_store(m, y + i, 8);
+}
+
+kernel void race(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[64];
+
+    s[i] = 0;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    s[i] = float(i);
+    y[i] = s[63 - i];
+}
+
+kernel void race_of_writes(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[64];
+
+    s[i % 32] = float(i);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = s[i % 32];
+}
+
+kernel void barrier_without_memory(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[64];
+
+    s[i] = float(i);
+    threadgroup_barrier(mem_flags::mem_none);
+    y[i] = s[63 - i];
+}
+
+// Reads what the next lane has written, without a barrier.
+kernel void order_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[32];
+
+    s[i] = 0;
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    s[i] = float(i);
+    y[i] = s[(i + 1) % 32];
+}
+
+kernel void local_array(constant arguments & args, device float * y) {
+    float a[4] = { 1, 2, 3, 4 };
+
+    y[0] = a[args.shift];
+}
+
+kernel void divide(constant arguments & args, device int * y) {
+    y[0] = 7 / args.shift;
+}
+
+kernel void shift(constant arguments & args, device int * y) {
+    y[0] = 7 << args.shift;
+}
+
+constant short FC_factor [[function_constant(7)]];
+
+kernel void scale(device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = x[i] * FC_factor;
+}
