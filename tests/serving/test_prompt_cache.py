@@ -269,24 +269,19 @@ def test_states_of_an_adapter_are_not_continued_without_it(
 def test_a_saved_slot_knows_its_adapters(tmp_path: Path, engine: Engine, gguf: Path, adapter: Path) -> None:
     options, lora = ("-np", "1", "--slot-save-path", f"{tmp_path}/"), ("--lora", str(adapter))
 
-    def slot(server: Server, action: str) -> None:
-        server.post(f"/slots/0?action={action}", {"filename": f"{action}d.bin"})
-
     with serving(engine, tmp_path, gguf, *options, *lora) as server:
         with_adapter = server.complete(LONG[0], COUNT, cache_prompt=True).ids
-        slot(server, "save")
-    (tmp_path / "saved.bin").rename(tmp_path / "restored.bin")
+        server.slot("save")
     with serving(engine, tmp_path, gguf, *options, *lora) as server:
-        slot(server, "restore")
+        server.slot("restore")
         again = server.complete(LONG[0], COUNT, cache_prompt=True)
         assert (again.ids, again.timings["prompt_n"]) == (with_adapter, 4)
     with serving(engine, tmp_path, gguf, *options) as server:
         with pytest.raises(urllib.error.HTTPError):
-            slot(server, "restore")
+            server.slot("restore")
         assert "the LoRA adapter adapter.gguf" in server.log.read_text()
         server.complete(LONG[0], COUNT, cache_prompt=True)
-        slot(server, "save")
-    (tmp_path / "saved.bin").rename(tmp_path / "restored.bin")
+        server.slot("save")
     with serving(engine, tmp_path, gguf, *options, *lora) as server:
-        slot(server, "restore")
+        server.slot("restore")
         assert server.complete(LONG[0], COUNT, cache_prompt=True).ids == with_adapter
