@@ -190,37 +190,29 @@ def test_conversations_in_idle_slots_are_not_lost_to_several_choices(
     assert again.timings["prompt_n"] == 4
 
 
-def test_a_prompt_does_not_wait_for_ever(tmp_path: Path, engine: Engine, gguf: Path) -> None:
+def test_a_prompt_waits_for_few_others(tmp_path: Path, engine: Engine, gguf: Path) -> None:
     """A prompt that fits in no batch next to other prompts, which other slots send without a pause."""
-    options = (
-        "-np",
-        "4",
-        "--ctx-checkpoints",
-        "0",
-        "-b",
-        "512",
-        "-ub",
-        "512",
-        "--no-cache-idle-slots",
-        "--cache-ram",
-        "0",
-    )
-    with serving(engine, tmp_path, gguf, *options) as server, ThreadPoolExecutor() as pool:
+    options = "-np 4 --ctx-checkpoints 0 -b 512 -ub 512 --no-cache-idle-slots --cache-ram 0"
+    with serving(engine, tmp_path, gguf, *options.split()) as server, ThreadPoolExecutor() as pool:
         done = threading.Event()
 
-        def others(word: str) -> None:
-            number = 0
+        def others(word: str) -> int:
+            answers = 0
             while not done.is_set():
-                number += 1
-                server.complete(f"{word} {number}", 1, id_slot=WORDS.index(word))
+                server.complete(f"{word} {answers}", 1, id_slot=WORDS.index(word))
+                answers += 1
+            return answers
 
         pending = [pool.submit(others, word) for word in WORDS]
         try:
-            server.complete(LONG[0], 1, id_slot=3)
+            long = server.complete(LONG[0], 1, id_slot=3)
         finally:
             done.set()
-        for each in pending:
-            each.result()
+        answers = sum(each.result() for each in pending)
+    batches = long.timings["prompt_n"] / 512 + 2  # it is cut at the message's end, too
+    assert answers <= len(WORDS) * (
+        batches + 1
+    )  # one batch of the others before each of its own, one at the end
 
 
 WORDS = ("river", "stone", "salt")  # of the slots 0, 1 and 2
