@@ -13,6 +13,7 @@ import sysconfig
 import zipfile
 from pathlib import Path
 
+from kimi_gguf.engine.build_spec import VERIFY
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
 
@@ -44,7 +45,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
     sources = [path for path in sorted((package / "llama_cpp").rglob("*")) if path.is_file()]
     files = {
         **{path.relative_to(package).as_posix(): path for path in sources if path.suffix != ".pyc"},
-        **{f"llama_cpp/lib/{path.name}": path for path in _wanted_libraries(engine)},
+        **{f"llama_cpp/lib/{path.name}": path for path in [*_wanted_libraries(engine), *_verify(engine)]},
         f"{info}/licenses/LICENSE.md": package / "LICENSE.md",
         f"{info}/licenses/llama.cpp/LICENSE": engine.prefix / "LICENSE",
         f"{info}/kimi-gguf.json": engine.prefix / "manifest.json",
@@ -65,6 +66,11 @@ def _wanted_libraries(engine: Engine) -> list[Path]:
     if links:
         raise EngineError(f"{engine.lib}: symbolic links cannot go into a wheel", found=", ".join(links))
     return paths
+
+
+def _verify(engine: Engine) -> list[Path]:
+    """The program that a library starts to check the operators on a GPU."""
+    return [path for path in (engine.bin / VERIFY,) if path.exists()]
 
 
 def _local_version(engine: Engine) -> str:
