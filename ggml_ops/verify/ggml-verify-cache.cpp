@@ -53,8 +53,7 @@ bool ggml_verify_from_line(const std::string & line, ggml_verify_report & report
     return false;
 }
 
-// FNV-1a; against damage, not against attacks
-static std::string hash_of(const std::string & text) {
+std::string ggml_verify_hash(const std::string & text) {
     uint64_t hash = 0xcbf29ce484222325ull;
     for (const char c : text) {
         hash = (hash ^ (uint8_t) c) * 0x100000001b3ull;
@@ -85,12 +84,13 @@ static fs::path folder() {
 
 bool ggml_verify_read(ggml_verify_report & report) {
     const std::string key = key_of(report);
-    std::ifstream     file(folder() / hash_of(key), std::ios::binary);
+    std::ifstream     file(folder() / ggml_verify_hash(key), std::ios::binary);
     std::stringstream content;
     content << file.rdbuf();
     const std::string text = content.str();
     const size_t      end  = text.rfind("checksum\t");
-    if (!file || end == std::string::npos || text.substr(end) != "checksum\t" + hash_of(text.substr(0, end)) + "\n" ||
+    if (!file || end == std::string::npos ||
+        text.substr(end) != "checksum\t" + ggml_verify_hash(text.substr(0, end)) + "\n" ||
         text.compare(0, key.size(), key) != 0) {
         return false;
     }
@@ -114,12 +114,12 @@ void ggml_verify_write(const ggml_verify_report & report) {
     for (int part = 0; part < GGML_VERIFY_N_PARTS; ++part) {
         text += ggml_verify_to_line((ggml_verify_part) part, report.results[part]);
     }
-    text += "checksum\t" + hash_of(text) + "\n";
+    text += "checksum\t" + ggml_verify_hash(text) + "\n";
 
     std::error_code error;
     fs::create_directories(folder(), error);
-    const fs::path path    = folder() / hash_of(key_of(report));
-    const fs::path scratch = path.string() + "." + hash_of(std::to_string(std::random_device()()));
+    const fs::path path    = folder() / ggml_verify_hash(key_of(report));
+    const fs::path scratch = path.string() + "." + ggml_verify_hash(std::to_string(std::random_device()()));
     if (!(std::ofstream(scratch, std::ios::binary) << text << std::flush)) {
         error = std::make_error_code(std::errc::io_error);
     } else {

@@ -5,6 +5,9 @@
 
 #include "ggml-verify.h"
 
+// FNV-1a in hex; against damage, not against attacks.
+std::string ggml_verify_hash(const std::string & text);
+
 // A line "result NAME STATE NMSE BOUND CASE", separated by tabs.
 GGML_API std::string ggml_verify_to_line(ggml_verify_part part, const ggml_verify_result & result);
 

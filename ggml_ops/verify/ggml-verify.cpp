@@ -119,13 +119,17 @@ static double seconds_allowed() {
     return text && *text ? atof(text) : SECONDS;
 }
 
-// The commit and the library with the kernels.
+// The library with the kernels, and a hash that changes with it, with ggml's common code and with the program.
 static std::string build_of(const std::string & library) {
-    std::error_code error;
-    const auto      size = std::filesystem::file_size(library, error);
-    const auto      time = std::filesystem::last_write_time(library, error).time_since_epoch().count();
-    return std::string(ggml_commit()) + ", " + library + ", " + std::to_string(size) + " bytes of " +
-           std::to_string(time);
+    const void * const common = (const void *) &ggml_verify_device;
+    std::string        files;
+    for (const std::string & path : { library, ggml_verify_library_of(common), ggml_verify_program() }) {
+        std::error_code error;
+        const auto      size = std::filesystem::file_size(path, error);
+        const auto      time = std::filesystem::last_write_time(path, error).time_since_epoch().count();
+        files += path + "\t" + std::to_string(size) + "\t" + std::to_string(time) + "\n";
+    }
+    return library + ", " + ggml_verify_hash(files);
 }
 
 // What one process found; parts that it decided are removed from `todo`. Returns whether another process may go on.
