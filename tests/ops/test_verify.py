@@ -23,6 +23,7 @@ import pytest
 from llama_script import Logits, Played, PlayError, Setup, assert_same, decode, play, text
 from native_program import compile_backend
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from rpc_workers import rpc_workers
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
@@ -275,6 +276,25 @@ def test_a_cache_that_cannot_be_written(world: World, tmp_path: Path) -> None:
     assert_same(played.logits, world.expected)
     assert "cannot be written" in played.log
     assert "not used" not in played.log
+
+
+@pytest.mark.parametrize("fault", ["KDA_SCAN", "FLASH_ATTN_EXT"])
+def test_a_worker_checks_its_devices(
+    fault: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(world.backend))
+    monkeypatch.setenv("SECOND_SPOILS", fault)
+    monkeypatch.setenv("KIMI_VERIFY_SECONDS", "30")
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path))
+    with rpc_workers(world.engine, tmp_path, 1, "--device", "SECOND0") as (worker,):
+        assert "verify: SECOND0: not used: " in worker.log.read_text()
+        setup = Setup(workers=(worker.endpoint,), n_gpu_layers=99, flash_attention=True)
+        played = world.play(tmp_path, setup)
+    assert_same(played.logits, world.expected)
+    assert "verify: " not in played.log  # of the client
+    in_use = "kda: operators in use" in played.log
+    assert in_use == (fault != "KDA_SCAN")
+    assert ("RPC0, which holds layer 0, does not have KDA_SCAN" in played.log) == (not in_use)
 
 
 @pytest.fixture
