@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import stat
 import sysconfig
 import zipfile
 from pathlib import Path
@@ -90,5 +91,6 @@ def _write_zip(path: Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             entry = zipfile.ZipInfo(name, _DATE)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (0o755 if "/lib/" in name else 0o644) << 16
+            mode = 0o755 if "/lib/" in name else 0o644
+            entry.external_attr = (stat.S_IFREG | mode) << 16  # pip keeps the mode of regular files only
             archive.writestr(entry, content)
