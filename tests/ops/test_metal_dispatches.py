@@ -84,6 +84,17 @@ def kernels_for_a_token(
     return counted[1] - counted[0]
 
 
+# Our fusions: a router is two dispatches, with its matmul, instead of nine; each norm of a residual includes its ADDs.
+FUSED = UPSTREAM - MOE * 7 - 2 * len(SPEC.layers)
+
+
 def test_upstreams_graph(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
     counted = kernels_for_a_token(engine, model, metal_backend, tmp_path, KIMI_OPS="off")
     assert counted.total() == UPSTREAM == 1368
+
+
+def test_fused_nodes(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
+    counted = kernels_for_a_token(engine, model, metal_backend, tmp_path, KIMI_OPS="fuse")
+    assert counted.total() == FUSED == 1132
+    # what KDA_CONV and KDA_SCAN compute with one dispatch each takes 24 more in upstream's graph
+    assert FUSED - KDA * 24 <= 0.51 * UPSTREAM
