@@ -10,6 +10,7 @@ needs, if any, in the line `Needs:`. The folder of a source determines its place
     OP/ggml-*.c, .cpp     ggml/src/kimi/
     OP/cpu/*              ggml/src/ggml-cpu/kimi/
     OP/cuda/*             ggml/src/ggml-cuda/kimi/
+    OP/metal/*.metal      ggml/src/ggml-metal/kernels/
     OP/metal/*            ggml/src/ggml-metal/kimi/
     OP/graph/*            src/kimi/
     OP/program/*          ggml/src/kimi/program/       a program of its own
@@ -17,7 +18,9 @@ needs, if any, in the line `Needs:`. The folder of a source determines its place
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
 
-CMake compiles all sources in these folders, so a new file in a folder needs no further change.
+CMake compiles all sources in these folders, so a new file in a folder needs no further change. Kernels for Metal are an
+exception: ggml-metal finds them in kernels/ only, and lists them (METALLIB_KERNEL_SOURCES in CMakeLists.txt,
+GGML_METAL_LIBS in ggml-metal-device.m).
 """
 
 from __future__ import annotations
@@ -45,6 +48,7 @@ PLACES = {
     "server": "tools/server/kimi",
     "tests": "tests/kimi",
 }
+KERNELS = "ggml/src/ggml-metal/kernels"
 HEADERS = (".h", ".cuh")
 SOURCES = (*HEADERS, ".c", ".cpp", ".cu", ".m", ".metal")
 
@@ -205,7 +209,7 @@ def destination(source: PurePosixPath) -> str | None:
     if folder.parts[:1] == ("llama",):
         return f"src/{name}" if len(folder.parts) == 2 else None
     if len(folder.parts) == 2 and folder.name in PLACES:
-        return f"{PLACES[folder.name]}/{name}"
+        return f"{KERNELS if source.suffix == '.metal' else PLACES[folder.name]}/{name}"
     if len(folder.parts) == 1 and name.startswith("ggml-"):
         return f"ggml/include/{name}" if source.suffix in HEADERS else f"ggml/src/kimi/{name}"
     return None
