@@ -10,13 +10,16 @@ needs, if any, in the line `Needs:`. The folder of a source determines its place
     OP/ggml-*.c, .cpp     ggml/src/kimi/
     OP/cpu/*              ggml/src/ggml-cpu/kimi/
     OP/cuda/*             ggml/src/ggml-cuda/kimi/
+    OP/metal/*.metal      ggml/src/ggml-metal/kernels/
     OP/metal/*            ggml/src/ggml-metal/kimi/
     OP/graph/*            src/kimi/
     OP/server/*           tools/server/kimi/
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
 
-CMake compiles all sources in these folders, so a new file in a folder needs no further change.
+CMake compiles all sources in these folders, so a new file in a folder needs no further change. Kernels for Metal are the
+exception: ggml-metal lists them (METALLIB_KERNEL_SOURCES in CMakeLists.txt, GGML_METAL_LIBS in ggml-metal-device.m), and
+finds them in kernels/ only.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ PLACES = {
     "server": "tools/server/kimi",
     "tests": "tests/kimi",
 }
+KERNELS = "ggml/src/ggml-metal/kernels"
 HEADERS = (".h", ".cuh")
 SOURCES = (*HEADERS, ".c", ".cpp", ".cu", ".m", ".metal")
 
@@ -203,7 +207,7 @@ def destination(source: PurePosixPath) -> str | None:
     if folder.parts[:1] == ("llama",):
         return f"src/{name}" if len(folder.parts) == 2 else None
     if len(folder.parts) == 2 and folder.name in PLACES:
-        return f"{PLACES[folder.name]}/{name}"
+        return f"{KERNELS if source.suffix == '.metal' else PLACES[folder.name]}/{name}"
     if len(folder.parts) == 1 and name.startswith("ggml-"):
         return f"ggml/include/{name}" if source.suffix in HEADERS else f"ggml/src/kimi/{name}"
     return None

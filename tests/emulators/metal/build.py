@@ -133,7 +133,8 @@ def compile_backend(ggml: Path, folder: Path, *, link: Sequence[str], kernels: I
     include = [f"-I{OURS}", f"-I{DEVICE}", f"-I{INCLUDE}"]
     for path in (ggml / "include", ggml / "src", metal):
         include += ["-isystem", str(path)]
-    commands: dict[Path, Sequence[str]] = dict.fromkeys(sorted(OURS.glob("*.cpp")), DEVICE_OPTIONS)
+    ours = [*sorted(OURS.glob("*.cpp")), *sorted((metal / "kimi").glob("*.cpp"))]
+    commands: dict[Path, Sequence[str]] = dict.fromkeys(ours, DEVICE_OPTIONS)
     commands |= {metal / name: HOST_OPTIONS for name in HOST}
     commands |= {plain_c: ("-x", "c", "-O0", "-g1", "-fPIC", "-w")}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -169,7 +170,8 @@ def libraries(objective_c: str) -> list[str]:
 
 
 def _plain_c(objective_c: str) -> str:
-    parts = [f'#include "{name}"' for name in PLAIN_C_HEADERS]
+    ours = re.findall(r'^#(?:import|include) "(kimi/.*)"$', objective_c, re.MULTILINE)
+    parts = [f'#include "{name}"' for name in (*PLAIN_C_HEADERS, *ours)]
     for begin, end in PLAIN_C:
         first, last = objective_c.find(f"\n{begin}"), objective_c.find(f"\n{end}")
         if not 0 <= first < last:
