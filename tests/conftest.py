@@ -9,11 +9,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from metal_program import compile_metal_backend
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, cache_folder, ensure, load
+from kimi_gguf.scripts.cuda_check import patched_ggml
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +81,12 @@ def _own_build(shared: Path, upstream: bool) -> Engine:
     own = load(place)
     assert own is not None
     return own
+
+
+@pytest.fixture(scope="session")
+def metal_backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library with the emulated Metal device MTL0; kernels are compiled when a test first uses them."""
+    return compile_metal_backend(engine, patched_ggml("metal"), tmp_path_factory.mktemp("metal-backend"))
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,20 @@
-"""Programs that dispatch kernels to the emulated Metal device, and the device as a backend of ggml."""
+"""Programs that dispatch kernels to the emulated Metal device, and the device as a backend of ggml.
+
+Models run on the backend with `llama_script.play`: `on_metal` is the setup, `dispatches` lists the kernels that ran.
+"""
 
 from __future__ import annotations
 
+import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import native_program
 from emulators.metal import compile_backend, compile_device
 from emulators.metal.build import DEVICE, DEVICE_OPTIONS, INCLUDE
+from llama_script import Setup
 from native_program import ggml_libraries
 
 from kimi_gguf.engine.builds import Engine
@@ -34,3 +41,40 @@ def compile_metal(name: str, folder: Path) -> Path:
 def compile_metal_backend(engine: Engine, ggml: Path, folder: Path) -> Path:
     """The backend of the tree `ggml` for the libraries of a build."""
     return compile_backend(ggml, folder, link=ggml_libraries(engine))
+
+
+def on_metal(backend: Path, **chosen: Any) -> Setup:
+    """A model with all layers on MTL0, or with those of `n_gpu_layers`; `chosen`: as for `Setup`."""
+    return Setup(**{"backend": str(backend), "n_gpu_layers": 999, "op_offload": False, **chosen})
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """A kernel that ran. kernel: with its function constants. nodes: operators with "+", and the first node's name."""
+
+    kernel: str
+    nodes: str
+    grid: tuple[int, ...]
+    threads: tuple[int, ...]
+    bytes_read: int
+    bytes_written: int
+
+
+_DISPATCH = re.compile(
+    r"dispatch (\S+) of (.*): grid \((.*?)\), threads \((.*?)\), read (\d+), written (\d+)"
+)
+
+
+def dispatches(log: Path) -> list[Dispatch]:
+    """The kernels in the file that KIMI_METAL_LOG named, in their order."""
+    found = [
+        _DISPATCH.fullmatch(line) for line in log.read_text().splitlines() if line.startswith("dispatch")
+    ]
+    return [
+        Dispatch(kernel, nodes, _numbers(grid), _numbers(threads), int(read), int(written))
+        for kernel, nodes, grid, threads, read, written in (each.groups() for each in found if each)
+    ]
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))

@@ -93,6 +93,9 @@ template <class A, class B> using common_t = typename common<A, B>::type;
     }                                                                                                                  \
     template <class T, int N, class S, if_scalar<S> = 0> inline vec<T, N> NAME(const vec<T, N> & a, S b) {             \
         return NAME(a, vec<T, N>(b));                                                                                  \
+    }                                                                                                                  \
+    template <class T, int N, class S, if_scalar<S> = 0> inline vec<T, N> NAME(S a, const vec<T, N> & b) {             \
+        return NAME(vec<T, N>(a), b);                                                                                  \
     }
 
 METAL_EMULATOR_PAIR(max, x < y ? y : x)
