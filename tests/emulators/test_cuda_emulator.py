@@ -6,7 +6,6 @@ Requires no GPU and no CUDA toolkit: kernels are compiled as C++ (tests/emulator
 from __future__ import annotations
 
 import math
-import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,21 +13,12 @@ from pathlib import Path
 import pytest
 from cuda_program import NATIVE, compile_cuda, compile_with_ggml
 from ggml_variant import require_tools
+from planted_faults import Expected, assert_found, run
 
 from kimi_gguf.engine.builds import Engine, upstream_source
 
+SOURCE = NATIVE / "emulator-faults.cu"
 ORDERS = {"forwards": "end", "backwards": "start", "17": "end"}
-
-
-def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
 
 
 @pytest.mark.parametrize("races", [False, True], ids=["plain", "watched"])
@@ -97,19 +87,11 @@ def test_upstreams_kernels_as_they_are(engine: Engine, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_cuda([NATIVE / "emulator-faults.cu"], tmp_path_factory.mktemp("cuda") / "faults")
+    return compile_cuda([SOURCE], tmp_path_factory.mktemp("cuda") / "faults")
 
 
-def line_of(text: str) -> int:
-    """The number of the one line of emulator-faults.cu that starts with the text."""
-    lines = (NATIVE / "emulator-faults.cu").read_text().splitlines()
-    (number,) = [i for i, line in enumerate(lines, 1) if line.strip().startswith(text)]
-    return number
-
-
-# Each planted fault: the kernel, the thread that causes it, its line, and the expected message.
 # The thread or line is None if the fault has none, or is detected at the launch or at its end.
-FAULTS = {
+FAULTS: dict[str, Expected] = {
     "read behind a buffer": (
         "copy",
         31,
@@ -248,17 +230,8 @@ AT_START = ("read before a buffer", "write before a buffer", "before a shared ar
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, faults: Path) -> None:
-    kernel, thread, line, words = FAULTS[fault]
-    ended = run(faults, fault, KIMI_CUDA_PLACEMENT="start" if fault in AT_START else "end")
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    said = ended.stdout
-    assert re.search(words, said), said
-    if kernel is not None:
-        assert said.startswith(f"kernel {kernel}"), said
-    if thread is not None:
-        assert f"block (0,0,0), thread ({thread},0,0): " in said
-    if line is not None:
-        assert f"emulator-faults.cu:{line_of(line)}: " in said
+    placement = "start" if fault in AT_START else "end"
+    assert_found(faults, fault, FAULTS[fault], SOURCE, KIMI_CUDA_PLACEMENT=placement)
 
 
 @pytest.mark.parametrize("fault", [each for each in (*AT_END, *AT_START) if "shared" in each])

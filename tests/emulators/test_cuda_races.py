@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from cuda_program import NATIVE, compile_cuda
-from test_cuda_emulator import ORDERS, run
+from planted_faults import run
+from test_cuda_emulator import ORDERS
 
 SOURCE = NATIVE / "emulator-races.cu"
 

@@ -5,26 +5,16 @@ Requires no Mac: kernels are compiled as C++ (tests/emulators/metal).
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from emulators.metal import RewriteError
 from emulators.metal.rewrite import rewrite
 from metal_program import NATIVE, compile_metal
+from planted_faults import Expected, assert_found, line_of, run
 
-
-def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [program, *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+SOURCE = NATIVE / "emulator-faults.metal"
 
 
 def test_kernels_compute_what_they_say(tmp_path: Path) -> None:
@@ -37,15 +27,8 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_metal("emulator-faults", tmp_path_factory.mktemp("metal"))
 
 
-def line_of(text: str) -> int:
-    """The number of the first line of emulator-faults.metal that starts with the text."""
-    lines = (NATIVE / "emulator-faults.metal").read_text().splitlines()
-    return next(number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
-
-
-# Each planted fault: the kernel, the thread that causes it, its line, and the expected message.
 # The thread or line is None if the fault has none, or is detected before the dispatch.
-FAULTS = {
+FAULTS: dict[str, Expected] = {
     "read behind a buffer": (
         "copy",
         31,
@@ -153,7 +136,7 @@ FAULTS = {
         None,
         None,
         "a race: a (read|write) of threadgroup memory that another simdgroup (wrote|read) at .*emulator-faults.metal:"
-        rf"({line_of('s[i] = float(i);')}|{line_of('y[i] = s[63 - i];')}) without a barrier between",
+        rf"({line_of(SOURCE, 's[i] = float(i);')}|{line_of(SOURCE, 'y[i] = s[63 - i];')}) without a barrier between",
     ),
     "a race of writes": (
         "race_of_writes",
@@ -193,6 +176,30 @@ FAULTS = {
         0,
         "y[int(i) + args.shift]",
         "a write of bytes that kernel copy writes concurrently: no memory barrier between",
+    ),
+    "writes of several threadgroups": (
+        "write_row",
+        0,
+        "y[i % 32] = float(i);",
+        "a write of bytes that another threadgroup of the dispatch writes",
+    ),
+    "equal writes of several threadgroups": (
+        "write_one",
+        0,
+        "y[0] = 1;",
+        "a write of bytes that another threadgroup of the dispatch writes",
+    ),
+    "a read of another threadgroup's bytes": (
+        "read_previous",
+        0,
+        "y[i] = i >= 32 ? y[i - 32] : 1;",
+        "a read of bytes that another threadgroup of the dispatch writes",
+    ),
+    "a write of bytes that others read": (
+        "write_what_others_read",
+        0,
+        "y[i] = y[i + 32];",
+        "a write of bytes that another threadgroup of the dispatch reads",
     ),
     "a read outside of the tensors": (
         "copy of COPY",
@@ -246,17 +253,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_found(fault: str, faults: Path) -> None:
-    kernel, thread, line, words = FAULTS[fault]
-    ended = run(faults, fault)
-    assert ended.returncode == 1, ended.stdout + ended.stderr
-    said = ended.stdout
-    assert re.search(words, said), said
-    if kernel is not None:
-        assert said.startswith(f"kernel {kernel}"), said
-    if thread is not None:
-        assert f"thread ({thread},0,0): " in said
-    if line is not None:
-        assert f"emulator-faults.metal:{line_of(line)}: " in said
+    assert_found(faults, fault, FAULTS[fault], SOURCE)
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards", "17"])

@@ -39,13 +39,8 @@ COMPARED = {
 }
 
 
-@pytest.fixture(scope="module")
-def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_metal_backend(engine, patched_ggml("metal"), tmp_path_factory.mktemp("metal-backend"))
-
-
-def told(backend: Path, **more: str) -> dict[str, str]:
-    """The environment; the comparison of all variants of vector kernels would take several minutes."""
+def environment(backend: Path, **more: str) -> dict[str, str]:
+    """Of test-backend-ops; without the comparison of all variants of vector kernels, which takes minutes."""
     return {
         "GGML_BACKEND_PATH": str(backend),
         "GGML_NO_BACKTRACE": "1",
@@ -56,9 +51,10 @@ def told(backend: Path, **more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
 @pytest.mark.parametrize("operator", COMPARED)
-def test_upstreams_operators(operator: str, order: str, backend: Path, engine: Engine) -> None:
+def test_upstreams_operators(operator: str, order: str, metal_backend: Path, engine: Engine) -> None:
     cases, count = COMPARED[operator]
-    found = passed_cases(engine, DEVICE, operator, "-p", cases, **told(backend, KIMI_METAL_ORDER=order))
+    chosen = environment(metal_backend, KIMI_METAL_ORDER=order)
+    found = passed_cases(engine, DEVICE, operator, "-p", cases, **chosen)
     assert found >= count
 
 
@@ -73,7 +69,7 @@ def test_a_missing_barrier_of_the_host_is_found(engine: Engine, tmp_path: Path) 
     case = r"hsk=64,hsv=64,nh=4,nr23=\[1,1\],kv=512,nb=1,mask=1,sinks=0,max_bias=0.0+,.*type_K=f16"
     ended = subprocess.run(
         [engine.bin / "test-backend-ops", "test", "-b", DEVICE, "-o", "FLASH_ATTN_EXT", "-p", case],
-        env=os.environ | told(backend),
+        env=os.environ | environment(backend),
         capture_output=True,
         text=True,
         check=False,

@@ -13,7 +13,7 @@ from typing import Any
 
 import native_program
 from emulators.metal import compile_backend, compile_device
-from emulators.metal.build import DEVICE, DEVICE_OPTIONS, INCLUDE
+from emulators.metal.build import DEVICE, DEVICE_OPTIONS, HEADERS
 from llama_script import Setup
 from native_program import ggml_libraries
 
@@ -30,7 +30,7 @@ def compile_metal(name: str, folder: Path) -> Path:
         find_compilers("cpu")["C++"].path,
         *DEVICE_OPTIONS,
         f"-I{DEVICE}",
-        f"-I{INCLUDE}",
+        *HEADERS,
         f"-I{NATIVE}",
     ]
     command += [str(NATIVE / f"{name}.cpp"), str(device), f"-Wl,-rpath,{device.parent}"]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from emulators.common import INCLUDE as COMMON
 from emulators.cuda.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
@@ -57,7 +58,9 @@ def compile_objects(
     """
     command = [_compiler(compiler), *OPTIONS, *WARNINGS]
     command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
-    command += ["-isystem", str(INCLUDE), "-isystem", str(STUBS), "-include", "cuda_runtime.h"]
+    for path in (INCLUDE, COMMON, STUBS):
+        command += ["-isystem", str(path)]
+    command += ["-include", "cuda_runtime.h"]
     command += [f"-I{path}" for path in include]
     for path in system:
         command += ["-isystem", str(path)]

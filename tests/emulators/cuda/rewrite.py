@@ -17,8 +17,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from emulators.common.tokens import Token, after_blank, closing, joined, line_ends, split, stripped, tokens
 from emulators.cuda.ptx import translate
-from emulators.cuda.tokens import Token, after_blank, closing, joined, line_ends, split, stripped, tokens
 
 # The functions that nvcc's -use_fast_math uses instead.
 _FAST = {

@@ -15,10 +15,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from emulators.common import INCLUDE as COMMON
 from emulators.metal.rewrite import rewrite
 
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
+HEADERS = (f"-I{INCLUDE}", f"-I{COMMON}")
 STUBS = HERE / "stubs"
 DEVICE = HERE / "device"
 OURS = HERE / "host"
@@ -63,7 +65,7 @@ KERNEL_OPTIONS = (
     "-fno-threadsafe-statics",
     "-fno-exceptions",
     "-march=native",
-    "-w",
+    "-Werror=vla",
     "-fsanitize=thread",  # calls the device at each memory access: device/memory.cpp
     "--param=tsan-instrument-func-entry-exit=0",
     f"-fsanitize={','.join(CHECKS)}",
@@ -85,7 +87,14 @@ OVERRUN = ("fa_vec_",)
 # Those in which a lane overwrites what the others of its simdgroup read, without a barrier: correct only because lanes
 # run in step.
 IN_STEP = ("fa_vec_",)
-FLAGS = {"outside": READ_OUTSIDE, "overrun": OVERRUN, "in-step": IN_STEP}
+# Those that rely on a barrier without mem_threadgroup between reads and later writes of threadgroup memory.
+BARRIER_ORDERS = ("softmax",)
+FLAGS = {
+    "outside": READ_OUTSIDE,
+    "overrun": OVERRUN,
+    "in-step": IN_STEP,
+    "barrier-orders": BARRIER_ORDERS,
+}
 DEVICE_OPTIONS = (
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-Wextra", "-Werror"),
     *("-flto", "-fno-semantic-interposition"),  # the check of each access is called from every kernel
@@ -106,7 +115,7 @@ def compile_device(folder: Path, kernels: Iterable[Path], *, include: Sequence[P
     """
     folder = folder.resolve()
     (folder / "kernels").mkdir(parents=True, exist_ok=True)
-    own = [f"-I{INCLUDE}", f'-DMETAL_EMULATOR_KERNELS="{folder}/kernels"']
+    own = [*HEADERS, f'-DMETAL_EMULATOR_KERNELS="{folder}/kernels"']
     sources = sorted(DEVICE.glob("*.cpp"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         listed = pool.map(lambda source: _rewrite(source, folder / "kernels", include), kernels)
@@ -130,7 +139,7 @@ def compile_backend(ggml: Path, folder: Path, *, link: Sequence[str], kernels: I
     folder = device.parent
     plain_c = folder / "plain.c"
     plain_c.write_text(_plain_c(objective_c), encoding="utf-8")
-    include = [f"-I{OURS}", f"-I{DEVICE}", f"-I{INCLUDE}"]
+    include = [f"-I{OURS}", f"-I{DEVICE}", *HEADERS]
     for path in (ggml / "include", ggml / "src", metal):
         include += ["-isystem", str(path)]
     ours = [*sorted(OURS.glob("*.cpp")), *sorted((metal / "kimi").glob("*.cpp"))]
@@ -184,11 +193,16 @@ def _plain_c(objective_c: str) -> str:
     return "\n".join(parts)
 
 
-def _rewrite(source: Path, folder: Path, include: Sequence[Path]) -> str:
-    """Write the C++ of a .metal file; return the lines of its kernels for the list."""
+def preprocess(source: Path, include: Sequence[Path]) -> str:
+    """A .metal file after the preprocessor. Raises `CompileError`."""
     options = ["-std=c++17", "-E", "-x", "c++", "-nostdinc", "-w", f"-I{STUBS}", f"-I{source.parent}"]
     options += [f"-I{each}" for each in include]
-    text, kernels = rewrite(_run([_compiler(), *options, *LANGUAGE, str(source)]), str(source))
+    return _run([_compiler(), *options, *LANGUAGE, str(source)])
+
+
+def _rewrite(source: Path, folder: Path, include: Sequence[Path]) -> str:
+    """Write the C++ of a .metal file; return the lines of its kernels for the list."""
+    text, kernels = rewrite(preprocess(source, include), str(source))
     target = folder / f"{source.stem}.metal.cpp"
     target.write_text(f'#include "metal_emulator/kernel_file.h"\n{text}', encoding="utf-8")
     unchecked = ",".join(UNCHECKED.get(source.stem, ()))
@@ -205,7 +219,7 @@ def _compile(source: Path, options: Sequence[str], folder: Path) -> Path:
 
 def _write_script(script: Path, library: Path) -> None:
     """`compile NAME [CHECKS]`: NAME.cpp to NAME.so, without these checks; the compiler's output in NAME.log."""
-    options = shlex.join([f"-I{INCLUDE}", *KERNEL_OPTIONS])
+    options = shlex.join([*HEADERS, *KERNEL_OPTIONS])
     script.write_text(
         f"""#!/bin/sh
 cd "$(dirname "$0")" || exit 1

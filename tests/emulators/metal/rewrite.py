@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from emulators.cuda.tokens import Token, after_blank, closing, joined, line_ends, split, tokens
+from emulators.common.tokens import Token, after_blank, closing, joined, line_ends, split, tokens
 
 # Attributes of parameters that are positions: the names of structs in include/metal_emulator/kernel.h.
 _POSITIONS = (

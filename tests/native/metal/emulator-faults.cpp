@@ -41,6 +41,11 @@ void shifted(const char * kernel, int shift, size_t memory = 0) {
     commands.dispatch(ONE, LANES).run();
 }
 
+void several(const char * kernel) {
+    const Values<float> y(1024);
+    Commands().kernel(kernel).with(y).dispatch({ 4, 1, 1 }, LANES).run();
+}
+
 // Two copies: the second one reads or writes what the first one writes or reads.
 void two_copies(bool x_to_y_to_z, bool same_target, bool concurrent, bool barrier) {
     const Values<float> x = counted(1024), y(1024), z(1024);
@@ -83,7 +88,7 @@ void scale(const std::vector<ConstantValue> & constants) {
 void order_of_lanes() {
     std::vector<float> results[2];
     for (int i = 0; i < 2; i++) {
-        options.order = i ? Order::backwards : Order::forwards;
+        ordering.order = i ? Order::backwards : Order::forwards;
         const Values<float> y(32);
         Commands().kernel("order_of_lanes").with(y).dispatch(ONE, LANES).run();
         results[i] = y.values();
@@ -104,6 +109,7 @@ const std::map<std::string, std::function<void()>> FAULTS = {
           two_copies(true, false, false, false);
           two_copies(false, false, true, true);
           two_copies(false, true, true, true);
+          several("count_atomically");
           scale({ { 7, ConstantType::int16, 3 } });
       } },
     { "read behind a buffer", [] { copy("copy", 1); } },
@@ -146,6 +152,10 @@ const std::map<std::string, std::function<void()>> FAULTS = {
     { "no barrier before a read", [] { two_copies(true, false, true, false); } },
     { "no barrier before a write", [] { two_copies(false, false, true, false); } },
     { "no barrier between writes", [] { two_copies(false, true, true, false); } },
+    { "writes of several threadgroups", [] { several("write_row"); } },
+    { "equal writes of several threadgroups", [] { several("write_one"); } },
+    { "a read of another threadgroup's bytes", [] { several("read_previous"); } },
+    { "a write of bytes that others read", [] { several("write_what_others_read"); } },
     { "a read outside of the tensors", [] { outside_of_tensors(false); } },
     { "a write outside of the tensors", [] { outside_of_tensors(true); } },
     { "too many threads", [] { one("early_return", { 1025, 1, 1 }); } },

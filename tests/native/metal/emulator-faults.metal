@@ -178,3 +178,25 @@ constant short FC_factor [[function_constant(7)]];
 kernel void scale(device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
     y[i] = x[i] * FC_factor;
 }
+
+kernel void write_row(device float * y, uint i [[thread_position_in_grid]]) {
+    y[i % 32] = float(i);
+}
+
+kernel void write_one(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    if (i == 0) {
+        y[0] = 1;
+    }
+}
+
+kernel void read_previous(device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = i >= 32 ? y[i - 32] : 1;
+}
+
+kernel void write_what_others_read(device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = y[i + 32];
+}
+
+kernel void count_atomically(device atomic_uint * y, uint i [[thread_position_in_grid]]) {
+    atomic_fetch_add_explicit(&y[i % 32], 1u, memory_order_relaxed);
+}

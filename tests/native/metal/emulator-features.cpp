@@ -169,9 +169,9 @@ void atomics() {
 }  // namespace
 
 int main() {
-    const Options orders[] = { { Order::forwards, 1 }, { Order::backwards, 1 }, { Order::shuffled, 17 } };
-    for (const Options & order : orders) {
-        options = order;
+    const emulator::Ordering orders[] = { { Order::forwards, 1 }, { Order::backwards, 1 }, { Order::shuffled, 17 } };
+    for (const emulator::Ordering & order : orders) {
+        ordering = order;
         positions();
         lanes();
         product<float>("product_f32", [](float x) { return x; });

@@ -10,21 +10,6 @@ namespace {
 
 std::atomic<uint32_t> last_epoch{ 0 }, last_dispatch{ 0 };
 
-Options options_from_environment() {
-    Options      result;
-    const char * order = getenv("KIMI_METAL_ORDER");
-    if (order && *order >= '0' && *order <= '9') {
-        result.order = Order::shuffled;
-        result.seed  = uint32_t(strtoul(order, nullptr, 10));
-    } else if (order && strcmp(order, "backwards") == 0) {
-        result.order = Order::backwards;
-    } else if (order && strcmp(order, "forwards") != 0) {
-        fprintf(stderr, "KIMI_METAL_ORDER is '%s'; known: forwards, backwards, a number (a shuffled order)\n", order);
-        exit(1);
-    }
-    return result;
-}
-
 // KIMI_METAL_LOG: a file to which a line is appended for each dispatch.
 FILE * open_log() {
     const char * path = getenv("KIMI_METAL_LOG");
@@ -41,22 +26,8 @@ void log(const char * text) {
 
 }  // namespace
 
-Options options = options_from_environment();
-
-std::string format(const char * text, ...) {
-    va_list arguments, again;
-    va_start(arguments, text);
-    va_copy(again, arguments);
-    std::string result(size_t(vsnprintf(nullptr, 0, text, arguments)), '\0');
-    vsnprintf(&result[0], result.size() + 1, text, again);
-    va_end(arguments);
-    va_end(again);
-    return result;
-}
-
-std::string text_of(Place place) {
-    return place.file ? std::string(place.file) + ":" + std::to_string(place.line) : "?";
-}
+emulator::Ordering ordering = emulator::ordering_from_environment("KIMI_METAL_ORDER");
+const bool         dry_run  = getenv("KIMI_METAL_DRY") != nullptr;
 
 std::string Dispatch::name() const {
     return "kernel " + pipeline->name + (label.empty() ? "" : " of " + label);

@@ -3,13 +3,10 @@
 // The emulated device: memory, threadgroups, kernels, commands. There is one device for the process; commands run in the
 // thread that commits them, one at a time.
 
+#include "emulator/order.h"
 #include "metal_emulator/runtime.h"
 
-#include <cstdarg>
-#include <cstdint>
-#include <cstring>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -23,24 +20,16 @@ constexpr size_t    MAX_ARGUMENT_BYTES     = 4 * 1024;  // of set_bytes
 constexpr ptrdiff_t OVERRUN                = 512;
 constexpr unsigned  SIMDGROUP              = 32;
 
-class Fault : public std::runtime_error {
-  public:
-    using std::runtime_error::runtime_error;
-};
+using emulator::Fault;
+using emulator::format;
+using emulator::Order;
+using emulator::text_of;
 
-[[gnu::format(printf, 1, 2)]] std::string format(const char * text, ...);
-std::string                               text_of(Place place);
+// From KIMI_METAL_ORDER.
+extern emulator::Ordering ordering;
 
-// The order in which ready threads, simdgroups and threadgroups run. A correct kernel has the same result in each.
-enum class Order { forwards, backwards, shuffled };
-
-struct Options {
-    Order    order = Order::forwards;
-    uint32_t seed  = 1;  // of Order::shuffled
-};
-
-// KIMI_METAL_ORDER: forwards, backwards or a number, the seed of a shuffled order.
-extern Options options;
+// KIMI_METAL_DRY: dispatches are logged, kernels are neither compiled nor run.
+extern const bool dry_run;
 
 //
 // memory.cpp
@@ -88,11 +77,13 @@ class KernelObject;
 // A kernel with the values of its function constants.
 struct Pipeline {
     std::string    name;
-    const Kernel * kernel;
-    KernelObject * object;
-    bool           reads_outside = false;  // of tensors, and does not use what it reads
-    bool           overruns      = false;  // threadgroup memory by up to OVERRUN bytes
-    bool           in_step       = false;  // needs lanes that run in step
+    const Kernel * kernel         = nullptr;  // in a dry run
+    KernelObject * object         = nullptr;
+    bool           reads_outside  = false;  // of tensors, and does not use what it reads
+    bool           overruns       = false;  // threadgroup memory by up to OVERRUN bytes
+    bool           in_step        = false;  // needs lanes that run in step
+    bool           rewrites       = false;  // threadgroups write equal values to the same bytes
+    bool           barrier_orders = false;  // threadgroup memory also with mem_none
 
     struct Value {
         void *  at;

@@ -105,17 +105,22 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     if (found == entries.end()) {
         throw Fault("there is no kernel '" + kernel + "' for the pipeline '" + name + "'");
     }
+    auto pipeline  = std::make_unique<Pipeline>();
+    pipeline->name = name;
+    if (dry_run) {
+        return pipeline;
+    }
     Entry & entry = found->second;
     if (!entry.object) {
         entry.object = std::make_unique<KernelObject>(compile(kernel, entry));
     }
-    auto pipeline           = std::make_unique<Pipeline>();
-    pipeline->name          = name;
-    pipeline->object        = entry.object.get();
-    pipeline->kernel        = pipeline->object->kernel;
-    pipeline->reads_outside = entry.flags.find("outside") != std::string::npos;
-    pipeline->overruns      = entry.flags.find("overrun") != std::string::npos;
-    pipeline->in_step       = entry.flags.find("in-step") != std::string::npos;
+    pipeline->object         = entry.object.get();
+    pipeline->kernel         = pipeline->object->kernel;
+    pipeline->reads_outside  = entry.flags.find("outside") != std::string::npos;
+    pipeline->overruns       = entry.flags.find("overrun") != std::string::npos;
+    pipeline->in_step        = entry.flags.find("in-step") != std::string::npos;
+    pipeline->barrier_orders = entry.flags.find("barrier-orders") != std::string::npos;
+    pipeline->rewrites       = entry.flags.find("rewrites") != std::string::npos;
     for (const FunctionConstant * each = *pipeline->kernel->constants; each; each = each->next) {
         for (const ConstantValue & given : constants) {
             if (given.index == each->index) {

@@ -2,7 +2,7 @@
 // sanitizer (no sanitizer runtime is linked); the functions at the end of this file check it:
 //
 // - device memory: the dispatch's buffers or, if the host names them, the tensors of the node; and whether another
-//   dispatch between the same two barriers has accessed the same bytes, one of them writing;
+//   threadgroup, or another dispatch between the same two barriers, has accessed the same bytes, one of them writing;
 // - threadgroup memory: its size, bytes that nobody has written, and races of simdgroups between two barriers;
 // - constant memory: its size; it is read-only.
 
@@ -15,12 +15,23 @@
 
 namespace metal_emulator {
 
-// The accesses of one epoch to 64 bytes of a buffer, one bit for each byte.
+// One bit for each byte of a line.
+struct Accesses {
+    uint64_t read, written;
+
+    void add(const Accesses & others) {
+        read |= others.read;
+        written |= others.written;
+    }
+};
+
+// The accesses of one epoch to 64 bytes of a buffer.
 struct Line {
-    uint32_t epoch, dispatch;
-    uint64_t read, written;                // by `dispatch`
-    uint64_t read_before, written_before;  // by others of the epoch
-    uint32_t reader, writer;               // the last of the others
+    uint32_t epoch, dispatch, threadgroup;
+    uint32_t reader, writer;      // the last of the other dispatches
+    Accesses here;                // by `threadgroup` of `dispatch`
+    Accesses other_threadgroups;  // of `dispatch`
+    Accesses other_dispatches;
 };
 
 namespace {
@@ -90,14 +101,13 @@ struct Constants {
     size_t       bytes;
 };
 
-// A write of bytes that another simdgroup has written: a race unless the values are the same, which the next event
-// shows.
+// A write of bytes that others have written: a race unless the values are the same, which the next event shows.
 struct Rewrite {
     const char * address = nullptr;  // nullptr: none
     size_t       bytes;
     char         before[16];
     const void * code;
-    const void * other;
+    const void * other;  // nullptr: another threadgroup, in device memory
 };
 
 Rewrite                         rewrite;
@@ -105,7 +115,8 @@ Dispatch *                      current = nullptr;
 std::vector<DeviceBuffer *>     buffers;  // of the current dispatch
 std::vector<Constants>          constants;
 size_t                          last_buffer, last_read_range, last_write_range;
-std::map<uint32_t, std::string> names;  // of the epoch's dispatches
+uint32_t                        threadgroup;  // its number in the dispatch, from 1
+std::map<uint32_t, std::string> names;        // of the epoch's dispatches
 uint32_t                        names_epoch = 0;
 
 std::string what(bool write) {
@@ -117,7 +128,27 @@ std::string what(bool write) {
     fail((place.empty() ? "" : place + ": ") + text);
 }
 
-void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool write, const void * code) {
+std::string race_text(bool write, const char * other, const void * other_code) {
+    return "a race: " + what(write) + " of threadgroup memory that another simdgroup " + other + " at " +
+           place_of(other_code) + " without a barrier between";
+}
+
+std::string race_with_threadgroup(const char * other) {
+    return std::string(" of bytes that another threadgroup of the dispatch ") + other;
+}
+
+void expect_same(const char * address, size_t bytes, const void * code, const void * other) {
+    rewrite = { address, bytes, {}, code, other };
+    memcpy(rewrite.before, address, bytes);
+}
+
+// What others did with these bytes, if it excludes this access.
+const char * conflict_of(const Accesses & others, uint64_t bytes, bool write) {
+    return others.written & bytes ? "writes" : write && (others.read & bytes) ? "reads" : nullptr;
+}
+
+// atomic: no race with other threadgroups.
+void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool write, bool atomic, const void * code) {
     std::vector<Range> & ranges = current->ranges;
     if (!ranges.empty()) {
         size_t & last = write ? last_write_range : last_read_range;
@@ -150,21 +181,34 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
         const uint64_t mask  = (count == 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1) << at % 64;
         Line &         line  = buffer.lines[at / 64];
         if (line.epoch != current->epoch) {
-            line = { current->epoch, current->number, 0, 0, 0, 0, 0, 0 };
+            line          = {};
+            line.epoch    = current->epoch;
+            line.dispatch = current->number;
         } else if (line.dispatch != current->number) {
-            line.reader = line.read ? line.dispatch : line.reader;
-            line.writer = line.written ? line.dispatch : line.writer;
-            line.read_before |= line.read;
-            line.written_before |= line.written;
-            line.read = line.written = 0;
-            line.dispatch            = current->number;
+            line.here.add(line.other_threadgroups);
+            line.reader = line.here.read ? line.dispatch : line.reader;
+            line.writer = line.here.written ? line.dispatch : line.writer;
+            line.other_dispatches.add(line.here);
+            line.here = line.other_threadgroups = {};
+            line.dispatch                       = current->number;
+        } else if (line.threadgroup != threadgroup) {
+            line.other_threadgroups.add(line.here);
+            line.here = {};
         }
-        const bool after_write = mask & line.written_before, after_read = write && (mask & line.read_before);
-        if (after_write || after_read) {
-            fail_at(code, what(write) + " of bytes that " + names[after_write ? line.writer : line.reader] +
-                              (after_write ? " writes" : " reads") + " concurrently: no memory barrier between");
+        line.threadgroup = threadgroup;
+        if (const char * conflict = conflict_of(line.other_dispatches, mask, write)) {
+            const uint32_t other = strcmp(conflict, "writes") == 0 ? line.writer : line.reader;
+            fail_at(code, what(write) + " of bytes that " + names[other] + " " + conflict +
+                              " concurrently: no memory barrier between");
         }
-        (write ? line.written : line.read) |= mask;
+        if (const char * conflict = atomic ? nullptr : conflict_of(line.other_threadgroups, mask, write)) {
+            if (write && current->pipeline->rewrites && bytes <= sizeof(rewrite.before)) {
+                expect_same(address, bytes, code, nullptr);
+            } else {
+                fail_at(code, what(write) + race_with_threadgroup(conflict));
+            }
+        }
+        (write ? line.here.written : line.here.read) |= mask;
         at += count;
     }
 }
@@ -202,18 +246,14 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
             }
         } else if (cell.written_time == group.time && cell.writer != self && apart) {
             if (write && bytes <= sizeof(rewrite.before)) {
-                rewrite = { address, bytes, {}, code, cell.written_at };
-                memcpy(rewrite.before, address, bytes);
+                expect_same(address, bytes, code, cell.written_at);
             } else {
-                fail_at(code, "a race: " + what(write) + " of threadgroup memory that another simdgroup wrote at " +
-                                  place_of(cell.written_at) +
-                                  " without a barrier between: " + array.where(address + i));
+                fail_at(code, race_text(write, "wrote", cell.written_at) + ": " + array.where(address + i));
             }
         }
         if (write) {
             if (cell.read_time == group.time && cell.reader != self && apart) {
-                fail_at(code, "a race: a write of threadgroup memory that another simdgroup read at " +
-                                  place_of(cell.read_at) + " without a barrier between: " + array.where(address + i));
+                fail_at(code, race_text(write, "read", cell.read_at) + ": " + array.where(address + i));
             }
             cell.written_time = group.time;
             cell.writer       = self;
@@ -249,7 +289,7 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
         if (address + bytes > buffer.begin + buffer.bytes) {
             fail_at(code, what(write) + format(" behind the end of a buffer of %zu bytes", buffer.bytes));
         }
-        see_device(buffer, address, bytes, write, code);
+        see_device(buffer, address, bytes, write, atomic, code);
         return;
     }
     for (const Constants & each : constants) {
@@ -308,8 +348,8 @@ void check_rewrite() {
         const Rewrite last = rewrite;
         rewrite            = Rewrite();
         if (memcmp(last.before, last.address, last.bytes) != 0) {
-            fail_at(last.code, "a race: a write of threadgroup memory that another simdgroup wrote at " +
-                                   place_of(last.other) + " without a barrier between");
+            fail_at(last.code, last.other ? race_text(true, "wrote", last.other)
+                                          : what(true) + race_with_threadgroup("writes") + " with another value");
         }
     }
 }
@@ -323,7 +363,7 @@ void begin_dispatch(Dispatch & dispatch) {
     current                = &dispatch;
     buffers.clear();
     constants.clear();
-    last_buffer = last_read_range = last_write_range = 0;
+    last_buffer = last_read_range = last_write_range = threadgroup = 0;
     for (Argument & argument : dispatch.arguments) {
         if (!argument.bytes.empty()) {
             constants.push_back({ argument.bytes.data(), argument.bytes.size() });
@@ -339,6 +379,7 @@ void end_dispatch() {
 
 void begin_threadgroup() {
     rewrite = Rewrite();
+    threadgroup++;
     group.arrays.clear();
     group.used = group.total = group.last = 0;
     group.begin                           = ++group.time;
@@ -377,9 +418,7 @@ void * threadgroup_array(const void * key, size_t bytes, size_t, const char * na
 }
 
 void see_atomic(const void * address, size_t bytes) {
-    if (group.contains(static_cast<const char *>(address))) {
-        see(address, bytes, true, true, __builtin_return_address(0));
-    }
+    see(address, bytes, true, true, __builtin_return_address(0));
 }
 
 }  // namespace metal_emulator

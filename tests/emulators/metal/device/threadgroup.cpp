@@ -1,13 +1,13 @@
 // One threadgroup: its threads as fibers, its simdgroups and barriers, and its scheduler.
 //
 // A thread runs until it waits: at a barrier, or for the other lanes of its simdgroup. The last one to arrive releases
-// the others. Options::order selects the next thread; the same simdgroup continues while one of its lanes can run.
+// the others. KIMI_METAL_ORDER selects the next thread; the same simdgroup continues while one of its lanes can run.
 // Threadgroups run one after another. An error of a thread returns to the host's stack, where `run` throws it.
 
 #include "emulator.h"
-#include "fiber.h"
+#include "emulator/signals.h"
+#include "stacks.h"
 
-#include <signal.h>
 #include <ucontext.h>
 
 #include <mutex>
@@ -44,6 +44,7 @@ struct Threadgroup {
     Thread *               current = nullptr;  // nullptr: the host runs
     unsigned               ended = 0, arrived = 0;
     bool                   orders_memory      = false;
+    bool                   barrier_orders     = false;    // of the kernel
     Thread *               first              = nullptr;  // at the barrier
     void *                 host_stack_pointer = nullptr;
     void *                 abandoned          = nullptr;  // receives a failed thread's stack pointer
@@ -56,42 +57,21 @@ struct Threadgroup {
 
 Threadgroup group;
 
-bool same(Place a, Place b) {
-    return a.line == b.line && (a.file == b.file || strcmp(a.file, b.file) == 0);
-}
-
 std::string name_of(const Thread & thread) {
     const Size & at = thread.position.thread_position_in_threadgroup;
     return format("thread (%u,%u,%u)", at.x, at.y, at.z);
 }
 
-uint32_t next_random() {
-    group.random ^= group.random << 13;
-    group.random ^= group.random >> 17;
-    group.random ^= group.random << 5;
-    return group.random;
-}
-
 // The next set bit in the order.
 unsigned pick(uint32_t set) {
-    switch (options.order) {
-    case Order::forwards:
-        return unsigned(__builtin_ctz(set));
-    case Order::backwards:
-        return 31 - unsigned(__builtin_clz(set));
-    default:
-        for (unsigned skip = next_random() % unsigned(__builtin_popcount(set)); skip > 0; skip--) {
-            set &= set - 1;
-        }
-        return unsigned(__builtin_ctz(set));
-    }
+    return ordering.pick(set, group.random);
 }
 
 Simdgroup * next_simdgroup() {
     if (Simdgroup * simdgroup = group.current ? group.current->simdgroup : nullptr; simdgroup && !simdgroup->ready) {
         std::swap(simdgroup->ready, simdgroup->in_step);
     }
-    if (options.order != Order::shuffled && group.current && group.current->simdgroup->ready) {
+    if (ordering.order != Order::shuffled && group.current && group.current->simdgroup->ready) {
         return group.current->simdgroup;
     }
     uint32_t ready = 0;
@@ -111,7 +91,7 @@ Simdgroup * next_simdgroup() {
             uint32_t       here  = 0;
             for (unsigned lane = 0; lane < SIMDGROUP; lane++) {
                 const bool alive = simdgroup.alive >> lane & 1;
-                here |= uint32_t(alive && same(simdgroup.threads[lane].waits_at, first.waits_at)) << lane;
+                here |= uint32_t(alive && simdgroup.threads[lane].waits_at == first.waits_at) << lane;
             }
             printed |= here;
             text += format("\n  simdgroup %u, lanes 0x%08x (the first is %s) wait at %s, %s", simdgroup.number, here,
@@ -131,7 +111,7 @@ void go_on() {
     Thread & to   = simdgroup->threads[pick(simdgroup->ready)];
     if (&from != &to) {
         group.current = &to;
-        metal_emulator_switch(&from.stack_pointer, to.stack_pointer);
+        emulator_switch(&from.stack_pointer, to.stack_pointer);
     }
 }
 
@@ -158,7 +138,7 @@ void complete(Simdgroup & simdgroup) {
         complete(simdgroup);
     }
     if (++group.ended == group.threads.size()) {
-        metal_emulator_switch(&group.abandoned, group.host_stack_pointer);
+        emulator_switch(&group.abandoned, group.host_stack_pointer);
     }
     go_on();
     __builtin_unreachable();
@@ -177,6 +157,7 @@ void run_threadgroup(const Dispatch & dispatch, Size at) {
     group.ended = group.arrived = 0;
     group.failed                = false;
     group.run_thread            = dispatch.pipeline->kernel->run_thread;
+    group.barrier_orders        = dispatch.pipeline->barrier_orders;
     for (unsigned i = 0; i < group.simdgroups.size(); i++) {
         const unsigned living    = std::min(count - lanes * i, lanes);
         Simdgroup &    simdgroup = group.simdgroups[i] = Simdgroup();
@@ -198,11 +179,11 @@ void run_threadgroup(const Dispatch & dispatch, Size at) {
     group.current         = nullptr;
     Simdgroup & simdgroup = *next_simdgroup();
     group.current         = &simdgroup.threads[pick(simdgroup.ready)];
-    metal_emulator_switch(&group.host_stack_pointer, group.current->stack_pointer);
+    emulator_switch(&group.host_stack_pointer, group.current->stack_pointer);
 }
 
 void check(const Dispatch & dispatch) {
-    const Kernel & kernel = *dispatch.pipeline->kernel;
+    const Kernel * kernel = dispatch.pipeline->kernel;
     const Size &   grid = dispatch.grid, &threads = dispatch.threads;
     if (threads.count() == 0 || threads.count() > MAX_THREADS) {
         throw Fault(format("a threadgroup is (%u,%u,%u); it must have 1 to %u threads", threads.x, threads.y, threads.z,
@@ -222,7 +203,7 @@ void check(const Dispatch & dispatch) {
         throw Fault(format("%zu bytes of threadgroup memory; the limit is %zu", total, MAX_THREADGROUP_MEMORY));
     }
     for (unsigned i = 0; i < MAX_BUFFER_ARGUMENTS; i++) {
-        if ((kernel.buffers >> i & 1) && (i >= dispatch.arguments.size() || !dispatch.arguments[i].given)) {
+        if (kernel && (kernel->buffers >> i & 1) && (i >= dispatch.arguments.size() || !dispatch.arguments[i].given)) {
             throw Fault(format("the buffer argument %u is not set", i));
         }
     }
@@ -262,36 +243,8 @@ void on_signal(int signal, siginfo_t * info, [[maybe_unused]] void * context) {
                     : group.stacks.contains(info->si_addr) ? "local variables exceed the emulator's stack"
                                                            : format("an access of the address %p", info->si_addr);
     group.failed  = true;
-    metal_emulator_switch(&group.abandoned, group.host_stack_pointer);
+    emulator_switch(&group.abandoned, group.host_stack_pointer);
 }
-
-// During its lifetime, signals of kernels are ours.
-class Signals {
-  public:
-    Signals() {
-        static char stack[64 * 1024];
-        stack_t     other = {};
-        other.ss_sp       = stack;
-        other.ss_size     = sizeof(stack);
-        sigaltstack(&other, nullptr);
-        struct sigaction action = {};
-        action.sa_sigaction     = on_signal;
-        action.sa_flags         = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-        for (int i = 0; i < 3; i++) {
-            sigaction(SIGNALS[i], &action, &before[i]);
-        }
-    }
-
-    ~Signals() {
-        for (int i = 0; i < 3; i++) {
-            sigaction(SIGNALS[i], &before[i], nullptr);
-        }
-    }
-
-  private:
-    static constexpr int SIGNALS[3] = { SIGSEGV, SIGBUS, SIGFPE };
-    struct sigaction     before[3];
-};
 
 }  // namespace
 
@@ -301,7 +254,7 @@ void fail(const std::string & text) {
     }
     group.message = text;
     group.failed  = true;
-    metal_emulator_switch(&group.abandoned, group.host_stack_pointer);
+    emulator_switch(&group.abandoned, group.host_stack_pointer);
     __builtin_unreachable();
 }
 
@@ -344,8 +297,8 @@ void wait_for_threadgroup(bool orders_memory, Place place) {
     self.waits_at  = place;
     if (group.arrived == 0) {
         group.first         = &self;
-        group.orders_memory = orders_memory;
-    } else if (!same(group.first->waits_at, place)) {
+        group.orders_memory = orders_memory || group.barrier_orders;
+    } else if (group.first->waits_at != place) {
         fail(text_of(place) + ": divergent barrier: " + name_of(self) + " waits here while " + name_of(*group.first) +
              " waits at " + text_of(group.first->waits_at));
     }
@@ -381,7 +334,7 @@ void meet_simdgroup(void * mine, Complete completed, const char * what, Place pl
     if (simdgroup.arrived == 0) {
         simdgroup.complete = completed;
         simdgroup.place    = place;
-    } else if (!same(simdgroup.place, place) || simdgroup.complete != completed) {
+    } else if (simdgroup.place != place || simdgroup.complete != completed) {
         const Thread & other = simdgroup.threads[__builtin_ctz(simdgroup.arrived)];
         fail(text_of(place) + ": divergent lanes: " + name_of(self) + " is at " + what + " here while " +
              name_of(other) + " waits at " + other.waits_for + ", " + text_of(other.waits_at));
@@ -404,20 +357,20 @@ void run(Dispatch & dispatch) {
     } catch (const Fault & fault) {
         throw Fault(prefix + " cannot be dispatched: " + fault.what());
     }
+    if (!dispatch.pipeline->kernel) {
+        return;
+    }
     for (const Pipeline::Value & constant : dispatch.pipeline->constants) {
         memcpy(constant.at, &constant.value, constant.bytes);
     }
     begin_dispatch(dispatch);
-    const Signals  signals;
-    const Size &   grid   = dispatch.grid;
-    const uint64_t count  = grid.count();
-    const uint64_t stride = count % 7919 ? 7919 : 7907;  // prime: visits all threadgroups out of order
-    Size           at;
-    group.random = (options.seed + dispatch.number * 2654435761u) | 1;
+    const emulator::CaughtSignals caught(on_signal);
+    const Size &                  grid  = dispatch.grid;
+    const uint64_t                count = grid.count();
+    Size                          at;
+    group.random = ordering.random(dispatch.number);
     for (uint64_t i = 0; i < count && !group.failed; i++) {
-        const uint64_t n = options.order == Order::forwards    ? i
-                           : options.order == Order::backwards ? count - 1 - i
-                                                               : (i * stride + options.seed) % count;
+        const uint64_t n = ordering.group(i, count);
         at = { uint32_t(n % grid.x), uint32_t(n / grid.x % grid.y), uint32_t(n / (uint64_t(grid.x) * grid.y)) };
         try {
             begin_threadgroup();

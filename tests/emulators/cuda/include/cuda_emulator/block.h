@@ -7,8 +7,7 @@
 // its lanes can run. An error of a thread ends in `fail`, which leaves the block unchanged and returns to the host's
 // stack, where the launch throws.
 
-#include "fault.h"
-#include "fiber.h"
+#include "stacks.h"
 #include "vector_types.h"
 
 #include <algorithm>
@@ -103,36 +102,19 @@ inline std::string name_of(const Thread & thread) {
 
 // Ends the launch with a Fault. In a kernel the message is prefixed with the block, the thread and the place.
 [[noreturn]] inline void fail(const std::string & message, Place place = {}) {
-    const std::string at = place.file ? place.text() + ": " : "";
+    const std::string at = place.file ? text_of(place) + ": " : "";
     if (!block.current) {
         throw Fault(at + message);
     }
     block.message = at + message;
     block.failed  = true;
-    cuda_emulator_switch(&block.abandoned, block.host_stack_pointer);
+    emulator_switch(&block.abandoned, block.host_stack_pointer);
     __builtin_unreachable();
-}
-
-inline uint32_t next_random() {
-    block.random ^= block.random << 13;
-    block.random ^= block.random >> 17;
-    block.random ^= block.random << 5;
-    return block.random;
 }
 
 // The next set bit in the order.
 inline unsigned pick(uint32_t set) {
-    switch (options.order) {
-    case Order::forwards:
-        return __builtin_ctz(set);
-    case Order::backwards:
-        return 31 - __builtin_clz(set);
-    default:
-        for (unsigned skip = next_random() % unsigned(__builtin_popcount(set)); skip > 0; skip--) {
-            set &= set - 1;
-        }
-        return __builtin_ctz(set);
-    }
+    return options.pick(set, block.random);
 }
 
 inline Warp * next_warp() {
@@ -160,7 +142,7 @@ inline Warp * next_warp() {
             }
             printed |= same;
             text += format("\n  warp %u, lanes 0x%08x (the first is %s) wait at %s, %s", warp.number, same,
-                           name_of(first).c_str(), first.waits_for, first.waits_at.text().c_str());
+                           name_of(first).c_str(), first.waits_for, text_of(first.waits_at).c_str());
         }
     }
     fail(text);
@@ -177,7 +159,7 @@ inline void go_on() {
     if (&from != &to) {
         block.current = &to;
         threadIdx     = to.index;
-        cuda_emulator_switch(&from.stack_pointer, to.stack_pointer);
+        emulator_switch(&from.stack_pointer, to.stack_pointer);
     }
 }
 
@@ -197,7 +179,7 @@ inline int wait_at_barrier(unsigned number, unsigned count, int value, const cha
     }
     if (barrier.arrived && barrier.place != place) {
         fail(format("divergent barrier: %s waits at %s here while %s waits at %s", name_of(self).c_str(), what,
-                    name_of(*barrier.first).c_str(), barrier.place.text().c_str()),
+                    name_of(*barrier.first).c_str(), text_of(barrier.place).c_str()),
              place);
     }
     if (!barrier.arrived) {
@@ -256,7 +238,7 @@ void meet(uint32_t mask, Data & mine, const char * what, Place place) {
     } else if (meeting.place != place) {
         const Thread & other = warp.threads[__builtin_ctz(meeting.arrived)];
         fail(format("divergent lanes: %s is at %s here while %s waits at %s, %s, with the same mask 0x%08x",
-                    name_of(self).c_str(), what, name_of(other).c_str(), meeting.what, meeting.place.text().c_str(),
+                    name_of(self).c_str(), what, name_of(other).c_str(), meeting.what, text_of(meeting.place).c_str(),
                     mask),
              place);
     }
@@ -282,7 +264,7 @@ void meet(uint32_t mask, Data & mine, const char * what, Place place) {
     const Barrier & all = block.barriers[0];
     if (all.arrived) {
         fail(format("divergent barrier: this thread ended while %s waits for it at %s", name_of(*all.first).c_str(),
-                    all.place.text().c_str()));
+                    text_of(all.place).c_str()));
     }
     self.ended = true;
     warp.alive &= ~(1u << self.lane);
@@ -295,7 +277,7 @@ void meet(uint32_t mask, Data & mine, const char * what, Place place) {
         }
     }
     if (++block.ended == block.threads.size()) {
-        cuda_emulator_switch(&block.abandoned, block.host_stack_pointer);
+        emulator_switch(&block.abandoned, block.host_stack_pointer);
     }
     go_on();
     __builtin_unreachable();
@@ -320,7 +302,7 @@ inline void run_block() {
     block.barriers = {};
     block.ended    = 0;
     block.failed   = false;
-    block.random   = (options.seed + unsigned(block.number) * 2654435761u) | 1;
+    block.random   = options.random(unsigned(block.number));
     for (unsigned i = 0; i < block.warps.size(); i++) {
         const unsigned lanes = count - 32 * i < 32 ? count - 32 * i : 32;
         Warp &         warp  = block.warps[i];
@@ -345,7 +327,7 @@ inline void run_block() {
     Thread & first = warp.threads[pick(warp.ready)];
     block.current  = &first;
     threadIdx      = first.index;
-    cuda_emulator_switch(&block.host_stack_pointer, first.stack_pointer);
+    emulator_switch(&block.host_stack_pointer, first.stack_pointer);
 }
 
 }  // namespace cuda_emulator

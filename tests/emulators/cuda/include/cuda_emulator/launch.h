@@ -7,12 +7,12 @@
 // integer division by zero) become Faults; addr2line finds their source lines.
 
 #include "block.h"
+#include "emulator/signals.h"
 #include "memory.h"
 #include "shared.h"
 
 #include <dlfcn.h>
 #include <link.h>
-#include <signal.h>
 #include <ucontext.h>
 #if defined(__x86_64__)
 #include <xmmintrin.h>
@@ -58,26 +58,7 @@ inline void on_signal(int signal, siginfo_t * info, void * context) {
     const ucontext_t & machine = *static_cast<const ucontext_t *>(context);
     trap         = { signal, static_cast<const char *>(info->si_addr), instruction(machine), kind_of_access(machine) };
     block.failed = true;
-    cuda_emulator_switch(&block.abandoned, block.host_stack_pointer);
-}
-
-inline void catch_signals() {
-    static bool caught = false;
-    if (caught) {
-        return;
-    }
-    caught = true;
-    static char stack[64 * 1024];
-    stack_t     other = {};
-    other.ss_sp       = stack;
-    other.ss_size     = sizeof(stack);
-    sigaltstack(&other, nullptr);
-    struct sigaction action = {};
-    action.sa_sigaction     = on_signal;
-    action.sa_flags         = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
-    for (int signal : { SIGSEGV, SIGBUS, SIGFPE }) {
-        sigaction(signal, &action, nullptr);
-    }
+    emulator_switch(&block.abandoned, block.host_stack_pointer);
 }
 
 // addr2line's result for a code address: {function, file:line}, each empty if unknown.
@@ -213,17 +194,14 @@ class Flushing {
 };
 
 inline void run_grid(const Shape & shape) {
-    catch_signals();
-    const Flushing flushing;
+    static const emulator::CaughtSignals caught(on_signal);
+    const Flushing                       flushing;
     gridDim                     = shape.grid;
     blockDim                    = shape.block;
     dynamic_shared_memory.bytes = shape.shared;
     const uint64_t blocks       = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
-    const uint64_t stride       = blocks % 7919 ? 7919 : 7907;  // prime: visits all blocks out of order
     for (uint64_t i = 0; i < blocks && !block.failed; i++) {
-        const uint64_t at = options.order == Order::forwards    ? i
-                            : options.order == Order::backwards ? blocks - 1 - i
-                                                                : (i * stride + options.seed) % blocks;
+        const uint64_t at = options.group(i, blocks);
         blockIdx          = uint3{ unsigned(at % gridDim.x), unsigned(at / gridDim.x % gridDim.y),
                                    unsigned(at / (uint64_t(gridDim.x) * gridDim.y)) };
         run_block();

@@ -6,7 +6,7 @@
 //
 // A buffer ends at its guard or starts at it (Options::placement): one run with each detects errors on both sides.
 
-#include "fault.h"
+#include "options.h"
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -106,7 +106,8 @@ struct Buffer {
     Guarded memory = {};
 
     std::string where(const char * address) const {
-        const std::string name = format("the buffer of %zu bytes allocated at %s", memory.bytes, place.text().c_str());
+        const std::string name =
+            format("the buffer of %zu bytes allocated at %s", memory.bytes, text_of(place).c_str());
         return freed ? "in " + name + ", which is freed" : memory.where(address, name);
     }
 };

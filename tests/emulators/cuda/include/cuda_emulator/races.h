@@ -58,7 +58,7 @@ inline Cell * cells() {
 inline Cell * const race_cells = cells();
 
 inline std::string text_of(const Site & site) {
-    return site.line ? Place{ static_cast<const char *>(site.at), site.line }.text() : symbol(site.at).second;
+    return site.line ? text_of(Place{ static_cast<const char *>(site.at), site.line }) : symbol(site.at).second;
 }
 
 [[noreturn]] inline void

@@ -3,20 +3,14 @@
 // What a compiled kernel and the emulated device know of each other. The device (device/) defines the functions; kernels
 // are shared objects linked to it.
 
+#include "emulator/place.h"
+
 #include <cstddef>
 #include <cstdint>
 
 namespace metal_emulator {
 
-// The line of a caller, as the default of a last parameter.
-struct Place {
-    const char * file = nullptr;
-    int          line = 0;
-
-    static constexpr Place here(const char * file = __builtin_FILE(), int line = __builtin_LINE()) {
-        return Place{ file, line };
-    }
-};
+using emulator::Place;
 
 struct Size {
     uint32_t x = 1, y = 1, z = 1;

@@ -171,6 +171,8 @@ template <class T> inline T simd_shuffle_up(T value, ushort delta, Place place =
 template <class T, int ROWS, int COLUMNS> struct simdgroup_matrix {
     static_assert(ROWS == 8 && COLUMNS == 8, "Metal has simdgroup matrices of 8x8 only");
 
+    using Element = T;
+
     T element[2];
 
     simdgroup_matrix() = default;
@@ -230,15 +232,13 @@ template <class M, class P> struct MatrixAccess {
     }
 };
 
-template <class T, class P>
-inline void simdgroup_load(simdgroup_matrix<T, 8, 8> & matrix,
-                           const P *                   at,
-                           ulong                       stride     = 8,
-                           ulong2                      origin     = 0,
-                           bool                        transposed = false,
-                           Place                       place      = Place::here()) {
-    static_assert(std::is_same_v<T, P>, "simdgroup_load: the memory has another type");
-    using Access = MatrixAccess<simdgroup_matrix<T, 8, 8>, const P>;
+// STORE: to memory, otherwise from it.
+template <bool STORE, class M, class P>
+inline void
+access_matrix(M & matrix, P * at, ulong stride, ulong2 origin, bool transposed, const char * what, Place place) {
+    static_assert(std::is_same_v<typename M::Element, std::remove_cv_t<P>>,
+                  "a simdgroup matrix: the memory has another type");
+    using Access = MatrixAccess<M, P>;
     Access mine{ &matrix, at + (transposed ? origin.x * stride + origin.y : origin.y * stride + origin.x), stride,
                  transposed, place };
     metal_emulator::meet_simdgroup(
@@ -248,11 +248,25 @@ inline void simdgroup_load(simdgroup_matrix<T, 8, 8> & matrix,
             Access::check(lanes, alive);
             for (unsigned lane = 0; lane < 32; lane++) {
                 for (unsigned i = 0; i < 2; i++) {
-                    lanes[lane]->matrix->element[i] = lanes[lane]->element(lane, i);
+                    if constexpr (STORE) {
+                        lanes[lane]->element(lane, i) = lanes[lane]->matrix->element[i];
+                    } else {
+                        lanes[lane]->matrix->element[i] = lanes[lane]->element(lane, i);
+                    }
                 }
             }
         },
-        "simdgroup_load", place);
+        what, place);
+}
+
+template <class T, class P>
+inline void simdgroup_load(simdgroup_matrix<T, 8, 8> & matrix,
+                           const P *                   at,
+                           ulong                       stride     = 8,
+                           ulong2                      origin     = 0,
+                           bool                        transposed = false,
+                           Place                       place      = Place::here()) {
+    access_matrix<false>(matrix, at, stride, origin, transposed, "simdgroup_load", place);
 }
 
 template <class T, class P>
@@ -262,22 +276,7 @@ inline void simdgroup_store(const simdgroup_matrix<T, 8, 8> & matrix,
                             ulong2                            origin     = 0,
                             bool                              transposed = false,
                             Place                             place      = Place::here()) {
-    static_assert(std::is_same_v<T, P>, "simdgroup_store: the memory has another type");
-    using Access = MatrixAccess<const simdgroup_matrix<T, 8, 8>, P>;
-    Access mine{ &matrix, at + (transposed ? origin.x * stride + origin.y : origin.y * stride + origin.x), stride,
-                 transposed, place };
-    metal_emulator::meet_simdgroup(
-        &mine,
-        [](void * const * all, uint32_t alive) {
-            Access * const * lanes = reinterpret_cast<Access * const *>(all);
-            Access::check(lanes, alive);
-            for (unsigned lane = 0; lane < 32; lane++) {
-                for (unsigned i = 0; i < 2; i++) {
-                    lanes[lane]->element(lane, i) = lanes[lane]->matrix->element[i];
-                }
-            }
-        },
-        "simdgroup_store", place);
+    access_matrix<true>(matrix, at, stride, origin, transposed, "simdgroup_store", place);
 }
 
 template <class D, class A, class B, class C> struct MatrixProduct {

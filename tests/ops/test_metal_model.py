@@ -1,0 +1,71 @@
+"""Whole models on the emulated Metal device, through llama.cpp: the same logits as on the CPU.
+
+Upstream's graph, host code and kernels, with at most 8 tokens in a batch: up to there ggml-metal multiplies matrices
+in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_script import Setup, Step, assert_same, decode, load, play, save, text
+from metal_program import dispatches, on_metal
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from synthetic_case import error_of
+
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = pytest.mark.engine
+
+# The published model's dimensions of a cache row: ggml-metal has flash attention for them.
+SPEC = Spec(layers="KKMK", kda_head_dim=64, kv_lora=512, nope=128, rope=64, v_dim=128, seed=50)
+ALL = len(SPEC.layers) + 1  # the output counts as a layer
+IDS = np.random.default_rng(51).integers(0, VOCAB_SIZE, (2, 20))
+# Relative error of a value in half precision, squared: upstream's flash attention rounds the queries.
+HALF = 2.0**-22
+# A kernel of each layer on the device: how often it runs in each batch.
+RECURRENCE = "kernel_gated_delta_net"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("metal-model")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
+
+
+def conversation(folder: Path) -> list[Step]:
+    """Two prompts, some tokens of both sequences together; then the first sequence again from a saved state."""
+    return [
+        decode(*text(0, IDS[0][:8])),
+        decode(*text(1, IDS[1][:5])),
+        save(0, folder / "state"),
+        *(decode((0, 8 + i, int(IDS[0][8 + i])), (1, 5 + i, int(IDS[1][5 + i]))) for i in range(3)),
+        load(0, folder / "state"),
+        decode(*text(0, IDS[0][8:11], 8)),
+    ]
+
+
+@pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
+@pytest.mark.parametrize("layers", [2, ALL])
+def test_logits_of_the_device(
+    layers: int, flash: bool, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    steps = conversation(tmp_path)
+    chosen = {"n_seq_max": 2, "flash_attention": flash}
+    expected = play(engine, model, Setup(**chosen), steps, KIMI_OPS="off").logits
+    log = tmp_path / "log"
+    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
+    logits = play(engine, model, setup, steps, KIMI_OPS="off", KIMI_METAL_LOG=str(log)).logits
+    if flash:
+        assert error_of(logits, expected).in_all <= HALF
+    else:
+        assert_same(logits, expected)
+    ran = [each.kernel for each in dispatches(log)]
+    on_device = SPEC.layers[max(0, ALL - layers) :]
+    assert sum(RECURRENCE in each for each in ran) == on_device.count("K") * 6
+    assert any("flash_attn" in each for each in ran) == (flash and "M" in on_device)
