@@ -17,9 +17,9 @@ needs, if any, in the line `Needs:`. The folder of a source determines its place
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
 
-CMake compiles all sources in these folders, so a new file in a folder needs no further change. Kernels for Metal are the
-exception: ggml-metal lists them (METALLIB_KERNEL_SOURCES in CMakeLists.txt, GGML_METAL_LIBS in ggml-metal-device.m), and
-finds them in kernels/ only.
+CMake compiles all sources in these folders, so a new file in a folder needs no further change. Kernels for Metal are an
+exception: ggml-metal finds them in kernels/ only, and lists them (METALLIB_KERNEL_SOURCES in CMakeLists.txt,
+GGML_METAL_LIBS in ggml-metal-device.m).
 """
 
 from __future__ import annotations

@@ -44,10 +44,14 @@ def result(program: Path, backend: Path, *chosen: object, **environment: str) ->
     return found[1]
 
 
-@pytest.mark.parametrize("group", ["conv", "scan", "gates", "memory"])
+@pytest.mark.parametrize("group", ["conv", "scan", "gates"])
 def test_every_length_gate_and_order_of_lanes(group: str, program: Path, metal_backend: Path) -> None:
     forwards, backwards = (result(program, metal_backend, group, KIMI_METAL_ORDER=order) for order in ORDERS)
     assert forwards == backwards
+
+
+def test_a_decay_of_nearly_1_over_thousands_of_tokens(program: Path, metal_backend: Path) -> None:
+    result(program, metal_backend, "memory")
 
 
 def test_a_copy_that_is_elided_is_one_dispatch_less_with_the_same_bits(
@@ -143,11 +147,11 @@ FAULTS = {
         f"{BARRIER}\n\n            if (sgitg < nt) {{\n                const",
         "if (sgitg < nt) { const",
         ("scan", 64, 1, 2, 1, 1),
-        "a race",
+        "threadgroup memory",
     ),
     "another stride": ("args.nb13 : args.nb03", "args.nb13 : args.nb02", ("scan", 64, 2, 3, 2, 1), "FAILED scan"),
-    "rows that are overwritten": ("return simd_any(cross)", "return simd_any(false)", ("scan",), "FAILED scan"),
-    "one channel too far": ("[ic + c]", "[ic + c + 1]", ("conv", 64, 2, 3, 1, 1), "outside of the node's tensors"),
+    "rows that are overwritten": ("return simd_any(cross)", "return simd_any(false)", ("scan",), "another threadgroup"),
+    "one channel too far": ("[ic + c]", "[ic + c + 1]", ("conv", 64, 2, 3, 1, 1), "another threadgroup"),
 }  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path
 # Operator -> pattern of its cases, and the number of cases; the others take minutes.
 COMPARED = {
     "KDA_CONV": (r"head_size=(64|128),.*n_seq_tokens=(1|2|15|16|17|64),", 24),
-    "KDA_SCAN": (r"head_size=(64|128),.*n_seq_tokens=(1|2|5|15|16|17),", 32),
+    "KDA_SCAN": (r"head_size=(64|128),.*n_seq_tokens=(1|2|5|17),", 24),
 }
 
 
@@ -191,7 +195,7 @@ def test_the_library_contains_the_kernels_however_it_is_built() -> None:
     """Both lists of ggml-metal name them, and for the embedded library CMake inlines the headers that they include."""
     metal = patched_ggml("metal") / "src" / "ggml-metal"
     cmake = (metal / "CMakeLists.txt").read_text()
-    inlined = set(re.findall(r'-e "/.#include \"([\w.]+)\"/d"', cmake.replace("\\#", ".#")))
+    inlined = set(re.findall(r'-e "/\\#include \\"([\w.]+)\\"/d"', cmake))
     assert "common.h" in inlined
     for kernel in KERNELS.glob("*.metal"):
         assert f"kernels/{kernel.name}\n" in cmake
@@ -257,27 +261,33 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
 }
 
 
+# Names of the tests -> conversation, order of lanes, number of layers on the device.
+RUNS = {
+    **{name: (name, "forwards", 999) for name in CONVERSATIONS},
+    "backwards": ("drafts rolled back", "backwards", 999),
+    "one KDA layer on the device": ("drafts rolled back", "forwards", 2),
+}
+
+
 def used(log: Path) -> set[str]:
     """The operators of KDA that ran, and those that they replace."""
     names = {each.nodes.split(" ")[0] for each in dispatches(log)}
     return {name for name in names if re.match("KDA|GATED_DELTA|SSM", name)}
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("run", RUNS)
 def test_a_model_on_the_device(
-    conversation: str, order: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+    run: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
+    conversation, order, layers = RUNS[run]
     steps, chosen = CONVERSATIONS[conversation]
     expected = play(engine, model, Setup(**chosen), steps).logits
-    told = {
-        "KIMI_METAL_LOG": str(tmp_path / "log"),
-        "KIMI_METAL_ORDER": order,
-        "KIMI_OPS": "conv,scan,require",
-    }
-    assert_same(play(engine, model, on_metal(metal_backend, **chosen), steps, **told).logits, expected)
+    log = tmp_path / "log"
+    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
+    told = {"KIMI_METAL_LOG": str(log), "KIMI_METAL_ORDER": order, "KIMI_OPS": "conv,scan,require"}
+    assert_same(play(engine, model, setup, steps, **told).logits, expected)
     copied = KDA if conversation == "sequences that come, pause and go" else set()
-    assert used(tmp_path / "log") == {f"{each}+CPY" for each in KDA} | copied
+    assert used(log) == {f"{each}+CPY" for each in KDA} | copied
 
 
 def test_a_state_is_saved_on_the_device_and_restored(
@@ -303,7 +313,7 @@ def test_other_head_sizes_fall_back_and_say_why(metal_backend: Path, engine: Eng
     model = make(tmp_path, Spec(layers="KM", heads=2, kda_head_dim=32, seed=41))
     steps = [several(0, 0, 4), together(4)]
     log = tmp_path / "log"
-    played = play(engine, model, on_metal(metal_backend), steps, KIMI_METAL_LOG=str(log))
+    played = play(engine, model, on_metal(metal_backend), steps, KIMI_OPS="", KIMI_METAL_LOG=str(log))
     assert "upstream's graph instead: MTL0, which holds layer 0, does not have KDA_CONV" in played.log
     assert not used(log) & {f"{each}+CPY" for each in KDA}
     assert_same(played.logits, play(engine, model, Setup(), steps).logits)
@@ -313,19 +323,26 @@ PUBLISHED = Spec(
     layers="KKKMKKKM", hidden=256, heads=4, kda_head_dim=128, kv_lora=512, nope=128, rope=64, v_dim=128,
     experts=16, experts_used=8, moe_intermediate=64, seed=43,
 )  # fmt: skip
-# Rows of the README's table: origin of the graph -> KIMI_OPS.
-GRAPHS = {"upstream's": "off", "these operators": "conv,scan"}
+# Rows of the README's table: origin of the graph -> KIMI_OPS, the operator with the recurrence.
+GRAPHS = {"upstream's": ("off", "GATED_DELTA_NET+CPY"), "these operators": ("conv,scan", "KDA_SCAN+CPY")}
 
 
-def test_how_many_dispatches_a_token_needs(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+def test_what_a_token_needs(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+    """As in the README: dispatches and barriers of the graph; bytes of the recurrence for one head."""
     model = make(tmp_path, PUBLISHED, "Q8_0")
     setup = on_metal(metal_backend, flash_attention=True, cache_type="F16")
-    for graph, chosen in GRAPHS.items():
-        counts = []
-        for count in (1, 2):
-            log = tmp_path / f"{chosen}-{count}"
-            steps = [together(n) for n in range(count)]
-            play(engine, model, setup, steps, KIMI_OPS=chosen, KIMI_METAL_LOG=str(log))
-            counts.append((len(dispatches(log)), log.read_text().count("barrier\n")))
-        dispatched, barriers = (second - first for first, second in zip(*counts, strict=True))
-        assert f"| {graph} | {dispatched} | {barriers} |\n" in (OPERATORS / "kda" / "README.md").read_text()
+    readme = (OPERATORS / "kda" / "README.md").read_text()
+    recurrence = []
+    for graph, (chosen, operator) in GRAPHS.items():
+        log = tmp_path / chosen
+        play(engine, model, setup, [together(0), together(1)], KIMI_OPS=chosen, KIMI_METAL_LOG=str(log))
+        lines = log.read_text().splitlines()
+        begin = [i for i, line in enumerate(lines) if line.startswith("encoder")][-2]  # a graph has two
+        log.write_text("\n".join(lines[begin:]))
+        ran = dispatches(log)
+        assert f"| {graph} | {len(ran)} | {lines[begin:].count('barrier')} |\n" in readme
+        recurrence.append(next(each for each in ran if each.nodes.startswith(f"{operator} ")))
+    theirs, ours = recurrence
+    heads = PUBLISHED.heads
+    assert f"| bytes read | {theirs.bytes_read // heads} | {ours.bytes_read // heads} |\n" in readme
+    assert f"| bytes written | {theirs.bytes_written // heads} | {ours.bytes_written // heads} |\n" in readme

@@ -256,7 +256,7 @@ kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
     constexpr short NV = D4 / NL;          // float4 of the state per lane
     constexpr short NO = D / N_SIMDWIDTH;  // output channels of a lane
 
-    static_assert(NL == NT, "each of the NL*D threads loads one of 4*NT*D floats / 4");
+    static_assert(NL == NT, "q, k, v and f of NT tokens: one float4 for each of the NL*D threads");
 
     typedef vec<float, NO> floato;
 
