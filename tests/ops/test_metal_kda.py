@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from emulators.metal.build import libraries
 from llama_script import Setup, Step, assert_same, cut, decode, load, play, save, text
-from metal_program import dispatches, on_metal
+from metal_program import dispatches, on_metal, planted
 from native_program import OPERATORS, compile_program, passed_cases, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
@@ -25,7 +23,6 @@ pytestmark = pytest.mark.engine
 
 DEVICE = "MTL0"
 ORDERS = ("forwards", "backwards")
-KERNELS = OPERATORS / "kda" / "metal"
 KDA = {"KDA_CONV", "KDA_SCAN"}
 
 
@@ -119,26 +116,6 @@ def test_the_convolutions_read_states_and_inputs_once(
     assert only(tmp_path / "log", "KDA_CONV") == (4 * units * read, 4 * units * written)
 
 
-@contextmanager
-def planted(backend: Path, right: str, wrong: str) -> Iterator[None]:
-    """The device's kernels of KDA with a fault."""
-    kernels = backend.parent / "kernels"
-    source = kernels / "kda.metal.cpp"
-    text = source.read_text()
-    assert text.count(right) >= 1
-
-    def write(content: str) -> None:
-        source.write_text(content)
-        for compiled in kernels.glob("kernel_kda_*.so"):
-            compiled.unlink()
-
-    write(text.replace(right, wrong, 1))
-    try:
-        yield
-    finally:
-        write(text)
-
-
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 # Fault -> the text in the kernel, what it is instead, the cases that find it, and what is said about them.
 FAULTS = {
@@ -159,7 +136,7 @@ FAULTS = {
 def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path) -> None:
     right, wrong, chosen, message = FAULTS[fault]
     with (
-        planted(metal_backend, right, wrong),
+        planted(metal_backend, "kda", right, wrong),
         pytest.raises(AssertionError, match=message),
     ):
         result(program, metal_backend, *chosen)
@@ -197,7 +174,7 @@ def test_the_library_contains_the_kernels_however_it_is_built() -> None:
     cmake = (metal / "CMakeLists.txt").read_text()
     inlined = set(re.findall(r'-e "/\\#include \\"([\w.]+)\\"/d"', cmake))
     assert "common.h" in inlined
-    for kernel in KERNELS.glob("*.metal"):
+    for kernel in OPERATORS.glob("*/metal/*.metal"):
         assert f"kernels/{kernel.name}\n" in cmake
         assert kernel.stem in libraries((metal / "ggml-metal-device.m").read_text())
         assert set(re.findall(r'#include "(.*)"', kernel.read_text())) <= inlined
