@@ -133,6 +133,8 @@ class LatentCase {
     // The operator's node with its sources in CPU memory; nmse() checks the data written to its result.
     ggml_tensor * node() const { return out; }
 
+    ggml_cgraph * nodes() const { return graph; }
+
     std::vector<float> result() const {
         const float * data = (const float *) out->data;
         return std::vector<float>(data, data + ggml_nelements(out));

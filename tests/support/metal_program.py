@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,28 @@ def compile_metal(name: str, folder: Path) -> Path:
 def compile_metal_backend(engine: Engine, ggml: Path, folder: Path) -> Path:
     """The backend of the tree `ggml` for the libraries of a build."""
     return compile_backend(ggml, folder, link=ggml_libraries(engine))
+
+
+@contextmanager
+def planted(backend: Path, source: str, right: str, wrong: str) -> Iterator[None]:
+    """Kernels of ggml-metal with a fault: one text of kernels/SOURCE.metal is another one."""
+    folder = backend.parent / "kernels"
+    file = folder / f"{source}.metal.cpp"
+    text = file.read_text()
+    assert text.count(right) >= 1
+    rows = (line.split("\t") for line in (folder / "kernels").read_text().splitlines())
+    names = [row[0] for row in rows if row[1] == file.name]
+
+    def write(content: str) -> None:
+        file.write_text(content)
+        for name in names:
+            (folder / f"{name}.so").unlink(missing_ok=True)
+
+    write(text.replace(right, wrong, 1))
+    try:
+        yield
+    finally:
+        write(text)
 
 
 def on_metal(backend: Path, **chosen: Any) -> Setup:

@@ -72,7 +72,7 @@ struct test_kda : public test_case {
             ggml_view_3d(ctx, op, cache->ne[0], n_seqs, n_slots(), state, state * n_seqs, n_out * sizeof(float));
         ggml_tensor * to = ggml_view_3d(ctx, cache, cache->ne[0], n_seqs, n_slots(), state, state * n_cells(), 0);
         copy             = ggml_cpy(ctx, from, to);
-        return ggml_sum(ctx, copy);
+        return ggml_sum(ctx, ggml_cont(ctx, copy));  // Metal sums contiguous tensors only
     }
 
     bool run_whole_graph() override { return in_place; }

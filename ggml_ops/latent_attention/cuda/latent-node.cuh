@@ -2,7 +2,7 @@
 
 // Converts a FLASH_ATTN_EXT or LATENT_ATTN node to kernel arguments, or returns why the kernels do not support it.
 
-#include "ggml-op-marks.h"
+#include "ggml-latent-node.h"
 #include "ggml.h"
 #include "latent-cuda.cuh"
 
@@ -13,38 +13,10 @@ namespace latent_cuda {
 // Checks sizes and parameters of a node against what the kernels support. Ignores addresses, so it can be called before
 // allocation. Returns nullptr, or what does not fit.
 static inline const char * misfit(const ggml_tensor * dst) {
-    const ggml_tensor * q    = dst->src[0];
-    const ggml_tensor * k    = dst->src[1];
-    const ggml_tensor * v    = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
-
-    float params[3];  // scale, max_bias, logit_softcap
-    memcpy(params, dst->op_params, sizeof(params));
-    const auto view_of = [](const ggml_tensor * t) { return t->view_src ? t->view_src : t; };
-    const struct {
-        bool         wrong;
-        const char * what;
-    } checks[] = {
-        { ggml_op_has_mark(dst, GGML_OP_MARK_UPSTREAM), "switched off" },
-        { k->ne[0] != N_CACHE || v->ne[0] != N_LATENT, "head sizes other than 576 and 512" },
-        { k->ne[2] != 1 || v->ne[2] != 1, "more than one KV head" },
-        { k->ne[3] != q->ne[3] || v->ne[3] != q->ne[3], "streams that share a cache" },
-        { v->type != k->type || view_of(v) != view_of(k) || v->view_offs != k->view_offs || v->ne[1] != k->ne[1] ||
-              v->nb[0] != k->nb[0] || v->nb[1] != k->nb[1] || v->nb[3] != k->nb[3],
-          "V that is not the beginning of K" },
-        { q->type != GGML_TYPE_F32 || dst->type != GGML_TYPE_F32, "q or a result that is not F32" },
-        { mask && (mask->type != GGML_TYPE_F16 || mask->ne[2] != 1), "a mask for each head" },
-        { mask && q->ne[3] % mask->ne[3] != 0, "a mask of other streams" },
-        { dst->src[4] != nullptr, "attention sinks" },
-        { params[1] != 0.0f, "ALiBi" },
-        { params[2] != 0.0f, "soft-capped scores" },
-    };
-    for (const auto & check : checks) {
-        if (check.wrong) {
-            return check.what;
-        }
+    if (dst->src[1]->ne[0] != N_CACHE || dst->src[2]->ne[0] != N_LATENT) {
+        return "head sizes other than 576 and 512";
     }
-    return nullptr;
+    return ggml_latent_absorbed_misfit(dst);
 }
 
 static inline bool find_cache_type(ggml_type type, cache_type & found) {

@@ -7,7 +7,7 @@
 //   latent-cuda-test absorbed|decompressed [TYPE of the cache ...]     no type: the nodes that are refused
 
 #include "check.h"
-#include "latent-attn-case.h"
+#include "latent-cases.h"
 #include "latent-node.cuh"
 
 using namespace cuda_emulator;
@@ -16,11 +16,8 @@ using latent_cuda::decompressed;
 
 static double worst[GGML_TYPE_COUNT];
 
-struct Setup {
-    LatentShape shape;
-    size_t      before  = 0;  // bytes before the cache
-    int64_t     n_rows  = 0;  // rows of the result to compare, 1: the first only; 0: all
-    size_t      scratch = latent_cuda::SCRATCH;
+struct Setup : LatentSetup {
+    size_t scratch = latent_cuda::SCRATCH;
 };
 
 // A tensor's bytes on the device, after `before` other bytes, to change their alignment.
@@ -107,69 +104,15 @@ static void check(const Setup & setup) {
     expect(error <= limit_of(s.cache), name + text(": NMSE against float64 %.1e", error));  // false for NaN too
 }
 
-// Flat and peaked scores; growing and shrinking values; large and small queries, and a query that sees small values
-// next to one that sees large ones.
-static void test_values(const LatentShape & scores, const LatentShape & values, const LatentShape & queries) {
-    for (const float spread : { 0.0f, 5.0f, 40.0f }) {
-        LatentShape s = scores;
-        s.spread      = spread;
-        check({ s });
-    }
-    const float deviations[][2] = { { 1e-5f, 1e-5f }, { 1e-4f, 100.0f }, { 100.0f, 1e-4f } };
-    for (const auto & [first, last] : deviations) {
-        LatentShape s = values;
-        s.spread      = 0.05f;
-        s.first       = first;
-        s.last        = last;
-        check({ s });
-    }
-    for (const float deviation : { 1e-6f, 1e6f }) {
-        LatentShape s = queries;
-        s.query       = deviation;
-        check({ s });
-    }
-    LatentShape varied = queries.with(2, 2);
-    varied.first       = 1e-3f;
-    varied.last        = 1e3f;
-    check({ varied, 0, 1 });
-}
-
 static void test_absorbed(ggml_type type) {
-    LatentShape base;
-    base.cache   = type;
-    base.n_heads = 4;
-    for (const int64_t n_keys : { 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 129 }) {
-        LatentShape s = base.with(n_keys % 2 ? 1 : 2, n_keys);
-        s.poison      = true;
-        check({ s });
-    }
-    for (const char * mask : { "none", "mixed", "blind" }) {
-        for (const int64_t n_heads : { 1, 3, 32 }) {
-            LatentShape s = base.with(n_heads == 32 ? 2 : 9, 100);
-            s.n_heads     = n_heads;
-            s.n_streams   = n_heads == 3 ? 2 : 1;
-            s.mask        = mask;
-            s.poison      = true;
-            check({ s });
-        }
-    }
-    LatentShape many = base.with(1, 300);
-    many.n_heads     = 16;
-    test_values(many, base.with(1, 300), base.with(1, 70));
-    LatentShape kimi = base.with(1, 513);
-    kimi.n_heads     = 32;
-    check({ kimi });
-    // streams whose caches are only 4-byte aligned, if the type allows it
-    LatentShape apart = base.with(1, 65);
-    apart.n_streams   = 2;
-    check({ apart });
-    if (ggml_is_quantized(type)) {
-        check({ apart, 4 });
+    for (const LatentSetup & each : absorbed_cases(type)) {
+        check({ each });
     }
     if (type == GGML_TYPE_Q4_0) {  // more tiles than the minimum of a split
-        LatentShape far = base.with(1, 8300);
+        LatentShape far = LatentShape().with(1, 8300);
+        far.cache       = type;
         far.n_heads     = 1;
-        check({ far });
+        check({ { far } });
     }
 }
 
@@ -182,7 +125,7 @@ static void test_decompressed(ggml_type type) {
     for (const auto & [n_queries, n_keys] : lengths) {
         LatentShape s = base.with(n_queries, n_keys);
         s.poison      = true;
-        check({ s });
+        check({ { s } });
     }
     const std::pair<const char *, ggml_type> masks[] = { { "none", GGML_TYPE_F32 },
                                                          { "mixed", GGML_TYPE_BF16 },
@@ -194,16 +137,20 @@ static void test_decompressed(ggml_type type) {
         s.mask        = mask;
         s.weights     = weights;
         s.poison      = true;
-        check({ s });
+        check({ { s } });
     }
     LatentShape near = base.with(16, 200);  // scores that are large and almost equal
     near.spread      = 40.0f;
     near.first = near.last = 1e-3f;
     near.weights           = GGML_TYPE_Q5_0;
-    check({ near });
-    test_values(base.with(16, 200), base.with(3, 200), base.with(3, 70));
+    check({ { near } });
+    std::vector<LatentSetup> values;
+    add_value_cases(values, base.with(16, 200), base.with(3, 200), base.with(3, 70));
+    for (const LatentSetup & each : values) {
+        check({ each });
+    }
 
-    Setup runs{ base.with(3, 300), 0, 0, 1 };  // keys in three runs, one stream at a time
+    Setup runs{ { base.with(3, 300) }, 1 };  // keys in three runs, one stream at a time
     runs.shape.n_streams = 2;
     runs.shape.n_heads   = 2;
     runs.shape.poison    = true;
@@ -213,10 +160,10 @@ static void test_decompressed(ggml_type type) {
     check(runs);
     LatentShape wide = base.with(2, 600);  // two of three streams together, keys in two runs; then the third
     wide.n_streams   = 3;
-    check({ wide, 0, 0, 2 * 512 * (type == GGML_TYPE_F32 ? 3072u : ggml_is_quantized(type) ? 1664u : 1920u) });
+    check({ { wide }, 2 * 512 * (type == GGML_TYPE_F32 ? 3072u : ggml_is_quantized(type) ? 1664u : 1920u) });
     LatentShape apart = base.with(2, 65);  // a cache at an odd address
     apart.n_streams   = 2;
-    check({ apart, type == GGML_TYPE_F32 ? 4u : 2u });
+    check({ { apart, type == GGML_TYPE_F32 ? 4u : 2u } });
 }
 
 // why: the result of reading a node, nullptr if it was accepted.

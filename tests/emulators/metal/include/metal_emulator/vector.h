@@ -219,11 +219,18 @@ template <class T, int N> struct packed_vec {
 
     packed_vec() = default;
 
-    packed_vec(const vec<T, N> & other) { memcpy(element, other.element, sizeof(element)); }
+    // loops, because the compiler does not insert the device's checks for memcpy
+    packed_vec(const vec<T, N> & other) {
+        for (int i = 0; i < N; i++) {
+            element[i] = other.element[i];
+        }
+    }
 
     operator vec<T, N>() const {
         vec<T, N> result;
-        memcpy(result.element, element, sizeof(element));
+        for (int i = 0; i < N; i++) {
+            result.element[i] = element[i];
+        }
         return result;
     }
 

@@ -1,0 +1,175 @@
+#include "ggml-metal-kda.h"
+
+#include "ggml-backend-impl.h"
+#include "ggml-kda-conv.h"
+#include "ggml-kda-scan.h"
+#include "ggml-kda-state.h"
+#include "ggml-metal-impl.h"
+
+#include <cmath>
+#include <string>
+
+// Kernels access four floats at once.
+static constexpr size_t ALIGNMENT = 16;
+
+static bool rows_aligned(const ggml_tensor * t) {
+    return t->nb[1] % ALIGNMENT == 0 && t->nb[2] % ALIGNMENT == 0 && t->nb[3] % ALIGNMENT == 0 &&
+           t->view_offs % ALIGNMENT == 0;
+}
+
+bool ggml_metal_kda_supported(const ggml_tensor * op) {
+    int64_t head_size;
+    bool    aligned = rows_aligned(ggml_kda_get_states(op).cache);
+    if (op->op == GGML_OP_KDA_CONV) {
+        head_size = ggml_kda_conv_get_params(op).head_size;
+        for (int i = GGML_KDA_CONV_Q; i <= GGML_KDA_CONV_WV; ++i) {
+            aligned = aligned && rows_aligned(op->src[i]);
+        }
+    } else {
+        head_size = op->src[GGML_KDA_SCAN_F]->ne[0];
+        for (const int i : { GGML_KDA_SCAN_QKV, GGML_KDA_SCAN_F, GGML_KDA_SCAN_GATE }) {
+            aligned = aligned && rows_aligned(op->src[i]);
+        }
+        for (const int i : { GGML_KDA_SCAN_DT_BIAS, GGML_KDA_SCAN_NORM }) {
+            aligned = aligned && op->src[i]->view_offs % ALIGNMENT == 0;
+        }
+    }
+    return aligned && (head_size == 64 || head_size == 128);
+}
+
+bool ggml_metal_kda_elides(const ggml_cgraph * gf, int node_n, const ggml_tensor * cpy) {
+    const ggml_kda_state_copy copy = ggml_kda_find_state_copy(gf, node_n);
+    // nodes for cells outside the batch must run between operator and copy
+    return copy.to != nullptr && copy.gather == nullptr && copy.to == cpy->src[1];
+}
+
+static ggml_metal_buffer_id buffer_of(const ggml_tensor * t) {
+    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
+    return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
+}
+
+static ggml_metal_pipeline_with_params
+get_pipeline(ggml_metal_library_t lib, const char * kernel, int64_t head_size, bool elide, bool bounded) {
+    const std::string base = std::string("kernel_") + kernel + "_f32_" + std::to_string(head_size);
+    const std::string name = base + "_elide=" + std::to_string(elide) + "_bounded=" + std::to_string(bounded);
+
+    ggml_metal_pipeline_with_params res = ggml_metal_library_get_pipeline(lib, name.c_str());
+    if (!res.pipeline) {
+        ggml_metal_cv_t cv = ggml_metal_cv_init();
+
+        ggml_metal_cv_set_bool(cv, elide, FC_KDA + 0);
+        ggml_metal_cv_set_bool(cv, bounded, FC_KDA + 1);
+
+        res = ggml_metal_library_compile_pipeline(lib, base.c_str(), name.c_str(), cv);
+
+        ggml_metal_cv_free(cv);
+    }
+    return res;
+}
+
+static ggml_metal_kargs_kda_states states_of(const ggml_tensor * op, const ggml_tensor * to) {
+    const ggml_kda_states st  = ggml_kda_get_states(op);
+    const size_t          row = st.cache->nb[1];
+
+    ggml_metal_kargs_kda_states args = {};
+    args.ns_row                      = row / sizeof(float);
+    args.size                        = st.cache->ne[0];
+    args.offs                        = st.offset / sizeof(float);
+    args.n_seqs                      = st.rows->ne[0];
+    args.n_slots                     = st.n_written;
+    args.zero_row                    = st.zero_row;
+    if (to) {
+        args.first_row = ((const char *) to->data - (const char *) st.cache->data) / row;
+        args.slot_rows = to->nb[2] / row;
+    }
+    return args;
+}
+
+// The arguments after the sources, which both kernels have.
+static void set_buffers(ggml_metal_encoder_t enc, const ggml_tensor * op, int n_src, const ggml_tensor * to) {
+    int ida = 1;
+    for (int i = 0; i < n_src; ++i) {
+        ggml_metal_encoder_set_buffer(enc, buffer_of(op->src[i]), ida++);
+    }
+    ggml_metal_encoder_set_buffer(enc, buffer_of(op), ida++);            // dst
+    ggml_metal_encoder_set_buffer(enc, buffer_of(to ? to : op), ida++);  // dst_cache
+}
+
+static void
+encode_conv(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op, const ggml_tensor * to) {
+    const ggml_kda_conv_params params = ggml_kda_conv_get_params(op);
+    const ggml_tensor *        q      = op->src[GGML_KDA_CONV_Q];
+    const ggml_tensor *        k      = op->src[GGML_KDA_CONV_K];
+    const ggml_tensor *        v      = op->src[GGML_KDA_CONV_V];
+
+    ggml_metal_kargs_kda_conv args = {
+        /*.st       =*/states_of(op, to),
+        /*.nb01     =*/q->nb[1],
+        /*.nb02     =*/q->nb[2],
+        /*.nb11     =*/k->nb[1],
+        /*.nb12     =*/k->nb[2],
+        /*.nb21     =*/v->nb[1],
+        /*.nb22     =*/v->nb[2],
+        /*.n_heads  =*/(int32_t) (q->ne[0] / params.head_size),
+        /*.n_tokens =*/(int32_t) q->ne[1],
+        /*.eps      =*/params.eps,
+    };
+
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, "kda_conv", params.head_size, to != nullptr, false));
+    ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
+    set_buffers(enc, op, GGML_KDA_CONV_N_SRC, to);
+
+    const int nsg = OP_KDA_CONV_NSG;
+    const int nt  = OP_KDA_CONV_NT;
+    ggml_metal_encoder_dispatch_threadgroups(enc, (3 * args.n_heads + nsg - 1) / nsg, (args.n_tokens + nt - 1) / nt,
+                                             args.st.n_seqs, 32, nsg, 1);
+}
+
+static void
+encode_scan(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op, const ggml_tensor * to) {
+    const ggml_kda_scan_params params = ggml_kda_scan_get_params(op);
+    const ggml_tensor *        qkv    = op->src[GGML_KDA_SCAN_QKV];
+    const ggml_tensor *        f      = op->src[GGML_KDA_SCAN_F];
+    const ggml_tensor *        beta   = op->src[GGML_KDA_SCAN_BETA];
+    const ggml_tensor *        gate   = op->src[GGML_KDA_SCAN_GATE];
+
+    ggml_metal_kargs_kda_scan args = {
+        /*.st          =*/states_of(op, to),
+        /*.nb01        =*/qkv->nb[1],
+        /*.nb02        =*/qkv->nb[2],
+        /*.nb03        =*/qkv->nb[3],
+        /*.nb11        =*/f->nb[1],
+        /*.nb12        =*/f->nb[2],
+        /*.nb13        =*/f->nb[3],
+        /*.nb21        =*/beta->nb[1],
+        /*.nb22        =*/beta->nb[2],
+        /*.nb31        =*/gate->nb[1],
+        /*.nb32        =*/gate->nb[2],
+        /*.nb33        =*/gate->nb[3],
+        /*.n_heads     =*/(int32_t) f->ne[1],
+        /*.n_tokens    =*/(int32_t) f->ne[2],
+        /*.eps         =*/params.eps,
+        /*.lower_bound =*/params.lower_bound,
+    };
+
+    const int64_t head_size = f->ne[0];
+    const bool    bounded   = params.lower_bound > -INFINITY;
+
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, "kda_scan", head_size, to != nullptr, bounded));
+    ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
+    set_buffers(enc, op, GGML_KDA_SCAN_N_SRC, to);
+
+    ggml_metal_encoder_dispatch_threadgroups(enc, args.n_heads, args.st.n_seqs, 1, 32, head_size * OP_KDA_SCAN_NL / 32,
+                                             1);
+}
+
+void ggml_metal_kda_encode(ggml_metal_library_t lib,
+                           ggml_metal_encoder_t enc,
+                           const ggml_tensor *  op,
+                           const ggml_tensor *  to) {
+    if (op->op == GGML_OP_KDA_CONV) {
+        encode_conv(lib, enc, op, to);
+    } else {
+        encode_scan(lib, enc, op, to);
+    }
+}

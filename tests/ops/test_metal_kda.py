@@ -1,0 +1,325 @@
+"""KDA_CONV and KDA_SCAN on the emulated Metal device: against float64, what they read and write, and whole models."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from emulators.metal.build import libraries
+from llama_script import Setup, Step, assert_same, cut, decode, load, play, save, text
+from metal_program import dispatches, on_metal, planted
+from native_program import OPERATORS, compile_program, passed_cases, run_program
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.scripts.cuda_check import patched_ggml
+
+pytestmark = pytest.mark.engine
+
+DEVICE = "MTL0"
+ORDERS = ("forwards", "backwards")
+KDA = {"KDA_CONV", "KDA_SCAN"}
+
+
+@pytest.fixture(scope="module")
+def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kda-device")
+    return compile_program(engine, "kda-device-test.cpp", folder, ("kda",))
+
+
+def result(program: Path, backend: Path, *chosen: object, **environment: str) -> str:
+    """The hash of the results of all cases, each of which passed."""
+    told = run_program(program, backend, *map(str, chosen), **environment).stdout
+    assert ", 0 failed" in told
+    found = re.search(r"^hash (\w+)$", told, re.MULTILINE)
+    assert found
+    return found[1]
+
+
+@pytest.mark.parametrize("group", ["conv", "scan", "gates"])
+def test_every_length_gate_and_order_of_lanes(group: str, program: Path, metal_backend: Path) -> None:
+    forwards, backwards = (result(program, metal_backend, group, KIMI_METAL_ORDER=order) for order in ORDERS)
+    assert forwards == backwards
+
+
+def test_a_decay_of_nearly_1_over_thousands_of_tokens(program: Path, metal_backend: Path) -> None:
+    result(program, metal_backend, "memory")
+
+
+def test_a_copy_that_is_elided_is_one_dispatch_less_with_the_same_bits(
+    program: Path, metal_backend: Path, tmp_path: Path
+) -> None:
+    """With one sequence and several, whose rows are their own or those of others."""
+    for group in ("conv", "scan", "split"):
+        ours, copied = tmp_path / f"{group}-ours", tmp_path / f"{group}-copied"
+        hashes = {
+            result(program, metal_backend, group, KIMI_METAL_LOG=str(ours)),
+            result(program, metal_backend, group, KIMI_METAL_LOG=str(copied), GGML_METAL_FUSION_DISABLE="1"),
+        }
+        assert len(hashes) == 1
+        elided = sum("+CPY" in each.nodes for each in dispatches(ours))
+        assert elided > 0
+        assert len(dispatches(ours)) == len(dispatches(copied)) - elided
+
+
+def only(log: Path, operator: str) -> tuple[int, int]:
+    """Bytes that the operator's dispatch has read and written."""
+    (found,) = (each for each in dispatches(log) if each.nodes.startswith(f"{operator}+CPY "))
+    return found.bytes_read, found.bytes_written
+
+
+# head size, heads, tokens, sequences, snapshots
+SHAPES = [(128, 2, 1, 1, 1), (128, 1, 3, 2, 4), (64, 2, 20, 2, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_scan_reads_states_inputs_and_gates_once(
+    shape: tuple[int, ...], program: Path, metal_backend: Path, tmp_path: Path
+) -> None:
+    size, heads, tokens, sequences, snapshots = shape
+    result(program, metal_backend, "scan", *shape, KIMI_METAL_LOG=str(tmp_path / "log"))
+    threads = 8 * size
+    state = size * size
+    token = 5 * size + 1  # q, k, v, f, gate; beta
+    weights = size + min(tokens, 8) * (
+        size + size // 4
+    )  # norm; dt_bias and a, by the threads that compute decays
+    rows = threads + (threads // 32 * sequences if sequences > 1 else 0)
+    slots = min(tokens + 1, snapshots)
+    read = state + tokens * token + weights + rows
+    written = slots * state + tokens * size
+    assert only(tmp_path / "log", "KDA_SCAN") == (
+        4 * heads * sequences * read,
+        4 * heads * sequences * written,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_convolutions_read_states_and_inputs_once(
+    shape: tuple[int, ...], program: Path, metal_backend: Path, tmp_path: Path
+) -> None:
+    """In tiles of 16 tokens, each of which reads the three inputs before it, too, and those of the new states."""
+    size, heads, tokens, sequences, snapshots = shape
+    result(program, metal_backend, "conv", *shape, KIMI_METAL_LOG=str(tmp_path / "log"))
+    tiles = (tokens + 15) // 16
+    slots = min(tokens + 1, snapshots)
+    again = 3 * (tiles - 1) + (3 * slots if tiles > 1 else 0)
+    rows = 32 + (sequences if sequences > 1 else 0)
+    read = size * (3 + tokens + again + 4 * tiles) + rows
+    written = size * (3 * slots + tokens)
+    units = 3 * heads * sequences
+    assert only(tmp_path / "log", "KDA_CONV") == (4 * units * read, 4 * units * written)
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+# Fault -> the text in the kernel, what it is instead, the cases that find it, and what is said about them.
+FAULTS = {
+    "no barrier": (BARRIER, "", ("scan", 64, 1, 2, 1, 1), "threadgroup memory"),
+    "no barrier in front of the norm": (
+        f"{BARRIER}\n\n            if (sgitg < nt) {{\n                const",
+        "if (sgitg < nt) { const",
+        ("scan", 64, 1, 2, 1, 1),
+        "threadgroup memory",
+    ),
+    "another stride": ("args.nb13 : args.nb03", "args.nb13 : args.nb02", ("scan", 64, 2, 3, 2, 1), "FAILED scan"),
+    "rows that are overwritten": ("return simd_any(cross)", "return simd_any(false)", ("scan",), "another threadgroup"),
+    "one channel too far": ("[ic + c]", "[ic + c + 1]", ("conv", 64, 2, 3, 1, 1), "another threadgroup"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path) -> None:
+    right, wrong, chosen, message = FAULTS[fault]
+    with (
+        planted(metal_backend, "kda", right, wrong),
+        pytest.raises(AssertionError, match=message),
+    ):
+        result(program, metal_backend, *chosen)
+
+
+# Operator -> pattern of its cases, and the number of cases; the others take minutes.
+COMPARED = {
+    "KDA_CONV": (r"head_size=(64|128),.*n_seq_tokens=(1|2|15|16|17|64),", 24),
+    "KDA_SCAN": (r"head_size=(64|128),.*n_seq_tokens=(1|2|5|17),", 24),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("operator", COMPARED)
+def test_upstreams_comparison_of_devices(
+    operator: str, order: str, metal_backend: Path, engine: Engine
+) -> None:
+    cases, count = COMPARED[operator]
+    told = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
+    assert passed_cases(engine, DEVICE, operator, "-p", cases, **told) == count
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("operator", COMPARED)
+def test_upstreams_comparison_of_devices_all_cases(
+    operator: str, metal_backend: Path, engine: Engine
+) -> None:
+    told = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1"}
+    assert passed_cases(engine, DEVICE, operator, "-p", "head_size=(64|128),", **told) > COMPARED[operator][1]
+
+
+def test_the_library_contains_the_kernels_however_it_is_built() -> None:
+    """Both lists of ggml-metal name them, and for the embedded library CMake inlines the headers that they include."""
+    metal = patched_ggml("metal") / "src" / "ggml-metal"
+    cmake = (metal / "CMakeLists.txt").read_text()
+    inlined = set(re.findall(r'-e "/\\#include \\"([\w.]+)\\"/d"', cmake))
+    assert "common.h" in inlined
+    for kernel in OPERATORS.glob("*/metal/*.metal"):
+        assert f"kernels/{kernel.name}\n" in cmake
+        assert kernel.stem in libraries((metal / "ggml-metal-device.m").read_text())
+        assert set(re.findall(r'#include "(.*)"', kernel.read_text())) <= inlined
+
+
+SPEC = Spec(layers="KKMK", heads=2, kda_head_dim=64, seed=40)
+IDS = np.random.default_rng(42).integers(0, VOCAB_SIZE, (4, 40))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("metal-kda"), SPEC)
+
+
+def make(folder: Path, spec: Spec, file_type: str = "F32") -> Path:
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES[file_type])
+    return folder / "model.gguf"
+
+
+def together(*positions: int | None) -> Step:
+    """One token of each sequence with a position."""
+    return decode(*((s, n, int(IDS[s][n])) for s, n in enumerate(positions) if n is not None))
+
+
+def several(sequence: int, first: int, count: int) -> Step:
+    return decode(*text(sequence, IDS[sequence][first : first + count], first))
+
+
+# Steps of at most 8 tokens over up to four sequences, and their setup.
+CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
+    "one sequence": ([several(0, 0, 8), several(0, 8, 7), *(together(n) for n in range(15, 20))], {}),
+    "sequences that come, pause and go": (
+        [
+            *(several(s, 0, 5 + s) for s in range(3)),
+            together(5, 6, 7),
+            together(6, None, 8),  # cells are not contiguous: the one between them moves to the end
+            together(7, 7),
+            together(None, 8, 9, 0),
+            cut(1, -1),
+            together(8, None, 10, 1),
+            together(9, 0, 11, 2),
+            together(10, 1, 12, 3),
+        ],
+        {"n_seq_max": 4, "kv_unified": True},
+    ),
+    "drafts rolled back": (
+        [
+            several(0, 0, 8),
+            several(1, 0, 6),
+            decode(*text(0, IDS[0][8:12], 8), *text(1, IDS[1][6:10], 6)),
+            cut(0, 10),
+            cut(1, 7),
+            together(10, 7),
+            together(11, 8),
+            decode(*text(0, IDS[0][12:15], 12), *text(1, IDS[1][9:12], 9)),
+            cut(1, 10),
+            together(15, 10),
+        ],
+        {"n_seq_max": 2, "n_rs_seq": 4},
+    ),
+}
+
+
+# Names of the tests -> conversation, order of lanes, number of layers on the device.
+RUNS = {
+    **{name: (name, "forwards", 999) for name in CONVERSATIONS},
+    "backwards": ("drafts rolled back", "backwards", 999),
+    "one KDA layer on the device": ("drafts rolled back", "forwards", 2),
+}
+
+
+def used(log: Path) -> set[str]:
+    """The operators of KDA that ran, and those that they replace."""
+    names = {each.nodes.split(" ")[0] for each in dispatches(log)}
+    return {name for name in names if re.match("KDA|GATED_DELTA|SSM", name)}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_model_on_the_device(
+    run: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    conversation, order, layers = RUNS[run]
+    steps, chosen = CONVERSATIONS[conversation]
+    expected = play(engine, model, Setup(**chosen), steps).logits
+    log = tmp_path / "log"
+    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
+    told = {"KIMI_METAL_LOG": str(log), "KIMI_METAL_ORDER": order, "KIMI_OPS": "conv,scan,require"}
+    assert_same(play(engine, model, setup, steps, **told).logits, expected)
+    copied = KDA if conversation == "sequences that come, pause and go" else set()
+    assert used(log) == {f"{each}+CPY" for each in KDA} | copied
+
+
+def test_a_state_is_saved_on_the_device_and_restored(
+    metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    file = tmp_path / "state"
+    steps = [
+        several(0, 0, 8),
+        save(0, file),
+        *(together(n) for n in (8, 9)),
+        cut(0, -1),
+        load(1, file),
+        decode((1, 8, int(IDS[0][8]))),
+        decode((1, 9, int(IDS[0][9]))),
+    ]
+    chosen = {"n_seq_max": 2}
+    logits = play(engine, model, on_metal(metal_backend, **chosen), steps).logits
+    assert_same(logits, play(engine, model, Setup(**chosen), steps).logits)
+    np.testing.assert_array_equal(logits[-2:], logits[-4:-2])
+
+
+def test_other_head_sizes_fall_back_and_say_why(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+    model = make(tmp_path, Spec(layers="KM", heads=2, kda_head_dim=32, seed=41))
+    steps = [several(0, 0, 4), together(4)]
+    log = tmp_path / "log"
+    played = play(engine, model, on_metal(metal_backend), steps, KIMI_OPS="", KIMI_METAL_LOG=str(log))
+    assert "upstream's graph instead: MTL0, which holds layer 0, does not have KDA_CONV" in played.log
+    assert not used(log) & {f"{each}+CPY" for each in KDA}
+    assert_same(played.logits, play(engine, model, Setup(), steps).logits)
+
+
+PUBLISHED = Spec(
+    layers="KKKMKKKM", hidden=256, heads=4, kda_head_dim=128, kv_lora=512, nope=128, rope=64, v_dim=128,
+    experts=16, experts_used=8, moe_intermediate=64, seed=43,
+)  # fmt: skip
+# Rows of the README's table: origin of the graph -> KIMI_OPS, the operator with the recurrence.
+GRAPHS = {"upstream's": ("off", "GATED_DELTA_NET+CPY"), "these operators": ("conv,scan", "KDA_SCAN+CPY")}
+
+
+def test_what_a_token_needs(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+    """As in the README: dispatches and barriers of the graph; bytes of the recurrence for one head."""
+    model = make(tmp_path, PUBLISHED, "Q8_0")
+    setup = on_metal(metal_backend, flash_attention=True, cache_type="F16")
+    readme = (OPERATORS / "kda" / "README.md").read_text()
+    recurrence = []
+    for graph, (chosen, operator) in GRAPHS.items():
+        log = tmp_path / chosen
+        play(engine, model, setup, [together(0), together(1)], KIMI_OPS=chosen, KIMI_METAL_LOG=str(log))
+        lines = log.read_text().splitlines()
+        begin = [i for i, line in enumerate(lines) if line.startswith("encoder")][-2]  # a graph has two
+        log.write_text("\n".join(lines[begin:]))
+        ran = dispatches(log)
+        assert f"| {graph} | {len(ran)} | {lines[begin:].count('barrier')} |\n" in readme
+        recurrence.append(next(each for each in ran if each.nodes.startswith(f"{operator} ")))
+    theirs, ours = recurrence
+    heads = PUBLISHED.heads
+    assert f"| bytes read | {theirs.bytes_read // heads} | {ours.bytes_read // heads} |\n" in readme
+    assert f"| bytes written | {theirs.bytes_written // heads} | {ours.bytes_written // heads} |\n" in readme
