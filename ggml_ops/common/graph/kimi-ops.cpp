@@ -72,8 +72,8 @@ void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops, const 
         if (matmul && ops.batch && shared) {
             ggml_op_set_mark(node, GGML_OP_MARK_INVARIANT);
         }
-        // a fused run starts with one of these nodes (node-fusion.cpp)
-        if (!ops.fuse && (matmul || node->op == GGML_OP_UNARY || node->op == GGML_OP_MUL)) {
+        // a fused run starts with one of these nodes (node-fusion.cpp, ggml-metal-fuse.cpp)
+        if (!ops.fuse && (matmul || node->op == GGML_OP_UNARY || node->op == GGML_OP_MUL || node->op == GGML_OP_ADD)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
         }
     }

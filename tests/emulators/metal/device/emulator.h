@@ -82,7 +82,6 @@ struct Pipeline {
     bool           reads_outside  = false;  // of tensors, and does not use what it reads
     bool           overruns       = false;  // threadgroup memory by up to OVERRUN bytes
     bool           in_step        = false;  // needs lanes that run in step
-    bool           rewrites       = false;  // threadgroups write equal values to the same bytes
     bool           barrier_orders = false;  // threadgroup memory also with mem_none
 
     struct Value {

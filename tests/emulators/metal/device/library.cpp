@@ -120,7 +120,6 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     pipeline->overruns       = entry.flags.find("overrun") != std::string::npos;
     pipeline->in_step        = entry.flags.find("in-step") != std::string::npos;
     pipeline->barrier_orders = entry.flags.find("barrier-orders") != std::string::npos;
-    pipeline->rewrites       = entry.flags.find("rewrites") != std::string::npos;
     for (const FunctionConstant * each = *pipeline->kernel->constants; each; each = each->next) {
         for (const ConstantValue & given : constants) {
             if (given.index == each->index) {

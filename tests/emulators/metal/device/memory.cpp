@@ -101,13 +101,14 @@ struct Constants {
     size_t       bytes;
 };
 
-// A write of bytes that others have written: a race unless the values are the same, which the next event shows.
+// A write of threadgroup memory that another simdgroup has written: a race unless the values are the same, which the
+// next event shows.
 struct Rewrite {
     const char * address = nullptr;  // nullptr: none
     size_t       bytes;
     char         before[16];
     const void * code;
-    const void * other;  // nullptr: another threadgroup, in device memory
+    const void * other;
 };
 
 Rewrite                         rewrite;
@@ -131,15 +132,6 @@ std::string what(bool write) {
 std::string race_text(bool write, const char * other, const void * other_code) {
     return "a race: " + what(write) + " of threadgroup memory that another simdgroup " + other + " at " +
            place_of(other_code) + " without a barrier between";
-}
-
-std::string race_with_threadgroup(const char * other) {
-    return std::string(" of bytes that another threadgroup of the dispatch ") + other;
-}
-
-void expect_same(const char * address, size_t bytes, const void * code, const void * other) {
-    rewrite = { address, bytes, {}, code, other };
-    memcpy(rewrite.before, address, bytes);
 }
 
 // What others did with these bytes, if it excludes this access.
@@ -202,11 +194,7 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
                               " concurrently: no memory barrier between");
         }
         if (const char * conflict = atomic ? nullptr : conflict_of(line.other_threadgroups, mask, write)) {
-            if (write && current->pipeline->rewrites && bytes <= sizeof(rewrite.before)) {
-                expect_same(address, bytes, code, nullptr);
-            } else {
-                fail_at(code, what(write) + race_with_threadgroup(conflict));
-            }
+            fail_at(code, what(write) + " of bytes that another threadgroup of the dispatch " + conflict);
         }
         (write ? line.here.written : line.here.read) |= mask;
         at += count;
@@ -246,7 +234,8 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
             }
         } else if (cell.written_time == group.time && cell.writer != self && apart) {
             if (write && bytes <= sizeof(rewrite.before)) {
-                expect_same(address, bytes, code, cell.written_at);
+                rewrite = { address, bytes, {}, code, cell.written_at };
+                memcpy(rewrite.before, address, bytes);
             } else {
                 fail_at(code, race_text(write, "wrote", cell.written_at) + ": " + array.where(address + i));
             }
@@ -348,8 +337,7 @@ void check_rewrite() {
         const Rewrite last = rewrite;
         rewrite            = Rewrite();
         if (memcmp(last.before, last.address, last.bytes) != 0) {
-            fail_at(last.code, last.other ? race_text(true, "wrote", last.other)
-                                          : what(true) + race_with_threadgroup("writes") + " with another value");
+            fail_at(last.code, race_text(true, "wrote", last.other));
         }
     }
 }

@@ -1,0 +1,29 @@
+#pragma once
+
+// Nodes that become one dispatch: ../README.md.
+
+#include "ggml-metal-device.h"
+
+struct ggml_cgraph;
+
+// SIGMOID ... SCALE of a router (ggml-router-nodes.h), from the node `first` to the node `last`.
+bool ggml_metal_router_supported(const ggml_cgraph * gf, int first, int last);
+
+void ggml_metal_router_encode(ggml_metal_library_t lib,
+                              ggml_metal_encoder_t enc,
+                              const ggml_tensor *  scores,
+                              const ggml_tensor *  biased,
+                              const ggml_tensor *  get_rows,
+                              const ggml_tensor *  clamp,
+                              const ggml_tensor *  weights);
+
+// One or two ADDs, RMS_NORM, MUL by the norm's weights: `n` nodes with these indices. The last ADD is a result, too.
+bool ggml_metal_add_norm_supported(const ggml_cgraph * gf, const int * node_idxs, int n);
+
+// first: nullptr if there is one ADD.
+void ggml_metal_add_norm_encode(ggml_metal_library_t lib,
+                                ggml_metal_encoder_t enc,
+                                const ggml_tensor *  first,
+                                const ggml_tensor *  add,
+                                const ggml_tensor *  norm,
+                                const ggml_tensor *  mul);

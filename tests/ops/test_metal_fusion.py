@@ -1,0 +1,61 @@
+"""Nodes that ggml-metal computes with one dispatch of ours, on the emulated device: compared with the single nodes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from llama_script import Setup, assert_same, decode, play, text
+from metal_program import dispatches, on_metal
+from native_program import passed_cases
+from random_checkpoint import Spec, write_checkpoint
+
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = pytest.mark.engine
+
+# More experts than a simdgroup has lanes; the last one has one expert left.
+SPEC = Spec(layers="KM", hidden=160, kda_head_dim=64, experts=65, experts_used=8, seed=70)
+ROUTER, ADD_NORM = "kernel_router_f32", "kernel_add_rms_norm_mul_f32"
+# Dispatches of a batch: one layer has a router, each has two residuals; with experts, a sum of three is one of them.
+FUSED = {ROUTER: 1, f"{ADD_NORM}_4_1": 3, f"{ADD_NORM}_4_2": 1}
+ORDERS = ["forwards", "backwards"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("metal-router")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_model_with_and_without_fusion(
+    order: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    steps = [decode(*text(0, range(8))), decode(*text(0, [3], 8))]
+    expected = play(engine, model, Setup(), steps, KIMI_OPS="off").logits
+    for operators in ("fuse", "off"):
+        log = tmp_path / operators
+        told = {"KIMI_OPS": operators, "KIMI_METAL_ORDER": order, "KIMI_METAL_LOG": str(log)}
+        assert_same(play(engine, model, on_metal(metal_backend), steps, **told).logits, expected)
+        ran = Counter(each.kernel.split("_n_expert=")[0] for each in dispatches(log))
+        expected_count = len(steps) if operators == "fuse" else 0
+        assert {each: ran[each] for each in FUSED} == {each: n * expected_count for each, n in FUSED.items()}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_upstreams_cases(order: str, metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    told = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
+    told["KIMI_METAL_LOG"] = str(log)
+    assert (
+        passed_cases(
+            engine, "MTL0", "TOPK_MOE", "-p", "with_norm=1,bias_probs=1,gating_func=1,scale_w=2", **told
+        )
+        >= 13
+    )
+    assert any(each.kernel.startswith(ROUTER) for each in dispatches(log))
