@@ -56,10 +56,12 @@ BACKENDS: dict[str, dict[str, str]] = {
 
 LIBRARIES = ("llama", "mtmd")
 
+VERIFY = "kimi-verify"  # compares the operators on a GPU with the CPU; only in patched builds
+
 PROGRAMS = (
-    "ggml-rpc-server", "llama-batched-bench", "llama-bench", "llama-cli", "llama-completion", "llama-gguf-split",
-    "llama-imatrix", "llama-perplexity", "llama-quantize", "llama-server", "llama-speculative-simple",
-    "llama-tokenize",
+    VERIFY, "ggml-rpc-server", "llama-batched-bench", "llama-bench", "llama-cli", "llama-completion",
+    "llama-gguf-split", "llama-imatrix", "llama-perplexity", "llama-quantize", "llama-server",
+    "llama-speculative-simple", "llama-tokenize",
 )  # fmt: skip
 
 TEST_PROGRAMS = (

@@ -17,8 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_gguf.engine.build_spec import VERIFY
 from kimi_gguf.engine.builds import Engine, builds, cache_folder, select
 from kimi_gguf.engine.errors import EngineError, install
+from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
@@ -108,6 +110,19 @@ def diagnose() -> Diagnosis:
         engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
         chosen=_checked("build that runs", lambda: select(make=False).label()),
     )
+
+
+def check_devices() -> tuple[str, bool]:
+    """Check the operators of the build that runs again, on each GPU.
+
+    Returns a text to paste into an issue, and whether all operators that the devices have are used.
+    """
+    engine = select(make=False)
+    facts = machine_facts()
+    lines = ["kimi-llama doctor --devices", f"build    {engine.label()}, {engine.manifest['commit']}"]
+    lines.append(f"system   {facts['system']}, {facts['processor']}")
+    result = subprocess.run([engine.bin / VERIFY], stdout=subprocess.PIPE, text=True, check=False)
+    return "\n".join([*lines, result.stdout.rstrip()]), result.returncode == 0
 
 
 def examine(engine: Engine, others: list[Engine]) -> list[Check]:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import stat
 import sysconfig
 import zipfile
 from pathlib import Path
 
+from kimi_gguf.engine.build_spec import VERIFY
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
 
@@ -44,7 +46,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
     sources = [path for path in sorted((package / "llama_cpp").rglob("*")) if path.is_file()]
     files = {
         **{path.relative_to(package).as_posix(): path for path in sources if path.suffix != ".pyc"},
-        **{f"llama_cpp/lib/{path.name}": path for path in _wanted_libraries(engine)},
+        **{f"llama_cpp/lib/{path.name}": path for path in [*_wanted_libraries(engine), *_verify(engine)]},
         f"{info}/licenses/LICENSE.md": package / "LICENSE.md",
         f"{info}/licenses/llama.cpp/LICENSE": engine.prefix / "LICENSE",
         f"{info}/kimi-gguf.json": engine.prefix / "manifest.json",
@@ -67,6 +69,11 @@ def _wanted_libraries(engine: Engine) -> list[Path]:
     return paths
 
 
+def _verify(engine: Engine) -> list[Path]:
+    """The program that a library starts to check the operators on a GPU."""
+    return [path for path in (engine.bin / VERIFY,) if path.exists()]
+
+
 def _local_version(engine: Engine) -> str:
     """The package's version, marked with the series or as upstream."""
     upstream = str(engine.manifest["package"]).split("==")[1]
@@ -84,5 +91,6 @@ def _write_zip(path: Path, files: dict[str, bytes]) -> None:
         for name, content in files.items():
             entry = zipfile.ZipInfo(name, _DATE)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (0o755 if "/lib/" in name else 0o644) << 16
+            mode = 0o755 if "/lib/" in name else 0o644
+            entry.external_attr = (stat.S_IFREG | mode) << 16  # pip keeps the mode of regular files only
             archive.writestr(entry, content)

@@ -13,6 +13,7 @@ needs, if any, in the line `Needs:`. The folder of a source determines its place
     OP/metal/*.metal      ggml/src/ggml-metal/kernels/
     OP/metal/*            ggml/src/ggml-metal/kimi/
     OP/graph/*            src/kimi/
+    OP/program/*          ggml/src/kimi/program/       a program of its own
     OP/server/*           tools/server/kimi/
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
@@ -43,6 +44,7 @@ PLACES = {
     "cuda": "ggml/src/ggml-cuda/kimi",
     "metal": "ggml/src/ggml-metal/kimi",
     "graph": "src/kimi",
+    "program": "ggml/src/kimi/program",
     "server": "tools/server/kimi",
     "tests": "tests/kimi",
 }

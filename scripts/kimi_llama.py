@@ -69,6 +69,11 @@ it computes. A worker listens on loopback unless --host is given. Give --host on
 example the address of a WireGuard interface. Or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. For more,
 see docs/serving.md."""
 
+_ALL_USED = "No operator is switched off. To ask about these devices, paste the text above into an issue."
+_NOT_USED = """\
+Operators that did not pass are not used on that device; upstream's graph or kernels compute their nodes. To report it,
+paste the text above into an issue of this project."""
+
 _ELSEWHERE = f"{_WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
 
 TOOLS = {
@@ -150,9 +155,14 @@ def _use(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from kimi_gguf.engine.doctor import diagnose
+    from kimi_gguf.engine.doctor import check_devices, diagnose
     from kimi_gguf.engine.doctor_text import as_text
 
+    if parsed.devices:
+        text, passed = check_devices()
+        print(f"```\n{text}\n```")
+        print("\n" + (_ALL_USED if passed else _NOT_USED), file=sys.stderr)
+        return 0 if passed else 1
     diagnosis = diagnose()
     print(diagnosis.as_json() if parsed.json else as_text(diagnosis))
     return 0 if diagnosis.healthy else 1
@@ -277,7 +287,15 @@ def _parser() -> argparse.ArgumentParser:
         help="add a CMake setting")  # fmt: skip
 
     sub = command(
-        "doctor", _doctor, "show what is built, from what, and whether it works", "kimi-llama doctor"
+        "doctor",
+        _doctor,
+        "show what is built, from what, and whether it works",
+        "kimi-llama doctor\n  kimi-llama doctor --devices",
+    )
+    sub.add_argument(
+        "--devices",
+        action="store_true",
+        help="check the operators of the build that runs on each GPU again, and print a text for an issue",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 

@@ -20,6 +20,8 @@ enum ggml_op_mark {
 
     // MUL_MAT, MUL_MAT_ID: use only code paths whose choice and order of summation do not depend on the number of columns
     GGML_OP_MARK_INVARIANT = 4,
+
+    GGML_OP_MARK_KEEP_COPY = 8,  // KDA_CONV, KDA_SCAN: do not elide the copy of the new states
 };
 
 static inline void ggml_op_set_mark(struct ggml_tensor * node, enum ggml_op_mark mark) {

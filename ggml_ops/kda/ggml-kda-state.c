@@ -5,6 +5,7 @@
 #include "ggml-impl.h"
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
+#include "ggml-op-marks.h"
 
 struct ggml_kda_states ggml_kda_get_states(const struct ggml_tensor * op) {
     struct ggml_kda_states states;
@@ -129,7 +130,7 @@ struct ggml_kda_state_copy ggml_kda_find_state_copy(const struct ggml_cgraph * c
 
     const int                  n    = find_extra_copies(cgraph, next_node(cgraph, node_n), &states, &copy);
     const struct ggml_tensor * node = node_of(cgraph, n, GGML_OP_CPY);
-    if (node == NULL || (op->flags & GGML_TENSOR_FLAG_OUTPUT) != 0) {
+    if (node == NULL || (op->flags & GGML_TENSOR_FLAG_OUTPUT) != 0 || ggml_op_has_mark(op, GGML_OP_MARK_KEEP_COPY)) {
         return none;
     }
     const struct ggml_tensor * from = node->src[0];

@@ -38,7 +38,7 @@ def test_both_builds_compute_every_layer_on_the_device(
 ) -> None:
     computed, file, page = tmp_path / "computed", tmp_path / "record.json", tmp_path / "page.md"
     monkeypatch.setenv("SECOND_LOG", str(computed))
-    sizes = ("--batch", "1,300", "--depth", "0,64", "--cache-type", "f16,q8_0", "--ubatch", "256")
+    sizes = ("--batch", "1,40", "--depth", "0,16", "--cache-type", "f16,q8_0", "--ubatch", "32")
     bench(*ON, *sizes, "--json", str(file), "--page", str(page))
     lines = set(computed.read_text().splitlines())
     assert {"SECOND0 KDA_SCAN", "SECOND0 GATED_DELTA_NET"} <= lines, "patched and upstream"
@@ -50,14 +50,14 @@ def test_both_builds_compute_every_layer_on_the_device(
     for cell in model["cells"]:
         variants = {"patched", "upstream"} | ({"upstream -fa 0"} if cell["cache_type"] == "f16" else set())
         assert set(cell["samples"]) | set(cell["ruled_out"]) == variants
-        assert (cell["device"], cell["ubatch"]) == ("SECOND0", 256)
+        assert (cell["device"], cell["ubatch"]) == ("SECOND0", 32)
         assert cell["floor"]["seconds"] > 0
     for loaded in model["about"]["load"].values():  # only the token embeddings are on the CPU
         assert loaded["memory"]["weights"]["SECOND0"] > 10 * loaded["memory"]["weights"].get("CPU", 0)
     assert model["about"]["fallbacks"] == {}
     text = page.read_text()
     assert "# Bench on the CPU with memory of its own" in text
-    assert "| tg at 64, ubatch 256, q8_0 cache |" in text
+    assert "| tg at 16, ubatch 32, q8_0 cache |" in text
     assert data["checkout"] in text and data["engines"]["patched"]["commit"] in text
     assert str(tmp_path) not in text
 

@@ -162,6 +162,7 @@ def test_sources_that_do_not_fit_the_series_are_refused(
         ("kda/metal/kda.metal", "ggml/src/ggml-metal/kernels/kda.metal"),
         ("kda/metal/ggml-metal-kda.cpp", "ggml/src/ggml-metal/kimi/ggml-metal-kda.cpp"),
         ("kda/graph/llama-kda.h", "src/kimi/llama-kda.h"),
+        ("verify/program/kimi-verify.cpp", "ggml/src/kimi/program/kimi-verify.cpp"),
         ("kda/tests/kda-test-cases.h", "tests/kimi/kda-test-cases.h"),
         ("llama/tokenizer_split/kimi-split.cpp", "src/kimi-split.cpp"),
         ("llama/tokenizer_split/make_tables.py", None),

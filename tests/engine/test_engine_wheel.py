@@ -14,6 +14,7 @@ import pytest
 import tiny_llama
 
 from kimi_gguf.engine import builds as engine
+from kimi_gguf.engine.build_spec import VERIFY
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.wheel import make_wheel
 
@@ -69,3 +70,6 @@ def test_the_real_wheel_loads_its_own_libraries(engine: Engine, tmp_path: Path) 
     assert mapped
     assert all(Path(path).is_relative_to(tmp_path / "site") for path in mapped), mapped
     assert len({Path(path).name.split(".")[0] for path in mapped}) == len(mapped), "a library is loaded twice"
+
+    verify = tmp_path / "site/llama_cpp/lib" / VERIFY
+    assert "nothing is checked" in subprocess.run([verify], capture_output=True, text=True, check=True).stdout

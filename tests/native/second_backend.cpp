@@ -10,18 +10,23 @@
 //   SECOND_REFUSES   names of operators that no device supports, comma separated
 //   SECOND_TAKES     set: devices accept operations of 32 rows and more whose weights are in the CPU's memory
 //   SECOND_MEMORY    MiB of memory per device, 4096 if unset
-//   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated
+//   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated; COPY: elided state copies
+//   SECOND_HANGS     names of operators with which every device computes for ever
+//   SECOND_CRASHES   names of operators with which every device ends the process
 //   SECOND_REGISTERS set: the library registers itself when it is loaded, for LD_PRELOAD
 //   SECOND_LOG       a file for a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
 //                    (second_kernels.h) also "DEVICE kernel OPERATOR", with "... and its copy" if the copy is elided
 //   SECOND_GRAPHS    a file for a line per computed graph: the device, the number of nodes that compute something, the
 //                    number of steps with kernels, and "again" if a captured graph would be launched, or "anew"
 
+#include "common/ggml-op-marks.h"
 #include "ggml-backend-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
+#include "kda/ggml-kda-state.h"
 #include "second_kernels.h"
 
+#include <signal.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -239,6 +244,64 @@ void log_graph(const Device & device, ggml_cgraph * graph, int n_steps) {
     }
 }
 
+// Nodes that are marked for upstream's code are without faults.
+bool has_fault(const std::set<std::string> & names, const ggml_tensor * node) {
+    return names.count(ggml_op_name(node->op)) && !ggml_op_has_mark(node, GGML_OP_MARK_UPSTREAM);
+}
+
+bool has_fault(const char * variable, ggml_cgraph * graph) {
+    const std::set<std::string> names = named(variable);
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        if (has_fault(names, ggml_graph_node(graph, i))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+// A result that a device gets wrong after it has computed n_nodes nodes.
+struct Fault {
+    int           n_nodes;
+    ggml_tensor * result;
+};
+
+// The first fault from node i on. An elided copy is wrong together with the operator before it.
+Fault find_fault(ggml_cgraph * graph, int i) {
+    static const std::set<std::string> names = named("SECOND_SPOILS");
+    for (int n = i; n < ggml_graph_n_nodes(graph); ++n) {
+        ggml_tensor * node = ggml_graph_node(graph, n);
+        if (has_fault(names, node)) {
+            return { n + 1 - i, node };
+        }
+        if (names.count("COPY") && strncmp(ggml_op_name(node->op), "KDA_", 4) == 0) {
+            const ggml_kda_state_copy copy = ggml_kda_find_state_copy(graph, n);
+            if (copy.to) {
+                return { n + copy.n_nodes + 1 - i, copy.to };
+            }
+        }
+    }
+    return { ggml_graph_n_nodes(graph) - i, nullptr };
+}
+
+// n_steps: number of steps with kernels
+ggml_status compute_with_faults(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_steps) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph);) {
+        const Fault       fault = find_fault(graph, i);
+        ggml_cgraph       part  = ggml_graph_view(graph, i, i + fault.n_nodes);
+        ggml_cgraph *     nodes = fault.n_nodes == ggml_graph_n_nodes(graph) ? graph : &part;
+        const ggml_status status =
+            second_kernels ? compute_by_kernels(device, cpu, nodes, n_steps) : ggml_backend_graph_compute(cpu, nodes);
+        if (status != GGML_STATUS_SUCCESS) {
+            return status;
+        }
+        if (fault.result) {
+            *(float *) fault.result->data += 1.0f;
+        }
+        i += fault.n_nodes;
+    }
+    return GGML_STATUS_SUCCESS;
+}
+
 ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     Device & device = device_of(backend->device);
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
@@ -254,19 +317,17 @@ ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) {
         }
         log_once(device, ggml_op_name(node->op));
     }
+    while (has_fault("SECOND_HANGS", graph)) {
+        pause();
+    }
+    if (has_fault("SECOND_CRASHES", graph)) {
+        raise(SIGSEGV);
+    }
     Open              open(device);
     ggml_backend_t    cpu     = (ggml_backend_t) backend->context;
     int               n_steps = 0;
-    const ggml_status status =
-        second_kernels ? compute_by_kernels(device, cpu, graph, n_steps) : ggml_backend_graph_compute(cpu, graph);
+    const ggml_status status  = compute_with_faults(device, cpu, graph, n_steps);
     log_graph(device, graph, n_steps);
-    static const std::set<std::string> spoiled = named("SECOND_SPOILS");
-    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        const ggml_tensor * node = ggml_graph_node(graph, i);
-        if (spoiled.count(ggml_op_name(node->op))) {
-            *(float *) node->data += 1.0f;
-        }
-    }
     return status;
 }
 

@@ -7,6 +7,7 @@ emulator, the CPU replaces upstream's. Graphs are therefore those of llama.cpp, 
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from cuda_program import GGML_OPTIONS, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, cut, decode, play, text
-from native_program import ggml_libraries, passed_cases, roll_back_on_device
+from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
 from kimi_gguf.convert.conversion import convert
@@ -121,6 +122,15 @@ def test_upstreams_comparison_of_devices(
     assert passed_cases(engine, "SECOND0", operator, "-p", cases, **told) > count
     kernel = f"SECOND0 kernel {operator}"
     assert ran(log) == {kernel, *([f"{kernel} and its copy"] if copied else [])}
+
+
+def test_the_operators_verify_themselves(backend: Path, engine: Engine) -> None:
+    """The cases of kimi-verify on kernels that are right, within its time for slow devices."""
+    told = {"GGML_BACKEND_PATH": str(backend), "KIMI_VERIFY_SECONDS": "300"}
+    table = run_program(engine.bin / "kimi-verify", **told).stdout
+    assert re.findall(r"^(\w[\w ]+\w) +passed ", table, re.MULTILINE) == [
+        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN",
+    ], table  # fmt: skip
 
 
 @pytest.fixture(scope="module")

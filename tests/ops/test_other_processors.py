@@ -30,8 +30,8 @@ ALL_VARIANTS = Variant(
 )
 
 # Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
-EMULATED = {"test-kda": 29, "latent-attn-test": 97}
-NATIVE = {"test-kda": 11, "latent-attn-test": 13}
+EMULATED = {"test-kda": 41, "latent-attn-test": 97}
+NATIVE = {"test-kda": 23, "latent-attn-test": 13}
 
 # Architecture of the compiler -> a processor of that kind, which terminates a program at any newer instruction.
 ARM = {"armv8-a": "cortex-a53", "armv8.2-a+dotprod": "neoverse-n1"}

@@ -50,14 +50,10 @@ def ask(server: Server, prompt: str = PROMPT) -> Answer:
     return server.complete(prompt, COUNT, cache_prompt=True)
 
 
-def slot(server: Server, action: str, file: str = "slot.bin") -> None:
-    server.post(f"/slots/0?action={action}", {"filename": file})
-
-
 def refusal(server: Server, file: str) -> str | None:
     """The reason why a file was not restored; None: it was restored."""
     try:
-        slot(server, "restore", file)
+        server.slot("restore", file)
     except urllib.error.HTTPError as error:
         assert error.code == 400
         return error.read().decode()
@@ -73,10 +69,10 @@ def test_a_restored_slot_has_its_checkpoints(start: Start) -> None:
     with start() as server:
         first = ask(server)
         made = checkpoints(server)
-        slot(server, "save")
+        server.slot("save")
     assert len(made) >= 2
     with start() as server:
-        slot(server, "restore")
+        server.slot("restore")
         assert checkpoints(server) == made
         again = ask(server)
         shorter = ask(server, PROMPT[: len(PROMPT) * 3 // 4])
@@ -92,11 +88,11 @@ def test_a_file_of_upstream_is_restored_without_checkpoints(
 ) -> None:
     with serving(upstream, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/") as server:
         ask(server)
-        slot(server, "save")
+        server.slot("save")
     with start() as server:
         expected = ask(server, PROMPT + "define: river\n")
     with start() as server:
-        slot(server, "restore")
+        server.slot("restore")
         assert checkpoints(server) == []
         longer = ask(server, PROMPT + "define: river\n")
     assert longer.ids == expected.ids
@@ -105,9 +101,9 @@ def test_a_file_of_upstream_is_restored_without_checkpoints(
 def test_upstream_restores_our_file(tmp_path: Path, start: Start, upstream: Engine, gguf: Path) -> None:
     with start() as server:
         ask(server)
-        slot(server, "save")
+        server.slot("save")
     with serving(upstream, tmp_path, gguf, "-np", "1", "--slot-save-path", f"{tmp_path}/") as server:
-        slot(server, "restore")
+        server.slot("restore")
         assert server.get("/slots")[0]["n_ctx"] > 0
 
 
@@ -118,10 +114,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, start: Start) -> None
         in_the_way = tmp_path / "slot.bin.part"
         in_the_way.mkdir()
         with pytest.raises(urllib.error.HTTPError):
-            slot(server, "save")
+            server.slot("save")
         assert (tmp_path / "slot.bin").read_bytes() == b"old"
         in_the_way.rmdir()
-        slot(server, "save")
+        server.slot("save")
     assert not (tmp_path / "slot.bin.part").exists()
 
 
@@ -130,7 +126,7 @@ def test_a_file_of_another_model_or_cache_is_refused(
 ) -> None:
     with start() as server:
         ask(server)
-        slot(server, "save")
+        server.slot("save")
     options = ("-np", "1", "--slot-save-path", f"{tmp_path}/")
     with serving(engine, tmp_path, demo_gguf("Q8_0"), *options) as server:
         before = ask(server)
@@ -171,7 +167,7 @@ def damaged(content: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]
 def test_a_damaged_file_changes_nothing(tmp_path: Path, start: Start) -> None:
     with start() as server:
         first = ask(server)
-        slot(server, "save")
+        server.slot("save")
         content = (tmp_path / "slot.bin").read_bytes()
         for name, data in damaged(content, DAMAGED, seed=1):
             (tmp_path / "damaged.bin").write_bytes(data)
@@ -186,7 +182,7 @@ def test_a_file_of_upstream_with_changed_numbers_never_ends_the_server(tmp_path:
     chance = random.Random(2)
     with start() as server:
         ask(server)
-        slot(server, "save")
+        server.slot("save")
         content = (tmp_path / "slot.bin").read_bytes()
         (own,) = struct.unpack_from("<Q", content, len(content) - END.size)
         (tokens,) = struct.unpack_from("<I", content, 8)
@@ -276,7 +272,7 @@ def test_a_model_that_is_replaced_while_the_server_runs(
         ask(server)
         shutil.copy(demo_gguf("BF16"), tmp_path / "new.gguf")
         (tmp_path / "new.gguf").replace(model)
-        slot(server, "save")
+        server.slot("save")
     with serving(engine, tmp_path, model, *options) as server:
         assert "another model" in str(refusal(server, "slot.bin"))
 

@@ -81,6 +81,10 @@ class Server(RunningServer):
         self._answered.append(path)
         return got
 
+    def slot(self, action: str, file: str = "slot.bin") -> None:
+        """Save or restore slot 0; raises `HTTPError` if the server refuses."""
+        self.post(f"/slots/0?action={action}", {"filename": file})
+
     def metric(self, name: str) -> float:
         """A counter of the server, which needs the option --metrics."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=PATIENCE) as answer:

@@ -8,6 +8,7 @@
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
 #include "quant-gemm-dot.h"
+#include "quant-gemm-unpack.h"
 #include "repack.h"
 #include "simd-mappings.h"
 
@@ -31,31 +32,45 @@ static inline __m512i repeat_8(const int8_t * codes) {
     return _mm512_set1_epi64(x);
 }
 
-// An F16 number per row, in both lanes of the row, ...
+// 8 F16 numbers in the first lanes, 8 in the second.
+static inline __m512 in_lanes(const ggml_half * first, const ggml_half * second) {
+    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) first));
+    const __m256i y = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) second));
+    return _mm512_cvtph_ps(_mm256_or_si256(x, _mm256_slli_epi32(y, 16)));
+}
+
 static inline __m512 both_lanes(const ggml_half * d) {
-    const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) d));
-    return _mm512_cvtph_ps(_mm256_or_si256(x, _mm256_slli_epi32(x, 16)));
+    return in_lanes(d, d);
 }
 
-// ... or half of the power of two that MXFP4 has instead.
-static inline __m512 both_lanes(const uint8_t * e) {
-    int64_t x;
-    memcpy(&x, e, sizeof(x));
-    const __m512i first = _mm512_cvtepu8_epi64(_mm_cvtsi64_si128(x));
-    return half_powers(_mm512_or_si512(first, _mm512_slli_epi64(first, 32)));
+// The scales of a block of two groups, ...
+template <typename Block> static inline __m512 scales_of(const Block & first, const Block & second) {
+    return in_lanes(first.d, second.d);
 }
 
-template <typename Block> static inline __m512 scales_of(const Block & w) {
-    return both_lanes(w.d);
+// ... or half of the powers of two that MXFP4 has instead.
+static inline __m512 scales_of(const block_mxfp4x8 & first, const block_mxfp4x8 & second) {
+    int64_t x, y;
+    memcpy(&x, first.e, sizeof(x));
+    memcpy(&y, second.e, sizeof(y));
+    return half_powers(_mm512_or_si512(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(x)),
+                                       _mm512_slli_epi64(_mm512_cvtepu8_epi64(_mm_cvtsi64_si128(y)), 32)));
 }
 
-static inline __m512 scales_of(const block_mxfp4x8 & w) {
-    return both_lanes(w.e);
+static inline __m512i lanes_swapped(__m512i x) {
+    return _mm512_shuffle_epi32(x, _MM_PERM_CDAB);
 }
 
-// Adds the two lanes of each row.
+// Adds the two lanes of each row, for one group of rows, ...
 static inline __m512i both_added(__m512i x) {
-    return _mm512_add_epi32(x, _mm512_shuffle_epi32(x, _MM_PERM_CDAB));
+    return _mm512_add_epi32(x, lanes_swapped(x));
+}
+
+// ... or for two: the sums of the first are in the first lanes, those of the second in the second lanes.
+static inline __m512i both_added(__m512i first, __m512i second) {
+    const __m512i own   = _mm512_mask_mov_epi32(second, FIRST_LANES, first);
+    const __m512i other = _mm512_mask_mov_epi32(first, FIRST_LANES, second);
+    return _mm512_add_epi32(own, lanes_swapped(other));
 }
 
 template <int N_C> static inline void store_sums(const __m512 (&lanes)[N_C], float * sums) {
@@ -84,28 +99,44 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
 }
 
 // Blocks of 32 values with one scale per row: bytes hold values 0..15 in their low nibbles, 16..31 in their high ones.
+// Two groups at once; the last one is repeated past the end.
 template <typename Block, int N_C>
-static void dot_nibble_groups(const char * group, size_t, int, int64_t k, const char * const * columns, float * sums) {
-    const Block * w        = (const Block *) group;
+static void dot_nibble_groups(
+    const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
+    const Groups2 groups(weights, stride, 0, n_rows);
+    const size_t  ahead    = ahead_of(stride);
     __m512        sum[N_C] = {};
     for (int64_t i = 0; i < k / BLOCK; i++) {
-        __m512i codes[4];  // values 8j .. 8j + 7
-        split(w[i], load_codes(w[i].qs), codes[0], codes[2]);
-        split(w[i], load_codes(w[i].qs + 64), codes[1], codes[3]);
-        const __m512 d = scales_of(w[i]);
+        const Block * w[2];
+        __m512i       codes[2][4];  // values 8j .. 8j + 7
+#pragma GCC unroll 2
+        for (int g = 0; g < 2; g++) {
+            w[g] = (const Block *) groups.group[g] + i;
+            prefetch<2>((const char *) w[g] + ahead, sizeof(Block));
+            split(*w[g], _mm512_loadu_si512(w[g]->qs), codes[g][0], codes[g][2]);
+            split(*w[g], _mm512_loadu_si512(w[g]->qs + 64), codes[g][1], codes[g][3]);
+        }
+        const __m512 d = scales_of(*w[0], *w[1]);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const ActBlocks & a = ((const ActBlocks *) columns[c])[i / N_BLOCKS];
-            const int         b = i % N_BLOCKS;
-            __m512i           z = _mm512_maskz_set1_epi32(FIRST_LANES, a.starts[b]);
+            const ActBlocks & a     = ((const ActBlocks *) columns[c])[i / N_BLOCKS];
+            const int         b     = i % N_BLOCKS;
+            const __m512i     start = _mm512_maskz_set1_epi32(FIRST_LANES, a.starts[b]);
+            __m512i           z[2]  = { start, start };
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                z = _mm512_dpbusd_epi32(z, codes[j], repeat_8(a.codes[b] + 8 * j));
+                const __m512i x = repeat_8(a.codes[b] + 8 * j);
+                z[0]            = _mm512_dpbusd_epi32(z[0], codes[0][j], x);
+                z[1]            = _mm512_dpbusd_epi32(z[1], codes[1][j], x);
             }
-            sum[c] = add_block(sum[c], both_added(z), d, _mm512_set1_ps(a.scales[b]));
+            sum[c] = add_block(sum[c], both_added(z[0], z[1]), d, _mm512_set1_ps(a.scales[b]));
         }
     }
-    store_sums(sum, sums);
+    const __m512i in_order = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        _mm512_storeu_ps(sums + c * PANEL_ROWS, _mm512_permutexvar_ps(in_order, sum[c]));
+    }
 }
 
 // Minima of four blocks, 8 rows each, as 16-bit numbers: those of blocks 0 and 1 in the first lane of a row, of 2 and 3
@@ -249,7 +280,7 @@ static void dot_q2_K_groups(const char * group, size_t, int, int64_t k, const ch
 }
 
 template <typename Block>
-static constexpr Dot NIBBLES = { 8,
+static constexpr Dot NIBBLES = { 16,
                                  { dot_nibble_groups<Block, 1>, dot_nibble_groups<Block, 2>,
                                    dot_nibble_groups<Block, 3>, dot_nibble_groups<Block, 4> } };
 

@@ -20,8 +20,7 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static constexpr int DOT_ROWS   = 16;
-static constexpr int MAX_SLICES = 16;  // integer sums of so many slices of K are kept, so that they stay in L1
+static constexpr int MAX_SLICES = 8;  // integer sums of so many slices of K are kept, so that they stay in L1
 
 // ---- types of 256 values
 
@@ -53,7 +52,11 @@ static inline __m128i sum_super_block(const SuperBlock & w, const __m512i (&fact
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes[j], _mm512_loadu_si512(a.codes + 64 * j));
-        products        = _mm512_add_epi32(products, _mm512_mullo_epi32(z, factors[j]));
+        if constexpr (IS_ONE_OF<Block, block_iq4_xs>) {
+            products = _mm512_add_epi32(products, _mm512_mullo_epi32(z, factors[j]));
+        } else {  // four products fit in 16 bits: at most 4 * 63 * 127
+            products = _mm512_dpwssd_epi32(products, z, factors[j]);
+        }
     }
     if constexpr (HAS_MINIMA<Block>) {
         products = _mm512_add_epi32(_mm512_unpacklo_epi32(products, offsets), _mm512_unpackhi_epi32(products, offsets));
@@ -80,19 +83,22 @@ static void dot_super_blocks(
     const __m512i       which      = _mm512_srli_epi32(lane, BY_16<Block> ? 2 : 3);
     alignas(64) int32_t integers[MAX_SLICES][N_C][DOT_ROWS][4];
     const Rows16        rows(weights, stride, 0, n_rows);
+    const size_t        ahead      = ahead_of(stride);
     __m512              total[N_C] = {};
     for (int64_t first = 0; first < k / SLICE; first += MAX_SLICES) {
         const int n = (int) std::min<int64_t>(MAX_SLICES, k / SLICE - first);
         for (int r = 0; r < DOT_ROWS; r++) {
             const Block * w = (const Block *) rows.row[r] + first;
             for (int i = 0; i < n; i++) {
-                prefetch_behind(w + i, sizeof(Block));
+                prefetch<2>((const char *) (w + i) + ahead, sizeof(Block));
                 const SuperBlock s = load(w[i]);
-                __m512i          factors[4];
+                const __m512i    lower =
+                    IS_ONE_OF<Block, block_iq4_xs> ? s.factors : _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
+                __m512i factors[4];
 #pragma GCC unroll 4
                 for (int j = 0; j < 4; j++) {
                     const __m512i of = _mm512_add_epi32(which, _mm512_set1_epi32(PER_VECTOR * j));
-                    factors[j]       = _mm512_permutexvar_epi32(of, s.factors);
+                    factors[j]       = _mm512_permutexvar_epi32(of, lower);
                 }
 #pragma GCC unroll 4
                 for (int c = 0; c < N_C; c++) {
@@ -127,65 +133,123 @@ static void dot_super_blocks(
 
 // ---- types of 32 values with one scale
 
-// Quants of two blocks in the order of k, as unsigned bytes.
-static inline __m512i codes_of(const block_q8_0 * w) {
-    const __m256i first  = _mm256_loadu_si256((const __m256i *) w[0].qs);
-    const __m256i second = _mm256_loadu_si256((const __m256i *) w[1].qs);
-    return _mm512_xor_si512(halves(first, second), bytes(0x80));
+// Quants of 8 blocks as unsigned bytes: values 0..15 and 16..31 of blocks 0..3, then of blocks 4..7. The products of a
+// block are in four lanes.
+struct Codes {
+    __m512i half[2][2];
+};
+
+// 16 bytes of each of four blocks.
+template <typename Block> static inline __m512i load_4(const Block * w, size_t offset) {
+    const auto load = [&](int i) { return _mm_loadu_si128((const __m128i *) ((const char *) (w + i) + offset)); };
+    __m512i    x    = _mm512_castsi128_si512(load(0));
+    x               = _mm512_inserti32x4(x, load(1), 1);
+    x               = _mm512_inserti32x4(x, load(2), 2);
+    return _mm512_inserti32x4(x, load(3), 3);
 }
 
-static inline __m512i codes_of(const block_q4_0 * w) {
-    return nibbles_of(w[0].qs, w[1].qs);
+static inline void load(const block_q8_0 * w, __m512i (&half)[2]) {
+    half[0] = _mm512_xor_si512(load_4(w, offsetof(block_q8_0, qs)), bytes(0x80));
+    half[1] = _mm512_xor_si512(load_4(w, offsetof(block_q8_0, qs) + 16), bytes(0x80));
 }
 
-static inline __m512i codes_of(const block_q5_0 * w) {
-    uint32_t fifth[2];  // bit i belongs to value i
-    memcpy(&fifth[0], w[0].qh, sizeof(fifth[0]));
-    memcpy(&fifth[1], w[1].qh, sizeof(fifth[1]));
-    const __m512i low = nibbles_of(w[0].qs, w[1].qs);
-    return _mm512_mask_add_epi8(low, (uint64_t) fifth[1] << 32 | fifth[0], low, bytes(16));
-}
-
-static inline __m512i codes_of(const block_iq4_nl * w) {
-    return iq4_values(nibbles_of(w[0].qs, w[1].qs));
-}
-
-static inline __m512i codes_of(const block_mxfp4 * w) {
-    return mxfp4_values(nibbles_of(w[0].qs, w[1].qs));
-}
-
-// The scale of a block of 16 rows.
-template <typename Block> static inline __m512 scale_of(const Rows16 & rows, size_t at) {
-    if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
-        return rows.load_power(at + offsetof(Block, e));
-    } else {
-        return rows.load_half(at + offsetof(Block, d));
-    }
-}
-
-// Integer sums of 8 blocks of a row times N_C columns, without the offset of the quants.
-template <typename Block, int N_C>
-static inline void sum_blocks(
-    const Block * w, int64_t slice, const char * const * columns, int r, int32_t (&integers)[N_C][DOT_ROWS][N_BLOCKS]) {
-    __m512i codes[4];
+template <typename Block> static inline void load(const Block * w, __m512i (&half)[2]) {
+    const __m512i x = load_4(w, offsetof(Block, qs));
+    half[0]         = low_nibbles(x);
+    half[1]         = high_nibbles(x);
+    if constexpr (IS_ONE_OF<Block, block_q5_0>) {
+        uint64_t fifth[2] = {};  // bit i of qh belongs to value i
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        codes[j] = codes_of(w + 2 * j);
+        for (int b = 0; b < 4; b++) {
+            uint16_t bits[2];
+            memcpy(bits, w[b].qh, sizeof(bits));
+            fifth[0] |= (uint64_t) bits[0] << 16 * b;
+            fifth[1] |= (uint64_t) bits[1] << 16 * b;
+        }
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            half[h] = _mm512_mask_add_epi8(half[h], fifth[h], half[h], bytes(16));
+        }
+    } else if constexpr (IS_ONE_OF<Block, block_iq4_nl>) {
+        half[0] = iq4_values(half[0]);
+        half[1] = iq4_values(half[1]);
+    } else if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
+        half[0] = mxfp4_values(half[0]);
+        half[1] = mxfp4_values(half[1]);
     }
-    const __m512i in_order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+
+// The scale of a block as it is stored.
+template <typename Block> static inline uint16_t scale_bits(const Block & w) {
+    if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
+        return w.e;
+    } else {
+        return w.d;
+    }
+}
+
+// Scales of 16 blocks from the lower half of each lane.
+template <typename Block> static inline __m512 scales_from(__m512i x) {
+    if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
+        return half_powers(_mm512_and_si512(x, _mm512_set1_epi32(0xff)));
+    } else {
+        return lower_half(x);
+    }
+}
+
+// 8 blocks of 16 rows: integer sums of each block times N_C columns, without the offset of the quants, and scales.
+template <int N_C> struct Slice {
+    alignas(64) int32_t sums[N_C][DOT_ROWS][N_BLOCKS];
+    alignas(64) uint16_t scales[DOT_ROWS][N_BLOCKS];
+};
+
+// A row of a slice. columns: codes of activations in the order of Codes.
+template <typename Block, int N_C>
+static inline void sum_blocks(const Block * w, const Codes (&columns)[N_C], int r, Slice<N_C> & slice) {
+    Codes codes;
+    load(w, codes.half[0]);
+    load(w + 4, codes.half[1]);
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        slice.scales[r][b] = scale_bits(w[b]);
+    }
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
-        const ActBlocks & a = ((const ActBlocks *) columns[c])[slice];
-        __m512i           z[4];  // two blocks in 8 lanes each
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            z[j] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[j], _mm512_loadu_si512(a.codes[2 * j]));
+        __m512i z[2] = {};
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            z[j] = _mm512_dpbusd_epi32(z[j], codes.half[j][0], columns[c].half[j][0]);
+            z[j] = _mm512_dpbusd_epi32(z[j], codes.half[j][1], columns[c].half[j][1]);
         }
-        const __m512i x   = _mm512_add_epi32(_mm512_unpacklo_epi32(z[0], z[1]), _mm512_unpackhi_epi32(z[0], z[1]));
-        const __m512i y   = _mm512_add_epi32(_mm512_unpacklo_epi32(z[2], z[3]), _mm512_unpackhi_epi32(z[2], z[3]));
-        const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
-        const __m512i sum = _mm512_add_epi32(all, _mm512_shuffle_i32x4(all, all, 0xb1));  // even blocks, odd blocks
-        _mm256_store_si256((__m256i *) integers[c][r], _mm512_castsi512_si256(_mm512_permutexvar_epi32(in_order, sum)));
+        const __m512i pairs = _mm512_add_epi32(_mm512_unpacklo_epi32(z[0], z[1]), _mm512_unpackhi_epi32(z[0], z[1]));
+        const __m512i sums  = _mm512_add_epi32(pairs, _mm512_shuffle_epi32(pairs, _MM_PERM_BADC));
+        _mm256_store_si256((__m256i *) slice.sums[c][r],
+                           _mm512_castsi512_si256(_mm512_permutexvar_epi32(in_order, sums)));
+    }
+}
+
+// The sums of a slice of up to 8 blocks, as floats.
+template <typename Block, int N_C>
+static inline void
+add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const * columns, __m512 (&total)[N_C]) {
+    __m512i scales[N_BLOCKS / 2];
+    Rows16((const char *) slice.scales, sizeof(slice.scales[0]), 0, DOT_ROWS).load16(0, scales);
+    __m512 d[N_BLOCKS];
+#pragma GCC unroll 4
+    for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
+        d[2 * pair]     = scales_from<Block>(scales[pair]);
+        d[2 * pair + 1] = scales_from<Block>(_mm512_srli_epi32(scales[pair], 16));
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        const ActBlocks & a = ((const ActBlocks *) columns[c])[i];
+        __m512i           z[N_BLOCKS];
+        Rows16((const char *) slice.sums[c], sizeof(slice.sums[c][0]), 0, DOT_ROWS).load32(0, z);
+        for (int b = 0; b < n_blocks; b++) {
+            const __m512i products = _mm512_add_epi32(z[b], _mm512_set1_epi32(a.starts[b]));
+            total[c]               = add_block(total[c], products, d[b], _mm512_set1_ps(a.scales[b]));
+        }
     }
 }
 
@@ -193,42 +257,39 @@ static inline void sum_blocks(
 template <typename Block, int N_C>
 static void
 dot_blocks(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
-    alignas(64) int32_t integers[MAX_SLICES][N_C][DOT_ROWS][N_BLOCKS];
-    const Rows16        rows(weights, stride, 0, n_rows);
-    const int64_t       n_blocks   = k / BLOCK;
-    __m512              total[N_C] = {};
+    const Rows16  rows(weights, stride, 0, n_rows);
+    const size_t  ahead    = ahead_of(stride);
+    const int64_t n_blocks = k / BLOCK;
+    Slice<N_C>    slices[MAX_SLICES];
+    Codes         acts[MAX_SLICES][N_C];
+    __m512        total[N_C] = {};
     for (int64_t first = 0; first < n_blocks; first += MAX_SLICES * N_BLOCKS) {
         const int     n     = (int) std::min<int64_t>(MAX_SLICES * N_BLOCKS, n_blocks - first);
         const int64_t slice = first / N_BLOCKS;
+        for (int i = 0; i * N_BLOCKS < n; i++) {
+            for (int c = 0; c < N_C; c++) {
+                const auto & codes = ((const ActBlocks *) columns[c])[slice + i].codes;
+                for (int j = 0; j < 4; j++) {
+                    acts[i][c].half[j / 2][j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
+                }
+            }
+        }
         for (int r = 0; r < DOT_ROWS; r++) {
             const Block * w = (const Block *) rows.row[r] + first;
             int           i = 0;
             for (; i < n / N_BLOCKS; i++, w += N_BLOCKS) {
-                prefetch_behind(w, N_BLOCKS * sizeof(Block));
-                sum_blocks<Block, N_C>(w, slice + i, columns, r, integers[i]);
+                prefetch<2>((const char *) w + ahead, N_BLOCKS * sizeof(Block));
+                sum_blocks(w, acts[i], r, slices[i]);
             }
             if (n % N_BLOCKS != 0) {
-                prefetch_behind(w, n % N_BLOCKS * sizeof(Block));
+                prefetch<2>((const char *) w + ahead, n % N_BLOCKS * sizeof(Block));
                 Block last[N_BLOCKS] = {};
                 memcpy(last, w, n % N_BLOCKS * sizeof(Block));
-                sum_blocks<Block, N_C>(last, slice + i, columns, r, integers[i]);
+                sum_blocks(last, acts[i], r, slices[i]);
             }
         }
         for (int i = 0; i * N_BLOCKS < n; i++) {
-            const int here = std::min(N_BLOCKS, n - i * N_BLOCKS);
-            __m512    d[N_BLOCKS];
-            for (int b = 0; b < here; b++) {
-                d[b] = scale_of<Block>(rows, (first + i * N_BLOCKS + b) * sizeof(Block));
-            }
-            for (int c = 0; c < N_C; c++) {
-                const ActBlocks & a = ((const ActBlocks *) columns[c])[slice + i];
-                __m512i           z[N_BLOCKS];
-                Rows16((const char *) integers[i][c], sizeof(integers[i][c][0]), 0, DOT_ROWS).load32(0, z);
-                for (int b = 0; b < here; b++) {
-                    const __m512i products = _mm512_add_epi32(z[b], _mm512_set1_epi32(a.starts[b]));
-                    total[c]               = add_block(total[c], products, d[b], _mm512_set1_ps(a.scales[b]));
-                }
-            }
+            add_slice<Block>(slices[i], std::min(N_BLOCKS, n - i * N_BLOCKS), slice + i, columns, total);
         }
     }
 #pragma GCC unroll 4

@@ -6,9 +6,12 @@
 
 #include "quant-gemm-panel.h"
 
+#include <algorithm>
+
 namespace quant_gemm {
 
 constexpr int DOT_COLUMNS = 4;
+constexpr int DOT_ROWS    = 16;  // that most kernels multiply at once, one per lane
 
 // Multiplies up to Dot::rows of n_rows rows of k weights, stride bytes apart, with packed rows of activations:
 // sums[column * PANEL_ROWS + row]. It may write sums of all Dot::rows rows.
@@ -45,12 +48,22 @@ void dot_rows(
 
 #if QUANT_GEMM_VNNI
 
-// Prefetches the bytes after these n bytes: weights come from memory, and hardware prefetching is not far enough ahead.
-inline void prefetch_behind(const void * p, size_t n) {
-    constexpr size_t DISTANCE = 4096;
+// Prefetches n bytes: weights come from memory, and hardware prefetching is not far enough ahead.
+template <int LOCALITY> inline void prefetch(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += CACHE_LINE) {
-        __builtin_prefetch((const char *) p + DISTANCE + i);
+        __builtin_prefetch((const char *) p + i, 0, LOCALITY);
     }
+}
+
+// How far ahead are the next 16 rows, to be prefetched into L2. With the rows side by side, the bytes behind those that
+// are multiplied belong to rows that already were.
+inline size_t ahead_of(size_t stride) {
+    return std::min<size_t>(DOT_ROWS * stride, 1 << 17);
+}
+
+// The bytes a page behind these n bytes, into L1.
+inline void prefetch_behind(const void * p, size_t n) {
+    prefetch<3>((const char *) p + 4096, n);
 }
 
 #endif

@@ -1,23 +1,19 @@
 #include "server-slot-file.h"
 
 #include "../server-common.h"
-
-#include "hash/xxhash/xxhash.h"
+#include "server-hash.h"
 
 #include <algorithm>
 #include <array>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <memory>
-#include <regex>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
 
 #ifndef _WIN32
 #include <fcntl.h>
-#include <sys/file.h>
 #include <unistd.h>
 #endif
 
@@ -56,37 +52,6 @@ struct file_end {
 };
 
 using bytes = std::vector<uint8_t>;
-
-// the 128-bit XXH3 hash of parts of files
-class hasher {
-  public:
-    hasher() : state(XXH3_createState(), XXH3_freeState) { XXH3_128bits_reset(state.get()); }
-
-    void add(const void * data, size_t size) { XXH3_128bits_update(state.get(), data, size); }
-
-    // add the next `size` bytes of a file; false if it has fewer
-    bool add(std::ifstream & file, uint64_t size) {
-        bytes buffer(1 << 20);
-        while (size > 0) {
-            const size_t n = std::min<uint64_t>(size, buffer.size());
-            if (!file.read((char *) buffer.data(), n)) {
-                return false;
-            }
-            add(buffer.data(), n);
-            size -= n;
-        }
-        return true;
-    }
-
-    XXH128_hash_t digest() const { return XXH3_128bits_digest(state.get()); }
-
-  private:
-    std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state;
-};
-
-std::string hex(const XXH128_hash_t & hash) {
-    return string_format("%016llx%016llx", (unsigned long long) hash.high64, (unsigned long long) hash.low64);
-}
 
 // reads a file or a part of it, never beyond its end
 class reader {
@@ -146,21 +111,13 @@ bool set_state(llama_context * ctx, llama_seq_id id, const bytes & data, llama_s
     return llama_state_seq_set_data_ext(ctx, data.data(), data.size(), id, flags) == data.size();
 }
 
-std::string text_of(const server_slot_identity & identity) {
-    std::string text;
-    for (const auto & [name, value] : identity) {
-        text += name + '\n' + value + '\n';
-    }
-    return text;
-}
-
 void write_sections(std::ofstream &              file,
                     const server_prompt &        prompt,
                     const bytes &                draft,
                     const server_slot_identity & identity) {
     const auto write = [&](const void * data, size_t size) { file.write((const char *) data, size); };
 
-    std::string text = text_of(identity);
+    std::string text = server_identity_text(identity);
     text += std::string(ADAPTERS) + '\n' + (prompt.adapters.empty() ? NONE : prompt.adapters) + '\n';
     const section_head head{ TAG_IDENTITY, 0, text.size() };
     write(&head, sizeof(head));
@@ -237,14 +194,15 @@ file_end read_end(std::ifstream & file, uint64_t size) {
         return {};
     }
     file.seekg(0);
-    hasher hash;
+    server_hasher hash;
     if (!hash.add(file, size - sizeof(end) + sizeof(end.size))) {
         throw std::runtime_error("the file cannot be read");
     }
     const XXH128_hash_t found    = hash.digest();
     const XXH128_hash_t expected = { end.hash_low, end.hash_high };
-    if (hex(found) != hex(expected)) {
-        throw std::runtime_error("the file is damaged: its checksum is " + hex(found) + ", expected " + hex(expected));
+    if (server_hex(found) != server_hex(expected)) {
+        throw std::runtime_error("the file is damaged: its checksum is " + server_hex(found) + ", expected " +
+                                 server_hex(expected));
     }
     return end;
 }
@@ -405,71 +363,6 @@ void flush_to_disk(const std::string & path) {
 #endif
 }
 
-}  // namespace
-
-std::string server_identity_hash(const server_slot_identity & identity) {
-    const std::string text = text_of(identity);
-    hasher            hash;
-    hash.add(text.data(), text.size());
-    return hex(hash.digest());
-}
-
-server_file_lock::server_file_lock(const std::string & path) : path(path) {
-#ifndef _WIN32
-    fd = open(path.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600);
-    if (fd < 0) {
-        throw std::runtime_error(path + " cannot be created");
-    }
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
-        close(fd);
-        throw std::runtime_error(path + " is locked: another server uses it");
-    }
-#endif
-}
-
-server_file_lock::~server_file_lock() {
-#ifndef _WIN32
-    close(fd);
-#endif
-}
-
-std::string server_file_identity(const std::string & path) {
-    constexpr uint64_t HEAD = 1 << 20, SAMPLE = 4096, N_SAMPLES = 64;
-
-    std::vector<std::string> files;
-    std::smatch              match;
-    if (std::regex_match(path, match, std::regex("(.*)-\\d{5}-of-(\\d{5})\\.gguf"))) {
-        const int count = std::stoi(match[2]);
-        for (int i = 1; i <= count; i++) {
-            files.push_back(string_format("%s-%05d-of-%05d.gguf", match[1].str().c_str(), i, count));
-        }
-    } else {
-        files.push_back(path);
-    }
-
-    hasher hash;
-    for (const auto & name : files) {
-        std::ifstream file(name, std::ios::binary | std::ios::ate);
-        if (!file) {
-            throw std::runtime_error("the model cannot be read: " + name);
-        }
-        const uint64_t size = file.tellg();
-        hash.add(&size, sizeof(size));
-        file.seekg(0);
-        bool ok = hash.add(file, std::min(size, HEAD));
-        for (uint64_t i = 0; ok && size > HEAD + SAMPLE && i < N_SAMPLES; i++) {
-            file.seekg(HEAD + (size - HEAD - SAMPLE) / (N_SAMPLES - 1) * i);
-            ok = hash.add(file, SAMPLE);
-        }
-        if (!ok) {
-            throw std::runtime_error("the model cannot be read: " + name);
-        }
-    }
-    return hex(hash.digest());
-}
-
-namespace {
-
 // Write a file; write_state writes upstream's part and returns its size.
 template <typename F>
 size_t save(const std::string &          path,
@@ -498,7 +391,7 @@ size_t save(const std::string &          path,
         const uint64_t size = std::filesystem::file_size(part);
         {
             std::ifstream file(part, std::ios::binary);
-            hasher        hash;
+            server_hasher hash;
             if (!hash.add(file, size)) {
                 throw std::runtime_error("the file cannot be read back");
             }

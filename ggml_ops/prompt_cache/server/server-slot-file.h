@@ -1,11 +1,11 @@
 #pragma once
 
 #include "../server-task.h"
+#include "server-slot-identity.h"
 
 #include "llama.h"
 
 #include <cstddef>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -20,16 +20,6 @@
 //     u64 bytes before the sections, u64 x 2 XXH3 of all bytes before the hash, u64 magic
 //
 // Little-endian. Upstream reads such a file, without the sections. A file without sections is restored too.
-
-// what has to be equal for a state to be restored: the name of a property -> its value; if only the "draft model" differs,
-// the draft model's state and the checkpoints are not restored
-using server_slot_identity = std::map<std::string, std::string>;
-
-// a file's content: its size and samples of its bytes; all files of a split model
-std::string server_file_identity(const std::string & path);
-
-// a hash of all names and values
-std::string server_identity_hash(const server_slot_identity & identity);
 
 // where a file is restored
 struct server_slot_target {
@@ -59,18 +49,3 @@ size_t server_slot_save(const std::string &               path,
 // Restore a file. Returns its prompt. Throws std::runtime_error with the reason if the file is damaged or of another
 // model. The sequence then has its previous state, or is empty if that cannot be restored.
 server_prompt server_slot_restore(const std::string & path, const server_slot_target & target, size_t & n_bytes);
-
-// Keeps other processes from locking the same file, until it is destroyed. Does nothing on Windows.
-class server_file_lock {
-  public:
-    // throws std::runtime_error if another process has locked the file
-    explicit server_file_lock(const std::string & path);
-    ~server_file_lock();
-
-    server_file_lock(const server_file_lock &)             = delete;
-    server_file_lock & operator=(const server_file_lock &) = delete;
-
-  private:
-    std::string path;
-    int         fd = -1;
-};

@@ -1,0 +1,185 @@
+#include "ggml-verify-process.h"
+
+#ifdef _WIN32
+
+// Not done: nothing is checked, so the operators are not used on GPUs.
+ggml_verify_process ggml_verify_run(const std::vector<std::string> &, double) {
+    return {};
+}
+
+std::string ggml_verify_program() {
+    return "";
+}
+
+std::string ggml_verify_library_of(const void *) {
+    return "";
+}
+
+std::string ggml_verify_driver() {
+    return "";
+}
+
+#else
+
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/utsname.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+
+#ifdef __APPLE__
+#include <crt_externs.h>
+#define environ (*_NSGetEnviron())
+#else
+extern char ** environ;
+#endif
+
+namespace fs = std::filesystem;
+using Clock  = std::chrono::steady_clock;
+
+static int milliseconds_until(Clock::time_point end) {
+    return (int) std::max<int64_t>(0,
+                                   std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now()).count());
+}
+
+// Starts the command with its standard output in a pipe. Returns 0 and the end to read from, or an error number.
+static int start(const std::vector<std::string> & command, pid_t & child, int & output) {
+    int ends[2];
+    if (pipe(ends) != 0) {
+        return errno;
+    }
+    for (const int end : ends) {
+        fcntl(end, F_SETFD, FD_CLOEXEC);
+    }
+    std::vector<char *> arguments;
+    for (const std::string & word : command) {
+        arguments.push_back(const_cast<char *>(word.c_str()));
+    }
+    arguments.push_back(nullptr);
+    std::vector<char *> variables;
+    for (char ** variable = environ; *variable; ++variable) {
+        variables.push_back(*variable);
+    }
+    char no_backtrace[] = "GGML_NO_BACKTRACE=1";  // it takes seconds, and nobody sees it
+    variables.push_back(no_backtrace);
+    variables.push_back(nullptr);
+
+    posix_spawn_file_actions_t files;
+    posix_spawn_file_actions_init(&files);
+    posix_spawn_file_actions_addopen(&files, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
+    posix_spawn_file_actions_adddup2(&files, ends[1], STDOUT_FILENO);
+    posix_spawn_file_actions_addopen(&files, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
+    // as in a new process, whatever the program that uses this library has set
+    sigset_t all, none;
+    sigfillset(&all);
+    sigdelset(&all, SIGKILL);
+    sigdelset(&all, SIGSTOP);
+    sigemptyset(&none);
+    posix_spawnattr_t attributes;
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setsigdefault(&attributes, &all);
+    posix_spawnattr_setsigmask(&attributes, &none);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
+
+    const int error = posix_spawn(&child, arguments[0], &files, &attributes, arguments.data(), variables.data());
+    posix_spawnattr_destroy(&attributes);
+    posix_spawn_file_actions_destroy(&files);
+    close(ends[1]);
+    if (error != 0) {
+        close(ends[0]);
+    }
+    output = ends[0];
+    return error;
+}
+
+// Waits for the child, but not for one that the driver does not let go. Returns how it ended; empty: with success.
+static std::string wait_for(pid_t child, Clock::time_point end) {
+    int   status = 0;
+    pid_t ended  = 0;
+    while ((ended = waitpid(child, &status, WNOHANG)) == 0 && milliseconds_until(end) > 0) {
+        usleep(1000);
+    }
+    if (ended != child || (WIFEXITED(status) && WEXITSTATUS(status) == 0)) {
+        return "";  // without a status, the output decides
+    }
+    return WIFSIGNALED(status) ? std::string("signal ") + strsignal(WTERMSIG(status))
+                               : "exit status " + std::to_string(WEXITSTATUS(status));
+}
+
+ggml_verify_process ggml_verify_run(const std::vector<std::string> & command, double seconds) {
+    const auto          end = Clock::now() + std::chrono::milliseconds((int64_t) (1000 * seconds));
+    ggml_verify_process result;
+    pid_t               child;
+    int                 output;
+    if (const int error = start(command, child, output)) {
+        result.problem = command[0] + ": " + strerror(error);
+        return result;
+    }
+    char    buffer[4096];
+    ssize_t n = 1;
+    while (n != 0 && !result.timed_out) {
+        pollfd    ready = { output, POLLIN, 0 };
+        const int found = poll(&ready, 1, milliseconds_until(end));
+        if (found > 0) {
+            n = std::max<ssize_t>(read(output, buffer, sizeof(buffer)), 0);
+            result.output.append(buffer, n);
+        }
+        result.timed_out = found == 0;
+    }
+    close(output);
+    if (result.timed_out) {
+        kill(child, SIGKILL);
+    }
+    result.problem = wait_for(child, Clock::now() + std::chrono::seconds(2));
+    return result;
+}
+
+std::string ggml_verify_library_of(const void * function) {
+    Dl_info info;
+    if (dladdr(function, &info) == 0 || info.dli_fname == nullptr) {
+        return "";
+    }
+    std::error_code error;
+    const fs::path  path = fs::canonical(info.dli_fname, error);
+    return error ? "" : path.string();
+}
+
+std::string ggml_verify_program() {
+    const fs::path folder = fs::path(ggml_verify_library_of((const void *) &ggml_verify_run)).parent_path();
+    for (const fs::path & path : { folder / "kimi-verify", folder.parent_path() / "bin" / "kimi-verify" }) {
+        if (access(path.c_str(), X_OK) == 0) {
+            return path.string();
+        }
+    }
+    return "";
+}
+
+std::string ggml_verify_driver() {
+    utsname system;
+    uname(&system);
+    std::string text = std::string(system.sysname) + " " + system.release;
+    // NVIDIA's library is named after the driver's version
+    if (void * cuda = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD)) {
+        text += ", " + fs::path(ggml_verify_library_of(dlsym(cuda, "cuInit"))).filename().string();
+        dlclose(cuda);
+    }
+    std::ifstream module("/sys/module/nvidia/version");
+    std::string   version;
+    if (module >> version) {
+        text += ", nvidia " + version;
+    }
+    return text;
+}
+
+#endif

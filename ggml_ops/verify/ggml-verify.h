@@ -1,0 +1,64 @@
+#pragma once
+
+// Operators verify themselves: before one is used on a GPU, a process of its own (kimi-verify) compares it there with the
+// CPU, once for each device, driver and build. An operator that fails is not used on that device in this process.
+// Specification: README.md next to this file in its source repository.
+
+#include "ggml-backend.h"
+
+#include <array>
+#include <string>
+
+// What is checked, and switched off, separately.
+enum ggml_verify_part {
+    GGML_VERIFY_KDA_CONV,
+    GGML_VERIFY_KDA_SCAN,
+    GGML_VERIFY_STATE_COPY,  // the copy of the new states after these two, elided
+    GGML_VERIFY_ABSORBED,    // FLASH_ATTN_EXT over a latent cache
+    GGML_VERIFY_LATENT_ATTN,
+    GGML_VERIFY_N_PARTS,
+};
+
+enum ggml_verify_state {
+    GGML_VERIFY_NOT_CHECKED,
+    GGML_VERIFY_ABSENT,  // the device does not have it
+    GGML_VERIFY_PASSED,
+    GGML_VERIFY_WRONG,
+    GGML_VERIFY_HANGS,
+    GGML_VERIFY_CRASHES,
+    GGML_VERIFY_N_STATES,
+};
+
+struct ggml_verify_result {
+    ggml_verify_state state = GGML_VERIFY_NOT_CHECKED;
+    double            nmse  = 0;  // of the case that is closest to its bound, or the furthest above it
+    double            bound = 0;
+    std::string       name;  // of that case, of the one that was running, or why nothing was checked
+};
+
+struct ggml_verify_report {
+    std::string                                         device;
+    std::string                                         driver;
+    std::string                                         build;
+    std::array<ggml_verify_result, GGML_VERIFY_N_PARTS> results;
+    std::string                                         problem;  // why the check failed as a whole
+    double                                              start_seconds = 0;
+    double                                              check_seconds = 0;
+};
+
+GGML_API const char * ggml_verify_part_name(ggml_verify_part part);
+GGML_API const char * ggml_verify_state_name(ggml_verify_state state);
+
+// Checks the operators of a device, or reads the results of an earlier check from the cache, and logs what is not used.
+// Later calls in the same process return the same report; `again` repeats the check.
+// nullptr: nothing is checked, and all operators are used, on devices that are no GPUs, on devices of other machines
+// (their servers check them), and with KIMI_VERIFY_SECONDS=0.
+GGML_API const ggml_verify_report * ggml_verify_device(ggml_backend_dev_t dev, bool again = false);
+
+// Why a part is not used: the figure or the reason. Empty: it is used where the device has it.
+GGML_API std::string ggml_verify_reason(const ggml_verify_report & report, ggml_verify_part part);
+
+// For ggml-backend.cpp: whether the device may compute this node, and marks on the nodes of a graph that is computed
+// there, for what is a path inside an operator.
+bool ggml_verify_allows(ggml_backend_dev_t dev, const ggml_tensor * node);
+void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph);

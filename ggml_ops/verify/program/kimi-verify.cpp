@@ -1,0 +1,225 @@
+// Compares the project's operators on a device with the CPU.
+//
+//   kimi-verify                        checks all GPUs again and prints a table; exit status 1 if something is not used
+//   kimi-verify --check DEVICE REGISTRY LIBRARY SECONDS PART...
+//                                      the process that ggml_verify_device starts; it starts no other. Lines on standard
+//                                      output: "started", "case", "result", "checked" or "problem", and fields
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "ggml-op-marks.h"
+#include "ggml-verify-cache.h"
+#include "ggml-verify.h"
+#include "verify-cases.h"
+
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+
+using Clock = std::chrono::steady_clock;
+
+static double seconds_since(Clock::time_point begin) {
+    return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+// Computes a case. Returns its results, or nothing if the backend does not support it.
+static std::vector<Floats> compute(const Case & each, ggml_backend_t backend, int marks) {
+    const std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(
+        ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }), ggml_free);
+    Inputs        inputs(ctx.get());
+    const Built   built = each.build(inputs);
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    built.op->op_params[GGML_OP_MARK_PARAM] |= marks;
+    ggml_build_forward_expand(graph, built.op);
+    for (ggml_tensor * node : built.then) {
+        ggml_build_forward_expand(graph, node);
+    }
+    const std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)> buffer(
+        ggml_backend_alloc_ctx_tensors(ctx.get(), backend), ggml_backend_buffer_free);
+    if (!buffer) {
+        throw std::runtime_error("there is not enough memory on the device");
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, i))) {
+            return {};
+        }
+    }
+    inputs.write();
+    const bool          done = ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS;
+    std::vector<Floats> results;
+    for (const Range & range : built.results) {
+        results.emplace_back(range.n, NAN);
+        if (done) {
+            ggml_backend_tensor_get(range.tensor, results.back().data(), 0, range.n * sizeof(float));
+        }
+    }
+    return results;
+}
+
+// The largest NMSE of the results. NaN is expected where the CPU has it.
+static double error_of(const std::vector<Floats> & got, const std::vector<Floats> & expected) {
+    double most = 0;
+    for (size_t r = 0; r < expected.size(); ++r) {
+        double error = 0, power = 1e-30;
+        for (size_t i = 0; i < expected[r].size(); ++i) {
+            const double x = got[r][i], y = expected[r][i];
+            if (std::isnan(y) && std::isnan(x)) {
+                continue;
+            }
+            error += (x - y) * (x - y);
+            power += y * y;
+        }
+        const double nmse = error / power;
+        most              = std::isfinite(nmse) ? std::max(most, nmse) : std::numeric_limits<double>::infinity();
+    }
+    return most;
+}
+
+static bool same_bits(const std::vector<Floats> & x, const std::vector<Floats> & y) {
+    for (size_t r = 0; r < x.size(); ++r) {
+        if (memcmp(x[r].data(), y[r].data(), x[r].size() * sizeof(float)) != 0) {
+            return false;
+        }
+    }
+    return x.size() == y.size();
+}
+
+static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, ggml_backend_t cpu) {
+    // operators and the elision of the copy after them are checked apart
+    const bool         is_operator = part == GGML_VERIFY_KDA_CONV || part == GGML_VERIFY_KDA_SCAN;
+    ggml_verify_result worst;
+    worst.state = GGML_VERIFY_ABSENT;
+    for (const Case & each : cases_of(part)) {
+        printf("case\t%s\t%s\n", ggml_verify_part_name(part), each.name.c_str());
+        fflush(stdout);
+        const std::vector<Floats> got = compute(each, device, is_operator ? GGML_OP_MARK_KEEP_COPY : 0);
+        if (got.empty()) {
+            continue;
+        }
+        // a path of ours inside upstream's operator is known by the bits it changes
+        if (part == GGML_VERIFY_ABSORBED && same_bits(got, compute(each, device, GGML_OP_MARK_UPSTREAM))) {
+            continue;
+        }
+        const int    marks = part == GGML_VERIFY_ABSORBED ? 0 : GGML_OP_MARK_KEEP_COPY;
+        const double nmse  = error_of(got, compute(each, cpu, marks));
+        if (worst.state == GGML_VERIFY_ABSENT || nmse / each.bound > worst.nmse / worst.bound) {
+            worst = { nmse <= each.bound ? GGML_VERIFY_PASSED : GGML_VERIFY_WRONG, nmse, each.bound, each.name };
+        }
+    }
+    return worst;
+}
+
+static ggml_backend_dev_t find(const char * device, const char * registry) {
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (strcmp(ggml_backend_dev_name(dev), device) == 0 &&
+            strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), registry) == 0) {
+            return dev;
+        }
+    }
+    return nullptr;
+}
+
+static ggml_backend_t start(ggml_backend_dev_t dev, const char * name) {
+    ggml_backend_t backend = dev ? ggml_backend_dev_init(dev, nullptr) : nullptr;
+    if (backend == nullptr) {
+        throw std::runtime_error(std::string(name) + " cannot be started");
+    }
+    return backend;
+}
+
+static ggml_backend_t start_cpu() {
+    ggml_backend_dev_t dev           = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_backend_t     backend       = start(dev, "the CPU");
+    const auto         set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(dev), "ggml_backend_set_n_threads");
+    set_n_threads(backend, std::clamp((int) std::thread::hardware_concurrency() / 2, 1, 4));
+    return backend;
+}
+
+static int check_device(int argc, char ** argv) {
+    const auto begin = Clock::now();
+#ifndef _WIN32
+    alarm(atoi(argv[5]) + 1);  // in case the other process has ended
+#endif
+    ggml_backend_load_all();
+    if (!find(argv[2], argv[3])) {
+        ggml_backend_load(argv[4]);
+    }
+    try {
+        ggml_backend_t device = start(find(argv[2], argv[3]), argv[2]);
+        ggml_backend_t cpu    = start_cpu();
+        printf("started\t%.3f\n", seconds_since(begin));
+        const auto started = Clock::now();
+        for (int part = 0; part < GGML_VERIFY_N_PARTS; ++part) {
+            const char * name = ggml_verify_part_name((ggml_verify_part) part);
+            if (std::find_if(argv + 6, argv + argc, [&](const char * x) { return !strcmp(x, name); }) != argv + argc) {
+                const ggml_verify_result result = check((ggml_verify_part) part, device, cpu);
+                printf("%s", ggml_verify_to_line((ggml_verify_part) part, result).c_str());
+                fflush(stdout);
+            }
+        }
+        ggml_backend_free(cpu);
+        ggml_backend_free(device);
+        printf("checked\t%.3f\n", seconds_since(started));
+    } catch (const std::exception & error) {
+        printf("problem\t%s\n", error.what());
+        return 1;
+    }
+    return 0;
+}
+
+// Returns whether all of the operators that the device has are used.
+static bool print_report(const ggml_verify_report & report) {
+    printf("\ndevice   %s\ndriver   %s\nbuild    %s\n", report.device.c_str(), report.driver.c_str(),
+           report.build.c_str());
+    if (report.problem.empty()) {
+        printf("checked  in %.2f s, after %.2f s of start-up\n", report.check_seconds, report.start_seconds);
+    }
+    printf("\n%-26s %-11s %8s %8s  %s\n", "operator", "result", "NMSE", "bound", "case");
+    bool all = true;
+    for (int i = 0; i < GGML_VERIFY_N_PARTS; ++i) {
+        const auto                 part   = (ggml_verify_part) i;
+        const ggml_verify_result & result = report.results[part];
+        char                       figures[32];
+        snprintf(figures, sizeof(figures), "%8.1e %8.1e", result.nmse, result.bound);
+        const bool measured = result.state == GGML_VERIFY_PASSED || result.state == GGML_VERIFY_WRONG;
+        printf("%-26s %-11s %17s  %s\n", ggml_verify_part_name(part), ggml_verify_state_name(result.state),
+               measured ? figures : "",
+               result.state == GGML_VERIFY_NOT_CHECKED && result.name.empty() ? report.problem.c_str()
+                                                                              : result.name.c_str());
+        all = all && ggml_verify_reason(report, part).empty();
+    }
+    return all;
+}
+
+static int check_all() {
+    ggml_backend_load_all();
+    int  n_checked = 0;
+    bool all       = true;
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        if (const ggml_verify_report * report = ggml_verify_device(ggml_backend_dev_get(i), true)) {
+            n_checked++;
+            all &= print_report(*report);
+        }
+    }
+    if (n_checked == 0) {
+        printf("there is no GPU, or KIMI_VERIFY_SECONDS is 0: nothing is checked\n");
+    }
+    return all ? 0 : 1;
+}
+
+int main(int argc, char ** argv) {
+    return argc > 6 && strcmp(argv[1], "--check") == 0 ? check_device(argc, argv) : check_all();
+}

@@ -1,0 +1,301 @@
+#include "verify-cases.h"
+
+#include "ggml-kda-conv.h"
+#include "ggml-kda-scan.h"
+#include "ggml-latent-attn.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+// Nearly normal: sums of four uniform values. The standard library's generators take longer than the checks.
+Floats Inputs::normal(size_t n, float mean, float deviation) {
+    Floats values(n);
+    for (float & value : values) {
+        state              = state * 6364136223846793005ull + 1442695040888963407ull;
+        const uint64_t x   = state ^ state >> 29;
+        const int64_t  sum = (x & 0xffff) + (x >> 16 & 0xffff) + (x >> 32 & 0xffff) + (x >> 48);
+        value              = mean + deviation * (float) (sum - 2 * 0xffff) * (1.7320508f / 0xffff);
+    }
+    return values;
+}
+
+ggml_tensor * Inputs::tensor(ggml_type type, Shape shape, const Floats & values) {
+    ggml_tensor * t = ggml_new_tensor(ctx, type, 4, shape.data());
+    GGML_ASSERT(ggml_nelements(t) == (int64_t) values.size());
+    std::vector<char> bytes(ggml_nbytes(t));
+    if (type == GGML_TYPE_F32) {
+        memcpy(bytes.data(), values.data(), bytes.size());
+    } else {
+        ggml_quantize_chunk(type, values.data(), bytes.data(), 0, ggml_nrows(t), t->ne[0], nullptr);
+    }
+    inputs.push_back({ t, bytes });
+    return t;
+}
+
+ggml_tensor * Inputs::indices(const std::vector<int32_t> & values) {
+    ggml_tensor * t    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, values.size());
+    const char *  data = (const char *) values.data();
+    inputs.push_back({ t, { data, data + ggml_nbytes(t) } });
+    return t;
+}
+
+void Inputs::write() const {
+    for (const Input & input : inputs) {
+        ggml_backend_tensor_set(input.tensor, input.bytes.data(), 0, input.bytes.size());
+    }
+}
+
+static std::string count(int64_t n, const std::string & one, const std::string & many) {
+    return std::to_string(n) + " " + (n == 1 ? one : many);
+}
+
+// KDA
+
+struct KdaShape {
+    int64_t head_size;
+    int64_t n_tokens;
+    int64_t n_seqs;
+    int64_t n_snapshots;
+    bool    moved;  // the sequences read rows that others write; the last one starts from zero, in a row of NaN
+    bool    extra;  // states of sequences outside the batch move too
+
+    static constexpr int64_t n_heads = 2;
+
+    int64_t channels() const { return head_size * n_heads; }
+
+    int64_t n_rows() const { return n_tokens * n_seqs; }
+
+    int64_t n_cells() const { return n_seqs + 2; }
+
+    int64_t n_slots() const { return std::min(n_tokens + 1, n_snapshots); }
+
+    int32_t zero_row() const { return moved ? n_cells() - 1 : -1; }
+
+    std::vector<int32_t> rows() const {
+        std::vector<int32_t> rows(n_seqs);
+        for (int64_t s = 0; s < n_seqs; ++s) {
+            rows[s] = moved ? n_seqs - 1 - s : s;
+        }
+        if (moved) {
+            rows.back() = zero_row();
+        }
+        return rows;
+    }
+};
+
+static std::string name_of(const KdaShape & n) {
+    return count(n.n_tokens, "token", "tokens") + ", " + count(n.n_seqs, "sequence", "sequences") + ", head size " +
+           std::to_string(n.head_size) + (n.n_snapshots > 1 ? ", snapshots" : "") + (n.moved ? ", moved" : "") +
+           (n.extra ? ", others moved" : "");
+}
+
+static ggml_tensor * make_cache(Inputs & in, const KdaShape & n, int64_t state, float deviation) {
+    Floats values = in.normal(state * n.n_cells() * n.n_snapshots, 0, deviation);
+    if (n.moved) {
+        std::fill_n(values.begin() + n.zero_row() * state, state, NAN);
+    }
+    return in.tensor(GGML_TYPE_F32, { state, n.n_cells() * n.n_snapshots, 1, 1 }, values);
+}
+
+// The nodes that llama.cpp adds after a KDA operator (llama-kda.cpp).
+static Built with_states(Inputs & in, const KdaShape & n, ggml_tensor * op, ggml_tensor * cache, int64_t n_out) {
+    const int64_t state = cache->ne[0];
+    const size_t  row   = cache->nb[1];
+    Built         built = { op, {}, { { op, n_out }, { cache, ggml_nelements(cache) } } };
+    if (n.extra) {
+        if (n.moved) {
+            ggml_tensor * zero = ggml_view_1d(in.ctx, cache, state, n.zero_row() * row);
+            built.then.push_back(ggml_fill_inplace(in.ctx, zero, 0.0f));
+        }
+        ggml_tensor * from = ggml_get_rows(in.ctx, cache, in.indices({ (int32_t) n.n_seqs + 1 }));
+        built.then.push_back(ggml_cpy(in.ctx, from, ggml_view_2d(in.ctx, cache, state, 1, row, n.n_seqs * row)));
+    }
+    ggml_tensor * from =
+        ggml_view_3d(in.ctx, op, state, n.n_seqs, n.n_slots(), row, row * n.n_seqs, n_out * sizeof(float));
+    ggml_tensor * to = ggml_view_3d(in.ctx, cache, state, n.n_seqs, n.n_slots(), row, row * n.n_cells(), 0);
+    built.then.push_back(ggml_cpy(in.ctx, from, to));
+    return built;
+}
+
+static Built build_conv(Inputs & in, const KdaShape & n) {
+    const int64_t channels = n.channels();
+    ggml_tensor * src[GGML_KDA_CONV_N_SRC];
+    for (int i = 0; i < 3; ++i) {
+        Floats x = in.normal(channels * n.n_rows(), 0, i == GGML_KDA_CONV_K ? 1e-3f : 2.0f);
+        std::fill_n(x.begin(), n.head_size, 0.0f);  // a head that is zero has no norm
+        src[GGML_KDA_CONV_Q + i]  = in.tensor(GGML_TYPE_F32, { channels, n.n_tokens, n.n_seqs, 1 }, x);
+        src[GGML_KDA_CONV_WQ + i] = in.tensor(GGML_TYPE_F32, { 4, 1, channels, 1 }, in.normal(4 * channels, 0, 0.5f));
+    }
+    ggml_tensor * cache      = make_cache(in, n, 9 * channels, 1);
+    src[GGML_KDA_CONV_CACHE] = cache;
+    src[GGML_KDA_CONV_ROWS]  = in.indices(n.rows());
+    ggml_tensor * op =
+        ggml_kda_conv(in.ctx, src, { (int32_t) n.head_size, (int32_t) n.n_snapshots, n.zero_row(), 1e-6f });
+    return with_states(in, n, op, cache, 3 * channels * n.n_rows());
+}
+
+enum class Gates { ordinary, strong, deadly, open, parallel, bounded };
+
+static const char * name_of(Gates gates) {
+    static const char * const names[] = { "ordinary gates",      "strong gates",  "log-gates down to -700",
+                                          "gates that are open", "parallel keys", "bounded gates" };
+    return names[(int) gates];
+}
+
+// q, k and v of each token: q and k have norm 1, q is scaled.
+static Floats make_qkv(Inputs & in, const KdaShape & n, bool parallel) {
+    const int64_t size   = n.head_size;
+    Floats        values = in.normal(3 * n.channels() * n.n_rows());
+    const Floats  common = in.normal(size);
+    for (int64_t r = 0; r < 3 * KdaShape::n_heads * n.n_rows(); ++r) {
+        const int64_t kind = r / KdaShape::n_heads % 3;
+        float *       x    = values.data() + r * size;
+        double        sum  = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            x[i] = parallel && kind == 1 ? common[i] + 1e-3f * x[i] : x[i];
+            sum += (double) x[i] * x[i];
+        }
+        const double scale = kind == 0 ? 1 / std::sqrt(sum * size) : kind == 1 ? 1 / std::sqrt(sum) : 1;
+        for (int64_t i = 0; i < size; ++i) {
+            x[i] = (float) (x[i] * scale);
+        }
+    }
+    return values;
+}
+
+static Floats make_f(Inputs & in, size_t n, Gates gates) {
+    switch (gates) {
+    case Gates::strong:
+        return in.normal(n, 10, 10);
+    case Gates::deadly:
+        return in.normal(n, 0, 40);
+    case Gates::open:
+        return in.normal(n, -12, 2);
+    default:
+        return in.normal(n, 0, 2);
+    }
+}
+
+static Built build_scan(Inputs & in, const KdaShape & n, Gates gates) {
+    const int64_t size = n.head_size, heads = KdaShape::n_heads, channels = n.channels();
+    Floats        a(heads);
+    for (int64_t h = 0; h < heads; ++h) {
+        a[h] = gates == Gates::deadly ? -7.0f : -0.5f - h;
+    }
+    const auto    f32  = [&](Shape shape, const Floats & x) { return in.tensor(GGML_TYPE_F32, shape, x); };
+    const Shape   each = { size, heads, n.n_tokens, n.n_seqs };
+    ggml_tensor * src[GGML_KDA_SCAN_N_SRC];
+    src[GGML_KDA_SCAN_QKV] = f32({ size, 3 * heads, n.n_tokens, n.n_seqs }, make_qkv(in, n, gates == Gates::parallel));
+    src[GGML_KDA_SCAN_F]   = f32(each, make_f(in, channels * n.n_rows(), gates));
+    src[GGML_KDA_SCAN_DT_BIAS] = f32({ channels, 1, 1, 1 }, in.normal(channels, -2, 1));
+    src[GGML_KDA_SCAN_A]       = f32({ 1, heads, 1, 1 }, a);
+    src[GGML_KDA_SCAN_BETA]    = f32({ heads, n.n_tokens, n.n_seqs, 1 }, in.normal(heads * n.n_rows(), 0, 4));
+    src[GGML_KDA_SCAN_GATE]    = f32(each, in.normal(channels * n.n_rows()));
+    src[GGML_KDA_SCAN_NORM]    = f32({ size, 1, 1, 1 }, in.normal(size, 1, 0.2f));
+    ggml_tensor * cache        = make_cache(in, n, size * channels, 0.3f);
+    src[GGML_KDA_SCAN_CACHE]   = cache;
+    src[GGML_KDA_SCAN_ROWS]    = in.indices(n.rows());
+    const float   lower_bound  = gates == Gates::bounded ? -5.0f : -INFINITY;
+    ggml_tensor * op = ggml_kda_scan(in.ctx, src, { (int32_t) n.n_snapshots, n.zero_row(), 1e-5f, lower_bound });
+    return with_states(in, n, op, cache, channels * n.n_rows());
+}
+
+// Latent attention, with the sizes of the 48B
+
+struct LatentShape {
+    bool      absorbed;
+    int64_t   n_queries;
+    int64_t   n_keys;
+    int64_t   n_heads;
+    ggml_type type;
+    float     spread;  // standard deviation of the scores
+    bool      sparse;  // two of five keys are visible, and none of the first half
+
+    static constexpr int64_t n_nope = 128, n_rope = 64, n_latent = 512, n_value = 128;
+    static constexpr int64_t n_cache = n_latent + n_rope;
+
+    bool visible(int64_t query, int64_t key) const {
+        return sparse ? 2 * key >= n_keys && (query * 7 + key * 13) % 5 < 2 : key <= n_keys - n_queries - 20 + query;
+    }
+};
+
+static std::string name_of(const LatentShape & s) {
+    return count(s.n_queries, "query", "queries") + ", " + std::to_string(s.n_keys) + " keys, " +
+           ggml_type_name(s.type) + (s.spread > 1 ? ", steep" : "") + (s.sparse ? ", sparse" : "");
+}
+
+static Built build_latent(Inputs & in, const LatentShape & s) {
+    ggml_context * ctx   = in.ctx;
+    const int64_t  n_key = s.absorbed ? LatentShape::n_cache : LatentShape::n_nope + LatentShape::n_rope;
+    const float    scale = s.spread / std::sqrt((float) n_key);
+    ggml_tensor *  q =
+        in.tensor(GGML_TYPE_F32, { n_key, s.n_heads, s.n_queries, 1 }, in.normal(n_key * s.n_heads * s.n_queries));
+    ggml_tensor * k =
+        in.tensor(s.type, { LatentShape::n_cache, s.n_keys, 1, 1 }, in.normal(LatentShape::n_cache * s.n_keys));
+    Floats visible(s.n_keys * s.n_queries);
+    for (int64_t i = 0; i < s.n_keys * s.n_queries; ++i) {
+        visible[i] = s.visible(i / s.n_keys, i % s.n_keys) ? 0.0f : -INFINITY;
+    }
+    ggml_tensor * mask = in.tensor(GGML_TYPE_F16, { s.n_keys, s.n_queries, 1, 1 }, visible);
+    q                  = ggml_permute(ctx, q, 0, 2, 1, 3);
+    ggml_tensor * op;
+    if (s.absorbed) {
+        ggml_tensor * v = ggml_view_4d(ctx, k, LatentShape::n_latent, s.n_keys, 1, 1, k->nb[1], k->nb[2], k->nb[3], 0);
+        op              = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, 0.0f);
+        ggml_prec_set_acc(op, GGML_PREC_F32);
+    } else {
+        const int64_t n_latent = LatentShape::n_latent;
+        const auto    weights  = [&](Shape shape, float deviation) {
+            return in.tensor(GGML_TYPE_F16, shape, in.normal(shape[0] * shape[1] * shape[2], 0, deviation));
+        };
+        ggml_tensor * k_b = weights({ LatentShape::n_nope, n_latent, s.n_heads, 1 }, 1 / std::sqrt((float) n_latent));
+        ggml_tensor * v_b = weights({ n_latent, LatentShape::n_value, s.n_heads, 1 }, 1 / std::sqrt((float) n_latent));
+        op                = ggml_latent_attn(ctx, q, k, k_b, v_b, mask, scale);
+    }
+    return { op, {}, { { op, ggml_nelements(op) } } };
+}
+
+static constexpr double BOUND           = 1e-7;
+static constexpr double BOUND_QUANTIZED = 2e-5;
+
+std::vector<Case> cases_of(ggml_verify_part part) {
+    // token by token, and in chunks of 64
+    static const KdaShape kda[] = {
+        { 128, 1, 1, 1, false, false }, { 128, 3, 3, 4, true, false },    { 128, 2, 2, 1, true, true },
+        { 128, 4, 2, 4, false, true },  { 128, 133, 1, 1, false, false }, { 64, 70, 2, 1, true, false },
+    };
+    std::vector<Case> cases;
+    if (part == GGML_VERIFY_KDA_CONV || part == GGML_VERIFY_STATE_COPY) {
+        for (const KdaShape & n : kda) {
+            cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_conv(in, n); } });
+        }
+    }
+    if (part == GGML_VERIFY_KDA_SCAN || part == GGML_VERIFY_STATE_COPY) {
+        for (const KdaShape & n : kda) {
+            const auto ordinary = Gates::ordinary;
+            cases.push_back({ name_of(n), BOUND, [=](Inputs & in) { return build_scan(in, n, ordinary); } });
+        }
+    }
+    if (part == GGML_VERIFY_KDA_SCAN) {
+        for (const Gates gates : { Gates::strong, Gates::deadly, Gates::open, Gates::parallel, Gates::bounded }) {
+            const KdaShape n = { 128, 100, 1, 1, true, false };
+            cases.push_back(
+                { name_of(n) + ", " + name_of(gates), BOUND, [=](Inputs & in) { return build_scan(in, n, gates); } });
+        }
+    }
+    if (part == GGML_VERIFY_ABSORBED || part == GGML_VERIFY_LATENT_ATTN) {
+        const bool absorbed = part == GGML_VERIFY_ABSORBED;
+        for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            const std::vector<LatentShape> shapes =
+                absorbed ? std::vector<LatentShape>{ { true, 1, 1024, 32, type, 1, false },
+                                                     { true, 3, 256, 32, type, 4, true } }
+                         : std::vector<LatentShape>{ { false, 70, 256, 2, type, 4, false } };
+            for (const LatentShape & s : shapes) {
+                cases.push_back({ name_of(s), ggml_is_quantized(type) ? BOUND_QUANTIZED : BOUND,
+                                  [s](Inputs & in) { return build_latent(in, s); } });
+            }
+        }
+    }
+    return cases;
+}

@@ -1,0 +1,61 @@
+#pragma once
+
+// The cases that kimi-verify computes on a device and on the CPU: small inputs, ordinary and hostile.
+
+#include "ggml-backend.h"
+#include "ggml-verify.h"
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+using Floats = std::vector<float>;
+using Shape  = std::array<int64_t, 4>;
+
+// A graph of one operator and its inputs. The same seed makes the same inputs for every device.
+class Inputs {
+  public:
+    ggml_context * const ctx;
+
+    explicit Inputs(ggml_context * ctx) : ctx(ctx) {}
+
+    Floats normal(size_t n, float mean = 0, float deviation = 1);
+
+    ggml_tensor * tensor(ggml_type type, Shape shape, const Floats & values);
+    ggml_tensor * indices(const std::vector<int32_t> & values);
+
+    // Writes the values to the tensors, which have memory now.
+    void write() const;
+
+  private:
+    struct Input {
+        ggml_tensor *     tensor;
+        std::vector<char> bytes;
+    };
+
+    uint64_t           state = 1;
+    std::vector<Input> inputs;
+};
+
+// Floats at the beginning of a tensor that are compared.
+struct Range {
+    const ggml_tensor * tensor;
+    int64_t             n;
+};
+
+struct Built {
+    ggml_tensor *              op;
+    std::vector<ggml_tensor *> then;  // nodes after it
+    std::vector<Range>         results;
+};
+
+struct Case {
+    std::string                    name;
+    double                         bound;  // of the NMSE
+    std::function<Built(Inputs &)> build;
+};
+
+// KDA_CONV and KDA_SCAN, which store their new states, and both forms of latent attention.
+std::vector<Case> cases_of(ggml_verify_part part);

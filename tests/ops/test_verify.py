@@ -1,0 +1,337 @@
+"""Operators verify themselves on a device before they are used there: healthy devices, planted faults, and the cache.
+
+The device is the CPU with separate memory (native/second_backend.cpp), which can compute operators wrongly or for ever,
+or end the process. Whatever it does, the logits must be those of the CPU, or the context is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from llama_script import Logits, Played, PlayError, Setup, assert_same, decode, play, text
+from native_program import compile_backend
+from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from rpc_workers import rpc_workers
+
+from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = pytest.mark.engine
+
+SPEC = Spec(layers="KMK", heads=4, kda_head_dim=64, seed=44)
+IDS = np.random.default_rng(45).integers(0, VOCAB_SIZE, 180)
+PREFILLED = 170  # the decompressed form starts at 160
+STEPS = [
+    decode(*text(0, IDS[:PREFILLED])),
+    *(decode((0, n, int(IDS[n]))) for n in range(PREFILLED, len(IDS))),
+]
+CHECKS = "verify: checking the operators on SECOND0"
+PARTS = ("KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN")
+FNV_OFFSET, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
+COMMAND = [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama"]
+
+
+@dataclass(frozen=True)
+class World:
+    """A model, a build, the library with the device, and the logits of the plain CPU."""
+
+    engine: Engine
+    gguf: Path
+    backend: Path
+    expected: Logits
+
+    def play(self, cache: Path, setup: Setup | None = None, **told: str) -> Played:
+        """The conversation with all layers on the device, and a cache folder of its own."""
+        whole = Setup(backend=str(self.backend), n_gpu_layers=99, flash_attention=True)
+        environment = {"KIMI_OPS": "", "KIMI_VERIFY_SECONDS": "30", "KIMI_GGUF_CACHE": str(cache), **told}
+        return play(self.engine, self.gguf, setup or whole, STEPS, **environment)
+
+
+@pytest.fixture(scope="module")
+def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("verify")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    expected = play(engine, folder / "model.gguf", Setup(flash_attention=True), STEPS).logits
+    return World(engine, folder / "model.gguf", compile_backend(engine, folder), expected)
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted((cache / "devices").glob("*"))
+
+
+def results(cache: Path) -> dict[str, str]:
+    """Part -> state in the only file of the cache."""
+    (file,) = files(cache)
+    lines = [line.split("\t") for line in file.read_text().splitlines()]
+    return {fields[1]: fields[2] for fields in lines if fields[0] == "result"}
+
+
+def test_a_healthy_device_is_checked_once(world: World, tmp_path: Path) -> None:
+    first = world.play(tmp_path, KIMI_OPS="require")
+    assert_same(first.logits, world.expected)
+    assert first.log.count(CHECKS) == 1
+    passed = re.search(
+        r"verify: SECOND0: 5 of 5 passed in ([0-9.]+) s, after [0-9.]+ s of start-up", first.log
+    )
+    assert passed, first.log
+    assert results(tmp_path) == dict.fromkeys(PARTS, "passed")
+
+    second = world.play(tmp_path, KIMI_OPS="require", SECOND_LOG=str(tmp_path / "log"))
+    assert_same(second.logits, world.expected)
+    assert "verify: " not in second.log
+    computed = (tmp_path / "log").read_text().splitlines()
+    assert {f"SECOND0 {name}" for name in ("KDA_CONV", "KDA_SCAN", "LATENT_ATTN")} <= set(computed)
+    assert len(files(tmp_path)) == 1
+
+
+# Fault -> the parts that it affects, by state, and the reason in the log.
+FAULTS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
+    "wrong KDA_CONV": (
+        {"SECOND_SPOILS": "KDA_CONV"},
+        {"KDA_CONV": "WRONG", "elided state copies": "WRONG"},
+        r"KDA_CONV: NMSE [0-9.e+-]+, bound 1e-07 \(\d+ tokens?, .*\)",
+    ),
+    "wrong KDA_SCAN": (
+        {"SECOND_SPOILS": "KDA_SCAN"},
+        {"KDA_SCAN": "WRONG", "elided state copies": "WRONG"},
+        r"KDA_SCAN: NMSE [0-9.e+-]+, bound 1e-07 \(\d+ tokens?, .*\)",
+    ),
+    "wrong copies": (
+        {"SECOND_SPOILS": "COPY"},
+        {"elided state copies": "WRONG"},
+        r"elided state copies: NMSE [0-9.e+-]+, bound 1e-07 \(.*\)",
+    ),
+    "wrong absorbed form": (
+        {"SECOND_SPOILS": "FLASH_ATTN_EXT"},
+        {"absorbed latent attention": "WRONG"},
+        r"absorbed latent attention: NMSE [0-9.e+-]+, bound [12]e-0[57] \(\d (query|queries), .*\)",
+    ),
+    "wrong LATENT_ATTN": (
+        {"SECOND_SPOILS": "LATENT_ATTN"},
+        {"LATENT_ATTN": "WRONG"},
+        r"LATENT_ATTN: NMSE [0-9.e+-]+, bound [12]e-0[57] \(70 queries, .*\)",
+    ),
+    "KDA_SCAN hangs": (
+        {"SECOND_HANGS": "KDA_SCAN", "KIMI_VERIFY_SECONDS": "5"},
+        {"KDA_SCAN": "HANGS", **dict.fromkeys(PARTS[2:], "not checked")},
+        r"KDA_SCAN: no result in time \(1 token, .*\)",
+    ),
+    "the absorbed form hangs": (
+        {"SECOND_HANGS": "FLASH_ATTN_EXT", "KIMI_VERIFY_SECONDS": "6"},
+        {"absorbed latent attention": "HANGS", "LATENT_ATTN": "not checked"},
+        r"LATENT_ATTN: not checked: the time was used up",
+    ),
+    "KDA_CONV crashes": (
+        {"SECOND_CRASHES": "KDA_CONV"},
+        {"KDA_CONV": "CRASHES", "elided state copies": "CRASHES"},
+        r"KDA_CONV: the process ended \(1 token, .*, signal Segmentation fault\)",
+    ),
+    "the absorbed form crashes": (
+        {"SECOND_CRASHES": "FLASH_ATTN_EXT"},
+        {"absorbed latent attention": "CRASHES"},
+        r"absorbed latent attention: the process ended \(.*\)",
+    ),
+}  # fmt: skip
+# Part -> the operator that the device must not be given, if it has one of its own.
+OPERATORS = {"KDA_CONV": "KDA_CONV", "KDA_SCAN": "KDA_SCAN", "LATENT_ATTN": "LATENT_ATTN"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_fails_is_not_used(fault: str, world: World, tmp_path: Path) -> None:
+    told, failed, reason = FAULTS[fault]
+    began = time.monotonic()
+    first = world.play(tmp_path, **told)
+    assert time.monotonic() - began < 20
+    assert_same(first.logits, world.expected)
+    assert re.search(f"verify: SECOND0: not used: {reason}\n", first.log), first.log
+    assert results(tmp_path) == dict.fromkeys(PARTS, "passed") | failed
+
+    second = world.play(tmp_path, **told, SECOND_LOG=str(tmp_path / "log"))  # from the cache
+    assert_same(second.logits, world.expected)
+    assert CHECKS not in second.log
+    assert second.log.count("verify: SECOND0: not used: ") == len(failed)
+    computed = {line.split()[1] for line in (tmp_path / "log").read_text().splitlines()}
+    refused = {OPERATORS[part] for part in failed if part in OPERATORS}
+    used = set(OPERATORS.values()) - refused
+    if refused & {"KDA_CONV", "KDA_SCAN"}:  # they go together
+        used -= {"KDA_CONV", "KDA_SCAN"}
+        assert "kda: operators not used, upstream's graph instead: SECOND0, which holds layer 0" in second.log
+    assert computed & set(OPERATORS.values()) == used
+
+
+def test_operators_that_the_device_lacks(world: World, tmp_path: Path) -> None:
+    told = {"SECOND_REFUSES": "KDA_SCAN,LATENT_ATTN"}
+    played = world.play(tmp_path, **told)
+    assert_same(played.logits, world.expected)
+    assert "3 of 3 passed" in played.log
+    assert results(tmp_path) == dict.fromkeys(PARTS, "passed") | dict.fromkeys(
+        ("KDA_SCAN", "LATENT_ATTN"), "absent"
+    )
+
+
+@pytest.mark.parametrize(
+    ("operators", "error"),
+    [
+        ("require", r"KIMI_OPS=require: SECOND0: KDA_SCAN: NMSE [0-9.e+-]+, bound 1e-07 \(.*\)"),
+        ("conv,scan,require", "KIMI_OPS=require: SECOND0: KDA_SCAN: NMSE "),
+        ("mla,require", None),
+        ("off", None),
+    ],
+)
+def test_required_operators_have_to_pass(
+    operators: str, error: str | None, world: World, tmp_path: Path
+) -> None:
+    told = {"KIMI_OPS": operators, "SECOND_SPOILS": "KDA_SCAN"}
+    if error is None:
+        assert_same(world.play(tmp_path, **told).logits, world.expected)
+    else:
+        with pytest.raises(PlayError, match=error):
+            world.play(tmp_path, **told)
+
+
+def checksum(text: str) -> str:
+    hashed = FNV_OFFSET
+    for byte in text.encode():
+        hashed = (hashed ^ byte) * FNV_PRIME % 2**64
+    return f"{hashed:016x}"
+
+
+def damage_text(text: str) -> str:
+    return text.replace("passed", "WRONG", 1)
+
+
+def cut_end(text: str) -> str:
+    return text[: len(text) // 2]
+
+
+def remove_part(text: str) -> str:
+    kept = re.sub("result\tKDA_CONV.*\n", "", text).split("checksum")[0]
+    return f"{kept}checksum\t{checksum(kept)}\n"
+
+
+def of_another_driver(text: str) -> str:
+    """A valid file of another machine."""
+    other = damage_text(text).replace("\ndriver\t", "\ndriver\tx").split("checksum")[0]
+    return f"{other}checksum\t{checksum(other)}\n"
+
+
+@pytest.mark.parametrize("change", [damage_text, cut_end, remove_part, of_another_driver, lambda _: ""])
+def test_a_damaged_or_foreign_file_is_ignored(
+    change: Callable[[str], str], world: World, tmp_path: Path
+) -> None:
+    world.play(tmp_path)
+    (file,) = files(tmp_path)
+    whole = file.read_text()
+    head, _, mark = whole.rpartition("checksum\t")
+    assert mark == f"{checksum(head)}\n"
+    file.write_text(change(whole))
+    assert file.read_text() != whole
+
+    again = world.play(tmp_path)
+    assert again.log.count(CHECKS) == 1
+    assert "not used" not in again.log
+    assert file.read_text() == whole
+    assert CHECKS not in world.play(tmp_path).log
+
+
+def test_another_build_of_the_device_is_checked_again(world: World, tmp_path: Path) -> None:
+    world.play(tmp_path)
+    other = Path(shutil.copy(world.backend, tmp_path / world.backend.name))
+    assert CHECKS in replace(world, backend=other).play(tmp_path).log
+    assert len(files(tmp_path)) == 2
+
+
+def test_processes_that_start_at_once(world: World, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for played in pool.map(lambda _: world.play(tmp_path), range(4)):
+            assert_same(played.logits, world.expected)
+            assert "not used" not in played.log
+    assert results(tmp_path) == dict.fromkeys(PARTS, "passed")
+    assert CHECKS not in world.play(tmp_path).log
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_context_on_the_cpu_checks_nothing(loaded: bool, world: World, tmp_path: Path) -> None:
+    setup = Setup(backend=str(world.backend) if loaded else None, op_offload=False, flash_attention=True)
+    assert "verify: " not in world.play(tmp_path, setup).log
+    assert not (tmp_path / "devices").exists()
+
+
+def test_a_cache_that_cannot_be_written(world: World, tmp_path: Path) -> None:
+    (tmp_path / "devices").write_text("a file")
+    played = world.play(tmp_path)
+    assert_same(played.logits, world.expected)
+    assert "cannot be written" in played.log
+    assert "not used" not in played.log
+
+
+@pytest.mark.parametrize("fault", ["KDA_SCAN", "FLASH_ATTN_EXT"])
+def test_a_worker_checks_its_devices(
+    fault: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GGML_BACKEND_PATH", str(world.backend))
+    monkeypatch.setenv("SECOND_SPOILS", fault)
+    monkeypatch.setenv("KIMI_VERIFY_SECONDS", "30")
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path))
+    with rpc_workers(world.engine, tmp_path, 1, "--device", "SECOND0") as (worker,):
+        assert "verify: SECOND0: not used: " in worker.log.read_text()
+        setup = Setup(workers=(worker.endpoint,), n_gpu_layers=99, flash_attention=True)
+        played = world.play(tmp_path, setup)
+    assert_same(played.logits, world.expected)
+    assert "verify: " not in played.log  # of the client
+    in_use = "kda: operators in use" in played.log
+    assert in_use == (fault != "KDA_SCAN")
+    assert ("RPC0, which holds layer 0, does not have KDA_SCAN" in played.log) == (not in_use)
+
+
+@pytest.fixture
+def without_program(world: World, tmp_path: Path) -> World:
+    """The same build as libraries only, as another program may bring them."""
+    shutil.copytree(world.engine.lib, tmp_path / "build" / "lib")
+    (tmp_path / "build" / "python").symlink_to(world.engine.prefix / "python")
+    return replace(world, engine=replace(world.engine, prefix=tmp_path / "build"))
+
+
+def test_operators_that_cannot_be_checked_are_not_used(without_program: World, tmp_path: Path) -> None:
+    played = without_program.play(tmp_path)
+    assert_same(played.logits, without_program.expected)
+    for part in PARTS:
+        assert f"not used: {part}: not checked: the program kimi-verify is not next to" in played.log
+    assert "kda: operators not used" in played.log
+    assert not (tmp_path / "devices").exists()  # it may be there the next time
+    with pytest.raises(PlayError, match="KIMI_OPS=require: SECOND0: KDA_CONV: not checked: the program"):
+        without_program.play(tmp_path, KIMI_OPS="require")
+    assert "kda: operators in use" in without_program.play(tmp_path, KIMI_VERIFY_SECONDS="0").log
+
+
+@pytest.mark.parametrize("fault", ["", "LATENT_ATTN"])
+def test_doctor_checks_again_and_prints_a_text_for_an_issue(fault: str, world: World) -> None:
+    told = {"SECOND_SPOILS": fault, "KIMI_VERIFY_SECONDS": "30"}
+    told["GGML_BACKEND_PATH"] = str(world.backend)
+    for _ in range(2):
+        ended = subprocess.run(
+            [*COMMAND, "doctor", "--devices"],
+            env=os.environ | told, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert ended.returncode == (1 if fault else 0), ended.stderr
+        assert CHECKS in ended.stderr
+        table = dict(re.findall(rf"^({'|'.join(PARTS)}) +(\w+) ", ended.stdout, re.MULTILINE))
+        assert table == dict.fromkeys(PARTS, "passed") | ({fault: "WRONG"} if fault else {})
+        assert ended.stdout.startswith("```\n")
+        assert ended.stdout.endswith("\n```\n")
+        assert json.loads((world.engine.prefix / "manifest.json").read_text())["commit"] in ended.stdout
+        assert "device   SECOND0 (the CPU with memory of its own)" in ended.stdout
+        assert "into an issue" in ended.stderr
