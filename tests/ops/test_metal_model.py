@@ -6,12 +6,14 @@ in float32.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from llama_script import Setup, Step, assert_same, decode, load, play, save, text
 from metal_program import dispatches, on_metal
+from native_program import run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 from synthetic_case import error_of
 
@@ -69,3 +71,12 @@ def test_logits_of_the_device(
     on_device = SPEC.layers[max(0, ALL - layers) :]
     assert sum(RECURRENCE in each for each in ran) == on_device.count("K") * 6
     assert any("flash_attn" in each for each in ran) == (flash and "M" in on_device)
+
+
+def test_the_operators_verify_themselves(metal_backend: Path, engine: Engine) -> None:
+    """The cases of kimi-verify on kernels that are right; the time is that of compiling and emulating them."""
+    variables = {"GGML_BACKEND_PATH": str(metal_backend), "KIMI_VERIFY_SECONDS": "300"}
+    table = run_program(engine.bin / "kimi-verify", **variables).stdout
+    assert re.findall(r"^(\w[\w ]+\w) +passed ", table, re.MULTILINE) == [
+        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention",
+    ], table  # fmt: skip
