@@ -37,6 +37,9 @@
 #include <set>
 #include <sstream>
 
+// The device is loaded by upstream's build too, which does not have this function.
+#pragma weak ggml_kda_find_state_copy
+
 namespace {
 
 size_t memory_size() {
