@@ -220,6 +220,18 @@ def test_goals_are_compared_with_the_worst_cell() -> None:
     assert quantised[2:] == ("2.00 × (tg at 65536, q8_0 cache)", "yes")
 
 
+def test_apple_gpus_have_goals_of_their_own() -> None:
+    records = [on_device(1.3), on_device(1.4, depth=16384), on_device(1.1, batch=512), on_device(0.9, batch=8)]
+    for each in records:
+        each["device"] = DEVICE | {"backend": "metal"}
+    decode, deep_decode, prefill, deep_prefill, everywhere = aims_table(records)[1:]
+    assert decode[1:] == ("1.25 ×", "1.30 × (tg at 0)", "yes")
+    assert deep_decode[1:] == ("1.5 ×", "1.40 × (tg at 16384)", "no")
+    assert prefill[1:] == ("1 ×", "1.10 × (pp512 at 0)", "yes")
+    assert deep_prefill[1:] == ("1.3 ×", "not measured", "open")
+    assert everywhere[1:] == ("1 ×", "0.90 × (pp8 at 0)", "no")
+
+
 def test_a_page_names_the_device_and_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     write_page([on_device(2.0)], tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
