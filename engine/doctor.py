@@ -113,9 +113,9 @@ def diagnose() -> Diagnosis:
 
 
 def check_devices() -> tuple[str, bool]:
-    """Check the operators of the build that runs again, on each GPU.
+    """Repeat the check of the operators on each GPU, with the build that runs if none is named.
 
-    Returns a text to paste into an issue, and whether all operators that the devices have are used.
+    Returns a text for an issue, and whether all operators that the devices have are used.
     """
     engine = select(make=False)
     facts = machine_facts()

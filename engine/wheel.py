@@ -70,7 +70,7 @@ def _wanted_libraries(engine: Engine) -> list[Path]:
 
 
 def _verify(engine: Engine) -> list[Path]:
-    """The program that a library starts to check the operators on a GPU."""
+    """The program that ggml starts to check the operators on a GPU; upstream's builds have none."""
     return [path for path in (engine.bin / VERIFY,) if path.exists()]
 
 

@@ -69,10 +69,12 @@ it computes. A worker listens on loopback unless --host is given. Give --host on
 example the address of a WireGuard interface. Or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. For more,
 see docs/serving.md."""
 
-_ALL_USED = "No operator is switched off. To ask about these devices, paste the text above into an issue."
+_ALL_USED = (
+    "No operator is switched off. To report this result, paste the text above into an issue of this project."
+)
 _NOT_USED = """\
-Operators that did not pass are not used on that device; upstream's graph or kernels compute their nodes. To report it,
-paste the text above into an issue of this project."""
+Operators that did not pass are not used on that device; upstream's graph or kernels are used instead. To report this
+result, paste the text above into an issue of this project."""
 
 _ELSEWHERE = f"{_WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
 
@@ -270,6 +272,7 @@ def _parser() -> argparse.ArgumentParser:
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
         "--backend cuda needs NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor shows what is installed.\n"
         "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
+        "--backend metal is for Macs: docs/metal.md.\n"
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
         "only; you may remove all of it at any time.",
     )
@@ -295,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--devices",
         action="store_true",
-        help="check the operators of the build that runs on each GPU again, and print a text for an issue",
+        help="check the operators of the build that runs, on each GPU, and print the results as a text for an issue",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 

@@ -1,6 +1,7 @@
 #pragma once
 
-// Marks on the nodes of a graph. The builder of the graph sets them; each one disables a code path in a backend.
+// Marks on the nodes of a graph. The builder of the graph sets them, or ggml-verify.cpp before a device computes it. Each
+// mark disables a code path in a backend.
 //
 // A mark is a bit in the operator's last parameter, which upstream does not read for these operators, so a backend that
 // does not know the marks computes the node as usual. Marks belong to the graph: contexts of one process may use

@@ -1,6 +1,6 @@
 #pragma once
 
-// Which FLASH_ATTN_EXT nodes are latent attention, absorbed, for kernels of GPUs. Specification: the operator's README.
+// Which FLASH_ATTN_EXT nodes are absorbed latent attention, for kernels of GPUs. Specification: the operator's README.
 
 #include "ggml-op-marks.h"
 #include "ggml.h"
@@ -18,7 +18,7 @@ static inline bool ggml_latent_v_begins_k(const struct ggml_tensor * k, const st
            v->nb[3] == k->nb[3];
 }
 
-// NULL, or what does not fit. Ignores addresses, so it can be called before allocation.
+// Returns NULL, or why the node does not fit. Does not use addresses, so it can be called before allocation.
 static inline const char * ggml_latent_absorbed_misfit(const struct ggml_tensor * dst) {
     const struct ggml_tensor * q    = dst->src[0];
     const struct ggml_tensor * k    = dst->src[1];

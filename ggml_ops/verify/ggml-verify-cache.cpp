@@ -67,7 +67,7 @@ static std::string key_of(const ggml_verify_report & report) {
     return FORMAT + "device\t" + report.device + "\ndriver\t" + report.driver + "\nbuild\t" + report.build + "\n";
 }
 
-// The folder that kimi-gguf uses too; empty if the user has none.
+// In the cache folder of kimi-gguf; empty if the user has no home folder.
 static fs::path folder() {
     const auto value = [](const char * name) -> std::string {
         const char * text = getenv(name);

@@ -1,11 +1,11 @@
 #pragma once
 
-// The results of a check as text, and the file that keeps them: devices/HASH in the user's cache folder, where HASH is
-// that of device, driver and build. The file repeats these and ends with a checksum; any other file is ignored.
+// The results of a check as text, and the file that stores them: devices/HASH in the user's cache folder, with the hash of
+// device, driver and build. The file repeats these and ends with a checksum; a file that does not is ignored.
 
 #include "ggml-verify.h"
 
-// FNV-1a in hex; against damage, not against attacks.
+// FNV-1a in hex. It detects damage, not attacks.
 std::string ggml_verify_hash(const std::string & text);
 
 // A line "result NAME STATE NMSE BOUND CASE", separated by tabs.
@@ -17,5 +17,5 @@ bool ggml_verify_from_line(const std::string & line, ggml_verify_report & report
 // Reads the results for the report's device, driver and build. Returns false if there are none.
 bool ggml_verify_read(ggml_verify_report & report);
 
-// Replaces the file at once, so that a process that reads it sees the old one or the new one.
+// Replaces the file atomically: a process that reads it sees the old file or the new one.
 void ggml_verify_write(const ggml_verify_report & report);

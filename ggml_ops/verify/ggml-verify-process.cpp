@@ -71,7 +71,7 @@ static int start(const std::vector<std::string> & command, pid_t & child, int & 
     for (char ** variable = environ; *variable; ++variable) {
         variables.push_back(*variable);
     }
-    char no_backtrace[] = "GGML_NO_BACKTRACE=1";  // it takes seconds, and nobody sees it
+    char no_backtrace[] = "GGML_NO_BACKTRACE=1";  // a backtrace takes seconds, and nobody would see it
     variables.push_back(no_backtrace);
     variables.push_back(nullptr);
 
@@ -80,7 +80,7 @@ static int start(const std::vector<std::string> & command, pid_t & child, int & 
     posix_spawn_file_actions_addopen(&files, STDIN_FILENO, "/dev/null", O_RDONLY, 0);
     posix_spawn_file_actions_adddup2(&files, ends[1], STDOUT_FILENO);
     posix_spawn_file_actions_addopen(&files, STDERR_FILENO, "/dev/null", O_WRONLY, 0);
-    // as in a new process, whatever the program that uses this library has set
+    // the defaults of signals, whatever the program that uses this library has set
     sigset_t all, none;
     sigfillset(&all);
     sigdelset(&all, SIGKILL);
@@ -103,7 +103,7 @@ static int start(const std::vector<std::string> & command, pid_t & child, int & 
     return error;
 }
 
-// Waits for the child, but not for one that the driver does not let go. Returns how it ended; empty: with success.
+// Waits for the child until `end`: a driver may keep a killed process. Returns how it failed, or nothing.
 static std::string wait_for(pid_t child, Clock::time_point end) {
     int   status = 0;
     pid_t ended  = 0;

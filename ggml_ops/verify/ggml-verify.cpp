@@ -132,7 +132,8 @@ static std::string build_of(const std::string & library) {
     return library + ", " + ggml_verify_hash(files);
 }
 
-// What one process found; parts that it decided are removed from `todo`. Returns whether another process may go on.
+// Reads the results of one process and removes the parts with a result from `todo`. Returns whether another process
+// should check the rest.
 static bool read_output(const ggml_verify_process & ended, std::vector<int> & todo, ggml_verify_report & report) {
     bool               done    = false;
     int                running = -1;

@@ -1,8 +1,8 @@
 #pragma once
 
-// Operators verify themselves: before one is used on a GPU, a process of its own (kimi-verify) compares it there with the
-// CPU, once for each device, driver and build. An operator that fails is not used on that device in this process.
-// Specification: README.md next to this file in its source repository.
+// Operators verify themselves: before the operators are used on a GPU, a separate process (kimi-verify) compares each of
+// them there with the CPU, once for each device, driver and build. An operator that fails is not used on that device by
+// this process. Specification: README.md next to this file in its source repository.
 
 #include "ggml-backend.h"
 
@@ -13,7 +13,7 @@
 enum ggml_verify_part {
     GGML_VERIFY_KDA_CONV,
     GGML_VERIFY_KDA_SCAN,
-    GGML_VERIFY_STATE_COPY,  // the copy of the new states after these two, elided
+    GGML_VERIFY_STATE_COPY,  // eliding the copy of the new states after these two
     GGML_VERIFY_ABSORBED,    // FLASH_ATTN_EXT over a latent cache
     GGML_VERIFY_LATENT_ATTN,
     GGML_VERIFY_N_PARTS,
@@ -31,9 +31,9 @@ enum ggml_verify_state {
 
 struct ggml_verify_result {
     ggml_verify_state state = GGML_VERIFY_NOT_CHECKED;
-    double            nmse  = 0;  // of the case that is closest to its bound, or the furthest above it
+    double            nmse  = 0;  // of the case with the largest ratio of NMSE to bound
     double            bound = 0;
-    std::string       name;  // of that case, of the one that was running, or why nothing was checked
+    std::string       name;  // of that case, or of the case that hangs or crashes, or why the part was not checked
 };
 
 struct ggml_verify_report {
@@ -41,7 +41,7 @@ struct ggml_verify_report {
     std::string                                         driver;
     std::string                                         build;
     std::array<ggml_verify_result, GGML_VERIFY_N_PARTS> results;
-    std::string                                         problem;  // why the check failed as a whole
+    std::string                                         problem;  // why the device could not be checked
     double                                              start_seconds = 0;
     double                                              check_seconds = 0;
 };
@@ -50,15 +50,15 @@ GGML_API const char * ggml_verify_part_name(ggml_verify_part part);
 GGML_API const char * ggml_verify_state_name(ggml_verify_state state);
 
 // Checks the operators of a device, or reads the results of an earlier check from the cache, and logs what is not used.
-// Later calls in the same process return the same report; `again` repeats the check.
-// nullptr: nothing is checked, and all operators are used, on devices that are no GPUs, on devices of other machines
-// (their servers check them), and with KIMI_VERIFY_SECONDS=0.
+// Later calls in the same process return the same report; `again` repeats the check. Returns nullptr, and all operators
+// are used, if the device is not a GPU or belongs to another machine (its server checks it), or if
+// KIMI_VERIFY_SECONDS is 0.
 GGML_API const ggml_verify_report * ggml_verify_device(ggml_backend_dev_t dev, bool again = false);
 
 // Why a part is not used: the figure or the reason. Empty: it is used where the device has it.
 GGML_API std::string ggml_verify_reason(const ggml_verify_report & report, ggml_verify_part part);
 
-// For ggml-backend.cpp: whether the device may compute this node, and marks on the nodes of a graph that is computed
-// there, for what is a path inside an operator.
+// For ggml-backend.cpp. `allows`: whether the device may compute this node. `mark`: marks the nodes of a graph that the
+// device is about to compute, so that it does not use paths inside operators that failed.
 bool ggml_verify_allows(ggml_backend_dev_t dev, const ggml_tensor * node);
 void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph);

@@ -1,6 +1,6 @@
-"""Constructs that C++ has and Metal does not: each is found when it is planted, and none in the kernels.
+"""Constructs that C++ has and Metal does not: each is found if it is planted, and the kernels have none.
 
-Some are reported by Apple's compiler with the same words, for example "pointer type must have explicit address space
+For some of them Apple's compiler prints similar messages, for example "pointer type must have explicit address space
 qualifier" and "program scope variable must reside in constant address space".
 """
 

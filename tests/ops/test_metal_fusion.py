@@ -17,10 +17,10 @@ from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
 
-# More experts than a simdgroup has lanes; the last one has one expert left.
+# More experts than a simdgroup has lanes; in the last step only one lane has an expert.
 SPEC = Spec(layers="KM", hidden=160, kda_head_dim=64, experts=65, experts_used=8, seed=70)
 ROUTER, ADD_NORM = "kernel_router_f32", "kernel_add_rms_norm_mul_f32"
-# Dispatches of a batch: one layer has a router, each has two residuals; with experts, a sum of three is one of them.
+# Dispatches of a batch: one layer has a router; both layers have two residuals, one of which also adds the experts.
 FUSED = {ROUTER: 1, f"{ADD_NORM}_4_1": 3, f"{ADD_NORM}_4_2": 1}
 ORDERS = ["forwards", "backwards"]
 
@@ -40,8 +40,8 @@ def test_a_model_with_and_without_fusion(
     expected = play(engine, model, Setup(), steps, KIMI_OPS="off").logits
     for operators in ("fuse", "off"):
         log = tmp_path / operators
-        told = {"KIMI_OPS": operators, "KIMI_METAL_ORDER": order, "KIMI_METAL_LOG": str(log)}
-        assert_same(play(engine, model, on_metal(metal_backend), steps, **told).logits, expected)
+        variables = {"KIMI_OPS": operators, "KIMI_METAL_ORDER": order, "KIMI_METAL_LOG": str(log)}
+        assert_same(play(engine, model, on_metal(metal_backend), steps, **variables).logits, expected)
         ran = Counter(each.kernel.split("_n_expert=")[0] for each in dispatches(log))
         expected_count = len(steps) if operators == "fuse" else 0
         assert {each: ran[each] for each in FUSED} == {each: n * expected_count for each, n in FUSED.items()}
@@ -50,11 +50,11 @@ def test_a_model_with_and_without_fusion(
 @pytest.mark.parametrize("order", ORDERS)
 def test_upstreams_cases(order: str, metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    told = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
-    told["KIMI_METAL_LOG"] = str(log)
+    variables = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
+    variables["KIMI_METAL_LOG"] = str(log)
     assert (
         passed_cases(
-            engine, "MTL0", "TOPK_MOE", "-p", "with_norm=1,bias_probs=1,gating_func=1,scale_w=2", **told
+            engine, "MTL0", "TOPK_MOE", "-p", "with_norm=1,bias_probs=1,gating_func=1,scale_w=2", **variables
         )
         >= 13
     )

@@ -34,9 +34,9 @@ def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def result(program: Path, backend: Path, *chosen: object, **environment: str) -> str:
     """The hash of the results of all cases, each of which passed."""
-    told = run_program(program, backend, *map(str, chosen), **environment).stdout
-    assert ", 0 failed" in told
-    found = re.search(r"^hash (\w+)$", told, re.MULTILINE)
+    output = run_program(program, backend, *map(str, chosen), **environment).stdout
+    assert ", 0 failed" in output
+    found = re.search(r"^hash (\w+)$", output, re.MULTILINE)
     assert found
     return found[1]
 
@@ -117,7 +117,7 @@ def test_the_convolutions_read_states_and_inputs_once(
 
 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-# Fault -> the text in the kernel, what it is instead, the cases that find it, and what is said about them.
+# Fault -> the text in the kernel, what it is instead, the cases that find it, and a pattern of the message.
 FAULTS = {
     "no barrier": (BARRIER, "", ("scan", 64, 1, 2, 1, 1), "threadgroup memory"),
     "no barrier in front of the norm": (
@@ -155,8 +155,8 @@ def test_upstreams_comparison_of_devices(
     operator: str, order: str, metal_backend: Path, engine: Engine
 ) -> None:
     cases, count = COMPARED[operator]
-    told = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
-    assert passed_cases(engine, DEVICE, operator, "-p", cases, **told) == count
+    variables = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1", "KIMI_METAL_ORDER": order}
+    assert passed_cases(engine, DEVICE, operator, "-p", cases, **variables) == count
 
 
 @pytest.mark.full
@@ -164,8 +164,11 @@ def test_upstreams_comparison_of_devices(
 def test_upstreams_comparison_of_devices_all_cases(
     operator: str, metal_backend: Path, engine: Engine
 ) -> None:
-    told = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1"}
-    assert passed_cases(engine, DEVICE, operator, "-p", "head_size=(64|128),", **told) > COMPARED[operator][1]
+    variables = {"GGML_BACKEND_PATH": str(metal_backend), "GGML_NO_BACKTRACE": "1"}
+    assert (
+        passed_cases(engine, DEVICE, operator, "-p", "head_size=(64|128),", **variables)
+        > COMPARED[operator][1]
+    )
 
 
 def test_the_library_contains_the_kernels_however_it_is_built() -> None:
@@ -261,8 +264,8 @@ def test_a_model_on_the_device(
     expected = play(engine, model, Setup(**chosen), steps).logits
     log = tmp_path / "log"
     setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
-    told = {"KIMI_METAL_LOG": str(log), "KIMI_METAL_ORDER": order, "KIMI_OPS": "conv,scan,require"}
-    assert_same(play(engine, model, setup, steps, **told).logits, expected)
+    variables = {"KIMI_METAL_LOG": str(log), "KIMI_METAL_ORDER": order, "KIMI_OPS": "conv,scan,require"}
+    assert_same(play(engine, model, setup, steps, **variables).logits, expected)
     copied = KDA if conversation == "sequences that come, pause and go" else set()
     assert used(log) == {f"{each}+CPY" for each in KDA} | copied
 

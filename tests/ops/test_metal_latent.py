@@ -32,7 +32,7 @@ REDUCE = "kernel_flash_attn_ext_latent_reduce"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 TILE, ALL_ROWS = f"{BARRIER}\n\n\n        {{", "if (ir < nr) {\n                const float s"
 PLAIN, MIXED, PEAKED = ("causal", 1), ("mixed", 1), ("causal", 20)  # mask, deviation of the scores
-# What is wrong in the kernel -> the preprocessed text, what it is instead, a case, what is said about it.
+# What is wrong in the kernel -> the preprocessed text, what it is instead, a case, a pattern of the message.
 FAULTS = {
     "no barrier after the tile": (TILE, "{", PLAIN, "threadgroup memory"),
     "values at another stride": ("8 * (sgitg * VB + i), PK);", "8 * (sgitg * VB + i), PC);", PLAIN, "FAILED"),
@@ -53,12 +53,12 @@ def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("cache_type", ROW_BYTES)
 def test_every_shape_and_mask_in_both_orders(cache_type: str, program: Path, metal_backend: Path) -> None:
-    said = {
+    outputs = {
         order: run_program(program, metal_backend, cache_type, KIMI_METAL_ORDER=order).stdout
         for order in ("forwards", "backwards")
     }
-    assert ", 0 failed" in said["forwards"]
-    assert said["forwards"] == said["backwards"]
+    assert ", 0 failed" in outputs["forwards"]
+    assert outputs["forwards"] == outputs["backwards"]
 
 
 @pytest.mark.parametrize("cache_type", ROW_BYTES)
@@ -80,7 +80,7 @@ def test_each_row_is_read_once_for_32_pairs(
     assert attend.bytes_written == splits * queries * heads * (512 + 2) * 4
 
 
-def test_cells_that_nobody_sees_are_not_read(program: Path, metal_backend: Path, tmp_path: Path) -> None:
+def test_hidden_cells_are_not_read(program: Path, metal_backend: Path, tmp_path: Path) -> None:
     """With this mask the query sees two of five keys."""
     log = tmp_path / "log"
     run_program(program, metal_backend, "f16", "1", "100", "32", "mixed", "1", KIMI_METAL_LOG=str(log))
@@ -170,8 +170,8 @@ def test_logits_of_a_model(
     expected = play(engine, model, Setup(**chosen), steps).logits
     log = tmp_path / "log"
     setup = on_metal(metal_backend, **chosen)
-    told = {"KIMI_OPS": "mla", "KIMI_METAL_LOG": str(log)}
-    assert_same(play(engine, model, setup, steps, **told).logits, expected)
+    variables = {"KIMI_OPS": "mla", "KIMI_METAL_LOG": str(log)}
+    assert_same(play(engine, model, setup, steps, **variables).logits, expected)
     assert attention_kernels(log) == {ATTEND}
 
 

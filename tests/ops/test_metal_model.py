@@ -29,7 +29,7 @@ ALL = len(SPEC.layers) + 1  # the output counts as a layer
 IDS = np.random.default_rng(51).integers(0, VOCAB_SIZE, (2, 20))
 # Relative error of a value in half precision, squared: upstream's flash attention rounds the queries.
 HALF = 2.0**-22
-# A kernel of each layer on the device: how often it runs in each batch.
+# The kernel that each KDA layer on the device runs once in each batch.
 RECURRENCE = "kernel_gated_delta_net"
 
 
@@ -74,7 +74,7 @@ def test_logits_of_the_device(
 
 
 def test_the_operators_verify_themselves(metal_backend: Path, engine: Engine) -> None:
-    """The cases of kimi-verify on kernels that are right; the time is that of compiling and emulating them."""
+    """All parts that Metal has pass. The time limit is long because the kernels are compiled and emulated."""
     variables = {"GGML_BACKEND_PATH": str(metal_backend), "KIMI_VERIFY_SECONDS": "300"}
     table = run_program(engine.bin / "kimi-verify", **variables).stdout
     assert re.findall(r"^(\w[\w ]+\w) +passed ", table, re.MULTILINE) == [

@@ -53,10 +53,15 @@ class World:
     backend: Path
     expected: Logits
 
-    def play(self, cache: Path, setup: Setup | None = None, **told: str) -> Played:
+    def play(self, cache: Path, setup: Setup | None = None, **variables: str) -> Played:
         """The conversation with all layers on the device, and a cache folder of its own."""
         whole = Setup(backend=str(self.backend), n_gpu_layers=99, flash_attention=True)
-        environment = {"KIMI_OPS": "", "KIMI_VERIFY_SECONDS": "30", "KIMI_GGUF_CACHE": str(cache), **told}
+        environment = {
+            "KIMI_OPS": "",
+            "KIMI_VERIFY_SECONDS": "30",
+            "KIMI_GGUF_CACHE": str(cache),
+            **variables,
+        }
         return play(self.engine, self.gguf, setup or whole, STEPS, **environment)
 
 
@@ -151,15 +156,15 @@ OPERATORS = {"KDA_CONV": "KDA_CONV", "KDA_SCAN": "KDA_SCAN", "LATENT_ATTN": "LAT
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_fails_is_not_used(fault: str, world: World, tmp_path: Path) -> None:
-    told, failed, reason = FAULTS[fault]
+    variables, failed, reason = FAULTS[fault]
     began = time.monotonic()
-    first = world.play(tmp_path, **told)
+    first = world.play(tmp_path, **variables)
     assert time.monotonic() - began < 20
     assert_same(first.logits, world.expected)
     assert re.search(f"verify: SECOND0: not used: {reason}\n", first.log), first.log
     assert results(tmp_path) == dict.fromkeys(PARTS, "passed") | failed
 
-    second = world.play(tmp_path, **told, SECOND_LOG=str(tmp_path / "log"))  # from the cache
+    second = world.play(tmp_path, **variables, SECOND_LOG=str(tmp_path / "log"))  # from the cache
     assert_same(second.logits, world.expected)
     assert CHECKS not in second.log
     assert second.log.count("verify: SECOND0: not used: ") == len(failed)
@@ -173,8 +178,8 @@ def test_what_fails_is_not_used(fault: str, world: World, tmp_path: Path) -> Non
 
 
 def test_operators_that_the_device_lacks(world: World, tmp_path: Path) -> None:
-    told = {"SECOND_REFUSES": "KDA_SCAN,LATENT_ATTN"}
-    played = world.play(tmp_path, **told)
+    variables = {"SECOND_REFUSES": "KDA_SCAN,LATENT_ATTN"}
+    played = world.play(tmp_path, **variables)
     assert_same(played.logits, world.expected)
     assert "3 of 3 passed" in played.log
     assert results(tmp_path) == dict.fromkeys(PARTS, "passed") | dict.fromkeys(
@@ -194,12 +199,12 @@ def test_operators_that_the_device_lacks(world: World, tmp_path: Path) -> None:
 def test_required_operators_have_to_pass(
     operators: str, error: str | None, world: World, tmp_path: Path
 ) -> None:
-    told = {"KIMI_OPS": operators, "SECOND_SPOILS": "KDA_SCAN"}
+    variables = {"KIMI_OPS": operators, "SECOND_SPOILS": "KDA_SCAN"}
     if error is None:
-        assert_same(world.play(tmp_path, **told).logits, world.expected)
+        assert_same(world.play(tmp_path, **variables).logits, world.expected)
     else:
         with pytest.raises(PlayError, match=error):
-            world.play(tmp_path, **told)
+            world.play(tmp_path, **variables)
 
 
 def checksum(text: str) -> str:
@@ -319,12 +324,12 @@ def test_operators_that_cannot_be_checked_are_not_used(without_program: World, t
 
 @pytest.mark.parametrize("fault", ["", "LATENT_ATTN"])
 def test_doctor_checks_again_and_prints_a_text_for_an_issue(fault: str, world: World) -> None:
-    told = {"SECOND_SPOILS": fault, "KIMI_VERIFY_SECONDS": "30"}
-    told["GGML_BACKEND_PATH"] = str(world.backend)
+    variables = {"SECOND_SPOILS": fault, "KIMI_VERIFY_SECONDS": "30"}
+    variables["GGML_BACKEND_PATH"] = str(world.backend)
     for _ in range(2):
         ended = subprocess.run(
             [*COMMAND, "doctor", "--devices"],
-            env=os.environ | told, capture_output=True, text=True, check=False,
+            env=os.environ | variables, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert ended.returncode == (1 if fault else 0), ended.stderr
         assert CHECKS in ended.stderr

@@ -47,7 +47,7 @@ def compile_metal_backend(engine: Engine, ggml: Path, folder: Path) -> Path:
 
 @contextmanager
 def planted(backend: Path, source: str, right: str, wrong: str) -> Iterator[None]:
-    """Kernels of ggml-metal with a fault: one text of kernels/SOURCE.metal is another one."""
+    """Kernels of ggml-metal with a fault: in kernels/SOURCE.metal `right` is replaced by `wrong`."""
     folder = backend.parent / "kernels"
     file = folder / f"{source}.metal.cpp"
     text = file.read_text()

@@ -10,7 +10,7 @@ import re
 import subprocess
 from pathlib import Path
 
-# The kernel, the thread that causes the fault, the begin of its line, a pattern. None: not in the message.
+# The kernel, the thread that causes the fault, the start of its line, a pattern of the message. None: not checked.
 Expected = tuple[str | None, int | None, str | None, str]
 
 

@@ -20,7 +20,7 @@ kernel void kernel_router_f32(constant ggml_metal_kargs_router & args,
     device float *       weights_row = weights + row * top_k;
     device int32_t *     ids_row     = (device int32_t *) (ids + row * args.nb1_ids);
 
-    // of the experts tiisg, tiisg + 32, ...
+    // of experts tiisg, tiisg + 32, ...
     float probs[32];
     float scores[32];
 
@@ -35,7 +35,7 @@ kernel void kernel_router_f32(constant ggml_metal_kargs_router & args,
     float sum    = 0.0f;
 
     for (int k = 0; k < top_k; ++k) {
-        // NaN and -INFINITY are never better, so that the ids are always valid
+        // NaN and -INFINITY are never better, so the ids are always valid
         float best_score  = -INFINITY;
         float best_prob   = probs[0];
         int   best_expert = tiisg;

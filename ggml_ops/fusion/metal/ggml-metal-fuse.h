@@ -1,6 +1,6 @@
 #pragma once
 
-// Nodes that become one dispatch: ../README.md.
+// Nodes that one dispatch computes: README.md of fusion.
 
 #include "ggml-metal-device.h"
 
@@ -17,7 +17,7 @@ void ggml_metal_router_encode(ggml_metal_library_t lib,
                               const ggml_tensor *  clamp,
                               const ggml_tensor *  weights);
 
-// One or two ADDs, RMS_NORM, MUL by the norm's weights: `n` nodes with these indices. The last ADD is a result, too.
+// One or two ADDs, RMS_NORM, MUL by the norm's weights: `n` nodes with these indices. The sum is a result, too.
 bool ggml_metal_add_norm_supported(const ggml_cgraph * gf, const int * node_idxs, int n);
 
 // first: nullptr if there is one ADD.

@@ -68,8 +68,8 @@ template <short NC> struct kda_history {
     }
 };
 
-// A simdgroup computes one head of q, k or v for OP_KDA_CONV_NT tokens. The states are accessed by the simdgroup of the
-// first tokens only, and each lane reads an old state before it writes the new one, which may have the same address.
+// A simdgroup computes one head of q, k or v for OP_KDA_CONV_NT tokens. Only the simdgroup of the first tokens accesses
+// the states. Each lane reads an old state before it writes the new one, which may have the same address.
 template <short D>
 kernel void kernel_kda_conv_f32(constant ggml_metal_kargs_kda_conv & args,
                                 device const char *                  q,
@@ -120,7 +120,7 @@ kernel void kernel_kda_conv_f32(constant ggml_metal_kargs_kda_conv & args,
     const int t0 = tgpig.y * OP_KDA_CONV_NT;
     const int t1 = MIN(t0 + OP_KDA_CONV_NT, args.n_tokens);
 
-    // the history of the first simdgroup is the state after each of its tokens
+    // all tokens are in one tile: the state after a token is the history after it
     const bool whole = args.n_tokens <= OP_KDA_CONV_NT;
 
     const float scale = ip == 0 ? rsqrt((float) D) : 1.0f;
@@ -191,8 +191,8 @@ template [[host_name("kernel_kda_conv_f32_128")]] kernel kernel_kda_conv_t kerne
 // KDA_SCAN
 //
 
-// e^x for x <= 0, accurate to rounding near 0 also with fast math: a decay of nearly 1 applies over thousands of tokens,
-// and so would the error of exp. 0 where float has no normal numbers.
+// e^x for x <= 0, accurate to rounding near 0 also with fast math: a decay of nearly 1 is applied for thousands of tokens,
+// and the error of exp would accumulate. The result is 0 where it would be subnormal.
 static inline float4 kda_exp(float4 x) {
     x              = max(x, float4(-88.0f));
     const float4 n = rint(x * 1.44269504f);
@@ -228,10 +228,10 @@ static inline float4 kda_decay(float4 x, float a, float lower_bound) {
     return kda_exp(FC_kda_bounded ? lower_bound * kda_sigmoid(-a * x) : a * kda_softplus(x));
 }
 
-// A threadgroup keeps the state of one head in registers, from its first token to its last: NL neighbouring lanes share a
-// value channel, and each lane has every NL-th float4 of its key channels. NT tokens at a time, each thread loads one
-// float4 of q, k, v or f into threadgroup memory (of f: the decay), every simdgroup steps through these tokens alone, and
-// one simdgroup per token computes the output norm and the output gate.
+// A threadgroup holds the state of one head in registers for all tokens. NL neighbouring lanes share a value channel, and
+// each lane has every NL-th float4 of its key channels. The kernel takes NT tokens at a time. Each thread loads one float4
+// of q, k, v or f into threadgroup memory (for f, the decay). Every simdgroup steps through these tokens without a
+// barrier. Then one simdgroup per token computes the output norm and the output gate.
 template <short D>
 [[max_total_threads_per_threadgroup(OP_KDA_SCAN_NL * D)]]
 kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
@@ -267,7 +267,7 @@ kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
 
     const int ih = tgpig.x;
 
-    // if rows cross, one threadgroup computes a head of all sequences, and copies their states at the end
+    // if rows cross, one threadgroup computes a head for all sequences, and copies their states at the end
     const bool cross = kda_rows_cross(args.st, rows, tiisg);
     if (cross && tgpig.y > 0) {
         return;

@@ -7,18 +7,18 @@
 // A tile of C keys in threadgroup memory serves as K and as V. All 16 simdgroups work on it:
 //
 //   Q*K^T    simdgroup (rb, sl): 8 rows, a slice of the head size. Its part of q stays in registers.
-//   softmax  lane (row, key): adds the slices' parts; the weights replace the first slice's part.
+//   softmax  lane (row, key): adds the partial scores of the slices; the weights replace those of the first slice.
 //   P*V      each simdgroup: all rows, DV/16 columns. Its part of the result stays in registers.
 //
 // K and V keep the type of the cache (quantized: F32); q, the weights and all sums are F32.
 
 constant bool FC_flash_attn_ext_latent_has_mask [[function_constant(FC_FLASH_ATTN_EXT_LATENT + 0)]];
 
-// A row's largest score is replaced only by one that is larger by more than this, so that the result is seldom rescaled.
+// A row's running maximum changes only if a score is larger by more than this, so that the result is seldom rescaled.
 #define LATENT_MAX_SLACK 8.0f
 
-// Store the i-th group of values of a cache row in threadgroup memory, or zeros if the row is not to be read. Each byte
-// of the row is read by one lane only.
+// Store the i-th group of values of a cache row in threadgroup memory, or zeros if no row of q sees the key. Each byte of
+// the cache row is read by one lane only.
 
 template <typename k4_t>
 void latent_load_t4(device const k4_t * src, short i, bool seen, ushort tiisg, threadgroup k4_t * dst) {
@@ -310,7 +310,7 @@ kernel void kernel_flash_attn_ext_latent(constant ggml_metal_kargs_flash_attn_ex
         }
     }
 
-    // one split: the result; several: parts for the reduce kernel, then their S and M
+    // with one split, dst is the result; with several, it holds their results, then their S and M, for the reduce kernel
     const int      nrows = args.ne01 * args.ne02 * args.ne03;
     const uint64_t row0  = (uint64_t) is * nrows + (uint64_t) iq3 * args.ne01 * args.ne02 + ir0;
 

@@ -8,7 +8,7 @@
 #include <cstdio>
 
 // The keys of a stream are split so that its blocks of rows give at most MAX_GROUPS threadgroups: about two for each core
-// of the largest devices but the Ultras. A split has MIN_KEYS << n keys. It does not depend on other streams.
+// of the largest devices except the Ultras. A split has MIN_KEYS << n keys, which does not depend on other streams.
 static constexpr int64_t MIN_KEYS   = 64;
 static constexpr int64_t MAX_GROUPS = 64;
 
@@ -39,7 +39,7 @@ static Plan make_plan(const ggml_tensor * op) {
     return p;
 }
 
-// The size that rows of the cache are aligned to: that of the loads in fa_latent.metal. 0: not supported.
+// The alignment that rows of the cache need for the loads in fa_latent.metal. 0: not supported.
 static size_t alignment_of(ggml_type type) {
     switch (type) {
     case GGML_TYPE_F32:

@@ -66,7 +66,7 @@ static inline __m512i both_added(__m512i x) {
     return _mm512_add_epi32(x, lanes_swapped(x));
 }
 
-// ... or for two: the sums of the first are in the first lanes, those of the second in the second lanes.
+// ... or for two groups: the sums of the first are in the first lanes, those of the second in the second lanes.
 static inline __m512i both_added(__m512i first, __m512i second) {
     const __m512i own   = _mm512_mask_mov_epi32(second, FIRST_LANES, first);
     const __m512i other = _mm512_mask_mov_epi32(first, FIRST_LANES, second);

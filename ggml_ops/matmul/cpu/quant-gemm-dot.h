@@ -11,7 +11,7 @@
 namespace quant_gemm {
 
 constexpr int DOT_COLUMNS = 4;
-constexpr int DOT_ROWS    = 16;  // that most kernels multiply at once, one per lane
+constexpr int DOT_ROWS    = 16;  // rows that most kernels multiply at once, one per lane
 
 // Multiplies up to Dot::rows of n_rows rows of k weights, stride bytes apart, with packed rows of activations:
 // sums[column * PANEL_ROWS + row]. It may write sums of all Dot::rows rows.
@@ -55,13 +55,13 @@ template <int LOCALITY> inline void prefetch(const void * p, size_t n) {
     }
 }
 
-// How far ahead are the next 16 rows, to be prefetched into L2. With the rows side by side, the bytes behind those that
-// are multiplied belong to rows that already were.
+// The distance in bytes to the next 16 rows, which are prefetched into L2. 16 rows are multiplied at once, so the bytes
+// that follow those of one row belong to the next of these rows.
 inline size_t ahead_of(size_t stride) {
     return std::min<size_t>(DOT_ROWS * stride, 1 << 17);
 }
 
-// The bytes a page behind these n bytes, into L1.
+// Prefetches the bytes one page after these n bytes into L1.
 inline void prefetch_behind(const void * p, size_t n) {
     prefetch<3>((const char *) p + 4096, n);
 }

@@ -5,7 +5,8 @@
 struct llama_kimi_ops;
 struct llama_model;
 
-// Does nothing for models and values of KIMI_OPS that use no operator of ours on a GPU. What fails the check is not
-// used there by any context of the process; with ops.require, throws std::runtime_error if `ops` selects it.
+// Does nothing for models and values of KIMI_OPS that use none of our operators on a GPU. No context of the process uses
+// an operator on a device on which it failed. With ops.require, throws std::runtime_error if `ops` selects such an
+// operator.
 // op_offload: whether GPUs compute large batches of layers that they do not hold.
 void llama_verify_operators(const llama_model & model, const llama_kimi_ops & ops, bool op_offload);

@@ -1,9 +1,9 @@
 // Compares the project's operators on a device with the CPU.
 //
-//   kimi-verify                        checks all GPUs again and prints a table; exit status 1 if something is not used
+//   kimi-verify                        checks all GPUs again and prints a table; exit status 1 if an operator is not used
 //   kimi-verify --check DEVICE REGISTRY LIBRARY SECONDS PART...
-//                                      the process that ggml_verify_device starts; it starts no other. Lines on standard
-//                                      output: "started", "case", "result", "checked" or "problem", and fields
+//                                      the process that ggml_verify_device starts; it starts no other process. It prints
+//                                      lines of "started", "case", "result", "checked" or "problem" and their fields
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -96,7 +96,7 @@ static bool same_bits(const std::vector<Floats> & x, const std::vector<Floats> &
 }
 
 static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, ggml_backend_t cpu) {
-    // operators and the elision of the copy after them are checked apart
+    // operators are checked without the elision of the copy after them, which is a part of its own
     const bool         is_operator = part == GGML_VERIFY_KDA_CONV || part == GGML_VERIFY_KDA_SCAN;
     ggml_verify_result worst;
     worst.state = GGML_VERIFY_ABSENT;
@@ -107,7 +107,7 @@ static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, gg
         if (got.empty()) {
             continue;
         }
-        // a path of ours inside upstream's operator is known by the bits it changes
+        // the path inside FLASH_ATTN_EXT was not used if upstream's kernels give the same bits
         if (part == GGML_VERIFY_ABSORBED && same_bits(got, compute(each, device, GGML_OP_MARK_UPSTREAM))) {
             continue;
         }
@@ -151,7 +151,7 @@ static ggml_backend_t start_cpu() {
 static int check_device(int argc, char ** argv) {
     const auto begin = Clock::now();
 #ifndef _WIN32
-    alarm(atoi(argv[5]) + 1);  // in case the other process has ended
+    alarm(atoi(argv[5]) + 1);  // ends this process even if the process that started it has ended
 #endif
     ggml_backend_load_all();
     if (!find(argv[2], argv[3])) {
@@ -215,7 +215,7 @@ static int check_all() {
         }
     }
     if (n_checked == 0) {
-        printf("there is no GPU, or KIMI_VERIFY_SECONDS is 0: nothing is checked\n");
+        printf("this build finds no GPU, or KIMI_VERIFY_SECONDS is 0: nothing is checked\n");
     }
     return all ? 0 : 1;
 }

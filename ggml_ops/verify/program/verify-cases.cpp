@@ -57,7 +57,7 @@ struct KdaShape {
     int64_t n_tokens;
     int64_t n_seqs;
     int64_t n_snapshots;
-    bool    moved;  // the sequences read rows that others write; the last one starts from zero, in a row of NaN
+    bool    moved;  // sequences read rows that others write; the last one starts from zero, its row contains NaN
     bool    extra;  // states of sequences outside the batch move too
 
     static constexpr int64_t n_heads = 2;
@@ -135,11 +135,11 @@ static Built build_conv(Inputs & in, const KdaShape & n) {
     return with_states(in, n, op, cache, 3 * channels * n.n_rows());
 }
 
-enum class Gates { ordinary, strong, deadly, open, parallel, bounded };
+enum class Gates { ordinary, strong, extreme, open, parallel, bounded };
 
 static const char * name_of(Gates gates) {
-    static const char * const names[] = { "ordinary gates",      "strong gates",  "log-gates down to -700",
-                                          "gates that are open", "parallel keys", "bounded gates" };
+    static const char * const names[] = { "ordinary gates", "strong gates",  "log-gates down to -700",
+                                          "open gates",     "parallel keys", "bounded gates" };
     return names[(int) gates];
 }
 
@@ -168,7 +168,7 @@ static Floats make_f(Inputs & in, size_t n, Gates gates) {
     switch (gates) {
     case Gates::strong:
         return in.normal(n, 10, 10);
-    case Gates::deadly:
+    case Gates::extreme:
         return in.normal(n, 0, 40);
     case Gates::open:
         return in.normal(n, -12, 2);
@@ -181,7 +181,7 @@ static Built build_scan(Inputs & in, const KdaShape & n, Gates gates) {
     const int64_t size = n.head_size, heads = KdaShape::n_heads, channels = n.channels();
     Floats        a(heads);
     for (int64_t h = 0; h < heads; ++h) {
-        a[h] = gates == Gates::deadly ? -7.0f : -0.5f - h;
+        a[h] = gates == Gates::extreme ? -7.0f : -0.5f - h;
     }
     const auto    f32  = [&](Shape shape, const Floats & x) { return in.tensor(GGML_TYPE_F32, shape, x); };
     const Shape   each = { size, heads, n.n_tokens, n.n_seqs };
@@ -260,7 +260,7 @@ static constexpr double BOUND           = 1e-7;
 static constexpr double BOUND_QUANTIZED = 2e-5;
 
 std::vector<Case> cases_of(ggml_verify_part part) {
-    // token by token, and in chunks of 64
+    // with 64 tokens or more, CUDA computes in chunks
     static const KdaShape kda[] = {
         { 128, 1, 1, 1, false, false }, { 128, 3, 3, 4, true, false },    { 128, 2, 2, 1, true, true },
         { 128, 4, 2, 4, false, true },  { 128, 133, 1, 1, false, false }, { 64, 70, 2, 1, true, false },
@@ -278,7 +278,7 @@ std::vector<Case> cases_of(ggml_verify_part part) {
         }
     }
     if (part == GGML_VERIFY_KDA_SCAN) {
-        for (const Gates gates : { Gates::strong, Gates::deadly, Gates::open, Gates::parallel, Gates::bounded }) {
+        for (const Gates gates : { Gates::strong, Gates::extreme, Gates::open, Gates::parallel, Gates::bounded }) {
             const KdaShape n = { 128, 100, 1, 1, true, false };
             cases.push_back(
                 { name_of(n) + ", " + name_of(gates), BOUND, [=](Inputs & in) { return build_scan(in, n, gates); } });

@@ -80,7 +80,7 @@ UNCHECKED = {
     "norm": ("alignment", "integer-divide-by-zero"),
     "ssm": ("alignment",),
 }
-# Those that read rows behind the end of a tensor and do not use them.
+# Those that read rows after the end of a tensor and do not use them.
 READ_OUTSIDE = ("mul_mv",)
 # Those that zero more threadgroup memory than the host reserves.
 OVERRUN = ("fa_vec_",)

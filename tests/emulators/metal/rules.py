@@ -1,8 +1,8 @@
 """Rules of the Metal Shading Language that a C++ compiler does not check.
 
-Input: the text of a .metal file after the preprocessor, which has kept markers of files and lines. Output: what Apple's
-compiler would not accept, as far as these rules can tell (README.md lists them). They see tokens, not types: an address
-space is known only where it is written, and for variables where they are declared.
+Input: a preprocessed .metal file with the preprocessor's markers of files and lines. Output: violations of the rules
+that README.md lists; Apple's compiler would refuse them. The rules see tokens, not types: an address space is known
+only where it is written, and for variables from their declaration.
 """
 
 from __future__ import annotations

@@ -77,8 +77,9 @@ namespace emulator {
 constexpr size_t STACK_GUARD = 64 * 1024;
 constexpr size_t STACK_BYTES = 128 * 1024;
 
-// A stack pointer to switch to: it starts `entry`, which never returns, on the stack that ends at `top`. number: of the
-// stack, as stacks that start at the same offset of a page would share a few sets of the L1 cache.
+// Returns a stack pointer to switch to: it starts `entry`, which never returns, on the stack that ends at `top`. `number`
+// is that of the stack. It moves the start, because stacks that start at the same offset of a page would share a few sets
+// of the L1 cache.
 inline void * first_frame(char * top, size_t number, void (*entry)()) {
     void ** slot = reinterpret_cast<void **>(top - (number * 9 % 64) * 64);
 #if defined(__x86_64__)

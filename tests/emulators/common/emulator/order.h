@@ -22,7 +22,7 @@ struct Ordering {
         return order == Order::forwards ? i : order == Order::backwards ? count - 1 - i : (i * stride + seed) % count;
     }
 
-    // State for `pick` at the begin of a group or launch of that number.
+    // The state for `pick` at the start of a group or launch of that number.
     uint32_t random(uint32_t number) const { return (seed + number * 2654435761u) | 1; }
 
     // The next set bit.

@@ -6,7 +6,8 @@
 
 namespace emulator {
 
-// During its lifetime they call `handler`, on a stack of its own; it may leave that stack and not return.
+// During its lifetime these signals call `handler` on a separate stack. The handler may switch to another stack and never
+// return.
 class CaughtSignals {
   public:
     explicit CaughtSignals(void (*handler)(int, siginfo_t *, void *)) {
