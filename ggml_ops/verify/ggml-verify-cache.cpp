@@ -2,10 +2,13 @@
 
 #include "ggml-impl.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cinttypes>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <random>
 #include <sstream>
 #include <vector>
@@ -82,9 +85,24 @@ static fs::path folder() {
     return value("HOME").empty() ? fs::path() : fs::path(value("HOME")) / ".cache" / "kimi-gguf" / "devices";
 }
 
+// Hanging and crashing can be due to what else ran on the device, so these results count for a day.
+static bool is_outdated(const ggml_verify_report & report, const fs::path & path) {
+    const bool checked =
+        std::all_of(std::begin(report.results), std::end(report.results), [](const ggml_verify_result & result) {
+            return result.state == GGML_VERIFY_PASSED || result.state == GGML_VERIFY_WRONG ||
+                   result.state == GGML_VERIFY_ABSENT;
+        });
+    std::error_code error;
+    return !checked && fs::last_write_time(path, error) < fs::file_time_type::clock::now() - std::chrono::hours(24);
+}
+
 bool ggml_verify_read(ggml_verify_report & report) {
-    const std::string key = key_of(report);
-    std::ifstream     file(folder() / ggml_verify_hash(key), std::ios::binary);
+    if (folder().empty()) {
+        return false;
+    }
+    const std::string key  = key_of(report);
+    const fs::path    path = folder() / ggml_verify_hash(key);
+    std::ifstream     file(path, std::ios::binary);
     std::stringstream content;
     content << file.rdbuf();
     const std::string text = content.str();
@@ -99,7 +117,7 @@ bool ggml_verify_read(ggml_verify_report & report) {
     for (const std::string & line : split(text.substr(key.size(), end - key.size()), '\n')) {
         n_found += ggml_verify_from_line(line, found);
     }
-    if (n_found != GGML_VERIFY_N_PARTS) {
+    if (n_found != GGML_VERIFY_N_PARTS || is_outdated(found, path)) {
         return false;
     }
     report = found;

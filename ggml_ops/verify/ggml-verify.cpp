@@ -18,7 +18,8 @@
 #include <sstream>
 #include <vector>
 
-static constexpr double SECONDS = 30;
+static constexpr double SECONDS      = 30;
+static constexpr double MOST_SECONDS = 86400;
 
 const char * ggml_verify_part_name(ggml_verify_part part) {
     static const char * const names[GGML_VERIFY_N_PARTS] = { "KDA_CONV", "KDA_SCAN", "elided state copies",
@@ -116,7 +117,17 @@ void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph) {
 
 static double seconds_allowed() {
     const char * text = getenv("KIMI_VERIFY_SECONDS");
-    return text && *text ? atof(text) : SECONDS;
+    if (!text || !*text) {
+        return SECONDS;
+    }
+    char *       end   = nullptr;
+    const double found = strtod(text, &end);
+    if (*end || !(found >= 0 && found <= MOST_SECONDS)) {
+        GGML_LOG_WARN("verify: KIMI_VERIFY_SECONDS is '%s', expected a number from 0 to %g: %g is used\n", text,
+                      MOST_SECONDS, SECONDS);
+        return SECONDS;
+    }
+    return found;
 }
 
 // The library with the kernels, and a hash that changes with it, with ggml's common code and with the program.

@@ -221,7 +221,12 @@ def test_goals_are_compared_with_the_worst_cell() -> None:
 
 
 def test_apple_gpus_have_goals_of_their_own() -> None:
-    records = [on_device(1.3), on_device(1.4, depth=16384), on_device(1.1, batch=512), on_device(0.9, batch=8)]
+    records = [
+        on_device(1.3),
+        on_device(1.4, depth=16384),
+        on_device(1.1, batch=512),
+        on_device(0.9, batch=8),
+    ]
     for each in records:
         each["device"] = DEVICE | {"backend": "metal"}
     decode, deep_decode, prefill, deep_prefill, everywhere = aims_table(records)[1:]

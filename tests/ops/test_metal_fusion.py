@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from gguf import GGUFReader
 from llama_script import Setup, assert_same, decode, play, text
 from metal_program import dispatches, on_metal
 from native_program import passed_cases
@@ -45,6 +48,30 @@ def test_a_model_with_and_without_fusion(
         ran = Counter(each.kernel.split("_n_expert=")[0] for each in dispatches(log))
         expected_count = len(steps) if operators == "fuse" else 0
         assert {each: ran[each] for each in FUSED} == {each: n * expected_count for each, n in FUSED.items()}
+
+
+def test_a_token_without_numbers_changes_no_other(
+    metal_backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """Its scores are NaN. With 32 tokens or more, ggml-metal stores results by expert, which must be different ones."""
+    nan, count = 7, 20
+    damaged = tmp_path / "model.gguf"
+    # Upstream's matmul writes four scores at once; the last layer has only the tokens with logits.
+    spec = replace(SPEC, layers="KMK", experts=64)
+    convert(write_checkpoint(tmp_path / "checkpoint", spec), damaged, TYPES["F32"])
+    (embeddings,) = (each for each in GGUFReader(damaged, "r+").tensors if each.name == "token_embd.weight")
+    embeddings.data[nan] = np.nan
+    ids = [3 + i % 4 for i in range(count)]
+    step = decode(*text(0, [nan] * count), *text(1, ids), wanted=list(range(2 * count - 8, 2 * count)))
+    setup = replace(on_metal(metal_backend), n_seq_max=2)
+    expected = play(engine, damaged, setup, [step], KIMI_OPS="off").logits
+    log = tmp_path / "log"
+    got = play(engine, damaged, setup, [step], KIMI_OPS="fuse", KIMI_METAL_LOG=str(log)).logits
+    kernels = {each.kernel for each in dispatches(log)}
+    assert any(each.startswith(ROUTER) for each in kernels)
+    assert any(each.startswith("kernel_mul_mm_id_") for each in kernels)
+    assert np.isfinite(expected).all()
+    assert_same(got, expected)
 
 
 @pytest.mark.parametrize("order", ORDERS)

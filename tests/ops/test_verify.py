@@ -252,6 +252,26 @@ def test_a_damaged_or_foreign_file_is_ignored(
     assert CHECKS not in world.play(tmp_path).log
 
 
+@pytest.mark.parametrize(("fault", "repeated"), [("CRASHES", True), ("SPOILS", False)])
+def test_what_crashed_is_checked_again_after_a_day(
+    fault: str, repeated: bool, world: World, tmp_path: Path
+) -> None:
+    world.play(tmp_path, **{f"SECOND_{fault}": "KDA_CONV"})
+    (file,) = files(tmp_path)
+    for hours, expected in ((23, False), (25, repeated)):
+        changed = time.time() - 3600 * hours
+        os.utime(file, (changed, changed))
+        played = world.play(tmp_path)
+        assert (CHECKS in played.log) == expected
+        assert ("not used" in played.log) != expected
+
+
+def test_a_time_limit_that_is_not_a_number(world: World, tmp_path: Path) -> None:
+    played = world.play(tmp_path, KIMI_VERIFY_SECONDS="off")
+    assert "KIMI_VERIFY_SECONDS is 'off', expected a number from 0 to 86400: 30 is used" in played.log
+    assert played.log.count(CHECKS) == 1
+
+
 def test_another_build_of_the_device_is_checked_again(world: World, tmp_path: Path) -> None:
     world.play(tmp_path)
     other = Path(shutil.copy(world.backend, tmp_path / world.backend.name))

@@ -28,14 +28,17 @@ kernel void kernel_router_f32(constant ggml_metal_kargs_router & args,
         const int expert = i * 32 + tiisg;
 
         probs[i]  = expert < n_expert ? 1.0f / (1.0f + exp(-logits_row[expert])) : 0.0f;
-        scores[i] = expert < n_expert ? probs[i] + bias[expert] : -INFINITY;
+        // any expert is better than one that does not exist or was chosen, also NaN and -INFINITY, so the ids differ;
+        // fast math may remove isnan()
+        const float score  = expert < n_expert ? probs[i] + bias[expert] : 0.0f;
+        const bool  is_nan = (as_type<uint>(score) & 0x7fffffff) > 0x7f800000;
+        scores[i] = expert < n_expert ? (is_nan ? -FLT_MAX : max(score, -FLT_MAX)) : -INFINITY;
     }
 
     float weight = 0.0f;  // of the tiisg-th choice
     float sum    = 0.0f;
 
     for (int k = 0; k < top_k; ++k) {
-        // NaN and -INFINITY are never better, so the ids are always valid
         float best_score  = -INFINITY;
         float best_prob   = probs[0];
         int   best_expert = tiisg;

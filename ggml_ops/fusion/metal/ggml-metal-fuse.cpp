@@ -91,7 +91,8 @@ bool ggml_metal_add_norm_supported(const ggml_cgraph * gf, const int * node_idxs
             return false;
         }
     }
-    if (!is_f32(mul->src[1]) || ggml_nelements(mul->src[1]) != add->ne[0] || add->ne[0] % 4 != 0) {
+    if (!is_f32(mul->src[1]) || mul->src[1]->ne[0] != add->ne[0] || ggml_nrows(mul->src[1]) != 1 ||
+        add->ne[0] % 4 != 0) {
         return false;
     }
 

@@ -56,13 +56,13 @@ static std::vector<Floats> compute(const Case & each, ggml_backend_t backend, in
         }
     }
     inputs.write();
-    const bool          done = ggml_backend_graph_compute(backend, graph) == GGML_STATUS_SUCCESS;
+    if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
+        throw std::runtime_error(std::string(ggml_backend_name(backend)) + " did not compute: " + each.name);
+    }
     std::vector<Floats> results;
     for (const Range & range : built.results) {
-        results.emplace_back(range.n, NAN);
-        if (done) {
-            ggml_backend_tensor_get(range.tensor, results.back().data(), 0, range.n * sizeof(float));
-        }
+        results.emplace_back(range.n);
+        ggml_backend_tensor_get(range.tensor, results.back().data(), 0, range.n * sizeof(float));
     }
     return results;
 }
@@ -87,12 +87,9 @@ static double error_of(const std::vector<Floats> & got, const std::vector<Floats
 }
 
 static bool same_bits(const std::vector<Floats> & x, const std::vector<Floats> & y) {
-    for (size_t r = 0; r < x.size(); ++r) {
-        if (memcmp(x[r].data(), y[r].data(), x[r].size() * sizeof(float)) != 0) {
-            return false;
-        }
-    }
-    return x.size() == y.size();
+    return std::equal(x.begin(), x.end(), y.begin(), y.end(), [](const Floats & a, const Floats & b) {
+        return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+    });
 }
 
 static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, ggml_backend_t cpu) {
@@ -111,8 +108,12 @@ static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, gg
         if (part == GGML_VERIFY_ABSORBED && same_bits(got, compute(each, device, GGML_OP_MARK_UPSTREAM))) {
             continue;
         }
-        const int    marks = part == GGML_VERIFY_ABSORBED ? 0 : GGML_OP_MARK_KEEP_COPY;
-        const double nmse  = error_of(got, compute(each, cpu, marks));
+        const int                 marks    = part == GGML_VERIFY_ABSORBED ? 0 : GGML_OP_MARK_KEEP_COPY;
+        const std::vector<Floats> expected = compute(each, cpu, marks);
+        if (expected.empty()) {
+            throw std::runtime_error("the CPU does not have: " + each.name);
+        }
+        const double nmse = error_of(got, expected);
         if (worst.state == GGML_VERIFY_ABSENT || nmse / each.bound > worst.nmse / worst.bound) {
             worst = { nmse <= each.bound ? GGML_VERIFY_PASSED : GGML_VERIFY_WRONG, nmse, each.bound, each.name };
         }
@@ -170,11 +171,13 @@ static int check_device(int argc, char ** argv) {
                 fflush(stdout);
             }
         }
+        printf("checked\t%.3f\n", seconds_since(started));
+        fflush(stdout);  // drivers can end the process later
         ggml_backend_free(cpu);
         ggml_backend_free(device);
-        printf("checked\t%.3f\n", seconds_since(started));
     } catch (const std::exception & error) {
         printf("problem\t%s\n", error.what());
+        fflush(stdout);
         return 1;
     }
     return 0;
