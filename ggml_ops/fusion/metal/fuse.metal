@@ -27,12 +27,12 @@ kernel void kernel_router_f32(constant ggml_metal_kargs_router & args,
     FOR_UNROLL(int i = 0; i < (n_expert + 31) / 32; ++i) {
         const int expert = i * 32 + tiisg;
 
-        probs[i]  = expert < n_expert ? 1.0f / (1.0f + exp(-logits_row[expert])) : 0.0f;
+        probs[i] = expert < n_expert ? 1.0f / (1.0f + exp(-logits_row[expert])) : 0.0f;
         // any expert is better than one that does not exist or was chosen, also NaN and -INFINITY, so the ids differ;
         // fast math may remove isnan()
         const float score  = expert < n_expert ? probs[i] + bias[expert] : 0.0f;
         const bool  is_nan = (as_type<uint>(score) & 0x7fffffff) > 0x7f800000;
-        scores[i] = expert < n_expert ? (is_nan ? -FLT_MAX : max(score, -FLT_MAX)) : -INFINITY;
+        scores[i]          = expert < n_expert ? (is_nan ? -FLT_MAX : max(score, -FLT_MAX)) : -INFINITY;
     }
 
     float weight = 0.0f;  // of the tiisg-th choice
