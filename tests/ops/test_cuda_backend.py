@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from cuda_program import GGML_OPTIONS, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
-from llama_script import Logits, Setup, Step, cut, decode, play, text
+from llama_script import Logits, Setup, Step, cut, decode, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
@@ -140,33 +140,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.gguf"
 
 
-def together(*positions: int | None) -> Step:
-    """One token of each sequence with a position."""
-    return decode(*((s, n, int(IDS[s][n])) for s, n in enumerate(positions) if n is not None))
-
-
 def prompts(*lengths: int) -> list[Step]:
     return [decode(*text(s, IDS[s][:length])) for s, length in enumerate(lengths) if length]
 
 
 # Steps over up to four sequences, and their setup.
 CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
-    "one sequence": ([*prompts(150), *(together(n) for n in range(150, 160))], {"n_seq_max": 1}),
+    "one sequence": ([*prompts(150), *(together(IDS, n) for n in range(150, 160))], {"n_seq_max": 1}),
     "two, in chunks and token by token": (
-        [*prompts(130, 70), *(together(130 + i, 70 + i) for i in range(8))],
+        [*prompts(130, 70), *(together(IDS, 130 + i, 70 + i) for i in range(8))],
         {"n_seq_max": 2},
     ),
     "sequences that come, pause and go": (
         [
             *prompts(5, 6, 7),
-            together(5, 6, 7),
-            together(6, None, 8),  # cells are not contiguous: the one between them moves to the end
-            together(7, 7),
-            together(None, 8, 9, 0),
-            cut(1, -1),
-            together(8, None, 10, 1),
-            together(9, 0, 11, 2),
-            together(10, 1, 12, 3),
+            *pauses(IDS),
         ],
         {"n_seq_max": 4, "kv_unified": True},
     ),
@@ -176,11 +164,11 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
             decode(*text(0, IDS[0][20:24], 20), *text(1, IDS[1][30:34], 30)),
             cut(0, 22),
             cut(1, 31),
-            together(22, 31),
-            together(23, 32),
+            together(IDS, 22, 31),
+            together(IDS, 23, 32),
             decode(*text(0, IDS[0][24:27], 24), *text(1, IDS[1][33:36], 33)),
             cut(1, 34),
-            together(27, 34),
+            together(IDS, 27, 34),
         ],
         {"n_seq_max": 2, "n_rs_seq": 4},
     ),
@@ -227,7 +215,7 @@ def test_a_captured_graph_is_launched_again(
     tmp_path: Path,
 ) -> None:
     """From the third token on: the first has no previous state, and its states have different addresses."""
-    steps = [together(*[i] * sequences) for i in range(10)]
+    steps = [together(IDS, *[i] * sequences) for i in range(10)]
     setup = Setup(n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash, cache_type="F16")
     graphs = graphs_of(engine, published, backend, setup, steps, tmp_path / "log")
     assert [again for *_, again in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
@@ -243,7 +231,7 @@ def test_how_much_ggml_cuda_launches_for_a_token(
 ) -> None:
     """As in the README: upstream's own fusion also applies to our graph."""
     setup = Setup(flash_attention=True, cache_type="F16")
-    steps = [together(i) for i in range(4)]
+    steps = [together(IDS, i) for i in range(4)]
     log = tmp_path / "log"
     _, nodes, launches, _ = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=GRAPHS[graph])[
         -1

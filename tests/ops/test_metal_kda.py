@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from emulators.metal.build import libraries
-from llama_script import Setup, Step, assert_same, cut, decode, load, play, save, text
+from llama_script import Setup, Step, assert_same, cut, decode, load, pauses, play, save, text, together
 from metal_program import dispatches, on_metal, planted
 from native_program import OPERATORS, compile_program, passed_cases, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
@@ -197,29 +197,17 @@ def make(folder: Path, spec: Spec, file_type: str = "F32") -> Path:
     return folder / "model.gguf"
 
 
-def together(*positions: int | None) -> Step:
-    """One token of each sequence with a position."""
-    return decode(*((s, n, int(IDS[s][n])) for s, n in enumerate(positions) if n is not None))
-
-
 def several(sequence: int, first: int, count: int) -> Step:
     return decode(*text(sequence, IDS[sequence][first : first + count], first))
 
 
 # Steps of at most 8 tokens over up to four sequences, and their setup.
 CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
-    "one sequence": ([several(0, 0, 8), several(0, 8, 7), *(together(n) for n in range(15, 20))], {}),
+    "one sequence": ([several(0, 0, 8), several(0, 8, 7), *(together(IDS, n) for n in range(15, 20))], {}),
     "sequences that come, pause and go": (
         [
             *(several(s, 0, 5 + s) for s in range(3)),
-            together(5, 6, 7),
-            together(6, None, 8),  # cells are not contiguous: the one between them moves to the end
-            together(7, 7),
-            together(None, 8, 9, 0),
-            cut(1, -1),
-            together(8, None, 10, 1),
-            together(9, 0, 11, 2),
-            together(10, 1, 12, 3),
+            *pauses(IDS),
         ],
         {"n_seq_max": 4, "kv_unified": True},
     ),
@@ -230,11 +218,11 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
             decode(*text(0, IDS[0][8:12], 8), *text(1, IDS[1][6:10], 6)),
             cut(0, 10),
             cut(1, 7),
-            together(10, 7),
-            together(11, 8),
+            together(IDS, 10, 7),
+            together(IDS, 11, 8),
             decode(*text(0, IDS[0][12:15], 12), *text(1, IDS[1][9:12], 9)),
             cut(1, 10),
-            together(15, 10),
+            together(IDS, 15, 10),
         ],
         {"n_seq_max": 2, "n_rs_seq": 4},
     ),
@@ -277,7 +265,7 @@ def test_a_state_is_saved_on_the_device_and_restored(
     steps = [
         several(0, 0, 8),
         save(0, file),
-        *(together(n) for n in (8, 9)),
+        *(together(IDS, n) for n in (8, 9)),
         cut(0, -1),
         load(1, file),
         decode((1, 8, int(IDS[0][8]))),
@@ -291,7 +279,7 @@ def test_a_state_is_saved_on_the_device_and_restored(
 
 def test_other_head_sizes_fall_back_and_say_why(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
     model = make(tmp_path, Spec(layers="KM", heads=2, kda_head_dim=32, seed=41))
-    steps = [several(0, 0, 4), together(4)]
+    steps = [several(0, 0, 4), together(IDS, 4)]
     log = tmp_path / "log"
     played = play(engine, model, on_metal(metal_backend), steps, KIMI_OPS="", KIMI_METAL_LOG=str(log))
     assert "upstream's graph instead: MTL0, which holds layer 0, does not have KDA_CONV" in played.log
@@ -315,7 +303,14 @@ def test_what_a_token_needs(metal_backend: Path, engine: Engine, tmp_path: Path)
     recurrence = []
     for graph, (chosen, operator) in GRAPHS.items():
         log = tmp_path / chosen
-        play(engine, model, setup, [together(0), together(1)], KIMI_OPS=chosen, KIMI_METAL_LOG=str(log))
+        play(
+            engine,
+            model,
+            setup,
+            [together(IDS, 0), together(IDS, 1)],
+            KIMI_OPS=chosen,
+            KIMI_METAL_LOG=str(log),
+        )
         lines = log.read_text().splitlines()
         begin = [i for i, line in enumerate(lines) if line.startswith("encoder")][-2]  # a graph has two
         log.write_text("\n".join(lines[begin:]))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import Setup, Step, assert_same, decode, load, play, save, text
+from llama_script import Setup, assert_same, decode, play, saved_conversation, text
 from metal_program import compile_metal_backend, dispatches, on_metal, planted
 from native_program import compile_program, passed_cases, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
@@ -149,23 +149,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.gguf"
 
 
-def conversation(folder: Path) -> list[Step]:
-    """Prompts of two sequences, tokens of both together, one removed and restored; at most 8 tokens per batch."""
-    return [
-        decode(*text(0, IDS[0][:8])),
-        decode(*text(1, IDS[1][:5])),
-        save(0, folder / "state"),
-        *(decode((0, 8 + i, int(IDS[0][8 + i])), (1, 5 + i, int(IDS[1][5 + i]))) for i in range(3)),
-        load(0, folder / "state"),
-        decode(*text(0, IDS[0][8:14], 8)),
-    ]
-
-
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
 def test_logits_of_a_model(
     unified: bool, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    steps = conversation(tmp_path)
+    steps = saved_conversation(IDS, tmp_path, 6)
     chosen = {"n_seq_max": 2, "kv_unified": unified, "flash_attention": True}
     expected = play(engine, model, Setup(**chosen), steps).logits
     log = tmp_path / "log"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import Setup, Step, assert_same, decode, load, play, save, text
+from llama_script import Setup, assert_same, play, saved_conversation
 from metal_program import dispatches, on_metal
 from native_program import run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
@@ -40,24 +40,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.gguf"
 
 
-def conversation(folder: Path) -> list[Step]:
-    """Two prompts, some tokens of both sequences together; then the first sequence again from a saved state."""
-    return [
-        decode(*text(0, IDS[0][:8])),
-        decode(*text(1, IDS[1][:5])),
-        save(0, folder / "state"),
-        *(decode((0, 8 + i, int(IDS[0][8 + i])), (1, 5 + i, int(IDS[1][5 + i]))) for i in range(3)),
-        load(0, folder / "state"),
-        decode(*text(0, IDS[0][8:11], 8)),
-    ]
-
-
 @pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])
 @pytest.mark.parametrize("layers", [2, ALL])
 def test_logits_of_the_device(
     layers: int, flash: bool, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    steps = conversation(tmp_path)
+    steps = saved_conversation(IDS, tmp_path, 3)
     chosen = {"n_seq_max": 2, "flash_attention": flash}
     expected = play(engine, model, Setup(**chosen), steps, KIMI_OPS="off").logits
     log = tmp_path / "log"

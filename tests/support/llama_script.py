@@ -67,6 +67,37 @@ def text(sequence: int, ids: Sequence[int] | NDArray[np.int64], first: int = 0) 
     return [(sequence, first + i, int(token)) for i, token in enumerate(ids)]
 
 
+def together(ids: NDArray[np.int64], *positions: int | None) -> Step:
+    """One token of each sequence with a position. ids: [sequences, tokens]."""
+    return decode(*((s, n, int(ids[s][n])) for s, n in enumerate(positions) if n is not None))
+
+
+def pauses(ids: NDArray[np.int64]) -> list[Step]:
+    """Sequences that come, pause and go, after prompts of 5, 6 and 7 tokens."""
+    return [
+        together(ids, 5, 6, 7),
+        together(ids, 6, None, 8),  # cells are not contiguous: the one between them moves to the end
+        together(ids, 7, 7),
+        together(ids, None, 8, 9, 0),
+        cut(1, -1),
+        together(ids, 8, None, 10, 1),
+        together(ids, 9, 0, 11, 2),
+        together(ids, 10, 1, 12, 3),
+    ]
+
+
+def saved_conversation(ids: NDArray[np.int64], folder: Path, count: int) -> list[Step]:
+    """Two prompts, three tokens of both together; then `count` tokens after the first prompt, from a saved state."""
+    return [
+        decode(*text(0, ids[0][:8])),
+        decode(*text(1, ids[1][:5])),
+        save(0, folder / "state"),
+        *(together(ids, 8 + i, 5 + i) for i in range(3)),
+        load(0, folder / "state"),
+        decode(*text(0, ids[0][8 : 8 + count], 8)),
+    ]
+
+
 def save(sequence: int, file: Path) -> Step:
     """Write the state of a sequence into a file."""
     return ["save", sequence, str(file)]

@@ -1,17 +1,12 @@
 #include "ggml-metal-fuse.h"
 
-#include "ggml-backend-impl.h"
+#include "ggml-metal-encode.h"
 #include "ggml-metal-impl.h"
 #include "ggml-op-marks.h"
 #include "ggml-router-nodes.h"
 
 #include <algorithm>
 #include <string>
-
-static ggml_metal_buffer_id buffer_of(const ggml_tensor * t) {
-    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
-    return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
-}
 
 //
 // router
@@ -26,18 +21,10 @@ static ggml_metal_pipeline_with_params get_pipeline_router(ggml_metal_library_t 
     const std::string base = "kernel_router_f32";
     const std::string name = base + "_n_expert=" + std::to_string(n_expert) + "_top_k=" + std::to_string(top_k);
 
-    ggml_metal_pipeline_with_params res = ggml_metal_library_get_pipeline(lib, name.c_str());
-    if (!res.pipeline) {
-        ggml_metal_cv_t cv = ggml_metal_cv_init();
-
+    return ggml_metal_pipeline_of(lib, base, name, [&](ggml_metal_cv_t cv) {
         ggml_metal_cv_set_int32(cv, n_expert, FC_FUSE + 0);
         ggml_metal_cv_set_int32(cv, top_k, FC_FUSE + 1);
-
-        res = ggml_metal_library_compile_pipeline(lib, base.c_str(), name.c_str(), cv);
-
-        ggml_metal_cv_free(cv);
-    }
-    return res;
+    });
 }
 
 void ggml_metal_router_encode(ggml_metal_library_t lib,
@@ -59,10 +46,10 @@ void ggml_metal_router_encode(ggml_metal_library_t lib,
 
     ggml_metal_encoder_set_pipeline(enc, get_pipeline_router(lib, int32_t(logits->ne[0]), int32_t(ids->ne[0])));
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(logits), 1);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(biased->src[1]), 2);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(weights), 3);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(ids), 4);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(logits), 1);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(biased->src[1]), 2);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(weights), 3);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(ids), 4);
 
     ggml_metal_encoder_dispatch_threadgroups(enc, int(logits->ne[1]), 1, 1, 32, 1, 1);
 }
@@ -131,12 +118,12 @@ void ggml_metal_add_norm_encode(ggml_metal_library_t lib,
 
     ggml_metal_encoder_set_pipeline(enc, pipeline);
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(sum->src[0]), 1);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(sum->src[1]), 2);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(add->src[1]), 3);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(mul->src[1]), 4);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(add), 5);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(mul), 6);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(sum->src[0]), 1);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(sum->src[1]), 2);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(add->src[1]), 3);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(mul->src[1]), 4);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(add), 5);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(mul), 6);
     ggml_metal_encoder_set_threadgroup_memory_size(enc, 32 * sizeof(float), 0);
 
     ggml_metal_encoder_dispatch_threadgroups(enc, int(ggml_nrows(add)), 1, 1, nth, 1, 1);

@@ -1,9 +1,9 @@
 #include "ggml-metal-kda.h"
 
-#include "ggml-backend-impl.h"
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
 #include "ggml-kda-state.h"
+#include "ggml-metal-encode.h"
 #include "ggml-metal-impl.h"
 
 #include <cmath>
@@ -43,28 +43,15 @@ bool ggml_metal_kda_elides(const ggml_cgraph * gf, int node_n, const ggml_tensor
     return copy.to != nullptr && copy.gather == nullptr && copy.to == cpy->src[1];
 }
 
-static ggml_metal_buffer_id buffer_of(const ggml_tensor * t) {
-    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
-    return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
-}
-
 static ggml_metal_pipeline_with_params
 get_pipeline(ggml_metal_library_t lib, const char * kernel, int64_t head_size, bool elide, bool bounded) {
     const std::string base = std::string("kernel_") + kernel + "_f32_" + std::to_string(head_size);
     const std::string name = base + "_elide=" + std::to_string(elide) + "_bounded=" + std::to_string(bounded);
 
-    ggml_metal_pipeline_with_params res = ggml_metal_library_get_pipeline(lib, name.c_str());
-    if (!res.pipeline) {
-        ggml_metal_cv_t cv = ggml_metal_cv_init();
-
+    return ggml_metal_pipeline_of(lib, base, name, [&](ggml_metal_cv_t cv) {
         ggml_metal_cv_set_bool(cv, elide, FC_KDA + 0);
         ggml_metal_cv_set_bool(cv, bounded, FC_KDA + 1);
-
-        res = ggml_metal_library_compile_pipeline(lib, base.c_str(), name.c_str(), cv);
-
-        ggml_metal_cv_free(cv);
-    }
-    return res;
+    });
 }
 
 static ggml_metal_kargs_kda_states states_of(const ggml_tensor * op, const ggml_tensor * to) {
@@ -89,10 +76,10 @@ static ggml_metal_kargs_kda_states states_of(const ggml_tensor * op, const ggml_
 static void set_buffers(ggml_metal_encoder_t enc, const ggml_tensor * op, int n_src, const ggml_tensor * to) {
     int ida = 1;
     for (int i = 0; i < n_src; ++i) {
-        ggml_metal_encoder_set_buffer(enc, buffer_of(op->src[i]), ida++);
+        ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(op->src[i]), ida++);
     }
-    ggml_metal_encoder_set_buffer(enc, buffer_of(op), ida++);            // dst
-    ggml_metal_encoder_set_buffer(enc, buffer_of(to ? to : op), ida++);  // dst_cache
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(op), ida++);            // dst
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(to ? to : op), ida++);  // dst_cache
 }
 
 static void

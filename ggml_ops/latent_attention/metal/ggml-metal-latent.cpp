@@ -1,8 +1,8 @@
 #include "ggml-metal-latent.h"
 
-#include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 #include "ggml-latent-node.h"
+#include "ggml-metal-encode.h"
 #include "ggml-metal-impl.h"
 
 #include <cstdio>
@@ -81,14 +81,9 @@ size_t ggml_metal_latent_extra(const ggml_tensor * op) {
     return p.n_splits * p.n_rows * op->src[0]->ne[3] * (op->ne[0] + 2) * sizeof(float);
 }
 
-static ggml_metal_buffer_id buffer_of(const ggml_tensor * t) {
-    const ggml_backend_buffer_t buffer = t->view_src ? t->view_src->buffer : t->buffer;
-    return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
-}
-
 // Memory after dst.
 static ggml_metal_buffer_id scratch_of(const ggml_tensor * op) {
-    ggml_metal_buffer_id result = buffer_of(op);
+    ggml_metal_buffer_id result = ggml_metal_buffer_of(op);
     result.offs += ggml_nbytes(op);
     return result;
 }
@@ -104,18 +99,9 @@ static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, co
              (int) op->ne[0]);
     snprintf(name, 256, "%s_mask=%d", base, has_mask);
 
-    ggml_metal_pipeline_with_params res = ggml_metal_library_get_pipeline(lib, name);
-    if (!res.pipeline) {
-        ggml_metal_cv_t cv = ggml_metal_cv_init();
-
+    return ggml_metal_pipeline_of(lib, base, name, [&](ggml_metal_cv_t cv) {
         ggml_metal_cv_set_bool(cv, has_mask, FC_FLASH_ATTN_EXT_LATENT + 0);
-
-        res = ggml_metal_library_compile_pipeline(lib, base, name, cv);
-
-        ggml_metal_cv_free(cv);
-    }
-
-    return res;
+    });
 }
 
 int ggml_metal_latent_attend(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op) {
@@ -158,10 +144,10 @@ int ggml_metal_latent_attend(ggml_metal_library_t lib, ggml_metal_encoder_t enc,
 
     ggml_metal_encoder_set_pipeline(enc, pipeline);
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(q), 1);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(k), 2);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(mask ? mask : q), 3);
-    ggml_metal_encoder_set_buffer(enc, p.n_splits > 1 ? scratch_of(op) : buffer_of(op), 4);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(q), 1);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(k), 2);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(mask ? mask : q), 3);
+    ggml_metal_encoder_set_buffer(enc, p.n_splits > 1 ? scratch_of(op) : ggml_metal_buffer_of(op), 4);
     ggml_metal_encoder_set_threadgroup_memory_size(enc, smem, 0);
 
     ggml_metal_encoder_dispatch_threadgroups(enc, p.n_blocks, p.n_splits, q->ne[3], 32, nsg, 1);
@@ -184,7 +170,7 @@ void ggml_metal_latent_reduce(ggml_metal_library_t lib, ggml_metal_encoder_t enc
     ggml_metal_encoder_set_pipeline(enc, pipeline);
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
     ggml_metal_encoder_set_buffer(enc, scratch_of(op), 1);
-    ggml_metal_encoder_set_buffer(enc, buffer_of(op), 2);
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(op), 2);
 
     ggml_metal_encoder_dispatch_threadgroups(enc, args.nrows, 1, 1, op->ne[0] / 4, 1, 1);
 }
