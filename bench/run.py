@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -77,6 +77,17 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
         return 0
     except ConvertError as error:
         raise EngineError(str(error)) from None
+
+
+def shown_command(words: Sequence[str]) -> str:
+    """The command line without folders, and without `--record FILE`, which a manifest's commands do not have."""
+    shown, rest = ["kimi-llama"], iter(words)
+    for word in rest:
+        if word == "--record":
+            next(rest, None)
+        elif not word.startswith("--record="):
+            shown.append(Path(word).name if "/" in word else word)
+    return " ".join(shown)
 
 
 def check(parsed: argparse.Namespace) -> None:
@@ -146,10 +157,9 @@ class Run:
         patched = self.environments["patched"]
         self.device = find_device(parsed.backend, patched, parsed.device) if gpu else None
         switch = patched["KIMI_OPS"]
-        shown = [Path(word).name if "/" in word else word for word in words]
         builds = {"patched": self.patched, "upstream": self.upstream}
         self.record = new_record(
-            " ".join(["kimi-llama", *shown]), builds, parsed.libraries, switch, self.device
+            shown_command(words), builds, parsed.libraries, switch, self.device
         )
         self.threads: tuple[int, ...] = parsed.threads or (
             (min(DEVICE_THREADS, cores()),) if gpu else THREADS if parsed.grid else (cores(),)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -43,7 +44,8 @@ EXAMPLES = """\
 examples:
   scripts/measure-conversion                         all types, two turns each: some ten minutes
   scripts/measure-conversion --type Q4_K_M --turns 3
-  scripts/measure-conversion --json out/bench/conversion.json --page docs/bench-conversion.md
+  scripts/measure-conversion --json docs/bench-records/conversion.json --page docs/bench-conversion.md
+  scripts/measure-conversion --draw docs/bench-records/conversion.json --page docs/bench-conversion.md
 """
 
 PAGE = """\
@@ -147,6 +149,7 @@ def measure(source: Path, kind: str, turns: int, engine: Engine, reporter: Repor
             for name, (words, variables) in steps.items():
                 if name != "quantize" or kind != "BF16":
                     reporter.phase(f"{kind}, turn {turn + 1} of {turns}: {name}")
+                    settle(source)
                     runs[name].append(timed(words, variables))
         different = different_tensors(bf16 if kind == "BF16" else upstream, ours)
         nbytes = ours.stat().st_size
@@ -164,6 +167,15 @@ def measure(source: Path, kind: str, turns: int, engine: Engine, reporter: Repor
         "bytes": nbytes,
         "others": max(run.others or 0.0 for run in (*theirs, *runs["ours"])),
     }
+
+
+def settle(source: Path) -> None:
+    """Let earlier writes reach the disk, and read the checkpoint into the page cache."""
+    os.sync()
+    for file in source.iterdir():
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
 
 
 def remove(files: Iterable[Path]) -> None:
@@ -216,6 +228,22 @@ def page(record: Data) -> str:
     return text
 
 
+def read_record(file: Path) -> Data:
+    """A record that `--json` wrote. Raises `EngineError` if it is none."""
+    try:
+        record: Data = json.loads(file.read_text())
+        page(record)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EngineError(f"{file} is not a record of measure-conversion", found=str(error)) from error
+    return record
+
+
+def write(file: Path | None, text: str) -> None:
+    """Replace the file at once. None: nothing to write."""
+    if file is not None:
+        atomically(file, lambda part: part.write_text(text))
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
@@ -226,8 +254,12 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="times that each runs (default: 2)")
     parser.add_argument("--json", type=Path, help="write the record there")
     parser.add_argument("--page", type=Path, help="write the page there")
+    parser.add_argument("--draw", type=Path, metavar="RECORD", help="measure nothing: write the page of this record")
     parsed = parser.parse_args()
     try:
+        if parsed.draw is not None:
+            write(parsed.page, page(read_record(parsed.draw)))
+            return
         with reporting() as reporter:
             ensure()  # convert-kimi uses its quantization functions
             engine, source = ensure(upstream=True), checkpoint(reporter)
@@ -240,9 +272,8 @@ def main() -> None:
             for kind in parsed.type or TYPES:
                 record["rows"].append(measure(source, kind, parsed.turns, engine, reporter))
         print(markdown(table(record["rows"])))
-        for file, text in ((parsed.json, json.dumps(record, indent=1) + "\n"), (parsed.page, page(record))):
-            if file is not None:
-                atomically(file, lambda part, text=text: part.write_text(text))  # type: ignore[misc]
+        write(parsed.json, json.dumps(record, indent=1) + "\n")
+        write(parsed.page, page(record))
     except KimiError as error:
         sys.exit(f"measure-conversion: error: {error}")
 

@@ -9,8 +9,9 @@ import pytest
 from bench_case import record
 
 from kimi_gguf.bench.record import add, load_all
+from kimi_gguf.bench.run import shown_command
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.scripts import kimi_llama, measure_conversion
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -25,6 +26,27 @@ def test_the_committed_page_is_drawn_from_the_committed_records(tmp_path: Path) 
         assert (tmp_path / name).read_bytes() == (DOCS / name).read_bytes(), name
 
 
+def test_the_committed_page_of_conversions_is_drawn_from_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, record = tmp_path / "page.md", DOCS / "bench-records" / "conversion.json"
+    monkeypatch.setattr("sys.argv", ["measure-conversion", "--draw", str(record), "--page", str(page)])
+    measure_conversion.main()
+    assert page.read_bytes() == (DOCS / "bench-conversion.md").read_bytes()
+
+
+def test_what_is_no_record_of_conversions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, record = tmp_path / "page.md", tmp_path / "record.json"
+    monkeypatch.setattr("sys.argv", ["measure-conversion", "--draw", str(record), "--page", str(page)])
+    for text in ("", "[]", '{"machine": {}}'):
+        record.write_text(text)
+        with pytest.raises(SystemExit, match=r"record\.json is not a record of measure-conversion"):
+            measure_conversion.main()
+    assert not page.exists()
+
+
 def test_a_command_without_a_record_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     add(record("2026-01-01", 2.0), tmp_path / "records.json")
     manifest = tmp_path / "bench.toml"
@@ -34,6 +56,13 @@ def test_a_command_without_a_record_is_an_error(tmp_path: Path, capsys: pytest.C
     assert kimi_llama.main(["bench", "--draw", str(manifest)]) == 1
     assert "no record of kimi-llama bench absent" in capsys.readouterr().err
     assert not (tmp_path / "bench.md").exists()
+
+
+def test_a_recorded_command_is_that_of_the_manifest() -> None:
+    words = ["bench", "--hybrid", "--json", "out/hybrid.json"]
+    for added in ([], ["--record", "docs/machine.json"], ["--record=docs/machine.json"]):
+        assert shown_command(words + added) == "kimi-llama bench --hybrid --json hybrid.json"
+    assert shown_command(["bench", "--record", "a.json", "--products"]) == "kimi-llama bench --products"
 
 
 def test_a_partial_run_does_not_overwrite_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

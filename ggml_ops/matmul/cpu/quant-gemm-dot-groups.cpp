@@ -101,11 +101,10 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
 // Blocks of 32 values with one scale per row: bytes hold values 0..15 in their low nibbles, 16..31 in their high ones.
 // Two groups at once; the last one is repeated past the end.
 template <typename Block, int N_C>
-static void dot_nibble_groups(
-    const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
-    const Groups2 groups(weights, stride, 0, n_rows);
-    const size_t  ahead    = ahead_of(stride);
-    __m512        sum[N_C] = {};
+static void dot_nibble_groups(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    const Groups2   groups(weights.first, weights.stride, 0, weights.n);
+    const ptrdiff_t ahead    = weights.next - weights.first;
+    __m512          sum[N_C] = {};
     for (int64_t i = 0; i < k / BLOCK; i++) {
         const Block * w[2];
         __m512i       codes[2][4];  // values 8j .. 8j + 7
@@ -169,8 +168,8 @@ static inline void add_scaled(const Block &        w,
 // Q4_K: blocks of 32 values with a scale and a minimum, in super blocks of 256 values. Scales are integers, so 256
 // values are summed as integers (at most 8 * 32 * 15 * 127 * 63).
 template <int N_C>
-static void dot_q4_K_groups(const char * group, size_t, int, int64_t k, const char * const * columns, float * sums) {
-    const block_q4_Kx8 * w        = (const block_q4_Kx8 *) group;
+static void dot_q4_K_groups(const WeightRows & group, int64_t k, const char * const * columns, float * sums) {
+    const block_q4_Kx8 * w        = (const block_q4_Kx8 *) group.first;
     const __m128i        twice    = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
     __m512               sum[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
@@ -225,8 +224,8 @@ static void dot_q4_K_groups(const char * group, size_t, int, int64_t k, const ch
 // Q2_K: a scale and a minimum of four bits for each 16 values. Quants times scales fit in bytes (45 at most), and 256
 // of their products are one integer sum.
 template <int N_C>
-static void dot_q2_K_groups(const char * group, size_t, int, int64_t k, const char * const * columns, float * sums) {
-    const block_q2_Kx8 * w = (const block_q2_Kx8 *) group;
+static void dot_q2_K_groups(const WeightRows & group, int64_t k, const char * const * columns, float * sums) {
+    const block_q2_Kx8 * w = (const block_q2_Kx8 *) group.first;
     // of every row's 8 bytes: the first or second one as four numbers; bytes 0, 1, 4 and 5 as four numbers
     const __m512i first    = _mm512_set4_epi32((int) 0x80088008, (int) 0x80088008, (int) 0x80008000, (int) 0x80008000);
     const __m512i second   = _mm512_set4_epi32((int) 0x80098009, (int) 0x80098009, (int) 0x80018001, (int) 0x80018001);

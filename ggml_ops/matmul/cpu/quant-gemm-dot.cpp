@@ -76,14 +76,13 @@ template <typename Block> static inline void scales_of(const Rows16 & rows, size
 }
 
 template <typename Block, int N_C>
-static void dot_super_blocks(
-    const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
+static void dot_super_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     constexpr int       PER_VECTOR = BY_16<Block> ? 4 : 2;  // factors per 64 weights, each for some of 16 lanes
     const __m512i       lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i       which      = _mm512_srli_epi32(lane, BY_16<Block> ? 2 : 3);
     alignas(64) int32_t integers[MAX_SLICES][N_C][DOT_ROWS][4];
-    const Rows16        rows(weights, stride, 0, n_rows);
-    const size_t        ahead      = ahead_of(stride);
+    const Rows16        rows(weights.first, weights.stride, 0, weights.n);
+    const ptrdiff_t     ahead      = weights.next - weights.first;
     __m512              total[N_C] = {};
     for (int64_t first = 0; first < k / SLICE; first += MAX_SLICES) {
         const int n = (int) std::min<int64_t>(MAX_SLICES, k / SLICE - first);
@@ -255,14 +254,13 @@ add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const 
 
 // Blocks missing from the last 8 are zeros on both sides.
 template <typename Block, int N_C>
-static void
-dot_blocks(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
-    const Rows16  rows(weights, stride, 0, n_rows);
-    const size_t  ahead    = ahead_of(stride);
-    const int64_t n_blocks = k / BLOCK;
-    Slice<N_C>    slices[MAX_SLICES];
-    Codes         acts[MAX_SLICES][N_C];
-    __m512        total[N_C] = {};
+static void dot_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    const Rows16    rows(weights.first, weights.stride, 0, weights.n);
+    const ptrdiff_t ahead    = weights.next - weights.first;
+    const int64_t   n_blocks = k / BLOCK;
+    Slice<N_C>      slices[MAX_SLICES];
+    Codes           acts[MAX_SLICES][N_C];
+    __m512          total[N_C] = {};
     for (int64_t first = 0; first < n_blocks; first += MAX_SLICES * N_BLOCKS) {
         const int     n     = (int) std::min<int64_t>(MAX_SLICES * N_BLOCKS, n_blocks - first);
         const int64_t slice = first / N_BLOCKS;
@@ -363,10 +361,9 @@ template <int N_C> static void dot_row_f16(const char * row, int64_t k, const ch
 using DotRow = void(const char * row, int64_t k, const char * const * columns, float * sums);
 
 template <DotRow * ROW>
-static void
-dot_plain_rows(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums) {
-    for (int r = 0; r < std::min(DOT_ROWS, n_rows); r++) {
-        ROW(weights + r * stride, k, columns, sums + r);
+static void dot_plain_rows(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    for (int r = 0; r < std::min<int64_t>(DOT_ROWS, weights.n); r++) {
+        ROW(weights.first + r * weights.stride, k, columns, sums + r);
     }
 }
 
@@ -420,17 +417,19 @@ const Dot & dot_of(const Format &) {
 
 #endif
 
-void dot_rows(
-    const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums) {
+void dot_rows(const Dot & dot, const WeightRows & weights, int64_t k, Columns columns, float * sums) {
     // weights are read from memory once; columns that do not all fit in L1 are processed in groups, with rows from L2
     const int turn = columns.n > 2 * DOT_COLUMNS ? DOT_COLUMNS : columns.n;
     for (int first = 0; first < columns.n; first += turn) {
         const int end = std::min(first + turn, columns.n);
-        for (int64_t r = 0; r < n_rows; r += dot.rows) {
+        for (int64_t r = 0; r < weights.n; r += dot.rows) {
+            WeightRows some = { weights.first + r * weights.stride, weights.stride, weights.n - r, weights.next };
+            if (some.n > dot.rows) {
+                some.next = some.first + dot.rows * weights.stride;
+            }
             for (int c = first; c < end; c += DOT_COLUMNS) {
                 const int together = std::min(end - c, DOT_COLUMNS);
-                dot.multiply[together - 1](weights + r * stride, stride, (int) (n_rows - r), k, columns.at + c,
-                                           sums + c * PANEL_ROWS + r);
+                dot.multiply[together - 1](some, k, columns.at + c, sums + c * PANEL_ROWS + r);
             }
         }
     }

@@ -6,17 +6,22 @@
 
 #include "quant-gemm-panel.h"
 
-#include <algorithm>
-
 namespace quant_gemm {
 
 constexpr int DOT_COLUMNS = 4;
 constexpr int DOT_ROWS    = 16;  // rows that most kernels multiply at once, one per lane
 
-// Multiplies up to Dot::rows of n_rows rows of k weights, stride bytes apart, with packed rows of activations:
-// sums[column * PANEL_ROWS + row]. It may write sums of all Dot::rows rows.
-using DotColumns =
-    void (*)(const char * weights, size_t stride, int n_rows, int64_t k, const char * const * columns, float * sums);
+// Rows of weights, stride bytes apart.
+struct WeightRows {
+    const char * first;
+    size_t       stride;
+    int64_t      n;
+    const char * next;  // rows that are multiplied afterwards, to be prefetched; `first` if there are none
+};
+
+// Multiplies up to Dot::rows rows of k weights with packed rows of activations: sums[column * PANEL_ROWS + row]. It may
+// write sums of all Dot::rows rows.
+using DotColumns = void (*)(const WeightRows & w, int64_t k, const char * const * columns, float * sums);
 
 struct Dot {
     int        rows;                   // rows per call
@@ -42,9 +47,8 @@ template <size_t N> const Dot & dot_of(const TypedDot (&dots)[N], ggml_type type
     GGML_ABORT("no dot product for %s", ggml_type_name(type));
 }
 
-// n_rows rows of k weights, stride bytes apart, times the columns: sums[column * PANEL_ROWS + row].
-void dot_rows(
-    const Dot & dot, const char * weights, size_t stride, int64_t n_rows, int64_t k, Columns columns, float * sums);
+// Rows of k weights times the columns: sums[column * PANEL_ROWS + row].
+void dot_rows(const Dot & dot, const WeightRows & weights, int64_t k, Columns columns, float * sums);
 
 #if QUANT_GEMM_VNNI
 
@@ -53,12 +57,6 @@ template <int LOCALITY> inline void prefetch(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += CACHE_LINE) {
         __builtin_prefetch((const char *) p + i, 0, LOCALITY);
     }
-}
-
-// The distance in bytes to the next 16 rows, which are prefetched into L2. 16 rows are multiplied at once, so the bytes
-// that follow those of one row belong to the next of these rows.
-inline size_t ahead_of(size_t stride) {
-    return std::min<size_t>(DOT_ROWS * stride, 1 << 17);
 }
 
 // Prefetches the bytes one page after these n bytes into L1.

@@ -219,16 +219,19 @@ static void compute_task(const Format & format,
     for (; row < end; row += PANEL_ROWS) {
         const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
         for (int p = 0; p < job.n_products; p++) {
-            src0                 = job.products[p]->src[0];
-            const char * weights = weights_of(job.products[p], matrix);
+            src0                  = job.products[p]->src[0];
+            const char *  weights = weights_of(job.products[p], matrix);
+            const int64_t after   = row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
             if (dots) {
-                const char * from = weights + row * src0->nb[1];
-                dot_rows(dot_of(format), from, src0->nb[1], n_rows, src0->ne[0], { act, n }, *scratch.sums[p]);
+                const size_t     stride = src0->nb[1];
+                const WeightRows those  = { weights + row * stride, stride, n_rows,
+                                            weights + (after < src0->ne[1] ? after : row) * stride };
+                dot_rows(dot_of(format), those, src0->ne[0], { act, n }, *scratch.sums[p]);
                 continue;
             }
             const bool          last    = p + 1 == job.n_products;
             const ggml_tensor * follows = job.products[last ? 0 : p + 1];
-            const int64_t       next    = !last ? row : row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
+            const int64_t       next    = last ? after : row;
             const int64_t       n_next  = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
             const size_t        stride  = follows->src[0]->nb[1];
             const Ahead         ahead   = { weights_of(follows, matrix) + next * stride, n_next * stride };
