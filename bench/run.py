@@ -158,9 +158,7 @@ class Run:
         self.device = find_device(parsed.backend, patched, parsed.device) if gpu else None
         switch = patched["KIMI_OPS"]
         builds = {"patched": self.patched, "upstream": self.upstream}
-        self.record = new_record(
-            shown_command(words), builds, parsed.libraries, switch, self.device
-        )
+        self.record = new_record(shown_command(words), builds, parsed.libraries, switch, self.device)
         self.threads: tuple[int, ...] = parsed.threads or (
             (min(DEVICE_THREADS, cores()),) if gpu else THREADS if parsed.grid else (cores(),)
         )

@@ -254,7 +254,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=2, help="times that each runs (default: 2)")
     parser.add_argument("--json", type=Path, help="write the record there")
     parser.add_argument("--page", type=Path, help="write the page there")
-    parser.add_argument("--draw", type=Path, metavar="RECORD", help="measure nothing: write the page of this record")
+    parser.add_argument(
+        "--draw", type=Path, metavar="RECORD", help="measure nothing: write the page of this record"
+    )
     parsed = parser.parse_args()
     try:
         if parsed.draw is not None:

@@ -35,9 +35,7 @@ def test_the_committed_page_of_conversions_is_drawn_from_its_record(
     assert page.read_bytes() == (DOCS / "bench-conversion.md").read_bytes()
 
 
-def test_what_is_no_record_of_conversions_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_record_of_conversions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, record = tmp_path / "page.md", tmp_path / "record.json"
     monkeypatch.setattr("sys.argv", ["measure-conversion", "--draw", str(record), "--page", str(page)])
     for text in ("", "[]", '{"machine": {}}'):
