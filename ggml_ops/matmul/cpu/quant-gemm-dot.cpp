@@ -20,8 +20,6 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_VNNI
 
-static constexpr int MAX_SLICES = 8;  // integer sums of so many slices of K are kept, so that they stay in L1
-
 // ---- types of 256 values
 
 template <typename Block> static inline __m512i offset_sums(const ActSuperBlock & a) {
@@ -80,47 +78,42 @@ static void dot_super_blocks(const WeightRows & weights, int64_t k, const char *
     constexpr int       PER_VECTOR = BY_16<Block> ? 4 : 2;  // factors per 64 weights, each for some of 16 lanes
     const __m512i       lane       = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i       which      = _mm512_srli_epi32(lane, BY_16<Block> ? 2 : 3);
-    alignas(64) int32_t integers[MAX_SLICES][N_C][DOT_ROWS][4];
+    alignas(64) int32_t integers[N_C][DOT_ROWS][4];
     const Rows16        rows(weights.first, weights.stride, 0, weights.n);
     const ptrdiff_t     ahead      = weights.next - weights.first;
     __m512              total[N_C] = {};
-    for (int64_t first = 0; first < k / SLICE; first += MAX_SLICES) {
-        const int n = (int) std::min<int64_t>(MAX_SLICES, k / SLICE - first);
+    for (int64_t i = 0; i < k / SLICE; i++) {
         for (int r = 0; r < DOT_ROWS; r++) {
-            const Block * w = (const Block *) rows.row[r] + first;
-            for (int i = 0; i < n; i++) {
-                prefetch<2>((const char *) (w + i) + ahead, sizeof(Block));
-                const SuperBlock s = load(w[i]);
-                const __m512i    lower =
-                    IS_ONE_OF<Block, block_iq4_xs> ? s.factors : _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
-                __m512i factors[4];
+            const Block * w = (const Block *) rows.row[r] + i;
+            prefetch<2>((const char *) w + ahead, sizeof(Block));
+            const SuperBlock s = load(*w);
+            const __m512i    lower =
+                IS_ONE_OF<Block, block_iq4_xs> ? s.factors : _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
+            __m512i factors[4];
 #pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    const __m512i of = _mm512_add_epi32(which, _mm512_set1_epi32(PER_VECTOR * j));
-                    factors[j]       = _mm512_permutexvar_epi32(of, lower);
-                }
-#pragma GCC unroll 4
-                for (int c = 0; c < N_C; c++) {
-                    const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[first + i];
-                    _mm_store_si128((__m128i *) integers[i][c][r], sum_super_block<Block>(s, factors, a));
-                }
+            for (int j = 0; j < 4; j++) {
+                const __m512i of = _mm512_add_epi32(which, _mm512_set1_epi32(PER_VECTOR * j));
+                factors[j]       = _mm512_permutexvar_epi32(of, lower);
             }
-        }
-        for (int i = 0; i < n; i++) {
-            __m512 d, dmin;
-            scales_of<Block>(rows, (first + i) * sizeof(Block), d, dmin);
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                __m512i x[4];
-                Rows16((const char *) integers[i][c], sizeof(integers[i][c][0]), 0, DOT_ROWS).load16(0, x);
-                const __m512i even  = _mm512_add_epi32(x[0], x[2]);
-                const __m512i odd   = _mm512_add_epi32(x[1], x[3]);
-                const __m512  scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[first + i].scale);
-                if constexpr (HAS_MINIMA<Block>) {
-                    total[c] = add_super_block(total[c], even, d, odd, dmin, scale);
-                } else {
-                    total[c] = add_super_block(total[c], _mm512_add_epi32(even, odd), d, scale);
-                }
+                const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
+                _mm_store_si128((__m128i *) integers[c][r], sum_super_block<Block>(s, factors, a));
+            }
+        }
+        __m512 d, dmin;
+        scales_of<Block>(rows, i * sizeof(Block), d, dmin);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            __m512i x[4];
+            Rows16((const char *) integers[c], sizeof(integers[c][0]), 0, DOT_ROWS).load16(0, x);
+            const __m512i even  = _mm512_add_epi32(x[0], x[2]);
+            const __m512i odd   = _mm512_add_epi32(x[1], x[3]);
+            const __m512  scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+            if constexpr (HAS_MINIMA<Block>) {
+                total[c] = add_super_block(total[c], even, d, odd, dmin, scale);
+            } else {
+                total[c] = add_super_block(total[c], _mm512_add_epi32(even, odd), d, scale);
             }
         }
     }
@@ -252,43 +245,36 @@ add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const 
     }
 }
 
-// Blocks missing from the last 8 are zeros on both sides.
+// Blocks missing from the last 8 are zeros on both sides. The sums of a slice are added before the next one is read: a
+// longer pause would leave memory idle.
 template <typename Block, int N_C>
 static void dot_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     const Rows16    rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t ahead    = weights.next - weights.first;
-    const int64_t   n_blocks = k / BLOCK;
-    Slice<N_C>      slices[MAX_SLICES];
-    Codes           acts[MAX_SLICES][N_C];
+    const ptrdiff_t ahead      = weights.next - weights.first;
+    const int64_t   n_blocks   = k / BLOCK;
     __m512          total[N_C] = {};
-    for (int64_t first = 0; first < n_blocks; first += MAX_SLICES * N_BLOCKS) {
-        const int     n     = (int) std::min<int64_t>(MAX_SLICES * N_BLOCKS, n_blocks - first);
-        const int64_t slice = first / N_BLOCKS;
-        for (int i = 0; i * N_BLOCKS < n; i++) {
-            for (int c = 0; c < N_C; c++) {
-                const auto & codes = ((const ActBlocks *) columns[c])[slice + i].codes;
-                for (int j = 0; j < 4; j++) {
-                    acts[i][c].half[j / 2][j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
-                }
+    for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
+        const int     n = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
+        const int64_t i = first / N_BLOCKS;
+        Codes         acts[N_C];
+        Slice<N_C>    slice;
+        for (int c = 0; c < N_C; c++) {
+            const auto & codes = ((const ActBlocks *) columns[c])[i].codes;
+            for (int j = 0; j < 4; j++) {
+                acts[c].half[j / 2][j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
             }
         }
         for (int r = 0; r < DOT_ROWS; r++) {
             const Block * w = (const Block *) rows.row[r] + first;
-            int           i = 0;
-            for (; i < n / N_BLOCKS; i++, w += N_BLOCKS) {
-                prefetch<2>((const char *) w + ahead, N_BLOCKS * sizeof(Block));
-                sum_blocks(w, acts[i], r, slices[i]);
+            prefetch<2>((const char *) w + ahead, n * sizeof(Block));
+            Block last[N_BLOCKS] = {};
+            if (n < N_BLOCKS) {
+                memcpy(last, w, n * sizeof(Block));
+                w = last;
             }
-            if (n % N_BLOCKS != 0) {
-                prefetch<2>((const char *) w + ahead, n % N_BLOCKS * sizeof(Block));
-                Block last[N_BLOCKS] = {};
-                memcpy(last, w, n % N_BLOCKS * sizeof(Block));
-                sum_blocks(last, acts[i], r, slices[i]);
-            }
+            sum_blocks(w, acts, r, slice);
         }
-        for (int i = 0; i * N_BLOCKS < n; i++) {
-            add_slice<Block>(slices[i], std::min(N_BLOCKS, n - i * N_BLOCKS), slice + i, columns, total);
-        }
+        add_slice<Block>(slice, n, i, columns, total);
     }
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
