@@ -135,7 +135,8 @@ FAULTS: dict[str, Expected] = {
         "race",
         None,
         None,
-        "a race: a (read|write) of threadgroup memory that another simdgroup of the threadgroup (wrote|read) at .*emulator-faults.metal:"
+        "a race: a (read|write) of threadgroup memory that another simdgroup of the threadgroup (wrote|read) at "
+        ".*emulator-faults.metal:"
         rf"({line_of(SOURCE, 's[i] = float(i);')}|{line_of(SOURCE, 'y[i] = s[63 - i];')}) without a barrier between",
     ),
     "a race of writes": (
