@@ -64,8 +64,8 @@ void check_stack() {
 
     const uint64_t a = i[0], b = i[1], c = i[2], d = i[3], e = i[4], f = i[5], g = i[6], h = i[7], k = i[8], l = i[9],
                    m = i[10], n = i[11];
-    const double o = x[0], p = x[1], q = x[2], r = x[3], s = x[4], t = x[5], u = x[6], v = x[7], w = x[8], y = x[9],
-                 z = x[10], last = x[11];
+    const double   o = x[0], p = x[1], q = x[2], r = x[3], s = x[4], t = x[5], u = x[6], v = x[7], w = x[8], y = x[9],
+                   z = x[10], last = x[11];
     check_stack();
     yield();
     check({ a, b, c, d, e, f, g, h, k, l, m, n }, { o, p, q, r, s, t, u, v, w, y, z, last });

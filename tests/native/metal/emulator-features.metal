@@ -105,11 +105,11 @@ kernel void swizzles(device float * y) {
     float3 b = a.zyx;
     int4   n = int4(5, 6, 7, 8);
 
-    a.xz   = float2(10, 30);
-    a.wy  += b.xy * 2.0f;
+    a.xz = float2(10, 30);
+    a.wy += b.xy * 2.0f;
     a.yzw *= 2.0f;
-    b.zx   = b.xz;
-    n.xyz  = n.yzx;
+    b.zx  = b.xz;
+    n.xyz = n.yzx;
 
     thread float4 * p = &a;
     p->xw -= 0.5f;

@@ -40,9 +40,9 @@ struct Users;
 
 // A MTLBuffer.
 struct DeviceBuffer {
-    char * begin;
-    size_t bytes;
-    bool   owned;
+    char *  begin;
+    size_t  bytes;
+    bool    owned;
     Line *  lines;  // what dispatches have accessed: one for each 64 bytes
     Users * users;  // of 64 bytes: the threads
 
@@ -146,10 +146,10 @@ struct Actor {
 // Runs all threadgroups. Throws Fault.
 void run(Dispatch & dispatch);
 
-bool     in_kernel();
-Actor    current_actor();
-void     wait_for_lanes();  // until the others of the simdgroup wait, too
-bool     is_stack(const void * address);
+bool  in_kernel();
+Actor current_actor();
+void  wait_for_lanes();  // until the others of the simdgroup wait, too
+bool  is_stack(const void * address);
 
 [[noreturn]] void fail(const std::string & text);
 

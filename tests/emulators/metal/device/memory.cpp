@@ -56,7 +56,7 @@ Actor joined(Actor readers, Actor one) {
     if (!unordered(readers, one)) {
         return one;
     }
-    readers.lane = SEVERAL;
+    readers.lane      = SEVERAL;
     readers.simdgroup = readers.simdgroup == one.simdgroup ? one.simdgroup : SEVERAL;
     return readers;
 }
@@ -139,9 +139,9 @@ Dispatch *                      current = nullptr;
 std::vector<DeviceBuffer *>     buffers;  // of the current dispatch
 std::vector<Constants>          constants;
 size_t                          last_buffer, last_read_range, last_write_range;
-uint32_t                        threadgroup;  // its number in the dispatch, from 1
+uint32_t                        threadgroup;      // its number in the dispatch, from 1
 uint32_t                        device_time = 0;  // increases with each threadgroup and barrier for device memory
-std::map<uint32_t, std::string> names;        // of the epoch's dispatches
+std::map<uint32_t, std::string> names;            // of the epoch's dispatches
 uint32_t                        names_epoch = 0;
 
 std::string what(bool write) {
@@ -299,7 +299,7 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
         return unordered(other, self) && !(steps && other.simdgroup == self.simdgroup);
     };
     for (size_t i = 0; i < bytes; i++) {
-        Cell &     cell = group.cells[address + i - group.memory];
+        Cell &     cell        = group.cells[address + i - group.memory];
         const bool both_atomic = atomic && cell.atomic;
         if (cell.written_time < group.begin) {
             if (!write) {

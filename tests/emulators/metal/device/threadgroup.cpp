@@ -34,7 +34,7 @@ struct Simdgroup {
     uint32_t alive, ready, arrived, at_barrier;
     uint32_t in_step;  // wait until no other lane is ready
     uint32_t meetings;
-    void **  lanes;    // the argument of each waiting lane
+    void **  lanes;  // the argument of each waiting lane
     Complete complete;
     Place    place;
 };
@@ -301,7 +301,7 @@ void wait_for_threadgroup(bool orders_threadgroup, bool orders_device, Place pla
     self.waits_for = "threadgroup_barrier";
     self.waits_at  = place;
     if (group.arrived == 0) {
-        group.first         = &self;
+        group.first              = &self;
         group.orders_threadgroup = orders_threadgroup || group.barrier_orders;
         group.orders_device      = orders_device || group.barrier_orders;
     } else if (group.first->waits_at != place) {

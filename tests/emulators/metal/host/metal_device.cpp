@@ -101,8 +101,8 @@ struct ggml_metal_library {
 };
 
 ggml_metal_library_t ggml_metal_library_init(ggml_metal_device_t dev) {
-    auto * library       = new ggml_metal_library();
-    library->dev         = dev;
+    auto * library             = new ggml_metal_library();
+    library->dev               = dev;
     const char *       refused = getenv("KIMI_METAL_REFUSED");
     std::istringstream names(refused ? refused : "");
     bool               complete = true;
@@ -261,7 +261,7 @@ ggml_metal_device_t ggml_metal_device_init(int device, int n_devices) {
     if (!dev->library) {
         GGML_LOG_ERROR("%s: error: failed to create library\n", __func__);
     }
-    dev->queue   = new Queue();
+    dev->queue = new Queue();
     return dev;
 }
 
