@@ -135,20 +135,57 @@ FAULTS: dict[str, Expected] = {
         "race",
         None,
         None,
-        "a race: a (read|write) of threadgroup memory that another simdgroup (wrote|read) at .*emulator-faults.metal:"
+        "a race: a (read|write) of threadgroup memory that another simdgroup of the threadgroup (wrote|read) at "
+        ".*emulator-faults.metal:"
         rf"({line_of(SOURCE, 's[i] = float(i);')}|{line_of(SOURCE, 'y[i] = s[63 - i];')}) without a barrier between",
     ),
     "a race of writes": (
         "race_of_writes",
         32,
         "s[i % 32] = float(i);",
-        "a race: a write of threadgroup memory that another simdgroup wrote",
+        "a race: a write of threadgroup memory that another simdgroup of the threadgroup wrote",
+    ),
+    "a race of lanes": (
+        "race_of_lanes",
+        16,
+        "s[i % 16] = float(i);",
+        "a race: a write of threadgroup memory that another lane of the threadgroup wrote",
+    ),
+    "overlapping writes of lanes": (
+        "overlap",
+        1,
+        "y[i / 2] = float(i);",
+        "a race: a write of device memory that another lane of the threadgroup wrote without a barrier",
+    ),
+    "overlapping writes of simdgroups": (
+        "overlap_of_simdgroups",
+        32,
+        "y[i & 31] = float(i);",
+        "a race: a write of device memory that another simdgroup of the threadgroup wrote without a barrier",
+    ),
+    "a read of what another lane writes": (
+        "read_next",
+        1,
+        "y[i] = y[i + 1];",
+        "a race: a write of device memory that another lane of the threadgroup read without a barrier",
+    ),
+    "a barrier without device memory": (
+        "read_after_barrier",
+        None,
+        "y[i + 64] = y[63 - i];",
+        "a race: a read of device memory that another simdgroup of the threadgroup wrote without a barrier",
     ),
     "a barrier without memory": (
         "barrier_without_memory",
         32,
         None,
-        "a race: a read of threadgroup memory that another simdgroup wrote",
+        "a race: a read of threadgroup memory that another simdgroup of the threadgroup wrote",
+    ),
+    "a read of what the next lane writes": (
+        "read_next_lane",
+        None,
+        None,
+        "a race: a (read|write) of threadgroup memory that another lane of the threadgroup (wrote|read)",
     ),
     "the order of lanes": (None, None, None, "the result depends on the order of lanes"),
     "a local array": (
@@ -247,6 +284,18 @@ FAULTS: dict[str, Expected] = {
         None,
         None,
         "the function constant 7, FC_factor, .* has another type",
+    ),
+    "a constant that is not set": (
+        "scale",
+        0,
+        "y[i] = x[i] * FC_factor;",
+        "the function constant 7, FC_factor, is not set",
+    ),
+    "another constant that is not set": (
+        "bound",
+        0,
+        "y[i] = FC_bounded",
+        "the function constant 8, FC_bounded, is not set",
     ),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import Setup, assert_same, play, saved_conversation
+from llama_script import PlayError, Setup, assert_same, decode, play, saved_conversation, text
 from metal_program import dispatches, on_metal
 from native_program import run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
@@ -31,6 +31,12 @@ IDS = np.random.default_rng(51).integers(0, VOCAB_SIZE, (2, 20))
 HALF = 2.0**-22
 # The kernel that each KDA layer on the device runs once in each batch.
 RECURRENCE = "kernel_gated_delta_net"
+# Libraries of ours, and their kernels for this model.
+LIBRARIES = {
+    "kda": {"kernel_kda_conv_f32_64", "kernel_kda_scan_f32_64"},
+    "fa_latent": {"kernel_flash_attn_ext_latent_f32_dk576_dv512"},
+    "fuse": {"kernel_router_f32", "kernel_add_rms_norm_mul_f32_4_1", "kernel_add_rms_norm_mul_f32_4_2"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,46 @@ def test_the_operators_verify_themselves(metal_backend: Path, engine: Engine) ->
     assert re.findall(r"^(\w[\w ]+\w) +passed ", table, re.MULTILINE) == [
         "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention",
     ], table  # fmt: skip
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_that_the_compiler_refuses(
+    library: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """Upstream's kernels replace those of the library; the others of ours are used."""
+    steps = [decode(*text(0, IDS[0][:6])), decode(*text(0, IDS[0][6:8], 6))]
+    expected = play(engine, model, Setup(flash_attention=True), steps, KIMI_OPS="off").logits
+    log = tmp_path / "log"
+    variables = {"KIMI_OPS": "conv,scan,mla,fuse", "KIMI_METAL_REFUSED": library, "KIMI_METAL_LOG": str(log)}
+    played = play(engine, model, on_metal(metal_backend, flash_attention=True), steps, **variables)
+    if library == "fa_latent":
+        assert error_of(played.logits, expected).in_all <= HALF
+    else:
+        assert_same(played.logits, expected)
+    ran = {each.kernel for each in dispatches(log)}
+    missing = {each for each, kernels in LIBRARIES.items() if not used(kernels, ran)}
+    assert missing == {library}
+    assert played.log.count(f"failed to build '{library}' library, not used: ") == 1
+
+
+def used(kernels: set[str], ran: set[str]) -> bool:
+    """Whether all of these kernels ran; otherwise none did."""
+    found = {each for each in kernels if any(name == each or name.startswith(f"{each}_") for name in ran)}
+    assert found in (kernels, set())
+    return bool(found)
+
+
+# A library, and why a context that needs it is refused; the last one is upstream's.
+REFUSALS = {
+    "kda": "KIMI_OPS=require: KDA operators cannot be used: MTL0, which holds layer 0, does not have KDA_CONV",
+    "mul_mv": "failed to build 'mul_mv' library: ",
+}
+
+
+@pytest.mark.parametrize("library", REFUSALS)
+def test_without_a_library_that_is_needed(
+    library: str, metal_backend: Path, model: Path, engine: Engine
+) -> None:
+    variables = {"KIMI_OPS": "conv,scan,require", "KIMI_METAL_REFUSED": library}
+    with pytest.raises(PlayError, match=REFUSALS[library]):
+        play(engine, model, on_metal(metal_backend), [decode((0, 0, 1))], **variables)

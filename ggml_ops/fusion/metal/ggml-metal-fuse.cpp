@@ -8,13 +8,25 @@
 #include <algorithm>
 #include <string>
 
+bool ggml_metal_fuse_allowed(const ggml_tensor * first) {
+    if (ggml_op_has_mark(first, GGML_OP_MARK_UNFUSED)) {
+        return false;
+    }
+    const ggml_backend_buffer_t buffer = first->view_src ? first->view_src->buffer : first->buffer;
+    if (!buffer) {
+        return true;
+    }
+    const auto dev = (ggml_metal_device_t) ggml_backend_buft_get_device(buffer->buft)->context;
+    return ggml_metal_library_has(ggml_metal_device_get_library(dev), "fuse");
+}
+
 //
 // router
 //
 
 bool ggml_metal_router_supported(const ggml_cgraph * gf, int first, int last) {
-    return last == first + GGML_ROUTER_N_NODES - 1 && !ggml_op_has_mark(gf->nodes[first], GGML_OP_MARK_UNFUSED) &&
-           ggml_is_router(gf, first);
+    return last == first + GGML_ROUTER_N_NODES - 1 && ggml_is_router(gf, first) &&
+           ggml_metal_fuse_allowed(gf->nodes[first]);
 }
 
 static ggml_metal_pipeline_with_params get_pipeline_router(ggml_metal_library_t lib, int32_t n_expert, int32_t top_k) {
@@ -68,7 +80,7 @@ bool ggml_metal_add_norm_supported(const ggml_cgraph * gf, const int * node_idxs
     const ggml_tensor * norm  = gf->nodes[node_idxs[n - 2]];
     const ggml_tensor * mul   = gf->nodes[node_idxs[n - 1]];
 
-    if (ggml_op_has_mark(first, GGML_OP_MARK_UNFUSED) || norm->src[0] != add || mul->src[0] != norm ||
+    if (!ggml_metal_fuse_allowed(first) || norm->src[0] != add || mul->src[0] != norm ||
         (n == 4 && add->src[0] != first)) {
         return false;
     }

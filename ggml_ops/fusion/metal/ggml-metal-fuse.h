@@ -6,6 +6,10 @@
 
 struct ggml_cgraph;
 
+// Whether nodes from this one on may be computed together: it has no mark, and its device has the kernels. Before the
+// node is allocated, its device is not known.
+bool ggml_metal_fuse_allowed(const ggml_tensor * first);
+
 // SIGMOID ... SCALE of a router (ggml-router-nodes.h), from the node `first` to the node `last`.
 bool ggml_metal_router_supported(const ggml_cgraph * gf, int first, int last);
 

@@ -105,7 +105,7 @@ static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, co
 }
 
 int ggml_metal_latent_attend(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tensor * op) {
-    if (!supported(op)) {
+    if (!supported(op) || !ggml_metal_library_has(lib, "fa_latent")) {
         return 0;
     }
 

@@ -36,6 +36,7 @@ HOST = (
 )
 # Plain C in ggml-metal-device.m: from the first line with this text to the one before the second.
 PLAIN_C = (
+    ("#define GGML_METAL_LIBS", "struct ggml_metal_library {"),
     ("static const struct {", "ggml_metal_device_t ggml_metal_device_init("),
     (
         "static bool ggml_metal_supports_mul_mat_op(",
@@ -189,6 +190,13 @@ def _plain_c(objective_c: str) -> str:
     parts.append(
         "enum ggml_metal_device_id metal_emulator_device_id(const char * name) {\n"
         "    return ggml_metal_device_id_parse(name);\n}\n"
+        "bool metal_emulator_log_missing(const char * library, const char * error) {\n"
+        "    int kind = 0;\n"
+        "    while (kind < GGML_METAL_LIB_COUNT && strcmp(k_lib_names[kind], library) != 0) {\n"
+        "        kind++;\n"
+        "    }\n"
+        "    GGML_ASSERT(kind < GGML_METAL_LIB_COUNT);\n"
+        "    return ggml_metal_library_log_missing(kind, error);\n}\n"
     )
     return "\n".join(parts)
 

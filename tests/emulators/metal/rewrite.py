@@ -5,6 +5,7 @@
     constant T x [[function_constant(index)]];        a variable that is registered
     threadgroup T a[N];                               in a function: a reference to memory of the threadgroup
     T a[N] = { [0 ... N - 1] = value };               a loop
+    v.xy and v.xy =                                   calls of functions of vec
     [[attribute]]                                     nothing
 
 Input: the text of a .metal file after the preprocessor, which has kept markers of files and lines. Output: C++ with the
@@ -32,6 +33,9 @@ _POSITIONS = (
     "thread_index_in_simdgroup",
     "threads_per_simdgroup",
 )
+
+
+_SWIZZLE = re.compile("[xyzw]{2,4}")
 
 
 class RewriteError(Exception):
@@ -82,6 +86,11 @@ def rewrite(source: str, name: str) -> tuple[str, list[Kernel]]:
                 host_name = ""
             elif (replace := _REPLACED.get(token.text)) and (end := replace(row, at, done)):
                 at = end
+            elif _SWIZZLE.fullmatch(token.text) and joined(done[-2:]).endswith((".", "->")):
+                function = "target" if _is_assigned(row, at + 1) else "part"
+                numbers = ", ".join(str("xyzw".index(each)) for each in token.text)
+                done.append(Token("other", f"template {function}<{numbers}>()"))
+                at += 1
             elif token.text == "constant" and "const" in (
                 _text(done, _last(done)),
                 _text(row, after_blank(row, at + 1)),
@@ -127,6 +136,12 @@ def _last(row: Sequence[Token]) -> int:
 
 def _text(row: Sequence[Token], at: int) -> str:
     return row[at].text if 0 <= at < len(row) else ""
+
+
+def _is_assigned(row: Sequence[Token], at: int) -> bool:
+    """Whether the expression in front of `at` is assigned to: = += <<= and so on, but no comparison."""
+    operator = re.match(r"[^\w\s.;,()\[\]{}]*", joined(row[after_blank(row, at) :][:3]))
+    return operator is not None and re.fullmatch(r"(?:[-+*/%&|^]|<<|>>)?=", operator[0]) is not None
 
 
 def _until(row: Sequence[Token], at: int, mark: str) -> int:

@@ -109,6 +109,7 @@ const std::map<std::string, std::function<void()>> FAULTS = {
           two_copies(true, false, false, false);
           two_copies(false, false, true, true);
           two_copies(false, true, true, true);
+          one("rewrite");
           several("count_atomically");
           scale({ { 7, ConstantType::int16, 3 } });
       } },
@@ -144,7 +145,13 @@ const std::map<std::string, std::function<void()>> FAULTS = {
     { "a matrix at several addresses", [] { one("matrices_of_lanes"); } },
     { "a race", [] { one("race", TWO_SIMDGROUPS); } },
     { "a race of writes", [] { one("race_of_writes", TWO_SIMDGROUPS); } },
+    { "a race of lanes", [] { one("race_of_lanes"); } },
+    { "overlapping writes of lanes", [] { one("overlap"); } },
+    { "overlapping writes of simdgroups", [] { one("overlap_of_simdgroups", TWO_SIMDGROUPS); } },
+    { "a read of what another lane writes", [] { one("read_next"); } },
+    { "a barrier without device memory", [] { one("read_after_barrier", TWO_SIMDGROUPS); } },
     { "a barrier without memory", [] { one("barrier_without_memory", TWO_SIMDGROUPS); } },
+    { "a read of what the next lane writes", [] { one("read_next_lane"); } },
     { "the order of lanes", order_of_lanes },
     { "a local array", [] { shifted("local_array", 4); } },
     { "a division by zero", [] { shifted("divide", 0); } },
@@ -180,6 +187,12 @@ const std::map<std::string, std::function<void()>> FAULTS = {
       } },
     { "an unknown kernel", [] { one("unknown"); } },
     { "a constant of another type", [] { scale({ { 7, ConstantType::int32, 3 } }); } },
+    { "a constant that is not set", [] { scale({}); } },
+    { "another constant that is not set",
+      [] {
+          const Values<float> x = counted(32), y(32);
+          Commands().kernel("bound", { { 7, ConstantType::int16, 3 } }).with(x).with(y).dispatch(ONE, LANES).run();
+      } },
 };
 
 }  // namespace

@@ -141,6 +141,47 @@ kernel void race_of_writes(device float * y, uint i [[thread_position_in_threadg
     y[i] = s[i % 32];
 }
 
+kernel void race_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[16];
+
+    s[i % 16] = float(i);
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = s[i % 16];
+}
+
+// Equal values, and values that a barrier separates.
+kernel void rewrite(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup float s[1];
+
+    s[0] = 1;
+    y[0] = 2;
+    simdgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+    if (i == 5) {
+        s[0] = 3;
+        y[0] = 4;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
+    y[i + 1] = s[0] + y[0];
+}
+
+kernel void overlap(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    y[i / 2] = float(i);
+}
+
+kernel void overlap_of_simdgroups(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    y[i & 31] = float(i);
+}
+
+kernel void read_next(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    y[i] = y[i + 1];
+}
+
+kernel void read_after_barrier(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    y[i] = float(i);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i + 64] = y[63 - i];
+}
+
 kernel void barrier_without_memory(device float * y, uint i [[thread_position_in_threadgroup]]) {
     threadgroup float s[64];
 
@@ -149,14 +190,23 @@ kernel void barrier_without_memory(device float * y, uint i [[thread_position_in
     y[i] = s[63 - i];
 }
 
-// Reads what the next lane has written, without a barrier.
-kernel void order_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
+kernel void read_next_lane(device float * y, uint i [[thread_position_in_threadgroup]]) {
     threadgroup float s[32];
 
     s[i] = 0;
     simdgroup_barrier(mem_flags::mem_threadgroup);
     s[i] = float(i);
     y[i] = s[(i + 1) % 32];
+}
+
+kernel void order_of_lanes(device float * y, uint i [[thread_position_in_threadgroup]]) {
+    threadgroup atomic_uint n;
+
+    if (i == 0) {
+        atomic_store_explicit(&n, 0u, memory_order_relaxed);
+    }
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    y[i] = float(atomic_fetch_add_explicit(&n, 1u, memory_order_relaxed));
 }
 
 kernel void local_array(constant arguments & args, device float * y) {
@@ -177,6 +227,12 @@ constant short FC_factor [[function_constant(7)]];
 
 kernel void scale(device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
     y[i] = x[i] * FC_factor;
+}
+
+constant bool FC_bounded [[function_constant(8)]];
+
+kernel void bound(device const float * x, device float * y, uint i [[thread_position_in_grid]]) {
+    y[i] = FC_bounded ? min(x[i], 1.0f) : x[i];
 }
 
 kernel void write_row(device float * y, uint i [[thread_position_in_grid]]) {

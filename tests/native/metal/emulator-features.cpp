@@ -144,6 +144,14 @@ void narrow() {
     expect(all[5] == 1 + 11 && all[6] == std::tanh(0.5f) + 0.5f - 1 && all[7] == 2 + 3, "functions");
 }
 
+void swizzles() {
+    const Values<float> y(12);
+    Commands().kernel("swizzles").with(y).dispatch(Size(), Size()).run();
+    // a: (1, 2, 3, 4), (10, 2, 30, 4), (10, 6, 30, 10), (10, 12, 60, 20), (9.5, 12, 60, 19.5); b: (3, 2, 1), (1, 2, 3)
+    const std::vector<float> expected = { 9.5f, 12, 60, 19.5f, 1, 2, 3, 9.5f * 2 + 12 * 3, 6, 7, 5, 8 };
+    expect(y.values() == expected, "swizzles");
+}
+
 void constants() {
     for (bool first : { true, false }) {
         const Values<float> y(1);
@@ -178,6 +186,7 @@ int main() {
         product<_Float16>("product_f16", [](float x) { return _Float16(x); });
         product<uint16_t>("product_bf16", bfloat_of);
         narrow();
+        swizzles();
         constants();
         atomics();
     }

@@ -100,6 +100,25 @@ kernel void narrow(device const float * x, device float * y, constant int & n) {
     y[7] = float2x4(float4(1), float4(2))[1][3] + float(half2x4(float2x4(float4(3), float4(4)))[0][0]);
 }
 
+kernel void swizzles(device float * y) {
+    float4 a = float4(1, 2, 3, 4);
+    float3 b = a.zyx;
+    int4   n = int4(5, 6, 7, 8);
+
+    a.xz = float2(10, 30);
+    a.wy += b.xy * 2.0f;
+    a.yzw *= 2.0f;
+    b.zx  = b.xz;
+    n.xyz = n.yzx;
+
+    thread float4 * p = &a;
+    p->xw -= 0.5f;
+
+    *(device float4 *) (y + 0) = a;
+    *(device float4 *) (y + 4) = float4(b, dot(a.xy, b.yz));
+    *(device float4 *) (y + 8) = float4(n);
+}
+
 constant short FC_n [[function_constant(3)]];
 constant int   FC_m [[function_constant(4)]];
 constant bool  FC_b [[function_constant(5)]];

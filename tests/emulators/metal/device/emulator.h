@@ -36,13 +36,15 @@ extern const bool dry_run;
 //
 
 struct Line;
+struct Users;
 
 // A MTLBuffer.
 struct DeviceBuffer {
-    char * begin;
-    size_t bytes;
-    bool   owned;
-    Line * lines;  // what dispatches have accessed: one for each 64 bytes
+    char *  begin;
+    size_t  bytes;
+    bool    owned;
+    Line *  lines;  // what dispatches have accessed: one for each 64 bytes
+    Users * users;  // of 64 bytes: the threads
 
     DeviceBuffer(size_t bytes);                 // new memory, which holds NaN
     DeviceBuffer(void * memory, size_t bytes);  // the host's
@@ -90,7 +92,8 @@ struct Pipeline {
         int32_t value;
     };
 
-    std::vector<Value> constants;
+    std::vector<Value>                    constants;
+    std::vector<const FunctionConstant *> not_set;  // of the kernel's file
 };
 
 struct ConstantValue {
@@ -102,6 +105,9 @@ struct ConstantValue {
 // Compiles the kernel if necessary. Raises Fault if there is none, or if a constant has another type.
 std::unique_ptr<Pipeline>
 make_pipeline(const std::string & kernel, const std::string & name, const std::vector<ConstantValue> & constants);
+
+// The .metal file of a kernel, without its folder and suffix. "": there is no such kernel.
+std::string file_of(const std::string & kernel);
 
 bool is_data_of(const KernelObject & object, const char * address);
 
@@ -131,13 +137,19 @@ struct Dispatch {
 // threadgroup.cpp
 //
 
+// A lane between two meetings of its simdgroup: nothing orders what several lanes do in between.
+struct Actor {
+    uint8_t  simdgroup, lane;
+    uint16_t meetings;
+};
+
 // Runs all threadgroups. Throws Fault.
 void run(Dispatch & dispatch);
 
-bool     in_kernel();
-unsigned current_simdgroup();
-void     wait_for_lanes();  // until the others of the simdgroup wait, too
-bool     is_stack(const void * address);
+bool  in_kernel();
+Actor current_actor();
+void  wait_for_lanes();  // until the others of the simdgroup wait, too
+bool  is_stack(const void * address);
 
 [[noreturn]] void fail(const std::string & text);
 
@@ -150,5 +162,6 @@ void begin_threadgroup();  // places dynamic threadgroup memory
 void end_dispatch();
 void check_rewrite();             // after a write that may be a race
 void order_threadgroup_memory();  // after a barrier
+void order_device_memory();
 
 }  // namespace metal_emulator

@@ -76,6 +76,11 @@ std::map<std::string, Entry> read_list() {
     return entries;
 }
 
+std::map<std::string, Entry> & all_entries() {
+    static std::map<std::string, Entry> entries = read_list();
+    return entries;
+}
+
 std::string compile(const std::string & name, const Entry & entry) {
     const std::string path = METAL_EMULATOR_KERNELS "/" + name;
     if (access((path + ".so").c_str(), R_OK) != 0) {
@@ -91,18 +96,22 @@ std::string compile(const std::string & name, const Entry & entry) {
 
 }  // namespace
 
+std::string file_of(const std::string & kernel) {
+    const auto found = all_entries().find(kernel);
+    return found == all_entries().end() ? "" : found->second.source.substr(0, found->second.source.find('.'));
+}
+
 bool is_data_of(const KernelObject & object, const char * address) {
     return object.contains(address);
 }
 
 std::unique_ptr<Pipeline>
 make_pipeline(const std::string & kernel, const std::string & name, const std::vector<ConstantValue> & constants) {
-    static std::mutex                   mutex;
-    const std::lock_guard<std::mutex>   lock(mutex);
-    static std::map<std::string, Entry> entries = read_list();
+    static std::mutex                 mutex;
+    const std::lock_guard<std::mutex> lock(mutex);
 
-    const auto found = entries.find(kernel);
-    if (found == entries.end()) {
+    const auto found = all_entries().find(kernel);
+    if (found == all_entries().end()) {
         throw Fault("there is no kernel '" + kernel + "' for the pipeline '" + name + "'");
     }
     auto pipeline  = std::make_unique<Pipeline>();
@@ -121,6 +130,7 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     pipeline->in_step        = entry.flags.find("in-step") != std::string::npos;
     pipeline->barrier_orders = entry.flags.find("barrier-orders") != std::string::npos;
     for (const FunctionConstant * each = *pipeline->kernel->constants; each; each = each->next) {
+        const size_t before = pipeline->constants.size();
         for (const ConstantValue & given : constants) {
             if (given.index == each->index) {
                 static const size_t bytes[] = { sizeof(bool), sizeof(int16_t), sizeof(int32_t) };
@@ -131,6 +141,9 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
                 }
                 pipeline->constants.push_back({ each->value, bytes[int(each->type)], given.value });
             }
+        }
+        if (pipeline->constants.size() == before) {
+            pipeline->not_set.push_back(each);
         }
     }
     return pipeline;

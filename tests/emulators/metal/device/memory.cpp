@@ -2,8 +2,9 @@
 // sanitizer (no sanitizer runtime is linked); the functions at the end of this file check it:
 //
 // - device memory: the dispatch's buffers or, if the host names them, the tensors of the node; and whether another
-//   threadgroup, or another dispatch between the same two barriers, has accessed the same bytes, one of them writing;
-// - threadgroup memory: its size, bytes that nobody has written, and races of simdgroups between two barriers;
+//   thread or threadgroup, or another dispatch between the same two barriers, has accessed the same bytes, one of them
+//   writing;
+// - threadgroup memory: its size, bytes that nobody has written, and races of threads between two barriers;
 // - constant memory: its size; it is read-only.
 
 #include "emulator.h"
@@ -34,7 +35,31 @@ struct Line {
     Accesses other_dispatches;
 };
 
+// The accesses of one threadgroup to 64 bytes of a buffer since its last barrier for device memory.
+struct Users {
+    uint32_t time;
+    Accesses here;
+    Actor    reader[64], writer[64];  // of the bytes in `here`
+};
+
 namespace {
+
+constexpr uint8_t SEVERAL = 0xff;  // simdgroups, lanes
+
+// Whether nothing orders what these two do.
+bool unordered(Actor a, Actor b) {
+    return a.simdgroup != b.simdgroup || (a.lane != b.lane && a.meetings == b.meetings);
+}
+
+// The readers of a byte after one more.
+Actor joined(Actor readers, Actor one) {
+    if (!unordered(readers, one)) {
+        return one;
+    }
+    readers.lane      = SEVERAL;
+    readers.simdgroup = readers.simdgroup == one.simdgroup ? one.simdgroup : SEVERAL;
+    return readers;
+}
 
 constexpr size_t GUARD  = 1 << 20;
 constexpr int    POISON = 0xff;  // with this byte every float, half and bfloat is NaN
@@ -62,13 +87,11 @@ struct Array {
 // Who accessed a byte of threadgroup memory.
 struct Cell {
     uint32_t     written_time, read_time;
-    uint16_t     writer, reader;
+    Actor        writer, reader;
     bool         atomic;
     const void * written_at;
     const void * read_at;
 };
-
-constexpr uint16_t SEVERAL = 0xffff;
 
 struct ThreadgroupMemory {
     static constexpr size_t BYTES = 1 << 20, GAP = 4096;
@@ -101,14 +124,14 @@ struct Constants {
     size_t       bytes;
 };
 
-// A write of threadgroup memory that another simdgroup has written: a race unless the values are the same, which the
-// next event shows.
+// A write of memory that another thread has written: a race unless the values are the same, which the next event shows.
 struct Rewrite {
     const char * address = nullptr;  // nullptr: none
     size_t       bytes;
     char         before[16];
     const void * code;
-    const void * other;
+    Actor        other;
+    const void * other_code;
 };
 
 Rewrite                         rewrite;
@@ -116,8 +139,9 @@ Dispatch *                      current = nullptr;
 std::vector<DeviceBuffer *>     buffers;  // of the current dispatch
 std::vector<Constants>          constants;
 size_t                          last_buffer, last_read_range, last_write_range;
-uint32_t                        threadgroup;  // its number in the dispatch, from 1
-std::map<uint32_t, std::string> names;        // of the epoch's dispatches
+uint32_t                        threadgroup;      // its number in the dispatch, from 1
+uint32_t                        device_time = 0;  // increases with each threadgroup and barrier for device memory
+std::map<uint32_t, std::string> names;            // of the epoch's dispatches
 uint32_t                        names_epoch = 0;
 
 std::string what(bool write) {
@@ -129,9 +153,21 @@ std::string what(bool write) {
     fail((place.empty() ? "" : place + ": ") + text);
 }
 
-std::string race_text(bool write, const char * other, const void * other_code) {
-    return "a race: " + what(write) + " of threadgroup memory that another simdgroup " + other + " at " +
-           place_of(other_code) + " without a barrier between";
+// other_code: nullptr for device memory.
+std::string race_text(bool write, const char * did, Actor other, const void * other_code) {
+    const bool lane = other.simdgroup == current_actor().simdgroup;
+    return "a race: " + what(write) + " of " + (other_code ? "threadgroup" : "device") + " memory that another " +
+           (lane ? "lane" : "simdgroup") + " of the threadgroup " + did +
+           (other_code ? " at " + place_of(other_code) : "") + " without a barrier between";
+}
+
+// The write may be a race with that of `other`.
+void note_rewrite(const char * address, size_t bytes, const void * code, Actor other, const void * other_code) {
+    if (bytes > sizeof(rewrite.before)) {
+        fail_at(code, race_text(true, "wrote", other, other_code));
+    }
+    rewrite = { address, bytes, {}, code, other, other_code };
+    memcpy(rewrite.before, address, bytes);
 }
 
 // What others did with these bytes, if it excludes this access.
@@ -139,9 +175,38 @@ const char * conflict_of(const Accesses & others, uint64_t bytes, bool write) {
     return others.written & bytes ? "writes" : write && (others.read & bytes) ? "reads" : nullptr;
 }
 
-// atomic: no race with other threadgroups.
+// Races of threads of one threadgroup for bytes of one line.
+void see_users(Users & users, const char * address, size_t bytes, uint64_t mask, bool write, const void * code) {
+    if (users.time != device_time) {
+        users.time = device_time;
+        users.here = {};
+    }
+    const Actor self = current_actor();
+    for (uint64_t left = mask; left; left &= left - 1) {
+        const int      i   = __builtin_ctzll(left);
+        const uint64_t bit = left & -left;
+        if ((users.here.written & bit) && unordered(users.writer[i], self)) {
+            if (!write) {
+                fail_at(code, race_text(false, "wrote", users.writer[i], nullptr));
+            }
+            note_rewrite(address, bytes, code, users.writer[i], nullptr);
+        }
+        if (write && (users.here.read & bit) && unordered(users.reader[i], self)) {
+            fail_at(code, race_text(true, "read", users.reader[i], nullptr));
+        }
+        if (write) {
+            users.writer[i] = self;
+        } else {
+            users.reader[i] = users.here.read & bit ? joined(users.reader[i], self) : self;
+        }
+    }
+    (write ? users.here.written : users.here.read) |= mask;
+}
+
+// atomic: no race with other threads.
 void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool write, bool atomic, const void * code) {
-    std::vector<Range> & ranges = current->ranges;
+    std::vector<Range> & ranges   = current->ranges;
+    bool                 writable = true;
     if (!ranges.empty()) {
         size_t & last = write ? last_write_range : last_read_range;
         if (last >= ranges.size() || address < ranges[last].begin || address + bytes > ranges[last].end) {
@@ -166,6 +231,7 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
                                         : ""));
             }
         }
+        writable = ranges[last].writable;
     }
     (write ? current->bytes_written : current->bytes_read) += bytes;
     for (size_t at = size_t(address - buffer.begin), end = at + bytes; at < end;) {
@@ -197,6 +263,9 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
             fail_at(code, what(write) + " of bytes that another threadgroup of the dispatch " + conflict);
         }
         (write ? line.here.written : line.here.read) |= mask;
+        if (writable && !atomic) {
+            see_users(buffer.users[at / 64], address, bytes, mask, write, code);
+        }
         at += count;
     }
 }
@@ -223,33 +292,36 @@ void see_threadgroup(const char * address, size_t bytes, bool write, bool atomic
         }
         group.last = size_t(found - group.arrays.begin());
     }
-    const Array &  array = group.arrays[group.last];
-    const uint16_t self  = uint16_t(current_simdgroup());
+    const Array & array = group.arrays[group.last];
+    const Actor   self  = current_actor();
+    const bool    steps = current->pipeline->in_step;
+    const auto    apart = [&](Actor other) {
+        return unordered(other, self) && !(steps && other.simdgroup == self.simdgroup);
+    };
     for (size_t i = 0; i < bytes; i++) {
-        Cell &     cell  = group.cells[address + i - group.memory];
-        const bool apart = !(atomic && cell.atomic);
+        Cell &     cell        = group.cells[address + i - group.memory];
+        const bool both_atomic = atomic && cell.atomic;
         if (cell.written_time < group.begin) {
             if (!write) {
                 fail_at(code, "a read of threadgroup memory that no thread has written: " + array.where(address + i));
             }
-        } else if (cell.written_time == group.time && cell.writer != self && apart) {
-            if (write && bytes <= sizeof(rewrite.before)) {
-                rewrite = { address, bytes, {}, code, cell.written_at };
-                memcpy(rewrite.before, address, bytes);
-            } else {
-                fail_at(code, race_text(write, "wrote", cell.written_at) + ": " + array.where(address + i));
+        } else if (cell.written_time == group.time && !both_atomic && apart(cell.writer)) {
+            if (!write) {
+                fail_at(code,
+                        race_text(false, "wrote", cell.writer, cell.written_at) + ": " + array.where(address + i));
             }
+            note_rewrite(address, bytes, code, cell.writer, cell.written_at);
         }
         if (write) {
-            if (cell.read_time == group.time && cell.reader != self && apart) {
-                fail_at(code, race_text(write, "read", cell.read_at) + ": " + array.where(address + i));
+            if (cell.read_time == group.time && !both_atomic && apart(cell.reader)) {
+                fail_at(code, race_text(true, "read", cell.reader, cell.read_at) + ": " + array.where(address + i));
             }
             cell.written_time = group.time;
             cell.writer       = self;
             cell.written_at   = code;
             cell.atomic       = atomic;
         } else {
-            cell.reader    = cell.read_time == group.time && cell.reader != self ? SEVERAL : self;
+            cell.reader    = cell.read_time == group.time ? joined(cell.reader, self) : self;
             cell.read_time = group.time;
             cell.read_at   = code;
         }
@@ -290,6 +362,11 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
         }
     }
     if (is_data_of(*current->pipeline->object, address)) {
+        for (const FunctionConstant * each : current->pipeline->not_set) {
+            if (each->value == address) {
+                fail_at(code, format("the function constant %u, %s, is not set", each->index, each->name));
+            }
+        }
         return;
     }
     for (const DeviceBuffer * buffer : buffers) {
@@ -317,16 +394,19 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
 DeviceBuffer::DeviceBuffer(size_t bytes) :
     begin(static_cast<char *>(map(bytes + 2 * GUARD)) + GUARD), bytes(bytes), owned(true), line_count(bytes / 64 + 1) {
     lines = static_cast<Line *>(map(line_count * sizeof(Line)));
+    users = static_cast<Users *>(map(line_count * sizeof(Users)));
     memset(begin, POISON, bytes);
 }
 
 DeviceBuffer::DeviceBuffer(void * memory, size_t bytes) :
     begin(static_cast<char *>(memory)), bytes(bytes), owned(false), line_count(bytes / 64 + 1) {
     lines = static_cast<Line *>(map(line_count * sizeof(Line)));
+    users = static_cast<Users *>(map(line_count * sizeof(Users)));
 }
 
 DeviceBuffer::~DeviceBuffer() {
     munmap(lines, line_count * sizeof(Line));
+    munmap(users, line_count * sizeof(Users));
     if (owned) {
         munmap(begin - GUARD, bytes + 2 * GUARD);
     }
@@ -337,7 +417,7 @@ void check_rewrite() {
         const Rewrite last = rewrite;
         rewrite            = Rewrite();
         if (memcmp(last.before, last.address, last.bytes) != 0) {
-            fail_at(last.code, race_text(true, "wrote", last.other));
+            fail_at(last.code, race_text(true, "wrote", last.other, last.other_code));
         }
     }
 }
@@ -368,6 +448,7 @@ void end_dispatch() {
 void begin_threadgroup() {
     rewrite = Rewrite();
     threadgroup++;
+    device_time++;
     group.arrays.clear();
     group.used = group.total = group.last = 0;
     group.begin                           = ++group.time;
@@ -378,6 +459,10 @@ void begin_threadgroup() {
 
 void order_threadgroup_memory() {
     group.time++;
+}
+
+void order_device_memory() {
+    device_time++;
 }
 
 void * buffer_argument(unsigned index) {

@@ -33,7 +33,8 @@ struct Simdgroup {
     unsigned number;
     uint32_t alive, ready, arrived, at_barrier;
     uint32_t in_step;  // wait until no other lane is ready
-    void **  lanes;    // the argument of each waiting lane
+    uint32_t meetings;
+    void **  lanes;  // the argument of each waiting lane
     Complete complete;
     Place    place;
 };
@@ -43,7 +44,8 @@ struct Threadgroup {
     std::vector<Simdgroup> simdgroups;
     Thread *               current = nullptr;  // nullptr: the host runs
     unsigned               ended = 0, arrived = 0;
-    bool                   orders_memory      = false;
+    bool                   orders_threadgroup = false;
+    bool                   orders_device      = false;
     bool                   barrier_orders     = false;    // of the kernel
     Thread *               first              = nullptr;  // at the barrier
     void *                 host_stack_pointer = nullptr;
@@ -118,7 +120,9 @@ void go_on() {
 void complete(Simdgroup & simdgroup) {
     const uint32_t arrived = simdgroup.arrived;
     simdgroup.arrived      = 0;
+    simdgroup.meetings++;
     simdgroup.complete(simdgroup.lanes, arrived);
+    simdgroup.meetings++;
     simdgroup.ready |= arrived;
 }
 
@@ -270,8 +274,9 @@ bool is_stack(const void * address) {
     return group.stacks.contains(address);
 }
 
-unsigned current_simdgroup() {
-    return group.current->simdgroup->number;
+Actor current_actor() {
+    const Thread & thread = *group.current;
+    return { uint8_t(thread.simdgroup->number), uint8_t(thread.lane), uint16_t(thread.simdgroup->meetings) };
 }
 
 Position position() {
@@ -282,7 +287,7 @@ unsigned lane_index() {
     return group.current->lane;
 }
 
-void wait_for_threadgroup(bool orders_memory, Place place) {
+void wait_for_threadgroup(bool orders_threadgroup, bool orders_device, Place place) {
     check_rewrite();
     Thread & self = *group.current;
     if (group.ended) {
@@ -296,8 +301,9 @@ void wait_for_threadgroup(bool orders_memory, Place place) {
     self.waits_for = "threadgroup_barrier";
     self.waits_at  = place;
     if (group.arrived == 0) {
-        group.first         = &self;
-        group.orders_memory = orders_memory || group.barrier_orders;
+        group.first              = &self;
+        group.orders_threadgroup = orders_threadgroup || group.barrier_orders;
+        group.orders_device      = orders_device || group.barrier_orders;
     } else if (group.first->waits_at != place) {
         fail(text_of(place) + ": divergent barrier: " + name_of(self) + " waits here while " + name_of(*group.first) +
              " waits at " + text_of(group.first->waits_at));
@@ -310,8 +316,11 @@ void wait_for_threadgroup(bool orders_memory, Place place) {
             simdgroup.at_barrier = 0;
         }
         group.arrived = 0;
-        if (group.orders_memory) {
+        if (group.orders_threadgroup) {
             order_threadgroup_memory();
+        }
+        if (group.orders_device) {
+            order_device_memory();
         }
     }
     go_on();

@@ -73,6 +73,9 @@ struct ggml_metal {
 };
 
 ggml_metal_t ggml_metal_init(ggml_metal_device_t dev) {
+    if (!ggml_metal_device_get_library(dev)) {
+        return nullptr;
+    }
     auto * ctx              = new ggml_metal();
     ctx->dev                = dev;
     ctx->ev_cpy             = ggml_metal_device_event_init(dev);

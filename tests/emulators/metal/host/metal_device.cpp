@@ -12,6 +12,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <mutex>
+#include <set>
+#include <sstream>
 
 using metal_emulator::CommandBuffer;
 using metal_emulator::ConstantType;
@@ -93,13 +95,25 @@ int ggml_metal_pipeline_max_theads_per_threadgroup(ggml_metal_pipeline_with_para
 
 struct ggml_metal_library {
     ggml_metal_device_t    dev;
+    std::set<std::string>  missing;
     ggml_metal_pipelines_t pipelines = ggml_metal_pipelines_init();
     std::mutex             mutex;
 };
 
 ggml_metal_library_t ggml_metal_library_init(ggml_metal_device_t dev) {
-    auto * library = new ggml_metal_library();
-    library->dev   = dev;
+    auto * library             = new ggml_metal_library();
+    library->dev               = dev;
+    const char *       refused = getenv("KIMI_METAL_REFUSED");
+    std::istringstream names(refused ? refused : "");
+    bool               complete = true;
+    for (std::string name; std::getline(names, name, ',');) {
+        library->missing.insert(name);
+        complete = metal_emulator_log_missing(name.c_str(), "refused by KIMI_METAL_REFUSED") && complete;
+    }
+    if (!complete) {
+        ggml_metal_library_free(library);
+        return nullptr;
+    }
     return library;
 }
 
@@ -119,6 +133,10 @@ ggml_metal_device_t ggml_metal_library_get_device(ggml_metal_library_t lib) {
     return lib->dev;
 }
 
+bool ggml_metal_library_has(ggml_metal_library_t lib, const char * name) {
+    return lib && lib->missing.count(name) == 0;
+}
+
 ggml_metal_pipeline_with_params ggml_metal_library_get_pipeline(ggml_metal_library_t lib, const char * name) {
     const std::lock_guard<std::mutex> lock(lib->mutex);
     ggml_metal_pipeline_with_params   result = {};
@@ -135,6 +153,9 @@ ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(ggml_metal_l
         return result;
     }
     try {
+        if (lib->missing.count(metal_emulator::file_of(base))) {
+            throw Fault("kernel not found in any metal library: " + std::string(base));
+        }
         std::unique_ptr<Pipeline> pipeline =
             metal_emulator::make_pipeline(base, name, cv ? cv->values : std::vector<metal_emulator::ConstantValue>());
         const std::lock_guard<std::mutex> lock(lib->mutex);
@@ -237,7 +258,10 @@ ggml_metal_device_t ggml_metal_device_init(int device, int n_devices) {
     const char * debug = getenv("GGML_METAL_FUSION_DEBUG");
     dev->finfo   = ggml_metal_fusion_info_init(getenv("GGML_METAL_FUSION_DISABLE") == nullptr, debug ? atoi(debug) : 0);
     dev->library = ggml_metal_library_init(dev);
-    dev->queue   = new Queue();
+    if (!dev->library) {
+        GGML_LOG_ERROR("%s: error: failed to create library\n", __func__);
+    }
+    dev->queue = new Queue();
     return dev;
 }
 

@@ -19,6 +19,9 @@ struct ggml_metal_device {
 // The id of a device's name, such as "Apple M1 Max"; GENERIC if unknown.
 enum ggml_metal_device_id metal_emulator_device_id(const char * name);
 
+// Logs that kernels/LIBRARY.metal could not be compiled. Returns whether the backend works without it.
+bool metal_emulator_log_missing(const char * library, const char * error);
+
 #ifdef __cplusplus
 }
 #endif

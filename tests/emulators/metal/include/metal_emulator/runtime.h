@@ -34,8 +34,8 @@ void * threadgroup_argument(unsigned index);
 // A `threadgroup` array that is declared in a kernel; `key` is one address for each declaration.
 void * threadgroup_array(const void * key, size_t bytes, size_t alignment, const char * name, Place place);
 
-// threadgroup_barrier. orders_memory: also a fence of threadgroup memory.
-void wait_for_threadgroup(bool orders_memory, Place place);
+// threadgroup_barrier. orders_…: also a fence of threadgroup or device memory.
+void wait_for_threadgroup(bool orders_threadgroup, bool orders_device, Place place);
 
 // Waits until all living lanes of the simdgroup are here. The last one calls complete(lanes, alive), where lanes[i] is
 // lane i's `mine`.

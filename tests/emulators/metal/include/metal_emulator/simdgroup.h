@@ -17,7 +17,8 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) {
 }
 
 inline void threadgroup_barrier(mem_flags flags, Place place = Place::here()) {
-    metal_emulator::wait_for_threadgroup(int(flags) & int(mem_flags::mem_threadgroup), place);
+    metal_emulator::wait_for_threadgroup(int(flags) & int(mem_flags::mem_threadgroup),
+                                         int(flags) & int(mem_flags::mem_device), place);
 }
 
 inline void simdgroup_barrier(mem_flags, Place place = Place::here()) {

@@ -112,6 +112,39 @@ template <class T> struct Elements<T, 4> {
     };
 };
 
+template <class T, int N> struct vec;
+
+template <int... I> constexpr bool all_different() {
+    unsigned seen = 0;
+    ((seen |= 1u << I), ...);
+    return __builtin_popcount(seen) == sizeof...(I);
+}
+
+// Components of a vector that are assigned to.
+template <class T, int... I> struct Target {
+    using Value = vec<T, sizeof...(I)>;
+
+    T * element;
+
+    void operator=(const Value & value) {
+        const int component[] = { I... };
+        for (size_t i = 0; i < sizeof...(I); i++) {
+            element[component[i]] = value.element[i];
+        }
+    }
+
+    void operator+=(const Value & other) { *this = value() + other; }
+
+    void operator-=(const Value & other) { *this = value() - other; }
+
+    void operator*=(const Value & other) { *this = value() * other; }
+
+    void operator/=(const Value & other) { *this = value() / other; }
+
+  private:
+    Value value() const { return { element[I]... }; }
+};
+
 template <class T, int N> struct alignas((N == 3 ? 4 : N) * sizeof(T)) vec : Elements<T, N> {
     vec() = default;
 
@@ -137,6 +170,19 @@ template <class T, int N> struct alignas((N == 3 ? 4 : N) * sizeof(T)) vec : Ele
     T & operator[](size_t i) { return this->element[i]; }
 
     const T & operator[](size_t i) const { return this->element[i]; }
+
+    // v.xy
+    template <int... I> const vec<T, sizeof...(I)> part() const {
+        static_assert(((I < N) && ...), "the vector has fewer components");
+        return { this->element[I]... };
+    }
+
+    // v.xy = …
+    template <int... I> Target<T, I...> target() {
+        static_assert(((I < N) && ...), "the vector has fewer components");
+        static_assert(all_different<I...>(), "a component is assigned to twice");
+        return { this->element };
+    }
 
   private:
     template <class S, if_scalar<S> = 0> void append(int & at, S value) { this->element[at++] = T(value); }
