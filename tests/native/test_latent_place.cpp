@@ -68,8 +68,7 @@ int main() {
     // all in one place
     CHECK(obstacle(cpu, cpu, cpu).empty());
     CHECK(obstacle(&able.buffer, &able.buffer, &able.buffer).empty());
-    CHECK(obstacle(&unable.buffer, &unable.buffer, &unable.buffer) ==
-          "GPU does not have LATENT_ATTN for f16 caches and cache in memory");
+    CHECK(obstacle(&unable.buffer, &unable.buffer, &unable.buffer) == "GPU does not have LATENT_ATTN for f16 caches");
 
     // layers on a GPU, cache in host memory (-nkvo), and the reverse: weights kept in host memory
     CHECK(obstacle(cpu, &able.buffer, &able.buffer) == "its cache is on CPU and k_b on GPU");

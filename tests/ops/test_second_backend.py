@@ -154,7 +154,7 @@ OBSTACLES: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "the device lacks it": (
         {"SECOND_REFUSES": "LATENT_ATTN"},
         {},
-        "SECOND0 does not have LATENT_ATTN for f32 caches and cache in SECOND0",
+        "SECOND0 does not have LATENT_ATTN for f32 caches",
     ),
     "the cache stays behind": (
         {},

@@ -6,6 +6,7 @@
 #include "llama-kv-cache.h"
 #include "llama-latent-order.h"
 #include "llama-latent-place.h"
+#include "llama-latent-plain.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -87,6 +88,48 @@ int llama_latent_attn_row(const llama_ubatch & ubatch) {
     return (int) (std::lower_bound(std::begin(ROWS), std::end(ROWS), own_keys(ubatch)) - ROWS);
 }
 
+// The LATENT_ATTN of this layer.
+static ggml_tensor * operator_of(const llm_graph_context &      g,
+                                 const llm_graph_input_attn_k * inp,
+                                 const llama_layer &            layer,
+                                 ggml_tensor *                  q,
+                                 float                          kq_scale,
+                                 int                            il) {
+    ggml_tensor * k = cache_of(g, inp, il);
+    return ggml_latent_attn(g.ctx0, by_stream(g.ctx0, q, k->ne[3]), k, layer.wk_b, layer.wv_b, inp->get_kq_mask(),
+                            kq_scale);
+}
+
+// Whether the ubatch and all cells that it reads belong to one sequence. The plain graph expands all of these cells; with
+// cells of other sequences it could take longer than the absorbed form.
+static bool is_alone(const llm_graph_context & g) {
+    return g.cparams.n_seq_max == 1 || (!g.cparams.kv_unified && g.ubatch.equal_seqs() && g.ubatch.n_seqs == 1);
+}
+
+// How to compute the attention of many queries.
+enum class Form { ABSORBED, OPERATOR, PLAIN };
+
+// node: the LATENT_ATTN of the layer. ABSORBED: no other form can be used; `why` is the reason. PLAIN: `why` is the
+// reason against OPERATOR.
+static Form form_of(const ggml_tensor * node, std::string & why) {
+    why = llama_latent_attn_obstacle(node);
+    if (why.empty()) {
+        return Form::OPERATOR;
+    }
+    const std::string also = llama_latent_plain_obstacle(node);
+    if (also.empty()) {
+        return Form::PLAIN;
+    }
+    why += "; " + also;
+    return Form::ABSORBED;
+}
+
+static void say_once(std::atomic<bool> & said, const std::string & text) {
+    if (!said.exchange(true)) {
+        LLAMA_LOG_WARN("latent attention: %s\n", text.c_str());
+    }
+}
+
 bool llama_latent_attn_wanted(const llm_graph_context &      g,
                               const llm_graph_input_attn_k * inp,
                               const llama_layer &            layer,
@@ -98,27 +141,32 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     ggml_tensor * k         = cache_of(g, inp, il);
     const bool    equal     = g.ubatch.equal_seqs();
     const int64_t n_queries = equal ? g.ubatch.n_seq_tokens : g.n_tokens / k->ne[3];
+    const int64_t n_own     = own_keys(g.ubatch);
+    const int64_t n_keys    = n_own > 0 ? n_own : k->ne[1];
     if (n_queries < min_queries(k, 0)) {
         return false;
     }
 
-    const int64_t n_key = layer.wk_b->ne[0] + k->ne[0] - layer.wk_b->ne[1];
-    ggml_tensor * q     = ggml_new_tensor_3d(g.ctx0, GGML_TYPE_F32, n_key, layer.wk_b->ne[2], g.n_tokens);
-    ggml_tensor * node =
-        ggml_latent_attn(g.ctx0, by_stream(g.ctx0, q, k->ne[3]), k, layer.wk_b, layer.wv_b, inp->get_kq_mask(), 1.0f);
-    const std::string why = llama_latent_attn_obstacle(node);
-    if (why.empty()) {
-        const int64_t n_keys = own_keys(g.ubatch);
-        return n_queries >= min_queries(k, n_keys > 0 ? n_keys : k->ne[1]);
+    const int64_t            n_key = layer.wk_b->ne[0] + k->ne[0] - layer.wk_b->ne[1];
+    ggml_tensor *            q     = ggml_new_tensor_3d(g.ctx0, GGML_TYPE_F32, n_key, layer.wk_b->ne[2], g.n_tokens);
+    std::string              why;
+    const Form               form = form_of(operator_of(g, inp, layer, q, 1.0f, il), why);
+    static std::atomic<bool> said_plain{ false };
+    static std::atomic<bool> said_absorbed{ false };
+    const std::string        where = "layer " + std::to_string(il);
+    switch (form) {
+    case Form::OPERATOR:
+        return n_queries >= min_queries(k, n_keys);
+    case Form::PLAIN:
+        say_once(said_plain, where + " uses matmuls and flash attention in large batches: " + why);
+        return is_alone(g) && n_queries >= llama_latent_plain_min_queries(k, n_keys);
+    case Form::ABSORBED:
+        break;
     }
     if (ops.require) {
-        throw std::runtime_error("KIMI_OPS=require: layer " + std::to_string(il) +
-                                 ": decompressed latent attention: " + why);
+        throw std::runtime_error("KIMI_OPS=require: " + where + ": decompressed latent attention: " + why);
     }
-    static std::atomic<bool> said{ false };
-    if (!said.exchange(true)) {
-        LLAMA_LOG_WARN("latent attention: layer %d stays absorbed in large batches: %s\n", il, why.c_str());
-    }
+    say_once(said_absorbed, where + " stays absorbed in large batches: " + why);
     return false;
 }
 
@@ -126,11 +174,15 @@ uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs) {
     int64_t most = 0;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
+        const ggml_tensor * k    = node->src[1];
         if (node->op == GGML_OP_LATENT_ATTN) {
-            const ggml_tensor * cache = node->src[1];
-            most                      = std::max(most, (min_queries(cache, cache->ne[1]) - 1) * cache->ne[3]);
-            most                      = std::max<int64_t>(most, (LLAMA_MANY_TOKENS - 1) * n_seqs);
+            most = std::max(most, (min_queries(k, k->ne[1]) - 1) * k->ne[3]);
+        } else if (llama_latent_plain_has(node)) {
+            most = std::max(most, llama_latent_plain_min_queries(k, k->ne[1]) - 1);
+        } else {
+            continue;
         }
+        most = std::max<int64_t>(most, (LLAMA_MANY_TOKENS - 1) * n_seqs);
     }
     return most;
 }
@@ -146,12 +198,15 @@ ggml_tensor * llama_latent_attn(const llm_graph_context & g,
     ggml_build_forward_expand(g.gf, k_cur);
     ggml_build_forward_expand(g.gf, inp->mctx->cpy_k(g.ctx0, k_cur, inp->get_k_idxs(), il));
 
-    ggml_tensor * k   = cache_of(g, inp, il);
-    ggml_tensor * cur = ggml_latent_attn(g.ctx0, by_stream(g.ctx0, q, k->ne[3]), k, layer.wk_b, layer.wv_b,
-                                         inp->get_kq_mask(), kq_scale);
-    if (inp->self_k_order && inp->self_k_order->ne[1] == k->ne[3]) {
-        llama_latent_order_attach(g.gf, inp->self_k_order, cur);
+    std::string   why;
+    ggml_tensor * cur = operator_of(g, inp, layer, q, kq_scale, il);
+    if (form_of(cur, why) == Form::PLAIN) {
+        cur = llama_latent_plain(g.ctx0, g.gf, cur);
+    } else {
+        if (inp->self_k_order && inp->self_k_order->ne[1] == cur->ne[3]) {
+            llama_latent_order_attach(g.gf, inp->self_k_order, cur);
+        }
+        g.cb(cur, "latent_attn", il);
     }
-    g.cb(cur, "latent_attn", il);
     return ggml_reshape_2d(g.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2] * cur->ne[3]);
 }

@@ -15,9 +15,8 @@ static ggml_backend_dev_t device_of(ggml_backend_buffer_type_t memory) {
                                              : ggml_backend_buft_get_device(memory);
 }
 
-std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
-    const ggml_tensor * const cache   = node->src[1];
-    const ggml_tensor * const parts[] = { cache, node->src[2], node->src[3] };
+ggml_backend_dev_t llama_latent_attn_holder(const ggml_tensor * node, std::string & why) {
+    const ggml_tensor * const parts[] = { node->src[1], node->src[2], node->src[3] };
     ggml_backend_dev_t        holder  = nullptr;
     for (const ggml_tensor * t : parts) {
         const ggml_backend_buffer_type_t memory = memory_of(t);
@@ -26,20 +25,28 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
         }
         const ggml_backend_dev_t dev = device_of(memory);
         if (dev == nullptr) {
-            return std::string("no device is known for ") + ggml_backend_buft_name(memory);
+            why = std::string("no device is known for ") + ggml_backend_buft_name(memory);
+            return nullptr;
         }
         if (holder && dev != holder) {
-            return std::string("its cache is on ") + ggml_backend_dev_name(holder) + " and " + t->name + " on " +
-                   ggml_backend_dev_name(dev);
+            why = std::string("its cache is on ") + ggml_backend_dev_name(holder) + " and " + t->name + " on " +
+                  ggml_backend_dev_name(dev);
+            return nullptr;
         }
         holder = dev;
-        if (!ggml_backend_dev_supports_op(dev, node)) {
-            return std::string(ggml_backend_dev_name(dev)) + " does not have " + ggml_op_name(node->op) + " for " +
-                   ggml_type_name(cache->type) + " caches and " + (t == cache ? "cache" : t->name) + " in " +
-                   ggml_backend_buft_name(memory);
-        }
     }
-    return "";
+    return holder;
+}
+
+std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
+    std::string              why;
+    const ggml_backend_dev_t dev = llama_latent_attn_holder(node, why);
+    if (dev && !ggml_backend_dev_supports_op(dev, node)) {
+        const ggml_tensor * cache = node->src[1];
+        why = std::string(ggml_backend_dev_name(dev)) + " does not have " + ggml_op_name(node->op) + " for " +
+              ggml_type_name(cache->type) + " caches";
+    }
+    return why;
 }
 
 bool llama_latent_attn_on_cpu(const ggml_tensor * cache) {

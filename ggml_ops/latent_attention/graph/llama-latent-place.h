@@ -2,14 +2,17 @@
 
 // Finds the device on which LATENT_ATTN would run, and whether it can run there.
 
+#include "ggml-backend.h"
+
 #include <string>
 
-struct ggml_tensor;
-
 // node: a LATENT_ATTN whose cache and weights have memory; it need not be part of a graph.
-// Returns why no device can compute it, or an empty string: cache, k_b and v_b must be on one device that supports the
-// node. Memory that the CPU reads in place counts as the CPU's, whoever allocated it. A tensor without memory (in a dry
-// run that only measures the model) is ignored.
+// Returns the device that has the cache, k_b and v_b; nullptr and the reason if they are not on one device. Memory that
+// the CPU reads in place counts as the CPU's, whoever allocated it. A tensor without memory (in a dry run that only
+// measures the model) is ignored; without any the result is nullptr and no reason.
+ggml_backend_dev_t llama_latent_attn_holder(const ggml_tensor * node, std::string & why);
+
+// Returns why this device cannot compute the node, or an empty string.
 std::string llama_latent_attn_obstacle(const ggml_tensor * node);
 
 // Whether the cache is on a device of ggml's CUDA backend, which has its own break-even point.
