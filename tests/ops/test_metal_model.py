@@ -61,6 +61,7 @@ def test_logits_of_the_device(
     assert any("flash_attn" in each for each in ran) == (flash and "M" in on_device)
 
 
+@pytest.mark.full  # test_metal_fusion.py verifies them with a fault in one part
 def test_the_operators_verify_themselves(
     metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
