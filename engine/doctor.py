@@ -17,10 +17,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.engine.build_spec import VERIFY
 from kimi_gguf.engine.builds import Engine, builds, cache_folder, select
 from kimi_gguf.engine.errors import EngineError, install
-from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
@@ -112,19 +110,6 @@ def diagnose() -> Diagnosis:
     )
 
 
-def check_devices() -> tuple[str, bool]:
-    """Repeat the check of the operators on each GPU, with the build that runs if none is named.
-
-    Returns a text for an issue, and whether all operators that the devices have are used.
-    """
-    engine = select(make=False)
-    facts = machine_facts()
-    lines = ["kimi-llama doctor --devices", f"build    {engine.label()}, {engine.manifest['commit']}"]
-    lines.append(f"system   {facts['system']}, {facts['processor']}")
-    result = subprocess.run([engine.bin / VERIFY], stdout=subprocess.PIPE, text=True, check=False)
-    return "\n".join([*lines, result.stdout.rstrip()]), result.returncode == 0
-
-
 def examine(engine: Engine, others: list[Engine]) -> list[Check]:
     """Check one build: its programs run, and it loads its own libraries for any LD_LIBRARY_PATH."""
     tempting = [str(other.lib) for other in others if other.key != engine.key]
@@ -132,8 +117,19 @@ def examine(engine: Engine, others: list[Engine]) -> list[Check]:
         _checked("programs run", lambda: _version(engine)),
         _checked("programs load their own libraries", lambda: _linked(engine, tempting)),
         _checked("llama_cpp loads the same libraries", lambda: _python(engine, tempting)),
-        _checked("devices", lambda: _devices(engine)),
+        _checked("devices", lambda: list_devices(engine)),
     ]
+
+
+def list_devices(engine: Engine) -> str:
+    """The devices that the build can compute on; an error if it is for GPUs and there is none."""
+    result = _run([str(engine.bin / "llama-cli"), "--list-devices"], dict(os.environ))
+    lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
+    lines = [line for line in lines if line != "(none)"]
+    backend = engine.backends[0]
+    if backend != "cpu" and not lines:
+        raise EngineError(f"built for {backend}, but there is no device", todo="check the driver")
+    return ", ".join(lines) or "CPU"
 
 
 def _checked(name: str, look: Callable[[], str]) -> Check:
@@ -190,17 +186,6 @@ def _python(engine: Engine, tempting: list[str]) -> str:
         )
     _expect_own(engine, report["mapped"], "llama_cpp")
     return f"llama_cpp {report['version']}; {report['system'].strip()}"
-
-
-def _devices(engine: Engine) -> str:
-    """The devices that the build can compute on."""
-    result = _run([str(engine.bin / "llama-cli"), "--list-devices"], dict(os.environ))
-    lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
-    lines = [line for line in lines if line != "(none)"]
-    backend = engine.backends[0]
-    if backend != "cpu" and not lines:
-        raise EngineError(f"built for {backend}, but there is no device", todo="check the driver")
-    return ", ".join(lines) or "CPU"
 
 
 def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:

@@ -69,6 +69,7 @@ it computes. A worker listens on loopback unless --host is given. Give --host on
 example the address of a WireGuard interface. Or tunnel the port: ssh -N -L 50052:127.0.0.1:50052 MACHINE. For more,
 see docs/serving.md."""
 
+_NO_GPU = "this build computes on the CPU: no device needs the check"
 _ALL_USED = (
     "No operator is switched off. To report this result, paste the text above into an issue of this project."
 )
@@ -157,14 +158,20 @@ def _use(parsed: argparse.Namespace) -> int:
 
 
 def _doctor(parsed: argparse.Namespace) -> int:
-    from kimi_gguf.engine.doctor import check_devices, diagnose
+    from kimi_gguf.engine.device_report import check_devices
+    from kimi_gguf.engine.doctor import diagnose
     from kimi_gguf.engine.doctor_text import as_text
 
     if parsed.devices:
-        text, passed = check_devices()
-        print(f"```\n{text}\n```")
-        print("\n" + (_ALL_USED if passed else _NOT_USED), file=sys.stderr)
-        return 0 if passed else 1
+        report = check_devices()
+        if parsed.json:
+            print(report.as_json())
+        elif not report.devices:
+            print(f"{report.build}: {_NO_GPU}")
+        else:
+            print(f"```\n{report.as_text()}\n```")
+            print("\n" + (_ALL_USED if report.passed else _NOT_USED), file=sys.stderr)
+        return 0 if report.passed else 1
     diagnosis = diagnose()
     print(diagnosis.as_json() if parsed.json else as_text(diagnosis))
     return 0 if diagnosis.healthy else 1
@@ -298,7 +305,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--devices",
         action="store_true",
-        help="check the operators of the build that runs, on each GPU, and print the results as a text for an issue",
+        help="check the operators of the build that runs, on each GPU, and print the results as a text for an issue; "
+        "exit status 1 if an operator did not pass",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 

@@ -53,14 +53,27 @@ static int milliseconds_until(Clock::time_point end) {
                                    std::chrono::duration_cast<std::chrono::milliseconds>(end - Clock::now()).count());
 }
 
-// Starts the command with its standard output in a pipe. Returns 0 and the end to read from, or an error number.
-static int start(const std::vector<std::string> & command, pid_t & child, int & output) {
-    int ends[2];
+// A pipe that no other process gets that this program starts: the reader waits until all processes have closed it.
+static int open_pipe(int ends[2]) {
+#ifdef __APPLE__
+    // There is no pipe2. A process that another thread starts between these calls gets the ends.
     if (pipe(ends) != 0) {
         return errno;
     }
-    for (const int end : ends) {
-        fcntl(end, F_SETFD, FD_CLOEXEC);
+    for (int i = 0; i < 2; ++i) {
+        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+    }
+    return 0;
+#else
+    return pipe2(ends, O_CLOEXEC) == 0 ? 0 : errno;
+#endif
+}
+
+// Starts the command with its standard output in a pipe. Returns 0 and the end to read from, or an error number.
+static int start(const std::vector<std::string> & command, pid_t & child, int & output) {
+    int ends[2];
+    if (const int error = open_pipe(ends)) {
+        return error;
     }
     std::vector<char *> arguments;
     for (const std::string & word : command) {

@@ -22,8 +22,9 @@ static constexpr double SECONDS      = 30;
 static constexpr double MOST_SECONDS = 86400;
 
 const char * ggml_verify_part_name(ggml_verify_part part) {
-    static const char * const names[GGML_VERIFY_N_PARTS] = { "KDA_CONV", "KDA_SCAN", "elided state copies",
-                                                             "absorbed latent attention", "LATENT_ATTN" };
+    static const char * const names[GGML_VERIFY_N_PARTS] = {
+        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN", "fused nodes"
+    };
     return names[part];
 }
 
@@ -99,9 +100,10 @@ bool ggml_verify_allows(ggml_backend_dev_t dev, const ggml_tensor * node) {
 }
 
 void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph) {
-    const bool plain = refused.contains(dev, GGML_VERIFY_ABSORBED);
-    const bool keep  = refused.contains(dev, GGML_VERIFY_STATE_COPY);
-    if (!plain && !keep) {
+    const bool plain   = refused.contains(dev, GGML_VERIFY_ABSORBED);
+    const bool keep    = refused.contains(dev, GGML_VERIFY_STATE_COPY);
+    const bool unfused = refused.contains(dev, GGML_VERIFY_FUSED);
+    if (!plain && !keep && !unfused) {
         return;
     }
     for (int i = 0; i < graph->n_nodes; ++i) {
@@ -111,6 +113,10 @@ void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph) {
         }
         if (keep && (node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN)) {
             ggml_op_set_mark(node, GGML_OP_MARK_KEEP_COPY);
+        }
+        // the fused runs of GPUs start with these (ggml-metal-fuse.cpp)
+        if (unfused && (node->op == GGML_OP_UNARY || node->op == GGML_OP_ADD)) {
+            ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
         }
     }
 }
@@ -248,7 +254,8 @@ static void log_report(const char * name, const ggml_verify_report & report, boo
 const ggml_verify_report * ggml_verify_device(ggml_backend_dev_t dev, bool again) {
     const auto   type    = ggml_backend_dev_type(dev);
     const bool   is_gpu  = type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU;
-    const double seconds = seconds_allowed();
+    const double allowed = seconds_allowed();
+    const double seconds = again && allowed <= 0 ? SECONDS : allowed;
     if (!is_gpu || strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") == 0 || seconds <= 0) {
         return nullptr;
     }

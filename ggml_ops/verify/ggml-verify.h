@@ -16,6 +16,7 @@ enum ggml_verify_part {
     GGML_VERIFY_STATE_COPY,  // eliding the copy of the new states after these two
     GGML_VERIFY_ABSORBED,    // FLASH_ATTN_EXT over a latent cache
     GGML_VERIFY_LATENT_ATTN,
+    GGML_VERIFY_FUSED,  // the router, and residual and norm, as one kernel each
     GGML_VERIFY_N_PARTS,
 };
 
@@ -52,7 +53,7 @@ GGML_API const char * ggml_verify_state_name(ggml_verify_state state);
 // Checks the operators of a device, or reads the results of an earlier check from the cache, and logs what is not used.
 // Later calls in the same process return the same report; `again` repeats the check. Returns nullptr, and all operators
 // are used, if the device is not a GPU or belongs to another machine (its server checks it), or if
-// KIMI_VERIFY_SECONDS is 0.
+// KIMI_VERIFY_SECONDS is 0 (unless `again`).
 GGML_API const ggml_verify_report * ggml_verify_device(ggml_backend_dev_t dev, bool again = false);
 
 // Why a part is not used: the figure or the reason. Empty: it is used where the device has it.

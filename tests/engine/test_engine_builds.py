@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import tiny_llama
 from tiny_llama import call
 
-from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, provenance
+from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, VERIFY, provenance
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.engine.doctor import _devices
+from kimi_gguf.engine.doctor import list_devices
 from kimi_gguf.engine.errors import EngineError
 
 # name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
@@ -153,6 +154,61 @@ def test_a_gpu_build_without_a_device_is_not_well(tmp_path: Path, listed: str) -
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\nprintf '{listed}'\n")
     program.chmod(0o755)
-    assert _devices(Engine("key", tmp_path, False, ("cpu",), {})) == "CPU"
+    assert list_devices(Engine("key", tmp_path, False, ("cpu",), {})) == "CPU"
     with pytest.raises(EngineError, match="built for cuda, but there is no device"):
-        _devices(Engine("key", tmp_path, False, ("cuda",), {}))
+        list_devices(Engine("key", tmp_path, False, ("cuda",), {}))
+
+
+RESULT = "result\\tKDA_CONV\\tWRONG\\tinf\\t1e-07\\t1 token\\n"
+CHECKED = f"device\\tGPU0 (a GPU)\\ndriver\\t1\\nbuild\\tb\\nstarted\\t0.5\\nchecked\\t0.25\\n{RESULT}"
+
+
+def verifier(folder: Path, key: str, script: str) -> Path:
+    program = tiny_llama.load(folder).cache.engines / key / "bin" / VERIFY
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    return program
+
+
+def test_doctor_shows_what_kimi_verify_prints(folder: Path) -> None:
+    verifier(folder, BUILDS["cuda"][0], f"printf '{CHECKED}'; exit 1")
+    done = call(folder, "doctor", "--devices", KIMI_BUILD="cuda")
+    assert done.returncode == 1
+    assert "checked  in 0.25 s, after 0.50 s of start-up" in done.stdout
+    assert re.search(r"^KDA_CONV +WRONG +inf +1.0e-07  1 token$", done.stdout, re.MULTILINE)
+    report = json.loads(call(folder, "doctor", "--devices", "--json", KIMI_BUILD="cuda").stdout)
+    assert report["devices"][0]["parts"] == [
+        {"name": "KDA_CONV", "state": "WRONG", "nmse": None, "bound": 1e-7, "case": "1 token"}
+    ]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_doctor_names_a_program_that_is_missing(folder: Path, options: list[str]) -> None:
+    done = call(folder, "doctor", "--devices", *options, KIMI_BUILD="cuda")
+    assert (done.returncode, done.stdout) == (1, "")
+    place = tiny_llama.load(folder).cache.engines / BUILDS["cuda"][0]
+    assert f"error: {place / 'bin' / VERIFY}: " in done.stderr
+    assert f"remove {place} and run kimi-llama build --backend cuda" in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_doctor_says_if_kimi_verify_crashes(folder: Path, options: list[str]) -> None:
+    program = verifier(folder, BUILDS["cuda"][0], "kill -SEGV $$")
+    done = call(folder, "doctor", "--devices", *options, KIMI_BUILD="cuda")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"error: {program}: " in done.stderr
+    assert "exit status -11" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "status"), [("cpu", 0), ("cuda", 1)])
+def test_doctor_without_a_device(folder: Path, name: str, status: int) -> None:
+    """Only a build for GPUs needs one."""
+    key = BUILDS[name][0]
+    verifier(folder, key, "echo this build finds no GPU: no device needs the check")
+    done = call(folder, "doctor", "--devices", KIMI_BUILD=name)
+    assert done.returncode == status
+    if status:
+        assert "built for cuda, but there is no device" in done.stderr
+    else:
+        assert f"cpu {key[:8]}" in done.stdout
+        assert "no device needs the check" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from llama_script import Setup, assert_same, decode, play, text
-from metal_program import dispatches, on_metal
-from native_program import passed_cases
+from llama_script import Played, PlayError, Setup, assert_same, decode, play, text
+from metal_program import dispatches, on_metal, planted
+from native_program import passed_cases, run_program
 from random_checkpoint import Spec, write_checkpoint
 
 from kimi_gguf.convert.conversion import convert
@@ -26,6 +27,15 @@ ROUTER, ADD_NORM = "kernel_router_f32", "kernel_add_rms_norm_mul_f32"
 # Dispatches of a batch: one layer has a router; both layers have two residuals, one of which also adds the experts.
 FUSED = {ROUTER: 1, f"{ADD_NORM}_4_1": 3, f"{ADD_NORM}_4_2": 1}
 ORDERS = ["forwards", "backwards"]
+STEPS = [decode(*text(0, range(8))), decode(*text(0, [3], 8))]
+# Fault -> the text in the kernels, and what it is instead.
+FAULTS = {
+    "without bias": ("probs[i] + bias[expert]", "probs[i]"),
+    "weights by score": ("best_prob = probs[i]", "best_prob = scores[i]"),
+    "the sum has no limit": ("clamp(sum, args.min, args.max)", "sum"),
+    "without eps": ("mean + args.eps", "mean"),
+    "two of three added": ("x = x + src2[offs + i00]", "x = x + 0.0f * src2[offs + i00]"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +49,57 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_model_with_and_without_fusion(
     order: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    steps = [decode(*text(0, range(8))), decode(*text(0, [3], 8))]
-    expected = play(engine, model, Setup(), steps, KIMI_OPS="off").logits
+    expected = play(engine, model, Setup(), STEPS, KIMI_OPS="off").logits
     for operators in ("fuse", "off"):
         log = tmp_path / operators
         variables = {"KIMI_OPS": operators, "KIMI_METAL_ORDER": order, "KIMI_METAL_LOG": str(log)}
-        assert_same(play(engine, model, on_metal(metal_backend), steps, **variables).logits, expected)
-        ran = Counter(each.kernel.split("_n_expert=")[0] for each in dispatches(log))
-        expected_count = len(steps) if operators == "fuse" else 0
-        assert {each: ran[each] for each in FUSED} == {each: n * expected_count for each, n in FUSED.items()}
+        assert_same(play(engine, model, on_metal(metal_backend), STEPS, **variables).logits, expected)
+        ran = fused_kernels(log)
+        expected_count = len(STEPS) if operators == "fuse" else 0
+        assert ran == Counter({each: n * expected_count for each, n in FUSED.items()})
+
+
+def fused_kernels(log: Path) -> Counter[str]:
+    """How often each ran."""
+    ran = Counter(each.kernel.split("_n_expert=")[0] for each in dispatches(log))
+    return Counter({each: ran[each] for each in FUSED})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_kimi_verify_finds_wrong_kernels(fault: str, metal_backend: Path, engine: Engine) -> None:
+    with planted(metal_backend, "fuse", *FAULTS[fault]):
+        assert check_fused_nodes(metal_backend, engine) == "WRONG"
+
+
+def test_kimi_verify_passes_right_kernels(metal_backend: Path, engine: Engine) -> None:
+    assert check_fused_nodes(metal_backend, engine) == "passed"
+
+
+def check_fused_nodes(backend: Path, engine: Engine) -> str:
+    arguments = ["--check", "MTL0", "MTL", backend, "300", "fused nodes"]
+    output = run_program(engine.bin / "kimi-verify", *arguments).stdout
+    (state,) = re.findall("^result\tfused nodes\t(.*?)\t", output, re.MULTILINE)
+    return str(state)
+
+
+def test_wrong_kernels_are_not_used(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
+    """By a context that selects none of the other operators, as those of other architectures."""
+    expected = play(engine, model, Setup(), STEPS, KIMI_OPS="off").logits
+    log = tmp_path / "log"
+    checked = {"KIMI_VERIFY_SECONDS": "300", "KIMI_GGUF_CACHE": str(tmp_path)}
+
+    def on_device(**variables: str) -> Played:
+        return play(engine, model, on_metal(metal_backend), STEPS, **{"KIMI_OPS": "fuse", **variables})
+
+    with planted(metal_backend, "fuse", *FAULTS["weights by score"]):
+        assert not np.allclose(on_device().logits, expected)
+        for variables in (checked, {**checked, "KIMI_METAL_LOG": str(log)}):  # the second time from the cache
+            played = on_device(**variables)
+            assert re.findall("verify: MTL0: not used: (.*?): NMSE", played.log) == ["fused nodes"]
+            assert_same(played.logits, expected)
+        with pytest.raises(PlayError, match="KIMI_OPS=require: MTL0: fused nodes: NMSE"):
+            on_device(**checked, KIMI_OPS="fuse,require")
+    assert fused_kernels(log).total() == 0
 
 
 def test_a_token_without_numbers_changes_no_other(

@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from emulators.metal.build import libraries
-from llama_script import Setup, Step, assert_same, cut, decode, load, pauses, play, save, text, together
+from llama_script import (
+    Setup,
+    Step,
+    assert_same,
+    decode,
+    drafts_rolled_back,
+    pauses,
+    play,
+    saved_for_another,
+    text,
+    together,
+)
 from metal_program import dispatches, on_metal, planted
 from native_program import OPERATORS, compile_program, passed_cases, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
@@ -211,21 +222,7 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
         ],
         {"n_seq_max": 4, "kv_unified": True},
     ),
-    "drafts rolled back": (
-        [
-            several(0, 0, 8),
-            several(1, 0, 6),
-            decode(*text(0, IDS[0][8:12], 8), *text(1, IDS[1][6:10], 6)),
-            cut(0, 10),
-            cut(1, 7),
-            together(IDS, 10, 7),
-            together(IDS, 11, 8),
-            decode(*text(0, IDS[0][12:15], 12), *text(1, IDS[1][9:12], 9)),
-            cut(1, 10),
-            together(IDS, 15, 10),
-        ],
-        {"n_seq_max": 2, "n_rs_seq": 4},
-    ),
+    "drafts rolled back": drafts_rolled_back(IDS),
 }
 
 
@@ -261,16 +258,7 @@ def test_a_model_on_the_device(
 def test_a_state_is_saved_on_the_device_and_restored(
     metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    file = tmp_path / "state"
-    steps = [
-        several(0, 0, 8),
-        save(0, file),
-        *(together(IDS, n) for n in (8, 9)),
-        cut(0, -1),
-        load(1, file),
-        decode((1, 8, int(IDS[0][8]))),
-        decode((1, 9, int(IDS[0][9]))),
-    ]
+    steps = saved_for_another(IDS, tmp_path / "state")
     chosen = {"n_seq_max": 2}
     logits = play(engine, model, on_metal(metal_backend, **chosen), steps).logits
     assert_same(logits, play(engine, model, Setup(**chosen), steps).logits)

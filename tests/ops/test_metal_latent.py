@@ -14,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import Setup, assert_same, decode, play, saved_conversation, text
+from llama_script import (
+    Setup,
+    assert_same,
+    decode,
+    drafts_rolled_back,
+    play,
+    saved_conversation,
+    saved_for_another,
+    text,
+)
 from metal_program import compile_metal_backend, dispatches, on_metal, planted
 from native_program import compile_program, passed_cases, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
@@ -161,6 +170,33 @@ def test_logits_of_a_model(
     variables = {"KIMI_OPS": "mla", "KIMI_METAL_LOG": str(log)}
     assert_same(play(engine, model, setup, steps, **variables).logits, expected)
     assert attention_kernels(log) == {ATTEND}
+
+
+@pytest.mark.parametrize("layers", [2, 999], ids=["attention on the device", "all on the device"])
+@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+def test_drafts_are_rolled_back(
+    unified: bool, layers: int, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    steps, chosen = drafts_rolled_back(IDS)
+    chosen |= {"kv_unified": unified, "flash_attention": True}
+    expected = play(engine, model, Setup(**chosen), steps).logits
+    log = tmp_path / "log"
+    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
+    variables = {"KIMI_OPS": "conv,scan,mla", "KIMI_METAL_LOG": str(log)}
+    assert_same(play(engine, model, setup, steps, **variables).logits, expected)
+    assert attention_kernels(log) == {ATTEND}
+
+
+@pytest.mark.parametrize("cache_type", ["F32", "Q8_0"])
+def test_a_cache_is_saved_on_the_device_and_restored(
+    cache_type: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    steps = saved_for_another(IDS, tmp_path / "state")
+    chosen = {"n_seq_max": 2, "flash_attention": True, "cache_type": cache_type}
+    played = play(engine, model, on_metal(metal_backend, **chosen), steps, KIMI_OPS="mla")
+    np.testing.assert_array_equal(played.logits[-2:], played.logits[-4:-2])
+    if cache_type == "F32":
+        assert_same(played.logits, play(engine, model, Setup(**chosen), steps).logits)
 
 
 def test_kimi_ops_switches_it_off(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:

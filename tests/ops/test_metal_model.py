@@ -67,13 +67,25 @@ def test_logits_of_the_device(
     assert any("flash_attn" in each for each in ran) == (flash and "M" in on_device)
 
 
-def test_the_operators_verify_themselves(metal_backend: Path, engine: Engine) -> None:
-    """All parts that Metal has pass. The time limit is long because the kernels are compiled and emulated."""
-    variables = {"GGML_BACKEND_PATH": str(metal_backend), "KIMI_VERIFY_SECONDS": "300"}
-    table = run_program(engine.bin / "kimi-verify", **variables).stdout
-    assert re.findall(r"^(\w[\w ]+\w) +passed ", table, re.MULTILINE) == [
-        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention",
-    ], table  # fmt: skip
+@pytest.mark.full  # test_metal_fusion.py verifies them with a fault in one part
+def test_the_operators_verify_themselves(
+    metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """All parts that Metal has pass and are used. The time limit is long: the kernels are compiled and emulated."""
+    variables = {"KIMI_VERIFY_SECONDS": "300", "KIMI_GGUF_CACHE": str(tmp_path)}
+    report = run_program(engine.bin / "kimi-verify", GGML_BACKEND_PATH=str(metal_backend), **variables).stdout
+    assert re.findall(r"^result\t(.+)\tpassed\t", report, re.MULTILINE) == [
+        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "fused nodes",
+    ], report  # fmt: skip
+    log = tmp_path / "log"
+    variables |= {"KIMI_OPS": "conv,scan,mla,fuse", "KIMI_METAL_LOG": str(log)}
+    played = play(
+        engine, model, on_metal(metal_backend, flash_attention=True), [decode((0, 0, 1))], **variables
+    )
+    assert "verify: " not in played.log
+    ran = " ".join(each.kernel for each in dispatches(log))
+    for kernel in ("kda_conv", "kda_scan", "flash_attn_ext_latent", "router", "add_rms_norm_mul"):
+        assert f"kernel_{kernel}_" in ran
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

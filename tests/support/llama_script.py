@@ -30,6 +30,7 @@ class Setup:
     """How the model and its context are made; the defaults keep all of it on the CPU, in float32."""
 
     backend: str | None = None  # a shared library with another backend, loaded first
+    tensors_on: tuple[tuple[str, str], ...] = ()  # pattern of tensors, device: as --override-tensor
     workers: tuple[str, ...] = ()  # HOST:PORT, their devices are RPC0, RPC1, ...
     devices: tuple[str, ...] | None = None  # by name; None: llama.cpp's own choice
     n_gpu_layers: int = 0  # the output counts as one
@@ -83,6 +84,35 @@ def pauses(ids: NDArray[np.int64]) -> list[Step]:
         together(ids, 8, None, 10, 1),
         together(ids, 9, 0, 11, 2),
         together(ids, 10, 1, 12, 3),
+    ]
+
+
+def drafts_rolled_back(ids: NDArray[np.int64]) -> tuple[list[Step], dict[str, Any]]:
+    """Two sequences with drafts of which some tokens are taken back, and what their `Setup` needs."""
+    steps = [
+        decode(*text(0, ids[0][:8])),
+        decode(*text(1, ids[1][:6])),
+        decode(*text(0, ids[0][8:12], 8), *text(1, ids[1][6:10], 6)),
+        cut(0, 10),
+        cut(1, 7),
+        together(ids, 10, 7),
+        together(ids, 11, 8),
+        decode(*text(0, ids[0][12:15], 12), *text(1, ids[1][9:12], 9)),
+        cut(1, 10),
+        together(ids, 15, 10),
+    ]
+    return steps, {"n_seq_max": 2, "n_rs_seq": 4}
+
+
+def saved_for_another(ids: NDArray[np.int64], file: Path) -> list[Step]:
+    """A prompt, saved; two tokens of two sequences; the same two tokens after the saved state, in another sequence."""
+    return [
+        decode(*text(0, ids[0][:8])),
+        save(0, file),
+        *(together(ids, n) for n in (8, 9)),
+        cut(0, -1),
+        load(1, file),
+        *(decode((1, n, int(ids[0][n]))) for n in (8, 9)),
     ]
 
 

@@ -15,6 +15,29 @@ from kimi_gguf.engine.worker import Progress, serve
 ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_callback
 
 
+class Override(ctypes.Structure):
+    """llama_model_tensor_buft_override."""
+
+    _fields_ = (("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p))
+
+
+def buffers_of(tensors_on: list[tuple[str, str]]) -> ctypes.Array[Override]:
+    """The patterns of tensors, each with the memory of its device."""
+    ggml = library("ggml")
+    for name in ("ggml_backend_dev_by_name", "ggml_backend_dev_buffer_type"):
+        getattr(ggml, name).restype = ctypes.c_void_p
+    found = [
+        (
+            pattern.encode(),
+            ggml.ggml_backend_dev_buffer_type(
+                ctypes.c_void_p(ggml.ggml_backend_dev_by_name(device.encode()))
+            ),
+        )
+        for pattern, device in tensors_on
+    ]
+    return (Override * (len(found) + 1))(*found)
+
+
 class Player:
     """Contexts of one model, and a method a step. Answers other than None are collected."""
 
@@ -24,7 +47,13 @@ class Player:
             llama.load_backend(backend)
         for endpoint in setup.pop("workers"):
             llama.add_worker(endpoint)
-        self._model = llama.load(gguf, devices=setup.pop("devices"), n_gpu_layers=setup.pop("n_gpu_layers"))
+        overrides = buffers_of(setup.pop("tensors_on"))  # must live until the model is loaded
+        self._model = llama.load(
+            gguf,
+            devices=setup.pop("devices"),
+            n_gpu_layers=setup.pop("n_gpu_layers"),
+            tensor_buft_overrides=ctypes.addressof(overrides),
+        )
         n_ctx = setup.pop("cells") * setup["n_seq_max"]
         self._setup = {**setup, "n_ctx": n_ctx, "n_batch": 4096}
         self._contexts: list[Context] = []

@@ -102,19 +102,19 @@ static ggml_tensor * make_cache(Inputs & in, const KdaShape & n, int64_t state, 
 static Built with_states(Inputs & in, const KdaShape & n, ggml_tensor * op, ggml_tensor * cache, int64_t n_out) {
     const int64_t state = cache->ne[0];
     const size_t  row   = cache->nb[1];
-    Built         built = { op, {}, { { op, n_out }, { cache, ggml_nelements(cache) } } };
+    Built         built = { { op }, { { op, n_out }, { cache, ggml_nelements(cache) } } };
     if (n.extra) {
         if (n.moved) {
             ggml_tensor * zero = ggml_view_1d(in.ctx, cache, state, n.zero_row() * row);
-            built.then.push_back(ggml_fill_inplace(in.ctx, zero, 0.0f));
+            built.nodes.push_back(ggml_fill_inplace(in.ctx, zero, 0.0f));
         }
         ggml_tensor * from = ggml_get_rows(in.ctx, cache, in.indices({ (int32_t) n.n_seqs + 1 }));
-        built.then.push_back(ggml_cpy(in.ctx, from, ggml_view_2d(in.ctx, cache, state, 1, row, n.n_seqs * row)));
+        built.nodes.push_back(ggml_cpy(in.ctx, from, ggml_view_2d(in.ctx, cache, state, 1, row, n.n_seqs * row)));
     }
     ggml_tensor * from =
         ggml_view_3d(in.ctx, op, state, n.n_seqs, n.n_slots(), row, row * n.n_seqs, n_out * sizeof(float));
     ggml_tensor * to = ggml_view_3d(in.ctx, cache, state, n.n_seqs, n.n_slots(), row, row * n.n_cells(), 0);
-    built.then.push_back(ggml_cpy(in.ctx, from, to));
+    built.nodes.push_back(ggml_cpy(in.ctx, from, to));
     return built;
 }
 
@@ -211,38 +211,48 @@ struct LatentShape {
     ggml_type type;
     float     spread;  // standard deviation of the scores
     bool      sparse;  // two of five keys are visible, and none of the first half
+    int64_t   n_streams;
 
     static constexpr int64_t n_nope = 128, n_rope = 64, n_latent = 512, n_value = 128;
     static constexpr int64_t n_cache = n_latent + n_rope;
 
-    bool visible(int64_t query, int64_t key) const {
-        return sparse ? 2 * key >= n_keys && (query * 7 + key * 13) % 5 < 2 : key <= n_keys - n_queries - 20 + query;
+    bool visible(int64_t stream, int64_t query, int64_t key) const {
+        return sparse ? 2 * key >= n_keys && (query * 7 + key * 13) % 5 < 2
+                      : key <= n_keys - n_queries - 20 * (stream + 1) + query;
     }
 };
 
 static std::string name_of(const LatentShape & s) {
     return count(s.n_queries, "query", "queries") + ", " + std::to_string(s.n_keys) + " keys, " +
-           ggml_type_name(s.type) + (s.spread > 1 ? ", steep" : "") + (s.sparse ? ", sparse" : "");
+           count(s.n_heads, "head", "heads") + ", " +
+           (s.n_streams > 1 ? count(s.n_streams, "stream", "streams") + ", " : "") + ggml_type_name(s.type) +
+           (s.spread > 1 ? ", steep" : "") + (s.sparse ? ", sparse" : "");
 }
 
 static Built build_latent(Inputs & in, const LatentShape & s) {
-    ggml_context * ctx   = in.ctx;
-    const int64_t  n_key = s.absorbed ? LatentShape::n_cache : LatentShape::n_nope + LatentShape::n_rope;
-    const float    scale = s.spread / std::sqrt((float) n_key);
-    ggml_tensor *  q =
-        in.tensor(GGML_TYPE_F32, { n_key, s.n_heads, s.n_queries, 1 }, in.normal(n_key * s.n_heads * s.n_queries));
-    ggml_tensor * k =
-        in.tensor(s.type, { LatentShape::n_cache, s.n_keys, 1, 1 }, in.normal(LatentShape::n_cache * s.n_keys));
-    Floats visible(s.n_keys * s.n_queries);
-    for (int64_t i = 0; i < s.n_keys * s.n_queries; ++i) {
-        visible[i] = s.visible(i / s.n_keys, i % s.n_keys) ? 0.0f : -INFINITY;
+    ggml_context * ctx    = in.ctx;
+    const int64_t  n_key  = s.absorbed ? LatentShape::n_cache : LatentShape::n_nope + LatentShape::n_rope;
+    const float    scale  = s.spread / std::sqrt((float) n_key);
+    const auto     random = [&](ggml_type type, Shape shape) {
+        return in.tensor(type, shape, in.normal(shape[0] * shape[1] * shape[2] * shape[3]));
+    };
+    ggml_tensor * q = random(GGML_TYPE_F32, { n_key, s.n_heads, s.n_queries, s.n_streams });
+    ggml_tensor * k = random(s.type, { LatentShape::n_cache, s.n_keys, 1, s.n_streams });
+    Floats        visible;
+    for (int64_t stream = 0; stream < s.n_streams; ++stream) {
+        for (int64_t query = 0; query < s.n_queries; ++query) {
+            for (int64_t key = 0; key < s.n_keys; ++key) {
+                visible.push_back(s.visible(stream, query, key) ? 0.0f : -INFINITY);
+            }
+        }
     }
-    ggml_tensor * mask = in.tensor(GGML_TYPE_F16, { s.n_keys, s.n_queries, 1, 1 }, visible);
+    ggml_tensor * mask = in.tensor(GGML_TYPE_F16, { s.n_keys, s.n_queries, 1, s.n_streams }, visible);
     q                  = ggml_permute(ctx, q, 0, 2, 1, 3);
     ggml_tensor * op;
     if (s.absorbed) {
-        ggml_tensor * v = ggml_view_4d(ctx, k, LatentShape::n_latent, s.n_keys, 1, 1, k->nb[1], k->nb[2], k->nb[3], 0);
-        op              = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, 0.0f);
+        ggml_tensor * v =
+            ggml_view_4d(ctx, k, LatentShape::n_latent, s.n_keys, 1, s.n_streams, k->nb[1], k->nb[2], k->nb[3], 0);
+        op = ggml_flash_attn_ext(ctx, q, k, v, mask, scale, 0.0f, 0.0f);
         ggml_prec_set_acc(op, GGML_PREC_F32);
     } else {
         const int64_t n_latent = LatentShape::n_latent;
@@ -253,17 +263,93 @@ static Built build_latent(Inputs & in, const LatentShape & s) {
         ggml_tensor * v_b = weights({ n_latent, LatentShape::n_value, s.n_heads, 1 }, 1 / std::sqrt((float) n_latent));
         op                = ggml_latent_attn(ctx, q, k, k_b, v_b, mask, scale);
     }
-    return { op, {}, { { op, ggml_nelements(op) } } };
+    return { { op }, { { op, ggml_nelements(op) } } };
+}
+
+// Fused nodes
+
+struct RouterShape {
+    int64_t n_experts;  // a power of two
+    int64_t n_chosen;
+    int64_t n_tokens;
+    bool    saturated;  // the scores of many experts are 0 or 1, for the first token all are 0
+
+    // The choice must not depend on rounding: scores differ by more than 1e-4.
+    float logit(int64_t token, int64_t expert) const {
+        const int64_t rank = (expert * 37 + token * 53) % n_experts;
+        if (saturated) {
+            return token == 0 ? -100.0f : 100.0f * (rank % 3 - 1);
+        }
+        return 8.0f * rank / n_experts - 4;
+    }
+
+    float bias(int64_t expert) const {
+        return saturated ? 0.4f * (expert * 11 % n_experts) / n_experts : 2.0f * (expert % 3);
+    }
+};
+
+static std::string name_of(const RouterShape & n) {
+    return "router, " + std::to_string(n.n_chosen) + " of " + std::to_string(n.n_experts) + " experts, " +
+           count(n.n_tokens, "token", "tokens") + (n.saturated ? ", saturated" : "");
+}
+
+// The nodes that llama.cpp builds for sigmoid scores with a selection bias (ggml-router-nodes.h).
+static Built build_router(Inputs & in, const RouterShape & n) {
+    ggml_context * ctx = in.ctx;
+    Floats         logits(n.n_experts * n.n_tokens), bias(n.n_experts);
+    for (int64_t e = 0; e < n.n_experts; ++e) {
+        bias[e] = n.bias(e);
+        for (int64_t t = 0; t < n.n_tokens; ++t) {
+            logits[t * n.n_experts + e] = n.logit(t, e);
+        }
+    }
+    ggml_tensor * scores = ggml_sigmoid(ctx, in.tensor(GGML_TYPE_F32, { n.n_experts, n.n_tokens, 1, 1 }, logits));
+    ggml_tensor * biased = ggml_add(ctx, scores, in.tensor(GGML_TYPE_F32, { n.n_experts, 1, 1, 1 }, bias));
+    ggml_tensor * chosen = ggml_argsort_top_k(ctx, biased, n.n_chosen);
+    ggml_tensor * w      = ggml_get_rows(ctx, ggml_reshape_3d(ctx, scores, 1, n.n_experts, n.n_tokens), chosen);
+    w                    = ggml_reshape_2d(ctx, w, n.n_chosen, n.n_tokens);
+    w                    = ggml_div(ctx, w, ggml_clamp(ctx, ggml_sum_rows(ctx, w), 6.103515625e-5f, INFINITY));
+    w                    = ggml_scale(ctx, ggml_reshape_3d(ctx, w, 1, n.n_chosen, n.n_tokens), 2.446f);
+    ggml_tensor * ids    = ggml_cast(ctx, chosen, GGML_TYPE_F32);
+    return { { w, ids }, { { w, ggml_nelements(w) }, { ids, ggml_nelements(ids) } } };
+}
+
+struct NormShape {
+    int64_t n_values;
+    int64_t n_tokens;
+    int     n_adds;
+    float   deviation;
+};
+
+static std::string name_of(const NormShape & n) {
+    return "residual and norm, " + std::to_string(n.n_values) + " values, " + count(n.n_tokens, "token", "tokens") +
+           ", " + count(n.n_adds, "sum", "sums");
+}
+
+static Built build_norm(Inputs & in, const NormShape & n) {
+    const auto rows = [&] {
+        return in.tensor(GGML_TYPE_F32, { n.n_values, n.n_tokens, 1, 1 },
+                         in.normal(n.n_values * n.n_tokens, 0, n.deviation));
+    };
+    ggml_tensor * sum = rows();
+    for (int i = 0; i < n.n_adds; ++i) {
+        sum = ggml_add(in.ctx, sum, rows());
+    }
+    ggml_tensor * weights = in.tensor(GGML_TYPE_F32, { n.n_values, 1, 1, 1 }, in.normal(n.n_values, 1, 0.2f));
+    ggml_tensor * norm    = ggml_mul(in.ctx, ggml_rms_norm(in.ctx, sum, 1e-5f), weights);
+    return { { norm }, { { sum, ggml_nelements(sum) }, { norm, ggml_nelements(norm) } } };
 }
 
 static constexpr double BOUND           = 1e-7;
 static constexpr double BOUND_QUANTIZED = 2e-5;
 
 std::vector<Case> cases_of(ggml_verify_part part) {
-    // with 64 tokens or more, CUDA computes in chunks
+    // with 64 tokens or more, CUDA computes in chunks; most devices have no kernels for some of the head sizes
     static const KdaShape kda[] = {
-        { 128, 1, 1, 1, false, false }, { 128, 3, 3, 4, true, false },    { 128, 2, 2, 1, true, true },
-        { 128, 4, 2, 4, false, true },  { 128, 133, 1, 1, false, false }, { 64, 70, 2, 1, true, false },
+        { 128, 1, 1, 1, false, false },   { 128, 3, 3, 4, true, false },  { 128, 2, 2, 1, true, true },
+        { 128, 4, 2, 4, false, true },    { 128, 40, 2, 4, true, false }, { 128, 133, 1, 1, false, false },
+        { 128, 133, 1, 4, false, false }, { 64, 70, 2, 1, true, false },  { 32, 70, 1, 1, false, false },
+        { 96, 5, 2, 4, true, false },     { 256, 5, 1, 1, false, false },
     };
     std::vector<Case> cases;
     if (part == GGML_VERIFY_KDA_CONV || part == GGML_VERIFY_STATE_COPY) {
@@ -287,14 +373,32 @@ std::vector<Case> cases_of(ggml_verify_part part) {
     if (part == GGML_VERIFY_ABSORBED || part == GGML_VERIFY_LATENT_ATTN) {
         const bool absorbed = part == GGML_VERIFY_ABSORBED;
         for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            // CUDA needs multiples of 256 keys; Metal does not split up to 64
             const std::vector<LatentShape> shapes =
-                absorbed ? std::vector<LatentShape>{ { true, 1, 1024, 32, type, 1, false },
-                                                     { true, 3, 256, 32, type, 4, true } }
-                         : std::vector<LatentShape>{ { false, 70, 256, 2, type, 4, false } };
+                absorbed ? std::vector<LatentShape>{ { true, 1, 512, 32, type, 1, false, 1 },
+                                                     { true, 3, 256, 32, type, 4, true, 1 },
+                                                     { true, 2, 64, 32, type, 1, false, 1 },
+                                                     { true, 1, 256, 16, type, 1, false, 2 } }
+                         : std::vector<LatentShape>{ { false, 70, 256, 2, type, 4, false, 1 },
+                                                     { false, 40, 130, 3, type, 1, false, 2 } };
             for (const LatentShape & s : shapes) {
                 cases.push_back({ name_of(s), ggml_is_quantized(type) ? BOUND_QUANTIZED : BOUND,
                                   [s](Inputs & in) { return build_latent(in, s); } });
             }
+        }
+    }
+    if (part == GGML_VERIFY_ABSORBED) {
+        const LatentShape s = { true, 33, 80, 32, GGML_TYPE_F16, 1, false, 1 };  // Metal: one split of 128 keys
+        cases.push_back({ name_of(s), BOUND, [s](Inputs & in) { return build_latent(in, s); } });
+    }
+    if (part == GGML_VERIFY_FUSED) {
+        const RouterShape routers[] = { { 256, 8, 5, false }, { 64, 6, 40, false }, { 256, 8, 3, true } };
+        for (const RouterShape & n : routers) {
+            cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_router(in, n); } });
+        }
+        const NormShape norms[] = { { 2304, 1, 1, 1 }, { 2304, 7, 2, 100 }, { 36, 3, 1, 1e-3f }, { 8192, 2, 2, 1 } };
+        for (const NormShape & n : norms) {
+            cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_norm(in, n); } });
         }
     }
     return cases;

@@ -14,7 +14,7 @@
 using Floats = std::vector<float>;
 using Shape  = std::array<int64_t, 4>;
 
-// A graph of one operator and its inputs. The same seed makes the same inputs for every device.
+// The inputs of a graph. The same seed makes the same inputs for every device.
 class Inputs {
   public:
     ggml_context * const ctx;
@@ -46,8 +46,7 @@ struct Range {
 };
 
 struct Built {
-    ggml_tensor *              op;
-    std::vector<ggml_tensor *> then;  // nodes after it
+    std::vector<ggml_tensor *> nodes;  // in the order of the graph, which also gets their sources
     std::vector<Range>         results;
 };
 
@@ -57,5 +56,5 @@ struct Case {
     std::function<Built(Inputs &)> build;
 };
 
-// KDA_CONV and KDA_SCAN, which store their new states, and both forms of latent attention.
+// KDA_CONV and KDA_SCAN, which store their new states, both forms of latent attention, and nodes that Metal fuses.
 std::vector<Case> cases_of(ggml_verify_part part);
