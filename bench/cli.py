@@ -44,7 +44,7 @@ EXAMPLES = f"""\
   kimi-llama bench --draw docs/bench.toml           write docs/bench.md and its pictures from the committed records
   kimi-llama bench --backend cuda model.gguf --batch 1,512,8192 --depth 0,8192,65536 --cache-type f16,q8_0
   kimi-llama bench --backend cuda --operators --json out/gpu/operators.json
-  kimi-llama bench model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 --batch 1,512 --depth 0
+  kimi-llama bench --workers 10.0.0.2:50052,10.0.0.3:50052 --batch 1,512 --depth 0
   kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build instead of the patched one
 
 --quick: batches {_QUICK["batches"]} at depths {_QUICK["depths"]}, all cores.
@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME",
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
     add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",
-        help="measure FILE on this machine and over these workers, and the bytes sent and received")  # fmt: skip
+        help="measure on this machine and over these workers, and count the bytes sent and received")  # fmt: skip
     add("--threads", type=numbers(1), metavar="N,..", help="CPU threads (default: all cores; 4 on a GPU)")
     add(
         "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens in one ubatch (default: {UBATCH})"

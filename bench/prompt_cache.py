@@ -101,10 +101,10 @@ class Starter:
         return running(self._log, *self._command, *options)
 
 
-def chat_template(reporter: Reporter) -> Path:
-    """The path of Kimi K2's chat template in llama.cpp's archive. Raises `EngineError`."""
+def chat_template(reporter: Reporter, name: str = "moonshotai-Kimi-K2") -> Path:
+    """The path of a model's chat template in llama.cpp's archive. Raises `EngineError`."""
     source = pinned_source(load_pin(), Cache(cache_folder()), None, reporter)
-    return source / "llama.cpp" / "models" / "templates" / "moonshotai-Kimi-K2.jinja"
+    return source / "llama.cpp" / "models" / "templates" / f"{name}.jinja"
 
 
 class Words:

@@ -66,7 +66,10 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             page.write_page(manifest.selected(), manifest.page)
             return 0
         if parsed.workers:
-            measure_workers(parsed)
+            with reporting() as reporter:
+                engine = ensure(False)
+                for make in makers(parsed, engine, reporter):
+                    measure_workers(parsed, engine, open_model(make()))
             return 0
         records = [each for file in parsed.records or () for each in load_all(file)]
         records = records or [Run(parsed, words).all()]
@@ -193,7 +196,7 @@ class Run:
     def models(self, reporter: Reporter) -> None:
         """Cells of each model."""
         parsed = self.parsed
-        makers = self.makers(reporter)
+        files = makers(parsed, self.upstream, reporter)
         name = self.device.name if self.device else None
         on_machine = self.peaks(reporter) if self.device is None else {}
         on_gpu = self.device_peaks(self.device, reporter) if self.device else None
@@ -202,7 +205,7 @@ class Run:
             parsed.cache_type, parsed.sequences, parsed.depth or depths, self.threads, parsed.batch or batches,
             parsed.ubatch, name,
         )  # fmt: skip
-        for make in makers:
+        for make in files:
             model = open_model(make())
             check_device(model, self.device)
             with Runners(model, self.environments, reporter, max(self.threads), name) as runners:
@@ -231,19 +234,6 @@ class Run:
             return measure(runners, cells, upstream, settings)
         room = int(FREE_SHARE * self.device.free) - 2 * runners.model.nbytes
         return measure_fitting(runners, cells, UPSTREAM_ON_DEVICE, settings, room)
-
-    def makers(self, reporter: Reporter) -> list[Callable[[], Path]]:
-        """A function for each file that makes it. Checks the disk space for generated models first."""
-        parsed = self.parsed
-        if parsed.model is not None:
-            return [lambda: parsed.model]
-        if parsed.demo:
-            return [lambda t=each: convert_demo(t, reporter) for each in parsed.type or DEMO_TYPES[:1]]  # type: ignore[misc]
-        types = parsed.type or (TYPES if parsed.grid else TYPES[:1])
-        sizes = (parsed.layers, parsed.experts)
-        models = [BenchModel(parsed.family, *sizes, each, parsed.shapes) for each in types]
-        check_disk(models, self.upstream, reporter)
-        return [lambda m=model: generate(m, self.upstream, reporter) for model in models]  # type: ignore[misc]
 
     def peaks(self, reporter: Reporter) -> dict[int, Peaks]:
         """Measure, show and record them."""
@@ -387,6 +377,19 @@ class Run:
             reporter.note("  ".join(table(rows)[-1]))
             self.keep()
         report.show(title, table(rows))
+
+
+def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> list[Callable[[], Path]]:
+    """A function for each file that makes it. Checks the disk space for generated models first."""
+    if parsed.model is not None:
+        return [lambda: parsed.model]
+    if parsed.demo:
+        return [lambda t=each: convert_demo(t, reporter) for each in parsed.type or DEMO_TYPES[:1]]  # type: ignore[misc]
+    types = parsed.type or (TYPES if parsed.grid else TYPES[:1])
+    sizes = (parsed.layers, parsed.experts)
+    models = [BenchModel(parsed.family, *sizes, each, parsed.shapes) for each in types]
+    check_disk(models, engine, reporter)
+    return [lambda m=model: generate(m, engine, reporter) for model in models]  # type: ignore[misc]
 
 
 def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, ...]:

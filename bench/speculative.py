@@ -8,18 +8,12 @@ tokens.
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import statistics
-import subprocess
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +23,8 @@ from kimi_gguf.bench.load import undisturbed
 from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.report import Rows
 from kimi_gguf.bench.runner import Runner
+from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
 
 LENGTHS = (1, 2, 3, 5, 8)  # drafted tokens
@@ -38,7 +32,6 @@ SLOTS = (1, 4)
 ROUNDS = 9  # samples per context; the contexts alternate
 CELLS = 512  # KV cells per sequence
 COUNT = 128  # tokens per answer
-PATIENCE = 300  # seconds until a start or an answer counts as failed
 PROMPTS = tuple(
     f"define: {word}"
     for word in ("elephant", "river", "to walk", "ivory", "stone", "to sing", "green", "house")
@@ -171,9 +164,15 @@ def measure_server(
             for _ in range(3):
                 for build, engine in builds.items():
                     reporter.phase(f"{slots} slots, draft: {name}, {build}")
-                    given = [option.format(draft=draft) for option in options]
-                    with serving(engine, target, ["-np", str(slots), "-t", str(threads), *given]) as port:
-                        runs[build].append(answer_all(port, slots))
+                    given = ["-np", str(slots), "-t", str(threads), "--flash-attn", "on"]
+                    given += [option.format(draft=draft) for option in options]
+                    with (
+                        tempfile.TemporaryDirectory() as folder,
+                        running(
+                            Path(folder) / "log", engine.bin / "llama-server", "-m", target, *given
+                        ) as server,
+                    ):
+                        runs[build].append(answer_all(server, slots))
             for build, each in runs.items():
                 rates = [run["tokens"] / run["seconds"] for run in each]
                 row[build] = {**each[0], "tokens_per_second": statistics.median(rates), "rates": rates}
@@ -183,7 +182,8 @@ def measure_server(
 def server_table(rows: Sequence[Row]) -> Rows:
     """The table of the server's runs. The speedup is relative to the same build without drafts."""
     table: Rows = [(
-        "slots", "draft", "drafted", "accepted", "tokens/s", "speedup", "upstream: accepted", "tokens/s", "speedup",
+        "slots", "draft", "drafted", "accepted", "tokens/s", "speedup", "upstream: drafted", "accepted", "tokens/s",
+        "speedup",
     )]  # fmt: skip
     plain = {
         (row["slots"], build): row[build]["tokens_per_second"]
@@ -192,10 +192,11 @@ def server_table(rows: Sequence[Row]) -> Rows:
         if row["draft"] == "none"
     }
     for row in rows:
-        cells = [str(row["slots"]), row["draft"], str(row["patched"]["drafted"])]
+        cells = [str(row["slots"]), row["draft"]]
         for build in ("patched", "upstream"):
             drafted, speed = row[build]["drafted"], row[build]["tokens_per_second"]
             cells += [
+                str(drafted),
                 f"{100 * row[build]['accepted'] / drafted:.0f} %" if drafted else "",
                 f"{speed:.0f}",
                 f"{speed / plain[row['slots'], build]:.2f}",
@@ -204,15 +205,15 @@ def server_table(rows: Sequence[Row]) -> Rows:
     return table
 
 
-def answer_all(port: int, slots: int) -> Row:
+def answer_all(server: RunningServer, slots: int) -> Row:
     """Send the prompts, as many at once as there are slots, after one request that is not counted.
 
     Returns the sums of tokens, drafted tokens and accepted tokens, and the seconds until all answers are complete.
     """
-    complete(port, PROMPTS[0])
+    complete(server, PROMPTS[0])
     began = time.monotonic()
     with ThreadPoolExecutor(slots) as pool:
-        timings = list(pool.map(lambda prompt: complete(port, prompt), PROMPTS))
+        timings = list(pool.map(lambda prompt: complete(server, prompt), PROMPTS))
     return {
         "seconds": time.monotonic() - began,
         "tokens": sum(each["predicted_n"] for each in timings),
@@ -221,55 +222,10 @@ def answer_all(port: int, slots: int) -> Row:
     }
 
 
-def complete(port: int, prompt: str) -> Row:
+def complete(server: RunningServer, prompt: str) -> Row:
     """The server's timings of one greedy answer."""
     request = {
         "prompt": prompt, "n_predict": COUNT, "temperature": 0, "ignore_eos": True, "cache_prompt": False,
     }  # fmt: skip
-    url = f"http://127.0.0.1:{port}/completion"
-    sent = urllib.request.Request(url, json.dumps(request).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(sent, timeout=PATIENCE) as answer:
-        timings: Row = json.load(answer)["timings"]
-        return timings
-
-
-@contextmanager
-def serving(engine: Engine, model: Path, options: Sequence[str]) -> Iterator[int]:
-    """Run llama-server and yield its port. Raises `EngineError` with the end of its log if it does not start."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [
-        str(engine.bin / "llama-server"),
-        "-m",
-        str(model),
-        "--port",
-        str(port),
-        "--flash-attn",
-        "on",
-        *options,
-    ]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=dict(os.environ))
-        try:
-            end = time.monotonic() + PATIENCE
-            while not healthy(port):
-                if process.poll() is not None or time.monotonic() > end:
-                    log.seek(0)
-                    said = log.read()[-500:].decode(errors="replace").strip()
-                    todo = f"run it to see the whole log: {' '.join(command)}"
-                    raise EngineError("llama-server did not start", found=said, todo=todo)
-                time.sleep(0.1)
-            yield port
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def healthy(port: int) -> bool:
-    """Whether the server on this port has loaded its models."""
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return False
+    timings: Row = server.post("/completion", request)["timings"]
+    return timings

@@ -1,6 +1,6 @@
-"""`kimi-llama bench FILE --workers HOST:PORT,...`: speed on this machine and over workers, and bytes on the wire.
+"""`kimi-llama bench --workers HOST:PORT,...`: speed on this machine and over workers, and bytes on the wire.
 
-Input: parsed arguments. Output: a table on standard output.
+Input: parsed arguments, the patched build, a model. Output: a table on standard output.
 """
 
 from __future__ import annotations
@@ -12,23 +12,18 @@ from typing import Any
 
 from kimi_gguf.bench import report
 from kimi_gguf.bench.cells import SIZES
-from kimi_gguf.bench.models import open_model
+from kimi_gguf.bench.models import ModelFile
 from kimi_gguf.bench.runner import Runner, environment_of
-from kimi_gguf.engine.builds import ensure
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.toolchain import cores
 
 STEPS = 32  # timed decodes of single tokens
 WARM = 2
 
 
-def measure_workers(parsed: argparse.Namespace) -> None:
+def measure_workers(parsed: argparse.Namespace, engine: Engine, model: ModelFile) -> None:
     """Measure each batch at each depth, here and over the workers."""
-    if parsed.model is None:
-        raise EngineError("--workers needs a model", todo="name a GGUF file")
-    engine = ensure(False)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
-    model = open_model(parsed.model)
     batches, depths = SIZES[False, False]
     depths, batches = parsed.depth or depths, parsed.batch or batches
     table: report.Rows = [

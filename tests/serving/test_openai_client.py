@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,13 @@ pytestmark = pytest.mark.engine
 
 KEY = "secret"
 MODEL = "demo"
-CALL = {"reasoning_format": "none"}  # otherwise the demo generates reasoning without end
+TEMPLATES = ("moonshotai-Kimi-K2", "Kimi-K3", "inclusionai-ling-3.0-flash")
+# the demo generates reasoning without end
+CALL = {
+    "reasoning_format": "none",
+    "chat_template_kwargs": {"thinking": False, "enable_thinking": False},
+    "parallel_tool_calls": False,
+}
 WEATHER: Any = {
     "type": "function",
     "function": {
@@ -33,8 +40,8 @@ WEATHER: Any = {
         "description": "The weather of a place.",
         "parameters": {
             "type": "object",
-            "properties": {"place": {"type": "string", "maxLength": 8}, "days": {"type": "integer"}},
-            "required": ["place", "days"],
+            "properties": {"hourly": {"type": "boolean"}, "days": {"type": "integer"}},
+            "required": ["hourly", "days"],
             "additionalProperties": False,
         },
     },
@@ -62,20 +69,37 @@ ANIMAL: Any = {
 def server(
     tmp_path_factory: pytest.TempPathFactory, engine: Engine, demo_gguf: Callable[[str], Path]
 ) -> Iterator[RunningServer]:
+    with serving(TEMPLATES[0], tmp_path_factory.mktemp("server"), engine, demo_gguf("F32")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def any_format(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    engine: Engine,
+    demo_gguf: Callable[[str], Path],
+) -> Iterator[RunningServer]:
+    """A server for each chat format."""
+    with serving(request.param, tmp_path_factory.mktemp("server"), engine, demo_gguf("F32")) as started:
+        yield started
+
+
+@contextmanager
+def serving(template: str, folder: Path, engine: Engine, gguf: Path) -> Iterator[RunningServer]:
     with reporting() as reporter:
-        template = chat_template(reporter)
+        path = chat_template(reporter, template)
     options = [
         "--jinja",
         "--chat-template-file",
-        str(template),
+        str(path),
         "--api-key",
         KEY,
         "--alias",
         MODEL,
         "--metrics",
     ]
-    folder = tmp_path_factory.mktemp("server")
-    command = (engine.bin / "llama-server", "--model", demo_gguf("F32"), *EXACT, *options)
+    command = (engine.bin / "llama-server", "--model", gguf, *EXACT, *options)
     with running(folder / "server.log", *command) as started:
         yield started
         assert started.process.poll() is None, "the server ended"
@@ -118,14 +142,11 @@ def test_a_stream_is_the_same_text(client: openai.OpenAI) -> None:
     assert chunks[-1].usage.completion_tokens > 0
 
 
-def test_a_required_tool_is_called(client: openai.OpenAI) -> None:
-    answer = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=200, extra_body=CALL)
-    call = answer.choices[0].message.tool_calls[0]
+def test_a_required_tool_is_called(any_format: RunningServer) -> None:
+    client = connect(any_format)
+    answer = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=400, extra_body=CALL)
     assert answer.choices[0].finish_reason == "tool_calls"
-    assert call.function.name == "get_weather"
-    assert call.id.startswith("functions.get_weather:")
-    arguments = json.loads(call.function.arguments)
-    assert set(arguments) == {"place", "days"} and isinstance(arguments["days"], int)
+    call = check_weather(answer)
     result = [
         {"role": "user", "content": "weather"},
         {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
@@ -134,16 +155,31 @@ def test_a_required_tool_is_called(client: openai.OpenAI) -> None:
     assert ask(client, tools=[WEATHER], messages=result).choices[0].message is not None
 
 
+def check_weather(answer: Any) -> Any:
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "get_weather"
+    arguments = json.loads(call.function.arguments)
+    assert set(arguments) == {"hourly", "days"}
+    assert isinstance(arguments["hourly"], bool) and isinstance(arguments["days"], int)
+    return call
+
+
+def test_ids_of_calls(client: openai.OpenAI) -> None:
+    """Kimi K2's format has them."""
+    answer = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=400, extra_body=CALL)
+    assert check_weather(answer).id.startswith("functions.get_weather:")
+
+
 def test_tools_in_a_stream(client: openai.OpenAI) -> None:
     deltas = [
         call
         for chunk in ask(
-            client, tools=[WEATHER], tool_choice="required", max_tokens=200, stream=True, extra_body=CALL
+            client, tools=[WEATHER], tool_choice="required", max_tokens=400, stream=True, extra_body=CALL
         )
         for call in (chunk.choices[0].delta.tool_calls or [] if chunk.choices else [])
     ]
     assert deltas[0].function.name == "get_weather"
-    assert set(json.loads("".join(each.function.arguments or "" for each in deltas))) == {"place", "days"}
+    assert set(json.loads("".join(each.function.arguments or "" for each in deltas))) == {"hourly", "days"}
 
 
 def test_tools_may_be_left_alone(client: openai.OpenAI) -> None:
@@ -151,46 +187,85 @@ def test_tools_may_be_left_alone(client: openai.OpenAI) -> None:
     assert message.content or message.tool_calls
 
 
-def test_json_follows_its_schema(client: openai.OpenAI) -> None:
-    check_animal(ask(client, response_format=ANIMAL, max_tokens=100).choices[0].message.content)
+def test_json_follows_its_schema(any_format: RunningServer) -> None:
+    answer = ask(connect(any_format), response_format=ANIMAL, max_tokens=100, extra_body=CALL)
+    check_animal(answer.choices[0].message.content)
+
+
+@pytest.mark.parametrize("template", TEMPLATES[1:])
+def test_json_and_calls_after_reasoning(
+    template: str, tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
+) -> None:
+    """The reasoning is ended after four tokens."""
+    budget = {"thinking_budget_tokens": 4, "parallel_tool_calls": False}
+    with serving(template, tmp_path, engine, demo_gguf("F32")) as server:
+        client = connect(server)
+        answer = ask(client, response_format=ANIMAL, max_tokens=400, extra_body=budget)
+        assert answer.choices[0].message.reasoning_content
+        check_animal(answer.choices[0].message.content)
+        answer = ask(client, tools=[WEATHER], tool_choice="required", max_tokens=400, extra_body=budget)
+        assert answer.choices[0].message.reasoning_content
+        check_weather(answer)
 
 
 @pytest.mark.parametrize(
     ("choice", "start", "called"),
     [("auto", "<", True), ("auto", "{", False), ("required", "{", True), ("none", "<", False)],
 )
-def test_tools_and_json(
-    choice: str, start: str, called: bool, server: RunningServer, client: openai.OpenAI
-) -> None:
+def test_tools_and_json(choice: str, start: str, called: bool, any_format: RunningServer) -> None:
     """The model prefers to start like a call or like JSON, and gets what the request allows."""
-    bias = {token(server, start): 100}
+    bias = {token(any_format, start): 100}
     answer = ask(
-        client,
+        connect(any_format),
         tools=[WEATHER],
         tool_choice=choice,
         response_format=ANIMAL,
         logit_bias=bias,
-        max_tokens=200,
+        max_tokens=400,
         extra_body=CALL,
-    ).choices[0]
+    )
+    (first,) = answer.choices
     if called:
-        assert answer.finish_reason == "tool_calls"
-        assert not answer.message.content
-        arguments = json.loads(answer.message.tool_calls[0].function.arguments)
-        assert set(arguments) == {"place", "days"}
+        assert first.finish_reason == "tool_calls"
+        assert not first.message.content
+        check_weather(answer)
     else:
-        assert answer.finish_reason == "stop"
-        assert not answer.message.tool_calls
-        check_animal(answer.message.content)
+        assert first.finish_reason == "stop"
+        assert not first.message.tool_calls
+        check_animal(first.message.content)
+
+
+def test_kimi_k3_is_told_what_is_expected(
+    tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
+) -> None:
+    """Its template has texts for a schema and for required calls."""
+    request = {"messages": [{"role": "user", "content": "define: elephant"}], "tools": [WEATHER]}
+    with serving(TEMPLATES[1], tmp_path, engine, demo_gguf("F32")) as server:
+
+        def prompt(**more: object) -> str:
+            found = post(server, "/apply-template", {**request, **more})["prompt"]
+            assert isinstance(found, str)
+            return found
+
+        assert "must match the following schema" in prompt(response_format=ANIMAL)
+        assert '"maximum":9' in prompt(response_format=ANIMAL)
+        assert "You MUST call tools" in prompt(tool_choice="required", response_format=ANIMAL)
+        assert "must match" not in prompt(tool_choice="required", response_format=ANIMAL)
+        assert "MUST" not in prompt()
+
+
+def post(server: RunningServer, path: str, content: dict[str, Any]) -> Any:
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{server.port}{path}"
+    with urllib.request.urlopen(
+        urllib.request.Request(url, json.dumps(content).encode(), headers), timeout=60
+    ) as answer:
+        return json.load(answer)
 
 
 def token(server: RunningServer, text: str) -> int:
     """The id of a text that is one token."""
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    url = f"http://127.0.0.1:{server.port}/tokenize"
-    request = urllib.request.Request(url, json.dumps({"content": text}).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        (found,) = json.load(answer)["tokens"]
+    (found,) = post(server, "/tokenize", {"content": text})["tokens"]
     return int(found)
 
 
@@ -214,7 +289,7 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
 
 def test_a_cancelled_stream_frees_its_slot(server: RunningServer, client: openai.OpenAI) -> None:
     for _ in range(8):  # twice as many as there are slots
-        stream = ask(client, stream=True, max_tokens=2000, extra_body={"ignore_eos": True})
+        stream = ask(client, stream=True, max_tokens=4000, extra_body={"ignore_eos": True})
         next(iter(stream))
         stream.close()
     began = time.monotonic()

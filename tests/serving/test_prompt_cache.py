@@ -191,19 +191,23 @@ def test_conversations_in_idle_slots_are_not_lost_to_several_choices(
 
 
 def test_a_prompt_waits_for_few_others(tmp_path: Path, engine: Engine, gguf: Path) -> None:
-    """A prompt that fits in no batch next to other prompts, which other slots send without a pause."""
+    """A prompt that fits in no batch next to other prompts, which always wait for the other slots."""
     options = "-np 4 --ctx-checkpoints 0 -b 512 -ub 512 --no-cache-idle-slots --cache-ram 0"
-    with serving(engine, tmp_path, gguf, *options.split()) as server, ThreadPoolExecutor() as pool:
+    clients = WORDS * 3
+    with (
+        serving(engine, tmp_path, gguf, *options.split()) as server,
+        ThreadPoolExecutor(len(clients)) as pool,
+    ):
         done = threading.Event()
 
         def others(word: str) -> int:
             answers = 0
-            while not done.is_set():
+            while not done.is_set() and answers < MOST:
                 server.complete(f"{word} {answers}", 1, id_slot=WORDS.index(word))
                 answers += 1
             return answers
 
-        pending = [pool.submit(others, word) for word in WORDS]
+        pending = [pool.submit(others, word) for word in clients]
         try:
             long = server.complete(LONG[0], 1, id_slot=3)
         finally:
@@ -215,6 +219,7 @@ def test_a_prompt_waits_for_few_others(tmp_path: Path, engine: Engine, gguf: Pat
 
 
 WORDS = ("river", "stone", "salt")  # of the slots 0, 1 and 2
+MOST = 200  # answers of a client: after them, the long prompt is alone
 WEIGHT = "blk.0.ffn_down"
 
 

@@ -12,17 +12,18 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from llama_script import PlayError, Setup, assert_same, decode, play, text
-from llama_server import Server, serving
+from llama_server import EXACT, Server, free_port, serving
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
-from rpc_workers import RpcWorker, rpc_workers
+from rpc_workers import RpcWorker, network, rpc_workers
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
@@ -256,13 +257,85 @@ def test_an_upstream_client_uses_our_worker(
     assert_same(remote.logits, local.logits)
 
 
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.full)])
+def test_a_worker_that_is_lost_while_the_model_is_loaded(
+    every: int, engine: Engine, gguf: Path, tmp_path: Path
+) -> None:
+    """The first time, too: the server answers 503 until the worker is back, and loads the model again."""
+    with rpc_workers(engine, tmp_path, 1) as workers:
+        with network(workers[0]) as good, loading(engine, tmp_path, gguf, good.endpoint) as server:
+            wait_until_healthy(server)
+            whole, starts = good.sent, good.starts
+            expected = server.complete(PROMPT, COUNT).ids
+        # the options are read over the first connection; the others ask for the memory, and load the model
+        moments = [start + 1 for start in starts[1:]]
+        moments += [whole * share // 100 for share in (20, 40, 60, 80)] + [whole - 1]
+        for fails_after in moments[::every]:
+            with (
+                network(workers[0], fails_after) as bad,
+                loading(engine, tmp_path, gguf, bad.endpoint) as server,
+            ):
+                wait_for_log(server, "next attempt in 1.0 s")
+                for method, path in (("GET", "/health"), ("POST", "/completion")):
+                    assert ask(server, method, path, {"prompt": PROMPT})[0] == 503
+                bad.repair()
+                wait_until_healthy(server)
+                assert server.complete(PROMPT, COUNT).ids == expected
+
+
+def test_a_server_that_waits_for_its_worker_can_be_ended(engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    with (
+        rpc_workers(engine, tmp_path, 1) as workers,
+        network(workers[0], 1 << 20) as bad,
+        loading(engine, tmp_path, gguf, bad.endpoint) as server,
+    ):
+        wait_for_log(server, "next attempt")
+        server.process.terminate()
+        server.process.wait(10)
+
+
+@contextmanager
+def loading(engine: Engine, folder: Path, gguf: Path, endpoint: str) -> Iterator[Server]:
+    """A server that has not loaded its model yet."""
+    port, log = free_port(), folder / "server.log"
+    command = [engine.bin / "llama-server", "--model", gguf, *EXACT, "--rpc", endpoint, "--port", str(port)]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield Server(port, log, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_log(server: Server, line: str) -> None:
+    end = time.monotonic() + RECOVERY
+    while line not in server.log.read_text(errors="replace"):
+        server.check_runs()
+        assert time.monotonic() < end, f"the log lacks {line!r}"
+        time.sleep(0.1)
+
+
+def test_a_model_that_cannot_be_loaded_over_a_worker(engine: Engine, gguf: Path, tmp_path: Path) -> None:
+    """This is no reason to wait for the worker."""
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
+    with rpc_workers(engine, tmp_path, 1) as workers:
+        command = [engine.bin / "llama-server", "--model", damaged, "--rpc", workers[0].endpoint]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=RECOVERY, check=False)
+    assert result.returncode == 1
+    assert "next attempt" not in result.stdout + result.stderr
+
+
 def test_a_worker_that_is_not_there(engine: Engine, gguf: Path, tmp_path: Path) -> None:
     with rpc_workers(engine, tmp_path, 1) as workers:
         workers[0].send(signal.SIGKILL)
         command = [engine.bin / "llama-server", "--model", gguf, "--rpc", workers[0].endpoint]
         result = subprocess.run(command, capture_output=True, text=True, timeout=RECOVERY, check=False)
     assert result.returncode == 1
-    assert f"no device at RPC server {workers[0].endpoint}" in result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert f"no device at RPC server {workers[0].endpoint}" in said
+    assert f"start an RPC server at {workers[0].endpoint}" in said
 
 
 def test_kills_at_random_moments(engine: Engine, gguf: Path, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
-"""Workers on loopback: processes of ggml-rpc-server that can be stopped, killed and started again on the same port."""
+"""Workers on loopback: processes of ggml-rpc-server that can be stopped, killed and started again on the same port,
+and a network that fails.
+"""
 
 from __future__ import annotations
 
 import signal
 import socket
+import socketserver
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llama_server import free_port
@@ -75,3 +79,76 @@ def rpc_workers(engine: Engine, folder: Path, count: int, *options: str) -> Iter
     finally:
         for worker in workers:
             worker.send(signal.SIGKILL)
+
+
+class Network(socketserver.ThreadingTCPServer):
+    """Forwards connections to a worker. When clients have sent a number of bytes, it closes all connections, and new
+    ones at once, until it is repaired.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, worker: RpcWorker, fails_after: float) -> None:
+        self.worker = worker
+        self.starts: list[int] = []  # the bytes sent before each connection
+        self.sent = 0
+        self.failed = threading.Event()
+        self._fails_after = fails_after
+        self._lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), _Connection)
+
+    @property
+    def endpoint(self) -> str:
+        """HOST:PORT."""
+        return f"127.0.0.1:{self.server_address[1]}"
+
+    def repair(self) -> None:
+        """Forward everything from now on."""
+        self._fails_after = float("inf")
+        self.failed.clear()
+
+    def count(self, data: bytes) -> bool:
+        """Count bytes that a client sends. Returns whether they are forwarded."""
+        with self._lock:
+            self.sent += len(data)
+            if self.sent >= self._fails_after:
+                self.failed.set()
+        return not self.failed.is_set()
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    server: Network
+    request: socket.socket
+
+    def handle(self) -> None:
+        if self.server.failed.is_set():
+            return
+        self.server.starts.append(self.server.sent)
+        with suppress(OSError), self.server.worker.connect() as worker:
+            threading.Thread(target=_answers, args=(worker, self.request), daemon=True).start()
+            with suppress(OSError):
+                while (data := self.request.recv(1 << 16)) and self.server.count(data):
+                    worker.sendall(data)
+            worker.shutdown(socket.SHUT_RDWR)  # ends the thread, and the connection with it
+
+
+def _answers(worker: socket.socket, client: socket.socket) -> None:
+    with suppress(OSError):
+        while data := worker.recv(1 << 16):
+            client.sendall(data)
+    with suppress(OSError):
+        client.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def network(worker: RpcWorker, fails_after: float = float("inf")) -> Iterator[Network]:
+    """A network to the worker. fails_after: bytes sent by clients."""
+    with Network(worker, fails_after) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
