@@ -380,7 +380,7 @@ class Run:
 
 
 def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> list[Callable[[], Path]]:
-    """A function for each file that makes it. Checks the disk space for generated models first."""
+    """For each model file, a function that makes it. Checks the disk space for generated models first."""
     if parsed.model is not None:
         return [lambda: parsed.model]
     if parsed.demo:

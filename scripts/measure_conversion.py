@@ -229,7 +229,7 @@ def page(record: Data) -> str:
 
 
 def read_record(file: Path) -> Data:
-    """A record that `--json` wrote. Raises `EngineError` if it is none."""
+    """Read a record that `--json` wrote. Raises `EngineError` if the file is not such a record."""
     try:
         record: Data = json.loads(file.read_text())
         page(record)
@@ -239,7 +239,7 @@ def read_record(file: Path) -> Data:
 
 
 def write(file: Path | None, text: str) -> None:
-    """Replace the file at once. None: nothing to write."""
+    """Replace the file atomically. Does nothing if `file` is None."""
     if file is not None:
         atomically(file, lambda part: part.write_text(text))
 

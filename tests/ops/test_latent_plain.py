@@ -43,13 +43,13 @@ class World:
     folder: Path
 
     def play(
-        self, steps: Sequence[Step], told: dict[str, str] | None = None, **setup: Any
+        self, steps: Sequence[Step], variables: dict[str, str] | None = None, **setup: Any
     ) -> tuple[Logits, str, set[str]]:
         """Logits, llama.cpp's log, and "DEVICE OPERATOR" for everything that the device computed."""
         log = self.folder / "log"
         log.unlink(missing_ok=True)
         chosen = Setup(**{"backend": str(self.backend), "n_gpu_layers": 99, "flash_attention": True, **setup})
-        environment = {"SECOND_LOG": str(log), "SECOND_REFUSES": "LATENT_ATTN", **(told or {})}
+        environment = {"SECOND_LOG": str(log), "SECOND_REFUSES": "LATENT_ATTN", **(variables or {})}
         played = play(self.engine, self.gguf, chosen, steps, **environment)
         return played.logits, played.log, set(log.read_text().splitlines())
 
@@ -129,11 +129,12 @@ def test_several_sequences(unified: bool, world: World) -> None:
 
 
 def test_a_device_without_an_operator_of_the_plain_graph(world: World) -> None:
-    told = {"SECOND_REFUSES": "LATENT_ATTN,REPEAT"}
+    variables = {"SECOND_REFUSES": "LATENT_ATTN,REPEAT"}
     steps = batches(340)
-    with pytest.raises(PlayError, match=r"KIMI_OPS=require: layer [01]: .*; SECOND0 does not have REPEAT"):
-        world.play(steps, told)
-    logits, log, computed = world.play(steps, {**told, "KIMI_OPS": ""})
+    refusal = r"KIMI_OPS=require: layer [01]: .*; no plain graph: SECOND0 does not have REPEAT"
+    with pytest.raises(PlayError, match=refusal):
+        world.play(steps, variables)
+    logits, log, computed = world.play(steps, {**variables, "KIMI_OPS": ""})
     assert "stays absorbed in large batches" in log and PLAIN not in computed
     assert_same(logits, world.on_cpu(steps))
 

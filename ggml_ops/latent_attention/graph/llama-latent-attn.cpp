@@ -120,7 +120,7 @@ static Form form_of(const ggml_tensor * node, std::string & why) {
     if (also.empty()) {
         return Form::PLAIN;
     }
-    why += "; " + also;
+    why += "; no plain graph: " + also;
     return Form::ABSORBED;
 }
 
@@ -158,8 +158,11 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     case Form::OPERATOR:
         return n_queries >= min_queries(k, n_keys);
     case Form::PLAIN:
+        if (!is_alone(g)) {
+            return false;
+        }
         say_once(said_plain, where + " uses matmuls and flash attention in large batches: " + why);
-        return is_alone(g) && n_queries >= llama_latent_plain_min_queries(k, n_keys);
+        return n_queries >= llama_latent_plain_min_queries(k, n_keys);
     case Form::ABSORBED:
         break;
     }

@@ -9,7 +9,7 @@
 // node: a LATENT_ATTN whose cache and weights have memory; it need not be part of a graph.
 // Returns the device that has the cache, k_b and v_b; nullptr and the reason if they are not on one device. Memory that
 // the CPU reads in place counts as the CPU's, whoever allocated it. A tensor without memory (in a dry run that only
-// measures the model) is ignored; without any the result is nullptr and no reason.
+// measures the model) is ignored; if no tensor has memory, returns nullptr and sets no reason.
 ggml_backend_dev_t llama_latent_attn_holder(const ggml_tensor * node, std::string & why);
 
 // Returns why this device cannot compute the node, or an empty string.

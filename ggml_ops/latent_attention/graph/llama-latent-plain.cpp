@@ -133,12 +133,12 @@ static ggml_tensor * attend(ggml_context * ctx, const Sources & s, int64_t first
 std::string llama_latent_plain_obstacle(const ggml_tensor * node) {
     const ggml_latent_attn_shape s = ggml_latent_attn_get_shape(node);
     if (s.n_latent != N_LATENT || s.n_nope != N_NOPE || s.n_key != N_NOPE + N_ROPE || s.n_value != N_VALUE) {
-        return "other head sizes than the 48B's";
+        return "head sizes other than the 48B's";
     }
     std::string              why;
     const ggml_backend_dev_t dev = llama_latent_attn_holder(node, why);
     if (dev == nullptr || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-        return dev ? "it is the CPU" : why;
+        return dev ? "the layer is on the CPU" : why;
     }
 
     const size_t   n_nodes = 64;
@@ -146,15 +146,14 @@ std::string llama_latent_plain_obstacle(const ggml_tensor * node) {
         ggml_init({ n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true });
     ggml_cgraph * graph   = ggml_new_graph_custom(ctx, n_nodes, false);
     Sources       sources = prepare(ctx, node);
-    // without the nodes before it
+    // a tensor instead of q: the nodes that compute q are not checked
     sources.q         = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.n_key, s.n_queries * s.n_streams, s.n_heads);
     ggml_tensor * out = attend(ctx, sources, 0, 1);
     ggml_build_forward_expand(graph, ggml_concat(ctx, out, out, 1));
     for (int i = 0; i < ggml_graph_n_nodes(graph) && why.empty(); ++i) {
         const ggml_tensor * each = ggml_graph_node(graph, i);
         if (!ggml_backend_dev_supports_op(dev, each)) {
-            why = std::string(ggml_backend_dev_name(dev)) + " does not have " + ggml_op_desc(each) +
-                  " for its plain graph";
+            why = std::string(ggml_backend_dev_name(dev)) + " does not have " + ggml_op_desc(each);
         }
     }
     ggml_free(ctx);
@@ -177,7 +176,7 @@ ggml_tensor * llama_latent_plain(ggml_context * ctx, ggml_cgraph * graph, const 
     for (int64_t first = 0; first < n_heads; first += n_group) {
         ggml_tensor * out = attend(ctx, sources, first, std::min(n_group, n_heads - first));
         all               = all ? ggml_concat(ctx, all, out, 1) : out;
-        ggml_build_forward_expand(graph, all);  // a group after the other, so that they use the same memory
+        ggml_build_forward_expand(graph, all);  // one group after the other, so that they use the same memory
     }
     return all;
 }
