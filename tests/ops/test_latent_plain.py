@@ -128,6 +128,13 @@ def test_several_sequences(unified: bool, world: World) -> None:
     assert_same(logits, world.on_cpu(steps, **setup))
 
 
+def test_a_large_cache_stays_absorbed(world: World) -> None:
+    steps = batches(240)
+    for cells, plain in ((1 << 17, True), ((1 << 17) + 256, False)):
+        computed = world.play(steps, cells=cells, cache_type="F16")[2]
+        assert (PLAIN in computed) == plain
+
+
 def test_a_device_without_an_operator_of_the_plain_graph(world: World) -> None:
     variables = {"SECOND_REFUSES": "LATENT_ATTN,REPEAT"}
     steps = batches(340)

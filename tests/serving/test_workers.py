@@ -246,6 +246,24 @@ def test_an_upstream_worker_runs_upstreams_graph(
     assert_same(remote.logits, local.logits)
 
 
+def test_long_batches_stay_absorbed_on_an_upstream_worker(
+    engine: Engine, upstream: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head sizes and the batch are those of the plain graph, which this worker could not refuse."""
+    spec = Spec(layers="KM", heads=2, kv_lora=512, nope=128, rope=64, v_dim=128, seed=71)
+    model = tmp_path / "model.gguf"
+    convert(write_checkpoint(tmp_path / "checkpoint", spec), model, TYPES["F32"])
+    steps = [decode(*text(0, np.random.default_rng(72).integers(0, VOCAB_SIZE, 400)))]
+    monkeypatch.setenv("KIMI_OPS", "")
+    local = play(engine, model, Setup(flash_attention=True), steps)
+    with rpc_workers(upstream, tmp_path, 1) as workers:
+        setup = Setup(flash_attention=True, workers=(workers[0].endpoint,), n_gpu_layers=ALL)
+        remote = play(engine, model, setup, steps)
+    assert "stays absorbed in large batches: RPC0 does not have LATENT_ATTN" in remote.log
+    assert "no plain graph: llama.cpp does not ask a worker" in remote.log
+    assert_same(remote.logits, local.logits)
+
+
 def test_an_upstream_client_uses_our_worker(
     engine: Engine, upstream: Engine, small: Path, tmp_path: Path
 ) -> None:

@@ -158,7 +158,7 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     case Form::OPERATOR:
         return n_queries >= min_queries(k, n_keys);
     case Form::PLAIN:
-        if (!is_alone(g)) {
+        if (!is_alone(g) || k->view_src->ne[1] > LLAMA_LATENT_PLAIN_MAX_CELLS) {
             return false;
         }
         say_once(said_plain, where + " uses matmuls and flash attention in large batches: " + why);

@@ -140,6 +140,9 @@ std::string llama_latent_plain_obstacle(const ggml_tensor * node) {
     if (dev == nullptr || ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU) {
         return dev ? "the layer is on the CPU" : why;
     }
+    if (strcmp(ggml_backend_reg_name(ggml_backend_dev_backend_reg(dev)), "RPC") == 0) {
+        return "llama.cpp does not ask a worker which of upstream's operators it has";
+    }
 
     const size_t   n_nodes = 64;
     ggml_context * ctx =

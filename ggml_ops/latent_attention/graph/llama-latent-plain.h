@@ -10,6 +10,9 @@ struct ggml_cgraph;
 struct ggml_context;
 struct ggml_tensor;
 
+// Larger caches stay absorbed: with 64 heads, their expanded keys and values would need more than 1 GiB.
+constexpr int64_t LLAMA_LATENT_PLAIN_MAX_CELLS = 1 << 17;
+
 // Queries from which this form is faster than the absorbed one. Does not decrease with n_keys.
 int64_t llama_latent_plain_min_queries(const ggml_tensor * cache, int64_t n_keys);
 
