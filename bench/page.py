@@ -377,7 +377,8 @@ def hybrid_part(record: Data) -> str:
         f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches repeat the rows of "
         f"{hybrid['seed']} real tokens. Recurrent states count as cache. One layer in four has attention, so one "
         "sequence decodes at most four times as fast. The 6 × of the model's report (arXiv 2510.26692) requires larger "
-        "batches, which fit because the cache is smaller.\n\n"
+        "batches, which fit because the cache is smaller. "
+        f"Measured on {record['created'][:10]}; compare rates only within this table.\n\n"
         + markdown(hybrid_table(hybrid))
         + "".join(f"\nNot measured: depth {depth}: {why}.\n" for depth, why in missing.items())
     )
