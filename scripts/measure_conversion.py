@@ -228,14 +228,12 @@ def page(record: Data) -> str:
     return text
 
 
-def read_record(file: Path) -> Data:
-    """Read a record that `--json` wrote. Raises `EngineError` if the file is not such a record."""
+def page_of(file: Path) -> str:
+    """The page of a record that `--json` wrote. Raises `EngineError` if the file is not such a record."""
     try:
-        record: Data = json.loads(file.read_text())
-        page(record)
+        return page(json.loads(file.read_text()))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise EngineError(f"{file} is not a record of measure-conversion", found=str(error)) from error
-    return record
 
 
 def write(file: Path | None, text: str) -> None:
@@ -260,7 +258,7 @@ def main() -> None:
     parsed = parser.parse_args()
     try:
         if parsed.draw is not None:
-            write(parsed.page, page(read_record(parsed.draw)))
+            write(parsed.page, page_of(parsed.draw))
             return
         with reporting() as reporter:
             ensure()  # convert-kimi uses its quantization functions

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from cuda_program import GGML_OPTIONS, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
-from llama_script import Logits, Setup, Step, cut, decode, pauses, play, text, together
+from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
@@ -158,20 +158,7 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
         ],
         {"n_seq_max": 4, "kv_unified": True},
     ),
-    "drafts rolled back": (
-        [
-            *prompts(20, 30),
-            decode(*text(0, IDS[0][20:24], 20), *text(1, IDS[1][30:34], 30)),
-            cut(0, 22),
-            cut(1, 31),
-            together(IDS, 22, 31),
-            together(IDS, 23, 32),
-            decode(*text(0, IDS[0][24:27], 24), *text(1, IDS[1][33:36], 33)),
-            cut(1, 34),
-            together(IDS, 27, 34),
-        ],
-        {"n_seq_max": 2, "n_rs_seq": 4},
-    ),
+    "drafts rolled back": drafts_rolled_back(IDS, 20, 30),
 }
 
 

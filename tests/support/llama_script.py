@@ -87,19 +87,25 @@ def pauses(ids: NDArray[np.int64]) -> list[Step]:
     ]
 
 
-def drafts_rolled_back(ids: NDArray[np.int64]) -> tuple[list[Step], dict[str, Any]]:
-    """Two sequences with drafts of which some tokens are taken back, and what their `Setup` needs."""
+def drafts_rolled_back(
+    ids: NDArray[np.int64], first: int = 8, second: int = 6
+) -> tuple[list[Step], dict[str, Any]]:
+    """Two sequences with drafts of which some tokens are taken back, and what their `Setup` needs.
+
+    first, second: tokens of the two prompts.
+    """
+    m, n = first, second
     steps = [
-        decode(*text(0, ids[0][:8])),
-        decode(*text(1, ids[1][:6])),
-        decode(*text(0, ids[0][8:12], 8), *text(1, ids[1][6:10], 6)),
-        cut(0, 10),
-        cut(1, 7),
-        together(ids, 10, 7),
-        together(ids, 11, 8),
-        decode(*text(0, ids[0][12:15], 12), *text(1, ids[1][9:12], 9)),
-        cut(1, 10),
-        together(ids, 15, 10),
+        decode(*text(0, ids[0][:m])),
+        decode(*text(1, ids[1][:n])),
+        decode(*text(0, ids[0][m : m + 4], m), *text(1, ids[1][n : n + 4], n)),
+        cut(0, m + 2),
+        cut(1, n + 1),
+        together(ids, m + 2, n + 1),
+        together(ids, m + 3, n + 2),
+        decode(*text(0, ids[0][m + 4 : m + 7], m + 4), *text(1, ids[1][n + 3 : n + 6], n + 3)),
+        cut(1, n + 4),
+        together(ids, m + 7, n + 4),
     ]
     return steps, {"n_seq_max": 2, "n_rs_seq": 4}
 
