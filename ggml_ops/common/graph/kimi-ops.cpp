@@ -15,7 +15,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         return all;
     }
 
-    llama_kimi_ops picked = { false, false, false, false, false, false, false };
+    llama_kimi_ops picked = { false, false, false, false, false, false, false, false };
     bool           any    = false;
     bool           is_off = false;
     const struct {
@@ -24,6 +24,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
     } names[] = {
         { "conv", &picked.conv }, { "scan", &picked.scan }, { "mla", &picked.mla },
         { "moe", &picked.moe },   { "fuse", &picked.fuse }, { "batch", &picked.batch },
+        { "plain", &picked.plain },
     };
 
     std::istringstream parts(text);
@@ -44,7 +45,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         }
         if (!known) {
             throw std::runtime_error("KIMI_OPS: '" + part +
-                                     "' is none of off, conv, scan, mla, moe, fuse, batch, require");
+                                     "' is none of off, conv, scan, mla, moe, fuse, batch, plain, require");
         }
     }
     if (is_off && (any || picked.require)) {

@@ -8,6 +8,7 @@
 //   off                     no operators: upstream's graph
 //   conv,scan,mla,moe,fuse  only these operators
 //   batch                   a name like these: the code paths whose results do not depend on other sequences
+//   plain                   a name like these: with mla, the plain graph where a device does not have LATENT_ATTN
 //   require                 alone or with names: an operator that cannot be used is an error
 
 #include <cstdint>
@@ -27,6 +28,7 @@ struct llama_kimi_ops {
     bool moe     = true;  // matmul on the CPU
     bool fuse    = true;  // fusion of nodes on the CPU
     bool batch   = true;  // results independent of other sequences
+    bool plain   = true;  // with mla: the plain graph instead of LATENT_ATTN
     bool require = false;
 };
 

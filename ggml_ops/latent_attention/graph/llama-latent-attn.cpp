@@ -4,7 +4,7 @@
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
-#include "llama-latent-order.h"
+#include "llama-latent-inputs.h"
 #include "llama-latent-place.h"
 #include "llama-latent-plain.h"
 #include "llama-model.h"
@@ -100,12 +100,6 @@ static ggml_tensor * operator_of(const llm_graph_context &      g,
                             kq_scale);
 }
 
-// Whether the ubatch and all cells that it reads belong to one sequence. The plain graph expands all of these cells; with
-// cells of other sequences it could take longer than the absorbed form.
-static bool is_alone(const llm_graph_context & g) {
-    return g.cparams.n_seq_max == 1 || (!g.cparams.kv_unified && g.ubatch.equal_seqs() && g.ubatch.n_seqs == 1);
-}
-
 // How to compute the attention of many queries.
 enum class Form { ABSORBED, OPERATOR, PLAIN };
 
@@ -158,11 +152,11 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     case Form::OPERATOR:
         return n_queries >= min_queries(k, n_keys);
     case Form::PLAIN:
-        if (!is_alone(g) || k->view_src->ne[1] > LLAMA_LATENT_PLAIN_MAX_CELLS) {
+        if (!ops.plain || !inp->latent.own) {
             return false;
         }
         say_once(said_plain, where + " uses matmuls and flash attention in large batches: " + why);
-        return n_queries >= llama_latent_plain_min_queries(k, n_keys);
+        return n_queries >= llama_latent_plain_min_queries(k, inp->latent.own->ne[0]);
     case Form::ABSORBED:
         break;
     }
@@ -181,7 +175,10 @@ uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs) {
         if (node->op == GGML_OP_LATENT_ATTN) {
             most = std::max(most, (min_queries(k, k->ne[1]) - 1) * k->ne[3]);
         } else if (llama_latent_plain_has(node)) {
-            most = std::max(most, llama_latent_plain_min_queries(k, k->ne[1]) - 1);
+            // a sequence with more cells than it can expand is absorbed
+            most = std::max<int64_t>(most, k->ne[1] == LLAMA_LATENT_PLAIN_MAX_CELLS
+                                               ? UINT32_MAX
+                                               : llama_latent_plain_min_queries(k, k->ne[1]) - 1);
         } else {
             continue;
         }
@@ -204,10 +201,10 @@ ggml_tensor * llama_latent_attn(const llm_graph_context & g,
     std::string   why;
     ggml_tensor * cur = operator_of(g, inp, layer, q, kq_scale, il);
     if (form_of(cur, why) == Form::PLAIN) {
-        cur = llama_latent_plain(g.ctx0, g.gf, cur);
+        cur = llama_latent_plain(g.ctx0, g.gf, cur, inp->latent.own, inp->latent.own_mask);
     } else {
-        if (inp->self_k_order && inp->self_k_order->ne[1] == cur->ne[3]) {
-            llama_latent_order_attach(g.gf, inp->self_k_order, cur);
+        if (inp->latent.order && inp->latent.order->ne[1] == cur->ne[3]) {
+            inp->latent.attach_order(g.gf, cur);
         }
         g.cb(cur, "latent_attn", il);
     }

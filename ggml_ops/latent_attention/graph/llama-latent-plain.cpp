@@ -31,7 +31,7 @@ struct Threshold {
 };
 
 static constexpr Threshold PLAIN[] = {
-    { 512, 336, 240 }, { 1536, 688, 336 }, { 2048, 800, 352 }, { 6144, 1200, 400 }, { INT64_MAX, 1552, 432 },
+    { 512, 336, LLAMA_LATENT_PLAIN_MIN_QUERIES }, { 1536, 688, 336 }, { 2048, 800, 352 }, { 6144, 1200, 400 }, { INT64_MAX, 1552, 432 },
 };
 
 int64_t llama_latent_plain_min_queries(const ggml_tensor * cache, int64_t n_keys) {
@@ -68,8 +68,8 @@ namespace {
 struct Sources {
     ggml_tensor * q;
     ggml_tensor * mask;
-    ggml_tensor * latent;  // F32 [n_latent, n_keys]
-    ggml_tensor * tail;    // [n_nope + n_rope, n_keys], the ends of the rows of the cache, in the type of keys
+    ggml_tensor * latent;  // F32 [n_latent, n_keys], the sequence's rows of the cache
+    ggml_tensor * tail;    // [n_nope + n_rope, n_keys], the ends of these rows, in the type of keys
     ggml_tensor * k_b;     // [n_latent, n_nope, n_heads], not quantized
     ggml_tensor * v_b;     // [n_latent, n_value, n_heads], not quantized
     float         scale;
@@ -82,24 +82,21 @@ static ggml_tensor * floats(ggml_context * ctx, ggml_tensor * weights) {
 }
 
 // All queries are of one sequence. If there are several streams, memory is being reserved: take the first.
-static Sources prepare(ggml_context * ctx, const ggml_tensor * node) {
-    const ggml_latent_attn_shape s    = ggml_latent_attn_get_shape(node);
-    ggml_tensor *                q    = node->src[0];
-    ggml_tensor *                k    = node->src[1];
-    ggml_tensor *                mask = node->src[4];
+static Sources prepare(ggml_context * ctx, const ggml_tensor * node, ggml_tensor * own, ggml_tensor * own_mask) {
+    const ggml_latent_attn_shape s = ggml_latent_attn_get_shape(node);
+    ggml_tensor *                q = node->src[0];
+    ggml_tensor *                k = node->src[1];
     if (s.n_streams > 1) {
-        q    = ggml_view_3d(ctx, q, s.n_key, s.n_queries * s.n_streams, s.n_heads, q->nb[1], q->nb[2], 0);
-        k    = ggml_view_3d(ctx, k, s.n_cache, s.n_keys, 1, k->nb[1], k->nb[2], 0);
-        mask = ggml_reshape_2d(ctx, mask, s.n_keys, ggml_nrows(mask));
+        q = ggml_view_3d(ctx, q, s.n_key, s.n_queries * s.n_streams, s.n_heads, q->nb[1], q->nb[2], 0);
     }
-    ggml_tensor * rows = cast(ctx, k, GGML_TYPE_F32);
-    ggml_tensor * tail = type_of(k) == k->type ? k : rows;
+    k                  = ggml_view_2d(ctx, k, s.n_cache, s.n_keys, k->nb[1], 0);
+    ggml_tensor * rows = ggml_get_rows(ctx, k, own);
 
     Sources sources;
     sources.q      = q;
-    sources.mask   = mask;
+    sources.mask   = own_mask;
     sources.latent = columns(ctx, rows, 0, s.n_latent);
-    sources.tail   = cast(ctx, columns(ctx, tail, s.n_latent - s.n_nope, s.n_key), type_of(k));
+    sources.tail   = cast(ctx, columns(ctx, rows, s.n_latent - s.n_nope, s.n_key), type_of(k));
     sources.k_b    = ggml_cont(ctx, ggml_transpose(ctx, floats(ctx, node->src[2])));
     sources.v_b    = floats(ctx, node->src[3]);
     memcpy(&sources.scale, node->op_params, sizeof(sources.scale));
@@ -148,7 +145,9 @@ std::string llama_latent_plain_obstacle(const ggml_tensor * node) {
     ggml_context * ctx =
         ggml_init({ n_nodes * ggml_tensor_overhead() + ggml_graph_overhead_custom(n_nodes, false), nullptr, true });
     ggml_cgraph * graph   = ggml_new_graph_custom(ctx, n_nodes, false);
-    Sources       sources = prepare(ctx, node);
+    ggml_tensor * own     = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, s.n_keys);
+    ggml_tensor * mask    = ggml_new_tensor_2d(ctx, node->src[4]->type, s.n_keys, s.n_queries * s.n_streams);
+    Sources       sources = prepare(ctx, node, own, mask);
     // a tensor instead of q: the nodes that compute q are not checked
     sources.q         = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.n_key, s.n_queries * s.n_streams, s.n_heads);
     ggml_tensor * out = attend(ctx, sources, 0, 1);
@@ -163,18 +162,21 @@ std::string llama_latent_plain_obstacle(const ggml_tensor * node) {
     return why;
 }
 
-ggml_tensor * llama_latent_plain(ggml_context * ctx, ggml_cgraph * graph, const ggml_tensor * node) {
+ggml_tensor * llama_latent_plain(
+    ggml_context * ctx, ggml_cgraph * graph, const ggml_tensor * node, ggml_tensor * own, ggml_tensor * own_mask) {
     const ggml_tensor * k       = node->src[1];
     const int64_t       n_heads = node->src[0]->ne[2];
 
     // per head and key: a key, a value, and the results of the matmuls before they are copied into the type of the keys
     const int64_t bytes   = ggml_type_size(type_of(k)) * (N_NOPE + N_ROPE + N_VALUE) + sizeof(float) * N_VALUE;
-    const int64_t n_cells = k->view_src->ne[1];  // as many as the cache has: the memory needed grows with the keys
+    // as many cells as a sequence can have: the memory needed grows with its keys
+    const int64_t n_cells = std::min(k->view_src->ne[1], LLAMA_LATENT_PLAIN_MAX_CELLS);
     const int64_t n_groups =
         std::clamp<int64_t>((n_heads * n_cells * bytes + SCRATCH - 1) / SCRATCH, 1, std::min(MAX_GROUPS, n_heads));
     const int64_t n_group = (n_heads + n_groups - 1) / n_groups;
 
-    const Sources sources = prepare(ctx, node);
+    ggml_build_forward_expand(graph, node->src[4]);  // own_mask is made from this mask
+    const Sources sources = prepare(ctx, node, own, own_mask);
     ggml_tensor * all     = nullptr;
     for (int64_t first = 0; first < n_heads; first += n_group) {
         ggml_tensor * out = attend(ctx, sources, first, std::min(n_group, n_heads - first));
