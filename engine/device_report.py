@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kimi_gguf.engine.build_spec import VERIFY
 from kimi_gguf.engine.builds import Engine, select
@@ -104,7 +105,7 @@ def _verify(engine: Engine) -> tuple[tuple[Device, ...], bool]:
         elif kind in ("started", "checked"):
             devices[-1].seconds[kind] = float(fields[0])
         elif fields:
-            devices[-1].facts[kind] = fields[0]
+            devices[-1].facts[kind] = fields[0].replace(str(Path.home()), "~")  # the text is for an issue
     return tuple(devices), ended.returncode == 0
 
 

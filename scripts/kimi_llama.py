@@ -70,9 +70,9 @@ example the address of a WireGuard interface. Or tunnel the port: ssh -N -L 5005
 see docs/serving.md."""
 
 _NO_GPU = "this build computes on the CPU: no device needs the check"
-_ALL_USED = (
-    "No operator is switched off. To report this result, paste the text above into an issue of this project."
-)
+_ALL_USED = """\
+All operators that the device has are used (absent: it does not have the operator). To report this result, paste the
+text above into an issue of this project."""
 _NOT_USED = """\
 Operators that did not pass are not used on that device; upstream's graph or kernels are used instead. To report this
 result, paste the text above into an issue of this project."""

@@ -96,7 +96,7 @@ FAULTS: dict[str, Expected] = {
         "copy",
         31,
         "y[i]        = x[i + shift];",
-        "a read 0 bytes behind the end of the buffer",
+        "a read 0 bytes after the end of the buffer",
     ),
     "read before a buffer": (
         "copy",
@@ -108,9 +108,9 @@ FAULTS: dict[str, Expected] = {
         "copy",
         0,
         "y[i]        = x[i + shift];",
-        "a read 3999872 bytes behind the end",
+        "a read 3999872 bytes after the end",
     ),
-    "write behind a buffer": ("copy_shifted", 31, "y[i + shift] = x[i];", "a write 0 bytes behind the end"),
+    "write behind a buffer": ("copy_shifted", 31, "y[i + shift] = x[i];", "a write 0 bytes after the end"),
     "write before a buffer": ("copy_shifted", 0, "y[i + shift] = x[i];", "a write 4 bytes before the begin"),
     "a freed buffer": ("write_through", 0, "y[0][threadIdx.x] = 1.0f;", "which is freed"),
     "a freed argument": ("copy", None, None, "argument 2 is 0x\\w+, which is in a freed buffer"),
@@ -126,7 +126,7 @@ FAULTS: dict[str, Expected] = {
         "write_static_shared",
         31,
         "s[i] = 1.0f;",
-        "a write 0 bytes behind the end of the shared array 's' of 128 bytes",
+        "a write 0 bytes after the end of the shared array 's' of 128 bytes",
     ),
     "before a shared array": (
         "write_static_shared",
@@ -144,7 +144,7 @@ FAULTS: dict[str, Expected] = {
         "write_dynamic_shared",
         31,
         "s[int(threadIdx.x) + shift] = 1.0f;",
-        "a write 0 bytes behind the end of the shared array 'dynamic' of 128 bytes",
+        "a write 0 bytes after the end of the shared array 'dynamic' of 128 bytes",
     ),
     "before dynamic shared": (
         "write_dynamic_shared",
@@ -239,7 +239,7 @@ def test_a_write_beside_an_array_is_found_in_either_placement(fault: str, faults
     """If no guard page is hit, the memory next to the array is checked after the launch."""
     ended = run(faults, fault, KIMI_CUDA_PLACEMENT="end" if fault in AT_START else "start")
     assert ended.returncode == 1
-    assert re.search(r"a write \d bytes (behind the end|before the begin) of the shared array", ended.stdout)
+    assert re.search(r"a write \d bytes (after the end|before the begin) of the shared array", ended.stdout)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -149,7 +149,9 @@ def test_the_cells_of_others_do_not_count(world: World) -> None:
     assert np.array_equal(logits[-few:], alone)
 
 
-@pytest.mark.parametrize("world", ["deepseek2"], indirect=True)  # kimi-linear gives each sequence its own ubatch
+@pytest.mark.parametrize(
+    "world", ["deepseek2"], indirect=True
+)  # kimi-linear gives each sequence its own ubatch
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
 def test_an_ubatch_of_several_sequences_stays_absorbed(unified: bool, world: World) -> None:
     steps = [decode(*text(0, IDS[0][:256]), *text(1, IDS[1][:256]))]
@@ -161,7 +163,9 @@ def test_an_ubatch_of_several_sequences_stays_absorbed(unified: bool, world: Wor
 @pytest.mark.full
 def test_many_cells_stay_absorbed(metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
     """A sequence of more than 131072 tokens. Memory for this, and for the plain graph before, has been reserved."""
-    gguf = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(layers=1, hidden=64, ffn=64, heads=16, q_lora=64))
+    gguf = write_deepseek2(
+        tmp_path / "model.gguf", DeepseekSpec(layers=1, hidden=64, ffn=64, heads=16, q_lora=64)
+    )
     log, n = tmp_path / "log", 1 << 17
     setup = on_metal(metal_backend, cells=n + 4096, n_ubatch=4096, cache_type="Q8_0", flash_attention=True)
     ids = np.resize(IDS[0], n + 4096)
@@ -265,7 +269,9 @@ def test_metal(cache_type: str, metal_backend: Path, engine: Engine, tmp_path: P
     names = [each.kernel.split("_mask")[0] for each in ran]
     end = names.index("kernel_flash_attn_ext_blk_nqptg=8_ncpsg=64")
     first = next(i for i in range(end) if names[i].startswith("kernel_set_rows"))
-    expansion = [each for each in ran[first:end] if each.nodes.split()[0] in ("MUL_MAT", "REPEAT", "CPY", "GET_ROWS")]
+    expansion = [
+        each for each in ran[first:end] if each.nodes.split()[0] in ("MUL_MAT", "REPEAT", "CPY", "GET_ROWS")
+    ]
     assert sorted(each.bytes_written / cells for each in expansion) == sorted(WRITTEN[cache_type])
     key_type = "f32" if cache_type == "F32" else "f16"
     assert f"kernel_flash_attn_ext_{key_type}_dk192_dv128" in names[end:]

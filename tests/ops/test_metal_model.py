@@ -108,6 +108,26 @@ def test_a_library_that_the_compiler_refuses(
     assert played.log.count(f"failed to build '{library}' library, not used: ") == 1
 
 
+@pytest.mark.parametrize(
+    ("choice", "part"),
+    [("conv,scan", "KDA_CONV"), ("mla", "absorbed latent attention"), ("fuse", "fused nodes")],
+)
+def test_require_notices_a_library_that_the_compiler_refuses(
+    choice: str, part: str, metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    variables = {
+        "KIMI_METAL_REFUSED": "kda,fa_latent,fuse",
+        "KIMI_VERIFY_SECONDS": "300",
+        "KIMI_GGUF_CACHE": str(tmp_path),
+    }
+    setup, steps = on_metal(metal_backend, flash_attention=True), [decode((0, 0, 1))]
+    reason = f"{part}: not checked: the device's compiler refused its kernels"
+    with pytest.raises(PlayError, match=f"KIMI_OPS=require: MTL0: {reason}"):
+        play(engine, model, setup, steps, **variables, KIMI_OPS=f"{choice},require")
+    log = play(engine, model, setup, steps, **variables, KIMI_OPS=choice).log
+    assert f"verify: MTL0: not used: {reason}" in log
+
+
 def used(kernels: set[str], ran: set[str]) -> bool:
     """Whether all of these kernels ran; otherwise none did."""
     found = {each for each in kernels if any(name == each or name.startswith(f"{each}_") for name in ran)}

@@ -107,7 +107,34 @@ static int mark_without(ggml_verify_part part) {
     }
 }
 
+// The file of Metal kernels that a part needs, without .metal; nullptr for a part that Metal does not have.
+static const char * library_of(ggml_verify_part part) {
+    switch (part) {
+    case GGML_VERIFY_KDA_CONV:
+    case GGML_VERIFY_KDA_SCAN:
+    case GGML_VERIFY_STATE_COPY:
+        return "kda";
+    case GGML_VERIFY_ABSORBED:
+        return "fa_latent";
+    case GGML_VERIFY_FUSED:
+        return "fuse";
+    default:
+        return nullptr;
+    }
+}
+
+// Whether the device's compiler accepted the kernels of a part. Backends other than Metal compile them in advance.
+static bool has_kernels(ggml_verify_part part, ggml_backend_t backend) {
+    ggml_backend_dev_t dev = ggml_backend_get_device(backend);
+    const auto         has = (bool (*)(ggml_backend_dev_t, const char *)) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(dev), "ggml_backend_metal_library_has");
+    return !has || !library_of(part) || has(dev, library_of(part));
+}
+
 static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, ggml_backend_t cpu) {
+    if (!has_kernels(part, device)) {
+        return { GGML_VERIFY_NOT_CHECKED, 0, 0, "the device's compiler refused its kernels" };
+    }
     // operators are checked without the elision of the copy after them, which is a part of its own
     const bool         is_operator = part == GGML_VERIFY_KDA_CONV || part == GGML_VERIFY_KDA_SCAN;
     const int          without     = mark_without(part);

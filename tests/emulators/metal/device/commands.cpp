@@ -81,7 +81,7 @@ void Encoder::set_bytes(const void * data, size_t bytes, unsigned index) {
 
 void Encoder::set_buffer(DeviceBuffer * device_buffer, size_t offset, unsigned index) {
     if (device_buffer && offset > device_buffer->bytes) {
-        throw Fault(format("the offset %zu is behind the end of a buffer of %zu bytes", offset, device_buffer->bytes));
+        throw Fault(format("the offset %zu is after the end of a buffer of %zu bytes", offset, device_buffer->bytes));
     }
     Argument & set = argument(index);
     set.buffer     = device_buffer;

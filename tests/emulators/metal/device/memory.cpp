@@ -226,7 +226,7 @@ void see_device(DeviceBuffer & buffer, const char * address, size_t bytes, bool 
                     }
                 }
                 fail_at(code, what(write) + " outside of the node's tensors" +
-                                  (near ? format(": %td bytes behind the end of one of %td bytes", address - near->end,
+                                  (near ? format(": %td bytes after the end of one of %td bytes", address - near->end,
                                                  near->end - near->begin)
                                         : ""));
             }
@@ -348,7 +348,7 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
     if (last_buffer < buffers.size()) {
         DeviceBuffer & buffer = *buffers[last_buffer];
         if (address + bytes > buffer.begin + buffer.bytes) {
-            fail_at(code, what(write) + format(" behind the end of a buffer of %zu bytes", buffer.bytes));
+            fail_at(code, what(write) + format(" after the end of a buffer of %zu bytes", buffer.bytes));
         }
         see_device(buffer, address, bytes, write, atomic, code);
         return;
@@ -356,7 +356,7 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
     for (const Constants & each : constants) {
         if (size_t(address - each.begin) < each.bytes) {
             if (address + bytes > each.begin + each.bytes) {
-                fail_at(code, what(write) + format(" behind the end of constant memory of %zu bytes", each.bytes));
+                fail_at(code, what(write) + format(" after the end of constant memory of %zu bytes", each.bytes));
             }
             return;  // C++ does not let a kernel write constant memory
         }
@@ -374,7 +374,7 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
             const ptrdiff_t after = address - (buffer->begin + buffer->bytes);
             fail_at(code, what(write) +
                               (after < 0 ? format(" %td bytes before the begin", buffer->begin - address)
-                                         : format(" %td bytes behind the end", after)) +
+                                         : format(" %td bytes after the end", after)) +
                               format(" of a buffer of %zu bytes", buffer->bytes));
         }
     }
@@ -382,7 +382,7 @@ void see(const void * pointer, size_t bytes, bool write, bool atomic, const void
         const ptrdiff_t after = address - (each.begin + each.bytes);
         if (after >= 0 && after < 4096) {
             fail_at(code, what(write) +
-                              format(" %td bytes behind the end of constant memory of %zu bytes", after, each.bytes));
+                              format(" %td bytes after the end of constant memory of %zu bytes", after, each.bytes));
         }
     }
     fail_at(code, what(write) + format(" at the address %p, which is in none of the kernel's arguments", pointer));

@@ -58,13 +58,13 @@ class Guarded {
 
     void poison() { memset(begin, POISON, bytes); }
 
-    // "4 bytes behind the end of NAME"
+    // "4 bytes after the end of NAME"
     std::string where(const char * address, const std::string & name) const {
         if (address < begin) {
             return format("%td bytes before the begin of %s", begin - address, name.c_str());
         }
         if (address >= begin + bytes) {
-            return format("%td bytes behind the end of %s", address - (begin + bytes), name.c_str());
+            return format("%td bytes after the end of %s", address - (begin + bytes), name.c_str());
         }
         return format("at byte %td of %s", address - begin, name.c_str());
     }
