@@ -30,8 +30,8 @@ SPECS = {
     "eight experts, sixteen layers": Spec(
         layers="KKKM" * 4, hidden=256, experts=8, moe_intermediate=32, kv_lora=256, std=0.02, seed=30
     ),
-    "256 experts, latent first": Spec(
-        layers="MK", heads=4, hidden=256, experts=256, experts_used=8, moe_intermediate=32, seed=31
+    "16 experts, latent first": Spec(
+        layers="MK", heads=4, hidden=256, experts=16, experts_used=8, moe_intermediate=32, seed=31
     ),
     "odd rows, one head": Spec(
         layers="KKMKKKMKK", hidden=320, heads=1, nope=20, kda_head_dim=48, moe_intermediate=256,
