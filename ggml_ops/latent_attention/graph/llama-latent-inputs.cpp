@@ -10,6 +10,7 @@
 #include "llama-latent-plain.h"
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <utility>
 #include <vector>
@@ -68,7 +69,8 @@ count_own(const llama_ubatch & ubatch, const llama_cparams & cparams, const llam
     const int64_t          n     = cells.seq_pos_get(seq).size();
     const llama_pos        last  = *std::max_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
     if (n < ubatch.n_tokens || cells.seq_pos_max(seq) != last) {
-        return std::min(n_kv, LLAMA_LATENT_PLAIN_MAX_CELLS);  // the tokens are not in the cache: memory is being reserved
+        return std::min(n_kv,
+                        LLAMA_LATENT_PLAIN_MAX_CELLS);  // the tokens are not in the cache: memory is being reserved
     }
     return n <= LLAMA_LATENT_PLAIN_MAX_CELLS ? std::min<int64_t>(n_kv, GGML_PAD(n, 256)) : 0;
 }
@@ -76,8 +78,7 @@ count_own(const llama_ubatch & ubatch, const llama_cparams & cparams, const llam
 void llama_latent_inputs::build(ggml_context *                 ctx,
                                 const llama_ubatch &           ubatch,
                                 const llama_cparams &          cparams,
-                                const llama_kv_cache_context * mctx,
-                                const ggml_tensor *            mask) {
+                                const llama_kv_cache_context * mctx) {
     row   = llama_latent_attn_row(ubatch);
     n_own = count_own(ubatch, cparams, mctx);
     if (ubatch.equal_seqs() && cparams.flash_attn && cparams.kimi_ops.mla && cparams.kimi_ops.batch) {
@@ -89,7 +90,7 @@ void llama_latent_inputs::build(ggml_context *                 ctx,
         own = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_own);
         ggml_set_input(own);
         ggml_set_name(own, "latent_own");
-        own_mask = ggml_new_tensor_2d(ctx, mask->type, n_own, ubatch.n_tokens);
+        own_mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_own, ubatch.n_tokens);
         ggml_set_input(own_mask);
         ggml_set_name(own_mask, "latent_own_mask");
     }
@@ -105,33 +106,27 @@ static void set_order(ggml_tensor * order, const llama_ubatch & ubatch, const ll
     }
 }
 
-// Copies the elements of each row of the mask in the order of the list; the rest of a row is -inf.
-template <typename T>
-static void
-gather_columns(const ggml_tensor * mask, const std::vector<int32_t> & list, T minus_infinity, ggml_tensor * to) {
-    for (int64_t i = 0; i < to->ne[1]; ++i) {
-        const T * from = (const T *) mask->data + i * mask->ne[0];
-        T *       row  = (T *) to->data + i * to->ne[0];
-        for (size_t j = 0; j < list.size(); ++j) {
-            row[j] = from[list[j]];
-        }
-        std::fill(row + list.size(), row + to->ne[0], minus_infinity);
-    }
-}
-
 static void set_own(ggml_tensor *                  own,
                     ggml_tensor *                  own_mask,
                     const llama_ubatch &           ubatch,
                     const llama_kv_cache_context * mctx,
-                    const ggml_tensor *            mask) {
-    const std::vector<int32_t> cells = ordered_cells(ubatch, 0, ubatch.n_tokens, mctx, mctx->get_n_kv());
-    GGML_ASSERT(!cells.empty() && (int64_t) cells.size() <= own->ne[0]);
-    int32_t * list = (int32_t *) own->data;
-    std::fill(std::copy(cells.begin(), cells.end(), list), list + own->ne[0], cells.back());
-    if (mask->type == GGML_TYPE_F16) {
-        gather_columns<ggml_fp16_t>(mask, cells, ggml_fp32_to_fp16(-INFINITY), own_mask);
-    } else {
-        gather_columns<float>(mask, cells, -INFINITY, own_mask);
+                    bool                           causal) {
+    const std::vector<int32_t> list = ordered_cells(ubatch, 0, ubatch.n_tokens, mctx, mctx->get_n_kv());
+    GGML_ASSERT(!list.empty() && (int64_t) list.size() <= own->ne[0]);
+    int32_t * to = (int32_t *) own->data;
+    std::fill(std::copy(list.begin(), list.end(), to), to + own->ne[0], list.back());
+
+    const llama_kv_cells & cells = mctx->get_cells(ubatch.seq_id_unq[0]);
+    std::vector<llama_pos> positions;
+    for (const int32_t cell : list) {
+        positions.push_back(cells.pos_get(cell));
+    }
+    const ggml_fp16_t visible = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t hidden  = ggml_fp32_to_fp16(-INFINITY);
+    for (int64_t i = 0; i < own_mask->ne[1]; ++i) {
+        const auto end = causal ? std::upper_bound(positions.begin(), positions.end(), ubatch.pos[i]) : positions.end();
+        ggml_fp16_t * row = (ggml_fp16_t *) own_mask->data + i * own_mask->ne[0];
+        std::fill(std::fill_n(row, end - positions.begin(), visible), row + own_mask->ne[0], hidden);
     }
 }
 
@@ -142,14 +137,14 @@ static bool is_used(const ggml_tensor * input) {
 
 void llama_latent_inputs::set(const llama_ubatch &           ubatch,
                               const llama_kv_cache_context * mctx,
-                              const ggml_tensor *            mask) const {
+                              const llama_cparams &          cparams) const {
     if (is_used(order)) {
         GGML_ASSERT(ggml_backend_buffer_is_host(order->buffer));
         set_order(order, ubatch, mctx);
     }
     if (is_used(own)) {
         GGML_ASSERT(ggml_backend_buffer_is_host(own->buffer) && ggml_backend_buffer_is_host(own_mask->buffer));
-        set_own(own, own_mask, ubatch, mctx, mask);
+        set_own(own, own_mask, ubatch, mctx, cparams.causal_attn);
     }
 }
 

@@ -23,22 +23,20 @@ struct llama_latent_inputs {
     // too few tokens or several sequences, if the sequence has too many cells, without flash attention, or if KIMI_OPS
     // does not have mla and plain.
     ggml_tensor * own      = nullptr;  // I32 [n_own]: the cells in the same order; the last one is repeated
-    ggml_tensor * own_mask = nullptr;  // [n_own, n_tokens]: the columns of the mask for these cells
+    ggml_tensor * own_mask = nullptr;  // F16 [n_own, n_tokens]: 0 for visible cells, else -inf
 
     // Creates the tensors.
     void build(ggml_context *                 ctx,
                const llama_ubatch &           ubatch,
                const llama_cparams &          cparams,
-               const llama_kv_cache_context * mctx,
-               const ggml_tensor *            mask);
+               const llama_kv_cache_context * mctx);
 
-    // Writes the tensors that the graph uses; the mask has been written.
-    void set(const llama_ubatch & ubatch, const llama_kv_cache_context * mctx, const ggml_tensor * mask) const;
+    // Writes the tensors that the graph uses.
+    void set(const llama_ubatch & ubatch, const llama_kv_cache_context * mctx, const llama_cparams & cparams) const;
 
     // Whether a graph with these inputs computes the attention of another ubatch of the same shape.
-    bool can_reuse(const llama_ubatch &           ubatch,
-                   const llama_cparams &          cparams,
-                   const llama_kv_cache_context * mctx) const;
+    bool
+    can_reuse(const llama_ubatch & ubatch, const llama_cparams & cparams, const llama_kv_cache_context * mctx) const;
 
     // Gives the order to the last FLASH_ATTN_EXT node of the graph, or to a LATENT_ATTN node, if its cache is in the
     // CPU's memory.

@@ -31,7 +31,11 @@ struct Threshold {
 };
 
 static constexpr Threshold PLAIN[] = {
-    { 512, 336, LLAMA_LATENT_PLAIN_MIN_QUERIES }, { 1536, 688, 336 }, { 2048, 800, 352 }, { 6144, 1200, 400 }, { INT64_MAX, 1552, 432 },
+    { 512, 336, LLAMA_LATENT_PLAIN_MIN_QUERIES },
+    { 1536, 688, 336 },
+    { 2048, 800, 352 },
+    { 6144, 1200, 400 },
+    { INT64_MAX, 1552, 432 },
 };
 
 int64_t llama_latent_plain_min_queries(const ggml_tensor * cache, int64_t n_keys) {
@@ -168,14 +172,13 @@ ggml_tensor * llama_latent_plain(
     const int64_t       n_heads = node->src[0]->ne[2];
 
     // per head and key: a key, a value, and the results of the matmuls before they are copied into the type of the keys
-    const int64_t bytes   = ggml_type_size(type_of(k)) * (N_NOPE + N_ROPE + N_VALUE) + sizeof(float) * N_VALUE;
+    const int64_t bytes = ggml_type_size(type_of(k)) * (N_NOPE + N_ROPE + N_VALUE) + sizeof(float) * N_VALUE;
     // as many cells as a sequence can have: the memory needed grows with its keys
     const int64_t n_cells = std::min(k->view_src->ne[1], LLAMA_LATENT_PLAIN_MAX_CELLS);
     const int64_t n_groups =
         std::clamp<int64_t>((n_heads * n_cells * bytes + SCRATCH - 1) / SCRATCH, 1, std::min(MAX_GROUPS, n_heads));
     const int64_t n_group = (n_heads + n_groups - 1) / n_groups;
 
-    ggml_build_forward_expand(graph, node->src[4]);  // own_mask is made from this mask
     const Sources sources = prepare(ctx, node, own, own_mask);
     ggml_tensor * all     = nullptr;
     for (int64_t first = 0; first < n_heads; first += n_group) {
