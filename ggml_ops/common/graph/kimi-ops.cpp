@@ -22,9 +22,8 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         const char * name;
         bool *       flag;
     } names[] = {
-        { "conv", &picked.conv }, { "scan", &picked.scan }, { "mla", &picked.mla },
-        { "moe", &picked.moe },   { "fuse", &picked.fuse }, { "batch", &picked.batch },
-        { "plain", &picked.plain },
+        { "conv", &picked.conv }, { "scan", &picked.scan },   { "mla", &picked.mla },     { "moe", &picked.moe },
+        { "fuse", &picked.fuse }, { "batch", &picked.batch }, { "plain", &picked.plain },
     };
 
     std::istringstream parts(text);
