@@ -149,11 +149,10 @@ def test_the_cells_of_others_do_not_count(world: World) -> None:
     assert np.array_equal(logits[-few:], alone)
 
 
-@pytest.mark.parametrize(
-    "world", ["deepseek2"], indirect=True
-)  # kimi-linear gives each sequence its own ubatch
+@pytest.mark.parametrize("world", ["deepseek2"], indirect=True)
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
 def test_an_ubatch_of_several_sequences_stays_absorbed(unified: bool, world: World) -> None:
+    """With kimi-linear, each of these sequences has an ubatch of its own."""
     steps = [decode(*text(0, IDS[0][:256]), *text(1, IDS[1][:256]))]
     setup = {"n_seq_max": 2, "kv_unified": unified, "cache_type": "F16"}
     assert FIRST["F16"] <= 256

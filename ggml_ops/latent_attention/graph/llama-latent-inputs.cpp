@@ -17,6 +17,7 @@
 
 // Lists the cells of a sequence; false if they are not in the order of positions.
 static bool list_cells(const llama_kv_cells & cells, llama_seq_id seq, int64_t n_kv, std::vector<int32_t> & list) {
+    list.reserve(cells.seq_pos_get(seq).size());
     llama_pos last = -1;
     for (int64_t i = 0; i < n_kv; ++i) {
         if (cells.is_empty(i) || !cells.seq_has(i, seq)) {
@@ -68,9 +69,9 @@ count_own(const llama_ubatch & ubatch, const llama_cparams & cparams, const llam
     const llama_kv_cells & cells = mctx->get_cells(seq);
     const int64_t          n     = cells.seq_pos_get(seq).size();
     const llama_pos        last  = *std::max_element(ubatch.pos, ubatch.pos + ubatch.n_tokens);
+    // memory is being reserved if the tokens are not in the cache
     if (n < ubatch.n_tokens || cells.seq_pos_max(seq) != last) {
-        return std::min(n_kv,
-                        LLAMA_LATENT_PLAIN_MAX_CELLS);  // the tokens are not in the cache: memory is being reserved
+        return std::min(n_kv, LLAMA_LATENT_PLAIN_MAX_CELLS);
     }
     return n <= LLAMA_LATENT_PLAIN_MAX_CELLS ? std::min<int64_t>(n_kv, GGML_PAD(n, 256)) : 0;
 }
@@ -79,14 +80,13 @@ void llama_latent_inputs::build(ggml_context *                 ctx,
                                 const llama_ubatch &           ubatch,
                                 const llama_cparams &          cparams,
                                 const llama_kv_cache_context * mctx) {
-    row   = llama_latent_attn_row(ubatch);
-    n_own = count_own(ubatch, cparams, mctx);
+    row = llama_latent_attn_row(ubatch);
     if (ubatch.equal_seqs() && cparams.flash_attn && cparams.kimi_ops.mla && cparams.kimi_ops.batch) {
         order = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, mctx->get_n_kv(), ubatch.n_seqs);
         ggml_set_input(order);
         ggml_set_name(order, "latent_order");
     }
-    if (n_own > 0) {
+    if (const int64_t n_own = count_own(ubatch, cparams, mctx); n_own > 0) {
         own = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_own);
         ggml_set_input(own);
         ggml_set_name(own, "latent_own");
@@ -154,8 +154,10 @@ bool llama_latent_inputs::can_reuse(const llama_ubatch &           ubatch,
     if (row < 0) {
         return true;
     }
-    const int64_t n    = count_own(ubatch, cparams, mctx);
-    const bool    same = n == n_own || (n > 0 && own != nullptr && !is_used(own));
+    // a plain graph that no layer uses does not have to fit
+    const int64_t n     = count_own(ubatch, cparams, mctx);
+    const int64_t n_own = own != nullptr ? own->ne[0] : 0;
+    const bool    same  = n == n_own || (n > 0 && n_own > 0 && !is_used(own));
     return same && row == llama_latent_attn_row(ubatch);
 }
 

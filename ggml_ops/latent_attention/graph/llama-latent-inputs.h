@@ -44,6 +44,5 @@ struct llama_latent_inputs {
     void attach_order(ggml_cgraph * graph, ggml_tensor * node) const;
 
   private:
-    int     row   = -1;  // llama_latent_attn_row of the ubatch; -1 without build
-    int64_t n_own = 0;   // own->ne[0], or 0
+    int row = -1;  // llama_latent_attn_row of the ubatch; -1 without build
 };
