@@ -89,7 +89,14 @@ struct Case {
         buffers.allocate(ctx, backend);
         if (s.repack && repack_buffer_type() != nullptr) {
             repacked = ggml_backend_alloc_ctx_tensors_from_buft(weights_ctx, repack_buffer_type());
-        } else {
+            if (weights->extra == nullptr) {  // this instruction set does not repack the type
+                ggml_backend_buffer_free(repacked);
+                repacked        = nullptr;
+                weights->buffer = nullptr;
+                weights->data   = nullptr;
+            }
+        }
+        if (repacked == nullptr) {
             buffers.allocate(weights_ctx, backend);
         }
         fill();

@@ -2,6 +2,7 @@
 // Tests compare with quantize_row_q8_0 for x86, quantize_row_q8_K, ggml_cpu_fp32_to_bf16 and ggml_cpu_fp32_to_fp16.
 
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "quant-gemm-panel.h"
 #include "simd-mappings.h"
 
@@ -12,7 +13,9 @@ size_t act_row_size(Scheme scheme, int64_t k) {
     case Scheme::q8_0:
         return (k + SLICE - 1) / SLICE * sizeof(ActBlocks);
     case Scheme::bf16:
+#if defined(__AVX512BF16__)
         return k * sizeof(ggml_bf16_t);
+#endif
     case Scheme::f16:
         return k * sizeof(float);
     default:
@@ -20,15 +23,31 @@ size_t act_row_size(Scheme scheme, int64_t k) {
     }
 }
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
+
+constexpr int VECTORS_OF_16 = 16 / LANES;
 
 // Rounds 32 scaled values to quants; returns their sums by 16, contiguous.
 static inline void round_codes(const float * x, float scale, int8_t * codes, int32_t (&sums)[2]) {
     for (int i = 0; i < 2; i++) {
-        const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), _mm512_set1_ps(scale)));
-        _mm_storeu_si128((__m128i *) (codes + 16 * i), _mm512_cvtsepi32_epi8(v));
-        sums[i] = _mm512_reduce_add_epi32(v);
+        Ints sum = ints(0);
+#pragma GCC unroll 4
+        for (int v = i * VECTORS_OF_16; v < (i + 1) * VECTORS_OF_16; v++) {
+            const Ints rounded = to_ints(mul(load_floats(x + LANES * v), floats(scale)));
+            store_bytes(codes + LANES * v, rounded);
+            sum = add_32(sum, rounded);
+        }
+        sums[i] = sum_lanes(sum);
     }
+}
+
+// The largest magnitude of n values.
+static inline float largest_of(const float * x, int n) {
+    Floats largest = floats(0.0f);
+    for (int i = 0; i < n; i += LANES) {
+        largest = max(abs(load_floats(x + i)), largest);
+    }
+    return max_lane(largest);
 }
 
 static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed) {
@@ -37,11 +56,9 @@ static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed
         if (b == 0 && k - i < SLICE) {
             packed[i / SLICE] = {};
         }
-        ActBlocks &  to      = packed[i / SLICE];
-        const __m512 low     = _mm512_abs_ps(_mm512_loadu_ps(x + i));
-        const __m512 high    = _mm512_abs_ps(_mm512_loadu_ps(x + i + 16));
-        const float  largest = _mm512_reduce_max_ps(_mm512_max_ps(low, high));
-        int32_t      sums[2];
+        ActBlocks & to      = packed[i / SLICE];
+        const float largest = largest_of(x + i, BLOCK);
+        int32_t     sums[2];
         round_codes(x + i, largest != 0.0f ? 127.0f / largest : 0.0f, to.codes[b], sums);
         to.scales[b] = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(largest / 127.0f));
         to.starts[b] = -offset * (sums[0] + sums[1]);
@@ -50,13 +67,9 @@ static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed
 
 // The first of 256 values with the largest magnitude.
 static inline float extreme(const float * x) {
-    __m512 largest = _mm512_setzero_ps();
-    for (int i = 0; i < SLICE; i += 16) {
-        largest = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + i)), largest);
-    }
-    const __m512 all = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
-    for (int i = 0; i < SLICE; i += 16) {
-        const __mmask16 found = _mm512_cmpeq_ps_mask(_mm512_abs_ps(_mm512_loadu_ps(x + i)), all);
+    const Floats all = floats(largest_of(x, SLICE));
+    for (int i = 0; i < SLICE; i += LANES) {
+        const unsigned found = lanes_equal(abs(load_floats(x + i)), all);
         if (found != 0) {
             return x[i + __builtin_ctz(found)];
         }
@@ -67,22 +80,19 @@ static inline float extreme(const float * x) {
 // Stores the sums by 16 of block b as the scheme needs them.
 static inline void put_sums(Scheme scheme, int offset, int b, const int32_t (&sums)[2], ActSuperBlock & packed) {
     const int32_t both = sums[0] + sums[1];
-    switch (scheme) {
-    case Scheme::q8_K_16:
+    if (scheme == Scheme::q8_K_256) {
+        packed.start = (b == 0 ? 0 : packed.start) - offset * both;
+    } else if (scheme == Scheme::q8_K_16 && has_starts(scheme)) {
         packed.starts[2 * b]     = -offset * sums[0];
         packed.starts[2 * b + 1] = -offset * sums[1];
         return;
-    case Scheme::q8_K_256:
-        packed.start = (b == 0 ? 0 : packed.start) - offset * both;
-        [[fallthrough]];
-    case Scheme::q8_K_256_mins:
-        packed.sums_16[2 * b]     = (int16_t) sums[0];
-        packed.sums_16[2 * b + 1] = (int16_t) sums[1];
-        return;
-    default:
+    } else if (weights_per_minimum(scheme) != 16) {
         packed.starts[b] = -offset * both;
         packed.sums[b]   = (int16_t) both;
+        return;
     }
+    packed.sums_16[2 * b]     = (int16_t) sums[0];
+    packed.sums_16[2 * b + 1] = (int16_t) sums[1];
 }
 
 static void pack_q8_K(Scheme scheme, int offset, const float * x, int64_t k, ActSuperBlock * packed) {
@@ -99,10 +109,19 @@ static void pack_q8_K(Scheme scheme, int offset, const float * x, int64_t k, Act
 }
 
 static void pack_f16(const float * x, int64_t k, float * packed) {
-    for (int64_t i = 0; i < k; i += 16) {
-        const __m256i halves = _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT);
-        _mm512_storeu_ps(packed + i, _mm512_cvtph_ps(halves));
+    for (int64_t i = 0; i < k; i += LANES) {
+        store_floats(packed + i, rounded_to_half(load_floats(x + i)));
     }
+}
+
+static void pack_bf16(const float * x, int64_t k, char * packed) {
+#if defined(__AVX512BF16__)
+    ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
+#else
+    for (int64_t i = 0; i < k; i++) {
+        ((float *) packed)[i] = GGML_BF16_TO_FP32(GGML_FP32_TO_BF16(x[i]));
+    }
+#endif
 }
 
 void pack_row(const Format & format, const float * x, int64_t k, char * packed) {
@@ -110,7 +129,7 @@ void pack_row(const Format & format, const float * x, int64_t k, char * packed) 
     case Scheme::q8_0:
         return pack_q8_0(format.offset, x, k, (ActBlocks *) packed);
     case Scheme::bf16:
-        return ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
+        return pack_bf16(x, k, packed);
     case Scheme::f16:
         return pack_f16(x, k, (float *) packed);
     default:

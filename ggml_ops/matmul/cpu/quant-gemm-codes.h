@@ -6,42 +6,27 @@
 
 namespace quant_gemm {
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
 
-inline __m512i bytes(int x) {
-    return _mm512_set1_epi8((char) x);
-}
-
-inline __m512i halves(__m256i low, __m256i high) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-}
-
-inline __m512i low_nibbles(__m512i x) {
-    return _mm512_and_si512(x, bytes(0x0f));
-}
-
-inline __m512i high_nibbles(__m512i x) {
-    return _mm512_and_si512(_mm512_srli_epi16(x, 4), bytes(0x0f));
-}
-
-// 16 bytes hold 32 values, 0..15 in the low nibbles, 16..31 in the high ones. Returns two times 32 values.
-inline __m512i nibbles_of(const void * first, const void * second) {
-    const __m512i one  = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) first));
-    const __m512i both = _mm512_mask_broadcast_i32x4(one, 0xff00, _mm_loadu_si128((const __m128i *) second));
-    return _mm512_and_si512(_mm512_mask_srli_epi16(both, 0xff00ff00, both, 4), bytes(0x0f));
-}
-
-// The values of the nibbles of IQ4_NL and IQ4_XS, plus an offset of 128.
-inline __m512i iq4_values(__m512i nibbles) {
+// The values of the nibbles of IQ4_NL and IQ4_XS, plus an offset of 128 where bytes are unsigned.
+inline Ints iq4_values(Ints nibbles) {
     const __m128i values = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char) 129, (char) 141, (char) 153,
                                          (char) 166, (char) 181, (char) 197, (char) 217, (char) 241);
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
+    const __m128i flip   = _mm_set1_epi8(SIGNED_BYTES ? (char) 0x80 : 0);
+    return look_up(table_of_16(_mm_xor_si128(values, flip)), nibbles);
 }
 
 // Twice the values of the nibbles of MXFP4, plus an offset of 12.
-inline __m512i mxfp4_values(__m512i nibbles) {
-    const __m128i values = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), nibbles);
+inline Ints mxfp4_values(Ints nibbles) {
+    return look_up(table_of_16(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)), nibbles);
+}
+
+#endif
+
+#if QUANT_GEMM_AVX512
+
+inline __m512i halves(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
 // Half of the scales of MXFP4, which are powers of two, from their exponents.

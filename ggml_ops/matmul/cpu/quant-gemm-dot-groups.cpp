@@ -16,7 +16,7 @@
 
 namespace quant_gemm {
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_AVX512
 
 static constexpr __mmask16 FIRST_LANES = 0x5555;  // of every row
 
@@ -102,7 +102,7 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
 // Two groups at once; the last one is repeated past the end.
 template <typename Block, int N_C>
 static void dot_nibble_groups(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const Groups2   groups(weights.first, weights.stride, 0, weights.n);
+    const Groups    groups(weights.first, weights.stride, 0, weights.n);
     const ptrdiff_t ahead    = weights.next - weights.first;
     __m512          sum[N_C] = {};
     for (int64_t i = 0; i < k / BLOCK; i++) {
@@ -291,8 +291,8 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_Q4_K, { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } } },
 };
 
-const Dot & dot_of_groups(ggml_type type) {
-    return dot_of(DOTS, type);
+const Dot * find_dot_of_groups(ggml_type type) {
+    return find_dot(DOTS, type);
 }
 
 #endif

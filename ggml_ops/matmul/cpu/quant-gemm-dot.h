@@ -1,7 +1,8 @@
 #pragma once
 
-// Few columns: weights are multiplied in their layout, one row (quant-gemm-dot.cpp) or one group of interleaved rows
-// (quant-gemm-dot-groups.cpp) at a time, unpacked into registers once for up to DOT_COLUMNS columns. The sums of
+// Few columns: weights are multiplied in their layout, unpacked into registers once for up to DOT_COLUMNS columns: LANES
+// rows at a time (quant-gemm-dot.cpp), with AVX-512 also one row (quant-gemm-dot-rows.cpp) or one group of interleaved
+// rows (quant-gemm-dot-groups.cpp). The sums of
 // quantized weights have the same bits as those of the tiles (quant-gemm-tile.cpp), for any number of columns.
 
 #include "quant-gemm-panel.h"
@@ -28,29 +29,32 @@ struct Dot {
     DotColumns multiply[DOT_COLUMNS];  // for 1, 2, ... columns
 };
 
-// The kernels for matrices with fewer columns than the format's min_columns.
-const Dot & dot_of(const Format & format);
-
-const Dot & dot_of_groups(ggml_type type);
-
 struct TypedDot {
     ggml_type type;
     Dot       dot;
 };
 
-template <size_t N> const Dot & dot_of(const TypedDot (&dots)[N], ggml_type type) {
+// The entry of the type, or nullptr.
+template <size_t N> const Dot * find_dot(const TypedDot (&dots)[N], ggml_type type) {
     for (const TypedDot & each : dots) {
         if (each.type == type) {
-            return each.dot;
+            return &each.dot;
         }
     }
-    GGML_ABORT("no dot product for %s", ggml_type_name(type));
+    return nullptr;
 }
+
+// The kernels for matrices with fewer columns than the format's min_columns.
+const Dot & dot_of(const Format & format);
+
+// AVX-512: kernels of interleaved rows, and of types that are faster row by row, or nullptr.
+const Dot * find_dot_of_groups(ggml_type type);
+const Dot * find_dot_of_rows(ggml_type type);
 
 // Rows of k weights times the columns: sums[column * PANEL_ROWS + row].
 void dot_rows(const Dot & dot, const WeightRows & weights, int64_t k, Columns columns, float * sums);
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
 
 // Prefetches n bytes: weights come from memory, and hardware prefetching is not far enough ahead.
 template <int LOCALITY> inline void prefetch(const void * p, size_t n) {

@@ -4,34 +4,35 @@
 // weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp). Few columns without a panel:
 // quant-gemm-dot.h.
 //
-// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes in VNNI order: for each group of four
-// consecutive k, four bytes of every row. Types with signed values are shifted by an offset. To remove its
-// contribution, offset times the sum of the activations' quants, each integer sum starts at minus that.
+// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k, four
+// bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the
+// sum of the activations' quants, each integer sum starts at minus that. Where sums have 16 bits (AVX2), factors times
+// the offset are subtracted as minima are, and types of 8 bits stay signed.
 
+#include "quant-gemm-vector.h"
 #include "quant-gemm.h"
 
 #include <cstdint>
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) &&                 \
-    defined(__AVX512VNNI__)
-#define QUANT_GEMM_VNNI 1
-// GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#endif
-
 namespace quant_gemm {
 
-constexpr int PANEL_ROWS = 32;   // two vectors of 16 rows
-constexpr int SLICE      = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1
-constexpr int BLOCK      = 32;   // values of K per scale (some types: 16)
-constexpr int N_BLOCKS   = SLICE / BLOCK;
-constexpr int N_GROUPS   = BLOCK / 4;
-constexpr int N_PAIRS    = BLOCK / 2;
-constexpr int SLICE_16   = 128;  // the same for 2-byte values
+#if QUANT_GEMM_KERNELS
+
+constexpr int PANEL_VECTORS = 2;
+constexpr int PANEL_ROWS    = PANEL_VECTORS * LANES;
+
+#else
+
+constexpr int PANEL_ROWS = 32;
+
+#endif
+
+constexpr int SLICE    = 256;  // values of K in a panel, so that its 8 KiB and the activations fit in L1
+constexpr int BLOCK    = 32;   // values of K per scale (some types: 16)
+constexpr int N_BLOCKS = SLICE / BLOCK;
+constexpr int N_GROUPS = BLOCK / 4;
+constexpr int N_PAIRS  = BLOCK / 2;
+constexpr int SLICE_16 = 128;  // the same for 2-byte values
 
 constexpr size_t CACHE_LINE = 64;
 
@@ -41,11 +42,43 @@ enum class Scheme {
     q8_K,           // a scale per 256; weights have a scale per 256 and an integer factor per 32
     q8_K_16,        // ... per 16
     q8_K_mins,      // ... per 32, and a minimum
+    q8_K_16_mins,   // ... per 16, and a minimum
     q8_K_256,       // ... panels hold quants times factors
     q8_K_256_mins,  // ... the same, and a minimum per 16
     bf16,           // no scale: rounded to bf16
     f16,            // no scale: rounded to F16
 };
+
+constexpr bool is_plain(Scheme scheme) {
+    return scheme == Scheme::bf16 || scheme == Scheme::f16;
+}
+
+constexpr bool has_minima(Scheme scheme) {
+    return scheme == Scheme::q8_K_mins || scheme == Scheme::q8_K_16_mins || scheme == Scheme::q8_K_256_mins;
+}
+
+#if QUANT_GEMM_KERNELS
+
+// Integer sums start at minus the offset times the sum of activations; else factors times the offset are minima.
+constexpr bool has_starts(Scheme scheme) {
+    return !SUMS_OF_16_BITS && !has_minima(scheme) && !is_plain(scheme);
+}
+
+// Weights with one factor.
+constexpr int weights_per_factor(Scheme scheme) {
+    return scheme == Scheme::q8_K_16 || scheme == Scheme::q8_K_16_mins     ? 16
+           : scheme == Scheme::q8_K_256 || scheme == Scheme::q8_K_256_mins ? 256
+                                                                           : 32;
+}
+
+// Weights with one minimum; 0 if there are none.
+constexpr int weights_per_minimum(Scheme scheme) {
+    return scheme == Scheme::q8_K_mins                                                ? 32
+           : has_minima(scheme) || (scheme == Scheme::q8_K_16 && !has_starts(scheme)) ? 16
+                                                                                      : 0;
+}
+
+#endif
 
 // A packed row of activations is K/256 of these for Scheme::q8_0, the last one zero-padded ...
 struct ActBlocks {
@@ -56,13 +89,14 @@ struct ActBlocks {
 
 static_assert(sizeof(ActBlocks) == 320, "activations are read at fixed distances");
 
-// ... K/256 of these for the q8_K schemes; the values themselves for Scheme::bf16 and, as float32, for Scheme::f16.
+// ... K/256 of these for the q8_K schemes; the values themselves for Scheme::bf16 (as float32 without AVX512-BF16) and,
+// as float32, for Scheme::f16.
 struct ActSuperBlock {
     int8_t codes[SLICE];
 
     union {
         int32_t starts[SLICE / 16];   // -offset * sum of 16 quants (q8_K_16), or of 32
-        int16_t sums_16[SLICE / 16];  // sum of 16 quants (q8_K_256 and q8_K_256_mins)
+        int16_t sums_16[SLICE / 16];  // sum of 16 quants, for the minima of 16 weights
     };
 
     union {
@@ -80,7 +114,7 @@ struct alignas(64) Panel {
     union {
         uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
         uint16_t pairs[SLICE_16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
-        uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: two values of k, first and second 16 rows
+        uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: per vector of rows, two values of k
     };
 
     union {
@@ -104,8 +138,9 @@ struct Format {
     quant_gemm_layout layout;
     Scheme            scheme;
     int               offset;  // added to signed values to make them unsigned
+    Codes             codes;   // what the quants can be
     Unpack            unpack;
-    int               min_columns;  // minimum number of columns of a matrix for which unpacking is faster
+    int               min_columns;  // minimum number of columns of a matrix for which panels are faster
 };
 
 // The format of a type and layout, or nullptr.
@@ -113,7 +148,7 @@ const Format * find_format(ggml_type type, quant_gemm_layout layout);
 
 // Blocks of 32 values in a panel.
 inline int panel_blocks(Scheme scheme) {
-    return (scheme == Scheme::bf16 || scheme == Scheme::f16 ? SLICE_16 : SLICE) / BLOCK;
+    return (is_plain(scheme) ? SLICE_16 : SLICE) / BLOCK;
 }
 
 // Size of a packed row of k activations in bytes.
@@ -144,30 +179,31 @@ struct Columns {
     int                  n;
 };
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
 
 // The float operations of 256 values, for all kernels, so that the sums of a row and a column have the same bits in each
 // of them. products: integer sum of quants times factors.
-inline __m512 add_super_block(__m512 sum, __m512i products, __m512 scale, __m512 act_scale) {
-    return _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(products), scale), act_scale, sum);
+inline Floats add_super_block(Floats sum, Ints products, Floats scale, Floats act_scale) {
+    return fma(mul(to_floats(products), scale), act_scale, sum);
 }
 
 // The same with minima: their integer sum, and its scale.
-inline __m512
-add_super_block(__m512 sum, __m512i products, __m512 scale, __m512i minima, __m512 minimum_scale, __m512 act_scale) {
-    const __m512 less = _mm512_mul_ps(_mm512_cvtepi32_ps(minima), minimum_scale);
-    return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_cvtepi32_ps(products), scale, less), act_scale, sum);
+inline Floats
+add_super_block(Floats sum, Ints products, Floats scale, Ints minima, Floats minimum_scale, Floats act_scale) {
+    const Floats less = mul(to_floats(minima), minimum_scale);
+    return fma(fms(to_floats(products), scale, less), act_scale, sum);
 }
 
 // The same for 32 values with one scale; products: their integer sum.
-inline __m512 add_block(__m512 sum, __m512i products, __m512 scale, __m512 act_scale) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_mul_ps(scale, act_scale), sum);
+inline Floats add_block(Floats sum, Ints products, Floats scale, Floats act_scale) {
+    return fma(to_floats(products), mul(scale, act_scale), sum);
 }
 
 #endif
 
 // Adds to sums[column][row] (PANEL_ROWS floats per column) the matmul of a panel with packed rows. `columns` points to
 // the first block of the rows that belongs to the panel.
-void multiply(Scheme scheme, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums);
+void multiply(
+    const Format & format, const Panel & panel, int n_blocks, Columns columns, const Ahead & ahead, float * sums);
 
 }  // namespace quant_gemm

@@ -1,6 +1,6 @@
 #pragma once
 
-// Types of 256 values: unpacks a super block in registers, for quant-gemm-dot.cpp.
+// Q3_K and Q6_K: unpacks a super block of one row in registers, for quant-gemm-dot-rows.cpp.
 
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
@@ -10,12 +10,12 @@
 
 namespace quant_gemm {
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_AVX512
 
 template <typename T, typename... Others> constexpr bool IS_ONE_OF = (std::is_same_v<T, Others> || ...);
 
-// 256 weights: their quants in the order of k as unsigned bytes, and one factor per 16 or 32 of them. Offsets are
-// multiplied with sums of activation quants: they are the factors again, or minima.
+// 256 weights: their quants in the order of k as unsigned bytes, and one factor per 16 of them. Offsets are multiplied
+// with sums of activation quants.
 struct SuperBlock {
     __m512i codes[4];
     __m512i factors;
@@ -64,78 +64,9 @@ inline SuperBlock load(const block_q6_K & w) {
     return s;
 }
 
-// Q4_K and Q5_K: nibbles (32 bytes hold two blocks of 32), and 8 scales and 8 minima of six bits in 12 bytes after two
-// F16 factors: the first four of each in the low six bits of words 0 and 1; of the others, the low four bits in word 2
-// and the upper two bits above the former.
-template <typename Block> inline SuperBlock load_with_minima(const Block & w) {
-    SuperBlock s;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i x = twice(w.qs + 32 * j);
-        s.codes[j]      = _mm512_and_si512(_mm512_srlv_epi16(x, shifts(0, 4)), bytes(0x0f));
-    }
-    const __m128i x     = _mm_loadu_si128((const __m128i *) &w);
-    const __m128i low   = _mm_srlv_epi32(_mm_shuffle_epi32(x, 0xed), _mm_setr_epi32(0, 0, 0, 4));  // words 0 2 1 2
-    const __m128i high  = _mm_srli_epi32(_mm_shuffle_epi32(x, 0xa5), 2);                           // words 0 0 1 1
-    const __m128i parts = _mm_setr_epi32(0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f);
-    const __m128i rests = _mm_setr_epi32(0, 0x30303030, 0, 0x30303030);
-    const __m128i six   = _mm_or_si128(_mm_and_si128(low, parts), _mm_and_si128(high, rests));
-    s.factors           = _mm512_cvtepu8_epi32(six);
-    s.offsets           = _mm512_zextsi256_si512(_mm512_extracti64x4_epi64(s.factors, 1));
-    return s;
-}
-
-inline SuperBlock load(const block_q4_K & w) {
-    return load_with_minima(w);
-}
-
-inline SuperBlock load(const block_q5_K & w) {
-    SuperBlock    s     = load_with_minima(w);
-    const __m512i fifth = twice(w.qh);  // bit b: block b
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i bit = shifted(fifth, 4 - 2 * j, 3 - 2 * j);
-        s.codes[j]        = _mm512_ternarylogic_epi32(s.codes[j], bit, bytes(16), 0xf8);  // first | second & third
-    }
-    return s;
-}
-
-// 16 bytes hold a block: values 0..15 in the low nibbles, 16..31 in the high ones.
-inline SuperBlock load(const block_iq4_xs & w) {
-    SuperBlock s;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        s.codes[j] = iq4_values(nibbles_of(w.qs + 32 * j, w.qs + 32 * j + 16));
-    }
-    int32_t low4;
-    memcpy(&low4, w.scales_l, sizeof(low4));
-    const __m256i by_4 = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-    const __m256i by_2 = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
-    const __m256i low  = _mm256_srlv_epi32(_mm256_set1_epi32(low4), by_4);
-    const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(w.scales_h << 4), by_2);
-    const __m256i both = _mm256_ternarylogic_epi32(_mm256_set1_epi32(0x0f), low, high, CHOOSE);
-    const __m256i six  = _mm256_and_si256(both, _mm256_set1_epi32(0x3f));
-    s.factors          = _mm512_zextsi256_si512(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
-    s.offsets          = s.factors;
-    return s;
-}
-
-// Values 64j .. 64j + 63 of Q2_K and Q3_K, in the low two bits of the bytes; 32 bytes hold four times 32 values.
+// Values 64j .. 64j + 63 of Q3_K, in the low two bits of the bytes; 32 bytes hold four times 32 values.
 inline __m512i pairs_of_bits(const uint8_t * qs, int j) {
     return shifted(twice(qs + j / 2 * 32), -(j % 2 * 4), -(j % 2 * 4 + 2));
-}
-
-// A scale in the low nibbles, a minimum in the high ones.
-inline SuperBlock load(const block_q2_K & w) {
-    SuperBlock s;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        s.codes[j] = _mm512_and_si512(pairs_of_bits(w.qs, j), bytes(3));
-    }
-    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
-    s.factors          = _mm512_and_si512(both, _mm512_set1_epi32(15));
-    s.offsets          = _mm512_srli_epi32(both, 4);
-    return s;
 }
 
 // The third bit, with an offset of 4, is bit b of hmask, b the block of 32. Scales are six bits with an offset of 32:
@@ -161,15 +92,9 @@ inline SuperBlock load(const block_q3_K & w) {
     return s;
 }
 
-// Factors and offsets per 16 weights; else per 32.
-template <typename Block> constexpr bool BY_16 = IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q6_K>;
-
-// Offsets are minima, with a scale of their own.
-template <typename Block> constexpr bool HAS_MINIMA = IS_ONE_OF<Block, block_q2_K, block_q4_K, block_q5_K>;
-
-// Offsets are to be subtracted, times sums of activation quants: minima, and for Q3_K factors times the offset of the
-// quants. Else they are the factors, to be added, times minus the offset times the sums of activation quants (starts).
-template <typename Block> constexpr bool SUBTRACTS = HAS_MINIMA<Block> || IS_ONE_OF<Block, block_q3_K>;
+// Offsets are factors times the offset of the quants, to be subtracted times sums of activation quants. Else they are
+// the factors, to be added, times minus the offset times the sums of activation quants (starts).
+template <typename Block> constexpr bool SUBTRACTS = IS_ONE_OF<Block, block_q3_K>;
 
 #endif
 

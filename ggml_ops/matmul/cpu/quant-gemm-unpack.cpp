@@ -1,138 +1,117 @@
-// Unpacking: stored weights of 32 rows and up to 256 values of K become a panel (quant-gemm-panel.h). One function per
-// type and layout: types of 32 values and plain numbers here, those of 256 in quant-gemm-unpack-k.cpp; and the table.
+// Panels: stored weights of PANEL_ROWS rows and up to 256 values of K become a panel (quant-gemm-panel.h). And the table
+// of formats: types and layouts.
 
-#include "quant-gemm-unpack.h"
+#include "quant-gemm-unpack-k.h"
 
 namespace quant_gemm {
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
 
-// ---- types of 32 values with one scale
+// LANES rows of a panel, from `first` on.
+struct PanelLanes {
+    Panel & panel;
+    int     first;
 
-static inline __m512i as_is(__m512i x) {
-    return x;
-}
+    inline void codes(int b, int j, Ints x) const { store_ints(panel.codes[b][j][first], x); }
 
-static inline __m512i flip_bit_3(__m512i x) {  // two's complement nibbles to offset 8
-    return _mm512_xor_si512(x, bytes(8));
-}
+    inline void scales(int b, Floats x) const { store_floats(panel.scales[b] + first, x); }
 
-// Nibbles; the scale is an F16 number, for MXFP4 an exponent.
-template <typename Rows, typename Block, __m512i (*DECODE)(__m512i)>
-static void unpack_nibbles(const Rows & rows, int64_t block, int n_blocks, const HalfPanel & to) {
-    for (int b = 0; b < n_blocks; b++) {
-        const size_t at = (block + b) * sizeof(Block);
-        __m512i      x[4];
-        rows.load16(at + offsetof(Block, qs), x);
-        store_nibbles(to, b, x, DECODE);
-        if constexpr (std::is_same_v<Block, block_mxfp4> || std::is_same_v<Block, block_mxfp4x8>) {
-            to.scales(b, rows.load_power(at + offsetof(Block, e)));
-        } else {
-            to.scales(b, rows.load_half(at + offsetof(Block, d)));
-        }
-    }
-}
+    inline void factors(int b, Ints x) const { store_ints(panel.factors[b] + first, factors_of(x)); }
 
-static void unpack_q8_0(const Rows16 & rows, int64_t block, int n_blocks, const HalfPanel & to) {
-    for (int b = 0; b < n_blocks; b++) {
-        const size_t at = (block + b) * sizeof(block_q8_0);
-        __m512i      x[8];
-        rows.load32(at + offsetof(block_q8_0, qs), x);
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            to.codes(b, j, _mm512_xor_si512(x[j], bytes(0x80)));
-        }
-        to.scales(b, rows.load_half(at + offsetof(block_q8_0, d)));
-    }
-}
+    inline void super_scales(Floats x) const { store_floats(panel.super_scales + first, x); }
 
-static void unpack_q5_0(const Rows16 & rows, int64_t block, int n_blocks, const HalfPanel & to) {
-    const __m512i spread = _mm512_set4_epi32(0x0c0c0c0c, 0x08080808, 0x04040404, 0);
-    for (int b = 0; b < n_blocks; b++) {
-        const size_t at = (block + b) * sizeof(block_q5_0);
-        __m512i      x[4];
-        rows.load16(at + offsetof(block_q5_0, qs), x);
-        const __m512i fifth = rows.load_word(at + offsetof(block_q5_0, qh));  // bit i belongs to value i
-#pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) {
-            const __m512i   low  = j < 4 ? low_nibbles(x[j]) : high_nibbles(x[j - 4]);
-            const __m512i   copy = _mm512_shuffle_epi8(fifth, _mm512_add_epi8(spread, bytes(j / 2)));
-            const __m512i   bits = _mm512_set1_epi32(j % 2 == 0 ? 0x08040201 : (int) 0x80402010);
-            const __mmask64 set  = _mm512_test_epi8_mask(copy, bits);
-            to.codes(b, j, _mm512_mask_add_epi8(low, set, low, bytes(16)));
-        }
-        to.scales(b, rows.load_half(at + offsetof(block_q5_0, d)));
-    }
-}
+    inline void minima(int pair, Ints x) const { store_ints(panel.minima[pair][first], x); }
+
+    inline void minimum_scales(Floats x) const { store_floats(panel.minimum_scales + first, x); }
+};
 
 // ---- plain numbers
 
-static void unpack_bf16(const Rows16 & rows, int64_t block, int n_blocks, const HalfPanel & to) {
-    for (int b = 0; b < n_blocks; b++) {
-        for (int quarter = 0; quarter < 4; quarter++) {
-            __m512i x[4];
-            rows.load16(((block + b) * BLOCK + quarter * 8) * sizeof(ggml_bf16_t), x);
+struct BF16 {
+    static constexpr Scheme SCHEME = Scheme::bf16;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::bytes;
+
+    static inline void unpack(const Rows & rows, int64_t block, int n_blocks, const PanelLanes & to) {
+        for (int b = 0; b < n_blocks; b++) {
+            for (int quarter = 0; quarter < 4; quarter++) {
+                Ints x[4];
+                rows.load16(((block + b) * BLOCK + quarter * 8) * sizeof(ggml_bf16_t), x);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                _mm512_store_si512(to.panel.pairs[b][4 * quarter + j][to.first], x[j]);
+                for (int j = 0; j < 4; j++) {
+                    store_ints(to.panel.pairs[b][4 * quarter + j][to.first], x[j]);
+                }
             }
         }
     }
-}
+};
 
-static void unpack_f16(const Rows16 & rows, int64_t block, int n_blocks, const HalfPanel & to) {
-    alignas(64) static const uint16_t apart[32] = { 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
-                                                    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31 };
-    for (int k = 0; k < n_blocks * BLOCK; k += 8) {
-        __m512i x[4];
-        rows.load16((block * BLOCK + k) * sizeof(ggml_fp16_t), x);
+struct F16 {
+    static constexpr Scheme SCHEME = Scheme::f16;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::bytes;
+
+    static inline void unpack(const Rows & rows, int64_t block, int n_blocks, const PanelLanes & to) {
+        for (int k = 0; k < n_blocks * BLOCK; k += 8) {
+            Ints x[4];
+            rows.load16((block * BLOCK + k) * sizeof(ggml_fp16_t), x);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) {
-            _mm512_store_si512(to.panel.halves[k / 2 + j][to.first / 16],
-                               _mm512_permutexvar_epi16(_mm512_load_si512(apart), x[j]));
+            for (int j = 0; j < 4; j++) {
+                store_ints(to.panel.halves[k / 2 + j][to.first / LANES], halves_apart(x[j]));
+            }
         }
     }
-}
+};
 
 // ---- the table
 
-template <typename Rows, UnpackHalf<Rows> * UNPACK>
+template <typename R, typename Type>
 static void
 unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel) {
-    for (int first = 0; first < PANEL_ROWS; first += 16) {
-        UNPACK(Rows(weights, stride, row + first, n_rows), block, n_blocks, { panel, first });
+    for (int first = 0; first < PANEL_ROWS; first += LANES) {
+        const PanelLanes to = { panel, first };
+        Type::unpack(R(weights, stride, row + first, n_rows), block, n_blocks, to);
     }
 }
 
-template <UnpackHalf<Rows16> * UNPACK> static constexpr Unpack  ROWS   = unpack<Rows16, UNPACK>;
-template <UnpackHalf<Groups2> * UNPACK> static constexpr Unpack GROUPS = unpack<Groups2, UNPACK>;
+// With AVX2 panels are faster from 9 columns on (plain numbers: 20); these are the numbers for AVX-512.
+static constexpr int least_columns(Scheme scheme, int with_avx512) {
+    return QUANT_GEMM_AVX512 ? with_avx512 : is_plain(scheme) ? 20 : 9;
+}
 
-template <typename Block, __m512i (*DECODE)(__m512i)>
-static constexpr Unpack NIBBLE_ROWS = ROWS<unpack_nibbles<Rows16, Block, DECODE>>;
+template <typename R, typename Type>
+static constexpr Format format_of(ggml_type type, quant_gemm_layout layout, int min_columns) {
+    return {
+        type, layout, Type::SCHEME, Type::OFFSET, Type::CODES, unpack<R, Type>, least_columns(Type::SCHEME, min_columns)
+    };
+}
 
-template <typename Block, __m512i (*DECODE)(__m512i)>
-static constexpr Unpack NIBBLE_GROUPS = GROUPS<unpack_nibbles<Groups2, Block, DECODE>>;
+template <typename Type> static constexpr Format rows(ggml_type type, int min_columns) {
+    return format_of<Rows, Type>(type, QUANT_GEMM_ROWS, min_columns);
+}
 
 static const Format formats[] = {
-    { GGML_TYPE_Q4_0, QUANT_GEMM_ROWS, Scheme::q8_0, 8, NIBBLE_ROWS<block_q4_0, as_is>, 4 },
-    { GGML_TYPE_Q4_0, QUANT_GEMM_8X8, Scheme::q8_0, 8, NIBBLE_GROUPS<block_q4_0x8, flip_bit_3>, 13 },
-    { GGML_TYPE_Q5_0, QUANT_GEMM_ROWS, Scheme::q8_0, 16, ROWS<unpack_q5_0>, 4 },
-    { GGML_TYPE_Q8_0, QUANT_GEMM_ROWS, Scheme::q8_0, 128, ROWS<unpack_q8_0>, 9 },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_ROWS, Scheme::q8_0, 128, NIBBLE_ROWS<block_iq4_nl, iq4_values>, 4 },
-    { GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, Scheme::q8_0, 128, NIBBLE_GROUPS<block_iq4_nlx8, iq4_values>, 13 },
-    { GGML_TYPE_MXFP4, QUANT_GEMM_ROWS, Scheme::q8_0, 12, NIBBLE_ROWS<block_mxfp4, mxfp4_values>, 4 },
-    { GGML_TYPE_MXFP4, QUANT_GEMM_8X8, Scheme::q8_0, 12, NIBBLE_GROUPS<block_mxfp4x8, mxfp4_values>, 13 },
-    { GGML_TYPE_Q2_K, QUANT_GEMM_ROWS, Scheme::q8_K_256_mins, 0, ROWS<unpack_q2_K>, 4 },
-    { GGML_TYPE_Q2_K, QUANT_GEMM_8X8, Scheme::q8_K_256_mins, 0, GROUPS<unpack_q2_K_groups>, 5 },
-    { GGML_TYPE_Q3_K, QUANT_GEMM_ROWS, Scheme::q8_K_256, 124, ROWS<unpack_q3_K>, 5 },
-    { GGML_TYPE_Q4_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, ROWS<unpack_q4_K>, 5 },
-    { GGML_TYPE_Q4_K, QUANT_GEMM_8X8, Scheme::q8_K_mins, 0, GROUPS<unpack_q4_K_groups>, 9 },
-    { GGML_TYPE_Q5_K, QUANT_GEMM_ROWS, Scheme::q8_K_mins, 0, ROWS<unpack_q5_K>, 5 },
-    { GGML_TYPE_Q6_K, QUANT_GEMM_ROWS, Scheme::q8_K_16, 32, ROWS<unpack_q6_K>, 17 },
-    { GGML_TYPE_IQ4_XS, QUANT_GEMM_ROWS, Scheme::q8_K, 128, ROWS<unpack_iq4_xs>, 5 },
-    { GGML_TYPE_F16, QUANT_GEMM_ROWS, Scheme::f16, 0, ROWS<unpack_f16>, 20 },
-#if defined(__AVX512BF16__)
-    { GGML_TYPE_BF16, QUANT_GEMM_ROWS, Scheme::bf16, 0, ROWS<unpack_bf16>, 33 },
+    rows<Q4_0>(GGML_TYPE_Q4_0, 4),
+    rows<Q5_0>(GGML_TYPE_Q5_0, 4),
+    rows<Q8_0>(GGML_TYPE_Q8_0, 9),
+    rows<IQ4_NL>(GGML_TYPE_IQ4_NL, 4),
+    rows<MXFP4>(GGML_TYPE_MXFP4, 4),
+    rows<Q2_K>(GGML_TYPE_Q2_K, 4),
+    rows<Q3_K>(GGML_TYPE_Q3_K, 5),
+    rows<Q4_K>(GGML_TYPE_Q4_K, 5),
+    rows<Q5_K>(GGML_TYPE_Q5_K, 5),
+    rows<Q6_K>(GGML_TYPE_Q6_K, 17),
+    rows<IQ4_XS>(GGML_TYPE_IQ4_XS, 5),
+    rows<F16>(GGML_TYPE_F16, 20),
+#if defined(__AVX512BF16__) || !QUANT_GEMM_AVX512
+    rows<BF16>(GGML_TYPE_BF16, 33),
+#endif
+#if QUANT_GEMM_AVX512
+    format_of<Groups, Q4_0Groups>(GGML_TYPE_Q4_0, QUANT_GEMM_8X8, 13),
+    format_of<Groups, IQ4_NLGroups>(GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, 13),
+    format_of<Groups, MXFP4Groups>(GGML_TYPE_MXFP4, QUANT_GEMM_8X8, 13),
+    format_of<Groups, Q2_KGroups>(GGML_TYPE_Q2_K, QUANT_GEMM_8X8, 5),
+    format_of<Groups, Q4_KGroups>(GGML_TYPE_Q4_K, QUANT_GEMM_8X8, 9),
 #endif
 };
 

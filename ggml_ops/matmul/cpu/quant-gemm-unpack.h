@@ -1,7 +1,14 @@
 #pragma once
 
-// Functions common to all unpacking. They process 16 rows at once, one row per 32-bit lane: 16 bytes of 16 rows are
-// transposed into four vectors, and the type's bit fields are extracted in the lanes.
+// Unpacking, written once for panels (quant-gemm-unpack.cpp) and dot products (quant-gemm-dot.cpp). LANES rows are
+// processed at once, one row per 32-bit lane: 16 bytes of each row are transposed into four vectors, and the type's bit
+// fields are extracted in the lanes.
+//
+// An unpack function gives what it finds to a receiver (`to`), for each block b of 32 values in turn:
+//   factors(b, x)        before the quants: integer factors (per block of 32, or of 16)
+//   codes(b, j, x)       quants 4j .. 4j + 3, for j = 0 .. 7 in order
+//   scales(b, x)         after the quants
+// and, at any time, super_scales(x), minimum_scales(x), and minima(pair, x) of two neighbouring blocks.
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
@@ -11,41 +18,25 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <type_traits>
 
 namespace quant_gemm {
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
 
-// 16 rows of a panel, from `first` on.
-struct HalfPanel {
-    Panel & panel;
-    int     first;
+// The addresses of LANES rows; the last one is repeated past the end.
+struct Rows {
+    const char * row[LANES];
 
-    inline void codes(int b, int j, __m512i x) const { _mm512_store_si512(panel.codes[b][j][first], x); }
-
-    inline void scales(int b, __m512 x) const { _mm512_store_ps(panel.scales[b] + first, x); }
-
-    inline void factors(int b, __m512i x) const { _mm512_store_si512(panel.factors[b] + first, x); }
-
-    inline void super_scales(__m512 x) const { _mm512_store_ps(panel.super_scales + first, x); }
-
-    inline void minima(int pair, __m512i x) const { _mm512_store_si512(panel.minima[pair][first], x); }
-
-    inline void minimum_scales(__m512 x) const { _mm512_store_ps(panel.minimum_scales + first, x); }
-};
-
-// The addresses of 16 rows; the last one is repeated past the end.
-struct Rows16 {
-    const char * row[16];
-
-    Rows16(const char * weights, size_t stride, int64_t first, int64_t n_rows) {
-        for (int i = 0; i < 16; i++) {
+    Rows(const char * weights, size_t stride, int64_t first, int64_t n_rows) {
+        for (int i = 0; i < LANES; i++) {
             row[i] = weights + std::min(first + i, n_rows - 1) * stride;
         }
     }
 
     // x[j]: bytes offset + 4j .. + 3 of every row
-    inline void load16(size_t offset, __m512i * x) const {
+    inline void load16(size_t offset, Ints * x) const {
+#if QUANT_GEMM_AVX512
         __m512i four_rows[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
@@ -64,83 +55,112 @@ struct Rows16 {
         x[1]                      = _mm512_shuffle_i64x2(a, b, 0xee);
         x[2]                      = _mm512_shuffle_i64x2(c, d, 0x44);
         x[3]                      = _mm512_shuffle_i64x2(c, d, 0xee);
+#else
+        __m256i two_rows[4];  // i and i + 4
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            two_rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i, offset)), load(i + 4, offset), 1);
+        }
+        const __m256i a = _mm256_unpacklo_epi32(two_rows[0], two_rows[1]);
+        const __m256i b = _mm256_unpacklo_epi32(two_rows[2], two_rows[3]);
+        const __m256i c = _mm256_unpackhi_epi32(two_rows[0], two_rows[1]);
+        const __m256i d = _mm256_unpackhi_epi32(two_rows[2], two_rows[3]);
+        x[0]            = _mm256_unpacklo_epi64(a, b);
+        x[1]            = _mm256_unpackhi_epi64(a, b);
+        x[2]            = _mm256_unpacklo_epi64(c, d);
+        x[3]            = _mm256_unpackhi_epi64(c, d);
+#endif
     }
 
     // x[j]: bytes offset + 4j .. + 3 of every row, of 32 bytes
-    inline void load32(size_t offset, __m512i * x) const {
+    inline void load32(size_t offset, Ints * x) const {
         load16(offset, x);
         load16(offset + 16, x + 4);
     }
 
     // the F16 numbers at an offset
-    inline __m512 load_half(size_t offset) const {
-        alignas(32) uint16_t x[16];
-        for (int i = 0; i < 16; i++) {
+    inline Floats load_half(size_t offset) const {
+#if QUANT_GEMM_AVX512
+        alignas(32) uint16_t x[LANES];
+        for (int i = 0; i < LANES; i++) {
             memcpy(&x[i], row[i] + offset, sizeof(x[i]));
         }
-        return _mm512_cvtph_ps(_mm256_load_si256((const __m256i *) x));
+        return from_halves(x);
+#else
+        return _mm256_cvtph_ps(_mm_setr_epi16(half_at(0, offset), half_at(1, offset), half_at(2, offset),
+                                              half_at(3, offset), half_at(4, offset), half_at(5, offset),
+                                              half_at(6, offset), half_at(7, offset)));
+#endif
     }
 
     // half of the power of two for the exponents at an offset (MXFP4, whose values are doubled)
-    inline __m512 load_power(size_t offset) const {
-        alignas(64) float x[16];
-        for (int i = 0; i < 16; i++) {
+    inline Floats load_power(size_t offset) const {
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) {
             x[i] = GGML_CPU_E8M0_TO_FP32_HALF(row[i][offset]);
         }
-        return _mm512_load_ps(x);
+        return load_floats(x);
     }
 
-    inline __m512i load_word(size_t offset) const {
-        alignas(64) uint32_t x[16];
-        for (int i = 0; i < 16; i++) {
+    inline Ints load_word(size_t offset) const {
+        alignas(64) uint32_t x[LANES];
+        for (int i = 0; i < LANES; i++) {
             memcpy(&x[i], row[i] + offset, sizeof(x[i]));
         }
-        return _mm512_load_si512(x);
+        return load_ints(x);
     }
 
   private:
     inline __m128i load(int i, size_t offset) const { return _mm_loadu_si128((const __m128i *) (row[i] + offset)); }
+
+    inline short half_at(int i, size_t offset) const {
+        short x;
+        memcpy(&x, row[i] + offset, sizeof(x));
+        return x;
+    }
 };
 
+#if QUANT_GEMM_AVX512
+
 // The addresses of two groups of 8 interleaved rows. A group of n rows is n strides long.
-struct Groups2 {
+struct Groups {
     const char * group[2];
 
-    Groups2(const char * weights, size_t stride, int64_t first, int64_t n_rows) {
+    Groups(const char * weights, size_t stride, int64_t first, int64_t n_rows) {
         for (int i = 0; i < 2; i++) {
             group[i] = weights + std::min(first + 8 * i, n_rows - 8) * stride;
         }
     }
 
     // x[j]: bytes 4j .. 4j + 3 of every row, of 16 bytes, interleaved by 8
-    inline void load16(size_t offset, __m512i * x) const {
+    inline void load16(size_t offset, Ints * x) const {
         load8(offset, x);
         load8(offset + 64, x + 2);
     }
 
-    inline void load32(size_t offset, __m512i * x) const {
+    inline void load32(size_t offset, Ints * x) const {
         load16(offset, x);
         load16(offset + 128, x + 4);
     }
 
     // 8 F16 numbers of each group
-    inline __m512 load_half(size_t offset) const { return _mm512_cvtph_ps(load_16_bytes(offset)); }
+    inline Floats load_half(size_t offset) const { return _mm512_cvtph_ps(load_16_bytes(offset)); }
 
     // 2 bytes per row, in the lower halves of the lanes
-    inline __m512i load_pair(size_t offset) const { return _mm512_cvtepu16_epi32(load_16_bytes(offset)); }
+    inline Ints load_pair(size_t offset) const { return _mm512_cvtepu16_epi32(load_16_bytes(offset)); }
 
     // 8 exponents of each group
-    inline __m512 load_power(size_t offset) const {
-        alignas(64) float x[16];
-        for (int i = 0; i < 16; i++) {
+    inline Floats load_power(size_t offset) const {
+        float x[LANES];
+        for (int i = 0; i < LANES; i++) {
             x[i] = GGML_CPU_E8M0_TO_FP32_HALF(group[i / 8][offset + i % 8]);
         }
-        return _mm512_load_ps(x);
+        return load_floats(x);
     }
 
   private:
     // x[0], x[1]: the first and the second four of the 8 bytes that are contiguous for each row
-    inline void load8(size_t offset, __m512i * x) const {
+    inline void load8(size_t offset, Ints * x) const {
         const __m512i a    = _mm512_loadu_si512(group[0] + offset);
         const __m512i b    = _mm512_loadu_si512(group[1] + offset);
         const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -157,30 +177,108 @@ struct Groups2 {
     }
 };
 
-// Unpacks `n_blocks` blocks of 16 rows, from block `block` on. Rows: Rows16 or Groups2.
-template <typename Rows> using UnpackHalf = void(const Rows & rows, int64_t block, int n_blocks, const HalfPanel & to);
+#endif
 
-// Types of 256 values (quant-gemm-unpack-k.cpp).
-UnpackHalf<Rows16>  unpack_q2_K, unpack_q3_K, unpack_q4_K, unpack_q5_K, unpack_q6_K, unpack_iq4_xs;
-UnpackHalf<Groups2> unpack_q2_K_groups, unpack_q4_K_groups;
+// ---- types of 32 values with one scale
 
-inline __m512 lower_half(__m512i x) {  // the F16 number in the lower half of each lane
-    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+inline Ints as_is(Ints x) {
+    return x;
 }
 
-inline __m512 upper_half(__m512i x) {
-    return lower_half(_mm512_srli_epi32(x, 16));
+inline Ints flip_bit_3(Ints x) {  // two's complement nibbles to offset 8
+    return x ^ bytes(8);
 }
 
 // Nibbles of a block: bytes 0..15 hold values 0..15 in their low nibbles and 16..31 in their high ones.
-template <typename Decode>
-inline void store_nibbles(const HalfPanel & to, int b, const __m512i (&x)[4], Decode decode) {
+template <Ints (*DECODE)(Ints), typename To> inline void give_nibbles(To & to, int b, const Ints (&x)[4]) {
+#pragma GCC                                              unroll 4
+    for (int j = 0; j < 4; j++) {
+        to.codes(b, j, DECODE(low_nibbles(x[j])));
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-        to.codes(b, j, decode(low_nibbles(x[j])));
-        to.codes(b, j + 4, decode(high_nibbles(x[j])));
+        to.codes(b, j + 4, DECODE(high_nibbles(x[j])));
     }
 }
+
+// A type of weights in a layout: how its activations are quantized, what is added to its quants, what these can be, and
+// `unpack`, which unpacks blocks `block` to `block + n_blocks - 1`.
+
+// Nibbles with a scale, which is an F16 number, for MXFP4 an exponent.
+template <typename Block, Ints (*DECODE)(Ints), int OFFSET_, Codes CODES_> struct Nibbles {
+    static constexpr Scheme SCHEME = Scheme::q8_0;
+    static constexpr int    OFFSET = OFFSET_;
+    static constexpr Codes  CODES  = CODES_;
+
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        for (int b = 0; b < n_blocks; b++) {
+            const size_t at = (block + b) * sizeof(Block);
+            Ints         x[4];
+            rows.load16(at + offsetof(Block, qs), x);
+            give_nibbles<DECODE>(to, b, x);
+            if constexpr (std::is_same_v<Block, block_mxfp4> || std::is_same_v<Block, block_mxfp4x8>) {
+                to.scales(b, rows.load_power(at + offsetof(Block, e)));
+            } else {
+                to.scales(b, rows.load_half(at + offsetof(Block, d)));
+            }
+        }
+    }
+};
+
+constexpr int OFFSET_OF_BYTES = SIGNED_BYTES ? 0 : 128;
+
+using Q4_0   = Nibbles<block_q4_0, as_is, 8, Codes::below_16>;
+using IQ4_NL = Nibbles<block_iq4_nl, iq4_values, OFFSET_OF_BYTES, Codes::bytes>;
+using MXFP4  = Nibbles<block_mxfp4, mxfp4_values, 12, Codes::below_32>;
+
+#if QUANT_GEMM_AVX512
+using Q4_0Groups   = Nibbles<block_q4_0x8, flip_bit_3, 8, Codes::below_16>;
+using IQ4_NLGroups = Nibbles<block_iq4_nlx8, iq4_values, OFFSET_OF_BYTES, Codes::bytes>;
+using MXFP4Groups  = Nibbles<block_mxfp4x8, mxfp4_values, 12, Codes::below_32>;
+#endif
+
+struct Q8_0 {
+    static constexpr Scheme SCHEME = Scheme::q8_0;
+    static constexpr int    OFFSET = OFFSET_OF_BYTES;
+    static constexpr Codes  CODES  = Codes::bytes;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int n_blocks, To & to) {
+        for (int b = 0; b < n_blocks; b++) {
+            const size_t at = (block + b) * sizeof(block_q8_0);
+            Ints         x[8];
+            rows.load32(at + offsetof(block_q8_0, qs), x);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                to.codes(b, j, SIGNED_BYTES ? x[j] : x[j] ^ bytes(0x80));
+            }
+            to.scales(b, rows.load_half(at + offsetof(block_q8_0, d)));
+        }
+    }
+};
+
+struct Q5_0 {
+    static constexpr Scheme SCHEME = Scheme::q8_0;
+    static constexpr int    OFFSET = 16;
+    static constexpr Codes  CODES  = Codes::below_32;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int n_blocks, To & to) {
+        const __m128i spread = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+        for (int b = 0; b < n_blocks; b++) {
+            const size_t at = (block + b) * sizeof(block_q5_0);
+            Ints         x[4];
+            rows.load16(at + offsetof(block_q5_0, qs), x);
+            const Ints fifth = rows.load_word(at + offsetof(block_q5_0, qh));  // bit i belongs to value i
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                const Ints low  = j < 4 ? low_nibbles(x[j % 4]) : high_nibbles(x[j % 4]);
+                const Ints copy = look_up(fifth, add_8(table_of_16(spread), bytes(j / 2)));
+                const Ints bits = ints(j % 2 == 0 ? 0x08040201 : (int) 0x80402010);
+                to.codes(b, j, low | where_set(copy, bits, bytes(16)));
+            }
+            to.scales(b, rows.load_half(at + offsetof(block_q5_0, d)));
+        }
+    }
+};
 
 #endif
 

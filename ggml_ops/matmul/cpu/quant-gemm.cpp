@@ -94,7 +94,7 @@ const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout) {
 }
 
 bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns) {
-    const bool plain = format.scheme == Scheme::bf16 || format.scheme == Scheme::f16;
+    const bool plain = is_plain(format.scheme);
     return n_columns < format.min_columns || (plain && ggml_op_has_mark(dst, GGML_OP_MARK_INVARIANT));
 }
 
@@ -166,7 +166,7 @@ static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
     return (const char *) src0->data + i2 * src0->nb[2] + i3 * src0->nb[3];
 }
 
-#if QUANT_GEMM_VNNI
+#if QUANT_GEMM_KERNELS
 
 // PANEL_ROWS rows of a matrix times n columns. Unpacking reads short pieces of many rows, which hardware prefetching
 // does not recognize. So the next rows, `ahead`, are prefetched in address order, a few lines with each tile: all at
@@ -190,7 +190,7 @@ static void add_panel(const Format &      format,
     for (int64_t block = 0; block < n_blocks; block += step) {
         const int here = (int) std::min<int64_t>(step, n_blocks - block);
         format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, panel);
-        multiply(format.scheme, panel, here, { act, columns.n }, { next, piece }, sums[0]);
+        multiply(format, panel, here, { act, columns.n }, { next, piece }, sums[0]);
         next += piece;
         for (int i = 0; i < columns.n; i++) {
             act[i] += act_step;

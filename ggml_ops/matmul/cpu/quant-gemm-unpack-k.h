@@ -1,0 +1,405 @@
+#pragma once
+
+// Unpacking of types of 256 values (the others are in quant-gemm-unpack.h).
+
+#include "quant-gemm-unpack.h"
+
+namespace quant_gemm {
+
+#if QUANT_GEMM_KERNELS
+
+// Whether Q2_K and Q3_K are unpacked to quants times factors, which are bytes.
+constexpr bool QUANTS_TIMES_FACTORS = LANES == 16;
+
+// Byte i of every lane, repeated in all of its bytes, ...
+inline Ints spread_byte(Ints x, int i) {
+    const __m128i within = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+    return look_up(x, add_8(table_of_16(within), bytes(i)));
+}
+
+// ... and as two 16-bit numbers.
+inline Ints spread_number(Ints x, int i) {
+    return spread_byte(x, i) & ints(0x00ff00ff);
+}
+
+// Byte i of every lane, as a number, ...
+inline Ints byte_of(Ints x, int i) {
+    return right_32(x, 8 * i) & ints(0xff);
+}
+
+// ... as a signed one, ...
+inline Ints signed_byte_of(Ints x, int i) {
+    return right_signed_32(left_32(x, 24 - 8 * i), 24);
+}
+
+// ... and bytes 2i and 2i + 1 as two 16-bit numbers.
+inline Ints two_bytes_of(Ints x, int i) {
+    const Ints both = right_32(x, 16 * i);
+    return (both & ints(0xff)) | (left_32(both, 8) & ints(0xff0000));
+}
+
+// Signed numbers that fit 16 bits, of two blocks, times a number.
+inline Ints pair_times(Ints first, Ints second, int n) {
+    return left_32(mul_32(second, ints(n)), 16) | (mul_32(first, ints(n)) & ints(0xffff));
+}
+
+// Factors of 16 weights as minima, if integer sums do not start with the offset of the quants.
+template <int OFFSET, typename To> inline void give_offsets(To & to, int b, Ints first, Ints second) {
+    if constexpr (!has_starts(Scheme::q8_K_16)) {
+        to.minima(b, pair_times(first, second, OFFSET));
+    }
+}
+
+// Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales in
+// their low nibbles and minima in their high ones.
+#if QUANT_GEMM_AVX512
+
+// Block b of Q2_K, two bits per value: quants times their 4-bit scales are at most 45 and are given as one byte.
+// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: the block's two bytes of scale and minimum.
+template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
+    const Ints low    = low_nibbles(scales);
+    const Ints first  = spread_number(low, 0);
+    const Ints second = spread_number(low, 1);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        const Ints codes = right_16(x[j], 2 * (b % 4)) & bytes(3);
+        to.codes(b, j, _mm512_mullo_epi16(codes, j < 4 ? first : second));
+    }
+    to.minima(b, two_bytes_of(high_nibbles(scales), 0));
+}
+
+// Q2_K of 8 interleaved rows; for each block of 32, two bytes of scales and minima of every row.
+struct Q2_KGroups {
+    static constexpr Scheme SCHEME = Scheme::q8_K_256_mins;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::bytes;
+
+    template <typename To> static inline void unpack(const Groups & groups, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q2_Kx8);
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {
+            Ints x[8];
+            groups.load32(at + offsetof(block_q2_Kx8, qs) + 256 * part, x);
+#pragma GCC unroll 4
+            for (int b = 4 * part; b < 4 * part + 4; b++) {
+                give_q2_K(to, b, x, groups.load_pair(at + offsetof(block_q2_Kx8, scales) + 16 * b));
+            }
+        }
+        to.super_scales(groups.load_half(at + offsetof(block_q2_Kx8, d)));
+        to.minimum_scales(groups.load_half(at + offsetof(block_q2_Kx8, dmin)));
+    }
+};
+
+#else
+
+template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
+    const Ints low = low_nibbles(scales);
+    to.factors(2 * b, byte_of(low, 0));
+    to.factors(2 * b + 1, byte_of(low, 1));
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        to.codes(b, j, right_16(x[j], 2 * (b % 4)) & bytes(3));
+    }
+    to.minima(b, two_bytes_of(high_nibbles(scales), 0));
+}
+
+#endif
+
+struct Q2_K {
+    static constexpr Scheme SCHEME = QUANTS_TIMES_FACTORS ? Scheme::q8_K_256_mins : Scheme::q8_K_16_mins;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = QUANTS_TIMES_FACTORS ? Codes::bytes : Codes::below_8;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q2_K);
+        Ints         scales[4];
+        rows.load16(at + offsetof(block_q2_K, scales), scales);
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; part++) {
+            Ints x[8];
+            rows.load32(at + offsetof(block_q2_K, qs) + 32 * part, x);
+#pragma GCC unroll 4
+            for (int b = 4 * part; b < 4 * part + 4; b++) {
+                give_q2_K(to, b, x, right_32(scales[b / 2], 16 * (b % 2)));
+            }
+        }
+        const Ints d = rows.load_word(at + offsetof(block_q2_K, GGML_COMMON_AGGR_U));
+        to.super_scales(lower_half(d));
+        to.minimum_scales(upper_half(d));
+    }
+};
+
+// Scales of Q3_K: 16 numbers of six bits, offset 32, in 12 bytes:
+//   bytes 0 .. 3:  the lower four bits of numbers 0 .. 3 (low nibbles) and 8 .. 11 (high nibbles)
+//   bytes 4 .. 7:  the lower four bits of numbers 4 .. 7 (low nibbles) and 12 .. 15 (high nibbles)
+//   bytes 8 .. 11: the upper two bits; bits 2i and 2i + 1 of byte 8 + j are those of number 4i + j
+inline void load_scales_q3_K(const Rows & rows, size_t at, Ints (&scales)[4]) {
+    Ints x[4];
+    rows.load16(at + offsetof(block_q3_K, scales) - 4, x);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const Ints low = i < 2 ? low_nibbles(x[1 + i]) : high_nibbles(x[i - 1]);
+        const Ints up  = right_16(x[3], 2 * i) & bytes(3);
+        scales[i]      = sub_8(low | left_16(up, 4), bytes(32));
+    }
+}
+
+#if QUANT_GEMM_AVX512
+
+// Values of Q3_K times their scales, -4 .. 3 times -32 .. 31, plus an offset of 124, are in 0 .. 252: the magnitude of
+// the scale times c plus a remainder, all of them bytes; c is value + 4, or 3 - value if the scale is negative.
+struct ScalesQ3K {
+    Ints magnitudes;
+    Ints flips;  // 7 if the scale is negative
+    Ints rests;
+
+    explicit ScalesQ3K(Ints scales) {
+        const __mmask64 negative = _mm512_movepi8_mask(scales);
+        magnitudes               = _mm512_abs_epi8(scales);
+        const Ints three         = add_8(magnitudes, add_8(magnitudes, magnitudes));
+        flips                    = _mm512_maskz_mov_epi8(negative, bytes(7));
+        rests                    = sub_8(bytes(124), three);
+        rests                    = _mm512_mask_sub_epi8(rests, (__mmask64) ~negative, rests, magnitudes);
+    }
+};
+
+// Block b of Q3_K: values times scales. values: plus 4.
+template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values)[8], Ints scales) {
+    const ScalesQ3K parts(scales);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        const int  i     = 2 * (b % 2) + j / 4;
+        const Ints codes = values[j] ^ spread_byte(parts.flips, i);
+        const Ints times = _mm512_mullo_epi16(codes, spread_number(parts.magnitudes, i));
+        to.codes(b, j, add_8(times, spread_byte(parts.rests, i)));
+    }
+}
+
+#else
+
+template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values)[8], Ints scales) {
+    const Ints first  = signed_byte_of(scales, 2 * (b % 2));
+    const Ints second = signed_byte_of(scales, 2 * (b % 2) + 1);
+    to.factors(2 * b, first);
+    to.factors(2 * b + 1, second);
+    give_offsets<4>(to, b, first, second);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        to.codes(b, j, values[j]);
+    }
+}
+
+#endif
+
+// Two bits of a value are stored as in Q2_K, the third in bit b of 32 bytes, b the block.
+struct Q3_K {
+    static constexpr Scheme SCHEME = QUANTS_TIMES_FACTORS ? Scheme::q8_K_256 : Scheme::q8_K_16;
+    static constexpr int    OFFSET = QUANTS_TIMES_FACTORS ? 124 : 4;
+    static constexpr Codes  CODES  = QUANTS_TIMES_FACTORS ? Codes::bytes : Codes::below_8;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q3_K);
+        Ints         scales[4], third[8], x[8];
+        load_scales_q3_K(rows, at, scales);
+        rows.load32(at + offsetof(block_q3_K, hmask), third);
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            if (b % 4 == 0) {
+                rows.load32(at + offsetof(block_q3_K, qs) + 8 * b, x);
+            }
+            Ints values[8];
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                const Ints bit = b < 2 ? left_16(third[j], 2 - b) : right_16(third[j], b - 2);
+                values[j]      = (right_16(x[j], 2 * (b % 4)) & bytes(3)) | (bit & bytes(4));
+            }
+            give_q3_K(to, b, values, scales[b / 2]);
+        }
+        to.super_scales(rows.load_half(at + offsetof(block_q3_K, d)));
+    }
+};
+
+// Scales and minima of Q4_K and Q5_K, from d, dmin and 12 bytes of 6-bit numbers at the start of the block.
+template <typename To> inline void give_scales_and_minima(const Rows & rows, size_t at, To & to) {
+    Ints x[4];
+    rows.load16(at, x);
+    const Ints lower6 = bytes(0x3f);
+    const Ints upper2 = bytes(0x30);
+    const Ints m_low  = x[2] & lower6;
+    const Ints s_low  = x[1] & lower6;
+    const Ints s_high = low_nibbles(x[3]) | (right_16(x[1], 2) & upper2);
+    const Ints m_high = high_nibbles(x[3]) | (right_16(x[2], 2) & upper2);
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        to.factors(b, byte_of(b < 4 ? s_low : s_high, b % 4));
+    }
+#pragma GCC unroll 4
+    for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
+        to.minima(pair, two_bytes_of(pair < 2 ? m_low : m_high, pair % 2));
+    }
+    to.super_scales(lower_half(x[0]));
+    to.minimum_scales(upper_half(x[0]));
+}
+
+// Blocks 2i and 2i + 1 of Q4_K: one in the low nibbles, one in the high ones.
+template <typename To> inline void give_two_blocks(To & to, int i, const Ints (&x)[8]) {
+#pragma GCC                        unroll 8
+    for (int j = 0; j < 8; j++) {
+        to.codes(2 * i, j, low_nibbles(x[j]));
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        to.codes(2 * i + 1, j, high_nibbles(x[j]));
+    }
+}
+
+struct Q4_K {
+    static constexpr Scheme SCHEME = Scheme::q8_K_mins;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::below_16;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q4_K);
+        give_scales_and_minima(rows, at, to);
+        for (int i = 0; i < N_BLOCKS / 2; i++) {
+            Ints x[8];
+            rows.load32(at + offsetof(block_q4_K, qs) + 32 * i, x);
+            give_two_blocks(to, i, x);
+        }
+    }
+};
+
+struct Q5_K {
+    static constexpr Scheme SCHEME = Scheme::q8_K_mins;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::below_32;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q5_K);
+        give_scales_and_minima(rows, at, to);
+        Ints fifth[8];
+        rows.load32(at + offsetof(block_q5_K, qh), fifth);
+        for (int i = 0; i < N_BLOCKS / 2; i++) {
+            Ints x[8];
+            rows.load32(at + offsetof(block_q5_K, qs) + 32 * i, x);
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                to.codes(2 * i, j, low_nibbles(x[j]) | where_set(fifth[j], bytes(1 << (2 * i)), bytes(16)));
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++) {
+                to.codes(2 * i + 1, j, high_nibbles(x[j]) | where_set(fifth[j], bytes(2 << (2 * i)), bytes(16)));
+            }
+        }
+    }
+};
+
+// Each half of 128 values: 64 bytes of lower nibbles (low halves: values 0..63, high ones: 64..127), and 32 bytes of
+// upper pairs of bits, pair q for values 32q .. 32q + 31.
+struct Q6_K {
+    static constexpr Scheme SCHEME = Scheme::q8_K_16;
+    static constexpr int    OFFSET = 32;
+    static constexpr Codes  CODES  = Codes::below_64;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q6_K);
+        Ints         scales[4];
+        rows.load16(at + offsetof(block_q6_K, scales), scales);
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            const Ints first  = signed_byte_of(scales[b / 2], 2 * (b % 2));
+            const Ints second = signed_byte_of(scales[b / 2], 2 * (b % 2) + 1);
+            to.factors(2 * b, first);
+            to.factors(2 * b + 1, second);
+            give_offsets<32>(to, b, first, second);
+        }
+        for (int part = 0; part < 2; part++) {
+            Ints upper[8];
+            rows.load32(at + offsetof(block_q6_K, qh) + 32 * part, upper);
+            for (int i = 0; i < 2; i++) {
+                Ints x[8];
+                rows.load32(at + offsetof(block_q6_K, ql) + 64 * part + 32 * i, x);
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; j++) {
+                    const Ints up = left_16(right_16(upper[j], 2 * i), 4);
+                    to.codes(4 * part + i, j, low_nibbles(x[j]) | (up & bytes(0x30)));
+                }
+#pragma GCC unroll 8
+                for (int j = 0; j < 8; j++) {
+                    const Ints up = right_16(upper[j], 2 * i);
+                    to.codes(4 * part + i + 2, j, high_nibbles(x[j]) | (up & bytes(0x30)));
+                }
+            }
+        }
+        to.super_scales(rows.load_half(at + offsetof(block_q6_K, d)));
+    }
+};
+
+struct IQ4_XS {
+    static constexpr Scheme SCHEME = Scheme::q8_K;
+    static constexpr int    OFFSET = OFFSET_OF_BYTES;
+    static constexpr Codes  CODES  = Codes::bytes;
+
+    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_iq4_xs);
+        Ints         head[4];  // d and scales_h, scales_l
+        rows.load16(at, head);
+        const Ints high = right_32(head[0], 16);
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            const Ints low4 = right_32(head[1], 4 * b) & ints(15);
+            const Ints up2  = right_32(high, 2 * b) & ints(3);
+            to.factors(b, sub_32(low4 | left_32(up2, 4), ints(32)));
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            Ints x[4];
+            rows.load16(at + offsetof(block_iq4_xs, qs) + 16 * b, x);
+            give_nibbles<iq4_values>(to, b, x);
+        }
+        to.super_scales(lower_half(head[0]));
+    }
+};
+
+#if QUANT_GEMM_AVX512
+
+// Q4_K of 8 interleaved rows; scales and minima of block b of all rows in 12 bytes, packed as in Q4_K.
+struct Q4_KGroups {
+    static constexpr Scheme SCHEME = Scheme::q8_K_mins;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::below_16;
+
+    template <typename To> static inline void unpack(const Groups & groups, int64_t block, int, To & to) {
+        const size_t at = block / N_BLOCKS * sizeof(block_q4_Kx8);
+        for (int part = 0; part < 2; part++) {  // four blocks each
+            const Ints one = six_bit_numbers(groups.group[0] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
+            const Ints two = six_bit_numbers(groups.group[1] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
+            alignas(64) uint8_t s[4][16], m[4][16];
+            store_ints(s, _mm512_unpacklo_epi64(one, two));
+            store_ints(m, _mm512_unpackhi_epi64(one, two));
+#pragma GCC unroll 4
+            for (int b = 0; b < 4; b++) {
+                to.factors(4 * part + b, _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) s[b])));
+            }
+#pragma GCC unroll 2
+            for (int pair = 0; pair < 2; pair++) {
+                const Ints even = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[2 * pair]));
+                const Ints odd  = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[2 * pair + 1]));
+                to.minima(2 * part + pair, even | left_32(odd, 16));
+            }
+        }
+        for (int i = 0; i < N_BLOCKS / 2; i++) {
+            Ints x[8];
+            groups.load32(at + offsetof(block_q4_Kx8, qs) + 256 * i, x);
+            give_two_blocks(to, i, x);
+        }
+        to.super_scales(groups.load_half(at + offsetof(block_q4_Kx8, d)));
+        to.minimum_scales(groups.load_half(at + offsetof(block_q4_Kx8, dmin)));
+    }
+};
+
+#endif
+
+#endif
+
+}  // namespace quant_gemm

@@ -1,0 +1,329 @@
+#pragma once
+
+// Vectors of 32-bit lanes, for the matmul of quantized weights. Each lane holds one row of weights. The rest of the
+// folder is written in these names, so a new instruction set is one more branch here:
+//   AVX-512 VNNI (16 lanes), AVX2 with or without AVX-VNNI (8 lanes).
+// Without any of them QUANT_GEMM_KERNELS is 0, and upstream's matmul runs.
+
+#include "ggml-cpu-impl.h"
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) &&                 \
+    defined(__AVX512VNNI__)
+#define QUANT_GEMM_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define QUANT_GEMM_AVX2 1
+#if defined(__AVXVNNI__)
+#define QUANT_GEMM_AVX_VNNI 1
+#endif
+#endif
+
+#if !defined(QUANT_GEMM_AVX512)
+#define QUANT_GEMM_AVX512 0
+#endif
+#if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2
+#define QUANT_GEMM_KERNELS 1
+// GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#endif
+
+namespace quant_gemm {
+
+// What the quants of a type can be. It decides how many of their products with activations (at most 127) are summed in
+// 16 bits where the instruction set multiplies bytes to 16 bits (AVX2).
+enum class Codes {
+    below_8,
+    below_16,
+    below_32,
+    below_64,
+    bytes,  // unsigned, or signed where SIGNED_BYTES
+};
+
+#if QUANT_GEMM_AVX512
+
+using Ints   = __m512i;
+using Floats = __m512;
+
+constexpr int LANES = 16;
+
+inline Ints in_order(Ints x) {
+    return x;
+}
+
+// clang-format off
+
+inline Ints   ints(int32_t x)                    { return _mm512_set1_epi32(x); }
+inline Ints   bytes(int x)                       { return _mm512_set1_epi8((char) x); }
+inline Floats floats(float x)                    { return _mm512_set1_ps(x); }
+inline Ints   load_ints(const void * p)          { return _mm512_load_si512(p); }
+inline void   store_ints(void * p, Ints x)       { _mm512_store_si512(p, x); }
+inline Floats load_floats(const float * p)       { return _mm512_loadu_ps(p); }
+inline void   store_floats(float * p, Floats x)  { _mm512_storeu_ps(p, x); }
+
+// integers of 32, 16 or 8 bits
+inline Ints add_32(Ints a, Ints b)               { return _mm512_add_epi32(a, b); }
+inline Ints sub_32(Ints a, Ints b)               { return _mm512_sub_epi32(a, b); }
+inline Ints mul_32(Ints a, Ints b)               { return _mm512_mullo_epi32(a, b); }
+inline Ints add_8(Ints a, Ints b)                { return _mm512_add_epi8(a, b); }
+inline Ints sub_8(Ints a, Ints b)                { return _mm512_sub_epi8(a, b); }
+inline Ints left_32(Ints x, int n)               { return _mm512_slli_epi32(x, n); }
+inline Ints right_32(Ints x, int n)              { return _mm512_srli_epi32(x, n); }
+inline Ints right_signed_32(Ints x, int n)       { return _mm512_srai_epi32(x, n); }
+inline Ints left_16(Ints x, int n)               { return _mm512_slli_epi16(x, n); }
+inline Ints right_16(Ints x, int n)              { return _mm512_srli_epi16(x, n); }
+
+// bytes of a table of 16, or of each 16 bytes
+inline Ints table_of_16(__m128i table)           { return _mm512_broadcast_i32x4(table); }
+inline Ints look_up(Ints table, Ints indices)    { return _mm512_shuffle_epi8(table, indices); }
+
+// those bytes of `value` where the bits are set in x
+inline Ints where_set(Ints x, Ints bits, Ints value) {
+    return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(x, bits), value);
+}
+
+// sums of pairs of 16-bit products
+inline Ints add_pairs(Ints sum, Ints a, Ints b)  { return _mm512_dpwssd_epi32(sum, a, b); }
+
+inline Floats to_floats(Ints x)                  { return _mm512_cvtepi32_ps(x); }
+inline Ints   to_ints(Floats x)                  { return _mm512_cvtps_epi32(x); }
+inline Floats add(Floats a, Floats b)            { return _mm512_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b)            { return _mm512_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c)  { return _mm512_fmadd_ps(a, b, c); }
+inline Floats fms(Floats a, Floats b, Floats c)  { return _mm512_fmsub_ps(a, b, c); }
+inline Floats abs(Floats x)                      { return _mm512_abs_ps(x); }
+inline Floats max(Floats a, Floats b)            { return _mm512_max_ps(a, b); }
+inline float  max_lane(Floats x)                 { return _mm512_reduce_max_ps(x); }
+inline float  sum_lanes(Floats x)                { return _mm512_reduce_add_ps(x); }
+inline int    sum_lanes(Ints x)                  { return _mm512_reduce_add_epi32(x); }
+inline unsigned lanes_equal(Floats a, Floats b)  { return _mm512_cmpeq_ps_mask(a, b); }
+
+inline Floats from_halves(const void * p)        { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+inline Floats rounded_to_half(Floats x)          { return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+inline void   store_bytes(int8_t * p, Ints x)    { _mm_storeu_si128((__m128i *) p, _mm512_cvtsepi32_epi8(x)); }
+
+// clang-format on
+
+// two 16-bit numbers in each lane: all first ones, then all second ones
+inline Ints halves_apart(Ints x) {
+    alignas(64) static const uint16_t order[32] = { 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                                                    1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31 };
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), x);
+}
+
+// BF16 number i of the two in each lane
+inline Floats bf16_of(Ints x, int i) {
+    return _mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(x, 16) : _mm512_and_si512(x, _mm512_set1_epi32(0xffff0000)));
+}
+
+// BF16 numbers in a row
+inline Floats from_bf16(const void * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+}
+
+// the F16 number in the lower half of each lane
+inline Floats lower_half(Ints x) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(x));
+}
+
+#elif QUANT_GEMM_AVX2
+
+using Ints   = __m256i;
+using Floats = __m256;
+
+constexpr int LANES = 8;
+
+// GCC reorders additions of integers, here to compute all products first, which do not fit in 16 registers.
+inline Ints in_order(Ints x) {
+    asm("" : "+x"(x));
+    return x;
+}
+
+// clang-format off
+
+inline Ints   ints(int32_t x)                    { return _mm256_set1_epi32(x); }
+inline Ints   bytes(int x)                       { return _mm256_set1_epi8((char) x); }
+inline Floats floats(float x)                    { return _mm256_set1_ps(x); }
+inline Ints   load_ints(const void * p)          { return _mm256_load_si256((const __m256i *) p); }
+inline void   store_ints(void * p, Ints x)       { _mm256_store_si256((__m256i *) p, x); }
+inline Floats load_floats(const float * p)       { return _mm256_loadu_ps(p); }
+inline void   store_floats(float * p, Floats x)  { _mm256_storeu_ps(p, x); }
+
+inline Ints add_32(Ints a, Ints b)               { return _mm256_add_epi32(a, b); }
+inline Ints sub_32(Ints a, Ints b)               { return _mm256_sub_epi32(a, b); }
+inline Ints mul_32(Ints a, Ints b)               { return _mm256_mullo_epi32(a, b); }
+inline Ints add_8(Ints a, Ints b)                { return _mm256_add_epi8(a, b); }
+inline Ints sub_8(Ints a, Ints b)                { return _mm256_sub_epi8(a, b); }
+inline Ints left_32(Ints x, int n)               { return _mm256_slli_epi32(x, n); }
+inline Ints right_32(Ints x, int n)              { return _mm256_srli_epi32(x, n); }
+inline Ints right_signed_32(Ints x, int n)       { return _mm256_srai_epi32(x, n); }
+inline Ints left_16(Ints x, int n)               { return _mm256_slli_epi16(x, n); }
+inline Ints right_16(Ints x, int n)              { return _mm256_srli_epi16(x, n); }
+
+inline Ints table_of_16(__m128i table)           { return _mm256_broadcastsi128_si256(table); }
+inline Ints look_up(Ints table, Ints indices)    { return _mm256_shuffle_epi8(table, indices); }
+
+inline Ints where_set(Ints x, Ints bits, Ints value) {
+    return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(x, bits), bits), value);
+}
+
+inline Ints add_pairs(Ints sum, Ints a, Ints b)  { return in_order(_mm256_add_epi32(sum, _mm256_madd_epi16(a, b))); }
+
+inline Floats to_floats(Ints x)                  { return _mm256_cvtepi32_ps(x); }
+inline Ints   to_ints(Floats x)                  { return _mm256_cvtps_epi32(x); }
+inline Floats add(Floats a, Floats b)            { return _mm256_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b)            { return _mm256_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c)  { return _mm256_fmadd_ps(a, b, c); }
+inline Floats fms(Floats a, Floats b, Floats c)  { return _mm256_fmsub_ps(a, b, c); }
+inline Floats abs(Floats x)                      { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
+inline Floats max(Floats a, Floats b)            { return _mm256_max_ps(a, b); }
+inline unsigned lanes_equal(Floats a, Floats b)  { return (unsigned) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+
+inline Floats from_halves(const void * p)        { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+inline Floats rounded_to_half(Floats x)          { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)); }
+
+// clang-format on
+
+inline float max_lane(Floats x) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two  = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline float sum_lanes(Floats x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two  = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+inline int sum_lanes(Ints x) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i two  = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+}
+
+inline void store_bytes(int8_t * p, Ints x) {
+    const __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    _mm_storel_epi64((__m128i *) p, _mm_packs_epi16(halves, halves));
+}
+
+inline Ints halves_apart(Ints x) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12,
+                                           13, 2, 3, 6, 7, 10, 11, 14, 15);
+    return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(x, order), 0xd8);
+}
+
+inline Floats bf16_of(Ints x, int i) {
+    return _mm256_castsi256_ps(i == 0 ? _mm256_slli_epi32(x, 16) : _mm256_and_si256(x, _mm256_set1_epi32(0xffff0000)));
+}
+
+inline Floats from_bf16(const void * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+}
+
+inline Floats lower_half(Ints x) {
+    const __m256i low    = _mm256_and_si256(x, _mm256_set1_epi32(0xffff));
+    const __m256i packed = _mm256_packus_epi32(low, low);
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+
+#endif
+
+#if QUANT_GEMM_KERNELS
+
+inline Floats upper_half(Ints x) {
+    return lower_half(right_32(x, 16));
+}
+
+inline Ints low_nibbles(Ints x) {
+    return x & bytes(0x0f);
+}
+
+inline Ints high_nibbles(Ints x) {
+    return right_16(x, 4) & bytes(0x0f);
+}
+
+inline Ints broadcast_ints(const void * p) {
+    int32_t x;
+    memcpy(&x, p, sizeof(x));
+    return ints(x);
+}
+
+inline Floats broadcast_floats(const void * p) {
+    float x;
+    memcpy(&x, p, sizeof(x));
+    return floats(x);
+}
+
+// AVX2: products of four values are two 16-bit sums. Others: one sum of 32 bits.
+#if QUANT_GEMM_AVX2 && !QUANT_GEMM_AVX_VNNI
+
+constexpr bool SUMS_OF_16_BITS = true;
+constexpr bool SIGNED_BYTES    = true;
+
+// Groups of four values whose products fit: 2 * 127 * the largest quant * the number of groups is less than 32768.
+constexpr int groups_together(Codes codes) {
+    return codes == Codes::bytes ? 1 : codes == Codes::below_64 ? 2 : codes == Codes::below_32 ? 4 : 8;
+}
+
+// Adds the products of four values to the sums. The largest product of signed bytes is 128 * 127.
+template <Codes CODES> inline Ints add_products(Ints sums, Ints codes, Ints acts) {
+    if constexpr (CODES == Codes::bytes) {
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(acts, codes));
+    } else {
+        return in_order(_mm256_add_epi16(sums, _mm256_maddubs_epi16(codes, acts)));
+    }
+}
+
+inline Ints total_of(Ints sums) {
+    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
+}
+
+// total_of(sums) times a factor of 16 bits, given twice in each lane (factors_of)
+inline Ints total_times(Ints sums, Ints factors) {
+    return _mm256_madd_epi16(sums, factors);
+}
+
+inline Ints factors_of(Ints x) {
+    return _mm256_or_si256(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(x, 16));
+}
+
+#else
+
+constexpr bool SUMS_OF_16_BITS = false;
+constexpr bool SIGNED_BYTES    = false;
+
+constexpr int groups_together(Codes) {
+    return 8;
+}
+
+template <Codes> inline Ints add_products(Ints sums, Ints codes, Ints acts) {
+#if QUANT_GEMM_AVX512
+    return _mm512_dpbusd_epi32(sums, codes, acts);
+#else
+    return _mm256_dpbusd_avx_epi32(sums, codes, acts);
+#endif
+}
+
+inline Ints total_of(Ints sums) {
+    return sums;
+}
+
+inline Ints total_times(Ints sums, Ints factors) {
+    return mul_32(sums, factors);
+}
+
+inline Ints factors_of(Ints x) {
+    return x;
+}
+
+#endif
+
+#endif
+
+}  // namespace quant_gemm
