@@ -63,6 +63,12 @@ def test_where_cache_and_weights_lie_decides(tmp_path: Path, engine: Engine) -> 
     run_program(program)
 
 
+def test_fewer_threads_than_planned(tmp_path: Path, engine: Engine) -> None:
+    """OpenMP starts fewer threads than ggml planned memory for."""
+    program = compile_program(engine, "latent-attn-test.cpp", tmp_path, ("latent_attention",))
+    run_program(program, KIMI_CASES="29", OMP_THREAD_LIMIT="5")
+
+
 @pytest.mark.parametrize("n_ubatch", [TOKENS, 64], ids=["decompressed", "absorbed"])
 @pytest.mark.parametrize("choice", ["require", "off"])
 def test_both_forms_give_the_models_logits(
