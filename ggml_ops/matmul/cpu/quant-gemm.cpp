@@ -262,16 +262,18 @@ struct Division {
 static Division divide(const ggml_tensor * product, const Format & format, const int64_t * starts, int nth) {
     const int64_t n_matrices = count_matrices(product);
     int64_t       largest    = 0;  // columns of a matrix
+    int64_t       n_used     = 0;  // matrices with columns
     for (int64_t m = 0; m < n_matrices; m++) {
         largest = std::max(largest, starts[m + 1] - starts[m]);
+        n_used += starts[m + 1] > starts[m] ? 1 : 0;
     }
     const int64_t step    = uses_dots(format, product, largest) ? DOT_ROWS : PANEL_ROWS;
     const int64_t n_steps = (product->src[0]->ne[1] + step - 1) / step;
     if (ggml_is_numa()) {
         return { step, std::min<int64_t>(n_steps, nth), MAX_COLUMNS };
     }
-    // experts have different numbers of columns: up to one more task, for which the other threads wait
-    const int64_t more = product->op == GGML_OP_MUL_MAT_ID ? 1 : 0;
+    // if experts have different numbers of columns, the other threads may wait for one more task
+    const int64_t more = starts[n_matrices] < n_used * largest ? 1 : 0;
     Division      best = { step, n_steps, MAX_COLUMNS };
     int64_t       time = INT64_MAX;
     for (int64_t columns = MAX_COLUMNS; columns >= FEW_COLUMNS; columns /= 2) {
