@@ -42,6 +42,19 @@ inline void cpu_backend_use(ggml_backend_t backend, int n_threads, bool use_ref)
     ((set_ref_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_cpu_set_use_ref"))(backend, use_ref);
 }
 
+// Numbers of threads whose results are compared with those of one thread. Without OpenMP waiting threads spin, and many
+// more of them than cores take minutes.
+inline std::vector<int> thread_counts() {
+    auto get =
+        (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_get_features");
+    for (const ggml_backend_feature * each = get(cpu_registry()); each->name; ++each) {
+        if (std::string(each->name) == "OPENMP") {
+            return { 2, 7, 33, 100 };
+        }
+    }
+    return { 2, 3, 7 };
+}
+
 // The buffer type that repacks weights for this CPU, or nullptr if there is none.
 inline ggml_backend_buffer_type_t repack_buffer_type() {
     auto get = (ggml_backend_dev_get_extra_bufts_t) ggml_backend_reg_get_proc_address(

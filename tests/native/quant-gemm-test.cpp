@@ -1,6 +1,6 @@
 // Matmuls of quantized weights against float64: every type in every layout, MUL_MAT and MUL_MAT_ID, hostile shapes and
-// values; bit-identical for any number of threads and of columns; nothing written outside the result. Uses only ggml's public
-// interface. Prints one line per failure and the count; exit status 1 if there was a failure.
+// values; bit-identical for any number of threads and of columns, also on NUMA machines; nothing written outside the
+// result. Uses only ggml's public interface. Prints one line per failure and the count; exit status 1 if there was a failure.
 
 #include "check.h"
 #include "common/ggml-op-marks.h"
@@ -9,12 +9,22 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <random>
 
 // Against float64 on the dequantized weights and on the activations as ggml quantizes them for the type.
 static const double EXACT_LIMIT = 1e-10;
+
+// Replaces ggml-cpu's function of this name.
+static bool             numa = false;
+static std::atomic<int> numa_asked;
+
+bool ggml_is_numa(void) {
+    numa_asked++;
+    return numa;
+}
 
 struct Shape {
     ggml_type   type;
@@ -218,7 +228,7 @@ static void check(const Shape & s) {
     const double             error = product.nmse(one);
     const std::string        name  = name_of(s);
     expect(error <= EXACT_LIMIT, name + text(": NMSE against float64 %g", error));  // false for NaN too
-    for (const int n_threads : { 2, 3, 7 }) {
+    for (const int n_threads : thread_counts()) {
         const std::vector<float> many = product.compute(n_threads);
         expect(memcmp(one.data(), many.data(), one.size() * sizeof(float)) == 0,
                name + text(": not the bits of one thread with %d", n_threads));
@@ -234,6 +244,22 @@ static void check_columns(Shape s) {
         const std::vector<float> all = Case(s).compute(2);
         expect(memcmp(alone.data(), all.data(), alone.size() * sizeof(float)) == 0,
                name_of(s) + ": not the bits of one column");
+    }
+}
+
+// Every thread has its own rows then.
+static void check_numa(Shape s) {
+    const std::vector<float> expected = Case(s).compute(1);
+    std::vector<int>         counts   = thread_counts();
+    counts.push_back(1);
+    for (const int n_threads : counts) {
+        numa                           = true;
+        numa_asked                     = 0;
+        const std::vector<float> found = Case(s).compute(n_threads);
+        numa                           = false;
+        expect(numa_asked > 0, name_of(s) + ": ggml_is_numa was not replaced");
+        expect(memcmp(expected.data(), found.data(), found.size() * sizeof(float)) == 0,
+               name_of(s) + text(": other bits with NUMA and %d threads", n_threads));
     }
 }
 
@@ -283,6 +309,9 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
             add([&](Shape & s) { s.values = "faint", s.n_tokens = n; });
         }
     }
+    for (const int64_t n : { 1, 4, 300 }) {  // many threads divide rows, columns, and a row of activations
+        add([&](Shape & s) { s.n_rows = 520, s.n_tokens = n; });
+    }
     add([&](Shape & s) { s.strided = true; });
     add([&](Shape & s) { s.n_planes = 3; });
     if (!kind.repack) {
@@ -297,6 +326,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         add([&](Shape & s) { s.n_tokens = n; });
         add([&](Shape & s) { s.n_tokens = n, s.broadcast = false; });
     }
+    add([&](Shape & s) { s.n_rows = 264, s.n_tokens = 300, s.n_used = 6; });  // several threads sort
     add([&](Shape & s) { s.routing = "one"; });
     add([&](Shape & s) { s.routing = "lonely", s.n_tokens = 40, s.n_used = 1; });
     add([&](Shape & s) { s.n_experts = 64, s.n_used = 6, s.n_tokens = 64; });
@@ -338,6 +368,18 @@ int main() {
     }
     if (chosen()) {
         check_columns_of({ GGML_TYPE_F32, false, 32 });
+    }
+    Shape large;
+    large.type   = GGML_TYPE_Q8_0;
+    large.n_rows = 520;
+    for (const int64_t n_experts : { 0, 8 }) {
+        for (const int64_t n_tokens : { 1, 300 }) {
+            large.n_experts = n_experts;
+            large.n_tokens  = n_tokens;
+            if (chosen()) {
+                check_numa(large);
+            }
+        }
     }
     return report();
 }

@@ -1,5 +1,6 @@
 // Fused runs of nodes in ggml-cpu: prints, for each case, a hash of the results' bits and whether the nodes were fused.
-// With the argument `unfused` every node is marked GGML_OP_MARK_UNFUSED; the hashes must be the same.
+// With the argument `unfused` every node is marked GGML_OP_MARK_UNFUSED; the hashes must be the same. So must they with
+// `numa`, as on a NUMA machine.
 //
 // A fused run does not write unused intermediate results. The poison in their memory shows whether a run was fused;
 // matmuls have no such results.
@@ -22,6 +23,13 @@
 #include <vector>
 
 static std::mt19937 rng(7);
+
+static bool numa = false;
+
+// Replaces ggml-cpu's function of this name.
+bool ggml_is_numa(void) {
+    return numa;
+}
 
 struct program {
     ggml_context *                     ctx = ggml_init({ 4 << 20, nullptr, true });
@@ -190,7 +198,8 @@ static void products(program & p, int64_t tokens) {
 
 int main(int argc, char ** argv) {
     const bool unfused = argc > 1 && strcmp(argv[1], "unfused") == 0;
-    for (const int threads : { 1, 2, 3 }) {
+    numa               = argc > 1 && strcmp(argv[1], "numa") == 0;
+    for (const int threads : { 1, 2, 7, 33, 100 }) {
         for (const bool own_memory : { true, false }) {
             const auto run = [&](const std::string & name, const std::function<void(program &)> & build) {
                 program p(threads);

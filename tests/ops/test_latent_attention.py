@@ -6,6 +6,7 @@ test_upstream_programs.py.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,12 @@ def test_where_cache_and_weights_lie_decides(tmp_path: Path, engine: Engine) -> 
         ("latent_attention/graph/llama-latent-place.cpp",),
     )
     run_program(program)
+
+
+def test_fewer_threads_than_planned(tmp_path: Path, engine: Engine) -> None:
+    """OpenMP starts fewer threads than ggml planned memory for."""
+    program = compile_program(engine, "latent-attn-test.cpp", tmp_path, ("latent_attention",))
+    run_program(program, KIMI_CASES="29", OMP_THREAD_LIMIT="5")
 
 
 @pytest.mark.parametrize("n_ubatch", [TOKENS, 64], ids=["decompressed", "absorbed"])
@@ -122,16 +129,11 @@ def test_the_same_bits_for_any_number_of_threads(
 ) -> None:
     monkeypatch.setenv("KIMI_OPS", "require")
     ids = case.ids if n_ubatch > 1 else case.ids[:300]
-    one, two = (
-        run_logits(
-            engine,
-            case.gguf,
-            ids,
-            RunOptions(n_ubatch=n_ubatch, flash_attention=True, cache_type=cache_type, threads=threads),
-        )
-        for threads in (1, 2)
-    )
-    np.testing.assert_array_equal(one, two)
+    options = RunOptions(n_ubatch=n_ubatch, flash_attention=True, cache_type=cache_type, threads=1)
+    one = run_logits(engine, case.gguf, ids, options)
+    for threads in (2, 7, 33, 100) if n_ubatch > 1 else (2, 7):
+        many = run_logits(engine, case.gguf, ids, replace(options, threads=threads))
+        np.testing.assert_array_equal(one, many, f"{threads} threads")
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])

@@ -52,6 +52,11 @@ def test_any_number_of_threads_gives_the_same_bits(program: Path) -> None:
     assert [name for name, values in hashes.items() if len(values) > 1] == []
 
 
+def test_numa_machines_give_the_same_bits(program: Path) -> None:
+    """Matmuls assign rows to threads there."""
+    assert run(program, "numa") == run(program)
+
+
 def test_which_nodes_are_fused(program: Path) -> None:
     """Scores that another node reads are not fused; sums over more than 15 experts stay single nodes."""
     lines = [line for line in run(program) if "memory reused" not in line]

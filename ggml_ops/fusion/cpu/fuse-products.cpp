@@ -2,6 +2,7 @@
 // halves of the low-rank gates; the second halves; gate and up of a dense layer or shared expert. All activations are
 // packed first, once per format, then all rows are multiplied, with one barrier after each of the two steps.
 
+#include "ggml-cpu.h"
 #include "node-fusion-impl.h"
 #include "packed-product.h"
 
@@ -65,7 +66,7 @@ static bool join(group & g, ggml_tensor * op, const ggml_compute_params * params
     }
     const int64_t rows  = op->src[0]->ne[1];
     const int64_t step  = weights->row_step();
-    const int64_t parts = CHUNKS_PER_THREAD * params->nth;
+    const int64_t parts = ggml_is_numa() ? params->nth : CHUNKS_PER_THREAD * params->nth;
     p.chunk             = ((rows + parts - 1) / parts + step - 1) / step * step;
     p.n_chunks          = (rows + p.chunk - 1) / p.chunk;
     g.all[g.count++]    = p;
@@ -107,15 +108,16 @@ int products(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params *
     }
     ggml_barrier(params->threadpool);
 
-    int64_t before = 0;  // chunks of the matmuls before this one
-    int64_t chunk  = params->ith;
+    const bool stealing = !ggml_is_numa();  // otherwise a row is always read by the same thread, as in mul_mat
+    int64_t    before   = 0;                // chunks of the matmuls before this one
+    int64_t    chunk    = params->ith;
     for (int i = 0; i < g.count; ++i) {
         const product &     p   = g.all[i];
         ggml_compute_params own = params_of(p, params);
         while (chunk < before + p.n_chunks) {
             const int64_t row = (chunk - before) * p.chunk;
             p.weights->multiply_rows(&own, p.op, row, std::min(row + p.chunk, p.op->src[0]->ne[1]));
-            chunk = ggml_threadpool_chunk_add(params->threadpool, 1);
+            chunk = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : chunk + params->nth;
         }
         before += p.n_chunks;
     }

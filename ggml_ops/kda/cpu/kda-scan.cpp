@@ -1,8 +1,7 @@
 // KDA scan on the CPU: splits the operator into heads, selects the kernel, and distributes the work.
 //
-// A unit of work is one head of one sequence, or, if there are fewer of those than threads, a block of its value
-// channels. Every value is computed by the same instructions for any split, so results are bit-identical for any number
-// of threads.
+// A unit of work is one head of one sequence, or, if that is faster, a block of its value channels. Every value is
+// computed by the same instructions for any split, so results are bit-identical for any number of threads.
 
 #include "kda-cpu.h"
 
@@ -19,6 +18,9 @@ namespace kda {
 
 // The break-even point of chunks (README, Measurements).
 constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
+
+// What every block of a head repeats (decays, products of a chunk's tokens) takes as long as so many value channels.
+constexpr int64_t REPEATED = 48;
 
 // Minimum number of value channels per call of a vector path; 0 if this build has none.
 #if defined(KDA_SIMD)
@@ -156,13 +158,15 @@ scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t
     scan_steps(head, { t, head.T, j0, j1, finish, nullptr }, scratch);
 }
 
-// Blocks of value channels per head, so that no thread is idle.
+// Blocks of value channels per head: the number with the shortest time. Each doubling saves a quarter of it or more,
+// because blocks have a barrier before the output norm.
 static int64_t blocks_per_head(int64_t D, int64_t n_heads, int n_threads) {
-    int64_t n = 1;
-    while (n_heads * n < n_threads && COLUMN_TILE > 0 && D % (2 * n * COLUMN_TILE) == 0) {
-        n *= 2;
+    const auto time = [&](int64_t n) { return (n_heads * n + n_threads - 1) / n_threads * (D / n + REPEATED); };
+    int64_t    best = 1;
+    for (int64_t n = 2; COLUMN_TILE > 0 && D % (n * COLUMN_TILE) == 0; n *= 2) {
+        best = 4 * time(n) <= 3 * time(best) ? n : best;
     }
-    return n;
+    return best;
 }
 
 }  // namespace kda

@@ -9,7 +9,8 @@
 //
 // The keys are split at fixed numbers of keys. Each split starts with empty sums, and the sums of the splits are added in
 // order. So it does not matter to the result whether one thread computes all splits of a block, or, if there are few
-// blocks, many threads one split each.
+// blocks, many threads one split each. Nor does it matter whether a task has all rows of a block: its tiles are those
+// of the whole block.
 
 #include "latent-attn.h"
 
@@ -30,8 +31,11 @@ namespace {
 
 constexpr int64_t BLOCK_ROWS  = 64;
 constexpr int64_t TILE_KEYS   = 64;
-constexpr int64_t MIN_TASKS   = 32;   // splits are tasks if there are fewer blocks than this ...
+constexpr int64_t MIN_TASKS   = 32;   // splits are tasks if there are fewer blocks than this, ...
+constexpr int64_t PER_THREAD  = 4;    // ... or than this for each thread, ...
 constexpr int64_t MAX_SPLITS  = 512;  // ... and at most so many splits in all: each needs memory for its sums
+constexpr int64_t MIN_ROWS    = 16;   // of a task
+constexpr int64_t KEY_COST    = 8;    // reading and converting a key takes as long as so many rows
 constexpr int64_t STEP_LATENT = 288;  // values of a row per step, so that this part of q^T stays in the L1 cache
 
 // Splits of the keys: SPLITS_A_LEVEL splits of SPLIT_KEYS keys, then as many of twice the size, and so on.
@@ -55,14 +59,16 @@ int64_t count_splits(int64_t n_keys) {
 struct Plan {
     int64_t dk, dv, n_keys;
     int64_t n_heads, n_queries, n_streams;
-    int64_t n_groups;  // of queries, per stream; each has its own order of the keys
-    int64_t n_rows;    // per group
-    int64_t n_blocks;  // in all
-    int64_t n_splits;  // of the keys; 1: all of a block are one task
-    int64_t ld_tile;   // row stride of a tile, in floats
-    bool    integer;   // uses integer matmuls, on a tile of quants
+    int64_t n_groups;    // of queries, per stream; each has its own order of the keys
+    int64_t n_rows;      // per group
+    int64_t block_rows;  // of a task: BLOCK_ROWS or a part of them
+    int64_t n_blocks;    // in all, of so many rows
+    int64_t n_splits;    // of the keys; 1: all of a block are one task
+    int64_t ld_tile;     // row stride of a tile, in floats
+    bool    integer;     // uses integer matmuls, on a tile of quants
 
-    // memory of one thread: either a tile of floats or the four arrays of quants
+    // memory of one thread: either a tile of floats or the four arrays of quants; and if all keys are one task, q and
+    // the sums
     int64_t at_q, at_q_scale, at_tile, at_codes, at_code_scales, at_code_pairs, at_room, at_scores, at_rescale, at_sums,
         at_total, thread_size;
     int64_t q_size;
@@ -71,77 +77,113 @@ struct Plan {
 
     int64_t n_tasks() const { return n_blocks * n_splits; }
 
+    // threads that have a task
+    int64_t n_busy(int64_t n_threads) const { return std::min(n_threads, n_tasks()); }
+
     int64_t blocks_a_group() const { return n_blocks / (n_streams * n_groups); }
 };
 
-// Some rows of the computation.
+// Some rows of the computation, and the queries that determine their tiles.
 struct Block {
     int64_t stream;
     int64_t group;  // in all streams
     int64_t row0;   // (query, head) in the stream
     int64_t n_rows;
+    int64_t query0, query1;
 };
 
 Block block_of(const Plan & p, int64_t i) {
-    const int64_t group = i / p.blocks_a_group();
-    const int64_t first = i % p.blocks_a_group() * BLOCK_ROWS;  // in the group
-    return { group / p.n_groups, group, group % p.n_groups * p.n_rows + first, std::min(BLOCK_ROWS, p.n_rows - first) };
+    const int64_t group  = i / p.blocks_a_group();
+    const int64_t first  = i % p.blocks_a_group() * p.block_rows;  // in the group
+    const int64_t before = group % p.n_groups * p.n_rows;          // rows of other groups
+    const int64_t whole0 = first / BLOCK_ROWS * BLOCK_ROWS;
+    const int64_t whole1 = std::min(p.n_rows, whole0 + BLOCK_ROWS);
+    return { group / p.n_groups,
+             group,
+             before + first,
+             std::min(p.block_rows, p.n_rows - first),
+             (before + whole0) / p.n_heads,
+             (before + whole1 - 1) / p.n_heads + 1 };
 }
 
 const ggml_tensor * order_of(const ggml_tensor * dst) {
     return dst->src[GGML_LATENT_ORDER_SRC];
 }
 
-Plan make_plan(const ggml_tensor * dst) {
+// Sets the rows of a task: fewer if the longest task would take longer than its share of the threads' time.
+void divide_rows(Plan & p, int64_t n_splits, int n_threads) {
+    const int64_t longest = std::min(p.n_keys, first_key(n_splits) - first_key(n_splits - 1));
+    int64_t       least   = INT64_MAX;
+    for (int64_t rows = BLOCK_ROWS; rows >= MIN_ROWS; rows /= 2) {
+        const int64_t n_blocks = (p.n_rows + rows - 1) / rows * p.n_groups * p.n_streams;
+        const int64_t cost     = std::min(rows, p.n_rows) + KEY_COST;  // per key
+        const int64_t time     = std::max(longest * n_threads, p.n_keys * n_blocks) * cost;
+        if (time < least) {
+            least        = time;
+            p.block_rows = rows;
+            p.n_blocks   = n_blocks;
+        }
+    }
+}
+
+Plan make_plan(const ggml_tensor * dst, int n_threads) {
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
 
-    Plan p      = {};
-    p.dk        = k->ne[0];
-    p.dv        = v->ne[0];
-    p.n_keys    = k->ne[1];
-    p.n_queries = q->ne[1];
-    p.n_heads   = q->ne[2];
-    p.n_streams = q->ne[3];
-    p.n_groups  = order_of(dst) ? order_of(dst)->ne[1] / p.n_streams : 1;
-    p.n_rows    = p.n_queries / p.n_groups * p.n_heads;
-    p.n_blocks  = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * p.n_groups * p.n_streams;
+    Plan p       = {};
+    p.dk         = k->ne[0];
+    p.dv         = v->ne[0];
+    p.n_keys     = k->ne[1];
+    p.n_queries  = q->ne[1];
+    p.n_heads    = q->ne[2];
+    p.n_streams  = q->ne[3];
+    p.n_groups   = order_of(dst) ? order_of(dst)->ne[1] / p.n_streams : 1;
+    p.n_rows     = p.n_queries / p.n_groups * p.n_heads;
+    p.block_rows = BLOCK_ROWS;
+    p.n_blocks   = (p.n_rows + BLOCK_ROWS - 1) / BLOCK_ROWS * p.n_groups * p.n_streams;
 
     const int64_t n_splits = count_splits(p.n_keys);
-    p.n_splits             = p.n_blocks < MIN_TASKS && p.n_blocks * n_splits <= MAX_SPLITS ? n_splits : 1;
+    const bool    few      = p.n_blocks < std::max(MIN_TASKS, PER_THREAD * n_threads);
+    p.n_splits             = few && p.n_blocks * n_splits <= MAX_SPLITS ? n_splits : 1;
+    if (p.n_splits == n_splits) {
+        divide_rows(p, n_splits, n_threads);
+    }
 
-    const int64_t rows = std::min(BLOCK_ROWS, pad_lanes(p.n_rows));
+    const int64_t rows = std::min(p.block_rows, pad_lanes(p.n_rows));
     p.ld_tile          = align(p.dk);
     p.integer          = has_int16(k->type) && p.dv % CODES_A_SCALE == 0;
 
     Layout        room;
     const int64_t floats   = p.integer ? 0 : 1;
     const int64_t integers = p.integer ? 1 : 0;
-    p.at_q                 = room.add(p.integer ? p.dk / 2 * rows : p.dk * rows);
-    p.at_q_scale           = room.add(integers * rows);
-    p.q_size               = room.size;
-    p.at_tile              = room.add(floats * TILE_KEYS * p.ld_tile);
-    p.at_codes             = room.add(integers * TILE_KEYS * p.dk / 2);
-    p.at_code_scales       = room.add(integers * TILE_KEYS * p.dk / CODES_A_SCALE);
-    p.at_code_pairs        = room.add(integers * p.dv / CODES_A_SCALE * CodeTile::PAIRS);
-    p.at_room              = room.add(integers * ROOM_PER_COLUMN * rows);
-    p.at_scores            = room.add(TILE_KEYS * rows);
-    p.at_rescale           = room.add(rows);
+    const int64_t whole    = p.n_splits > 1 ? 0 : 1;
+    Layout        q_room;
+    q_room.add(p.integer ? p.dk / 2 * rows : p.dk * rows);
+    p.at_q_scale     = q_room.add(integers * rows);
+    p.q_size         = q_room.size;
+    p.at_q           = room.add(whole * p.q_size);
+    p.at_tile        = room.add(floats * TILE_KEYS * p.ld_tile);
+    p.at_codes       = room.add(integers * TILE_KEYS * p.dk / 2);
+    p.at_code_scales = room.add(integers * TILE_KEYS * p.dk / CODES_A_SCALE);
+    p.at_code_pairs  = room.add(integers * p.dv / CODES_A_SCALE * CodeTile::PAIRS);
+    p.at_room        = room.add(integers * ROOM_PER_COLUMN * rows);
+    p.at_scores      = room.add(TILE_KEYS * rows);
+    p.at_rescale     = room.add(rows);
     Layout sums;
     sums.add(rows);  // maximum
     p.at_sum      = sums.add(rows);
     p.at_out      = sums.add(rows * p.dv);
     p.sums_size   = sums.size;
-    p.at_sums     = room.add(p.sums_size);
-    p.at_total    = room.add(p.sums_size);
+    p.at_sums     = room.add(whole * p.sums_size);
+    p.at_total    = room.add(whole * p.sums_size);
     p.thread_size = room.size;
     return p;
 }
 
-size_t work_size(const Plan & p, int n_tasks) {
+size_t work_size(const Plan & p, int n_threads) {
     const int64_t shared = p.n_splits > 1 ? p.n_tasks() * p.sums_size + p.n_blocks * p.q_size : 0;
-    return (n_tasks * p.thread_size + shared + ALIGN) * sizeof(float);
+    return (p.n_busy(n_threads) * p.thread_size + shared + ALIGN) * sizeof(float);
 }
 
 bool shapes_fit(const ggml_tensor * dst) {
@@ -199,17 +241,12 @@ void load_queries(
 }
 
 // Adds the mask to the scores of a tile, query by query.
-void mask_scores(const Plan &     p,
-                 const KeyTile &  tile,
-                 const MaskRows & mask,
-                 int64_t          row0,
-                 int64_t          n_rows,
-                 int64_t          n_cols,
-                 float *          scores) {
-    const int64_t query0 = row0 / p.n_heads;
+void mask_scores(
+    const Plan & p, const KeyTile & tile, const MaskRows & mask, const Block & block, int64_t n_cols, float * scores) {
     for (int64_t i = 0; i < mask.n_queries; ++i) {
-        const int64_t col0 = std::max<int64_t>(0, (query0 + i) * p.n_heads - row0);
-        const int64_t col1 = std::min(n_rows, (query0 + i + 1) * p.n_heads - row0);
+        const int64_t row  = (block.query0 + i) * p.n_heads - block.row0;
+        const int64_t col0 = std::max<int64_t>(0, row);
+        const int64_t col1 = std::min(block.n_rows, row + p.n_heads);
         add_mask(tile, mask.row(i), col0, col1, n_cols, scores);
     }
 }
@@ -235,8 +272,6 @@ void attend(const ggml_tensor * dst,
 
     const int64_t n_rows = block.n_rows;
     const int64_t n_cols = pad_lanes(n_rows);
-    const int64_t query0 = block.row0 / p.n_heads;
-    const int64_t query1 = (block.row0 + n_rows - 1) / p.n_heads + 1;
 
     float * keys    = own + p.at_tile;
     float * scores  = own + p.at_scores;
@@ -256,7 +291,7 @@ void attend(const ggml_tensor * dst,
     std::fill(maximum, maximum + n_cols, -INFINITY);
     std::fill(sum, sum + n_cols, 0.0f);
 
-    const MaskRows masks  = mask_rows(dst->src[3], block.stream, query0, query1 - query0);
+    const MaskRows masks  = mask_rows(dst->src[3], block.stream, block.query0, block.query1 - block.query0);
     const char *   k_data = row_of(k, 0, 0, block.stream);
 
     KeyTile tile;
@@ -278,7 +313,7 @@ void attend(const ggml_tensor * dst,
                 STEP_LATENT);
         }
         if (tile.masked) {
-            mask_scores(p, tile, masks, block.row0, n_rows, n_cols, scores);
+            mask_scores(p, tile, masks, block, n_cols, scores);
         }
         softmax_tile(tile.n_keys, n_cols, scores, maximum, sum, rescale);
 
@@ -354,7 +389,7 @@ void attend_all(const ggml_tensor * dst, const Plan & p, const Block & block, co
 template <bool INTEGER> void compute(const ggml_compute_params * params, const ggml_tensor * dst, const Plan & p) {
     float * work    = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
     float * own     = work + params->ith * p.thread_size;
-    float * sums    = work + params->nth * p.thread_size;
+    float * sums    = work + p.n_busy(params->nth) * p.thread_size;
     float * queries = sums + p.n_tasks() * p.sums_size;  // common to all threads, like the sums of the splits
 
     const bool splits = p.n_splits > 1;
@@ -371,13 +406,13 @@ template <bool INTEGER> void compute(const ggml_compute_params * params, const g
     ggml_barrier(params->threadpool);
 
     for (int64_t task = params->ith; task < p.n_tasks(); task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t i     = task / p.n_splits;
+        const int64_t i     = task % p.n_blocks;
         const Block   block = block_of(p, i);
         if (splits) {
-            const int64_t split = task % p.n_splits;
+            const int64_t split = p.n_splits - 1 - task / p.n_blocks;  // the longest first
             const Keys    keys  = keys_of(order_of(dst), block.group, p.n_keys);
             attend<INTEGER>(dst, p, block, keys, first_key(split), std::min(keys.n, first_key(split + 1)),
-                            queries + i * p.q_size, own, sums + task * p.sums_size);
+                            queries + i * p.q_size, own, sums + (i * p.n_splits + split) * p.sums_size);
         } else {
             load_queries<INTEGER>(dst, p, block, 0, p.dk, own + p.at_q);
             attend_all<INTEGER>(dst, p, block, own + p.at_q, own);
@@ -386,10 +421,11 @@ template <bool INTEGER> void compute(const ggml_compute_params * params, const g
 
     if (splits) {
         ggml_barrier(params->threadpool);
-        for (int64_t i = 0; i < p.n_blocks; ++i) {
-            const Block block = block_of(p, i);
-            float *     total = sums + i * p.n_splits * p.sums_size;  // the first split
-            for (int64_t row = params->ith; row < block.n_rows; row += params->nth) {
+        for (int64_t i = params->ith; i < p.n_blocks * p.block_rows; i += params->nth) {
+            const Block   block = block_of(p, i / p.block_rows);
+            const int64_t row   = i % p.block_rows;
+            float *       total = sums + i / p.block_rows * p.n_splits * p.sums_size;  // the first split
+            if (row < block.n_rows) {
                 for (int64_t split = 1; split < p.n_splits; ++split) {
                     add_split(p, total + split * p.sums_size, row, total);
                 }
@@ -402,7 +438,7 @@ template <bool INTEGER> void compute(const ggml_compute_params * params, const g
 }  // namespace
 
 size_t ggml_latent_absorbed_work_size(const ggml_tensor * dst, int n_tasks) {
-    return shapes_fit(dst) ? work_size(make_plan(dst), n_tasks) : 0;
+    return shapes_fit(dst) ? work_size(make_plan(dst, n_tasks), n_tasks) : 0;
 }
 
 bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -410,8 +446,13 @@ bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, gg
         !v_is_beginning_of_k(dst->src[1], dst->src[2])) {
         return false;
     }
-    const Plan p = make_plan(dst);
-    GGML_ASSERT(params->wsize >= work_size(p, params->nth));
+    // OpenMP may start fewer threads than planned, whose own plan requires more memory; any number can follow any plan
+    int  n_threads = params->nth;
+    Plan p         = make_plan(dst, n_threads);
+    while (work_size(p, params->nth) > params->wsize) {
+        GGML_ASSERT(n_threads < GGML_MAX_N_THREADS);
+        p = make_plan(dst, ++n_threads);
+    }
 
     if constexpr (HAS_INT16) {
         if (p.integer) {

@@ -1,8 +1,9 @@
 // Latent attention, decompressed form: the operator LATENT_ATTN.
 //
 // A task is one head of one stream, or some blocks of its queries if there are more threads than heads; such tasks
-// expand the same keys, but compute what one thread would, bit for bit. A task converts the head's weights to float32
-// once, then loops over tiles of keys. For each tile visible to its queries it computes
+// expand the same keys, but compute what one thread would, bit for bit. The head's weights are converted to float32
+// once, by the task or, if there are several per head, before all tasks. Then a task loops over tiles of keys. For each
+// tile visible to its queries it computes
 //   k_nope [keys][NOPE] = latent [keys][LATENT] * k_b [LATENT][NOPE]      (k_rope is copied next to it)
 //   value  [keys][DV]   = latent [keys][LATENT] * v_b^T [LATENT][DV]
 // and the attention of all queries that see the tile, a block of queries at a time:
@@ -29,25 +30,53 @@ constexpr int64_t TILE_KEYS     = 128;
 constexpr int64_t STEP_LATENT   = 128;  // see multiply_in_steps
 constexpr int64_t ROWS_ONCE     = 16;   // rows of v_b transposed at a time
 
-// The layout of one thread's work buffer, in floats.
+// How a node is divided into tasks, and the layout of its work buffer, in floats.
 struct Plan {
     ggml_latent_attn_shape s;
-    int64_t                n_blocks;  // blocks of queries
-    int64_t                n_groups;  // groups of keys, see next_tile
-    int64_t at_k_b, at_v_b, at_rows, at_q, at_tile, at_key, at_value, at_scores, at_rescale, at_max, at_sum, at_out;
-    int64_t thread_size;
+    int64_t                n_blocks;     // blocks of queries
+    int64_t                task_blocks;  // of a task, at most
+    int64_t                n_parts;      // tasks of a head
+    int64_t                n_groups;     // groups of keys, see next_tile
+
+    // memory of one thread
+    int64_t at_rows, at_q, at_tile, at_key, at_value, at_scores, at_rescale, at_max, at_sum, at_out, thread_size;
+    // both weights of a head: one for each thread, or, if a head has several tasks, one for each head
+    int64_t at_v_b, weights_size;
+
+    int64_t n_tasks() const { return s.n_streams * s.n_heads * n_parts; }
+
+    // threads that have a task
+    int64_t n_busy(int64_t n_threads) const { return std::min(n_threads, n_tasks()); }
+
+    int64_t n_weights(int64_t n_threads) const { return n_parts > 1 ? s.n_heads : n_busy(n_threads); }
 };
 
-Plan make_plan(const ggml_tensor * dst) {
-    Plan p          = {};
-    p.s             = ggml_latent_attn_get_shape(dst);
-    p.n_blocks      = (p.s.n_queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
-    p.n_groups      = (p.s.n_keys + GROUP_KEYS - 1) / GROUP_KEYS;
-    const int64_t n = p.n_blocks * BLOCK_QUERIES;
+// Sets the blocks of a task to the number with the shortest time. Every task of a head expands the same keys.
+void divide_queries(Plan & p, int n_threads) {
+    const int64_t expand    = p.s.n_latent * (p.s.n_nope + p.s.n_value);  // multiplications per key
+    const int64_t per_block = BLOCK_QUERIES * (p.s.n_key + p.s.n_value);
+    int64_t       least     = INT64_MAX;
+    for (int64_t blocks = p.n_blocks; blocks > 0; --blocks) {
+        const int64_t parts  = (p.n_blocks + blocks - 1) / blocks;
+        const int64_t rounds = (p.s.n_streams * p.s.n_heads * parts + n_threads - 1) / n_threads;
+        const int64_t time   = rounds * (expand + blocks * per_block);
+        if (time < least) {
+            least         = time;
+            p.task_blocks = blocks;
+            p.n_parts     = parts;
+        }
+    }
+}
+
+Plan make_plan(const ggml_tensor * dst, int n_threads) {
+    Plan p     = {};
+    p.s        = ggml_latent_attn_get_shape(dst);
+    p.n_blocks = (p.s.n_queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
+    p.n_groups = (p.s.n_keys + GROUP_KEYS - 1) / GROUP_KEYS;
+    divide_queries(p, n_threads);
+    const int64_t n = p.task_blocks * BLOCK_QUERIES;
 
     Layout room;
-    p.at_k_b      = room.add(p.s.n_latent * pad_lanes(p.s.n_nope));
-    p.at_v_b      = room.add(p.s.n_latent * pad_lanes(p.s.n_value));
     p.at_rows     = room.add(ROWS_ONCE * p.s.n_latent);
     p.at_q        = room.add(p.s.n_key * n);
     p.at_tile     = room.add(TILE_KEYS * align(p.s.n_cache));
@@ -59,6 +88,10 @@ Plan make_plan(const ggml_tensor * dst) {
     p.at_sum      = room.add(n);
     p.at_out      = room.add(n * pad_lanes(p.s.n_value));
     p.thread_size = room.size;
+    Layout weights;
+    weights.add(p.s.n_latent * pad_lanes(p.s.n_nope));  // k_b
+    p.at_v_b       = weights.add(p.s.n_latent * pad_lanes(p.s.n_value));
+    p.weights_size = weights.size;
     return p;
 }
 
@@ -98,7 +131,7 @@ void load_queries(const ggml_tensor * dst, const Task & task, const Plan & p, fl
     for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
         const auto row = [&](int64_t i) { return (const float *) row_of(q, query0 + i, task.head, task.stream); };
         transpose_rows(row, std::min(BLOCK_QUERIES, task.query1 - query0), BLOCK_QUERIES, 0, p.s.n_key, scale,
-                       queries + query0 * p.s.n_key, BLOCK_QUERIES);
+                       queries + (query0 - task.query0) * p.s.n_key, BLOCK_QUERIES);
     }
 }
 
@@ -134,12 +167,11 @@ void expand(const Plan &  p,
     }
 }
 
-// map: visibility of each group of keys for all queries of the task's stream.
-void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const View * map, float * own) {
+// map: visibility of each group of keys for all queries of the task's stream; weights: those of the head.
+void attend(
+    const ggml_tensor * dst, const Plan & p, const Task & task, const View * map, const float * weights, float * own) {
     const ggml_tensor * k = dst->src[1];
 
-    float * k_b     = own + p.at_k_b;
-    float * v_b     = own + p.at_v_b;
     float * queries = own + p.at_q;
     float * latents = own + p.at_tile;
     float * keys    = own + p.at_key;
@@ -152,10 +184,8 @@ void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const Vi
 
     const int64_t ld_key   = align(p.s.n_key + LANES);
     const int64_t ld_value = pad_lanes(p.s.n_value);
-    const int64_t n_padded = p.n_blocks * BLOCK_QUERIES;
+    const int64_t n_padded = p.task_blocks * BLOCK_QUERIES;
 
-    load_k_b(dst->src[2], task.head, p, k_b);
-    load_v_b(dst->src[3], task.head, p, own + p.at_rows, v_b);
     load_queries(dst, task, p, queries);
     std::fill(maximum, maximum + n_padded, -INFINITY);
     std::fill(sum, sum + n_padded, 0.0f);
@@ -175,6 +205,7 @@ void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const Vi
         for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
             const int64_t n_queries = std::min(BLOCK_QUERIES, task.query1 - query0);
             const int64_t n_cols    = pad_lanes(n_queries);
+            const int64_t at        = query0 - task.query0;
 
             const MaskRows some = { all.data + query0 * all.stride, all.stride, n_queries };
             const View     view = view_of(some, tile);
@@ -183,27 +214,29 @@ void attend(const ggml_tensor * dst, const Plan & p, const Task & task, const Vi
             }
             if (!expanded) {
                 read_rows(tile, k->type, cache, k->nb[1], p.s.n_cache, latents, align(p.s.n_cache));
-                expand(p, tile.n_keys, latents, k_b, v_b, keys, values);
+                expand(p, tile.n_keys, latents, weights, weights + p.at_v_b, keys, values);
                 expanded = true;
             }
-            multiply<Accumulate::NONE>({ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1, queries + query0 * p.s.n_key,
+            multiply<Accumulate::NONE>({ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1, queries + at * p.s.n_key,
                                          BLOCK_QUERIES, scores, n_cols, nullptr, nullptr });
             for (int64_t i = 0; i < n_queries && view == View::MIXED; ++i) {
                 add_mask(tile, some.row(i), i, i + 1, n_cols, scores);
             }
-            softmax_tile(tile.n_keys, n_cols, scores, maximum + query0, sum + query0, rescale);
+            softmax_tile(tile.n_keys, n_cols, scores, maximum + at, sum + at, rescale);
             multiply<Accumulate::SCALE>({ n_queries, ld_value, tile.n_keys, scores, 1, n_cols, values, ld_value,
-                                          out + query0 * ld_value, ld_value, rescale, nullptr });
+                                          out + at * ld_value, ld_value, rescale, nullptr });
         }
     }
 
-    for (int64_t i = task.query0; i < task.query1; ++i) {
-        write_row(out + i * ld_value, sum[i], p.s.n_value, (float *) row_of(dst, task.head, i, task.stream));
+    for (int64_t i = 0; i < task.query1 - task.query0; ++i) {
+        float * result = (float *) row_of(dst, task.head, task.query0 + i, task.stream);
+        write_row(out + i * ld_value, sum[i], p.s.n_value, result);
     }
 }
 
-size_t work_size(const Plan & p, int n_tasks) {
-    return (n_tasks * p.thread_size + ALIGN) * sizeof(float) + p.s.n_streams * p.n_groups * sizeof(View);
+size_t work_size(const Plan & p, int n_threads) {
+    const int64_t floats = p.n_busy(n_threads) * p.thread_size + p.n_weights(n_threads) * p.weights_size + ALIGN;
+    return floats * sizeof(float) + p.s.n_streams * p.n_groups * sizeof(View);
 }
 
 }  // namespace
@@ -213,19 +246,26 @@ bool ggml_latent_attn_supported(const ggml_tensor * dst) {
 }
 
 size_t ggml_latent_attn_work_size(const ggml_tensor * dst, int n_tasks) {
-    return std::max(work_size(make_plan(dst), n_tasks), reference_work_size(dst, n_tasks));
+    return std::max(work_size(make_plan(dst, n_tasks), n_tasks), reference_work_size(dst, n_tasks));
 }
 
 void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_tensor * dst) {
-    GGML_ASSERT(params->wsize >= ggml_latent_attn_work_size(dst, params->nth));
     if (params->use_ref) {
         compute_reference(params, dst);
         return;
     }
-    const Plan p   = make_plan(dst);
-    float *    all = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
-    float *    own = all + params->ith * p.thread_size;
-    View *     map = (View *) (all + params->nth * p.thread_size);
+    // OpenMP may start fewer threads than planned, whose own plan requires more memory; any number can follow any plan
+    int  n_threads = params->nth;
+    Plan p         = make_plan(dst, n_threads);
+    while (work_size(p, params->nth) > params->wsize) {
+        GGML_ASSERT(n_threads < GGML_MAX_N_THREADS);
+        p = make_plan(dst, ++n_threads);
+    }
+    const int64_t n_busy  = p.n_busy(params->nth);
+    float *       all     = (float *) (((uintptr_t) params->wdata + 63) / 64 * 64);
+    float *       own     = all + params->ith * p.thread_size;
+    float *       weights = all + n_busy * p.thread_size;
+    View *        map     = (View *) (weights + p.n_weights(params->nth) * p.weights_size);
 
     for (int64_t i = params->ith; i < p.s.n_streams * p.n_groups; i += params->nth) {
         const Keys    keys = keys_in(dst, p, i / p.n_groups);
@@ -234,20 +274,33 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
             map[i] = view_of(mask_of(dst, i / p.n_groups), keys, key, std::min(GROUP_KEYS, keys.n - key));
         }
     }
+    const auto load = [&](int64_t head, bool values, float * to) {
+        if (values) {
+            load_v_b(dst->src[3], head, p, own + p.at_rows, to + p.at_v_b);
+        } else {
+            load_k_b(dst->src[2], head, p, to);
+        }
+    };
+    if (p.n_parts > 1 && params->ith < n_busy) {
+        for (int64_t i = params->ith; i < 2 * p.s.n_heads; i += n_busy) {
+            load(i / 2, i % 2 == 1, weights + i / 2 * p.weights_size);
+        }
+    }
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
 
-    // Splits of the queries: enough to keep all threads busy. Blocks are whole and independent, so the number of
-    // threads does not change the result.
-    const int64_t n_heads     = p.s.n_streams * p.s.n_heads;
-    const int64_t parts       = std::min(p.n_blocks, (params->nth + n_heads - 1) / n_heads);
-    const int64_t part_blocks = (p.n_blocks + parts - 1) / parts;
-    for (int64_t i = params->ith; i < n_heads * parts; i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t query0 = i % parts * part_blocks * BLOCK_QUERIES;
-        const int64_t query1 = std::min(p.s.n_queries, query0 + part_blocks * BLOCK_QUERIES);
-        const Task    task   = { i / parts / p.s.n_heads, i / parts % p.s.n_heads, query0, query1 };
-        attend(dst, p, task, map + task.stream * p.n_groups, own);
+    for (int64_t i = params->ith; i < p.n_tasks(); i = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+        const int64_t head   = i / p.n_parts % p.s.n_heads;
+        const int64_t query0 = i % p.n_parts * p.task_blocks * BLOCK_QUERIES;
+        const int64_t query1 = std::min(p.s.n_queries, query0 + p.task_blocks * BLOCK_QUERIES);
+        const Task    task   = { i / p.n_parts / p.s.n_heads, head, query0, query1 };
+        float *       those  = weights + (p.n_parts > 1 ? head : params->ith) * p.weights_size;
+        if (p.n_parts == 1) {
+            load(head, false, those);
+            load(head, true, those);
+        }
+        attend(dst, p, task, map + task.stream * p.n_groups, those, own);
     }
 }

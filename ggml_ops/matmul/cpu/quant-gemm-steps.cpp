@@ -32,7 +32,7 @@ class Steps : public ggml::cpu::packed_product {
         return { ggml::cpu::packed_format::QUANT_GEMM, (int) format->scheme, format->offset };
     }
 
-    int64_t row_step() const override { return PANEL_ROWS; }
+    int64_t row_step() const override { return DOT_ROWS; }
 
     size_t packed_size(const ggml_tensor * op) const override {
         return ggml_nrows(op->src[1]) * act_row_size(format_of(op)->scheme, op->src[1]->ne[0]);

@@ -1,12 +1,13 @@
 // The matmul of one node: assigns columns to matrices of weights, splits the work, and writes the results.
 //
-// All threads quantize and pack the activation rows; meanwhile the first one sorts the columns of the result by matrix
+// All threads quantize and pack the activation rows; meanwhile the first ones sort the columns of the result by matrix
 // (an expert of MUL_MAT_ID, a plane of MUL_MAT). After one barrier threads fetch tasks from ggml's chunk counter; a
-// task is some weight rows times up to MAX_COLUMNS columns of one matrix. Every element of the result is summed in the
-// same order for any number of threads, and of quantized weights for any number of columns.
+// task is some weight rows times some columns of one matrix, fewer of both if there are many threads. Every element of
+// the result is summed in the same order for any number of threads, and of quantized weights for any number of columns.
 
 #include "quant-gemm.h"
 
+#include "ggml-cpu.h"
 #include "ggml-op-marks.h"
 #include "quant-gemm-dot.h"
 #include "vec.h"
@@ -16,8 +17,18 @@
 
 namespace quant_gemm {
 
+// The largest and the smallest tasks.
 static constexpr int MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
+static constexpr int FEW_COLUMNS = 32;
 static constexpr int TASK_ROWS   = 128;
+
+// What a task costs apart from its multiplications, as rows; and a row of it (unpacking), as columns.
+static constexpr int TASK_COST = 4;
+static constexpr int ROW_COST  = 16;
+
+// Columns for which another thread that sorts pays for the barrier that it requires.
+static constexpr int SORTED_COLUMNS = 512;
+static constexpr int MAX_SORTERS    = 8;
 
 static size_t padded(size_t n) {
     return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
@@ -49,6 +60,7 @@ struct Work {
     size_t acts;     // packed rows of src1
     size_t columns;  // Column of every column of the result, sorted by matrix
     size_t starts;   // int64_t: the first column of every matrix, and the end
+    size_t counts;   // int64_t: columns of every matrix, per sorter; then each sorter's next position in every matrix
     size_t scratch;  // per thread
     size_t total;
 };
@@ -66,13 +78,20 @@ static int64_t count_matrices(const ggml_tensor * dst) {
     return one ? 1 : dst->ne[2] * dst->ne[3];
 }
 
+// Number of threads that sort columns.
+static int count_sorters(const ggml_tensor * dst, int n_threads) {
+    const int64_t n = dst->op == GGML_OP_MUL_MAT_ID ? count_columns(dst) / SORTED_COLUMNS : 1;
+    return (int) std::max<int64_t>(1, std::min<int64_t>({ n, n_threads, MAX_SORTERS }));
+}
+
 static Work plan_work(const ggml_tensor * dst, const Format & format, int n_tasks) {
     const ggml_tensor * src1 = dst->src[1];
     Work                work;
     work.acts    = 0;
     work.columns = padded(ggml_nrows(src1) * act_row_size(format.scheme, src1->ne[0]));
     work.starts  = work.columns + padded(count_columns(dst) * sizeof(Column));
-    work.scratch = work.starts + padded((count_matrices(dst) + 1) * sizeof(int64_t));
+    work.counts  = work.starts + padded((count_matrices(dst) + 1) * sizeof(int64_t));
+    work.scratch = work.counts + padded(2 * count_sorters(dst, n_tasks) * count_matrices(dst) * sizeof(int64_t));
     work.total   = work.scratch + n_tasks * sizeof(Scratch) + CACHE_LINE;
     return work;
 }
@@ -99,61 +118,87 @@ bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns
 }
 
 void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth) {
-    const size_t  act_size = act_row_size(format.scheme, src1->ne[0]);
-    const int64_t n_rows   = ggml_nrows(src1);
-    for (int64_t r = ith; r < n_rows; r += nth) {
+    const int64_t k        = src1->ne[0];
+    const size_t  act_size = act_row_size(format.scheme, k);
+    // few rows are divided: slices of K are packed independently
+    const int64_t length   = ggml_nrows(src1) < 4 * nth ? SLICE : k;
+    const int64_t n_pieces = (k + length - 1) / length;
+    const int64_t n        = ggml_nrows(src1) * n_pieces;
+    for (int64_t i = n * ith / nth; i < n * (ith + 1) / nth; i++) {
+        const int64_t r  = i / n_pieces;
+        const int64_t at = i % n_pieces * length;
         const int64_t i1 = r % src1->ne[1];
         const int64_t i2 = r / src1->ne[1] % src1->ne[2];
         const int64_t i3 = r / src1->ne[1] / src1->ne[2];
         const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
-        pack_row(format, (const float *) x, src1->ne[0], acts + r * act_size);
+        char *        to = acts + r * act_size + act_row_size(format.scheme, at);
+        pack_row(format, (const float *) x + at, std::min(length, k - at), to);
     }
 }
 
-// Columns sorted by matrix, in the order of tokens within each.
-static void sort_columns(const Job & job, Column * columns, int64_t * starts) {
+// The columns of a MUL_MAT, which are already in the order of its planes.
+static void list_columns(const Job & job, int ith, int nth, Column * columns, int64_t * starts) {
     const ggml_tensor * product    = job.products[0];
     const ggml_tensor * dst        = job.dst;
-    const ggml_tensor * src1       = product->src[1];
+    const int64_t       n          = count_columns(product);
     const int64_t       n_matrices = count_matrices(product);
-    if (product->op != GGML_OP_MUL_MAT_ID) {
-        for (int64_t i = 0; i < count_columns(product); i++) {
-            const int64_t i1 = i % dst->ne[1];
-            const int64_t i2 = i / dst->ne[1] % dst->ne[2];
-            const int64_t i3 = i / dst->ne[1] / dst->ne[2];
-            columns[i]       = { i, (int64_t) (i1 * dst->nb[1] + i2 * dst->nb[2] + i3 * dst->nb[3]) };
-        }
-        for (int64_t m = 0; m <= n_matrices; m++) {
-            starts[m] = m * count_columns(product) / n_matrices;
-        }
-        return;
+    for (int64_t c = n * ith / nth; c < n * (ith + 1) / nth; c++) {
+        const int64_t i1 = c % dst->ne[1];
+        const int64_t i2 = c / dst->ne[1] % dst->ne[2];
+        const int64_t i3 = c / dst->ne[1] / dst->ne[2];
+        columns[c]       = { c, (int64_t) (i1 * dst->nb[1] + i2 * dst->nb[2] + i3 * dst->nb[3]) };
     }
+    for (int64_t m = 0; m <= n_matrices && ith == 0; m++) {
+        starts[m] = m * n / n_matrices;
+    }
+}
+
+// Calls f(slot, token, expert) for this sorter's share of the tokens, in order.
+template <typename F> static void for_each_choice(const ggml_tensor * product, int sorter, int n_sorters, const F & f) {
     const ggml_tensor * ids       = product->src[2];
-    const auto          expert_of = [&](int64_t slot, int64_t token) {
-        int32_t expert;
-        memcpy(&expert, (const char *) ids->data + token * ids->nb[1] + slot * ids->nb[0], sizeof(expert));
-        GGML_ASSERT(expert >= 0 && expert < n_matrices);
-        return expert;
-    };
-    std::fill(starts, starts + n_matrices + 1, 0);
-    for (int64_t token = 0; token < ids->ne[1]; token++) {
+    const int64_t       n_experts = count_matrices(product);
+    for (int64_t t = ids->ne[1] * sorter / n_sorters; t < ids->ne[1] * (sorter + 1) / n_sorters; t++) {
         for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
-            starts[expert_of(slot, token) + 1]++;
+            int32_t expert;
+            memcpy(&expert, (const char *) ids->data + t * ids->nb[1] + slot * ids->nb[0], sizeof(expert));
+            GGML_ASSERT(expert >= 0 && expert < n_experts);
+            f(slot, t, expert);
         }
     }
+}
+
+// The columns of a MUL_MAT_ID are sorted by expert, in the order of tokens within each: each sorter counts those of its
+// tokens, and when all have counted, each knows where its own are placed.
+static void count_choices(const ggml_tensor * product, int sorter, int n_sorters, int64_t * counts) {
+    int64_t * own = counts + sorter * count_matrices(product);
+    std::fill(own, own + count_matrices(product), 0);
+    for_each_choice(product, sorter, n_sorters, [&](int64_t, int64_t, int32_t expert) { own[expert]++; });
+}
+
+static void
+place_choices(const Job & job, int sorter, int n_sorters, int64_t * counts, Column * columns, int64_t * starts) {
+    const ggml_tensor * product    = job.products[0];
+    const ggml_tensor * dst        = job.dst;
+    const int64_t       n_matrices = count_matrices(product);
+    const int64_t       n_acts     = product->src[1]->ne[1];
+    int64_t *           next       = counts + (n_sorters + sorter) * n_matrices;
+    int64_t             n          = 0;
     for (int64_t m = 0; m < n_matrices; m++) {
-        starts[m + 1] += starts[m];
-    }
-    for (int64_t token = 0; token < ids->ne[1]; token++) {
-        for (int64_t slot = 0; slot < ids->ne[0]; slot++) {
-            const int64_t act_row                     = slot % src1->ne[1] + token * src1->ne[1];
-            columns[starts[expert_of(slot, token)]++] = { act_row, (int64_t) (slot * dst->nb[1] + token * dst->nb[2]) };
+        if (sorter == 0) {
+            starts[m] = n;
+        }
+        for (int s = 0; s < n_sorters; s++) {
+            next[m] = s == sorter ? n : next[m];
+            n += counts[s * n_matrices + m];
         }
     }
-    for (int64_t m = n_matrices; m > 0; m--) {  // each start has advanced to the start of the next matrix
-        starts[m] = starts[m - 1];
+    if (sorter == 0) {
+        starts[n_matrices] = n;
     }
-    starts[0] = 0;
+    for_each_choice(product, sorter, n_sorters, [&](int64_t slot, int64_t token, int32_t expert) {
+        const int64_t act_row   = (n_acts == 1 ? 0 : slot % n_acts) + token * n_acts;
+        columns[next[expert]++] = { act_row, (int64_t) (slot * dst->nb[1] + token * dst->nb[2]) };
+    });
 }
 
 static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
@@ -198,6 +243,63 @@ static void add_panel(const Format &      format,
     }
 }
 
+// How a matrix is divided into tasks: its rows in `rows` parts, multiples of `step`, and its columns in parts of up to
+// `columns`. All parts of either have nearly the same size.
+struct Division {
+    int64_t step;
+    int64_t rows;
+    int64_t columns;
+
+    int64_t first_row(int64_t n_rows, int64_t part) const {
+        const int64_t n_steps = (n_rows + step - 1) / step;
+        return std::min(n_rows, n_steps * std::min(part, rows) / rows * step);
+    }
+
+    int64_t column_parts(int64_t n) const { return (n + columns - 1) / columns; }
+};
+
+// The division with the shortest time if all tasks take equally long. With few threads tasks are as large as possible.
+static Division divide(const ggml_tensor * product, const Format & format, const int64_t * starts, int nth) {
+    const int64_t n_matrices = count_matrices(product);
+    int64_t       largest    = 0;  // columns of a matrix
+    int64_t       n_used     = 0;  // matrices with columns
+    for (int64_t m = 0; m < n_matrices; m++) {
+        largest = std::max(largest, starts[m + 1] - starts[m]);
+        n_used += starts[m + 1] > starts[m] ? 1 : 0;
+    }
+    const int64_t step    = uses_dots(format, product, largest) ? DOT_ROWS : PANEL_ROWS;
+    const int64_t n_steps = (product->src[0]->ne[1] + step - 1) / step;
+    if (ggml_is_numa()) {
+        return { step, std::min<int64_t>(n_steps, nth), MAX_COLUMNS };
+    }
+    // if experts have different numbers of columns, the other threads may wait for one more task
+    const int64_t more = starts[n_matrices] < n_used * largest ? 1 : 0;
+    Division      best = { step, n_steps, MAX_COLUMNS };
+    int64_t       time = INT64_MAX;
+    for (int64_t columns = MAX_COLUMNS; columns >= FEW_COLUMNS; columns /= 2) {
+        int64_t n_parts = 0;  // of columns
+        for (int64_t m = 0; m < n_matrices; m++) {
+            const int64_t n = starts[m + 1] - starts[m];
+            n_parts += n > 0 ? (n + columns - 1) / columns : 0;
+        }
+        const int64_t part_columns = starts[n_matrices] / std::max<int64_t>(1, n_parts);
+        for (int64_t steps = TASK_ROWS / step; steps > 0; steps /= 2) {
+            const int64_t rows      = (n_steps + steps - 1) / steps;
+            const int64_t rounds    = (n_parts * rows + nth - 1) / nth + more;
+            const int64_t task_rows = (n_steps + rows - 1) / rows * step;
+            const int64_t estimate  = rounds * (task_rows + TASK_COST) * (part_columns + ROW_COST);
+            if (estimate < time) {
+                best = { step, rows, columns };
+                time = estimate;
+            }
+        }
+        if (largest <= columns / 2) {
+            break;
+        }
+    }
+    return best;
+}
+
 // Rows row .. end - 1 of a matrix times n columns; next_row: first row to prefetch, the likely next task.
 static void compute_task(const Format & format,
                          const Job &    job,
@@ -208,8 +310,8 @@ static void compute_task(const Format & format,
                          const char *   acts,
                          const Column * columns,
                          int            n,
+                         bool           dots,
                          Scratch &      scratch) {
-    const bool          dots     = uses_dots(format, job.products[0], n);
     const ggml_tensor * src0     = job.products[0]->src[0];
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
     const char *        act[MAX_COLUMNS];
@@ -257,35 +359,51 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     char *              acts    = base + work.acts;
     Column *            columns = (Column *) (base + work.columns);
     int64_t *           starts  = (int64_t *) (base + work.starts);
+    int64_t *           counts  = (int64_t *) (base + work.counts);
     Scratch &           scratch = ((Scratch *) (base + work.scratch))[params->ith];
     GGML_ASSERT(params->wsize >= work.total);
 
+    const int n_sorters = count_sorters(product, params->nth);
     if (params->ith == 0) {
-        sort_columns(job, columns, starts);
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
+    if (product->op != GGML_OP_MUL_MAT_ID) {
+        list_columns(job, params->ith, params->nth, columns, starts);
+    } else if (params->ith < n_sorters) {
+        count_choices(product, params->ith, n_sorters, counts);
+    }
     pack_rows(format, src1, acts, params->ith, params->nth);
+    if (n_sorters > 1) {
+        ggml_barrier(params->threadpool);
+    }
+    if (product->op == GGML_OP_MUL_MAT_ID && params->ith < n_sorters) {
+        place_choices(job, params->ith, n_sorters, counts, columns, starts);
+    }
     ggml_barrier(params->threadpool);
 
     // tasks are numbered matrix by matrix; within a matrix, all rows of the first columns come first
-    const int64_t n_matrices = count_matrices(product);
-    const int64_t row_parts  = (src0->ne[1] + TASK_ROWS - 1) / TASK_ROWS;
-    int64_t       first_task = 0;
-    int64_t       task       = params->ith;
-    for (int64_t m = 0; m < n_matrices; m++) {
+    const Division division   = divide(product, format, starts, params->nth);
+    const int64_t  n_rows     = src0->ne[1];
+    const bool     stealing   = !ggml_is_numa();  // otherwise a row is always read by the same thread, as in mul_mat
+    int64_t        first_task = 0;
+    int64_t        task       = params->ith;
+    for (int64_t m = 0; m < count_matrices(product); m++) {
         const int64_t n            = starts[m + 1] - starts[m];
-        const int64_t column_parts = (n + MAX_COLUMNS - 1) / MAX_COLUMNS;
-        const int64_t n_tasks      = row_parts * column_parts;
-        for (; task < first_task + n_tasks; task = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-            const int64_t  part  = (task - first_task) / row_parts;
-            const int64_t  row   = (task - first_task) % row_parts * TASK_ROWS;
-            const int64_t  end   = std::min<int64_t>(row + TASK_ROWS, src0->ne[1]);
-            const int64_t  first = n * part / column_parts;
-            const int      here  = (int) (n * (part + 1) / column_parts - first);
-            const Column * those = columns + starts[m] + first;
+        const int64_t column_parts = division.column_parts(n);
+        const int64_t n_tasks      = division.rows * column_parts;
+        const bool    dots         = uses_dots(format, product, n);
+        while (task < first_task + n_tasks) {
+            const int64_t  part     = (task - first_task) / division.rows;
+            const int64_t  row_part = (task - first_task) % division.rows;
+            const int64_t  row      = division.first_row(n_rows, row_part);
+            const int64_t  end      = division.first_row(n_rows, row_part + 1);
+            const int64_t  first    = n * part / column_parts;
+            const int      here     = (int) (n * (part + 1) / column_parts - first);
+            const Column * those    = columns + starts[m] + first;
             // the next task of this thread if all threads progress equally
-            const int64_t next_row = row + params->nth * TASK_ROWS;
-            compute_task(format, job, m, row, end, next_row, acts, those, here, scratch);
+            const int64_t next_row = division.first_row(n_rows, row_part + params->nth);
+            compute_task(format, job, m, row, end, next_row, acts, those, here, dots, scratch);
+            task = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : task + params->nth;
         }
         first_task += n_tasks;
     }
