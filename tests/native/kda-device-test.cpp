@@ -314,14 +314,14 @@ static void test_rows() {
         judge(describe("scan", n, each.zero_row >= 0, o) + rows, n, scan(n, xs), run<scan_node>(n, xs, o),
               in_place(n, xs, o));
     }
-    // more sequences than lanes: only the last one but one continues the row of another one
-    for (const bool cross : { false, true }) {
+    // more sequences than lanes: none, one of the first, or one of the last continues the row of another one
+    for (const int64_t cross : { -1, 1, 33 }) {
         const conv_shape c = { 64, 1, 1, 35, 1 };
         conv_inputs      x = make_conv(c, false, true);
-        if (cross) {
-            x.rows[33] = 5;
+        if (cross >= 0) {
+            x.rows[cross] = 5;
         }
-        judge(describe("conv", c, false, CONTINUED) + (cross ? " one row of another" : ""), c, conv(c, x),
+        judge(describe("conv", c, false, CONTINUED) + text(" cross %d", (int) cross), c, conv(c, x),
               run<conv_node>(c, x, CONTINUED), in_place(c, x, CONTINUED));
     }
 }
