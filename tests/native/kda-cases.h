@@ -86,6 +86,8 @@ make_scan(const scan_shape & n, const std::string & gate, double lower_bound, bo
         std::fill(x.a.begin(), x.a.end(), -7.0f);
     } else if (gate == "open") {
         x.f = normal(D * H * n_tokens, -12, 2);  // a decay of nearly 1
+    } else if (gate == "small") {
+        std::for_each(x.cache.begin(), x.cache.end(), [](float & s) { s *= 0.1f; });
     } else if (gate == "beta0" || gate == "beta1") {
         std::fill(x.beta.begin(), x.beta.end(), gate == "beta0" ? -200.0f : 200.0f);
     }
@@ -100,6 +102,8 @@ make_scan(const scan_shape & n, const std::string & gate, double lower_bound, bo
                 p[i] = 0;
             } else if (gate == "denormal" && r / H % 3 == 2) {
                 p[i] *= 1e-38f;
+            } else if (gate == "small" && r / H % 3 == 2) {
+                p[i] *= 0.1f;  // the squares of the results are as large as eps
             }
             norm2 += (double) p[i] * p[i];
         }

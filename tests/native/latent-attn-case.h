@@ -46,6 +46,10 @@ struct LatentShape {
     bool        backwards = false;     // ... of which the last one is in the first cell
     float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
     float       last      = 1.0f;      // them it grows by a constant factor per key
+    float       shift     = 0.0f;      // absorbed form only: added to all scores, ...
+    bool        rising    = false;     // ... twice for the first key, and less for each of those after it
+    int64_t     gap       = 0;         // values between the rows of q, and between those of the cache
+    bool        one_mask  = false;     // for all streams
     uint32_t    seed      = 1;
 
     LatentShape with(int64_t queries, int64_t keys) const {
@@ -71,7 +75,7 @@ struct LatentShape {
 
     bool visible(int64_t stream, int64_t query, int64_t key) const {
         if (mask == "mixed") {
-            return (query * 7 + key * 13 + stream) % 5 < 2;
+            return (query * 7 + key * 13 + (one_mask ? 0 : stream)) % 5 < 2;
         }
         if (mask == "blind" && query == 0) {
             return false;
@@ -83,10 +87,11 @@ struct LatentShape {
 inline std::string name_of(const LatentShape & s) {
     return text(
         "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g%s%s",
+        "%g shift %g%s gap %d%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.poison ? " poisoned" : "",
+        s.first, s.last, s.shift, s.rising ? " rising" : "", (int) s.gap, s.one_mask ? " one mask" : "",
+        s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
                     : "");
@@ -176,13 +181,16 @@ class LatentCase {
     float scale() const { return s.spread / s.query / std::sqrt((float) s.n_key()); }
 
     void build() {
-        q                    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, s.n_key(), s.n_heads, s.n_queries, s.n_streams);
+        q = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, s.n_key() + s.gap, s.n_heads, s.n_queries, s.n_streams);
+        if (s.gap > 0) {
+            q = ggml_view_4d(ctx, q, s.n_key(), s.n_heads, s.n_queries, s.n_streams, q->nb[1], q->nb[2], q->nb[3], 0);
+        }
         ggml_tensor * q_perm = ggml_permute(ctx, q, 0, 2, 1, 3);
         // the cache is longer than n_keys
-        cache           = ggml_new_tensor_4d(ctx, s.cache, s.n_cache(), s.n_keys + 256, 1, s.n_streams);
-        k_b             = ggml_new_tensor_3d(ctx, s.weights, s.n_nope, s.n_latent, s.n_heads);
-        v_b             = ggml_new_tensor_3d(ctx, s.weights, s.n_latent, s.n_value, s.n_heads);
-        mask            = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_keys, s.n_queries, 1, s.n_streams);
+        cache = ggml_new_tensor_4d(ctx, s.cache, s.n_cache() + s.gap, s.n_keys + 256, 1, s.n_streams);
+        k_b   = ggml_new_tensor_3d(ctx, s.weights, s.n_nope, s.n_latent, s.n_heads);
+        v_b   = ggml_new_tensor_3d(ctx, s.weights, s.n_latent, s.n_value, s.n_heads);
+        mask  = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, s.n_keys, s.n_queries, 1, s.one_mask ? 1 : s.n_streams);
         ggml_tensor * k = view(cache, s.n_cache());
         ggml_tensor * m = s.mask == "none" ? nullptr : mask;
         if (s.expand) {
@@ -219,13 +227,15 @@ class LatentCase {
         return ggml_view_4d(ctx, t, n, s.n_keys, 1, s.n_streams, t->nb[1], t->nb[2], t->nb[3], 0);
     }
 
-    // Fills a row with random values of the tensor's type and returns the rounded values in `values`.
-    void fill_row(ggml_type type, char * row, int64_t n, float deviation, float * values) {
+    // Fills a row with random values of the tensor's type and returns the rounded values in `values`. last: the last
+    // value, NaN: a random one.
+    void fill_row(ggml_type type, char * row, int64_t n, float deviation, float * values, float last = NAN) {
         std::normal_distribution<float> normal(0.0f, deviation);
         std::vector<float>              x(n);
         for (float & v : x) {
             v = normal(rng);
         }
+        x.back() = std::isnan(last) ? x.back() : last;
         if (type == GGML_TYPE_F32) {
             memcpy(row, x.data(), n * sizeof(float));
             std::copy(x.begin(), x.end(), values);
@@ -242,7 +252,8 @@ class LatentCase {
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
         const float deviation  = 1.0f / std::sqrt((float) s.n_nope);
         const auto  fill_query = [&](int64_t i) {
-            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0]);
+            fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0],
+                     s.shift == 0.0f ? NAN : s.shift / scale());
         };
         for (int64_t i = 0; !s.ordered && i < ggml_nrows(q); ++i) {
             fill_query(i);
@@ -261,14 +272,18 @@ class LatentCase {
                     seen = seen || s.visible(stream, i, key);
                 }
                 fill_row(s.cache, row, s.n_cache(), s.deviation(std::min(key, s.n_keys - 1)),
-                         key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data());
+                         key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data(),
+                         s.shift == 0.0f ? NAN
+                         : s.rising      ? 2.0f - (float) key / (float) s.n_keys
+                                         : 1.0f);
                 if (s.poison && !seen) {
                     memset(row, 0xff,
                            cache->nb[1]);  // NaN in every float type, and as the scale of every quantized type
                 }
             }
             for (int64_t i = 0; i < s.n_queries; ++i) {
-                ggml_fp16_t * row = (ggml_fp16_t *) ((char *) mask->data + i * mask->nb[1] + stream * mask->nb[3]);
+                ggml_fp16_t * row =
+                    (ggml_fp16_t *) ((char *) mask->data + i * mask->nb[1] + stream % mask->ne[3] * mask->nb[3]);
                 for (int64_t key = 0; key < s.n_keys; ++key) {
                     row[s.cell(key)] = ggml_fp32_to_fp16(s.visible(stream, i, key) ? 0.0f : -INFINITY);
                 }

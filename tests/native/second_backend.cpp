@@ -7,10 +7,12 @@
 // another device ends the process with the tensor's name.
 //
 //   SECOND_DEVICES   number of devices, 1 if unset; named SECOND0, SECOND1, ...
+//   SECOND_DESCRIPTION  of the devices
 //   SECOND_REFUSES   names of operators that no device supports, comma separated
 //   SECOND_TAKES     set: devices accept operations of 32 rows and more whose weights are in the CPU's memory
 //   SECOND_MEMORY    MiB of memory per device, 4096 if unset
 //   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated; COPY: elided state copies
+//   SECOND_SPOILS_NTH  only the Nth of these nodes, from 0, is wrong
 //   SECOND_HANGS     names of operators with which every device computes for ever
 //   SECOND_CRASHES   names of operators with which every device ends the process
 //   SECOND_REGISTERS set: the library registers itself when it is loaded, for LD_PRELOAD
@@ -268,17 +270,24 @@ struct Fault {
     ggml_tensor * result;
 };
 
+// Whether the next of the nodes that can be wrong is.
+bool is_nth() {
+    static const char * text  = getenv("SECOND_SPOILS_NTH");
+    static int          count = 0;
+    return !text || count++ == atoi(text);
+}
+
 // The first fault from node i on. An elided copy is wrong together with the operator before it.
 Fault find_fault(ggml_cgraph * graph, int i) {
     static const std::set<std::string> names = named("SECOND_SPOILS");
     for (int n = i; n < ggml_graph_n_nodes(graph); ++n) {
         ggml_tensor * node = ggml_graph_node(graph, n);
-        if (has_fault(names, node)) {
+        if (has_fault(names, node) && is_nth()) {
             return { n + 1 - i, node };
         }
         if (names.count("COPY") && strncmp(ggml_op_name(node->op), "KDA_", 4) == 0) {
             const ggml_kda_state_copy copy = ggml_kda_find_state_copy(graph, n);
-            if (copy.to) {
+            if (copy.to && is_nth()) {
                 return { n + copy.n_nodes + 1 - i, copy.to };
             }
         }
@@ -382,10 +391,13 @@ bool dev_offload_op(ggml_backend_dev_t, const ggml_tensor * op) {
 ggml_backend_device_i device_interface() {
     ggml_backend_device_i i = {};
     i.get_name              = [](ggml_backend_dev_t dev) { return device_of(dev).name.c_str(); };
-    i.get_description       = [](ggml_backend_dev_t) { return "the CPU with memory of its own"; };
-    i.get_memory            = dev_memory;
-    i.get_type              = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
-    i.get_props             = [](ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
+    i.get_description       = [](ggml_backend_dev_t) {
+        const char * text = getenv("SECOND_DESCRIPTION");
+        return text ? text : "the CPU with memory of its own";
+    };
+    i.get_memory = dev_memory;
+    i.get_type   = [](ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; };
+    i.get_props  = [](ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
         *props             = {};
         props->name        = dev->iface.get_name(dev);
         props->description = dev->iface.get_description(dev);

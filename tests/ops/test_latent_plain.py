@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_script import Logits, PlayError, Setup, Step, assert_same, cut, decode, play, text
+from llama_script import Logits, PlayError, Setup, Step, assert_same, copy, cut, decode, play, text
 from metal_program import dispatches, on_metal
 from native_program import compile_backend
 from random_checkpoint import Spec, write_checkpoint
@@ -116,6 +116,56 @@ def test_the_sequences_own_keys_decide(world: World) -> None:
     last = IDS[0][400:]
     assert PLAIN not in world.play([*at_depth, decode(*text(0, last[:few], 400))], **setup)[2]
     assert PLAIN in world.play([*at_depth, decode(*text(0, last[:many], 400))], **setup)[2]
+
+
+# The other rows of the README's table: keys with the last batch -> queries from which the plain graph is used.
+FIRST_WITH_KEYS = {
+    2000: {"F32": 800, "F16": 352},
+    4000: {"F32": 1200, "Q8_0": 400},
+    6500: {"F32": 1552, "BF16": 432},
+}
+
+
+@pytest.mark.parametrize("keys", FIRST_WITH_KEYS)
+def test_the_more_keys_the_more_queries(
+    keys: int, metal_backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    gguf = write_deepseek2(tmp_path / "model.gguf", DeepseekSpec(layers=1, heads=2))
+    ids = np.resize(IDS[0], keys)
+    for cache_type, first in FIRST_WITH_KEYS[keys].items():
+        setup = on_metal(
+            metal_backend, cells=8192, n_ubatch=2048, cache_type=cache_type, flash_attention=True
+        )
+        depth, repeats = keys - first, []
+        for queries in (0, first - 1, first):
+            log = tmp_path / f"{cache_type}-{queries}"
+            lengths = [*[2048] * (depth // 2048), depth % 2048, *([queries] if queries else [])]
+            ends = np.cumsum(lengths)
+            steps = [
+                decode(*text(0, ids[end - n : end], end - n), wanted=[0])
+                for n, end in zip(lengths, ends, strict=True)
+            ]
+            play(engine, gguf, setup, steps, KIMI_METAL_DRY="1", KIMI_METAL_LOG=str(log))
+            repeats.append(sum(each.nodes.split()[0] == "REPEAT" for each in dispatches(log)))
+        assert repeats[0] == repeats[1] < repeats[2]
+
+
+@pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
+def test_sequences_that_share_tokens(unified: bool, world: World) -> None:
+    """Cells of both, then cells of one each. The third sequence shares tokens of the second."""
+    steps = [
+        decode(*text(0, IDS[0][:60])),
+        copy(0, 1),
+        decode(*text(1, IDS[1][60:90], 60)),
+        copy(1, 2),
+        decode(*text(0, IDS[0][60:400], 60)),
+        decode(*text(2, IDS[0][90:430], 90)),
+        decode(*text(1, IDS[1][90:430], 90)),
+    ]
+    setup = {"n_seq_max": 3, "kv_unified": unified, "cells": 1024}
+    logits, _, computed = world.play(steps, **setup)
+    assert PLAIN in computed
+    assert_same(logits, world.on_cpu(steps, **setup))
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])

@@ -12,7 +12,7 @@ import pytest
 from gguf import GGUFReader
 from llama_script import Played, PlayError, Setup, assert_same, decode, play, text
 from metal_program import dispatches, on_metal, planted
-from native_program import passed_cases, run_program
+from native_program import compile_program, passed_cases, run_program
 from random_checkpoint import Spec, write_checkpoint
 
 from kimi_gguf.convert.conversion import convert
@@ -43,6 +43,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metal-router")
     convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
     return folder / "model.gguf"
+
+
+@pytest.fixture(scope="module")
+def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_program(engine, "metal/fused-nodes-test.cpp", tmp_path_factory.mktemp("fused-nodes"))
+
+
+@pytest.mark.parametrize(("order", "threads"), [("forwards", 1024), ("backwards", 1024), ("forwards", 256)])
+def test_nodes_that_are_one_dispatch_and_nodes_that_are_not(
+    order: str, threads: int, program: Path, metal_backend: Path, tmp_path: Path
+) -> None:
+    """With the number of threads that a threadgroup can have."""
+    log = tmp_path / "log"
+    variables = {
+        "KIMI_METAL_ORDER": order,
+        "KIMI_METAL_MAX_THREADS": str(threads),
+        "KIMI_METAL_LOG": str(log),
+    }
+    output = run_program(program, metal_backend, **variables).stdout
+    assert ", 0 failed" in output
+    (count,) = re.findall(r"^(\d+) as one dispatch$", output, re.MULTILINE)
+    ours = [each for each in dispatches(log) if each.kernel.startswith((ROUTER, ADD_NORM))]
+    assert [each.nodes.split("'")[1] for each in ours] == ["one"] * int(count)
+    assert max(each.threads[0] for each in ours) == threads
 
 
 @pytest.mark.parametrize("order", ORDERS)

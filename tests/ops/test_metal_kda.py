@@ -35,6 +35,8 @@ pytestmark = pytest.mark.engine
 DEVICE = "MTL0"
 ORDERS = ("forwards", "backwards")
 KDA = {"KDA_CONV", "KDA_SCAN"}
+# A device may round more than the emulated one, whose NMSE is at most that of some hundred roundings of float32.
+ROUNDING = 1e-12
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +49,15 @@ def result(program: Path, backend: Path, *chosen: object, **environment: str) ->
     """The hash of the results of all cases, each of which passed."""
     output = run_program(program, backend, *map(str, chosen), **environment).stdout
     assert ", 0 failed" in output
+    (worst,) = re.findall(r"^largest NMSE that passed (.*)$", output, re.MULTILINE)
+    assert float(worst) <= ROUNDING or "memory" in chosen
     found = re.search(r"^hash (\w+)$", output, re.MULTILINE)
     assert found
     return found[1]
 
 
-@pytest.mark.parametrize("group", ["conv", "scan", "gates"])
-def test_every_length_gate_and_order_of_lanes(group: str, program: Path, metal_backend: Path) -> None:
+@pytest.mark.parametrize("group", ["conv", "scan", "gates", "rows", "kept"])
+def test_every_length_gate_row_and_order_of_lanes(group: str, program: Path, metal_backend: Path) -> None:
     forwards, backwards = (result(program, metal_backend, group, KIMI_METAL_ORDER=order) for order in ORDERS)
     assert forwards == backwards
 
@@ -66,7 +70,7 @@ def test_a_copy_that_is_elided_is_one_dispatch_less_with_the_same_bits(
     program: Path, metal_backend: Path, tmp_path: Path
 ) -> None:
     """With one sequence and several, whose rows are their own or those of others."""
-    for group in ("conv", "scan", "split"):
+    for group in ("conv", "scan", "split", "rows"):
         ours, copied = tmp_path / f"{group}-ours", tmp_path / f"{group}-copied"
         hashes = {
             result(program, metal_backend, group, KIMI_METAL_LOG=str(ours)),
@@ -76,6 +80,12 @@ def test_a_copy_that_is_elided_is_one_dispatch_less_with_the_same_bits(
         elided = sum("+CPY" in each.nodes for each in dispatches(ours))
         assert elided > 0
         assert len(dispatches(ours)) == len(dispatches(copied)) - elided
+
+
+@pytest.mark.parametrize("threads", [1024, 512])
+def test_what_the_device_does_not_compute(threads: int, program: Path, metal_backend: Path) -> None:
+    """Other head sizes and alignments, and kernels for which a threadgroup has too few threads."""
+    result(program, metal_backend, "refused", KIMI_METAL_MAX_THREADS=str(threads))
 
 
 def only(log: Path, operator: str) -> tuple[int, int]:
@@ -140,6 +150,7 @@ FAULTS = {
     "another stride": ("args.nb13 : args.nb03", "args.nb13 : args.nb02", ("scan", 64, 2, 3, 2, 1), "FAILED scan"),
     "rows that are overwritten": ("return simd_any(cross)", "return simd_any(false)", ("scan",), "another threadgroup"),
     "one channel too far": ("[ic + c]", "[ic + c + 1]", ("conv", 64, 2, 3, 1, 1), "another threadgroup"),
+    "a kernel that does not compile": ("fma(p * u, u, u)", "wrong", ("scan", 64, 1, 1, 1, 1), "supports_op"),
 }  # fmt: skip
 
 
@@ -272,6 +283,18 @@ def test_other_head_sizes_fall_back_and_say_why(metal_backend: Path, engine: Eng
     played = play(engine, model, on_metal(metal_backend), steps, KIMI_OPS="", KIMI_METAL_LOG=str(log))
     assert "upstream's graph instead: MTL0, which holds layer 0, does not have KDA_CONV" in played.log
     assert not used(log) & {f"{each}+CPY" for each in KDA}
+    assert_same(played.logits, play(engine, model, Setup(), steps).logits)
+
+
+def test_kernels_that_need_more_threads_than_they_can_have(
+    metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
+) -> None:
+    steps, log = [several(0, 0, 8), together(IDS, 8)], tmp_path / "log"
+    variables = {"KIMI_OPS": "", "KIMI_METAL_MAX_THREADS": "256", "KIMI_METAL_LOG": str(log)}
+    played = play(engine, model, on_metal(metal_backend), steps, **variables)
+    assert "upstream's graph instead: MTL0, which holds layer 0, does not have KDA_SCAN" in played.log
+    assert not used(log) & {f"{each}+CPY" for each in KDA}
+    assert max(each.threads[0] * each.threads[1] for each in dispatches(log)) <= 256
     assert_same(played.logits, play(engine, model, Setup(), steps).logits)
 
 

@@ -100,18 +100,61 @@ def test_hidden_cells_are_not_read(program: Path, metal_backend: Path, tmp_path:
     assert attend.bytes_read <= 2 * 32 * 576 * 4 + 40 * 2 * 576 + masks
 
 
-@pytest.mark.parametrize(("cache_type", "mask"), [("f16", "marked"), ("q5_1", "causal")])
+@pytest.mark.parametrize(
+    ("cache_type", "mask", "threads"),
+    [("f16", "marked", 1024), ("q5_1", "causal", 1024), ("f16", "causal", 256)],
+)
 def test_other_nodes_use_upstreams_kernels(
-    cache_type: str, mask: str, program: Path, metal_backend: Path, tmp_path: Path
+    cache_type: str, mask: str, threads: int, program: Path, metal_backend: Path, tmp_path: Path
 ) -> None:
+    """Also all nodes, if a threadgroup can have too few threads."""
     log = tmp_path / "log"
     case = [cache_type, "1", "40", "2", mask, "1"]
-    subprocess.run(
-        [program, metal_backend, *case], env=os.environ | {"KIMI_METAL_LOG": str(log)}, check=False
-    )
+    variables = {"KIMI_METAL_LOG": str(log), "KIMI_METAL_MAX_THREADS": str(threads)}
+    subprocess.run([program, metal_backend, *case], env=os.environ | variables, check=False)
     ran = [each.kernel for each in dispatches(log)]
     assert any(each.startswith(f"kernel_flash_attn_ext_vec_{cache_type}_dk576_dv512") for each in ran)
     assert not any(each.startswith(ATTEND) for each in ran)
+
+
+def test_nodes_of_which_one_property_does_not_fit(program: Path, metal_backend: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    variables = {"KIMI_METAL_DRY": "1", "KIMI_METAL_LOG": str(log)}
+    output = run_program(program, metal_backend, "others", **variables).stdout
+    assert ", 0 failed" in output
+    ran = [(each.nodes.split("'")[1], each.kernel) for each in dispatches(log)]
+    assert len({node for node, _ in ran}) == int(output.split(" checks")[0].split()[-1])
+    assert {node for node, kernel in ran if kernel.startswith(ATTEND)} == {"fits"}
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "splits", "size"),
+    [(1, 64, 32, 1, 64), (1, 65, 33, 2, 64), (2, 2048, 32, 32, 64), (1, 4096, 32, 64, 64), (1, 4097, 32, 33, 128),
+     (33, 80, 32, 1, 128), (65, 300, 32, 1, 512)],
+)  # fmt: skip
+def test_keys_are_split_among_at_most_64_threadgroups(
+    queries: int,
+    keys: int,
+    heads: int,
+    splits: int,
+    size: int,
+    program: Path,
+    metal_backend: Path,
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log"
+    case = ["f16", str(queries), str(keys), str(heads), "none", "1"]
+    variables = {"KIMI_METAL_DRY": "1", "KIMI_METAL_LOG": str(log)}
+    subprocess.run([program, metal_backend, *case], env=os.environ | variables, check=False)
+    assert splits == -(-keys // size)
+    ran = dispatches(log)
+    assert ran[0].grid == (-(-queries * heads // 32), splits, 1)
+    assert [each.kernel for each in ran[1:]] == ([REDUCE] if splits > 1 else [])
+
+
+def test_splits_of_more_than_64_keys(program: Path, metal_backend: Path) -> None:
+    """The smallest case: 17 blocks of rows, of which two of 128 keys each instead of four of 64."""
+    assert ", 0 failed" in run_program(program, metal_backend, "f16", "17", "200", "32", "causal", "1").stdout
 
 
 def test_backend_ops(engine: Engine, metal_backend: Path) -> None:
@@ -131,6 +174,17 @@ def test_a_planted_fault_is_found(fault: str, program: Path, metal_backend: Path
     assert ", 0 failed" in run_program(program, metal_backend, *case).stdout
     with planted(metal_backend, "fa_latent", right, wrong), pytest.raises(AssertionError, match=message):
         run_program(program, metal_backend, *case)
+
+
+def test_a_kernel_that_does_not_compile_is_not_used(
+    program: Path, metal_backend: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    with planted(metal_backend, "fa_latent", "vs = visible", "vs = wrong"):
+        run_program(program, metal_backend, "f32", "1", "40", "2", "causal", "1", KIMI_METAL_LOG=str(log))
+    ran = [each.kernel for each in dispatches(log)]
+    assert any(each.startswith("kernel_flash_attn_ext_vec_f32_dk576_dv512") for each in ran)
+    assert not any(each.startswith(ATTEND) for each in ran)
 
 
 def test_a_missing_barrier_between_the_kernels_is_found(

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from llama_script import Logits, Played, PlayError, Setup, assert_same, decode, play, text
-from native_program import NATIVE, compile_backend
+from native_program import NATIVE, compile_backend, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 from rpc_workers import rpc_workers
 
@@ -178,6 +178,31 @@ def test_what_fails_is_not_used(fault: str, world: World, tmp_path: Path) -> Non
     assert computed & set(OPERATORS.values()) == used
 
 
+# Part -> what the device computes wrongly, and how often kimi-verify computes it.
+COUNTS = {
+    "KDA_CONV": ("KDA_CONV", 11),
+    "KDA_SCAN": ("KDA_SCAN", 16),
+    "elided state copies": ("COPY", 22),
+    "absorbed latent attention": ("FLASH_ATTN_EXT", 21),
+    "LATENT_ATTN": ("LATENT_ATTN", 10),
+}
+
+
+@pytest.mark.parametrize("part", COUNTS)
+def test_one_wrong_case_is_enough(part: str, world: World) -> None:
+    """Of all its types and shapes: the first, one between, and the last one."""
+    spoiled, count = COUNTS[part]
+    for nth in (0, count // 2, count - 1, count):
+        arguments = ["--check", "SECOND0", "SECOND", world.backend, "60", part]
+        variables = {"SECOND_SPOILS": spoiled, "SECOND_SPOILS_NTH": str(nth)}
+        output = run_program(world.engine.bin / "kimi-verify", *arguments, **variables).stdout
+        cases = re.findall(f"^case\t{part}\t(.*)$", output, re.MULTILINE)
+        ((state, name),) = re.findall(f"^result\t{part}\t(.*?)\t.*\t(.*)$", output, re.MULTILINE)
+        assert state == ("passed" if nth == count else "WRONG")
+        assert len(cases) == count
+        assert nth == count or name == cases[nth]
+
+
 def test_operators_that_the_device_lacks(world: World, tmp_path: Path) -> None:
     variables = {"SECOND_REFUSES": "KDA_SCAN,LATENT_ATTN"}
     played = world.play(tmp_path, **variables)
@@ -276,6 +301,30 @@ def test_another_build_of_the_device_is_checked_again(world: World, tmp_path: Pa
     other = Path(shutil.copy(world.backend, tmp_path / world.backend.name))
     assert CHECKS in replace(world, backend=other).play(tmp_path).log
     assert len(files(tmp_path)) == 2
+
+
+def test_another_device_of_the_same_build_is_checked_again(world: World, tmp_path: Path) -> None:
+    world.play(tmp_path)
+    assert CHECKS in world.play(tmp_path, SECOND_DESCRIPTION="another one").log
+    assert len(files(tmp_path)) == 2
+    assert CHECKS not in world.play(tmp_path).log
+
+
+def test_a_file_of_the_build_that_changes_is_checked_again(world: World, tmp_path: Path) -> None:
+    """The library with the kernels, ggml's common library, and the program."""
+    build = tmp_path / "build"
+    shutil.copytree(world.engine.lib, build / "lib", symlinks=True)
+    (build / "bin").mkdir()
+    program = Path(shutil.copy(world.engine.bin / "kimi-verify", build / "bin"))
+    (build / "python").symlink_to(world.engine.prefix / "python")
+    backend = Path(shutil.copy(world.backend, tmp_path))
+    own = replace(world, engine=replace(world.engine, prefix=build), backend=backend)
+    (common,) = {each.resolve() for each in (build / "lib").glob("libggml-base.*")}
+    assert CHECKS in own.play(tmp_path).log
+    for file in (backend, common, program):
+        assert CHECKS not in own.play(tmp_path).log
+        os.utime(file, (0, 0))
+        assert CHECKS in own.play(tmp_path).log
 
 
 def test_processes_that_start_at_once(world: World, tmp_path: Path) -> None:

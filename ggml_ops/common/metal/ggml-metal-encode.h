@@ -13,6 +13,11 @@ inline ggml_metal_buffer_id ggml_metal_buffer_of(const ggml_tensor * t) {
     return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
 }
 
+// Whether the kernel compiled and its threadgroups can have n threads: with many registers they can have fewer than 1024.
+inline bool ggml_metal_pipeline_allows(const ggml_metal_pipeline_with_params & pipeline, int n) {
+    return pipeline.pipeline && ggml_metal_pipeline_max_theads_per_threadgroup(pipeline) >= n;
+}
+
 // The pipeline `name` of the kernel `base`. It is compiled when it is first needed, with the function constants that
 // set(cv) sets.
 template <typename Set>

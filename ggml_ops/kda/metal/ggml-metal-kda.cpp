@@ -17,16 +17,34 @@ static bool rows_aligned(const ggml_tensor * t) {
            t->view_offs % ALIGNMENT == 0;
 }
 
-bool ggml_metal_kda_supported(const ggml_tensor * op) {
-    int64_t head_size;
-    bool    aligned = rows_aligned(ggml_kda_get_states(op).cache);
+static int64_t head_size_of(const ggml_tensor * op) {
+    return op->op == GGML_OP_KDA_CONV ? ggml_kda_conv_get_params(op).head_size : op->src[GGML_KDA_SCAN_F]->ne[0];
+}
+
+static int n_simdgroups_of(const ggml_tensor * op) {
+    return op->op == GGML_OP_KDA_CONV ? OP_KDA_CONV_NSG : int(head_size_of(op)) * OP_KDA_SCAN_NL / 32;
+}
+
+static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const ggml_tensor * op, bool elide) {
+    const bool        scan    = op->op == GGML_OP_KDA_SCAN;
+    const bool        bounded = scan && ggml_kda_scan_get_params(op).lower_bound > -INFINITY;
+    const std::string kernel  = scan ? "kernel_kda_scan_f32_" : "kernel_kda_conv_f32_";
+    const std::string base    = kernel + std::to_string(head_size_of(op));
+    const std::string name    = base + "_elide=" + std::to_string(elide) + "_bounded=" + std::to_string(bounded);
+
+    return ggml_metal_pipeline_of(lib, base, name, [&](ggml_metal_cv_t cv) {
+        ggml_metal_cv_set_bool(cv, elide, FC_KDA + 0);
+        ggml_metal_cv_set_bool(cv, bounded, FC_KDA + 1);
+    });
+}
+
+bool ggml_metal_kda_supported(ggml_metal_library_t lib, const ggml_tensor * op) {
+    bool aligned = rows_aligned(ggml_kda_get_states(op).cache);
     if (op->op == GGML_OP_KDA_CONV) {
-        head_size = ggml_kda_conv_get_params(op).head_size;
         for (int i = GGML_KDA_CONV_Q; i <= GGML_KDA_CONV_WV; ++i) {
             aligned = aligned && rows_aligned(op->src[i]);
         }
     } else {
-        head_size = op->src[GGML_KDA_SCAN_F]->ne[0];
         for (const int i : { GGML_KDA_SCAN_QKV, GGML_KDA_SCAN_F, GGML_KDA_SCAN_GATE }) {
             aligned = aligned && rows_aligned(op->src[i]);
         }
@@ -34,24 +52,19 @@ bool ggml_metal_kda_supported(const ggml_tensor * op) {
             aligned = aligned && op->src[i]->view_offs % ALIGNMENT == 0;
         }
     }
-    return aligned && (head_size == 64 || head_size == 128);
+    const int64_t head_size = head_size_of(op);
+    if (!aligned || (head_size != 64 && head_size != 128)) {
+        return false;
+    }
+    const int n_threads = 32 * n_simdgroups_of(op);
+    return ggml_metal_pipeline_allows(get_pipeline(lib, op, false), n_threads) &&
+           ggml_metal_pipeline_allows(get_pipeline(lib, op, true), n_threads);
 }
 
 bool ggml_metal_kda_elides(const ggml_cgraph * gf, int node_n, const ggml_tensor * cpy) {
     const ggml_kda_state_copy copy = ggml_kda_find_state_copy(gf, node_n);
     // nodes for cells outside the batch must run between operator and copy
     return copy.to != nullptr && copy.gather == nullptr && copy.to == cpy->src[1];
-}
-
-static ggml_metal_pipeline_with_params
-get_pipeline(ggml_metal_library_t lib, const char * kernel, int64_t head_size, bool elide, bool bounded) {
-    const std::string base = std::string("kernel_") + kernel + "_f32_" + std::to_string(head_size);
-    const std::string name = base + "_elide=" + std::to_string(elide) + "_bounded=" + std::to_string(bounded);
-
-    return ggml_metal_pipeline_of(lib, base, name, [&](ggml_metal_cv_t cv) {
-        ggml_metal_cv_set_bool(cv, elide, FC_KDA + 0);
-        ggml_metal_cv_set_bool(cv, bounded, FC_KDA + 1);
-    });
 }
 
 static ggml_metal_kargs_kda_states states_of(const ggml_tensor * op, const ggml_tensor * to) {
@@ -102,11 +115,11 @@ encode_conv(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tenso
         /*.eps      =*/params.eps,
     };
 
-    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, "kda_conv", params.head_size, to != nullptr, false));
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, op, to != nullptr));
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
     set_buffers(enc, op, GGML_KDA_CONV_N_SRC, to);
 
-    const int nsg = OP_KDA_CONV_NSG;
+    const int nsg = n_simdgroups_of(op);
     const int nt  = OP_KDA_CONV_NT;
     ggml_metal_encoder_dispatch_threadgroups(enc, (3 * args.n_heads + nsg - 1) / nsg, (args.n_tokens + nt - 1) / nt,
                                              args.st.n_seqs, 32, nsg, 1);
@@ -139,15 +152,11 @@ encode_scan(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tenso
         /*.lower_bound =*/params.lower_bound,
     };
 
-    const int64_t head_size = f->ne[0];
-    const bool    bounded   = params.lower_bound > -INFINITY;
-
-    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, "kda_scan", head_size, to != nullptr, bounded));
+    ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, op, to != nullptr));
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
     set_buffers(enc, op, GGML_KDA_SCAN_N_SRC, to);
 
-    ggml_metal_encoder_dispatch_threadgroups(enc, args.n_heads, args.st.n_seqs, 1, 32, head_size * OP_KDA_SCAN_NL / 32,
-                                             1);
+    ggml_metal_encoder_dispatch_threadgroups(enc, args.n_heads, args.st.n_seqs, 1, 32, n_simdgroups_of(op), 1);
 }
 
 void ggml_metal_kda_encode(ggml_metal_library_t lib,

@@ -10,7 +10,7 @@ extern "C" {
 
 struct ggml_cgraph;
 
-bool ggml_metal_kda_supported(const struct ggml_tensor * op);
+bool ggml_metal_kda_supported(ggml_metal_library_t lib, const struct ggml_tensor * op);
 
 // Whether the operator at node_n can write its new states to the cache itself, so that cpy, the next node, is elided.
 bool ggml_metal_kda_elides(const struct ggml_cgraph * gf, int node_n, const struct ggml_tensor * cpy);

@@ -111,7 +111,7 @@ int ggml_metal_latent_attend(ggml_metal_library_t lib, ggml_metal_encoder_t enc,
 
     const auto pipeline = get_pipeline(lib, op);
     const int  nsg      = OP_FLASH_ATTN_EXT_LATENT_NSG;
-    if (ggml_metal_pipeline_max_theads_per_threadgroup(pipeline) < 32 * nsg) {
+    if (!ggml_metal_pipeline_allows(pipeline, 32 * nsg)) {
         return 0;
     }
 

@@ -81,10 +81,11 @@ struct Pipeline {
     std::string    name;
     const Kernel * kernel         = nullptr;  // in a dry run
     KernelObject * object         = nullptr;
-    bool           reads_outside  = false;  // of tensors, and does not use what it reads
-    bool           overruns       = false;  // threadgroup memory by up to OVERRUN bytes
-    bool           in_step        = false;  // needs lanes that run in step
-    bool           barrier_orders = false;  // threadgroup memory also with mem_none
+    bool           reads_outside  = false;        // of tensors, and does not use what it reads
+    bool           overruns       = false;        // threadgroup memory by up to OVERRUN bytes
+    bool           in_step        = false;        // needs lanes that run in step
+    bool           barrier_orders = false;        // threadgroup memory also with mem_none
+    unsigned       max_threads    = MAX_THREADS;  // of a threadgroup
 
     struct Value {
         void *  at;

@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -81,6 +82,12 @@ std::map<std::string, Entry> & all_entries() {
     return entries;
 }
 
+// KIMI_METAL_MAX_THREADS: as if the kernels needed so many registers that a threadgroup can have no more threads.
+unsigned max_threads() {
+    const char * text = getenv("KIMI_METAL_MAX_THREADS");
+    return text ? unsigned(atoi(text)) : MAX_THREADS;
+}
+
 std::string compile(const std::string & name, const Entry & entry) {
     const std::string path = METAL_EMULATOR_KERNELS "/" + name;
     if (access((path + ".so").c_str(), R_OK) != 0) {
@@ -114,8 +121,9 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     if (found == all_entries().end()) {
         throw Fault("there is no kernel '" + kernel + "' for the pipeline '" + name + "'");
     }
-    auto pipeline  = std::make_unique<Pipeline>();
-    pipeline->name = name;
+    auto pipeline         = std::make_unique<Pipeline>();
+    pipeline->name        = name;
+    pipeline->max_threads = max_threads();
     if (dry_run) {
         return pipeline;
     }

@@ -189,9 +189,9 @@ void run_threadgroup(const Dispatch & dispatch, Size at) {
 void check(const Dispatch & dispatch) {
     const Kernel * kernel = dispatch.pipeline->kernel;
     const Size &   grid = dispatch.grid, &threads = dispatch.threads;
-    if (threads.count() == 0 || threads.count() > MAX_THREADS) {
+    if (threads.count() == 0 || threads.count() > dispatch.pipeline->max_threads) {
         throw Fault(format("a threadgroup is (%u,%u,%u); it must have 1 to %u threads", threads.x, threads.y, threads.z,
-                           MAX_THREADS));
+                           dispatch.pipeline->max_threads));
     }
     if (grid.count() == 0) {
         throw Fault(format("the grid is (%u,%u,%u)", grid.x, grid.y, grid.z));

@@ -89,8 +89,8 @@ void ggml_metal_pipeline_free(ggml_metal_pipeline_t pipeline) {
     delete pipeline;
 }
 
-int ggml_metal_pipeline_max_theads_per_threadgroup(ggml_metal_pipeline_with_params) {
-    return metal_emulator::MAX_THREADS;
+int ggml_metal_pipeline_max_theads_per_threadgroup(ggml_metal_pipeline_with_params pipeline) {
+    return int(pipeline.pipeline->pipeline->max_threads);
 }
 
 struct ggml_metal_library {
