@@ -6,7 +6,10 @@
 //   KIMI_CASES         N: run only every Nth case; for slow machines (emulated, or under sanitizers)
 
 #include "ggml-backend.h"
+#include "ggml-cpu.h"
 #include "ggml.h"
+
+#include <dlfcn.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -42,17 +45,34 @@ inline void cpu_backend_use(ggml_backend_t backend, int n_threads, bool use_ref)
     ((set_ref_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_cpu_set_use_ref"))(backend, use_ref);
 }
 
-// Numbers of threads whose results are compared with those of one thread. Without OpenMP waiting threads spin, and many
-// more of them than cores take minutes.
-inline std::vector<int> thread_counts() {
+// Whether the CPU backend was compiled for an instruction set, such as "AVX512_VNNI".
+inline bool cpu_has(const char * feature) {
     auto get =
         (ggml_backend_get_features_t) ggml_backend_reg_get_proc_address(cpu_registry(), "ggml_backend_get_features");
     for (const ggml_backend_feature * each = get(cpu_registry()); each->name; ++each) {
-        if (std::string(each->name) == "OPENMP") {
-            return { 2, 7, 33, 100 };
+        if (std::string(each->name) == feature) {
+            return std::string(each->value) == "1";
         }
     }
-    return { 2, 3, 7 };
+    return false;
+}
+
+// How the CPU backend quantizes a type, whether the program is linked to it or has loaded it.
+inline const ggml_type_traits_cpu * cpu_traits(ggml_type type) {
+    using get_t            = const ggml_type_traits_cpu * (*)(ggml_type);
+    static const get_t get = [] {
+        cpu_registry();
+        const char * path   = getenv("KIMI_CPU_BACKEND");
+        void *       handle = dlopen(path, RTLD_LAZY | (path ? RTLD_NOLOAD : 0));
+        return (get_t) dlsym(handle, "ggml_get_type_traits_cpu");
+    }();
+    return get(type);
+}
+
+// Numbers of threads whose results are compared with those of one thread. Without OpenMP waiting threads spin, and many
+// more of them than cores take minutes.
+inline std::vector<int> thread_counts() {
+    return cpu_has("OPENMP") ? std::vector<int>{ 2, 7, 33, 100 } : std::vector<int>{ 2, 3, 7 };
 }
 
 // The buffer type that repacks weights for this CPU, or nullptr if there is none.

@@ -10,28 +10,31 @@ import pytest
 from ggml_variant import Build, Variant, build, sources
 
 PROGRAMS = ("test-kda", "latent-attn-test")
+MATMUL = "quant-gemm-test"
 X86 = platform.machine() in ("x86_64", "AMD64")
 
-# For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp): ggml's variant
-# with this instruction set, and the processor flags it requires. ggml uses the last one that the machine supports.
+# For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp,
+# quant-gemm-vector.h): ggml's variant with this instruction set, and the processor flags it requires. ggml uses the last
+# one that the machine supports.
 AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 RUN = {
     "x64": set(),
     "haswell": AVX2,
+    "alderlake": AVX2 | {"avx_vnni"},
     "zen4": AVX512 | {"avx512_vnni", "avx512vbmi", "avx512_bf16"},
 }
-COMPILED_ONLY = ("sandybridge", "skylakex", "alderlake")
+COMPILED_ONLY = ("sandybridge", "skylakex")
 ALL_VARIANTS = Variant(
     "all-variants",
     "-O1",
-    (*(f"ggml-cpu-{name}" for name in RUN), *PROGRAMS),
+    (*(f"ggml-cpu-{name}" for name in RUN), *PROGRAMS, MATMUL),
     {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"},
 )
 
 # Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
 EMULATED = {"test-kda": 41, "latent-attn-test": 97}
-NATIVE = {"test-kda": 23, "latent-attn-test": 13}
+NATIVE = {"test-kda": 23, "latent-attn-test": 13, MATMUL: 7}
 
 # Architecture of the compiler -> a processor of that kind, which terminates a program at any newer instruction.
 ARM = {"armv8-a": "cortex-a53", "armv8.2-a+dotprod": "neoverse-n1"}
@@ -79,9 +82,12 @@ def cpu_flags() -> set[str]:
 needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
 
 
+# The oldest x86 has no kernels for matmuls, and their own test runs them with AVX-512.
 @needs_x86
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [*((name, program) for name in RUN for program in PROGRAMS), ("haswell", MATMUL), ("alderlake", MATMUL)],
+)
 def test_on_other_instruction_sets(name: str, program: str) -> None:
     if not RUN[name] <= cpu_flags():
         pytest.skip(f"this processor lacks {', '.join(sorted(RUN[name] - cpu_flags()))}")

@@ -23,6 +23,9 @@
 #if !defined(QUANT_GEMM_AVX512)
 #define QUANT_GEMM_AVX512 0
 #endif
+#if !defined(QUANT_GEMM_AVX2)
+#define QUANT_GEMM_AVX2 0
+#endif
 #if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2
 #define QUANT_GEMM_KERNELS 1
 // GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.

@@ -422,6 +422,11 @@ size_t ggml_quant_gemm_work_size(const ggml_tensor * dst, int n_tasks, quant_gem
     return format != nullptr ? quant_gemm::plan_work(dst, *format, n_tasks).total : 0;
 }
 
+bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
+    // interleaved rows have kernels with AVX-512 only
+    return QUANT_GEMM_AVX2 && quant_gemm::find_format(op->src[0]->type, QUANT_GEMM_ROWS) != nullptr;
+}
+
 bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {
     const quant_gemm::Format * format = params->use_ref ? nullptr : quant_gemm::format_of(dst, layout);
     if (format == nullptr) {

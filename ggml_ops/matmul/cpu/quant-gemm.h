@@ -24,6 +24,10 @@ enum quant_gemm_layout {
 // Depends on shapes and types only, so it can be called before memory is allocated.
 size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
 
+// Whether weights of this MUL_MAT or MUL_MAT_ID are multiplied faster as rows than interleaved, so that a repack buffer
+// type should refuse them.
+bool ggml_quant_gemm_prefers_rows(const struct ggml_tensor * op);
+
 // Computes the node and returns true, or returns false (nothing touched) if ggml's own path has to compute it: other
 // types, layouts and shapes, an instruction set without VNNI, use_ref, or a marked node (ggml-op-marks.h).
 bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
