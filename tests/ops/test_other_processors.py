@@ -14,8 +14,8 @@ MATMUL = "quant-gemm-test"
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 # For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp,
-# quant-gemm-vector.h): ggml's variant with this instruction set, and the processor flags it requires. ggml uses the last
-# one that the machine supports.
+# quant-gemm-vector.h): ggml's variant with this instruction set, and the processor flags it requires. ggml uses
+# the last one that the machine supports.
 AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 RUN = {
