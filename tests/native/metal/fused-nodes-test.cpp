@@ -136,7 +136,8 @@ static void test_apart(const std::string & name, const std::function<void(Nodes 
 
 // Routers
 
-enum class Scores { different, equal, groups };  // groups: four experts each have the same
+// groups: four experts each have the same. negative: with the bias. unlikely: the weights are smaller than their limit.
+enum class Scores { different, equal, groups, negative, unlikely };
 
 struct Router {
     int64_t n_experts;
@@ -149,10 +150,24 @@ struct Router {
 
     float logit(int64_t token, int64_t expert) const {
         const int64_t rank = (expert * 37 + token * 53) % n_experts;
-        return scores == Scores::equal ? 0.0f : 8.0f * (scores == Scores::groups ? rank / 4 : rank) / n_experts - 4.0f;
+        if (scores == Scores::equal || scores == Scores::unlikely) {
+            return scores == Scores::equal ? 0.0f : -25.0f;
+        }
+        return 8.0f * (scores == Scores::groups ? rank / 4 : rank) / n_experts - 4.0f;
     }
 
-    float bias(int64_t expert) const { return scores == Scores::different ? 2.0f * (expert % 3) : 0.0f; }
+    float bias(int64_t expert) const {
+        switch (scores) {
+        case Scores::different:
+            return 2.0f * (expert % 3);
+        case Scores::negative:
+            return 2.0f * (expert % 3) - 10.0f;
+        case Scores::unlikely:
+            return 0.01f * (expert * 11 % n_experts);
+        default:
+            return 0.0f;
+        }
+    }
 
     // Weights, and indices of the experts: of equal ones the first ones.
     std::vector<Doubles> want() const {
@@ -273,6 +288,8 @@ static void test_routers() {
         { 256, 8, 2, Scores::equal },
         { 65, 32, 1, Scores::equal },
         { 64, 6, 2, Scores::different, 0.5f },
+        { 33, 8, 2, Scores::negative },
+        { 64, 6, 2, Scores::unlikely },
     };
     for (const Router & r : routers) {
         Nodes nodes;
