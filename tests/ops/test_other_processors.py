@@ -33,7 +33,7 @@ ALL_VARIANTS = Variant(
 )
 
 # Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
-EMULATED = {"test-kda": 41, "latent-attn-test": 97}
+EMULATED = {"test-kda": 41, "latent-attn-test": 97, MATMUL: 67}
 NATIVE = {"test-kda": 23, "latent-attn-test": 13, MATMUL: 7}
 
 # Architecture of the compiler -> a processor of that kind, which terminates a program at any newer instruction.
@@ -46,7 +46,7 @@ def arm(architecture: str) -> Variant:
     return Variant(
         architecture,
         "-O2",
-        PROGRAMS,
+        (*PROGRAMS, MATMUL),
         {
             "CMAKE_SYSTEM_NAME": "Linux",
             "CMAKE_SYSTEM_PROCESSOR": "aarch64",
@@ -67,8 +67,10 @@ def passes(made: Build, program: str, cases: int, **environment: str) -> None:
     assert int(re.findall(r"\d+", said[-1])[0]) > 20, said[-1]
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-@pytest.mark.parametrize("architecture", ARM)
+@pytest.mark.parametrize(
+    ("architecture", "program"),
+    [*((each, program) for each in ARM for program in PROGRAMS), ("armv8.2-a+dotprod", MATMUL)],
+)
 def test_on_arm(architecture: str, program: str) -> None:
     passes(build(arm(architecture)), program, EMULATED[program])
 
@@ -82,7 +84,7 @@ def cpu_flags() -> set[str]:
 needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
 
 
-# The oldest x86 has no kernels for matmuls, and their own test runs them with AVX-512.
+# The oldest processors have no kernels for matmuls, and their own test runs them with AVX-512.
 @needs_x86
 @pytest.mark.parametrize(
     ("name", "program"),

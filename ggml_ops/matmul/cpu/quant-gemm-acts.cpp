@@ -50,6 +50,14 @@ static inline float largest_of(const float * x, int n) {
     return max_lane(largest);
 }
 
+// As ggml computes it on each processor.
+static inline float inverse_of(float largest, float scale) {
+    if (QUANT_GEMM_NEON) {
+        return scale != 0.0f ? 1.0f / scale : 0.0f;
+    }
+    return largest != 0.0f ? 127.0f / largest : 0.0f;
+}
+
 static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed) {
     for (int64_t i = 0; i < k; i += BLOCK) {
         const int b = i / BLOCK % N_BLOCKS;
@@ -59,8 +67,9 @@ static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed
         ActBlocks & to      = packed[i / SLICE];
         const float largest = largest_of(x + i, BLOCK);
         int32_t     sums[2];
-        round_codes(x + i, largest != 0.0f ? 127.0f / largest : 0.0f, to.codes[b], sums);
-        to.scales[b] = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(largest / 127.0f));
+        const float scale = largest / 127.0f;
+        round_codes(x + i, inverse_of(largest, scale), to.codes[b], sums);
+        to.scales[b] = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(scale));
         to.starts[b] = -offset * (sums[0] + sums[1]);
     }
 }

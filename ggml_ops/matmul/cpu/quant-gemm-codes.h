@@ -10,15 +10,23 @@ namespace quant_gemm {
 
 // The values of the nibbles of IQ4_NL and IQ4_XS, plus an offset of 128 where bytes are unsigned.
 inline Ints iq4_values(Ints nibbles) {
-    const __m128i values = _mm_setr_epi8(1, 24, 45, 63, 79, 93, 106, 118, (char) 129, (char) 141, (char) 153,
-                                         (char) 166, (char) 181, (char) 197, (char) 217, (char) 241);
-    const __m128i flip   = _mm_set1_epi8(SIGNED_BYTES ? (char) 0x80 : 0);
-    return look_up(table_of_16(_mm_xor_si128(values, flip)), nibbles);
+    constexpr int     FLIP       = SIGNED_BYTES ? 0x80 : 0;
+    constexpr uint8_t VALUES[16] = { 1 ^ FLIP,   24 ^ FLIP,  45 ^ FLIP,  63 ^ FLIP,  79 ^ FLIP,  93 ^ FLIP,
+                                     106 ^ FLIP, 118 ^ FLIP, 129 ^ FLIP, 141 ^ FLIP, 153 ^ FLIP, 166 ^ FLIP,
+                                     181 ^ FLIP, 197 ^ FLIP, 217 ^ FLIP, 241 ^ FLIP };
+    return look_up(table_of_16(VALUES), nibbles);
 }
 
 // Twice the values of the nibbles of MXFP4, plus an offset of 12.
 inline Ints mxfp4_values(Ints nibbles) {
-    return look_up(table_of_16(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0)), nibbles);
+    constexpr uint8_t VALUES[16] = { 12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0 };
+    return look_up(table_of_16(VALUES), nibbles);
+}
+
+// Byte i of every lane, repeated in all of its bytes.
+inline Ints spread_byte(Ints x, int i) {
+    constexpr uint8_t FIRST[16] = { 0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12 };
+    return look_up(x, add_8(table_of_16(FIRST), bytes(i)));
 }
 
 #endif

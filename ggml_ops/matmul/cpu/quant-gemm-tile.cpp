@@ -12,10 +12,10 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_KERNELS
 
-// Columns of a tile, so that its sums are in registers. AVX-512 has 32 of them: 12 integer and 12 float sums. Of the 16
-// of AVX2, integer sums take 6 or 8; float sums and products of 16 bits share the others.
-static constexpr int TILE_COLUMNS       = QUANT_GEMM_AVX512 ? 6 : SUMS_OF_16_BITS ? 3 : 4;
-static constexpr int TILE_COLUMNS_PLAIN = QUANT_GEMM_AVX512 ? 8 : 4;  // bf16 and f16: 16 or 8 float sums
+// Columns of a tile, so that its sums are in registers. AVX-512 and NEON have 32 of them: 12 integer and 12 float sums.
+// Of the 16 of AVX2, integer sums take 6 or 8; float sums and products of 16 bits share the others.
+static constexpr int TILE_COLUMNS       = !QUANT_GEMM_AVX2 ? 6 : SUMS_OF_16_BITS ? 3 : 4;
+static constexpr int TILE_COLUMNS_PLAIN = !QUANT_GEMM_AVX2 ? 8 : 4;  // bf16 and f16: 16 or 8 float sums
 
 // Values of each vector of rows for each column.
 template <int N_C> using IntGrid   = Ints[N_C][PANEL_VECTORS];

@@ -11,13 +11,7 @@ namespace quant_gemm {
 // Whether Q2_K and Q3_K are unpacked to quants times factors, which are bytes.
 constexpr bool QUANTS_TIMES_FACTORS = LANES == 16;
 
-// Byte i of every lane, repeated in all of its bytes, ...
-inline Ints spread_byte(Ints x, int i) {
-    const __m128i within = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
-    return look_up(x, add_8(table_of_16(within), bytes(i)));
-}
-
-// ... and as two 16-bit numbers.
+// Byte i of every lane, as two 16-bit numbers.
 inline Ints spread_number(Ints x, int i) {
     return spread_byte(x, i) & ints(0x00ff00ff);
 }

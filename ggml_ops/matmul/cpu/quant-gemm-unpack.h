@@ -55,7 +55,7 @@ struct Rows {
         x[1]                      = _mm512_shuffle_i64x2(a, b, 0xee);
         x[2]                      = _mm512_shuffle_i64x2(c, d, 0x44);
         x[3]                      = _mm512_shuffle_i64x2(c, d, 0xee);
-#else
+#elif QUANT_GEMM_AVX2
         __m256i two_rows[4];  // i and i + 4
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
@@ -69,6 +69,16 @@ struct Rows {
         x[1]            = _mm256_unpackhi_epi64(a, b);
         x[2]            = _mm256_unpacklo_epi64(c, d);
         x[3]            = _mm256_unpackhi_epi64(c, d);
+#else
+        const auto      load = [&](int i) { return vld1q_s32((const int32_t *) (row[i] + offset)); };
+        const int64x2_t a    = vreinterpretq_s64_s32(vtrn1q_s32(load(0), load(1)));
+        const int64x2_t b    = vreinterpretq_s64_s32(vtrn2q_s32(load(0), load(1)));
+        const int64x2_t c    = vreinterpretq_s64_s32(vtrn1q_s32(load(2), load(3)));
+        const int64x2_t d    = vreinterpretq_s64_s32(vtrn2q_s32(load(2), load(3)));
+        x[0]                 = vreinterpretq_s32_s64(vtrn1q_s64(a, c));
+        x[1]                 = vreinterpretq_s32_s64(vtrn1q_s64(b, d));
+        x[2]                 = vreinterpretq_s32_s64(vtrn2q_s64(a, c));
+        x[3]                 = vreinterpretq_s32_s64(vtrn2q_s64(b, d));
 #endif
     }
 
@@ -80,16 +90,16 @@ struct Rows {
 
     // the F16 numbers at an offset
     inline Floats load_half(size_t offset) const {
-#if QUANT_GEMM_AVX512
-        alignas(32) uint16_t x[LANES];
-        for (int i = 0; i < LANES; i++) {
-            memcpy(&x[i], row[i] + offset, sizeof(x[i]));
-        }
-        return from_halves(x);
-#else
+#if QUANT_GEMM_AVX2
         return _mm256_cvtph_ps(_mm_setr_epi16(half_at(0, offset), half_at(1, offset), half_at(2, offset),
                                               half_at(3, offset), half_at(4, offset), half_at(5, offset),
                                               half_at(6, offset), half_at(7, offset)));
+#else
+        alignas(32) short x[LANES];
+        for (int i = 0; i < LANES; i++) {
+            x[i] = half_at(i, offset);
+        }
+        return from_halves(x);
 #endif
     }
 
@@ -111,7 +121,9 @@ struct Rows {
     }
 
   private:
+#if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2
     inline __m128i load(int i, size_t offset) const { return _mm_loadu_si128((const __m128i *) (row[i] + offset)); }
+#endif
 
     inline short half_at(int i, size_t offset) const {
         short x;
@@ -262,7 +274,6 @@ struct Q5_0 {
     static constexpr Codes  CODES  = Codes::below_32;
 
     template <typename To> static inline void unpack(const Rows & rows, int64_t block, int n_blocks, To & to) {
-        const __m128i spread = _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
         for (int b = 0; b < n_blocks; b++) {
             const size_t at = (block + b) * sizeof(block_q5_0);
             Ints         x[4];
@@ -271,7 +282,7 @@ struct Q5_0 {
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
                 const Ints low  = j < 4 ? low_nibbles(x[j % 4]) : high_nibbles(x[j % 4]);
-                const Ints copy = look_up(fifth, add_8(table_of_16(spread), bytes(j / 2)));
+                const Ints copy = spread_byte(fifth, j / 2);
                 const Ints bits = ints(j % 2 == 0 ? 0x08040201 : (int) 0x80402010);
                 to.codes(b, j, low | where_set(copy, bits, bytes(16)));
             }

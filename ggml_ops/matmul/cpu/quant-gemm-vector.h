@@ -2,7 +2,7 @@
 
 // Vectors of 32-bit lanes, for the matmul of quantized weights. Each lane holds one row of weights. The rest of the
 // folder is written in these names, so a new instruction set is one more branch here:
-//   AVX-512 VNNI (16 lanes), AVX2 with or without AVX-VNNI (8 lanes).
+//   AVX-512 VNNI (16 lanes), AVX2 with or without AVX-VNNI (8 lanes), NEON with dot products (4 lanes).
 // Without any of them QUANT_GEMM_KERNELS is 0, and upstream's matmul runs.
 
 #include "ggml-cpu-impl.h"
@@ -20,20 +20,32 @@
 #endif
 #endif
 
+// With i8mm upstream has kernels of twice the rate.
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+#define QUANT_GEMM_NEON 1
+#endif
+
 #if !defined(QUANT_GEMM_AVX512)
 #define QUANT_GEMM_AVX512 0
 #endif
 #if !defined(QUANT_GEMM_AVX2)
 #define QUANT_GEMM_AVX2 0
 #endif
-#if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2
+#if !defined(QUANT_GEMM_NEON)
+#define QUANT_GEMM_NEON 0
+#endif
+#if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2 || QUANT_GEMM_NEON
 #define QUANT_GEMM_KERNELS 1
 // GCC before 13 warns about the undefined registers in its own AVX-512 intrinsics.
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
+#if QUANT_GEMM_NEON
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 #endif
 
 namespace quant_gemm {
@@ -82,7 +94,7 @@ inline Ints left_16(Ints x, int n)               { return _mm512_slli_epi16(x, n
 inline Ints right_16(Ints x, int n)              { return _mm512_srli_epi16(x, n); }
 
 // bytes of a table of 16, or of each 16 bytes
-inline Ints table_of_16(__m128i table)           { return _mm512_broadcast_i32x4(table); }
+inline Ints table_of_16(const uint8_t (&t)[16])  { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) t)); }
 inline Ints look_up(Ints table, Ints indices)    { return _mm512_shuffle_epi8(table, indices); }
 
 // those bytes of `value` where the bits are set in x
@@ -168,7 +180,7 @@ inline Ints right_signed_32(Ints x, int n)       { return _mm256_srai_epi32(x, n
 inline Ints left_16(Ints x, int n)               { return _mm256_slli_epi16(x, n); }
 inline Ints right_16(Ints x, int n)              { return _mm256_srli_epi16(x, n); }
 
-inline Ints table_of_16(__m128i table)           { return _mm256_broadcastsi128_si256(table); }
+inline Ints table_of_16(const uint8_t (&t)[16])  { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t)); }
 inline Ints look_up(Ints table, Ints indices)    { return _mm256_shuffle_epi8(table, indices); }
 
 inline Ints where_set(Ints x, Ints bits, Ints value) {
@@ -235,6 +247,125 @@ inline Floats lower_half(Ints x) {
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
 
+#elif QUANT_GEMM_NEON
+
+using Ints   = int32x4_t;
+using Floats = float32x4_t;
+
+constexpr int LANES = 4;
+
+inline Ints in_order(Ints x) {
+    return x;
+}
+
+inline Ints from_8(int8x16_t x) {
+    return vreinterpretq_s32_s8(x);
+}
+
+inline Ints from_16(uint16x8_t x) {
+    return vreinterpretq_s32_u16(x);
+}
+
+inline Ints from_32(uint32x4_t x) {
+    return vreinterpretq_s32_u32(x);
+}
+
+inline int8x16_t to_8(Ints x) {
+    return vreinterpretq_s8_s32(x);
+}
+
+inline uint8x16_t to_unsigned_8(Ints x) {
+    return vreinterpretq_u8_s32(x);
+}
+
+inline uint16x8_t to_16(Ints x) {
+    return vreinterpretq_u16_s32(x);
+}
+
+inline uint32x4_t to_32(Ints x) {
+    return vreinterpretq_u32_s32(x);
+}
+
+// clang-format off
+
+inline Ints   ints(int32_t x)                    { return vdupq_n_s32(x); }
+inline Ints   bytes(int x)                       { return from_8(vdupq_n_s8((int8_t) x)); }
+inline Floats floats(float x)                    { return vdupq_n_f32(x); }
+inline Ints   load_ints(const void * p)          { return vld1q_s32((const int32_t *) p); }
+inline void   store_ints(void * p, Ints x)       { vst1q_s32((int32_t *) p, x); }
+inline Floats load_floats(const float * p)       { return vld1q_f32(p); }
+inline void   store_floats(float * p, Floats x)  { vst1q_f32(p, x); }
+
+inline Ints add_32(Ints a, Ints b)               { return vaddq_s32(a, b); }
+inline Ints sub_32(Ints a, Ints b)               { return vsubq_s32(a, b); }
+inline Ints mul_32(Ints a, Ints b)               { return vmulq_s32(a, b); }
+inline Ints add_8(Ints a, Ints b)                { return from_8(vaddq_s8(to_8(a), to_8(b))); }
+inline Ints sub_8(Ints a, Ints b)                { return from_8(vsubq_s8(to_8(a), to_8(b))); }
+inline Ints left_32(Ints x, int n)               { return vshlq_s32(x, vdupq_n_s32(n)); }
+inline Ints right_32(Ints x, int n)              { return from_32(vshlq_u32(to_32(x), vdupq_n_s32(-n))); }
+inline Ints right_signed_32(Ints x, int n)       { return vshlq_s32(x, vdupq_n_s32(-n)); }
+inline Ints left_16(Ints x, int n)               { return from_16(vshlq_u16(to_16(x), vdupq_n_s16((int16_t) n))); }
+inline Ints right_16(Ints x, int n)              { return from_16(vshlq_u16(to_16(x), vdupq_n_s16((int16_t) -n))); }
+
+inline Ints table_of_16(const uint8_t (&t)[16])  { return vreinterpretq_s32_u8(vld1q_u8(t)); }
+inline Ints look_up(Ints table, Ints indices)    { return from_8(vqtbl1q_s8(to_8(table), to_unsigned_8(indices))); }
+
+inline Ints where_set(Ints x, Ints bits, Ints value) {
+    return vreinterpretq_s32_u8(vtstq_u8(to_unsigned_8(x), to_unsigned_8(bits))) & value;
+}
+
+inline Floats to_floats(Ints x)                  { return vcvtq_f32_s32(x); }
+inline Ints   to_ints(Floats x)                  { return vcvtnq_s32_f32(x); }
+inline Floats add(Floats a, Floats b)            { return vaddq_f32(a, b); }
+inline Floats mul(Floats a, Floats b)            { return vmulq_f32(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c)  { return vfmaq_f32(c, a, b); }
+inline Floats fms(Floats a, Floats b, Floats c)  { return vfmaq_f32(vnegq_f32(c), a, b); }
+inline Floats abs(Floats x)                      { return vabsq_f32(x); }
+inline Floats max(Floats a, Floats b)            { return vmaxq_f32(a, b); }
+inline float  max_lane(Floats x)                 { return vmaxvq_f32(x); }
+inline float  sum_lanes(Floats x)                { return vaddvq_f32(x); }
+inline int    sum_lanes(Ints x)                  { return vaddvq_s32(x); }
+
+inline Floats from_halves(const void * p)        { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *) p))); }
+inline Floats rounded_to_half(Floats x)          { return vcvt_f32_f16(vcvt_f16_f32(x)); }
+
+// clang-format on
+
+inline Ints add_pairs(Ints sum, Ints a, Ints b) {
+    const int16x8_t x    = vreinterpretq_s16_s32(a);
+    const int16x8_t y    = vreinterpretq_s16_s32(b);
+    const int32x4_t low  = vmull_s16(vget_low_s16(x), vget_low_s16(y));
+    const int32x4_t high = vmull_high_s16(x, y);
+    return vaddq_s32(sum, vpaddq_s32(low, high));
+}
+
+inline unsigned lanes_equal(Floats a, Floats b) {
+    const uint32x4_t bit = { 1, 2, 4, 8 };
+    return vaddvq_u32(vandq_u32(vceqq_f32(a, b), bit));
+}
+
+inline void store_bytes(int8_t * p, Ints x) {
+    const int16x4_t halves = vqmovn_s32(x);
+    const int8x8_t  quants = vqmovn_s16(vcombine_s16(halves, halves));
+    vst1_lane_s32((int32_t *) p, vreinterpret_s32_s8(quants), 0);
+}
+
+inline Ints halves_apart(Ints x) {
+    return from_16(vuzp1q_u16(to_16(x), vextq_u16(to_16(x), to_16(x), 1)));
+}
+
+inline Floats bf16_of(Ints x, int i) {
+    return vreinterpretq_f32_s32(i == 0 ? left_32(x, 16) : x & ints((int32_t) 0xffff0000));
+}
+
+inline Floats from_bf16(const void * p) {
+    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *) p), 16));
+}
+
+inline Floats lower_half(Ints x) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(to_32(x))));
+}
+
 #endif
 
 #if QUANT_GEMM_KERNELS
@@ -299,7 +430,7 @@ inline Ints factors_of(Ints x) {
 #else
 
 constexpr bool SUMS_OF_16_BITS = false;
-constexpr bool SIGNED_BYTES    = false;
+constexpr bool SIGNED_BYTES    = QUANT_GEMM_NEON;
 
 constexpr int groups_together(Codes) {
     return 8;
@@ -308,8 +439,10 @@ constexpr int groups_together(Codes) {
 template <Codes> inline Ints add_products(Ints sums, Ints codes, Ints acts) {
 #if QUANT_GEMM_AVX512
     return _mm512_dpbusd_epi32(sums, codes, acts);
-#else
+#elif QUANT_GEMM_AVX2
     return _mm256_dpbusd_avx_epi32(sums, codes, acts);
+#else
+    return vdotq_s32(sums, to_8(codes), to_8(acts));
 #endif
 }
 
