@@ -13,7 +13,7 @@ size_t act_row_size(Scheme scheme, int64_t k) {
     case Scheme::q8_0:
         return (k + SLICE - 1) / SLICE * sizeof(ActBlocks);
     case Scheme::bf16:
-#if defined(__AVX512BF16__)
+#if QUANT_GEMM_BF16
         return k * sizeof(ggml_bf16_t);
 #endif
     case Scheme::f16:
@@ -58,6 +58,15 @@ static inline float inverse_of(float largest, float scale) {
     return largest != 0.0f ? 127.0f / largest : 0.0f;
 }
 
+// Sums that may overflow where values are not numbers or are infinite.
+static inline int32_t sum_of(int32_t a, int32_t b) {
+    return (int32_t) ((uint32_t) a + (uint32_t) b);
+}
+
+static inline int32_t start_of(int offset, int32_t sum) {
+    return (int32_t) (0u - (uint32_t) offset * (uint32_t) sum);
+}
+
 static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed) {
     for (int64_t i = 0; i < k; i += BLOCK) {
         const int b = i / BLOCK % N_BLOCKS;
@@ -66,11 +75,11 @@ static void pack_q8_0(int offset, const float * x, int64_t k, ActBlocks * packed
         }
         ActBlocks & to      = packed[i / SLICE];
         const float largest = largest_of(x + i, BLOCK);
+        const float scale   = largest / 127.0f;
         int32_t     sums[2];
-        const float scale = largest / 127.0f;
         round_codes(x + i, inverse_of(largest, scale), to.codes[b], sums);
         to.scales[b] = GGML_CPU_FP16_TO_FP32(GGML_CPU_FP32_TO_FP16(scale));
-        to.starts[b] = -offset * (sums[0] + sums[1]);
+        to.starts[b] = start_of(offset, sum_of(sums[0], sums[1]));
     }
 }
 
@@ -88,15 +97,15 @@ static inline float extreme(const float * x) {
 
 // Stores the sums by 16 of block b as the scheme needs them.
 static inline void put_sums(Scheme scheme, int offset, int b, const int32_t (&sums)[2], ActSuperBlock & packed) {
-    const int32_t both = sums[0] + sums[1];
+    const int32_t both = sum_of(sums[0], sums[1]);
     if (scheme == Scheme::q8_K_256) {
-        packed.start = (b == 0 ? 0 : packed.start) - offset * both;
+        packed.start = sum_of(b == 0 ? 0 : packed.start, start_of(offset, both));
     } else if (scheme == Scheme::q8_K_16 && has_starts(scheme)) {
-        packed.starts[2 * b]     = -offset * sums[0];
-        packed.starts[2 * b + 1] = -offset * sums[1];
+        packed.starts[2 * b]     = start_of(offset, sums[0]);
+        packed.starts[2 * b + 1] = start_of(offset, sums[1]);
         return;
     } else if (weights_per_minimum(scheme) != 16) {
-        packed.starts[b] = -offset * both;
+        packed.starts[b] = start_of(offset, both);
         packed.sums[b]   = (int16_t) both;
         return;
     }
@@ -124,7 +133,7 @@ static void pack_f16(const float * x, int64_t k, float * packed) {
 }
 
 static void pack_bf16(const float * x, int64_t k, char * packed) {
-#if defined(__AVX512BF16__)
+#if QUANT_GEMM_BF16
     ggml_cpu_fp32_to_bf16(x, (ggml_bf16_t *) packed, k);
 #else
     for (int64_t i = 0; i < k; i++) {

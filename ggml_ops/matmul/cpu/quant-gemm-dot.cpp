@@ -166,7 +166,7 @@ template <int N_C> static inline void store_row(const Floats (&even)[N_C], const
     }
 }
 
-#if defined(__AVX512BF16__)
+#if QUANT_GEMM_BF16
 
 static inline __m512bh pairs_of(const void * p) {
     return (__m512bh) _mm512_loadu_si512(p);
@@ -258,7 +258,7 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_Q6_K, LANES_OF<Q6_K, block_q6_K> },
 #endif
     { GGML_TYPE_F16, PLAIN_ROWS<from_halves> },
-#if defined(__AVX512BF16__)
+#if QUANT_GEMM_BF16
     { GGML_TYPE_BF16,
       { DOT_ROWS,
         { dot_plain_rows<dot_row_bf16<1>>, dot_plain_rows<dot_row_bf16<2>>, dot_plain_rows<dot_row_bf16<3>>,

@@ -204,7 +204,7 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     }
 }
 
-#if defined(__AVX512BF16__)
+#if QUANT_GEMM_BF16
 
 template <int N_C>
 static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {

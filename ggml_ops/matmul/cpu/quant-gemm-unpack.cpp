@@ -103,7 +103,7 @@ static const Format formats[] = {
     rows<Q6_K>(GGML_TYPE_Q6_K, 17),
     rows<IQ4_XS>(GGML_TYPE_IQ4_XS, 5),
     rows<F16>(GGML_TYPE_F16, 20),
-#if defined(__AVX512BF16__) || !QUANT_GEMM_AVX512
+#if QUANT_GEMM_BF16 || !QUANT_GEMM_AVX512
     rows<BF16>(GGML_TYPE_BF16, 33),
 #endif
 #if QUANT_GEMM_AVX512

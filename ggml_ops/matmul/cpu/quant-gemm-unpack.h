@@ -70,7 +70,7 @@ struct Rows {
         x[2]            = _mm256_unpacklo_epi64(c, d);
         x[3]            = _mm256_unpackhi_epi64(c, d);
 #else
-        const auto      load = [&](int i) { return vld1q_s32((const int32_t *) (row[i] + offset)); };
+        const auto      load = [&](int i) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t *) row[i] + offset)); };
         const int64x2_t a    = vreinterpretq_s64_s32(vtrn1q_s32(load(0), load(1)));
         const int64x2_t b    = vreinterpretq_s64_s32(vtrn2q_s32(load(0), load(1)));
         const int64x2_t c    = vreinterpretq_s64_s32(vtrn1q_s32(load(2), load(3)));

@@ -13,7 +13,10 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) &&                 \
     defined(__AVX512VNNI__)
 #define QUANT_GEMM_AVX512 1
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#if defined(__AVX512BF16__)
+#define QUANT_GEMM_BF16 1  // products of BF16 pairs
+#endif
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && defined(__GNUC__)
 #define QUANT_GEMM_AVX2 1
 #if defined(__AVXVNNI__)
 #define QUANT_GEMM_AVX_VNNI 1
@@ -33,6 +36,9 @@
 #endif
 #if !defined(QUANT_GEMM_NEON)
 #define QUANT_GEMM_NEON 0
+#endif
+#if !defined(QUANT_GEMM_BF16)
+#define QUANT_GEMM_BF16 0
 #endif
 #if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2 || QUANT_GEMM_NEON
 #define QUANT_GEMM_KERNELS 1
@@ -321,8 +327,8 @@ inline Floats mul(Floats a, Floats b)            { return vmulq_f32(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c)  { return vfmaq_f32(c, a, b); }
 inline Floats fms(Floats a, Floats b, Floats c)  { return vfmaq_f32(vnegq_f32(c), a, b); }
 inline Floats abs(Floats x)                      { return vabsq_f32(x); }
-inline Floats max(Floats a, Floats b)            { return vmaxq_f32(a, b); }
-inline float  max_lane(Floats x)                 { return vmaxvq_f32(x); }
+inline Floats max(Floats a, Floats b)            { return vmaxnmq_f32(a, b); }
+inline float  max_lane(Floats x)                 { return vmaxnmvq_f32(x); }
 inline float  sum_lanes(Floats x)                { return vaddvq_f32(x); }
 inline int    sum_lanes(Ints x)                  { return vaddvq_s32(x); }
 
