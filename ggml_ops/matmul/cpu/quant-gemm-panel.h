@@ -114,7 +114,8 @@ struct alignas(64) Panel {
     union {
         uint8_t  codes[N_BLOCKS][N_GROUPS][PANEL_ROWS][4];
         uint16_t pairs[SLICE_16 / BLOCK][N_PAIRS][PANEL_ROWS][2];  // bf16
-        uint16_t halves[SLICE_16 / 2][2][2][PANEL_ROWS / 2];       // f16: per vector of rows, two values of k
+        uint16_t halves[SLICE_16 / 2][2][2]
+                       [PANEL_ROWS / 2];  // f16, and bf16 as float32: per vector of rows, two values of k
     };
 
     union {

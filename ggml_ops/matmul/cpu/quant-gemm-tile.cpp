@@ -226,37 +226,11 @@ static void tile_bf16(const Panel & panel, int n_blocks, const char * const * co
     store_sums<N_C>(f, sums);
 }
 
-#else
-
-// Activations are float32.
-template <int N_C>
-static void tile_bf16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
-    Floats       f[N_C][PANEL_VECTORS];
-    const char * act[N_C];
-    load_columns(columns, act);
-    load_sums<N_C>(sums, f);
-    const uint16_t * weights = &panel.pairs[0][0][0][0];
-    for (int p = 0; p < n_blocks * N_PAIRS; p++) {
-        const Ints w0 = load_ints(weights + p * PANEL_ROWS * 2);
-        const Ints w1 = load_ints(weights + p * PANEL_ROWS * 2 + 2 * LANES);
-#pragma GCC unroll 2
-        for (int i = 0; i < 2; i++) {
-            const Floats x0 = bf16_of(w0, i);
-            const Floats x1 = bf16_of(w1, i);
-#pragma GCC unroll 8
-            for (int c = 0; c < N_C; c++) {
-                const Floats a = broadcast_floats(act[c] + (2 * p + i) * sizeof(float));
-                f[c][0]        = fma(x0, a, f[c][0]);
-                f[c][1]        = fma(x1, a, f[c][1]);
-            }
-        }
-    }
-    store_sums<N_C>(f, sums);
-}
-
 #endif
 
-template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
+// 16-bit numbers that WIDEN makes float32, as activations are.
+template <Floats (*WIDEN)(const void *), int N_C>
+static void tile_halves(const Panel & panel, int n_blocks, const char * const * columns, float * sums) {
     Floats       f[N_C][PANEL_VECTORS];
     const char * act[N_C];
     load_columns(columns, act);
@@ -264,8 +238,8 @@ template <int N_C> static void tile_f16(const Panel & panel, int n_blocks, const
     for (int k = 0; k < n_blocks * BLOCK; k += 4) {
 #pragma GCC unroll 4
         for (int i = k; i < k + 4; i++) {
-            const Floats w0 = from_halves(panel.halves[i / 2][0][i % 2]);
-            const Floats w1 = from_halves(panel.halves[i / 2][1][i % 2]);
+            const Floats w0 = WIDEN(panel.halves[i / 2][0][i % 2]);
+            const Floats w1 = WIDEN(panel.halves[i / 2][1][i % 2]);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
                 const Floats a = broadcast_floats(act[c] + i * sizeof(float));
@@ -284,9 +258,13 @@ static void tile(const Panel & panel, int n_blocks, const char * const * columns
     if constexpr (SCHEME == Scheme::q8_0) {
         tile_q8_0<CODES, N_C>(panel, n_blocks, columns, sums);
     } else if constexpr (SCHEME == Scheme::bf16) {
+#if QUANT_GEMM_BF16
         tile_bf16<N_C>(panel, n_blocks, columns, sums);
+#else
+        tile_halves<from_bf16, N_C>(panel, n_blocks, columns, sums);
+#endif
     } else if constexpr (SCHEME == Scheme::f16) {
-        tile_f16<N_C>(panel, n_blocks, columns, sums);
+        tile_halves<from_halves, N_C>(panel, n_blocks, columns, sums);
     } else {
         tile_q8_K<SCHEME, CODES, N_C>(panel, columns, sums);
     }

@@ -27,6 +27,28 @@ struct PanelLanes {
 
 // ---- plain numbers
 
+// Two values of k per vector of rows, for tiles that widen them.
+template <Scheme SCHEME_> struct Halves {
+    static constexpr Scheme SCHEME = SCHEME_;
+    static constexpr int    OFFSET = 0;
+    static constexpr Codes  CODES  = Codes::bytes;
+
+    static inline void unpack(const Rows & rows, int64_t block, int n_blocks, const PanelLanes & to) {
+        for (int k = 0; k < n_blocks * BLOCK; k += 8) {
+            Ints x[4];
+            rows.load16((block * BLOCK + k) * sizeof(ggml_fp16_t), x);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                store_ints(to.panel.halves[k / 2 + j][to.first / LANES], halves_apart(x[j]));
+            }
+        }
+    }
+};
+
+using F16 = Halves<Scheme::f16>;
+
+#if QUANT_GEMM_BF16
+
 struct BF16 {
     static constexpr Scheme SCHEME = Scheme::bf16;
     static constexpr int    OFFSET = 0;
@@ -46,22 +68,11 @@ struct BF16 {
     }
 };
 
-struct F16 {
-    static constexpr Scheme SCHEME = Scheme::f16;
-    static constexpr int    OFFSET = 0;
-    static constexpr Codes  CODES  = Codes::bytes;
+#else
 
-    static inline void unpack(const Rows & rows, int64_t block, int n_blocks, const PanelLanes & to) {
-        for (int k = 0; k < n_blocks * BLOCK; k += 8) {
-            Ints x[4];
-            rows.load16((block * BLOCK + k) * sizeof(ggml_fp16_t), x);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                store_ints(to.panel.halves[k / 2 + j][to.first / LANES], halves_apart(x[j]));
-            }
-        }
-    }
-};
+using BF16 = Halves<Scheme::bf16>;
+
+#endif
 
 // ---- the table
 

@@ -137,11 +137,6 @@ inline Ints halves_apart(Ints x) {
     return _mm512_permutexvar_epi16(_mm512_load_si512(order), x);
 }
 
-// BF16 number i of the two in each lane
-inline Floats bf16_of(Ints x, int i) {
-    return _mm512_castsi512_ps(i == 0 ? _mm512_slli_epi32(x, 16) : _mm512_and_si512(x, _mm512_set1_epi32(0xffff0000)));
-}
-
 // BF16 numbers in a row
 inline Floats from_bf16(const void * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
@@ -237,10 +232,6 @@ inline Ints halves_apart(Ints x) {
     const __m256i order = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15, 0, 1, 4, 5, 8, 9, 12,
                                            13, 2, 3, 6, 7, 10, 11, 14, 15);
     return _mm256_permute4x64_epi64(_mm256_shuffle_epi8(x, order), 0xd8);
-}
-
-inline Floats bf16_of(Ints x, int i) {
-    return _mm256_castsi256_ps(i == 0 ? _mm256_slli_epi32(x, 16) : _mm256_and_si256(x, _mm256_set1_epi32(0xffff0000)));
 }
 
 inline Floats from_bf16(const void * p) {
@@ -358,10 +349,6 @@ inline void store_bytes(int8_t * p, Ints x) {
 
 inline Ints halves_apart(Ints x) {
     return from_16(vuzp1q_u16(to_16(x), vextq_u16(to_16(x), to_16(x), 1)));
-}
-
-inline Floats bf16_of(Ints x, int i) {
-    return vreinterpretq_f32_s32(i == 0 ? left_32(x, 16) : x & ints((int32_t) 0xffff0000));
 }
 
 inline Floats from_bf16(const void * p) {
