@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.toolchain import Compiler, cpu_fingerprint, find_compilers
+from kimi_gguf.engine.toolchain import Compiler, cpu_fingerprint, cpuinfo, find_compilers
 from kimi_gguf.patches.pin import Pin, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import Tree, list_files
@@ -25,6 +25,10 @@ LAYOUT = 3  # layout of the folders of builds and sources; increment it when one
 _ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 # Run paths must take precedence over LD_LIBRARY_PATH, or a stray libllama could replace the build's own.
 _LINK = {} if sys.platform == "darwin" else {"LINKER_FLAGS": "-Wl,--disable-new-dtags"}
+
+# Upstream cannot run Kimi-Linear with AMX (patches/fixes, 0023), and our matmuls are faster without it. Both builds
+# have the same options, so that they share what they compile.
+_NO_AMX = {f"CMAKE_{language}_FLAGS_INIT": "-U__AMX_INT8__" for language in ("C", "CXX")}
 
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
@@ -45,6 +49,7 @@ OPTIONS = {
     "LLAMA_BUILD_UI": "OFF",
     "LLAMA_OPENSSL": "OFF",
     "LLAMA_USE_PREBUILT_UI": "OFF",
+    **(_NO_AMX if "amx_int8" in cpuinfo("flags").split() else {}),
 }
 
 BACKENDS: dict[str, dict[str, str]] = {
