@@ -56,12 +56,12 @@ static void tile_dot_products(int sums, int a, int b) {
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbssd
-#define _tile_loadconfig(config) tile_configure(config)
+#define _tile_loadconfig(config)        tile_configure(config)
 #define _tile_loadd(tile, from, stride) tile_load(tile, from, stride)
-#define _tile_stored(tile, to, stride) tile_store(tile, to, stride)
-#define _tile_zero(tile) memset(tiles[tile].data, 0, sizeof(tiles[tile].data))
-#define _tile_dpbssd(sums, a, b) tile_dot_products(sums, a, b)
-#define syscall(...) 0  // asks Linux for the tile registers
+#define _tile_stored(tile, to, stride)  tile_store(tile, to, stride)
+#define _tile_zero(tile)                memset(tiles[tile].data, 0, sizeof(tiles[tile].data))
+#define _tile_dpbssd(sums, a, b)        tile_dot_products(sums, a, b)
+#define syscall(...)                    0  // asks Linux for the tile registers
 
 #include "check.h"
 #include "ggml-alloc.h"
@@ -72,10 +72,10 @@ static void tile_dot_products(int sums, int a, int b) {
 #include <vector>
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#    undef __AMX_INT8__
-#    define __AMX_INT8__ 1
-#    include "amx/amx.cpp"
-#    include "amx/mmq.cpp"
+#undef __AMX_INT8__
+#define __AMX_INT8__ 1
+#include "amx/amx.cpp"
+#include "amx/mmq.cpp"
 
 extern "C" void ggml_barrier(ggml_threadpool *) {}  // one thread
 
@@ -125,8 +125,8 @@ static ggml_tensor * contiguous_copy(ggml_context * ctx, const ggml_tensor * x) 
 }
 
 static void test_type(ggml_type type) {
-    std::mt19937 random(type);
-    Context      plain;  // no_alloc is false, so that activations and results have memory
+    std::mt19937  random(type);
+    Context       plain;  // no_alloc is false, so that activations and results have memory
     ggml_tensor * floats = ggml_new_tensor_2d(plain.ctx, GGML_TYPE_F32, K, N);
     fill(floats, random);
     std::vector<char> values(ggml_row_size(type, K) * N);
@@ -141,13 +141,14 @@ static void test_type(ggml_type type) {
     for (int64_t rows : { 1, 2, 5, 16, 17, 32, 40 }) {
         ggml_tensor * x = ggml_new_tensor_2d(plain.ctx, GGML_TYPE_F32, K, rows);
         fill(x, random);
-        ggml_tensor * node = ggml_mul_mat(plain.ctx, weight, x);
-        const auto    got  = compute(node);
+        ggml_tensor * node       = ggml_mul_mat(plain.ctx, weight, x);
+        const auto    got        = compute(node);
         double        difference = 0, power = 0;
         for (int64_t i = 0; i < rows * N; ++i) {
             double sum = 0;
             for (int64_t k = 0; k < K; ++k) {
-                sum += (double) ((const float *) x->data)[i / N * K + k] * ((const float *) floats->data)[i % N * K + k];
+                sum +=
+                    (double) ((const float *) x->data)[i / N * K + k] * ((const float *) floats->data)[i % N * K + k];
             }
             difference += (got[i] - sum) * (got[i] - sum);
             power += sum * sum;
@@ -155,22 +156,24 @@ static void test_type(ggml_type type) {
         expect(buffer_type().supports_op(nullptr, node) && difference <= 1e-4 * power,  // activations have 8 bits
                text("%s, %d rows: NMSE %g", ggml_type_name(type), (int) rows, difference / power));
 
-        for (int64_t matrices : { 1, 3 }) {  // rows of a wider tensor, in the order (K, row, matrix) and (K, matrix, row)
+        for (int64_t matrices :
+             { 1, 3 }) {  // rows of a wider tensor, in the order (K, row, matrix) and (K, matrix, row)
             for (bool permuted : { false, true }) {
                 ggml_tensor * wide = ggml_new_tensor_3d(plain.ctx, GGML_TYPE_F32, K + 64, permuted ? matrices : rows,
                                                         permuted ? rows : matrices);
                 fill(wide, random);
                 ggml_tensor * view =
                     ggml_view_3d(plain.ctx, wide, K, wide->ne[1], wide->ne[2], wide->nb[1], wide->nb[2], 32 * 4);
-                view           = permuted ? ggml_permute(plain.ctx, view, 0, 2, 1, 3) : view;
-                ggml_tensor * y = ggml_mul_mat(plain.ctx, weight, view);
+                view               = permuted ? ggml_permute(plain.ctx, view, 0, 2, 1, 3) : view;
+                ggml_tensor * y    = ggml_mul_mat(plain.ctx, weight, view);
                 bool          same = buffer_type().supports_op(nullptr, y);
                 if (same) {
                     ggml_tensor * copy = contiguous_copy(plain.ctx, view);
                     const auto    all  = compute(y);
                     for (int64_t i = 0; i < matrices; ++i) {
-                        ggml_tensor * part = ggml_view_2d(plain.ctx, copy, K, rows, copy->nb[1], i * rows * copy->nb[1]);
-                        const auto    each = compute(ggml_mul_mat(plain.ctx, weight, part));
+                        ggml_tensor * part =
+                            ggml_view_2d(plain.ctx, copy, K, rows, copy->nb[1], i * rows * copy->nb[1]);
+                        const auto each = compute(ggml_mul_mat(plain.ctx, weight, part));
                         same = same && memcmp(each.data(), &all[i * rows * N], each.size() * sizeof(float)) == 0;
                     }
                 }
