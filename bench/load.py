@@ -79,13 +79,3 @@ def undisturbed(action: Callable[[], Answer], threads: int, own: Collection[int]
         if disturbance is None or disturbance <= DISTURBED * took:
             break
     return Attempt(answer, took, disturbance)
-
-
-def available_memory() -> int | None:
-    """Bytes of available memory; None if the system does not report it."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kib = [int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    return kib[0] * 1024 if kib else None

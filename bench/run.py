@@ -30,7 +30,6 @@ from kimi_gguf.bench.cells import (
 from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import measure_device_operators
 from kimi_gguf.bench.equal_requests import ask_together
-from kimi_gguf.bench.load import available_memory
 from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
@@ -48,7 +47,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.builds import Engine, ensure, options_of
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
-from kimi_gguf.engine.toolchain import cores
+from kimi_gguf.engine.toolchain import available_memory, cores
 
 DEMO_TYPES = ("Q8_0", "BF16")
 EQUAL_TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")  # of --equal-requests

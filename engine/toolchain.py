@@ -1,10 +1,11 @@
-"""Compilers, CMake, Ninja and the processor of this machine.
+"""Compilers, CMake, Ninja, and the processor and memory of this machine.
 
 Input: the environment. Output: paths and versions, or an error that says how to install what is missing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -68,6 +69,23 @@ def cpuinfo(*names: str) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may allocate, also within its container's limit; None if the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    free = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (group / "memory.max", group / "memory.current"),
+        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such controller, or "max"
+            free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free, default=None)
 
 
 def cores() -> int:

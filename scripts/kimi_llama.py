@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf
-from kimi_gguf.engine.toolchain import cores
+from kimi_gguf.engine.split_names import place_in_set
+from kimi_gguf.engine.toolchain import available_memory, cores
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 
@@ -38,6 +39,10 @@ class Tool:
     defaults: Defaults
     drafted: str | None = None  # the program that is used with a draft model
 
+    def without(self, default: tuple[tuple[str, ...], tuple[str, ...]]) -> Tool:
+        """The tool without one of its defaults."""
+        return replace(self, defaults=tuple(each for each in self.defaults if each is not default))
+
 
 _THREADS = (("-t", "--threads"), ("--threads", "{cores}"))
 _FLASH = (("-fa", "--flash-attn"), ("--flash-attn", "auto"))
@@ -46,6 +51,8 @@ _QUIET = (  # only text and warnings: no list of the model's metadata and tensor
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
 )
+# Weights in huge pages instead of a mapped file: a token takes less time, loading takes longer.
+_IN_MEMORY = (("-lm", "--load-mode"), ("--load-mode", "none"))
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
 _WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
@@ -93,7 +100,7 @@ TOOLS = {
         "llama-cli",
         "talk to the model on the terminal",
         'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
-        (_THREADS, _FLASH, _JINJA),
+        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
         drafted="llama-cli",
     ),
     "serve": Tool(
@@ -101,7 +108,7 @@ TOOLS = {
         "serve the model over HTTP with an OpenAI-compatible API",
         "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
         "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
-        (_THREADS, _FLASH, _JINJA),
+        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
         drafted="llama-server",
     ),
     "quantize": Tool(
@@ -201,7 +208,9 @@ def _tool(parsed: argparse.Namespace) -> int:
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.backends[0] != "cpu":
         _expect_to_run(engine)
-    program, *arguments = _tool_command(tool, parsed.model, parsed.arguments)
+    if engine.backends[0] != "cpu" or not fits(parsed.model):
+        tool = tool.without(_IN_MEMORY)
+    program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
     os.execv(command[0], command)
@@ -227,7 +236,7 @@ def _expect_to_run(engine: Engine) -> None:
         raise EngineError(error.what, found=error.found, todo=todo) from error
 
 
-def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
+def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
     given = ["--rpc" if word == _WORKERS else word for word in given]
     options = {argument.split("=", 1)[0] for argument in given}
@@ -244,6 +253,13 @@ def _tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
         for word in words
     ]
     return [program, "--model", str(model), *added, *given]
+
+
+def fits(model: Path) -> bool:
+    """Whether the model's weights take at most three quarters of the available memory; false if this is unknown."""
+    _, files = place_in_set(model) or (1, [model])
+    free = available_memory()
+    return free is not None and sum(path.stat().st_size for path in files if path.exists()) <= free * 3 // 4
 
 
 def _drafts(given: Sequence[str]) -> list[Path]:

@@ -81,6 +81,38 @@ def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
     assert words == ["--model", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v"]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "free", "fits"),
+    [
+        ((300,), 400, True),
+        ((300,), 399, False),
+        ((150, 150), 400, True),
+        ((150, 151), 400, False),
+        ((1,), None, False),
+    ],
+)
+def test_weights_are_loaded_into_memory_only_if_there_is_enough(
+    sizes: tuple[int, ...], free: int | None, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [f"m-{i:05d}-of-{len(sizes):05d}.gguf" for i in range(1, len(sizes) + 1)]
+    for name, size in zip(names, sizes, strict=True):
+        (tmp_path / name).write_bytes(bytes(size))
+    monkeypatch.setattr(kimi_llama, "available_memory", lambda: free)
+    assert kimi_llama.fits(tmp_path / names[0]) == fits
+
+
+def test_a_servers_weights_are_in_memory_unless_the_caller_says_otherwise() -> None:
+    """Not those of `run`, which would load longer than it computes."""
+    model = Path("model.gguf")
+    words = {
+        name: kimi_llama.tool_command(kimi_llama.TOOLS[name], model, []) for name in ("run", "chat", "serve")
+    }
+    assert {name for name, told in words.items() if told[-2:] == ["--load-mode", "none"]} == {"chat", "serve"}
+    assert (
+        kimi_llama.tool_command(kimi_llama.TOOLS["serve"], model, ["-lm", "mmap"]).count("--load-mode") == 0
+    )
+
+
 @pytest.mark.parametrize("draft", ["-md", "--model-draft", "--spec-draft-model"])
 def test_a_draft_model_is_used_and_not_only_loaded(built: Path, draft: str) -> None:
     model = str(built / "model.gguf")
