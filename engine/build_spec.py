@@ -59,6 +59,8 @@ BACKENDS: dict[str, dict[str, str]] = {
     "vulkan": {"GGML_METAL": "OFF", "GGML_VULKAN": "ON"},
 }
 
+FAST_COMPILE = Path(__file__).with_name("fast_compile.cmake")  # for the pinned sources, not for a checkout
+
 LIBRARIES = ("llama", "mtmd")
 
 VERIFY = "kimi-verify"  # compares the operators on a GPU with the CPU; only in patched builds
@@ -115,7 +117,8 @@ class BuildSpec:
     def work_key(self) -> str:
         """Names the scratch folder, which the upstream and the patched build share, one after the other."""
         compilers = [(language, each.path, each.version) for language, each in self.compilers]
-        return _digest(LAYOUT, self.options, compilers, self.cpu)
+        script = FAST_COMPILE.read_text() if self.source is None else ""
+        return _digest(LAYOUT, self.options, compilers, self.cpu, script)
 
     @property
     def commit(self) -> str:

@@ -1,0 +1,38 @@
+# Half of the time of a build goes into chat formats, images and HTTP, which take no time when a model runs: many small
+# sources with the same large headers. Compile them in groups and at -O1. CMake includes this file before the
+# CMakeLists.txt of the pinned llama.cpp.
+
+# Sets `result` to the sources of the target, with their folder, whose names match.
+function(kimi_sources result target names)
+    get_target_property(sources ${target} SOURCES)
+    get_target_property(folder ${target} SOURCE_DIR)
+    list(FILTER sources INCLUDE REGEX "${names}")
+    list(TRANSFORM sources PREPEND "${folder}/")
+    set(${result} ${sources} PARENT_SCOPE)
+endfunction()
+
+# Compiles the target's sources in groups of `size`, and those whose names match `alone` by themselves.
+function(kimi_group target size alone)
+    kimi_sources(sources ${target} "${alone}")
+    set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES SKIP_UNITY_BUILD_INCLUSION ON)
+    set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE ${size})
+endfunction()
+
+function(kimi_compile_less)
+    foreach(target IN ITEMS cpp-httplib llama-common llama-server-impl mtmd server-context)
+        if (TARGET ${target})
+            target_compile_options(${target} PRIVATE -O1)
+        endif()
+    endforeach()
+    if (TARGET mtmd)
+        kimi_group(mtmd 16 "^[^/]*$") # all but models/
+    endif()
+    if (TARGET llama-common)
+        set(for_each_token "^(ngram-.*|sampling|speculative)\\.cpp$")
+        kimi_group(llama-common 8 "${for_each_token}|^json\\.cpp$") # json.cpp must precede its uses
+        kimi_sources(sources llama-common "${for_each_token}")
+        set_source_files_properties(${sources} TARGET_DIRECTORY llama-common PROPERTIES COMPILE_OPTIONS -O3)
+    endif()
+endfunction()
+
+cmake_language(DEFER CALL kimi_compile_less)
