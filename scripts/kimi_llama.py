@@ -243,7 +243,7 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & _DRAFT:
         program = tool.drafted
-        defaults = (*(each for each in defaults if each is not _PLAIN), _SPECULATE)
+        defaults = (*tool.without(_PLAIN).defaults, _SPECULATE)
     if not defaults:
         return [program, str(model), *given]
     added = [

@@ -103,14 +103,13 @@ def test_weights_are_loaded_into_memory_only_if_there_is_enough(
 
 def test_a_servers_weights_are_in_memory_unless_the_caller_says_otherwise() -> None:
     """Not those of `run`, which would load longer than it computes."""
-    model = Path("model.gguf")
-    words = {
-        name: kimi_llama.tool_command(kimi_llama.TOOLS[name], model, []) for name in ("run", "chat", "serve")
-    }
-    assert {name for name, told in words.items() if told[-2:] == ["--load-mode", "none"]} == {"chat", "serve"}
-    assert (
-        kimi_llama.tool_command(kimi_llama.TOOLS["serve"], model, ["-lm", "mmap"]).count("--load-mode") == 0
-    )
+
+    def command(name: str, *given: str) -> list[str]:
+        return kimi_llama.tool_command(kimi_llama.TOOLS[name], Path("model.gguf"), given)
+
+    in_memory = {name for name in ("run", "chat", "serve") if command(name)[-2:] == ["--load-mode", "none"]}
+    assert in_memory == {"chat", "serve"}
+    assert "--load-mode" not in command("serve", "-lm", "mmap")
 
 
 @pytest.mark.parametrize("draft", ["-md", "--model-draft", "--spec-draft-model"])
