@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kimi_gguf.engine import archive
-from kimi_gguf.engine.build_spec import LAYOUT, BuildSpec
+from kimi_gguf.engine.build_spec import CPU_BACKENDS, LAYOUT, BuildSpec
 from kimi_gguf.engine.compiling import compile_tree
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
@@ -30,7 +30,10 @@ from kimi_gguf.patches.pin import Pin
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
 
-NEEDED_SPACE = {"cpu": 1_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000, "vulkan": 2_000_000_000}
+NEEDED_SPACE = {
+    "cpu": 1_000_000_000, "cpu-all": 2_000_000_000, "cuda": 4_000_000_000, "metal": 1_000_000_000,
+    "vulkan": 2_000_000_000,
+}  # fmt: skip
 PACKAGE_FILES = ("PKG-INFO", "LICENSE.md")  # of the Python package, next to it in the archive
 NOT_COMPILED = ("benches/", "docs/", "media/", "models/")  # large, and not needed in the scratch folder
 _UNPACK_AGAIN = "remove the folder sources/ in the cache and build again"
@@ -251,7 +254,7 @@ def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], second
     return {
         "key": spec.key,
         "upstream": spec.upstream,
-        "backends": ["cpu"] if spec.backend == "cpu" else [spec.backend, "cpu"],
+        "backends": [spec.backend] if spec.backend in CPU_BACKENDS else [spec.backend, "cpu"],
         "tests": bool(wanted["tests"]),
         "package": f"{spec.pin.package}=={spec.pin.version}",
         "archive_sha256": spec.pin.archive_sha256,

@@ -52,12 +52,17 @@ OPTIONS = {
     **(_NO_AMX if "amx_int8" in cpuinfo("flags").split() else {}),
 }
 
+# cpu-all: the CPU backend as a library for each kind of processor; ggml loads the best one when it starts.
 BACKENDS: dict[str, dict[str, str]] = {
     "cpu": {"GGML_METAL": "OFF"},
+    "cpu-all": {
+        "GGML_METAL": "OFF", "GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON",
+    },
     "cuda": {"GGML_METAL": "OFF", "GGML_CUDA": "ON"},
     "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON"},
     "vulkan": {"GGML_METAL": "OFF", "GGML_VULKAN": "ON"},
-}
+}  # fmt: skip
+CPU_BACKENDS = ("cpu", "cpu-all")
 
 FAST_COMPILE = Path(__file__).with_name("fast_compile.cmake")  # for the pinned sources, not for a checkout
 

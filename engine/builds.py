@@ -21,7 +21,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pinned_source, read_manifest
-from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, make_build_spec, provenance
+from kimi_gguf.engine.build_spec import BACKENDS, CPU_BACKENDS, OPTIONS, make_build_spec, provenance
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.pin import load_pin
@@ -45,8 +45,10 @@ _INSTRUCTIONS = {
 _IMPLIED = {"AVX512": {"AVX2", "AVX", "SSE3"}, "AVX2": {"AVX", "SSE3"}, "AVX": {"SSE3"}}
 _PROBE = """
 import ctypes, sys
-library = ctypes.CDLL(sys.argv[1])
-print(*(name for name in sys.argv[2:] if getattr(library, "ggml_cpu_has_" + name, int)()))
+count = int(sys.argv[1])
+libraries = [ctypes.CDLL(path) for path in sys.argv[2 : 2 + count]]
+best = libraries[0] if count == 1 else max(libraries, key=lambda each: each.ggml_backend_score())
+print(*(name for name in sys.argv[2 + count :] if getattr(best, "ggml_cpu_has_" + name, int)()))
 """
 
 
@@ -76,6 +78,11 @@ class Engine:
         return bool(self.manifest["tests"])
 
     @property
+    def for_gpus(self) -> bool:
+        """Whether the build computes on a GPU."""
+        return self.backends[0] not in CPU_BACKENDS
+
+    @property
     def defines(self) -> tuple[tuple[str, str], ...]:
         """The CMake settings that differ from the defaults of this backend."""
         defaults = {**OPTIONS, **BACKENDS[self.backends[0]]}
@@ -90,12 +97,11 @@ class Engine:
     def instructions(self) -> str:
         """The instruction sets of the CPU backend, such as `native: AVX512 VNNI` or `portable: AVX2`."""
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
-        libraries = sorted(self.lib.glob("libggml-cpu*"))
-        names: list[str] = []
-        if len(libraries) == 1:  # in a separate process: this one must not load the libraries of two builds
-            command = [sys.executable, "-I", "-S", "-c", _PROBE, str(libraries[0]), *_INSTRUCTIONS]
-            output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-            names = [_INSTRUCTIONS[word] for word in output.split()]
+        libraries = [str(path) for path in sorted(self.lib.glob("libggml-cpu*"))]
+        # in a separate process: this one must not load the libraries of two builds
+        command = [sys.executable, "-I", "-S", "-c", _PROBE, str(len(libraries)), *libraries, *_INSTRUCTIONS]
+        output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        names = [_INSTRUCTIONS[word] for word in output.split()]
         implied = {each for name in names for each in _IMPLIED.get(name, ())}
         shown = [name for name in names if name not in implied]
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"

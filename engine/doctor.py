@@ -126,9 +126,8 @@ def list_devices(engine: Engine) -> str:
     result = _run([str(engine.bin / "llama-cli"), "--list-devices"], dict(os.environ))
     lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
     lines = [line for line in lines if line != "(none)"]
-    backend = engine.backends[0]
-    if backend != "cpu" and not lines:
-        raise EngineError(f"built for {backend}, but there is no device", todo="check the driver")
+    if engine.for_gpus and not lines:
+        raise EngineError(f"built for {engine.backends[0]}, but there is no device", todo="check the driver")
     return ", ".join(lines) or "CPU"
 
 

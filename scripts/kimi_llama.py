@@ -206,9 +206,9 @@ def _tool(parsed: argparse.Namespace) -> int:
         check_gguf(draft)
     engine = select(parsed.build, parsed.upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
-    if engine.backends[0] != "cpu":
+    if engine.for_gpus:
         _expect_to_run(engine)
-    if engine.backends[0] != "cpu" or not fits(parsed.model):
+    if engine.for_gpus or not fits(parsed.model):
         tool = tool.without(_IN_MEMORY)
     program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
@@ -292,7 +292,10 @@ def _parser() -> argparse.ArgumentParser:
         _build,
         "build llama.cpp into the cache (takes minutes; does nothing if it is built)",
         "kimi-llama build\n  kimi-llama build --upstream --tests\n  kimi-llama build --backend cuda\n"
+        "  kimi-llama build --backend cpu-all\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
+        "The default is compiled for this processor. --backend cpu-all is for any processor of its architecture: it\n"
+        "has the CPU backend in a variant for each kind, and loads the fastest one that runs (twice the time to build).\n"
         "--backend cuda needs NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor shows what is installed.\n"
         "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
         "--backend metal is for Macs: docs/metal.md.\n"

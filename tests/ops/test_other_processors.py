@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from ggml_variant import Build, Variant, build, sources
+
+from kimi_gguf.engine.toolchain import find_compilers
 
 PROGRAMS = ("test-kda", "latent-attn-test")
 MATMUL = "quant-gemm-test"
@@ -105,6 +109,33 @@ def test_ggml_picks_the_best_variant_that_runs() -> None:
     assert ended.returncode == 0, ended.stdout
     loaded = re.findall(r"loaded CPU backend from .*/libggml-cpu-(\w+)\.so", ended.stderr)
     assert loaded == [best]
+
+
+# Loads the backends as llama_backend_init does, and prints the file that ggml keeps open.
+LOADS = """
+import ctypes, re, sys
+ctypes.CDLL(sys.argv[1]).ggml_backend_load_all()
+print(*{found[0] for line in open("/proc/self/maps") if (found := re.search("/.*libggml-cpu-.*", line))})
+"""
+INTRUDER = """
+#include <stdio.h>
+int ggml_backend_score(void) { return 1000000; }
+__attribute__((constructor)) static void run(void) { fclose(fopen("ran", "w")); }
+"""
+
+
+@needs_x86
+def test_the_variants_next_to_ggml_are_found_and_none_in_the_current_directory(tmp_path: Path) -> None:
+    """Python is the program here, so the variants are not next to it."""
+    made = build(ALL_VARIANTS)
+    (tmp_path / "intruder.c").write_text(INTRUDER)
+    command = [find_compilers("cpu")["C"].path, "-shared", "-fPIC", "intruder.c", "-o", "libggml-cpu-intruder.so"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    program = [sys.executable, "-c", LOADS, made.bin / "libggml.so"]
+    ended = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True)
+    best = [name for name, flags in RUN.items() if flags <= cpu_flags()][-1]
+    assert ended.stdout.split() == [str(made.bin / f"libggml-cpu-{best}.so")]
+    assert not (tmp_path / "ran").exists()
 
 
 @needs_x86
