@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--operators", action="store_true", help="time single operators, one layer of the 48B's sizes")
     add("--products", action="store_true", help="time single matmuls by weight type, with %% of roofline")
     add("--hybrid", action="store_true",
-        help="compare 3:1 with latent attention in every layer (patched only)")  # fmt: skip
+        help="compare one MLA layer in four with MLA in every layer (patched only)")  # fmt: skip
     add("--prompt-cache", action="store_true",
         help="count the prompt tokens that the server evaluates again, with the demo as F32")  # fmt: skip
     add("--equal-requests", action="store_true",
@@ -82,13 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
 
     add = parser.add_argument_group("the generated model").add_argument
-    add("--type", type=words(TYPES), metavar="T,..", help=f"of {', '.join(TYPES)} (default Q4_0)")
+    add("--type", type=words(TYPES), metavar="T,..", help=f"types out of {', '.join(TYPES)} (default: Q4_0)")
     add("--draft-type", choices=TYPES, default="Q4_0", help="the draft model's type (default: Q4_0)")
     add("--layers", type=number, default=8, metavar="N",
         help="layers, one in four with latent attention (default: 8)")  # fmt: skip
     add("--experts", type=number, default=32, metavar="N",
         help="experts of every layer except the first (default: 32)")  # fmt: skip
-    add("--family", choices=COMPARABLE, default="kimi-linear")
+    add("--family", choices=COMPARABLE, default="kimi-linear", help="architecture (default: %(default)s)")
     add("--shapes", choices=tuple(SHAPES), default="48b",
         help="layer shapes; tiny is for a quick try (default: 48b)")  # fmt: skip
 
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens in one ubatch (default: {UBATCH})"
     )
     add("--cache-type", type=cache_types, default=("f16",), metavar="T,..",
-        help="KV cache types, such as f16,q8_0 (f16)")  # fmt: skip
+        help="KV cache types, such as f16,q8_0 (default: f16)")  # fmt: skip
     add("--sequences", type=numbers(1), default=(1,), metavar="N,..",
         help="sequences in one batch (default: 1)")  # fmt: skip
     add("--seconds", type=seconds, default=8.0, metavar="S",
@@ -137,7 +137,7 @@ def number(text: str) -> int:
 
 
 def numbers(least: int) -> Callable[[str], tuple[int, ...]]:
-    """A reader of whole numbers from `least` on, with commas."""
+    """A reader of whole numbers from `least` on, separated by commas."""
 
     def read(text: str) -> tuple[int, ...]:
         try:
@@ -145,14 +145,16 @@ def numbers(least: int) -> Callable[[str], tuple[int, ...]]:
         except ValueError:
             found = ()
         if not found or min(found) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers from {least} on, with commas")
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: expected whole numbers from {least} on, separated by commas"
+            )
         return found
 
     return read
 
 
 def words(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
-    """A reader of words out of `allowed`, with commas."""
+    """A reader of words out of `allowed`, separated by commas."""
 
     def read(text: str) -> tuple[str, ...]:
         found = tuple(text.split(","))

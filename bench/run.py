@@ -130,7 +130,7 @@ def check(parsed: argparse.Namespace) -> None:
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
     if parsed.demo and parsed.type and not set(parsed.type) <= set(DEMO_TYPES):
-        raise EngineError(f"the demo as {', '.join(parsed.type)}", todo=f"choose {' or '.join(DEMO_TYPES)}")
+        raise EngineError(f"--demo: expected --type {' or '.join(DEMO_TYPES)}, found {','.join(parsed.type)}")
 
 
 def on_device(parsed: argparse.Namespace) -> bool:
@@ -435,5 +435,5 @@ def check_disk(models: list[BenchModel], engine: Engine, reporter: Reporter) -> 
             "the disk is too small for the generated models",
             expected=f"{needed / 1e9:.1f} GB free in {folder}",
             found=f"{free / 1e9:.1f} GB",
-            todo="make room, set KIMI_GGUF_CACHE, or choose fewer --layers, --experts or another --type",
+            todo="free some space, set KIMI_GGUF_CACHE, or choose fewer --layers, --experts or another --type",
         )

@@ -179,7 +179,7 @@ def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
         held = 0 if spec.source is None else load_series().applied(tree)
         if held:
             raise EngineError(
-                f"{spec.source} has {held} of the patches already, so it makes no upstream build",
+                f"{spec.source} already has {held} of the patches, so no upstream build can be made from it",
                 todo="give an unpatched checkout",
             )
         return tree
@@ -282,7 +282,7 @@ def _require_space(root: Path, backend: str) -> None:
             f"{root}: not enough space on disk to build",
             expected=f"{NEEDED_SPACE[backend] / 1e9:.1f} GB free",
             found=f"{free / 1e9:.1f} GB",
-            todo="free some, or set KIMI_GGUF_CACHE to a folder on another disk",
+            todo="free some space, or set KIMI_GGUF_CACHE to a folder on another disk",
         )
 
 

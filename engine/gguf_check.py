@@ -23,8 +23,8 @@ def all_parts(path: Path) -> list[Path]:
     Raises `EngineError` for the name of a split that is not the first."""
     number, parts = place_in_set(path) or (1, [path])
     if number != 1:
-        what = f"{path}: part {number} of {len(parts)}"
-        raise EngineError(what, expected="the first part", todo=f"give {parts[0].name}")
+        what = f"{path}: split {number} of {len(parts)}"
+        raise EngineError(what, expected="the first split", todo=f"give {parts[0].name}")
     return parts
 
 
@@ -41,7 +41,7 @@ def _check_file(path: Path) -> None:
             expected="a GGUF file",
             todo="make one with: convert-kimi CHECKPOINT -o model.gguf --type Q8_0"
             if place_in_set(path) is None
-            else "put all parts of the model into one folder",
+            else "put all splits of the model into one folder",
         )
     with path.open("rb") as file:
         magic = file.read(4)

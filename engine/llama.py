@@ -134,7 +134,7 @@ class Llama:
             ggml.ggml_backend_dev_by_name.restype = ctypes.c_void_p
             found = [ggml.ggml_backend_dev_by_name(name.encode()) for name in devices]
             if not all(found):
-                raise LlamaError(f"not all of the devices {', '.join(devices)} are there")
+                raise LlamaError(f"not all of the devices {', '.join(devices)} exist")
             listed = (ctypes.c_void_p * (len(found) + 1))(*found, None)  # must live until the model is loaded
             p.devices = ctypes.cast(listed, ctypes.c_void_p)
         handle = self.api.llama_model_load_from_file(gguf.encode(), p)

@@ -18,11 +18,11 @@ The engine is the pinned llama.cpp (`upstream.toml`) with these patches and the 
 | folder | what |
 | --- | --- |
 | `fixes/` | corrections of upstream; each applies alone, or on the one fix that it names in `Needs:` |
-| `ops/` | call sites of our operators; each applies on all patches before it |
+| `ops/` | call sites of our operators; changes to batches, memory, server, RPC; each applies on all patches before it |
 
-`kimi-llama export-patches DIR` writes the whole series for `git am`; with `--fixes`, the corrections only. The header
+`kimi-llama export-patches DIR` writes the whole series for `git am`; with `--fixes`, only the corrections. The header
 of a patch says what is wrong, where, what the effect is and how it is corrected. `Sources:` names the folders of
-ggml_ops whose files the patch brings; where they go follows from the folder ([series.py](series.py)).
+ggml_ops whose files the patch adds; the folder determines where they go ([series.py](series.py)).
 """
 
 
@@ -40,7 +40,8 @@ def index_page(series: Series) -> str:
 def _row(patch: Patch) -> str:
     number = f"[{patch.name.split('-')[0]}]({patch.kind}/{patch.name})"
     needs = patch.field("Needs")
-    subject = patch.subject + (f" (needs {needs.split('-')[0]})" if needs else "")
+    numbers = ", ".join(name.split("-")[0] for name in needs.split(", ")) if needs else ""
+    subject = patch.subject + (f" (needs {numbers})" if numbers else "")
     where = "<br>".join(f"`{diff.path}`" for diff in patch.diffs)
     test = patch.field("Test") or ""
     link = f"[{Path(test).stem}](../{test})"

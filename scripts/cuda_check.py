@@ -100,7 +100,7 @@ def find_nvcc() -> Path:
             return path
     raise EngineError(
         "no nvcc found",
-        expected="CUDACXX in the environment, nvcc on PATH or in /usr/local/cuda, or the Python packages of it",
+        expected="CUDACXX in the environment, nvcc on PATH or in /usr/local/cuda, or its Python packages",
         found=f"CUDACXX={chosen}, which is not a program" if chosen else "none of them",
         todo="install NVIDIA's CUDA toolkit, or in the checkout: "
         f"{install('-e', '.[cuda]')} (100 MB to fetch, 270 MB on disk)",

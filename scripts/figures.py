@@ -105,9 +105,11 @@ def main() -> None:
     """Run the command."""
     parser = argparse.ArgumentParser(description="Measure the demo and write docs/measurements.md.")
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=Path("demo"), help="(default: %(default)s)")
+    add(
+        "--checkpoint", type=Path, default=Path("demo"), help="measure this checkpoint (default: %(default)s)"
+    )
     add("--docs", type=Path, default=Path("docs"), help="write here (default: %(default)s)")
-    add("--tokens", type=int, default=TOKENS, help="evaluate on N (default: %(default)s)")
+    add("--tokens", type=int, default=TOKENS, help="evaluate on N tokens (default: %(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         reports = {kind: measure(args.checkpoint, kind, args.tokens, Path(scratch)) for kind in TYPES}

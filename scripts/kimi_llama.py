@@ -98,7 +98,7 @@ TOOLS = {
     ),
     "chat": Tool(
         "llama-cli",
-        "talk to the model on the terminal",
+        "chat with the model in the terminal",
         'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
         (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
         drafted="llama-cli",
@@ -324,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--devices",
         action="store_true",
-        help="check the operators of the build that runs, on each GPU, and print the results as a text for an issue; "
+        help="check the operators of the build that runs, on each GPU, and print the results as text for an issue; "
         "exit status 1 if an operator did not pass",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -359,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
             _tool,
             f"{tool.help} ({tool.program})",
             f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else ''}"
-            f"All that follows MODEL goes to {tool.program} unchanged; "
+            f"Everything after MODEL is passed to {tool.program}; "
             f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n\n{_WHICH}',
         )
         _selection(sub)
@@ -398,7 +398,7 @@ def _parser() -> argparse.ArgumentParser:
         "write the patches as a series for git am",
         "kimi-llama export-patches /tmp/kimi && git -C ~/llama.cpp am /tmp/kimi/*.patch",
     )
-    sub.add_argument("--fixes", action="store_true", help="write the fixes of upstream only")
+    sub.add_argument("--fixes", action="store_true", help="write only the corrections of upstream")
     sub.add_argument("folder", type=Path, metavar="DIR")
     return parser
 
@@ -406,7 +406,7 @@ def _parser() -> argparse.ArgumentParser:
 def _selection(parser: argparse.ArgumentParser) -> None:
     _upstream(parser)
     parser.add_argument(
-        "--build", "--backend", metavar="NAME", help="the build to use: a name or a key (default: see below)"
+        "--build", "--backend", metavar="NAME", help="use this build, by name or key (default: see below)"
     )
 
 

@@ -248,10 +248,13 @@ def main() -> None:
         prog="measure-conversion", description=__doc__.splitlines()[0], epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--type", action="append", metavar="TYPE", help=f"instead of {', '.join(TYPES)}")
-    parser.add_argument("--turns", type=int, default=2, help="times that each runs (default: 2)")
-    parser.add_argument("--json", type=Path, help="write the record there")
-    parser.add_argument("--page", type=Path, help="write the page there")
+    types = f"measure this type; may be repeated (default: {', '.join(TYPES)})"
+    parser.add_argument("--type", action="append", metavar="TYPE", help=types)
+    parser.add_argument(
+        "--turns", type=int, default=2, help="run each converter this many times (default: 2)"
+    )
+    parser.add_argument("--json", type=Path, help="write the record to this file")
+    parser.add_argument("--page", type=Path, help="write the page to this file")
     parser.add_argument(
         "--draw", type=Path, metavar="RECORD", help="measure nothing: write the page of this record"
     )

@@ -108,7 +108,7 @@ def make_context(
 
 def check_ids(ids: list[int], model: Model) -> None:
     if not ids or min(ids) < 0 or max(ids) >= model.n_vocab:
-        raise LlamaError(f"token ids must number at least one and lie in 0..{model.n_vocab - 1}")
+        raise LlamaError(f"expected at least one token id, each in 0..{model.n_vocab - 1}")
 
 
 class Requests:

@@ -153,7 +153,7 @@ class _Keys:
             if value != expected or type(value) is not type(expected):
                 raise ConvertError(
                     f"{self.where}: {first} is {excerpt(expected)} but {name} is {excerpt(value)}; both keys mean "
-                    "the same, make them agree"
+                    "the same: make them agree"
                 )
         return found[0][1] if found else None
 
@@ -278,7 +278,7 @@ def _layers(keys: _Keys, num_layers: int) -> tuple[LayerKind, ...]:
         if missing:
             raise ConvertError(
                 f"{keys.where}: layer {missing[0]} (counted from 1) is in neither {kda_key} nor {mla_key}; "
-                f"{len(missing)} of {num_layers} layers are missing, list each layer once"
+                f"{len(missing)} of {num_layers} layers are missing; list each layer once"
             )
     from_lists = tuple(counted[number] for number in sorted(counted))
     from_types = tuple(_LAYER_TYPES[t] for t in types) if types is not None else from_lists
@@ -346,7 +346,7 @@ def _check_experts(keys: _Keys, config: KimiConfig) -> None:
             "set num_expert_group and topk_group to 1 if the router has no groups"
         )
     size = experts // groups
-    expected = f"a divisor of num_experts, {experts}, with two experts a group"
+    expected = f"a divisor of num_experts, {experts}, with at least two experts per group"
     keys.require(experts % groups == 0 and size >= 2, "num_expert_group", expected, groups)
     expected = f"at most {kept * size}, the experts of {kept} groups"
     keys.require(used <= kept * size, "num_experts_per_token", expected, used)

@@ -95,7 +95,7 @@ def recovered_merges(ranks: list[bytes], path: Path) -> list[tuple[bytes, bytes]
         rank = unreachable[0]
         raise ConvertError(
             f"{path}: {len(unreachable)} tokens cannot be made by merging others, first rank {rank}, "
-            f"{excerpt(ranks[rank])}; a GGUF file cannot represent them, its token ids would be wrong"
+            f"{excerpt(ranks[rank])}; a GGUF file cannot represent them, so its token ids would be wrong"
         )
     return merges
 

@@ -188,7 +188,7 @@ class RemoteFile:
             if stamp != self.stamp:
                 raise ConvertError(
                     f"{self.path}: was changed while it was read (commit, ETag, size: expected {self.stamp}, found "
-                    f"{stamp}); the output would be a mixture, convert the checkpoint again"
+                    f"{stamp}); the output would be a mixture: convert the checkpoint again"
                 )
         return self._now
 
@@ -241,7 +241,7 @@ class RemoteFile:
         if etag and self._etags.setdefault(_host(url), etag) != etag:
             raise ConvertError(
                 f"{self.path}: was changed while it was read (ETag at {_host(url)}: expected "
-                f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture, convert the "
+                f"{self._etags[_host(url)]:.80}, found {etag:.80}); the output would be a mixture: convert the "
                 "checkpoint again"
             )
         content_range = headers.get("Content-Range", "")

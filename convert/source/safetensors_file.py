@@ -101,7 +101,7 @@ class SafetensorsFile:
                 same = False
         if not same:
             raise ConvertError(
-                f"{self.path}: was changed while it was read; the output would be a mixture, convert the "
+                f"{self.path}: was changed while it was read; the output would be a mixture: convert the "
                 "checkpoint again"
             )
 

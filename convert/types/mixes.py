@@ -217,7 +217,7 @@ class _Chooser:
         if asked is not None:
             if output.ne[0] % asked.block:
                 raise ConvertError(
-                    f"{output.name}: {asked.name} requires rows of a multiple of {asked.block}, found "
+                    f"{output.name}: {asked.name} requires rows of a multiple of {asked.block} values, found "
                     f"{output.ne[0]}; choose another type"
                 )
             return asked
@@ -271,8 +271,8 @@ def _fallback(output: Output, kind: TensorType) -> TensorType:
     if kind.block > 32:
         if kind.name not in _FALLBACKS:
             raise ConvertError(
-                f"{output.name}: {kind.name} requires rows of a multiple of {kind.block}, found {columns}, and has no "
-                f"fallback type; choose one: --tensor-type '{output.name}=Q8_0'"
+                f"{output.name}: {kind.name} requires rows of a multiple of {kind.block} values, found {columns}, and "
+                f"has no fallback type; choose one: --tensor-type '{output.name}=Q8_0'"
             )
         kind = TENSOR_TYPES[_FALLBACKS[kind.name]]
     return kind if columns % kind.block == 0 else F16

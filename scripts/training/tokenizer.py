@@ -50,7 +50,7 @@ def train_ranks(
 
     while len(ranks) < num_ranks:
         if not pairs:
-            raise ValueError(f"the text holds only {len(ranks)} ranks, {num_ranks} were asked for")
+            raise ValueError(f"the text: expected {num_ranks} ranks, found {len(ranks)}")
         best = max(pairs, key=lambda pair: (pairs[pair], -pair[0], -pair[1]))
         new = len(ranks)
         ranks.append(ranks[best[0]] + ranks[best[1]])
