@@ -245,11 +245,11 @@ def test_the_index_page_is_made_from_the_headers() -> None:
     assert page == index_page(load_series()), "run: python -m kimi_gguf.patches index"
 
 
-def test_each_fix_needs_at_most_one_other_fix_before_it() -> None:
+def test_patches_need_earlier_ones_and_fixes_at_most_one() -> None:
     names: list[str] = []
-    for patch in load_series().fixes().patches:
-        if needs := patch.field("Needs"):
-            assert needs in names, f"{patch.name} needs {needs}"
+    for patch in load_series().patches:
+        assert set(patch.needs) <= set(names), f"{patch.name} needs {patch.needs}"
+        assert patch.kind != FIXES or len(patch.needs) <= 1, f"{patch.name} needs {patch.needs}"
         names.append(patch.name.removesuffix(".patch"))
 
 
