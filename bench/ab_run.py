@@ -217,7 +217,7 @@ def measure(
             runners.go_to(variant, cell, places[variant])
         check_shared(runners, cell, places)
         runners.reporter.phase(describe(vars(cell)))
-        yield measure_cell(runners, cell, places, settings)
+        yield measure_cell(cell, places, settings)
 
 
 def measure_fitting(
@@ -264,9 +264,7 @@ def caches_bytes(model: ModelFile, cells: Sequence[Cell], upstream: Sequence[Var
     return demand(model, whole).cache_bytes * (1 + len(variants(cells[0], upstream)))
 
 
-def measure_cell(
-    runners: Runners, cell: Cell, places: Mapping[Variant, tuple[Runner, str]], settings: Settings
-) -> Result:
+def measure_cell(cell: Cell, places: Mapping[Variant, tuple[Runner, str]], settings: Settings) -> Result:
     """Measure one cell: sample every variant once, then alternate A B A B with the fastest variants of upstream."""
     sampler = Sampler(cell, places)
     first = {variant: sampler.sample(variant, 1) for variant in places}

@@ -28,7 +28,7 @@ PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops write
 INTRODUCTION = """\
 # Bench
 
-Written by `kimi-llama bench --page`; do not edit. Each section lists the commands that measured it.
+Written by `kimi-llama bench`; do not edit. Each section lists the commands that measured it.
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
 same archive with the same options by {compiler}. Measured {when} with kimi-gguf
@@ -50,7 +50,7 @@ quantization mix is that of llama-quantize.
 DEVICE_INTRODUCTION = """\
 # Bench on {device}
 
-Written by `kimi-llama bench --page`; do not edit. Each section lists the commands that measured it.
+Written by `kimi-llama bench`; do not edit. Each section lists the commands that measured it.
 
 {device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
 {commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for

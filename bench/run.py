@@ -96,7 +96,7 @@ def check(parsed: argparse.Namespace) -> None:
     """Check what argparse cannot. Raises `EngineError`."""
     if parsed.records and parsed.page is None:
         raise EngineError(
-            "--records measures nothing and needs --page", todo="name the page: --page docs/bench.md"
+            "--records measures nothing and needs --page", todo="name the page: --page out/bench.md"
         )
     if parsed.page is not None and not parsed.records and parsed.page.exists():
         raise EngineError(

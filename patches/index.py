@@ -39,9 +39,8 @@ def index_page(series: Series) -> str:
 
 def _row(patch: Patch) -> str:
     number = f"[{patch.name.split('-')[0]}]({patch.kind}/{patch.name})"
-    needs = patch.field("Needs")
-    numbers = ", ".join(name.split("-")[0] for name in needs.split(", ")) if needs else ""
-    subject = patch.subject + (f" (needs {numbers})" if numbers else "")
+    needs = ", ".join(name.split("-")[0] for name in patch.needs)
+    subject = patch.subject + (f" (needs {needs})" if needs else "")
     where = "<br>".join(f"`{diff.path}`" for diff in patch.diffs)
     test = patch.field("Test") or ""
     link = f"[{Path(test).stem}](../{test})"

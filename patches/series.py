@@ -3,8 +3,8 @@
 Input: `fixes/` and `ops/` next to this file, with `NNNN-*.patch`, and the sources in ggml_ops. Output: `Series`, which
 applies itself to a `Tree` (patches that are already applied are skipped) and knows its own digest.
 
-The header of a patch lists the folders of ggml_ops with its sources in the line `Sources:`, and the patch that it
-needs, if any, in the line `Needs:`. The folder of a source determines its place in the llama.cpp tree:
+The header of a patch lists the folders of ggml_ops with its sources in the line `Sources:`, and the earlier patches
+that it needs, if any, in the line `Needs:`. The folder of a source determines its place in the llama.cpp tree:
 
     OP/ggml-*.h           ggml/include/
     OP/ggml-*.c, .cpp     ggml/src/kimi/
@@ -86,6 +86,11 @@ class Patch:
     def field(self, name: str) -> str | None:
         """The value of a line `NAME: value` of the header, with its indented continuation lines."""
         return header_field(self.header, name)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names, without `.patch`, of the earlier patches that the header names in `Needs:`."""
+        return tuple(name.strip() for name in (self.field("Needs") or "").split(",") if name.strip())
 
     def apply(self, tree: Tree) -> None:
         """Apply to the tree. Raises `PatchConflictError` if the patch does not apply."""

@@ -152,14 +152,6 @@ def patched_ggml(backend: str = "cuda") -> Path:
     return root / "ggml"
 
 
-def changed_sources() -> list[Path]:
-    """Upstream's .cu files that the series changes, after the change."""
-    both = (patched_ggml(), upstream_source() / "llama.cpp" / "ggml")
-    ours, upstream = (ggml / "src" / "ggml-cuda" for ggml in both)
-    shared = [path for path in sorted(ours.glob("*.cu")) if (upstream / path.name).is_file()]
-    return [path for path in shared if path.read_bytes() != (upstream / path.name).read_bytes()]
-
-
 def _kernels(source: Path, architecture: int, said: str) -> list[KernelUse]:
     found = list(_KERNEL.finditer(said))
     names = _demangled([each["name"] for each in found])

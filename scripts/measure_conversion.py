@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import gguf
 import numpy as np
 
 from kimi_gguf.bench.files import atomically
@@ -30,6 +29,7 @@ from kimi_gguf.bench.report import Data, Rows, mark, markdown
 from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import engine_facts, machine_facts
+from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
@@ -114,22 +114,21 @@ def resident(pid: int) -> int:
 
 def different_tensors(one: Path, other: Path) -> list[str]:
     """Kinds of tensors (`blk.3.ssm_a` counts as `ssm_a`) that differ between two GGUF files, or that only one has."""
-    files = [{tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors} for path in (one, other)]
-    different = {
-        name
-        for name in files[0].keys() | files[1].keys()
-        if not (name in files[0] and name in files[1] and same(files[0][name], files[1][name]))
-    }
+    with GgufModel(one) as first, GgufModel(other) as second:
+        both = first.tensors.keys() & second.tensors.keys()
+        different = first.tensors.keys() ^ second.tensors.keys()
+        different |= {name for name in both if not same(first, second, name)}
     return sorted({re.sub(r"^blk\.\d+\.", "", name) for name in different})
 
 
-def same(one: gguf.ReaderTensor, other: gguf.ReaderTensor) -> bool:
+def same(one: GgufModel, other: GgufModel, name: str) -> bool:
     """Compare type, shape and bytes. llama-quantize omits trailing dimensions of 1; the converters write them."""
-    shapes = ["x".join(map(str, tensor.shape)) for tensor in (one, other)]
+    pair = one.tensors[name], other.tensors[name]
+    shapes = ["x".join(map(str, tensor.ne)) for tensor in pair]
     while any(shape.endswith("x1") for shape in shapes):
         shapes = [shape.removesuffix("x1") for shape in shapes]
-    same_kind = one.tensor_type == other.tensor_type and shapes[0] == shapes[1]
-    return same_kind and np.array_equal(one.data.view(np.uint8).ravel(), other.data.view(np.uint8).ravel())
+    same_kind = pair[0].type == pair[1].type and shapes[0] == shapes[1]
+    return same_kind and np.array_equal(one.read(pair[0]), other.read(pair[1]))
 
 
 def measure(source: Path, kind: str, turns: int, engine: Engine, reporter: Reporter) -> Data:

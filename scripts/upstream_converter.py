@@ -1,4 +1,4 @@
-"""Runs llama.cpp's own converter from the pinned archive in a separate process.
+"""The command that runs llama.cpp's own converter from the pinned archive.
 
 Its tokenizer step would run the checkpoint's Python. Instead, the tokenizer's keys are left out, or copied from one of
 our GGUF files, so that both files have the same vocabulary.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,10 +60,3 @@ def command(jobs: Sequence[Job]) -> list[str]:
     """The command that does all jobs in one process: for small jobs most of the time is spent on starting it."""
     described = [vars(job) | {"type": FILE_TYPES[job.type]} for job in jobs]
     return [sys.executable, "-c", SCRIPT, json.dumps(described, default=str)]
-
-
-def upstream_convert(jobs: Sequence[Job]) -> None:
-    """Convert all."""
-    variables = environment() | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(jobs), env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

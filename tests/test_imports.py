@@ -1,7 +1,8 @@
 """Imports between packages have one direction: scripts -> bench, validate -> convert -> engine -> patches.
 
 Parsed from the sources, so that imports inside functions count, and so do module names in strings, as in
-`python -m` and `import_module`. Tests do not belong to any package.
+`python -m`, `import_module` and code for another process. Tests do not belong to any package, and no package imports
+them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,14 @@ ALLOWED = {
     "ggml_ops": {"convert", "engine", "patches"},
     "scripts": {"bench", "validate", "convert", "engine", "patches"},
 }
-MODULE = re.compile(r"kimi_gguf\.(\w+)(\.\w+)*")
+MODULE = re.compile(r"\bkimi_gguf\.(\w+)")
+# Names under which tests import each other's code, see pythonpath in pyproject.toml.
+TESTS = {"tests", "conftest", "emulators", *(file.stem for file in (ROOT / "tests/support").glob("*.py"))}
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
-    """Line and package of every import of `kimi_gguf.PACKAGE`; relative imports give the package "."."""
+    """Line and package of every import of `kimi_gguf.PACKAGE`; relative imports give the package ".", all of kimi_gguf
+    gives "*", and code of the tests gives "tests"."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -40,8 +44,13 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value]
         for name in names:
-            if (match := MODULE.fullmatch(name)) and match[1] in ALLOWED:
-                yield node.lineno, match[1]
+            for match in MODULE.finditer(name):
+                if match[1] in ALLOWED:
+                    yield node.lineno, match[1]
+            if isinstance(node, ast.Import) and name == "kimi_gguf":
+                yield node.lineno, "*"
+            if not isinstance(node, ast.Constant) and name.split(".")[0] in TESTS:
+                yield node.lineno, "tests"
 
 
 def wrong_imports(package: str) -> list[str]:
@@ -73,7 +82,22 @@ def test_every_package_is_listed() -> None:
         "if TYPE_CHECKING:\n    import kimi_gguf.validate.cli as cli",
         "command = [sys.executable, '-m', 'kimi_gguf.validate.cli']",
         "import_module('kimi_gguf.validate.cli')",
+        "command = [sys.executable, '-c', 'from kimi_gguf.validate.cli import main; main()']",
+        "command = 'python -m kimi_gguf.validate.cli'",
     ],
 )
 def test_every_form_of_import_is_seen(source: str) -> None:
     assert [package for _, package in imported(source)] == ["validate"]
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("import kimi_gguf", "*"),
+        ("from . import validate", "."),
+        ("import random_checkpoint", "tests"),
+        ("from emulators.cuda import link_program", "tests"),
+    ],
+)
+def test_imports_that_no_package_may_have_are_seen(source: str, seen: str) -> None:
+    assert [package for _, package in imported(source)] == [seen]

@@ -124,7 +124,7 @@ def test_a_long_first_look_is_a_sample_itself(
     monkeypatch.setattr(Sampler, "sample", sample)
     places: Any = {variant: (SimpleNamespace(pid=1), "context") for variant in (PATCHED, UPSTREAM[0])}
     cell = Cell("f16", 1, 0, 2, 2048)
-    found = measure_cell(SimpleNamespace(), cell, places, Settings(0.0, 0.0))  # type: ignore[arg-type]
+    found = measure_cell(cell, places, Settings(0.0, 0.0))
     assert taken.count(PATCHED.name) == taken.count(UPSTREAM[0].name) == kept
     assert {name: len(each) for name, each in found.samples.items()} == {PATCHED.name: 2, UPSTREAM[0].name: 2}
     assert found.ratio == 3.0

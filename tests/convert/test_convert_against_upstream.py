@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from convert_tools import convert, fresh_checkpoint, gguf_keys
+from convert_tools import convert, fresh_checkpoint, gguf_keys, upstream_convert
 from gguf import GGUFReader
 from random_checkpoint import Spec
 
-from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job, upstream_convert
+from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job
 
 SPECS = [
     Spec(layers="KMKM", heads=4, experts=8, dense_layers=2, std=0.02),

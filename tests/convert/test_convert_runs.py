@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert_tools import convert, fresh_checkpoint
+from convert_tools import convert, fresh_checkpoint, upstream_convert
 from random_checkpoint import VOCAB_SIZE, Spec
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts.upstream_converter import Job, upstream_convert
+from kimi_gguf.scripts.upstream_converter import Job
 from kimi_gguf.validate.llama import run_logits
 
 pytestmark = pytest.mark.engine

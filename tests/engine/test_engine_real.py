@@ -108,8 +108,8 @@ FIXES = {patch.name.removesuffix(".patch"): patch for patch in load_series().fix
 def test_each_fix_applies_alone_or_on_the_one_it_names(name: str) -> None:
     fix = FIXES[name]
     tree = Tree(upstream_source() / "llama.cpp")
-    if needs := fix.field("Needs"):
-        FIXES[needs].apply(tree)
+    for needed in fix.needs:
+        FIXES[needed].apply(tree)
     fix.apply(tree)
     assert tree.changed()
 

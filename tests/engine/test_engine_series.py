@@ -15,7 +15,7 @@ from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.export import export_patches
 from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin
-from kimi_gguf.patches.series import FIXES, OPS, PATCH_FOLDER, Series, destination, load_series
+from kimi_gguf.patches.series import FIXES, PATCH_FOLDER, Series, destination, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 
 
@@ -245,12 +245,11 @@ def test_the_index_page_is_made_from_the_headers() -> None:
     assert page == index_page(load_series()), "run: python -m kimi_gguf.patches index"
 
 
-def test_a_patch_needs_patches_before_it_and_a_fix_at_most_one_fix() -> None:
+def test_patches_need_earlier_ones_and_fixes_at_most_one() -> None:
     names: list[str] = []
     for patch in load_series().patches:
-        needs = (patch.field("Needs") or "").split(", ")
-        assert set(needs) <= {*names, ""}, f"{patch.name} needs {needs}"
-        assert patch.kind == OPS or len(needs) == 1
+        assert set(patch.needs) <= set(names), f"{patch.name} needs {patch.needs}"
+        assert patch.kind != FIXES or len(patch.needs) <= 1, f"{patch.name} needs {patch.needs}"
         names.append(patch.name.removesuffix(".patch"))
 
 

@@ -7,7 +7,7 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ from gguf import GGUFReader, GGUFWriter, dequantize
 from random_checkpoint import Layout, Spec, write_checkpoint
 
 from kimi_gguf.convert.cli import main
+from kimi_gguf.scripts import upstream_converter
 
 Header = dict[str, Any]
 
@@ -63,6 +64,13 @@ def start_convert(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start `convert-kimi` in a separate process."""
     command = [sys.executable, "-m", "kimi_gguf.convert.cli", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def upstream_convert(jobs: Sequence[upstream_converter.Job]) -> None:
+    """Convert all with llama.cpp's own converter."""
+    variables = upstream_converter.environment() | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(upstream_converter.command(jobs), env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def killed_conversions(*arguments: object) -> dict[str, int]:
