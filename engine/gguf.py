@@ -13,6 +13,7 @@ import struct
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, Final
 
@@ -66,7 +67,7 @@ class GgufFile:
             raise GgufError(f"{path}: cannot be opened: {error.strerror}") from None
         try:
             self.size = os.fstat(self._file.fileno()).st_size
-            cursor = _Cursor(self._file.read(min(self.size, _MAX_HEADER)), path)
+            cursor = _Cursor(self._file, min(self.size, _MAX_HEADER), path)
             self.keys: Mapping[str, Any] = {}
             self.tensors: Mapping[str, GgufTensor] = {}
             self._header(cursor)
@@ -85,10 +86,14 @@ class GgufFile:
         count = tensor.nbytes - first if count is None else count
         if not 0 <= first <= first + count <= tensor.nbytes:
             raise ValueError(f"{tensor.name}: bytes {first}..{first + count} of {tensor.nbytes}")
-        data = os.pread(self._file.fileno(), count, tensor.offset + first)
-        if len(data) != count:
-            raise GgufError(f"{self.path}: {tensor.name!r}: the file was truncated while it was read")
-        return np.frombuffer(data, np.uint8)
+        data = np.empty(count, np.uint8)
+        done = 0
+        while done < count:  # Linux reads at most 2 GiB at once
+            read = os.preadv(self._file.fileno(), [data[done:].data], tensor.offset + first + done)
+            if read == 0:
+                raise GgufError(f"{self.path}: {tensor.name!r}: the file was truncated while it was read")
+            done += read
+        return data
 
     def _header(self, cursor: _Cursor) -> None:
         if cursor.take(4) != b"GGUF":
@@ -224,16 +229,17 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
 
 
 class _Cursor:
-    """A position in the header; reading beyond its end raises `GgufError`."""
+    """A position in the header, of at most `end` bytes; reading beyond its end raises `GgufError`."""
 
-    def __init__(self, data: bytes, path: Path) -> None:
-        self.data, self.path, self.at = data, path, 0
+    def __init__(self, file: BufferedReader, end: int, path: Path) -> None:
+        self.file, self.end, self.path, self.at = file, end, path, 0
 
     def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise GgufError(f"{self.path}: the header ends early, at byte {len(self.data)}; truncated")
+        data = self.file.read(count) if count <= self.end - self.at else b""
+        if len(data) < count:
+            raise GgufError(f"{self.path}: the header ends early, at byte {self.end}; truncated")
         self.at += count
-        return self.data[self.at - count : self.at]
+        return data
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
@@ -251,7 +257,7 @@ class _Cursor:
             return self.unpack(_SCALARS[kind])[0]
         items, count = self.unpack("<IQ")
         if items == _STRING:
-            if count > (len(self.data) - self.at) // 8:
+            if count > (self.end - self.at) // 8:
                 raise GgufError(f"{self.path}: an array of {count} strings is longer than the header")
             return [self.string() for _ in range(count)]
         if items not in _SCALARS:

@@ -1,0 +1,41 @@
+"""The reader of GGUF files: the bytes of a tensor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFWriter
+
+from kimi_gguf.engine.gguf import GgufError, GgufFile
+
+VALUES = np.arange(1000, dtype=np.float32)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    writer = GGUFWriter(tmp_path / "model.gguf", "kimi-linear")
+    writer.add_tensor("weight", VALUES)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "model.gguf"
+
+
+def test_reads_that_return_fewer_bytes_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux reads at most 2 GiB at once, and a stacked F32 expert tensor of the 48B has 2.25."""
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, parts, at: whole(fd, [parts[0][:7]], at))
+    with GgufFile(path) as file:
+        assert file.read(file.tensors["weight"]).tobytes() == VALUES.tobytes()
+        assert file.read(file.tensors["weight"], 5, 20).tobytes() == VALUES.tobytes()[5:25]
+
+
+def test_a_file_that_becomes_shorter_is_an_error(path: Path) -> None:
+    with GgufFile(path) as file:
+        os.truncate(path, path.stat().st_size - 100)
+        with pytest.raises(GgufError, match="'weight': the file was truncated while it was read"):
+            file.read(file.tensors["weight"])
