@@ -295,7 +295,7 @@ def _parser() -> argparse.ArgumentParser:
         "  kimi-llama build --backend cpu-all\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
         "The default is compiled for this processor. --backend cpu-all runs on any processor of its architecture:\n"
-        "it has the CPU backend in a variant for each kind, and loads the best one. Building takes about twice as long.\n"
+        "it has the CPU backend in a variant for each kind, and loads the best one. Building takes twice as long.\n"
         "--backend cuda needs NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor shows what is installed.\n"
         "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
         "--backend metal is for Macs: docs/metal.md.\n"
