@@ -1,5 +1,5 @@
-# Half of the time of a build goes into chat formats, images and HTTP, which take no time when a model runs: many small
-# sources with the same large headers. Compile them in groups and at -O1. CMake includes this file before the
+# Half of the time of a build goes into chat formats, images, HTTP and test programs, which take no time when a model runs:
+# many small sources with the same large headers. Compile them in groups and at -O1. CMake includes this file before the
 # CMakeLists.txt of the pinned llama.cpp.
 
 # Sets `result` to the sources of the target, with their folder, whose names match.
@@ -19,7 +19,9 @@ function(kimi_group target size alone)
 endfunction()
 
 function(kimi_compile_less)
-    foreach(target IN ITEMS cpp-httplib llama-common llama-server-impl mtmd server-context)
+    foreach(target IN ITEMS
+            cpp-httplib llama-bench-impl llama-cli-impl llama-common llama-server-impl mtmd server-context
+            test-backend-ops test-chat-template test-llama-archs test-recurrent-state-rollback test-save-load-state)
         if (TARGET ${target})
             target_compile_options(${target} PRIVATE -O1)
         endif()

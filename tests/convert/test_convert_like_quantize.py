@@ -26,8 +26,9 @@ pytestmark = pytest.mark.engine
 
 # The rules depend on: eight experts, or at least four; the first and last eighth and sixteenth of the layers; whether
 # the first layer's heads share keys; rows of whole blocks of 256, of 32 only, or of neither.
+SIXTEEN_LAYERS = "eight experts, sixteen layers"
 SPECS = {
-    "eight experts, sixteen layers": Spec(
+    SIXTEEN_LAYERS: Spec(
         layers="KKKM" * 4, hidden=256, experts=8, moe_intermediate=32, kv_lora=256, std=0.02, seed=30
     ),
     "16 experts, latent first": Spec(
@@ -96,7 +97,19 @@ def assert_alike(upstream: Engine, case: Case, folder: Path, kind: str, *options
         assert mine == other
 
 
-@pytest.mark.parametrize("options", [(), ("--imatrix",), ("--pure", "--imatrix")], ids=" ".join)
+# --pure has no rules for layers, and the sixteen take longest.
+RUNS = [
+    *((name, options) for name in SPECS for options in ((), ("--imatrix",))),
+    *((name, ("--pure", "--imatrix")) for name in SPECS if name != SIXTEEN_LAYERS),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    RUNS,
+    indirect=["case"],
+    ids=lambda part: " ".join(part) if isinstance(part, tuple) else part,
+)
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_every_type(
     upstream: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]

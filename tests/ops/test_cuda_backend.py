@@ -58,7 +58,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "ours",
         include=[*include, *SHARED],
         system=system,
-        options=["-Werror", *GGML_OPTIONS, "-fPIC"],
+        options=["-Werror", *GGML_OPTIONS],
     )
     aside = [f"-Dggml_cuda_{prefix}{name}=aside_{prefix}{name}" for name in ASIDE for prefix in ("", "op_")]
     for name, sources, chosen in (
@@ -70,7 +70,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / name,
             include=[*include, *SHARED, NATIVE, upstream],
             system=system,
-            options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-O0", "-w", "-fPIC"],
+            options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-O0", "-w"],
         )
     link = ["-shared", "-fPIC", *ggml_libraries(engine)]
     whole = link_program(objects, folder / "without-upstreams-kernels.so", link=link)

@@ -37,7 +37,7 @@ def compile_cuda(
         sources,
         program.with_suffix(".work"),
         include=[*include, *SHARED],
-        options=["-Werror", *options],
+        options=["-Werror", *GGML_OPTIONS, *options],
         compiler=compiler,
         **others,
     )
@@ -49,7 +49,4 @@ def compile_with_ggml(
 ) -> Path:
     """Compile as compile_cuda with the headers of `ggml`, by default the patched one; link to the build's libraries."""
     headers = [(ggml or patched_ggml()) / folder for folder in ("include", "src", "src/ggml-cuda")]
-    options = [*GGML_OPTIONS, *others.pop("options", ())]
-    return compile_cuda(
-        sources, program, system=headers, options=options, link=ggml_libraries(engine), **others
-    )
+    return compile_cuda(sources, program, system=headers, link=ggml_libraries(engine), **others)

@@ -6,6 +6,7 @@ include/, each source as a separate translation unit.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from emulators.cuda.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
 STUBS = Path(__file__).parent / "stubs"  # headers that are missing in a toolkit without cuBLAS
+KEPT = "KIMI_CUDA_OBJECTS"  # environment variable: a folder in which the objects of kernels are kept
 
 # Checks of running kernels: see include/cuda_emulator/checks.h.
 CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
@@ -29,6 +31,7 @@ OPTIONS = (
     "-fwrapv",
     "-march=native",
     "-pthread",
+    "-fPIC",
 )
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi")
 
@@ -50,20 +53,23 @@ def compile_objects(
 ) -> list[Path]:
     """Compile each of `sources` to an object, several at a time; objects and rewritten sources are stored in `work`.
 
+    Objects of kernels are in the folder KIMI_CUDA_OBJECTS if that is set. Equal kernels are compiled only once.
+
     include: folders for #include "…", also those of .cuh files. system: the same without warnings.
     options: additional options of the compiler.
     races: also detect races in shared memory, at each access (include/cuda_emulator/races.h); slower.
     fast_math: as nvcc's -use_fast_math, which ggml uses: expf is __expf, subnormal numbers are zero.
     compiler: C++17, default $CXX or g++. Raises `RewriteError`, `CompileError`.
     """
-    command = [_compiler(compiler), *OPTIONS, *WARNINGS]
+    command = [_compiler(compiler), *OPTIONS, *WARNINGS, *options]
     command += [] if fast_math else ["-DCUDA_EMULATOR_EXACT_MATH"]
+    folders: list[str] = []
     for path in (INCLUDE, COMMON, STUBS):
-        command += ["-isystem", str(path)]
-    command += ["-include", "cuda_runtime.h"]
-    command += [f"-I{path}" for path in include]
+        folders += ["-isystem", str(path)]
+    folders += ["-include", "cuda_runtime.h"]
+    folders += [f"-I{path}" for path in include]
     for path in system:
-        command += ["-isystem", str(path)]
+        folders += ["-isystem", str(path)]
     checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
     checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
 
@@ -72,9 +78,15 @@ def compile_objects(
         folder = work / f"{number}-{source.stem}"
         folder.mkdir(parents=True, exist_ok=True)
         text = rewrite_tree(source, folder, [*include, *system], fast_math) if kernel else source
-        target = folder / "object.o"
-        _run([*command, *(checks if kernel else []), *options, "-c", str(text), "-o", str(target)])
-        return target
+        words = [*command, *(checks if kernel else [])]
+        target = kept = folder / "object.o"
+        if kernel and KEPT in os.environ:
+            kept = Path(os.environ[KEPT]) / f"{_digest(words, folder)}.o"
+        if not kept.exists():
+            _run([*words, *folders, "-c", str(text), "-o", str(target)])
+            kept.parent.mkdir(exist_ok=True)
+            target.replace(kept)
+        return kept
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, range(len(sources)), sources))
@@ -86,6 +98,14 @@ def link_program(
     """Link objects of `compile_objects`. link: options of the linker. Raises `CompileError`."""
     _run([_compiler(compiler), "-pthread", *map(str, objects), "-o", str(program), *link])
     return program
+
+
+def _digest(words: Sequence[str], folder: Path) -> str:
+    """Identifies an object: the options, and the rewritten sources, which name other headers by absolute path."""
+    digest = hashlib.sha256("\0".join(words).encode())
+    for path in sorted(folder.iterdir()):
+        digest.update(path.read_bytes().replace(str(folder).encode(), b""))
+    return digest.hexdigest()
 
 
 def _compiler(chosen: str | None) -> str:
