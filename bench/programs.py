@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from kimi_gguf.bench.files import atomically
-from kimi_gguf.engine.builds import cache_folder, upstream_source
+from kimi_gguf.engine.builds import cache_folder, cpu_library, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import cpu_fingerprint, find_compilers
 
@@ -52,7 +52,7 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
 def ggml_flags(libraries: Path) -> tuple[str, ...]:
     """Flags for a program that uses the ggml of one build."""
     include = upstream_source() / "llama.cpp" / "ggml" / "include"
-    linked = ("-lggml", "-lggml-cpu", "-lggml-base", "-ldl")
+    linked = ("-lggml", str(cpu_library(libraries)), "-lggml-base", "-ldl")
     return (*NATIVE, "-isystem", str(include), f"-L{libraries}", *linked, f"-Wl,-rpath,{libraries}")
 
 

@@ -11,6 +11,7 @@ KIMI_BUILD, the one that `kimi-llama use` wrote into the cache, and `cpu`, which
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -27,8 +28,8 @@ from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.pin import load_pin
 
 __all__ = [
-    "DEFAULT", "VARIABLE", "Engine", "EngineError", "builds", "cache_folder", "ensure", "find", "load",
-    "options_of", "select", "upstream_source", "use",
+    "DEFAULT", "VARIABLE", "Engine", "EngineError", "builds", "cache_folder", "cpu_library", "ensure", "find",
+    "load", "options_of", "select", "upstream_source", "use",
 ]  # fmt: skip
 
 VARIABLE = "KIMI_BUILD"
@@ -45,10 +46,11 @@ _INSTRUCTIONS = {
 _IMPLIED = {"AVX512": {"AVX2", "AVX", "SSE3"}, "AVX2": {"AVX", "SSE3"}, "AVX": {"SSE3"}}
 _PROBE = """
 import ctypes, sys
-count = int(sys.argv[1])
-libraries = [ctypes.CDLL(path) for path in sys.argv[2 : 2 + count]]
-best = libraries[0] if count == 1 else max(libraries, key=lambda each: each.ggml_backend_score())
-print(*(name for name in sys.argv[2 + count :] if getattr(best, "ggml_cpu_has_" + name, int)()))
+paths = sys.argv[1].splitlines()
+score = lambda path: ctypes.CDLL(path).ggml_backend_score()
+best = paths[0] if len(paths) == 1 else max(paths, key=score)
+print(best)
+print(*(name for name in sys.argv[2:] if getattr(ctypes.CDLL(best), "ggml_cpu_has_" + name, int)()))
 """
 
 
@@ -97,11 +99,8 @@ class Engine:
     def instructions(self) -> str:
         """The instruction sets of the CPU backend, such as `native: AVX512 VNNI` or `portable: AVX2`."""
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
-        libraries = [str(path) for path in sorted(self.lib.glob("libggml-cpu*"))]
-        # in a separate process: this one must not load the libraries of two builds
-        command = [sys.executable, "-I", "-S", "-c", _PROBE, str(len(libraries)), *libraries, *_INSTRUCTIONS]
-        output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        names = [_INSTRUCTIONS[word] for word in output.split()]
+        _, words = _probe(self.lib)
+        names = [_INSTRUCTIONS[word] for word in words]
         implied = {each for name in names for each in _IMPLIED.get(name, ())}
         shown = [name for name in names if name not in implied]
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
@@ -115,6 +114,24 @@ class Engine:
         """The environment for a Python process that imports llama_cpp from this build."""
         paths = [str(self.prefix / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
         return {**os.environ, "LLAMA_CPP_LIB_PATH": str(self.lib), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def cpu_library(libraries: Path) -> Path:
+    """The CPU backend in a build's folder of libraries; of several variants the one that ggml loads on this machine."""
+    return _probe(libraries)[0]
+
+
+@functools.cache
+def _probe(folder: Path) -> tuple[Path, list[str]]:
+    """The library of the CPU backend that runs here, and the instruction sets it was compiled for.
+
+    In a separate process: this one must not load the libraries of two builds.
+    """
+    libraries = sorted(map(str, folder.glob("libggml-cpu*")))
+    command = [sys.executable, "-I", "-S", "-c", _PROBE, "\n".join(libraries), *_INSTRUCTIONS]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    library, _, words = output.partition("\n")
+    return Path(library), words.split()
 
 
 def cache_folder() -> Path:
