@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,17 @@ import tiny_llama
 from tiny_llama import call
 
 from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, VERIFY, provenance
-from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.builds import Engine, cpu_library
 from kimi_gguf.engine.doctor import list_devices
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.toolchain import find_compilers
 
 # name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
 BUILDS = {
     "cpu": ("11111111aaaaaaaa", "2026-01-01"),
     "cpu+GGML_NATIVE=OFF": ("22222222bbbbbbbb", "2026-01-03"),
     "cuda": ("33333333cccccccc", "2026-01-02"),
+    "cpu-all": ("44444444dddddddd", "2026-01-04"),
 }
 
 
@@ -33,7 +36,7 @@ def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -
         patch.setattr("kimi_gguf.engine.build_spec.load_series", lambda: tiny.series)
         manifest = provenance(upstream)
     manifest |= {"key": key, "tests": False, "options": options, "built": built, "commit": "none"}
-    manifest |= {"backends": ["cpu"] if backend == "cpu" else [backend, "cpu"]}
+    manifest |= {"backends": [backend, "cpu"] if backend == "cuda" else [backend]}
     place = tiny.cache.engines / key
     (place / "bin").mkdir(parents=True)
     (place / "manifest.json").write_text(json.dumps(manifest))
@@ -121,8 +124,8 @@ def test_who_gave_a_name_that_means_no_build_is_said(folder: Path) -> None:
 
 def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
     """The same options with another compiler."""
-    add(folder, "cpu", "44444444dddddddd", "2026-02-01")
-    assert key_of(folder) == "44444444dddddddd"
+    add(folder, "cpu", "55555555dddddddd", "2026-02-01")
+    assert key_of(folder) == "55555555dddddddd"
 
 
 def test_the_choice_holds_for_upstreams_build_too(folder: Path) -> None:
@@ -212,3 +215,15 @@ def test_doctor_without_a_device(folder: Path, name: str, status: int) -> None:
     else:
         assert f"cpu {key[:8]}" in done.stdout
         assert "no device needs the check" in done.stdout
+
+
+def test_of_several_cpu_libraries_the_one_that_ggml_loads(tmp_path: Path) -> None:
+    """ggml asks each library for a score, which is 0 if the processor lacks an instruction set."""
+    for name, score in (("x64", 1), ("haswell", 7), ("zen4", 0)):
+        source = (
+            f"int ggml_backend_score(void) {{ return {score}; }} int ggml_cpu_has_avx2(void) {{ return 1; }}"
+        )
+        library = tmp_path / f"libggml-cpu-{name}.so"
+        command = [find_compilers("cpu")["C"].path, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=source, text=True, check=True)
+    assert cpu_library(tmp_path).name == "libggml-cpu-haswell.so"
