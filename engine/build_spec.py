@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ _ORIGIN = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 _LINK = {} if sys.platform == "darwin" else {"LINKER_FLAGS": "-Wl,--disable-new-dtags"}
 
 # Upstream cannot run Kimi-Linear with AMX (patches/fixes, 0023), and our matmuls are faster without it. Both builds
-# have the same options, so that they share what they compile.
+# have the same options, so that they share what they compile; a build for all CPUs has them on every machine.
 _NO_AMX = {f"CMAKE_{language}_FLAGS_INIT": "-U__AMX_INT8__" for language in ("C", "CXX")}
 
 OPTIONS = {
@@ -56,7 +57,7 @@ OPTIONS = {
 BACKENDS: dict[str, dict[str, str]] = {
     "cpu": {"GGML_METAL": "OFF"},
     "cpu-all": {
-        "GGML_METAL": "OFF", "GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON",
+        "GGML_METAL": "OFF", "GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", **_NO_AMX,
     },
     "cuda": {"GGML_METAL": "OFF", "GGML_CUDA": "ON"},
     "metal": {"GGML_METAL": "ON", "GGML_METAL_EMBED_LIBRARY": "ON"},
@@ -153,20 +154,24 @@ def make_build_spec(
         backend=backend,
         options=tuple(sorted(options.items())),
         compilers=tuple(find_compilers(backend).items()),
-        cpu=cpu_fingerprint(),
+        cpu=processor(backend),
         source=None if source is None else source.resolve(),
     )
 
 
 def provenance(upstream: bool) -> dict[str, object]:
-    """The manifest of a build of this pin and series for this machine, without its options."""
+    """The manifest of a build of this pin and series, without its options and its processor."""
     return {
         "upstream": upstream,
         "archive_sha256": load_pin().archive_sha256,
         "series_sha256": _series(upstream).digest(),
-        "cpu": cpu_fingerprint(),
         "source": None,
     }
+
+
+def processor(backend: str) -> str:
+    """The processors that can run a build made here: those like this one, or all of its architecture."""
+    return platform.machine() if backend == "cpu-all" else cpu_fingerprint()
 
 
 def _series(upstream: bool) -> Series:

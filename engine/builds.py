@@ -22,7 +22,14 @@ from types import MappingProxyType
 from typing import Any
 
 from kimi_gguf.engine.build import Cache, build, build_lock, pinned_source, read_manifest
-from kimi_gguf.engine.build_spec import BACKENDS, CPU_BACKENDS, OPTIONS, make_build_spec, provenance
+from kimi_gguf.engine.build_spec import (
+    BACKENDS,
+    CPU_BACKENDS,
+    OPTIONS,
+    make_build_spec,
+    processor,
+    provenance,
+)
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.pin import load_pin
@@ -249,7 +256,8 @@ def builds(upstream: bool = False) -> list[Engine]:
     wanted, cache = provenance(upstream), Cache(cache_folder())
     places = sorted(cache.engines.glob("[0-9a-f]*")) if cache.engines.is_dir() else []
     engines = [engine for place in places if (engine := load(place))]
-    return [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
+    ours = [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
+    return [e for e in ours if e.manifest["cpu"] == processor(e.backends[0])]
 
 
 def upstream_source() -> Path:

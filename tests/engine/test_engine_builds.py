@@ -11,7 +11,7 @@ import pytest
 import tiny_llama
 from tiny_llama import call
 
-from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, VERIFY, provenance
+from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, VERIFY, make_build_spec, processor, provenance
 from kimi_gguf.engine.builds import Engine, cpu_library
 from kimi_gguf.engine.doctor import list_devices
 from kimi_gguf.engine.errors import EngineError
@@ -36,7 +36,7 @@ def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -
         patch.setattr("kimi_gguf.engine.build_spec.load_series", lambda: tiny.series)
         manifest = provenance(upstream)
     manifest |= {"key": key, "tests": False, "options": options, "built": built, "commit": "none"}
-    manifest |= {"backends": [backend, "cpu"] if backend == "cuda" else [backend]}
+    manifest |= {"backends": [backend, "cpu"] if backend == "cuda" else [backend], "cpu": processor(backend)}
     place = tiny.cache.engines / key
     (place / "bin").mkdir(parents=True)
     (place / "manifest.json").write_text(json.dumps(manifest))
@@ -227,3 +227,10 @@ def test_of_several_cpu_libraries_the_one_that_ggml_loads(tmp_path: Path) -> Non
         command = [find_compilers("cpu")["C"].path, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(command, input=source, text=True, check=True)
     assert cpu_library(tmp_path).name == "libggml-cpu-haswell.so"
+
+
+def test_a_build_for_all_cpus_does_not_depend_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = {name: make_build_spec(backend=name).key for name in ("cpu", "cpu-all")}
+    monkeypatch.setattr("kimi_gguf.engine.build_spec.cpu_fingerprint", lambda: "another")
+    assert make_build_spec(backend="cpu").key != keys["cpu"]
+    assert make_build_spec(backend="cpu-all").key == keys["cpu-all"]
