@@ -208,7 +208,7 @@ def _tool(parsed: argparse.Namespace) -> int:
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
         _expect_to_run(engine)
-    if engine.for_gpus or not fits(parsed.model):
+    if _IN_MEMORY in tool.defaults and (engine.for_gpus or not fits(parsed.model)):
         tool = tool.without(_IN_MEMORY)
     program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
