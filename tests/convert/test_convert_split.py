@@ -301,7 +301,7 @@ def refused(parts: list[Path], source: Path, *words: str, given: int = 0) -> Non
 def test_a_part_that_is_not_the_first_is_refused(source: Path, out: Path) -> None:
     parts = split(source, out)
     refused(parts, source, parts[2].name, "is split 3", f"give the first one, {parts[0].name}", given=2)
-    with pytest.raises(EngineError, match=rf"(?s)part 2 of {len(parts)}.*give {parts[0].name}"):
+    with pytest.raises(EngineError, match=rf"(?s)split 2 of {len(parts)}.*give {parts[0].name}"):
         check_gguf(parts[1])
 
 

@@ -284,7 +284,7 @@ def test_a_folder_that_is_not_llama_cpp_is_refused(tiny: tiny_llama.Tiny, tmp_pa
 
 
 def test_an_unknown_backend_is_refused() -> None:
-    with pytest.raises(EngineError, match="cpu, cuda, metal, vulkan"):
+    with pytest.raises(EngineError, match="cpu, cpu-all, cuda, metal, vulkan"):
         make_build_spec(backend="abacus")
 
 
