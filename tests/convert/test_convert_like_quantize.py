@@ -25,19 +25,18 @@ from kimi_gguf.engine.gguf import GgufFile
 pytestmark = pytest.mark.engine
 
 # The rules depend on: eight experts, or at least four; the first and last eighth and sixteenth of the layers; whether
-# the first layer's heads share keys; rows of whole blocks of 256, of 32 only, or of neither. Most rows are zero: the
-# types of less than three bits take minutes per million weights.
+# the first layer's heads share keys; rows of whole blocks of 256, of 32 only, or of neither.
 ODD_ROWS = "odd rows, one head"
 SPECS = {
     "eight experts, sixteen layers": Spec(
-        layers="KKKM" * 4, hidden=256, experts=8, moe_intermediate=32, kv_lora=256, std=0.02, seed=30, rows=2,
+        layers="KKKM" * 4, hidden=256, experts=8, moe_intermediate=32, kv_lora=256, std=0.02, seed=30,
     ),
     "16 experts, latent first": Spec(
-        layers="MK", heads=4, hidden=256, experts=16, experts_used=8, moe_intermediate=32, seed=31, rows=8,
+        layers="MK", heads=4, hidden=256, experts=16, experts_used=8, moe_intermediate=32, seed=31,
     ),
     ODD_ROWS: Spec(
         layers="KKMKKKMKK", hidden=320, heads=1, nope=20, kda_head_dim=48, moe_intermediate=256,
-        intermediate=256, experts=2, std=1.0, seed=32, rows=8,
+        intermediate=256, experts=2, std=1.0, seed=32,
     ),
 }  # fmt: skip
 LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}

@@ -84,7 +84,6 @@ class Spec:
     std: float = 0.1
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
-    rows: int | None = None  # rows of each matrix that are not zero; None: all
 
     @property
     def id(self) -> str:
@@ -223,9 +222,6 @@ def weights(spec: Spec) -> Weights:
             ffn(f"{moe}shared_experts.", size, ("gate_proj", "up_proj", "down_proj"))
     norm("model.norm.weight", spec.hidden)
     normal("lm_head.weight", VOCAB_SIZE, spec.hidden)
-    for weight in out.values():
-        if weight.dim() == 2 and spec.rows is not None:
-            weight[spec.rows :] = 0
     return out
 
 
