@@ -1,5 +1,5 @@
 # Half of the time of a build goes into chat formats, images, HTTP and test programs, which take no time when a model runs:
-# many small sources with the same large headers. Compile them in groups and at -O1. CMake includes this file before the
+# many small sources with the same large headers. Compile them in groups and at -O1, test programs at -O0. CMake includes this file before the
 # CMakeLists.txt of the pinned llama.cpp.
 
 # Sets `result` to the sources of the target, with their folder, whose names match.
@@ -20,12 +20,20 @@ endfunction()
 
 function(kimi_compile_less)
     foreach(target IN ITEMS
-            cpp-httplib llama-bench-impl llama-cli-impl llama-common llama-server-impl mtmd server-context
-            test-backend-ops test-chat-template test-llama-archs test-recurrent-state-rollback test-save-load-state)
+            cpp-httplib llama-bench-impl llama-cli-impl llama-common llama-server-impl mtmd server-context)
         if (TARGET ${target})
             target_compile_options(${target} PRIVATE -O1)
         endif()
     endforeach()
+    foreach(target IN ITEMS
+            test-backend-ops test-chat-template test-llama-archs test-recurrent-state-rollback test-save-load-state)
+        if (TARGET ${target})
+            target_compile_options(${target} PRIVATE -O0)
+        endif()
+    endforeach()
+    if (TARGET server-context)
+        kimi_group(server-context 4 "^server-context\\.cpp$")
+    endif()
     if (TARGET mtmd)
         kimi_group(mtmd 16 "^[^/]*$") # all but models/
     endif()

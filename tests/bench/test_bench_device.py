@@ -140,7 +140,7 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
         assert passed == total and int(passed) > 3 and "0 not supported" in line
     page = (tmp_path / "out" / "bench-gpu.md").read_text()
     headings = ("## Goals", "## Peak rates of the device", "KDA_SCAN: head_size")
-    for part in (*headings, "| pp600 at 64 |", "| tg at 96, q8_0 cache |"):
+    for part in (*headings, "| pp150 at 64 |", "| tg at 96, q8_0 cache |"):
         assert part in page
 
 

@@ -1,11 +1,14 @@
 """One pass gives the same bytes as two: conversion to BF16, then llama-quantize of the pinned llama.cpp.
 
-The test compares all keys and all tensors in their order, and the whole data section, for every type on
-random checkpoints: with and without an importance matrix, and with each of llama-quantize's own options.
+Which type each tensor gets is compared for every type on each of three random checkpoints, with and without an
+importance matrix, from what both say without quantizing (--dry-run). All keys and all tensors in their order, and the
+whole data section, are compared for every type on one checkpoint without and on another one with an importance matrix
+(`scripts/test --full`: on all), and with each of llama-quantize's own options.
 """
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +42,7 @@ SPECS = {
         intermediate=256, experts=2, std=1.0, seed=32,
     ),
 }  # fmt: skip
+FEW_LAYERS = list(SPECS).index("16 experts, latent first")
 LOWEST = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "Q2_K_S"}
 QUANTIZED = [kind for kind in TYPES if TYPES[kind].quantized]  # the others: test_convert_against_upstream
 NO_FALLBACK = {"Q1_0"}  # llama-quantize has no fallback for rows that are not whole blocks of these
@@ -99,9 +103,13 @@ def assert_alike(upstream: Engine, case: Case, folder: Path, kind: str, *options
 
 # --pure has rules for rows only.
 RUNS = [
-    *((name, options) for name in SPECS for options in ((), ("--imatrix",))),
+    *((name, options) for options in ((), ("--imatrix",)) for name in SPECS),
     (ODD_ROWS, ("--pure", "--imatrix")),
 ]
+
+
+def given(options: tuple[str, ...], case: Case) -> list[str]:
+    return [*options, str(case.imatrix)] if options else []
 
 
 @pytest.mark.parametrize(
@@ -110,11 +118,40 @@ RUNS = [
     indirect=["case"],
     ids=lambda part: " ".join(part) if isinstance(part, tuple) else part,
 )
-@pytest.mark.parametrize("kind", QUANTIZED)
+def test_the_type_of_each_tensor(upstream: Engine, case: Case, options: tuple[str, ...]) -> None:
+    for kind in QUANTIZED:
+        command = [upstream.bin / "llama-quantize", "--dry-run", *given(options, case), case.bf16, kind, "2"]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        run = convert(case.source, "--dry-run", "--type", kind, *given(options, case))
+        if done.returncode != 0 or "will require an imatrix" in done.stdout + done.stderr:
+            assert run.status == 1, (kind, done.stdout[-600:])
+            continue
+        assert run.status == 0, (kind, run.err)
+        wanted = re.findall(
+            r"(?m)^\[ *\d+/ *\d+\] +(\S+) .*, type = +(\w+),.*?(?:\((\w+)\))?$", done.stderr + done.stdout
+        )
+        found = dict(re.findall(r"(?m)^(\S+) +([A-Z]+\d\w*) +\d", run.out))
+        assert len(wanted) == len(found) > 30
+        assert found == {name: (new or old).upper() for name, old, new in wanted}, kind
+
+
+def some_runs() -> list[Any]:
+    """Every type on every checkpoint; most of them are only run by `scripts/test --full`."""
+    found = []
+    for number, kind in enumerate(QUANTIZED):
+        with_imatrix = FEW_LAYERS if kind in LOWEST else number + 1  # the lowest types take longest
+        chosen = {number % len(SPECS), len(SPECS) + with_imatrix % len(SPECS)}
+        for index, (name, options) in enumerate(RUNS):
+            marks = () if index in chosen else (pytest.mark.full,)
+            found.append(pytest.param(kind, name, options, id=" ".join((kind, name, *options)), marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "case", "options"), some_runs(), indirect=["case"])
 def test_every_type(
     upstream: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]
 ) -> None:
-    assert_alike(upstream, case, tmp_path, kind, *options, *([str(case.imatrix)] if options else []))
+    assert_alike(upstream, case, tmp_path, kind, *given(options, case))
 
 
 OPTIONS = [
