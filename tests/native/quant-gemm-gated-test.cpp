@@ -137,11 +137,10 @@ int main() {
     const struct {
         ggml_type type;
         bool      repack;
-    } kinds[] = { { GGML_TYPE_Q4_0, false }, { GGML_TYPE_Q4_0, true },    { GGML_TYPE_Q8_0, false },
-                  { GGML_TYPE_Q4_K, false }, { GGML_TYPE_Q4_K, true },    { GGML_TYPE_Q6_K, false },
-                  { GGML_TYPE_Q5_K, false }, { GGML_TYPE_IQ4_XS, false }, { GGML_TYPE_MXFP4, false },
-                  { GGML_TYPE_MXFP4, true }, { GGML_TYPE_Q2_K, false },   { GGML_TYPE_Q2_K, true },
-                  { GGML_TYPE_Q3_K, false } };
+    } kinds[] = { { GGML_TYPE_Q4_0, false },   { GGML_TYPE_Q4_0, true },   { GGML_TYPE_Q8_0, false },
+                  { GGML_TYPE_Q4_K, false },   { GGML_TYPE_Q6_K, false },  { GGML_TYPE_Q5_K, false },
+                  { GGML_TYPE_IQ4_XS, false }, { GGML_TYPE_MXFP4, false }, { GGML_TYPE_MXFP4, true },
+                  { GGML_TYPE_Q2_K, false },   { GGML_TYPE_Q2_K, true },   { GGML_TYPE_Q3_K, false } };
     for (const auto & kind : kinds) {
         Shape s;
         s.type   = kind.type;

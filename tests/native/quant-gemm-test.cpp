@@ -263,12 +263,12 @@ struct Kind {
 };
 
 static const Kind kinds[] = {
-    { GGML_TYPE_Q4_0, false, 32 },    { GGML_TYPE_Q4_0, true, 32 },    { GGML_TYPE_Q5_0, false, 32 },
-    { GGML_TYPE_Q8_0, false, 32 },    { GGML_TYPE_IQ4_NL, false, 32 }, { GGML_TYPE_IQ4_NL, true, 32 },
-    { GGML_TYPE_MXFP4, false, 32 },   { GGML_TYPE_MXFP4, true, 32 },   { GGML_TYPE_Q2_K, false, 256 },
-    { GGML_TYPE_Q2_K, true, 256 },    { GGML_TYPE_Q3_K, false, 256 },  { GGML_TYPE_Q4_K, false, 256 },
-    { GGML_TYPE_Q4_K, true, 256 },    { GGML_TYPE_Q5_K, false, 256 },  { GGML_TYPE_Q6_K, false, 256 },
-    { GGML_TYPE_IQ4_XS, false, 256 }, { GGML_TYPE_BF16, false, 32 },   { GGML_TYPE_F16, false, 32 },
+    { GGML_TYPE_Q4_0, false, 32 },  { GGML_TYPE_Q4_0, true, 32 },    { GGML_TYPE_Q5_0, false, 32 },
+    { GGML_TYPE_Q8_0, false, 32 },  { GGML_TYPE_IQ4_NL, false, 32 }, { GGML_TYPE_IQ4_NL, true, 32 },
+    { GGML_TYPE_MXFP4, false, 32 }, { GGML_TYPE_MXFP4, true, 32 },   { GGML_TYPE_Q2_K, false, 256 },
+    { GGML_TYPE_Q2_K, true, 256 },  { GGML_TYPE_Q3_K, false, 256 },  { GGML_TYPE_Q4_K, false, 256 },
+    { GGML_TYPE_Q5_K, false, 256 }, { GGML_TYPE_Q6_K, false, 256 },  { GGML_TYPE_IQ4_XS, false, 256 },
+    { GGML_TYPE_BF16, false, 32 },  { GGML_TYPE_F16, false, 32 },
 };
 
 static std::vector<Shape> shapes_of(const Kind & kind) {
@@ -347,6 +347,31 @@ static void check_columns_of(const Kind & kind) {
     check_columns(base);
 }
 
+// Whether llama.cpp would put such a weight into a repack buffer, which is a second copy of it.
+static bool is_copied(ggml_type type) {
+    ggml_context *        ctx    = ggml_init({ 1 << 16, nullptr, true });
+    ggml_tensor *         weight = ggml_new_tensor_2d(ctx, type, 512, 64);
+    ggml_tensor *         op     = ggml_mul_mat(ctx, weight, ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 512, 1));
+    ggml_backend_buffer_t empty  = ggml_backend_buft_alloc_buffer(repack_buffer_type(), 0);
+    weight->buffer               = empty;
+    const bool copied            = ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(cpu_registry(), 0), op);
+    ggml_backend_buffer_free(empty);
+    ggml_free(ctx);
+    return copied;
+}
+
+// Weights are copied only if they are faster interleaved.
+static void check_copies() {
+    for (const Kind & kind : kinds) {
+        if (!kind.repack) {
+            const bool faster = cpu_has("AVX512_VNNI") && std::any_of(std::begin(kinds), std::end(kinds), [&](auto k) {
+                                    return k.type == kind.type && k.repack;
+                                });
+            expect(is_copied(kind.type) == faster, std::string(ggml_type_name(kind.type)) + ": copied or not");
+        }
+    }
+}
+
 int main() {
     ggml_log_set([](ggml_log_level, const char *, void *) {}, nullptr);  // suppresses one line per repacked tensor
     for (const Kind & kind : kinds) {
@@ -364,6 +389,9 @@ int main() {
     }
     if (chosen()) {
         check_columns_of({ GGML_TYPE_F32, false, 32 });
+    }
+    if (cpu_has("AVX2") && repack_buffer_type() != nullptr) {
+        check_copies();
     }
     Shape large;
     large.type   = GGML_TYPE_Q8_0;

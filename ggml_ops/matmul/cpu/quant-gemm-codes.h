@@ -45,22 +45,6 @@ inline __m512 half_powers(__m512i e) {
     return _mm512_castsi512_ps(_mm512_mask_mov_epi32(normal, small, subnormal));
 }
 
-// Scales and minima of four blocks of 8 interleaved rows (Q4_K): 48 bytes become 8 + 8 bytes for each block.
-inline __m512i six_bit_numbers(const char * p) {
-    __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
-    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 12)), 1);
-    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 24)), 2);
-    v         = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i *) (p + 36)), 3);
-    // words 0, 1, 2 of 12 bytes: six bits of four scales, six bits of four minima, and the low four bits of four more
-    // of each, whose upper two bits are the upper bits of words 0 and 1
-    const __m512i low   = _mm512_shuffle_epi32(v, (_MM_PERM_ENUM) 0x98);  // words 0 2 1 2
-    const __m512i high  = _mm512_srli_epi16(v, 4);
-    const __m512i parts = _mm512_mask_shuffle_epi32(low, 0x8888, high, (_MM_PERM_ENUM) 0x98);
-    const __m512i kept  = _mm512_and_si512(parts, _mm512_set4_epi32(0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f));
-    const __m512i pairs = _mm512_shuffle_epi32(_mm512_srli_epi16(v, 2), (_MM_PERM_ENUM) 0x50);  // words 0 0 1 1
-    return _mm512_or_si512(kept, _mm512_and_si512(pairs, _mm512_set4_epi32(0x30303030, 0, 0x30303030, 0)));
-}
-
 #endif
 
 }  // namespace quant_gemm

@@ -138,16 +138,6 @@ static void dot_nibble_groups(const WeightRows & weights, int64_t k, const char 
     }
 }
 
-// Minima of four blocks, 8 rows each, as 16-bit numbers: those of blocks 0 and 1 in the first lane of a row, of 2 and 3
-// in the second. x: for each block 8 bytes of scales and 8 of minima.
-static inline __m512i minima_by_row(__m512i x) {
-    const __m128i one  = _mm_unpackhi_epi8(_mm512_castsi512_si128(x), _mm512_extracti32x4_epi32(x, 1));
-    const __m128i two  = _mm_unpackhi_epi8(_mm512_extracti32x4_epi32(x, 2), _mm512_extracti32x4_epi32(x, 3));
-    const __m128i low  = _mm_unpacklo_epi16(one, two);
-    const __m128i high = _mm_unpackhi_epi16(one, two);
-    return _mm512_cvtepu8_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
-}
-
 // Adds super block i: integer sums of quants times scales and of minima, times their float factors.
 template <typename Block, int N_C>
 static inline void add_scaled(const Block &        w,
@@ -163,62 +153,6 @@ static inline void add_scaled(const Block &        w,
         const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
         sum[c]             = add_super_block(sum[c], both_added(products[c]), d, both_added(minima[c]), dmin, scale);
     }
-}
-
-// Q4_K: blocks of 32 values with a scale and a minimum, in super blocks of 256 values. Scales are integers, so 256
-// values are summed as integers (at most 8 * 32 * 15 * 127 * 63).
-template <int N_C>
-static void dot_q4_K_groups(const WeightRows & group, int64_t k, const char * const * columns, float * sums) {
-    const block_q4_Kx8 * w        = (const block_q4_Kx8 *) group.first;
-    const __m128i        twice    = _mm_setr_epi8(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    __m512               sum[N_C] = {};
-    for (int64_t i = 0; i < k / SLICE; i++) {
-        __m512i products[N_C] = {};
-        __m512i minima[N_C]   = {};
-#pragma GCC unroll 2
-        for (int part = 0; part < 2; part++) {  // four blocks each
-            prefetch_behind(w[i].scales + 48 * part, CACHE_LINE);
-            const __m512i       numbers = six_bit_numbers((const char *) w[i].scales + 48 * part);
-            const __m512i       by_row  = minima_by_row(numbers);
-            alignas(64) uint8_t scales[4][16];
-            _mm512_store_si512(scales, _mm512_shuffle_epi8(numbers, _mm512_broadcast_i32x4(twice)));
-#pragma GCC unroll 4
-            for (int c = 0; c < N_C; c++) {
-                const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
-                int64_t               four;  // sums of the activations of these blocks
-                memcpy(&four, a.sums + 4 * part, sizeof(four));
-                minima[c] = _mm512_add_epi32(minima[c], _mm512_madd_epi16(by_row, _mm512_set1_epi64(four)));
-            }
-#pragma GCC unroll 2
-            for (int pair = 0; pair < 2; pair++) {
-                const uint8_t * qs = w[i].qs + 512 * part + 256 * pair;
-                __m512i         low[4], high[4];
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    const __m512i x = load_codes(qs + 64 * j);
-                    low[j]          = low_nibbles(x);
-                    high[j]         = high_nibbles(x);
-                }
-                const __m512i s_low  = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) scales[2 * pair]));
-                const __m512i s_high = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) scales[2 * pair + 1]));
-#pragma GCC unroll 4
-                for (int c = 0; c < N_C; c++) {
-                    const int8_t * codes = ((const ActSuperBlock *) columns[c])[i].codes + 128 * part + 64 * pair;
-                    __m512i        one   = _mm512_setzero_si512();
-                    __m512i        two   = _mm512_setzero_si512();
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; j++) {
-                        one = _mm512_dpbusd_epi32(one, low[j], repeat_8(codes + 8 * j));
-                        two = _mm512_dpbusd_epi32(two, high[j], repeat_8(codes + 32 + 8 * j));
-                    }
-                    products[c] = _mm512_add_epi32(products[c], _mm512_mullo_epi32(one, s_low));
-                    products[c] = _mm512_add_epi32(products[c], _mm512_mullo_epi32(two, s_high));
-                }
-            }
-        }
-        add_scaled(w[i], i, columns, products, minima, sum);
-    }
-    store_sums(sum, sums);
 }
 
 // Q2_K: a scale and a minimum of four bits for each 16 values. Quants times scales fit in bytes (45 at most), and 256
@@ -288,7 +222,6 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_IQ4_NL, NIBBLES<block_iq4_nlx8> },
     { GGML_TYPE_MXFP4, NIBBLES<block_mxfp4x8> },
     { GGML_TYPE_Q2_K, { 8, { dot_q2_K_groups<1>, dot_q2_K_groups<2>, dot_q2_K_groups<3>, dot_q2_K_groups<4> } } },
-    { GGML_TYPE_Q4_K, { 8, { dot_q4_K_groups<1>, dot_q4_K_groups<2>, dot_q4_K_groups<3>, dot_q4_K_groups<4> } } },
 };
 
 const Dot * find_dot_of_groups(ggml_type type) {

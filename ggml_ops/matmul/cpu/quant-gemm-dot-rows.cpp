@@ -89,10 +89,10 @@ static void dot_super_blocks(const WeightRows & weights, int64_t k, const char *
 
 // ---- types of 32 values with one scale
 
-// Quants of 8 blocks as unsigned bytes: values 0..15 and 16..31 of blocks 0..3, then of blocks 4..7. The products of a
-// block are in four lanes.
-struct RowCodes {
-    __m512i half[2][2];
+// Quants of four blocks as unsigned bytes: values 0..15, then values 16..31 of each. The products of a block are in four
+// lanes.
+struct FourBlocks {
+    __m512i half[2];
 };
 
 // 16 bytes of each of four blocks.
@@ -104,15 +104,14 @@ template <typename Block> static inline __m512i load_4(const Block * w, size_t o
     return _mm512_inserti32x4(x, load(3), 3);
 }
 
-static inline void load(const block_q8_0 * w, __m512i (&half)[2]) {
-    half[0] = _mm512_xor_si512(load_4(w, offsetof(block_q8_0, qs)), bytes(0x80));
-    half[1] = _mm512_xor_si512(load_4(w, offsetof(block_q8_0, qs) + 16), bytes(0x80));
+static inline FourBlocks load(const block_q8_0 * w) {
+    return { { _mm512_xor_si512(load_4(w, offsetof(block_q8_0, qs)), bytes(0x80)),
+               _mm512_xor_si512(load_4(w, offsetof(block_q8_0, qs) + 16), bytes(0x80)) } };
 }
 
-template <typename Block> static inline void load(const Block * w, __m512i (&half)[2]) {
-    const __m512i x = load_4(w, offsetof(Block, qs));
-    half[0]         = low_nibbles(x);
-    half[1]         = high_nibbles(x);
+template <typename Block> static inline FourBlocks load(const Block * w) {
+    const __m512i x       = load_4(w, offsetof(Block, qs));
+    __m512i       half[2] = { low_nibbles(x), high_nibbles(x) };
     if constexpr (IS_ONE_OF<Block, block_q5_0>) {
         uint64_t fifth[2] = {};  // bit i of qh belongs to value i
 #pragma GCC unroll 4
@@ -133,14 +132,27 @@ template <typename Block> static inline void load(const Block * w, __m512i (&hal
         half[0] = mxfp4_values(half[0]);
         half[1] = mxfp4_values(half[1]);
     }
+    return { { half[0], half[1] } };
 }
 
-// The scale of a block as it is stored.
-template <typename Block> static inline uint16_t scale_bits(const Block & w) {
-    if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
-        return w.e;
+// The scales of 8 blocks as they are stored, in 16 bits each.
+template <typename Block> static inline __m128i scale_bits(const Block * w) {
+    if constexpr (sizeof(Block) == sizeof(block_q4_0)) {  // 9 numbers of 16 bits, the first one is the scale
+        const __m512i nth = _mm512_castsi128_si512(_mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
+        const char *  p   = (const char *) w;
+        return _mm512_castsi512_si128(
+            _mm512_permutex2var_epi16(_mm512_loadu_si512(p), nth, _mm512_loadu_si512(p + 64)));
     } else {
-        return w.d;
+        alignas(16) uint16_t x[N_BLOCKS];
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
+                x[b] = w[b].e;
+            } else {
+                x[b] = w[b].d;
+            }
+        }
+        return _mm_load_si128((const __m128i *) x);
     }
 }
 
@@ -153,35 +165,48 @@ template <typename Block> static inline __m512 scales_from(__m512i x) {
     }
 }
 
-// 8 blocks of 16 rows: integer sums of each block times N_C columns, without the offset of the quants, and scales.
+// 8 blocks of 16 rows: integer sums of each block times N_C columns, without the offset of the quants, and scales. A
+// vector of sums has four blocks, each of four rows.
 template <int N_C> struct Slice {
-    alignas(64) int32_t sums[N_C][DOT_ROWS][N_BLOCKS];
-    alignas(64) uint16_t scales[DOT_ROWS][N_BLOCKS];
+    alignas(64) __m512i sums[N_C][2][DOT_ROWS / 4];
+    alignas(64) __m128i scales[DOT_ROWS];
 };
 
-// A row of a slice. columns: codes of activations in the order of RowCodes.
+// Adds the four lanes of each 128 bits, of four rows.
+static inline __m512i add_4_lanes(const __m512i (&row)[4]) {
+    const auto pairs = [](__m512i x, __m512i y) {
+        return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    const __m512i x = pairs(row[0], row[1]);
+    const __m512i y = pairs(row[2], row[3]);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
+}
+
+// Four rows of a slice. columns: codes of activations.
 template <typename Block, int N_C>
-static inline void sum_blocks(const Block * w, const RowCodes (&columns)[N_C], int r, Slice<N_C> & slice) {
-    RowCodes codes;
-    load(w, codes.half[0]);
-    load(w + 4, codes.half[1]);
-#pragma GCC unroll 8
-    for (int b = 0; b < N_BLOCKS; b++) {
-        slice.scales[r][b] = scale_bits(w[b]);
-    }
-    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 0, 4, 8, 12, 1, 5, 9, 13);
-#pragma GCC unroll 4
-    for (int c = 0; c < N_C; c++) {
-        __m512i z[2] = {};
+static inline void
+sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2], int group, Slice<N_C> & slice) {
 #pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            z[j] = _mm512_dpbusd_epi32(z[j], codes.half[j][0], columns[c].half[j][0]);
-            z[j] = _mm512_dpbusd_epi32(z[j], codes.half[j][1], columns[c].half[j][1]);
+    for (int j = 0; j < 2; j++) {
+        FourBlocks codes[4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            codes[r] = load(row[r] + 4 * j);
         }
-        const __m512i pairs = _mm512_add_epi32(_mm512_unpacklo_epi32(z[0], z[1]), _mm512_unpackhi_epi32(z[0], z[1]));
-        const __m512i sums  = _mm512_add_epi32(pairs, _mm512_shuffle_epi32(pairs, _MM_PERM_BADC));
-        _mm256_store_si256((__m256i *) slice.sums[c][r],
-                           _mm512_castsi512_si256(_mm512_permutexvar_epi32(in_order, sums)));
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            __m512i z[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                z[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[r].half[0], columns[c][j].half[0]);
+                z[r] = _mm512_dpbusd_epi32(z[r], codes[r].half[1], columns[c][j].half[1]);
+            }
+            slice.sums[c][j][group] = add_4_lanes(z);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        slice.scales[4 * group + r] = scale_bits(row[r]);
     }
 }
 
@@ -200,11 +225,17 @@ add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const 
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         const ActBlocks & a = ((const ActBlocks *) columns[c])[i];
-        __m512i           z[N_BLOCKS];
-        Rows((const char *) slice.sums[c], sizeof(slice.sums[c][0]), 0, DOT_ROWS).load32(0, z);
-        for (int b = 0; b < n_blocks; b++) {
-            const __m512i products = _mm512_add_epi32(z[b], _mm512_set1_epi32(a.starts[b]));
-            total[c]               = add_block(total[c], products, d[b], _mm512_set1_ps(a.scales[b]));
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            if (b < n_blocks) {
+                const __m128i * sums = (const __m128i *) slice.sums[c][b / 4] + b % 4;
+                __m512i         z    = _mm512_castsi128_si512(sums[0]);
+                z                    = _mm512_inserti32x4(z, sums[4], 1);
+                z                    = _mm512_inserti32x4(z, sums[8], 2);
+                z                    = _mm512_inserti32x4(z, sums[12], 3);
+                z                    = _mm512_add_epi32(z, _mm512_set1_epi32(a.starts[b]));
+                total[c]             = add_block(total[c], z, d[b], _mm512_set1_ps(a.scales[b]));
+            }
         }
     }
 }
@@ -220,23 +251,32 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
     for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
         const int     n = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const int64_t i = first / N_BLOCKS;
-        RowCodes      acts[N_C];
+        FourBlocks    acts[N_C][2];
         Slice<N_C>    slice;
+        Block         last[4][N_BLOCKS];
+        if (n < N_BLOCKS) {
+            memset(last, 0, sizeof(last));
+        }
         for (int c = 0; c < N_C; c++) {
             const auto & codes = ((const ActBlocks *) columns[c])[i].codes;
             for (int j = 0; j < 4; j++) {
-                acts[c].half[j / 2][j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
+                acts[c][j / 2].half[j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
             }
         }
-        for (int r = 0; r < DOT_ROWS; r++) {
-            const Block * w = (const Block *) rows.row[r] + first;
-            prefetch<2>((const char *) w + ahead, n * sizeof(Block));
-            Block last[N_BLOCKS] = {};
-            if (n < N_BLOCKS) {
-                memcpy(last, w, n * sizeof(Block));
-                w = last;
+        for (int r = 0; r < DOT_ROWS; r += 4) {
+            const Block * w[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                w[j] = (const Block *) rows.row[r + j] + first;
+                prefetch<2>((const char *) w[j] + ahead, N_BLOCKS * sizeof(Block));
             }
-            sum_blocks(w, acts, r, slice);
+            if (n < N_BLOCKS) {
+                for (int j = 0; j < 4; j++) {
+                    memcpy(last[j], w[j], n * sizeof(Block));
+                    w[j] = last[j];
+                }
+            }
+            sum_four_rows(w, acts, r / 4, slice);
         }
         add_slice<Block>(slice, n, i, columns, total);
     }

@@ -355,45 +355,6 @@ struct IQ4_XS {
     }
 };
 
-#if QUANT_GEMM_AVX512
-
-// Q4_K of 8 interleaved rows; scales and minima of block b of all rows in 12 bytes, packed as in Q4_K.
-struct Q4_KGroups {
-    static constexpr Scheme SCHEME = Scheme::q8_K_mins;
-    static constexpr int    OFFSET = 0;
-    static constexpr Codes  CODES  = Codes::below_16;
-
-    template <typename To> static inline void unpack(const Groups & groups, int64_t block, int, To & to) {
-        const size_t at = block / N_BLOCKS * sizeof(block_q4_Kx8);
-        for (int part = 0; part < 2; part++) {  // four blocks each
-            const Ints one = six_bit_numbers(groups.group[0] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
-            const Ints two = six_bit_numbers(groups.group[1] + at + offsetof(block_q4_Kx8, scales) + 48 * part);
-            alignas(64) uint8_t s[4][16], m[4][16];
-            store_ints(s, _mm512_unpacklo_epi64(one, two));
-            store_ints(m, _mm512_unpackhi_epi64(one, two));
-#pragma GCC unroll 4
-            for (int b = 0; b < 4; b++) {
-                to.factors(4 * part + b, _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) s[b])));
-            }
-#pragma GCC unroll 2
-            for (int pair = 0; pair < 2; pair++) {
-                const Ints even = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[2 * pair]));
-                const Ints odd  = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i *) m[2 * pair + 1]));
-                to.minima(2 * part + pair, even | left_32(odd, 16));
-            }
-        }
-        for (int i = 0; i < N_BLOCKS / 2; i++) {
-            Ints x[8];
-            groups.load32(at + offsetof(block_q4_Kx8, qs) + 256 * i, x);
-            give_two_blocks(to, i, x);
-        }
-        to.super_scales(groups.load_half(at + offsetof(block_q4_Kx8, d)));
-        to.minimum_scales(groups.load_half(at + offsetof(block_q4_Kx8, dmin)));
-    }
-};
-
-#endif
-
 #endif
 
 }  // namespace quant_gemm

@@ -122,7 +122,6 @@ static const Format formats[] = {
     format_of<Groups, IQ4_NLGroups>(GGML_TYPE_IQ4_NL, QUANT_GEMM_8X8, 13),
     format_of<Groups, MXFP4Groups>(GGML_TYPE_MXFP4, QUANT_GEMM_8X8, 13),
     format_of<Groups, Q2_KGroups>(GGML_TYPE_Q2_K, QUANT_GEMM_8X8, 5),
-    format_of<Groups, Q4_KGroups>(GGML_TYPE_Q4_K, QUANT_GEMM_8X8, 9),
 #endif
 };
 

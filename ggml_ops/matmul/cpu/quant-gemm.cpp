@@ -423,8 +423,9 @@ size_t ggml_quant_gemm_work_size(const ggml_tensor * dst, int n_tasks, quant_gem
 }
 
 bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
-    // interleaved rows have kernels with AVX-512 only
-    return QUANT_GEMM_AVX2 && quant_gemm::find_format(op->src[0]->type, QUANT_GEMM_ROWS) != nullptr;
+    const ggml_type type = op->src[0]->type;
+    return (QUANT_GEMM_AVX2 || QUANT_GEMM_AVX512) && quant_gemm::find_format(type, QUANT_GEMM_ROWS) != nullptr &&
+           quant_gemm::find_format(type, QUANT_GEMM_8X8) == nullptr;
 }
 
 bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {
