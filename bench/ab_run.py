@@ -11,13 +11,13 @@ import math
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kimi_gguf.bench.cells import PATCHED, UBATCH, Cell, Variant, variants
 from kimi_gguf.bench.files import atomically
@@ -37,6 +37,8 @@ SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's ow
 SAME = 0.5
 MIB = 2**20
 
+Row = NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -55,16 +57,17 @@ class Result:
     screened: dict[str, float]  # variants of upstream that one sample ruled out: seconds of a decode
     steps: int  # decodes in a sample
     others: float | None  # average number of processors that other work used meanwhile; None: unknown
+    mine: str = PATCHED.name  # the variant of patched that is compared
 
     @property
     def patched(self) -> Summary:
         """The patched build."""
-        return summary(self.samples[PATCHED.name])
+        return summary(self.samples[self.mine])
 
     @property
     def rival(self) -> str:
         """The fastest variant of upstream."""
-        return best({name: samples for name, samples in self.samples.items() if name != PATCHED.name})
+        return best({name: samples for name, samples in self.samples.items() if name.startswith("upstream")})
 
     @property
     def upstream(self) -> Summary:
@@ -87,6 +90,8 @@ class Loaded:
     fallbacks: dict[str, list[str]] = field(default_factory=dict)  # process -> operators not used, and why
     left_out: dict[str, str] = field(default_factory=dict)  # variant -> why it was not run
     not_measured: list[dict[str, Any]] = field(default_factory=list)  # options of a cell, and the reason
+    resident: dict[str, dict[str, float]] = field(default_factory=dict)  # process -> MiB (in_turns.py)
+    read: dict[str, float] = field(default_factory=dict)  # variant and cell -> bytes read from disk per token
 
 
 class Runners:
@@ -104,10 +109,9 @@ class Runners:
         self.model, self.reporter, self.threads, self.device = model, reporter, threads, device
         self.about = Loaded()
         self._environments = environments
-        self._stack = ExitStack()
         self._processes: dict[str, Runner] = {}
         self._contexts: set[tuple[Runner, str]] = set()
-        self._at: dict[str, tuple[str, int]] = {}  # process and context -> its kept state
+        self._at: dict[tuple[Runner, str], tuple[str, int]] = {}  # process and context -> its kept state
 
     def __enter__(self) -> Runners:
         self.reporter.phase(f"reading {self.model.name}")
@@ -115,14 +119,26 @@ class Runners:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        for name in list(self._processes):
+            self.stop(name)
+
+    def running(self, name: str) -> Runner | None:
+        """The process of this name, if it runs."""
+        return self._processes.get(name)
+
+    def stop(self, name: str) -> None:
+        """End a process; its contexts are gone."""
+        process = self._processes.pop(name)
+        process.__exit__()
+        self._contexts = {place for place in self._contexts if place[0] is not process}
+        self._at = {place: at for place, at in self._at.items() if place[0] is not process}
 
     def process(self, variant: Variant) -> Runner:
         """The variant's process, started and loaded on first use."""
         process = self._processes.get(variant.process)
         if process is None:
             self.reporter.phase(f"loading {self.model.name}: {variant.process}")
-            process = self._stack.enter_context(Runner(variant.process, self._environments[variant.build]))
+            process = Runner(variant.process, self._environments[variant.build])
             self._processes[variant.process] = process
             self.about.load[variant.process] = process.ask(
                 "load", gguf=str(self.model.path), repack=variant.repack, device=self.device
@@ -161,19 +177,19 @@ class Runners:
         """
         process, name = place
         file = state_file(self.model, cell)
-        key, wanted = f"{process.name} {name}", (f"{cell.cache_type} {cell.sequences}", cell.depth)
-        if self._at.get(key) == wanted:
+        wanted = (f"{cell.cache_type} {cell.sequences}", cell.depth)
+        if self._at.get(place) == wanted:
             return file
         if cell.depth == 0:
             process.ask("empty", name=name)
         elif file.is_file():
             process.ask("restore", name=name, file=str(file))
         else:
-            assert variant == PATCHED, "the patched build goes first"
+            assert variant.build == "patched", "the patched build goes first"
             self.reporter.phase(f"filling {cell.sequences} × {cell.depth} tokens ({cell.cache_type} cache)")
             fill = partial(process.ask, "fill", self.reporter.step, name=name, depth=cell.depth)
             atomically(file, lambda part: fill(file=str(part)))
-        self._at[key] = wanted
+        self._at[place] = wanted
         return file
 
 
@@ -326,22 +342,37 @@ class Sampler:
 
 def check_shared(runners: Runners, cell: Cell, places: Mapping[Variant, tuple[Runner, str]]) -> None:
     """Check that all variants compute the same logits after the shared state."""
-    mine = f"{cell.cache_type} cache, {cell.sequences} × {cell.depth}"
-    if cell.depth == 0 or all(f"{variant.name}, {mine}" in runners.about.shared for variant in places):
+    about = runners.about
+    if cell.depth == 0 or all(described(variant, cell) in about.shared for variant in places):
         return
+    rows = {variant: logits_of(place, runners.threads) for variant, place in places.items()}
+    for variant, row in rows.items():
+        check_logits(about, variant, cell, row, rows[PATCHED])
+
+
+def described(variant: Variant, cell: Cell) -> str:
+    """The name of a comparison of logits."""
+    return f"{variant.name}, {cell.cache_type} cache, {cell.sequences} × {cell.depth}"
+
+
+def logits_of(place: tuple[Runner, str], threads: int) -> Row:
+    """The logits of one more token of the first sequence."""
+    process, name = place
     with tempfile.TemporaryDirectory() as folder:
-        logits = {}
-        for i, (variant, (process, name)) in enumerate(places.items()):
-            file = Path(folder) / f"{i}.npy"
-            process.ask("logits", name=name, threads=runners.threads, file=str(file))
-            logits[variant] = np.load(file).astype(np.float64)
-    for variant, row in logits.items():
-        error = float(np.square(row - logits[PATCHED]).sum() / np.square(logits[PATCHED]).sum())
-        if not error <= SAME:
-            raise EngineError(
-                f"{variant.name}: after a saved state of {cell.depth} tokens its logits differ from patched",
-                expected=f"NMSE up to {SAME}",
-                found=f"{error:.2g}",
-                todo="compare the builds with validate-kimi: one of them is wrong",
-            )
-        runners.about.shared[f"{variant.name}, {mine}"] = error
+        file = Path(folder) / "logits.npy"
+        process.ask("logits", name=name, threads=threads, file=str(file))
+        row: Row = np.load(file).astype(np.float64)
+        return row
+
+
+def check_logits(about: Loaded, variant: Variant, cell: Cell, row: Row, wanted: Row) -> None:
+    """Compare a variant's logits with those of patched. Raises `EngineError`."""
+    error = float(np.square(row - wanted).sum() / np.square(wanted).sum())
+    if not error <= SAME:
+        raise EngineError(
+            f"{variant.name}: after a saved state of {cell.depth} tokens its logits differ from patched",
+            expected=f"NMSE up to {SAME}",
+            found=f"{error:.2g}",
+            todo="compare the builds with validate-kimi: one of them is wrong",
+        )
+    about.shared[described(variant, cell)] = error

@@ -74,16 +74,17 @@ class Variant:
 
 FLASH = (True, False)
 PATCHED = Variant("patched", repack=True, flash=True)
+PATCHED_IN_PLACE = Variant("patched", repack=False, flash=True)
 UPSTREAM = tuple(
     Variant("upstream", repack, flash) for repack, flash in itertools.product((True, False), FLASH)
 )
 UPSTREAM_ON_DEVICE = tuple(Variant("upstream", True, flash) for flash in FLASH)  # devices do not repack
 
 
-def variants(cell: Cell, upstream: Sequence[Variant]) -> list[Variant]:
-    """The variants of upstream for a cell: quantized caches and several sequences require flash attention."""
+def variants(cell: Cell, chosen: Sequence[Variant]) -> list[Variant]:
+    """The variants that can measure a cell: quantized caches and several sequences require flash attention."""
     plain = cell.cache_type in ("f32", "f16", "bf16") and cell.sequences == 1
-    return [variant for variant in upstream if variant.flash or plain]
+    return [variant for variant in chosen if variant.flash or plain]
 
 
 def grid(

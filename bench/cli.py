@@ -15,6 +15,7 @@ import gguf
 from kimi_gguf.bench import hybrid
 from kimi_gguf.bench.cells import SIZES, THREADS, UBATCH
 from kimi_gguf.bench.shapes import COMPARABLE, SHAPES, TYPES
+from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -32,6 +33,7 @@ EXAMPLES = f"""\
   kimi-llama bench --type Q8_0 --batch 1 --depth 16384 --cache-type f16,q8_0
   kimi-llama bench --batch 1 --sequences 1,4,8      decode for several users in one batch
   kimi-llama bench --demo                           the demo checkpoint; needs a source checkout
+  kimi-llama bench --layers 27 --experts 256 --type Q2_K --batch 1,512    the whole 48B's shape
   kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
   kimi-llama bench --operators --json out/operators.json
   kimi-llama bench --products --threads 1 --json out/products.json
@@ -51,6 +53,7 @@ EXAMPLES = f"""\
 --grid: {", ".join(TYPES)}; batches {_GRID["batches"]}; depths {_GRID["depths"]}; threads {_listed(THREADS)}.
 On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
 {_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
+A model that does not fit in memory twice is measured one process at a time, in turns.
 Both builds are made if they do not exist (kimi-llama build). Generated models and saved states are kept in bench/ of
 the cache folder; you may delete it at any time.
 
@@ -82,7 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
 
     add = parser.add_argument_group("the generated model").add_argument
-    add("--type", type=words(TYPES), metavar="T,..", help=f"types out of {', '.join(TYPES)} (default: Q4_0)")
+    add("--type", type=words(tuple(FILE_TYPES)), metavar="T,..",
+        help="types of llama-quantize, such as Q4_K_M,Q8_0 (default: Q4_0)")  # fmt: skip
     add("--draft-type", choices=TYPES, default="Q4_0", help="the draft model's type (default: Q4_0)")
     add("--layers", type=number, default=8, metavar="N",
         help="layers, one in four with latent attention (default: 8)")  # fmt: skip
@@ -117,6 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sequences in one batch (default: 1)")  # fmt: skip
     add("--seconds", type=seconds, default=8.0, metavar="S",
         help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
+    add("--in-turns", action="store_true",
+        help="keep one process in memory at a time (default: if the model does not fit twice)")  # fmt: skip
     add("--seed", type=number, default=1, metavar="N", help="seed for --prompt-cache (default: 1)")
     add("--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds")
     add("--libraries", type=Path, metavar="DIR",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
 from kimi_gguf.bench.cells import UBATCH
@@ -16,6 +17,7 @@ Data = dict[str, Any]
 Rows = list[tuple[str, ...]]
 
 CELLS = ("cell", "upstream, tokens/s", "patched, tokens/s", "ratio", "% of roofline", "upstream variant")
+MEGABYTE = 1e6
 BOUNDS = {"memory": "memory", "products": "compute"}  # as records have them -> as tables do
 
 
@@ -108,6 +110,30 @@ def memory_table(model: Data) -> Rows:
         sizes = [sum(loaded["memory"].get("weights", {}).values())]
         sizes += [sum(memory.get(part, {}).values()) for part in ("kv", "recurrent", "compute")]
         rows.append((f"{name}, {context}", *(f"{size:.1f}" for size in sizes), f"{loaded['seconds']:.1f} s"))
+    return rows
+
+
+def turns_table(model: Data) -> Rows:
+    """Each variant of a model that was measured one process at a time: memory, loading, tokens/s, reads from disk."""
+    about, cells = model["about"], model["cells"]
+    names = list(dict.fromkeys(name for cell in cells for name in cell["samples"]))
+    parts = ("private", "file", "peak")
+    columns = [f"{describe(cell)}, tokens/s" for cell in cells]
+    reads = bool(about["read"]) and max(about["read"].values()) >= MEGABYTE
+    columns += [f"{describe(cell)}, MB from disk per token" for cell in cells if reads]
+    rows: Rows = [("variant", "loading", *(f"{part} memory, MiB" for part in parts), *columns)]
+    for name in names:
+        process = name.removesuffix(" -fa 0")
+        resident = about["resident"].get(process, {})
+        sizes = (f"{resident[part]:.0f}" if part in resident else "unknown" for part in parts)
+        samples = (cell["samples"].get(name) for cell in cells)
+        speeds = [
+            f"{cell['tokens'] / median(found):.4g}" if found else "not run"
+            for cell, found in zip(cells, samples, strict=True)
+        ]
+        read = [about["read"].get(f"{name}, {describe(cell)}") for cell in cells if reads]
+        disk = ("unknown" if each is None else f"{each / MEGABYTE:.1f}" for each in read)
+        rows.append((name, f"{about['load'][process]['seconds']:.1f} s", *sizes, *speeds, *disk))
     return rows
 
 

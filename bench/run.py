@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from kimi_gguf.bench import hybrid, page, report
 from kimi_gguf.bench.ab_run import Result, Runners, Settings, measure, measure_fitting
 from kimi_gguf.bench.cells import (
     DEVICE_THREADS,
+    PATCHED,
     SIZES,
     THREADS,
     UPSTREAM,
@@ -30,6 +31,7 @@ from kimi_gguf.bench.cells import (
 from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import measure_device_operators
 from kimi_gguf.bench.equal_requests import ask_together
+from kimi_gguf.bench.in_turns import measure_in_turns, variants_alone
 from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
@@ -222,12 +224,16 @@ class Run:
                 report.show(f"{model.name}, {model.nbytes / 1e9:.2f} GB", report.cells_table(data["cells"]))
                 print(report.verdict(data["cells"]))
                 report.show("Memory, MiB", report.memory_table(data))
+                if data["about"]["resident"]:
+                    report.show("One process at a time", report.turns_table(data))
 
-    def results(self, runners: Runners, cells: list[Cell]) -> Iterator[Result]:
+    def results(self, runners: Runners, cells: list[Cell]) -> Iterable[Result]:
         """Measure the cells of a loaded model."""
         settings = Settings(self.parsed.seconds, self.began + self.parsed.budget)
         if self.device is None:
-            upstream = variants_in_memory(runners.model, runners.reporter)
+            upstream = () if self.parsed.in_turns else variants_in_memory(runners.model, runners.reporter)
+            if not upstream:
+                return measure_in_turns(runners, cells, alone_in_memory(runners), settings)
             without = (variant.name for variant in UPSTREAM if variant not in upstream)
             runners.about.left_out |= dict.fromkeys(without, "there is not enough free memory")
             return measure(runners, cells, upstream, settings)
@@ -392,7 +398,7 @@ def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> li
 
 
 def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, ...]:
-    """The variants of upstream that fit in memory. Raises `EngineError` if none fits.
+    """The variants of upstream that fit in memory together with patched; none if only one process fits.
 
     Each build may hold a repacked copy of the weights; `--repack 0` reads the mapped file.
     """
@@ -403,9 +409,20 @@ def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, .
     if 2 * model.nbytes <= free:
         reporter.note(f"{needs}: upstream is measured without --repack 0")
         return tuple(variant for variant in UPSTREAM if variant.repack)
-    raise EngineError(
-        f"{model.path}: too large to compare builds here", found=needs, todo="choose a smaller model"
+    reporter.note(f"{needs}: they are loaded one after the other, twice")
+    return ()
+
+
+def alone_in_memory(runners: Runners) -> tuple[Variant, ...]:
+    """The variants that fit in memory alone; the others are recorded with the reason."""
+    free, nbytes = available_memory() or 0, runners.model.nbytes
+    found = variants_alone(nbytes, free)
+    reason = (
+        f"the copy of {nbytes / 1e9:.1f} GB of weights does not fit in {free / 1e9:.1f} GB of free memory"
     )
+    without = (each.name for each in (PATCHED, *UPSTREAM) if each not in found)
+    runners.about.left_out |= dict.fromkeys(without, reason)
+    return found
 
 
 def check_device(model: ModelFile, device: Device | None) -> None:

@@ -15,6 +15,7 @@ from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.encode import encode
 from kimi_gguf.convert.types.ggml import Ggml
+from kimi_gguf.convert.types.mixes import NEED_IMPORTANCES
 from kimi_gguf.engine.tensor_types import Bytes, TensorType, Values
 
 POOL_ROWS = 1021  # a prime, so that slices do not line up with heads or experts
@@ -73,6 +74,7 @@ class Weights:
         pool = self._pools.get((kind.name, columns))
         if pool is None:
             values = self._rng.standard_normal((POOL_ROWS, columns), np.float32) / np.float32(columns**0.5)
-            once = encode(np.ascontiguousarray(values), Dtype.F32, kind, ggml=self._ggml)
+            equal = np.ones(columns, np.float32) if kind.name in NEED_IMPORTANCES else None
+            once = encode(np.ascontiguousarray(values), Dtype.F32, kind, equal, self._ggml)
             pool = self._pools[kind.name, columns] = np.tile(once.reshape(POOL_ROWS, -1), (2, 1))
         return pool

@@ -152,7 +152,7 @@ _FALLBACKS: Final = (
     | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
 # Types that llama-quantize refuses without importances, except for embedding and output.
-_NEED_IMPORTANCES: Final = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
+NEED_IMPORTANCES: Final = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_M", "IQ1_S"})
 
 
 def choose_types(
@@ -179,7 +179,7 @@ def needs_importances(name: str, kind: TensorType, file_type: FileType) -> bool:
         return True
     if name in (_OUTPUT, _EMBEDDING):
         return False
-    return kind.name in _NEED_IMPORTANCES or (kind.name == "Q2_K" and file_type.name == "Q2_K_S")
+    return kind.name in NEED_IMPORTANCES or (kind.name == "Q2_K" and file_type.name == "Q2_K_S")
 
 
 def _kind(name: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,30 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
     assert sorted(path.name.partition("-")[0] for path in (cache / "bench").iterdir()) == [
         "models", "programs", "states",
     ]  # fmt: skip
+
+
+@pytest.mark.engine
+def test_one_process_at_a_time(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
+    record = tmp_path / "record.json"
+    tiny = [*TINY, "--type", "Q2_K", "--batch", "1,8", "--depth", "0,64"]
+    ended = bench(*tiny, "--in-turns", "--json", str(record))
+    (model,) = load(record)["models"]
+    everything = {"patched", "patched --repack 0"} | {
+        f"upstream{copy}{attention}" for copy in ("", " --repack 0") for attention in ("", " -fa 0")
+    }
+    for cell in model["cells"]:
+        assert set(cell["samples"]) == everything
+        assert {len(samples) for samples in cell["samples"].values()} == {2}
+        assert cell["upstream"]["way"].startswith("upstream")
+        assert cell["ratio"] == pytest.approx(
+            cell["patched"]["tokens_per_second"] / cell["upstream"]["tokens_per_second"]
+        )
+    about = model["about"]
+    assert set(about["load"]) == set(about["resident"]) == {name for name in everything if "-fa" not in name}
+    assert all(each["peak"] >= each["private"] > 0 for each in about["resident"].values())
+    assert len(about["shared"]) == len(everything)  # their logits after 64 tokens were compared
+    assert about["load"]["patched"]["seconds"] > 0
+    assert re.search(r"(?m)^\| patched --repack 0 \| \d", ended.stdout)
 
 
 @pytest.mark.engine

@@ -1,0 +1,128 @@
+"""Measures a model that does not fit in memory twice: one process at a time, in turns A B C C B A.
+
+Input: runners, cells, and the variants that fit alone. Output: a `Result` for each cell when all turns are over. The
+runners' `about` receives the resident memory of each process, and the bytes that it read from disk per token.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kimi_gguf.bench.ab_run import (
+    LONG,
+    Result,
+    Row,
+    Runners,
+    Sampler,
+    Settings,
+    check_logits,
+    context_size,
+    logits_of,
+)
+from kimi_gguf.bench.cells import PATCHED, PATCHED_IN_PLACE, UBATCH, UPSTREAM, Cell, Variant, variants
+from kimi_gguf.bench.report import describe
+
+FITS = 0.85  # share of the free memory that a repacked copy of the weights may take
+SECONDS = 2.0  # of a sample, at most, unless it is one decode
+
+
+def variants_alone(nbytes: int, free: int) -> tuple[Variant, ...]:
+    """The variants that fit alone, patched first. Without a copy a file may be larger than memory: it is mapped."""
+    every = (PATCHED, PATCHED_IN_PLACE, *UPSTREAM)
+    return tuple(variant for variant in every if not variant.repack or nbytes <= FITS * free)
+
+
+@dataclass
+class Collected:
+    """What was measured of a cell so far."""
+
+    samples: dict[str, list[float]] = field(default_factory=dict)  # by variant: seconds of a decode
+    steps: int = 1
+    others: list[float | None] = field(default_factory=list)
+
+
+def measure_in_turns(
+    runners: Runners, cells: Sequence[Cell], chosen: Sequence[Variant], settings: Settings
+) -> list[Result]:
+    """Measure each cell once in each turn. Raises `EngineError`."""
+    collected = {cell: Collected() for cell in cells}
+    wanted: dict[Cell, Row] = {}
+    processes = list(dict.fromkeys(variant.process for variant in chosen))
+    for turn, process in enumerate([*processes, *reversed(processes)]):
+        for cell in cells:
+            mine = [each for each in variants(cell, chosen) if each.process == process]
+            for variant in mine:
+                if time.monotonic() < settings.until:
+                    runners.reporter.phase(f"turn {turn + 1}: {variant.name}: {describe(vars(cell))}")
+                    measure_once(runners, cells, cell, variant, settings, collected[cell], wanted)
+        if (running := runners.running(process)) is not None:
+            runners.about.resident[process] = resident_memory(running.pid)
+            runners.stop(process)
+    results = []
+    for cell, found in collected.items():
+        if {name.split()[0] for name in found.samples} == {"patched", "upstream"}:
+            known = [each for each in found.others if each is not None]
+            patched = next(each.name for each in chosen if each.build == "patched")
+            results.append(Result(cell, found.samples, {}, found.steps, max(known, default=None), patched))
+        else:
+            runners.skip([cell], "the time of --budget was used up")
+    return results
+
+
+def measure_once(
+    runners: Runners,
+    cells: Sequence[Cell],
+    cell: Cell,
+    variant: Variant,
+    settings: Settings,
+    found: Collected,
+    wanted: dict[Cell, Row],
+) -> None:
+    """Take a sample, after one decode that is not timed because it touches the weights first."""
+    n_batch = max(*(each.tokens for each in cells), UBATCH)
+    place = runners.context(variant, cell, context_size(cells), n_batch)
+    runners.go_to(variant, cell, place)
+    if cell.depth:
+        row = logits_of(place, runners.threads)
+        check_logits(runners.about, variant, cell, row, wanted.setdefault(shared_state(cell), row))
+    sampler = Sampler(cell, {variant: place})
+    first = sampler.sample(variant, 1)
+    if first < LONG:
+        found.steps = max(1, min(cell.most_steps, int(min(SECONDS, settings.cell_seconds) / first)))
+    sampler.forget()
+    before = bytes_read(place[0].pid)
+    seconds = sampler.sample(variant, found.steps)
+    after = bytes_read(place[0].pid)
+    found.samples.setdefault(variant.name, []).append(seconds)
+    found.others.append(sampler.others())
+    if before is not None and after is not None:
+        tokens = cell.tokens * (found.steps + cell.warm)
+        runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens
+
+
+def shared_state(cell: Cell) -> Cell:
+    """The first cell's fields that decide which state is loaded."""
+    return Cell(cell.cache_type, cell.sequences, cell.depth, threads=0, batch=0)
+
+
+def resident_memory(pid: int) -> dict[str, float]:
+    """MiB of a process: private memory, pages of mapped files, and the largest sum of both; empty if unknown."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    names = {"RssAnon": "private", "RssFile": "file", "VmHWM": "peak"}
+    found = (line.partition(":") for line in lines)
+    return {names[name]: int(text.split()[0]) / 1024 for name, _, text in found if name in names}
+
+
+def bytes_read(pid: int) -> int | None:
+    """Bytes that the process has read from disk; None if unknown."""
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), None)
