@@ -1,6 +1,6 @@
 # Half of the time of a build goes into chat formats, images, HTTP and test programs, which take no time when a model runs:
-# many small sources with the same large headers. Compile them in groups and at -O1, test programs at -O0. CMake includes this file before the
-# CMakeLists.txt of the pinned llama.cpp.
+# many small sources with the same large headers. Compile them in groups and at -O1, test programs at -O0. CMake includes
+# this file before the CMakeLists.txt of the pinned llama.cpp.
 
 # Sets `result` to the sources of the target, with their folder, whose names match.
 function(kimi_sources result target names)
