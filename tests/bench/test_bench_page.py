@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from bench_case import record
 
+from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.record import add, load_all
 from kimi_gguf.bench.run import shown_command
 from kimi_gguf.engine.errors import EngineError
@@ -16,12 +17,15 @@ from kimi_gguf.scripts import kimi_llama, measure_conversion
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_committed_page_is_drawn_from_the_committed_records(tmp_path: Path) -> None:
-    shutil.copy(DOCS / "bench.toml", tmp_path)
+def test_the_committed_pages_are_drawn_from_the_committed_records(tmp_path: Path) -> None:
     shutil.copytree(DOCS / "bench-records", tmp_path / "bench-records")
-    assert kimi_llama.main(["bench", "--draw", str(tmp_path / "bench.toml")]) == 0
+    pages = []
+    for manifest in DOCS.glob("bench*.toml"):
+        shutil.copy(manifest, tmp_path)
+        assert kimi_llama.main(["bench", "--draw", str(tmp_path / manifest.name)]) == 0
+        pages.append(read_manifest(manifest).page.name)
     drawn = sorted(path.name for path in tmp_path.glob("bench*") if path.suffix in (".md", ".svg"))
-    assert drawn == sorted(["bench.md", *(path.name for path in DOCS.glob("bench-*.svg"))])
+    assert drawn == sorted([*pages, *(path.name for path in DOCS.glob("bench-*.svg"))])
     for name in drawn:
         assert (tmp_path / name).read_bytes() == (DOCS / name).read_bytes(), name
 
