@@ -345,8 +345,8 @@ def model_part(name: str, model: Data, page: Path) -> str:
     )
     if model["model"]["about"].get("resident"):
         parts.append(
-            "Each process ran alone, in turns A B C C B A. Its memory: private (copies of weights, caches, buffers), pages "
-            "of mapped files, and the peak of both:\n\n" + markdown(report.turns_table(model["model"]))
+            "Each process ran alone, in turns A B C C B A. Its memory: private (copies of weights, caches, buffers), "
+            "pages of mapped files, and the peak of both:\n\n" + markdown(report.turns_table(model["model"]))
         )
     return "\n".join(parts)
 

@@ -16,7 +16,7 @@
 
 namespace kda {
 
-// The break-even point of chunks (README, Measurements).
+// The break-even point of chunks (README, When chunks are used).
 constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
 
 // What every block of a head repeats (decays, products of a chunk's tokens) takes as long as so many value channels.

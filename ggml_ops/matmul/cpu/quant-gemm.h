@@ -29,7 +29,7 @@ size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, en
 bool ggml_quant_gemm_prefers_rows(const struct ggml_tensor * op);
 
 // Computes the node and returns true, or returns false (nothing touched) if ggml's own path has to compute it: other
-// types, layouts and shapes, an instruction set without VNNI, use_ref, or a marked node (ggml-op-marks.h).
+// types, layouts and shapes, a CPU without these kernels, use_ref, or a marked node (ggml-op-marks.h).
 bool ggml_compute_forward_quant_gemm(const struct ggml_compute_params * params,
                                      struct ggml_tensor *               dst,
                                      enum quant_gemm_layout             layout);
