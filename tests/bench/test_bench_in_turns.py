@@ -1,0 +1,63 @@
+"""Models that do not fit in memory twice: which variants run, and their table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kimi_gguf.bench import run
+from kimi_gguf.bench.ab_run import Loaded
+from kimi_gguf.bench.cells import PATCHED, PATCHED_IN_PLACE, UPSTREAM
+from kimi_gguf.bench.in_turns import variants_alone
+from kimi_gguf.bench.report import turns_table
+from kimi_gguf.engine.progress import Silent
+
+GB = 10**9
+MODEL = SimpleNamespace(nbytes=18 * GB, path=Path("model.gguf"))
+
+
+def free(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
+    monkeypatch.setattr(run, "available_memory", lambda: nbytes)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "expected"),
+    [
+        (54, UPSTREAM),
+        (53, tuple(variant for variant in UPSTREAM if variant.repack)),
+        (36, tuple(variant for variant in UPSTREAM if variant.repack)),
+        (35, ()),
+        (None, UPSTREAM),  # the system does not say
+    ],
+)
+def test_which_variants_of_upstream_run_next_to_patched(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: int | None, expected: tuple[object, ...]
+) -> None:
+    free(monkeypatch, None if gigabytes is None else gigabytes * GB)
+    assert run.variants_in_memory(MODEL, Silent()) == expected  # type: ignore[arg-type]
+
+
+def test_a_copy_that_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert variants_alone(17 * GB, 20 * GB) == (PATCHED, PATCHED_IN_PLACE, *UPSTREAM)
+    free(monkeypatch, 20 * GB)
+    runners = SimpleNamespace(model=MODEL, about=Loaded())
+    chosen = run.alone_in_memory(runners)  # type: ignore[arg-type]
+    assert chosen == (PATCHED_IN_PLACE, *(variant for variant in UPSTREAM if not variant.repack))
+    reason = "the copy of 18.0 GB of weights does not fit in 20.0 GB of free memory"
+    assert runners.about.left_out == dict.fromkeys(("patched", "upstream", "upstream -fa 0"), reason)
+
+
+def test_the_table_of_processes() -> None:
+    cell = {"batch": 1, "sequences": 1, "threads": 2, "depth": 0, "cache_type": "f16", "tokens": 1}
+    cell["samples"] = {"patched --repack 0": [0.05, 0.05], "upstream -fa 0": [0.1, 0.1]}
+    about = {
+        "load": {"patched --repack 0": {"seconds": 0.04}, "upstream": {"seconds": 34.0}},
+        "resident": {"patched --repack 0": {"private": 500.4, "file": 17000.0, "peak": 17500.4}},
+        "read": {"patched --repack 0, tg at 0, 2 threads": 2.5e6, "upstream -fa 0, tg at 0, 2 threads": 0.0},
+    }
+    assert turns_table({"about": about, "cells": [cell]})[1:] == [
+        ("patched --repack 0", "0.0 s", "500", "17000", "17500", "20", "2.5"),
+        ("upstream -fa 0", "34.0 s", "unknown", "unknown", "unknown", "10", "0.0"),
+    ]
