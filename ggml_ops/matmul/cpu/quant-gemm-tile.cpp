@@ -12,9 +12,10 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_KERNELS
 
-// Columns of a tile, so that its sums are in registers. AVX-512 and NEON have 32 of them: 12 integer and 12 float sums.
-// Of the 16 of AVX2, integer sums take 6 or 8; float sums and products of 16 bits share the others.
-static constexpr int TILE_COLUMNS       = !QUANT_GEMM_AVX2 ? 6 : SUMS_OF_16_BITS ? 3 : 4;
+// Columns of a tile, so that its sums are in registers. AVX-512 has 32 of them: 12 integer and 12 float sums. NEON has 32
+// too, but 4 columns of activations take four, and scales need some. Of the 16 of AVX2, integer sums take 6 or 8; float
+// sums and products of 16 bits share the others.
+static constexpr int TILE_COLUMNS       = QUANT_GEMM_AVX512 ? 6 : SUMS_OF_16_BITS ? 3 : 4;
 static constexpr int TILE_COLUMNS_PLAIN = !QUANT_GEMM_AVX2 ? 8 : 4;  // bf16 and f16: 16 or 8 float sums
 
 // Values of each vector of rows for each column.
@@ -58,19 +59,37 @@ template <int N_C> static inline void fill(IntGrid<N_C> & z, Ints x) {
     }
 }
 
-// Adds N_G groups of four values of K to the sums.
-template <Codes CODES, int N_C, int N_G>
-static inline void add_groups(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset) {
-#pragma GCC        unroll 8
-    for (int g = 0; g < N_G; g++) {
-        const Ints w0 = load_ints(weights + g * PANEL_ROWS * 4);
-        const Ints w1 = load_ints(weights + g * PANEL_ROWS * 4 + sizeof(Ints));
+// Adds groups I of four values of K to the sums; acts: four groups of each column.
+template <Codes CODES, int N_C, int... I>
+static inline void add_some_groups(IntGrid<N_C> &  z,
+                                   const uint8_t * weights,
+                                   const FourGroups (&acts)[N_C],
+                                   std::integer_sequence<int, I...>) {
+    const auto add_group = [&](auto i) {
+        const Ints w0 = load_ints(weights + i * PANEL_ROWS * 4);
+        const Ints w1 = load_ints(weights + i * PANEL_ROWS * 4 + sizeof(Ints));
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
-            const Ints a = broadcast_ints(act[c] + offset + g * 4);
+            const auto a = group_of<i>(acts[c]);
             z[c][0]      = add_products<CODES>(z[c][0], w0, a);
             z[c][1]      = add_products<CODES>(z[c][1], w1, a);
         }
+    };
+    (add_group(std::integral_constant<int, I>()), ...);
+}
+
+// Adds N_G groups of four values of K to the sums.
+template <Codes CODES, int N_C, int N_G>
+static inline void add_groups(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset) {
+    constexpr int TOGETHER = std::min(N_G, 4);
+#pragma GCC unroll 2
+    for (int g = 0; g < N_G; g += TOGETHER) {
+        FourGroups acts[N_C];
+#pragma GCC unroll 8
+        for (int c = 0; c < N_C; c++) {
+            acts[c] = load_groups(act[c] + offset + 4 * g);
+        }
+        add_some_groups<CODES, N_C>(z, weights + g * PANEL_ROWS * 4, acts, std::make_integer_sequence<int, TOGETHER>());
     }
 }
 

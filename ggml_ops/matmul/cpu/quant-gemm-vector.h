@@ -453,6 +453,41 @@ inline Ints factors_of(Ints x) {
 
 #endif
 
+// Four groups of four activations, and group I of them for add_products. NEON multiplies by a part of a vector.
+#if QUANT_GEMM_NEON
+
+template <int I> struct Group {
+    int8x16_t four;
+};
+
+using FourGroups = int8x16_t;
+
+inline FourGroups load_groups(const void * p) {
+    return vld1q_s8((const int8_t *) p);
+}
+
+template <int I> inline Group<I> group_of(FourGroups x) {
+    return { x };
+}
+
+template <Codes, int I> inline Ints add_products(Ints sums, Ints codes, Group<I> acts) {
+    return vdotq_laneq_s32(sums, to_8(codes), acts.four, I);
+}
+
+#else
+
+using FourGroups = const char *;
+
+inline FourGroups load_groups(const void * p) {
+    return (const char *) p;
+}
+
+template <int I> inline Ints group_of(FourGroups x) {
+    return broadcast_ints(x + 4 * I);
+}
+
+#endif
+
 #endif
 
 }  // namespace quant_gemm
