@@ -53,6 +53,10 @@ _QUIET = (  # only text and warnings: no list of the model's metadata and tensor
 )
 # Weights in huge pages instead of a mapped file: a token takes less time, loading takes longer.
 _IN_MEMORY = (("-lm", "--load-mode"), ("--load-mode", "none"))
+# No interleaved copy of weights that memory is too small for: pages of the file and of the copy would be read again
+# and again.
+_WITHOUT_COPY = (("--repack", "-nr", "--no-repack"), ("--no-repack",))
+_MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are loaded into memory
 _PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
 _WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
@@ -100,7 +104,7 @@ TOOLS = {
         "llama-cli",
         "chat with the model in the terminal",
         'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
-        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
+        (_THREADS, _FLASH, _JINJA, _WITHOUT_COPY, _IN_MEMORY),
         drafted="llama-cli",
     ),
     "serve": Tool(
@@ -108,7 +112,7 @@ TOOLS = {
         "serve the model over HTTP with an OpenAI-compatible API",
         "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
         "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
-        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
+        (_THREADS, _FLASH, _JINJA, _WITHOUT_COPY, _IN_MEMORY),
         drafted="llama-server",
     ),
     "quantize": Tool(
@@ -208,8 +212,7 @@ def _tool(parsed: argparse.Namespace) -> int:
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
         _expect_to_run(engine)
-    if _IN_MEMORY in tool.defaults and (engine.for_gpus or not fits(parsed.model)):
-        tool = tool.without(_IN_MEMORY)
+    tool = placed(tool, None if engine.for_gpus else memory_share(parsed.model))
     program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
@@ -255,11 +258,20 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     return [program, "--model", str(model), *added, *given]
 
 
-def fits(model: Path) -> bool:
-    """Whether the model's weights take at most three quarters of the available memory; false if this is unknown."""
+def memory_share(model: Path) -> float | None:
+    """The share of the available memory that the model's weights take; None if this is unknown."""
     _, files = place_in_set(model) or (1, [model])
     free = available_memory()
-    return free is not None and sum(path.stat().st_size for path in files if path.exists()) <= free * 3 // 4
+    return sum(path.stat().st_size for path in files if path.exists()) / free if free else None
+
+
+def placed(tool: Tool, share: float | None) -> Tool:
+    """The tool for weights in memory, or mapped without a copy. share: see `memory_share`; None: neither."""
+    if share is None or share > _MOST_OF_MEMORY:
+        tool = tool.without(_IN_MEMORY)
+    if share is None or share <= _MOST_OF_MEMORY:
+        tool = tool.without(_WITHOUT_COPY)
+    return tool
 
 
 def _drafts(given: Sequence[str]) -> list[Path]:

@@ -82,23 +82,36 @@ def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "free", "fits"),
-    [
-        ((300,), 400, True),
-        ((300,), 399, False),
-        ((150, 150), 400, True),
-        ((150, 151), 400, False),
-        ((1,), None, False),
-    ],
+    ("sizes", "free", "share"),
+    [((300,), 400, 0.75), ((150, 150), 400, 0.75), ((150, 151), 350, 0.86), ((1,), None, None)],
 )
-def test_weights_are_loaded_into_memory_only_if_there_is_enough(
-    sizes: tuple[int, ...], free: int | None, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_share_of_memory_that_weights_take(
+    sizes: tuple[int, ...],
+    free: int | None,
+    share: float | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = [f"m-{i:05d}-of-{len(sizes):05d}.gguf" for i in range(1, len(sizes) + 1)]
     for name, size in zip(names, sizes, strict=True):
         (tmp_path / name).write_bytes(bytes(size))
     monkeypatch.setattr(kimi_llama, "available_memory", lambda: free)
-    assert kimi_llama.fits(tmp_path / names[0]) == fits
+    assert kimi_llama.memory_share(tmp_path / names[0]) == share
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [(0.75, ["--load-mode", "none"]), (0.76, ["--no-repack"]), (1.2, ["--no-repack"]), (None, [])],
+)
+def test_weights_are_in_memory_if_it_is_large_enough_else_without_a_copy(
+    share: float | None, expected: list[str]
+) -> None:
+    for name in ("chat", "serve"):
+        tool = kimi_llama.placed(kimi_llama.TOOLS[name], share)
+        words = kimi_llama.tool_command(tool, Path("model.gguf"), ())
+        assert [word for word in words if word in ("--load-mode", "none", "--no-repack")] == expected
+        words = kimi_llama.tool_command(tool, Path("model.gguf"), ("--repack",))
+        assert "--no-repack" not in words
 
 
 def test_a_servers_weights_are_in_memory_unless_the_caller_says_otherwise() -> None:
