@@ -49,7 +49,7 @@ def measure_in_turns(
 ) -> list[Result]:
     """Measure each cell once in each turn. Raises `EngineError`."""
     collected = {cell: Collected() for cell in cells}
-    wanted: dict[Cell, Row] = {}
+    wanted: dict[Path, Row] = {}
     processes = list(dict.fromkeys(variant.process for variant in chosen))
     for turn, process in enumerate([*processes, *reversed(processes)]):
         for cell in cells:
@@ -79,15 +79,15 @@ def measure_once(
     variant: Variant,
     settings: Settings,
     found: Collected,
-    wanted: dict[Cell, Row],
+    wanted: dict[Path, Row],
 ) -> None:
     """Take a sample, after one decode that is not timed because it touches the weights first."""
     n_batch = max(*(each.tokens for each in cells), UBATCH)
     place = runners.context(variant, cell, context_size(cells), n_batch)
-    runners.go_to(variant, cell, place)
+    state = runners.go_to(variant, cell, place)
     if cell.depth:
         row = logits_of(place, runners.threads)
-        check_logits(runners.about, variant, cell, row, wanted.setdefault(shared_state(cell), row))
+        check_logits(runners.about, variant, cell, row, wanted.setdefault(state, row))
     sampler = Sampler(cell, {variant: place})
     first = sampler.sample(variant, 1)
     if first < LONG:
@@ -101,11 +101,6 @@ def measure_once(
     if before is not None and after is not None:
         tokens = cell.tokens * (found.steps + cell.warm)
         runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens
-
-
-def shared_state(cell: Cell) -> Cell:
-    """The first cell's fields that decide which state is loaded."""
-    return Cell(cell.cache_type, cell.sequences, cell.depth, threads=0, batch=0)
 
 
 def resident_memory(pid: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,12 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     return Plan(TypeRequest(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))
 
 
+def types_in_dry_run(lines: Iterable[str]) -> dict[str, str]:
+    """Each tensor's type, by name, in the output of `llama-quantize --dry-run`."""
+    found = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
+    return {name: (new or old).upper() for name, old, new in found}
+
+
 def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] | None:
     """Each tensor's type as llama-quantize would choose it, by name; None for BF16 tensors, which it keeps.
 
@@ -151,8 +157,7 @@ def quantized_types(model: BenchModel, quantize: Path) -> dict[str, TensorType] 
         command = [str(quantize), "--dry-run", str(sparse), model.type]
         said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     lines = (said.stdout + said.stderr).splitlines()
-    found = [match.groups() for line in lines if (match := _DRY_RUN_LINE.match(line))]
-    types = {name: TENSOR_TYPES[(new or old).upper()] for name, old, new in found}
+    types = {name: TENSOR_TYPES[kind] for name, kind in types_in_dry_run(lines).items()}
     if said.returncode or set(types) != {tensor.name for tensor in plan.tensors}:
         raise EngineError(
             f"{quantize.name} --dry-run does not print the types of a {model.type} file",

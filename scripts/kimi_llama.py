@@ -262,7 +262,8 @@ def memory_share(model: Path) -> float | None:
     """The share of the available memory that the model's weights take; None if this is unknown."""
     _, files = place_in_set(model) or (1, [model])
     free = available_memory()
-    return sum(path.stat().st_size for path in files if path.exists()) / free if free else None
+    size = sum(path.stat().st_size for path in files if path.exists())
+    return None if free is None else size / max(free, 1)
 
 
 def placed(tool: Tool, share: float | None) -> Tool:

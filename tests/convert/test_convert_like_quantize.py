@@ -21,6 +21,7 @@ from convert_tools import convert, fresh_checkpoint, write_imatrix
 from gguf import GGUFReader
 from random_checkpoint import Spec
 
+from kimi_gguf.bench.shapes import types_in_dry_run
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.gguf import GgufFile
@@ -127,12 +128,10 @@ def test_the_type_of_each_tensor(upstream: Engine, case: Case, options: tuple[st
             assert run.status == 1, (kind, done.stdout[-600:])
             continue
         assert run.status == 0, (kind, run.err)
-        wanted = re.findall(
-            r"(?m)^\[ *\d+/ *\d+\] +(\S+) .*, type = +(\w+),.*?(?:\((\w+)\))?$", done.stderr + done.stdout
-        )
+        wanted = types_in_dry_run((done.stdout + done.stderr).splitlines())
         found = dict(re.findall(r"(?m)^(\S+) +([A-Z]+\d\w*) +\d", run.out))
         assert len(wanted) == len(found) > 30
-        assert found == {name: (new or old).upper() for name, old, new in wanted}, kind
+        assert found == wanted, kind
 
 
 def some_runs() -> list[Any]:

@@ -83,7 +83,14 @@ def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "free", "share"),
-    [((300,), 400, 0.75), ((150, 150), 400, 0.75), ((150, 151), 350, 0.86), ((1,), None, None)],
+    [
+        ((300,), 400, 0.75),
+        ((300,), 399, 300 / 399),
+        ((150, 150), 400, 0.75),
+        ((150, 151), 400, 301 / 400),
+        ((3,), 0, 3),
+        ((1,), None, None),
+    ],
 )
 def test_the_share_of_memory_that_weights_take(
     sizes: tuple[int, ...],
@@ -101,7 +108,7 @@ def test_the_share_of_memory_that_weights_take(
 
 @pytest.mark.parametrize(
     ("share", "expected"),
-    [(0.75, ["--load-mode", "none"]), (0.76, ["--no-repack"]), (1.2, ["--no-repack"]), (None, [])],
+    [(0.75, ["--load-mode", "none"]), (300 / 399, ["--no-repack"]), (1.2, ["--no-repack"]), (None, [])],
 )
 def test_weights_are_in_memory_if_it_is_large_enough_else_without_a_copy(
     share: float | None, expected: list[str]
