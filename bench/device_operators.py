@@ -20,7 +20,7 @@ from kimi_gguf.engine.progress import Reporter
 
 OPERATORS = ("KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN")
 LATENT = "hsk=576,hsv=512.*"  # only these cases of FLASH_ATTN_EXT
-SMALL = "(n_seq_tokens=1,n_seqs=1|kv=512,nb=1|keys=512,)"  # for a quick try
+SMALL = "(n_seq_tokens=1,n_seqs=1|kv=512,nb=1,.*type_K=q8_0|keys=512,.*type_cache=q8_0)"  # for a quick try
 RECURRENCE = "GATED_DELTA_NET"
 HEADS, HEAD = 32, 128
 TOKENS = (1, 64, 512, 2048, 8192)

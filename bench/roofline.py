@@ -22,6 +22,8 @@ KDA_STEP = 4  # times D² MACs per head and token, token by token: S'k, S'q, k d
 KDA_CHUNK = 3  # the same in chunks, to leading order: P k, P q and the update of the state
 CHUNKED_FROM = 32  # tokens
 TIMES = 3  # measurements of the peak rates; the best counts
+SECONDS = 0.1  # of each
+DEVICE_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,17 @@ def _each(found: Sequence[Peaks], summary: Callable[[list[float]], float]) -> Pe
     return Peaks(**rates | {"threads": found[0].threads})
 
 
-def measure_peaks(threads: int, times: int = TIMES) -> Peaks:
-    """Measure this machine several times and take the best. Raises `EngineError`."""
-    found = [Peaks(**json.loads(ask(program("peaks"), str(threads), "0.1"))) for _ in range(times)]
+def measure_peaks(threads: int, times: int = TIMES, seconds: float = SECONDS) -> Peaks:
+    """Measure this machine several times and take the best. seconds: at most, per rate. Raises `EngineError`."""
+    words = (str(threads), str(min(seconds, SECONDS)))
+    found = [Peaks(**json.loads(ask(program("peaks"), *words))) for _ in range(times)]
     return _each(found, max)
 
 
-def measure_device_peaks(device: str, libraries: Path) -> Peaks | None:
+def measure_device_peaks(device: str, libraries: Path, seconds: float = DEVICE_SECONDS) -> Peaks | None:
     """Peak rates of a copy and of large matmuls with the ggml of a build; None if the device lacks one of them."""
-    measured = json.loads(ask(program("device", ggml_flags(libraries)), device))
+    words = (device, str(min(seconds, DEVICE_SECONDS)))
+    measured = json.loads(ask(program("device", ggml_flags(libraries)), *words))
     return Peaks(**measured) if measured["read"] and measured["f32"] and measured["f16"] else None
 
 

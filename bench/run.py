@@ -243,7 +243,7 @@ class Run:
     def peaks(self, reporter: Reporter) -> dict[int, Peaks]:
         """Measure, show and record them."""
         reporter.phase("measuring the peak rates of the machine")
-        found = {threads: measure_peaks(threads) for threads in self.threads}
+        found = {threads: measure_peaks(threads, seconds=self.parsed.seconds) for threads in self.threads}
         self.record["limits"] = [vars(each) for each in found.values()]
         report.show("Peak rates of the machine", report.peaks_table(self.record["limits"]))
         return found
@@ -253,13 +253,13 @@ class Run:
 
         If other machines share the memory, its bandwidth changes from minute to minute.
         """
-        before, peaks[threads] = peaks[threads], measure_peaks(threads, times=1)
+        before, peaks[threads] = peaks[threads], measure_peaks(threads, times=1, seconds=self.parsed.seconds)
         return mean_of([before, peaks[threads]])
 
     def device_peaks(self, device: Device, reporter: Reporter) -> Peaks | None:
         """Measure, show and record them."""
         reporter.phase(f"measuring the peak rates of {device.name}")
-        found = measure_device_peaks(device.name, self.upstream.lib)
+        found = measure_device_peaks(device.name, self.upstream.lib, self.parsed.seconds)
         if found is None:
             reporter.note(f"{device.name}: no roofline: it does not support a copy or a matmul")
         else:

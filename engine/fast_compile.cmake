@@ -1,6 +1,10 @@
 # Half of the time of a build goes into chat formats, images, HTTP and test programs, which take no time when a model runs:
-# many small sources with the same large headers. Compile them in groups and at -O1, test programs at -O0. CMake includes
-# this file before the CMakeLists.txt of the pinned llama.cpp.
+# many small sources with the same large headers. Compile them in groups and at -O1; also what loads and quantizes models,
+# and the memory of other architectures. Test programs at -O0, except test-backend-ops, which would take 25 seconds to
+# start. CMake includes this file before the CMakeLists.txt of the pinned llama.cpp.
+#
+# Headers are precompiled for upstream's sources only: ours must include what they use. ccache keeps no objects that were
+# compiled with them.
 
 # Sets `result` to the sources of the target, with their folder, whose names match.
 function(kimi_sources result target names)
@@ -18,19 +22,37 @@ function(kimi_group target size alone)
     set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE ${size})
 endfunction()
 
+# Sets properties of the target's sources whose names match.
+function(kimi_set_sources target names)
+    kimi_sources(sources ${target} "${names}")
+    set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES ${ARGN})
+endfunction()
+
+function(kimi_precompile target)
+    if (TARGET ${target} AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+        target_precompile_headers(${target} PRIVATE
+            <algorithm> <cmath> <cstring> <fstream> <functional> <map> <memory> <mutex> <set> <sstream> <string> <thread>
+            <unordered_map> <vector>)
+        kimi_set_sources(${target} "^kimi/" SKIP_PRECOMPILE_HEADERS ON)
+    endif()
+endfunction()
+
 function(kimi_compile_less)
     foreach(target IN ITEMS
-            cpp-httplib llama-bench-impl llama-cli-impl llama-common llama-server-impl mtmd server-context)
+            cpp-httplib llama-bench-impl llama-cli-impl llama-common llama-server-impl mtmd server-context test-backend-ops)
         if (TARGET ${target})
             target_compile_options(${target} PRIVATE -O1)
         endif()
     endforeach()
-    foreach(target IN ITEMS
-            test-backend-ops test-chat-template test-llama-archs test-recurrent-state-rollback test-save-load-state)
+    foreach(target IN ITEMS test-chat-template test-llama-archs test-recurrent-state-rollback test-save-load-state)
         if (TARGET ${target})
             target_compile_options(${target} PRIVATE -O0)
         endif()
     endforeach()
+    kimi_set_sources(llama
+        "^llama-(adapter|arch|chat|hparams|kv-cache-d.*|memory-hybrid-idx|mmap|model|model-.*|quant)\\.cpp$"
+        COMPILE_OPTIONS -O1 SKIP_PRECOMPILE_HEADERS ON)
+    kimi_set_sources(ggml-base "^(ggml-backend-meta|ggml-opt|gguf)\\.cpp$" COMPILE_OPTIONS -O1)
     if (TARGET server-context)
         kimi_group(server-context 4 "^server-context\\.cpp$")
     endif()
@@ -40,9 +62,11 @@ function(kimi_compile_less)
     if (TARGET llama-common)
         set(for_each_token "^(ngram-.*|sampling|speculative)\\.cpp$")
         kimi_group(llama-common 8 "${for_each_token}|^json\\.cpp$") # json.cpp must precede its uses
-        kimi_sources(sources llama-common "${for_each_token}")
-        set_source_files_properties(${sources} TARGET_DIRECTORY llama-common PROPERTIES COMPILE_OPTIONS -O3)
+        kimi_set_sources(llama-common "${for_each_token}" COMPILE_OPTIONS -O3 SKIP_PRECOMPILE_HEADERS ON)
     endif()
+    foreach(target IN ITEMS llama llama-common mtmd server-context)
+        kimi_precompile(${target})
+    endforeach()
 endfunction()
 
 cmake_language(DEFER CALL kimi_compile_less)

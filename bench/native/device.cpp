@@ -1,6 +1,6 @@
 // Measures peak rates of a device with ggml: bytes moved by a copy, and multiply-adds of large matmuls, per second.
 //
-//   device NAME     prints one line of JSON; null for operations that the device does not support
+//   device NAME SECONDS     prints one line of JSON; null for operations that the device does not support
 //
 // Sizes grow until a graph takes long enough to be timed, or uses its share of the memory.
 
@@ -20,14 +20,15 @@ namespace {
 
 constexpr int    NODES    = 4;     // per graph, to amortize the launch
 constexpr double ENOUGH   = 0.02;  // minimum seconds per graph
-constexpr double SECONDS  = 0.3;   // seconds spent repeating a graph
 constexpr int    LARGEST  = 8192;  // maximum rows and columns of a matmul
 constexpr size_t MEBIBYTE = size_t(1) << 20;
 
 // Builds one result in a context; NODES of them make a graph.
 using Build = std::function<ggml_tensor *(ggml_context *)>;
 
-// The best time of a graph in seconds, over SECONDS; 0 if the device does not support it or memory is too small.
+double seconds;  // spent repeating a graph
+
+// The best time of a graph in seconds; 0 if the device does not support it or memory is too small.
 double best(ggml_backend_t backend, const Build & build) {
     std::vector<uint8_t>   memory(ggml_tensor_overhead() * 8 * NODES + ggml_graph_overhead());
     const ggml_init_params params = { memory.size(), memory.data(), true };
@@ -44,7 +45,7 @@ double best(ggml_backend_t backend, const Build & build) {
     if (buffer) {
         ggml_backend_buffer_clear(buffer, 0);
         const int64_t began = ggml_time_us();
-        for (int turn = 0; turn < 3 || ggml_time_us() - began < SECONDS * 1e6; ++turn) {
+        for (int turn = 0; turn < 3 || ggml_time_us() - began < seconds * 1e6; ++turn) {
             const int64_t from = ggml_time_us();
             if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
                 least = 0;
@@ -107,8 +108,9 @@ std::string number(double value) {
 }  // namespace
 
 int main(int argc, char ** argv) {
-    if (argc != 2) {
-        fprintf(stderr, "usage: device NAME\n");
+    seconds = argc == 3 ? atof(argv[2]) : 0;
+    if (!(seconds > 0)) {
+        fprintf(stderr, "usage: device NAME SECONDS\n");
         return 2;
     }
     ggml_time_init();

@@ -176,7 +176,7 @@ def test_importances_of_some_tensors_only(upstream: Engine, tmp_path: Path, case
     assert_alike(upstream, case, tmp_path, kind, "--imatrix", str(some))
 
 
-@pytest.mark.parametrize("kind", ["Q4_K_M", "IQ2_XS"])
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q2_K"])
 def test_importances_in_the_older_form(upstream: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     legacy = tmp_path / "imatrix.dat"
     write_legacy_imatrix(legacy, case.bf16)

@@ -49,9 +49,14 @@ def logits(
     return np.asarray(run_logits(engine, model, ids, RunOptions(threads=threads)), np.float64)
 
 
+@pytest.mark.parametrize(
+    "cases", ["3", pytest.param("1", marks=pytest.mark.full)], ids=["every third", "all"]
+)
 @pytest.mark.parametrize("name", ["quant-gemm-test.cpp", "quant-gemm-gated-test.cpp"])
-def test_every_type_layout_shape_and_number_of_threads(name: str, tmp_path: Path, engine: Engine) -> None:
-    run_program(compile_program(engine, name, tmp_path, ("matmul",)))
+def test_every_type_layout_shape_and_number_of_threads(
+    name: str, cases: str, tmp_path: Path, engine: Engine
+) -> None:
+    run_program(compile_program(engine, name, tmp_path, ("matmul",)), KIMI_CASES=cases)
 
 
 def test_a_model_has_the_logits_of_upstreams_matmuls(

@@ -24,8 +24,8 @@ from kimi_gguf.engine.builds import Engine
 
 THREADED = ("test-kda", "latent-attn-test", "quant-gemm-test", "quant-gemm-gated-test")
 PROGRAMS = (*THREADED, "test_fattn_f32", "split-test")
-CASES = dict.fromkeys(THREADED, "13")
-THREADED_CASES = "29"  # waiting threads spin, so more threads than cores slow each other down
+CASES = dict.fromkeys(THREADED, "31")
+THREADED_CASES = "61"  # waiting threads spin, so more threads than cores slow each other down
 ADDRESS = Variant(
     "address",
     "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all",
