@@ -15,7 +15,7 @@
 #include <vector>
 
 #if defined(__aarch64__)
-#    include <arm_neon.h>
+#include <arm_neon.h>
 #elif defined(__x86_64__)
-#    include <immintrin.h>
+#include <immintrin.h>
 #endif
