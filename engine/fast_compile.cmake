@@ -4,7 +4,7 @@
 # start. CMake includes this file before the CMakeLists.txt of the pinned llama.cpp.
 #
 # Headers are precompiled for upstream's sources only: ours must include what they use. ccache keeps no objects that were
-# compiled with them.
+# compiled with them, and after them GCC 12 rejects arm_sve.h.
 
 # Sets `result` to the sources of the target, with their folder, whose names match.
 function(kimi_sources result target names)
@@ -29,7 +29,7 @@ function(kimi_set_sources target names)
 endfunction()
 
 function(kimi_precompile target)
-    if (TARGET ${target} AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
+    if (TARGET ${target} AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT CMAKE_CXX_COMPILER_LAUNCHER)
         target_precompile_headers(${target} PRIVATE
             <algorithm> <cmath> <cstring> <fstream> <functional> <map> <memory> <mutex> <set> <sstream> <string> <thread>
             <unordered_map> <vector>)
