@@ -129,7 +129,7 @@ class Runners:
     def stop(self, name: str) -> None:
         """End a process; its contexts are gone."""
         process = self._processes.pop(name)
-        process.__exit__()
+        process.close()
         self._contexts = {place for place in self._contexts if place[0] is not process}
         self._at = {place: at for place, at in self._at.items() if place[0] is not process}
 

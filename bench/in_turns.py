@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kimi_gguf.bench.ab_run import (
     LONG,
+    MIB,
     Result,
     Row,
     Runners,
@@ -23,6 +24,7 @@ from kimi_gguf.bench.ab_run import (
     logits_of,
 )
 from kimi_gguf.bench.cells import PATCHED, PATCHED_IN_PLACE, UBATCH, UPSTREAM, Cell, Variant, variants
+from kimi_gguf.bench.load import resident_memory
 from kimi_gguf.bench.report import describe
 
 FITS = 0.85  # share of the free memory that a repacked copy of the weights may take
@@ -59,7 +61,8 @@ def measure_in_turns(
                     runners.reporter.phase(f"turn {turn + 1}: {variant.name}: {describe(vars(cell))}")
                     measure_once(runners, cells, cell, variant, settings, collected[cell], wanted)
         if (running := runners.running(process)) is not None:
-            runners.about.resident[process] = resident_memory(running.pid)
+            memory = resident_memory(running.pid)
+            runners.about.resident[process] = {part: size / MIB for part, size in memory.items()}
             runners.stop(process)
     results = []
     for cell, found in collected.items():
@@ -101,17 +104,6 @@ def measure_once(
     if before is not None and after is not None:
         tokens = cell.tokens * (found.steps + cell.warm)
         runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens
-
-
-def resident_memory(pid: int) -> dict[str, float]:
-    """MiB of a process: private memory, pages of mapped files, and the largest sum of both; empty if unknown."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    names = {"RssAnon": "private", "RssFile": "file", "VmHWM": "peak"}
-    found = (line.partition(":") for line in lines)
-    return {names[name]: int(text.split()[0]) / 1024 for name, _, text in found if name in names}
 
 
 def bytes_read(pid: int) -> int | None:

@@ -1,7 +1,7 @@
-"""Measures the load of other programs on the machine during a measurement.
+"""Measures the load of other programs on the machine during a measurement, and the memory of a process.
 
 Input: the process ids of the measurement itself. Output: the number of cores that other programs kept busy.
-Source: proc(5), stat and pid/stat. On systems without /proc the load is unknown.
+Source: proc(5), stat, pid/stat and pid/status. On systems without /proc both are unknown.
 """
 
 from __future__ import annotations
@@ -53,6 +53,17 @@ class Watch:
         """User and system ticks of a process; for this process, children that have ended are included."""
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return sum(map(int, fields[11 : 15 if pid == os.getpid() else 13]))
+
+
+def resident_memory(pid: int) -> dict[str, int]:
+    """Bytes of a process: private memory, pages of mapped files, the largest sum of both so far. Empty if unknown."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    names = {"RssAnon": "private", "RssFile": "file", "VmHWM": "peak"}
+    found = (line.partition(":") for line in lines)
+    return {names[name]: int(text.split()[0]) << 10 for name, _, text in found if name in names}
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process; its log is gone."""
         self.kill()
         self._stderr.close()
 

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kimi_gguf.bench.files import atomically
-from kimi_gguf.bench.load import DISTURBED, Watch
+from kimi_gguf.bench.load import DISTURBED, Watch, resident_memory
 from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.report import Data, Rows, mark, markdown
 from kimi_gguf.engine.builds import Engine, ensure
@@ -93,7 +93,7 @@ def timed(words: Sequence[object], variables: dict[str, str] | None = None) -> T
     )
     watch, peak = Watch((process.pid,)), 0
     while process.poll() is None:
-        peak = max(peak, resident(process.pid))
+        peak = max(peak, resident_memory(process.pid).get("peak", 0))
         time.sleep(POLL)
     seconds = time.monotonic() - began
     _, errors = process.communicate()
@@ -101,15 +101,6 @@ def timed(words: Sequence[object], variables: dict[str, str] | None = None) -> T
         name = Path(arguments[0]).name
         raise EngineError(f"{name} ended with status {process.returncode}", found=errors[-300:])
     return Timing(seconds, peak, watch.others())
-
-
-def resident(pid: int) -> int:
-    """Largest resident memory of a process so far, bytes; 0 if the system does not report it."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def different_tensors(one: Path, other: Path) -> list[str]:
