@@ -24,8 +24,10 @@ endfunction()
 
 # Sets properties of the target's sources whose names match.
 function(kimi_set_sources target names)
-    kimi_sources(sources ${target} "${names}")
-    set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES ${ARGN})
+    if (TARGET ${target})
+        kimi_sources(sources ${target} "${names}")
+        set_source_files_properties(${sources} TARGET_DIRECTORY ${target} PROPERTIES ${ARGN})
+    endif()
 endfunction()
 
 function(kimi_precompile target)

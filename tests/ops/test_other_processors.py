@@ -37,7 +37,7 @@ ALL_VARIANTS = Variant(
 )
 
 # Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
-EMULATED = {"test-kda": 83, "latent-attn-test": 193, MATMUL: 131}
+EMULATED = {"test-kda": 83, "latent-attn-test": 97, MATMUL: 131}
 NATIVE = {"test-kda": 47, "latent-attn-test": 29, MATMUL: 17}
 
 # ggml's variant for ARM -> a processor that qemu emulates, which terminates a program at any newer instruction. Our
