@@ -2,8 +2,6 @@
 
 Input: planned tensors. Output: their bytes in chunks. Rows are normal with deviation 1/sqrt(columns), so
 that every matmul keeps the scale of its input; gates, norms and convolutions are drawn as models are initialised.
-As in GPT-2, the matrices that add to the residual stream are smaller by the root of their number: otherwise a
-difference in the last bits that changes one expert grows from layer to layer until nothing can be compared.
 Each slice starts at a random row of the pool, so that tensors do not repeat the same sequence of rows.
 """
 
@@ -46,46 +44,37 @@ def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
     return values.reshape(-1, shape[0])
 
 
-def deviation(name: str, columns: int, layers: int) -> float:
-    """The standard deviation of a matrix's values. layers: each has two matrices that add to the residual stream."""
-    if name.startswith("token_embd"):
-        return 1.0
-    added = ".attn_output" in name or ".ffn_down" in name
-    return float((columns * (2 * layers if added else 1)) ** -0.5)
-
-
 class Weights:
     """The bytes of planned tensors, deterministic for the same order of calls."""
 
     def __init__(self, ggml: Ggml) -> None:
         self._ggml = ggml
         self._rng = np.random.default_rng(1)
-        # by type, columns and deviation; all rows are stored twice
-        self._pools: dict[tuple[str, int, float], Bytes] = {}
+        self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns; all rows are stored twice
 
     def pieces(self, tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Bytes]]:
         """The data of all tensors in order, as chunks, each with its tensor."""
-        layers = len({tensor.name.split(".")[1] for tensor in tensors if tensor.name.startswith("blk.")})
-        return ((tensor, piece) for tensor in tensors for piece in self._pieces_of(tensor, layers))
+        return ((tensor, piece) for tensor in tensors for piece in self.pieces_of(tensor))
 
-    def _pieces_of(self, tensor: PlannedTensor, layers: int) -> Iterator[Bytes]:
+    def pieces_of(self, tensor: PlannedTensor) -> Iterator[Bytes]:
+        """The data of one tensor in order."""
         ne = tensor.output.ne
         values = small_values(tensor.name, ne, self._rng)
         if values is not None:
             yield encode(values, Dtype.F32, tensor.type, ggml=self._ggml)
             return
-        pool = self._pool(tensor.type, ne[0], deviation(tensor.name, ne[0], layers))
+        pool = self._pool(tensor.type, ne[0])
         rows = int(np.prod(ne[1:], dtype=np.int64))
         while rows:
             start, count = int(self._rng.integers(POOL_ROWS)), min(rows, POOL_ROWS)
             yield pool[start : start + count].reshape(-1)
             rows -= count
 
-    def _pool(self, kind: TensorType, columns: int, deviation: float) -> Bytes:
-        pool = self._pools.get((kind.name, columns, deviation))
+    def _pool(self, kind: TensorType, columns: int) -> Bytes:
+        pool = self._pools.get((kind.name, columns))
         if pool is None:
-            values = self._rng.standard_normal((POOL_ROWS, columns), np.float32) * np.float32(deviation)
+            values = self._rng.standard_normal((POOL_ROWS, columns), np.float32) / np.float32(columns**0.5)
             equal = np.ones(columns, np.float32) if kind.name in NEED_IMPORTANCES else None
             once = encode(np.ascontiguousarray(values), Dtype.F32, kind, equal, self._ggml)
-            pool = self._pools[kind.name, columns, deviation] = np.tile(once.reshape(POOL_ROWS, -1), (2, 1))
+            pool = self._pools[kind.name, columns] = np.tile(once.reshape(POOL_ROWS, -1), (2, 1))
         return pool
