@@ -22,8 +22,8 @@ KDA_STEP = 4  # times D² MACs per head and token, token by token: S'k, S'q, k d
 KDA_CHUNK = 3  # the same in chunks, to leading order: P k, P q and the update of the state
 CHUNKED_FROM = 32  # tokens
 TIMES = 3  # measurements of the peak rates; the best counts
-SECONDS = 0.1  # of each
-DEVICE_SECONDS = 0.3
+SECONDS = 0.1  # of an interval, the best of three counts
+DEVICE_SECONDS = 0.3  # of repeating one operation
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _each(found: Sequence[Peaks], summary: Callable[[list[float]], float]) -> Pe
 
 
 def measure_peaks(threads: int, times: int = TIMES, seconds: float = SECONDS) -> Peaks:
-    """Measure this machine several times and take the best. seconds: at most, per rate. Raises `EngineError`."""
+    """Measure this machine several times and take the best. seconds: of an interval. Raises `EngineError`."""
     words = (str(threads), str(min(seconds, SECONDS)))
     found = [Peaks(**json.loads(ask(program("peaks"), *words))) for _ in range(times)]
     return _each(found, max)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from cache_cases import CACHE_CASES
 from cuda_program import NATIVE, OPERATORS, compile_with_ggml
 from native_program import run_program
 
@@ -22,8 +23,6 @@ SOURCES = [*KERNELS, NATIVE / "latent-cuda-test.cpp"]
 INCLUDE = [FOLDER.parent, FOLDER]
 TYPES = ["f32", "f16", "bf16", "q8_0", "q4_0"]
 FORMS = {"absorbed": "17", "decompressed": "37"}  # every n-th case is checked for races
-# Types whose cases are all run; of the others, which differ in how a row is read, every third.
-THOROUGH = ("f32", "q8_0")
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +32,8 @@ def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("cache_type", TYPES)
-def test_every_shape_mask_and_order_of_threads(cache_type: str, form: str, program: Path) -> None:
-    cases = "1" if cache_type in THOROUGH else "3"
+@pytest.mark.parametrize(("cache_type", "cases"), CACHE_CASES)
+def test_every_shape_mask_and_order_of_threads(cache_type: str, cases: str, form: str, program: Path) -> None:
     assert ", 0 failed" in run_program(program, form, cache_type, KIMI_CASES=cases).stdout
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_cases import CACHE_CASES
 from llama_script import (
     Setup,
     assert_same,
@@ -36,8 +37,6 @@ from kimi_gguf.scripts.cuda_check import patched_ggml
 pytestmark = pytest.mark.engine
 
 ROW_BYTES = {"f32": 4 * 576, "f16": 2 * 576, "bf16": 2 * 576, "q8_0": 34 * 18, "q4_0": 18 * 18}
-# Types whose cases are all run; of the others, which differ in how a row is read, every third.
-THOROUGH = ("f32", "q8_0")
 ATTEND = "kernel_flash_attn_ext_latent_"
 REDUCE = "kernel_flash_attn_ext_latent_reduce"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -62,9 +61,10 @@ def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-@pytest.mark.parametrize("cache_type", ROW_BYTES)
-def test_every_shape_and_mask_in_both_orders(cache_type: str, program: Path, metal_backend: Path) -> None:
-    cases = "1" if cache_type in THOROUGH else "3"
+@pytest.mark.parametrize(("cache_type", "cases"), CACHE_CASES)
+def test_every_shape_and_mask_in_both_orders(
+    cache_type: str, cases: str, program: Path, metal_backend: Path
+) -> None:
     outputs = {
         order: run_program(
             program, metal_backend, cache_type, KIMI_METAL_ORDER=order, KIMI_CASES=cases

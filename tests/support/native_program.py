@@ -79,9 +79,8 @@ def roll_back_on_device(
     return set(log.read_text().splitlines())
 
 
-_compiled: dict[
-    tuple[str, ...], bytes
-] = {}  # by command: tests compile the same program into folders of their own
+# By command: tests compile the same program into folders of their own.
+_compiled: dict[tuple[str, ...], bytes] = {}
 
 
 def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]) -> None:
@@ -89,11 +88,12 @@ def _compile(engine: Engine, files: list[Path], target: Path, options: list[str]
     command = [find_compilers("cpu")["C++"].path, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
     command += ["-isystem", str(ggml / "include"), "-isystem", str(ggml / "src"), f"-I{OPERATORS}", *options]
     words = (*command, *map(str, files), *ggml_libraries(engine))
-    if words not in _compiled:
+    if words in _compiled:
+        target.write_bytes(_compiled[words])
+        target.chmod(0o755)
+    else:
         subprocess.run([*words, "-o", str(target)], check=True)
         _compiled[words] = target.read_bytes()
-    target.write_bytes(_compiled[words])
-    target.chmod(0o755)
 
 
 def ggml_libraries(engine: Engine) -> list[str]:
