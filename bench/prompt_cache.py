@@ -151,12 +151,12 @@ def resumed(start: Start, words: Words) -> Iterator[Count]:
                         first.tokens(new) + ROOM)  # fmt: skip
 
 
-def long_prompts(start: Start, words: Words) -> Iterator[Count]:
-    """A raw prompt that is changed in the middle, and one that is truncated."""
-    text = words(LONG).split()
+def long_prompts(start: Start, words: Words, count: int) -> Iterator[Count]:
+    """A raw prompt of `count` words that is changed in the middle, and one that is truncated."""
+    text = words(count).split()
     for name, change, most in (
-        ("raw prompt changed in the middle", [*text[: LONG // 2], "changed", *text[LONG // 2 + 1 :]], None),
-        ("raw prompt truncated to 95 %", text[: LONG * 95 // 100], STEP),
+        ("raw prompt changed in the middle", [*text[: count // 2], "changed", *text[count // 2 + 1 :]], None),
+        ("raw prompt truncated to 95 %", text[: count * 95 // 100], STEP),
     ):
         with start("-np", "1") as server:
             raw(server, " ".join(text))
@@ -206,10 +206,10 @@ def live(start: Start, words: Words) -> Iterator[Count]:
                     talk.tokens(new) + ROOM)  # fmt: skip
 
 
-SITUATIONS = (second_document, resumed, long_prompts, restored, live)
-
-
-def measure_prompt_cache(start: Start, seed: int = 1) -> Iterator[Count]:
-    """Count the tokens of all situations, one after the other."""
-    for situation in SITUATIONS:
-        yield from situation(start, Words(seed))
+def measure_prompt_cache(start: Start, seed: int = 1, long: int = LONG) -> Iterator[Count]:
+    """Count the tokens of all situations, one after the other. long: words of the raw prompt."""
+    yield from second_document(start, Words(seed))
+    yield from resumed(start, Words(seed))
+    yield from long_prompts(start, Words(seed), long)
+    yield from restored(start, Words(seed))
+    yield from live(start, Words(seed))

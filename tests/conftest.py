@@ -54,7 +54,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (own / name).symlink_to(shared / name)
     run = own.parents[1] if "PYTEST_XDIST_WORKER" in os.environ else own.parent
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KIMI_CUDA_OBJECTS", str(run / "cuda-objects"))
+        patch.setenv("KIMI_EMULATOR_OBJECTS", str(run / "emulator-objects"))
         patch.setenv("KIMI_GGUF_CACHE", str(own))
         patch.delenv("KIMI_BUILD", raising=False)
         for upstream in (False, True):

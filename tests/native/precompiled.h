@@ -2,7 +2,11 @@
 
 #pragma once
 
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <array>

@@ -87,7 +87,7 @@ def test_a_longer_prompt_begins_where_the_shorter_one_ended(
 def test_a_prompt_is_evaluated_once(tmp_path: Path, engine: Engine, gguf: Path) -> None:
     with reporting() as reporter:
         start = Starter(engine, gguf, chat_template(reporter), tmp_path, threads=1)
-    counts = list(measure_prompt_cache(start, seed=2))
+    counts = list(measure_prompt_cache(start, seed=2, long=1000))
     assert len(counts) >= 12
     assert [count for count in counts if count.evaluated > count.most] == []
 

@@ -18,7 +18,7 @@ from emulators.cuda.rewrite import rewrite_tree
 
 INCLUDE = Path(__file__).parent / "include"
 STUBS = Path(__file__).parent / "stubs"  # headers that are missing in a toolkit without cuBLAS
-KEPT = "KIMI_CUDA_OBJECTS"  # environment variable: a folder in which the objects of kernels are kept
+KEPT = "KIMI_EMULATOR_OBJECTS"  # environment variable: a folder in which the objects of kernels are kept
 
 # Checks of running kernels: see include/cuda_emulator/checks.h.
 CHECKS = ("alignment", "bounds", "null", "shift-exponent", "integer-divide-by-zero")
@@ -53,7 +53,7 @@ def compile_objects(
 ) -> list[Path]:
     """Compile each of `sources` to an object, several at a time; objects and rewritten sources are stored in `work`.
 
-    Objects of kernels are in the folder KIMI_CUDA_OBJECTS if that is set. Equal kernels are compiled only once.
+    Objects of kernels are in the folder KIMI_EMULATOR_OBJECTS if that is set. Equal kernels are compiled only once.
 
     include: folders for #include "…", also those of .cuh files. system: the same without warnings.
     options: additional options of the compiler.

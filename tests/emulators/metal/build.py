@@ -226,15 +226,25 @@ def _compile(source: Path, options: Sequence[str], folder: Path) -> Path:
 
 
 def _write_script(script: Path, library: Path) -> None:
-    """`compile NAME [CHECKS]`: NAME.cpp to NAME.so, without these checks; the compiler's output in NAME.log."""
+    """`compile NAME SOURCE [CHECKS]`: NAME.cpp, which includes SOURCE, to NAME.so, without these checks.
+
+    The compiler's output is in NAME.log. Objects are in the folder KIMI_EMULATOR_OBJECTS if that is set: equal kernels
+    are compiled only once.
+    """
     options = shlex.join([*HEADERS, *KERNEL_OPTIONS])
     script.write_text(
         f"""#!/bin/sh
 cd "$(dirname "$0")" || exit 1
+kept=${{KIMI_EMULATOR_OBJECTS:-.}}
+mkdir -p "$kept"
+digest=$( (echo "$3" && cat "$1.cpp" "$2") | sha256sum)
+object=$kept/metal-${{digest%% *}}.o
 {{
-    {_compiler()} {options} ${{2:+"-fno-sanitize=$2"}} -c "$1.cpp" -o "$1.$$.o" &&
-    {_compiler()} -shared "$1.$$.o" -o "$1.$$.so" {shlex.quote(str(library))} '-Wl,-rpath,$ORIGIN/..' &&
-    mv "$1.$$.so" "$1.so" && rm "$1.$$.o"
+    {{ [ -e "$object" ] || {{
+        {_compiler()} {options} ${{3:+"-fno-sanitize=$3"}} -c "$1.cpp" -o "$object.$$" && mv "$object.$$" "$object"
+    }}; }} &&
+    {_compiler()} -shared "$object" -o "$1.$$.so" {shlex.quote(str(library))} '-Wl,-rpath,$ORIGIN/..' &&
+    mv "$1.$$.so" "$1.so"
 }} > "$1.log" 2>&1
 """,
         encoding="utf-8",

@@ -93,7 +93,8 @@ std::string compile(const std::string & name, const Entry & entry) {
     if (access((path + ".so").c_str(), R_OK) != 0) {
         std::ofstream(path + ".cpp") << "#include \"" << entry.source << "\"\nMETAL_EMULATOR_EXPORT((" << entry.function
                                      << "), " << entry.parameters << ")\n";
-        const int status = system(("'" METAL_EMULATOR_KERNELS "/compile' " + name + " " + entry.unchecked).c_str());
+        const std::string words  = name + " " + entry.source + " " + entry.unchecked;
+        const int         status = system(("'" METAL_EMULATOR_KERNELS "/compile' " + words).c_str());
         if (status != 0) {
             throw Fault("the kernel " + name + " does not compile: see " + path + ".log");
         }
