@@ -14,8 +14,8 @@ from pathlib import Path
 from kimi_gguf.bench.ab_run import (
     LONG,
     MIB,
+    Expected,
     Result,
-    Row,
     Runners,
     Sampler,
     Settings,
@@ -51,7 +51,7 @@ def measure_in_turns(
 ) -> list[Result]:
     """Measure each cell once in each turn. Raises `EngineError`."""
     collected = {cell: Collected() for cell in cells}
-    wanted: dict[Path, Row] = {}
+    expected: dict[Path, Expected] = {}
     processes = list(dict.fromkeys(variant.process for variant in chosen))
     for turn, process in enumerate([*processes, *reversed(processes)]):
         for cell in cells:
@@ -59,7 +59,7 @@ def measure_in_turns(
             for variant in mine:
                 if time.monotonic() < settings.until:
                     runners.reporter.phase(f"turn {turn + 1}: {variant.name}: {describe(vars(cell))}")
-                    measure_once(runners, cells, cell, variant, settings, collected[cell], wanted)
+                    measure_once(runners, cells, cell, variant, settings, collected[cell], expected)
         if (running := runners.running(process)) is not None:
             memory = resident_memory(running.pid)
             runners.about.resident[process] = {part: size / MIB for part, size in memory.items()}
@@ -82,7 +82,7 @@ def measure_once(
     variant: Variant,
     settings: Settings,
     found: Collected,
-    wanted: dict[Path, Row],
+    expected: dict[Path, Expected],
 ) -> None:
     """Take a sample, after one decode that is not timed because it touches the weights first."""
     n_batch = max(*(each.tokens for each in cells), UBATCH)
@@ -90,7 +90,9 @@ def measure_once(
     state = runners.go_to(variant, cell, place)
     if cell.depth:
         row = logits_of(place, runners.threads)
-        check_logits(runners.about, variant, cell, row, wanted.setdefault(state, row))
+        if state not in expected:  # patched goes first
+            expected[state] = Expected(row, logits_of(place, runners.threads, empty=True))
+        check_logits(runners.about, variant, cell, row, expected[state])
     sampler = Sampler(cell, {variant: place})
     first = sampler.sample(variant, 1)
     if first < LONG:

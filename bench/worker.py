@@ -6,6 +6,7 @@ Output: their answers; states and logits as files that a request names.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import time
@@ -137,9 +138,22 @@ class Requests:
         """
         return {"seconds": self._contexts[name].time(batch, steps, warm, threads, back, all_logits)}
 
-    def logits(self, name: str, threads: int, file: str) -> dict[str, Any]:
-        """Save the logits of one more token of the first sequence as .npy."""
-        np.save(file, self._contexts[name].next_logits(threads))
+    def record_tasks(self, name: str, batch: int, steps: int, threads: int, file: str) -> dict[str, Any]:
+        """Write what threads do in `steps` decodes to a file, with native/tasks.cpp, which must be preloaded."""
+        library = ctypes.CDLL(None)
+        self._contexts[name].time(batch, 1, 1, threads, back=True, all_logits=False)
+        library.tasks_start()
+        self._contexts[name].time(batch, steps, 0, threads, back=True, all_logits=False)
+        if not library.tasks_stop(file.encode()):
+            raise OSError(f"{file}: cannot be written")
+        return {}
+
+    def logits(self, name: str, threads: int, file: str, empty: bool) -> dict[str, Any]:
+        """Save the logits of one more token of the first sequence as .npy.
+
+        empty: of the same token, as the first one of an empty context.
+        """
+        np.save(file, self._contexts[name].next_logits(threads, empty))
         return {}
 
 
@@ -203,13 +217,22 @@ class BenchContext(Context):
             seconds.append(time.perf_counter() - began)
         return seconds[warm:]
 
-    def next_logits(self, threads: int) -> Logits:
-        """See Requests.logits."""
+    def next_logits(self, threads: int, empty: bool) -> Logits:
+        """See Requests.logits. Raises `LlamaError` if the context's state is not the restored one."""
         self.set_threads(threads)
         self.put_back()
-        self._next(1)
+        for sequence, state in enumerate(self.states):
+            if not np.array_equal(self.save(sequence), state):
+                raise LlamaError(f"sequence {sequence}: the state is not the one that was restored")
+        if empty:
+            self.clear(data=False)
+            self.prepare([(0, 0, self._ids[self._at % len(self._ids)])], None)
+        else:
+            self._next(1)
         self.run()
         row: Logits = self.logits()[0].copy()
+        if empty:
+            self.put_back()
         return row
 
     def _next(self, count: int, all_logits: bool = False) -> None:

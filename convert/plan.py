@@ -23,7 +23,7 @@ from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
-from kimi_gguf.engine.split_names import part_paths, place_in_set
+from kimi_gguf.engine.split_names import place_in_set, split_paths
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 
 EMBEDDING: Final = "token_embd.weight"  # not in importance matrices: no matmul reads it
@@ -57,7 +57,7 @@ class Plan:
         """The file names of the plan's splits for the output `output`. Raises `ConvertError`."""
         if self.split_max_size is not None and place_in_set(output) is not None:
             raise ConvertError(f"{output}: is the name of a split; give the name without -NNNNN-of-NNNNN")
-        return part_paths(output, len(self.files))
+        return split_paths(output, len(self.files))
 
     @property
     def nbytes(self) -> int:

@@ -153,9 +153,9 @@ class GgufModel:
         with ExitStack() as stack:
             first = stack.enter_context(GgufFile(path))
             files = [first]
-            for number, part in enumerate(_other_parts(first), 1):
-                files.append(stack.enter_context(GgufFile(part)))
-                _check_part(files[-1], number, first)
+            for number, split in enumerate(_other_splits(first), 1):
+                files.append(stack.enter_context(GgufFile(split)))
+                _check_split(files[-1], number, first)
             self.keys: Mapping[str, Any] = first.keys
             self.files = tuple(files)
             self._file_of = _file_of(files)
@@ -181,7 +181,7 @@ class GgufModel:
         return self._file_of[tensor.name].read(tensor, first, count)
 
 
-def _other_parts(first: GgufFile) -> list[Path]:
+def _other_splits(first: GgufFile) -> list[Path]:
     """The files that belong to the first one, by its keys and its name."""
     count, number = first.keys.get(COUNT, 0), first.keys.get(NUMBER, 0)
     if not isinstance(count, int) or count <= 1:
@@ -204,16 +204,16 @@ def _other_parts(first: GgufFile) -> list[Path]:
     return place[1][1:]
 
 
-def _check_part(part: GgufFile, number: int, first: GgufFile) -> None:
+def _check_split(split: GgufFile, number: int, first: GgufFile) -> None:
     """Compare a split's `split.*` keys with those of the first. llama-gguf-split does not copy SET, a key of this
     project, to the other splits."""
     wanted = {NUMBER: number, **{key: first.keys.get(key) for key in (COUNT, TENSORS)}}
-    if SET in part.keys:
+    if SET in split.keys:
         wanted[SET] = first.keys.get(SET)
     for key, expected in wanted.items():
-        if (found := part.keys.get(key)) != expected:
+        if (found := split.keys.get(key)) != expected:
             raise GgufError(
-                f"{part.path}: {key}: expected {expected!r:.80} as in {first.path.name}, found {found!r:.80}; "
+                f"{split.path}: {key}: expected {expected!r:.80} as in {first.path.name}, found {found!r:.80}; "
                 "it is a split of another model"
             )
 

@@ -14,18 +14,18 @@ from kimi_gguf.engine.split_names import place_in_set
 def check_gguf(path: Path) -> None:
     """Raise `EngineError` for a missing file, or one that does not start as a GGUF file. Given the first split of a
     model (NAME-00001-of-00003.gguf), check all splits."""
-    for part in all_parts(path):
-        _check_file(part)
+    for split in all_splits(path):
+        _check_file(split)
 
 
-def all_parts(path: Path) -> list[Path]:
+def all_splits(path: Path) -> list[Path]:
     """The files of a model, from the name of its first or only file; llama.cpp finds the others in the same way.
     Raises `EngineError` for the name of a split that is not the first."""
-    number, parts = place_in_set(path) or (1, [path])
+    number, splits = place_in_set(path) or (1, [path])
     if number != 1:
-        what = f"{path}: split {number} of {len(parts)}"
-        raise EngineError(what, expected="the first split", todo=f"give {parts[0].name}")
-    return parts
+        what = f"{path}: split {number} of {len(splits)}"
+        raise EngineError(what, expected="the first split", todo=f"give {splits[0].name}")
+    return splits
 
 
 def _check_file(path: Path) -> None:

@@ -6,15 +6,15 @@ import re
 from pathlib import Path
 from typing import Final
 
-MAX_PARTS: Final = 65535  # split.count is an unsigned 16-bit integer
+MAX_SPLITS: Final = 65535  # split.count is an unsigned 16-bit integer
 NUMBER, COUNT, TENSORS = "split.no", "split.count", "split.tensors.count"
 # A hash of the header; the same in all splits of one model, and different for every other model. A key of this
 # project.
 SET: Final = "kimi_gguf.split.set"
-_PART: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+_SPLIT: Final = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
-def part_paths(path: Path, count: int) -> list[Path]:
+def split_paths(path: Path, count: int) -> list[Path]:
     """The file names of an output `path` with `count` splits; a single one is `path` itself."""
     if count == 1:
         return [path]
@@ -24,10 +24,10 @@ def part_paths(path: Path, count: int) -> list[Path]:
 
 def place_in_set(path: Path) -> tuple[int, list[Path]] | None:
     """(number of the split, from 1; all splits) for the name of a split; None for any other name."""
-    match = _PART.fullmatch(path.name)
+    match = _SPLIT.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]):
         return None
     count = int(match[3])
     if count == 1:
         return 1, [path]
-    return int(match[2]), part_paths(path.with_name(f"{match[1]}.gguf"), count)
+    return int(match[2]), split_paths(path.with_name(f"{match[1]}.gguf"), count)

@@ -426,7 +426,6 @@ def _selection(parser: argparse.ArgumentParser) -> None:
 def _upstream(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--upstream", action="store_true", help="use upstream llama.cpp, without the patches")
-    add("--pristine", dest="upstream", action="store_true", help=argparse.SUPPRESS)  # the earlier name
 
 
 def _define(text: str) -> tuple[str, str]:

@@ -108,7 +108,6 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", type=Path, default=out, help="write the reports to DIR (default: %(default)s)"
     )
     add("--upstream", action="store_true", help="also run GGUF on upstream llama.cpp and compare")
-    add("--pristine", dest="upstream", action="store_true", help=argparse.SUPPRESS)  # the earlier name
     add("--against", metavar="GGUF", type=Path, help="also run another file and show its figures")
     precision = "precision of the reference (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=precision)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.engine.gguf import GgufFile
-from kimi_gguf.engine.gguf_check import all_parts
-from kimi_gguf.engine.split_names import part_paths
+from kimi_gguf.engine.gguf_check import all_splits
+from kimi_gguf.engine.split_names import split_paths
 from kimi_gguf.engine.tensor_types import F32
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.reference import Reference
@@ -46,8 +46,8 @@ def write_quiet_gguf(source: Path, target: Path) -> Path:
 
     Raises ValidateError if a norm is not stored in F32.
     """
-    sources = all_parts(source)
-    targets = part_paths(target, len(sources))
+    sources = all_splits(source)
+    targets = split_paths(target, len(sources))
     for old, new in zip(sources, targets, strict=True):
         shutil.copyfile(old, new)
         with GgufFile(new) as file, new.open("r+b") as out:

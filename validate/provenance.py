@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kimi_gguf.convert.source.checkpoint import Checkpoint
-from kimi_gguf.engine.gguf_check import all_parts
+from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.validate.tensors import open_gguf
 
 CHUNK = 1 << 24
@@ -46,7 +46,7 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:
     for tensor in tensors:
         elements[tensor.type.name] += tensor.elements
     return {
-        **_file_facts(all_parts(path), progress),
+        **_file_facts(all_splits(path), progress),
         "model": str(name),
         "type": max(elements, key=lambda kind: elements[kind]),
         "elements_by_type": dict(elements),

@@ -23,7 +23,7 @@ from kimi_gguf.convert.model.config import KimiConfig
 from kimi_gguf.convert.model.tensor_table import Output, Transform, outputs
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
-from kimi_gguf.engine.gguf_check import all_parts
+from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.tensor_types import Bytes, TensorType
 from kimi_gguf.validate.errors import ValidateError
 
@@ -154,7 +154,7 @@ def open_gguf(path: Path) -> GgufModel:
 
     Raises ValidateError for a file that is not a readable GGUF file, EngineError for a split that is not the first.
     """
-    all_parts(path)
+    all_splits(path)
     if not path.exists():
         raise ValidateError(f"{path}: no such file")
     try:

@@ -19,7 +19,7 @@ from kimi_gguf.convert.model.metadata import Key
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.gguf_header import COUNTS, aligned, header_bytes, key_bytes, tensor_bytes
-from kimi_gguf.engine.split_names import COUNT, MAX_PARTS, NUMBER, SET, TENSORS
+from kimi_gguf.engine.split_names import COUNT, MAX_SPLITS, NUMBER, SET, TENSORS
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ def split(
     keys: tuple[Key, ...], tensors: tuple[PlannedTensor, ...], max_bytes: int | None
 ) -> tuple[PlannedFile, ...]:
     """The files, each of at most `max_bytes` unless a single tensor is larger; None: one file. Raises `ConvertError`
-    if there would be more than MAX_PARTS."""
+    if there would be more than MAX_SPLITS."""
     whole = PlannedFile(keys, tensors)
     if max_bytes is None or whole.nbytes <= max_bytes:
         return (whole,)
     chunks = list(_chunks(keys, tensors, max_bytes))
     if len(chunks) == 1:
         return (whole,)
-    if len(chunks) > MAX_PARTS:
+    if len(chunks) > MAX_SPLITS:
         raise ConvertError(
-            f"--split-max-size: expected at most {MAX_PARTS} splits (llama.cpp's limit), found {len(chunks)}; "
+            f"--split-max-size: expected at most {MAX_SPLITS} splits (llama.cpp's limit), found {len(chunks)}; "
             "choose a larger size"
         )
     name = digest(whole.header)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kimi_gguf.bench.ab_run import Expected, Loaded, check_logits
+from kimi_gguf.bench.cells import UPSTREAM, Cell
 from kimi_gguf.bench.models import generate
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
@@ -44,9 +46,9 @@ def runners(gguf: Path, engine: Engine, upstream: Engine) -> Iterator[tuple[Runn
         yield patched, upstream
 
 
-def logits(runner: Runner, context: str, folder: Path) -> Logits:
+def logits(runner: Runner, context: str, folder: Path, empty: bool = False) -> Logits:
     file = folder / "logits.npy"
-    runner.ask("logits", name=context, threads=1, file=str(file))
+    runner.ask("logits", name=context, threads=1, file=str(file), empty=empty)
     values = np.load(file).astype(np.float64)
     assert np.isfinite(values).all()
     return values
@@ -69,6 +71,39 @@ def test_upstream_loads_a_state_of_patched(runners: tuple[Runner, Runner], tmp_p
         assert nmse(logits(runner, context, tmp_path), wanted) > 1e-2, "another state gives other logits"
         runner.ask("restore", name=context, file=file)
         assert nmse(logits(runner, context, tmp_path), wanted) < max(1e-3, 2 * alone)
+
+
+def test_logits_of_an_empty_context_leave_the_state(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
+    patched, _ = runners
+    patched.ask("fill", name="fa", depth=DEPTH, file=str(tmp_path / "state"))
+    before = logits(patched, "fa", tmp_path)
+    assert nmse(logits(patched, "fa", tmp_path, empty=True), before) > 1e-2
+    assert (logits(patched, "fa", tmp_path) == before).all()
+
+
+def test_a_state_that_is_another_one_after_restoring_is_an_error(
+    runners: tuple[Runner, Runner], tmp_path: Path
+) -> None:
+    patched, _ = runners
+    file = tmp_path / "state"
+    patched.ask("fill", name="fa", depth=DEPTH, file=str(file))
+    state = np.fromfile(file, np.uint8)
+    state[8 + 4 : 8 + 8] = (5, 0, 0, 0)  # of sequence 5
+    state.tofile(file)
+    patched.ask("restore", name="fa", file=str(file))
+    with pytest.raises(EngineError, match="sequence 0: the state is not the one that was restored"):
+        logits(patched, "fa", tmp_path)
+
+
+def test_logits_must_be_near_those_of_the_state_not_of_an_empty_context() -> None:
+    rng = np.random.default_rng(3)
+    row, empty = rng.normal(size=1000), rng.normal(size=1000)
+    about, cell = Loaded(), Cell("q8_0", 1, 64, 1, 1)
+    check_logits(about, UPSTREAM[0], cell, row + 0.6 * (empty - row), Expected(row, empty))
+    (error,) = about.shared.values()
+    assert error == pytest.approx(0.36 * nmse(empty, row))
+    with pytest.raises(EngineError, match=r"its logits differ from patched: expected an NMSE up to .* found"):
+        check_logits(about, UPSTREAM[0], cell, row + 0.8 * (empty - row), Expected(row, empty))
 
 
 def test_timing_goes_back_to_the_state_each_time(runners: tuple[Runner, Runner], tmp_path: Path) -> None:

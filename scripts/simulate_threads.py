@@ -1,0 +1,159 @@
+"""Simulate decodes on up to 128 cores, patched and upstream, and compare with reality on the cores there are.
+
+    python -m kimi_gguf.scripts.simulate_threads
+
+Output: docs/threads.md. The model is generated in the cache: layers of the 48B's shapes. The simulation is that of
+bench/threads.py. Takes ten minutes on two cores, which nothing else should use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from kimi_gguf.bench.cells import Cell
+from kimi_gguf.bench.models import ModelFile, generate, open_model
+from kimi_gguf.bench.programs import NATIVE, program
+from kimi_gguf.bench.report import markdown
+from kimi_gguf.bench.roofline import demand
+from kimi_gguf.bench.runner import Runner, environment_of
+from kimi_gguf.bench.shapes import BenchModel
+from kimi_gguf.bench.threads import BANDWIDTH, BARRIER, floor, graphs_of, read_events, simulated
+from kimi_gguf.engine.builds import Engine, ensure, upstream_source
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.progress import Reporter, reporting
+
+ROOT = Path(__file__).resolve().parents[1]
+THREADS = (1, 2, 4, 8, 16, 32, 48, 64, 128)
+REAL = (1, 2)
+# name -> tokens of a decode, depth
+DECODES = {"one token": (1, 256), "4 tokens": (4, 256), "512 tokens": (512, 0)}
+STEPS = {1: 8, 4: 6, 512: 2}  # decodes that are recorded, by tokens
+N_CTX = 2048  # at least (1 + STEPS) decodes
+PAGE = """\
+# Many threads, simulated
+
+Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit. The machine has {cores} cores, so decodes with
+more threads were simulated: the threads share these cores, the CPU time of each part of their work is recorded, and the
+parts are put together as on as many cores as threads. The cores read from memory as fast as here; all together get at
+most {bandwidth:.0f} GB/s, and a barrier takes {barrier:.1f} µs per core (both are assumptions). Each cell: milliseconds
+upstream, patched, and their ratio; (m): limited by the memory. The model is {model}.
+
+{table}
+Measured, without recording:
+
+{real}"""
+
+
+class Build:
+    """A build with the model and a context for each decode, and its times."""
+
+    def __init__(self, engine: Engine, model: ModelFile, library: Path) -> None:
+        self.name = "upstream" if engine.is_upstream else "patched"
+        environment = environment_of(engine) | {"LD_PRELOAD": str(library), "OMP_WAIT_POLICY": "passive"}
+        self._runner = Runner(self.name, environment)
+        self._runner.ask("load", gguf=str(model.path), repack=True)
+        for cell in map(cell_of, DECODES):
+            self._runner.ask(
+                "context", name=str(cell.depth), n_ctx=N_CTX, n_batch=512, n_ubatch=512, sequences=1,
+                flash=True, cache_type=cell.cache_type, threads=REAL[-1],
+            )  # fmt: skip
+
+    def close(self) -> None:
+        """End the process."""
+        self._runner.close()
+
+    def fill(self, cell: Cell, folder: Path) -> None:
+        """Bring the cell's context to its depth."""
+        if cell.depth:
+            self._runner.ask("fill", name=str(cell.depth), depth=cell.depth, file=str(folder / "state"))
+
+    def measured(self, cell: Cell, threads: int) -> float:
+        """Seconds of a decode."""
+        answer = self._runner.ask(
+            "time", name=str(cell.depth), batch=cell.batch, steps=STEPS[cell.batch], warm=1, threads=threads
+        )
+        return float(min(answer["seconds"]))
+
+    def simulated(self, cell: Cell, threads: int, folder: Path) -> float:
+        """Seconds of a decode on as many cores as threads."""
+        file, steps = folder / "events", STEPS[cell.batch]
+        self._runner.ask(
+            "record_tasks",
+            name=str(cell.depth),
+            batch=cell.batch,
+            steps=steps,
+            threads=threads,
+            file=str(file),
+        )
+        return simulated(graphs_of(read_events(file)), steps)
+
+
+def cell_of(name: str) -> Cell:
+    batch, depth = DECODES[name]
+    return Cell("f16", 1, depth, REAL[-1], batch)
+
+
+def rows_of(
+    builds: list[Build], model: ModelFile, folder: Path, reporter: Reporter
+) -> Iterator[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """For each decode its simulated and its measured row."""
+    for name in DECODES:
+        cell = cell_of(name)
+        for build in builds:
+            build.fill(cell, folder)
+        found, real = [], []
+        for threads in THREADS:
+            reporter.phase(f"{name}, {threads} threads")
+            least = floor(demand(model, cell).nbytes)
+            times = [build.simulated(cell, threads, folder) for build in builds]
+            found.append(cell_text([max(least, each) for each in times], limited=min(times) < least))
+        for threads in REAL:
+            reporter.phase(f"{name}, {threads} threads, measured")
+            real.append(cell_text([build.measured(cell, threads) for build in builds], limited=False))
+        yield (name, *found), (name, *real)
+
+
+def cell_text(seconds: list[float], limited: bool) -> str:
+    """Milliseconds upstream and patched, and the ratio."""
+    upstream, patched = seconds
+    mark = " (m)" if limited else ""
+    return f"{1000 * upstream:.3g}, {1000 * patched:.3g}, {upstream / patched:.2f}{mark}"
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(
+        prog="simulate_threads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "threads.md")
+    parser.add_argument("--type", default="Q4_K_M", help="of the model")
+    parser.add_argument("--shapes", default="48b", help="of the model: 48b or tiny")
+    parsed = parser.parse_args()
+    try:
+        with reporting() as reporter, tempfile.TemporaryDirectory() as folder:
+            engines = [ensure(upstream=True), ensure()]
+            chosen = BenchModel(layers=4, experts=64, type=parsed.type, shapes=parsed.shapes)
+            model = open_model(generate(chosen, engines[0], reporter))
+            ggml = upstream_source() / "llama.cpp" / "ggml" / "include"
+            library = program("tasks", (*NATIVE, "-shared", "-fPIC", "-isystem", str(ggml), "-ldl"))
+            builds = [Build(engine, model, library) for engine in engines]
+            rows = list(rows_of(builds, model, Path(folder), reporter))
+            for build in builds:
+                build.close()
+    except EngineError as error:
+        sys.exit(f"simulate_threads: error: {error}")
+    text = PAGE.format(
+        cores=REAL[-1], model=model.name, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
+        table=markdown([("threads", *(f"{n}" for n in THREADS)), *(row for row, _ in rows)]),
+        real=markdown([("threads", *(f"{n}" for n in REAL)), *(row for _, row in rows)]),
+    )  # fmt: skip
+    parsed.page.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The simulation of many threads: events are read, assigned to phases and put together again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kimi_gguf.bench.models import generate
+from kimi_gguf.bench.programs import NATIVE, program
+from kimi_gguf.bench.runner import Runner, environment_of
+from kimi_gguf.bench.shapes import BenchModel
+from kimi_gguf.bench.threads import (
+    BANDWIDTH,
+    BARRIER,
+    CHUNK,
+    EVENT,
+    FINISHED,
+    GO_ON,
+    GRAPH,
+    Events,
+    Phase,
+    floor,
+    graphs_of,
+    read_events,
+    simulated,
+)
+from kimi_gguf.engine.builds import Engine, upstream_source
+from kimi_gguf.engine.progress import Silent
+
+CLOCK = 10  # nanoseconds
+
+
+def events(*rows: tuple[int, int, int]) -> Events:
+    return np.array(list(rows), EVENT)
+
+
+# Two phases: the first one is the main thread's alone; in the second one threads fetch chunks 2 to 4.
+MAIN = events(
+    (GRAPH, 2, 0), (GO_ON, 0, 10), (FINISHED, 0, 120), (GO_ON, 0, 130),
+    (CHUNK, 2, 340), (CHUNK, 4, 450), (FINISHED, 0, 560), (GO_ON, 0, 570),
+)  # fmt: skip
+OTHER = events(
+    (GRAPH, 2, 0), (FINISHED, 0, 10), (GO_ON, 0, 20), (CHUNK, 3, 80), (CHUNK, 5, 490), (FINISHED, 0, 500),
+    (GO_ON, 0, 510),
+)  # fmt: skip
+
+
+def nanoseconds(*count: int) -> tuple[float, ...]:
+    return tuple(pytest.approx(each * 1e-9) for each in count)
+
+
+def test_each_thread_s_part_of_each_phase_and_its_chunks() -> None:
+    ((first, second),) = graphs_of([MAIN, OTHER])
+    assert (first.first, first.chunks) == (nanoseconds(100, 0), ())
+    assert second.first == nanoseconds(200, 50)
+    assert second.chunks == nanoseconds(100, 400, 100, 0), "chunks 2, 3 and 4, and that there is no fifth"
+
+
+def test_a_core_that_is_free_takes_the_next_chunk() -> None:
+    assert Phase((5.0, 1.0), ()).span == 5
+    assert Phase((5.0, 1.0), (4.0, 4.0, 1.0)).span == 9
+    assert Phase((3.0,), (4.0, 1.0)).span == 8
+
+
+def test_each_phase_counts_at_its_best_of_several_decodes() -> None:
+    graphs = [[Phase((3.0, 1.0), ()), Phase((1.0, 1.0), ())], [Phase((2.0, 2.0), ()), Phase((2.0, 5.0), ())]]
+    assert simulated(graphs, 2) == pytest.approx(2 + 1 + 2 * 2 * BARRIER)
+    assert simulated(graphs, 1) == pytest.approx(3 + 1 + 2 + 5 + 4 * 2 * BARRIER)
+
+
+def test_no_decode_is_faster_than_the_memory() -> None:
+    assert floor(BANDWIDTH / 4) == 0.25
+
+
+@pytest.mark.engine
+def test_a_decode_is_recorded(engine: Engine, upstream: Engine, tmp_path: Path) -> None:
+    ggml = upstream_source() / "llama.cpp" / "ggml" / "include"
+    library = program("tasks", (*NATIVE, "-shared", "-fPIC", "-isystem", str(ggml), "-ldl"))
+    gguf = generate(BenchModel("kimi-linear", 4, 8, "Q4_0", "tiny"), upstream, Silent())
+    environment = environment_of(engine) | {"LD_PRELOAD": str(library)}
+    with Runner("patched", environment) as runner:
+        runner.ask("load", gguf=str(gguf), repack=True)
+        context = {
+            "n_ctx": 256,
+            "n_batch": 64,
+            "n_ubatch": 64,
+            "sequences": 1,
+            "cache_type": "f16",
+            "threads": 3,
+        }
+        runner.ask("context", name="only", flash=True, **context)
+        phases = {}
+        for threads in (1, 3):
+            file = tmp_path / f"events-{threads}"
+            runner.ask("record_tasks", name="only", batch=32, steps=2, threads=threads, file=str(file))
+            recorded = read_events(file)
+            assert len(recorded) == threads
+            graphs = graphs_of(recorded)
+            assert len(graphs) == 2 and len(graphs[0]) == len(graphs[1]) > 50
+            assert sum(len(phase.chunks) for phase in graphs[0]) > 20
+            phases[threads] = len(graphs[0])
+            assert simulated(graphs, 2) > 0
+        assert phases[1] == phases[3]
