@@ -40,7 +40,8 @@ Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit. The mach
 more threads were simulated: the threads share these cores, the CPU time of each part of their work is recorded, and the
 parts are put together as on as many cores as threads. The cores read from memory as fast as here; all together get at
 most {bandwidth:.0f} GB/s, and a barrier takes {barrier:.1f} µs per core (both are assumptions). Each cell: milliseconds
-upstream, patched, and their ratio; (m): limited by the memory. The model is {model}.
+upstream, patched, and their ratio; (m): limited by the memory. Each part counts at its best of several decodes, so
+simulated times are shorter than measured ones when the machine is disturbed. The model is {model}.
 
 {table}
 Measured, without recording:
