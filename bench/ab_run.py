@@ -32,8 +32,8 @@ from kimi_gguf.engine.progress import Reporter
 
 LONG = 2.0  # seconds of a decode; in longer ones the first touch of memory is negligible
 SAMPLE_SECONDS = 0.3  # a sample has as many decodes as fit, up to the cell's own limit
-# Maximum NMSE between the runners' logits if they share a state, as a part of that of an empty context's logits. With
-# random weights builds may choose different experts in deep layers: upstream's own two layouts of Q4_K differ by 0.066.
+# Maximum NMSE between the runners' logits if they share a state; less if that of an empty context's logits is below 1.
+# With random weights one expert mismatch is visible: upstream's own two layouts of Q4_K differ by 0.066.
 SAME = 0.5
 MIB = 2**20
 
@@ -381,10 +381,11 @@ def check_logits(about: Loaded, variant: Variant, cell: Cell, row: Row, expected
     """Compare a variant's logits with those of patched. Raises `EngineError`."""
     scale = float(np.square(expected.row).sum())
     error, of_empty = (float(np.square(each - expected.row).sum()) / scale for each in (row, expected.empty))
-    if not error <= SAME * of_empty:
+    limit = SAME * min(1.0, of_empty)
+    if not error <= limit:
         raise EngineError(
             f"{variant.name}: after a saved state of {cell.depth} tokens its logits differ from patched",
-            expected=f"an NMSE up to {SAME * of_empty:.2g}, half of that of an empty context's logits",
+            expected=f"an NMSE up to {limit:.2g} (that of an empty context's logits is {of_empty:.2g})",
             found=f"{error:.2g}",
             todo="compare the builds with validate-kimi: one of them is wrong",
         )

@@ -18,6 +18,9 @@ from statistics import median
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_gguf.bench.programs import NATIVE, program
+from kimi_gguf.engine.builds import upstream_source
+
 EVENT = np.dtype([("kind", "<i4"), ("value", "<i4"), ("nanoseconds", "<i8")])
 GRAPH, FINISHED, GO_ON, CHUNK = range(4)
 
@@ -43,6 +46,12 @@ class Phase:
         for chunk in self.chunks:
             heapq.heapreplace(cores, cores[0] + chunk)
         return max(cores)
+
+
+def recorder() -> Path:
+    """The library of native/tasks.cpp, for LD_PRELOAD."""
+    include = upstream_source() / "llama.cpp" / "ggml" / "include"
+    return program("tasks", (*NATIVE, "-shared", "-fPIC", "-isystem", str(include), "-ldl"))
 
 
 def read_events(file: Path) -> list[Events]:

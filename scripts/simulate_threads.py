@@ -12,17 +12,17 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from kimi_gguf.bench.cells import Cell
 from kimi_gguf.bench.models import ModelFile, generate, open_model
-from kimi_gguf.bench.programs import NATIVE, program
 from kimi_gguf.bench.report import markdown
 from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
-from kimi_gguf.bench.threads import BANDWIDTH, BARRIER, floor, graphs_of, read_events, simulated
-from kimi_gguf.engine.builds import Engine, ensure, upstream_source
+from kimi_gguf.bench.threads import BANDWIDTH, BARRIER, floor, graphs_of, read_events, recorder, simulated
+from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
 
@@ -52,9 +52,9 @@ Measured, without recording:
 class Build:
     """A build with the model and a context for each decode, and its times."""
 
-    def __init__(self, engine: Engine, model: ModelFile, library: Path) -> None:
+    def __init__(self, engine: Engine, model: ModelFile) -> None:
         self.name = "upstream" if engine.is_upstream else "patched"
-        environment = environment_of(engine) | {"LD_PRELOAD": str(library), "OMP_WAIT_POLICY": "passive"}
+        environment = environment_of(engine) | {"LD_PRELOAD": str(recorder()), "OMP_WAIT_POLICY": "passive"}
         self._runner = Runner(self.name, environment)
         self._runner.ask("load", gguf=str(model.path), repack=True)
         for cell in map(cell_of, DECODES):
@@ -139,12 +139,9 @@ def main() -> None:
             engines = [ensure(upstream=True), ensure()]
             chosen = BenchModel(layers=4, experts=64, type=parsed.type, shapes=parsed.shapes)
             model = open_model(generate(chosen, engines[0], reporter))
-            ggml = upstream_source() / "llama.cpp" / "ggml" / "include"
-            library = program("tasks", (*NATIVE, "-shared", "-fPIC", "-isystem", str(ggml), "-ldl"))
-            builds = [Build(engine, model, library) for engine in engines]
-            rows = list(rows_of(builds, model, Path(folder), reporter))
-            for build in builds:
-                build.close()
+            with ExitStack() as stack:
+                builds = [stack.enter_context(closing(Build(engine, model))) for engine in engines]
+                rows = list(rows_of(builds, model, Path(folder), reporter))
     except EngineError as error:
         sys.exit(f"simulate_threads: error: {error}")
     text = PAGE.format(

@@ -21,10 +21,10 @@
 namespace {
 
 enum Kind : int32_t {
-    GRAPH,    // a thread's first event of a graph; value: number of threads
-    BARRIER,  // the thread has finished its part
-    GO_ON,    // all threads have
-    CHUNK,    // the thread gets a part of the node; value: its number
+    GRAPH,     // a thread's first event of a graph; value: number of threads
+    FINISHED,  // the thread has finished its part
+    GO_ON,     // all threads have
+    CHUNK,     // the thread gets a part of the node; value: its number
 };
 
 struct Event {
@@ -118,7 +118,7 @@ void ggml_barrier(ggml_threadpool * pool) {
         wait(pool);
         return;
     }
-    record(BARRIER);
+    record(FINISHED);
     if (n_threads > 1) {
         pthread_barrier_wait(&barrier);
     }

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kimi_gguf.bench.models import generate
-from kimi_gguf.bench.programs import NATIVE, program
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
 from kimi_gguf.bench.threads import (
@@ -24,9 +23,10 @@ from kimi_gguf.bench.threads import (
     floor,
     graphs_of,
     read_events,
+    recorder,
     simulated,
 )
-from kimi_gguf.engine.builds import Engine, upstream_source
+from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
 
 CLOCK = 10  # nanoseconds
@@ -76,10 +76,8 @@ def test_no_decode_is_faster_than_the_memory() -> None:
 
 @pytest.mark.engine
 def test_a_decode_is_recorded(engine: Engine, upstream: Engine, tmp_path: Path) -> None:
-    ggml = upstream_source() / "llama.cpp" / "ggml" / "include"
-    library = program("tasks", (*NATIVE, "-shared", "-fPIC", "-isystem", str(ggml), "-ldl"))
     gguf = generate(BenchModel("kimi-linear", 4, 8, "Q4_0", "tiny"), upstream, Silent())
-    environment = environment_of(engine) | {"LD_PRELOAD": str(library)}
+    environment = environment_of(engine) | {"LD_PRELOAD": str(recorder())}
     with Runner("patched", environment) as runner:
         runner.ask("load", gguf=str(gguf), repack=True)
         context = {
