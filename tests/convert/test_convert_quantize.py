@@ -146,5 +146,5 @@ def test_a_scale_that_overflows_is_refused(value: float) -> None:
 
 
 def test_rows_must_be_whole_blocks() -> None:
-    with pytest.raises(ValueError, match="rows of 48 are not whole blocks of 32"):
+    with pytest.raises(ValueError, match="row length 48 is not a multiple of the block size 32"):
         TENSOR_TYPES["Q8_0"].nbytes((48, 2))
