@@ -39,7 +39,8 @@ def read_manifest(file: Path) -> Manifest:
     try:
         data = tomllib.loads(file.read_text())
         return Manifest(file.parent / data["page"], file.parent / data["records"], tuple(data["commands"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise EngineError(
-            f"{file}: not a manifest", expected="page, records and commands", found=str(error)
-        ) from None
+    except KeyError as error:
+        expected = "the keys page, records and commands"
+        raise EngineError(f"{file}: invalid manifest", expected=expected, found=f"no key {error}") from None
+    except (OSError, ValueError) as error:
+        raise EngineError(f"{file}: the manifest cannot be read", found=str(error)) from None

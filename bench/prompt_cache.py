@@ -207,7 +207,7 @@ def live(start: Start, words: Words) -> Iterator[Count]:
 
 
 def measure_prompt_cache(start: Start, seed: int = 1, long: int = LONG) -> Iterator[Count]:
-    """Count the tokens of all situations, one after the other. long: words of the raw prompt."""
+    """Yield for each situation how many tokens the server evaluated. long: length of the raw prompt in words."""
     yield from second_document(start, Words(seed))
     yield from resumed(start, Words(seed))
     yield from long_prompts(start, Words(seed), long)

@@ -180,7 +180,7 @@ def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
         if held:
             raise EngineError(
                 f"{spec.source} already has {held} of the patches, so no upstream build can be made from it",
-                todo="give an unpatched checkout",
+                todo="give --source an unpatched checkout",
             )
         return tree
     reporter.phase("apply the patches")

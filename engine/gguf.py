@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.split_names import COUNT, NUMBER, SET, TENSORS, place_in_set
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, Bytes, TensorType
 
@@ -61,7 +62,7 @@ class GgufFile:
         self.path = path
         try:
             if path.exists() and not path.is_file():
-                raise GgufError(f"{path}: expected a GGUF file, found something else")
+                raise GgufError(f"{path}: expected a GGUF file, found {kind_of(path)}")
             self._file = path.open("rb")
         except OSError as error:
             raise GgufError(f"{path}: cannot be opened: {error.strerror}") from None
@@ -223,7 +224,10 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
     for file in files:
         for name in file.tensors:
             if name in found:
-                raise GgufError(f"{file.path}: {name!r:.80} is also in {found[name].path.name}")
+                other = found[name].path.name
+                raise GgufError(
+                    f"{file.path}: tensor {name!r:.80} is also in {other}; download the splits again"
+                )
             found[name] = file
     return found
 

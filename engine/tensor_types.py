@@ -37,7 +37,7 @@ class TensorType:
     def nbytes(self, ne: Sequence[int]) -> int:
         """Bytes of a tensor of ggml shape `ne`, whose first dimension must be whole blocks."""
         if ne[0] % self.block:
-            raise ValueError(f"rows of {ne[0]} are not whole blocks of {self.block}")
+            raise ValueError(f"row length {ne[0]} is not a multiple of the block size {self.block}")
         return self.block_bytes * (ne[0] // self.block) * math.prod(ne[1:])
 
 

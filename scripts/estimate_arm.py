@@ -39,8 +39,9 @@ PAGE = """\
 
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
 llvm-mca ({version}) for the innermost loop of each tile, with all data in L1, compiled by {compiler}.
-A cycle figure is per dot product of 16 bytes. Peak: the rate of independent dot products on the same core. LLVM
-describes the Neoverse N1 by the model of the Cortex-A57, which loads once per cycle; the N1 loads twice.
+Cycles are per `sdot` instruction (16 products of int8). Peak: the rate of independent `sdot` instructions on the same
+core. LLVM 14 has no model of two of these cores: for the Neoverse N1 it uses that of the Cortex-A57, which has one load
+per cycle (N1: two), for the Apple A13 that of the Apple A7. All tiles have {columns} columns.
 
 {table}"""
 
@@ -121,17 +122,19 @@ def main() -> None:
         assembly = run([COMPILER, *FLAGS, f"-I{FOLDER}", *headers, str(FOLDER / "quant-gemm-tile.cpp")])
         independent = tuple(f"{DOT}\tv{i}.4s, v30.16b, v31.16b" for i in range(24))
         peaks = {core: cycles(independent, core) / len(independent) for core in CORES}
-        rows = [("types", "columns", *CORES.values())]
-        for loop in innermost_loops(assembly):
+        loops = list(innermost_loops(assembly))
+        rows = [("types", *CORES.values())]
+        for loop in loops:
             shares = []
             for core, peak in peaks.items():
                 each = cycles(loop.instructions, core) / loop.dots
                 shares.append(f"{each:.2f} cycles, {100 * peak / each:.0f} % of peak")
-            rows.append((TYPES[loop.scheme], str(loop.columns), *shares))
+            rows.append((TYPES[loop.scheme], *shares))
         version = re.search(r"LLVM version (\d+)", run(["llvm-mca", "--version"]))
         text = PAGE.format(
             compiler=run([COMPILER, "--version"]).splitlines()[0].replace(COMPILER, "g++"),
             version=f"LLVM {version[1]}" if version else "LLVM",
+            columns=" or ".join(sorted({str(loop.columns) for loop in loops})),
             table=markdown(rows),
         )
     except EngineError as error:

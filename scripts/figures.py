@@ -57,7 +57,7 @@ def command(*words: str | Path, allow: tuple[int, ...] = (0,)) -> None:
     path = Path(sys.executable).parent / words[0]
     status = subprocess.run([str(path), *map(str, words[1:])], stdout=subprocess.DEVNULL).returncode
     if status not in allow:
-        raise SystemExit(f"{' '.join(map(str, words))}: ended with status {status}")
+        raise SystemExit(f"figures: error: {' '.join(map(str, words))}: exit status {status}")
 
 
 def measure(checkpoint: Path, weights: str, tokens: int, scratch: Path) -> Report:

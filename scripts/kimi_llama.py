@@ -403,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
         help="serve these devices (default: all GPUs, or the CPU if there is none)",
     )
     add("--cache", action="store_true",
-        help="store tensors of more than 10 MiB in ~/.cache/llama.cpp/rpc; they are not sent again")  # fmt: skip
+        help="store tensors of more than 10 MiB in llama.cpp's cache folder; they are not sent again")  # fmt: skip
 
     sub = command(
         "export-patches",

@@ -43,7 +43,7 @@ class ProveError(KimiError):
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes of disk and memory that all steps need together."""
+    """Disk space of all steps together, and memory of the step that needs most, in bytes."""
 
     download: int
     gguf: int

@@ -36,12 +36,16 @@ N_CTX = 2048  # at least (1 + STEPS) decodes
 PAGE = """\
 # Many threads, simulated
 
-Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit. The machine has {cores} cores, so decodes with
-more threads were simulated: the threads share these cores, the CPU time of each part of their work is recorded, and the
-parts are put together as on as many cores as threads. The cores read from memory as fast as here; all together get at
-most {bandwidth:.0f} GB/s, and a barrier takes {barrier:.1f} µs per core (both are assumptions). Each cell: milliseconds
-upstream, patched, and their ratio; (m): limited by the memory. Each part counts at its best of several decodes, so
-simulated times are shorter than measured ones when the machine is disturbed. The model is {model}.
+Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit.
+
+The machine has {cores} cores, so decodes with more threads are simulated. The N threads run on these cores, and the
+CPU time of each task is recorded. Then the time of the recorded tasks on N cores is calculated. Assumptions: each core
+reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
+takes {barrier:.1f} µs per core. What runs between two barriers counts with its shortest time in {least} to {most} runs.
+So simulated times are often shorter than measured ones, most of all for 512 tokens.
+
+Each cell: milliseconds upstream, milliseconds patched, speedup. (m): at least one of both is limited by the assumed
+memory bandwidth. The model is {model}.
 
 {table}
 Measured, without recording:
@@ -115,14 +119,20 @@ def rows_of(
         for threads in REAL:
             reporter.phase(f"{name}, {threads} threads, measured")
             real.append(cell_text([build.measured(cell, threads) for build in builds], limited=False))
-        yield (name, *found), (name, *real)
+        title = f"{name} at {cell.depth}"
+        yield (title, *found), (title, *real)
 
 
 def cell_text(seconds: list[float], limited: bool) -> str:
     """Milliseconds upstream and patched, and the ratio."""
     upstream, patched = seconds
     mark = " (m)" if limited else ""
-    return f"{1000 * upstream:.3g}, {1000 * patched:.3g}, {upstream / patched:.2f}{mark}"
+    return f"{milliseconds(upstream)}, {milliseconds(patched)}, {upstream / patched:.2f}{mark}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, or all of a whole number."""
+    return f"{1000 * seconds:.3g}" if seconds < 0.9995 else f"{1000 * seconds:.0f}"
 
 
 def main() -> None:
@@ -130,9 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="simulate_threads", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "threads.md")
-    parser.add_argument("--type", default="Q4_K_M", help="of the model")
-    parser.add_argument("--shapes", default="48b", help="of the model: 48b or tiny")
+    page = ROOT / "docs" / "threads.md"
+    parser.add_argument(
+        "--page", type=Path, default=page, help="write the page to this file (default: docs/threads.md)"
+    )
+    parser.add_argument("--type", default="Q4_K_M", help="use this type for the model (default: %(default)s)")
+    parser.add_argument(
+        "--shapes", default="48b", help="use layers of these shapes: 48b or tiny (default: %(default)s)"
+    )
     parsed = parser.parse_args()
     try:
         with reporting() as reporter, tempfile.TemporaryDirectory() as folder:
@@ -146,6 +161,7 @@ def main() -> None:
         sys.exit(f"simulate_threads: error: {error}")
     text = PAGE.format(
         cores=REAL[-1], model=model.name, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
+        least=min(STEPS.values()), most=max(STEPS.values()),
         table=markdown([("threads", *(f"{n}" for n in THREADS)), *(row for row, _ in rows)]),
         real=markdown([("threads", *(f"{n}" for n in REAL)), *(row for _, row in rows)]),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Parsed from the sources, so that imports inside functions count, and so do module names in strings, as in
 `python -m`, `import_module` and code for another process. Tests do not belong to any package, and no package imports
-them.
+them; but scripts/bench-gpu --rehearse and scripts/cuda_check.py use files of tests/.
 """
 
 from __future__ import annotations

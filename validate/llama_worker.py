@@ -23,7 +23,7 @@ RECORDED = ("l_out", "ffn_moe_topk")  # tensors of the graph, one per layer: its
 
 
 def plan_batches(lengths: list[int], options: RunOptions) -> list[list[Place]]:
-    """The tokens of each llama_decode: every sequence advances by the same number of tokens per batch.
+    """The tokens of each llama_decode: every sequence advances by the same number of tokens per batch until it ends.
 
     lengths: tokens per sequence. A batch never crosses `step_from` or `save_restore_at`.
     """

@@ -188,7 +188,8 @@ def _read(keys: _Keys) -> KimiConfig:
         keys.require(same, names[0], _shown(value), found, f"llama.cpp cannot run this: {why}")
     if keys.get("layer_types") is None and keys.get("mla_use_nope") is None:
         # By default the hub's own code rotates; transformers' native form has no such key.
-        raise keys.fail("mla_use_nope", "true", None, "llama.cpp never rotates queries and keys here")
+        why = "llama.cpp applies no RoPE to this model; set it to true if the model was trained without RoPE"
+        raise keys.fail("mla_use_nope", "true", None, why)
     num_layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
     vocab_size = keys.integer("vocab_size")
     eos = _eos(keys, vocab_size)

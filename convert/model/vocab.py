@@ -153,13 +153,14 @@ def special_rows(
 
 
 def check_distinct(tokens: list[str], num_ranks: int, path: Path) -> None:
-    """Raise `ConvertError` if two tokens have the same spelling: llama.cpp aborts on such a file."""
+    """Raise `ConvertError` if two tokens have the same text: llama.cpp aborts on such a file."""
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if (earlier := seen.setdefault(token, i)) != i:
             kind = "ordinary" if earlier < num_ranks else "special"
             raise ConvertError(
-                f"{path}: special token {i}, {excerpt(token)}, has the spelling of the {kind} token {earlier}"
+                f"{path}: special token {i}, {excerpt(token)}, has the same text as {kind} token {earlier}; "
+                "rename one of them, or download the file again"
             )
 
 

@@ -18,6 +18,7 @@ from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
 from kimi_gguf.convert.plan import Plan
+from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.tensor_types import Bytes
 
 Chunks = Iterator[tuple[PlannedTensor, Bytes]]
@@ -117,7 +118,7 @@ def check_outputs(
         if not path.exists():
             continue
         if not path.is_file():
-            raise ConvertError(f"{path}: expected a regular file, found something else; choose another name")
+            raise ConvertError(f"{path}: expected a file, found {kind_of(path)}; choose another name")
         if not overwrite and path not in ours:
             raise ConvertError(f"{path}: already exists; remove it, choose another name, or use --force")
 

@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Protocol
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.engine.file_kind import kind_of
 
 
 class Source(Protocol):
@@ -46,7 +47,9 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists() and not path.is_file():
-            raise ConvertError(f"{path}: expected a safetensors file, found something else")
+            raise ConvertError(
+                f"{path}: expected a safetensors file, found {kind_of(path)}; copy the file from the checkpoint"
+            )
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except FileNotFoundError:

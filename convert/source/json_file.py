@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.engine.file_kind import kind_of
 
 MAX_BYTES = 64 << 20  # a hub index of 20,000 tensors has 2 MB, a tokenizer.json about 20
 
@@ -48,7 +49,9 @@ def read_small_file(path: Path) -> bytes:
     """The content of a regular file of at most MAX_BYTES. Raises `ConvertError`."""
     try:
         if path.exists() and not path.is_file():
-            raise ConvertError(f"{path}: expected a file, found something else")
+            raise ConvertError(
+                f"{path}: expected a file, found {kind_of(path)}; copy the file from the checkpoint"
+            )
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:

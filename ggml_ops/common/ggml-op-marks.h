@@ -25,6 +25,11 @@ enum ggml_op_mark {
     GGML_OP_MARK_KEEP_COPY = 8,  // KDA_CONV, KDA_SCAN: do not elide the copy of the new states
 };
 
+// The operators on which GGML_OP_MARK_UNFUSED has an effect: node-fusion.cpp and ggml-metal-fuse.cpp.
+static inline bool ggml_op_starts_fused_run(enum ggml_op op) {
+    return op == GGML_OP_MUL_MAT || op == GGML_OP_UNARY || op == GGML_OP_MUL || op == GGML_OP_ADD;
+}
+
 static inline void ggml_op_set_mark(struct ggml_tensor * node, enum ggml_op_mark mark) {
     node->op_params[GGML_OP_MARK_PARAM] |= mark;
 }

@@ -7,7 +7,9 @@
 #include <string.h>
 
 bool ggml_kda_head_size_supported(int64_t head_size) {
-    return head_size == 32 || head_size == 64 || head_size == 96 || head_size == 128 || head_size == 256;
+#define IS_EQUAL_OR(n) head_size == n ||
+    return GGML_KDA_HEAD_SIZES(IS_EQUAL_OR) false;
+#undef IS_EQUAL_OR
 }
 
 struct ggml_kda_scan_params ggml_kda_scan_get_params(const struct ggml_tensor * op) {

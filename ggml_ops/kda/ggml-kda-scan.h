@@ -9,6 +9,13 @@
 extern "C" {
 #endif
 
+// X(n) for each supported head size
+#define GGML_KDA_HEAD_SIZES(X) X(32) X(64) X(96) X(128) X(256)
+
+// With fewer tokens, a sequence has the same bits on the CPU as its tokens decoded one after the other. From this number
+// on, it is computed in chunks.
+#define GGML_KDA_SCAN_CHUNKED_FROM 32
+
 // the sources in order, and the parameters in the layout of op_params
 enum ggml_kda_scan_src {
     GGML_KDA_SCAN_QKV,
@@ -57,7 +64,6 @@ GGML_API struct ggml_tensor * ggml_kda_scan(struct ggml_context *       ctx,
 
 GGML_API struct ggml_kda_scan_params ggml_kda_scan_get_params(const struct ggml_tensor * op);
 
-// supported head sizes: 32, 64, 96, 128, 256
 GGML_API bool ggml_kda_head_size_supported(int64_t head_size);
 
 #ifdef __cplusplus

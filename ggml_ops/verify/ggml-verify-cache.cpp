@@ -76,11 +76,15 @@ static fs::path folder() {
         const char * text = getenv(name);
         return text ? text : "";
     };
+    const auto expanded = [&](const char * name) {  // a leading ~ is the home folder
+        const std::string path = value(name);
+        return path == "~" || path.rfind("~/", 0) == 0 ? value("HOME") + path.substr(1) : path;
+    };
     if (!value("KIMI_GGUF_CACHE").empty()) {
-        return fs::path(value("KIMI_GGUF_CACHE")) / "devices";
+        return fs::path(expanded("KIMI_GGUF_CACHE")) / "devices";
     }
     if (!value("XDG_CACHE_HOME").empty()) {
-        return fs::path(value("XDG_CACHE_HOME")) / "kimi-gguf" / "devices";
+        return fs::path(expanded("XDG_CACHE_HOME")) / "kimi-gguf" / "devices";
     }
     return value("HOME").empty() ? fs::path() : fs::path(value("HOME")) / ".cache" / "kimi-gguf" / "devices";
 }

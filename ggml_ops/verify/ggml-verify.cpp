@@ -114,8 +114,7 @@ void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph) {
         if (keep && (node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN)) {
             ggml_op_set_mark(node, GGML_OP_MARK_KEEP_COPY);
         }
-        // the fused runs of GPUs start with these (ggml-metal-fuse.cpp)
-        if (unfused && (node->op == GGML_OP_UNARY || node->op == GGML_OP_ADD)) {
+        if (unfused && ggml_op_starts_fused_run(node->op)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
         }
     }

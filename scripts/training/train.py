@@ -166,15 +166,20 @@ def main(arguments: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write the checkpoint to")
     add("--work", type=Path, default=Path("out/demo-training"),
-        help="folder for the run's state and log; an interrupted run continues from it (%(default)s)")  # fmt: skip
-    add("--wordnet", type=Path, default=wordnet.WORDNET, help="folder with WordNet's data.* (%(default)s)")
-    add("--notice", type=Path, default=wordnet.NOTICE, help="WordNet's licence notice (%(default)s)")
-    add("--steps", type=int, default=1500, help="optimiser steps (%(default)s)")
-    add("--rows", type=int, default=4, help="sequences per step (%(default)s)")
-    add("--length", type=int, default=512, help="tokens per sequence (%(default)s)")
-    add("--rate", type=float, default=2.5e-3, help="peak learning rate (%(default)s)")
-    add("--seed", type=int, default=0, help="seed of data and weights (%(default)s)")
-    add("--save-every", type=int, default=150, help="steps between saves (%(default)s)")
+        help="folder for the state and log; an interrupted run continues from it (default: %(default)s)")  # fmt: skip
+    add(
+        "--wordnet",
+        type=Path,
+        default=wordnet.WORDNET,
+        help="folder with WordNet's data.* (default: %(default)s)",
+    )
+    add("--notice", type=Path, default=wordnet.NOTICE, help="WordNet's licence notice (default: %(default)s)")
+    add("--steps", type=int, default=1500, help="optimiser steps (default: %(default)s)")
+    add("--rows", type=int, default=4, help="sequences per step (default: %(default)s)")
+    add("--length", type=int, default=512, help="tokens per sequence (default: %(default)s)")
+    add("--rate", type=float, default=2.5e-3, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of data and weights (default: %(default)s)")
+    add("--save-every", type=int, default=150, help="steps between saves (default: %(default)s)")
     add("--snapshots", type=Path, help="also export at every save, to this folder")
     args = parser.parse_args(arguments)
     try:

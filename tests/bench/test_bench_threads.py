@@ -29,8 +29,6 @@ from kimi_gguf.bench.threads import (
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
 
-CLOCK = 10  # nanoseconds
-
 
 def events(*rows: tuple[int, int, int]) -> Events:
     return np.array(list(rows), EVENT)

@@ -124,7 +124,7 @@ def test_a_forced_but_failing_run_keeps_the_existing_file(tmp_path: Path, out: P
 
 def test_a_folder_that_is_missing_or_the_output_is_refused(tmp_path: Path, source: Path, out: Path) -> None:
     assert_refused(convert(source, "-o", out / "no" / "x.gguf"), out, "folder does not exist")
-    assert_refused(convert(source, "-o", tmp_path, "--force"), out, "expected a regular file")
+    assert_refused(convert(source, "-o", tmp_path, "--force"), out, "found a folder")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_pipe_is_refused_without_waiting(single: Path, out: Path) -> None:
         content = (single / name).read_bytes()
         (single / name).unlink()
         os.mkfifo(single / name)
-        assert_refused(convert(single, "-o", out / "x.gguf"), out, name, "something else")
+        assert_refused(convert(single, "-o", out / "x.gguf"), out, name, "found a pipe")
         (single / name).unlink()
         (single / name).write_bytes(content)
 

@@ -93,15 +93,15 @@ SETTINGS = {
     ),
     "a name twice": (
         added(**{str(N): END, str(N + 1): END}),
-        rf"special token {N + 1}, .* the spelling of the special token {N}",
+        rf"special token {N + 1}, .* has the same text as special token {N}",
     ),
     "a name like a rank": (
         added(**{str(N): {"content": "A"}}),
-        rf"special token {N}, 'A', has the spelling of the ordinary",
+        rf"special token {N}, 'A', has the same text as ordinary",
     ),
     "a name like a reserved one": (
         added(**{str(N): {"content": f"<|reserved_token_{N + 9}|>"}}),
-        rf"special token {N + 9}, .* the spelling of the special token {N}",
+        rf"special token {N + 9}, .* has the same text as special token {N}",
     ),
 }
 

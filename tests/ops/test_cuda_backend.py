@@ -19,10 +19,9 @@ from cuda_program import GGML_OPTIONS, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 
@@ -136,8 +135,7 @@ def test_the_operators_verify_themselves(backend: Path, engine: Engine) -> None:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cuda-model")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(folder, SPEC)
 
 
 def prompts(*lengths: int) -> list[Step]:
@@ -186,8 +184,7 @@ def test_a_model_on_the_device(
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A typical model: quantised, with heads and number of used experts as in the 48B."""
     folder = tmp_path_factory.mktemp("cuda-quantised")
-    convert(write_checkpoint(folder / "checkpoint", PUBLISHED), folder / "model.gguf", TYPES["Q8_0"])
-    return folder / "model.gguf"
+    return make_gguf(folder, PUBLISHED, "Q8_0")
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from llama_script import decode, play
 from metal_program import compile_metal_backend, dispatches, on_metal
-from random_checkpoint import Spec, write_checkpoint
+from random_checkpoint import Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.scripts.cuda_check import patched_ggml
 
@@ -73,8 +72,7 @@ UPSTREAM = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metal-48b")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["Q8_0"])
-    return folder / "model.gguf"
+    return make_gguf(folder, SPEC, "Q8_0")
 
 
 def kernels_for_a_token(

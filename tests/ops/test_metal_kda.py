@@ -23,10 +23,9 @@ from llama_script import (
 )
 from metal_program import dispatches, on_metal, planted
 from native_program import OPERATORS, compile_program, passed_cases, run_program
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import patched_ggml
 
@@ -215,8 +214,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(folder: Path, spec: Spec, file_type: str = "F32") -> Path:
-    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES[file_type])
-    return folder / "model.gguf"
+    return make_gguf(folder, spec, file_type)
 
 
 def several(sequence: int, first: int, count: int) -> Step:

@@ -27,10 +27,9 @@ from llama_script import (
 )
 from metal_program import compile_metal_backend, dispatches, on_metal, planted
 from native_program import compile_program, passed_cases, run_program
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import patched_ggml
 
@@ -213,8 +212,7 @@ IDS = np.random.default_rng(61).integers(0, VOCAB_SIZE, (2, 24))
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("latent-metal-model")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(folder, SPEC)
 
 
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])

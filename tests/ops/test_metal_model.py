@@ -14,11 +14,9 @@ import pytest
 from llama_script import PlayError, Setup, assert_same, decode, play, saved_conversation, text
 from metal_program import dispatches, on_metal
 from native_program import run_program
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
-from synthetic_case import error_of
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import error_of, make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -42,8 +40,7 @@ LIBRARIES = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metal-model")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(folder, SPEC)
 
 
 @pytest.mark.parametrize("flash", [False, True], ids=["plain", "flash"])

@@ -31,7 +31,7 @@ COMPILED_ONLY = ("sandybridge", "skylakex", "zen4")
 ZEN4 = AVX512 | {"avx512_vnni", "avx512vbmi", "avx512_bf16"}
 ALL_VARIANTS = Variant(
     "all-variants",
-    "-O1",
+    "-Og",
     (*(f"ggml-cpu-{name}" for name in RUN), *PROGRAMS, MATMUL),
     {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"},
 )
@@ -46,7 +46,7 @@ ARM = {"armv8.0_1": "cortex-a53", "armv8.2_1": "neoverse-n1", "armv8.6_1": "max"
 PREFIX = "aarch64-linux-gnu"
 ARM_VARIANTS = Variant(
     "arm-variants",
-    "-O1",
+    "-Og",
     (*(f"ggml-cpu-{name}" for name in ARM), *PROGRAMS, MATMUL),
     {
         "CMAKE_SYSTEM_NAME": "Linux",

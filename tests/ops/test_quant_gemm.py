@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from native_program import compile_program, run_program
 from numpy.typing import NDArray
-from random_checkpoint import Spec, write_checkpoint
+from random_checkpoint import Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
@@ -28,8 +27,7 @@ SPEC = Spec(layers="KM", hidden=96, intermediate=160, moe_intermediate=64, exper
 @pytest.fixture(scope="module", params=["Q8_0", "BF16"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("products")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES[request.param])
-    return folder / "model.gguf"
+    return make_gguf(folder, SPEC, request.param)
 
 
 @pytest.fixture(scope="module")

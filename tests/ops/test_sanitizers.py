@@ -28,14 +28,14 @@ CASES = dict.fromkeys(THREADED, "31")
 THREADED_CASES = "61"  # waiting threads spin, so more threads than cores slow each other down
 ADDRESS = Variant(
     "address",
-    "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+    "-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
     " -fno-sanitize=null,object-size,vptr",  # address finds what they find, and they take long to compile
     PROGRAMS,
     environment={"UBSAN_OPTIONS": "print_stacktrace=1", "ASAN_OPTIONS": "detect_stack_use_after_return=1"},
 )
 THREAD = Variant(
     "thread",
-    "-O1 -g1 -fsanitize=thread",
+    "-Og -g1 -fsanitize=thread",
     THREADED,
     runner=("setarch", "-R"),  # it does not support much randomness of the memory map
     environment={"TSAN_OPTIONS": "halt_on_error=1"},

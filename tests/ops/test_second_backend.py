@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, play, text
 from native_program import compile_backend, passed_cases, roll_back_on_device
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Spec
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -66,14 +65,12 @@ class World:
 @pytest.fixture(scope="module")
 def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("second")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    gguf = make_gguf(folder, SPEC)
     expected = {
-        flash: play(
-            engine, folder / "model.gguf", Setup(n_seq_max=2, flash_attention=flash), conversation()
-        ).logits
+        flash: play(engine, gguf, Setup(n_seq_max=2, flash_attention=flash), conversation()).logits
         for flash in ATTENTION
     }
-    return World(engine, folder / "model.gguf", compile_backend(engine, folder), expected)
+    return World(engine, gguf, compile_backend(engine, folder), expected)
 
 
 @pytest.mark.parametrize("kqv", [True, False], ids=["kqv", "nkvo"])

@@ -22,11 +22,10 @@ import numpy as np
 import pytest
 from llama_script import Logits, Played, PlayError, Setup, assert_same, decode, play, text
 from native_program import NATIVE, compile_backend, run_program
-from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from random_checkpoint import VOCAB_SIZE, Spec
 from rpc_workers import rpc_workers
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -69,9 +68,9 @@ class World:
 @pytest.fixture(scope="module")
 def world(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("verify")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    expected = play(engine, folder / "model.gguf", Setup(flash_attention=True), STEPS).logits
-    return World(engine, folder / "model.gguf", compile_backend(engine, folder), expected)
+    gguf = make_gguf(folder, SPEC)
+    expected = play(engine, gguf, Setup(flash_attention=True), STEPS).logits
+    return World(engine, gguf, compile_backend(engine, folder), expected)
 
 
 def files(cache: Path) -> list[Path]:
@@ -274,6 +273,11 @@ def test_a_damaged_or_foreign_file_is_ignored(
     assert "not used" not in again.log
     assert file.read_text() == whole
     assert CHECKS not in world.play(tmp_path).log
+
+
+def test_a_tilde_in_the_name_of_the_cache_is_the_home_folder(world: World, tmp_path: Path) -> None:
+    world.play(Path("~/cache"), HOME=str(tmp_path))
+    assert len(files(tmp_path / "cache")) == 1
 
 
 @pytest.mark.parametrize(("fault", "repeated"), [("CRASHES", True), ("SPOILS", False)])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from llama_server import EXACT
 
-from kimi_gguf.bench.equal_requests import ask_together
+from kimi_gguf.bench.equal_requests import SYSTEM, ask_together
 from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine
 
@@ -26,7 +26,6 @@ pytestmark = pytest.mark.engine
 SECONDS = float(os.environ.get("KIMI_LOAD", "20"))
 CLIENTS = 12
 COUNT = 12
-SYSTEM = "You explain words. " * 40
 QUESTIONS = [
     f"define: {word}" for word in ("elephant", "river", "ivory", "to walk", "stone", "a large tree", "salt")
 ]

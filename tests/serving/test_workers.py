@@ -24,6 +24,7 @@ from llama_script import PlayError, Setup, assert_same, decode, play, text
 from llama_server import EXACT, Server, free_port, serving
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 from rpc_workers import RpcWorker, network, rpc_workers
+from synthetic_case import make_gguf
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
@@ -52,8 +53,7 @@ def gguf(demo_gguf: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(folder, SPEC)
 
 
 def listed(workers: Sequence[RpcWorker]) -> str:

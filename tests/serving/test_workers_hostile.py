@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 import rpc_protocol as rpc
 from llama_script import PlayError, Setup, decode, play, save, text
-from random_checkpoint import Spec, write_checkpoint
+from random_checkpoint import Spec
 from rpc_protocol import Buffer, Client, Memory, Tensor, fake_worker, framed
 from rpc_workers import RpcWorker, rpc_workers
+from synthetic_case import make_gguf
 
-from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 
 pytestmark = pytest.mark.engine
@@ -40,17 +39,12 @@ def worker(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted(SPEC, tmp_path_factory.mktemp("small"))
+    return make_gguf(tmp_path_factory.mktemp("small"), SPEC)
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return converted(WIDE, tmp_path_factory.mktemp("wide"))
-
-
-def converted(spec: Spec, folder: Path) -> Path:
-    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
-    return folder / "model.gguf"
+    return make_gguf(tmp_path_factory.mktemp("wide"), WIDE)
 
 
 def value(buffer: Buffer, number: int = 1, **more: object) -> Tensor:

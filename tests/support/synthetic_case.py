@@ -71,9 +71,9 @@ def reference_of(spec: Spec, layout: Layout = "hub", dtype: torch.dtype = torch.
     return Reference(KimiConfig.from_json(config(spec, layout), layout), weights(spec).__getitem__, dtype)
 
 
-def make_gguf(folder: Path, spec: Spec) -> Path:
-    """Write the model to `folder` as an F32 GGUF; return its path."""
-    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES["F32"])
+def make_gguf(folder: Path, spec: Spec, kind: str = "F32") -> Path:
+    """Write the model to `folder` as a GGUF file of a type; return its path."""
+    convert(write_checkpoint(folder / "checkpoint", spec), folder / "model.gguf", TYPES[kind])
     return folder / "model.gguf"
 
 

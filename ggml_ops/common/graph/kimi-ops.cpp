@@ -43,8 +43,11 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
             }
         }
         if (!known) {
-            throw std::runtime_error("KIMI_OPS: '" + part +
-                                     "' is none of off, conv, scan, mla, moe, fuse, batch, plain, require");
+            std::string all_names = "off, ";
+            for (const auto & n : names) {
+                all_names += std::string(n.name) + ", ";
+            }
+            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of " + all_names + "require");
         }
     }
     if (is_off && (any || picked.require)) {
@@ -72,8 +75,7 @@ void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops, const 
         if (matmul && ops.batch && shared) {
             ggml_op_set_mark(node, GGML_OP_MARK_INVARIANT);
         }
-        // a fused run starts with one of these nodes (node-fusion.cpp, ggml-metal-fuse.cpp)
-        if (!ops.fuse && (matmul || node->op == GGML_OP_UNARY || node->op == GGML_OP_MUL || node->op == GGML_OP_ADD)) {
+        if (!ops.fuse && ggml_op_starts_fused_run(node->op)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
         }
     }

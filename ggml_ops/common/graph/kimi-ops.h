@@ -4,12 +4,12 @@
 // context is created; an unknown name makes that call fail. ggml sees the choice only as marks on nodes
 // (ggml-op-marks.h), so contexts of one process may use different values.
 //
-//   unset or empty          all operators, each where its device supports it; upstream's graph elsewhere
-//   off                     no operators: upstream's graph
-//   conv,scan,mla,moe,fuse  only these operators
-//   batch                   a name like these: the code paths whose results do not depend on other sequences
-//   plain                   a name like these: with mla, the plain graph where a device does not have LATENT_ATTN
-//   require                 alone or with names: an operator that cannot be used is an error
+//   unset or empty  all operators, each where its device supports it; upstream's graph elsewhere
+//   off             no operators: upstream's graph
+//   names           only these, separated by commas: the fields of llama_kimi_ops
+//   require         alone or with names: an operator that cannot be used is an error
+
+#include "ggml-kda-scan.h"
 
 #include <cstdint>
 
@@ -17,9 +17,8 @@ struct ggml_cgraph;
 struct llama_ubatch;
 
 // A sequence with fewer tokens in a batch may share a ubatch with others. Its results are equal to those of its
-// tokens decoded one after the other, whatever other sequences are in the ubatch. (KDA_SCAN computes chunks from this
-// number on.)
-constexpr uint32_t LLAMA_MANY_TOKENS = 32;
+// tokens decoded one after the other, whatever other sequences are in the ubatch.
+constexpr uint32_t LLAMA_MANY_TOKENS = GGML_KDA_SCAN_CHUNKED_FROM;
 
 struct llama_kimi_ops {
     bool conv    = true;  // KDA_CONV

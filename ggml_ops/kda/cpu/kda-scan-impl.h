@@ -2,6 +2,7 @@
 
 // Declarations common to the files of the KDA scan on the CPU: one head of one sequence in the layout of the kernels.
 
+#include "ggml-kda-scan.h"
 #include "ggml.h"
 
 #include <cmath>
@@ -70,16 +71,15 @@ constexpr int64_t scan_scratch_floats(int64_t D) {
 
 // Calls f with the head size, a supported one, as a compile-time constant.
 template <typename F> static void with_head_size(int64_t D, const F & f) {
-    // clang-format off
+#define CALL(n)                                                                                                        \
+    case n:                                                                                                            \
+        return f(std::integral_constant<int, n>());
     switch (D) {
-        case  32: return f(std::integral_constant<int,  32>());
-        case  64: return f(std::integral_constant<int,  64>());
-        case  96: return f(std::integral_constant<int,  96>());
-        case 128: return f(std::integral_constant<int, 128>());
-        case 256: return f(std::integral_constant<int, 256>());
-        default:  GGML_ABORT("KDA_SCAN: unsupported head size %d", (int) D);
+        GGML_KDA_HEAD_SIZES(CALL)
+    default:
+        GGML_ABORT("KDA_SCAN: unsupported head size %d", (int) D);
     }
-    // clang-format on
+#undef CALL
 }
 
 // The plain path: all columns and the output norm of one head, token by token, in scalar float32.

@@ -17,7 +17,7 @@
 namespace kda {
 
 // The break-even point of chunks (README, When chunks are used).
-constexpr int64_t CHUNKS_FROM = 2 * CHUNK;
+static_assert(GGML_KDA_SCAN_CHUNKED_FROM >= CHUNK, "at least one chunk");
 
 // What every block of a head repeats (decays, products of a chunk's tokens) takes as long as so many value channels.
 constexpr int64_t REPEATED = 48;
@@ -148,7 +148,7 @@ static void
 scan_columns(const scan_head & head, const scan_head * next, int64_t j0, int64_t j1, bool finish, float * scratch) {
     keep_state_found(head, j0, j1);
     int64_t t = 0;
-    if (head.T >= CHUNKS_FROM) {
+    if (head.T >= GGML_KDA_SCAN_CHUNKED_FROM) {
         const int64_t n = (head.T - head.n_slots + 1) / CHUNK * CHUNK;
         if (n >= CHUNK) {
             scan_chunks(head, { 0, n, j0, j1, finish, n == head.T ? next : nullptr }, scratch);

@@ -186,6 +186,9 @@ const char * ggml_cuda_kda_refused(int device, const ggml_tensor * op) {
         }
         head_size = op->src[GGML_KDA_SCAN_F]->ne[0];
     }
+#define COMMA(n) , n
+    static_assert(std::is_same_v<kda_cuda::head_sizes, std::integer_sequence<int GGML_KDA_HEAD_SIZES(COMMA)>>);
+#undef COMMA
     return ggml_kda_head_size_supported(head_size) ? nullptr : "a head size other than 32, 64, 96, 128, 256";
 }
 

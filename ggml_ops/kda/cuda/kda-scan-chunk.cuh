@@ -57,7 +57,7 @@ template <int D> struct chunk_layout {
     }
 };
 
-// Fragment of A for 8 tokens i (tile) and 16 tokens j (deep <= tile/2).
+// Index of the fragment of A for 8 tokens i (tile) and 16 tokens j (deep <= tile/2).
 static __device__ __forceinline__ int a_frag(int tile, int deep) {
     const int n = tile / 2 + 1;  // fragments per tile of this pair
     return n * (n - 1) + tile % 2 * n + deep;

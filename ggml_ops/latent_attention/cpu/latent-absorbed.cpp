@@ -454,7 +454,7 @@ bool ggml_compute_forward_latent_absorbed(const ggml_compute_params * params, gg
         p = make_plan(dst, ++n_threads);
     }
 
-    if constexpr (HAS_INT16) {
+    if constexpr (LATENT_INT16) {
         if (p.integer) {
             compute<true>(params, dst, p);
             return true;

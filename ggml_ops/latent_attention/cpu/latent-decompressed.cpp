@@ -1,7 +1,7 @@
 // Latent attention, decompressed form: the operator LATENT_ATTN.
 //
-// A task is one head of one stream, or some blocks of its queries if there are more threads than heads; such tasks
-// expand the same keys, but compute what one thread would, bit for bit. The head's weights are converted to float32
+// A task is one head of one stream, or some blocks of its queries if there are more threads than heads; such tasks all
+// expand the same keys, and the result is bit-identical for any number of threads. The head's weights are converted to float32
 // once, by the task or, if there are several per head, before all tasks. Then a task loops over tiles of keys. For each
 // tile visible to its queries it computes
 //   k_nope [keys][NOPE] = latent [keys][LATENT] * k_b [LATENT][NOPE]      (k_rope is copied next to it)

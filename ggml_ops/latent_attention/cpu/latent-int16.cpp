@@ -8,7 +8,7 @@
 
 namespace latent {
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
+#if LATENT_INT16
 
 static float largest_magnitude(const float * x, int64_t n) {
     vf      largest = v_set(0.0f);

@@ -14,13 +14,13 @@ constexpr int64_t CODES_A_SCALE   = 32;
 constexpr int64_t ROOM_PER_COLUMN = MAX_TILE_KEYS / 2 + 1;
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
-constexpr bool HAS_INT16 = true;
+#define LATENT_INT16 1
 #else
-constexpr bool HAS_INT16 = false;  // the functions below are not defined
+#define LATENT_INT16 0  // the functions below are not defined
 #endif
 
 inline bool has_int16(ggml_type type) {
-    return HAS_INT16 && (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0);
+    return LATENT_INT16 && (type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0);
 }
 
 // A tile of keys as quants and scales. The caller owns the memory.

@@ -121,7 +121,7 @@ size_t workspace(const attention & args) {
 
 template <cache_type TYPE>
 static void launch(const attention & args, const plan & p, const partials & partials, cudaStream_t stream) {
-    static_assert(shared_bytes<TYPE>() <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
+    static_assert(shared_bytes<TYPE>() <= MAX_SHARED_BYTES);
     // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(attend_pieces<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<TYPE>());
     const dim3 grid(p.n_pieces, p.n_blocks, args.n_streams);

@@ -359,7 +359,7 @@ struct plan {
 // Streams are processed together as long as there is room for this many keys of each.
 constexpr int64_t LEAST_KEYS = 4 * EXPAND_KEYS;
 
-// Depends on the shapes and the size of the scratch only, never on the device.
+// Plans the runs and the workspace. The plan depends on the shapes and the scratch size, not on the device.
 template <typename MODE> plan make_plan(const decompressed & args, void * work) {
     constexpr int EXPANDED = MODE::KEY * N_NOPE + MODE::VALUE * N_VALUE;
     constexpr int SHARED   = MODE::CACHE * N_CACHE;
@@ -398,7 +398,7 @@ template <typename MODE> plan make_plan(const decompressed & args, void * work) 
 }
 
 template <typename MODE> void attend_in_runs(const decompressed & args, void * work, cudaStream_t stream) {
-    static_assert(tile_room<MODE>::BYTES <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
+    static_assert(tile_room<MODE>::BYTES <= MAX_SHARED_BYTES);
     const plan made = make_plan<MODE>(args, work);
     prefill    all  = made.all;
     run        r    = made.first;

@@ -10,6 +10,8 @@ using namespace kimi_cuda;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
+constexpr int MAX_SHARED_BYTES = 99 * 1024;  // of a block, on devices of capability 8.6, 8.9 and 12.0
+
 // 2^(exponent - 127), for an exponent in [1, 254].
 static __device__ __forceinline__ float power_of_two(int exponent) {
     return __uint_as_float(static_cast<uint32_t>(exponent) << 23);

@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 2) expand_keys(const weights w,
 
 template <typename MODE, bool VALUES> void launch(const weights & w, int n_heads, const run & r, cudaStream_t stream) {
     constexpr int BYTES = expand_bytes<MODE>();
-    static_assert(BYTES <= 99 * 1024, "more than devices of capability 8.6, 8.9 and 12.0 have");
+    static_assert(BYTES <= MAX_SHARED_BYTES);
     // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(expand_keys<MODE, VALUES>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     const dim3 grid((r.end - r.begin + EXPAND_KEYS - 1) / EXPAND_KEYS, n_heads, r.n_streams);

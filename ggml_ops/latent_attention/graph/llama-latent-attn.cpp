@@ -42,24 +42,23 @@ static constexpr Threshold CUDA[] = {
     { INT64_MAX, 1536, 832, 192 },
 };
 
-// The maxima of the tables, to tell whether two numbers of keys are in the same row.
-static constexpr int64_t ROWS[] = { 512, 1536, 2048, 6144 };
+template <size_t N> static int row_of(const Threshold (&table)[N], int64_t n_keys) {
+    const auto less = [](const Threshold & row, int64_t n) { return row.n_keys < n; };
+    return (int) (std::lower_bound(std::begin(table), std::end(table), n_keys, less) - std::begin(table));
+}
 
 // Does not decrease with n_keys.
 static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
     const bool        cuda = llama_latent_attn_on_cuda(cache);
-    const Threshold * t    = cuda ? std::begin(CUDA) : std::begin(CPU);
-    while (n_keys > t->n_keys) {
-        ++t;
-    }
+    const Threshold & row  = cuda ? CUDA[row_of(CUDA, n_keys)] : CPU[row_of(CPU, n_keys)];
     switch (cache->type) {
     case GGML_TYPE_F32:
-        return t->f32;
+        return row.f32;
     case GGML_TYPE_Q8_0:
     case GGML_TYPE_Q4_0:
-        return t->codes;
+        return row.codes;
     default:
-        return t->halves;
+        return row.halves;
     }
 }
 
@@ -85,7 +84,8 @@ static int64_t own_keys(const llama_ubatch & ubatch) {
 }
 
 int llama_latent_attn_row(const llama_ubatch & ubatch) {
-    return (int) (std::lower_bound(std::begin(ROWS), std::end(ROWS), own_keys(ubatch)) - ROWS);
+    const int64_t n_keys = own_keys(ubatch);
+    return row_of(CPU, n_keys) * (int) std::size(CUDA) + row_of(CUDA, n_keys);
 }
 
 // The LATENT_ATTN of this layer.

@@ -33,8 +33,8 @@ static bool list_cells(const llama_kv_cells & cells, llama_seq_id seq, int64_t n
     return true;
 }
 
-// The cells of the sequences of tokens first .. end - 1 in the order of positions. These are several sequences if they
-// share tokens.
+// The cells of all sequences of tokens [first, end), ordered by position. There are several sequences only if they share
+// tokens.
 static std::vector<int32_t> ordered_cells(
     const llama_ubatch & ubatch, int64_t first, int64_t end, const llama_kv_cache_context * mctx, int64_t n_kv) {
     std::set<llama_seq_id> seqs;

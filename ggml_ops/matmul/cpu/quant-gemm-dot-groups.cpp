@@ -139,8 +139,8 @@ static void dot_nibble_groups(const WeightRows & weights, int64_t k, const char 
 }
 
 // Adds super block i: integer sums of quants times scales and of minima, times their float factors.
-template <typename Block, int N_C>
-static inline void add_scaled(const Block &        w,
+template <int N_C>
+static inline void add_scaled(const block_q2_Kx8 & w,
                               int64_t              i,
                               const char * const * columns,
                               const __m512i (&products)[N_C],

@@ -182,7 +182,7 @@ static inline __m512i add_4_lanes(const __m512i (&row)[4]) {
     return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
 }
 
-// Four rows of a slice. columns: codes of activations.
+// Four rows of a slice. columns: quants of activations.
 template <typename Block, int N_C>
 static inline void
 sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2], int group, Slice<N_C> & slice) {

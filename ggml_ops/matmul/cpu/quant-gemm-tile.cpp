@@ -294,7 +294,7 @@ template <Scheme SCHEME, Codes CODES, int... N> static const Tile * tiles_of_col
     return all;
 }
 
-// The tiles of 1, 2, ... columns. Where sums have 32 bits, all codes have the same.
+// The tiles of 1, 2, ... columns. Where sums have 32 bits, all quants have the same.
 template <Scheme SCHEME, Codes CODES> static const Tile * tiles() {
     constexpr int MOST = is_plain(SCHEME) ? TILE_COLUMNS_PLAIN : TILE_COLUMNS;
     return tiles_of_columns<SCHEME, SUMS_OF_16_BITS ? CODES : Codes::bytes>(std::make_integer_sequence<int, MOST>());

@@ -453,7 +453,8 @@ inline Ints factors_of(Ints x) {
 
 #endif
 
-// Four groups of four activations, and group I of them for add_products. NEON multiplies by a part of a vector.
+// 16 activations in four groups of four. group_of<I> returns group I as an operand of add_products; NEON's sdot selects
+// it by lane.
 #if QUANT_GEMM_NEON
 
 template <int I> struct Group {

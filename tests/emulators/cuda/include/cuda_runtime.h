@@ -9,7 +9,6 @@
 #ifndef CUDART_VERSION
 #define CUDART_VERSION 11070
 #endif
-#define CUDA_EMULATOR 1
 
 #include "cuda_emulator/runtime_api.h"
 
