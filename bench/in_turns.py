@@ -14,7 +14,7 @@ from pathlib import Path
 from kimi_gguf.bench.ab_run import (
     LONG,
     MIB,
-    Expected,
+    LogitsAfterState,
     Result,
     Runners,
     Sampler,
@@ -51,7 +51,7 @@ def measure_in_turns(
 ) -> list[Result]:
     """Measure each cell once in each turn. Raises `EngineError`."""
     collected = {cell: Collected() for cell in cells}
-    expected: dict[Path, Expected] = {}
+    logits: dict[Path, LogitsAfterState] = {}  # by saved state
     processes = list(dict.fromkeys(variant.process for variant in chosen))
     for turn, process in enumerate([*processes, *reversed(processes)]):
         for cell in cells:
@@ -59,11 +59,14 @@ def measure_in_turns(
             for variant in mine:
                 if time.monotonic() < settings.until:
                     runners.reporter.phase(f"turn {turn + 1}: {variant.name}: {describe(vars(cell))}")
-                    measure_once(runners, cells, cell, variant, settings, collected[cell], expected)
+                    measure_once(runners, cells, cell, variant, settings, collected[cell], logits)
         if (running := runners.running(process)) is not None:
             memory = resident_memory(running.pid)
             runners.about.resident[process] = {part: size / MIB for part, size in memory.items()}
             runners.stop(process)
+        if turn + 1 == len(processes):
+            for each in logits.values():
+                check_logits(runners.about, each)
     results = []
     for cell, found in collected.items():
         if {name.split()[0] for name in found.samples} == {"patched", "upstream"}:
@@ -82,17 +85,17 @@ def measure_once(
     variant: Variant,
     settings: Settings,
     found: Collected,
-    expected: dict[Path, Expected],
+    logits: dict[Path, LogitsAfterState],
 ) -> None:
     """Take a sample, after one decode that is not timed because it touches the weights first."""
     n_batch = max(*(each.tokens for each in cells), UBATCH)
     place = runners.context(variant, cell, context_size(cells), n_batch)
     state = runners.go_to(variant, cell, place)
     if cell.depth:
-        row = logits_of(place, runners.threads)
-        if state not in expected:  # patched goes first
-            expected[state] = Expected(row, logits_of(place, runners.threads, empty=True))
-        check_logits(runners.about, variant, cell, row, expected[state])
+        if state not in logits:  # patched goes first
+            logits[state] = LogitsAfterState(cell, {}, logits_of(place, runners.threads, empty=True))
+        if variant not in logits[state].rows:
+            logits[state].rows[variant] = logits_of(place, runners.threads)
     sampler = Sampler(cell, {variant: place})
     first = sampler.sample(variant, 1)
     if first < LONG:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kimi_gguf.bench.ab_run import Expected, Loaded, check_logits
-from kimi_gguf.bench.cells import UPSTREAM, Cell
+from kimi_gguf.bench.ab_run import Loaded, LogitsAfterState, check_logits
+from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell
 from kimi_gguf.bench.models import generate
 from kimi_gguf.bench.runner import Runner, environment_of
 from kimi_gguf.bench.shapes import BenchModel
@@ -95,20 +96,32 @@ def test_a_state_that_is_another_one_after_restoring_is_an_error(
         logits(patched, "fa", tmp_path)
 
 
-@pytest.mark.parametrize(("noise", "near", "far"), [(0.9, 0.6, 0.8), (2.0, 0.3, 0.4)])
+@pytest.mark.parametrize(
+    ("of_empty", "apart", "near", "far"),
+    [
+        (0.8, 0.0, 0.39, 0.41),  # half the NMSE of the empty context's logits
+        (4.0, 0.0, 0.49, 0.51),  # at most 0.5
+        (4.0, 0.4, 0.59, 0.61),  # unless upstream's variants differ more: 1.5 times their difference
+        (2.0, 0.9, 0.99, 1.01),  # but never more than half of the first
+    ],
+)
 def test_logits_must_be_near_those_of_the_state_not_of_an_empty_context(
-    noise: float, near: float, far: float
+    of_empty: float, apart: float, near: float, far: float
 ) -> None:
-    """The limit is half the NMSE of the empty context's logits, 0.4, and 0.5 where that would be more."""
-    rng = np.random.default_rng(3)
-    row = rng.normal(size=1000)
-    empty = row + noise * rng.normal(size=1000)
-    about, cell = Loaded(), Cell("q8_0", 1, 64, 1, 1)
-    check_logits(about, UPSTREAM[0], cell, row + near * (empty - row), Expected(row, empty))
-    (error,) = about.shared.values()
-    assert error == pytest.approx(near**2 * nmse(empty, row))
+    """All numbers are NMSE to patched's logits."""
+    row, empty, other = np.eye(1000)[:3]
+    cell = Cell("q8_0", 1, 64, 1, 1)
+
+    def check(error: float) -> Loaded:
+        about, difference = Loaded(), math.sqrt(error) * other
+        nearer = (1 - math.sqrt(apart / error)) * difference
+        rows = {PATCHED: row, UPSTREAM[0]: row + difference, UPSTREAM[1]: row + nearer}
+        check_logits(about, LogitsAfterState(cell, rows, row + math.sqrt(of_empty) * empty))
+        return about
+
+    assert list(check(near).shared.values())[:2] == pytest.approx([0.0, near])
     with pytest.raises(EngineError, match=r"its logits differ from patched: expected an NMSE up to .* found"):
-        check_logits(about, UPSTREAM[0], cell, row + far * (empty - row), Expected(row, empty))
+        check(far)
 
 
 def test_timing_goes_back_to_the_state_each_time(runners: tuple[Runner, Runner], tmp_path: Path) -> None:
