@@ -165,6 +165,8 @@ def fake_worker(answer: Answer) -> Iterator[str]:
     """A worker on loopback that gives these answers; its endpoint."""
 
     class Handler(socketserver.StreamRequestHandler):
+        disable_nagle_algorithm = True
+
         def handle(self) -> None:
             with suppress(ConnectionError):
                 while head := self.rfile.read(9):
