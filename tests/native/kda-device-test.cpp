@@ -335,25 +335,31 @@ static void test_kept() {
     }
 }
 
-// `any`: whether the device has the operator if source i has strides, or an offset, that are multiples of one float only.
+// `any`: whether the device has the operator if source i has strides, or an offset, that are multiples of one float or
+// two only.
 static void test_strides(ggml_tensor * op, int i, bool any) {
     ggml_tensor * const given = op->src[i];
-    for (int dim = 1; dim < GGML_MAX_DIMS; ++dim) {
-        ggml_tensor t = *given;
-        t.nb[dim] += sizeof(float);
-        op->src[i] = &t;
-        expect(ggml_backend_supports_op(backend, op) == any,
-               text("%s: stride %d of source %d", ggml_op_name(op->op), dim, i));
+    for (const int floats : { 1, 2 }) {
+        for (int dim = 1; dim < GGML_MAX_DIMS; ++dim) {
+            ggml_tensor t = *given;
+            t.nb[dim] += floats * sizeof(float);
+            op->src[i] = &t;
+            expect(ggml_backend_supports_op(backend, op) == any,
+                   text("%s: stride %d of source %d, %d floats more", ggml_op_name(op->op), dim, i, floats));
+        }
     }
     op->src[i] = given;
 }
 
 static void test_offset(ggml_tensor * op, int i, bool any) {
     ggml_tensor * const given = op->src[i];
-    ggml_tensor         t     = *given;
-    t.view_offs += sizeof(float);
-    op->src[i] = &t;
-    expect(ggml_backend_supports_op(backend, op) == any, text("%s: offset of source %d", ggml_op_name(op->op), i));
+    for (const int floats : { 1, 2 }) {
+        ggml_tensor t = *given;
+        t.view_offs += floats * sizeof(float);
+        op->src[i] = &t;
+        expect(ggml_backend_supports_op(backend, op) == any,
+               text("%s: offset of source %d, %d floats more", ggml_op_name(op->op), i, floats));
+    }
     op->src[i] = given;
 }
 

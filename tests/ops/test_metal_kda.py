@@ -81,10 +81,10 @@ def test_a_copy_that_is_elided_is_one_dispatch_less_with_the_same_bits(
         assert len(dispatches(ours)) == len(dispatches(copied)) - elided
 
 
-@pytest.mark.parametrize("threads", [1024, 512])
-def test_what_the_device_does_not_compute(threads: int, program: Path, metal_backend: Path) -> None:
+@pytest.mark.parametrize("threads", ["1024", "512", "512:elide=0", "512:elide=1"])
+def test_what_the_device_does_not_compute(threads: str, program: Path, metal_backend: Path) -> None:
     """Other head sizes and alignments, and kernels for which a threadgroup has too few threads."""
-    result(program, metal_backend, "refused", KIMI_METAL_MAX_THREADS=str(threads))
+    result(program, metal_backend, "refused", KIMI_METAL_MAX_THREADS=threads)
 
 
 def only(log: Path, operator: str) -> tuple[int, int]:

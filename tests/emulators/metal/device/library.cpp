@@ -9,6 +9,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <map>
 #include <mutex>
@@ -82,10 +83,15 @@ std::map<std::string, Entry> & all_entries() {
     return entries;
 }
 
-// KIMI_METAL_MAX_THREADS: as if the kernels needed so many registers that a threadgroup can have no more threads.
-unsigned max_threads() {
-    const char * text = getenv("KIMI_METAL_MAX_THREADS");
-    return text ? unsigned(atoi(text)) : MAX_THREADS;
+// KIMI_METAL_MAX_THREADS=N or N:TEXT: as if the pipelines, or those with TEXT in their names, needed so many registers
+// that a threadgroup can have no more than N threads.
+unsigned max_threads(const std::string & pipeline) {
+    const char * given = getenv("KIMI_METAL_MAX_THREADS");
+    if (!given) {
+        return MAX_THREADS;
+    }
+    const char * some = strchr(given, ':');
+    return !some || pipeline.find(some + 1) != std::string::npos ? unsigned(atoi(given)) : MAX_THREADS;
 }
 
 std::string compile(const std::string & name, const Entry & entry) {
@@ -124,7 +130,7 @@ make_pipeline(const std::string & kernel, const std::string & name, const std::v
     }
     auto pipeline         = std::make_unique<Pipeline>();
     pipeline->name        = name;
-    pipeline->max_threads = max_threads();
+    pipeline->max_threads = max_threads(name);
     if (dry_run) {
         return pipeline;
     }
