@@ -26,7 +26,20 @@ from kimi_gguf.engine.toolchain import available_memory, cores
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 
-Defaults = tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]  # (names of an option, added arguments)
+_MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are loaded into memory
+
+
+@dataclass(frozen=True)
+class Default:
+    """Arguments that are added unless the caller gives one of the options. note: when they are, for the help."""
+
+    options: tuple[str, ...]
+    arguments: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        note = f"  ({self.note})" if self.note else ""
+        return " ".join(self.arguments).format(cores="CORES") + note
 
 
 @dataclass(frozen=True)
@@ -36,31 +49,35 @@ class Tool:
     program: str
     help: str
     example: str
-    defaults: Defaults
+    defaults: tuple[Default, ...]
     drafted: str | None = None  # the program that is used with a draft model
 
-    def without(self, default: tuple[tuple[str, ...], tuple[str, ...]]) -> Tool:
+    def without(self, default: Default) -> Tool:
         """The tool without one of its defaults."""
         return replace(self, defaults=tuple(each for each in self.defaults if each is not default))
 
 
-_THREADS = (("-t", "--threads"), ("--threads", "{cores}"))
-_FLASH = (("-fa", "--flash-attn"), ("--flash-attn", "auto"))
-_JINJA = (("--jinja", "--no-jinja"), ("--jinja",))
-_QUIET = (  # only text and warnings: no list of the model's metadata and tensors
+_THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"))
+_FLASH = Default(("-fa", "--flash-attn"), ("--flash-attn", "auto"))
+_JINJA = Default(("--jinja", "--no-jinja"), ("--jinja",))
+_PLAIN = Default(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
+_QUIET = Default(  # only text and warnings: no list of the model's metadata and tensors
     ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
     ("--verbosity", "2"),
 )
+# Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
+# ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
+_UBATCH = Default(("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds")
 # Weights in huge pages instead of a mapped file: a token takes less time, loading takes longer.
-_IN_MEMORY = (("-lm", "--load-mode"), ("--load-mode", "none"))
-# No interleaved copy of weights that memory is too small for: pages of the file and of the copy would be read again
-# and again.
-_WITHOUT_COPY = (("--repack", "-nr", "--no-repack"), ("--no-repack",))
-_MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are loaded into memory
-_PLAIN = (("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
+_IN_MEMORY = Default(
+    ("-lm", "--load-mode"),
+    ("--load-mode", "none"),
+    f"CPU builds on Linux, for weights of at most {_MOST_OF_MEMORY:.0%} of the available memory",
+)
+# Unset, llama.cpp does not use the draft model.
+_SPECULATE = Default(("--spec-type",), ("--spec-type", "draft-simple"))
 _WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
-_SPECULATE = (("--spec-type",), ("--spec-type", "draft-simple"))  # unset, llama.cpp does not use the draft
 
 _WHICH = """\
 which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and cpu, the build
@@ -97,14 +114,14 @@ TOOLS = {
         'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 -p "The sea is"',
-        (_THREADS, _FLASH, _PLAIN, _QUIET),
+        (_THREADS, _FLASH, _UBATCH, _PLAIN, _QUIET),
         drafted="llama-speculative-simple",
     ),
     "chat": Tool(
         "llama-cli",
         "chat with the model in the terminal",
         'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
-        (_THREADS, _FLASH, _JINJA, _WITHOUT_COPY, _IN_MEMORY),
+        (_THREADS, _FLASH, _UBATCH, _JINJA, _IN_MEMORY),
         drafted="llama-cli",
     ),
     "serve": Tool(
@@ -112,7 +129,7 @@ TOOLS = {
         "serve the model over HTTP with an OpenAI-compatible API",
         "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
         "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
-        (_THREADS, _FLASH, _JINJA, _WITHOUT_COPY, _IN_MEMORY),
+        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
         drafted="llama-server",
     ),
     "quantize": Tool(
@@ -212,7 +229,10 @@ def _tool(parsed: argparse.Namespace) -> int:
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
         _expect_to_run(engine)
-    tool = placed(tool, None if engine.for_gpus else memory_share(parsed.model))
+    if engine.for_gpus or parsed.upstream:
+        tool = tool.without(_UBATCH)
+    if engine.for_gpus or not fits_memory(parsed.model):
+        tool = tool.without(_IN_MEMORY)
     program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
@@ -251,28 +271,26 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
         return [program, str(model), *given]
     added = [
         word.format(cores=cores())
-        for spellings, words in defaults
-        if not options & set(spellings)
-        for word in words
+        for default in defaults
+        if not options & set(default.options)
+        for word in default.arguments
     ]
     return [program, "--model", str(model), *added, *given]
 
 
-def memory_share(model: Path) -> float | None:
-    """The share of the available memory that the model's weights take; None if this is unknown."""
+def _defaults_help(tool: Tool) -> str:
+    lines = [f"  {default}" for default in tool.defaults]
+    return "\n".join([f"{tool.program} gets, unless you give the option:", *lines, "", ""]) if lines else "\n"
+
+
+def fits_memory(model: Path) -> bool:
+    """Whether memory has room for the model's weights and more; False if the available memory is unknown."""
     _, files = place_in_set(model) or (1, [model])
     free = available_memory()
-    size = sum(path.stat().st_size for path in files if path.exists())
-    return None if free is None else size / max(free, 1)
-
-
-def placed(tool: Tool, share: float | None) -> Tool:
-    """The tool for weights in memory, or mapped without a copy. share: see `memory_share`; None: neither."""
-    if share is None or share > _MOST_OF_MEMORY:
-        tool = tool.without(_IN_MEMORY)
-    if share is None or share <= _MOST_OF_MEMORY:
-        tool = tool.without(_WITHOUT_COPY)
-    return tool
+    return (
+        free is not None
+        and sum(path.stat().st_size for path in files if path.exists()) <= _MOST_OF_MEMORY * free
+    )
 
 
 def _drafts(given: Sequence[str]) -> list[Path]:
@@ -373,7 +391,8 @@ def _parser() -> argparse.ArgumentParser:
             f"{tool.help} ({tool.program})",
             f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else ''}"
             f"Everything after MODEL is passed to {tool.program}; "
-            f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n\n{_WHICH}',
+            f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n'
+            f"{_defaults_help(tool)}{_WHICH}",
         )
         _selection(sub)
         sub.add_argument("model", type=Path, metavar="MODEL", help="a GGUF file")

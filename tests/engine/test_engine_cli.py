@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -76,49 +77,41 @@ def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(
 
 
 def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
-    told = call(built, "run", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v")
+    told = call(built, "run", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v", "-ub", "64")
     words = told.stdout.splitlines()
-    assert words == ["--model", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v"]
+    assert words == ["--model", str(built / "model.gguf"), "-t", "1", "-cnv", "-fa=on", "-v", "-ub", "64"]
+
+
+def test_prompts_of_one_user_are_evaluated_in_long_ubatches(built: Path) -> None:
+    """Not those of a server's slots, which wait for each other, and not upstream's, which are slower with them."""
+
+    for name, expected in {"run": ["2048"], "chat": ["2048"], "serve": []}.items():
+        words = kimi_llama.tool_command(kimi_llama.TOOLS[name], Path("model.gguf"), ())
+        assert [value for option, value in pairwise(words) if option == "--ubatch-size"] == expected
+    model = str(built / "model.gguf")
+    assert "--ubatch-size" in call(built, "run", model).stdout
+    assert "--ubatch-size" not in call(built, "run", "--upstream", model).stdout
 
 
 @pytest.mark.parametrize(
-    ("sizes", "free", "share"),
+    ("sizes", "free", "fits"),
     [
-        ((300,), 400, 0.75),
-        ((300,), 399, 300 / 399),
-        ((150, 150), 400, 0.75),
-        ((150, 151), 400, 301 / 400),
-        ((3,), 0, 3),
-        ((1,), None, None),
+        ((300,), 400, True),
+        ((300,), 399, False),
+        ((150, 150), 400, True),
+        ((150, 151), 400, False),
+        ((3,), 0, False),
+        ((1,), None, False),
     ],
 )
-def test_the_share_of_memory_that_weights_take(
-    sizes: tuple[int, ...],
-    free: int | None,
-    share: float | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_weights_fit_if_they_take_three_quarters_of_the_available_memory(
+    sizes: tuple[int, ...], free: int | None, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = [f"m-{i:05d}-of-{len(sizes):05d}.gguf" for i in range(1, len(sizes) + 1)]
     for name, size in zip(names, sizes, strict=True):
         (tmp_path / name).write_bytes(bytes(size))
     monkeypatch.setattr(kimi_llama, "available_memory", lambda: free)
-    assert kimi_llama.memory_share(tmp_path / names[0]) == share
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"),
-    [(0.75, ["--load-mode", "none"]), (300 / 399, ["--no-repack"]), (1.2, ["--no-repack"]), (None, [])],
-)
-def test_weights_are_in_memory_if_it_is_large_enough_else_without_a_copy(
-    share: float | None, expected: list[str]
-) -> None:
-    for name in ("chat", "serve"):
-        tool = kimi_llama.placed(kimi_llama.TOOLS[name], share)
-        words = kimi_llama.tool_command(tool, Path("model.gguf"), ())
-        assert [word for word in words if word in ("--load-mode", "none", "--no-repack")] == expected
-        words = kimi_llama.tool_command(tool, Path("model.gguf"), ("--repack",))
-        assert "--no-repack" not in words
+    assert kimi_llama.fits_memory(tmp_path / names[0]) == fits
 
 
 def test_a_servers_weights_are_in_memory_unless_the_caller_says_otherwise() -> None:

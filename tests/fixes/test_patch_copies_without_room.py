@@ -1,0 +1,71 @@
+"""0027-copies-without-room: weights are repacked only if memory has room for the file and the copies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from random_checkpoint import Spec
+from synthetic_case import make_gguf
+
+from kimi_gguf.engine.builds import Engine
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(sys.platform != "linux", reason="gives a program another /proc/meminfo by LD_PRELOAD"),
+]
+SHIM = Path(__file__).parents[1] / "native" / "small_memory.c"
+REPACKED = "CPU_REPACK model buffer size"
+REASON = "more than 3/4 of the available memory"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose matrices ggml-cpu repacks."""
+    spec = Spec(hidden=256, experts=16, moe_intermediate=128, seed=27)
+    return make_gguf(tmp_path_factory.mktemp("model"), spec, "Q4_0")
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    library = tmp_path_factory.mktemp("shim") / "small_memory.so"
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, SHIM], check=True)
+    return library
+
+
+def log(engine: Engine, model: Path, shim: Path, available: int, *options: str) -> str:
+    """What the program logs if `available` bytes of memory are available."""
+    command = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
+    ended = subprocess.run(
+        [*command, "--no-conversation", "--threads", "1", "--verbosity", "4", *options],
+        env={"LD_PRELOAD": str(shim), "AVAILABLE": str(available // 1024)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout + ended.stderr
+
+
+def test_weights_are_repacked_if_there_is_room(model: Path, shim: Path, engine: Engine) -> None:
+    said = log(engine, model, shim, 2 * model.stat().st_size)
+    assert REPACKED in said and REASON not in said
+
+
+def test_mapped_weights_without_room_for_copies_are_used_as_they_are(
+    model: Path, shim: Path, engine: Engine
+) -> None:
+    said = log(engine, model, shim, model.stat().st_size)
+    assert REPACKED not in said and REASON in said
+
+
+def test_weights_in_memory_are_there_once_and_are_repacked(model: Path, shim: Path, engine: Engine) -> None:
+    said = log(engine, model, shim, model.stat().st_size, "--load-mode", "none")
+    assert REPACKED in said and REASON not in said
+
+
+def test_upstream_repacks_without_room(model: Path, shim: Path, upstream: Engine) -> None:
+    assert REPACKED in log(upstream, model, shim, model.stat().st_size)
