@@ -38,9 +38,13 @@ def read_manifest(file: Path) -> Manifest:
     """Read a manifest. Raises `EngineError`."""
     try:
         data = tomllib.loads(file.read_text())
-        return Manifest(file.parent / data["page"], file.parent / data["records"], tuple(data["commands"]))
-    except KeyError as error:
-        expected = "the keys page, records and commands"
-        raise EngineError(f"{file}: invalid manifest", expected=expected, found=f"no key {error}") from None
     except (OSError, ValueError) as error:
         raise EngineError(f"{file}: the manifest cannot be read", found=str(error)) from None
+    match data:
+        case {"page": str(page), "records": str(records), "commands": [_, *_] as commands} if all(
+            isinstance(each, str) for each in commands
+        ):
+            return Manifest(file.parent / page, file.parent / records, tuple(commands))
+    expected = "page and records: texts; commands: a list of one text or more"
+    found = ", ".join(f"{key}: {data[key]!r:.40}" for key in ("page", "records", "commands") if key in data)
+    raise EngineError(f"{file}: invalid manifest", expected=expected, found=found or "none of them")

@@ -25,10 +25,12 @@ from kimi_gguf.engine.errors import EngineError
 
 PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops writes them
 
+MADE_BY = "Written by `kimi-llama bench`; do not edit."
+
 INTRODUCTION = """\
 # Bench
 
-Written by `kimi-llama bench`; do not edit. Each section lists the commands that measured it.
+{made_by} Each section lists the commands that measured it.
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
 same archive with the same options by {compiler}. Measured {when} with kimi-gguf
@@ -50,7 +52,7 @@ Generated models have the 48B's layer shapes, random weights, and as many layers
 DEVICE_INTRODUCTION = """\
 # Bench on {device}
 
-Written by `kimi-llama bench`; do not edit. Each section lists the commands that measured it.
+{made_by} Each section lists the commands that measured it.
 
 {device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
 {commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for
@@ -212,10 +214,25 @@ def latest(records: Iterable[Data]) -> Data | None:
     return max(records, key=lambda record: str(record["created"]), default=None)
 
 
+def check_place(page: Path) -> None:
+    """Raise `EngineError` for a path that has another file than a page, or whose pictures could be another page's."""
+    if page.suffix != ".md":
+        raise EngineError(
+            f"{page}: expected a name that ends with .md", todo=f"name it {page.with_suffix('.md').name}"
+        )
+    if page.exists() and MADE_BY not in page.read_text(encoding="utf-8", errors="replace"):
+        raise EngineError(
+            f"{page}: not a page of the bench", expected="a new file, or one with the line: " + MADE_BY,
+            todo="name another file",
+        )  # fmt: skip
+
+
 def write_page(records: Sequence[Data], page: Path) -> None:
     """Write the page and its pictures. Raises `EngineError` from reading, OSError from writing."""
+    check_place(page)
     last = latest(records)
-    assert last is not None
+    if last is None:
+        raise EngineError(f"{page}: no records", todo="name records of the bench")
     device = last.get("device")
     devices = {(record.get("device") or {}).get("description") for record in records}
     if len(devices) > 1:
@@ -275,6 +292,7 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         "commit": str(engine["llama_cpp_commit"])[:7],
         "package": engine["package"],
         "builds": ", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
+        "made_by": MADE_BY,
         "switch": record["switch"],
         "checkouts": ", ".join(dict.fromkeys(map(checkout, by_age))),
         "when": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",

@@ -29,6 +29,8 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 
 SCHEMA = 3
+_PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
+_AGAIN = "measure again"
 MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
 
 
@@ -117,12 +119,27 @@ def load_all(file: Path) -> list[Data]:
     """The records of a machine's file, or the one of --json. Raises `EngineError`."""
     data = load(file, (SCHEMA, MACHINE_SCHEMA))
     if data["schema"] == SCHEMA:
-        return [data]
-    engines, machine = data["engines"], data["machine"]
-    return [
-        {**each, "machine": machine, "engines": {name: engines[i] for name, i in each["engines"].items()}}
-        for each in data["records"]
-    ]
+        return [complete(data, file)]
+    try:
+        engines, machine = data["engines"], data["machine"]
+        records = [
+            {**each, "machine": machine, "engines": {name: engines[i] for name, i in each["engines"].items()}}
+            for each in data["records"]
+        ]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise EngineError(f"{file}: damaged", found=f"{type(error).__name__}: {error}", todo=_AGAIN) from None
+    return [complete(each, file) for each in records]
+
+
+def complete(record: Data, file: Path) -> Data:
+    """The record, if it has what every record has. Raises `EngineError`."""
+    for key, kind in _PARTS.items():
+        if not isinstance(record.get(key), kind):
+            expected = f"{key}: {kind.__name__}"
+            raise EngineError(
+                f"{file}: damaged", expected=expected, found=f"{record.get(key)!r:.40}", todo=_AGAIN
+            )
+    return record
 
 
 def save_all(records: Sequence[Data], file: Path) -> None:

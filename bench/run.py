@@ -37,7 +37,7 @@ from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
 from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
-from kimi_gguf.bench.record import add, cell_data, load_all, model_data, new_record, save
+from kimi_gguf.bench.record import add, cell_data, load, load_all, model_data, new_record, save
 from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
@@ -46,7 +46,7 @@ from kimi_gguf.bench.shapes import TYPES, BenchModel
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import measure_workers
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.engine.builds import Engine, ensure, options_of
+from kimi_gguf.engine.builds import Engine, ensure, options_of, select
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import available_memory, cores
@@ -60,7 +60,8 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
     """Measure, or draw a page. words: the command line, for the record. Returns the exit status."""
     try:
         if not parsed.records:
-            parsed.backend, parsed.defines = options_of(parsed.backend)
+            parsed.build = parsed.backend
+            parsed.backend, parsed.defines = options_of(parsed.build)
         check(parsed)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
@@ -68,7 +69,7 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             return 0
         if parsed.workers:
             with reporting() as reporter:
-                engine = ensure(False)
+                engine = chosen_build(parsed)
                 for make in makers(parsed, engine, reporter):
                     measure_workers(parsed, engine, open_model(make()))
             return 0
@@ -110,6 +111,8 @@ def check(parsed: argparse.Namespace) -> None:
         for each in parsed.page.parent.glob("bench*.toml")
     ):
         raise EngineError(f"{parsed.page}: this page has a manifest", todo="write it with --draw")
+    if parsed.json is not None and parsed.json.exists():
+        load(parsed.json)  # only the record of an earlier run is replaced
     for file in (parsed.json, parsed.page, parsed.record):
         if file is not None and not file.parent.is_dir():
             raise EngineError(f"{file}: its folder does not exist", todo=f"make it: mkdir -p {file.parent}")
@@ -135,6 +138,17 @@ def check(parsed: argparse.Namespace) -> None:
         raise EngineError(f"--demo: expected --type {' or '.join(DEMO_TYPES)}, found {','.join(parsed.type)}")
 
 
+def chosen_build(parsed: argparse.Namespace, upstream: bool = False) -> Engine:
+    """The build that runs, as for every other command, or upstream with the same options; its label is printed."""
+    tests = on_device(parsed) and parsed.operators
+    if upstream or tests:
+        engine = ensure(upstream, parsed.backend, tests=tests, defines=parsed.defines)
+    else:
+        engine = select(parsed.build)
+    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
+    return engine
+
+
 def on_device(parsed: argparse.Namespace) -> bool:
     """Whether a GPU computes, not the CPU."""
     return parsed.backend != "cpu" or parsed.device is not None
@@ -147,12 +161,7 @@ class Run:
         self.parsed = parsed
         self.began = time.monotonic()
         gpu = on_device(parsed)
-        self.patched, self.upstream = (
-            ensure(upstream, parsed.backend, tests=gpu and parsed.operators, defines=parsed.defines)
-            for upstream in (False, True)
-        )
-        for engine in (self.patched, self.upstream):
-            print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
+        self.patched, self.upstream = (chosen_build(parsed, upstream) for upstream in (False, True))
         # on a device patched runs with the default KIMI_OPS: fallbacks are allowed and reported
         self.environments = {
             "patched": environment_of(self.patched, parsed.libraries, "" if gpu else "require"),

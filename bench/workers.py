@@ -23,7 +23,6 @@ WARM = 2
 
 def measure_workers(parsed: argparse.Namespace, engine: Engine, model: ModelFile) -> None:
     """Measure each batch at each depth, here and over the workers."""
-    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     batches, depths = SIZES[False, False]
     depths, batches = parsed.depth or depths, parsed.batch or batches
     table: report.Rows = [

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kimi_gguf.engine import archive
-from kimi_gguf.engine.build_spec import CPU_BACKENDS, LAYOUT, BuildSpec
+from kimi_gguf.engine.build_spec import BACKENDS, CPU_BACKENDS, LAYOUT, BuildSpec
 from kimi_gguf.engine.compiling import compile_tree
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
@@ -126,14 +126,23 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
     return place
 
 
+# What other modules read from the manifest of a build.
+_MANIFEST = {
+    "key": str, "upstream": bool, "backends": list, "tests": bool, "package": str, "commit": str, "patches": list,
+    "options": dict, "compilers": dict, "cpu": str, "built": str, "tree_sha256": str, "series_sha256": str,
+}  # fmt: skip
+
+
 def read_manifest(place: Path) -> dict[str, Any] | None:
-    """The manifest of a finished build, or None if there is none."""
+    """The manifest of a finished build; None if there is none, or if it is damaged: the build is then made again."""
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    assert isinstance(manifest, dict)
-    return manifest
+    complete = isinstance(manifest, dict) and all(
+        isinstance(manifest.get(key), kind) for key, kind in _MANIFEST.items()
+    )
+    return manifest if complete and manifest["backends"] and manifest["backends"][0] in BACKENDS else None
 
 
 @contextmanager

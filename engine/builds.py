@@ -222,7 +222,9 @@ def use(name: str) -> Engine:
     """Make a finished build the one that runs if none is named. The choice is stored in the cache."""
     engine = select(name, make=False)
     kept = engine.name if find(engine.name) == engine else engine.key
-    _choice().write_text(kept + "\n", encoding="utf-8")
+    part = _choice().with_suffix(f".{os.getpid()}")
+    part.write_text(kept + "\n", encoding="utf-8")
+    part.replace(_choice())
     return engine
 
 
@@ -232,8 +234,8 @@ def _wanted(name: str | None) -> tuple[str, str]:
         return name, " (named on the command line)"
     if variable := os.environ.get(VARIABLE):
         return variable, f" (named by {VARIABLE})"
-    if _choice().is_file():
-        return _choice().read_text(encoding="utf-8").strip(), " (named by kimi-llama use)"
+    if _choice().is_file() and (chosen := _choice().read_text(encoding="utf-8", errors="replace").strip()):
+        return chosen, " (named by kimi-llama use)"
     return DEFAULT, ""
 
 
@@ -270,7 +272,7 @@ def upstream_source() -> Path:
 def load(place: Path) -> Engine | None:
     """The finished build in a folder, or None if there is none."""
     manifest = read_manifest(place)
-    if manifest is None or "upstream" not in manifest:
-        return None  # none, or one with an earlier layout
+    if manifest is None:
+        return None
     backends = tuple(manifest["backends"])
     return Engine(manifest["key"], place, manifest["upstream"], backends, MappingProxyType(manifest))

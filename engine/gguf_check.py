@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.split_names import place_in_set
 
 
@@ -29,6 +30,8 @@ def all_splits(path: Path) -> list[Path]:
 
 
 def _check_file(path: Path) -> None:
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise EngineError(f"{path}: is {kind_of(path)}", expected="a GGUF file", todo="name a file on disk")
     if path.is_dir():
         raise EngineError(
             f"{path}: is a folder",

@@ -290,8 +290,10 @@ def _pointer(state: State) -> Any:
 
 
 def _assign(struct: Any, params: Mapping[str, Any]) -> None:
-    """Set fields by name, and check that they exist: ctypes would ignore an unknown name."""
+    """Set fields by name; check that they exist and hold the value: ctypes adds unknown names and wraps integers."""
     for name, value in params.items():
         if not hasattr(struct, name):
             raise LlamaError(f"{type(struct).__name__} has no field {name}")
         setattr(struct, name, value)
+        if isinstance(value, int) and getattr(struct, name) != value:
+            raise LlamaError(f"{type(struct).__name__}.{name} is too small for {value}")

@@ -53,8 +53,10 @@ def cpu_fingerprint() -> str:
 def packaged_tool(name: str) -> str:
     """Path of `cmake` or `ninja`: the Python package's own program, or else the one on PATH."""
     try:
-        module = importlib.import_module(name)
-        folder = getattr(module, "CMAKE_BIN_DIR" if name == "cmake" else "BIN_DIR")
+        if name == "cmake":
+            folder = importlib.import_module("cmake").CMAKE_BIN_DIR
+        else:
+            folder = importlib.import_module("ninja").BIN_DIR
         path = shutil.which(name, path=folder)
     except (ImportError, AttributeError):
         path = None

@@ -6,6 +6,7 @@ is then exactly the tree that the engine builds.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 from kimi_gguf.patches.diff import new_file
@@ -17,21 +18,29 @@ _DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # for a patch without a date, so that 
 
 
 def export_patches(series: Series, folder: Path) -> list[Path]:
-    """Write the series to `folder`, creating it if needed; return the files in the order of application.
+    """Write the series to `folder`, a new or empty one; return the files in the order of application.
 
-    Raises `PatchError` if the folder has other patches, which `git am *.patch` would also apply.
+    The folder gets its name when all files are in it. Raises `PatchError` if it has files already: `git am *.patch`
+    would also apply other patches, and files of an earlier export may have been changed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    strangers = {path.name for path in folder.glob("*.patch")} - {patch.name for patch in series.patches}
-    if strangers:
+    folder = folder.absolute()
+    if (
+        folder.is_symlink()
+        or (folder.exists() and not folder.is_dir())
+        or (folder.exists() and any(folder.iterdir()))
+    ):
         raise PatchError(
-            f"{folder} holds other patches",
-            expected="an empty or new folder",
-            found=", ".join(sorted(strangers)),
-            todo="remove them or name another folder",
+            f"{folder}: exists already",
+            expected="a new or empty folder",
+            todo="name another folder, or remove it if it is an earlier export",
         )
-    for number, patch in enumerate(series.patches, 1):
-        (folder / patch.name).write_bytes(as_mail(patch, number, len(series.patches)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        scratch = Path(temporary, "patches")
+        scratch.mkdir()
+        for number, patch in enumerate(series.patches, 1):
+            (scratch / patch.name).write_bytes(as_mail(patch, number, len(series.patches)))
+        scratch.replace(folder)
     return [folder / patch.name for patch in series.patches]
 
 

@@ -18,9 +18,10 @@ that it needs, if any, in the line `Needs:`. The folder of a source determines i
     OP/tests/*            tests/kimi/
     llama/NAME/*          src/                        sources of a fix, independent of the operators
 
-CMake compiles all sources in these folders, so a new file in a folder needs no further change. Kernels for Metal are an
-exception: ggml-metal finds them in kernels/ only, and lists them (METALLIB_KERNEL_SOURCES in CMakeLists.txt,
-GGML_METAL_LIBS in ggml-metal-device.m).
+CMake compiles all sources in these folders that have the suffixes of the folder (SUFFIXES), so a new file needs no
+further change. Sources elsewhere, or with other suffixes, are an error; `*-oracle.h` belongs to the tests. Two kinds
+are listed by their patches: kernels for Metal, which ggml-metal finds in kernels/ only (METALLIB_KERNEL_SOURCES in
+CMakeLists.txt, GGML_METAL_LIBS in ggml-metal-device.m), and the sources of a fix (src/CMakeLists.txt).
 """
 
 from __future__ import annotations
@@ -50,7 +51,34 @@ PLACES = {
 }
 KERNELS = "ggml/src/ggml-metal/kernels"
 HEADERS = (".h", ".cuh")
-SOURCES = (*HEADERS, ".c", ".cpp", ".cu", ".m", ".metal")
+C = (".h", ".c", ".cpp")
+SUFFIXES = {
+    "cpu": C,
+    "cuda": (".h", ".cuh", ".cu"),
+    "metal": (".h", ".cpp", ".m", ".metal"),
+    "graph": (".h", ".cpp"),
+    "program": (".h", ".cpp"),
+    "server": (".h", ".cpp"),
+    "tests": (".h", ".cpp"),
+}
+CODE = (
+    *C,
+    ".cuh",
+    ".cu",
+    ".m",
+    ".metal",
+    ".hpp",
+    ".hh",
+    ".cc",
+    ".cxx",
+    ".inc",
+    ".s",
+    ".mm",
+    ".cl",
+    ".comp",
+    ".glsl",
+)
+ORACLE = "-oracle.h"
 
 
 @dataclass(frozen=True)
@@ -209,23 +237,29 @@ def load_series(patch_folder: Path = PATCH_FOLDER, overlay_folder: Path = OVERLA
 def destination(source: PurePosixPath) -> str | None:
     """The place in the llama.cpp tree of a file of ggml_ops, by the rule above; None if it is not copied there."""
     folder, name = source.parent, source.name
-    if source.suffix not in SOURCES:
+    if name.startswith("."):
         return None
     if folder.parts[:1] == ("llama",):
-        return f"src/{name}" if len(folder.parts) == 2 else None
-    if len(folder.parts) == 2 and folder.name in PLACES:
+        return f"src/{name}" if len(folder.parts) == 2 and source.suffix in C else None
+    if len(folder.parts) == 2 and source.suffix in SUFFIXES.get(folder.name, ()):
         return f"{KERNELS if source.suffix == '.metal' else PLACES[folder.name]}/{name}"
-    if len(folder.parts) == 1 and name.startswith("ggml-"):
+    if len(folder.parts) == 1 and name.startswith("ggml-") and source.suffix in C:
         return f"ggml/include/{name}" if source.suffix in HEADERS else f"ggml/src/kimi/{name}"
     return None
 
 
 def _all_sources(root: Path) -> list[Overlay]:
-    """All sources in ggml_ops that belong to a patch, sorted by path."""
+    """All sources in ggml_ops that belong to a patch, sorted by path. Raises `PatchError` for any other source."""
     found = []
     for path in sorted(root.rglob("*")):
         source = PurePosixPath(path.relative_to(root).as_posix())
         dest = destination(source)
         if dest is not None and path.is_file():
             found.append(Overlay(source, dest, path.read_bytes()))
+        elif path.suffix.lower() in CODE and not path.name.startswith(".") and not path.name.endswith(ORACLE):
+            raise PatchError(
+                f"{path}: a source that no rule copies to llama.cpp",
+                expected="a folder and a suffix of the rule in patches/series.py",
+                todo="move or rename it",
+            )
     return found

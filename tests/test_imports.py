@@ -25,6 +25,12 @@ ALLOWED = {
     "ggml_ops": {"convert", "engine", "patches"},
     "scripts": {"bench", "validate", "convert", "engine", "patches"},
 }
+BY_NAME = {
+    "import_module",
+    "__import__",
+    "run_module",
+    "run_path",
+}  # functions that import a module by its name
 MODULE = re.compile(r"\bkimi_gguf\.(\w+)")
 # Names under which tests import each other's code, see pythonpath in pyproject.toml.
 TESTS = {"tests", "conftest", "emulators", *(file.stem for file in (ROOT / "tests/support").glob("*.py"))}
@@ -32,7 +38,7 @@ TESTS = {"tests", "conftest", "emulators", *(file.stem for file in (ROOT / "test
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
     """Line and package of every import of `kimi_gguf.PACKAGE`; relative imports give the package ".", all of kimi_gguf
-    gives "*", and code of the tests gives "tests"."""
+    or a name that is not written out gives "*", and code of the tests gives "tests"."""
     for node in ast.walk(ast.parse(source)):
         names: list[str] = []
         if isinstance(node, ast.Import):
@@ -41,6 +47,13 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, "."
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
+            if node.module == "kimi_gguf" and node.names[0].name == "*":
+                yield node.lineno, "*"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in BY_NAME:
+            name = node.args[0] if node.args else None
+            whole = isinstance(name, ast.Constant) and re.match(r"[a-z_]+\b", str(name.value))
+            if not whole or ast.unparse(node.func) == "__import__":
+                yield node.lineno, "*"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value]
         for name in names:
@@ -94,6 +107,11 @@ def test_every_form_of_import_is_seen(source: str) -> None:
     ("source", "seen"),
     [
         ("import kimi_gguf", "*"),
+        ("from kimi_gguf import *", "*"),
+        ("import_module('.validate.cli', 'kimi_gguf')", "*"),
+        ("importlib.import_module('kimi_gguf.' + name)", "*"),
+        ("__import__('kimi_gguf', fromlist=['validate'])", "*"),
+        ("runpy.run_path(folder / 'cli.py')", "*"),
         ("from . import validate", "."),
         ("import random_checkpoint", "tests"),
         ("from emulators.cuda import link_program", "tests"),

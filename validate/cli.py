@@ -22,6 +22,7 @@ from rich.table import Table
 
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import ensure, options_of, select
+from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
@@ -29,7 +30,7 @@ from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.pipeline import Request, validate
-from kimi_gguf.validate.report import FORMATS, Report, limit_text, number_text, write
+from kimi_gguf.validate.report import FORMATS, Report, check_place, limit_text, number_text, write
 from kimi_gguf.validate.sample_text import TEXT
 from kimi_gguf.validate.tensors import open_gguf
 
@@ -42,6 +43,10 @@ COLUMNS = (
     ("99 % KLD", "kld_p99", "error"), ("top-1", "top1", "share"), ("perplexity", "ppl_test", "plain"),
 )  # fmt: skip
 
+
+MOST_TOKENS = 2**20  # the context that the 48B was trained for
+MOST_THREADS = 512  # GGML_MAX_N_THREADS
+ALL_LAYERS = 999
 
 EXAMPLES = """\
 examples:
@@ -97,12 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         "--ids", metavar="FILE", type=Path, help="evaluate on these token ids, separated by spaces or commas"
     )
 
-    def number(name: str, least: int, default: int | None, meaning: str) -> None:
-        add(name, metavar="N", type=partial(_at_least, least), default=default, help=meaning)
+    def number(name: str, least: int, most: int, default: int | None, meaning: str) -> None:
+        add(name, metavar="N", type=partial(_between, least, most), default=default, help=meaning)
 
-    number("--tokens", 1, 512, "use at most N tokens of the text (default: %(default)s)")
+    number("--tokens", 1, MOST_TOKENS, 512, "use at most N tokens of the text (default: %(default)s)")
     written = "let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)"
-    number("--generate", 0, 32, written)
+    number("--generate", 0, MOST_TOKENS, 32, written)
     out = Path("validation")
     add(
         "--out", metavar="DIR", type=Path, default=out, help="write the reports to DIR (default: %(default)s)"
@@ -113,19 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, default="float32", help=precision)
     build = "build of llama.cpp, named as in kimi-llama path --help (default: cpu)"
     add("--build", "--backend", metavar="NAME", help=build)
-    number("--gpu-layers", 0, None, "layers to offload to the GPU (default: all with a GPU backend, else 0)")
+    layers = "layers to offload to the GPU (default: all with a GPU backend, else 0)"
+    number("--gpu-layers", 0, ALL_LAYERS, None, layers)
     cache_type = "type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)"
     add("--cache-type", metavar="TYPE", default="F32", help=cache_type)
-    number("--batch", 1, 512, "tokens per call of llama_decode (default: %(default)s)")
-    number("--ubatch", 1, 512, "tokens per graph evaluation (default: %(default)s)")
-    number("--threads", 1, os.cpu_count() or 1, "CPU threads (default: all cores)")
+    number("--batch", 1, MOST_TOKENS, 512, "tokens per call of llama_decode (default: %(default)s)")
+    number("--ubatch", 1, MOST_TOKENS, 512, "tokens per graph evaluation (default: %(default)s)")
+    number("--threads", 1, MOST_THREADS, os.cpu_count() or 1, "CPU threads (default: all cores)")
     add("--quiet", action="store_true", help="print no summary on standard output")
     return parser
 
 
-def _at_least(least: int, text: str) -> int:
-    if not text.isdigit() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least {least}, found {text!r}")
+def _between(least: int, most: int, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, found {text!r:.40}")
     return int(text)
 
 
@@ -136,6 +142,7 @@ def _request(options: argparse.Namespace) -> Request:
             pass
     with open_checkpoint(options.checkpoint):
         pass
+    check_place(options.out)
     on_gpu = options_of(options.build)[0] != "cpu"
     text, ids, source = TEXT, None, "the built-in text"
     if options.text is not None:
@@ -155,7 +162,9 @@ def _request(options: argparse.Namespace) -> Request:
             n_ubatch=options.ubatch,
             threads=options.threads,
             cache_type=options.cache_type,
-            n_gpu_layers=options.gpu_layers if options.gpu_layers is not None else (999 if on_gpu else 0),
+            n_gpu_layers=options.gpu_layers
+            if options.gpu_layers is not None
+            else (ALL_LAYERS if on_gpu else 0),
         ),
         dtype=PRECISIONS[options.precision],
         against=options.against,
@@ -163,8 +172,12 @@ def _request(options: argparse.Namespace) -> Request:
 
 
 def _read(path: Path) -> str:
+    if path.exists() and not path.is_file() and not path.is_fifo():
+        raise ValidateError(f"{path}: expected a file, found {kind_of(path)}")
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValidateError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise ValidateError(f"{path}: expected UTF-8 text: {error}") from error
 

@@ -36,7 +36,7 @@ from kimi_gguf.validate.measure import (
 )
 from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.report import Greedy, Report, Rival, Worst
-from kimi_gguf.validate.tensors import prove
+from kimi_gguf.validate.tensors import check_layers, prove
 
 FLOOR_UBATCH = 48  # ubatch size of the noise floor; does not divide the default of 512
 WORST = 12  # worst positions listed
@@ -68,11 +68,13 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
     ids, generated = _ids(request, engine)
     with open_checkpoint(request.checkpoint) as checkpoint:
         if int(ids.max()) >= checkpoint.config.vocab_size:
-            raise ValidateError(
-                f"{request.gguf}: token ids: expected ids below the checkpoint's vocabulary size "
-                f"{checkpoint.config.vocab_size}, found {int(ids.max())}; give the checkpoint that the file was "
-                "made from"
-            )
+            below = f"token ids: expected ids below the checkpoint's vocabulary size {checkpoint.config.vocab_size}"
+            where, todo = request.gguf.name, "give the checkpoint that the file was made from"
+            if request.ids is not None:
+                where, todo = request.source, "give ids of this model's tokenizer"
+            raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
+        if request.against is not None:
+            check_layers(request.against, checkpoint)
         reporter.phase("hashing the checkpoint")
         checkpoint_facts = provenance.checkpoint_facts(checkpoint, reporter.step)
         reporter.phase("comparing tensors with the checkpoint")

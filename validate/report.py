@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import DIVERGED, LIMITS, GateResult
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Measured
@@ -23,6 +26,7 @@ from kimi_gguf.validate.metrics import LayerError, Summary, first_diverging
 from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.tensors import TensorProof
 
+FILES = ("report.json", "report.md", "report.html")
 SCHEMA = "kimi-gguf/validation-report/2"
 FACTS = ("gguf", "checkpoint", "ids", "engine", "machine", "reference")  # fields of Report
 SUMMARIES = ("all", "judged", "same_experts", "other_experts")  # fields of Measured
@@ -121,11 +125,23 @@ class Report:
 def write(report: Report, folder: Path) -> Path:
     """Write the three files to `folder`, creating it if needed; return the path of the HTML file."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(to_json(report), encoding="utf-8")
-    (folder / "report.md").write_text(to_markdown(report), encoding="utf-8")
-    html = folder / "report.html"
-    html.write_text(to_html(report), encoding="utf-8")
-    return html
+    files = dict(zip(FILES, (to_json(report), to_markdown(report), to_html(report)), strict=True))
+    with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as scratch:
+        for name, text in files.items():
+            Path(scratch, name).write_text(text, encoding="utf-8")
+        for name in files:  # only when all are written
+            Path(scratch, name).replace(folder / name)
+    return folder / "report.html"
+
+
+def check_place(folder: Path) -> None:
+    """Raise `ValidateError` if the three files cannot be written to `folder`; nothing is made."""
+    taken = next((each for each in (folder, *folder.parents) if each.exists() and not each.is_dir()), None)
+    if taken is not None:
+        raise ValidateError(f"{taken}: expected a folder for the report, found {kind_of(taken)}")
+    for name in FILES:
+        if (folder / name).is_dir():
+            raise ValidateError(f"{folder / name}: expected a report or nothing, found a folder")
 
 
 # ------------------------------------------------------------------------------------------------------ JSON

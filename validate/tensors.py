@@ -149,6 +149,20 @@ def prove(
     return proof
 
 
+def check_layers(path: Path, checkpoint: Checkpoint) -> None:
+    """Raise ValidateError for a file whose vocabulary, layers or experts are not those of the checkpoint."""
+    ends = ("token_embd.weight", "attn_norm.weight", "ffn_gate_inp.weight")
+    expected = {each.name: _shape(each.ne) for each in outputs(checkpoint.config) if each.name.endswith(ends)}
+    with open_gguf(path) as model:
+        found = {name: _shape(each.ne) for name, each in model.tensors.items() if name.endswith(ends)}
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValidateError(
+                f"{path}: {name}: expected {expected.get(name, 'no such tensor')}, as in the checkpoint, found "
+                f"{found.get(name, 'no such tensor')}; give a file of the same model"
+            )
+
+
 def open_gguf(path: Path) -> GgufModel:
     """Open a GGUF file, or all splits of a model, given the first, which has the metadata.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from bench_case import TINY, bench, command, record
 
-from kimi_gguf.bench.page import merged, write_page
+from kimi_gguf.bench.page import MADE_BY, merged, write_page
 from kimi_gguf.bench.record import load
 from kimi_gguf.bench.server import running
 from kimi_gguf.engine.builds import Engine
@@ -265,10 +265,10 @@ def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Pat
 
 def test_a_page_that_cannot_be_drawn_leaves_the_old_one(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("old")
+    page.write_text(f"old\n{MADE_BY}")
     broken = record("2026-01-01", 1.0)
     del broken["models"][0]["cells"][0]["floor"]
     with pytest.raises(KeyError):
         write_page([broken], page)
-    assert page.read_text() == "old"
+    assert page.read_text().startswith("old\n")
     assert [path.name for path in tmp_path.iterdir()] == ["page.md"]

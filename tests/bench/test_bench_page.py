@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,10 +74,81 @@ def test_a_partial_run_does_not_overwrite_a_page(tmp_path: Path, capsys: pytest.
     assert kimi_llama.main(["bench", "--page", str(page)]) == 1
     assert "a run does not overwrite a page" in capsys.readouterr().err
     add(record("2026-01-01", 2.0), tmp_path / "records.json")
-    (tmp_path / "bench.toml").write_text('page = "bench.md"\nrecords = "records.json"\ncommands = []\n')
+    (tmp_path / "bench.toml").write_text(
+        'page = "bench.md"\nrecords = "records.json"\ncommands = ["kimi-llama bench"]\n'
+    )
     assert kimi_llama.main(["bench", "--records", str(tmp_path / "records.json"), "--page", str(page)]) == 1
     assert "this page has a manifest" in capsys.readouterr().err
     assert page.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "page = 5",
+        "records = 5",
+        "commands = 5",
+        "commands = []",
+        "commands = 'kimi-llama bench'",
+        "commands = [5]",
+        "x",
+    ],
+)
+def test_a_damaged_manifest_is_one_message(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = {
+        "page": 'page = "bench.md"',
+        "records": 'records = "records.json"',
+        "commands": 'commands = ["a"]',
+    }
+    lines[text.split()[0]] = text
+    (tmp_path / "bench.toml").write_text("\n".join(lines.values()))
+    assert kimi_llama.main(["bench", "--draw", str(tmp_path / "bench.toml")]) == 1
+    assert "bench.toml: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["machine", "models", "engines", "command"])
+@pytest.mark.parametrize("form", ["of a run", "of a machine"])
+def test_a_damaged_record_is_one_message(
+    damage: str, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "records.json"
+    if form == "of a run":
+        file.write_text(json.dumps(record("2026-01-01", 2.0)))
+        data = whole = json.loads(file.read_text())
+    else:
+        add(record("2026-01-01", 2.0), file)
+        whole = json.loads(file.read_text())
+        data = whole if damage == "machine" else whole["records"][0]
+    data[damage] = 5
+    file.write_text(json.dumps(whole))
+    assert kimi_llama.main(["bench", "--records", str(file), "--page", str(tmp_path / "page.md")]) == 1
+    assert "records.json: damaged" in capsys.readouterr().err
+    assert not (tmp_path / "page.md").exists()
+
+
+@pytest.mark.parametrize("name", ["serving.md", "bench.txt"])
+def test_only_pages_of_the_bench_are_replaced(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add(record("2026-01-01", 2.0), tmp_path / "records.json")
+    (tmp_path / "serving.md").write_text("prose")
+    words = ["bench", "--records", str(tmp_path / "records.json"), "--page", str(tmp_path / name)]
+    assert kimi_llama.main(words) == 1
+    assert name in capsys.readouterr().err
+    assert (tmp_path / "serving.md").read_text() == "prose"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["records.json", "serving.md"]
+
+
+def test_json_replaces_only_the_record_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add(record("2026-01-01", 2.0), tmp_path / "machine.json")
+    (tmp_path / "page.md").write_text("prose")
+    for name in ("machine.json", "page.md"):
+        before = (tmp_path / name).read_bytes()
+        assert kimi_llama.main(["bench", "--json", str(tmp_path / name)]) == 1
+        assert f"{name}: not a record of the bench" in capsys.readouterr().err
+        assert (tmp_path / name).read_bytes() == before
 
 
 def test_records_are_added_to_a_machine_s_file(tmp_path: Path) -> None:

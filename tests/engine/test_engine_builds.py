@@ -36,6 +36,7 @@ def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -
         patch.setattr("kimi_gguf.engine.build_spec.load_series", lambda: tiny.series)
         manifest = provenance(upstream)
     manifest |= {"key": key, "tests": False, "options": options, "built": built, "commit": "none"}
+    manifest |= {"package": "none==0", "patches": [], "compilers": {}, "tree_sha256": "0" * 64}
     manifest |= {"backends": [backend, "cpu"] if backend == "cuda" else [backend], "cpu": processor(backend)}
     place = tiny.cache.engines / key
     (place / "bin").mkdir(parents=True)
@@ -126,6 +127,36 @@ def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
     """The same options with another compiler."""
     add(folder, "cpu", "55555555dddddddd", "2026-02-01")
     assert key_of(folder) == "55555555dddddddd"
+
+
+def test_the_bench_measures_the_build_that_runs(folder: Path) -> None:
+    """Not another one with the same options; and the build that its key names."""
+    add(folder, "cpu", "55555555dddddddd", "2026-02-01")
+    for words, key in (((), "55555555"), (("--build", BUILDS["cpu"][0]), BUILDS["cpu"][0][:8])):
+        assert f"kimi-llama: build cpu {key}" in call(folder, "bench", "--operators", *words).stderr
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", '{"key": "55555555dddddddd"}', "options", "backends", "built"]
+)
+def test_a_damaged_build_is_none(folder: Path, content: str) -> None:
+    add(folder, "cpu", "55555555dddddddd", "2026-02-01")
+    manifest = folder / "cache/engines/55555555dddddddd/manifest.json"
+    if content.isalpha() and content != "null":  # without this key
+        content = json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != content})
+    manifest.write_text(content)
+    assert path_of(folder) == "cpu"
+    assert "Traceback" not in call(folder, "doctor").stderr
+
+
+def test_a_choice_that_cannot_be_read(folder: Path) -> None:
+    choice = folder / "cache/build-in-use"
+    choice.write_bytes(b"\xff\n")
+    told = call(folder, "path")
+    assert told.returncode == 1 and "named by kimi-llama use" in told.stderr
+    assert "Traceback" not in told.stderr + call(folder, "doctor").stderr
+    choice.write_bytes(b"")
+    assert path_of(folder) == "cpu"
 
 
 def test_the_choice_holds_for_upstreams_build_too(folder: Path) -> None:

@@ -15,7 +15,7 @@ from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.export import export_patches
 from kimi_gguf.patches.index import PAGE, index_page
 from kimi_gguf.patches.pin import load_pin
-from kimi_gguf.patches.series import FIXES, PATCH_FOLDER, Series, destination, load_series
+from kimi_gguf.patches.series import FIXES, PATCH_FOLDER, Patch, Series, destination, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
 
 
@@ -217,10 +217,50 @@ def test_the_fixes_are_exported_alone(tiny: tiny_llama.Tiny, tmp_path: Path) -> 
     assert tree_hash(tmp_path / "tree") == tree_hash(tmp_path / "patched")
 
 
-def test_exporting_next_to_other_patches_is_refused(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
-    tiny_llama.write_tree(tmp_path / "mail", {"0009-other.patch": "x"})
-    with pytest.raises(PatchError, match="other patches"):
-        export_patches(tiny.series, tmp_path / "mail")
+@pytest.mark.parametrize("name", ["0009-other.patch", "0001-answer.patch", "README"])
+def test_a_folder_with_files_is_no_target_of_an_export(
+    tiny: tiny_llama.Tiny, tmp_path: Path, name: str
+) -> None:
+    tiny_llama.write_tree(tmp_path / "mail", {name: "x"})
+    (tmp_path / "link").symlink_to(tmp_path / "mail")
+    for target in (tmp_path / "mail", tmp_path / "link", tmp_path / "mail" / name):
+        with pytest.raises(PatchError, match="exists already"):
+            export_patches(tiny.series, target)
+    assert [each.read_text() for each in (tmp_path / "mail").iterdir()] == ["x"]
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    series = with_operator(tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def fail(patch: Patch, number: int, total: int) -> bytes:
+        if number == total:
+            raise KeyboardInterrupt
+        return b"complete"
+
+    monkeypatch.setattr("kimi_gguf.patches.export.as_mail", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export_patches(series, tmp_path / "mail")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_empty_folder_is_filled(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+    (tmp_path / "mail").mkdir()
+    (mail,) = export_patches(tiny.series, tmp_path / "mail")
+    assert mail == tmp_path / "mail/0001-answer.patch" and mail.is_file()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "tiny/cpu/x.hpp", "tiny/cpu/x.cc", "tiny/cpu/x.cu", "tiny/cpu/arm/x.cpp", "tiny/cuda/x.cpp", "tiny/x.cpp",
+        "tiny/metal/x.mm", "tiny/vulkan/x.cpp", "tiny/graph/x.c", "x.cpp",
+    ],
+)  # fmt: skip
+def test_a_source_that_would_not_be_compiled_is_refused(tmp_path: Path, source: str) -> None:
+    tiny_llama.write_tree(tmp_path / "ops", {source: OPERATOR, "tiny/cpu/.draft.cpp": OPERATOR})
+    with pytest.raises(PatchError, match=rf"{source}: a source that no rule copies"):
+        load_series(overlay_folder=tmp_path / "ops")
 
 
 def test_each_patch_of_the_project_says_why_and_when_it_may_be_dropped() -> None:

@@ -117,6 +117,60 @@ def test_a_checkpoint_of_another_shape_gives_status_2(
     assert "does not match the checkpoint's shape: blk.2." in error and "missing from the file" in error
 
 
+@pytest.mark.engine
+def test_a_file_of_another_model_cannot_be_compared_with(
+    gguf: Path, checkpoint: Path, engine: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.gguf"
+    convert(
+        write_checkpoint(tmp_path / "checkpoint of other", replace(SPEC, layers="KMK")), other, TYPES["F32"]
+    )
+    command = [str(gguf), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "report")]
+    assert main([*command, "--against", str(other), "--threads", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "other.gguf: blk.2.attn_norm.weight: expected no such tensor" in error
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch 4294967312",
+        "--ubatch 0",
+        "--tokens 1048577",
+        "--threads 513",
+        "--threads 2²",
+        "--gpu-layers -1",
+    ],
+)
+def test_numbers_that_llama_cpp_cannot_hold_give_status_2(
+    words: str, gguf: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([str(gguf), "--checkpoint", str(checkpoint), *words.split()])
+    assert caught.value.code == 2
+    assert words.split()[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taken", ["a file", "a folder named as a report"])
+def test_a_place_that_cannot_have_the_report_gives_status_2_at_once(
+    taken: str, gguf: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    if taken == "a file":
+        out.write_text("kept")
+    else:
+        (out / "report.md").mkdir(parents=True)
+    assert main([str(gguf), "--checkpoint", str(checkpoint), "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(out) in error
+    assert (
+        out.read_text() == "kept"
+        if taken == "a file"
+        else [each.name for each in out.iterdir()] == ["report.md"]
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
