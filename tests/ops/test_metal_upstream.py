@@ -7,8 +7,10 @@ and that the host's memory barriers suffice.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,27 @@ def test_upstreams_operators(operator: str, order: str, metal_backend: Path, eng
     chosen = environment(metal_backend, KIMI_METAL_ORDER=order)
     found = passed_cases(engine, DEVICE, operator, "-p", cases, **chosen)
     assert found >= count
+
+
+@pytest.mark.full
+def test_every_case_of_every_operator(metal_backend: Path, engine: Engine) -> None:
+    """What CI has no time for; operators of which the device supports no case pass."""
+    program = engine.bin / "test-backend-ops"
+    listed = subprocess.run([program, "test", "--list-ops"], capture_output=True, text=True, check=True).stdout
+    operators = re.findall(r"^ +([A-Z0-9_]+)$", listed, re.MULTILINE)
+    assert len(operators) > 100
+
+    def failure(operator: str) -> str | None:
+        command = [program, "test", "-b", DEVICE, "-o", operator]
+        ended = subprocess.run(
+            command, env=os.environ | environment(metal_backend), capture_output=True, text=True, check=False
+        )
+        said = (ended.stdout + ended.stderr).splitlines()
+        return f"{operator}: " + "\n".join(said[-5:]) if ended.returncode != 0 else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        failures = [each for each in pool.map(failure, operators) if each]
+    assert failures == []
 
 
 def test_a_missing_barrier_of_the_host_is_found(engine: Engine, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Metal Shading Language to C++: rewrites the syntax that no header can make a C++ compiler accept.
 
-    template [[host_name("name")]] kernel T f<…>;     nothing: one kernel for the list
+    template [[host_name("name")]] kernel T f<…>;     nothing: one kernel for the list; also T f<…>(…);
     [[host_name("name")]] kernel void f(…)            the same function, and one kernel for the list
     constant T x [[function_constant(index)]];        a variable that is registered
     threadgroup T a[N];                               in a function: a reference to memory of the threadgroup
@@ -72,7 +72,8 @@ def rewrite(source: str, name: str) -> tuple[str, list[Kernel]]:
                 last = _last(done)
                 if host_name and last >= 0 and done[last].text == "template":
                     end = _until(row, at, ";")
-                    hosts.append((host_name, joined(row[after_blank(row, following + 1) : end]).strip()))
+                    text = joined(row[after_blank(row, following + 1) : end])
+                    hosts.append((host_name, _without_parameters(text).strip()))
                     done[last:] = [Token("blank", line_ends([*done[last:], *row[at:end]]))]
                     at = end + 1
                 else:
@@ -125,6 +126,16 @@ def _attribute(row: Sequence[Token], at: int) -> _Attribute | None:
     text = joined(row[at + 2 : end - 1]).strip()
     name, _, rest = text.partition("(")
     return _Attribute(name.strip(), rest.rpartition(")")[0].strip(), end + 1)
+
+
+def _without_parameters(function: str) -> str:
+    """`f<…>` of `f<…>(…)`."""
+    depth = 0
+    for at, character in enumerate(function):
+        if character == "(" and depth == 0:
+            return function[:at]
+        depth += {"<": 1, ">": -1}.get(character, 0)
+    return function
 
 
 def _last(row: Sequence[Token]) -> int:
