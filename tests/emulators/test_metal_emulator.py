@@ -338,6 +338,16 @@ def test_rewriting_keeps_lines_and_lists_kernels() -> None:
     )
 
 
+def test_an_instantiation_may_repeat_the_parameters() -> None:
+    source = (
+        "template <typename T, int n> kernel void f(device T * y) {}\n"
+        'template [[host_name("f_half")]] kernel void f<half, (1 << 2)>(device half * y);\n'
+    )
+    text, (kernel,) = rewrite(source, "test")
+    assert (kernel.name, kernel.function) == ("f_half", "f<half, (1 << 2)>")
+    assert "f_half" not in text
+
+
 def test_an_unknown_parameter_is_refused() -> None:
     with pytest.raises(RewriteError, match="the parameter 'uint i' of a kernel is not known"):
         rewrite("kernel void f(device float * y, uint i) {}", "test")

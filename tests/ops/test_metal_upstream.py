@@ -64,7 +64,9 @@ def test_upstreams_operators(operator: str, order: str, metal_backend: Path, eng
 def test_every_case_of_every_operator(metal_backend: Path, engine: Engine) -> None:
     """What CI has no time for; operators of which the device supports no case pass."""
     program = engine.bin / "test-backend-ops"
-    listed = subprocess.run([program, "test", "--list-ops"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        [program, "test", "--list-ops"], capture_output=True, text=True, check=True
+    ).stdout
     operators = re.findall(r"^ +([A-Z0-9_]+)$", listed, re.MULTILINE)
     assert len(operators) > 100
 

@@ -130,11 +130,13 @@ def _attribute(row: Sequence[Token], at: int) -> _Attribute | None:
 
 def _without_parameters(function: str) -> str:
     """`f<…>` of `f<…>(…)`."""
-    depth = 0
+    angles = parentheses = 0
     for at, character in enumerate(function):
-        if character == "(" and depth == 0:
+        if character == "(" and angles == 0:
             return function[:at]
-        depth += {"<": 1, ">": -1}.get(character, 0)
+        parentheses += {"(": 1, ")": -1}.get(character, 0)
+        if parentheses == 0:
+            angles += {"<": 1, ">": -1}.get(character, 0)
     return function
 
 
