@@ -169,8 +169,8 @@ class _Keys:
         value = self.get(*names)
         if value is None and default is not _ABSENT:
             value = default
-        if type(value) not in (int, float) or not 0 < value < 1e30:
-            raise self.fail(names[0], "a positive number", value)
+        if type(value) not in (int, float) or not 1e-30 < value < 1e30:  # the file has it in float32
+            raise self.fail(names[0], "a positive number from 1e-30 to 1e30", value)
         return float(value)
 
 

@@ -16,6 +16,7 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.gguf import GgufFile
 from kimi_gguf.engine.tensor_types import Values
 
@@ -37,6 +38,8 @@ class Importances:
 
 def read_importances(path: Path) -> Importances:
     """Read either format. Raises `ConvertError` or `GgufError` if the file is damaged, empty, or not finite."""
+    if path.exists() and not path.is_file():
+        raise ConvertError(f"{path}: expected an importance matrix, found {kind_of(path)}")
     try:
         with path.open("rb") as file:
             magic = file.read(4)

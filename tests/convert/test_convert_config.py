@@ -89,6 +89,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("eps as text", put(rms_norm_eps="1e-5"), ["rms_norm_eps", "positive"]),
     ("eps of 400 digits", put(rms_norm_eps=10**400), ["rms_norm_eps", "positive"]),
     ("eps zero", put(rms_norm_eps=0.0), ["rms_norm_eps", "positive"]),
+    ("eps that is zero in float32", put(rms_norm_eps=1e-60), ["rms_norm_eps", "from 1e-30", "1e-60"]),
     ("end token out of range", put(eos_token_id=530), ["eos_token_id", "530"]),
     ("padding token out of range", put(pad_token_id=530), ["pad_token_id", "530"]),
     ("begin token out of range", put(bos_token_id=-1), ["bos_token_id", "-1"]),

@@ -137,6 +137,8 @@ def test_gguf_files_and_importances(folder: Path) -> None:
             for tensor in list(file.tensors.values())[:3]:
                 file.read(tensor, 0, 1)
 
+    with pytest.raises(ConvertError, match="found a device"):
+        read_importances(Path("/dev/zero"))
     cases = ((folder / "x.gguf", open_gguf), (matrix, read_importances), (legacy, read_importances))
     for seed, (path, act) in enumerate(cases):
         assert len(fuzz(path, 700, seed, act, reach=4000)) > 100

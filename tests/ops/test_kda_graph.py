@@ -139,8 +139,11 @@ def test_what_the_operators_cannot_do_falls_back_and_says_why(
         run(engine, short.gguf, [short.ids])
 
 
-def test_an_unknown_name_is_an_error(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", ["scann", "OFF", "off ", ",", "conv,", "conv,,scan", "off,conv", "require,off"])
+def test_an_invalid_value_is_an_error(
+    value: str, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case(tmp_path, Spec(layers="KM", seed=67))
-    monkeypatch.setenv("KIMI_OPS", "scann")
-    with pytest.raises(ValidateError, match="scann"):
+    monkeypatch.setenv("KIMI_OPS", value)
+    with pytest.raises(ValidateError, match="KIMI_OPS: '"):
         run(engine, case.gguf, [case.ids])

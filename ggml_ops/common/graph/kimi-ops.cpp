@@ -26,7 +26,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         { "fuse", &picked.fuse }, { "batch", &picked.batch }, { "plain", &picked.plain },
     };
 
-    std::istringstream parts(text);
+    std::istringstream parts(std::string(text) + ",");  // also an empty name at the end is read
     for (std::string part; std::getline(parts, part, ',');) {
         if (part == "off") {
             is_off = true;

@@ -76,6 +76,7 @@ KERNEL_OPTIONS = (
 # any element, and words of quantized blocks at even addresses; remainders by sizes of operands that are not there are
 # computed and not used.
 UNCHECKED = {
+    "fa_aux": ("alignment",),
     "fa_f16": ("alignment",),
     "fa_f32": ("alignment",),
     "fa_q8_0": ("alignment",),
@@ -83,6 +84,7 @@ UNCHECKED = {
     "mul_mv": ("alignment",),
     "norm": ("alignment", "integer-divide-by-zero"),
     "quantize": ("alignment",),
+    "softmax": ("integer-divide-by-zero",),
     "ssm": ("alignment",),
 }
 # Those that read rows after the end of a tensor and do not use them.

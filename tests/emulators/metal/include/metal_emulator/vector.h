@@ -73,6 +73,10 @@ inline bfloat operator/(bfloat a, bfloat b) {
     return a /= b;
 }
 
+inline float operator*(bfloat a, float b) {
+    return float(a) * b;
+}
+
 namespace metal {
 
 template <class T>
