@@ -75,14 +75,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--equal-requests", action="store_true",
         help="count the different answers of llama-server to equal requests under load, with the demo")  # fmt: skip
     add("--speculative", action="store_true",
-        help="measure the time that drafts take: target of --type (default here: Q8_0), "
+        help="measure the overhead of drafting: target of --type (default here: Q8_0), "
         "draft model of --draft-type")  # fmt: skip
     add("--speculative-demo", action="store_true",
         help="measure llama-server with drafts: demo as --type (default here: BF16), "
         "draft model of --draft-type")  # fmt: skip
     add("--records", nargs="+", type=Path, metavar="JSON",
         help="measure nothing: write --page from these records")  # fmt: skip
-    add("--draw", type=Path, metavar="TOML", help="measure nothing: write the page of a manifest")
+    add(
+        "--draw",
+        type=Path,
+        metavar="TOML",
+        help="measure nothing: write the page that this manifest describes",
+    )
 
     add = parser.add_argument_group("the generated model").add_argument
     add("--type", type=words(tuple(FILE_TYPES)), metavar="T,..",
@@ -103,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = what.add_argument
     add("--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence in one decode")
     add("--depth", type=numbers(0), metavar="N,..",
-        help=f"tokens before them in the cache (--hybrid: from {hybrid.SEED})")  # fmt: skip
+        help=f"tokens that are already in the cache (--hybrid: from {hybrid.SEED})")  # fmt: skip
     add("--build", "--backend", dest="backend", metavar="NAME",
         help="measure this build, see kimi-llama path --help; a GPU build computes all layers there "
         "(default: cpu)")  # fmt: skip

@@ -86,14 +86,14 @@ def verdict(cells: Sequence[Data]) -> str:
     losing = slower(cells)
     faster = sum(cell["ratio"] > 1 for cell in cells)
     words = [
-        f"{len(cells)} cells; patched is faster than the best upstream variant in {faster}, by more than the spread in "
-        f"{len(clearly_faster(cells))}"
+        f"{len(cells)} cell{'s' if len(cells) > 1 else ''}; patched is faster than the best upstream variant in "
+        f"{faster}, in {len(clearly_faster(cells))} by more than the spread"
     ]
     words.append(
-        f"slower by more than the spread in {len(losing)}: "
+        f"it is slower by more than the spread in {len(losing)}: "
         + "; ".join(f"{describe(cell)} ({cell['ratio']:.2f})" for cell in losing)
         if losing
-        else "slower by more than the spread in none"
+        else "it is slower by more than the spread in none"
     )
     if any(map(mark, cells)):
         words.append("* other work was running on the machine")

@@ -261,7 +261,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _verify_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} verify",
-        description="Verify a GGUF file by converting its checkpoint again and comparing all bytes.",
+        description="Verify a GGUF file by converting its checkpoint again and comparing all tensors and metadata.",
     )
     add = parser.add_argument
     add(

@@ -1,4 +1,4 @@
-"""Verify a GGUF file by converting its checkpoint again and comparing all keys and bytes.
+"""Verify a GGUF file by converting its checkpoint again and comparing all tensor bytes and all keys except FREE.
 
 Input: the file, and the checkpoint that it was made from. Output: `Verdict`. The tensor types are read from the
 file, so that files of any quantization mix can be verified, including files made by llama-quantize.

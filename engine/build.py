@@ -189,7 +189,7 @@ def _patched_tree(spec: BuildSpec, source: Path, reporter: Reporter) -> Tree:
         if held:
             raise EngineError(
                 f"{spec.source} already has {held} of the patches, so no upstream build can be made from it",
-                todo="give --source an unpatched checkout",
+                todo="give --source a checkout without patches",
             )
         return tree
     reporter.phase("apply the patches")

@@ -122,7 +122,7 @@ def examine(engine: Engine, others: list[Engine]) -> list[Check]:
 
 
 def list_devices(engine: Engine) -> str:
-    """The devices that the build can compute on; an error if it is for GPUs and there is none."""
+    """The devices that the build can compute on. Raises `EngineError` if it is for GPUs and there is none."""
     result = _run([str(engine.bin / "llama-cli"), "--list-devices"], dict(os.environ))
     lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.startswith("  ")]
     lines = [line for line in lines if line != "(none)"]
@@ -211,7 +211,7 @@ def _machine() -> list[Check]:
     ]
     installed = importlib.util.find_spec("llama_cpp")
     if installed is not None and installed.origin is not None:
-        seen = f"{installed.origin}: an installed, unpatched package; this project's commands do not use it"
+        seen = f"{installed.origin}: an installed package of upstream; this project's commands do not use it"
         checks.append(Check("other llama_cpp", True, seen))
     return checks
 

@@ -242,7 +242,7 @@ class Context:
         """Decode the batch and wait until it is finished."""
         status = self._api.llama_decode(self.handle, self._batch)
         if status != 0:
-            raise self._llama.error(f"llama_decode gave {status} at position {self._batch.pos[0]}")
+            raise self._llama.error(f"llama_decode returned {status} at position {self._batch.pos[0]}")
         self._api.llama_synchronize(self.handle)
 
     def logits(self) -> Logits:

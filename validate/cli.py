@@ -113,8 +113,9 @@ def _parser() -> argparse.ArgumentParser:
         "--out", metavar="DIR", type=Path, default=out, help="write the reports to DIR (default: %(default)s)"
     )
     add("--upstream", action="store_true", help="also run GGUF on upstream llama.cpp and compare")
-    add("--against", metavar="GGUF", type=Path, help="also run another file and show its figures")
-    precision = "precision of the reference (default: %(default)s)"
+    against = "also run this file and show its metrics next to those of GGUF"
+    add("--against", metavar="FILE", type=Path, help=against)
+    precision = "precision of the torch reference (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=precision)
     build = "build of llama.cpp, named as in kimi-llama path --help (default: cpu)"
     add("--build", "--backend", metavar="NAME", help=build)

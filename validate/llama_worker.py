@@ -107,8 +107,10 @@ def make_context(
 
 
 def check_ids(ids: list[int], model: Model) -> None:
-    if not ids or min(ids) < 0 or max(ids) >= model.n_vocab:
-        raise LlamaError(f"expected at least one token id, each in 0..{model.n_vocab - 1}")
+    wrong = next((i for i, each in enumerate(ids) if not 0 <= each < model.n_vocab), None)
+    if not ids or wrong is not None:
+        found = "none" if wrong is None else f"{ids[wrong]} at index {wrong}"
+        raise LlamaError(f"expected at least one token id, each in 0..{model.n_vocab - 1}, found {found}")
 
 
 class Requests:

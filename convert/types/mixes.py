@@ -278,8 +278,8 @@ def _fallback(output: Output, kind: TensorType) -> TensorType:
     return kind if columns % kind.block == 0 else F16
 
 
-# All but the experts, which have 95 % of the 48B's weights: mixers with their gates and latents, shared experts,
-# dense layers. (The router, norms and convolutions are always F32.) docs/conversion.md has the measurements.
+# All tensors except the experts (these have 95 % of the 48B's weights): mixers with their gates and latents, shared
+# experts, dense layers. (The router, norms and convolutions are always F32.) docs/conversion.md has the measurements.
 NOT_EXPERTS: Final = r"ssm_|attn_|shexp|ffn_(up|gate|down)\."
 
 

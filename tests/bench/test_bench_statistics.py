@@ -70,8 +70,8 @@ def test_only_what_is_beyond_the_spread_is_called_slower() -> None:
 
     cells = [cell(0.99, 1), cell(0.9, 8), cell(1.5, 512)]
     assert slower(cells) == [cells[1]]
-    assert "slower by more than the spread in 1: pp8 at 0, 2 threads (0.90)" in verdict(cells)
-    assert "faster than the best upstream variant in 1, by more than the spread in 1;" in verdict(cells)
+    assert "it is slower by more than the spread in 1: pp8 at 0, 2 threads (0.90)" in verdict(cells)
+    assert "faster than the best upstream variant in 1, in 1 by more than the spread;" in verdict(cells)
 
 
 def test_only_what_is_beyond_the_spread_is_called_faster() -> None:
@@ -79,7 +79,7 @@ def test_only_what_is_beyond_the_spread_is_called_faster() -> None:
         return {"ratio": ratio, "upstream": {"spread": 0.02}, "patched": {"spread": 0.03}, "others": 0.0}
 
     assert clearly_faster([cell(1.04), cell(1.06)]) == [cell(1.06)]
-    assert "variant in 2, by more than the spread in 1; slower" in verdict([cell(1.04), cell(1.06)])
+    assert "variant in 2, in 1 by more than the spread; it is slower" in verdict([cell(1.04), cell(1.06)])
 
 
 def test_the_floor_adds_parts_bound_by_memory_or_compute() -> None:

@@ -139,7 +139,9 @@ def test_what_the_operators_cannot_do_falls_back_and_says_why(
         run(engine, short.gguf, [short.ids])
 
 
-@pytest.mark.parametrize("value", ["scann", "OFF", "off ", ",", "conv,", "conv,,scan", "off,conv", "require,off"])
+@pytest.mark.parametrize(
+    "value", ["scann", "OFF", "off ", ",", "conv,", "conv,,scan", "off,conv", "require,off"]
+)
 def test_an_invalid_value_is_an_error(
     value: str, tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

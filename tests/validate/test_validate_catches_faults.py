@@ -1,4 +1,4 @@
-"""Tests of the gates: they catch every deliberate fault of the reference, which perplexity would not show.
+"""Tests of the gates: they catch every deliberate fault of the reference, also those that perplexity does not show.
 
 llama.cpp runs once for the trained demo checkpoint; each faulty reference is then compared with the result.
 """
@@ -25,7 +25,7 @@ from kimi_gguf.validate.tensors import TensorProof
 pytestmark = pytest.mark.engine
 
 TOKENS = 384  # six sections of 64, after each of which one fault loses its state
-UNTOLD = ("MLA output zeroed", "routing bias dropped", "norm constants 1e-5")  # by perplexity
+HIDDEN_FROM_PERPLEXITY = ("MLA output zeroed", "routing bias dropped", "norm constants 1e-5")
 
 Judged = tuple[list[GateResult], Measured]
 
@@ -83,7 +83,7 @@ def test_every_fault_but_the_constants_is_caught_through_bf16(
     assert [gate for gate in gates if not gate.passed]
 
 
-@pytest.mark.parametrize("fault", UNTOLD)
+@pytest.mark.parametrize("fault", HIDDEN_FROM_PERPLEXITY)
 def test_perplexity_moves_less_than_two_percent(judged: Callable[..., Judged], fault: str) -> None:
     _, measured = judged("F32", FAULTS[fault])
     assert measured.all.ppl_test == pytest.approx(measured.all.ppl_reference, rel=0.02)

@@ -95,7 +95,7 @@ static inline const char * read_decompressed(const ggml_tensor * dst, decompress
         return "a type of cache that the kernels do not read";
     }
     if (!ggml_is_contiguous(k_b) || !ggml_is_contiguous(v_b)) {
-        return "weights that do not lie one behind the other";
+        return "weights that are not contiguous";
     }
     read_sources(q, k, mask, dst, args);
     args.scratch = SCRATCH;
