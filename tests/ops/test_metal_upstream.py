@@ -30,8 +30,12 @@ COMPARED = {
     "RMS_NORM": (r"ne=\[(64|1025),5,4,3\]", 20),
     "SSM_CONV": (".*", 40),
     "GATED_DELTA_NET": (r"head_size=(32|64|128)", 25),
-    # one column: matrix-vector kernels; 9 and 16: simdgroup matrices
-    "MUL_MAT": (r"type_a=(f32|f16|q4_0),type_b=f32,m=16,n=(1|9|16),k=256,bs=\[[0-9]*,1\],nr=\[1,1\]", 15),
+    # one column: matrix-vector kernels; 9 and 16: simdgroup matrices; 31 rows: vectors at any element
+    "MUL_MAT": (
+        r"type_a=(f32|f16|q4_0),type_b=f32,m=16,n=(1|9|16),k=256,bs=\[[0-9]*,1\],nr=\[1,1\]"
+        r"|type_a=f32,type_b=f32,m=31,n=509,k=2051",
+        16,
+    ),
     # one query: vectors; 32: simdgroup matrices. 113 keys: the last block is padded.
     "FLASH_ATTN_EXT": (
         r"hsk=(64|128),hsv=(64|128),nh=4,nr23=\[1,1\],kv=113,nb=(1|3|32),mask=1,sinks=[01],max_bias=0.0+,"
@@ -41,16 +45,20 @@ COMPARED = {
 }
 
 
-# Operators that have cases which the device cannot run, or refuses.
+# Operators that have cases which the device refuses, or which take too long.
 LEFT_OUT = {
+    "CONV_2D": "takes half an hour",
     "FLASH_ATTN_EXT": "takes hours; COMPARED has some of its cases",
     "LIGHTNING_INDEXER": "takes hours",
-    "MUL_MAT": "tiles of BF16 do not compile as C++; matrices that no tile divides read the address 0",
-    "MUL_MAT_ID": "as MUL_MAT",
+    "MUL_MAT_ID": "takes hours",
     "OPT_STEP_ADAMW": "writes to its sources",
     "SET_ROWS": "dispatches an empty grid for an empty tensor",
     "SOLVE_TRI": "lanes read what others of their simdgroup wrote, without a barrier",
 }
+
+
+# `bfloat` or 0 by a condition is ambiguous in C++.
+NOT_BF16 = {"MUL_MAT"}
 
 
 def environment(backend: Path, **more: str) -> dict[str, str]:
@@ -84,6 +92,7 @@ def test_every_case_of_the_operators(metal_backend: Path, engine: Engine) -> Non
 
     def failure(operator: str) -> str | None:
         command = [program, "test", "-b", DEVICE, "-o", operator]
+        command += ["-p", "^(?!.*bf16)"] if operator in NOT_BF16 else []
         ended = subprocess.run(
             command, env=os.environ | environment(metal_backend), capture_output=True, text=True, check=False
         )

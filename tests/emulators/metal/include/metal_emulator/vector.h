@@ -104,6 +104,8 @@ template <class T> struct Elements<T, 3> {
 
         T element[3];
     };
+
+    T unused;  // as large as a vector of 4
 };
 
 template <class T> struct Elements<T, 4> {
@@ -149,7 +151,14 @@ template <class T, int... I> struct Target {
     Value value() const { return { element[I]... }; }
 };
 
-template <class T, int N> struct alignas((N == 3 ? 4 : N) * sizeof(T)) vec : Elements<T, N> {
+// In files that are not checked for alignment (build.py) the compiler must not assume it either.
+#ifdef METAL_EMULATOR_ANY_ADDRESS
+template <class T, int N> constexpr size_t vec_alignment = alignof(T);
+#else
+template <class T, int N> constexpr size_t vec_alignment = (N == 3 ? 4 : N) * sizeof(T);
+#endif
+
+template <class T, int N> struct alignas(vec_alignment<T, N>) vec : Elements<T, N> {
     vec() = default;
 
     template <class S, if_scalar<S> = 0> vec(S value) {
