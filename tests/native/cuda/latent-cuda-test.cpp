@@ -243,7 +243,7 @@ static void test_decompressed_refusals() {
     refused(sizes);
     k_b = *good.src[2];
     k_b.nb[2] += 2;
-    refused("weights that do not lie one behind the other");
+    refused("weights that are not contiguous");
     dst.src[2] = good.src[2];
     dst.src[1] = &k;
     k.type     = GGML_TYPE_Q5_1;
