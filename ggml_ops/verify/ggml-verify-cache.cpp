@@ -100,6 +100,13 @@ static bool is_outdated(const ggml_verify_report & report, const fs::path & path
     return !checked && fs::last_write_time(path, error) < fs::file_time_type::clock::now() - std::chrono::hours(24);
 }
 
+void ggml_verify_forget(const ggml_verify_report & report) {
+    if (!folder().empty()) {
+        std::error_code ignored;
+        fs::remove(folder() / ggml_verify_hash(key_of(report)), ignored);
+    }
+}
+
 bool ggml_verify_read(ggml_verify_report & report) {
     if (folder().empty()) {
         return false;

@@ -19,3 +19,6 @@ bool ggml_verify_read(ggml_verify_report & report);
 
 // Replaces the file atomically: a process that reads it sees the old file or the new one.
 void ggml_verify_write(const ggml_verify_report & report);
+
+// Removes the file with the results for the report's device, driver and build, if there is one.
+void ggml_verify_forget(const ggml_verify_report & report);

@@ -40,6 +40,7 @@ std::string ggml_verify_driver() {
 
 #ifdef __APPLE__
 #include <crt_externs.h>
+#include <sys/sysctl.h>
 #define environ (*_NSGetEnviron())
 #else
 extern char ** environ;
@@ -103,7 +104,8 @@ static int start(const std::vector<std::string> & command, pid_t & child, int & 
     posix_spawnattr_init(&attributes);
     posix_spawnattr_setsigdefault(&attributes, &all);
     posix_spawnattr_setsigmask(&attributes, &none);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setpgroup(&attributes, 0);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
 
     const int error = posix_spawn(&child, arguments[0], &files, &attributes, arguments.data(), variables.data());
     posix_spawnattr_destroy(&attributes);
@@ -116,18 +118,25 @@ static int start(const std::vector<std::string> & command, pid_t & child, int & 
     return error;
 }
 
-// Waits for the child until `end`: a driver may keep a killed process. Returns how it failed, or nothing.
-static std::string wait_for(pid_t child, Clock::time_point end) {
-    int   status = 0;
-    pid_t ended  = 0;
+// Waits up to two seconds for the end of the child: a driver may keep a killed process. Returns whether it ended.
+static bool wait_for(pid_t child, int & status) {
+    const auto end   = Clock::now() + std::chrono::seconds(2);
+    pid_t      ended = 0;
     while ((ended = waitpid(child, &status, WNOHANG)) == 0 && milliseconds_until(end) > 0) {
         usleep(1000);
     }
-    if (ended != child || (WIFEXITED(status) && WEXITSTATUS(status) == 0)) {
-        return "";  // without a status, the output decides
+    return ended == child;
+}
+
+// How the child failed.
+static void set_problem(int status, ggml_verify_process & result) {
+    if (WIFSIGNALED(status)) {
+        const int by   = WTERMSIG(status);
+        result.problem = std::string("signal ") + strsignal(by);
+        result.stopped = by == SIGINT || by == SIGTERM || by == SIGHUP || by == SIGQUIT || by == SIGKILL;
+    } else if (WEXITSTATUS(status) != 0) {
+        result.problem = "exit status " + std::to_string(WEXITSTATUS(status));
     }
-    return WIFSIGNALED(status) ? std::string("signal ") + strsignal(WTERMSIG(status))
-                               : "exit status " + std::to_string(WEXITSTATUS(status));
 }
 
 ggml_verify_process ggml_verify_run(const std::vector<std::string> & command, double seconds) {
@@ -145,16 +154,22 @@ ggml_verify_process ggml_verify_run(const std::vector<std::string> & command, do
         pollfd    ready = { output, POLLIN, 0 };
         const int found = poll(&ready, 1, milliseconds_until(end));
         if (found > 0) {
-            n = std::max<ssize_t>(read(output, buffer, sizeof(buffer)), 0);
-            result.output.append(buffer, n);
+            n = read(output, buffer, sizeof(buffer));
+            if (n < 0 && errno != EINTR) {
+                break;
+            }
+            result.output.append(buffer, std::max<ssize_t>(n, 0));
         }
         result.timed_out = found == 0;
     }
     close(output);
-    if (result.timed_out) {
-        kill(child, SIGKILL);
+    int status = 0;
+    if (!result.timed_out && wait_for(child, status)) {
+        set_problem(status, result);
+    } else {
+        kill(child, SIGKILL);  // the output decides
+        wait_for(child, status);
     }
-    result.problem = wait_for(child, Clock::now() + std::chrono::seconds(2));
     return result;
 }
 
@@ -163,13 +178,21 @@ std::string ggml_verify_library_of(const void * function) {
     if (dladdr(function, &info) == 0 || info.dli_fname == nullptr) {
         return "";
     }
+    fs::path path = info.dli_fname;
+    if (path.is_relative()) {  // the executable, by the name under which it was started
+        path = "/proc/self/exe";
+    }
     std::error_code error;
-    const fs::path  path = fs::canonical(info.dli_fname, error);
+    path = fs::canonical(path, error);
     return error ? "" : path.string();
 }
 
 std::string ggml_verify_program() {
-    const fs::path folder = fs::path(ggml_verify_library_of((const void *) &ggml_verify_run)).parent_path();
+    const fs::path library = ggml_verify_library_of((const void *) &ggml_verify_run);
+    if (library.empty()) {
+        return "";
+    }
+    const fs::path folder = library.parent_path();
     for (const fs::path & path : { folder / "kimi-verify", folder.parent_path() / "bin" / "kimi-verify" }) {
         if (access(path.c_str(), X_OK) == 0) {
             return path.string();
@@ -178,10 +201,33 @@ std::string ggml_verify_program() {
     return "";
 }
 
+// Variables that select kernels or devices, such as GGML_METAL_FUSION_DISABLE and CUDA_VISIBLE_DEVICES.
+static std::vector<std::string> settings() {
+    std::vector<std::string> found;
+    for (char ** variable = environ; *variable; ++variable) {
+        std::string text = *variable;
+        for (const char * prefix : { "GGML_METAL_", "GGML_CUDA_", "CUDA_", "MTL_" }) {
+            if (text.rfind(prefix, 0) == 0) {
+                std::replace_if(text.begin(), text.end(), [](char c) { return (unsigned char) c < ' '; }, ' ');
+                found.push_back(text);
+            }
+        }
+    }
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
 std::string ggml_verify_driver() {
     utsname system;
     uname(&system);
     std::string text = std::string(system.sysname) + " " + system.release;
+#ifdef __APPLE__
+    char   build[64] = "";  // of macOS, whose minor versions can have the same release
+    size_t size      = sizeof(build);
+    if (sysctlbyname("kern.osversion", build, &size, nullptr, 0) == 0) {
+        text += std::string(", ") + build;
+    }
+#endif
     // NVIDIA's library is named after the driver's version
     if (void * cuda = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD)) {
         text += ", " + fs::path(ggml_verify_library_of(dlsym(cuda, "cuInit"))).filename().string();
@@ -191,6 +237,9 @@ std::string ggml_verify_driver() {
     std::string   version;
     if (module >> version) {
         text += ", nvidia " + version;
+    }
+    for (const std::string & setting : settings()) {
+        text += ", " + setting;
     }
     return text;
 }

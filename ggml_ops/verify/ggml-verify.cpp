@@ -143,7 +143,7 @@ static std::string build_of(const std::string & library) {
         std::error_code error;
         const auto      size = std::filesystem::file_size(path, error);
         const auto      time = std::filesystem::last_write_time(path, error).time_since_epoch().count();
-        files += path + "\t" + std::to_string(size) + "\t" + std::to_string(time) + "\n";
+        files += path + "\t" + std::to_string(size) + "\t" + std::to_string((int64_t) time) + "\n";
     }
     return library + ", " + ggml_verify_hash(files);
 }
@@ -155,25 +155,29 @@ static bool read_output(const ggml_verify_process & ended, std::vector<int> & to
     int                running = -1;
     std::istringstream lines(ended.output);
     const auto         decided = [&](int part) { todo.erase(std::find(todo.begin(), todo.end(), part)); };
+    const auto         fail    = [&](const std::string & problem) {
+        report.problem = problem;
+        for (const int part : todo) {
+            report.results[part].name.clear();  // of the case that was running
+        }
+        return false;
+    };
     for (std::string line; std::getline(lines, line);) {
         std::istringstream words(line);
         std::string        kind, name, text;
         std::getline(words, kind, '\t');
         std::getline(words, name, '\t');
         std::getline(words, text, '\t');
-        if (kind == "case") {
-            for (const int part : todo) {
-                if (name == ggml_verify_part_name((ggml_verify_part) part)) {
-                    running                   = part;
-                    report.results[part].name = text;
-                }
-            }
-        } else if (ggml_verify_from_line(line, report) && running >= 0) {
-            decided(running);
+        const auto part = std::find_if(
+            todo.begin(), todo.end(), [&](int each) { return name == ggml_verify_part_name((ggml_verify_part) each); });
+        if (kind == "case" && part != todo.end()) {
+            running                      = *part;
+            report.results[running].name = text;
+        } else if (ggml_verify_from_line(line, report) && part != todo.end()) {
+            decided(*part);
             running = -1;
         } else if (kind == "problem") {
-            report.problem = name;
-            return false;
+            return fail(name);
         } else if (kind == "started") {
             report.start_seconds += atof(name.c_str());
         } else if (kind == "checked") {
@@ -184,6 +188,9 @@ static bool read_output(const ggml_verify_process & ended, std::vector<int> & to
     if (done) {
         return false;
     }
+    if (ended.stopped) {
+        return fail("kimi-verify was stopped from outside: " + ended.problem);
+    }
     if (running >= 0) {
         report.results[running].state = ended.timed_out ? GGML_VERIFY_HANGS : GGML_VERIFY_CRASHES;
         decided(running);
@@ -192,13 +199,9 @@ static bool read_output(const ggml_verify_process & ended, std::vector<int> & to
         }
     }
     if (running < 0) {
-        report.problem = ended.timed_out ? "the device did not start in time" : "kimi-verify ended: " + ended.problem;
-        return false;
+        return fail(ended.timed_out ? "the device did not start in time" : "kimi-verify ended: " + ended.problem);
     }
-    for (const int part : todo) {
-        report.results[part].name = ended.timed_out ? "the time was used up" : "";
-    }
-    return !ended.timed_out && !todo.empty();
+    return !todo.empty();
 }
 
 static void check(ggml_backend_dev_t dev, const std::string & library, double seconds, ggml_verify_report & report) {
@@ -216,9 +219,14 @@ static void check(ggml_backend_dev_t dev, const std::string & library, double se
     for (int part = 0; part < GGML_VERIFY_N_PARTS; ++part) {
         todo.push_back(part);
     }
-    bool go_on = true;
-    while (go_on) {
-        const double             left    = std::chrono::duration<double>(end - Clock::now()).count();
+    for (bool go_on = true; go_on;) {
+        const double left = std::chrono::duration<double>(end - Clock::now()).count();
+        if (left <= 0) {
+            for (const int part : todo) {
+                report.results[part].name = "the time was used up";
+            }
+            return;
+        }
         std::vector<std::string> command = { program,
                                              "--check",
                                              ggml_backend_dev_name(dev),
@@ -276,6 +284,8 @@ const ggml_verify_report * ggml_verify_device(ggml_backend_dev_t dev, bool again
         check(dev, library, seconds, *report);
         if (report->problem.empty()) {
             ggml_verify_write(*report);
+        } else if (again) {
+            ggml_verify_forget(*report);  // what an earlier check found may no longer be true
         }
     }
     log_report(ggml_backend_dev_name(dev), *report, !cached && report->problem.empty());

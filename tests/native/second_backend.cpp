@@ -13,6 +13,8 @@
 //   SECOND_MEMORY    MiB of memory per device, 4096 if unset
 //   SECOND_SPOILS    names of operators that every device computes wrongly, comma separated; COPY: elided state copies
 //   SECOND_SPOILS_NTH  only the Nth of these nodes, from 0, is wrong
+//   SECOND_SPOILS_BY   what is wrong: add (default) adds 1 to the first value, last to the last one; nan and inf replace the
+//                    first one; scale multiplies the first 256 by 1.02 and, with each node, by a little more
 //   SECOND_HANGS     names of operators with which every device computes for ever
 //   SECOND_CRASHES   names of operators with which every device ends the process
 //   SECOND_REGISTERS set: the library registers itself when it is loaded, for LD_PRELOAD
@@ -33,6 +35,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <memory>
@@ -295,6 +298,24 @@ Fault find_fault(ggml_cgraph * graph, int i) {
     return { ggml_graph_n_nodes(graph) - i, nullptr };
 }
 
+void spoil(ggml_tensor * result) {
+    static const char * text   = getenv("SECOND_SPOILS_BY");
+    static float        factor = 1.02f;
+    const std::string   how    = text ? text : "add";
+    float *             values = (float *) result->data;
+    const int64_t       n      = ggml_nelements(result);
+    if (how == "scale") {
+        for (int64_t i = 0; i < std::min<int64_t>(n, 256); ++i) {
+            values[i] *= factor;
+        }
+        factor += 1e-4f;
+    } else if (how == "nan" || how == "inf") {
+        values[0] = how == "nan" ? NAN : INFINITY;
+    } else {
+        values[how == "last" ? n - 1 : 0] += 1.0f;
+    }
+}
+
 // n_steps: number of steps with kernels
 ggml_status compute_with_faults(Device & device, ggml_backend_t cpu, ggml_cgraph * graph, int & n_steps) {
     for (int i = 0; i < ggml_graph_n_nodes(graph);) {
@@ -307,7 +328,7 @@ ggml_status compute_with_faults(Device & device, ggml_backend_t cpu, ggml_cgraph
             return status;
         }
         if (fault.result) {
-            *(float *) fault.result->data += 1.0f;
+            spoil(fault.result);
         }
         i += fault.n_nodes;
     }

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,26 @@ def test_a_healthy_device_is_checked_once(world: World, tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 1
 
 
+def checking(world: World) -> list[int]:
+    """The processes that check the device of this library."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"--check" in words and str(world.backend).encode() in words:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 # Fault -> the parts that it affects, by state, and the reason in the log.
 FAULTS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "wrong KDA_CONV": (
@@ -163,6 +184,7 @@ def test_what_fails_is_not_used(fault: str, world: World, tmp_path: Path) -> Non
     assert_same(first.logits, world.expected)
     assert re.search(f"verify: SECOND0: not used: {reason}\n", first.log), first.log
     assert results(tmp_path) == HEALTHY | failed
+    assert not checking(world)
 
     second = world.play(tmp_path, **variables, SECOND_LOG=str(tmp_path / "log"))  # from the cache
     assert_same(second.logits, world.expected)
@@ -179,12 +201,18 @@ def test_what_fails_is_not_used(fault: str, world: World, tmp_path: Path) -> Non
 
 # Part -> what the device computes wrongly, and how often kimi-verify computes it.
 COUNTS = {
-    "KDA_CONV": ("KDA_CONV", 11),
-    "KDA_SCAN": ("KDA_SCAN", 16),
-    "elided state copies": ("COPY", 22),
-    "absorbed latent attention": ("FLASH_ATTN_EXT", 21),
+    "KDA_CONV": ("KDA_CONV", 12),
+    "KDA_SCAN": ("KDA_SCAN", 17),
+    "elided state copies": ("COPY", 24),
+    "absorbed latent attention": ("FLASH_ATTN_EXT", 22),
     "LATENT_ATTN": ("LATENT_ATTN", 10),
 }
+
+
+def check_part(world: World, part: str, **variables: str) -> str:
+    """The output of the process that checks a part."""
+    arguments = ["--check", "SECOND0", "SECOND", world.backend, "60", part]
+    return run_program(world.engine.bin / "kimi-verify", *arguments, **variables).stdout
 
 
 @pytest.mark.parametrize("part", COUNTS)
@@ -192,14 +220,34 @@ def test_one_wrong_case_is_enough(part: str, world: World) -> None:
     """Of all its types and shapes: the first, one between, and the last one."""
     spoiled, count = COUNTS[part]
     for nth in (0, count // 2, count - 1, count):
-        arguments = ["--check", "SECOND0", "SECOND", world.backend, "60", part]
-        variables = {"SECOND_SPOILS": spoiled, "SECOND_SPOILS_NTH": str(nth)}
-        output = run_program(world.engine.bin / "kimi-verify", *arguments, **variables).stdout
+        output = check_part(world, part, SECOND_SPOILS=spoiled, SECOND_SPOILS_NTH=str(nth))
         cases = re.findall(f"^case\t{part}\t(.*)$", output, re.MULTILINE)
         ((state, name),) = re.findall(f"^result\t{part}\t(.*?)\t.*\t(.*)$", output, re.MULTILINE)
         assert state == ("passed" if nth == count else "WRONG")
         assert len(cases) == count
         assert nth == count or name == cases[nth]
+
+
+@pytest.mark.parametrize("by", ["nan", "inf", "last", "scale"])
+@pytest.mark.parametrize("part", ["absorbed latent attention", "LATENT_ATTN"])
+def test_every_kind_of_wrong_value_is_found(part: str, by: str, world: World) -> None:
+    """Scaled values are within the bound of the quantized caches, which come last and have the larger error."""
+    output = check_part(world, part, SECOND_SPOILS=COUNTS[part][0], SECOND_SPOILS_BY=by)
+    ((nmse, bound, name),) = re.findall(rf"^result\t{part}\tWRONG\t(.*)\t(.*)\t(.*)$", output, re.MULTILINE)
+    if by in ("nan", "inf"):
+        assert nmse == "inf"
+    if by == "scale":
+        assert 1e-7 < float(nmse) < 2e-5
+        assert bound == "1e-07"
+        assert "q8_0" not in name
+
+
+def test_small_results_next_to_large_ones_are_compared(world: World) -> None:
+    """An error of 2 % in q, whose squares are 1/30000 of those of v."""
+    output = check_part(
+        world, "KDA_CONV", SECOND_SPOILS="KDA_CONV", SECOND_SPOILS_NTH="2", SECOND_SPOILS_BY="scale"
+    )
+    assert re.search(r"^result\tKDA_CONV\tWRONG\t.*\t2 tokens, 2 sequences,", output, re.MULTILINE), output
 
 
 def test_operators_that_the_device_lacks(world: World, tmp_path: Path) -> None:
@@ -228,6 +276,62 @@ def test_required_operators_have_to_pass(
     else:
         with pytest.raises(PlayError, match=error):
             world.play(tmp_path, **variables)
+
+
+@pytest.mark.parametrize(("fault", "part"), [("COPY", "elided state copies"), ("LATENT_ATTN", "LATENT_ATTN")])
+def test_all_parts_are_required(fault: str, part: str, world: World, tmp_path: Path) -> None:
+    with pytest.raises(PlayError, match=f"KIMI_OPS=require: SECOND0: {part}: NMSE"):
+        world.play(tmp_path, KIMI_OPS="require", SECOND_SPOILS=fault)
+
+
+def verify(world: World, cache: Path, **variables: str) -> subprocess.Popen[str]:
+    """kimi-verify without arguments: checks all devices again."""
+    environment = {"GGML_BACKEND_PATH": str(world.backend), "KIMI_GGUF_CACHE": str(cache), **variables}
+    return subprocess.Popen(
+        [world.engine.bin / "kimi-verify"], env=os.environ | environment, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def test_without_memory_nothing_is_known(world: World, tmp_path: Path) -> None:
+    output = verify(world, tmp_path, SECOND_MEMORY="2").communicate()[0]
+    assert "problem\tthere is not enough memory on the device\n" in output
+    unknown = re.findall("^result\t(.*)\tnot checked\t0\t0\t(.*)$", output, re.MULTILINE)
+    assert len(unknown) > 1
+    assert {reason for _, reason in unknown} == {""}  # not the name of a case: the problem is the reason
+    assert not files(tmp_path)
+
+
+def test_an_old_result_does_not_outlive_a_check_with_a_problem(world: World, tmp_path: Path) -> None:
+    world.play(tmp_path)
+    assert results(tmp_path) == HEALTHY
+    output = verify(world, tmp_path, SECOND_SPOILS="KDA_CONV", SECOND_MEMORY="2").communicate()[0]
+    assert "result\tKDA_CONV\tWRONG\t" in output
+    assert "problem\t" in output
+    again = world.play(tmp_path, SECOND_SPOILS="KDA_CONV")
+    assert "not used: KDA_CONV: NMSE" in again.log
+    assert_same(again.logits, world.expected)
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_program_is_no_result(by: signal.Signals, world: World, tmp_path: Path) -> None:
+    """Ctrl-C goes to the whole process group; a service manager signals all processes."""
+    process = verify(world, tmp_path, SECOND_HANGS="KDA_CONV", KIMI_VERIFY_SECONDS="20")
+    wait_until(lambda: bool(checking(world)), 10)
+    (child,) = checking(world)
+    assert os.getpgid(child) != os.getpgid(process.pid)
+    os.kill(child, by)
+    output = process.communicate(timeout=10)[0]
+    assert f"problem\tkimi-verify was stopped from outside: signal {signal.strsignal(by)}\n" in output
+    assert not files(tmp_path)
+
+
+def test_the_check_ends_without_its_parent(world: World, tmp_path: Path) -> None:
+    process = verify(world, tmp_path, SECOND_HANGS="KDA_CONV", KIMI_VERIFY_SECONDS="1")
+    wait_until(lambda: bool(checking(world)), 10)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: not checking(world), 6)
 
 
 def checksum(text: str) -> str:
@@ -307,6 +411,16 @@ def test_another_build_of_the_device_is_checked_again(world: World, tmp_path: Pa
     assert len(files(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("variable", ["GGML_METAL_FUSION_DISABLE", "CUDA_VISIBLE_DEVICES"])
+def test_other_settings_of_the_backend_are_checked_again(variable: str, world: World, tmp_path: Path) -> None:
+    """They decide which kernels run, or on which device."""
+    world.play(tmp_path, **{variable: "1"})
+    assert CHECKS in world.play(tmp_path).log
+    assert CHECKS not in world.play(tmp_path, **{variable: "1"}).log
+    assert CHECKS in world.play(tmp_path, **{variable: "0\n1"}).log
+    assert len(files(tmp_path)) == 3
+
+
 def test_another_device_of_the_same_build_is_checked_again(world: World, tmp_path: Path) -> None:
     world.play(tmp_path)
     assert CHECKS in world.play(tmp_path, SECOND_DESCRIPTION="another one").log
@@ -345,6 +459,12 @@ def test_a_context_on_the_cpu_checks_nothing(loaded: bool, world: World, tmp_pat
     setup = Setup(backend=str(world.backend) if loaded else None, op_offload=False, flash_attention=True)
     assert "verify: " not in world.play(tmp_path, setup).log
     assert not (tmp_path / "devices").exists()
+
+
+def test_a_device_that_only_gets_large_batches_is_checked(world: World, tmp_path: Path) -> None:
+    """It holds no layer, but the scheduler may move nodes there."""
+    setup = Setup(backend=str(world.backend), op_offload=True, flash_attention=True)
+    assert CHECKS in world.play(tmp_path, setup).log
 
 
 def test_a_device_with_single_tensors_is_checked(world: World, tmp_path: Path) -> None:

@@ -46,6 +46,10 @@ void Inputs::write() const {
     }
 }
 
+static Range whole(const ggml_tensor * t) {
+    return { t, 0, ggml_nelements(t), 0, 1 };
+}
+
 static std::string count(int64_t n, const std::string & one, const std::string & many) {
     return std::to_string(n) + " " + (n == 1 ? one : many);
 }
@@ -59,8 +63,8 @@ struct KdaShape {
     int64_t n_snapshots;
     bool    moved;  // sequences read rows that others write; the last one starts from zero, its row contains NaN
     bool    extra;  // states of sequences outside the batch move too
-
-    static constexpr int64_t n_heads = 2;
+    int64_t n_heads = 2;
+    int64_t slot    = 0;  // the snapshot that the sequences continue, as after a rollback
 
     int64_t channels() const { return head_size * n_heads; }
 
@@ -75,7 +79,7 @@ struct KdaShape {
     std::vector<int32_t> rows() const {
         std::vector<int32_t> rows(n_seqs);
         for (int64_t s = 0; s < n_seqs; ++s) {
-            rows[s] = moved ? n_seqs - 1 - s : s;
+            rows[s] = (moved ? n_seqs - 1 - s : s) + slot * n_cells();
         }
         if (moved) {
             rows.back() = zero_row();
@@ -86,7 +90,8 @@ struct KdaShape {
 
 static std::string name_of(const KdaShape & n) {
     return count(n.n_tokens, "token", "tokens") + ", " + count(n.n_seqs, "sequence", "sequences") + ", head size " +
-           std::to_string(n.head_size) + (n.n_snapshots > 1 ? ", snapshots" : "") + (n.moved ? ", moved" : "") +
+           std::to_string(n.head_size) + (n.n_heads > 2 ? ", " + count(n.n_heads, "head", "heads") : "") +
+           (n.n_snapshots > 1 ? ", snapshots" : "") + (n.slot > 0 ? ", rolled back" : "") + (n.moved ? ", moved" : "") +
            (n.extra ? ", others moved" : "");
 }
 
@@ -98,11 +103,19 @@ static ggml_tensor * make_cache(Inputs & in, const KdaShape & n, int64_t state, 
     return in.tensor(GGML_TYPE_F32, { state, n.n_cells() * n.n_snapshots, 1, 1 }, values);
 }
 
-// The nodes that llama.cpp adds after a KDA operator (llama-kda.cpp).
-static Built with_states(Inputs & in, const KdaShape & n, ggml_tensor * op, ggml_tensor * cache, int64_t n_out) {
+// The nodes that llama.cpp adds after a KDA operator (llama-kda.cpp). Each token has n_kinds times n.channels() results,
+// and each row of the cache has n_kinds parts. The kinds are compared separately, because they differ in size: q is 1/200
+// of v.
+static Built with_states(Inputs & in, const KdaShape & n, ggml_tensor * op, ggml_tensor * cache, int64_t n_kinds) {
     const int64_t state = cache->ne[0];
     const size_t  row   = cache->nb[1];
-    Built         built = { { op }, { { op, n_out }, { cache, ggml_nelements(cache) } } };
+    const int64_t width = n_kinds * n.channels();
+    const int64_t n_out = width * n.n_rows();
+    Built         built = { { op }, {}, { { op, n_out, state * n.n_seqs * n.n_slots(), 0, 1 } } };
+    for (int64_t kind = 0; kind < n_kinds; ++kind) {
+        built.results.push_back({ op, kind * n.channels(), n.channels(), width, n.n_rows() });
+        built.results.push_back({ cache, kind * state / n_kinds, state / n_kinds, state, cache->ne[1] });
+    }
     if (n.extra) {
         if (n.moved) {
             ggml_tensor * zero = ggml_view_1d(in.ctx, cache, state, n.zero_row() * row);
@@ -122,7 +135,8 @@ static Built build_conv(Inputs & in, const KdaShape & n) {
     const int64_t channels = n.channels();
     ggml_tensor * src[GGML_KDA_CONV_N_SRC];
     for (int i = 0; i < 3; ++i) {
-        Floats x = in.normal(channels * n.n_rows(), 0, i == GGML_KDA_CONV_K ? 1e-3f : 2.0f);
+        const bool small = i == GGML_KDA_CONV_K && n.n_tokens % 2 == 0;  // so that eps matters
+        Floats     x     = in.normal(channels * n.n_rows(), 0, small ? 1e-3f : 2.0f);
         std::fill_n(x.begin(), n.head_size, 0.0f);  // a head that is zero has no norm
         src[GGML_KDA_CONV_Q + i]  = in.tensor(GGML_TYPE_F32, { channels, n.n_tokens, n.n_seqs, 1 }, x);
         src[GGML_KDA_CONV_WQ + i] = in.tensor(GGML_TYPE_F32, { 4, 1, channels, 1 }, in.normal(4 * channels, 0, 0.5f));
@@ -132,7 +146,7 @@ static Built build_conv(Inputs & in, const KdaShape & n) {
     src[GGML_KDA_CONV_ROWS]  = in.indices(n.rows());
     ggml_tensor * op =
         ggml_kda_conv(in.ctx, src, { (int32_t) n.head_size, (int32_t) n.n_snapshots, n.zero_row(), 1e-6f });
-    return with_states(in, n, op, cache, 3 * channels * n.n_rows());
+    return with_states(in, n, op, cache, 3);
 }
 
 enum class Gates { ordinary, strong, extreme, open, parallel, bounded };
@@ -148,8 +162,8 @@ static Floats make_qkv(Inputs & in, const KdaShape & n, bool parallel) {
     const int64_t size   = n.head_size;
     Floats        values = in.normal(3 * n.channels() * n.n_rows());
     const Floats  common = in.normal(size);
-    for (int64_t r = 0; r < 3 * KdaShape::n_heads * n.n_rows(); ++r) {
-        const int64_t kind = r / KdaShape::n_heads % 3;
+    for (int64_t r = 0; r < 3 * n.n_heads * n.n_rows(); ++r) {
+        const int64_t kind = r / n.n_heads % 3;
         float *       x    = values.data() + r * size;
         double        sum  = 0;
         for (int64_t i = 0; i < size; ++i) {
@@ -178,7 +192,7 @@ static Floats make_f(Inputs & in, size_t n, Gates gates) {
 }
 
 static Built build_scan(Inputs & in, const KdaShape & n, Gates gates) {
-    const int64_t size = n.head_size, heads = KdaShape::n_heads, channels = n.channels();
+    const int64_t size = n.head_size, heads = n.n_heads, channels = n.channels();
     Floats        a(heads);
     for (int64_t h = 0; h < heads; ++h) {
         a[h] = gates == Gates::extreme ? -7.0f : -0.5f - h;
@@ -198,7 +212,7 @@ static Built build_scan(Inputs & in, const KdaShape & n, Gates gates) {
     src[GGML_KDA_SCAN_ROWS]    = in.indices(n.rows());
     const float   lower_bound  = gates == Gates::bounded ? -5.0f : -INFINITY;
     ggml_tensor * op = ggml_kda_scan(in.ctx, src, { (int32_t) n.n_snapshots, n.zero_row(), 1e-5f, lower_bound });
-    return with_states(in, n, op, cache, channels * n.n_rows());
+    return with_states(in, n, op, cache, 1);
 }
 
 // Latent attention, with the sizes of the 48B
@@ -263,13 +277,13 @@ static Built build_latent(Inputs & in, const LatentShape & s) {
         ggml_tensor * v_b = weights({ n_latent, LatentShape::n_value, s.n_heads, 1 }, 1 / std::sqrt((float) n_latent));
         op                = ggml_latent_attn(ctx, q, k, k_b, v_b, mask, scale);
     }
-    return { { op }, { { op, ggml_nelements(op) } } };
+    return { { op }, { whole(op) }, {} };
 }
 
 // Fused nodes
 
 struct RouterShape {
-    int64_t n_experts;  // a power of two
+    int64_t n_experts;  // coprime to 37 and 11, so that all ranks and biases occur
     int64_t n_chosen;
     int64_t n_tokens;
     bool    saturated;  // the scores of many experts are 0 or 1, for the first token all are 0
@@ -311,7 +325,7 @@ static Built build_router(Inputs & in, const RouterShape & n) {
     w                    = ggml_div(ctx, w, ggml_clamp(ctx, ggml_sum_rows(ctx, w), 6.103515625e-5f, INFINITY));
     w                    = ggml_scale(ctx, ggml_reshape_3d(ctx, w, 1, n.n_chosen, n.n_tokens), 2.446f);
     ggml_tensor * ids    = ggml_cast(ctx, chosen, GGML_TYPE_F32);
-    return { { w, ids }, { { w, ggml_nelements(w) }, { ids, ggml_nelements(ids) } } };
+    return { { w, ids }, { whole(w), whole(ids) }, {} };
 }
 
 struct NormShape {
@@ -337,7 +351,7 @@ static Built build_norm(Inputs & in, const NormShape & n) {
     }
     ggml_tensor * weights = in.tensor(GGML_TYPE_F32, { n.n_values, 1, 1, 1 }, in.normal(n.n_values, 1, 0.2f));
     ggml_tensor * norm    = ggml_mul(in.ctx, ggml_rms_norm(in.ctx, sum, 1e-5f), weights);
-    return { { norm }, { { sum, ggml_nelements(sum) }, { norm, ggml_nelements(norm) } } };
+    return { { norm }, { whole(sum), whole(norm) }, {} };
 }
 
 static constexpr double BOUND           = 1e-7;
@@ -349,7 +363,7 @@ std::vector<Case> cases_of(ggml_verify_part part) {
         { 128, 1, 1, 1, false, false },   { 128, 3, 3, 4, true, false },  { 128, 2, 2, 1, true, true },
         { 128, 4, 2, 4, false, true },    { 128, 40, 2, 4, true, false }, { 128, 133, 1, 1, false, false },
         { 128, 133, 1, 4, false, false }, { 64, 70, 2, 1, true, false },  { 32, 70, 1, 1, false, false },
-        { 96, 5, 2, 4, true, false },     { 256, 5, 1, 1, false, false },
+        { 96, 5, 2, 4, true, false },     { 256, 5, 1, 1, false, false }, { 128, 3, 3, 4, true, false, 5, 2 },
     };
     std::vector<Case> cases;
     if (part == GGML_VERIFY_KDA_CONV || part == GGML_VERIFY_STATE_COPY) {
@@ -388,11 +402,16 @@ std::vector<Case> cases_of(ggml_verify_part part) {
         }
     }
     if (part == GGML_VERIFY_ABSORBED) {
-        const LatentShape s = { true, 33, 80, 32, GGML_TYPE_F16, 1, false, 1 };  // Metal: one split of 128 keys
-        cases.push_back({ name_of(s), BOUND, [s](Inputs & in) { return build_latent(in, s); } });
+        // Metal: one split of 128 keys; more splits than 32, of 128 keys
+        for (const auto & [n_queries, n_keys] : { std::pair<int64_t, int64_t>{ 33, 80 }, { 1, 4352 } }) {
+            const LatentShape s = { true, n_queries, n_keys, 32, GGML_TYPE_F16, 1, false, 1 };
+            cases.push_back({ name_of(s), BOUND, [s](Inputs & in) { return build_latent(in, s); } });
+        }
     }
     if (part == GGML_VERIFY_FUSED) {
-        const RouterShape routers[] = { { 256, 8, 5, false }, { 64, 6, 40, false }, { 256, 8, 3, true } };
+        const RouterShape routers[] = {
+            { 256, 8, 5, false }, { 64, 6, 40, false }, { 384, 8, 2, false }, { 256, 8, 3, true }
+        };
         for (const RouterShape & n : routers) {
             cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_router(in, n); } });
         }

@@ -39,15 +39,19 @@ class Inputs {
     std::vector<Input> inputs;
 };
 
-// Floats at the beginning of a tensor that are compared.
+// n_pieces times n floats of a tensor, from `first` on; the beginnings of the pieces are `step` floats apart.
 struct Range {
     const ggml_tensor * tensor;
+    int64_t             first;
     int64_t             n;
+    int64_t             step;
+    int64_t             n_pieces;
 };
 
 struct Built {
-    std::vector<ggml_tensor *> nodes;  // in the order of the graph, which also gets their sources
-    std::vector<Range>         results;
+    std::vector<ggml_tensor *> nodes;     // in the order of the graph, which also gets their sources
+    std::vector<Range>         results;   // compared with the CPU's, each by an NMSE of its own
+    std::vector<Range>         not_kept;  // not computed if the device elides the copy of the states
 };
 
 struct Case {
