@@ -39,6 +39,7 @@ OPTIONS = {
     "CMAKE_INSTALL_RPATH": f"{_ORIGIN};{_ORIGIN}/../lib",
     **{f"CMAKE_{kind}_{name}": flags for kind in ("EXE", "SHARED") for name, flags in _LINK.items()},
     "FETCHCONTENT_FULLY_DISCONNECTED": "ON",
+    "GGML_BLAS": "OFF",  # on by default on macOS, where it would take matmuls from the CPU's own kernels
     "GGML_CCACHE": "OFF",  # the launcher is set here, for llama.cpp's own files too
     "GGML_NATIVE": "ON",
     "GGML_RPC": "ON",

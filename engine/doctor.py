@@ -183,7 +183,8 @@ def _python(engine: Engine, tempting: list[str]) -> str:
             found=report["package"],
             todo="uninstall it or remove it from PYTHONPATH",
         )
-    _expect_own(engine, report["mapped"], "llama_cpp")
+    if sys.platform == "linux":
+        _expect_own(engine, report["mapped"], "llama_cpp")
     return f"llama_cpp {report['version']}; {report['system'].strip()}"
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from typing import Any
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.engine.toolchain import cpuinfo
+from kimi_gguf.engine.toolchain import cpuinfo, sysctl
 
 Facts = dict[str, Any]
 
@@ -31,12 +32,18 @@ def engine_facts(engine: Engine) -> Facts:
 def machine_facts() -> Facts:
     """Processor, cores, memory and system."""
     return {
-        "processor": cpuinfo("model name") or platform.processor() or platform.machine(),
+        "processor": cpuinfo("model name") or sysctl("machdep.cpu.brand_string") or platform.machine(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": _system(),
         "python": platform.python_version(),
     }
+
+
+def _system() -> str:
+    if sys.platform == "darwin":
+        return f"macOS {platform.mac_ver()[0]}"
+    return f"{platform.system()} {platform.release()}"
 
 
 def _memory_gib() -> float | None:

@@ -24,6 +24,7 @@ from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.split_names import COUNT, NUMBER, SET, TENSORS, place_in_set
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, Bytes, TensorType
 
+READ_AT_ONCE: Final = 1 << 30  # Linux reads at most 2 GiB at once; macOS refuses more
 _MAX_HEADER: Final = 1 << 30  # a vocabulary of 160,000 tokens takes 10 MB
 _MAX_DIMENSIONS: Final = 4
 _SCALARS: Final = {
@@ -89,8 +90,9 @@ class GgufFile:
             raise ValueError(f"{tensor.name}: bytes {first}..{first + count} of {tensor.nbytes}")
         data = np.empty(count, np.uint8)
         done = 0
-        while done < count:  # Linux reads at most 2 GiB at once
-            read = os.preadv(self._file.fileno(), [data[done:].data], tensor.offset + first + done)
+        while done < count:
+            piece = data[done : done + READ_AT_ONCE].data
+            read = os.preadv(self._file.fileno(), [piece], tensor.offset + first + done)
             if read == 0:
                 raise GgufError(f"{self.path}: {tensor.name!r}: the file was truncated while it was read")
             done += read

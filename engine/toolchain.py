@@ -90,8 +90,21 @@ def available_memory() -> int | None:
     return min(free, default=None)
 
 
+def sysctl(name: str) -> str:
+    """A fact about a Mac; empty on other systems, or if the Mac does not have it."""
+    if sys.platform != "darwin":
+        return ""
+    command = ["/usr/sbin/sysctl", "-n", name]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def cores() -> int:
-    """The number of processors that this process may use."""
+    """The number of processors that this process may use; on a Mac, that of the fast ones.
+
+    All threads wait for the slowest one, so the slow processors of a Mac would slow down the others.
+    """
+    if fast := sysctl("hw.perflevel0.physicalcpu"):
+        return int(fast)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -121,7 +134,9 @@ def _version(path: str, _modified: int) -> str:
         raise EngineError(
             f"{path} --version fails, so the compiler does not work",
             found=(result.stderr.strip() or f"exit status {result.returncode}"),
-            todo="repair or reinstall the compiler",
+            todo=_COMPILER_ADVICE["darwin"]
+            if sys.platform == "darwin"
+            else "repair or reinstall the compiler",
         )
     return lines[-1] if "nvcc" in path else lines[0]
 
@@ -129,7 +144,4 @@ def _version(path: str, _modified: int) -> str:
 def _cpu_flags() -> str:
     if flags := cpuinfo("flags", "Features"):
         return " ".join(sorted(flags.split()))
-    if sys.platform == "darwin":
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return platform.processor()
+    return sysctl("machdep.cpu.brand_string") or platform.processor()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from errno import EINVAL
 from pathlib import Path
@@ -20,6 +21,14 @@ from kimi_gguf.engine.tensor_types import Bytes
 
 BUFFER: Final = 8 << 20
 SECTOR: Final = 4096  # size and offset of unbuffered writes must be multiples of this
+
+
+def sync(fd: int) -> None:
+    """Flush a file, with its size, to the disk. Raises `OSError`."""
+    if sys.platform == "darwin":  # there fsync leaves data in the disk's cache, and Python has no fdatasync
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fdatasync(fd)
 
 
 class Growing:
@@ -58,13 +67,13 @@ class Growing:
     def settle(self) -> None:
         """Flush everything written so far to the disk. Raises `OSError`."""
         self._flush()
-        os.fdatasync(self._fd)
+        sync(self._fd)
 
     def complete(self) -> None:
         """Truncate the file to its final size and sync it. Raises `OSError`."""
         self._flush()
         os.ftruncate(self._fd, self.at)
-        os.fsync(self._fd)
+        sync(self._fd)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

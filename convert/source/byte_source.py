@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.gguf import READ_AT_ONCE
 
 
 class Source(Protocol):
@@ -66,7 +67,7 @@ class LocalFile:
         done = 0
         while done < len(buffer):
             try:
-                got = os.preadv(self._fd, [buffer[done:]], offset + done)
+                got = os.preadv(self._fd, [buffer[done : done + READ_AT_ONCE]], offset + done)
             except OSError as error:
                 raise ReadError(f"{self.path}: {what}: cannot be read: {error.strerror}") from None
             if got == 0:

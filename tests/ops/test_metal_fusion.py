@@ -106,6 +106,21 @@ def check_fused_nodes(backend: Path, engine: Engine) -> str:
     return str(state)
 
 
+@pytest.mark.parametrize(
+    ("part", "kernel"),
+    [("KDA_SCAN", "kda"), pytest.param("absorbed latent attention", "latent", marks=pytest.mark.full)],
+)  # the second takes half a minute, of upstream's kernels
+def test_kimi_verify_reports_kernels_with_too_many_registers(
+    part: str, kernel: str, metal_backend: Path, engine: Engine
+) -> None:
+    """They are not used; "absent" would hide why, and KIMI_OPS=require would accept it."""
+    arguments = ["--check", "MTL0", "MTL", metal_backend, "300", part]
+    output = run_program(
+        engine.bin / "kimi-verify", *arguments, KIMI_METAL_MAX_THREADS=f"256:{kernel}"
+    ).stdout
+    assert f"result\t{part}\tnot checked\t0\t0\tits kernel allows only 256 threads on this device\n" in output
+
+
 def test_wrong_kernels_are_not_used(metal_backend: Path, model: Path, engine: Engine, tmp_path: Path) -> None:
     """By a context that selects none of the other operators, as those of other architectures."""
     expected = play(engine, model, Setup(), STEPS, KIMI_OPS="off").logits

@@ -5,6 +5,7 @@
 #include "ggml-backend-impl.h"
 #include "ggml-metal-device.h"
 
+#include <atomic>
 #include <string>
 
 // Where a tensor is: also a view.
@@ -13,9 +14,21 @@ inline ggml_metal_buffer_id ggml_metal_buffer_of(const ggml_tensor * t) {
     return ggml_metal_buffer_get_id((ggml_metal_buffer_t) buffer->context, t);
 }
 
+// The threads that a kernel of ours allows, if that was too few; 0: none was found.
+inline std::atomic<int> ggml_metal_small_kernel{ 0 };
+
+// ... since the last call. For kimi-verify, which reports it.
+inline int ggml_metal_take_small_kernel() {
+    return ggml_metal_small_kernel.exchange(0);
+}
+
 // Whether the kernel compiled and its threadgroups can have n threads: with many registers they can have fewer than 1024.
 inline bool ggml_metal_pipeline_allows(const ggml_metal_pipeline_with_params & pipeline, int n) {
-    return pipeline.pipeline && ggml_metal_pipeline_max_theads_per_threadgroup(pipeline) >= n;
+    const int most = pipeline.pipeline ? ggml_metal_pipeline_max_theads_per_threadgroup(pipeline) : n;
+    if (most < n) {
+        ggml_metal_small_kernel = most;
+    }
+    return pipeline.pipeline && most >= n;
 }
 
 // The pipeline `name` of the kernel `base`. It is compiled when it is first needed, with the function constants that

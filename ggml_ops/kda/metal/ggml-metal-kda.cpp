@@ -7,7 +7,10 @@
 #include "ggml-metal-impl.h"
 
 #include <cmath>
+#include <map>
+#include <mutex>
 #include <string>
+#include <tuple>
 
 // Kernels access four floats at once.
 static constexpr size_t ALIGNMENT = 16;
@@ -25,9 +28,13 @@ static int n_simdgroups_of(const ggml_tensor * op) {
     return op->op == GGML_OP_KDA_CONV ? OP_KDA_CONV_NSG : int(head_size_of(op)) * OP_KDA_SCAN_NL / 32;
 }
 
+static bool is_bounded(const ggml_tensor * op) {
+    return op->op == GGML_OP_KDA_SCAN && ggml_kda_scan_get_params(op).lower_bound > -INFINITY;
+}
+
 static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, const ggml_tensor * op, bool elide) {
     const bool        scan    = op->op == GGML_OP_KDA_SCAN;
-    const bool        bounded = scan && ggml_kda_scan_get_params(op).lower_bound > -INFINITY;
+    const bool        bounded = is_bounded(op);
     const std::string kernel  = scan ? "kernel_kda_scan_f32_" : "kernel_kda_conv_f32_";
     const std::string base    = kernel + std::to_string(head_size_of(op));
     const std::string name    = base + "_elide=" + std::to_string(elide) + "_bounded=" + std::to_string(bounded);
@@ -36,6 +43,24 @@ static ggml_metal_pipeline_with_params get_pipeline(ggml_metal_library_t lib, co
         ggml_metal_cv_set_bool(cv, elide, FC_KDA + 0);
         ggml_metal_cv_set_bool(cv, bounded, FC_KDA + 1);
     });
+}
+
+// Whether both kernels compiled and their threadgroups can be large enough. It is found once: ggml-metal would compile a
+// kernel that failed again for each node.
+static bool kernels_fit(ggml_metal_library_t lib, const ggml_tensor * op) {
+    using Kernel = std::tuple<ggml_metal_library_t, ggml_op, int64_t, bool>;
+    static std::mutex             mutex;
+    static std::map<Kernel, bool> known;
+    std::lock_guard<std::mutex>   lock(mutex);
+
+    const Kernel key   = { lib, op->op, head_size_of(op), is_bounded(op) };
+    const auto   found = known.find(key);
+    if (found != known.end()) {
+        return found->second;
+    }
+    const int n_threads = 32 * n_simdgroups_of(op);
+    return known[key]   = ggml_metal_pipeline_allows(get_pipeline(lib, op, false), n_threads) &&
+                          ggml_metal_pipeline_allows(get_pipeline(lib, op, true), n_threads);
 }
 
 bool ggml_metal_kda_supported(ggml_metal_library_t lib, const ggml_tensor * op) {
@@ -56,9 +81,7 @@ bool ggml_metal_kda_supported(ggml_metal_library_t lib, const ggml_tensor * op) 
     if (!aligned || (head_size != 64 && head_size != 128)) {
         return false;
     }
-    const int n_threads = 32 * n_simdgroups_of(op);
-    return ggml_metal_pipeline_allows(get_pipeline(lib, op, false), n_threads) &&
-           ggml_metal_pipeline_allows(get_pipeline(lib, op, true), n_threads);
+    return kernels_fit(lib, op);
 }
 
 bool ggml_metal_kda_elides(const ggml_cgraph * gf, int node_n, const ggml_tensor * cpy) {
@@ -86,13 +109,12 @@ static ggml_metal_kargs_kda_states states_of(const ggml_tensor * op, const ggml_
 }
 
 // The arguments after the sources, which both kernels have.
-static void set_buffers(ggml_metal_encoder_t enc, const ggml_tensor * op, int n_src, const ggml_tensor * to) {
+static void set_buffers(ggml_metal_encoder_t enc, const ggml_tensor * op, int n_src) {
     int ida = 1;
     for (int i = 0; i < n_src; ++i) {
         ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(op->src[i]), ida++);
     }
-    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(op), ida++);            // dst
-    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(to ? to : op), ida++);  // dst_cache
+    ggml_metal_encoder_set_buffer(enc, ggml_metal_buffer_of(op), ida++);
 }
 
 static void
@@ -117,7 +139,7 @@ encode_conv(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tenso
 
     ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, op, to != nullptr));
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
-    set_buffers(enc, op, GGML_KDA_CONV_N_SRC, to);
+    set_buffers(enc, op, GGML_KDA_CONV_N_SRC);
 
     const int nsg = n_simdgroups_of(op);
     const int nt  = OP_KDA_CONV_NT;
@@ -154,7 +176,7 @@ encode_scan(ggml_metal_library_t lib, ggml_metal_encoder_t enc, const ggml_tenso
 
     ggml_metal_encoder_set_pipeline(enc, get_pipeline(lib, op, to != nullptr));
     ggml_metal_encoder_set_bytes(enc, &args, sizeof(args), 0);
-    set_buffers(enc, op, GGML_KDA_SCAN_N_SRC, to);
+    set_buffers(enc, op, GGML_KDA_SCAN_N_SRC);
 
     ggml_metal_encoder_dispatch_threadgroups(enc, args.n_heads, args.st.n_seqs, 1, 32, n_simdgroups_of(op), 1);
 }

@@ -5,10 +5,12 @@
 constant bool FC_kda_elide [[function_constant(FC_KDA + 0)]];    // write the new states to the cache
 constant bool FC_kda_bounded [[function_constant(FC_KDA + 1)]];  // the log-gate has a lower bound
 
-// The new state of sequence s in slot k: in the cache, or after the output in dst.
+// The new state of sequence s in slot k: in the cache, or after the output in dst. Old and new states of the cache are
+// reached through one kernel argument, because the compiler may assume that two of them do not overlap.
 static inline device float * kda_state(
-    constant ggml_metal_kargs_kda_states & st, device float * dst, device float * dst_cache, bool elide, int s, int k) {
-    return elide ? dst_cache + (k * st.slot_rows + s) * st.ns_row : dst + st.offs + (k * st.n_seqs + s) * st.size;
+    constant ggml_metal_kargs_kda_states & st, device float * dst, device float * cache, bool elide, int s, int k) {
+    return elide ? cache + (st.first_row + k * st.slot_rows + s) * st.ns_row
+                 : dst + st.offs + (k * st.n_seqs + s) * st.size;
 }
 
 // Whether a sequence continues a row of the cache that is written for another one. The same for all threads.
@@ -78,10 +80,9 @@ kernel void kernel_kda_conv_f32(constant ggml_metal_kargs_kda_conv & args,
                                 device const float *                 wq,
                                 device const float *                 wk,
                                 device const float *                 wv,
-                                device const float *                 cache,
+                                device float *                       cache,
                                 device const int32_t *               rows,
                                 device float *                       dst,
-                                device float *                       dst_cache,
                                 uint3                                tgpig [[threadgroup_position_in_grid]],
                                 ushort                               tiisg [[thread_index_in_simdgroup]],
                                 ushort                               sgitg [[simdgroup_index_in_threadgroup]]) {
@@ -142,7 +143,7 @@ kernel void kernel_kda_conv_f32(constant ggml_metal_kargs_kda_conv & args,
                 for (int t = MAX(0, args.n_tokens - slot - 3); t < args.n_tokens - slot; ++t) {
                     h1.push(*(device const floatc *) (xs + t * nb_t));
                 }
-                h1.store(kda_state(args.st, dst, dst_cache, FC_kda_elide && !cross, s, slot) + is);
+                h1.store(kda_state(args.st, dst, cache, FC_kda_elide && !cross, s, slot) + is);
             }
         } else {
             for (int t = t0 - 3; t < t0; ++t) {
@@ -161,7 +162,7 @@ kernel void kernel_kda_conv_f32(constant ggml_metal_kargs_kda_conv & args,
             h.push(in);
 
             if (whole && args.n_tokens - 1 - t < args.st.n_slots) {
-                h.store(kda_state(args.st, dst, dst_cache, FC_kda_elide && !cross, s, args.n_tokens - 1 - t) + is);
+                h.store(kda_state(args.st, dst, cache, FC_kda_elide && !cross, s, args.n_tokens - 1 - t) + is);
             }
 
             if (ip < 2) {
@@ -175,8 +176,8 @@ kernel void kernel_kda_conv_f32(constant ggml_metal_kargs_kda_conv & args,
         for (int s = s0; s < s1; ++s) {
             for (int slot = 0; slot < args.st.n_slots; ++slot) {
                 kda_history<NC> h;
-                h.load(kda_state(args.st, dst, dst_cache, false, s, slot) + is);
-                h.store(kda_state(args.st, dst, dst_cache, true, s, slot) + is);
+                h.load(kda_state(args.st, dst, cache, false, s, slot) + is);
+                h.store(kda_state(args.st, dst, cache, true, s, slot) + is);
             }
         }
     }
@@ -242,10 +243,9 @@ kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
                                 device const char *                  beta,
                                 device const char *                  gate,
                                 device const float *                 norm,
-                                device const float *                 cache,
+                                device float *                       cache,
                                 device const int32_t *               rows,
                                 device float *                       dst,
-                                device float *                       dst_cache,
                                 uint3                                tgpig [[threadgroup_position_in_grid]],
                                 ushort                               tiitg [[thread_index_in_threadgroup]],
                                 ushort                               tiisg [[thread_index_in_simdgroup]],
@@ -345,7 +345,7 @@ kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
 
             for (short i = 0; i < nt; ++i, --slot) {
                 if (slot < args.st.n_slots) {
-                    device float * to = kda_state(args.st, dst, dst_cache, FC_kda_elide && !cross, s, slot);
+                    device float * to = kda_state(args.st, dst, cache, FC_kda_elide && !cross, s, slot);
                     FOR_UNROLL(short n = 0; n < NV; ++n) {
                         ((device float4 *) to)[i0 + n * NL] = m[n];
                     }
@@ -388,7 +388,7 @@ kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
             }
         }
 
-        device float * to = kda_state(args.st, dst, dst_cache, FC_kda_elide && !cross, s, 0);
+        device float * to = kda_state(args.st, dst, cache, FC_kda_elide && !cross, s, 0);
         FOR_UNROLL(short n = 0; n < NV; ++n) {
             ((device float4 *) to)[i0 + n * NL] = m[n];
         }
@@ -397,8 +397,8 @@ kernel void kernel_kda_scan_f32(constant ggml_metal_kargs_kda_scan & args,
     if (cross) {
         for (int s = s0; s < s1; ++s) {
             for (int slot = 0; slot < args.st.n_slots; ++slot) {
-                device const float4 * from = (device const float4 *) kda_state(args.st, dst, dst_cache, false, s, slot);
-                device float4 *       to   = (device float4 *) kda_state(args.st, dst, dst_cache, true, s, slot);
+                device const float4 * from = (device const float4 *) kda_state(args.st, dst, cache, false, s, slot);
+                device float4 *       to   = (device float4 *) kda_state(args.st, dst, cache, true, s, slot);
                 FOR_UNROLL(short n = 0; n < NV; ++n) {
                     to[i0 + n * NL] = from[i0 + n * NL];
                 }

@@ -160,6 +160,13 @@ static bool has_kernels(ggml_verify_part part, ggml_backend_t backend) {
     return !has || !library_of(part) || has(dev, library_of(part));
 }
 
+// The threads that a kernel which was just refused allows on a Metal device; 0 if none was refused.
+static int threads_of_refused_kernel(ggml_backend_t backend) {
+    const auto take = (int (*)()) ggml_backend_reg_get_proc_address(
+        ggml_backend_dev_backend_reg(ggml_backend_get_device(backend)), "ggml_backend_metal_take_small_kernel");
+    return take ? take() : 0;
+}
+
 static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, ggml_backend_t cpu) {
     if (!has_kernels(part, device)) {
         return { GGML_VERIFY_NOT_CHECKED, 0, 0, "the device's compiler refused its kernels" };
@@ -194,6 +201,11 @@ static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, gg
     if (!used && worst.state == GGML_VERIFY_PASSED) {
         worst       = {};
         worst.state = GGML_VERIFY_ABSENT;
+    }
+    const int n_threads = threads_of_refused_kernel(device);
+    if (worst.state == GGML_VERIFY_ABSENT && n_threads > 0) {
+        return { GGML_VERIFY_NOT_CHECKED, 0, 0,
+                 "its kernel allows only " + std::to_string(n_threads) + " threads on this device" };
     }
     return worst;
 }
