@@ -494,6 +494,29 @@ def test_the_pipe_is_not_inherited(world: World, tmp_path: Path) -> None:
     assert all(line.endswith(" closed") for line in pipes)
 
 
+def test_a_static_program_does_not_run_what_is_in_the_current_folder(tmp_path: Path) -> None:
+    """It is found by PATH, so that its own name for itself is not a path."""
+    sources = Path(__file__).parents[2] / "ggml_ops" / "verify"
+    main = tmp_path / "main.cpp"
+    main.write_text(
+        '#include "ggml-verify-process.h"\n#include <cstdio>\nint main() { puts(ggml_verify_program().c_str()); }\n'
+    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "here").mkdir()
+    for folder in ("here", "bin"):
+        for name in ("program", "kimi-verify"):
+            (tmp_path / folder / name).write_text("#!/bin/sh\n")
+            (tmp_path / folder / name).chmod(0o755)
+    (tmp_path / "bin" / "program").unlink()
+    compile_it = ["c++", "-std=c++17", f"-I{sources}", main, sources / "ggml-verify-process.cpp", "-ldl"]
+    subprocess.run([*compile_it, "-o", tmp_path / "bin" / "program"], check=True)
+    ended = subprocess.run(
+        ["program"], cwd=tmp_path / "here", env=os.environ | {"PATH": str(tmp_path / "bin")},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ended.stdout == f"{tmp_path / 'bin' / 'kimi-verify'}\n"
+
+
 def test_a_cache_that_cannot_be_written(world: World, tmp_path: Path) -> None:
     (tmp_path / "devices").write_text("a file")
     played = world.play(tmp_path)
