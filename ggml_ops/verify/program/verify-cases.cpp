@@ -104,8 +104,8 @@ static ggml_tensor * make_cache(Inputs & in, const KdaShape & n, int64_t state, 
 }
 
 // The nodes that llama.cpp adds after a KDA operator (llama-kda.cpp). Each token has n_kinds times n.channels() results,
-// and each row of the cache has n_kinds parts. The kinds are compared separately, because they differ in size: q is 1/200
-// of v.
+// and each row of the cache has n_kinds parts. The kinds are compared separately, because they differ in size: q is about
+// 1/170 of v.
 static Built with_states(Inputs & in, const KdaShape & n, ggml_tensor * op, ggml_tensor * cache, int64_t n_kinds) {
     const int64_t state = cache->ne[0];
     const size_t  row   = cache->nb[1];
