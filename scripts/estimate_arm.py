@@ -1,10 +1,10 @@
-"""Estimate the speed of the matmul's tiles on ARM cores with dot products, without having one.
+"""Estimate the speed of matmuls on ARM cores, without having one, next to upstream's kernels.
 
     python -m kimi_gguf.scripts.estimate_arm
 
-Input: ggml_ops/matmul/cpu/quant-gemm-tile.cpp, compiled for ARM. Output: docs/arm-estimates.md: for the innermost loop
-of each tile, llvm-mca's cycles per dot product and its share of the core's peak, which is that of independent dot
-products. Needs aarch64-linux-gnu-g++ and llvm-mca (Debian: g++-aarch64-linux-gnu, llvm).
+Input: the matmul's kernels and those of upstream, compiled for ARM. Output: docs/arm-estimates.md: cycles for 16
+products of int8 in the loops in which a kernel spends its time, by llvm-mca or by counting. Needs
+aarch64-linux-gnu-g++, its objdump and llvm-mca 16 (Debian: g++-aarch64-linux-gnu, llvm-16).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,89 +24,306 @@ from kimi_gguf.engine.builds import upstream_source
 from kimi_gguf.engine.errors import EngineError
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "ggml_ops" / "matmul" / "cpu"
-COMPILER = "aarch64-linux-gnu-g++"
-FLAGS = ("-O3", "-std=c++17", "-march=armv8.2-a+dotprod+fp16", "-S", "-o-")
-CORES = {"neoverse-n1": "Neoverse N1", "cortex-a55": "Cortex-A55", "apple-a13": "Apple A13"}
-DOT = "sdot"
-ITERATIONS = 100
-# Schemes of quant-gemm-panel.h by number, and the types that use them on ARM.
-TYPES = {
-    0: "Q4_0, Q5_0, Q8_0, IQ4_NL, MXFP4", 1: "IQ4_XS", 2: "Q3_K, Q6_K", 3: "Q4_K, Q5_K", 4: "Q2_K",
-}  # fmt: skip
+PREFIX = "aarch64-linux-gnu"
+MCA = "llvm-mca-16"
+FLAGS = ("-O3", "-w", "-c")
+ITERATIONS = 60
+WIDTHS = {"sdot": 1, "smmla": 2}  # units of 16 products of int8 in an instruction
+INNERMOST = -1  # products of a kernel that has no loop around the innermost one
+
+
+@dataclass(frozen=True)
+class Core:
+    """A core, as llvm-mca and the compiler name it."""
+
+    name: str
+    mca: str
+    march: str
+    dot: str  # the widest
+
+
+I8MM = "armv8.6-a+dotprod+fp16+i8mm"
+DOTPROD = "armv8.2-a+dotprod+fp16"
+APPLE = "apple"
+APPLE_SOURCE = "https://dougallj.github.io/applecpu/firestorm.html"
+CORES = (
+    Core("Neoverse V2, i8mm", "neoverse-v2", I8MM, "smmla"),
+    Core("Neoverse V2, dot products only", "neoverse-v2", DOTPROD, "sdot"),
+    Core("Apple M1, counted", APPLE, DOTPROD, "sdot"),
+    Core("Cortex-A510, i8mm", "cortex-a510", I8MM, "smmla"),
+    Core("Cortex-A55", "cortex-a55", DOTPROD, "sdot"),
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A function, and the units of 16 products that one turn of its outermost loop computes."""
+
+    source: str
+    name: str  # a regular expression
+    units: int = INNERMOST
+
+
+@dataclass(frozen=True)
+class Row:
+    """Kernels of some types: ours, upstream's of rows, and of interleaved rows with and without i8mm."""
+
+    types: str
+    ours: Kernel
+    rows: Kernel | None = None
+    interleaved: Kernel | None = None
+    interleaved_i8mm: Kernel | None = None
+
+    def on(self, core: Core) -> Kernel | None:
+        """Upstream's kernel of interleaved rows on a core."""
+        return self.interleaved_i8mm if core.march == I8MM else self.interleaved
+
+
+TILE = "quant-gemm-tile.cpp"
+DOT = "quant-gemm-dot.cpp"
+ROWS = "quants.c"
+INTERLEAVED = "repack.cpp"
+
+
+def tile(scheme: str) -> Kernel:
+    """The tile of four columns."""
+    return Kernel(TILE, rf"tile_q8_{scheme}, 4>")
+
+
+def dot(block: str, units: int = INNERMOST) -> Kernel:
+    """The dot products of one column."""
+    return Kernel(DOT, rf"dot_lanes<.*block_{block}, 1>", units)
+
+
+def row(name: str) -> Kernel:
+    return Kernel(ROWS, f"^ggml_vec_dot_{name}_q8_[0K]$")
+
+
+def interleaved(name: str, units: int = INNERMOST) -> Kernel:
+    return Kernel(INTERLEAVED, f"^ggml_{name}_q8_[0K]$", units)
+
+
+# Units: 4 columns of activations by 8 rows (K types), 256 values of K.
+PROMPTS = (
+    Row("Q4_0", tile("0<.*"), None, interleaved("gemm_q4_0_4x4"), interleaved("gemm_q4_0_4x8")),
+    Row("Q8_0", tile("0<.*"), None, interleaved("gemm_q8_0_4x4"), interleaved("gemm_q8_0_4x8")),
+    Row("Q4_K", tile(r"K<.*Scheme\)3.*"), None, interleaved("gemm_q4_K_8x4", 512), interleaved("gemm_q4_K_8x8", 512)),
+    Row("Q5_K", tile(r"K<.*Scheme\)3.*"), None, interleaved("gemm_q5_K_8x4", 512), interleaved("gemm_q5_K_8x8", 512)),
+    Row("Q6_K", tile(r"K<.*Scheme\)2.*"), None, interleaved("gemm_q6_K_8x4", 512), interleaved("gemm_q6_K_8x8", 512)),
+    Row("Q3_K", tile(r"K<.*Scheme\)2.*")),
+    Row("Q2_K", tile(r"K<.*Scheme\)4.*")),
+    Row("IQ4_XS", tile(r"K<.*Scheme\)1.*")),
+)  # fmt: skip
+DECODING = (
+    Row("Q4_0", dot("q4_0"), row("q4_0"), interleaved("gemv_q4_0_4x4"), interleaved("gemv_q4_0_4x8")),
+    Row("Q8_0", dot("q8_0"), row("q8_0"), interleaved("gemv_q8_0_4x4"), interleaved("gemv_q8_0_4x8")),
+    Row("Q5_0", dot("q5_0"), row("q5_0")),
+    Row("IQ4_NL", dot("iq4_nl"), row("iq4_nl"), interleaved("gemv_iq4_nl_4x4"), interleaved("gemv_iq4_nl_4x4")),
+    Row("Q4_K", dot("q4_K", 64), row("q4_K"), interleaved("gemv_q4_K_8x4", 128), interleaved("gemv_q4_K_8x8", 128)),
+    Row("Q5_K", dot("q5_K", 64), row("q5_K"), interleaved("gemv_q5_K_8x4", 128), interleaved("gemv_q5_K_8x8", 128)),
+    Row("Q6_K", dot("q6_K", 64), row("q6_K"), interleaved("gemv_q6_K_8x4", 128), interleaved("gemv_q6_K_8x8", 128)),
+    Row("Q3_K", dot("q3_K", 64), row("q3_K")),
+    Row("Q2_K", dot("q2_K", 64), row("q2_K")),
+    Row("IQ4_XS", dot("iq4_xs", 64), row("iq4_xs")),
+)  # fmt: skip
 PAGE = """\
 # Estimated speed of matmuls on ARM
 
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
-llvm-mca ({version}) for the innermost loop of each tile, with all data in L1, compiled by {compiler}.
-Cycles are per `sdot` instruction (16 products of int8). Peak: the rate of independent `sdot` instructions on the same
-core. LLVM 14 has no model of two of these cores: for the Neoverse N1 it uses that of the Cortex-A57, which has one load
-per cycle (N1: two), for the Apple A13 that of the Apple A7. All tiles have {columns} columns.
+llvm-mca (LLVM 16) for the loops in which a kernel spends its time, with all data in L1, compiled by {compiler}.
+LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four), and the Cortex-A510 that of
+the Cortex-A55. It has no model of Apple's cores since 2013: the figures of the Apple M1 are counted by hand from
+[published throughputs]({apple}), four vector instructions, three loads and eight instructions of any kind per cycle, as
+if nothing ever waited. Read them as limits.
 
-{table}"""
+All figures are cycles for 16 products of int8; less is better. `sdot` computes 16 and `smmla` (i8mm) 32.
+
+## Prompts
+
+In parentheses: the share of the peak, which is the rate of independent `sdot` or `smmla` instructions. *Interleaved*:
+upstream's kernel for the weights that it interleaves at load. Ours reads panels, four columns at a time; unpacking a
+panel is not included, because it serves all columns of a task (up to 128). Upstream's kernels unpack for each four
+columns.
+
+{prompts}
+With i8mm, 16 values of two columns take two instructions to pair, and types with a scale per 32 weights take 5 vector
+instructions to scale what 4 `smmla` compute, so these cannot reach 60 % of the peak: the sums of a block are exact
+integers, and each is converted, multiplied and added as upstream does.
+
+## Decoding
+
+One column. *Rows*: upstream's kernel for weights as they are in the file.
+
+{decoding}"""
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The innermost loop of a tile."""
+    """The instructions of a loop, without its branches."""
 
-    scheme: int
-    columns: int
     instructions: tuple[str, ...]
 
-    @property
-    def dots(self) -> int:
-        """Its dot products."""
-        return sum(line.split()[0] == DOT for line in self.instructions)
+    def dots(self, name: str) -> int:
+        """How many of them are dot products."""
+        return sum(line.split()[0] == name for line in self.instructions)
 
 
-def innermost_loops(assembly: str) -> Iterator[Loop]:
-    """For each scheme the loop with the most dot products, of the tile with the most columns."""
-    best: dict[int, Loop] = {}
-    functions = re.finditer(
-        r"^(_ZN10quant_gemmL\d+tile_q8_(?:0|K)I\S+):\n(.*?)\n\t\.size\t\1", assembly, re.M | re.S
-    )
-    for name, body in (found.groups() for found in functions):
-        scheme = re.search(r"SchemeE(\d+)", name)
-        columns = re.search(r"Li(\d+)EEE", name)
-        assert columns is not None
-        loop = Loop(int(scheme[1]) if scheme else 0, int(columns[1]), largest_loop(body))
-        if loop.dots and (loop.scheme not in best or best[loop.scheme].columns < loop.columns):
-            best[loop.scheme] = loop
-    return iter(best[scheme] for scheme in sorted(best))
+def functions(disassembly: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """The name of each function, and its instructions by address."""
+    for found in re.finditer(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n?)+)", disassembly, re.M):
+        lines = re.findall(r"^\s*([0-9a-f]+):\s+(\S.*)$", found[2], re.M)
+        yield found[1], [(int(address, 16), line.strip()) for address, line in lines]
 
 
-def largest_loop(body: str) -> tuple[str, ...]:
-    """The instructions between a label and a branch back to it, with the most dot products, then the fewest others."""
-    labels = {found[1]: found.start() for found in re.finditer(r"^(\.L\d+):", body, re.M)}
-    loops: list[tuple[str, ...]] = [()]
-    for branch in re.finditer(r"^\tb\.?\w*\t(\.L\d+)$", body, re.M):
-        start = labels.get(branch[1], len(body))
-        lines = (line.strip() for line in body[start : branch.start()].splitlines()[1:])
-        loops.append(tuple(line for line in lines if line and line[0] not in "./"))
-    return max(loops, key=lambda loop: (sum(line.split()[0] == DOT for line in loop), -len(loop)))
+def loops(instructions: list[tuple[int, str]]) -> Iterator[Loop]:
+    """From the target of each branch backwards to the branch."""
+    index = {address: i for i, (address, _) in enumerate(instructions)}
+    for i, (_, line) in enumerate(instructions):
+        target = re.match(r"(?:b\.\w+|b|cbn?z|tbn?z)\s.*?\b([0-9a-f]+) <", line)
+        first = index.get(int(target[1], 16), i) if target else i
+        if first < i:
+            body = (re.sub(r"\s*(//|<).*", "", each) for _, each in instructions[first:i])
+            yield Loop(tuple(each for each in body if not re.match(r"(b|bl|b\.\w+|cbn?z|tbn?z|ret)\b", each)))
 
 
-def cycles(instructions: tuple[str, ...], core: str) -> float:
-    """llvm-mca's cycles for one iteration."""
+def counted(instructions: Sequence[str]) -> float:
+    """
+    The cycles that the Apple M1 needs at least for one turn of a loop: its busiest units.
+
+    Moves between registers and zeroing take no unit.
+    """
+    loads = [line for line in instructions if line.startswith("ld")]
+    free = [
+        line for line in instructions if re.match(r"(mov|movi)\s+v\d+\.(16b, v\d+\.16b|\w+, #0x0)$", line)
+    ]
+    vector = [line for line in instructions if re.search(r"\b[vsdhq]\d+\b", line)]
+    return max(len(instructions) / 8, len(loads) / 3, (len(vector) - len(loads) - len(free)) / 4)
+
+
+def cycles(instructions: Sequence[str], core: Core) -> float:
+    """llvm-mca's cycles for one turn of a loop."""
+    if core.mca == APPLE:
+        return counted(instructions)
     with tempfile.NamedTemporaryFile("w", suffix=".s") as file:
         file.write("\n".join(instructions) + "\n")
         file.flush()
-        command = ["llvm-mca", "-mtriple=aarch64-linux-gnu", f"-mcpu={core}", "-mattr=+dotprod"]
+        command = [MCA, "-mtriple=aarch64-linux-gnu", f"-mcpu={core.mca}", "-mattr=+dotprod,+i8mm,+fullfp16"]
         said = run([*command, f"-iterations={ITERATIONS}", file.name])
     found = re.search(r"Total Cycles:\s+(\d+)", said)
     assert found is not None
     return int(found[1]) / ITERATIONS
 
 
+def estimate(instructions: list[tuple[int, str]], units: int, core: Core, name: str) -> float | None:
+    """
+    The cycles of 16 products, or None if no loop has the dot product `name`.
+
+    With `units` the innermost loop takes its rounds, and the loop around it adds what it has more; else the best loop
+    counts.
+    """
+    width = WIDTHS[name]
+    found = [loop for loop in loops(instructions) if loop.dots(name) >= 2]
+    if units == INNERMOST:
+        return min(
+            (cycles(loop.instructions, core) / loop.dots(name) / width for loop in found), default=None
+        )
+    if not found:
+        return None
+    found.sort(key=lambda loop: (loop.dots(name), len(loop.instructions)))
+    inner = cycles(found[0].instructions, core)
+    rounds = units / (found[0].dots(name) * width)
+    around = [loop for loop in found[1:] if loop.dots(name) == found[0].dots(name)]
+    more = cycles(around[0].instructions, core) - inner if around and rounds > 1 else 0.0
+    return (rounds * inner + more) / units
+
+
 def run(command: list[str]) -> str:
     """The program's output. Raises `EngineError`."""
     if shutil.which(command[0]) is None:
-        raise EngineError(f"{command[0]} is not installed", todo="apt-get install g++-aarch64-linux-gnu llvm")
+        raise EngineError(
+            f"{command[0]} is not installed", todo="apt-get install g++-aarch64-linux-gnu llvm-16"
+        )
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise EngineError(f"{command[0]} failed", found=done.stderr.strip()[-500:])
     return done.stdout
+
+
+class Compiled:
+    """The functions of the kernels' sources, compiled once for each architecture."""
+
+    def __init__(self) -> None:
+        self._of: dict[tuple[str, str], list[tuple[str, list[tuple[int, str]]]]] = {}
+
+    def _functions(self, source: str, march: str) -> list[tuple[str, list[tuple[int, str]]]]:
+        if (source, march) not in self._of:
+            ggml = upstream_source() / "llama.cpp" / "ggml"
+            ours = ROOT / "ggml_ops" / "matmul" / "cpu"
+            path = ours / source if (ours / source).exists() else ggml / "src/ggml-cpu/arch/arm" / source
+            include = (ours, ROOT / "ggml_ops/common", ggml / "include", ggml / "src", ggml / "src/ggml-cpu")
+            compiler = f"{PREFIX}-gcc" if path.suffix == ".c" else f"{PREFIX}-g++"
+            with tempfile.TemporaryDirectory() as folder:
+                made = f"{folder}/kernels.o"
+                run(
+                    [
+                        compiler,
+                        *FLAGS,
+                        f"-march={march}",
+                        *(f"-I{each}" for each in include),
+                        str(path),
+                        "-o",
+                        made,
+                    ]
+                )
+                said = run([f"{PREFIX}-objdump", "-d", "--no-show-raw-insn", "-C", made])
+            self._of[source, march] = list(functions(said))
+        return self._of[source, march]
+
+    def estimate(self, kernel: Kernel | None, core: Core, *dots: str) -> float | None:
+        """The cycles of 16 products, with the first of these instructions that the kernel uses."""
+        if kernel is None:
+            return None
+        for name, instructions in self._functions(kernel.source, core.march):
+            if re.search(kernel.name, name):
+                found = (estimate(instructions, kernel.units, core, each) for each in dots)
+                return next((each for each in found if each), None)
+        raise EngineError(f"{kernel.source} has no function {kernel.name}")
+
+
+def table_of_prompts(compiled: Compiled) -> str:
+    """For each type and core: ours, its share of the peak, and upstream's of interleaved rows."""
+    lines = [("type", *(f"{core.name}: ours, interleaved" for core in CORES))]
+    for each in PROMPTS:
+        cells = []
+        for core in CORES:
+            ours = compiled.estimate(each.ours, core, core.dot)
+            independent = [f"{core.dot}\tv{i}.4s, v30.16b, v31.16b" for i in range(24)]
+            peak = cycles(independent, core) / len(independent) / WIDTHS[core.dot]
+            theirs = compiled.estimate(each.on(core), core, core.dot, "sdot")
+            assert ours is not None
+            cells.append(f"**{ours:.2f}** ({100 * peak / ours:.0f} %), {said(theirs)}")
+        lines.append((each.types, *cells))
+    return markdown(lines)
+
+
+def table_of_decoding(compiled: Compiled) -> str:
+    """For each type and core: ours, upstream's of rows and of interleaved rows; a vector has one column."""
+    lines = [("type", *(f"{core.name}: ours, rows, interleaved" for core in CORES))]
+    for each in DECODING:
+        cells = []
+        for core in CORES:
+            ours, *theirs = (
+                said(compiled.estimate(kernel, core, "sdot"))
+                for kernel in (each.ours, each.rows, each.on(core))
+            )
+            cells.append(", ".join((f"**{ours}**", *theirs)))
+        lines.append((each.types, *cells))
+    return markdown(lines)
+
+
+def said(figure: float | None) -> str:
+    """A cell."""
+    return "–" if figure is None else f"{figure:.2f}"
 
 
 def main() -> None:
@@ -117,25 +334,12 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "arm-estimates.md")
     page = parser.parse_args().page
     try:
-        ggml = upstream_source() / "llama.cpp" / "ggml"
-        headers = [f"-I{ggml / each}" for each in ("include", "src", "src/ggml-cpu")]
-        assembly = run([COMPILER, *FLAGS, f"-I{FOLDER}", *headers, str(FOLDER / "quant-gemm-tile.cpp")])
-        independent = tuple(f"{DOT}\tv{i}.4s, v30.16b, v31.16b" for i in range(24))
-        peaks = {core: cycles(independent, core) / len(independent) for core in CORES}
-        loops = list(innermost_loops(assembly))
-        rows = [("types", *CORES.values())]
-        for loop in loops:
-            shares = []
-            for core, peak in peaks.items():
-                each = cycles(loop.instructions, core) / loop.dots
-                shares.append(f"{each:.2f} cycles, {100 * peak / each:.0f} % of peak")
-            rows.append((TYPES[loop.scheme], *shares))
-        version = re.search(r"LLVM version (\d+)", run(["llvm-mca", "--version"]))
+        compiled = Compiled()
         text = PAGE.format(
-            compiler=run([COMPILER, "--version"]).splitlines()[0].replace(COMPILER, "g++"),
-            version=f"LLVM {version[1]}" if version else "LLVM",
-            columns=" or ".join(sorted({str(loop.columns) for loop in loops})),
-            table=markdown(rows),
+            apple=APPLE_SOURCE,
+            compiler=run([f"{PREFIX}-g++", "--version"]).splitlines()[0].replace(f"{PREFIX}-g++", "g++"),
+            prompts=table_of_prompts(compiled),
+            decoding=table_of_decoding(compiled),
         )
     except EngineError as error:
         sys.exit(f"estimate_arm: error: {error}")

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstring>
 #include <random>
+#include <set>
 
 // Against float64 on the dequantized weights and on the activations as ggml quantizes them for the type.
 static const double EXACT_LIMIT = 1e-10;
@@ -360,13 +361,15 @@ static bool is_copied(ggml_type type) {
     return copied;
 }
 
-// Weights are copied only if they are faster interleaved.
+// Weights are copied only if they are faster interleaved: with AVX-512 those that our kernels multiply interleaved, with
+// NEON types of 32 values that upstream does, else none.
 static void check_copies() {
+    const std::set<ggml_type> with_neon = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_MXFP4 };
     for (const Kind & kind : kinds) {
         if (!kind.repack) {
-            const bool faster = cpu_has("AVX512_VNNI") && std::any_of(std::begin(kinds), std::end(kinds), [&](auto k) {
-                                    return k.type == kind.type && k.repack;
-                                });
+            const bool ours   = std::any_of(std::begin(kinds), std::end(kinds),
+                                            [&](auto k) { return k.type == kind.type && k.repack; });
+            const bool faster = cpu_has("DOTPROD") ? with_neon.count(kind.type) > 0 : cpu_has("AVX512_VNNI") && ours;
             expect(is_copied(kind.type) == faster, std::string(ggml_type_name(kind.type)) + ": copied or not");
         }
     }
@@ -390,7 +393,7 @@ int main() {
     if (chosen()) {
         check_columns_of({ GGML_TYPE_F32, false, 32 });
     }
-    if (cpu_has("AVX2") && repack_buffer_type() != nullptr) {
+    if ((cpu_has("AVX2") || cpu_has("DOTPROD")) && repack_buffer_type() != nullptr) {
         check_copies();
     }
     Shape large;

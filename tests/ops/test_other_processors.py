@@ -40,8 +40,8 @@ ALL_VARIANTS = Variant(
 EMULATED = {"test-kda": 83, "latent-attn-test": 97, MATMUL: 131}
 NATIVE = {"test-kda": 47, "latent-attn-test": 29, MATMUL: 17}
 
-# ggml's variant for ARM -> a processor that qemu emulates, which terminates a program at any newer instruction. Our
-# matmul leaves CPUs with i8mm to upstream.
+# ggml's variant for ARM -> a processor that qemu emulates, which terminates a program at any newer instruction. The
+# last one has i8mm.
 ARM = {"armv8.0_1": "cortex-a53", "armv8.2_1": "neoverse-n1", "armv8.6_1": "max"}
 PREFIX = "aarch64-linux-gnu"
 ARM_VARIANTS = Variant(
@@ -76,7 +76,11 @@ def passes(made: Build, program: str, cases: int, **environment: str) -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "program"),
-    [*((each, program) for each in ARM for program in PROGRAMS), ("armv8.2_1", MATMUL)],
+    [
+        *((each, program) for each in ARM for program in PROGRAMS),
+        ("armv8.2_1", MATMUL),
+        ("armv8.6_1", MATMUL),
+    ],
 )
 def test_on_arm(architecture: str, program: str) -> None:
     made = build(ARM_VARIANTS)

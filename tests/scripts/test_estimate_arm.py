@@ -1,46 +1,51 @@
-"""The loops that estimate_arm takes from a compiler's assembly."""
+"""The loops that estimate_arm takes from a disassembly, and what it makes of them."""
 
 from __future__ import annotations
 
-from kimi_gguf.scripts.estimate_arm import innermost_loops
+from collections.abc import Sequence
+
+import pytest
+
+from kimi_gguf.scripts import estimate_arm
+from kimi_gguf.scripts.estimate_arm import CORES, INNERMOST, estimate, functions, loops
+
+# Two loops around each other with two dot products; a branch forwards, and one to another function.
+NESTED = """\
+
+made.o:     file format elf64-littleaarch64
+
+0000000000000000 <quant_gemm::tile<4>(int)>:
+   0:	mov	x1, #0x0                   	// #0
+   4:	ldr	q0, [x0]
+   8:	sdot	v1.4s, v0.16b, v2.16b
+   c:	sdot	v3.4s, v0.16b, v2.16b
+  10:	b.ne	8 <quant_gemm::tile<4>(int)+0x8>  // b.any
+  14:	add	x0, x0, #0x1
+  18:	cbnz	x1, 4 <quant_gemm::tile<4>(int)+0x4>
+  1c:	b	20 <quant_gemm::tile<4>(int)+0x20>
+  20:	ret
+
+0000000000000024 <other>:
+  24:	b	8 <quant_gemm::tile<4>(int)+0x8>
+"""
+INNER = ("sdot\tv1.4s, v0.16b, v2.16b", "sdot\tv3.4s, v0.16b, v2.16b")
+OUTER = ("ldr\tq0, [x0]", *INNER, "add\tx0, x0, #0x1")
 
 
-def function(scheme: str, columns: int, body: str) -> str:
-    name = f"_ZN10quant_gemmL9tile_q8_{scheme}LNS_5CodesE4ELi{columns}EEEvRKNS_5PanelE"
-    return f"{name}:\n{body}\n\t.size\t{name}, .-{name}\n"
+def test_loops_are_found_by_their_branches_backwards() -> None:
+    named = dict(functions(NESTED))
+    assert list(named) == ["quant_gemm::tile<4>(int)", "other"]
+    assert [loop.instructions for loop in loops(named["quant_gemm::tile<4>(int)"])] == [INNER, OUTER]
+    assert list(loops(named["other"])) == []
 
 
-OUTER = """\
-.L1:
-	mov	x1, 0
-.L2:
-	.loc 1 2
-	ldr	q0, [x0]
-	sdot	v1.4s, v0.16b, v2.16b
-	sdot	v3.4s, v0.16b, v2.16b
-	b.ne	.L2
-	add	x0, x0, 1
-	cbnz	x1, .L9
-	b	.L1
-	b	.L3
-.L3:
-	ret"""
+def test_the_loop_around_adds_what_it_has_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ten_each(instructions: Sequence[str], _core: object) -> float:
+        return 10.0 * len(instructions)
 
-
-def test_the_innermost_loop_of_the_widest_tile_of_each_scheme() -> None:
-    assembly = (
-        function("KINS_6SchemeE3E", 4, OUTER)
-        + function("KINS_6SchemeE3E", 2, OUTER.replace("sdot\tv3", "add\tv3"))
-        + function("0I", 3, OUTER.replace("q0", "q7"))
-        + function("KINS_6SchemeE1E", 4, "\tret")  # no loop
-        + "_ZN10quant_gemmL5otherEv:\n"
-        + OUTER
-        + "\n\t.size\t_ZN10quant_gemmL5otherEv, 1\n"
-    )
-    first, second = innermost_loops(assembly)
-    assert (first.scheme, first.columns, second.scheme, second.columns) == (0, 3, 3, 4)
-    assert second.instructions == (
-        "ldr\tq0, [x0]", "sdot\tv1.4s, v0.16b, v2.16b", "sdot\tv3.4s, v0.16b, v2.16b",
-    )  # fmt: skip
-    assert first.instructions[0] == "ldr\tq7, [x0]"
-    assert first.dots == second.dots == 2
+    monkeypatch.setattr(estimate_arm, "cycles", ten_each)
+    tile = dict(functions(NESTED))["quant_gemm::tile<4>(int)"]
+    # 8 units: four rounds of two dot products, 20 cycles each, and once 20 more
+    assert estimate(tile, 8, CORES[-1], "sdot") == (4 * 20 + 20) / 8
+    assert estimate(tile, INNERMOST, CORES[-1], "sdot") == 20 / 2
+    assert estimate(tile, 8, CORES[-1], "smmla") is None

@@ -1,6 +1,7 @@
 // Few columns: LANES rows of a matrix are multiplied at once, in the layout of the file, so that they stream from
 // memory. What a panel would store (quant-gemm-unpack.cpp) is multiplied at once with all columns instead. The float
-// operations are those of a tile, with a row in each lane.
+// operations are those of a tile, with a row in each lane. With NEON, whose vectors have as many lanes as it takes rows,
+// quants are not transposed: the integer sums of each row are in a vector, and its lanes are added at the end.
 
 #include "quant-gemm-dot.h"
 
@@ -12,6 +13,48 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_KERNELS
 
+// Integer sums of LANES rows with one column:
+//   start_at        what they begin with, to be more by the number at p
+//   add_codes       adds the products of quants j of a block (codes of Type::unpack) with the column's quants of the block
+//   sums_of_rows    the sums, a row in each lane
+#if QUANT_GEMM_NEON
+
+using DotRows = RowsApart;
+using RowSums = Ints[LANES];  // of a row, in the lanes of a vector
+
+static inline Ints start_at(const int32_t * p) {
+    return first_lane(*p);
+}
+
+template <Codes CODES> static inline void add_codes(RowSums & sums, int j, Ints x, const int8_t * column) {
+    sums[j % LANES] = add_products<CODES>(sums[j % LANES], x, load_ints(column + j / LANES * 16));
+}
+
+static inline Ints sums_of_rows(const RowSums & sums) {
+    return sums_of_lanes(sums);
+}
+
+#else
+
+using DotRows = Rows;
+using RowSums = Ints[1];
+
+static inline Ints start_at(const int32_t * p) {
+    return broadcast_ints(p);
+}
+
+template <Codes CODES> static inline void add_codes(RowSums & sums, int j, Ints x, const int8_t * column) {
+    sums[0] = add_products<CODES>(sums[0], x, broadcast_ints(column + 4 * j));
+}
+
+static inline Ints sums_of_rows(const RowSums & sums) {
+    return sums[0];
+}
+
+#endif
+
+constexpr int SUM_VECTORS = sizeof(RowSums) / sizeof(Ints);
+
 // ---- types of 32 values with one scale
 
 // Receives a slice of the weights, multiplies it with slice i of the columns, and adds the products to the totals.
@@ -21,8 +64,8 @@ template <typename Type, int N_C> struct BlockProducts {
     const char * const * columns;
     int64_t              i;
     Floats (&total)[N_C];
-    Ints sums[N_C];
-    Ints z[N_C];  // of a block
+    RowSums sums[N_C];
+    Ints    z[N_C];  // of a block
 
     BlockProducts(const char * const * columns, int64_t i, Floats (&total)[N_C]) :
         columns(columns), i(i), total(total) {}
@@ -32,17 +75,17 @@ template <typename Type, int N_C> struct BlockProducts {
     inline void codes(int b, int j, Ints x) {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const Ints a = broadcast_ints(acts(c).codes[b] + 4 * j);
-            if (j == 0) {
-                z[c] = broadcast_ints(&acts(c).starts[b]);
+            const Ints start = Type::OFFSET == 0 ? ints(0) : start_at(&acts(c).starts[b]);
+            if (j == 0 && SUMS_OF_16_BITS) {
+                z[c] = start;
             }
-            if constexpr (SUMS_OF_16_BITS) {
-                sums[c] = add_products<Type::CODES>(j % TOGETHER == 0 ? ints(0) : sums[c], x, a);
-                if (j % TOGETHER == TOGETHER - 1) {
-                    z[c] = add_32(z[c], total_of(sums[c]));
-                }
-            } else {
-                z[c] = add_products<Type::CODES>(z[c], x, a);
+            if (j % TOGETHER < SUM_VECTORS) {
+                sums[c][j % SUM_VECTORS] = SUMS_OF_16_BITS ? ints(0) : start;
+            }
+            add_codes<Type::CODES>(sums[c], j, x, acts(c).codes[b]);
+            if (j % TOGETHER == TOGETHER - 1) {
+                const Ints total = total_of(sums_of_rows(sums[c]));
+                z[c]             = SUMS_OF_16_BITS ? add_32(z[c], total) : total;
             }
         }
     }
@@ -66,12 +109,12 @@ template <typename Type, int N_C> struct SuperBlockProducts {
     const char * const * columns;
     int64_t              i;
     Floats (&total)[N_C];
-    Ints   factor[SLICE / 16];
-    Ints   sums[N_C];
-    Ints   products[N_C];
-    Ints   minimum[N_C];
-    Floats d;
-    Floats dmin;
+    Ints    factor[SLICE / 16];
+    RowSums sums[N_C];
+    Ints    products[N_C];
+    Ints    minimum[N_C];
+    Floats  d;
+    Floats  dmin;
 
     SuperBlockProducts(const char * const * columns, int64_t i, Floats (&total)[N_C]) :
         columns(columns), i(i), total(total) {
@@ -79,7 +122,7 @@ template <typename Type, int N_C> struct SuperBlockProducts {
         for (int c = 0; c < N_C; c++) {
             products[c] = ints(0);
             minimum[c]  = ints(0);
-            sums[c]     = Type::SCHEME == Scheme::q8_K_256 ? broadcast_ints(&acts(c).start) : ints(0);
+            sums[c][0]  = Type::SCHEME == Scheme::q8_K_256 ? broadcast_ints(&acts(c).start) : ints(0);
         }
     }
 
@@ -91,14 +134,13 @@ template <typename Type, int N_C> struct SuperBlockProducts {
         const int sub = SUB == 16 ? 2 * b + j / 4 : b;
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            if (SUB != SLICE && 4 * j % SUB == 0) {
-                sums[c] = has_starts(Type::SCHEME) ? broadcast_ints(&acts(c).starts[sub]) : ints(0);
+            if (SUB != SLICE && j % TOGETHER < SUM_VECTORS) {
+                constexpr bool STARTS    = has_starts(Type::SCHEME) && Type::OFFSET != 0;
+                sums[c][j % SUM_VECTORS] = STARTS ? start_at(&acts(c).starts[sub]) : ints(0);
             }
-            const Ints a = broadcast_ints(acts(c).codes + BLOCK * b + 4 * j);
-            sums[c]      = add_products<Type::CODES>(sums[c], x, a);
-            if (SUB != SLICE && (SUMS_OF_16_BITS ? j % TOGETHER == TOGETHER - 1 : 4 * (j + 1) % SUB == 0)) {
-                products[c] = add_32(products[c], total_times(sums[c], factor[sub]));
-                sums[c]     = ints(0);
+            add_codes<Type::CODES>(sums[c], j, x, acts(c).codes + BLOCK * b);
+            if (SUB != SLICE && j % TOGETHER == TOGETHER - 1) {
+                products[c] = add_32(products[c], total_times(sums_of_rows(sums[c]), factor[sub]));
             }
         }
     }
@@ -119,7 +161,7 @@ template <typename Type, int N_C> struct SuperBlockProducts {
     inline void finish() {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const Ints   whole = SUB == SLICE ? sums[c] : products[c];
+            const Ints   whole = SUB == SLICE ? sums[c][0] : products[c];
             const Floats scale = broadcast_floats(&acts(c).scale);
             if constexpr (has_minima(Type::SCHEME)) {
                 total[c] = add_super_block(total[c], whole, d, minimum[c], dmin, scale);
@@ -135,7 +177,7 @@ static void dot_lanes(const WeightRows & weights, int64_t k, const char * const 
     using Products =
         std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, N_C>, SuperBlockProducts<Type, N_C>>;
     constexpr int   PER_BLOCK = Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1;  // blocks in a slice
-    const Rows      rows(weights.first, weights.stride, 0, weights.n);
+    const DotRows   rows(weights.first, weights.stride, 0, weights.n);
     const ptrdiff_t ahead    = weights.next - weights.first;
     const int64_t   n_blocks = k / BLOCK;
     Floats          total[N_C];

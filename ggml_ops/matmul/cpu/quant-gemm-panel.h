@@ -4,8 +4,8 @@
 // weights (quant-gemm-unpack.cpp), and the tiles that multiply them (quant-gemm-tile.cpp). Few columns without a panel:
 // quant-gemm-dot.h.
 //
-// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k, four
-// bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the
+// A panel is PANEL_ROWS weight rows by SLICE values of K, as unsigned bytes: for each group of four consecutive k (with
+// i8mm eight), four bytes of every row. Types with signed values are shifted by an offset. To remove its contribution, offset times the
 // sum of the activations' quants, each integer sum starts at minus that. Where sums have 16 bits (AVX2), factors times
 // the offset are subtracted as minima are, and types of 8 bits stay signed.
 

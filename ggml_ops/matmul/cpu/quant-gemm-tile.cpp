@@ -1,7 +1,8 @@
 // The tiles: a panel of weight rows, two vectors, times a few activation rows, with the sums in registers.
 //
 // For each four values of K there are two loads of weights; each activation row takes one broadcast, and one or two
-// instructions per vector. A block of 32 values is summed as integers, then scaled and added as floats.
+// instructions per vector. With i8mm an instruction multiplies two activation rows by two weight rows, eight values of
+// each. A block of 32 values is summed as integers, then scaled and added as floats.
 
 #include "quant-gemm-panel.h"
 
@@ -49,13 +50,91 @@ template <int N_C> static inline void store_sums(const FloatGrid<N_C> & f, float
     }
 }
 
-template <int N_C> static inline void fill(IntGrid<N_C> & z, Ints x) {
-#pragma GCC                           unroll 8
-    for (int c = 0; c < N_C; c++) {
-#pragma GCC unroll 2
-        for (int v = 0; v < PANEL_VECTORS; v++) {
-            z[c][v] = x;
+template <int N, int M> static inline void fill(Ints (&z)[N][M], Ints x) {
+#pragma GCC                                unroll 8
+    for (int i = 0; i < N; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < M; j++) {
+            z[i][j] = x;
         }
+    }
+}
+
+// Integer sums while products are added to them (SumGrid), and operations on them:
+//   start_sums    all sums of a column start at the number in its activations
+//   add_groups    adds the products of N_G groups of four values of K
+//   add_times     adds sums times the factors of the rows
+//   sums_of       the sums of column c and vector v of rows
+#if QUANT_GEMM_I8MM
+
+// two columns by two rows in each vector; of an odd number of columns, the last one is a pair of its own
+template <int N_C> using SumGrid = Ints[(N_C + 1) / 2][PANEL_ROWS / 2];
+
+template <int N_C> static inline void start_sums(SumGrid<N_C> & z, const char * const (&act)[N_C], int offset) {
+#pragma GCC                           unroll 4
+    for (int p = 0; p < (N_C + 1) / 2; p++) {
+        const Ints first  = broadcast_ints(act[2 * p] + offset);
+        const Ints second = broadcast_ints(act[std::min(2 * p + 1, N_C - 1)] + offset);
+        const Ints both   = lower_halves(first, second);
+#pragma GCC unroll 4
+        for (int r = 0; r < PANEL_ROWS / 2; r++) {
+            z[p][r] = both;
+        }
+    }
+}
+
+template <Codes, int N_C, int N_G>
+static inline void add_groups(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset) {
+#pragma GCC        unroll 2
+    for (int g = 0; g < N_G; g += 4) {
+        Ints first_8[(N_C + 1) / 2], last_8[(N_C + 1) / 2];  // values of two columns
+#pragma GCC unroll 4
+        for (int p = 0; p < (N_C + 1) / 2; p++) {
+            const Ints first  = load_ints(act[2 * p] + offset + 4 * g);
+            const Ints second = load_ints(act[std::min(2 * p + 1, N_C - 1)] + offset + 4 * g);
+            first_8[p]        = lower_halves(first, second);
+            last_8[p]         = upper_halves(first, second);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < PANEL_ROWS / 2; r++) {
+            const Ints w0 = load_ints(weights + g * PANEL_ROWS * 4 + r * sizeof(Ints));
+            const Ints w1 = load_ints(weights + (g + 2) * PANEL_ROWS * 4 + r * sizeof(Ints));
+#pragma GCC unroll 4
+            for (int p = 0; p < (N_C + 1) / 2; p++) {
+                z[p][r] = add_products_of_two(z[p][r], first_8[p], w0);
+                z[p][r] = add_products_of_two(z[p][r], last_8[p], w1);
+            }
+        }
+    }
+}
+
+template <int N_C> static inline void add_times(SumGrid<N_C> & to, const SumGrid<N_C> & sums, const int32_t * factors) {
+#pragma GCC                           unroll 2
+    for (int v = 0; v < PANEL_VECTORS; v++) {
+        const Ints f       = load_ints(factors + LANES * v);
+        const Ints both[2] = { lower_halves(f, f), upper_halves(f, f) };
+#pragma GCC unroll 4
+        for (int p = 0; p < (N_C + 1) / 2; p++) {
+            to[p][2 * v]     = add_32(to[p][2 * v], total_times(sums[p][2 * v], both[0]));
+            to[p][2 * v + 1] = add_32(to[p][2 * v + 1], total_times(sums[p][2 * v + 1], both[1]));
+        }
+    }
+}
+
+template <int N_C> static inline Ints sums_of(const SumGrid<N_C> & z, int c, int v) {
+    const Ints(&pair)[PANEL_ROWS / 2] = z[c / 2];
+    return c % 2 == 0 ? lower_halves(pair[2 * v], pair[2 * v + 1]) : upper_halves(pair[2 * v], pair[2 * v + 1]);
+}
+
+#else
+
+template <int N_C> using SumGrid = IntGrid<N_C>;
+
+template <int N_C> static inline void start_sums(SumGrid<N_C> & z, const char * const (&act)[N_C], int offset) {
+#pragma GCC unroll 8
+    for (int c = 0; c < N_C; c++) {
+        z[c][0] = broadcast_ints(act[c] + offset);
+        z[c][1] = z[c][0];
     }
 }
 
@@ -93,18 +172,26 @@ static inline void add_groups(IntGrid<N_C> & z, const uint8_t * weights, const c
     }
 }
 
-template <int N_C> static inline void start_sums(IntGrid<N_C> & z, const char * const (&act)[N_C], int offset) {
-#pragma GCC                           unroll 8
+template <int N_C> static inline void add_times(SumGrid<N_C> & to, const SumGrid<N_C> & sums, const int32_t * factors) {
+    const Ints f0 = load_ints(factors);
+    const Ints f1 = load_ints(factors + LANES);
+#pragma GCC unroll 8
     for (int c = 0; c < N_C; c++) {
-        z[c][0] = broadcast_ints(act[c] + offset);
-        z[c][1] = z[c][0];
+        to[c][0] = in_order(add_32(to[c][0], total_times(sums[c][0], f0)));
+        to[c][1] = in_order(add_32(to[c][1], total_times(sums[c][1], f1)));
     }
 }
+
+template <int N_C> static inline Ints sums_of(const SumGrid<N_C> & z, int c, int v) {
+    return z[c][v];
+}
+
+#endif
 
 // Integer sums of a block of 32 values.
 template <Codes CODES, int N_C>
 static inline void
-sum_block(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset, int start) {
+sum_block(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset, int start) {
     constexpr int STEP = groups_together(CODES);
     start_sums<N_C>(z, act, start);
     if constexpr (!SUMS_OF_16_BITS) {
@@ -112,8 +199,8 @@ sum_block(IntGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N
     } else {
 #pragma GCC unroll 8
         for (int g = 0; g < N_GROUPS; g += STEP) {
-            Ints s[N_C][PANEL_VECTORS];
-            fill<N_C>(s, ints(0));
+            SumGrid<N_C> s;
+            fill(s, ints(0));
             add_groups<CODES, N_C, STEP>(s, weights + g * PANEL_ROWS * 4, act, offset + g * 4);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
@@ -134,15 +221,15 @@ static void tile_q8_0(const Panel & panel, int n_blocks, const char * const * co
     const uint8_t * weights = &panel.codes[0][0][0][0];
     const float *   scales  = panel.scales[0];
     for (int b = 0; b < n_blocks; b++) {
-        Ints z[N_C][PANEL_VECTORS];
+        SumGrid<N_C> z;
         sum_block<CODES, N_C>(z, weights, act, BLOCK * b, (int) offsetof(ActBlocks, starts) + 4 * b);
         const Floats d0 = load_floats(scales);
         const Floats d1 = load_floats(scales + LANES);
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             const Floats d = broadcast_floats(act[c] + offsetof(ActBlocks, scales) + 4 * b);
-            f[c][0]        = add_block(f[c][0], z[c][0], d0, d);
-            f[c][1]        = add_block(f[c][1], z[c][1], d1, d);
+            f[c][0]        = add_block(f[c][0], sums_of<N_C>(z, c, 0), d0, d);
+            f[c][1]        = add_block(f[c][1], sums_of<N_C>(z, c, 1), d1, d);
         }
         weights += BLOCK * PANEL_ROWS;
         scales += PANEL_ROWS;
@@ -157,40 +244,35 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
     constexpr int MIN_SUB = weights_per_minimum(SCHEME);
     constexpr int STEP    = std::min(4 * groups_together(CODES), std::min(SUB, BLOCK));
     constexpr int STARTS  = SUB == SLICE ? offsetof(ActSuperBlock, start) : offsetof(ActSuperBlock, starts);
-    Ints          products[N_C][PANEL_VECTORS];
+    SumGrid<N_C>  products;
     const char *  act[N_C];
     load_columns(columns, act);
-    fill<N_C>(products, ints(0));
+    fill(products, ints(0));
     const uint8_t * weights = &panel.codes[0][0][0][0];
     const int32_t * factors = panel.factors[0];
     for (int b = 0; b < SLICE / SUB; b++) {
-        const Ints f0 = load_ints(factors);
-        const Ints f1 = load_ints(factors + LANES);
-        Ints       s[N_C][PANEL_VECTORS];
+        SumGrid<N_C> s;
         if constexpr (has_starts(SCHEME)) {
             start_sums<N_C>(s, act, STARTS + 4 * b);
         } else {
-            fill<N_C>(s, ints(0));
+            fill(s, ints(0));
         }
 #pragma GCC unroll 8
         for (int k = 0; k < SUB; k += STEP) {
             add_groups<CODES, N_C, STEP / 4>(s, weights + k * PANEL_ROWS, act, SUB * b + k);
-            if (SUMS_OF_16_BITS || k + STEP == SUB) {
-#pragma GCC unroll 8
-                for (int c = 0; c < N_C; c++) {
-                    products[c][0] =
-                        SUB == SLICE ? s[c][0] : in_order(add_32(products[c][0], total_times(s[c][0], f0)));
-                    products[c][1] =
-                        SUB == SLICE ? s[c][1] : in_order(add_32(products[c][1], total_times(s[c][1], f1)));
-                }
-                fill<N_C>(s, ints(0));
+            if (SUB != SLICE && (SUMS_OF_16_BITS || k + STEP == SUB)) {
+                add_times<N_C>(products, s, factors);
+                fill(s, ints(0));
             }
+        }
+        if constexpr (SUB == SLICE) {
+            memcpy(products, s, sizeof(s));
         }
         weights += SUB * PANEL_ROWS;
         factors += PANEL_ROWS;
     }
     Ints minima[N_C][PANEL_VECTORS];
-    fill<N_C>(minima, ints(0));
+    fill(minima, ints(0));
     if constexpr (MIN_SUB != 0) {
         constexpr size_t SUMS = MIN_SUB == 16 ? offsetof(ActSuperBlock, sums_16) : offsetof(ActSuperBlock, sums);
 #pragma GCC unroll 8
@@ -213,11 +295,12 @@ static void tile_q8_K(const Panel & panel, const char * const * columns, float *
             const Floats scale = broadcast_floats(act[c] + offsetof(ActSuperBlock, scale));
             float *      to    = sums + c * PANEL_ROWS + LANES * v;
             const Floats sum   = load_floats(to);
+            const Ints   whole = sums_of<N_C>(products, c, v);
             if constexpr (has_minima(SCHEME)) {
                 const Floats dmin = load_floats(panel.minimum_scales + LANES * v);
-                store_floats(to, add_super_block(sum, products[c][v], d, minima[c][v], dmin, scale));
+                store_floats(to, add_super_block(sum, whole, d, minima[c][v], dmin, scale));
             } else {
-                store_floats(to, add_super_block(sum, sub_32(products[c][v], minima[c][v]), d, scale));
+                store_floats(to, add_super_block(sum, sub_32(whole, minima[c][v]), d, scale));
             }
         }
     }

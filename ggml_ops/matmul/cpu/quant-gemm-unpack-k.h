@@ -73,7 +73,7 @@ struct Q2_KGroups {
 #pragma GCC unroll 2
         for (int part = 0; part < 2; part++) {
             Ints x[8];
-            groups.load32(at + offsetof(block_q2_Kx8, qs) + 256 * part, x);
+            groups.quants32(at + offsetof(block_q2_Kx8, qs) + 256 * part, x);
 #pragma GCC unroll 4
             for (int b = 4 * part; b < 4 * part + 4; b++) {
                 give_q2_K(to, b, x, groups.load_pair(at + offsetof(block_q2_Kx8, scales) + 16 * b));
@@ -104,14 +104,14 @@ struct Q2_K {
     static constexpr int    OFFSET = 0;
     static constexpr Codes  CODES  = QUANTS_TIMES_FACTORS ? Codes::bytes : Codes::below_8;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_q2_K);
         Ints         scales[4];
         rows.load16(at + offsetof(block_q2_K, scales), scales);
 #pragma GCC unroll 2
         for (int part = 0; part < 2; part++) {
             Ints x[8];
-            rows.load32(at + offsetof(block_q2_K, qs) + 32 * part, x);
+            rows.quants32(at + offsetof(block_q2_K, qs) + 32 * part, x);
 #pragma GCC unroll 4
             for (int b = 4 * part; b < 4 * part + 4; b++) {
                 give_q2_K(to, b, x, right_32(scales[b / 2], 16 * (b % 2)));
@@ -191,15 +191,15 @@ struct Q3_K {
     static constexpr int    OFFSET = QUANTS_TIMES_FACTORS ? 124 : 4;
     static constexpr Codes  CODES  = QUANTS_TIMES_FACTORS ? Codes::bytes : Codes::below_8;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_q3_K);
         Ints         scales[4], third[8], x[8];
         load_scales_q3_K(rows, at, scales);
-        rows.load32(at + offsetof(block_q3_K, hmask), third);
+        rows.quants32(at + offsetof(block_q3_K, hmask), third);
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {
             if (b % 4 == 0) {
-                rows.load32(at + offsetof(block_q3_K, qs) + 8 * b, x);
+                rows.quants32(at + offsetof(block_q3_K, qs) + 8 * b, x);
             }
             Ints values[8];
 #pragma GCC unroll 8
@@ -252,12 +252,12 @@ struct Q4_K {
     static constexpr int    OFFSET = 0;
     static constexpr Codes  CODES  = Codes::below_16;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_q4_K);
         give_scales_and_minima(rows, at, to);
         for (int i = 0; i < N_BLOCKS / 2; i++) {
             Ints x[8];
-            rows.load32(at + offsetof(block_q4_K, qs) + 32 * i, x);
+            rows.quants32(at + offsetof(block_q4_K, qs) + 32 * i, x);
             give_two_blocks(to, i, x);
         }
     }
@@ -268,14 +268,14 @@ struct Q5_K {
     static constexpr int    OFFSET = 0;
     static constexpr Codes  CODES  = Codes::below_32;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_q5_K);
         give_scales_and_minima(rows, at, to);
         Ints fifth[8];
-        rows.load32(at + offsetof(block_q5_K, qh), fifth);
+        rows.quants32(at + offsetof(block_q5_K, qh), fifth);
         for (int i = 0; i < N_BLOCKS / 2; i++) {
             Ints x[8];
-            rows.load32(at + offsetof(block_q5_K, qs) + 32 * i, x);
+            rows.quants32(at + offsetof(block_q5_K, qs) + 32 * i, x);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
                 to.codes(2 * i, j, low_nibbles(x[j]) | where_set(fifth[j], bytes(1 << (2 * i)), bytes(16)));
@@ -295,7 +295,7 @@ struct Q6_K {
     static constexpr int    OFFSET = 32;
     static constexpr Codes  CODES  = Codes::below_64;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_q6_K);
         Ints         scales[4];
         rows.load16(at + offsetof(block_q6_K, scales), scales);
@@ -309,10 +309,10 @@ struct Q6_K {
         }
         for (int part = 0; part < 2; part++) {
             Ints upper[8];
-            rows.load32(at + offsetof(block_q6_K, qh) + 32 * part, upper);
+            rows.quants32(at + offsetof(block_q6_K, qh) + 32 * part, upper);
             for (int i = 0; i < 2; i++) {
                 Ints x[8];
-                rows.load32(at + offsetof(block_q6_K, ql) + 64 * part + 32 * i, x);
+                rows.quants32(at + offsetof(block_q6_K, ql) + 64 * part + 32 * i, x);
 #pragma GCC unroll 8
                 for (int j = 0; j < 8; j++) {
                     const Ints up = left_16(right_16(upper[j], 2 * i), 4);
@@ -334,7 +334,7 @@ struct IQ4_XS {
     static constexpr int    OFFSET = OFFSET_OF_BYTES;
     static constexpr Codes  CODES  = Codes::bytes;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_iq4_xs);
         Ints         head[4];  // d and scales_h, scales_l
         rows.load16(at, head);
@@ -348,7 +348,7 @@ struct IQ4_XS {
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {
             Ints x[4];
-            rows.load16(at + offsetof(block_iq4_xs, qs) + 16 * b, x);
+            rows.quants16(at + offsetof(block_iq4_xs, qs) + 16 * b, x);
             give_nibbles<iq4_values>(to, b, x);
         }
         to.super_scales(lower_half(head[0]));

@@ -11,8 +11,23 @@ namespace quant_gemm {
 struct PanelLanes {
     Panel & panel;
     int     first;
+#if QUANT_GEMM_I8MM
+    Ints even = ints(0);  // the last group with an even j
 
+    inline void codes(int b, int j, Ints x) {
+        if (j % 2 == 0) {
+            even = x;
+            return;
+        }
+        uint8_t * to = &panel.codes[b][j - 1][0][0] + 8 * first;
+        Ints      eight[2];
+        eight_values(even, x, eight);
+        store_ints(to, eight[0]);
+        store_ints(to + sizeof(Ints), eight[1]);
+    }
+#else
     inline void codes(int b, int j, Ints x) const { store_ints(panel.codes[b][j][first], x); }
+#endif
 
     inline void scales(int b, Floats x) const { store_floats(panel.scales[b] + first, x); }
 
@@ -80,7 +95,7 @@ template <typename R, typename Type>
 static void
 unpack(const char * weights, size_t stride, int64_t row, int64_t n_rows, int64_t block, int n_blocks, Panel & panel) {
     for (int first = 0; first < PANEL_ROWS; first += LANES) {
-        const PanelLanes to = { panel, first };
+        PanelLanes to{ panel, first };
         Type::unpack(R(weights, stride, row + first, n_rows), block, n_blocks, to);
     }
 }

@@ -6,7 +6,8 @@
 //
 // An unpack function gives what it finds to a receiver (`to`), for each block b of 32 values in turn:
 //   factors(b, x)        before the quants: integer factors (per block of 32, or of 16)
-//   codes(b, j, x)       quants 4j .. 4j + 3, for j = 0 .. 7 in order
+//   codes(b, j, x)       for j = 0 .. 7 in order: quants 4j .. 4j + 3 of every row, or of RowsApart j / 4 * 16 .. + 15 of
+//                        row j % 4
 //   scales(b, x)         after the quants
 // and, at any time, super_scales(x), minimum_scales(x), and minima(pair, x) of two neighbouring blocks.
 
@@ -88,12 +89,28 @@ struct Rows {
         load16(offset + 16, x + 4);
     }
 
+    // the same for quants, which may have another order
+    inline void quants16(size_t offset, Ints * x) const { load16(offset, x); }
+
+    inline void quants32(size_t offset, Ints * x) const { load32(offset, x); }
+
+    // Bits 4j .. 4j + 3 of a word of each row: the bytes of `value` for values 4j .. 4j + 3 whose bits are set.
+    inline Ints bytes_where_set(Ints words, int j, Ints value) const {
+        return where_set(spread_byte(words, j / 2), ints(j % 2 == 0 ? 0x08040201 : (int) 0x80402010), value);
+    }
+
     // the F16 numbers at an offset
     inline Floats load_half(size_t offset) const {
 #if QUANT_GEMM_AVX2
         return _mm256_cvtph_ps(_mm_setr_epi16(half_at(0, offset), half_at(1, offset), half_at(2, offset),
                                               half_at(3, offset), half_at(4, offset), half_at(5, offset),
                                               half_at(6, offset), half_at(7, offset)));
+#elif QUANT_GEMM_NEON
+        uint64_t x = 0;  // in a general register, where shifts cost no vector instruction
+        for (int i = LANES - 1; i >= 0; i--) {
+            x = x << 16 | (uint16_t) half_at(i, offset);
+        }
+        return from_halves(&x);
 #else
         alignas(32) short x[LANES];
         for (int i = 0; i < LANES; i++) {
@@ -132,6 +149,35 @@ struct Rows {
     }
 };
 
+#if QUANT_GEMM_NEON
+
+// Rows whose quants are not transposed: each vector holds 16 neighbouring ones of one row.
+struct RowsApart : Rows {
+    using Rows::Rows;
+
+    // x[j]: 16 bytes of row j
+    inline void quants16(size_t offset, Ints * x) const {
+#pragma GCC unroll 4
+        for (int i = 0; i < LANES; i++) {
+            x[i] = load_ints(row[i] + offset);
+        }
+    }
+
+    inline void quants32(size_t offset, Ints * x) const {
+        quants16(offset, x);
+        quants16(offset + 16, x + LANES);
+    }
+
+    // The bytes of `value` for values j / 4 * 16 .. + 15 of row j % 4 whose bits in the row's word are set.
+    inline Ints bytes_where_set(Ints words, int j, Ints value) const {
+        constexpr uint8_t FIRST[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 };
+        const Ints        copies    = look_up(words, add_8(table_of_16(FIRST), bytes(j % 4 * 4 + j / 4 * 2)));
+        return where_set(copies, from_64(0x8040201008040201), value);
+    }
+};
+
+#endif
+
 #if QUANT_GEMM_AVX512
 
 // The addresses of two groups of 8 interleaved rows. A group of n rows is n strides long.
@@ -145,14 +191,14 @@ struct Groups {
     }
 
     // x[j]: bytes 4j .. 4j + 3 of every row, of 16 bytes, interleaved by 8
-    inline void load16(size_t offset, Ints * x) const {
+    inline void quants16(size_t offset, Ints * x) const {
         load8(offset, x);
         load8(offset + 64, x + 2);
     }
 
-    inline void load32(size_t offset, Ints * x) const {
-        load16(offset, x);
-        load16(offset + 128, x + 4);
+    inline void quants32(size_t offset, Ints * x) const {
+        quants16(offset, x);
+        quants16(offset + 128, x + 4);
     }
 
     // 8 F16 numbers of each group
@@ -226,7 +272,7 @@ template <typename Block, Ints (*DECODE)(Ints), int OFFSET_, Codes CODES_> struc
         for (int b = 0; b < n_blocks; b++) {
             const size_t at = (block + b) * sizeof(Block);
             Ints         x[4];
-            rows.load16(at + offsetof(Block, qs), x);
+            rows.quants16(at + offsetof(Block, qs), x);
             give_nibbles<DECODE>(to, b, x);
             if constexpr (std::is_same_v<Block, block_mxfp4> || std::is_same_v<Block, block_mxfp4x8>) {
                 to.scales(b, rows.load_power(at + offsetof(Block, e)));
@@ -254,11 +300,11 @@ struct Q8_0 {
     static constexpr int    OFFSET = OFFSET_OF_BYTES;
     static constexpr Codes  CODES  = Codes::bytes;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int n_blocks, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
         for (int b = 0; b < n_blocks; b++) {
             const size_t at = (block + b) * sizeof(block_q8_0);
             Ints         x[8];
-            rows.load32(at + offsetof(block_q8_0, qs), x);
+            rows.quants32(at + offsetof(block_q8_0, qs), x);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
                 to.codes(b, j, SIGNED_BYTES ? x[j] : x[j] ^ bytes(0x80));
@@ -273,18 +319,16 @@ struct Q5_0 {
     static constexpr int    OFFSET = 16;
     static constexpr Codes  CODES  = Codes::below_32;
 
-    template <typename To> static inline void unpack(const Rows & rows, int64_t block, int n_blocks, To & to) {
+    template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
         for (int b = 0; b < n_blocks; b++) {
             const size_t at = (block + b) * sizeof(block_q5_0);
             Ints         x[4];
-            rows.load16(at + offsetof(block_q5_0, qs), x);
+            rows.quants16(at + offsetof(block_q5_0, qs), x);
             const Ints fifth = rows.load_word(at + offsetof(block_q5_0, qh));  // bit i belongs to value i
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
-                const Ints low  = j < 4 ? low_nibbles(x[j % 4]) : high_nibbles(x[j % 4]);
-                const Ints copy = spread_byte(fifth, j / 2);
-                const Ints bits = ints(j % 2 == 0 ? 0x08040201 : (int) 0x80402010);
-                to.codes(b, j, low | where_set(copy, bits, bytes(16)));
+                const Ints low = j < 4 ? low_nibbles(x[j % 4]) : high_nibbles(x[j % 4]);
+                to.codes(b, j, low | rows.bytes_where_set(fifth, j, bytes(16)));
             }
             to.scales(b, rows.load_half(at + offsetof(block_q5_0, d)));
         }

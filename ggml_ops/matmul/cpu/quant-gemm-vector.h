@@ -2,7 +2,8 @@
 
 // Vectors of 32-bit lanes, for the matmul of quantized weights. Each lane holds one row of weights. The rest of the
 // folder is written in these names, so a new instruction set is one more branch here:
-//   AVX-512 VNNI (16 lanes), AVX2 with or without AVX-VNNI (8 lanes), NEON with dot products (4 lanes).
+//   AVX-512 VNNI (16 lanes), AVX2 with or without AVX-VNNI (8 lanes), NEON with dot products, with or without i8mm
+//   (4 lanes).
 // Without any of them QUANT_GEMM_KERNELS is 0, and upstream's matmul runs.
 
 #include "ggml-cpu-impl.h"
@@ -23,9 +24,11 @@
 #endif
 #endif
 
-// With i8mm upstream has kernels of twice the rate.
-#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD) && !defined(__ARM_FEATURE_MATMUL_INT8)
+#if defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define QUANT_GEMM_NEON 1
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define QUANT_GEMM_I8MM 1  // products of two columns with two rows of 8 values
+#endif
 #endif
 
 #if !defined(QUANT_GEMM_AVX512)
@@ -36,6 +39,9 @@
 #endif
 #if !defined(QUANT_GEMM_NEON)
 #define QUANT_GEMM_NEON 0
+#endif
+#if !defined(QUANT_GEMM_I8MM)
+#define QUANT_GEMM_I8MM 0
 #endif
 #if !defined(QUANT_GEMM_BF16)
 #define QUANT_GEMM_BF16 0
@@ -267,6 +273,10 @@ inline Ints from_32(uint32x4_t x) {
     return vreinterpretq_s32_u32(x);
 }
 
+inline Ints from_64(uint64_t x) {  // twice
+    return vreinterpretq_s32_u64(vdupq_n_u64(x));
+}
+
 inline int8x16_t to_8(Ints x) {
     return vreinterpretq_s8_s32(x);
 }
@@ -359,6 +369,40 @@ inline Floats lower_half(Ints x) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vmovn_u32(to_32(x))));
 }
 
+// the lower halves of two vectors, and the upper ones
+inline Ints lower_halves(Ints a, Ints b) {
+    return vreinterpretq_s32_s64(vtrn1q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
+}
+
+inline Ints upper_halves(Ints a, Ints b) {
+    return vreinterpretq_s32_s64(vtrn2q_s64(vreinterpretq_s64_s32(a), vreinterpretq_s64_s32(b)));
+}
+
+// x, 0, 0, 0
+inline Ints first_lane(int32_t x) {
+    return vcombine_s32(vcreate_s32((uint32_t) x), vcreate_s32(0));
+}
+
+// the sum of the lanes of each vector
+inline Ints sums_of_lanes(const Ints (&x)[4]) {
+    return vpaddq_s32(vpaddq_s32(x[0], x[1]), vpaddq_s32(x[2], x[3]));
+}
+
+#if QUANT_GEMM_I8MM
+
+// Adds the products of 8 values of two columns with those of two rows. Sums: column 0 with rows 0 and 1, then column 1.
+inline Ints add_products_of_two(Ints sums, Ints columns, Ints rows) {
+    return vmmlaq_s32(sums, to_8(columns), to_8(rows));
+}
+
+// Four values of four rows, and the next four of each, as 8 values of the first two rows and of the last two.
+inline void eight_values(Ints first, Ints second, Ints (&x)[2]) {
+    x[0] = vzip1q_s32(first, second);
+    x[1] = vzip2q_s32(first, second);
+}
+
+#endif
+
 #endif
 
 #if QUANT_GEMM_KERNELS
@@ -372,7 +416,11 @@ inline Ints low_nibbles(Ints x) {
 }
 
 inline Ints high_nibbles(Ints x) {
+#if QUANT_GEMM_NEON
+    return vreinterpretq_s32_u8(vshrq_n_u8(to_unsigned_8(x), 4));
+#else
     return right_16(x, 4) & bytes(0x0f);
+#endif
 }
 
 inline Ints broadcast_ints(const void * p) {

@@ -423,9 +423,12 @@ size_t ggml_quant_gemm_work_size(const ggml_tensor * dst, int n_tasks, quant_gem
 }
 
 bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
-    const ggml_type type = op->src[0]->type;
-    return (QUANT_GEMM_AVX2 || QUANT_GEMM_AVX512) && quant_gemm::find_format(type, QUANT_GEMM_ROWS) != nullptr &&
-           quant_gemm::find_format(type, QUANT_GEMM_8X8) == nullptr;
+    const ggml_type            type = op->src[0]->type;
+    const quant_gemm::Format * rows = quant_gemm::find_format(type, QUANT_GEMM_ROWS);
+    // with NEON types of 32 values are decoded faster as upstream interleaves them (docs/arm-estimates.md)
+    const bool interleaved = quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr ||
+                             (QUANT_GEMM_NEON && rows != nullptr && rows->scheme == quant_gemm::Scheme::q8_0);
+    return rows != nullptr && !interleaved;
 }
 
 bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {
