@@ -132,21 +132,28 @@ struct program {
     }
 };
 
-// as in build_moe_ffn; `reader`: another node reads the scores, so that they have to be written
-static void router(program & p, int64_t experts, int64_t k, int64_t tokens, bool ties, bool reader) {
+enum class ties { none, some, all };
+
+// as in build_moe_ffn; `equal`: which scores of a token are equal; `reader`: another node reads the scores, so that they
+// have to be written
+static void router(program & p, int64_t experts, int64_t k, int64_t tokens, ties equal, bool reader) {
     ggml_context * ctx    = p.ctx;
     ggml_tensor *  x      = p.input(experts, tokens);
     ggml_tensor *  bias   = p.input(experts, 1);
-    ggml_tensor *  logits = ggml_scale(ctx, x, ties ? 0.0f : 2.0f);
-    ggml_tensor *  scores = ggml_sigmoid(ctx, logits);
-    ggml_tensor *  biased = ggml_add(ctx, scores, ties ? ggml_scale(ctx, bias, 0.0f) : bias);
-    ggml_tensor *  chosen = ggml_argsort_top_k(ctx, biased, k);
-    ggml_tensor *  w      = ggml_get_rows(ctx, ggml_reshape_3d(ctx, scores, 1, experts, tokens), chosen);
-    w                     = ggml_reshape_2d(ctx, w, k, tokens);
-    ggml_tensor * sum     = ggml_clamp(ctx, ggml_sum_rows(ctx, w), 6.103515625e-5f, INFINITY);
-    w                     = ggml_scale(ctx, ggml_reshape_3d(ctx, ggml_div(ctx, w, sum), 1, k, tokens), 2.446f);
+    ggml_tensor *  logits = ggml_scale(ctx, x, equal == ties::all ? 0.0f : 2.0f);
+    if (equal == ties::some) {
+        ggml_build_forward_expand(p.graph, logits);
+        logits = ggml_round(ctx, ggml_scale(ctx, logits, 16.0f));
+    }
+    ggml_tensor * scores = ggml_sigmoid(ctx, logits);
+    ggml_tensor * biased = ggml_add(ctx, scores, equal == ties::none ? bias : ggml_scale(ctx, bias, 0.0f));
+    ggml_tensor * chosen = ggml_argsort_top_k(ctx, biased, k);
+    ggml_tensor * w      = ggml_get_rows(ctx, ggml_reshape_3d(ctx, scores, 1, experts, tokens), chosen);
+    w                    = ggml_reshape_2d(ctx, w, k, tokens);
+    ggml_tensor * sum    = ggml_clamp(ctx, ggml_sum_rows(ctx, w), 6.103515625e-5f, INFINITY);
+    w                    = ggml_scale(ctx, ggml_reshape_3d(ctx, ggml_div(ctx, w, sum), 1, k, tokens), 2.446f);
     ggml_build_forward_expand(p.graph, logits);
-    if (ties) {
+    if (equal != ties::none) {
         ggml_build_forward_expand(p.graph, biased->src[1]);
     }
     ggml_build_forward_expand(p.graph, w);
@@ -214,9 +221,10 @@ int main(int argc, char ** argv) {
             for (const int64_t tokens : { 1, 2, 7, 64 }) {
                 const std::string t = " of " + std::to_string(tokens) + " tokens";
                 rng.seed(tokens);
-                run("router" + t, [&](program & p) { router(p, 32, 8, tokens, false, false); });
-                run("router with ties" + t, [&](program & p) { router(p, 256, 8, tokens, true, false); });
-                run("router with a reader" + t, [&](program & p) { router(p, 64, 4, tokens, false, true); });
+                run("router" + t, [&](program & p) { router(p, 32, 8, tokens, ties::none, false); });
+                run("router with ties" + t, [&](program & p) { router(p, 256, 8, tokens, ties::all, false); });
+                run("router with some ties" + t, [&](program & p) { router(p, 48, 8, tokens, ties::some, false); });
+                run("router with a reader" + t, [&](program & p) { router(p, 64, 4, tokens, ties::none, true); });
                 for (const int64_t k : { 2, 8, 15, 16 }) {
                     run("sum over " + std::to_string(k) + " experts" + t,
                         [&](program & p) { expert_sum(p, 200, k, tokens); });

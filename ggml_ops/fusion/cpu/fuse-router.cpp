@@ -9,6 +9,37 @@
 
 namespace node_fusion {
 
+// Sorts ids of experts by score, the best first, in the order of ggml's ARGSORT; the order after the first k is not
+// determined. Equal scores and NaN have the order in which std::sort leaves them. Where none of the best k + 1 are equal
+// there is only one order, and choosing them is faster than sorting all.
+static void sort_best(const float * score, int32_t * id, int64_t experts, int64_t k) {
+    int32_t best[GGML_ROUTER_MAX_EXPERTS];
+    int64_t n        = 0;
+    bool    ordinary = k < experts;
+    for (int64_t e = 0; e < experts && ordinary; ++e) {
+        ordinary = !std::isnan(score[e]);
+        if (n == k + 1 && score[e] <= score[best[k]]) {
+            continue;
+        }
+        int64_t i = n < k + 1 ? n++ : k;
+        for (; i > 0 && score[best[i - 1]] < score[e]; --i) {
+            best[i] = best[i - 1];
+        }
+        best[i] = e;
+    }
+    for (int64_t i = 0; i < k && ordinary; ++i) {
+        ordinary = score[best[i]] > score[best[i + 1]];
+    }
+    std::iota(id, id + experts, 0);
+    if (!ordinary) {
+        std::sort(id, id + experts, [&](int32_t i, int32_t j) { return score[i] > score[j]; });
+        return;
+    }
+    for (int64_t i = 0; i < k; ++i) {
+        std::swap(id[i], *std::find(id + i, id + experts, best[i]));
+    }
+}
+
 int router(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * params) {
     if (!ggml_is_router(cgraph, node_n)) {
         return 0;
@@ -46,9 +77,7 @@ int router(const ggml_cgraph * cgraph, int node_n, const ggml_compute_params * p
             p[e]     = 1.0f / (1.0f + expf(-x[e]));
             score[e] = p[e] + b[e];
         }
-        std::iota(id, id + experts, 0);
-        // the same sort as ggml's ARGSORT, so that the order of equal scores is the same
-        std::sort(id, id + experts, [&](int32_t i, int32_t j) { return score[i] > score[j]; });
+        sort_best(score, id, experts, k);
 
         double sum = 0;
         for (int64_t i = 0; i < k; ++i) {

@@ -300,6 +300,17 @@ static Division divide(const ggml_tensor * product, const Format & format, const
     return best;
 }
 
+static inline void copy_sums(const float (&sums)[PANEL_ROWS], int n_rows, float * to) {
+    if (n_rows < PANEL_ROWS) {
+        memcpy(to, sums, n_rows * sizeof(float));
+        return;
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < PANEL_VECTORS; v++) {
+        store_floats(to + v * LANES, load_floats(sums + v * LANES));
+    }
+}
+
 // Rows row .. end - 1 of a matrix times n columns; next_row: first row to prefetch, the likely next task.
 static void compute_task(const Format & format,
                          const Job &    job,
@@ -344,7 +355,7 @@ static void compute_task(const Format & format,
             if (job.n_products == 2) {
                 ggml_vec_swiglu_f32(n_rows, to, scratch.sums[0][i], scratch.sums[1][i]);
             } else {
-                memcpy(to, scratch.sums[0][i], n_rows * sizeof(float));
+                copy_sums(scratch.sums[0][i], n_rows, to);
             }
         }
     }
