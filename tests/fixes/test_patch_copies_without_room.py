@@ -1,4 +1,4 @@
-"""0027-copies-without-room: weights are repacked only if memory has room for the file and the copies."""
+"""0027-copies-without-room: mapped weights are repacked, and read as a whole, only if memory has room for it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ pytestmark = [
 SHIM = Path(__file__).parents[1] / "native" / "small_memory.c"
 REPACKED = "CPU_REPACK model buffer size"
 REASON = "more than 2/3 of the available memory"
+READ_WHEN_USED = "read from disk when they are used"
+POPULATED = "MAP_POPULATE"
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,8 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log(engine: Engine, model: Path, shim: Path, available: int, *options: str) -> str:
-    """What the program logs if `available` bytes of memory are available."""
-    command = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
+    """What the program logs if `available` bytes of memory are available, and how it maps the file."""
+    command: list[str | Path] = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
     ended = subprocess.run(
         [*command, "--no-conversation", "--threads", "1", "--verbosity", "4", *options],
         env={"LD_PRELOAD": str(shim), "AVAILABLE": str(available // 1024)},
@@ -69,3 +71,23 @@ def test_weights_in_memory_are_there_once_and_are_repacked(model: Path, shim: Pa
 
 def test_upstream_repacks_without_room(model: Path, shim: Path, upstream: Engine) -> None:
     assert REPACKED in log(upstream, model, shim, model.stat().st_size)
+
+
+def test_mapped_weights_that_fit_into_memory_are_read_as_a_whole(
+    model: Path, shim: Path, engine: Engine
+) -> None:
+    said = log(engine, model, shim, int(1.05 * model.stat().st_size))
+    assert POPULATED in said and READ_WHEN_USED not in said
+
+
+def test_mapped_weights_larger_than_memory_are_read_when_they_are_used(
+    model: Path, shim: Path, engine: Engine
+) -> None:
+    said = log(engine, model, shim, int(0.9 * model.stat().st_size))
+    assert POPULATED not in said and READ_WHEN_USED in said
+
+
+def test_upstream_reads_weights_larger_than_memory_as_a_whole(
+    model: Path, shim: Path, upstream: Engine
+) -> None:
+    assert POPULATED in log(upstream, model, shim, int(0.9 * model.stat().st_size))

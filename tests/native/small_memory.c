@@ -1,9 +1,11 @@
-// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available.
+// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available, and a file that is mapped
+// and read as a whole is reported.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 FILE * fopen(const char * path, const char * mode) {
     static FILE * (*next)(const char *, const char *);
@@ -16,4 +18,19 @@ FILE * fopen(const char * path, const char * mode) {
     }
     snprintf(text, sizeof(text), "MemTotal:       99999999 kB\nMemAvailable:   %s kB\n", getenv("AVAILABLE"));
     return fmemopen(text, strlen(text), "r");
+}
+
+void * mmap(void * address, size_t size, int protection, int flags, int fd, off_t offset) {
+    static void * (*next)(void *, size_t, int, int, int, off_t);
+    if (next == NULL) {
+        *(void **) &next = dlsym(RTLD_NEXT, "mmap");
+    }
+    if (fd >= 0 && (flags & MAP_POPULATE) != 0) {
+        fprintf(stderr, "MAP_POPULATE\n");
+    }
+    return next(address, size, protection, flags, fd, offset);
+}
+
+void * mmap64(void * address, size_t size, int protection, int flags, int fd, off_t offset) {
+    return mmap(address, size, protection, flags, fd, offset);
 }
