@@ -39,7 +39,15 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def log(engine: Engine, model: Path, shim: Path, available: int, *options: str) -> str:
     """What the program logs if `available` bytes of memory are available, and how it maps the file."""
-    command: list[str | Path] = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
+    command: list[str | Path] = [
+        engine.bin / "llama-completion",
+        "--model",
+        model,
+        "--prompt",
+        "the hat",
+        "-n",
+        "1",
+    ]
     ended = subprocess.run(
         [*command, "--no-conversation", "--threads", "1", "--verbosity", "4", *options],
         env={"LD_PRELOAD": str(shim), "AVAILABLE": str(available // 1024)},
