@@ -58,12 +58,11 @@ class Result:
     screened: dict[str, float]  # variants of upstream that one sample ruled out: seconds of a decode
     steps: int  # decodes in a sample
     others: float | None  # average number of processors that other work used meanwhile; None: unknown
-    mine: str = PATCHED.name  # the variant of patched that is compared
 
     @property
     def patched(self) -> Summary:
         """The patched build."""
-        return summary(self.samples[self.mine])
+        return summary(self.samples[PATCHED.name])
 
     @property
     def rival(self) -> str:

@@ -58,7 +58,9 @@ class Variant:
     """A build and the options of its process and context."""
 
     build: str  # "upstream" or "patched"
-    repack: bool
+    repack: (
+        bool  # llama.cpp may copy weights; patched then does so only if it is much faster and there is room
+    )
     flash: bool
 
     @property
@@ -74,7 +76,6 @@ class Variant:
 
 FLASH = (True, False)
 PATCHED = Variant("patched", repack=True, flash=True)
-PATCHED_IN_PLACE = Variant("patched", repack=False, flash=True)
 UPSTREAM = tuple(
     Variant("upstream", repack, flash) for repack, flash in itertools.product((True, False), FLASH)
 )

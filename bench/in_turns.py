@@ -23,18 +23,17 @@ from kimi_gguf.bench.ab_run import (
     context_size,
     logits_of,
 )
-from kimi_gguf.bench.cells import PATCHED, PATCHED_IN_PLACE, UBATCH, UPSTREAM, Cell, Variant, variants
+from kimi_gguf.bench.cells import PATCHED, UBATCH, UPSTREAM, Cell, Variant, variants
 from kimi_gguf.bench.load import resident_memory
 from kimi_gguf.bench.report import describe
 
-FITS = 0.85  # share of the free memory that a repacked copy of the weights may take
+FITS = 0.85  # share of the free memory that upstream's copy of the weights may take
 SECONDS = 2.0  # of a sample, at most, unless it is one decode
 
 
 def variants_alone(nbytes: int, free: int) -> tuple[Variant, ...]:
     """The variants that fit alone, patched first. Without a copy a file may be larger than memory: it is mapped."""
-    every = (PATCHED, PATCHED_IN_PLACE, *UPSTREAM)
-    return tuple(variant for variant in every if not variant.repack or nbytes <= FITS * free)
+    return PATCHED, *(variant for variant in UPSTREAM if not variant.repack or nbytes <= FITS * free)
 
 
 @dataclass
@@ -71,8 +70,7 @@ def measure_in_turns(
     for cell, found in collected.items():
         if {name.split()[0] for name in found.samples} == {"patched", "upstream"}:
             known = [each for each in found.others if each is not None]
-            patched = next(each.name for each in chosen if each.build == "patched")
-            results.append(Result(cell, found.samples, {}, found.steps, max(known, default=None), patched))
+            results.append(Result(cell, found.samples, {}, found.steps, max(known, default=None)))
         else:
             runners.skip([cell], "the time of --budget was used up")
     return results

@@ -1,7 +1,7 @@
 """Times single matmuls, by weight type: upstream, patched, and % of roofline.
 
-Input: the libraries of both builds. Output: a row for each type and shape. Weights are repacked as llama.cpp does by
-default; upstream uses the faster of `--repack 0/1`. The least time is that of the multiply-adds at the peak rate of
+Input: the libraries of both builds. Output: a row for each type and shape. Upstream uses the faster of
+`--repack 0/1`. The least time is that of the multiply-adds at the peak rate of
 their type, or of reading the weights, whichever is longer.
 """
 

@@ -19,7 +19,6 @@ from kimi_gguf.bench import hybrid, page, report
 from kimi_gguf.bench.ab_run import Result, Runners, Settings, measure, measure_fitting
 from kimi_gguf.bench.cells import (
     DEVICE_THREADS,
-    PATCHED,
     SIZES,
     THREADS,
     UPSTREAM,
@@ -409,16 +408,15 @@ def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> li
 def variants_in_memory(model: ModelFile, reporter: Reporter) -> tuple[Variant, ...]:
     """The variants of upstream that fit in memory together with patched; none if only one process fits.
 
-    Each build may hold a repacked copy of the weights; `--repack 0` reads the mapped file.
+    Upstream holds a copy of the weights; patched and `--repack 0` read the mapped file.
     """
     free = available_memory()
-    if free is None or 3 * model.nbytes <= free:
+    if free is None or 2 * model.nbytes <= free:
         return UPSTREAM
-    needs = f"{model.nbytes / 1e9:.1f} GB of weights in each of two builds, {free / 1e9:.1f} GB of memory are free"
-    if 2 * model.nbytes <= free:
-        reporter.note(f"{needs}: upstream is measured without --repack 0")
-        return tuple(variant for variant in UPSTREAM if variant.repack)
-    reporter.note(f"{needs}: they are loaded one after the other, twice")
+    reporter.note(
+        f"{model.nbytes / 1e9:.1f} GB of weights, mapped and copied by upstream, {free / 1e9:.1f} GB of memory are "
+        "free: the builds are loaded one after the other, twice"
+    )
     return ()
 
 
@@ -429,7 +427,7 @@ def alone_in_memory(runners: Runners) -> tuple[Variant, ...]:
     reason = (
         f"the copy of {nbytes / 1e9:.1f} GB of weights does not fit in {free / 1e9:.1f} GB of free memory"
     )
-    without = (each.name for each in (PATCHED, *UPSTREAM) if each not in found)
+    without = (each.name for each in UPSTREAM if each not in found)
     runners.about.left_out |= dict.fromkeys(without, reason)
     return found
 

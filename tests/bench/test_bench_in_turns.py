@@ -9,7 +9,7 @@ import pytest
 
 from kimi_gguf.bench import run
 from kimi_gguf.bench.ab_run import Loaded
-from kimi_gguf.bench.cells import PATCHED, PATCHED_IN_PLACE, UPSTREAM
+from kimi_gguf.bench.cells import PATCHED, UPSTREAM
 from kimi_gguf.bench.in_turns import variants_alone
 from kimi_gguf.bench.report import turns_table
 from kimi_gguf.engine.progress import Silent
@@ -25,9 +25,7 @@ def free(monkeypatch: pytest.MonkeyPatch, nbytes: int | None) -> None:
 @pytest.mark.parametrize(
     ("gigabytes", "expected"),
     [
-        (54, UPSTREAM),
-        (53, tuple(variant for variant in UPSTREAM if variant.repack)),
-        (36, tuple(variant for variant in UPSTREAM if variant.repack)),
+        (36, UPSTREAM),
         (35, ()),
         (None, UPSTREAM),  # the system does not say
     ],
@@ -40,13 +38,13 @@ def test_which_variants_of_upstream_run_next_to_patched(
 
 
 def test_a_copy_that_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert variants_alone(17 * GB, 20 * GB) == (PATCHED, PATCHED_IN_PLACE, *UPSTREAM)
+    assert variants_alone(17 * GB, 20 * GB) == (PATCHED, *UPSTREAM)
     free(monkeypatch, 20 * GB)
     runners = SimpleNamespace(model=MODEL, about=Loaded())
     chosen = run.alone_in_memory(runners)  # type: ignore[arg-type]
-    assert chosen == (PATCHED_IN_PLACE, *(variant for variant in UPSTREAM if not variant.repack))
+    assert chosen == (PATCHED, *(variant for variant in UPSTREAM if not variant.repack))
     reason = "the copy of 18.0 GB of weights does not fit in 20.0 GB of free memory"
-    assert runners.about.left_out == dict.fromkeys(("patched", "upstream", "upstream -fa 0"), reason)
+    assert runners.about.left_out == dict.fromkeys(("upstream", "upstream -fa 0"), reason)
 
 
 def test_the_table_of_processes() -> None:

@@ -70,7 +70,7 @@ TOGETHER, APART = "conv,scan,mla,fuse,require", "conv,scan,mla,require"
 
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
-    """A model whose weights ggml-cpu repacks."""
+    """A model whose weights ggml-cpu repacks if KIMI_REPACK requests it."""
     folder = tmp_path_factory.mktemp("quantised")
     spec = Spec(
         layers="KKM", hidden=128, kda_head_dim=64, experts=8, experts_used=4, moe_intermediate=64, seed=90
@@ -88,13 +88,15 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("copies", ["0", "1"])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_models_logits_have_the_same_bits(
-    way: str, threads: int, quantised: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    way: str, threads: int, copies: str, quantised: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = list(np.random.default_rng(90).integers(0, VOCAB_SIZE, (2, 60)))
     logits = []
+    monkeypatch.setenv("KIMI_REPACK", copies)
     for choice in (TOGETHER, APART):
         monkeypatch.setenv("KIMI_OPS", choice)
         options = RunOptions(**WAYS[way], threads=threads)

@@ -4,9 +4,13 @@
 
 #include "quant-gemm-panel.h"
 
+#include <type_traits>
+
 namespace quant_gemm {
 
 #if QUANT_GEMM_KERNELS
+
+template <typename T, typename... Others> constexpr bool IS_ONE_OF = (std::is_same_v<T, Others> || ...);
 
 // The values of the nibbles of IQ4_NL and IQ4_XS, plus an offset of 128 where bytes are unsigned.
 inline Ints iq4_values(Ints nibbles) {

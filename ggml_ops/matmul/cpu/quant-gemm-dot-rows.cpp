@@ -135,36 +135,6 @@ template <typename Block> static inline FourBlocks load(const Block * w) {
     return { { half[0], half[1] } };
 }
 
-// The scales of 8 blocks as they are stored, in 16 bits each.
-template <typename Block> static inline __m128i scale_bits(const Block * w) {
-    if constexpr (sizeof(Block) == sizeof(block_q4_0)) {  // 9 numbers of 16 bits, the first one is the scale
-        const __m512i nth = _mm512_castsi128_si512(_mm_setr_epi16(0, 9, 18, 27, 36, 45, 54, 63));
-        const char *  p   = (const char *) w;
-        return _mm512_castsi512_si128(
-            _mm512_permutex2var_epi16(_mm512_loadu_si512(p), nth, _mm512_loadu_si512(p + 64)));
-    } else {
-        alignas(16) uint16_t x[N_BLOCKS];
-#pragma GCC unroll 8
-        for (int b = 0; b < N_BLOCKS; b++) {
-            if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
-                x[b] = w[b].e;
-            } else {
-                x[b] = w[b].d;
-            }
-        }
-        return _mm_load_si128((const __m128i *) x);
-    }
-}
-
-// Scales of 16 blocks from the lower half of each lane.
-template <typename Block> static inline __m512 scales_from(__m512i x) {
-    if constexpr (IS_ONE_OF<Block, block_mxfp4>) {
-        return half_powers(_mm512_and_si512(x, _mm512_set1_epi32(0xff)));
-    } else {
-        return lower_half(x);
-    }
-}
-
 // 8 blocks of 16 rows: integer sums of each block times N_C columns, without the offset of the quants, and scales. A
 // vector of sums has four blocks, each of four rows.
 template <int N_C> struct Slice {
@@ -214,14 +184,8 @@ sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2]
 template <typename Block, int N_C>
 static inline void
 add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const * columns, __m512 (&total)[N_C]) {
-    __m512i scales[N_BLOCKS / 2];
-    Rows((const char *) slice.scales, sizeof(slice.scales[0]), 0, DOT_ROWS).load16(0, scales);
     __m512 d[N_BLOCKS];
-#pragma GCC unroll 4
-    for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
-        d[2 * pair]     = scales_from<Block>(scales[pair]);
-        d[2 * pair + 1] = scales_from<Block>(_mm512_srli_epi32(scales[pair], 16));
-    }
+    scales_of_slice<Block>(slice.scales, d);
 #pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         const ActBlocks & a = ((const ActBlocks *) columns[c])[i];

@@ -6,13 +6,10 @@
 #include "quant-gemm-codes.h"
 
 #include <cstring>
-#include <type_traits>
 
 namespace quant_gemm {
 
 #if QUANT_GEMM_AVX512
-
-template <typename T, typename... Others> constexpr bool IS_ONE_OF = (std::is_same_v<T, Others> || ...);
 
 // 256 weights: their quants in the order of k as unsigned bytes, and one factor per 16 of them. Offsets are multiplied
 // with sums of activation quants.

@@ -117,7 +117,7 @@ template <typename Type> static constexpr Format rows(ggml_type type, int min_co
 }
 
 static const Format formats[] = {
-    rows<Q4_0>(GGML_TYPE_Q4_0, 4),
+    rows<Q4_0>(GGML_TYPE_Q4_0, 5),
     rows<Q5_0>(GGML_TYPE_Q5_0, 4),
     rows<Q8_0>(GGML_TYPE_Q8_0, 9),
     rows<IQ4_NL>(GGML_TYPE_IQ4_NL, 4),

@@ -19,7 +19,6 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
-#include <type_traits>
 
 namespace quant_gemm {
 
@@ -239,6 +238,101 @@ struct Groups {
 
 // ---- types of 32 values with one scale
 
+// Blocks with an exponent instead of an F16 scale.
+template <typename Block> constexpr bool HAS_EXPONENT = IS_ONE_OF<Block, block_mxfp4, block_mxfp4x8>;
+
+#if QUANT_GEMM_AVX512
+
+// The scales of 8 neighbouring blocks as they are stored, in 16 bits each.
+template <typename Block> inline __m128i scale_bits(const Block * w) {
+    if constexpr (HAS_EXPONENT<Block>) {
+        alignas(16) uint16_t x[N_BLOCKS];
+#pragma GCC unroll 8
+        for (int b = 0; b < N_BLOCKS; b++) {
+            x[b] = w[b].e;
+        }
+        return _mm_load_si128((const __m128i *) x);
+    } else {  // the first one of WORDS numbers of 16 bits
+        constexpr int WORDS  = sizeof(Block) / 2;
+        constexpr int SECOND = std::min(4 * WORDS, 8 * WORDS - 64);  // reads nothing behind the blocks
+        const char *  p      = (const char *) w;
+        const __m512i nth    = _mm512_castsi128_si512(
+            _mm_setr_epi16(0, WORDS, 2 * WORDS, 3 * WORDS, 4 * WORDS, 5 * WORDS, 6 * WORDS, 7 * WORDS));
+        const __m128i first =
+            _mm512_castsi512_si128(_mm512_permutex2var_epi16(_mm512_loadu_si512(p), nth, _mm512_loadu_si512(p + 64)));
+        if constexpr (7 * WORDS < 64) {
+            return first;
+        }
+        p += 2 * SECOND;
+        const __m128i second = _mm512_castsi512_si128(_mm512_permutex2var_epi16(
+            _mm512_loadu_si512(p), _mm512_sub_epi16(nth, _mm512_set1_epi16(SECOND)), _mm512_loadu_si512(p + 64)));
+        return _mm_blend_epi16(first, second, 0xf0);
+    }
+}
+
+// Scales from the lower half of each lane.
+template <typename Block> inline __m512 scales_from(__m512i x) {
+    if constexpr (HAS_EXPONENT<Block>) {
+        return half_powers(_mm512_and_si512(x, _mm512_set1_epi32(0xff)));
+    } else {
+        return lower_half(x);
+    }
+}
+
+// d[b]: the scales of block b, from the scale_bits of each row.
+template <typename Block> inline void scales_of_slice(const __m128i (&bits)[LANES], __m512 (&d)[N_BLOCKS]) {
+    __m512i pairs[N_BLOCKS / 2];
+    Rows((const char *) bits, sizeof(bits[0]), 0, LANES).load16(0, pairs);
+#pragma GCC unroll 4
+    for (int i = 0; i < N_BLOCKS / 2; i++) {
+        d[2 * i]     = scales_from<Block>(pairs[i]);
+        d[2 * i + 1] = scales_from<Block>(_mm512_srli_epi32(pairs[i], 16));
+    }
+}
+
+#endif
+
+// The scales of up to 8 blocks.
+template <typename Block, typename R> struct BlockScales {
+    const R & rows;
+    size_t    at;
+
+    BlockScales(const R & rows, int64_t block, int /* n_blocks */) : rows(rows), at(block * sizeof(Block)) {}
+
+    inline Floats of(int b) const {
+        if constexpr (HAS_EXPONENT<Block>) {
+            return rows.load_power(at + b * sizeof(Block) + offsetof(Block, e));
+        } else {
+            return rows.load_half(at + b * sizeof(Block) + offsetof(Block, d));
+        }
+    }
+};
+
+#if QUANT_GEMM_AVX512
+
+// Row by row: collecting the scales of one block from 16 rows takes longer than its quants.
+template <typename Block> struct BlockScales<Block, Rows> {
+    __m512 d[N_BLOCKS];
+
+    BlockScales(const Rows & rows, int64_t block, int n_blocks) {
+        alignas(64) __m128i bits[LANES];
+        Block               last[N_BLOCKS] = {};
+        for (int r = 0; r < LANES; r++) {
+            const Block * w = (const Block *) rows.row[r] + block;
+            if (n_blocks < N_BLOCKS) {
+                memcpy(last, w, n_blocks * sizeof(Block));
+                w = last;
+            }
+            bits[r] = scale_bits(w);
+        }
+        scales_of_slice<Block>(bits, d);
+    }
+
+    inline Floats of(int b) const { return d[b]; }
+};
+
+#endif
+
 inline Ints as_is(Ints x) {
     return x;
 }
@@ -269,16 +363,12 @@ template <typename Block, Ints (*DECODE)(Ints), int OFFSET_, Codes CODES_> struc
     static constexpr Codes  CODES  = CODES_;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        const BlockScales<Block, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
-            const size_t at = (block + b) * sizeof(Block);
-            Ints         x[4];
-            rows.quants16(at + offsetof(Block, qs), x);
+            Ints x[4];
+            rows.quants16((block + b) * sizeof(Block) + offsetof(Block, qs), x);
             give_nibbles<DECODE>(to, b, x);
-            if constexpr (std::is_same_v<Block, block_mxfp4> || std::is_same_v<Block, block_mxfp4x8>) {
-                to.scales(b, rows.load_power(at + offsetof(Block, e)));
-            } else {
-                to.scales(b, rows.load_half(at + offsetof(Block, d)));
-            }
+            to.scales(b, scales.of(b));
         }
     }
 };
@@ -301,15 +391,15 @@ struct Q8_0 {
     static constexpr Codes  CODES  = Codes::bytes;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        const BlockScales<block_q8_0, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
-            const size_t at = (block + b) * sizeof(block_q8_0);
-            Ints         x[8];
-            rows.quants32(at + offsetof(block_q8_0, qs), x);
+            Ints x[8];
+            rows.quants32((block + b) * sizeof(block_q8_0) + offsetof(block_q8_0, qs), x);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; j++) {
                 to.codes(b, j, SIGNED_BYTES ? x[j] : x[j] ^ bytes(0x80));
             }
-            to.scales(b, rows.load_half(at + offsetof(block_q8_0, d)));
+            to.scales(b, scales.of(b));
         }
     }
 };
@@ -320,6 +410,7 @@ struct Q5_0 {
     static constexpr Codes  CODES  = Codes::below_32;
 
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int n_blocks, To & to) {
+        const BlockScales<block_q5_0, R> scales(rows, block, n_blocks);
         for (int b = 0; b < n_blocks; b++) {
             const size_t at = (block + b) * sizeof(block_q5_0);
             Ints         x[4];
@@ -330,7 +421,7 @@ struct Q5_0 {
                 const Ints low = j < 4 ? low_nibbles(x[j % 4]) : high_nibbles(x[j % 4]);
                 to.codes(b, j, low | rows.bytes_where_set(fifth, j, bytes(16)));
             }
-            to.scales(b, rows.load_half(at + offsetof(block_q5_0, d)));
+            to.scales(b, scales.of(b));
         }
     }
 };

@@ -13,6 +13,7 @@
 #include "vec.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 namespace quant_gemm {
@@ -21,6 +22,9 @@ namespace quant_gemm {
 static constexpr int MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
 static constexpr int FEW_COLUMNS = 32;
 static constexpr int TASK_ROWS   = 128;
+
+// Up to so many columns there are too few tiles to prefetch all of the next rows with them.
+static constexpr int PREFETCH_EARLY = 24;
 
 // What a task costs apart from its multiplications, as rows; and a row of it (unpacking), as columns.
 static constexpr int TASK_COST = 4;
@@ -215,7 +219,8 @@ static const char * weights_of(const ggml_tensor * product, int64_t matrix) {
 
 // PANEL_ROWS rows of a matrix times n columns. Unpacking reads short pieces of many rows, which hardware prefetching
 // does not recognize. So the next rows, `ahead`, are prefetched in address order, a few lines with each tile: all at
-// once would fill the queue for the reads of the tiles themselves.
+// once would fill the queue for the reads of the tiles themselves. With few columns,
+// and so few tiles, half of them are prefetched before unpacking.
 static void add_panel(const Format &      format,
                       const ggml_tensor * src0,
                       const char *        weights,
@@ -233,9 +238,13 @@ static void add_panel(const Format &      format,
     std::copy(columns.at, columns.at + columns.n, act);
     memset(sums, 0, columns.n * sizeof(sums[0]));
     for (int64_t block = 0; block < n_blocks; block += step) {
-        const int here = (int) std::min<int64_t>(step, n_blocks - block);
+        const int    here   = (int) std::min<int64_t>(step, n_blocks - block);
+        const size_t before = columns.n <= PREFETCH_EARLY ? piece / 2 : 0;
+        for (size_t i = 0; i < before; i += CACHE_LINE) {
+            __builtin_prefetch(next + i, 0, 2);
+        }
         format.unpack(weights, src0->nb[1], row, src0->ne[1], block, here, panel);
-        multiply(format, panel, here, { act, columns.n }, { next, piece }, sums[0]);
+        multiply(format, panel, here, { act, columns.n }, { next + before, piece - before }, sums[0]);
         next += piece;
         for (int i = 0; i < columns.n; i++) {
             act[i] += act_step;
@@ -433,13 +442,20 @@ size_t ggml_quant_gemm_work_size(const ggml_tensor * dst, int n_tasks, quant_gem
     return format != nullptr ? quant_gemm::plan_work(dst, *format, n_tasks).total : 0;
 }
 
+static bool copies_requested() {
+    const char * value = getenv("KIMI_REPACK");
+    return value != nullptr && strcmp(value, "1") == 0;
+}
+
 bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
     const ggml_type            type = op->src[0]->type;
     const quant_gemm::Format * rows = quant_gemm::find_format(type, QUANT_GEMM_ROWS);
+    if (rows == nullptr) {
+        return false;
+    }
     // with NEON types of 32 values are decoded faster as upstream interleaves them (docs/arm-estimates.md)
-    const bool interleaved = quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr ||
-                             (QUANT_GEMM_NEON && rows != nullptr && rows->scheme == quant_gemm::Scheme::q8_0);
-    return rows != nullptr && !interleaved;
+    const bool slower = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
+    return !slower && !(quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr && copies_requested());
 }
 
 bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {

@@ -24,8 +24,8 @@ enum quant_gemm_layout {
 // Depends on shapes and types only, so it can be called before memory is allocated.
 size_t ggml_quant_gemm_work_size(const struct ggml_tensor * dst, int n_tasks, enum quant_gemm_layout layout);
 
-// Whether weights of this MUL_MAT or MUL_MAT_ID are multiplied faster as rows than interleaved, so that a repack buffer
-// type should refuse them.
+// Whether weights of this MUL_MAT or MUL_MAT_ID are used as rows, so that a repack buffer type should refuse them. The
+// environment variable KIMI_REPACK=1, which --repack sets, requests interleaved copies where they are multiplied faster.
 bool ggml_quant_gemm_prefers_rows(const struct ggml_tensor * op);
 
 // Computes the node and returns true, or returns false (nothing touched) if ggml's own path has to compute it: other
