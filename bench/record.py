@@ -160,11 +160,12 @@ def save_all(records: Sequence[Data], file: Path) -> None:
 
 
 def add(record: Data, file: Path) -> None:
-    """Add a record to a machine's file, creating it if needed. Raises `EngineError`."""
+    """Add a record to a machine's file, creating it if needed; it replaces one of the same command. Raises
+    `EngineError`."""
     there = load_all(file) if file.exists() else []
     for each in there[:1]:
         check_machine(each, record, file)
-    save_all([*there, record], file)
+    save_all([*(each for each in there if each["command"] != record["command"]), record], file)
 
 
 def check_machine(there: Data, record: Data, file: Path) -> None:
