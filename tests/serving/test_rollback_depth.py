@@ -1,4 +1,4 @@
-"""0009, 0010, 0013 and 0042: tokens are rolled back correctly, or not at all.
+"""0009, 0010, 0013 and 0049: tokens are rolled back correctly, or not at all.
 
 There is a snapshot of the recurrent state before each token of the last ubatch. A rollback to an older state, of a
 restored state, or of a state that sequences share is refused. The caller gets an error; the memory is unchanged.
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from llama_script import Logits, Setup, Step, remove
 from random_checkpoint import Spec
+from random_family import FamilySpec, write_family
 from synthetic_case import error_of, make_case
 
 from kimi_gguf.engine.builds import Engine
@@ -27,9 +28,19 @@ ARCHS = ("kimi-linear", "kimi-k3", "qwen35", "lfm2", "nemotron_h", "bailingmoe3"
 Steps = list[Step]
 
 
-@pytest.fixture(scope="module")
-def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+FAMILY = [
+    FamilySpec("bailingmoe3", "KKMK", seed=91),
+    FamilySpec("glm5-next", "KKM", rope=0, seed=92),
+    FamilySpec("kimi-k3", "KKMK", seed=93),
+]
+
+
+@pytest.fixture(scope="module", params=[None, *FAMILY], ids=lambda spec: spec.id if spec else "kimi-linear")
+def gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose KDA layers run on the operators."""
     folder = tmp_path_factory.mktemp("rollback")
+    if request.param is not None:
+        return write_family(folder / "model.gguf", request.param)
     return make_case(folder, Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=90)).gguf
 
 
@@ -122,7 +133,7 @@ def test_every_architecture_takes_back_a_whole_short_batch(
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_without_the_state_in_front_one_token_stays(engine: Engine, small_models: Path, arch: str) -> None:
-    """0042-no-state-in-front-of-a-draft: all tokens of a batch except the first can be rolled back."""
+    """0049-no-state-in-front-of-a-draft: all tokens of a batch except the first can be rolled back."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13), decode(13, 14)]
     back = [

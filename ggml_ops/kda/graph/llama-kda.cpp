@@ -15,6 +15,26 @@
 // a constant of the reference, independent of rms_norm_eps
 static constexpr float KDA_L2_NORM_EPS = 1e-6f;
 
+// What the tensors of a layer do not tell: which architectures have KDA layers, and whether their ssm_a is exp(A_log)
+// instead of -exp(A_log).
+struct Family {
+    llm_arch arch;
+    bool     positive_a;
+};
+
+static constexpr Family families[] = {
+    { LLM_ARCH_KIMI_LINEAR, false },
+    { LLM_ARCH_BAILINGMOE3, true },
+    { LLM_ARCH_GLM5_NEXT, false },
+    { LLM_ARCH_KIMI_K3, false },
+};
+
+static const Family * family_of(llm_arch arch) {
+    const auto * end   = std::end(families);
+    const auto * found = std::find_if(families, end, [&](const Family & each) { return each.arch == arch; });
+    return found == end ? nullptr : found;
+}
+
 // Logs the reason, once per context: upstream's graph is used instead. Throws if `ops` requires the operators.
 static bool refuse(const llama_kimi_ops & ops, const std::string & reason) {
     if (ops.require) {
@@ -24,8 +44,12 @@ static bool refuse(const llama_kimi_ops & ops, const std::string & reason) {
     return false;
 }
 
+bool llama_kda_is_family(const llama_model & model) {
+    return family_of(model.arch) != nullptr;
+}
+
 bool llama_kda_wanted(const llama_model & model, const llama_kimi_ops & ops) {
-    if (model.arch != LLM_ARCH_KIMI_LINEAR) {
+    if (!llama_kda_is_family(model)) {
         return false;
     }
     if (!ops.conv && !ops.scan) {
@@ -49,7 +73,7 @@ bool llama_kda_wanted(const llama_model & model, const llama_kimi_ops & ops) {
         const auto & layer = model.layers[il];
         for (const ggml_tensor * t :
              { layer.ssm_q_conv, layer.ssm_k_conv, layer.ssm_v_conv, layer.ssm_dt_b, layer.ssm_a, layer.ssm_o_norm }) {
-            if (t->type != GGML_TYPE_F32) {
+            if (t && t->type != GGML_TYPE_F32) {  // a file of draft layers has no others
                 return refuse(ops, std::string(t->name) + " is " + ggml_type_name(t->type) + ", not f32");
             }
         }
@@ -151,14 +175,15 @@ ggml_tensor * llama_kda_mixer(
             }
         }
     }
+    // the gates' projections: two matrices of low rank, or one
     ggml_tensor * f    = ggml_mul_mat(ctx, layer.ssm_f_a, x);
-    ggml_tensor * gate = ggml_mul_mat(ctx, layer.ssm_g_a, x);
+    ggml_tensor * gate = ggml_mul_mat(ctx, layer.ssm_g ? layer.ssm_g : layer.ssm_g_a, x);
     ggml_tensor * beta = ggml_mul_mat(ctx, layer.ssm_beta, x);
     for (ggml_tensor * t : { f, gate, beta }) {
         ggml_build_forward_expand(g.gf, t);
     }
-    f    = ggml_mul_mat(ctx, layer.ssm_f_b, f);
-    gate = ggml_mul_mat(ctx, layer.ssm_g_b, gate);
+    f    = layer.ssm_f_b ? ggml_mul_mat(ctx, layer.ssm_f_b, f) : f;
+    gate = layer.ssm_g_b ? ggml_mul_mat(ctx, layer.ssm_g_b, gate) : gate;
     g.cb(f, "kda_f", il);
     g.cb(gate, "kda_gate", il);
     g.cb(beta, "kda_beta", il);
@@ -176,8 +201,8 @@ ggml_tensor * llama_kda_mixer(
     beta = S > 1 ? ggml_reshape_3d(ctx, beta, H, T, S) : beta;
 
     ggml_tensor * cache      = inp->mctx->get_s_l(il);
-    ggml_tensor * scan_src[] = { packed,           f,     layer.ssm_dt_b,  layer.ssm_a, beta, gate,
-                                 layer.ssm_o_norm, cache, inp->s_copy_main };
+    ggml_tensor * a          = family_of(g.arch)->positive_a ? ggml_neg(ctx, layer.ssm_a) : layer.ssm_a;
+    ggml_tensor * scan_src[] = { packed, f, layer.ssm_dt_b, a, beta, gate, layer.ssm_o_norm, cache, inp->s_copy_main };
     ggml_tensor * scan       = ggml_kda_scan(
         ctx, scan_src, { n_snapshots, zero_row, g.hparams.f_norm_rms_eps, g.hparams.kda_gate_lower_bound });
     g.cb(scan, "kda_scan", il);

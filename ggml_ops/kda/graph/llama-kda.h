@@ -1,7 +1,8 @@
 #pragma once
 
 // Builds the token mixer of a KDA layer from the operators KDA_CONV and KDA_SCAN, and decides whether to use it instead
-// of upstream's graph.
+// of upstream's graph. Serves all architectures with Kimi Delta Attention: kimi-linear, bailingmoe3 (Ling 3), glm5-next
+// (GLM-5.3-Flash) and kimi-k3.
 
 #include "kimi-ops.h"
 #include "llama-graph.h"
@@ -11,6 +12,9 @@
 
 struct llama_layer;
 struct llama_model;
+
+// Whether the layers of this architecture are KDA layers where they are recurrent.
+bool llama_kda_is_family(const llama_model & model);
 
 // Whether the graph of this model may use the operators. If not, logs the reason, or throws if `ops` requires them.
 bool llama_kda_wanted(const llama_model & model, const llama_kimi_ops & ops);

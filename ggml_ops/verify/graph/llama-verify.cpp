@@ -3,6 +3,7 @@
 #include "ggml-verify.h"
 #include "kimi-ops.h"
 #include "llama-hparams.h"
+#include "llama-kda.h"
 #include "llama-model.h"
 
 #include <cstring>
@@ -46,7 +47,7 @@ static std::vector<ggml_backend_dev_t> devices_of(const llama_model & model, boo
 }
 
 void llama_verify_operators(const llama_model & model, const llama_kimi_ops & ops, bool op_offload) {
-    const bool kda = model.arch == LLM_ARCH_KIMI_LINEAR && ops.conv && ops.scan;
+    const bool kda = llama_kda_is_family(model) && ops.conv && ops.scan;
     const bool mla = model.hparams.is_mla() && ops.mla;
     for (ggml_backend_dev_t dev : devices_of(model, op_offload)) {
         const bool fuse                          = ops.fuse && fuses_nodes(dev);

@@ -1,0 +1,113 @@
+"""0028 to 0033: norms, YaRN, expert groups, quantization, an unsplit kv_b and the gate's bound of the KDA family."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from random_family import VOCAB_SIZE, FamilySpec, write_family
+from synthetic_case import Tensors, error_of, rewrite
+from transformers_ling import ling_logits
+
+from kimi_gguf.bench.shapes import types_in_dry_run
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.llama import RunOptions, run_logits
+
+pytestmark = pytest.mark.engine
+
+IDS: NDArray[np.int64] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 150)
+LING = "bailingmoe3"
+SMALL = [
+    FamilySpec(LING, std=0.05, seed=1),
+    FamilySpec(LING, "KKMK", heads=4, std=0.3, groups=(4, 2), seed=2),
+]
+YARN = [FamilySpec(LING, yarn=(4.0, mscale_all_dim), seed=3) for mscale_all_dim in (1.0, 0.7)]
+
+
+def logits(engine: Engine, model: Path, choice: str | None = None) -> NDArray[np.float32]:
+    with pytest.MonkeyPatch.context() as patch:
+        if choice is not None:
+            patch.setenv("KIMI_OPS", choice)
+        return run_logits(engine, model, IDS, RunOptions())
+
+
+@pytest.mark.parametrize("spec", [*SMALL, *YARN], ids=lambda spec: f"{spec.id}-{spec.yarn}")
+def test_ling_has_the_logits_of_transformers(
+    tmp_path: Path, spec: FamilySpec, engine: Engine, upstream: Engine
+) -> None:
+    """0028-ling-k3-norm-constants and 0029-ling-yarn-mscale."""
+    model, expected = write_family(tmp_path / "model.gguf", spec), ling_logits(spec, IDS)
+    for choice in ("require", "off"):
+        assert error_of(logits(engine, model, choice), expected).passes
+    assert not error_of(logits(upstream, model), expected).passes
+
+
+def test_small_activations_of_kimi_k3_are_normalised_as_in_the_model(
+    tmp_path: Path, engine: Engine, upstream: Engine
+) -> None:
+    """0028: the operators have the reference's constant for q and k; upstream's graph now has it, too."""
+    model = write_family(tmp_path / "model.gguf", FamilySpec("kimi-k3", "KKM", std=0.05, seed=4))
+    expected = logits(engine, model, "require")
+    assert error_of(logits(engine, model, "off"), expected).passes
+    assert not error_of(logits(upstream, model), expected).passes
+
+
+def test_a_router_may_choose_all_groups(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
+    """0030-all-expert-groups."""
+    grouped = write_family(tmp_path / "grouped.gguf", FamilySpec(LING, groups=(4, 4), seed=5))
+    plain = write_family(tmp_path / "plain.gguf", FamilySpec(LING, seed=5))
+    np.testing.assert_array_equal(logits(engine, grouped), logits(engine, plain))
+    with pytest.raises(ValidateError, match="SIGABRT"):
+        logits(upstream, grouped)
+
+
+GATES = {
+    LING: {"ssm_f_a": "Q8_0", "ssm_g_a": "Q8_0", "ssm_beta": "F32", "attn_gate": "F32", "attn_q": "Q4_K"},
+    "kimi-k3": {"ssm_f_a": "Q8_0", "ssm_g": "Q8_0", "ssm_beta": "F32", "attn_gate": "Q4_K", "attn_q": "Q4_K"},
+}
+
+
+@pytest.mark.parametrize("architecture", GATES)
+def test_gates_are_not_quantized_to_four_bits(
+    tmp_path: Path, architecture: str, engine: Engine, upstream: Engine
+) -> None:
+    """0031-ling-k3-quantize-gates."""
+    spec = FamilySpec(
+        architecture, hidden=256, heads=2, kda_head_dim=128, ffn=256, expert_ffn=256, q_lora=256
+    )
+    model = write_family(tmp_path / "model.gguf", spec)
+
+    def types(build: Engine) -> dict[str, set[str]]:
+        command = [build.bin / "llama-quantize", "--dry-run", model, "Q4_K_M"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+        found = types_in_dry_run((said.stdout + said.stderr).splitlines())
+        return {
+            part: {found.get(f"blk.{i}.{part}.weight") for i in (1, 2)} - {None}
+            for part in GATES[architecture]
+        }
+
+    assert types(engine) == {part: {kind} for part, kind in GATES[architecture].items()}
+    assert types(upstream)["ssm_f_a"] == {"Q4_K"}
+
+
+def unsplit(tensors: Tensors) -> Tensors:
+    """k_b [heads, latent, nope] and v_b [heads, v, latent] of layer 2 as kv_b [heads * (nope + v), latent]."""
+    out = dict(tensors)
+    k, v = (out.pop(f"blk.2.attn_{x}_b.weight") for x in "kv")
+    kv = np.concatenate([k.transpose(0, 2, 1), v], axis=1)
+    return out | {"blk.2.attn_kv_b.weight": kv.reshape(-1, kv.shape[-1])}
+
+
+def test_kimi_k3_with_an_unsplit_kv_b_is_refused(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
+    """0032-kimi-k3-kv-b."""
+    whole = rewrite(
+        write_family(tmp_path / "split.gguf", FamilySpec("kimi-k3", seed=6)), tmp_path / "whole.gguf", unsplit
+    )
+    with pytest.raises(ValidateError, match="unsplit kv_b"):
+        logits(engine, whole)
+    with pytest.raises(ValidateError, match="SIGSEGV"):
+        logits(upstream, whole)

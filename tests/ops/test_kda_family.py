@@ -1,0 +1,66 @@
+"""Ling 3, GLM-5.3-Flash and Kimi K3 on the operators: the same logits as upstream's graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from random_family import VOCAB_SIZE, FamilySpec, write_family
+from synthetic_case import error_of
+
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.validate.llama import RunOptions, run
+
+pytestmark = pytest.mark.engine
+
+TOKENS = 150
+SPECS = [
+    FamilySpec("bailingmoe3", "KKMK", mtp=True, clamped=True, seed=70),
+    FamilySpec("bailingmoe3", "KM", heads=4, kda_head_dim=128, groups=(4, 2), std=0.3, seed=71),
+    FamilySpec("glm5-next", "KKM", rope=0, value=64, seed=72),
+    FamilySpec("glm5-next", "KM", heads=4, kda_head_dim=32, rope=0, lower_bound=None, seed=73),
+    FamilySpec("kimi-k3", "KKMKM", seed=74),
+    FamilySpec("kimi-k3", "KM", heads=3, kda_head_dim=32, lower_bound=None, std=0.3, seed=75),
+]
+LENGTHS = (TOKENS, 61, 120)
+WAYS: dict[str, dict[str, Any]] = {
+    "at once": {},
+    "ubatches of 7": {"n_batch": TOKENS, "n_ubatch": 7},
+    "ubatches of 65": {"n_batch": TOKENS, "n_ubatch": 65},
+    "flash attention": {"flash_attention": True},
+    "token by token": {"step_from": 60, "flash_attention": True},
+    "restored in the middle": {"save_restore_at": 75},
+    "three sequences, ubatches of 32": {"texts": LENGTHS, "n_batch": 96, "n_ubatch": 32},
+    "three sequences, token by token": {"texts": LENGTHS, "step_from": 50, "kv_unified": True},
+}
+
+
+@pytest.fixture(scope="module", params=SPECS, ids=lambda spec: spec.id)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_family(tmp_path_factory.mktemp("family") / "model.gguf", request.param)
+
+
+def decode(
+    choice: str, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, way: Mapping[str, Any]
+) -> list[np.ndarray[Any, Any]]:
+    """Logits with KIMI_OPS=`choice`; `texts` of the way: lengths of several sequences, each rotated by its number."""
+    monkeypatch.setenv("KIMI_OPS", choice)
+    ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, TOKENS)
+    options = dict(way)
+    lengths = options.pop("texts", (TOKENS,))
+    texts = [np.roll(ids, i)[:length] for i, length in enumerate(lengths)]
+    return run(engine, model, texts, RunOptions(**options)).logits
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_operators_give_the_logits_of_upstreams_graph(
+    model: Path, way: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = decode("require", engine, model, monkeypatch, WAYS[way])
+    theirs = decode("off", engine, model, monkeypatch, WAYS[way])
+    for mine, other in zip(ours, theirs, strict=True):
+        assert error_of(mine, other).passes
+        assert (mine != other).any(), "one graph ran twice"
