@@ -19,9 +19,12 @@ from typing import Any
 
 from gguf import GGUFValueType as ValueType
 
-from kimi_gguf.convert.model.config import KimiConfig, published_config
-from kimi_gguf.convert.model.metadata import ARCHITECTURE, SIGMOID, Key, architecture_keys
-from kimi_gguf.convert.model.tensor_table import PlannedTensor, outputs
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.families import outputs, read_config
+from kimi_gguf.convert.model.gguf_key import Key
+from kimi_gguf.convert.model.kimi_linear import published_config
+from kimi_gguf.convert.model.metadata import SIGMOID, architecture_keys
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 from kimi_gguf.convert.types.mixes import TypeRequest
@@ -49,8 +52,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 # family: (architecture, number of layers per MLA layer, rank of query compression)
 FAMILIES: dict[str, tuple[str, int, int | None]] = {
-    "kimi-linear": (ARCHITECTURE, 4, None),
-    "all-mla": (ARCHITECTURE, 1, None),  # the same layers with latent attention everywhere
+    "kimi-linear": ("kimi-linear", 4, None),
+    "all-mla": ("kimi-linear", 1, None),  # the same layers with latent attention everywhere
     "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture requires a rank
 }
 
@@ -83,7 +86,7 @@ class BenchModel:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def config_of(model: BenchModel) -> KimiConfig:
+def config_of(model: BenchModel) -> ModelConfig:
     """The 48B's configuration with the chosen number of layers and experts. Raises `ConvertError`."""
     data = published_config() | SHAPES[model.shapes]
     _, every, q_rank = FAMILIES[model.family]
@@ -100,10 +103,10 @@ def config_of(model: BenchModel) -> KimiConfig:
         "kda_layers": [n for n in numbers if n not in mla],
         "num_heads": data["num_attention_heads"],
     }
-    return KimiConfig.from_json(data, model.name)
+    return read_config(data, model.name)
 
 
-def keys_of(model: BenchModel, config: KimiConfig) -> list[Key]:
+def keys_of(model: BenchModel, config: ModelConfig) -> list[Key]:
     """The file's GGUF keys; it has no vocabulary, only the number of its tokens."""
     architecture = FAMILIES[model.family][0]
     described = (
@@ -113,10 +116,10 @@ def keys_of(model: BenchModel, config: KimiConfig) -> list[Key]:
         ("tokenizer.ggml.model", "no_vocab"),
     )
     named = [
-        Key(key.name.replace(ARCHITECTURE, architecture, 1), key.type, key.value, key.items)
+        Key(key.name.replace(config.architecture, architecture, 1), key.type, key.value, key.items)
         for key in architecture_keys(config)
     ]
-    if architecture != ARCHITECTURE:
+    if architecture != config.architecture:
         mine = (".kda.", ".ssm.", ".head_count_kv")
         named = [key for key in named if not any(part in key.name for part in mine)]
         named.append(Key(f"{architecture}.attention.head_count_kv", ValueType.UINT32, 1))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.families import load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import card_text

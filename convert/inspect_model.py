@@ -13,8 +13,8 @@ from pathlib import Path
 
 from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.config import LayerKind
-from kimi_gguf.convert.model.metadata import ARCHITECTURE, parameters
-from kimi_gguf.convert.model.tensor_table import outputs
+from kimi_gguf.convert.model.families import BY_ARCHITECTURE, outputs
+from kimi_gguf.convert.model.metadata import parameters
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.file_types import TYPES
@@ -113,21 +113,21 @@ def _gguf(path: Path) -> _Model:
     with GgufModel(path) as file:
         keys = file.keys
         architecture = keys.get("general.architecture")
-        if architecture != ARCHITECTURE:
-            what = f"expected {ARCHITECTURE}, found {excerpt(architecture)}"
+        if architecture not in BY_ARCHITECTURE:
+            what = f"expected {' or '.join(BY_ARCHITECTURE)}, found {excerpt(architecture)}"
             raise ConvertError(f"{path}: general.architecture: {what}")
 
         def key(name: str) -> int:
-            value = keys.get(f"{ARCHITECTURE}.{name}")
+            value = keys.get(f"{architecture}.{name}")
             if not isinstance(value, int):
                 raise ConvertError(
-                    f"{path}: {ARCHITECTURE}.{name}: expected an integer, found {excerpt(value)}"
+                    f"{path}: {architecture}.{name}: expected an integer, found {excerpt(value)}"
                 )
             return value
 
-        kv_heads = keys.get(f"{ARCHITECTURE}.attention.head_count_kv")
+        kv_heads = keys.get(f"{architecture}.attention.head_count_kv")
         if not isinstance(kv_heads, list) or len(kv_heads) != key("block_count"):
-            name = f"{ARCHITECTURE}.attention.head_count_kv"
+            name = f"{architecture}.attention.head_count_kv"
             raise ConvertError(f"{path}: {name}: expected a number for each layer")
         types = {kind.number: kind.name for kind in TYPES.values()}
         number = keys.get("general.file_type")

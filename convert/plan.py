@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.metadata import Key, metadata
-from kimi_gguf.convert.model.tensor_table import FLOAT32, Output, PlannedTensor, outputs
+from kimi_gguf.convert.model.families import outputs
+from kimi_gguf.convert.model.gguf_key import Key
+from kimi_gguf.convert.model.metadata import metadata
+from kimi_gguf.convert.model.tensor_table import FLOAT32, Output, PlannedTensor
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint

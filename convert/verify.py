@@ -14,9 +14,9 @@ from typing import Final
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.families import load_vocab, outputs
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensor_table import PlannedTensor, outputs
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint

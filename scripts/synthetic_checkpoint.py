@@ -20,8 +20,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.model.config import KimiConfig, published_config
-from kimi_gguf.convert.model.tensor_table import FLOAT32, hub_shapes
+from kimi_gguf.convert.model.families import hub_shapes, read_config
+from kimi_gguf.convert.model.kimi_linear import published_config
+from kimi_gguf.convert.model.tensor_table import FLOAT32
 from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_tokenizer
 
 NUM_SHARDS = 20
@@ -45,7 +46,7 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
 
 def tensors(config: Config) -> Iterator[TensorInfo]:
     """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters)."""
-    shapes = hub_shapes(KimiConfig.from_json(json.dumps(config).encode(), "config.json"))
+    shapes = hub_shapes(read_config(json.dumps(config).encode(), "config.json"))
     for name in sorted(shapes, key=_place):
         yield name, "F32" if name.endswith(FLOAT32) else "BF16", shapes[name]
 

@@ -1,6 +1,6 @@
 """Kimi-Linear in plain torch: the reference that llama.cpp's logits are compared with.
 
-Input: a `KimiConfig`, a callable that returns a weight for its canonical hub name, token ids.
+Input: a `ModelConfig`, a callable that returns a weight for its canonical hub name, token ids.
 Output: logits at every position, and optionally a `Trace` (output of each layer, chosen experts).
 
 The code is written to be read from top to bottom, not to be fast. Each weight is loaded when it is used, and only
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, sigmoid, silu, softplus
 
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 
 LATENT_NORM_EPS = 1e-6  # norms of MLA's latents (kv_a, q_a); they do not use the config's rms_norm_eps
 L2_NORM_EPS = 1e-6  # added to the sum of squares of KDA's q and k
@@ -64,7 +64,7 @@ class Reference:
     """
 
     def __init__(
-        self, config: KimiConfig, weight: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
+        self, config: ModelConfig, weight: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
     ) -> None:
         self.config = config
         self.dtype = dtype

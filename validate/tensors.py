@@ -19,8 +19,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.tensor_table import Output, Transform, outputs
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.families import outputs
+from kimi_gguf.convert.model.tensor_table import Output, Transform
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_splits
@@ -362,7 +363,7 @@ def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s
             yield values
 
 
-def _from_kv_b(output: Output, kv_b: Float32s, c: KimiConfig) -> Float32s:
+def _from_kv_b(output: Output, kv_b: Float32s, c: ModelConfig) -> Float32s:
     """Split kv_b [heads * (nope + v), latent], which holds each head's key rows followed by its value rows.
 
     In attn_k_b `nope` is the fastest dimension, in attn_v_b it is `latent`.

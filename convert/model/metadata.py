@@ -1,7 +1,7 @@
-"""The GGUF keys of a Kimi-Linear model: one table for the architecture, one for the file, one for the tokens.
+"""The GGUF keys of a model: one table for the architecture, one for the file, one for the tokens.
 
 Input: the config, the vocabulary, the file's type and name. Output: `Key`s in file order.
-Source of the architecture's keys: llama.cpp's loader (`load_arch_hparams` for `kimi-linear`).
+Source of the architecture's keys: llama.cpp's loader (`load_arch_hparams`). What only one family has is in its module.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from gguf import GGUFValueType as ValueType
 
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind
-from kimi_gguf.convert.model.tensor_table import outputs
+from kimi_gguf.convert.model.config import LayerKind, ModelConfig
+from kimi_gguf.convert.model.families import family_of, outputs
+from kimi_gguf.convert.model.gguf_key import Key, u32
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.source.origin import Origin
 from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.imatrix import Importances
 
-ARCHITECTURE: Final = "kimi-linear"
 SIGMOID: Final = 2  # llama.cpp's LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 QUANTIZATION_VERSION: Final = 2  # GGML_QNT_VERSION
 HUB: Final = "https://huggingface.co"
@@ -29,21 +28,8 @@ HUB: Final = "https://huggingface.co"
 _NAME: Final = re.compile(r"(?P<basename>.+?)-\d+(\.\d+)?[KMBT](-A\d+(\.\d+)?[KMBT])?(-(?P<finetune>.+))?")
 
 
-Value = int | float | bool | str | list[int] | list[str]
-
-
-@dataclass(frozen=True)
-class Key:
-    """One key; `items` is the type of an array's elements."""
-
-    name: str
-    type: ValueType
-    value: Value
-    items: ValueType | None = None
-
-
 def metadata(
-    config: KimiConfig,
+    config: ModelConfig,
     vocab: Vocab,
     file_type: FileType,
     name: str,
@@ -57,21 +43,19 @@ def metadata(
         *_origin(origin),
         *architecture_keys(config),
         *tokenizer_keys(vocab),
-        _u32("general.quantization_version", QUANTIZATION_VERSION),
-        _u32("general.file_type", file_type.number),
+        u32("general.quantization_version", QUANTIZATION_VERSION),
+        u32("general.file_type", file_type.number),
         *_quantize(importances),
     ]
 
 
-def _u32(name: str, value: int) -> Key:
-    return Key(name, ValueType.UINT32, value)
-
-
-def _general(config: KimiConfig, name: str, origin: Origin | None, quantized_by: str | None) -> Iterator[Key]:
+def _general(
+    config: ModelConfig, name: str, origin: Origin | None, quantized_by: str | None
+) -> Iterator[Key]:
     owner = origin.repository.split("/")[0] if origin and origin.repository else None
     words = _NAME.fullmatch(name)
     texts: tuple[tuple[str, str | None], ...] = (
-        ("architecture", ARCHITECTURE),
+        ("architecture", config.architecture),
         ("type", "model"),
         ("name", name),
         ("organization", owner),
@@ -103,7 +87,7 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
     base = origin.repository or origin.base_model
     if base is not None:
         organisation, name = base.split("/")
-        yield _u32("general.base_model.count", 1)
+        yield u32("general.base_model.count", 1)
         yield Key("general.base_model.0.name", ValueType.STRING, name)
         yield Key("general.base_model.0.organization", ValueType.STRING, organisation)
         yield Key("general.base_model.0.repo_url", ValueType.STRING, f"{HUB}/{base}")
@@ -118,13 +102,14 @@ def _quantize(importances: Importances | None) -> Iterator[Key]:
         if text is not None:
             short = text.encode("utf-8", "surrogateescape")[:127].decode("utf-8", "ignore")
             yield Key(f"quantize.imatrix.{name}", ValueType.STRING, short)
-    yield _u32("quantize.imatrix.entries_count", len(importances.weights))
+    yield u32("quantize.imatrix.entries_count", len(importances.weights))
     if importances.chunks > 0:
-        yield _u32("quantize.imatrix.chunks_count", importances.chunks)
+        yield u32("quantize.imatrix.chunks_count", importances.chunks)
 
 
-def architecture_keys(config: KimiConfig) -> Iterator[Key]:
+def architecture_keys(config: ModelConfig) -> Iterator[Key]:
     """The keys that describe the model's shape."""
+    arch = config.architecture
     latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
     moe = config.num_moe_layers > 0
     integers: tuple[tuple[str, int | None], ...] = (
@@ -160,18 +145,19 @@ def architecture_keys(config: KimiConfig) -> Iterator[Key]:
         ("rope.freq_base", config.rope_theta),
         ("expert_weights_scale", config.routed_scaling_factor),
     )
-    yield from (_u32(f"{ARCHITECTURE}.{name}", value) for name, value in integers if value is not None)
-    yield from (Key(f"{ARCHITECTURE}.{name}", ValueType.FLOAT32, value) for name, value in floats)
-    yield Key(f"{ARCHITECTURE}.expert_weights_norm", ValueType.BOOL, config.renormalize)
+    yield from (u32(f"{arch}.{name}", value) for name, value in integers if value is not None)
+    yield from (Key(f"{arch}.{name}", ValueType.FLOAT32, value) for name, value in floats)
+    yield Key(f"{arch}.expert_weights_norm", ValueType.BOOL, config.renormalize)
     # A layer without key-value heads is recurrent.
     kv_heads = [1 if kind is LayerKind.MLA else 0 for kind in config.layers]
-    yield Key(f"{ARCHITECTURE}.attention.head_count_kv", ValueType.ARRAY, kv_heads, ValueType.INT32)
+    yield Key(f"{arch}.attention.head_count_kv", ValueType.ARRAY, kv_heads, ValueType.INT32)
+    yield from family_of(config).own_keys(config)
 
 
 def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
     """The keys of the vocabulary."""
     yield Key("tokenizer.ggml.model", ValueType.STRING, "gpt2")
-    yield Key("tokenizer.ggml.pre", ValueType.STRING, "kimi-k2")
+    yield Key("tokenizer.ggml.pre", ValueType.STRING, vocab.pre)
     yield Key("tokenizer.ggml.tokens", ValueType.ARRAY, vocab.tokens, ValueType.STRING)
     yield Key("tokenizer.ggml.token_type", ValueType.ARRAY, vocab.types, ValueType.INT32)
     yield Key("tokenizer.ggml.merges", ValueType.ARRAY, vocab.merges, ValueType.STRING)
@@ -182,13 +168,13 @@ def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
         ("padding", vocab.pad_id),
         ("unknown", vocab.unk_id),
     )
-    yield from (_u32(f"tokenizer.ggml.{name}_token_id", value) for name, value in ids if value is not None)
+    yield from (u32(f"tokenizer.ggml.{name}_token_id", value) for name, value in ids if value is not None)
     yield Key("tokenizer.ggml.add_bos_token", ValueType.BOOL, False)
     if vocab.chat_template is not None:
         yield Key("tokenizer.chat_template", ValueType.STRING, vocab.chat_template)
 
 
-def parameters(config: KimiConfig) -> tuple[int, int]:
+def parameters(config: ModelConfig) -> tuple[int, int]:
     """(all parameters, active parameters of one token); the second excludes the experts that are not chosen."""
     total = active = 0
     for output in outputs(config):
@@ -199,7 +185,7 @@ def parameters(config: KimiConfig) -> tuple[int, int]:
     return total, active
 
 
-def size_label(config: KimiConfig) -> str:
+def size_label(config: ModelConfig) -> str:
     """Such as "49B-A3B": all parameters, and after the A the active ones."""
     total, active = parameters(config)
     if config.num_moe_layers == 0:

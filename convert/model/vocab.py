@@ -14,7 +14,7 @@ from gguf import TokenType
 
 from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.byte_bpe import bytes_to_text, merges_from_ranks
-from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.vocab_files import (
     SpecialToken,
     added_tokens,
@@ -41,9 +41,10 @@ class Vocab:
     pad_id: int | None
     unk_id: int | None
     chat_template: str | None
+    pre: str  # llama.cpp's name of the split pattern, tokenizer.ggml.pre
 
 
-def load_vocab(folder: Path, config: KimiConfig) -> Vocab:
+def load_tiktoken_vocab(folder: Path, config: ModelConfig) -> Vocab:
     """The vocabulary of the checkpoint in `folder`, `config.vocab_size` tokens long.
 
     Raises `ConvertError`, naming file and line, for anything missing, malformed or contradictory.
@@ -75,6 +76,7 @@ def load_vocab(folder: Path, config: KimiConfig) -> Vocab:
         pad_id=token_id("pad", config.pad_token_id, settings, ids),
         unk_id=token_id("unk", None, settings, ids),
         chat_template=chat_template(folder, settings, settings_path),
+        pre="kimi-k2",
     )
     if vocab.eos_id is None:
         raise ConvertError(

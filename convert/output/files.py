@@ -15,7 +15,7 @@ from itertools import accumulate
 from gguf import GGUFValueType as ValueType
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.metadata import Key
+from kimi_gguf.convert.model.gguf_key import Key
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.gguf_header import COUNTS, aligned, header_bytes, key_bytes, tensor_bytes

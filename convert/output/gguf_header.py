@@ -12,7 +12,7 @@ from typing import Final
 from gguf import GGUFValueType as ValueType
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.metadata import Key, Value
+from kimi_gguf.convert.model.gguf_key import Key, Value
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 
 MAGIC: Final = b"GGUF"

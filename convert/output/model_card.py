@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
-from kimi_gguf.convert.model.metadata import ARCHITECTURE
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.plan import Plan, type_counts
 
@@ -73,7 +72,9 @@ def _front_matter(facts: Mapping[str, object]) -> str:
         ("quantized_by", facts.get("general.quantized_by")),
     )
     lines = [f"{key}: {json.dumps(text)}" for key, text in texts if text]  # a JSON text is a YAML text
-    return "\n".join(["---", *lines, "tags:", "- gguf", "- llama.cpp", f"- {ARCHITECTURE}", "---"])
+    return "\n".join(
+        ["---", *lines, "tags:", "- gguf", "- llama.cpp", f"- {facts['general.architecture']}", "---"]
+    )
 
 
 def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str | None]]:
@@ -113,7 +114,7 @@ def _differences(facts: Mapping[str, object]) -> Iterator[str]:
     tokens, eos = facts.get("tokenizer.ggml.tokens"), facts.get("tokenizer.ggml.eos_token_id")
     text = tokens[eos] if isinstance(tokens, list) and isinstance(eos, int) else "none"
     for difference in DIFFERENCES:
-        value_length = facts.get(f"{ARCHITECTURE}.attention.value_length")
+        value_length = facts.get(f"{facts['general.architecture']}.attention.value_length")
         yield "- " + difference.format(value_length=value_length, eos=f"`{_code_text(str(text))}`")
 
 

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.layouts import Place, places
-from kimi_gguf.convert.model.tensor_table import EMBEDDING, HEAD, hub_shapes
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
+from kimi_gguf.convert.model.layouts import Place
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
@@ -48,7 +48,7 @@ class Checkpoint:
     def __init__(
         self,
         root: _Root,
-        config: KimiConfig,
+        config: ModelConfig,
         files: Mapping[PurePath, SafetensorsFile],
         where: Mapping[str, PurePath],
     ) -> None:
@@ -168,7 +168,7 @@ def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
     """
     root = _find(source)
     config_file = root.folder / CONFIG
-    config = KimiConfig.from_json(read_object(config_file), str(config_file))
+    config = read_config(read_object(config_file), str(config_file))
     with ExitStack() as stack:
         names = [root.single] if root.single else sorted(set(root.weight_map.values()))
         files = {root.path / name: stack.enter_context(root.open(name)) for name in names}
@@ -288,18 +288,20 @@ def _check_index(path: PurePath, weight_map: Mapping[str, str], where: Mapping[s
 
 def _resolve(
     path: PurePath,
-    config: KimiConfig,
+    config: ModelConfig,
     shapes: Mapping[str, tuple[int, ...]],
     files: Mapping[PurePath, SafetensorsFile],
     where: Mapping[str, PurePath],
 ) -> dict[str, Place]:
     """The only place of each canonical tensor. Raises `ConvertError` for a stored tensor that is not used."""
     resolved: dict[str, Place] = {}
+    family = family_of(config)
+    head, embedding = family.table.head.hub, family.table.embedding.hub
     for name, shape in shapes.items():
-        candidates = places(name, shape, config.num_experts)
+        candidates = places_of(config, name, shape)
         found = [place for place in candidates if place.stored in where]
-        if not found and name == HEAD and config.tie_word_embeddings:
-            found = [Place(EMBEDDING, shape, 0)]
+        if not found and name == head and config.tie_word_embeddings:
+            found = [Place(embedding, shape, 0)]
         if not found:
             also = ", ".join(repr(place.stored) for place in candidates[1:])
             raise ConvertError(
@@ -315,6 +317,8 @@ def _resolve(
         resolved[name] = found[0]
     used = {place.stored: place for place in resolved.values()}
     for stored, file in where.items():
+        if stored.startswith(family.ignored):
+            continue
         if stored not in used:
             raise ConvertError(
                 f"{file}: unexpected tensor {stored!r}; {CONFIG} describes a model without it, "

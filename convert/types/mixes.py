@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind
+from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.tensor_table import Output
 from kimi_gguf.convert.types.file_types import TYPES, FileType
 from kimi_gguf.engine.tensor_types import F16, TENSOR_TYPES, TensorType
@@ -156,7 +156,7 @@ NEED_IMPORTANCES: Final = frozenset({"IQ3_XXS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "I
 
 
 def choose_types(
-    config: KimiConfig, outputs: Sequence[Output], request: TypeRequest, importances: bool
+    config: ModelConfig, outputs: Sequence[Output], request: TypeRequest, importances: bool
 ) -> dict[str, TensorType | None]:
     """Tensor name -> its type, None for those that are not quantized and keep their type.
 
@@ -197,7 +197,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 class _Chooser:
     """The rules, and the tensors of each kind so far."""
 
-    config: KimiConfig
+    config: ModelConfig
     request: TypeRequest
     patterns: list[tuple[re.Pattern[str], TensorType]]
     importances: bool

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.scripts.tokenizer_files import write_tokenizer
 from kimi_gguf.scripts.training.model import DemoModel, hub_config, hub_tensors, load_hub
@@ -37,7 +37,7 @@ def export(folder: Path, model: DemoModel, ranks: list[bytes], heldout: list[str
     _write_shards(folder, model)
 
 
-def load(folder: Path, config: KimiConfig) -> DemoModel:
+def load(folder: Path, config: ModelConfig) -> DemoModel:
     """The model with the weights of an exported folder."""
     model = DemoModel(config)
     with open_checkpoint(folder) as checkpoint:

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from kimi_gguf.convert.model.config import KimiConfig, LayerKind, published_config
+from kimi_gguf.convert.model.config import LayerKind, ModelConfig
+from kimi_gguf.convert.model.families import read_config
+from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.model.tensor_table import FLOAT32
 from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, OFFSET
 from kimi_gguf.scripts.training.kda_chunked import kda_chunked
@@ -48,9 +50,9 @@ def hub_config() -> dict[str, Any]:
     }
 
 
-def demo_config() -> KimiConfig:
+def demo_config() -> ModelConfig:
     """The shape of the demo."""
-    return KimiConfig.from_json(hub_config(), "config.json")
+    return read_config(hub_config(), "config.json")
 
 
 class Conv(nn.Module):
@@ -72,7 +74,7 @@ class Conv(nn.Module):
 
 
 class KDA(nn.Module):
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, heads, dim = config.hidden_size, config.kda_num_heads, config.kda_head_dim
         self.heads, self.dim = heads, dim
@@ -114,7 +116,7 @@ class KDA(nn.Module):
 
 
 class MLA(nn.Module):
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.nope, self.rope = config.num_heads, config.qk_nope_head_dim, config.qk_rope_head_dim
         self.latent, self.value = config.kv_lora_rank, config.v_head_dim
@@ -158,7 +160,7 @@ class Router(nn.Module):
     e_score_correction_bias: Tensor
     load: Tensor  # tokens per expert since the last `balance`
 
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.used, self.scale = config.num_experts_per_token, config.routed_scaling_factor
         self.weight = _linear(config.hidden_size, config.num_experts).weight
@@ -180,7 +182,7 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """Experts stacked: w1, w3 [E, inner, hidden], w2 [E, hidden, inner]."""
 
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, inner, experts = config.hidden_size, config.moe_intermediate_size, config.num_experts
         self.gate = Router(config)
@@ -202,7 +204,7 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: KimiConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = KDA(config) if config.layers[index] is LayerKind.KDA else MLA(config)
@@ -220,7 +222,7 @@ class Layer(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=1.0)
@@ -229,7 +231,7 @@ class Backbone(nn.Module):
 
 
 class DemoModel(nn.Module):
-    def __init__(self, config: KimiConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Backbone(config)

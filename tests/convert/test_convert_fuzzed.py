@@ -22,8 +22,7 @@ from random_checkpoint import Spec
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model
-from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.families import load_vocab, read_config
 from kimi_gguf.convert.source.byte_source import LocalFile
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.json_file import parse_object
@@ -106,14 +105,14 @@ def test_safetensors_headers(folder: Path) -> None:
 
 def test_configs(folder: Path) -> None:
     def act(path: Path) -> None:
-        KimiConfig.from_json(path.read_bytes(), str(path))
+        read_config(path.read_bytes(), str(path))
 
     refused = fuzz(folder / "config.json", 2000, 2, act)
     assert 1000 < len(refused) < 1980
 
 
 def test_tokenizers(folder: Path) -> None:
-    config = KimiConfig.from_json((folder / "config.json").read_bytes(), "config.json")
+    config = read_config((folder / "config.json").read_bytes(), "config.json")
     for number, name in enumerate(("tiktoken.model", "tokenizer_config.json")):
         refused = fuzz(folder / name, 700, 3 + number, lambda path: load_vocab(folder, config))
         assert len(refused) > 100 and all(name in message for message in refused)
@@ -171,7 +170,7 @@ def test_any_value_for_any_key_of_a_config(sound: Path, data: st.DataObject) -> 
     inner = config["linear_attn_config"]
     place = data.draw(st.sampled_from([config, config, inner]))
     place[data.draw(st.sampled_from(sorted(place)))] = data.draw(json_values)
-    refusal(KimiConfig.from_json, config, "config.json")
+    refusal(read_config, config, "config.json")
 
 
 @quick

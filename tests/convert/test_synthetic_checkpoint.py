@@ -11,7 +11,7 @@ import pytest
 
 from kimi_gguf.convert.conversion import plan_only
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.config import published_config
+from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.output.stream import Pace
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic

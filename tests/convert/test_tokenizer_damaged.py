@@ -12,7 +12,7 @@ from random_checkpoint import write_tokenizer
 from tokenizer_cases import config, train_ranks
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.families import load_vocab
 
 RANKS = train_ranks(40)
 N = len(RANKS)

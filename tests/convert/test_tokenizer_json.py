@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN, bytes_to_text
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.families import load_vocab
 
 RANKS = train_ranks(120)
 N = len(RANKS)

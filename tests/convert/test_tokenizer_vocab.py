@@ -19,7 +19,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.byte_bpe import bytes_to_text, last_merge, merges_from_ranks, text_to_bytes
-from kimi_gguf.convert.model.vocab import Vocab, load_vocab
+from kimi_gguf.convert.model.families import load_vocab
+from kimi_gguf.convert.model.vocab import Vocab
 
 
 def merged_ids(vocab: Vocab, piece: bytes) -> list[int]:
@@ -68,7 +69,7 @@ def test_merges_hold_for_any_order_of_ranks(words: list[str], text: str) -> None
     merges, _ = merges_from_ranks(BYTES + extra)
     spelt = [f"{bytes_to_text(left)} {bytes_to_text(right)}" for left, right in merges]
     tokens = [bytes_to_text(token) for token in BYTES + extra]
-    vocab = Vocab(tokens, [1] * len(tokens), spelt, None, 0, None, None, None, None)
+    vocab = Vocab(tokens, [1] * len(tokens), spelt, None, 0, None, None, None, None, "kimi-k2")
     assert merged_ids(vocab, text.encode()) == one_piece(BYTES + extra).encode_ordinary(text)
 
 

@@ -19,7 +19,7 @@ from random_checkpoint import VOCAB_SIZE, Layout, Spec, config, weights, write_c
 from safetensors.torch import save_file
 
 from kimi_gguf.convert.conversion import convert
-from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.families import read_config
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.llama import RunOptions, run_logits
@@ -68,7 +68,7 @@ class Case:
 
 def reference_of(spec: Spec, layout: Layout = "hub", dtype: torch.dtype = torch.float32) -> Reference:
     """The torch reference of the model."""
-    return Reference(KimiConfig.from_json(config(spec, layout), layout), weights(spec).__getitem__, dtype)
+    return Reference(read_config(config(spec, layout), layout), weights(spec).__getitem__, dtype)
 
 
 def make_gguf(folder: Path, spec: Spec, kind: str = "F32") -> Path:
@@ -85,7 +85,7 @@ def make_case(folder: Path, spec: Spec, tokens: int = 96, scaled: dict[str, floa
         tensors |= {name: factor * tensor for name, tensor in tensors.items() if part in name}
     save_file(tensors, checkpoint / "model.safetensors")
     ids = torch.randint(0, VOCAB_SIZE, (tokens,), generator=torch.Generator().manual_seed(spec.seed))
-    model = KimiConfig.from_json(config(spec), "spec")
+    model = read_config(config(spec), "spec")
     reference = Reference(model, tensors.__getitem__, dtype=torch.float64)
     convert(checkpoint, folder / "model.gguf", TYPES["F32"])
     return Case(folder / "model.gguf", ids.numpy(), reference.logits(ids).numpy())

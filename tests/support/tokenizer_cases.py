@@ -16,8 +16,10 @@ from random_checkpoint import BYTES, Spec
 from random_checkpoint import config as config_json
 
 from kimi_gguf.convert.model.byte_bpe import SPLIT_PATTERN
-from kimi_gguf.convert.model.config import KimiConfig
-from kimi_gguf.convert.model.metadata import ARCHITECTURE, Key, tokenizer_keys
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.families import read_config
+from kimi_gguf.convert.model.gguf_key import Key
+from kimi_gguf.convert.model.metadata import tokenizer_keys
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.gguf_header import header_bytes
 from kimi_gguf.engine.llama import LlamaError
@@ -34,9 +36,9 @@ CORPUS = (
 )
 
 
-def config(num_ranks: int, rows: int = 256) -> KimiConfig:
+def config(num_ranks: int, rows: int = 256) -> ModelConfig:
     """A config for a vocabulary of `num_ranks` ordinary tokens and `rows` additional ones."""
-    base = KimiConfig.from_json(config_json(Spec(), "hub"), "config.json")
+    base = read_config(config_json(Spec(), "hub"), "config.json")
     return replace(
         base,
         vocab_size=num_ranks + rows,
@@ -97,7 +99,7 @@ def one_piece(ranks: Sequence[bytes]) -> tiktoken.Encoding:
 
 def write_vocab_gguf(path: Path, vocab: Vocab) -> Path:
     """A GGUF file that has only a vocabulary."""
-    keys = [Key("general.architecture", ValueType.STRING, ARCHITECTURE), *tokenizer_keys(vocab)]
+    keys = [Key("general.architecture", ValueType.STRING, "kimi-linear"), *tokenizer_keys(vocab)]
     path.write_bytes(header_bytes(keys, [], []))
     return path
 

@@ -12,7 +12,7 @@ from synthetic_case import reference_of
 from transformers import KimiLinearForCausalLM
 from transformers.models.kimi_linear import modeling_kimi_linear
 
-from kimi_gguf.convert.model.config import KimiConfig
+from kimi_gguf.convert.model.families import read_config
 from kimi_gguf.validate.reference import Reference, Trace
 
 TOKENS = 150  # two whole chunks of transformers' chunked form, and an incomplete one
@@ -124,7 +124,7 @@ def test_only_chosen_experts_are_fetched_and_one_weight_at_a_time() -> None:
         return stored[name]
 
     trace = Trace()
-    Reference(KimiConfig.from_json(config(spec), "spec"), fetch).logits(ids_for(0)[:5], trace)
+    Reference(read_config(config(spec), "spec"), fetch).logits(ids_for(0)[:5], trace)
     chosen = set(trace.routes[1].experts.flatten().tolist())
     experts = {int(name.split(".experts.")[1].split(".")[0]) for name in fetched if ".experts." in name}
     assert experts == chosen

@@ -1,0 +1,32 @@
+"""What makes a family of models: a description for each architecture with Kimi Delta Attention.
+
+The converter's other modules know no family. To add one, write a module with a `FAMILY` and add it to families.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.config_keys import Keys
+from kimi_gguf.convert.model.gguf_key import Key
+from kimi_gguf.convert.model.layouts import Rule
+from kimi_gguf.convert.model.tensor_table import Table
+from kimi_gguf.convert.model.vocab import Vocab
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of llama.cpp, and the checkpoints that become it."""
+
+    title: str  # for people
+    architecture: str  # general.architecture
+    model_types: tuple[str, ...]  # of config.json
+    read_config: Callable[[Keys], ModelConfig]
+    table: Table
+    load_vocab: Callable[[Path, ModelConfig], Vocab]
+    rules: tuple[Rule, ...] = ()  # the layouts besides the hub's
+    own_keys: Callable[[ModelConfig], Iterable[Key]] = lambda config: ()  # GGUF keys that others do not have
+    ignored: tuple[str, ...] = ()  # how names of tensors begin that belong to other parts of the checkpoint
