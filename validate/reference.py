@@ -1,11 +1,12 @@
-"""Kimi-Linear in plain torch: the reference that llama.cpp's logits are compared with.
+"""Kimi-Linear in plain torch, the reference that llama.cpp's logits are compared with; base of the other families'.
 
 Input: a `ModelConfig`, a callable that returns a weight for its canonical hub name, token ids.
 Output: logits at every position, and optionally a `Trace` (output of each layer, chosen experts).
 
 The code is written to be read from top to bottom, not to be fast. Each weight is loaded when it is used, and only
 the experts that some token chose are loaded, so that a 48B checkpoint needs no more memory than its largest matrix.
-Each step is a small method, so that a subclass can replace it with a faulty one (see faults.py).
+Each step is a small method, so that a subclass can replace it: with that of another family (ling3.py, kimi_k3.py), or
+with a faulty one (faults.py). models.py chooses the class of an architecture.
 
 Sources: the Kimi Linear technical report (arXiv 2510.26692) for KDA and MLA without positional encoding, and the
 native `kimi_linear` of transformers 5.23 for the constants. tests/validate/test_reference.py compares with both.
@@ -28,6 +29,18 @@ LATENT_NORM_EPS = 1e-6  # norms of MLA's latents (kv_a, q_a); they do not use th
 L2_NORM_EPS = 1e-6  # added to the sum of squares of KDA's q and k
 ROUTER_SUM_EPS = 1e-20  # added to the sum of the chosen experts' scores
 QUERY_BLOCK = 256  # queries processed together, so that the scores have H * QUERY_BLOCK * T elements
+
+
+@dataclass(frozen=True)
+class Names:
+    """Parts of the canonical hub names that differ between families."""
+
+    embedding: str = "model.embed_tokens.weight"
+    attention: str = "self_attn."  # KDA and MLA, after "model.layers.N."
+    output: str = "o_proj"  # of KDA and MLA
+    moe: str = "block_sparse_moe."
+    routing_bias: str = "gate.e_score_correction_bias"
+    expert: tuple[str, str, str] = ("w1", "w3", "w2")  # gate, up, down
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,8 @@ class Reference:
     dtype: type of all computations; float32, or float64 to measure the rounding error of float32.
     """
 
+    names = Names()
+
     def __init__(
         self, config: ModelConfig, weight: Callable[[str], Tensor], dtype: torch.dtype = torch.float32
     ) -> None:
@@ -79,59 +94,88 @@ class Reference:
     @torch.inference_mode()
     def logits(self, ids: Tensor, trace: Trace | None = None) -> Tensor:
         """Token ids [T] (integers) -> logits [T, V] in `dtype`."""
-        x = self._weight("model.embed_tokens.weight")[ids].to(self.dtype)  # [T, M]
+        x = self._weight(self.names.embedding)[ids].to(self.dtype)  # [T, M]
+        x = self.all_layers(x, trace)
+        return linear(self.norm("model.norm", x), self.weight("lm_head.weight"))
+
+    def all_layers(self, x: Tensor, trace: Trace | None) -> Tensor:
+        """All layers with their residuals, x [T, M] -> [T, M]."""
         for layer in range(len(self.config.layers)):
-            x = self.block(layer, x, trace)
+            x = x + self.mix_tokens(layer, x)
+            x = x + self.ffn(layer, x, trace)
             if trace is not None:
                 trace.layer_done(x)
-        x = self.rms_norm(x, self.weight("model.norm.weight"), self.config.rms_norm_eps)
-        return linear(x, self.weight("lm_head.weight"))
+        return x
 
-    def block(self, layer: int, x: Tensor, trace: Trace | None) -> Tensor:
-        """One layer, x [T, M] -> [T, M]."""
-        p, eps = f"model.layers.{layer}.", self.config.rms_norm_eps
+    def mix_tokens(self, layer: int, x: Tensor) -> Tensor:
+        """The layer's norm and KDA or MLA, without the residual, x [T, M] -> [T, M]."""
         mix = self.kda if self.config.layers[layer] is LayerKind.KDA else self.mla
-        x = x + mix(layer, self.rms_norm(x, self.weight(p + "input_layernorm.weight"), eps))
-        normed = self.rms_norm(x, self.weight(p + "post_attention_layernorm.weight"), eps)
-        if layer < self.config.num_dense_layers:
-            return x + self.swiglu(normed, p + "mlp.gate_proj", p + "mlp.up_proj", p + "mlp.down_proj")
-        return x + self.moe(layer, normed, trace)
+        return mix(layer, self.norm(f"model.layers.{layer}.input_layernorm", x))
+
+    def ffn(self, layer: int, x: Tensor, trace: Trace | None) -> Tensor:
+        """The layer's second norm and its dense FFN or MoE, without the residual, x [T, M] -> [T, M]."""
+        p = f"model.layers.{layer}."
+        x = self.norm(p + "post_attention_layernorm", x)
+        if layer >= self.config.num_dense_layers:
+            return self.moe(layer, x, trace)
+        return self.gated_ffn(layer, x, p + "mlp.gate_proj", p + "mlp.up_proj", p + "mlp.down_proj")
+
+    def norm(self, name: str, x: Tensor) -> Tensor:
+        """RMS norm with the weight `name` (without `.weight`) and the config's epsilon."""
+        return self.rms_norm(x, self.weight(name + ".weight"), self.config.rms_norm_eps)
 
     @staticmethod
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
-    def swiglu(self, x: Tensor, gate: str, up: str, down: str) -> Tensor:
-        """down(silu(gate x) * up x), x [.., M] -> [.., M]; the three are names without `.weight`."""
-        gated = silu(linear(x, self.weight(gate + ".weight")))
-        return linear(gated * linear(x, self.weight(up + ".weight")), self.weight(down + ".weight"))
+    def gated_ffn(
+        self, layer: int, x: Tensor, gate: str, up: str, down: str, *, routed: bool = False
+    ) -> Tensor:
+        """down(activation(gate x, up x)), x [.., M] -> [.., M]; the three are names without `.weight`.
+
+        routed: whether this is a routed expert, and not a shared expert or a dense FFN.
+        """
+        g, u = (linear(x, self.weight(name + ".weight")) for name in (gate, up))
+        return linear(self.activation(layer, g, u, routed), self.weight(down + ".weight"))
+
+    def activation(self, layer: int, gate: Tensor, up: Tensor, routed: bool) -> Tensor:
+        """SwiGLU."""
+        return silu(gate) * up
 
     # ----------------------------------------------------------------------------- KDA: Kimi Delta Attention
 
     def kda(self, layer: int, x: Tensor) -> Tensor:
         """Gated delta rule with one decay per channel, x [T, M] -> [T, M]."""
-        p = f"model.layers.{layer}.self_attn."
+        p = f"model.layers.{layer}.{self.names.attention}"
         heads, dim = self.config.kda_num_heads, self.config.kda_head_dim
 
         def projected(name: str) -> Tensor:
             y = linear(x, self.weight(p + name + "_proj.weight"))
             return self.short_conv(y, self.weight(p + name + "_conv1d.weight")).view(-1, heads, dim)
 
-        def through_bottleneck(name: str) -> Tensor:
-            narrow = linear(x, self.weight(p + name + "_a_proj.weight"))
-            return linear(narrow, self.weight(p + name + "_b_proj.weight")).view(-1, heads, dim)
-
         q = self.l2_norm(projected("q")) * dim**-0.5  # [T, H, D], all four
         k = self.l2_norm(projected("k"))
         v = projected("v")
-        a_log, dt_bias = self.weight(p + "A_log"), self.weight(p + "dt_bias")
-        log_decay = self.log_decay(through_bottleneck("f"), a_log, dt_bias)
+        f = self.forget_projection(p, x).view(-1, heads, dim)
+        log_decay = self.log_decay(f, self.weight(p + "A_log"), self.weight(p + "dt_bias"))
         beta = sigmoid(linear(x, self.weight(p + "b_proj.weight")))  # [T, H]
         o = self.delta_rule(q, k, v, log_decay, beta)  # [T, H, D]
-        o = self.rms_norm(o, self.weight(p + "o_norm.weight"), self.config.rms_norm_eps)
-        o = o * sigmoid(through_bottleneck("g"))
-        return linear(o.flatten(1), self.weight(p + "o_proj.weight"))
+        o = self.norm(p + "o_norm", o) * sigmoid(self.gate_projection(p, x).view(-1, heads, dim))
+        return linear(o.flatten(1), self.weight(f"{p}{self.names.output}.weight"))
+
+    def forget_projection(self, p: str, x: Tensor) -> Tensor:
+        """What the log-gate is computed from, x [T, M] -> [T, H * D]."""
+        return self.low_rank(p + "f", x)
+
+    def gate_projection(self, p: str, x: Tensor) -> Tensor:
+        """The output gate before its sigmoid, x [T, M] -> [T, H * D]."""
+        return self.low_rank(p + "g", x)
+
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """Two projections, through D values per token."""
+        narrow = linear(x, self.weight(name + "_a_proj.weight"))
+        return linear(narrow, self.weight(name + "_b_proj.weight"))
 
     @staticmethod
     def short_conv(x: Tensor, kernel: Tensor) -> Tensor:
@@ -146,11 +190,16 @@ class Reference:
         """x / sqrt(sum(x^2) + eps) over the last dimension."""
         return x / torch.sqrt(x.square().sum(-1, keepdim=True) + L2_NORM_EPS)
 
-    @staticmethod
-    def log_decay(f: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
-        """-exp(A_log) * softplus(f + dt_bias), f [T, H, D] -> [T, H, D]; at most 0 and unbounded below."""
+    def log_decay(self, f: Tensor, a_log: Tensor, dt_bias: Tensor) -> Tensor:
+        """The log-gate, f [T, H, D] -> [T, H, D]; at most 0.
+
+        Without a bound -exp(A_log) * softplus(f + dt_bias); with one bound * sigmoid(exp(A_log) * (f + dt_bias)).
+        """
         heads, dim = f.shape[1:]
-        return -torch.exp(a_log).view(heads, 1) * softplus(f + dt_bias.view(heads, dim), threshold=20.0)
+        rate, f = torch.exp(a_log).view(heads, 1), f + dt_bias.view(heads, dim)
+        if self.config.kda_lower_bound is None:
+            return -rate * softplus(f, threshold=20.0)
+        return self.config.kda_lower_bound * sigmoid(rate * f)
 
     def delta_rule(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Tensor:
         """The recurrence, token by token: q, k, v, log_decay [T, H, D], beta [T, H] -> [T, H, D]."""
@@ -170,24 +219,40 @@ class Reference:
         """The state [H, Dk, Dv] before the token at `position`; here the state after the previous token."""
         return state
 
-    # ------------------------------------------- MLA: multi-head latent attention, without positional encoding
+    # ------------------------------------------------------------------- MLA: multi-head latent attention
 
     def mla(self, layer: int, x: Tensor) -> Tensor:
         """Attention over a latent of kv_lora_rank + qk_rope_head_dim values per token, x [T, M] -> [T, M].
 
-        No rotation is applied; the `rope` part is a key that all heads share.
+        The `rope` part is a key that all heads share.
         """
-        c, p = self.config, f"model.layers.{layer}.self_attn."
+        c, p = self.config, f"model.layers.{layer}.{self.names.attention}"
         nope, shared, value = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
         q = self.mla_query(p, x).view(-1, c.num_heads, nope + shared).transpose(0, 1)  # [H, T, nope + shared]
+        q = torch.cat([q[..., :nope], self.rotate(q[..., nope:])], -1)
         kv = linear(x, self.weight(p + "kv_a_proj_with_mqa.weight"))
         latent, k_shared = kv[:, : c.kv_lora_rank], kv[:, c.kv_lora_rank :]
         latent = self.latent_norm(latent, self.weight(p + "kv_a_layernorm.weight"))
         expanded = linear(latent, self.weight(p + "kv_b_proj.weight")).view(-1, c.num_heads, nope + value)
         k_nope, v = expanded.transpose(0, 1)[..., :nope], expanded.transpose(0, 1)[..., nope:]
-        k = torch.cat([k_nope, k_shared.expand(c.num_heads, -1, -1)], -1)  # [H, T, nope + shared]
-        attended = self.causal_attention(q, k, v, scale=(nope + shared) ** -0.5)  # [H, T, value]
-        return linear(attended.transpose(0, 1).flatten(1), self.weight(p + "o_proj.weight"))
+        k = torch.cat(
+            [k_nope, self.rotate(k_shared).expand(c.num_heads, -1, -1)], -1
+        )  # [H, T, nope + shared]
+        attended = self.causal_attention(q, k, v, self.attention_scale())  # [H, T, value]
+        attended = self.gated_attention(p, x, attended.transpose(0, 1))
+        return linear(attended.flatten(1), self.weight(f"{p}{self.names.output}.weight"))
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """RoPE, x [.., T, shared]; Kimi-Linear has none."""
+        return x
+
+    def attention_scale(self) -> float:
+        """Factor of the attention scores."""
+        return float((self.config.qk_nope_head_dim + self.config.qk_rope_head_dim) ** -0.5)
+
+    def gated_attention(self, p: str, x: Tensor, attended: Tensor) -> Tensor:
+        """The attention output [T, H, value] with a gate from x [T, M]; Kimi-Linear has none."""
+        return attended
 
     def mla_query(self, p: str, x: Tensor) -> Tensor:
         """Queries of all heads [T, H * (nope + shared)], through a query latent if the model has one."""
@@ -218,24 +283,29 @@ class Reference:
 
     def moe(self, layer: int, x: Tensor, trace: Trace | None) -> Tensor:
         """The chosen experts, weighted, plus the shared expert, x [T, M] -> [T, M]."""
-        p = f"model.layers.{layer}.block_sparse_moe."
+        p = f"model.layers.{layer}.{self.names.moe}"
         route = self.route(x, self.weight(p + "gate.weight"), self.routing_bias(p))
         if trace is not None:
             trace.routes[layer] = route
+        y = self.routed_experts(layer, p, x, route)
+        if self.config.num_shared_experts:
+            s = p + "shared_experts."
+            y = y + self.gated_ffn(layer, x, s + "gate_proj", s + "up_proj", s + "down_proj")
+        return y
+
+    def routed_experts(self, layer: int, p: str, x: Tensor, route: Route) -> Tensor:
+        """The weighted sum of the chosen experts' outputs, x [T, M] -> [T, M]."""
         y = torch.zeros_like(x)
         for expert in sorted(set(route.experts.flatten().tolist())):
             token, slot = torch.where(route.experts == expert)
-            e = self.expert_prefix(p, expert)
-            expert_out = self.swiglu(x[token], e + "w1", e + "w3", e + "w2")
-            y[token] += route.weights[token, slot, None] * expert_out
-        if self.config.num_shared_experts:
-            s = p + "shared_experts."
-            y = y + self.swiglu(x, s + "gate_proj", s + "up_proj", s + "down_proj")
+            gate, up, down = (self.expert_prefix(p, expert) + name for name in self.names.expert)
+            out = self.gated_ffn(layer, x[token], gate, up, down, routed=True)
+            y[token] += route.weights[token, slot, None] * out
         return y
 
     def routing_bias(self, p: str) -> Tensor:
         """The bias [E] that is added to the scores to choose experts, but not to compute their weights."""
-        return self.weight(p + "gate.e_score_correction_bias")
+        return self.weight(p + self.names.routing_bias)
 
     def expert_prefix(self, p: str, expert: int) -> str:
         """Prefix of the names of the expert's three matrices in the checkpoint."""

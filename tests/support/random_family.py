@@ -44,7 +44,8 @@ class FamilySpec:
     mtp: bool = False  # Ling 3: a layer that predicts one more token
     clamped: bool = False  # Ling 3: SwiGLU of the experts
     yarn: tuple[float, float] | None = None  # Ling 3: factor, mscale_all_dim
-    res_block: int = 2  # Kimi K3: layers of a block of residual attention
+    res_block: int = 2  # Kimi K3: layers of a block of residual attention; 0: ordinary residuals
+    situ_linear_beta: float = 2.0  # Kimi K3; 0: the linear factor is not limited
     std: float = 1.0  # of weights, relative to 1 / sqrt(columns)
     seed: int = 70
 
@@ -113,7 +114,7 @@ def keys(spec: FamilySpec) -> dict[str, int | float | bool | list[int] | list[fl
             "expert_latent_length": spec.hidden // 2,
             "attn_res.block_size": spec.res_block,
             "activation.situ_beta": 3.0,
-            "activation.situ_linear_beta": 2.0,
+            "activation.situ_linear_beta": spec.situ_linear_beta,
         }
     return found
 
@@ -135,7 +136,7 @@ def tensors(spec: FamilySpec) -> Iterator[Tensor]:
     yield matrix("token_embd", VOCAB_SIZE, spec.hidden)
     yield norm("output_norm", spec.hidden)
     yield matrix("output", VOCAB_SIZE, spec.hidden)
-    if spec.architecture == "kimi-k3":
+    if spec.architecture == "kimi-k3" and spec.res_block:
         yield matrix("output_res_score", spec.hidden)
     for i, kind in enumerate(spec.kinds):
         layer = f"blk.{i}."
@@ -230,8 +231,9 @@ def _ffn(spec: FamilySpec, layer: str, i: int) -> Iterator[tuple[str | int, ...]
 def _own(spec: FamilySpec, layer: str, i: int) -> Iterator[tuple[str | int, ...]]:
     """What only one architecture has."""
     if spec.architecture == "kimi-k3":
-        yield layer + "attn_res_score", spec.hidden
-        yield layer + "ffn_res_score", spec.hidden
+        if spec.res_block:
+            yield layer + "attn_res_score", spec.hidden
+            yield layer + "ffn_res_score", spec.hidden
         if i > 0:
             yield layer + "ffn_routed_down", spec.hidden // 2, spec.hidden
             yield layer + "ffn_routed_up", spec.hidden, spec.hidden // 2

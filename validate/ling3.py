@@ -1,0 +1,134 @@
+"""Ling 3 and Ring 3 in plain torch: what they compute differently from Kimi-Linear (reference.py).
+
+Input: a `Ling3Config`, weights by canonical hub names, token ids. Output: as reference.py.
+
+- KDA: the projections of the forget gate and of the output gate have full rank. The log-gate is bounded, which
+  reference.py computes for every family.
+- MLA: RoPE on the shared key and on the last dimensions of the queries, and one sigmoid gate per head.
+- FFN: SwiGLU is clamped in the layers that have a limit.
+
+Layers that predict further tokens (MTP) take no part in the logits and are not computed.
+
+Sources: `bailing_hybrid` of transformers 5.23; its YaRN (`modeling_rope_utils.py`, arXiv 2309.00071). transformers has
+no clamp: that is llama.cpp's (`build_ffn` and `build_moe_ffn`). tests/validate/test_reference_ling3.py compares with
+both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, sigmoid, silu
+
+from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn
+from kimi_gguf.validate.reference import Names, Reference
+
+SMALLEST_LIMIT = 1e-6  # a smaller limit means that the layer does not clamp
+
+
+class Ling3(Reference):
+    """The model without its MTP layers."""
+
+    names = Names(
+        embedding="model.word_embeddings.weight",
+        attention="attention.",
+        output="dense",
+        moe="mlp.",
+        routing_bias="gate.expert_bias",
+        expert=("gate_proj", "up_proj", "down_proj"),
+    )
+
+    @property
+    def ling(self) -> Ling3Config:
+        """The config with the fields that only this family has."""
+        return cast(Ling3Config, self.config)
+
+    # ----------------------------------------------------------------------------------------------------- KDA
+
+    def forget_projection(self, p: str, x: Tensor) -> Tensor:
+        return linear(x, self.weight(p + "f_proj.weight"))
+
+    def gate_projection(self, p: str, x: Tensor) -> Tensor:
+        return linear(x, self.weight(p + "g_proj.weight"))
+
+    # ----------------------------------------------------------------------------------------------------- MLA
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate each pair (x[2i], x[2i + 1]) by the angle of its position, x [.., T, R] -> [.., T, R]."""
+        tokens, size = x.shape[-2:]
+        cos, sin = self.rotation(tokens, size)
+        first, second = self.pairs(x)
+        return torch.stack([first * cos - second * sin, second * cos + first * sin], -1).flatten(-2)
+
+    @staticmethod
+    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second value of each pair that is rotated together, [.., R] -> [.., R / 2] each."""
+        return x[..., 0::2], x[..., 1::2]
+
+    def rotation(self, tokens: int, size: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [T, size / 2] of the angles, times YaRN's factor. The angles are in float64."""
+        pair = torch.arange(0, size, 2, dtype=torch.float64)
+        frequency, factor = self.config.rope_theta ** (-pair / size), 1.0
+        yarn = self.ling.yarn
+        if yarn is not None:
+            extrapolated = self.extrapolated(yarn, size)
+            frequency = frequency * (extrapolated + (1 - extrapolated) / yarn.factor)
+            factor = rotation_factor(yarn)
+        angle = torch.arange(tokens, dtype=torch.float64)[:, None] * frequency
+        return (factor * angle.cos()).to(self.dtype), (factor * angle.sin()).to(self.dtype)
+
+    def extrapolated(self, yarn: Yarn, size: int) -> Tensor:
+        """Share of the original frequency in each pair's frequency [size / 2].
+
+        1 for pairs that turn at least `beta_fast` times in the original context, 0 for those that turn at most
+        `beta_slow` times. The latter have their frequency divided by `factor`.
+        """
+
+        def pair_that_turns(times: float) -> float:
+            turns = yarn.original_context / (2 * math.pi * times)
+            return size * math.log(turns) / (2 * math.log(self.config.rope_theta))
+
+        low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
+        high = min(math.ceil(pair_that_turns(yarn.beta_slow)), size - 1)
+        width = max(high - low, 0.001)
+        return 1 - ((torch.arange(size // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+
+    def attention_scale(self) -> float:
+        """With YaRN the scores are multiplied by the square of mscale_all_dim's scale."""
+        scale, yarn = super().attention_scale(), self.ling.yarn
+        if yarn is None or not yarn.mscale_all_dim:
+            return scale
+        return scale * length_scale(yarn.factor, yarn.mscale_all_dim) ** 2
+
+    def gated_attention(self, p: str, x: Tensor, attended: Tensor) -> Tensor:
+        """One gate per head, from the normed input of the layer."""
+        return attended * sigmoid(linear(x, self.weight(p + "g_proj.weight")))[..., None]
+
+    # ----------------------------------------------------------------------------------------------------- FFN
+
+    def activation(self, layer: int, gate: Tensor, up: Tensor, routed: bool) -> Tensor:
+        """SwiGLU with both factors clamped: silu(gate) from above, up from both sides.
+
+        As in llama.cpp's graph, the limit of the shared experts holds for a dense FFN, too.
+        """
+        limit = (self.ling.swiglu_limits if routed else self.ling.shared_swiglu_limits)[layer]
+        if limit <= SMALLEST_LIMIT:
+            return super().activation(layer, gate, up, routed)
+        return silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+
+def length_scale(factor: float, weight: float = 1.0) -> float:
+    """YaRN's scale of attention in a context that is `factor` times longer."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def rotation_factor(yarn: Yarn) -> float:
+    """Factor of cosine and sine."""
+    if yarn.attention_factor is not None:
+        return yarn.attention_factor
+    if yarn.mscale and yarn.mscale_all_dim:
+        return length_scale(yarn.factor, yarn.mscale) / length_scale(yarn.factor, yarn.mscale_all_dim)
+    return length_scale(yarn.factor)
