@@ -1,4 +1,4 @@
-"""`convert-kimi`: convert a Kimi-Linear checkpoint to a GGUF file; verify and inspect GGUF files.
+"""`convert-kimi`: convert a checkpoint with Kimi Delta Attention to a GGUF file; verify and inspect GGUF files.
 
 Input: arguments. Output: the file, or with --dry-run a table of the plan; progress on standard error; the exit
 status (0 done, 1 the checkpoint or the output cannot be used, 2 wrong arguments, 130 interrupted). This is the only
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         usage=f"{PROGRAM} SRC -o OUT [options]\n       {PROGRAM} verify OUT --checkpoint SRC [--imatrix FILE]\n"
         f"       {PROGRAM} inspect PATH [--context N]",
-        description="Convert a Kimi-Linear checkpoint (safetensors) to GGUF without running its code.",
+        description="Convert a checkpoint (safetensors) of Kimi-Linear or Ling 3 to GGUF without running its code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="type of the tensors whose names match a regular expression; may be repeated",
     )
+    flag("--no-mtp", help="leave out layers that predict further tokens (Ling 3); the file cannot draft then")
     flag("--pure", help="use TYPE for all tensors instead of its mix")
     flag("--model-card", help="also write README.md, a model card for Hugging Face, to the folder of OUT")
     add("--quantized-by", metavar="WHO", help="author of the file, for its metadata and the model card")
@@ -223,6 +224,7 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         if value:
             yield from (option, value)
     yield from ["--pure"] if options.pure else []
+    yield from ["--no-mtp"] if options.no_mtp else []
     yield "--model-card"
 
 
@@ -236,6 +238,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.max_memory,
         options.split_max_size,
         options.quantized_by,
+        not options.no_mtp,
         tuple(_command(options)) if options.model_card else (),
     )
     if options.dry_run:

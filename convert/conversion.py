@@ -32,7 +32,7 @@ ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
 
 @dataclass(frozen=True)
 class Options:
-    """Options; only `name`, `imatrix`, `split_max_size` and `quantized_by` change the content of the file."""
+    """Options; only `name`, `imatrix`, `split_max_size`, `quantized_by` and `mtp` change the content of the file."""
 
     name: str | None = None  # the model's name in the metadata; default: the name of its folder
     imatrix: Path | None = None
@@ -41,6 +41,7 @@ class Options:
     max_memory: int | None = None  # bytes
     split_max_size: int | None = None  # maximum bytes of a file; None: a single file
     quantized_by: str | None = None
+    mtp: bool = True  # include layers that predict further tokens, if the checkpoint has them
     card: tuple[str, ...] = ()  # the command for the model card, the checkpoint second; empty: no card
 
 
@@ -52,8 +53,9 @@ def silent(plan: Plan) -> Iterator[ProgressCallback]:
 
 def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
-    with open_checkpoint(source) as checkpoint:
-        return _plan(checkpoint, wanted, options or Options())
+    options = options or Options()
+    with open_checkpoint(source, options.mtp) as checkpoint:
+        return _plan(checkpoint, wanted, options)
 
 
 def convert(
@@ -69,7 +71,7 @@ def convert(
     before the first byte is written.
     """
     options = options or Options()
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, options.mtp) as checkpoint:
         pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
         inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, CARD))]
         inputs += [options.imatrix] if options.imatrix else []

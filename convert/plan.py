@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.families import outputs
+from kimi_gguf.convert.model.families import family_of, outputs
 from kimi_gguf.convert.model.gguf_key import Key
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensor_table import FLOAT32, Output, PlannedTensor
+from kimi_gguf.convert.model.tensor_table import Output, PlannedTensor
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
@@ -31,7 +31,7 @@ from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
 EMBEDDING: Final = "token_embd.weight"  # not in importance matrices: no matmul reads it
 
 # Tokens at which llama.cpp always stops, independent of the metadata.
-_ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
+_ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]", "<|endoftext|>"})
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,11 @@ def make_plan(
     _check_needs(tensors, request, importances)
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
-    notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
+    notes = (
+        *_notes(checkpoint, request, tensors),
+        *vocab.notes,
+        *_blind_spots(tensors, importances),
+    )
     plan = Plan(request, keys, tuple(tensors), notes, importances, split_max_size)
     return replace(plan, notes=(*notes, *_size_notes(plan)))
 
@@ -181,15 +185,15 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
     if checkpoint.remote_bytes:
         size = f"{checkpoint.remote_bytes:,} bytes"
         yield f"{size} of weights are streamed over the network; they are not stored on disk"
-    rounded = [name for name in checkpoint.shapes if name.endswith(FLOAT32)]
+    family = family_of(config)
+    rounded = [name for name in checkpoint.shapes if name.endswith(family.float32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (
             f"{len(rounded)} gate parameters are not F32 as in the published model; they were rounded "
             f"when this checkpoint was saved: {', '.join(rounded[:2])}{', ...' if len(rounded) > 2 else ''}"
         )
-    if config.q_lora_rank is not None:
-        yield "query compression (q_lora_rank): upstream llama.cpp cannot load this model"
+    yield from family.notes(config)
     if len(set(config.layers)) == 1:
         yield f"all layers are {config.layers[0].name}: upstream llama.cpp cannot run this model"
     base = request.file_type.base

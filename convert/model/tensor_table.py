@@ -21,6 +21,7 @@ class Transform(Enum):
 
     COPY = "copy"
     NEG_EXP = "-exp"  # A_log -> A, the factor of the log-gate
+    EXP = "exp"  # A_log -> A where the log-gate is bounded by a sigmoid
     K_OF_KV = "k part, transposed per head"  # kv_b [heads*(nope+v), rank] -> [heads, rank, nope]
     V_OF_KV = "v part per head"  # kv_b [heads*(nope+v), rank] -> [heads, v, rank]
 
@@ -61,11 +62,11 @@ class Table:
 
 
 def is_mla(config: ModelConfig, layer: int) -> bool:
-    return config.layers[layer] is LayerKind.MLA
+    return config.blocks[layer] is LayerKind.MLA
 
 
 def is_kda(config: ModelConfig, layer: int) -> bool:
-    return config.layers[layer] is LayerKind.KDA
+    return config.blocks[layer] is LayerKind.KDA
 
 
 FLOAT32: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints, all others BF16
@@ -144,7 +145,7 @@ def outputs_of(table: Table, config: ModelConfig) -> Iterator[Output]:
         )
 
     yield make(table.embedding)
-    for layer in range(len(config.layers)):
+    for layer in range(len(config.blocks)):
         for group in table.layers:
             if group.has(config, layer):
                 hub, gguf = "model.layers.{i}." + group.hub, f"blk.{layer}."

@@ -133,8 +133,8 @@ def _chunks(tensor: PlannedTensor, elements: int) -> Iterator[Chunk]:
             step = max(elements // columns, 1) * columns
             for first in range(0, size, step):
                 yield Chunk(tensor, source, expert, first, min(step, size - first), _rows)
-        elif output.transform is Transform.NEG_EXP:
-            yield Chunk(tensor, source, 0, 0, size, _neg_exp)
+        elif output.transform in (Transform.NEG_EXP, Transform.EXP):
+            yield Chunk(tensor, source, 0, 0, size, _exp)
         else:
             yield from _heads(tensor, source)
 
@@ -161,15 +161,16 @@ def _transposed(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
     return np.ascontiguousarray(values.reshape(chunk.tensor.output.ne[0], -1).T), dtype
 
 
-def _neg_exp(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
-    """-exp(x), computed in double precision and rounded once."""
+def _exp(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
+    """-exp(x) or exp(x), computed in double precision and rounded once."""
+    sign = -1 if chunk.tensor.output.transform is Transform.NEG_EXP else 1
     stored, dtype = _rows(checkpoint, chunk)
     check(stored, dtype, F32)
     with np.errstate(over="ignore"):
-        exact = -np.exp(to_float32(stored, dtype).astype(np.float64))
+        exact = sign * np.exp(to_float32(stored, dtype).astype(np.float64))
         values = exact.astype(np.float32)
     if not np.isfinite(values).all():
-        at = int(np.argmin(exact))
+        at = int(np.argmax(np.abs(exact)))
         raise BadValueError(at, float(exact.flat[at]), beyond=True)
     return values, Dtype.F32
 

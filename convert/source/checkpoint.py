@@ -160,9 +160,10 @@ class _Root:
 
 
 @contextmanager
-def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
+def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint]:
     """Open a checkpoint: its folder, its index, its single safetensors file with `config.json` in the same folder;
-    or, if a string is none of these, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`.
+    or, if a string is none of these, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`. Without `mtp`, layers that
+    predict further tokens are left out.
 
     Raises `ConvertError`, naming file and tensor, for anything missing, damaged, duplicate or unexpected.
     """
@@ -183,6 +184,7 @@ def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
                 where[name] = file_path
         if not root.single:
             _check_index(root.path, root.weight_map, where)
+        config = family_of(config).stored(config, where.keys(), mtp)
         checkpoint = Checkpoint(root, config, files, where)
         stack.callback(checkpoint.stop)
         yield checkpoint
@@ -316,8 +318,9 @@ def _resolve(
             )
         resolved[name] = found[0]
     used = {place.stored: place for place in resolved.values()}
+    ignored = (*family.ignored, *family.left_out(config))
     for stored, file in where.items():
-        if stored.startswith(family.ignored):
+        if stored.startswith(ignored):
             continue
         if stored not in used:
             raise ConvertError(

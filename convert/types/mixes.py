@@ -70,6 +70,15 @@ _KINDS: Final = (
 _COUNTED: Final = frozenset({"v", "up", "gate", "down"})
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
 
+# Delicate matrices by architecture, by a part of their names, as in llama-quantize with the project's patches: small
+# ones before a sigmoid, and the gates of KDA, whose errors act on all following tokens.
+_NOT_QUANTIZED: Final = {
+    "bailingmoe3": ("ssm_beta.weight", "attn_gate.weight"),
+    "kimi-k3": ("ssm_beta.weight",),
+}
+_GATES: Final = ("ssm_f_", "ssm_g.weight", "ssm_g_a")
+_AT_LEAST_Q8_0: Final = {"bailingmoe3": _GATES, "kimi-k3": _GATES}
+
 # A row: kinds, file types ("*" any but the lowest), condition, the type. The first matching row counts; without one
 # the tensor has the base type.
 _LOWEST: Final = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M"
@@ -205,7 +214,7 @@ class _Chooser:
 
     def __post_init__(self) -> None:
         self.seen: Counter[str] = Counter()
-        self.layers = len(self.config.layers)
+        self.layers = len(self.config.blocks)
         self.experts = self.config.num_experts if self.config.num_moe_layers else 0
         self.gqa = self.config.num_heads if self.config.layers[0] is LayerKind.MLA else 0
 
@@ -225,6 +234,8 @@ class _Chooser:
             return base
         if not any(n > 1 for n in output.ne[1:]):  # llama-quantize does not quantize vectors
             return None
+        if any(part in output.name for part in _NOT_QUANTIZED.get(self.config.architecture, ())):
+            return None
         named = next((kind for pattern, kind in self.patterns if pattern.search(output.name)), None)
         if named is None:
             named = base if request.pure else self._mixed(output)
@@ -232,6 +243,8 @@ class _Chooser:
 
     def _mixed(self, output: Output) -> TensorType:
         mix, base, kind = self.request.file_type.name, self.request.file_type.base, _kind(output.name)
+        if any(part in output.name for part in _AT_LEAST_Q8_0.get(self.config.architecture, ())):
+            return TENSOR_TYPES["Q8_0"]
         if output.name == _OUTPUT:
             if mix == "MXFP4_MOE" or output.ne[0] % base.block:
                 return TENSOR_TYPES["Q8_0"]
