@@ -1,4 +1,4 @@
-"""Synthetic checkpoints with the 48B's tensor names, shapes and dtypes, and a generated `tiktoken.model`.
+"""Synthetic checkpoints with the tensor names, shapes and dtypes of a published model, and a generated tokenizer.
 
 Input: a folder, a config, a seed. Output: config.json, safetensors shards with their index, the tokenizer. Without a
 seed the shards are sparse files: 98 GB of zeros that take a few megabytes on disk, for tests that need no values.
@@ -20,10 +20,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.model.families import hub_shapes, read_config
+from kimi_gguf.convert.model.families import family_of, hub_shapes, read_config
 from kimi_gguf.convert.model.kimi_linear import published_config
-from kimi_gguf.convert.model.tensor_table import FLOAT32
-from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_tokenizer
+from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_ling_tokenizer, write_tokenizer
 
 NUM_SHARDS = 20
 BYTES = {"BF16": 2, "F32": 4}
@@ -44,11 +43,52 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
     return config
 
 
+def ling_tiny_config() -> dict[str, Any]:
+    """The keys of Ling-3.0-tiny's config.json that determine its tensors."""
+    return {
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        "eos_token_id": 156895,
+        "first_k_dense_replace": 1,
+        "gated_attention_proj_granularity_type": "head_wise",
+        "head_dim": 128,
+        "hidden_size": 1536,
+        "intermediate_size": 4608,
+        "kda_lower_bound": -5,
+        "kda_safe_gate": True,
+        "kv_lora_rank": 512,
+        "layer_group_size": 4,
+        "max_position_embeddings": 131072,
+        "model_type": "bailing_hybrid",
+        "moe_intermediate_size": 512,
+        "n_group": 8,
+        "no_kda_lora": True,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 24,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1,
+        "pad_token_id": 156892,
+        "q_lora_rank": 256,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 6000000,
+        "routed_scaling_factor": 2.5,
+        "short_conv_kernel_size": 4,
+        "topk_group": 4,
+        "v_head_dim": 128,
+        "vocab_size": 157184,
+    }
+
+
 def tensors(config: Config) -> Iterator[TensorInfo]:
     """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters)."""
-    shapes = hub_shapes(read_config(json.dumps(config).encode(), "config.json"))
+    model = read_config(json.dumps(config).encode(), "config.json")
+    shapes, float32 = hub_shapes(model), family_of(model).float32
     for name in sorted(shapes, key=_place):
-        yield name, "F32" if name.endswith(FLOAT32) else "BF16", shapes[name]
+        yield name, "F32" if name.endswith(float32) else "BF16", shapes[name]
 
 
 def _place(name: str) -> tuple[float, int]:
@@ -122,17 +162,26 @@ def write_synthetic(
         weight_map |= {name: file for name, _, _ in infos}
     index = {"metadata": {"total_size": sum(map(num_bytes, every))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder, ranks(config["vocab_size"] - NUM_SPECIAL), config["model_max_length"])
+    if config["model_type"] == "bailing_hybrid":
+        first_special = config["pad_token_id"] - 1
+        write_ling_tokenizer(folder, ranks(first_special), first_special)
+    else:
+        write_tokenizer(folder, ranks(config["vocab_size"] - NUM_SPECIAL), config["model_max_length"])
     return folder
+
+
+MODELS = {"48B": published_config, "Ling-3.0-tiny": ling_tiny_config}
 
 
 def main() -> None:
     """Run `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
     parser = argparse.ArgumentParser(
-        description="Write a sparse checkpoint of the 48B's full size; all values are zero."
+        description="Write a sparse checkpoint of a published model's full size; all values are zero."
     )
+    parser.add_argument("--model", choices=MODELS, default="48B", help="the model (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="folder to write to")
-    print(write_synthetic(parser.parse_args().folder))
+    options = parser.parse_args()
+    print(write_synthetic(options.folder, MODELS[options.model]()))
 
 
 if __name__ == "__main__":

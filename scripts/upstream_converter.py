@@ -21,7 +21,10 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import gguf, torch
+from conversion.bailingmoe3 import BailingMoeV3Model
 from conversion.kimi_linear import KimiLinearModel
+
+MODELS = {"kimi_linear": KimiLinearModel, "bailing_hybrid": BailingMoeV3Model}
 
 def copy_tokenizer(path, writer):
     for name, field in gguf.GGUFReader(path).fields.items():
@@ -32,19 +35,25 @@ def copy_tokenizer(path, writer):
 with torch.inference_mode():
     for job in json.loads(sys.argv[1]):
         vocab = job["vocabulary"]
-        KimiLinearModel.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
-        KimiLinearModel(Path(job["source"]), gguf.LlamaFileType[job["type"]], Path(job["output"])).write()
+        # As it is stored: AutoConfig renames keys of bailing_hybrid, and the converter then does not find them.
+        config = json.loads((Path(job["source"]) / "config.json").read_text())
+        model = MODELS[config["model_type"]]
+        model.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
+        model.no_mtp = not job["mtp"]
+        arguments = Path(job["source"]), gguf.LlamaFileType[job["type"]], Path(job["output"])
+        model(*arguments, hparams=config).write()
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion. vocabulary: a GGUF file whose tokenizer keys are copied."""
+    """A conversion. vocabulary: a GGUF file whose tokenizer keys are copied. mtp: False is its --no-mtp."""
 
     source: Path
     output: Path
     type: str
     vocabulary: Path | None = None
+    mtp: bool = True
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Reads a byte-level BPE vocabulary from `tokenizer.json`, as the Ling models have it.
 
-Input: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`. Output: a `Vocab` whose pre-tokenizer is the one
-of llama.cpp with the same split pattern. The merges are those of the file.
+Input: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`. Output: a `Vocab`. Its pre-tokenizer is that
+of llama.cpp with the same split pattern; its merges are those of the file.
 
 Source: the `tokenizers` library's BPE, ByteLevel and Split; llama.cpp's table of split patterns (llama-vocab.cpp).
 """
@@ -149,14 +149,20 @@ def _merges(value: object, ordinary: dict[int, bytes], path: Path) -> list[str]:
         place = f"{path}, model.merges[{i}]"
         missing = next((part for part in (left, right, left + right) if part not in tokens), None)
         if missing is not None:
-            raise ConvertError(f"{place}: expected parts and result among the tokens, found {excerpt(missing)}, which is not")
+            raise ConvertError(
+                f"{place}: expected parts and result among the tokens, found {excerpt(missing)}, which is not"
+            )
         if (left, right) in seen:
-            raise ConvertError(f"{place}: the merge is already in the list; which of the two counts is not defined")
+            raise ConvertError(
+                f"{place}: the merge is already in the list; which of the two counts is not defined"
+            )
         seen.add((left, right))
     return [f"{bytes_to_text(left)} {bytes_to_text(right)}" for left, right in pairs]
 
 
-def _rows(ordinary: dict[int, bytes], named: dict[int, SpecialToken], size: int) -> tuple[list[str], list[int]]:
+def _rows(
+    ordinary: dict[int, bytes], named: dict[int, SpecialToken], size: int
+) -> tuple[list[str], list[int]]:
     """Spelling and type of every row of the embedding; rows without a token are UNUSED.
 
     llama.cpp matches CONTROL on request and does not show it, always matches and shows USER_DEFINED.
@@ -207,11 +213,15 @@ def _stages(value: object, path: Path) -> list[dict[str, Any]]:
     if isinstance(value, dict) and kind == "TemplateProcessing":
         return [value]
     inner = value.get("processors") if isinstance(value, dict) and kind == "Sequence" else None
-    if isinstance(inner, list) and all(not isinstance(each, dict) or each.get("type") != "Sequence" for each in inner):
+    if isinstance(inner, list) and all(
+        not isinstance(each, dict) or each.get("type") != "Sequence" for each in inner
+    ):
         return [stage for each in inner for stage in _stages(each, path)]
     if kind == "ByteLevel":
         return []
-    raise ConvertError(f"{path}: post_processor: expected ByteLevel or a template, found {excerpt(value)}; {_REMEDY}")
+    raise ConvertError(
+        f"{path}: post_processor: expected ByteLevel or a template, found {excerpt(value)}; {_REMEDY}"
+    )
 
 
 def _notes(root: dict[str, Any], path: Path) -> list[str]:
@@ -222,8 +232,12 @@ def _notes(root: dict[str, Any], path: Path) -> list[str]:
         kinds = normalizer.get("normalizers") if isinstance(normalizer, dict) else None
         kinds = kinds if isinstance(kinds, list) else [normalizer]
         if kinds != [{"type": "NFC"}]:
-            raise ConvertError(f"{path}: normalizer: expected NFC or none, found {excerpt(normalizer)}; {_REMEDY}")
-        found.append("the tokenizer composes characters first (NFC), llama.cpp does not: give it composed text")
+            raise ConvertError(
+                f"{path}: normalizer: expected NFC or none, found {excerpt(normalizer)}; {_REMEDY}"
+            )
+        found.append(
+            "the tokenizer composes characters first (NFC), llama.cpp does not: give it composed text"
+        )
     entries = root.get("added_tokens") or []
     trimmed = [entry["content"] for entry in entries if any(entry.get(name) for name in _TRIMMED)]
     if trimmed:

@@ -33,5 +33,7 @@ class Family:
     float32: tuple[str, ...] = FLOAT32  # how names of tensors end that are F32 in published checkpoints
     # The config of a checkpoint that stores tensors of these names, with or without layers for further tokens.
     stored: Callable[[ModelConfig, Collection[str], bool], ModelConfig] = lambda config, names, mtp: config
-    left_out: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()  # as `ignored`, but intentionally left out
+    left_out: Callable[[ModelConfig], tuple[str, ...]] = (
+        lambda config: ()
+    )  # as `ignored`, but intentionally left out
     notes: Callable[[ModelConfig], Iterable[str]] = lambda config: ()  # information for the user

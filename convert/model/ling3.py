@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from gguf import GGUFValueType as ValueType
 
-from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.bpe_vocab import load_bpe_vocab
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.config_keys import (
@@ -130,7 +129,10 @@ def read_config(keys: Keys) -> Ling3Config:
     rope = keys.integer("qk_rope_head_dim")
     keys.require(rope % 2 == 0, "qk_rope_head_dim", "an even number", rope)
     num_dense = dense_layers(keys, num_layers)
-    expert, shared = keys.integer("moe_intermediate_size"), keys.integer("num_shared_experts", "n_shared_experts")
+    expert, shared = (
+        keys.integer("moe_intermediate_size"),
+        keys.integer("num_shared_experts", "n_shared_experts"),
+    )
     config = Ling3Config(
         architecture=ARCHITECTURE,
         hidden_size=keys.integer("hidden_size"),
@@ -236,7 +238,9 @@ def _yarn(keys: Keys) -> Yarn | None:
         strange = sorted(set(keys.data.get(name) or {}) - _ROPE_KEYS)
         if strange:
             key = f"{name}.{strange[0]}"
-            raise keys.fail(key, "no such key", keys.data[key], "llama.cpp has no such setting for this model")
+            raise keys.fail(
+                key, "no such key", keys.data[key], "llama.cpp has no such setting for this model"
+            )
 
     def names(key: str) -> tuple[str, str]:
         return f"{SCALING}.{key}", f"{ROPE}.{key}"
@@ -428,7 +432,10 @@ RULES: Final = (
     Rule(_ATTN + rf"(?P<rest>{_SAME})", _SELF + r"\g<rest>"),
     Rule(_ATTN + r"dense\.weight", _SELF + "o_proj.weight"),
     Rule(_ATTN + r"(?P<rest>f_proj\.weight|dt_bias|A_log)", _SELF + r"forget_gate.\g<rest>"),
-    *(Rule(_ATTN + rf"{x}_conv1d\.weight", _SELF + "conv1d.weight", part=(i, 3)) for i, x in enumerate("qkv")),
+    *(
+        Rule(_ATTN + rf"{x}_conv1d\.weight", _SELF + "conv1d.weight", part=(i, 3))
+        for i, x in enumerate("qkv")
+    ),
     Rule(_LAYER + r"mlp\.gate\.expert_bias", r"\g<layer>.mlp.gate.e_score_correction_bias"),
     Rule(_EXPERT + r"gate_proj\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
     Rule(_EXPERT + r"up_proj\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
