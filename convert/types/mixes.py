@@ -67,7 +67,10 @@ _KINDS: Final = (
     ("ffn_gate", "gate"),
     ("ffn_down", "down"),
 )
-_COUNTED: Final = frozenset({"v", "up", "gate", "down"})
+_FFN: Final = frozenset({"up", "gate", "down"})
+_COUNTED: Final = _FFN | {"v"}
+# MXFP4_MOE is for experts: here they are known by their names, elsewhere every tensor with three dimensions counts.
+_EXPERTS_BY_NAME: Final = frozenset({"bailingmoe3"})
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
 
 # Delicate matrices by architecture, by a part of their names, as in llama-quantize with the project's patches: small
@@ -250,7 +253,9 @@ class _Chooser:
                 return TENSOR_TYPES["Q8_0"]
             return base if base.name == "Q8_0" else TENSOR_TYPES[_OUTPUT_TYPES.get(mix, "Q6_K")]
         if mix == "MXFP4_MOE":
-            return base if len(output.ne) > 2 and output.ne[2] > 1 else TENSOR_TYPES["Q8_0"]
+            several = len(output.ne) > 2 and output.ne[2] > 1
+            is_expert = kind in _FFN or self.config.architecture not in _EXPERTS_BY_NAME
+            return base if several and is_expert else TENSOR_TYPES["Q8_0"]
         if output.name == _EMBEDDING:
             return TENSOR_TYPES[_EMBEDDING_TYPES.get(mix, base.name)]
         if kind is None:
