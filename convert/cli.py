@@ -340,6 +340,7 @@ def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
     first, last = output.sources[0], output.sources[-1]
     sources = first if first == last else f"{first} .. {last}"
     how = "" if output.transform.value == "copy" else f" ({output.transform.value})"
+    sources += f" x {output.factor[0]}" if output.factor else ""
     shape = " x ".join(str(n) for n in output.ne)
     return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
 

@@ -88,7 +88,9 @@ def convert(
                 Identity(_plan_digest(plan, ggml), checkpoint.identity()),
                 options.resume,
                 report,
-                lambda tensor: checkpoint.check_unchanged(tensor.output.sources if tensor else None),
+                lambda tensor: checkpoint.check_unchanged(
+                    (name for name, _ in tensor.output.inputs) if tensor else None
+                ),
                 cards,
             )
     return plan
@@ -105,7 +107,7 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Optio
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
     """A hash of everything but the weights that determines the output: layout, keys, importances, versions."""
-    sources = [[t.name, *t.output.sources, t.output.transform.value] for t in plan.tensors]
+    sources = [[t.name, *(n for n, _ in t.output.inputs), t.output.transform.value] for t in plan.tensors]
     importances = plan.importances.weights if plan.importances else {}
     return digest(
         version("kimi-gguf").encode(),

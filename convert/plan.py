@@ -188,7 +188,7 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
             f"{len(rounded)} gate parameters are not F32 as in the published model; they were rounded "
             f"when this checkpoint was saved: {', '.join(rounded[:2])}{', ...' if len(rounded) > 2 else ''}"
         )
-    if config.q_lora_rank is not None:
+    if config.q_lora_rank is not None and config.architecture == "kimi-linear":
         yield "query compression (q_lora_rank): upstream llama.cpp cannot load this model"
     if len(set(config.layers)) == 1:
         yield f"all layers are {config.layers[0].name}: upstream llama.cpp cannot run this model"

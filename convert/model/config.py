@@ -58,6 +58,7 @@ class ModelConfig:
     pad_token_id: int | None
     more_eos_token_ids: tuple[int, ...] = ()  # the rest when the config lists several
     tie_word_embeddings: bool = False
+    mxfp4_experts: bool = False  # quantization_config allows routed experts in MXFP4
 
     @property
     def uses_groups(self) -> bool:
