@@ -30,6 +30,7 @@ class Family:
     rules: tuple[Rule, ...] = ()  # the layouts besides the hub's
     own_keys: Callable[[ModelConfig], Iterable[Key]] = lambda config: ()  # GGUF keys that others do not have
     ignored: tuple[str, ...] = ()  # how names of tensors begin that belong to other parts of the checkpoint
+    template: str | None = None  # llama.cpp's own chat template, for models that publish none
     padded: tuple[
         str, ...
     ] = ()  # how canonical names end whose stored vector may be longer; the rest is not used

@@ -313,5 +313,6 @@ FAMILY: Final = Family(
     rules=RULES,
     own_keys=own_keys,
     ignored=("vision_tower.", "mm_projector."),
+    template="models/templates/Kimi-K3.jinja",
     padded=(".A_log",),
 )

@@ -75,6 +75,11 @@ class Checkpoint:
         file, place = self._stored(name)
         return Dtype.MXFP4 if place.scales else Dtype(file.tensors[place.stored].dtype)
 
+    @property
+    def packed(self) -> bool:
+        """Whether any tensor is stored in MXFP4."""
+        return any(place.scales is not None for place in self._place.values())
+
     def locate(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
         """The file, the stored name and the index there of the tensor's `element` in row-major order (in MXFP4 the
         index of the element, not of its byte)."""
