@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import gguf, torch
-from conversion.kimi_linear import KimiLinearModel
+from conversion import get_model_class
 
 def copy_tokenizer(path, writer):
     for name, field in gguf.GGUFReader(path).fields.items():
@@ -32,8 +32,10 @@ def copy_tokenizer(path, writer):
 with torch.inference_mode():
     for job in json.loads(sys.argv[1]):
         vocab = job["vocabulary"]
-        KimiLinearModel.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
-        KimiLinearModel(Path(job["source"]), gguf.LlamaFileType[job["type"]], Path(job["output"])).write()
+        source = Path(job["source"])
+        model = get_model_class(json.loads((source / "config.json").read_text())["architectures"][0])
+        model.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
+        model(source, gguf.LlamaFileType[job["type"]], Path(job["output"])).write()
 """
 
 
