@@ -72,7 +72,7 @@ def convert(
     """
     options = options or Options()
     with open_checkpoint(source) as checkpoint:
-        pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
+        pace = Pace.within(options.max_memory, elsewhere=checkpoint.own_bytes)
         inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, CARD))]
         inputs += [file for file in (options.imatrix, options.chat_template) if file]
         plan = _plan(checkpoint, wanted, options)

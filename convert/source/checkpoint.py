@@ -37,6 +37,8 @@ from kimi_gguf.convert.source.safetensors_file import FLOATS, PACKED, SCALES, Dt
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
+_FEW_TENSORS: Final = 21_000  # whose memory is not counted
+_TENSOR_BYTES: Final = 1200  # memory of each further one, measured with half a million
 WINDOW_BYTES: Final = 7 << 20  # of a tensor in MXFP4 that are prefetched together; less than a request
 _NO_PICKLES: Final = (
     "pickled weights run code when they are read, so they are refused; save the checkpoint as safetensors"
@@ -157,9 +159,10 @@ class Checkpoint:
         return sum(source.size for source in sources if isinstance(source, RemoteFile))
 
     @property
-    def ahead_bytes(self) -> int:
-        """Bytes of memory for prefetched data."""
-        return MOST_BYTES if self._ahead else 0
+    def own_bytes(self) -> int:
+        """Bytes of memory for prefetched data, and for the names and places of more tensors than the 48B has."""
+        names = max(len(self._file_of) - _FEW_TENSORS, 0) * _TENSOR_BYTES
+        return names + (MOST_BYTES if self._ahead else 0)
 
     def identity(self) -> str:
         """A hash of the names, sizes, times and headers of the files with the weights."""

@@ -283,7 +283,7 @@ def test_blocks_hold_the_same_bits() -> None:
 
 @pytest.mark.parametrize("kind", ["MXFP4_MOE", "Q4_0"])
 def test_kills_leave_no_wrong_file_and_resume_completes_it(tmp_path: Path, kind: str) -> None:
-    spec = replace(K3Spec(), experts=64, hidden=128, latent=64)
+    spec = K3Spec(layers="KM", experts=896, experts_used=16, moe_intermediate=32)
     source = source_of(tmp_path / "model", spec)
     expected, out = tmp_path / "x", tmp_path / "out"
     expected.mkdir()
