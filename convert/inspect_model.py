@@ -158,9 +158,9 @@ def _checkpoint(path: Path | str) -> _Model:
         config = checkpoint.config
         found: dict[str, tuple[str, str, int]] = {}
         for output in outputs(config):
-            for source in output.sources:
+            for source, shape in output.inputs:
                 dtype = checkpoint.dtype(source)
-                found[source] = output.name, dtype.name, math.prod(output.source_shape) * dtype.numpy.itemsize
+                found[source] = output.name, dtype.name, dtype.nbytes(math.prod(shape))
         return _Model(
             kind="safetensors",
             name=model_name(checkpoint.folder),

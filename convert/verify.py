@@ -50,7 +50,7 @@ def verify(
     """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
     be read."""
     with GgufModel(path) as file, open_checkpoint(source, _has_mtp(file)) as checkpoint:
-        pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
+        pace = Pace.within(max_memory, elsewhere=checkpoint.own_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         wrong_tensors = tuple(_differences(file, checkpoint, plan, pace))
         checkpoint.check_unchanged()

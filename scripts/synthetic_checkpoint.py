@@ -2,7 +2,8 @@
 
 Input: a folder, a config, a seed. Output: config.json, safetensors shards with their index, the tokenizer. Without a
 seed the shards are sparse files: 98 GB of zeros that take a few megabytes on disk, for tests that need no values.
-With a seed the values are random, for measurements in which quantization must take its real time.
+With a seed the values are random, for measurements in which quantization must take its real time. Kimi K3, with routed
+experts in MXFP4, is possible without a seed only.
 """
 
 from __future__ import annotations
@@ -13,21 +14,25 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.model.families import family_of, hub_shapes, read_config
+from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
 from kimi_gguf.convert.model.kimi_linear import published_config
+from kimi_gguf.convert.model.tensor_table import FLOAT32
 from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_ling_tokenizer, write_tokenizer
 
 NUM_SHARDS = 20
-BYTES = {"BF16": 2, "F32": 4}
+K3_SHARDS = 96
+BYTES = {"BF16": 2, "F32": 4, "U8": 1}
 POOL = 1 << 24  # number of random values; tensors are filled with sections of this pool
 STD = 0.02
+
+K3_FLOAT32 = (*FLOAT32, "conv1d.weight", "o_norm.weight", "e_score_correction_bias")
 
 TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 Config = Mapping[str, Any]
@@ -83,12 +88,89 @@ def ling_tiny_config() -> dict[str, Any]:
     }
 
 
+def k3_config(layers: str = "KKKM" * 23 + "M", experts: int = 896, vocab: int = 163840) -> dict[str, Any]:
+    """The text model of the published Kimi K3, or one with fewer layers, experts and tokens."""
+    linear = {
+        "kda_layers": [i for i, each in enumerate(layers, 1) if each == "K"],
+        "full_attn_layers": [i for i, each in enumerate(layers, 1) if each == "M"],
+        "gate_lower_bound": -5.0,
+        "head_dim": 128,
+        "num_heads": 96,
+        "short_conv_kernel_size": 4,
+        "use_full_rank_gate": True,
+    }
+    weights = {"num_bits": 4, "type": "float", "group_size": 32, "symmetric": True, "strategy": "group"}
+    text = {
+        "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 25.0,
+        "attn_res_block_size": 12,
+        "bos_token_id": vocab - 256,
+        "eos_token_id": vocab - 254,
+        "first_k_dense_replace": 1,
+        "hidden_act": "situ",
+        "hidden_size": 7168,
+        "intermediate_size": 33792,
+        "kv_lora_rank": 512,
+        "latent_moe_use_norm": True,
+        "linear_attn_config": linear,
+        "max_position_embeddings": 1048576,
+        "mla_use_nope": True,
+        "mla_use_output_gate": True,
+        "model_type": "kimi_linear",
+        "moe_intermediate_size": 3072,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_attention_heads": 96,
+        "num_expert_group": 1,
+        "num_experts": experts,
+        "num_experts_per_token": min(16, experts),
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": 96,
+        "num_shared_experts": 2,
+        "pad_token_id": vocab - 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "config_groups": {"group_0": {"format": "mxfp4-pack-quantized", "weights": weights}},
+            "format": "mxfp4-pack-quantized",
+            "quant_method": "compressed-tensors",
+        },
+        "rms_norm_eps": 1e-5,
+        "routed_expert_hidden_size": 3584,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "v_head_dim": 128,
+        "vocab_size": vocab,
+    }
+    return {"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": text}
+
+
 def tensors(config: Config) -> Iterator[TensorInfo]:
-    """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters)."""
+    """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters; of Kimi
+    K3's text model 497,052 tensors)."""
+    if config["model_type"] == "kimi_k3":
+        yield from _k3_tensors(config)
+        return
     model = read_config(json.dumps(config).encode(), "config.json")
     shapes, float32 = hub_shapes(model), family_of(model).float32
     for name in sorted(shapes, key=_place):
         yield name, "F32" if name.endswith(float32) else "BF16", shapes[name]
+
+
+def _k3_tensors(config: Config) -> Iterator[TensorInfo]:
+    """Those of K3 under their published names."""
+    model = read_config(json.dumps(config).encode(), "config.json")
+    shapes = hub_shapes(model)
+    for name in sorted(shapes, key=_place):
+        shape = shapes[name]
+        prefixed, *packed = places_of(model, name, shape)[1:]
+        if packed:
+            yield from ((stored, "U8", stored_shape) for stored, stored_shape in packed[0].tensors)
+        elif name.endswith(".A_log"):
+            yield prefixed.stored, "F32", (128,)  # padded
+        else:
+            yield prefixed.stored, "F32" if name.endswith(K3_FLOAT32) else "BF16", shape
 
 
 def _place(name: str) -> tuple[float, int]:
@@ -149,6 +231,8 @@ def write_synthetic(
 
     config: None is the published config. seed: None writes sparse files.
     """
+    if seed is not None and config is not None and config["model_type"] == "kimi_k3":
+        raise ValueError("no random values for MXFP4")
     config = published_config() if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -165,12 +249,19 @@ def write_synthetic(
     if config["model_type"] == "bailing_hybrid":
         first_special = config["pad_token_id"] - 1
         write_ling_tokenizer(folder, ranks(first_special), first_special)
-    else:
-        write_tokenizer(folder, ranks(config["vocab_size"] - NUM_SPECIAL), config["model_max_length"])
+        return folder
+    text = config.get("text_config", config)
+    context = text.get("model_max_length") or text["max_position_embeddings"]
+    write_tokenizer(folder, ranks(text["vocab_size"] - NUM_SPECIAL), context)
     return folder
 
 
-MODELS = {"48B": published_config, "Ling-3.0-tiny": ling_tiny_config}
+# Name -> config, number of shards.
+MODELS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
+    "48B": (published_config, NUM_SHARDS),
+    "Ling-3.0-tiny": (ling_tiny_config, 4),
+    "Kimi-K3": (k3_config, K3_SHARDS),
+}
 
 
 def main() -> None:
@@ -181,7 +272,8 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="48B", help="the model (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="folder to write to")
     options = parser.parse_args()
-    print(write_synthetic(options.folder, MODELS[options.model]()))
+    config, shards = MODELS[options.model]
+    print(write_synthetic(options.folder, config(), shards))
 
 
 if __name__ == "__main__":

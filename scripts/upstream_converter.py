@@ -21,10 +21,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import gguf, torch
-from conversion.bailingmoe3 import BailingMoeV3Model
-from conversion.kimi_linear import KimiLinearModel
-
-MODELS = {"kimi_linear": KimiLinearModel, "bailing_hybrid": BailingMoeV3Model}
+from conversion import get_model_class
 
 def copy_tokenizer(path, writer):
     for name, field in gguf.GGUFReader(path).fields.items():
@@ -35,13 +32,14 @@ def copy_tokenizer(path, writer):
 with torch.inference_mode():
     for job in json.loads(sys.argv[1]):
         vocab = job["vocabulary"]
-        # As it is stored: AutoConfig renames keys of bailing_hybrid, and the converter then does not find them.
-        config = json.loads((Path(job["source"]) / "config.json").read_text())
-        model = MODELS[config["model_type"]]
+        source = Path(job["source"])
+        config = json.loads((source / "config.json").read_text())
+        model = get_model_class(config["architectures"][0])
         model.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
         model.no_mtp = not job["mtp"]
-        arguments = Path(job["source"]), gguf.LlamaFileType[job["type"]], Path(job["output"])
-        model(*arguments, hparams=config).write()
+        # As it is stored: AutoConfig renames keys of bailing_hybrid, and the converter then does not find them.
+        stored = {"hparams": config} if config["model_type"] == "bailing_hybrid" else {}
+        model(source, gguf.LlamaFileType[job["type"]], Path(job["output"]), **stored).write()
 """
 
 

@@ -59,6 +59,7 @@ class ModelConfig:
     more_eos_token_ids: tuple[int, ...] = ()  # the rest when the config lists several
     tie_word_embeddings: bool = False
     num_mtp_layers: int = 0  # layers after `layers` that predict further tokens, with latent attention
+    mxfp4_experts: bool = False  # quantization_config allows routed experts in MXFP4
 
     @property
     def uses_groups(self) -> bool:

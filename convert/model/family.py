@@ -37,3 +37,7 @@ class Family:
         lambda config: ()
     )  # as `ignored`, but intentionally left out
     notes: Callable[[ModelConfig], Iterable[str]] = lambda config: ()  # information for the user
+    template: str | None = None  # llama.cpp's own chat template, for models that publish none
+    padded: tuple[
+        str, ...
+    ] = ()  # how canonical names end whose stored vector may be longer; the rest is not used

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.tensor_table import Output
 from kimi_gguf.convert.types.file_types import TYPES, FileType
-from kimi_gguf.engine.tensor_types import F16, TENSOR_TYPES, TensorType
+from kimi_gguf.engine.tensor_types import BF16, F16, TENSOR_TYPES, TensorType
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class TypeRequest:
     overrides: tuple[tuple[str, TensorType], ...] = ()  # (regular expression, type); the first that matches
     pure: bool = False  # no mix: the base type of the file type for every tensor
     recipe: str | None = None  # the name in `RECIPES`, if the request came from there
+    default: bool = False  # nothing was requested: packed experts keep their type (see `as_stored`)
 
 
 @dataclass(frozen=True)
@@ -308,7 +309,22 @@ def _protecting(name: str, experts: str) -> TypeRequest:
     return TypeRequest(TYPES[experts], keep, keep, overrides, recipe=name)
 
 
+# What llama.cpp's converter makes of a checkpoint with routed experts in MXFP4: they keep their type, and all other
+# matrices are BF16.
+MXFP4: Final = TypeRequest(TYPES["MXFP4_MOE"], BF16, BF16, ((r"^(?!.*_exps\.)", BF16),), recipe="mxfp4")
 RECIPES: Final = {
     name: _protecting(name, experts)
     for name, experts in (("kimi-q3", "Q3_K_S"), ("kimi-q4", "Q4_K_S"), ("kimi-q5", "Q5_K_S"))
-}
+} | {"mxfp4": MXFP4}
+
+
+def as_stored(request: TypeRequest) -> TypeRequest:
+    """The types of a checkpoint with packed experts if none were requested; the user's other options still count."""
+    if not request.default:
+        return request
+    return replace(
+        MXFP4,
+        output_type=request.output_type or MXFP4.output_type,
+        embedding_type=request.embedding_type or MXFP4.embedding_type,
+        overrides=(*request.overrides, *MXFP4.overrides),
+    )
