@@ -148,12 +148,12 @@ QUANTIZED = ["Q8_0", "Q4_0", "Q4_K_M", "Q5_K_S", "IQ4_NL", "MXFP4_MOE"]
 @pytest.mark.engine
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_other_types_equal_llama_quantize_of_upstreams_file(
-    tmp_path: Path, pairs: Path, upstream: Engine, kind: str
+    tmp_path: Path, pairs: Path, engine: Engine, kind: str
 ) -> None:
-    """It dequantizes the same values from upstream's MXFP4."""
+    """It dequantizes the same values from upstream's MXFP4. (Upstream's llama-quantize quantizes the gates, too.)"""
     theirs, ours = tmp_path / "theirs.gguf", tmp_path / "ours.gguf"
     command = [
-        upstream.bin / "llama-quantize",
+        engine.bin / "llama-quantize",
         "--allow-requantize",
         pairs / "0-True.gguf",
         theirs,
@@ -283,7 +283,7 @@ def test_blocks_hold_the_same_bits() -> None:
 
 @pytest.mark.parametrize("kind", ["MXFP4_MOE", "Q4_0"])
 def test_kills_leave_no_wrong_file_and_resume_completes_it(tmp_path: Path, kind: str) -> None:
-    spec = K3Spec(layers="KM", experts=896, experts_used=16, moe_intermediate=32)
+    spec = K3Spec(layers="KM", experts=96, experts_used=16, moe_intermediate=512)
     source = source_of(tmp_path / "model", spec)
     expected, out = tmp_path / "x", tmp_path / "out"
     expected.mkdir()
@@ -291,7 +291,7 @@ def test_kills_leave_no_wrong_file_and_resume_completes_it(tmp_path: Path, kind:
     name = ["--name", "x"]
     assert convert(source, "-o", expected / "x.gguf", "--type", kind, *name).status == 0
     counts = killed_conversions(source, out / "x.gguf", 12, kind, 0, expected)
-    assert counts["wrong"] == 0 and counts["killed"] == 12 and counts["resumed"] > 0
+    assert counts["wrong"] == 0 and counts["killed"] == 12 and counts["resumed"] > 0, counts
 
 
 def test_the_order_of_requests_is_whole_experts(tmp_path: Path) -> None:

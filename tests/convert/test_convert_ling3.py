@@ -274,7 +274,7 @@ def test_the_model_card(tmp_path: Path) -> None:
     assert run.status == 0, run.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert "- bailingmoe3" in card
-    assert "convert-kimi Ling-Test -o x.gguf --type BF16 --no-mtp --model-card" in card
+    assert "convert-kimi Ling-Test -o x.gguf --no-mtp --model-card" in card
     assert "`ssm_a` = exp(A_log)" in card and "-exp(A_log)" not in card
     assert "(`<|role_end|>`)" in card and "[EOS]" not in card
     assert "With upstream llama.cpp" in card
