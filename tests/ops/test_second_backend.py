@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, play, text
+from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, drafts_rolled_back, play, text
 from native_program import compile_backend, passed_cases, roll_back_on_device
 from random_checkpoint import VOCAB_SIZE, Spec
+from random_family import ON_DEVICES, FamilySpec, write_family
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -177,6 +178,27 @@ def test_where_decompressed_attention_cannot_run_it_stays_absorbed(
     message = f"KIMI_OPS=require: layer 2: decompressed latent attention: {reason}"
     with pytest.raises(PlayError, match=message):
         world.play(tmp_path / "log", True, told, **setup)
+
+
+@pytest.mark.parametrize("kqv", [True, False], ids=["kqv", "nkvo"])
+@pytest.mark.parametrize("layers", [2, 3, ALL])
+@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+def test_the_family_in_any_placement(
+    spec: FamilySpec, layers: int, kqv: bool, world: World, tmp_path: Path
+) -> None:
+    """Ling 3, GLM-5.3-Flash and Kimi K3, with drafts that are rolled back and a prompt of which keys are expanded."""
+    model = write_family(tmp_path / "model.gguf", spec)
+    steps, chosen = drafts_rolled_back(IDS, 170, 20)
+    chosen = {**chosen, "flash_attention": kqv}
+    expected = play(world.engine, model, Setup(**chosen), steps)
+    log = tmp_path / "log"
+    placed = Setup(
+        backend=str(world.backend), n_gpu_layers=layers, offload_kqv=kqv, op_offload=False, **chosen
+    )
+    played = play(world.engine, model, placed, steps, SECOND_LOG=str(log))
+    assert_same(played.logits, expected.logits)
+    computed = {each for each in log.read_text().splitlines() if "KDA" in each or "ATTN" in each}
+    print(computed)
 
 
 @pytest.mark.parametrize("layers", [3, ALL])
