@@ -20,6 +20,7 @@ from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
 from random_checkpoint import VOCAB_SIZE, Spec
+from random_family import ON_DEVICES, FamilySpec, write_family
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -263,3 +264,21 @@ def test_rollback_of_states_on_the_device(
     told = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
     roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **told)
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each} and its copy" for each in KDA}
+
+
+@pytest.mark.parametrize("layers", [3, 5], ids=["some layers", "all layers"])
+@pytest.mark.parametrize("conversation", ["one sequence", "drafts rolled back"])
+@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+def test_the_family_on_the_device(
+    spec: FamilySpec, conversation: str, layers: int, backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """Ling 3, GLM-5.3-Flash and Kimi K3: other gates, other numbers of heads, latent attention with or without RoPE."""
+    model = write_family(tmp_path / "model.gguf", spec)
+    steps, chosen = CONVERSATIONS[conversation]
+    chosen = {**chosen, "flash_attention": True}
+    expected = play(engine, model, Setup(**chosen), steps).logits
+    setup = Setup(backend=str(backend), n_gpu_layers=layers, op_offload=False, **chosen)
+    played = play(engine, model, setup, steps, SECOND_LOG=str(tmp_path / "log"))
+    assert_near(played.logits, expected)
+    print(ran(tmp_path / "log"), set((tmp_path / "log").read_text().splitlines()))
+    assert {f"SECOND0 kernel {each} and its copy" for each in KDA} <= ran(tmp_path / "log")

@@ -11,10 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import PlayError, Setup, assert_same, decode, play, saved_conversation, text
+from llama_script import (
+    PlayError,
+    Setup,
+    assert_same,
+    decode,
+    drafts_rolled_back,
+    play,
+    saved_conversation,
+    text,
+)
 from metal_program import dispatches, on_metal
 from native_program import run_program
 from random_checkpoint import VOCAB_SIZE, Spec
+from random_family import ON_DEVICES, FamilySpec, write_family
 from synthetic_case import error_of, make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -146,3 +156,22 @@ def test_without_a_library_that_is_needed(
     variables = {"KIMI_OPS": "conv,scan,require", "KIMI_METAL_REFUSED": library}
     with pytest.raises(PlayError, match=REFUSALS[library]):
         play(engine, model, on_metal(metal_backend), [decode((0, 0, 1))], **variables)
+
+
+@pytest.mark.parametrize("layers", [3, 5], ids=["some layers", "all layers"])
+@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+def test_the_family_on_the_device(
+    spec: FamilySpec, layers: int, metal_backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """Ling 3, GLM-5.3-Flash and Kimi K3: other gates, other numbers of heads, latent attention with or without RoPE."""
+    model = write_family(tmp_path / "model.gguf", spec)
+    steps, chosen = drafts_rolled_back(IDS, 6, 5)
+    expected = play(engine, model, Setup(**chosen), steps, KIMI_OPS="off").logits
+    log = tmp_path / "log"
+    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
+    told = {"KIMI_METAL_LOG": str(log), "KIMI_OPS": "conv,scan,mla,require"}
+    played = play(engine, model, setup, steps, **told)
+    print(error_of(played.logits, expected))
+    ran = {each.nodes.split(" ")[0] for each in dispatches(log)}
+    print(sorted(ran))
+    assert_same(played.logits, expected)
