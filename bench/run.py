@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -45,7 +46,8 @@ from kimi_gguf.bench.shapes import TYPES, BenchModel
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import measure_workers
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.engine.builds import Engine, ensure, options_of, select
+from kimi_gguf.engine.build_spec import CPU_BACKENDS
+from kimi_gguf.engine.builds import Engine, ensure, exists_or_compiles, options_of, select
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import available_memory, cores
@@ -62,6 +64,8 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             parsed.build = parsed.backend
             parsed.backend, parsed.defines = options_of(parsed.build)
         check(parsed)
+        if measures_models(parsed) and not exists_or_compiles(True, parsed.backend, parsed.defines):
+            return run_alone(parsed)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
             page.write_page(manifest.selected(), manifest.page)
@@ -148,9 +152,31 @@ def chosen_build(parsed: argparse.Namespace, upstream: bool = False) -> Engine:
     return engine
 
 
+def measures_models(parsed: argparse.Namespace) -> bool:
+    """Whether the command needs builds of llama.cpp, and compares them."""
+    return not parsed.records and parsed.draw is None and not parsed.workers
+
+
+def run_alone(parsed: argparse.Namespace) -> int:
+    """Measure the patched build with llama-bench: upstream is not built, and there is no compiler to build it."""
+    missing = "upstream llama.cpp is not built, and there is no C++ compiler to build it for the comparison"
+    if parsed.model is None:
+        raise EngineError(
+            missing,
+            todo="install a compiler (kimi-llama doctor), or give a GGUF file to measure it without upstream",
+        )
+    print(f"kimi-llama: {missing}: llama-bench measures the patched build alone", file=sys.stderr)
+    engine = chosen_build(parsed)
+    command = [str(engine.bin / "llama-bench"), "-m", str(parsed.model), "-fa", "1"]
+    for option, values in (("-t", parsed.threads or [cores()]), ("-d", parsed.depth)):
+        command += [option, ",".join(map(str, values))] if values else []
+    sys.stdout.flush()
+    return subprocess.run(command, check=False).returncode
+
+
 def on_device(parsed: argparse.Namespace) -> bool:
     """Whether a GPU computes, not the CPU."""
-    return parsed.backend != "cpu" or parsed.device is not None
+    return parsed.backend not in CPU_BACKENDS or parsed.device is not None
 
 
 class Run:
