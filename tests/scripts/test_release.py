@@ -54,7 +54,9 @@ def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_site(site: Path, cache: Path, *words: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def in_site(
+    site: Path, cache: Path, *words: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run Python with the installed wheel, no compiler on PATH, and an empty cache."""
     environment = {"PATH": str(cache), "KIMI_GGUF_CACHE": str(cache), "PYTHONPATH": str(site), **variables}
     command = [sys.executable, "-P", *map(str, words)]
@@ -81,7 +83,9 @@ def test_the_wheel_has_programs_and_libraries_but_no_tests(wheel: Path, engine: 
     with zipfile.ZipFile(wheel) as archive:
         modes = {entry.filename: entry.external_attr >> 16 & 0o777 for entry in archive.infolist()}
     assert modes[f"{ENGINE}bin/llama-server"] == 0o755
-    assert not [name for name in modes if "/bin/test-" in name or name.startswith("tests/") or "pytest" in name]
+    assert not [
+        name for name in modes if "/bin/test-" in name or name.startswith("tests/") or "pytest" in name
+    ]
     assert {f"{ENGINE}lib/{path.name}" for path in engine.lib.iterdir()} <= set(modes)
     assert f"{ENGINE}build.log" not in modes
 
@@ -101,7 +105,18 @@ def test_commands_use_the_engine_of_the_wheel(site: Path, tmp_path: Path, demo_d
     )
     assert (made.returncode, made.stderr) == (0, "")
     ran = in_site(
-        site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", "run", gguf, "-p", "a large", "-n", "4", "--temp", "0"
+        site,
+        tmp_path,
+        "-m",
+        "kimi_gguf.scripts.kimi_llama",
+        "run",
+        gguf,
+        "-p",
+        "a large",
+        "-n",
+        "4",
+        "--temp",
+        "0",
     )
     assert ran.returncode == 0, ran.stderr
     assert "kimi-llama: build wheel" in ran.stderr
@@ -173,7 +188,12 @@ def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
 
 
 def test_the_sbom_names_everything_in_the_vendor_folder(source: Path) -> None:
-    places = {"nlohmann-json": "nlohmann", "stb_image": "stb", "subprocess.h": "sheredom", "xxHash": "hash/xxhash"}
+    places = {
+        "nlohmann-json": "nlohmann",
+        "stb_image": "stb",
+        "subprocess.h": "sheredom",
+        "xxHash": "hash/xxhash",
+    }
     places |= {name: f"hash/{name.removesuffix('.c')}" for name in ("sha1", "sha256.c", "rotate-bits")}
     named = {places.get(each.name, each.name) for each in components(load_pin())}
     vendor = source / "llama.cpp/vendor"
