@@ -88,6 +88,29 @@ def test_the_mtp_layer_does_not_change_the_logits(tmp_path: Path, engine: Engine
         assert np.isfinite(with_mtp).all() and with_mtp.std() > 0
 
 
+def test_the_mtp_layer_drafts(tmp_path: Path, engine: Engine) -> None:
+    def drafted(*options: str) -> str:
+        command = [engine.bin / "llama-speculative-simple", "-m", converted(tmp_path, SPECS[0], *options)]
+        command += [
+            "--spec-type",
+            "draft-mtp",
+            "-p",
+            "the quick brown fox",
+            "-n",
+            "24",
+            "-t",
+            "1",
+            "--temp",
+            "0",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120)
+        return done.stdout + done.stderr
+
+    found = re.search(r"n_drafted += (\d+)", drafted())
+    assert found and int(found[1]) > 10
+    assert not re.search(r"n_drafted += [1-9]", drafted("--type", "F32", "--no-mtp"))
+
+
 @pytest.mark.parametrize("cache", ["Q8_0", "Q4_0"])
 def test_the_cache_can_be_quantized_on_upstream_too(
     tmp_path: Path, engine: Engine, upstream: Engine, cache: str
