@@ -53,7 +53,7 @@ plan = plan_only(sys.argv[1], TypeRequest(TYPES["BF16" if default else sys.argv[
 hashes = {{tensor.name: hashlib.sha256() for tensor in plan.tensors}}
 with open_checkpoint(sys.argv[1]) as checkpoint:
     pace = Pace.within({MEMORY}, elsewhere=checkpoint.own_bytes)
-    for tensor, data in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
+    for tensor, data in encoded(checkpoint, plan, plan.tensors, pace, prepared(checkpoint, plan)):
         hashes[tensor.name].update(data)
 print(json.dumps(dict(peak=peak(), hashes={{name: h.hexdigest() for name, h in hashes.items()}})))
 """
