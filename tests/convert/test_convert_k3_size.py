@@ -108,7 +108,7 @@ def poke(source: Path, name: str, content: bytes) -> None:
         (24, "BF16"),
         (24, "Q4_0"),
         pytest.param(896, "default", marks=pytest.mark.full),
-        pytest.param(896, "BF16", marks=pytest.mark.full),
+        pytest.param(200, "BF16", marks=pytest.mark.full),
     ],
 )
 def test_memory_of_a_layer(tmp_path: Path, experts: int, kind: str) -> None:
