@@ -40,7 +40,8 @@ INTERRUPTED: Final = 130
 SOURCE: Final = "a folder, a .safetensors file, or a Hugging Face id OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\
 types: {", ".join(TYPES)}
-  (all types except F32, F16 and BF16 require a build of llama.cpp: run `kimi-llama build`)
+  (all types except F32, F16, BF16 and packed experts that stay MXFP4 require a build of llama.cpp: run
+  `kimi-llama build`)
 
 examples:
   convert-kimi Kimi-Linear-48B-A3B-Instruct --type Q8_0 --dry-run

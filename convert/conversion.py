@@ -82,7 +82,7 @@ def convert(
         cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
         outputs = [*paths, *(output.with_name(name) for name, _ in cards)]
         check_outputs(outputs, options.overwrite, inputs, taken(output, options.resume))
-        ggml = prepared(plan)
+        ggml = prepared(checkpoint, plan)
         with progress(plan) as report:
             write(
                 plan,

@@ -88,7 +88,7 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
 def _differences(file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace) -> Iterator[str]:
     """A message for every tensor that differs; it names the first differing byte."""
     at, before, reported = 0, "", ""
-    for tensor, chunk in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
+    for tensor, chunk in encoded(checkpoint, plan, plan.tensors, pace, prepared(checkpoint, plan)):
         at = at if tensor.name == before else 0
         before = tensor.name
         found = file.read(file.tensors[tensor.name], at, chunk.nbytes)

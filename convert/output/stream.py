@@ -83,9 +83,15 @@ class Chunk:
             yield self.tensor.output.factor[0], self.first, self.count
 
 
-def prepared(plan: Plan) -> Ggml | None:
-    """ggml's quantization functions, prepared for every type of the plan; None if the plan needs none."""
-    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantized}
+def prepared(checkpoint: Checkpoint, plan: Plan) -> Ggml | None:
+    """ggml's quantization functions, prepared for every type of the plan; None if the plan needs none, as for weights
+    that keep the type of the checkpoint."""
+    kinds = {
+        tensor.type.name: tensor.type
+        for tensor in plan.tensors
+        if tensor.type.quantized
+        and any(checkpoint.dtype(source).name != tensor.type.name for source in tensor.output.sources)
+    }
     if not kinds:
         return None
     ggml = load()

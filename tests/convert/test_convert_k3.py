@@ -25,6 +25,7 @@ from gguf import GGUFReader
 from random_checkpoint import NUM_RANKS
 from random_k3 import E2M1, GROUP, PREFIX, K3Spec, packed_experts, weights, write_checkpoint
 
+from kimi_gguf.convert.output import stream
 from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine
@@ -132,6 +133,19 @@ def test_mxfp4_moe_keeps_the_experts_and_recipe_mxfp4_is_the_default(tmp_path: P
         assert default[name].data.tobytes() == moe[name].data.tobytes()
     assert moe["token_embd.weight"].tensor_type.name == "Q8_0"
     assert default["token_embd.weight"].tensor_type.name == "BF16"
+
+
+def test_packed_experts_need_no_build_of_llama_cpp(
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their bits are only moved; quantizing plain experts to the same types needs ggml."""
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(stream, "load", lambda: pytest.fail("ggml was loaded"))
+    assert convert(pairs / "0-True", "-o", tmp_path / "x.gguf").status == 0
+    assert convert("verify", tmp_path / "x.gguf", "--checkpoint", pairs / "0-True").status == 0
+    monkeypatch.undo()
+    assert convert(pairs / "0-False", "-o", tmp_path / "y.gguf", "--recipe", "mxfp4").status == 0
+    assert gguf_types(tmp_path / "x.gguf") == gguf_types(tmp_path / "y.gguf")
 
 
 def test_own_options_count_with_the_default_types(tmp_path: Path, pairs: Path) -> None:
