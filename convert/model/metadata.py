@@ -109,6 +109,12 @@ def _quantize(importances: Importances | None) -> Iterator[Key]:
 
 def architecture_keys(config: ModelConfig) -> Iterator[Key]:
     """The keys that describe the model's shape."""
+    yield from common_keys(config)
+    yield from family_of(config).own_keys(config)
+
+
+def common_keys(config: ModelConfig) -> Iterator[Key]:
+    """Those that all architectures have."""
     arch = config.architecture
     latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
     moe = config.num_moe_layers > 0
@@ -151,7 +157,6 @@ def architecture_keys(config: ModelConfig) -> Iterator[Key]:
     # A layer without key-value heads is recurrent.
     kv_heads = [1 if kind is LayerKind.MLA else 0 for kind in config.blocks]
     yield Key(f"{arch}.attention.head_count_kv", ValueType.ARRAY, kv_heads, ValueType.INT32)
-    yield from family_of(config).own_keys(config)
 
 
 def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
