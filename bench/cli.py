@@ -14,7 +14,8 @@ import gguf
 
 from kimi_gguf.bench import hybrid
 from kimi_gguf.bench.cells import SIZES, THREADS, UBATCH
-from kimi_gguf.bench.shapes import COMPARABLE, SHAPES, TYPES
+from kimi_gguf.bench.families import COMPARABLE, FAMILIES
+from kimi_gguf.bench.shapes import SHAPES, TYPES
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
 
 
@@ -26,6 +27,12 @@ _QUICK, _GRID, _GPU_QUICK, _GPU_GRID = (
     {"batches": _listed(batches), "depths": _listed(depths)} for batches, depths in SIZES.values()
 )
 
+_FAMILIES = "".join(
+    f"  {name:<16}{each.architecture:<13}{each.layers:>3} layers, {each.experts:>3} experts: {each.description}\n"
+    for name, each in FAMILIES.items()
+    if each.comparable
+)
+
 EXAMPLES = f"""\
   kimi-llama bench                                  a quick subset on a generated model of 1.6 GB: a few minutes
   kimi-llama bench --grid --json out/bench.json     types x batches x depths x threads: hours
@@ -34,6 +41,7 @@ EXAMPLES = f"""\
   kimi-llama bench --batch 1 --sequences 1,4,8      decode for several users in one batch
   kimi-llama bench --demo                           the demo checkpoint; needs a source checkout
   kimi-llama bench --layers 27 --experts 256 --type Q2_K --batch 1,512    the whole 48B's shape
+  kimi-llama bench --family ling-3.0-tiny --type Q4_0,Q4_K_M --depth 0,16384    the whole model, 4.5 and 4.8 GB
   kimi-llama bench --family deepseek2 --layers 4    latent attention and experts without KDA
   kimi-llama bench --operators --json out/operators.json
   kimi-llama bench --products --threads 1 --json out/products.json
@@ -49,6 +57,8 @@ EXAMPLES = f"""\
   kimi-llama bench --workers 10.0.0.2:50052,10.0.0.3:50052 --batch 1,512 --depth 0
   kimi-llama bench --libraries ~/llama.cpp/build/bin --batch 512    another build instead of the patched one
 
+Families (--family), with the default --layers and --experts:
+{_FAMILIES}
 --quick: batches {_QUICK["batches"]} at depths {_QUICK["depths"]}, all cores.
 --grid: {", ".join(TYPES)}; batches {_GRID["batches"]}; depths {_GRID["depths"]}; threads {_listed(THREADS)}.
 On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
@@ -93,13 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--type", type=words(tuple(FILE_TYPES)), metavar="T,..",
         help="types of llama-quantize, such as Q4_K_M,Q8_0 (default: Q4_0)")  # fmt: skip
     add("--draft-type", choices=TYPES, default="Q4_0", help="the draft model's type (default: Q4_0)")
-    add("--layers", type=number, default=8, metavar="N",
-        help="layers, one in four with latent attention (default: 8)")  # fmt: skip
-    add("--experts", type=number, default=32, metavar="N",
-        help="experts of every layer except the first (default: 32)")  # fmt: skip
-    add("--family", choices=COMPARABLE, default="kimi-linear", help="architecture (default: %(default)s)")
-    add("--shapes", choices=tuple(SHAPES), default="48b",
-        help="layer shapes; tiny is for a quick try (default: 48b)")  # fmt: skip
+    add("--family", choices=COMPARABLE, default="kimi-linear",
+        help="model whose layers are generated, see below (default: %(default)s)")  # fmt: skip
+    add("--layers", type=number, metavar="N", help="number of layers (default: the family's)")
+    add("--experts", type=number, metavar="N",
+        help="experts of every layer except the dense ones (default: the family's)")  # fmt: skip
+    add("--shapes", choices=SHAPES, default="full",
+        help="full: layer shapes as published; tiny is for a quick try (default: %(default)s)")  # fmt: skip
 
     what = parser.add_argument_group("what is measured")
     add = what.add_mutually_exclusive_group().add_argument

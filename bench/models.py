@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_gguf.bench.shapes import FAMILIES, BenchModel, plan_of, quantized_types
+from kimi_gguf.bench.families import ARCHITECTURES, FAMILIES
+from kimi_gguf.bench.shapes import BenchModel, plan_of, quantized_types
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import Identity, folder_of
@@ -26,8 +27,8 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.toolchain import available_memory
 
-ARCHITECTURES = tuple(dict.fromkeys(architecture for architecture, _, _ in FAMILIES.values()))
 GIB = 2**30
 
 
@@ -65,9 +66,46 @@ def model_path(model: BenchModel) -> Path:
     return bench_folder() / "models" / f"{model.name}-{model.key}.gguf"
 
 
-def missing_bytes(models: Iterable[BenchModel], engine: Engine) -> int:
-    """Bytes of the generated files that are not in the cache yet. Raises `EngineError` or `ConvertError`."""
-    return sum(plan_file(model, engine).nbytes for model in models if not model_path(model).is_file())
+def missing(models: Iterable[BenchModel], engine: Engine) -> dict[str, int]:
+    """Bytes of the generated files that are not in the cache yet, by name. Raises `EngineError` or `ConvertError`."""
+    return {
+        model.name: plan_file(model, engine).nbytes for model in models if not model_path(model).is_file()
+    }
+
+
+def check_room(models: Iterable[BenchModel], engine: Engine, reporter: Reporter) -> None:
+    """Report the disk space that models need which are not generated yet.
+
+    Raises `EngineError` if there is too little of it, or if one of them is larger than the free memory: then the disk
+    would be measured. Files that exist are not checked.
+    """
+    sizes = missing(models, engine)
+    if not sizes:
+        return
+    needed = sum(sizes.values())
+    folder = bench_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    reporter.note(
+        f"generated models need {needed / 1e9:.1f} GB of disk in {folder}, {free / 1e9:.0f} GB are free"
+    )
+    fewer = "choose fewer --layers, --experts or another --type"
+    if needed > free:
+        raise EngineError(
+            "the disk is too small for the generated models",
+            expected=f"{needed / 1e9:.1f} GB free in {folder}",
+            found=f"{free / 1e9:.1f} GB",
+            todo=f"free some space, set KIMI_GGUF_CACHE, or {fewer}",
+        )
+    name, largest = max(sizes.items(), key=lambda item: item[1])
+    memory = available_memory()
+    if memory is not None and largest > memory:
+        raise EngineError(
+            f"{name} does not fit in memory: its weights would be read from disk while it is measured",
+            expected=f"{largest / 1e9:.1f} GB of free memory",
+            found=f"{memory / 1e9:.1f} GB",
+            todo=f"end other programs, or {fewer}",
+        )
 
 
 def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
@@ -79,7 +117,7 @@ def generate(model: BenchModel, engine: Engine, reporter: Reporter) -> Path:
     plan = plan_file(model, engine)
     total = plan.nbytes
     reporter.phase(f"making {model.name} ({total / GIB:.1f} GiB in {path.parent})")
-    weights = Weights(Ggml(engine.lib / LIBRARY, engine.key))
+    weights = Weights(Ggml(engine.lib / LIBRARY, engine.key), FAMILIES[model.family].gate)
     written = 0
 
     def report(_tensor: PlannedTensor, nbytes: int) -> None:
@@ -113,7 +151,7 @@ def open_model(path: Path) -> ModelFile:
             f"{path}: the operators do not support this model",
             expected=f"general.architecture {' or '.join(ARCHITECTURES)}",
             found=architecture,
-            todo="give a Kimi-Linear or DeepSeek-V2/V3 file",
+            todo="give a file of one of these architectures",
         )
     prefix = f"{architecture}."
     numbers = {

@@ -45,8 +45,9 @@ the sum over weights, attention and recurrence of bytes / memory bandwidth or mu
 longer; the rates are measured before and after each cell. In parentheses: what bounds most of this time. Above 100 %:
 the bandwidth measured around the cell was lower than during it.
 
-Generated models have the 48B's layer shapes, random weights, and as many layers and experts as their name says
-(`--layers`, `--experts`; the 48B: 27 and 256). The quantization mix is that of llama-quantize.
+Generated models have the layer shapes of published models, random weights, and as many layers and experts as their
+name says (`--layers`, `--experts`; Kimi-Linear-48B, in names 48b: 27 and 256). The quantization mix is that of
+llama-quantize.
 """
 
 DEVICE_INTRODUCTION = """\
@@ -65,8 +66,9 @@ one token at a time. *ppN*: N prompt tokens in one batch, with the logits of the
 the cell names another (`--ubatch`). *at D*: after D tokens in the cache; both builds load the same saved state.
 {limits}
 
-Generated models have the 48B's layer shapes, random weights, and as many layers and experts as their name says
-(`--layers`, `--experts`; the 48B: 27 and 256). The quantization mix is that of llama-quantize.
+Generated models have the layer shapes of published models, random weights, and as many layers and experts as their
+name says (`--layers`, `--experts`; Kimi-Linear-48B, in names 48b: 27 and 256). The quantization mix is that of
+llama-quantize.
 """
 DEVICE_PEAKS = """\
 *% of roofline*: the least possible time divided by the time of patched. The least time is the sum over weights,

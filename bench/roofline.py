@@ -123,7 +123,8 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     """What one decode of a cell must move and compute.
 
     Experts: the expected number of different experts if tokens choose at random. Attention: the cheaper of the
-    absorbed and the decompressed form, in float32.
+    absorbed and the decompressed form, in float32. An indexer scores all pools of keys; attention then reads the
+    chosen keys only.
     """
     keys, tokens = model.keys, cell.tokens
 
@@ -151,15 +152,20 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     state = heads * head * (head + (number("ssm.conv_kernel", 1) - 1) * 3) * F32_BYTES
     latent, rope = number("attention.kv_lora_rank"), number("rope.dimension_count")
     cache = TENSOR_TYPES[cell.cache_type.upper()]
+    value_bytes = cache.block_bytes / cache.block
+    rows = cell.depth + cell.batch
+    top_k, pool = number("attention.indexer.top_k") or None, number("attention.indexer.kpool", 1)
+    index = number("attention.indexer.key_length") / pool  # values of the indexer per key of attention
+    read = min(rows, cell.batch * top_k) if top_k else rows
     return Demand(
         weight_bytes=weight_bytes,
         state_bytes=2.0 * kda * state * cell.sequences * -(-cell.batch // cell.ubatch),
-        cache_bytes=mla * cell.sequences * (cell.depth + cell.batch) * (latent + rope)
-        * cache.block_bytes / cache.block,
+        cache_bytes=mla * cell.sequences * (read * (latent + rope) + rows * index) * value_bytes,
         weight_macs=macs,
         attention_macs=mla * attention_macs(
-            cell, heads, latent, rope, number("attention.key_length_mla") - rope, number("attention.value_length_mla")
-        ),
+            cell, heads, latent, rope, number("attention.key_length_mla") - rope,
+            number("attention.value_length_mla"), top_k,
+        ) + mla * cell.sequences * key_pairs(cell) * number("attention.indexer.head_count") * index,
         recurrence_macs=kda * heads * head * head * tokens
         * (KDA_CHUNK if cell.batch >= CHUNKED_FROM else KDA_STEP),
     )  # fmt: skip
@@ -170,9 +176,19 @@ def is_latent(name: str) -> bool:
     return name.endswith(("attn_k_b.weight", "attn_v_b.weight"))
 
 
-def attention_macs(cell: Cell, heads: int, latent: int, rope: int, nope: int, value: int) -> float:
-    """Multiply-adds of one latent attention layer, in the cheaper form; causal."""
-    pairs = cell.batch * (cell.depth + (cell.batch + 1) / 2)
+def key_pairs(cell: Cell, most: int | None = None) -> float:
+    """Pairs of query and key of one sequence; causal. most: keys that a query reads at most."""
+    few = (
+        cell.batch if most is None else min(max(most - cell.depth, 0), cell.batch)
+    )  # queries that read all keys
+    return few * (cell.depth + (few + 1) / 2) + (cell.batch - few) * (most or 0)
+
+
+def attention_macs(
+    cell: Cell, heads: int, latent: int, rope: int, nope: int, value: int, most: int | None = None
+) -> float:
+    """Multiply-adds of one latent attention layer, in the cheaper form; causal. most: as for `key_pairs`."""
+    pairs = key_pairs(cell, most)
     folding = cell.batch * latent * (nope + value)
     absorbed = pairs * (2 * latent + rope) + folding
     batches = -(-cell.batch // cell.ubatch)

@@ -7,7 +7,7 @@ requested. The record on disk is complete after every cell, also if the run is i
 from __future__ import annotations
 
 import argparse
-import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,7 +33,7 @@ from kimi_gguf.bench.equal_requests import ask_together
 from kimi_gguf.bench.in_turns import measure_in_turns, variants_alone
 from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
-from kimi_gguf.bench.models import ModelFile, bench_folder, convert_demo, generate, missing_bytes, open_model
+from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
 from kimi_gguf.bench.prompt_cache import Starter, chat_template, measure_prompt_cache
 from kimi_gguf.bench.record import add, cell_data, load, load_all, model_data, new_record, save
@@ -41,11 +41,12 @@ from kimi_gguf.bench.report import Data
 from kimi_gguf.bench.roofline import Peaks, demand, mean_of, measure_device_peaks, measure_peaks
 from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.bench.server import running
-from kimi_gguf.bench.shapes import TYPES, BenchModel
+from kimi_gguf.bench.shapes import TYPES, chosen_model
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import measure_workers
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.engine.builds import Engine, ensure, options_of, select
+from kimi_gguf.engine.build_spec import CPU_BACKENDS
+from kimi_gguf.engine.builds import Engine, ensure, exists_or_compiles, options_of, select
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import available_memory, cores
@@ -62,6 +63,8 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             parsed.build = parsed.backend
             parsed.backend, parsed.defines = options_of(parsed.build)
         check(parsed)
+        if measures_models(parsed) and not exists_or_compiles(True, parsed.backend, parsed.defines):
+            return run_alone(parsed)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
             page.write_page(manifest.selected(), manifest.page)
@@ -148,9 +151,31 @@ def chosen_build(parsed: argparse.Namespace, upstream: bool = False) -> Engine:
     return engine
 
 
+def measures_models(parsed: argparse.Namespace) -> bool:
+    """Whether the command needs builds of llama.cpp, and compares them."""
+    return not parsed.records and parsed.draw is None and not parsed.workers
+
+
+def run_alone(parsed: argparse.Namespace) -> int:
+    """Measure the patched build with llama-bench: upstream is not built, and there is no compiler to build it."""
+    missing = "upstream llama.cpp is not built, and there is no C++ compiler to build it for the comparison"
+    if parsed.model is None:
+        raise EngineError(
+            missing,
+            todo="install a compiler (kimi-llama doctor), or give a GGUF file to measure it without upstream",
+        )
+    print(f"kimi-llama: {missing}: llama-bench measures the patched build alone", file=sys.stderr)
+    engine = chosen_build(parsed)
+    command = [str(engine.bin / "llama-bench"), "-m", str(parsed.model), "-fa", "1"]
+    for option, values in (("-t", parsed.threads or [cores()]), ("-d", parsed.depth)):
+        command += [option, ",".join(map(str, values))] if values else []
+    sys.stdout.flush()
+    return subprocess.run(command, check=False).returncode
+
+
 def on_device(parsed: argparse.Namespace) -> bool:
     """Whether a GPU computes, not the CPU."""
-    return parsed.backend != "cpu" or parsed.device is not None
+    return parsed.backend not in CPU_BACKENDS or parsed.device is not None
 
 
 class Run:
@@ -309,8 +334,8 @@ class Run:
         parsed = self.parsed
         cache_type, threads = parsed.cache_type[0], max(self.threads)
         sizes = (parsed.layers, parsed.experts, (parsed.type or TYPES)[0], parsed.shapes)
-        models = [BenchModel(family, *sizes) for family in ("kimi-linear", "all-mla")]
-        check_disk(models, self.upstream, reporter)
+        models = [chosen_model(family, *sizes) for family in ("kimi-linear", "all-mla")]
+        check_room(models, self.upstream, reporter)
         files = [open_model(generate(model, self.upstream, reporter)) for model in models]
         depths = sorted(depth for depth in parsed.depth or hybrid.DEPTHS if depth > 0)
         fitting = [depth for depth in depths if hybrid.enough_memory(depth, files, cache_type)]
@@ -377,10 +402,10 @@ class Run:
             title = f"llama-server, demo-{types[0]} drafted by demo-{types[1]}"
         else:
             models = [
-                BenchModel(parsed.family, parsed.layers, parsed.experts, each, parsed.shapes)
+                chosen_model(parsed.family, parsed.layers, parsed.experts, each, parsed.shapes)
                 for each in types
             ]
-            check_disk(models, self.upstream, reporter)
+            check_room(models, self.upstream, reporter)
             pair = [open_model(generate(model, self.upstream, reporter)) for model in models]
             found = measure_cost(pair[0], pair[1], self.environments, threads, reporter)
             rows, table = data["cost"], cost_table
@@ -400,8 +425,8 @@ def makers(parsed: argparse.Namespace, engine: Engine, reporter: Reporter) -> li
         return [lambda t=each: convert_demo(t, reporter) for each in parsed.type or DEMO_TYPES[:1]]  # type: ignore[misc]
     types = parsed.type or (TYPES if parsed.grid else TYPES[:1])
     sizes = (parsed.layers, parsed.experts)
-    models = [BenchModel(parsed.family, *sizes, each, parsed.shapes) for each in types]
-    check_disk(models, engine, reporter)
+    models = [chosen_model(parsed.family, *sizes, each, parsed.shapes) for each in types]
+    check_room(models, engine, reporter)
     return [lambda m=model: generate(m, engine, reporter) for model in models]  # type: ignore[misc]
 
 
@@ -440,24 +465,4 @@ def check_device(model: ModelFile, device: Device | None) -> None:
             expected=f"{2 * model.nbytes / 1e9:.1f} GB of free memory, for the weights in each of two builds",
             found=f"{device.free / 1e9:.1f} GB",
             todo="choose a smaller model: fewer --layers or --experts, another --type",
-        )
-
-
-def check_disk(models: list[BenchModel], engine: Engine, reporter: Reporter) -> None:
-    """Report the disk space that the generated models need. Raises `EngineError` if there is too little."""
-    needed = missing_bytes(models, engine)
-    if not needed:
-        return
-    folder = bench_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    reporter.note(
-        f"generated models need {needed / 1e9:.1f} GB of disk in {folder}, {free / 1e9:.0f} GB are free"
-    )
-    if needed > free:
-        raise EngineError(
-            "the disk is too small for the generated models",
-            expected=f"{needed / 1e9:.1f} GB free in {folder}",
-            found=f"{free / 1e9:.1f} GB",
-            todo="free some space, set KIMI_GGUF_CACHE, or choose fewer --layers, --experts or another --type",
         )

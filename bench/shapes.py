@@ -1,8 +1,8 @@
-"""Defines the generated models: layers of the 48B's shapes, and the type of every tensor.
+"""Defines the generated models: layers of published models' shapes, and the type of every tensor.
 
 Input: a `BenchModel`. Output: its config, GGUF keys and planned tensors in the order of the file. Tensor names and
-shapes are those of the converter. The quantization mix is that of llama-quantize: it runs with --dry-run on a file
-without data.
+shapes are those of the converter, or of the family's own table (families.py). The quantization mix is that of
+llama-quantize: it runs with --dry-run on a file without data.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import GGUFValueType as ValueType
 
+from kimi_gguf.bench.families import FAMILIES, Size
 from kimi_gguf.convert.model.config import ModelConfig
-from kimi_gguf.convert.model.families import outputs, read_config
 from kimi_gguf.convert.model.gguf_key import Key
-from kimi_gguf.convert.model.kimi_linear import published_config
-from kimi_gguf.convert.model.metadata import SIGMOID, architecture_keys
+from kimi_gguf.convert.model.metadata import SIGMOID
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
@@ -32,33 +30,9 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.tensor_types import BF16, F32, TENSOR_TYPES, TensorType
 from kimi_gguf.patches.pin import load_pin
 
-GENERATOR = 1  # increment it when the same BenchModel results in a different file
+GENERATOR = 2  # increment it when the same BenchModel results in a different file
 
-# What differs from the 48B's config.json. "tiny" is for tests: K-quants require rows of 256.
-SHAPES: dict[str, dict[str, Any]] = {
-    "48b": {},
-    "tiny": {
-        "hidden_size": 256,
-        "vocab_size": 512,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 512,
-        "moe_intermediate_size": 256,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 2,
-    },
-}
-
-# family: (architecture, number of layers per MLA layer, rank of query compression)
-FAMILIES: dict[str, tuple[str, int, int | None]] = {
-    "kimi-linear": ("kimi-linear", 4, None),
-    "all-mla": ("kimi-linear", 1, None),  # the same layers with latent attention everywhere
-    "deepseek2": ("deepseek2", 1, 1536),  # for engines without Kimi-Linear; this architecture requires a rank
-}
-
-COMPARABLE = ("kimi-linear", "deepseek2")  # upstream aborts at the first decode of a model without KDA layers
-
+SHAPES = ("full", "tiny")
 TYPES = ("Q4_0", "Q4_K_M", "Q8_0", "BF16")
 
 _DRY_RUN_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*?\], type = +(\S+), size = [^(]*(?:\((\S+)\))?")
@@ -72,43 +46,44 @@ class BenchModel:
     layers: int = 8
     experts: int = 32
     type: str = "Q4_0"
-    shapes: str = "48b"
+    shapes: str = "full"  # or "tiny"
 
     @property
     def name(self) -> str:
         """Such as "kimi-linear-48b-8L-32E-Q4_0"."""
-        return f"{self.family}-{self.shapes}-{self.layers}L-{self.experts}E-{self.type}"
+        label = FAMILIES[self.family].label if self.shapes == "full" else f"{self.family}-{self.shapes}"
+        return f"{label}-{self.layers}L-{self.experts}E-{self.type}"
 
     @property
     def key(self) -> str:
-        """Names the generated file: equal keys, equal files."""
-        parts = (GENERATOR, load_pin().llama_cpp_commit, asdict(self), SHAPES[self.shapes])
+        """Names the generated file: equal keys, equal files. Raises `ConvertError`."""
+        parts = (GENERATOR, load_pin().llama_cpp_commit, asdict(self), repr(config_of(self)))
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def chosen_model(
+    family: str,
+    layers: int | None = None,
+    experts: int | None = None,
+    kind: str = "Q4_0",
+    shapes: str = "full",
+) -> BenchModel:
+    """A model with the family's own numbers of layers and experts where none is given. kind: of the weights."""
+    default = FAMILIES[family]
+    return BenchModel(family, layers or default.layers, experts or default.experts, kind, shapes)
+
+
 def config_of(model: BenchModel) -> ModelConfig:
-    """The 48B's configuration with the chosen number of layers and experts. Raises `ConvertError`."""
-    data = published_config() | SHAPES[model.shapes]
-    _, every, q_rank = FAMILIES[model.family]
-    numbers = range(1, model.layers + 1)
-    mla = [n for n in numbers if n % every == 0]
-    data |= {
-        "num_hidden_layers": model.layers,
-        "num_experts": model.experts,
-        "num_experts_per_token": min(data["num_experts_per_token"], model.experts),
-        "q_lora_rank": q_rank if q_rank is None else min(q_rank, data["hidden_size"]),
-    }
-    data["linear_attn_config"] |= {
-        "full_attn_layers": mla,
-        "kda_layers": [n for n in numbers if n not in mla],
-        "num_heads": data["num_attention_heads"],
-    }
-    return read_config(data, model.name)
+    """The published configuration with the chosen number of layers and experts. Raises `ConvertError`."""
+    family = FAMILIES[model.family]
+    changes = family.tiny if model.shapes == "tiny" else {}
+    return family.config(Size(model.layers, model.experts, changes, model.name))
 
 
 def keys_of(model: BenchModel, config: ModelConfig) -> list[Key]:
     """The file's GGUF keys; it has no vocabulary, only the number of its tokens."""
-    architecture = FAMILIES[model.family][0]
+    family = FAMILIES[model.family]
+    architecture = family.architecture
     described = (
         ("general.architecture", architecture),
         ("general.type", "model"),
@@ -117,7 +92,7 @@ def keys_of(model: BenchModel, config: ModelConfig) -> list[Key]:
     )
     named = [
         Key(key.name.replace(config.architecture, architecture, 1), key.type, key.value, key.items)
-        for key in architecture_keys(config)
+        for key in family.keys(config)
     ]
     if architecture != config.architecture:
         mine = (".kda.", ".ssm.", ".head_count_kv")
@@ -131,7 +106,7 @@ def plan_of(model: BenchModel, types: Mapping[str, TensorType] | None = None) ->
     """The plan of the file; without `types` all large tensors are BF16."""
     config = config_of(model)
     tensors: list[PlannedTensor] = []
-    for output in outputs(config):
+    for output in FAMILIES[model.family].outputs(config):
         chosen = types[output.name] if types else F32 if output.always_f32 else BF16
         tensors.append(PlannedTensor(output, chosen, chosen.nbytes(output.ne)))
     return Plan(TypeRequest(FILE_TYPES["BF16"]), tuple(keys_of(model, config)), tuple(tensors))

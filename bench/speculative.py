@@ -4,11 +4,16 @@ Input: a target model, and a lower-bit quantization of it as the draft model. Ou
 times the verification of n drafted tokens relative to the decoding of one token, and computes the break-even acceptance
 rate. `measure_server` runs llama-server with several kinds of drafts, and counts tokens, drafted tokens and accepted
 tokens.
+
+`python -m kimi_gguf.bench.speculative FILE [THREADS]` measures the drafts of a model's MTP layer: its own, and with
+acceptance rates that llama-server simulates, because those of generated weights say nothing. The answers are then
+meaningless; the work is that of a model with these rates.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,11 +26,13 @@ from typing import Any
 from kimi_gguf.bench.cells import PATCHED
 from kimi_gguf.bench.load import undisturbed
 from kimi_gguf.bench.models import ModelFile
-from kimi_gguf.bench.report import Rows
+from kimi_gguf.bench.report import Rows, markdown
 from kimi_gguf.bench.runner import Runner
 from kimi_gguf.bench.server import RunningServer, running
-from kimi_gguf.engine.builds import Engine
-from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.builds import Engine, ensure
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.engine.toolchain import cores
 
 LENGTHS = (1, 2, 3, 5, 8)  # drafted tokens
 SLOTS = (1, 4)
@@ -48,7 +55,26 @@ DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the 
     "ngram-mod": ("--spec-type", "ngram-mod"),
     "ngram-cache": ("--spec-type", "ngram-cache"),
 }
+MTP_LENGTHS = (1, 2, 3)
+MTP_RATES = (
+    0.0,
+    0.5,
+    0.7,
+    0.9,
+)  # simulated: share of accepted tokens among those whose predecessor is accepted
 Row = dict[str, Any]
+
+
+def mtp_drafts() -> dict[str, tuple[str, ...]]:
+    """As `DRAFTS`, for a model with an MTP layer."""
+    found: dict[str, tuple[str, ...]] = {"none": ()}
+    for length in MTP_LENGTHS:
+        options = ("--spec-type", "draft-mtp", "--spec-draft-n-max", str(length))
+        found[f"MTP, up to {length}"] = options
+        for rate in MTP_RATES:
+            rates = ",".join(f"{rate**i:.6f}" for i in range(1, length + 1))
+            found[f"MTP, up to {length}, rate {rate:g} simulated"] = (*options, "--spec-synth-rates", rates)
+    return found
 
 
 def break_even(length: int, cost: float) -> float | None:
@@ -151,14 +177,19 @@ def cost_table(rows: Sequence[Row]) -> Rows:
 
 
 def measure_server(
-    target: Path, draft: Path, builds: Mapping[str, Engine], threads: int, reporter: Reporter
+    target: Path,
+    draft: Path | None,
+    builds: Mapping[str, Engine],
+    threads: int,
+    reporter: Reporter,
+    drafts: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Iterator[Row]:
     """Yield a row for each number of slots and each kind of draft: the median of three runs of each build.
 
-    Raises `EngineError`.
+    drafts: by name, options of llama-server; default: `DRAFTS`. Raises `EngineError`.
     """
     for slots in SLOTS:
-        for name, options in DRAFTS.items():
+        for name, options in (DRAFTS if drafts is None else drafts).items():
             row: Row = {"slots": slots, "draft": name}
             runs: dict[str, list[Row]] = {build: [] for build in builds}
             for _ in range(3):
@@ -229,3 +260,24 @@ def complete(server: RunningServer, prompt: str) -> Row:
     }  # fmt: skip
     timings: Row = server.post("/completion", request)["timings"]
     return timings
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the table of a model with an MTP layer. Returns the exit status."""
+    if len(arguments) not in (1, 2) or not all(word.isdecimal() for word in arguments[1:]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    threads = int(arguments[1]) if arguments[1:] else cores()
+    try:
+        builds = {"patched": ensure(), "upstream": ensure(upstream=True)}
+        with reporting() as reporter:
+            rows = list(measure_server(Path(arguments[0]), None, builds, threads, reporter, mtp_drafts()))
+        print(markdown(server_table(rows)))
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,8 @@
 Input: the bytes of llama_state_seq_get_data for one stream with latent attention. Output: the edited bytes.
 The layout (llama.cpp, llama_kv_cache::state_write and llama_memory_recurrent::state_write): a mark and the
 number of the sequence; streams, cells; the position and sequence of each cell; whether V is transposed, layers; for
-each layer the type, the row size and a row per cell; then the recurrent part: cells, the position, and states.
+each layer the type, the row size and a row per cell; then the recurrent part: cells, the position, and states; then
+the indexer's cache, if there is one, laid out like the first.
 """
 
 from __future__ import annotations
@@ -38,12 +39,16 @@ def plain_layout(state: Bytes) -> Bytes:
     """The state for a context without flash attention.
 
     With latent attention the cache stores only K, and V is the beginning of each row. Both layouts therefore have the
-    same bytes; only the flag for a transposed V differs.
+    same bytes; only the flag for a transposed V differs. An indexer (GLM-5.3-Flash) has a second cache of keys at the
+    end, which begins with the same table of cells.
     """
     flag = HEAD + 8 + _cells(state) * CELL.itemsize
-    _check(state[flag : flag + 4].tobytes() in (bytes(4), b"\1\0\0\0"))
+    cells = state[HEAD:flag].tobytes()
+    second = state.tobytes().find(cells, flag)
     changed = state.copy()
-    changed[flag : flag + 4] = (1, 0, 0, 0)
+    for at in (flag, *([second + len(cells)] if second >= 0 else [])):
+        _check(state[at : at + 4].tobytes() in (bytes(4), b"\1\0\0\0"))
+        changed[at : at + 4] = (1, 0, 0, 0)
     return changed
 
 

@@ -8,6 +8,8 @@ Each slice starts at a random row of the pool, so that tensors do not repeat the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -21,19 +23,34 @@ from kimi_gguf.engine.tensor_types import Bytes, TensorType, Values
 POOL_ROWS = 1021  # a prime, so that slices do not line up with heads or experts
 
 
-def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Values | None:
+@dataclass(frozen=True)
+class Gate:
+    """How the parameters of KDA's log-gate are drawn."""
+
+    scale: tuple[float, float]  # range of `ssm_a`
+    steps: tuple[float, float]  # range of softplus(dt), drawn by its logarithm
+
+
+# Unbounded: as models are initialised. Bounded: the log-gate is bound * sigmoid(|a| (f + dt)), with an f of about 1.
+UNBOUNDED: Final = Gate((-16.0, -1.0), (0.001, 0.1))
+BOUNDED: Final = Gate((-2.0, -0.5), (0.01, 1.0))
+BOUNDED_POSITIVE: Final = Gate((0.5, 2.0), (0.01, 1.0))
+
+
+def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator, gate: Gate) -> Values | None:
     """Values [rows, columns] of tensors that are not weight matrices; None for weight matrices."""
     size = int(np.prod(shape))
 
     def normal(mean: float, deviation: float) -> Values:
         return (mean + deviation * rng.standard_normal(size, np.float32)).astype(np.float32)
 
-    if name.endswith(("norm.weight",)):
+    if name.endswith(("norm.weight", "_base.weight", "_scale.weight")):  # norms, hyper-connections
         values = normal(1.0, 0.1)
     elif name.endswith("ssm_a"):
-        values = -rng.uniform(1.0, 16.0, size).astype(np.float32)
-    elif name.endswith("ssm_dt.bias"):  # softplus of it is a step between 0.001 and 0.1
-        step = np.exp(rng.uniform(np.log(0.001), np.log(0.1), size))
+        values = rng.uniform(*gate.scale, size).astype(np.float32)
+    elif name.endswith("ssm_dt.bias"):
+        low, high = gate.steps
+        step = np.exp(rng.uniform(np.log(low), np.log(high), size))
         values = (step + np.log(-np.expm1(-step))).astype(np.float32)
     elif "ssm_conv1d" in name:
         values = normal(0.0, 0.3)
@@ -47,8 +64,8 @@ def small_values(name: str, shape: tuple[int, ...], rng: np.random.Generator) ->
 class Weights:
     """The bytes of planned tensors, deterministic for the same order of calls."""
 
-    def __init__(self, ggml: Ggml) -> None:
-        self._ggml = ggml
+    def __init__(self, ggml: Ggml, gate: Gate = UNBOUNDED) -> None:
+        self._ggml, self._gate = ggml, gate
         self._rng = np.random.default_rng(1)
         self._pools: dict[tuple[str, int], Bytes] = {}  # by type and columns; all rows are stored twice
 
@@ -59,7 +76,7 @@ class Weights:
     def pieces_of(self, tensor: PlannedTensor) -> Iterator[Bytes]:
         """The data of one tensor in order."""
         ne = tensor.output.ne
-        values = small_values(tensor.name, ne, self._rng)
+        values = small_values(tensor.name, ne, self._rng, self._gate)
         if values is not None:
             yield encode(values, Dtype.F32, tensor.type, ggml=self._ggml)
             return

@@ -1,4 +1,4 @@
-"""`convert-kimi`: convert a Kimi-Linear checkpoint to a GGUF file; verify and inspect GGUF files.
+"""`convert-kimi`: convert a checkpoint with Kimi Delta Attention to a GGUF file; verify and inspect GGUF files.
 
 Input: arguments. Output: the file, or with --dry-run a table of the plan; progress on standard error; the exit
 status (0 done, 1 the checkpoint or the output cannot be used, 2 wrong arguments, 130 interrupted). This is the only
@@ -40,7 +40,8 @@ INTERRUPTED: Final = 130
 SOURCE: Final = "a folder, a .safetensors file, or a Hugging Face id OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\
 types: {", ".join(TYPES)}
-  (all types except F32, F16 and BF16 require a build of llama.cpp: run `kimi-llama build`)
+  (all types except F32, F16, BF16 and packed experts that stay MXFP4 require a build of llama.cpp: run
+  `kimi-llama build`)
 
 examples:
   convert-kimi Kimi-Linear-48B-A3B-Instruct --type Q8_0 --dry-run
@@ -52,6 +53,8 @@ examples:
   convert-kimi moonshotai/Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
       stream from Hugging Face without storing the weights; @REVISION selects a branch, tag or commit
   convert-kimi model.safetensors -o model.gguf --type IQ3_M --imatrix imatrix.gguf --tensor-type attn_v_b=Q8_0
+  convert-kimi moonshotai/Kimi-K3 -o kimi-k3.gguf --split-max-size 50G --chat-template Kimi-K3.jinja
+      routed experts keep their MXFP4 values, all other matrices are BF16
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-BF16.gguf --split-max-size 40G --model-card
       write splits kimi-linear-BF16-00001-of-00003.gguf ..., and a README.md for Hugging Face
   convert-kimi verify kimi-linear-q4.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct
@@ -105,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         usage=f"{PROGRAM} SRC -o OUT [options]\n       {PROGRAM} verify OUT --checkpoint SRC [--imatrix FILE]\n"
         f"       {PROGRAM} inspect PATH [--context N]",
-        description="Convert a Kimi-Linear checkpoint (safetensors) to GGUF without running its code.",
+        description="Convert a checkpoint of Kimi-Linear, Ling 3 or Kimi K3 to GGUF without running its code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -113,7 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     flag = partial(add, action="store_true")
     add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
-    add("--type", metavar="TYPE", type=_file_type, help="file type (default: BF16)")
+    text = (
+        "file type (default: BF16; routed experts that the checkpoint has in MXFP4 keep that type, as with "
+    )
+    add("--type", metavar="TYPE", type=_file_type, help=f"{text}--recipe mxfp4)")
     add("--recipe", choices=RECIPES, help="use a quantization mix made for this model, instead of --type")
     add("--imatrix", metavar="FILE", type=Path, help="use this importance matrix, made by llama-imatrix")
     add("--output-tensor-type", metavar="T", type=_tensor_type, help="type of output.weight")
@@ -126,9 +132,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="type of the tensors whose names match a regular expression; may be repeated",
     )
+    flag("--no-mtp", help="leave out layers that predict further tokens (Ling 3); the file cannot draft then")
     flag("--pure", help="use TYPE for all tensors instead of its mix")
     flag("--model-card", help="also write README.md, a model card for Hugging Face, to the folder of OUT")
     add("--quantized-by", metavar="WHO", help="author of the file, for its metadata and the model card")
+    text = "use this chat template (Jinja) instead of the checkpoint's"
+    add("--chat-template", metavar="FILE", type=Path, help=text)
     add("--name", help="model name in the metadata (default: name of the checkpoint's folder)")
     flag("--dry-run", help="check the checkpoint without reading weights; print the plan")
     flag("--resume", help="continue an unfinished OUT of the same checkpoint and options")
@@ -189,7 +198,8 @@ def _split_size(text: str) -> int:
 
 def _request(options: argparse.Namespace) -> TypeRequest:
     """The requested types; the user's options take precedence over those of a mix."""
-    recipe = RECIPES[options.recipe] if options.recipe else TypeRequest(options.type or TYPES["BF16"])
+    plain = TypeRequest(options.type or TYPES["BF16"], default=options.type is None and not options.pure)
+    recipe = RECIPES[options.recipe] if options.recipe else plain
     if options.recipe and (options.type or options.pure):
         raise ConvertError("--recipe: sets the types of all tensors; remove --type and --pure")
     return replace(
@@ -208,14 +218,15 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         yield from ("-o", options.output.name)
     if options.recipe:
         yield from ("--recipe", options.recipe)
-    else:
-        yield from ("--type", (options.type or TYPES["BF16"]).name)
+    elif options.type:
+        yield from ("--type", options.type.name)
     words = (
         ("--imatrix", options.imatrix and options.imatrix.name),
         ("--output-tensor-type", options.output_tensor_type and options.output_tensor_type.name),
         ("--token-embedding-type", options.token_embedding_type and options.token_embedding_type.name),
         *(("--tensor-type", f"{pattern}={kind.name}") for pattern, kind in options.tensor_type),
         ("--split-max-size", options.split_max_size and str(options.split_max_size)),
+        ("--chat-template", options.chat_template and options.chat_template.name),
         ("--name", options.name),
         ("--quantized-by", options.quantized_by),
     )
@@ -223,6 +234,7 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         if value:
             yield from (option, value)
     yield from ["--pure"] if options.pure else []
+    yield from ["--no-mtp"] if options.no_mtp else []
     yield "--model-card"
 
 
@@ -236,7 +248,9 @@ def _convert(options: argparse.Namespace) -> int:
         options.max_memory,
         options.split_max_size,
         options.quantized_by,
-        tuple(_command(options)) if options.model_card else (),
+        mtp=not options.no_mtp,
+        card=tuple(_command(options)) if options.model_card else (),
+        chat_template=options.chat_template,
     )
     if options.dry_run:
         print(plan_text(plan_only(options.source, request, wanted), options.output or Path("OUT.gguf")))
@@ -340,6 +354,7 @@ def _row(tensor: PlannedTensor) -> tuple[str, str, str, str, str]:
     first, last = output.sources[0], output.sources[-1]
     sources = first if first == last else f"{first} .. {last}"
     how = "" if output.transform.value == "copy" else f" ({output.transform.value})"
+    sources += f" x {output.factor[0]}" if output.factor else ""
     shape = " x ".join(str(n) for n in output.ne)
     return tensor.name, tensor.type.name, shape, f"{tensor.nbytes:,}", sources + how
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from kimi_gguf.convert.model.families import load_vocab
-from kimi_gguf.convert.model.vocab_files import TOKENIZER
+from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import card_text
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
@@ -25,14 +25,15 @@ from kimi_gguf.convert.source.origin import CARD, model_name
 from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
-from kimi_gguf.convert.types.mixes import TypeRequest
+from kimi_gguf.convert.types.mixes import TypeRequest, as_stored
 
 ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options; only `name`, `imatrix`, `split_max_size` and `quantized_by` change the content of the file."""
+    """Options; only `name`, `imatrix`, `split_max_size`, `quantized_by`, `mtp` and `chat_template` change the content
+    of the file."""
 
     name: str | None = None  # the model's name in the metadata; default: the name of its folder
     imatrix: Path | None = None
@@ -41,7 +42,9 @@ class Options:
     max_memory: int | None = None  # bytes
     split_max_size: int | None = None  # maximum bytes of a file; None: a single file
     quantized_by: str | None = None
+    mtp: bool = True  # include layers that predict further tokens, if the checkpoint has them
     card: tuple[str, ...] = ()  # the command for the model card, the checkpoint second; empty: no card
+    chat_template: Path | None = None  # instead of the checkpoint's
 
 
 @contextmanager
@@ -52,8 +55,9 @@ def silent(plan: Plan) -> Iterator[ProgressCallback]:
 
 def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
-    with open_checkpoint(source) as checkpoint:
-        return _plan(checkpoint, wanted, options or Options())
+    options = options or Options()
+    with open_checkpoint(source, options.mtp) as checkpoint:
+        return _plan(checkpoint, wanted, options)
 
 
 def convert(
@@ -69,16 +73,16 @@ def convert(
     before the first byte is written.
     """
     options = options or Options()
-    with open_checkpoint(source) as checkpoint:
-        pace = Pace.within(options.max_memory, elsewhere=checkpoint.ahead_bytes)
+    with open_checkpoint(source, options.mtp) as checkpoint:
+        pace = Pace.within(options.max_memory, elsewhere=checkpoint.own_bytes)
         inputs = [*checkpoint.files, *(checkpoint.folder / name for name in (*TOKENIZER, CARD))]
-        inputs += [options.imatrix] if options.imatrix else []
+        inputs += [file for file in (options.imatrix, options.chat_template) if file]
         plan = _plan(checkpoint, wanted, options)
         paths = plan.paths(output)
         cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
         outputs = [*paths, *(output.with_name(name) for name, _ in cards)]
         check_outputs(outputs, options.overwrite, inputs, taken(output, options.resume))
-        ggml = prepared(plan)
+        ggml = prepared(checkpoint, plan)
         with progress(plan) as report:
             write(
                 plan,
@@ -88,7 +92,9 @@ def convert(
                 Identity(_plan_digest(plan, ggml), checkpoint.identity()),
                 options.resume,
                 report,
-                lambda tensor: checkpoint.check_unchanged(tensor.output.sources if tensor else None),
+                lambda tensor: checkpoint.check_unchanged(
+                    (name for name, _ in tensor.output.inputs) if tensor else None
+                ),
                 cards,
             )
     return plan
@@ -96,7 +102,10 @@ def convert(
 
 def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Options) -> Plan:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
+    if options.chat_template is not None:
+        vocab = replace(vocab, chat_template=read_text(options.chat_template))
     request = wanted if isinstance(wanted, TypeRequest) else TypeRequest(wanted)
+    request = as_stored(request) if checkpoint.packed else request
     importances = read_importances(options.imatrix) if options.imatrix else None
     name = options.name or model_name(checkpoint.folder)
     size, author = options.split_max_size, options.quantized_by
@@ -105,7 +114,7 @@ def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Optio
 
 def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
     """A hash of everything but the weights that determines the output: layout, keys, importances, versions."""
-    sources = [[t.name, *t.output.sources, t.output.transform.value] for t in plan.tensors]
+    sources = [[t.name, *(n for n, _ in t.output.inputs), t.output.transform.value] for t in plan.tensors]
     importances = plan.importances.weights if plan.importances else {}
     return digest(
         version("kimi-gguf").encode(),

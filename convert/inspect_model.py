@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class Layer:
     """One layer; index -1 means the tensors outside of layers."""
 
     index: int
-    mixer: str  # KDA or MLA
+    mixer: str  # KDA, MLA, or MTP: MLA in a layer that predicts a further token
     ffn: str  # dense or MoE
     nbytes: int
     types: Mapping[str, int]  # type -> tensors
@@ -44,7 +44,7 @@ class Summary:
     layers: tuple[Layer, ...]
     types: Mapping[str, tuple[int, int]]  # type -> (tensors, bytes)
     context: int
-    latent_cache_f16: int  # of all MLA layers at `context` tokens
+    latent_cache_f16: int  # of all MLA layers at `context` tokens, without MTP
     recurrent_state_f32: int  # of all KDA layers, for one sequence, at any length
 
 
@@ -129,6 +129,7 @@ def _gguf(path: Path) -> _Model:
         if not isinstance(kv_heads, list) or len(kv_heads) != key("block_count"):
             name = f"{architecture}.attention.head_count_kv"
             raise ConvertError(f"{path}: {name}: expected a number for each layer")
+        mtp = key("nextn_predict_layers") if f"{architecture}.nextn_predict_layers" in keys else 0
         types = {kind.number: kind.name for kind in TYPES.values()}
         number = keys.get("general.file_type")
         return _Model(
@@ -136,7 +137,7 @@ def _gguf(path: Path) -> _Model:
             name=str(keys.get("general.name", "")),
             type=types.get(number, f"unknown ({number})") if isinstance(number, int) else "unknown",
             parameters=sum(math.prod(t.ne) for t in file.tensors.values()),
-            mixers=["MLA" if heads else "KDA" for heads in kv_heads],
+            mixers=_mixers(kv_heads, mtp),
             dense_layers=key("leading_dense_block_count"),
             latent=key("attention.kv_lora_rank") + key("rope.dimension_count"),
             kda_heads=key("attention.head_count"),
@@ -146,20 +147,26 @@ def _gguf(path: Path) -> _Model:
         )
 
 
+def _mixers(latent: Sequence[object], mtp: int) -> list[str]:
+    """The kind of each layer; the last `mtp` ones predict further tokens."""
+    names = ["MLA" if each else "KDA" for each in latent]
+    return [*names[: len(names) - mtp], *["MTP"] * mtp][: len(names)]
+
+
 def _checkpoint(path: Path | str) -> _Model:
     with open_checkpoint(path) as checkpoint:
         config = checkpoint.config
         found: dict[str, tuple[str, str, int]] = {}
         for output in outputs(config):
-            for source in output.sources:
+            for source, shape in output.inputs:
                 dtype = checkpoint.dtype(source)
-                found[source] = output.name, dtype.name, math.prod(output.source_shape) * dtype.numpy.itemsize
+                found[source] = output.name, dtype.name, dtype.nbytes(math.prod(shape))
         return _Model(
             kind="safetensors",
             name=model_name(checkpoint.folder),
             type=Counter(dtype for _, dtype, _ in found.values()).most_common(1)[0][0],
             parameters=parameters(config)[0],
-            mixers=["MLA" if kind is LayerKind.MLA else "KDA" for kind in config.layers],
+            mixers=_mixers([kind is LayerKind.MLA for kind in config.blocks], config.num_mtp_layers),
             dense_layers=config.num_dense_layers,
             latent=config.kv_lora_rank + config.qk_rope_head_dim,
             kda_heads=config.kda_num_heads,

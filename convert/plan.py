@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.model.families import outputs
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.families import family_of, outputs
 from kimi_gguf.convert.model.gguf_key import Key
 from kimi_gguf.convert.model.metadata import metadata
-from kimi_gguf.convert.model.tensor_table import FLOAT32, Output, PlannedTensor
+from kimi_gguf.convert.model.tensor_table import Output, PlannedTensor
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.files import PlannedFile, split
 from kimi_gguf.convert.source.checkpoint import CONFIG, Checkpoint
@@ -26,12 +27,12 @@ from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
 from kimi_gguf.engine.split_names import place_in_set, split_paths
-from kimi_gguf.engine.tensor_types import BF16, F16, F32, TensorType, Values
+from kimi_gguf.engine.tensor_types import BF16, F16, F32, TENSOR_TYPES, TensorType, Values
 
 EMBEDDING: Final = "token_embd.weight"  # not in importance matrices: no matmul reads it
 
 # Tokens at which llama.cpp always stops, independent of the metadata.
-_ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]"})
+_ALWAYS_STOP: Final = frozenset({"<|im_end|>", "[EOS]", "[EOT]", "<|endoftext|>"})
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,13 @@ def make_plan(
     _check_needs(tensors, request, importances)
     origin = read_origin(checkpoint.folder, checkpoint.folder / CONFIG, checkpoint.headers_hash())
     keys = tuple(metadata(config, vocab, request.file_type, name, importances, origin, quantized_by))
-    notes = (*_notes(checkpoint, request, tensors), *_blind_spots(tensors, importances))
+    found = (
+        _notes(checkpoint, request, tensors),
+        vocab.notes,
+        _packed_notes(checkpoint, tensors),
+        _template_notes(config, vocab),
+    )
+    notes = (*(note for each in found for note in each), *_blind_spots(tensors, importances))
     plan = Plan(request, keys, tuple(tensors), notes, importances, split_max_size)
     return replace(plan, notes=(*notes, *_size_notes(plan)))
 
@@ -181,15 +188,15 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
     if checkpoint.remote_bytes:
         size = f"{checkpoint.remote_bytes:,} bytes"
         yield f"{size} of weights are streamed over the network; they are not stored on disk"
-    rounded = [name for name in checkpoint.shapes if name.endswith(FLOAT32)]
+    family = family_of(config)
+    rounded = [name for name in checkpoint.shapes if name.endswith(family.float32)]
     rounded = [name for name in rounded if checkpoint.dtype(name) is not Dtype.F32]
     if rounded:
         yield (
             f"{len(rounded)} gate parameters are not F32 as in the published model; they were rounded "
             f"when this checkpoint was saved: {', '.join(rounded[:2])}{', ...' if len(rounded) > 2 else ''}"
         )
-    if config.q_lora_rank is not None:
-        yield "query compression (q_lora_rank): upstream llama.cpp cannot load this model"
+    yield from family.notes(config)
     if len(set(config.layers)) == 1:
         yield f"all layers are {config.layers[0].name}: upstream llama.cpp cannot run this model"
     base = request.file_type.base
@@ -198,6 +205,32 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
         yield (
             f"{len(fallen)} tensors stay {F16.name}; their row size is not a multiple of {min(base.block, 32)}: "
             f"{', '.join(fallen[:3])}{', ...' if len(fallen) > 3 else ''}"
+        )
+
+
+def _packed_notes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> Iterator[str]:
+    """What becomes of experts that are stored in MXFP4."""
+    packed = [t for t in tensors if all(checkpoint.dtype(s) is Dtype.MXFP4 for s in t.output.sources)]
+    if not packed:
+        return
+    others = [tensor for tensor in packed if tensor.type.name != Dtype.MXFP4.name]
+    if not others:
+        yield "the routed experts keep their MXFP4 values, bit for bit"
+        return
+    size = sum(TENSOR_TYPES[Dtype.MXFP4.name].nbytes(tensor.output.ne) for tensor in others)
+    yield (
+        f"the experts of {len(others)} tensors are MXFP4 in the checkpoint ({size:,} bytes) and become "
+        f"{type_counts(others)} ({sum(tensor.nbytes for tensor in others):,} bytes), made from their exact values; "
+        "without --type they keep theirs"
+    )
+
+
+def _template_notes(config: ModelConfig, vocab: Vocab) -> Iterator[str]:
+    template = family_of(config).template
+    if vocab.chat_template is None and template is not None:
+        yield (
+            "the checkpoint has no chat template: convert with --chat-template FILE (llama.cpp's source has "
+            f"{template}), or run llama.cpp with --chat-template-file FILE"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import load_vocab, outputs
+from kimi_gguf.convert.model.gguf_key import Value
 from kimi_gguf.convert.model.metadata import metadata
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
@@ -48,13 +49,18 @@ def verify(
 ) -> Verdict:
     """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
     be read."""
-    with GgufModel(path) as file, open_checkpoint(source) as checkpoint:
-        pace = Pace.within(max_memory, elsewhere=checkpoint.ahead_bytes)
+    with GgufModel(path) as file, open_checkpoint(source, _has_mtp(file)) as checkpoint:
+        pace = Pace.within(max_memory, elsewhere=checkpoint.own_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         wrong_tensors = tuple(_differences(file, checkpoint, plan, pace))
         checkpoint.check_unchanged()
         wrong_keys = tuple(_wrong_keys(file, checkpoint))
         return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
+
+
+def _has_mtp(file: GgufModel) -> bool:
+    """Whether the file has layers that predict further tokens; they may be left out of a conversion."""
+    return bool(file.keys.get(f"{file.keys.get('general.architecture')}.nextn_predict_layers"))
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
@@ -82,7 +88,7 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
 def _differences(file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace) -> Iterator[str]:
     """A message for every tensor that differs; it names the first differing byte."""
     at, before, reported = 0, "", ""
-    for tensor, chunk in encoded(checkpoint, plan, plan.tensors, pace, prepared(plan)):
+    for tensor, chunk in encoded(checkpoint, plan, plan.tensors, pace, prepared(checkpoint, plan)):
         at = at if tensor.name == before else 0
         before = tensor.name
         found = file.read(file.tensors[tensor.name], at, chunk.nbytes)
@@ -93,12 +99,21 @@ def _differences(file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace
         at += chunk.nbytes
 
 
+def _as_stored(value: Value) -> object:
+    """The value as it is read from a file: numbers that are not integers are in float32."""
+    if isinstance(value, float):
+        return float(np.float32(value))
+    if isinstance(value, list):
+        return [float(np.float32(item)) if isinstance(item, float) else item for item in value]
+    return value
+
+
 def _wrong_keys(file: GgufModel, checkpoint: Checkpoint) -> Iterator[str]:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
     for key in metadata(checkpoint.config, vocab, TYPES["F32"], ""):
         if key.name.startswith(FREE):
             continue
         found = file.keys.get(key.name)
-        expected = float(np.float32(key.value)) if isinstance(key.value, float) else key.value
+        expected = _as_stored(key.value)
         if found != expected:
             yield f"{key.name}: expected {expected!r:.60}, found {found!r:.60}"

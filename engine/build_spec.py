@@ -67,6 +67,7 @@ BACKENDS: dict[str, dict[str, str]] = {
 CPU_BACKENDS = ("cpu", "cpu-all")
 
 FAST_COMPILE = Path(__file__).with_name("fast_compile.cmake")  # for the pinned sources, not for a checkout
+PORTABLE = Path(__file__).with_name("portable.h")  # which it includes in portable builds
 
 LIBRARIES = ("llama", "mtmd")
 
@@ -124,7 +125,7 @@ class BuildSpec:
     def work_key(self) -> str:
         """Names the scratch folder, which the upstream and the patched build share, one after the other."""
         compilers = [(language, each.path, each.version) for language, each in self.compilers]
-        script = FAST_COMPILE.read_text() if self.source is None else ""
+        script = FAST_COMPILE.read_text() + PORTABLE.read_text() if self.source is None else ""
         return _digest(LAYOUT, self.options, compilers, self.cpu, script)
 
     @property

@@ -5,8 +5,9 @@ folder with bin/, lib/ and the Python package llama_cpp that loads the same libr
 Patched and upstream libraries have the same names: never load both into one process.
 
 A build has a name: its backend and the options that differ from the defaults, as in `cpu`, `cuda` or
-`cpu+GGML_NATIVE=OFF`. The build that runs is, in this order, the one that the caller names, the one in
-KIMI_BUILD, the one that `kimi-llama use` wrote into the cache, and `cpu`, which `kimi-llama build` makes.
+`cpu+GGML_NATIVE=OFF`. An installed wheel may contain a build for all CPUs, which is named `wheel`. The build that runs
+is, in this order, the one that the caller names, the one in KIMI_BUILD, the one that `kimi-llama use` wrote into the
+cache, the wheel's, and `cpu`, which `kimi-llama build` makes.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ from kimi_gguf.engine.build_spec import (
 )
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
+from kimi_gguf.engine.toolchain import find_compilers
 from kimi_gguf.patches.pin import load_pin
 
 __all__ = [
-    "DEFAULT", "VARIABLE", "Engine", "EngineError", "builds", "cache_folder", "cpu_library", "ensure", "find",
+    "DEFAULT", "VARIABLE", "Engine", "EngineError", "builds", "cache_folder", "cpu_library", "ensure",
+    "exists_or_compiles", "find",
     "load", "options_of", "select", "upstream_source", "use",
 ]  # fmt: skip
 
 VARIABLE = "KIMI_BUILD"
 DEFAULT = "cpu"
+WHEEL = "wheel"  # the build inside the installed package
+PREBUILT = Path(__file__).with_name("prebuilt")  # its folder
 SHORT_KEY = 8  # characters of a key in printed text; four or more are enough to name a build
 
 # Functions of libggml-cpu that report an instruction set it was compiled for, and the printed name.
@@ -101,6 +106,8 @@ class Engine:
     @property
     def name(self) -> str:
         """The name in printed text: the backend and the settings that differ from the defaults."""
+        if self.prefix == PREBUILT:
+            return WHEEL
         return "+".join([self.backends[0], *(f"{name}={value}" for name, value in self.defines)])
 
     def instructions(self) -> str:
@@ -176,13 +183,22 @@ def ensure(
     return engine
 
 
+def exists_or_compiles(upstream: bool, backend: str, defines: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a build with these options exists, or could be made: there are compilers."""
+    try:
+        find_compilers(backend)
+    except EngineError:
+        return any(e.backends[0] == backend and e.defines == defines for e in builds(upstream))
+    return True
+
+
 def find(name: str | None = None, upstream: bool = False) -> Engine | None:
     """The build that runs, or None if it does not exist and `select` can make it.
 
     name: a build's name, or the first characters of its key; by default, see the module's docstring.
     Raises `EngineError` if it is missing and other builds could be meant.
     """
-    wanted, origin = _wanted(name)
+    wanted, origin = _wanted(name, upstream)
     present = builds(upstream)
     named = [e for e in present if wanted == e.name or (len(wanted) >= 4 and e.key.startswith(wanted))]
     if named:  # of several with equal options and different compilers, the latest
@@ -203,7 +219,7 @@ def select(name: str | None = None, upstream: bool = False, make: bool = True) -
     engine = find(name, upstream)
     if engine is not None:
         return engine
-    wanted, origin = _wanted(name)
+    wanted, origin = _wanted(name, upstream)
     if not make:
         raise EngineError(f"build {wanted}{origin}: it is not built yet", todo=_command(wanted, upstream))
     with reporting() as reporter:
@@ -228,15 +244,20 @@ def use(name: str) -> Engine:
     return engine
 
 
-def _wanted(name: str | None) -> tuple[str, str]:
+def _wanted(name: str | None, upstream: bool = False) -> tuple[str, str]:
     """The name of the build that runs, and where it was set (empty for the default)."""
+    wanted, origin = _named(name)
+    return (DEFAULT if upstream and wanted == WHEEL else wanted), origin  # a wheel has no upstream build
+
+
+def _named(name: str | None) -> tuple[str, str]:
     if name:
         return name, " (named on the command line)"
     if variable := os.environ.get(VARIABLE):
         return variable, f" (named by {VARIABLE})"
     if _choice().is_file() and (chosen := _choice().read_text(encoding="utf-8", errors="replace").strip()):
         return chosen, " (named by kimi-llama use)"
-    return DEFAULT, ""
+    return (WHEEL if prebuilt() else DEFAULT), ""
 
 
 def _choice() -> Path:
@@ -257,9 +278,14 @@ def builds(upstream: bool = False) -> list[Engine]:
     """All finished builds of the current pin, series and processor, with any options."""
     wanted, cache = provenance(upstream), Cache(cache_folder())
     places = sorted(cache.engines.glob("[0-9a-f]*")) if cache.engines.is_dir() else []
-    engines = [engine for place in places if (engine := load(place))]
+    engines = [engine for place in (PREBUILT, *places) if (engine := load(place))]
     ours = [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
     return [e for e in ours if e.manifest["cpu"] == processor(e.backends[0])]
+
+
+def prebuilt() -> Engine | None:
+    """The build inside the installed package, if it has one."""
+    return load(PREBUILT)
 
 
 def upstream_source() -> Path:

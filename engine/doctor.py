@@ -6,6 +6,8 @@ Each check runs in a separate process, so that a build never uses libraries of a
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
 import json
 import os
@@ -15,9 +17,10 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
-from kimi_gguf.engine.builds import Engine, builds, cache_folder, select
+from kimi_gguf.engine.builds import Engine, builds, cache_folder, prebuilt, select
 from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.patches.errors import KimiError
@@ -66,12 +69,17 @@ class Diagnosis:
     patches: tuple[tuple[str, str], ...]  # file name, subject
     engines: tuple[Health, ...]
     chosen: Check  # the build that runs if none is named
+    installed: Check | None  # the files of the installed wheel, if it has an engine
 
     @property
     def healthy(self) -> bool:
         """A patched build exists, and every check of every build passes."""
         patched = any(not health.engine.is_upstream for health in self.engines)
-        checks = [self.chosen, *(check for health in self.engines for check in health.checks)]
+        checks = [
+            self.chosen,
+            *filter(None, [self.installed]),
+            *(check for health in self.engines for check in health.checks),
+        ]
         return patched and all(check.passed for check in checks)
 
     def as_json(self) -> str:
@@ -93,6 +101,7 @@ class Diagnosis:
             "pin": self.pin,
             "patches": [{"name": name, "subject": subject} for name, subject in self.patches],
             "build": vars(self.chosen),
+            "installed": self.installed and vars(self.installed),
             "engines": engines,
         }
         return json.dumps(whole, indent=2)
@@ -107,6 +116,7 @@ def diagnose() -> Diagnosis:
         patches=tuple((patch.name, patch.subject) for patch in load_series().patches),
         engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
         chosen=_checked("build that runs", lambda: select(make=False).label()),
+        installed=_checked("files of the wheel", _unchanged_files) if prebuilt() else None,
     )
 
 
@@ -203,9 +213,9 @@ def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:
 
 def _machine() -> list[Check]:
     checks = [
-        _checked("C++ compiler", lambda: find_compilers("cpu")["C++"].version),
-        _checked("cmake", lambda: packaged_tool("cmake")),
-        _checked("ninja", lambda: packaged_tool("ninja")),
+        _tool("C++ compiler", lambda: find_compilers("cpu")["C++"].version),
+        _tool("cmake", lambda: packaged_tool("cmake")),
+        _tool("ninja", lambda: packaged_tool("ninja")),
         Check("ccache", True, shutil.which("ccache") or "not found (not needed)"),
         Check("CUDA toolkit", True, _cuda_toolkit()),
         Check("processors", True, str(cores())),
@@ -215,6 +225,35 @@ def _machine() -> list[Check]:
         seen = f"{installed.origin}: an installed package of upstream; this project's commands do not use it"
         checks.append(Check("other llama_cpp", True, seen))
     return checks
+
+
+def _tool(name: str, look: Callable[[], str]) -> Check:
+    """What only a build needs: with a wheel's engine it may be missing."""
+    check = _checked(name, look)
+    if check.passed or prebuilt() is None:
+        return check
+    return Check(name, True, "not found (only kimi-llama build needs it)")
+
+
+def _unchanged_files() -> str:
+    """Compare the installed files with the hashes that the wheel brought. Raises `EngineError`."""
+    listed = [(file, file.hash) for file in distribution("kimi-gguf").files or () if file.hash is not None]
+    wrong = []
+    for file, known in listed:
+        try:
+            digest = hashlib.new(known.mode, Path(str(file.locate())).read_bytes()).digest()
+        except OSError:
+            wrong.append(f"{file} (missing)")
+            continue
+        if base64.urlsafe_b64encode(digest).decode().rstrip("=") != known.value:
+            wrong.append(str(file))
+    if wrong:
+        raise EngineError(
+            f"{len(wrong)} of {len(listed)} installed files were changed",
+            found=", ".join(wrong[:5]),
+            todo="install the wheel again: pip install --force-reinstall kimi_gguf-*.whl",
+        )
+    return f"{len(listed)} files as in the wheel"
 
 
 def _cuda_toolkit() -> str:

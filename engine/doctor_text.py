@@ -20,6 +20,7 @@ def as_text(diagnosis: Diagnosis) -> str:
         "",
         "build that runs (--build, KIMI_BUILD or kimi-llama use names another)",
         _line(diagnosis.chosen),
+        *([_line(diagnosis.installed)] if diagnosis.installed else []),
     ]
     for health in diagnosis.engines:
         lines += ["", *_engine(health)]

@@ -10,6 +10,14 @@
 
 add_compile_options($<$<COMPILE_LANG_AND_ID:CXX,GNU>:--param=ggc-min-heapsize=400000>)
 
+# Assertions name their source without the folder of this machine, so equal sources give equal libraries.
+add_compile_options("-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=")
+
+# With KIMI_PORTABLE the libraries need no newer libstdc++ than that of GCC 11.
+if (KIMI_PORTABLE)
+    add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:SHELL:-include ${CMAKE_CURRENT_LIST_DIR}/portable.h>")
+endif()
+
 # Sets `result` to the sources of the target, with their folder, whose names match.
 function(kimi_sources result target names)
     get_target_property(sources ${target} SOURCES)

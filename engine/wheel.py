@@ -12,6 +12,8 @@ import re
 import stat
 import sysconfig
 import zipfile
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from kimi_gguf.engine.build_spec import VERIFY
@@ -19,7 +21,7 @@ from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.errors import EngineError
 
 _NAME = "llama_cpp_python"
-_DATE = (2026, 1, 1, 0, 0, 0)  # of every file in it, so that equal builds give equal wheels
+_DATE = datetime(2026, 1, 1, tzinfo=UTC)  # of every file in it, so that equal builds give equal wheels
 
 
 def make_wheel(engine: Engine, folder: Path) -> Path:
@@ -30,7 +32,8 @@ def make_wheel(engine: Engine, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     try:
-        _write_zip(unfinished, _contents(engine, version, tag))
+        contents = _contents(engine, version, tag)
+        write_zip(unfinished, contents, [name for name in contents if "/lib/" in name], _DATE)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -54,7 +57,7 @@ def _contents(engine: Engine, version: str, tag: str) -> dict[str, bytes]:
     contents = {name: path.read_bytes() for name, path in files.items()}
     contents[f"{info}/METADATA"] = metadata.encode()
     contents[f"{info}/WHEEL"] = wheel.encode()
-    listed = [f"{name},{_record_hash(content)},{len(content)}\n" for name, content in contents.items()]
+    listed = [record_line(name, content) for name, content in contents.items()]
     contents[f"{info}/RECORD"] = "".join([*listed, f"{info}/RECORD,,\n"]).encode()
     return contents
 
@@ -81,16 +84,18 @@ def _local_version(engine: Engine) -> str:
     return f"{upstream}+upstream" if engine.is_upstream else f"{upstream}+kimi.{series}"
 
 
-def _record_hash(content: bytes) -> str:
-    digest = hashlib.sha256(content).digest()
-    return "sha256=" + base64.urlsafe_b64encode(digest).decode().rstrip("=")
+def record_line(name: str, content: bytes) -> str:
+    """The line of a file in a wheel's RECORD."""
+    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+    return f"{name},sha256={digest},{len(content)}\n"
 
 
-def _write_zip(path: Path, files: dict[str, bytes]) -> None:
+def write_zip(path: Path, files: Mapping[str, bytes], programs: Collection[str], date: datetime) -> None:
+    """Write a zip archive of `files`, of which `programs` may be executed, all of one date."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in files.items():
-            entry = zipfile.ZipInfo(name, _DATE)
+            entry = zipfile.ZipInfo(name, date.timetuple()[:6])
             entry.compress_type = zipfile.ZIP_DEFLATED
-            mode = 0o755 if "/lib/" in name else 0o644
+            mode = 0o755 if name in programs else 0o644
             entry.external_attr = (stat.S_IFREG | mode) << 16  # pip keeps the mode of regular files only
             archive.writestr(entry, content)

@@ -146,7 +146,7 @@ def main() -> None:
     )
     parser.add_argument("--type", default="Q4_K_M", help="use this type for the model (default: %(default)s)")
     parser.add_argument(
-        "--shapes", default="48b", help="use layers of these shapes: 48b or tiny (default: %(default)s)"
+        "--shapes", default="full", help="use layers of these shapes: full or tiny (default: %(default)s)"
     )
     parsed = parser.parse_args()
     try:

@@ -1,8 +1,9 @@
-"""Synthetic checkpoints with the 48B's tensor names, shapes and dtypes, and a generated `tiktoken.model`.
+"""Synthetic checkpoints with the tensor names, shapes and dtypes of a published model, and a generated tokenizer.
 
 Input: a folder, a config, a seed. Output: config.json, safetensors shards with their index, the tokenizer. Without a
 seed the shards are sparse files: 98 GB of zeros that take a few megabytes on disk, for tests that need no values.
-With a seed the values are random, for measurements in which quantization must take its real time.
+With a seed the values are random, for measurements in which quantization must take its real time. Kimi K3, with routed
+experts in MXFP4, is possible without a seed only.
 """
 
 from __future__ import annotations
@@ -13,22 +14,25 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.convert.model.families import hub_shapes, read_config
+from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
 from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.model.tensor_table import FLOAT32
-from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_tokenizer
+from kimi_gguf.scripts.tokenizer_files import NUM_SPECIAL, write_ling_tokenizer, write_tokenizer
 
 NUM_SHARDS = 20
-BYTES = {"BF16": 2, "F32": 4}
+K3_SHARDS = 96
+BYTES = {"BF16": 2, "F32": 4, "U8": 1}
 POOL = 1 << 24  # number of random values; tensors are filled with sections of this pool
 STD = 0.02
+
+K3_FLOAT32 = (*FLOAT32, "conv1d.weight", "o_norm.weight", "e_score_correction_bias")
 
 TensorInfo = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 Config = Mapping[str, Any]
@@ -44,11 +48,129 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
     return config
 
 
+def ling_tiny_config() -> dict[str, Any]:
+    """The keys of Ling-3.0-tiny's config.json that determine its tensors."""
+    return {
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        "eos_token_id": 156895,
+        "first_k_dense_replace": 1,
+        "gated_attention_proj_granularity_type": "head_wise",
+        "head_dim": 128,
+        "hidden_size": 1536,
+        "intermediate_size": 4608,
+        "kda_lower_bound": -5,
+        "kda_safe_gate": True,
+        "kv_lora_rank": 512,
+        "layer_group_size": 4,
+        "max_position_embeddings": 131072,
+        "model_type": "bailing_hybrid",
+        "moe_intermediate_size": 512,
+        "n_group": 8,
+        "no_kda_lora": True,
+        "norm_topk_prob": True,
+        "num_attention_heads": 16,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 24,
+        "num_nextn_predict_layers": 0,
+        "num_shared_experts": 1,
+        "pad_token_id": 156892,
+        "q_lora_rank": 256,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 6000000,
+        "routed_scaling_factor": 2.5,
+        "short_conv_kernel_size": 4,
+        "topk_group": 4,
+        "v_head_dim": 128,
+        "vocab_size": 157184,
+    }
+
+
+def k3_config(layers: str = "KKKM" * 23 + "M", experts: int = 896, vocab: int = 163840) -> dict[str, Any]:
+    """The text model of the published Kimi K3, or one with fewer layers, experts and tokens."""
+    linear = {
+        "kda_layers": [i for i, each in enumerate(layers, 1) if each == "K"],
+        "full_attn_layers": [i for i, each in enumerate(layers, 1) if each == "M"],
+        "gate_lower_bound": -5.0,
+        "head_dim": 128,
+        "num_heads": 96,
+        "short_conv_kernel_size": 4,
+        "use_full_rank_gate": True,
+    }
+    weights = {"num_bits": 4, "type": "float", "group_size": 32, "symmetric": True, "strategy": "group"}
+    text = {
+        "activation_situ_beta": 4.0,
+        "activation_situ_linear_beta": 25.0,
+        "attn_res_block_size": 12,
+        "bos_token_id": vocab - 256,
+        "eos_token_id": vocab - 254,
+        "first_k_dense_replace": 1,
+        "hidden_act": "situ",
+        "hidden_size": 7168,
+        "intermediate_size": 33792,
+        "kv_lora_rank": 512,
+        "latent_moe_use_norm": True,
+        "linear_attn_config": linear,
+        "max_position_embeddings": 1048576,
+        "mla_use_nope": True,
+        "mla_use_output_gate": True,
+        "model_type": "kimi_linear",
+        "moe_intermediate_size": 3072,
+        "moe_renormalize": True,
+        "moe_router_activation_func": "sigmoid",
+        "num_attention_heads": 96,
+        "num_expert_group": 1,
+        "num_experts": experts,
+        "num_experts_per_token": min(16, experts),
+        "num_hidden_layers": len(layers),
+        "num_key_value_heads": 96,
+        "num_shared_experts": 2,
+        "pad_token_id": vocab - 1,
+        "q_lora_rank": 1536,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "quantization_config": {
+            "config_groups": {"group_0": {"format": "mxfp4-pack-quantized", "weights": weights}},
+            "format": "mxfp4-pack-quantized",
+            "quant_method": "compressed-tensors",
+        },
+        "rms_norm_eps": 1e-5,
+        "routed_expert_hidden_size": 3584,
+        "routed_scaling_factor": 1.0,
+        "topk_group": 1,
+        "v_head_dim": 128,
+        "vocab_size": vocab,
+    }
+    return {"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": text}
+
+
 def tensors(config: Config) -> Iterator[TensorInfo]:
-    """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters)."""
-    shapes = hub_shapes(read_config(json.dumps(config).encode(), "config.json"))
+    """All tensors of a checkpoint with this config (published: 20,493 tensors, 49,122,681,728 parameters; of Kimi
+    K3's text model 497,052 tensors)."""
+    if config["model_type"] == "kimi_k3":
+        yield from _k3_tensors(config)
+        return
+    model = read_config(json.dumps(config).encode(), "config.json")
+    shapes, float32 = hub_shapes(model), family_of(model).float32
     for name in sorted(shapes, key=_place):
-        yield name, "F32" if name.endswith(FLOAT32) else "BF16", shapes[name]
+        yield name, "F32" if name.endswith(float32) else "BF16", shapes[name]
+
+
+def _k3_tensors(config: Config) -> Iterator[TensorInfo]:
+    """Those of K3 under their published names."""
+    model = read_config(json.dumps(config).encode(), "config.json")
+    shapes = hub_shapes(model)
+    for name in sorted(shapes, key=_place):
+        shape = shapes[name]
+        prefixed, *packed = places_of(model, name, shape)[1:]
+        if packed:
+            yield from ((stored, "U8", stored_shape) for stored, stored_shape in packed[0].tensors)
+        elif name.endswith(".A_log"):
+            yield prefixed.stored, "F32", (128,)  # padded
+        else:
+            yield prefixed.stored, "F32" if name.endswith(K3_FLOAT32) else "BF16", shape
 
 
 def _place(name: str) -> tuple[float, int]:
@@ -109,6 +231,8 @@ def write_synthetic(
 
     config: None is the published config. seed: None writes sparse files.
     """
+    if seed is not None and config is not None and config["model_type"] == "kimi_k3":
+        raise ValueError("no random values for MXFP4")
     config = published_config() if config is None else config
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -122,17 +246,34 @@ def write_synthetic(
         weight_map |= {name: file for name, _, _ in infos}
     index = {"metadata": {"total_size": sum(map(num_bytes, every))}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    write_tokenizer(folder, ranks(config["vocab_size"] - NUM_SPECIAL), config["model_max_length"])
+    if config["model_type"] == "bailing_hybrid":
+        first_special = config["pad_token_id"] - 1
+        write_ling_tokenizer(folder, ranks(first_special), first_special)
+        return folder
+    text = config.get("text_config", config)
+    context = text.get("model_max_length") or text["max_position_embeddings"]
+    write_tokenizer(folder, ranks(text["vocab_size"] - NUM_SPECIAL), context)
     return folder
+
+
+# Name -> config, number of shards.
+MODELS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
+    "48B": (published_config, NUM_SHARDS),
+    "Ling-3.0-tiny": (ling_tiny_config, 4),
+    "Kimi-K3": (k3_config, K3_SHARDS),
+}
 
 
 def main() -> None:
     """Run `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
     parser = argparse.ArgumentParser(
-        description="Write a sparse checkpoint of the 48B's full size; all values are zero."
+        description="Write a sparse checkpoint of a published model's full size; all values are zero."
     )
+    parser.add_argument("--model", choices=MODELS, default="48B", help="the model (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="folder to write to")
-    print(write_synthetic(parser.parse_args().folder))
+    options = parser.parse_args()
+    config, shards = MODELS[options.model]
+    print(write_synthetic(options.folder, config(), shards))
 
 
 if __name__ == "__main__":

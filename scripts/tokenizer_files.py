@@ -1,6 +1,6 @@
-"""Writes a tokenizer as the K2 family's repositories have it.
+"""Writes a tokenizer as the K2 family's or the Ling models' repositories have it.
 
-Input: ranks. Output: `tiktoken.model`, and `tokenizer_config.json` with the special tokens and the chat template.
+Input: ranks. Output: `tiktoken.model` or `tokenizer.json`, and `tokenizer_config.json` with the chat template.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+
+from kimi_gguf.convert.model.bpe_vocab import PATTERNS
+from kimi_gguf.convert.model.byte_bpe import bytes_to_text
 
 MODEL_FILE = "tiktoken.model"
 CONFIG_FILE = "tokenizer_config.json"
@@ -87,3 +90,54 @@ def write_tokenizer(folder: Path, ranks: list[bytes], context_length: int) -> No
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+# The special tokens of the Ling models, in the order of their ids.
+LING_SPECIAL = ("<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]", "<|role_end|>")
+LING_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "<role>{{- message['role'] | upper -}}</role>{{- message['content'] -}}<|role_end|>"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<role>ASSISTANT</role>{%- endif -%}"
+)
+
+
+def write_ling_tokenizer(folder: Path, ranks: list[bytes], first_special: int) -> None:
+    """Writes `tokenizer.json` and `tokenizer_config.json` as the Ling models' repositories have them.
+
+    Each rank longer than a byte is merged from its first bytes and its last one, so the ranks must contain them.
+    """
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    stages = [
+        {
+            "type": "Split",
+            "pattern": {"Regex": next(iter(PATTERNS))},
+            "behavior": "Isolated",
+            "invert": False,
+        },
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ]
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": first_special + i, "content": s, **plain} for i, s in enumerate(LING_SPECIAL)
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": stages},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": {
+            "type": "BPE",
+            "vocab": {bytes_to_text(token): rank for rank, token in enumerate(ranks)},
+            "merges": [[bytes_to_text(t[:-1]), bytes_to_text(t[-1:])] for t in ranks if len(t) > 1],
+        },
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = {
+        "bos_token": LING_SPECIAL[0],
+        "chat_template": LING_TEMPLATE,
+        "eos_token": LING_SPECIAL[1],
+        "pad_token": LING_SPECIAL[1],
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 import gguf, torch
-from conversion.kimi_linear import KimiLinearModel
+from conversion import get_model_class
 
 def copy_tokenizer(path, writer):
     for name, field in gguf.GGUFReader(path).fields.items():
@@ -32,19 +32,26 @@ def copy_tokenizer(path, writer):
 with torch.inference_mode():
     for job in json.loads(sys.argv[1]):
         vocab = job["vocabulary"]
-        KimiLinearModel.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
-        KimiLinearModel(Path(job["source"]), gguf.LlamaFileType[job["type"]], Path(job["output"])).write()
+        source = Path(job["source"])
+        config = json.loads((source / "config.json").read_text())
+        model = get_model_class(config["architectures"][0])
+        model.set_vocab = lambda self: copy_tokenizer(vocab, self.gguf_writer) if vocab else None
+        model.no_mtp = not job["mtp"]
+        # As it is stored: AutoConfig renames keys of bailing_hybrid, and the converter then does not find them.
+        stored = {"hparams": config} if config["model_type"] == "bailing_hybrid" else {}
+        model(source, gguf.LlamaFileType[job["type"]], Path(job["output"]), **stored).write()
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion. vocabulary: a GGUF file whose tokenizer keys are copied."""
+    """A conversion. vocabulary: a GGUF file whose tokenizer keys are copied. mtp: False is its --no-mtp."""
 
     source: Path
     output: Path
     type: str
     vocabulary: Path | None = None
+    mtp: bool = True
 
 
 def environment() -> dict[str, str]:

@@ -58,6 +58,8 @@ class ModelConfig:
     pad_token_id: int | None
     more_eos_token_ids: tuple[int, ...] = ()  # the rest when the config lists several
     tie_word_embeddings: bool = False
+    num_mtp_layers: int = 0  # layers after `layers` that predict further tokens, with latent attention
+    mxfp4_experts: bool = False  # quantization_config allows routed experts in MXFP4
 
     @property
     def uses_groups(self) -> bool:
@@ -65,5 +67,10 @@ class ModelConfig:
         return self.topk_groups < self.num_expert_groups
 
     @property
+    def blocks(self) -> tuple[LayerKind, ...]:
+        """One kind per layer of the file: the main layers, then those that predict further tokens."""
+        return self.layers + (LayerKind.MLA,) * self.num_mtp_layers
+
+    @property
     def num_moe_layers(self) -> int:
-        return len(self.layers) - self.num_dense_layers
+        return len(self.blocks) - self.num_dense_layers

@@ -17,6 +17,7 @@ Supported = Sequence[tuple[tuple[str, ...], Any, str]]  # names of the key, the 
 
 LINEAR: Final = "linear_attn_config"
 ROPE: Final = "rope_parameters"
+SCALING: Final = "rope_scaling"
 # Names that other linear-attention configs use for separate sizes of KDA's keys and values.
 KDA_OTHER_SIZES: Final = tuple(
     f"{prefix}{name}"
@@ -41,7 +42,7 @@ class Keys:
     def __init__(self, data: Mapping[str, Any], where: str) -> None:
         self.where = where
         self.data = dict(data)
-        for name in (LINEAR, ROPE):
+        for name in (LINEAR, ROPE, SCALING):
             inner = data.get(name)
             if isinstance(inner, Mapping):
                 self.data |= {f"{name}.{key}": value for key, value in inner.items()}

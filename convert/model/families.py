@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from kimi_gguf.convert.model import kimi_linear
+from kimi_gguf.convert.model import kimi_k3, kimi_linear, ling3
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.config_keys import Keys
 from kimi_gguf.convert.model.family import Family
@@ -18,7 +18,7 @@ from kimi_gguf.convert.model.tensor_table import Output, outputs_of
 from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.source.json_file import parse_object
 
-FAMILIES: Final = (kimi_linear.FAMILY,)
+FAMILIES: Final = (kimi_linear.FAMILY, ling3.FAMILY, kimi_k3.FAMILY)
 BY_ARCHITECTURE: Final = {family.architecture: family for family in FAMILIES}
 _BY_MODEL_TYPE: Final = {name: family for family in FAMILIES for name in family.model_types}
 
@@ -51,7 +51,7 @@ def outputs(config: ModelConfig) -> Iterator[Output]:
 
 def hub_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Canonical hub name -> row-major shape of every tensor that a checkpoint of this config holds."""
-    return {source: output.source_shape for output in outputs(config) for source in output.sources}
+    return {name: shape for output in outputs(config) for name, shape in output.inputs}
 
 
 def places_of(config: ModelConfig, name: str, shape: tuple[int, ...]) -> list[Place]:

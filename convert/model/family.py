@@ -5,7 +5,7 @@ The converter's other modules know no family. To add one, write a module with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.config_keys import Keys
 from kimi_gguf.convert.model.gguf_key import Key
 from kimi_gguf.convert.model.layouts import Rule
-from kimi_gguf.convert.model.tensor_table import Table
+from kimi_gguf.convert.model.tensor_table import FLOAT32, Table
 from kimi_gguf.convert.model.vocab import Vocab
 
 
@@ -30,3 +30,14 @@ class Family:
     rules: tuple[Rule, ...] = ()  # the layouts besides the hub's
     own_keys: Callable[[ModelConfig], Iterable[Key]] = lambda config: ()  # GGUF keys that others do not have
     ignored: tuple[str, ...] = ()  # how names of tensors begin that belong to other parts of the checkpoint
+    float32: tuple[str, ...] = FLOAT32  # how names of tensors end that are F32 in published checkpoints
+    # The config of a checkpoint that stores tensors of these names, with or without layers for further tokens.
+    stored: Callable[[ModelConfig, Collection[str], bool], ModelConfig] = lambda config, names, mtp: config
+    left_out: Callable[[ModelConfig], tuple[str, ...]] = (
+        lambda config: ()
+    )  # as `ignored`, but intentionally left out
+    notes: Callable[[ModelConfig], Iterable[str]] = lambda config: ()  # information for the user
+    template: str | None = None  # llama.cpp's own chat template, for models that publish none
+    padded: tuple[
+        str, ...
+    ] = ()  # how canonical names end whose stored vector may be longer; the rest is not used

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gguf import GGUFValueType as ValueType
 
-Value = int | float | bool | str | list[int] | list[str]
+Value = int | float | bool | str | list[int] | list[float] | list[str]
 
 
 @dataclass(frozen=True)

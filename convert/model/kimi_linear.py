@@ -11,6 +11,7 @@ transformers 5.23.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from importlib import resources
 from typing import Any, Final
 
@@ -106,6 +107,12 @@ def read_config(keys: Keys) -> ModelConfig:
     return config
 
 
+def notes(config: ModelConfig) -> Iterator[str]:
+    """What a user should know about the file."""
+    if config.q_lora_rank is not None:
+        yield "query compression (q_lora_rank): upstream llama.cpp cannot load this model"
+
+
 EMBEDDING: Final = Row("model.embed_tokens.weight", "vocab hidden", "token_embd.weight")
 NORM: Final = f32("model.norm.weight", "hidden", "output_norm.weight")
 HEAD: Final = Row("lm_head.weight", "vocab hidden", "output.weight")
@@ -190,4 +197,5 @@ FAMILY: Final = Family(
     table=Table(EMBEDDING, LAYERS, (NORM,), HEAD),
     rules=RULES,
     load_vocab=load_tiktoken_vocab,
+    notes=notes,
 )

@@ -1,7 +1,8 @@
 """Maps a tensor's canonical hub name to its location in each known checkpoint layout.
 
 Input: a canonical hub name and shape. Output: the possible locations, each with the name and shape of a stored tensor
-and the range of its elements. In a valid checkpoint exactly one of them exists.
+and the range of its elements. In a valid checkpoint exactly one of them exists. A location may be two tensors: weights
+in MXFP4, four bits each, and their scales.
 
 The rules of each family are in its module.
 """
@@ -13,14 +14,27 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from kimi_gguf.convert.source.mxfp4 import GROUP
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """A contiguous range of a stored tensor that holds a whole canonical tensor."""
 
     stored: str
     stored_shape: tuple[int, ...]
     first: int  # element of the stored tensor where the canonical one begins
+    scales: str | None = (
+        None  # MXFP4: the tensor with a scale per group; `stored` holds two elements per byte
+    )
+
+    @property
+    def tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Name and shape of each stored tensor."""
+        if self.scales is None:
+            return ((self.stored, self.stored_shape),)
+        rows, columns = self.stored_shape
+        return (self.stored, (rows, columns // 2)), (self.scales, (rows, columns // GROUP))
 
 
 @dataclass(frozen=True)
@@ -29,12 +43,14 @@ class Rule:
 
     `experts`: the stored tensor's first dimension is the expert, which is the group `e` of the expression.
     `part`: (i, n), the tensor is the i-th of n equal parts along the first dimension (of the expert's slice).
+    `scales`: a template as well; the tensor, a matrix, is stored in MXFP4 with these scales.
     """
 
     canonical: str
     stored: str
     experts: bool = False
     part: tuple[int, int] = (0, 1)
+    scales: str | None = None
 
 
 @cache
@@ -55,5 +71,6 @@ def places(rules: tuple[Rule, ...], name: str, shape: tuple[int, ...], num_exper
         if rule.experts:
             first += int(match["e"]) * math.prod(stored_shape)
             stored_shape = (num_experts, *stored_shape)
-        found.append(Place(match.expand(rule.stored), stored_shape, first))
+        scales = match.expand(rule.scales) if rule.scales else None
+        found.append(Place(match.expand(rule.stored), stored_shape, first, scales))
     return found

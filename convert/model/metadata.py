@@ -109,11 +109,17 @@ def _quantize(importances: Importances | None) -> Iterator[Key]:
 
 def architecture_keys(config: ModelConfig) -> Iterator[Key]:
     """The keys that describe the model's shape."""
+    yield from common_keys(config)
+    yield from family_of(config).own_keys(config)
+
+
+def common_keys(config: ModelConfig) -> Iterator[Key]:
+    """Those that all architectures have."""
     arch = config.architecture
     latent_rope = config.kv_lora_rank + config.qk_rope_head_dim
     moe = config.num_moe_layers > 0
     integers: tuple[tuple[str, int | None], ...] = (
-        ("block_count", len(config.layers)),
+        ("block_count", len(config.blocks)),
         ("context_length", config.context_length),
         ("embedding_length", config.hidden_size),
         ("feed_forward_length", config.intermediate_size),
@@ -149,9 +155,8 @@ def architecture_keys(config: ModelConfig) -> Iterator[Key]:
     yield from (Key(f"{arch}.{name}", ValueType.FLOAT32, value) for name, value in floats)
     yield Key(f"{arch}.expert_weights_norm", ValueType.BOOL, config.renormalize)
     # A layer without key-value heads is recurrent.
-    kv_heads = [1 if kind is LayerKind.MLA else 0 for kind in config.layers]
+    kv_heads = [1 if kind is LayerKind.MLA else 0 for kind in config.blocks]
     yield Key(f"{arch}.attention.head_count_kv", ValueType.ARRAY, kv_heads, ValueType.INT32)
-    yield from family_of(config).own_keys(config)
 
 
 def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
@@ -169,7 +174,7 @@ def tokenizer_keys(vocab: Vocab) -> Iterator[Key]:
         ("unknown", vocab.unk_id),
     )
     yield from (u32(f"tokenizer.ggml.{name}_token_id", value) for name, value in ids if value is not None)
-    yield Key("tokenizer.ggml.add_bos_token", ValueType.BOOL, False)
+    yield Key("tokenizer.ggml.add_bos_token", ValueType.BOOL, vocab.add_bos)
     if vocab.chat_template is not None:
         yield Key("tokenizer.chat_template", ValueType.STRING, vocab.chat_template)
 

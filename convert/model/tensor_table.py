@@ -21,8 +21,10 @@ class Transform(Enum):
 
     COPY = "copy"
     NEG_EXP = "-exp"  # A_log -> A, the factor of the log-gate
+    EXP = "exp"  # A_log -> A where the log-gate is bounded by a sigmoid
     K_OF_KV = "k part, transposed per head"  # kv_b [heads*(nope+v), rank] -> [heads, rank, nope]
     V_OF_KV = "v part per head"  # kv_b [heads*(nope+v), rank] -> [heads, v, rank]
+    PRODUCT = "product"  # with the row's factor, element by element in float32
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Row:
     ne: str = ""  # of the output, ggml order; empty: the source's shape reversed
     transform: Transform = Transform.COPY
     always_f32: bool = False  # read by the graph in F32 only, or too small and sensitive to round
+    factor: tuple[str, str] | None = None  # hub name and shape of the second factor of a PRODUCT
 
 
 @dataclass(frozen=True)
@@ -55,17 +58,17 @@ class Table:
 
     embedding: Row
     layers: tuple[Group, ...]
-    last: tuple[Row, ...]
+    last: tuple[Row, ...] | Callable[[ModelConfig], tuple[Row, ...]]  # between the layers and the head
     head: Row  # the output matrix
     sizes: Callable[[ModelConfig], dict[str, int]] = lambda config: {}  # of words beyond `dimensions`
 
 
 def is_mla(config: ModelConfig, layer: int) -> bool:
-    return config.layers[layer] is LayerKind.MLA
+    return config.blocks[layer] is LayerKind.MLA
 
 
 def is_kda(config: ModelConfig, layer: int) -> bool:
-    return config.layers[layer] is LayerKind.KDA
+    return config.blocks[layer] is LayerKind.KDA
 
 
 FLOAT32: Final = (".A_log", ".dt_bias")  # F32 in the published checkpoints, all others BF16
@@ -81,6 +84,14 @@ class Output:
     source_shape: tuple[int, ...]  # of each source, row-major
     transform: Transform
     always_f32: bool
+    factor: tuple[str, tuple[int, ...]] | None = None  # the second source of a PRODUCT, and its shape
+
+    @property
+    def inputs(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Every canonical tensor that is read, with its shape."""
+        yield from ((source, self.source_shape) for source in self.sources)
+        if self.factor is not None:
+            yield self.factor
 
     @property
     def columns(self) -> int:
@@ -131,22 +142,27 @@ def outputs_of(table: Table, config: ModelConfig) -> Iterator[Output]:
     """Every tensor of the GGUF file in the order of the file: embedding, layers, output norm, output."""
     sizes = dimensions(config) | table.sizes(config)
 
+    def shape_of(words: str) -> tuple[int, ...]:
+        return tuple(sizes[word] for word in words.split())
+
     def make(row: Row, layer: int = 0, hub: str = "", gguf: str = "") -> Output:
-        shape = [sizes[word] for word in row.shape.split()]
+        shape = shape_of(row.shape)
         experts = config.num_experts if "{e}" in row.hub else 1
         return Output(
             name=gguf + row.gguf,
-            ne=tuple(sizes[word] for word in row.ne.split()) or tuple(reversed(shape)),
+            ne=shape_of(row.ne) or shape[::-1],
             sources=tuple((hub + row.hub).format(i=layer, e=e) for e in range(experts)),
-            source_shape=tuple(shape),
+            source_shape=shape,
             transform=row.transform,
             always_f32=row.always_f32,
+            factor=((hub + row.factor[0]).format(i=layer), shape_of(row.factor[1])) if row.factor else None,
         )
 
     yield make(table.embedding)
-    for layer in range(len(config.layers)):
+    for layer in range(len(config.blocks)):
         for group in table.layers:
             if group.has(config, layer):
                 hub, gguf = "model.layers.{i}." + group.hub, f"blk.{layer}."
                 yield from (make(row, layer, hub, gguf) for row in group.rows)
-    yield from map(make, (*table.last, table.head))
+    last = table.last if isinstance(table.last, tuple) else table.last(config)
+    yield from map(make, (*last, table.head))

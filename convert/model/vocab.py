@@ -6,6 +6,7 @@ Output: a `Vocab` for GGUF's `tokenizer.ggml.*` keys (model `gpt2`, pre-tokenize
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class Vocab:
     unk_id: int | None
     chat_template: str | None
     pre: str  # llama.cpp's name of the split pattern, tokenizer.ggml.pre
+    add_bos: bool = False  # whether a text starts with bos
+    notes: tuple[str, ...] = ()  # what llama.cpp does differently from the checkpoint's tokenizer
 
 
 def load_tiktoken_vocab(folder: Path, config: ModelConfig) -> Vocab:
@@ -64,7 +67,7 @@ def load_tiktoken_vocab(folder: Path, config: ModelConfig) -> Vocab:
 
     specials, types = special_rows(named, named_in, len(ranks), config.vocab_size)
     tokens = [bytes_to_text(token) for token in ranks] + specials
-    check_distinct(tokens, len(ranks), named_in)
+    check_distinct(tokens, range(len(ranks)), named_in)
     ids = {content: len(ranks) + i for i, content in enumerate(specials)}
     vocab = Vocab(
         tokens=tokens,
@@ -154,12 +157,12 @@ def special_rows(
     return spellings, [int(t) for t in types]
 
 
-def check_distinct(tokens: list[str], num_ranks: int, path: Path) -> None:
+def check_distinct(tokens: list[str], ordinary: Container[int], path: Path) -> None:
     """Raise `ConvertError` if two tokens have the same text: llama.cpp aborts on such a file."""
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
         if (earlier := seen.setdefault(token, i)) != i:
-            kind = "ordinary" if earlier < num_ranks else "special"
+            kind = "ordinary" if earlier in ordinary else "special"
             raise ConvertError(
                 f"{path}: special token {i}, {excerpt(token)}, has the same text as {kind} token {earlier}; "
                 "rename one of them, or download the file again"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -54,14 +55,14 @@ def checked_text(value: object, where: str) -> str:
     return value
 
 
-def check_ranks(tokens: list[bytes], path: Path, where: str) -> None:
+def check_ranks(tokens: Iterable[tuple[int, bytes]], path: Path, where: str) -> None:
     """Raise `ConvertError` if a single byte is missing, a token appears twice, or a token is empty or too long.
 
     where: "line" or "id", by which the file numbers its tokens; lines count from 1, ids from 0.
     """
     first = 1 if where == "line" else 0
     places: dict[bytes, int] = {}
-    for rank, token in enumerate(tokens):
+    for rank, token in tokens:
         place = f"{path}, {where} {rank + first}"
         if not 0 < len(token) <= MAX_TOKEN_BYTES:
             raise ConvertError(f"{place}: token: expected 1 to {MAX_TOKEN_BYTES} bytes, found {len(token)}")
@@ -97,7 +98,7 @@ def read_tiktoken_model(path: Path) -> list[bytes]:
         except (binascii.Error, ValueError) as error:
             found = f"{excerpt(encoded)} ({error})"
             raise ConvertError(f"{path}, line {number}: expected base64, found {found}") from None
-    check_ranks(tokens, path, "line")
+    check_ranks(enumerate(tokens), path, "line")
     return tokens
 
 
@@ -147,14 +148,23 @@ def read_tokenizer_json(path: Path) -> tuple[list[bytes], dict[int, SpecialToken
         )
     if root.get("normalizer") is not None:
         raise ConvertError(f"{path}: normalizer: expected none, found {excerpt(root['normalizer'])}")
+    named = tokens_of_json(root, path)
+    tokens = vocab_in_order(model.get("vocab"), named, path)
+    return tokens, named, merge_pairs(model.get("merges"), path)
+
+
+def tokens_of_json(root: dict[str, Any], path: Path) -> dict[int, SpecialToken]:
+    """`added_tokens` of a tokenizer.json: special tokens by id."""
+    entries = root.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise ConvertError(f"{path}: expected a list added_tokens, found {excerpt(entries)}")
     named: dict[int, SpecialToken] = {}
-    for i, entry in enumerate(root.get("added_tokens") or []):
+    for i, entry in enumerate(entries):
         where = f"{path}, added_tokens[{i}]"
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or entry["id"] in named:
             raise ConvertError(f"{where}: expected an object with a unique 'id', found {excerpt(entry)}")
         named[entry["id"]] = special_token(entry.get("content"), entry.get("special", False), where)
-    tokens = vocab_in_order(model.get("vocab"), named, path)
-    return tokens, named, merge_pairs(model.get("merges"), path)
+    return named
 
 
 def split_patterns(pre_tokenizer: object) -> list[str]:
@@ -190,7 +200,7 @@ def vocab_in_order(vocab: object, named: dict[int, SpecialToken], path: Path) ->
             raise ConvertError(
                 f"{path}, model.vocab[{excerpt(plain[rank])}]: expected GPT-2's spelling of bytes"
             ) from None
-    check_ranks(tokens, path, "id")
+    check_ranks(enumerate(tokens), path, "id")
     return tokens
 
 

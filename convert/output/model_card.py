@@ -14,6 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+from kimi_gguf.convert.model.families import BY_ARCHITECTURE
+from kimi_gguf.convert.model.tensor_table import Transform
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.plan import Plan, type_counts
 
@@ -22,13 +24,15 @@ DIFFERENCES: Final = (
     "`attention.value_length` is the width of the latent, {value_length}, so that the cache can be quantized; "
     "llama.cpp's converter writes `head_dim`.",
     "`eos_token_id` is the token that ends the model's answers ({eos}), as in its config, not the tokenizer's "
-    "`[EOS]`; `add_bos_token` is false and `eot_token_id` is written.",
-    "`ssm_a` = -exp(A_log) is computed in double precision and rounded once.",
+    "{tokenizer_eos}; `add_bos_token` is false and `eot_token_id` is written.",
+    "`ssm_a` = {ssm_a} is computed in double precision and rounded once.",
     "Added tokens that are not special in the tokenizer, such as the tool call markers, are user-defined tokens, "
     "not control tokens: they are shown in the output.",
     "Keys of expert groups are written only if the router excludes groups.",
     "Tensor names, shapes and types are those of llama.cpp, so that upstream builds load the file.",
 )
+
+_TOKENIZER_EOS: Final = {"kimi-linear": "`[EOS]`"}
 
 
 def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
@@ -113,9 +117,20 @@ def _running(plan: Plan, name: str) -> str:
 def _differences(facts: Mapping[str, object]) -> Iterator[str]:
     tokens, eos = facts.get("tokenizer.ggml.tokens"), facts.get("tokenizer.ggml.eos_token_id")
     text = tokens[eos] if isinstance(tokens, list) and isinstance(eos, int) else "none"
+    architecture = str(facts["general.architecture"])
     for difference in DIFFERENCES:
-        value_length = facts.get(f"{facts['general.architecture']}.attention.value_length")
-        yield "- " + difference.format(value_length=value_length, eos=f"`{_code_text(str(text))}`")
+        yield "- " + difference.format(
+            value_length=facts.get(f"{architecture}.attention.value_length"),
+            eos=f"`{_code_text(str(text))}`",
+            tokenizer_eos=_TOKENIZER_EOS.get(architecture, "own end token"),
+            ssm_a="exp(A_log)" if _has_positive_gates(architecture) else "-exp(A_log)",
+        )
+
+
+def _has_positive_gates(architecture: str) -> bool:
+    """Whether the family stores exp(A_log) as it is."""
+    groups = BY_ARCHITECTURE[architecture].table.layers
+    return any(row.transform is Transform.EXP for group in groups for row in group.rows)
 
 
 def _type(plan: Plan) -> str:

@@ -75,10 +75,23 @@ class Chunk:
     count: int
     read: Callable[[Checkpoint, Chunk], tuple[Stored, Dtype]]  # -> [rows, columns] and their dtype
 
+    @property
+    def ranges(self) -> Iterator[tuple[str, int, int]]:
+        """What `read` reads, in this order: source, first element, number of elements."""
+        yield self.source, self.first, self.count
+        if self.tensor.output.factor is not None:
+            yield self.tensor.output.factor[0], self.first, self.count
 
-def prepared(plan: Plan) -> Ggml | None:
-    """ggml's quantization functions, prepared for every type of the plan; None if the plan needs none."""
-    kinds = {tensor.type.name: tensor.type for tensor in plan.tensors if tensor.type.quantized}
+
+def prepared(checkpoint: Checkpoint, plan: Plan) -> Ggml | None:
+    """ggml's quantization functions, prepared for every type of the plan; None if the plan needs none, as for weights
+    that keep the type of the checkpoint."""
+    kinds = {
+        tensor.type.name: tensor.type
+        for tensor in plan.tensors
+        if tensor.type.quantized
+        and any(checkpoint.dtype(source).name != tensor.type.name for source in tensor.output.sources)
+    }
     if not kinds:
         return None
     ggml = load()
@@ -110,7 +123,7 @@ def encoded(
     under_way: deque[tuple[PlannedTensor, Future[Bytes]]] = deque()
     pool = ThreadPoolExecutor(pace.threads, "encode")
     try:
-        with checkpoint.expecting((chunk.source, chunk.first, chunk.count) for chunk in chunks()):
+        with checkpoint.expecting(wanted for chunk in chunks() for wanted in chunk.ranges):
             for chunk in chunks():
                 under_way.append((chunk.tensor, pool.submit(work, chunk)))
                 if len(under_way) >= pace.chunks:
@@ -133,8 +146,10 @@ def _chunks(tensor: PlannedTensor, elements: int) -> Iterator[Chunk]:
             step = max(elements // columns, 1) * columns
             for first in range(0, size, step):
                 yield Chunk(tensor, source, expert, first, min(step, size - first), _rows)
-        elif output.transform is Transform.NEG_EXP:
-            yield Chunk(tensor, source, 0, 0, size, _neg_exp)
+        elif output.transform in (Transform.NEG_EXP, Transform.EXP):
+            yield Chunk(tensor, source, 0, 0, size, _exp)
+        elif output.transform is Transform.PRODUCT:
+            yield Chunk(tensor, source, 0, 0, size, _product)
         else:
             yield from _heads(tensor, source)
 
@@ -152,8 +167,11 @@ def _heads(tensor: PlannedTensor, source: str) -> Iterator[Chunk]:
 
 
 def _rows(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
-    values = checkpoint.elements(chunk.source, chunk.first, chunk.count)
-    return values.reshape(-1, chunk.tensor.output.ne[0]), checkpoint.dtype(chunk.source)
+    values, dtype = (
+        checkpoint.elements(chunk.source, chunk.first, chunk.count),
+        checkpoint.dtype(chunk.source),
+    )
+    return values.reshape(chunk.count // chunk.tensor.output.ne[0], -1), dtype
 
 
 def _transposed(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
@@ -161,17 +179,52 @@ def _transposed(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
     return np.ascontiguousarray(values.reshape(chunk.tensor.output.ne[0], -1).T), dtype
 
 
-def _neg_exp(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
-    """-exp(x), computed in double precision and rounded once."""
+def _exp(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
+    """-exp(x) or exp(x), computed in double precision and rounded once."""
+    sign = -1 if chunk.tensor.output.transform is Transform.NEG_EXP else 1
     stored, dtype = _rows(checkpoint, chunk)
     check(stored, dtype, F32)
     with np.errstate(over="ignore"):
-        exact = -np.exp(to_float32(stored, dtype).astype(np.float64))
+        exact = sign * np.exp(to_float32(stored, dtype).astype(np.float64))
         values = exact.astype(np.float32)
     if not np.isfinite(values).all():
-        at = int(np.argmin(exact))
+        at = int(np.argmax(np.abs(exact)))
         raise BadValueError(at, float(exact.flat[at]), beyond=True)
     return values, Dtype.F32
+
+
+def _product(checkpoint: Checkpoint, chunk: Chunk) -> tuple[Stored, Dtype]:
+    """The product with the factor, in float32 as the model's code computes it."""
+    factors = []
+    for source, first, count in chunk.ranges:
+        stored, dtype = checkpoint.elements(source, first, count), checkpoint.dtype(source)
+        try:
+            check(stored, dtype, F32)
+        except BadValueError as bad:
+            raise _not_finite(checkpoint, source, bad) from None
+        factors.append(to_float32(stored, dtype))
+    with np.errstate(over="ignore"):
+        values = factors[0] * factors[1]
+    if not np.isfinite(values).all():
+        raise BadValueError(int(np.argmin(np.isfinite(values))), math.inf, beyond=True)
+    return values.reshape(1, -1), Dtype.F32
+
+
+def _not_finite(
+    checkpoint: Checkpoint, source: str, bad: BadValueError, element: int | None = None
+) -> ConvertError:
+    element = bad.index if element is None else element
+    if checkpoint.dtype(source) is Dtype.MXFP4:
+        path, stored, index = checkpoint.locate_scale(source, element)
+        return ConvertError(
+            f"{path}: {stored!r}: element {list(index)}: expected a scale with finite weights, found one with "
+            f"{bad.value} (the byte 255 is NaN, 253 and 254 overflow float32); the checkpoint is damaged"
+        )
+    path, stored, index = checkpoint.locate(source, element)
+    return ConvertError(
+        f"{path}: {stored!r}: element {list(index)}: expected a finite number, found {bad.value}; the checkpoint "
+        "is damaged, or its training diverged"
+    )
 
 
 def _complaint(checkpoint: Checkpoint, chunk: Chunk, bad: BadValueError) -> ConvertError:
@@ -180,13 +233,10 @@ def _complaint(checkpoint: Checkpoint, chunk: Chunk, bad: BadValueError) -> Conv
         columns = chunk.tensor.output.ne[0]
         row, column = divmod(element, columns)
         element = column * (chunk.count // columns) + row
+    if not bad.beyond:
+        return _not_finite(checkpoint, chunk.source, bad, chunk.first + element)
     path, stored, index = checkpoint.locate(chunk.source, chunk.first + element)
     kind = chunk.tensor.type
-    if not bad.beyond:
-        return ConvertError(
-            f"{path}: {stored!r}: element {list(index)}: expected a finite number, found {bad.value}; the checkpoint "
-            "is damaged, or its training diverged"
-        )
     what = "the checkpoint is damaged" if kind is F32 else "convert to BF16 or F32"
     return ConvertError(
         f"{path}: {stored!r} -> {chunk.tensor.name}: element {list(index)} is {bad.value:g}, too large for "

@@ -10,7 +10,7 @@ No code of the checkpoint is run: no pickle, and no Python file in its folder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
@@ -25,17 +25,21 @@ from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, r
 from kimi_gguf.convert.model.layouts import Place
 from kimi_gguf.convert.model.vocab_files import TOKENIZER
 from kimi_gguf.convert.output.digest import digest
+from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
 from kimi_gguf.convert.source.hub import PREFIX, HubId, cached_folder, is_offline, open_repository
-from kimi_gguf.convert.source.json_file import read_object
+from kimi_gguf.convert.source.json_file import MAX_INDEX_BYTES, read_object
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.source.read_ahead import MOST_BYTES, Range, ReadAhead
 from kimi_gguf.convert.source.remote import RemoteFile
-from kimi_gguf.convert.source.safetensors_file import Dtype, SafetensorsFile
+from kimi_gguf.convert.source.safetensors_file import FLOATS, PACKED, SCALES, Dtype, SafetensorsFile
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
+_FEW_TENSORS: Final = 21_000  # whose memory is not counted
+_TENSOR_BYTES: Final = 1200  # memory of each further one, measured with half a million
+WINDOW_BYTES: Final = 7 << 20  # of a tensor in MXFP4 that are prefetched together; less than a request
 _NO_PICKLES: Final = (
     "pickled weights run code when they are read, so they are refused; save the checkpoint as safetensors"
 )
@@ -71,22 +75,49 @@ class Checkpoint:
     def dtype(self, name: str) -> Dtype:
         """The type the tensor is stored in."""
         file, place = self._stored(name)
-        return Dtype(file.tensors[place.stored].dtype)
+        return Dtype.MXFP4 if place.scales else Dtype(file.tensors[place.stored].dtype)
+
+    @property
+    def packed(self) -> bool:
+        """Whether any tensor is stored in MXFP4."""
+        return any(place.scales is not None for place in self._place.values())
 
     def locate(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
-        """The file, the stored name and the index there of the tensor's `element` in row-major order."""
+        """The file, the stored name and the index there of the tensor's `element` in row-major order (in MXFP4 the
+        index of the element, not of its byte)."""
         file, place = self._stored(name)
         index = np.unravel_index(place.first + element, place.stored_shape)
         return file.path, place.stored, tuple(int(i) for i in index)
 
-    def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
-        """Elements `first .. first+count` in row-major order, 1-D, as stored (BF16 as uint16)."""
-        file, place = self._stored(name)
-        return file.read(place.stored, place.first + first, count)
+    def locate_scale(self, name: str, element: int) -> tuple[PurePath, str, tuple[int, ...]]:
+        """The same for the scale of an element in MXFP4."""
+        scales = self._place[name].scales
+        if scales is None:
+            raise ValueError(f"{name}: is not in MXFP4")
+        *row, column = self.locate(name, element)[2]
+        return self._files[self._file_of[scales]].path, scales, (*row, column // mxfp4.GROUP)
 
-    def _span(self, name: str, first: int, count: int) -> tuple[Source, int, int]:
+    def elements(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
+        """Elements `first .. first+count` in row-major order, 1-D, as stored: BF16 as uint16, MXFP4 as blocks of
+        bytes (there `first` and `count` must be whole groups)."""
+        found = [file.read(stored, at, size) for file, stored, at, size in self._parts(name, first, count)]
+        return found[0] if len(found) == 1 else mxfp4.blocks(*found)
+
+    def _parts(self, name: str, first: int, count: int) -> Iterator[tuple[SafetensorsFile, str, int, int]]:
+        """The stored ranges that hold a range of a canonical tensor: file, tensor, first element, number."""
         file, place = self._stored(name)
-        return file.span(place.stored, place.first + first, count)
+        if place.scales is None:
+            yield file, place.stored, place.first + first, count
+            return
+        if first % mxfp4.GROUP or count % mxfp4.GROUP:
+            raise ValueError(f"{name}: elements {first}..{first + count} are not whole groups")
+        yield file, place.stored, first // 2, count // 2
+        yield (
+            self._files[self._file_of[place.scales]],
+            place.scales,
+            first // mxfp4.GROUP,
+            count // mxfp4.GROUP,
+        )
 
     @contextmanager
     def expecting(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[None]:
@@ -95,10 +126,26 @@ class Checkpoint:
         if self._ahead is None:
             yield
             return
-        spans = (self._span(*wanted) for wanted in ranges)
+        spans = self._spans(ranges)
         remote = (Range(file, begin, end) for file, begin, end in spans if isinstance(file, RemoteFile))
         with self._ahead.expecting(remote):
             yield
+
+    def _spans(self, ranges: Iterable[tuple[str, int, int]]) -> Iterator[tuple[Source, int, int]]:
+        """The bytes of these ranges. Elements and scales in MXFP4 alternate, but are far apart in the file: those of
+        a few MiB are listed one after the other, so that one request fetches many of them."""
+        window: list[tuple[tuple[Source, int, int], ...]] = []
+        held, before = 0, ""
+        for name, first, count in ranges:
+            found = self._parts(name, first, count)
+            parts = tuple(file.span(stored, at, number) for file, stored, at, number in found)
+            size = sum(end - begin for _, begin, end in parts)
+            if window and (name != before or held + size > WINDOW_BYTES):
+                yield from (span for each in zip(*window, strict=True) for span in each)
+                window, held = [], 0
+            window.append(parts)
+            held, before = held + size, name
+        yield from (span for each in zip(*window, strict=True) for span in each)
 
     def stop(self) -> None:
         """Stop reading: threads that wait for the network end."""
@@ -112,9 +159,10 @@ class Checkpoint:
         return sum(source.size for source in sources if isinstance(source, RemoteFile))
 
     @property
-    def ahead_bytes(self) -> int:
-        """Bytes of memory for prefetched data."""
-        return MOST_BYTES if self._ahead else 0
+    def own_bytes(self) -> int:
+        """Bytes of memory for prefetched data, and for the names and places of more tensors than the 48B has."""
+        names = max(len(self._file_of) - _FEW_TENSORS, 0) * _TENSOR_BYTES
+        return names + (MOST_BYTES if self._ahead else 0)
 
     def identity(self) -> str:
         """A hash of the names, sizes, times and headers of the files with the weights."""
@@ -131,19 +179,22 @@ class Checkpoint:
             for file in self._files.values():
                 file.check_unchanged(thoroughly=True)
             return
-        for path in {self._file_of[self._place[name].stored] for name in names}:
+        for path in {self._file_of[stored] for name in names for stored, _ in self._place[name].tensors}:
             self._files[path].check_unchanged()
 
     def float32(self, name: str) -> npt.NDArray[np.float32]:
         """The whole tensor in its canonical shape, exactly, as float32."""
         shape = self.shapes[name]
-        return to_float32(self.elements(name, 0, math.prod(shape)).reshape(shape), self.dtype(name))
+        return to_float32(self.elements(name, 0, math.prod(shape)), self.dtype(name)).reshape(shape)
 
 
 def to_float32(values: npt.NDArray[Any], dtype: Dtype) -> npt.NDArray[np.float32]:
-    """Stored elements as float32; exact, because float32 has every F16 and BF16 number."""
+    """Stored elements as float32; exact, because float32 has every F16, BF16 and MXFP4 number. Blocks of MXFP4
+    [..., 17 n] become elements [..., 32 n]."""
     if dtype is Dtype.BF16:
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype is Dtype.MXFP4:
+        return mxfp4.values(values)
     return values.astype(np.float32, copy=False)
 
 
@@ -160,9 +211,10 @@ class _Root:
 
 
 @contextmanager
-def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
+def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint]:
     """Open a checkpoint: its folder, its index, its single safetensors file with `config.json` in the same folder;
-    or, if a string is none of these, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`.
+    or, if a string is none of these, its id on the hub, `[hf://]OWNER/NAME[@REVISION]`. Without `mtp`, layers that
+    predict further tokens are left out.
 
     Raises `ConvertError`, naming file and tensor, for anything missing, damaged, duplicate or unexpected.
     """
@@ -183,6 +235,7 @@ def open_checkpoint(source: Path | str) -> Iterator[Checkpoint]:
                 where[name] = file_path
         if not root.single:
             _check_index(root.path, root.weight_map, where)
+        config = family_of(config).stored(config, where.keys(), mtp)
         checkpoint = Checkpoint(root, config, files, where)
         stack.callback(checkpoint.stop)
         yield checkpoint
@@ -253,7 +306,7 @@ def _weights(path: PurePath, names: Collection[str]) -> tuple[str | None, str | 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of a shard index; all files are in the index's folder."""
-    found = read_object(index).get("weight_map")
+    found = read_object(index, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ConvertError(f"{index}: weight_map: expected an object of tensor and file names")
     for name, file in found.items():
@@ -301,38 +354,72 @@ def _resolve(
         candidates = places_of(config, name, shape)
         found = [place for place in candidates if place.stored in where]
         if not found and name == head and config.tie_word_embeddings:
-            found = [Place(embedding, shape, 0)]
+            found = [place for place in places_of(config, embedding, shape) if place.stored in where]
         if not found:
-            also = ", ".join(repr(place.stored) for place in candidates[1:])
-            raise ConvertError(
-                f"{path}: missing tensor {name!r} of shape {list(shape)}"
-                f"{f' (also looked for {also})' if also else ''}; the checkpoint is incomplete, "
-                f"or {CONFIG} describes another model"
-            )
+            raise _missing(path, candidates, where)
         if len(found) > 1:
             raise ConvertError(
                 f"{where[found[1].stored]}: {found[1].stored!r} is a duplicate of {found[0].stored!r} "
                 f"in {where[found[0].stored].name}; keep one of the two"
             )
         resolved[name] = found[0]
-    used = {place.stored: place for place in resolved.values()}
+        if found[0].scales is not None:
+            _check_packed(found[0], config, where)
+    used = {
+        stored: (name.endswith(family.padded) and bool(family.padded), place, shape)
+        for name, place in resolved.items()
+        for stored, shape in place.tensors
+    }
+    ignored = (*family.ignored, *family.left_out(config))
     for stored, file in where.items():
-        if stored.startswith(family.ignored):
+        if stored.startswith(ignored):
             continue
         if stored not in used:
             raise ConvertError(
                 f"{file}: unexpected tensor {stored!r}; {CONFIG} describes a model without it, "
                 "and without this tensor it may compute something else"
             )
-        tensor, expected = files[file].tensors[stored], used[stored].stored_shape
-        if tensor.shape != expected:
+        tensor, (padded, place, expected) = files[file].tensors[stored], used[stored]
+        longer = padded and len(tensor.shape) == 1 and tensor.shape > expected
+        if tensor.shape != expected and not longer:
             raise ConvertError(
                 f"{file}: {stored!r}: expected shape {list(expected)} by {CONFIG}, "
                 f"found {list(tensor.shape)}; file and config do not belong together"
             )
-        if tensor.dtype not in Dtype.__members__:
+        dtypes = FLOATS if place.scales is None else PACKED if stored == place.stored else SCALES
+        if tensor.dtype not in dtypes:
+            todo = "save the checkpoint in one of those" if dtypes is FLOATS else "only MXFP4 is read"
             raise ConvertError(
-                f"{file}: {stored!r}: expected dtype {', '.join(Dtype.__members__)}, found {tensor.dtype}; "
-                "save the checkpoint in one of those"
+                f"{file}: {stored!r}: expected dtype {', '.join(dtypes)}, found {tensor.dtype}; {todo}"
             )
     return resolved
+
+
+def _missing(path: PurePath, candidates: Sequence[Place], where: Mapping[str, PurePath]) -> ConvertError:
+    for place in candidates:
+        if (packed := f"{place.stored}_packed") in where:
+            return ConvertError(
+                f"{where[packed]}: unexpected tensor {packed!r}: only routed experts may be packed; dequantise the "
+                "others"
+            )
+    first, *others = candidates
+    also = ", ".join(repr(place.stored) for place in others)
+    return ConvertError(
+        f"{path}: missing tensor {first.stored!r} of shape {list(first.stored_shape)}"
+        f"{f' (also looked for {also})' if also else ''}; the checkpoint is incomplete, "
+        f"or {CONFIG} describes another model"
+    )
+
+
+def _check_packed(place: Place, config: ModelConfig, where: Mapping[str, PurePath]) -> None:
+    file = where[place.stored]
+    if not config.mxfp4_experts:
+        raise ConvertError(
+            f"{file}: {place.stored!r}: expected a quantization_config in {CONFIG} that describes packed weights, "
+            "found none; use the config of the original checkpoint"
+        )
+    if place.scales not in where:
+        raise ConvertError(
+            f"{file}: {place.stored!r}: missing tensor {place.scales!r} with its scales; download the checkpoint "
+            "again"
+        )

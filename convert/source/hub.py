@@ -19,7 +19,7 @@ from urllib.parse import urljoin
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.source import remote
 from kimi_gguf.convert.source.byte_source import LocalFile, Source
-from kimi_gguf.convert.source.json_file import MAX_BYTES
+from kimi_gguf.convert.source.json_file import MAX_BYTES, MAX_INDEX_BYTES
 from kimi_gguf.convert.source.origin import COMMIT
 from kimi_gguf.convert.source.read_ahead import ReadAhead
 from kimi_gguf.convert.source.remote import Location, PassingError, RemoteFile, Web, reason
@@ -107,7 +107,7 @@ def open_repository(id: HubId, small: Sequence[str]) -> Repository:
         raise ReadError(f"{id}: {web.hub}: expected the commit of the revision, found {commit!r:.60}")
     paths: list[Path] = []
     for name in (name for name in small if name in sizes):
-        if (sizes[name] or 0) > MAX_BYTES:
+        if (sizes[name] or 0) > (MAX_INDEX_BYTES if name.endswith(".index.json") else MAX_BYTES):
             raise ConvertError(f"{id}: {name}: expected a small file, found {sizes[name]:,} bytes")
         paths.append(web.persistently(f"{id}: {name}", partial(_download, id, commit, name, web)))
     if not paths:

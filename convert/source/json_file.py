@@ -14,7 +14,8 @@ from typing import Any
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.engine.file_kind import kind_of
 
-MAX_BYTES = 64 << 20  # a hub index of 20,000 tensors has 2 MB, a tokenizer.json about 20
+MAX_BYTES = 64 << 20  # a tokenizer.json has about 20 MB
+MAX_INDEX_BYTES = 256 << 20  # a shard index of half a million tensors has 60 MB
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
@@ -45,24 +46,24 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def read_small_file(path: Path) -> bytes:
-    """The content of a regular file of at most MAX_BYTES. Raises `ConvertError`."""
+def read_small_file(path: Path, most: int = MAX_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises `ConvertError`."""
     try:
         if path.exists() and not path.is_file():
             raise ConvertError(
                 f"{path}: expected a file, found {kind_of(path)}; copy the file from the checkpoint"
             )
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most + 1)
     except FileNotFoundError:
         raise ConvertError(f"{path}: not found; copy it from the original checkpoint") from None
     except OSError as error:
         raise ConvertError(f"{path}: cannot be read: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise ConvertError(f"{path}: expected at most {MAX_BYTES >> 20} MiB, found a larger file")
+    if len(data) > most:
+        raise ConvertError(f"{path}: expected at most {most >> 20} MiB, found a larger file")
     return data
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a small file. Raises `ConvertError`."""
-    return parse_object(read_small_file(path), str(path))
+def read_object(path: Path, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `most` bytes. Raises `ConvertError`."""
+    return parse_object(read_small_file(path, most), str(path))

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_gguf.convert.errors import ConvertError, ReadError
+from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.byte_source import Source
 from kimi_gguf.convert.source.json_file import parse_object
 
@@ -30,16 +31,30 @@ _TODO: Final = "the file is damaged or truncated, download it again"
 
 
 class Dtype(Enum):
-    """Weight types that are read. BF16 elements are handled as the upper half of a float32 (uint16)."""
+    """Types of weights. BF16 elements are handled as the upper half of a float32 (uint16), MXFP4 elements as ggml's
+    blocks of bytes (see mxfp4.py); in a file, MXFP4 is two tensors of bytes."""
 
     F32 = "F32"
     F16 = "F16"
     BF16 = "BF16"
+    MXFP4 = "MXFP4"
 
     @property
     def numpy(self) -> np.dtype[Any]:
-        return np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.value])
+        return np.dtype({"F32": "<f4", "F16": "<f2", "BF16": "<u2", "MXFP4": "u1"}[self.value])
 
+    def nbytes(self, elements: int) -> int:
+        """Bytes of this number of elements, of MXFP4 whole groups."""
+        if self is Dtype.MXFP4:
+            return elements // mxfp4.GROUP * mxfp4.BLOCK_BYTES
+        return elements * self.numpy.itemsize
+
+
+FLOATS: Final = tuple(
+    dtype.name for dtype in Dtype if dtype is not Dtype.MXFP4
+)  # of single tensors with weights
+PACKED: Final = ("U8",)  # of the tensor with MXFP4's elements
+SCALES: Final = ("U8", "F8_E8M0")  # of the tensor with their scales
 
 # Bytes of every dtype of the format: the offsets of other types are checked too.
 _BYTES: Final = {
@@ -50,7 +65,7 @@ _BYTES: Final = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as described by its file."""
 
@@ -64,6 +79,10 @@ class StoredTensor:
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
+
+
+def _numpy(dtype: str) -> np.dtype[Any]:
+    return Dtype(dtype).numpy if dtype in FLOATS else np.dtype("u1")
 
 
 class SafetensorsFile:
@@ -107,9 +126,10 @@ class SafetensorsFile:
 
     def read(self, name: str, first: int, count: int) -> npt.NDArray[Any]:
         """Elements `first .. first+count` of tensor `name` in row-major order, 1-D, in the stored dtype
-        (BF16 as uint16). The range must be inside the tensor, and the dtype one of `Dtype`."""
+        (BF16 as uint16, types of one byte as uint8). The range must be inside the tensor, and the dtype one of
+        `FLOATS`, `PACKED` and `SCALES`."""
         source, begin, _ = self.span(name, first, count)
-        out = np.empty(count, Dtype(self.tensors[name].dtype).numpy)
+        out = np.empty(count, _numpy(self.tensors[name].dtype))
         source.read_into(out.view(np.uint8).data, begin, repr(name))
         return out
 
@@ -118,7 +138,7 @@ class SafetensorsFile:
         tensor = self.tensors[name]
         if not 0 <= first <= first + count <= tensor.size:
             raise ValueError(f"{name}: elements {first}..{first + count} of {tensor.size}")
-        width = Dtype(tensor.dtype).numpy.itemsize
+        width = _numpy(tensor.dtype).itemsize
         return self.source, tensor.begin + first * width, tensor.begin + (first + count) * width
 
     def _header_bytes(self) -> bytes:

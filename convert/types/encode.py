@@ -2,6 +2,7 @@
 
 Input: rows of elements as stored in the checkpoint. Output: bytes; or `BadValueError` with the index of the first
 invalid element. F32, F16 and BF16 are converted here, rounded to nearest, ties to even; ggml encodes block types.
+Elements in MXFP4 are kept bit by bit if that is the type, and converted from their exact values otherwise.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from kimi_gguf.convert.source import mxfp4
 from kimi_gguf.convert.source.checkpoint import to_float32
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, Bytes, TensorType, Values
 
-Stored = npt.NDArray[Any]  # elements as they are in the checkpoint; BF16 as uint16
+Stored = npt.NDArray[Any]  # elements as they are in the checkpoint; BF16 as uint16, MXFP4 as blocks of bytes
 BLOCK_ELEMENTS: Final = 1 << 18  # float32 copies are made in blocks that a core's cache holds
 # Dtype -> (integer type of the same width, mask of the magnitude, bits of infinity). Masked integers have the order
 # of the magnitudes.
@@ -40,6 +42,9 @@ class BadValueError(Exception):
 
 def check(values: Stored, dtype: Dtype, kind: TensorType) -> None:
     """Raise `BadValueError` for the first NaN or infinity, else for the largest number if the type cannot hold it."""
+    if dtype is Dtype.MXFP4:
+        _check_blocks(values, kind)
+        return
     integers, mask, infinity = _BITS[dtype]
     flat = values.reshape(-1)
     magnitudes = flat.view(integers) & integers(mask)
@@ -63,7 +68,7 @@ def encode(
         return _CASTS[kind.name](to_float32(rows, dtype))
     if ggml is None:
         raise ValueError(f"{kind.name} needs ggml")
-    columns = rows.shape[1]
+    columns = rows.shape[1] // mxfp4.BLOCK_BYTES * mxfp4.GROUP if dtype is Dtype.MXFP4 else rows.shape[1]
     per_row = columns // kind.block * kind.block_bytes
     out = np.empty(len(rows) * per_row, np.uint8)
     step = max(BLOCK_ELEMENTS // columns, 1)
@@ -73,6 +78,21 @@ def encode(
             at = int(np.abs(part).argmax())
             raise BadValueError(first * columns + at, float(part.flat[at]), beyond=True)
     return out
+
+
+def _check_blocks(values: Stored, kind: TensorType) -> None:
+    """`check` for blocks of MXFP4."""
+    flat = values.reshape(-1)
+    if (bad := mxfp4.first_not_finite(flat)) is not None:
+        block = bad // mxfp4.GROUP * mxfp4.BLOCK_BYTES
+        element = mxfp4.values(flat[block : block + mxfp4.BLOCK_BYTES])[bad % mxfp4.GROUP]
+        raise BadValueError(bad, float(element))
+    if kind.name == Dtype.MXFP4.name or mxfp4.bound(flat) < kind.limit:
+        return
+    exact = mxfp4.values(flat)
+    at = int(np.abs(exact).argmax())
+    if abs(exact[at]) >= kind.limit:
+        raise BadValueError(at, float(exact[at]), beyond=True)
 
 
 def _value(bits: int, dtype: Dtype) -> float:

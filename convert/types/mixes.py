@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.tensor_table import Output
 from kimi_gguf.convert.types.file_types import TYPES, FileType
-from kimi_gguf.engine.tensor_types import F16, TENSOR_TYPES, TensorType
+from kimi_gguf.engine.tensor_types import BF16, F16, TENSOR_TYPES, TensorType
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class TypeRequest:
     overrides: tuple[tuple[str, TensorType], ...] = ()  # (regular expression, type); the first that matches
     pure: bool = False  # no mix: the base type of the file type for every tensor
     recipe: str | None = None  # the name in `RECIPES`, if the request came from there
+    default: bool = False  # nothing was requested: packed experts keep their type (see `as_stored`)
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,20 @@ _KINDS: Final = (
     ("ffn_gate", "gate"),
     ("ffn_down", "down"),
 )
-_COUNTED: Final = frozenset({"v", "up", "gate", "down"})
+_FFN: Final = frozenset({"up", "gate", "down"})
+_COUNTED: Final = _FFN | {"v"}
+# MXFP4_MOE is for experts: here they are known by their names, elsewhere every tensor with three dimensions counts.
+_EXPERTS_BY_NAME: Final = frozenset({"bailingmoe3"})
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
+
+# Delicate matrices by architecture, by a part of their names, as in llama-quantize with the project's patches: small
+# ones before a sigmoid, and the gates of KDA, whose errors act on all following tokens.
+_NOT_QUANTIZED: Final = {
+    "bailingmoe3": ("ssm_beta.weight", "attn_gate.weight"),
+    "kimi-k3": ("ssm_beta.weight",),
+}
+_GATES: Final = ("ssm_f_", "ssm_g.weight", "ssm_g_a")
+_AT_LEAST_Q8_0: Final = {"bailingmoe3": _GATES, "kimi-k3": _GATES}
 
 # A row: kinds, file types ("*" any but the lowest), condition, the type. The first matching row counts; without one
 # the tensor has the base type.
@@ -205,7 +218,7 @@ class _Chooser:
 
     def __post_init__(self) -> None:
         self.seen: Counter[str] = Counter()
-        self.layers = len(self.config.layers)
+        self.layers = len(self.config.blocks)
         self.experts = self.config.num_experts if self.config.num_moe_layers else 0
         self.gqa = self.config.num_heads if self.config.layers[0] is LayerKind.MLA else 0
 
@@ -225,6 +238,8 @@ class _Chooser:
             return base
         if not any(n > 1 for n in output.ne[1:]):  # llama-quantize does not quantize vectors
             return None
+        if any(part in output.name for part in _NOT_QUANTIZED.get(self.config.architecture, ())):
+            return None
         named = next((kind for pattern, kind in self.patterns if pattern.search(output.name)), None)
         if named is None:
             named = base if request.pure else self._mixed(output)
@@ -232,12 +247,16 @@ class _Chooser:
 
     def _mixed(self, output: Output) -> TensorType:
         mix, base, kind = self.request.file_type.name, self.request.file_type.base, _kind(output.name)
+        if any(part in output.name for part in _AT_LEAST_Q8_0.get(self.config.architecture, ())):
+            return TENSOR_TYPES["Q8_0"]
         if output.name == _OUTPUT:
             if mix == "MXFP4_MOE" or output.ne[0] % base.block:
                 return TENSOR_TYPES["Q8_0"]
             return base if base.name == "Q8_0" else TENSOR_TYPES[_OUTPUT_TYPES.get(mix, "Q6_K")]
         if mix == "MXFP4_MOE":
-            return base if len(output.ne) > 2 and output.ne[2] > 1 else TENSOR_TYPES["Q8_0"]
+            several = len(output.ne) > 2 and output.ne[2] > 1
+            is_expert = kind in _FFN or self.config.architecture not in _EXPERTS_BY_NAME
+            return base if several and is_expert else TENSOR_TYPES["Q8_0"]
         if output.name == _EMBEDDING:
             return TENSOR_TYPES[_EMBEDDING_TYPES.get(mix, base.name)]
         if kind is None:
@@ -290,7 +309,22 @@ def _protecting(name: str, experts: str) -> TypeRequest:
     return TypeRequest(TYPES[experts], keep, keep, overrides, recipe=name)
 
 
+# What llama.cpp's converter makes of a checkpoint with routed experts in MXFP4: they keep their type, and all other
+# matrices are BF16.
+MXFP4: Final = TypeRequest(TYPES["MXFP4_MOE"], BF16, BF16, ((r"^(?!.*_exps\.)", BF16),), recipe="mxfp4")
 RECIPES: Final = {
     name: _protecting(name, experts)
     for name, experts in (("kimi-q3", "Q3_K_S"), ("kimi-q4", "Q4_K_S"), ("kimi-q5", "Q5_K_S"))
-}
+} | {"mxfp4": MXFP4}
+
+
+def as_stored(request: TypeRequest) -> TypeRequest:
+    """The types of a checkpoint with packed experts if none were requested; the user's other options still count."""
+    if not request.default:
+        return request
+    return replace(
+        MXFP4,
+        output_type=request.output_type or MXFP4.output_type,
+        embedding_type=request.embedding_type or MXFP4.embedding_type,
+        overrides=(*request.overrides, *MXFP4.overrides),
+    )

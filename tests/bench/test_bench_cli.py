@@ -58,6 +58,22 @@ def test_a_tiny_grid_from_end_to_end(cache: Path, tmp_path: Path, engine: Engine
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("family", ["ling-3.0-tiny", "ling-3.0-flash", "glm-5.3-flash", "kimi-k3"])
+def test_every_variant_of_a_family_measures_the_same_logits(
+    family: str, tmp_path: Path, engine: Engine, upstream: Engine
+) -> None:
+    record = tmp_path / "record.json"
+    options = ("--type", "Q8_0", "--batch", "1,64", "--depth", "0,64", "--json", str(record))
+    bench(*TINY, "--family", family, *options)
+    (model,) = load(record)["models"]
+    assert len(model["cells"]) == 4
+    shared = model["about"]["shared"]  # NMSE to patched after 64 tokens from one saved state
+    assert len(shared) == 5
+    assert max(shared.values()) < 0.05
+    assert model["about"]["load"].keys() == {"patched", "upstream", "upstream --repack 0"}
+
+
+@pytest.mark.engine
 def test_one_process_at_a_time(tmp_path: Path, engine: Engine, upstream: Engine) -> None:
     record = tmp_path / "record.json"
     tiny = [*TINY, "--type", "Q2_K", "--batch", "1,8", "--depth", "0,64"]

@@ -1,4 +1,4 @@
-"""Generated models: the 48B's shapes, llama-quantize's types, random weights that both builds can run."""
+"""Generated models: published shapes, llama-quantize's types, random weights that both builds can run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 
 from kimi_gguf.bench import models
 from kimi_gguf.bench.cells import Cell
+from kimi_gguf.bench.families import COMPARABLE, FAMILIES
 from kimi_gguf.bench.models import ModelFile, generate, open_model
 from kimi_gguf.bench.roofline import demand
-from kimi_gguf.bench.shapes import FAMILIES, TYPES, BenchModel, plan_of
+from kimi_gguf.bench.shapes import TYPES, BenchModel, chosen_model, plan_of
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
@@ -49,9 +50,82 @@ def test_layers_have_the_48b_s_shapes() -> None:
     assert "blk.0.ffn_gate_exps.weight" not in shapes
 
 
+def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.output.ne for tensor in plan_of(chosen_model(family)).tensors}
+
+
+def test_the_whole_ling_3_0_tiny_has_the_published_size() -> None:
+    shapes = shapes_of("ling-3.0-tiny")
+    assert round(sum(np.prod(ne) for ne in shapes.values()) / 1e9, 2) == 7.89
+    latent = [name for name in shapes if name.endswith("attn_kv_a_mqa.weight")]
+    assert latent == [f"blk.{i}.attn_kv_a_mqa.weight" for i in range(3, 24, 4)]
+    assert shapes["blk.3.attn_q_b.weight"] == (256, 3072)
+    assert shapes["blk.0.ssm_f_a.weight"] == (1536, 2048)
+    assert shapes["blk.23.ffn_down_exps.weight"] == (512, 1536, 128)
+
+
 @pytest.mark.parametrize(
-    ("family", "latent", "recurrent"), [("kimi-linear", 1, 3), ("all-mla", 4, 0), ("deepseek2", 4, 0)]
-)
+    ("family", "expected"),
+    [
+        ("ling-3.0-flash", {
+            "token_embd.weight": (2560, 157184),
+            "blk.1.ffn_up.weight": (2560, 6144),
+            "blk.2.ffn_up_exps.weight": (2560, 768, 32),
+            "blk.5.attn_q.weight": (2560, 32 * 192),
+            "blk.5.attn_gate.weight": (2560, 32),
+            "blk.6.ssm_g_a.weight": (2560, 4096),
+        }),
+        ("glm-5.3-flash", {
+            "output.weight": (4096, 154880),
+            "blk.2.ffn_up.weight": (4096, 12288),
+            "blk.3.ffn_up_exps.weight": (4096, 2048, 32),
+            "blk.3.attn_k_b.weight": (256, 512, 64),
+            "blk.3.attn_kv_a_mqa.weight": (4096, 512),
+            "blk.3.indexer.attn_q_b.weight": (1536, 32 * 128),
+            "blk.3.indexer_compressor_ape.weight": (128, 4),
+            "blk.4.ssm_f_b.weight": (128, 8192),
+            "blk.4.hc_attn_fn.weight": (4 * 4096, 24),
+        }),
+        ("kimi-k3", {
+            "token_embd.weight": (7168, 163840),
+            "blk.0.ffn_up.weight": (7168, 33792),
+            "blk.1.ffn_up_exps.weight": (3584, 3072, 32),
+            "blk.1.ffn_up_shexp.weight": (7168, 6144),
+            "blk.1.ssm_g.weight": (7168, 96 * 128),
+            "blk.3.attn_q_b.weight": (1536, 96 * 192),
+            "blk.3.attn_gate.weight": (7168, 96 * 128),
+        }),
+    ],
+)  # fmt: skip
+def test_layers_have_the_shapes_of_their_family(family: str, expected: dict[str, tuple[int, ...]]) -> None:
+    shapes = shapes_of(family)
+    assert {name: shapes[name] for name in expected} == expected
+
+
+def test_as_many_layers_of_ling_3_0_flash_are_clamped_as_in_the_model() -> None:
+    keys = {key.name: key.value for key in plan_of(chosen_model("ling-3.0-flash")).keys}
+    assert keys["bailingmoe3.swiglu_clamp_exp"] == [0] * 10 + [4, 4]  # 7 of 42
+    assert keys["bailingmoe3.swiglu_clamp_shexp"] == [0] * 10 + [7, 7]  # 8 of 42
+    assert "bailingmoe3.swiglu_clamp_exp" not in {
+        key.name for key in plan_of(chosen_model("ling-3.0-tiny")).keys
+    }
+
+
+def test_few_layers_of_kimi_k3_have_several_blocks_of_residual_attention() -> None:
+    def block(layers: int) -> object:
+        keys = {key.name: key.value for key in plan_of(chosen_model("kimi-k3", layers)).keys}
+        return keys["kimi-k3.attn_res.block_size"]
+
+    assert [block(layers) for layers in (4, 8, 24, 93)] == [2, 4, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("family", "latent", "recurrent"),
+    [
+        ("kimi-linear", 1, 3), ("all-mla", 4, 0), ("deepseek2", 4, 0), ("ling-3.0-tiny", 1, 3),
+        ("ling-3.0-flash", 1, 3), ("glm-5.3-flash", 1, 3), ("kimi-k3", 1, 3),
+    ],
+)  # fmt: skip
 def test_families_differ_in_their_kinds_of_layers(family: str, latent: int, recurrent: int) -> None:
     names = [tensor.name for tensor in plan_of(tiny(family)).tensors]
     assert sum(name.endswith("attn_kv_a_norm.weight") for name in names) == latent
@@ -69,6 +143,10 @@ def test_types_are_those_that_llama_quantize_writes(kind: str, tmp_path: Path, u
     assert {tensor.name: tensor.type for tensor in made(tiny(kind=kind), upstream).tensors} == types
 
 
+def test_each_family_is_tested() -> None:
+    assert set(COMPARABLE) == set(FAMILIES) - {"all-mla"}
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, upstream: Engine) -> None:
@@ -80,6 +158,20 @@ def test_both_builds_run_them_with_finite_logits(family: str, engine: Engine, up
         assert np.isfinite(each).all()
         assert 0.1 < each.std() < 10
     assert np.square(logits[0] - logits[-1]).sum() < 0.05 * np.square(logits[0]).sum()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("family", "low", "high"),
+    [("kimi-linear", -16, -1), ("ling-3.0-tiny", 0.5, 2), ("glm-5.3-flash", -2, -0.5), ("kimi-k3", -2, -0.5)],
+)
+def test_the_factor_of_the_log_gate_has_the_sign_of_its_architecture(
+    family: str, low: float, high: float, upstream: Engine
+) -> None:
+    reader = gguf.GGUFReader(made(tiny(family), upstream).path)
+    values = np.stack([each.data.reshape(-1) for each in reader.tensors if each.name.endswith("ssm_a")])
+    assert values.shape == (3, 4)
+    assert low <= values.min() and values.max() <= high
 
 
 @pytest.mark.engine
@@ -144,6 +236,21 @@ def test_what_a_decode_must_read_is_counted(upstream: Engine) -> None:
     )
 
 
+@pytest.mark.engine
+def test_attention_with_an_indexer_reads_the_chosen_keys_only(upstream: Engine) -> None:
+    file = made(tiny("glm-5.3-flash"), upstream)  # one layer with latent attention, 4 heads of 256 + 256
+    near, far = (demand(file, Cell("f16", 1, depth, 1, 1)) for depth in (1000, 10000))
+    assert near.cache_bytes == 1001 * (512 + 128 / 4) * 2
+    assert far.cache_bytes == (2048 * 512 + 10001 * 128 / 4) * 2  # keys that are read, pools that are scored
+    folding = 4 * 512 * (256 + 256)
+    assert near.attention_macs == 4 * 1001 * 2 * 512 + folding + 1001 * 4 * 128 / 4
+    assert far.attention_macs == 4 * 2048 * 2 * 512 + folding + 10001 * 4 * 128 / 4
+    # a batch that passes the limit: 48 queries read all keys, 16 read 2048
+    across = demand(file, Cell("f16", 1, 2000, 1, 64))
+    pairs = sum(min(2000 + i, 2048) for i in range(1, 65))
+    assert across.attention_macs == 4 * pairs * 2 * 512 + 64 * folding + sum(range(2001, 2065)) * 4 * 128 / 4
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     writer = gguf.GGUFWriter(other, "llama")
@@ -162,6 +269,24 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
         open_model(tmp_path / "text.gguf")
 
 
+@pytest.mark.engine
+def test_a_model_that_does_not_fit_in_memory_is_not_generated(
+    upstream: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny("ling-3.0-tiny")
+    (nbytes,) = models.missing([model], upstream).values()
+    monkeypatch.setattr(models, "available_memory", lambda: nbytes)
+    models.check_room([model], upstream, Silent())
+    monkeypatch.setattr(models, "available_memory", lambda: nbytes - 1)
+    with pytest.raises(
+        EngineError, match=r"(?s)ling-3\.0-tiny-tiny-4L-8E-Q8_0 does not fit in memory.*--layers"
+    ):
+        models.check_room([model], upstream, Silent())
+    made(model, upstream)
+    models.check_room([model], upstream, Silent())  # it exists: nothing is generated
+
+
 def test_more_experts_than_llama_cpp_has_are_refused() -> None:
-    with pytest.raises(ConvertError, match="num_experts"):
-        plan_of(BenchModel(experts=2000))
+    for family in ("kimi-linear", "ling-3.0-tiny", "kimi-k3"):
+        with pytest.raises(ConvertError, match="num_experts"):
+            plan_of(chosen_model(family, experts=2000))

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from bench_case import TINY, bench
+from mtp_models import Circle, write_circle
+from random_checkpoint import Spec
+from synthetic_case import make_gguf
 
 from kimi_gguf.bench import speculative
 from kimi_gguf.bench.record import load
@@ -64,3 +67,39 @@ def test_drafts_on_the_server(
         cells = dict(zip(head, line, strict=False))
         assert cells["drafted"] == str(row["patched"]["drafted"])
         assert cells["upstream: drafted"] == str(row["upstream"]["drafted"])
+
+
+@pytest.mark.engine
+def test_drafts_of_an_mtp_layer(
+    tmp_path: Path,
+    engine: Engine,
+    upstream: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The simulated rates are those of the table, up to chance."""
+    monkeypatch.setattr(speculative, "SLOTS", (1,))
+    monkeypatch.setattr(speculative, "MTP_LENGTHS", (2,))
+    monkeypatch.setattr(speculative, "MTP_RATES", (0.0, 0.9))
+    vocabulary = make_gguf(tmp_path, Spec(layers="K", heads=1, kda_head_dim=32))
+    model = write_circle(tmp_path / "circle.gguf", Circle(), vocabulary)
+    assert speculative.main([str(model), "1"]) == 0
+    head, _, *lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("|")
+    ]
+    rows = [dict(zip(head, line, strict=False)) for line in lines]
+    assert [row["draft"] for row in rows] == list(speculative.mtp_drafts())
+    plain, own, never, mostly = rows
+    assert plain["drafted"] == "0"
+    assert 0 < int(own["accepted"].removesuffix(" %")) < 100
+    assert never["accepted"] == "0 %"
+    # of 2 drafted tokens 0.9 and 0.81 are accepted
+    assert abs(int(mostly["accepted"].removesuffix(" %")) - 85.5) < 5
+
+
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "1", "2"]])
+def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert speculative.main(arguments) == 2
+    assert "FILE [THREADS]" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from bench_case import TINY, bench
 from rpc_workers import rpc_workers
 
 from kimi_gguf.bench.cells import UBATCH
-from kimi_gguf.bench.shapes import SHAPES
+from kimi_gguf.bench.families import TINY as SHAPES
 from kimi_gguf.engine.builds import Engine
 
 
@@ -24,8 +24,7 @@ def test_traffic_of_two_workers(tmp_path: Path, engine: Engine) -> None:
         for row in rows
         if row[1:2] == ["0"]
     }
-    shapes = SHAPES["tiny"]
-    hidden, logits = 4 * shapes["hidden_size"], 4 * shapes["vocab_size"]
+    hidden, logits = 4 * SHAPES["hidden_size"], 4 * SHAPES["vocab_size"]
     for batch in ("1", str(UBATCH)):
         assert got[batch, "here"] == [0, 0]
         _, received = got[batch, "2 workers"]

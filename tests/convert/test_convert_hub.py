@@ -26,13 +26,16 @@ from convert_tools import (
 )
 from hub_server import COMMIT, TOKEN, Answer, Asked, FakeHub, Fault, repository, serving, trickle
 from random_checkpoint import Spec
+from random_k3 import K3Spec
+from random_k3 import write_checkpoint as write_k3
 
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.source import read_ahead, remote
 from kimi_gguf.convert.source.hub import HubId
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=50)
-DEMO, TINY = "kimi/demo", "org/Tiny-Kimi"
+DEMO, TINY, K3 = "kimi/demo", "org/Tiny-Kimi", "org/Tiny-K3"
+K3_SPEC = K3Spec(layers="KM", experts=6, latent=256, moe_intermediate=8192)  # experts of 1.1 MB
 SHARD = "model-00002-of-00002.safetensors"
 KEPT = {".x.gguf.unfinished"}
 
@@ -41,10 +44,11 @@ KEPT = {".x.gguf.unfinished"}
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both checkpoints in the layout of a cache on disk."""
     cache = tmp_path_factory.mktemp("cache")
-    paths = {name: f"models--{name.replace('/', '--')}/snapshots/{COMMIT}" for name in (DEMO, TINY)}
+    paths = {name: f"models--{name.replace('/', '--')}/snapshots/{COMMIT}" for name in (DEMO, TINY, K3)}
     found = {name: cache / path for name, path in paths.items()}
     shutil.copytree(Path(__file__).parents[2] / "demo", found[DEMO])
     fresh_checkpoint(found[TINY], SPEC)
+    write_k3(found[K3], K3_SPEC, shards=2)
     return found
 
 
@@ -145,7 +149,11 @@ def assert_converts(source: str, out: Path, expected: dict[str, bytes], *options
     """The conversion succeeds with the bytes of the folder."""
     run = convert(source, "-o", out / "x.gguf", *options)
     assert run.status == 0, run.err
-    assert (out / "x.gguf").read_bytes() == expected[DEMO if DEMO in source else TINY]
+    assert (
+        (out / "x.gguf").read_bytes() == expected[source]
+        if source == K3
+        else expected[DEMO if DEMO in source else TINY]
+    )
     return run
 
 
@@ -159,6 +167,19 @@ def test_a_hub_id_gives_the_bytes_of_the_folder(
     assert keys["general.source.huggingface.repository"] == name
     assert keys["kimi_gguf.source.commit"] == COMMIT and keys["general.name"] == name.split("/")[1]
     assert "bytes of weights are streamed over the network; they are not stored on disk" in run.err
+
+
+def test_packed_experts_are_fetched_whole(hub: FakeHub, out: Path, expected: dict[str, bytes]) -> None:
+    """The elements of an expert and its scales, which are read alternately, are fetched with one request."""
+    assert_converts(K3, out, expected)
+    ranges = [asked.headers.get("Range") or asked.headers.get("range") for asked in hub.asked]
+    sizes = [
+        int(end) - int(begin) + 1 for begin, end in (re.findall(r"\d+", each) for each in ranges if each)
+    ]
+    expert = 256 * 8192 // 32 * 17
+    shared = 3  # matrices of the shared experts are larger
+    assert sum(size >= expert for size in sizes) == 3 * K3_SPEC.experts + shared
+    assert sum(1000 < size < expert for size in sizes) < 40
 
 
 # (server, change, number of changed answers, number of unchanged ones before them, paths)

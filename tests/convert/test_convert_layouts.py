@@ -34,8 +34,8 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 LAYOUTS: list[Layout] = ["hub", "resaved", "native"]
 
 
-def converted(source: Path, output: Path, kind: str = "BF16") -> bytes:
-    run = convert(source, "-o", output, "--type", kind, "--name", "model")
+def converted(source: Path, output: Path, kind: str = "BF16", *options: str) -> bytes:
+    run = convert(source, "-o", output, "--type", kind, "--name", "model", *options)
     assert run.status == 0, run.err
     return without_origin(output)
 

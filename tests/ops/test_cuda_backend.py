@@ -20,6 +20,7 @@ from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
 from random_checkpoint import VOCAB_SIZE, Spec
+from random_family import ON_DEVICES, FamilySpec, write_family
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -160,9 +161,9 @@ CONVERSATIONS: dict[str, tuple[list[Step], dict[str, Any]]] = {
 }
 
 
-def assert_near(got: Logits, expected: Logits) -> None:
+def assert_near(got: Logits, expected: Logits, bound: float = ERROR) -> None:
     error = np.square(got.astype(np.float64) - expected).sum(1)
-    assert (error / np.square(expected.astype(np.float64)).sum(1)).max() <= ERROR
+    assert (error / np.square(expected.astype(np.float64)).sum(1)).max() <= bound
 
 
 @pytest.mark.parametrize("kqv", [True, False], ids=["kqv", "nkvo"])
@@ -263,3 +264,34 @@ def test_rollback_of_states_on_the_device(
     told = {"KIMI_CUDA_ORDER": order, "KIMI_OPS": "conv,scan,require"}
     roll_back_on_device(engine, model, backend, ALL, tmp_path / "log", **told)
     assert ran(tmp_path / "log") == {f"SECOND0 kernel {each} and its copy" for each in KDA}
+
+
+# Steps and their setup, layers on the device, and the operator in which a prompt's attention is computed.
+PLACED: dict[str, tuple[list[Step], dict[str, Any], int, str]] = {
+    "drafts rolled back, two layers": (*CONVERSATIONS["drafts rolled back"], 3, "FLASH_ATTN_EXT"),
+    "expanded keys, all layers": (prompts(130), {"cache_type": "Q8_0"}, ALL, "LATENT_ATTN"),
+}
+ERROR_OF_CACHE = {
+    "F32": ERROR,
+    "Q8_0": 2e-5,
+}  # NMSE; with Q8_0 a value at a boundary is rounded the other way
+
+
+@pytest.mark.parametrize("placed", PLACED)
+@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+def test_the_family_on_the_device(
+    spec: FamilySpec, placed: str, backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """Ling 3, GLM-5.3-Flash and Kimi K3: other gates, other numbers of heads, latent attention with or without RoPE."""
+    steps, chosen, layers, attention = PLACED[placed]
+    model, log = write_family(tmp_path / "model.gguf", spec), tmp_path / "log"
+    setup = Setup(flash_attention=True, op_offload=False, **chosen)
+    expected = play(engine, model, setup, steps).logits
+    placement = replace(setup, backend=str(backend), n_gpu_layers=layers)
+    played = play(engine, model, placement, steps, SECOND_LOG=str(log))
+    assert_near(played.logits, expected, ERROR_OF_CACHE[setup.cache_type])
+    used = {f"SECOND0 kernel {each} and its copy" for each in KDA}
+    if spec.architecture != "glm5-next":  # its sparse attention is upstream's
+        used |= {f"SECOND0 kernel {attention}"}
+    assert ran(log) == used
+    assert "SECOND0 FLASH_ATTN_EXT" in log.read_text() or attention == "LATENT_ATTN"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from random_family import VOCAB_SIZE, FamilySpec, write_family
+from llama_script import Setup, assert_same, count_nodes, play, text
+from llama_script import decode as decode_step
+from random_family import ON_DEVICES, VOCAB_SIZE, FamilySpec, write_family
 from synthetic_case import error_of
 
 from kimi_gguf.engine.builds import Engine
@@ -64,3 +67,19 @@ def test_the_operators_give_the_logits_of_upstreams_graph(
     for mine, other in zip(ours, theirs, strict=True):
         assert error_of(mine, other).passes
         assert (mine != other).any(), "one graph ran twice"
+
+
+@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+def test_no_state_is_copied_on_the_cpu(spec: FamilySpec, engine: Engine, tmp_path: Path) -> None:
+    """Each KDA layer has two operators; the nodes that copy their states are computed with them."""
+    model = write_family(tmp_path / "model.gguf", spec)
+    steps = [decode_step(*text(0, range(8))), count_nodes((0, 8, 1))]
+    told = {"KIMI_OPS": "conv,scan,require", "GGML_SCHED_DEBUG": "2"}
+    fused = play(engine, model, Setup(), steps, **told)
+    single = play(engine, model, Setup(), steps, **told, GGML_CPU_DISABLE_FUSION="1")
+    graph = fused.log[fused.log.rindex("## SPLIT") :]
+    # upstream computes a norm and its weight as one
+    norms = len(re.findall(r"\(  ?RMS_NORM\).*\n.*\( *MUL\)", graph))
+    (one_by_one,), (all_nodes,) = single.removed, fused.removed
+    assert one_by_one - all_nodes == 2 * spec.layers.count("K") + norms
+    assert_same(fused.logits, single.logits)

@@ -7,14 +7,25 @@ in float32.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import PlayError, Setup, assert_same, decode, play, saved_conversation, text
+from llama_script import (
+    PlayError,
+    Setup,
+    assert_same,
+    cut,
+    decode,
+    play,
+    saved_conversation,
+    text,
+)
 from metal_program import dispatches, on_metal
 from native_program import run_program
 from random_checkpoint import VOCAB_SIZE, Spec
+from random_family import ON_DEVICES, write_family
 from synthetic_case import error_of, make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -146,3 +157,35 @@ def test_without_a_library_that_is_needed(
     variables = {"KIMI_OPS": "conv,scan,require", "KIMI_METAL_REFUSED": library}
     with pytest.raises(PlayError, match=REFUSALS[library]):
         play(engine, model, on_metal(metal_backend), [decode((0, 0, 1))], **variables)
+
+
+# A short prompt, three drafted tokens, of which two are rolled back.
+ROLLED_BACK = [decode(*text(0, IDS[0][:3])), decode(*text(0, IDS[0][3:6], 3)), cut(0, 4), decode((0, 4, 7))]
+LING, GLM, K3 = ON_DEVICES
+FAMILY = {  # model, layers on the device, flash attention
+    "Ling 3, the last KDA layer": (LING, 2, False),
+    "Ling 3, flash attention": (LING, 5, True),
+    "GLM-5.3-Flash": (GLM, 5, False),
+    "Kimi K3": (K3, 5, False),
+}
+
+
+@pytest.mark.parametrize("placed", FAMILY)
+def test_the_family_on_the_device(placed: str, metal_backend: Path, engine: Engine, tmp_path: Path) -> None:
+    """Other gates, other numbers of heads, latent attention with or without RoPE."""
+    spec, layers, flash = FAMILY[placed]
+    model, log = write_family(tmp_path / "model.gguf", spec), tmp_path / "log"
+    chosen = {"n_rs_seq": 3, "flash_attention": flash}
+    expected = play(engine, model, Setup(**chosen), ROLLED_BACK, KIMI_OPS="off").logits
+    told = {"KIMI_METAL_LOG": str(log), "KIMI_OPS": "conv,scan,mla,require"}
+    setup = on_metal(metal_backend, n_gpu_layers=layers, **chosen)
+    logits = play(engine, model, setup, ROLLED_BACK, **told).logits
+    if flash:
+        assert error_of(logits, expected).in_all <= HALF
+    else:
+        assert_same(logits, expected)
+    ran = dispatches(log)
+    on_device = spec.layers[max(0, 5 - layers) :]
+    copied = Counter(each.nodes.split(" ")[0] for each in ran if each.nodes.startswith("KDA"))
+    assert copied == {f"KDA_{part}+CPY": 3 * on_device.count("K") for part in ("CONV", "SCAN")}
+    assert any("flash_attn_ext_latent" in each.kernel for each in ran) == flash

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, play, text
+from llama_script import Logits, PlayError, Setup, Step, assert_same, decode, drafts_rolled_back, play, text
 from native_program import compile_backend, passed_cases, roll_back_on_device
 from random_checkpoint import VOCAB_SIZE, Spec
+from random_family import ON_DEVICES, FamilySpec, write_family
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -177,6 +178,35 @@ def test_where_decompressed_attention_cannot_run_it_stays_absorbed(
     message = f"KIMI_OPS=require: layer 2: decompressed latent attention: {reason}"
     with pytest.raises(PlayError, match=message):
         world.play(tmp_path / "log", True, told, **setup)
+
+
+# Layers on the device, caches too, and flash attention.
+PLACEMENTS = {
+    "the last KDA layer": (2, True, True),
+    "an MLA layer, caches on the CPU": (3, False, False),
+    "all": (ALL, True, True),
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+def test_the_family_in_any_placement(spec: FamilySpec, placement: str, world: World, tmp_path: Path) -> None:
+    """Ling 3, GLM-5.3-Flash and Kimi K3: a prompt with expanded keys, and drafts that are rolled back."""
+    layers, kqv, flash = PLACEMENTS[placement]
+    model = write_family(tmp_path / "model.gguf", spec)
+    steps, chosen = drafts_rolled_back(IDS, 170, 20)
+    chosen["flash_attention"] = flash
+    expected = play(world.engine, model, Setup(**chosen), steps).logits
+    log = tmp_path / "log"
+    setup = Setup(
+        backend=str(world.backend), n_gpu_layers=layers, offload_kqv=kqv, op_offload=False, **chosen
+    )
+    assert_same(play(world.engine, model, setup, steps, SECOND_LOG=str(log)).logits, expected)
+    attention = set[str]()
+    if layers == ALL:  # the attention of GLM-5.3-Flash is sparse: it expands no keys
+        attention = {"FLASH_ATTN_EXT"} | ({"LATENT_ATTN"} if spec.architecture != "glm5-next" else set())
+    computed = {each for each in log.read_text().splitlines() if "KDA" in each or "ATTN" in each}
+    assert computed == {f"SECOND0 {name}" for name in KDA | attention}
 
 
 @pytest.mark.parametrize("layers", [3, ALL])

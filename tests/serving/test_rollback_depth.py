@@ -1,4 +1,4 @@
-"""0009, 0010, 0013 and 0049: tokens are rolled back correctly, or not at all.
+"""0009, 0010, 0013 and 0051: tokens are rolled back correctly, or not at all.
 
 There is a snapshot of the recurrent state before each token of the last ubatch. A rollback to an older state, of a
 restored state, or of a state that sequences share is refused. The caller gets an error; the memory is unchanged.
@@ -133,7 +133,7 @@ def test_every_architecture_takes_back_a_whole_short_batch(
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_without_the_state_in_front_one_token_stays(engine: Engine, small_models: Path, arch: str) -> None:
-    """0049-no-state-in-front-of-a-draft: all tokens of a batch except the first can be rolled back."""
+    """0051-no-state-in-front-of-a-draft: all tokens of a batch except the first can be rolled back."""
     (gguf,) = small_models.glob(f"{arch}-*.gguf")
     never = [decode(0, 12), decode(12, 13), decode(13, 14)]
     back = [

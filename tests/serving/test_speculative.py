@@ -13,11 +13,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from llama_server import Account, Answer, serving, started
+from llama_server import serving, started
+from speculation import figures, without_replay
 
 from kimi_gguf.engine.builds import Engine
 
@@ -54,15 +54,6 @@ def plain(
     """The server's output without a draft."""
     with serving(engine, tmp_path_factory.mktemp("plain"), target, "-np", "1") as server:
         yield {prompt: server.complete(prompt, COUNT).ids for prompt in PROMPTS}
-
-
-def without_replay(answers: list[Answer]) -> Account:
-    """The work for these answers if no token is evaluated twice; batches are counted per slot."""
-    drafted = sum(a.timings["draft_n"] for a in answers)
-    accepted = sum(a.timings["draft_n_accepted"] for a in answers)
-    assert 0 < accepted < drafted, "expected accepted tokens and rejected tokens"
-    followed = sum(len(a.ids) - 1 for a in answers)  # the first token is sampled from the prompt's logits
-    return Account(tokens=followed + drafted - accepted, batches=followed - accepted, restored=0)
 
 
 @pytest.mark.parametrize("choice", ["require", "off"])
@@ -223,52 +214,9 @@ def test_the_command_line_writes_the_same_with_a_draft(
     assert drafted.strip() == plain.strip()
 
 
-@dataclass(frozen=True)
-class Figures:
-    """The statistics that llama-speculative-simple prints at its end."""
-
-    predicted: int
-    drafted: int
-    accepted: int
-    generated: int  # drafted tokens, according to the statistics of the drafts
-    evaluated: int  # tokens that the target evaluated, including the prompt and tests of its memory
-    prompt: int
-
-    @property
-    def once(self) -> int:
-        """`evaluated` if no token is evaluated twice. The prompt's last token is evaluated with the first draft."""
-        return self.prompt - 1 + self.predicted + self.drafted - self.accepted
-
-
-def figures(engine: Engine, target: Path, *options: str, tries: int = 1) -> Figures:
-    """The tool's statistics. Upstream may exit before they are printed (patch 0008): run it up to `tries` times."""
-    command = [engine.bin / "llama-speculative-simple", "-m", target, "-p", PROMPTS[0], "-n", str(COUNT)]
-    command += ["--temp", "0", "--ignore-eos", "-t", "1", "-ctk", "f32", "-ctv", "f32", "-lv", "4", *options]
-    for _ in range(tries):
-        ended = subprocess.run(command, capture_output=True, text=True, check=True)
-        said = ended.stdout + ended.stderr
-        if all(part in said for part in ("n_predict", "#gen tokens", "  eval time")):
-            break
-
-    def number(pattern: str) -> int:
-        found = re.findall(pattern, said)
-        assert found, (pattern, said[-2000:])
-        return int(found[-1])
-
-    prompt_evaluated = number(r"prompt eval time = .*?/ +(\d+) tokens")
-    return Figures(
-        predicted=number(r"n_predict = +(\d+)"),
-        drafted=number(r"n_drafted = +(\d+)"),
-        accepted=number(r"n_accept  = +(\d+)"),
-        generated=number(r"#gen tokens = +(\d+)"),
-        evaluated=prompt_evaluated + number(r"  eval time = .*?/ +(\d+) runs"),
-        prompt=number(r"encoded +(\d+) tokens"),
-    )
-
-
 @pytest.mark.parametrize("options", [[], ["-ub", "4"]], ids=["replays nothing", "restores checkpoints"])
 def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, options: list[str]) -> None:
-    told = figures(engine, target, *drafting(draft, 3), *options)
+    told = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3), *options)
     assert told.predicted == COUNT
     assert 0 < told.accepted < told.drafted == told.generated
     replayed = told.evaluated - told.once  # 1 if no batch has a single token: the tool then reports 1
@@ -278,7 +226,7 @@ def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, 
 def test_upstreams_tool_replays_and_counts_accepted_tokens_alone(
     engine: Engine, upstream: Engine, target: Path, draft: Path
 ) -> None:
-    told = figures(upstream, target, *drafting(draft, 3), tries=9)
-    ours = figures(engine, target, *drafting(draft, 3))
+    told = figures(upstream, target, PROMPTS[0], COUNT, *drafting(draft, 3), tries=9)
+    ours = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3))
     assert told.accepted == told.drafted < told.generated
     assert told.evaluated / told.predicted > ours.evaluated / ours.predicted

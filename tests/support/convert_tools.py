@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader, GGUFWriter, dequantize
 from random_checkpoint import Layout, Spec, write_checkpoint
+from random_ling3 import LingSpec
+from random_ling3 import write_checkpoint as write_ling3
 
 from kimi_gguf.convert.cli import main
 from kimi_gguf.scripts import upstream_converter
@@ -35,13 +37,16 @@ class Run:
 
 
 @cache
-def _files(spec: Spec, layout: Layout, shards: int) -> dict[str, bytes]:
+def _files(spec: Spec | LingSpec, layout: Layout, shards: int) -> dict[str, bytes]:
     with TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), spec, layout, shards)
+        if isinstance(spec, LingSpec):
+            write_ling3(Path(folder), spec, layout, shards)
+        else:
+            write_checkpoint(Path(folder), spec, layout, shards)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
 
 
-def fresh_checkpoint(folder: Path, spec: Spec, layout: Layout = "hub", shards: int = 2) -> Path:
+def fresh_checkpoint(folder: Path, spec: Spec | LingSpec, layout: Layout = "hub", shards: int = 2) -> Path:
     """`write_checkpoint`, but each kind is made only once in a test run."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in _files(spec, layout, shards).items():

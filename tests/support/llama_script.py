@@ -50,7 +50,7 @@ class Played:
     """What the steps left."""
 
     logits: Logits  # [tokens, V] in the order in which they were decoded
-    removed: list[bool]  # of each `remove`, whether llama.cpp did it
+    removed: list[Any]  # of each `remove`, whether llama.cpp did it; what other steps answered
     log: str
 
 
@@ -160,6 +160,11 @@ def attempt(*tokens: tuple[int, int, int], nodes: int | None = None) -> Step:
     Whether the tokens were decoded is in `Played.removed`. The last token of each sequence gives logits if they were.
     """
     return ["attempt", [[int(number) for number in token] for token in tokens], nodes]
+
+
+def count_nodes(*tokens: tuple[int, int, int]) -> Step:
+    """As `decode`; how many nodes the CPU computed one by one is in `Played.removed`. The last token gives logits."""
+    return ["count_nodes", [[int(number) for number in token] for token in tokens]]
 
 
 def copy(sequence: int, to: int) -> Step:

@@ -15,6 +15,9 @@ from kimi_gguf.engine.worker import Progress, serve
 ABORT_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)  # ggml_abort_callback
 
 
+MANY = 1 << 30  # more nodes than a graph has
+
+
 class Override(ctypes.Structure):
     """llama_model_tensor_buft_override."""
 
@@ -96,6 +99,15 @@ class Player:
             self._nodes_left = None
         self.logits.append(self._context.logits().copy())
         return True
+
+    def count_nodes(self, tokens: list[Token]) -> int:
+        """Decode, and count the nodes that the CPU computes one by one."""
+        self._context.prepare(tokens, wanted=[len(tokens) - 1])
+        self._nodes_left = MANY
+        self._context.run()
+        computed, self._nodes_left = MANY - self._nodes_left, None
+        self.logits.append(self._context.logits().copy())
+        return computed
 
     def _is_aborted(self, _data: object) -> bool:
         if self._nodes_left is None:

@@ -33,6 +33,14 @@ class DeepseekSpec:
 EMBEDDINGS = ("token_embd.weight", "output_norm.weight", "output.weight")
 
 
+def copy_vocabulary(source: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    """Give a file the vocabulary of another one."""
+    for name, field in source.fields.items():
+        if name.startswith("tokenizer."):
+            kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=item)
+
+
 def write_deepseek2(path: Path, spec: DeepseekSpec, like: Path | None = None) -> Path:
     """Write the model to `path` and return it. like: take the vocabulary and the embeddings of this F32 file."""
     random = np.random.default_rng(spec.seed)
@@ -60,10 +68,7 @@ def write_deepseek2(path: Path, spec: DeepseekSpec, like: Path | None = None) ->
         writer.add_vocab_size(VOCAB_SIZE)
         writer.add_tokenizer_model("no_vocab")
     else:
-        for name, field in other.fields.items():
-            if name.startswith("tokenizer."):
-                kind, item = field.types[0], field.types[-1] if len(field.types) > 1 else None
-                writer.add_key_value(name, field.contents(), kind, sub_type=item)
+        copy_vocabulary(other, writer)
 
     def add(name: str, *shape: int, scale: float = 1.0) -> None:
         if f"{name}.weight" in shared:

@@ -1,18 +1,21 @@
-"""A random model of an architecture with Kimi Delta Attention, as an F32 GGUF without a vocabulary.
+"""A random model of an architecture with Kimi Delta Attention, as an F32 GGUF.
 
-Input: a `FamilySpec`. Output: the file. Names, shapes and keys are those that llama.cpp's loader for the architecture
+Input: a `FamilySpec`. Output: the file. It has no vocabulary, only a number of tokens, or the vocabulary of another
+file. Names, shapes and keys are those that llama.cpp's loader for the architecture
 reads (src/models/bailingmoe3.cpp, glm5-next.cpp, kimi-k3.cpp).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
+import random_checkpoint
 from numpy.typing import NDArray
+from random_deepseek2 import copy_vocabulary
 
 VOCAB_SIZE = 128
 SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
@@ -46,6 +49,7 @@ class FamilySpec:
     yarn: tuple[float, float] | None = None  # Ling 3: factor, mscale_all_dim
     res_block: int = 2  # Kimi K3: layers of a block of residual attention; 0: ordinary residuals
     situ_linear_beta: float = 2.0  # Kimi K3; 0: the linear factor is not limited
+    vocab: int = VOCAB_SIZE
     std: float = 1.0  # of weights, relative to 1 / sqrt(columns)
     seed: int = 70
 
@@ -58,6 +62,17 @@ class FamilySpec:
         return f"{self.architecture}-{self.kinds}-{self.heads}x{self.kda_head_dim}-std{self.std:g}"
 
 
+# One of each architecture that has a size of heads, and of cache rows, for which CUDA and Metal have kernels: with
+# Ling 3's number of heads, a bounded gate; few heads, an unbounded gate; K3's number of heads, a bounded gate.
+ON_DEVICES = (
+    FamilySpec("bailingmoe3", "KKMK", heads=16, vocab=random_checkpoint.VOCAB_SIZE, seed=80),
+    FamilySpec(
+        "glm5-next", "KKMK", rope=0, value=64, lower_bound=None, vocab=random_checkpoint.VOCAB_SIZE, seed=81
+    ),
+    FamilySpec("kimi-k3", "KKMK", heads=96, vocab=random_checkpoint.VOCAB_SIZE, seed=82),
+)
+
+
 def keys(spec: FamilySpec) -> dict[str, int | float | bool | list[int] | list[float]]:
     """The architecture's keys, without its name. Integers are written as uint32."""
     found: dict[str, int | float | bool | list[int] | list[float]] = {
@@ -65,7 +80,7 @@ def keys(spec: FamilySpec) -> dict[str, int | float | bool | list[int] | list[fl
         "context_length": 4096,
         "embedding_length": spec.hidden,
         "feed_forward_length": spec.ffn,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": spec.vocab,
         "attention.head_count": spec.heads,
         "attention.head_count_kv": [int(kind == "M") for kind in spec.kinds],
         "attention.layer_norm_rms_epsilon": spec.rms_norm_eps,
@@ -133,9 +148,9 @@ def tensors(spec: FamilySpec) -> Iterator[Tensor]:
     def vector(name: str, size: int, low: float, high: float) -> Tensor:
         return name, random.uniform(low, high, size).astype(np.float32)
 
-    yield matrix("token_embd", VOCAB_SIZE, spec.hidden)
+    yield matrix("token_embd", spec.vocab, spec.hidden)
     yield norm("output_norm", spec.hidden)
-    yield matrix("output", VOCAB_SIZE, spec.hidden)
+    yield matrix("output", spec.vocab, spec.hidden)
     if spec.architecture == "kimi-k3" and spec.res_block:
         yield matrix("output_res_score", spec.hidden)
     for i, kind in enumerate(spec.kinds):
@@ -251,10 +266,21 @@ def _own(spec: FamilySpec, layer: str, i: int) -> Iterator[tuple[str | int, ...]
         yield layer + "layer_output_norm", spec.hidden
 
 
-def write_family(path: Path, spec: FamilySpec) -> Path:
-    """Write the model to `path` and return it."""
+def write_family(
+    path: Path,
+    spec: FamilySpec,
+    vocabulary_of: Path | None = None,
+    change: Callable[[str, NDArray[np.float32]], NDArray[np.float32]] = lambda _, data: data,
+) -> Path:
+    """Write the model to `path` and return it.
+
+    vocabulary_of: a GGUF whose vocabulary has `spec.vocab` tokens. change: what becomes of a tensor, by name.
+    """
     writer = gguf.GGUFWriter(path, spec.architecture)
-    writer.add_tokenizer_model("no_vocab")
+    if vocabulary_of is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        copy_vocabulary(gguf.GGUFReader(vocabulary_of), writer)
     if spec.yarn:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(spec.yarn[0])
@@ -271,7 +297,7 @@ def write_family(path: Path, spec: FamilySpec) -> Path:
         else:
             writer.add_uint32(full, value)
     for name, data in tensors(spec):
-        writer.add_tensor(name, data)
+        writer.add_tensor(name, change(name, data))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

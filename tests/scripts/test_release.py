@@ -1,0 +1,223 @@
+"""The release: a wheel that contains the engine, an sdist, an SBOM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.engine.builds import Engine, upstream_source
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.wheel import record_line
+from kimi_gguf.patches.pin import load_pin
+from kimi_gguf.scripts import release
+from kimi_gguf.scripts.sbom import components, notices, sbom
+
+pytestmark = pytest.mark.engine
+SECONDS = 1_767_225_600
+ENGINE = f"{release.ENGINE}/"
+
+
+@pytest.fixture(scope="module")
+def source(shared_cache: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KIMI_GGUF_CACHE", str(shared_cache))
+        return upstream_source()
+
+
+def make(folder: Path, engine: Engine, source: Path) -> Path:
+    """The wheel as scripts/release makes it, with this machine's build in place of one for all CPUs."""
+    folder.mkdir()
+    pure = release.pure_wheel(release.make_sdist(folder, release.project_version(), SECONDS), folder)
+    document = sbom(source, load_pin(), release.project_version(), "MIT")
+    return release.make_wheel(pure, folder, engine, notices(source, load_pin()), document, SECONDS)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory, engine: Engine, source: Path) -> Path:
+    return make(tmp_path_factory.mktemp("release") / "first", engine, source)
+
+
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, installed by pip."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, "--target", str(folder), str(wheel)], check=True)
+    return folder
+
+
+def in_site(
+    site: Path, cache: Path, *words: str | Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with the installed wheel, no compiler on PATH, and an empty cache."""
+    environment = {"PATH": str(cache), "KIMI_GGUF_CACHE": str(cache), "PYTHONPATH": str(site), **variables}
+    command = [sys.executable, "-P", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_equal_inputs_give_equal_bytes(wheel: Path, tmp_path: Path, engine: Engine, source: Path) -> None:
+    again = make(tmp_path / "again", engine, source)
+    assert again.read_bytes() == wheel.read_bytes()
+    sdists = [next(path.parent.glob("*.tar.gz")).read_bytes() for path in (wheel, again)]
+    assert sdists[0] == sdists[1]
+
+
+def test_record_has_the_hash_of_every_file(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    (record,) = (name for name in contents if name.endswith(".dist-info/RECORD"))
+    lines = [record_line(name, content) for name, content in contents.items() if name != record]
+    assert contents[record].decode().splitlines(keepends=True) == [*lines, f"{record},,\n"]
+
+
+def test_the_wheel_has_programs_and_libraries_but_no_tests(wheel: Path, engine: Engine) -> None:
+    assert any(engine.bin.glob("test-*"))  # so leaving them out can be seen
+    with zipfile.ZipFile(wheel) as archive:
+        modes = {entry.filename: entry.external_attr >> 16 & 0o777 for entry in archive.infolist()}
+    assert modes[f"{ENGINE}bin/llama-server"] == 0o755
+    assert not [
+        name for name in modes if "/bin/test-" in name or name.startswith("tests/") or "pytest" in name
+    ]
+    assert {f"{ENGINE}lib/{path.name}" for path in engine.lib.iterdir()} <= set(modes)
+    assert f"{ENGINE}build.log" not in modes
+
+
+def test_the_manifest_names_no_folder_of_the_machine(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(f"{ENGINE}manifest.json").decode()
+    assert json.loads(text)["built"] == "2026-01-01T00:00:00Z"
+    assert "/usr" not in text
+    assert str(Path.home()) not in text
+
+
+def test_commands_use_the_engine_of_the_wheel(site: Path, tmp_path: Path, demo_dir: Path) -> None:
+    gguf = tmp_path / "demo.gguf"
+    made = in_site(
+        site, tmp_path, "-m", "kimi_gguf.convert.cli", demo_dir, "-o", gguf, "--type", "Q4_K_M", "--quiet"
+    )
+    assert (made.returncode, made.stderr) == (0, "")
+    ran = in_site(
+        site,
+        tmp_path,
+        "-m",
+        "kimi_gguf.scripts.kimi_llama",
+        "run",
+        gguf,
+        "-p",
+        "a large",
+        "-n",
+        "4",
+        "--temp",
+        "0",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "kimi-llama: build wheel" in ran.stderr
+    assert not (tmp_path / "engines").exists()
+    timed = in_site(site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", "bench", gguf, "--depth", "0")
+    assert timed.returncode == 0, timed.stderr
+    assert "no C++ compiler" in timed.stderr
+    assert "pp512" in timed.stdout
+    refused = in_site(site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", "bench")
+    assert refused.returncode == 1
+    assert "give a GGUF file" in refused.stderr
+
+
+LLAMA_CPP = """
+import sys
+from kimi_gguf.engine import llama_cpp
+import llama_cpp as other
+assert other is llama_cpp
+llama_cpp.llama_backend_init()
+maps = {line.split()[-1] for line in open("/proc/self/maps") if "libllama" in line or "libggml" in line}
+print(llama_cpp.__file__, *maps, sep="\\n")
+"""
+
+
+def test_llama_cpp_is_that_of_the_wheel(site: Path, tmp_path: Path) -> None:
+    ran = in_site(site, tmp_path, "-c", LLAMA_CPP)
+    assert ran.returncode == 0, ran.stderr
+    paths = [Path(line) for line in ran.stdout.splitlines()]
+    assert len(paths) > 3
+    assert all(path.is_relative_to(site / release.ENGINE) for path in paths)
+
+
+def test_another_llama_cpp_in_the_process_is_refused(site: Path, tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text("")
+    paths = os.pathsep.join(map(str, (tmp_path, site)))
+    ran = in_site(
+        site, tmp_path, "-c", "import llama_cpp; from kimi_gguf.engine import llama_cpp", PYTHONPATH=paths
+    )
+    assert ran.returncode == 1
+    assert "ImportError: llama_cpp was imported from" in ran.stderr
+
+
+def test_torch_and_the_engine_are_in_one_process(site: Path, tmp_path: Path) -> None:
+    ran = in_site(
+        site,
+        tmp_path,
+        "-c",
+        "import torch; from kimi_gguf.engine import llama_cpp; llama_cpp.llama_backend_init(); "
+        "print(torch.ones(200, 200).matmul(torch.ones(200, 200)).sum().item())",
+        LD_LIBRARY_PATH="",
+    )
+    assert (ran.returncode, ran.stdout) == (0, "8000000.0\n"), ran.stderr
+
+
+def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
+    words = ("-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
+    healthy = json.loads(in_site(site, tmp_path, *words).stdout)
+    assert healthy["installed"]["passed"], healthy["installed"]
+    assert healthy["healthy"], healthy
+    changed = site / "kimi_gguf/convert/plan.py"
+    text = changed.read_text()
+    try:
+        changed.write_text(text + "\n")
+        ran = in_site(site, tmp_path, *words)
+    finally:
+        changed.write_text(text)
+    assert ran.returncode == 1
+    assert "kimi_gguf/convert/plan.py" in json.loads(ran.stdout)["installed"]["seen"]
+
+
+def test_the_sbom_names_everything_in_the_vendor_folder(source: Path) -> None:
+    places = {
+        "nlohmann-json": "nlohmann",
+        "stb_image": "stb",
+        "subprocess.h": "sheredom",
+        "xxHash": "hash/xxhash",
+    }
+    places |= {name: f"hash/{name.removesuffix('.c')}" for name in ("sha1", "sha256.c", "rotate-bits")}
+    named = {places.get(each.name, each.name) for each in components(load_pin())}
+    vendor = source / "llama.cpp/vendor"
+    folders = {path.parent.relative_to(vendor).as_posix() for path in vendor.rglob("*.h*")} - {"hash"}
+    assert folders <= named
+    document: Mapping[str, list[Mapping[str, str]]] = json.loads(sbom(source, load_pin(), "1.0", "MIT"))
+    versions = {part["name"]: part["version"] for part in document["components"]}
+    assert versions["nlohmann-json"].count(".") == 2
+    assert all(versions.values())
+    texts = notices(source, load_pin())
+    assert all(len(text) > 15 for text in texts.values())
+    assert b"MIT License" in texts["llama.cpp.txt"]
+
+
+def test_the_sdist_has_the_tracked_files_and_no_others(wheel: Path) -> None:
+    (sdist,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+        assert all(member.mtime == SECONDS and member.uid == 0 for member in archive.getmembers())
+    assert names == {*filter(None, release.git("ls-files", "-z").split("\0")), "PKG-INFO"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no manylinux policy")
+def test_a_wheel_that_needs_more_than_the_policy_is_refused(wheel: Path) -> None:
+    """This machine's own build needs OpenMP's runtime, which the policy does not allow."""
+    with pytest.raises(EngineError, match="manylinux_2_34"):
+        release.check_policy(wheel)
