@@ -1,14 +1,18 @@
 """Deliberate faults: subclasses of the reference with one mistake each.
 
 They show that the gates catch mistakes that perplexity does not show. Each is a mistake that an implementation of
-this model could make, or has made. `FAULTS` maps their names to the classes.
+this model could make, or has made. `FAULTS` maps their names to the classes; `LING3_FAULTS` and `K3_FAULTS` have those
+of what only these families compute.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
+from kimi_gguf.validate.kimi_k3 import KimiK3
+from kimi_gguf.validate.ling3 import Ling3
 from kimi_gguf.validate.reference import L2_NORM_EPS, LATENT_NORM_EPS, Reference
 
 STATE_LOST_EVERY = 64  # tokens
@@ -68,4 +72,69 @@ FAULTS: dict[str, type[Reference]] = {
     "one decay per head": OneDecayPerHead,
     "KDA state lost every 64 tokens": LostState,
     "two experts swapped": SwappedExperts,
+}
+
+
+class NoHeadGate(Ling3):
+    """The output of latent attention has no gate."""
+
+    def gated_attention(self, p: str, x: Tensor, attended: Tensor) -> Tensor:
+        return attended
+
+
+class OtherPairs(Ling3):
+    """RoPE rotates the value i of the first half with that of the second half, as most models do."""
+
+    def rotate(self, x: Tensor) -> Tensor:
+        size = x.shape[-1]
+        paired = torch.stack([x[..., : size // 2], x[..., size // 2 :]], -1).flatten(-2)
+        turned = super().rotate(paired)
+        return torch.cat([turned[..., 0::2], turned[..., 1::2]], -1)
+
+
+class NoGroups(Ling3):
+    """Experts are chosen from all groups."""
+
+    def within_groups(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        return choice, choice.new_full((len(choice),), float("inf"))
+
+
+class NoClamp(Ling3):
+    """SwiGLU is not clamped."""
+
+    def activation(self, layer: int, gate: Tensor, up: Tensor, routed: bool) -> Tensor:
+        return silu(gate) * up
+
+
+class PlainResiduals(KimiK3):
+    """A layer reads the sum in its own block alone."""
+
+    def attend_residuals(self, bank: list[Tensor], x: Tensor, name: str) -> Tensor:
+        return x
+
+
+class UnlimitedUp(KimiK3):
+    """SiTU does not limit its linear factor."""
+
+    def limited_up(self, up: Tensor) -> Tensor:
+        return up
+
+
+class NoLatentNorm(KimiK3):
+    """The sum of the routed experts is not normalised."""
+
+    def latent_experts_norm(self, p: str, mixed: Tensor) -> Tensor:
+        return mixed
+
+
+LING3_FAULTS: dict[str, type[Reference]] = {
+    "gate per head dropped": NoHeadGate,
+    "RoPE on other pairs": OtherPairs,
+    "expert groups ignored": NoGroups,
+    "SwiGLU not clamped": NoClamp,
+}
+K3_FAULTS: dict[str, type[Reference]] = {
+    "plain residuals": PlainResiduals,
+    "linear factor of SiTU not limited": UnlimitedUp,
+    "norm of routed experts dropped": NoLatentNorm,
 }

@@ -77,7 +77,9 @@ class KimiK3(Reference):
         return super().log_decay(f, a_log.flatten()[: self.config.kda_num_heads], dt_bias)
 
     def gated_attention(self, p: str, x: Tensor, attended: Tensor) -> Tensor:
-        """One gate per value, from the normed input of the layer."""
+        """One gate per value, from the normed input of the layer; some models have none."""
+        if not self.k3.mla_output_gate:
+            return attended
         return attended * sigmoid(linear(x, self.weight(p + "g_proj.weight"))).view_as(attended)
 
     # ----------------------------------------------------------------------------------------------------- FFN
@@ -105,5 +107,7 @@ class KimiK3(Reference):
         return linear(self.latent_experts_norm(p, mixed), self.weight(p + "routed_expert_up_proj.weight"))
 
     def latent_experts_norm(self, p: str, mixed: Tensor) -> Tensor:
-        """The norm of the weighted sum of the routed experts' outputs."""
+        """The norm of the weighted sum of the routed experts' outputs; some models have none."""
+        if not self.k3.routed_norm:
+            return mixed
         return self.norm(p + "routed_expert_norm", mixed)

@@ -1,4 +1,4 @@
-"""The reference of each architecture, and the faults that belong to it.
+"""The reference of each architecture.
 
 Input: the architecture of a checkpoint's config. Output: a class.
 """

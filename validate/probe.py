@@ -21,6 +21,7 @@ from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.split_names import split_paths
 from kimi_gguf.engine.tensor_types import F32
 from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.models import REFERENCES
 from kimi_gguf.validate.reference import Reference
 
 FACTOR = 2.0**-8
@@ -30,15 +31,15 @@ def reference_of(
     checkpoint: Checkpoint,
     quiet: bool,
     dtype: torch.dtype = torch.float32,
-    model: type[Reference] = Reference,
+    model: type[Reference] | None = None,
 ) -> Reference:
-    """The reference of an open checkpoint, or of its quiet probe; model: `Reference` or a faulty subclass."""
+    """The reference of an open checkpoint, or of its quiet probe; model: a faulty subclass of its class."""
 
     def weight(name: str) -> Tensor:
         tensor = torch.from_numpy(checkpoint.float32(name))
         return tensor * FACTOR if quiet and name.endswith(".input_layernorm.weight") else tensor
 
-    return model(checkpoint.config, weight, dtype)
+    return (model or REFERENCES[checkpoint.config.architecture])(checkpoint.config, weight, dtype)
 
 
 def write_quiet_gguf(source: Path, target: Path) -> Path:

@@ -1,8 +1,8 @@
 """Check that every tensor of a GGUF file has the checkpoint's values, within the precision of its type.
 
 Input: a GGUF file made by any converter, an open checkpoint. Output: `TensorProof`. F32, F16, BF16 and Q8_0 are proved
-value by value. The values of the other types depend on the quantizer and its importance matrix: for them the NMSE is
-limited.
+value by value, and MXFP4 where the checkpoint has the tensor in MXFP4. The values of the other types depend on the
+quantizer and its importance matrix: for them the NMSE is limited.
 
 The expected values are computed here, independently of the converter's code; only its table of names and shapes is
 used. Tensors are compared chunk by chunk, so that no whole tensor is in memory.
@@ -23,6 +23,7 @@ from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import outputs
 from kimi_gguf.convert.model.tensor_table import Output, Transform
 from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.tensor_types import Bytes, TensorType
@@ -236,12 +237,14 @@ def _prove_one(
 ) -> None:
     """Compare one tensor chunk by chunk and record the result."""
     kind = tensor.type.name
-    if kind not in CHECKS:
+    kept = kind == "MXFP4" and all(checkpoint.dtype(source) is Dtype.MXFP4 for source in output.sources)
+    check = _wrong_copy if kept else CHECKS.get(kind)
+    if check is None:
         _bound_one(model, tensor, output, checkpoint, proof)
         return
     exact, first = True, 0
     for each in _comparisons(model, tensor, output, checkpoint):
-        wrong = CHECKS[kind](each)
+        wrong = check(each)
         if wrong.any():
             i = int(wrong.argmax())
             proof.fail(
@@ -315,8 +318,14 @@ def dequantize(raw: Bytes, kind: TensorType) -> Float32s:
 
 def _wrong_f32(each: Comparison) -> Flags:
     off = np.abs(each.found - each.wanted)
-    allowed = EXP_ULPS * np.spacing(np.abs(each.wanted)) if each.transform is Transform.NEG_EXP else 0
+    exponential = each.transform in (Transform.NEG_EXP, Transform.EXP)
+    allowed = EXP_ULPS * np.spacing(np.abs(each.wanted)) if exponential else 0
     wrong: Flags = ~(off <= allowed)
+    return wrong
+
+
+def _wrong_copy(each: Comparison) -> Flags:
+    wrong: Flags = each.found != each.wanted
     return wrong
 
 
@@ -358,8 +367,13 @@ def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s
         for first in range(0, count, PIECE):
             elements = checkpoint.elements(source, first, min(PIECE, count - first))
             values = to_float32(elements, checkpoint.dtype(source))
-            if output.transform is Transform.NEG_EXP:
-                values = (-np.exp(values.astype(np.float64))).astype(np.float32)
+            if output.transform in (Transform.NEG_EXP, Transform.EXP):
+                sign = -1 if output.transform is Transform.NEG_EXP else 1
+                values = (sign * np.exp(values.astype(np.float64))).astype(np.float32)
+            elif output.factor is not None:
+                name, _ = output.factor
+                factor = checkpoint.elements(name, first, len(values))
+                values = values * to_float32(factor, checkpoint.dtype(name))
             yield values
 
 
