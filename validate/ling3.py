@@ -35,7 +35,7 @@ class Ling3(Reference):
     names = Names(
         embedding="model.word_embeddings.weight",
         attention="attention.",
-        output="dense",
+        mla_output="dense",
         moe="mlp.",
         routing_bias="gate.expert_bias",
         expert=("gate_proj", "up_proj", "down_proj"),

@@ -37,7 +37,7 @@ class Names:
 
     embedding: str = "model.embed_tokens.weight"
     attention: str = "self_attn."  # KDA and MLA, after "model.layers.N."
-    output: str = "o_proj"  # of KDA and MLA
+    mla_output: str = "o_proj"
     moe: str = "block_sparse_moe."
     routing_bias: str = "gate.e_score_correction_bias"
     expert: tuple[str, str, str] = ("w1", "w3", "w2")  # gate, up, down
@@ -162,7 +162,7 @@ class Reference:
         beta = sigmoid(linear(x, self.weight(p + "b_proj.weight")))  # [T, H]
         o = self.delta_rule(q, k, v, log_decay, beta)  # [T, H, D]
         o = self.norm(p + "o_norm", o) * sigmoid(self.gate_projection(p, x).view(-1, heads, dim))
-        return linear(o.flatten(1), self.weight(f"{p}{self.names.output}.weight"))
+        return linear(o.flatten(1), self.weight(p + "o_proj.weight"))
 
     def forget_projection(self, p: str, x: Tensor) -> Tensor:
         """What the log-gate is computed from, x [T, M] -> [T, H * D]."""
@@ -240,7 +240,7 @@ class Reference:
         )  # [H, T, nope + shared]
         attended = self.causal_attention(q, k, v, self.attention_scale())  # [H, T, value]
         attended = self.gated_attention(p, x, attended.transpose(0, 1))
-        return linear(attended.flatten(1), self.weight(f"{p}{self.names.output}.weight"))
+        return linear(attended.flatten(1), self.weight(f"{p}{self.names.mla_output}.weight"))
 
     def rotate(self, x: Tensor) -> Tensor:
         """RoPE, x [.., T, shared]; Kimi-Linear has none."""

@@ -134,10 +134,9 @@ def hub_weights(spec: FamilySpec) -> Weights:
 
 def _reshaped(layer: Weights, names: Names) -> Weights:
     """What is not only renamed."""
-    found, attention = (
-        {f"{names.attention}{names.output}.weight": layer["attn_output.weight"]},
-        names.attention,
-    )
+    attention = names.attention
+    output = "o_proj" if "ssm_a" in layer else names.mla_output
+    found = {f"{attention}{output}.weight": layer["attn_output.weight"]}
     for x in "qkv":
         if f"ssm_conv1d_{x}.weight" in layer:  # [1, C, 1, W] -> [C, 1, W]
             found[f"{attention}{x}_conv1d.weight"] = layer[f"ssm_conv1d_{x}.weight"][0]
