@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from kimi_gguf.validate.kimi_k3 import KimiK3
 from kimi_gguf.validate.ling3 import Ling3
-from kimi_gguf.validate.reference import L2_NORM_EPS, LATENT_NORM_EPS, Reference
+from kimi_gguf.validate.reference import L2_NORM_EPS, LATENT_NORM_EPS, Reference, Trace
 
 STATE_LOST_EVERY = 64  # tokens
 
@@ -107,10 +107,10 @@ class NoClamp(Ling3):
 
 
 class PlainResiduals(KimiK3):
-    """A layer reads the sum in its own block alone."""
+    """Every layer reads the sum of all earlier outputs, as in Kimi-Linear."""
 
-    def attend_residuals(self, bank: list[Tensor], x: Tensor, name: str) -> Tensor:
-        return x
+    def all_layers(self, x: Tensor, trace: Trace | None) -> Tensor:
+        return Reference.all_layers(self, x, trace)
 
 
 class UnlimitedUp(KimiK3):

@@ -8,6 +8,7 @@ Scaling by a power of two is exact in float32, so both sides still compute the s
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from kimi_gguf.engine.split_names import split_paths
 from kimi_gguf.engine.tensor_types import F32
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.models import REFERENCES
+from kimi_gguf.validate.mxfp4 import source_values
 from kimi_gguf.validate.reference import Reference
 
 FACTOR = 2.0**-8
@@ -36,7 +38,9 @@ def reference_of(
     """The reference of an open checkpoint, or of its quiet probe; model: a faulty subclass of its class."""
 
     def weight(name: str) -> Tensor:
-        tensor = torch.from_numpy(checkpoint.float32(name))
+        shape = checkpoint.shapes[name]
+        values = source_values(checkpoint, name, 0, math.prod(shape))
+        tensor = torch.from_numpy(values.reshape(shape))
         return tensor * FACTOR if quiet and name.endswith(".input_layernorm.weight") else tensor
 
     return (model or REFERENCES[checkpoint.config.architecture])(checkpoint.config, weight, dtype)

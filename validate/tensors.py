@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import outputs
 from kimi_gguf.convert.model.tensor_table import Output, Transform
-from kimi_gguf.convert.source.checkpoint import Checkpoint, to_float32
+from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.tensor_types import Bytes, TensorType
 from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.mxfp4 import GROUP, block_codes, source_codes, source_values
 
 Float32s = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -237,8 +238,10 @@ def _prove_one(
 ) -> None:
     """Compare one tensor chunk by chunk and record the result."""
     kind = tensor.type.name
-    kept = kind == "MXFP4" and all(checkpoint.dtype(source) is Dtype.MXFP4 for source in output.sources)
-    check = _wrong_copy if kept else CHECKS.get(kind)
+    if kind == "MXFP4" and all(checkpoint.dtype(source) is Dtype.MXFP4 for source in output.sources):
+        _prove_copy(model, tensor, output, checkpoint, proof)
+        return
+    check = CHECKS.get(kind)
     if check is None:
         _bound_one(model, tensor, output, checkpoint, proof)
         return
@@ -260,6 +263,30 @@ def _prove_one(
         proof.exact += 1
     else:
         proof.rounded += 1
+
+
+def _prove_copy(
+    model: GgufModel, tensor: GgufTensor, output: Output, checkpoint: Checkpoint, proof: TensorProof
+) -> None:
+    """Compare a tensor in MXFP4 with a source in MXFP4, bit for bit."""
+    start, count = 0, math.prod(output.source_shape)
+    for source in output.sources:
+        for first in range(0, count, PIECE):
+            size = min(PIECE, count - first)
+            raw = model.read(tensor, start, tensor.type.nbytes((size,)))
+            start += raw.nbytes
+            wanted, wanted_scales = source_codes(checkpoint, source, first, size)
+            found, scales = block_codes(raw)
+            wrong = (found != wanted) | np.repeat(scales != wanted_scales, GROUP)
+            if wrong.any():
+                i = int(wrong.argmax())
+                proof.fail(
+                    f"{tensor.name} (MXFP4): element {first + i} of {source}: expected bits {wanted[i]:#x} with scale "
+                    f"{wanted_scales[i // GROUP]}, found {found[i]:#x} with {scales[i // GROUP]}; "
+                    f"{int(wrong.sum())} of {size} elements in this chunk are wrong"
+                )
+                return
+    proof.exact += 1
 
 
 def _bound_one(
@@ -324,11 +351,6 @@ def _wrong_f32(each: Comparison) -> Flags:
     return wrong
 
 
-def _wrong_copy(each: Comparison) -> Flags:
-    wrong: Flags = each.found != each.wanted
-    return wrong
-
-
 def _wrong_q8_0(each: Comparison) -> Flags:
     """Values with an error above half a step, and values of blocks whose scale does not match the largest value."""
     step = each.raw.reshape(-1, 34)[:, :2].copy().view(np.float16).astype(np.float32)  # [blocks, 1]
@@ -365,15 +387,13 @@ def expected_values(output: Output, checkpoint: Checkpoint) -> Iterator[Float32s
     for source in output.sources:
         count = int(np.prod(output.source_shape))
         for first in range(0, count, PIECE):
-            elements = checkpoint.elements(source, first, min(PIECE, count - first))
-            values = to_float32(elements, checkpoint.dtype(source))
+            values = source_values(checkpoint, source, first, min(PIECE, count - first))
             if output.transform in (Transform.NEG_EXP, Transform.EXP):
                 sign = -1 if output.transform is Transform.NEG_EXP else 1
                 values = (sign * np.exp(values.astype(np.float64))).astype(np.float32)
             elif output.factor is not None:
                 name, _ = output.factor
-                factor = checkpoint.elements(name, first, len(values))
-                values = values * to_float32(factor, checkpoint.dtype(name))
+                values = values * source_values(checkpoint, name, first, len(values))
             yield values
 
 

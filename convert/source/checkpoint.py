@@ -103,6 +103,13 @@ class Checkpoint:
         found = [file.read(stored, at, size) for file, stored, at, size in self._parts(name, first, count)]
         return found[0] if len(found) == 1 else mxfp4.blocks(*found)
 
+    def packed_bytes(self, name: str, first: int, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """The bytes of a range of a tensor in MXFP4 as stored: elements, two per byte, and scales, one per group."""
+        packed, scales = (
+            file.read(stored, at, size) for file, stored, at, size in self._parts(name, first, count)
+        )
+        return packed, scales
+
     def _parts(self, name: str, first: int, count: int) -> Iterator[tuple[SafetensorsFile, str, int, int]]:
         """The stored ranges that hold a range of a canonical tensor: file, tensor, first element, number."""
         file, place = self._stored(name)
