@@ -17,7 +17,7 @@ from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import ensure
-from kimi_gguf.validate.faults import FAULTS
+from kimi_gguf.validate.faults import faults_of
 from kimi_gguf.validate.llama import tokenize
 from kimi_gguf.validate.measure import Ids, truth
 from kimi_gguf.validate.metrics import compare, compare_choices, summarise
@@ -33,7 +33,7 @@ def table(checkpoint_folder: Path, ids: Ids) -> str:
     with open_checkpoint(checkpoint_folder) as checkpoint:
         sound = [truth(reference_of(checkpoint, quiet), ids) for quiet in (False, True)]
         rows = []
-        for name, model in FAULTS.items():
+        for name, model in faults_of(checkpoint.config.architecture).items():
             found = [truth(reference_of(checkpoint, quiet, model=model), ids) for quiet in (False, True)]
             plain, probe = (
                 summarise(compare(right.logits, wrong.logits, ids))

@@ -2,7 +2,7 @@
 
 They show that the gates catch mistakes that perplexity does not show. Each is a mistake that an implementation of
 this model could make, or has made. `FAULTS` maps their names to the classes; `LING3_FAULTS` and `K3_FAULTS` have those
-of what only these families compute.
+of what only these families compute. `faults_of` gives all faults of an architecture.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from kimi_gguf.convert.model import kimi_k3, ling3
 from kimi_gguf.validate.kimi_k3 import KimiK3
 from kimi_gguf.validate.ling3 import Ling3
+from kimi_gguf.validate.models import REFERENCES
 from kimi_gguf.validate.reference import L2_NORM_EPS, LATENT_NORM_EPS, Reference, Trace
 
 STATE_LOST_EVERY = 64  # tokens
@@ -138,3 +140,14 @@ K3_FAULTS: dict[str, type[Reference]] = {
     "linear factor of SiTU not limited": UnlimitedUp,
     "norm of routed experts dropped": NoLatentNorm,
 }
+OWN_FAULTS = {ling3.ARCHITECTURE: LING3_FAULTS, kimi_k3.ARCHITECTURE: K3_FAULTS}
+
+
+def faults_of(architecture: str) -> dict[str, type[Reference]]:
+    """The faults of the shared parts, each on top of the architecture's reference, and the architecture's own."""
+    base = REFERENCES[architecture]
+    shared = {
+        name: fault if base is Reference else type(fault.__name__, (fault, base), {"__doc__": fault.__doc__})
+        for name, fault in FAULTS.items()
+    }
+    return shared | OWN_FAULTS.get(architecture, {})

@@ -130,7 +130,7 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         ids=provenance.ids_facts(ids, request.source, generated),
         engine=engine_facts(engine),
         machine=machine_facts(),
-        reference=provenance.reference_facts(request.dtype),
+        reference=provenance.reference_facts(checkpoint.config.architecture, request.dtype),
         options=request.options,
         floor_ubatch=FLOOR_UBATCH,
         runs=own,

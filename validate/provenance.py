@@ -17,6 +17,7 @@ import torch
 
 from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.engine.gguf_check import all_splits
+from kimi_gguf.validate.models import REFERENCES
 from kimi_gguf.validate.tensors import open_gguf
 
 CHUNK = 1 << 24
@@ -74,10 +75,10 @@ def ids_facts(ids: np.ndarray[Any, Any], text_source: str, generated: int) -> Fa
     }
 
 
-def reference_facts(dtype: torch.dtype) -> Facts:
+def reference_facts(architecture: str, dtype: torch.dtype) -> Facts:
     """Implementation, precision and device of the reference."""
     return {
-        "implementation": "kimi_gguf.validate.reference, plain PyTorch",
+        "implementation": f"{REFERENCES[architecture].__module__}, plain PyTorch",
         "precision": str(dtype).removeprefix("torch."),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

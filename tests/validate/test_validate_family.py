@@ -21,7 +21,7 @@ from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import MXFP4, TypeRequest
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.cli import main
-from kimi_gguf.validate.faults import K3_FAULTS, LING3_FAULTS
+from kimi_gguf.validate.faults import faults_of
 from kimi_gguf.validate.gates import Evidence, judge
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import VARIANTS, Answer, answer, measure, truth
@@ -44,8 +44,8 @@ WRITE: dict[str, Callable[[Path], Path]] = {
     "k3": lambda folder: random_k3.write_checkpoint(folder, K3),
 }
 FAULTS = [
-    *(("ling3", name, model) for name, model in LING3_FAULTS.items()),
-    *(("k3", name, model) for name, model in K3_FAULTS.items()),
+    *(("ling3", name, model) for name, model in faults_of("bailingmoe3").items()),
+    *(("k3", name, model) for name, model in faults_of("kimi-k3").items()),
 ]
 
 
@@ -117,6 +117,9 @@ def test_the_command_passes_a_sound_file_and_not_one_with_a_wrong_weight(
     assert main([str(made[family].gguf), *options, "--out", str(tmp_path / "sound")]) == 0
     report = json.loads((tmp_path / "sound" / "report.json").read_text())
     assert report["passed"] and report["tensors"]["proved"]
+    assert {"ling3": "validate.ling3", "k3": "validate.kimi_k3"}[family] in report["reference"][
+        "implementation"
+    ]
     assert [run["variant"]["key"] for run in report["runs"]] == ["plain", "flash", "quiet"]
     assert main([str(wrong), *options, "--out", str(tmp_path / "wrong")]) == 1
     assert "tensors that differ from the checkpoint: 1" in capsys.readouterr().out
