@@ -49,7 +49,7 @@ def verify(
 ) -> Verdict:
     """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
     be read."""
-    with GgufModel(path) as file, open_checkpoint(source, _has_mtp(file)) as checkpoint:
+    with GgufModel(path) as file, open_checkpoint(source, has_mtp(file)) as checkpoint:
         pace = Pace.within(max_memory, elsewhere=checkpoint.own_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
         wrong_tensors = tuple(_differences(file, checkpoint, plan, pace))
@@ -58,7 +58,7 @@ def verify(
         return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
 
 
-def _has_mtp(file: GgufModel) -> bool:
+def has_mtp(file: GgufModel) -> bool:
     """Whether the file has layers that predict further tokens; they may be left out of a conversion."""
     return bool(file.keys.get(f"{file.keys.get('general.architecture')}.nextn_predict_layers"))
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.verify import has_mtp
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.progress import Reporter
@@ -36,7 +37,7 @@ from kimi_gguf.validate.measure import (
 )
 from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.report import Greedy, Report, Rival, Worst
-from kimi_gguf.validate.tensors import check_layers, prove
+from kimi_gguf.validate.tensors import check_layers, open_gguf, prove
 
 FLOOR_UBATCH = 48  # ubatch size of the noise floor; does not divide the default of 512
 WORST = 12  # worst positions listed
@@ -66,7 +67,9 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
     gguf_facts = provenance.gguf_facts(request.gguf, reporter.step)
     reporter.phase("tokenizing")
     ids, generated = _ids(request, engine)
-    with open_checkpoint(request.checkpoint) as checkpoint:
+    with open_gguf(request.gguf) as file:
+        mtp = has_mtp(file)
+    with open_checkpoint(request.checkpoint, mtp) as checkpoint:
         if int(ids.max()) >= checkpoint.config.vocab_size:
             below = f"token ids: expected ids below the checkpoint's vocabulary size {checkpoint.config.vocab_size}"
             where, todo = request.gguf.name, "give the checkpoint that the file was made from"

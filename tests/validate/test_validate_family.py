@@ -15,7 +15,7 @@ import random_ling3
 from random_k3 import K3Spec
 from random_ling3 import LingSpec
 
-from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.conversion import Options, convert
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import MXFP4, TypeRequest
@@ -123,6 +123,15 @@ def test_the_command_passes_a_sound_file_and_not_one_with_a_wrong_weight(
     assert [run["variant"]["key"] for run in report["runs"]] == ["plain", "flash", "quiet"]
     assert main([str(wrong), *options, "--out", str(tmp_path / "wrong")]) == 1
     assert "tensors that differ from the checkpoint: 1" in capsys.readouterr().out
+
+
+def test_a_file_without_the_mtp_layer_passes(made: dict[str, Made], tmp_path: Path) -> None:
+    """`convert-kimi --no-mtp` leaves it out; the other layers are compared."""
+    file, ids = tmp_path / "model.gguf", tmp_path / "ids.txt"
+    ids.write_text(" ".join(map(str, made["ling3"].ids[:20])))
+    convert(made["ling3"].checkpoint, file, TYPES["F32"], Options(mtp=False))
+    options = ["--checkpoint", str(made["ling3"].checkpoint), "--ids", str(ids), "--generate", "2"]
+    assert main([str(file), *options, "--threads", "1", "--out", str(tmp_path / "report")]) == 0
 
 
 @pytest.mark.parametrize(
