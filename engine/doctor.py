@@ -237,7 +237,9 @@ def _tool(name: str, look: Callable[[], str]) -> Check:
 
 def _unchanged_files() -> str:
     """Compare the installed files with the hashes that the wheel brought. Raises `EngineError`."""
-    listed = [(file, file.hash) for file in distribution("kimi-gguf").files or () if file.hash is not None]
+    # The commands outside of the package were written by pip, and are elsewhere if it installed with --target.
+    files = [file for file in distribution("kimi-gguf").files or () if file.parts[0] != ".."]
+    listed = [(file, file.hash) for file in files if file.hash is not None]
     wrong = []
     for file, known in listed:
         try:

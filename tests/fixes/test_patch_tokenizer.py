@@ -31,7 +31,7 @@ from tokenizer_cases import (
 )
 
 from kimi_gguf.convert.model.byte_bpe import merges_from_ranks
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.families import load_vocab
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.ggml_ops.llama.tokenizer_split.make_tables import SCALARS
 

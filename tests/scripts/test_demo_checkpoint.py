@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kimi_gguf.convert.model.config import LayerKind
-from kimi_gguf.convert.model.vocab import load_vocab
+from kimi_gguf.convert.model.families import load_vocab
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.scripts.tokenizer_files import SPECIAL
