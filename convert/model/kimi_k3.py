@@ -17,6 +17,16 @@ from typing import Any, Final
 
 from gguf import GGUFValueType as ValueType
 
+from kimi_gguf.convert.model.common_tensors import (
+    DENSE_FFN,
+    HEAD,
+    KDA_QKV,
+    LAYER_NORMS,
+    MLA_KV,
+    NORM,
+    SHARED_EXPERTS,
+    mla_queries,
+)
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.config_keys import (
     ABSENT,
@@ -201,20 +211,14 @@ def _score(hub: str, gguf: str) -> Row:
 
 
 EMBEDDING: Final = Row("model.embed_tokens.weight", "vocab hidden", "token_embd.weight")
-NORM: Final = f32("model.norm.weight", "hidden", "output_norm.weight")
-HEAD: Final = Row("lm_head.weight", "vocab hidden", "output.weight")
 LAYERS: Final = (
-    Group(lambda config, layer: True, "", (
-        f32("input_layernorm.weight", "hidden", "attn_norm.weight"),
-        f32("post_attention_layernorm.weight", "hidden", "ffn_norm.weight"),
-    )),
+    LAYER_NORMS,
     Group(_residual, "", (
         _score("self_attention_res", "attn_res_score.weight"),
         _score("mlp_res", "ffn_res_score.weight"),
     )),
     Group(is_kda, "self_attn.", (
-        *(Row(f"{x}_proj.weight", "kda hidden", f"attn_{x}.weight") for x in "qkv"),
-        *(f32(f"{x}_conv1d.weight", "kda 1 conv", f"ssm_conv1d_{x}.weight", "conv 1 kda 1") for x in "qkv"),
+        *KDA_QKV,
         Row("f_a_proj.weight", "kda_head hidden", "ssm_f_a.weight"),
         Row("f_b_proj.weight", "kda kda_head", "ssm_f_b.weight"),
         f32("dt_bias", "kda", "ssm_dt.bias"),
@@ -224,38 +228,22 @@ LAYERS: Final = (
         f32("o_norm.weight", "kda_head", "ssm_norm.weight"),
         Row("o_proj.weight", "hidden kda", "attn_output.weight"),
     )),
-    Group(lambda config, layer: is_mla(config, layer) and config.q_lora_rank is None, "self_attn.", (
-        Row("q_proj.weight", "mla_q hidden", "attn_q.weight"),
-    )),
-    Group(lambda config, layer: is_mla(config, layer) and config.q_lora_rank is not None, "self_attn.", (
-        Row("q_a_proj.weight", "q_rank hidden", "attn_q_a.weight"),
-        f32("q_a_layernorm.weight", "q_rank", "attn_q_a_norm.weight"),
-        Row("q_b_proj.weight", "mla_q q_rank", "attn_q_b.weight"),
-    )),
+    *mla_queries("self_attn."),
     Group(is_mla, "self_attn.", (
-        Row("kv_a_proj_with_mqa.weight", "latent_rope hidden", "attn_kv_a_mqa.weight"),
-        f32("kv_a_layernorm.weight", "latent", "attn_kv_a_norm.weight"),
-        Row("kv_b_proj.weight", "mla_kv latent", "attn_k_b.weight", "nope latent heads", Transform.K_OF_KV),
-        Row("kv_b_proj.weight", "mla_kv latent", "attn_v_b.weight", "latent v heads", Transform.V_OF_KV),
+        *MLA_KV,
         Row("o_proj.weight", "hidden mla_v", "attn_output.weight"),
     )),
     Group(_gated_mla, "self_attn.", (
         Row("g_proj.weight", "mla_v hidden", "attn_gate.weight"),
     )),
-    Group(lambda config, layer: layer < config.num_dense_layers, "mlp.", (
-        Row("gate_proj.weight", "ffn hidden", "ffn_gate.weight"),
-        Row("up_proj.weight", "ffn hidden", "ffn_up.weight"),
-        Row("down_proj.weight", "hidden ffn", "ffn_down.weight"),
-    )),
+    DENSE_FFN,
     Group(_moe, "block_sparse_moe.", (
         f32("gate.weight", "experts hidden", "ffn_gate_inp.weight"),
         f32("gate.e_score_correction_bias", "experts", "exp_probs_b.bias"),
         Row("experts.{e}.w1.weight", "expert routed", "ffn_gate_exps.weight", "routed expert experts"),
         Row("experts.{e}.w3.weight", "expert routed", "ffn_up_exps.weight", "routed expert experts"),
         Row("experts.{e}.w2.weight", "routed expert", "ffn_down_exps.weight", "expert routed experts"),
-        Row("shared_experts.gate_proj.weight", "shared hidden", "ffn_gate_shexp.weight"),
-        Row("shared_experts.up_proj.weight", "shared hidden", "ffn_up_shexp.weight"),
-        Row("shared_experts.down_proj.weight", "hidden shared", "ffn_down_shexp.weight"),
+        *SHARED_EXPERTS,
     )),
     Group(_latent_moe, "block_sparse_moe.", (
         Row("routed_expert_down_proj.weight", "routed hidden", "ffn_routed_down.weight"),

@@ -21,6 +21,7 @@ from typing import Any, Final
 from gguf import GGUFValueType as ValueType
 
 from kimi_gguf.convert.model.bpe_vocab import load_bpe_vocab
+from kimi_gguf.convert.model.common_tensors import HEAD, NORM
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.config_keys import (
     ABSENT,
@@ -40,7 +41,7 @@ from kimi_gguf.convert.model.config_keys import (
 )
 from kimi_gguf.convert.model.family import Family
 from kimi_gguf.convert.model.gguf_key import Key, u32
-from kimi_gguf.convert.model.ling3_tensors import EMBEDDING, HEAD, LAYERS, NORM, RULES
+from kimi_gguf.convert.model.ling3_tensors import EMBEDDING, LAYERS, RULES
 from kimi_gguf.convert.model.tensor_table import FLOAT32, Table
 
 ARCHITECTURE: Final = "bailingmoe3"

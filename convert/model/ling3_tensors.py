@@ -1,6 +1,6 @@
 """The tensors of Ling 3 by the hub's names, what each becomes in a GGUF file, and the other layouts of a checkpoint.
 
-Output: `EMBEDDING`, `LAYERS`, `NORM`, `HEAD` for a `Table`, and `RULES`. Words of shapes are those of `dimensions` and
+Output: `EMBEDDING` and `LAYERS` for a `Table`, and `RULES`. Words of shapes are those of `dimensions` and
 of `sizes` in ling3.py.
 
 Sources: llama.cpp's loader for `bailingmoe3`; `conversion_mapping.py` of transformers 5.23.
@@ -10,20 +10,22 @@ from __future__ import annotations
 
 from typing import Final
 
+from kimi_gguf.convert.model.common_tensors import (
+    DENSE_FFN,
+    KDA_QKV,
+    LAYER_NORMS,
+    MLA_KV,
+    SHARED_EXPERTS,
+    mla_queries,
+)
 from kimi_gguf.convert.model.layouts import Rule
 from kimi_gguf.convert.model.tensor_table import Group, Row, Transform, f32, is_kda, is_mla
 
 EMBEDDING: Final = Row("model.word_embeddings.weight", "vocab hidden", "token_embd.weight")
-NORM: Final = f32("model.norm.weight", "hidden", "output_norm.weight")
-HEAD: Final = Row("lm_head.weight", "vocab hidden", "output.weight")
 LAYERS: Final = (
-    Group(lambda config, layer: True, "", (
-        f32("input_layernorm.weight", "hidden", "attn_norm.weight"),
-        f32("post_attention_layernorm.weight", "hidden", "ffn_norm.weight"),
-    )),
+    LAYER_NORMS,
     Group(is_kda, "attention.", (
-        *(Row(f"{x}_proj.weight", "kda hidden", f"attn_{x}.weight") for x in "qkv"),
-        *(f32(f"{x}_conv1d.weight", "kda 1 conv", f"ssm_conv1d_{x}.weight", "conv 1 kda 1") for x in "qkv"),
+        *KDA_QKV,
         Row("f_proj.weight", "kda hidden", "ssm_f_a.weight"),
         f32("dt_bias", "kda", "ssm_dt.bias"),
         f32("A_log", "kda_heads", "ssm_a", "1 kda_heads", Transform.EXP),
@@ -32,36 +34,20 @@ LAYERS: Final = (
         f32("o_norm.weight", "kda_head", "ssm_norm.weight"),
         Row("o_proj.weight", "hidden kda", "attn_output.weight"),
     )),
-    Group(lambda config, layer: is_mla(config, layer) and config.q_lora_rank is None, "attention.", (
-        Row("q_proj.weight", "mla_q hidden", "attn_q.weight"),
-    )),
-    Group(lambda config, layer: is_mla(config, layer) and config.q_lora_rank is not None, "attention.", (
-        Row("q_a_proj.weight", "q_rank hidden", "attn_q_a.weight"),
-        f32("q_a_layernorm.weight", "q_rank", "attn_q_a_norm.weight"),
-        Row("q_b_proj.weight", "mla_q q_rank", "attn_q_b.weight"),
-    )),
+    *mla_queries("attention."),
     Group(is_mla, "attention.", (
-        Row("kv_a_proj_with_mqa.weight", "latent_rope hidden", "attn_kv_a_mqa.weight"),
-        f32("kv_a_layernorm.weight", "latent", "attn_kv_a_norm.weight"),
-        Row("kv_b_proj.weight", "mla_kv latent", "attn_k_b.weight", "nope latent heads", Transform.K_OF_KV),
-        Row("kv_b_proj.weight", "mla_kv latent", "attn_v_b.weight", "latent v heads", Transform.V_OF_KV),
+        *MLA_KV,
         Row("g_proj.weight", "heads hidden", "attn_gate.weight"),
         Row("dense.weight", "hidden mla_v", "attn_output.weight"),
     )),
-    Group(lambda config, layer: layer < config.num_dense_layers, "mlp.", (
-        Row("gate_proj.weight", "ffn hidden", "ffn_gate.weight"),
-        Row("up_proj.weight", "ffn hidden", "ffn_up.weight"),
-        Row("down_proj.weight", "hidden ffn", "ffn_down.weight"),
-    )),
+    DENSE_FFN,
     Group(lambda config, layer: layer >= config.num_dense_layers, "mlp.", (
         f32("gate.weight", "experts hidden", "ffn_gate_inp.weight"),
         f32("gate.expert_bias", "experts", "exp_probs_b.bias"),
         Row("experts.{e}.gate_proj.weight", "expert hidden", "ffn_gate_exps.weight", "hidden expert experts"),
         Row("experts.{e}.up_proj.weight", "expert hidden", "ffn_up_exps.weight", "hidden expert experts"),
         Row("experts.{e}.down_proj.weight", "hidden expert", "ffn_down_exps.weight", "expert hidden experts"),
-        Row("shared_experts.gate_proj.weight", "shared hidden", "ffn_gate_shexp.weight"),
-        Row("shared_experts.up_proj.weight", "shared hidden", "ffn_up_shexp.weight"),
-        Row("shared_experts.down_proj.weight", "hidden shared", "ffn_down_shexp.weight"),
+        *SHARED_EXPERTS,
     )),
     Group(lambda config, layer: layer >= len(config.layers), "", (
         Row("eh_proj.weight", "hidden two_hidden", "nextn.eh_proj.weight"),
