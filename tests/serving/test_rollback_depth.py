@@ -7,6 +7,7 @@ restored state, or of a state that sequences share is refused. The caller gets a
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import llama_script
@@ -44,9 +45,9 @@ def gguf(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_case(folder, Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=90)).gguf
 
 
-def play(engine: Engine, gguf: Path, steps: Steps) -> tuple[list[bool], Logits]:
+def play(engine: Engine, gguf: Path, steps: Steps, setup: Setup = SETUP) -> tuple[list[bool], Logits]:
     """The results of all removals, and the logits [decodes, V] after the last token of each decode."""
-    played = llama_script.play(engine, gguf, SETUP, steps)
+    played = llama_script.play(engine, gguf, setup, steps)
     return played.removed, played.logits
 
 
@@ -58,6 +59,39 @@ def token(seq: int, pos: int) -> tuple[int, int, int]:
 def decode(start: int, end: int, seq: int = 0) -> Step:
     tokens = [token(seq, pos) for pos in range(start, end)]
     return llama_script.decode(*tokens, wanted=[len(tokens) - 1])
+
+
+# A draft of sequence 0, in a batch with tokens of 1 and 2. The draft has a ubatch of its own. Sequences 1 and 2 share
+# the next one, for which they need adjacent cells. The cell of 0 is between theirs.
+BATCH = ((3, 7), (3, 6), (2, 5))  # positions of each sequence
+NEXT = (5, 6, 5)  # the position of the next token of each sequence, after a rollback of the draft
+DRAFT_AMONG_OTHERS: Steps = [
+    decode(0, 3, 1),
+    decode(0, 3, 0),
+    decode(0, 2, 2),
+    llama_script.decode(*(token(seq, pos) for seq, span in enumerate(BATCH) for pos in range(*span))),
+    remove(0, NEXT[0]),
+    *(decode(pos, pos + 1, seq) for seq, pos in enumerate(NEXT)),
+]
+EACH_ALONE: Steps = [step for seq, pos in enumerate(NEXT) for step in (["clear"], decode(0, pos + 1, seq))]
+
+
+@pytest.mark.parametrize("unified", [False, True], ids=["a stream each", "unified"])
+def test_other_sequences_of_a_batch_leave_the_snapshots_of_a_draft(
+    engine: Engine, gguf: Path, unified: bool
+) -> None:
+    setup = replace(SETUP, kv_unified=unified)
+    said, logits = play(engine, gguf, [*DRAFT_AMONG_OTHERS, *EACH_ALONE], setup)
+    assert said == [True]
+    assert error_of(logits[-6:-3], logits[-3:]).in_all <= 1e-10
+
+
+def test_upstream_uses_a_snapshot_of_another_sequence(upstream: Engine, tmp_path: Path) -> None:
+    said, logits = play(
+        upstream, write_family(tmp_path / "model.gguf", FAMILY[1]), [*DRAFT_AMONG_OTHERS, *EACH_ALONE]
+    )
+    assert said == [True]
+    assert error_of(logits[-6:-5], logits[-3:-2]).in_all > 0.1
 
 
 def test_up_to_the_last_batch_tokens_are_taken_back_and_no_further(engine: Engine, gguf: Path) -> None:
