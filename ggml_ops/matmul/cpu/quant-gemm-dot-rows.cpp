@@ -10,7 +10,7 @@
 #include "quant-gemm-codes.h"
 #include "quant-gemm-dot.h"
 #include "quant-gemm-super-block.h"
-#include "quant-gemm-unpack.h"
+#include "quant-gemm-unpack-k.h"
 #include "simd-mappings.h"
 
 #include <algorithm>
@@ -46,6 +46,13 @@ static inline __m128i sum_super_block(const SuperBlock & w, const __m512i (&fact
     return add_quarters(products);
 }
 
+// The sums of four lanes of 16 rows, a row in each lane.
+static inline __m512i add_4_lanes(const int32_t (&integers)[DOT_ROWS][4]) {
+    __m512i x[4];
+    Rows((const char *) integers, sizeof(integers[0]), 0, DOT_ROWS).load16(0, x);
+    return _mm512_add_epi32(_mm512_add_epi32(x[0], x[2]), _mm512_add_epi32(x[1], x[3]));
+}
+
 template <typename Block, int N_C>
 static void dot_super_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     const __m512i       lane  = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -74,11 +81,102 @@ static void dot_super_blocks(const WeightRows & weights, int64_t k, const char *
         const __m512 d = rows.load_half(i * sizeof(Block) + offsetof(Block, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            __m512i x[4];
-            Rows((const char *) integers[c], sizeof(integers[c][0]), 0, DOT_ROWS).load16(0, x);
-            const __m512i products = _mm512_add_epi32(_mm512_add_epi32(x[0], x[2]), _mm512_add_epi32(x[1], x[3]));
-            const __m512  scale    = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-            total[c]               = add_super_block(total[c], products, d, scale);
+            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+            total[c]           = add_super_block(total[c], add_4_lanes(integers[c]), d, scale);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        _mm512_storeu_ps(sums + c * PANEL_ROWS, total[c]);
+    }
+}
+
+// ---- ... with minima
+
+// Receives minima, which are multiplied with sums of the activations, and scales: a row in each lane.
+template <typename Block, int N_C> struct MinimaOfRows {
+    const ActSuperBlock * acts[N_C];
+    __m512i               sums[N_C] = {};
+    __m512                d;
+    __m512                dmin;
+
+    void factors(int, __m512i) const {}
+
+    inline void minima(int pair, __m512i x) {
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const int16_t * a = HAS_FACTORS<Block> ? acts[c]->sums : acts[c]->sums_16;
+            sums[c]           = add_pairs(sums[c], x, broadcast_ints(a + 2 * pair));
+        }
+    }
+
+    inline void super_scales(__m512 x) { d = x; }
+
+    inline void minimum_scales(__m512 x) { dmin = x; }
+};
+
+template <typename Block, typename To> static inline void give_minima(const Rows & rows, size_t at, To & to) {
+    if constexpr (HAS_FACTORS<Block>) {
+        give_scales_and_minima(rows, at, to);
+    } else {
+        __m512i scales[4];
+        rows.load16(at + offsetof(Block, scales), scales);
+        give_minima_and_scales_q2_K(rows, at, scales, to);
+    }
+}
+
+// The activations of the two blocks of vector j.
+template <typename Block> static inline __m512i load_two_blocks(const ActSuperBlock & a, int j) {
+    const auto load = [&](int b) { return _mm256_loadu_si256((const __m256i *) (a.codes + BLOCK * b)); };
+    return halves(load(first_block<Block>(j)), load(second_block<Block>(j)));
+}
+
+template <typename Block> static inline __m128i sum_two_blocks(const TwoBlocks & w, const __m512i (&acts)[4]) {
+    __m512i sum = _mm512_setzero_si512();
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        if constexpr (HAS_FACTORS<Block>) {  // 4 products fit in 16 bits: 4 * 31 * 127
+            const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes[j], acts[j]);
+            sum             = _mm512_dpwssd_epi32(sum, z, w.factors[j]);
+        } else {
+            sum = _mm512_dpbusd_epi32(sum, w.codes[j], acts[j]);
+        }
+    }
+    return add_quarters(sum);
+}
+
+template <typename Block, int N_C>
+static void dot_with_minima(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    alignas(64) int32_t integers[N_C][DOT_ROWS][4];
+    const Rows          rows(weights.first, weights.stride, 0, weights.n);
+    const ptrdiff_t     ahead      = weights.next - weights.first;
+    __m512              total[N_C] = {};
+    for (int64_t i = 0; i < k / SLICE; i++) {
+        MinimaOfRows<Block, N_C> minima;
+        __m512i                  acts[N_C][4];
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            minima.acts[c] = (const ActSuperBlock *) columns[c] + i;
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                acts[c][j] = load_two_blocks<Block>(*minima.acts[c], j);
+            }
+        }
+        for (int r = 0; r < DOT_ROWS; r++) {
+            const Block * w = (const Block *) rows.row[r] + i;
+            prefetch<2>((const char *) w + ahead, sizeof(Block));
+            const TwoBlocks x = load_with_minima(*w);
+#pragma GCC unroll 4
+            for (int c = 0; c < N_C; c++) {
+                _mm_store_si128((__m128i *) integers[c][r], sum_two_blocks<Block>(x, acts[c]));
+            }
+        }
+        give_minima<Block>(rows, i * sizeof(Block), minima);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const __m512 scale = _mm512_set1_ps(minima.acts[c]->scale);
+            total[c] =
+                add_super_block(total[c], add_4_lanes(integers[c]), minima.d, minima.sums[c], minima.dmin, scale);
         }
     }
 #pragma GCC unroll 4
@@ -255,6 +353,8 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
     if constexpr (IS_ONE_OF<Block, block_q3_K, block_q6_K>) {
         return dot_super_blocks<Block, N_C>;
+    } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q4_K, block_q5_K>) {
+        return dot_with_minima<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;
     }
@@ -268,7 +368,8 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_Q4_0, ROWS<block_q4_0> },   { GGML_TYPE_Q5_0, ROWS<block_q5_0> },
     { GGML_TYPE_Q8_0, ROWS<block_q8_0> },   { GGML_TYPE_IQ4_NL, ROWS<block_iq4_nl> },
     { GGML_TYPE_MXFP4, ROWS<block_mxfp4> }, { GGML_TYPE_Q3_K, ROWS<block_q3_K> },
-    { GGML_TYPE_Q6_K, ROWS<block_q6_K> },
+    { GGML_TYPE_Q6_K, ROWS<block_q6_K> },   { GGML_TYPE_Q2_K, ROWS<block_q2_K> },
+    { GGML_TYPE_Q4_K, ROWS<block_q4_K> },   { GGML_TYPE_Q5_K, ROWS<block_q5_K> },
 };
 
 const Dot * find_dot_of_rows(ggml_type type) {

@@ -286,9 +286,6 @@ static constexpr Dot PLAIN_ROWS = { DOT_ROWS,
                                       dot_plain_rows<dot_row<WIDEN, 3>>, dot_plain_rows<dot_row<WIDEN, 4>> } };
 
 static const TypedDot DOTS[] = {
-    { GGML_TYPE_Q2_K, LANES_OF<Q2_K, block_q2_K> },
-    { GGML_TYPE_Q4_K, LANES_OF<Q4_K, block_q4_K> },
-    { GGML_TYPE_Q5_K, LANES_OF<Q5_K, block_q5_K> },
     { GGML_TYPE_IQ4_XS, LANES_OF<IQ4_XS, block_iq4_xs> },
 #if !QUANT_GEMM_AVX512
     { GGML_TYPE_Q4_0, LANES_OF<Q4_0, block_q4_0> },
@@ -296,7 +293,10 @@ static const TypedDot DOTS[] = {
     { GGML_TYPE_Q8_0, LANES_OF<Q8_0, block_q8_0> },
     { GGML_TYPE_IQ4_NL, LANES_OF<IQ4_NL, block_iq4_nl> },
     { GGML_TYPE_MXFP4, LANES_OF<MXFP4, block_mxfp4> },
+    { GGML_TYPE_Q2_K, LANES_OF<Q2_K, block_q2_K> },
     { GGML_TYPE_Q3_K, LANES_OF<Q3_K, block_q3_K> },
+    { GGML_TYPE_Q4_K, LANES_OF<Q4_K, block_q4_K> },
+    { GGML_TYPE_Q5_K, LANES_OF<Q5_K, block_q5_K> },
     { GGML_TYPE_Q6_K, LANES_OF<Q6_K, block_q6_K> },
 #endif
     { GGML_TYPE_F16, PLAIN_ROWS<from_halves> },

@@ -1,9 +1,10 @@
 #pragma once
 
-// Q3_K and Q6_K: unpacks a super block of one row in registers, for quant-gemm-dot-rows.cpp.
+// K types: unpacks a super block of one row in registers, for quant-gemm-dot-rows.cpp.
 
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
+#include "quant-gemm-vector.h"
 
 #include <cstring>
 
@@ -92,6 +93,73 @@ inline SuperBlock load(const block_q3_K & w) {
 // Offsets are factors times the offset of the quants, to be subtracted times sums of activation quants. Else they are
 // the factors, to be added, times minus the offset times the sums of activation quants (starts).
 template <typename Block> constexpr bool SUBTRACTS = IS_ONE_OF<Block, block_q3_K>;
+
+// ---- types with minima
+
+// The quants of a row as unsigned bytes, two blocks of 32 in a vector, and the factor of each lane's block. Quants of
+// Q2_K are multiplied with their factors of four bits instead.
+struct TwoBlocks {
+    __m512i codes[4];
+    __m512i factors[4];
+};
+
+template <typename Block> constexpr bool HAS_FACTORS = !IS_ONE_OF<Block, block_q2_K>;
+
+// The blocks of vector j: 64 bytes of Q2_K hold all eight blocks, those of Q4_K and Q5_K four.
+template <typename Block> constexpr int first_block(int j) {
+    return HAS_FACTORS<Block> ? j / 2 * 4 + j % 2 : j;
+}
+
+template <typename Block> constexpr int second_block(int j) {
+    return first_block<Block>(j) + (HAS_FACTORS<Block> ? 2 : 4);
+}
+
+// Bytes a, b, c and d of each 128 bits: one for all N-byte numbers of a quarter of the vector.
+template <int N> inline __m512i numbers(__m512i x, int a, int b, int c, int d) {
+    constexpr uint32_t ZEROS  = N == 2 ? 0x80008000 : 0x80808000;
+    constexpr uint32_t TIMES  = N == 2 ? 0x00010001 : 1;
+    const auto         number = [](int i) { return _mm_set1_epi32((int) (ZEROS | TIMES * (uint32_t) i)); };
+    return _mm512_shuffle_epi8(x,
+                               halves(_mm256_set_m128i(number(b), number(a)), _mm256_set_m128i(number(d), number(c))));
+}
+
+inline TwoBlocks load_with_minima(const block_q2_K & w) {
+    const __m512i x      = _mm512_loadu_si512(w.qs);
+    const __m512i scales = low_nibbles(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) w.scales)));
+    TwoBlocks     to;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(x, 2 * j), bytes(3));
+        to.codes[j]         = _mm512_mullo_epi16(codes, numbers<2>(scales, 2 * j, 2 * j + 1, 2 * j + 8, 2 * j + 9));
+    }
+    return to;
+}
+
+// The factors of Q4_K and Q5_K, a byte each, from 12 bytes (see give_scales_and_minima).
+inline uint64_t eight_factors(const uint8_t (&scales)[K_SCALE_SIZE]) {
+    uint32_t x[3];
+    memcpy(x, scales, sizeof(x));
+    const uint32_t high = (x[2] & 0x0f0f0f0f) | (x[0] >> 2 & 0x30303030);
+    return (uint64_t) high << 32 | (x[0] & 0x3f3f3f3f);
+}
+
+template <typename Block> inline TwoBlocks load_with_minima(const Block & w) {
+    const __m512i factors = _mm512_set1_epi64((long long) eight_factors(w.scales));
+    TwoBlocks     to;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const int     first  = first_block<Block>(j);
+        const int     second = second_block<Block>(j);
+        const __m512i x      = _mm512_loadu_si512(w.qs + j / 2 * 64);
+        to.codes[j]          = j % 2 == 0 ? low_nibbles(x) : high_nibbles(x);
+        if constexpr (IS_ONE_OF<Block, block_q5_K>) {  // bit b of a byte of qh is the fifth bit of block b
+            const __m512i fifth = shifted(twice(w.qh), 4 - first, 4 - second);
+            to.codes[j]         = _mm512_or_si512(to.codes[j], _mm512_and_si512(fifth, bytes(16)));
+        }
+        to.factors[j] = numbers<4>(factors, first, first, second, second);
+    }
+    return to;
+}
 
 #endif
 

@@ -46,10 +46,15 @@ template <int OFFSET, typename To> inline void give_offsets(To & to, int b, Ints
 
 // Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales in
 // their low nibbles and minima in their high ones.
+// scales: the two bytes of scale and minimum of block b.
+template <typename To> inline void give_minima_q2_K(To & to, int b, Ints scales) {
+    to.minima(b, two_bytes_of(high_nibbles(scales), 0));
+}
+
 #if QUANT_GEMM_AVX512
 
 // Block b of Q2_K, two bits per value: quants times their 4-bit scales are at most 45 and are given as one byte.
-// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: the block's two bytes of scale and minimum.
+// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: as above.
 template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
     const Ints low    = low_nibbles(scales);
     const Ints first  = spread_number(low, 0);
@@ -59,7 +64,6 @@ template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8],
         const Ints codes = right_16(x[j], 2 * (b % 4)) & bytes(3);
         to.codes(b, j, _mm512_mullo_epi16(codes, j < 4 ? first : second));
     }
-    to.minima(b, two_bytes_of(high_nibbles(scales), 0));
 }
 
 // Q2_K of 8 interleaved rows; for each block of 32, two bytes of scales and minima of every row.
@@ -76,7 +80,9 @@ struct Q2_KGroups {
             groups.quants32(at + offsetof(block_q2_Kx8, qs) + 256 * part, x);
 #pragma GCC unroll 4
             for (int b = 4 * part; b < 4 * part + 4; b++) {
-                give_q2_K(to, b, x, groups.load_pair(at + offsetof(block_q2_Kx8, scales) + 16 * b));
+                const Ints scales = groups.load_pair(at + offsetof(block_q2_Kx8, scales) + 16 * b);
+                give_q2_K(to, b, x, scales);
+                give_minima_q2_K(to, b, scales);
             }
         }
         to.super_scales(groups.load_half(at + offsetof(block_q2_Kx8, d)));
@@ -94,10 +100,21 @@ template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8],
     for (int j = 0; j < 8; j++) {
         to.codes(b, j, right_16(x[j], 2 * (b % 4)) & bytes(3));
     }
-    to.minima(b, two_bytes_of(high_nibbles(scales), 0));
 }
 
 #endif
+
+// The minima of Q2_K, and the scales of super blocks. scales: 16 bytes of scales and minima of each row.
+template <typename R, typename To>
+inline void give_minima_and_scales_q2_K(const R & rows, size_t at, const Ints (&scales)[4], To & to) {
+#pragma GCC unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        give_minima_q2_K(to, b, right_32(scales[b / 2], 16 * (b % 2)));
+    }
+    const Ints d = rows.load_word(at + offsetof(block_q2_K, GGML_COMMON_AGGR_U));
+    to.super_scales(lower_half(d));
+    to.minimum_scales(upper_half(d));
+}
 
 struct Q2_K {
     static constexpr Scheme SCHEME = QUANTS_TIMES_FACTORS ? Scheme::q8_K_256_mins : Scheme::q8_K_16_mins;
@@ -117,9 +134,7 @@ struct Q2_K {
                 give_q2_K(to, b, x, right_32(scales[b / 2], 16 * (b % 2)));
             }
         }
-        const Ints d = rows.load_word(at + offsetof(block_q2_K, GGML_COMMON_AGGR_U));
-        to.super_scales(lower_half(d));
-        to.minimum_scales(upper_half(d));
+        give_minima_and_scales_q2_K(rows, at, scales, to);
     }
 };
 
