@@ -19,11 +19,13 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import ensure, options_of, select
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import reporting
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
@@ -32,6 +34,7 @@ from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.pipeline import Request, validate
 from kimi_gguf.validate.report import FORMATS, Report, check_place, limit_text, number_text, write
 from kimi_gguf.validate.sample_text import TEXT
+from kimi_gguf.validate.stored import printable, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
 PROGRAM: Final = "validate-kimi"
@@ -56,6 +59,8 @@ examples:
       also run the file on upstream llama.cpp and compare
   validate-kimi other.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --against kimi-Q8_0.gguf --cache-type Q8_0
       also run kimi-Q8_0.gguf and show its figures next to those of other.gguf
+  validate-kimi show report/report.json older/report.json
+      print the figures of reports, also of those that earlier versions wrote
 
 exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 """
@@ -63,7 +68,10 @@ exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["show"]:
+        return _show(words[1:])
+    options = _parser().parse_args(words)
     try:
         request = _request(options)
         torch.set_num_threads(options.threads)
@@ -89,10 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} GGUF --checkpoint DIR [options]\n       {PROGRAM} show REPORT...",
         description="Compare llama.cpp's logits for a GGUF file with a torch reference of its checkpoint.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"kimi-gguf {VERSION}")
     parser.add_argument("gguf", metavar="GGUF", type=Path, help="the file to validate")
     add = parser.add_argument
     add("--checkpoint", metavar="DIR", type=Path, required=True, help="checkpoint that GGUF was made from")
@@ -215,6 +225,37 @@ def _summary(report: Report, html: Path) -> None:
     for said in report.unchecked:
         console.print(f"note  {said}", markup=False, soft_wrap=True)
     console.print(f"[bold]{'PASS' if report.passed else 'FAIL'}[/]  report: {html}")
+
+
+def _show(words: Sequence[str]) -> int:
+    """`validate-kimi show`: print the figures of stored reports."""
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} show", description="Print the figures of reports, of this and of earlier versions."
+    )
+    parser.add_argument("reports", metavar="REPORT", type=Path, nargs="+", help="a report.json")
+    try:
+        reports = [read_report(path) for path in parser.parse_args(words).reports]
+    except KimiError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    table = Table()
+    for title in ("file", "type", "gates"):
+        table.add_column(title)
+    for title in ("bytes", *(title for title, _, _ in COLUMNS)):
+        table.add_column(title, justify="right")
+    for each in reports:
+        verdict = f"{'pass' if each.passed else 'FAIL'}, {sum(each.gates)} of {len(each.gates)}"
+        for run in each.runs:
+            cells = (printable(f"{each.name}, {run.title}"), printable(each.type), verdict, f"{each.bytes:,}")
+            table.add_row(*map(Text, (*cells, *_cells(run.all))))
+        table.add_row("  noise floor", "", "", "", *_cells(each.floor), end_section=True)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    if len({each.ids_sha256 for each in reports}) > 1:
+        print("The reports are of different tokens: their figures cannot be compared.")
+    return PASSED if all(each.passed for each in reports) else GATE_FAILED
 
 
 def _cells(summary: Summary) -> list[str]:

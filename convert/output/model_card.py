@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from kimi_gguf.convert.model.families import BY_ARCHITECTURE
 from kimi_gguf.convert.model.tensor_table import Transform
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.plan import Plan, type_counts
+from kimi_gguf.engine.version import VERSION
 
 # The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
 DIFFERENCES: Final = (
@@ -94,7 +94,7 @@ def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[t
     if plan.importances:
         yield "importance matrix", f"`{_code_text(plan.importances.path.name)}`"
         yield "made with", _plain(Path(plan.importances.dataset or "").name)
-    yield "converter", f"kimi-gguf {version('kimi-gguf')}, `convert-kimi`"
+    yield "converter", f"kimi-gguf {VERSION}, `convert-kimi`"
 
 
 def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
