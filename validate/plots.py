@@ -50,6 +50,12 @@ class Line:
     colour: str
     run: Curves
 
+    @property
+    def text(self) -> str:
+        """The label without what matplotlib takes for mathematics, or for a line to hide ("_" in front)."""
+        shown = "".join(c if c.isprintable() else " " for c in self.label).replace("$", r"\$")
+        return f" {shown[:40]}"
+
 
 Plot = Callable[[Axes, Sequence[Line]], None]
 
@@ -77,8 +83,9 @@ def images(
     drawn = {}
     metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}[form]
     with mpl.rc_context(STYLE):
-        for name, (size, plot) in plots.items():
-            figure = Figure(figsize=size, layout="constrained")
+        for name, ((width, height), plot) in plots.items():
+            height += 0.2 * max(0, len(lines) - 2)  # for the legend
+            figure = Figure(figsize=(width, height), layout="constrained")
             plot(figure.subplots(), lines)
             out = io.BytesIO()
             figure.savefig(out, format=form, dpi=130, metadata=metadata)
@@ -95,7 +102,7 @@ def _visible(values: NDArray[Any]) -> NDArray[Any]:
 def by_position(axes: Axes, lines: Sequence[Line]) -> None:
     """NMSE at each position; positions with an expert mismatch of the last line are marked."""
     for line in lines:
-        axes.semilogy(_visible(line.run.nmse), color=line.colour, linewidth=0.9, label=line.label, alpha=0.85)
+        axes.semilogy(_visible(line.run.nmse), color=line.colour, linewidth=0.9, label=line.text, alpha=0.85)
     last = lines[-1].run
     differs = np.flatnonzero(last.differs)
     if len(differs):
@@ -111,7 +118,7 @@ def by_layer(axes: Axes, lines: Sequence[Line]) -> None:
     for line in lines:
         layers = [layer.layer for layer in line.run.layers]
         errors = _visible(np.array([layer.nmse for layer in line.run.layers]))
-        axes.semilogy(layers, errors, color=line.colour, linewidth=1.1, label=line.label)
+        axes.semilogy(layers, errors, color=line.colour, linewidth=1.1, label=line.text)
         for kind, marker in (("kda", "o"), ("mla", "s")):
             which = [i for i, layer in enumerate(line.run.layers) if layer.kind == kind]
             axes.semilogy([layers[i] for i in which], errors[which], marker, markersize=5, color=line.colour)
@@ -130,7 +137,7 @@ def kld_histogram(axes: Axes, lines: Sequence[Line]) -> None:
     bins = [float(edge) for edge in np.geomspace(low * 0.8, high * 1.25, 48)]
     for line, kld in zip(lines, values, strict=True):
         style: Any = {"histtype": "stepfilled", "alpha": 0.75} if line is lines[-1] else {"histtype": "step"}
-        axes.hist(kld, bins=bins, label=line.label, color=line.colour, linewidth=1.2, **style)
+        axes.hist(kld, bins=bins, label=line.text, color=line.colour, linewidth=1.2, **style)
     axes.set(xscale="log", xlabel="KLD (nats)", ylabel="positions")
     _legend(axes)
 
@@ -141,7 +148,7 @@ def agreement(axes: Axes, lines: Sequence[Line]) -> None:
         sections = np.array_split(line.run.top1, min(16, len(line.run.top1)))
         middle = np.cumsum([len(s) for s in sections]) - np.array([len(s) for s in sections]) / 2
         share = [100 * s.mean() for s in sections]
-        axes.plot(middle, share, color=line.colour, marker="o", markersize=3.5, label=line.label)
+        axes.plot(middle, share, color=line.colour, marker="o", markersize=3.5, label=line.text)
     low = axes.get_ylim()[0]
     axes.set(xlabel="position", ylabel="top-1 agreement (%)", ylim=(min(low, 95.0), 100.4))
     _legend(axes)
@@ -155,7 +162,9 @@ def _whole_decades(axes: Axes) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.16), ncols=5, borderaxespad=0, handlelength=1.4)
+    labels = axes.get_legend_handles_labels()[1]
+    columns = max(1, min(5, int(11 * axes.figure.bbox.width / axes.figure.dpi / (max(map(len, labels)) + 6))))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0, handlelength=1.4)
 
 
 PLOTS: Mapping[str, tuple[tuple[float, float], Plot]] = {

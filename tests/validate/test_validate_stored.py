@@ -72,6 +72,15 @@ def test_a_new_report_is_read_back(report: Report, tmp_path: Path) -> None:
     assert found.headline.curves.top1.tolist() == report.headline.at.top1.tolist()
 
 
+def test_null_is_a_figure_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(golden(SCHEMA).read_text())
+    data["noise_floor"]["kld_mean"] = data["runs"][0]["layers"][0]["nmse"] = None
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    assert math.isnan(read_report(tmp_path / "report.json").floor.kld_mean)
+    assert main(["show", str(tmp_path / "report.json")]) == 0
+    assert "–" in capsys.readouterr().out
+
+
 def test_show_prints_the_figures_of_all_schemas(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", *(str(golden(schema)) for schema in SCHEMAS)]) == 0
     said = capsys.readouterr().out
