@@ -249,6 +249,7 @@ def _summary(report: Report, html: Path) -> None:
 
 CARD_EXAMPLES = """\
 examples:
+  mkdir -p hub
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o hub/kimi-Q8_0.gguf --type Q8_0
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o hub/kimi-q4.gguf --recipe kimi-q4
   validate-kimi card hub --checkpoint Kimi-Linear-48B-A3B-Instruct
@@ -261,8 +262,7 @@ exit status: 0 all gates of all files passed; 1 a gate failed (the card says so)
 """
 
 
-def _card(words: Sequence[str]) -> int:
-    """`validate-kimi card`: validate the files of a folder and write their model card."""
+def _card_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} card",
         description="Validate all GGUF files of a folder, and write README.md, a model card for them, with a table, "
@@ -274,7 +274,12 @@ def _card(words: Sequence[str]) -> int:
     add("folder", metavar="FOLDER", type=Path, help="folder of GGUF files that were made from one checkpoint")
     add("--force", action="store_true", help="overwrite README.md if it exists")
     _add_run_options(parser)
-    options = parser.parse_args(words)
+    return parser
+
+
+def _card(words: Sequence[str]) -> int:
+    """`validate-kimi card`: validate the files of a folder and write their model card."""
+    options = _card_parser().parse_args(words)
     try:
         paths = models_in(options.folder)
         check_card_place(options.folder, paths, options.force, options.checkpoint)
@@ -296,14 +301,18 @@ def _card(words: Sequence[str]) -> int:
     return GATE_FAILED if failed else PASSED
 
 
-def _show(words: Sequence[str]) -> int:
-    """`validate-kimi show`: print the figures of stored reports."""
+def _show_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} show", description="Print the figures of reports, of this and of earlier versions."
     )
     parser.add_argument("reports", metavar="REPORT", type=Path, nargs="+", help="a report.json")
+    return parser
+
+
+def _show(words: Sequence[str]) -> int:
+    """`validate-kimi show`: print the figures of stored reports."""
     try:
-        reports = [read_report(path) for path in parser.parse_args(words).reports]
+        reports = [read_report(path) for path in _show_parser().parse_args(words).reports]
     except KimiError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT
