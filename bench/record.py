@@ -7,7 +7,8 @@ switch (KIMI_OPS of patched), libraries (used instead of patched's, or null), li
 device), models [{name, architecture, bytes, about, cells}], operators, device_operators, products, hybrid,
 prompt_cache, equal_requests, speculative. A cell has its options, samples in seconds of one decode, medians and
 spreads, and its floor: the least time on the roofline. Records call matmuls "products". Older ones lack device,
-checkout, device_operators, products, prompt_cache, equal_requests, speculative.
+checkout, device_operators, products, prompt_cache, equal_requests, speculative. Schemas 1 (a record) and 2 (a machine's
+file) differ from 3 and 4 only in the name of upstream, which was "pristine"; they are read, too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from kimi_gguf.bench.ab_run import Result, Runners
 from kimi_gguf.bench.device import Device
@@ -32,6 +34,7 @@ SCHEMA = 3
 _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
 _AGAIN = "measure again"
 MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
+_NEWER = {1: SCHEMA, 2: MACHINE_SCHEMA}  # schemas of earlier versions, and what they become
 
 
 def new_record(
@@ -128,7 +131,7 @@ def load_all(file: Path) -> list[Data]:
         ]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise EngineError(f"{file}: damaged", found=f"{type(error).__name__}: {error}", todo=_AGAIN) from None
-    return [complete(each, file) for each in records]
+    return [complete(each | {"schema": SCHEMA}, file) for each in records]
 
 
 def complete(record: Data, file: Path) -> Data:
@@ -192,7 +195,19 @@ def load(file: Path, schemas: Sequence[int] = (SCHEMA,)) -> Data:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
     except (OSError, ValueError) as error:
         raise EngineError(what, found=str(error), todo="name a file of --json") from None
+    if isinstance(found, int) and found in _NEWER:
+        record = _renamed(record) | {"schema": _NEWER[found]}
+        found = record["schema"]
     if found not in schemas:
-        expected = f"schema {SCHEMA}"
+        expected = f"schema {' or '.join(map(str, schemas))}"
         raise EngineError(what, expected=expected, found=repr(found), todo="measure again with --json")
     return record
+
+
+def _renamed(data: Any) -> Any:
+    """The data of schema 1 or 2 with the names of schema 3 and 4."""
+    if isinstance(data, dict):
+        return {_renamed(name): _renamed(value) for name, value in data.items()}
+    if isinstance(data, list):
+        return [_renamed(value) for value in data]
+    return data.replace("pristine", "upstream") if isinstance(data, str) else data

@@ -32,6 +32,7 @@ from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 
 T = TypeVar("T")
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     flag = partial(add, action="store_true")
+    add("--version", action="version", version=f"kimi-gguf {VERSION}")
     add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
     text = (

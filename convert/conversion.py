@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from kimi_gguf.convert.model.families import load_vocab
@@ -26,6 +25,7 @@ from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest, as_stored
+from kimi_gguf.engine.version import VERSION
 
 ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
 
@@ -117,7 +117,7 @@ def _plan_digest(plan: Plan, ggml: Ggml | None) -> str:
     sources = [[t.name, *(n for n, _ in t.output.inputs), t.output.transform.value] for t in plan.tensors]
     importances = plan.importances.weights if plan.importances else {}
     return digest(
-        version("kimi-gguf").encode(),
+        VERSION.encode(),
         (ggml.identity if ggml else "").encode(),
         *(file.header for file in plan.files),
         json.dumps(sources).encode(),

@@ -183,6 +183,13 @@ def _blind_spots(tensors: list[PlannedTensor], importances: Importances | None) 
         yield f"{importances.path.name} has {len(strange)} entries that match no tensor: {strange[0]}, ..."
 
 
+def model_notes(config: ModelConfig) -> Iterator[str]:
+    """What a user should know about every file of this model."""
+    yield from family_of(config).notes(config)
+    if len(set(config.layers)) == 1:
+        yield f"all layers are {config.layers[0].name}: upstream llama.cpp cannot run this model"
+
+
 def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTensor]) -> Iterator[str]:
     config = checkpoint.config
     if checkpoint.remote_bytes:
@@ -196,9 +203,7 @@ def _notes(checkpoint: Checkpoint, request: TypeRequest, tensors: list[PlannedTe
             f"{len(rounded)} gate parameters are not F32 as in the published model; they were rounded "
             f"when this checkpoint was saved: {', '.join(rounded[:2])}{', ...' if len(rounded) > 2 else ''}"
         )
-    yield from family.notes(config)
-    if len(set(config.layers)) == 1:
-        yield f"all layers are {config.layers[0].name}: upstream llama.cpp cannot run this model"
+    yield from model_notes(config)
     base = request.file_type.base
     fallen = [t.name for t in tensors if t.type is F16 and base is not F16]
     if fallen:

@@ -23,6 +23,7 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
 
@@ -303,6 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kimi-llama", description="Build and run the patched llama.cpp for Kimi-Linear."
     )
+    parser.add_argument("--version", action="version", version=f"kimi-gguf {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(

@@ -18,7 +18,6 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
-import tomllib
 import zipfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from kimi_gguf.engine.build_spec import PROGRAMS
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.engine.wheel import record_line, write_zip
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
@@ -70,33 +70,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def release(out: Path, reporter: Reporter) -> list[Path]:
     """Write the release to `out`, and return its files. They appear together, when all are complete."""
-    version, seconds = project_version(), commit_time()
+    seconds = commit_time()
     engine = ensure(backend="cpu-all", defines=DEFINES)
     source = upstream_source()
-    document = sbom(source, load_pin(), version, "MIT")
+    document = sbom(source, load_pin(), VERSION, "MIT")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".unfinished-") as folder:
         place = Path(folder)
         reporter.phase("pack the sources")
-        sdist = make_sdist(place, version, seconds)
+        sdist = make_sdist(place, VERSION, seconds)
         reporter.phase("pack the wheel")
         pure = pure_wheel(sdist, place)
         wheel = make_wheel(pure, place, engine, notices(source, load_pin()), document, seconds)
         pure.unlink()
         check_policy(wheel)
-        bill = place / f"kimi_gguf-{version}.cdx.json"
+        bill = place / f"kimi_gguf-{VERSION}.cdx.json"
         bill.write_bytes(document)
         files = [wheel, sdist, bill]
         sums = place / "SHA256SUMS"
         lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
         sums.write_text("".join(sorted(lines, key=lambda line: line.split()[1])))
         return [path.replace(out / path.name) for path in (*files, sums)]
-
-
-def project_version() -> str:
-    """The version in pyproject.toml."""
-    with (ROOT / "pyproject.toml").open("rb") as file:
-        return str(tomllib.load(file)["project"]["version"])
 
 
 def commit_time() -> int:

@@ -19,12 +19,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.engine.builds import ensure, options_of, select
+from kimi_gguf.engine.builds import Engine, ensure, options_of, select
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import reporting
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
+from kimi_gguf.validate.card_files import card_files, check_card_place, models_in, write_card
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
@@ -32,6 +36,7 @@ from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.pipeline import Request, validate
 from kimi_gguf.validate.report import FORMATS, Report, check_place, limit_text, number_text, write
 from kimi_gguf.validate.sample_text import TEXT
+from kimi_gguf.validate.stored import printable, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
 PROGRAM: Final = "validate-kimi"
@@ -56,6 +61,10 @@ examples:
       also run the file on upstream llama.cpp and compare
   validate-kimi other.gguf --checkpoint Kimi-Linear-48B-A3B-Instruct --against kimi-Q8_0.gguf --cache-type Q8_0
       also run kimi-Q8_0.gguf and show its figures next to those of other.gguf
+  validate-kimi card hub --checkpoint Kimi-Linear-48B-A3B-Instruct
+      validate all files in hub/ and write hub/README.md, a model card with table and plots
+  validate-kimi show report/report.json older/report.json
+      print the figures of reports, also of those that earlier versions wrote
 
 exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 """
@@ -63,15 +72,16 @@ exit status: 0 all gates passed; 1 a gate failed; 2 bad input; 130 interrupted.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    options = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["show"]:
+        return _show(words[1:])
+    if words[:1] == ["card"]:
+        return _card(words[1:])
+    options = _parser().parse_args(words)
     try:
-        request = _request(options)
-        torch.set_num_threads(options.threads)
-        engine = select(options.build)
-        print(f"{PROGRAM}: build {engine.label()}", file=sys.stderr)
-        upstream = None
-        if options.upstream:  # built with the same options
-            upstream = ensure(upstream=True, backend=engine.backends[0], defines=engine.defines)
+        request = _request(options, options.gguf, options.against)
+        check_place(options.out)
+        engine, upstream = _engines(options)
         with reporting() as reporter:
             report = validate(request, engine, upstream, reporter)
         html = write(report, options.out)
@@ -86,16 +96,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return PASSED if report.passed else GATE_FAILED
 
 
+def _engines(options: argparse.Namespace) -> tuple[Engine, Engine | None]:
+    """The build that runs, and upstream's if it is compared."""
+    torch.set_num_threads(options.threads)
+    engine = select(options.build)
+    print(f"{PROGRAM}: build {engine.label()}", file=sys.stderr)
+    if not options.upstream:
+        return engine, None
+    return engine, ensure(upstream=True, backend=engine.backends[0], defines=engine.defines)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
+        usage=f"{PROGRAM} GGUF --checkpoint DIR [options]\n       {PROGRAM} card FOLDER --checkpoint DIR [options]\n"
+        f"       {PROGRAM} show REPORT...",
         description="Compare llama.cpp's logits for a GGUF file with a torch reference of its checkpoint.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"kimi-gguf {VERSION}")
     parser.add_argument("gguf", metavar="GGUF", type=Path, help="the file to validate")
     add = parser.add_argument
-    add("--checkpoint", metavar="DIR", type=Path, required=True, help="checkpoint that GGUF was made from")
+    out = Path("validation")
+    add(
+        "--out", metavar="DIR", type=Path, default=out, help="write the reports to DIR (default: %(default)s)"
+    )
+    against = "also run this file and show its metrics next to those of GGUF"
+    add("--against", metavar="FILE", type=Path, help=against)
+    written = "let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)"
+    add("--generate", metavar="N", type=partial(_between, 0, MOST_TOKENS), default=32, help=written)
+    _add_run_options(parser)
+    return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that a report of one file and a card of several have in common."""
+    add = parser.add_argument
+    add(
+        "--checkpoint", metavar="DIR", type=Path, required=True, help="checkpoint that the file was made from"
+    )
     tokens = parser.add_mutually_exclusive_group().add_argument
     tokens("--text", metavar="FILE", type=Path, help="evaluate on this text (default: built-in)")
     tokens(
@@ -106,15 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         add(name, metavar="N", type=partial(_between, least, most), default=default, help=meaning)
 
     number("--tokens", 1, MOST_TOKENS, 512, "use at most N tokens of the text (default: %(default)s)")
-    written = "let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)"
-    number("--generate", 0, MOST_TOKENS, 32, written)
-    out = Path("validation")
-    add(
-        "--out", metavar="DIR", type=Path, default=out, help="write the reports to DIR (default: %(default)s)"
-    )
-    add("--upstream", action="store_true", help="also run GGUF on upstream llama.cpp and compare")
-    against = "also run this file and show its metrics next to those of GGUF"
-    add("--against", metavar="FILE", type=Path, help=against)
+    add("--upstream", action="store_true", help="also run the file on upstream llama.cpp and compare")
     precision = "precision of the torch reference (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=precision)
     build = "build of llama.cpp, named as in kimi-llama path --help (default: cpu)"
@@ -127,7 +159,6 @@ def _parser() -> argparse.ArgumentParser:
     number("--ubatch", 1, MOST_TOKENS, 512, "tokens per graph evaluation (default: %(default)s)")
     number("--threads", 1, MOST_THREADS, os.cpu_count() or 1, "CPU threads (default: all cores)")
     add("--quiet", action="store_true", help="print no summary on standard output")
-    return parser
 
 
 def _between(least: int, most: int, text: str) -> int:
@@ -136,14 +167,13 @@ def _between(least: int, most: int, text: str) -> int:
     return int(text)
 
 
-def _request(options: argparse.Namespace) -> Request:
+def _request(options: argparse.Namespace, gguf: Path, against: Path | None = None) -> Request:
     """Read the files that the arguments name. Raises an error for bad input before anything is built."""
-    for path in filter(None, (options.gguf, options.against)):
+    for path in filter(None, (gguf, against)):
         with open_gguf(path):
             pass
     with open_checkpoint(options.checkpoint):
         pass
-    check_place(options.out)
     on_gpu = options_of(options.build)[0] != "cpu"
     text, ids, source = TEXT, None, "the built-in text"
     if options.text is not None:
@@ -151,13 +181,13 @@ def _request(options: argparse.Namespace) -> Request:
     if options.ids is not None:
         ids, source = _read_ids(options.ids), options.ids.name
     return Request(
-        gguf=options.gguf,
+        gguf=gguf,
         checkpoint=options.checkpoint,
         text=None if ids is not None else text,
         ids=ids,
         source=source,
         tokens=options.tokens,
-        generate=options.generate,
+        generate=getattr(options, "generate", 0),  # of a card: none, so that all files have the same tokens
         options=RunOptions(
             n_batch=options.batch,
             n_ubatch=options.ubatch,
@@ -168,7 +198,7 @@ def _request(options: argparse.Namespace) -> Request:
             else (ALL_LAYERS if on_gpu else 0),
         ),
         dtype=PRECISIONS[options.precision],
-        against=options.against,
+        against=against,
     )
 
 
@@ -215,6 +245,95 @@ def _summary(report: Report, html: Path) -> None:
     for said in report.unchecked:
         console.print(f"note  {said}", markup=False, soft_wrap=True)
     console.print(f"[bold]{'PASS' if report.passed else 'FAIL'}[/]  report: {html}")
+
+
+CARD_EXAMPLES = """\
+examples:
+  mkdir -p hub
+  convert-kimi Kimi-Linear-48B-A3B-Instruct -o hub/kimi-Q8_0.gguf --type Q8_0
+  convert-kimi Kimi-Linear-48B-A3B-Instruct -o hub/kimi-q4.gguf --recipe kimi-q4
+  validate-kimi card hub --checkpoint Kimi-Linear-48B-A3B-Instruct
+      validate both files; write hub/README.md, the reports and the plots; hub/ is ready to be uploaded
+
+A file is not validated again if its report in FOLDER/validation is of the same bytes, checkpoint, tokens, cache type
+and precision. So after adding a file, run the command again with --force.
+
+exit status: 0 all gates of all files passed; 1 a gate failed (the card says so); 2 bad input; 130 interrupted.
+"""
+
+
+def _card_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} card",
+        description="Validate all GGUF files of a folder, and write README.md, a model card for them, with a table, "
+        "plots and the reports.",
+        epilog=CARD_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=Path, help="folder of GGUF files that were made from one checkpoint")
+    add("--force", action="store_true", help="overwrite README.md if it exists")
+    _add_run_options(parser)
+    return parser
+
+
+def _card(words: Sequence[str]) -> int:
+    """`validate-kimi card`: validate the files of a folder and write their model card."""
+    options = _card_parser().parse_args(words)
+    try:
+        paths = models_in(options.folder)
+        check_card_place(options.folder, paths, options.force, options.checkpoint)
+        requests = [_request(options, path) for path in paths]
+        engine, upstream = _engines(options)
+        with reporting() as reporter:
+            files = card_files(requests, options.folder, engine, upstream, reporter)
+        with open_checkpoint(options.checkpoint) as checkpoint:
+            card = write_card(files, options.folder, list(model_notes(checkpoint.config)))
+    except (KimiError, OSError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; finished reports are kept, no card was written", file=sys.stderr)
+        return INTERRUPTED
+    failed = [file.path.name for file in files if not file.report.passed]
+    if not options.quiet:
+        print(f"{card}: {len(files)} files" + "".join(f"\nFAIL  {name}" for name in failed))
+    return GATE_FAILED if failed else PASSED
+
+
+def _show_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} show", description="Print the figures of reports, of this and of earlier versions."
+    )
+    parser.add_argument("reports", metavar="REPORT", type=Path, nargs="+", help="a report.json")
+    return parser
+
+
+def _show(words: Sequence[str]) -> int:
+    """`validate-kimi show`: print the figures of stored reports."""
+    try:
+        reports = [read_report(path) for path in _show_parser().parse_args(words).reports]
+    except KimiError as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    table = Table()
+    for title in ("file", "type", "gates"):
+        table.add_column(title)
+    for title in ("bytes", *(title for title, _, _ in COLUMNS)):
+        table.add_column(title, justify="right")
+    for each in reports:
+        verdict = f"{'pass' if each.passed else 'FAIL'}, {sum(each.gates)} of {len(each.gates)}"
+        for run in each.runs:
+            cells = (printable(f"{each.name}, {run.title}"), printable(each.type), verdict, f"{each.bytes:,}")
+            table.add_row(*map(Text, (*cells, *_cells(run.all))))
+        table.add_row("  noise floor", "", "", "", *_cells(each.floor), end_section=True)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    if len({each.ids_sha256 for each in reports}) > 1:
+        print("The reports are of different tokens: their figures cannot be compared.")
+    return PASSED if all(each.passed for each in reports) else GATE_FAILED
 
 
 def _cells(summary: Summary) -> list[str]:

@@ -43,7 +43,7 @@ class GateResult:
 class Evidence:
     """What was measured about a file: its type, its runs, upstream llama.cpp's runs, its tensors."""
 
-    type: str  # of most tensors: F32, BF16, Q8_0, ...
+    type: str  # F32, BF16, Q8_0, ...; of several types the one with the fewest bits
     runs: list[Measured]
     upstream: list[Measured]  # the same variants; empty without --upstream
     tensors: TensorProof

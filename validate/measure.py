@@ -74,6 +74,17 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """What is plotted of a run: figures at each position [T], and of each layer."""
+
+    nmse: NDArray[np.float64]
+    kld: NDArray[np.float64]
+    top1: NDArray[np.bool_]
+    differs: NDArray[np.bool_]  # expert mismatch in any layer
+    layers: list[LayerError]
+
+
+@dataclass(frozen=True)
 class Measured:
     """One variant of one file on one engine, compared with the reference."""
 
@@ -96,6 +107,10 @@ class Measured:
         """
         flags = list(self.choices.by_layer.values())
         return float(np.mean(flags)) if flags else 0.0
+
+    @property
+    def curves(self) -> Curves:
+        return Curves(self.at.nmse, self.at.kld, self.at.top1, self.choices.differs, self.layers)
 
     @property
     def judged_share(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -60,13 +60,27 @@ class Request:
     against: Path | None = None  # another GGUF file whose figures are shown too
 
 
-def validate(request: Request, engine: Engine, upstream: Engine | None, reporter: Reporter) -> Report:
+@dataclass
+class Shared:
+    """What does not depend on the GGUF file: kept for the next file of the same checkpoint."""
+
+    checkpoint: provenance.Facts | None = None
+    truths: dict[tuple[bytes, bool], Truth] = field(default_factory=dict)  # by token ids and quiet
+
+
+def validate(
+    request: Request,
+    engine: Engine,
+    upstream: Engine | None,
+    reporter: Reporter,
+    shared: Shared | None = None,
+) -> Report:
     """Measure one GGUF file and apply the gates."""
-    began = time.monotonic()
+    began, shared = time.monotonic(), shared or Shared()
     reporter.phase("hashing the GGUF file")
     gguf_facts = provenance.gguf_facts(request.gguf, reporter.step)
     reporter.phase("tokenizing")
-    ids, generated = _ids(request, engine)
+    ids, generated = ids_of(request, engine)
     with open_gguf(request.gguf) as file:
         mtp = has_mtp(file)
     with open_checkpoint(request.checkpoint, mtp) as checkpoint:
@@ -78,8 +92,9 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
             raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
         if request.against is not None:
             check_layers(request.against, checkpoint)
-        reporter.phase("hashing the checkpoint")
-        checkpoint_facts = provenance.checkpoint_facts(checkpoint, reporter.step)
+        if shared.checkpoint is None:
+            reporter.phase("hashing the checkpoint")
+            shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
         reporter.phase("comparing tensors with the checkpoint")
         tensors = prove(request.gguf, checkpoint, reporter.step)
         if tensors.misfits:
@@ -88,12 +103,14 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
                 f"{f' (and {tensors.misfits - 1} more)' if tensors.misfits > 1 else ''}; "
                 "give the checkpoint that the file was made from"
             )
-        is_f32 = gguf_facts["type"] == "F32"
+        is_f32 = gguf_facts["lowest_type"] == "F32"
         expected = {}
         for quiet in [False, True] if is_f32 else [False]:
-            reporter.phase("reference" + (", quiet probe" if quiet else ""))
-            reference = reference_of(checkpoint, quiet, request.dtype)
-            expected[quiet] = truth(reference, ids, reporter.step)
+            key = ids.tobytes(), quiet
+            if key not in shared.truths:
+                reporter.phase("reference" + (", quiet probe" if quiet else ""))
+                shared.truths[key] = truth(reference_of(checkpoint, quiet, request.dtype), ids, reporter.step)
+            expected[quiet] = shared.truths[key]
     variants = [variant for variant in VARIANTS if variant.quiet in expected]
     with TemporaryDirectory(prefix="kimi-validate-") as folder:
         files = {False: request.gguf, True: Path(folder) / "quiet.gguf"}
@@ -129,7 +146,7 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         seconds=round(time.monotonic() - began, 1),
         gguf=gguf_facts,
-        checkpoint=checkpoint_facts,
+        checkpoint=shared.checkpoint,
         ids=provenance.ids_facts(ids, request.source, generated),
         engine=engine_facts(engine),
         machine=machine_facts(),
@@ -142,11 +159,11 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         tensors=tensors,
         greedy=_greedy(own[0], expected[False], generated),
         worst=_worst(engine, request.gguf, own[0], expected[False]),
-        gates=judge(Evidence(gguf_facts["type"], own, upstream_runs, tensors)),
+        gates=judge(Evidence(gguf_facts["lowest_type"], own, upstream_runs, tensors)),
     )
 
 
-def _ids(request: Request, engine: Engine) -> tuple[Ids, int]:
+def ids_of(request: Request, engine: Engine) -> tuple[Ids, int]:
     """The token ids, including those that llama.cpp generates after them, and the number of the latter."""
     if request.ids is not None:
         given = request.ids

@@ -17,6 +17,7 @@ import torch
 
 from kimi_gguf.convert.source.checkpoint import Checkpoint
 from kimi_gguf.engine.gguf_check import all_splits
+from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 from kimi_gguf.validate.models import REFERENCES
 from kimi_gguf.validate.tensors import open_gguf
 
@@ -40,7 +41,7 @@ def _file_facts(paths: Sequence[Path], progress: Callable[[int, int], None]) -> 
 
 
 def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:
-    """File facts, the model's name, and the type of most of its elements."""
+    """File facts, the model's name, the type of most of its elements, and the type with the fewest bits."""
     with open_gguf(path) as model:
         name, tensors = model.keys.get("general.name", ""), model.tensors.values()
     elements: Counter[str] = Counter()
@@ -50,6 +51,7 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:
         **_file_facts(all_splits(path), progress),
         "model": str(name),
         "type": max(elements, key=lambda kind: elements[kind]),
+        "lowest_type": min(elements, key=lambda kind: TENSOR_TYPES[kind].nbytes((1 << 15,))),
         "elements_by_type": dict(elements),
         "tensors": len(tensors),
     }

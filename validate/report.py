@@ -17,6 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from kimi_gguf.convert.output.model_card import plain
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import DIVERGED, LIMITS, GateResult
@@ -94,7 +95,7 @@ class Report:
     @property
     def unchecked(self) -> list[str]:
         """What the gates do not cover, one sentence each."""
-        kind, bounded = self.gguf["type"], len(self.tensors.bounded)
+        kind, bounded = self.gguf["lowest_type"], len(self.tensors.bounded)
         said = []
         if kind not in LIMITS:
             said.append(f"No limits of the logits exist for {kind}.")
@@ -119,7 +120,7 @@ class Report:
     @property
     def diverging(self) -> LayerError | None:
         """The first layer whose error is above the limit of the type in DIVERGED; None if there is no limit."""
-        return first_diverging(self.headline.layers, DIVERGED.get(self.gguf["type"], math.inf))
+        return first_diverging(self.headline.layers, DIVERGED.get(self.gguf["lowest_type"], math.inf))
 
 
 def write(report: Report, folder: Path) -> Path:
@@ -297,7 +298,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters.update(FORMATS, number=number_text, bytes=bytes_text)
+    environment.filters.update(FORMATS, number=number_text, bytes=bytes_text, text=plain)
     return environment
 
 

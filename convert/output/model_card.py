@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +17,7 @@ from kimi_gguf.convert.model.families import BY_ARCHITECTURE
 from kimi_gguf.convert.model.tensor_table import Transform
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.plan import Plan, type_counts
+from kimi_gguf.engine.version import VERSION
 
 # The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
 DIFFERENCES: Final = (
@@ -38,21 +38,21 @@ _TOKENIZER_EOS: Final = {"kimi-linear": "`[EOS]`"}
 def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
     """The card of `plan`, written to `paths` by `command`. The command's paths should have no folders."""
     facts = {key.name: key.value for key in plan.keys}
-    name = _plain(str(facts["general.name"]))
-    source = _source(facts) or command[1]
+    name = plain(str(facts["general.name"]))
+    source = source_of(facts) or command[1]
     check = ["convert-kimi", "verify", paths[0].name, "--checkpoint", source]
     check += ["--imatrix", plan.importances.path.name] if plan.importances else []
     sections = (
-        _front_matter(facts),
+        front_matter(facts),
         f"# {name}, {_type(plan)} for llama.cpp",
-        _table(("", ""), [(title, text) for title, text in _made_of(plan, facts, source) if text]),
-        "Made by\n\n" + _code(shlex.join([command[0], source, *command[2:]])),
-        "## Files\n\n" + _table(("file", "bytes", "tensors", "types"), _files(paths, plan.files)),
-        "## How to run it\n\n" + _running(plan, paths[0].name),
+        table(("", ""), [(title, text) for title, text in _made_of(plan, facts, source) if text]),
+        "Made by\n\n" + code(shlex.join([command[0], source, *command[2:]])),
+        "## Files\n\n" + table(("file", "bytes", "tensors", "types"), _files(paths, plan.files)),
+        "## How to run it\n\n" + running(paths[0].name, len(plan.files), plan.notes),
         "## How to check it\n\n"
-        "This command converts the checkpoint again and compares all bytes:\n\n" + _code(shlex.join(check)),
-        "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(_differences(facts)),
-        *(["## Notes\n\n" + "\n".join(f"- {_plain(note)}" for note in plan.notes)] if plan.notes else []),
+        "This command converts the checkpoint again and compares all bytes:\n\n" + code(shlex.join(check)),
+        "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(differences(facts)),
+        *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in plan.notes)] if plan.notes else []),
     )
     return "\n\n".join(sections) + "\n"
 
@@ -63,8 +63,8 @@ def base_of(facts: Mapping[str, object]) -> str | None:
     return f"{owner}/{name}" if owner and name else None
 
 
-def _front_matter(facts: Mapping[str, object]) -> str:
-    """Keys that Hugging Face reads; unknown ones are left out."""
+def front_matter(facts: Mapping[str, object]) -> str:
+    """Keys that Hugging Face reads, from the keys of a GGUF file; unknown ones are left out."""
     texts = (
         ("base_model", base_of(facts)),
         ("base_model_relation", "quantized" if base_of(facts) else None),
@@ -84,44 +84,46 @@ def _front_matter(facts: Mapping[str, object]) -> str:
 def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str | None]]:
     """Rows about source, type and converter; None if unknown."""
     base, licence = base_of(facts), facts.get("general.license")
-    yield "source", f"`{_code_text(source)}`"
+    yield "source", f"`{code_text(source)}`"
     yield "SHA-256 of its `config.json`", f"`{facts.get('kimi_gguf.source.config_sha256')}`"
     yield "SHA-256 over its shards' headers", f"`{facts.get('kimi_gguf.source.headers_sha256')}`"
     yield "base model", f"`{base}`" if base else None
-    yield "licence", _plain(str(licence)) if licence else None
+    yield "licence", plain(str(licence)) if licence else None
     yield "parameters, all and active", str(facts["general.size_label"])
     yield "type", _type(plan)
     if plan.importances:
-        yield "importance matrix", f"`{_code_text(plan.importances.path.name)}`"
-        yield "made with", _plain(Path(plan.importances.dataset or "").name)
-    yield "converter", f"kimi-gguf {version('kimi-gguf')}, `convert-kimi`"
+        yield "importance matrix", f"`{code_text(plan.importances.path.name)}`"
+        yield "made with", plain(Path(plan.importances.dataset or "").name)
+    yield "converter", f"kimi-gguf {VERSION}, `convert-kimi`"
 
 
 def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
     for path, file in zip(paths, files, strict=True):
-        name, count = f"`{_code_text(path.name)}`", str(len(file.tensors))
+        name, count = f"`{code_text(path.name)}`", str(len(file.tensors))
         yield name, f"{file.nbytes:,}", count, type_counts(file.tensors)
 
 
-def _running(plan: Plan, name: str) -> str:
-    """Commands for patched llama.cpp and, if it can run the model, for upstream llama.cpp."""
-    ours = _code(shlex.join(["kimi-llama", "chat", name]))
-    loads = "llama.cpp loads the other splits automatically.\n\n" if len(plan.files) > 1 else ""
-    refused = [note for note in plan.notes if "upstream llama.cpp" in note]
+def running(name: str, splits: int, notes: Iterable[str]) -> str:
+    """Commands for patched llama.cpp and, if no note says that it cannot run the model, for upstream llama.cpp."""
+    ours = code(shlex.join(["kimi-llama", "chat", name]))
+    loads = "llama.cpp loads the other splits automatically.\n\n" if splits > 1 else ""
+    refused = [note for note in notes if "upstream llama.cpp" in note]
     if refused:
-        return f"{loads}{ours}\n\nUpstream llama.cpp cannot run this file: {_plain(refused[0])}."
-    plain = _code(shlex.join(["llama-cli", "-m", name]))
-    return f"{loads}With the patched llama.cpp of kimi-gguf:\n\n{ours}\n\nWith upstream llama.cpp:\n\n{plain}"
+        return f"{loads}{ours}\n\nUpstream llama.cpp cannot run this file: {plain(refused[0])}."
+    theirs = code(shlex.join(["llama-cli", "-m", name]))
+    return (
+        f"{loads}With the patched llama.cpp of kimi-gguf:\n\n{ours}\n\nWith upstream llama.cpp:\n\n{theirs}"
+    )
 
 
-def _differences(facts: Mapping[str, object]) -> Iterator[str]:
+def differences(facts: Mapping[str, object]) -> Iterator[str]:
     tokens, eos = facts.get("tokenizer.ggml.tokens"), facts.get("tokenizer.ggml.eos_token_id")
     text = tokens[eos] if isinstance(tokens, list) and isinstance(eos, int) else "none"
     architecture = str(facts["general.architecture"])
     for difference in DIFFERENCES:
         yield "- " + difference.format(
             value_length=facts.get(f"{architecture}.attention.value_length"),
-            eos=f"`{_code_text(str(text))}`",
+            eos=f"`{code_text(str(text))}`",
             tokenizer_eos=_TOKENIZER_EOS.get(architecture, "own end token"),
             ssm_a="exp(A_log)" if _has_positive_gates(architecture) else "-exp(A_log)",
         )
@@ -137,30 +139,30 @@ def _type(plan: Plan) -> str:
     return plan.request.recipe or plan.request.file_type.name
 
 
-def _source(facts: Mapping[str, object]) -> str | None:
+def source_of(facts: Mapping[str, object]) -> str | None:
     """The checkpoint's id on Hugging Face, with the commit if it is known; None if the id is unknown."""
     repository = facts.get("general.source.huggingface.repository")
     commit = facts.get("kimi_gguf.source.commit")
     return f"{repository}@{commit}" if repository and commit else str(repository) if repository else None
 
 
-def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
     cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """A code block with a fence longer than any run of backticks in the text."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}sh\n{text}\n{fence}"
 
 
-def _code_text(text: str) -> str:
+def code_text(text: str) -> str:
     """Text for a code span: backticks and line breaks become spaces."""
     return "".join(c if c.isprintable() and c != "`" else " " for c in text)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text without Markdown or HTML syntax."""
     return "".join(c if c.isprintable() and c not in "`|<>[]" else " " for c in text)

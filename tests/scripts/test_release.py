@@ -15,6 +15,7 @@ import pytest
 
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.engine.wheel import record_line
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.scripts import release
@@ -35,8 +36,8 @@ def source(shared_cache: Path) -> Path:
 def make(folder: Path, engine: Engine, source: Path) -> Path:
     """The wheel as scripts/release makes it, with this machine's build in place of one for all CPUs."""
     folder.mkdir()
-    pure = release.pure_wheel(release.make_sdist(folder, release.project_version(), SECONDS), folder)
-    document = sbom(source, load_pin(), release.project_version(), "MIT")
+    pure = release.pure_wheel(release.make_sdist(folder, VERSION, SECONDS), folder)
+    document = sbom(source, load_pin(), VERSION, "MIT")
     return release.make_wheel(pure, folder, engine, notices(source, load_pin()), document, SECONDS)
 
 

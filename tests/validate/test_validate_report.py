@@ -41,7 +41,14 @@ def report() -> Report:
     return Report(
         created="2026-01-02T03:04:05Z",
         seconds=1.0,
-        gguf={"name": "model.gguf", "bytes": 10, "sha256": "ab" * 32, "type": "BF16", "tensors": 7},
+        gguf={
+            "name": "model.gguf",
+            "bytes": 10,
+            "sha256": "ab" * 32,
+            "type": "BF16",
+            "lowest_type": "BF16",
+            "tensors": 7,
+        },
         checkpoint={"name": "folder", "parameters": 5, "files": [{"name": "a", "sha256": "cd" * 32}]},
         ids={"source": "a text", "count": TOKENS, "generated": 2, "sha256": "ef" * 32},
         engine={
@@ -134,7 +141,9 @@ def test_tensors_checked_by_their_nmse_are_shown_with_their_limits(report: Repor
     failure = "blk.1.attn_output.weight (Q4_K): NMSE: expected at most 0.06, found 0.973"
     tensors.fail(failure)
     gates = judge(Evidence("Q4_K", report.runs, [], tensors))
-    bad = replace(report, gguf={**report.gguf, "type": "Q4_K"}, tensors=tensors, gates=gates)
+    bad = replace(
+        report, gguf={**report.gguf, "type": "Q4_K", "lowest_type": "Q4_K"}, tensors=tensors, gates=gates
+    )
     assert not bad.passed and not tensors.proved
     data, markdown, html = json.loads(to_json(bad)), to_markdown(bad), to_html(bad)
     assert [each["nmse"] for each in data["tensors"]["bounded"]] == [0.0052, 0.973, 0.1]

@@ -1,0 +1,48 @@
+"""Records of every schema so far are read. tests/golden has one file of each, written by the code of its time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.bench.page import write_page
+from kimi_gguf.bench.record import MACHINE_SCHEMA, SCHEMA, load_all
+from kimi_gguf.engine.errors import EngineError
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(schema: int) -> Path:
+    return GOLDEN / f"bench-schema-{schema}.json"
+
+
+def test_there_is_a_golden_file_of_each_schema() -> None:
+    schemas = {int(path.stem.rpartition("-")[2]) for path in GOLDEN.glob("bench-schema-*.json")}
+    assert schemas == set(range(1, max(SCHEMA, MACHINE_SCHEMA) + 1))
+    assert all(json.loads(golden(schema).read_text())["schema"] == schema for schema in schemas)
+
+
+def test_older_schemas_give_the_records_of_the_newer_ones() -> None:
+    """The project converted its own records from 2 to 4; the files of 1 and 3 have one of them."""
+    records = load_all(golden(4))
+    assert load_all(golden(2)) == records
+    (one,) = (record for record in records if "--sequences 4" in record["command"])
+    assert load_all(golden(1)) == load_all(golden(3)) == [one]
+    assert one["models"][0]["cells"][0]["upstream"]["tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("schema", [1, 2, 3, 4])
+def test_a_page_is_drawn_from_each_schema(schema: int, tmp_path: Path) -> None:
+    write_page(load_all(golden(schema)), tmp_path / "bench.md")
+    text = (tmp_path / "bench.md").read_text()
+    assert "tg × 4 sequences at 4096" in text and "pristine" not in text
+
+
+@pytest.mark.parametrize("schema", [0, 5, [1], None, "1"])
+def test_another_schema_is_refused(schema: object, tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(json.loads(golden(1).read_text()) | {"schema": schema}))
+    with pytest.raises(EngineError, match="expected schema 3 or 4"):
+        load_all(file)

@@ -1,0 +1,237 @@
+"""Every command in README.md and docs runs here, or is in `NOT_RUN` with the reason; the options of all of them exist.
+
+A command is a line of a block marked `sh`. Text in code spans that begins with one of the project's commands is checked
+for its options only, because it may have placeholders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.convert import cli as convert_cli
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.validate import cli as validate_cli
+
+ROOT = Path(__file__).parents[2]
+# Left out: pages that show the commands of past measurements, which are not instructions.
+PAGES = sorted(
+    {
+        *(path for path in (ROOT / "docs").glob("*.md") if not path.name.startswith("bench")),
+        *(ROOT / name for name in ("README.md", "demo/README.md", "patches/README.md")),
+        *(ROOT / "ggml_ops").glob("*/README.md"),
+    }
+)
+MODULES = {"convert-kimi": "convert.cli", "validate-kimi": "validate.cli", "kimi-llama": "scripts.kimi_llama"}
+
+# Commands that are not run here, and why. The first pattern that matches a command counts.
+NOT_RUN = (
+    (r"curl ", "needs the server; tests/serving/test_slot_files.py sends these requests"),
+    (r"(xcode-select|apt-get|python -m pip) ", "installs packages"),
+    (r"source ", "changes the shell"),
+    (r"scripts/environment ", "installs packages; scripts/test does it"),
+    (r"scripts/test", "runs this test"),
+    (r"scripts/demo", "takes minutes; its steps are the commands that are run here"),
+    (r"scripts/release ", "compiles; tests/scripts/test_release.py"),
+    (r"scripts/prove-48b --rehearse", "takes minutes; tests/scripts/test_prove_48b.py"),
+    (r"scripts/prove-48b ", "downloads 98 GB"),
+    (r"scripts/bench-gpu", "needs a GPU, or takes minutes"),
+    (r"kimi-llama build.*--backend (cuda|metal|vulkan)|bin=", "needs the vendor's compiler"),
+    (r"kimi-llama build", "compiles for minutes; tests/engine/test_engine_real.py"),
+    (r"kimi-llama use ", "needs the build; tests/engine/test_engine_builds.py"),
+    (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "needs a GPU; tests/ops/test_verify.py runs emulated ones"),
+    (r"\S*test-backend-ops ", "needs a GPU; tests/ops/test_cuda_backend.py runs an emulated one"),
+    (r"kimi-llama bench --records", "needs the records of the lines before; tests/bench/test_bench_older_records.py"),
+    (r"(KIMI_OPS=\S+ )?kimi-llama bench|python -m kimi_gguf.bench.speculative", "takes minutes; tests/bench"),
+    (r"kimi-llama (worker|\w+ .*--workers)", "runs until it is ended; tests/serving/test_workers.py"),
+    (r"kimi-llama serve ", "runs until it is ended; tests/serving"),
+    (r"convert-kimi moonshotai/Kimi-K3 ", "needs 1.5 TB; tests/convert/test_convert_k3.py"),
+    (r"python -m kimi_gguf.scripts.training.train ", "takes hours; tests/scripts/test_demo_training.py"),
+)  # fmt: skip
+
+
+def lines(page: Path) -> Iterator[str]:
+    """The lines of the blocks marked `sh`; a line that ends with a backslash is joined with the next."""
+    for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+        yield from filter(None, map(str.strip, block.replace("\\\n", " ").splitlines()))
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The commands of a page, without comments and without the folder of the environment."""
+    for line in lines(page):
+        words = shlex.split(line, comments=True)
+        for joined, group in itertools.groupby(words, lambda word: word == "&&"):
+            if not joined:
+                yield shlex.join(group).removeprefix(".venv/bin/")
+
+
+def every(pages: list[Path]) -> list[tuple[str, str]]:
+    """(page, command) of all pages, each command once."""
+    found: dict[str, str] = {}
+    for page in pages:
+        for command in commands(page):
+            found.setdefault(command, page.relative_to(ROOT).as_posix())
+    return [(page, command) for command, page in found.items()]
+
+
+def reason(command: str) -> str | None:
+    """Why a command is not run here; None if it is."""
+    text = " ".join(shlex.split(command))
+    return next((why for pattern, why in NOT_RUN if re.match(pattern, text)), None)
+
+
+ALL = every(PAGES)
+RUN = [command for _, command in ALL if reason(command) is None]
+
+
+@cache
+def program_options(program: str, bin_folder: Path) -> str:
+    """The help of one of llama.cpp's programs."""
+    return subprocess.run(
+        [bin_folder / program, "--help"], capture_output=True, text=True, check=False
+    ).stdout
+
+
+def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
+    """The parser of a command of this project, and the words that it gets."""
+    match words:
+        case ["convert-kimi", "verify" | "inspect" as name, *rest]:
+            return convert_cli.COMMANDS[name][0](), rest
+        case ["convert-kimi", *rest]:
+            return convert_cli._parser(), rest
+        case ["validate-kimi", "card", *rest]:
+            return validate_cli._card_parser(), rest
+        case ["validate-kimi", "show", *rest]:
+            return validate_cli._show_parser(), rest
+        case ["validate-kimi", *rest]:
+            return validate_cli._parser(), rest
+    return kimi_llama._parser(), words[1:]
+
+
+def test_blocks_of_commands_are_marked() -> None:
+    """A block without a mark would be missed."""
+    for page in PAGES:
+        blocks = re.findall(r"^```(\w*)\n.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+        assert set(blocks) <= {"sh", "text", "python", "cpp"}, page
+    assert len(ALL) > 50 and len(RUN) > 10
+
+
+def test_every_reason_is_needed() -> None:
+    used = {reason(command) for _, command in ALL}
+    assert [why for _, why in NOT_RUN if why not in used] == []
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("page", "command"), ALL)
+def test_a_command_can_be_parsed(page: str, command: str, engine: Engine) -> None:
+    words = shlex.split(re.sub(r"^KIMI_OPS=\S+ ", "", command))
+    match words:
+        case [script, *_] if script.startswith("scripts/"):
+            assert os.access(ROOT / script, os.X_OK), page
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module), page
+        case [("convert-kimi" | "validate-kimi" | "kimi-llama"), *_]:
+            parser, rest = parser_of(words)
+            options = parser.parse_args(rest)  # ends with status 2 if an option does not exist
+            if words[0] == "kimi-llama" and options.command in kimi_llama.TOOLS:
+                tool = kimi_llama.TOOLS[options.command]
+                given = [word for word in options.arguments if re.match(r"--?[a-zA-Z]", word)]
+                check_options(given, program_options(tool.program, engine.bin) + " --workers ", page)
+
+
+def check_options(given: list[str], known: str, page: str) -> None:
+    for option in given:
+        assert re.search(rf"(?<![\w-]){re.escape(option.partition('=')[0])}(?![\w-])", known), (
+            f"{page}: {option}"
+        )
+
+
+@pytest.mark.engine
+def test_options_in_code_spans_exist(engine: Engine) -> None:
+    known: dict[str, str] = {}
+    for name in MODULES:
+        texts = []
+        for sub in {"convert-kimi": ("", "verify", "inspect"), "validate-kimi": ("", "card", "show")}.get(
+            name, ()
+        ):
+            texts.append(parser_of([name, *filter(None, [sub])])[0].format_help())
+        if name == "kimi-llama":
+            commands_of = next(a for a in kimi_llama._parser()._actions if isinstance(a.choices, dict))
+            assert isinstance(commands_of.choices, dict)
+            texts += [sub.format_help() for sub in commands_of.choices.values()]
+            texts += [program_options(tool.program, engine.bin) for tool in kimi_llama.TOOLS.values()]
+        known[name] = " ".join(texts)
+    checked = 0
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for name, rest in re.findall(r"`(convert-kimi|validate-kimi|kimi-llama)\s([^`]*)`", text):
+            given = re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)
+            check_options(given, known[name], str(page.relative_to(ROOT)))
+            checked += len(given)
+    assert checked > 50
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Path:
+    """A folder in which the commands run: the demo has the names of the checkpoints that they name."""
+    folder = tmp_path_factory.mktemp("sandbox")
+    for name in ("demo", "Kimi-Linear-48B-A3B-Instruct", "moonshotai/Kimi-Linear-48B-A3B-Instruct"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).symlink_to(ROOT / "demo")
+    for name in ("out/demo-BF16.gguf", "model-BF16.gguf", "kimi-q4.gguf"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        run("convert-kimi", "demo", "-o", name, "--type", "BF16", "--quiet", folder=folder)
+    (folder / "kimi-q4.gguf").unlink()
+    return folder
+
+
+def run(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = (
+        [sys.executable, "-m", f"kimi_gguf.{MODULES[words[0]]}", *words[1:]] if words[0] in MODULES else words
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("upstream")
+def test_the_commands_run_in_the_order_of_their_pages(sandbox: Path) -> None:
+    """README.md is first: it makes the file that other pages use. With fewer tokens than the limits were measured with,
+    a gate may fail: validate-kimi then ends with status 1 and has written its report."""
+    pages = sorted(PAGES, key=lambda page: page.name != "README.md" or page.parent != ROOT)
+    for page, command in every(pages):
+        if reason(command) is not None:
+            continue
+        words = shlex.split(command)
+        if words[0] == "validate-kimi":
+            words += ["--tokens", "48", "--threads", "2"]
+        ended = run(*words, folder=sandbox)
+        allowed = (0, 1) if words[0] == "validate-kimi" else (0,)
+        assert ended.returncode in allowed, f"{page}: {command}\n{ended.stderr[-2000:]}"
+    for made in (
+        "kimi-q4.gguf",
+        "hub/README.md",
+        "out/hub/validation/demo-q4/report.html",
+        "report/report.html",
+    ):
+        assert (sandbox / made).is_file(), made

@@ -1,0 +1,83 @@
+"""The documentation as a site: it builds without warnings, needs no other host, and broken links are found."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(root: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Build the site of a checkout; a proxy that does not exist keeps it from the network."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(out)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    ended = build(ROOT, out)
+    assert ended.returncode == 0, ended.stderr
+    return out
+
+
+def test_every_page_of_the_navigation_and_every_linked_source_is_there(site: Path) -> None:
+    for page in (
+        "",
+        "docs/getting-started",
+        "docs/faq",
+        "ggml_ops/kda",
+        "patches",
+        "tests/ops/test_verify.py",
+    ):
+        assert (site / page / "index.html").is_file(), page
+    home = (site / "index.html").read_text()
+    assert 'href="docs/bench/"' in home and 'href="tests/ops/test_kda_operators.py/"' in home
+    source = (site / "tests/ops/test_verify.py/index.html").read_text()
+    assert "def test_" in re.sub("<[^>]*>", "", source)
+
+
+def test_no_page_loads_anything_from_another_host(site: Path) -> None:
+    elsewhere = r"""["']?(https?:|//)"""
+    loads = re.compile(
+        rf"<(script|img|iframe)[^>]+src={elsewhere}|<link[^>]+rel=.?(stylesheet|preconnect)[^>]+href={elsewhere}"
+    )
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 100
+    assert [str(page) for page in pages if loads.search(page.read_text())] == []
+
+
+def test_broken_links_anchors_and_pages_are_found(tmp_path: Path) -> None:
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    root = tmp_path / "checkout"
+    for name in filter(None, names):
+        if (ROOT / name).is_file() and not (ROOT / name).is_symlink():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    subprocess.run(["git", "-C", str(root), "init", "--quiet"], check=True)
+    with (root / "docs/faq.md").open("a") as page:
+        page.write("\n[a](no-page.md) [b](serving.md#no-anchor) [c](../tests/no_test.py) ![d](no.svg)\n")
+    ended = build(root, tmp_path / "site")
+    assert ended.returncode == 1
+    for wrong in ("no-page.md", "#no-anchor", "no_test.py", "no.svg"):
+        assert wrong in ended.stderr, wrong
+
+
+def test_the_first_figures_of_the_readme_are_those_of_its_claims() -> None:
+    """The short table repeats figures; each is also in the section Claims, with the same link."""
+    sections = re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    short, claims = (
+        next(text for text in sections if text.startswith(name)) for name in ("Measured", "Claims")
+    )
+    figures = re.findall(r"\| (\[[^\]]+\]\(docs/[^)]+\))", short)
+    assert len(figures) >= 10
+    assert [figure for figure in figures if figure not in claims] == []

@@ -1,0 +1,222 @@
+"""`validate-kimi card`: a folder of GGUF files becomes a page for a hub, whose figures are those of the reports."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_checkpoint import Spec, write_checkpoint
+from test_validate_stored import GOLDEN
+
+from kimi_gguf.convert.conversion import Options, convert
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.convert.types.mixes import RECIPES
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.validate.card import CardFile, card_text, draw_plots, recommended
+from kimi_gguf.validate.cli import main
+from kimi_gguf.validate.provenance import gguf_facts
+from kimi_gguf.validate.stored import read_report
+
+SHORT = ["--tokens", "256", "--threads", "1", "--quiet"]
+KEYS: Mapping[str, object] = {"general.architecture": "kimi-linear", "general.name": "Some Model"}
+
+
+def rows(card: str) -> dict[str, list[str]]:
+    """The rows of the table of files, by file."""
+    found = re.findall(r"^\| `(\S+\.gguf)` \| (.*) \|$", card, re.MULTILINE)
+    return {name: cells.split(" | ") for name, cells in found}
+
+
+@pytest.fixture(scope="module")
+def demo_hub(
+    tmp_path_factory: pytest.TempPathFactory, demo_dir: Path, demo_gguf: Callable[[str], Path], engine: Engine
+) -> Path:
+    """The demo in two types, with the card."""
+    folder = tmp_path_factory.mktemp("hub")
+    for kind in ("Q8_0", "BF16"):
+        shutil.copy(demo_gguf(kind), folder)
+    words = ["card", str(folder), "--checkpoint", str(demo_dir), "--text", str(demo_dir / "heldout.txt")]
+    assert main([*words, *SHORT]) == 0
+    return folder
+
+
+@pytest.mark.engine
+def test_the_table_has_the_figures_of_the_reports(demo_hub: Path) -> None:
+    card = (demo_hub / "README.md").read_text()
+    table = rows(card)
+    assert list(table) == ["demo-Q8_0.gguf", "demo-BF16.gguf"]  # by size
+    for name, cells in table.items():
+        report = json.loads(
+            (demo_hub / "validation" / name.removesuffix(".gguf") / "report.json").read_text()
+        )
+        assert float(cells[2]) == pytest.approx(report["runs"][0]["all"]["kld_mean"], rel=0.06)
+        assert report["ids"] | {"count": 256, "generated": 0} == report["ids"]
+        assert cells[-1] == "yes"  # the smaller file has the larger KLD
+        assert (demo_hub / re.findall(r"\]\(<(.*)>\)", cells[7])[0]).is_file()
+    assert "kimi-llama chat demo-Q8_0.gguf" in card and "llama-cli -m demo-Q8_0.gguf" in card
+
+
+@pytest.mark.engine
+def test_every_picture_of_the_card_exists(demo_hub: Path) -> None:
+    pictures = re.findall(r"!\[.+\]\((.+)\)", (demo_hub / "README.md").read_text())
+    assert len(pictures) == 5
+    for picture in pictures:
+        assert (demo_hub / picture).read_bytes().startswith(b"\x89PNG")
+    assert not list(demo_hub.rglob(".*"))
+
+
+@pytest.mark.engine
+def test_a_new_file_is_validated_and_the_others_are_not(
+    demo_hub: Path, demo_dir: Path, demo_gguf: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(demo_hub, folder)
+    shutil.copy(demo_gguf("Q4_0"), folder)
+    (folder / "demo-BF16.gguf").write_bytes(
+        (folder / "demo-Q8_0.gguf").read_bytes()
+    )  # its report is of another file
+    before = {path: path.read_bytes() for path in folder.rglob("report.json")}
+    words = ["card", str(folder), "--checkpoint", str(demo_dir), "--text", str(demo_dir / "heldout.txt")]
+    assert main([*words, *SHORT]) == 2  # README.md exists
+    assert main([*words, *SHORT, "--force"]) == 0
+    changed = {path.parent.name for path, content in before.items() if path.read_bytes() != content}
+    assert changed == {"demo-BF16"}
+    assert set(rows((folder / "README.md").read_text())) == {
+        f"demo-{kind}.gguf" for kind in ("Q4_0", "Q8_0", "BF16")
+    }
+
+
+@pytest.mark.engine
+def test_a_wrong_file_is_marked_and_not_recommended(engine: Engine, tmp_path: Path) -> None:
+    spec = Spec(layers="KM", seed=31)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", spec)
+    other = write_checkpoint(tmp_path / "other", replace(spec, seed=32))
+    (tmp_path / "hub").mkdir()
+    convert(checkpoint, tmp_path / "hub" / "right.gguf", TYPES["F32"], Options(name="right"))
+    convert(other, tmp_path / "hub" / "wrong.gguf", TYPES["F32"], Options(split_max_size=300_000))
+    assert main(["card", str(tmp_path / "hub"), "--checkpoint", str(checkpoint), *SHORT]) == 1
+    table = rows((tmp_path / "hub" / "README.md").read_text())
+    wrong = next(name for name in table if name.startswith("wrong-00001-of-"))
+    assert "**FAIL**" in table[wrong][7] and "validation/wrong/report.html" in table[wrong][7]
+    assert (table[wrong][-1].strip(), table["right.gguf"][-1]) == ("", "yes")
+
+
+@pytest.mark.engine
+def test_limits_of_a_mix_are_those_of_its_lowest_type(engine: Engine, demo_dir: Path, tmp_path: Path) -> None:
+    """In the demo most elements of this mix are Q8_0; the limits of Q8_0 would fail it."""
+    convert(demo_dir, tmp_path / "q4.gguf", RECIPES["kimi-q4"])
+    facts = gguf_facts(tmp_path / "q4.gguf", lambda done, total: None)
+    assert (facts["type"], facts["lowest_type"]) == ("Q8_0", "Q4_K")
+    words = [
+        str(tmp_path / "q4.gguf"),
+        "--checkpoint",
+        str(demo_dir),
+        "--text",
+        str(demo_dir / "heldout.txt"),
+    ]
+    assert main([*words, "--out", str(tmp_path / "report"), "--generate", "0", *SHORT]) == 0
+
+
+def card_file(
+    name: str = "x.gguf", size: int = 10, kld: float = 0.1, passed: bool = True, **keys: Any
+) -> CardFile:
+    report = read_report(GOLDEN / "report-schema-1.json")
+    run = replace(report.headline, all=replace(report.headline.all, kld_mean=kld))
+    report = replace(report, name=name, bytes=size, passed=passed, runs=[run])
+    return CardFile(Path(name), KEYS | keys, {"Q8_0": 90, "F32": 10}, report)
+
+
+def test_a_file_is_recommended_if_no_smaller_one_is_as_good() -> None:
+    small, worse, large = card_file("s", 10, 0.1), card_file("w", 20, 0.2), card_file("l", 30, 0.01)
+    failed, nan = card_file("f", 5, 0.001, passed=False), card_file("n", 1, float("nan"))
+    assert recommended([small, worse, large, failed, nan]) == [small, large]
+
+
+def test_equal_files_are_both_recommended() -> None:
+    assert len(recommended([card_file("a"), card_file("b")])) == 2
+
+
+def test_a_card_from_a_report_of_the_oldest_schema(tmp_path: Path) -> None:
+    card = card_text([card_file()], ["kld"], [])
+    assert "| `x.gguf` | 10 bytes | Q8_0 90 %, F32 10 %; 0.80 bits per weight | 0.1 |" in card
+    assert "## Differences" not in card  # not a file of convert-kimi
+
+
+HOSTILE = (
+    "a\n---\nlicense: mit\n",
+    "```\n# x",
+    "`x` | <script>",
+    '"x"\\',
+    "](<javascript:x>)",
+    "$x^",
+    "_$\\frac$",
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_texts_are_shown_as_text(text: str) -> None:
+    report = replace(
+        read_report(GOLDEN / "report-schema-2.json"),
+        name=text, type=text, checkpoint=text, source=text, engine=text, precision=text, cache_type=text,
+        unchecked=[text],
+    )  # fmt: skip
+    name = text.replace("/", "") + ".gguf"
+    keys = {**KEYS, "general.name": text, "general.license": text, "general.size_label": text}
+    keys |= {"general.base_model.0.organization": text, "general.base_model.0.name": text}
+    keys |= {f"kimi_gguf.source.{key}": text for key in ("config_sha256", "headers_sha256")}
+    card = card_text([CardFile(Path(name), keys, {"Q8_0": 1}, report)], ["kld"], [text])
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert [line.split(":")[0] for line in head.splitlines() if ":" in line] == [
+        "base_model", "base_model_relation", "license", "library_name", "pipeline_tag", "tags",
+    ]  # fmt: skip
+    fence = re.search(r"^(`{3,})sh\n(.*?)\n\1$", body, re.MULTILINE | re.DOTALL)
+    assert fence is not None
+    prose = re.sub(r"^(`{3,})sh\n.*?\n\1$", "", body, flags=re.MULTILINE | re.DOTALL)
+    assert "\n# x" not in prose
+    outside = re.sub("`[^`\\n]*`", "", prose)  # of code spans
+    assert "<script" not in outside and "(<javascript" not in outside
+    (row,) = (line for line in prose.splitlines() if "validation/" in line and "report.html" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 11
+
+
+def test_hostile_names_do_not_break_the_plots() -> None:
+    plots = draw_plots([card_file(f"{text.replace('/', '')}.gguf") for text in HOSTILE])
+    assert len(plots) == 5
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (lambda folder: None, "expected a folder of GGUF files"),
+        (lambda folder: folder.write_text(""), "expected a folder of GGUF files"),
+        (lambda folder: folder.mkdir(), "expected GGUF files, found none"),
+    ],
+)
+def test_a_folder_without_files_gives_status_2(
+    prepare: Callable[[Path], object],
+    said: str,
+    demo_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    prepare(tmp_path / "hub")
+    assert main(["card", str(tmp_path / "hub"), "--checkpoint", str(demo_dir)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("validate-kimi: error: ") and said in error and error.count("\n") == 1
+
+
+def test_the_checkpoints_own_card_is_never_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", Spec(layers="KM"))
+    (checkpoint / "README.md").write_text("precious")
+    convert(checkpoint, checkpoint / "x.gguf", TYPES["F32"])
+    assert main(["card", str(checkpoint), "--checkpoint", str(checkpoint), "--force"]) == 2
+    assert "is a file of the checkpoint" in capsys.readouterr().err
+    assert (checkpoint / "README.md").read_text() == "precious" and not (checkpoint / "validation").exists()

@@ -1,0 +1,233 @@
+"""The model card of a folder of GGUF files: every file with its report, in one table and in plots.
+
+Input: the files with their reports and keys. Output: README.md and the plots that it shows. Strings from the files,
+their names and their reports are quoted, or stripped of Markdown and HTML syntax.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from matplotlib.axes import Axes
+
+from kimi_gguf.convert.output.model_card import (
+    base_of,
+    code,
+    code_text,
+    differences,
+    front_matter,
+    plain,
+    running,
+    source_of,
+    table,
+)
+from kimi_gguf.engine.gguf_check import all_splits
+from kimi_gguf.engine.version import VERSION
+from kimi_gguf.validate.metrics import Summary
+from kimi_gguf.validate.plots import PLOTS, Line, images
+from kimi_gguf.validate.report import bytes_text, error_text, plain_text, share_text
+from kimi_gguf.validate.stored import Stored
+
+PLACE: Final = "validation"  # the folder of the reports and plots, next to the files
+COLOURS: Final = ("#1f5fa8", "#c2762b", "#1c7a46", "#7b4aa0", "#b3261e", "#3c8f8a", "#8a6d1f", "#5b6875")
+SIZE_PLOT: Final = "kld_by_size"
+CAPTIONS: Final = {
+    SIZE_PLOT: "Mean KLD by size of the file",
+    "by_position": "NMSE of the logits at each position",
+    "by_layer": "NMSE of each layer's output",
+    "kld": "Number of positions by KLD",
+    "agreement": "Top-1 agreement in consecutive sections of the text",
+}
+
+
+@dataclass(frozen=True)
+class CardFile:
+    """A GGUF file (of a split model, its first split), its keys, and its report."""
+
+    path: Path
+    keys: Mapping[str, object]
+    elements: Mapping[str, int]  # type -> elements
+    report: Stored
+
+    @property
+    def kld(self) -> float:
+        return self.report.headline.all.kld_mean
+
+
+def stem_of(path: Path) -> str:
+    """The name of a model without `.gguf` and without the number of the split."""
+    splits = all_splits(path)
+    name = path.name.removesuffix(".gguf")
+    return name.removesuffix(f"-00001-of-{len(splits):05d}")
+
+
+def recommended(files: Sequence[CardFile]) -> list[CardFile]:
+    """The files that passed, and of which no smaller or equally large file that passed has a KLD as low."""
+    passed = [file for file in files if file.report.passed and math.isfinite(file.kld)]
+    return [
+        file
+        for file in passed
+        if not any(
+            (other.report.bytes, other.kld) != (file.report.bytes, file.kld)
+            and other.report.bytes <= file.report.bytes
+            and other.kld <= file.kld
+            for other in passed
+        )
+    ]
+
+
+def draw_plots(files: Sequence[CardFile]) -> dict[str, bytes]:
+    """The plots of all files; name -> PNG."""
+    ordered = sorted(files, key=lambda file: -file.kld)  # the best is last, so that it is drawn on top
+    lines = [
+        Line(stem_of(file.path), COLOURS[i % len(COLOURS)], file.report.headline.curves)
+        for i, file in enumerate(ordered)
+    ]
+
+    def by_size(axes: Axes, lines: Sequence[Line]) -> None:
+        for file, line in zip(ordered, lines, strict=True):
+            size = file.report.bytes / 1e9
+            axes.plot(size, max(file.kld, 1e-16), "o", color=line.colour)
+            axes.annotate(line.text, (size, max(file.kld, 1e-16)), xytext=(4, 4), textcoords="offset points")
+        axes.set(yscale="log", xlabel="GB", ylabel="mean KLD (nats)")
+        axes.margins(x=0.25, y=0.15)
+
+    plots = {SIZE_PLOT: ((10.4, 3.1), by_size), **PLOTS} if len(files) > 1 else PLOTS
+    return images(lines, plots, "png")
+
+
+def card_text(files: Sequence[CardFile], plots: Sequence[str], notes: Sequence[str]) -> str:
+    """The card of the files. `notes`: what a user should know about every file of this model."""
+    ordered = sorted(files, key=lambda file: file.report.bytes)
+    facts, report = ordered[0].keys, ordered[0].report
+    source = source_of(facts) or report.checkpoint
+    best = recommended(ordered)
+    shown = best[0] if best else ordered[0]
+    sections = (
+        front_matter(facts),
+        f"# {plain(str(facts.get('general.name') or report.checkpoint))}, GGUF files for llama.cpp",
+        table(("", ""), _origin(facts, source)),
+        "## Files\n\n"
+        + table(TITLES, [_row(file, best) for file in ordered])
+        + "\n\n"
+        + _legend(ordered, best),
+        "## Plots\n\n" + "\n\n".join(f"![{CAPTIONS[name]}]({PLACE}/{name}.png)" for name in plots),
+        "## How to run it\n\n" + running(shown.path.name, len(all_splits(shown.path)), notes),
+        "## How it was checked\n\n" + _checks(ordered),
+        *_differences(facts),
+        *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in notes)] if notes else []),
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+TITLES: Final = (
+    "file", "size", "weights", "mean KLD", "99 % KLD", "top-1", "NMSE", "perplexity", "gates", "recommended"
+)  # fmt: skip
+
+
+def _row(file: CardFile, best: Sequence[CardFile]) -> tuple[str, ...]:
+    report, figures = file.report, file.report.headline.all
+    link = f"{PLACE}/{stem_of(file.path)}/report.html"
+    verdict = f"{'pass' if report.passed else '**FAIL**'}, {sum(report.gates)} of {len(report.gates)}"
+    return (
+        f"`{code_text(file.path.name)}`",
+        bytes_text(report.bytes),
+        _weights(file),
+        error_text(figures.kld_mean),
+        error_text(figures.kld_p99),
+        share_text(figures.top1),
+        error_text(figures.nmse),
+        plain_text(figures.ppl_test),
+        f"[{verdict}](<{_target(link)}>)",
+        "yes" if file in best else "",
+    )
+
+
+def _weights(file: CardFile) -> str:
+    """Such as "Q4_K 81 %, Q8_0 19 %", and the bits per weight."""
+    total = sum(file.elements.values())
+    shares = sorted(file.elements.items(), key=lambda item: -item[1])
+    named = ", ".join(
+        f"{kind} {100 * count / total:.0f} %" for kind, count in shares if count >= 0.005 * total
+    )
+    return f"{named}; {8 * file.report.bytes / total:.2f} bits per weight"
+
+
+def _target(path: str) -> str:
+    """A path for a link in angle brackets: what ends it is percent-encoded."""
+    return "".join(c if c.isprintable() and c not in "<>\\%|" else "".join(f"%{b:02X}" for b in c.encode())
+                   for c in path)  # fmt: skip
+
+
+def _legend(files: Sequence[CardFile], best: Sequence[CardFile]) -> str:
+    report = files[0].report
+    floor: Summary = max((file.report.floor for file in files), key=lambda summary: summary.kld_mean)
+    text = (
+        f"KLD is KL(reference || file) in nats, over {report.tokens} tokens ({plain(report.source)}). Rounding alone "
+        f"causes a mean KLD of at most {error_text(floor.kld_mean)} (the same file with another ubatch size). "
+        f"The reference has perplexity {plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults."
+    )
+    if len(files) > 1 and best:
+        text += (
+            " Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that "
+            "leaves memory for the context."
+        )
+    return text
+
+
+def _origin(facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str]]:
+    """Rows about the source; what is unknown has no row."""
+    base, licence, size = base_of(facts), facts.get("general.license"), facts.get("general.size_label")
+    yield "source", f"`{code_text(source)}`"
+    for title, key in (("config.json", "config_sha256"), ("shards' headers", "headers_sha256")):
+        if value := facts.get(f"kimi_gguf.source.{key}"):
+            yield f"SHA-256 of its {title}", f"`{code_text(str(value))}`"
+    if base:
+        yield "base model", f"`{code_text(base)}`"
+    if licence:
+        yield "licence", plain(str(licence))
+    if size:
+        yield "parameters, all and active", plain(str(size))
+    yield "validated with", f"kimi-gguf {VERSION}, `validate-kimi card`"
+
+
+def _differences(facts: Mapping[str, object]) -> Iterator[str]:
+    """The section about convert-kimi; none for a file of another converter."""
+    if "kimi_gguf.source.config_sha256" in facts:
+        title = "## Differences from files made by llama.cpp's converter"
+        yield "\n".join((f"{title}\n", *differences(facts)))
+
+
+def _checks(files: Sequence[CardFile]) -> str:
+    report = files[0].report
+    lines = [
+        "`validate-kimi` compared all tensors with the checkpoint, and llama.cpp's logits with a "
+        f"{plain(report.precision)} PyTorch reference at every position (llama.cpp {plain(report.engine)}, cache "
+        f"{plain(report.cache_type)}). The gates are limits for the type of the file. Each report has the limits, the "
+        "figures, and the hashes of all inputs."
+    ]
+    unchecked = [
+        f"- `{code_text(file.path.name)}`: {' '.join(plain(' '.join(file.report.unchecked)).split())}"
+        for file in files
+        if file.report.unchecked
+    ]
+    lines += ["What the gates do not cover:", "\n".join(unchecked)] if unchecked else []
+    lines.append("These commands compare a file with the checkpoint again; CHECKPOINT is its folder:")
+    words = [
+        (
+            "validate-kimi",
+            file.path.name,
+            "--checkpoint",
+            "CHECKPOINT",
+            "--out",
+            f"report-{stem_of(file.path)}",
+        )
+        for file in files
+    ]
+    lines.append(code("\n".join(map(shlex.join, words))))
+    return "\n\n".join(lines)

@@ -1,0 +1,127 @@
+"""The files behind a model card: which models a folder has, their reports, and what is written.
+
+Input: a folder of GGUF files, and a `Request` for each. Output: the reports that are missing, the plots, README.md.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.source.origin import CARD
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.split_names import place_in_set
+from kimi_gguf.validate import provenance
+from kimi_gguf.validate.card import PLACE, CardFile, card_text, draw_plots, stem_of
+from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.pipeline import Request, Shared, ids_of, validate
+from kimi_gguf.validate.provenance import Facts
+from kimi_gguf.validate.report import check_place, write
+from kimi_gguf.validate.stored import Stored, read_report
+from kimi_gguf.validate.tensors import open_gguf
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The GGUF models of a folder; of split models, the first splits. Raises `ValidateError` if there is none."""
+    if not folder.is_dir():
+        found = kind_of(folder) if folder.exists() else "nothing"
+        raise ValidateError(f"{folder}: expected a folder of GGUF files", found=found)
+    found_files = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
+    models = [path for path in found_files if (place_in_set(path) or (1, []))[0] == 1]
+    if not models:
+        todo = f"convert the checkpoint first: convert-kimi CHECKPOINT -o {folder / 'NAME.gguf'} --type Q8_0"
+        raise ValidateError(f"{folder}: expected GGUF files, found none", todo=todo)
+    return models
+
+
+def check_card_place(folder: Path, models: Sequence[Path], overwrite: bool, checkpoint: Path) -> None:
+    """Raise `ValidateError` if the card or a report cannot be written; nothing is made."""
+    card = folder / CARD
+    if folder.resolve() == checkpoint.resolve():
+        raise ValidateError(
+            f"{card}: is a file of the checkpoint", todo="put the GGUF files into another folder"
+        )
+    if card.exists() and not (overwrite and card.is_file()):
+        todo = "give --force to overwrite it" if card.is_file() else "remove it"
+        raise ValidateError(f"{card}: already exists", todo=todo)
+    stems = [stem_of(model) for model in models]
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        raise ValidateError(f"{folder}: two models are named {min(twice)!r}", todo="rename one of them")
+    for stem in stems:
+        check_place(folder / PLACE / stem)
+
+
+def card_files(
+    requests: Sequence[Request], folder: Path, engine: Engine, upstream: Engine | None, reporter: Reporter
+) -> list[CardFile]:
+    """Every model with its report, which is made if there is none. Raises `ValidateError`."""
+    shared, files = Shared(), []
+    with open_checkpoint(requests[0].checkpoint) as checkpoint:
+        reporter.phase("hashing the checkpoint")
+        shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
+    hashes = [file["sha256"] for file in shared.checkpoint["files"]]
+    for request in requests:
+        name, place = request.gguf.name, folder / PLACE / stem_of(request.gguf)
+        reporter.phase(f"{name}: hashing")
+        facts = provenance.gguf_facts(request.gguf, reporter.step)
+        ids, generated = ids_of(request, engine)
+        ids_sha256 = provenance.ids_facts(ids, request.source, generated)["sha256"]
+        report = _kept(place / "report.json")
+        if report is None or not _is_of(report, request, facts, hashes, ids_sha256):
+            reporter.phase(name)
+            write(validate(request, engine, upstream, reporter, shared), place)
+            report = read_report(place / "report.json")
+        with open_gguf(request.gguf) as model:
+            files.append(CardFile(request.gguf, dict(model.keys), facts["elements_by_type"], report))
+    if len({file.report.ids_sha256 for file in files}) > 1:
+        first, other = files[0], next(f for f in files if f.report.ids_sha256 != files[0].report.ids_sha256)
+        raise ValidateError(
+            f"{other.path}: expected the tokens of {first.path.name} for the same text, found others",
+            todo="convert both files with the same tokenizer",
+        )
+    return files
+
+
+def _kept(path: Path) -> Stored | None:
+    """The report of an earlier run; None if there is none that can be read."""
+    try:
+        return read_report(path)
+    except ValidateError:
+        return None
+
+
+def _is_of(report: Stored, request: Request, facts: Facts, checkpoint: list[str], ids_sha256: str) -> bool:
+    """Whether the report is of the same bytes, checkpoint, tokens and options."""
+    same = (
+        (report.sha256, facts["sha256"]),
+        (report.bytes, facts["bytes"]),
+        (report.checkpoint_sha256, checkpoint),
+        (report.ids_sha256, ids_sha256),
+        (report.cache_type, request.options.cache_type),
+        (report.precision, str(request.dtype).removeprefix("torch.")),
+    )
+    return all(found == expected for found, expected in same)
+
+
+def write_card(files: Sequence[CardFile], folder: Path, notes: Sequence[str]) -> Path:
+    """Write the plots, then the card; return its path."""
+    plots = draw_plots(files)
+    for name, image in plots.items():
+        _atomically(folder / PLACE / f"{name}.png", image)
+    _atomically(folder / CARD, card_text(files, list(plots), notes).encode())
+    return folder / CARD
+
+
+def _atomically(file: Path, content: bytes) -> None:
+    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -1,0 +1,165 @@
+"""Reads report.json, of this and of every earlier schema.
+
+Input: the path of a report.json. Output: `Stored`: what is shown of several files together. Raises ValidateError for
+a file that is not a report. Its strings may have any content; whoever shows them must quote them.
+
+Schemas, which docs/release.md promises to read: 1 (`tensors.unproved`, no `unchecked`), 2.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.measure import Curves
+from kimi_gguf.validate.metrics import LayerError, Summary
+from kimi_gguf.validate.report import SCHEMA
+
+SCHEMAS = ("kimi-gguf/validation-report/1", SCHEMA)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """A run of the file: title of its variant, figures over all positions, figures at each position and layer."""
+
+    title: str
+    all: Summary
+    curves: Curves
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parts of a report that are compared with other reports."""
+
+    path: Path
+    schema: str
+    created: str
+    passed: bool
+    gates: list[bool]  # whether each passed
+    name: str
+    bytes: int
+    sha256: str
+    type: str
+    checkpoint: str
+    checkpoint_sha256: list[str]  # config first, then the weights
+    ids_sha256: str
+    tokens: int
+    source: str  # of the tokens
+    engine: str
+    precision: str
+    cache_type: str
+    floor: Summary
+    runs: list[StoredRun]
+    unchecked: list[str]
+
+    @property
+    def headline(self) -> StoredRun:
+        return self.runs[0]
+
+
+def printable(text: str) -> str:
+    """The text without line breaks and control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def read_report(path: Path) -> Stored:
+    """Read a report. Raises `ValidateError`."""
+    todo = "give a report.json that validate-kimi wrote"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValidateError(f"{path}: no such file", todo=todo) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValidateError(f"{path}: not a report", found=f"{error!s:.200}", todo=todo) from None
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if schema not in SCHEMAS:
+        newer = isinstance(schema, str) and schema.startswith(SCHEMA.rpartition("/")[0])
+        todo = "read it with the kimi-gguf that wrote it, or a later one" if newer else todo
+        raise ValidateError(
+            f"{path}: schema", expected=" or ".join(SCHEMAS), found=f"{schema!r:.60}", todo=todo
+        )
+    try:
+        return _stored(path, data)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        found = f"{type(error).__name__}: {error!s:.100}"
+        raise ValidateError(f"{path}: damaged", found=found, todo="make the report again") from None
+
+
+def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
+    gguf, ids, engine = data["gguf"], data["ids"], data["engine"]
+    checkpoint = data["checkpoint"]
+    runs = [_run(each) for each in data["runs"]]
+    if not runs:
+        raise ValueError("runs: expected at least one, found none")
+    return Stored(
+        path=path,
+        schema=_as(str, data["schema"]),
+        created=_as(str, data["created"]),
+        passed=_as(bool, data["passed"]),
+        gates=[_as(bool, gate["passed"]) for gate in data["gates"]],
+        name=_as(str, gguf["name"]),
+        bytes=_as(int, gguf["bytes"]),
+        sha256=_as(str, gguf["sha256"]),
+        type=_as(str, gguf["type"]),
+        checkpoint=_as(str, checkpoint["name"]),
+        checkpoint_sha256=[_as(str, file["sha256"]) for file in checkpoint["files"]],
+        ids_sha256=_as(str, ids["sha256"]),
+        tokens=_as(int, ids["count"]),
+        source=_as(str, ids["source"]),
+        engine=f"{_as(str, engine['commit'])} ({_as(str, engine['kind'])})",
+        precision=_as(str, data["reference"]["precision"]),
+        cache_type=_as(str, data["options"]["cache_type"]),
+        floor=_summary(data["noise_floor"]),
+        runs=runs,
+        unchecked=[_as(str, each) for each in data.get("unchecked", [])],
+    )
+
+
+def _run(data: Mapping[str, Any]) -> StoredRun:
+    at = data["per_position"]
+    nmse, kld, top1, differs = (np.array([_number(x) for x in at[name]]) for name in
+                                ("nmse", "kld", "top1", "other_experts"))  # fmt: skip
+    if len({len(nmse), len(kld), len(top1), len(differs)}) != 1 or not len(nmse):
+        raise ValueError("per_position: expected lists of one length")
+    layers = [
+        LayerError(
+            layer=_as(int, each["layer"]),
+            kind=_as(str, each["kind"]),
+            nmse=_number(each["nmse"]),
+            nmse_worst=_number(each["nmse_worst"]),
+            positions=_as(int, each["positions"]),
+            other_experts=_as(int, each["other_experts"]),
+        )
+        for each in data["layers"]
+    ]
+    curves = Curves(nmse, kld, top1.astype(bool), differs.astype(bool), layers)
+    return StoredRun(_as(str, data["variant"]["title"]), _summary(data["all"]), curves)
+
+
+def _summary(data: Mapping[str, Any]) -> Summary:
+    return Summary(
+        positions=_as(int, data["positions"]),
+        **{field.name: _number(data[field.name]) for field in fields(Summary) if field.name != "positions"},
+    )
+
+
+def _as(kind: type[T], value: object) -> T:
+    if type(value) is not kind:
+        raise TypeError(f"expected {kind.__name__}, found {value!r:.40}")
+    return value
+
+
+def _number(value: object) -> float:
+    """A number; null is NaN."""
+    if value is None:
+        return float("nan")
+    if not isinstance(value, int | float):
+        raise TypeError(f"expected a number, found {value!r:.40}")
+    return float(value)
