@@ -25,6 +25,7 @@ from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.engine.gguf import GgufModel
+from kimi_gguf.engine.gguf_check import has_mtp
 
 # Keys that describe the origin of a file, not the model; they may differ.
 FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
@@ -56,11 +57,6 @@ def verify(
         checkpoint.check_unchanged()
         wrong_keys = tuple(_wrong_keys(file, checkpoint))
         return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
-
-
-def has_mtp(file: GgufModel) -> bool:
-    """Whether the file has layers that predict further tokens; they may be left out of a conversion."""
-    return bool(file.keys.get(f"{file.keys.get('general.architecture')}.nextn_predict_layers"))
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
