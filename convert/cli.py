@@ -120,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         "file type (default: BF16; routed experts that the checkpoint has in MXFP4 keep that type, as with "
     )
     add("--type", metavar="TYPE", type=_file_type, help=f"{text}--recipe mxfp4)")
-    add("--recipe", choices=RECIPES, help="use a quantization mix made for this model, instead of --type")
+    add(
+        "--recipe", choices=RECIPES, help="use one of the project's own quantization mixes, instead of --type"
+    )
     add("--imatrix", metavar="FILE", type=Path, help="use this importance matrix, made by llama-imatrix")
     add("--output-tensor-type", metavar="T", type=_tensor_type, help="type of output.weight")
     add("--token-embedding-type", metavar="T", type=_tensor_type, help="type of token_embd.weight")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from kimi_gguf.convert.model.families import load_vocab
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import card_text
@@ -103,6 +104,12 @@ def convert(
 def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Options) -> Plan:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
     if options.chat_template is not None:
+        if not options.chat_template.exists():
+            origin = family_of(checkpoint.config).template
+            raise ConvertError(
+                f"{options.chat_template}: no such file: expected a chat template (Jinja), as --chat-template says; "
+                + (f"get it from {origin}" if origin else "name a file, or omit the option")
+            )
         vocab = replace(vocab, chat_template=read_text(options.chat_template))
     request = wanted if isinstance(wanted, TypeRequest) else TypeRequest(wanted)
     request = as_stored(request) if checkpoint.packed else request
