@@ -288,13 +288,17 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     add("--checkpoint", metavar="SRC", required=True, help=f"checkpoint that it was made from: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="importance matrix that it was made with, if any")
+    add("--chat-template", metavar="FILE", type=Path, help="chat template that it was made with, if any")
     _add_max_memory(parser)
     add("--json", action="store_true", help="print the result as a JSON line")
     return parser
 
 
 def _verify(options: argparse.Namespace) -> int:
-    verdict = verify(options.file, options.checkpoint, options.imatrix, options.max_memory)
+    display = silent if options.json else for_people
+    verdict = verify(
+        options.file, options.checkpoint, options.imatrix, options.max_memory, options.chat_template, display
+    )
     if options.json:
         say("verdict", proved=verdict.proved, **vars(verdict))
     else:

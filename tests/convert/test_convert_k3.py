@@ -243,7 +243,13 @@ def test_chat_template(tmp_path: Path) -> None:
     run = convert(source, "-o", tmp_path / "x.gguf", *options)
     assert run.status == 0 and "--chat-template" not in run.err
     assert gguf_keys(tmp_path / "x.gguf")["tokenizer.chat_template"] == "{{ messages }}"
-    assert "--chat-template K3.jinja" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("--chat-template K3.jinja") == 2, "to make the file, and to verify it"
+    check = ("verify", tmp_path / "x.gguf", "--checkpoint", source, "--chat-template", template)
+    assert convert(*check).status == 0
+    template.write_text("{{ message }}")
+    differs = convert(*check)
+    assert differs.status == 1 and "tokenizer.chat_template: expected '{{ message }}'" in differs.out
     template.write_bytes(b"\xff")
     run = convert(source, "-o", tmp_path / "x.gguf", *options)
     assert run.status == 1 and "K3.jinja, line 1: expected UTF-8" in run.err
