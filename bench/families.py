@@ -54,7 +54,7 @@ class BenchFamily:
     experts: int
     config: Callable[[Size], ModelConfig]  # raises `ConvertError`
     description: str  # for --help
-    tiny: Config = field(default_factory=lambda: TINY)
+    tiny: Config = field(default_factory=lambda: TINY)  # what `--shapes tiny` changes
     outputs: Callable[[ModelConfig], Iterator[Output]] = outputs
     keys: Callable[[ModelConfig], Iterable[Key]] = architecture_keys  # of the config's architecture
     gate: Gate = UNBOUNDED  # of KDA
@@ -95,7 +95,7 @@ def _ling(published: Config) -> Callable[[Size], ModelConfig]:
             "num_experts": size.experts,
             "num_experts_per_tok": max(1, min(data["num_experts_per_tok"], candidates)),
         }
-        # the same share of clamped layers as in the model, at the end
+        # at the end, as many clamped layers in proportion as the model has
         for name in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
             if limits := published.get(name):
                 clamped = round(sum(map(bool, limits)) * size.layers / len(limits))

@@ -3,9 +3,9 @@
 Input: the values of published.py. Output: `GlmConfig`, its tensors and its keys. There are no names of a checkpoint:
 only generated files have this architecture.
 
-Layers are like Kimi-Linear's, with bounded KDA gates. Latent attention has no RoPE and compressed queries, and an
-indexer chooses the keys in pools. Both parts of a layer read and write four residual streams (hyper-connections). The
-SwiGLU is clamped. Source: llama.cpp's loader for `glm5-next`.
+Layers are like Kimi-Linear's, with bounded KDA gates. Latent attention has compressed queries and no RoPE; an indexer
+chooses the pools of keys that a query reads. Attention and FFN read and write four residual streams
+(hyper-connections). The SwiGLU is clamped. Source: llama.cpp's loader for `glm5-next`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""config.json of the published models whose layers the bench generates: the keys that the converter reads.
+"""config.json of published models, for the bench and synthetic_checkpoint.py: the keys that the converter reads.
 
 Output: a dictionary per model. Sources: the published config.json files (Ling 3.0, Kimi K3) and the defaults of
 `Glm5NextTextConfig` in transformers 5.23. Ling-3.0-tiny of this shape has the published number of parameters, 7.89

@@ -3,11 +3,7 @@
 Input: a target model, and a lower-bit quantization of it as the draft model. Output: rows of two tables. `measure_cost`
 times the verification of n drafted tokens relative to the decoding of one token, and computes the break-even acceptance
 rate. `measure_server` runs llama-server with several kinds of drafts, and counts tokens, drafted tokens and accepted
-tokens.
-
-`python -m kimi_gguf.bench.speculative FILE [THREADS]` measures the drafts of a model's MTP layer: its own, and with
-acceptance rates that llama-server simulates, because those of generated weights say nothing. The answers are then
-meaningless; the work is that of a model with these rates.
+tokens. As a program, this module measures the drafts of a model's MTP layer (`USAGE`).
 """
 
 from __future__ import annotations
@@ -31,6 +27,7 @@ from kimi_gguf.bench.runner import Runner
 from kimi_gguf.bench.server import RunningServer, running
 from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.engine.toolchain import cores
 
@@ -55,18 +52,22 @@ DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the 
     "ngram-mod": ("--spec-type", "ngram-mod"),
     "ngram-cache": ("--spec-type", "ngram-cache"),
 }
+USAGE = """\
+usage: python -m kimi_gguf.bench.speculative FILE [THREADS]
+
+Measure llama-server without drafts and with drafts of the MTP layer in FILE, patched and upstream, and print a table.
+The drafts have the layer's own acceptance rate, or rates that llama-server simulates, for files with generated weights.
+Answers with simulated rates are meaningless; the work is that of a model with these rates.
+
+FILE     a GGUF file of Ling 3 with its MTP layer
+THREADS  CPU threads (default: all cores)"""
 MTP_LENGTHS = (1, 2, 3)
-MTP_RATES = (
-    0.0,
-    0.5,
-    0.7,
-    0.9,
-)  # simulated: share of accepted tokens among those whose predecessor is accepted
+MTP_RATES = (0.0, 0.5, 0.7, 0.9)  # simulated: accepted tokens among those whose predecessor is accepted
 Row = dict[str, Any]
 
 
 def mtp_drafts() -> dict[str, tuple[str, ...]]:
-    """As `DRAFTS`, for a model with an MTP layer."""
+    """Like `DRAFTS`, for a model with an MTP layer."""
     found: dict[str, tuple[str, ...]] = {"none": ()}
     for length in MTP_LENGTHS:
         options = ("--spec-type", "draft-mtp", "--spec-draft-n-max", str(length))
@@ -122,7 +123,7 @@ def measure_cost(
                     sequences=sequences, flash=PATCHED.flash, cache_type="f16", threads=threads, n_rs_seq=n,
                 )  # fmt: skip
             for turn in range(ROUNDS):
-                reporter.phase(f"{sequences} sequences: round {turn + 1} of {ROUNDS}")
+                reporter.phase(f"sequences: {sequences}, round {turn + 1} of {ROUNDS}")
                 for name, n, batch in wanted:
                     ask = partial(
                         places[name].ask, "time", name=f"{sequences}x{n}", batch=batch, steps=3, warm=1,
@@ -194,7 +195,7 @@ def measure_server(
             runs: dict[str, list[Row]] = {build: [] for build in builds}
             for _ in range(3):
                 for build, engine in builds.items():
-                    reporter.phase(f"{slots} slots, draft: {name}, {build}")
+                    reporter.phase(f"slots: {slots}, draft: {name}, {build}")
                     given = ["-np", str(slots), "-t", str(threads), "--flash-attn", "on"]
                     given += [option.format(draft=draft) for option in options]
                     with (
@@ -265,16 +266,19 @@ def complete(server: RunningServer, prompt: str) -> Row:
 def main(arguments: Sequence[str]) -> int:
     """Print the table of a model with an MTP layer. Returns the exit status."""
     if len(arguments) not in (1, 2) or not all(word.isdecimal() for word in arguments[1:]):
-        print(__doc__, file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     threads = int(arguments[1]) if arguments[1:] else cores()
+    model = Path(arguments[0])
     try:
+        check_gguf(model)
+        check_mtp(model)
         builds = {"patched": ensure(), "upstream": ensure(upstream=True)}
         with reporting() as reporter:
-            rows = list(measure_server(Path(arguments[0]), None, builds, threads, reporter, mtp_drafts()))
+            rows = list(measure_server(model, None, builds, threads, reporter, mtp_drafts()))
         print(markdown(server_table(rows)))
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"speculative: error: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         "file type (default: BF16; routed experts that the checkpoint has in MXFP4 keep that type, as with "
     )
     add("--type", metavar="TYPE", type=_file_type, help=f"{text}--recipe mxfp4)")
-    add("--recipe", choices=RECIPES, help="use a quantization mix made for this model, instead of --type")
+    add(
+        "--recipe", choices=RECIPES, help="use one of the project's own quantization mixes, instead of --type"
+    )
     add("--imatrix", metavar="FILE", type=Path, help="use this importance matrix, made by llama-imatrix")
     add("--output-tensor-type", metavar="T", type=_tensor_type, help="type of output.weight")
     add("--token-embedding-type", metavar="T", type=_tensor_type, help="type of token_embd.weight")
@@ -288,13 +290,17 @@ def _verify_parser() -> argparse.ArgumentParser:
     )
     add("--checkpoint", metavar="SRC", required=True, help=f"checkpoint that it was made from: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="importance matrix that it was made with, if any")
+    add("--chat-template", metavar="FILE", type=Path, help="chat template that it was made with, if any")
     _add_max_memory(parser)
     add("--json", action="store_true", help="print the result as a JSON line")
     return parser
 
 
 def _verify(options: argparse.Namespace) -> int:
-    verdict = verify(options.file, options.checkpoint, options.imatrix, options.max_memory)
+    display = silent if options.json else for_people
+    verdict = verify(
+        options.file, options.checkpoint, options.imatrix, options.max_memory, options.chat_template, display
+    )
     if options.json:
         say("verdict", proved=verdict.proved, **vars(verdict))
     else:

@@ -11,7 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kimi_gguf.convert.model.families import load_vocab
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.config import ModelConfig
+from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import card_text
@@ -100,10 +102,19 @@ def convert(
     return plan
 
 
+def read_template(path: Path, config: ModelConfig) -> str:
+    """The chat template in a file. Raises `ConvertError`."""
+    if not path.exists():
+        origin = family_of(config).template
+        todo = f"get it from {origin}" if origin else "name a file, or omit the option"
+        raise ConvertError(f"{path}: no such file: expected a chat template (Jinja); {todo}")
+    return read_text(path)
+
+
 def _plan(checkpoint: Checkpoint, wanted: FileType | TypeRequest, options: Options) -> Plan:
     vocab = load_vocab(checkpoint.folder, checkpoint.config)
     if options.chat_template is not None:
-        vocab = replace(vocab, chat_template=read_text(options.chat_template))
+        vocab = replace(vocab, chat_template=read_template(options.chat_template, checkpoint.config))
     request = wanted if isinstance(wanted, TypeRequest) else TypeRequest(wanted)
     request = as_stored(request) if checkpoint.packed else request
     importances = read_importances(options.imatrix) if options.imatrix else None

@@ -226,7 +226,7 @@ def _packed_notes(checkpoint: Checkpoint, tensors: list[PlannedTensor]) -> Itera
     yield (
         f"the experts of {len(others)} tensors are MXFP4 in the checkpoint ({size:,} bytes) and become "
         f"{type_counts(others)} ({sum(tensor.nbytes for tensor in others):,} bytes), made from their exact values; "
-        "without --type they keep theirs"
+        "without --type and --recipe they stay MXFP4"
     )
 
 
@@ -234,8 +234,8 @@ def _template_notes(config: ModelConfig, vocab: Vocab) -> Iterator[str]:
     template = family_of(config).template
     if vocab.chat_template is None and template is not None:
         yield (
-            "the checkpoint has no chat template: convert with --chat-template FILE (llama.cpp's source has "
-            f"{template}), or run llama.cpp with --chat-template-file FILE"
+            f"the checkpoint has no chat template: get {template}, and convert with --chat-template FILE or run "
+            "llama.cpp with --chat-template-file FILE"
         )
 
 

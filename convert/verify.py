@@ -7,24 +7,28 @@ file, so that files of any quantization mix can be verified, including files mad
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
+from kimi_gguf.convert.conversion import ProgressDisplay, read_template, silent
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import load_vocab, outputs
 from kimi_gguf.convert.model.gguf_key import Value
 from kimi_gguf.convert.model.metadata import metadata
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
+from kimi_gguf.convert.model.vocab import Vocab
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
+from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan, in_file_order
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.engine.gguf import GgufModel
+from kimi_gguf.engine.gguf_check import has_mtp
 
 # Keys that describe the origin of a file, not the model; they may differ.
 FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
@@ -45,22 +49,26 @@ class Verdict:
 
 
 def verify(
-    path: Path, source: Path | str, imatrix: Path | None = None, max_memory: int | None = None
+    path: Path,
+    source: Path | str,
+    imatrix: Path | None = None,
+    max_memory: int | None = None,
+    chat_template: Path | None = None,
+    display: ProgressDisplay = silent,
 ) -> Verdict:
     """Compare the file `path` with a conversion of `source`. Raises `ConvertError` or `GgufError` if either cannot
     be read."""
     with GgufModel(path) as file, open_checkpoint(source, has_mtp(file)) as checkpoint:
         pace = Pace.within(max_memory, elsewhere=checkpoint.own_bytes)
         plan = _plan_of(file, checkpoint, imatrix)
-        wrong_tensors = tuple(_differences(file, checkpoint, plan, pace))
+        vocab = load_vocab(checkpoint.folder, checkpoint.config)
+        if chat_template is not None:
+            vocab = replace(vocab, chat_template=read_template(chat_template, checkpoint.config))
+        with display(plan) as report:
+            wrong_tensors = tuple(_differences(file, checkpoint, plan, pace, report))
         checkpoint.check_unchanged()
-        wrong_keys = tuple(_wrong_keys(file, checkpoint))
+        wrong_keys = tuple(_wrong_keys(file, checkpoint, vocab))
         return Verdict(len(plan.tensors), plan.data_bytes, wrong_keys, wrong_tensors)
-
-
-def has_mtp(file: GgufModel) -> bool:
-    """Whether the file has layers that predict further tokens; they may be left out of a conversion."""
-    return bool(file.keys.get(f"{file.keys.get('general.architecture')}.nextn_predict_layers"))
 
 
 def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> Plan:
@@ -85,7 +93,9 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
     return Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
 
 
-def _differences(file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace) -> Iterator[str]:
+def _differences(
+    file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace, report: ProgressCallback
+) -> Iterator[str]:
     """A message for every tensor that differs; it names the first differing byte."""
     at, before, reported = 0, "", ""
     for tensor, chunk in encoded(checkpoint, plan, plan.tensors, pace, prepared(checkpoint, plan)):
@@ -97,6 +107,7 @@ def _differences(file: GgufModel, checkpoint: Checkpoint, plan: Plan, pace: Pace
             byte = at + int(np.argmax(found != chunk))
             yield f"{tensor.name} ({tensor.type.name}): first difference at byte {byte} of {tensor.nbytes}"
         at += chunk.nbytes
+        report(tensor, chunk.nbytes)
 
 
 def _as_stored(value: Value) -> object:
@@ -108,8 +119,7 @@ def _as_stored(value: Value) -> object:
     return value
 
 
-def _wrong_keys(file: GgufModel, checkpoint: Checkpoint) -> Iterator[str]:
-    vocab = load_vocab(checkpoint.folder, checkpoint.config)
+def _wrong_keys(file: GgufModel, checkpoint: Checkpoint, vocab: Vocab) -> Iterator[str]:
     for key in metadata(checkpoint.config, vocab, TYPES["F32"], ""):
         if key.name.startswith(FREE):
             continue

@@ -1,4 +1,4 @@
-"""Checks that a path can be a model, before a program starts or a build is made.
+"""Checks that a path can be a model, and that it can draft, before a program starts or a build is made.
 
 Input: a path. Output: none, or `EngineError`.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.split_names import place_in_set
 
 
@@ -27,6 +28,24 @@ def all_splits(path: Path) -> list[Path]:
         what = f"{path}: split {number} of {len(splits)}"
         raise EngineError(what, expected="the first split", todo=f"give {splits[0].name}")
     return splits
+
+
+def has_mtp(file: GgufModel) -> bool:
+    """Whether the file has layers that predict further tokens."""
+    return bool(file.keys.get(f"{file.keys.get('general.architecture')}.nextn_predict_layers"))
+
+
+def check_mtp(path: Path) -> None:
+    """Raise `EngineError` for a model without an MTP layer, which cannot draft with it."""
+    with GgufModel(path) as file:
+        if not has_mtp(file):
+            raise EngineError(
+                f"{path}: cannot draft with draft-mtp",
+                expected="a file with an MTP layer",
+                found="none",
+                todo="convert a Ling 3 checkpoint that has one, without --no-mtp, or use other drafts "
+                "(-md DRAFT, --spec-type ngram-cache)",
+            )
 
 
 def _check_file(path: Path) -> None:

@@ -1,7 +1,7 @@
 """Packs a build as one installable file: the Python package llama_cpp with this build's libraries.
 
-Input: a finished build. Output: a wheel with a local version, so
-that pip does not confuse it with the one on the index.
+Input: a finished build. Output: a wheel with a local version, so that pip does not confuse it with the one on the
+index.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _verify(engine: Engine) -> list[Path]:
 
 
 def _local_version(engine: Engine) -> str:
-    """The package's version, marked with the series or as upstream."""
+    """The package's version, with the hash of the series or `upstream` after it."""
     upstream = str(engine.manifest["package"]).split("==")[1]
     series = str(engine.manifest["series_sha256"])[:8]
     return f"{upstream}+upstream" if engine.is_upstream else f"{upstream}+kimi.{series}"

@@ -10,7 +10,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.gguf_check import check_gguf
+from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
 from kimi_gguf.engine.version import VERSION
@@ -51,7 +51,7 @@ class Tool:
     help: str
     example: str
     defaults: tuple[Default, ...]
-    drafted: str | None = None  # the program that is used with a draft model
+    drafted: str | None = None  # the program that is used with drafts
 
     def without(self, default: Default) -> Tool:
         """The tool without one of its defaults."""
@@ -75,10 +75,12 @@ _IN_MEMORY = Default(
     ("--load-mode", "none"),
     f"CPU builds on Linux, for weights of at most {_MOST_OF_MEMORY:.0%} of the available memory",
 )
-# Unset, llama.cpp does not use the draft model.
-_SPECULATE = Default(("--spec-type",), ("--spec-type", "draft-simple"))
 _WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
+_KIND = "--spec-type"  # of drafts
+_MTP = "draft-mtp"
+# Unset, llama.cpp does not use the draft model.
+_SPECULATE = Default((_KIND,), (_KIND, "draft-simple"))
 
 _WHICH = """\
 which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and cpu, the build
@@ -114,6 +116,7 @@ TOOLS = {
         "continue a text once",
         'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0\n'
+        '  kimi-llama run ling.gguf --spec-type draft-mtp -p "The sea is" -n 64 --temp 0\n'
         '  kimi-llama run model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 -p "The sea is"',
         (_THREADS, _FLASH, _UBATCH, _PLAIN, _QUIET),
         drafted="llama-speculative-simple",
@@ -129,6 +132,7 @@ TOOLS = {
         "llama-server",
         "serve the model over HTTP with an OpenAI-compatible API",
         "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
+        "  kimi-llama serve ling.gguf --spec-type draft-mtp\n"
         "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
         (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
         drafted="llama-server",
@@ -136,7 +140,8 @@ TOOLS = {
     "quantize": Tool(
         "llama-quantize",
         "quantize a GGUF file",
-        "kimi-llama quantize model-bf16.gguf model-q8_0.gguf Q8_0",
+        "kimi-llama quantize model-bf16.gguf model-q8_0.gguf Q8_0\n"
+        "  kimi-llama quantize model-bf16.gguf model-q4_k_m.gguf Q4_K_M --imatrix imatrix.gguf",
         (),
     ),
 }
@@ -224,8 +229,11 @@ def _bench(parsed: argparse.Namespace) -> int:
 def _tool(parsed: argparse.Namespace) -> int:
     tool = TOOLS[parsed.command]
     check_gguf(parsed.model)
-    for draft in _drafts(parsed.arguments):
-        check_gguf(draft)
+    drafts = _values(parsed.arguments, _DRAFT)
+    for draft in drafts:
+        check_gguf(Path(draft))
+    if not drafts and any(_MTP in kinds.split(",") for kinds in _values(parsed.arguments, {_KIND})):
+        check_mtp(parsed.model)
     engine = select(parsed.build, parsed.upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
@@ -265,11 +273,11 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     given = ["--rpc" if word == _WORKERS else word for word in given]
     options = {argument.split("=", 1)[0] for argument in given}
     program, defaults = tool.program, tool.defaults
-    if tool.drafted is not None and options & _DRAFT:
+    if tool.drafted is not None and options & {*_DRAFT, _KIND}:
         program = tool.drafted
         defaults = (*tool.without(_PLAIN).defaults, _SPECULATE)
-    if not defaults:
-        return [program, str(model), *given]
+    if tool is TOOLS["quantize"]:
+        return [program, *_quantize_arguments(model, given)]
     added = [
         word.format(cores=cores())
         for default in defaults
@@ -277,6 +285,19 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
         for word in default.arguments
     ]
     return [program, "--model", str(model), *added, *given]
+
+
+def _quantize_arguments(model: Path, given: Sequence[str]) -> list[str]:
+    """llama-quantize accepts options only before its files; `given` has them after the output and the type."""
+    first = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
+    if first == 0 and given:
+        raise EngineError(
+            "quantize: wrong order",
+            expected="the output and the type before options",
+            found=given[0],
+            todo=f"write: kimi-llama quantize {model} OUTPUT TYPE [--OPTION ...]",
+        )
+    return [*given[first:], str(model), *given[:first]]
 
 
 def _defaults_help(tool: Tool) -> str:
@@ -294,15 +315,16 @@ def fits_memory(model: Path) -> bool:
     )
 
 
-def _drafts(given: Sequence[str]) -> list[Path]:
-    """The draft models that the caller names."""
+def _values(given: Sequence[str], options: Collection[str]) -> list[str]:
+    """The values that the caller gives to one of these options."""
     words = [part for argument in given for part in argument.split("=", 1)]
-    return [Path(value) for option, value in pairwise(words) if option in _DRAFT]
+    return [value for option, value in pairwise(words) if option in options]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kimi-llama", description="Build and run the patched llama.cpp for Kimi-Linear."
+        prog="kimi-llama",
+        description="Build llama.cpp with the project's patches, and run it with models of the KDA family.",
     )
     parser.add_argument("--version", action="version", version=f"kimi-gguf {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

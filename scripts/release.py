@@ -36,7 +36,7 @@ from kimi_gguf.scripts.sbom import notices, sbom
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 ENGINE: Final = "kimi_gguf/engine/prebuilt"  # in the wheel; engine/builds.py looks for it there
-# Without OpenMP: its runtime would have to be in the wheel, beside the one that torch brings.
+# Without OpenMP: its runtime would have to be in the wheel, in addition to the one that torch brings.
 DEFINES: Final = (("GGML_OPENMP", "OFF"), ("KIMI_PORTABLE", "ON"))
 POLICY: Final = "manylinux_2_34"  # the oldest systems on which the wheel runs have glibc 2.34
 

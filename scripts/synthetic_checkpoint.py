@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_gguf.bench.published import KIMI_K3, LING_TINY
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
 from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.model.tensor_table import FLOAT32
@@ -50,97 +51,32 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
 
 def ling_tiny_config() -> dict[str, Any]:
     """The keys of Ling-3.0-tiny's config.json that determine its tensors."""
-    return {
-        "architectures": ["BailingMoeV3ForCausalLM"],
-        "eos_token_id": 156895,
-        "first_k_dense_replace": 1,
-        "gated_attention_proj_granularity_type": "head_wise",
-        "head_dim": 128,
-        "hidden_size": 1536,
-        "intermediate_size": 4608,
-        "kda_lower_bound": -5,
-        "kda_safe_gate": True,
-        "kv_lora_rank": 512,
-        "layer_group_size": 4,
-        "max_position_embeddings": 131072,
-        "model_type": "bailing_hybrid",
-        "moe_intermediate_size": 512,
-        "n_group": 8,
-        "no_kda_lora": True,
-        "norm_topk_prob": True,
-        "num_attention_heads": 16,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "num_hidden_layers": 24,
-        "num_nextn_predict_layers": 0,
-        "num_shared_experts": 1,
-        "pad_token_id": 156892,
-        "q_lora_rank": 256,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 6000000,
-        "routed_scaling_factor": 2.5,
-        "short_conv_kernel_size": 4,
-        "topk_group": 4,
-        "v_head_dim": 128,
-        "vocab_size": 157184,
-    }
+    return {"architectures": ["BailingMoeV3ForCausalLM"], **LING_TINY}
 
 
 def k3_config(layers: str = "KKKM" * 23 + "M", experts: int = 896, vocab: int = 163840) -> dict[str, Any]:
     """The text model of the published Kimi K3, or one with fewer layers, experts and tokens."""
-    linear = {
+    kinds = {
         "kda_layers": [i for i, each in enumerate(layers, 1) if each == "K"],
         "full_attn_layers": [i for i, each in enumerate(layers, 1) if each == "M"],
-        "gate_lower_bound": -5.0,
-        "head_dim": 128,
-        "num_heads": 96,
-        "short_conv_kernel_size": 4,
-        "use_full_rank_gate": True,
     }
     weights = {"num_bits": 4, "type": "float", "group_size": 32, "symmetric": True, "strategy": "group"}
-    text = {
-        "activation_situ_beta": 4.0,
-        "activation_situ_linear_beta": 25.0,
-        "attn_res_block_size": 12,
+    text = KIMI_K3 | {
         "bos_token_id": vocab - 256,
         "eos_token_id": vocab - 254,
-        "first_k_dense_replace": 1,
-        "hidden_act": "situ",
-        "hidden_size": 7168,
-        "intermediate_size": 33792,
-        "kv_lora_rank": 512,
-        "latent_moe_use_norm": True,
-        "linear_attn_config": linear,
-        "max_position_embeddings": 1048576,
-        "mla_use_nope": True,
-        "mla_use_output_gate": True,
+        "linear_attn_config": KIMI_K3["linear_attn_config"] | kinds,
         "model_type": "kimi_linear",
-        "moe_intermediate_size": 3072,
-        "moe_renormalize": True,
-        "moe_router_activation_func": "sigmoid",
-        "num_attention_heads": 96,
-        "num_expert_group": 1,
         "num_experts": experts,
         "num_experts_per_token": min(16, experts),
         "num_hidden_layers": len(layers),
         "num_key_value_heads": 96,
-        "num_shared_experts": 2,
         "pad_token_id": vocab - 1,
-        "q_lora_rank": 1536,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
         "quantization_config": {
             "config_groups": {"group_0": {"format": "mxfp4-pack-quantized", "weights": weights}},
             "format": "mxfp4-pack-quantized",
             "quant_method": "compressed-tensors",
         },
-        "rms_norm_eps": 1e-5,
-        "routed_expert_hidden_size": 3584,
-        "routed_scaling_factor": 1.0,
         "topk_group": 1,
-        "v_head_dim": 128,
         "vocab_size": vocab,
     }
     return {"architectures": ["KimiK3ForConditionalGeneration"], "model_type": "kimi_k3", "text_config": text}

@@ -54,6 +54,9 @@ def table(checkpoint_folder: Path, ids: Ids) -> str:
 
 
 def main() -> int:
+    if len(sys.argv) != 3:
+        print(f"usage: {COMMAND} CHECKPOINT TEXT", file=sys.stderr)
+        return 2
     checkpoint, text = Path(sys.argv[1]), Path(sys.argv[2])
     with TemporaryDirectory() as folder:
         gguf = Path(folder) / "vocabulary.gguf"

@@ -2,8 +2,8 @@
 
 Input: a `K3Config`, weights by canonical hub names, token ids. Output: as reference.py.
 
-- Residuals: a layer does not read the sum of all earlier outputs. It reads an average of that sum in its own block of
-  layers and of the sums at the ends of earlier blocks, weighted by attention over these few values.
+- Residuals: layers form blocks, and each block has its own sum of outputs. A layer does not read the sum of all earlier
+  outputs. It reads an average, weighted by attention, of the sum in its block and of the final sums of earlier blocks.
 - KDA: the projection of the output gate has full rank. A_log may have more values than there are heads.
 - MLA: a sigmoid gate per value of the output.
 - FFN: the activation is SiTU instead of SwiGLU, everywhere. Routed experts work in a smaller space.
@@ -37,7 +37,7 @@ class KimiK3(Reference):
     def all_layers(self, x: Tensor, trace: Trace | None) -> Tensor:
         """All layers, x [T, M] -> [T, M]. A layer's traced output is the sum in its block, before any attention.
 
-        Each block begins by banking the sum so far, and then starts a new sum.
+        At the beginning of a block the sum so far goes to `bank`, and a new sum starts.
         """
         size = self.k3.attn_res_block_size
         if size <= 0:
@@ -56,7 +56,7 @@ class KimiK3(Reference):
         return self.attend_residuals(bank, x, "model.output_attn_res")
 
     def attend_residuals(self, bank: list[Tensor], x: Tensor, name: str) -> Tensor:
-        """Softmax-weighted average of the banked values and the current one, x [T, M] -> [T, M].
+        """Softmax-weighted average of the values in `bank` and of x, [T, M] -> [T, M].
 
         A value's score is the dot product of its RMS norm with a learned vector.
         """

@@ -7,7 +7,7 @@ Input: a `Ling3Config`, weights by canonical hub names, token ids. Output: as re
 - MLA: RoPE on the shared key and on the last dimensions of the queries, and one sigmoid gate per head.
 - FFN: SwiGLU is clamped in the layers that have a limit.
 
-Layers that predict further tokens (MTP) take no part in the logits and are not computed.
+The logits do not depend on layers that predict further tokens (MTP); these are not computed.
 
 Sources: `bailing_hybrid` of transformers 5.23; its YaRN (`modeling_rope_utils.py`, arXiv 2309.00071). transformers has
 no clamp: that is llama.cpp's (`build_ffn` and `build_moe_ffn`). tests/validate/test_reference_ling3.py compares with
@@ -81,10 +81,10 @@ class Ling3(Reference):
         return (factor * angle.cos()).to(self.dtype), (factor * angle.sin()).to(self.dtype)
 
     def extrapolated(self, yarn: Yarn, size: int) -> Tensor:
-        """Share of the original frequency in each pair's frequency [size / 2].
+        """Weight of the original frequency in each pair's frequency, [size / 2]; the rest is that divided by `factor`.
 
         1 for pairs that turn at least `beta_fast` times in the original context, 0 for those that turn at most
-        `beta_slow` times. The latter have their frequency divided by `factor`.
+        `beta_slow` times.
         """
 
         def pair_that_turns(times: float) -> float:

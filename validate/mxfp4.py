@@ -19,34 +19,34 @@ from kimi_gguf.convert.source.safetensors_file import Dtype
 
 GROUP: Final = 32  # elements with one scale
 BLOCK_BYTES: Final = 1 + GROUP // 2  # of ggml's block_mxfp4
-Codes = NDArray[np.uint8]
+Quants = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
 
 
 def source_values(checkpoint: Checkpoint, name: str, first: int, count: int) -> Float32s:
     """Elements `first .. first+count` of a checkpoint's tensor of any type, exactly, 1-D."""
     if checkpoint.dtype(name) is Dtype.MXFP4:
-        return decode(*source_codes(checkpoint, name, first, count))
+        return decode(*source_quants(checkpoint, name, first, count))
     return to_float32(checkpoint.elements(name, first, count), checkpoint.dtype(name))
 
 
-def source_codes(checkpoint: Checkpoint, name: str, first: int, count: int) -> tuple[Codes, Codes]:
+def source_quants(checkpoint: Checkpoint, name: str, first: int, count: int) -> tuple[Quants, Quants]:
     """The four bits of each element [count] and the scales [count / 32]; whole groups."""
     packed, scales = checkpoint.packed_bytes(name, first, count)
-    codes = np.empty(count, np.uint8)
-    codes[0::2], codes[1::2] = packed & 15, packed >> 4
-    return codes, scales
+    quants = np.empty(count, np.uint8)
+    quants[0::2], quants[1::2] = packed & 15, packed >> 4
+    return quants, scales
 
 
-def block_codes(raw: NDArray[Any]) -> tuple[Codes, Codes]:
+def block_quants(raw: NDArray[Any]) -> tuple[Quants, Quants]:
     """The same of ggml's blocks: byte j has the elements j (low half) and j + 16."""
     blocks = raw.reshape(-1, BLOCK_BYTES)
     return np.concatenate([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], 1).reshape(-1), blocks[:, 0]
 
 
-def decode(codes: Codes, scales: Codes) -> Float32s:
+def decode(quants: Quants, scales: Quants) -> Float32s:
     """The values: sign, two bits of exponent (0: subnormal) and one of mantissa, times 2^(scale - 127)."""
-    sign, exponent, mantissa = codes >> 3, (codes >> 1) & 3, codes & 1
+    sign, exponent, mantissa = quants >> 3, (quants >> 1) & 3, quants & 1
     normal = exponent > 0
     size = np.ldexp((normal + mantissa / 2).astype(np.float64), np.maximum(exponent, 1).astype(np.int32) - 1)
     scaled = np.ldexp(size, np.repeat(scales.astype(np.int32) - 127, GROUP))

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.verify import has_mtp
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
+from kimi_gguf.engine.gguf_check import has_mtp
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.validate import provenance
 from kimi_gguf.validate.errors import ValidateError
@@ -82,8 +82,13 @@ def validate(
     reporter.phase("tokenizing")
     ids, generated = ids_of(request, engine)
     with open_gguf(request.gguf) as file:
-        mtp = has_mtp(file)
+        mtp, architecture = has_mtp(file), file.keys.get("general.architecture")
     with open_checkpoint(request.checkpoint, mtp) as checkpoint:
+        if architecture != checkpoint.config.architecture:
+            raise ValidateError(
+                f"{request.gguf}: general.architecture: expected '{checkpoint.config.architecture}', as in the "
+                f"checkpoint, found {architecture!r:.40}; give the checkpoint that the file was made from"
+            )
         if int(ids.max()) >= checkpoint.config.vocab_size:
             below = f"token ids: expected ids below the checkpoint's vocabulary size {checkpoint.config.vocab_size}"
             where, todo = request.gguf.name, "give the checkpoint that the file was made from"

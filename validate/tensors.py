@@ -28,7 +28,7 @@ from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.tensor_types import Bytes, TensorType
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.mxfp4 import GROUP, block_codes, source_codes, source_values
+from kimi_gguf.validate.mxfp4 import GROUP, block_quants, source_quants, source_values
 
 Float32s = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -275,8 +275,8 @@ def _prove_copy(
             size = min(PIECE, count - first)
             raw = model.read(tensor, start, tensor.type.nbytes((size,)))
             start += raw.nbytes
-            wanted, wanted_scales = source_codes(checkpoint, source, first, size)
-            found, scales = block_codes(raw)
+            wanted, wanted_scales = source_quants(checkpoint, source, first, size)
+            found, scales = block_quants(raw)
             wrong = (found != wanted) | np.repeat(scales != wanted_scales, GROUP)
             if wrong.any():
                 i = int(wrong.argmax())

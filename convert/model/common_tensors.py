@@ -1,6 +1,6 @@
 """Rows and groups of tensors that the families write alike; their modules put them together with their own.
 
-Output: pieces of a `Table`. Words of shapes are those of `dimensions`.
+Output: rows and groups for a `Table`. Words of shapes are those of `dimensions`.
 """
 
 from __future__ import annotations

@@ -115,6 +115,33 @@ def end_tokens(keys: Keys, vocab_size: int) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def common_fields(keys: Keys, groups: int) -> dict[str, Any]:
+    """The fields of a `ModelConfig` that all families write alike; groups: those of experts."""
+    vocab_size = keys.integer("vocab_size")
+    eos = end_tokens(keys, vocab_size)
+    return {
+        "hidden_size": keys.integer("hidden_size"),
+        "vocab_size": vocab_size,
+        "rms_norm_eps": keys.number("rms_norm_eps"),
+        "num_heads": keys.integer("num_attention_heads"),
+        "q_lora_rank": keys.integer("q_lora_rank", default=None),
+        "kv_lora_rank": keys.integer("kv_lora_rank"),
+        "qk_nope_head_dim": keys.integer("qk_nope_head_dim"),
+        "qk_rope_head_dim": keys.integer("qk_rope_head_dim"),
+        "v_head_dim": keys.integer("v_head_dim"),
+        "intermediate_size": keys.integer("intermediate_size"),
+        "moe_intermediate_size": keys.integer("moe_intermediate_size"),
+        "num_expert_groups": groups,
+        "topk_groups": keys.integer("topk_group", default=1 if groups == 1 else ABSENT),
+        "routed_scaling_factor": keys.number("routed_scaling_factor"),
+        "bos_token_id": keys.integer("bos_token_id", low=0, high=vocab_size - 1, default=None),
+        "eos_token_id": eos[0] if eos else None,
+        "pad_token_id": keys.integer("pad_token_id", low=0, high=vocab_size - 1, default=None),
+        "more_eos_token_ids": eos[1:],
+        "tie_word_embeddings": boolean(keys, "tie_word_embeddings", default=False),
+    }
+
+
 def layer_kinds(keys: Keys, num_layers: int) -> tuple[LayerKind, ...]:
     """One kind per layer, from the 1-based lists, the 0-based `layer_types`, or both."""
     kda_key, mla_key = f"{LINEAR}.kda_layers", f"{LINEAR}.full_attn_layers"

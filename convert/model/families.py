@@ -1,4 +1,4 @@
-"""The supported families, and what the rest of the converter asks of them.
+"""The supported families, and the functions that choose between them for the rest of the converter.
 
 Input: a config.json, or a `ModelConfig`. Output: its tensors, GGUF keys, places in a checkpoint, vocabulary.
 """

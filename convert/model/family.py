@@ -1,6 +1,7 @@
 """What makes a family of models: a description for each architecture with Kimi Delta Attention.
 
-The converter's other modules know no family. To add one, write a module with a `FAMILY` and add it to families.py.
+No other module of the converter depends on a single family. To add one, write a module with a `FAMILY` and add it to
+families.py.
 """
 
 from __future__ import annotations
@@ -33,11 +34,9 @@ class Family:
     float32: tuple[str, ...] = FLOAT32  # how names of tensors end that are F32 in published checkpoints
     # The config of a checkpoint that stores tensors of these names, with or without layers for further tokens.
     stored: Callable[[ModelConfig, Collection[str], bool], ModelConfig] = lambda config, names, mtp: config
-    left_out: Callable[[ModelConfig], tuple[str, ...]] = (
-        lambda config: ()
-    )  # as `ignored`, but intentionally left out
+    # As `ignored`, for tensors of the model that the file does not have.
+    left_out: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
     notes: Callable[[ModelConfig], Iterable[str]] = lambda config: ()  # information for the user
-    template: str | None = None  # llama.cpp's own chat template, for models that publish none
-    padded: tuple[
-        str, ...
-    ] = ()  # how canonical names end whose stored vector may be longer; the rest is not used
+    template: str | None = None  # address of llama.cpp's chat template, for models that publish none
+    # How names of vectors end that may be longer in the checkpoint than their shape; the rest is not used.
+    padded: tuple[str, ...] = ()

@@ -2,7 +2,7 @@
 
 Beyond Kimi-Linear: residual attention over blocks of layers, experts in a latent space, the activation SiTU, a gate on
 the output of latent attention, a KDA output gate of full rank, and routed experts in MXFP4. The text model's config is
-`text_config` in that of a multimodal model, its tensors have `language_model.` in front; other tensors are ignored.
+`text_config` in that of a multimodal model. Its tensors' names begin with `language_model.`; others are ignored.
 
 Sources: the published config.json and tensor names; llama.cpp's loader and converter for `kimi-k3`; compressed-tensors'
 format `mxfp4-pack-quantized`.
@@ -29,7 +29,6 @@ from kimi_gguf.convert.model.common_tensors import (
 )
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.config_keys import (
-    ABSENT,
     LINEAR,
     MAX_EXPERTS,
     MAX_LAYERS,
@@ -40,8 +39,8 @@ from kimi_gguf.convert.model.config_keys import (
     check_experts,
     check_heads,
     check_supported,
+    common_fields,
     dense_layers,
-    end_tokens,
     layer_kinds,
 )
 from kimi_gguf.convert.model.family import Family
@@ -97,38 +96,23 @@ def read_config(keys: Keys) -> K3Config:
     for name in REQUIRED:
         keys.require(keys.get(name) is not None, name, "a value", None)
     num_layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
-    vocab_size = keys.integer("vocab_size")
-    eos = end_tokens(keys, vocab_size)
     groups = keys.integer("num_expert_group", "n_group", default=1)
     linear_beta = keys.get("activation_situ_linear_beta")
     config = K3Config(
+        **common_fields(keys, groups),
         architecture=ARCHITECTURE,
-        hidden_size=keys.integer("hidden_size"),
-        vocab_size=vocab_size,
         context_length=keys.integer("max_position_embeddings", "model_max_length"),
-        rms_norm_eps=keys.number("rms_norm_eps"),
         layers=layer_kinds(keys, num_layers),
         kda_num_heads=keys.integer(f"{LINEAR}.num_heads"),
         kda_head_dim=keys.integer(f"{LINEAR}.head_dim"),
         conv_kernel_size=keys.integer(f"{LINEAR}.short_conv_kernel_size", low=2),
         kda_lower_bound=_lower_bound(keys),
-        num_heads=keys.integer("num_attention_heads"),
-        q_lora_rank=keys.integer("q_lora_rank", default=None),
-        kv_lora_rank=keys.integer("kv_lora_rank"),
-        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
-        v_head_dim=keys.integer("v_head_dim"),
         rope_theta=keys.number("rope_theta", f"{ROPE}.rope_theta", default=10000.0),
         mla_output_gate=boolean(keys, "mla_use_output_gate", default=False),
-        intermediate_size=keys.integer("intermediate_size"),
         num_dense_layers=dense_layers(keys, num_layers),
-        moe_intermediate_size=keys.integer("moe_intermediate_size"),
         num_experts=keys.integer("num_experts", "num_local_experts", "n_routed_experts", high=MAX_EXPERTS),
         num_experts_per_token=keys.integer("num_experts_per_token", "num_experts_per_tok"),
         num_shared_experts=keys.integer("num_shared_experts", "n_shared_experts", low=0),
-        num_expert_groups=groups,
-        topk_groups=keys.integer("topk_group", default=1 if groups == 1 else ABSENT),
-        routed_scaling_factor=keys.number("routed_scaling_factor"),
         renormalize=boolean(keys, "moe_renormalize", default=True),
         routed_hidden_size=keys.integer("routed_expert_hidden_size", default=None),
         routed_norm=boolean(keys, "latent_moe_use_norm", default=False),
@@ -136,11 +120,6 @@ def read_config(keys: Keys) -> K3Config:
         situ_linear_beta=0.0 if linear_beta is None else keys.number("activation_situ_linear_beta"),
         attn_res_block_size=keys.integer("attn_res_block_size", low=0, default=0),
         mxfp4_experts=mxfp4_experts(keys),
-        bos_token_id=keys.integer("bos_token_id", low=0, high=vocab_size - 1, default=None),
-        eos_token_id=eos[0] if eos else None,
-        pad_token_id=keys.integer("pad_token_id", low=0, high=vocab_size - 1, default=None),
-        more_eos_token_ids=eos[1:],
-        tie_word_embeddings=boolean(keys, "tie_word_embeddings", default=False),
     )
     check_heads(keys, config)
     check_experts(keys, config)
@@ -301,6 +280,6 @@ FAMILY: Final = Family(
     rules=RULES,
     own_keys=own_keys,
     ignored=("vision_tower.", "mm_projector."),
-    template="models/templates/Kimi-K3.jinja",
+    template="https://github.com/ggml-org/llama.cpp/blob/master/models/templates/Kimi-K3.jinja",
     padded=(".A_log",),
 )

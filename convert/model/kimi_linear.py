@@ -27,19 +27,17 @@ from kimi_gguf.convert.model.common_tensors import (
 )
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.config_keys import (
-    ABSENT,
     LINEAR,
     MAX_EXPERTS,
     MAX_LAYERS,
     ROPE,
     Keys,
     Supported,
-    boolean,
     check_experts,
     check_heads,
     check_supported,
+    common_fields,
     dense_layers,
-    end_tokens,
     layer_kinds,
 )
 from kimi_gguf.convert.model.family import Family
@@ -76,41 +74,21 @@ def read_config(keys: Keys) -> ModelConfig:
         why = "llama.cpp applies no RoPE to this model; set it to true if the model was trained without RoPE"
         raise keys.fail("mla_use_nope", "true", None, why)
     num_layers = keys.integer("num_hidden_layers", high=MAX_LAYERS)
-    vocab_size = keys.integer("vocab_size")
-    eos = end_tokens(keys, vocab_size)
     groups = keys.integer("num_expert_group", "n_group", default=1)
     config = ModelConfig(
+        **common_fields(keys, groups),
         architecture="kimi-linear",
-        hidden_size=keys.integer("hidden_size"),
-        vocab_size=vocab_size,
         context_length=keys.integer("model_max_length", "max_position_embeddings"),
-        rms_norm_eps=keys.number("rms_norm_eps"),
         layers=layer_kinds(keys, num_layers),
         kda_num_heads=keys.integer(f"{LINEAR}.num_heads", "linear_num_heads"),
         kda_head_dim=keys.integer(f"{LINEAR}.head_dim", "linear_head_dim"),
         conv_kernel_size=keys.integer(f"{LINEAR}.short_conv_kernel_size", "linear_conv_kernel_dim", low=2),
-        num_heads=keys.integer("num_attention_heads"),
-        q_lora_rank=keys.integer("q_lora_rank", default=None),
-        kv_lora_rank=keys.integer("kv_lora_rank"),
-        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=keys.integer("qk_rope_head_dim"),
-        v_head_dim=keys.integer("v_head_dim"),
         rope_theta=keys.number("rope_theta", f"{ROPE}.rope_theta", default=10000.0),
-        intermediate_size=keys.integer("intermediate_size"),
         num_dense_layers=dense_layers(keys, num_layers),
-        moe_intermediate_size=keys.integer("moe_intermediate_size"),
         num_experts=keys.integer("num_experts", "num_local_experts", "n_routed_experts", high=MAX_EXPERTS),
         num_experts_per_token=keys.integer("num_experts_per_token", "num_experts_per_tok"),
         num_shared_experts=keys.integer("num_shared_experts", "n_shared_experts", low=0),
-        num_expert_groups=groups,
-        topk_groups=keys.integer("topk_group", default=1 if groups == 1 else ABSENT),
-        routed_scaling_factor=keys.number("routed_scaling_factor"),
         renormalize=True,
-        bos_token_id=keys.integer("bos_token_id", low=0, high=vocab_size - 1, default=None),
-        eos_token_id=eos[0] if eos else None,
-        pad_token_id=keys.integer("pad_token_id", low=0, high=vocab_size - 1, default=None),
-        more_eos_token_ids=eos[1:],
-        tie_word_embeddings=boolean(keys, "tie_word_embeddings", default=False),
     )
     check_heads(keys, config)
     check_experts(keys, config)

@@ -24,9 +24,8 @@ class Place:
     stored: str
     stored_shape: tuple[int, ...]
     first: int  # element of the stored tensor where the canonical one begins
-    scales: str | None = (
-        None  # MXFP4: the tensor with a scale per group; `stored` holds two elements per byte
-    )
+    # MXFP4: the tensor with a scale per group; `stored` holds two elements per byte.
+    scales: str | None = None
 
     @property
     def tensors(self) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -31,12 +31,11 @@ from kimi_gguf.convert.model.config_keys import (
     SCALING,
     Keys,
     Supported,
-    boolean,
     check_experts,
     check_heads,
     check_supported,
+    common_fields,
     dense_layers,
-    end_tokens,
     layer_kinds,
 )
 from kimi_gguf.convert.model.family import Family
@@ -60,7 +59,7 @@ class Yarn:
     attention_factor: float | None
 
     def scale(self, mscale: float) -> float:
-        """YaRN's growth of values with the factor."""
+        """YaRN's scale for longer contexts; `mscale` weighs it."""
         return 1.0 + 0.1 * mscale * math.log(self.factor) if self.factor > 1 else 1.0
 
     @property
@@ -122,8 +121,6 @@ def read_config(keys: Keys) -> Ling3Config:
     """The config of either form, checked. Raises `ConvertError`."""
     check_supported(keys, SUPPORTED)
     num_layers = keys.integer("num_hidden_layers", high=MAX_LAYERS - 1)
-    vocab_size = keys.integer("vocab_size")
-    eos = end_tokens(keys, vocab_size)
     groups = keys.integer("n_group", "num_expert_group", default=1)
     num_mtp = keys.integer("num_nextn_predict_layers", "num_mtp_layers", low=0, default=0)
     todo = "llama.cpp predicts one further token at most"
@@ -132,43 +129,23 @@ def read_config(keys: Keys) -> Ling3Config:
     rope = keys.integer("qk_rope_head_dim")
     keys.require(rope % 2 == 0, "qk_rope_head_dim", "an even number", rope)
     num_dense = dense_layers(keys, num_layers)
-    expert, shared = (
-        keys.integer("moe_intermediate_size"),
-        keys.integer("num_shared_experts", "n_shared_experts"),
-    )
+    expert = keys.integer("moe_intermediate_size")
+    shared = keys.integer("num_shared_experts", "n_shared_experts")
     config = Ling3Config(
+        **common_fields(keys, groups),
         architecture=ARCHITECTURE,
-        hidden_size=keys.integer("hidden_size"),
-        vocab_size=vocab_size,
         context_length=keys.integer("max_position_embeddings", "model_max_length"),
-        rms_norm_eps=keys.number("rms_norm_eps"),
         layers=layers,
         kda_num_heads=keys.integer("linear_num_heads", "num_attention_heads"),
         kda_head_dim=_kda_head_dim(keys, rope),
         conv_kernel_size=keys.integer("short_conv_kernel_size", "linear_conv_kernel_dim", low=2),
         kda_lower_bound=_lower_bound(keys),
-        num_heads=keys.integer("num_attention_heads"),
-        q_lora_rank=keys.integer("q_lora_rank", default=None),
-        kv_lora_rank=keys.integer("kv_lora_rank"),
-        qk_nope_head_dim=keys.integer("qk_nope_head_dim"),
-        qk_rope_head_dim=rope,
-        v_head_dim=keys.integer("v_head_dim"),
         rope_theta=keys.number("rope_theta", f"{ROPE}.rope_theta"),
-        intermediate_size=keys.integer("intermediate_size"),
         num_dense_layers=num_dense,
-        moe_intermediate_size=expert,
         num_experts=keys.integer("num_experts", "num_local_experts", high=MAX_EXPERTS),
         num_experts_per_token=keys.integer("num_experts_per_tok", "num_experts_per_token"),
         num_shared_experts=shared,
-        num_expert_groups=groups,
-        topk_groups=keys.integer("topk_group", default=1 if groups == 1 else ABSENT),
-        routed_scaling_factor=keys.number("routed_scaling_factor"),
         renormalize=_renormalize(keys),
-        bos_token_id=keys.integer("bos_token_id", low=0, high=vocab_size - 1, default=None),
-        eos_token_id=eos[0] if eos else None,
-        pad_token_id=keys.integer("pad_token_id", low=0, high=vocab_size - 1, default=None),
-        more_eos_token_ids=eos[1:],
-        tie_word_embeddings=boolean(keys, "tie_word_embeddings", default=False),
         num_mtp_layers=num_mtp,
         shared_expert_size=shared * keys.integer("moe_shared_expert_intermediate_size", default=expert),
         swiglu_limits=_limits(keys, "expert_swiglu_limit_list", num_layers + num_mtp, num_dense),
@@ -278,8 +255,8 @@ def _check_widths(keys: Keys, config: Ling3Config) -> None:
 
 
 def stored(config: ModelConfig, names: Collection[str], mtp: bool) -> ModelConfig:
-    """The config of a checkpoint with tensors of these names: the kind of layers that it leaves open, and no MTP layer
-    if its tensors are absent or not wanted (`mtp`)."""
+    """The config of a checkpoint with tensors of these names. They decide the kind of the open layers. Without tensors
+    of an MTP layer, or with `mtp` false, there is no such layer."""
     assert isinstance(config, Ling3Config)
     latent = {name.rsplit(".", 3)[0] for name in names if name.endswith(".kv_a_proj_with_mqa.weight")}
     kinds = list(config.layers)
@@ -307,7 +284,7 @@ def _mtp_prefix(config: ModelConfig) -> str:
 
 
 def left_out(config: ModelConfig) -> tuple[str, ...]:
-    """How names of stored tensors begin that the file leaves out."""
+    """The beginnings of the names of tensors that the file leaves out."""
     assert isinstance(config, Ling3Config)
     return (_mtp_prefix(config),) if config.mtp_left_out else ()
 

@@ -42,6 +42,8 @@ def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
     source = source_of(facts) or command[1]
     check = ["convert-kimi", "verify", paths[0].name, "--checkpoint", source]
     check += ["--imatrix", plan.importances.path.name] if plan.importances else []
+    if (option := "--chat-template") in command:
+        check += [option, command[command.index(option) + 1]]
     sections = (
         front_matter(facts),
         f"# {name}, {_type(plan)} for llama.cpp",

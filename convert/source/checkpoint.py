@@ -254,10 +254,8 @@ def _find(source: Path | str) -> _Root:
         return _on_disk(path)
     id = HubId.parse(source) if isinstance(source, str) else None
     if id is None:
-        raise ConvertError(
-            f"{source}: not found; expected a checkpoint folder, a safetensors file, or an id on the hub "
-            "([hf://]OWNER/NAME[@REVISION])"
-        )
+        on_hub = "" if isinstance(source, Path) else ", or an id on the hub ([hf://]OWNER/NAME[@REVISION])"
+        raise ConvertError(f"{source}: not found; expected a checkpoint folder or a safetensors file{on_hub}")
     try:
         return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
     except ConvertError as error:
@@ -284,7 +282,8 @@ def _on_disk(path: Path) -> _Root:
     elif path.suffix == ".safetensors":
         folder, single, index = path.parent, path.name, None
     else:
-        raise ConvertError(f"{path}: expected a checkpoint folder or a .safetensors file")
+        todo = "; to quantize a GGUF file: kimi-llama quantize" if path.suffix == ".gguf" else ""
+        raise ConvertError(f"{path}: expected a checkpoint folder or a .safetensors file{todo}")
     weight_map = _weight_map(folder / index) if index else {}
     return _Root(folder, folder, weight_map, single, lambda name: SafetensorsFile(LocalFile(folder / name)))
 

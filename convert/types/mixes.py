@@ -1,8 +1,8 @@
-"""Which tensor gets which type: llama-quantize's mixes for this architecture, as one table and a few rules.
+"""Which tensor gets which type: llama-quantize's mixes for the KDA family, as one table and a few rules.
 
 Input: the config, the outputs in file order, and a `TypeRequest` (file type and the user's options). Output: the type
 of every tensor, as in `llama_tensor_get_type` of llama.cpp's `src/llama-quant.cpp` without the rules for other
-architectures; and `RECIPES`, the mixes made for this model, by the name that `--recipe` accepts.
+architectures; and `RECIPES`, the project's own mixes, by the name that `--recipe` accepts.
 """
 
 from __future__ import annotations
@@ -297,9 +297,8 @@ def _fallback(output: Output, kind: TensorType) -> TensorType:
     return kind if columns % kind.block == 0 else F16
 
 
-# All tensors except the experts (these have 95 % of the 48B's weights): mixers with their gates and latents, shared
-# experts, dense layers. (The router, norms and convolutions are always F32.) docs/conversion.md has the measurements.
-NOT_EXPERTS: Final = r"ssm_|attn_|shexp|ffn_(up|gate|down)\."
+# All tensors except the routed experts, which have 95 % of the 48B's weights. docs/conversion.md has the measurements.
+NOT_EXPERTS: Final = r"^(?!.*_exps\.)"
 
 
 def _protecting(name: str, experts: str) -> TypeRequest:
@@ -311,7 +310,7 @@ def _protecting(name: str, experts: str) -> TypeRequest:
 
 # What llama.cpp's converter makes of a checkpoint with routed experts in MXFP4: they keep their type, and all other
 # matrices are BF16.
-MXFP4: Final = TypeRequest(TYPES["MXFP4_MOE"], BF16, BF16, ((r"^(?!.*_exps\.)", BF16),), recipe="mxfp4")
+MXFP4: Final = TypeRequest(TYPES["MXFP4_MOE"], BF16, BF16, ((NOT_EXPERTS, BF16),), recipe="mxfp4")
 RECIPES: Final = {
     name: _protecting(name, experts)
     for name, experts in (("kimi-q3", "Q3_K_S"), ("kimi-q4", "Q4_K_S"), ("kimi-q5", "Q5_K_S"))

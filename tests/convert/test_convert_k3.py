@@ -148,6 +148,17 @@ def test_packed_experts_need_no_build_of_llama_cpp(
     assert gguf_types(tmp_path / "x.gguf") == gguf_types(tmp_path / "y.gguf")
 
 
+def test_a_recipe_quantizes_routed_experts_only(tmp_path: Path) -> None:
+    """The projections into the space of the routed experts and out of it stay Q8_0."""
+    source = source_of(tmp_path / "in", K3Spec(q_lora=None))
+    plan = convert(source, "--dry-run", "--recipe", "kimi-q4").out
+    types = {line.split()[0]: line.split()[1] for line in plan.splitlines() if ".weight" in line.split()[0]}
+    assert types["blk.1.ffn_routed_down.weight"] == types["blk.1.ffn_routed_up.weight"] == "Q8_0"
+    for name, kind in types.items():
+        assert kind in ({"Q4_K", "Q5_0"} if "_exps" in name else {"Q8_0", "F32", "BF16"}), name
+        assert kind != "BF16" or "ssm_beta" in name
+
+
 def test_own_options_count_with_the_default_types(tmp_path: Path, pairs: Path) -> None:
     options = ["--tensor-type", "shexp=Q8_0", "--output-tensor-type", "F32"]
     assert convert(pairs / "0-True", "-o", tmp_path / "x.gguf", *options).status == 0
@@ -221,6 +232,9 @@ def test_keys_of_the_architecture(tmp_path: Path) -> None:
 def test_chat_template(tmp_path: Path) -> None:
     """The checkpoint has none, and a note says what to do; with the option the file has the given one."""
     source, template = source_of(tmp_path / "model", K3Spec()), tmp_path / "K3.jinja"
+    missing = convert(source, "-o", tmp_path / "x.gguf", "--chat-template", template)
+    assert missing.status == 1 and "K3.jinja: no such file" in missing.err
+    assert "get it from https://github.com/ggml-org/llama.cpp/" in missing.err
     run = convert(source, "-o", tmp_path / "x.gguf")
     assert "--chat-template FILE" in run.err and "--chat-template-file FILE" in run.err
     assert "tokenizer.chat_template" not in gguf_keys(tmp_path / "x.gguf")
@@ -229,7 +243,13 @@ def test_chat_template(tmp_path: Path) -> None:
     run = convert(source, "-o", tmp_path / "x.gguf", *options)
     assert run.status == 0 and "--chat-template" not in run.err
     assert gguf_keys(tmp_path / "x.gguf")["tokenizer.chat_template"] == "{{ messages }}"
-    assert "--chat-template K3.jinja" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("--chat-template K3.jinja") == 2, "to make the file, and to verify it"
+    check = ("verify", tmp_path / "x.gguf", "--checkpoint", source, "--chat-template", template)
+    assert convert(*check).status == 0
+    template.write_text("{{ message }}")
+    differs = convert(*check)
+    assert differs.status == 1 and "tokenizer.chat_template: expected '{{ message }}'" in differs.out
     template.write_bytes(b"\xff")
     run = convert(source, "-o", tmp_path / "x.gguf", *options)
     assert run.status == 1 and "K3.jinja, line 1: expected UTF-8" in run.err

@@ -20,7 +20,7 @@ from convert_tools import (
     upstream_convert,
 )
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
-from random_ling3 import Layout, LingSpec, weights
+from random_ling3 import Layout, LingSpec, weights, write_checkpoint
 from test_convert_against_upstream import units_apart
 from test_convert_layouts import converted
 
@@ -265,6 +265,17 @@ def test_inspect_shows_the_kinds_of_layers(tmp_path: Path) -> None:
         assert [layer.ffn for layer in summary.layers] == ["", "dense", *["MoE"] * 6]
         assert summary.latent_cache_f16 == 2 * (SPEC.kv_lora + SPEC.rope) * 1000 * 2
         assert summary.parameters == sum(tensor.numel() for tensor in weights(SPEC).values())
+
+
+def test_a_recipe_quantizes_routed_experts_only(tmp_path: Path) -> None:
+    """The input projection of the MTP layer stays Q8_0."""
+    source = write_checkpoint(tmp_path / "in", SPEC)
+    plan = convert(source, "--dry-run", "--recipe", "kimi-q4").out
+    types = {line.split()[0]: line.split()[1] for line in plan.splitlines() if ".weight" in line.split()[0]}
+    assert [kind for name, kind in types.items() if "nextn.eh_proj" in name] == ["Q8_0"]
+    for name, kind in types.items():
+        assert kind in ({"Q4_K", "Q5_0"} if "_exps" in name else {"Q8_0", "F32", "BF16"}), name
+        assert kind != "BF16" or name.endswith(("ssm_beta.weight", "attn_gate.weight"))
 
 
 def test_the_model_card(tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def test_one_wrong_bit_is_named(source: Path, file: Path, tensor: str) -> None:
     assert ": NOT identical to a new conversion" in run.out
 
 
+def test_progress_is_shown(source: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kimi_gguf.convert.progress.PLAIN_INTERVAL", 0)
+    assert "100 % (" in convert("verify", file, "--checkpoint", source).err
+    assert convert("verify", file, "--checkpoint", source, "--json").err == ""
+
+
 def test_a_wrong_key_is_named(source: Path, file: Path) -> None:
     content = file.read_bytes()
     key = b"kimi-linear.expert_used_count\x04\x00\x00\x00"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_llama
+from gguf import GGUFWriter
 from tiny_llama import call
 
 from kimi_gguf.scripts import kimi_llama
@@ -140,6 +141,49 @@ def test_the_callers_kind_of_draft_stays(built: Path) -> None:
     told = call(built, "run", model, "-md", model, "--spec-type", "draft-mtp")
     assert told.stdout.splitlines()[-4:] == ["-md", model, "--spec-type", "draft-mtp"]
     assert "draft-simple" not in told.stdout
+
+
+def test_a_kind_of_draft_without_a_draft_model_is_used(built: Path) -> None:
+    result = call(built, "run", str(built / "model.gguf"), "--spec-type", "ngram-cache", "-n", "3")
+    assert result.returncode == 8, "llama-completion knows no drafts"
+    assert result.stdout.splitlines()[-4:] == ["--spec-type", "ngram-cache", "-n", "3"]
+
+
+@pytest.mark.parametrize("kind", [["--spec-type", "draft-mtp"], ["--spec-type=ngram-cache,draft-mtp"]])
+def test_a_file_must_have_the_mtp_layer_that_drafts(built: Path, kind: list[str]) -> None:
+    for layers, status in ((0, 1), (1, 8)):
+        path = built / f"mtp-{layers}.gguf"
+        writer = GGUFWriter(path, "bailingmoe3")
+        writer.add_nextn_predict_layers(layers)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        result = call(built, "run", str(path), *kind)
+        assert result.returncode == status
+        assert ("mtp-0.gguf: cannot draft with draft-mtp" in result.stderr) == (layers == 0)
+        assert ("--no-mtp" in result.stderr) == (layers == 0)
+
+
+def test_options_of_quantize_precede_its_files(built: Path) -> None:
+    """llama-quantize reads options before the input only."""
+
+    def command(*given: str) -> list[str]:
+        return kimi_llama.tool_command(kimi_llama.TOOLS["quantize"], Path("in.gguf"), given)
+
+    options = ["--imatrix", "imatrix.gguf", "--allow-requantize"]
+    assert command("out.gguf", "Q8_0", "2", *options) == [
+        "llama-quantize",
+        *options,
+        "in.gguf",
+        "out.gguf",
+        "Q8_0",
+        "2",
+    ]
+    assert command("Q8_0") == ["llama-quantize", "in.gguf", "Q8_0"]
+    assert command() == ["llama-quantize", "in.gguf"]
+    result = call(built, "quantize", str(built / "model.gguf"), "--pure", "out.gguf", "Q8_0")
+    assert result.returncode == 1
+    assert "the output and the type before options, found --pure" in result.stderr
 
 
 def test_a_missing_draft_is_said_at_once(built: Path) -> None:

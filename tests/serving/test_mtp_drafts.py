@@ -116,8 +116,8 @@ def log_probabilities(
     got = server.post("/completion", request | {"cache_prompt": False, "n_probs": VOCAB_SIZE} | more)
     key = "top_probs" if more.get("post_sampling_probs") else "top_logprobs"
     rows = np.full((len(got["completion_probabilities"]), VOCAB_SIZE), np.nan)
-    for row, told in zip(rows, got["completion_probabilities"], strict=True):
-        for each in told[key]:
+    for row, candidates in zip(rows, got["completion_probabilities"], strict=True):
+        for each in candidates[key]:
             row[each["id"]] = each[key.removeprefix("top_").removesuffix("s")]
     return Answer(tuple(got["tokens"]), got["timings"]), rows
 
@@ -182,11 +182,11 @@ def drafts_of(server: Server, requests: int) -> list[Drafts]:
         if "processing task, is_child" in line:
             found.append({})
             length = 1  # the first token is sampled from the prompt's logits
-        elif told := re.search(r"draft candidate +(\d+), pos +(\d+): +(\d+) \( *([\d.]+)\)", line):
-            rank, step, token = (int(number) for number in told.groups()[:3])
-            found[-1].setdefault(length, []).append((step, rank, token, float(told[4])))
-        elif told := re.search(r"add accepted tokens: .* ids.size=(\d+)", line):
-            length += int(told[1])
+        elif match := re.search(r"draft candidate +(\d+), pos +(\d+): +(\d+) \( *([\d.]+)\)", line):
+            rank, step, token = (int(number) for number in match.groups()[:3])
+            found[-1].setdefault(length, []).append((step, rank, token, float(match[4])))
+        elif match := re.search(r"add accepted tokens: .* ids.size=(\d+)", line):
+            length += int(match[1])
     return [Drafts(each) for each in found]
 
 
@@ -249,11 +249,11 @@ def test_upstream_ends_where_ubatches_are_too_small(
 def test_the_tool_counts_what_it_did(
     name: str, options: list[str], engine: Engine, models: dict[str, Path]
 ) -> None:
-    told = figures(engine, models[name], PROMPTS[0], COUNT, *drafting(), *options)
-    assert told.predicted == COUNT
-    assert told.drafted == told.generated
-    assert told.accepted < told.drafted and (told.accepted > 0) == (name == "often")
-    replayed = told.evaluated - told.once  # 1 if no batch has a single token: the tool then reports 1
+    run = figures(engine, models[name], PROMPTS[0], COUNT, *drafting(), *options)
+    assert run.predicted == COUNT
+    assert run.drafted == run.generated
+    assert run.accepted < run.drafted and (run.accepted > 0) == (name == "often")
+    replayed = run.evaluated - run.once  # 1 if no batch has a single token: the tool then reports 1
     assert replayed > 1 if options else replayed in (0, 1)
 
 

@@ -216,17 +216,17 @@ def test_the_command_line_writes_the_same_with_a_draft(
 
 @pytest.mark.parametrize("options", [[], ["-ub", "4"]], ids=["replays nothing", "restores checkpoints"])
 def test_the_tool_counts_what_it_did(engine: Engine, target: Path, draft: Path, options: list[str]) -> None:
-    told = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3), *options)
-    assert told.predicted == COUNT
-    assert 0 < told.accepted < told.drafted == told.generated
-    replayed = told.evaluated - told.once  # 1 if no batch has a single token: the tool then reports 1
+    run = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3), *options)
+    assert run.predicted == COUNT
+    assert 0 < run.accepted < run.drafted == run.generated
+    replayed = run.evaluated - run.once  # 1 if no batch has a single token: the tool then reports 1
     assert replayed > 1 if options else replayed in (0, 1)
 
 
 def test_upstreams_tool_replays_and_counts_accepted_tokens_alone(
     engine: Engine, upstream: Engine, target: Path, draft: Path
 ) -> None:
-    told = figures(upstream, target, PROMPTS[0], COUNT, *drafting(draft, 3), tries=9)
-    ours = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3))
-    assert told.accepted == told.drafted < told.generated
-    assert told.evaluated / told.predicted > ours.evaluated / ours.predicted
+    run = figures(upstream, target, PROMPTS[0], COUNT, *drafting(draft, 3), tries=9)
+    patched = figures(engine, target, PROMPTS[0], COUNT, *drafting(draft, 3))
+    assert run.accepted == run.drafted < run.generated
+    assert run.evaluated / run.predicted > patched.evaluated / patched.predicted

@@ -284,13 +284,18 @@ def write_checkpoint(folder: Path, spec: Spec, layout: Layout = "hub", shards: i
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config(spec, layout), indent=2))
     tensors = in_layout(weights(spec), spec, layout)
+    return write_weights(folder, tensors, shards)
+
+
+def write_weights(folder: Path, tensors: Weights, shards: int, digits: int = 5) -> Path:
+    """`model.safetensors`, or several shards and their index; digits: of the number of shards in their names."""
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return folder
     names = list(tensors)
     weight_map: dict[str, str] = {}
     for s in range(shards):
-        file = f"model-{s + 1:05d}-of-{shards:05d}.safetensors"
+        file = f"model-{s + 1:05d}-of-{shards:0{digits}d}.safetensors"
         part = names[s * len(names) // shards : (s + 1) * len(names) // shards]
         save_file({n: tensors[n].contiguous() for n in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)

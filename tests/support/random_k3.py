@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import NUM_RANKS, VOCAB_SIZE, Weights, write_tokenizer
-from safetensors.torch import save_file
+from random_checkpoint import NUM_RANKS, VOCAB_SIZE, Weights, write_tokenizer, write_weights
 
 # Names of special tokens, by distance from the last rank.
 SPECIAL = {
@@ -322,18 +321,4 @@ def write_checkpoint(folder: Path, spec: K3Spec, packed: bool = True, shards: in
     """Write the whole checkpoint to `folder`, creating it if needed; `shards=1` writes `model.safetensors`."""
     write_k3_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config(spec, packed), indent=2))
-    tensors = {name: tensor.contiguous() for name, tensor in stored(spec, packed).items()}
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    names = list(tensors)
-    weight_map: dict[str, str] = {}
-    for s in range(shards):
-        file = f"model-{s + 1:05d}-of-{shards:06d}.safetensors"
-        part = names[s * len(names) // shards : (s + 1) * len(names) // shards]
-        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return folder
+    return write_weights(folder, stored(spec, packed), shards, digits=6)

@@ -16,10 +16,9 @@ from typing import Any, Literal
 
 import torch
 from ling_tokenizer import CHAT_TEMPLATE, SPECIAL, VOCAB_SIZE, tokenizer_json
-from safetensors.torch import save_file
+from random_checkpoint import Weights, write_weights
 
 Layout = Literal["hub", "resaved", "native"]
-Weights = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -294,18 +293,4 @@ def write_checkpoint(folder: Path, spec: LingSpec, layout: Layout = "hub", shard
     """Write the whole checkpoint to `folder`, creating it if needed; `shards=1` writes `model.safetensors`."""
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config(spec, layout), indent=2))
-    tensors = in_layout(weights(spec), spec, layout)
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    names = list(tensors)
-    weight_map: dict[str, str] = {}
-    for s in range(shards):
-        file = f"model-{s + 1:05d}-of-{shards:05d}.safetensors"
-        part = names[s * len(names) // shards : (s + 1) * len(names) // shards]
-        save_file({n: tensors[n].contiguous() for n in part}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    return folder
+    return write_weights(folder, in_layout(weights(spec), spec, layout), shards)

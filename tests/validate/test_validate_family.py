@@ -125,6 +125,14 @@ def test_the_command_passes_a_sound_file_and_not_one_with_a_wrong_weight(
     assert "tensors that differ from the checkpoint: 1" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_another_family_is_refused(
+    made: dict[str, Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(made["ling3"].gguf), "--checkpoint", str(made["k3"].checkpoint), "--out", str(tmp_path)]
+    assert main(arguments) == 2
+    assert "expected 'kimi-k3', as in the checkpoint, found 'bailingmoe3'" in capsys.readouterr().err
+
+
 def test_a_file_without_the_mtp_layer_passes(made: dict[str, Made], tmp_path: Path) -> None:
     """`convert-kimi --no-mtp` leaves it out; the other layers are compared."""
     file, ids = tmp_path / "model.gguf", tmp_path / "ids.txt"
