@@ -307,6 +307,9 @@ def test_the_family_on_the_device(
 ) -> None:
     """Ling 3, GLM-5.3-Flash and Kimi K3: other gates, other numbers of heads, latent attention with or without RoPE."""
     steps, chosen, layers, attention = PLACED[placed]
+    sparse = spec.architecture == "glm5-next"
+    if sparse and attention == "LATENT_ATTN":
+        steps = prompts(130)  # in longer ones its indexer chooses between near ties
     model, log = write_family(tmp_path / "model.gguf", spec), tmp_path / "log"
     setup = Setup(flash_attention=True, op_offload=False, **chosen)
     expected = play(engine, model, setup, steps).logits
@@ -314,7 +317,7 @@ def test_the_family_on_the_device(
     played = play(engine, model, placement, steps, SECOND_LOG=str(log), KIMI_OPS="exact,require")
     assert_near(played.logits, expected, ERROR_OF_CACHE[setup.cache_type])
     used = {f"SECOND0 kernel {each} and its copy" for each in KDA}
-    if spec.architecture != "glm5-next":  # its sparse attention is upstream's
+    if not sparse:  # sparse attention is upstream's
         used |= {f"SECOND0 kernel {attention}"}
     assert ran(log) == used
     assert "SECOND0 FLASH_ATTN_EXT" in log.read_text() or attention == "LATENT_ATTN"
@@ -328,9 +331,8 @@ LATENT_ROW = 576
 def compute_buffer(engine: Engine, model: Path, backend: Path, setup: Setup, operators: str) -> float:
     """MiB that llama.cpp reserves on the device for nodes, which is what --fit and the memory breakdown count."""
     chosen = replace(setup, backend=str(backend), n_gpu_layers=99, flash_attention=True, cells=CELLS)
-    log = play(engine, model, chosen, [], KIMI_OPS=operators).log
-    (size,) = COMPUTE_BUFFER.findall(log)
-    return float(size)
+    log = play(engine, model, chosen, [together(IDS, 0)], KIMI_OPS=operators).log
+    return float(COMPUTE_BUFFER.findall(log)[-1])
 
 
 @pytest.mark.parametrize(
