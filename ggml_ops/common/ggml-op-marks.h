@@ -23,6 +23,10 @@ enum ggml_op_mark {
     GGML_OP_MARK_INVARIANT = 4,
 
     GGML_OP_MARK_KEEP_COPY = 8,  // KDA_CONV, KDA_SCAN: do not elide the copy of the new states
+
+    // LATENT_ATTN, and FLASH_ATTN_EXT over a latent cache, on CUDA: the most accurate kernels, also where others are
+    // faster
+    GGML_OP_MARK_EXACT = 16,
 };
 
 // The operators on which GGML_OP_MARK_UNFUSED has an effect: node-fusion.cpp and ggml-metal-fuse.cpp.

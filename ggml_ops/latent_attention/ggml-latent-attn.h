@@ -3,7 +3,10 @@
 // LATENT_ATTN: attention over a latent cache, with keys and values expanded from it (MLA, decompressed).
 // Specification: the operator's README. This header adds it to a graph.
 
+#include "ggml-backend.h"
 #include "ggml.h"
+
+#include <stdbool.h>
 
 #ifdef __cplusplus
 extern "C" {
@@ -44,6 +47,12 @@ struct ggml_latent_attn_shape {
 };
 
 GGML_API struct ggml_latent_attn_shape ggml_latent_attn_get_shape(const struct ggml_tensor * node);
+
+// ggml-cuda answers to this name in ggml_backend_reg_get_proc_address with such a function: whether the tensor cores of a
+// device add products of halves as fast in float32 as in half. So it is with NVIDIA's devices for data centres, and not
+// with GeForce. Upstream's absorbed kernel adds values in half, so the break-even points of the two forms differ.
+#define GGML_BACKEND_LATENT_FAST_SUMS "ggml_backend_latent_fast_sums"
+typedef bool (*ggml_backend_latent_fast_sums_t)(ggml_backend_dev_t dev);
 
 #ifdef __cplusplus
 }

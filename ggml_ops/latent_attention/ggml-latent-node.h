@@ -41,6 +41,7 @@ static inline const char * ggml_latent_absorbed_misfit(const struct ggml_tensor 
         { dst->src[4] != NULL, "attention sinks" },
         { params[1] != 0.0f, "ALiBi" },
         { params[2] != 0.0f, "soft-capped scores" },
+        { dst->op_params[4] != 0, "sparse" },  // ggml_flash_attn_ext_set_n_kv_max: few keys are visible
     };
     for (size_t i = 0; i < sizeof(checks) / sizeof(checks[0]); ++i) {
         if (checks[i].wrong) {

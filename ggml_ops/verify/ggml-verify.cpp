@@ -99,24 +99,27 @@ bool ggml_verify_allows(ggml_backend_dev_t dev, const ggml_tensor * node) {
     }
 }
 
+static int marks_of(ggml_backend_dev_t dev, const ggml_tensor * node) {
+    int        marks = 0;
+    const auto add   = [&](ggml_verify_part part, bool concerned, ggml_op_mark mark) {
+        marks |= concerned && refused.contains(dev, part) ? mark : 0;
+    };
+    const bool kda = node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN;
+    add(GGML_VERIFY_ABSORBED, node->op == GGML_OP_FLASH_ATTN_EXT, GGML_OP_MARK_UPSTREAM);
+    add(GGML_VERIFY_STATE_COPY, kda, GGML_OP_MARK_KEEP_COPY);
+    add(GGML_VERIFY_FUSED, ggml_op_starts_fused_run(node->op), GGML_OP_MARK_UNFUSED);
+    return marks;
+}
+
+ggml_tensor ggml_verify_marked(ggml_backend_dev_t dev, const ggml_tensor * node) {
+    ggml_tensor copy = *node;
+    copy.op_params[GGML_OP_MARK_PARAM] |= marks_of(dev, node);
+    return copy;
+}
+
 void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph) {
-    const bool plain   = refused.contains(dev, GGML_VERIFY_ABSORBED);
-    const bool keep    = refused.contains(dev, GGML_VERIFY_STATE_COPY);
-    const bool unfused = refused.contains(dev, GGML_VERIFY_FUSED);
-    if (!plain && !keep && !unfused) {
-        return;
-    }
-    for (int i = 0; i < graph->n_nodes; ++i) {
-        ggml_tensor * node = graph->nodes[i];
-        if (plain && node->op == GGML_OP_FLASH_ATTN_EXT) {
-            ggml_op_set_mark(node, GGML_OP_MARK_UPSTREAM);
-        }
-        if (keep && (node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN)) {
-            ggml_op_set_mark(node, GGML_OP_MARK_KEEP_COPY);
-        }
-        if (unfused && ggml_op_starts_fused_run(node->op)) {
-            ggml_op_set_mark(node, GGML_OP_MARK_UNFUSED);
-        }
+    for (int i = 0; refused.any && i < graph->n_nodes; ++i) {
+        graph->nodes[i]->op_params[GGML_OP_MARK_PARAM] |= marks_of(dev, graph->nodes[i]);
     }
 }
 

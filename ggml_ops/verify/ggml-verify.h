@@ -60,6 +60,8 @@ GGML_API const ggml_verify_report * ggml_verify_device(ggml_backend_dev_t dev, b
 GGML_API std::string ggml_verify_reason(const ggml_verify_report & report, ggml_verify_part part);
 
 // For ggml-backend.cpp. `allows`: whether the device may compute this node. `mark`: marks the nodes of a graph that the
-// device is about to compute, so that it does not use paths inside operators that failed.
-bool ggml_verify_allows(ggml_backend_dev_t dev, const ggml_tensor * node);
-void ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph);
+// device is about to compute, so that it does not use paths inside operators that failed. `marked`: the node with these
+// marks, since the memory that it needs depends on them.
+bool        ggml_verify_allows(ggml_backend_dev_t dev, const ggml_tensor * node);
+ggml_tensor ggml_verify_marked(ggml_backend_dev_t dev, const ggml_tensor * node);
+void        ggml_verify_mark(ggml_backend_dev_t dev, ggml_cgraph * graph);

@@ -28,6 +28,7 @@
 struct LatentShape {
     bool        expand    = false;  // from q to values as in the model; false: both in the latent space
     bool        plain     = false;  // the absorbed form disabled: upstream's paths
+    bool        exact     = false;  // marked: CUDA's most accurate kernels
     int64_t     n_queries = 1;
     int64_t     n_keys    = 16384;
     int64_t     n_heads   = 32;
@@ -87,19 +88,34 @@ struct LatentShape {
 inline std::string name_of(const LatentShape & s) {
     return text(
         "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g shift %g%s gap %d%s%s%s",
+        "%g shift %g%s gap %d%s%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
         s.first, s.last, s.shift, s.rising ? " rising" : "", (int) s.gap, s.one_mask ? " one mask" : "",
         s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
-                    : "");
+                    : "",
+        s.exact ? " exact" : "");
 }
 
 // The bound of the NMSE against float64 on the dequantized values.
 inline double limit_of(ggml_type cache) {
     return ggml_is_quantized(cache) ? 2e-5 : 1e-7;
+}
+
+// CUDA's kernels, by default, multiply one half per value of the expanded keys and values.
+inline bool in_halves(const LatentShape & s) {
+    return s.expand && !s.exact && (s.cache == GGML_TYPE_F16 || s.cache == GGML_TYPE_BF16);
+}
+
+// The same for CUDA's kernels.
+inline double limit_on_cuda(const LatentShape & s) {
+    return in_halves(s) ? 5e-6 : limit_of(s.cache);
+}
+
+inline float to_half(double x) {
+    return ggml_fp16_to_fp32(ggml_fp32_to_fp16((float) x));
 }
 
 inline ggml_type type_of(const std::string & name) {
@@ -147,22 +163,34 @@ class LatentCase {
 
     // Normalised mean square error over n_check of the rows, spread evenly.
     double nmse(int64_t n_check) const {
+        return nmse_of(n_check, [&](int64_t row) {
+            const float * data = (const float *) out->data + row * s.n_out();
+            return std::vector<double>(data, data + s.n_out());
+        });
+    }
+
+    // That of upstream's CUDA kernels, with the roundings that they have at least: see upstreams().
+    double upstreams_nmse(int64_t n_check) const {
+        return nmse_of(n_check, [&](int64_t row) { return upstreams(row); });
+    }
+
+  private:
+    template <typename F> double nmse_of(int64_t n_check, const F & result_of) const {
         double error = 0.0;
         double power = 0.0;
         n_check      = std::min(n_check, s.n_rows());
         for (int64_t i = 0; i < n_check; ++i) {
             const int64_t             row  = n_check == 1 ? 0 : i * (s.n_rows() - 1) / (n_check - 1);
             const std::vector<double> want = oracle(row);
+            const std::vector<double> got  = result_of(row);
             for (int64_t d = 0; d < s.n_out(); ++d) {
-                const double got = ((const float *) out->data)[row * s.n_out() + d];
-                error += (got - want[d]) * (got - want[d]);
+                error += (got[d] - want[d]) * (got[d] - want[d]);
                 power += want[d] * want[d];
             }
         }
         return power == 0.0 ? error : error / power;
     }
 
-  private:
     LatentShape        s;
     ggml_backend_t     backend;
     std::mt19937       rng;
@@ -202,6 +230,7 @@ class LatentCase {
                 exit(2);
             }
             out = make(ctx, q_perm, k, k_b, v_b, m, scale());
+            mark_exact(out);
         } else {
             out = absorbed_form(q_perm, m);
         }
@@ -220,7 +249,14 @@ class LatentCase {
         if (s.plain) {
             ggml_op_set_mark(a, GGML_OP_MARK_UPSTREAM);
         }
+        mark_exact(a);
         return a;
+    }
+
+    void mark_exact(ggml_tensor * node) const {
+        if (s.exact) {
+            ggml_op_set_mark(node, GGML_OP_MARK_EXACT);
+        }
     }
 
     ggml_tensor * view(ggml_tensor * t, int64_t n) {
@@ -354,6 +390,60 @@ class LatentCase {
                 result[d] = latent[d];
             }
             result[d] /= sum;
+        }
+        return result;
+    }
+
+    // A row of the absorbed form with the roundings of upstream's CUDA kernels (fattn-mma-f16.cuh, cuBLAS in half): q,
+    // absorbed q, scale, cache, weights, weighted sums after every 16 keys, the latent result and the output are halves.
+    // Everything else is exact here.
+    std::vector<double> upstreams(int64_t row) const {
+        const int64_t       stream = row / (s.n_queries * s.n_heads);
+        const int64_t       query  = row / s.n_heads % s.n_queries;
+        const int64_t       head   = row % s.n_heads;
+        const float *       keys   = cache_f.data() + stream * s.n_keys * s.n_cache();
+        const float *       x      = q_f.data() + row * s.n_key();
+        std::vector<double> f(s.n_cache());
+        for (int64_t j = 0; j < s.n_latent; ++j) {
+            for (int64_t d = 0; d < s.n_nope; ++d) {
+                f[j] += (double) to_half(x[d]) * to_half(k_b_f[(head * s.n_latent + j) * s.n_nope + d]);
+            }
+        }
+        std::copy(x + s.n_nope, x + s.n_key(), f.begin() + s.n_latent);
+        for (double & value : f) {
+            value = to_half((double) to_half(value) * to_half(scale()));
+        }
+        std::vector<double> score(s.n_keys, -std::numeric_limits<double>::infinity());
+        double              top = -std::numeric_limits<double>::infinity();
+        for (int64_t key = 0; key < s.n_keys; ++key) {
+            if (s.visible(stream, query, key)) {
+                score[key] = 0.0;
+                for (int64_t d = 0; d < s.n_cache(); ++d) {
+                    score[key] += f[d] * to_half(keys[key * s.n_cache() + d]);
+                }
+                top = std::max(top, score[key]);
+            }
+        }
+        constexpr double    offset = 3.0 * 0.6931;  // FATTN_KQ_MAX_OFFSET
+        std::vector<double> latent(s.n_latent), result(s.n_out());
+        double              sum = 0.0;
+        for (int64_t first = 0; first < s.n_keys; first += 16) {
+            std::vector<double> part = latent;
+            for (int64_t key = first; key < std::min(first + 16, s.n_keys); ++key) {
+                const double weight = s.visible(stream, query, key) ? std::exp(score[key] - top - offset) : 0.0;
+                sum += weight;
+                for (int64_t d = 0; weight > 0.0 && d < s.n_latent; ++d) {
+                    part[d] += (double) to_half(weight) * to_half(keys[key * s.n_cache() + d]);
+                }
+            }
+            std::transform(part.begin(), part.end(), latent.begin(), to_half);
+        }
+        for (int64_t d = 0; d < s.n_out() && sum > 0.0; ++d) {
+            for (int64_t j = 0; j < s.n_latent; ++j) {
+                result[d] +=
+                    (double) to_half(latent[j] / sum) * to_half(v_b_f[(head * s.n_value + d) * s.n_latent + j]);
+            }
+            result[d] = to_half(result[d]);
         }
         return result;
     }

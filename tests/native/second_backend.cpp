@@ -186,6 +186,9 @@ ggml_backend_buffer_type_i buft_interface() {
     i.get_name                   = [](ggml_backend_buffer_type_t buft) { return device_of(buft->device).name.c_str(); };
     i.alloc_buffer               = buft_alloc;
     i.get_alignment              = [](ggml_backend_buffer_type_t) { return size_t(64); };
+    i.get_alloc_size             = [](ggml_backend_buffer_type_t, const ggml_tensor * t) {
+        return second_kernels ? second_kernels->alloc_size(t) : ggml_nbytes(t);
+    };
     return i;
 }
 
@@ -447,6 +450,9 @@ ggml_backend_reg_i registry_interface() {
     i.get_name           = [](ggml_backend_reg_t) { return second_kernels ? second_kernels->registry : "SECOND"; };
     i.get_device_count   = [](ggml_backend_reg_t) { return devices().size(); };
     i.get_device         = [](ggml_backend_reg_t, size_t index) { return &devices().at(index)->dev; };
+    i.get_proc_address   = [](ggml_backend_reg_t, const char * name) {
+        return second_kernels ? second_kernels->proc_address(name) : nullptr;
+    };
     return i;
 }
 

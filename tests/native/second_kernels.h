@@ -18,6 +18,9 @@ struct SecondKernels {
     void * (*allocate)(size_t bytes);
     void (*release)(void * memory);
 
+    // The memory that a tensor needs on the devices, with what its kernels need behind the result.
+    size_t (*alloc_size)(const ggml_tensor * t);
+
     // Whether devices support a node: 1 yes, 0 no, -1 if the CPU backend decides.
     int (*claims)(const ggml_tensor * node);
 
@@ -26,6 +29,9 @@ struct SecondKernels {
 
     // Whether the device would launch its captured version of this graph; called once per computed graph.
     bool (*replays)(ggml_cgraph * graph);
+
+    // A function of the devices' registry (ggml_backend_reg_get_proc_address), or nullptr.
+    void * (*proc_address)(const char * name);
 };
 
 inline const SecondKernels * second_kernels = nullptr;

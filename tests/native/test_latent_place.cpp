@@ -11,6 +11,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 // A buffer on its own device, which supports LATENT_ATTN or not; the host may be able to read it in place.
 struct Place {
@@ -49,14 +50,22 @@ obstacle(ggml_backend_buffer_t cache, ggml_backend_buffer_t with_k_b, ggml_backe
     return why;
 }
 
-static bool on_cuda(ggml_backend_buffer_t buffer) {
+static bool ask(bool (*question)(const ggml_tensor *), ggml_backend_buffer_t buffer) {
     ggml_context * ctx  = ggml_init({ 1 << 16, nullptr, true });
     ggml_tensor *  all  = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, 96, 256);
     ggml_tensor *  part = ggml_view_2d(ctx, all, 96, 200, all->nb[1], 0);
     all->buffer         = buffer;
-    const bool yes      = llama_latent_attn_on_cuda(part);
+    const bool yes      = question(part);
     ggml_free(ctx);
     return yes;
+}
+
+static bool on_cuda(ggml_backend_buffer_t buffer) {
+    return ask(llama_latent_attn_on_cuda, buffer);
+}
+
+static bool fast_sums(ggml_backend_buffer_t buffer) {
+    return ask(llama_latent_attn_fast_sums, buffer);
 }
 
 int main() {
@@ -100,6 +109,16 @@ int main() {
     CHECK(!on_cuda(&pinned.buffer));
     CHECK(!on_cuda(cpu));
     CHECK(!on_cuda(nullptr));
+
+    // a device of a registry without the question counts as a GeForce
+    CHECK(!fast_sums(&able.buffer));
+    cuda.iface.get_proc_address = [](ggml_backend_reg_t, const char * name) {
+        const ggml_backend_latent_fast_sums_t yes = [](ggml_backend_dev_t) { return true; };
+        return strcmp(name, GGML_BACKEND_LATENT_FAST_SUMS) == 0 ? (void *) yes : nullptr;
+    };
+    CHECK(fast_sums(&able.buffer));
+    CHECK(!fast_sums(cpu));
+    CHECK(!fast_sums(nullptr));
 
     ggml_backend_buffer_free(cpu);
     return 0;

@@ -42,6 +42,11 @@ def test_nodes_that_the_kernels_do_not_fit_are_refused(form: str, program: Path)
     assert ", 0 failed" in run_program(program, form).stdout
 
 
+def test_one_half_per_value_is_not_less_accurate_than_upstream(program: Path) -> None:
+    """Where upstream rounds to half is in latent-attn-case.h."""
+    assert "10 checks, 0 failed" in run_program(program, "upstream").stdout
+
+
 def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
     program = compile_with_ggml(engine, SOURCES, tmp_path / "races", include=INCLUDE, races=True)
     for form, cases in FORMS.items():

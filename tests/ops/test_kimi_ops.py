@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llama_script import Setup, context, decode, play, text, use
+from llama_script import PlayError, Setup, context, decode, play, text, use
 from random_checkpoint import Spec, write_checkpoint
 
 from kimi_gguf.convert.conversion import convert
@@ -22,6 +22,13 @@ CHOICES = ("off", "conv,scan", "conv,scan,mla", "conv,scan,mla,moe", "conv,scan,
 # Of CHOICES, those whose logits differ from those of the previous one. KDA and attention differ in bits that the
 # 8-bit activations of Q8_0 may hide; the matmuls of F32 weights are upstream's; fused nodes give the same bits.
 DIFFERENT = {"F32": (1, 2), "Q8_0": (3,)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kimi-ops")
+    convert(write_checkpoint(folder / "checkpoint", SPEC), folder / "model.gguf", TYPES["F32"])
+    return folder / "model.gguf"
 
 
 @pytest.mark.parametrize("kind", DIFFERENT)
@@ -47,3 +54,18 @@ def test_contexts_of_one_process_keep_their_choice(
         np.testing.assert_array_equal(mine, alone[i], err_msg=choice)
     for i in DIFFERENT[kind]:
         assert not np.array_equal(alone[i - 1], alone[i]), f"{CHOICES[i]} computes what {CHOICES[i - 1]} does"
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [("off,exact", "'off' cannot be combined"), ("exactly", "'exactly' is none of")]
+)
+def test_values_that_are_refused(value: str, reason: str, model: Path, engine: Engine) -> None:
+    with pytest.raises(PlayError, match=reason):
+        play(engine, model, Setup(), [], KIMI_OPS=value)
+
+
+def test_on_the_cpu_exact_changes_nothing(model: Path, engine: Engine) -> None:
+    steps = [decode(*text(0, np.arange(100)))]
+    setup = Setup(flash_attention=True, cache_type="F16")
+    usual, exact = (play(engine, model, setup, steps, KIMI_OPS=each).logits for each in ("", "exact"))
+    np.testing.assert_array_equal(usual, exact)

@@ -15,7 +15,7 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
         return all;
     }
 
-    llama_kimi_ops picked = { false, false, false, false, false, false, false, false };
+    llama_kimi_ops picked = { false, false, false, false, false, false, false, false, false };
     bool           any    = false;
     bool           is_off = false;
     const struct {
@@ -36,6 +36,10 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
             picked.require = true;
             continue;
         }
+        if (part == "exact") {
+            picked.exact = true;
+            continue;
+        }
         bool known = false;
         for (const auto & n : names) {
             if (part == n.name) {
@@ -47,14 +51,15 @@ llama_kimi_ops llama_kimi_ops_parse(const char * text) {
             for (const auto & n : names) {
                 all_names += std::string(n.name) + ", ";
             }
-            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of " + all_names + "require");
+            throw std::runtime_error("KIMI_OPS: '" + part + "' is none of " + all_names + "require, exact");
         }
     }
-    if (is_off && (any || picked.require)) {
+    if (is_off && (any || picked.require || picked.exact)) {
         throw std::runtime_error("KIMI_OPS: 'off' cannot be combined with other values");
     }
     if (!is_off && !any) {
         all.require = picked.require;
+        all.exact   = picked.exact;
         return all;
     }
     return picked;
@@ -71,6 +76,9 @@ void llama_kimi_ops_mark(ggml_cgraph * graph, const llama_kimi_ops & ops, const 
         const bool    matmul = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
         if ((matmul && !ops.moe) || (node->op == GGML_OP_FLASH_ATTN_EXT && !ops.mla)) {
             ggml_op_set_mark(node, GGML_OP_MARK_UPSTREAM);
+        }
+        if (ops.exact && (node->op == GGML_OP_LATENT_ATTN || node->op == GGML_OP_FLASH_ATTN_EXT)) {
+            ggml_op_set_mark(node, GGML_OP_MARK_EXACT);
         }
         if (matmul && ops.batch && shared) {
             ggml_op_set_mark(node, GGML_OP_MARK_INVARIANT);

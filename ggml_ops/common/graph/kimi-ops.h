@@ -8,6 +8,7 @@
 //   off             no operators: upstream's graph
 //   names           only these, separated by commas: the fields of llama_kimi_ops
 //   require         alone or with names: an operator that cannot be used is an error
+//   exact           alone or with names: latent attention on CUDA with the accuracy of float32, slower
 
 #include "ggml-kda-scan.h"
 
@@ -29,6 +30,7 @@ struct llama_kimi_ops {
     bool batch   = true;  // results independent of other sequences
     bool plain   = true;  // with mla: the plain graph instead of LATENT_ATTN
     bool require = false;
+    bool exact   = false;
 };
 
 // Parses the value of KIMI_OPS, which may be nullptr. Throws std::runtime_error for an unknown name, and for `off`

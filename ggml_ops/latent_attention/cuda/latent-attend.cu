@@ -1,7 +1,7 @@
 // Latent attention on CUDA, absorbed: partitioning, kernels and launches.
 //
-// The grid is blocks of rows x streams x splits of the keys. The number of splits depends on the shapes only, never on
-// the device, and so does the result. A second kernel combines the splits in order.
+// The grid is blocks of rows x streams x splits of the keys. A second kernel combines the splits in order. The rounding
+// of the result depends on the number of splits, and so on the shapes and on the device's number of multiprocessors.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -9,23 +9,25 @@
 
 namespace latent_cuda {
 
-// The keys are split until there are about this many blocks, as many as a large device runs at once, but no further.
-constexpr int TARGET_BLOCKS = 128;
-constexpr int MIN_TILES     = 2;
-constexpr int MAX_PIECES    = TARGET_BLOCKS;
-constexpr int JOIN_THREADS  = N_LATENT / 4;
+// A split of fewer tiles costs more for its rows of q and its partial result, each as large as two tiles, than it saves.
+constexpr int MIN_TILES    = 2;
+constexpr int JOIN_THREADS = 512;
+constexpr int MAX_PIECES   = JOIN_THREADS;               // a thread per split finds its weight
+constexpr int ROW_CHUNKS   = N_LATENT / 4;               // of four values, one per thread
+constexpr int JOIN_GROUPS  = JOIN_THREADS / ROW_CHUNKS;  // each sums every fourth split
+constexpr int JOIN_WARPS   = JOIN_THREADS / WARP;
 
-static_assert(MAX_PIECES <= JOIN_THREADS, "a thread a piece");
-
-static plan make_plan(const attention & args) {
+plan make_plan(const attention & args) {
     plan p;
     p.n_rows          = args.n_queries * args.n_heads;
     p.n_blocks        = divide_up(p.n_rows, BLOCK_ROWS);
     const int n_tiles = divide_up(args.n_keys, TILE_KEYS);
-    const int target  = divide_up(TARGET_BLOCKS, p.n_blocks * args.n_streams);
-    const int tiles   = divide_up(n_tiles, target);
-    p.keys_a_piece    = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
-    p.n_pieces        = divide_up(args.n_keys, p.keys_a_piece);
+    // A multiprocessor runs one block at a time (registers), so more blocks than multiprocessors take twice as long.
+    const int fit    = args.n_multiprocessors / (p.n_blocks * args.n_streams);
+    const int target = fit < 1 ? 1 : fit > MAX_PIECES ? MAX_PIECES : fit;
+    const int tiles  = divide_up(n_tiles, target);
+    p.keys_a_piece   = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
+    p.n_pieces       = divide_up(args.n_keys, p.keys_a_piece);
     return p;
 }
 
@@ -44,10 +46,18 @@ static __global__ void __launch_bounds__(THREADS, 1)
 #endif
 }
 
+static __device__ __forceinline__ void add_weighted(float4 & to, float weight, const float4 & x) {
+    to.x += weight * x.x;
+    to.y += weight * x.y;
+    to.z += weight * x.z;
+    to.w += weight * x.w;
+}
+
 // Combines the partial results of one row. Splits that saw no key have weight 0.
 static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partials partials, int n_pieces, float * out) {
-    __shared__ float weights[MAX_PIECES];
-    __shared__ float of_warps[2][JOIN_THREADS / WARP];
+    __shared__ float  weights[MAX_PIECES];
+    __shared__ float  of_warps[2][JOIN_WARPS];
+    __shared__ float4 of_groups[JOIN_GROUPS][ROW_CHUNKS];
 
     const int     i        = threadIdx.x;
     const int64_t row      = blockIdx.x;
@@ -60,7 +70,7 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
     }
     __syncthreads();
 #pragma unroll
-    for (int w = 0; w < JOIN_THREADS / WARP; ++w) {
+    for (int w = 0; w < JOIN_WARPS; ++w) {
         maximum = fmaxf(maximum, of_warps[0][w]);
     }
     const float weight = mine.x == -INFINITY ? 0.0f : exp2f(mine.x - maximum);
@@ -68,28 +78,33 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
     if (i % WARP == 0) {
         of_warps[1][i / WARP] = sum;
     }
-    if (i < MAX_PIECES) {
-        weights[i] = weight;
-    }
+    weights[i] = weight;
     __syncthreads();
+
+    const int group = i / ROW_CHUNKS;
+    const int chunk = i % ROW_CHUNKS;
+    float4    total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 8
+    for (int piece = group; piece < n_pieces; piece += JOIN_GROUPS) {
+        const float4 x = reinterpret_cast<const float4 *>(partials.out + (piece * all_rows + row) * N_LATENT)[chunk];
+        add_weighted(total, weights[piece], x);
+    }
+    of_groups[group][chunk] = total;
+    __syncthreads();
+    if (group > 0) {
+        return;
+    }
     sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < JOIN_THREADS / WARP; ++w) {
+    for (int w = 0; w < JOIN_WARPS; ++w) {
         sum += of_warps[1][w];
     }
-
-    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (int piece = 0; piece < n_pieces; ++piece) {
-        const float4 x = reinterpret_cast<const float4 *>(partials.out + (piece * all_rows + row) * N_LATENT)[i];
-        const float  w = weights[piece];
-        total.x += w * x.x;
-        total.y += w * x.y;
-        total.z += w * x.z;
-        total.w += w * x.w;
+#pragma unroll
+    for (int other = 1; other < JOIN_GROUPS; ++other) {
+        add_weighted(total, 1.0f, of_groups[other][chunk]);
     }
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    reinterpret_cast<float4 *>(out + row * N_LATENT)[i] =
+    reinterpret_cast<float4 *>(out + row * N_LATENT)[chunk] =
         make_float4(total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse);
 }
 

@@ -60,6 +60,8 @@ struct plan {
     int keys_a_piece;  // a multiple of TILE_KEYS
 };
 
+plan make_plan(const attention & args);
+
 // Shared memory in addition to the tiles, in floats.
 struct room {
     static constexpr int SCORES  = SLICES * BLOCK_ROWS * SCORE_STRIDE;

@@ -110,18 +110,21 @@ template <typename T> struct plain_tiles : no_factors {
     __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
 };
 
-// Two quants, unpacked to 16-bit words, as halves. Halves hold 2^10 + n exactly for integers n < 2^10.
-template <cache_type TYPE> static __device__ __forceinline__ uint32_t codes_to_half(uint32_t codes) {
-    constexpr bool SIGNED = TYPE == cache_type::q8_0;
-    const uint32_t above  = (SIGNED ? codes ^ 0x00800080 : codes) | 0x64006400;
-    const uint32_t offset = SIGNED ? 0x64806480 : 0x64086408;  // 1024 + 128, 1024 + 8
-    __half2        x, y;
-    memcpy(&x, &above, sizeof(x));
-    memcpy(&y, &offset, sizeof(y));
-    x = __hsub2(x, y);
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof(bits));
-    return bits;
+// Four bytes n as halves n - ZERO. The half 2^10 + n has the bits 0x6400 + n, exactly.
+template <int ZERO> static __device__ __forceinline__ uint2 bytes_to_halves(uint32_t bytes) {
+    const uint32_t bits = 0x64006400 + 0x00010001 * ZERO;
+    __half2        zero;
+    memcpy(&zero, &bits, sizeof(zero));
+    const auto two = [&](uint32_t order) {
+        const uint32_t above = __byte_perm(bytes, 0x64646464, order);
+        __half2        x;
+        memcpy(&x, &above, sizeof(x));
+        x = __hsub2(x, zero);
+        uint32_t result;
+        memcpy(&result, &x, sizeof(result));
+        return result;
+    };
+    return make_uint2(two(0x4140), two(0x4342));
 }
 
 // Blocks of 32 quants after a half that is their scale.
@@ -212,19 +215,17 @@ template <cache_type TYPE> struct quantised_tiles {
     // Unpacks part `piece` of a block's quants to its values.
     static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
         if constexpr (TYPE == cache_type::q8_0) {
-            const uint32_t a                           = load_four(codes + piece * 8);
-            const uint32_t b                           = load_four(codes + piece * 8 + 4);
-            *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(
-                codes_to_half<TYPE>(__byte_perm(a, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(a, 0, 0x4342)),
-                codes_to_half<TYPE>(__byte_perm(b, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(b, 0, 0x4342)));
+            // with the sign inverted, signed bytes are 128 too large
+            const uint2 a = bytes_to_halves<128>(load_four(codes + piece * 8) ^ 0x80808080);
+            const uint2 b = bytes_to_halves<128>(load_four(codes + piece * 8 + 4) ^ 0x80808080);
+            *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(a.x, a.y, b.x, b.y);
         } else {
             // value j in the low half of byte j, value j + 16 in the high half
             const uint32_t x = load_four(codes + piece * 4);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint32_t n                                                    = x >> 4 * half & 0x0f0f0f0f;
-                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) = make_uint2(
-                    codes_to_half<TYPE>(__byte_perm(n, 0, 0x4140)), codes_to_half<TYPE>(__byte_perm(n, 0, 0x4342)));
+                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) =
+                    bytes_to_halves<8>(x >> 4 * half & 0x0f0f0f0f);
             }
         }
     }

@@ -421,26 +421,26 @@ template <typename MODE> void attend_in_runs(const decompressed & args, void * w
 }
 
 // Calls f with the mode of the cache's type.
-template <typename F> auto with_mode(cache_type type, const F & f) {
-    switch (type) {
+template <typename F> auto with_mode(const decompressed & args, const F & f) {
+    switch (args.type) {
     case cache_type::f32:
         return f(modes::f32());
     case cache_type::f16:
     case cache_type::bf16:
-        return f(modes::f16());
+        return args.exact ? f(modes::f16()) : f(modes::halves());
     default:
-        return f(modes::quantised());
+        return f(modes::halves());
     }
 }
 
 }  // namespace
 
 size_t workspace(const decompressed & args) {
-    return with_mode(args.type, [&](auto mode) { return make_plan<decltype(mode)>(args, nullptr).size; });
+    return with_mode(args, [&](auto mode) { return make_plan<decltype(mode)>(args, nullptr).size; });
 }
 
 void attend(const decompressed & args, void * work, cudaStream_t stream) {
-    with_mode(args.type, [&](auto mode) { attend_in_runs<decltype(mode)>(args, work, stream); });
+    with_mode(args, [&](auto mode) { attend_in_runs<decltype(mode)>(args, work, stream); });
 }
 
 }  // namespace latent_cuda

@@ -34,11 +34,12 @@ struct f32 {
     static constexpr int CACHE = 2, WEIGHT = 2, QUERY = 2, KEY = 2, VALUE = 1, P = 2;
 };
 
-struct f16 : f32 {  // bf16 too: cache rows are exact
+struct f16 : f32 {  // F16 and BF16 caches, exact: their rows fit into halves
     static constexpr int CACHE = 1;
 };
 
-struct quantised {
+// F16 and BF16 caches by default, and quantized ones
+struct halves {
     static constexpr int CACHE = 1, WEIGHT = 1, QUERY = 1, KEY = 1, VALUE = 1, P = 1;
 };
 

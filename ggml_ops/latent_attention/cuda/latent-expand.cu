@@ -185,7 +185,7 @@ template <typename MODE> void expand(const weights & w, int n_heads, const run &
 
 template void expand<modes::f32>(const weights &, int, const run &, cudaStream_t);
 template void expand<modes::f16>(const weights &, int, const run &, cudaStream_t);
-template void expand<modes::quantised>(const weights &, int, const run &, cudaStream_t);
+template void expand<modes::halves>(const weights &, int, const run &, cudaStream_t);
 
 }  // namespace latent_cuda
 

@@ -20,6 +20,18 @@ void ggml_cuda_op_latent_attn(ggml_backend_cuda_context &, ggml_tensor *) {
     GGML_ABORT("LATENT_ATTN has kernels for NVIDIA devices only");
 }
 
+size_t ggml_cuda_latent_attention_size(int, const ggml_tensor *) {
+    return 0;
+}
+
+size_t ggml_cuda_latent_attn_size(const ggml_tensor * dst) {
+    return ggml_nbytes(dst);
+}
+
+bool ggml_cuda_latent_fast_sums(int) {
+    return false;
+}
+
 #else
 
 #include "convert.cuh"
@@ -27,19 +39,36 @@ void ggml_cuda_op_latent_attn(ggml_backend_cuda_context &, ggml_tensor *) {
 
 #include <atomic>
 
-// Maximum number of queries per stream for the kernels, by cache type. Upstream converts caches other than F16 to F16
-// in memory at each step, then multiplies in one pass: reading the cache directly is faster with few queries, slower
-// with many. Estimated from bandwidth and FLOPs, not measured yet; F16 stays upstream's until it is.
-constexpr int MAX_QUERIES_CONVERTED = 8;
-constexpr int MAX_QUERIES_F16       = 0;
+// Which nodes of the absorbed form the kernels compute; upstream's are faster for others. Upstream converts caches other
+// than F16 to F16 at each step and then multiplies in one pass: reading the cache directly is faster with one block of
+// rows and a long cache. Counted, not measured: kimi_gguf/scripts/latent_counts.py.
+struct limit {
+    int rows;  // maximum number of pairs of query and head, per stream
+    int keys;  // minimum
+};
 
-static int max_queries(latent_cuda::cache_type type) {
-    return type == latent_cuda::cache_type::f16 ? MAX_QUERIES_F16 : MAX_QUERIES_CONVERTED;
+static limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
+    switch (type) {
+    case latent_cuda::cache_type::q8_0:
+    case latent_cuda::cache_type::q4_0:
+        return { 32, 8193 };
+    case latent_cuda::cache_type::bf16:
+        return fast_sums ? limit{ 32, 8193 } : limit{};
+    case latent_cuda::cache_type::f32:
+        return fast_sums ? limit{ 32, 65536 } : limit{};
+    default:
+        return {};
+    }
 }
 
 // Checks the compiled code, which may be for an older architecture than the device.
 static bool has_kernels(int device) {
     return ampere_mma_available(ggml_cuda_info().devices[device].cc);
+}
+
+bool ggml_cuda_latent_fast_sums(int device) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+    return cc == 800 || cc == 900 || (cc >= 1000 && cc < 1100);
 }
 
 // Logs each reason once.
@@ -50,23 +79,38 @@ static void log_refusal(const char * reason) {
     }
 }
 
-bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    if (!has_kernels(ctx.device) || latent_cuda::misfit(dst)) {
+// Whether the kernels compute the FLASH_ATTN_EXT node. The answer is the same before and after allocation.
+static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & args) {
+    if (!has_kernels(device) || latent_cuda::misfit(dst)) {
         return false;
     }
-    latent_cuda::attention args;
     if (const char * reason = latent_cuda::read_node(dst, args)) {
         log_refusal(reason);
         return false;
     }
-    if (args.n_queries > max_queries(args.type)) {
+    args.n_multiprocessors = ggml_cuda_info().devices[device].nsm;
+    const limit most       = limit_of(args.type, ggml_cuda_latent_fast_sums(device));
+    return ggml_op_has_mark(dst, GGML_OP_MARK_EXACT) ||
+           (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
+}
+
+// Memory of the kernels lies behind the result, so that it is part of llama.cpp's compute buffers and counted as they are.
+static size_t after_result(const ggml_tensor * dst) {
+    return GGML_PAD(ggml_nbytes(dst), 128);
+}
+
+size_t ggml_cuda_latent_attention_size(int device, const ggml_tensor * dst) {
+    latent_cuda::attention args;
+    return takes(device, dst, args) ? after_result(dst) + latent_cuda::workspace(args) : 0;
+}
+
+bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    latent_cuda::attention args;
+    if (!takes(ctx.device, dst, args)) {
         return false;
     }
-    ggml_cuda_pool_alloc<char> work(ctx.pool());
-    if (const size_t size = latent_cuda::workspace(args)) {
-        work.alloc(size);
-    }
-    latent_cuda::attend(args, work.get(), ctx.stream());
+    GGML_ASSERT(latent_cuda::refused(args) == nullptr);
+    latent_cuda::attend(args, static_cast<char *>(dst->data) + after_result(dst), ctx.stream());
     CUDA_CHECK(cudaGetLastError());
     return true;
 }
@@ -75,32 +119,45 @@ static bool readable(const ggml_tensor * weights) {
     return weights->type == GGML_TYPE_F32 || ggml_get_to_fp32_cuda(weights->type) != nullptr;
 }
 
-// The tensor as floats: itself, or converted into memory of the pool.
-static const float * as_floats(const ggml_tensor * t, ggml_cuda_pool_alloc<float> & room, cudaStream_t stream) {
-    if (t->type == GGML_TYPE_F32) {
-        return static_cast<const float *>(t->data);
-    }
-    const int64_t n = ggml_nelements(t);
-    ggml_get_to_fp32_cuda(t->type)(t->data, room.alloc(n), n, stream);
-    return room.get();
-}
-
 bool ggml_cuda_latent_attn_supported(int device, const ggml_tensor * dst) {
     latent_cuda::decompressed args;
     return has_kernels(device) && latent_cuda::read_decompressed(dst, args) == nullptr && readable(dst->src[2]) &&
            readable(dst->src[3]);
 }
 
+// Bytes for the weights as floats, 0 if they are floats. Multiples of 128, as ggml's weights have whole blocks per row.
+static size_t floats_size(const ggml_tensor * weights) {
+    return weights->type == GGML_TYPE_F32 ? 0 : GGML_PAD(ggml_nelements(weights) * sizeof(float), 128);
+}
+
+// The tensor as floats: itself, or converted into `room`.
+static const float * as_floats(const ggml_tensor * t, char * room, cudaStream_t stream) {
+    if (t->type == GGML_TYPE_F32) {
+        return static_cast<const float *>(t->data);
+    }
+    float * to = reinterpret_cast<float *>(room);
+    ggml_get_to_fp32_cuda(t->type)(t->data, to, ggml_nelements(t), stream);
+    return to;
+}
+
+size_t ggml_cuda_latent_attn_size(const ggml_tensor * dst) {
+    latent_cuda::decompressed args;
+    if (latent_cuda::read_decompressed(dst, args)) {
+        return ggml_nbytes(dst);  // not supported
+    }
+    return after_result(dst) + floats_size(dst->src[2]) + floats_size(dst->src[3]) + latent_cuda::workspace(args);
+}
+
 void ggml_cuda_op_latent_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     latent_cuda::decompressed args;
     GGML_ASSERT(latent_cuda::read_decompressed(dst, args) == nullptr);
 
-    ggml_cuda_pool_alloc<float> k_b(ctx.pool());
-    ggml_cuda_pool_alloc<float> v_b(ctx.pool());
-    args.k_b = as_floats(dst->src[2], k_b, ctx.stream());
-    args.v_b = as_floats(dst->src[3], v_b, ctx.stream());
-    ggml_cuda_pool_alloc<char> work(ctx.pool(), latent_cuda::workspace(args));
-    latent_cuda::attend(args, work.get(), ctx.stream());
+    char * const k_b  = static_cast<char *>(dst->data) + after_result(dst);
+    char * const v_b  = k_b + floats_size(dst->src[2]);
+    char * const work = v_b + floats_size(dst->src[3]);
+    args.k_b          = as_floats(dst->src[2], k_b, ctx.stream());
+    args.v_b          = as_floats(dst->src[3], v_b, ctx.stream());
+    latent_cuda::attend(args, work, ctx.stream());
     CUDA_CHECK(cudaGetLastError());
 }
 

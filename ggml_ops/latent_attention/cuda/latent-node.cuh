@@ -62,6 +62,12 @@ static inline void read_sources(
     args.n_streams = q->ne[3];
 }
 
+// The offset of a tensor's data in an allocation. Allocations of ggml-cuda begin at multiples of 128 bytes, so this is
+// the address as far as alignment is concerned, and is known before anything is allocated.
+static inline uintptr_t offset_of(const ggml_tensor * t) {
+    return t->view_src ? t->view_offs : 0;
+}
+
 // Returns nullptr, or why the kernels do not support the node.
 static inline const char * read_node(const ggml_tensor * dst, attention & args) {
     const ggml_tensor * q    = dst->src[0];
@@ -76,7 +82,10 @@ static inline const char * read_node(const ggml_tensor * dst, attention & args) 
         return "a type of cache that the kernels do not read";
     }
     read_sources(q, k, mask, dst, args);
-    return refused(args);
+    attention placed = args;
+    placed.q         = reinterpret_cast<const float *>(offset_of(q));
+    placed.cache     = reinterpret_cast<const void *>(offset_of(k));
+    return refused(placed);
 }
 
 // The same for LATENT_ATTN. The caller has to convert k_b and v_b to float.
@@ -99,6 +108,7 @@ static inline const char * read_decompressed(const ggml_tensor * dst, decompress
     }
     read_sources(q, k, mask, dst, args);
     args.scratch = SCRATCH;
+    args.exact   = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
     return nullptr;
 }
 

@@ -1,6 +1,7 @@
 #include "llama-latent-attn.h"
 
 #include "ggml-latent-attn.h"
+#include "ggml-op-marks.h"
 #include "llama-cparams.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -34,24 +35,30 @@ static constexpr Threshold CPU[] = {
     { INT64_MAX, 160, 160, 288 },
 };
 
-// Computed from the number of multiply-adds, not measured: upstream's absorbed kernel needs one pass, the decompressed
-// kernels need as many as their error bound requires.
-static constexpr Threshold CUDA[] = {
-    { 512, 768, 464, 128 },
-    { 2048, 1232, 688, 160 },
-    { INT64_MAX, 1536, 832, 192 },
+// NVIDIA's devices for data centres, and GeForce. Counted, not measured: kimi_gguf/scripts/latent_counts.py. `exact`
+// (KIMI_OPS) is for F16 and BF16 caches. Where there is no ubatch as large, the number does not matter.
+struct CudaThreshold {
+    int64_t n_keys;
+    struct {
+        int64_t f32;
+        int64_t exact;
+        int64_t halves;  // F16, BF16, Q8_0, Q4_0
+    } data_centre, geforce;
 };
 
-template <size_t N> static int row_of(const Threshold (&table)[N], int64_t n_keys) {
-    const auto less = [](const Threshold & row, int64_t n) { return row.n_keys < n; };
+static constexpr CudaThreshold CUDA[] = {
+    { 512, { 528, 496, 320 }, { 528, 528, 320 } },
+    { 2048, { 624, 496, 256 }, { 2064, 2064, 304 } },
+    { INT64_MAX, { 528, 384, 176 }, { 131088, 4080, 272 } },
+};
+
+template <typename T, size_t N> static int row_of(const T (&table)[N], int64_t n_keys) {
+    const auto less = [](const T & row, int64_t n) { return row.n_keys < n; };
     return (int) (std::lower_bound(std::begin(table), std::end(table), n_keys, less) - std::begin(table));
 }
 
-// Does not decrease with n_keys.
-static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
-    const bool        cuda = llama_latent_attn_on_cuda(cache);
-    const Threshold & row  = cuda ? CUDA[row_of(CUDA, n_keys)] : CPU[row_of(CPU, n_keys)];
-    switch (cache->type) {
+static int64_t min_queries_on_cpu(ggml_type type, const Threshold & row) {
+    switch (type) {
     case GGML_TYPE_F32:
         return row.f32;
     case GGML_TYPE_Q8_0:
@@ -60,6 +67,47 @@ static int64_t min_queries(const ggml_tensor * cache, int64_t n_keys) {
     default:
         return row.halves;
     }
+}
+
+static int64_t min_queries_on_cuda(ggml_type type, const CudaThreshold & row, bool exact, bool fast_sums) {
+    const auto & device = fast_sums ? row.data_centre : row.geforce;
+    switch (type) {
+    case GGML_TYPE_F32:
+        return device.f32;
+    case GGML_TYPE_F16:
+    case GGML_TYPE_BF16:
+        return exact ? device.exact : device.halves;
+    default:
+        return device.halves;
+    }
+}
+
+namespace {
+
+// The numbers of queries from which a layer is decompressed: for n_keys, and the smallest for any number of keys.
+struct Enough {
+    int64_t here;
+    int64_t anywhere;
+};
+
+}  // namespace
+
+template <typename T, size_t N, typename F>
+static Enough look_up(const T (&table)[N], int64_t n_keys, const F & queries) {
+    Enough enough = { queries(table[row_of(table, n_keys)]), INT64_MAX };
+    for (const T & row : table) {
+        enough.anywhere = std::min(enough.anywhere, queries(row));
+    }
+    return enough;
+}
+
+static Enough min_queries(const ggml_tensor * cache, int64_t n_keys, bool exact) {
+    if (!llama_latent_attn_on_cuda(cache)) {
+        return look_up(CPU, n_keys, [&](const Threshold & row) { return min_queries_on_cpu(cache->type, row); });
+    }
+    const bool fast_sums = llama_latent_attn_fast_sums(cache);
+    return look_up(CUDA, n_keys,
+                   [&](const CudaThreshold & row) { return min_queries_on_cuda(cache->type, row, exact, fast_sums); });
 }
 
 // The cache in the layout of the operator: [n_cache, n_keys, 1, n_stream].
@@ -137,7 +185,8 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     const int64_t n_queries = equal ? g.ubatch.n_seq_tokens : g.n_tokens / k->ne[3];
     const int64_t n_own     = own_keys(g.ubatch);
     const int64_t n_keys    = n_own > 0 ? n_own : k->ne[1];
-    if (n_queries < min_queries(k, 0)) {
+    const Enough  enough    = min_queries(k, n_keys, ops.exact);
+    if (n_queries < enough.anywhere) {
         return false;
     }
 
@@ -150,7 +199,7 @@ bool llama_latent_attn_wanted(const llm_graph_context &      g,
     const std::string        where = "layer " + std::to_string(il);
     switch (form) {
     case Form::OPERATOR:
-        return n_queries >= min_queries(k, n_keys);
+        return n_queries >= enough.here;
     case Form::PLAIN:
         if (!ops.plain || !inp->latent.own) {
             return false;
@@ -173,7 +222,8 @@ uint32_t llama_latent_attn_max_absorbed(ggml_cgraph * graph, uint32_t n_seqs) {
         const ggml_tensor * node = ggml_graph_node(graph, i);
         const ggml_tensor * k    = node->src[1];
         if (node->op == GGML_OP_LATENT_ATTN) {
-            most = std::max(most, (min_queries(k, k->ne[1]) - 1) * k->ne[3]);
+            const bool exact = ggml_op_has_mark(node, GGML_OP_MARK_EXACT);
+            most             = std::max(most, (min_queries(k, k->ne[1], exact).here - 1) * k->ne[3]);
         } else if (llama_latent_plain_has(node)) {
             // a sequence with more cells than it can expand is absorbed
             most = std::max<int64_t>(most, k->ne[1] == LLAMA_LATENT_PLAIN_MAX_CELLS

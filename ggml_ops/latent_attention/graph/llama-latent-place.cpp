@@ -1,6 +1,7 @@
 #include "llama-latent-place.h"
 
 #include "ggml-backend.h"
+#include "ggml-latent-attn.h"
 #include "ggml.h"
 
 #include <cstring>
@@ -49,15 +50,30 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node) {
     return why;
 }
 
-bool llama_latent_attn_on_cpu(const ggml_tensor * cache) {
+static ggml_backend_dev_t holder_of(const ggml_tensor * cache) {
     const ggml_backend_buffer_type_t memory = memory_of(cache);
-    const ggml_backend_dev_t         dev    = memory ? device_of(memory) : nullptr;
+    return memory ? device_of(memory) : nullptr;
+}
+
+static ggml_backend_reg_t registry_of(const ggml_tensor * cache) {
+    const ggml_backend_dev_t dev = holder_of(cache);
+    return dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+}
+
+bool llama_latent_attn_on_cpu(const ggml_tensor * cache) {
+    const ggml_backend_dev_t dev = holder_of(cache);
     return dev && ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_CPU;
 }
 
 bool llama_latent_attn_on_cuda(const ggml_tensor * cache) {
-    const ggml_backend_buffer_type_t memory = memory_of(cache);
-    const ggml_backend_dev_t         dev    = memory ? device_of(memory) : nullptr;
-    const ggml_backend_reg_t         reg    = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+    const ggml_backend_reg_t reg = registry_of(cache);
     return reg && strcmp(ggml_backend_reg_name(reg), "CUDA") == 0;
+}
+
+bool llama_latent_attn_fast_sums(const ggml_tensor * cache) {
+    const ggml_backend_reg_t reg = registry_of(cache);
+    const auto               ask =
+        (ggml_backend_latent_fast_sums_t) (reg ? ggml_backend_reg_get_proc_address(reg, GGML_BACKEND_LATENT_FAST_SUMS)
+                                               : nullptr);
+    return ask && ask(holder_of(cache));
 }

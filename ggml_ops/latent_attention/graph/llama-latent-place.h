@@ -18,5 +18,8 @@ std::string llama_latent_attn_obstacle(const ggml_tensor * node);
 // Whether the cache is on a device of ggml's CUDA backend, which has its own break-even point.
 bool llama_latent_attn_on_cuda(const ggml_tensor * cache);
 
+// Whether that device's tensor cores add in float32 as fast as in half (GGML_BACKEND_LATENT_FAST_SUMS).
+bool llama_latent_attn_fast_sums(const ggml_tensor * cache);
+
 // Whether the cache is in the CPU's memory.
 bool llama_latent_attn_on_cpu(const ggml_tensor * cache);

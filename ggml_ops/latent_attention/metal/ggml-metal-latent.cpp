@@ -65,8 +65,7 @@ static bool supported(const ggml_tensor * op) {
     const ggml_tensor * k         = op->src[1];
     const size_t        alignment = alignment_of(k->type);
     return k->ne[0] == 576 && op->src[2]->ne[0] == 512 && alignment != 0 && rows_aligned(k, alignment) &&
-           rows_aligned(q, 16) && ggml_get_op_params_i32(op, 4) == 0 &&  // no hint of a sparse mask
-           ggml_latent_absorbed_misfit(op) == nullptr;
+           rows_aligned(q, 16) && ggml_latent_absorbed_misfit(op) == nullptr;
 }
 
 size_t ggml_metal_latent_extra(const ggml_tensor * op) {

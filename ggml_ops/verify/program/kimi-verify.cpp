@@ -61,7 +61,7 @@ struct Computed {
     bool                copy_elided = false;
 };
 
-// Computes a case with marks on all nodes (nothing else is in that parameter of these).
+// Computes a case with more marks on all nodes (nothing else is in that parameter of these).
 static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
     const std::unique_ptr<ggml_context, decltype(&ggml_free)> ctx(
         ggml_init({ 64 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }), ggml_free);
@@ -71,15 +71,16 @@ static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
     for (ggml_tensor * node : built.nodes) {
         ggml_build_forward_expand(graph, node);
     }
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {  // the memory that a node needs depends on its marks
+        ggml_graph_node(graph, i)->op_params[GGML_OP_MARK_PARAM] |= marks;
+    }
     const std::unique_ptr<ggml_backend_buffer, decltype(&ggml_backend_buffer_free)> buffer(
         ggml_backend_alloc_ctx_tensors(ctx.get(), backend), ggml_backend_buffer_free);
     if (!buffer) {
         throw std::runtime_error("there is not enough memory on the device");
     }
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
-        ggml_tensor * node = ggml_graph_node(graph, i);
-        node->op_params[GGML_OP_MARK_PARAM] |= marks;
-        if (!ggml_backend_supports_op(backend, node)) {
+        if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, i))) {
             return {};
         }
     }

@@ -3,6 +3,7 @@
 #include "ggml-kda-conv.h"
 #include "ggml-kda-scan.h"
 #include "ggml-latent-attn.h"
+#include "ggml-op-marks.h"
 
 #include <algorithm>
 #include <cmath>
@@ -226,6 +227,7 @@ struct LatentShape {
     float     spread;  // standard deviation of the scores
     bool      sparse;  // two of five keys are visible, and none of the first half
     int64_t   n_streams;
+    bool exact = true;  // otherwise CUDA's kernels multiply one half per value; the absorbed one only where it is fast
 
     static constexpr int64_t n_nope = 128, n_rope = 64, n_latent = 512, n_value = 128;
     static constexpr int64_t n_cache = n_latent + n_rope;
@@ -240,7 +242,7 @@ static std::string name_of(const LatentShape & s) {
     return count(s.n_queries, "query", "queries") + ", " + std::to_string(s.n_keys) + " keys, " +
            count(s.n_heads, "head", "heads") + ", " +
            (s.n_streams > 1 ? count(s.n_streams, "stream", "streams") + ", " : "") + ggml_type_name(s.type) +
-           (s.spread > 1 ? ", steep" : "") + (s.sparse ? ", sparse" : "");
+           (s.spread > 1 ? ", steep" : "") + (s.sparse ? ", sparse" : "") + (s.exact ? "" : ", halves");
 }
 
 static Built build_latent(Inputs & in, const LatentShape & s) {
@@ -276,6 +278,9 @@ static Built build_latent(Inputs & in, const LatentShape & s) {
         ggml_tensor * k_b = weights({ LatentShape::n_nope, n_latent, s.n_heads, 1 }, 1 / std::sqrt((float) n_latent));
         ggml_tensor * v_b = weights({ n_latent, LatentShape::n_value, s.n_heads, 1 }, 1 / std::sqrt((float) n_latent));
         op                = ggml_latent_attn(ctx, q, k, k_b, v_b, mask, scale);
+    }
+    if (s.exact) {
+        ggml_op_set_mark(op, GGML_OP_MARK_EXACT);
     }
     return { { op }, { whole(op) }, {} };
 }
@@ -356,6 +361,7 @@ static Built build_norm(Inputs & in, const NormShape & n) {
 
 static constexpr double BOUND           = 1e-7;
 static constexpr double BOUND_QUANTIZED = 2e-5;
+static constexpr double BOUND_HALVES    = 5e-6;  // CUDA's default for F16 and BF16 caches; upstream's is 5e-4
 
 std::vector<Case> cases_of(ggml_verify_part part) {
     // with 64 tokens or more, CUDA computes in chunks; most devices have no kernels for some of the head sizes
@@ -398,6 +404,12 @@ std::vector<Case> cases_of(ggml_verify_part part) {
             for (const LatentShape & s : shapes) {
                 cases.push_back({ name_of(s), ggml_is_quantized(type) ? BOUND_QUANTIZED : BOUND,
                                   [s](Inputs & in) { return build_latent(in, s); } });
+                if (!absorbed && (type == GGML_TYPE_F16 || type == GGML_TYPE_BF16)) {
+                    LatentShape halves = s;
+                    halves.exact       = false;
+                    cases.push_back(
+                        { name_of(halves), BOUND_HALVES, [halves](Inputs & in) { return build_latent(in, halves); } });
+                }
             }
         }
     }

@@ -26,11 +26,15 @@ const ggml_cuda_device_info & ggml_cuda_info() {
     info.device_count                 = 1;
     info.devices[0].cc                = standin_capability;
     info.devices[0].warp_size         = 32;
+    info.devices[0].nsm               = 108;
     return info;
 }
 
+static int standin_allocations = 0;  // from the pool
+
 struct StandinPool : ggml_cuda_pool {
     void * alloc(size_t size, size_t * actual_size) override {
+        ++standin_allocations;
         void * p     = nullptr;
         *actual_size = size;
         CUDA_CHECK(cudaMalloc(&p, size));

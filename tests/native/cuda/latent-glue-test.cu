@@ -10,18 +10,21 @@
 static constexpr float UNTOUCHED = 12345.0f;
 
 // Whether the absorbed node of this shape is computed. Its result has to be correct then, and untouched otherwise.
-static bool taken(const LatentShape & shape, int capability = 800) {
+static bool taken(const LatentShape & shape, int capability = 800, int n_kv_max = 0) {
     standin_capability = capability;
     LatentCase                attention(shape);
     ggml_backend_cuda_context cuda(0);
     ggml_tensor *             node = attention.node();
+    node->op_params[4]             = n_kv_max;
     std::fill((float *) node->data, (float *) node->data + ggml_nelements(node), UNTOUCHED);
-    OnDevice   device(node);
-    const bool yes = ggml_cuda_latent_attention(cuda, device.node());
+    const size_t size = ggml_cuda_latent_attention_size(0, node);
+    OnDevice     device(node, size);
+    const bool   yes = ggml_cuda_latent_attention(cuda, device.node());
+    CHECK(yes == (size > 0));
     device.fetch();
     const float * got = (const float *) node->data;
     if (yes) {
-        CHECK(attention.nmse(shape.n_rows()) <= limit_of(shape.cache));
+        CHECK(attention.nmse(shape.n_rows()) <= limit_on_cuda(shape));
     } else {
         CHECK(std::count(got, got + ggml_nelements(node), UNTOUCHED) == ggml_nelements(node));
     }
@@ -36,10 +39,10 @@ static bool claimed(const LatentShape & shape, int capability = 800) {
         return false;
     }
     ggml_backend_cuda_context cuda(0);
-    OnDevice                  device(attention.node());
+    OnDevice                  device(attention.node(), ggml_cuda_latent_attn_size(attention.node()));
     ggml_cuda_op_latent_attn(cuda, device.node());
     device.fetch();
-    CHECK(attention.nmse(shape.n_rows()) <= limit_of(shape.cache));
+    CHECK(attention.nmse(shape.n_rows()) <= limit_on_cuda(shape));
     return true;
 }
 
@@ -53,27 +56,57 @@ static LatentShape with_weights(LatentShape shape, ggml_type type) {
     return shape;
 }
 
+static LatentShape exact(LatentShape shape) {
+    shape.exact = true;
+    return shape;
+}
+
+static LatentShape with_heads(LatentShape shape, int64_t n_heads) {
+    shape.n_heads = n_heads;
+    return shape;
+}
+
 static void test_absorbed() {
-    LatentShape one = with_cache(LatentShape().with(1, 70), GGML_TYPE_Q8_0);
-    one.n_heads     = 2;
-    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_BF16, GGML_TYPE_F32 }) {
-        CHECK(taken(with_cache(one, type)));
+    const LatentShape one = LatentShape().with(1, 70);
+    // by default, where they are faster
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        const LatentShape from = with_cache(with_heads(one.with(1, 8193), 1), type);
+        CHECK(!taken(with_heads(with_cache(one.with(1, 8192), type), 1)));
+        for (const int capability : { 800, 860, 890, 900, 1000, 1200 }) {
+            CHECK(taken(from, capability));
+        }
+        CHECK(!taken(with_heads(from, 33)));
+        CHECK(!taken(from.with(33, 8193)));
     }
-    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q5_1 }) {
-        CHECK(!taken(with_cache(one, type)));
+    for (const int capability : { 800, 900, 1000, 1030 }) {  // data centre
+        CHECK(taken(with_heads(with_cache(one.with(1, 8193), GGML_TYPE_BF16), 1), capability));
     }
-    LatentShape two = one;
-    two.n_streams   = 2;
-    CHECK(taken(two.with(8, 70)));
-    CHECK(!taken(two.with(9, 70)));
+    for (const int capability : { 860, 870, 890, 1100, 1200 }) {
+        CHECK(!taken(with_heads(with_cache(one.with(1, 8193), GGML_TYPE_BF16), 1), capability));
+    }
+    CHECK(!taken(with_heads(with_cache(one.with(33, 8193), GGML_TYPE_BF16), 1)));
+    CHECK(!taken(with_heads(with_cache(one.with(1, 8192), GGML_TYPE_BF16), 1)));
+    CHECK(!taken(with_heads(with_cache(one.with(1, 65535), GGML_TYPE_F32), 1)));
+    CHECK(!taken(with_heads(with_cache(one.with(1, 65536), GGML_TYPE_F32), 1), 890));
+    CHECK(taken(with_heads(with_cache(one.with(1, 65536), GGML_TYPE_F32), 1)));
+    CHECK(!taken(with_cache(one, GGML_TYPE_F16)));
 
-    CHECK(!taken(one, 750));
-    CHECK(taken(one, 1200));
+    // wherever they are more accurate
+    LatentShape more = exact(with_heads(one.with(9, 70), 2));
+    more.n_streams   = 2;
+    for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        CHECK(taken(with_cache(more, type)));
+    }
+    CHECK(!taken(with_cache(more, GGML_TYPE_Q5_1)));
+    CHECK(taken(more, 1200));
 
-    LatentShape off = one;
+    // never
+    CHECK(!taken(more, 750));
+    CHECK(!taken(more, 800, 2048));  // sparse
+    LatentShape off = more;
     off.plain       = true;
     CHECK(!taken(off));
-    LatentShape small = one;
+    LatentShape small = more;
     small.n_latent    = 256;
     CHECK(!taken(small));
 }
@@ -84,6 +117,7 @@ static void test_decompressed() {
     few.n_heads     = 2;
     CHECK(claimed(few));
     CHECK(claimed(few, 1200));
+    CHECK(claimed(exact(few)));
     CHECK(!claimed(few, 750));
     for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_0 }) {
         CHECK(claimed(with_weights(few, type)));
@@ -104,5 +138,6 @@ static void test_decompressed() {
 int main() {
     test_absorbed();
     test_decompressed();
+    CHECK(standin_allocations == 0);  // what llama.cpp does not know of
     printf("all as it should be\n");
 }

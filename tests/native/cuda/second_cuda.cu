@@ -21,6 +21,26 @@ static void release(void * memory) {
     GGML_ASSERT(cudaFree(memory) == cudaSuccess);
 }
 
+// The memory of the real backend.
+static size_t alloc_size(const ggml_tensor * t) {
+    static ggml_backend_cuda_buffer_type_context context = { 0, "" };
+    static ggml_backend_buffer_type              type    = { {}, nullptr, &context };
+    return ggml_backend_cuda_buffer_type_get_alloc_size(&type, t);
+}
+
+static void * proc_address(const char * name) {
+    const auto fast_sums = [](ggml_backend_dev_t) { return ggml_cuda_latent_fast_sums(0); };
+    return strcmp(name, GGML_BACKEND_LATENT_FAST_SUMS) == 0 ? (void *) (ggml_backend_latent_fast_sums_t) fast_sums
+                                                            : nullptr;
+}
+
+// SECOND_CAPABILITY: the devices' compute capability, as ggml writes it (860); 800 if unset.
+static void set_capability() {
+    if (const char * text = getenv("SECOND_CAPABILITY")) {
+        const_cast<ggml_cuda_device_info &>(ggml_cuda_info()).devices[0].cc = atoi(text);
+    }
+}
+
 static bool is_ours(const ggml_tensor * node) {
     return node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN || node->op == GGML_OP_LATENT_ATTN;
 }
@@ -44,7 +64,7 @@ static SecondStep step(ggml_cgraph * graph, int i) {
         if (n_after > 0) {
             return { 1 + n_after, !upstream_missing };
         }
-        if (is_ours(node) || node->op == GGML_OP_FLASH_ATTN_EXT) {
+        if (is_ours(node) || (node->op == GGML_OP_FLASH_ATTN_EXT && ggml_cuda_latent_attention_size(0, node) > 0)) {
             GGML_ASSERT(ggml_cuda_compute_forward(cuda(), node));
             return { 1, !upstream_missing };
         }
@@ -58,8 +78,9 @@ static bool replays(ggml_cgraph * graph) {
     return ggml_cuda_graph_check_compability(graph) && !ggml_cuda_graph_update_required(&cuda(), graph);
 }
 
-static const SecondKernels KERNELS = { "CUDA", allocate, release, claims, step, replays };
+static const SecondKernels KERNELS = { "CUDA", allocate, release, alloc_size, claims, step, replays, proc_address };
 
 __attribute__((constructor)) static void give() {
+    set_capability();
     second_kernels = &KERNELS;
 }
