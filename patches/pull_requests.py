@@ -15,7 +15,6 @@ notes for the description.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +144,7 @@ def folder_files(requests: list[PullRequest]) -> Iterator[tuple[str, bytes]]:
 
 def select(requests: list[PullRequest], numbers: list[str]) -> list[PullRequest]:
     """The pull requests with these numbers, such as 1 or 0001; all if there are none. Raises `PatchError`."""
-    known = {int(re.match(r"\d+", request.name)[0]): request for request in requests}  # type: ignore[index]
+    known = {int(request.name[:4]): request for request in requests}
     unknown = [number for number in numbers if not number.isdecimal() or int(number) not in known]
     if unknown:
         raise PatchError(
