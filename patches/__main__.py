@@ -1,7 +1,8 @@
 """Tools for changing the series: `python -m kimi_gguf.patches verify TREE | record TREE | index`.
 
 TREE is a folder with upstream's llama.cpp. `verify` checks that the series turns it into the tree whose hash is
-pinned. `record` pins the hash of the tree that the series makes of it. `index` writes patches/README.md.
+pinned. `record` pins the hash of the tree that the series makes of it. `index` writes patches/README.md and the
+tables of docs/upstream.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 from kimi_gguf.patches.errors import PatchError
-from kimi_gguf.patches.index import PAGE, index_page
+from kimi_gguf.patches.index import PAGE, UPSTREAM_PAGE, index_page, upstream_page
 from kimi_gguf.patches.pin import load_pin, record_patched_tree
 from kimi_gguf.patches.series import load_series
 from kimi_gguf.patches.tree import Tree, expect_tree
@@ -22,7 +23,10 @@ _GIVE = "give the tree with the expected hash; for a new pin write the hash foun
 def main(arguments: list[str]) -> int:
     """Run one of the commands; returns the exit status."""
     if arguments == ["index"]:
-        PAGE.write_text(index_page(load_series()), encoding="utf-8")
+        series = load_series()
+        PAGE.write_text(index_page(series), encoding="utf-8")
+        page = upstream_page(series, UPSTREAM_PAGE.read_text(encoding="utf-8"))
+        UPSTREAM_PAGE.write_text(page, encoding="utf-8")
         return 0
     if len(arguments) != 2 or arguments[0] not in ("verify", "record"):
         print(__doc__, file=sys.stderr)

@@ -71,25 +71,48 @@ def parse(text: bytes, name: str) -> tuple[FileDiff, ...]:
 
 def apply(tree: Tree, diff: FileDiff) -> None:
     """Apply one file's diff to the tree. Raises `PatchConflictError` if it does not apply."""
+    content, conflicts = apply_what_fits(tree, diff)
+    if conflicts:
+        raise PatchConflictError(f"{diff.path}: {conflicts[0]}")
+    tree.edit(diff.path, content)
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A hunk that does not fit."""
+
+    line: int  # in the file found, from 1; 0 if the conflict concerns the whole file
+    reason: str
+    is_there: bool = False  # the file has the lines that the hunk would write
+
+    def __str__(self) -> str:
+        return f"line {self.line} {self.reason}" if self.line else self.reason
+
+
+def apply_what_fits(tree: Tree, diff: FileDiff) -> tuple[bytes | None, list[Conflict]]:
+    """The file with the hunks of the diff that fit, and the others; the tree is not changed."""
     before = tree.read(diff.path)
     if diff.creates:
         if before is not None:
-            raise PatchConflictError(f"{diff.path}: the file to be created exists already")
+            same = tuple(split_lines(before)) == diff.hunks[0].new
+            return before, [Conflict(0, "the file to be created exists already", same)]
         before = b""
     elif before is None:
-        raise PatchConflictError(f"{diff.path}: the file to be changed is not there")
+        return None, [Conflict(0, "the file to be changed is not there", diff.deletes)]
     lines = split_lines(before)
     shift = 0  # how far earlier hunks moved the following lines
+    conflicts = []
     for hunk in diff.hunks:
         wanted = max(hunk.start - 1, 0) + shift if hunk.old else hunk.start + shift
         place = _find(lines, hunk.old, wanted)
         if place is None:
-            raise PatchConflictError(f"{diff.path}: {_mismatch(lines, hunk, wanted)}")
+            conflicts.append(_conflict(lines, hunk, wanted))
+            continue
         lines[place : place + len(hunk.old)] = hunk.new
         shift = place - wanted + shift + len(hunk.new) - len(hunk.old)
-    if diff.deletes and lines:
-        raise PatchConflictError(f"{diff.path}: the file to be removed holds more lines than expected")
-    tree.edit(diff.path, None if diff.deletes else b"".join(lines))
+    if diff.deletes and lines and not conflicts:
+        conflicts.append(Conflict(0, "the file to be removed holds more lines than expected"))
+    return None if diff.deletes and not conflicts else b"".join(lines), conflicts
 
 
 def new_file(path: str, content: bytes) -> bytes:
@@ -177,14 +200,24 @@ def _find(lines: list[bytes], old: tuple[bytes, ...], wanted: int) -> int | None
     return None
 
 
-def _mismatch(lines: list[bytes], hunk: Hunk, wanted: int) -> str:
+def _conflict(lines: list[bytes], hunk: Hunk, wanted: int) -> Conflict:
+    """What differs at the place where most lines of the hunk are found; of several, the one nearest to `wanted`."""
+
+    def fitting(place: int) -> tuple[int, int]:
+        found = lines[place : place + len(hunk.old)]
+        same = sum(a == b for a, b in zip(found, hunk.old, strict=False) if a.strip())
+        return -same, abs(place - wanted)
+
+    is_there = _find(lines, hunk.new, wanted) is not None
+    place = min(range(max(len(lines), wanted) + 1), key=fitting)
     for offset, expected in enumerate(hunk.old):
-        at = wanted + offset
+        at = place + offset
         found = lines[at] if at < len(lines) else b"(end of file)"
         if found != expected:
-            return (
-                f"line {at + 1} should be {expected.decode(errors='replace').strip()!r}, "
+            reason = (
+                f"should be {expected.decode(errors='replace').strip()!r}, "
                 f"but it is {found.decode(errors='replace').strip()!r}, "
                 "and the file has the lines around it nowhere else"
             )
-    return f"the hunk at line {hunk.start} fits nowhere in the file"
+            return Conflict(at + 1, reason, is_there)
+    return Conflict(hunk.start, "starts a hunk that fits nowhere in the file", is_there)

@@ -7,6 +7,7 @@ is then exactly the tree that the engine builds.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from kimi_gguf.patches.diff import new_file
@@ -18,7 +19,14 @@ _DATE = "Thu, 1 Jan 2026 00:00:00 +0000"  # for a patch without a date, so that 
 
 
 def export_patches(series: Series, folder: Path) -> list[Path]:
-    """Write the series to `folder`, a new or empty one; return the files in the order of application.
+    """Write the series to `folder`, a new or empty one; return the files in the order of application."""
+    total = len(series.patches)
+    mails = ((patch.name, as_mail(patch, number, total)) for number, patch in enumerate(series.patches, 1))
+    return write_folder(folder, mails)
+
+
+def write_folder(folder: Path, files: Iterable[tuple[str, bytes]]) -> list[Path]:
+    """Write the files to `folder`, a new or empty one; return their paths in the order given.
 
     The folder gets its name when all files are in it. Raises `PatchError` if it has files already: `git am *.patch`
     would also apply other patches, and files of an earlier export may have been changed.
@@ -35,33 +43,40 @@ def export_patches(series: Series, folder: Path) -> list[Path]:
             todo="name another folder, or remove it if it is an earlier export",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
+    names = []
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        scratch = Path(temporary, "patches")
+        scratch = Path(temporary, "files")
         scratch.mkdir()
-        for number, patch in enumerate(series.patches, 1):
-            (scratch / patch.name).write_bytes(as_mail(patch, number, len(series.patches)))
+        for name, content in files:
+            (scratch / name).write_bytes(content)
+            names.append(name)
         scratch.replace(folder)
-    return [folder / patch.name for patch in series.patches]
+    return [folder / name for name in names]
 
 
 def as_mail(patch: Patch, number: int, total: int) -> bytes:
     """One patch in the form of `git format-patch`."""
+    return mail(patch, f"[PATCH {number}/{total}] {patch.subject}", _reason(patch.header))
+
+
+def mail(patch: Patch, subject: str, message: str, further: bytes = b"") -> bytes:
+    """The changes of a patch, and further diffs, as a mail with this subject and message."""
     head = [
         f"From {'0' * 40} Mon Sep 17 00:00:00 2001",
         f"From: {patch.field('From') or _AUTHOR}",
         f"Date: {patch.field('Date') or _DATE}",
-        f"Subject: [PATCH {number}/{total}] {patch.subject}",
+        f"Subject: {subject}",
         "MIME-Version: 1.0",
         "Content-Type: text/plain; charset=UTF-8",
         "Content-Transfer-Encoding: 8bit",
         "",
-        _reason(patch.header),
+        message,
         "---",
         "",
     ]
     brought = b"".join(new_file(overlay.dest, overlay.content) for overlay in patch.overlays)
-    diffs = patch.text[len(patch.header.encode()) :]
-    return "\n".join(head).encode() + brought + _without_signature(diffs) + b"-- \nkimi-gguf\n"
+    diffs = _without_signature(patch.text[len(patch.header.encode()) :])
+    return "\n".join(head).encode() + brought + diffs + further + b"-- \nkimi-gguf\n"
 
 
 def _reason(header: str) -> str:

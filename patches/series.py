@@ -116,6 +116,12 @@ class Patch:
         return header_field(self.header, name)
 
     @property
+    def reason(self) -> str:
+        """The prose of the header: what is wrong and how it is corrected, without subject and fields."""
+        text = self.header.partition("\n\n")[2].partition("\n---\n")[0]
+        return re.split(r"(?m)^(?:Effect|Test|Needs|Sources|Upstream|Drop when):", text)[0].strip("\n")
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """The names, without `.patch`, of the earlier patches that the header names in `Needs:`."""
         return tuple(name.strip() for name in (self.field("Needs") or "").split(",") if name.strip())
