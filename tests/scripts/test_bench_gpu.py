@@ -130,6 +130,13 @@ def test_a_prepared_folder_replaces_the_network(tmp_path: Path) -> None:
     assert f"{tmp_path}/source/llama.cpp.tar.xz: no such file" in ended.stderr and "--prepare" in ended.stderr
 
 
+def test_a_folder_without_wheels_is_refused(tmp_path: Path) -> None:
+    command = [ROOT / "scripts/bench-gpu", "--source", tmp_path, "--list"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert f"{tmp_path}: no wheels in it; write it on a machine with a network" in ended.stderr
+
+
 def test_packed_sources_are_taken_from_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Path] = []
     monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path / "cache"))
