@@ -14,6 +14,7 @@ import gguf
 
 from kimi_gguf.bench import hybrid
 from kimi_gguf.bench.cells import SIZES, THREADS, UBATCH
+from kimi_gguf.bench.device_operators import TIMED
 from kimi_gguf.bench.families import COMPARABLE, FAMILIES
 from kimi_gguf.bench.shapes import SHAPES, TYPES
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
@@ -76,7 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_mutually_exclusive_group().add_argument
     add("model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)")
     add("--demo", action="store_true", help="measure the converted demo checkpoint (--type Q8_0 or BF16)")
-    add("--operators", action="store_true", help="time single operators, one layer of the 48B's sizes")
+    add("--operators", nargs="?", const=TIMED, type=words(TIMED), metavar="OP,..",
+        help="time single operators, one layer of the 48B's sizes; on a device, all or those named")  # fmt: skip
     add("--products", action="store_true", help="time single matmuls by weight type, with %% of roofline")
     add("--hybrid", action="store_true",
         help="compare one MLA layer in four with MLA in every layer (patched only)")  # fmt: skip

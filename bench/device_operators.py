@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ OPERATORS = ("KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN")
 LATENT = "hsk=576,hsv=512.*"  # only these cases of FLASH_ATTN_EXT
 SMALL = "(n_seq_tokens=1,n_seqs=1|kv=512,nb=1,.*type_K=q8_0|keys=512,.*type_cache=q8_0)"  # for a quick try
 RECURRENCE = "GATED_DELTA_NET"
+TIMED = (*OPERATORS, RECURRENCE)
 HEADS, HEAD = 32, 128
 TOKENS = (1, 64, 512, 2048, 8192)
 F32, F32_BYTES = 0, 4
@@ -31,14 +32,18 @@ _VALUE = re.compile(r"'([^']*)'")
 
 
 def measure_device_operators(
-    engines: Mapping[str, Engine], device: str, small: bool, reporter: Reporter
+    engines: Mapping[str, Engine], device: str, wanted: Collection[str], small: bool, reporter: Reporter
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of each operator. engines: by build. small: only few cases. Raises `EngineError`."""
+    """Yield the rows of each wanted operator. engines: by build. small: only few cases. Raises `EngineError`."""
     for operator in OPERATORS:
+        if operator not in wanted:
+            continue
         reporter.phase(f"{operator} on {device}")
         pattern = (LATENT if operator == "FLASH_ATTN_EXT" else "") + (SMALL if small else "")
         words = ("-o", operator, *(("-p", pattern) if pattern else ()))
         yield _rows({build: _ask(engine, device, *words) for build, engine in engines.items()})
+    if RECURRENCE not in wanted:
+        return
     reporter.phase(f"{RECURRENCE} on {device}")
     with tempfile.TemporaryDirectory() as folder:
         cases = Path(folder) / "cases"

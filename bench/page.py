@@ -264,8 +264,8 @@ def write_page(records: Sequence[Data], page: Path) -> None:
             parts.append(model_part(name, model, page))
     if record := latest(record for record in records if record["operators"]):
         parts.append(operators_part(record))
-    if record := latest(record for record in records if record.get("device_operators")):
-        parts.append(device_operators_part(record))
+    if timed := [record for record in records if record.get("device_operators")]:
+        parts.append(device_operators_part(timed))
     if matmuls := [record for record in records if record.get("products")]:
         parts.append(matmuls_part(matmuls))
     if record := latest(record for record in records if record["hybrid"]):
@@ -329,14 +329,20 @@ def operators_part(record: Data) -> str:
     )
 
 
-def device_operators_part(record: Data) -> str:
-    """Single operators, timed by test-backend-ops."""
+def device_operators_part(records: Sequence[Data]) -> str:
+    """Single operators, timed by test-backend-ops; of each operator, the latest rows."""
+    by_age = sorted(records, key=lambda record: str(record["created"]))
+    rows: dict[str, list[Data]] = {}
+    for record in by_age:
+        for name in dict.fromkeys(row["operator"] for row in record["device_operators"]):
+            rows[name] = [row for row in record["device_operators"] if row["operator"] == name]
+    commands = "\n".join(f"- `{each}`" for each in dict.fromkeys(record["command"] for record in by_age))
     parts = [
-        f"## Single operators\n\n`{record['command']}`: llama.cpp's `test-backend-ops perf` of both builds, time per "
-        "call. Upstream lacks the operators that are not available there. `GATED_DELTA_NET` is its recurrence "
+        f"## Single operators\n\n{commands}\n\nllama.cpp's `test-backend-ops perf` of both builds, time per call. "
+        "Upstream lacks the operators that are not available there. `GATED_DELTA_NET` is its recurrence "
         "only, without convolutions, gates and norms, with 32 heads of 128.\n"
     ]
-    for heading, table in device_operators_tables(record["device_operators"]):
+    for heading, table in device_operators_tables(itertools.chain.from_iterable(rows.values())):
         parts.append(f"{heading}\n\n{markdown(table)}")
     return "\n".join(parts)
 

@@ -28,7 +28,7 @@ from kimi_gguf.bench.cells import (
     grid,
 )
 from kimi_gguf.bench.device import Device, find_device
-from kimi_gguf.bench.device_operators import measure_device_operators
+from kimi_gguf.bench.device_operators import TIMED, measure_device_operators
 from kimi_gguf.bench.equal_requests import ask_together
 from kimi_gguf.bench.in_turns import measure_in_turns, variants_alone
 from kimi_gguf.bench.manifest import read_manifest
@@ -128,6 +128,10 @@ def check(parsed: argparse.Namespace) -> None:
         parsed.hybrid, parsed.products, parsed.prompt_cache, parsed.equal_requests, parsed.speculative,
         parsed.speculative_demo, parsed.operators and parsed.libraries,
     )  # fmt: skip
+    if parsed.operators and parsed.operators != TIMED and not on_device(parsed):
+        raise EngineError(
+            "single operators are chosen on a device only", todo="leave out the name after --operators"
+        )
     if on_device(parsed) and any(of_cpu):
         raise EngineError(
             "--hybrid, --products, --prompt-cache, --equal-requests, --speculative and --operators --libraries are "
@@ -304,7 +308,7 @@ class Run:
         """Time single operators on a device."""
         rows = self.record["device_operators"]
         engines, small = {"upstream": self.upstream, "patched": self.patched}, self.parsed.shapes == "tiny"
-        for found in measure_device_operators(engines, device.name, small, reporter):
+        for found in measure_device_operators(engines, device.name, self.parsed.operators, small, reporter):
             rows += found
             self.keep()
         for operator, table in page.device_operators_tables(rows):

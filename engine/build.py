@@ -4,8 +4,9 @@ Input: a `BuildSpec` and the cache's folders. Output: `engines/<key>/` with bin/
 manifest.json, complete or not at all.
 
 The scratch folder `work/<key>/` (src/ and build/) is kept after a successful build, so that the upstream build and the
-test programs compile only what differs; Ninja decides this by file times and commands. It is removed when a
-build fails or is interrupted; if a build was killed, the next build removes it.
+test programs compile only what differs; Ninja decides this by file times and commands. It is also kept when a build
+reaches its time limit: the next build continues there. It is removed when a build fails or is interrupted; if a build
+was killed, the next build removes it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 from kimi_gguf.engine import archive
 from kimi_gguf.engine.build_spec import BACKENDS, CPU_BACKENDS, LAYOUT, BuildSpec
 from kimi_gguf.engine.compiling import compile_tree
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.patches.pin import Pin
 from kimi_gguf.patches.series import load_series
@@ -79,22 +81,66 @@ def build_lock(cache: Cache, reporter: Reporter) -> Iterator[int]:
 
 def pinned_source(pin: Pin, cache: Cache, given: Path | None, reporter: Reporter) -> Path:
     """The folder with the archive's llama.cpp/ and llama_cpp/, unpacked once and verified by hash."""
-    place = cache.sources / f"{pin.archive_sha256[:16]}-{LAYOUT}"
-    packed = archive.obtain(pin, cache.downloads, given, reporter)
-    if place.is_dir():
+    place = _source_folder(pin, cache)
+    packed = (
+        None if place.is_dir() and given is None else archive.obtain(pin, cache.downloads, given, reporter)
+    )
+    if packed is None or place.is_dir():
         return place
     reporter.phase(f"unpack {pin.archive}")
-    with fresh_folder(place) as scratch:
-        around = PurePosixPath(pin.python_folder).parent
-        wanted = {pin.source_folder: scratch / "llama.cpp", pin.python_folder: scratch / "llama_cpp"}
-        wanted |= {str(around / name): scratch / name for name in PACKAGE_FILES}
-        archive.unpack(packed, wanted)
-        expect_tree(tree_hash(scratch / "llama.cpp"), pin.upstream_tree_sha256, str(packed), _UNPACK_AGAIN)
+    around = PurePosixPath(pin.python_folder).parent
+    names = {pin.source_folder: "llama.cpp", pin.python_folder: "llama_cpp"}
+    names |= {str(around / name): name for name in PACKAGE_FILES}
+    _unpack_source(packed, names, place, pin)
     return place
 
 
-def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, reporter: Reporter) -> Path:
-    """Make the build of a build spec while holding the build lock. Returns its folder."""
+def pack_source(pin: Pin, cache: Cache, packed: Path, reporter: Reporter) -> None:
+    """Write the unpacked archive to `packed`, a tar.xz of a third of its size, for `adopt_source`."""
+    source = pinned_source(pin, cache, None, reporter)
+    reporter.phase(f"pack {pin.archive}")
+    part = packed.with_name(f".{packed.name}")
+    with tarfile.open(part, "w:xz") as tar:
+        for name in ("llama.cpp", "llama_cpp", *PACKAGE_FILES):
+            tar.add(source / name, name)
+    part.replace(packed)
+
+
+def adopt_source(pin: Pin, cache: Cache, packed: Path) -> None:
+    """Unpack what `pack_source` wrote into the cache, verified by hash, unless the cache has the sources."""
+    place = _source_folder(pin, cache)
+    if not place.is_dir():
+        if not packed.is_file():
+            raise EngineError(
+                f"{packed}: no such file", todo="write it on a machine with a network: bench-gpu --prepare"
+            )
+        names = ("llama.cpp", "llama_cpp", *PACKAGE_FILES)
+        _unpack_source(packed, dict(zip(names, names, strict=True)), place, pin)
+
+
+def _source_folder(pin: Pin, cache: Cache) -> Path:
+    return cache.sources / f"{pin.archive_sha256[:16]}-{LAYOUT}"
+
+
+def _unpack_source(packed: Path, names: Mapping[str, str], place: Path, pin: Pin) -> None:
+    """names: by path inside the archive, the path below `place`."""
+    with fresh_folder(place) as scratch:
+        archive.unpack(packed, {inside: scratch / name for inside, name in names.items()})
+        expect_tree(tree_hash(scratch / "llama.cpp"), pin.upstream_tree_sha256, str(packed), _UNPACK_AGAIN)
+
+
+def build(
+    spec: BuildSpec,
+    cache: Cache,
+    given: Path | None,
+    tests: bool,
+    reporter: Reporter,
+    limit: float | None = None,
+) -> Path:
+    """Make the build of a build spec while holding the build lock. Returns its folder.
+
+    limit: seconds of compiling, after which it raises `UnfinishedError`; what is compiled is kept.
+    """
     place = cache.engines / spec.key
     with _space_errors(cache.root), build_lock(cache, reporter) as lock:
         present = read_manifest(place)
@@ -113,7 +159,9 @@ def build(spec: BuildSpec, cache: Cache, given: Path | None, tests: bool, report
             log = work / "build.log"
             try:
                 tests = tests or (present is not None and present["tests"])
-                wanted = compile_tree(spec, work, tests, lock, reporter)
+                wanted = compile_tree(spec, work, tests, lock, reporter, limit)
+            except UnfinishedError:
+                raise
             except EngineError as error:
                 raise _with_log(error, log, cache, spec) from error
         reporter.phase("install")
@@ -220,13 +268,16 @@ def _sweep(cache: Cache) -> None:
 
 @contextmanager
 def _workspace(cache: Cache, spec: BuildSpec) -> Iterator[Path]:
-    """The scratch folder: kept if the block succeeds, removed if it does not."""
+    """The scratch folder: kept if the block succeeds or reaches its time limit, else removed."""
     work = cache.work / spec.work_key
     complete = work / "complete"
     work.mkdir(parents=True, exist_ok=True)
     complete.unlink(missing_ok=True)
     try:
         yield work
+    except UnfinishedError:
+        complete.write_text(str(work))
+        raise
     except BaseException:
         _remove(work)
         raise

@@ -163,12 +163,14 @@ def ensure(
     source: Path | None = None,
     archive: Path | None = None,
     defines: tuple[tuple[str, str], ...] = (),
+    limit: float | None = None,
 ) -> Engine:
     """The requested build; it is built now if it does not exist (this takes minutes).
 
     upstream: the same sources and options without the patches. backend: cpu, cuda, metal or vulkan.
     tests: with upstream's test programs. source: a llama.cpp checkout instead of the pinned archive.
-    archive: the pinned archive, if it is on disk already. defines: further CMake settings.
+    archive: the pinned archive, if it is on disk already. defines: further CMake settings. limit: seconds of compiling,
+    after which it raises `UnfinishedError`; calling it again continues.
     Progress is shown on standard error. Raises `EngineError`; an unfinished build never has its final name.
     """
     spec = make_build_spec(upstream, backend, source, defines)
@@ -177,7 +179,7 @@ def ensure(
     engine = load(place)
     if engine is None or (tests and not engine.tests):
         with reporting() as reporter:
-            build(spec, cache, archive, tests, reporter)
+            build(spec, cache, archive, tests, reporter, limit)
         engine = load(place)
         assert engine is not None, place
     return engine

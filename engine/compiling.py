@@ -10,11 +10,12 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from kimi_gguf.engine.build_spec import FAST_COMPILE, LIBRARIES, PROGRAMS, TEST_PROGRAMS, BuildSpec
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import cores, packaged_tool
 
@@ -30,12 +31,12 @@ _STEP = re.compile(r"\[(\d+)/(\d+)\] ")
 
 
 def compile_tree(
-    spec: BuildSpec, work: Path, tests: bool, lock: int, reporter: Reporter
+    spec: BuildSpec, work: Path, tests: bool, lock: int, reporter: Reporter, limit: float | None = None
 ) -> dict[str, list[str]]:
     """Configure and build `work/src` in `work/build`; returns the names of the programs and test programs.
 
-    lock: descriptor of the build lock; every child process holds it until it ends. Raises `EngineError` with the
-    reason of a failure, from the log `work/build.log`.
+    lock: descriptor of the build lock; every child process holds it until it ends. limit: seconds of compiling, after
+    which `UnfinishedError` is raised. Raises `EngineError` with the reason of a failure, from the log `work/build.log`.
     """
     log = work / "build.log"
     log.unlink(missing_ok=True)
@@ -65,7 +66,7 @@ def compile_tree(
     reporter.phase("compile")
     command = [ninja, "-C", str(work / "build"), "-j", str(cores())]
     command += [*libraries, *wanted["programs"], *wanted["tests"]]
-    _run(command, environment, log, lock, "llama.cpp does not compile", reporter)
+    _run(command, environment, log, lock, "llama.cpp does not compile", reporter, limit)
     return wanted
 
 
@@ -76,8 +77,12 @@ def _run(
     lock: int,
     failure: str,
     reporter: Reporter | None = None,
+    limit: float | None = None,
 ) -> None:
-    """Run a command, write its output to the log, and report its `[n/m]` steps; it ends if the build is interrupted."""
+    """Run a command, write its output to the log, and report its `[n/m]` steps; it ends if the build is interrupted,
+    or after `limit` seconds. Ninja removes the outputs of the steps that it could not finish."""
+    reached = threading.Event()
+    done = "0 of ?"
     with log.open("a", encoding="utf-8", errors="replace") as file:
         file.write(f"$ {' '.join(command)}\n")
         file.flush()
@@ -86,16 +91,33 @@ def _run(
             errors="replace", env=environment, start_new_session=True, pass_fds=(lock,),
         )  # fmt: skip
         assert child.stdout is not None
+
+        def stop() -> None:
+            reached.set()
+            os.killpg(child.pid, signal.SIGTERM)
+
+        timer = threading.Timer(limit or 0.0, stop)
+        if limit is not None:
+            timer.start()
         try:
             for line in child.stdout:
                 file.write(line)
                 if reporter is not None and (step := _STEP.match(line)):
                     reporter.step(int(step[1]), int(step[2]))
+                    done = f"{step[1]} of {step[2]}"
             status = child.wait()
         except BaseException:
             os.killpg(child.pid, signal.SIGTERM)
             child.wait()
             raise
+        finally:
+            timer.cancel()
+    if status != 0 and reached.is_set():
+        raise UnfinishedError(
+            f"llama.cpp is not compiled after {limit:.0f} s",
+            found=f"{done} steps done",
+            todo="build again: it continues",
+        )
     if status != 0:
         raise EngineError(failure, found=_errors(log), todo=advice(log.read_text(errors="replace")))
 

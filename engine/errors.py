@@ -10,6 +10,10 @@ class EngineError(KimiError):
     """llama.cpp cannot be fetched, built, found or run, or a file for it cannot be read."""
 
 
+class UnfinishedError(EngineError):
+    """A build reached its time limit; what is compiled is kept, and the next build continues."""
+
+
 def install(*packages: str) -> str:
     """The command that installs packages for the Python that runs. (No index has this project's own package.)"""
     return shlex.join([sys.executable, "-m", "pip", "install", *packages])

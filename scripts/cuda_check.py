@@ -114,25 +114,32 @@ def cuda_sources() -> list[Path]:
 
 def compile_cuda(source: Path, architecture: int, *, include: Sequence[Path] = ()) -> list[KernelUse]:
     """ptxas's figures for each kernel of a source. Raises `EngineError` with the compiler's output if it fails."""
-    nvcc = find_nvcc()
+    with tempfile.TemporaryDirectory() as folder:
+        options = ("-Werror", "all-warnings", "-Xptxas", "-v")
+        said = compile_cubin(source, architecture, Path(folder) / "out.cubin", options, include=include)
+    return _kernels(source, architecture, said)
+
+
+def compile_cubin(
+    source: Path, architecture: int, cubin: Path, options: Sequence[str] = (), *, include: Sequence[Path] = ()
+) -> str:
+    """Compile a source; return what nvcc says. Raises `EngineError` with the compiler's output if it fails."""
     ggml = patched_ggml()
     folders = [
         *include, OPERATORS, *sorted(OPERATORS.glob("*/")), *sorted(OPERATORS.glob("*/cuda/")),
         ggml / "include", ggml / "src", ggml / "src" / "ggml-cuda", STUBS,
     ]  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        command = [str(nvcc), *OPTIONS, *DEFINITIONS, "-Werror", "all-warnings", "-Xptxas", "-v", "-cubin"]
-        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-        command += [f"-I{path}" for path in folders]
-        command += [str(source), "-o", str(Path(folder) / "out.cubin")]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [str(find_nvcc()), *OPTIONS, *DEFINITIONS, *options, "-cubin"]
+    command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    command += [*(f"-I{path}" for path in folders), str(source), "-o", str(cubin)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode != 0:
         raise EngineError(
             f"{source.name} does not compile for sm_{architecture}",
             found=ended.stderr.strip() or ended.stdout.strip(),
             todo="correct what the compiler shows",
         )
-    return _kernels(source, architecture, ended.stdout + ended.stderr)
+    return ended.stdout + ended.stderr
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from native_program import ROOT, compile_backend
 from kimi_gguf.bench import device as devices
 from kimi_gguf.bench.aims import aims_table
 from kimi_gguf.bench.device_operators import operator_number, parsed, recurrence_case
+from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.page import device_operators_tables, write_page
 from kimi_gguf.bench.record import load
 from kimi_gguf.bench.roofline import Demand, Peaks
@@ -108,33 +109,54 @@ def test_unknown_devices_and_what_they_do_not_measure(words: str, message: str) 
     assert message in ended.stderr and "Traceback" not in ended.stderr
 
 
-def rehearse(out: Path) -> subprocess.CompletedProcess[str]:
+def rehearse(out: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [ROOT / "scripts" / "bench-gpu", "--rehearse"], env=os.environ | {"OUT": str(out)},
+        [ROOT / "scripts" / "bench-gpu", "--rehearse", "--out", out, *words],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
+
+
+def states(out: Path) -> dict[str, str]:
+    """What --list says of each stage."""
+    return {line.split()[0]: line.split()[1] for line in rehearse(out, "--list").stdout.splitlines()}
 
 
 @pytest.mark.engine
 def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
     tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
-    ended = rehearse(tmp_path / "out")
+    out = tmp_path / "out"
+    ended = rehearse(out)
     assert ended.returncode == 0, ended.stderr
     for operator in ("KDA_CONV", "KDA_SCAN", "LATENT_ATTN", "FLASH_ATTN_EXT"):
         (line,) = [line for line in ended.stdout.splitlines() if line.startswith(f"bench-gpu: {operator}: ")]
         passed, _, total = line.split()[2].partition("/")
         assert passed == total and int(passed) > 3 and "0 not supported" in line
-    page = (tmp_path / "out" / "bench-gpu.md").read_text()
+    page = (out / "bench-gpu.md").read_text()
     headings = ("## Goals", "## Peak rates of the device", "KDA_SCAN: head_size")
     for part in (*headings, "| pp150 at 64 |", "| tg at 96, q8_0 cache |"):
         assert part in page
-    rows = load(tmp_path / "out" / "operators.json")["device_operators"]
+    rows = [row for file in out.glob("times-*.json") for row in load(file)["device_operators"]]
     by = {row["operator"]: row for row in rows}
     assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET"}
     assert all(row["patched"] > 0 for row in rows)
     assert by["KDA_SCAN"]["upstream"] is None and by["GATED_DELTA_NET"]["upstream"] > 0
     assert by["GATED_DELTA_NET"]["parameters"] == "kda=1,n_seq_tokens=1"
+
+    # finished stages are not run again; one whose output was changed is, and so are those of another model
+    assert set(states(out).values()) == {"finished"}
+    before = (out / "test-KDA_CONV.txt").stat().st_mtime_ns
+    (out / "model-64.json").write_text("{}")
+    assert [name for name, state in states(out).items() if state == "left"] == ["model-64"]
+    ended = rehearse(out)
+    again = [
+        line for line in ended.stdout.splitlines() if line.startswith("bench-gpu: ") and ":" not in line[11:]
+    ]
+    assert again[0] == "bench-gpu: model-64" and len(again) == 2, "and the page"
+    assert (out / "test-KDA_CONV.txt").stat().st_mtime_ns == before
+    model = next(bench_folder().rglob("models/*.gguf"))
+    listed = rehearse(out, model, "--list").stdout.splitlines()
+    assert {line.split()[0].partition("-")[0] for line in listed if "left" in line} == {"model"}
 
 
 @pytest.mark.engine
@@ -142,11 +164,29 @@ def test_a_wrong_operator_on_the_device_ends_bench_gpu(
     tmp_path: Path, engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECOND_SPOILS", "KDA_SCAN")
-    ended = rehearse(tmp_path / "out")
+    out = tmp_path / "out"
+    ended = rehearse(out)
     assert ended.returncode == 1
-    assert "KDA_SCAN fails on the device" in ended.stderr
+    assert "KDA_SCAN fails on the device" in ended.stderr and "FAIL" in ended.stderr
     assert "bench-gpu: KDA_CONV: " in ended.stdout and "LATENT_ATTN" not in ended.stdout
-    assert not list((tmp_path / "out").glob("*.json"))
+    assert not list(out.glob("*.json"))
+    found = states(out)
+    assert (found["test-KDA_CONV"], found["test-KDA_SCAN"]) == ("finished", "left")
+
+
+@pytest.mark.engine
+def test_a_stage_of_bench_gpu_ends_at_its_limit_and_is_left(
+    tmp_path: Path, engine: Engine, upstream: Engine
+) -> None:
+    ended = rehearse(
+        tmp_path / "out", "--stage", "test-KDA_SCAN", "--stage", "times-KDA_CONV", "--limit", "0.3"
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert "test-KDA_SCAN did not end within 0 s; raise --limit" in ended.stderr
+    assert "bench-gpu: left: test-KDA_SCAN times-KDA_CONV; run the same command again" in ended.stdout
+    assert not list((tmp_path / "out").glob("*.json")) and not list((tmp_path / "out").glob("test*.txt"))
+    ended = rehearse(tmp_path / "out", "--stage", "test-KDA_CONV", "--total", "0.000001")
+    assert (ended.returncode, "left: test-KDA_CONV" in ended.stdout) == (3, True)
 
 
 def test_a_device_s_floor_uses_the_rate_of_its_fastest_type() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -22,7 +23,7 @@ import tiny_llama
 from kimi_gguf.engine import build as building
 from kimi_gguf.engine import toolchain
 from kimi_gguf.engine.build_spec import make_build_spec
-from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import KimiError
 
@@ -231,6 +232,46 @@ def test_after_a_killed_build_the_next_one_starts_clean(tiny: tiny_llama.Tiny, t
     assert answer(tiny.build()).endswith("answer 2\n")
     assert not leftover.exists()
     assert not unpacked.exists()
+
+
+def test_a_build_that_reaches_its_limit_is_continued(
+    tiny: tiny_llama.Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, calls = tmp_path / "slow-c++", tmp_path / "calls"
+    slow.write_text(
+        f'#!/bin/sh\necho "$*" >> {calls}\n'
+        f'case "$*" in *"steady.cpp"*) test -e {tmp_path}/fast || exec sleep 300;; esac\n'
+        f'exec {shutil.which("c++")} "$@"\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    monkeypatch.setenv("CCACHE_DISABLE", "1")
+    with pytest.raises(UnfinishedError, match=r"after 3 s(.|\n)* steps done(.|\n)*build again"):
+        tiny.build(limit=3)
+    assert names(tiny.cache.engines) == []
+    (tmp_path / "fast").touch()
+    calls.unlink()
+    assert answer(tiny.build(limit=100)).endswith("answer 2\n")
+    compiled = {
+        words.split()[-1].rpartition("/")[2] for words in calls.read_text().splitlines() if " -c " in words
+    }
+    assert "steady.cpp" in compiled and "answer.cpp" not in compiled
+
+
+def test_sources_that_were_packed_need_no_archive(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
+    packed, other = tmp_path / "llama.cpp.tar.xz", building.Cache(tmp_path / "other")
+    building.pinned_source(tiny.pin, tiny.cache, tiny.archive, Silent())
+    building.pack_source(tiny.pin, tiny.cache, packed, Silent())
+    building.adopt_source(tiny.pin, other, packed)
+    place = building.build(tiny.spec(), other, None, False, Silent())
+    assert answer(place).endswith("answer 2\n") and not other.downloads.exists()
+    building.adopt_source(tiny.pin, other, tmp_path / "not read")
+    pin = dataclasses.replace(tiny.pin, upstream_tree_sha256="0" * 64)
+    with pytest.raises(KimiError, match="not the pinned one"):
+        building.adopt_source(pin, building.Cache(tmp_path / "third"), packed)
+    with pytest.raises(KimiError, match=r"no such file(.|\n)*--prepare"):
+        building.adopt_source(tiny.pin, building.Cache(tmp_path / "third"), tmp_path / "missing")
+    assert names(tmp_path / "third/sources") == []
 
 
 def test_two_builds_of_one_key_do_not_mix(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:

@@ -104,9 +104,15 @@ class Tiny:
         series = Series(()) if upstream else self.series
         return dataclasses.replace(real, pin=self.pin, upstream=upstream, series=series)
 
-    def build(self, upstream: bool = False, tests: bool = False, source: Path | None = None) -> Path:
+    def build(
+        self,
+        upstream: bool = False,
+        tests: bool = False,
+        source: Path | None = None,
+        limit: float | None = None,
+    ) -> Path:
         """Build it; returns the folder of the build."""
-        return build(self.spec(upstream, source), self.cache, self.archive, tests, Silent())
+        return build(self.spec(upstream, source), self.cache, self.archive, tests, Silent(), limit)
 
 
 def pack(archive: Path, files: Mapping[str, str], extra: tuple[tarfile.TarInfo, ...] = ()) -> None:

@@ -1,0 +1,277 @@
+"""Compiles our CUDA kernels and upstream's, and counts their instructions for scripts/cuda_roofline.py.
+
+Input: the sources; nvcc and nvdisasm. Output: for each kernel and architecture its registers, static shared memory, and
+the phases of its main loop and of the rest (cuda_sass.py); and constants of the sources, by name.
+
+Next to a kernel's name are the turns of the loops inside its main loop: rules of an operation, the fewest of them in
+the loop, and the turns. The first rule that fits a loop counts; a loop without one runs once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kimi_gguf.engine.errors import EngineError, install
+from kimi_gguf.scripts import cuda_sass
+from kimi_gguf.scripts.cuda_check import OPERATORS, compile_cubin, cuda_sources, find_nvcc
+from kimi_gguf.scripts.cuda_sass import Code, Loop, Phase
+from kimi_gguf.scripts.gpu_devices import L2_LATENCY
+
+Data = dict[str, Any]
+Rule = tuple[str, int, float]  # operation, fewest in the loop, turns
+LOOP, INNERMOST, WHOLE = "loop", "innermost", "whole"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel: its row's name, its source, a part of its mangled name, its main loop, and rules for loops inside."""
+
+    name: str
+    source: str  # below ggml_ops, or one of UPSTREAM
+    mangled: str
+    main: (
+        str  # LOOP: the main one; INNERMOST: the innermost with tensor instructions; WHOLE: all of the kernel
+    )
+    rules: tuple[Rule, ...] = ()
+
+
+_KDA, _LATENT = "kda/cuda/", "latent_attention/cuda/"
+# Masks are read before, one load for the query of a block of 32 heads; more turns are for more queries.
+_MASKS: tuple[Rule, ...] = (("LDG", 1, 0.0),)
+# 64 channels by 64 tokens; 32 channels at a time: 4 turns. Matmuls of 16 channels: 2. Triangular solves: (1+2+3+4)/4.
+_PREPARE: tuple[Rule, ...] = (
+    ("BAR", 5, 4.0), ("HMMA", 20, 2.5), ("HMMA", 1, 2.0), ("LDG", 4, 2.0), ("FFMA", 40, 2.0), ("FFMA", 20, 3.0),
+)  # fmt: skip
+KERNELS = (
+    Kernel("conv", _KDA + "kda-conv.cu", "conv_kernelILi128E", WHOLE,
+           (("MUFU", 30, 4.0), ("MUFU", 5, 0.0), ("LDG", 6, 0.0))),  # 16 tokens, four at a time
+    Kernel("prepare", _KDA + "kda-scan-prepare.cu", "prepare_kernelILi128E", WHOLE, _PREPARE),
+    Kernel("states", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2E", LOOP,
+           (("LDGSTS", 16, 1.0), ("LDGSTS", 1, 4.0))),  # 16 KiB by 64 threads: 16 copies; the first is unrolled by 16
+    Kernel("states of whole heads", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi8E", LOOP,
+           (("LDGSTS", 1, 1.0),)),
+    Kernel("steps", _KDA + "kda-scan-steps.cu", "steps_kernelILi128E", WHOLE),
+    Kernel("finish", _KDA + "kda-scan-steps.cu", "finish_kernelILi128E", WHOLE),
+    Kernel("copies", _KDA + "kda-state.cu", "copy_states_kernel", LOOP),
+    Kernel("attend f16", _LATENT + "latent-attend.cu", "attend_piecesILNS_10cache_typeE1E", INNERMOST,
+           (("LDGSTS", 1, 3.0), *_MASKS)),  # 32 rows of 1152 bytes by 256 threads: 9 copies, three at a time
+    Kernel("attend q8_0", _LATENT + "latent-attend.cu", "attend_piecesILNS_10cache_typeE3E", INNERMOST,
+           (("LDGSTS", 16, 0.0), ("LDGSTS", 1, 2.0), ("STS", 3, 3.0), *_MASKS)),
+    Kernel("join", _LATENT + "latent-attend.cu", "join_pieces", LOOP),
+    Kernel("collect f16", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE1E", WHOLE, _MASKS),
+    Kernel("collect q8_0", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE3E", WHOLE, _MASKS),
+    Kernel("weigh", _LATENT + "latent-collect.cu", "weigh_headILi1E", WHOLE, (("LDG", 8, 16.0), ("LDG", 1, 0.0))),
+    Kernel("expand keys f16", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb0E", LOOP),
+    Kernel("expand values f16", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb1E", LOOP),
+    Kernel("expand keys q8_0", _LATENT + "latent-expand.cu", "expand_keysINS_5modes9quantisedELb0E", LOOP),
+    Kernel("expand values q8_0", _LATENT + "latent-expand.cu", "expand_keysINS_5modes9quantisedELb1E", LOOP),
+    Kernel("decompressed f16", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes3f16E", LOOP,
+           (("LDGSTS", 1, 2.0), *_MASKS)),
+    Kernel("decompressed q8_0", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes9quantisedE", LOOP,
+           (("LDGSTS", 1, 2.0), *_MASKS)),
+    Kernel("upstream flash attention, 16 rows", "fattn", "Li576ELi512ELi1ELi16E", INNERMOST),
+    Kernel("upstream flash attention, 32 rows", "fattn", "Li576ELi512ELi2ELi16E", INNERMOST),
+    Kernel("upstream flash attention, 64 rows", "fattn", "Li576ELi512ELi4ELi16E", INNERMOST),
+    Kernel("upstream join", "fixup", "flash_attn_stream_k_fixup_uniformILi512ELi1ELi16E", LOOP),
+    Kernel("upstream gated delta net, kda", "gated_delta_net", "Li128ELb1ELb0E", LOOP),
+    Kernel("upstream gated delta net", "gated_delta_net", "Li128ELb0ELb0E", LOOP),
+)  # fmt: skip
+
+# Upstream's sources: what is compiled.
+UPSTREAM = {
+    "fattn": '#include "ggml-cuda/fattn-mma-f16.cuh"\nextern const void * const used[] = {\n'
+    + "".join(
+        f"    reinterpret_cast<const void *>(flash_attn_ext_f16<576, 512, {n}, 16, false, true, false>),\n"
+        for n in (1, 2, 4)
+    )
+    + "};\n",
+    "fixup": '#include "ggml-cuda/fattn-common.cuh"\nextern const void * const used =\n'
+    "    reinterpret_cast<const void *>(flash_attn_stream_k_fixup_uniform<512, 1, 16>);\n",
+    "gated_delta_net": '#include "ggml-cuda/gated_delta_net.cu"\n',
+}
+
+# Constants that decide grids and shared memory. They are read from the name of a kernel that has them as arguments.
+CONSTANTS = {
+    _KDA + "kda-scan.cu": {
+        "chunk": "kda_cuda::CHUNK",
+        "run bytes": "kda_cuda::RUN_BYTES",
+        "chunk bytes": "kda_cuda::chunk_layout<128>::SIZE",
+    },
+    _KDA + "kda-scan-states.cu": {"states shared": "kda_cuda::RING * kda_cuda::STAGE"},
+    _LATENT + "latent-attend.cu": {
+        "blocks": "latent_cuda::TARGET_BLOCKS",
+        "least tiles": "latent_cuda::MIN_TILES",
+        "tile": "latent_cuda::TILE_KEYS",
+        "rows": "latent_cuda::BLOCK_ROWS",
+        "attend threads": "latent_cuda::THREADS",
+        "f16 shared": "latent_cuda::shared_bytes<latent_cuda::cache_type::f16>()",
+        "q8_0 shared": "latent_cuda::shared_bytes<latent_cuda::cache_type::q8_0>()",
+    },
+    _LATENT + "latent-expand.cu": {
+        "expand f16 shared": "latent_cuda::expand_bytes<latent_cuda::modes::f16>()",
+        "expand q8_0 shared": "latent_cuda::expand_bytes<latent_cuda::modes::quantised>()",
+        "expand keys": "latent_cuda::EXPAND_KEYS",
+    },
+    _LATENT + "latent-decompressed.cu": {
+        "decompressed f16 shared": "latent_cuda::tile_room<latent_cuda::modes::f16>::BYTES",
+        "decompressed q8_0 shared": "latent_cuda::tile_room<latent_cuda::modes::quantised>::BYTES",
+        "block queries": "latent_cuda::BLOCK_QUERIES",
+        "scratch": "latent_cuda::SCRATCH",
+    },
+}
+_PROBE = """\
+#include "{source}"
+template <long long... N> __global__ void kimi_probe() {{}}
+template __global__ void kimi_probe<{values}>();
+"""
+_USE = re.compile(
+    r"Compiling entry function '(\w+)'.*?Used (\d+) registers[^\n]*?(?:, (\d+) bytes smem)?[,\n]", re.DOTALL
+)
+
+
+def find_nvdisasm() -> Path:
+    """nvdisasm next to nvcc, on PATH, or of its Python package. Raises `EngineError` if there is none."""
+    places = [
+        find_nvcc().parent / "nvdisasm",
+        *Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin/nvdisasm"),
+    ]
+    for place in places:
+        if place.is_file():
+            return place
+    if found := shutil.which("nvdisasm"):
+        return Path(found)
+    raise EngineError(
+        "no nvdisasm found",
+        expected="nvdisasm next to nvcc, on PATH, or its Python package",
+        todo=f"install NVIDIA's CUDA toolkit, or in the checkout: {install('-e', '.[cuda]')}",
+    )
+
+
+def compiler() -> str:
+    """nvcc's release."""
+    said = subprocess.run([find_nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release .*", said)
+    return f"nvcc {release[0]}" if release else "nvcc"
+
+
+def sources_digest() -> str:
+    """Identifies what the counts are made from: our CUDA sources without comments and blank lines, and the rules."""
+    files = [*cuda_sources(), *sorted(OPERATORS.glob("*/cuda/*.cuh"))]
+    text = "\n".join(line for file in sorted(files) for line in _code(file.read_text()))
+    return hashlib.sha256((text + repr(KERNELS) + repr(CONSTANTS)).encode()).hexdigest()[:16]
+
+
+def _code(text: str) -> Iterator[str]:
+    for line in text.splitlines():
+        if stripped := " ".join(line.partition("//")[0].split()):
+            yield stripped
+
+
+def count(architectures: tuple[int, ...], only: str = "") -> Data:
+    """Counts of all kernels, or of those of one source. Raises `EngineError`."""
+    kernels: Data = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for source in dict.fromkeys(each.source for each in KERNELS):
+            if only and source != only:
+                continue
+            path = OPERATORS / source
+            if source in UPSTREAM:
+                path = Path(folder) / f"{source}.cu"
+                path.write_text(UPSTREAM[source])
+            for architecture in architectures:
+                for name, found in _count(source, path, architecture, Path(folder)).items():
+                    kernels.setdefault(name, {})[str(architecture)] = found
+    return kernels
+
+
+def _count(source: str, path: Path, architecture: int, folder: Path) -> Data:
+    """The counts of the kernels of a compiled source."""
+    cubin = folder / "out.cubin"
+    said = compile_cubin(path, architecture, cubin, ("-Xptxas", "-v"))
+    uses = {name: (int(registers), int(shared or 0)) for name, registers, shared in _USE.findall(said)}
+    command = [str(find_nvdisasm()), "-c", "-hex", str(cubin)]
+    codes = dict(
+        cuda_sass.kernels(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    )
+    return {each.name: measured(each, codes, uses, architecture) for each in KERNELS if each.source == source}
+
+
+def measured(
+    kernel: Kernel, codes: Mapping[str, Code], uses: Mapping[str, tuple[int, int]], architecture: int
+) -> Data:
+    """The counts of one kernel. Raises `EngineError` if it is not in the code."""
+    names = [name for name in codes if kernel.mangled in name]
+    if len(names) != 1:
+        raise EngineError(
+            f"{kernel.source}: {kernel.name}: expected one kernel whose name has {kernel.mangled}, found {len(names)}",
+            todo="correct KERNELS in scripts/cuda_counts.py",
+        )
+    code, (registers, shared) = codes[names[0]], uses[names[0]]
+    whole = Loop(0, len(code.instructions) - 1, code.loops())
+    main = whole if kernel.main == WHOLE else cuda_sass.main_loop(code, kernel.main == INNERMOST)
+    if main is None:
+        raise EngineError(
+            f"{kernel.source}: {kernel.name}: no loop", todo="correct KERNELS in scripts/cuda_counts.py"
+        )
+    latency = {"LDG": float(L2_LATENCY[architecture])}
+    times = dict(_turns(code, whole.inner if main is whole else main.inner, kernel.rules))
+    phases = cuda_sass.phases(code, main, times, latency=latency)
+    rest = (
+        []
+        if main is whole
+        else cuda_sass.phases(code, whole, dict.fromkeys(_begins(whole.inner), 1.0), main, latency)
+    )
+    return {"registers": registers, "shared": shared, "main": _stored(phases), "rest": _stored(rest)}
+
+
+def _begins(loops: tuple[Loop, ...]) -> Iterator[int]:
+    for loop in loops:
+        yield loop.begin
+        yield from _begins(loop.inner)
+
+
+def _turns(code: Code, loops: tuple[Loop, ...], rules: tuple[Rule, ...]) -> Iterator[tuple[int, float]]:
+    for loop in loops:
+        for op, least, turns in rules:
+            if code.count(loop, op) >= least:
+                yield loop.begin, turns
+                break
+        yield from _turns(code, loop.inner, rules)
+
+
+def _stored(phases: list[Phase]) -> list[Data]:
+    """Rounded, without zeros."""
+    found = []
+    for each in phases:
+        if each.issued:
+            values = {name: value for name, value in asdict(each).items() if name != "mma" and value}
+            found.append({name: round(value) for name, value in values.items()} | {
+                "mma": {name: round(value) for name, value in each.mma.items()}})  # fmt: skip
+    return found
+
+
+def constants() -> dict[str, int]:
+    """The values of CONSTANTS. Raises `EngineError`."""
+    found: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        probe, cubin = Path(folder) / "probe.cu", Path(folder) / "out.cubin"
+        for source, named in CONSTANTS.items():
+            values = ", ".join(f"(long long) ({each})" for each in named.values())
+            probe.write_text(_PROBE.format(source=OPERATORS / source, values=values))
+            said = compile_cubin(probe, 80, cubin, ("-Xptxas", "-v"))
+            mangled = re.search(r"kimi_probeIJ((?:Lx\d+E)+)E", said)
+            if mangled is None:
+                raise EngineError(
+                    f"{source}: its constants are not in the compiler's output", found=said[-300:]
+                )
+            found |= dict(zip(named, map(int, re.findall(r"Lx(\d+)E", mangled[1])), strict=True))
+    return found
