@@ -77,7 +77,7 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
                 where, todo = request.source, "give ids of this model's tokenizer"
             raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
         if request.against is not None:
-            check_layers(request.against, checkpoint)
+            _check_against(request.against, request.checkpoint)
         reporter.phase("hashing the checkpoint")
         checkpoint_facts = provenance.checkpoint_facts(checkpoint, reporter.step)
         reporter.phase("comparing tensors with the checkpoint")
@@ -144,6 +144,14 @@ def validate(request: Request, engine: Engine, upstream: Engine | None, reporter
         worst=_worst(engine, request.gguf, own[0], expected[False]),
         gates=judge(Evidence(gguf_facts["type"], own, upstream_runs, tensors)),
     )
+
+
+def _check_against(path: Path, source: Path) -> None:
+    """Raise ValidateError for a file of another model. Only one of the two files may have an MTP layer."""
+    with open_gguf(path) as file:
+        mtp = has_mtp(file)
+    with open_checkpoint(source, mtp) as checkpoint:
+        check_layers(path, checkpoint)
 
 
 def _ids(request: Request, engine: Engine) -> tuple[Ids, int]:
