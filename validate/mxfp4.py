@@ -19,6 +19,7 @@ from kimi_gguf.convert.source.safetensors_file import Dtype
 
 GROUP: Final = 32  # elements with one scale
 BLOCK_BYTES: Final = 1 + GROUP // 2  # of ggml's block_mxfp4
+LARGE: Final = 253  # from this scale on, some values are not finite in float32
 Quants = NDArray[np.uint8]
 Float32s = NDArray[np.float32]
 
@@ -54,3 +55,13 @@ def decode(quants: Quants, scales: Quants) -> Float32s:
         values: Float32s = np.where(sign == 1, -scaled, scaled).astype(np.float32)
     values[np.repeat(scales == 255, GROUP)] = np.nan
     return values
+
+
+def not_finite(quants: Quants, scales: Quants) -> NDArray[np.bool_]:
+    """Which values are not finite in float32."""
+    found = np.zeros((len(scales), GROUP), np.bool_)
+    large = scales >= LARGE
+    if large.any():
+        values = decode(quants.reshape(-1, GROUP)[large].reshape(-1), scales[large])
+        found[large] = ~np.isfinite(values).reshape(-1, GROUP)
+    return found.reshape(-1)

@@ -96,7 +96,7 @@ def validate(
                 where, todo = request.source, "give ids of this model's tokenizer"
             raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
         if request.against is not None:
-            check_layers(request.against, checkpoint)
+            _check_against(request.against, request.checkpoint)
         if shared.checkpoint is None:
             reporter.phase("hashing the checkpoint")
             shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
@@ -166,6 +166,14 @@ def validate(
         worst=_worst(engine, request.gguf, own[0], expected[False]),
         gates=judge(Evidence(gguf_facts["lowest_type"], own, upstream_runs, tensors)),
     )
+
+
+def _check_against(path: Path, source: Path) -> None:
+    """Raise ValidateError for a file of another model. Only one of the two files may have an MTP layer."""
+    with open_gguf(path) as file:
+        mtp = has_mtp(file)
+    with open_checkpoint(source, mtp) as checkpoint:
+        check_layers(path, checkpoint)
 
 
 def ids_of(request: Request, engine: Engine) -> tuple[Ids, int]:

@@ -28,7 +28,7 @@ from kimi_gguf.engine.gguf import GgufError, GgufModel, GgufTensor
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.tensor_types import Bytes, TensorType
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.mxfp4 import GROUP, block_quants, source_quants, source_values
+from kimi_gguf.validate.mxfp4 import GROUP, block_quants, not_finite, source_quants, source_values
 
 Float32s = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -278,6 +278,14 @@ def _prove_copy(
             wanted, wanted_scales = source_quants(checkpoint, source, first, size)
             found, scales = block_quants(raw)
             wrong = (found != wanted) | np.repeat(scales != wanted_scales, GROUP)
+            infinite = not_finite(wanted, wanted_scales)
+            if infinite.any():
+                i = int(infinite.argmax())
+                proof.fail(
+                    f"{tensor.name} (MXFP4): element {first + i} of {source}: expected a finite value, found one with "
+                    f"the scale {wanted_scales[i // GROUP]}; the checkpoint is damaged"
+                )
+                return
             if wrong.any():
                 i = int(wrong.argmax())
                 proof.fail(
@@ -364,10 +372,17 @@ def _wrong_q8_0(each: Comparison) -> Flags:
     return wrong
 
 
+def _wrong_halves(each: Comparison, rounded: Callable[[Float32s], Float32s]) -> Flags:
+    """Values that are not the nearest of the type, and those that are not finite in the file or the checkpoint."""
+    with np.errstate(over="ignore"):
+        wrong: Flags = each.found != rounded(each.wanted)
+    return wrong | ~np.isfinite(each.found) | ~np.isfinite(each.wanted)
+
+
 CHECKS: dict[str, Callable[[Comparison], Flags]] = {
     "F32": _wrong_f32,
-    "F16": lambda each: each.found != each.wanted.astype(np.float16).astype(np.float32),
-    "BF16": lambda each: each.found != nearest_bf16(each.wanted),
+    "F16": lambda each: _wrong_halves(each, lambda x: x.astype(np.float16).astype(np.float32)),
+    "BF16": lambda each: _wrong_halves(each, nearest_bf16),
     "Q8_0": _wrong_q8_0,
 }
 

@@ -69,6 +69,7 @@ class K3Config(ModelConfig):
 SUPPORTED: Final[Supported] = (
     (("hidden_act",), "situ", "its activation is always SiTU"),
     (("moe_router_activation_func",), "sigmoid", "its router is always a sigmoid"),
+    (("topk_method",), "noaux_tc", "its router always adds a bias to the scores"),
     (("moe_layer_freq",), 1, "every layer after the dense ones is a mixture of experts"),
     (("mla_use_nope",), True, "it never rotates queries and keys"),
     ((f"{LINEAR}.use_full_rank_gate",), True, "KDA's output gate has full rank"),

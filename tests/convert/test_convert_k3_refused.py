@@ -45,6 +45,7 @@ CONFIGS: list[tuple[str, Any, list[str]]] = [
     ("hidden_act", "silu", ["hidden_act", "'situ'", "'silu'", "always SiTU"]),
     ("hidden_act", None, ["hidden_act", "expected a value"]),
     ("moe_router_activation_func", "softmax", ["moe_router_activation_func", "sigmoid"]),
+    ("topk_method", "greedy", ["topk_method", "'noaux_tc'", "'greedy'", "adds a bias"]),
     ("moe_layer_freq", 2, ["moe_layer_freq", "expected 1, found 2"]),
     ("mla_use_nope", False, ["mla_use_nope", "never rotates"]),
     ("mla_use_nope", None, ["mla_use_nope"]),

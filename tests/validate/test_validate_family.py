@@ -142,6 +142,24 @@ def test_a_file_without_the_mtp_layer_passes(made: dict[str, Made], tmp_path: Pa
     assert main([str(file), *options, "--threads", "1", "--out", str(tmp_path / "report")]) == 0
 
 
+@pytest.mark.parametrize("has_mtp", [True, False])
+def test_files_with_and_without_the_mtp_layer_are_compared(
+    made: dict[str, Made], tmp_path: Path, has_mtp: bool
+) -> None:
+    """--against: the MTP layer takes no part in the logits."""
+    file, ids = tmp_path / "without.gguf", tmp_path / "ids.txt"
+    ids.write_text(" ".join(map(str, made["ling3"].ids[:20])))
+    convert(made["ling3"].checkpoint, file, TYPES["F32"], Options(mtp=False))
+    files = [made["ling3"].gguf, file]
+    one, other = files if has_mtp else files[::-1]
+    options = ["--checkpoint", str(made["ling3"].checkpoint), "--ids", str(ids), "--generate", "2"]
+    options += ["--threads", "1", "--out", str(tmp_path / "report"), "--against", str(other)]
+    assert main([str(one), *options]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    (rival,) = report["rivals"]
+    assert rival["runs"][0]["all"] == report["runs"][0]["all"]
+
+
 @pytest.mark.parametrize(
     "name, request_",
     [("mxfp4", MXFP4), ("Q8_0", TypeRequest(TYPES["Q8_0"])), ("BF16", TypeRequest(TYPES["BF16"]))],

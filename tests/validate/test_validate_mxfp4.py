@@ -8,14 +8,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from random_k3 import K3Spec, write_checkpoint
+from convert_tools import edited_tensors
+from random_k3 import PREFIX, K3Spec, write_checkpoint
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.source import mxfp4 as converters
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import MXFP4, TypeRequest
-from kimi_gguf.validate.mxfp4 import decode
+from kimi_gguf.validate.mxfp4 import decode, not_finite
 from kimi_gguf.validate.probe import reference_of
 from kimi_gguf.validate.tensors import TensorProof, prove
 
@@ -75,6 +76,35 @@ def test_the_sign_of_a_zero_is_compared(tmp_path: Path) -> None:
     del reader, blocks
     proof = proof_of(file, checkpoint)
     assert proof.failed == 1 and "expected bits 0x" in proof.failures[0]
+
+
+@pytest.mark.parametrize("scale", [253, 254, 255])
+def test_a_copy_of_values_that_are_not_finite_is_refused(tmp_path: Path, scale: int) -> None:
+    """convert-kimi refuses such a checkpoint; other converters copy the bits."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SPEC, shards=1)
+    file = tmp_path / "model.gguf"
+    convert(checkpoint, file, MXFP4)
+    with edited_tensors(checkpoint / "model.safetensors") as tensors:
+        for name, byte in ((f"{PREFIX}{EXPERT}_scale", scale), (f"{PREFIX}{EXPERT}_packed", 7)):
+            dtype, shape, content = tensors[name]
+            tensors[name] = dtype, shape, content[:-16] + bytes([byte] * 16)
+    reader = gguf.GGUFReader(file, "r+")
+    blocks = next(t for t in reader.tensors if t.name == "blk.1.ffn_gate_exps.weight").data
+    expert = blocks.reshape(SPEC.experts, -1, 17)[0]
+    with open_checkpoint(checkpoint) as opened:
+        expert[:] = converters.blocks(*opened.packed_bytes(EXPERT, 0, 64 * 32)).reshape(-1, 17)
+    reader.data.flush()
+    del reader, blocks, expert
+    proof = proof_of(file, checkpoint)
+    assert proof.failed == 1 and f"the scale {scale}; the checkpoint is damaged" in proof.failures[0]
+
+
+def test_which_values_are_not_finite() -> None:
+    """Float32 ends before 2^128: 4 * 2^(253 - 127), 2 * 2^(254 - 127)."""
+    codes = np.tile(np.arange(16, dtype=np.uint8), 8)
+    scales = np.array([252, 253, 254, 255], np.uint8)
+    np.testing.assert_array_equal(not_finite(codes, scales), ~np.isfinite(decode(codes, scales)))
+    assert not_finite(codes, scales).reshape(4, 32).sum(1).tolist() == [0, 8, 16, 32]
 
 
 def test_all_sixteen_elements_and_the_ends_of_the_scales() -> None:

@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from convert_tools import edited_tensors, split_safetensors
 from random_checkpoint import Spec, write_checkpoint
 
 from kimi_gguf.convert.conversion import convert
@@ -64,6 +65,35 @@ def test_one_wrong_value_is_found_and_named(tmp_path: Path, kind: str, name: str
     proof = proof_of(file, checkpoint)
     assert proof.failed == 1
     assert name in proof.failures[0] and "1 of" in proof.failures[0]
+
+
+@pytest.mark.parametrize(
+    "kind, number, stored",
+    [
+        ("F16", 1e5, [0, 0x7C]),  # rounds to infinity
+        ("F16", np.inf, [0, 0x7C]),
+        ("BF16", 3.4e38, [0x80, 0x7F]),
+        ("BF16", -np.inf, [0x80, 0xFF]),
+        ("BF16", np.uint32(0xFFFFFFFF).view(np.float32), [0, 0]),  # NaN
+    ],
+)
+def test_values_that_are_not_finite_are_found(
+    tmp_path: Path, kind: str, number: float, stored: list[int]
+) -> None:
+    """Other converters write them; an expert that no token of the text chooses does not show them in the logits."""
+    file, checkpoint = converted(tmp_path, kind, replace(SPEC, dtype=torch.float32))
+    reader = gguf.GGUFReader(file, "r+")
+    tensor = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down_exps.weight")
+    tensor.data.reshape(-1).view(np.uint8)[:2] = stored
+    reader.data.flush()
+    del reader, tensor
+    name = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
+    (path,) = (path for path in checkpoint.glob("*.safetensors") if name in split_safetensors(path)[0])
+    with edited_tensors(path) as tensors:
+        dtype, shape, content = tensors[name]
+        tensors[name] = dtype, shape, np.float32(number).tobytes() + content[4:]
+    proof = proof_of(file, checkpoint)
+    assert proof.failed == 1 and "blk.1.ffn_down_exps.weight" in proof.failures[0]
 
 
 def test_a_scale_that_is_off_is_found(tmp_path: Path) -> None:
