@@ -374,8 +374,10 @@ EXPERTS_ON_THE_CPU: dict[str, dict[str, Any]] = {
 def test_experts_on_the_cpu(
     placement: str, operators: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
 ) -> None:
-    """KDA and attention on the device, routed experts on the CPU: each operator where it belongs, the logits as if
-    everything were on the device. (Near ties of the router make those of the CPU alone differ.)"""
+    """KDA and attention on the device, routed experts on the CPU: each operator where it belongs.
+
+    The logits are those of a run with everything on the device; near ties of the router make those of the CPU differ.
+    """
     ids = np.resize(IDS[0], 500)
     steps = [decode(*text(0, ids)), *(decode((0, n, int(IDS[1][n - 500]))) for n in range(500, 503))]
     chosen = EXPERTS_ON_THE_CPU[placement]
