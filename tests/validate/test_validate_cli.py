@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -196,3 +198,12 @@ def test_a_missing_or_damaged_gguf_gives_status_2(
         assert main([str(tmp_path / "x.gguf"), "--checkpoint", str(checkpoint)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("validate-kimi: error: ") and "x.gguf" in error and error.count("\n") == 1
+
+
+def test_a_missing_package_of_the_extra_is_named() -> None:
+    code = "import sys; sys.modules['torch'] = None; from kimi_gguf.validate.start import main; sys.exit(main())"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert "torch is missing" in ended.stderr
+    assert "[validate]" in ended.stderr
+    assert "Traceback" not in ended.stderr
