@@ -19,13 +19,15 @@ void with_head_size(std::integer_sequence<int, SIZES...>, int head_size, const F
     ((head_size == SIZES ? f(std::integral_constant<int, SIZES>()) : void()), ...);
 }
 
-// Rows of contiguous floats, one for each head, token and sequence; strides in floats.
+// Rows of contiguous floats, one for each head, token and sequence; strides in floats. A product of two 32-bit numbers
+// is one instruction, one of two 64-bit numbers is three.
 struct rows {
     const float * data;
-    int64_t       head, token, seq;
+    int           head, token;
+    int64_t       seq;
 
-    __host__ __device__ const float * at(int64_t h, int64_t t, int64_t s) const {
-        return data + h * head + t * token + s * seq;
+    __host__ __device__ const float * at(int h, int t, int s) const {
+        return data + s * seq + (int64_t) h * head + (int64_t) t * token;
     }
 };
 

@@ -26,6 +26,8 @@ const ggml_cuda_device_info & ggml_cuda_info() {
     info.device_count                 = 1;
     info.devices[0].cc                = standin_capability;
     info.devices[0].warp_size         = 32;
+    info.devices[0].nsm               = 8;
+    info.devices[0].smpbo             = 99 << 10;
     return info;
 }
 

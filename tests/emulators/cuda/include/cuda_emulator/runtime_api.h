@@ -1,7 +1,7 @@
 #pragma once
 
-// The part of CUDA's runtime that hosts call: memory, streams, events, attributes. There is one device, and every call
-// is synchronous.
+// The part of CUDA's runtime that hosts call: memory, streams, events, attributes. There is one device. Every call is
+// synchronous, except with streams of the harness (streams.h).
 
 #include "launch.h"
 
@@ -37,18 +37,13 @@ enum cudaStreamCaptureMode {
     cudaStreamCaptureModeRelaxed,
 };
 
-struct CUstream_st;
 struct CUgraph_st;
 struct CUgraphExec_st;
 struct CUgraphNode_st;
-using cudaStream_t    = CUstream_st *;
 using cudaGraph_t     = CUgraph_st *;
 using cudaGraphExec_t = CUgraphExec_st *;
 using cudaGraphNode_t = CUgraphNode_st *;
 
-struct CUevent_st {};
-
-using cudaEvent_t  = CUevent_st *;
 using cudaHostFn_t = void (*)(void *);
 
 enum cudaGraphExecUpdateResult {};
@@ -84,12 +79,9 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaStreamCreate(cudaStream_t * stream) { *stream = nullptr; return cudaSuccess; }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned) { return cudaStreamCreate(stream); }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaEventCreate(cudaEvent_t * event) { *event = new CUevent_st(); return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t = nullptr) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t f, void * data) { f(data); return cudaSuccess; }
 inline cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
@@ -108,6 +100,26 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaE
 inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
 // clang-format on
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    if (stream) {
+        cuda_emulator::synchronize(*stream);
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
+    event->done = std::make_shared<bool>(false);
+    cuda_emulator::submit(stream, [done = event->done] { *done = true; });
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+    if (stream) {
+        stream->items.push_back({ nullptr, event->done });
+    }
+    return cudaSuccess;
+}
 
 template <class T>
 cudaError_t cudaMalloc(T ** pointer, size_t bytes, cuda_emulator::Place place = cuda_emulator::Place::here()) {
@@ -168,9 +180,10 @@ inline cudaError_t cudaMemcpyAsync(void *         to,
                                    const void *   from,
                                    size_t         bytes,
                                    cudaMemcpyKind kind,
-                                   cudaStream_t               = nullptr,
-                                   cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cudaMemcpy(to, from, bytes, kind, place);
+                                   cudaStream_t         stream = nullptr,
+                                   cuda_emulator::Place place  = cuda_emulator::Place::here()) {
+    cuda_emulator::submit(stream, [=] { cudaMemcpy(to, from, bytes, kind, place); });
+    return cudaSuccess;
 }
 
 inline cudaError_t
@@ -183,9 +196,10 @@ cudaMemset(void * to, int value, size_t bytes, cuda_emulator::Place place = cuda
 inline cudaError_t cudaMemsetAsync(void * to,
                                    int    value,
                                    size_t bytes,
-                                   cudaStream_t               = nullptr,
-                                   cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cudaMemset(to, value, bytes, place);
+                                   cudaStream_t         stream = nullptr,
+                                   cuda_emulator::Place place  = cuda_emulator::Place::here()) {
+    cuda_emulator::submit(stream, [=] { cudaMemset(to, value, bytes, place); });
+    return cudaSuccess;
 }
 
 inline cudaError_t cudaMemcpyPeerAsync(void * to, int, const void * from, int, size_t bytes, cudaStream_t = nullptr) {
