@@ -1,8 +1,8 @@
 // ggml's side of the KDA operators on CUDA: which nodes the kernels support, their arguments from tensors, and the copy
 // of the new states into the cache, which the operator elides.
 //
-// Whether a sequence reads a row that another one writes is known only on the device. The kernels check it. If so, they
-// leave their states in the result, and `copy_states` then copies them, so a captured graph is correct for any rows.
+// Whether a sequence reads a row that another one writes is known only on the device. The kernels check it
+// (kda-device.cuh), so a captured graph is correct for any rows.
 //
 // Of the nodes between operator and copy, fill and gather run before the operator, gather into memory of its own: the
 // operator reads neither the filled row (a sequence that continues the row of zeros starts from zero) nor that memory.
@@ -90,6 +90,7 @@ static kda_cuda::states states_of(const ggml_tensor * op, const ggml_kda_state_c
     if (copy != nullptr) {
         st.in_cache  = { (float *) copy->to->data, in_floats(copy->to->nb[1]), in_floats(copy->to->nb[2]) };
         st.first_row = copy->first_row;
+        st.slot_rows = st.in_cache.slot / st.row_stride;
     }
     return st;
 }
@@ -163,8 +164,7 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
         }
     }
     // the last stream is none of those in which ggml-cuda runs branches of a graph
-    kda_cuda::scan(args, device, workspace.get(),
-                   { ctx.stream(), ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1) });
+    kda_cuda::scan(args, device, workspace.get(), { ctx.stream(), ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1) });
 }
 
 static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_kda_state_copy * copy) {

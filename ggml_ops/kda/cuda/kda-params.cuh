@@ -50,7 +50,8 @@ struct states {
     int             n_slots;  // number of snapshots
     state_dest      result;
     state_dest      in_cache;   // data == nullptr: no copy is elided
-    int64_t         first_row;  // the row of the cache at which in_cache begins
+    int             first_row;  // the row of the cache at which in_cache begins
+    int             slot_rows;  // rows of the cache between its slots
 };
 
 // Form of the log-gate: without or with a lower bound.
@@ -59,8 +60,9 @@ struct gate_kind {
     float lower_bound;
 };
 
-// Copies the states from an operator's result to the cache if it could not write them there itself; `size` floats per
-// state. One launch for operators of more than one sequence whose copy was elided; no launch otherwise.
+// Copies the states from an operator's result to the cache if rows conflict (kda-device.cuh); `size` floats per state.
+// For kernels that cannot do it at their end. One launch for operators of more than one sequence whose copy was elided;
+// no launch otherwise.
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream);
 
 // out [n, size] = the rows of the cache [.., size] given by `rows` [n].

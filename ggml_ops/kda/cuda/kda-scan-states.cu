@@ -140,7 +140,7 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
     const int        j0       = (blockIdx.x * WARPS + warp) * DEPTH;
     const int        n_chunks = run.n_chunks();
     const char *     chunk    = run.at(layout::SIZE, 0, h, s, args.n_heads);
-    const state_dest dest     = choose_dest(args.st);
+    const state_dest dest     = dest_of(args.st, rows_conflict(args.st));
 
     stage_ring<D, WARPS * WARP, RING> stages = {
         reinterpret_cast<char *>(kda_shared), chunk, n_chunks * layout::STAGES, 0, 0, 0

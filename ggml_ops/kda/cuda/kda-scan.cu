@@ -7,15 +7,16 @@
 
 namespace kda_cuda {
 
-// Two chunks of one head take about as many issued instructions as 112 to 128 steps (README.md).
-constexpr int CHUNKS_FROM = 2 * CHUNK;
+// A token takes 1040 issue slots of a multiprocessor's schedulers step by step (sm_90, heads of 128). The kernels for
+// chunks take as long as 64 to 96 tokens, if two warps per scheduler issue in 40 to 25 % of the cycles.
+constexpr int CHUNKS_FROM = 96;
 
 // A long sequence is processed in runs of chunks, and `prepare` computes the next run while `states` processes this one.
 // A run should fill the blocks of `prepare` that fit the device at once, a whole number of times. It is no longer than
 // that, because `prepare` of the first run and `states` of the last one have nothing to run beside.
-constexpr int PREPARE_BLOCKS = 2;    // per multiprocessor: its registers allow two
-constexpr int MAX_WAVES      = 4;    // more waves gain less than a sixteenth of the blocks
-constexpr int WORTH_A_WAVE   = 16;   // a further wave has to use a sixteenth of the blocks more
+constexpr int PREPARE_BLOCKS = 2;         // per multiprocessor: its registers allow two
+constexpr int MAX_WAVES      = 4;         // more waves gain less than a sixteenth of the blocks
+constexpr int WORTH_A_WAVE   = 16;        // a further wave has to use a sixteenth of the blocks more
 constexpr int RUN_BYTES      = 48 << 20;  // limit of a run's intermediate data, half of the workspace
 
 // Bytes per chunk of all heads and sequences.
@@ -81,7 +82,7 @@ void scan_chunks(const scan_args &     args,
     const auto   run_at   = [&](int begin) {
         const int number = (begin - range.begin) / n_tokens;
         return chunk_run{ begin, begin + n_tokens < range.end ? begin + n_tokens : range.end,
-                            static_cast<char *>(workspace) + number % 2 * half };
+                          static_cast<char *>(workspace) + number % 2 * half };
     };
     event half_is_free, is_prepared;
     prepare_chunks(args, run_at(range.begin), streams.main);
@@ -120,10 +121,10 @@ void scan(const scan_args & args, const device_limits & device, void * workspace
         scan_chunks(args, { 0, n }, device, workspace, streams);
     }
     if (n < args.n_tokens) {
-        scan_steps(args, { n, args.n_tokens }, streams.main);
+        scan_steps(args, { n, args.n_tokens }, device, streams.main);
+    } else {
+        copy_states(args.st, (int64_t) args.head_size * args.head_size * args.n_heads, 1, streams.main);
     }
-    const int n_slots = args.st.n_slots < args.n_tokens + 1 ? args.st.n_slots : args.n_tokens + 1;
-    copy_states(args.st, (int64_t) args.head_size * args.head_size * args.n_heads, n_slots, streams.main);
 }
 
 }  // namespace kda_cuda

@@ -40,8 +40,9 @@ struct token_range {
     int begin, end;
 };
 
-// Token by token; supported head sizes: 32, 64, 96, 128, 256.
-void scan_steps(const scan_args & args, const token_range & range, cudaStream_t stream);
+// Token by token; supported head sizes: 32, 64, 96, 128, 256. If rows conflict (kda-device.cuh), it copies the states of
+// all slots to the cache.
+void scan_steps(const scan_args & args, const token_range & range, const device_limits & device, cudaStream_t stream);
 
 // In chunks; requires compute capability 8.0 and head sizes up to 128. Writes the state after the last token to slot
 // n_slots - 1, and no other. `workspace`: chunk_workspace bytes, 16-byte aligned.

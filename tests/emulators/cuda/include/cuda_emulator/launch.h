@@ -135,9 +135,10 @@ inline std::map<const void *, size_t> & shared_attributes() {
 }
 
 struct Shape {
-    dim3         grid, block;
-    size_t       shared = 0;
+    dim3          grid, block;
+    size_t        shared = 0;
     CUstream_st * stream = nullptr;
+    bool          early  = false;  // before the previous kernel has ended
 };
 
 inline std::string check(const Shape & shape, const void * kernel) {
@@ -199,6 +200,7 @@ inline void run_grid(const Shape & shape) {
     const Flushing                       flushing;
     gridDim                     = shape.grid;
     blockDim                    = shape.block;
+    block.early                 = shape.early;
     dynamic_shared_memory.bytes = shape.shared;
     const uint64_t blocks       = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
     for (uint64_t i = 0; i < blocks && !block.failed; i++) {

@@ -50,6 +50,26 @@ enum cudaGraphExecUpdateResult {};
 
 inline const cudaStream_t cudaStreamPerThread = nullptr;
 
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeProgrammaticStreamSerialization,
+};
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+
+struct cudaLaunchConfig_t {
+    dim3                  gridDim, blockDim;
+    size_t                dynamicSmemBytes;
+    cudaStream_t          stream;
+    cudaLaunchAttribute * attrs;
+    unsigned              numAttrs;
+};
+
 struct cudaFuncAttributes {
     int    ptxVersion, binaryVersion, numRegs, maxThreadsPerBlock;
     size_t sharedSizeBytes, localSizeBytes, maxDynamicSharedSizeBytes;
@@ -110,7 +130,11 @@ inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
     event->done = std::make_shared<bool>(false);
-    cuda_emulator::submit(stream, [done = event->done] { *done = true; });
+    if (stream) {
+        stream->items.push_back({ [done = event->done] { *done = true; }, nullptr });
+    } else {
+        *event->done = true;
+    }
     return cudaSuccess;
 }
 
@@ -176,10 +200,10 @@ inline cudaError_t cudaMemcpy(void *       to,
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemcpyAsync(void *         to,
-                                   const void *   from,
-                                   size_t         bytes,
-                                   cudaMemcpyKind kind,
+inline cudaError_t cudaMemcpyAsync(void *               to,
+                                   const void *         from,
+                                   size_t               bytes,
+                                   cudaMemcpyKind       kind,
                                    cudaStream_t         stream = nullptr,
                                    cuda_emulator::Place place  = cuda_emulator::Place::here()) {
     cuda_emulator::submit(stream, [=] { cudaMemcpy(to, from, bytes, kind, place); });
@@ -193,9 +217,9 @@ cudaMemset(void * to, int value, size_t bytes, cuda_emulator::Place place = cuda
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void * to,
-                                   int    value,
-                                   size_t bytes,
+inline cudaError_t cudaMemsetAsync(void *               to,
+                                   int                  value,
+                                   size_t               bytes,
                                    cudaStream_t         stream = nullptr,
                                    cuda_emulator::Place place  = cuda_emulator::Place::here()) {
     cuda_emulator::submit(stream, [=] { cudaMemset(to, value, bytes, place); });
@@ -243,6 +267,15 @@ template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attrib
     attributes->binaryVersion             = CUDA_EMULATOR_ARCHITECTURE;
     attributes->maxThreadsPerBlock        = 1024;
     attributes->maxDynamicSharedSizeBytes = cuda_emulator::options.shared_limit;
+    return cudaSuccess;
+}
+
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(P...), A &&... arguments) {
+    const bool early = config->numAttrs > 0 && config->attrs[0].val.programmaticStreamSerializationAllowed != 0;
+    cuda_emulator::Configured<P...>(
+        kernel, "kernel",
+        { config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream, early })(arguments...);
     return cudaSuccess;
 }
 
