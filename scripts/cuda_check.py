@@ -34,8 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OPERATORS = ROOT / "ggml_ops"
 STUBS = ROOT / "tests" / "emulators" / "cuda" / "stubs"  # headers that nvcc needs without a toolkit
 
-# Turing, without the code that needs Ampere's instructions; Ampere (A100), Ada, Hopper, Blackwell (RTX 50).
-ARCHITECTURES = (75, 80, 89, 90, 120)
+# Turing, without the code that needs Ampere's instructions, Ampere (A100, RTX 30), Ada, Hopper, Blackwell (two)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 # As in ggml-cuda's CMakeLists.txt.
 OPTIONS = ("-std=c++17", "-O3", "-use_fast_math", "-extended-lambda")

@@ -222,6 +222,9 @@ FAULTS: dict[str, Expected] = {
     "a division by zero": ("divide", 0, "y[0] = 7 / n;", "a division"),
     "a shift too far": ("shift", 0, "y[0] = 7 << n;", "a shift of 'int' 7 by 32"),
     "a trap": ("stop", 0, "__trap();", "__trap"),
+    "no wait for the previous kernel": ("never_waits", 0, None, "ends without griddepcontrol.wait"),
+    "work left in a stream": (None, None, None, "work left that this stream does not wait for"),
+    "a wait for ever": (None, None, None, "a stream waits for an event that is not recorded"),
     "too many threads": ("copy", None, None, r"a block is \(1025,1,1\); it must have 1 to 1024 threads"),
     "no blocks": ("copy", None, None, r"the grid is \(0,1,1\)"),
 }

@@ -51,6 +51,14 @@ def test_a_planted_race_is_found(kernel: str, order: str, program: Path) -> None
 
 
 @pytest.mark.parametrize("order", ORDERS)
+def test_an_access_before_the_wait_for_the_previous_kernel_is_found(order: str, program: Path) -> None:
+    ended = run(program, "too_early", KIMI_CUDA_ORDER=order)
+    assert ended.returncode == 1, ended.stdout + ended.stderr
+    assert "accesses a buffer before griddepcontrol.wait" in ended.stdout
+    assert f"{SOURCE.name}:{line_of('before the wait')}" in ended.stdout
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_what_is_ordered_is_let_through(order: str, program: Path) -> None:
     ended = run(program, "none", KIMI_CUDA_ORDER=order)
     assert (ended.returncode, ended.stdout) == (0, "nothing found\n")

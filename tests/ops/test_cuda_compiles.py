@@ -40,8 +40,8 @@ def nvcc() -> Path:
 
 
 @pytest.mark.parametrize(
-    "architecture", [pytest.param(a, marks=pytest.mark.full if a == 89 else ()) for a in ARCHITECTURES]
-)  # 89 has the registers and the instructions of 80 that these kernels use
+    "architecture", [pytest.param(a, marks=pytest.mark.full if a in (86, 89) else ()) for a in ARCHITECTURES]
+)  # 86 and 89 have the registers and the instructions of 80 that these kernels use
 @pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.name)
 def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
     kernels = compile_cuda(source, architecture)

@@ -8,6 +8,7 @@
 
 #include "kda-conv.cuh"
 #include "kda-device.cuh"
+#include "kimi-launch.cuh"
 
 namespace kda_cuda {
 
@@ -75,20 +76,12 @@ static __device__ __forceinline__ float4 convolve(const history & h, const float
     return make_float4(y[0], y[1], y[2], y[3]);
 }
 
-template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP, 4) conv_kernel(const conv_args args) {
+// A tile of tokens of head h of projection p and sequence s, from token t0 on. The first tile writes the states.
+template <int D>
+static __device__ __forceinline__ void
+conv_tile(const conv_args & args, bool conflict, int p, int h, int s, int t0, int lane) {
     constexpr int VECTORS = (D + WARP * LANE_VALUES - 1) / (WARP * LANE_VALUES);  // per lane
 
-    const state_dest dest = choose_dest(args.st);
-
-    const int lane = threadIdx.x % WARP;
-    const int unit = blockIdx.x * CONV_WARPS + threadIdx.x / WARP;
-    if (unit >= 3 * args.n_heads) {
-        return;
-    }
-    const int     p  = unit / args.n_heads;
-    const int     h  = unit % args.n_heads;
-    const int     s  = blockIdx.z;
-    const int     t0 = blockIdx.y * CONV_TOKENS;
     const int     t1 = t0 + CONV_TOKENS < args.n_tokens ? t0 + CONV_TOKENS : args.n_tokens;
     const int64_t C  = (int64_t) D * args.n_heads;
 
@@ -106,7 +99,7 @@ template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP, 4) 
         if (t0 == 0) {
             const history found = load_history(state ? state + at * (TAPS - 1) : nullptr);
             for (int slot = 0; slot < args.st.n_slots && slot <= args.n_tokens; ++slot) {
-                store_history(dest.at(s, slot) + at * (TAPS - 1),
+                store_history(dest_of(args.st, conflict).at(s, slot) + at * (TAPS - 1),
                               history_before(args, p, h, s, channel, args.n_tokens - slot, found));
             }
             now[n] = found;
@@ -147,16 +140,46 @@ template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP, 4) 
     }
 }
 
+// If rows conflict, the first tile's warp of the first sequence computes the first tiles of all. A lane then copies the
+// states that it has written.
+template <int D> static __global__ void __launch_bounds__(CONV_WARPS * WARP, 4) conv_kernel(const conv_args args) {
+    wait_for_previous();
+    let_next_begin();
+    const int lane = threadIdx.x % WARP;
+    const int unit = blockIdx.x * CONV_WARPS + threadIdx.x / WARP;
+    if (unit >= 3 * args.n_heads) {
+        return;
+    }
+    const int p  = unit / args.n_heads;
+    const int h  = unit % args.n_heads;
+    const int t0 = blockIdx.y * CONV_TOKENS;
+
+    seqs_of_block seqs = { (int) blockIdx.z, (int) blockIdx.z + 1, false };
+    if (t0 == 0) {
+        seqs = choose_seqs(args.st, blockIdx.z);
+    }
+#pragma unroll 1
+    for (int s = seqs.begin; s < seqs.end; ++s) {
+        conv_tile<D>(args, seqs.conflict, p, h, s, t0, lane);
+    }
+    for (int x = 0; seqs.conflict && x < (seqs.end - seqs.begin) * args.st.n_slots; ++x) {
+        const int s    = x / args.st.n_slots;
+        const int slot = x % args.st.n_slots;
+        for (int channel = LANE_VALUES * lane; slot <= args.n_tokens && channel < D; channel += LANE_VALUES * WARP) {
+            const int64_t at = ((int64_t) (p * args.n_heads + h) * D + channel) * (TAPS - 1);
+            store_history(args.st.in_cache.at(s, slot) + at, load_history(args.st.result.at(s, slot) + at));
+        }
+    }
+}
+
 template <int D> static void launch_conv(const conv_args & args, cudaStream_t stream) {
     const dim3 grid((3 * args.n_heads + CONV_WARPS - 1) / CONV_WARPS, (args.n_tokens + CONV_TOKENS - 1) / CONV_TOKENS,
                     args.n_seqs);
-    conv_kernel<D><<<grid, CONV_WARPS * WARP, 0, stream>>>(args);
+    launch_early<conv_kernel<D>>(grid, CONV_WARPS * WARP, 0, stream, args);
 }
 
 void conv(const conv_args & args, cudaStream_t stream) {
     with_head_size(head_sizes(), args.head_size, [&](auto D) { launch_conv<D>(args, stream); });
-    const int n_slots = args.st.n_slots < args.n_tokens + 1 ? args.st.n_slots : args.n_tokens + 1;
-    copy_states(args.st, 9 * (int64_t) args.head_size * args.n_heads, n_slots, stream);
 }
 
 }  // namespace kda_cuda

@@ -18,24 +18,41 @@ static __device__ __forceinline__ const float * state_found(const states & st, i
     return row == st.zero_row ? nullptr : st.cache + row * st.row_stride;
 }
 
-// Whether the new states are written directly to the cache: only if no sequence reads a row that another one writes.
-// The rows are read on the device, so a captured graph is correct for any rows. Call it with whole warps.
-static __device__ __forceinline__ bool writes_to_cache(const states & st) {
+// Whether a sequence reads a row of the cache that another one writes. If so, the new states are written to the result
+// first, and copied to the cache when all old ones have been read. The rows are read on the device, so a captured graph
+// is correct for any rows. Call it with whole warps.
+static __device__ __forceinline__ bool rows_conflict(const states & st) {
     if (st.in_cache.data == nullptr || st.n_seqs == 1) {
-        return st.in_cache.data != nullptr;
+        return false;
     }
-    const int64_t slot_rows = st.in_cache.slot / st.row_stride;
-    bool          own       = true;
+    bool own = true;
     for (int s = threadIdx.x % WARP; s < st.n_seqs; s += WARP) {
-        const int64_t row    = st.rows[s] - st.first_row;  // written by sequence `writer`, if it exists
-        const int64_t writer = row >= 0 && row < st.n_slots * slot_rows ? row % slot_rows : st.n_seqs;
-        own                  = own && (st.rows[s] == st.zero_row || writer == s || writer >= st.n_seqs);
+        const int32_t  row    = st.rows[s];
+        const uint32_t at     = row - st.first_row;  // large before the first one
+        const uint32_t slots  = st.n_slots * st.slot_rows;
+        const int      writer = at < slots ? at % st.slot_rows : st.n_seqs;  // this sequence writes it, if it exists
+        own                   = own && (row == st.zero_row || writer == s || writer >= st.n_seqs);
     }
-    return __all_sync(ALL_LANES, own);
+    return !__all_sync(ALL_LANES, own);
 }
 
-static __device__ __forceinline__ state_dest choose_dest(const states & st) {
-    return writes_to_cache(st) ? st.in_cache : st.result;
+// Where the new states are written.
+static __device__ __forceinline__ const state_dest & dest_of(const states & st, bool conflict) {
+    return conflict || st.in_cache.data == nullptr ? st.result : st.in_cache;
+}
+
+// The sequences that a block computes: its own one; if rows conflict, the block of the first sequence computes all, one
+// after the other, and then copies their states.
+struct seqs_of_block {
+    int  begin, end;
+    bool conflict;
+};
+
+static __device__ __forceinline__ seqs_of_block choose_seqs(const states & st, int s) {
+    if (rows_conflict(st)) {
+        return { 0, s == 0 ? st.n_seqs : 0, true };
+    }
+    return { s, s + 1, false };
 }
 
 static __device__ __forceinline__ float sigmoid(float x) {
@@ -45,16 +62,29 @@ static __device__ __forceinline__ float sigmoid(float x) {
 // e^x for x <= 0, accurate to rounding near 0 whatever the compiler makes of expf: a decay of nearly 1 applies over
 // thousands of tokens, and so would the error of the fast version. 0 where float32 has no normal numbers.
 static __device__ __forceinline__ float decay_exp(float x) {
-    x             = fmaxf(x, -88.0f);
-    const float n = rintf(x * 1.44269504f);
-    const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));  // x - n ln 2, ln 2 in two parts
-    float       p = fmaf(r, 1.0f / 720, 1.0f / 120);
-    p             = fmaf(p, r, 1.0f / 24);
-    p             = fmaf(p, r, 1.0f / 6);
-    p             = fmaf(p, r, 0.5f);
-    p             = fmaf(p, r, 1.0f);
-    p             = fmaf(p, r, 1.0f);
-    return p * __int_as_float(((int) n + 127) << 23);  // n = -127: p * 0
+    constexpr float ROUND = 12582912.0f + 127;  // 1.5 * 2^23: a sum with it ends in the bits of n + 127
+    x                     = fmaxf(x, -88.0f);
+    const float t         = fmaf(x, 1.44269504f, ROUND);
+    const float n         = t - ROUND;
+    const float r         = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));  // x - n ln 2, ln 2 in two parts
+    float       p         = fmaf(r, 1.0f / 720, 1.0f / 120);
+    p                     = fmaf(p, r, 1.0f / 24);
+    p                     = fmaf(p, r, 1.0f / 6);
+    p                     = fmaf(p, r, 0.5f);
+    p                     = fmaf(p, r, 1.0f);
+    p                     = fmaf(p, r, 1.0f);
+    return p * __uint_as_float(__float_as_uint(t) << 23);  // n = -127: p * 0
+}
+
+// log(1 + t) for 0 <= t <= 1, relative error 2.4e-7, also for small t: 2 artanh(t / (2 + t)) as a series.
+static __device__ __forceinline__ float log_1_plus(float t) {
+    const float s = t / (2.0f + t);
+    const float z = s * s;
+    float       p = fmaf(z, 0.280244656f, 0.279991390f);
+    p             = fmaf(p, z, 0.400216990f);
+    p             = fmaf(p, z, 0.666664140f);
+    p             = fmaf(p, z, 2.0f);
+    return p * s;
 }
 
 // Converts inputs of the gates, with dt_bias added, to e^(log-gate), at most 1.
@@ -68,7 +98,7 @@ template <int N> static __device__ __forceinline__ void decays_of(float (&x)[N],
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        x[i] = decay_exp(a * (fmaxf(x[i], 0.0f) + log1pf(expf(-fabsf(x[i])))));
+        x[i] = decay_exp(a * (fmaxf(x[i], 0.0f) + log_1_plus(expf(-fabsf(x[i])))));
     }
 }
 

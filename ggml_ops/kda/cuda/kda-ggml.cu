@@ -1,8 +1,8 @@
 // ggml's side of the KDA operators on CUDA: which nodes the kernels support, their arguments from tensors, and the copy
 // of the new states into the cache, which the operator elides.
 //
-// Whether a sequence reads a row that another one writes is known only on the device. The kernels check it. If so, they
-// leave their states in the result, and `copy_states` then copies them, so a captured graph is correct for any rows.
+// Whether a sequence reads a row that another one writes is known only on the device. The kernels check it
+// (kda-device.cuh), so a captured graph is correct for any rows.
 //
 // Of the nodes between operator and copy, fill and gather run before the operator, gather into memory of its own: the
 // operator reads neither the filled row (a sequence that continues the row of zeros starts from zero) nor that memory.
@@ -33,6 +33,7 @@ int ggml_cuda_kda_elide_state_copy(ggml_backend_cuda_context &, const ggml_cgrap
 #include "kda-scan.cuh"
 
 #include <atomic>
+#include <climits>
 
 // Kernels read and write 16 bytes at once.
 constexpr size_t ALIGNMENT = 16;
@@ -50,14 +51,23 @@ static int64_t in_floats(size_t bytes) {
     return bytes / sizeof(float);
 }
 
+// A stride that rows_near has checked.
+static int near_stride(size_t bytes) {
+    return (int) in_floats(bytes);
+}
+
+static bool rows_near(const ggml_tensor * t) {
+    return in_floats(t->nb[1]) <= INT_MAX && in_floats(t->nb[2]) <= INT_MAX;
+}
+
 static kda_cuda::rows rows_of(const ggml_tensor * t, int64_t head = 0) {
-    return { (const float *) ((const char *) t->data + head * t->nb[1]), in_floats(t->nb[1]), in_floats(t->nb[2]),
+    return { (const float *) ((const char *) t->data + head * t->nb[1]), near_stride(t->nb[1]), near_stride(t->nb[2]),
              in_floats(t->nb[3]) };
 }
 
 // [channels, tokens, sequences], heads of head_size are contiguous
-static kda_cuda::rows channels_of(const ggml_tensor * t, int64_t head_size) {
-    return { (const float *) t->data, head_size, in_floats(t->nb[1]), in_floats(t->nb[2]) };
+static kda_cuda::rows channels_of(const ggml_tensor * t, int head_size) {
+    return { (const float *) t->data, head_size, near_stride(t->nb[1]), in_floats(t->nb[2]) };
 }
 
 static const float * data_of(const ggml_tensor * t) {
@@ -80,6 +90,7 @@ static kda_cuda::states states_of(const ggml_tensor * op, const ggml_kda_state_c
     if (copy != nullptr) {
         st.in_cache  = { (float *) copy->to->data, in_floats(copy->to->nb[1]), in_floats(copy->to->nb[2]) };
         st.first_row = copy->first_row;
+        st.slot_rows = st.in_cache.slot / st.row_stride;
     }
     return st;
 }
@@ -124,7 +135,7 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
     args.v                   = rows_of(qkv, 2 * H);
     args.f                   = rows_of(f);
     args.gate                = rows_of(dst->src[GGML_KDA_SCAN_GATE]);
-    args.beta                = { data_of(beta), 1, in_floats(beta->nb[1]), in_floats(beta->nb[2]) };
+    args.beta                = channels_of(beta, 1);
     args.dt_bias             = data_of(dst->src[GGML_KDA_SCAN_DT_BIAS]);
     args.a                   = data_of(dst->src[GGML_KDA_SCAN_A]);
     args.norm                = data_of(dst->src[GGML_KDA_SCAN_NORM]);
@@ -137,20 +148,23 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
     args.eps                 = params.eps;
     args.kind                = { params.lower_bound > -INFINITY, params.lower_bound };
 
-    // of the compiled code, which may be for an older architecture than the device
-    const int capability = ggml_cuda_highest_compiled_arch(ggml_cuda_info().devices[ctx.device].cc) / 10;
-    const int n_chunked  = kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots);
+    const auto & info      = ggml_cuda_info().devices[ctx.device];
+    const int    n_chunked = kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots);
+
+    // the code may be compiled for an older architecture than the device's
+    const kda_cuda::device_limits device = { ggml_cuda_highest_compiled_arch(info.cc) / 10, info.nsm, info.smpbo };
 
     ggml_cuda_pool_alloc<char> workspace(ctx.pool());
     if (n_chunked > 0) {
-        const char * reason = kda_cuda::chunks_refused(args.head_size, capability);
+        const char * reason = kda_cuda::chunks_refused(args.head_size, device.capability);
         if (reason != nullptr) {
             log_refusal(reason);
         } else {
-            workspace.alloc(kda_cuda::chunk_workspace(args, { 0, n_chunked }));
+            workspace.alloc(kda_cuda::chunk_workspace(args, { 0, n_chunked }, device));
         }
     }
-    kda_cuda::scan(args, capability, workspace.get(), ctx.stream());
+    // the last stream is none of those in which ggml-cuda runs branches of a graph
+    kda_cuda::scan(args, device, workspace.get(), { ctx.stream(), ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1) });
 }
 
 static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_kda_state_copy * copy) {
@@ -164,6 +178,7 @@ static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const gg
 
 const char * ggml_cuda_kda_refused(int device, const ggml_tensor * op) {
     static const char * const unaligned = "a source whose rows are not aligned to 16 bytes";
+    static const char * const far       = "a source whose rows are 8 GiB or more apart";
     if (ggml_cuda_info().devices[device].cc < GGML_CUDA_CC_VOLTA) {
         return "a device older than compute capability 7.0";
     }
@@ -176,6 +191,9 @@ const char * ggml_cuda_kda_refused(int device, const ggml_tensor * op) {
             if (!rows_aligned(op->src[i]) || !offset_aligned(op->src[GGML_KDA_CONV_WQ + i])) {
                 return unaligned;
             }
+            if (!rows_near(op->src[i])) {
+                return far;
+            }
         }
         head_size = ggml_kda_conv_get_params(op).head_size;
     } else {
@@ -183,6 +201,12 @@ const char * ggml_cuda_kda_refused(int device, const ggml_tensor * op) {
             if (!rows_aligned(op->src[i])) {
                 return unaligned;
             }
+            if (!rows_near(op->src[i])) {
+                return far;
+            }
+        }
+        if (!rows_near(op->src[GGML_KDA_SCAN_BETA])) {
+            return far;
         }
         head_size = op->src[GGML_KDA_SCAN_F]->ne[0];
     }

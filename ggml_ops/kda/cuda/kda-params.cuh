@@ -19,13 +19,15 @@ void with_head_size(std::integer_sequence<int, SIZES...>, int head_size, const F
     ((head_size == SIZES ? f(std::integral_constant<int, SIZES>()) : void()), ...);
 }
 
-// Rows of contiguous floats, one for each head, token and sequence; strides in floats.
+// Rows of contiguous floats, one for each head, token and sequence; strides in floats. A product of two 32-bit numbers
+// is one instruction, one of two 64-bit numbers is three.
 struct rows {
     const float * data;
-    int64_t       head, token, seq;
+    int           head, token;
+    int64_t       seq;
 
-    __host__ __device__ const float * at(int64_t h, int64_t t, int64_t s) const {
-        return data + h * head + t * token + s * seq;
+    __host__ __device__ const float * at(int h, int t, int s) const {
+        return data + s * seq + (int64_t) h * head + (int64_t) t * token;
     }
 };
 
@@ -48,7 +50,8 @@ struct states {
     int             n_slots;  // number of snapshots
     state_dest      result;
     state_dest      in_cache;   // data == nullptr: no copy is elided
-    int64_t         first_row;  // the row of the cache at which in_cache begins
+    int             first_row;  // the row of the cache at which in_cache begins
+    int             slot_rows;  // rows of the cache between its slots
 };
 
 // Form of the log-gate: without or with a lower bound.
@@ -57,8 +60,9 @@ struct gate_kind {
     float lower_bound;
 };
 
-// Copies the states from an operator's result to the cache if it could not write them there itself; `size` floats per
-// state. One launch for operators of more than one sequence whose copy was elided; no launch otherwise.
+// Copies the states from an operator's result to the cache if rows conflict (kda-device.cuh); `size` floats per state.
+// For kernels that cannot do it at their end. One launch for operators of more than one sequence whose copy was elided;
+// no launch otherwise.
 void copy_states(const states & st, int64_t size, int n_slots, cudaStream_t stream);
 
 // out [n, size] = the rows of the cache [.., size] given by `rows` [n].

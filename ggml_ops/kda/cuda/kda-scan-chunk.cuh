@@ -76,6 +76,6 @@ struct chunk_run {
 };
 
 void prepare_chunks(const scan_args & args, const chunk_run & run, cudaStream_t stream);
-void carry_states(const scan_args & args, const chunk_run & run, cudaStream_t stream);
+void carry_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream);
 
 }  // namespace kda_cuda

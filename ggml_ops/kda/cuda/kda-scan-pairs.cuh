@@ -57,11 +57,14 @@ struct tile_decays {
 
     __device__ int at(int i) const { return (tile * TILE + i) * PART_LD + channel; }
 
-    // Products of the decays from tile `from` up to each token.
-    __device__ void rows_to(float * to, const float (&totals)[TILES][PART], int from) const {
+    // Products of the decays from tile `from` up to each token; tile - from <= MOST.
+    template <int MOST> __device__ void rows_to(float * to, const float (&totals)[TILES][PART], int from) const {
         float x = 1.0f;
-        for (int other = from; other < tile; ++other) {
-            x *= totals[other][channel];
+#pragma unroll
+        for (int n = 0; n < MOST; ++n) {
+            if (from + n < tile) {
+                x *= totals[from + n][channel];
+            }
         }
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
@@ -70,11 +73,14 @@ struct tile_decays {
         }
     }
 
-    // Products of the decays after each token, up to the end of tile `end` - 1.
-    __device__ void columns_to(float * to, const float (&totals)[TILES][PART], int end) const {
+    // Products of the decays after each token, up to the end of tile `end` - 1; end - 1 - tile <= MOST.
+    template <int MOST> __device__ void columns_to(float * to, const float (&totals)[TILES][PART], int end) const {
         float x = 1.0f;
-        for (int other = end - 1; other > tile; --other) {
-            x *= totals[other][channel];
+#pragma unroll
+        for (int n = 1; n <= MOST; ++n) {
+            if (end - n > tile) {
+                x *= totals[end - n][channel];
+            }
         }
 #pragma unroll
         for (int i = TILE - 1; i >= 0; --i) {
@@ -88,9 +94,9 @@ struct tile_decays {
         constexpr int N    = HALF / TILE;  // tiles
         const int     half = tile / N;
         if (half % 2 == 1) {
-            rows_to(to, totals, half * N);
+            rows_to<N - 1>(to, totals, half * N);
         } else {
-            columns_to(to, totals, (half + 1) * N);
+            columns_to<N - 1>(to, totals, (half + 1) * N);
         }
     }
 };

@@ -34,15 +34,18 @@ struct block_chunk {
 // Channels from c0 on of q and k, and the decays. Tokens after the chunk's last have no effect: k = 0, e = 1.
 static __device__ __forceinline__ void
 load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & chunk, int c0) {
+    constexpr int     ROWS = PREPARE_THREADS / (PART / 4);  // that the block loads at once
     const scan_args & args = chunk.args;
+    const int         at   = threadIdx.x % (PART / 4) * 4;
+    const float *     q    = chunk.row(args.q, 0) + c0 + at;
+    const float *     k    = chunk.row(args.k, 0) + c0 + at;
 #pragma unroll
-    for (int x = threadIdx.x; x < CHUNK * PART / 4; x += PREPARE_THREADS) {
-        const int    t    = x / (PART / 4);
-        const int    c    = x % (PART / 4) * 4;
+    for (int n = 0; n < CHUNK / ROWS; ++n) {
+        const int    t    = threadIdx.x / (PART / 4) + n * ROWS;
         const bool   some = t < chunk.n_tokens();
         const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        store4(mem.q + t * PART_LD + c, some ? load4(chunk.row(args.q, t) + c0 + c) : zero);
-        store4(mem.k + t * PART_LD + c, some ? load4(chunk.row(args.k, t) + c0 + c) : zero);
+        store4(mem.q + t * PART_LD + at, some ? load4(q + (int64_t) t * args.q.token) : zero);
+        store4(mem.k + t * PART_LD + at, some ? load4(k + (int64_t) t * args.k.token) : zero);
     }
     const int     c     = c0 + decays.channel;
     const float   dt    = args.dt_bias[chunk.head() * args.head_size + c];
@@ -51,7 +54,7 @@ load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & 
     float         e[TILE];
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
-        e[i] = i < valid ? f[i * args.f.token] + dt : 0.0f;
+        e[i] = i < valid ? f[(int64_t) i * args.f.token] + dt : 0.0f;
     }
     decays_of(e, args.a[chunk.head()], args.kind);
 
@@ -141,17 +144,14 @@ static __device__ __forceinline__ frag_b half_of(const frag_a & a, int half) {
     return { { a.hi[half], a.hi[2 + half] }, { a.lo[half], a.lo[2 + half] } };
 }
 
-// Value channels from j0 on of v, transposed, 16 tokens from `token` on.
-static __device__ __forceinline__ frag_a values(const block_chunk & chunk, int token, int j0, int lane) {
-    const int n = chunk.n_tokens();
-    frag_a    a;
+// 16 value channels and 16 tokens of v, transposed. v: the lane's first channel and token; n: tokens from there on
+static __device__ __forceinline__ frag_a values(const float * v, int stride, int n) {
+    frag_a a;
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-        const int   j = j0 + lane / 4 + m % 2 * 8;
-        const int   t = token + lane % 4 * 2 + m / 2 * 8;
-        const float x = t < n ? chunk.row(chunk.args.v, t)[j] : 0.0f;
-        const float y = t + 1 < n ? chunk.row(chunk.args.v, t + 1)[j] : 0.0f;
-        a.set(m, split(x, y));
+        const int     t = m / 2 * 8;
+        const float * x = v + (int64_t) t * stride + m % 2 * 8;
+        a.set(m, split(t < n ? x[0] : 0.0f, t + 1 < n ? x[stride] : 0.0f));
     }
     return a;
 }
@@ -195,10 +195,14 @@ static __device__ __forceinline__ void solve_keys(
 template <typename layout>
 static __device__ __forceinline__ void
 solve_values(const block_chunk & chunk, const prepare_memory & mem, int warp, int lane) {
-    frag_a v[CHUNK / DEPTH];
+    const int     stride = chunk.args.v.token;
+    const int     first  = lane % 4 * 2;  // token
+    const float * from   = chunk.row(chunk.args.v, first) + warp * DEPTH + lane / 4;
+    frag_a        v[CHUNK / DEPTH];
 #pragma unroll
     for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
-        v[deep] = values(chunk, deep * DEPTH, warp * DEPTH, lane);
+        const int t = deep * DEPTH;
+        v[deep]     = values(from + (int64_t) t * stride, stride, chunk.n_tokens() - first - t);
     }
 #pragma unroll 1
     for (int m = 0; m < CHUNK / DEPTH; ++m) {
@@ -252,7 +256,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
         decays.level_to<32>(mem.factor[1], mem.totals);
         __syncthreads();
         far_pairs<32>(sums, mem, mem.factor[1], warp, lane);
-        decays.rows_to(mem.factor[0], mem.totals, 0);
+        decays.rows_to<TILES - 1>(mem.factor[0], mem.totals, 0);
         __syncthreads();
 
         const float * prefix = mem.factor[0];
@@ -272,7 +276,7 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
             reinterpret_cast<float *>(chunk.template to<layout>(layout::LAST))[c0 + lane] =
                 prefix[(CHUNK - 1) * PART_LD + lane];
         }
-        decays.columns_to(mem.factor[1], mem.totals, TILES);
+        decays.columns_to<TILES - 1>(mem.factor[1], mem.totals, TILES);
         __syncthreads();
 #pragma unroll
         for (int x = warp; x < PART / TILE * (CHUNK / DEPTH); x += PREPARE_WARPS) {

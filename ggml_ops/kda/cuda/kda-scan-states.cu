@@ -12,10 +12,8 @@
 
 namespace kda_cuda {
 
-constexpr int RING = 5;  // stages: 80 KiB, available on every device from 8.0 on
-
 // The stages of a run of chunks, in order, as read by the whole block.
-template <int D, int THREADS> struct stage_ring {
+template <int D, int THREADS, int RING> struct stage_ring {
     using layout = chunk_layout<D>;
     char *       ring;
     const char * from;    // the chunk that the next load reads
@@ -129,7 +127,7 @@ store_output(const scan_args & args, const float (&o)[TILES][4], int h, int s, i
     }
 }
 
-template <int D, int WARPS>
+template <int D, int WARPS, int RING>
 static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_args args, const chunk_run run) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     using layout = chunk_layout<D>;
@@ -142,9 +140,9 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
     const int        j0       = (blockIdx.x * WARPS + warp) * DEPTH;
     const int        n_chunks = run.n_chunks();
     const char *     chunk    = run.at(layout::SIZE, 0, h, s, args.n_heads);
-    const state_dest dest     = choose_dest(args.st);
+    const state_dest dest     = dest_of(args.st, rows_conflict(args.st));
 
-    stage_ring<D, WARPS * WARP> stages = {
+    stage_ring<D, WARPS * WARP, RING> stages = {
         reinterpret_cast<char *>(kda_shared), chunk, n_chunks * layout::STAGES, 0, 0, 0
     };
     stages.start();
@@ -220,27 +218,35 @@ static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_
 #endif
 }
 
-// From this many heads of all sequences on, a block processes whole heads and reads their inputs once.
-constexpr int WHOLE_HEADS_FROM = 96;
+// Stages in shared memory. Five are 80 KiB, which every device from 8.0 on can give to one block. A multiprocessor of
+// 8.6, 8.9 and 12.0 has 100 KiB: there, two blocks with three stages each fit, or one and a block of `prepare`.
+constexpr int    DEEP_RING = 5, SHORT_RING = 3;
+constexpr size_t DEEP_RING_FROM = 160 << 10;  // shared memory per block: 99 KiB on those, 163 and more on 8.0 and 9.0
 
-template <int D, int WARPS>
+template <int D, int WARPS, int RING>
 static void launch_blocks(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
     constexpr size_t shared = RING * STAGE;
-    cudaFuncSetAttribute(states_kernel<D, WARPS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    cudaFuncSetAttribute(states_kernel<D, WARPS, RING>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     const dim3 grid(D / (DEPTH * WARPS), args.n_heads, args.n_seqs);
-    states_kernel<D, WARPS><<<grid, WARPS * WARP, shared, stream>>>(args, run);
+    states_kernel<D, WARPS, RING><<<grid, WARPS * WARP, shared, stream>>>(args, run);
 }
 
-template <int D> static void launch_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
-    if (args.n_heads * args.n_seqs < WHOLE_HEADS_FROM) {
-        launch_blocks<D, 2>(args, run, stream);
+// Blocks of two warps occupy more multiprocessors; a block with a whole head reads the head's inputs once. It is used if
+// there is one for three quarters of the multiprocessors. Its registers leave no room for a second block.
+template <int D>
+static void
+launch_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {
+    if (4 * (int64_t) args.n_heads * args.n_seqs >= 3 * device.n_sms) {
+        launch_blocks<D, D / DEPTH, DEEP_RING>(args, run, stream);
+    } else if (device.block_shared >= DEEP_RING_FROM) {
+        launch_blocks<D, 2, DEEP_RING>(args, run, stream);
     } else {
-        launch_blocks<D, D / DEPTH>(args, run, stream);
+        launch_blocks<D, 2, SHORT_RING>(args, run, stream);
     }
 }
 
-void carry_states(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
-    with_head_size(chunked_sizes(), args.head_size, [&](auto D) { launch_states<D>(args, run, stream); });
+void carry_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {
+    with_head_size(chunked_sizes(), args.head_size, [&](auto D) { launch_states<D>(args, run, device, stream); });
 }
 
 }  // namespace kda_cuda

@@ -10,33 +10,36 @@
 
 #include "kda-device.cuh"
 #include "kda-scan.cuh"
+#include "kimi-launch.cuh"
 
 namespace kda_cuda {
 
-constexpr int GROUP       = 8;  // tokens
-constexpr int THREAD_ROWS = 2;  // value channels per thread
+constexpr int GROUP = 8;  // tokens
 
-template <int D> struct step_shape {
+// ROWS: value channels per thread. With two, one block of 512 threads fits a multiprocessor; with four, two blocks of
+// 256 threads do, so that one loads its state while the other one computes.
+template <int D, int ROWS> struct step_shape {
     static constexpr int LANES      = D == 256 ? 16 : 8;  // lanes per row of the state
     static constexpr int VECTORS    = D / (4 * LANES);    // of four key channels, per thread
     static constexpr int BLOCK_ROWS = D == 256 ? 64 : D;  // value channels per block
-    static constexpr int THREADS    = BLOCK_ROWS / THREAD_ROWS * LANES;
+    static constexpr int THREADS    = BLOCK_ROWS / ROWS * LANES;
     static constexpr int APART      = D / BLOCK_ROWS;  // blocks per head
+    static constexpr int BLOCKS     = ROWS / 2;        // per multiprocessor
 };
 
 // Data of a head for the tokens of a group.
-template <int D> struct alignas(16) step_group {
+template <int D, int ROWS> struct alignas(16) step_group {
     float q[GROUP][D];
     float k[GROUP][D];
     float decay[GROUP][D];
-    float v[GROUP][step_shape<D>::BLOCK_ROWS];
-    float o[GROUP][step_shape<D>::BLOCK_ROWS];
+    float v[GROUP][step_shape<D, ROWS>::BLOCK_ROWS];
+    float o[GROUP][step_shape<D, ROWS>::BLOCK_ROWS];
     float beta[GROUP];
 };
 
 // A thread's position: in the block's rows of the state, and within a row.
-template <int D> struct step_place {
-    using shape = step_shape<D>;
+template <int D, int ROWS> struct step_place {
+    using shape = step_shape<D, ROWS>;
     int row0    = blockIdx.x % shape::APART * shape::BLOCK_ROWS;  // first row of the block
     int row     = threadIdx.x / shape::LANES;                     // the next ones: + THREADS/LANES
     int lane    = threadIdx.x % shape::LANES;
@@ -48,23 +51,24 @@ template <int D> struct step_place {
     __device__ int offset(int r, int n) const { return (row0 + block_row(r)) * D + key(n); }
 };
 
-template <int D>
+template <int D, int ROWS>
 static __device__ __forceinline__ void
-keep_state(float * to, const step_place<D> & at, const float4 (&m)[THREAD_ROWS][step_shape<D>::VECTORS]) {
+keep_state(float * to, const step_place<D, ROWS> & at, const float4 (&m)[ROWS][step_shape<D, ROWS>::VECTORS]) {
 #pragma unroll
-    for (int r = 0; r < THREAD_ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-        for (int n = 0; n < step_shape<D>::VECTORS; ++n) {
+        for (int n = 0; n < step_shape<D, ROWS>::VECTORS; ++n) {
             store4(to + at.offset(r, n), m[r][n]);
         }
     }
 }
 
 // Loads n_group tokens from t on into shared memory.
-template <int D>
+template <int D, int ROWS>
 static __device__ __forceinline__ void
-load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, int n_group, int row0) {
-    using shape = step_shape<D>;
+load_group(step_group<D, ROWS> & group, const scan_args & args, int h, int s, int t, int n_group, int row0) {
+    using shape = step_shape<D, ROWS>;
+#pragma unroll 1  // the registers hold the state
     for (int x = threadIdx.x; x < n_group * D; x += shape::THREADS) {
         const int g    = x / D;
         const int i    = x % D;
@@ -74,6 +78,7 @@ load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, i
         decays_of(decay, args.a[h], args.kind);
         group.decay[g][i] = decay[0];
     }
+#pragma unroll 1
     for (int x = threadIdx.x; x < n_group * shape::BLOCK_ROWS; x += shape::THREADS) {
         const int g   = x / shape::BLOCK_ROWS;
         const int j   = x % shape::BLOCK_ROWS;
@@ -86,14 +91,16 @@ load_group(step_group<D> & group, const scan_args & args, int h, int s, int t, i
 }
 
 // One token: m becomes the new state, and the output of the thread's rows is written to group.o.
-template <int D>
-static __device__ __forceinline__ void
-step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_ROWS][step_shape<D>::VECTORS]) {
-    using shape = step_shape<D>;
+template <int D, int ROWS>
+static __device__ __forceinline__ void step(step_group<D, ROWS> &       group,
+                                            int                         g,
+                                            const step_place<D, ROWS> & at,
+                                            float4 (&m)[ROWS][step_shape<D, ROWS>::VECTORS]) {
+    using shape = step_shape<D, ROWS>;
 
-    float recalled[THREAD_ROWS] = {};
-    float o[THREAD_ROWS]        = {};
-    float kq                    = 0.0f;
+    float recalled[ROWS] = {};
+    float o[ROWS]        = {};
+    float kq             = 0.0f;
 #pragma unroll
     for (int n = 0; n < shape::VECTORS; ++n) {
         const float4 e = load4(&group.decay[g][at.key(n)]);
@@ -101,7 +108,7 @@ step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_
         const float4 q = load4(&group.q[g][at.key(n)]);
         kq += dot4(k, q);
 #pragma unroll
-        for (int r = 0; r < THREAD_ROWS; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
             m[r][n] = mul4(m[r][n], e);
             recalled[r] += dot4(m[r][n], k);
             o[r] += dot4(m[r][n], q);
@@ -109,9 +116,9 @@ step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_
     }
     kq = sum_lanes<shape::LANES>(kq);
 
-    float delta[THREAD_ROWS];
+    float delta[ROWS];
 #pragma unroll
-    for (int r = 0; r < THREAD_ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
         const float found = sum_lanes<shape::LANES>(recalled[r]);
         delta[r]          = group.beta[g] * (group.v[g][at.block_row(r)] - found);
         const float out   = sum_lanes<shape::LANES>(o[r]) + kq * delta[r];
@@ -123,7 +130,7 @@ step(step_group<D> & group, int g, const step_place<D> & at, float4 (&m)[THREAD_
     for (int n = 0; n < shape::VECTORS; ++n) {
         const float4 k = load4(&group.k[g][at.key(n)]);
 #pragma unroll
-        for (int r = 0; r < THREAD_ROWS; ++r) {
+        for (int r = 0; r < ROWS; ++r) {
             m[r][n].x += k.x * delta[r];
             m[r][n].y += k.y * delta[r];
             m[r][n].z += k.z * delta[r];
@@ -152,23 +159,23 @@ finish_token(const scan_args & args, const float * o, float * out, const float *
     }
 }
 
-template <int D>
-static __global__ void __launch_bounds__(step_shape<D>::THREADS, 1)
-    steps_kernel(const scan_args args, const token_range range) {
-    using shape = step_shape<D>;
-    __shared__ step_group<D> group;
+// The tokens of the range of one head and sequence.
+template <int D, int ROWS>
+static __device__ __forceinline__ void steps_of(const scan_args &         args,
+                                                const token_range &       range,
+                                                bool                      conflict,
+                                                step_group<D, ROWS> &     group,
+                                                const step_place<D, ROWS> at,
+                                                int                       h,
+                                                int                       s) {
+    using shape = step_shape<D, ROWS>;
+    const int T = args.n_tokens;
 
-    const int           h    = blockIdx.x / shape::APART;
-    const int           s    = blockIdx.y;
-    const int           T    = args.n_tokens;
-    const state_dest    dest = choose_dest(args.st);
-    const step_place<D> at;
-
-    const float * found =
-        range.begin > 0 ? dest.at(s, args.st.n_slots - 1) : state_found(args.st, s);  // of all heads; nullptr: zeros
-    float4 m[THREAD_ROWS][shape::VECTORS];
+    const float * found = range.begin > 0 ? dest_of(args.st, conflict).at(s, args.st.n_slots - 1)
+                                          : state_found(args.st, s);  // of all heads; nullptr: zeros
+    float4        m[ROWS][shape::VECTORS];
 #pragma unroll
-    for (int r = 0; r < THREAD_ROWS; ++r) {
+    for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
         for (int n = 0; n < shape::VECTORS; ++n) {
             m[r][n] =
@@ -176,7 +183,7 @@ static __global__ void __launch_bounds__(step_shape<D>::THREADS, 1)
         }
     }
     if (range.begin == 0 && T < args.st.n_slots) {
-        keep_state<D>(dest.at(s, T) + (int64_t) h * D * D, at, m);
+        keep_state<D>(dest_of(args.st, conflict).at(s, T) + (int64_t) h * D * D, at, m);
     }
 
     for (int t0 = range.begin; t0 < range.end; t0 += GROUP) {
@@ -187,7 +194,7 @@ static __global__ void __launch_bounds__(step_shape<D>::THREADS, 1)
             step<D>(group, g, at, m);
             const int slot = T - 1 - (t0 + g);
             if (slot < args.st.n_slots) {
-                keep_state<D>(dest.at(s, slot) + (int64_t) h * D * D, at, m);
+                keep_state<D>(dest_of(args.st, conflict).at(s, slot) + (int64_t) h * D * D, at, m);
             }
         }
         __syncthreads();
@@ -204,6 +211,34 @@ static __global__ void __launch_bounds__(step_shape<D>::THREADS, 1)
             }
         }
         __syncthreads();
+    }
+}
+
+template <int D, int ROWS>
+static __global__ void __launch_bounds__(step_shape<D, ROWS>::THREADS, step_shape<D, ROWS>::BLOCKS)
+    steps_kernel(const scan_args args, const token_range range) {
+    using shape = step_shape<D, ROWS>;
+    __shared__ step_group<D, ROWS> group;
+
+    wait_for_previous();
+    let_next_begin();
+    const step_place<D, ROWS> at;
+    const int                 h    = blockIdx.x / shape::APART;
+    const seqs_of_block       seqs = choose_seqs(args.st, blockIdx.y);
+#pragma unroll 1
+    for (int s = seqs.begin; s < seqs.end; ++s) {
+        steps_of<D, ROWS>(args, range, seqs.conflict, group, at, h, s);
+    }
+    for (int x = 0; seqs.conflict && x < (seqs.end - seqs.begin) * args.st.n_slots; ++x) {
+        const int s    = x / args.st.n_slots;
+        const int slot = x % args.st.n_slots;
+        if (slot <= args.n_tokens) {
+            const float * from = args.st.result.at(s, slot) + (int64_t) h * D * D;
+            float *       to   = args.st.in_cache.at(s, slot) + (int64_t) h * D * D;
+            for (int i = 4 * threadIdx.x; i < shape::BLOCK_ROWS * D; i += 4 * shape::THREADS) {
+                store4(to + at.row0 * D + i, load4(from + at.row0 * D + i));
+            }
+        }
     }
 }
 
@@ -227,17 +262,25 @@ template <int D> static void launch_finish(const scan_args & args, const token_r
     finish_kernel<D><<<grid, FINISH_WARPS * WARP, 0, stream>>>(args, range);
 }
 
-template <int D> static void launch_steps(const scan_args & args, const token_range & range, cudaStream_t stream) {
-    using shape = step_shape<D>;
+template <int D, int ROWS>
+static void launch_steps(const scan_args & args, const token_range & range, cudaStream_t stream) {
+    using shape = step_shape<D, ROWS>;
     const dim3 grid(args.n_heads * shape::APART, args.n_seqs);
-    steps_kernel<D><<<grid, shape::THREADS, 0, stream>>>(args, range);
+    launch_early<steps_kernel<D, ROWS>>(grid, shape::THREADS, 0, stream, args, range);
     if (shape::APART > 1) {
         launch_finish<D>(args, range, stream);
     }
 }
 
-void scan_steps(const scan_args & args, const token_range & range, cudaStream_t stream) {
-    with_head_size(head_sizes(), args.head_size, [&](auto D) { launch_steps<D>(args, range, stream); });
+// Two blocks per multiprocessor if there are more blocks than multiprocessors.
+void scan_steps(const scan_args & args, const token_range & range, const device_limits & device, cudaStream_t stream) {
+    with_head_size(head_sizes(), args.head_size, [&](auto D) {
+        if (args.n_heads * step_shape<D, 2>::APART * args.n_seqs > device.n_sms) {
+            launch_steps<D, 4>(args, range, stream);
+        } else {
+            launch_steps<D, 2>(args, range, stream);
+        }
+    });
 }
 
 void scan_finish(const scan_args & args, const token_range & range, cudaStream_t stream) {

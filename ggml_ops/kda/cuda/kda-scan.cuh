@@ -23,27 +23,44 @@ struct scan_args {
     }
 };
 
+// What the choice of kernels depends on.
+struct device_limits {
+    int    capability;    // 10*major + minor, of the compiled code
+    int    n_sms;         // multiprocessors
+    size_t block_shared;  // maximum bytes of shared memory per block
+};
+
+// Work in `side` begins after that in `main`, and ends before what is launched in `main` after the call.
+struct scan_streams {
+    cudaStream_t main, side;
+};
+
 // Tokens [begin, end) of every sequence. If begin > 0, the state before them is in slot n_slots - 1.
 struct token_range {
     int begin, end;
 };
 
-// Token by token; supported head sizes: 32, 64, 96, 128, 256.
-void scan_steps(const scan_args & args, const token_range & range, cudaStream_t stream);
+// Token by token; supported head sizes: 32, 64, 96, 128, 256. If rows conflict (kda-device.cuh), it copies the states of
+// all slots to the cache.
+void scan_steps(const scan_args & args, const token_range & range, const device_limits & device, cudaStream_t stream);
 
 // In chunks; requires compute capability 8.0 and head sizes up to 128. Writes the state after the last token to slot
 // n_slots - 1, and no other. `workspace`: chunk_workspace bytes, 16-byte aligned.
-void   scan_chunks(const scan_args & args, const token_range & range, void * workspace, cudaStream_t stream);
-size_t chunk_workspace(const scan_args & args, const token_range & range);
+void   scan_chunks(const scan_args &     args,
+                   const token_range &   range,
+                   const device_limits & device,
+                   void *                workspace,
+                   const scan_streams &  streams);
+size_t chunk_workspace(const scan_args & args, const token_range & range, const device_limits & device);
 
-// Why chunks are not supported, or nullptr. capability: 10*major + minor.
+// Why chunks are not supported, or nullptr. capability: as in device_limits.
 const char * chunks_refused(int head_size, int capability);
 
 // Number of tokens processed in chunks: all but those whose states are requested, or 0 for a short sequence.
 int tokens_in_chunks(int n_tokens, int n_slots);
 
 // All tokens, with the fastest kernels.
-void scan(const scan_args & args, int capability, void * workspace, cudaStream_t stream);
+void scan(const scan_args & args, const device_limits & device, void * workspace, const scan_streams & streams);
 
 // out = norm * rms_norm(out) * sigmoid(gate) in place; called by kernels that split a head's value channels.
 void scan_finish(const scan_args & args, const token_range & range, cudaStream_t stream);

@@ -1,5 +1,4 @@
-// Copies states: new ones of a KDA operator from its result to the cache, if the operator could not write them there
-// itself; and rows of the cache that move to other cells.
+// Copies states: new ones of long batches from the result to the cache, if rows conflict (kda-device.cuh); and rows of the cache that move to other cells.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -16,7 +15,7 @@ static __device__ __forceinline__ void copy_state(const float * from, float * to
 }
 
 static __global__ void __launch_bounds__(COPY_THREADS) copy_states_kernel(const states st, const int64_t size) {
-    if (writes_to_cache(st)) {
+    if (!rows_conflict(st)) {
         return;
     }
     const int seq  = blockIdx.y;

@@ -93,7 +93,8 @@ _INSTRUCTIONS: list[tuple[str, Call]] = [
     (r"bar(rier)?(\.cta)?\.sync(\.aligned)?", _values("bar_sync")),
     (r"bar\.warp\.sync", _values("bar_warp_sync")),
     (r"mov\.[ubs]32", _values("special_register")),
-    (r"griddepcontrol\.(wait|launch_dependents)", _values("nothing")),
+    (r"griddepcontrol\.wait", _values("grid_dependency_wait")),
+    (r"griddepcontrol\.launch_dependents", _values("nothing")),
     (r"membar\.(cta|gl|sys)|fence(\.\w+)*|prefetch(\.\w+)*(::\w+)*", lambda *_: _plain("nothing", [])),
 ]
 _TABLE = [(re.compile(pattern), call) for pattern, call in _INSTRUCTIONS]

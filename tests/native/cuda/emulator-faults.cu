@@ -173,6 +173,35 @@ __global__ void stop(float * y) {
     __trap();
 }
 
+__global__ void never_waits(float * y) {
+    if (threadIdx.x > 0) {
+        asm volatile("griddepcontrol.wait;" : : : "memory");
+    }
+    y[0] = 1.0f;
+}
+
+static void launch_early(void (*kernel)(float *), float * y) {
+    cudaLaunchAttribute attribute                        = {};
+    attribute.id                                         = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    const cudaLaunchConfig_t config                      = { 1, 32, 0, nullptr, &attribute, 1 };
+    cudaLaunchKernelEx(&config, kernel, y);
+}
+
+static void leave_work(float * y) {
+    Stream main, side;
+    cudaMemsetAsync(y, 0, 4, side.get());
+    main.finish();
+}
+
+static void wait_for_ever() {
+    Stream     main;
+    CUevent_st never;
+    *never.done = false;
+    cudaStreamWaitEvent(main.get(), &never);
+    main.finish();
+}
+
 static float * freed_buffer() {
     float * buffer;
     cudaMalloc(&buffer, 128);
@@ -223,6 +252,9 @@ static void run(const std::string & name) {
         { "a division by zero", [&] { divide<<<1, 1>>>(numbers, 0); } },
         { "a shift too far", [&] { shift<<<1, 1>>>(numbers, 32); } },
         { "a trap", [&] { stop<<<2, 1>>>(y.data()); } },
+        { "no wait for the previous kernel", [&] { launch_early(never_waits, y.data()); } },
+        { "work left in a stream", [&] { leave_work(y.data()); } },
+        { "a wait for ever", [] { wait_for_ever(); } },
         { "too many threads", [&] { copy<<<1, 1025>>>(x.data(), y.data(), 0); } },
         { "no blocks", [&] { copy<<<0, 32>>>(x.data(), y.data(), 0); } },
     };

@@ -299,6 +299,36 @@ __global__ void leans_on_blocks(int * out) {
     out[blockIdx.x] = atomicAdd(out + 31, 1);
 }
 
+__global__ void fill(int * x, int value) {
+    x[threadIdx.x] = value;
+}
+
+// A stream that waits for the other one reads what that one wrote; without the wait this depends on the order.
+static void check_streams() {
+    for (const bool waits : { true, false }) {
+        std::vector<int> results;
+        in_all_orders([&](const char *) {
+            DeviceArray<int> x(std::vector<int>(32, 0)), y(32);
+            Stream           main, side;
+            CUevent_st       forked, filled;
+            cudaEventRecord(&forked, main.get());
+            cudaStreamWaitEvent(side.get(), &forked);
+            fill<<<1, 32, 0, side.get()>>>(x.data(), 7);
+            cudaEventRecord(&filled, side.get());
+            if (waits) {
+                cudaStreamWaitEvent(main.get(), &filled);
+            }
+            cudaMemcpyAsync(y.data(), x.data(), 128, cudaMemcpyDeviceToDevice, main.get());
+            cudaStreamWaitEvent(main.get(), &filled);
+            CHECK(x.values()[0] == 0);  // nothing has run
+            main.finish();
+            results.push_back(y.values()[31]);
+        });
+        const bool always = results == std::vector<int>{ 7, 7, 7 };
+        CHECK(always == waits);
+    }
+}
+
 static void check_orders() {
     void (*const kernels[])(int *) = { leans_on_lanes, leans_on_warps, leans_on_blocks };
     const dim3 grids[] = { 1, 1, 8 }, blocks[] = { 32, 256, 1 };
@@ -317,6 +347,7 @@ int main() {
     if (!STOPPED_BY_RACES) {
         check_orders();
     }
+    check_streams();
     check_rounding<__half>(10, 15);
     check_rounding<__nv_bfloat16>(7, 127);
     CHECK(__half(1.0f + 0x1p-11f).bits == 0x3c00 && __half(1.0f + 0x3p-11f).bits == 0x3c02);  // to even

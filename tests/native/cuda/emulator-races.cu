@@ -83,6 +83,20 @@ __global__ void none(float * y) {
     y[i] = s[127 - i];
 }
 
+__global__ void too_early(float * y) {
+    const float x = y[threadIdx.x];  // before the wait
+    asm volatile("griddepcontrol.wait;" : : : "memory");
+    y[threadIdx.x] = x;
+}
+
+static void launch_early(void (*kernel)(float *), float * y) {
+    cudaLaunchAttribute attribute                        = {};
+    attribute.id                                         = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    const cudaLaunchConfig_t config                      = { 1, 32, 0, nullptr, &attribute, 1 };
+    cudaLaunchKernelEx(&config, kernel, y);
+}
+
 int main(int, char ** arguments) {
     DeviceArray<float> x(128), y(128);
 
@@ -94,6 +108,7 @@ int main(int, char ** arguments) {
         { "all_write", [&] { all_write<<<1, 32>>>(y.data()); } },
         { "copied", [&] { copied<<<1, 32>>>(x.data(), y.data()); } },
         { "matrix", [&] { matrix<<<1, 32>>>(y.data()); } },
+        { "too_early", [&] { launch_early(too_early, y.data()); } },
         { "none", [&] { none<<<3, 128>>>(y.data()); } },
     };
     try {

@@ -9,7 +9,8 @@
 #include <stdexcept>
 #include <string>
 
-static int standin_capability = 800;  // compute capability of the device, in ggml's encoding
+static int standin_capability      = 800;  // compute capability of the device, in ggml's encoding
+static int standin_multiprocessors = 108;
 
 void ggml_cuda_error(const char * stmt, const char *, const char * file, int line, const char * msg) {
     throw std::runtime_error(std::string(file) + ":" + std::to_string(line) + ": " + stmt + ": " + msg);
@@ -26,7 +27,8 @@ const ggml_cuda_device_info & ggml_cuda_info() {
     info.device_count                 = 1;
     info.devices[0].cc                = standin_capability;
     info.devices[0].warp_size         = 32;
-    info.devices[0].nsm               = 108;
+    info.devices[0].nsm               = standin_multiprocessors;
+    info.devices[0].smpbo             = 99 << 10;
     return info;
 }
 

@@ -23,10 +23,10 @@ struct layout {
     bool    reversed;
 
     kda::rows rows(const float * data, int64_t head) const {
-        const int64_t row = a + gap;
-        kda::rows     r   = { data, row, row * H, row * H * T };
+        const int row = a + gap;
+        kda::rows r   = { data, row, row * (int) H, row * H * T };
         if (reversed) {
-            r = { data, row * S * T, row * S, row };
+            r = { data, row * (int) (S * T), row * (int) S, row };
         }
         r.data += head * r.head;
         return r;
@@ -88,7 +88,8 @@ struct memory {
         st.n_slots          = n.K;
         st.result           = { states.data(), size, size * S };
         if (o.in_place) {
-            st.in_cache = { cache.data(), size, size * cells };
+            st.in_cache  = { cache.data(), size, size * cells };
+            st.slot_rows = cells;
         }
     }
 
@@ -213,20 +214,23 @@ static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
 // The whole operator on a device of this compute capability.
 static scan_kernel whole(int capability) {
     return [=](const kda::scan_args & args) {
-        const DeviceArray<char> work(kda::chunk_workspace(args, { 0, args.n_tokens }));
-        kda::scan(args, capability, work.data(), nullptr);
+        // so small that with three sequences there are more blocks of `steps` than multiprocessors
+        const kda::device_limits device = { capability, args.head_size == 256 ? 8 : 4, 99 << 10 };
+        const DeviceArray<char>  work(kda::chunk_workspace(args, { 0, args.n_tokens }, device));
+        kda::scan(args, device, work.data(), { nullptr, nullptr });
     };
 }
 
-// Chunks only, for any length; in two runs if there are more than two chunks.
-static scan_kernel chunks() {
-    return [](const kda::scan_args & args) {
-        const int               middle = args.n_tokens > 128 ? 64 : args.n_tokens;
-        const DeviceArray<char> work(kda::chunk_workspace(args, { 0, args.n_tokens }));
-        kda::scan_chunks(args, { 0, middle }, work.data(), nullptr);
-        if (middle < args.n_tokens) {
-            kda::scan_chunks(args, { middle, args.n_tokens }, work.data(), nullptr);
-        }
+// Chunks only, for any length. With one multiprocessor, a run is two chunks of a head and a block takes the whole head;
+// with two, a run is four chunks and a block takes 32 channels. Three runs are needed to use half of the workspace again.
+static scan_kernel chunks(int n_sms, size_t block_shared = 99 << 10) {
+    return [=](const kda::scan_args & args) {
+        const kda::device_limits device = { 80, n_sms, block_shared };
+        const kda::token_range   range  = { 0, args.n_tokens };
+        const DeviceArray<char>  work(kda::chunk_workspace(args, range, device));
+        cuda_emulator::Stream    main, side;
+        kda::scan_chunks(args, range, device, work.data(), { main.get(), side.get() });
+        main.finish();
         kda::copy_states(args.st, (int64_t) args.head_size * args.head_size * args.n_heads, 1, nullptr);
     };
 }
@@ -298,30 +302,32 @@ static void test_chunks() {
     int64_t i = 0;
     for (const int64_t D : { 32, 64, 96, 128 }) {
         for (const int64_t T : { 1, 2, 15, 16, 17, 63, 64, 65, 130 }) {
-            test_scan("chunks", chunks(), { D, 1, T, 1 + i % 2, 1 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
+            test_scan("chunks", chunks(2), { D, 1, T, 1 + i % 2, 1 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
             ++i;
         }
+        test_scan("chunks", chunks(1), { D, 1, 400, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
+        test_scan("chunks", chunks(2, 163 << 10), { D, 1, 600, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
     }
     for (const char * gate : gates) {
         for (const double bound : { -(double) INFINITY, -5.0 }) {
-            test_scan("chunks", chunks(), { 128, 1, 130, 1, 1 }, gate, bound, i % 2 == 0, vary(i));
+            test_scan("chunks", chunks(1), { 128, 1, 130, 1, 1 }, gate, bound, i % 2 == 0, vary(i));
             ++i;
         }
-        test_scan("chunks", chunks(), { 64, 2, 90, 1, 1 }, gate, -INFINITY, false, vary(i++));
+        test_scan("chunks", chunks(4), { 64, 2, 90, 1, 1 }, gate, -INFINITY, false, vary(i++));
     }
-    test_long_memory("chunks", chunks());
+    test_long_memory("chunks", chunks(2));
 }
 
 static void test_whole() {
     int64_t i = 0;
     for (const int64_t D : { 32, 64, 96, 128, 256 }) {
-        for (const int64_t T : { 63, 66, 68, 131 }) {
+        for (const int64_t T : { 98, 99, 130, 195 }) {  // chunks from 96 tokens before the last three on
             test_scan("scan", whole(90), { D, 1, T, 1 + i % 2, 4 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
             ++i;
         }
     }
-    test_scan("scan", whole(90), { 128, 2, 70, 3, 2 }, "deadly", -INFINITY, true, vary(0));
-    test_scan("scan", whole(90), { 64, 48, 64, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // one block per head
+    test_scan("scan", whole(90), { 128, 2, 134, 3, 2 }, "deadly", -INFINITY, true, vary(0));
+    test_scan("scan", whole(90), { 64, 48, 128, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // one block per head
 }
 
 // One case of every kernel, for a program that checks shared memory.
@@ -330,8 +336,8 @@ static void test_briefly() {
     test_conv({ 64, 1, 17, 2, 2 }, true, copied);
     test_scan("steps", whole(75), { 64, 1, 17, 2, 2 }, "ordinary", -INFINITY, true, copied);
     test_scan("steps", whole(75), { 256, 1, 9, 1, 1 }, "ordinary", -INFINITY, true, {});
-    test_scan("chunks", chunks(), { 32, 1, 130, 1, 1 }, "ordinary", -INFINITY, false, {});
-    test_scan("chunks", chunks(), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
+    test_scan("chunks", chunks(1), { 32, 1, 330, 1, 1 }, "ordinary", -INFINITY, false, {});
+    test_scan("chunks", chunks(2), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
 }
 
 int main(int argc, char ** argv) {

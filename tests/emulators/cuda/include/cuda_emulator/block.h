@@ -36,6 +36,7 @@ struct Thread {
     Warp *   warp;
     unsigned lane;
     bool     ended;
+    bool     waited;  // for the previous kernel
 
     // during a wait
     const char * waits_for;
@@ -92,6 +93,8 @@ struct Block {
     // The error that ended the block.
     std::string message;
     bool        failed = false;
+
+    bool early = false;  // the kernel is launched before the previous one has ended
 };
 
 inline Block block;
@@ -261,6 +264,9 @@ void meet(uint32_t mask, Data & mine, const char * what, Place place) {
     if (!self.copies.empty()) {
         fail("cp.async: this copy is never waited for; end with cp.async.wait_all", self.copies.front().place);
     }
+    if (!self.waited) {
+        fail("this thread of a kernel that is launched early ends without griddepcontrol.wait");
+    }
     const Barrier & all = block.barriers[0];
     if (all.arrived) {
         fail(format("divergent barrier: this thread ended while %s waits for it at %s", name_of(*all.first).c_str(),
@@ -318,6 +324,7 @@ inline void run_block() {
         thread.warp          = &block.warps[i / 32];
         thread.lane          = i % 32;
         thread.ended         = false;
+        thread.waited        = !block.early;
         thread.groups        = 0;
         thread.stack_pointer = block.stacks.start(i, thread_main);
         thread.copies.clear();

@@ -33,6 +33,32 @@ template <class T> class DeviceArray {
     T *    at;
 };
 
+// A stream whose work waits until the host synchronizes (streams.h).
+class Stream {
+  public:
+    Stream() { streams.push_back(&stream); }
+
+    ~Stream() { streams.erase(std::find(streams.begin(), streams.end(), &stream)); }
+
+    Stream(const Stream &)             = delete;
+    Stream & operator=(const Stream &) = delete;
+
+    cudaStream_t get() { return &stream; }
+
+    // Runs the work. At its end, other streams may have no work left: a captured graph could not contain it.
+    void finish() {
+        synchronize(stream);
+        for (const CUstream_st * other : streams) {
+            if (!other->items.empty()) {
+                throw Fault("a stream has work left that this stream does not wait for");
+            }
+        }
+    }
+
+  private:
+    CUstream_st stream;
+};
+
 // Runs `run` forwards with buffers at the ends of their rooms, backwards with buffers at the starts, and shuffled.
 // Create buffers inside of it.
 inline void in_all_orders(const std::function<void(const char * name)> & run) {

@@ -10,6 +10,7 @@
 #include "emulator/signals.h"
 #include "memory.h"
 #include "shared.h"
+#include "streams.h"
 
 #include <dlfcn.h>
 #include <link.h>
@@ -134,9 +135,10 @@ inline std::map<const void *, size_t> & shared_attributes() {
 }
 
 struct Shape {
-    dim3         grid, block;
-    size_t       shared = 0;
-    const void * stream = nullptr;
+    dim3          grid, block;
+    size_t        shared = 0;
+    CUstream_st * stream = nullptr;
+    bool          early  = false;  // before the previous kernel has ended
 };
 
 inline std::string check(const Shape & shape, const void * kernel) {
@@ -198,6 +200,7 @@ inline void run_grid(const Shape & shape) {
     const Flushing                       flushing;
     gridDim                     = shape.grid;
     blockDim                    = shape.block;
+    block.early                 = shape.early;
     dynamic_shared_memory.bytes = shape.shared;
     const uint64_t blocks       = uint64_t(gridDim.x) * gridDim.y * gridDim.z;
     for (uint64_t i = 0; i < blocks && !block.failed; i++) {
@@ -226,32 +229,40 @@ inline void report(const char * name, const void * kernel) {
     }
 }
 
-template <class... P> struct Configured {
-    void (*kernel)(P...);
-    const char * name;
-    Shape        shape;
+template <class... P> class Configured {
+  public:
+    Configured(void (*kernel)(P...), const char * name, const Shape & shape) :
+        kernel(kernel), name(name), shape(shape) {}
 
     void operator()(P... arguments) const {
-        const std::tuple<P...> given(arguments...);
-        const auto             closure = [&] { std::apply(kernel, given); };
-        const void * const     address = reinterpret_cast<const void *>(kernel);
-        unsigned               number  = 0;
-        std::string            wrong   = check(shape, address);
+        const void * const address = reinterpret_cast<const void *>(kernel);
+        unsigned           number  = 0;
+        std::string        wrong   = check(shape, address);
         ((wrong = wrong.empty() ? check_argument(++number, arguments) : wrong), ...);
         if (!wrong.empty()) {
             throw Fault("kernel " + std::string(name) + " cannot be launched: " + wrong);
         }
-        block.closure = &closure;
-        block.invoke  = [](const void * of) { (*static_cast<decltype(closure) *>(of))(); };
+        submit(shape.stream, [=, *this] { run(arguments...); });
+    }
+
+  private:
+    void (*kernel)(P...);
+    const char * name;
+    Shape        shape;
+
+    void run(P... arguments) const {
+        const auto closure = [&] { kernel(arguments...); };
+        block.closure      = &closure;
+        block.invoke       = [](const void * of) { (*static_cast<decltype(closure) *>(of))(); };
         run_grid(shape);
-        report(name, address);
+        report(name, reinterpret_cast<const void *>(kernel));
     }
 };
 
 // KERNEL<<<grid, block, shared, stream>>>
 template <class... P>
 Configured<P...> configure(
-    const char * name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared = 0, const void * stream = nullptr) {
+    const char * name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared = 0, CUstream_st * stream = nullptr) {
     return { kernel, name, { grid, block, shared, stream } };
 }
 

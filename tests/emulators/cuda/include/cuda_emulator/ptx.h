@@ -99,4 +99,8 @@ template <class T> void special_register(Place, T & to, unsigned value) {
 
 inline void nothing(Place) {}
 
+inline void grid_dependency_wait(Place) {
+    block.current->waited = true;
+}
+
 }  // namespace cuda_emulator

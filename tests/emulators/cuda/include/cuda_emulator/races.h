@@ -82,6 +82,13 @@ CUDA_EMULATOR_UNSEEN inline bool meets(const Stamp & stamp, uint32_t block_time,
 
 CUDA_EMULATOR_UNSEEN inline void see(const void * address, size_t count, bool write, Site site) {
     char * const byte = static_cast<char *>(const_cast<void *>(address));
+    if (block.current && !block.current->waited) {
+        block.current->waited = true;  // the next line's own accesses come here too
+        if (device_memory.find(address)) {
+            fail(text_of(site) + ": this kernel is launched early and accesses a buffer before griddepcontrol.wait");
+        }
+        block.current->waited = false;
+    }
     if (!block.current || size_t(byte - shared_arena.base) >= SharedArena::BYTES) {
         return;
     }

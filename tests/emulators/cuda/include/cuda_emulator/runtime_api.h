@@ -1,7 +1,7 @@
 #pragma once
 
-// The part of CUDA's runtime that hosts call: memory, streams, events, attributes. There is one device, and every call
-// is synchronous.
+// The part of CUDA's runtime that hosts call: memory, streams, events, attributes. There is one device. Every call is
+// synchronous, except with streams of the harness (streams.h).
 
 #include "launch.h"
 
@@ -37,23 +37,38 @@ enum cudaStreamCaptureMode {
     cudaStreamCaptureModeRelaxed,
 };
 
-struct CUstream_st;
 struct CUgraph_st;
 struct CUgraphExec_st;
 struct CUgraphNode_st;
-using cudaStream_t    = CUstream_st *;
 using cudaGraph_t     = CUgraph_st *;
 using cudaGraphExec_t = CUgraphExec_st *;
 using cudaGraphNode_t = CUgraphNode_st *;
 
-struct CUevent_st {};
-
-using cudaEvent_t  = CUevent_st *;
 using cudaHostFn_t = void (*)(void *);
 
 enum cudaGraphExecUpdateResult {};
 
 inline const cudaStream_t cudaStreamPerThread = nullptr;
+
+enum cudaLaunchAttributeID {
+    cudaLaunchAttributeProgrammaticStreamSerialization,
+};
+
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+
+    struct {
+        int programmaticStreamSerializationAllowed;
+    } val;
+};
+
+struct cudaLaunchConfig_t {
+    dim3                  gridDim, blockDim;
+    size_t                dynamicSmemBytes;
+    cudaStream_t          stream;
+    cudaLaunchAttribute * attrs;
+    unsigned              numAttrs;
+};
 
 struct cudaFuncAttributes {
     int    ptxVersion, binaryVersion, numRegs, maxThreadsPerBlock;
@@ -84,12 +99,9 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaStreamCreate(cudaStream_t * stream) { *stream = nullptr; return cudaSuccess; }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t * stream, unsigned) { return cudaStreamCreate(stream); }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned = 0) { return cudaSuccess; }
 inline cudaError_t cudaEventCreate(cudaEvent_t * event) { *event = new CUevent_st(); return cudaSuccess; }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t * event, unsigned) { return cudaEventCreate(event); }
 inline cudaError_t cudaEventDestroy(cudaEvent_t event) { delete event; return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t = nullptr) { return cudaSuccess; }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
 inline cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t f, void * data) { f(data); return cudaSuccess; }
 inline cudaError_t cudaSetDeviceFlags(unsigned) { return cudaSuccess; }
@@ -108,6 +120,30 @@ inline cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t) { return cudaE
 inline cudaError_t cudaGraphDestroy(cudaGraph_t) { return cudaSuccess; }
 inline cudaError_t cudaGraphExecDestroy(cudaGraphExec_t) { return cudaSuccess; }
 // clang-format on
+
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    if (stream) {
+        cuda_emulator::synchronize(*stream);
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr) {
+    event->done = std::make_shared<bool>(false);
+    if (stream) {
+        stream->items.push_back({ [done = event->done] { *done = true; }, nullptr });
+    } else {
+        *event->done = true;
+    }
+    return cudaSuccess;
+}
+
+inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned = 0) {
+    if (stream) {
+        stream->items.push_back({ nullptr, event->done });
+    }
+    return cudaSuccess;
+}
 
 template <class T>
 cudaError_t cudaMalloc(T ** pointer, size_t bytes, cuda_emulator::Place place = cuda_emulator::Place::here()) {
@@ -164,13 +200,14 @@ inline cudaError_t cudaMemcpy(void *       to,
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemcpyAsync(void *         to,
-                                   const void *   from,
-                                   size_t         bytes,
-                                   cudaMemcpyKind kind,
-                                   cudaStream_t               = nullptr,
-                                   cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cudaMemcpy(to, from, bytes, kind, place);
+inline cudaError_t cudaMemcpyAsync(void *               to,
+                                   const void *         from,
+                                   size_t               bytes,
+                                   cudaMemcpyKind       kind,
+                                   cudaStream_t         stream = nullptr,
+                                   cuda_emulator::Place place  = cuda_emulator::Place::here()) {
+    cuda_emulator::submit(stream, [=] { cudaMemcpy(to, from, bytes, kind, place); });
+    return cudaSuccess;
 }
 
 inline cudaError_t
@@ -180,12 +217,13 @@ cudaMemset(void * to, int value, size_t bytes, cuda_emulator::Place place = cuda
     return cudaSuccess;
 }
 
-inline cudaError_t cudaMemsetAsync(void * to,
-                                   int    value,
-                                   size_t bytes,
-                                   cudaStream_t               = nullptr,
-                                   cuda_emulator::Place place = cuda_emulator::Place::here()) {
-    return cudaMemset(to, value, bytes, place);
+inline cudaError_t cudaMemsetAsync(void *               to,
+                                   int                  value,
+                                   size_t               bytes,
+                                   cudaStream_t         stream = nullptr,
+                                   cuda_emulator::Place place  = cuda_emulator::Place::here()) {
+    cuda_emulator::submit(stream, [=] { cudaMemset(to, value, bytes, place); });
+    return cudaSuccess;
 }
 
 inline cudaError_t cudaMemcpyPeerAsync(void * to, int, const void * from, int, size_t bytes, cudaStream_t = nullptr) {
@@ -229,6 +267,15 @@ template <class K> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes * attrib
     attributes->binaryVersion             = CUDA_EMULATOR_ARCHITECTURE;
     attributes->maxThreadsPerBlock        = 1024;
     attributes->maxDynamicSharedSizeBytes = cuda_emulator::options.shared_limit;
+    return cudaSuccess;
+}
+
+template <class... P, class... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(P...), A &&... arguments) {
+    const bool early = config->numAttrs > 0 && config->attrs[0].val.programmaticStreamSerializationAllowed != 0;
+    cuda_emulator::Configured<P...>(
+        kernel, "kernel",
+        { config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream, early })(arguments...);
     return cudaSuccess;
 }
 
