@@ -44,6 +44,7 @@ from kimi_gguf.convert.model.ling3_tensors import EMBEDDING, LAYERS, RULES
 from kimi_gguf.convert.model.tensor_table import FLOAT32, Table
 
 ARCHITECTURE: Final = "bailingmoe3"
+BETA_FAST, BETA_SLOW = 32.0, 1.0  # YaRN's defaults, of transformers and of llama.cpp
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,8 @@ def _yarn(keys: Keys) -> Yarn | None:
     yarn = Yarn(
         factor=keys.number(*names("factor")),
         original_context=keys.integer(*names("original_max_position_embeddings")),
-        beta_fast=keys.number(*names("beta_fast"), default=32.0),
-        beta_slow=keys.number(*names("beta_slow"), default=1.0),
+        beta_fast=keys.number(*names("beta_fast"), default=BETA_FAST),
+        beta_slow=keys.number(*names("beta_slow"), default=BETA_SLOW),
         mscale=optional("mscale"),
         mscale_all_dim=optional("mscale_all_dim"),
         attention_factor=optional("attention_factor"),
@@ -296,6 +297,11 @@ def notes(config: ModelConfig) -> Iterator[str]:
         yield f"the layer that predicts a further token is left out: {config.mtp_left_out}"
     if config.yarn and config.yarn.mscale_all_dim:
         yield "YaRN with mscale_all_dim: upstream llama.cpp ignores it and computes other logits"
+    if config.yarn and (config.yarn.beta_fast, config.yarn.beta_slow) != (BETA_FAST, BETA_SLOW):
+        yield (
+            f"YaRN with beta_fast {config.yarn.beta_fast:g} and beta_slow {config.yarn.beta_slow:g}: upstream "
+            f"llama.cpp uses {BETA_FAST:g} and {BETA_SLOW:g} and computes other logits"
+        )
 
 
 def own_keys(config: ModelConfig) -> Iterator[Key]:

@@ -16,7 +16,7 @@ from test_convert_fuzzed import fuzz, refusal
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import hub_shapes, read_config
-from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn, own_keys
+from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn, notes, own_keys
 from kimi_gguf.convert.source.json_file import parse_object
 
 Config = dict[str, Any]
@@ -187,6 +187,15 @@ def test_yarn(extra: dict[str, float], rotated: float, scores: float) -> None:
     assert isinstance(factor, float)
     assert in_scores == pytest.approx(scores, rel=1e-12)
     assert factor * plain / in_scores == pytest.approx(rotated, rel=1e-12)
+
+
+def test_a_note_names_what_upstream_ignores_of_yarn() -> None:
+    found = ling(rope_scaling=YARN | {"beta_fast": 16.0, "beta_slow": 4})
+    keys = {key.name.removeprefix("bailingmoe3.rope.scaling."): key.value for key in own_keys(found)}
+    assert (keys["yarn_beta_fast"], keys["yarn_beta_slow"]) == (16.0, 4.0)
+    (note,) = notes(found)
+    assert "beta_fast 16 and beta_slow 4: upstream llama.cpp uses 32 and 1" in note
+    assert not list(notes(ling(rope_scaling=YARN)))
 
 
 def test_hostile_configs(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ SPECS = [
         seed=44,
     ),
     LingSpec("KM", 2, yarn=(("factor", 8.0), ORIGINAL, ("attention_factor", 1.25)), dtype=torch.float32, seed=45),
+    LingSpec(
+        "KM", 2, dtype=torch.float32, seed=46,
+        yarn=(("factor", 4.0), (ORIGINAL[0], 4096), ("beta_fast", 128.0), ("beta_slow", 4.0)),
+    ),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ SMALL = [
     FamilySpec(LING, "KKMK", heads=4, std=0.3, groups=(4, 2), seed=2),
 ]
 YARN = [FamilySpec(LING, yarn=(4.0, mscale_all_dim), seed=3) for mscale_all_dim in (1.0, 0.7)]
+BETAS = FamilySpec(LING, yarn=(4.0, 1.0), betas=(4.0, 0.25), seed=3)
 
 
 def logits(engine: Engine, model: Path, choice: str | None = None) -> NDArray[np.float32]:
@@ -35,7 +37,9 @@ def logits(engine: Engine, model: Path, choice: str | None = None) -> NDArray[np
         return run_logits(engine, model, IDS, RunOptions())
 
 
-@pytest.mark.parametrize("spec", [*SMALL, *YARN], ids=lambda spec: f"{spec.id}-{spec.yarn}")
+@pytest.mark.parametrize(
+    "spec", [*SMALL, *YARN, BETAS], ids=lambda spec: f"{spec.id}-{spec.yarn}-{spec.betas}"
+)
 def test_ling_has_the_logits_of_transformers(
     tmp_path: Path, spec: FamilySpec, engine: Engine, upstream: Engine
 ) -> None:
@@ -44,6 +48,12 @@ def test_ling_has_the_logits_of_transformers(
     for choice in ("require", "off"):
         assert error_of(logits(engine, model, choice), expected).passes
     assert not error_of(logits(upstream, model), expected).passes
+
+
+def test_the_betas_of_yarn_count() -> None:
+    """0029-ling-yarn-mscale: the logits that the loader's defaults give are others."""
+    others = ling_logits(replace(BETAS, betas=(32.0, 1.0)), IDS)
+    assert error_of(others, ling_logits(BETAS, IDS)).in_all > 1e-4
 
 
 def test_small_activations_of_kimi_k3_are_normalised_as_in_the_model(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from family_reference import reference_of_family
 from random_checkpoint import Spec
+from random_family import VOCAB_SIZE, FamilySpec, write_family
 from synthetic_case import error_of, make_case
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.llama import RunOptions, run
+from kimi_gguf.validate.llama import RunOptions, run, run_logits
 
 pytestmark = pytest.mark.engine
 
@@ -41,3 +45,16 @@ def test_two_sequences_do_not_mix(tmp_path: Path, layers: str, engine: Engine) -
     case = make_case(tmp_path, Spec(layers=layers, seed=71))
     together = run(engine, case.gguf, [case.ids, case.ids[::-1]], RunOptions(threads=1)).logits[0]
     assert error_of(together, case.logits).worst <= 1e-8
+
+
+FAMILY = [FamilySpec(arch, layers, seed=72) for arch in ("bailingmoe3", "kimi-k3") for layers in ("KK", "MM")]
+
+
+@pytest.mark.parametrize("spec", FAMILY, ids=lambda spec: spec.id)
+def test_ling_3_and_kimi_k3_run_right(tmp_path: Path, spec: FamilySpec, engine: Engine) -> None:
+    """Ling 3 has positions as an input, which only MLA layers use."""
+    ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, 90)
+    expected = reference_of_family(spec).logits(torch.from_numpy(ids)).numpy()
+    model = write_family(tmp_path / "model.gguf", spec)
+    for way in WAYS.values():
+        assert error_of(run_logits(engine, model, ids, RunOptions(**way)), expected).passes

@@ -98,7 +98,7 @@ def config_of(spec: FamilySpec) -> ModelConfig:
             num_mtp_layers=int(spec.mtp),
             swiglu_limits=(0.5 if spec.clamped else 0.0,) * count,
             shared_swiglu_limits=(0.7 if spec.clamped else 0.0,) * count,
-            yarn=Yarn(spec.yarn[0], 64, 32.0, 1.0, 1.0, spec.yarn[1], None) if spec.yarn else None,
+            yarn=Yarn(spec.yarn[0], 64, *spec.betas, 1.0, spec.yarn[1], None) if spec.yarn else None,
         )
     return K3Config(
         **common,

@@ -47,6 +47,7 @@ class FamilySpec:
     mtp: bool = False  # Ling 3: a layer that predicts one more token
     clamped: bool = False  # Ling 3: SwiGLU of the experts
     yarn: tuple[float, float] | None = None  # Ling 3: factor, mscale_all_dim
+    betas: tuple[float, float] = (32.0, 1.0)  # of YaRN: fast, slow
     res_block: int = 2  # Kimi K3: layers of a block of residual attention; 0: ordinary residuals
     situ_linear_beta: float = 2.0  # Kimi K3; 0: the linear factor is not limited
     vocab: int = VOCAB_SIZE
@@ -286,6 +287,8 @@ def write_family(
         writer.add_rope_scaling_factor(spec.yarn[0])
         writer.add_rope_scaling_orig_ctx_len(64)
         writer.add_rope_scaling_yarn_log_mul(0.1 * spec.yarn[1])
+        writer.add_rope_scaling_yarn_beta_fast(spec.betas[0])
+        writer.add_rope_scaling_yarn_beta_slow(spec.betas[1])
     for name, value in keys(spec).items():
         full = f"{spec.architecture}.{name}"
         if isinstance(value, list):

@@ -83,6 +83,8 @@ def _rope(spec: FamilySpec) -> dict[str, Any]:
         "mscale": 1.0,
         "mscale_all_dim": mscale_all_dim,
         "original_max_position_embeddings": 64,
+        "beta_fast": spec.betas[0],
+        "beta_slow": spec.betas[1],
     }
 
 
