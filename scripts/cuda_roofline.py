@@ -219,12 +219,17 @@ Each cell: time of all launches, what limits it, and the blocks that a multiproc
 {kernels}"""
 
 
+CHANGED = "**The kernels were changed after they were counted: the times below are those of the earlier ones.**"
+
+
 def page(counts: Data, measured: Measured) -> str:
     """The page for these counts."""
     model = Model(counts)
     known = [gpu for gpu in GPUS if model.knows(gpu)]
     others = ", ".join(gpu.name for gpu in GPUS if gpu not in known)
     missing = f"\nNot counted yet: {others}. The command above counts them.\n" if others else ""
+    if counts["sources"] != cuda_counts.sources_digest():
+        missing += f"\n{CHANGED}\n"
     tables = [f"\n### {gpu.name}\n\n{markdown(attention_table(model, gpu, measured))}" for gpu in known]
     *_, (_, published, ours) = calibration(model)
     return TEXT.format(
