@@ -172,6 +172,10 @@ CUDA_EMULATOR_UNSEEN __attribute__((weak)) int __tsan_atomic32_load(const volati
     return *at;
 }
 
+CUDA_EMULATOR_UNSEEN __attribute__((weak)) void __tsan_atomic32_store(volatile int * at, int value, int) {
+    *at = value;
+}
+
 CUDA_EMULATOR_UNSEEN __attribute__((weak)) int __tsan_atomic32_fetch_add(volatile int * at, int value, int) {
     const int before = *at;
     *at              = before + value;
