@@ -36,7 +36,8 @@ def compile_hip(source: Path, assembly: Path) -> subprocess.CompletedProcess[str
     """Compile the device code of a source with all warnings as errors, except those of loops that are not unrolled."""
     command = ["hipcc", "-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-Wno-pass-failed"]
     command += ["-Wno-unused-command-line-argument", f"--offload-arch={DEVICE}", "--cuda-device-only", "-S"]
-    command += ["-I", str(ROOT / "tests" / "native" / "hip"), "-I", str(KERNELS), "-x", "hip", str(source)]
+    folders = (ROOT / "tests" / "native" / "hip", KERNELS, ROOT / "ggml_ops" / "common" / "cuda")
+    command += [*(f"-I{folder}" for folder in folders), "-x", "hip", str(source)]
     environment = os.environ | {"HIP_PLATFORM": "amd"}  # hipcc would call nvcc if it finds one
     return subprocess.run(
         [*command, "-o", str(assembly)], capture_output=True, text=True, check=False, env=environment
@@ -48,7 +49,15 @@ def compile_hip(source: Path, assembly: Path) -> subprocess.CompletedProcess[str
     [
         (
             "kda-scan-steps.cu",
-            {f"{name}_kernelILi{size}E" for name in ("steps", "finish") for size in HEAD_SIZES},
+            {
+                f"{name}E"
+                for size in HEAD_SIZES
+                for name in (
+                    f"steps_kernelILi{size}ELi2",
+                    f"steps_kernelILi{size}ELi4",
+                    f"finish_kernelILi{size}",
+                )
+            },
         ),
         ("kda-conv.cu", {f"conv_kernelILi{size}E" for size in HEAD_SIZES}),
         ("kda-state.cu", {"copy_states_kernel", "gather_states_kernel"}),

@@ -205,7 +205,7 @@ COUNTS = {
     "KDA_SCAN": ("KDA_SCAN", 17),
     "elided state copies": ("COPY", 24),
     "absorbed latent attention": ("FLASH_ATTN_EXT", 22),
-    "LATENT_ATTN": ("LATENT_ATTN", 10),
+    "LATENT_ATTN": ("LATENT_ATTN", 14),
 }
 
 

@@ -57,6 +57,7 @@ NOT_RUN = (
     (r"(KIMI_OPS=\S+ )?kimi-llama bench|python -m kimi_gguf.bench.speculative", "takes minutes; tests/bench"),
     (r"kimi-llama (worker|\w+ .*--workers)", "runs until it is ended; tests/serving/test_workers.py"),
     (r"kimi-llama serve ", "runs until it is ended; tests/serving"),
+    (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)", "needs 16 GB; tests/convert/test_convert_ling3_runs.py"),
     (r"convert-kimi moonshotai/Kimi-K3 ", "needs 1.5 TB; tests/convert/test_convert_k3.py"),
     (r"python -m kimi_gguf.scripts.training.train ", "takes hours; tests/scripts/test_demo_training.py"),
 )  # fmt: skip

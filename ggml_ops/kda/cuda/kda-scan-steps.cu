@@ -215,7 +215,7 @@ static __device__ __forceinline__ void steps_of(const scan_args &         args,
 }
 
 template <int D, int ROWS>
-static __global__ void __launch_bounds__(step_shape<D, ROWS>::THREADS, step_shape<D, ROWS>::BLOCKS)
+static __global__ void __launch_bounds__((step_shape<D, ROWS>::THREADS), (step_shape<D, ROWS>::BLOCKS))
     steps_kernel(const scan_args args, const token_range range) {
     using shape = step_shape<D, ROWS>;
     __shared__ step_group<D, ROWS> group;
