@@ -53,11 +53,12 @@ NOT_RUN = (
     (r"kimi-llama use ", "needs the build; tests/engine/test_engine_builds.py"),
     (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "needs a GPU; tests/ops/test_verify.py runs emulated ones"),
     (r"\S*test-backend-ops ", "needs a GPU; tests/ops/test_cuda_backend.py runs an emulated one"),
+    (r"python -m kimi_gguf.scripts.cuda_roofline", "needs a GPU; tests/scripts/test_cuda_roofline.py"),
     (r"kimi-llama bench --records", "needs the records of the lines before; tests/bench/test_bench_older_records.py"),
     (r"(KIMI_OPS=\S+ )?kimi-llama bench|python -m kimi_gguf.bench.speculative", "takes minutes; tests/bench"),
     (r"kimi-llama (worker|\w+ .*--workers)", "runs until it is ended; tests/serving/test_workers.py"),
     (r"kimi-llama serve ", "runs until it is ended; tests/serving"),
-    (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)", "needs 16 GB; tests/convert/test_convert_ling3_runs.py"),
+    (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)", "needs 16 GB; tests/convert/test_convert_ling3.py"),
     (r"convert-kimi moonshotai/Kimi-K3 ", "needs 1.5 TB; tests/convert/test_convert_k3.py"),
     (r"python -m kimi_gguf.scripts.training.train ", "takes hours; tests/scripts/test_demo_training.py"),
 )  # fmt: skip
