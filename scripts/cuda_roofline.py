@@ -219,7 +219,9 @@ Each cell: time of all launches, what limits it, and the blocks that a multiproc
 {kernels}"""
 
 
-CHANGED = "**The kernels were changed after they were counted: the times below are those of the earlier ones.**"
+CHANGED = (
+    "**The kernels were changed after they were counted: the times below are those of the earlier ones.**"
+)
 
 
 def page(counts: Data, measured: Measured) -> str:
