@@ -2,7 +2,7 @@
 
 Input: arguments. Output: report.html, report.json and report.md, a summary on standard output, progress on
 standard error, and the exit status (0 all gates passed, 1 a gate failed, 2 bad input, 130 interrupted).
-This is the only module of the package that parses arguments or prints.
+This module alone parses arguments and prints results; start.py imports it and says if a package is missing.
 """
 
 from __future__ import annotations

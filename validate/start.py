@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from kimi_gguf.engine.errors import install
+
 PACKAGES = ("torch", "safetensors", "matplotlib")
 
 
@@ -15,8 +17,7 @@ def main() -> int:
         if error.name not in PACKAGES:
             raise
         print(
-            f"validate-kimi: error: the package {error.name} is missing; "
-            "install kimi-gguf with its extra: pip install 'kimi-gguf[validate]' or 'FILE.whl[validate]'",
+            f"validate-kimi: error: {error.name} is missing; it is part of the extra [validate]: {install(*PACKAGES)}",
             file=sys.stderr,
         )
         return 2

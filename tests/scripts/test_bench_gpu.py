@@ -73,8 +73,8 @@ def test_a_build_that_does_not_end_leaves_what_follows(
     out = ["--rehearse", "--out", str(tmp_path)]
     assert main([*out, "--limit", "7", "--stage", "build", "--stage", "test-KDA_CONV"]) == 3
     assert limits == [7]
-    told = capsys.readouterr()
-    assert "left: build-patched build-upstream test-KDA_CONV" in told.out and "it continues" in told.err
+    printed = capsys.readouterr()
+    assert "left: build-patched build-upstream test-KDA_CONV" in printed.out and "it continues" in printed.err
     assert main([*out, "--stage", "times-KDA_CONV"]) == 1
     assert "times-KDA_CONV: there is no build; run the stage build first" in capsys.readouterr().err
 
