@@ -44,9 +44,10 @@ template <int OFFSET, typename To> inline void give_offsets(To & to, int b, Ints
     }
 }
 
-// Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales in
-// their low nibbles and minima in their high ones.
-// scales: the two bytes of scale and minimum of block b.
+// Q2_K. Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales
+// in their low nibbles and minima in their high ones.
+
+// The minima of block b; scales: its two bytes of scale and minimum.
 template <typename To> inline void give_minima_q2_K(To & to, int b, Ints scales) {
     to.minima(b, two_bytes_of(high_nibbles(scales), 0));
 }
@@ -54,7 +55,7 @@ template <typename To> inline void give_minima_q2_K(To & to, int b, Ints scales)
 #if QUANT_GEMM_AVX512
 
 // Block b of Q2_K, two bits per value: quants times their 4-bit scales are at most 45 and are given as one byte.
-// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: as above.
+// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: its two bytes.
 template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
     const Ints low    = low_nibbles(scales);
     const Ints first  = spread_number(low, 0);
