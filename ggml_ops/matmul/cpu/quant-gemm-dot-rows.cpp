@@ -22,22 +22,14 @@ namespace quant_gemm {
 
 // ---- types of 256 values
 
-// Sums of 16 quants of the activations, for Q6_K times minus the offset of its quants.
-template <typename Block> static inline __m512i offset_sums(const ActSuperBlock & a) {
-    return SUBTRACTS<Block> ? _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *) a.sums_16))
-                            : _mm512_loadu_si512(a.starts);
-}
-
 static inline __m128i add_quarters(__m512i x) {
     const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
 }
 
-// Integer sums of a super block times a column, of products in four lanes.
-template <typename Block>
-static inline __m128i sum_super_block(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
-    const __m512i offsets  = _mm512_mullo_epi32(offset_sums<Block>(a), w.offsets);
-    __m512i       products = SUBTRACTS<Block> ? _mm512_sub_epi32(_mm512_setzero_si512(), offsets) : offsets;
+// Integer sums of a super block of Q6_K times a column, of products in four lanes.
+static inline __m128i sum_q6_K(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
+    __m512i products = _mm512_mullo_epi32(_mm512_loadu_si512(a.starts), w.factors);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes[j], _mm512_loadu_si512(a.codes + 64 * j));
@@ -53,8 +45,8 @@ static inline __m512i add_4_lanes(const int32_t (&integers)[DOT_ROWS][4]) {
     return _mm512_add_epi32(_mm512_add_epi32(x[0], x[2]), _mm512_add_epi32(x[1], x[3]));
 }
 
-template <typename Block, int N_C>
-static void dot_super_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+template <int N_C>
+static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     const __m512i       lane  = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i       which = _mm512_srli_epi32(lane, 2);  // 4 factors per 64 weights, each for 4 lanes
     alignas(64) int32_t integers[N_C][DOT_ROWS][4];
@@ -63,8 +55,8 @@ static void dot_super_blocks(const WeightRows & weights, int64_t k, const char *
     __m512              total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         for (int r = 0; r < DOT_ROWS; r++) {
-            const Block * w = (const Block *) rows.row[r] + i;
-            prefetch<2>((const char *) w + ahead, sizeof(Block));
+            const block_q6_K * w = (const block_q6_K *) rows.row[r] + i;
+            prefetch<2>((const char *) w + ahead, sizeof(block_q6_K));
             const SuperBlock s     = load(*w);
             const __m512i    lower = _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
             __m512i          factors[4];
@@ -75,10 +67,10 @@ static void dot_super_blocks(const WeightRows & weights, int64_t k, const char *
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
                 const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
-                _mm_store_si128((__m128i *) integers[c][r], sum_super_block<Block>(s, factors, a));
+                _mm_store_si128((__m128i *) integers[c][r], sum_q6_K(s, factors, a));
             }
         }
-        const __m512 d = rows.load_half(i * sizeof(Block) + offsetof(Block, d));
+        const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
@@ -91,10 +83,10 @@ static void dot_super_blocks(const WeightRows & weights, int64_t k, const char *
     }
 }
 
-// ---- ... with minima
+// ---- ... two blocks in a vector
 
-// Receives minima, which are multiplied with sums of the activations, and scales: a row in each lane.
-template <typename Block, int N_C> struct MinimaOfRows {
+// Receives the scales of 16 rows and their minima, which are multiplied with sums of the activations: a row in each lane.
+template <typename Block, int N_C> struct ScalesOfRows {
     const ActSuperBlock * acts[N_C];
     __m512i               sums[N_C] = {};
     __m512                d;
@@ -115,8 +107,10 @@ template <typename Block, int N_C> struct MinimaOfRows {
     inline void minimum_scales(__m512 x) { dmin = x; }
 };
 
-template <typename Block, typename To> static inline void give_minima(const Rows & rows, size_t at, To & to) {
-    if constexpr (HAS_FACTORS<Block>) {
+template <typename Block, typename To> static inline void give_scales(const Rows & rows, size_t at, To & to) {
+    if constexpr (!HAS_MINIMA<Block>) {
+        to.super_scales(rows.load_half(at + offsetof(Block, d)));
+    } else if constexpr (HAS_FACTORS<Block>) {
         give_scales_and_minima(rows, at, to);
     } else {
         __m512i scales[4];
@@ -126,13 +120,18 @@ template <typename Block, typename To> static inline void give_minima(const Rows
 }
 
 // The activations of the two blocks of vector j.
-template <typename Block> static inline __m512i load_two_blocks(const ActSuperBlock & a, int j) {
+template <typename Block> static inline __m512i acts_of_two_blocks(const ActSuperBlock & a, int j) {
     const auto load = [&](int b) { return _mm256_loadu_si256((const __m256i *) (a.codes + BLOCK * b)); };
     return halves(load(first_block<Block>(j)), load(second_block<Block>(j)));
 }
 
-template <typename Block> static inline __m128i sum_two_blocks(const TwoBlocks & w, const __m512i (&acts)[4]) {
+template <typename Block>
+static inline __m128i sum_two_blocks(const TwoBlocks & w, const ActSuperBlock & a, const __m512i (&acts)[4]) {
     __m512i sum = _mm512_setzero_si512();
+    if constexpr (!HAS_MINIMA<Block>) {
+        const __m256i sums_16 = _mm256_loadu_si256((const __m256i *) a.sums_16);
+        sum                   = _mm512_zextsi256_si512(_mm256_madd_epi16(w.offsets, sums_16));
+    }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         if constexpr (HAS_FACTORS<Block>) {  // 4 products fit in 16 bits: 4 * 31 * 127
@@ -146,37 +145,41 @@ template <typename Block> static inline __m128i sum_two_blocks(const TwoBlocks &
 }
 
 template <typename Block, int N_C>
-static void dot_with_minima(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     alignas(64) int32_t integers[N_C][DOT_ROWS][4];
     const Rows          rows(weights.first, weights.stride, 0, weights.n);
     const ptrdiff_t     ahead      = weights.next - weights.first;
     __m512              total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
-        MinimaOfRows<Block, N_C> minima;
+        ScalesOfRows<Block, N_C> parts;
         __m512i                  acts[N_C][4];
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            minima.acts[c] = (const ActSuperBlock *) columns[c] + i;
+            parts.acts[c] = (const ActSuperBlock *) columns[c] + i;
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                acts[c][j] = load_two_blocks<Block>(*minima.acts[c], j);
+                acts[c][j] = acts_of_two_blocks<Block>(*parts.acts[c], j);
             }
         }
         for (int r = 0; r < DOT_ROWS; r++) {
             const Block * w = (const Block *) rows.row[r] + i;
             prefetch<2>((const char *) w + ahead, sizeof(Block));
-            const TwoBlocks x = load_with_minima(*w);
+            const TwoBlocks x = load_two_blocks(*w);
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                _mm_store_si128((__m128i *) integers[c][r], sum_two_blocks<Block>(x, acts[c]));
+                _mm_store_si128((__m128i *) integers[c][r], sum_two_blocks<Block>(x, *parts.acts[c], acts[c]));
             }
         }
-        give_minima<Block>(rows, i * sizeof(Block), minima);
+        give_scales<Block>(rows, i * sizeof(Block), parts);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const __m512 scale = _mm512_set1_ps(minima.acts[c]->scale);
-            total[c] =
-                add_super_block(total[c], add_4_lanes(integers[c]), minima.d, minima.sums[c], minima.dmin, scale);
+            const __m512 scale = _mm512_set1_ps(parts.acts[c]->scale);
+            if constexpr (HAS_MINIMA<Block>) {
+                total[c] =
+                    add_super_block(total[c], add_4_lanes(integers[c]), parts.d, parts.sums[c], parts.dmin, scale);
+            } else {
+                total[c] = add_super_block(total[c], add_4_lanes(integers[c]), parts.d, scale);
+            }
         }
     }
 #pragma GCC unroll 4
@@ -351,10 +354,10 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
 // ---- selection
 
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (IS_ONE_OF<Block, block_q3_K, block_q6_K>) {
-        return dot_super_blocks<Block, N_C>;
-    } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q4_K, block_q5_K>) {
-        return dot_with_minima<Block, N_C>;
+    if constexpr (IS_ONE_OF<Block, block_q6_K>) {
+        return dot_q6_K<N_C>;
+    } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K>) {
+        return dot_two_blocks<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;
     }

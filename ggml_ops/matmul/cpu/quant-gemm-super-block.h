@@ -12,12 +12,10 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_AVX512
 
-// 256 weights: their quants in the order of k as unsigned bytes, and one factor per 16 of them. Offsets are multiplied
-// with sums of activation quants.
+// 256 weights of Q6_K: their quants in the order of k as unsigned bytes, and one factor per 16 of them.
 struct SuperBlock {
     __m512i codes[4];
     __m512i factors;
-    __m512i offsets;
 };
 
 constexpr int CHOOSE = 0xca;  // for ternary logic: first ? second : third, bit by bit
@@ -58,60 +56,32 @@ inline SuperBlock load(const block_q6_K & w) {
         s.codes[2 * half + 1] = _mm512_and_si512(choose(bytes(0x0f), high, second), six);
     }
     s.factors = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
-    s.offsets = s.factors;
     return s;
 }
 
-// Values 64j .. 64j + 63 of Q3_K, in the low two bits of the bytes; 32 bytes hold four times 32 values.
-inline __m512i pairs_of_bits(const uint8_t * qs, int j) {
-    return shifted(twice(qs + j / 2 * 32), -(j % 2 * 4), -(j % 2 * 4 + 2));
-}
+// ---- the other types
 
-// The third bit, with an offset of 4, is bit b of hmask, b the block of 32. Scales are six bits with an offset of 32:
-// low nibbles of the first 8 bytes, high ones, and upper pairs of bits in the last 4 bytes, pair i for scales 4i ...
-inline SuperBlock load(const block_q3_K & w) {
-    SuperBlock    s;
-    const __m512i third = twice(w.hmask);
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i bit = shifted(third, 2 - 2 * j, 1 - 2 * j);
-        s.codes[j]        = _mm512_and_si512(choose(bytes(3), pairs_of_bits(w.qs, j), bit), bytes(7));
-    }
-    const __m128i x      = _mm_loadu_si128((const __m128i *) (w.scales - 2));
-    const __m128i nibble = _mm_shuffle_epi8(x, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
-    const __m128i pairs =
-        _mm_shuffle_epi8(x, _mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13));
-    const __m128i low  = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
-    const __m128i high = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
-    const __m128i both = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
-    const __m128i six  = _mm_and_si128(both, _mm_set1_epi8(0x3f));
-    s.factors          = _mm512_cvtepi8_epi32(_mm_sub_epi8(six, _mm_set1_epi8(32)));
-    s.offsets          = _mm512_slli_epi32(s.factors, 2);
-    return s;
-}
-
-// Offsets are factors times the offset of the quants, to be subtracted times sums of activation quants. Else they are
-// the factors, to be added, times minus the offset times the sums of activation quants (starts).
-template <typename Block> constexpr bool SUBTRACTS = IS_ONE_OF<Block, block_q3_K>;
-
-// ---- types with minima
-
-// The quants of a row as unsigned bytes, two blocks of 32 in a vector, and the factor of each lane's block. Quants of
-// Q2_K are multiplied with their factors of four bits instead.
+// The quants of a row as unsigned bytes, two blocks of 32 in a vector, and the factor of each lane. Quants of Q2_K are
+// multiplied with their factors of four bits instead. Q3_K: also minus the offset of the quants, 4, times the factor of
+// each 16 weights.
 struct TwoBlocks {
     __m512i codes[4];
     __m512i factors[4];
+    __m256i offsets;
 };
 
 template <typename Block> constexpr bool HAS_FACTORS = !IS_ONE_OF<Block, block_q2_K>;
+template <typename Block> constexpr bool HAS_MINIMA  = !IS_ONE_OF<Block, block_q3_K>;
 
-// The blocks of vector j: 64 bytes of Q2_K hold all eight blocks, those of Q4_K and Q5_K four.
+// The blocks of vector j: 64 bytes of Q2_K and Q3_K hold two bits of all eight blocks, those of Q4_K and Q5_K four blocks.
+template <typename Block> constexpr bool TWO_BITS = IS_ONE_OF<Block, block_q2_K, block_q3_K>;
+
 template <typename Block> constexpr int first_block(int j) {
-    return HAS_FACTORS<Block> ? j / 2 * 4 + j % 2 : j;
+    return TWO_BITS<Block> ? j : j / 2 * 4 + j % 2;
 }
 
 template <typename Block> constexpr int second_block(int j) {
-    return first_block<Block>(j) + (HAS_FACTORS<Block> ? 2 : 4);
+    return first_block<Block>(j) + (TWO_BITS<Block> ? 4 : 2);
 }
 
 // Bytes a, b, c and d of each 128 bits: one for all N-byte numbers of a quarter of the vector.
@@ -123,7 +93,7 @@ template <int N> inline __m512i numbers(__m512i x, int a, int b, int c, int d) {
                                halves(_mm256_set_m128i(number(b), number(a)), _mm256_set_m128i(number(d), number(c))));
 }
 
-inline TwoBlocks load_with_minima(const block_q2_K & w) {
+inline TwoBlocks load_two_blocks(const block_q2_K & w) {
     const __m512i x      = _mm512_loadu_si512(w.qs);
     const __m512i scales = low_nibbles(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) w.scales)));
     TwoBlocks     to;
@@ -135,6 +105,43 @@ inline TwoBlocks load_with_minima(const block_q2_K & w) {
     return to;
 }
 
+// 16 scales of six bits with an offset of 32: low nibbles of the first 8 bytes, high ones, and upper pairs of bits in the
+// last 4 bytes, pair i for scales 4i ... Loads two bytes in front of them and two behind.
+inline __m128i scales_of(const block_q3_K & w) {
+    const __m128i x      = _mm_loadu_si128((const __m128i *) (w.scales - 2));
+    const __m128i nibble = _mm_shuffle_epi8(x, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
+    const __m128i pairs =
+        _mm_shuffle_epi8(x, _mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13));
+    const __m128i low  = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
+    const __m128i high = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
+    const __m128i both = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
+    const __m128i six  = _mm_and_si128(both, _mm_set1_epi8(0x3f));
+    return _mm_sub_epi8(six, _mm_set1_epi8(32));
+}
+
+// Number a in the 32-bit lanes of the first quarter, a + 1 in the second, a + 8 and a + 9 in the others.
+inline __m512i in_quarters(__m256i numbers, int a) {
+    const __m512i which = halves(_mm256_set_m128i(_mm_set1_epi32(a + 1), _mm_set1_epi32(a)),
+                                 _mm256_set_m128i(_mm_set1_epi32(a + 9), _mm_set1_epi32(a + 8)));
+    return _mm512_maskz_permutexvar_epi16(0x55555555, which, _mm512_castsi256_si512(numbers));
+}
+
+// The third bit of block b is bit b of 32 bytes.
+inline TwoBlocks load_two_blocks(const block_q3_K & w) {
+    const __m512i x      = _mm512_loadu_si512(w.qs);
+    const __m512i thirds = _mm512_srlv_epi16(twice(w.hmask), shifts(0, 4));
+    const __m256i scales = _mm256_cvtepi8_epi16(scales_of(w));
+    TwoBlocks     to;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512i third = j < 2 ? _mm512_slli_epi16(thirds, 2 - j) : _mm512_srli_epi16(thirds, j - 2);
+        to.codes[j]         = _mm512_and_si512(choose(bytes(3), _mm512_srli_epi16(x, 2 * j), third), bytes(7));
+        to.factors[j]       = in_quarters(scales, 2 * j);
+    }
+    to.offsets = _mm256_mullo_epi16(scales, _mm256_set1_epi16(-4));
+    return to;
+}
+
 // The factors of Q4_K and Q5_K, a byte each, from 12 bytes (see give_scales_and_minima).
 inline uint64_t eight_factors(const uint8_t (&scales)[K_SCALE_SIZE]) {
     uint32_t x[3];
@@ -143,7 +150,7 @@ inline uint64_t eight_factors(const uint8_t (&scales)[K_SCALE_SIZE]) {
     return (uint64_t) high << 32 | (x[0] & 0x3f3f3f3f);
 }
 
-template <typename Block> inline TwoBlocks load_with_minima(const Block & w) {
+template <typename Block> inline TwoBlocks load_two_blocks(const Block & w) {
     const __m512i factors = _mm512_set1_epi64((long long) eight_factors(w.scales));
     TwoBlocks     to;
 #pragma GCC unroll 4

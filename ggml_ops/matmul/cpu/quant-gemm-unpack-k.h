@@ -16,6 +16,15 @@ inline Ints spread_number(Ints x, int i) {
     return spread_byte(x, i) & ints(0x00ff00ff);
 }
 
+#if QUANT_GEMM_AVX512
+
+// Byte i of every lane, a signed one, in both of its 16-bit numbers.
+inline Ints signed_number(Ints x, int i) {
+    return _mm512_srai_epi16(spread_byte(x, i), 8);
+}
+
+#endif
+
 // Byte i of every lane, as a number, ...
 inline Ints byte_of(Ints x, int i) {
     return right_32(x, 8 * i) & ints(0xff);
@@ -156,32 +165,18 @@ inline void load_scales_q3_K(const Rows & rows, size_t at, Ints (&scales)[4]) {
 
 #if QUANT_GEMM_AVX512
 
-// Values of Q3_K times their scales, -4 .. 3 times -32 .. 31, plus an offset of 124, are in 0 .. 252: the magnitude of
-// the scale times c plus a remainder, all of them bytes; c is value + 4, or 3 - value if the scale is negative.
-struct ScalesQ3K {
-    Ints magnitudes;
-    Ints flips;  // 7 if the scale is negative
-    Ints rests;
-
-    explicit ScalesQ3K(Ints scales) {
-        const __mmask64 negative = _mm512_movepi8_mask(scales);
-        magnitudes               = _mm512_abs_epi8(scales);
-        const Ints three         = add_8(magnitudes, add_8(magnitudes, magnitudes));
-        flips                    = _mm512_maskz_mov_epi8(negative, bytes(7));
-        rests                    = sub_8(bytes(124), three);
-        rests                    = _mm512_mask_sub_epi8(rests, (__mmask64) ~negative, rests, magnitudes);
-    }
-};
-
-// Block b of Q3_K: values times scales. values: plus 4.
+// Block b of Q3_K: values times scales, -4 .. 3 times -32 .. 31, plus an offset of 124: 0 .. 252. Two neighbours are
+// multiplied as one number of 16 bits. With both offsets added, neither byte carries. values: plus 4.
 template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values)[8], Ints scales) {
-    const ScalesQ3K parts(scales);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        const int  i     = 2 * (b % 2) + j / 4;
-        const Ints codes = values[j] ^ spread_byte(parts.flips, i);
-        const Ints times = _mm512_mullo_epi16(codes, spread_number(parts.magnitudes, i));
-        to.codes(b, j, add_8(times, spread_byte(parts.rests, i)));
+    const Ints four = bytes(4);
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; i++) {
+        const Ints scale = signed_number(scales, 2 * (b % 2) + i);
+        const Ints rest  = _mm512_sub_epi16(_mm512_set1_epi16(0x7c7c), _mm512_mullo_epi16(four, scale));
+#pragma GCC unroll 4
+        for (int j = 4 * i; j < 4 * i + 4; j++) {
+            to.codes(b, j, _mm512_add_epi16(_mm512_mullo_epi16(values[j], scale), rest));
+        }
     }
 }
 
