@@ -21,7 +21,8 @@
 //   SECOND_LOG       a file for a line "DEVICE OPERATOR" when a device first computes an operator; with kernels
 //                    (second_kernels.h) also "DEVICE kernel OPERATOR", with "... and its copy" if the copy is elided
 //   SECOND_GRAPHS    a file for a line per computed graph: the device, the number of nodes that compute something, the
-//                    number of steps with kernels, and "again" if a captured graph would be launched, or "anew"
+//                    number of steps with kernels, "again" if a captured graph would be launched, or "anew", and how many kernels,
+//                    copies and fills the real backend launches for it
 
 #include "common/ggml-op-marks.h"
 #include "ggml-backend-impl.h"
@@ -249,9 +250,11 @@ void log_graph(const Device & device, ggml_cgraph * graph, int n_steps) {
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             n_nodes += computes(ggml_graph_node(graph, i));
         }
-        const bool again = second_kernels && second_kernels->replays(graph);
+        const bool again      = second_kernels && second_kernels->replays(graph);
+        const int  n_launches = second_kernels ? second_kernels->launches(graph) : 0;
         log_line("SECOND_GRAPHS", device,
-                 std::to_string(n_nodes) + " " + std::to_string(n_steps) + (again ? " again" : " anew"));
+                 std::to_string(n_nodes) + " " + std::to_string(n_steps) + (again ? " again " : " anew ") +
+                     std::to_string(n_launches));
     }
 }
 

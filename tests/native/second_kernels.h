@@ -30,6 +30,9 @@ struct SecondKernels {
     // Whether the device would launch its captured version of this graph; called once per computed graph.
     bool (*replays)(ggml_cgraph * graph);
 
+    // How many kernels, copies and fills the real backend launches for this graph.
+    int (*launches)(ggml_cgraph * graph);
+
     // A function of the devices' registry (ggml_backend_reg_get_proc_address), or nullptr.
     void * (*proc_address)(const char * name);
 };

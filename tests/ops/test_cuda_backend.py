@@ -30,7 +30,8 @@ pytestmark = pytest.mark.engine
 
 # Upstream's sources in which ggml-cuda selects kernels, and their functions that launch kernels (renamed here).
 HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
-ASIDE = ("topk_moe", "mul_mat_vec_f", "mul_mat_vec_q")
+ASIDE = ("topk_moe", "mul_mat_vec_f")
+ASKS = re.compile("_use_|supported|get_to_|_ar_")  # functions of upstream that launch nothing
 KDA_FOLDER = OPERATORS / "kda" / "cuda"
 LATENT = OPERATORS / "latent_attention" / "cuda"
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
@@ -70,7 +71,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder / name,
             include=[*include, *SHARED, NATIVE, upstream],
             system=system,
-            options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-O0", "-w"],
+            options=[*DEFINITIONS, *chosen, "-DGGML_CUDA_USE_GRAPHS", "-DNDEBUG", "-O0", "-w"],
         )
     link = ["-shared", "-fPIC", *ggml_libraries(engine)]
     whole = link_program(objects, folder / "without-upstreams-kernels.so", link=link)
@@ -86,15 +87,15 @@ def symbols(library: Path, which: str) -> set[str]:
 
 
 def write_missing(library: Path, engine: Engine, source: Path) -> Path:
-    """C for the functions that the library requires and ggml does not have: each only records that it was called."""
+    """C for the functions that the library requires and ggml does not have: each only counts its calls."""
     there = set[str]().union(*(symbols(each, "--defined-only") for each in engine.lib.glob("libggml*.so")))
     wanted = sorted(symbols(library, "--undefined-only") - there)
     assert all("cuda" in name for name in wanted), wanted
-    lines = [
-        f'long f{i}(void) __asm__("{name}"); long f{i}(void) {{ upstream_missing = 1; return 0; }}'
-        for i, name in enumerate(wanted)
-    ]
-    source.write_text("\n".join(["extern int upstream_missing;", *lines, ""]))
+    lines = []
+    for i, name in enumerate(wanted):
+        counter = "upstream_missing" if ASKS.search(name) else "upstream_launches"
+        lines.append(f'long f{i}(void) __asm__("{name}"); long f{i}(void) {{ ++{counter}; return 0; }}')
+    source.write_text("\n".join(["extern int upstream_missing, upstream_launches;", *lines, ""]))
     return source
 
 
@@ -203,7 +204,7 @@ def test_a_captured_graph_is_launched_again(
     steps = [together(IDS, *[i] * sequences) for i in range(10)]
     setup = Setup(n_seq_max=sequences, n_rs_seq=snapshots, flash_attention=flash, cache_type="F16")
     graphs = graphs_of(engine, published, backend, setup, steps, tmp_path / "log")
-    assert [again for *_, again in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
+    assert [again for *_, again, _ in graphs] == ["anew"] * 2 + ["again"] * (len(steps) - 2)
 
 
 # Rows of the README's table: origin of the graph -> KIMI_OPS.
@@ -218,10 +219,35 @@ def test_how_much_ggml_cuda_launches_for_a_token(
     setup = Setup(flash_attention=True, cache_type="F16")
     steps = [together(IDS, i) for i in range(4)]
     log = tmp_path / "log"
-    _, nodes, launches, _ = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=GRAPHS[graph])[
-        -1
-    ]
+    graphs = graphs_of(engine, published, backend, setup, steps, log, KIMI_OPS=GRAPHS[graph])
+    _, nodes, _, _, launches = graphs[-1]
     assert f"| {graph} | {nodes} | {launches} |\n" in (OPERATORS / "kda" / "README.md").read_text()
+
+
+# Layer -> layers of two models that differ by one such layer, with experts; most launches, as a share of upstream's.
+ONE_LAYER = {"KDA": ("KM", "KKM", 0.6), "MLA": ("KM", "KMM", 1.05)}
+
+
+@pytest.mark.parametrize("layer", ONE_LAYER)
+def test_how_much_ggml_cuda_launches_for_a_layer(
+    layer: str, backend: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """A token of one sequence; upstream's graph runs on the same ggml-cuda, fused as there."""
+    *models, most = ONE_LAYER[layer]
+    setup = Setup(flash_attention=True, cache_type="F16")
+    steps = [together(IDS, i) for i in range(4)]
+    counts = {}
+    for operators in ("off", ""):
+        of_models = []
+        for layers in models:
+            model = make_gguf(tmp_path / f"{layers}-{operators}", replace(PUBLISHED, layers=layers), "Q8_0")
+            log = tmp_path / f"{layers}-{operators}.log"
+            graphs = graphs_of(engine, model, backend, setup, steps, log, KIMI_OPS=operators)
+            of_models.append(int(graphs[-1][-1]))
+        counts[operators] = of_models[1] - of_models[0]
+    assert counts[""] <= most * counts["off"]
+    row = f"| {layer} | {counts['off']} | {counts['']} | {100 * counts[''] / counts['off']:.0f} % |\n"
+    assert row in (OPERATORS / "kda" / "README.md").read_text()
 
 
 # Cache type, KIMI_OPS and compute capability -> number of queries from which LATENT_ATTN is used, with up to 512 keys:
@@ -356,6 +382,17 @@ def test_the_scratch_of_latent_attn_is_reserved(backend: Path, published: Path, 
     setup = Setup(cache_type="F16", n_ubatch=512)
     assert compute_buffer(engine, published, backend, setup, "") > scratch
     assert compute_buffer(engine, published, backend, replace(setup, n_ubatch=64), "") < scratch
+
+
+def test_the_scratch_of_kda_scan_is_reserved(backend: Path, published: Path, engine: Engine) -> None:
+    """Of its four heads: the data of 256 tokens in chunks of 64. A device without these kernels reserves none."""
+    scratch = 4 * 4 * 139 / 1024
+    setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, n_ubatch=256, cells=256)
+    sizes = {}
+    for capability in ("800", "750"):
+        log = play(engine, published, setup, [together(IDS, 0)], SECOND_CAPABILITY=capability).log
+        sizes[capability] = float(COMPUTE_BUFFER.findall(log)[-1])
+    assert 0.5 * scratch < sizes["800"] - sizes["750"] < 1.1 * scratch
 
 
 # How experts are kept on the CPU -> Setup: --n-cpu-moe 4 and -ot of all experts; long batches on the device or not.

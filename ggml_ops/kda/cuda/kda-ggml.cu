@@ -24,6 +24,10 @@ int ggml_cuda_kda_elide_state_copy(ggml_backend_cuda_context &, const ggml_cgrap
     return 0;
 }
 
+size_t ggml_cuda_kda_size(int, const ggml_tensor * op) {
+    return ggml_nbytes(op);
+}
+
 #else
 
 #include "ggml-kda-conv.h"
@@ -122,6 +126,42 @@ static void log_refusal(const char * reason) {
     }
 }
 
+// The sizes in the arguments, without addresses: known before anything is allocated.
+static kda_cuda::scan_args scan_sizes(const ggml_tensor * dst) {
+    const ggml_tensor * f    = dst->src[GGML_KDA_SCAN_F];
+    kda_cuda::scan_args args = {};
+    args.st.n_slots          = ggml_kda_scan_get_params(dst).n_snapshots;
+    args.head_size           = f->ne[0];
+    args.n_heads             = f->ne[1];
+    args.n_tokens            = f->ne[2];
+    args.n_seqs              = f->ne[3];
+    return args;
+}
+
+// The code may be compiled for an older architecture than the device's.
+static kda_cuda::device_limits limits_of(int device) {
+    const auto & info = ggml_cuda_info().devices[device];
+    return { ggml_cuda_highest_compiled_arch(info.cc) / 10, info.nsm, info.smpbo };
+}
+
+// The workspace lies behind the result, so that it is part of llama.cpp's compute buffers and counted as they are.
+static size_t after_result(const ggml_tensor * dst) {
+    return GGML_PAD(ggml_nbytes(dst), 128);
+}
+
+size_t ggml_cuda_kda_size(int device, const ggml_tensor * op) {
+    if (op->op != GGML_OP_KDA_SCAN) {
+        return ggml_nbytes(op);
+    }
+    const kda_cuda::scan_args     args      = scan_sizes(op);
+    const kda_cuda::device_limits limits    = limits_of(device);
+    const int                     n_chunked = kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots);
+    if (n_chunked == 0 || kda_cuda::chunks_refused(args.head_size, limits.capability) != nullptr) {
+        return ggml_nbytes(op);
+    }
+    return after_result(op) + kda_cuda::chunk_workspace(args, { 0, n_chunked }, limits);
+}
+
 static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_kda_state_copy * copy) {
     const ggml_kda_scan_params params = ggml_kda_scan_get_params(dst);
     const ggml_tensor *        qkv    = dst->src[GGML_KDA_SCAN_QKV];
@@ -129,7 +169,7 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
     const ggml_tensor *        beta   = dst->src[GGML_KDA_SCAN_BETA];
     const int64_t              H      = f->ne[1];
 
-    kda_cuda::scan_args args = {};
+    kda_cuda::scan_args args = scan_sizes(dst);
     args.q                   = rows_of(qkv);
     args.k                   = rows_of(qkv, H);
     args.v                   = rows_of(qkv, 2 * H);
@@ -141,30 +181,17 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
     args.norm                = data_of(dst->src[GGML_KDA_SCAN_NORM]);
     args.out                 = (float *) dst->data;
     args.st                  = states_of(dst, copy);
-    args.head_size           = f->ne[0];
-    args.n_heads             = H;
-    args.n_tokens            = f->ne[2];
-    args.n_seqs              = f->ne[3];
     args.eps                 = params.eps;
     args.kind                = { params.lower_bound > -INFINITY, params.lower_bound };
 
-    const auto & info      = ggml_cuda_info().devices[ctx.device];
-    const int    n_chunked = kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots);
-
-    // the code may be compiled for an older architecture than the device's
-    const kda_cuda::device_limits device = { ggml_cuda_highest_compiled_arch(info.cc) / 10, info.nsm, info.smpbo };
-
-    ggml_cuda_pool_alloc<char> workspace(ctx.pool());
-    if (n_chunked > 0) {
-        const char * reason = kda_cuda::chunks_refused(args.head_size, device.capability);
-        if (reason != nullptr) {
-            log_refusal(reason);
-        } else {
-            workspace.alloc(kda_cuda::chunk_workspace(args, { 0, n_chunked }, device));
-        }
+    const kda_cuda::device_limits device = limits_of(ctx.device);
+    const char *                  reason = kda_cuda::chunks_refused(args.head_size, device.capability);
+    if (reason != nullptr && kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots) > 0) {
+        log_refusal(reason);
     }
     // the last stream is none of those in which ggml-cuda runs branches of a graph
-    kda_cuda::scan(args, device, workspace.get(), { ctx.stream(), ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1) });
+    kda_cuda::scan(args, device, (char *) dst->data + after_result(dst),
+                   { ctx.stream(), ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1) });
 }
 
 static void compute(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_kda_state_copy * copy) {

@@ -7,6 +7,9 @@
 // Why the kernels do not support the node on this device, or nullptr.
 const char * ggml_cuda_kda_refused(int device, const ggml_tensor * op);
 
+// Bytes that the operator needs at op->data: its result and what its kernels need behind it.
+size_t ggml_cuda_kda_size(int device, const ggml_tensor * op);
+
 void ggml_cuda_op_kda(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 // Computes the KDA operator at node i and writes its new states into the cache, if the copy after it can be elided.

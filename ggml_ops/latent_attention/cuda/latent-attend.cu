@@ -5,6 +5,7 @@
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
+#include "kimi-launch.cuh"
 #include "latent-attend.cuh"
 
 namespace latent_cuda {
@@ -40,6 +41,8 @@ static __global__ void __launch_bounds__(THREADS, 1)
     attend_pieces(const attention args, const plan plan, const partials partials) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     extern __shared__ __align__(16) char shared[];
+    wait_for_previous();
+    let_next_begin();
     attend_piece<TYPE>(args, plan, partials, shared);
 #else
     __trap();  // the caller rejects older devices
@@ -59,6 +62,8 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
     __shared__ float  of_warps[2][JOIN_WARPS];
     __shared__ float4 of_groups[JOIN_GROUPS][ROW_CHUNKS];
 
+    wait_for_previous();
+    let_next_begin();
     const int     i        = threadIdx.x;
     const int64_t row      = blockIdx.x;
     const int64_t all_rows = gridDim.x;
@@ -140,7 +145,7 @@ static void launch(const attention & args, const plan & p, const partials & part
     // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(attend_pieces<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<TYPE>());
     const dim3 grid(p.n_pieces, p.n_blocks, args.n_streams);
-    attend_pieces<TYPE><<<grid, THREADS, shared_bytes<TYPE>(), stream>>>(args, p, partials);
+    launch_early<attend_pieces<TYPE>>(grid, THREADS, shared_bytes<TYPE>(), stream, args, p, partials);
 }
 
 void attend(const attention & args, void * work, cudaStream_t stream) {
@@ -150,7 +155,7 @@ void attend(const attention & args, void * work, cudaStream_t stream) {
                              reinterpret_cast<float2 *>(static_cast<float *>(work) + rows * N_LATENT) };
     with_cache_type(args.type, [&](auto type) { launch<type>(args, p, parts, stream); });
     if (p.n_pieces > 1) {
-        join_pieces<<<args.n_streams * p.n_rows, JOIN_THREADS, 0, stream>>>(parts, p.n_pieces, args.out);
+        launch_early<join_pieces>(args.n_streams * p.n_rows, JOIN_THREADS, 0, stream, parts, p.n_pieces, args.out);
     }
 }
 

@@ -19,6 +19,8 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
 
     __shared__ sight of_warps[BLOCK_WARPS];
 
+    wait_for_previous();
+    let_next_begin();
     const int lane  = threadIdx.x % WARP;
     const int warp  = threadIdx.x / WARP;
     const int tile  = blockIdx.x;
@@ -52,8 +54,8 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
 }
 
 void look(const decompressed & args, const prefill & p, sight * to, cudaStream_t stream) {
-    look_at<<<dim3(p.n_tiles, p.n_blocks, args.mask_streams), BLOCK_THREADS, 0, stream>>>(
-        args.mask, args.mask_stream, args.mask_query, args.n_keys, args.n_queries, to);
+    launch_early<look_at>(dim3(p.n_tiles, p.n_blocks, args.mask_streams), BLOCK_THREADS, 0, stream, args.mask,
+                          args.mask_stream, args.mask_query, args.n_keys, args.n_queries, to);
 }
 
 // One head of k_b or v_b.
@@ -62,6 +64,8 @@ static __global__ void __launch_bounds__(WEIGHT_THREADS)
     weigh_head(const float * k_b, const float * v_b, const weights to) {
     __shared__ float of_warps[WEIGHT_THREADS / WARP];
 
+    wait_for_previous();
+    let_next_begin();
     const int64_t which = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
     const float * from  = (blockIdx.y == 0 ? k_b : v_b) + static_cast<int64_t>(blockIdx.x) * N_WEIGHTS;
 
@@ -94,8 +98,12 @@ static __global__ void __launch_bounds__(WEIGHT_THREADS)
 }
 
 void weigh(const decompressed & args, int n_terms, const weights & to, cudaStream_t stream) {
-    const auto kernel = n_terms == 1 ? weigh_head<1> : weigh_head<2>;
-    kernel<<<dim3(args.n_heads, 2), WEIGHT_THREADS, 0, stream>>>(args.k_b, args.v_b, to);
+    const dim3 grid(args.n_heads, 2);
+    if (n_terms == 1) {
+        launch_early<weigh_head<1>>(grid, WEIGHT_THREADS, 0, stream, args.k_b, args.v_b, to);
+    } else {
+        launch_early<weigh_head<2>>(grid, WEIGHT_THREADS, 0, stream, args.k_b, args.v_b, to);
+    }
 }
 
 // Value WARP * i + lane of a row.
@@ -137,6 +145,7 @@ static __global__ void __launch_bounds__(BLOCK_THREADS)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     __shared__ float of_warps[BLOCK_WARPS];
 
+    wait_for_previous();
     const int     lane   = threadIdx.x % WARP;
     const int     warp   = threadIdx.x / WARP;
     const int     tile   = blockIdx.x;
@@ -219,7 +228,7 @@ void collect(const decompressed & args, const prefill & p, const run & to, cudaS
     const dim3 grid(to.n_tiles(), to.n_streams);
     with_cache_type(args.type, [&](auto type) {
         constexpr int TERMS = type == cache_type::f32 ? 2 : 1;
-        collect_tile<type, TERMS><<<grid, BLOCK_THREADS, 0, stream>>>(args, p, to);
+        launch_early<collect_tile<type, TERMS>>(grid, BLOCK_THREADS, 0, stream, args, p, to);
     });
 }
 

@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     attend_tiles(const decompressed args, const prefill p, const weights w, const run r) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     extern __shared__ __align__(16) char shared[];
+    wait_for_previous();
     using room = tile_room<MODE>;
 
     const int lane   = threadIdx.x % WARP;
@@ -415,7 +416,7 @@ template <typename MODE> void attend_in_runs(const decompressed & args, void * w
             collect(args, all, r, stream);
             expand<MODE>(made.w, args.n_heads, r, stream);
             const dim3 grid(all.n_blocks, args.n_heads, r.n_streams);
-            attend_tiles<MODE><<<grid, BLOCK_THREADS, tile_room<MODE>::BYTES, stream>>>(args, all, made.w, r);
+            launch_early<attend_tiles<MODE>>(grid, BLOCK_THREADS, tile_room<MODE>::BYTES, stream, args, all, made.w, r);
         }
     }
 }

@@ -13,6 +13,7 @@
 // Powers of two keep every factor in the range of halves: one for each head of k_b and v_b (weights::units), one for
 // each row of the cache, and one for each tile of keys (run::shifts), the unit of its keys and values in all heads.
 
+#include "kimi-launch.cuh"
 #include "latent-cuda.cuh"
 #include "latent-device.cuh"
 

@@ -33,6 +33,7 @@ template <typename MODE, bool VALUES>
 __global__ void __launch_bounds__(BLOCK_THREADS, 2) expand_keys(const weights w, const run r) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     extern __shared__ __align__(16) char shared[];
+    wait_for_previous();
 
     constexpr int CACHE  = MODE::CACHE;
     constexpr int WEIGHT = MODE::WEIGHT;
@@ -173,7 +174,7 @@ template <typename MODE, bool VALUES> void launch(const weights & w, int n_heads
     // has to be set once per device of the process; setting it again is cheap
     cudaFuncSetAttribute(expand_keys<MODE, VALUES>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     const dim3 grid((r.end - r.begin + EXPAND_KEYS - 1) / EXPAND_KEYS, n_heads, r.n_streams);
-    expand_keys<MODE, VALUES><<<grid, BLOCK_THREADS, BYTES, stream>>>(w, r);
+    launch_early<expand_keys<MODE, VALUES>>(grid, BLOCK_THREADS, BYTES, stream, w, r);
 }
 
 }  // namespace

@@ -61,6 +61,16 @@ static limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     }
 }
 
+// Upstream reserves memory for its F16 copy of a cache. A quantized cache whose copy would be larger than this is always
+// read directly: from 116509 keys on.
+constexpr int64_t MAX_COPY = 128 << 20;
+
+static bool copy_is_too_large(const latent_cuda::attention & args) {
+    const bool    quantized = args.type == latent_cuda::cache_type::q8_0 || args.type == latent_cuda::cache_type::q4_0;
+    const int64_t n_rows    = (int64_t) args.n_streams * args.n_keys;
+    return quantized && n_rows * latent_cuda::N_CACHE * (int64_t) sizeof(half) > MAX_COPY;
+}
+
 // Checks the compiled code, which may be for an older architecture than the device.
 static bool has_kernels(int device) {
     return ampere_mma_available(ggml_cuda_info().devices[device].cc);
@@ -90,7 +100,7 @@ static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & 
     }
     args.n_multiprocessors = ggml_cuda_info().devices[device].nsm;
     const limit most       = limit_of(args.type, ggml_cuda_latent_fast_sums(device));
-    return ggml_op_has_mark(dst, GGML_OP_MARK_EXACT) ||
+    return ggml_op_has_mark(dst, GGML_OP_MARK_EXACT) || copy_is_too_large(args) ||
            (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
 }
 

@@ -88,6 +88,9 @@ static inline const char * read_node(const ggml_tensor * dst, attention & args) 
     return refused(placed);
 }
 
+// With fewer keys than this the errors of single halves do not average out, and two halves cost next to nothing.
+constexpr int FEW_KEYS = 256;
+
 // The same for LATENT_ATTN. The caller has to convert k_b and v_b to float.
 static inline const char * read_decompressed(const ggml_tensor * dst, decompressed & args) {
     const ggml_tensor * q    = dst->src[0];
@@ -108,7 +111,7 @@ static inline const char * read_decompressed(const ggml_tensor * dst, decompress
     }
     read_sources(q, k, mask, dst, args);
     args.scratch = SCRATCH;
-    args.exact   = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
+    args.exact   = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT) || args.n_keys < FEW_KEYS;
     return nullptr;
 }
 

@@ -28,9 +28,11 @@ struct graph {
             if (t->view_src) {
                 t->data = (char *) t->view_src->data + t->view_offs;
             } else {
-                arrays.push_back(std::make_unique<DeviceArray<char>>(ggml_nbytes(t)));
+                const bool   ours = t->op == GGML_OP_KDA_CONV || t->op == GGML_OP_KDA_SCAN;
+                const size_t size = ours ? ggml_cuda_kda_size(0, t) : ggml_nbytes(t);
+                arrays.push_back(std::make_unique<DeviceArray<char>>(size));
                 t->data = arrays.back()->data();
-                memset(t->data, 0xff, ggml_nbytes(t));  // NaN
+                memset(t->data, 0xff, size);  // NaN
             }
         }
     }

@@ -31,6 +31,22 @@ static bool taken(const LatentShape & shape, int capability = 800, int n_kv_max 
     return yes;
 }
 
+// Whether 40 queries of 2 heads are computed on a cache of this length; only sizes, no data.
+static bool taken_if_long(ggml_type type, int64_t n_keys, int64_t n_streams) {
+    standin_capability = 1200;
+    LatentShape shape  = LatentShape().with(40, 70);
+    shape.cache        = type;
+    shape.n_heads      = 2;
+    shape.n_streams    = n_streams;
+    LatentCase    attention(shape);
+    ggml_tensor * node = attention.node();
+    for (const int source : { 1, 2 }) {
+        node->src[source]->ne[1] = n_keys;
+    }
+    node->src[3]->ne[0] = n_keys;
+    return ggml_cuda_latent_attention_size(0, node) > 0;
+}
+
 // Whether the decompressed node of this shape is supported. Its result has to be correct then.
 static bool claimed(const LatentShape & shape, int capability = 800) {
     standin_capability = capability;
@@ -90,6 +106,13 @@ static void test_absorbed() {
     CHECK(!taken(with_heads(with_cache(one.with(1, 65536), GGML_TYPE_F32), 1), 890));
     CHECK(taken(with_heads(with_cache(one.with(1, 65536), GGML_TYPE_F32), 1)));
     CHECK(!taken(with_cache(one, GGML_TYPE_F16)));
+
+    // where upstream's copy in F16 would take more than 128 MiB: 2 * 576 bytes per key
+    for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        CHECK(!taken_if_long(type, 116508, 1) && taken_if_long(type, 116509, 1));
+        CHECK(!taken_if_long(type, 58254, 2) && taken_if_long(type, 58255, 2));
+    }
+    CHECK(!taken_if_long(GGML_TYPE_BF16, 116509, 1) && !taken_if_long(GGML_TYPE_F16, 116509, 1));
 
     // wherever they are more accurate
     LatentShape more = exact(with_heads(one.with(9, 70), 2));

@@ -36,11 +36,15 @@ namespace cuda_emulator {
 
 inline std::vector<CUstream_st *> streams;  // of the harness
 
-inline int n_submitted = 0;  // launches, copies and fills so far: what a captured graph has nodes for
+inline int  n_submitted = 0;      // launches, copies and fills so far: what a captured graph has nodes for
+inline bool counts_only = false;  // work is counted and not run
 
 // Runs the work, or appends it to its stream.
 inline void submit(CUstream_st * stream, std::function<void()> run) {
     n_submitted++;
+    if (counts_only) {
+        return;
+    }
     if (stream) {
         stream->items.push_back({ std::move(run), nullptr });
     } else {
