@@ -59,7 +59,7 @@ def test_the_output_is_moved_to_its_name(model: Path, tmp_path: Path) -> None:
 
 def test_options_precede_the_files(model: Path, tmp_path: Path) -> None:
     """llama-quantize reads options before the input only."""
-    run = program(tmp_path, WRITES)
+    run = program(tmp_path, "exit 0\n")
     quantize(run, model, [str(tmp_path / "out.gguf"), "Q8_0", "2", "--imatrix", "i.gguf", "--pure"])
     words = seen_by(run)
     assert words[:4] == ["--imatrix", "i.gguf", "--pure", str(model)]
@@ -88,10 +88,12 @@ def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, by: signal.
         deadline = time.monotonic() + 60
         while not (waiting := run.with_name("waiting").exists()) and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert waiting
-        assert len(names(tmp_path)) == 2  # the hidden folder
+        meanwhile = names(tmp_path)
         process.send_signal(by)
         _, said = process.communicate(timeout=60)
+    assert waiting
+    assert "out.gguf" not in meanwhile
+    assert len(meanwhile) == 2  # the model and a hidden folder
     assert "KeyboardInterrupt" in said
     assert names(tmp_path) == {"in.gguf"}
 
