@@ -1,4 +1,6 @@
-"""Verify a GGUF file by converting its checkpoint again and comparing all tensor bytes and all keys except FREE.
+"""Verify a GGUF file by converting its checkpoint again and comparing all tensor bytes and all keys.
+
+Keys that describe the origin of a file may differ: those of FREE, and any key of ORIGIN that no conversion writes.
 
 Input: the file, and the checkpoint that it was made from. Output: `Verdict`. The tensor types are read from the
 file, so that files of any quantization mix can be verified, including files made by llama-quantize.
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 
@@ -30,8 +32,11 @@ from kimi_gguf.convert.types.mixes import TypeRequest
 from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.gguf_check import has_mtp
 
-# Keys that describe the origin of a file, not the model; they may differ.
+# Keys, or the first parts of their names, that describe the origin of a file, not the model; they may differ.
 FREE: Final = ("general.name", "general.file_type", "general.quantization_version", "quantize.", "split.")
+# Keys with these prefixes may be in a file although the conversion that verifies it does not write them.
+ORIGIN: Final = ("general.", "kimi_gguf.", *FREE)
+SHOWN: Final = 60  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,27 @@ def _as_stored(value: Value) -> object:
 
 
 def _wrong_keys(file: GgufModel, checkpoint: Checkpoint, vocab: Vocab) -> Iterator[str]:
-    for key in metadata(checkpoint.config, vocab, TYPES["F32"], ""):
-        if key.name.startswith(FREE):
+    """A message for every key that differs, that is missing, or that no conversion writes."""
+    written = {key.name: key.value for key in metadata(checkpoint.config, vocab, TYPES["F32"], "")}
+    for name, value in written.items():
+        if name.startswith(FREE):
             continue
-        found = file.keys.get(key.name)
-        expected = _as_stored(key.value)
-        if found != expected:
-            yield f"{key.name}: expected {expected!r:.60}, found {found!r:.60}"
+        if name not in file.keys:
+            yield f"{name}: missing, expected {value!r:.{SHOWN}}"
+        elif (found := file.keys[name]) != (expected := _as_stored(value)):
+            yield f"{name}: {_difference(expected, found)}"
+    for name, found in file.keys.items():
+        if name not in written and not name.startswith(ORIGIN):
+            yield f"{name}: unexpected, found {found!r:.{SHOWN}}"
+
+
+def _difference(expected: object, found: object) -> str:
+    """Both values; of long texts and lists, the parts where they begin to differ."""
+    long = isinstance(expected, str | list) and len(repr(expected)) > SHOWN
+    if not long or type(found) is not type(expected):
+        return f"expected {expected!r:.{SHOWN}}, found {found!r:.{SHOWN}}"
+    one, other = cast(str, expected), cast(str, found)  # or two lists
+    at = next((i for i, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+    at = min(at, len(other))
+    wanted, seen = (f"{value[at : at + SHOWN]!r:.{SHOWN}}" for value in (one, other))
+    return f"expected {wanted}, found {seen}, from {'character' if isinstance(expected, str) else 'item'} {at} on"

@@ -18,13 +18,13 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kimi_gguf.engine import archive
-from kimi_gguf.engine.build_spec import BACKENDS, CPU_BACKENDS, LAYOUT, BuildSpec
+from kimi_gguf.engine.build_spec import BACKENDS, CPU_BACKENDS, EMULATOR, LAYOUT, BuildSpec
 from kimi_gguf.engine.compiling import compile_tree
 from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Reporter
@@ -169,7 +169,7 @@ def build(
         with fresh_folder(place) as scratch:
             _install(work / "build" / "bin", source, scratch, wanted)
             log.replace(scratch / "build.log")
-            check_runs(scratch)
+            check_runs(scratch, dict(spec.options).get(EMULATOR, "").split(";"))
             (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return place
 
@@ -215,10 +215,18 @@ def _remove(*folders: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_runs(place: Path) -> str:
-    """Run the build's own program once; return its version text. Raises `EngineError` with its output."""
+def check_runs(place: Path, emulator: Sequence[str] = ()) -> str:
+    """Run the build's own program once; return its version text. Raises `EngineError` with its output.
+
+    emulator: the words of the command that runs programs of another architecture.
+    """
     program = place / "bin" / "llama-cli"
-    result = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
+    command = [*filter(None, emulator), str(program), "--version"]
+    if shutil.which(command[0]) is None:
+        raise EngineError(
+            f"{program} does not run", found=f"no program {command[0]}", todo="install it (Debian: qemu-user)"
+        )
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise EngineError(
             f"{program} does not run",

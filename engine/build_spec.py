@@ -68,6 +68,10 @@ CPU_BACKENDS = ("cpu", "cpu-all")
 
 FAST_COMPILE = Path(__file__).with_name("fast_compile.cmake")  # for the pinned sources, not for a checkout
 PORTABLE = Path(__file__).with_name("portable.h")  # which it includes in portable builds
+ARM_VARIANTS = Path(__file__).with_name("arm_variants.cmake")  # for builds for all CPUs on ARM Linux
+
+# Settings of a cross compilation: CMake's own names.
+SYSTEM, MACHINE, EMULATOR = "CMAKE_SYSTEM_NAME", "CMAKE_SYSTEM_PROCESSOR", "CMAKE_CROSSCOMPILING_EMULATOR"
 
 LIBRARIES = ("llama", "mtmd")
 
@@ -125,8 +129,15 @@ class BuildSpec:
     def work_key(self) -> str:
         """Names the scratch folder, which the upstream and the patched build share, one after the other."""
         compilers = [(language, each.path, each.version) for language, each in self.compilers]
-        script = FAST_COMPILE.read_text() + PORTABLE.read_text() if self.source is None else ""
+        files = [*self.scripts, PORTABLE] if self.source is None else self.scripts
+        script = "".join(path.read_text() for path in files)
         return _digest(LAYOUT, self.options, compilers, self.cpu, script)
+
+    @property
+    def scripts(self) -> list[Path]:
+        """What CMake includes before the sources' own CMakeLists.txt."""
+        scripts = [FAST_COMPILE] if self.source is None else []
+        return [*scripts, ARM_VARIANTS] if self.backend == "cpu-all" and self.cpu == "aarch64" else scripts
 
     @property
     def commit(self) -> str:
@@ -149,6 +160,7 @@ def make_build_spec(
             f"unknown backend {backend!r}", expected=", ".join(BACKENDS), todo="give one of these"
         )
     options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
+    machine = options.get(MACHINE, platform.machine())
     return BuildSpec(
         pin=load_pin(),
         series=_series(upstream),
@@ -156,7 +168,7 @@ def make_build_spec(
         backend=backend,
         options=tuple(sorted(options.items())),
         compilers=tuple(find_compilers(backend).items()),
-        cpu=processor(backend),
+        cpu=processor(backend, machine),
         source=None if source is None else source.resolve(),
     )
 
@@ -171,9 +183,12 @@ def provenance(upstream: bool) -> dict[str, object]:
     }
 
 
-def processor(backend: str) -> str:
-    """The processors that can run a build made here: those like this one, or all of its architecture."""
-    return platform.machine() if backend == "cpu-all" else cpu_fingerprint()
+def processor(backend: str, machine: str | None = None) -> str:
+    """The processors that can run a build made here: those like this one, or all of its architecture.
+
+    machine: the architecture of a build for all processors, by default this machine's.
+    """
+    return (machine or platform.machine()) if backend == "cpu-all" else cpu_fingerprint()
 
 
 def _series(upstream: bool) -> Series:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from kimi_gguf.engine.build_spec import FAST_COMPILE, LIBRARIES, PROGRAMS, TEST_PROGRAMS, BuildSpec
+from kimi_gguf.engine.build_spec import LIBRARIES, PROGRAMS, TEST_PROGRAMS, BuildSpec
 from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.toolchain import cores, packaged_tool
@@ -47,8 +47,8 @@ def compile_tree(
     command += [f"-D{name}={value}" for name, value in spec.options]
     command += [f"-DLLAMA_BUILD_COMMIT={spec.commit}", "-DLLAMA_BUILD_NUMBER=0"]
     command += [f"-DGGML_KIMI_BUILD_ID={spec.sources}"]
-    if spec.source is None:
-        command += [f"-DCMAKE_PROJECT_TOP_LEVEL_INCLUDES={FAST_COMPILE}"]
+    if spec.scripts:
+        command += [f"-DCMAKE_PROJECT_TOP_LEVEL_INCLUDES={';'.join(map(str, spec.scripts))}"]
     launcher = shutil.which("ccache")
     languages = ["C", "CXX"] + (["CUDA"] if spec.backend == "cuda" else [])
     command += [f"-DCMAKE_{language}_COMPILER_LAUNCHER={launcher or ''}" for language in languages]

@@ -6,8 +6,6 @@ Each check runs in a separate process, so that a build never uses libraries of a
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import importlib.util
 import json
 import os
@@ -23,6 +21,7 @@ from pathlib import Path
 from kimi_gguf.engine.builds import Engine, builds, cache_folder, prebuilt, select
 from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
+from kimi_gguf.engine.wheel import record_hash
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.patches.series import load_series
@@ -239,16 +238,14 @@ def _unchanged_files() -> str:
     """Compare the installed files with the hashes that the wheel brought. Raises `EngineError`."""
     # The commands outside of the package were written by pip, and are elsewhere if it installed with --target.
     files = [file for file in distribution("kimi-gguf").files or () if file.parts[0] != ".."]
-    listed = [(file, file.hash) for file in files if file.hash is not None]
+    listed = [(file, file.hash.value) for file in files if file.hash is not None]
     wrong = []
     for file, known in listed:
         try:
-            digest = hashlib.new(known.mode, Path(str(file.locate())).read_bytes()).digest()
+            if record_hash(Path(str(file.locate())).read_bytes()) != known:
+                wrong.append(str(file))
         except OSError:
             wrong.append(f"{file} (missing)")
-            continue
-        if base64.urlsafe_b64encode(digest).decode().rstrip("=") != known.value:
-            wrong.append(str(file))
     if wrong:
         raise EngineError(
             f"{len(wrong)} of {len(listed)} installed files were changed",

@@ -84,10 +84,14 @@ def _local_version(engine: Engine) -> str:
     return f"{upstream}+upstream" if engine.is_upstream else f"{upstream}+kimi.{series}"
 
 
+def record_hash(content: bytes) -> str:
+    """SHA-256 as a wheel's RECORD writes it: base64 with the URL's alphabet, without padding (PEP 376, PEP 427)."""
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+
+
 def record_line(name: str, content: bytes) -> str:
     """The line of a file in a wheel's RECORD."""
-    digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
-    return f"{name},sha256={digest},{len(content)}\n"
+    return f"{name},sha256={record_hash(content)},{len(content)}\n"
 
 
 def write_zip(path: Path, files: Mapping[str, bytes], programs: Collection[str], date: datetime) -> None:

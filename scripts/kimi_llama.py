@@ -1,7 +1,8 @@
 """The command `kimi-llama`: builds the patched llama.cpp and runs its tools with the right libraries.
 
 Input: the command line. Output: a finished build, a report on it, or one of llama.cpp's own programs, which
-replaces this process, so that the caller gets its output, signals and exit status.
+replaces this process, so that the caller gets its output, signals and exit status. (llama-quantize is a child process,
+because its output gets its name when it is complete.)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
+from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
 from kimi_gguf.engine.version import VERSION
@@ -109,6 +111,7 @@ Operators that did not pass are not used on that device; upstream's graph or ker
 result, paste the text above into an issue of this project."""
 
 _ELSEWHERE = f"{_WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
+_WHOLE = "The output gets its name when it is complete; if the command fails or is interrupted, no file is left.\n\n"
 
 TOOLS = {
     "run": Tool(
@@ -148,7 +151,7 @@ TOOLS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return the exit status (sub-commands of tools do not return)."""
+    """Run the command; return the exit status (most sub-commands of tools do not return)."""
     parsed = _parser().parse_args(arguments)
     parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
@@ -238,6 +241,8 @@ def _tool(parsed: argparse.Namespace) -> int:
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:
         _expect_to_run(engine)
+    if tool is TOOLS["quantize"]:
+        return quantize(engine.bin / tool.program, parsed.model, parsed.arguments)
     if engine.for_gpus or parsed.upstream:
         tool = tool.without(_UBATCH)
     if engine.for_gpus or not fits_memory(parsed.model):
@@ -276,8 +281,6 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     if tool.drafted is not None and options & {*_DRAFT, _KIND}:
         program = tool.drafted
         defaults = (*tool.without(_PLAIN).defaults, _SPECULATE)
-    if tool is TOOLS["quantize"]:
-        return [program, *_quantize_arguments(model, given)]
     added = [
         word.format(cores=cores())
         for default in defaults
@@ -285,19 +288,6 @@ def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
         for word in default.arguments
     ]
     return [program, "--model", str(model), *added, *given]
-
-
-def _quantize_arguments(model: Path, given: Sequence[str]) -> list[str]:
-    """llama-quantize accepts options only before its files; `given` has them after the output and the type."""
-    first = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
-    if first == 0 and given:
-        raise EngineError(
-            "quantize: wrong order",
-            expected="the output and the type before options",
-            found=given[0],
-            todo=f"write: kimi-llama quantize {model} OUTPUT TYPE [--OPTION ...]",
-        )
-    return [*given[first:], str(model), *given[:first]]
 
 
 def _defaults_help(tool: Tool) -> str:
@@ -413,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             _tool,
             f"{tool.help} ({tool.program})",
-            f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else ''}"
+            f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else _WHOLE}"
             f"Everything after MODEL is passed to {tool.program}; "
             f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n'
             f"{_defaults_help(tool)}{_WHICH}",

@@ -1,7 +1,7 @@
 """Builds a release: `scripts/release OUT`.
 
-Input: the checkout's tracked files, and the pinned archive. Output in OUT: a wheel with the engine for all CPUs of this
-machine's architecture, an sdist, the wheel's SBOM, and SHA256SUMS. Equal inputs give equal bytes: file times are that
+Input: the checkout's tracked files, and the pinned archive. Output in OUT: a wheel with the engine for all CPUs of an
+architecture, an sdist, the wheel's SBOM, and SHA256SUMS. Equal inputs give equal bytes: file times are that
 of the commit, and nothing depends on the folder.
 """
 
@@ -13,6 +13,8 @@ import hashlib
 import io
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -24,7 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from kimi_gguf.engine.build_spec import PROGRAMS
+from kimi_gguf.engine.build_spec import EMULATOR, MACHINE, PROGRAMS, SYSTEM
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
@@ -38,12 +40,15 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 ENGINE: Final = "kimi_gguf/engine/prebuilt"  # in the wheel; engine/builds.py looks for it there
 # Without OpenMP: its runtime would have to be in the wheel, in addition to the one that torch brings.
 DEFINES: Final = (("GGML_OPENMP", "OFF"), ("KIMI_PORTABLE", "ON"))
+# The architectures to cross-compile for, with the first words of the names of Debian's tools for them.
+CROSS: Final = {"aarch64": "aarch64-linux-gnu"}
 POLICY: Final = "manylinux_2_34"  # the oldest systems on which the wheel runs have glibc 2.34
 
 EXAMPLES = """\
 examples:
   scripts/release dist
   .venv/bin/python -m pip install dist/kimi_gguf-*.whl
+  scripts/release dist-arm --arch aarch64
 """
 
 
@@ -56,10 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to; it is made if needed")
+    parser.add_argument(
+        "--arch",
+        choices=sorted(CROSS),
+        help="cross-compile for Linux on this architecture with CC and CXX (default: Debian's "
+        "aarch64-linux-gnu-gcc and -g++), and check with qemu-aarch64 that a program runs",
+    )
     parsed = parser.parse_args(arguments)
     try:
         with reporting() as reporter:
-            paths = release(parsed.out, reporter)
+            paths = release(parsed.out, reporter, parsed.arch)
     except (KimiError, OSError) as error:
         print(f"release: error: {error}", file=sys.stderr)
         return 1
@@ -68,10 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def release(out: Path, reporter: Reporter) -> list[Path]:
-    """Write the release to `out`, and return its files. They appear together, when all are complete."""
+def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path]:
+    """Write the release to `out`, and return its files. They appear together, when all are complete.
+
+    arch: a key of CROSS, to cross-compile; by default the wheel is for this machine.
+    """
     seconds = commit_time()
-    engine = ensure(backend="cpu-all", defines=DEFINES)
+    engine = ensure(backend="cpu-all", defines=(*DEFINES, *(cross_compilation(arch) if arch else ())))
     source = upstream_source()
     document = sbom(source, load_pin(), VERSION, "MIT")
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +97,7 @@ def release(out: Path, reporter: Reporter) -> list[Path]:
         pure = pure_wheel(sdist, place)
         wheel = make_wheel(pure, place, engine, notices(source, load_pin()), document, seconds)
         pure.unlink()
-        check_policy(wheel)
+        check_policy(wheel, engine)
         bill = place / f"kimi_gguf-{VERSION}.cdx.json"
         bill.write_bytes(document)
         files = [wheel, sdist, bill]
@@ -91,6 +105,20 @@ def release(out: Path, reporter: Reporter) -> list[Path]:
         lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
         sums.write_text("".join(sorted(lines, key=lambda line: line.split()[1])))
         return [path.replace(out / path.name) for path in (*files, sums)]
+
+
+def cross_compilation(arch: str) -> tuple[tuple[str, str], ...]:
+    """CMake's settings to compile for Linux on `arch`. Sets CC and CXX, unless the environment has them."""
+    tools = CROSS[arch]
+    if shutil.which(tools + "-g++") is None and "CXX" not in os.environ:
+        raise EngineError(
+            f"no compiler for {arch}",
+            expected=f"{tools}-gcc and {tools}-g++ on PATH, or CC and CXX in the environment",
+            todo=f"install them (Debian: apt install g++-{tools} qemu-user)",
+        )
+    os.environ.setdefault("CC", f"{tools}-gcc")
+    os.environ.setdefault("CXX", f"{tools}-g++")
+    return ((SYSTEM, "Linux"), (MACHINE, arch), (EMULATOR, f"qemu-{arch};-L;/usr/{tools}"))
 
 
 def commit_time() -> int:
@@ -159,7 +187,7 @@ def make_wheel(
         files = {name: archive.read(name) for name in sorted(archive.namelist())}
     (info,) = {name.split("/")[0] for name in files if ".dist-info/" in name}
     del files[f"{info}/RECORD"]
-    tag = f"py3-none-{platform_tag()}"
+    tag = f"py3-none-{platform_tag(engine)}"
     wheel = files[f"{info}/WHEEL"].decode()
     wheel = wheel.replace("Root-Is-Purelib: true", "Root-Is-Purelib: false").replace("py3-none-any", tag)
     files[f"{info}/WHEEL"] = wheel.encode()
@@ -189,25 +217,31 @@ def wanted(name: str) -> bool:
 
 def published_manifest(engine: Engine, seconds: int) -> dict[str, Any]:
     """The manifest of the build without what differs between equal builds."""
-    own = {"seconds": None, "built": datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
+    built = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     compilers = {key: Path(text).name for key, text in engine.manifest["compilers"].items()}
-    return {**engine.manifest, **own, "compilers": compilers, "tests": False, "test_programs": []}
+    # Builds that are compiled later take the options of the installed one: they are not cross compilations.
+    options = {**engine.manifest["options"]}
+    for name in (SYSTEM, MACHINE, EMULATOR):
+        options.pop(name, None)
+    own = {"seconds": None, "built": built, "compilers": compilers, "options": options}
+    return {**engine.manifest, **own, "tests": False, "test_programs": []}
 
 
-def platform_tag() -> str:
-    """The wheel's platform: manylinux on Linux, else as Python names it."""
-    machine = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-    return machine.replace("linux", POLICY, 1) if sys.platform == "linux" else machine
+def platform_tag(engine: Engine) -> str:
+    """The wheel's platform: manylinux and the build's architecture on Linux, else as Python names this machine."""
+    if sys.platform == "linux":
+        return f"{POLICY}_{engine.manifest['options'].get(MACHINE, platform.machine())}"
+    return sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def check_policy(wheel: Path) -> None:
+def check_policy(wheel: Path, engine: Engine) -> None:
     """On Linux, check that the wheel needs no newer system than its name says. Raises `EngineError`."""
     if sys.platform != "linux":
         return
     command = [sys.executable, "-m", "auditwheel", "show", str(wheel)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     said = " ".join((ended.stdout + ended.stderr).split())
-    if f'consistent with the following platform tag: "{platform_tag()}"' not in said:
+    if f'consistent with the following platform tag: "{platform_tag(engine)}"' not in said:
         raise EngineError(
             f"{wheel.name}: not a {POLICY} wheel",
             found=said[-2000:],

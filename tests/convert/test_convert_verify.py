@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from convert_tools import convert, fresh_checkpoint, gguf_types
-from gguf import GGUFReader
+from convert_tools import convert, edited_json, fresh_checkpoint, gguf_types
+from gguf import GGUFReader, GGUFWriter
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
@@ -74,6 +74,85 @@ def test_a_wrong_key_is_named(source: Path, file: Path) -> None:
     file.write_bytes(content[:at] + b"\x03" + content[at + 1 :])
     run = convert("verify", file, "--checkpoint", source)
     assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 3\n")
+
+
+def add_key(file: Path, name: str, text: str) -> None:
+    """Copy the file with one more key, of a string, with gguf's own writer."""
+    reader = GGUFReader(file)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(file.with_suffix(".new"), architecture)
+    for field in reader.fields.values():
+        if field.name.startswith("GGUF.") or field.name == "general.architecture":
+            continue
+        items = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(field.name, field.contents(), field.types[0], items)
+    writer.add_string(name, text)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file.with_suffix(".new").replace(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        ("general.description", True),
+        ("quantize.imatrix.file", True),
+        ("kimi-linear.rope.scaling.type", False),
+        ("tokenizer.ggml.add_eos_token", False),
+        ("tokenizer.chat_template.tool_use", False),
+    ],
+)
+def test_a_key_that_no_conversion_writes_is_named(
+    source: Path, file: Path, name: str, accepted: bool
+) -> None:
+    """Except what describes the origin of a file."""
+    add_key(file, name, "text")
+    run = convert("verify", file, "--checkpoint", source)
+    assert (run.status == 0) == accepted
+    complaint = [] if accepted else [f"{name}: unexpected, found 'text'"]
+    assert run.out.splitlines()[:-1] == complaint
+
+
+def test_a_missing_key_is_named(source: Path, file: Path) -> None:
+    content = file.read_bytes()
+    assert content.count(b"kimi-linear.expert_used_count") == 1
+    file.write_bytes(content.replace(b"kimi-linear.expert_used_count", b"kimi-linear.expert_uses_count"))
+    said = convert("verify", file, "--checkpoint", source).out.splitlines()
+    assert "kimi-linear.expert_used_count: missing, expected 2" in said
+    assert "kimi-linear.expert_uses_count: unexpected, found 2" in said
+
+
+@pytest.mark.parametrize("edited", ["file", "checkpoint"])
+def test_a_chat_template_that_differs_is_shown_from_there(tmp_path: Path, edited: str) -> None:
+    source, out = fresh_checkpoint(tmp_path / "model", SPEC), tmp_path / "x.gguf"
+    known = "{{ a }}" * 30
+    options = []
+    if edited == "file":
+        options = ["--chat-template", tmp_path / "mine.jinja"]
+        (tmp_path / "mine.jinja").write_text(known + "{{ other }}")
+    (source / "chat_template.jinja").write_text(known + "{{ b }}")
+    assert convert(source, "-o", out, *options).status == 0
+    if edited == "checkpoint":
+        (source / "chat_template.jinja").write_text(known + "{{ other }}")
+    run = convert("verify", out, "--checkpoint", source)
+    parts = ["'b }}'", "'other }}'"] if edited == "file" else ["'other }}'", "'b }}'"]
+    assert run.status == 1
+    assert run.out.splitlines()[0] == (
+        f"tokenizer.chat_template: expected {parts[0]}, found {parts[1]}, from character {len(known) + 3} on"
+    )
+
+
+def test_a_chat_template_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
+    source, out = fresh_checkpoint(tmp_path / "model", SPEC), tmp_path / "x.gguf"
+    assert convert(source, "-o", out).status == 0
+    with edited_json(source / "tokenizer_config.json") as settings:
+        del settings["chat_template"]
+    run = convert("verify", out, "--checkpoint", source)
+    assert run.status == 1 and run.out.startswith("tokenizer.chat_template: unexpected, found ")
 
 
 def test_another_checkpoint_fails_verification(tmp_path: Path, source: Path, file: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import tiny_llama
+from ggml_variant import require_tools
 
 from kimi_gguf.engine import build as building
 from kimi_gguf.engine import toolchain
@@ -26,6 +27,7 @@ from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.patches.errors import KimiError
+from kimi_gguf.scripts import release
 
 
 @pytest.fixture
@@ -335,6 +337,43 @@ def test_a_program_that_does_not_run_is_not_installed(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="does not run"):
         tiny.build()
     assert names(tiny.cache.engines) == []
+
+
+def test_the_folder_is_not_in_the_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two compilations in folders of different lengths give the same bytes. Assertions name their source's path."""
+    monkeypatch.setenv("CCACHE_DISABLE", "1")
+    files = {**tiny_llama.FILES, "src/steady.cpp": "const char * steady() {\n    return __FILE__;\n}\n"}
+    places = [tiny_llama.make(tmp_path / name, files).build() for name in ("one", "another/place")]
+    contents = [
+        {
+            path.relative_to(place): path.read_bytes()
+            for kind in ("bin", "lib")
+            for path in (place / kind).iterdir()
+        }
+        for place in places
+    ]
+    assert contents[0] == contents[1]
+    (library,) = {content for path, content in contents[0].items() if path.name.startswith("libllama")}
+    assert b"src/steady.cpp" in library
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="compiles for Linux with Debian's tools")
+def test_a_cross_compiled_build_runs_in_the_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = "aarch64-linux-gnu"
+    require_tools({f"{prefix}-g++": f"g++-{prefix}", "qemu-aarch64": "qemu-user"})
+    monkeypatch.setenv("CC", f"{prefix}-gcc")
+    monkeypatch.setenv("CXX", f"{prefix}-g++")
+    tiny = tiny_llama.make(tmp_path)
+    settings = release.cross_compilation("aarch64")
+    spec = make_build_spec(backend="cpu-all", defines=settings)
+    assert spec.cpu == "aarch64"
+    spec = dataclasses.replace(spec, pin=tiny.pin, series=tiny.series)
+    place = building.build(spec, tiny.cache, tiny.archive, False, Silent())
+    assert (place / "bin/llama-cli").read_bytes()[18:20] == b"\xb7\x00"  # e_machine of AArch64, 183
+    emulator = dict(settings)["CMAKE_CROSSCOMPILING_EMULATOR"].split(";")
+    assert building.check_runs(place, emulator).endswith(" answer 2")
+    with pytest.raises(EngineError, match="found no program no-such-emulator"):
+        building.check_runs(place, ["no-such-emulator"])
 
 
 def test_the_lock_is_free_after_an_error(tiny: tiny_llama.Tiny) -> None:

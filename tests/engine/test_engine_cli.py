@@ -164,28 +164,6 @@ def test_a_file_must_have_the_mtp_layer_that_drafts(built: Path, kind: list[str]
         assert ("--no-mtp" in result.stderr) == (layers == 0)
 
 
-def test_options_of_quantize_precede_its_files(built: Path) -> None:
-    """llama-quantize reads options before the input only."""
-
-    def command(*given: str) -> list[str]:
-        return kimi_llama.tool_command(kimi_llama.TOOLS["quantize"], Path("in.gguf"), given)
-
-    options = ["--imatrix", "imatrix.gguf", "--allow-requantize"]
-    assert command("out.gguf", "Q8_0", "2", *options) == [
-        "llama-quantize",
-        *options,
-        "in.gguf",
-        "out.gguf",
-        "Q8_0",
-        "2",
-    ]
-    assert command("Q8_0") == ["llama-quantize", "in.gguf", "Q8_0"]
-    assert command() == ["llama-quantize", "in.gguf"]
-    result = call(built, "quantize", str(built / "model.gguf"), "--pure", "out.gguf", "Q8_0")
-    assert result.returncode == 1
-    assert "the output and the type before options, found --pure" in result.stderr
-
-
 def test_a_missing_draft_is_said_at_once(built: Path) -> None:
     told = call(built, "serve", str(built / "model.gguf"), "-md", str(built / "absent.gguf"))
     assert told.returncode == 1

@@ -9,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,35 @@ def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
     assert "kimi_gguf/convert/plan.py" in json.loads(ran.stdout)["installed"]["seen"]
 
 
+def test_a_wheel_for_another_architecture_is_named_after_it(engine: Engine) -> None:
+    """Builds that a user compiles take the options of the wheel's build, so those are not a cross compilation."""
+    settings = {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64"}
+    settings |= {"CMAKE_CROSSCOMPILING_EMULATOR": "qemu-aarch64"}
+    options = {**engine.manifest["options"], **settings}
+    cross = replace(engine, manifest={**engine.manifest, "options": options, "cpu": "aarch64"})
+    assert release.platform_tag(cross) == "manylinux_2_34_aarch64"
+    published = release.published_manifest(cross, SECONDS)
+    assert published["options"] == engine.manifest["options"]
+    assert published["cpu"] == "aarch64"
+
+
+def test_a_compiler_for_another_architecture_is_chosen_or_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CC", "CXX"):
+        monkeypatch.setenv(name, "")  # so that what the call sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match=r"apt install g\+\+-aarch64-linux-gnu qemu-user"):
+        release.cross_compilation("aarch64")
+    (tmp_path / "aarch64-linux-gnu-g++").touch(0o755)
+    release.cross_compilation("aarch64")
+    assert (os.environ["CC"], os.environ["CXX"]) == ("aarch64-linux-gnu-gcc", "aarch64-linux-gnu-g++")
+    monkeypatch.setenv("CXX", "mine")
+    release.cross_compilation("aarch64")
+    assert os.environ["CXX"] == "mine"
+
+
 def test_the_sbom_names_everything_in_the_vendor_folder(source: Path) -> None:
     places = {
         "nlohmann-json": "nlohmann",
@@ -218,7 +248,7 @@ def test_the_sdist_has_the_tracked_files_and_no_others(wheel: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no manylinux policy")
-def test_a_wheel_that_needs_more_than_the_policy_is_refused(wheel: Path) -> None:
+def test_a_wheel_that_needs_more_than_the_policy_is_refused(wheel: Path, engine: Engine) -> None:
     """This machine's own build needs OpenMP's runtime, which the policy does not allow."""
     with pytest.raises(EngineError, match="manylinux_2_34"):
-        release.check_policy(wheel)
+        release.check_policy(wheel, engine)

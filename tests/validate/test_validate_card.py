@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
+from markdown_it import MarkdownIt
 from random_checkpoint import Spec, write_checkpoint
 from test_validate_stored import GOLDEN
 
@@ -69,6 +71,36 @@ def test_every_picture_of_the_card_exists(demo_hub: Path) -> None:
     for picture in pictures:
         assert (demo_hub / picture).read_bytes().startswith(b"\x89PNG")
     assert not list(demo_hub.rglob(".*"))
+
+
+def rendered(card: str) -> str:
+    """The HTML of a card without its front matter, with the tables of GitHub's Markdown, which hubs show."""
+    return MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
+
+
+def links(html: str) -> list[str]:
+    """Paths that the page refers to in its own folder."""
+    return [unquote(link) for link in re.findall(r'(?:href|src)="([^":]*)"', html)]
+
+
+@pytest.mark.engine
+def test_the_rendered_card_refers_to_files_next_to_it(demo_hub: Path) -> None:
+    html = rendered((demo_hub / "README.md").read_text())
+    assert [html.count(f"<{tag}") for tag in ("table>", "img ", "a ")] == [2, 5, 2]
+    assert not re.search(r"<p>[^<]*\|", html)  # no row outside of a table
+    assert len(links(html)) == 7
+    assert all((demo_hub / link).is_file() for link in links(html))
+
+
+@pytest.mark.parametrize(
+    "name", ["a b (1).gguf", "a|b.gguf", "größe_x_y.gguf", "a<b>[c](d).gguf", "50%25.gguf"]
+)
+def test_the_link_of_a_strange_name_leads_to_its_report(name: str) -> None:
+    html = rendered(card_text([card_file(name)], ["kld"], []))
+    assert f"validation/{name.removesuffix('.gguf')}/report.html" in links(html)
+    assert html.count("<tr>") == html.count("</tr>")
+    (row,) = re.findall(r"<tr>\n<td><code>.*?</tr>", html[html.index("Files") :], re.DOTALL)
+    assert row.count("<td") == 10
 
 
 @pytest.mark.engine

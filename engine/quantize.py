@@ -1,0 +1,77 @@
+"""Runs llama-quantize so that its output appears complete under its name, or not at all.
+
+Input: the program, the model, the arguments after it. Output: the files, and the program's exit status. It writes to a
+hidden folder next to the output, from which the finished files are moved.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.split_names import place_in_set, split_paths
+
+DRY_RUN, KEEP_SPLIT = "--dry-run", "--keep-split"
+_SUFFIX: Final = ".gguf"
+
+
+def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
+    """Quantize `model`; return the exit status. Raises `EngineError` for arguments that it cannot pass on.
+
+    given: the output, the type, perhaps a number of threads, then options. If it fails or is interrupted, nothing is
+    left, and a file that had the output's name before is unchanged.
+    """
+    words, options = split_arguments(model, given)
+    if DRY_RUN in options:
+        return _status([str(program), *options, str(model), *words])
+    output = Path(words[0]) if len(words) > 1 else None
+    if output is None or output.suffix != _SUFFIX:
+        raise EngineError(
+            "quantize: no output",
+            expected="a name that ends in .gguf, and the type after it",
+            found=" ".join(words) or "nothing",
+            todo=f"write: kimi-llama quantize {model} OUTPUT.gguf TYPE [--OPTION ...]",
+        )
+    inputs = (place_in_set(model) or (1, [model]))[1]
+    outputs = split_paths(output, len(inputs)) if KEEP_SPLIT in options else [output]
+    _check(inputs, outputs)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.unfinished-") as folder:
+        status = _status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
+        if status == 0:
+            for path in sorted(Path(folder).iterdir()):
+                path.replace(output.parent / path.name)
+    return status
+
+
+def split_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(output, type and threads; options). llama-quantize reads options before its files only."""
+    first = next((i for i, word in enumerate(given) if word.startswith("--")), len(given))
+    if first == 0 and given:
+        raise EngineError(
+            "quantize: wrong order",
+            expected="the output and the type before options",
+            found=given[0],
+            todo=f"write: kimi-llama quantize {model} OUTPUT.gguf TYPE [--OPTION ...]",
+        )
+    return list(given[:first]), list(given[first:])
+
+
+def _check(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    folder = outputs[0].parent
+    if not folder.is_dir():
+        raise EngineError(f"{folder}: no such folder", todo="make it, or name another output")
+    for path in outputs:
+        if path.is_dir():
+            raise EngineError(f"{path}: is a folder", todo="name another output")
+        if path.exists() and any(each.exists() and path.samefile(each) for each in inputs):
+            raise EngineError(f"{path}: is the model itself", todo="name another output")
+
+
+def _status(command: Sequence[str]) -> int:
+    """The exit status of a command as a shell gives it. The command is killed if this process is interrupted."""
+    status = subprocess.run(command, check=False).returncode
+    return status if status >= 0 else 128 - status

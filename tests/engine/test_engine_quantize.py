@@ -1,0 +1,147 @@
+"""`kimi-llama quantize`: its output is complete under its name, or it is not there."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.quantize import quantize
+
+# In place of llama-quantize. Its arguments are added to the file `arguments` next to it.
+PROGRAM = """#!/bin/sh
+printf '%s\\n' "$@" > "${0%/*}/arguments"
+while [ "${1#--}" != "$1" ]; do shift; done
+"""
+WRITES = 'printf half > "$2"; printf whole >> "$2"\n'
+FAILS = 'printf half > "$2"; exit 3\n'
+WAITS = 'printf half > "$2"; touch "${0%/*}/waiting"; exec sleep 100\n'
+SPLITS = 'for i in 1 2; do printf $i > "${2%.gguf}-0000$i-of-00002.gguf"; done\n'
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "in.gguf"
+    path.write_bytes(b"GGUF")
+    return path
+
+
+def program(folder: Path, does: str) -> Path:
+    place = folder / "programs"
+    place.mkdir()
+    path = place / "llama-quantize"
+    path.write_text(PROGRAM + does)
+    path.chmod(0o755)
+    return path
+
+
+def seen_by(path: Path) -> list[str]:
+    return path.with_name("arguments").read_text().splitlines()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {"programs"}
+
+
+def test_the_output_is_moved_to_its_name(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    assert quantize(program(tmp_path, WRITES), model, [str(out), "Q8_0"]) == 0
+    assert out.read_text() == "halfwhole"
+    assert names(tmp_path) == {"in.gguf", "out.gguf"}
+
+
+def test_options_precede_the_files(model: Path, tmp_path: Path) -> None:
+    """llama-quantize reads options before the input only."""
+    run = program(tmp_path, "exit 0\n")
+    quantize(run, model, [str(tmp_path / "out.gguf"), "Q8_0", "2", "--imatrix", "i.gguf", "--pure"])
+    words = seen_by(run)
+    assert words[:4] == ["--imatrix", "i.gguf", "--pure", str(model)]
+    assert words[5:] == ["Q8_0", "2"]
+
+
+def test_a_failure_leaves_the_earlier_file(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    out.write_text("earlier")
+    assert quantize(program(tmp_path, FAILS), model, [str(out), "Q8_0"]) == 3
+    assert out.read_text() == "earlier"
+    assert names(tmp_path) == {"in.gguf", "out.gguf"}
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, by: signal.Signals) -> None:
+    run = program(tmp_path, WAITS)
+    code = (
+        "import sys, signal; from pathlib import Path; from kimi_gguf.engine.quantize import quantize\n"
+        "from kimi_gguf.scripts.kimi_llama import _interrupt\n"
+        "signal.signal(signal.SIGTERM, _interrupt)\n"
+        "quantize(Path(sys.argv[1]), Path(sys.argv[2]), [sys.argv[3], 'Q8_0'])"
+    )
+    words = [sys.executable, "-c", code, run, model, tmp_path / "out.gguf"]
+    with subprocess.Popen(list(map(str, words)), stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (waiting := run.with_name("waiting").exists()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        meanwhile = names(tmp_path)
+        process.send_signal(by)
+        _, said = process.communicate(timeout=60)
+    assert waiting
+    assert "out.gguf" not in meanwhile
+    assert len(meanwhile) == 2  # the model and a hidden folder
+    assert "KeyboardInterrupt" in said
+    assert names(tmp_path) == {"in.gguf"}
+
+
+def test_splits_are_moved_together(tmp_path: Path) -> None:
+    first = tmp_path / "in-00001-of-00002.gguf"
+    first.write_bytes(b"GGUF")
+    given = [str(tmp_path / "out.gguf"), "Q8_0", "--keep-split"]
+    assert quantize(program(tmp_path, SPLITS), first, given) == 0
+    assert [(tmp_path / f"out-0000{i}-of-00002.gguf").read_text() for i in (1, 2)] == ["1", "2"]
+
+
+def test_a_dry_run_needs_no_output(model: Path, tmp_path: Path) -> None:
+    run = program(tmp_path, "exit 0\n")
+    assert quantize(run, model, ["Q8_0", "--dry-run"]) == 0
+    assert seen_by(run) == ["--dry-run", str(model), "Q8_0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (["--pure", "out.gguf", "Q8_0"], "the output and the type before options, found --pure"),
+        (["Q8_0"], "a name that ends in .gguf, and the type after it, found Q8_0"),
+        (["Q8_0", "4"], "a name that ends in .gguf, and the type after it, found Q8_0 4"),
+        ([], "found nothing"),
+        (["in.gguf", "Q8_0"], "is the model itself"),
+        (["absent/out.gguf", "Q8_0"], "no such folder"),
+        (["folder.gguf", "Q8_0"], "is a folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.gguf").mkdir()
+    run = program(tmp_path, WRITES)
+    with pytest.raises(EngineError, match=reason):
+        quantize(run, Path("in.gguf"), given)
+    assert not run.with_name("arguments").exists()
+    assert model.read_bytes() == b"GGUF"
+
+
+@pytest.mark.engine
+def test_the_real_program_writes_the_same_bytes(
+    tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
+) -> None:
+    direct, moved, model = tmp_path / "direct.gguf", tmp_path / "moved.gguf", demo_gguf("BF16")
+    command = [engine.bin / "llama-quantize", model, direct, "Q8_0"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert quantize(engine.bin / "llama-quantize", model, [str(moved), "Q8_0"]) == 0
+    assert moved.read_bytes() == direct.read_bytes()
