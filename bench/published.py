@@ -1,8 +1,10 @@
 """config.json of published models, for the bench and synthetic_checkpoint.py: the keys that the converter reads.
 
 Output: a dictionary per model. Sources: the published config.json files (Ling 3.0, Kimi K3) and the defaults of
-`Glm5NextTextConfig` in transformers 5.23. Ling-3.0-tiny of this shape has the published number of parameters, 7.89
-billion. `index_kpool` of GLM-5.3-Flash is 4 in the published file; transformers' default is 16.
+`Glm5NextTextConfig` in transformers 5.23. Context lengths of Ling 3.0: 262144 for flash (sgl-project/sglang#33882) and
+131072 for tiny (SGLang's cookbook for Ling-3.0-tiny: "Native context length is 128K"; services that list 256K for tiny
+extend it). Ling-3.0-tiny of this shape has the published number of parameters, 7.89 billion. `index_kpool` of
+GLM-5.3-Flash is 4 in the published file; transformers' default is 16.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ LING_TINY: Final[Config] = _LING | {
     "hidden_size": 1536,
     "intermediate_size": 4608,
     "layer_group_size": 4,
+    "max_position_embeddings": 131072,
     "moe_intermediate_size": 512,
     "num_attention_heads": 16,
     "num_experts": 128,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,26 +54,43 @@ DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the 
     "ngram-cache": ("--spec-type", "ngram-cache"),
 }
 USAGE = """\
-usage: python -m kimi_gguf.bench.speculative FILE [THREADS]
+usage: python -m kimi_gguf.bench.speculative FILE [THREADS] [--all]
 
 Measure llama-server without drafts and with drafts of the MTP layer in FILE, patched and upstream, and print a table.
 The drafts have the layer's own acceptance rate, or rates that llama-server simulates, for files with generated weights.
 Answers with simulated rates are meaningless; the work is that of a model with these rates.
 
 FILE     a GGUF file of Ling 3 with its MTP layer
-THREADS  CPU threads (default: all cores)"""
+THREADS  CPU threads (default: all cores)
+--all    more lengths and rates, the layer's own rate, and four slots; without it, minutes instead of hours"""
 MTP_LENGTHS = (1, 2, 3)
 MTP_RATES = (0.0, 0.5, 0.7, 0.9)  # simulated: accepted tokens among those whose predecessor is accepted
+FEW_LENGTHS = (1, 3)
+FEW_RATES = (0.5, 0.9)
 Row = dict[str, Any]
 
 
-def mtp_drafts() -> dict[str, tuple[str, ...]]:
-    """Like `DRAFTS`, for a model with an MTP layer."""
+@dataclass(frozen=True)
+class Load:
+    """What is asked of each server."""
+
+    slots: tuple[int, ...]  # numbers of slots
+    runs: int  # servers of each build, of which the median counts
+    prompts: tuple[str, ...]
+    count: int  # tokens per answer
+
+
+FEW = Load(slots=(1,), runs=2, prompts=PROMPTS[:4], count=64)
+
+
+def mtp_drafts(every: bool = False) -> dict[str, tuple[str, ...]]:
+    """Like `DRAFTS`, for a model with an MTP layer. every: with the layer's own rate, and all lengths and rates."""
     found: dict[str, tuple[str, ...]] = {"none": ()}
-    for length in MTP_LENGTHS:
+    for length in MTP_LENGTHS if every else FEW_LENGTHS:
         options = ("--spec-type", "draft-mtp", "--spec-draft-n-max", str(length))
-        found[f"MTP, up to {length}"] = options
-        for rate in MTP_RATES:
+        if every:
+            found[f"MTP, up to {length}"] = options
+        for rate in MTP_RATES if every else FEW_RATES:
             rates = ",".join(f"{rate**i:.6f}" for i in range(1, length + 1))
             found[f"MTP, up to {length}, rate {rate:g} simulated"] = (*options, "--spec-synth-rates", rates)
     return found
@@ -184,16 +202,19 @@ def measure_server(
     threads: int,
     reporter: Reporter,
     drafts: Mapping[str, tuple[str, ...]] | None = None,
+    load: Load | None = None,
 ) -> Iterator[Row]:
-    """Yield a row for each number of slots and each kind of draft: the median of three runs of each build.
+    """Yield a row for each number of slots and each kind of draft: the median of the runs of each build.
 
-    drafts: by name, options of llama-server; default: `DRAFTS`. Raises `EngineError`.
+    drafts: by name, options of llama-server; default: `DRAFTS`. load: default: all prompts, three runs. Raises
+    `EngineError`.
     """
-    for slots in SLOTS:
+    load = load or Load(SLOTS, 3, PROMPTS, COUNT)
+    for slots in load.slots:
         for name, options in (DRAFTS if drafts is None else drafts).items():
             row: Row = {"slots": slots, "draft": name}
             runs: dict[str, list[Row]] = {build: [] for build in builds}
-            for _ in range(3):
+            for _ in range(load.runs):
                 for build, engine in builds.items():
                     reporter.phase(f"slots: {slots}, draft: {name}, {build}")
                     given = ["-np", str(slots), "-t", str(threads), "--flash-attn", "on"]
@@ -204,7 +225,7 @@ def measure_server(
                             Path(folder) / "log", engine.bin / "llama-server", "-m", target, *given
                         ) as server,
                     ):
-                        runs[build].append(answer_all(server, slots))
+                        runs[build].append(answer_all(server, slots, load))
             for build, each in runs.items():
                 rates = [run["tokens"] / run["seconds"] for run in each]
                 row[build] = {**each[0], "tokens_per_second": statistics.median(rates), "rates": rates}
@@ -237,15 +258,15 @@ def server_table(rows: Sequence[Row]) -> Rows:
     return table
 
 
-def answer_all(server: RunningServer, slots: int) -> Row:
+def answer_all(server: RunningServer, slots: int, load: Load) -> Row:
     """Send the prompts, as many at once as there are slots, after one request that is not counted.
 
     Returns the sums of tokens, drafted tokens and accepted tokens, and the seconds until all answers are complete.
     """
-    complete(server, PROMPTS[0])
+    complete(server, load.prompts[0], load.count)
     began = time.monotonic()
     with ThreadPoolExecutor(slots) as pool:
-        timings = list(pool.map(lambda prompt: complete(server, prompt), PROMPTS))
+        timings = list(pool.map(lambda prompt: complete(server, prompt, load.count), load.prompts))
     return {
         "seconds": time.monotonic() - began,
         "tokens": sum(each["predicted_n"] for each in timings),
@@ -254,10 +275,10 @@ def answer_all(server: RunningServer, slots: int) -> Row:
     }
 
 
-def complete(server: RunningServer, prompt: str) -> Row:
-    """The server's timings of one greedy answer."""
+def complete(server: RunningServer, prompt: str, count: int) -> Row:
+    """The server's timings of one greedy answer of `count` tokens."""
     request = {
-        "prompt": prompt, "n_predict": COUNT, "temperature": 0, "ignore_eos": True, "cache_prompt": False,
+        "prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False,
     }  # fmt: skip
     timings: Row = server.post("/completion", request)["timings"]
     return timings
@@ -265,6 +286,8 @@ def complete(server: RunningServer, prompt: str) -> Row:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table of a model with an MTP layer. Returns the exit status."""
+    every = "--all" in arguments
+    arguments = [word for word in arguments if word != "--all"]
     if len(arguments) not in (1, 2) or not all(word.isdecimal() for word in arguments[1:]):
         print(USAGE, file=sys.stderr)
         return 2
@@ -275,7 +298,8 @@ def main(arguments: Sequence[str]) -> int:
         check_mtp(model)
         builds = {"patched": ensure(), "upstream": ensure(upstream=True)}
         with reporting() as reporter:
-            rows = list(measure_server(model, None, builds, threads, reporter, mtp_drafts()))
+            load = None if every else FEW
+            rows = list(measure_server(model, None, builds, threads, reporter, mtp_drafts(every), load))
         print(markdown(server_table(rows)))
     except EngineError as error:
         print(f"speculative: error: {error}", file=sys.stderr)

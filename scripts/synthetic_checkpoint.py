@@ -54,6 +54,12 @@ def ling_tiny_config() -> dict[str, Any]:
     return {"architectures": ["BailingMoeV3ForCausalLM"], **LING_TINY}
 
 
+def ling_mtp_config() -> dict[str, Any]:
+    """12 layers of Ling-3.0-tiny with half of its experts, and an MTP layer, which Ling-3.0-flash has."""
+    fewer = {"num_hidden_layers": 12, "num_experts": 64, "num_nextn_predict_layers": 1}
+    return ling_tiny_config() | fewer
+
+
 def k3_config(layers: str = "KKKM" * 23 + "M", experts: int = 896, vocab: int = 163840) -> dict[str, Any]:
     """The text model of the published Kimi K3, or one with fewer layers, experts and tokens."""
     kinds = {
@@ -196,6 +202,7 @@ def write_synthetic(
 MODELS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
     "48B": (published_config, NUM_SHARDS),
     "Ling-3.0-tiny": (ling_tiny_config, 4),
+    "Ling-3.0-tiny-12L-64E-MTP": (ling_mtp_config, 2),
     "Kimi-K3": (k3_config, K3_SHARDS),
 }
 
@@ -203,13 +210,14 @@ MODELS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
 def main() -> None:
     """Run `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
     parser = argparse.ArgumentParser(
-        description="Write a sparse checkpoint of a published model's full size; all values are zero."
+        description="Write a sparse checkpoint of a published model's full size; all values are zero without --seed."
     )
+    parser.add_argument("--seed", type=int, help="write random values; the files are not sparse then")
     parser.add_argument("--model", choices=MODELS, default="48B", help="the model (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="folder to write to")
     options = parser.parse_args()
     config, shards = MODELS[options.model]
-    print(write_synthetic(options.folder, config(), shards))
+    print(write_synthetic(options.folder, config(), shards, options.seed))
 
 
 if __name__ == "__main__":

@@ -244,6 +244,8 @@ def _yarn(keys: Keys) -> Yarn | None:
         attention_factor=optional("attention_factor"),
     )
     keys.require(yarn.factor >= 1, f"{SCALING}.factor", "at least 1", yarn.factor)
+    fast, slow = yarn.beta_fast, yarn.beta_slow
+    keys.require(fast >= slow, f"{SCALING}.beta_fast", f"at least beta_slow, {slow:g}", fast)
     return yarn
 
 

@@ -83,20 +83,27 @@ def test_drafts_of_an_mtp_layer(
     monkeypatch.setattr(speculative, "MTP_RATES", (0.0, 0.9))
     vocabulary = make_gguf(tmp_path, Spec(layers="K", heads=1, kda_head_dim=32))
     model = write_circle(tmp_path / "circle.gguf", Circle(), vocabulary)
-    assert speculative.main([str(model), "1"]) == 0
+    assert speculative.main([str(model), "1", "--all"]) == 0
     head, _, *lines = [
         [cell.strip() for cell in line.split("|")[1:-1]]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("|")
     ]
     rows = [dict(zip(head, line, strict=False)) for line in lines]
-    assert [row["draft"] for row in rows] == list(speculative.mtp_drafts())
+    assert [row["draft"] for row in rows] == list(speculative.mtp_drafts(every=True))
     plain, own, never, mostly = rows
     assert plain["drafted"] == "0"
     assert 0 < int(own["accepted"].removesuffix(" %")) < 100
     assert never["accepted"] == "0 %"
     # of 2 drafted tokens 0.9 and 0.81 are accepted
     assert abs(int(mostly["accepted"].removesuffix(" %")) - 85.5) < 5
+
+
+def test_few_drafts_are_some_of_all() -> None:
+    few, every = speculative.mtp_drafts(), speculative.mtp_drafts(every=True)
+    assert "none" in few and len(few) == 5
+    assert few.items() <= every.items()
+    assert all("simulated" in name for name in few if name != "none")
 
 
 @pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "1", "2"]])

@@ -198,6 +198,14 @@ def test_a_note_names_what_upstream_ignores_of_yarn() -> None:
     assert not list(notes(ling(rope_scaling=YARN)))
 
 
+def test_betas_of_yarn_in_the_wrong_order_are_refused() -> None:
+    """beta_fast alone below the default of beta_slow, too; equal ones make the ramp a step."""
+    for betas in ({"beta_fast": 1.0, "beta_slow": 4.0}, {"beta_fast": 0.5}):
+        with pytest.raises(ConvertError, match=r"rope_scaling\.beta_fast.*at least beta_slow"):
+            ling(rope_scaling=YARN | betas)
+    assert ling(rope_scaling=YARN | {"beta_fast": 4.0, "beta_slow": 4.0}).yarn
+
+
 def test_hostile_configs(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config(SPEC)))
