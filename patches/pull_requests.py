@@ -2,8 +2,9 @@
 
 Input: the series, and for each fix that has a test for upstream a file `fixes/NNNN-name.pr`:
 
-    Target: the CMake target that compiles the test
-    Run: the program, and its arguments; it runs in the root of the sources
+    Target: the CMake target that compiles the test; none for a Python test without a program
+    Run: the program, and its arguments; it runs in the root of the sources. `python3 FILE` runs a script there,
+      `pytest FILE` a test of the server in tools/server/tests
     Fails: what the program prints without the fix, or the signal that ends it
     Shows: what the test does
 
@@ -28,18 +29,29 @@ from kimi_gguf.patches.tree import Tree
 SUFFIX = ".pr"
 _FIELDS = ("Target", "Run", "Fails", "Shows")
 NO_TEST = "no upstream test yet"
+PYTHON, SERVER = "python3 ", "pytest "  # beginnings of Run
 
 
 @dataclass(frozen=True)
 class UpstreamTest:
     """A test for upstream's tests/."""
 
-    target: str
+    target: str  # empty if nothing is compiled
     run: str
     fails: str
     shows: str
     text: bytes  # the diffs
     diffs: tuple[unified.FileDiff, ...]
+
+    @property
+    def commands(self) -> str:
+        """What compiles and runs it in a checkout of upstream."""
+        lines = [f"cmake -B build && cmake --build build --target {self.target}"] if self.target else []
+        if self.run.startswith(SERVER):
+            lines.append(f"cd tools/server/tests && {self.run}")
+        else:
+            lines.append(self.run if self.run.startswith(PYTHON) else f"build/bin/{self.run}")
+        return "\n".join(f"    {line}" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,7 @@ class PullRequest:
         else:
             parts += [
                 self.test.shows,
-                f"    cmake -B build && cmake --build build --target {self.test.target}\n    build/bin/{self.test.run}",
+                self.test.commands,
                 f"Without the change to the sources, the test fails: `{self.test.fails}`.",
             ]
         return "\n\n".join(parts) + "\n"
@@ -121,6 +133,8 @@ def load_test(path: Path) -> UpstreamTest:
     """Read the test of a pull request."""
     head, mark, rest = path.read_bytes().partition(b"diff --git ")
     fields = {name: header_field(head.decode(), name) for name in _FIELDS}
+    if (fields["Run"] or "").startswith(PYTHON):
+        fields["Target"] = fields["Target"] or "none"
     missing = [name for name, value in fields.items() if not value]
     text = mark + rest
     diffs = unified.parse(text, path.name)
@@ -132,6 +146,7 @@ def load_test(path: Path) -> UpstreamTest:
             found=f"no {', '.join(missing) or 'diff of tests/'}; changes of {', '.join(elsewhere) or 'nothing else'}",
         )
     target, run, fails, shows = (fields[name] or "" for name in _FIELDS)
+    target = "" if target == "none" else target
     return UpstreamTest(target, run, fails, shows, text, diffs)
 
 

@@ -10,13 +10,15 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from kimi_gguf.bench.server import free_port
 from kimi_gguf.engine.toolchain import cores, packaged_tool
 from kimi_gguf.patches.diff import PatchConflictError
 from kimi_gguf.patches.errors import PatchError
-from kimi_gguf.patches.pull_requests import PullRequest
+from kimi_gguf.patches.pull_requests import PYTHON, SERVER, PullRequest
 from kimi_gguf.patches.tree import Tree
 
 # The tests compare values, not times: -O1 takes half of the time to compile.
@@ -26,6 +28,7 @@ _OPTIONS = (
     "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_COMMIT=pin",
     "-DLLAMA_BUILD_NUMBER=0",
 )  # fmt: skip
+_NO_DOWNLOADS = "kimi_gguf.scripts.upstream_server_tests"
 _LONGEST = 600  # seconds for a test
 
 NEEDED = "needed: its test fails without it"
@@ -42,11 +45,47 @@ class Outcome:
 
 
 def run_test(tree: Tree, target: str, run: str, work: Path) -> Outcome:
-    """Compile the target from the tree in `work` and run the command in the root of its sources.
+    """Compile the target, if there is one, from the tree in `work` and run the command in its sources.
 
     Raises `PatchError` if it does not compile.
     """
     tree.write_to(work / "src")
+    build = work / "build"
+    if target:
+        _compile(target, work)
+        link = work / "src/build"  # where upstream's scripts look for programs
+        if not link.exists():
+            link.symlink_to(build)
+    command, folder = shlex.split(run), work / "src"
+    if run.startswith(PYTHON):
+        command[0] = sys.executable
+    elif run.startswith(SERVER):
+        command = [sys.executable, "-m", *command, "-p", _NO_DOWNLOADS, "-p", "no:cacheprovider"]
+        folder /= "tools/server/tests"
+    else:
+        command[0] = str(build / "bin" / command[0])
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=folder,
+            env={
+                **os.environ,
+                "GGML_NO_BACKTRACE": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
+                "PORT": str(free_port()),
+            },
+            timeout=_LONGEST,
+        )
+    except subprocess.TimeoutExpired:
+        return Outcome(False, f"{run} did not end within {_LONGEST} s")
+    ended = f"\nended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
+    return Outcome(done.returncode == 0, done.stdout + done.stderr + ended)
+
+
+def _compile(target: str, work: Path) -> None:
     build = work / "build"
     ninja = packaged_tool("ninja")
     configure = [
@@ -67,21 +106,6 @@ def run_test(tree: Tree, target: str, run: str, work: Path) -> Outcome:
             raise PatchError(
                 f"{target} does not compile in {work}", found="\n    ".join(done.stdout.splitlines()[-12:])
             )
-    words = shlex.split(run)
-    try:
-        done = subprocess.run(
-            [build / "bin" / words[0], *words[1:]],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            cwd=work / "src",
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-            timeout=_LONGEST,
-        )
-    except subprocess.TimeoutExpired:
-        return Outcome(False, f"{run} did not end within {_LONGEST} s")
-    ended = f"\nended by {signal.Signals(-done.returncode).name}" if done.returncode < 0 else ""
-    return Outcome(done.returncode == 0, done.stdout + done.stderr + ended)
 
 
 def without_fix(request: PullRequest, source: Path, work: Path) -> tuple[str, str]:

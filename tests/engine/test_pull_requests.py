@@ -212,6 +212,69 @@ def test_a_test_program_is_compiled_by_cmake_and_run(tmp_path: Path) -> None:
     assert prove(request, tmp_path / "tree", tmp_path / "work") is None
 
 
+SCRIPT = """Run: python3 tests/test-answer.py
+Fails: answer 1
+Shows: The test reads the answer.
+
+diff --git a/tests/test-answer.py b/tests/test-answer.py
+new file mode 100644
+--- /dev/null
++++ b/tests/test-answer.py
+@@ -0,0 +1,5 @@
++import sys
++
++answer = 1 if "return 1" in open("src/answer.cpp").read() else 2
++print("answer", answer)
++sys.exit(answer == 1)
+"""
+
+
+def test_a_script_is_run_without_compiling(tmp_path: Path) -> None:
+    _, request = tiny_request(tmp_path, SCRIPT)
+    assert prove(request, tmp_path / "tree", tmp_path / "work") is None
+    assert not (tmp_path / "work/build").exists()
+    assert "cmake" not in request.notes() and "    python3 tests/test-answer.py\n" in request.notes()
+
+
+SERVER_TEST = """import utils
+
+
+def test_presets():
+    utils.ServerPreset.load_all()
+    assert "KIMI_ANSWER" in open("../../../src/answer.cpp").read(), "answer 1"
+"""
+DOWNLOADING_UTILS = """import wget
+
+
+class ServerPreset:
+    @staticmethod
+    def load_all():
+        raise OSError("no network")
+"""
+
+
+def test_a_test_of_the_server_runs_without_upstreams_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = SERVER_TEST.splitlines()
+    diff = "diff --git a/tools/server/tests/unit/test_a.py b/tools/server/tests/unit/test_a.py\nnew file mode 100644\n"
+    diff += f"--- /dev/null\n+++ b/tools/server/tests/unit/test_a.py\n@@ -0,0 +1,{len(lines)} @@\n"
+    text = f"Target: llama-server\nRun: pytest unit/test_a.py\nFails: answer 1\nShows: It asks.\n\n{diff}"
+    text += "".join(f"+{line}\n" for line in lines)
+    folder = "tools/server/tests/"
+    files = {
+        **tiny_llama.FILES,
+        f"{folder}utils.py": DOWNLOADING_UTILS,
+        f"{folder}conftest.py": "import utils\n",
+    }
+    series = tiny_llama.make(tmp_path, files).series
+    (tmp_path / "series/fixes/0001-answer.pr").write_text(text)
+    (request,) = load_pull_requests(series, tmp_path / "series" / FIXES)
+    monkeypatch.setattr("kimi_gguf.scripts.upstream_tests._compile", lambda target, work: None)
+    assert prove(request, tmp_path / "tree", tmp_path / "work") is None
+    assert "cd tools/server/tests && pytest unit/test_a.py" in request.notes()
+
+
 def test_pull_requests_are_chosen_by_number() -> None:
     assert select(REQUESTS, []) == REQUESTS
     assert [request.name[:4] for request in select(REQUESTS, ["7", "0001"])] == ["0007", "0001"]
