@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.progress import Silent
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.engine.wheel import record_line
 from kimi_gguf.patches.pin import load_pin
@@ -70,6 +72,21 @@ def test_equal_inputs_give_equal_bytes(wheel: Path, tmp_path: Path, engine: Engi
     assert again.read_bytes() == wheel.read_bytes()
     sdists = [next(path.parent.glob("*.tar.gz")).read_bytes() for path in (wheel, again)]
     assert sdists[0] == sdists[1]
+
+
+def test_one_list_of_hashes_has_the_wheels_of_several_systems(
+    engine: Engine, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(release, "ensure", lambda **_: engine)
+    monkeypatch.setattr(release, "upstream_source", lambda: source)
+    monkeypatch.setattr(release, "check_policy", lambda *_: None)
+    (tmp_path / f"kimi_gguf-{VERSION}-py3-none-elsewhere.whl").write_bytes(b"of another system")
+    (tmp_path / "kimi_gguf-0.0.1-py3-none-elsewhere.whl").write_bytes(b"of another version")
+    made = release.release(tmp_path, Silent())
+    listed = dict(reversed(line.split()) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
+    names = {path.name for path in made} - {"SHA256SUMS"}
+    assert set(listed) == {*names, f"kimi_gguf-{VERSION}-py3-none-elsewhere.whl"}
+    assert all(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == listed[name] for name in listed)
 
 
 def test_record_has_the_hash_of_every_file(wheel: Path) -> None:
