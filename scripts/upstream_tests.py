@@ -53,9 +53,6 @@ def run_test(tree: Tree, target: str, run: str, work: Path) -> Outcome:
     build = work / "build"
     if target:
         _compile(target, work)
-        link = work / "src/build"  # where upstream's scripts look for programs
-        if not link.exists():
-            link.symlink_to(build)
     command, folder = shlex.split(run), work / "src"
     if run.startswith(PYTHON):
         command[0] = sys.executable
@@ -106,6 +103,9 @@ def _compile(target: str, work: Path) -> None:
             raise PatchError(
                 f"{target} does not compile in {work}", found="\n    ".join(done.stdout.splitlines()[-12:])
             )
+    link = work / "src/build"  # where upstream's scripts look for programs
+    if not link.exists():
+        link.symlink_to(build)
 
 
 def without_fix(request: PullRequest, source: Path, work: Path) -> tuple[str, str]:
