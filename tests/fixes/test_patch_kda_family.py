@@ -56,6 +56,15 @@ def test_the_betas_of_yarn_count() -> None:
     assert error_of(others, ling_logits(BETAS, IDS)).in_all > 1e-4
 
 
+def test_betas_of_yarn_in_the_wrong_order_are_refused(tmp_path: Path, engine: Engine) -> None:
+    """0029-ling-yarn-mscale."""
+    model = write_family(tmp_path / "model.gguf", replace(BETAS, betas=(0.5, 4.0)))
+    with pytest.raises(ValidateError, match=r"beta_fast must not be less than beta_slow: 0\.5 < 4"):
+        logits(engine, model)
+    model = write_family(tmp_path / "equal.gguf", replace(BETAS, betas=(4.0, 4.0)))
+    assert np.isfinite(logits(engine, model)).all()
+
+
 def test_small_activations_of_kimi_k3_are_normalised_as_in_the_model(
     tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:

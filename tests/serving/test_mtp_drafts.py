@@ -225,6 +225,78 @@ def test_drafts_do_not_depend_on_rejected_drafts(
     assert compared > 3
 
 
+STORED = [(7 * i) % 120 + 3 for i in range(100)]  # saved before another prompt takes the slot
+OTHER = [(11 * i) % 120 + 5 for i in range(100)]
+TAIL = [9, 8, 7]
+
+
+def stored_then_continued(
+    way: str, engine: Engine, folder: Path, model: Path, *options: str
+) -> tuple[Answer, Drafts]:
+    """The answer to a prompt that continues an earlier one and its answer, and its drafts.
+
+    way: what happens to the earlier prompt. It stays in the slot, another prompt takes the slot, the slot's file is
+    restored by a new server, or all prompts are saved at the end and restored by a new server.
+    """
+    given = ("-np", "1", *drafting(), "--slot-save-path", f"{folder}/", *options)
+    if way == "kept":
+        given = (*given, "--keep-slots")
+    with serving(engine, folder, model, *given) as server:
+        first = server.complete(STORED, 8, cache_prompt=True)
+        longer = [*STORED, *first.ids, *TAIL]
+        if way in ("slot", "cache"):
+            if way == "cache":
+                server.complete(OTHER, 8, cache_prompt=True)
+            answer = server.complete(longer, COUNT, cache_prompt=True)
+            return answer, drafts_of(server, 2 + (way == "cache"))[-1]
+        if way == "file":
+            server.slot("save")
+    with serving(engine, folder, model, *given) as server:
+        server.complete(OTHER, 8, cache_prompt=True)
+        if way == "file":
+            server.slot("restore")
+        answer = server.complete(longer, COUNT, cache_prompt=True)
+        return answer, drafts_of(server, 2)[-1]
+
+
+@pytest.mark.parametrize("options", [[], NO_ROLLBACK], ids=["rollback", "checkpoints"])
+@pytest.mark.parametrize("way", ["cache", "file", "kept"])
+def test_drafts_after_a_restored_prompt(
+    way: str, options: list[str], engine: Engine, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """0034-mtp-hidden-state, 0053-server-prompt-cache: the hidden state is saved and restored with the prompt."""
+    expected, its_drafts = stored_then_continued("slot", engine, tmp_path, models["seldom"], *options)
+    answer, drafts = stored_then_continued(way, engine, tmp_path, models["seldom"], *options)
+    assert answer.timings["cache_n"] == expected.timings["cache_n"] >= len(STORED)
+    assert answer.ids == expected.ids
+    assert drafts.by_length == its_drafts.by_length
+    for count in ("draft_n", "draft_n_accepted"):
+        assert answer.timings[count] == expected.timings[count]
+
+
+@pytest.mark.parametrize("from_file", [False, True], ids=["slot", "file"])
+def test_drafts_after_a_restored_checkpoint(
+    from_file: bool, engine: Engine, models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A prompt that differs in its last tokens continues from the checkpoint in front of them."""
+    options = ("-np", "1", *drafting(), "--slot-save-path", f"{tmp_path}/")
+    other_end = [*STORED[:-2], 5, 5]
+    with serving(engine, tmp_path, models["seldom"], *options) as server:
+        expected = server.complete(other_end, COUNT, cache_prompt=True)
+        (its_drafts,) = drafts_of(server, 1)
+    with serving(engine, tmp_path, models["seldom"], *options) as server:
+        server.complete(STORED, 8, cache_prompt=True)
+        if from_file:
+            server.slot("save")
+            server.complete(OTHER, 8, cache_prompt=True)
+            server.slot("restore")
+        answer = server.complete(other_end, COUNT, cache_prompt=True)
+        drafts = drafts_of(server, 2 + from_file)[-1]
+    assert answer.timings["cache_n"] == len(STORED) - 4
+    assert answer.ids == expected.ids
+    assert drafts.near(its_drafts)
+
+
 def test_upstream_drafts_the_same_from_a_new_server(
     engine: Engine, upstream: Engine, models: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 #include "../server-common.h"
 #include "server-hash.h"
+#include "speculative.h"
 
 #include <algorithm>
 #include <array>
@@ -21,6 +22,7 @@ namespace {
 
 constexpr uint32_t TAG_IDENTITY   = 0x6e656469;          // "iden"
 constexpr uint32_t TAG_DRAFT      = 0x74667264;          // "drft"
+constexpr uint32_t TAG_HIDDEN     = 0x63657073;          // "spec"
 constexpr uint32_t TAG_CHECKPOINT = 0x74706b63;          // "ckpt"
 constexpr uint64_t MAGIC_END      = 0x31746f6c73696d6b;  // "kmislot1"
 
@@ -96,6 +98,7 @@ struct sections {
     bool                           present = false;
     server_slot_identity           identity;
     bytes                          draft;
+    bytes                          hidden;  // of common_speculative_get_state()
     std::vector<server_checkpoint> checkpoints;
 };
 
@@ -114,25 +117,27 @@ bool set_state(llama_context * ctx, llama_seq_id id, const bytes & data, llama_s
 void write_sections(std::ofstream &              file,
                     const server_prompt &        prompt,
                     const bytes &                draft,
+                    const bytes &                hidden,
                     const server_slot_identity & identity) {
-    const auto write = [&](const void * data, size_t size) { file.write((const char *) data, size); };
+    const auto write         = [&](const void * data, size_t size) { file.write((const char *) data, size); };
+    const auto write_section = [&](uint32_t tag, const void * data, size_t size) {
+        const section_head head{ tag, 0, size };
+        write(&head, sizeof(head));
+        write(data, size);
+    };
 
     std::string text = server_identity_text(identity);
     text += std::string(ADAPTERS) + '\n' + (prompt.adapters.empty() ? NONE : prompt.adapters) + '\n';
-    const section_head head{ TAG_IDENTITY, 0, text.size() };
-    write(&head, sizeof(head));
-    write(text.data(), text.size());
+    write_section(TAG_IDENTITY, text.data(), text.size());
 
     if (!draft.empty()) {
-        const section_head head{ TAG_DRAFT, 0, draft.size() };
-        write(&head, sizeof(head));
-        write(draft.data(), draft.size());
+        write_section(TAG_DRAFT, draft.data(), draft.size());
+    }
+    if (!hidden.empty()) {
+        write_section(TAG_HIDDEN, hidden.data(), hidden.size());
     }
 
     for (const auto & checkpoint : prompt.checkpoints) {
-        if (!checkpoint->data_spec.empty()) {
-            continue;  // only the kind of draft that wrote it can read it
-        }
         const checkpoint_head own{
             checkpoint->n_tokens,        checkpoint->pos_min,        checkpoint->pos_max, checkpoint->at_message, 0,
             checkpoint->data_tgt.size(), checkpoint->data_dft.size()
@@ -142,6 +147,9 @@ void write_sections(std::ofstream &              file,
         write(&own, sizeof(own));
         write(checkpoint->data_tgt.data(), own.size_tgt);
         write(checkpoint->data_dft.data(), own.size_dft);
+        if (!checkpoint->data_spec.empty()) {
+            write_section(TAG_HIDDEN, checkpoint->data_spec.data(), checkpoint->data_spec.size());
+        }
     }
 }
 
@@ -163,6 +171,8 @@ sections read_sections(std::ifstream & file, uint64_t begin, uint64_t end) {
             }
         } else if (head.tag == TAG_DRAFT) {
             found.draft = in.read_bytes(head.size);
+        } else if (head.tag == TAG_HIDDEN) {
+            (found.checkpoints.empty() ? found.hidden : found.checkpoints.back().data_spec) = in.read_bytes(head.size);
         } else if (head.tag == TAG_CHECKPOINT) {
             const auto own = in.read<checkpoint_head>();
             if (head.size < sizeof(own) || own.size_tgt > head.size - sizeof(own) ||
@@ -368,6 +378,7 @@ template <typename F>
 size_t save(const std::string &          path,
             const server_prompt &        prompt,
             const bytes &                draft,
+            const bytes &                hidden,
             const server_slot_identity & identity,
             F &&                         write_state) {
     const std::string part = path + ".part";
@@ -381,7 +392,7 @@ size_t save(const std::string &          path,
         }
         {
             std::ofstream file(part, std::ios::binary | std::ios::app);
-            write_sections(file, prompt, draft, identity);
+            write_sections(file, prompt, draft, hidden, identity);
             file.write((const char *) &end.size, sizeof(end.size));
             file.close();
             if (!file) {
@@ -424,10 +435,13 @@ size_t server_slot_save(const std::string &          path,
                         const server_prompt &        prompt,
                         llama_context *              ctx_tgt,
                         llama_context *              ctx_dft,
+                        common_speculative *         spec,
                         llama_seq_id                 id,
                         const server_slot_identity & identity) {
     const bytes draft = ctx_dft ? state_of(ctx_dft, id, LLAMA_STATE_SEQ_FLAGS_NONE) : bytes();
-    return save(path, prompt, draft, identity, [&](const std::string & part, const std::vector<char> & packed) {
+    bytes       hidden;
+    common_speculative_get_state(spec, id, hidden);
+    return save(path, prompt, draft, hidden, identity, [&](const std::string & part, const std::vector<char> & packed) {
         return llama_state_seq_save_file(ctx_tgt, part.c_str(), id,
                                          reinterpret_cast<const llama_token *>(packed.data()),
                                          packed.size() / sizeof(llama_token));
@@ -439,7 +453,7 @@ size_t server_slot_save(const std::string &               path,
                         const server_slot_identity &      identity) {
     constexpr size_t N_HEAD =
         sizeof(uint32_t) + sizeof(llama_seq_id);  // a magic number and the sequence, in memory only
-    return save(path, state.prompt, state.data.drft, identity,
+    return save(path, state.prompt, state.data.drft, state.data.spec, identity,
                 [&](const std::string & part, const std::vector<char> & packed) {
                     const uint32_t head[] = { LLAMA_STATE_SEQ_MAGIC, LLAMA_STATE_SEQ_VERSION,
                                               (uint32_t) (packed.size() / sizeof(llama_token)) };
@@ -475,6 +489,7 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
         prompt.adapters = read_adapters(found.identity, target.adapter_ids);
         if (ctx_dft && found.identity[DRAFT_MODEL] != target.identity.at(DRAFT_MODEL)) {
             found.draft.clear();
+            found.hidden.clear();
             found.checkpoints.clear();  // a checkpoint needs the states of both models
         }
     }
@@ -506,5 +521,6 @@ server_prompt server_slot_restore(const std::string & path, const server_slot_ta
         }
         throw;
     }
+    common_speculative_set_state(target.spec, id, found.hidden);
     return prompt;
 }
