@@ -51,15 +51,18 @@ _MASKS: tuple[Rule, ...] = (("LDG", 1, 0.0),)
 _PREPARE: tuple[Rule, ...] = (
     ("BAR", 5, 4.0), ("HMMA", 20, 2.5), ("HMMA", 1, 2.0), ("LDG", 4, 2.0), ("FFMA", 40, 2.0), ("FFMA", 20, 3.0),
 )  # fmt: skip
+# 16 KiB by 64 threads: 16 copies; the first is unrolled by 16.
+_STATES: tuple[Rule, ...] = (("LDGSTS", 16, 1.0), ("LDGSTS", 1, 4.0))
 KERNELS = (
     Kernel("conv", _KDA + "kda-conv.cu", "conv_kernelILi128E", WHOLE,
            (("MUFU", 30, 4.0), ("MUFU", 5, 0.0), ("LDG", 6, 0.0))),  # 16 tokens, four at a time
     Kernel("prepare", _KDA + "kda-scan-prepare.cu", "prepare_kernelILi128E", WHOLE, _PREPARE),
-    Kernel("states", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2E", LOOP,
-           (("LDGSTS", 16, 1.0), ("LDGSTS", 1, 4.0))),  # 16 KiB by 64 threads: 16 copies; the first is unrolled by 16
-    Kernel("states of whole heads", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi8E", LOOP,
+    Kernel("states", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi5E", LOOP, _STATES),
+    Kernel("states, short ring", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi3E", LOOP, _STATES),
+    Kernel("states of whole heads", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi8ELi5E", LOOP,
            (("LDGSTS", 1, 1.0),)),
-    Kernel("steps", _KDA + "kda-scan-steps.cu", "steps_kernelILi128E", WHOLE),
+    Kernel("steps", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi2E", WHOLE),
+    Kernel("steps, four rows a thread", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi4E", WHOLE),
     Kernel("finish", _KDA + "kda-scan-steps.cu", "finish_kernelILi128E", WHOLE),
     Kernel("copies", _KDA + "kda-state.cu", "copy_states_kernel", LOOP),
     Kernel("attend f16", _LATENT + "latent-attend.cu", "attend_piecesILNS_10cache_typeE1E", INNERMOST,
@@ -69,14 +72,17 @@ KERNELS = (
     Kernel("join", _LATENT + "latent-attend.cu", "join_pieces", LOOP),
     Kernel("collect f16", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE1E", WHOLE, _MASKS),
     Kernel("collect q8_0", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE3E", WHOLE, _MASKS),
+    Kernel("look", _LATENT + "latent-collect.cu", "look_at", WHOLE),
     Kernel("weigh", _LATENT + "latent-collect.cu", "weigh_headILi1E", WHOLE, (("LDG", 8, 16.0), ("LDG", 1, 0.0))),
-    Kernel("expand keys f16", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb0E", LOOP),
-    Kernel("expand values f16", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb1E", LOOP),
-    Kernel("expand keys q8_0", _LATENT + "latent-expand.cu", "expand_keysINS_5modes9quantisedELb0E", LOOP),
-    Kernel("expand values q8_0", _LATENT + "latent-expand.cu", "expand_keysINS_5modes9quantisedELb1E", LOOP),
-    Kernel("decompressed f16", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes3f16E", LOOP,
+    Kernel("weigh, exact", _LATENT + "latent-collect.cu", "weigh_headILi2E", WHOLE,
+           (("LDG", 8, 16.0), ("LDG", 1, 0.0))),
+    Kernel("expand keys", _LATENT + "latent-expand.cu", "expand_keysINS_5modes6halvesELb0E", LOOP),
+    Kernel("expand values", _LATENT + "latent-expand.cu", "expand_keysINS_5modes6halvesELb1E", LOOP),
+    Kernel("expand keys, exact", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb0E", LOOP),
+    Kernel("expand values, exact", _LATENT + "latent-expand.cu", "expand_keysINS_5modes3f16ELb1E", LOOP),
+    Kernel("decompressed", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes6halvesE", LOOP,
            (("LDGSTS", 1, 2.0), *_MASKS)),
-    Kernel("decompressed q8_0", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes9quantisedE", LOOP,
+    Kernel("decompressed, exact", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes3f16E", LOOP,
            (("LDGSTS", 1, 2.0), *_MASKS)),
     Kernel("upstream flash attention, 16 rows", "fattn", "Li576ELi512ELi1ELi16E", INNERMOST),
     Kernel("upstream flash attention, 32 rows", "fattn", "Li576ELi512ELi2ELi16E", INNERMOST),
@@ -105,11 +111,20 @@ CONSTANTS = {
         "chunk": "kda_cuda::CHUNK",
         "run bytes": "kda_cuda::RUN_BYTES",
         "chunk bytes": "kda_cuda::chunk_layout<128>::SIZE",
+        "prepare blocks": "kda_cuda::PREPARE_BLOCKS",
+        "most waves": "kda_cuda::MAX_WAVES",
+        "worth a wave": "kda_cuda::WORTH_A_WAVE",
     },
-    _KDA + "kda-scan-states.cu": {"states shared": "kda_cuda::RING * kda_cuda::STAGE"},
+    _KDA + "kda-scan-states.cu": {
+        "stage": "kda_cuda::STAGE",
+        "deep ring": "kda_cuda::DEEP_RING",
+        "short ring": "kda_cuda::SHORT_RING",
+        "deep ring from": "kda_cuda::DEEP_RING_FROM",
+    },
     _LATENT + "latent-attend.cu": {
-        "blocks": "latent_cuda::TARGET_BLOCKS",
         "least tiles": "latent_cuda::MIN_TILES",
+        "most pieces": "latent_cuda::MAX_PIECES",
+        "join threads": "latent_cuda::JOIN_THREADS",
         "tile": "latent_cuda::TILE_KEYS",
         "rows": "latent_cuda::BLOCK_ROWS",
         "attend threads": "latent_cuda::THREADS",
@@ -117,15 +132,20 @@ CONSTANTS = {
         "q8_0 shared": "latent_cuda::shared_bytes<latent_cuda::cache_type::q8_0>()",
     },
     _LATENT + "latent-expand.cu": {
-        "expand f16 shared": "latent_cuda::expand_bytes<latent_cuda::modes::f16>()",
-        "expand q8_0 shared": "latent_cuda::expand_bytes<latent_cuda::modes::quantised>()",
+        "expand shared": "latent_cuda::expand_bytes<latent_cuda::modes::halves>()",
+        "expand exact shared": "latent_cuda::expand_bytes<latent_cuda::modes::f16>()",
         "expand keys": "latent_cuda::EXPAND_KEYS",
     },
     _LATENT + "latent-decompressed.cu": {
-        "decompressed f16 shared": "latent_cuda::tile_room<latent_cuda::modes::f16>::BYTES",
-        "decompressed q8_0 shared": "latent_cuda::tile_room<latent_cuda::modes::quantised>::BYTES",
+        "decompressed shared": "latent_cuda::tile_room<latent_cuda::modes::halves>::BYTES",
+        "decompressed exact shared": "latent_cuda::tile_room<latent_cuda::modes::f16>::BYTES",
         "block queries": "latent_cuda::BLOCK_QUERIES",
         "scratch": "latent_cuda::SCRATCH",
+    },
+    _LATENT + "latent-ggml.cu": {
+        f"{kind} {what}": f"limit_of(latent_cuda::cache_type::{kind}, true).{what}"
+        for kind in ("f16", "q8_0")
+        for what in ("rows", "keys")
     },
 }
 _PROBE = """\

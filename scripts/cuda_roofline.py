@@ -1,6 +1,7 @@
 """Estimate the times of our CUDA kernels and of upstream's on GPUs, without having one.
 
     .venv/bin/python -m kimi_gguf.scripts.cuda_roofline              count again and write docs/gpu-roofline.md
+    .venv/bin/python -m kimi_gguf.scripts.cuda_roofline --architecture 90   count these again, keep the others
     .venv/bin/python -m kimi_gguf.scripts.cuda_roofline --stored     write it from the stored counts: no nvcc is needed
     .venv/bin/python -m kimi_gguf.scripts.cuda_roofline --records out/gpu/*.json    with measured times next to them
 
@@ -32,12 +33,13 @@ from kimi_gguf.scripts.gpu_model import (
     TOKENS,
     Model,
     attend,
-    conversion,
     flash_attention,
     gated_delta_net,
     kda_floor,
     kda_forward,
     kernel_launches,
+    ours_by_default,
+    upstream_attention,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,6 +53,10 @@ Measured = dict[tuple[str, str, str], float]  # seconds by device, operator and 
 # the host. One token takes 28 µs there, so the difference of two lengths is what the kernel takes.
 DELTA_NET_GPU = "RTX 5090"
 DELTA_NET = {128: 84.7e-6, 256: 155.6e-6, 512: 279.6e-6, 1024: 525.1e-6}
+# Upstream's attention: llama-bench of DeepSeek-V2-Lite in Q4_0 (27 layers, 16 heads over a latent of 576) on an RTX
+# 3090, 512 tokens in microbatches: tokens/s with an empty cache (pull request 15525) and with 32768 keys (19057).
+FLASH_GPU, FLASH_LAYERS, FLASH_HEADS, FLASH_DEPTH, FLASH_TEST = "RTX 3090", 27, 16, 32768, 512
+FLASH = {16: (784.29, 587.24), 32: (1209.58, 770.71), 64: (1802.95, 946.42), 128: (2253.15, 1033.12)}
 # Kernels whose code is not compiled here: only their bytes and products are known. 24 heads, 8192 tokens.
 FORWARDS = (("fla chunk_kda", 1153.9e-6), ("FlashKDA", 1003.2e-6))
 
@@ -67,52 +73,81 @@ def calibration(model: Model) -> list[tuple[str, float, float]]:
     return [*rows, (f"from {least} to {most} tokens", longest - published, ours_longest - ours)]  # type: ignore[list-item]
 
 
+def flash_calibration(model: Model) -> list[tuple[str, float, float]]:
+    """As `calibration`: upstream's attention of one layer, by the microbatch. Half of the test's tokens are keys."""
+    (gpu,) = (gpu for gpu in GPUS if gpu.name == FLASH_GPU)
+    rows: list[tuple[str, float, float]] = []
+    if not model.knows(gpu):
+        return rows
+    for queries, (empty, deep) in FLASH.items():
+        published = queries * (1 / deep - 1 / empty) / FLASH_LAYERS
+        ours = [
+            model.total(flash_attention("f16", queries, keys + FLASH_TEST // 2, FLASH_HEADS)(model, gpu), gpu)
+            for keys in (0, FLASH_DEPTH)
+        ]
+        rows.append((f"{queries} queries", published, ours[1] - ours[0]))
+    return rows
+
+
 def calibration_table(model: Model) -> Rows:
     """Published times next to the model's."""
-    rows: Rows = [
-        (f"upstream's recurrence, {HEADS} heads, {DELTA_NET_GPU}", "published", "model", "model / published")
-    ]
-    for what, published, ours in calibration(model):
-        rows.append((what, short_time(published), short_time(ours), f"{ours / published:.2f}"))
+    rows: Rows = [("upstream's kernel", "published", "model", "model / published")]
+    recurrence = f"recurrence, {HEADS} heads, {DELTA_NET_GPU}"
+    attention = f"attention of {FLASH_HEADS} heads over {FLASH_DEPTH} keys, {FLASH_GPU}"
+    for name, found in ((recurrence, calibration(model)), (attention, flash_calibration(model))):
+        for what, published, ours in found:
+            rows.append(
+                (f"{name}: {what}", short_time(published), short_time(ours), f"{ours / published:.2f}")
+            )
     return rows
+
+
+def errors(model: Model) -> tuple[float, float]:
+    """The least and the largest model / published, without the times of whole calls."""
+    found = [calibration(model)[-1], *flash_calibration(model)]
+    shares = [ours / published for _, published, ours in found]
+    return min(shares), max(shares)
 
 
 def forwards_table(model: Model) -> Rows:
     """Published forward passes of KDA on an H100 next to our estimate and the floor."""
     (gpu,) = (gpu for gpu in GPUS if gpu.name == "H100")
-    ours = model.total(kda_forward(model, heads=24), gpu)
     floor = max(kda_floor(gpu)) * 24 / HEADS
     rows: Rows = [("forward of 24 heads, 8192 tokens, H100", "time", "time / floor")]
     rows += [
         (f"{name}, published", short_time(seconds), f"{seconds / floor:.1f}") for name, seconds in FORWARDS
     ]
-    return [*rows, ("ours, model", short_time(ours), f"{ours / floor:.1f}")]
+    if model.knows(gpu):
+        ours = kda_forward(model, gpu, heads=24).seconds(model, gpu)
+        rows.append(("ours, model", short_time(ours), f"{ours / floor:.1f}"))
+    return rows
 
 
 def devices_table() -> Rows:
     """What the model knows of each device."""
     rows: Rows = [("device", "compute capability", "multiprocessors", "clock", "bandwidth", "F16 mma.sync, F32 sums",
-                   "shared memory", "source")]  # fmt: skip
+                   "shared memory", "L2", "source")]  # fmt: skip
     for gpu in GPUS:
         rate = 2 * gpu.mma_f32 * gpu.multiprocessors * gpu.clock
         rows.append((gpu.name, f"{gpu.architecture / 10}", str(gpu.multiprocessors), f"{gpu.clock / 1e9:.2f} GHz",
                      f"{gpu.bandwidth / 1e9:.0f} GB/s", f"{rate / 1e12:.0f} TFLOPS", f"{gpu.shared >> 10} KiB",
-                     gpu.source))  # fmt: skip
+                     f"{gpu.l2} MiB", gpu.source))  # fmt: skip
     return rows
 
 
 def kda_table(model: Model, measured: Measured) -> Rows:
     """The forward pass on each device."""
-    rows: Rows = [("device", "prepare", "states", "finish", "KDA_SCAN", "measured", "floor: memory", "floor: products",
-                   "upstream's recurrence alone")]  # fmt: skip
+    rows: Rows = [("device", "runs", "prepare", "states", "finish", "KDA_SCAN", "measured", "floor: memory",
+                   "floor: products", "upstream's recurrence alone")]  # fmt: skip
     shape = f"head_size={HEAD},head_count={HEADS},n_seq_tokens={TOKENS},n_seqs=1"
     for gpu in filter(model.knows, GPUS):
-        parts = [model.estimate(each, gpu).seconds for each in kda_forward(model)]
+        forward = kda_forward(model, gpu)
+        parts = [model.estimate(each, gpu).seconds for each in forward.launches]
         upstream = model.estimate(gated_delta_net(HEADS, TOKENS, True), gpu).seconds
         found = measured.get((gpu.name, "KDA_SCAN", shape))
-        rows.append((gpu.name, *map(short_time, parts), f"**{short_time(sum(parts))}**",
-                     short_time(found) if found else "–", *map(short_time, kda_floor(gpu)),
-                     short_time(upstream)))  # fmt: skip
+        rows.append((gpu.name, str(forward.runs), *map(short_time, parts),
+                     f"**{short_time(forward.seconds(model, gpu))}**", short_time(found) if found else "–",
+                     *map(short_time, kda_floor(gpu)), short_time(upstream)))  # fmt: skip
     return rows
 
 
@@ -125,27 +160,47 @@ def attention_table(model: Model, gpu: Gpu, measured: Measured) -> Rows:
         for kind in ROW_BYTES:
             cells = []
             for queries in QUERIES:
-                ours = model.total(attend(model, kind, queries, keys), gpu)
-                theirs = model.total(flash_attention(kind, queries, keys)(model, gpu), gpu) + conversion(
-                    kind, keys, gpu
-                )
-                cell = f"{short_time(ours)}, {short_time(theirs)}, {theirs / ours:.2f}"
+                ours = model.total(attend(model, gpu, kind, queries, keys), gpu)
+                theirs = upstream_attention(model, gpu, kind, queries, keys)
+                chosen = ours_by_default(model, kind, queries, keys)
+                both = [
+                    f"**{short_time(seconds)}**" if default else short_time(seconds)
+                    for seconds, default in ((ours, chosen), (theirs, not chosen))
+                ]
+                cell = f"{', '.join(both)}, {theirs / ours:.2f}"
                 found = measured.get((gpu.name, "FLASH_ATTN_EXT", f"kv={keys},nb={queries},type_K={kind}"))
                 cells.append(cell + (f"; measured {short_time(found)}" if found else ""))
             rows.append((str(keys), kind.upper(), *cells))
     return rows
 
 
+def least_gain(model: Model) -> float:
+    """The least ratio of upstream's time to ours, of all shapes in which ours is the default."""
+    return min(
+        upstream_attention(model, gpu, kind, queries, keys)
+        / model.total(attend(model, gpu, kind, queries, keys), gpu)
+        for gpu in filter(model.knows, GPUS)
+        for kind in ROW_BYTES
+        for queries in range(1, max(QUERIES) + 1)
+        for keys in (*KEYS, model.constants[f"{kind} keys"])
+        if ours_by_default(model, kind, queries, keys)
+    )
+
+
 def kernels_table(model: Model) -> Rows:
-    """Each kernel: time, limit and resident blocks on each device."""
-    rows: Rows = [("shape", "kernel", "launches", *(gpu.name for gpu in GPUS if model.knows(gpu)))]
-    for shape, launches in kernel_launches(model):
-        for each in launches:
+    """Each kernel: time, launches, limit and resident blocks on each device."""
+    known = [gpu for gpu in GPUS if model.knows(gpu)]
+    rows: Rows = [("shape", "kernel", *(gpu.name for gpu in known))]
+    for shapes in zip(*(kernel_launches(model, gpu) for gpu in known), strict=True):
+        for each in zip(*(launches for _, launches in shapes), strict=True):
             cells = []
-            for gpu in filter(model.knows, GPUS):
-                found = model.estimate(each, gpu)
-                cells.append(f"{short_time(found.seconds)}, {found.bound}, {found.resident}")
-            rows.append((shape, each.kernel, str(each.times), *cells))
+            for gpu, launch in zip(known, each, strict=True):
+                found = model.estimate(launch, gpu)
+                times = f"{launch.times} × " if launch.times > 1 else ""
+                seconds = short_time(found.seconds / launch.times)
+                cells.append(f"{times}{seconds}, {found.bound}, {found.resident}")
+            names = dict.fromkeys(launch.kernel for launch in each)
+            rows.append((shapes[0][0], "; ".join(names), *cells))
     return rows
 
 
@@ -183,21 +238,29 @@ multiprocessor overlap until a unit is full; registers, shared memory and thread
 takes the longer of this and its bytes at {share:.0%} of the memory bandwidth, and {launch:.0f} µs. On Hopper,
 `mma.sync` has {hopper:.0%} of the tensor cores' peak. Code that a branch can skip counts half.
 
-It leaves out bank conflicts, the bandwidth of the L2, clocks under load, and waiting for copies to shared memory. Read
-differences below 30 % as equal.
+Two kernels that run beside each other share registers, shared memory and units: blocks of the second one start where
+the first one's leave room. Data that one kernel leaves to the next stays in the L2 if it is large enough.
+
+The model leaves out bank conflicts, the bandwidth of the L2, clocks under load, and waiting for copies to shared
+memory. Read differences below 30 % as equal.
 
 {devices}{missing}
 ## How far it is off
 
 {calibration}
-The recurrence waits for loads and shuffles in each token. Without the time of a call ([published][delta] from the
-host; one token takes 28 µs), it takes {slower:.1f} × as long as the model says. Expect the same of our kernels whose
-limit is latency. No published time of a kernel that the tensor cores or the memory limit can be compared.
+The recurrence is [published][delta] as times of calls from the host (one token: 28 µs); its last row is a difference of
+two. The attention is the difference of two llama-bench tables, [with 32768 keys][deep] and [without][empty], divided
+by the layers. The first one is of a later llama.cpp; what else became faster in between makes the published times too
+short. Without the times of whole calls, the model says {least:.2f} to {most:.2f} of the published times: **expect
+{fast:.1f} to {slow:.1f} × the times below.** No published time is of a kernel that memory limits: these are as good as
+the {share:.0%} of the bandwidth. The ratio of two kernels is off by less if the same unit limits both.
 
 Other kernels of KDA are written in other languages; only their bytes and products are known. The floor is the longer
 of both at the peak rates. ([Published][kda] for an H100.)
 
 [delta]: https://github.com/ggml-org/llama.cpp/pull/22587
+[deep]: https://github.com/ggml-org/llama.cpp/pull/19057
+[empty]: https://github.com/ggml-org/llama.cpp/pull/15525
 [kda]: https://github.com/NVIDIA/cudnn-frontend/pull/1017
 
 {forwards}
@@ -206,15 +269,19 @@ README): 90 % of the bandwidth, which the model takes for all kernels, and 67 % 
 
 ## KDA: {heads} heads of {head}, {tokens} tokens
 
+`prepare`, `states` and `finish` are the sums of all their launches. KDA_SCAN takes less, because `prepare` of a run of
+chunks runs beside `states` of the one before.
+
 {kda}
 ## Latent attention, absorbed: {heads} heads
 
-Each cell: ours, upstream's, and upstream's / ours. Upstream converts a Q8_0 cache to F16 before each call.
-`MAX_QUERIES_F16` and `MAX_QUERIES_CONVERTED` in `latent-ggml.cu` decide which of both runs.
+Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by default; `limit_of` in `latent-ggml.cu`
+decides. Upstream converts a Q8_0 cache to F16 before each call.
+{gain}
 {attention}
 ## All kernels
 
-Each cell: time of all launches, what limits it, and the blocks that a multiprocessor holds.
+Each cell: launches and the time of one, what limits it, and the blocks that a multiprocessor holds.
 
 {kernels}"""
 
@@ -233,25 +300,35 @@ def page(counts: Data, measured: Measured) -> str:
     if counts["sources"] != cuda_counts.sources_digest():
         missing += f"\n{CHANGED}\n"
     tables = [f"\n### {gpu.name}\n\n{markdown(attention_table(model, gpu, measured))}" for gpu in known]
-    *_, (_, published, ours) = calibration(model)
+    least, most = errors(model)
+    gain = "Where ours is the default, upstream's takes at least "
+    gain += f"{least_gain(model):.2f} × as long, on all devices below."
     return TEXT.format(
         compiler=counts["compiler"], share=DRAM_SHARE, launch=1e6 * (LAUNCH + FILL), hopper=HOPPER_MMA_SHARE,
-        slower=published / ours, missing=missing,
+        missing=missing, least=least, most=most, fast=1 / most, slow=1 / least, gain=gain,
         devices=markdown(devices_table()), calibration=markdown(calibration_table(model)),
         forwards=markdown(forwards_table(model)), heads=HEADS, head=HEAD, tokens=TOKENS,
         kda=markdown(kda_table(model, measured)), attention="".join(tables), kernels=markdown(kernels_table(model)),
     )  # fmt: skip
 
 
-def fresh_counts() -> Data:
-    """Compile and count everything. Raises `EngineError`."""
-    architectures = tuple(sorted({gpu.architecture for gpu in GPUS}))
-    return {
+def fresh_counts(architectures: tuple[int, ...] = (), stored: Data | None = None) -> Data:
+    """Compile and count everything, for all devices or for these architectures. Raises `EngineError`.
+
+    Other architectures are taken from stored counts, if these are of the same sources and compiler.
+    """
+    architectures = architectures or tuple(sorted({gpu.architecture for gpu in GPUS}))
+    found = {
         "compiler": cuda_counts.compiler(),
         "sources": cuda_counts.sources_digest(),
         "constants": cuda_counts.constants(),
         "kernels": cuda_counts.count(architectures),
     }
+    if stored and (stored["compiler"], stored["sources"]) == (found["compiler"], found["sources"]):
+        for name, uses in found["kernels"].items():
+            both = stored["kernels"][name] | uses
+            found["kernels"][name] = {each: both[each] for each in sorted(both, key=int)}
+    return found
 
 
 def as_json(counts: Data) -> str:
@@ -272,6 +349,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="cuda_roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
+    add(
+        "--architecture",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="count only for these, such as 90 (default: those of all devices)",
+    )
     add("--stored", action="store_true", help="use the stored counts")
     add(
         "--counts", type=Path, default=COUNTS, metavar="JSON", help="the counts (default: docs/gpu-sass.json)"
@@ -288,7 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if not options.stored:
-            options.counts.write_text(as_json(fresh_counts()), encoding="utf-8")
+            stored = json.loads(options.counts.read_text()) if options.counts.is_file() else None
+            fresh = fresh_counts(tuple(options.architecture), stored)
+            options.counts.write_text(as_json(fresh), encoding="utf-8")
         counts = json.loads(options.counts.read_text(encoding="utf-8"))
         options.page.write_text(page(counts, measured_times(options.records)), encoding="utf-8")
     except (KimiError, OSError) as error:

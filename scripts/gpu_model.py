@@ -6,8 +6,9 @@ shape, ours and upstream's, and their seconds. docs/gpu-roofline.md says how the
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from kimi_gguf.scripts.cuda_counts import Data
@@ -19,6 +20,7 @@ FILL = 1e-6  # seconds until the first bytes arrive from memory and the last res
 HEADS, HEAD, LATENT, ROPE = 32, 128, 512, 64
 TOKENS = 8192
 ROW_BYTES = {"f16": 2 * (LATENT + ROPE), "q8_0": (LATENT + ROPE) // 32 * 34}
+JOIN_TURN = 32  # splits in a turn of join's loop: eight in each of four groups
 PREFILL = (512, 8192)  # queries and keys of the decompressed form in the table of kernels
 
 
@@ -45,6 +47,15 @@ class Estimate:
     resident: int
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Cycles of a block: if it runs alone, and of its slowest unit; and the blocks that a multiprocessor holds."""
+
+    alone: float
+    busy: float
+    resident: int
+
+
 class Model:
     """Times from counts."""
 
@@ -64,10 +75,9 @@ class Model:
         limits = (gpu.threads // (32 * launch.warps), gpu.blocks, 65536 // registers, gpu.shared // shared)
         return max(min(limits), 1)
 
-    def estimate(self, launch: Launch, gpu: Gpu) -> Estimate:
-        """The time of all launches of this kind."""
+    def cost(self, launch: Launch, gpu: Gpu) -> Cost:
+        """What a block of a launch takes."""
         use = self.kernels[launch.kernel][str(gpu.architecture)]
-        resident = self.resident(launch, gpu)
         parts = [(use["main"], launch.turns), (use["rest"], 1.0)]
         if launch.rest is not None:
             parts = [(use["main"], launch.turns + launch.rest)]
@@ -76,20 +86,75 @@ class Model:
         )
         share = launch.warps / SUB  # blocks of few warps are spread over the schedulers
         busy = sum(turns * sum(max(pipes(each, gpu, share)) for each in part) for part, turns in parts)
-        # Full rounds of blocks over the device, and what is left, spread over all multiprocessors.
-        rounds, left = divmod(launch.blocks, gpu.multiprocessors * resident)
-        cycles = rounds * max(alone, resident * busy)
-        cycles += max(alone, ceil(left / gpu.multiprocessors) * busy) if left else 0.0
-        compute, memory = cycles / gpu.clock, launch.bytes / (gpu.bandwidth * DRAM_SHARE) + FILL
+        return Cost(alone, busy, self.resident(launch, gpu))
+
+    def cycles(self, launch: Launch, gpu: Gpu) -> float:
+        """Cycles until all blocks have ended, if memory were no limit.
+
+        Full rounds of blocks over the device, and what is left, spread over all multiprocessors.
+        """
+        block = self.cost(launch, gpu)
+        rounds, left = divmod(launch.blocks, gpu.multiprocessors * block.resident)
+        cycles = rounds * max(block.alone, block.resident * block.busy)
+        return cycles + (max(block.alone, ceil(left / gpu.multiprocessors) * block.busy) if left else 0.0)
+
+    def estimate(self, launch: Launch, gpu: Gpu) -> Estimate:
+        """The time of all launches of this kind."""
+        block = self.cost(launch, gpu)
+        compute = self.cycles(launch, gpu) / gpu.clock
+        memory = moving(launch.bytes, gpu)
         if memory >= compute:
             bound = "memory"
+        elif block.alone > block.resident * block.busy or launch.blocks < gpu.multiprocessors:
+            bound = "latency"
         else:
-            bound = (
-                "latency"
-                if alone > resident * busy or launch.blocks < gpu.multiprocessors
-                else limit_of(use, gpu)
-            )
-        return Estimate(launch.times * (max(compute, memory) + LAUNCH), bound, resident)
+            bound = limit_of(self.kernels[launch.kernel][str(gpu.architecture)], gpu)
+        return Estimate(launch.times * (max(compute, memory) + LAUNCH), bound, block.resident)
+
+    def room(self, first: Launch, held: int, second: Launch, gpu: Gpu) -> int:
+        """Blocks of the second launch that fit on a multiprocessor beside `held` blocks of the first."""
+        most = [0, 0, 0, 0]
+        for launch, blocks in ((first, held), (second, 1)):
+            use = self.kernels[launch.kernel][str(gpu.architecture)]
+            registers = ceil(use["registers"] / 8) * 8 * 32 * launch.warps
+            each = (32 * launch.warps, 1, registers, use["shared"] + launch.shared + 1024)
+            if launch is first:
+                limits = (gpu.threads, gpu.blocks, 65536, gpu.shared)
+                most = [limit - blocks * one for limit, one in zip(limits, each, strict=True)]
+        return max(min(left // one for left, one in zip(most, each, strict=True)), 0)
+
+    def beside(self, first: Launch, second: Launch, gpu: Gpu) -> float:
+        """Seconds until one launch of each has ended, if the first one's blocks are placed first.
+
+        The second one's blocks start where there is room: beside the first one's at once, in their places when these
+        have ended. What both want of a unit adds up.
+        """
+        one, two = self.cost(first, gpu), self.cost(second, gpu)
+        ends = self.cycles(first, gpu)
+        many = ceil(second.blocks / gpu.multiprocessors)
+        alone = max(
+            two.alone, min(two.resident, many) * two.busy
+        )  # cycles of a block when the first one has ended
+        low, more = divmod(min(first.blocks, gpu.multiprocessors * one.resident), gpu.multiprocessors)
+        places: list[
+            tuple[float, float]
+        ] = []  # when a place is free, and how long a block takes there until `ends`
+        for held, count in ((low, gpu.multiprocessors - more), (low + 1, more)):
+            room = self.room(first, held, second, gpu)
+            free = max(1.0 - held * one.busy / ends, 0.01)
+            beside = max(two.alone, min(room, many) * two.busy / free)
+            for place in range(two.resident):
+                places += [(0.0 if place < room else ends, beside)] * count
+        heapq.heapify(places)
+        last = ends
+        for _ in range(second.blocks):
+            at, beside = heapq.heappop(places)
+            done = min((ends - at) / beside, 1.0) if at < ends else 0.0
+            after = at + beside if done == 1.0 else max(at, ends) + (1.0 - done) * alone
+            heapq.heappush(places, (after, beside))
+            last = max(last, after)
+        both = (first.blocks * one.busy + second.blocks * two.busy) / gpu.multiprocessors
+        return max(max(last, both) / gpu.clock, moving(first.bytes + second.bytes, gpu)) + LAUNCH
 
     @staticmethod
     def phase(phase: Data, gpu: Gpu, warps: int) -> float:
@@ -99,6 +164,11 @@ class Model:
     def total(self, launches: Iterable[Launch], gpu: Gpu) -> float:
         """Seconds of launches, one after the other."""
         return sum(self.estimate(each, gpu).seconds for each in launches)
+
+
+def moving(n_bytes: float, gpu: Gpu) -> float:
+    """Seconds to read or write bytes in memory."""
+    return n_bytes / (gpu.bandwidth * DRAM_SHARE) + FILL
 
 
 def pipes(phase: Data, gpu: Gpu, share: float) -> tuple[float, ...]:
@@ -132,23 +202,65 @@ def limit_of(use: Data, gpu: Gpu) -> str:
     return LIMITS[sums.index(max(sums))]
 
 
-def kda_forward(model: Model, heads: int = HEADS, tokens: int = TOKENS) -> list[Launch]:
-    """KDA_SCAN in chunks: runs of chunks whose intermediate data stay in the L2, then the output norm."""
+@dataclass(frozen=True)
+class Forward:
+    """KDA_SCAN in chunks: the launches of one run of chunks, and how many runs there are."""
+
+    runs: int
+    prepare: Launch
+    states: Launch
+    finish: Launch
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Those of all runs."""
+        return [replace(each, times=self.runs) for each in (self.prepare, self.states, self.finish)]
+
+    def seconds(self, model: Model, gpu: Gpu) -> float:
+        """`prepare` of the next run begins with `states` of this one, in another stream."""
+        prepare, states, end = (
+            model.estimate(each, gpu).seconds for each in (self.prepare, self.states, self.finish)
+        )
+        moved = moving(self.prepare.bytes + self.states.bytes + self.finish.bytes, gpu)
+        run = max(model.beside(self.states, self.prepare, gpu), states + end, moved) + LAUNCH
+        return prepare + (self.runs - 1) * run + states + end
+
+
+def chunks_of_run(model: Model, gpu: Gpu, heads: int, chunks: int) -> int:
+    """As `chunks_of_run` in kda-scan.cu: whole waves of the blocks of `prepare` that the device holds."""
+    c = model.constants
+    places, chosen, used = c["prepare blocks"] * gpu.multiprocessors, 1, 0.0
+    for waves in range(1, c["most waves"] + 1):
+        n = waves * places // heads
+        share = n * heads / (waves * places)
+        fits = n * c["chunk bytes"] * heads <= c["run bytes"]
+        if n > 0 and fits and share > used + 1 / c["worth a wave"]:
+            chosen, used = n, share
+    return min(chosen, chunks)
+
+
+def kda_forward(model: Model, gpu: Gpu, heads: int = HEADS, tokens: int = TOKENS) -> Forward:
+    """KDA_SCAN in chunks. What passes between its kernels goes to memory if two runs of it do not fit the L2."""
     c = model.constants
     chunks = ceil(tokens / c["chunk"])
-    of_run = min(chunks, max(c["run bytes"] // (c["chunk bytes"] * heads), 1))
+    of_run = chunks_of_run(model, gpu, heads, chunks)
     runs = ceil(chunks / of_run)
-    channels = 4 * heads * HEAD * tokens  # bytes of one of q, k, v, f, gate, output
-    workspace = 0.0 if c["run bytes"] <= 50 << 20 else c["chunk bytes"] * heads * chunks
-    whole = heads >= 96
+    channels = 4 * heads * HEAD * tokens / runs  # bytes of one of q, k, v, f, gate, output
+    between = c["chunk bytes"] * heads * chunks / runs
+    spilled = 2 * between > gpu.l2 << 20
+    workspace = between if spilled else 0.0
+    blocks, warps = heads * 4, 2
+    kernel, ring = "states", c["deep ring"]
+    if 4 * heads >= 3 * gpu.multiprocessors:
+        kernel, blocks, warps = "states of whole heads", heads, 8
+    elif gpu.block_shared < c["deep ring from"]:
+        kernel, ring = "states, short ring", c["short ring"]
     states = Launch(
-        "states of whole heads" if whole else "states", heads * (1 if whole else 4), 8 if whole else 2,
-        chunks / runs, (channels + workspace) / runs, c["states shared"], runs,
-    )  # fmt: skip
-    prepare = Launch(
-        "prepare", ceil(chunks / runs) * heads, 8, 1, (4 * channels + workspace) / runs, times=runs
+        kernel, blocks, warps, of_run, channels * (1 if spilled else 0) + workspace, ring * c["stage"]
     )
-    return [prepare, states, finish(heads, tokens)]
+    prepare = Launch("prepare", of_run * heads, 8, 1, 4 * channels + workspace)
+    end = finish(heads, of_run * c["chunk"])
+    return Forward(runs, prepare, states, replace(end, bytes=channels * (3 if spilled else 2)))
 
 
 def finish(heads: int, tokens: int) -> Launch:
@@ -161,9 +273,12 @@ def conv(tokens: int) -> Launch:
     return Launch("conv", ceil(3 * HEADS / 4) * ceil(tokens / 16), 4, 1, 2 * 3 * 4 * HEADS * HEAD * tokens)
 
 
-def kda_step(seqs: int) -> Launch:
+def kda_step(gpu: Gpu, seqs: int) -> Launch:
     """One token of each sequence."""
-    return Launch("steps", HEADS * seqs, 16, 1, 2 * 4 * HEADS * HEAD * HEAD * seqs)
+    moved = 2 * 4 * HEADS * HEAD * HEAD * seqs
+    if HEADS * seqs > gpu.multiprocessors:
+        return Launch("steps, four rows a thread", HEADS * seqs, 8, 1, moved)
+    return Launch("steps", HEADS * seqs, 16, 1, moved)
 
 
 def copies(seqs: int) -> Launch:
@@ -179,25 +294,37 @@ def gated_delta_net(heads: int, tokens: int, kda: bool) -> Launch:
     return Launch(kernel, heads * HEAD // 4, 4, tokens, (5 if kda else 4) * 4 * heads * HEAD * tokens)
 
 
-def attend(model: Model, kind: str, queries: int, keys: int) -> list[Launch]:
-    """Our absorbed attention: splits of the keys, then their sum."""
+def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[Launch]:
+    """Our absorbed attention: splits of the keys, as `make_plan` in latent-attend.cu, then their sum."""
     c = model.constants
     rows = queries * HEADS
     blocks = ceil(rows / c["rows"])
     tiles = ceil(keys / c["tile"])
-    per_split = max(ceil(tiles / ceil(c["blocks"] / blocks)), c["least tiles"])
+    target = min(max(gpu.multiprocessors // blocks, 1), c["most pieces"])
+    per_split = max(ceil(tiles / target), c["least tiles"])
     splits = ceil(tiles / per_split)
-    partial = 4 * LATENT * rows * splits
+    partial = 4 * LATENT * rows * splits if splits > 1 else 0
     warps = c["attend threads"] // 32
     read = ROW_BYTES[kind] * keys
     main = Launch(f"attend {kind}", blocks * splits, warps, per_split, read + partial, c[f"{kind} shared"])
-    return [main] + ([Launch("join", rows, 4, splits / 8, partial)] if splits > 1 else [])
+    join = Launch("join", rows, c["join threads"] // 32, splits / JOIN_TURN, partial)
+    return [main] + ([join] if splits > 1 else [])
 
 
-def flash_attention(kind: str, queries: int, keys: int) -> Callable[[Model, Gpu], list[Launch]]:
-    """Upstream's attention over the latent: as many blocks as the device holds, each with its share of the keys.
+def ours_by_default(model: Model, kind: str, queries: int, keys: int) -> bool:
+    """Whether our absorbed kernel computes a node that is not marked `exact`: `limit_of` in latent-ggml.cu."""
+    c = model.constants
+    return queries * HEADS <= c[f"{kind} rows"] and keys >= c[f"{kind} keys"]
 
-    Caches other than F16 are converted in memory before. The first and the last tile of a block are outside the loop.
+
+def flash_attention(
+    kind: str, queries: int, keys: int, heads: int = HEADS
+) -> Callable[[Model, Gpu], list[Launch]]:
+    """Upstream's attention over the latent, without the conversion of a cache to F16 (`conversion`).
+
+    As many blocks as the device holds, each with its share of the keys of all outputs; before Ada, a block for each
+    output if these fill the device (launch_fattn in fattn-common.cuh). The first and the last tile of a block are
+    outside the loop.
     """
 
     def launches(model: Model, gpu: Gpu) -> list[Launch]:
@@ -205,65 +332,87 @@ def flash_attention(kind: str, queries: int, keys: int) -> Callable[[Model, Gpu]
         kernel = f"upstream flash attention, {16 * columns} rows"
         warps, k2 = {1: (2, 288), 2: (4, 160), 4: (8, 160)}[columns]
         shared = 32 * (k2 + 4) * 4 + 16 * columns * (LATENT + ROPE + 8) * 2 + columns * 40
-        tiles, outputs = ceil(keys / 32), ceil(queries / columns) * HEADS // 16
+        tiles, outputs = ceil(keys / 32), ceil(queries / columns) * heads // 16
         one = Launch(kernel, 1, warps, 1, 0, shared)
-        blocks = min(gpu.multiprocessors * model.resident(one, gpu), tiles * outputs)
-        blocks = max(blocks // outputs, 1) * outputs
-        partial = 4 * LATENT * 16 * columns * blocks
-        read = 2 * (LATENT + ROPE) * keys
+        held = gpu.multiprocessors * model.resident(one, gpu)
+        blocks = min(held, tiles * outputs)
+        filled = outputs / (held * ceil(outputs / held))
+        if gpu.architecture < 89 and filled >= 0.75:
+            blocks = outputs
+        elif blocks % outputs <= 0.05 * blocks:
+            blocks -= blocks % outputs
+        read = min(2 * (LATENT + ROPE) * keys, in_memory(kind, keys, gpu))
+        split = blocks > outputs or blocks % outputs > 0
+        partial = 4 * LATENT * 16 * columns * blocks if split else 0
         turns = tiles * outputs / blocks
         main = Launch(kernel, blocks, warps, max(turns - 1, 0), read + partial, shared, rest=2)
         joined = model.kernels["upstream join"][str(gpu.architecture)]["main"]
         of_turn = max(
             sum(each.get("quarter", 0) for each in joined) // 2, 1
         )  # two exponentials for each partial
-        join = Launch("upstream join", HEADS * queries, 16, blocks / outputs / of_turn, partial)
-        return [main, join]
+        join = Launch("upstream join", heads * queries, 16, blocks / outputs / of_turn, partial)
+        return [main] + ([join] if split else [])
 
     return launches
 
 
+def in_memory(kind: str, keys: int, gpu: Gpu) -> float:
+    """Bytes of upstream's F16 copy of a cache that are not in the L2; of a F16 cache, all."""
+    copy = ROW_BYTES["f16"] * keys
+    return 0.0 if kind != "f16" and copy <= gpu.l2 << 20 else copy
+
+
 def conversion(kind: str, keys: int, gpu: Gpu) -> float:
     """Seconds of upstream's conversion of a cache to F16."""
-    moved = 0 if kind == "f16" else (ROW_BYTES[kind] + ROW_BYTES["f16"]) * keys
-    return moved / (gpu.bandwidth * DRAM_SHARE) + (LAUNCH + FILL if moved else 0.0)
+    if kind == "f16":
+        return 0.0
+    return moving(ROW_BYTES[kind] * keys + in_memory(kind, keys, gpu), gpu) + LAUNCH
 
 
-def decompressed(model: Model, kind: str, queries: int, keys: int) -> list[Launch]:
+def upstream_attention(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+    """Seconds of upstream's attention, with the conversion."""
+    return conversion(kind, keys, gpu) + model.total(flash_attention(kind, queries, keys)(model, gpu), gpu)
+
+
+def decompressed(model: Model, kind: str, queries: int, keys: int, exact: bool = False) -> list[Launch]:
     """Our decompressed attention: runs of expanded keys that fit in the scratch."""
     c = model.constants
-    terms = {"f16": (2, 2, 1), "q8_0": (1, 1, 1)}[kind]  # halves of a weight, a key, a value
-    key_bytes = 2 * (HEADS * HEAD * (terms[1] + terms[2]) + LATENT + ROPE)
+    name = ", exact" if exact else ""
+    terms = 2 if exact else 1  # halves of a weight and of an expanded key
+    key_bytes = 2 * (HEADS * HEAD * (terms + 1) + LATENT + ROPE)
     room = c["scratch"] // key_bytes // c["expand keys"] * c["expand keys"]
     runs = ceil(keys / room)
     of_run = keys / runs
     expand_blocks = ceil(of_run / c["expand keys"]) * HEADS
     read, expanded = 2 * LATENT * of_run, 2 * HEADS * HEAD * of_run
     blocks = ceil(queries / c["block queries"]) * HEADS
+    shared = "exact shared" if exact else "shared"
     return [
-        Launch("weigh", 2 * HEADS, 16, 1, 2 * HEADS * LATENT * HEAD * (4 + 2 * terms[0])),
+        Launch("look", ceil(keys / 32) * ceil(queries / c["block queries"]), 8, 1, 2 * queries * keys),
+        Launch("weigh" + name, 2 * HEADS, 16, 1, 2 * HEADS * LATENT * HEAD * (4 + 2 * terms)),
         Launch(f"collect {kind}", ceil(of_run / 32), 8, 1, (ROW_BYTES[kind] + ROW_BYTES["f16"]) * of_run, times=runs),
-        Launch(f"expand keys {kind}", expand_blocks, 8, LATENT // 32, read + expanded * terms[1],
-               c[f"expand {kind} shared"], runs),
-        Launch(f"expand values {kind}", expand_blocks, 8, LATENT // 32, read + expanded,
-               c[f"expand {kind} shared"], runs),
-        Launch(f"decompressed {kind}", blocks, 8, of_run / 32, expanded * (terms[1] + 1),
-               c[f"decompressed {kind} shared"], runs),
+        Launch("expand keys" + name, expand_blocks, 8, LATENT // 32, read + expanded * terms, c[f"expand {shared}"],
+               runs),
+        Launch("expand values" + name, expand_blocks, 8, LATENT // 32, read + expanded, c[f"expand {shared}"], runs),
+        Launch("decompressed" + name, blocks, 8, of_run / 32, expanded * (terms + 1), c[f"decompressed {shared}"],
+               runs),
     ]  # fmt: skip
 
 
-def kernel_launches(model: Model) -> list[tuple[str, list[Launch]]]:
-    """The shapes of the table of kernels."""
+def kernel_launches(model: Model, gpu: Gpu) -> list[tuple[str, list[Launch]]]:
+    """The shapes of the table of kernels. Every device has the same rows."""
     queries, keys = PREFILL
     return [
-        (f"prefill, {TOKENS} tokens", [conv(TOKENS), *kda_forward(model)]),
-        ("decode, 1 sequence", [conv(1), kda_step(1)]),
-        ("decode, 32 sequences", [kda_step(32), copies(32)]),
-        ("decode, 65536 keys, F16", attend(model, "f16", 1, 65536)),
-        ("decode, 65536 keys, Q8_0", attend(model, "q8_0", 1, 65536)),
+        (f"prefill, {TOKENS} tokens", [conv(TOKENS), *kda_forward(model, gpu).launches]),
+        ("decode, 1 sequence", [conv(1), kda_step(gpu, 1)]),
+        ("decode, 32 sequences", [kda_step(gpu, 32)]),
+        ("32 states to other rows of the cache", [copies(32)]),
+        ("decode, 65536 keys, F16", attend(model, gpu, "f16", 1, 65536)),
+        ("decode, 65536 keys, Q8_0", attend(model, gpu, "q8_0", 1, 65536)),
         (f"{queries} queries, {keys} keys, F16", decompressed(model, "f16", queries, keys)),
         (f"{queries} queries, {keys} keys, Q8_0", decompressed(model, "q8_0", queries, keys)),
-    ]
+        (f"{queries} queries, {keys} keys, F16, `exact`", decompressed(model, "f16", queries, keys, exact=True)),
+    ]  # fmt: skip
 
 
 def kda_floor(gpu: Gpu) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,34 @@ from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts import cuda_counts
 from kimi_gguf.scripts.cuda_counts import KERNELS, Kernel
-from kimi_gguf.scripts.cuda_roofline import CHANGED, COUNTS, PAGE, as_json, main, measured_times, page
-from kimi_gguf.scripts.gpu_devices import DRAM_SHARE, GPUS
-from kimi_gguf.scripts.gpu_model import FILL, LAUNCH, Launch, Model, attend, flash_attention, mma_cycles
+from kimi_gguf.scripts.cuda_roofline import (
+    CHANGED,
+    COUNTS,
+    PAGE,
+    as_json,
+    fresh_counts,
+    main,
+    measured_times,
+    page,
+)
+from kimi_gguf.scripts.gpu_devices import DRAM_SHARE, GPUS, Gpu
+from kimi_gguf.scripts.gpu_model import (
+    FILL,
+    LAUNCH,
+    Launch,
+    Model,
+    attend,
+    chunks_of_run,
+    conversion,
+    decompressed,
+    flash_attention,
+    kda_floor,
+    kda_forward,
+    kda_step,
+    mma_cycles,
+    ours_by_default,
+    upstream_attention,
+)
 
 AGAIN = "run: .venv/bin/python -m kimi_gguf.scripts.cuda_roofline"
 H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -54,10 +80,30 @@ def test_counting_again_gives_the_stored_counts() -> None:
     if stored["sources"] != cuda_counts.sources_digest():
         assert CHANGED in PAGE.read_text()
         return
-    found = cuda_counts.count((90,), only="kda/cuda/kda-scan-steps.cu")
-    assert set(found) == {"steps", "finish"}
+    architecture = min(stored["kernels"]["steps"])
+    found = cuda_counts.count((int(architecture),), only="kda/cuda/kda-scan-steps.cu")
+    assert set(found) == {"steps", "steps, four rows a thread", "finish"}
     for name, of_architectures in found.items():
-        assert of_architectures["90"] == stored["kernels"][name]["90"], AGAIN
+        assert of_architectures[architecture] == stored["kernels"][name][architecture], AGAIN
+
+
+def test_counting_one_architecture_keeps_the_others_of_the_same_sources(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda_counts, "compiler", lambda: "nvcc")
+    monkeypatch.setattr(cuda_counts, "sources_digest", lambda: "now")
+    monkeypatch.setattr(cuda_counts, "constants", lambda: {})
+    monkeypatch.setattr(cuda_counts, "count", lambda chosen: {"k": {str(each): "new" for each in chosen}})
+    stored = {
+        "compiler": "nvcc",
+        "sources": "now",
+        "kernels": {"k": {"120": "old", "90": "old", "80": "old"}},
+    }
+    found = fresh_counts((90,), stored)["kernels"]["k"]
+    assert list(found.items()) == [("80", "old"), ("90", "new"), ("120", "old")]
+    for other in ({"sources": "then"}, {"compiler": "another"}):
+        assert fresh_counts((90,), stored | other)["kernels"]["k"] == {"90": "new"}
+    assert set(fresh_counts((), None)["kernels"]["k"]) == {str(gpu.architecture) for gpu in GPUS}
 
 
 def test_every_kernel_is_stored_and_devices_that_are_not_counted_are_named() -> None:
@@ -66,7 +112,7 @@ def test_every_kernel_is_stored_and_devices_that_are_not_counted_are_named() -> 
     assert json.loads(as_json(stored)) == stored
     model, text = Model(stored), PAGE.read_text()
     known = [gpu.name for gpu in GPUS if model.knows(gpu)]
-    assert {"H200", "H100"} <= set(known)
+    assert known
     for gpu in GPUS:
         assert (f"### {gpu.name}\n" in text) == (gpu.name in known)
         assert (gpu.name in text.partition("Not counted yet: ")[2].partition("\n")[0]) == (
@@ -128,17 +174,165 @@ def test_mma_has_its_published_rate() -> None:
         assert rate / 1e12 == pytest.approx(teraflops, rel=0.01), name
 
 
+def named(name: str) -> Gpu:
+    """The device of this name."""
+    return next(gpu for gpu in GPUS if gpu.name == name)
+
+
+def stored_model() -> Model:
+    """The model with the stored counts."""
+    return Model(json.loads(COUNTS.read_text()))
+
+
 def test_attention_reads_each_key_once_and_covers_all_tiles() -> None:
-    model = Model(json.loads(COUNTS.read_text()))
+    model = stored_model()
     for kind, row in (("f16", 1152), ("q8_0", 612)):
-        main_launch, join = attend(model, kind, 1, 65536)
+        main_launch, join = attend(model, H100, kind, 1, 65536)
         partial = 4 * 512 * 32 * main_launch.blocks
         assert main_launch.bytes == row * 65536 + partial and join.bytes == partial
-        assert main_launch.blocks * main_launch.turns * model.constants["tile"] == 65536
-    theirs, _ = flash_attention("f16", 8, 65536)(model, H100)
+        assert 0 <= main_launch.blocks * main_launch.turns - 65536 / 32 < main_launch.turns
+    theirs, _ = flash_attention("f16", 8, 65536)(model, next(filter(model.knows, GPUS)))
     assert theirs.blocks * (theirs.turns + 1) == pytest.approx(65536 / 32 * 4), (
         "two groups of heads by two of queries"
     )
+
+
+def test_splits_are_as_many_as_fit_the_device_or_fewer() -> None:
+    model = stored_model()
+    for gpu in GPUS:
+        for queries in (1, 2, 3, 8, 200):
+            main_launch = attend(model, gpu, "q8_0", queries, 65536)[0]
+            assert main_launch.blocks <= max(gpu.multiprocessors, queries), (
+                "a block for each 32 rows at least"
+            )
+    assert [each.kernel for each in attend(model, H100, "f16", 200, 65536)] == ["attend f16"], "one split"
+
+
+def test_a_run_fills_the_places_of_prepare() -> None:
+    model = stored_model()
+    assert chunks_of_run(model, named("H200"), 32, 128) == 8, "256 of 264 places"
+    assert chunks_of_run(model, named("RTX 3090"), 32, 128) == 5, "160 of 164"
+    assert chunks_of_run(model, named("A100"), 32, 128) == 6, "two waves of 13 chunks exceed 48 MiB"
+    assert chunks_of_run(model, named("H200"), 32, 3) == 3
+
+
+def test_the_ring_is_short_where_shared_memory_is_small() -> None:
+    model = stored_model()
+    for gpu in filter(model.knows, GPUS):
+        states = kda_forward(model, gpu).states
+        short = gpu.shared == 100 << 10
+        assert states.kernel == ("states, short ring" if short else "states")
+        assert states.shared == (3 if short else 5) * 16384
+        assert model.resident(states, gpu) == 2
+    assert kda_forward(model, H100, heads=99).states.kernel == "states of whole heads"
+
+
+def test_a_forward_pass_reads_and_writes_its_tensors_once_and_more_if_a_run_exceeds_the_l2() -> None:
+    model = stored_model()
+    tensors = 6 * 4 * 32 * 128 * 8192
+    large, small = replace(H100, l2=1 << 20), replace(H100, l2=1)
+    assert sum(each.bytes * each.times for each in kda_forward(model, large).launches) == pytest.approx(
+        tensors
+    )
+    between = 2 * model.constants["chunk bytes"] * 32 * 128
+    spilled = sum(each.bytes * each.times for each in kda_forward(model, small).launches)
+    assert spilled == pytest.approx(tensors * 8 / 6 + between), (
+        "and the output is written, read and written again"
+    )
+
+
+def beside_counts(registers: int = 64) -> dict[str, Any]:
+    """Counts of two kernels: 1000 and 500 cycles, a tenth of them issued."""
+    made = counts(cycles=1000, issued=100)
+    first = made["kernels"]["k"]
+    made["kernels"] = {"first": first, "second": counts(cycles=500, issued=50)["kernels"]["k"]}
+    for uses in made["kernels"].values():
+        for each in uses:
+            uses[each] = uses[each] | {"registers": registers}
+    return made
+
+
+def test_kernels_beside_each_other_take_as_long_as_the_longer_one_if_both_fit() -> None:
+    model, gpu = Model(beside_counts()), H100
+    first, second = Launch("first", 132, 4, 100, 0), Launch("second", 132, 4, 100, 0)
+    assert (model.beside(first, second, gpu) - LAUNCH) * gpu.clock == pytest.approx(100 * 1000)
+    many = replace(second, blocks=2 * 7 * 132)  # seven fit beside the first; two rounds of 500 cycles
+    assert model.room(first, 1, second, gpu) == 7
+    assert (model.beside(first, many, gpu) - LAUNCH) * gpu.clock == pytest.approx(100 * 1000)
+    crowded = Model(beside_counts(registers=255))
+    assert crowded.room(first, 2, second, gpu) == 0
+    alone = replace(first, blocks=2 * 132)
+    assert (crowded.beside(alone, second, gpu) - LAUNCH) * gpu.clock == pytest.approx(100 * 1500), (
+        "the second one starts when the first one has ended"
+    )
+
+
+def test_what_two_kernels_want_of_a_unit_adds_up() -> None:
+    made = beside_counts()
+    for uses in made["kernels"].values():
+        for each in uses:
+            uses[each] = uses[each] | {"main": [{"cycles": 1000, "issued": 800, "mma": {}}]}
+    model = Model(made)
+    first, second = Launch("first", 132, 4, 100, 0), Launch("second", 132, 4, 100, 0)
+    assert (model.beside(first, second, H100) - LAUNCH) * H100.clock >= 100 * 1600
+    moved = replace(first, bytes=1e9), replace(second, bytes=1e9)
+    assert model.beside(*moved, H100) == pytest.approx(2e9 / (DRAM_SHARE * 3.35e12) + FILL + LAUNCH)
+
+
+def test_one_half_per_value_is_the_default() -> None:
+    model = stored_model()
+    plain, exact = (
+        {each.kernel: each for each in decompressed(model, "f16", 512, 8192, exact)}
+        for exact in (False, True)
+    )
+    assert "decompressed" in plain and "decompressed, exact" in exact
+    # 17536 and 25728 bytes per key: 3712 and 2560 keys in 64 MiB, in blocks of 128
+    assert plain["expand keys"].times == 3 and exact["expand keys, exact"].times == 4
+
+
+def test_many_sequences_use_blocks_of_256_threads() -> None:
+    assert (kda_step(H100, 4).kernel, kda_step(H100, 4).warps) == ("steps", 16)
+    assert (kda_step(H100, 5).kernel, kda_step(H100, 5).warps) == ("steps, four rows a thread", 8)
+
+
+def test_upstreams_copy_of_a_cache_is_in_the_l2_if_it_fits() -> None:
+    rate = GEFORCE.bandwidth * DRAM_SHARE
+    assert conversion("f16", 1 << 20, GEFORCE) == 0
+    assert conversion("q8_0", 4096, GEFORCE) == pytest.approx(612 * 4096 / rate + FILL + LAUNCH)
+    assert conversion("q8_0", 1 << 17, GEFORCE) == pytest.approx(
+        (612 + 1152) * (1 << 17) / rate + FILL + LAUNCH
+    )
+
+
+def test_nothing_that_runs_by_default_is_slower_than_upstream() -> None:
+    model = stored_model()
+    found = 0
+    for gpu in filter(model.knows, GPUS):
+        for kind in ("f16", "q8_0"):
+            for queries in range(1, 9):
+                for keys in (4096, 8193, 12000, 16384, 40000, 65536, 131072, 262144, 524288):
+                    if ours_by_default(model, kind, queries, keys):
+                        found += 1
+                        ours = model.total(attend(model, gpu, kind, queries, keys), gpu)
+                        assert ours <= upstream_attention(model, gpu, kind, queries, keys), (gpu, kind, keys)
+    assert found, "else this test says nothing"
+
+
+def test_the_defaults_are_those_of_the_code() -> None:
+    text = (cuda_counts.OPERATORS / "latent_attention" / "cuda" / "latent-ggml.cu").read_text()
+    body = text.split("limit_of(")[1].split("\n}")[0]
+    (rows, keys), *_ = re.findall(r"return \{ (\d+), (\d+) \};", body.split("q4_0:")[1])
+    found = stored_model().constants
+    assert (found["q8_0 rows"], found["q8_0 keys"]) == (int(rows), int(keys))
+    assert (found["f16 rows"], found["f16 keys"]) == (0, 0), "its case is the default one, without limits"
+
+
+def test_kda_has_the_times_of_its_aims() -> None:
+    model = stored_model()
+    for name, most in (("H200", 1.0e-3), ("RTX 3090", 3.0e-3)):
+        gpu = named(name)
+        if model.knows(gpu):
+            assert max(kda_floor(gpu)) < kda_forward(model, gpu).seconds(model, gpu) <= most
 
 
 def test_a_kernel_that_is_not_in_the_code_is_named() -> None:
@@ -151,7 +345,8 @@ def test_a_kernel_that_is_not_in_the_code_is_named() -> None:
 
 def test_measured_times_are_on_the_page(tmp_path: Path) -> None:
     made = record("2026-01-01", 2.0)
-    made["device"] = {"description": "NVIDIA H100 80GB HBM3"}
+    name = next(filter(stored_model().knows, GPUS)).name
+    made["device"] = {"description": f"NVIDIA GeForce {name}"}
     shape = "head_size=128,head_count=32,n_seq_tokens=8192,n_seqs=1,n_snapshots=1"
     attention = "hsk=576,hsv=512,nh=1,kv=65536,nb=1,mask=1,type_K=q8_0,type_V=q8_0"
     made["device_operators"] = [
@@ -160,13 +355,14 @@ def test_measured_times_are_on_the_page(tmp_path: Path) -> None:
     ]
     file, out = tmp_path / "record.json", tmp_path / "page.md"
     file.write_text(json.dumps(made))
-    assert measured_times([file])["H100", "FLASH_ATTN_EXT", "kv=65536,nb=1,type_K=q8_0"] == pytest.approx(
+    assert measured_times([file])[name, "FLASH_ATTN_EXT", "kv=65536,nb=1,type_K=q8_0"] == pytest.approx(
         56.7e-6
     )
     assert main(["--stored", "--page", str(out), "--records", str(file)]) == 0
     text = out.read_text()
-    assert "1.23 ms" in text.partition("| H100 |")[2].partition("\n")[0] or "| 1.23 ms |" in text
-    assert "; measured 56.7 µs" in text.partition("### H100")[2].partition("###")[0]
+    row = text.partition("## KDA")[2].partition(f"| {name} |")[2].partition("\n")[0]
+    assert "| 1.23 ms |" in row
+    assert "; measured 56.7 µs" in text.partition(f"### {name}")[2].partition("###")[0]
 
 
 def test_a_change_of_the_code_but_not_of_a_comment_changes_the_digest(

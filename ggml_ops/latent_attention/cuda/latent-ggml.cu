@@ -47,7 +47,7 @@ struct limit {
     int keys;  // minimum
 };
 
-static limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
+static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     switch (type) {
     case latent_cuda::cache_type::q8_0:
     case latent_cuda::cache_type::q4_0:
