@@ -384,17 +384,6 @@ def test_the_scratch_of_latent_attn_is_reserved(backend: Path, published: Path, 
     assert compute_buffer(engine, published, backend, replace(setup, n_ubatch=64), "") < scratch
 
 
-def test_the_scratch_of_kda_scan_is_reserved(backend: Path, published: Path, engine: Engine) -> None:
-    """Of its four heads: the data of 256 tokens in chunks of 64. A device without these kernels reserves none."""
-    scratch = 4 * 4 * 139 / 1024
-    setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, n_ubatch=256, cells=256)
-    sizes = {}
-    for capability in ("800", "750"):
-        log = play(engine, published, setup, [together(IDS, 0)], SECOND_CAPABILITY=capability).log
-        sizes[capability] = float(COMPUTE_BUFFER.findall(log)[-1])
-    assert 0.5 * scratch < sizes["800"] - sizes["750"] < 1.1 * scratch
-
-
 # How experts are kept on the CPU -> Setup: --n-cpu-moe 4 and -ot of all experts; long batches on the device or not.
 EXPERTS_ON_THE_CPU: dict[str, dict[str, Any]] = {
     "n-cpu-moe": {"tensors_on": ((r"blk\.[0-3]\.ffn_(up|down|gate)_exps", "CPU"),), "op_offload": False},
