@@ -58,6 +58,33 @@ with open_checkpoint(sys.argv[1]) as checkpoint:
 print(json.dumps(dict(peak=peak(), hashes={{name: h.hexdigest() for name, h in hashes.items()}})))
 """
 
+CONVERT = f"""
+import json, os, re, sys
+from pathlib import Path
+from kimi_gguf.convert.conversion import Options, convert
+from kimi_gguf.convert.output import growing, unfinished
+from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.convert.types.mixes import TypeRequest
+{PEAK}
+unfinished.SYNC_SECONDS = 0
+write_all = growing._write_all
+def write_sparse(fd, data, offset):
+    end = offset + len(data)
+    if not data.any():
+        os.ftruncate(fd, max(end, os.fstat(fd).st_size))
+        try:
+            if os.lseek(fd, offset, os.SEEK_DATA) >= end:
+                return
+        except OSError:
+            return  # no data behind offset
+    write_all(fd, data, offset)
+growing._write_all = write_sparse
+resume = sys.argv[3] == "resume"
+wanted = TypeRequest(TYPES["BF16"], default=True)
+convert(Path(sys.argv[1]), Path(sys.argv[2]), wanted, Options(resume=resume))
+print(json.dumps(dict(peak=peak())))
+"""
+
 
 def measured(script: str, *arguments: object) -> Any:
     command = [sys.executable, "-c", script, *map(str, arguments)]
@@ -128,6 +155,36 @@ def test_memory_of_a_layer(tmp_path: Path, experts: int, kind: str) -> None:
         for e in range(experts):
             expected.update(block if e == experts - 2 else zeros)
         assert found["hashes"]["blk.1.ffn_down_exps.weight"] == expected.hexdigest()
+
+
+@pytest.mark.parametrize("experts", [24, pytest.param(896, marks=pytest.mark.full)])
+def test_a_killed_conversion_of_a_layer_is_completed(tmp_path: Path, experts: int) -> None:
+    """Real widths; 896 experts are 15.7 GB. Zeros are left out of the output, which is compared by its hash."""
+    source = write_synthetic(tmp_path / "model", k3_config("KM", experts, 4096), 3)
+    name = f"{PREFIX}model.layers.1.block_sparse_moe.experts.{experts // 2}.w3.weight_packed"
+    poke(source, name, np.random.default_rng(9).bytes(3072 * 3584 // 2))
+    whole, resumed = tmp_path / "whole.gguf", tmp_path / "resumed.gguf"
+    peaks = [measured(CONVERT, source, whole, "new")["peak"]]
+    size = whole.stat().st_size
+
+    growing = tmp_path / f".{resumed.name}.unfinished" / resumed.name
+    command = [sys.executable, "-c", CONVERT, source, resumed, "new"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not growing.exists() or growing.stat().st_size < size // 2:
+            assert process.poll() is None, "the conversion ended before it was killed"
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.kill()
+    assert not resumed.exists()
+    assert growing.with_name("journal").read_bytes().count(b"\n") > 2  # tensors that are not converted again
+    peaks += [int(status.split("VmHWM:")[1].split()[0]) << 10]
+    peaks += [measured(CONVERT, source, resumed, "resume")["peak"]]
+
+    def digest(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    assert digest(resumed) == digest(whole)
+    assert max(peaks) < MEMORY, peaks
 
 
 @pytest.mark.full
