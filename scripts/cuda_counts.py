@@ -146,7 +146,8 @@ CONSTANTS = {
         f"{kind} {what}": f"limit_of(latent_cuda::cache_type::{kind}, true).{what}"
         for kind in ("f16", "q8_0")
         for what in ("rows", "keys")
-    },
+    }
+    | {"largest copy": "MAX_COPY"},
 }
 _PROBE = """\
 #include "{source}"

@@ -113,11 +113,12 @@ class Model:
 
     def room(self, first: Launch, held: int, second: Launch, gpu: Gpu) -> int:
         """Blocks of the second launch that fit on a multiprocessor beside `held` blocks of the first."""
-        most = [0, 0, 0, 0]
+        most: list[int] = []
+        each: tuple[int, ...] = ()
         for launch, blocks in ((first, held), (second, 1)):
             use = self.kernels[launch.kernel][str(gpu.architecture)]
-            registers = ceil(use["registers"] / 8) * 8 * 32 * launch.warps
-            each = (32 * launch.warps, 1, registers, use["shared"] + launch.shared + 1024)
+            registers = ceil(int(use["registers"]) / 8) * 8 * 32 * launch.warps
+            each = (32 * launch.warps, 1, registers, int(use["shared"]) + launch.shared + 1024)
             if launch is first:
                 limits = (gpu.threads, gpu.blocks, 65536, gpu.shared)
                 most = [limit - blocks * one for limit, one in zip(limits, each, strict=True)]
@@ -311,10 +312,16 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
     return [main] + ([join] if splits > 1 else [])
 
 
+def spares_copy(model: Model, kind: str, keys: int) -> bool:
+    """Whether upstream's F16 copy of the cache would be so large that ours always computes: `copy_is_too_large`."""
+    return kind == "q8_0" and keys * (LATENT + ROPE) * 2 > model.constants["largest copy"]
+
+
 def ours_by_default(model: Model, kind: str, queries: int, keys: int) -> bool:
-    """Whether our absorbed kernel computes a node that is not marked `exact`: `limit_of` in latent-ggml.cu."""
+    """Whether our absorbed kernel computes a node that is not marked `exact`: `takes` in latent-ggml.cu."""
     c = model.constants
-    return queries * HEADS <= c[f"{kind} rows"] and keys >= c[f"{kind} keys"]
+    few = queries * HEADS <= c[f"{kind} rows"] and keys >= c[f"{kind} keys"]
+    return few or spares_copy(model, kind, keys)
 
 
 def flash_attention(
