@@ -305,8 +305,8 @@ def page(counts: Data, measured: Measured) -> str:
     gain = (
         "Where ours is the default, upstream's takes at least "
         f"{least_gain(model, spares=False):.2f} × as long, on all devices below.\n"
-        "An F16 copy of a Q8_0 cache of more than 116508 keys would take more than 128 MiB. There ours is the default for\n"
-        "any number of queries, which spares this memory; with 4 to 8 queries upstream's takes down to "
+        "An F16 copy of a Q8_0 cache of more than 116508 keys would take more than 128 MiB. There ours is the\n"
+        "default for any number of queries, which spares this memory; with 4 to 8 queries upstream's takes down to "
         f"{least_gain(model, spares=True):.2f} × as long."
     )
     return TEXT.format(
