@@ -143,9 +143,10 @@ CONSTANTS = {
         "scratch": "latent_cuda::SCRATCH",
     },
     _LATENT + "latent-ggml.cu": {
-        f"{kind} {what}": f"limit_of(latent_cuda::cache_type::{kind}, true).{what}"
+        f"{kind} {what}, {device}": f"limit_of(latent_cuda::cache_type::{kind}, {sums}).{what}"
         for kind in ("f16", "q8_0")
         for what in ("rows", "keys")
+        for device, sums in (("data centre", "true"), ("GeForce", "false"))
     }
     | {"largest copy": "MAX_COPY"},
 }

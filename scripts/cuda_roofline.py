@@ -163,7 +163,7 @@ def attention_table(model: Model, gpu: Gpu, measured: Measured) -> Rows:
             for queries in QUERIES:
                 ours = model.total(attend(model, gpu, kind, queries, keys), gpu)
                 theirs = upstream_attention(model, gpu, kind, queries, keys)
-                chosen = ours_by_default(model, kind, queries, keys)
+                chosen = ours_by_default(model, gpu, kind, queries, keys)
                 both = [
                     f"**{short_time(seconds)}**" if default else short_time(seconds)
                     for seconds, default in ((ours, chosen), (theirs, not chosen))
@@ -183,8 +183,8 @@ def least_gain(model: Model, spares: bool) -> float:
         for gpu in filter(model.knows, GPUS)
         for kind in ROW_BYTES
         for queries in range(1, max(QUERIES) + 1)
-        for keys in (*KEYS, model.constants[f"{kind} keys"])
-        if ours_by_default(model, kind, queries, keys) and spares_copy(model, kind, keys) == spares
+        for keys in (*KEYS, model.constants[f"{kind} keys, {gpu.family}"])
+        if ours_by_default(model, gpu, kind, queries, keys) and spares_copy(model, kind, keys) == spares
     )
 
 

@@ -28,6 +28,11 @@ class Gpu:
     source: str
 
     @property
+    def family(self) -> str:
+        """Which thresholds the kernels use: data centre devices sum products of halves in F32 at full rate."""
+        return "data centre" if self.mma_f32 == self.mma_f16 else "GeForce"
+
+    @property
     def block_shared(self) -> int:
         """Bytes of shared memory that one block can have."""
         return self.shared - 1024

@@ -317,10 +317,10 @@ def spares_copy(model: Model, kind: str, keys: int) -> bool:
     return kind == "q8_0" and keys * (LATENT + ROPE) * 2 > model.constants["largest copy"]
 
 
-def ours_by_default(model: Model, kind: str, queries: int, keys: int) -> bool:
+def ours_by_default(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> bool:
     """Whether our absorbed kernel computes a node that is not marked `exact`: `takes` in latent-ggml.cu."""
     c = model.constants
-    few = queries * HEADS <= c[f"{kind} rows"] and keys >= c[f"{kind} keys"]
+    few = queries * HEADS <= c[f"{kind} rows, {gpu.family}"] and keys >= c[f"{kind} keys, {gpu.family}"]
     return few or spares_copy(model, kind, keys)
 
 

@@ -311,9 +311,22 @@ def test_nothing_that_runs_by_default_is_slower_than_upstream() -> None:
     for gpu in filter(model.knows, GPUS):
         for kind in ("f16", "q8_0"):
             for queries in range(1, 9):
-                for keys in (4096, 8193, 12000, 16384, 40000, 65536, 131072, 262144, 524288):
+                for keys in (
+                    4096,
+                    8193,
+                    10000,
+                    12000,
+                    12289,
+                    14000,
+                    16384,
+                    40000,
+                    65536,
+                    131072,
+                    262144,
+                    524288,
+                ):
                     spares = queries > 1 and spares_copy(model, kind, keys)  # memory at the price of time
-                    if ours_by_default(model, kind, queries, keys) and not spares:
+                    if ours_by_default(model, gpu, kind, queries, keys) and not spares:
                         found += 1
                         ours = model.total(attend(model, gpu, kind, queries, keys), gpu)
                         assert ours <= upstream_attention(model, gpu, kind, queries, keys), (gpu, kind, keys)
@@ -323,10 +336,13 @@ def test_nothing_that_runs_by_default_is_slower_than_upstream() -> None:
 def test_the_defaults_are_those_of_the_code() -> None:
     text = (cuda_counts.OPERATORS / "latent_attention" / "cuda" / "latent-ggml.cu").read_text()
     body = text.split("limit_of(")[1].split("\n}")[0]
-    (rows, keys), *_ = re.findall(r"return \{ (\d+), (\d+) \};", body.split("q4_0:")[1])
+    (rows, *keys), *_ = re.findall(r"return \{ (\d+), fast_sums \? (\d+) : (\d+) \};", body.split("q4_0:")[1])
     found = stored_model().constants
-    assert (found["q8_0 rows"], found["q8_0 keys"]) == (int(rows), int(keys))
-    assert (found["f16 rows"], found["f16 keys"]) == (0, 0), "its case is the default one, without limits"
+    for device, least in zip(("data centre", "GeForce"), keys, strict=True):
+        assert (found[f"q8_0 rows, {device}"], found[f"q8_0 keys, {device}"]) == (int(rows), int(least))
+        assert found[f"f16 rows, {device}"] == found[f"f16 keys, {device}"] == 0, (
+            "its case is the default one"
+        )
     assert found["largest copy"] == eval(re.search(r"MAX_COPY = ([0-9<> ]+);", text)[1])  # type: ignore[index]
 
 

@@ -51,7 +51,7 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     switch (type) {
     case latent_cuda::cache_type::q8_0:
     case latent_cuda::cache_type::q4_0:
-        return { 32, 8193 };
+        return { 32, fast_sums ? 8193 : 12289 };
     case latent_cuda::cache_type::bf16:
         return fast_sums ? limit{ 32, 8193 } : limit{};
     case latent_cuda::cache_type::f32:
