@@ -7,6 +7,7 @@ emulator, the CPU replaces upstream's. Graphs are therefore those of llama.cpp, 
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from dataclasses import replace
@@ -384,6 +385,20 @@ def test_the_scratch_of_latent_attn_is_reserved(backend: Path, published: Path, 
     assert compute_buffer(engine, published, backend, replace(setup, n_ubatch=64), "") < scratch
 
 
+def test_the_scratch_of_kda_scan_is_reserved(backend: Path, published: Path, engine: Engine) -> None:
+    """Of its four heads: two runs of four chunks. A device without these kernels reserves none.
+
+    Not all of it is visible: without it, other nodes of the graph need most memory.
+    """
+    scratch = 2 * 4 * 4 * 139 / 1024
+    setup = Setup(backend=str(backend), n_gpu_layers=99, flash_attention=True, n_ubatch=300, cells=512)
+    sizes = {}
+    for capability in ("800", "750"):
+        log = play(engine, published, setup, [together(IDS, 0)], SECOND_CAPABILITY=capability).log
+        sizes[capability] = float(COMPUTE_BUFFER.findall(log)[-1])
+    assert scratch / 4 < sizes["800"] - sizes["750"] < scratch
+
+
 # How experts are kept on the CPU -> Setup: --n-cpu-moe 4 and -ot of all experts; long batches on the device or not.
 EXPERTS_ON_THE_CPU: dict[str, dict[str, Any]] = {
     "n-cpu-moe": {"tensors_on": ((r"blk\.[0-3]\.ffn_(up|down|gate)_exps", "CPU"),), "op_offload": False},
@@ -420,3 +435,49 @@ def test_experts_on_the_cpu(
     on_device = {line.removeprefix("SECOND0 ") for line in log.read_text().splitlines()}
     assert ("MUL_MAT_ID" in on_device) is (placement != "override-tensor")
     assert "MUL_MAT" in on_device
+
+
+# Of seven layers, in Q8_0.
+EXPERTS_MIB = 7 * 16 * 3 * 256 * 64 * 34 // 32 // 2**20
+BUFFERS = re.compile(r"SECOND0 (?:model|KV|RS|compute) buffer size = +([0-9.]+) MiB")
+
+
+def complete(
+    engine: Engine, model: Path, backend: Path, memory: int, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Two tokens by llama-completion on a device with `memory` MiB. --fit leaves nothing of it free."""
+    words = ["-m", str(model), "-p", "a b c", "-n", "2", "-no-cnv", "--temp", "0", "-fa", "on", "-c", "4096"]
+    words += ["-dev", "SECOND0"]
+    told = os.environ | engine.environment() | environment
+    told |= {"GGML_BACKEND_PATH": str(backend), "SECOND_MEMORY": str(memory)}
+    program = [engine.bin / "llama-completion", *words, "--fit-target", "0", *options]
+    return subprocess.run(
+        program, env=told, capture_output=True, check=False, timeout=300, encoding="latin-1"
+    )
+
+
+# What places the experts -> options, and whether some experts remain on the device.
+FITTED = {
+    "fit": ((), True),
+    "n-cpu-moe": (("--n-cpu-moe", "8"), False),
+    "override-tensor": (("-ot", "ffn_(up|down|gate)_exps=CPU"), False),
+}
+
+
+@pytest.mark.parametrize("placement", FITTED)
+def test_fit_counts_what_our_operators_need(
+    placement: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
+) -> None:
+    """The device has room for all but half of the experts; without --fit the same run is out of memory."""
+    options, partly = FITTED[placement]
+    whole = complete(engine, published, backend, 4096, "--fit", "off", "-ngl", "99", "-v")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    needed = sum(map(float, BUFFERS.findall(whole.stderr)))
+    memory = int(needed) - EXPERTS_MIB // 2
+    assert complete(engine, published, backend, memory, "--fit", "off", "-ngl", "99").returncode != 0
+    log = tmp_path / "log"
+    fitted = complete(engine, published, backend, memory, *options, SECOND_LOG=str(log))
+    assert fitted.returncode == 0, fitted.stderr[-2000:]
+    assert fitted.stdout == whole.stdout
+    assert {f"SECOND0 kernel {each} and its copy" for each in KDA} <= ran(log)
+    assert ("SECOND0 MUL_MAT_ID" in log.read_text().splitlines()) is partly
