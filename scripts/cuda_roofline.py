@@ -302,10 +302,12 @@ def page(counts: Data, measured: Measured) -> str:
         missing += f"\n{CHANGED}\n"
     tables = [f"\n### {gpu.name}\n\n{markdown(attention_table(model, gpu, measured))}" for gpu in known]
     least, most = errors(model)
+    largest = model.constants["largest copy"]
     gain = (
         "Where ours is the default, upstream's takes at least "
         f"{least_gain(model, spares=False):.2f} × as long, on all devices below.\n"
-        "An F16 copy of a Q8_0 cache of more than 116508 keys would take more than 128 MiB. There ours is the\n"
+        f"An F16 copy of a Q8_0 cache of more than {largest // ROW_BYTES['f16']} keys would take more than "
+        f"{largest >> 20} MiB. There ours is the\n"
         "default for any number of queries, which spares this memory; with 4 to 8 queries upstream's takes down to "
         f"{least_gain(model, spares=True):.2f} × as long."
     )

@@ -314,7 +314,7 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
 
 def spares_copy(model: Model, kind: str, keys: int) -> bool:
     """Whether upstream's F16 copy of the cache would be so large that ours always computes: `copy_is_too_large`."""
-    return kind == "q8_0" and keys * (LATENT + ROPE) * 2 > model.constants["largest copy"]
+    return kind == "q8_0" and ROW_BYTES["f16"] * keys > model.constants["largest copy"]
 
 
 def ours_by_default(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> bool:

@@ -448,11 +448,11 @@ def complete(
     """Two tokens by llama-completion on a device with `memory` MiB. --fit leaves nothing of it free."""
     words = ["-m", str(model), "-p", "a b c", "-n", "2", "-no-cnv", "--temp", "0", "-fa", "on", "-c", "4096"]
     words += ["-dev", "SECOND0"]
-    told = os.environ | engine.environment() | environment
-    told |= {"GGML_BACKEND_PATH": str(backend), "SECOND_MEMORY": str(memory)}
+    variables = os.environ | engine.environment() | environment
+    variables |= {"GGML_BACKEND_PATH": str(backend), "SECOND_MEMORY": str(memory)}
     program = [engine.bin / "llama-completion", *words, "--fit-target", "0", *options]
     return subprocess.run(
-        program, env=told, capture_output=True, check=False, timeout=300, encoding="latin-1"
+        program, env=variables, capture_output=True, check=False, timeout=300, encoding="latin-1"
     )
 
 
