@@ -3,11 +3,12 @@
 Input: a target model, and a lower-bit quantization of it as the draft model. Output: rows of two tables. `measure_cost`
 times the verification of n drafted tokens relative to the decoding of one token, and computes the break-even acceptance
 rate. `measure_server` runs llama-server with several kinds of drafts, and counts tokens, drafted tokens and accepted
-tokens. As a program, this module measures the drafts of a model's MTP layer (`USAGE`).
+tokens. As a program, this module measures the drafts of a model's MTP layer (`DESCRIPTION`).
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -53,16 +54,10 @@ DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the 
     "ngram-mod": ("--spec-type", "ngram-mod"),
     "ngram-cache": ("--spec-type", "ngram-cache"),
 }
-USAGE = """\
-usage: python -m kimi_gguf.bench.speculative FILE [THREADS] [--all]
-
+DESCRIPTION = """\
 Measure llama-server without drafts and with drafts of the MTP layer in FILE, patched and upstream, and print a table.
 The drafts have the layer's own acceptance rate, or rates that llama-server simulates, for files with generated weights.
-Answers with simulated rates are meaningless; the work is that of a model with these rates.
-
-FILE     a GGUF file of Ling 3 with its MTP layer
-THREADS  CPU threads (default: all cores)
---all    more lengths and rates, the layer's own rate, and four slots; without it, minutes instead of hours"""
+Answers with simulated rates are meaningless; the work is that of a model with these rates."""
 MTP_LENGTHS = (1, 2, 3)
 MTP_RATES = (0.0, 0.5, 0.7, 0.9)  # simulated: accepted tokens among those whose predecessor is accepted
 FEW_LENGTHS = (1, 3)
@@ -284,22 +279,36 @@ def complete(server: RunningServer, prompt: str, count: int) -> Row:
     return timings
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kimi_gguf.bench.speculative",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="FILE", type=Path, help="a GGUF file of Ling 3 with its MTP layer")
+    parser.add_argument(
+        "threads", metavar="THREADS", type=int, nargs="?", default=cores(),
+        choices=range(1, cores() + 1), help="CPU threads (default: all cores)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="more lengths and rates, the layer's own rate, and four slots: hours instead of minutes",
+    )
+    return parser
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the table of a model with an MTP layer. Returns the exit status."""
-    every = "--all" in arguments
-    arguments = [word for word in arguments if word != "--all"]
-    if len(arguments) not in (1, 2) or not all(word.isdecimal() for word in arguments[1:]):
-        print(USAGE, file=sys.stderr)
-        return 2
-    threads = int(arguments[1]) if arguments[1:] else cores()
-    model = Path(arguments[0])
+    given = _parser().parse_args(arguments)
     try:
-        check_gguf(model)
-        check_mtp(model)
+        check_gguf(given.model)
+        check_mtp(given.model)
         builds = {"patched": ensure(), "upstream": ensure(upstream=True)}
         with reporting() as reporter:
-            load = None if every else FEW
-            rows = list(measure_server(model, None, builds, threads, reporter, mtp_drafts(every), load))
+            load = None if given.all else FEW
+            drafts = mtp_drafts(given.all)
+            rows = list(measure_server(given.model, None, builds, given.threads, reporter, drafts, load))
         print(markdown(server_table(rows)))
     except EngineError as error:
         print(f"speculative: error: {error}", file=sys.stderr)

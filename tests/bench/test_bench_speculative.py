@@ -106,7 +106,9 @@ def test_few_drafts_are_some_of_all() -> None:
     assert all("simulated" in name for name in few if name != "none")
 
 
-@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "1", "2"]])
+@pytest.mark.parametrize("arguments", [[], ["a", "b"], ["a", "0"], ["a", "1", "2"]])
 def test_wrong_arguments(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert speculative.main(arguments) == 2
+    with pytest.raises(SystemExit) as left:
+        speculative.main(arguments)
+    assert left.value.code == 2
     assert "FILE [THREADS]" in capsys.readouterr().err

@@ -22,59 +22,74 @@ namespace quant_gemm {
 
 // ---- types of 256 values
 
-static inline __m128i add_quarters(__m512i x) {
-    const __m256i y = _mm256_add_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-    return _mm_add_epi32(_mm256_castsi256_si128(y), _mm256_extracti128_si256(y, 1));
+// Adds the four lanes of each 128 bits, of four rows: a row in each lane.
+static inline __m512i add_4_lanes(const __m512i (&row)[4]) {
+    const auto pairs = [](__m512i x, __m512i y) {
+        return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
+    };
+    const __m512i x = pairs(row[0], row[1]);
+    const __m512i y = pairs(row[2], row[3]);
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
 }
 
-// Integer sums of a super block of Q6_K times a column, of products in four lanes.
-static inline __m128i sum_q6_K(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
+// Adds the four quarters of four vectors: a vector in each quarter.
+static inline __m512i add_quarters(const __m512i (&x)[4]) {
+    const auto halves_of = [](__m512i x, __m512i y) {
+        return _mm512_add_epi32(_mm512_shuffle_i32x4(x, y, 0x44), _mm512_shuffle_i32x4(x, y, 0xee));
+    };
+    const __m512i first  = halves_of(x[0], x[1]);
+    const __m512i second = halves_of(x[2], x[3]);
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
+}
+
+// Integer sums of a super block of Q6_K times a column, to be added.
+static inline __m512i sum_q6_K(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
     __m512i products = _mm512_mullo_epi32(_mm512_loadu_si512(a.starts), w.factors);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
         const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes[j], _mm512_loadu_si512(a.codes + 64 * j));
         products        = _mm512_dpwssd_epi32(products, z, factors[j]);  // 4 products fit in 16 bits: 4 * 63 * 127
     }
-    return add_quarters(products);
-}
-
-// The sums of four lanes of 16 rows, a row in each lane.
-static inline __m512i add_4_lanes(const int32_t (&integers)[DOT_ROWS][4]) {
-    __m512i x[4];
-    Rows((const char *) integers, sizeof(integers[0]), 0, DOT_ROWS).load16(0, x);
-    return _mm512_add_epi32(_mm512_add_epi32(x[0], x[2]), _mm512_add_epi32(x[1], x[3]));
+    return products;
 }
 
 template <int N_C>
 static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const __m512i       lane  = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i       which = _mm512_srli_epi32(lane, 2);  // 4 factors per 64 weights, each for 4 lanes
-    alignas(64) int32_t integers[N_C][DOT_ROWS][4];
-    const Rows          rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t     ahead      = weights.next - weights.first;
-    __m512              total[N_C] = {};
+    const __m512i   lane  = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i   which = _mm512_srli_epi32(lane, 2);  // 4 factors per 64 weights, each for 4 lanes
+    const Rows      rows(weights.first, weights.stride, 0, weights.n);
+    const ptrdiff_t ahead      = weights.next - weights.first;
+    __m512          total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
-        for (int r = 0; r < DOT_ROWS; r++) {
-            const block_q6_K * w = (const block_q6_K *) rows.row[r] + i;
-            prefetch<2>((const char *) w + ahead, sizeof(block_q6_K));
-            const SuperBlock s     = load(*w);
-            const __m512i    lower = _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
-            __m512i          factors[4];
+        __m512i integers[N_C][DOT_ROWS / 4];
+        for (int group = 0; group < DOT_ROWS / 4; group++) {
+            __m512i four_rows[N_C][4];
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                factors[j] = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(4 * j)), lower);
+            for (int r = 0; r < 4; r++) {
+                const block_q6_K * w = (const block_q6_K *) rows.row[4 * group + r] + i;
+                prefetch<2>((const char *) w + ahead, sizeof(block_q6_K));
+                const SuperBlock s     = load(*w);
+                const __m512i    lower = _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
+                __m512i          factors[4];
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    factors[j] = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(4 * j)), lower);
+                }
+#pragma GCC unroll 4
+                for (int c = 0; c < N_C; c++) {
+                    four_rows[c][r] = sum_q6_K(s, factors, ((const ActSuperBlock *) columns[c])[i]);
+                }
             }
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
-                _mm_store_si128((__m128i *) integers[c][r], sum_q6_K(s, factors, a));
+                integers[c][group] = add_4_lanes(four_rows[c]);
             }
         }
         const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-            total[c]           = add_super_block(total[c], add_4_lanes(integers[c]), d, scale);
+            total[c]           = add_super_block(total[c], add_quarters(integers[c]), d, scale);
         }
     }
 #pragma GCC unroll 4
@@ -126,7 +141,7 @@ template <typename Block> static inline __m512i acts_of_two_blocks(const ActSupe
 }
 
 template <typename Block>
-static inline __m128i sum_two_blocks(const TwoBlocks & w, const ActSuperBlock & a, const __m512i (&acts)[4]) {
+static inline __m512i sum_two_blocks(const TwoBlocks & w, const ActSuperBlock & a, const __m512i (&acts)[4]) {
     __m512i sum = _mm512_setzero_si512();
     if constexpr (!HAS_MINIMA<Block>) {
         const __m256i sums_16 = _mm256_loadu_si256((const __m256i *) a.sums_16);
@@ -141,15 +156,14 @@ static inline __m128i sum_two_blocks(const TwoBlocks & w, const ActSuperBlock & 
             sum = _mm512_dpbusd_epi32(sum, w.codes[j], acts[j]);
         }
     }
-    return add_quarters(sum);
+    return sum;
 }
 
 template <typename Block, int N_C>
 static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    alignas(64) int32_t integers[N_C][DOT_ROWS][4];
-    const Rows          rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t     ahead      = weights.next - weights.first;
-    __m512              total[N_C] = {};
+    const Rows      rows(weights.first, weights.stride, 0, weights.n);
+    const ptrdiff_t ahead      = weights.next - weights.first;
+    __m512          total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         ScalesOfRows<Block, N_C> parts;
         __m512i                  acts[N_C][4];
@@ -161,13 +175,22 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
                 acts[c][j] = acts_of_two_blocks<Block>(*parts.acts[c], j);
             }
         }
-        for (int r = 0; r < DOT_ROWS; r++) {
-            const Block * w = (const Block *) rows.row[r] + i;
-            prefetch<2>((const char *) w + ahead, sizeof(Block));
-            const TwoBlocks x = load_two_blocks(*w);
+        __m512i integers[N_C][DOT_ROWS / 4];
+        for (int group = 0; group < DOT_ROWS / 4; group++) {
+            __m512i four_rows[N_C][4];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; r++) {
+                const Block * w = (const Block *) rows.row[4 * group + r] + i;
+                prefetch<2>((const char *) w + ahead, sizeof(Block));
+                const TwoBlocks x = load_two_blocks(*w);
+#pragma GCC unroll 4
+                for (int c = 0; c < N_C; c++) {
+                    four_rows[c][r] = sum_two_blocks<Block>(x, *parts.acts[c], acts[c]);
+                }
+            }
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                _mm_store_si128((__m128i *) integers[c][r], sum_two_blocks<Block>(x, *parts.acts[c], acts[c]));
+                integers[c][group] = add_4_lanes(four_rows[c]);
             }
         }
         give_scales<Block>(rows, i * sizeof(Block), parts);
@@ -176,9 +199,9 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
             const __m512 scale = _mm512_set1_ps(parts.acts[c]->scale);
             if constexpr (HAS_MINIMA<Block>) {
                 total[c] =
-                    add_super_block(total[c], add_4_lanes(integers[c]), parts.d, parts.sums[c], parts.dmin, scale);
+                    add_super_block(total[c], add_quarters(integers[c]), parts.d, parts.sums[c], parts.dmin, scale);
             } else {
-                total[c] = add_super_block(total[c], add_4_lanes(integers[c]), parts.d, scale);
+                total[c] = add_super_block(total[c], add_quarters(integers[c]), parts.d, scale);
             }
         }
     }
@@ -242,16 +265,6 @@ template <int N_C> struct Slice {
     alignas(64) __m512i sums[N_C][2][DOT_ROWS / 4];
     alignas(64) __m128i scales[DOT_ROWS];
 };
-
-// Adds the four lanes of each 128 bits, of four rows.
-static inline __m512i add_4_lanes(const __m512i (&row)[4]) {
-    const auto pairs = [](__m512i x, __m512i y) {
-        return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
-    };
-    const __m512i x = pairs(row[0], row[1]);
-    const __m512i y = pairs(row[2], row[3]);
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(x, y), _mm512_unpackhi_epi64(x, y));
-}
 
 // Four rows of a slice. columns: quants of activations.
 template <typename Block, int N_C>
