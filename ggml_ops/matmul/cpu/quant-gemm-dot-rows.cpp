@@ -1,8 +1,8 @@
 // Few columns: the rows of a matrix are multiplied one by one in their layout, so that they stream from memory.
 //
 // A row's quants are unpacked into registers once for all columns. A vector holds neighbouring values of one row, so
-// its products are summed as exact integers. The integer sums of 16 rows are then transposed, and the float operations
-// are those of a tile, with a row in each lane.
+// its products are summed as exact integers. The lanes of 16 rows are then added so that each lane has the sum of a row,
+// and the float operations are those of a tile.
 
 #define GGML_COMMON_IMPL_CPP
 #define GGML_COMMON_DECL_CPP
