@@ -390,9 +390,13 @@ int main() {
                 check(shape);
             }
         }
-        check_columns_of(kind);
+        if (chosen()) {
+            check_columns_of(kind);
+        }
     }
-    check_columns_of({ GGML_TYPE_F32, false, 32 });
+    if (chosen()) {
+        check_columns_of({ GGML_TYPE_F32, false, 32 });
+    }
     if ((cpu_has("AVX2") || cpu_has("DOTPROD")) && repack_buffer_type() != nullptr) {
         check_copies(false);
         check_copies(true);
