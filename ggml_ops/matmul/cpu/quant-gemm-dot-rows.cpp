@@ -42,6 +42,36 @@ static inline __m512i add_quarters(const __m512i (&x)[4]) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
 }
 
+// Super block i of 16 rows times the columns: integer sums, a row in each lane. sum_row gets a block and an array with a
+// vector for each column, which it fills with sums to be added.
+template <typename Block, int N_C, typename SumRow>
+static inline void
+sum_rows(const Rows & rows, int64_t i, ptrdiff_t ahead, const SumRow & sum_row, __m512i (&integers)[N_C]) {
+    __m512i groups[N_C][DOT_ROWS / 4];
+    for (int group = 0; group < DOT_ROWS / 4; group++) {
+        __m512i four_rows[N_C][4];
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            const Block * w = (const Block *) rows.row[4 * group + r] + i;
+            prefetch<2>((const char *) w + ahead, sizeof(Block));
+            __m512i sums[N_C];
+            sum_row(*w, sums);
+#pragma GCC unroll 4
+            for (int c = 0; c < N_C; c++) {
+                four_rows[c][r] = sums[c];
+            }
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            groups[c][group] = add_4_lanes(four_rows[c]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < N_C; c++) {
+        integers[c] = add_quarters(groups[c]);
+    }
+}
+
 // Integer sums of a super block of Q6_K times a column, to be added.
 static inline __m512i sum_q6_K(const SuperBlock & w, const __m512i (&factors)[4], const ActSuperBlock & a) {
     __m512i products = _mm512_mullo_epi32(_mm512_loadu_si512(a.starts), w.factors);
@@ -61,35 +91,26 @@ static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const *
     const ptrdiff_t ahead      = weights.next - weights.first;
     __m512          total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
-        __m512i integers[N_C][DOT_ROWS / 4];
-        for (int group = 0; group < DOT_ROWS / 4; group++) {
-            __m512i four_rows[N_C][4];
+        const auto sum_row = [&](const block_q6_K & w, __m512i(&row)[N_C]) {
+            const SuperBlock s     = load(w);
+            const __m512i    lower = _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
+            __m512i          factors[4];
 #pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) {
-                const block_q6_K * w = (const block_q6_K *) rows.row[4 * group + r] + i;
-                prefetch<2>((const char *) w + ahead, sizeof(block_q6_K));
-                const SuperBlock s     = load(*w);
-                const __m512i    lower = _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
-                __m512i          factors[4];
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    factors[j] = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(4 * j)), lower);
-                }
-#pragma GCC unroll 4
-                for (int c = 0; c < N_C; c++) {
-                    four_rows[c][r] = sum_q6_K(s, factors, ((const ActSuperBlock *) columns[c])[i]);
-                }
+            for (int j = 0; j < 4; j++) {
+                factors[j] = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(4 * j)), lower);
             }
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                integers[c][group] = add_4_lanes(four_rows[c]);
+                row[c] = sum_q6_K(s, factors, ((const ActSuperBlock *) columns[c])[i]);
             }
-        }
+        };
+        __m512i integers[N_C];
+        sum_rows<block_q6_K>(rows, i, ahead, sum_row, integers);
         const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-            total[c]           = add_super_block(total[c], add_quarters(integers[c]), d, scale);
+            total[c]           = add_super_block(total[c], integers[c], d, scale);
         }
     }
 #pragma GCC unroll 4
@@ -175,33 +196,23 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
                 acts[c][j] = acts_of_two_blocks<Block>(*parts.acts[c], j);
             }
         }
-        __m512i integers[N_C][DOT_ROWS / 4];
-        for (int group = 0; group < DOT_ROWS / 4; group++) {
-            __m512i four_rows[N_C][4];
-#pragma GCC unroll 4
-            for (int r = 0; r < 4; r++) {
-                const Block * w = (const Block *) rows.row[4 * group + r] + i;
-                prefetch<2>((const char *) w + ahead, sizeof(Block));
-                const TwoBlocks x = load_two_blocks(*w);
-#pragma GCC unroll 4
-                for (int c = 0; c < N_C; c++) {
-                    four_rows[c][r] = sum_two_blocks<Block>(x, *parts.acts[c], acts[c]);
-                }
-            }
+        const auto sum_row = [&](const Block & w, __m512i(&row)[N_C]) {
+            const TwoBlocks x = load_two_blocks(w);
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                integers[c][group] = add_4_lanes(four_rows[c]);
+                row[c] = sum_two_blocks<Block>(x, *parts.acts[c], acts[c]);
             }
-        }
+        };
+        __m512i integers[N_C];
+        sum_rows<Block>(rows, i, ahead, sum_row, integers);
         give_scales<Block>(rows, i * sizeof(Block), parts);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const __m512 scale = _mm512_set1_ps(parts.acts[c]->scale);
             if constexpr (HAS_MINIMA<Block>) {
-                total[c] =
-                    add_super_block(total[c], add_quarters(integers[c]), parts.d, parts.sums[c], parts.dmin, scale);
+                total[c] = add_super_block(total[c], integers[c], parts.d, parts.sums[c], parts.dmin, scale);
             } else {
-                total[c] = add_super_block(total[c], add_quarters(integers[c]), parts.d, scale);
+                total[c] = add_super_block(total[c], integers[c], parts.d, scale);
             }
         }
     }
