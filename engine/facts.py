@@ -15,6 +15,15 @@ from kimi_gguf.engine.toolchain import cpuinfo, sysctl
 
 Facts = dict[str, Any]
 
+# generation, family, models; the source is bsp_init_amd() in Linux's arch/x86/kernel/cpu/amd.c
+_ZEN = (
+    (1, 0x17, (range(0x00, 0x30), range(0x50, 0x60))),
+    (2, 0x17, (range(0x30, 0x50), range(0x60, 0x80), range(0x90, 0x92), range(0xA0, 0xB0))),
+    (3, 0x19, (range(0x00, 0x10), range(0x20, 0x60))),
+    (4, 0x19, (range(0x10, 0x20), range(0x60, 0xB0))),
+    (5, 0x1A, (range(0x00, 0x30), range(0x40, 0x50), range(0x60, 0x80))),
+)
+
 
 def engine_facts(engine: Engine) -> Facts:
     """The build: pin, commit, patches, compilers, backends."""
@@ -32,12 +41,24 @@ def engine_facts(engine: Engine) -> Facts:
 def machine_facts() -> Facts:
     """Processor, cores, memory and system."""
     return {
-        "processor": cpuinfo("model name") or sysctl("machdep.cpu.brand_string") or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gib": _memory_gib(),
         "system": _system(),
         "python": platform.python_version(),
     }
+
+
+def processor() -> str:
+    """Its name. Virtual machines often hide an EPYC's number, so the generation is added: AMD EPYC (Zen 3)."""
+    name = cpuinfo("model name") or sysctl("machdep.cpu.brand_string") or platform.machine()
+    family, model = cpuinfo("cpu family"), cpuinfo("model")
+    if cpuinfo("vendor_id") != "AuthenticAMD" or not (family.isdigit() and model.isdigit()):
+        return name
+    for generation, its_family, models in _ZEN:
+        if int(family) == its_family and any(int(model) in each for each in models):
+            return f"{name} (Zen {generation})"
+    return name
 
 
 def _system() -> str:

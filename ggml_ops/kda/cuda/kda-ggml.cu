@@ -35,6 +35,7 @@ size_t ggml_cuda_kda_size(int, const ggml_tensor * op) {
 #include "ggml-kda-state.h"
 #include "kda-conv.cuh"
 #include "kda-scan.cuh"
+#include "kimi-workspace.cuh"
 
 #include <atomic>
 #include <climits>
@@ -144,11 +145,6 @@ static kda_cuda::device_limits limits_of(int device) {
     return { ggml_cuda_highest_compiled_arch(info.cc) / 10, info.nsm, info.smpbo };
 }
 
-// The workspace lies behind the result, so that it is part of llama.cpp's compute buffers and counted as they are.
-static size_t after_result(const ggml_tensor * dst) {
-    return GGML_PAD(ggml_nbytes(dst), 128);
-}
-
 size_t ggml_cuda_kda_size(int device, const ggml_tensor * op) {
     if (op->op != GGML_OP_KDA_SCAN) {
         return ggml_nbytes(op);
@@ -159,7 +155,7 @@ size_t ggml_cuda_kda_size(int device, const ggml_tensor * op) {
     if (n_chunked == 0 || kda_cuda::chunks_refused(args.head_size, limits.capability) != nullptr) {
         return ggml_nbytes(op);
     }
-    return after_result(op) + kda_cuda::chunk_workspace(args, { 0, n_chunked }, limits);
+    return kimi_cuda::after_result(op) + kda_cuda::chunk_workspace(args, { 0, n_chunked }, limits);
 }
 
 static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_kda_state_copy * copy) {
@@ -190,7 +186,7 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
         log_refusal(reason);
     }
     // the last stream is none of those in which ggml-cuda runs branches of a graph
-    kda_cuda::scan(args, device, (char *) dst->data + after_result(dst),
+    kda_cuda::scan(args, device, (char *) dst->data + kimi_cuda::after_result(dst),
                    { ctx.stream(), ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1) });
 }
 

@@ -35,6 +35,7 @@ bool ggml_cuda_latent_fast_sums(int) {
 #else
 
 #include "convert.cuh"
+#include "kimi-workspace.cuh"
 #include "latent-node.cuh"
 
 #include <atomic>
@@ -104,14 +105,9 @@ static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & 
            (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
 }
 
-// Memory of the kernels lies behind the result, so that it is part of llama.cpp's compute buffers and counted as they are.
-static size_t after_result(const ggml_tensor * dst) {
-    return GGML_PAD(ggml_nbytes(dst), 128);
-}
-
 size_t ggml_cuda_latent_attention_size(int device, const ggml_tensor * dst) {
     latent_cuda::attention args;
-    return takes(device, dst, args) ? after_result(dst) + latent_cuda::workspace(args) : 0;
+    return takes(device, dst, args) ? kimi_cuda::after_result(dst) + latent_cuda::workspace(args) : 0;
 }
 
 bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -120,7 +116,7 @@ bool ggml_cuda_latent_attention(ggml_backend_cuda_context & ctx, ggml_tensor * d
         return false;
     }
     GGML_ASSERT(latent_cuda::refused(args) == nullptr);
-    latent_cuda::attend(args, static_cast<char *>(dst->data) + after_result(dst), ctx.stream());
+    latent_cuda::attend(args, static_cast<char *>(dst->data) + kimi_cuda::after_result(dst), ctx.stream());
     CUDA_CHECK(cudaGetLastError());
     return true;
 }
@@ -155,14 +151,15 @@ size_t ggml_cuda_latent_attn_size(const ggml_tensor * dst) {
     if (latent_cuda::read_decompressed(dst, args)) {
         return ggml_nbytes(dst);  // not supported
     }
-    return after_result(dst) + floats_size(dst->src[2]) + floats_size(dst->src[3]) + latent_cuda::workspace(args);
+    return kimi_cuda::after_result(dst) + floats_size(dst->src[2]) + floats_size(dst->src[3]) +
+           latent_cuda::workspace(args);
 }
 
 void ggml_cuda_op_latent_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     latent_cuda::decompressed args;
     GGML_ASSERT(latent_cuda::read_decompressed(dst, args) == nullptr);
 
-    char * const k_b  = static_cast<char *>(dst->data) + after_result(dst);
+    char * const k_b  = static_cast<char *>(dst->data) + kimi_cuda::after_result(dst);
     char * const v_b  = k_b + floats_size(dst->src[2]);
     char * const work = v_b + floats_size(dst->src[3]);
     args.k_b          = as_floats(dst->src[2], k_b, ctx.stream());
