@@ -178,16 +178,14 @@ static void dot_lanes(const WeightRows & weights, int64_t k, const char * const 
         std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, N_C>, SuperBlockProducts<Type, N_C>>;
     constexpr int   PER_BLOCK = Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1;  // blocks in a slice
     const DotRows   rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t ahead    = weights.next - weights.first;
     const int64_t   n_blocks = k / BLOCK;
     Floats          total[N_C];
     std::fill(total, total + N_C, floats(0.0f));
     for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const size_t at = first / N_BLOCKS * PER_BLOCK * sizeof(Block);
-        for (int r = 0; r < LANES; r++) {
-            prefetch<2>(rows.row[r] + at + ahead, PER_BLOCK * sizeof(Block));
-        }
+        // as many bytes of the next rows, in the order of memory
+        prefetch<2>(weights.next + LANES * at, LANES * PER_BLOCK * sizeof(Block));
         Products to(columns, first / N_BLOCKS, total);
         Type::unpack(rows, first, n, to);
         to.finish();
