@@ -128,7 +128,7 @@ template <typename Type, int N_C> struct SuperBlockProducts {
 
     const ActSuperBlock & acts(int c) const { return ((const ActSuperBlock *) columns[c])[i]; }
 
-    inline void factors(int b, Ints x) { factor[b] = factors_of(x); }
+    inline void factors(int b, Ints x) { factor[b] = x; }
 
     inline void codes(int b, int j, Ints x) {
         const int sub = SUB == 16 ? 2 * b + j / 4 : b;
@@ -176,10 +176,10 @@ template <typename Type, typename Block, int N_C>
 static void dot_lanes(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     using Products =
         std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, N_C>, SuperBlockProducts<Type, N_C>>;
-    constexpr int   PER_BLOCK = Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1;  // blocks in a slice
-    const DotRows   rows(weights.first, weights.stride, 0, weights.n);
-    const int64_t   n_blocks = k / BLOCK;
-    Floats          total[N_C];
+    constexpr int PER_BLOCK = Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1;  // blocks in a slice
+    const DotRows rows(weights.first, weights.stride, 0, weights.n);
+    const int64_t n_blocks = k / BLOCK;
+    Floats        total[N_C];
     std::fill(total, total + N_C, floats(0.0f));
     for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);

@@ -16,23 +16,19 @@ inline Ints spread_number(Ints x, int i) {
     return spread_byte(x, i) & ints(0x00ff00ff);
 }
 
-#if QUANT_GEMM_AVX512
-
 // Byte i of every lane, a signed one, in both of its 16-bit numbers.
 inline Ints signed_number(Ints x, int i) {
-    return _mm512_srai_epi16(spread_byte(x, i), 8);
+    return right_signed_16(spread_byte(x, i), 8);
 }
 
-#endif
-
-// Byte i of every lane, as a number, ...
-inline Ints byte_of(Ints x, int i) {
-    return right_32(x, 8 * i) & ints(0xff);
+// Byte i of every lane as a factor of total_times, ...
+inline Ints factor_of(Ints x, int i) {
+    return SUMS_OF_16_BITS ? spread_number(x, i) : right_32(x, 8 * i) & ints(0xff);
 }
 
-// ... as a signed one, ...
-inline Ints signed_byte_of(Ints x, int i) {
-    return right_signed_32(left_32(x, 24 - 8 * i), 24);
+// ... a signed one, ...
+inline Ints signed_factor_of(Ints x, int i) {
+    return SUMS_OF_16_BITS ? signed_number(x, i) : right_signed_32(left_32(x, 24 - 8 * i), 24);
 }
 
 // ... and bytes 2i and 2i + 1 as two 16-bit numbers.
@@ -41,15 +37,11 @@ inline Ints two_bytes_of(Ints x, int i) {
     return (both & ints(0xff)) | (left_32(both, 8) & ints(0xff0000));
 }
 
-// Signed numbers that fit 16 bits, of two blocks, times a number.
-inline Ints pair_times(Ints first, Ints second, int n) {
-    return left_32(mul_32(second, ints(n)), 16) | (mul_32(first, ints(n)) & ints(0xffff));
-}
-
-// Factors of 16 weights as minima, if integer sums do not start with the offset of the quants.
-template <int OFFSET, typename To> inline void give_offsets(To & to, int b, Ints first, Ints second) {
+// Factors of 16 weights times the offset of the quants, 1 << BITS, as minima, if integer sums do not start with it.
+template <int BITS, typename To> inline void give_offsets(To & to, int b, Ints first, Ints second) {
     if constexpr (!has_starts(Scheme::q8_K_16)) {
-        to.minima(b, pair_times(first, second, OFFSET));
+        const Ints both = (first & ints(0xffff)) | left_32(second, 16);
+        to.minima(b, left_16(both, BITS));
     }
 }
 
@@ -104,8 +96,8 @@ struct Q2_KGroups {
 
 template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
     const Ints low = low_nibbles(scales);
-    to.factors(2 * b, byte_of(low, 0));
-    to.factors(2 * b + 1, byte_of(low, 1));
+    to.factors(2 * b, factor_of(low, 0));
+    to.factors(2 * b + 1, factor_of(low, 1));
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         to.codes(b, j, right_16(x[j], 2 * (b % 4)) & bytes(3));
@@ -183,11 +175,11 @@ template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values
 #else
 
 template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values)[8], Ints scales) {
-    const Ints first  = signed_byte_of(scales, 2 * (b % 2));
-    const Ints second = signed_byte_of(scales, 2 * (b % 2) + 1);
+    const Ints first  = signed_factor_of(scales, 2 * (b % 2));
+    const Ints second = signed_factor_of(scales, 2 * (b % 2) + 1);
     to.factors(2 * b, first);
     to.factors(2 * b + 1, second);
-    give_offsets<4>(to, b, first, second);
+    give_offsets<2>(to, b, first, second);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         to.codes(b, j, values[j]);
@@ -236,7 +228,7 @@ template <typename To> inline void give_scales_and_minima(const Rows & rows, siz
     const Ints m_high = high_nibbles(x[3]) | (right_16(x[2], 2) & upper2);
 #pragma GCC unroll 8
     for (int b = 0; b < N_BLOCKS; b++) {
-        to.factors(b, byte_of(b < 4 ? s_low : s_high, b % 4));
+        to.factors(b, factor_of(b < 4 ? s_low : s_high, b % 4));
     }
 #pragma GCC unroll 4
     for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
@@ -312,26 +304,27 @@ struct Q6_K {
         rows.load16(at + offsetof(block_q6_K, scales), scales);
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {
-            const Ints first  = signed_byte_of(scales[b / 2], 2 * (b % 2));
-            const Ints second = signed_byte_of(scales[b / 2], 2 * (b % 2) + 1);
+            const Ints first  = signed_factor_of(scales[b / 2], 2 * (b % 2));
+            const Ints second = signed_factor_of(scales[b / 2], 2 * (b % 2) + 1);
             to.factors(2 * b, first);
             to.factors(2 * b + 1, second);
-            give_offsets<32>(to, b, first, second);
+            give_offsets<5>(to, b, first, second);
         }
         for (int part = 0; part < 2; part++) {
             Ints upper[8];
             rows.quants32(at + offsetof(block_q6_K, qh) + 32 * part, upper);
+#pragma GCC unroll 2
             for (int i = 0; i < 2; i++) {
                 Ints x[8];
                 rows.quants32(at + offsetof(block_q6_K, ql) + 64 * part + 32 * i, x);
 #pragma GCC unroll 8
                 for (int j = 0; j < 8; j++) {
-                    const Ints up = left_16(right_16(upper[j], 2 * i), 4);
+                    const Ints up = left_16(upper[j], 4 - 2 * i);
                     to.codes(4 * part + i, j, low_nibbles(x[j]) | (up & bytes(0x30)));
                 }
 #pragma GCC unroll 8
                 for (int j = 0; j < 8; j++) {
-                    const Ints up = right_16(upper[j], 2 * i);
+                    const Ints up = i == 0 ? upper[j] : right_16(upper[j], 2);
                     to.codes(4 * part + i + 2, j, high_nibbles(x[j]) | (up & bytes(0x30)));
                 }
             }
@@ -352,9 +345,10 @@ struct IQ4_XS {
         const Ints high = right_32(head[0], 16);
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {
-            const Ints low4 = right_32(head[1], 4 * b) & ints(15);
-            const Ints up2  = right_32(high, 2 * b) & ints(3);
-            to.factors(b, sub_32(low4 | left_32(up2, 4), ints(32)));
+            const Ints low4   = right_32(head[1], 4 * b) & ints(15);
+            const Ints up2    = right_32(high, 2 * b) & ints(3);
+            const Ints factor = sub_32(low4 | left_32(up2, 4), ints(32));
+            to.factors(b, SUMS_OF_16_BITS ? signed_number(factor, 0) : factor);
         }
 #pragma GCC unroll 8
         for (int b = 0; b < N_BLOCKS; b++) {

@@ -31,7 +31,7 @@ struct PanelLanes {
 
     inline void scales(int b, Floats x) const { store_floats(panel.scales[b] + first, x); }
 
-    inline void factors(int b, Ints x) const { store_ints(panel.factors[b] + first, factors_of(x)); }
+    inline void factors(int b, Ints x) const { store_ints(panel.factors[b] + first, x); }
 
     inline void super_scales(Floats x) const { store_floats(panel.super_scales + first, x); }
 

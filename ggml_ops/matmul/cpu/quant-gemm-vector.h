@@ -104,6 +104,7 @@ inline Ints right_32(Ints x, int n)              { return _mm512_srli_epi32(x, n
 inline Ints right_signed_32(Ints x, int n)       { return _mm512_srai_epi32(x, n); }
 inline Ints left_16(Ints x, int n)               { return _mm512_slli_epi16(x, n); }
 inline Ints right_16(Ints x, int n)              { return _mm512_srli_epi16(x, n); }
+inline Ints right_signed_16(Ints x, int n)       { return _mm512_srai_epi16(x, n); }
 
 // bytes of a table of 16, or of each 16 bytes
 inline Ints table_of_16(const uint8_t (&t)[16])  { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) t)); }
@@ -186,6 +187,7 @@ inline Ints right_32(Ints x, int n)              { return _mm256_srli_epi32(x, n
 inline Ints right_signed_32(Ints x, int n)       { return _mm256_srai_epi32(x, n); }
 inline Ints left_16(Ints x, int n)               { return _mm256_slli_epi16(x, n); }
 inline Ints right_16(Ints x, int n)              { return _mm256_srli_epi16(x, n); }
+inline Ints right_signed_16(Ints x, int n)       { return _mm256_srai_epi16(x, n); }
 
 inline Ints table_of_16(const uint8_t (&t)[16])  { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t)); }
 inline Ints look_up(Ints table, Ints indices)    { return _mm256_shuffle_epi8(table, indices); }
@@ -313,6 +315,7 @@ inline Ints right_32(Ints x, int n)              { return from_32(vshlq_u32(to_3
 inline Ints right_signed_32(Ints x, int n)       { return vshlq_s32(x, vdupq_n_s32(-n)); }
 inline Ints left_16(Ints x, int n)               { return from_16(vshlq_u16(to_16(x), vdupq_n_s16((int16_t) n))); }
 inline Ints right_16(Ints x, int n)              { return from_16(vshlq_u16(to_16(x), vdupq_n_s16((int16_t) -n))); }
+inline Ints right_signed_16(Ints x, int n)       { return vreinterpretq_s32_s16(vshlq_s16(vreinterpretq_s16_s32(x), vdupq_n_s16((int16_t) -n))); }
 
 inline Ints table_of_16(const uint8_t (&t)[16])  { return vreinterpretq_s32_u8(vld1q_u8(t)); }
 inline Ints look_up(Ints table, Ints indices)    { return from_8(vqtbl1q_s8(to_8(table), to_unsigned_8(indices))); }
@@ -459,13 +462,9 @@ inline Ints total_of(Ints sums) {
     return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
 }
 
-// total_of(sums) times a factor of 16 bits, given twice in each lane (factors_of)
+// total_of(sums) times a factor of 16 bits, given twice in each lane
 inline Ints total_times(Ints sums, Ints factors) {
     return _mm256_madd_epi16(sums, factors);
-}
-
-inline Ints factors_of(Ints x) {
-    return _mm256_or_si256(_mm256_and_si256(x, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(x, 16));
 }
 
 #else
@@ -493,10 +492,6 @@ inline Ints total_of(Ints sums) {
 
 inline Ints total_times(Ints sums, Ints factors) {
     return mul_32(sums, factors);
-}
-
-inline Ints factors_of(Ints x) {
-    return x;
 }
 
 #endif
