@@ -50,10 +50,10 @@ def machine_facts() -> Facts:
 
 
 def processor() -> str:
-    """Its name. Virtual machines often hide an EPYC's number, so the generation is added: AMD EPYC (Zen 3)."""
+    """Its name. Virtual machines that call their processor just AMD EPYC get its generation: AMD EPYC (Zen 3)."""
     name = cpuinfo("model name") or sysctl("machdep.cpu.brand_string") or platform.machine()
     family, model = cpuinfo("cpu family"), cpuinfo("model")
-    if cpuinfo("vendor_id") != "AuthenticAMD" or not (family.isdigit() and model.isdigit()):
+    if name != "AMD EPYC" or not (family.isdigit() and model.isdigit()):
         return name
     for generation, its_family, models in _ZEN:
         if int(family) == its_family and any(int(model) in each for each in models):

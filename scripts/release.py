@@ -203,6 +203,9 @@ def make_wheel(
     files[f"{ENGINE}/manifest.json"] = _json(published_manifest(engine, seconds))
     files |= {f"{info}/licenses/{name}": text for name, text in texts.items()}
     files[f"{info}/sboms/kimi-gguf.cdx.json"] = document
+    # A file of the package's own folder: without one, pip removes the files below and leaves the folder. Not in src/,
+    # where it would make an editable installation import src/kimi_gguf instead of what its links lead to.
+    files["kimi_gguf/py.typed"] = b""
     files = dict(sorted(files.items()))
     lines = [record_line(name, content) for name, content in files.items()]
     files[f"{info}/RECORD"] = "".join([*lines, f"{info}/RECORD,,\n"]).encode()

@@ -8,21 +8,23 @@ from kimi_gguf.engine.facts import processor
 
 
 @pytest.mark.parametrize(
-    ("vendor", "family", "model", "expected"),
+    ("name", "family", "model", "expected"),
     [
-        ("AuthenticAMD", "23", "1", "AMD EPYC (Zen 1)"),
-        ("AuthenticAMD", "23", "49", "AMD EPYC (Zen 2)"),
-        ("AuthenticAMD", "25", "1", "AMD EPYC (Zen 3)"),
-        ("AuthenticAMD", "25", "17", "AMD EPYC (Zen 4)"),
-        ("AuthenticAMD", "26", "2", "AMD EPYC (Zen 5)"),
-        ("AuthenticAMD", "26", "80", "AMD EPYC"),  # not known
-        ("GenuineIntel", "6", "143", "AMD EPYC"),  # an Intel family 6 is no Zen
-        ("", "", "", "AMD EPYC"),  # another architecture
+        ("AMD EPYC", "23", "1", "AMD EPYC (Zen 1)"),
+        ("AMD EPYC", "23", "49", "AMD EPYC (Zen 2)"),
+        ("AMD EPYC", "25", "1", "AMD EPYC (Zen 3)"),
+        ("AMD EPYC", "25", "17", "AMD EPYC (Zen 4)"),
+        ("AMD EPYC", "26", "2", "AMD EPYC (Zen 5)"),
+        ("AMD EPYC", "26", "80", "AMD EPYC"),  # not known
+        ("AMD EPYC", "", "", "AMD EPYC"),
+        # a number says which it is; QEMU's models have the family of the first EPYC with such a name
+        ("AMD EPYC 7763 64-Core Processor", "25", "1", "AMD EPYC 7763 64-Core Processor"),
+        ("AMD EPYC-Rome Processor", "23", "49", "AMD EPYC-Rome Processor"),
     ],
 )
-def test_the_generation_of_an_epyc_is_named(
-    vendor: str, family: str, model: str, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_the_generation_of_an_epyc_without_a_number_is_named(
+    name: str, family: str, model: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    info = {"model name": "AMD EPYC", "vendor_id": vendor, "cpu family": family, "model": model}
-    monkeypatch.setattr("kimi_gguf.engine.facts.cpuinfo", lambda name: info[name])
+    info = {"model name": name, "cpu family": family, "model": model}
+    monkeypatch.setattr("kimi_gguf.engine.facts.cpuinfo", lambda key: info[key])
     assert processor() == expected

@@ -149,6 +149,18 @@ def test_commands_use_the_engine_of_the_wheel(site: Path, tmp_path: Path, demo_d
     assert "give a GGUF file" in refused.stderr
 
 
+def test_uninstalling_leaves_no_folder(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    assert (packages / "kimi_gguf/engine/prebuilt/bin/llama-cli").is_file()
+    subprocess.run([*pip, "uninstall", "--quiet", "--yes", "kimi-gguf"], check=True)
+    assert not [path.name for path in packages.iterdir() if "kimi" in path.name]
+    assert not [path.name for path in python.parent.iterdir() if "kimi" in path.name]
+
+
 LLAMA_CPP = """
 import sys
 from kimi_gguf.engine import llama_cpp

@@ -5,7 +5,7 @@
 // fields are extracted in the lanes.
 //
 // An unpack function gives what it finds to a receiver (`to`), for each block b of 32 values in turn:
-//   factors(b, x)        before the quants: integer factors (per block of 32, or of 16)
+//   factors(b, x)        before the quants: integer factors (per block of 32, or of 16) in the form of total_times
 //   codes(b, j, x)       for j = 0 .. 7 in order: quants 4j .. 4j + 3 of every row, or of RowsApart j / 4 * 16 .. + 15 of
 //                        row j % 4
 //   scales(b, x)         after the quants
