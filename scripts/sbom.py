@@ -44,8 +44,10 @@ class Component:
 
 
 def components(pin: Pin) -> tuple[Component, ...]:
-    """What the pinned archive contributes; `vendor/` of llama.cpp is complete here (a test compares)."""
+    """What the pinned archive contributes. Complete are llama.cpp's `vendor/` and the compiled sources with a copyright
+    notice of their own (tests compare)."""
     vendor = f"{CPP}/vendor"
+    inside = pin.llama_cpp_commit  # the version of what llama.cpp's own sources contain
     return (
         Component("llama.cpp", "MIT", f"{CPP}/LICENSE", version=pin.llama_cpp_commit),
         Component("ggml", "MIT", f"{CPP}/LICENSE", version=pin.ggml_version),
@@ -77,6 +79,11 @@ def components(pin: Pin) -> tuple[Component, ...]:
         Component("sha1", "LicenseRef-public-domain", f"{vendor}/hash/sha1/sha1.c", version="e1e2536"),
         Component("sha256.c", "LicenseRef-public-domain", f"{vendor}/hash/sha256/LICENSE", version="5e63727"),
         Component("rotate-bits", "MIT", f"{vendor}/hash/rotate-bits/LICENSE.md", version="27e7849"),
+        Component("tinyBLAS", "MIT", f"{CPP}/ggml/src/ggml-cpu/llamafile/sgemm.cpp", version=inside),
+        Component("YaRN", "MIT", f"{CPP}/ggml/src/ggml-cpu/ops.cpp", version=inside),
+        Component("ggllm.cpp", "MIT", f"{CPP}/src/llama-vocab.cpp", version=inside),
+        Component("base64.hpp", "Unlicense", f"{CPP}/common/base64.hpp", version=inside),
+        Component("Pillow", "MIT-CMU", f"{CPP}/tools/mtmd/mtmd-image.cpp", version=inside),
     )  # fmt: skip
 
 
@@ -88,11 +95,14 @@ def notices(source: Path, pin: Pin) -> dict[str, bytes]:
 
 
 def _notice(text: bytes, component: Component) -> bytes:
-    """A whole licence file; of a source, the comment that grants the licence."""
+    """A whole licence file; of a source, the comment that grants the licence or names the origin."""
     if component.notice.rsplit("/", 1)[-1].startswith("LICENSE"):
         return text
-    comments: list[bytes] = re.findall(rb"/\*.*?\*/|(?://[^\n]*\n)+", text, re.DOTALL)
-    words = (b"without restriction", b"free and unencumbered", b"100% Public Domain")
+    comments: list[bytes] = re.findall(rb"/\*.*?\*/|(?:[ \t]*//[^\n]*\n)+", text, re.DOTALL)
+    words = (
+        b"without restriction", b"free and unencumbered", b"100% Public Domain", b"MIT licensed", b"[MIT License]",
+        b"github.com/python-pillow",
+    )  # fmt: skip
     granting = [comment for comment in comments if any(word in comment for word in words)]
     if not granting:
         raise EngineError(

@@ -247,6 +247,27 @@ def test_a_compiler_for_another_architecture_is_chosen_or_named(
     assert os.environ["CXX"] == "mine"
 
 
+COMPILED = ("ggml/src/ggml-cpu", "ggml/src/ggml-rpc", "src", "common", "tools/server", "tools/mtmd", "tools/cli")
+NOT_COMPILED = ("kleidiai/", "spacemit/")  # options that the wheel's builds do not set
+
+
+def test_the_sbom_names_every_compiled_source_with_a_copyright_of_its_own(source: Path) -> None:
+    cpp = source / "llama.cpp"
+    files = {path for path in (cpp / "ggml/src").iterdir() if path.is_file()}
+    files |= {path for folder in COMPILED for path in (cpp / folder).rglob("*")}
+    found = set()
+    for path in files:
+        name = path.relative_to(cpp).as_posix()
+        if path.suffix in (".c", ".cpp", ".h", ".hpp") and not any(each in name for each in NOT_COMPILED):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            if "copyright" in text.lower() or "unencumbered" in text:
+                found.add(f"llama.cpp/{name}")
+    assert "llama.cpp/ggml/src/ggml-cpu/llamafile/sgemm.cpp" in found
+    assert found <= {each.notice for each in components(load_pin())}
+    mozilla = notices(source, load_pin())["tinyBLAS.txt"]
+    assert mozilla.startswith(b"// Copyright 2024 Mozilla Foundation") and b"NONINFRINGEMENT" in mozilla
+
+
 def test_the_sbom_names_everything_in_the_vendor_folder(source: Path) -> None:
     places = {
         "nlohmann-json": "nlohmann",
