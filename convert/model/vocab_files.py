@@ -143,7 +143,7 @@ def read_tokenizer_json(path: Path) -> tuple[list[bytes], dict[int, SpecialToken
         raise ConvertError(f"{path}: expected a 'model' of type BPE, found {excerpt(model)}")
     if SPLIT_PATTERN not in split_patterns(root.get("pre_tokenizer")):
         raise ConvertError(
-            f"{path}: pre_tokenizer: expected the split pattern of Kimi-Linear, found another one, which gives "
+            f"{path}: pre_tokenizer: expected the split pattern of Kimi K2, found another one, which gives "
             "other token ids; use tiktoken.model of the original checkpoint"
         )
     if root.get("normalizer") is not None:

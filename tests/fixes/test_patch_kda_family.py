@@ -14,7 +14,10 @@ from synthetic_case import Tensors, error_of, rewrite
 from transformers_ling import ling_logits
 
 from kimi_gguf.bench.shapes import types_in_dry_run
-from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.builds import Engine, upstream_source
+from kimi_gguf.patches.pull_requests import load_pull_requests, select
+from kimi_gguf.patches.series import load_series
+from kimi_gguf.scripts.upstream_tests import prove
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
@@ -54,6 +57,12 @@ def test_the_betas_of_yarn_count() -> None:
     """0029-ling-yarn-mscale: the logits that the loader's defaults give are others."""
     others = ling_logits(replace(BETAS, betas=(32.0, 1.0)), IDS)
     assert error_of(others, ling_logits(BETAS, IDS)).in_all > 1e-4
+
+
+def test_the_gate_bound_of_glm(tmp_path: Path) -> None:
+    """0033-glm-gate-bound: its test for upstream, which runs upstream's converter, fails without it and passes with it."""
+    (request,) = select(load_pull_requests(load_series()), ["33"])
+    assert prove(request, upstream_source() / "llama.cpp", tmp_path) is None
 
 
 def test_betas_of_yarn_in_the_wrong_order_are_refused(tmp_path: Path, engine: Engine) -> None:

@@ -56,6 +56,8 @@ NOT_RUN = (
     (r"python -m kimi_gguf.scripts.cuda_roofline", "needs a GPU; tests/scripts/test_cuda_roofline.py"),
     (r"kimi-llama bench --records", "needs the records of the lines before; tests/bench/test_bench_older_records.py"),
     (r"(KIMI_OPS=\S+ )?kimi-llama bench|python -m kimi_gguf.bench.speculative", "takes minutes; tests/bench"),
+    (r"python -m kimi_gguf.scripts.synthetic_checkpoint|convert-kimi ling-mtp ",
+     "needs 6 GB of disk space; tests/convert/test_convert_ling3.py"),
     (r"kimi-llama (worker|\w+ .*--workers)", "runs until it is ended; tests/serving/test_workers.py"),
     (r"kimi-llama serve ", "runs until it is ended; tests/serving"),
     (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)", "needs 16 GB; tests/convert/test_convert_ling3.py"),
