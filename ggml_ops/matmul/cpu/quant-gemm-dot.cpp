@@ -58,21 +58,26 @@ constexpr int SUM_VECTORS = sizeof(RowSums) / sizeof(Ints);
 // ---- types of 32 values with one scale
 
 // Receives a slice of the weights, multiplies it with slice i of the columns, and adds the products to the totals.
-template <typename Type, int N_C> struct BlockProducts {
+template <typename Type, typename Block, int N_C> struct BlockProducts {
     static constexpr int TOGETHER = groups_together(Type::CODES);
+    static constexpr int AHEAD    = LANES * sizeof(Block);  // bytes to prefetch for each block
 
     const char * const * columns;
     int64_t              i;
+    const char *         ahead;  // what is prefetched while the slice is multiplied, or nullptr
     Floats (&total)[N_C];
     RowSums sums[N_C];
     Ints    z[N_C];  // of a block
 
-    BlockProducts(const char * const * columns, int64_t i, Floats (&total)[N_C]) :
-        columns(columns), i(i), total(total) {}
+    BlockProducts(const char * const * columns, int64_t i, const char * ahead, Floats (&total)[N_C]) :
+        columns(columns), i(i), ahead(ahead), total(total) {}
 
     const ActBlocks & acts(int c) const { return ((const ActBlocks *) columns[c])[i]; }
 
     inline void codes(int b, int j, Ints x) {
+        if (j == 0 && ahead != nullptr) {
+            prefetch<2>(ahead + b * AHEAD, AHEAD);
+        }
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const Ints start = Type::OFFSET == 0 ? ints(0) : start_at(&acts(c).starts[b]);
@@ -102,12 +107,14 @@ template <typename Type, int N_C> struct BlockProducts {
 
 // ---- types of 256 values
 
-template <typename Type, int N_C> struct SuperBlockProducts {
+template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     static constexpr int SUB      = weights_per_factor(Type::SCHEME);
     static constexpr int TOGETHER = std::min(groups_together(Type::CODES), SUB / 4);
+    static constexpr int AHEAD    = LANES * sizeof(Block) / N_BLOCKS;
 
     const char * const * columns;
     int64_t              i;
+    const char *         ahead;
     Floats (&total)[N_C];
     Ints    factor[SLICE / 16];
     RowSums sums[N_C];
@@ -116,8 +123,8 @@ template <typename Type, int N_C> struct SuperBlockProducts {
     Floats  d;
     Floats  dmin;
 
-    SuperBlockProducts(const char * const * columns, int64_t i, Floats (&total)[N_C]) :
-        columns(columns), i(i), total(total) {
+    SuperBlockProducts(const char * const * columns, int64_t i, const char * ahead, Floats (&total)[N_C]) :
+        columns(columns), i(i), ahead(ahead), total(total) {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             products[c] = ints(0);
@@ -132,6 +139,9 @@ template <typename Type, int N_C> struct SuperBlockProducts {
 
     inline void codes(int b, int j, Ints x) {
         const int sub = SUB == 16 ? 2 * b + j / 4 : b;
+        if (j == 0 && ahead != nullptr) {
+            prefetch<2>(ahead + b * AHEAD, AHEAD);
+        }
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             if (SUB != SLICE && j % TOGETHER < SUM_VECTORS) {
@@ -174,12 +184,13 @@ template <typename Type, int N_C> struct SuperBlockProducts {
 
 template <typename Type, typename Block, int N_C>
 static void dot_lanes(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    using Products =
-        std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, N_C>, SuperBlockProducts<Type, N_C>>;
+    using Products          = std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, Block, N_C>,
+                                                 SuperBlockProducts<Type, Block, N_C>>;
     constexpr int PER_BLOCK = Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1;  // blocks in a slice
     const DotRows rows(weights.first, weights.stride, 0, weights.n);
     const int64_t n_blocks = k / BLOCK;
-    // prefetching in the order of memory is faster on Zen 3, and slower with AVX-512 on Zen 4 and 5
+    // prefetching in the order of memory, a part for each block, is faster on Zen 3; with AVX-512 on Zen 4 and 5 it is
+    // slower
     const bool in_memory_order = SUMS_OF_16_BITS && weights.stride == n_blocks * PER_BLOCK * sizeof(Block) / N_BLOCKS;
     const ptrdiff_t ahead      = weights.next - weights.first;
     Floats          total[N_C];
@@ -187,14 +198,12 @@ static void dot_lanes(const WeightRows & weights, int64_t k, const char * const 
     for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const size_t at = first / N_BLOCKS * PER_BLOCK * sizeof(Block);
-        if (in_memory_order) {
-            prefetch<2>(weights.next + LANES * at, LANES * PER_BLOCK * sizeof(Block));
-        } else {
+        if (!in_memory_order) {
             for (int r = 0; r < LANES; r++) {
                 prefetch<2>(rows.row[r] + at + ahead, PER_BLOCK * sizeof(Block));
             }
         }
-        Products to(columns, first / N_BLOCKS, total);
+        Products to(columns, first / N_BLOCKS, in_memory_order ? weights.next + LANES * at : nullptr, total);
         Type::unpack(rows, first, n, to);
         to.finish();
     }
