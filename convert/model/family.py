@@ -1,7 +1,7 @@
 """What makes a family of models: a description for each architecture with Kimi Delta Attention.
 
-To add one, write a module with a `FAMILY` and add it to families.py. Beyond that, exceptions by architecture are in tables
-of two modules: types/mixes.py (matrices that stay at 8 bits or more) and output/model_card.py.
+To add one, write a module with a `FAMILY` and add it to families.py. Beyond that, exceptions by architecture are in
+tables of two modules: types/mixes.py (matrices that stay at 8 bits or more) and output/model_card.py.
 """
 
 from __future__ import annotations

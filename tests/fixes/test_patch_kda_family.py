@@ -60,7 +60,7 @@ def test_the_betas_of_yarn_count() -> None:
 
 
 def test_the_gate_bound_of_glm(tmp_path: Path) -> None:
-    """0033-glm-gate-bound: its test for upstream, which runs upstream's converter, fails without it and passes with it."""
+    """0033-glm-gate-bound: its test for upstream, of the converter, fails without it and passes with it."""
     (request,) = select(load_pull_requests(load_series()), ["33"])
     assert prove(request, upstream_source() / "llama.cpp", tmp_path) is None
 
