@@ -47,9 +47,9 @@ def components(pin: Pin) -> tuple[Component, ...]:
     """What the pinned archive contributes. Complete are llama.cpp's `vendor/` and the compiled sources with a copyright
     notice of their own (tests compare)."""
     vendor = f"{CPP}/vendor"
-    inside = pin.llama_cpp_commit  # the version of what llama.cpp's own sources contain
+    inside = pin.llama_cpp_commit  # the version of llama.cpp and of what its own sources contain
     return (
-        Component("llama.cpp", "MIT", f"{CPP}/LICENSE", version=pin.llama_cpp_commit),
+        Component("llama.cpp", "MIT", f"{CPP}/LICENSE", version=inside),
         Component("ggml", "MIT", f"{CPP}/LICENSE", version=pin.ggml_version),
         Component("llama-cpp-python", "MIT", "LICENSE.md", version=pin.version),
         Component(

@@ -1,7 +1,7 @@
 #pragma once
 
-// The workspace of a CUDA operator lies behind its result, so that it is part of llama.cpp's compute buffers and counted
-// as they are.
+// The workspace of a CUDA operator is stored after its result, so that it is part of llama.cpp's compute buffers and
+// counted as they are.
 
 #include "ggml.h"
 
