@@ -182,36 +182,158 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     }
 };
 
+template <typename Type, typename Block>
+constexpr size_t SLICE_SIZE = (Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1) * sizeof(Block);
+
+// Whether the rows to be prefetched follow each other without gaps, and are prefetched in the order of memory, a part for
+// each block. That is faster on Zen 3; with AVX-512 on Zen 4 and 5 it is slower.
+template <typename Type, typename Block> static inline bool in_memory_order(const WeightRows & weights, int64_t k) {
+    return SUMS_OF_16_BITS && weights.stride == k / BLOCK * SLICE_SIZE<Type, Block> / N_BLOCKS;
+}
+
+// Adds the products of the blocks of 32 from `first` on, the beginning of a slice.
 template <typename Type, typename Block, int N_C>
-static void dot_lanes(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    using Products          = std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, Block, N_C>,
-                                                 SuperBlockProducts<Type, Block, N_C>>;
-    constexpr int PER_BLOCK = Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1;  // blocks in a slice
-    const DotRows rows(weights.first, weights.stride, 0, weights.n);
-    const int64_t n_blocks = k / BLOCK;
-    // prefetching in the order of memory, a part for each block, is faster on Zen 3; with AVX-512 on Zen 4 and 5 it is
-    // slower
-    const bool in_memory_order = SUMS_OF_16_BITS && weights.stride == n_blocks * PER_BLOCK * sizeof(Block) / N_BLOCKS;
-    const ptrdiff_t ahead      = weights.next - weights.first;
-    Floats          total[N_C];
-    std::fill(total, total + N_C, floats(0.0f));
-    for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
+static inline void add_products_of_rows(
+    const WeightRows & weights, int64_t first, int64_t k, const char * const * columns, Floats (&total)[N_C]) {
+    using Products            = std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, Block, N_C>,
+                                                   SuperBlockProducts<Type, Block, N_C>>;
+    constexpr size_t SIZE     = SLICE_SIZE<Type, Block>;
+    const bool       in_order = in_memory_order<Type, Block>(weights, k);
+    const ptrdiff_t  ahead    = weights.next - weights.first;
+    const int64_t    n_blocks = k / BLOCK;
+    const DotRows    rows(weights.first, weights.stride, 0, weights.n);
+    for (; first < n_blocks; first += N_BLOCKS) {
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
-        const size_t at = first / N_BLOCKS * PER_BLOCK * sizeof(Block);
-        if (!in_memory_order) {
+        const size_t at = first / N_BLOCKS * SIZE;
+        if (!in_order) {
             for (int r = 0; r < LANES; r++) {
-                prefetch<2>(rows.row[r] + at + ahead, PER_BLOCK * sizeof(Block));
+                prefetch<2>(rows.row[r] + at + ahead, SIZE);
             }
         }
-        Products to(columns, first / N_BLOCKS, in_memory_order ? weights.next + LANES * at : nullptr, total);
+        Products to(columns, first / N_BLOCKS, in_order ? weights.next + LANES * at : nullptr, total);
         Type::unpack(rows, first, n, to);
         to.finish();
     }
-#pragma GCC unroll 4
+}
+
+template <int N_C> static inline void store_totals(const Floats (&total)[N_C], float * sums) {
+#pragma GCC                           unroll 4
     for (int c = 0; c < N_C; c++) {
         store_floats(sums + c * PANEL_ROWS, total[c]);
     }
 }
+
+template <typename Type, typename Block, int N_C>
+static void dot_lanes(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    Floats total[N_C];
+    std::fill(total, total + N_C, floats(0.0f));
+    add_products_of_rows<Type, Block>(weights, 0, k, columns, total);
+    store_totals(total, sums);
+}
+
+#if QUANT_GEMM_AVX2
+
+// ---- Q4_0 with sums of 16 bits: two blocks are read as nine words, scales included, because loading the scales of 8
+// rows one by one takes about as long as loading their quants. The nine words: the first scale and values 0, 1; three
+// words of values; values 14, 15 and the second scale; four words of values. (In the upper nibbles: 16 to 31.)
+
+template <int N_C> struct TwoBlocksProducts {
+    static constexpr int WORDS = 2 * sizeof(block_q4_0) / 4;
+
+    const ActBlocks * acts[N_C];
+    const char *      ahead;  // what is prefetched while the slice is multiplied
+    Floats (&total)[N_C];
+    Ints   sums[N_C];
+    Ints   first_word;
+    Floats second_scale;
+
+    TwoBlocksProducts(const char * const * columns, int64_t slice, const char * ahead, Floats (&total)[N_C]) :
+        ahead(ahead), total(total) {
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            acts[c] = (const ActBlocks *) columns[c] + slice;
+        }
+    }
+
+    // GCC would prefetch for all blocks at the beginning of the slice, which is slower, if the address did not depend on
+    // x, the word before.
+    inline void begin(int b, Ints x) {
+        asm("" : "+r"(ahead) : "x"(x));
+        prefetch<2>(ahead + b * LANES * sizeof(block_q4_0), LANES * sizeof(block_q4_0));
+        std::fill(sums, sums + N_C, ints(0));
+    }
+
+    // Values `at` to `at + 3` and `at + 16` to `at + 19` of block b. They may lie behind the block, where they are zeros.
+    inline void add(int b, int at, Ints low, Ints high) {
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const char * column = (const char *) acts[c] + BLOCK * b + at;
+            sums[c]             = add_products<Q4_0::CODES>(sums[c], low, broadcast_ints(column));
+            sums[c]             = add_products<Q4_0::CODES>(sums[c], high, broadcast_ints(column + BLOCK / 2));
+        }
+    }
+
+    inline void end(int b, Floats scale) {
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const Ints z = add_32(broadcast_ints(&acts[c]->starts[b]), total_of(sums[c]));
+            total[c]     = add_block(total[c], z, scale, broadcast_floats(&acts[c]->scales[b]));
+        }
+    }
+
+    // Word i of the slice.
+    inline void word(int i, Ints x) {
+        const int b    = i / WORDS * 2;
+        const int part = i % WORDS;
+        if (part == 0) {
+            begin(b, x);
+            first_word        = x;
+            const Ints values = right_32(x, 16);  // two, and two zeros
+            add(b, 0, low_nibbles(values), high_nibbles(values));
+        } else if (part < 4) {
+            add(b, 4 * part - 2, low_nibbles(x), high_nibbles(x));
+        } else if (part == 4) {
+            add(b, 14, x & ints(0x0f0f), right_16(x, 4) & ints(0x0f0f));
+            const Ints scales = halves_apart(_mm256_blend_epi16(first_word, x, 0xaa));
+            second_scale      = _mm256_cvtph_ps(_mm256_extracti128_si256(scales, 1));
+            end(b, _mm256_cvtph_ps(_mm256_castsi256_si128(scales)));
+            begin(b + 1, x);
+        } else {
+            add(b + 1, 4 * part - 20, low_nibbles(x), high_nibbles(x));
+        }
+        if (part == WORDS - 1) {
+            end(b + 1, second_scale);
+        }
+    }
+};
+
+template <int N_C>
+static void dot_q4_0(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    constexpr int N_WORDS = SLICE_SIZE<Q4_0, block_q4_0> / 4;
+    const int64_t end     = in_memory_order<Q4_0, block_q4_0>(weights, k) ? k / SLICE : 0;
+    const Rows    rows(weights.first, weights.stride, 0, weights.n);
+    Floats        total[N_C];
+    std::fill(total, total + N_C, floats(0.0f));
+    for (int64_t slice = 0; slice < end; slice++) {
+        const size_t           at = slice * N_WORDS * 4;
+        TwoBlocksProducts<N_C> to(columns, slice, weights.next + LANES * at, total);
+#pragma GCC unroll 9
+        for (int i = 0; i < N_WORDS; i += 4) {
+            Ints x[4];
+            rows.load16(at + 4 * i, x);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                to.word(i + j, x[j]);
+            }
+        }
+    }
+    if (end < k / SLICE || k % SLICE != 0) {
+        add_products_of_rows<Q4_0, block_q4_0>(weights, end * N_BLOCKS, k, columns, total);
+    }
+    store_totals(total, sums);
+}
+
+#endif
 
 // ---- plain numbers: a row at a time. A lane sums every LANES-th number of K, in two sums; tiles have one sum for each
 // element of the result.
@@ -295,6 +417,12 @@ static constexpr Dot LANES_OF = { LANES,
                                   { dot_lanes<Type, Block, 1>, dot_lanes<Type, Block, 2>, dot_lanes<Type, Block, 3>,
                                     dot_lanes<Type, Block, 4> } };
 
+#if QUANT_GEMM_AVX2
+static constexpr Dot ROWS_OF_Q4_0 = {
+    LANES, { dot_q4_0<1>, dot_q4_0<2>, dot_lanes<Q4_0, block_q4_0, 3>, dot_lanes<Q4_0, block_q4_0, 4> }
+};
+#endif
+
 template <Floats (*WIDEN)(const void *)>
 static constexpr Dot PLAIN_ROWS = { DOT_ROWS,
                                     { dot_plain_rows<dot_row<WIDEN, 1>>, dot_plain_rows<dot_row<WIDEN, 2>>,
@@ -302,8 +430,12 @@ static constexpr Dot PLAIN_ROWS = { DOT_ROWS,
 
 static const TypedDot DOTS[] = {
     { GGML_TYPE_IQ4_XS, LANES_OF<IQ4_XS, block_iq4_xs> },
-#if !QUANT_GEMM_AVX512
+#if QUANT_GEMM_AVX2
+    { GGML_TYPE_Q4_0, SUMS_OF_16_BITS ? ROWS_OF_Q4_0 : LANES_OF<Q4_0, block_q4_0> },
+#elif !QUANT_GEMM_AVX512
     { GGML_TYPE_Q4_0, LANES_OF<Q4_0, block_q4_0> },
+#endif
+#if !QUANT_GEMM_AVX512
     { GGML_TYPE_Q5_0, LANES_OF<Q5_0, block_q5_0> },
     { GGML_TYPE_Q8_0, LANES_OF<Q8_0, block_q8_0> },
     { GGML_TYPE_IQ4_NL, LANES_OF<IQ4_NL, block_iq4_nl> },
