@@ -20,6 +20,7 @@ from gguf import GGMLQuantizationType
 from numpy.typing import NDArray
 
 Logits = NDArray[np.float32]
+Hidden = NDArray[np.float32]
 State = NDArray[np.uint8]
 Token = tuple[int, int, int]  # sequence, position, token id
 EvalCallback = Callable[[int, bool, int | None], bool]  # tensor address, ask or report, user data
@@ -208,6 +209,7 @@ class Context:
         self.n_batch = int(p.n_batch)
         self._batch = self._api.llama_batch_init(self.n_batch, 0, 1)
         self._rows = 0  # number of tokens in the batch with logits
+        self._read: Hidden | None = None  # must live until the batch is decoded
 
     def free(self) -> None:
         """Free the context; it must not be used after that."""
@@ -217,19 +219,28 @@ class Context:
         """Set the number of threads for prompts and for single tokens."""
         self._api.llama_set_n_threads(self.handle, threads, threads)
 
-    def decode(self, tokens: Sequence[Token], wanted: Collection[int] | None = None) -> Logits:
+    def decode(
+        self, tokens: Sequence[Token], wanted: Collection[int] | None = None, hidden: Hidden | None = None
+    ) -> Logits:
         """Decode the tokens and return the logits [wanted, V], which are valid until the next call.
 
-        wanted: indices of the tokens with logits; None: all.
+        wanted: indices of the tokens with logits; None: all. hidden [tokens, M]: see `prepare`.
         """
-        self.prepare(tokens, wanted)
+        self.prepare(tokens, wanted, hidden)
         self.run()
         return self.logits()
 
-    def prepare(self, tokens: Sequence[Token], wanted: Collection[int] | None = None) -> None:
-        """Put the tokens into the batch."""
+    def prepare(
+        self, tokens: Sequence[Token], wanted: Collection[int] | None = None, hidden: Hidden | None = None
+    ) -> None:
+        """Put the tokens into the batch.
+
+        hidden [tokens, M]: what an MTP context (`ctx_type`) reads with each token, the hidden state of the one before.
+        """
         batch = self._batch
         batch.n_tokens = len(tokens)
+        self._read = None if hidden is None else np.ascontiguousarray(hidden)
+        batch.embd = None if self._read is None else self._read.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         for i, (sequence, position, token) in enumerate(tokens):
             batch.token[i] = token
             batch.pos[i] = position
@@ -249,6 +260,19 @@ class Context:
         """Logits [wanted, V] of the wanted tokens, in batch order; valid until the next batch."""
         shape = (self._rows, self.model.n_vocab)
         return np.ctypeslib.as_array(self._api.llama_get_logits(self.handle), shape)
+
+    def keep_hidden(self) -> None:
+        """From here on, keep the hidden state of every token (llama_set_embeddings_nextn, a C++ function)."""
+        keep = library("llama")["_Z26llama_set_embeddings_nextnP13llama_contextbb"]
+        keep.argtypes, keep.restype = (ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool), None
+        keep(self.handle, True, False)
+
+    def hidden(self) -> Hidden:
+        """Hidden states [tokens, M] after the output norm, in batch order; valid until the next batch."""
+        get = library("llama")["_Z26llama_get_embeddings_nextnP13llama_context"]
+        get.argtypes, get.restype = (ctypes.c_void_p,), ctypes.POINTER(ctypes.c_float)
+        shape = (self._batch.n_tokens, self._api.llama_model_n_embd_out(self.model.handle))
+        return np.ctypeslib.as_array(get(self.handle), shape)
 
     def remove(self, sequence: int, start: int, end: int = -1) -> bool:
         """Remove positions [start, end) of a sequence (-1: from the first, to the last); False if llama.cpp refuses."""

@@ -108,6 +108,20 @@ class NoClamp(Ling3):
         return silu(gate) * up
 
 
+class MtpOfTheSameToken(Ling3):
+    """The MTP layer reads each token's own hidden state instead of that of the token before."""
+
+    def hidden_before(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class MtpHalvesSwapped(Ling3):
+    """The MTP layer's first projection reads the hidden state in front of the embedding."""
+
+    def mtp_input(self, p: str, embedding: Tensor, before: Tensor) -> Tensor:
+        return super().mtp_input(p, embedding, before).roll(embedding.shape[1], 1)
+
+
 class PlainResiduals(KimiK3):
     """Every layer reads the sum of all earlier outputs, as in Kimi-Linear."""
 
@@ -134,6 +148,8 @@ LING3_FAULTS: dict[str, type[Reference]] = {
     "RoPE on other pairs": OtherPairs,
     "expert groups ignored": NoGroups,
     "SwiGLU not clamped": NoClamp,
+    "MTP layer one token late": MtpOfTheSameToken,
+    "halves of the MTP input swapped": MtpHalvesSwapped,
 }
 K3_FAULTS: dict[str, type[Reference]] = {
     "plain residuals": PlainResiduals,

@@ -6,12 +6,12 @@ Input: a `Ling3Config`, weights by canonical hub names, token ids. Output: as re
   reference.py computes for every family.
 - MLA: RoPE on the shared key and on the last dimensions of the queries, and one sigmoid gate per head.
 - FFN: SwiGLU is clamped in the layers that have a limit.
-
-The logits do not depend on layers that predict further tokens (MTP); these are not computed.
+- MTP: a layer after the others predicts a further token. The logits of the model do not depend on it.
 
 Sources: `bailing_hybrid` of transformers 5.23; its YaRN (`modeling_rope_utils.py`, arXiv 2309.00071). transformers has
-no clamp: that is llama.cpp's (`build_ffn` and `build_moe_ffn`). tests/validate/test_reference_ling3.py compares with
-both.
+neither the clamp nor the MTP layer. The clamp is that of llama.cpp's graph (`build_ffn` and `build_moe_ffn`), the MTP
+layer that of Ling 2's code (`BailingMoeV2MTPLayer`) and of llama.cpp's graph.
+tests/validate/test_reference_ling3.py compares with transformers and llama.cpp.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, sigmoid, silu
+from torch.nn.functional import linear, pad, sigmoid, silu
 
 from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn
-from kimi_gguf.validate.reference import Names, Reference
+from kimi_gguf.validate.reference import Names, Reference, Trace
 
 SMALLEST_LIMIT = 1e-6  # a smaller limit means that the layer does not clamp
 
 
 class Ling3(Reference):
-    """The model without its MTP layers."""
+    """The model. `mtp_logits` computes its MTP layer."""
 
     names = Names(
         embedding="model.word_embeddings.weight",
@@ -118,6 +118,34 @@ class Ling3(Reference):
         if limit <= SMALLEST_LIMIT:
             return super().activation(layer, gate, up, routed)
         return silu(gate).clamp(max=limit) * up.clamp(-limit, limit)
+
+    # ----------------------------------------------------------------------------------------------------- MTP
+
+    @torch.inference_mode()
+    def mtp_logits(self, ids: Tensor, hidden: Tensor, trace: Trace | None = None) -> Tensor:
+        """Logits [T, V] of the MTP layer for the token after each id, with the hidden states [T, M] of the ids.
+
+        The layer reads each token with the hidden state of the token before it.
+        """
+        layer = len(self.config.layers)
+        p = f"model.layers.{layer}."
+        x = linear(
+            self.mtp_input(p, self.embed(ids), self.hidden_before(hidden)), self.weight(p + "eh_proj.weight")
+        )
+        x = x + self.mla(layer, self.norm(p + "input_layernorm", x))
+        x = x + self.ffn(layer, x, trace)
+        return self.head(self.norm(p + "final_layernorm", x))
+
+    def hidden_before(self, hidden: Tensor) -> Tensor:
+        """The hidden state of the token before each token, [T, M] -> [T, M].
+
+        There is none before the first token: zeros, as in llama.cpp's drafts.
+        """
+        return pad(hidden, (0, 0, 1, 0))[:-1]
+
+    def mtp_input(self, p: str, embedding: Tensor, before: Tensor) -> Tensor:
+        """What the layer's first projection reads, [T, M] and [T, M] -> [T, 2 * M]."""
+        return torch.cat([self.norm(p + "enorm", embedding), self.norm(p + "hnorm", before)], -1)
 
 
 def length_scale(factor: float, weight: float = 1.0) -> float:

@@ -47,6 +47,7 @@ class RunOptions:
     repack: bool = True  # let the CPU backend rearrange weights (llama.cpp's --repack)
     n_gpu_layers: int = 0
     trace: bool = False  # record layer outputs and chosen experts; one sequence only
+    mtp: bool = False  # also run the MTP layer, on the same tokens
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class LlamaRun:
     """The results of a run. Arrays of one sequence are [T, ...] in the order of its ids."""
 
     logits: list[Logits]  # per sequence [T, V]
+    mtp_logits: list[Logits] = field(default_factory=list)  # the same of the MTP layer; with mtp
     layer_outputs: dict[int, Logits] = field(default_factory=dict)  # by layer [T, M]; with trace
-    experts: dict[int, NDArray[np.int32]] = field(default_factory=dict)  # by MoE layer [T, K]; with trace
+    experts: dict[int, NDArray[np.int32]] = field(
+        default_factory=dict
+    )  # by MoE layer [T, K], the MTP layer is the last
     system: str = ""  # llama.cpp's own line about the CPU features and backends it uses
     log: str = ""  # the whole log
 
@@ -85,6 +89,7 @@ def run(
         answer, log = _ask(engine, gguf, "logits", progress, **request)
         return LlamaRun(
             logits=[np.load(folder / f"logits-{i}.npy") for i in range(len(sequences))],
+            mtp_logits=[np.load(folder / f"mtp_logits-{i}.npy") for i in range(len(sequences) * options.mtp)],
             layer_outputs={i: np.load(folder / f"l_out-{i}.npy") for i in answer["l_out"]},
             experts={i: np.load(folder / f"ffn_moe_topk-{i}.npy") for i in answer["ffn_moe_topk"]},
             system=answer["system"],

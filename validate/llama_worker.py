@@ -7,18 +7,20 @@ Output: their answers; logits and recorded tensors as .npy files in the folder t
 from __future__ import annotations
 
 import ctypes
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.engine.llama import Context, Llama, LlamaError, Model, library
+from kimi_gguf.engine.llama import Context, Hidden, Llama, LlamaError, Logits, Model, Token, library
 from kimi_gguf.engine.worker import Progress, serve
 from kimi_gguf.validate.llama import RunOptions
 
 Place = tuple[int, int]  # sequence, position
 DTYPES = {0: np.float32, 26: np.int32}  # GGML_TYPE_F32, GGML_TYPE_I32
+MTP_CONTEXT = 1  # LLAMA_CONTEXT_TYPE_MTP
 RECORDED = ("l_out", "ffn_moe_topk")  # tensors of the graph, one per layer: its output, the chosen experts
 
 
@@ -85,10 +87,37 @@ class Recorder:
         return view.copy()
 
 
+class MtpLayer:
+    """The layer that predicts a further token, in a context of its own.
+
+    It reads each token with the hidden state of the token before it. There is none before the first token of a
+    sequence: zeros, as in llama.cpp's drafts.
+    """
+
+    def __init__(self, context: Context, main: Context) -> None:
+        """main: the context of the other layers."""
+        self.context, self._main = context, main
+        self._last: dict[int, Hidden] = {}  # by sequence: hidden state [M] of its last token
+        main.keep_hidden()
+
+    def decode(self, tokens: list[Token]) -> Logits:
+        """Logits [tokens, V] for the batch that the main context has just decoded; sequence after sequence."""
+        hidden = self._main.hidden().copy()
+        before = np.zeros_like(hidden)
+        for row, (sequence, _, _) in enumerate(tokens):
+            before[row] = self._last.get(sequence, 0.0)
+            self._last[sequence] = hidden[row]
+        return self.context.decode(tokens, hidden=before)
+
+
 def make_context(
-    model: Model, options: RunOptions, lengths: list[int], recorder: Recorder | None = None
+    model: Model,
+    options: RunOptions,
+    lengths: list[int],
+    recorder: Recorder | None = None,
+    mtp: bool = False,
 ) -> Context:
-    """A context for sequences of these lengths."""
+    """A context for sequences of these lengths; mtp: of the MTP layer."""
     cells = max(lengths) * len(lengths)
     if options.n_ctx is not None and options.n_ctx < cells:
         raise LlamaError(f"n_ctx is {options.n_ctx}, and these sequences need {cells}")
@@ -103,7 +132,16 @@ def make_context(
         n_ubatch=options.n_ubatch,
         n_seq_max=len(lengths),
         kv_unified=options.kv_unified,
+        ctx_type=MTP_CONTEXT if mtp else 0,
     )
+
+
+def save_and_restore(context: Context, sequences: int) -> None:
+    """Save the states of so many sequences, clear the context, and restore them."""
+    states = [context.save(s) for s in range(sequences)]
+    context.clear()
+    for s, state in enumerate(states):
+        context.restore(s, state)
 
 
 def check_ids(ids: list[int], model: Model) -> None:
@@ -121,12 +159,20 @@ class Requests:
         self._llama = Llama()
 
     def _load(self, gguf: str, options: RunOptions) -> Model:
-        return self._llama.load(gguf, n_gpu_layers=options.n_gpu_layers, use_extra_bufts=options.repack)
+        return self._llama.load(
+            gguf,
+            n_gpu_layers=options.n_gpu_layers,
+            use_extra_bufts=options.repack,
+            load_mtp=options.mtp,
+        )
 
     def logits(
         self, gguf: str, folder: str, options: dict[str, Any], sequences: list[list[int]]
     ) -> dict[str, Any]:
-        """Save the logits of all sequences to logits-N.npy; with trace also those in RECORDED, one file per layer."""
+        """Save the logits of all sequences to logits-N.npy.
+
+        With mtp also those of the MTP layer to mtp_logits-N.npy; with trace also those in RECORDED, one file per layer.
+        """
         chosen, place, done = RunOptions(**options), Path(folder), 0
         model = self._load(gguf, chosen)
         for ids in sequences:
@@ -134,22 +180,33 @@ class Requests:
         recorder = Recorder() if chosen.trace else None
         lengths = [len(ids) for ids in sequences]
         context = make_context(model, chosen, lengths, recorder)
-        outputs = [
-            np.lib.format.open_memmap(place / f"logits-{i}.npy", "w+", np.float32, (n, model.n_vocab))
-            for i, n in enumerate(lengths)
-        ]
+        contexts, mtp = [context], None
+        if chosen.mtp:
+            mtp = MtpLayer(make_context(model, chosen, lengths, recorder, mtp=True), context)
+            contexts.append(mtp.context)
+        outputs = {
+            name: [
+                np.lib.format.open_memmap(place / f"{name}-{i}.npy", "w+", np.float32, (n, model.n_vocab))
+                for i, n in enumerate(lengths)
+            ]
+            for name in ("logits", "mtp_logits")[: len(contexts)]
+        }
+
+        def keep(name: str, logits: Logits) -> None:
+            for row, (s, p) in enumerate(places):
+                outputs[name][s][p] = logits[row]
+
         for places in plan_batches(lengths, chosen):
             if places[0][1] == chosen.save_restore_at:
-                states = [context.save(s) for s in range(len(sequences))]
-                context.clear()
-                for s, state in enumerate(states):
-                    context.restore(s, state)
-            logits = context.decode([(s, p, sequences[s][p]) for s, p in places])
-            for row, (s, p) in enumerate(places):
-                outputs[s][p] = logits[row]
+                for each in contexts:
+                    save_and_restore(each, len(sequences))
+            tokens = [(s, p, sequences[s][p]) for s, p in places]
+            keep("logits", context.decode(tokens))
+            if mtp is not None:
+                keep("mtp_logits", mtp.decode(tokens))
             done += len(places)
             self._progress(done, sum(lengths))
-        for output in outputs:
+        for output in itertools.chain(*outputs.values()):
             output.flush()
         recorded: dict[str, list[int]] = {name: [] for name in RECORDED}
         for (name, layer), rows in ({} if recorder is None else recorder.rows).items():

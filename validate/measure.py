@@ -1,7 +1,8 @@
 """Run the reference and llama.cpp on the same tokens and compute every figure that a report shows.
 
 Input: token ids, the reference, an engine, a GGUF file, options. Output: `Truth` (the reference's results),
-`Answer` (llama.cpp's results), and `Measured` (their comparison, one for each variant).
+`Answer` (llama.cpp's results), and `Measured` (their comparison, one for each variant, and one more for the MTP layer
+if the model has one).
 
 Each variant runs twice: once without a callback, for the logits, and once with an eval callback, for layer outputs
 and chosen experts. The callback splits the graph and can keep a backend from fusing operations.
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +44,7 @@ class Variant:
     title: str
     flash_attention: bool = False
     quiet: bool = False  # on the quiet probe (probe.py); for F32 files
+    mtp: bool = False  # the figures are those of the MTP layer's logits
 
 
 PLAIN = Variant("plain", "plain attention")
@@ -50,6 +53,16 @@ VARIANTS = (
     Variant("flash", "flash attention", flash_attention=True),
     Variant("quiet", "quiet probe", quiet=True),
 )
+
+
+@dataclass(frozen=True)
+class MtpTruth:
+    """The reference's results for the MTP layer."""
+
+    layer: int
+    logits: NDArray[np.floating]  # [T, V]
+    experts: NDArray[np.int64]  # [T, K]
+    margins: NDArray[np.floating]  # [T]
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ class Truth:
     experts: dict[int, NDArray[np.int64]]  # MoE layer -> [T, K]
     margins: dict[int, NDArray[np.floating]]  # MoE layer -> [T]
     kinds: dict[int, str]  # layer -> "kda" or "mla"
+    mtp: MtpTruth | None = None  # if the model has an MTP layer
 
 
 @dataclass(frozen=True)
@@ -133,15 +147,25 @@ def truth(reference: Reference, ids: Ids, progress: Progress | None = None) -> T
     """Run the reference on the ids [T]; `progress` gets the number of layers done and the total."""
     count = len(reference.config.layers)
     trace = _CountingTrace(lambda done: progress(done, count) if progress else None)
-    logits = reference.logits(torch.from_numpy(ids), trace)
+    tokens = torch.from_numpy(ids)
+    hidden = reference.hidden(tokens, trace)
+    mtp = _mtp_truth(reference, tokens, hidden) if reference.config.num_mtp_layers else None
     return Truth(
         ids=ids,
-        logits=logits.numpy(),
+        logits=reference.head(hidden).numpy(),
         layer_outputs={i: x.numpy() for i, x in enumerate(trace.layer_outputs)},
         experts={i: route.experts.numpy() for i, route in trace.routes.items()},
         margins={i: route.margin.numpy() for i, route in trace.routes.items()},
         kinds={i: kind.value for i, kind in enumerate(reference.config.layers)},
+        mtp=mtp,
     )
+
+
+def _mtp_truth(reference: Reference, ids: torch.Tensor, hidden: torch.Tensor) -> MtpTruth:
+    trace = Trace()
+    logits = reference.mtp_logits(ids, hidden, trace)
+    ((layer, route),) = trace.routes.items()
+    return MtpTruth(layer, logits.numpy(), route.experts.numpy(), route.margin.numpy())
 
 
 def answer(
@@ -152,7 +176,10 @@ def answer(
     options: RunOptions,
     progress: Progress | None = None,
 ) -> Answer:
-    """Run one variant, without and with the callback. Raises ValidateError if llama.cpp does not finish."""
+    """Run one variant, without and with the callback; with `options.mtp` also the MTP layer.
+
+    Raises ValidateError if llama.cpp does not finish.
+    """
     options = replace(options, flash_attention=variant.flash_attention)
     return Answer(
         variant,
@@ -178,6 +205,38 @@ def measure(expected: Truth, found: Answer) -> Measured:
         watched_nmse=summarise(compare(logits, watched, expected.ids)).nmse,
         system=found.untouched.system,
     )
+
+
+def measure_mtp(expected: Truth, found: Answer) -> Measured:
+    """Compare the logits of the MTP layer with the reference.
+
+    The layer reads the hidden state of the token before, so the main layers' experts count at the position after.
+    """
+    mtp = expected.mtp
+    assert mtp is not None
+    layers = [*expected.experts, mtp.layer]
+    with_mtp = replace(
+        expected,
+        logits=mtp.logits,
+        layer_outputs={},
+        experts={i: _after(expected.experts[i]) for i in expected.experts} | {mtp.layer: mtp.experts},
+        margins={i: _after(expected.margins[i], np.inf) for i in expected.margins} | {mtp.layer: mtp.margins},
+    )
+    chosen = {i: found.watched.experts[i] for i in layers}
+    chosen |= {i: _after(chosen[i]) for i in expected.experts}
+
+    def of_mtp(run: LlamaRun) -> LlamaRun:
+        return replace(run, logits=run.mtp_logits, layer_outputs={}, experts=chosen)
+
+    variant = replace(
+        found.variant, key=f"{found.variant.key}-mtp", title=f"{found.variant.title}, MTP layer", mtp=True
+    )
+    return measure(with_mtp, Answer(variant, of_mtp(found.untouched), of_mtp(found.watched)))
+
+
+def _after(rows: NDArray[Any], first: float = 0) -> NDArray[Any]:
+    """Each row [T, ...] at the position after its own; `first` at the first position."""
+    return np.concatenate([np.full_like(rows[:1], first), rows[:-1]])
 
 
 def noise_floor(engine: Engine, gguf: Path, ids: Ids, options: RunOptions, n_ubatch: int) -> Summary:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,6 +32,7 @@ from kimi_gguf.validate.measure import (
     Truth,
     answer,
     measure,
+    measure_mtp,
     noise_floor,
     truth,
 )
@@ -65,7 +66,9 @@ class Shared:
     """What does not depend on the GGUF file: kept for the next file of the same checkpoint."""
 
     checkpoint: provenance.Facts | None = None
-    truths: dict[tuple[bytes, bool], Truth] = field(default_factory=dict)  # by token ids and quiet
+    truths: dict[tuple[bytes, bool, bool], Truth] = field(
+        default_factory=dict
+    )  # by token ids, quiet and MTP layer
 
 
 def validate(
@@ -111,7 +114,7 @@ def validate(
         is_f32 = gguf_facts["lowest_type"] == "F32"
         expected = {}
         for quiet in [False, True] if is_f32 else [False]:
-            key = ids.tobytes(), quiet
+            key = ids.tobytes(), quiet, mtp
             if key not in shared.truths:
                 reporter.phase("reference" + (", quiet probe" if quiet else ""))
                 shared.truths[key] = truth(reference_of(checkpoint, quiet, request.dtype), ids, reporter.step)
@@ -123,12 +126,15 @@ def validate(
             files[True] = write_quiet_gguf(request.gguf, files[True])
 
         def runs(on: Engine, label: str) -> list[Measured]:
-            measured = []
+            measured, of_mtp = [], []
+            options = replace(request.options, mtp=mtp)
             for variant in variants:
                 reporter.phase(f"{label}: {variant.title}")
-                found = answer(on, files[variant.quiet], ids, variant, request.options, reporter.step)
+                found = answer(on, files[variant.quiet], ids, variant, options, reporter.step)
                 measured.append(measure(expected[variant.quiet], found))
-            return measured
+                if mtp:
+                    of_mtp.append(measure_mtp(expected[variant.quiet], found))
+            return measured + of_mtp
 
         own = runs(engine, "llama.cpp")
         rivals = []

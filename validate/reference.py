@@ -91,12 +91,27 @@ class Reference:
 
     # ---------------------------------------------------------------------------------------- the whole model
 
-    @torch.inference_mode()
     def logits(self, ids: Tensor, trace: Trace | None = None) -> Tensor:
         """Token ids [T] (integers) -> logits [T, V] in `dtype`."""
-        x = self._weight(self.names.embedding)[ids].to(self.dtype)  # [T, M]
-        x = self.all_layers(x, trace)
-        return linear(self.norm("model.norm", x), self.weight("lm_head.weight"))
+        return self.head(self.hidden(ids, trace))
+
+    @torch.inference_mode()
+    def hidden(self, ids: Tensor, trace: Trace | None = None) -> Tensor:
+        """Token ids [T] -> the output of the last layer after its norm, [T, M]."""
+        return self.norm("model.norm", self.all_layers(self.embed(ids), trace))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids [T] -> their embeddings [T, M]."""
+        return self._weight(self.names.embedding)[ids].to(self.dtype)
+
+    @torch.inference_mode()
+    def head(self, hidden: Tensor) -> Tensor:
+        """Hidden states [T, M] -> logits [T, V]."""
+        return linear(hidden, self.weight("lm_head.weight"))
+
+    def mtp_logits(self, ids: Tensor, hidden: Tensor, trace: Trace | None = None) -> Tensor:
+        """Logits [T, V] of the layer that predicts a further token; hidden [T, M]: those of the ids."""
+        raise NotImplementedError(f"{type(self).__name__} has no MTP layer")
 
     def all_layers(self, x: Tensor, trace: Trace | None) -> Tensor:
         """All layers with their residuals, x [T, M] -> [T, M]."""

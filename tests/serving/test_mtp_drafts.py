@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from family_reference import mtp_logits, reference_of_family
 from llama_server import Answer, Server, serving, started
-from mtp_models import Circle, write_circle
+from mtp_models import SPEC, Circle, write_circle
 from random_checkpoint import VOCAB_SIZE, Spec
 from speculation import figures, without_replay
 from synthetic_case import error_of, make_gguf
@@ -223,6 +224,27 @@ def test_drafts_do_not_depend_on_rejected_drafts(
             compared += 1
             assert same(whole.by_length[start + 1], part.by_length[1]), start
     assert compared > 3
+
+
+def test_drafts_are_those_of_the_reference(engine: Engine, models: dict[str, Path], tmp_path: Path) -> None:
+    """The first drafted token after each token of an answer, by the torch reference of the MTP layer.
+
+    Candidates are the ten most likely tokens; their probabilities have three digits.
+    """
+    with serving(engine, tmp_path, models["seldom"], "-np", "1", *drafting()) as server:
+        answer = server.complete(IDS, COUNT)
+        (drafts,) = drafts_of(server, 1)
+    reference = reference_of_family(SPEC, change=CIRCLES["seldom"].change)
+    logits = mtp_logits(reference, np.array([*IDS, *answer.ids]))
+    assert len(drafts.by_length) > 30
+    for length, draft in drafts.by_length.items():
+        row = logits[len(IDS) + length - 1]
+        best = np.argsort(-row)[:10]
+        odds = np.exp(row[best] - row[best[0]])
+        expected = dict(zip(best.tolist(), odds / odds.sum(), strict=True))
+        first = {token: found for step, _, token, found in draft if step == 0}
+        assert next(iter(first)) == best[0], length
+        assert all(abs(expected[token] - found) <= 0.0011 for token, found in first.items()), length
 
 
 STORED = [(7 * i) % 120 + 3 for i in range(100)]  # saved before another prompt takes the slot

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_family import VOCAB_SIZE, FamilySpec, tensors
+from numpy.typing import NDArray
+from random_family import VOCAB_SIZE, Change, FamilySpec, tensors, unchanged
 
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.kimi_k3 import K3Config
@@ -46,13 +47,24 @@ LAYER = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
+    **{f"nextn.{x}": x for x in ("eh_proj", "enorm", "hnorm")},
+    "layer_output_norm": "final_layernorm",
 }
 Weights = dict[str, torch.Tensor]
 
 
-def reference_of_family(spec: FamilySpec, dtype: torch.dtype = torch.float64) -> Reference:
-    """The reference of the model that `write_family` writes."""
-    return REFERENCES[spec.architecture](config_of(spec), hub_weights(spec).__getitem__, dtype)
+def reference_of_family(
+    spec: FamilySpec, dtype: torch.dtype = torch.float64, change: Change = unchanged
+) -> Reference:
+    """The reference of the model that `write_family` writes; change: as there."""
+    return REFERENCES[spec.architecture](config_of(spec), hub_weights(spec, change).__getitem__, dtype)
+
+
+def mtp_logits(model: Reference, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Logits [T, V] of the model's MTP layer."""
+    tokens = torch.from_numpy(ids)
+    found: NDArray[np.float64] = model.mtp_logits(tokens, model.hidden(tokens)).numpy()
+    return found
 
 
 def config_of(spec: FamilySpec) -> ModelConfig:
@@ -109,10 +121,10 @@ def config_of(spec: FamilySpec) -> ModelConfig:
     )
 
 
-def hub_weights(spec: FamilySpec) -> Weights:
-    """All tensors but those of the MTP layer, under canonical hub names."""
+def hub_weights(spec: FamilySpec, change: Change = unchanged) -> Weights:
+    """All tensors under canonical hub names; change: as in `write_family`."""
     names = REFERENCES[spec.architecture].names
-    every = {name: torch.from_numpy(np.array(data)) for name, data in tensors(spec)}
+    every = {name: torch.from_numpy(np.array(change(name, data))) for name, data in tensors(spec)}
     found = {
         names.embedding: every["token_embd.weight"],
         "model.norm.weight": every["output_norm.weight"],
@@ -121,7 +133,7 @@ def hub_weights(spec: FamilySpec) -> Weights:
     if "output_res_score.weight" in every:
         found |= _split_score("model.output_attn_res", every["output_res_score.weight"])
     attention = ATTENTION | OWN_ATTENTION[spec.architecture]
-    for i in range(len(spec.layers)):
+    for i in range(len(spec.kinds)):
         prefix, p = f"blk.{i}.", f"model.layers.{i}."
         layer = {name.removeprefix(prefix): every[name] for name in every if name.startswith(prefix)}
         for prefix, table in ((names.attention, attention), (names.moe, MOE), ("", LAYER)):

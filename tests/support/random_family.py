@@ -21,6 +21,9 @@ VOCAB_SIZE = 128
 SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
 HYPER_CONNECTIONS = 4  # streams of GLM-5.3-Flash
 Tensor = tuple[str, NDArray[np.float32]]
+Change = Callable[
+    [str, NDArray[np.float32]], NDArray[np.float32]
+]  # name and tensor -> the tensor that is written
 
 
 @dataclass(frozen=True)
@@ -267,11 +270,16 @@ def _own(spec: FamilySpec, layer: str, i: int) -> Iterator[tuple[str | int, ...]
         yield layer + "layer_output_norm", spec.hidden
 
 
+def unchanged(_: str, data: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The tensor as it is."""
+    return data
+
+
 def write_family(
     path: Path,
     spec: FamilySpec,
     vocabulary_of: Path | None = None,
-    change: Callable[[str, NDArray[np.float32]], NDArray[np.float32]] = lambda _, data: data,
+    change: Change = unchanged,
 ) -> Path:
     """Write the model to `path` and return it.
 

@@ -1,26 +1,31 @@
-"""The torch reference of Ling 3 equals transformers in float64, and llama.cpp's graph where transformers has a gap."""
+"""The torch reference of Ling 3 equals transformers in float64, and llama.cpp where transformers has a gap.
+
+transformers lacks the clamp of experts and the MTP layer.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from family_reference import config_of, hub_weights, reference_of_family
+from family_reference import config_of, hub_weights, mtp_logits, reference_of_family
 from numpy.typing import NDArray
-from random_family import VOCAB_SIZE, FamilySpec, write_family
+from random_family import VOCAB_SIZE, Change, FamilySpec, unchanged, write_family
 from synthetic_case import error_of
 from transformers.models.bailing_hybrid import modeling_bailing_hybrid
 from transformers_ling import ling_logits
 
 from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.llama import Logits
 from kimi_gguf.validate.ling3 import Ling3
-from kimi_gguf.validate.llama import RunOptions, run_logits
-from kimi_gguf.validate.reference import Trace
+from kimi_gguf.validate.llama import RunOptions, run, run_logits
+from kimi_gguf.validate.reference import LATENT_NORM_EPS, Trace
 
 LING = "bailingmoe3"
 TOKENS = 150
@@ -40,6 +45,12 @@ CLAMPED = [
     FamilySpec(LING, "KKMK", clamped=True, mtp=True, seed=3),
     FamilySpec(LING, "KM", clamped=True, groups=(2, 1), std=0.5, seed=6),
 ]
+MTP = [
+    *CLAMPED[:1],
+    FamilySpec(LING, "KM", heads=4, kda_head_dim=32, groups=(4, 2), mtp=True, std=0.3, seed=9),
+    FamilySpec(LING, yarn=(4.0, 0.7), mtp=True, seed=10),
+]
+MTP_OF_THREE = "model.layers.3."  # the MTP layer of a model with three other layers
 
 
 def name(spec: FamilySpec) -> str:
@@ -150,8 +161,112 @@ def test_only_the_chosen_groups_have_chosen_experts() -> None:
         assert (groups == groups[:, :1]).all(), "two experts of two groups"
 
 
-def test_the_layer_that_predicts_further_tokens_takes_no_part() -> None:
+def test_the_logits_of_the_model_do_not_depend_on_the_mtp_layer() -> None:
     """Its tensors are not read."""
     spec = FamilySpec(LING, mtp=True, seed=8)
-    assert not [name for name in hub_weights(spec) if ".layers.3." in name]
-    assert np.isfinite(reference_logits(spec)).all()
+    weights = hub_weights(spec)
+    there = [name for name in weights if ".layers.3." in name]
+    assert f"{MTP_OF_THREE}eh_proj.weight" in there
+    for name in there:
+        del weights[name]
+    model = Ling3(config_of(spec), weights.__getitem__, torch.float64)
+    assert np.isfinite(model.logits(torch.from_numpy(IDS)).numpy()).all()
+
+
+def mtp_run(
+    engine: Engine, folder: Path, spec: FamilySpec, change: Change = unchanged, **options: Any
+) -> Logits:
+    """llama.cpp's logits [T, V] of the MTP layer."""
+    model = write_family(folder / "model.gguf", spec, change=change)
+    return run(engine, model, [IDS], RunOptions(mtp=True, **options)).mtp_logits[0]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("operators, flash_attention", [("require", False), ("require", True), ("off", True)])
+@pytest.mark.parametrize("spec", MTP, ids=name)
+def test_llama_cpp_has_the_same_logits_of_the_mtp_layer(
+    tmp_path: Path,
+    spec: FamilySpec,
+    flash_attention: bool,
+    operators: str,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`off` is upstream's graph."""
+    monkeypatch.setenv("KIMI_OPS", operators)
+    got = mtp_run(engine, tmp_path, spec, flash_attention=flash_attention)
+    assert error_of(got, mtp_logits(reference_of_family(spec), IDS)).passes
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "options",
+    [{"n_ubatch": 7}, {"n_batch": 65}, {"step_from": 100}, {"save_restore_at": 75}],
+    ids=lambda options: next(iter(options)),
+)
+def test_any_split_has_the_same_logits_of_the_mtp_layer(
+    tmp_path: Path, options: dict[str, int], engine: Engine
+) -> None:
+    expected = mtp_logits(reference_of_family(MTP[0]), IDS)
+    assert error_of(mtp_run(engine, tmp_path, MTP[0], **options), expected).passes
+
+
+@pytest.mark.engine
+def test_several_sequences_have_the_same_logits_of_the_mtp_layer(tmp_path: Path, engine: Engine) -> None:
+    """The logits of the model are bit for bit those of a run without the MTP layer."""
+    spec, texts = MTP[1], [IDS, IDS[::-1][:61].copy(), IDS[5:90]]
+    model, options = write_family(tmp_path / "model.gguf", spec), RunOptions(n_batch=96, n_ubatch=32)
+    got = run(engine, model, texts, replace(options, mtp=True))
+    for text, found in zip(texts, got.mtp_logits, strict=True):
+        assert error_of(found, mtp_logits(reference_of_family(spec), text)).passes
+    for found, alone in zip(got.logits, run(engine, model, texts, options).logits, strict=True):
+        np.testing.assert_array_equal(found, alone)
+
+
+class LatentEpsilonOfTheConfig(Ling3):
+    """The latent of the MTP layer is normalised with rms_norm_eps, as upstream does."""
+
+    def mla(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        self.eps = LATENT_NORM_EPS if layer < len(self.config.layers) else self.config.rms_norm_eps
+        return super().mla(layer, x)
+
+    def latent_norm(self, latent: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self.rms_norm(latent, weight, self.eps)
+
+
+class FixedEpsilon(Ling3):
+    """One norm of the MTP layer has the constant 1e-6 instead of rms_norm_eps."""
+
+    fixed = ""
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if name != f"model.layers.{len(self.config.layers)}.{self.fixed}":
+            return super().norm(name, x)
+        return self.rms_norm(x, self.weight(name + ".weight"), 1e-6)
+
+
+MTP_NORMS = ["enorm", "hnorm", "input_layernorm", "post_attention_layernorm", "final_layernorm"]
+
+
+def small_mtp_inputs(tensor: str, data: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The MTP layer's norms get small values, for which each epsilon counts."""
+    small = tensor == "output_norm.weight" or ".nextn.eh_proj." in tensor
+    return data / 64 if small else data
+
+
+@pytest.mark.engine
+def test_the_norms_of_the_mtp_layer_have_the_epsilons_of_the_model(
+    tmp_path: Path, engine: Engine, upstream: Engine
+) -> None:
+    """0028-ling-k3-norm-constants: with rms_norm_eps 1e-5, each wrong epsilon of this layer alone is found."""
+    spec, change = FamilySpec(LING, mtp=True, std=0.05, rms_norm_eps=1e-5, seed=11), small_mtp_inputs
+    weights = hub_weights(spec, change)
+
+    def logits(model: type[Ling3]) -> NDArray[np.float64]:
+        return mtp_logits(model(config_of(spec), weights.__getitem__, torch.float64), IDS)
+
+    got = mtp_run(engine, tmp_path, spec, change)
+    assert error_of(got, logits(Ling3)).passes
+    assert not error_of(mtp_run(upstream, tmp_path, spec, change), logits(Ling3)).passes
+    for wrong in (LatentEpsilonOfTheConfig, *(type(x, (FixedEpsilon,), {"fixed": x}) for x in MTP_NORMS)):
+        assert not error_of(got, logits(wrong)).passes, wrong.__name__

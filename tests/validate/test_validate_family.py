@@ -24,7 +24,7 @@ from kimi_gguf.validate.cli import main
 from kimi_gguf.validate.faults import faults_of
 from kimi_gguf.validate.gates import Evidence, judge
 from kimi_gguf.validate.llama import RunOptions
-from kimi_gguf.validate.measure import VARIANTS, Answer, answer, measure, truth
+from kimi_gguf.validate.measure import VARIANTS, Answer, answer, measure, measure_mtp, truth
 from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
 from kimi_gguf.validate.reference import Reference
 from kimi_gguf.validate.tensors import TensorProof, prove
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.engine
 # Limits of a size that clamps some values; groups; steep gates; more than one block of residual attention.
 LING = LingSpec(
     experts=8, experts_used=3, groups=4, topk_groups=2, limits=(0.0, *[0.02] * 5), shared_limits=(0.0, *[0.03] * 5),
-    q_lora=24, mtp=True, std=0.3, seed=5,
+    q_lora=24, mtp=True, rms_norm_eps=1e-5, std=0.3, seed=5,
 )  # fmt: skip
 # With larger weights this model amplifies the rounding of the float32 reference to NMSE 7e-10.
 K3 = K3Spec(layers="KKMKM", situ_beta=1.0, situ_linear_beta=0.5, seed=6)
@@ -71,7 +71,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> dict[str, 
         with open_checkpoint(checkpoint) as opened:
             ids = np.random.default_rng(3).integers(0, opened.config.vocab_size, IDS)
         answers = [
-            answer(engine, quiet if variant.quiet else gguf, ids, variant, RunOptions())
+            answer(engine, quiet if variant.quiet else gguf, ids, variant, RunOptions(mtp=name == "ling3"))
             for variant in VARIANTS
         ]
         found[name] = Made(checkpoint, gguf, ids, answers)
@@ -85,6 +85,8 @@ def gates_pass(made: Made, model: type[Reference] | None) -> bool:
             quiet: truth(reference_of(checkpoint, quiet, model=model), made.ids) for quiet in (False, True)
         }
     runs = [measure(expected[each.variant.quiet], each) for each in made.answers]
+    if expected[False].mtp is not None:
+        runs += [measure_mtp(expected[each.variant.quiet], each) for each in made.answers]
     return all(gate.passed for gate in judge(Evidence("F32", runs, [], TensorProof())))
 
 
@@ -120,7 +122,13 @@ def test_the_command_passes_a_sound_file_and_not_one_with_a_wrong_weight(
     assert {"ling3": "validate.ling3", "k3": "validate.kimi_k3"}[family] in report["reference"][
         "implementation"
     ]
-    assert [run["variant"]["key"] for run in report["runs"]] == ["plain", "flash", "quiet"]
+    keys = ["plain", "flash", "quiet"]
+    keys += [f"{key}-mtp" for key in keys if family == "ling3"]
+    assert [run["variant"]["key"] for run in report["runs"]] == keys
+    assert {gate["variant"] for gate in report["gates"]} == {
+        "",
+        *(run["variant"]["title"] for run in report["runs"]),
+    }
     assert main([str(wrong), *options, "--out", str(tmp_path / "wrong")]) == 1
     assert "tensors that differ from the checkpoint: 1" in capsys.readouterr().out
 
