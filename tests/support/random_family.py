@@ -19,7 +19,10 @@ from random_deepseek2 import copy_vocabulary
 
 VOCAB_SIZE = 128
 SIGMOID = 2  # LLAMA_EXPERT_GATING_FUNC_TYPE_SIGMOID
-HYPER_CONNECTIONS = 4  # streams of GLM-5.3-Flash
+HYPER_CONNECTIONS = 4  # of GLM-5.3-Flash: streams
+SINKHORN = 5  # iterations
+POOL = 4  # tokens that sparse attention chooses together
+GLM_LIMIT = 0.5  # of a clamped SwiGLU, in all layers
 Tensor = tuple[str, NDArray[np.float32]]
 Change = Callable[
     [str, NDArray[np.float32]], NDArray[np.float32]
@@ -48,9 +51,12 @@ class FamilySpec:
     rms_norm_eps: float = 1e-5
     lower_bound: float | None = -5.0  # of the log-gate
     mtp: bool = False  # Ling 3: a layer that predicts one more token
-    clamped: bool = False  # Ling 3: SwiGLU of the experts
+    clamped: bool = False  # Ling 3: SwiGLU of the experts; GLM-5.3-Flash: of all layers
     yarn: tuple[float, float] | None = None  # Ling 3: factor, mscale_all_dim
     betas: tuple[float, float] = (32.0, 1.0)  # of YaRN: fast, slow
+    index_heads: int = 2  # GLM-5.3-Flash: of the indexer
+    index_head_dim: int = 32
+    index_top_k: int = 32  # tokens that sparse attention chooses
     res_block: int = 2  # Kimi K3: layers of a block of residual attention; 0: ordinary residuals
     situ_linear_beta: float = 2.0  # Kimi K3; 0: the linear factor is not limited
     vocab: int = VOCAB_SIZE
@@ -120,14 +126,17 @@ def keys(spec: FamilySpec) -> dict[str, int | float | bool | list[int] | list[fl
         found["attention.q_lora_rank"] = spec.q_lora
     if spec.architecture == "glm5-next":
         found |= {
-            "attention.indexer.head_count": 2,
-            "attention.indexer.key_length": 32,
-            "attention.indexer.top_k": 32,
-            "attention.indexer.kpool": 4,
+            "attention.layer_norm_epsilon": 1e-6,
+            "attention.indexer.head_count": spec.index_heads,
+            "attention.indexer.key_length": spec.index_head_dim,
+            "attention.indexer.top_k": spec.index_top_k,
+            "attention.indexer.kpool": POOL,
             "hyper_connection.count": HYPER_CONNECTIONS,
-            "hyper_connection.sinkhorn_iterations": 5,
+            "hyper_connection.sinkhorn_iterations": SINKHORN,
             "hyper_connection.epsilon": 1e-6,
         }
+        if spec.clamped:
+            found["swiglu_clamp_exp"] = found["swiglu_clamp_shexp"] = [GLM_LIMIT] * len(spec.kinds)
     if spec.architecture == "kimi-k3":
         found |= {
             "expert_latent_length": spec.hidden // 2,
@@ -216,13 +225,14 @@ def _mla(spec: FamilySpec, layer: str) -> Iterator[tuple[str | int, ...]]:
     if spec.architecture == "kimi-k3":
         yield layer + "attn_gate", spec.heads * spec.value, spec.hidden
     if spec.architecture == "glm5-next":
-        yield layer + "indexer.k_norm", 32
-        yield layer + "indexer.k_norm.bias", 32
-        yield layer + "indexer.proj", 2, spec.hidden
-        yield layer + "indexer.attn_k", 32, spec.hidden
-        yield layer + "indexer.attn_q_b", 2 * 32, spec.q_lora
-        yield layer + "indexer_compressor_gate", 32, spec.hidden
-        yield layer + "indexer_compressor_ape", 4, 32
+        heads, dim = spec.index_heads, spec.index_head_dim
+        yield layer + "indexer.k_norm", dim
+        yield layer + "indexer.k_norm.bias", dim
+        yield layer + "indexer.proj", heads, spec.hidden
+        yield layer + "indexer.attn_k", dim, spec.hidden
+        yield layer + "indexer.attn_q_b", heads * dim, spec.q_lora
+        yield layer + "indexer_compressor_gate", dim, spec.hidden
+        yield layer + "indexer_compressor_ape", POOL, dim
     yield layer + "attn_kv_a_mqa", spec.kv_lora + spec.rope, spec.hidden
     yield layer + "attn_kv_a_norm", spec.kv_lora
     yield layer + "attn_k_b", spec.heads, spec.kv_lora, spec.nope
