@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from graph_operators import operators_of_last_graph
 from llama_script import Setup, assert_same, count_nodes, play, text
 from llama_script import decode as decode_step
 from random_family import ON_DEVICES, VOCAB_SIZE, FamilySpec, write_family
@@ -67,6 +68,35 @@ def test_the_operators_give_the_logits_of_upstreams_graph(
     for mine, other in zip(ours, theirs, strict=True):
         assert error_of(mine, other).passes
         assert (mine != other).any(), "one graph ran twice"
+
+
+PREFILL = 300  # tokens of a batch, enough for the decompressed form of latent attention
+
+
+@pytest.mark.parametrize("spec", SPECS[::2], ids=lambda spec: spec.id)
+def test_the_operators_are_in_the_graphs(
+    spec: FamilySpec, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs of a prompt and of a token. GLM-5.3-Flash has sparse attention, which is upstream's."""
+    monkeypatch.setenv("KIMI_OPS", "require")
+    model, ids = write_family(tmp_path / "model.gguf", spec), np.arange(PREFILL) % VOCAB_SIZE
+    latent = spec.architecture != "glm5-next"
+
+    def operators(count: int, **options: Any) -> set[str]:
+        """Of the last graph with `count` tokens."""
+        chosen = RunOptions(n_batch=count, flash_attention=True, **options)
+        return operators_of_last_graph(engine, model, ids[: max(count, 4)], chosen, monkeypatch)
+
+    prompt, token = operators(PREFILL), operators(1)
+    for found in (prompt, token):
+        assert {"KDA_CONV", "KDA_SCAN"} <= found
+    assert ("LATENT_ATT" in prompt, "LATENT_ATT" in token) == (latent, False)
+    if latent:
+        assert ("FLASH_ATTN" in prompt, "FLASH_ATTN" in token) == (False, True)
+    if spec.mtp:
+        of_the_mtp_layer = operators(PREFILL, mtp=True)
+        assert "LATENT_ATT" in of_the_mtp_layer
+        assert "KDA_CONV" not in of_the_mtp_layer
 
 
 @pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
