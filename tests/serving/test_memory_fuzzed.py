@@ -1,7 +1,8 @@
-"""Random operations on the memory of a hybrid model: every answer is that of a fresh context, or a refusal.
+"""Random operations on the memory of hybrid models: every answer is that of a fresh context, or a refusal.
 
-Sequences are decoded in batches of any size, aborted, rolled back, removed, copied, kept, saved and restored. After
-each decode the logits are compared with those of the same tokens decoded in an empty context. To run 5000 examples:
+One of the models has sparse attention. Sequences are decoded in batches of any size, aborted, rolled back, removed,
+copied, kept, saved and restored. After each decode the logits are compared with those of the same tokens decoded in
+an empty context. To run 5000 examples:
 
     KIMI_FUZZ=5000 .venv/bin/python -m pytest tests/serving/test_memory_fuzzed.py
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from hypothesis import given, note, settings
 from hypothesis import strategies as st
 from llama_script import WORKER, Logits, Setup, Step, assert_same, attempt, copy, keep, remove, use
 from random_checkpoint import Spec
+from random_family import FamilySpec, write_family
 from synthetic_case import make_case
 
 from kimi_gguf.engine.builds import Engine
@@ -130,15 +133,27 @@ class Memory:
             self.doubtful.discard(sequence)
 
 
+def kimi_linear(folder: Path) -> Path:
+    return make_case(folder, Spec(layers="KMK", heads=2, kda_head_dim=32, seed=92)).gguf
+
+
+def glm(folder: Path) -> Path:
+    """Attends to 4 pools of 4 tokens. With few heads of the indexer, pools have equal scores of zero: which of them are
+    chosen is not defined, and depends on the batch."""
+    spec = FamilySpec("glm5-next", rope=0, value=64, index_heads=8, index_top_k=16, seed=92)
+    return write_family(folder / "model.gguf", spec)
+
+
+@pytest.fixture(scope="module", params=[kimi_linear, glm], ids=["kimi-linear", "glm5-next"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written: Path = request.param(tmp_path_factory.mktemp("model"))
+    return written
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["a stream each", "unified"])
-def memory(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, engine: Engine
-) -> Iterator[Memory]:
-    gguf = make_case(
-        tmp_path_factory.mktemp("model"), Spec(layers="KMK", heads=2, kda_head_dim=32, seed=92)
-    ).gguf
+def memory(request: pytest.FixtureRequest, model: Path, engine: Engine) -> Iterator[Memory]:
     with Worker(str(WORKER), environment=engine.environment()) as worker:
-        worker.ask("begin", gguf=str(gguf), setup=asdict(SETUP) | {"kv_unified": request.param})
+        worker.ask("begin", gguf=str(model), setup=asdict(SETUP) | {"kv_unified": request.param})
         memory = Memory(worker)
         memory.step(["context", {}])
         memory.step(use(0))
