@@ -12,6 +12,9 @@ from family_reference import reference_of_family
 from random_checkpoint import Spec
 from random_family import VOCAB_SIZE, FamilySpec, write_family
 from synthetic_case import error_of, make_case
+from transformers.models.glm5_next import modeling_glm5_next
+from transformers.models.glm5_next.modeling_glm5_next import recurrent_kimi_delta_attention
+from transformers_glm import glm_logits
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
@@ -58,3 +61,23 @@ def test_ling_3_and_kimi_k3_run_right(tmp_path: Path, spec: FamilySpec, engine: 
     model = write_family(tmp_path / "model.gguf", spec)
     for way in WAYS.values():
         assert error_of(run_logits(engine, model, ids, RunOptions(**way)), expected).passes
+
+
+GLM = [FamilySpec("glm5-next", layers, rope=0, value=64, index_heads=8, seed=73) for layers in ("KK", "MM")]
+
+
+@pytest.mark.parametrize("spec", GLM, ids=lambda spec: spec.id)
+def test_glm_runs_right(
+    tmp_path: Path, spec: FamilySpec, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modeling_glm5_next, "chunk_kimi_delta_attention", recurrent_kimi_delta_attention)
+    ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, 90)
+    model, expected = write_family(tmp_path / "model.gguf", spec), glm_logits(spec, ids)
+    for way in WAYS.values():
+        assert error_of(run_logits(engine, model, ids, RunOptions(**way)), expected).passes
+
+
+@pytest.mark.parametrize("spec", GLM, ids=lambda spec: spec.id)
+def test_upstream_fails_with_glm(tmp_path: Path, spec: FamilySpec, upstream: Engine) -> None:
+    with pytest.raises(ValidateError, match="SIGABRT"):
+        run_logits(upstream, write_family(tmp_path / "model.gguf", spec), np.arange(9), RunOptions())
