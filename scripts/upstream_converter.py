@@ -54,9 +54,9 @@ class Job:
     mtp: bool = True
 
 
-def environment() -> dict[str, str]:
-    """The environment of the command."""
-    folder = upstream_source() / "llama.cpp"
+def environment(folder: Path | None = None) -> dict[str, str]:
+    """The environment of the command; `folder` has llama.cpp's sources (default: those of the pin)."""
+    folder = folder or upstream_source() / "llama.cpp"
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder / "gguf-py"), str(folder)]),
         "PYTHONDONTWRITEBYTECODE": "1",

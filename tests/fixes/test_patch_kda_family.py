@@ -8,15 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from convert_tools import convert, gguf_keys, upstream_convert
 from numpy.typing import NDArray
 from random_family import VOCAB_SIZE, FamilySpec, write_family
+from random_ling3 import LingSpec, write_checkpoint
 from synthetic_case import Tensors, error_of, rewrite
 from transformers_ling import ling_logits
 
 from kimi_gguf.bench.shapes import types_in_dry_run
 from kimi_gguf.engine.builds import Engine, upstream_source
+from kimi_gguf.patches.diff import apply
 from kimi_gguf.patches.pull_requests import load_pull_requests, select
 from kimi_gguf.patches.series import load_series
+from kimi_gguf.patches.tree import Tree, list_files
+from kimi_gguf.scripts.upstream_converter import Job
 from kimi_gguf.scripts.upstream_tests import prove
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions, run_logits
@@ -57,6 +62,59 @@ def test_the_betas_of_yarn_count() -> None:
     """0029-ling-yarn-mscale: the logits that the loader's defaults give are others."""
     others = ling_logits(replace(BETAS, betas=(32.0, 1.0)), IDS)
     assert error_of(others, ling_logits(BETAS, IDS)).in_all > 1e-4
+
+
+# Keys of rope_scaling in addition to those that every YaRN has.
+CONVERTED: list[dict[str, float]] = [
+    {},
+    {"mscale": 0.7},
+    {"mscale_all_dim": 1.0},
+    {"mscale": 0.5, "mscale_all_dim": 0.8},
+    {"mscale_all_dim": 0.8, "attention_factor": 1.25},
+]
+
+
+@pytest.fixture
+def fixed_converter(tmp_path: Path) -> Path:
+    """The folder of upstream's converter with 0029-ling-yarn-mscale."""
+    (request,) = select(load_pull_requests(load_series()), ["29"])
+    source, folder = upstream_source() / "llama.cpp", tmp_path / "llama.cpp"
+    tree = Tree(source, [path for path in list_files(source) if path.startswith(("conversion/", "gguf-py/"))])
+    (change,) = (diff for diff in request.patch.diffs if diff.path.startswith("conversion/"))
+    apply(tree, change)
+    tree.write_to(folder)
+    return folder
+
+
+def test_the_converter_writes_yarn_as_convert_kimi_does(tmp_path: Path, fixed_converter: Path) -> None:
+    """0029-ling-yarn-mscale. That these keys give transformers' logits is tested in test_convert_ling3_runs.py."""
+    jobs = []
+    for number, extra in enumerate(CONVERTED):
+        yarn = {
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            **extra,
+        }
+        source = write_checkpoint(tmp_path / f"{number}", LingSpec("KM", 2, yarn=tuple(yarn.items())))
+        jobs.append(Job(source, tmp_path / f"{number}.gguf", "BF16"))
+    upstream_convert(jobs, fixed_converter)
+    for job, extra in zip(jobs, CONVERTED, strict=True):
+        ours = tmp_path / "ours.gguf"
+        assert convert(job.source, "-o", ours, "--force").status == 0
+        expected, found = scaling(ours), scaling(job.output)
+        found.pop("yarn_attn_factor", None)  # has no effect: a context with YaRN computes this factor itself
+        assert found == pytest.approx(expected, rel=1e-6), extra
+        assert ("yarn_log_multiplier" in found) == ("mscale_all_dim" in extra)
+
+
+def scaling(model: Path) -> dict[str, float]:
+    """The keys of RoPE scaling that are numbers."""
+    prefix = f"{LING}.rope.scaling."
+    keys = {name: value for name, value in gguf_keys(model).items() if name.startswith(prefix)}
+    assert keys.pop(f"{prefix}type") == "yarn"
+    return {name.removeprefix(prefix): value for name, value in keys.items()}
 
 
 def test_the_gate_bound_of_glm(tmp_path: Path) -> None:

@@ -71,9 +71,9 @@ def start_convert(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
-def upstream_convert(jobs: Sequence[upstream_converter.Job]) -> None:
-    """Convert all with llama.cpp's own converter."""
-    variables = upstream_converter.environment() | {"OMP_NUM_THREADS": "1"}
+def upstream_convert(jobs: Sequence[upstream_converter.Job], sources: Path | None = None) -> None:
+    """Convert all with llama.cpp's own converter, or with that of changed `sources`."""
+    variables = upstream_converter.environment(sources) | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(upstream_converter.command(jobs), env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
