@@ -26,7 +26,8 @@ KDA_OTHER_SIZES: Final = tuple(
 )
 MAX_LAYERS: Final = 512  # llama.cpp's LLAMA_MAX_LAYERS
 MAX_EXPERTS: Final = 1024  # llama.cpp's LLAMA_MAX_EXPERTS
-_MAX_INT: Final = 2**31 - 1
+MAX_INT: Final = 2**31 - 1
+MAX_KEY: Final = 120  # characters of a key in a message; the file determines some of the names
 ABSENT: Final = object()
 
 _LAYER_TYPES: Final = {"linear_attention": LayerKind.KDA, "full_attention": LayerKind.MLA}
@@ -51,6 +52,7 @@ class Keys:
 
     def fail(self, key: str, expected: str, found: Any, todo: str = "correct the config") -> ConvertError:
         text = "nothing" if found is None else _shown(found)
+        key = key if key.isprintable() and len(key) <= MAX_KEY else excerpt(key)
         return ConvertError(f"{self.where}: {key}: expected {expected}, found {text}; {todo}")
 
     def require(self, holds: bool, key: str, expected: str, found: Any, *todo: str) -> None:
@@ -69,7 +71,7 @@ class Keys:
                 )
         return found[0][1] if found else None
 
-    def integer(self, *names: str, low: int = 1, high: int = _MAX_INT, default: Any = ABSENT) -> Any:
+    def integer(self, *names: str, low: int = 1, high: int = MAX_INT, default: Any = ABSENT) -> Any:
         value = self.get(*names)
         if value is None and default is not ABSENT:
             return default

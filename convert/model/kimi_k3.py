@@ -154,7 +154,8 @@ def _lower_bound(keys: Keys) -> float:
     name = f"{LINEAR}.gate_lower_bound"
     value = keys.get(name)
     todo = "without a bound llama.cpp computes another gate, for which no checkpoint is known"
-    keys.require(type(value) in (int, float) and -1e30 < value < 0, name, "a negative number", value, todo)
+    valid = type(value) in (int, float) and -1e30 < value < -1e-30
+    keys.require(valid, name, "a negative number from -1e30 to -1e-30", value, todo)
     return float(value)
 
 

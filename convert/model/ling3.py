@@ -26,6 +26,7 @@ from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.config_keys import (
     ABSENT,
     MAX_EXPERTS,
+    MAX_INT,
     MAX_LAYERS,
     ROPE,
     SCALING,
@@ -71,6 +72,11 @@ class Yarn:
         if self.mscale and self.mscale_all_dim:
             return self.scale(self.mscale) / self.scale(self.mscale_all_dim)
         return self.scale(1.0)
+
+    @property
+    def attn_factor(self) -> float:
+        """Makes `rotated` of what llama.cpp multiplies the rotated values by, scale(1) / scale(mscale_all_dim)."""
+        return self.rotated * self.scale(self.mscale_all_dim or 0.0) / self.scale(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +138,9 @@ def read_config(keys: Keys) -> Ling3Config:
     num_dense = dense_layers(keys, num_layers)
     expert = keys.integer("moe_intermediate_size")
     shared = keys.integer("num_shared_experts", "n_shared_experts")
+    shared_width = keys.integer("moe_shared_expert_intermediate_size", default=expert)
+    expected = f"at most {MAX_INT // shared_width} of width {shared_width}"
+    keys.require(shared * shared_width <= MAX_INT, "num_shared_experts", expected, shared)
     config = Ling3Config(
         **common_fields(keys, groups),
         architecture=ARCHITECTURE,
@@ -148,7 +157,7 @@ def read_config(keys: Keys) -> Ling3Config:
         num_shared_experts=shared,
         renormalize=_renormalize(keys),
         num_mtp_layers=num_mtp,
-        shared_expert_size=shared * keys.integer("moe_shared_expert_intermediate_size", default=expert),
+        shared_expert_size=shared * shared_width,
         swiglu_limits=_limits(keys, "expert_swiglu_limit_list", num_layers + num_mtp, num_dense),
         shared_swiglu_limits=_limits(keys, "share_expert_swiglu_limit_list", num_layers + num_mtp, num_dense),
         yarn=_yarn(keys),
@@ -187,7 +196,7 @@ def _kda_head_dim(keys: Keys, rope: int) -> int:
 def _lower_bound(keys: Keys) -> float:
     value = keys.get("kda_lower_bound")
     valid = type(value) in (int, float) and -1e30 < value < -1e-30
-    keys.require(valid, "kda_lower_bound", "a negative number", value)
+    keys.require(valid, "kda_lower_bound", "a negative number from -1e30 to -1e-30", value)
     return float(value)
 
 
@@ -246,6 +255,8 @@ def _yarn(keys: Keys) -> Yarn | None:
     keys.require(yarn.factor >= 1, f"{SCALING}.factor", "at least 1", yarn.factor)
     fast, slow = yarn.beta_fast, yarn.beta_slow
     keys.require(fast >= slow, f"{SCALING}.beta_fast", f"at least beta_slow, {slow:g}", fast)
+    expected = "mscale, mscale_all_dim and attention_factor that give a factor below 1e30"
+    keys.require(yarn.attn_factor < 1e30, SCALING, expected, yarn.attn_factor)
     return yarn
 
 
@@ -331,10 +342,8 @@ def own_keys(config: ModelConfig) -> Iterator[Key]:
     yield key("rope.scaling.yarn_beta_slow", ValueType.FLOAT32, yarn.beta_slow)
     if yarn.mscale_all_dim:
         yield key("rope.scaling.yarn_log_multiplier", ValueType.FLOAT32, 0.1 * yarn.mscale_all_dim)
-    # Without this key llama.cpp multiplies the rotated values by scale(1) / scale(mscale_all_dim).
-    factor = yarn.rotated * yarn.scale(yarn.mscale_all_dim or 0.0) / yarn.scale(1.0)
-    if yarn.mscale_all_dim or factor != 1:
-        yield key("rope.scaling.attn_factor", ValueType.FLOAT32, factor)
+    if yarn.mscale_all_dim or yarn.attn_factor != 1:
+        yield key("rope.scaling.attn_factor", ValueType.FLOAT32, yarn.attn_factor)
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:

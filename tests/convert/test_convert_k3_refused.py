@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import random
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,13 @@ import numpy as np
 import pytest
 from convert_tools import assert_refused, convert, edited_json, edited_tensors
 from random_checkpoint import NUM_RANKS, VOCAB_SIZE
-from random_k3 import PREFIX, K3Spec, write_checkpoint
+from random_k3 import PREFIX, K3Spec, config, write_checkpoint
+from test_convert_fuzzed import refusal
+
+from kimi_gguf.convert.model.families import read_config
+from kimi_gguf.convert.model.metadata import architecture_keys
+from kimi_gguf.convert.output.gguf_header import key_bytes
+from kimi_gguf.convert.source.json_file import parse_object
 
 SPEC = K3Spec(layers="KMK", experts=3)
 LINEAR, QUANT = "linear_attn_config", "quantization_config"
@@ -53,6 +63,7 @@ CONFIGS: list[tuple[str, Any, list[str]]] = [
     (f"{LINEAR}.use_full_rank_gate", None, ["use_full_rank_gate"]),
     (f"{LINEAR}.gate_lower_bound", None, ["gate_lower_bound", "a negative number", "nothing"]),
     (f"{LINEAR}.gate_lower_bound", 0.0, ["gate_lower_bound", "a negative number"]),
+    (f"{LINEAR}.gate_lower_bound", -1e-300, ["gate_lower_bound", "a negative number"]),  # 0 in the file
     (f"{LINEAR}.gate_lower_bound", "-5", ["gate_lower_bound", "a negative number"]),
     (f"{LINEAR}.num_heads", 4, ["num_heads", "expected 2"]),
     (f"{LINEAR}.kda_layers", [1], ["layer 3"]),
@@ -85,6 +96,8 @@ CONFIGS: list[tuple[str, Any, list[str]]] = [
     (f"{QUANT}.ignore", "lm_head", ["ignore", "a list"]),
     (f"{QUANT}.config_groups", {}, ["config_groups", "one group"]),
     (f"{QUANT}.config_groups", None, ["config_groups", "an object"]),
+    (f"{QUANT}.config_groups", {"a\nb": 4}, ["config_groups.a\\nb'", "an object"]),
+    (f"{QUANT}.config_groups", {"a" * 5000: 4}, ["config_groups.aaa", "an object"]),
     (f"{QUANT}.config_groups.group_0", 4, ["group_0", "an object"]),
     (f"{QUANT}.config_groups.group_0.format", "float-quantized", ["group_0.format"]),
     (f"{QUANT}.config_groups.group_0.input_activations", {"num_bits": 8}, ["input_activations"]),
@@ -106,16 +119,54 @@ CONFIGS: list[tuple[str, Any, list[str]]] = [
     "key, value, words", CONFIGS, ids=[f"{key}-{value}"[:80] for key, value, _ in CONFIGS]
 )
 def test_config_is_refused(source: Path, out: Path, key: str, value: Any, words: list[str]) -> None:
-    with edited_json(source / "config.json") as config:
-        holder, last = at(config["text_config"], key)
+    with edited_json(source / "config.json") as changed:
+        holder, last = at(changed["text_config"], key)
         holder[last] = value
     assert_refused(convert(source, "-o", out / "x.gguf"), out, "config.json" if key != QUANT else "", *words)
 
 
+def objects(text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The object and all objects in it."""
+    yield text
+    for value in text.values():
+        if isinstance(value, dict):
+            yield from objects(value)
+
+
+def test_hostile_values() -> None:
+    """Any value at any key of any object: a config whose keys can be written, or a refusal in one line."""
+    rng, refused = random.Random(4), 0
+    values: list[Any] = [
+        None, True, False, 0, 1, -1, 7, 32, 2**31 - 1, 2**31, 10**400, 1e300, -1e300, 1e-300, -1e-300, 0.5, -5.0,
+        "", "a\nb", "a" * 5000, [], [1], [None], {}, {"a\nb": {"c": 1}}, {"a" * 5000: 1}, {"type": []},
+    ]  # fmt: skip
+    more = [
+        "rope_scaling",
+        "rope_parameters",
+        "layer_types",
+        "mlp_layer_types",
+        "topk_group",
+        "n_group",
+        QUANT,
+    ]
+
+    def keys_of(text: str) -> None:
+        for key in architecture_keys(read_config(parse_object(text, "c"), "config.json")):
+            key_bytes(key)
+
+    for number in range(3000):
+        changed = config(replace(SPEC, dense_layers=number % 4))
+        for _ in range(rng.randint(1, 3)):
+            holder = rng.choice(list(objects(changed)))
+            holder[rng.choice([*holder, *more])] = deepcopy(rng.choice(values))
+        refused += bool(refusal(keys_of, json.dumps(changed)))
+    assert 1000 < refused < 2900
+
+
 @pytest.mark.parametrize("value", [None, [], "kimi_linear"], ids=str)
 def test_text_config_is_an_object(source: Path, out: Path, value: Any) -> None:
-    with edited_json(source / "config.json") as config:
-        config["text_config"] = value
+    with edited_json(source / "config.json") as changed:
+        changed["text_config"] = value
     assert_refused(convert(source, "-o", out / "x.gguf"), out, "text_config", "an object")
 
 

@@ -17,6 +17,8 @@ from test_convert_fuzzed import fuzz, refusal
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import hub_shapes, read_config
 from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn, notes, own_keys
+from kimi_gguf.convert.model.metadata import architecture_keys
+from kimi_gguf.convert.output.gguf_header import key_bytes
 from kimi_gguf.convert.source.json_file import parse_object
 
 Config = dict[str, Any]
@@ -68,6 +70,7 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("renormalised or not", put(moe_renormalize=False), ["norm_topk_prob", "moe_renormalize", "agree"]),
     ("renormalised by a number", put(norm_topk_prob=1), ["norm_topk_prob", "true or false"]),
     ("no shared expert", put(num_shared_experts=0), ["num_shared_experts"]),
+    ("shared experts that a file cannot count", put(num_shared_experts=2**31 - 1), ["num_shared_experts", "width 32"]),
     ("uneven groups", put(n_group=3, topk_group=2), ["num_expert_group", "divisor"]),
     ("more groups kept than there are", put(topk_group=2), ["topk_group", "at most"]),
     ("more experts used than there are", put(num_experts_per_tok=9), ["num_experts_per_token", "8"]),
@@ -82,6 +85,10 @@ HUB_CONFIGS: list[tuple[str, Callable[[Config], object], list[str]]] = [
     ("a factor below 1", put(rope_scaling=YARN | {"factor": 0.5}), ["rope_scaling.factor", "at least 1"]),
     ("YaRN without the old context", put(rope_scaling={"type": "yarn", "factor": 2}), ["original_max_position"]),
     ("an unknown key", put(rope_scaling=YARN | {"truncate": False}), ["rope_scaling.truncate", "no such"]),
+    ("an unknown key of two lines", put(rope_scaling=YARN | {"a\nb": 1}), ["'rope_scaling.a\\nb'", "no such"]),
+    ("scales of YaRN too large for a file", put(rope_scaling=YARN | {
+        "mscale_all_dim": 1e29, "attention_factor": 1e29,
+    }), ["rope_scaling", "below 1e30"]),
     ("two factors", put(rope_scaling=YARN, rope_parameters=YARN | {"factor": 2.0}), ["factor", "agree"]),
     ("two bases", put(rope_parameters={"rope_theta": 10000.0}), ["rope_theta", "agree"]),
     ("scaling that is no object", put(rope_scaling="yarn"), ["rope_scaling", "an object"]),
@@ -218,7 +225,7 @@ def test_hostile_configs(tmp_path: Path) -> None:
 
 
 def test_hostile_values() -> None:
-    """Any value at any key: a config, or a refusal in one line."""
+    """Any value at any key: a config whose keys can be written, or a refusal in one line."""
     rng, refused = random.Random(3), 0
     values = [
         None,
@@ -228,6 +235,7 @@ def test_hostile_values() -> None:
         1,
         -1,
         7,
+        2**31 - 1,
         2**31,
         1e300,
         0.5,
@@ -248,5 +256,10 @@ def test_hostile_values() -> None:
         for key in rng.sample(keys, rng.randint(1, 3)):
             changed[key] = rng.choice(values)
         text = json.dumps(changed)
-        refused += bool(refusal(lambda text: read_config(parse_object(text, "c"), "config.json"), text))
+        refused += bool(refusal(keys_of, text))
     assert 1000 < refused < 2900
+
+
+def keys_of(text: str) -> None:
+    for key in architecture_keys(read_config(parse_object(text, "c"), "config.json")):
+        key_bytes(key)
