@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from bench_case import record
@@ -14,7 +15,7 @@ from kimi_gguf.bench.manifest import read_manifest
 from kimi_gguf.bench.record import add, load_all
 from kimi_gguf.bench.run import shown_command
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.scripts import kimi_llama, measure_conversion
+from kimi_gguf.scripts import kimi_llama, measure_conversion, measure_k3
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -45,22 +46,29 @@ def assert_same_drawing(one: str, other: str, name: str) -> None:
     assert values[0] == pytest.approx(values[1], abs=1e-5), name
 
 
+CONVERSIONS = {"conversion": measure_conversion, "conversion-k3": measure_k3}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
 def test_the_committed_page_of_conversions_is_drawn_from_its_record(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    page, record = tmp_path / "page.md", DOCS / "bench-records" / "conversion.json"
-    monkeypatch.setattr("sys.argv", ["measure-conversion", "--draw", str(record), "--page", str(page)])
-    measure_conversion.main()
-    assert page.read_bytes() == (DOCS / "bench-conversion.md").read_bytes()
+    page, record = tmp_path / "page.md", DOCS / "bench-records" / f"{name}.json"
+    monkeypatch.setattr("sys.argv", ["measure", "--draw", str(record), "--page", str(page)])
+    CONVERSIONS[name].main()
+    assert page.read_bytes() == (DOCS / f"bench-{name}.md").read_bytes()
 
 
-def test_what_is_no_record_of_conversions_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("measure", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_what_is_no_record_of_conversions_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measure: ModuleType
+) -> None:
     page, record = tmp_path / "page.md", tmp_path / "record.json"
-    monkeypatch.setattr("sys.argv", ["measure-conversion", "--draw", str(record), "--page", str(page)])
+    monkeypatch.setattr("sys.argv", ["measure", "--draw", str(record), "--page", str(page)])
     for text in ("", "[]", '{"machine": {}}'):
         record.write_text(text)
-        with pytest.raises(SystemExit, match=r"record\.json is not a record of measure-conversion"):
-            measure_conversion.main()
+        with pytest.raises(SystemExit, match=r"record\.json is not a record of measure"):
+            measure.main()
     assert not page.exists()
 
 

@@ -18,6 +18,7 @@ from convert_tools import convert, split_safetensors, upstream_convert
 from gguf import GGUFReader
 from random_k3 import PREFIX, K3Spec, write_checkpoint
 
+from kimi_gguf.scripts import measure_k3
 from kimi_gguf.scripts.synthetic_checkpoint import K3_SHARDS, k3_config, num_bytes, tensors, write_synthetic
 from kimi_gguf.scripts.upstream_converter import Job
 
@@ -28,16 +29,6 @@ PEAK = """
 def peak():
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) << 10
-"""
-PLAN = f"""
-import json, re, sys
-from pathlib import Path
-from kimi_gguf.convert.conversion import plan_only
-from kimi_gguf.convert.types.file_types import TYPES
-from kimi_gguf.convert.types.mixes import TypeRequest
-{PEAK}
-plan = plan_only(sys.argv[1], TypeRequest(TYPES["BF16"], default=True))
-print(json.dumps(dict(tensors=len(plan.tensors), bytes=plan.nbytes, peak=peak())))
 """
 HASHES = f"""
 import hashlib, json, re, sys
@@ -56,33 +47,6 @@ with open_checkpoint(sys.argv[1]) as checkpoint:
     for tensor, data in encoded(checkpoint, plan, plan.tensors, pace, prepared(checkpoint, plan)):
         hashes[tensor.name].update(data)
 print(json.dumps(dict(peak=peak(), hashes={{name: h.hexdigest() for name, h in hashes.items()}})))
-"""
-
-CONVERT = f"""
-import json, os, re, sys
-from pathlib import Path
-from kimi_gguf.convert.conversion import Options, convert
-from kimi_gguf.convert.output import growing, unfinished
-from kimi_gguf.convert.types.file_types import TYPES
-from kimi_gguf.convert.types.mixes import TypeRequest
-{PEAK}
-unfinished.SYNC_SECONDS = 0
-write_all = growing._write_all
-def write_sparse(fd, data, offset):
-    end = offset + len(data)
-    if not data.any():
-        os.ftruncate(fd, max(end, os.fstat(fd).st_size))
-        try:
-            if os.lseek(fd, offset, os.SEEK_DATA) >= end:
-                return
-        except OSError:
-            return  # no data behind offset
-    write_all(fd, data, offset)
-growing._write_all = write_sparse
-resume = sys.argv[3] == "resume"
-wanted = TypeRequest(TYPES["BF16"], default=True)
-convert(Path(sys.argv[1]), Path(sys.argv[2]), wanted, Options(resume=resume))
-print(json.dumps(dict(peak=peak())))
 """
 
 
@@ -108,23 +72,10 @@ def test_the_published_tensors_and_bytes() -> None:
 )
 def test_memory_of_a_plan(tmp_path: Path, layers: str, shards: int, most: int) -> None:
     """All layers: 655 MB and 20 s. The names of half a million tensors take most of it."""
-    source = write_synthetic(tmp_path / "model", k3_config(layers), shards)
-    found = measured(PLAN, source)
+    found = measure_k3.plan(tmp_path, k3_config(layers), shards)
     assert found["peak"] < most
     if len(layers) == 93:
         assert found["tensors"] == 2573 and found["bytes"] == 1_561_155_826_400
-
-
-def poke(source: Path, name: str, content: bytes) -> None:
-    """Write the data of a tensor into its sparse file."""
-    index = json.loads((source / "model.safetensors.index.json").read_text())
-    path = source / index["weight_map"][name]
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        begin, end = json.loads(file.read(length))[name]["data_offsets"]
-        assert end - begin == len(content)
-        file.seek(8 + length + begin)
-        file.write(content)
 
 
 @pytest.mark.engine
@@ -145,8 +96,8 @@ def test_memory_of_a_layer(tmp_path: Path, experts: int, kind: str) -> None:
     codes = rng.integers(0, 16, (rows, groups, 32), np.uint8)
     scales = rng.integers(100, 130, (rows, groups), np.uint8)
     name = f"{PREFIX}model.layers.1.block_sparse_moe.experts.{experts - 2}.w2.weight"
-    poke(source, f"{name}_packed", (codes[..., ::2] | codes[..., 1::2] << 4).tobytes())
-    poke(source, f"{name}_scale", scales.tobytes())
+    measure_k3.poke(source, f"{name}_packed", (codes[..., ::2] | codes[..., 1::2] << 4).tobytes())
+    measure_k3.poke(source, f"{name}_scale", scales.tobytes())
     found = measured(HASHES, source, kind)
     assert found["peak"] < 1 << 30
     if kind == "default":
@@ -159,32 +110,11 @@ def test_memory_of_a_layer(tmp_path: Path, experts: int, kind: str) -> None:
 
 @pytest.mark.parametrize("experts", [24, pytest.param(896, marks=pytest.mark.full)])
 def test_a_killed_conversion_of_a_layer_is_completed(tmp_path: Path, experts: int) -> None:
-    """Real widths; 896 experts are 15.7 GB. Zeros are left out of the output, which is compared by its hash."""
-    source = write_synthetic(tmp_path / "model", k3_config("KM", experts, 4096), 3)
-    name = f"{PREFIX}model.layers.1.block_sparse_moe.experts.{experts // 2}.w3.weight_packed"
-    poke(source, name, np.random.default_rng(9).bytes(3072 * 3584 // 2))
-    whole, resumed = tmp_path / "whole.gguf", tmp_path / "resumed.gguf"
-    peaks = [measured(CONVERT, source, whole, "new")["peak"]]
-    size = whole.stat().st_size
-
-    growing = tmp_path / f".{resumed.name}.unfinished" / resumed.name
-    command = [sys.executable, "-c", CONVERT, source, resumed, "new"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        while not growing.exists() or growing.stat().st_size < size // 2:
-            assert process.poll() is None, "the conversion ended before it was killed"
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        process.kill()
-    assert not resumed.exists()
-    assert growing.with_name("journal").read_bytes().count(b"\n") > 2  # tensors that are not converted again
-    peaks += [int(status.split("VmHWM:")[1].split()[0]) << 10]
-    peaks += [measured(CONVERT, source, resumed, "resume")["peak"]]
-
-    def digest(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
-    assert digest(resumed) == digest(whole)
-    assert max(peaks) < MEMORY, peaks
+    """Real widths; 896 experts are 15.7 GB. `layer` raises an error if the hashes of the files differ."""
+    runs = measure_k3.layer(tmp_path, experts)["runs"]
+    assert runs["killed"]["tensors"] > 1  # these are not converted again
+    assert min(run["peak"] for run in runs.values()) > 0
+    assert max(run["peak"] for run in runs.values()) < MEMORY
 
 
 @pytest.mark.full
