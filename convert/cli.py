@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         usage=f"{PROGRAM} SRC -o OUT [options]\n       {PROGRAM} verify OUT --checkpoint SRC [--imatrix FILE]\n"
         f"       {PROGRAM} inspect PATH [--context N]",
-        description="Convert a checkpoint of Kimi-Linear, Ling 3 or Kimi K3 to GGUF without running its code.",
+        description="Convert a model with KDA (Kimi-Linear, Ling 3, Kimi K3) to GGUF without running its code.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

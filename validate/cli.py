@@ -111,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM,
         usage=f"{PROGRAM} GGUF --checkpoint DIR [options]\n       {PROGRAM} card FOLDER --checkpoint DIR [options]\n"
         f"       {PROGRAM} show REPORT...",
-        description="Compare llama.cpp's logits for a GGUF file with a torch reference of its checkpoint.",
+        description="Compare llama.cpp's logits for a GGUF file with a torch reference of its checkpoint: "
+        "Kimi-Linear, Ling 3 or Kimi K3, the models with KDA.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
