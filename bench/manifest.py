@@ -1,6 +1,7 @@
 """Reads the manifest of a page of measurements: which commands it shows, and from which records.
 
-Input: a TOML file with `page`, `records` (paths relative to it) and `commands`. Output: the records of those commands.
+Input: a TOML file with `title`, `page`, `records` (paths relative to it) and `commands`. Output: the records of those
+commands.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from kimi_gguf.engine.errors import EngineError
 class Manifest:
     """The input of a page."""
 
+    title: str
     page: Path
     records: Path
     commands: tuple[str, ...]  # exactly as in the records
@@ -41,10 +43,19 @@ def read_manifest(file: Path) -> Manifest:
     except (OSError, ValueError) as error:
         raise EngineError(f"{file}: the manifest cannot be read", found=str(error)) from None
     match data:
-        case {"page": str(page), "records": str(records), "commands": [_, *_] as commands} if all(
-            isinstance(each, str) for each in commands
-        ):
-            return Manifest(file.parent / page, file.parent / records, tuple(commands))
-    expected = "page and records: texts; commands: a list of one text or more"
-    found = ", ".join(f"{key}: {data[key]!r:.40}" for key in ("page", "records", "commands") if key in data)
+        case {
+            "title": str(title),
+            "page": str(page),
+            "records": str(records),
+            "commands": [_, *_] as commands,
+        } if all(isinstance(each, str) for each in commands):
+            return Manifest(title, file.parent / page, file.parent / records, tuple(commands))
+    expected = "title, page and records: texts; commands: a list of one text or more"
+    keys = ("title", "page", "records", "commands")
+    found = ", ".join(f"{key}: {data[key]!r:.40}" for key in keys if key in data)
     raise EngineError(f"{file}: invalid manifest", expected=expected, found=found or "none of them")
+
+
+def manifests_beside(file: Path) -> list[Manifest]:
+    """The manifests of a folder's pages, in the order of their names, without `file`. Raises `EngineError`."""
+    return [read_manifest(each) for each in sorted(file.parent.glob("bench*.toml")) if each.name != file.name]

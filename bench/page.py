@@ -28,8 +28,6 @@ PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops write
 MADE_BY = "Written by `kimi-llama bench`; do not edit."
 
 INTRODUCTION = """\
-# Bench
-
 {made_by} Each section lists the commands that measured it.
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
@@ -51,8 +49,6 @@ llama-quantize.
 """
 
 DEVICE_INTRODUCTION = """\
-# Bench on {device}
-
 {made_by} Each section lists the commands that measured it.
 
 {device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
@@ -229,8 +225,13 @@ def check_place(page: Path) -> None:
         )  # fmt: skip
 
 
-def write_page(records: Sequence[Data], page: Path) -> None:
-    """Write the page and its pictures. Raises `EngineError` from reading, OSError from writing."""
+def write_page(
+    records: Sequence[Data], page: Path, title: str | None = None, others: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Write the page and its pictures. others: titles and file names of pages that it names.
+
+    Raises `EngineError` from reading, OSError from writing.
+    """
     check_place(page)
     last = latest(records)
     if last is None:
@@ -243,7 +244,10 @@ def write_page(records: Sequence[Data], page: Path) -> None:
             found=", ".join(sorted(name or "the CPU" for name in devices)),
             todo="write one page for each device",
         )
-    parts = [introduction(last, records)]
+    title = title or (f"Bench on {device['description']}" if device else "Bench")
+    parts = [f"# {title}\n", introduction(last, records)]
+    if others:
+        parts.append(f"Other pages: {', '.join(f'[{name}]({file})' for name, file in others)}.\n")
     if device:
         parts.append("## Goals\n\n" + markdown(aims_table(records)))
     limits = {each["threads"]: each for record in records for each in record["limits"]}

@@ -31,7 +31,7 @@ from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import TIMED, measure_device_operators
 from kimi_gguf.bench.equal_requests import ask_together
 from kimi_gguf.bench.in_turns import measure_in_turns, variants_alone
-from kimi_gguf.bench.manifest import read_manifest
+from kimi_gguf.bench.manifest import manifests_beside, read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
 from kimi_gguf.bench.operators import libraries_of, measure_operators
@@ -67,7 +67,8 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             return run_alone(parsed)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
-            page.write_page(manifest.selected(), manifest.page)
+            others = [(each.title, each.page.name) for each in manifests_beside(parsed.draw)]
+            page.write_page(manifest.selected(), manifest.page, manifest.title, others)
             return 0
         if parsed.workers:
             with reporting() as reporter:
@@ -109,8 +110,7 @@ def check(parsed: argparse.Namespace) -> None:
             todo="add the run with --record, then draw the page of all records: --draw or --records",
         )
     if parsed.page is not None and any(
-        read_manifest(each).page.resolve() == parsed.page.resolve()
-        for each in parsed.page.parent.glob("bench*.toml")
+        each.page.resolve() == parsed.page.resolve() for each in manifests_beside(parsed.page)
     ):
         raise EngineError(f"{parsed.page}: this page has a manifest", todo="write it with --draw")
     if parsed.json is not None and parsed.json.exists():

@@ -23,8 +23,10 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_the_committed_pages_are_drawn_from_the_committed_records(tmp_path: Path) -> None:
     shutil.copytree(DOCS / "bench-records", tmp_path / "bench-records")
     pages = []
-    for manifest in DOCS.glob("bench*.toml"):
+    manifests = list(DOCS.glob("bench*.toml"))
+    for manifest in manifests:
         shutil.copy(manifest, tmp_path)
+    for manifest in manifests:
         assert kimi_llama.main(["bench", "--draw", str(tmp_path / manifest.name)]) == 0
         pages.append(read_manifest(manifest).page.name)
     drawn = sorted(path.name for path in tmp_path.glob("bench*") if path.suffix in (".md", ".svg"))
@@ -76,7 +78,7 @@ def test_a_command_without_a_record_is_an_error(tmp_path: Path, capsys: pytest.C
     add(record("2026-01-01", 2.0), tmp_path / "records.json")
     manifest = tmp_path / "bench.toml"
     manifest.write_text(
-        'page = "bench.md"\nrecords = "records.json"\ncommands = ["kimi-llama bench absent"]\n'
+        'title = "Bench"\npage = "bench.md"\nrecords = "records.json"\ncommands = ["kimi-llama bench absent"]\n'
     )
     assert kimi_llama.main(["bench", "--draw", str(manifest)]) == 1
     assert "no record of kimi-llama bench absent" in capsys.readouterr().err
@@ -97,7 +99,7 @@ def test_a_partial_run_does_not_overwrite_a_page(tmp_path: Path, capsys: pytest.
     assert "a run does not overwrite a page" in capsys.readouterr().err
     add(record("2026-01-01", 2.0), tmp_path / "records.json")
     (tmp_path / "bench.toml").write_text(
-        'page = "bench.md"\nrecords = "records.json"\ncommands = ["kimi-llama bench"]\n'
+        'title = "Bench"\npage = "bench.md"\nrecords = "records.json"\ncommands = ["kimi-llama bench"]\n'
     )
     assert kimi_llama.main(["bench", "--records", str(tmp_path / "records.json"), "--page", str(page)]) == 1
     assert "this page has a manifest" in capsys.readouterr().err
@@ -107,6 +109,7 @@ def test_a_partial_run_does_not_overwrite_a_page(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     "text",
     [
+        "title = 5",
         "page = 5",
         "records = 5",
         "commands = 5",
@@ -120,6 +123,7 @@ def test_a_damaged_manifest_is_one_message(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = {
+        "title": 'title = "Bench"',
         "page": 'page = "bench.md"',
         "records": 'records = "records.json"',
         "commands": 'commands = ["a"]',
