@@ -1,6 +1,6 @@
 """Kimi K3 at its real size: the memory of a plan of 497,052 tensors and of a layer with packed experts; full width.
 
-The checkpoints are sparse files of zeros, except for one expert, and outputs are hashed instead of kept.
+The checkpoints are sparse files of zeros, except for one expert; outputs are hashed, and their zeros are not stored.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def test_the_published_tensors_and_bytes() -> None:
     ids=["5 layers", "all"],
 )
 def test_memory_of_a_plan(tmp_path: Path, layers: str, shards: int, most: int) -> None:
-    """All layers: 655 MB and 20 s. The names of half a million tensors take most of it."""
+    """The names of half a million tensors take most of it; docs/bench-conversion-k3.md has the figures."""
     found = measure_k3.plan(tmp_path, k3_config(layers), shards)
     assert found["peak"] < most
     if len(layers) == 93:
