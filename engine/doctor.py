@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
-from kimi_gguf.engine.builds import Engine, builds, cache_folder, prebuilt, select
+from kimi_gguf.engine.builds import PREBUILT, Engine, builds, cache_folder, prebuilt, select
 from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.engine.wheel import record_hash
@@ -235,7 +235,7 @@ def _tool(name: str, look: Callable[[], str]) -> Check:
 
 
 def _unchanged_files() -> str:
-    """Compare the installed files with the hashes that the wheel brought. Raises `EngineError`."""
+    """Compare the installed files with the list and the hashes that the wheel brought. Raises `EngineError`."""
     # The commands outside of the package were written by pip, and are elsewhere if it installed with --target.
     files = [file for file in distribution("kimi-gguf").files or () if file.parts[0] != ".."]
     listed = [(file, file.hash.value) for file in files if file.hash is not None]
@@ -252,7 +252,21 @@ def _unchanged_files() -> str:
             found=", ".join(wrong[:5]),
             todo="install the wheel again: pip install --force-reinstall kimi_gguf-*.whl",
         )
+    if added := _added_files(set(map(str, files))):
+        raise EngineError(
+            f"{len(added)} files in the engine's folders are not from the wheel; ggml may load such a library",
+            found=", ".join(added[:5]),
+            todo="remove them",
+        )
     return f"{len(listed)} files as in the wheel"
+
+
+def _added_files(known: set[str]) -> list[str]:
+    """The files and links in the folder of the wheel's engine that are not `known`, except Python's own caches."""
+    packages = PREBUILT.parents[2]
+    found = [path for path in PREBUILT.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(packages).as_posix() for path in found if path.parent.name != "__pycache__"]
+    return sorted(name for name in names if name not in known)
 
 
 def _cuda_toolkit() -> str:

@@ -218,6 +218,25 @@ def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
     assert "kimi_gguf/convert/plan.py" in json.loads(ran.stdout)["installed"]["seen"]
 
 
+def test_doctor_finds_added_files(site: Path, tmp_path: Path) -> None:
+    """ggml would load the library, and the folder's libraries. Python's caches appear when it runs."""
+    engine = site / release.ENGINE
+    library, link = engine / "lib/libggml-cpu-added.so", engine / "lib/linked"
+    cache = engine / "python/llama_cpp/__pycache__/llama.cpython-399.pyc"
+    try:
+        library.touch()
+        link.symlink_to(tmp_path)
+        cache.touch()
+        ran = in_site(site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
+    finally:
+        for path in (library, link, cache):
+            path.unlink()
+    assert ran.returncode == 1
+    installed = json.loads(ran.stdout)["installed"]
+    assert not installed["passed"]
+    assert f"found {library.relative_to(site)}, {link.relative_to(site)};" in installed["seen"]
+
+
 def test_a_wheel_for_another_architecture_is_named_after_it(engine: Engine) -> None:
     """Builds that a user compiles take the options of the wheel's build, so those are not a cross compilation."""
     settings = {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64"}
