@@ -26,6 +26,7 @@ from kimi_gguf.convert.source.origin import read_origin
 from kimi_gguf.convert.source.safetensors_file import Dtype
 from kimi_gguf.convert.types.imatrix import Importances
 from kimi_gguf.convert.types.mixes import TypeRequest, choose_types, needs_importances
+from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.split_names import place_in_set, split_paths
 from kimi_gguf.engine.tensor_types import BF16, F16, F32, TENSOR_TYPES, TensorType, Values
 
@@ -73,7 +74,7 @@ class Plan:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-def type_counts(tensors: Iterable[PlannedTensor]) -> str:
+def type_counts(tensors: Iterable[PlannedTensor | GgufTensor]) -> str:
     """The number of tensors of each type, the most frequent type first."""
     counts = Counter(tensor.type.name for tensor in tensors)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common())

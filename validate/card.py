@@ -16,6 +16,8 @@ from typing import Final
 from matplotlib.axes import Axes
 
 from kimi_gguf.convert.output.model_card import (
+    FILE_TITLES,
+    Made,
     base_of,
     code,
     code_text,
@@ -53,6 +55,8 @@ class CardFile:
     keys: Mapping[str, object]
     elements: Mapping[str, int]  # type -> elements
     report: Stored
+    parts: Sequence[tuple[str, ...]] = ()  # of each split, the cells under FILE_TITLES
+    made: Made | None = None  # how convert-kimi made it, if that is known
 
     @property
     def kld(self) -> float:
@@ -118,6 +122,7 @@ def card_text(files: Sequence[CardFile], plots: Sequence[str], notes: Sequence[s
         + _legend(ordered, best),
         "## Plots\n\n" + "\n\n".join(f"![{CAPTIONS[name]}]({PLACE}/{name}.png)" for name in plots),
         "## How to run it\n\n" + running(shown.path.name, len(all_splits(shown.path)), notes),
+        "## How it was made\n\n" + _making(ordered),
         "## How it was checked\n\n" + _checks(ordered),
         *_differences(facts),
         *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in notes)] if notes else []),
@@ -203,6 +208,25 @@ def _differences(facts: Mapping[str, object]) -> Iterator[str]:
         yield "\n".join((f"{title}\n", *differences(facts)))
 
 
+def _making(files: Sequence[CardFile]) -> str:
+    """Every split with its bytes and tensors, and the commands that are known."""
+    matrices = [_importance_matrix(file.keys) for file in files]
+    titles = (*FILE_TITLES, "importance matrix") if any(matrices) else FILE_TITLES
+    rows = [
+        (*part, matrix)[: len(titles)]
+        for file, matrix in zip(files, matrices, strict=True)
+        for part in file.parts
+    ]
+    return "\n\n".join([table(titles, rows), *(file.made.text() for file in files if file.made)])
+
+
+def _importance_matrix(facts: Mapping[str, object]) -> str:
+    """Its file and its data set; empty if the types were chosen without one."""
+    name, dataset = (Path(str(facts.get(f"quantize.imatrix.{key}", ""))).name for key in ("file", "dataset"))
+    made = f", made with {plain(dataset)}" if dataset else ""
+    return f"`{code_text(name)}`{made}" if name else ""
+
+
 def _checks(files: Sequence[CardFile]) -> str:
     report = files[0].report
     lines = [
@@ -230,4 +254,6 @@ def _checks(files: Sequence[CardFile]) -> str:
         for file in files
     ]
     lines.append(code("\n".join(map(shlex.join, words))))
+    if again := [file.made.check(file.path.name) for file in files if file.made]:
+        lines += ["These convert the checkpoint again and compare all bytes:", code("\n".join(again))]
     return "\n\n".join(lines)

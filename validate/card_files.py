@@ -9,7 +9,9 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
+from kimi_gguf.convert.output.model_card import Made, file_row, made_in, table_line
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.builds import Engine
@@ -24,6 +26,8 @@ from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.report import check_place, write
 from kimi_gguf.validate.stored import Stored, read_report
 from kimi_gguf.validate.tensors import open_gguf
+
+MOST_BYTES: Final = 1 << 20  # that are read of an earlier card
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -60,7 +64,7 @@ def card_files(
     requests: Sequence[Request], folder: Path, engine: Engine, upstream: Engine | None, reporter: Reporter
 ) -> list[CardFile]:
     """Every model with its report, which is made if there is none. Raises `ValidateError`."""
-    shared, files = Shared(), []
+    shared, files, earlier = Shared(), [], _earlier_card(folder / CARD)
     with open_checkpoint(requests[0].checkpoint) as checkpoint:
         reporter.phase("hashing the checkpoint")
         shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
@@ -77,7 +81,11 @@ def card_files(
             write(validate(request, engine, upstream, reporter, shared), place)
             report = read_report(place / "report.json")
         with open_gguf(request.gguf) as model:
-            files.append(CardFile(request.gguf, dict(model.keys), facts["elements_by_type"], report))
+            parts = [file_row(file.path.name, file.size, file.tensors.values()) for file in model.files]
+            made = made_of(earlier, stem_of(request.gguf), parts)
+            files.append(
+                CardFile(request.gguf, dict(model.keys), facts["elements_by_type"], report, parts, made)
+            )
     if len({file.report.ids_sha256 for file in files}) > 1:
         first, other = files[0], next(f for f in files if f.report.ids_sha256 != files[0].report.ids_sha256)
         raise ValidateError(
@@ -85,6 +93,22 @@ def card_files(
             todo="convert both files with the same tokenizer",
         )
     return files
+
+
+def _earlier_card(card: Path) -> str:
+    """The card that is overwritten, which may be any text; empty if there is none."""
+    if not card.is_file():
+        return ""
+    with card.open("rb") as file:
+        return file.read(MOST_BYTES).decode("utf-8", "replace")
+
+
+def made_of(earlier: str, stem: str, parts: Sequence[Sequence[str]]) -> Made | None:
+    """How convert-kimi made a model, if an earlier card says so and lists the files as they are now."""
+    lines = earlier.splitlines()
+    if not all(any(line.startswith(table_line(part)) for line in lines) for part in parts):
+        return None
+    return next((made for made in made_in(earlier) if made.output == f"{stem}.gguf"), None)
 
 
 def _kept(path: Path) -> Stored | None:

@@ -273,7 +273,11 @@ def _card_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("folder", metavar="FOLDER", type=Path, help="folder of GGUF files that were made from one checkpoint")
-    add("--force", action="store_true", help="overwrite README.md if it exists")
+    add(
+        "--force",
+        action="store_true",
+        help="overwrite README.md if it exists; what convert-kimi --model-card wrote there is kept",
+    )
     _add_run_options(parser)
     return parser
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.model.families import BY_ARCHITECTURE
-from kimi_gguf.convert.model.tensor_table import Transform
+from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.plan import Plan, type_counts
+from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.version import VERSION
 
 # The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
@@ -33,6 +35,43 @@ DIFFERENCES: Final = (
 )
 
 _TOKENIZER_EOS: Final = {"kimi-linear": "`[EOS]`"}
+FILE_TITLES: Final = ("file", "bytes", "tensors", "types")
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a file was made: the version of kimi-gguf, and the command."""
+
+    version: str
+    command: tuple[str, ...]  # convert-kimi SOURCE -o NAME ...
+
+    @property
+    def output(self) -> str:
+        return self.command[3]
+
+    def text(self) -> str:
+        """As cards show it; `made_in` reads it."""
+        return f"Made by kimi-gguf {self.version}:\n\n{code(shlex.join(self.command))}"
+
+    def check(self, name: str) -> str:
+        """The command that compares the file `name` (of a split model, the first split) with a new conversion."""
+        words = ["convert-kimi", "verify", name, "--checkpoint", self.command[1]]
+        for option in ("--imatrix", "--chat-template"):
+            if option in self.command:
+                words += [option, self.command[self.command.index(option) + 1]]
+        return shlex.join(words)
+
+
+def made_in(card: str) -> Iterator[Made]:
+    """What a card says about how its files were made. The card may be any text."""
+    pattern = r"^Made by kimi-gguf ([\w.+]+):\n\n(`{3,})sh\n(.*?)\n\2$"
+    for version, _, text in re.findall(pattern, card, re.MULTILINE | re.DOTALL):
+        try:
+            command = tuple(shlex.split(text))
+        except ValueError:  # an open quote
+            continue
+        if len(command) > 3 and command[0] == "convert-kimi" and command[2] == "-o":
+            yield Made(version, command)
 
 
 def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
@@ -40,19 +79,17 @@ def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
     facts = {key.name: key.value for key in plan.keys}
     name = plain(str(facts["general.name"]))
     source = source_of(facts) or command[1]
-    check = ["convert-kimi", "verify", paths[0].name, "--checkpoint", source]
-    check += ["--imatrix", plan.importances.path.name] if plan.importances else []
-    if (option := "--chat-template") in command:
-        check += [option, command[command.index(option) + 1]]
+    made = Made(VERSION, (command[0], source, *command[2:]))
     sections = (
         front_matter(facts),
         f"# {name}, {_type(plan)} for llama.cpp",
         table(("", ""), [(title, text) for title, text in _made_of(plan, facts, source) if text]),
-        "Made by\n\n" + code(shlex.join([command[0], source, *command[2:]])),
-        "## Files\n\n" + table(("file", "bytes", "tensors", "types"), _files(paths, plan.files)),
+        made.text(),
+        "## Files\n\n" + table(FILE_TITLES, _files(paths, plan.files)),
         "## How to run it\n\n" + running(paths[0].name, len(plan.files), plan.notes),
         "## How to check it\n\n"
-        "This command converts the checkpoint again and compares all bytes:\n\n" + code(shlex.join(check)),
+        "This command converts the checkpoint again and compares all bytes:\n\n"
+        + code(made.check(paths[0].name)),
         "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(differences(facts)),
         *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in plan.notes)] if plan.notes else []),
     )
@@ -96,13 +133,16 @@ def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[t
     if plan.importances:
         yield "importance matrix", f"`{code_text(plan.importances.path.name)}`"
         yield "made with", plain(Path(plan.importances.dataset or "").name)
-    yield "converter", f"kimi-gguf {VERSION}, `convert-kimi`"
 
 
 def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
     for path, file in zip(paths, files, strict=True):
-        name, count = f"`{code_text(path.name)}`", str(len(file.tensors))
-        yield name, f"{file.nbytes:,}", count, type_counts(file.tensors)
+        yield file_row(path.name, file.nbytes, file.tensors)
+
+
+def file_row(name: str, nbytes: int, tensors: Collection[PlannedTensor | GgufTensor]) -> tuple[str, ...]:
+    """The cells of a file, under `FILE_TITLES`."""
+    return f"`{code_text(name)}`", f"{nbytes:,}", str(len(tensors)), type_counts(tensors)
 
 
 def running(name: str, splits: int, notes: Iterable[str]) -> str:
@@ -149,9 +189,12 @@ def source_of(facts: Mapping[str, object]) -> str | None:
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    cells = ([cell.replace("|", "\\|") for cell in line] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(map(table_line, [titles, ["---"] * len(titles), *rows]))
+
+
+def table_line(cells: Iterable[str]) -> str:
+    escaped = (cell.replace("|", "\\|") for cell in cells)
+    return f"| {' | '.join(escaped)} |"
 
 
 def code(text: str) -> str:

@@ -16,11 +16,14 @@ from markdown_it import MarkdownIt
 from random_checkpoint import Spec, write_checkpoint
 from test_validate_stored import GOLDEN
 
+from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.convert.conversion import Options, convert
+from kimi_gguf.convert.output.model_card import Made, made_in
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.card import CardFile, card_text, draw_plots, recommended
+from kimi_gguf.validate.card_files import made_of
 from kimi_gguf.validate.cli import main
 from kimi_gguf.validate.provenance import gguf_facts
 from kimi_gguf.validate.stored import read_report
@@ -31,7 +34,8 @@ KEYS: Mapping[str, object] = {"general.architecture": "kimi-linear", "general.na
 
 def rows(card: str) -> dict[str, list[str]]:
     """The rows of the table of files, by file."""
-    found = re.findall(r"^\| `(\S+\.gguf)` \| (.*) \|$", card, re.MULTILINE)
+    section = card.partition("\n## Files\n")[2].partition("\n## ")[0]
+    found = re.findall(r"^\| `(.+\.gguf)` \| (.*) \|$", section, re.MULTILINE)
     return {name: cells.split(" | ") for name, cells in found}
 
 
@@ -86,7 +90,7 @@ def links(html: str) -> list[str]:
 @pytest.mark.engine
 def test_the_rendered_card_refers_to_files_next_to_it(demo_hub: Path) -> None:
     html = rendered((demo_hub / "README.md").read_text())
-    assert [html.count(f"<{tag}") for tag in ("table>", "img ", "a ")] == [2, 5, 2]
+    assert [html.count(f"<{tag}") for tag in ("table>", "img ", "a ")] == [3, 5, 2]
     assert not re.search(r"^(<p>)?\|", html, re.MULTILINE)  # no row outside of a table
     assert len(links(html)) == 7
     assert all((demo_hub / link).is_file() for link in links(html))
@@ -122,6 +126,69 @@ def test_a_new_file_is_validated_and_the_others_are_not(
     assert set(rows((folder / "README.md").read_text())) == {
         f"demo-{kind}.gguf" for kind in ("Q4_0", "Q8_0", "BF16")
     }
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("engine")
+def test_what_the_converter_wrote_is_kept(tmp_path: Path) -> None:
+    """convert-kimi --model-card, then the card with figures, and again with another file."""
+    checkpoint = write_checkpoint(tmp_path / "Some-Model-48B-A3B-Instruct", Spec(layers="KM", seed=33))
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    words = [str(checkpoint), "-o", str(hub / "a b.gguf"), "--type", "F32", "--split-max-size", "300K"]
+    assert convert_kimi([*words, "--quantized-by", "me", "--model-card", "--quiet"]) == 0
+    first = (hub / "README.md").read_text()
+    validate = ["card", str(hub), "--checkpoint", str(checkpoint), *SHORT, "--tokens", "16"]
+    assert main(validate) == 2  # only with --force
+    main([*validate, "--force"])
+    second = (hub / "README.md").read_text()
+    rewritten = {  # what the other card says in other words
+        "# Some-Model-48B-A3B-Instruct, F32 for llama.cpp", "| type | F32 |", "## How to check it",
+        "This command converts the checkpoint again and compares all bytes:",
+        *re.findall(r"^\| SHA-256 .*? \|", first, re.MULTILINE),
+    }  # fmt: skip
+    assert len(rewritten) == 6
+    lines = first.splitlines()
+    assert len([line for line in lines if "-of-0000" in line]) > 4
+    kept = [line for line in lines if not any(line.startswith(text) for text in rewritten)]
+    assert [line for line in kept if line not in second.splitlines()] == []
+    for sha256 in re.findall(r"`([0-9a-f]{64})`", first):
+        assert sha256 in second
+    assert list(rows(second)) == ["a b-00001-of-00003.gguf"] and second.count("![") == 4
+
+    assert convert_kimi([str(checkpoint), "-o", str(hub / "c.gguf"), "--type", "BF16", "--quiet"]) == 0
+    main([*validate, "--force"])
+    third = (hub / "README.md").read_text()
+    assert len(rows(third)) == 2
+    assert third.count("Made by kimi-gguf") == 1
+    assert "convert-kimi Some-Model-48B-A3B-Instruct -o 'a b.gguf'" in third
+
+
+@pytest.mark.parametrize(
+    ("stem", "size", "known"),
+    [("a|b", "10", True), ("a|b", "1", False), ("a|b", "11", False), ("a", "10", False)],
+)
+def test_a_command_is_kept_while_the_file_is_the_same(stem: str, size: str, known: bool) -> None:
+    part = ("`x|.gguf`", "10", "3", "3 F32")
+    made = Made("1.0", ("convert-kimi", "a", "-o", "a|b.gguf"))
+    earlier = card_text([replace(card_file(), parts=[part], made=made)], ["kld"], [])
+    assert made_of(earlier, stem, [(part[0], size, *part[2:])]) == (made if known else None)
+
+
+def test_the_importance_matrix_is_named() -> None:
+    keys = {"quantize.imatrix.file": "/home/me/im`a|.gguf", "quantize.imatrix.dataset": "data/cal<b>.txt"}
+    part = ("`x.gguf`", "10", "3", "3 F32")
+    card = card_text([replace(card_file(), keys={**KEYS, **keys}, parts=[part])], ["kld"], [])
+    assert "| `x.gguf` | 10 | 3 | 3 F32 | `im a\\|.gguf`, made with cal b .txt |" in card
+    assert "importance" not in card_text([replace(card_file(), parts=[part])], ["kld"], [])
+
+
+@pytest.mark.parametrize("text", ["'", "convert-kimi", "rm -r x", "convert-kimi a --type b"])
+def test_other_texts_in_a_card_are_not_commands(text: str) -> None:
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b\n```.gguf"))
+    card = f"Made by kimi-gguf 1.0:\n\n```sh\n{text}\n```\n\n{made.text()}\n"
+    assert list(made_in(card)) == [made]
 
 
 @pytest.mark.engine
