@@ -223,15 +223,24 @@ def wanted(name: str) -> bool:
 
 
 def published_manifest(engine: Engine, seconds: int) -> dict[str, Any]:
-    """The manifest of the build without what differs between equal builds."""
+    """The manifest of the build without what differs between equal builds; the key is the hash of the rest."""
     built = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    compilers = {key: Path(text).name for key, text in engine.manifest["compilers"].items()}
+    compilers = {language: compiler_version(text) for language, text in engine.manifest["compilers"].items()}
     # Builds that are compiled later take the options of the installed one: they are not cross compilations.
     options = {**engine.manifest["options"]}
     for name in (SYSTEM, MACHINE, EMULATOR):
         options.pop(name, None)
     own = {"seconds": None, "built": built, "compilers": compilers, "options": options}
-    return {**engine.manifest, **own, "tests": False, "test_programs": []}
+    published = {**engine.manifest, **own, "tests": False, "test_programs": []}
+    del published["key"]  # that of the cache depends on the compilers' paths
+    return {**published, "key": hashlib.sha256(_json(published)).hexdigest()[: len(engine.key)]}
+
+
+def compiler_version(text: str) -> str:
+    """The version in a manifest's `PATH: VERSION`. GCC begins it with the name that it was called by."""
+    path, _, version = text.partition(": ")
+    name = Path(path).name
+    return f"GCC{version.removeprefix(name)}" if version.startswith(f"{name} (") else version
 
 
 def platform_tag(engine: Engine) -> str:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from kimi_gguf.engine import build
+from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
@@ -67,11 +71,64 @@ def in_site(
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_equal_inputs_give_equal_bytes(wheel: Path, tmp_path: Path, engine: Engine, source: Path) -> None:
-    again = make(tmp_path / "again", engine, source)
+def test_equal_inputs_give_equal_bytes(
+    wheel: Path, tmp_path: Path, engine: Engine, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same compilers in another folder and under other names, another cache, another time of compiling."""
+    here = make_build_spec()
+    for variable, (language, compiler) in zip(("CC", "CXX"), here.compilers, strict=True):
+        other = tmp_path / "other (b)" / f"mine-{language}"
+        other.parent.mkdir(exist_ok=True)
+        other.symlink_to(compiler.path)
+        monkeypatch.setenv(variable, shlex.quote(str(other)))
+    there = make_build_spec()
+    assert there.key != here.key  # the cache keeps builds of both
+    wanted = {"programs": engine.manifest["programs"], "tests": []}
+    manifest = build._manifest(there, engine.manifest["tree_sha256"], wanted, 1.0)
+    assert manifest["compilers"] != engine.manifest["compilers"]
+    shutil.copytree(engine.prefix, tmp_path / "prefix")
+    moved = replace(engine, key=there.key, prefix=tmp_path / "prefix", manifest=manifest)
+    again = make(tmp_path / "again", moved, source)
     assert again.read_bytes() == wheel.read_bytes()
     sdists = [next(path.parent.glob("*.tar.gz")).read_bytes() for path in (wheel, again)]
     assert sdists[0] == sdists[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("/usr/bin/cc: cc (Debian 12.2.0-14) 12.2.0", "GCC (Debian 12.2.0-14) 12.2.0"),
+        ("/opt/x/bin/g++-12: g++-12 (GCC) 12.2.0", "GCC (GCC) 12.2.0"),
+        ("/usr/bin/clang: Debian clang version 14.0.6", "Debian clang version 14.0.6"),
+        (
+            "/bin/cc: clang version 20 (https://example.org/llvm 24a3)",
+            "clang version 20 (https://example.org/llvm 24a3)",
+        ),
+    ],
+)
+def test_a_compiler_is_named_by_its_version(text: str, version: str) -> None:
+    assert release.compiler_version(text) == version
+
+
+def test_other_inputs_have_another_key(engine: Engine) -> None:
+    compilers = {"C": "/usr/bin/cc: cc (Debian) 99.0", "C++": "/usr/bin/c++: c++ (Debian) 99.0"}
+    keys = {release.published_manifest(each, SECONDS)["key"] for each in (
+        engine,
+        replace(engine, manifest={**engine.manifest, "compilers": compilers}),
+        replace(engine, manifest={**engine.manifest, "series_sha256": "0" * 64}),
+    )}  # fmt: skip
+    assert len(keys) == 3 and engine.key not in keys
+
+
+def test_the_wheel_is_built_with_the_pinned_setuptools(wheel: Path) -> None:
+    pinned = dict(
+        line.split("==")
+        for line in (release.ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+        assert f"Generator: setuptools ({pinned['setuptools']})" in archive.read(name).decode()
 
 
 def test_one_list_of_hashes_has_the_wheels_of_several_systems(
@@ -178,6 +235,37 @@ def test_llama_cpp_is_that_of_the_wheel(site: Path, tmp_path: Path) -> None:
     paths = [Path(line) for line in ran.stdout.splitlines()]
     assert len(paths) > 3
     assert all(path.is_relative_to(site / release.ENGINE) for path in paths)
+
+
+CHAT = """
+import sys
+from kimi_gguf.engine import llama_cpp
+from llama_cpp import Llama
+assert Llama is llama_cpp.Llama
+model = Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+messages = [{"role": "user", "content": "define: elephant"}]
+answer = model.create_chat_completion(messages, max_tokens=60, temperature=0.0)
+print(answer["choices"][0]["message"]["content"])
+"""
+
+
+def test_llama_of_the_wheel_chats(site: Path, tmp_path: Path, demo_gguf: Callable[[str], Path]) -> None:
+    """Its answer is that of the wheel's program. An installed llama-cpp-python stays what `import llama_cpp` gives."""
+    installed = tmp_path / "installed/llama_cpp/__init__.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("")
+    assert not (site / "llama_cpp").exists()
+    paths = os.pathsep.join(map(str, (site, installed.parents[1])))
+    model = demo_gguf("Q8_0")
+    ran = in_site(site, tmp_path, "-c", CHAT, model, PYTHONPATH=paths)
+    assert ran.returncode == 0, ran.stderr
+    answer = ran.stdout.strip()
+    assert answer.startswith("elephant:") and answer.endswith(".")  # it ends by itself
+    other = in_site(site, tmp_path, "-c", "import llama_cpp; print(llama_cpp.__file__)", PYTHONPATH=paths)
+    assert other.stdout.strip() == str(installed)
+    words = ("chat", model, "--single-turn", "-p", "define: elephant", "-n", "60", "--temp", "0")
+    program = in_site(site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", *words, "--threads", "1")
+    assert answer in program.stdout
 
 
 def test_another_llama_cpp_in_the_process_is_refused(site: Path, tmp_path: Path) -> None:
