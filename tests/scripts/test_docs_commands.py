@@ -45,6 +45,7 @@ NOT_RUN = (
     (r"scripts/test", "runs this test"),
     (r"scripts/demo", "takes minutes; its steps are the commands that are run here"),
     (r"scripts/release ", "compiles; tests/scripts/test_release.py"),
+    (r"scripts/prove-wheel ", "needs a wheel; tests/scripts/test_release.py"),
     (r"scripts/prove-48b --rehearse", "takes minutes; tests/scripts/test_prove_48b.py"),
     (r"scripts/prove-48b ", "downloads 98 GB"),
     (r"scripts/bench-gpu", "needs a GPU, or takes minutes"),

@@ -25,7 +25,7 @@ from kimi_gguf.engine.progress import Silent
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.engine.wheel import record_line
 from kimi_gguf.patches.pin import load_pin
-from kimi_gguf.scripts import release
+from kimi_gguf.scripts import prove_wheel, release
 from kimi_gguf.scripts.sbom import components, notices, sbom
 
 pytestmark = pytest.mark.engine
@@ -216,6 +216,12 @@ def test_uninstalling_leaves_no_folder(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "kimi-gguf"], check=True)
     assert not [path.name for path in packages.iterdir() if "kimi" in path.name]
     assert not [path.name for path in python.parent.iterdir() if "kimi" in path.name]
+
+
+@pytest.mark.full
+def test_the_wheel_needs_nothing_but_python(wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the report, which needs torch. Installs the packages that the wheel requires."""
+    assert prove_wheel.main([str(wheel), "--without-report"]) == 0, capsys.readouterr().err
 
 
 LLAMA_CPP = """
