@@ -1,4 +1,5 @@
 """Every command in README.md and docs runs here, or is in `NOT_RUN` with the reason; the options of all of them exist.
+Servers are started and get the requests of their page, and code marked `python` runs.
 
 A command is a line of a block marked `sh`. Text in code spans that begins with one of the project's commands is checked
 for its options only, because it may have placeholders.
@@ -9,17 +10,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from kimi_gguf.bench.server import running
 from kimi_gguf.convert import cli as convert_cli
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts import kimi_llama
@@ -38,7 +41,7 @@ MODULES = {"convert-kimi": "convert.cli", "validate-kimi": "validate.cli", "kimi
 
 # Commands that are not run here, and why. The first pattern that matches a command counts.
 NOT_RUN = (
-    (r"curl ", "needs the server; tests/serving/test_slot_files.py sends these requests"),
+    (r"curl ", "needs the server; test_the_servers_start_and_answer sends these requests"),
     (r"(xcode-select|apt-get|python -m pip) ", "installs packages"),
     (r"source ", "changes the shell"),
     (r"scripts/environment ", "installs packages; scripts/test does it"),
@@ -60,7 +63,8 @@ NOT_RUN = (
     (r"python -m kimi_gguf.scripts.synthetic_checkpoint|convert-kimi ling-mtp ",
      "needs 6 GB of disk space; tests/convert/test_convert_ling3.py"),
     (r"kimi-llama (worker|\w+ .*--workers)", "runs until it is ended; tests/serving/test_workers.py"),
-    (r"kimi-llama serve ", "runs until it is ended; tests/serving"),
+    (r"kimi-llama serve ling.gguf", "needs a file with an MTP layer; tests/serving/test_mtp_drafts.py"),
+    (r"kimi-llama serve ", "runs until it is ended; test_the_servers_start_and_answer"),
     (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)", "needs 16 GB; tests/convert/test_convert_ling3.py"),
     (r"convert-kimi moonshotai/Kimi-K3 ", "needs 1.5 TB; tests/convert/test_convert_k3.py"),
     (r"python -m kimi_gguf.scripts.training.train ", "takes hours; tests/scripts/test_demo_training.py"),
@@ -138,6 +142,12 @@ def test_every_reason_is_needed() -> None:
     assert [why for _, why in NOT_RUN if why not in used] == []
 
 
+def test_the_tests_that_reasons_name_exist() -> None:
+    named = {name for _, why in NOT_RUN for name in re.findall(r"tests/[\w/.]+|test_\w+(?![\w/.])", why)}
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists() and name not in globals()] == []
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(("page", "command"), ALL)
 def test_a_command_can_be_parsed(page: str, command: str, engine: Engine) -> None:
@@ -186,6 +196,79 @@ def test_options_in_code_spans_exist(engine: Engine) -> None:
             check_options(given, known[name], str(page.relative_to(ROOT)))
             checked += len(given)
     assert checked > 50
+
+
+def test_scripts_in_code_spans_exist_with_their_options() -> None:
+    checked = 0
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for name, rest in re.findall(r"`scripts/([\w.-]+)([^`]*)`", text):
+            module = ROOT / "scripts" / f"{name.replace('-', '_')}.py"
+            source = (ROOT / "scripts" / name).read_text() + (module.read_text() if module.is_file() else "")
+            given = re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)
+            check_options(given, source, str(page.relative_to(ROOT)))
+            checked += 1
+    assert checked > 20
+
+
+def servers() -> Iterator[tuple[str, list[str]]]:
+    """The servers of all pages that start with the demo, each with the requests that follow it on its page."""
+    for page in PAGES:
+        found: list[tuple[str, list[str]]] = []
+        for command in commands(page):
+            if "test_the_servers_start_and_answer" in (reason(command) or ""):
+                if command.startswith("kimi-llama"):
+                    found.append((command, []))
+                else:
+                    found[-1][1].append(command)
+        yield from found
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("engine")
+def test_the_servers_start_and_answer(
+    tmp_path: Path, demo_gguf: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the demo in place of the models that they name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    for name in ("model.gguf", "draft.gguf", "kimi-q4.gguf"):
+        (tmp_path / name).symlink_to(demo_gguf("Q8_0"))
+    (tmp_path / "slots").mkdir()
+    found = list(servers())
+    assert len(found) > 4 and sum(len(requests) for _, requests in found) > 2
+    for command, requests in found:
+        words = [sys.executable, "-m", f"kimi_gguf.{MODULES['kimi-llama']}", *shlex.split(command)[1:]]
+        with running(tmp_path / "log", *words) as server:
+            assert server.post("/completion", {"prompt": "a", "n_predict": 2})["content"], command
+            for request in requests:
+                program, url, option, body = shlex.split(request)
+                host, path = url.split("/", 1)
+                assert (program, host, option) == ("curl", "localhost:8080", "-d")
+                server.post(f"/{path}", json.loads(body))  # raises if the server refuses
+    assert (tmp_path / "slots/elephant.bin").stat().st_size > 0
+
+
+# What the text around the code says about its names.
+GIVEN = """
+from pathlib import Path
+import numpy as np
+from kimi_gguf.engine.builds import ensure
+engine, ids = ensure(), np.arange(8)
+"""
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("engine")
+def test_python_code_runs(tmp_path: Path, demo_gguf: Callable[[str], Path]) -> None:
+    (tmp_path / "model.gguf").symlink_to(demo_gguf("Q8_0"))
+    checked = 0
+    for page in PAGES:
+        for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            ended = run(sys.executable, "-c", (GIVEN if "engine," in code else "") + code, folder=tmp_path)
+            assert ended.returncode == 0, f"{page}: {code}\n{ended.stderr[-2000:]}"
+            checked += 1
+    assert checked > 1
 
 
 @pytest.fixture(scope="module")
