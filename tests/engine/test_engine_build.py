@@ -357,6 +357,21 @@ def test_the_folder_is_not_in_the_libraries(tmp_path: Path, monkeypatch: pytest.
     assert b"src/steady.cpp" in library
 
 
+def test_a_release_is_compiled_without_ccache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ccache makes paths relative, so assertions would name other paths."""
+    broken = tmp_path / "path" / "ccache"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{broken.parent}{os.pathsep}{os.environ['PATH']}")
+    tiny = tiny_llama.make(tmp_path)
+    with pytest.raises(EngineError, match="does not compile"):
+        tiny.build()
+    spec = tiny.spec()
+    spec = dataclasses.replace(spec, options=(*spec.options, *release.DEFINES))
+    building.build(spec, tiny.cache, tiny.archive, False, Silent())
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="compiles for Linux with Debian's tools")
 def test_a_cross_compiled_build_runs_in_the_emulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prefix = "aarch64-linux-gnu"

@@ -41,7 +41,8 @@ struct Shape {
     bool        strided   = false;  // activations are views of longer rows
     bool        invariant = false;  // marked GGML_OP_MARK_INVARIANT
     std::string values =
-        "normal";  // normal, zeros (some rows of both are zero), huge, tiny, faint (weights, near 1e-38)
+        "normal";  // normal, zeros (some rows of both are zero), huge, tiny, faint (weights, near 1e-38), full (the
+                   // largest quants of both nearly everywhere, so that integer sums are as large as they can be)
     std::string routing =
         "mixed";  // mixed, one (all tokens to one expert), lonely (one token to each expert, all others to the last)
 };
@@ -161,6 +162,10 @@ struct Case {
             const bool zero = s.values == "zeros" && i / s.k % 5 == 3;
             w[i]            = zero ? 0.0f : normal(rng) * strength * (1 + 10 * (i / 32 % 7 == 0));
         }
+        const bool full_sums = s.values == "full";
+        for (int64_t i = 0; full_sums && i < (int64_t) w.size(); i++) {
+            w[i] = i % 32 == 4 ? -1.0f : 0.9f;
+        }
         std::vector<uint8_t> stored(ggml_nbytes(weights));
         ggml_quantize_chunk(s.type, w.data(), stored.data(), 0, s.n_rows * matrices, s.k, nullptr);
         ggml_backend_tensor_set(weights, stored.data(), 0, stored.size());
@@ -176,6 +181,9 @@ struct Case {
             for (int64_t i = 0; i < s.k; i++) {
                 const bool zero               = s.values == "zeros" && (r % 3 == 1 || i / 32 % 4 == 2);
                 x_values[r * full->ne[0] + i] = zero ? 0.0f : normal(rng) * scale * (1 + 30 * (i % 61 == 0));
+            }
+            if (full_sums) {
+                std::fill_n(&x_values[r * full->ne[0]], s.k, r % 2 ? -1.0f : 1.0f);
             }
         }
         ggml_backend_tensor_set(full, x_values.data(), 0, ggml_nbytes(full));
@@ -334,6 +342,25 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     return shapes;
 }
 
+// What every run checks: the largest sums, and few rows and columns of slices of 256 values and a rest.
+static std::vector<Shape> shapes_at_limits(const Kind & kind) {
+    std::vector<Shape> shapes;
+    Shape              base;
+    base.type   = kind.type;
+    base.repack = kind.repack;
+    for (const int64_t n : { 1, 2, 3, 16 }) {
+        base.n_tokens = n;
+        base.values   = "full";
+        shapes.push_back(base);
+        Shape rest  = base;
+        rest.values = "normal";
+        rest.k      = kind.block * 9;
+        rest.n_rows = kind.repack ? 8 : 3;
+        shapes.push_back(rest);
+    }
+    return shapes;
+}
+
 static void check_columns_of(const Kind & kind) {
     Shape base;
     base.type      = kind.type;
@@ -389,6 +416,9 @@ int main() {
             if (chosen()) {
                 check(shape);
             }
+        }
+        for (const Shape & shape : shapes_at_limits(kind)) {
+            check(shape);
         }
         if (chosen()) {
             check_columns_of(kind);

@@ -263,7 +263,7 @@ template <int N_C> struct TwoBlocksProducts {
         std::fill(sums, sums + N_C, ints(0));
     }
 
-    // Values `at` to `at + 3` and `at + 16` to `at + 19` of block b. They may lie behind the block, where they are zeros.
+    // Values `at` to `at + 3` and `at + 16` to `at + 19` of block b.
     inline void add(int b, int at, Ints low, Ints high) {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
@@ -293,7 +293,9 @@ template <int N_C> struct TwoBlocksProducts {
         } else if (part < 4) {
             add(b, 4 * part - 2, low_nibbles(x), high_nibbles(x));
         } else if (part == 4) {
-            add(b, 14, x & ints(0x0f0f), right_16(x, 4) & ints(0x0f0f));
+            // into the upper half of a lane, as values 0 and 1 are in the lower one: 8 products fit in 16 bits
+            const Ints values = left_32(x, 16);
+            add(b, 12, low_nibbles(values), high_nibbles(values));
             const Ints scales = halves_apart(_mm256_blend_epi16(first_word, x, 0xaa));
             second_scale      = _mm256_cvtph_ps(_mm256_extracti128_si256(scales, 1));
             end(b, _mm256_cvtph_ps(_mm256_castsi256_si128(scales)));
