@@ -115,7 +115,7 @@ def diagnose() -> Diagnosis:
         patches=tuple((patch.name, patch.subject) for patch in load_series().patches),
         engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
         chosen=_checked("build that runs", lambda: select(make=False).label()),
-        installed=_checked("files of the wheel", _unchanged_files) if prebuilt() else None,
+        installed=_checked("files of the wheel", _unchanged_files) if PREBUILT.is_dir() else None,
     )
 
 

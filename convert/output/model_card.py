@@ -34,6 +34,7 @@ DIFFERENCES: Final = (
     "Tensor names, shapes and types are those of llama.cpp, so that upstream builds load the file.",
 )
 
+_OPTIONS_OF_VERIFY: Final = ("--imatrix", "--chat-template")  # of convert-kimi, which verify needs, too
 _TOKENIZER_EOS: Final = {"kimi-linear": "`[EOS]`"}
 FILE_TITLES: Final = ("file", "bytes", "tensors", "types")
 
@@ -56,7 +57,7 @@ class Made:
     def check(self, name: str) -> str:
         """The command that compares the file `name` (of a split model, the first split) with a new conversion."""
         words = ["convert-kimi", "verify", name, "--checkpoint", self.command[1]]
-        for option in ("--imatrix", "--chat-template"):
+        for option in _OPTIONS_OF_VERIFY:
             if option in self.command:
                 words += [option, self.command[self.command.index(option) + 1]]
         return shlex.join(words)
@@ -70,7 +71,11 @@ def made_in(card: str) -> Iterator[Made]:
             command = tuple(shlex.split(text))
         except ValueError:  # an open quote
             continue
-        if len(command) > 3 and command[0] == "convert-kimi" and command[2] == "-o":
+        if (
+            len(command) > 3
+            and (command[0], command[2]) == ("convert-kimi", "-o")
+            and command[-1] not in _OPTIONS_OF_VERIFY  # their values are missing
+        ):
             yield Made(version, command)
 
 

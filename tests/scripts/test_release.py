@@ -312,6 +312,18 @@ def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
     assert "kimi_gguf/convert/plan.py" in json.loads(ran.stdout)["installed"]["seen"]
 
 
+def test_doctor_finds_a_missing_manifest(site: Path, tmp_path: Path) -> None:
+    """Without it there is no build, but still a wheel whose files are checked."""
+    manifest = site / release.ENGINE / "manifest.json"
+    moved = manifest.rename(tmp_path / "manifest.json")
+    try:
+        ran = in_site(site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
+    finally:
+        moved.rename(manifest)
+    assert ran.returncode == 1
+    assert f"{manifest.relative_to(site)} (missing)" in json.loads(ran.stdout)["installed"]["seen"]
+
+
 def test_doctor_finds_added_files(site: Path, tmp_path: Path) -> None:
     """ggml would load the library, and the folder's libraries. Python's caches appear when it runs."""
     engine = site / release.ENGINE

@@ -184,7 +184,9 @@ def test_the_importance_matrix_is_named() -> None:
     assert "importance" not in card_text([replace(card_file(), parts=[part])], ["kld"], [])
 
 
-@pytest.mark.parametrize("text", ["'", "convert-kimi", "rm -r x", "convert-kimi a --type b"])
+@pytest.mark.parametrize(
+    "text", ["'", "convert-kimi", "rm -r x", "convert-kimi a --type b", "convert-kimi a -o b.gguf --imatrix"]
+)
 def test_other_texts_in_a_card_are_not_commands(text: str) -> None:
     made = Made("1.0", ("convert-kimi", "a", "-o", "b\n```.gguf"))
     card = f"Made by kimi-gguf 1.0:\n\n```sh\n{text}\n```\n\n{made.text()}\n"
