@@ -56,7 +56,8 @@ DRAFTS: dict[str, tuple[str, ...]] = {  # options of llama-server; {draft}: the 
 }
 DESCRIPTION = """\
 Measure llama-server without drafts and with drafts of the MTP layer in FILE, patched and upstream, and print a table.
-The drafts have the layer's own acceptance rate, or rates that llama-server simulates, for files with generated weights.
+The drafts have acceptance rates that llama-server simulates, for files with generated weights; with --all also the
+layer's own.
 Answers with simulated rates are meaningless; the work is that of a model with these rates."""
 MTP_LENGTHS = (1, 2, 3)
 MTP_RATES = (0.0, 0.5, 0.7, 0.9)  # simulated: accepted tokens among those whose predecessor is accepted

@@ -235,7 +235,7 @@ class Context:
     ) -> None:
         """Put the tokens into the batch.
 
-        hidden [tokens, M]: what an MTP context (`ctx_type`) reads with each token, the hidden state of the one before.
+        hidden [tokens, M]: what an MTP context (`ctx_type`) reads with each token: the state of the token before it.
         """
         batch = self._batch
         batch.n_tokens = len(tokens)

@@ -255,5 +255,8 @@ def _checks(files: Sequence[CardFile]) -> str:
     ]
     lines.append(code("\n".join(map(shlex.join, words))))
     if again := [file.made.check(file.path.name) for file in files if file.made]:
-        lines += ["These convert the checkpoint again and compare all bytes:", code("\n".join(again))]
+        lines += [
+            "These commands convert the checkpoint again and compare all bytes:",
+            code("\n".join(again)),
+        ]
     return "\n\n".join(lines)

@@ -116,7 +116,7 @@ class MtpOfTheSameToken(Ling3):
 
 
 class MtpHalvesSwapped(Ling3):
-    """The MTP layer's first projection reads the hidden state in front of the embedding."""
+    """The MTP layer's first projection reads the hidden state before the embedding."""
 
     def mtp_input(self, p: str, embedding: Tensor, before: Tensor) -> Tensor:
         return super().mtp_input(p, embedding, before).roll(embedding.shape[1], 1)

@@ -55,7 +55,7 @@ class LlamaRun:
     """The results of a run. Arrays of one sequence are [T, ...] in the order of its ids."""
 
     logits: list[Logits]  # per sequence [T, V]
-    mtp_logits: list[Logits] = field(default_factory=list)  # the same of the MTP layer; with mtp
+    mtp_logits: list[Logits] = field(default_factory=list)  # those of the MTP layer, with mtp
     layer_outputs: dict[int, Logits] = field(default_factory=dict)  # by layer [T, M]; with trace
     experts: dict[int, NDArray[np.int32]] = field(
         default_factory=dict

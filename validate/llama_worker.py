@@ -137,7 +137,7 @@ def make_context(
 
 
 def save_and_restore(context: Context, sequences: int) -> None:
-    """Save the states of so many sequences, clear the context, and restore them."""
+    """Save the states of this number of sequences, clear the context, and restore them."""
     states = [context.save(s) for s in range(sequences)]
     context.clear()
     for s, state in enumerate(states):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.engine
 
 IDS: NDArray[np.int64] = np.random.default_rng(7).integers(0, VOCAB_SIZE, 150)
 # With few heads of the indexer, several pools have a score of exactly zero. Which of them are chosen is not defined:
-# torch.topk and ggml's top_k choose others.
+# torch.topk and ggml's top_k choose different ones.
 SPECS = [
     FamilySpec("glm5-next", "KKM", rope=0, value=64, index_heads=8, seed=72),
     FamilySpec("glm5-next", "KM", heads=4, kda_head_dim=32, rope=0, lower_bound=None, index_heads=8, seed=73),
