@@ -86,6 +86,10 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
     arch: a key of CROSS, to cross-compile; by default the wheel is for this machine.
     """
     seconds = commit_time()
+    if changed := git("status", "--porcelain", "--untracked-files=no").splitlines():
+        reporter.note(
+            f"{len(changed)} files differ from the commit, so this will not be the commit's release"
+        )
     engine = ensure(backend="cpu-all", defines=(*DEFINES, *(cross_compilation(arch) if arch else ())))
     source = upstream_source()
     document = sbom(source, load_pin(), VERSION, "MIT")
