@@ -55,6 +55,13 @@ static inline Ints sums_of_rows(const RowSums & sums) {
 
 constexpr int SUM_VECTORS = sizeof(RowSums) / sizeof(Ints);
 
+// Prefetches part b of the next rows, of SIZE bytes, if there is anything `ahead`.
+template <int SIZE> static inline void prefetch_part(const char * ahead, int b) {
+    if (ahead != nullptr) {
+        prefetch<2>(ahead + b * SIZE, SIZE);
+    }
+}
+
 // ---- types of 32 values with one scale
 
 // Receives a slice of the weights, multiplies it with slice i of the columns, and adds the products to the totals.
@@ -75,8 +82,8 @@ template <typename Type, typename Block, int N_C> struct BlockProducts {
     const ActBlocks & acts(int c) const { return ((const ActBlocks *) columns[c])[i]; }
 
     inline void codes(int b, int j, Ints x) {
-        if (j == 0 && ahead != nullptr) {
-            prefetch<2>(ahead + b * AHEAD, AHEAD);
+        if (j == 0) {
+            prefetch_part<AHEAD>(ahead, b);
         }
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
@@ -139,8 +146,8 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
 
     inline void codes(int b, int j, Ints x) {
         const int sub = SUB == 16 ? 2 * b + j / 4 : b;
-        if (j == 0 && ahead != nullptr) {
-            prefetch<2>(ahead + b * AHEAD, AHEAD);
+        if (j == 0) {
+            prefetch_part<AHEAD>(ahead, b);
         }
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
@@ -195,22 +202,22 @@ template <typename Type, typename Block> static inline bool in_memory_order(cons
 template <typename Type, typename Block, int N_C>
 static inline void add_products_of_rows(
     const WeightRows & weights, int64_t first, int64_t k, const char * const * columns, Floats (&total)[N_C]) {
-    using Products            = std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, Block, N_C>,
-                                                   SuperBlockProducts<Type, Block, N_C>>;
-    constexpr size_t SIZE     = SLICE_SIZE<Type, Block>;
-    const bool       in_order = in_memory_order<Type, Block>(weights, k);
-    const ptrdiff_t  ahead    = weights.next - weights.first;
-    const int64_t    n_blocks = k / BLOCK;
+    using Products             = std::conditional_t<Type::SCHEME == Scheme::q8_0, BlockProducts<Type, Block, N_C>,
+                                                    SuperBlockProducts<Type, Block, N_C>>;
+    constexpr size_t SIZE      = SLICE_SIZE<Type, Block>;
+    const bool       by_memory = in_memory_order<Type, Block>(weights, k);
+    const ptrdiff_t  ahead     = weights.next - weights.first;
+    const int64_t    n_blocks  = k / BLOCK;
     const DotRows    rows(weights.first, weights.stride, 0, weights.n);
     for (; first < n_blocks; first += N_BLOCKS) {
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const size_t at = first / N_BLOCKS * SIZE;
-        if (!in_order) {
+        if (!by_memory) {
             for (int r = 0; r < LANES; r++) {
                 prefetch<2>(rows.row[r] + at + ahead, SIZE);
             }
         }
-        Products to(columns, first / N_BLOCKS, in_order ? weights.next + LANES * at : nullptr, total);
+        Products to(columns, first / N_BLOCKS, by_memory ? weights.next + LANES * at : nullptr, total);
         Type::unpack(rows, first, n, to);
         to.finish();
     }
@@ -329,7 +336,7 @@ static void dot_q4_0(const WeightRows & weights, int64_t k, const char * const *
             }
         }
     }
-    if (end < k / SLICE || k % SLICE != 0) {
+    if (end * SLICE < k) {
         add_products_of_rows<Q4_0, block_q4_0>(weights, end * N_BLOCKS, k, columns, total);
     }
     store_totals(total, sums);
