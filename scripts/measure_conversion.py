@@ -22,8 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kimi_gguf.bench.files import atomically
-from kimi_gguf.bench.load import DISTURBED, Watch, resident_memory
+from kimi_gguf.bench.load import Watch, resident_memory
 from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.report import Data, Rows, mark, markdown
 from kimi_gguf.engine.builds import Engine, ensure
@@ -32,6 +31,7 @@ from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.patches.errors import KimiError
+from kimi_gguf.scripts.record_page import add_outputs, machine_text, page_of, with_note, write
 from kimi_gguf.scripts.synthetic_checkpoint import num_bytes, smaller_config, tensors, write_synthetic
 from kimi_gguf.scripts.upstream_converter import Job, command, environment
 
@@ -206,30 +206,14 @@ def table(rows: Sequence[Data]) -> Rows:
 
 def page(record: Data) -> str:
     """The page of a record."""
-    machine, engine = record["machine"], record["engine"]
+    engine = record["engine"]
     text = PAGE.format(
-        machine=f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
+        machine=machine_text(record["machine"]),
         commit=str(engine["llama_cpp_commit"])[:7], package=engine["package"], when=str(record["created"])[:10],
         command=record["command"], layers=len(LAYERS), experts=EXPERTS, vocab=VOCAB, shards=SHARDS,
         gigabytes=record["bytes"] / 1e9, turns=record["turns"], table=markdown(table(record["rows"])),
     )  # fmt: skip
-    if any(row["others"] > DISTURBED for row in record["rows"]):
-        text += "\n\\* Other work was running on the machine.\n"
-    return text
-
-
-def page_of(file: Path) -> str:
-    """The page of a record that `--json` wrote. Raises `EngineError` if the file is not such a record."""
-    try:
-        return page(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise EngineError(f"{file} is not a record of measure-conversion", found=str(error)) from error
-
-
-def write(file: Path | None, text: str) -> None:
-    """Replace the file atomically. Does nothing if `file` is None."""
-    if file is not None:
-        atomically(file, lambda part: part.write_text(text))
+    return with_note(text, record["rows"])
 
 
 def main() -> None:
@@ -243,15 +227,11 @@ def main() -> None:
     parser.add_argument(
         "--turns", type=int, default=2, help="run each converter this many times (default: 2)"
     )
-    parser.add_argument("--json", type=Path, help="write the record to this file")
-    parser.add_argument("--page", type=Path, help="write the page to this file")
-    parser.add_argument(
-        "--draw", type=Path, metavar="RECORD", help="measure nothing: write the page of this record"
-    )
+    add_outputs(parser)
     parsed = parser.parse_args()
     try:
         if parsed.draw is not None:
-            write(parsed.page, page_of(parsed.draw))
+            write(parsed.page, page_of(parsed.draw, page, "measure-conversion"))
             return
         with reporting() as reporter:
             ensure()  # convert-kimi uses its quantization functions

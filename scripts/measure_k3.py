@@ -12,7 +12,6 @@ docs/bench-conversion-k3.md.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import resource
 import subprocess
@@ -24,14 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kimi_gguf.bench.load import DISTURBED, Watch, resident_memory
+from kimi_gguf.bench.load import Watch, resident_memory
 from kimi_gguf.bench.report import Data, Rows, mark, markdown
 from kimi_gguf.convert.model.kimi_k3 import PREFIX
+from kimi_gguf.engine.archive import file_sha256
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.scripts.measure_conversion import write
+from kimi_gguf.scripts.record_page import add_outputs, machine_text, page_of, with_note, write
 from kimi_gguf.scripts.synthetic_checkpoint import K3_SHARDS, k3_config, write_synthetic
 
 LAYERS = "KM"  # the first has a dense FFN, the second the experts
@@ -91,7 +91,7 @@ def layer(folder: Path, experts: int) -> Data:
     runs = {"whole": run(source, whole)}
     runs["killed"] = killed(source, resumed, whole.stat().st_size // 2)
     runs["resumed"] = run(source, resumed, "--resume")
-    expected, found = digest(whole), digest(resumed)
+    expected, found = file_sha256(whole), file_sha256(resumed)
     if found != expected:
         raise EngineError("the resumed file is another one", expected=expected, found=found)
     return {"experts": experts, "runs": runs, "sha256": found}
@@ -129,12 +129,6 @@ def killed(source: Path, output: Path, size: int) -> Data:
     }
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def table(record: Data) -> Rows:
     """The page's table."""
     runs = record["layer"]["runs"]
@@ -153,23 +147,12 @@ def table(record: Data) -> Rows:
 
 def page(record: Data) -> str:
     """The page of a record."""
-    machine, layer = record["machine"], record["layer"]
+    layer = record["layer"]
     text = PAGE.format(
-        machine=f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB",
-        used=record["cores_used"], when=str(record["created"])[:10], command=record["command"],
-        experts=layer["experts"], table=markdown(table(record)), sha256=layer["sha256"],
+        machine=machine_text(record["machine"]), used=record["cores_used"], when=str(record["created"])[:10],
+        command=record["command"], experts=layer["experts"], table=markdown(table(record)), sha256=layer["sha256"],
     )  # fmt: skip
-    if any((row["others"] or 0) > DISTURBED for row in (record["plan"], *layer["runs"].values())):
-        text += "\n\\* Other work was running on the machine.\n"
-    return text
-
-
-def page_of(file: Path) -> str:
-    """The page of a record that `--json` wrote. Raises `EngineError` if the file is not such a record."""
-    try:
-        return page(json.loads(file.read_text()))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise EngineError(f"{file} is not a record of measure_k3", found=str(error)) from error
+    return with_note(text, [record["plan"], *layer["runs"].values()])
 
 
 def measure() -> Data:
@@ -188,11 +171,7 @@ def measure() -> Data:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="measure_k3", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the record to this file")
-    parser.add_argument("--page", type=Path, help="write the page to this file")
-    parser.add_argument(
-        "--draw", type=Path, metavar="RECORD", help="measure nothing: draw the page of this record"
-    )
+    add_outputs(parser)
     parsed = parser.parse_args()
     try:
         if parsed.draw is None:
@@ -200,7 +179,7 @@ def main() -> None:
             write(parsed.json, json.dumps(record, indent=1) + "\n")
             text = page(record)
         else:
-            text = page_of(parsed.draw)
+            text = page_of(parsed.draw, page, "measure_k3")
         write(parsed.page, text)
     except KimiError as error:
         sys.exit(f"measure_k3: error: {error}")

@@ -176,10 +176,8 @@ def _anonymous(entry: tarfile.TarInfo, seconds: int) -> None:
 def pure_wheel(sdist: Path, folder: Path) -> Path:
     """The wheel that pip builds from the sdist: Python, patches and operators, without an engine."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += [
-        "--no-cache-dir"
-    ]  # pip's cache finds wheels by the path of their sdist, which may have changed
-    command += ["--wheel-dir", str(folder), str(sdist)]
+    # pip's cache finds wheels by the path of their sdist, which may have changed
+    command += ["--no-cache-dir", "--wheel-dir", str(folder), str(sdist)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise EngineError(

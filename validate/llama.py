@@ -57,9 +57,8 @@ class LlamaRun:
     logits: list[Logits]  # per sequence [T, V]
     mtp_logits: list[Logits] = field(default_factory=list)  # those of the MTP layer, with mtp
     layer_outputs: dict[int, Logits] = field(default_factory=dict)  # by layer [T, M]; with trace
-    experts: dict[int, NDArray[np.int32]] = field(
-        default_factory=dict
-    )  # by MoE layer [T, K], the MTP layer is the last
+    # by MoE layer [T, K], with trace; the MTP layer is the last
+    experts: dict[int, NDArray[np.int32]] = field(default_factory=dict)
     system: str = ""  # llama.cpp's own line about the CPU features and backends it uses
     log: str = ""  # the whole log
 

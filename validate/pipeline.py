@@ -66,9 +66,8 @@ class Shared:
     """What does not depend on the GGUF file: kept for the next file of the same checkpoint."""
 
     checkpoint: provenance.Facts | None = None
-    truths: dict[tuple[bytes, bool, bool], Truth] = field(
-        default_factory=dict
-    )  # by token ids, quiet and MTP layer
+    # by token ids, quiet and MTP layer
+    truths: dict[tuple[bytes, bool, bool], Truth] = field(default_factory=dict)
 
 
 def validate(

@@ -87,6 +87,12 @@ class Keys:
             raise self.fail(names[0], "a positive number from 1e-30 to 1e30", value)
         return float(value)
 
+    def negative(self, name: str, *todo: str) -> float:
+        value = self.get(name)
+        valid = type(value) in (int, float) and -1e30 < value < -1e-30  # the file has it in float32
+        self.require(valid, name, "a negative number from -1e30 to -1e-30", value, *todo)
+        return float(value)
+
 
 def _shown(value: Any) -> str:
     """A value for a message; booleans as in JSON."""

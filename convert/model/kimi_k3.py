@@ -151,12 +151,8 @@ def _text_keys(keys: Keys) -> Keys:
 
 
 def _lower_bound(keys: Keys) -> float:
-    name = f"{LINEAR}.gate_lower_bound"
-    value = keys.get(name)
     todo = "without a bound llama.cpp computes another gate, for which no checkpoint is known"
-    valid = type(value) in (int, float) and -1e30 < value < -1e-30
-    keys.require(valid, name, "a negative number from -1e30 to -1e-30", value, todo)
-    return float(value)
+    return keys.negative(f"{LINEAR}.gate_lower_bound", todo)
 
 
 def _routed(config: ModelConfig) -> int:

@@ -149,7 +149,7 @@ def read_config(keys: Keys) -> Ling3Config:
         kda_num_heads=keys.integer("linear_num_heads", "num_attention_heads"),
         kda_head_dim=_kda_head_dim(keys, rope),
         conv_kernel_size=keys.integer("short_conv_kernel_size", "linear_conv_kernel_dim", low=2),
-        kda_lower_bound=_lower_bound(keys),
+        kda_lower_bound=keys.negative("kda_lower_bound"),
         rope_theta=keys.number("rope_theta", f"{ROPE}.rope_theta"),
         num_dense_layers=num_dense,
         num_experts=keys.integer("num_experts", "num_local_experts", high=MAX_EXPERTS),
@@ -191,13 +191,6 @@ def _kda_head_dim(keys: Keys, rope: int) -> int:
     expected = f"{width}, as linear_head_dim, or {rope}, as qk_rope_head_dim"
     keys.require(head_dim in (width, rope), "head_dim", expected, head_dim)
     return int(width)
-
-
-def _lower_bound(keys: Keys) -> float:
-    value = keys.get("kda_lower_bound")
-    valid = type(value) in (int, float) and -1e30 < value < -1e-30
-    keys.require(valid, "kda_lower_bound", "a negative number from -1e30 to -1e-30", value)
-    return float(value)
 
 
 def _renormalize(keys: Keys) -> bool:

@@ -23,6 +23,8 @@ from random_checkpoint import Spec
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model
 from kimi_gguf.convert.model.families import load_vocab, read_config
+from kimi_gguf.convert.model.metadata import architecture_keys
+from kimi_gguf.convert.output.gguf_header import key_bytes
 from kimi_gguf.convert.source.byte_source import LocalFile
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.json_file import parse_object
@@ -77,6 +79,12 @@ def refusal(act: Any, *arguments: Any) -> str:
         assert "\n" not in message and 10 < len(message) < 2000, message
         return message
     return ""
+
+
+def write_keys_of(config: str) -> None:
+    """Read the text of a config.json, and make the bytes of the keys that a file gets from it."""
+    for key in architecture_keys(read_config(parse_object(config, "c"), "config.json")):
+        key_bytes(key)
 
 
 def fuzz(path: Path, cases: int, seed: int, act: Any, reach: int = 1 << 20) -> list[str]:

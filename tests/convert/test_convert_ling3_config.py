@@ -12,14 +12,11 @@ import pytest
 from convert_tools import assert_refused, convert, edited_json, fresh_checkpoint
 from random_ling3 import Layout, LingSpec, config, weights
 from test_convert_config import drop, put
-from test_convert_fuzzed import fuzz, refusal
+from test_convert_fuzzed import fuzz, refusal, write_keys_of
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import hub_shapes, read_config
 from kimi_gguf.convert.model.ling3 import Ling3Config, Yarn, notes, own_keys
-from kimi_gguf.convert.model.metadata import architecture_keys
-from kimi_gguf.convert.output.gguf_header import key_bytes
-from kimi_gguf.convert.source.json_file import parse_object
 
 Config = dict[str, Any]
 SPEC = LingSpec(mtp=True, dense_layers=2)
@@ -256,10 +253,5 @@ def test_hostile_values() -> None:
         for key in rng.sample(keys, rng.randint(1, 3)):
             changed[key] = rng.choice(values)
         text = json.dumps(changed)
-        refused += bool(refusal(keys_of, text))
+        refused += bool(refusal(write_keys_of, text))
     assert 1000 < refused < 2900
-
-
-def keys_of(text: str) -> None:
-    for key in architecture_keys(read_config(parse_object(text, "c"), "config.json")):
-        key_bytes(key)

@@ -12,8 +12,6 @@ from family_reference import reference_of_family
 from random_checkpoint import Spec
 from random_family import VOCAB_SIZE, FamilySpec, write_family
 from synthetic_case import error_of, make_case
-from transformers.models.glm5_next import modeling_glm5_next
-from transformers.models.glm5_next.modeling_glm5_next import recurrent_kimi_delta_attention
 from transformers_glm import glm_logits
 
 from kimi_gguf.engine.builds import Engine
@@ -67,10 +65,7 @@ GLM = [FamilySpec("glm5-next", layers, rope=0, value=64, index_heads=8, seed=73)
 
 
 @pytest.mark.parametrize("spec", GLM, ids=lambda spec: spec.id)
-def test_glm_runs_right(
-    tmp_path: Path, spec: FamilySpec, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(modeling_glm5_next, "chunk_kimi_delta_attention", recurrent_kimi_delta_attention)
+def test_glm_runs_right(tmp_path: Path, spec: FamilySpec, engine: Engine) -> None:
     ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, 90)
     model, expected = write_family(tmp_path / "model.gguf", spec), glm_logits(spec, ids)
     for way in WAYS.values():

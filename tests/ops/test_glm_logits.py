@@ -10,8 +10,6 @@ import pytest
 from numpy.typing import NDArray
 from random_family import VOCAB_SIZE, FamilySpec, write_family
 from synthetic_case import error_of
-from transformers.models.glm5_next import modeling_glm5_next
-from transformers.models.glm5_next.modeling_glm5_next import recurrent_kimi_delta_attention
 from transformers_glm import glm_logits
 
 from kimi_gguf.engine.builds import Engine
@@ -34,7 +32,6 @@ def test_glm_has_the_logits_of_transformers(
     spec: FamilySpec, engine: Engine, upstream: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """32 of up to 150 tokens are attended to. Upstream's flash attention rounds an F32 cache to F16."""
-    monkeypatch.setattr(modeling_glm5_next, "chunk_kimi_delta_attention", recurrent_kimi_delta_attention)
     model, expected = write_family(tmp_path / "model.gguf", spec), glm_logits(spec, IDS)
     assert error_of(glm_logits(replace(spec, index_top_k=512), IDS), expected).in_all > 1e-4
     if spec.clamped:

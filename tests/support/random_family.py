@@ -24,9 +24,8 @@ SINKHORN = 5  # iterations
 POOL = 4  # tokens that sparse attention chooses together
 GLM_LIMIT = 0.5  # of a clamped SwiGLU, in all layers
 Tensor = tuple[str, NDArray[np.float32]]
-Change = Callable[
-    [str, NDArray[np.float32]], NDArray[np.float32]
-]  # name and tensor -> the tensor that is written
+# name and tensor -> the tensor that is written
+Change = Callable[[str, NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)

@@ -5,67 +5,47 @@ Input: a `FamilySpec` of glm5-next and token ids [T]. Output: logits [T, V].
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from random_family import GLM_LIMIT, HYPER_CONNECTIONS, POOL, SINKHORN, VOCAB_SIZE, FamilySpec, tensors
+from random_family import GLM_LIMIT, HYPER_CONNECTIONS, POOL, SINKHORN, FamilySpec
+from transformers.models.glm5_next import modeling_glm5_next
 from transformers.models.glm5_next.configuration_glm5_next import Glm5NextTextConfig
-from transformers.models.glm5_next.modeling_glm5_next import Glm5NextTextModel
+from transformers_family import LAYER, Weights, all_tensors, config_sizes, joined, layer_tensors
 
 NO_LIMIT = 1e30
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+OWN_LAYER = {
     "ssm_f_a": "self_attn.forget_gate.f_a_proj",
     "ssm_f_b": "self_attn.forget_gate.f_b_proj",
     "ssm_g_a": "self_attn.g_a_proj",
     "ssm_g_b": "self_attn.g_b_proj",
-    "ssm_beta": "self_attn.b_proj",
-    "ssm_norm": "self_attn.o_norm",
-    "attn_output": "self_attn.o_proj",
     "attn_q_a": "self_attn.q_a_proj",
     "attn_q_a_norm": "self_attn.q_a_layernorm",
     "attn_q_b": "self_attn.q_b_proj",
-    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "indexer.attn_q_b": "self_attn.indexer.wq_b",
     "indexer.attn_k": "self_attn.indexer.wk",
     "indexer.k_norm": "self_attn.indexer.k_norm",
     "indexer.proj": "self_attn.indexer.weights_proj",
-    **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
-    **{f"ffn_{x}_shexp": f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down")},
-    "ffn_gate_inp": "mlp.gate",
 }
-PARAMETERS = {  # in transformers they are no weights of a module
+NAMES = {
+    **{f"{old}.weight": f"{new}.weight" for old, new in (LAYER | OWN_LAYER).items()},
     **{f"hc_{x}_{y}.weight": f"{x}_hc.{y}" for x in ("attn", "ffn") for y in ("fn", "base", "scale")},
     "indexer.k_norm.bias": "self_attn.indexer.k_norm.bias",
     "indexer_compressor_ape.weight": "self_attn.indexer.index_kpool_compress_ape",
     "indexer_compressor_gate.weight": "self_attn.indexer.index_kpool_compress_gate",
-    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
 }
 
 
 def glm_logits(spec: FamilySpec, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Logits [T, V] of the model of `write_family`."""
+    """Logits [T, V] of the model of `write_family`. KDA runs token by token, not in chunks."""
     count = len(spec.layers)
     config = Glm5NextTextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=spec.hidden,
-        intermediate_size=spec.ffn,
-        moe_intermediate_size=spec.expert_ffn,
-        num_hidden_layers=count,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.heads,
+        **config_sizes(spec),
         n_routed_experts=spec.experts,
-        num_experts_per_tok=spec.experts_used,
         mlp_layer_types=["dense", *["sparse"] * (count - 1)],
-        kv_lora_rank=spec.kv_lora,
         q_lora_rank=spec.q_lora,
-        qk_nope_head_dim=spec.nope,
-        qk_rope_head_dim=spec.rope,
-        v_head_dim=spec.value,
-        rms_norm_eps=spec.rms_norm_eps,
         index_topk=spec.index_top_k,
         index_kpool=POOL,
         index_head_dim=spec.index_head_dim,
@@ -79,39 +59,23 @@ def glm_logits(spec: FamilySpec, ids: NDArray[np.int64]) -> NDArray[np.float64]:
         hc_mult=HYPER_CONNECTIONS,
         hc_eps=1e-6,
         hc_sinkhorn_iters=SINKHORN,
-        pad_token_id=None,
-        attn_implementation="eager",
-        experts_implementation="eager",
     )
-    every = {name: torch.from_numpy(np.array(data)).double() for name, data in tensors(spec)}
-    model = Glm5NextTextModel(config).to(torch.float64).eval()
+    every = all_tensors(spec)
+    model = modeling_glm5_next.Glm5NextTextModel(config).to(torch.float64).eval()
     model.load_state_dict(_state(spec, every))
-    with torch.no_grad():
+    by_token = modeling_glm5_next.recurrent_kimi_delta_attention
+    with torch.no_grad(), mock.patch.object(modeling_glm5_next, "chunk_kimi_delta_attention", by_token):
         hidden: torch.Tensor = model(torch.from_numpy(ids)[None], use_cache=False).last_hidden_state[0]
     return (hidden @ every["output.weight"].T).numpy()
 
 
-def _state(spec: FamilySpec, every: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _state(spec: FamilySpec, every: Weights) -> Weights:
     """transformers' names and shapes."""
     found = {"embed_tokens.weight": every["token_embd.weight"], "norm.weight": every["output_norm.weight"]}
     for i, kind in enumerate(spec.layers):
-        prefix, place = f"blk.{i}.", f"layers.{i}."
-        layer = {name.removeprefix(prefix): every[name] for name in every if name.startswith(prefix)}
-        for name, tensor in layer.items():
-            if name in PARAMETERS:
-                found[place + PARAMETERS[name]] = tensor
-            elif name.removesuffix(".weight") in LAYER:
-                found[f"{place}{LAYER[name.removesuffix('.weight')]}.weight"] = tensor
+        layer = layer_tensors(every, i)
+        state = {NAMES[name]: tensor for name, tensor in layer.items() if name in NAMES} | joined(kind, layer)
         if kind == "K":
-            convs = [layer[f"ssm_conv1d_{x}.weight"].squeeze(0) for x in "qkv"]
-            found[place + "self_attn.conv1d.weight"] = torch.cat(convs)
-            found[place + "self_attn.forget_gate.A_log"] = layer["ssm_a"].flatten().neg().log()
-            found[place + "self_attn.forget_gate.dt_bias"] = layer["ssm_dt.bias"]
-        else:
-            kv = torch.cat([layer["attn_k_b.weight"].transpose(1, 2), layer["attn_v_b.weight"]], dim=1)
-            found[place + "self_attn.kv_b_proj.weight"] = kv.flatten(0, 1)
-        if "ffn_gate_exps.weight" in layer:
-            gate_up = torch.cat([layer["ffn_gate_exps.weight"], layer["ffn_up_exps.weight"]], dim=1)
-            found[place + "mlp.experts.gate_up_proj"] = gate_up
-            found[place + "mlp.experts.down_proj"] = layer["ffn_down_exps.weight"]
+            state["self_attn.forget_gate.A_log"] = layer["ssm_a"].flatten().neg().log()
+        found |= {f"layers.{i}.{name}": tensor for name, tensor in state.items()}
     return found
