@@ -28,7 +28,8 @@ PARAMETER = re.compile(r"(\w+)=(\[[^\]]*\]|[^,]*)")  # as test-backend-ops write
 MADE_BY = "Written by `kimi-llama bench`; do not edit."
 
 INTRODUCTION = """\
-{made_by} Each section lists the commands that measured it.
+{made_by} Each section lists the commands that measured it, with the
+patched build and the day. If several of them measured the same cell, the last one counts.
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
 same archive with the same options by {compiler}. Measured {when} with kimi-gguf
@@ -49,7 +50,8 @@ llama-quantize.
 """
 
 DEVICE_INTRODUCTION = """\
-{made_by} Each section lists the commands that measured it.
+{made_by} Each section lists the commands that measured it, with the
+patched build and the day. If several of them measured the same cell, the last one counts.
 
 {device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
 {commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for
@@ -100,7 +102,7 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
             into["model"] = max(into["model"], model, key=cache_size)
             about = model["about"]
             if model["cells"] or about.get("not_measured"):
-                into["commands"][record["command"]] = None
+                into["commands"][measured_by(record)] = None
             for lines in about.get("fallbacks", {}).values():
                 into["fallbacks"] |= dict.fromkeys(lines)
             into["left_out"] |= about.get("left_out", {})
@@ -112,6 +114,11 @@ def merged(records: Sequence[Data]) -> dict[str, dict[str, Any]]:
         each["about"] = {"not_measured": missing, "left_out": each["left_out"]}
         each["cells"] = [each["cells"][key] for key in sorted(each["cells"])]
     return models
+
+
+def measured_by(record: Data) -> str:
+    """The command of a record, its patched build and its day."""
+    return f"`{record['command']}` ({record['engines']['patched']['commit']}, {str(record['created'])[:10]})"
 
 
 def operators_table(rows: Iterable[Data]) -> Rows:
@@ -325,7 +332,7 @@ def checkout(record: Data) -> str:
 def operators_part(record: Data) -> str:
     """Single operators on the CPU."""
     return (
-        f"## Single operators\n\n`{record['command']}`, {record['operators'][0]['threads']} threads; 32 heads, "
+        f"## Single operators\n\n{measured_by(record)}, {record['operators'][0]['threads']} threads; 32 heads, "
         "sizes of the 48B; time per layer and call, over more layers than the caches hold. "
         "Each row is a run of its own, in which both builds alternate. The machine's bandwidth changes between rows "
         "(see above), and with it the time of the same operator.\n\n"
@@ -340,7 +347,7 @@ def device_operators_part(records: Sequence[Data]) -> str:
     for record in by_age:
         for name in dict.fromkeys(row["operator"] for row in record["device_operators"]):
             rows[name] = [row for row in record["device_operators"] if row["operator"] == name]
-    commands = "\n".join(f"- `{each}`" for each in dict.fromkeys(record["command"] for record in by_age))
+    commands = "\n".join(f"- {each}" for each in dict.fromkeys(map(measured_by, by_age)))
     parts = [
         f"## Single operators\n\n{commands}\n\nllama.cpp's `test-backend-ops perf` of both builds, time per call. "
         "Upstream lacks the operators that are not available there. `GATED_DELTA_NET` is its recurrence "
@@ -353,7 +360,7 @@ def device_operators_part(records: Sequence[Data]) -> str:
 
 def model_part(name: str, model: Data, page: Path) -> str:
     """The cells of a model in groups, with pictures, and its memory."""
-    parts = [f"## {name}\n\n" + "\n".join(f"- `{command}`" for command in model["commands"]) + "\n"]
+    parts = [f"## {name}\n\n" + "\n".join(f"- {each}" for each in model["commands"]) + "\n"]
     for fallback in model["fallbacks"]:
         parts.append(f"Falls back: {fallback}\n")
     for (cache_type, sequences, threads, ubatch), group in itertools.groupby(model["cells"], key=group_key):
@@ -384,7 +391,7 @@ def model_part(name: str, model: Data, page: Path) -> str:
 def matmuls_part(records: Sequence[Data]) -> str:
     """Single matmuls."""
     rows = [row for record in records for row in record["products"]]
-    commands = "\n".join(f"- `{record['command']}`" for record in records)
+    commands = "\n".join(f"- {measured_by(record)}" for record in records)
     return (
         f"## Single matmuls\n\n{commands}\n\nRows of {K} weights, read from memory and repacked as llama.cpp does by "
         "default. Upstream: the faster of `--repack 0/1`. *% of roofline*: the longer of two ideal times, divided by "
@@ -397,7 +404,7 @@ def matmuls_part(records: Sequence[Data]) -> str:
 def prompt_cache_part(record: Data) -> str:
     """Prompt tokens that the server evaluates again."""
     return (
-        f"## Prompt cache\n\n`{record['command']}`: prompt tokens that llama-server evaluated, of all tokens of the "
+        f"## Prompt cache\n\n{measured_by(record)}: prompt tokens that llama-server evaluated, of all tokens of the "
         "prompt, for the demo as F32 with the chat template of Kimi K2 and random words. *At most*: the goal.\n\n"
         + markdown(prompt_cache_table(record["prompt_cache"]))
     )
@@ -408,12 +415,12 @@ def hybrid_part(record: Data) -> str:
     hybrid = record["hybrid"]
     missing = hybrid.get("not_measured", {})
     return (
-        f"## Hybrid against all MLA\n\n`{record['command']}`: {' against '.join(hybrid['models'])}, patched, "
+        f"## Hybrid against all MLA\n\n{measured_by(record)}: {' against '.join(hybrid['models'])}, patched, "
         f"{hybrid['cache_type']} cache, {hybrid['threads']} threads. Caches repeat the rows of "
         f"{hybrid['seed']} real tokens. Recurrent states count as cache. One layer in four has attention, so one "
         "sequence decodes at most four times as fast. The 6 × of the model's report (arXiv 2510.26692) requires larger "
         "batches, which fit because the cache is smaller. "
-        f"Measured on {record['created'][:10]}; compare rates only within this table.\n\n"
+        "Compare rates only within this table.\n\n"
         + markdown(hybrid_table(hybrid))
         + "".join(f"\nNot measured: depth {depth}: {why}.\n" for depth, why in missing.items())
     )

@@ -245,6 +245,7 @@ def test_a_server_that_does_not_start_is_one_message(tmp_path: Path) -> None:
 
 def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None:
     records = [record("2026-01-02", 2.0), record("2026-01-01", 1.0), record("2026-01-01", 3.0, depth=64)]
+    records[0]["engines"] = {"patched": records[0]["engines"]["patched"] | {"commit": "56789-ours"}}
     assert [cell["ratio"] for cell in merged(records)["m"]["cells"]] == [2.0, 3.0]
     for i, each in enumerate(records):
         (tmp_path / f"{i}.json").write_text(json.dumps(each))
@@ -252,6 +253,8 @@ def test_a_page_takes_equal_cells_from_the_latest_record(tmp_path: Path) -> None
     text = (tmp_path / "page.md").read_text()
     assert "| tg at 0, 2 threads | 10 ± 1.0 % | 20 ± 1.0 % | 2.00 |" in text
     assert "Measured 2026-01-01 to 2026-01-02" in text
+    commands = ["2026-01-01` (01234-ours, 2026-01-01)", "2026-01-02` (56789-ours, 2026-01-02)"]
+    assert re.findall(r"(?m)^- `kimi-llama bench (.*)", text) == commands
 
 
 def test_other_work_marks_the_ratio_and_leaves_the_cell_s_name(tmp_path: Path) -> None:
