@@ -7,6 +7,7 @@ Input: the series, and for each fix that has a test for upstream a file `fixes/N
       `pytest FILE` a test of the server in tools/server/tests
     Fails: what the program prints without the fix, or the signal that ends it
     Shows: what the test does
+    Measured: the effect in figures, or that it was not measured; optional, for fixes whose message has no figures
 
     a diff of upstream's tests/, on the pin and the fixes in `Needs:`
 
@@ -40,6 +41,7 @@ class UpstreamTest:
     run: str
     fails: str
     shows: str
+    measured: str | None
     text: bytes  # the diffs
     diffs: tuple[unified.FileDiff, ...]
 
@@ -98,6 +100,8 @@ class PullRequest:
             self.patch.reason,
             f"Effect without this change: {self.patch.field('Effect')}.",
         ]
+        if self.test and self.test.measured:
+            parts.append(f"Measured: {self.test.measured}")
         if self.needs:
             before = ", ".join(f"{each.name} ({each.title})" for each in self.needs)
             parts.append(f"Builds on: {before}.")
@@ -131,8 +135,9 @@ def load_pull_requests(series: Series, folder: Path = PATCH_FOLDER / FIXES) -> l
 
 def load_test(path: Path) -> UpstreamTest:
     """Read the test of a pull request."""
-    head, mark, rest = path.read_bytes().partition(b"diff --git ")
-    fields = {name: header_field(head.decode(), name) for name in _FIELDS}
+    header, mark, rest = path.read_bytes().partition(b"diff --git ")
+    head = header.decode()
+    fields = {name: header_field(head, name) for name in _FIELDS}
     if (fields["Run"] or "").startswith(PYTHON):
         fields["Target"] = fields["Target"] or "none"
     missing = [name for name, value in fields.items() if not value]
@@ -147,7 +152,7 @@ def load_test(path: Path) -> UpstreamTest:
         )
     target, run, fails, shows = (fields[name] or "" for name in _FIELDS)
     target = "" if target == "none" else target
-    return UpstreamTest(target, run, fails, shows, text, diffs)
+    return UpstreamTest(target, run, fails, shows, header_field(head, "Measured"), text, diffs)
 
 
 def folder_files(requests: list[PullRequest]) -> Iterator[tuple[str, bytes]]:

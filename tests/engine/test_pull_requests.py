@@ -139,6 +139,11 @@ def test_a_malformed_test_is_refused_by_name(tmp_path: Path, change: tuple[str, 
     assert "0001-answer.pr" in str(caught.value)
 
 
+def test_the_measured_effect_is_in_the_notes(tmp_path: Path) -> None:
+    text = TEST.replace("\n\ndiff", "\nMeasured: Two answers\n  instead of one.\n\ndiff")
+    assert "\n\nMeasured: Two answers instead of one.\n\n" in tiny_request(tmp_path, text)[1].notes()
+
+
 def test_a_test_without_a_fix_is_refused(tmp_path: Path) -> None:
     series, _ = tiny_request(tmp_path)
     (tmp_path / "series/fixes/0002-other.pr").write_text(TEST)
