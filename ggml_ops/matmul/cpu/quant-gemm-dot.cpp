@@ -303,7 +303,7 @@ template <int N_C> struct TwoBlocksProducts {
             // into the upper half of a lane, as values 0 and 1 are in the lower one: 8 products fit in 16 bits
             const Ints values = left_32(x, 16);
             add(b, 12, low_nibbles(values), high_nibbles(values));
-            const Ints scales = halves_apart(_mm256_blend_epi16(first_word, x, 0xaa));
+            const Ints scales = halves_apart(join_halves(first_word, x));
             second_scale      = _mm256_cvtph_ps(_mm256_extracti128_si256(scales, 1));
             end(b, _mm256_cvtph_ps(_mm256_castsi256_si128(scales)));
             begin(b + 1, x);

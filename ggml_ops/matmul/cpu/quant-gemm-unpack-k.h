@@ -11,9 +11,18 @@ namespace quant_gemm {
 // Whether Q2_K and Q3_K are unpacked to quants times factors, which are bytes.
 constexpr bool QUANTS_TIMES_FACTORS = LANES == 16;
 
-// Byte i of every lane, as two 16-bit numbers.
+constexpr uint8_t NONE = 0x80;  // in an index of look_up: 0
+
+// Bytes of every lane as 16-bit numbers: byte i twice, ...
 inline Ints spread_number(Ints x, int i) {
-    return spread_byte(x, i) & ints(0x00ff00ff);
+    constexpr uint8_t TWICE[16] = { 0, NONE, 0, NONE, 4, NONE, 4, NONE, 8, NONE, 8, NONE, 12, NONE, 12, NONE };
+    return look_up(x, add_8(table_of_16(TWICE), bytes(i)));
+}
+
+// ... and bytes 2i and 2i + 1.
+inline Ints two_numbers(Ints x, int i) {
+    constexpr uint8_t BOTH[16] = { 0, NONE, 1, NONE, 4, NONE, 5, NONE, 8, NONE, 9, NONE, 12, NONE, 13, NONE };
+    return look_up(x, add_8(table_of_16(BOTH), bytes(2 * i)));
 }
 
 // Byte i of every lane, a signed one, in both of its 16-bit numbers.
@@ -26,41 +35,28 @@ inline Ints factor_of(Ints x, int i) {
     return SUMS_OF_16_BITS ? spread_number(x, i) : right_32(x, 8 * i) & ints(0xff);
 }
 
-// ... a signed one, ...
+// ... and a signed one.
 inline Ints signed_factor_of(Ints x, int i) {
     return SUMS_OF_16_BITS ? signed_number(x, i) : right_signed_32(left_32(x, 24 - 8 * i), 24);
-}
-
-// ... and bytes 2i and 2i + 1 as two 16-bit numbers.
-inline Ints two_bytes_of(Ints x, int i) {
-    const Ints both = right_32(x, 16 * i);
-    return (both & ints(0xff)) | (left_32(both, 8) & ints(0xff0000));
 }
 
 // Factors of 16 weights times the offset of the quants, 1 << BITS, as minima, if integer sums do not start with it.
 template <int BITS, typename To> inline void give_offsets(To & to, int b, Ints first, Ints second) {
     if constexpr (!has_starts(Scheme::q8_K_16)) {
-        const Ints both = (first & ints(0xffff)) | left_32(second, 16);
-        to.minima(b, left_16(both, BITS));
+        to.minima(b, left_16(join_halves(first, second), BITS));
     }
 }
 
 // Q2_K. Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales
 // in their low nibbles and minima in their high ones.
 
-// The minima of block b; scales: its two bytes of scale and minimum.
-template <typename To> inline void give_minima_q2_K(To & to, int b, Ints scales) {
-    to.minima(b, two_bytes_of(high_nibbles(scales), 0));
-}
-
 #if QUANT_GEMM_AVX512
 
 // Block b of Q2_K, two bits per value: quants times their 4-bit scales are at most 45 and are given as one byte.
-// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: its two bytes.
-template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
-    const Ints low    = low_nibbles(scales);
-    const Ints first  = spread_number(low, 0);
-    const Ints second = spread_number(low, 1);
+// x: 32 bytes of each row, whose pairs of bits b % 4 are the block; scales: bytes i and i + 1 are those of the block.
+template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales, int i) {
+    const Ints first  = spread_number(scales, i);
+    const Ints second = spread_number(scales, i + 1);
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         const Ints codes = right_16(x[j], 2 * (b % 4)) & bytes(3);
@@ -83,8 +79,8 @@ struct Q2_KGroups {
 #pragma GCC unroll 4
             for (int b = 4 * part; b < 4 * part + 4; b++) {
                 const Ints scales = groups.load_pair(at + offsetof(block_q2_Kx8, scales) + 16 * b);
-                give_q2_K(to, b, x, scales);
-                give_minima_q2_K(to, b, scales);
+                give_q2_K(to, b, x, low_nibbles(scales), 0);
+                to.minima(b, two_numbers(high_nibbles(scales), 0));
             }
         }
         to.super_scales(groups.load_half(at + offsetof(block_q2_Kx8, d)));
@@ -94,10 +90,9 @@ struct Q2_KGroups {
 
 #else
 
-template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales) {
-    const Ints low = low_nibbles(scales);
-    to.factors(2 * b, factor_of(low, 0));
-    to.factors(2 * b + 1, factor_of(low, 1));
+template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales, int i) {
+    to.factors(2 * b, factor_of(scales, i));
+    to.factors(2 * b + 1, factor_of(scales, i + 1));
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
         to.codes(b, j, right_16(x[j], 2 * (b % 4)) & bytes(3));
@@ -111,7 +106,7 @@ template <typename R, typename To>
 inline void give_minima_and_scales_q2_K(const R & rows, size_t at, const Ints (&scales)[4], To & to) {
 #pragma GCC unroll 8
     for (int b = 0; b < N_BLOCKS; b++) {
-        give_minima_q2_K(to, b, right_32(scales[b / 2], 16 * (b % 2)));
+        to.minima(b, two_numbers(high_nibbles(scales[b / 2]), b % 2));
     }
     const Ints d = rows.load_word(at + offsetof(block_q2_K, GGML_COMMON_AGGR_U));
     to.super_scales(lower_half(d));
@@ -133,7 +128,7 @@ struct Q2_K {
             rows.quants32(at + offsetof(block_q2_K, qs) + 32 * part, x);
 #pragma GCC unroll 4
             for (int b = 4 * part; b < 4 * part + 4; b++) {
-                give_q2_K(to, b, x, right_32(scales[b / 2], 16 * (b % 2)));
+                give_q2_K(to, b, x, low_nibbles(scales[b / 2]), 2 * (b % 2));
             }
         }
         give_minima_and_scales_q2_K(rows, at, scales, to);
@@ -157,60 +152,82 @@ inline void load_scales_q3_K(const Rows & rows, size_t at, Ints (&scales)[4]) {
 
 #if QUANT_GEMM_AVX512
 
-// Block b of Q3_K: values times scales, -4 .. 3 times -32 .. 31, plus an offset of 124: 0 .. 252. Two neighbours are
-// multiplied as one number of 16 bits. With both offsets added, neither byte carries. values: plus 4.
-template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values)[8], Ints scales) {
-    const Ints four = bytes(4);
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) {
-        const Ints scale = signed_number(scales, 2 * (b % 2) + i);
-        const Ints rest  = _mm512_sub_epi16(_mm512_set1_epi16(0x7c7c), _mm512_mullo_epi16(four, scale));
+template <typename To> inline void give_factors_q3_K(To &, const Ints (&)[4]) {}
+
+// Half `half` of block b of Q3_K: values times scales, -4 .. 3 times -32 .. 31, plus an offset of 124: 0 .. 252. Two
+// neighbours are multiplied as one number of 16 bits. With both offsets added, neither byte carries. values: plus 4.
+template <typename To>
+inline void give_q3_K(To & to, int b, int half, const Ints (&values)[4], const Ints (&scales)[4]) {
+    const Ints scale = signed_number(scales[b / 2], 2 * (b % 2) + half);
+    const Ints rest  = _mm512_sub_epi16(_mm512_set1_epi16(0x7c7c), _mm512_mullo_epi16(bytes(4), scale));
 #pragma GCC unroll 4
-        for (int j = 4 * i; j < 4 * i + 4; j++) {
-            to.codes(b, j, _mm512_add_epi16(_mm512_mullo_epi16(values[j], scale), rest));
-        }
+    for (int j = 0; j < 4; j++) {
+        to.codes(b, 4 * half + j, _mm512_add_epi16(_mm512_mullo_epi16(values[j], scale), rest));
     }
 }
 
 #else
 
-template <typename To> inline void give_q3_K(To & to, int b, const Ints (&values)[8], Ints scales) {
-    const Ints first  = signed_factor_of(scales, 2 * (b % 2));
-    const Ints second = signed_factor_of(scales, 2 * (b % 2) + 1);
-    to.factors(2 * b, first);
-    to.factors(2 * b + 1, second);
-    give_offsets<2>(to, b, first, second);
+template <typename To> inline void give_factors_q3_K(To & to, const Ints (&scales)[4]) {
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; j++) {
-        to.codes(b, j, values[j]);
+    for (int b = 0; b < N_BLOCKS; b++) {
+        const Ints first  = signed_factor_of(scales[b / 2], 2 * (b % 2));
+        const Ints second = signed_factor_of(scales[b / 2], 2 * (b % 2) + 1);
+        to.factors(2 * b, first);
+        to.factors(2 * b + 1, second);
+        give_offsets<2>(to, b, first, second);
+    }
+}
+
+template <typename To> inline void give_q3_K(To & to, int b, int half, const Ints (&values)[4], const Ints (&)[4]) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        to.codes(b, 4 * half + j, values[j]);
     }
 }
 
 #endif
 
-// Two bits of a value are stored as in Q2_K, the third in bit b of 32 bytes, b the block.
+// Two bits of a value are stored as in Q2_K, the third in bit b of 32 bytes, b the block. Of four blocks, the third bits
+// of the first and the third block, and of the second and the fourth one, are looked up at once: a nibble for each.
 struct Q3_K {
     static constexpr Scheme SCHEME = QUANTS_TIMES_FACTORS ? Scheme::q8_K_256 : Scheme::q8_K_16;
     static constexpr int    OFFSET = QUANTS_TIMES_FACTORS ? 124 : 4;
     static constexpr Codes  CODES  = QUANTS_TIMES_FACTORS ? Codes::bytes : Codes::below_8;
 
+    // For each nibble, bits 0 and 2 (1 and 3) as bits 2 and 6.
+    static constexpr uint8_t BITS_0_2[16] = { 0, 4, 0, 4, 64, 68, 64, 68, 0, 4, 0, 4, 64, 68, 64, 68 };
+    static constexpr uint8_t BITS_1_3[16] = { 0, 0, 4, 4, 0, 0, 4, 4, 64, 64, 68, 68, 64, 64, 68, 68 };
+
     template <typename R, typename To> static inline void unpack(const R & rows, int64_t block, int, To & to) {
         const size_t at = block / N_BLOCKS * sizeof(block_q3_K);
-        Ints         scales[4], third[8], x[8];
+        Ints         scales[4];
         load_scales_q3_K(rows, at, scales);
-        rows.quants32(at + offsetof(block_q3_K, hmask), third);
-#pragma GCC unroll 8
-        for (int b = 0; b < N_BLOCKS; b++) {
-            if (b % 4 == 0) {
-                rows.quants32(at + offsetof(block_q3_K, qs) + 8 * b, x);
+        give_factors_q3_K(to, scales);
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            Ints third[4];
+            rows.quants16(at + offsetof(block_q3_K, hmask) + 16 * half, third);
+#pragma GCC unroll 2
+            for (int part = 0; part < 2; part++) {
+                Ints two[4], nibbles[2][4];
+                rows.quants16(at + offsetof(block_q3_K, qs) + 32 * part + 16 * half, two);
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    const Ints bits = part == 0 ? low_nibbles(third[j]) : high_nibbles(third[j]);
+                    nibbles[0][j]   = (two[j] & bytes(0x33)) | look_up(table_of_16(BITS_0_2), bits);
+                    nibbles[1][j]   = (right_16(two[j], 2) & bytes(0x33)) | look_up(table_of_16(BITS_1_3), bits);
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) {
+                    Ints values[4];
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        values[j] = i < 2 ? low_nibbles(nibbles[i][j]) : high_nibbles(nibbles[i - 2][j]);
+                    }
+                    give_q3_K(to, 4 * part + i, half, values, scales);
+                }
             }
-            Ints values[8];
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; j++) {
-                const Ints bit = b < 2 ? left_16(third[j], 2 - b) : right_16(third[j], b - 2);
-                values[j]      = (right_16(x[j], 2 * (b % 4)) & bytes(3)) | (bit & bytes(4));
-            }
-            give_q3_K(to, b, values, scales[b / 2]);
         }
         to.super_scales(rows.load_half(at + offsetof(block_q3_K, d)));
     }
@@ -232,7 +249,7 @@ template <typename To> inline void give_scales_and_minima(const Rows & rows, siz
     }
 #pragma GCC unroll 4
     for (int pair = 0; pair < N_BLOCKS / 2; pair++) {
-        to.minima(pair, two_bytes_of(pair < 2 ? m_low : m_high, pair % 2));
+        to.minima(pair, two_numbers(pair < 2 ? m_low : m_high, pair % 2));
     }
     to.super_scales(lower_half(x[0]));
     to.minimum_scales(upper_half(x[0]));

@@ -426,6 +426,15 @@ inline Ints high_nibbles(Ints x) {
 #endif
 }
 
+// the lower halves of a's lanes, the upper halves of b's
+inline Ints join_halves(Ints a, Ints b) {
+#if QUANT_GEMM_AVX2
+    return _mm256_blend_epi16(a, b, 0xaa);
+#else
+    return (a & ints(0xffff)) | left_32(right_32(b, 16), 16);
+#endif
+}
+
 inline Ints broadcast_ints(const void * p) {
     int32_t x;
     memcpy(&x, p, sizeof(x));
