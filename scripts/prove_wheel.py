@@ -1,9 +1,10 @@
 """Proves that a wheel needs nothing but Python: `scripts/prove-wheel WHEEL`.
 
 Input: a wheel of `scripts/release`, and the demo checkpoint. Output: each command with its seconds; exit status 1 if
-one fails, or if uninstalling leaves something. The commands see an empty prefix (a new virtual environment), an empty
-home, and a PATH that has the prefix alone: no compiler, no git. Imports nothing of the project and no packages, so that
-it runs in a bare root.
+one fails or prints something else than it should, or if uninstalling leaves something. The commands see an empty prefix
+(a new virtual environment), an empty home, and a PATH that has the prefix alone: no compiler, no git. pip installs
+wheels only, and builds nothing from source. Imports nothing of the project and no packages, so that it runs in a bare
+root.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -25,7 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
-TOOLS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja", "make", "git")
+# Programs that compile or fetch sources, as in gcc, g++-12, x86_64-linux-gnu-gcc.
+TOOLS = re.compile(
+    r"([\w-]+-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?|nvcc|zig|ld|cmake|ninja|make|git"
+)
+NEEDED_BY_BUILDS = ("C++ compiler", "cmake", "ninja")  # which doctor must not find
 PASSED_ON = (
     "PIP_",
     "SSL_",
@@ -35,6 +40,9 @@ PASSED_ON = (
 )  # variables that pip needs to find its index
 CACHES = (".cache", ".config/matplotlib")  # in the home; they may remain
 QUESTION = "define: elephant"
+BEGINNING = "a large animal that"
+STARTING = 60.0  # seconds that a server may take until its answer
+SHOWN = 3000  # characters of a failed command's output
 
 # Prints the files of all installed distributions.
 _OWNED = """
@@ -99,6 +107,11 @@ class Place:
             "LANG": "C.UTF-8",
         }
 
+    def install(self, wanted: str | Path) -> None:
+        """Install from wheels alone, then look for compilers again. Raises `ProveError`."""
+        self.call("python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:", wanted)
+        check_tools(self.environment()["PATH"])
+
     def call(self, *words: str | Path) -> str:
         """Run a program of the prefix, print it with its seconds; its standard output. Raises `ProveError`."""
         command = [str(self.prefix / "bin" / words[0]), *map(str, words[1:])]
@@ -112,7 +125,7 @@ class Place:
         )  # without Python's scripts
         print(f"{time.monotonic() - began:6.1f} s  {shown}", flush=True)
         if ended.returncode:
-            raise ProveError(f"exit status {ended.returncode}\n{(ended.stdout + ended.stderr)[-3000:]}")
+            raise ProveError(f"exit status {ended.returncode}\n{(ended.stdout + ended.stderr)[-SHOWN:]}")
         return ended.stdout
 
     def files(self) -> set[Path]:
@@ -123,8 +136,65 @@ class Place:
 
 def check_tools(path: str) -> None:
     """Raise `ProveError` if a program on `path` could compile or fetch sources."""
-    if found := [tool for name in TOOLS if (tool := shutil.which(name, path=path))]:
+    files = [
+        file for folder in map(Path, path.split(os.pathsep)) if folder.is_dir() for file in folder.iterdir()
+    ]
+    if found := sorted(str(file) for file in files if TOOLS.fullmatch(file.name)):
         raise ProveError(f"expected no compiler and no git, found {', '.join(found)}")
+
+
+def check_doctor(printed: str) -> None:
+    """Raise `ProveError` unless the wheel's engine runs, and doctor finds nothing to build another with.
+
+    printed: the output of `kimi-llama doctor --json`.
+    """
+    found = json.loads(printed)
+    if not found["build"]["seen"].startswith("wheel "):
+        raise ProveError(f"doctor: expected the wheel's engine, found {found['build']['seen']}")
+    for check in found["machine"]:
+        if check["name"] in NEEDED_BY_BUILDS and not check["seen"].startswith("not found"):
+            raise ProveError(f"doctor: expected no {check['name']}, found {check['seen']}")
+
+
+def check_inspect(printed: str, kind: str, layers: int) -> None:
+    """Raise `ProveError` unless `convert-kimi inspect --json` printed this type and this number of layers."""
+    found = json.loads(printed)
+    numbers = [
+        layer["index"] for layer in found["layers"] if layer["index"] >= 0
+    ]  # -1: what is outside of layers
+    if (found["type"], numbers) != (kind, [*range(layers)]):
+        raise ProveError(
+            f"inspect: expected {kind} with {layers} layers, found {found['type']} with the layers {numbers}"
+        )
+
+
+def check_run(printed: str) -> None:
+    """Raise `ProveError` unless the model continued the prompt."""
+    _, prompt, after = printed.partition(BEGINNING)
+    if not prompt or not _words(after):
+        raise ProveError(f"run: expected {BEGINNING!r} and words after it, found {printed[-SHOWN:]!r}")
+
+
+def check_answer(name: str, answer: str, chat: str) -> None:
+    """Raise `ProveError` unless `answer` has words that are not the question's, and `chat` shows it after the question.
+
+    chat: the output of `kimi-llama chat`.
+    """
+    if not _words(answer) - _words(QUESTION):
+        raise ProveError(f"{name}: expected an answer to {QUESTION!r}, found {answer!r}")
+    if answer not in chat.partition(QUESTION)[2]:
+        raise ProveError(f"{name}: expected the answer of kimi-llama chat, found {answer!r}\n{chat[-SHOWN:]}")
+
+
+def check_bench(printed: str) -> None:
+    """Raise `ProveError` unless llama-bench printed a table with the speeds of a prompt and of decoding, above zero."""
+    rows = re.findall(r"\| *(pp|tg)\d+ \| *([\d.]+) ", printed)
+    if {test for test, _ in rows} != {"pp", "tg"} or any(float(speed) <= 0 for _, speed in rows):
+        raise ProveError(f"bench: expected tokens per second of pp and tg, found {printed[-SHOWN:]!r}")
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def leftovers(place: Place, before: set[Path]) -> list[Path]:
@@ -144,15 +214,20 @@ def leftovers(place: Place, before: set[Path]) -> list[Path]:
 
 
 def serve(place: Place, gguf: Path) -> str:
-    """Start a server, ask it one question, end it; the answer. Raises `ProveError`."""
+    """Start a server, ask it one question, end it; the answer. Raises `ProveError` with the end of the server's log."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(place.prefix / "bin/kimi-llama"), "serve", str(gguf), "--port", str(port)]
     began = time.monotonic()
-    with (place.folder / "serve.log").open("w") as log:
+    path = place.folder / "serve.log"
+    with path.open("w") as log:
         server = subprocess.Popen(command, cwd=place.folder, env=place.environment(), stdout=log, stderr=log)
         try:
             answer = _ask(server, port)
+        except ProveError as error:
+            raise ProveError(
+                f"kimi-llama serve: {error}\n{path.read_text(errors='replace')[-SHOWN:]}"
+            ) from error
         finally:
             server.terminate()
             server.wait()
@@ -161,7 +236,7 @@ def serve(place: Place, gguf: Path) -> str:
 
 
 def _ask(server: subprocess.Popen[bytes], port: int) -> str:
-    """The first answer of a server that is starting."""
+    """The first answer of a server that is starting. Asks again only if it does not listen yet, or loads the model."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 60, "temperature": 0}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions",
@@ -169,15 +244,22 @@ def _ask(server: subprocess.Popen[bytes], port: int) -> str:
         {"Content-Type": "application/json"},
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    for _ in range(600):
+    deadline = time.monotonic() + STARTING
+    while time.monotonic() < deadline:
         if server.poll() is not None:
-            raise ProveError(f"kimi-llama serve: exit status {server.returncode}, see serve.log")
+            raise ProveError(f"exit status {server.returncode}")
         try:
-            with opener.open(request, timeout=60) as reply:
+            with opener.open(request, timeout=STARTING) as reply:
                 return str(json.load(reply)["choices"][0]["message"]["content"])
-        except (urllib.error.URLError, ConnectionError):  # it does not listen yet, or loads the model
-            time.sleep(0.1)
-    raise ProveError("kimi-llama serve: no answer after a minute, see serve.log")
+        except urllib.error.HTTPError as error:
+            if error.code != 503:
+                text = error.read().decode(errors="replace")
+                raise ProveError(f"expected an answer, found HTTP {error.code}\n{text[-SHOWN:]}") from error
+        except (OSError, ValueError, LookupError) as error:
+            if not isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+                raise ProveError(f"expected an answer, found {error!r}") from error
+        time.sleep(0.1)
+    raise ProveError(f"no answer after {STARTING:.0f} s")
 
 
 def prove(wheel: Path, checkpoint: Path, place: Place, report: bool) -> None:
@@ -185,30 +267,26 @@ def prove(wheel: Path, checkpoint: Path, place: Place, report: bool) -> None:
     place.make()
     check_tools(place.environment()["PATH"])
     before = place.files()
-    place.call("python", "-m", "pip", "install", "--quiet", wheel)
-    place.call("kimi-llama", "doctor")
+    place.install(wheel)
+    check_doctor(place.call("kimi-llama", "doctor", "--json"))
     gguf, text = place.folder / "demo-Q4_K_M.gguf", checkpoint / "heldout.txt"
+    layers = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     place.call("convert-kimi", checkpoint, "-o", gguf, "--type", "Q4_K_M")
     place.call("convert-kimi", "verify", gguf, "--checkpoint", checkpoint)
-    place.call("convert-kimi", "inspect", gguf)
-    place.call("kimi-llama", "run", gguf, "-p", "a large animal that", "-n", "16", "--temp", "0")
-    shown = place.call("kimi-llama", "chat", gguf, "--single-turn", "-p", QUESTION, "-n", "60", "--temp", "0")
-    answers = {
-        "llama_cpp": place.call("python", "-c", _LLAMA, gguf, QUESTION).strip(),
-        "kimi-llama serve": serve(place, gguf).strip(),
-    }
-    for name, answer in answers.items():
-        if not answer or answer not in shown:
-            raise ProveError(f"{name}: expected the answer of kimi-llama chat, found {answer!r}\n{shown}")
-    place.call("kimi-llama", "bench", gguf, "--depth", "0")
+    check_inspect(place.call("convert-kimi", "inspect", gguf, "--json"), "Q4_K_M", layers)
+    check_run(place.call("kimi-llama", "run", gguf, "-p", BEGINNING, "-n", "16", "--temp", "0"))
+    chat = place.call("kimi-llama", "chat", gguf, "--single-turn", "-p", QUESTION, "-n", "60", "--temp", "0")
+    check_answer("llama_cpp", place.call("python", "-c", _LLAMA, gguf, QUESTION).strip(), chat)
+    check_answer("kimi-llama serve", serve(place, gguf).strip(), chat)
+    check_bench(place.call("kimi-llama", "bench", gguf, "--depth", "0"))
     if report:
-        place.call("python", "-m", "pip", "install", "--quiet", f"{wheel}[validate]")
+        place.install(f"{wheel}[validate]")
         folder = place.folder / "report"
         options = ("--text", text, "--tokens", "256", "--out", folder)
         place.call("validate-kimi", gguf, "--checkpoint", checkpoint, *options)
         if not (folder / "report.html").is_file():
             raise ProveError(f"{folder}: no report")
-    place.call("kimi-llama", "doctor")
+    check_doctor(place.call("kimi-llama", "doctor", "--json"))
     place.call("python", "-m", "pip", "uninstall", "--quiet", "--yes", "kimi-gguf")
     if left := leftovers(place, before):
         raise ProveError("\n".join(["uninstalling left", *map(str, left[:20])]))
