@@ -12,9 +12,11 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -236,14 +238,23 @@ def _tool(name: str, look: Callable[[], str]) -> Check:
 
 def _unchanged_files() -> str:
     """Compare the installed files with the list and the hashes that the wheel brought. Raises `EngineError`."""
-    # The commands outside of the package were written by pip, and are elsewhere if it installed with --target.
-    files = [file for file in distribution("kimi-gguf").files or () if file.parts[0] != ".."]
-    listed = [(file, file.hash.value) for file in files if file.hash is not None]
+    # The commands outside of the package were written by pip. They are elsewhere if it installed with --target.
+    commands = Path(sysconfig.get_path("scripts"))
+    files = {file: Path(str(file.locate())).resolve() for file in distribution("kimi-gguf").files or ()}
+    files = {
+        file: path
+        for file, path in files.items()
+        if file.parts[0] != ".." or path.parent == commands.resolve()
+    }
+    listed = [file for file in files if file.hash is not None]
     wrong = []
-    for file, known in listed:
+    for file in listed:
         try:
-            if record_hash(Path(str(file.locate())).read_bytes()) != known:
+            content = files[file].read_bytes()
+            if file.hash is not None and record_hash(content) != file.hash.value:
                 wrong.append(str(file))
+            elif file.suffix == ".py" and _compiled_otherwise(files[file], content):
+                wrong.append(f"{file} (its compiled file in __pycache__)")
         except OSError:
             wrong.append(f"{file} (missing)")
     if wrong:
@@ -254,19 +265,39 @@ def _unchanged_files() -> str:
         )
     if added := _added_files(set(map(str, files))):
         raise EngineError(
-            f"{len(added)} files in the engine's folders are not from the wheel; ggml may load such a library",
+            f"{len(added)} files in the package's folder are not from the wheel; Python or ggml may load them",
             found=", ".join(added[:5]),
             todo="remove them",
         )
     return f"{len(listed)} files as in the wheel"
 
 
+def _compiled_otherwise(path: Path, source: bytes) -> bool:
+    """Whether Python would run something else than this source, from the compiled file in __pycache__."""
+    if not Path(importlib.util.cache_from_source(str(path))).is_file():
+        return False
+    try:
+        return SourceFileLoader("checked", str(path)).get_code("checked") != compile(
+            source, str(path), "exec", dont_inherit=True
+        )
+    except (ImportError, EOFError, ValueError, TypeError):  # the compiled file cannot be read
+        return True
+
+
 def _added_files(known: set[str]) -> list[str]:
-    """The files and links in the folder of the wheel's engine that are not `known`, except Python's own caches."""
-    packages = PREBUILT.parents[2]
-    found = [path for path in PREBUILT.rglob("*") if path.is_symlink() or not path.is_dir()]
-    names = [path.relative_to(packages).as_posix() for path in found if path.parent.name != "__pycache__"]
-    return sorted(name for name in names if name not in known)
+    """The files and links in the package's folder that are neither `known` nor Python's own caches of known files."""
+    package = PREBUILT.parents[1]
+    found = [path for path in package.rglob("*") if path.is_symlink() or not path.is_dir()]
+    names = [path.relative_to(package.parent).as_posix() for path in found]
+    return sorted(name for name in names if name not in known and _source(name) not in known)
+
+
+def _source(name: str) -> str:
+    """The source of a compiled file in __pycache__; empty for other files."""
+    try:
+        return importlib.util.source_from_cache(name) if name.endswith(".pyc") else ""
+    except ValueError:
+        return ""
 
 
 def _cuda_toolkit() -> str:

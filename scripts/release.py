@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path]:
     """Write the release to `out`, and return its files. They appear together, when all are complete.
 
-    SHA256SUMS also has this version's wheels for other systems, if `out` has them.
+    SHA256SUMS has these files alone, whatever else is in `out`.
     arch: a key of CROSS, to cross-compile; by default the wheel is for this machine.
     """
     seconds = commit_time()
@@ -107,9 +107,7 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
         bill.write_bytes(document)
         files = [wheel, sdist, bill]
         sums = place / "SHA256SUMS"
-        others = [path for path in out.glob(f"kimi_gguf-{VERSION}-*.whl") if path.name != wheel.name]
-        hashed = [*files, *others]
-        lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in hashed]
+        lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
         sums.write_text("".join(sorted(lines, key=lambda line: line.split()[1])))
         return [path.replace(out / path.name) for path in (*files, sums)]
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
+import py_compile
 import shlex
 import shutil
 import subprocess
@@ -131,18 +133,17 @@ def test_the_wheel_is_built_with_the_pinned_setuptools(wheel: Path) -> None:
         assert f"Generator: setuptools ({pinned['setuptools']})" in archive.read(name).decode()
 
 
-def test_one_list_of_hashes_has_the_wheels_of_several_systems(
+def test_the_hashes_are_those_of_what_one_run_made(
     engine: Engine, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Not of a wheel of the same version that the folder had before. All names are of this release."""
     monkeypatch.setattr(release, "ensure", lambda **_: engine)
     monkeypatch.setattr(release, "upstream_source", lambda: source)
     monkeypatch.setattr(release, "check_policy", lambda *_: None)
-    (tmp_path / f"kimi_gguf-{VERSION}-py3-none-elsewhere.whl").write_bytes(b"of another system")
-    (tmp_path / "kimi_gguf-0.0.1-py3-none-elsewhere.whl").write_bytes(b"of another version")
+    (tmp_path / f"kimi_gguf-{VERSION}-py3-none-elsewhere.whl").write_bytes(b"of another run")
     made = release.release(tmp_path, Silent())
     listed = dict(reversed(line.split()) for line in (tmp_path / "SHA256SUMS").read_text().splitlines())
-    names = {path.name for path in made} - {"SHA256SUMS"}
-    assert set(listed) == {*names, f"kimi_gguf-{VERSION}-py3-none-elsewhere.whl"}
+    assert len(listed) == 3 and set(listed) == {path.name for path in made} - {"SHA256SUMS"}
     assert all(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == listed[name] for name in listed)
 
 
@@ -206,13 +207,22 @@ def test_commands_use_the_engine_of_the_wheel(site: Path, tmp_path: Path, demo_d
     assert "give a GGUF file" in refused.stderr
 
 
-def test_uninstalling_leaves_no_folder(wheel: Path, tmp_path: Path) -> None:
+def test_doctor_compares_the_commands_and_uninstalling_leaves_no_folder(wheel: Path, tmp_path: Path) -> None:
+    """The commands are in the prefix's bin/, where pip wrote them."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     python = tmp_path / "venv/bin/python"
     pip = [sys.executable, "-m", "pip", "--python", python]
     subprocess.run([*pip, "install", "--quiet", "--no-deps", "--no-index", wheel], check=True)
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     assert (packages / "kimi_gguf/engine/prebuilt/bin/llama-cli").is_file()
+    look = [python, "-P", "-c", "from kimi_gguf.engine import doctor; print(doctor._unchanged_files())"]
+    environment = {"PYTHONPATH": os.pathsep.join([str(packages), *sys.path])}
+    looked = subprocess.run(look, env=environment, capture_output=True, text=True, check=False)
+    assert looked.stdout.endswith(" files as in the wheel\n"), looked.stderr
+    with (python.parent / "kimi-llama").open("a") as command:
+        command.write("# more\n")
+    looked = subprocess.run(look, env=environment, capture_output=True, text=True, check=False)
+    assert looked.returncode == 1 and "found ../../../bin/kimi-llama;" in looked.stderr
     subprocess.run([*pip, "uninstall", "--quiet", "--yes", "kimi-gguf"], check=True)
     assert not [path.name for path in packages.iterdir() if "kimi" in path.name]
     assert not [path.name for path in python.parent.iterdir() if "kimi" in path.name]
@@ -324,23 +334,62 @@ def test_doctor_finds_a_missing_manifest(site: Path, tmp_path: Path) -> None:
     assert f"{manifest.relative_to(site)} (missing)" in json.loads(ran.stdout)["installed"]["seen"]
 
 
+def installed_files(site: Path, cache: Path) -> tuple[bool, str]:
+    """What doctor says of the files: whether they are the wheel's, and the text."""
+    ran = in_site(site, cache, "-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
+    found = json.loads(ran.stdout)["installed"]
+    assert ran.returncode == 0 or not found["passed"], found
+    return found["passed"], found["seen"]
+
+
 def test_doctor_finds_added_files(site: Path, tmp_path: Path) -> None:
-    """ggml would load the library, and the folder's libraries. Python's caches appear when it runs."""
-    engine = site / release.ENGINE
-    library, link = engine / "lib/libggml-cpu-added.so", engine / "lib/linked"
+    """ggml would load the library, and the folder's libraries; Python runs __init__.py, and a .pyc without a source.
+    Python's caches of the wheel's files appear when it runs."""
+    package, engine = site / "kimi_gguf", site / release.ENGINE
+    link = engine / "lib/linked"
+    added = [
+        package / "convert/__pycache__/gone.cpython-399.pyc",
+        package / "convert/alone.pyc",
+        package / "validate/added.py",
+        engine / "bin/added",
+    ]
+    library = engine / "lib/libggml-cpu-added.so"
     cache = engine / "python/llama_cpp/__pycache__/llama.cpython-399.pyc"
     try:
-        library.touch()
+        for path in (*added, library, cache):
+            path.touch()
         link.symlink_to(tmp_path)
-        cache.touch()
-        ran = in_site(site, tmp_path, "-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
+        passed, seen = installed_files(site, tmp_path)
     finally:
-        for path in (library, link, cache):
+        for path in (*added, library, cache, link):
             path.unlink()
-    assert ran.returncode == 1
-    installed = json.loads(ran.stdout)["installed"]
-    assert not installed["passed"]
-    assert f"found {library.relative_to(site)}, {link.relative_to(site)};" in installed["seen"]
+    assert not passed
+    names = sorted(path.relative_to(site).as_posix() for path in (*added, library, link))
+    assert seen.startswith("6 files in the package's folder are not from the wheel")
+    assert f"found {', '.join(names[:5])};" in seen
+
+
+def test_doctor_finds_a_compiled_file_that_is_not_of_its_source(site: Path, tmp_path: Path) -> None:
+    """Python would run it without a look at the source (PEP 552: unchecked). One of an older source is not used."""
+    source = site / "kimi_gguf/convert/inspect_model.py"  # doctor does not import it
+    cache = Path(importlib.util.cache_from_source(str(source)))
+    before = cache.read_bytes() if cache.is_file() else None
+    other = tmp_path / "other.py"
+    other.write_text("print('not of this source')\n")
+    try:
+        py_compile.compile(str(source), str(cache), doraise=True)
+        assert installed_files(site, tmp_path)[0]
+        mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+        py_compile.compile(str(other), str(cache), doraise=True, invalidation_mode=mode)
+        passed, seen = installed_files(site, tmp_path)
+        py_compile.compile(str(other), str(cache), doraise=True)
+        assert installed_files(site, tmp_path)[0]
+    finally:
+        cache.unlink()
+        if before is not None:
+            cache.write_bytes(before)
+    assert not passed
+    assert f"found {source.relative_to(site)} (its compiled file in __pycache__)" in seen
 
 
 def test_a_wheel_for_another_architecture_is_named_after_it(engine: Engine) -> None:
