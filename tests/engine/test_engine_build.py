@@ -14,6 +14,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import tiny_llama
 from ggml_variant import require_tools
 
 from kimi_gguf.engine import build as building
-from kimi_gguf.engine import toolchain
+from kimi_gguf.engine import builds, toolchain
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.errors import EngineError, UnfinishedError
 from kimi_gguf.engine.progress import Silent
@@ -396,3 +397,22 @@ def test_the_lock_is_free_after_an_error(tiny: tiny_llama.Tiny) -> None:
         raise RuntimeError
     with building.build_lock(tiny.cache, Silent()):
         pass
+
+
+def test_the_sources_wait_for_a_running_build_and_say_so(
+    tiny: tiny_llama.Tiny, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    building.pinned_source(tiny.pin, tiny.cache, tiny.archive, Silent())
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tiny.cache.root))
+    monkeypatch.setattr(builds, "load_pin", lambda: tiny.pin)
+    told = ""
+    with ThreadPoolExecutor() as other:
+        with building.build_lock(tiny.cache, Silent()):
+            waiting = other.submit(builds.upstream_source)
+            deadline = time.monotonic() + 30
+            while "waiting" not in told and not waiting.done() and time.monotonic() < deadline:
+                time.sleep(0.01)
+                told += capsys.readouterr().err
+            assert not waiting.done()
+            assert f"another build is running in {tiny.cache.root}; waiting for it to end" in told
+        assert (waiting.result(timeout=30) / "llama.cpp/LICENSE").is_file()
