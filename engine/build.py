@@ -335,6 +335,8 @@ def _manifest(spec: BuildSpec, digest: str, wanted: dict[str, list[str]], second
         "patches": [{"name": each.name, "subject": each.subject} for each in spec.series.patches],
         "options": dict(spec.options),
         "compilers": {language: f"{each.path}: {each.version}" for language, each in spec.compilers},
+        "binutils": list(spec.binutils),
+        "environment": dict(spec.variables),
         "cpu": spec.cpu,
         "programs": wanted["programs"],
         "test_programs": wanted["tests"],

@@ -1,4 +1,7 @@
-"""Everything that a build is made of: sources, patches, options, compilers, processor. Equal specs make equal builds.
+"""Everything that a build is made of: sources, patches, options, compilers with assembler and linker, variables of the
+environment, processor. Equal specs make equal builds.
+
+CMake's and Ninja's versions are not in it: a release pins both (constraints.txt), and Ninja only runs CMake's commands.
 
 Input: the caller's options and the machine. Output: `BuildSpec`, whose keys name the finished build
 and its scratch folder. All defaults of the build are in the tables here.
@@ -16,7 +19,14 @@ from functools import cached_property
 from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.toolchain import Compiler, cpu_fingerprint, cpuinfo, find_compilers
+from kimi_gguf.engine.toolchain import (
+    Compiler,
+    binutils,
+    build_variables,
+    cpu_fingerprint,
+    cpuinfo,
+    find_compilers,
+)
 from kimi_gguf.patches.pin import Pin, load_pin
 from kimi_gguf.patches.series import Series, load_series
 from kimi_gguf.patches.tree import Tree, list_files
@@ -100,6 +110,8 @@ class BuildSpec:
     backend: str
     options: tuple[tuple[str, str], ...]
     compilers: tuple[tuple[str, Compiler], ...]
+    binutils: tuple[str, ...]  # versions of the assembler and the linker
+    variables: tuple[tuple[str, str], ...]  # of the environment, empty unless some are set
     cpu: str
     source: Path | None  # a llama.cpp checkout instead of the archive's
 
@@ -131,7 +143,8 @@ class BuildSpec:
         compilers = [(language, each.path, each.version) for language, each in self.compilers]
         files = [*self.scripts, PORTABLE] if self.source is None else self.scripts
         script = "".join(path.read_text() for path in files)
-        return _digest(LAYOUT, self.options, compilers, self.cpu, script)
+        tools = (compilers, self.binutils, self.variables)
+        return _digest(LAYOUT, self.options, tools, self.cpu, script)
 
     @property
     def scripts(self) -> list[Path]:
@@ -161,13 +174,16 @@ def make_build_spec(
         )
     options = {**OPTIONS, **BACKENDS[backend], **dict(defines)}
     machine = options.get(MACHINE, platform.machine())
+    compilers = find_compilers(backend)
     return BuildSpec(
         pin=load_pin(),
         series=_series(upstream),
         upstream=upstream,
         backend=backend,
         options=tuple(sorted(options.items())),
-        compilers=tuple(find_compilers(backend).items()),
+        compilers=tuple(compilers.items()),
+        binutils=binutils(compilers["C++"]),
+        variables=build_variables(backend),
         cpu=processor(backend, machine),
         source=None if source is None else source.resolve(),
     )

@@ -42,6 +42,8 @@ def _engine(health: Health) -> list[str]:
         f"      at        {engine.prefix}",
         f"      from      {source}, tree {manifest['tree_sha256'][:16]}, {manifest['built']}",
         *(f"      compiler  {language}: {text}" for language, text in manifest["compilers"].items()),
+        *(f"      with      {text}" for text in manifest.get("binutils", ())),
+        *(f"      with      {name}={text}" for name, text in manifest.get("environment", {}).items()),
         *map(_line, health.checks),
     ]
 

@@ -20,6 +20,21 @@ from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError, install
 
+# Variables that change what CMake, the compilers, the assembler and the linker make of the same sources and options:
+# those of every build, and those of builds for one backend.
+VARIABLES: dict[str, tuple[str, ...]] = {
+    "": (
+        "CFLAGS", "CXXFLAGS", "LDFLAGS",
+        "CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_RUN_PATH", "GCC_EXEC_PREFIX",
+        "COMPILER_PATH",
+        "CMAKE_PREFIX_PATH", "CMAKE_INCLUDE_PATH", "CMAKE_LIBRARY_PATH", "CMAKE_TOOLCHAIN_FILE",
+        "SDKROOT", "MACOSX_DEPLOYMENT_TARGET", "CMAKE_OSX_ARCHITECTURES",
+    ),
+    "cuda": ("CUDAFLAGS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "CUDAARCHS", "CUDAHOSTCXX", "CUDA_PATH"),
+    "metal": ("OBJCFLAGS", "OBJC_INCLUDE_PATH"),
+    "vulkan": ("VULKAN_SDK",),
+}  # fmt: skip
+_PROGRAMS = {"": ("CC", "CXX"), "cuda": ("CUDACXX",)}  # variables that name a compiler, maybe with flags
 _COMPILER_ADVICE = {
     "linux": "install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)",
     "darwin": "install Apple's command line tools: xcode-select --install",
@@ -43,6 +58,29 @@ def find_compilers(backend: str) -> dict[str, Compiler]:
     if backend == "cuda":
         wanted["CUDA"] = ("CUDACXX", ("nvcc", "/usr/local/cuda/bin/nvcc"))
     return {language: _find(language, *where) for language, where in wanted.items()}
+
+
+def build_variables(backend: str) -> tuple[tuple[str, str], ...]:
+    """What the environment adds to a build: name and text of each of `VARIABLES` that is not empty, and of a variable
+    that names a compiler the words after the program, as in CXX="g++ -O0"."""
+    names = (*VARIABLES[""], *VARIABLES.get(backend, ()))
+    programs = (*_PROGRAMS[""], *_PROGRAMS.get(backend, ()))
+    found = [(name, os.environ.get(name, "")) for name in names]
+    found += [(name, shlex.join(shlex.split(os.environ.get(name, ""))[1:])) for name in programs]
+    return tuple(sorted((name, text) for name, text in found if text))
+
+
+def binutils(compiler: Compiler) -> tuple[str, ...]:
+    """The version lines of the assembler and the linker that a compiler calls, without those that do not tell theirs.
+
+    Apple's do not: they come with the compiler.
+    """
+    found = []
+    for tool in ("as", "ld"):
+        path = shutil.which(_first_line([compiler.path, f"-print-prog-name={tool}"]) or tool)
+        if path and (version := _first_line([path, "--version"])):
+            found.append(version)
+    return tuple(found)
 
 
 def cpu_fingerprint() -> str:
@@ -139,6 +177,12 @@ def _version(path: str, _modified: int) -> str:
             else "repair or reinstall the compiler",
         )
     return lines[-1] if "nvcc" in path else lines[0]
+
+
+def _first_line(command: list[str]) -> str:
+    """The first line that a program prints; empty if it fails."""
+    ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    return ended.stdout.partition("\n")[0].strip() if ended.returncode == 0 else ""
 
 
 def _cpu_flags() -> str:

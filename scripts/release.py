@@ -30,6 +30,7 @@ from kimi_gguf.engine.build_spec import EMULATOR, MACHINE, PROGRAMS, SYSTEM
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.engine.toolchain import VARIABLES
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.engine.wheel import record_line, write_zip
 from kimi_gguf.patches.errors import KimiError
@@ -90,6 +91,7 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
         reporter.note(
             f"{len(changed)} files differ from the commit, so this will not be the commit's release"
         )
+    forget_variables(reporter)
     engine = ensure(backend="cpu-all", defines=(*DEFINES, *(cross_compilation(arch) if arch else ())))
     source = upstream_source()
     document = sbom(source, load_pin(), VERSION, "MIT")
@@ -110,6 +112,12 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
         lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
         sums.write_text("".join(sorted(lines, key=lambda line: line.split()[1])))
         return [path.replace(out / path.name) for path in (*files, sums)]
+
+
+def forget_variables(reporter: Reporter) -> None:
+    """Remove from the environment what changes a build: a release depends on the commit and the tools alone."""
+    if found := [name for name in VARIABLES[""] if os.environ.pop(name, "")]:
+        reporter.note(f"not used for a release: {', '.join(found)}")
 
 
 def cross_compilation(arch: str) -> tuple[tuple[str, str], ...]:

@@ -358,6 +358,20 @@ def test_the_folder_is_not_in_the_libraries(tmp_path: Path, monkeypatch: pytest.
     assert b"src/steady.cpp" in library
 
 
+def test_headers_of_another_folder_make_another_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler looks for them in CPATH."""
+    program = "#include <number.h>\n#include <cstdio>\nint main() { std::puts(NUMBER); }\n"
+    tiny = tiny_llama.make(tmp_path, {**tiny_llama.FILES, "tools/llama-cli.cpp": program})
+    for number in ("three", "four"):
+        folder = tiny_llama.write_tree(tmp_path / number, {"number.h": f'#define NUMBER "{number}"\n'})
+        monkeypatch.setenv("CPATH", str(folder))
+        place = tiny.build()
+        assert answer(place) == f"{number}\n"
+        assert json.loads((place / "manifest.json").read_text())["environment"] == {"CPATH": str(folder)}
+
+
 def test_a_release_is_compiled_without_ccache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ccache makes paths relative, so assertions would name other paths."""
     broken = tmp_path / "path" / "ccache"

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_llama
 from tiny_llama import call
 
-from kimi_gguf.engine.build_spec import BACKENDS, OPTIONS, VERIFY, make_build_spec, processor, provenance
+from kimi_gguf.engine import toolchain
+from kimi_gguf.engine.build_spec import (
+    BACKENDS,
+    OPTIONS,
+    VERIFY,
+    BuildSpec,
+    make_build_spec,
+    processor,
+    provenance,
+)
 from kimi_gguf.engine.builds import Engine, cpu_library
 from kimi_gguf.engine.doctor import list_devices
 from kimi_gguf.engine.errors import EngineError
@@ -265,3 +276,66 @@ def test_a_build_for_all_cpus_does_not_depend_on_this_one(monkeypatch: pytest.Mo
     monkeypatch.setattr("kimi_gguf.engine.build_spec.cpu_fingerprint", lambda: "another")
     assert make_build_spec(backend="cpu").key != keys["cpu"]
     assert make_build_spec(backend="cpu-all").key == keys["cpu-all"]
+
+
+VARIABLES = [(backend or "cpu", name) for backend, names in toolchain.VARIABLES.items() for name in names]
+COMPILERS = [("cpu", "CC"), ("cpu", "CXX"), ("cuda", "CUDACXX")]
+
+
+def forget(patch: pytest.MonkeyPatch) -> None:
+    """Remove the variables from the environment."""
+    for _, name in (*VARIABLES, *COMPILERS):
+        patch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def plain() -> BuildSpec:
+    """The spec of this machine's build without variables in the environment."""
+    with pytest.MonkeyPatch.context() as patch:
+        forget(patch)
+        spec = make_build_spec()
+    assert spec.variables == ()
+    return spec
+
+
+@pytest.mark.parametrize(("backend", "name"), [*VARIABLES, *COMPILERS])
+def test_a_variable_that_changes_a_build_changes_its_key(
+    backend: str, name: str, plain: BuildSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch)
+
+    def key(text: str, backend: str = backend) -> str:
+        monkeypatch.setenv(name, text)
+        return replace(plain, variables=toolchain.build_variables(backend)).work_key
+
+    first, second = ("program -O0", "program -O1") if (backend, name) in COMPILERS else ("-O0", "-O1")
+    assert len({plain.work_key, key(first), key(second)}) == 3
+    assert key("") == plain.work_key
+    if (backend, name) in COMPILERS:
+        assert key("program") == plain.work_key  # which program it is has its own part in the key
+    elif backend != "cpu":
+        assert key("-O0", "cpu") == plain.work_key
+
+
+def test_flags_are_in_the_spec(plain: BuildSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    (path,) = (each.path for language, each in plain.compilers if language == "C++")
+    monkeypatch.setenv("CXX", f"{path} -O0 -DNAME='a b'")
+    monkeypatch.setenv("CPATH", "/opt/headers")
+    spec = make_build_spec()
+    assert spec.variables == (("CPATH", "/opt/headers"), ("CXX", "-O0 '-DNAME=a b'"))
+    assert spec.compilers == plain.compilers and spec.key != plain.key
+
+
+def test_another_assembler_or_linker_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the compiler finds on PATH, as Debian's GCC does."""
+    key = make_build_spec().key
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    for tool in ("as", "ld"):
+        program = tmp_path / tool
+        program.write_text("#!/bin/sh\necho Another 99.0\n")
+        program.chmod(0o755)
+        spec = make_build_spec()
+        assert "Another 99.0" in spec.binutils and spec.key != key
+        program.unlink()
+    assert make_build_spec().key == key

@@ -421,6 +421,19 @@ def test_a_compiler_for_another_architecture_is_chosen_or_named(
     assert os.environ["CXX"] == "mine"
 
 
+def test_a_release_does_not_depend_on_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CPATH", "/opt/headers")
+    monkeypatch.setenv("CXXFLAGS", "-O0")
+    notes: list[str] = []
+    reporter = Silent()
+    monkeypatch.setattr(reporter, "note", notes.append)
+    release.forget_variables(reporter)
+    assert not {"CPATH", "CXXFLAGS"} & set(os.environ)
+    assert notes == ["not used for a release: CXXFLAGS, CPATH"]
+    release.forget_variables(reporter)
+    assert len(notes) == 1
+
+
 COMPILED = ("ggml/src/ggml-cpu", "ggml/src/ggml-rpc", "src", "common", "tools")
 NOT_COMPILED = ("kleidiai/", "spacemit/")  # options that the wheel's builds do not set
 
