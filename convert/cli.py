@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Final, TypeVar
 
-from kimi_gguf.convert.conversion import Options, convert, plan_only, silent
+from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, silently
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
@@ -31,6 +31,7 @@ from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say
 from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
+from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
@@ -138,7 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag("--no-mtp", help="leave out layers that predict further tokens (Ling 3); the file cannot draft then")
     flag("--pure", help="use TYPE for all tensors instead of its mix")
-    flag("--model-card", help="also write README.md, a model card for Hugging Face, to the folder of OUT")
+    flag(
+        "--model-card",
+        help="also write README.md, a model card for Hugging Face, to the folder of OUT; it lists "
+        "all GGUF files there of the same checkpoint",
+    )
     add("--quantized-by", metavar="WHO", help="author of the file, for its metadata and the model card")
     text = "use this chat template (Jinja) instead of the checkpoint's"
     add("--chat-template", metavar="FILE", type=Path, help=text)
@@ -264,7 +269,8 @@ def _convert(options: argparse.Namespace) -> int:
     if not options.quiet and not options.resume and (left := leftover(options.output)):
         note = f"discarding {left.name} of an earlier run (--resume would continue it)"
         print(f"{PROGRAM}: note: {note}", file=sys.stderr)
-    plan = convert(options.source, options.output, request, wanted, display)
+    shown = silently if options.quiet or options.json else reporting
+    plan = convert(options.source, options.output, request, wanted, display, shown)
     seconds = time.monotonic() - began
     files = [str(file) for file in plan.paths(options.output)]
     if options.json:

@@ -6,8 +6,8 @@ Input: paths and options. Output: the file and its plan. This is the Python inte
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,21 +15,24 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
+from kimi_gguf.convert.output.card_folder import others_of
 from kimi_gguf.convert.output.digest import digest
-from kimi_gguf.convert.output.model_card import card_text
+from kimi_gguf.convert.output.model_card import Listed, Made, card_text, file_row, source_of
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
 from kimi_gguf.convert.output.unfinished import Identity, taken
 from kimi_gguf.convert.output.writer import ProgressCallback, check_outputs, write
-from kimi_gguf.convert.plan import Plan, make_plan
+from kimi_gguf.convert.plan import Plan, make_plan, model_notes
 from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.convert.source.origin import CARD, model_name
 from kimi_gguf.convert.types.file_types import FileType
 from kimi_gguf.convert.types.ggml import Ggml
 from kimi_gguf.convert.types.imatrix import read_importances
 from kimi_gguf.convert.types.mixes import TypeRequest, as_stored
+from kimi_gguf.engine.progress import Reporter, Silent
 from kimi_gguf.engine.version import VERSION
 
 ProgressDisplay = Callable[[Plan], AbstractContextManager[ProgressCallback]]
+Reporting = Callable[[], AbstractContextManager[Reporter]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ def silent(plan: Plan) -> Iterator[ProgressCallback]:
     yield lambda tensor, nbytes: None
 
 
+def silently() -> AbstractContextManager[Reporter]:
+    """A `Reporting` that shows nothing."""
+    return nullcontext(Silent())
+
+
 def plan_only(source: Path | str, wanted: FileType | TypeRequest, options: Options | None = None) -> Plan:
     """The plan for `source`; reads its headers, config and tokenizer, no weights. Raises `ConvertError`."""
     options = options or Options()
@@ -68,11 +76,13 @@ def convert(
     wanted: FileType | TypeRequest,
     options: Options | None = None,
     progress: ProgressDisplay = silent,
+    reporting: Reporting = silently,
 ) -> Plan:
     """Convert the checkpoint `source` to the GGUF file `output`, split if it would exceed `split_max_size`.
 
     If it raises `ConvertError`, no file was written. `progress` is a context manager that is entered with the plan
-    before the first byte is written.
+    before the first byte is written; before that, `reporting` shows how the folder's other files are hashed for the
+    model card.
     """
     options = options or Options()
     with open_checkpoint(source, options.mtp) as checkpoint:
@@ -81,9 +91,9 @@ def convert(
         inputs += [file for file in (options.imatrix, options.chat_template) if file]
         plan = _plan(checkpoint, wanted, options)
         paths = plan.paths(output)
-        cards = [(CARD, card_text(plan, paths, options.card).encode())] if options.card else []
-        outputs = [*paths, *(output.with_name(name) for name, _ in cards)]
+        outputs = [*paths, *([output.with_name(CARD)] if options.card else [])]
         check_outputs(outputs, options.overwrite, inputs, taken(output, options.resume))
+        card = _card(plan, paths, checkpoint.config, options.card, reporting) if options.card else None
         ggml = prepared(checkpoint, plan)
         with progress(plan) as report:
             write(
@@ -97,9 +107,28 @@ def convert(
                 lambda tensor: checkpoint.check_unchanged(
                     (name for name, _ in tensor.output.inputs) if tensor else None
                 ),
-                cards,
+                None if card is None else lambda hashes: [(CARD, card(hashes).encode())],
             )
     return plan
+
+
+def _card(
+    plan: Plan, paths: Sequence[Path], config: ModelConfig, command: Sequence[str], reporting: Reporting
+) -> Callable[[Sequence[str]], str]:
+    """The model card of the output's folder as a function of the SHA-256 of the new files `paths`."""
+    facts = {key.name: key.value for key in plan.keys}
+    notes = tuple(model_notes(config))
+    own_notes = tuple(note for note in plan.notes if note not in notes)
+    made = Made(VERSION, (command[0], source_of(facts) or command[1], *command[2:]), own_notes)
+    with reporting() as reporter:
+        others = others_of(paths[0].parent, paths, facts, reporter)
+
+    def text(hashes: Sequence[str]) -> str:
+        files = zip(paths, plan.files, hashes, strict=True)
+        rows = [file_row(path.name, file.nbytes, file.tensors, sha256) for path, file, sha256 in files]
+        return card_text(Listed(paths[0], facts, rows, made, plan.nbytes), others, notes)
+
+    return text
 
 
 def read_template(path: Path, config: ModelConfig) -> str:

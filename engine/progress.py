@@ -32,6 +32,15 @@ class Reporter(Protocol):
 class Silent(Reporter):
     """Reports nothing."""
 
+    def phase(self, name: str) -> None:
+        pass
+
+    def step(self, done: int, total: int) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
 
 class Plain(Reporter):
     """Writes lines to standard error: each phase, and a step line at most every ten seconds."""

@@ -10,32 +10,34 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 from matplotlib.axes import Axes
 
 from kimi_gguf.convert.output.model_card import (
-    FILE_TITLES,
-    Made,
-    base_of,
+    RECOMMENDED,
+    REPORTS,
+    Listed,
+    checking,
     code,
     code_text,
     differences,
     front_matter,
+    making,
+    origin_rows,
     plain,
     running,
-    source_of,
+    stem_of,
     table,
+    target,
 )
+from kimi_gguf.convert.output.model_card import recommended as recommended_points
 from kimi_gguf.engine.gguf_check import all_splits
-from kimi_gguf.engine.version import VERSION
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.plots import PLOTS, Line, images
 from kimi_gguf.validate.report import bytes_text, error_text, plain_text, share_text
 from kimi_gguf.validate.stored import Stored
 
-PLACE: Final = "validation"  # the folder of the reports and plots, next to the files
 COLOURS: Final = ("#1f5fa8", "#c2762b", "#1c7a46", "#7b4aa0", "#b3261e", "#3c8f8a", "#8a6d1f", "#5b6875")
 SIZE_PLOT: Final = "kld_by_size"
 CAPTIONS: Final = {
@@ -47,42 +49,25 @@ CAPTIONS: Final = {
 }
 
 
-@dataclass(frozen=True)
-class CardFile:
-    """A GGUF file (of a split model, its first split), its keys, and its report."""
+@dataclass(frozen=True, kw_only=True)
+class CardFile(Listed):
+    """A GGUF model with its report."""
 
-    path: Path
-    keys: Mapping[str, object]
     elements: Mapping[str, int]  # type -> elements
     report: Stored
-    parts: Sequence[tuple[str, ...]] = ()  # of each split, the cells under FILE_TITLES
-    made: Made | None = None  # how convert-kimi made it, if that is known
 
     @property
     def kld(self) -> float:
         return self.report.headline.all.kld_mean
 
 
-def stem_of(path: Path) -> str:
-    """The name of a model without `.gguf` and without the number of the split."""
-    splits = all_splits(path)
-    name = path.name.removesuffix(".gguf")
-    return name.removesuffix(f"-00001-of-{len(splits):05d}")
-
-
 def recommended(files: Sequence[CardFile]) -> list[CardFile]:
     """The files that passed, and of which no smaller or equally large file that passed has a KLD as low."""
-    passed = [file for file in files if file.report.passed and math.isfinite(file.kld)]
-    return [
-        file
-        for file in passed
-        if not any(
-            (other.report.bytes, other.kld) != (file.report.bytes, file.kld)
-            and other.report.bytes <= file.report.bytes
-            and other.kld <= file.kld
-            for other in passed
-        )
+    points = [
+        (file.report.bytes, file.kld) if file.report.passed and math.isfinite(file.kld) else None
+        for file in files
     ]
+    return [file for file, best in zip(files, recommended_points(points), strict=True) if best]
 
 
 def draw_plots(files: Sequence[CardFile]) -> dict[str, bytes]:
@@ -109,20 +94,21 @@ def card_text(files: Sequence[CardFile], plots: Sequence[str], notes: Sequence[s
     """The card of the files. `notes`: what a user should know about every file of this model."""
     ordered = sorted(files, key=lambda file: file.report.bytes)
     facts, report = ordered[0].keys, ordered[0].report
-    source = source_of(facts) or report.checkpoint
     best = recommended(ordered)
     shown = best[0] if best else ordered[0]
     sections = (
         front_matter(facts),
         f"# {plain(str(facts.get('general.name') or report.checkpoint))}, GGUF files for llama.cpp",
-        table(("", ""), _origin(facts, source)),
+        table(
+            ("", ""), [*origin_rows(facts, report.checkpoint), ("validated with", _validated_with(ordered))]
+        ),
         "## Files\n\n"
         + table(TITLES, [_row(file, best) for file in ordered])
         + "\n\n"
         + _legend(ordered, best),
-        "## Plots\n\n" + "\n\n".join(f"![{CAPTIONS[name]}]({PLACE}/{name}.png)" for name in plots),
+        "## Plots\n\n" + "\n\n".join(f"![{CAPTIONS[name]}]({REPORTS}/{name}.png)" for name in plots),
         "## How to run it\n\n" + running(shown.path.name, len(all_splits(shown.path)), notes),
-        "## How it was made\n\n" + _making(ordered),
+        "## How it was made\n\n" + making(ordered),
         "## How it was checked\n\n" + _checks(ordered),
         *_differences(facts),
         *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in notes)] if notes else []),
@@ -137,7 +123,7 @@ TITLES: Final = (
 
 def _row(file: CardFile, best: Sequence[CardFile]) -> tuple[str, ...]:
     report, figures = file.report, file.report.headline.all
-    link = f"{PLACE}/{stem_of(file.path)}/report.html"
+    link = target(f"{REPORTS}/{stem_of(file.path)}/report.html")
     verdict = f"{'pass' if report.passed else '**FAIL**'}, {sum(report.gates)} of {len(report.gates)}"
     return (
         f"`{code_text(file.path.name)}`",
@@ -148,7 +134,7 @@ def _row(file: CardFile, best: Sequence[CardFile]) -> tuple[str, ...]:
         share_text(figures.top1),
         error_text(figures.nmse),
         plain_text(figures.ppl_test),
-        f"[{verdict}](<{_target(link)}>)",
+        f"[{verdict}](<{link}>)",
         "yes" if file in best else "",
     )
 
@@ -163,12 +149,6 @@ def _weights(file: CardFile) -> str:
     return f"{named}; {8 * file.report.bytes / total:.2f} bits per weight"
 
 
-def _target(path: str) -> str:
-    """A path for a link in angle brackets: what ends it is percent-encoded."""
-    return "".join(c if c.isprintable() and c not in "<>\\%|" else "".join(f"%{b:02X}" for b in c.encode())
-                   for c in path)  # fmt: skip
-
-
 def _legend(files: Sequence[CardFile], best: Sequence[CardFile]) -> str:
     report = files[0].report
     floor: Summary = max((file.report.floor for file in files), key=lambda summary: summary.kld_mean)
@@ -178,27 +158,18 @@ def _legend(files: Sequence[CardFile], best: Sequence[CardFile]) -> str:
         f"The reference has perplexity {plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults."
     )
     if len(files) > 1 and best:
-        text += (
-            " Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that "
-            "leaves memory for the context."
-        )
+        text += f" {RECOMMENDED}"
     return text
 
 
-def _origin(facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str]]:
-    """Rows about the source; what is unknown has no row."""
-    base, licence, size = base_of(facts), facts.get("general.license"), facts.get("general.size_label")
-    yield "source", f"`{code_text(source)}`"
-    for title, key in (("config.json", "config_sha256"), ("shards' headers", "headers_sha256")):
-        if value := facts.get(f"kimi_gguf.source.{key}"):
-            yield f"SHA-256 of its {title}", f"`{code_text(str(value))}`"
-    if base:
-        yield "base model", f"`{code_text(base)}`"
-    if licence:
-        yield "licence", plain(str(licence))
-    if size:
-        yield "parameters, all and active", plain(str(size))
-    yield "validated with", f"kimi-gguf {VERSION}, `validate-kimi card`"
+def _validated_with(files: Sequence[CardFile]) -> str:
+    """What made the reports; if they are of several builds, with the files of each."""
+    names: dict[str, list[str]] = {}
+    for file in files:
+        names.setdefault(plain(file.report.engine), []).append(f"`{code_text(file.path.name)}`")
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{', '.join(of)}: {engine}" for engine, of in names.items())
 
 
 def _differences(facts: Mapping[str, object]) -> Iterator[str]:
@@ -208,32 +179,12 @@ def _differences(facts: Mapping[str, object]) -> Iterator[str]:
         yield "\n".join((f"{title}\n", *differences(facts)))
 
 
-def _making(files: Sequence[CardFile]) -> str:
-    """Every split with its bytes and tensors, and the commands that are known."""
-    matrices = [_importance_matrix(file.keys) for file in files]
-    titles = (*FILE_TITLES, "importance matrix") if any(matrices) else FILE_TITLES
-    rows = [
-        (*part, matrix)[: len(titles)]
-        for file, matrix in zip(files, matrices, strict=True)
-        for part in file.parts
-    ]
-    return "\n\n".join([table(titles, rows), *(file.made.text() for file in files if file.made)])
-
-
-def _importance_matrix(facts: Mapping[str, object]) -> str:
-    """Its file and its data set; empty if the types were chosen without one."""
-    name, dataset = (Path(str(facts.get(f"quantize.imatrix.{key}", ""))).name for key in ("file", "dataset"))
-    made = f", made with {plain(dataset)}" if dataset else ""
-    return f"`{code_text(name)}`{made}" if name else ""
-
-
 def _checks(files: Sequence[CardFile]) -> str:
     report = files[0].report
     lines = [
         "`validate-kimi` compared all tensors with the checkpoint, and llama.cpp's logits with a "
-        f"{plain(report.precision)} PyTorch reference at every position (llama.cpp {plain(report.engine)}, cache "
-        f"{plain(report.cache_type)}). The gates are limits for the type of the file. Each report has the limits, the "
-        "figures, and the hashes of all inputs."
+        f"{plain(report.precision)} PyTorch reference at every position (cache {plain(report.cache_type)}). The gates "
+        "are limits for the type of the file. Each report has the limits, the figures, and the hashes of all inputs."
     ]
     unchecked = [
         f"- `{code_text(file.path.name)}`: {' '.join(plain(' '.join(file.report.unchecked)).split())}"
@@ -255,8 +206,5 @@ def _checks(files: Sequence[CardFile]) -> str:
     ]
     lines.append(code("\n".join(map(shlex.join, words))))
     if again := [file.made.check(file.path.name) for file in files if file.made]:
-        lines += [
-            "These commands convert the checkpoint again and compare all bytes:",
-            code("\n".join(again)),
-        ]
+        lines.append(checking(again))
     return "\n\n".join(lines)

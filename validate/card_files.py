@@ -9,17 +9,16 @@ import secrets
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
 
-from kimi_gguf.convert.output.model_card import Made, file_row, made_in, table_line
+from kimi_gguf.convert.output.card_folder import earlier_card, made_of, models_in
+from kimi_gguf.convert.output.model_card import REPORTS, file_row, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import Reporter
-from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.validate import provenance
-from kimi_gguf.validate.card import PLACE, CardFile, card_text, draw_plots, stem_of
+from kimi_gguf.validate.card import CardFile, card_text, draw_plots
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.pipeline import Request, Shared, ids_of, validate
 from kimi_gguf.validate.provenance import Facts
@@ -27,16 +26,13 @@ from kimi_gguf.validate.report import check_place, write
 from kimi_gguf.validate.stored import Stored, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
-MOST_BYTES: Final = 1 << 20  # that are read of an earlier card
 
-
-def models_in(folder: Path) -> list[Path]:
+def models_of(folder: Path) -> list[Path]:
     """The GGUF models of a folder; of split models, the first splits. Raises `ValidateError` if there is none."""
     if not folder.is_dir():
         found = kind_of(folder) if folder.exists() else "nothing"
         raise ValidateError(f"{folder}: expected a folder of GGUF files", found=found)
-    found_files = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
-    models = [path for path in found_files if (place_in_set(path) or (1, []))[0] == 1]
+    models = models_in(folder)
     if not models:
         todo = f"convert the checkpoint first: convert-kimi CHECKPOINT -o {folder / 'NAME.gguf'} --type Q8_0"
         raise ValidateError(f"{folder}: expected GGUF files, found none", todo=todo)
@@ -57,22 +53,22 @@ def check_card_place(folder: Path, models: Sequence[Path], overwrite: bool, chec
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise ValidateError(f"{folder}: two models are named {min(twice)!r}", todo="rename one of them")
     for stem in stems:
-        check_place(folder / PLACE / stem)
+        check_place(folder / REPORTS / stem)
 
 
 def card_files(
     requests: Sequence[Request], folder: Path, engine: Engine, upstream: Engine | None, reporter: Reporter
 ) -> list[CardFile]:
     """Every model with its report, which is made if there is none. Raises `ValidateError`."""
-    shared, files, earlier = Shared(), [], _earlier_card(folder / CARD)
+    shared, files, earlier = Shared(), [], earlier_card(folder)
     with open_checkpoint(requests[0].checkpoint) as checkpoint:
         reporter.phase("hashing the checkpoint")
         shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
     hashes = [file["sha256"] for file in shared.checkpoint["files"]]
     for request in requests:
-        name, place = request.gguf.name, folder / PLACE / stem_of(request.gguf)
+        name, place = request.gguf.name, folder / REPORTS / stem_of(request.gguf)
         reporter.phase(f"{name}: hashing")
-        facts = provenance.gguf_facts(request.gguf, reporter.step)
+        facts = shared.ggufs[request.gguf] = provenance.gguf_facts(request.gguf, reporter.step)
         ids, generated = ids_of(request, engine)
         ids_sha256 = provenance.ids_facts(ids, request.source, generated)["sha256"]
         report = _kept(place / "report.json")
@@ -81,11 +77,14 @@ def card_files(
             write(validate(request, engine, upstream, reporter, shared), place)
             report = read_report(place / "report.json")
         with open_gguf(request.gguf) as model:
-            parts = [file_row(file.path.name, file.size, file.tensors.values()) for file in model.files]
-            made = made_of(earlier, stem_of(request.gguf), parts)
-            files.append(
-                CardFile(request.gguf, dict(model.keys), facts["elements_by_type"], report, parts, made)
-            )
+            each = facts["files_sha256"]
+            parts = [
+                file_row(file.path.name, file.size, file.tensors.values(), sha256)
+                for file, sha256 in zip(model.files, each, strict=True)
+            ]
+            made, elements = made_of(earlier, request.gguf, each), facts["elements_by_type"]
+            keys = dict(model.keys)
+        files.append(CardFile(request.gguf, keys, parts, made, elements=elements, report=report))
     if len({file.report.ids_sha256 for file in files}) > 1:
         first, other = files[0], next(f for f in files if f.report.ids_sha256 != files[0].report.ids_sha256)
         raise ValidateError(
@@ -93,22 +92,6 @@ def card_files(
             todo="convert both files with the same tokenizer",
         )
     return files
-
-
-def _earlier_card(card: Path) -> str:
-    """The card that is overwritten, which may be any text; empty if there is none."""
-    if not card.is_file():
-        return ""
-    with card.open("rb") as file:
-        return file.read(MOST_BYTES).decode("utf-8", "replace")
-
-
-def made_of(earlier: str, stem: str, parts: Sequence[Sequence[str]]) -> Made | None:
-    """How convert-kimi made a model, if an earlier card says so and lists the files as they are now."""
-    lines = earlier.splitlines()
-    if not all(any(line.startswith(table_line(part)) for line in lines) for part in parts):
-        return None
-    return next((made for made in made_in(earlier) if made.output == f"{stem}.gguf"), None)
 
 
 def _kept(path: Path) -> Stored | None:
@@ -136,7 +119,7 @@ def write_card(files: Sequence[CardFile], folder: Path, notes: Sequence[str]) ->
     """Write the plots, then the card; return its path."""
     plots = draw_plots(files)
     for name, image in plots.items():
-        _atomically(folder / PLACE / f"{name}.png", image)
+        _atomically(folder / REPORTS / f"{name}.png", image)
     _atomically(folder / CARD, card_text(files, list(plots), notes).encode())
     return folder / CARD
 

@@ -28,7 +28,7 @@ from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.validate.card_files import card_files, check_card_place, models_in, write_card
+from kimi_gguf.validate.card_files import card_files, check_card_place, models_of, write_card
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
@@ -286,7 +286,7 @@ def _card(words: Sequence[str]) -> int:
     """`validate-kimi card`: validate the files of a folder and write their model card."""
     options = _card_parser().parse_args(words)
     try:
-        paths = models_in(options.folder)
+        paths = models_of(options.folder)
         check_card_place(options.folder, paths, options.force, options.checkpoint)
         requests = [_request(options, path) for path in paths]
         engine, upstream = _engines(options)

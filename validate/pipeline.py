@@ -20,6 +20,7 @@ from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
 from kimi_gguf.engine.gguf_check import has_mtp
 from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.validate import provenance
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import Evidence, judge
@@ -63,9 +64,10 @@ class Request:
 
 @dataclass
 class Shared:
-    """What does not depend on the GGUF file: kept for the next file of the same checkpoint."""
+    """What is known before a GGUF file is validated: of the checkpoint, kept for its next file, and hashes."""
 
     checkpoint: provenance.Facts | None = None
+    ggufs: dict[Path, provenance.Facts] = field(default_factory=dict)  # of files that are already hashed
     # by token ids, quiet and MTP layer
     truths: dict[tuple[bytes, bool, bool], Truth] = field(default_factory=dict)
 
@@ -79,8 +81,10 @@ def validate(
 ) -> Report:
     """Measure one GGUF file and apply the gates."""
     began, shared = time.monotonic(), shared or Shared()
-    reporter.phase("hashing the GGUF file")
-    gguf_facts = provenance.gguf_facts(request.gguf, reporter.step)
+    gguf_facts = shared.ggufs.get(request.gguf)
+    if gguf_facts is None:
+        reporter.phase("hashing the GGUF file")
+        gguf_facts = provenance.gguf_facts(request.gguf, reporter.step)
     reporter.phase("tokenizing")
     ids, generated = ids_of(request, engine)
     with open_gguf(request.gguf) as file:
@@ -153,6 +157,7 @@ def validate(
     floor = noise_floor(engine, request.gguf, ids, request.options, FLOOR_UBATCH)
     upstream_runs = rivals[0].runs if upstream is not None else []
     return Report(
+        version=VERSION,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         seconds=round(time.monotonic() - began, 1),
         gguf=gguf_facts,

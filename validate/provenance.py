@@ -16,28 +16,27 @@ import numpy as np
 import torch
 
 from kimi_gguf.convert.source.checkpoint import Checkpoint
+from kimi_gguf.engine.file_hash import hash_files
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES
 from kimi_gguf.validate.models import REFERENCES
 from kimi_gguf.validate.tensors import open_gguf
 
-CHUNK = 1 << 24
 Facts = dict[str, Any]
 
 
 def _file_facts(paths: Sequence[Path], progress: Callable[[int, int], None]) -> Facts:
-    """The first file's name, and size in bytes and SHA-256 of all files concatenated.
+    """The first file's name, size in bytes and SHA-256 of all files concatenated, and the SHA-256 of each file.
 
     `progress` gets the number of bytes done and the total.
     """
-    digest, done, size = hashlib.sha256(), 0, sum(path.stat().st_size for path in paths)
-    for path in paths:
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                done += len(chunk)
-                progress(done, size)
-    return {"name": paths[0].name, "bytes": size, "sha256": digest.hexdigest()}
+    hashes = hash_files(paths, progress)
+    return {
+        "name": paths[0].name,
+        "bytes": sum(path.stat().st_size for path in paths),
+        "sha256": hashes.all,
+        "files_sha256": list(hashes.each),
+    }
 
 
 def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:

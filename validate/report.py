@@ -70,6 +70,7 @@ class Worst:
 class Report:
     """All results for one GGUF file."""
 
+    version: str  # of kimi-gguf
     created: str
     seconds: float
     gguf: Facts
@@ -154,6 +155,7 @@ def to_json(report: Report) -> str:
         "schema": SCHEMA,
         "passed": report.passed,
         "created": report.created,
+        "version": report.version,
         "seconds": report.seconds,
         "direction": "KLD is KL(reference || test), natural logarithm",
         **{name: getattr(report, name) for name in FACTS},

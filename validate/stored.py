@@ -22,6 +22,7 @@ from kimi_gguf.validate.metrics import LayerError, Summary
 from kimi_gguf.validate.report import SCHEMA
 
 SCHEMAS = ("kimi-gguf/validation-report/1", SCHEMA)
+SHORT = 12  # characters of a hash that tell sources apart
 T = TypeVar("T")
 
 
@@ -52,7 +53,7 @@ class Stored:
     ids_sha256: str
     tokens: int
     source: str  # of the tokens
-    engine: str
+    engine: str  # kimi-gguf and llama.cpp that made the report
     precision: str
     cache_type: str
     floor: Summary
@@ -93,8 +94,7 @@ def read_report(path: Path) -> Stored:
 
 
 def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
-    gguf, ids, engine = data["gguf"], data["ids"], data["engine"]
-    checkpoint = data["checkpoint"]
+    gguf, ids, checkpoint = data["gguf"], data["ids"], data["checkpoint"]
     runs = [_run(each) for each in data["runs"]]
     if not runs:
         raise ValueError("runs: expected at least one, found none")
@@ -113,13 +113,21 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         ids_sha256=_as(str, ids["sha256"]),
         tokens=_as(int, ids["count"]),
         source=_as(str, ids["source"]),
-        engine=f"{_as(str, engine['commit'])} ({_as(str, engine['kind'])})",
+        engine=_engine(data),
         precision=_as(str, data["reference"]["precision"]),
         cache_type=_as(str, data["options"]["cache_type"]),
         floor=_summary(data["noise_floor"]),
         runs=runs,
         unchecked=[_as(str, each) for each in data.get("unchecked", [])],
     )
+
+
+def _engine(data: Mapping[str, Any]) -> str:
+    """Such as "kimi-gguf 0.2.0, llama.cpp 0c1e570 (patched, source tree 0123456789ab)"."""
+    engine, version = data["engine"], _as(str, data.get("version", "of unknown version"))
+    tree = engine.get("tree_sha256")
+    source = f", source tree {_as(str, tree)[:SHORT]}" if tree is not None else ""
+    return f"kimi-gguf {version}, llama.cpp {_as(str, engine['commit'])} ({_as(str, engine['kind'])}{source})"
 
 
 def _run(data: Mapping[str, Any]) -> StoredRun:

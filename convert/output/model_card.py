@@ -1,7 +1,8 @@
-"""The model card of an output: front matter for Hugging Face, and how the file was made and how to run it.
+"""The model card of a folder: front matter for Hugging Face, and how its files were made and how to run them.
 
-Input: the plan, the file names, the command. Output: Markdown. All facts come from the plan's keys and tensors.
-Strings from the checkpoint are quoted, or stripped of Markdown and YAML syntax.
+Input: the models, and what is known about each: keys, files, command, main figures of its report. Output: Markdown.
+Strings from the checkpoint, the files and the reports are quoted, or stripped of Markdown and YAML syntax.
+`validate-kimi card` writes another card from the same parts, with all figures and plots (validate/card.py).
 """
 
 from __future__ import annotations
@@ -10,16 +11,15 @@ import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.model.families import BY_ARCHITECTURE
 from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
-from kimi_gguf.convert.output.files import PlannedFile
-from kimi_gguf.convert.plan import Plan, type_counts
+from kimi_gguf.convert.plan import type_counts
 from kimi_gguf.engine.gguf import GgufTensor
-from kimi_gguf.engine.version import VERSION
+from kimi_gguf.engine.split_names import place_in_set
 
 # The main differences from files made by llama.cpp's converter; docs/conversion.md has the whole table.
 DIFFERENCES: Final = (
@@ -36,15 +36,29 @@ DIFFERENCES: Final = (
 
 _OPTIONS_OF_VERIFY: Final = ("--imatrix", "--chat-template")  # of convert-kimi, which verify needs, too
 _TOKENIZER_EOS: Final = {"kimi-linear": "`[EOS]`"}
-FILE_TITLES: Final = ("file", "bytes", "tensors", "types")
+FILE_TITLES: Final = ("file", "bytes", "tensors", "types", "SHA-256")
+
+
+REPORTS: Final = "validation"  # the folder of the reports and plots, next to the files
+RECOMMENDED: Final = (
+    "Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that leaves "
+    "memory for the context."
+)
+
+
+def stem_of(path: Path) -> str:
+    """The name of a model without `.gguf` and without the number of the split."""
+    place = place_in_set(path)
+    return path.name.removesuffix(".gguf").removesuffix(f"-00001-of-{len(place[1]):05d}" if place else "")
 
 
 @dataclass(frozen=True)
 class Made:
-    """How a file was made: the version of kimi-gguf, and the command."""
+    """How a file was made: the version of kimi-gguf, the command, and its notes about this file."""
 
     version: str
     command: tuple[str, ...]  # convert-kimi SOURCE -o NAME ...
+    notes: tuple[str, ...] = ()
 
     @property
     def output(self) -> str:
@@ -52,7 +66,12 @@ class Made:
 
     def text(self) -> str:
         """As cards show it; `made_in` reads it."""
-        return f"Made by kimi-gguf {self.version}:\n\n{code(shlex.join(self.command))}"
+        notes = "\n" + "".join(f"\n- {plain(note)}" for note in self.notes) if self.notes else ""
+        return f"Made by kimi-gguf {self.version}:\n\n{code(shlex.join(self.command))}{notes}"
+
+    def named(self, output: str) -> Made:
+        """The same command with another output, which does not change the bytes."""
+        return replace(self, command=(*self.command[:3], output, *self.command[4:]))
 
     def check(self, name: str) -> str:
         """The command that compares the file `name` (of a split model, the first split) with a new conversion."""
@@ -63,10 +82,31 @@ class Made:
         return shlex.join(words)
 
 
+@dataclass(frozen=True)
+class Figures:
+    """The main figures of a report."""
+
+    kld: float  # mean KLD, in nats
+    passed: bool  # all gates
+    ids: str  # SHA-256 of the tokens; only figures of the same tokens can be compared
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A model that a card lists."""
+
+    path: Path  # the file; of a split model, the first split
+    keys: Mapping[str, object]
+    parts: Sequence[tuple[str, ...]] = ()  # of each split, the cells under FILE_TITLES
+    made: Made | None = None  # how convert-kimi made it, if that is known
+    nbytes: int = 0  # of all splits
+    figures: Figures | None = None  # None: not validated
+
+
 def made_in(card: str) -> Iterator[Made]:
     """What a card says about how its files were made. The card may be any text."""
-    pattern = r"^Made by kimi-gguf ([\w.+]+):\n\n(`{3,})sh\n(.*?)\n\2$"
-    for version, _, text in re.findall(pattern, card, re.MULTILINE | re.DOTALL):
+    pattern = r"^Made by kimi-gguf ([\w.+]+):\n\n(`{3,})sh\n(.*?)\n\2$(?:\n\n((?:- [^\n]*\n?)+))?"
+    for version, _, text, notes in re.findall(pattern, card, re.MULTILINE | re.DOTALL):
         try:
             command = tuple(shlex.split(text))
         except ValueError:  # an open quote
@@ -76,29 +116,109 @@ def made_in(card: str) -> Iterator[Made]:
             and (command[0], command[2]) == ("convert-kimi", "-o")
             and command[-1] not in _OPTIONS_OF_VERIFY  # their values are missing
         ):
-            yield Made(version, command)
+            yield Made(version, command, tuple(note.removeprefix("- ") for note in notes.splitlines()))
 
 
-def card_text(plan: Plan, paths: Sequence[Path], command: Sequence[str]) -> str:
-    """The card of `plan`, written to `paths` by `command`. The command's paths should have no folders."""
-    facts = {key.name: key.value for key in plan.keys}
-    name = plain(str(facts["general.name"]))
-    source = source_of(facts) or command[1]
-    made = Made(VERSION, (command[0], source, *command[2:]))
+def card_text(new: Listed, others: Sequence[Listed], notes: Sequence[str]) -> str:
+    """The card of a new model, and of others that were made from the same checkpoint. `notes`: what a user should know
+    about all of them."""
+    ordered = sorted([new, *others], key=lambda model: model.nbytes)
+    facts, known = new.keys, [(model, model.made) for model in ordered if model.made]
+    best = [model for model, good in zip(ordered, _recommended(ordered), strict=True) if good]
+    shown = best[0] if best else new
     sections = (
         front_matter(facts),
-        f"# {name}, {_type(plan)} for llama.cpp",
-        table(("", ""), [(title, text) for title, text in _made_of(plan, facts, source) if text]),
-        made.text(),
-        "## Files\n\n" + table(FILE_TITLES, _files(paths, plan.files)),
-        "## How to run it\n\n" + running(paths[0].name, len(plan.files), plan.notes),
-        "## How to check it\n\n"
-        "This command converts the checkpoint again and compares all bytes:\n\n"
-        + code(made.check(paths[0].name)),
+        f"# {plain(str(facts['general.name']))}, GGUF files for llama.cpp",
+        table(("", ""), origin_rows(facts, new.made.command[1] if new.made else None)),
+        "## Files\n\n" + "\n\n".join([*_figures(ordered, best), making(ordered)]),
+        "## How to run it\n\n" + running(shown.path.name, len(shown.parts), notes),
+        "## How to check it\n\n" + checking([made.check(model.path.name) for model, made in known]),
         "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(differences(facts)),
-        *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in plan.notes)] if plan.notes else []),
+        *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in notes)] if notes else []),
     )
     return "\n\n".join(sections) + "\n"
+
+
+def recommended(points: Sequence[tuple[int, float] | None]) -> list[bool]:
+    """Of each file, given as (bytes, mean KLD): whether no file that is as small has a KLD as low. None: a file without
+    a report, or one that failed, which is not recommended."""
+    return [
+        point is not None
+        and not any(
+            other is not None and other != point and other[0] <= point[0] and other[1] <= point[1]
+            for other in points
+        )
+        for point in points
+    ]
+
+
+def _recommended(models: Sequence[Listed]) -> list[bool]:
+    """As `recommended`; none without two reports, or if the reports are of different tokens."""
+    points = [
+        (model.nbytes, model.figures.kld) if model.figures and model.figures.passed else None
+        for model in models
+    ]
+    comparable = sum(point is not None for point in points) > 1 and len(_tokens(models)) == 1
+    return recommended(points) if comparable else [False] * len(models)
+
+
+def _tokens(models: Sequence[Listed]) -> set[str]:
+    """The SHA-256 of the tokens of each report."""
+    return {model.figures.ids for model in models if model.figures}
+
+
+def _figures(models: Sequence[Listed], best: Sequence[Listed]) -> Iterator[str]:
+    """A table with the figures of the reports, and its legend; nothing if no model has a report."""
+    if not any(model.figures for model in models):
+        return
+    rows = []
+    for model in models:
+        name, kld, verdict = f"`{code_text(model.path.name)}`", "", "not validated"
+        if model.figures:
+            link = target(f"{REPORTS}/{stem_of(model.path)}/report.html")
+            kld = f"{model.figures.kld:.2g}"
+            verdict = f"[{'pass' if model.figures.passed else '**FAIL**'}](<{link}>)"
+        rows.append((name, kld, verdict, "yes" if model in best else ""))
+    yield table(("model", "mean KLD", "gates", "recommended"), rows)
+    legend = "KLD is KL(reference || file) in nats, from the reports of `validate-kimi`."
+    if len(_tokens(models)) > 1:
+        legend += " The reports are of different tokens, so their KLDs cannot be compared."
+    yield legend + (f" {RECOMMENDED}" if best else "")
+
+
+def origin_rows(facts: Mapping[str, object], name: str | None) -> Iterator[tuple[str, str]]:
+    """Rows about the source, which is called `name` if it has no id on the hub; what is unknown has no row."""
+    base, licence, size = base_of(facts), facts.get("general.license"), facts.get("general.size_label")
+    if source := source_of(facts) or name:
+        yield "source", f"`{code_text(source)}`"
+    for title, key in (("`config.json`", "config_sha256"), ("shards' headers", "headers_sha256")):
+        if value := facts.get(f"kimi_gguf.source.{key}"):
+            yield f"SHA-256 of its {title}", f"`{code_text(str(value))}`"
+    if base:
+        yield "base model", f"`{code_text(base)}`"
+    if licence:
+        yield "licence", plain(str(licence))
+    if size:
+        yield "parameters, all and active", plain(str(size))
+
+
+def making(models: Sequence[Listed]) -> str:
+    """Every file with its bytes, tensors and hash, and the commands that are known."""
+    matrices = [_importance_matrix(model.keys) for model in models]
+    titles = (*FILE_TITLES, "importance matrix") if any(matrices) else FILE_TITLES
+    rows = [
+        (*part, matrix)[: len(titles)]
+        for model, matrix in zip(models, matrices, strict=True)
+        for part in model.parts
+    ]
+    return "\n\n".join([table(titles, rows), *(model.made.text() for model in models if model.made)])
+
+
+def _importance_matrix(facts: Mapping[str, object]) -> str:
+    """Its file and its data set; empty if the types were chosen without one."""
+    name, dataset = (Path(str(facts.get(f"quantize.imatrix.{key}", ""))).name for key in ("file", "dataset"))
+    made = f", made with {plain(dataset)}" if dataset else ""
+    return f"`{code_text(name)}`{made}" if name else ""
 
 
 def base_of(facts: Mapping[str, object]) -> str | None:
@@ -125,29 +245,19 @@ def front_matter(facts: Mapping[str, object]) -> str:
     )
 
 
-def _made_of(plan: Plan, facts: Mapping[str, object], source: str) -> Iterator[tuple[str, str | None]]:
-    """Rows about source, type and converter; None if unknown."""
-    base, licence = base_of(facts), facts.get("general.license")
-    yield "source", f"`{code_text(source)}`"
-    yield "SHA-256 of its `config.json`", f"`{facts.get('kimi_gguf.source.config_sha256')}`"
-    yield "SHA-256 over its shards' headers", f"`{facts.get('kimi_gguf.source.headers_sha256')}`"
-    yield "base model", f"`{base}`" if base else None
-    yield "licence", plain(str(licence)) if licence else None
-    yield "parameters, all and active", str(facts["general.size_label"])
-    yield "type", _type(plan)
-    if plan.importances:
-        yield "importance matrix", f"`{code_text(plan.importances.path.name)}`"
-        yield "made with", plain(Path(plan.importances.dataset or "").name)
-
-
-def _files(paths: Sequence[Path], files: Sequence[PlannedFile]) -> Iterator[tuple[str, ...]]:
-    for path, file in zip(paths, files, strict=True):
-        yield file_row(path.name, file.nbytes, file.tensors)
-
-
-def file_row(name: str, nbytes: int, tensors: Collection[PlannedTensor | GgufTensor]) -> tuple[str, ...]:
+def file_row(
+    name: str, nbytes: int, tensors: Collection[PlannedTensor | GgufTensor], sha256: str
+) -> tuple[str, ...]:
     """The cells of a file, under `FILE_TITLES`."""
-    return f"`{code_text(name)}`", f"{nbytes:,}", str(len(tensors)), type_counts(tensors)
+    return f"`{code_text(name)}`", f"{nbytes:,}", str(len(tensors)), type_counts(tensors), f"`{sha256}`"
+
+
+def checking(commands: Sequence[str]) -> str:
+    """What the commands of `Made.check` do."""
+    which = "This command converts" if len(commands) == 1 else "These commands convert"
+    return f"{which} the checkpoint again and compare{'s' * (len(commands) == 1)} all bytes:\n\n" + code(
+        "\n".join(commands)
+    )
 
 
 def running(name: str, splits: int, notes: Iterable[str]) -> str:
@@ -182,10 +292,6 @@ def _has_positive_gates(architecture: str) -> bool:
     return any(row.transform is Transform.EXP for group in groups for row in group.rows)
 
 
-def _type(plan: Plan) -> str:
-    return plan.request.recipe or plan.request.file_type.name
-
-
 def source_of(facts: Mapping[str, object]) -> str | None:
     """The checkpoint's id on Hugging Face, with the commit if it is known; None if the id is unknown."""
     repository = facts.get("general.source.huggingface.repository")
@@ -200,6 +306,12 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def table_line(cells: Iterable[str]) -> str:
     escaped = (cell.replace("|", "\\|") for cell in cells)
     return f"| {' | '.join(escaped)} |"
+
+
+def target(path: str) -> str:
+    """A path for a link in angle brackets: what ends it is percent-encoded."""
+    return "".join(c if c.isprintable() and c not in "<>\\%|" else "".join(f"%{b:02X}" for b in c.encode())
+                   for c in path)  # fmt: skip
 
 
 def code(text: str) -> str:

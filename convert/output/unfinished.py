@@ -64,6 +64,11 @@ class Unfinished:
         """Bytes written so far to the current file."""
         return self._growing.at
 
+    def kept(self, number: int) -> Path:
+        """Where the file is that an earlier run wrote: still in the folder, or already renamed."""
+        hidden = self._folder / self.names[number]
+        return hidden if hidden.exists() else self._folder.with_name(hidden.name)
+
     def begin(self, number: int) -> None:
         """Open a file at its beginning, or after the finished steps. Raises `OSError`."""
         place, end = self._layout.places[self.done]

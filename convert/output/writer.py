@@ -6,6 +6,7 @@ Input: a `Plan` and its encoded chunks in order. Output: the files, or an unfini
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,12 +19,14 @@ from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
 from kimi_gguf.convert.plan import Plan
+from kimi_gguf.engine.file_hash import CHUNK, Digest
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.tensor_types import Bytes
 
 Chunks = Iterator[tuple[PlannedTensor, Bytes]]
 ProgressCallback = Callable[[PlannedTensor, int], None]  # a tensor, and how many of its bytes were written
 Check = Callable[[PlannedTensor | None], None]
+SmallFiles = Callable[[Sequence[str]], Sequence[tuple[str, bytes]]]
 
 
 def write(
@@ -35,27 +38,54 @@ def write(
     resume: bool,
     report: ProgressCallback,
     check: Check,
-    small_files: Sequence[tuple[str, bytes]] = (),
+    small_files: SmallFiles | None = None,
 ) -> None:
     """Write the plan's files. Raises `ConvertError` if the disk is too small or fails, or if `check` raises it.
 
     chunks: returns the bytes of the given tensors, in order.
     check: called with each finished tensor, and with None at the end.
-    small_files: names and contents of small files to write to the same folder.
+    small_files: from the SHA-256 of each file, the names and contents of small files to write to the same folder;
+        None: the files are not hashed.
     """
+    hashes = [hashlib.sha256() for _ in plan.files] if small_files else []
     with unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
-        _check_space(path, work.missing + sum(len(content) for _, content in small_files))
-        for tensor in plan.tensors[: work.done]:
-            report(tensor, tensor.nbytes)
+        small = small_files([each.hexdigest() for each in hashes]) if small_files else ()
+        _check_space(path, work.missing + sum(len(content) for _, content in small))
+        if small_files:
+            _hash_kept(work, plan.files, hashes, report)
+        else:
+            for tensor in plan.tensors[: work.done]:
+                report(tensor, tensor.nbytes)
         stream = chunks(plan.tensors[work.done :])
         first = 0
         for number, file in enumerate(plan.files):
             if work.done < first + len(file.tensors):
-                _write_file(work, number, file, first, stream, report, check)
+                _write_file(
+                    work, number, file, first, stream, report, check, hashes[number] if hashes else None
+                )
             first += len(file.tensors)
         check(None)
-        for name, content in small_files:
+        for name, content in small_files([each.hexdigest() for each in hashes]) if small_files else ():
             work.add(name, content)
+
+
+def _hash_kept(
+    work: Unfinished, files: Sequence[PlannedFile], hashes: Sequence[Digest], report: ProgressCallback
+) -> None:
+    """Hash the tensors that an earlier run wrote, and report them."""
+    left = work.done
+    for number, (file, digest) in enumerate(zip(files, hashes, strict=True)):
+        kept = file.tensors[:left]
+        left -= len(kept)
+        if not kept:
+            return
+        with work.kept(number).open("rb") as stream:
+            for tensor, offset in zip(kept, file.offsets[1:], strict=False):
+                while size := min(len(file.header) + offset - stream.tell(), CHUNK):
+                    if not (data := stream.read(size)):
+                        raise OSError(f"{stream.name}: was truncated by another program")
+                    digest.update(data)
+                report(tensor, tensor.nbytes)
 
 
 def _layout(plan: Plan, output: Path) -> Layout:
@@ -77,23 +107,31 @@ def _write_file(
     stream: Chunks,
     report: ProgressCallback,
     check: Check,
+    digest: Digest | None,
 ) -> None:
-    """Write one file; `first` is the index of its first tensor in the plan."""
+    """Write one file; `first` is the index of its first tensor in the plan. `digest` is updated with what is
+    written."""
     head, skip = file.header, max(work.done - first, 0)
     work.begin(number)
+
+    def append(data: Bytes) -> None:
+        work.write(data)
+        if digest is not None:
+            digest.update(data)
+
     if work.at == 0:
-        work.write(np.frombuffer(head, np.uint8))
+        append(np.frombuffer(head, np.uint8))
     for i, (tensor, offset) in enumerate(zip(file.tensors, file.offsets, strict=False)):
         if i < skip:
             continue
         start = len(head) + offset
         while work.at < start + tensor.nbytes:
             found, chunk = next(stream)
-            work.write(chunk)
+            append(chunk)
             report(found, chunk.nbytes)
         if found is not tensor or work.at != start + tensor.nbytes:
             raise AssertionError(f"{tensor.name}: planned {tensor.nbytes} bytes, got {work.at - start}")
-        work.write(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
+        append(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
         check(tensor)
         if tensor is not file.tensors[-1]:  # the last tensor is finished when its file is complete
             work.finished(first + i + 1)

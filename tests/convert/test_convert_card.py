@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,10 @@ def front_matter(card: str) -> dict[str, str]:
     return dict(re.findall(r'^(\w+): "(.*)"$', head, re.MULTILINE))
 
 
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def commands(card: str) -> list[list[str]]:
     blocks = re.findall(r"^```sh\n(.*?)\n```$", card, re.MULTILINE | re.DOTALL)
     return [shlex.split(block) for block in blocks]
@@ -48,10 +54,11 @@ def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     assert {path.name for path in out.iterdir()} == {"demo.gguf", "README.md"}
     card = (out / "README.md").read_text()
     for fact in (
-        "# demo, F16 for llama.cpp",
+        "# demo, GGUF files for llama.cpp",
         hashlib.sha256((demo_dir / "config.json").read_bytes()).hexdigest(),
         str(gguf_keys(file)["kimi_gguf.source.headers_sha256"]),
-        f"| `demo.gguf` | {file.stat().st_size:,} | {len(GGUFReader(file).tensors)} |",
+        f"| `demo.gguf` | {file.stat().st_size:,} | {len(GGUFReader(file).tensors)} | ",
+        f" | `{sha256(file)}` |",
         "5.8M-A4.6M",
         "`attention.value_length` is the width of the latent, 512,",
         "(`<|im_end|>`)",
@@ -142,6 +149,107 @@ def test_parts_are_listed_with_their_bytes(source: Path, out: Path) -> None:
     for part in parts:
         types = list(gguf_types(part).values())
         assert f"| `{part.name}` | {part.stat().st_size:,} | {len(types)} |" in card
+        assert f" | `{sha256(part)}` |" in card
+
+
+def listed(card: str) -> dict[str, str]:
+    """The SHA-256 of every file that the card lists."""
+    return dict(re.findall(r"^\| `(.+\.gguf)` \| .* \| `([0-9a-f]{64})` \|", card, re.MULTILINE))
+
+
+def made(card: str) -> list[str]:
+    """The output of every command that made a file."""
+    return [words[3] for words in commands(card) if words[0] == "convert-kimi" and words[2] == "-o"]
+
+
+def test_a_second_file_is_added_to_the_card(source: Path, out: Path) -> None:
+    """Each with its command; a file of another converter or checkpoint is left out, and so is a damaged one."""
+    other = fresh_checkpoint(out.parent / "other", replace(SPEC, seed=71, hidden=128))
+    assert convert(other, "-o", out / "other.gguf").status == 0
+    (out / "damaged.gguf").write_bytes(b"GGUF")
+    words = ["--type", "F16", "--split-max-size", "700K"]
+    assert convert(source, "-o", out / "a.gguf", *words, "--model-card").status == 0
+    assert convert(source, "-o", out / "b.gguf", "--type", "F32", "--model-card", "--force").status == 0
+    card = (out / "README.md").read_text()
+    files = [*sorted(out.glob("a-0*.gguf")), out / "b.gguf"]
+    assert len(files) > 2 and list(listed(card).items()) == [(file.name, sha256(file)) for file in files]
+    assert made(card) == ["a.gguf", "b.gguf"]
+    assert ["kimi-llama", "chat", "b.gguf"] in commands(card) and "KLD" not in card
+    checks = [words for block in commands(card) if "verify" in block for words in [block]]
+    assert len(checks) == 1 and {files[0].name, "b.gguf"} <= set(checks[0])
+
+
+def test_a_command_is_kept_by_the_content_of_the_file(source: Path, out: Path) -> None:
+    """Not by its size or name: other bytes of the same size have no command, a renamed file has."""
+    for name in ("same.gguf", "changed.gguf"):
+        words = ["--type", "F16", "--name", name[:4], "--model-card", "--force"]
+        assert convert(source, "-o", out / name, *words).status == 0
+    content = bytearray((out / "changed.gguf").read_bytes())
+    content[-1] ^= 1
+    (out / "changed.gguf").write_bytes(content)
+    (out / "same.gguf").rename(out / "new name.gguf")
+    assert convert(source, "-o", out / "z.gguf", "--type", "BF16", "--model-card", "--force").status == 0
+    card = (out / "README.md").read_text()
+    assert listed(card) == {file.name: sha256(file) for file in out.glob("*.gguf")} and len(listed(card)) == 3
+    assert sorted(made(card)) == ["new name.gguf", "z.gguf"]
+
+
+def write_report(file: Path, **changed: object) -> None:
+    """The parts of a report that the card shows."""
+    found = {"sha256": sha256(file), "kld": 0.5, "passed": True, "ids": "a"} | changed
+    report = {
+        "gguf": {"sha256": found["sha256"]},
+        "passed": found["passed"],
+        "ids": {"sha256": found["ids"]},
+        "runs": [{"all": {"kld_mean": found["kld"]}}],
+    }
+    place = file.parent / "validation" / file.stem / "report.json"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(report))
+
+
+def figures(card: str) -> dict[str, list[str]]:
+    """The cells of each model in the table of figures."""
+    rows = re.findall(r"^\| `(.+\.gguf)` \| ([^|]*) \| ([^|]*) \| (yes|) \|$", card, re.MULTILINE)
+    return {name: cells for name, *cells in rows}
+
+
+def test_figures_are_those_of_reports_about_the_same_bytes(source: Path, out: Path) -> None:
+    for name, kind in (("a", "F16"), ("b", "BF16"), ("c", "F32"), ("d", "BF16")):
+        assert convert(source, "-o", out / f"{name}.gguf", "--type", kind).status == 0
+    link = "[{}](<validation/{}/report.html>)"
+    expected = {
+        "a.gguf": ["0.00012", link.format("pass", "a"), "yes"],
+        "b.gguf": ["0.5", link.format("**FAIL**", "b"), ""],
+        "c.gguf": ["1.2e-09", link.format("pass", "c"), "yes"],
+        "d.gguf": ["", "not validated", ""],
+        "z.gguf": ["", "not validated", ""],
+    }
+    write_report(out / "a.gguf", kld=0.000123)
+    write_report(out / "b.gguf", passed=False)
+    write_report(out / "c.gguf", kld=1.2e-9)
+    write_report(out / "d.gguf", sha256="0" * 64)
+    words = ["-o", out / "z.gguf", "--type", "BF16", "--model-card", "--force"]
+    assert convert(source, *words).status == 0
+    card = (out / "README.md").read_text()
+    assert figures(card) == expected
+    assert ["kimi-llama", "chat", "a.gguf"] in commands(card)  # the smallest that is recommended
+
+    write_report(out / "c.gguf", kld=1.2e-9, ids="b")
+    assert convert(source, *words).status == 0
+    card = (out / "README.md").read_text()
+    assert "of different tokens" in card and {cells[2] for cells in figures(card).values()} == {""}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"runs": []}', '{"runs": [{"all": {"kld_mean": null}}]}', "[" * 9999]
+)
+def test_a_report_that_is_none_is_no_error(source: Path, out: Path, text: str) -> None:
+    assert convert(source, "-o", out / "a.gguf").status == 0
+    write_report(out / "a.gguf")
+    (out / "validation/a/report.json").write_text(text)
+    assert convert(source, "-o", out / "b.gguf", "--model-card").status == 0
+    assert len(listed((out / "README.md").read_text())) == 2
 
 
 def test_what_plain_llama_cpp_cannot_run_is_not_recommended_for_it(tmp_path: Path, out: Path) -> None:

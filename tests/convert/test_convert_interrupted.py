@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import resource
@@ -105,6 +106,17 @@ def test_after_an_interrupt_resume_goes_on(
     monkeypatch.setattr(unfinished.Unfinished, "finished", count)
     assert_resumes(source, out, expected)
     assert int(read[0]) >= 29, "it started again"
+
+
+@pytest.mark.parametrize("after", [1, 30])
+def test_the_card_of_a_resumed_file_has_its_hash(
+    source: Path, out: Path, expected: bytes, noted: None, after: int
+) -> None:
+    """Of what both runs wrote."""
+    interrupted(source, out, after=after)
+    assert convert(source, "-o", out / "x.gguf", "--resume", "--model-card").status == 0
+    assert (out / "x.gguf").read_bytes() == expected
+    assert f"| `{hashlib.sha256(expected).hexdigest()}` |" in (out / "README.md").read_text()
 
 
 def test_without_resume_it_starts_again_and_says_so(

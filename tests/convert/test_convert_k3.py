@@ -261,7 +261,7 @@ def test_inspect_verify_and_card(tmp_path: Path, kind: str | None) -> None:
     options = ["--type", kind] if kind else []
     assert convert(source, "-o", out, "--model-card", *options).status == 0
     card = (tmp_path / "README.md").read_text()
-    assert "kimi-k3" in card and (kind or "mxfp4") in card and ("--type" in card) == bool(kind)
+    assert "kimi-k3" in card and (kind or "MXFP4") in card and ("--type" in card) == bool(kind)
     summary = json.loads(convert("inspect", out, "--json").out)
     assert [layer["mixer"] for layer in summary["layers"][1:]] == ["KDA", "KDA", "MLA", "KDA"]
     of_checkpoint = json.loads(convert("inspect", source, "--json").out)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +92,19 @@ def test_killed_among_renames_no_first_part_is_there(
     assert len(there) == renames and min(expected["one"]) not in there
     assert to_parts(source, out, "one", "--resume").status == 0
     assert contents(out) == expected["one"] and not (out / ".x.gguf.unfinished").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 2])
+def test_the_card_of_resumed_splits_has_their_hashes(source: Path, out: Path, renames: int) -> None:
+    """Also of those that already have their names."""
+    killed_among_renames(source, out, renames)
+    assert to_parts(source, out, "one", "--resume", "--model-card").status == 0
+    card = (out / "README.md").read_text()
+    splits = list(out.glob("x-*.gguf"))
+    assert len(splits) > 3
+    for split in splits:
+        hashed = hashlib.sha256(split.read_bytes()).hexdigest()
+        assert re.search(rf"^\| `{split.name}` \| .* \| `{hashed}` \|$", card, re.MULTILINE), split.name
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])

@@ -18,17 +18,19 @@ from test_validate_stored import GOLDEN
 
 from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.convert.conversion import Options, convert
+from kimi_gguf.convert.output.card_folder import made_of
 from kimi_gguf.convert.output.model_card import Made, made_in
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.version import VERSION
 from kimi_gguf.validate.card import CardFile, card_text, draw_plots, recommended
-from kimi_gguf.validate.card_files import made_of
 from kimi_gguf.validate.cli import main
 from kimi_gguf.validate.provenance import gguf_facts
 from kimi_gguf.validate.stored import read_report
 
 SHORT = ["--tokens", "256", "--threads", "1", "--quiet"]
+SHA256 = "0123456789abcdef" * 4
 KEYS: Mapping[str, object] = {"general.architecture": "kimi-linear", "general.name": "Some Model"}
 
 
@@ -166,21 +168,47 @@ def test_what_the_converter_wrote_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stem", "size", "known"),
-    [("a|b", "10", True), ("a|b", "1", False), ("a|b", "11", False), ("a", "10", False)],
+    ("name", "sha256", "known"),
+    [("a|b", SHA256, True), ("a", SHA256, True), ("a|b", SHA256[::-1], False), ("a|b", SHA256[:-1], False)],
 )
-def test_a_command_is_kept_while_the_file_is_the_same(stem: str, size: str, known: bool) -> None:
-    part = ("`x|.gguf`", "10", "3", "3 F32")
+def test_a_command_is_kept_while_the_content_is_the_same(name: str, sha256: str, known: bool) -> None:
+    """Also under another name, which is then the one that the command writes."""
+    part = ("`a|b.gguf`", "10", "3", "3 F32", f"`{SHA256}`")
     made = Made("1.0", ("convert-kimi", "a", "-o", "a|b.gguf"))
     earlier = card_text([replace(card_file(), parts=[part], made=made)], ["kld"], [])
-    assert made_of(earlier, stem, [(part[0], size, *part[2:])]) == (made if known else None)
+    expected = Made("1.0", ("convert-kimi", "a", "-o", f"{name}.gguf"))
+    assert made_of(earlier, Path(f"{name}.gguf"), [sha256]) == (expected if known else None)
+    assert made_of(earlier, Path("x-00001-of-00002.gguf"), [sha256, SHA256[::-1]]) is None
+
+
+def test_notes_of_a_file_stay_with_its_command() -> None:
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b.gguf"), ("one note", "another"))
+    other = Made("1.0", ("convert-kimi", "a", "-o", "c.gguf"))
+    for order in ([made, other], [other, made]):
+        assert list(made_in("\n\n".join(each.text() for each in order))) == order
+    card = card_text([replace(card_file(), made=made), replace(card_file(), made=other)], ["kld"], ["a note"])
+    assert list(made_in(card)) == [made, other]
+
+
+def test_the_card_names_the_builds_of_the_reports() -> None:
+    """Not the build that writes the card; schema 2 has no version, an old report."""
+    data = json.loads((GOLDEN / "report-schema-2.json").read_text())
+    assert "version" not in data and VERSION != "9.9"
+    old = card_file("old.gguf")
+    new = replace(old, path=Path("new.gguf"), report=replace(old.report, engine="kimi-gguf 9.9, llama.cpp x"))
+    engine = "kimi-gguf of unknown version, llama.cpp c0ffee (patched, source tree 343434343434)"
+    assert f"| validated with | {engine} |" in card_text([old], ["kld"], [])
+    assert "| validated with | kimi-gguf 9.9, llama.cpp x |" in card_text([new, new], ["kld"], [])
+    both = card_text([new, old], ["kld"], [])
+    assert f"| validated with | `new.gguf`: kimi-gguf 9.9, llama.cpp x; `old.gguf`: {engine} |" in both
+    assert VERSION not in both
 
 
 def test_the_importance_matrix_is_named() -> None:
     keys = {"quantize.imatrix.file": "/home/me/im`a|.gguf", "quantize.imatrix.dataset": "data/cal<b>.txt"}
-    part = ("`x.gguf`", "10", "3", "3 F32")
+    part = ("`x.gguf`", "10", "3", "3 F32", f"`{SHA256}`")
     card = card_text([replace(card_file(), keys={**KEYS, **keys}, parts=[part])], ["kld"], [])
-    assert "| `x.gguf` | 10 | 3 | 3 F32 | `im a\\|.gguf`, made with cal b .txt |" in card
+    assert f"| `x.gguf` | 10 | 3 | 3 F32 | `{SHA256}` | `im a\\|.gguf`, made with cal b .txt |" in card
     assert "importance" not in card_text([replace(card_file(), parts=[part])], ["kld"], [])
 
 
@@ -230,7 +258,7 @@ def card_file(
     report = read_report(GOLDEN / "report-schema-1.json")
     run = replace(report.headline, all=replace(report.headline.all, kld_mean=kld))
     report = replace(report, name=name, bytes=size, passed=passed, runs=[run])
-    return CardFile(Path(name), KEYS | keys, {"Q8_0": 90, "F32": 10}, report)
+    return CardFile(Path(name), KEYS | keys, elements={"Q8_0": 90, "F32": 10}, report=report)
 
 
 def test_a_file_is_recommended_if_no_smaller_one_is_as_good() -> None:
@@ -271,7 +299,7 @@ def test_hostile_texts_are_shown_as_text(text: str) -> None:
     keys = {**KEYS, "general.name": text, "general.license": text, "general.size_label": text}
     keys |= {"general.base_model.0.organization": text, "general.base_model.0.name": text}
     keys |= {f"kimi_gguf.source.{key}": text for key in ("config_sha256", "headers_sha256")}
-    card = card_text([CardFile(Path(name), keys, {"Q8_0": 1}, report)], ["kld"], [text])
+    card = card_text([CardFile(Path(name), keys, elements={"Q8_0": 1}, report=report)], ["kld"], [text])
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert [line.split(":")[0] for line in head.splitlines() if ":" in line] == [
         "base_model", "base_model_relation", "license", "library_name", "pipeline_tag", "tags",

@@ -39,6 +39,7 @@ def report() -> Report:
     upstream = [run_with(2e-3), run_with(2e-3, variant=FLASH)]
     tensors = TensorProof(exact=5, rounded=2)
     return Report(
+        version="1.2.3",
         created="2026-01-02T03:04:05Z",
         seconds=1.0,
         gguf={

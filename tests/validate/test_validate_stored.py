@@ -43,6 +43,12 @@ def test_each_schema_gives_the_figures_that_its_json_has(schema: str) -> None:
     assert len(found.gates) == len(data["gates"])
 
 
+def test_a_report_says_which_versions_made_it(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(to_json(report))
+    found = read_report(tmp_path / "report.json")
+    assert found.engine == "kimi-gguf 1.2.3, llama.cpp c0ffee (patched, source tree 343434343434)"
+
+
 def test_a_report_has_every_field_of_the_golden_one_of_its_schema(report: Report) -> None:
     """A field may be added; if one is removed or changes its type, the schema needs a new number."""
 

@@ -1,0 +1,126 @@
+"""The folder of a model card: its GGUF models, and what is known about each.
+
+Input: a folder of GGUF files, with an earlier card and with reports of validate-kimi if there are any. Output: `Listed`
+for each model. A file is recognized by its SHA-256: a command in an earlier card, or a report, counts for a file only
+while the file has the bytes that they are of. Card and reports may have any content.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from kimi_gguf.convert.output.model_card import (
+    FILE_TITLES,
+    REPORTS,
+    Figures,
+    Listed,
+    Made,
+    file_row,
+    made_in,
+    stem_of,
+)
+from kimi_gguf.convert.source.origin import CARD
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.file_hash import hash_files
+from kimi_gguf.engine.gguf import GgufModel
+from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.split_names import place_in_set
+
+SOURCE_KEYS: Final = ("kimi_gguf.source.config_sha256", "kimi_gguf.source.headers_sha256")
+_MOST_CARD: Final = 1 << 20  # bytes that are read of an earlier card
+_MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
+
+
+def models_in(folder: Path) -> list[Path]:
+    """The GGUF models of a folder by name; of split models, the first splits."""
+    found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
+    return [path for path in found if (place_in_set(path) or (1, []))[0] == 1]
+
+
+def earlier_card(folder: Path) -> str:
+    """The card that will be overwritten, which may be any text; empty if there is none."""
+    card = folder / CARD
+    if not card.is_file():
+        return ""
+    with card.open("rb") as file:
+        return file.read(_MOST_CARD).decode("utf-8", "replace")
+
+
+def made_of(earlier: str, path: Path, hashes: Sequence[str]) -> Made | None:
+    """How convert-kimi made the model `path`, if an earlier card says so of files with its SHA-256; the files may have
+    had another name, and the command gets today's."""
+    names = [next((name for name, found in _rows(earlier) if found == sha256), None) for sha256 in hashes]
+    if None in names:
+        return None
+    stem = stem_of(Path(str(names[0])))
+    made = next((made for made in made_in(earlier) if made.output == f"{stem}.gguf"), None)
+    return made and made.named(f"{stem_of(path)}.gguf")
+
+
+def _rows(card: str) -> Iterator[tuple[str, str]]:
+    """(file name, SHA-256) of the rows under FILE_TITLES."""
+    for line in card.splitlines():
+        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:]]
+        if len(cells) > len(FILE_TITLES):
+            name, sha256 = cells[0], cells[FILE_TITLES.index("SHA-256")]
+            yield name.replace("\\|", "|").strip("`"), sha256.strip("`")
+
+
+def figures_of(folder: Path, path: Path, sha256: str) -> Figures | None:
+    """The main figures of the report about the model `path`, if there is one about the same bytes (`sha256`: of all
+    its files)."""
+    file = folder / REPORTS / stem_of(path) / "report.json"
+    try:
+        if not file.is_file() or file.stat().st_size > _MOST_REPORT:
+            return None
+        report = json.loads(file.read_text(encoding="utf-8"))
+        kld = float(report["runs"][0]["all"]["kld_mean"])
+        if report["gguf"]["sha256"] != sha256 or not math.isfinite(kld):
+            return None
+        return Figures(kld, report["passed"] is True, str(report["ids"]["sha256"]))
+    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return None  # not a report
+
+
+def others_of(
+    folder: Path, new: Sequence[Path], keys: Mapping[str, object], reporter: Reporter
+) -> list[Listed]:
+    """The models of the folder that were made from the same checkpoint, without those whose files are `new`.
+
+    `keys`: of the new model. Reads and hashes all of their bytes. Other models, and files that are damaged, are left
+    out.
+    """
+    earlier, found = earlier_card(folder), []
+    for path in models_in(folder):
+        try:
+            if path in new:
+                continue
+            with GgufModel(path) as model:
+                listed = Listed(path, dict(model.keys))
+                if any(key not in keys or model.keys.get(key) != keys[key] for key in SOURCE_KEYS):
+                    continue
+                files = [(file.path, file.size, file.tensors.values()) for file in model.files]
+            reporter.phase(f"{path.name}: hashing")
+            hashes = hash_files([file for file, _, _ in files], reporter.step)
+        except EngineError:
+            continue
+        parts = [
+            file_row(file.name, size, tensors, sha256)
+            for (file, size, tensors), sha256 in zip(files, hashes.each, strict=True)
+        ]
+        found.append(
+            replace(
+                listed,
+                parts=parts,
+                made=made_of(earlier, path, hashes.each),
+                nbytes=sum(size for _, size, _ in files),
+                figures=figures_of(folder, path, hashes.all),
+            )
+        )
+    return found
