@@ -46,7 +46,7 @@ NOT_RUN = (
     (r"source ", "changes the shell"),
     (r"scripts/environment ", "installs packages; scripts/test does it"),
     (r"scripts/test", "runs this test"),
-    (r"scripts/demo", "takes minutes; its steps are the commands that are run here"),
+    (r"scripts/demo", "takes minutes; tests/scripts/test_demo.py, with stand-ins for the programs"),
     (r"(KIMI_GGUF_CACHE=\S+ )?scripts/release |(diff|sort) .*SHA256SUMS", "compiles; tests/scripts/test_release.py"),
     (r"git (tag|verify-tag) |gpg |sha256sum .*--check", "needs a signed release"),
     (r"scripts/prove-wheel ", "needs a wheel; tests/scripts/test_release.py"),
