@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from pathlib import Path, PurePosixPath
 
@@ -10,10 +11,11 @@ import tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_gguf.patches import __main__ as patches_command
 from kimi_gguf.patches import diff
 from kimi_gguf.patches.errors import PatchError
 from kimi_gguf.patches.export import export_patches
-from kimi_gguf.patches.index import PAGE, index_page
+from kimi_gguf.patches.index import PAGE
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.patches.series import FIXES, PATCH_FOLDER, Patch, Series, destination, load_series
 from kimi_gguf.patches.tree import Tree, tree_hash
@@ -280,9 +282,20 @@ def test_the_numbers_have_no_gaps_and_fixes_come_first() -> None:
     assert len(patches) == len(list(PATCH_FOLDER.rglob("*.patch")))
 
 
-def test_the_index_page_is_made_from_the_headers() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert page == index_page(load_series()), "run: python -m kimi_gguf.patches index"
+def test_the_index_pages_are_those_that_the_command_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {}
+    for name in ("PAGE", "UPSTREAM_PAGE"):
+        page = getattr(patches_command, name)
+        written[page] = Path(shutil.copy(page, tmp_path))
+        monkeypatch.setattr(patches_command, name, written[page])
+    written[PAGE].write_text("", encoding="utf-8")
+    assert patches_command.main(["index"]) == 0
+    for page, copy in written.items():
+        assert page.read_text(encoding="utf-8") == copy.read_text(encoding="utf-8"), (
+            "run: python -m kimi_gguf.patches index"
+        )
 
 
 def test_patches_need_earlier_ones_and_fixes_at_most_one() -> None:

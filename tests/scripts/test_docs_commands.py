@@ -1,8 +1,9 @@
-"""Every command in README.md and docs runs here, or is in `NOT_RUN` with the reason; the options of all of them exist.
-Servers are started and get the requests of their page, and code marked `python` runs.
+"""Every command in README.md and docs runs here or in the test that `ELSEWHERE` names, or is in `HARDWARE` with what it
+needs; the options of all of them exist. Servers are started and get the requests of their page, and code marked
+`python` runs.
 
 A command is a line of a block marked `sh`. Text in code spans that begins with one of the project's commands is checked
-for its options only, because it may have placeholders.
+for its options only, because it may have placeholders. If it begins with another program, it is in one of the tables.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from kimi_gguf.scripts import kimi_llama
 from kimi_gguf.validate import cli as validate_cli
 
 ROOT = Path(__file__).parents[2]
+THIS = "tests/scripts/test_docs_commands.py"
 # Left out: pages that show the commands of past measurements, which are not instructions.
 PAGES = sorted(
     {
@@ -39,37 +42,71 @@ PAGES = sorted(
 )
 MODULES = {"convert-kimi": "convert.cli", "validate-kimi": "validate.cli", "kimi-llama": "scripts.kimi_llama"}
 
-# Commands that are not run here, and why. The first pattern that matches a command counts.
-NOT_RUN = (
-    (r"curl ", "needs the server; test_the_servers_start_and_answer sends these requests"),
-    (r"(xcode-select|apt-get|python -m pip) ", "installs packages"),
-    (r"source ", "changes the shell"),
-    (r"scripts/environment ", "installs packages; scripts/test does it"),
-    (r"scripts/test", "runs this test"),
-    (r"scripts/demo", "takes minutes; tests/scripts/test_demo.py, with stand-ins for the programs"),
-    (r"(KIMI_GGUF_CACHE=\S+ )?scripts/release |(diff|sort) .*SHA256SUMS", "compiles; tests/scripts/test_release.py"),
-    (r"git (tag|verify-tag) |gpg |sha256sum .*--check", "needs a signed release"),
-    (r"scripts/prove-wheel ", "needs a wheel; tests/scripts/test_release.py"),
-    (r"scripts/prove-48b --rehearse", "takes minutes; tests/scripts/test_prove_48b.py"),
-    (r"scripts/prove-48b ", "downloads 98 GB"),
-    (r"scripts/bench-gpu", "needs a GPU, or takes minutes"),
-    (r"kimi-llama build.*--backend (cuda|metal|vulkan)|bin=", "needs the vendor's compiler"),
-    (r"kimi-llama build", "compiles for minutes; tests/engine/test_engine_real.py"),
-    (r"kimi-llama use ", "needs the build; tests/engine/test_engine_builds.py"),
-    (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "needs a GPU; tests/ops/test_verify.py runs emulated ones"),
-    (r"\S*test-backend-ops ", "needs a GPU; tests/ops/test_cuda_backend.py runs an emulated one"),
-    (r"python -m kimi_gguf.scripts.cuda_roofline", "needs a GPU; tests/scripts/test_cuda_roofline.py"),
-    (r"kimi-llama bench --records", "needs the records of the lines before; tests/bench/test_bench_older_records.py"),
-    (r"(KIMI_OPS=\S+ )?kimi-llama bench|python -m kimi_gguf.bench.speculative", "takes minutes; tests/bench"),
-    (r"python -m kimi_gguf.scripts.synthetic_checkpoint|convert-kimi ling-mtp ",
-     "needs 6 GB of disk space; tests/convert/test_convert_ling3.py"),
-    (r"kimi-llama (worker|\w+ .*--workers)", "runs until it is ended; tests/serving/test_workers.py"),
-    (r"kimi-llama serve ling.gguf", "needs a file with an MTP layer; tests/serving/test_mtp_drafts.py"),
-    (r"kimi-llama serve ", "runs until it is ended; test_the_servers_start_and_answer"),
-    (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)", "needs 16 GB; tests/convert/test_convert_ling3.py"),
-    (r"convert-kimi moonshotai/Kimi-K3 ", "needs 1.5 TB; tests/convert/test_convert_k3.py"),
-    (r"python -m kimi_gguf.scripts.training.train ", "takes hours; tests/scripts/test_demo_training.py"),
+# Commands that need more than a machine for tests has, and what. The first pattern that matches a command counts.
+HARDWARE = (
+    (r"xcode-select ", "a Mac"),
+    (r"kimi-llama build.*--backend (cuda|metal|vulkan)|bin=", "a GPU, and its vendor's compiler"),
+    (r"kimi-llama (doctor --devices|\w+ --build vulkan)", "a GPU; tests/ops/test_verify.py runs emulated ones"),
+    (r"\S*test-backend-ops ", "a GPU; tests/ops/test_cuda_backend.py runs an emulated one"),
+    (r"python -m kimi_gguf.scripts.cuda_roofline", "a GPU; tests/scripts/test_cuda_roofline.py has records of one"),
+    (r"kimi-llama bench --backend", "a GPU; tests/bench/test_bench_device.py runs an emulated one"),
+    (r"scripts/bench-gpu", "a GPU; tests/scripts/test_bench_gpu.py rehearses the stages"),
+    (r"scripts/prove-48b [^-]", "200 GB of disk space; tests/scripts/test_prove_48b.py rehearses the steps"),
+    (r"convert-kimi moonshotai/Kimi-K3 ", "1.6 TB of disk space; tests/convert/test_convert_k3.py has a small one"),
+    (r"(convert-kimi Ling-3.0-tiny|kimi-llama chat ling.gguf)",
+     "16 GB of memory; tests/convert/test_convert_ling3_runs.py has a small one"),
 )  # fmt: skip
+# Commands that another test runs: with stand-ins, a small model, or other arguments.
+ELSEWHERE = (
+    (r"curl ", THIS),
+    (r"apt-get ", THIS),
+    (r"source ", THIS),
+    (r"kimi-llama serve (?!.*(ling.gguf|--workers))", THIS),
+    (r"scripts/test", THIS),  # it runs this file
+    (r"python -m pip ", "tests/scripts/test_docs_release.py"),
+    (r"scripts/environment ", "tests/scripts/test_environment.py"),
+    (r"scripts/demo", "tests/scripts/test_demo.py"),
+    (r"(KIMI_GGUF_CACHE=\S+ )?scripts/(release|prove-wheel) |(diff|sort) .*SHA256SUMS", "tests/scripts/test_release.py"),
+    (r"git (tag|verify-tag) |gpg |sha256sum .*--check", "tests/scripts/test_docs_release.py"),
+    (r"scripts/prove-48b --rehearse", "tests/scripts/test_prove_48b.py"),
+    (r"kimi-llama build", "tests/engine/test_engine_real.py"),
+    (r"kimi-llama use ", "tests/engine/test_engine_builds.py"),
+    (r"python -m kimi_gguf.bench.speculative", "tests/bench/test_bench_speculative.py"),
+    (r"kimi-llama bench --records", "tests/bench/test_bench_older_records.py"),
+    (r"(KIMI_OPS=\S+ )?kimi-llama bench", "tests/bench/test_bench_cli.py"),
+    (r"python -m kimi_gguf.scripts.synthetic_checkpoint|convert-kimi ling-mtp ",
+     "tests/convert/test_synthetic_checkpoint.py"),
+    (r"kimi-llama (worker|\w+ .*--workers)", "tests/serving/test_workers.py"),
+    (r"kimi-llama serve ling.gguf", "tests/serving/test_mtp_drafts.py"),
+    (r"python -m kimi_gguf.scripts.training.train ", "tests/scripts/test_demo_training.py"),
+)  # fmt: skip
+# The same for text in code spans that begins with another program than this project's; `perf` and `llama-bench` say
+# how a figure was measured.
+SPANS_HARDWARE = (
+    (r"perf |llama-bench ", "the machine that the text names"),
+    (r"test-backend-ops ", "a GPU"),
+    (r"ssh ", "a second machine; tests/serving/test_workers.py has workers on this one"),
+)
+SPANS_ELSEWHERE = (
+    (r"git tag|git verify-tag|gpg |sha256sum |pip (un)?install", "tests/scripts/test_docs_release.py"),
+    (r"git am", "tests/engine/test_pull_requests.py"),
+    (r"git commit --amend --reset-author", THIS),
+    (r"llama-gguf-split ", "tests/convert/test_convert_split.py"),
+    (r"\.venv/bin/pytest ", "tests/ops/test_latent_plain.py"),
+    (r"python3 tests/test-", "tests/engine/test_pull_requests.py"),
+    (r"python -m kimi_gguf.patches (index|record)", "tests/engine/test_engine_series.py"),
+    (r"python -m kimi_gguf.bench.operators ", "tests/bench/test_bench_operators.py"),
+    (r"python -m kimi_gguf.scripts.(figures|simulate_threads)|python -m kimi_gguf.validate.(fault|nmse)_table",
+     "tests/scripts/test_docs_generators.py"),
+    (r"python -m kimi_gguf.scripts.cuda_roofline", "tests/scripts/test_cuda_roofline.py"),
+    (r"python -m kimi_gguf.scripts.estimate_arm", "tests/scripts/test_estimate_arm.py"),
+    (r"python -m kimi_gguf.scripts.gpu_memory", "tests/scripts/test_gpu_memory.py"),
+    (r"python -m kimi_gguf.scripts.latent_counts", "tests/ops/test_latent_counts.py"),
+    (r"python -m kimi_gguf.scripts.synthetic_checkpoint", "tests/convert/test_synthetic_checkpoint.py"),
+)  # fmt: skip
+OTHER_PROGRAMS = (
+    r"(git|gpg|sha256sum|pip|python3?|perf|ssh|llama-[\w-]+|test-backend-ops|\.venv/\S+|apt-get|curl) "
+)
 
 
 def lines(page: Path) -> Iterator[str]:
@@ -96,10 +133,20 @@ def every(pages: list[Path]) -> list[tuple[str, str]]:
     return [(page, command) for command, page in found.items()]
 
 
+def first(tables: Iterable[tuple[str, str]], text: str) -> str | None:
+    """The text of the first pattern that matches the beginning of a command."""
+    return next((said for pattern, said in tables if re.match(pattern, text)), None)
+
+
 def reason(command: str) -> str | None:
-    """Why a command is not run here; None if it is."""
-    text = " ".join(shlex.split(command))
-    return next((why for pattern, why in NOT_RUN if re.match(pattern, text)), None)
+    """What a command needs, or the test that runs it; None if it is run here."""
+    return first((*HARDWARE, *ELSEWHERE), " ".join(shlex.split(command)))
+
+
+def spans(page: Path) -> list[str]:
+    """The texts of the code spans of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
 ALL = every(PAGES)
@@ -138,15 +185,65 @@ def test_blocks_of_commands_are_marked() -> None:
     assert len(ALL) > 50 and len(RUN) > 10
 
 
-def test_every_reason_is_needed() -> None:
-    used = {reason(command) for _, command in ALL}
-    assert [why for _, why in NOT_RUN if why not in used] == []
+def test_every_entry_is_needed() -> None:
+    commands = [" ".join(shlex.split(command)) for _, command in ALL]
+    others = [span for page in PAGES for span in spans(page) if re.match(OTHER_PROGRAMS, span)]
+    for tables, texts in (((HARDWARE, ELSEWHERE), commands), ((SPANS_HARDWARE, SPANS_ELSEWHERE), others)):
+        entries = [entry for table in tables for entry in table]
+        used = {next((pattern for pattern, _ in entries if re.match(pattern, text)), None) for text in texts}
+        assert [pattern for pattern, _ in entries if pattern not in used] == []
 
 
-def test_the_tests_that_reasons_name_exist() -> None:
-    named = {name for _, why in NOT_RUN for name in re.findall(r"tests/[\w/.]+|test_\w+(?![\w/.])", why)}
-    assert len(named) > 10
-    assert [name for name in named if not (ROOT / name).exists() and name not in globals()] == []
+def test_every_command_of_another_program_is_in_a_table() -> None:
+    found = [(page.name, span) for page in PAGES for span in spans(page) if re.match(OTHER_PROGRAMS, span)]
+    assert len(found) > 30
+    assert [each for each in found if first((*SPANS_HARDWARE, *SPANS_ELSEWHERE), each[1]) is None] == []
+
+
+def test_the_tests_that_the_tables_name_exist() -> None:
+    said = [text for table in (HARDWARE, ELSEWHERE, SPANS_HARDWARE, SPANS_ELSEWHERE) for _, text in table]
+    named = {name for text in said for name in re.findall(r"tests/[\w/.]+", text)}
+    assert len(named) > 20 and all(text in named for _, text in (*ELSEWHERE, *SPANS_ELSEWHERE))
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_the_environment_is_activated(tmp_path: Path) -> None:
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+    (command,) = (command for _, command in ALL if command.startswith("source "))
+    # `commands` removes the folder of the environment only from the beginning of a line
+    script = f"{command} && command -v python"
+    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0 and Path(ended.stdout.strip()).resolve() == Path(sys.executable).resolve()
+
+
+def test_the_system_packages_exist() -> None:
+    """apt-get says what it would install, which needs no rights; once for all commands, because it takes seconds."""
+    if not shutil.which("apt-get") or not list(Path("/var/lib/apt/lists").glob("*Packages*")):
+        pytest.skip("no list of Debian's packages")
+    installs = [command for _, command in ALL if command.startswith("apt-get install ")]
+    assert len(installs) > 1
+    packages = [word for command in installs for word in shlex.split(command)[2:]]
+    ended = subprocess.run(["apt-get", "install", "--simulate", *packages], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_forwarded_fix_gets_its_author(tmp_path: Path) -> None:
+    """`git commit --amend --reset-author` of docs/upstream.md, with an editor that changes nothing."""
+    command = next(span for page in PAGES for span in spans(page) if span.startswith("git commit --amend"))
+    environment = os.environ | {"GIT_EDITOR": "true", "GIT_CONFIG_GLOBAL": os.devnull}
+
+    def git(who: str, *words: str) -> str:
+        names = {f"GIT_{role}_{what}": who for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+        ended = subprocess.run(
+            ["git", *words], cwd=tmp_path, env=environment | names, capture_output=True, text=True
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended.stdout
+
+    git("a", "init", "-q")
+    git("a", "commit", "-q", "--allow-empty", "-m", "a fix")
+    git("b", *shlex.split(command)[1:], "--allow-empty")
+    assert git("b", "log", "--format=%an: %s") == "b: a fix\n"
 
 
 @pytest.mark.engine
@@ -217,7 +314,7 @@ def servers() -> Iterator[tuple[str, list[str]]]:
     for page in PAGES:
         found: list[tuple[str, list[str]]] = []
         for command in commands(page):
-            if "test_the_servers_start_and_answer" in (reason(command) or ""):
+            if command.startswith(("kimi-llama serve ", "curl ")) and reason(command) == THIS:
                 if command.startswith("kimi-llama"):
                     found.append((command, []))
                 else:
