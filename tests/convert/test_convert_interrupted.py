@@ -108,7 +108,7 @@ def test_after_an_interrupt_resume_goes_on(
     assert int(read[0]) >= 29, "it started again"
 
 
-@pytest.mark.parametrize("after", [1, 30])
+@pytest.mark.parametrize("after", [2, 30])
 def test_the_card_of_a_resumed_file_has_its_hash(
     source: Path, out: Path, expected: bytes, noted: None, after: int
 ) -> None:
