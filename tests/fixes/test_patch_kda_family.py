@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from convert_tools import convert, gguf_keys, upstream_convert
+from family_reference import reference_of_family
 from numpy.typing import NDArray
-from random_family import VOCAB_SIZE, FamilySpec, write_family
+from random_family import VOCAB_SIZE, Change, FamilySpec, unchanged, write_family
 from random_ling3 import LingSpec, write_checkpoint
 from synthetic_case import Tensors, error_of, rewrite
 from transformers_ling import ling_logits
@@ -135,10 +137,43 @@ def test_betas_of_yarn_in_the_wrong_order_are_refused(tmp_path: Path, engine: En
 def test_small_activations_of_kimi_k3_are_normalised_as_in_the_model(
     tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
-    """0028: the operators have the reference's constant for q and k; upstream's graph now has it, too."""
-    model = write_family(tmp_path / "model.gguf", FamilySpec("kimi-k3", "KKM", std=0.05, seed=4))
-    expected = logits(engine, model, "require")
-    assert error_of(logits(engine, model, "off"), expected).passes
+    """0028."""
+    spec = FamilySpec("kimi-k3", "KKM", std=0.05, seed=4)
+    model = write_family(tmp_path / "model.gguf", spec)
+    expected = reference_of_family(spec).logits(torch.from_numpy(IDS)).numpy()
+    for choice in ("require", "off"):
+        assert error_of(logits(engine, model, choice), expected).passes
+    assert not error_of(logits(upstream, model), expected).passes
+
+
+def small_queries(tensor: str, data: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The latents of queries are so small that an epsilon counts."""
+    return data / 32 if ".attn_q_a." in tensor else data
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [FamilySpec(LING, "KM", compressed=True, seed=7), FamilySpec("kimi-k3", "KM", seed=7)],
+    ids=lambda spec: spec.id,
+)
+def test_compressed_queries_are_normalised_as_in_the_model(
+    tmp_path: Path, spec: FamilySpec, engine: Engine, upstream: Engine
+) -> None:
+    """0028. With weights this large, upstream's other wrong constants have no effect."""
+
+    def exact(change: Change) -> NDArray[np.float64]:
+        if spec.architecture == LING:
+            return ling_logits(spec, IDS, change)
+        found: NDArray[np.float64] = (
+            reference_of_family(spec, change=change).logits(torch.from_numpy(IDS)).numpy()
+        )
+        return found
+
+    model = write_family(tmp_path / "model.gguf", spec)
+    assert error_of(logits(upstream, model), exact(unchanged)).passes
+    model, expected = write_family(tmp_path / "small.gguf", spec, change=small_queries), exact(small_queries)
+    for choice in ("require", "off"):
+        assert error_of(logits(engine, model, choice), expected).passes
     assert not error_of(logits(upstream, model), expected).passes
 
 

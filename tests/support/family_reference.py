@@ -82,7 +82,7 @@ def config_of(spec: FamilySpec) -> ModelConfig:
         "conv_kernel_size": 4,
         "kda_lower_bound": spec.lower_bound,
         "num_heads": spec.heads,
-        "q_lora_rank": None if spec.architecture == "bailingmoe3" else spec.q_lora,
+        "q_lora_rank": spec.q_rank,
         "kv_lora_rank": spec.kv_lora,
         "qk_nope_head_dim": spec.nope,
         "qk_rope_head_dim": spec.rope,

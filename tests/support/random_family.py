@@ -38,7 +38,8 @@ class FamilySpec:
     heads: int = 2
     kda_head_dim: int = 64
     kv_lora: int = 512
-    q_lora: int = 48  # of GLM-5.3-Flash and Kimi K3
+    q_lora: int = 48  # rank of compressed queries
+    compressed: bool = False  # Ling 3: its queries; those of GLM-5.3-Flash and Kimi K3 always are
     nope: int = 128
     rope: int = 64  # 0 in GLM-5.3-Flash
     value: int = 128
@@ -65,6 +66,11 @@ class FamilySpec:
     @property
     def kinds(self) -> str:
         return self.layers + ("M" if self.mtp else "")
+
+    @property
+    def q_rank(self) -> int | None:
+        """Rank of the queries; None: they are not compressed."""
+        return self.q_lora if self.compressed or self.architecture != "bailingmoe3" else None
 
     @property
     def id(self) -> str:
@@ -121,8 +127,8 @@ def keys(spec: FamilySpec) -> dict[str, int | float | bool | list[int] | list[fl
             found["swiglu_clamp_shexp"] = [0.7] * len(spec.kinds)
         if spec.mtp:
             found["nextn_predict_layers"] = 1
-    else:
-        found["attention.q_lora_rank"] = spec.q_lora
+    if spec.q_rank is not None:
+        found["attention.q_lora_rank"] = spec.q_rank
     if spec.architecture == "glm5-next":
         found |= {
             "attention.layer_norm_epsilon": 1e-6,
@@ -214,13 +220,14 @@ def _kda(spec: FamilySpec, layer: str) -> Iterator[tuple[str | int, ...]]:
 
 def _mla(spec: FamilySpec, layer: str) -> Iterator[tuple[str | int, ...]]:
     q = spec.heads * (spec.nope + spec.rope)
-    if spec.architecture == "bailingmoe3":
+    if spec.q_rank is None:
         yield layer + "attn_q", q, spec.hidden
-        yield layer + "attn_gate", spec.heads, spec.hidden
     else:
-        yield layer + "attn_q_a", spec.q_lora, spec.hidden
-        yield layer + "attn_q_a_norm", spec.q_lora
-        yield layer + "attn_q_b", q, spec.q_lora
+        yield layer + "attn_q_a", spec.q_rank, spec.hidden
+        yield layer + "attn_q_a_norm", spec.q_rank
+        yield layer + "attn_q_b", q, spec.q_rank
+    if spec.architecture == "bailingmoe3":
+        yield layer + "attn_gate", spec.heads, spec.hidden
     if spec.architecture == "kimi-k3":
         yield layer + "attn_gate", spec.heads * spec.value, spec.hidden
     if spec.architecture == "glm5-next":

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from random_family import VOCAB_SIZE, FamilySpec, tensors
+from random_family import VOCAB_SIZE, Change, FamilySpec, tensors, unchanged
 
 Weights = dict[str, torch.Tensor]
 
@@ -17,6 +17,8 @@ LAYER = {
     "ssm_beta": "self_attn.b_proj",
     "ssm_norm": "self_attn.o_norm",
     "attn_output": "self_attn.o_proj",
+    **{f"attn_q_{x}": f"self_attn.q_{x}_proj" for x in "ab"},
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
     "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     **{f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")},
@@ -36,6 +38,7 @@ def config_sizes(spec: FamilySpec) -> dict[str, Any]:
         "num_attention_heads": spec.heads,
         "num_key_value_heads": spec.heads,
         "num_experts_per_tok": spec.experts_used,
+        "q_lora_rank": spec.q_rank,
         "kv_lora_rank": spec.kv_lora,
         "qk_nope_head_dim": spec.nope,
         "qk_rope_head_dim": spec.rope,
@@ -47,9 +50,9 @@ def config_sizes(spec: FamilySpec) -> dict[str, Any]:
     }
 
 
-def all_tensors(spec: FamilySpec) -> Weights:
-    """The tensors of the GGUF file, by its names, in float64."""
-    return {name: torch.from_numpy(np.array(data)).double() for name, data in tensors(spec)}
+def all_tensors(spec: FamilySpec, change: Change = unchanged) -> Weights:
+    """The tensors of the GGUF file, by its names, in float64; change: as in `write_family`."""
+    return {name: torch.from_numpy(np.array(change(name, data))).double() for name, data in tensors(spec)}
 
 
 def layer_tensors(every: Weights, i: int) -> Weights:

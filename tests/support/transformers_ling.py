@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from random_family import FamilySpec
+from random_family import Change, FamilySpec, unchanged
 from transformers import BailingHybridConfig, BailingHybridForCausalLM
 from transformers_family import LAYER, Weights, all_tensors, config_sizes, joined, layer_tensors
 
@@ -23,8 +23,8 @@ OWN_LAYER = {
 }
 
 
-def ling_logits(spec: FamilySpec, ids: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Logits [T, V] of the model of `write_family`."""
+def ling_logits(spec: FamilySpec, ids: NDArray[np.int64], change: Change = unchanged) -> NDArray[np.float64]:
+    """Logits [T, V] of the model that `write_family` writes; change: as there."""
     assert not spec.clamped and not spec.mtp
     groups = spec.groups or (1, 1)
     config = BailingHybridConfig(
@@ -40,7 +40,7 @@ def ling_logits(spec: FamilySpec, ids: NDArray[np.int64]) -> NDArray[np.float64]
         eos_token_id=None,
     )
     model = BailingHybridForCausalLM(config).to(torch.float64).eval()
-    missing, unexpected = model.load_state_dict(_state(spec), strict=False)
+    missing, unexpected = model.load_state_dict(_state(spec, change), strict=False)
     assert not unexpected and not [name for name in missing if "inv_freq" not in name], (missing, unexpected)
     with torch.no_grad():
         logits: torch.Tensor = model(torch.from_numpy(ids)[None]).logits[0]
@@ -63,9 +63,9 @@ def _rope(spec: FamilySpec) -> dict[str, Any]:
     }
 
 
-def _state(spec: FamilySpec) -> Weights:
+def _state(spec: FamilySpec, change: Change) -> Weights:
     """transformers' names and shapes."""
-    every = all_tensors(spec)
+    every = all_tensors(spec, change)
     found = {f"{new}.weight": every[f"{old}.weight"] for old, new in TOP.items()}
     for i, kind in enumerate(spec.layers):
         layer = layer_tensors(every, i)

@@ -40,6 +40,7 @@ PLAIN = [
     FamilySpec(LING, "MKM", kda_head_dim=32, nope=32, rope=16, value=48, kv_lora=64, std=0.5, seed=4),
     FamilySpec(LING, yarn=(4.0, 1.0), seed=3),
     FamilySpec(LING, "KM", yarn=(16.0, 0.7), std=0.3, seed=5),
+    FamilySpec(LING, "KM", compressed=True, std=0.02, seed=12),
 ]
 CLAMPED = [
     FamilySpec(LING, "KKMK", clamped=True, mtp=True, seed=3),
@@ -224,14 +225,17 @@ def test_several_sequences_have_the_same_logits_of_the_mtp_layer(tmp_path: Path,
 
 
 class LatentEpsilonOfTheConfig(Ling3):
-    """The latent of the MTP layer is normalised with rms_norm_eps, as upstream does."""
+    """The latent of this width of the MTP layer is normalised with rms_norm_eps, as upstream does."""
+
+    width = 0
 
     def mla(self, layer: int, x: torch.Tensor) -> torch.Tensor:
-        self.eps = LATENT_NORM_EPS if layer < len(self.config.layers) else self.config.rms_norm_eps
+        self.is_mtp = layer == len(self.config.layers)
         return super().mla(layer, x)
 
     def latent_norm(self, latent: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self.rms_norm(latent, weight, self.eps)
+        wrong = self.is_mtp and len(weight) == self.width
+        return self.rms_norm(latent, weight, self.config.rms_norm_eps if wrong else LATENT_NORM_EPS)
 
 
 class FixedEpsilon(Ling3):
@@ -259,7 +263,8 @@ def test_the_norms_of_the_mtp_layer_have_the_epsilons_of_the_model(
     tmp_path: Path, engine: Engine, upstream: Engine
 ) -> None:
     """0028-ling-k3-norm-constants: with rms_norm_eps 1e-5, each wrong epsilon of this layer alone is found."""
-    spec, change = FamilySpec(LING, mtp=True, std=0.05, rms_norm_eps=1e-5, seed=11), small_mtp_inputs
+    spec = FamilySpec(LING, mtp=True, compressed=True, std=0.05, rms_norm_eps=1e-5, seed=11)
+    change = small_mtp_inputs
     weights = hub_weights(spec, change)
 
     def logits(model: type[Ling3]) -> NDArray[np.float64]:
@@ -268,5 +273,9 @@ def test_the_norms_of_the_mtp_layer_have_the_epsilons_of_the_model(
     got = mtp_run(engine, tmp_path, spec, change)
     assert error_of(got, logits(Ling3)).passes
     assert not error_of(mtp_run(upstream, tmp_path, spec, change), logits(Ling3)).passes
-    for wrong in (LatentEpsilonOfTheConfig, *(type(x, (FixedEpsilon,), {"fixed": x}) for x in MTP_NORMS)):
+    latents = {"kv_a": spec.kv_lora, "q_a": spec.q_lora}
+    for wrong in (
+        *(type(x, (LatentEpsilonOfTheConfig,), {"width": width}) for x, width in latents.items()),
+        *(type(x, (FixedEpsilon,), {"fixed": x}) for x in MTP_NORMS),
+    ):
         assert not error_of(got, logits(wrong)).passes, wrong.__name__
