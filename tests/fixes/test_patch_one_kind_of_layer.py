@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from family_reference import reference_of_family
+from family_reference import exact_logits
 from random_checkpoint import Spec
 from random_family import VOCAB_SIZE, FamilySpec, write_family
 from synthetic_case import error_of, make_case
-from transformers_glm import glm_logits
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.validate.errors import ValidateError
@@ -48,26 +46,15 @@ def test_two_sequences_do_not_mix(tmp_path: Path, layers: str, engine: Engine) -
     assert error_of(together, case.logits).worst <= 1e-8
 
 
+GLM = [FamilySpec("glm5-next", layers, rope=0, value=64, index_heads=8, seed=73) for layers in ("KK", "MM")]
 FAMILY = [FamilySpec(arch, layers, seed=72) for arch in ("bailingmoe3", "kimi-k3") for layers in ("KK", "MM")]
 
 
-@pytest.mark.parametrize("spec", FAMILY, ids=lambda spec: spec.id)
-def test_ling_3_and_kimi_k3_run_right(tmp_path: Path, spec: FamilySpec, engine: Engine) -> None:
+@pytest.mark.parametrize("spec", [*FAMILY, *GLM], ids=lambda spec: spec.id)
+def test_the_other_families_run_right(tmp_path: Path, spec: FamilySpec, engine: Engine) -> None:
     """Ling 3 has positions as an input, which only MLA layers use."""
     ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, 90)
-    expected = reference_of_family(spec).logits(torch.from_numpy(ids)).numpy()
-    model = write_family(tmp_path / "model.gguf", spec)
-    for way in WAYS.values():
-        assert error_of(run_logits(engine, model, ids, RunOptions(**way)), expected).passes
-
-
-GLM = [FamilySpec("glm5-next", layers, rope=0, value=64, index_heads=8, seed=73) for layers in ("KK", "MM")]
-
-
-@pytest.mark.parametrize("spec", GLM, ids=lambda spec: spec.id)
-def test_glm_runs_right(tmp_path: Path, spec: FamilySpec, engine: Engine) -> None:
-    ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, 90)
-    model, expected = write_family(tmp_path / "model.gguf", spec), glm_logits(spec, ids)
+    model, expected = write_family(tmp_path / "model.gguf", spec), exact_logits(spec, ids)
     for way in WAYS.values():
         assert error_of(run_logits(engine, model, ids, RunOptions(**way)), expected).passes
 

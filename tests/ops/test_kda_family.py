@@ -1,31 +1,53 @@
-"""Ling 3, GLM-5.3-Flash and Kimi K3 on the operators: the same logits as upstream's graphs."""
+"""All families with KDA on the operators, and on upstream's graphs: the logits of the references in float64.
+
+However the tokens are decoded: in any batches, one sequence or several, saved and restored, rolled back, with flash
+attention and without. Kimi-Linear, Ling 3 and Kimi K3 are compared with the torch references, which other tests compare
+with transformers and with plain loops; GLM-5.3-Flash is compared with transformers.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from family_reference import exact_logits
 from graph_operators import operators_of_last_graph
-from llama_script import Setup, assert_same, count_nodes, play, text
+from llama_script import Logits, Setup, assert_same, count_nodes, play, remove, text
 from llama_script import decode as decode_step
+from numpy.typing import NDArray
+from random_checkpoint import Spec
 from random_family import ON_DEVICES, VOCAB_SIZE, FamilySpec, write_family
-from synthetic_case import error_of
+from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.validate.llama import RunOptions, run
+from kimi_gguf.engine.worker import Worker
+from kimi_gguf.validate.llama import RunOptions
 
 pytestmark = pytest.mark.engine
 
 TOKENS = 150
-SPECS = [
+KIMI_LINEAR = [
+    Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=60),
+    Spec(layers="KM", heads=2, kda_head_dim=128, std=0.02, seed=61),
+    Spec(layers="KKM", heads=3, kda_head_dim=32, std=0.2, seed=62),
+]
+# The second has the group of layers and the size of KDA's heads of Ling-3.0-flash.
+LING = [
     FamilySpec("bailingmoe3", "KKMK", mtp=True, clamped=True, seed=70),
-    FamilySpec("bailingmoe3", "KM", heads=4, kda_head_dim=128, groups=(4, 2), std=0.3, seed=71),
-    FamilySpec("glm5-next", "KKM", rope=0, value=64, seed=72),
-    FamilySpec("glm5-next", "KM", heads=4, kda_head_dim=32, rope=0, lower_bound=None, seed=73),
+    FamilySpec("bailingmoe3", "KKKKKM", heads=4, kda_head_dim=128, groups=(4, 2), clamped=True, std=0.3, seed=71),
+    FamilySpec("bailingmoe3", "KM", compressed=True, seed=76),
+]  # fmt: skip
+# With few heads of the indexer, several pools have a score of exactly zero: which are chosen is not defined.
+GLM = [
+    FamilySpec("glm5-next", "KM", heads=4, kda_head_dim=32, rope=0, lower_bound=None, index_heads=8, seed=73),
+    FamilySpec("glm5-next", "KMKM", rope=0, value=64, index_heads=8, clamped=True, std=0.3, seed=74),
+]
+K3 = [
     FamilySpec("kimi-k3", "KKMKM", seed=74),
     FamilySpec("kimi-k3", "KM", heads=3, kda_head_dim=32, lower_bound=None, std=0.3, seed=75),
 ]
@@ -34,46 +56,126 @@ WAYS: dict[str, dict[str, Any]] = {
     "at once": {},
     "ubatches of 7": {"n_batch": TOKENS, "n_ubatch": 7},
     "ubatches of 65": {"n_batch": TOKENS, "n_ubatch": 65},
-    "flash attention": {"flash_attention": True},
-    "token by token": {"step_from": 60, "flash_attention": True},
+    "token by token": {"step_from": 60},
     "restored in the middle": {"save_restore_at": 75},
     "three sequences, ubatches of 32": {"texts": LENGTHS, "n_batch": 96, "n_ubatch": 32},
     "three sequences, token by token": {"texts": LENGTHS, "step_from": 50, "kv_unified": True},
+    "three sequences, restored": {"texts": LENGTHS, "save_restore_at": 40, "n_batch": 96, "n_ubatch": 32},
 }
+CHOICES = ("require", "off")  # values of KIMI_OPS: the operators, upstream's graph
 
 
-@pytest.fixture(scope="module", params=SPECS, ids=lambda spec: spec.id)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_family(tmp_path_factory.mktemp("family") / "model.gguf", request.param)
+@dataclass(frozen=True)
+class Model:
+    """A file, three texts of TOKENS ids, and the logits [TOKENS, V] of each in float64."""
+
+    spec: Spec | FamilySpec
+    gguf: Path
+    texts: list[NDArray[np.int64]]
+    exact: list[NDArray[np.float64]]
 
 
-def decode(
-    choice: str, engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch, way: Mapping[str, Any]
-) -> list[np.ndarray[Any, Any]]:
-    """Logits with KIMI_OPS=`choice`; `texts` of the way: lengths of several sequences, each rotated by its number."""
-    monkeypatch.setenv("KIMI_OPS", choice)
+@pytest.fixture(scope="module", params=[*KIMI_LINEAR, *LING, *GLM, *K3], ids=lambda spec: spec.id)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    spec, folder = request.param, tmp_path_factory.mktemp("family")
+    is_family = isinstance(spec, FamilySpec)
+    gguf = write_family(folder / "model.gguf", spec) if is_family else make_gguf(folder, spec)
     ids = np.random.default_rng(7).integers(0, VOCAB_SIZE, TOKENS)
-    options = dict(way)
+    texts = [np.roll(ids, i) for i in range(3)]
+    return Model(spec, gguf, texts, [exact_logits(spec, text) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def workers(model: Model, engine: Engine) -> Iterator[dict[str, Worker]]:
+    """For each choice a process; other models have others, so that a crash fails only the tests of one."""
+    command = "-m", "kimi_gguf.validate.llama_worker"
+    told = {choice: {**engine.environment(), "KIMI_OPS": choice} for choice in CHOICES}
+    with (
+        Worker(*command, environment=told["require"]) as require,
+        Worker(*command, environment=told["off"]) as off,
+    ):
+        yield {"require": require, "off": off}
+
+
+def decode(worker: Worker, model: Model, folder: Path, way: str, flash_attention: bool) -> list[Logits]:
+    """Logits of one sequence, or of several."""
+    options = dict(WAYS[way])
     lengths = options.pop("texts", (TOKENS,))
-    texts = [np.roll(ids, i)[:length] for i, length in enumerate(lengths)]
-    return run(engine, model, texts, RunOptions(**options)).logits
+    texts = [text[:length].tolist() for text, length in zip(model.texts, lengths, strict=False)]
+    chosen = asdict(RunOptions(**options, flash_attention=flash_attention))
+    worker.ask("logits", gguf=str(model.gguf), folder=str(folder), options=chosen, sequences=texts)
+    return [np.load(folder / f"logits-{i}.npy") for i in range(len(texts))]
 
 
+@pytest.mark.parametrize("flash_attention", [False, True], ids=["plain", "flash"])
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("way", WAYS)
-def test_the_operators_give_the_logits_of_upstreams_graph(
-    model: Path, way: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+def test_the_logits_are_those_of_the_reference(
+    model: Model, workers: dict[str, Worker], way: str, choice: str, flash_attention: bool, tmp_path: Path
 ) -> None:
-    ours = decode("require", engine, model, monkeypatch, WAYS[way])
-    theirs = decode("off", engine, model, monkeypatch, WAYS[way])
-    for mine, other in zip(ours, theirs, strict=True):
-        assert error_of(mine, other).passes
-        assert (mine != other).any(), "one graph ran twice"
+    for got, exact in zip(
+        decode(workers[choice], model, tmp_path, way, flash_attention), model.exact, strict=False
+    ):
+        assert_same(got, exact[: len(got)])
+
+
+def test_the_operators_are_another_graph(model: Model, workers: dict[str, Worker], tmp_path: Path) -> None:
+    ours, theirs = (decode(workers[choice], model, tmp_path, "at once", False)[0] for choice in CHOICES)
+    assert (ours != theirs).any(), "one graph ran twice"
+
+
+PROMPTS = (40, 30)  # tokens of two sequences in front of a draft
+DRAFT, KEPT = 4, (2, 1)  # tokens of a draft, and how many of them are right
+END = 60
+
+
+@pytest.mark.parametrize("flash_attention", [False, True], ids=["plain", "flash"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_after_a_rollback_the_logits_are_those_of_the_reference(
+    model: Model, choice: str, flash_attention: bool, engine: Engine, tmp_path: Path
+) -> None:
+    """Two sequences with drafts in one batch; then, from a saved state, the same once more."""
+    right, ends = model.texts[:2], [prompt + kept for prompt, kept in zip(PROMPTS, KEPT, strict=True)]
+    drafts = []
+    for end, prompt, ids in zip(ends, PROMPTS, right, strict=True):
+        draft = ids[: prompt + DRAFT].copy()
+        draft[end:] = (draft[end:] + 1) % VOCAB_SIZE
+        drafts.append(draft)
+    wrong = [exact_logits(model.spec, draft) for draft in drafts]
+    both = range(2)
+
+    def tokens(texts: list[NDArray[np.int64]], first: Any, end: Any) -> list[tuple[int, int, int]]:
+        return [token for s in both for token in text(s, texts[s][first[s] : end[s]], first[s])]
+
+    drafted = [len(draft) for draft in drafts]
+    once = [
+        decode_step(*tokens(drafts, PROMPTS, drafted)),
+        *(remove(s, ends[s]) for s in both),
+        decode_step(*tokens(right, ends, (END, END))),
+    ]
+    steps = [
+        decode_step(*tokens(right, (0, 0), PROMPTS)),
+        *(["save", s, str(tmp_path / f"{s}")] for s in both),
+        *once,
+        *(["load", s, str(tmp_path / f"{s}")] for s in both),
+        *once,
+    ]
+    setup = Setup(n_seq_max=2, n_rs_seq=DRAFT, n_ubatch=16, flash_attention=flash_attention)
+    played = play(engine, model.gguf, setup, steps, KIMI_OPS=choice)
+    assert played.removed == [True] * 4
+    exact = model.exact
+    once_exact = [
+        *(wrong[s][PROMPTS[s] :] for s in both),
+        *(exact[s][ends[s] : END] for s in both),
+    ]
+    prompts = [exact[s][: PROMPTS[s]] for s in both]
+    assert_same(played.logits, np.concatenate([*prompts, *once_exact, *once_exact]))
 
 
 PREFILL = 300  # tokens of a batch, enough for the decompressed form of latent attention
 
 
-@pytest.mark.parametrize("spec", SPECS[::2], ids=lambda spec: spec.id)
+@pytest.mark.parametrize("spec", [LING[0], GLM[0], K3[0]], ids=lambda spec: spec.id)
 def test_the_operators_are_in_the_graphs(
     spec: FamilySpec, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

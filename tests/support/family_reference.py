@@ -1,7 +1,7 @@
 """The torch reference of a model of random_family.py: its tensors under hub names, and its config.
 
 Input: a `FamilySpec` of bailingmoe3 or kimi-k3. Output: `Reference`. Independent of the converter: its tables are not
-used.
+used. `exact_logits` has the logits of every family.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from random_checkpoint import Spec
 from random_family import VOCAB_SIZE, Change, FamilySpec, tensors, unchanged
+from synthetic_case import reference_of
+from transformers_glm import glm_logits
 
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.kimi_k3 import K3Config
@@ -58,6 +61,18 @@ def reference_of_family(
 ) -> Reference:
     """The reference of the model that `write_family` writes; change: as there."""
     return REFERENCES[spec.architecture](config_of(spec), hub_weights(spec, change).__getitem__, dtype)
+
+
+def exact_logits(spec: Spec | FamilySpec, ids: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Logits [T, V] of any family for token ids [T], in float64: of the torch reference, or of transformers (GLM)."""
+    if isinstance(spec, Spec):
+        model = reference_of(spec, dtype=torch.float64)
+    elif spec.architecture == "glm5-next":
+        return glm_logits(spec, ids)
+    else:
+        model = reference_of_family(spec)
+    found: NDArray[np.float64] = model.logits(torch.from_numpy(ids)).numpy()
+    return found
 
 
 def mtp_logits(model: Reference, ids: NDArray[np.int64]) -> NDArray[np.float64]:
