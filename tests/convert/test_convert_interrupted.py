@@ -15,15 +15,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from convert_tools import convert, fresh_checkpoint, killed_conversions, start_convert
+from convert_tools import convert, fresh_checkpoint, killed_conversions, split_safetensors, start_convert
 from random_checkpoint import Spec
 
+from kimi_gguf.convert.conversion import Options, plan_only
 from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output import growing, unfinished
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.tensor_types import Bytes
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
 KEPT = {".x.gguf.unfinished"}
@@ -58,6 +61,23 @@ def stop_after(
             seen.add(str(getattr(tensor, "name", "")))
             if len(seen) == tensors:
                 act()
+
+        yield report
+
+    return progress
+
+
+def stop_in(name: str, chunks: int) -> Callable[[Plan], contextlib.AbstractContextManager[ProgressCallback]]:
+    """Progress that interrupts when this number of chunks of a tensor are written; each expert is one."""
+
+    @contextlib.contextmanager
+    def progress(plan: Plan) -> Iterator[ProgressCallback]:
+        left = iter(range(chunks - 1))
+
+        def report(tensor: PlannedTensor, nbytes: int) -> None:
+            if tensor.name == name and next(left, None) is None:
+                assert nbytes < tensor.nbytes
+                interrupt()
 
         yield report
 
@@ -117,6 +137,49 @@ def test_the_card_of_a_resumed_file_has_its_hash(
     assert convert(source, "-o", out / "x.gguf", "--resume", "--model-card").status == 0
     assert (out / "x.gguf").read_bytes() == expected
     assert f"| `{hashlib.sha256(expected).hexdigest()}` |" in (out / "README.md").read_text()
+
+
+def test_resume_reads_and_writes_only_what_is_left(
+    source: Path, out: Path, expected: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the experts of a layer: only the tensor that was being written is begun again."""
+    stopped = "blk.1.ffn_down_exps.weight"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(unfinished, "SYNC_SECONDS", 0)
+        convert_in_python(source, out / "x.gguf", TYPES["BF16"], progress=stop_in(stopped, SPEC.experts // 2))
+    plan = plan_only(source, TYPES["BF16"])
+    left = [tensor.name for tensor in plan.tensors]
+    left = left[left.index(stopped) :]
+    assert len(left) > 10, "too little is left to tell from reading all of it"
+    names = {name for t in plan.tensors if t.name in left for name, _ in t.output.inputs}
+    headers, to_read = 0, 0
+    for shard in source.glob("*.safetensors"):
+        header, data = split_safetensors(shard)
+        headers += shard.stat().st_size - len(data)
+        spans = [entry["data_offsets"] for name, entry in header.items() if name in names]
+        to_read += sum(end - begin for begin, end in spans)
+    to_write = sum(tensor.nbytes for tensor in plan.tensors if tensor.name in left)
+
+    read: list[int] = []
+    written: list[int] = []
+    preadv, write_all = os.preadv, growing._write_all
+
+    def count_read(fd: int, buffers: list[memoryview], offset: int) -> int:
+        read.append(preadv(fd, buffers, offset))
+        return read[-1]
+
+    def count_written(fd: int, data: Bytes, offset: int) -> None:
+        written.append(len(data))
+        write_all(fd, data, offset)
+
+    monkeypatch.setattr(unfinished, "SYNC_SECONDS", 60)  # each entry in the journal writes a buffer again
+    monkeypatch.setattr(os, "preadv", count_read)
+    monkeypatch.setattr(growing, "_write_all", count_written)
+    convert_in_python(source, out / "x.gguf", TYPES["BF16"], Options(resume=True))
+    assert (out / "x.gguf").read_bytes() == expected
+    assert to_read <= sum(read) <= to_read + 2 * headers  # read again at the end
+    padding = 32 * len(left) + 2 * growing.SECTOR
+    assert to_write <= sum(written) <= to_write + padding
 
 
 def test_without_resume_it_starts_again_and_says_so(
