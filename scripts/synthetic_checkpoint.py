@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_gguf.bench.published import KIMI_K3, LING_TINY
+from kimi_gguf.bench.published import KIMI_K3, LING_FLASH, LING_TINY
 from kimi_gguf.convert.model.families import family_of, hub_shapes, places_of, read_config
 from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.model.tensor_table import FLOAT32
@@ -52,6 +52,11 @@ def smaller_config(layers: str, experts: int, vocab: int) -> dict[str, Any]:
 def ling_tiny_config() -> dict[str, Any]:
     """The keys of Ling-3.0-tiny's config.json that determine its tensors."""
     return {"architectures": ["BailingMoeV3ForCausalLM"], **LING_TINY}
+
+
+def ling_flash_config() -> dict[str, Any]:
+    """The same of Ling-3.0-flash, with its MTP layer."""
+    return {"architectures": ["BailingMoeV3ForCausalLM"], **LING_FLASH, "num_nextn_predict_layers": 1}
 
 
 def ling_mtp_config() -> dict[str, Any]:
@@ -202,6 +207,7 @@ def write_synthetic(
 MODELS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
     "48B": (published_config, NUM_SHARDS),
     "Ling-3.0-tiny": (ling_tiny_config, 4),
+    "Ling-3.0-flash": (ling_flash_config, 32),
     "Ling-3.0-tiny-12L-64E-MTP": (ling_mtp_config, 2),
     "Kimi-K3": (k3_config, K3_SHARDS),
 }

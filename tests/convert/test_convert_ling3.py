@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -29,7 +30,7 @@ from kimi_gguf.convert.inspect_model import inspect_model
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.types.file_types import TYPES
-from kimi_gguf.scripts.synthetic_checkpoint import ling_tiny_config, write_synthetic
+from kimi_gguf.scripts.synthetic_checkpoint import ling_flash_config, ling_tiny_config, write_synthetic
 from kimi_gguf.scripts.upstream_converter import FILE_TYPES, Job
 
 SPEC = LingSpec(mtp=True)
@@ -301,3 +302,19 @@ def test_the_shape_of_ling_3_tiny_is_planned_in_seconds(tmp_path: Path) -> None:
     assert facts["bailingmoe3.block_count"] == 24
     assert str(facts["general.size_label"]).startswith("7.9B-A")
     assert 4.5e9 < plan.nbytes < 5.5e9
+
+
+def test_the_whole_of_ling_3_flash_is_planned(tmp_path: Path) -> None:
+    """A sparse checkpoint with all tensors: 512 experts in 41 layers, of which the last predicts a further token.
+
+    The published number of parameters is 124 billion, without that layer.
+    """
+    source = write_synthetic(tmp_path / "Ling-3.0-flash", ling_flash_config(), num_shards=32)
+    plan = plan_only(source, TYPES["BF16"])
+    facts = {key.name.removeprefix("bailingmoe3."): key.value for key in plan.keys}
+    assert (facts["block_count"], facts["nextn_predict_layers"]) == (43, 1)
+    assert facts["attention.head_count_kv"] == [int(i % 6 == 5) for i in range(42)] + [1]
+    assert [len(facts[f"swiglu_clamp_{x}"]) for x in ("exp", "shexp")] == [43, 43]
+    main = sum(math.prod(t.output.ne) for t in plan.tensors if not t.name.startswith("blk.42."))
+    assert round(main / 1e9) == 124
+    assert [t.output.ne for t in plan.tensors if t.name == "blk.42.ffn_up_exps.weight"] == [(2560, 768, 512)]
