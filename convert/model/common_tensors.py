@@ -23,6 +23,9 @@ KDA_QKV: Final = (
     *(f32(f"{x}_conv1d.weight", "kda 1 conv", f"ssm_conv1d_{x}.weight", "conv 1 kda 1") for x in "qkv"),
 )
 
+# parts of the names of KDA's gates, whose errors act on all following tokens
+KDA_GATES: Final = ("ssm_f_", "ssm_g.weight", "ssm_g_a")
+
 # keys and values of MLA
 MLA_KV: Final = (
     Row("kv_a_proj_with_mqa.weight", "latent_rope hidden", "attn_kv_a_mqa.weight"),

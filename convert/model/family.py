@@ -1,7 +1,6 @@
 """What makes a family of models: a description for each architecture with Kimi Delta Attention.
 
-To add one, write a module with a `FAMILY` and add it to families.py. Beyond that, exceptions by architecture are in
-tables of two modules: types/mixes.py (matrices that stay at 8 bits or more) and output/model_card.py.
+To add one, write a module with a `FAMILY` and add it to families.py. The rest of the converter knows no architecture.
 """
 
 from __future__ import annotations
@@ -40,3 +39,11 @@ class Family:
     template: str | None = None  # address of llama.cpp's chat template, for models that publish none
     # How names of vectors end that may be longer in the checkpoint than their shape; the rest is not used.
     padded: tuple[str, ...] = ()
+    # Delicate matrices, by parts of their GGUF names, as in llama-quantize with the project's patches: those that are
+    # never quantized (small ones before a sigmoid), and those that mixes give at least Q8_0.
+    not_quantized: tuple[str, ...] = ()
+    at_least_q8_0: tuple[str, ...] = ()
+    # What MXFP4_MOE stores in MXFP4: the tensors of FFNs with several matrices, or all tensors with several.
+    mxfp4_only_ffn: bool = False
+    # For the model card: the tokenizer's end token, which is not the one that ends the model's answers.
+    tokenizer_eos: str = "own end token"

@@ -20,6 +20,7 @@ from gguf import GGUFValueType as ValueType
 from kimi_gguf.convert.model.common_tensors import (
     DENSE_FFN,
     HEAD,
+    KDA_GATES,
     KDA_QKV,
     LAYER_NORMS,
     MLA_KV,
@@ -280,4 +281,6 @@ FAMILY: Final = Family(
     ignored=("vision_tower.", "mm_projector."),
     template="https://github.com/ggml-org/llama.cpp/blob/master/models/templates/Kimi-K3.jinja",
     padded=(".A_log",),
+    not_quantized=("ssm_beta.weight",),
+    at_least_q8_0=KDA_GATES,
 )

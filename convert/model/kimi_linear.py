@@ -164,4 +164,5 @@ FAMILY: Final = Family(
     rules=RULES,
     load_vocab=load_tiktoken_vocab,
     notes=notes,
+    tokenizer_eos="`[EOS]`",
 )

@@ -21,7 +21,7 @@ from typing import Any, Final
 from gguf import GGUFValueType as ValueType
 
 from kimi_gguf.convert.model.bpe_vocab import load_bpe_vocab
-from kimi_gguf.convert.model.common_tensors import HEAD, NORM
+from kimi_gguf.convert.model.common_tensors import HEAD, KDA_GATES, NORM
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
 from kimi_gguf.convert.model.config_keys import (
     ABSENT,
@@ -358,4 +358,7 @@ FAMILY: Final = Family(
     stored=stored,
     left_out=left_out,
     notes=notes,
+    not_quantized=("ssm_beta.weight", "attn_gate.weight"),
+    at_least_q8_0=KDA_GATES,
+    mxfp4_only_ffn=True,
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.model.families import BY_ARCHITECTURE
+from kimi_gguf.convert.model.family import Family
 from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import type_counts
 from kimi_gguf.engine.gguf import GgufTensor
@@ -35,10 +36,7 @@ DIFFERENCES: Final = (
 )
 
 _OPTIONS_OF_VERIFY: Final = ("--imatrix", "--chat-template")  # of convert-kimi, which verify needs, too
-_TOKENIZER_EOS: Final = {"kimi-linear": "`[EOS]`"}
 FILE_TITLES: Final = ("file", "bytes", "tensors", "types", "SHA-256")
-
-
 REPORTS: Final = "validation"  # the folder of the reports and plots, next to the files
 RECOMMENDED: Final = (
     "Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that leaves "
@@ -277,19 +275,19 @@ def differences(facts: Mapping[str, object]) -> Iterator[str]:
     tokens, eos = facts.get("tokenizer.ggml.tokens"), facts.get("tokenizer.ggml.eos_token_id")
     text = tokens[eos] if isinstance(tokens, list) and isinstance(eos, int) else "none"
     architecture = str(facts["general.architecture"])
+    family = BY_ARCHITECTURE[architecture]
     for difference in DIFFERENCES:
         yield "- " + difference.format(
             value_length=facts.get(f"{architecture}.attention.value_length"),
             eos=f"`{code_text(str(text))}`",
-            tokenizer_eos=_TOKENIZER_EOS.get(architecture, "own end token"),
-            ssm_a="exp(A_log)" if _has_positive_gates(architecture) else "-exp(A_log)",
+            tokenizer_eos=family.tokenizer_eos,
+            ssm_a="exp(A_log)" if _has_positive_gates(family) else "-exp(A_log)",
         )
 
 
-def _has_positive_gates(architecture: str) -> bool:
+def _has_positive_gates(family: Family) -> bool:
     """Whether the family stores exp(A_log) as it is."""
-    groups = BY_ARCHITECTURE[architecture].table.layers
-    return any(row.transform is Transform.EXP for group in groups for row in group.rows)
+    return any(row.transform is Transform.EXP for group in family.table.layers for row in group.rows)
 
 
 def source_of(facts: Mapping[str, object]) -> str | None:

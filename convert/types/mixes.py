@@ -2,7 +2,8 @@
 
 Input: the config, the outputs in file order, and a `TypeRequest` (file type and the user's options). Output: the type
 of every tensor, as in `llama_tensor_get_type` of llama.cpp's `src/llama-quant.cpp` without the rules for other
-architectures; and `RECIPES`, the project's own mixes, by the name that `--recipe` accepts.
+architectures; and `RECIPES`, the project's own mixes, by the name that `--recipe` accepts. What only one family has is
+in its `Family`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Final
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import LayerKind, ModelConfig
+from kimi_gguf.convert.model.families import family_of
 from kimi_gguf.convert.model.tensor_table import Output
 from kimi_gguf.convert.types.file_types import TYPES, FileType
 from kimi_gguf.engine.tensor_types import BF16, F16, TENSOR_TYPES, TensorType
@@ -70,18 +72,7 @@ _KINDS: Final = (
 )
 _FFN: Final = frozenset({"up", "gate", "down"})
 _COUNTED: Final = _FFN | {"v"}
-# MXFP4_MOE is for experts: here they are known by their names, elsewhere every tensor with three dimensions counts.
-_EXPERTS_BY_NAME: Final = frozenset({"bailingmoe3"})
 _OUTPUT, _EMBEDDING = "output.weight", "token_embd.weight"
-
-# Delicate matrices by architecture, by a part of their names, as in llama-quantize with the project's patches: small
-# ones before a sigmoid, and the gates of KDA, whose errors act on all following tokens.
-_NOT_QUANTIZED: Final = {
-    "bailingmoe3": ("ssm_beta.weight", "attn_gate.weight"),
-    "kimi-k3": ("ssm_beta.weight",),
-}
-_GATES: Final = ("ssm_f_", "ssm_g.weight", "ssm_g_a")
-_AT_LEAST_Q8_0: Final = {"bailingmoe3": _GATES, "kimi-k3": _GATES}
 
 # A row: kinds, file types ("*" any but the lowest), condition, the type. The first matching row counts; without one
 # the tensor has the base type.
@@ -218,6 +209,7 @@ class _Chooser:
 
     def __post_init__(self) -> None:
         self.seen: Counter[str] = Counter()
+        self.family = family_of(self.config)
         self.layers = len(self.config.blocks)
         self.experts = self.config.num_experts if self.config.num_moe_layers else 0
         self.gqa = self.config.num_heads if self.config.layers[0] is LayerKind.MLA else 0
@@ -238,7 +230,7 @@ class _Chooser:
             return base
         if not any(n > 1 for n in output.ne[1:]):  # llama-quantize does not quantize vectors
             return None
-        if any(part in output.name for part in _NOT_QUANTIZED.get(self.config.architecture, ())):
+        if any(part in output.name for part in self.family.not_quantized):
             return None
         named = next((kind for pattern, kind in self.patterns if pattern.search(output.name)), None)
         if named is None:
@@ -247,7 +239,7 @@ class _Chooser:
 
     def _mixed(self, output: Output) -> TensorType:
         mix, base, kind = self.request.file_type.name, self.request.file_type.base, _kind(output.name)
-        if any(part in output.name for part in _AT_LEAST_Q8_0.get(self.config.architecture, ())):
+        if any(part in output.name for part in self.family.at_least_q8_0):
             return TENSOR_TYPES["Q8_0"]
         if output.name == _OUTPUT:
             if mix == "MXFP4_MOE" or output.ne[0] % base.block:
@@ -255,7 +247,7 @@ class _Chooser:
             return base if base.name == "Q8_0" else TENSOR_TYPES[_OUTPUT_TYPES.get(mix, "Q6_K")]
         if mix == "MXFP4_MOE":
             several = len(output.ne) > 2 and output.ne[2] > 1
-            is_expert = kind in _FFN or self.config.architecture not in _EXPERTS_BY_NAME
+            is_expert = kind in _FFN or not self.family.mxfp4_only_ffn
             return base if several and is_expert else TENSOR_TYPES["Q8_0"]
         if output.name == _EMBEDDING:
             return TENSOR_TYPES[_EMBEDDING_TYPES.get(mix, base.name)]
