@@ -144,7 +144,15 @@ def glm(folder: Path) -> Path:
     return write_family(folder / "model.gguf", spec)
 
 
-@pytest.fixture(scope="module", params=[kimi_linear, glm], ids=["kimi-linear", "glm5-next"])
+def ling(folder: Path) -> Path:
+    return write_family(folder / "model.gguf", FamilySpec("bailingmoe3", "KMK", compressed=True, seed=93))
+
+
+def k3(folder: Path) -> Path:
+    return write_family(folder / "model.gguf", FamilySpec("kimi-k3", "KMK", seed=94))
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     written: Path = request.param(tmp_path_factory.mktemp("model"))
     return written
@@ -160,9 +168,30 @@ def memory(request: pytest.FixtureRequest, model: Path, engine: Engine) -> Itera
         yield memory
 
 
-@settings(max_examples=int(os.environ.get("KIMI_FUZZ", "40")), deadline=None)
-@given(st.lists(operations, min_size=2, max_size=20))
+def examples(count: int) -> settings:
+    """So many examples, or KIMI_FUZZ."""
+    return settings(max_examples=int(os.environ.get("KIMI_FUZZ", count)), deadline=None)
+
+
+histories = st.lists(operations, min_size=2, max_size=20)
+
+
+@pytest.mark.parametrize("model", [kimi_linear, glm], ids=["kimi-linear", "glm5-next"], indirect=True)
+@examples(40)
+@given(histories)
 def test_no_answer_is_silently_wrong(memory: Memory, history: list[tuple[Any, ...]]) -> None:
+    check(memory, history)
+
+
+@pytest.mark.parametrize("model", [ling, k3], ids=["bailingmoe3", "kimi-k3"], indirect=True)
+@examples(8)
+@given(histories)
+def test_the_other_families_have_the_same_memory(memory: Memory, history: list[tuple[Any, ...]]) -> None:
+    check(memory, history)
+
+
+def check(memory: Memory, history: list[tuple[Any, ...]]) -> None:
+    """Do all operations on an empty memory, then decode one more token of each sequence."""
     memory.begin()
     for name, *given_ in history:
         note(f"{name} {given_}: {memory.tokens}")
