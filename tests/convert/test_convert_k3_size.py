@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from convert_tools import convert, split_safetensors, upstream_convert
-from gguf import GGUFReader
+from convert_tools import assert_upstreams_tensors, convert, split_safetensors, upstream_convert
 from random_k3 import PREFIX, K3Spec, write_checkpoint
 
 from kimi_gguf.scripts import measure_k3
@@ -129,12 +128,4 @@ def test_full_width_equals_upstreams(tmp_path: Path) -> None:
     assert header[f"{PREFIX}model.layers.0.self_attn.A_log"]["shape"] == [128]
     upstream_convert([Job(source, tmp_path / "theirs.gguf", "BF16")])
     assert convert(source, "-o", tmp_path / "ours.gguf").status == 0
-    theirs = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "theirs.gguf").tensors}
-    ours = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "ours.gguf").tensors}
-    assert set(ours) == set(theirs)
-    for name, tensor in ours.items():
-        assert tensor.tensor_type == theirs[name].tensor_type, name
-        if name.endswith("ssm_a"):
-            np.testing.assert_allclose(tensor.data, theirs[name].data, rtol=2e-7)
-        else:
-            assert np.array_equal(tensor.data, theirs[name].data), name
+    assert_upstreams_tensors(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")

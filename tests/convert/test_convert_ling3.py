@@ -18,11 +18,11 @@ from convert_tools import (
     edited_tensors,
     fresh_checkpoint,
     gguf_keys,
+    units_apart,
     upstream_convert,
 )
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
 from random_ling3 import Layout, LingSpec, weights, write_checkpoint
-from test_convert_against_upstream import units_apart
 from test_convert_layouts import converted
 
 from kimi_gguf.convert.conversion import plan_only

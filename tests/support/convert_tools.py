@@ -160,6 +160,31 @@ def gguf_keys(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in fields.items() if not name.startswith("GGUF.")}
 
 
+def units_apart(a: np.ndarray, b: np.ndarray) -> int:
+    """The largest distance between two float32 arrays of equal signs, in units in the last place."""
+    bits = [np.ascontiguousarray(x).view(np.int32).astype(np.int64) for x in (a, b)]
+    return int(np.abs(bits[0] - bits[1]).max())
+
+
+def assert_upstreams_tensors(ours: Path, theirs: Path) -> None:
+    """Names, types, shapes and bytes of a GGUF file are those of llama.cpp's converter.
+
+    Only `ssm_a` may differ, by one unit in the last place: theirs is torch's exp in float32, which is not always the
+    nearest float32. That ours is, test_convert_values.py tests.
+    """
+    found, expected = (
+        {tensor.name: tensor for tensor in GGUFReader(path).tensors} for path in (ours, theirs)
+    )
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        other = expected[name]
+        assert (tensor.tensor_type, list(tensor.shape)) == (other.tensor_type, list(other.shape)), name
+        if name.endswith(".ssm_a"):
+            assert units_apart(tensor.data, other.data) <= 1, name
+        else:
+            assert tensor.data.tobytes() == other.data.tobytes(), name
+
+
 def write_imatrix(path: Path, model: Path, every: int) -> None:
     """Random importances for every matrix, or only each `every`-th; some experts have no calls."""
     rng = np.random.default_rng(1)
