@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"tokens that are already in the cache (--hybrid: from {hybrid.SEED})")  # fmt: skip
     add("--build", "--backend", dest="backend", metavar="NAME",
         help="measure this build, see kimi-llama path --help; a GPU build computes all layers there "
-        "(default: cpu)")  # fmt: skip
+        "(default: the build that runs)")  # fmt: skip
     add("--device", metavar="NAME",
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
     add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",

@@ -21,6 +21,7 @@ from kimi_gguf.convert.model.metadata import architecture_keys
 from kimi_gguf.convert.model.tensor_table import Output
 
 # What differs from the published config.json in tests: K-quants require rows of 256.
+EVERY: Final = 4  # of Kimi-Linear and Kimi K3: number of layers per MLA layer
 TINY: Final[Config] = {
     "hidden_size": 256,
     "vocab_size": 512,
@@ -65,7 +66,8 @@ def _kimi(every: int, q_rank: int | None = None) -> Callable[[Size], ModelConfig
     """every: number of layers per MLA layer. q_rank: rank of query compression."""
 
     def config(size: Size) -> ModelConfig:
-        data = {**published_config(), **size.changes}
+        published = published_config()
+        data = {**published, **size.changes}
         data |= {
             "num_key_value_heads": data["num_attention_heads"],
             "num_hidden_layers": size.layers,
@@ -73,7 +75,10 @@ def _kimi(every: int, q_rank: int | None = None) -> Callable[[Size], ModelConfig
             "num_experts_per_token": min(data["num_experts_per_token"], size.experts),
             "q_lora_rank": q_rank if q_rank is None else min(q_rank, data["hidden_size"]),
         }
-        data["linear_attn_config"] |= _kinds(size.layers, every) | {"num_heads": data["num_attention_heads"]}
+        data["linear_attn_config"] |= {"num_heads": data["num_attention_heads"]}
+        # as published, all layers are not groups of four: the last one is MLA, too
+        if every != EVERY or size.layers != published["num_hidden_layers"]:
+            data["linear_attn_config"] |= _kinds(size.layers, every)
         return read_config(data, size.name)
 
     return config
@@ -112,7 +117,7 @@ def _k3(size: Size) -> ModelConfig:
         "num_experts": size.experts,
         "num_experts_per_token": min(text["num_experts_per_token"], size.experts),
         "linear_attn_config": text["linear_attn_config"]
-        | _kinds(size.layers, 4)
+        | _kinds(size.layers, EVERY)
         | {"num_heads": text["num_attention_heads"]},
         # with blocks of 12 layers, few layers would be a single block
         "attn_res_block_size": max(1, min(text["attn_res_block_size"], size.layers // 2)),
@@ -126,7 +131,7 @@ def _glm(size: Size) -> ModelConfig:
 
 FAMILIES: Final[dict[str, BenchFamily]] = {
     "kimi-linear": BenchFamily(
-        "kimi-linear-48b", "kimi-linear", 8, 32, _kimi(4), "one layer in four with latent attention"
+        "kimi-linear-48b", "kimi-linear", 8, 32, _kimi(EVERY), "one layer in four with latent attention"
     ),
     "all-mla": BenchFamily(
         "all-mla-48b", "kimi-linear", 8, 32, _kimi(1), "the same with latent attention in every layer",

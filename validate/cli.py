@@ -150,7 +150,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--upstream", action="store_true", help="also run the file on upstream llama.cpp and compare")
     precision = "precision of the torch reference (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=precision)
-    build = "build of llama.cpp, named as in kimi-llama path --help (default: cpu)"
+    build = "build of llama.cpp, named as in kimi-llama path --help (default: the build that runs)"
     add("--build", "--backend", metavar="NAME", help=build)
     layers = "layers to offload to the GPU (default: all with a GPU backend, else 0)"
     number("--gpu-layers", 0, ALL_LAYERS, None, layers)

@@ -19,6 +19,7 @@ from kimi_gguf.bench.roofline import demand
 from kimi_gguf.bench.shapes import TYPES, BenchModel, chosen_model, plan_of
 from kimi_gguf.bench.weights import Weights
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.engine.builds import Engine
@@ -52,6 +53,13 @@ def test_layers_have_the_48b_s_shapes() -> None:
 
 def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tensor.output.ne for tensor in plan_of(chosen_model(family)).tensors}
+
+
+def test_the_whole_48b_has_the_published_kinds_of_layers() -> None:
+    names = {tensor.name for tensor in plan_of(BenchModel(layers=27, experts=256)).tensors}
+    latent = [number for number in range(1, 28) if f"blk.{number - 1}.attn_kv_a_mqa.weight" in names]
+    assert latent == published_config()["linear_attn_config"]["full_attn_layers"]
+    assert len(latent) == 7
 
 
 def test_the_whole_ling_3_0_tiny_has_the_published_size() -> None:
