@@ -15,7 +15,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
-from kimi_gguf.convert.output.card_folder import others_of
+from kimi_gguf.convert.output.card_folder import Hashed, others_of
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import Listed, Made, card_text, file_row, source_of
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
@@ -115,15 +115,22 @@ def convert(
 def _card(
     plan: Plan, paths: Sequence[Path], config: ModelConfig, command: Sequence[str], reporting: Reporting
 ) -> Callable[[Sequence[str]], str]:
-    """The model card of the output's folder as a function of the SHA-256 of the new files `paths`."""
+    """The model card of the output's folder as a function of the SHA-256 of the new files `paths`; it reads the folder
+    when it is called."""
     facts = {key.name: key.value for key in plan.keys}
     notes = tuple(model_notes(config))
     own_notes = tuple(note for note in plan.notes if note not in notes)
     made = Made(VERSION, (command[0], source_of(facts) or command[1], *command[2:]), own_notes)
+    known = Hashed()
     with reporting() as reporter:
-        others = others_of(paths[0].parent, paths, facts, reporter)
+        others_of(
+            paths[0].parent, paths, facts, reporter, known
+        )  # most of the hashing, while progress can be shown
 
     def text(hashes: Sequence[str]) -> str:
+        others = others_of(
+            paths[0].parent, paths, facts, Silent(), known
+        )  # with what was added or changed since
         files = zip(paths, plan.files, hashes, strict=True)
         rows = [file_row(path.name, file.nbytes, file.tensors, sha256) for path, file, sha256 in files]
         return card_text(Listed(paths[0], facts, rows, made, plan.nbytes), others, notes)

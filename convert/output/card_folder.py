@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.output.model_card import (
     FILE_TITLES,
     REPORTS,
@@ -27,7 +28,7 @@ from kimi_gguf.convert.output.model_card import (
 )
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.file_hash import hash_files
+from kimi_gguf.engine.file_hash import FileHashes, hash_files
 from kimi_gguf.engine.gguf import GgufModel
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.split_names import place_in_set
@@ -88,13 +89,28 @@ def figures_of(folder: Path, path: Path, sha256: str) -> Figures | None:
         return None  # not a report
 
 
+class Hashed:
+    """The hashes of models' files; each file is read once, and again only after it was changed or replaced."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], FileHashes] = {}
+
+    def hashes(self, files: Sequence[Path], reporter: Reporter) -> FileHashes:
+        """Raises `OSError`."""
+        stamps = tuple(map(stamp, files))
+        if stamps not in self._known:
+            reporter.phase(f"{files[0].name}: hashing")
+            self._known[stamps] = hash_files(files, reporter.step)
+        return self._known[stamps]
+
+
 def others_of(
-    folder: Path, new: Sequence[Path], keys: Mapping[str, object], reporter: Reporter
+    folder: Path, new: Sequence[Path], keys: Mapping[str, object], reporter: Reporter, known: Hashed
 ) -> list[Listed]:
     """The models of the folder that were made from the same checkpoint, without those whose files are `new`.
 
-    `keys`: of the new model. Reads and hashes all of their bytes. Other models, and files that are damaged, are left
-    out.
+    `keys`: of the new model. Reads and hashes those of their bytes that are not `known`. Other models, and files that
+    are damaged, are left out.
     """
     earlier, found = earlier_card(folder), []
     for path in models_in(folder):
@@ -106,8 +122,7 @@ def others_of(
                 if any(key not in keys or model.keys.get(key) != keys[key] for key in SOURCE_KEYS):
                     continue
                 files = [(file.path, file.size, file.tensors.values()) for file in model.files]
-            reporter.phase(f"{path.name}: hashing")
-            hashes = hash_files([file for file, _, _ in files], reporter.step)
+            hashes = known.hashes([file for file, _, _ in files], reporter)
         except EngineError:
             continue
         parts = [

@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +48,19 @@ def locked(folder: Path, path: Path) -> int:
             if os.path.samestat((folder / JOURNAL).stat(), os.fstat(fd)):
                 return fd
         os.close(fd)  # another process finished or removed it in between: try again
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block for the folder `folder`; does not wait on a file system without
+    locks. Raises `OSError` for a folder that cannot be opened."""
+    handle = os.open(folder, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def append(folder: Path, entry: dict[str, Any]) -> None:

@@ -122,8 +122,9 @@ def unfinished(
     """The unfinished output `path`; with `resume` it continues after its last finished step.
 
     When the block ends without an error, the files are renamed. After an interrupt, or an error of the disk or the
-    source, they are kept with their journal if a step is finished; after any other error they are removed. Raises
-    `ConvertError` if another process writes the output, or if it was started with another identity.
+    source, they are kept with their journal if a step is finished, and also if a file with the name of one of them
+    was created meanwhile; after any other error they are removed. Raises `ConvertError` if another process writes the
+    output, or if it was started with another identity.
     """
     folder = folder_of(path)
     lock = journal.locked(folder, path)
@@ -142,8 +143,10 @@ def unfinished(
         keep = bool(ours)
         for name in work.names:
             if (target := path.with_name(name)).exists() and not overwrite and target not in ours:
+                keep = True
                 what = "was created by another program during the conversion"
-                raise ConvertError(f"{target}: {what}; choose another name")
+                todo = f"continue with --resume --force, which overwrites it ({folder.name} is kept and complete)"
+                raise ConvertError(f"{target}: {what}; {todo}")
         keep = True
         _take_names(path, work.names)
         keep = False

@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
+from kimi_gguf.convert.output import journal
 from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
@@ -27,6 +30,7 @@ Chunks = Iterator[tuple[PlannedTensor, Bytes]]
 ProgressCallback = Callable[[PlannedTensor, int], None]  # a tensor, and how many of its bytes were written
 Check = Callable[[PlannedTensor | None], None]
 SmallFiles = Callable[[Sequence[str]], Sequence[tuple[str, bytes]]]
+_SMALL: Final = 1 << 20  # bytes that are kept free for the small files
 
 
 def write(
@@ -45,12 +49,12 @@ def write(
     chunks: returns the bytes of the given tensors, in order.
     check: called with each finished tensor, and with None at the end.
     small_files: from the SHA-256 of each file, the names and contents of small files to write to the same folder;
-        None: the files are not hashed.
+        called when the files are complete, by one process at a time for a folder, until the files are renamed. None:
+        the files are not hashed.
     """
     hashes = [hashlib.sha256() for _ in plan.files] if small_files else []
-    with unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
-        small = small_files([each.hexdigest() for each in hashes]) if small_files else ()
-        _check_space(path, work.missing + sum(len(content) for _, content in small))
+    with ExitStack() as after, unfinished(path, _layout(plan, path), identity, resume, overwrite) as work:
+        _check_space(path, work.missing + (_SMALL if small_files else 0))
         if small_files:
             _hash_kept(work, plan.files, hashes, report)
         else:
@@ -65,8 +69,10 @@ def write(
                 )
             first += len(file.tensors)
         check(None)
-        for name, content in small_files([each.hexdigest() for each in hashes]) if small_files else ():
-            work.add(name, content)
+        if small_files:
+            after.enter_context(journal.one_at_a_time(path.parent))
+            for name, content in small_files([each.hexdigest() for each in hashes]):
+                work.add(name, content)
 
 
 def _hash_kept(

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from convert_tools import convert, fresh_checkpoint, gguf_keys, gguf_types
+from convert_tools import convert, fresh_checkpoint, gguf_keys, gguf_types, start_convert
 from gguf import GGUFReader
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
+
+from kimi_gguf.convert.conversion import Options, plan_only
+from kimi_gguf.convert.conversion import convert as convert_in_python
+from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.convert.output import journal
+from kimi_gguf.convert.output.writer import ProgressCallback
+from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.types.file_types import TYPES
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=70)
 ORIGIN = """---
@@ -177,6 +190,48 @@ def test_a_second_file_is_added_to_the_card(source: Path, out: Path) -> None:
     assert ["kimi-llama", "chat", "b.gguf"] in commands(card) and "KLD" not in card
     checks = [words for block in commands(card) if "verify" in block for words in [block]]
     assert len(checks) == 1 and {files[0].name, "b.gguf"} <= set(checks[0])
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_two_conversions_at_once_give_one_card_of_both(source: Path, out: Path, force: bool) -> None:
+    """The second one ends while the first one writes. What exists is overwritten only with --force."""
+
+    @contextlib.contextmanager
+    def meanwhile(plan: Plan) -> Iterator[ProgressCallback]:
+        assert convert(source, "-o", out / "b.gguf", "--type", "F16", "--model-card").status == 0
+        yield lambda tensor, nbytes: None
+
+    card = ("convert-kimi", source.name, "-o", "a.gguf", "--model-card")
+    options = Options(overwrite=force, card=card)
+    if force:
+        convert_in_python(source, out / "a.gguf", TYPES["BF16"], options, progress=meanwhile)
+    else:
+        with pytest.raises(ConvertError, match=r"README.md: was created .* --resume --force"):
+            convert_in_python(source, out / "a.gguf", TYPES["BF16"], options, progress=meanwhile)
+        assert list(listed((out / "README.md").read_text())) == ["b.gguf"]
+        words = ["-o", out / "a.gguf", "--model-card", "--resume", "--force", "--json"]
+        run = convert(source, *words)
+        assert run.status == 0
+    written = (out / "README.md").read_text()
+    assert listed(written) == {file.name: sha256(file) for file in out.glob("*.gguf")}
+    assert sorted(made(written)) == sorted(listed(written)) == ["a.gguf", "b.gguf"]
+    assert {path.name for path in out.iterdir()} == {"a.gguf", "b.gguf", "README.md"}
+
+
+def test_cards_of_a_folder_are_written_one_at_a_time(source: Path, out: Path, tmp_path: Path) -> None:
+    """A conversion waits for the card of another one, and then lists its file, too."""
+    assert convert(source, "-o", tmp_path / "b.gguf", "--type", "F16").status == 0
+    nbytes = plan_only(source, TYPES["BF16"]).nbytes
+    growing = out / ".a.gguf.unfinished" / "a.gguf"
+    with journal.one_at_a_time(out):
+        process = start_convert(source, "-o", out / "a.gguf", "--model-card")
+        while process.poll() is None and not (growing.exists() and growing.stat().st_size == nbytes):
+            time.sleep(0.01)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        shutil.copy(tmp_path / "b.gguf", out)
+    assert process.wait(timeout=60) == 0
+    assert set(listed((out / "README.md").read_text())) == {"a.gguf", "b.gguf"}
 
 
 def test_a_command_is_kept_by_the_content_of_the_file(source: Path, out: Path) -> None:

@@ -108,9 +108,12 @@ def test_a_file_made_by_someone_else_meanwhile_is_kept(source: Path, out: Path) 
         (out / "x.gguf").write_text("precious")
         yield lambda tensor, nbytes: None
 
-    with pytest.raises(ConvertError, match="created by another program"):
+    with pytest.raises(ConvertError, match=r"created by another program.* --resume --force"):
         convert_in_python(source, out / "x.gguf", TYPES["BF16"], progress=meanwhile)
-    assert [file.read_text() for file in out.iterdir()] == ["precious"]
+    assert {file.name for file in out.iterdir()} == {".x.gguf.unfinished", "x.gguf"}
+    assert (out / "x.gguf").read_text() == "precious"
+    assert convert(source, "-o", out / "x.gguf", "--resume", "--force").status == 0
+    assert [GGUFReader(file).get_field("split.count") for file in out.iterdir()] == [None]
 
 
 def test_a_forced_but_failing_run_keeps_the_existing_file(tmp_path: Path, out: Path) -> None:
