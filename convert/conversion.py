@@ -120,17 +120,13 @@ def _card(
     facts = {key.name: key.value for key in plan.keys}
     notes = tuple(model_notes(config))
     own_notes = tuple(note for note in plan.notes if note not in notes)
-    made = Made(VERSION, (command[0], source_of(facts) or command[1], *command[2:]), own_notes)
-    known = Hashed()
-    with reporting() as reporter:
-        others_of(
-            paths[0].parent, paths, facts, reporter, known
-        )  # most of the hashing, while progress can be shown
+    words, known = (command[0], source_of(facts) or command[1], *command[2:]), Hashed()
+    with reporting() as reporter:  # most of the hashing, while progress can be shown
+        others_of(paths[0].parent, paths, facts, reporter, known)
 
     def text(hashes: Sequence[str]) -> str:
-        others = others_of(
-            paths[0].parent, paths, facts, Silent(), known
-        )  # with what was added or changed since
+        others = others_of(paths[0].parent, paths, facts, Silent(), known)
+        made = Made(VERSION, words, tuple(hashes), own_notes)
         files = zip(paths, plan.files, hashes, strict=True)
         rows = [file_row(path.name, file.nbytes, file.tensors, sha256) for path, file, sha256 in files]
         return card_text(Listed(paths[0], facts, rows, made, plan.nbytes), others, notes)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from kimi_gguf.convert.output.card_folder import earlier_card, made_of, models_in
-from kimi_gguf.convert.output.model_card import REPORTS, file_row, stem_of
+from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.builds import Engine
@@ -60,7 +60,7 @@ def card_files(
     requests: Sequence[Request], folder: Path, engine: Engine, upstream: Engine | None, reporter: Reporter
 ) -> list[CardFile]:
     """Every model with its report, which is made if there is none. Raises `ValidateError`."""
-    shared, files, earlier = Shared(), [], earlier_card(folder)
+    shared, files, earlier = Shared(), [], list(made_in(earlier_card(folder)))
     with open_checkpoint(requests[0].checkpoint) as checkpoint:
         reporter.phase("hashing the checkpoint")
         shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.output.model_card import (
-    FILE_TITLES,
     REPORTS,
     Figures,
     Listed,
@@ -45,32 +43,22 @@ def models_in(folder: Path) -> list[Path]:
 
 
 def earlier_card(folder: Path) -> str:
-    """The card that will be overwritten, which may be any text; empty if there is none."""
+    """The card that will be overwritten, which may be any text; empty if there is none that can be read."""
     card = folder / CARD
-    if not card.is_file():
+    try:
+        with card.open("rb") as file:
+            text = file.read(_MOST_CARD).decode("utf-8", "replace") if card.is_file() else ""
+    except OSError:
         return ""
-    with card.open("rb") as file:
-        return file.read(_MOST_CARD).decode("utf-8", "replace")
+    checked_out = text.count("\r\n") == text.count("\n")  # with the line ends of Windows
+    return text.replace("\r\n", "\n") if checked_out else text
 
 
-def made_of(earlier: str, path: Path, hashes: Sequence[str]) -> Made | None:
-    """How convert-kimi made the model `path`, if an earlier card says so of files with its SHA-256; the files may have
-    had another name, and the command gets today's."""
-    names = [next((name for name, found in _rows(earlier) if found == sha256), None) for sha256 in hashes]
-    if None in names:
-        return None
-    stem = stem_of(Path(str(names[0])))
-    made = next((made for made in made_in(earlier) if made.output == f"{stem}.gguf"), None)
-    return made and made.named(f"{stem_of(path)}.gguf")
-
-
-def _rows(card: str) -> Iterator[tuple[str, str]]:
-    """(file name, SHA-256) of the rows under FILE_TITLES."""
-    for line in card.splitlines():
-        cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:]]
-        if len(cells) > len(FILE_TITLES):
-            name, sha256 = cells[0], cells[FILE_TITLES.index("SHA-256")]
-            yield name.replace("\\|", "|").strip("`"), sha256.strip("`")
+def made_of(earlier: Iterable[Made], path: Path, hashes: Sequence[str]) -> Made | None:
+    """How convert-kimi made the model `path`, if an earlier card says so of files with exactly its SHA-256; the files
+    may have had another name, and the command gets today's."""
+    made = next((made for made in earlier if made.files == tuple(hashes)), None)
+    return made and made.named(path.name if len(hashes) == 1 else f"{stem_of(path)}.gguf")
 
 
 def figures_of(folder: Path, path: Path, sha256: str) -> Figures | None:
@@ -112,7 +100,7 @@ def others_of(
     `keys`: of the new model. Reads and hashes those of their bytes that are not `known`. Other models, and files that
     are damaged, are left out.
     """
-    earlier, found = earlier_card(folder), []
+    earlier, found = list(made_in(earlier_card(folder))), []
     for path in models_in(folder):
         try:
             if path in new:

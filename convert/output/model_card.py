@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,11 @@ DIFFERENCES: Final = (
 )
 
 _OPTIONS_OF_VERIFY: Final = ("--imatrix", "--chat-template")  # of convert-kimi, which verify needs, too
+_FENCE: Final = re.compile("`{3,}sh")
+_MADE: Final = re.compile(
+    r"<!-- SHA-256: ([0-9a-f]{64}(?: [0-9a-f]{64})*) -->\nMade by kimi-gguf ([\w.+]+):\n"
+)
+_MOST_COMMAND: Final = 1 << 15  # characters of the longest command that is read; shlex takes quadratic time
 FILE_TITLES: Final = ("file", "bytes", "tensors", "types", "SHA-256")
 REPORTS: Final = "validation"  # the folder of the reports and plots, next to the files
 RECOMMENDED: Final = (
@@ -52,20 +58,18 @@ def stem_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Made:
-    """How a file was made: the version of kimi-gguf, the command, and its notes about this file."""
+    """How a model was made: the version of kimi-gguf, the command, and its notes about this model."""
 
     version: str
     command: tuple[str, ...]  # convert-kimi SOURCE -o NAME ...
+    files: tuple[str, ...]  # SHA-256 of each file that the command made
     notes: tuple[str, ...] = ()
 
-    @property
-    def output(self) -> str:
-        return self.command[3]
-
     def text(self) -> str:
-        """As cards show it; `made_in` reads it."""
+        """As cards show it; the hashes are in a comment. `made_in` reads it."""
         notes = "\n" + "".join(f"\n- {plain(note)}" for note in self.notes) if self.notes else ""
-        return f"Made by kimi-gguf {self.version}:\n\n{code(shlex.join(self.command))}{notes}"
+        head = f"<!-- SHA-256: {' '.join(self.files)} -->\nMade by kimi-gguf {self.version}:"
+        return f"{head}\n\n{code(shlex.join(self.command))}{notes}"
 
     def named(self, output: str) -> Made:
         """The same command with another output, which does not change the bytes."""
@@ -102,19 +106,29 @@ class Listed:
 
 
 def made_in(card: str) -> Iterator[Made]:
-    """What a card says about how its files were made. The card may be any text."""
-    pattern = r"^Made by kimi-gguf ([\w.+]+):\n\n(`{3,})sh\n(.*?)\n\2$(?:\n\n((?:- [^\n]*\n?)+))?"
-    for version, _, text, notes in re.findall(pattern, card, re.MULTILINE | re.DOTALL):
-        try:
-            command = tuple(shlex.split(text))
-        except ValueError:  # an open quote
+    """What a card says about how its files were made. The card may be any text; each line is read once."""
+    lines = card.split("\n")
+    numbers = iter(range(len(lines)))
+    for start in numbers:
+        if not _FENCE.fullmatch(lines[start]):
             continue
-        if (
-            len(command) > 3
-            and (command[0], command[2]) == ("convert-kimi", "-o")
-            and command[-1] not in _OPTIONS_OF_VERIFY  # their values are missing
-        ):
-            yield Made(version, command, tuple(note.removeprefix("- ") for note in notes.splitlines()))
+        end = next((i for i in numbers if lines[i] == lines[start].removesuffix("sh")), len(lines))
+        head = _MADE.fullmatch("\n".join(lines[max(start - 3, 0) : start]))
+        command = _command_in("\n".join(lines[start + 1 : end])) if head else None
+        if head and command and end < len(lines):
+            after = (lines[i] for i in range(end + 2, len(lines)))
+            notes = [line.removeprefix("- ") for line in takewhile(lambda line: line.startswith("- "), after)]
+            yield Made(head[2], command, tuple(head[1].split()), tuple(notes))
+
+
+def _command_in(text: str) -> tuple[str, ...] | None:
+    """The words of a command of convert-kimi; None for other texts."""
+    try:
+        words = tuple(shlex.split(text)) if len(text) <= _MOST_COMMAND else ()
+    except ValueError:  # an open quote
+        return None
+    known = len(words) > 3 and (words[0], words[2]) == ("convert-kimi", "-o")
+    return words if known and words[-1] not in _OPTIONS_OF_VERIFY else None  # whose values would be missing
 
 
 def card_text(new: Listed, others: Sequence[Listed], notes: Sequence[str]) -> str:

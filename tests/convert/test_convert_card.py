@@ -209,6 +209,9 @@ def test_two_conversions_at_once_give_one_card_of_both(source: Path, out: Path, 
         with pytest.raises(ConvertError, match=r"README.md: was created .* --resume --force"):
             convert_in_python(source, out / "a.gguf", TYPES["BF16"], options, progress=meanwhile)
         assert list(listed((out / "README.md").read_text())) == ["b.gguf"]
+        assert (out / ".a.gguf.unfinished" / "a.gguf").stat().st_size == plan_only(
+            source, TYPES["BF16"]
+        ).nbytes
         words = ["-o", out / "a.gguf", "--model-card", "--resume", "--force", "--json"]
         run = convert(source, *words)
         assert run.status == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from test_validate_stored import GOLDEN
 
 from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.convert.conversion import Options, convert
-from kimi_gguf.convert.output.card_folder import made_of
+from kimi_gguf.convert.output.card_folder import earlier_card, made_of
 from kimi_gguf.convert.output.model_card import Made, made_in
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
@@ -30,7 +31,7 @@ from kimi_gguf.validate.provenance import gguf_facts
 from kimi_gguf.validate.stored import read_report
 
 SHORT = ["--tokens", "256", "--threads", "1", "--quiet"]
-SHA256 = "0123456789abcdef" * 4
+SHA256, OTHER = "0123456789abcdef" * 4, "fedcba9876543210" * 4
 KEYS: Mapping[str, object] = {"general.architecture": "kimi-linear", "general.name": "Some Model"}
 
 
@@ -169,21 +170,60 @@ def test_what_the_converter_wrote_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "sha256", "known"),
-    [("a|b", SHA256, True), ("a", SHA256, True), ("a|b", SHA256[::-1], False), ("a|b", SHA256[:-1], False)],
+    [("a|b", SHA256, True), ("a", SHA256, True), ("a|b", OTHER, False), ("a|b", SHA256[:-1], False)],
 )
 def test_a_command_is_kept_while_the_content_is_the_same(name: str, sha256: str, known: bool) -> None:
     """Also under another name, which is then the one that the command writes."""
-    part = ("`a|b.gguf`", "10", "3", "3 F32", f"`{SHA256}`")
-    made = Made("1.0", ("convert-kimi", "a", "-o", "a|b.gguf"))
-    earlier = card_text([replace(card_file(), parts=[part], made=made)], ["kld"], [])
-    expected = Made("1.0", ("convert-kimi", "a", "-o", f"{name}.gguf"))
+    made = Made("1.0", ("convert-kimi", "a", "-o", "a|b.gguf"), (SHA256,))
+    earlier = list(made_in(card_text([replace(card_file(), made=made)], ["kld"], [])))
+    expected = made.named(f"{name}.gguf")
     assert made_of(earlier, Path(f"{name}.gguf"), [sha256]) == (expected if known else None)
-    assert made_of(earlier, Path("x-00001-of-00002.gguf"), [sha256, SHA256[::-1]]) is None
+    assert made_of(earlier, Path("x-00001-of-00002.gguf"), [sha256, OTHER]) is None
+
+
+@pytest.mark.parametrize("name", ["x", "x  y", "x`y", "x\ny", "x-00001-of-00001"])
+def test_each_command_stays_with_its_files(name: str) -> None:
+    """Also if a single file and splits have the same stem, and whatever their name is."""
+    single = Made("1.0", ("convert-kimi", "a", "-o", f"{name}.gguf"), (SHA256,))
+    splits = Made("1.0", ("convert-kimi", "b", "-o", f"{name}.gguf"), (SHA256, OTHER))
+    for order in ([single, splits], [splits, single]):
+        earlier = list(made_in(card_text([replace(card_file(), made=made) for made in order], ["kld"], [])))
+        assert made_of(earlier, Path(f"{name}.gguf"), [SHA256]) == single
+        assert made_of(earlier, Path(f"{name}-00001-of-00002.gguf"), [SHA256, OTHER]) == splits
+        assert made_of(earlier, Path(f"{name}-00001-of-00002.gguf"), [OTHER, SHA256]) is None
+
+
+def test_commands_are_kept_in_a_card_with_the_line_ends_of_windows(tmp_path: Path) -> None:
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b.gguf"), (SHA256,), ("a note",))
+    card = card_text([replace(card_file(), made=made)], ["kld"], [])
+    (tmp_path / "README.md").write_bytes(card.replace("\n", "\r\n").encode())
+    assert list(made_in(earlier_card(tmp_path))) == [made]
+    made = replace(made, command=(*made.command, "--name", "x\r\ny"))
+    (tmp_path / "README.md").write_bytes(f"{made.text()}\n".encode())
+    assert list(made_in(earlier_card(tmp_path))) == [made]
+
+
+@pytest.mark.parametrize(
+    "line", ["```sh", "Made by kimi-gguf 1:\n\n```sh", "````sh\n```sh", "```sh\n'a\n```", "- a"]
+)
+def test_a_hostile_card_is_read_in_linear_time(line: str) -> None:
+    head = f"<!-- SHA-256: {SHA256} -->\nMade by kimi-gguf 1:\n\n```sh\nconvert-kimi a -o b\n"
+    for text in (f"{line}\n" * 30_000, head + "a" * 1_000_000 + "\n```\n", f"{head}{line}\n" * 4000):
+        began = time.process_time()
+        list(made_in(text))
+        assert (
+            time.process_time() - began < 5
+        )  # a second even on a slow machine; quadratic time takes minutes
+
+
+def test_a_command_inside_of_another_block_is_no_command() -> None:
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b.gguf"), (SHA256,))
+    assert list(made_in(f"````sh\nkimi-llama chat '\n{made.text()}\n'\n````\n")) == []
 
 
 def test_notes_of_a_file_stay_with_its_command() -> None:
-    made = Made("1.0", ("convert-kimi", "a", "-o", "b.gguf"), ("one note", "another"))
-    other = Made("1.0", ("convert-kimi", "a", "-o", "c.gguf"))
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b.gguf"), (SHA256,), ("one note", "another"))
+    other = Made("1.0", ("convert-kimi", "a", "-o", "c.gguf"), (SHA256, OTHER))
     for order in ([made, other], [other, made]):
         assert list(made_in("\n\n".join(each.text() for each in order))) == order
     card = card_text([replace(card_file(), made=made), replace(card_file(), made=other)], ["kld"], ["a note"])
@@ -216,8 +256,9 @@ def test_the_importance_matrix_is_named() -> None:
     "text", ["'", "convert-kimi", "rm -r x", "convert-kimi a --type b", "convert-kimi a -o b.gguf --imatrix"]
 )
 def test_other_texts_in_a_card_are_not_commands(text: str) -> None:
-    made = Made("1.0", ("convert-kimi", "a", "-o", "b\n```.gguf"))
-    card = f"Made by kimi-gguf 1.0:\n\n```sh\n{text}\n```\n\n{made.text()}\n"
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b\n```.gguf"), (SHA256,))
+    wrong = f"<!-- SHA-256: {SHA256} -->\nMade by kimi-gguf 1.0:\n\n```sh\n{text}\n```"
+    card = f"{wrong}\n\n{made.text()}\n"
     assert list(made_in(card)) == [made]
 
 
