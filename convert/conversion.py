@@ -15,7 +15,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
-from kimi_gguf.convert.output.card_folder import Hashed, others_of
+from kimi_gguf.convert.output.card_folder import Hashed, figures_of, others_of
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import Listed, Made, card_text, file_row, source_of
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
@@ -129,7 +129,8 @@ def _card(
         made = Made(VERSION, words, tuple(hashes), own_notes)
         files = zip(paths, plan.files, hashes, strict=True)
         rows = [file_row(path.name, file.nbytes, file.tensors, sha256) for path, file, sha256 in files]
-        return card_text(Listed(paths[0], facts, rows, made, plan.nbytes), others, notes)
+        figures = figures_of(paths[0].parent, paths[0], hashes)
+        return card_text(Listed(paths[0], facts, rows, made, plan.nbytes, figures), others, notes)
 
     return text
 

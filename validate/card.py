@@ -6,7 +6,6 @@ their names and their reports are quoted, or stripped of Markdown and HTML synta
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +14,14 @@ from typing import Final
 from matplotlib.axes import Axes
 
 from kimi_gguf.convert.output.model_card import (
+    INCOMPARABLE,
     RECOMMENDED,
     REPORTS,
     Listed,
     checking,
     code,
     code_text,
+    comparable,
     differences,
     front_matter,
     making,
@@ -31,7 +32,7 @@ from kimi_gguf.convert.output.model_card import (
     table,
     target,
 )
-from kimi_gguf.convert.output.model_card import recommended as recommended_points
+from kimi_gguf.convert.output.model_card import recommended as recommended_models
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.plots import PLOTS, Line, images
@@ -63,11 +64,8 @@ class CardFile(Listed):
 
 def recommended(files: Sequence[CardFile]) -> list[CardFile]:
     """The files that passed, and of which no smaller or equally large file that passed has a KLD as low."""
-    points = [
-        (file.report.bytes, file.kld) if file.report.passed and math.isfinite(file.kld) else None
-        for file in files
-    ]
-    return [file for file, best in zip(files, recommended_points(points), strict=True) if best]
+    best = recommended_models([(file.report.bytes, file.report.figures) for file in files])
+    return [file for file, good in zip(files, best, strict=True) if good]
 
 
 def draw_plots(files: Sequence[CardFile]) -> dict[str, bytes]:
@@ -157,7 +155,9 @@ def _legend(files: Sequence[CardFile], best: Sequence[CardFile]) -> str:
         f"causes a mean KLD of at most {error_text(floor.kld_mean)} (the same file with another ubatch size). "
         f"The reference has perplexity {plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults."
     )
-    if len(files) > 1 and best:
+    if not comparable(file.report.figures for file in files):
+        text += f" {INCOMPARABLE}"
+    if best:
         text += f" {RECOMMENDED}"
     return text
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from kimi_gguf.convert.output.model_card import Figures
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.measure import Curves
 from kimi_gguf.validate.metrics import LayerError, Summary
@@ -63,6 +64,12 @@ class Stored:
     @property
     def headline(self) -> StoredRun:
         return self.runs[0]
+
+    @property
+    def figures(self) -> Figures:
+        """What decides whether the file is recommended."""
+        basis = (self.schema, self.ids_sha256, self.precision, self.cache_type, *self.checkpoint_sha256)
+        return Figures(self.headline.all.kld_mean, self.passed, basis)
 
 
 def printable(text: str) -> str:
@@ -152,10 +159,10 @@ def _run(data: Mapping[str, Any]) -> StoredRun:
 
 
 def _summary(data: Mapping[str, Any]) -> Summary:
-    return Summary(
-        positions=_as(int, data["positions"]),
-        **{field.name: _number(data[field.name]) for field in fields(Summary) if field.name != "positions"},
-    )
+    found = {field.name: data[field.name] for field in fields(Summary)}
+    if any(isinstance(value, bool) for value in found.values()):
+        raise TypeError("expected numbers, found true or false")
+    return Summary(positions=_as(int, found.pop("positions")), **{n: _number(x) for n, x in found.items()})
 
 
 def _as(kind: type[T], value: object) -> T:

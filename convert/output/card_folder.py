@@ -32,6 +32,10 @@ from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.split_names import place_in_set
 
 SOURCE_KEYS: Final = ("kimi_gguf.source.config_sha256", "kimi_gguf.source.headers_sha256")
+HUB_KEYS: Final = (
+    "general.source.huggingface.repository",
+    "kimi_gguf.source.commit",
+)  # of a checkpoint of the hub
 _MOST_CARD: Final = 1 << 20  # bytes that are read of an earlier card
 _MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
 
@@ -61,20 +65,45 @@ def made_of(earlier: Iterable[Made], path: Path, hashes: Sequence[str]) -> Made 
     return made and made.named(path.name if len(hashes) == 1 else f"{stem_of(path)}.gguf")
 
 
-def figures_of(folder: Path, path: Path, sha256: str) -> Figures | None:
-    """The main figures of the report about the model `path`, if there is one about the same bytes (`sha256`: of all
-    its files)."""
+def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | None:
+    """The main figures of the report about the model `path`, if there is one about the same bytes (`hashes`: SHA-256 of
+    each file)."""
     file = folder / REPORTS / stem_of(path) / "report.json"
     try:
         if not file.is_file() or file.stat().st_size > _MOST_REPORT:
             return None
         report = json.loads(file.read_text(encoding="utf-8"))
-        kld = float(report["runs"][0]["all"]["kld_mean"])
-        if report["gguf"]["sha256"] != sha256 or not math.isfinite(kld):
+        gguf, kld = report["gguf"], report["runs"][0]["all"]["kld_mean"]
+        basis = (
+            *(report["schema"], report["ids"]["sha256"], report["reference"]["precision"]),
+            *(report["options"]["cache_type"], *(each["sha256"] for each in report["checkpoint"]["files"])),
+        )
+        if (
+            gguf.get("files_sha256", [gguf["sha256"]]) != list(hashes)
+            or type(kld) not in (int, float)
+            or not 0 <= kld < math.inf
+            or not all(isinstance(each, str) for each in basis)
+        ):
             return None
-        return Figures(kld, report["passed"] is True, str(report["ids"]["sha256"]))
-    except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return Figures(float(kld), report["passed"] is True, basis)
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ):
         return None  # not a report
+
+
+def may_be_of(keys: Mapping[str, object], others: Mapping[str, object]) -> bool:
+    """Whether the keys of two models name the same config and headers and, if both name one, the same commit. The
+    weights may differ nevertheless."""
+    same = all(key in keys and keys[key] == others.get(key) for key in SOURCE_KEYS)
+    return same and all(keys[key] == others[key] for key in HUB_KEYS if key in keys and key in others)
 
 
 class Hashed:
@@ -95,7 +124,7 @@ class Hashed:
 def others_of(
     folder: Path, new: Sequence[Path], keys: Mapping[str, object], reporter: Reporter, known: Hashed
 ) -> list[Listed]:
-    """The models of the folder that were made from the same checkpoint, without those whose files are `new`.
+    """The models of the folder that may be of the same checkpoint, without those whose files are `new`.
 
     `keys`: of the new model. Reads and hashes those of their bytes that are not `known`. Other models, and files that
     are damaged, are left out.
@@ -107,7 +136,7 @@ def others_of(
                 continue
             with GgufModel(path) as model:
                 listed = Listed(path, dict(model.keys))
-                if any(key not in keys or model.keys.get(key) != keys[key] for key in SOURCE_KEYS):
+                if not may_be_of(listed.keys, keys):
                     continue
                 files = [(file.path, file.size, file.tensors.values()) for file in model.files]
             hashes = known.hashes([file for file, _, _ in files], reporter)
@@ -123,7 +152,7 @@ def others_of(
                 parts=parts,
                 made=made_of(earlier, path, hashes.each),
                 nbytes=sum(size for _, size, _ in files),
-                figures=figures_of(folder, path, hashes.all),
+                figures=figures_of(folder, path, hashes.each),
             )
         )
     return found

@@ -8,6 +8,7 @@ Strings from the checkpoint, the files and the reports are quoted, or stripped o
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -47,6 +48,10 @@ REPORTS: Final = "validation"  # the folder of the reports and plots, next to th
 RECOMMENDED: Final = (
     "Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that leaves "
     "memory for the context."
+)
+INCOMPARABLE: Final = (
+    "The reports are not of the same tokens, checkpoint, precision, cache type and schema, so their KLDs cannot be "
+    "compared."
 )
 
 
@@ -90,7 +95,7 @@ class Figures:
 
     kld: float  # mean KLD, in nats
     passed: bool  # all gates
-    ids: str  # SHA-256 of the tokens; only figures of the same tokens can be compared
+    basis: tuple[str, ...]  # tokens, checkpoint and so on; only figures of an equal basis can be compared
 
 
 @dataclass(frozen=True)
@@ -136,13 +141,14 @@ def card_text(new: Listed, others: Sequence[Listed], notes: Sequence[str]) -> st
     about all of them."""
     ordered = sorted([new, *others], key=lambda model: model.nbytes)
     facts, known = new.keys, [(model, model.made) for model in ordered if model.made]
-    best = [model for model, good in zip(ordered, _recommended(ordered), strict=True) if good]
+    good = recommended([(model.nbytes, model.figures) for model in ordered])
+    best = [model for model, best in zip(ordered, good, strict=True) if best and _same_weights(new, ordered)]
     shown = best[0] if best else new
     sections = (
         front_matter(facts),
         f"# {plain(str(facts['general.name']))}, GGUF files for llama.cpp",
         table(("", ""), origin_rows(facts, new.made.command[1] if new.made else None)),
-        "## Files\n\n" + "\n\n".join([*_figures(ordered, best), making(ordered)]),
+        "## Files\n\n" + "\n\n".join([*_figures(new, ordered, best), making(ordered)]),
         "## How to run it\n\n" + running(shown.path.name, len(shown.parts), notes),
         "## How to check it\n\n" + checking([made.check(model.path.name) for model, made in known]),
         "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(differences(facts)),
@@ -151,11 +157,18 @@ def card_text(new: Listed, others: Sequence[Listed], notes: Sequence[str]) -> st
     return "\n\n".join(sections) + "\n"
 
 
-def recommended(points: Sequence[tuple[int, float] | None]) -> list[bool]:
-    """Of each file, given as (bytes, mean KLD): whether no file that is as small has a KLD as low. None: a file without
-    a report, or one that failed, which is not recommended."""
+def recommended(models: Sequence[tuple[int, Figures | None]]) -> list[bool]:
+    """Of each model, given as (bytes, figures or None): whether it passed, and no other one that passed and is as small
+    has a KLD as low. None is recommended if the figures cannot be compared."""
+    points = [
+        (nbytes, figures.kld)
+        if figures and figures.passed and math.isfinite(figures.kld) and figures.kld >= 0
+        else None
+        for nbytes, figures in models
+    ]
     return [
-        point is not None
+        comparable([figures for _, figures in models])
+        and point is not None
         and not any(
             other is not None and other != point and other[0] <= point[0] and other[1] <= point[1]
             for other in points
@@ -164,22 +177,18 @@ def recommended(points: Sequence[tuple[int, float] | None]) -> list[bool]:
     ]
 
 
-def _recommended(models: Sequence[Listed]) -> list[bool]:
-    """As `recommended`; none without two reports, or if the reports are of different tokens."""
-    points = [
-        (model.nbytes, model.figures.kld) if model.figures and model.figures.passed else None
-        for model in models
-    ]
-    comparable = sum(point is not None for point in points) > 1 and len(_tokens(models)) == 1
-    return recommended(points) if comparable else [False] * len(models)
+def comparable(figures: Iterable[Figures | None]) -> bool:
+    return len({each.basis for each in figures if each}) <= 1
 
 
-def _tokens(models: Sequence[Listed]) -> set[str]:
-    """The SHA-256 of the tokens of each report."""
-    return {model.figures.ids for model in models if model.figures}
+def _same_weights(new: Listed, models: Sequence[Listed]) -> bool:
+    """Whether the new model is known to have the weights of those with a report: it has a report, too (and the reports
+    can be compared), or the keys of all name one commit. Equal hashes of config and headers do not prove it."""
+    commits = {source_of(model.keys) for model in (new, *models) if model is new or model.figures}
+    return new.figures is not None or (len(commits) == 1 and "kimi_gguf.source.commit" in new.keys)
 
 
-def _figures(models: Sequence[Listed], best: Sequence[Listed]) -> Iterator[str]:
+def _figures(new: Listed, models: Sequence[Listed], best: Sequence[Listed]) -> Iterator[str]:
     """A table with the figures of the reports, and its legend; nothing if no model has a report."""
     if not any(model.figures for model in models):
         return
@@ -193,8 +202,13 @@ def _figures(models: Sequence[Listed], best: Sequence[Listed]) -> Iterator[str]:
         rows.append((name, kld, verdict, "yes" if model in best else ""))
     yield table(("model", "mean KLD", "gates", "recommended"), rows)
     legend = "KLD is KL(reference || file) in nats, from the reports of `validate-kimi`."
-    if len(_tokens(models)) > 1:
-        legend += " The reports are of different tokens, so their KLDs cannot be compared."
+    if not comparable(model.figures for model in models):
+        legend += f" {INCOMPARABLE}"
+    elif not _same_weights(new, models):
+        legend += (
+            f" None is recommended, because nothing proves that `{code_text(new.path.name)}` has the same weights: it "
+            "has no report, and the keys of the files do not name one commit."
+        )
     yield legend + (f" {RECOMMENDED}" if best else "")
 
 

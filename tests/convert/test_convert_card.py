@@ -24,9 +24,12 @@ from kimi_gguf.convert.conversion import Options, plan_only
 from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.output import journal
+from kimi_gguf.convert.output.card_folder import Hashed, figures_of, may_be_of, others_of
+from kimi_gguf.convert.output.model_card import Listed, card_text
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.progress import Silent
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=70)
 ORIGIN = """---
@@ -254,11 +257,16 @@ def test_a_command_is_kept_by_the_content_of_the_file(source: Path, out: Path) -
 
 def write_report(file: Path, **changed: object) -> None:
     """The parts of a report that the card shows."""
-    found = {"sha256": sha256(file), "kld": 0.5, "passed": True, "ids": "a"} | changed
+    found = dict.fromkeys(("ids", "checkpoint", "precision", "cache_type", "schema"), "a")
+    found |= {"sha256": sha256(file), "kld": 0.5, "passed": True} | changed
     report = {
+        "schema": found["schema"],
         "gguf": {"sha256": found["sha256"]},
+        "checkpoint": {"files": [{"sha256": "config"}, {"sha256": found["checkpoint"]}]},
         "passed": found["passed"],
         "ids": {"sha256": found["ids"]},
+        "reference": {"precision": found["precision"]},
+        "options": {"cache_type": found["cache_type"]},
         "runs": [{"all": {"kld_mean": found["kld"]}}],
     }
     place = file.parent / "validation" / file.stem / "report.json"
@@ -275,39 +283,103 @@ def figures(card: str) -> dict[str, list[str]]:
 def test_figures_are_those_of_reports_about_the_same_bytes(source: Path, out: Path) -> None:
     for name, kind in (("a", "F16"), ("b", "BF16"), ("c", "F32"), ("d", "BF16")):
         assert convert(source, "-o", out / f"{name}.gguf", "--type", kind).status == 0
+    words = ["-o", out / "z.gguf", "--type", "BF16", "--model-card", "--force"]
+    assert (
+        convert(source, *words).status == 0
+    )  # the same bytes, which have a report when they are written again
     link = "[{}](<validation/{}/report.html>)"
     expected = {
         "a.gguf": ["0.00012", link.format("pass", "a"), "yes"],
         "b.gguf": ["0.5", link.format("**FAIL**", "b"), ""],
         "c.gguf": ["1.2e-09", link.format("pass", "c"), "yes"],
         "d.gguf": ["", "not validated", ""],
-        "z.gguf": ["", "not validated", ""],
+        "z.gguf": ["0.6", link.format("pass", "z"), ""],
     }
     write_report(out / "a.gguf", kld=0.000123)
     write_report(out / "b.gguf", passed=False)
     write_report(out / "c.gguf", kld=1.2e-9)
     write_report(out / "d.gguf", sha256="0" * 64)
-    words = ["-o", out / "z.gguf", "--type", "BF16", "--model-card", "--force"]
+    write_report(out / "z.gguf", kld=0.6)
     assert convert(source, *words).status == 0
     card = (out / "README.md").read_text()
     assert figures(card) == expected
     assert ["kimi-llama", "chat", "a.gguf"] in commands(card)  # the smallest that is recommended
 
-    write_report(out / "c.gguf", kld=1.2e-9, ids="b")
-    assert convert(source, *words).status == 0
-    card = (out / "README.md").read_text()
-    assert "of different tokens" in card and {cells[2] for cells in figures(card).values()} == {""}
+
+@pytest.fixture(scope="module")
+def two_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Listed]:
+    """A folder with two models of one checkpoint, and a new model."""
+    source = fresh_checkpoint(tmp_path_factory.mktemp("two") / "model", SPEC)
+    folder = source.parent / "out"
+    folder.mkdir()
+    for name, kind in (("a", "F16"), ("b", "F32")):
+        assert convert(source, "-o", folder / f"{name}.gguf", "--type", kind).status == 0
+    keys = {key.name: key.value for key in plan_only(source, TYPES["BF16"]).keys}
+    return folder, Listed(folder / "new.gguf", keys)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", '{"runs": []}', '{"runs": [{"all": {"kld_mean": null}}]}', "[" * 9999]
-)
-def test_a_report_that_is_none_is_no_error(source: Path, out: Path, text: str) -> None:
-    assert convert(source, "-o", out / "a.gguf").status == 0
-    write_report(out / "a.gguf")
-    (out / "validation/a/report.json").write_text(text)
-    assert convert(source, "-o", out / "b.gguf", "--model-card").status == 0
-    assert len(listed((out / "README.md").read_text())) == 2
+def card_of(folder: Path, new: Listed) -> str:
+    return card_text(new, others_of(folder, [new.path], new.keys, Silent(), Hashed()), [])
+
+
+@pytest.mark.parametrize("name", ["ids", "checkpoint", "precision", "cache_type", "schema"])
+def test_reports_that_cannot_be_compared_recommend_nothing(two_files: tuple[Path, Listed], name: str) -> None:
+    folder, new = two_files
+    write_report(folder / "a.gguf")
+    write_report(folder / "b.gguf", kld=0.1)
+    validated = replace(
+        new, nbytes=1, figures=figures_of(folder, folder / "a.gguf", [sha256(folder / "a.gguf")])
+    )
+    assert [cells[2] for cells in figures(card_of(folder, validated)).values()] == ["yes", "", "yes"]
+    write_report(folder / "b.gguf", kld=0.1, **{name: "b"})
+    card = card_of(folder, validated)
+    assert "cannot be compared" in card and {cells[2] for cells in figures(card).values()} == {""}
+
+
+def test_files_are_recommended_only_if_the_new_one_has_the_same_weights(
+    two_files: tuple[Path, Listed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fine-tune may have the same config and headers. A report or a commit proves that the weights are the same;
+    models of different commits are not in one card."""
+    folder, new = two_files
+    write_report(folder / "a.gguf")
+    write_report(folder / "b.gguf", kld=0.1)
+    card = card_of(folder, new)
+    assert {cells[2] for cells in figures(card).values()} == {""} and "nothing proves that `new.gguf`" in card
+    hub = {"general.source.huggingface.repository": "a/b", "kimi_gguf.source.commit": "c"}
+    others = [
+        replace(other, keys={**other.keys, **hub})
+        for other in others_of(folder, [], new.keys, Silent(), Hashed())
+    ]
+    card = card_text(replace(new, keys={**new.keys, **hub}), others, [])
+    assert (
+        sorted(cells[2] for cells in figures(card).values()) == ["", "yes", "yes"]
+        and "nothing proves" not in card
+    )
+    for key in hub:
+        other = {**new.keys, **hub, key: "other"}
+        assert not may_be_of(other, {**new.keys, **hub}) and may_be_of(new.keys, other)
+
+
+NOT_KLD = ["null", "true", '"0.5"', "-1", "NaN", "Infinity", "1" + "0" * 400, "1" * 5000, "[1]"]
+
+
+@pytest.mark.parametrize("kld", NOT_KLD)
+def test_a_kld_that_is_no_number_is_no_report(two_files: tuple[Path, Listed], kld: str) -> None:
+    file = two_files[0] / "a.gguf"
+    write_report(file, kld=0.25)
+    assert figures_of(file.parent, file, [sha256(file)]) is not None
+    place = file.parent / "validation/a/report.json"
+    place.write_text(place.read_text().replace("0.25", kld))
+    assert figures_of(file.parent, file, [sha256(file)]) is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"runs": []}', "[" * 9999])
+def test_a_report_that_is_none_is_no_error(two_files: tuple[Path, Listed], text: str) -> None:
+    file = two_files[0] / "a.gguf"
+    write_report(file)
+    (file.parent / "validation/a/report.json").write_text(text)
+    assert figures_of(file.parent, file, [sha256(file)]) is None
 
 
 def test_what_plain_llama_cpp_cannot_run_is_not_recommended_for_it(tmp_path: Path, out: Path) -> None:

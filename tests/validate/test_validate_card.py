@@ -20,13 +20,15 @@ from test_validate_stored import GOLDEN
 from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.convert.conversion import Options, convert
 from kimi_gguf.convert.output.card_folder import earlier_card, made_of
-from kimi_gguf.convert.output.model_card import Made, made_in
+from kimi_gguf.convert.output.model_card import Listed, Made, made_in
+from kimi_gguf.convert.output.model_card import card_text as convert_card_text
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.validate.card import CardFile, card_text, draw_plots, recommended
 from kimi_gguf.validate.cli import main
+from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.provenance import gguf_facts
 from kimi_gguf.validate.stored import read_report
 
@@ -305,7 +307,41 @@ def card_file(
 def test_a_file_is_recommended_if_no_smaller_one_is_as_good() -> None:
     small, worse, large = card_file("s", 10, 0.1), card_file("w", 20, 0.2), card_file("l", 30, 0.01)
     failed, nan = card_file("f", 5, 0.001, passed=False), card_file("n", 1, float("nan"))
-    assert recommended([small, worse, large, failed, nan]) == [small, large]
+    negative, infinite = card_file("m", 1, -1.0), card_file("i", 1, float("inf"))
+    assert recommended([small, worse, large, failed, nan, negative, infinite]) == [small, large]
+
+
+def test_files_whose_reports_cannot_be_compared_are_not_recommended() -> None:
+    one = card_file("a")
+    for name in ("schema", "ids_sha256", "precision", "cache_type"):
+        other = replace(one, path=Path("b"), report=replace(one.report, **{name: "other"}))
+        card = card_text([one, other], ["kld"], [])
+        assert recommended([one, other]) == [] and "cannot be compared" in card
+    other = replace(one, path=Path("b"), report=replace(one.report, checkpoint_sha256=["other"]))
+    assert recommended([one, other]) == [] and len(recommended([one, one])) == 2
+
+
+def test_one_rule_recommends_in_both_cards() -> None:
+    """The only file that passed is recommended."""
+    good, bad = card_file("a.gguf", 10, 0.2), card_file("b.gguf", 5, 0.1, passed=False)
+    assert recommended([good, bad]) == [good]
+    new, other = (
+        Listed(file.path, KEYS, nbytes=file.report.bytes, figures=file.report.figures) for file in (good, bad)
+    )
+    short = convert_card_text(new, [other], [])
+    assert re.findall(r"^\| `(.)\.gguf` \| .* \| (yes|) \|$", short, re.MULTILINE) == [
+        ("b", ""),
+        ("a", "yes"),
+    ]
+
+
+@pytest.mark.parametrize("kld", [True, "0.1", 10**400])
+def test_a_stored_figure_is_a_number(tmp_path: Path, kld: object) -> None:
+    data = json.loads((GOLDEN / "report-schema-2.json").read_text())
+    data["runs"][0]["all"]["kld_mean"] = kld
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    with pytest.raises(ValidateError, match="damaged"):
+        read_report(tmp_path / "report.json")
 
 
 def test_equal_files_are_both_recommended() -> None:
