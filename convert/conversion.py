@@ -15,7 +15,7 @@ from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.config import ModelConfig
 from kimi_gguf.convert.model.families import family_of, load_vocab
 from kimi_gguf.convert.model.vocab_files import TOKENIZER, read_text
-from kimi_gguf.convert.output.card_folder import Hashed, figures_of, others_of
+from kimi_gguf.convert.output.card_folder import Hashed, figures_of, is_utf8, others_of
 from kimi_gguf.convert.output.digest import digest
 from kimi_gguf.convert.output.model_card import Listed, Made, card_text, file_row, source_of
 from kimi_gguf.convert.output.stream import Pace, encoded, prepared
@@ -121,6 +121,10 @@ def _card(
     notes = tuple(model_notes(config))
     own_notes = tuple(note for note in plan.notes if note not in notes)
     words, known = (command[0], source_of(facts) or command[1], *command[2:]), Hashed()
+    for word in (paths[0].name, *words):
+        if not is_utf8(word):
+            what = f"{word!a}: expected a name in UTF-8, found other bytes"
+            raise ConvertError(f"{what}; choose another name, or omit --model-card")
     with reporting() as reporter:  # most of the hashing, while progress can be shown
         others_of(paths[0].parent, paths, facts, reporter, known)
 

@@ -41,9 +41,24 @@ _MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
 
 
 def models_in(folder: Path) -> list[Path]:
-    """The GGUF models of a folder by name; of split models, the first splits."""
+    """The GGUF models of a folder by name; of split models, the first splits. Left out are names that are not UTF-8,
+    and links to other files of the folder."""
     found = sorted(path for path in folder.iterdir() if path.suffix == ".gguf" and path.is_file())
-    return [path for path in found if (place_in_set(path) or (1, []))[0] == 1]
+    return [
+        path
+        for path in found
+        if (place_in_set(path) or (1, []))[0] == 1 and is_utf8(path.name) and not _is_second_name(path)
+    ]
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a file name or an argument can be written to a card; Python keeps other bytes as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def _is_second_name(path: Path) -> bool:
+    """Whether the path is a link to a file of the same folder; caches of a hub link to other folders."""
+    return path.is_symlink() and path.resolve().parent == path.parent.resolve()
 
 
 def earlier_card(folder: Path) -> str:
@@ -127,7 +142,7 @@ def others_of(
     """The models of the folder that may be of the same checkpoint, without those whose files are `new`.
 
     `keys`: of the new model. Reads and hashes those of their bytes that are not `known`. Other models, and files that
-    are damaged, are left out.
+    are damaged, cannot be read or are removed meanwhile, are left out.
     """
     earlier, found = list(made_in(earlier_card(folder))), []
     for path in models_in(folder):
@@ -140,7 +155,7 @@ def others_of(
                     continue
                 files = [(file.path, file.size, file.tensors.values()) for file in model.files]
             hashes = known.hashes([file for file, _, _ in files], reporter)
-        except EngineError:
+        except (EngineError, OSError):
             continue
         parts = [
             file_row(file.name, size, tensors, sha256)

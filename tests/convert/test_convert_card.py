@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from test_convert_like_quantize import write_imatrix
 from kimi_gguf.convert.conversion import Options, plan_only
 from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
-from kimi_gguf.convert.output import journal
+from kimi_gguf.convert.output import card_folder, journal
 from kimi_gguf.convert.output.card_folder import Hashed, figures_of, may_be_of, others_of
 from kimi_gguf.convert.output.model_card import Listed, card_text
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.file_hash import FileHashes
 from kimi_gguf.engine.progress import Silent
 
 SPEC = Spec(layers="KKM", hidden=256, heads=4, seed=70)
@@ -359,6 +361,42 @@ def test_files_are_recommended_only_if_the_new_one_has_the_same_weights(
     for key in hub:
         other = {**new.keys, **hub, key: "other"}
         assert not may_be_of(other, {**new.keys, **hub}) and may_be_of(new.keys, other)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), FileNotFoundError(2, "No such file")])
+def test_a_file_that_cannot_be_read_is_left_out(
+    two_files: tuple[Path, Listed], monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    """Also one that is removed while it is hashed."""
+    hash_files = card_folder.hash_files
+
+    def failing(paths: Sequence[Path], progress: Callable[[int, int], None]) -> FileHashes:
+        if paths[0].name == "a.gguf":
+            raise error
+        return hash_files(paths, progress)
+
+    monkeypatch.setattr(card_folder, "hash_files", failing)
+    assert list(listed(card_of(*two_files))) == ["b.gguf"]
+
+
+def test_links_and_names_that_are_not_utf_8_are_left_out(source: Path, out: Path) -> None:
+    """A link to the output would have the hash of the file that is replaced; a link to another folder is a file."""
+    elsewhere = out.parent / "elsewhere.gguf"
+    assert convert(source, "-o", elsewhere, "--type", "F32").status == 0
+    assert convert(source, "-o", out / "a.gguf", "--type", "F16").status == 0
+    shutil.copy(out / "a.gguf", out / os.fsdecode(b"\xff.gguf"))
+    (out / "link.gguf").symlink_to("a.gguf")
+    (out / "blob.gguf").symlink_to(elsewhere)
+    assert convert(source, "-o", out / "a.gguf", "--model-card", "--force").status == 0
+    card = (out / "README.md").read_text()
+    assert listed(card) == {"a.gguf": sha256(out / "a.gguf"), "blob.gguf": sha256(elsewhere)}
+
+
+@pytest.mark.parametrize("words", [["-o", "{out}/\udcff.gguf"], ["-o", "{out}/x.gguf", "--name", "\udcff"]])
+def test_a_name_that_is_not_utf_8_is_an_error(source: Path, out: Path, words: list[str]) -> None:
+    run = convert(source, *(word.format(out=out) for word in words), "--model-card")
+    assert run.status == 1 and "\\udcff" in run.err and "expected a name in UTF-8" in run.err
+    assert run.err.count("\n") == 1 and not list(out.iterdir())
 
 
 NOT_KLD = ["null", "true", '"0.5"', "-1", "NaN", "Infinity", "1" + "0" * 400, "1" * 5000, "[1]"]
