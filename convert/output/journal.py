@@ -1,6 +1,7 @@
 """The journal of an unfinished output: one JSON object per line, listing what is finished and synced to disk.
 
-The first line identifies the checkpoint and the options. `done` is the number of finished steps. `whole` says that
+The first line identifies the checkpoint and the options. `done` is the number of finished steps; if the files are
+hashed, with the SHA-256 of the current file up to there. `whole` says that
 all files are complete, and identifies them by `stamp`. The process that writes the output locks the journal.
 """
 

@@ -23,6 +23,7 @@ from typing import Final
 from kimi_gguf.convert.errors import ConvertError, ReadError
 from kimi_gguf.convert.output import journal
 from kimi_gguf.convert.output.growing import Growing
+from kimi_gguf.engine.file_hash import Digest
 from kimi_gguf.engine.tensor_types import Bytes
 
 SYNC_SECONDS = 1.0  # minimum time between journal entries
@@ -78,17 +79,23 @@ class Unfinished:
         """Append to the current file. Raises `OSError`, possibly for an earlier write."""
         self._growing.write(data)
 
-    def finished(self, done: int) -> None:
-        """Report that `done` steps are written; entered in the journal every SYNC_SECONDS."""
+    def finished(self, done: int, digest: Digest | None = None) -> None:
+        """Report that `done` steps are written; entered in the journal every SYNC_SECONDS, with the SHA-256 of the
+        current file so far if there is a `digest` of it."""
         if time.monotonic() - self._synced >= SYNC_SECONDS:
             self._growing.settle()
-            self._note(done)
+            self._note(done, digest)
 
-    def end(self, done: int) -> None:
+    def end(self, done: int, digest: Digest | None = None) -> None:
         """Complete the current file and with it `done` steps."""
         self._growing.complete()
         self.close()
-        self._note(done)
+        self._note(done, digest)
+
+    def noted_hash(self, done: int) -> str | None:
+        """The SHA-256 that the journal has for the file of step `done` up to its end; None if it has none."""
+        found = [entry.get("sha256") for entry in journal.entries(self._folder) if entry.get("done") == done]
+        return next((sha256 for sha256 in found if isinstance(sha256, str)), None)
 
     def add(self, name: str, content: bytes) -> None:
         """Add a small file that is renamed together with the others. Raises `OSError`."""
@@ -109,8 +116,8 @@ class Unfinished:
             raise AssertionError("no file was begun")
         return self._file
 
-    def _note(self, done: int) -> None:
-        journal.append(self._folder, {"done": done})
+    def _note(self, done: int, digest: Digest | None) -> None:
+        journal.append(self._folder, {"done": done} | ({"sha256": digest.hexdigest()} if digest else {}))
         self.noted = done
         self._synced = time.monotonic()
 

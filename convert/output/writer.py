@@ -78,7 +78,7 @@ def write(
 def _hash_kept(
     work: Unfinished, files: Sequence[PlannedFile], hashes: Sequence[Digest], report: ProgressCallback
 ) -> None:
-    """Hash the tensors that an earlier run wrote, and report them."""
+    """Hash the tensors that an earlier run wrote, and report them. Raises `ConvertError` if they were changed."""
     left = work.done
     for number, (file, digest) in enumerate(zip(files, hashes, strict=True)):
         kept = file.tensors[:left]
@@ -92,6 +92,9 @@ def _hash_kept(
                         raise OSError(f"{stream.name}: was truncated by another program")
                     digest.update(data)
                 report(tensor, tensor.nbytes)
+        if (noted := work.noted_hash(work.done - left)) and noted != digest.hexdigest():
+            what = f"expected SHA-256 {noted} of what an earlier run wrote, found {digest.hexdigest()}"
+            raise ConvertError(f"{work.kept(number)}: {what}; it is removed: start again, and check the disk")
 
 
 def _layout(plan: Plan, output: Path) -> Layout:
@@ -140,8 +143,8 @@ def _write_file(
         append(np.zeros(aligned(tensor.nbytes) - tensor.nbytes, np.uint8))
         check(tensor)
         if tensor is not file.tensors[-1]:  # the last tensor is finished when its file is complete
-            work.finished(first + i + 1)
-    work.end(first + len(file.tensors))
+            work.finished(first + i + 1, digest)
+    work.end(first + len(file.tensors), digest)
 
 
 def check_outputs(

@@ -26,6 +26,7 @@ from kimi_gguf.convert.output import growing, unfinished
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.file_hash import Digest
 from kimi_gguf.engine.tensor_types import Bytes
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
@@ -119,9 +120,9 @@ def test_after_an_interrupt_resume_goes_on(
     read: list[str] = []
     elements = unfinished.Unfinished.finished
 
-    def count(self: unfinished.Unfinished, done: int) -> None:
+    def count(self: unfinished.Unfinished, done: int, digest: Digest | None = None) -> None:
         read.append(str(done))
-        elements(self, done)
+        elements(self, done, digest)
 
     monkeypatch.setattr(unfinished.Unfinished, "finished", count)
     assert_resumes(source, out, expected)
@@ -137,6 +138,24 @@ def test_the_card_of_a_resumed_file_has_its_hash(
     assert convert(source, "-o", out / "x.gguf", "--resume", "--model-card").status == 0
     assert (out / "x.gguf").read_bytes() == expected
     assert f"| `{hashlib.sha256(expected).hexdigest()}` |" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("size", [[], ["--split-max-size", "200K"]])
+def test_a_card_does_not_certify_kept_bytes_that_changed(
+    source: Path, out: Path, noted: None, size: list[str]
+) -> None:
+    """Also in a split that is complete. The next run begins anew."""
+    words = ["-o", out / "x.gguf", "--model-card", *size]
+    options = Options(card=("convert-kimi", "a", "-o", "x.gguf"), split_max_size=200_000 if size else None)
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_python(source, out / "x.gguf", TYPES["BF16"], options, progress=stop_after(30, interrupt))
+    kept = min((out / ".x.gguf.unfinished").glob("*.gguf"))
+    content = bytearray(kept.read_bytes())
+    content[150_000] ^= 1
+    kept.write_bytes(content)
+    run = convert(source, *words, "--resume")
+    assert run.status == 1 and f"{kept}: expected SHA-256" in run.err and not names(out)
+    assert convert(source, *words, "--resume").status == 0
 
 
 def test_resume_reads_and_writes_only_what_is_left(

@@ -18,6 +18,7 @@ from kimi_gguf.convert.conversion import Options
 from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.types.file_types import TYPES
+from kimi_gguf.engine.file_hash import Digest
 from kimi_gguf.engine.split_names import place_in_set
 
 SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=40)
@@ -211,7 +212,7 @@ def test_a_split_with_all_tensors_is_unfinished_until_it_is_closed(
     """The file still ends with the padding to a whole sector."""
     monkeypatch.setattr(unfinished, "SYNC_SECONDS", 0)
 
-    def stop(self: unfinished.Unfinished, done: int) -> None:
+    def stop(self: unfinished.Unfinished, done: int, digest: Digest | None = None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(unfinished.Unfinished, "end", stop)
