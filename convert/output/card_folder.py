@@ -101,16 +101,7 @@ def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | Non
         ):
             return None
         return Figures(float(kld), report["passed"] is True, basis)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None  # not a report
 
 
