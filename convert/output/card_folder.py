@@ -64,9 +64,11 @@ def _is_second_name(path: Path) -> bool:
 def earlier_card(folder: Path) -> str:
     """The card that will be overwritten, which may be any text; empty if there is none that can be read."""
     card = folder / CARD
+    if not card.is_file():
+        return ""
     try:
         with card.open("rb") as file:
-            text = file.read(_MOST_CARD).decode("utf-8", "replace") if card.is_file() else ""
+            text = file.read(_MOST_CARD).decode("utf-8", "replace")
     except OSError:
         return ""
     checked_out = text.count("\r\n") == text.count("\n")  # with the line ends of Windows
