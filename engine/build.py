@@ -190,7 +190,9 @@ def read_manifest(place: Path) -> dict[str, Any] | None:
     complete = isinstance(manifest, dict) and all(
         isinstance(manifest.get(key), kind) for key, kind in _MANIFEST.items()
     )
-    return manifest if complete and manifest["backends"] and manifest["backends"][0] in BACKENDS else None
+    if not complete or not isinstance(manifest.get("environment", {}), dict):  # earlier versions had none
+        return None
+    return manifest if manifest["backends"] and manifest["backends"][0] in BACKENDS else None
 
 
 @contextmanager

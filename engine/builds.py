@@ -7,13 +7,15 @@ Patched and upstream libraries have the same names: never load both into one pro
 A build has a name: its backend and the options that differ from the defaults, as in `cpu`, `cuda` or
 `cpu+GGML_NATIVE=OFF`. An installed wheel may contain a build for all CPUs, which is named `wheel`. The build that runs
 is, in this order, the one that the caller names, the one in KIMI_BUILD, the one that `kimi-llama use` wrote into the
-cache, the wheel's, and `cpu`, which `kimi-llama build` makes.
+cache, the wheel's, and `cpu`, which `kimi-llama build` makes. Of builds with one name, it is one that was made with the
+variables of the present environment, such as CXXFLAGS; of several, the latest.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,7 +35,7 @@ from kimi_gguf.engine.build_spec import (
 )
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import reporting
-from kimi_gguf.engine.toolchain import find_compilers
+from kimi_gguf.engine.toolchain import build_variables, find_compilers
 from kimi_gguf.patches.pin import load_pin
 
 __all__ = [
@@ -110,6 +112,11 @@ class Engine:
             return WHEEL
         return "+".join([self.backends[0], *(f"{name}={value}" for name, value in self.defines)])
 
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables of the environment that changed the build, such as CXXFLAGS; empty for most builds."""
+        return dict(self.manifest.get("environment", {}))
+
     def instructions(self) -> str:
         """The instruction sets of the CPU backend, such as `native: AVX512 VNNI` or `portable: AVX2`."""
         native = self.manifest["options"].get("GGML_NATIVE") == "ON"
@@ -120,9 +127,18 @@ class Engine:
         return f"{'native' if native else 'portable'}: {' '.join(shown) or 'instruction set unknown'}"
 
     def label(self) -> str:
-        """One line of text: name, key, instruction set."""
+        """One line of text: name, key, instruction set, and the variables that changed the build."""
         kind = "upstream " if self.is_upstream else ""
-        return f"{kind}{self.name} {self.key[:SHORT_KEY]} ({self.instructions()})"
+        return f"{kind}{self.name} {self.key[:SHORT_KEY]} ({'; '.join([self.instructions(), *self._with()])})"
+
+    def short_label(self) -> str:
+        """Name, key, and the variables that changed the build."""
+        return f"{self.name} ({'; '.join([self.key[:SHORT_KEY], *self._with()])})"
+
+    def _with(self) -> list[str]:
+        """Such as ["with CXXFLAGS='-O0 -g'"]; empty if no variables changed the build."""
+        words = [f"{name}={shlex.quote(text)}" for name, text in self.variables.items()]
+        return [f"with {' '.join(words)}"] if words else []
 
     def environment(self) -> dict[str, str]:
         """The environment for a Python process that imports llama_cpp from this build."""
@@ -203,11 +219,14 @@ def find(name: str | None = None, upstream: bool = False) -> Engine | None:
     wanted, origin = _wanted(name, upstream)
     present = builds(upstream)
     named = [e for e in present if wanted == e.name or (len(wanted) >= 4 and e.key.startswith(wanted))]
-    if named:  # of several with equal options and different compilers, the latest
-        return max(named, key=lambda e: str(e.manifest["built"]))
+    if len(named) > 1:  # equal options, but other variables or compilers
+        here = dict(build_variables(named[0].backends[0]))
+        return max(named, key=lambda e: (e.variables == here, str(e.manifest["built"])))
+    if named:
+        return named[0]
     if wanted in BACKENDS and not any(not origin or e.backends[0] == wanted for e in present):
         return None
-    finished = ", ".join(f"{e.name} ({e.key[:SHORT_KEY]})" for e in present) or "none"
+    finished = ", ".join(e.short_label() for e in present) or "none"
     make = _command(wanted if wanted.split("+")[0] in BACKENDS else DEFAULT, upstream)
     choose = "name one of them: --build NAME, KIMI_BUILD=NAME or kimi-llama use NAME"
     raise EngineError(
@@ -239,7 +258,8 @@ def options_of(name: str | None = None) -> tuple[str, tuple[tuple[str, str], ...
 def use(name: str) -> Engine:
     """Make a finished build the one that runs if none is named. The choice is stored in the cache."""
     engine = select(name, make=False)
-    kept = engine.name if find(engine.name) == engine else engine.key
+    # variables may be others next time
+    kept = engine.name if find(engine.name) == engine and not engine.variables else engine.key
     part = _choice().with_suffix(f".{os.getpid()}")
     part.write_text(kept + "\n", encoding="utf-8")
     part.replace(_choice())

@@ -43,7 +43,7 @@ def _engine(health: Health) -> list[str]:
         f"      from      {source}, tree {manifest['tree_sha256'][:16]}, {manifest['built']}",
         *(f"      compiler  {language}: {text}" for language, text in manifest["compilers"].items()),
         *(f"      with      {text}" for text in manifest.get("binutils", ())),
-        *(f"      with      {name}={text}" for name, text in manifest.get("environment", {}).items()),
+        *(f"      with      {name}={text}" for name, text in engine.variables.items()),
         *map(_line, health.checks),
     ]
 

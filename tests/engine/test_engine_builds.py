@@ -37,8 +37,13 @@ BUILDS = {
 }
 
 
-def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -> None:
-    """Add a build with this name to the miniature's cache; its llama-completion prints its key."""
+def add(
+    folder: Path, name: str, key: str, built: str, upstream: bool = False, variables: object = None
+) -> None:
+    """Add a build with this name to the miniature's cache; its llama-completion prints its key.
+
+    variables: those of the environment that it was made with; None as in the manifests of earlier versions.
+    """
     tiny = tiny_llama.load(folder)
     backend, *defines = name.split("+")
     options = {**OPTIONS, **BACKENDS[backend], **dict(each.split("=") for each in defines)}
@@ -49,6 +54,7 @@ def add(folder: Path, name: str, key: str, built: str, upstream: bool = False) -
     manifest |= {"key": key, "tests": False, "options": options, "built": built, "commit": "none"}
     manifest |= {"package": "none==0", "patches": [], "compilers": {}, "tree_sha256": "0" * 64}
     manifest |= {"backends": [backend, "cpu"] if backend == "cuda" else [backend], "cpu": processor(backend)}
+    manifest |= {} if variables is None else {"environment": variables}
     place = tiny.cache.engines / key
     (place / "bin").mkdir(parents=True)
     (place / "manifest.json").write_text(json.dumps(manifest))
@@ -140,6 +146,21 @@ def test_of_equal_names_the_last_one_built_runs(folder: Path) -> None:
     assert key_of(folder) == "55555555dddddddd"
 
 
+def test_a_build_with_flags_runs_only_with_these_flags(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`CXXFLAGS="-O0 -g" kimi-llama build`, once, slows down nothing that runs later, unless its key is chosen."""
+    forget(monkeypatch)
+    add(folder, "cpu", "55555555dddddddd", "2026-02-01", variables={})
+    add(folder, "cpu", "66666666eeeeeeee", "2026-03-01", variables={"CXXFLAGS": "-O0 -g"})
+    assert key_of(folder) == "55555555dddddddd"
+    assert key_of(folder, CXXFLAGS="-O0 -g") == "66666666eeeeeeee"
+    assert key_of(folder, CXXFLAGS="-O1") == "66666666eeeeeeee", "none has these flags: the latest"
+    used = call(folder, "use", "66666666", CXXFLAGS="-O0 -g")
+    assert used.stdout.endswith("; with CXXFLAGS='-O0 -g')\n")
+    assert key_of(folder) == "66666666eeeeeeee"
+    assert "cpu (66666666; with CXXFLAGS='-O0 -g')" in call(folder, "path", KIMI_BUILD="abacus").stderr
+    assert "with      CXXFLAGS=-O0 -g" in call(folder, "doctor").stdout
+
+
 def test_the_bench_measures_the_build_that_runs(folder: Path) -> None:
     """Not another one with the same options; and the build that its key names."""
     add(folder, "cpu", "55555555dddddddd", "2026-02-01")
@@ -148,13 +169,15 @@ def test_the_bench_measures_the_build_that_runs(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '{"key": "55555555dddddddd"}', "options", "backends", "built"]
+    "content",
+    ["", "{", "[]", "null", '{"key": "55555555dddddddd"}', "options", "backends", "built", "environment"],
 )
 def test_a_damaged_build_is_none(folder: Path, content: str) -> None:
     add(folder, "cpu", "55555555dddddddd", "2026-02-01")
     manifest = folder / "cache/engines/55555555dddddddd/manifest.json"
     if content.isalpha() and content != "null":  # without this key
-        content = json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != content})
+        kept = {k: v for k, v in json.loads(manifest.read_text()).items() if k != content}
+        content = json.dumps(kept | ({"environment": ["-O0"]} if content == "environment" else {}))
     manifest.write_text(content)
     assert path_of(folder) == "cpu"
     assert "Traceback" not in call(folder, "doctor").stderr
