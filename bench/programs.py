@@ -29,15 +29,16 @@ def program(name: str, flags: Sequence[str] = NATIVE) -> Path:
     folder = resources.files(__package__).joinpath("native")
     source = Path(str(folder)) / f"{name}.cpp"
     compiler = find_compilers("cpu")["C++"]
-    parts = (source.read_text(), compiler.path, compiler.version, FLAGS, tuple(flags), cpu_fingerprint())
+    command = [*compiler.command, *FLAGS]
+    parts = (source.read_text(), command, compiler.version, tuple(flags), cpu_fingerprint())
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     place = cache_folder() / "bench" / "programs" / f"{name}-{key}"
     if place.is_file():
         return place
 
     def compile_to(part: Path) -> None:
-        command = [compiler.path, *FLAGS, str(source), *flags, "-o", str(part)]
-        ended = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        words = [*command, str(source), *flags, "-o", str(part)]
+        ended = subprocess.run(words, capture_output=True, text=True, errors="replace", check=False)
         if ended.returncode:
             raise EngineError(
                 f"{source}: does not compile",

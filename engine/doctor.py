@@ -309,7 +309,7 @@ def _cuda_toolkit() -> str:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "whole.cu"
         source.write_text("#include <cublas_v2.h>\n")
-        whole = _run([nvcc.path, "-E", str(source)], dict(os.environ)).returncode == 0
+        whole = _run([*nvcc.command, "-E", str(source)], dict(os.environ)).returncode == 0
     seen = "with cuBLAS" if whole else "incomplete, without cuBLAS: --backend cuda needs the whole toolkit"
     return f"{nvcc.path}: {nvcc.version}, {seen}"
 

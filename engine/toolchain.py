@@ -43,10 +43,19 @@ _COMPILER_ADVICE = {
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C or C++ compiler: its path and its version text."""
+    """A C or C++ compiler: its path and its version text.
+
+    With a launcher, as in CXX="ccache g++", the path is the launcher's and the version the compiler's.
+    """
 
     path: str
     version: str
+    arguments: tuple[str, ...] = ()  # the words after the program, as in CXX="g++ -O0"
+
+    @property
+    def command(self) -> list[str]:
+        """The words that run it."""
+        return [self.path, *self.arguments]
 
 
 def find_compilers(backend: str) -> dict[str, Compiler]:
@@ -62,12 +71,26 @@ def find_compilers(backend: str) -> dict[str, Compiler]:
 
 def build_variables(backend: str) -> tuple[tuple[str, str], ...]:
     """What the environment adds to a build: name and text of each of `VARIABLES` that is not empty, and of a variable
-    that names a compiler the words after the program, as in CXX="g++ -O0"."""
+    that names a compiler the words after the program, as in CXX="g++ -O0". Raises `EngineError`."""
     names = (*VARIABLES[""], *VARIABLES.get(backend, ()))
     programs = (*_PROGRAMS[""], *_PROGRAMS.get(backend, ()))
     found = [(name, os.environ.get(name, "")) for name in names]
-    found += [(name, shlex.join(shlex.split(os.environ.get(name, ""))[1:])) for name in programs]
+    found += [(name, shlex.join(program_words(name)[1:])) for name in programs]
     return tuple(sorted((name, text) for name, text in found if text))
+
+
+def program_words(variable: str) -> list[str]:
+    """The program and its arguments in a variable that names a compiler; empty if unset. Raises `EngineError`."""
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise EngineError(
+            f"{variable} in the environment is not a command",
+            expected="a program, and maybe flags",
+            found=f"{text} ({error})",
+            todo=f"correct {variable}, or unset it",
+        ) from error
 
 
 def binutils(compiler: Compiler) -> tuple[str, ...]:
@@ -77,7 +100,7 @@ def binutils(compiler: Compiler) -> tuple[str, ...]:
     """
     found = []
     for tool in ("as", "ld"):
-        path = shutil.which(_first_line([compiler.path, f"-print-prog-name={tool}"]) or tool)
+        path = shutil.which(_first_line([*compiler.command, f"-print-prog-name={tool}"]) or tool)
         if path and (version := _first_line([path, "--version"])):
             found.append(version)
     return tuple(found)
@@ -147,12 +170,12 @@ def cores() -> int:
 
 
 def _find(language: str, variable: str, names: tuple[str, ...]) -> Compiler:
-    chosen = os.environ.get(variable)
-    candidates = tuple(shlex.split(chosen)[:1]) if chosen else names
-    for name in candidates:
+    chosen, words = os.environ.get(variable), tuple(program_words(variable))
+    for name in words[:1] if chosen else names:
         path = shutil.which(name)
         if path is not None:
-            return Compiler(path, _version(path, Path(path).stat().st_mtime_ns))
+            version = _version((path, *words[1:]), Path(path).stat().st_mtime_ns)
+            return Compiler(path, version, words[1:])
     todo = _COMPILER_ADVICE.get(sys.platform, "install a C++17 compiler")
     if language == "CUDA":
         todo = "install NVIDIA's CUDA toolkit, or set CUDACXX to its nvcc"
@@ -165,18 +188,19 @@ def _find(language: str, variable: str, names: tuple[str, ...]) -> Compiler:
 
 
 @functools.cache
-def _version(path: str, _modified: int) -> str:
-    result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+def _version(command: tuple[str, ...], _modified: int) -> str:
+    """The line with the version of a compiler: of the one that is behind a launcher, too."""
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False)
     lines = result.stdout.strip().splitlines()
     if result.returncode != 0 or not lines:
         raise EngineError(
-            f"{path} --version fails, so the compiler does not work",
+            f"{shlex.join(command)} --version fails, so the compiler does not work",
             found=(result.stderr.strip() or f"exit status {result.returncode}"),
             todo=_COMPILER_ADVICE["darwin"]
             if sys.platform == "darwin"
             else "repair or reinstall the compiler",
         )
-    return lines[-1] if "nvcc" in path else lines[0]
+    return lines[-1] if "nvcc" in command[0] or lines[0].startswith("nvcc:") else lines[0]
 
 
 def _first_line(command: list[str]) -> str:

@@ -347,7 +347,51 @@ def test_flags_are_in_the_spec(plain: BuildSpec, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("CPATH", "/opt/headers")
     spec = make_build_spec()
     assert spec.variables == (("CPATH", "/opt/headers"), ("CXX", "-O0 '-DNAME=a b'"))
-    assert spec.compilers == plain.compilers and spec.key != plain.key
+    assert [each.version for _, each in spec.compilers] == [each.version for _, each in plain.compilers]
+    assert spec.key != plain.key
+
+
+@pytest.mark.parametrize("launcher", ["ccache", "env NAME=1"])
+def test_the_compiler_behind_a_launcher_is_in_the_key(
+    launcher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its assembler and linker. An upgrade of it would otherwise not make another build."""
+    forget(monkeypatch)
+    (tmp_path / "ccache").write_text('#!/bin/sh\nexec "$@"\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    keys = set()
+    for version in ("Mine 1.0", "Mine 2.0"):
+        toolchain._version.cache_clear()  # another process
+        for tool in ("as", "ld"):
+            (tmp_path / f"my-{tool}").write_text(f"#!/bin/sh\necho {tool} of {version}\n")
+        tell = f'case "$1" in --version) echo {version};; *-name=*) echo {tmp_path}/my-${{1#*-name=}};; esac'
+        (tmp_path / "mine").write_text(f"#!/bin/sh\n{tell}\n")
+        for program in tmp_path.iterdir():
+            program.chmod(0o755)
+        monkeypatch.setenv("CXX", f"{launcher} mine")
+        spec = make_build_spec()
+        assert dict(spec.compilers)["C++"].version == version
+        assert spec.binutils == (f"as of {version}", f"ld of {version}")
+        keys.add(spec.key)
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("backend", "name"), COMPILERS)
+def test_a_variable_that_is_no_command_is_named(
+    backend: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forget(monkeypatch)
+    monkeypatch.setenv(name, 'g++ "')
+    said = rf'{name} in the environment is not a command.*found g\+\+ " \(No closing quotation\)'
+    for look in (toolchain.find_compilers, toolchain.build_variables):
+        with pytest.raises(EngineError, match=said):
+            look(backend)
+
+
+def test_doctor_answers_if_a_variable_is_no_command(folder: Path) -> None:
+    done = call(folder, "doctor", CXX='g++ "', CUDACXX='nvcc "')
+    assert "BAD C++ compiler: CXX in the environment is not a command" in done.stdout
+    assert "build that runs: cpu 11111111" in done.stdout and done.stderr == ""
 
 
 def test_another_assembler_or_linker_changes_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
