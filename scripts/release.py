@@ -30,7 +30,7 @@ from kimi_gguf.engine.build_spec import EMULATOR, MACHINE, PROGRAMS, SYSTEM
 from kimi_gguf.engine.builds import Engine, ensure, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter, reporting
-from kimi_gguf.engine.toolchain import VARIABLES
+from kimi_gguf.engine.toolchain import VARIABLES, program_words
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.engine.wheel import record_line, write_zip
 from kimi_gguf.patches.errors import KimiError
@@ -115,7 +115,18 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
 
 
 def forget_variables(reporter: Reporter) -> None:
-    """Remove from the environment what changes a build: a release depends on the commit and the tools alone."""
+    """Remove from the environment what changes a build: a release depends on the commit and the tools alone.
+
+    Raises `EngineError` if CC or CXX has more than a compiler: without the other words it may be another program.
+    """
+    for name in ("CC", "CXX"):
+        if len(program_words(name)) > 1:
+            raise EngineError(
+                f"{name}: a release is compiled without flags and launchers",
+                expected="a compiler alone",
+                found=os.environ[name],
+                todo=f"set {name} to the compiler, or unset it",
+            )
     if found := [name for name in VARIABLES[""] if os.environ.pop(name, "")]:
         reporter.note(f"not used for a release: {', '.join(found)}")
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import py_compile
+import re
 import shlex
 import shutil
 import subprocess
@@ -432,6 +433,19 @@ def test_a_release_does_not_depend_on_variables(monkeypatch: pytest.MonkeyPatch)
     assert notes == ["not used for a release: CXXFLAGS, CPATH"]
     release.forget_variables(reporter)
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize("name", ["CC", "CXX"])
+def test_a_release_refuses_flags_of_a_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    for text in ("g++ -O0", "ccache g++"):
+        monkeypatch.setenv(name, text)
+        with pytest.raises(EngineError, match=rf"^{name}: a release is .*found {re.escape(text)}"):
+            release.forget_variables(Silent())
+    monkeypatch.setenv(name, "'/opt/a b/g++'")
+    release.forget_variables(Silent())
+    assert os.environ[name] == "'/opt/a b/g++'"
 
 
 COMPILED = ("ggml/src/ggml-cpu", "ggml/src/ggml-rpc", "src", "common", "tools")
