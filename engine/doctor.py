@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 from kimi_gguf.engine.builds import PREBUILT, Engine, builds, cache_folder, prebuilt, select
 from kimi_gguf.engine.errors import EngineError, install
@@ -273,15 +274,39 @@ def _unchanged_files() -> str:
 
 
 def _compiled_otherwise(path: Path, source: bytes) -> bool:
-    """Whether Python would run something else than this source, from the compiled file in __pycache__."""
-    if not Path(importlib.util.cache_from_source(str(path))).is_file():
-        return False
-    try:
-        return SourceFileLoader("checked", str(path)).get_code("checked") != compile(
-            source, str(path), "exec", dont_inherit=True
-        )
-    except (ImportError, EOFError, ValueError, TypeError):  # the compiled file cannot be read
-        return True
+    """Whether Python would run something else than this source from a compiled file in __pycache__, at any level of
+    optimization: without an option, with -O, or with -OO."""
+    return any(_Compiled(path, level).differs(source) for level in (0, 1, 2))
+
+
+class _Compiled(SourceFileLoader):
+    """Loads the compiled file of a level of optimization, not that of this process, and writes none.
+
+    Python's own loader decides whether it would run the file. If not, it compiles the source, at this process's level.
+    """
+
+    def __init__(self, source: Path, level: int) -> None:
+        super().__init__("checked", str(source))
+        self.level = level
+        self.compiled = importlib.util.cache_from_source(str(source), optimization=level or "")
+
+    def differs(self, source: bytes) -> bool:
+        """Whether Python would run something else than this source."""
+        if not Path(self.compiled).is_file():
+            return False
+        try:
+            return self.get_code("checked") not in [
+                compile(source, self.path, "exec", dont_inherit=True, optimize=level)
+                for level in (self.level, -1)
+            ]
+        except (ImportError, EOFError, ValueError, TypeError):  # the compiled file cannot be read
+            return True
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(path if path == self.path else self.compiled)
+
+    def set_data(self, *_: Any, **__: Any) -> None:
+        pass
 
 
 def _added_files(known: set[str]) -> list[str]:

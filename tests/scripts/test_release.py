@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from kimi_gguf.engine import build
+from kimi_gguf.engine import build, doctor
 from kimi_gguf.engine.build_spec import make_build_spec
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
@@ -391,6 +391,38 @@ def test_doctor_finds_a_compiled_file_that_is_not_of_its_source(site: Path, tmp_
             cache.write_bytes(before)
     assert not passed
     assert f"found {source.relative_to(site)} (its compiled file in __pycache__)" in seen
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_compiled_files_of_all_levels_are_compared(
+    level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python runs that of its own level: with -O another one than doctor, which mostly runs without options."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    source, other = tmp_path / "module.py", tmp_path / "other.py"
+    source.write_text("assert print('of the source')\n")
+    other.write_text("print('of another')\n")
+    cache = Path(importlib.util.cache_from_source(str(source), optimization=level or ""))
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+
+    def differs(text: Path, mode: py_compile.PycInvalidationMode = unchecked) -> bool:
+        py_compile.compile(str(text), str(cache), doraise=True, optimize=level, invalidation_mode=mode)
+        found = doctor._compiled_otherwise(source, source.read_bytes())
+        assert list(cache.parent.iterdir()) == [cache], "doctor writes none"
+        return found
+
+    assert not differs(source)
+    assert differs(other)
+    ran = subprocess.run(
+        [sys.executable, *["-O"] * level, "-c", "import module"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert ran.stdout == "of another\n"
+    assert not differs(other, py_compile.PycInvalidationMode.CHECKED_HASH), "Python does not run it"
+    cache.write_bytes(cache.read_bytes()[:20])
+    assert not doctor._compiled_otherwise(source, source.read_bytes()), "checked: the source runs"
+    py_compile.compile(str(other), str(cache), doraise=True, optimize=level, invalidation_mode=unchecked)
+    cache.write_bytes(cache.read_bytes()[:20])
+    assert doctor._compiled_otherwise(source, source.read_bytes()), "damaged"
 
 
 def test_a_wheel_for_another_architecture_is_named_after_it(engine: Engine) -> None:
