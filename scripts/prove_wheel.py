@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[1] / "demo"
-# Programs that compile or fetch sources, as in gcc, g++-12, x86_64-linux-gnu-gcc.
+# Programs that compile, link, build, or fetch sources, as in gcc, g++-12, x86_64-linux-gnu-gcc, ld.gold.
 TOOLS = re.compile(
-    r"([\w-]+-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+)(-[\d.]+)?|nvcc|zig|ld|cmake|ninja|make|git"
+    r"([\w-]+-)?(cc|c\+\+|gcc|g\+\+|clang|clang\+\+|tcc|as|ld(\.\w+)?|lld|gold|mold)(-[\d.]+)?"
+    r"|c89|c99|nvcc|zig|cmake|ninja|samu|g?make|git"
 )
 NEEDED_BY_BUILDS = ("C++ compiler", "cmake", "ninja")  # which doctor must not find
 PASSED_ON = (
@@ -41,6 +42,7 @@ PASSED_ON = (
 CACHES = (".cache", ".config/matplotlib")  # in the home; they may remain
 QUESTION = "define: elephant"
 BEGINNING = "a large animal that"
+END = "[end of text]"  # what llama-completion prints after the model's last token
 STARTING = 60.0  # seconds that a server may take until its answer
 SHOWN = 3000  # characters of a failed command's output
 
@@ -151,9 +153,12 @@ def check_doctor(printed: str) -> None:
     found = json.loads(printed)
     if not found["build"]["seen"].startswith("wheel "):
         raise ProveError(f"doctor: expected the wheel's engine, found {found['build']['seen']}")
-    for check in found["machine"]:
-        if check["name"] in NEEDED_BY_BUILDS and not check["seen"].startswith("not found"):
-            raise ProveError(f"doctor: expected no {check['name']}, found {check['seen']}")
+    if found["healthy"] is not True or found["build"]["passed"] is not True:
+        raise ProveError(f"doctor: expected that all checks pass, found {printed[-SHOWN:]}")
+    machine = {check["name"]: check["seen"] for check in found["machine"]}
+    for name in NEEDED_BY_BUILDS:
+        if not machine.get(name, "no check").startswith("not found"):
+            raise ProveError(f"doctor: expected no {name}, found {machine.get(name, 'no check')}")
 
 
 def check_inspect(printed: str, kind: str, layers: int) -> None:
@@ -171,7 +176,7 @@ def check_inspect(printed: str, kind: str, layers: int) -> None:
 def check_run(printed: str) -> None:
     """Raise `ProveError` unless the model continued the prompt."""
     _, prompt, after = printed.partition(BEGINNING)
-    if not prompt or not _words(after):
+    if not prompt or not _words(after.replace(END, "")):
         raise ProveError(f"run: expected {BEGINNING!r} and words after it, found {printed[-SHOWN:]!r}")
 
 
@@ -188,8 +193,9 @@ def check_answer(name: str, answer: str, chat: str) -> None:
 
 def check_bench(printed: str) -> None:
     """Raise `ProveError` unless llama-bench printed a table with the speeds of a prompt and of decoding, above zero."""
-    rows = re.findall(r"\| *(pp|tg)\d+ \| *([\d.]+) ", printed)
-    if {test for test, _ in rows} != {"pp", "tg"} or any(float(speed) <= 0 for _, speed in rows):
+    rows = re.findall(r"\| *(pp|tg)\d+ *\| *(\S+)", printed)
+    good = all(re.fullmatch(r"\d+(\.\d+)?", speed) and float(speed) > 0 for _, speed in rows)
+    if {test for test, _ in rows} != {"pp", "tg"} or not good:
         raise ProveError(f"bench: expected tokens per second of pp and tg, found {printed[-SHOWN:]!r}")
 
 

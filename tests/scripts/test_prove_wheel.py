@@ -38,8 +38,12 @@ def test_the_commands_see_no_compiler(place: Place, monkeypatch: pytest.MonkeyPa
         "no_proxy",
     }  # fmt: skip
     assert seen["PIP_INDEX_URL"] == "https://example.org/simple"
+    for name in ("bash", "less", "basename", "kimi-llama"):
+        (place.prefix / "bin" / name).touch(0o755)
     check_tools(seen["PATH"])
-    for name in ("git", "x86_64-linux-gnu-gcc", "clang++-19"):
+    for name in (
+        "git", "x86_64-linux-gnu-gcc", "clang++-19", "tcc", "as", "ld", "ld.gold", "ld.lld-19", "gmake", "samu", "c99",
+    ):  # fmt: skip
         tool = place.prefix / "bin" / name
         tool.touch(0o755)
         with pytest.raises(
@@ -161,8 +165,9 @@ def test_an_answer_is_more_than_the_question() -> None:
 
 
 def test_a_run_continues_the_prompt() -> None:
-    prove_wheel.check_run(f"{prove_wheel.BEGINNING} eats.\n")
-    for printed in ("", "eats.\n", f"{prove_wheel.BEGINNING}\n", f"{prove_wheel.BEGINNING} ...\n"):
+    begins = prove_wheel.BEGINNING
+    prove_wheel.check_run(f"{begins} eats. [end of text]\n")
+    for printed in ("", "eats.\n", f"{begins}\n", f"{begins} ...\n", f"{begins} [end of text]\n\n"):
         with pytest.raises(ProveError, match="run: expected 'a large animal that' and words after it"):
             prove_wheel.check_run(printed)
 
@@ -184,15 +189,23 @@ def test_the_bench_measured_prompts_and_decoding() -> None:
 
     prompt, decoding = "pp512 |  4711.25 ± 3.10", "tg128 |   815.00 ± 9.99"
     prove_wheel.check_bench(printed(prompt, decoding))
-    for wrong in ("", printed(), printed(prompt), printed(decoding), printed(prompt, "tg128 | 0.00 ± 0.00")):
+    speeds = [
+        printed(prompt, decoding, f"tg128 | {bad} ± 0.00") for bad in ("0.00", "nan", "-1.0", "...", "inf")
+    ]
+    for wrong in ("", printed(), printed(prompt), printed(decoding), *speeds):
         with pytest.raises(ProveError, match="bench: expected tokens per second of pp and tg"):
             prove_wheel.check_bench(wrong)
 
 
 def test_doctor_finds_the_engine_of_the_wheel_and_no_compiler() -> None:
-    def printed(build: str, compiler: str) -> str:
-        machine = [{"name": "C++ compiler", "seen": compiler}, {"name": "processors", "seen": "2"}]
-        return json.dumps({"build": {"seen": build}, "machine": machine})
+    def printed(build: str, compiler: str, passed: bool = True, healthy: bool = True) -> str:
+        machine = [
+            {"name": name, "seen": missing if name != "C++ compiler" else compiler}
+            for name in ("C++ compiler", "cmake", "ninja", "processors")
+        ]
+        return json.dumps(
+            {"healthy": healthy, "build": {"seen": build, "passed": passed}, "machine": machine}
+        )
 
     missing = "not found (only kimi-llama build needs it)"
     prove_wheel.check_doctor(printed("wheel 0123 (portable: AVX2)", missing))
@@ -200,6 +213,11 @@ def test_doctor_finds_the_engine_of_the_wheel_and_no_compiler() -> None:
         prove_wheel.check_doctor(printed("cpu 0123 (native: AVX2)", missing))
     with pytest.raises(ProveError, match=r"expected no C\+\+ compiler, found g\+\+ 12"):
         prove_wheel.check_doctor(printed("wheel 0123 (portable: AVX2)", "g++ 12"))
+    with pytest.raises(ProveError, match=r"expected no ninja, found no check"):
+        prove_wheel.check_doctor(printed("wheel 0123", missing).replace('"ninja"', '"nothing"'))
+    for passed, healthy in ((False, True), (True, False)):
+        with pytest.raises(ProveError, match="doctor: expected that all checks pass, found"):
+            prove_wheel.check_doctor(printed("wheel 0123", missing, passed, healthy))
 
 
 # Answers POST requests with the statuses in its second line; then it waits, or ends if there are no more.
