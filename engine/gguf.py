@@ -177,6 +177,10 @@ class GgufModel:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files."""
         self._stack.close()
 
     def read(self, tensor: GgufTensor, first: int = 0, count: int | None = None) -> Bytes:

@@ -17,6 +17,7 @@ from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import Reporter
+from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.validate import provenance
 from kimi_gguf.validate.card import CardFile, card_text, draw_plots
 from kimi_gguf.validate.errors import ValidateError
@@ -26,9 +27,14 @@ from kimi_gguf.validate.report import check_place, write
 from kimi_gguf.validate.stored import Stored, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
+MOST_REPORT = 1 << 28  # bytes of the largest earlier report that is read
+
 
 def models_of(folder: Path) -> list[Path]:
-    """The GGUF models of a folder; of split models, the first splits. Raises `ValidateError` if there is none."""
+    """The GGUF models of a folder; of split models, the first splits. Raises `ValidateError` if there is none.
+
+    It also raises `ValidateError` for a split whose first split is missing.
+    """
     if not folder.is_dir():
         found = kind_of(folder) if folder.exists() else "nothing"
         raise ValidateError(f"{folder}: expected a folder of GGUF files", found=found)
@@ -36,6 +42,13 @@ def models_of(folder: Path) -> list[Path]:
     if not models:
         todo = f"convert the checkpoint first: convert-kimi CHECKPOINT -o {folder / 'NAME.gguf'} --type Q8_0"
         raise ValidateError(f"{folder}: expected GGUF files, found none", todo=todo)
+    for path in sorted(folder.glob("*.gguf")):
+        place = place_in_set(path)
+        if place is not None and place[1][0] not in models:
+            raise ValidateError(
+                f"{path}: split {place[0]} of {len(place[1])}, but {place[1][0].name} is missing",
+                todo="put all splits into the folder, or remove this one",
+            )
     return models
 
 
@@ -95,9 +108,9 @@ def card_files(
 
 
 def _kept(path: Path) -> Stored | None:
-    """The report of an earlier run; None if there is none that can be read."""
+    """The report of an earlier run; None if there is none that can be read. A pipe would never end."""
     try:
-        return read_report(path)
+        return read_report(path) if path.is_file() and path.stat().st_size <= MOST_REPORT else None
     except ValidateError:
         return None
 

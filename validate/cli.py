@@ -33,7 +33,7 @@ from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
 from kimi_gguf.validate.metrics import Summary
-from kimi_gguf.validate.pipeline import Request, validate
+from kimi_gguf.validate.pipeline import Request, check_model, validate
 from kimi_gguf.validate.report import FORMATS, Report, check_place, limit_text, number_text, write
 from kimi_gguf.validate.sample_text import TEXT
 from kimi_gguf.validate.stored import printable, read_report
@@ -289,6 +289,8 @@ def _card(words: Sequence[str]) -> int:
         paths = models_of(options.folder)
         check_card_place(options.folder, paths, options.force, options.checkpoint)
         requests = [_request(options, path) for path in paths]
+        for path in paths:  # before the first of them is validated, which takes long
+            check_model(path, options.checkpoint)
         engine, upstream = _engines(options)
         with reporting() as reporter:
             files = card_files(requests, options.folder, engine, upstream, reporter)

@@ -102,7 +102,7 @@ def validate(
                 where, todo = request.source, "give ids of this model's tokenizer"
             raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
         if request.against is not None:
-            _check_against(request.against, request.checkpoint)
+            check_model(request.against, request.checkpoint)
         if shared.checkpoint is None:
             reporter.phase("hashing the checkpoint")
             shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
@@ -178,8 +178,8 @@ def validate(
     )
 
 
-def _check_against(path: Path, source: Path) -> None:
-    """Raise ValidateError for a file of another model. Only one of the two files may have an MTP layer."""
+def check_model(path: Path, source: Path) -> None:
+    """Raise ValidateError for a file of another model than the checkpoint `source`, with or without its MTP layer."""
     with open_gguf(path) as file:
         mtp = has_mtp(file)
     with open_checkpoint(source, mtp) as checkpoint:

@@ -169,17 +169,22 @@ def check_layers(path: Path, checkpoint: Checkpoint) -> None:
 def open_gguf(path: Path) -> GgufModel:
     """Open a GGUF file, or all splits of a model, given the first, which has the metadata.
 
-    Raises ValidateError for a file that is not a readable GGUF file, EngineError for a split that is not the first.
+    Raises ValidateError for a file that is not a readable GGUF file or has no tensors, EngineError for a split that is
+    not the first.
     """
     all_splits(path)
     if not path.exists():
         raise ValidateError(f"{path}: no such file")
     try:
-        return GgufModel(path)
+        model = GgufModel(path)
     except GgufError as error:
         raise ValidateError(
             f"{path}: not a readable GGUF file: {str(error).removeprefix(f'{path}: ')}"
         ) from error
+    if not model.tensors:
+        model.close()
+        raise ValidateError(f"{path}: expected tensors, found none", todo="give a file with the weights")
+    return model
 
 
 def _shape(ne: Sequence[int]) -> tuple[int, ...]:

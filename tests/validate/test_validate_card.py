@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from gguf import GGUFWriter
 from markdown_it import MarkdownIt
 from random_checkpoint import Spec, write_checkpoint
 from test_validate_stored import GOLDEN
@@ -26,6 +28,7 @@ from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.version import VERSION
+from kimi_gguf.validate import card_files
 from kimi_gguf.validate.card import CardFile, card_text, draw_plots, recommended
 from kimi_gguf.validate.cli import main
 from kimi_gguf.validate.errors import ValidateError
@@ -415,6 +418,53 @@ def test_a_folder_without_files_gives_status_2(
     assert main(["card", str(tmp_path / "hub"), "--checkpoint", str(demo_dir)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("validate-kimi: error: ") and said in error and error.count("\n") == 1
+
+
+def test_every_file_is_opened_before_one_is_validated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Validating a file takes minutes or hours; a bad one after it would be found then."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", Spec(layers="KM"))
+    good, other, hub = tmp_path / "good.gguf", tmp_path / "other.gguf", tmp_path / "hub"
+    convert(checkpoint, good, TYPES["F32"])
+    convert(write_checkpoint(tmp_path / "checkpoint of other", Spec(layers="KMK")), other, TYPES["F32"])
+    options = Options(split_max_size=good.stat().st_size // 2)
+    convert(checkpoint, tmp_path / "s.gguf", TYPES["F32"], options)
+    first, *later = sorted(tmp_path.glob("s-*.gguf"))
+    tensorless, truncated = tmp_path / "tensorless.gguf", tmp_path / "truncated.gguf"
+    writer = GGUFWriter(tensorless, "kimi-linear")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    truncated.write_bytes(good.read_bytes()[:-100])
+    monkeypatch.setattr("kimi_gguf.validate.cli._engines", lambda _: pytest.fail("nothing was found"))
+    for files, said in (
+        ([other], "other.gguf: blk.2.attn_norm.weight: expected no such tensor"),
+        ([tensorless], "tensorless.gguf: expected tensors, found none"),
+        ([truncated], "truncated.gguf: not a readable GGUF file"),
+        ([first, *later[:-1]], f"{later[-1].name}: not found"),
+        (later, f"{later[0].name}: split 2 of {len(later) + 1}, but {first.name} is missing"),
+    ):
+        shutil.rmtree(hub, ignore_errors=True)
+        hub.mkdir()
+        shutil.copy(good, hub / "a.gguf")
+        for file in files:
+            shutil.copy(file, hub)
+        assert main(["card", str(hub), "--checkpoint", str(checkpoint)]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_only_a_file_is_read_as_an_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a pipe would wait forever, and a file of any size would fill the memory."""
+    golden = GOLDEN / "report-schema-2.json"
+    kept = card_files._kept(golden)
+    assert kept is not None and kept.path == golden
+    monkeypatch.setattr(card_files, "read_report", lambda _: pytest.fail("it was read"))
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(card_files.MOST_REPORT + 1)  # without blocks on disk
+    for name in ("pipe", "large", "absent"):
+        assert card_files._kept(tmp_path / name) is None
 
 
 def test_the_checkpoints_own_card_is_never_overwritten(

@@ -189,6 +189,15 @@ def test_a_bad_file_gives_status_2_and_one_line_that_names_it(
     refused(name, content, said)
 
 
+def test_a_gguf_without_tensors_gives_status_2(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its type is that of no tensor."""
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(16))
+    assert main([str(tmp_path / "x.gguf"), "--checkpoint", str(checkpoint)]) == 2
+    assert "x.gguf: expected tensors, found none" in capsys.readouterr().err
+
+
 def test_a_missing_or_damaged_gguf_gives_status_2(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
