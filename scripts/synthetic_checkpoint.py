@@ -14,7 +14,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -213,7 +213,7 @@ MODELS: dict[str, tuple[Callable[[], dict[str, Any]], int]] = {
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run `python -m kimi_gguf.scripts.synthetic_checkpoint FOLDER`."""
     parser = argparse.ArgumentParser(
         description="Write a sparse checkpoint of a published model's full size; all values are zero without --seed."
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, help="write random values; the files are not sparse then")
     parser.add_argument("--model", choices=MODELS, default="48B", help="the model (default: %(default)s)")
     parser.add_argument("folder", type=Path, help="folder to write to")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     config, shards = MODELS[options.model]
     print(write_synthetic(options.folder, config(), shards, options.seed))
 

@@ -180,10 +180,12 @@ def parser_of(words: list[str]) -> tuple[argparse.ArgumentParser, list[str]]:
 
 
 def test_blocks_of_commands_are_marked() -> None:
-    """A block without a mark would be missed."""
+    """A block without a mark, or one that is indented, would be missed."""
     for page in PAGES:
-        blocks = re.findall(r"^```(\w*)\n.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+        text = page.read_text()
+        blocks = re.findall(r"^```(\w*)\n.*?^```$", text, re.MULTILINE | re.DOTALL)
         assert set(blocks) <= {"sh", "text", "python", "cpp"}, page
+        assert len(re.findall("```|~~~", text)) == 2 * len(blocks), page
     assert len(ALL) > 50 and len(RUN) > 10
 
 
@@ -248,13 +250,49 @@ def test_a_forwarded_fix_gets_its_author(tmp_path: Path) -> None:
     assert git("b", "log", "--format=%an: %s") == "b: a fix\n"
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize(("page", "command"), ALL)
-def test_a_command_can_be_parsed(page: str, command: str, engine: Engine) -> None:
-    words = shlex.split(re.sub(r"^KIMI_OPS=\S+ ", "", command))
+class ParsedError(Exception):
+    """The arguments of a program were parsed; it does not go on."""
+
+
+def parse(module: str, arguments: list[str]) -> None:
+    """Let a program of this project parse these arguments; it ends with status 2 if an option does not exist."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, given: list[str] | None = None, *_: object) -> None:
+        parse_args(parser, given)
+        raise ParsedError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((ParsedError, SystemExit)) as caught:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        importlib.import_module(module).main(arguments)
+    if isinstance(caught.value, SystemExit):
+        assert not caught.value.code, f"{module}: {arguments}"  # 0: --help
+
+
+def parse_script(script: str, arguments: list[str], page: str) -> None:
+    """The same for a program in scripts/: with its module, or else with the text of the shell script."""
+    assert os.access(ROOT / script, os.X_OK), page
+    module = script.replace("-", "_")
+    if (ROOT / f"{module}.py").is_file():
+        parse(f"kimi_gguf.{module.replace('/', '.')}", arguments)
+    else:
+        given = [word for word in arguments if word.startswith("-")]
+        check_options(given, (ROOT / script).read_text(), page)
+
+
+def check_command(page: str, command: str, bin_folder: Path) -> None:
+    """Raises `AssertionError`, or `SystemExit` with status 2, for a command that cannot be parsed.
+
+    bin_folder: that of llama.cpp's programs.
+    """
+    words = shlex.split(command)
+    while re.match(r"[A-Z_]+=", words[0]):  # variables
+        del words[0]
     match words:
-        case [script, *_] if script.startswith("scripts/"):
-            assert os.access(ROOT / script, os.X_OK), page
+        case [script, *rest] if script.startswith("scripts/"):
+            parse_script(script, rest, page)
+        case ["python", "-m", module, *rest] if module.startswith("kimi_gguf."):
+            parse(module, rest)
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module), page
         case [("convert-kimi" | "validate-kimi" | "kimi-llama"), *_]:
@@ -263,7 +301,31 @@ def test_a_command_can_be_parsed(page: str, command: str, engine: Engine) -> Non
             if words[0] == "kimi-llama" and options.command in kimi_llama.TOOLS:
                 tool = kimi_llama.TOOLS[options.command]
                 given = [word for word in options.arguments if re.match(r"--?[a-zA-Z]", word)]
-                check_options(given, program_options(tool.program, engine.bin) + " --workers ", page)
+                check_options(given, program_options(tool.program, bin_folder) + " --workers ", page)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("page", "command"), ALL)
+def test_a_command_can_be_parsed(page: str, command: str, engine: Engine) -> None:
+    check_command(page, command, engine.bin)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "scripts/release dist --no-such-option",
+        "scripts/release dist --arch none",
+        "scripts/bench-gpu --no-such-option",
+        "scripts/demo --no-such-option",
+        "python -m kimi_gguf.bench.speculative model.gguf --no-such-option",
+        "python -m kimi_gguf.scripts.synthetic_checkpoint --model none folder",
+        "KIMI_GGUF_CACHE=x scripts/release",
+        "convert-kimi demo --no-such-option",
+    ],
+)
+def test_a_wrong_command_is_found(command: str, tmp_path: Path) -> None:
+    with pytest.raises((AssertionError, SystemExit)):
+        check_command("a page", command, tmp_path)
 
 
 def check_options(given: list[str], known: str, page: str) -> None:
