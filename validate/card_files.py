@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kimi_gguf.convert.output.card_folder import earlier_card, made_of, models_in
+from kimi_gguf.convert.output.card_folder import MOST_REPORT, earlier_card, made_of, models_in
 from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD
@@ -26,8 +26,6 @@ from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.report import check_place, write
 from kimi_gguf.validate.stored import Stored, read_report
 from kimi_gguf.validate.tensors import open_gguf
-
-MOST_REPORT = 1 << 28  # bytes of the largest earlier report that is read
 
 
 def models_of(folder: Path) -> list[Path]:

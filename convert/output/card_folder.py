@@ -37,7 +37,7 @@ HUB_KEYS: Final = (
     "kimi_gguf.source.commit",
 )  # of a checkpoint of the hub
 _MOST_CARD: Final = 1 << 20  # bytes that are read of an earlier card
-_MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
+MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -87,7 +87,7 @@ def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | Non
     each file)."""
     file = folder / REPORTS / stem_of(path) / "report.json"
     try:
-        if not file.is_file() or file.stat().st_size > _MOST_REPORT:
+        if not file.is_file() or file.stat().st_size > MOST_REPORT:
             return None
         report = json.loads(file.read_text(encoding="utf-8"))
         gguf, kld = report["gguf"], report["runs"][0]["all"]["kld_mean"]

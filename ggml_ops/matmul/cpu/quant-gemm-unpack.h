@@ -7,7 +7,7 @@
 // An unpack function gives what it finds to a receiver (`to`), for each block b of 32 values in turn:
 //   factors(b, x)        before the quants: integer factors (per block of 32, or of 16) in the form of total_times
 //   codes(b, j, x)       for j = 0 .. 7 in order: quants 4j .. 4j + 3 of every row, or of RowsApart j / 4 * 16 .. + 15 of
-//                        row j % 4. Where factors are for 16 quants, each half of a block may come by itself
+//                        row j % 4. Q3_K: the first halves of all blocks (j = 0 .. 3), then the second ones
 //   scales(b, x)         after the quants
 // and, at any time, super_scales(x), minimum_scales(x), and minima(pair, x) of two neighbouring blocks.
 
