@@ -22,8 +22,9 @@ ROOT = Path(__file__).parent.parent
 # Files that take minutes, longest first. A test process takes whole files: the long ones at the beginning, so that no
 # process is left alone with one at the end.
 LONG = (
-    "test_other_processors", "test_sanitizers", "test_bench_device", "test_cuda_kda", "test_cuda_latent",
-    "test_convert_like_quantize", "test_cuda_backend", "test_cuda_compiles", "test_bench_operators", "test_quant_gemm",
+    "test_other_processors", "test_sanitizers", "test_cuda_latent", "test_cuda_backend", "test_cuda_compiles",
+    "test_convert_like_quantize", "test_bench_device", "test_cuda_kda", "test_verify", "test_bench_cli",
+    "test_macos_compiles",
 )  # fmt: skip
 
 # A shell in the background starts its children with Ctrl-C ignored; the tests send Ctrl-C to theirs.
