@@ -10,8 +10,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pip
 import pytest
+from stand_in_wheel import pip_folder
 
 from kimi_gguf.engine.wheel import record_line
 from kimi_gguf.scripts import prove_wheel
@@ -120,7 +120,7 @@ def write_wheel(folder: Path, name: str, files: dict[str, str], requires: str = 
 def place_with_pip(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """The prefix sees this environment's pip. Packages come from `tmp_path`/packages alone."""
     (packages,) = place.prefix.glob("lib/python*/site-packages")
-    (packages / "pip.pth").write_text(f"{Path(pip.__file__).parents[1]}\n")
+    (packages / "pip.pth").write_text(f"{pip_folder().parent}\n")
     (tmp_path / "packages").mkdir()
     for name, text in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path / "packages"))):
         monkeypatch.setenv(name, text)

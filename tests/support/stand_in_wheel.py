@@ -11,9 +11,8 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
-
-import pip
 
 from kimi_gguf.engine.version import VERSION
 
@@ -31,6 +30,13 @@ def main():
             file.parent.mkdir(exist_ok=True)
             file.touch()
 """
+
+
+def pip_folder() -> Path:
+    """The package pip, which is not imported: setuptools refuses to be imported after it."""
+    found = find_spec("pip")
+    assert found and found.origin
+    return Path(found.origin).parent
 
 
 def write_wheel(checkout: Path, name: str) -> None:
@@ -55,6 +61,6 @@ def make_environment(folder: Path) -> dict[str, str]:
     """Make a virtual environment; the variables with which its `python -m pip` installs into it, without a network."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     (folder / "pip").mkdir()
-    (folder / "pip/pip").symlink_to(Path(pip.__file__).parent)
+    (folder / "pip/pip").symlink_to(pip_folder())
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     return os.environ | {"PATH": path, "PYTHONPATH": str(folder / "pip"), "PIP_NO_INDEX": "1"}
