@@ -20,8 +20,9 @@ from kimi_gguf.convert.model.kimi_linear import published_config
 from kimi_gguf.convert.model.metadata import architecture_keys
 from kimi_gguf.convert.model.tensor_table import Output
 
-# What differs from the published config.json in tests: K-quants require rows of 256.
 EVERY: Final = 4  # of Kimi-Linear and Kimi K3: number of layers per MLA layer
+
+# What differs from the published config.json in tests: K-quants require rows of 256.
 TINY: Final[Config] = {
     "hidden_size": 256,
     "vocab_size": 512,

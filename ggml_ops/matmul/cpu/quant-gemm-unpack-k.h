@@ -47,6 +47,18 @@ template <int BITS, typename To> inline void give_offsets(To & to, int b, Ints f
     }
 }
 
+// Factors of 16 weights, which are signed bytes, and their offsets. scales: those of two blocks in each vector.
+template <int BITS, typename To> inline void give_signed_factors(To & to, const Ints (&scales)[4]) {
+#pragma GCC                                  unroll 8
+    for (int b = 0; b < N_BLOCKS; b++) {
+        const Ints first  = signed_factor_of(scales[b / 2], 2 * (b % 2));
+        const Ints second = signed_factor_of(scales[b / 2], 2 * (b % 2) + 1);
+        to.factors(2 * b, first);
+        to.factors(2 * b + 1, second);
+        give_offsets<BITS>(to, b, first, second);
+    }
+}
+
 // Q2_K. Each half of 128 values: 32 bytes, pair of bits q for values 32q .. 32q + 31; before both, 16 bytes with scales
 // in their low nibbles and minima in their high ones.
 
@@ -152,8 +164,6 @@ inline void load_scales_q3_K(const Rows & rows, size_t at, Ints (&scales)[4]) {
 
 #if QUANT_GEMM_AVX512
 
-template <typename To> inline void give_factors_q3_K(To &, const Ints (&)[4]) {}
-
 // Half `half` of block b of Q3_K: values times scales, -4 .. 3 times -32 .. 31, plus an offset of 124: 0 .. 252. Two
 // neighbours are multiplied as one number of 16 bits. With both offsets added, neither byte carries. values: plus 4.
 template <typename To>
@@ -167,17 +177,6 @@ inline void give_q3_K(To & to, int b, int half, const Ints (&values)[4], const I
 }
 
 #else
-
-template <typename To> inline void give_factors_q3_K(To & to, const Ints (&scales)[4]) {
-#pragma GCC unroll 8
-    for (int b = 0; b < N_BLOCKS; b++) {
-        const Ints first  = signed_factor_of(scales[b / 2], 2 * (b % 2));
-        const Ints second = signed_factor_of(scales[b / 2], 2 * (b % 2) + 1);
-        to.factors(2 * b, first);
-        to.factors(2 * b + 1, second);
-        give_offsets<2>(to, b, first, second);
-    }
-}
 
 template <typename To> inline void give_q3_K(To & to, int b, int half, const Ints (&values)[4], const Ints (&)[4]) {
 #pragma GCC unroll 4
@@ -203,7 +202,9 @@ struct Q3_K {
         const size_t at = block / N_BLOCKS * sizeof(block_q3_K);
         Ints         scales[4];
         load_scales_q3_K(rows, at, scales);
-        give_factors_q3_K(to, scales);
+        if constexpr (!QUANTS_TIMES_FACTORS) {
+            give_signed_factors<2>(to, scales);
+        }
 #pragma GCC unroll 2
         for (int half = 0; half < 2; half++) {
             Ints third[4];
@@ -319,14 +320,7 @@ struct Q6_K {
         const size_t at = block / N_BLOCKS * sizeof(block_q6_K);
         Ints         scales[4];
         rows.load16(at + offsetof(block_q6_K, scales), scales);
-#pragma GCC unroll 8
-        for (int b = 0; b < N_BLOCKS; b++) {
-            const Ints first  = signed_factor_of(scales[b / 2], 2 * (b % 2));
-            const Ints second = signed_factor_of(scales[b / 2], 2 * (b % 2) + 1);
-            to.factors(2 * b, first);
-            to.factors(2 * b + 1, second);
-            give_offsets<5>(to, b, first, second);
-        }
+        give_signed_factors<5>(to, scales);
         for (int part = 0; part < 2; part++) {
             Ints upper[8];
             rows.quants32(at + offsetof(block_q6_K, qh) + 32 * part, upper);
