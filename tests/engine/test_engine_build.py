@@ -213,9 +213,9 @@ def test_an_interrupted_build_leaves_nothing(
 ) -> None:
     with slow_build(tiny, tmp_path) as child:
         child.send_signal(how)
-        _, told = child.communicate(timeout=60)
+        _, printed = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert "Traceback" not in told
+    assert "Traceback" not in printed
     assert names(tiny.cache.engines) == names(tiny.cache.work) == []
     if sys.platform == "linux":
         assert not alive(int((tmp_path / "hangs").read_text()))
@@ -279,10 +279,10 @@ def test_sources_that_were_packed_need_no_archive(tiny: tiny_llama.Tiny, tmp_pat
 
 def test_two_builds_of_one_key_do_not_mix(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
     both = [tiny_llama.start(tmp_path, "build") for _ in range(2)]
-    told = [child.communicate(timeout=120) for child in both]
-    assert [child.returncode for child in both] == [0, 0], told
-    assert told[0][0] == told[1][0]
-    assert sum("compile" in errors for _, errors in told) == 1, told
+    printed = [child.communicate(timeout=120) for child in both]
+    assert [child.returncode for child in both] == [0, 0], printed
+    assert printed[0][0] == printed[1][0]
+    assert sum("compile" in errors for _, errors in printed) == 1, printed
 
 
 def test_a_checkout_is_built_and_not_touched(tiny: tiny_llama.Tiny, tmp_path: Path) -> None:
@@ -419,14 +419,14 @@ def test_the_sources_wait_for_a_running_build_and_say_so(
     building.pinned_source(tiny.pin, tiny.cache, tiny.archive, Silent())
     monkeypatch.setenv("KIMI_GGUF_CACHE", str(tiny.cache.root))
     monkeypatch.setattr(builds, "load_pin", lambda: tiny.pin)
-    told = ""
+    printed = ""
     with ThreadPoolExecutor() as other:
         with building.build_lock(tiny.cache, Silent()):
             waiting = other.submit(builds.upstream_source)
             deadline = time.monotonic() + 30
-            while "waiting" not in told and not waiting.done() and time.monotonic() < deadline:
+            while "waiting" not in printed and not waiting.done() and time.monotonic() < deadline:
                 time.sleep(0.01)
-                told += capsys.readouterr().err
+                printed += capsys.readouterr().err
             assert not waiting.done()
-            assert f"another build is running in {tiny.cache.root}; waiting for it to end" in told
+            assert f"another build is running in {tiny.cache.root}; waiting for it to end" in printed
         assert (waiting.result(timeout=30) / "llama.cpp/LICENSE").is_file()

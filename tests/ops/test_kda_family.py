@@ -89,10 +89,10 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def workers(model: Model, engine: Engine) -> Iterator[dict[str, Worker]]:
     """For each choice a process; other models have others, so that a crash fails only the tests of one."""
     command = "-m", "kimi_gguf.validate.llama_worker"
-    told = {choice: {**engine.environment(), "KIMI_OPS": choice} for choice in CHOICES}
+    environments = {choice: {**engine.environment(), "KIMI_OPS": choice} for choice in CHOICES}
     with (
-        Worker(*command, environment=told["require"]) as require,
-        Worker(*command, environment=told["off"]) as off,
+        Worker(*command, environment=environments["require"]) as require,
+        Worker(*command, environment=environments["off"]) as off,
     ):
         yield {"require": require, "off": off}
 

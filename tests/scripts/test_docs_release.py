@@ -1,5 +1,5 @@
-"""The commands of docs/release.md that sign, check and install a release run as they stand there: with a key and a
-repository of their own, and a wheel of stand-ins."""
+"""The commands of docs/release.md for signing, checking, installing and removing a release are run: with a temporary
+key, a temporary repository, and a wheel with stand-ins for the programs."""
 
 from __future__ import annotations
 
