@@ -284,7 +284,7 @@ def caches_bytes(model: ModelFile, cells: Sequence[Cell], upstream: Sequence[Var
 
 def measure_cell(cell: Cell, places: Mapping[Variant, tuple[Runner, str]], settings: Settings) -> Result:
     """Measure one cell: sample every variant once, then alternate A B A B with the fastest variants of upstream."""
-    sampler = Sampler(cell, places)
+    sampler = Sampler(cell, places, settings.cell_seconds)
     first = {variant: sampler.sample(variant, 1) for variant in places}
     steps = max(1, min(cell.most_steps, int(SAMPLE_SECONDS / first[PATCHED])))
     if steps > 1:  # the first decodes include the first touch of memory: sample again
@@ -311,8 +311,9 @@ def measure_cell(cell: Cell, places: Mapping[Variant, tuple[Runner, str]], setti
 class Sampler:
     """Samples of a cell, and the load of other programs meanwhile."""
 
-    def __init__(self, cell: Cell, places: Mapping[Variant, tuple[Runner, str]]) -> None:
-        self._cell, self._places = cell, places
+    def __init__(self, cell: Cell, places: Mapping[Variant, tuple[Runner, str]], seconds: float) -> None:
+        """seconds: after this time a disturbed sample is not repeated."""
+        self._cell, self._places, self._seconds = cell, places, seconds
         self._own = {process.pid for process, _ in places.values()}
         self._taken: list[Attempt[dict[str, Any]]] = []
 
@@ -328,7 +329,7 @@ class Sampler:
             warm=cell.warm,
             threads=cell.threads,
         )
-        self._taken.append(undisturbed(run, cell.threads, self._own))
+        self._taken.append(undisturbed(run, cell.threads, self._own, self._seconds))
         seconds: list[float] = self._taken[-1].answer["seconds"]
         return sum(seconds) / len(seconds)
 

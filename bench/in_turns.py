@@ -94,7 +94,7 @@ def measure_once(
             logits[state] = LogitsAfterState(cell, {}, logits_of(place, runners.threads, empty=True))
         if variant not in logits[state].rows:
             logits[state].rows[variant] = logits_of(place, runners.threads)
-    sampler = Sampler(cell, {variant: place})
+    sampler = Sampler(cell, {variant: place}, settings.cell_seconds)
     first = sampler.sample(variant, 1)
     if first < LONG:
         found.steps = max(1, min(cell.most_steps, int(min(SECONDS, settings.cell_seconds) / first)))

@@ -6,6 +6,7 @@ Source: proc(5), stat, pid/stat and pid/status. On systems without /proc both ar
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Collection
@@ -75,18 +76,22 @@ class Attempt(Generic[Answer]):
     disturbance: float | None  # CPU seconds of other work; None: unknown
 
 
-def undisturbed(action: Callable[[], Answer], threads: int, own: Collection[int] = ()) -> Attempt[Answer]:
+def undisturbed(
+    action: Callable[[], Answer], threads: int, own: Collection[int] = (), seconds: float = math.inf
+) -> Attempt[Answer]:
     """Run an action, and repeat it while other work disturbs it, at most PATIENCE times.
 
     threads: of the action; other work disturbs it if there are too few cores for both.
     own: processes that work for the action, in addition to this process and the children that it waits for.
+    seconds: after this time it is not repeated.
     """
     spare = max(0, (os.cpu_count() or 1) - threads)
+    until = time.monotonic() + seconds
     for _ in range(PATIENCE):
         watch, began = Watch(own), time.monotonic()
         answer = action()
         others, took = watch.others(), time.monotonic() - began
         disturbance = None if others is None else max(0.0, (others - spare) * took - TICKS)
-        if disturbance is None or disturbance <= DISTURBED * took:
+        if disturbance is None or disturbance <= DISTURBED * took or time.monotonic() >= until:
             break
     return Attempt(answer, took, disturbance)

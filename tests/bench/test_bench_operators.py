@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 from pathlib import Path
 
@@ -113,23 +114,29 @@ def test_other_work_is_noticed_and_our_own_is_not(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("cores", "threads", "others", "kept"),
+    ("cores", "threads", "others", "limit", "kept"),
     [
-        (4, 4, [1.0, 0.5, 0.0], 2),
-        (8, 2, [5.0], 0),  # other work runs on other cores
-        (8, 4, [5.0] * PATIENCE, PATIENCE - 1),
+        (4, 4, [1.0, 0.5, 0.0], math.inf, 2),
+        (8, 2, [5.0], math.inf, 0),  # other work runs on other cores
+        (8, 4, [5.0] * PATIENCE, math.inf, PATIENCE - 1),
+        (4, 4, [1.0, 0.5, 0.0], 0.5, 0),
     ],
-    ids=["until undisturbed", "enough cores", "the last one"],
+    ids=["until undisturbed", "enough cores", "the last one", "until the time is over"],
 )
 def test_a_disturbed_sample_is_repeated(
-    cores: int, threads: int, others: list[float], kept: int, monkeypatch: pytest.MonkeyPatch
+    cores: int,
+    threads: int,
+    others: list[float],
+    limit: float,
+    kept: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """others: cores that other work uses during each sample of one second."""
     seen, samples, seconds = iter(others), itertools.count(), itertools.count(0.0)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     monkeypatch.setattr(Watch, "others", lambda _self: next(seen))
     monkeypatch.setattr("kimi_gguf.bench.load.time.monotonic", lambda: next(seconds))
-    attempt = undisturbed(lambda: next(samples), threads)
+    attempt = undisturbed(lambda: next(samples), threads, seconds=limit)
     assert attempt.answer == kept
     spare = max(0.0, others[kept] - (cores - threads))
     assert attempt.disturbance == pytest.approx(max(0.0, spare * attempt.took - TICKS))

@@ -2,14 +2,15 @@
 
 Which type each tensor gets is compared for every type on each of three random checkpoints, with and without an
 importance matrix, from what both say without quantizing (--dry-run). All keys and all tensors in their order, and the
-whole data section, are compared for every type on one checkpoint without and on another one with an importance matrix
-(`scripts/test --full`: on all), and with each of llama-quantize's own options.
+whole data section, are compared for every type on one checkpoint without and on another one with an importance matrix,
+and with each of llama-quantize's own options on one checkpoint (`scripts/test --full`: all of them on all).
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,17 @@ def test_every_type(
     assert_alike(upstream, case, tmp_path, kind, *given(options, case))
 
 
+def in_turns(values: Sequence[Any]) -> list[Any]:
+    """Each value with one checkpoint, in turns; with the others by `--full` only. Values that are tuples are joined."""
+    found = []
+    for number, value in enumerate(values):
+        for index, name in enumerate(SPECS):
+            marks = () if number % len(SPECS) == index else pytest.mark.full
+            words = f"{value[0]} {' '.join(value[1])}" if isinstance(value, tuple) else value
+            found.append(pytest.param(value, name, id=f"{words} {name}", marks=marks))
+    return found
+
+
 OPTIONS = [
     ("Q4_K_M", ("--output-tensor-type", "q8_0", "--token-embedding-type", "Q5_1")),
     ("Q2_K", ("--tensor-type", "ATTN_V=q8_0", "--tensor-type", r"blk\.[0-3]\.ffn_down=bf16")),
@@ -164,19 +176,22 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("kind, options", OPTIONS, ids=[f"{kind} {' '.join(o)}" for kind, o in OPTIONS])
-def test_options(upstream: Engine, tmp_path: Path, case: Case, kind: str, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("chosen", "case"), in_turns(OPTIONS), indirect=["case"])
+def test_options(upstream: Engine, tmp_path: Path, case: Case, chosen: tuple[str, tuple[str, ...]]) -> None:
+    kind, options = chosen
     assert_alike(upstream, case, tmp_path, kind, *options)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "IQ4_NL", "Q3_K_M", "IQ3_XXS"])
+@pytest.mark.parametrize(
+    ("kind", "case"), in_turns(["Q4_0", "Q5_0", "IQ4_NL", "Q3_K_M", "IQ3_XXS"]), indirect=["case"]
+)
 def test_importances_of_some_tensors_only(upstream: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     some = tmp_path / "some.gguf"
     write_imatrix(some, case.bf16, every=3)
     assert_alike(upstream, case, tmp_path, kind, "--imatrix", str(some))
 
 
-@pytest.mark.parametrize("kind", ["Q4_K_M", "Q2_K"])
+@pytest.mark.parametrize(("kind", "case"), in_turns(["Q4_K_M", "Q2_K"]), indirect=["case"])
 def test_importances_in_the_older_form(upstream: Engine, tmp_path: Path, case: Case, kind: str) -> None:
     legacy = tmp_path / "imatrix.dat"
     write_legacy_imatrix(legacy, case.bf16)

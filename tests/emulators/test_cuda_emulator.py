@@ -35,9 +35,8 @@ def test_without_conversions_of_the_processor(tmp_path: Path) -> None:
     assert (ended.returncode, ended.stdout) == (0, "all as it should be\n"), ended.stderr
 
 
-@pytest.mark.parametrize(
-    "name", ["emulator-features", pytest.param("emulator-matrices", marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["emulator-features", "emulator-matrices"])
 def test_on_arm(name: str, tmp_path: Path) -> None:
     """The other implementation of fiber switches, under qemu."""
     prefix = "aarch64-linux-gnu"

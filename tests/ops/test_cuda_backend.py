@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_program import GGML_OPTIONS, NATIVE, OPERATORS, SHARED
+from cuda_program import GGML_OPTIONS, HOPPER, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
@@ -54,14 +54,23 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
     include, system = [KDA_FOLDER, LATENT], [ggml / "include", ggml / "src", upstream]
-    kernels = [source for each in include for source in sorted(each.glob("*.cu"))]
-    objects = compile_objects(
-        [*kernels, NATIVE.parent / "second_backend.cpp"],
-        folder / "ours",
-        include=[*include, *SHARED],
-        system=system,
-        options=["-Werror", *GGML_OPTIONS],
-    )
+    glue = LATENT / "latent-ggml.cu"
+    objects = []
+    for name, sources, chosen in (
+        ("kda", [*sorted(KDA_FOLDER.glob("*.cu")), glue, NATIVE.parent / "second_backend.cpp"], []),
+        (
+            "latent",
+            sorted({*LATENT.glob("*.cu")} - {glue}),
+            HOPPER,
+        ),  # test_cuda_latent.py has the same objects
+    ):
+        objects += compile_objects(
+            sources,
+            folder / name,
+            include=[*include, *SHARED],
+            system=system,
+            options=["-Werror", *GGML_OPTIONS, *chosen],
+        )
     aside = [f"-Dggml_cuda_{prefix}{name}=aside_{prefix}{name}" for name in ASIDE for prefix in ("", "op_")]
     for name, sources, chosen in (
         ("device", [NATIVE / "second_cuda.cu"], []),
@@ -263,8 +272,10 @@ FIRST_DECOMPRESSED = {
 
 @pytest.mark.parametrize(
     ("cache_type", "operators", "capability"),
-    FIRST_DECOMPRESSED,
-    ids=[" ".join(k) for k in FIRST_DECOMPRESSED],
+    [
+        pytest.param(*key, id=" ".join(key), marks=pytest.mark.full if key == ("F16", "", "890") else ())
+        for key in FIRST_DECOMPRESSED
+    ],
 )
 def test_many_queries_take_the_decompressed_form(
     cache_type: str,
@@ -327,8 +338,15 @@ ERROR_OF_CACHE = {
 }  # NMSE; with Q8_0 a value at a boundary is rounded the other way
 
 
-@pytest.mark.parametrize("placed", PLACED)
-@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+@pytest.mark.parametrize(
+    ("spec", "placed"),
+    [
+        pytest.param(spec, placed, id=f"{spec.id}-{placed}", marks=pytest.mark.full if slow else ())
+        for spec in ON_DEVICES
+        for placed in PLACED
+        for slow in [spec.heads > 32 and "expanded" in placed]
+    ],
+)
 def test_the_family_on_the_device(
     spec: FamilySpec, placed: str, backend: Path, engine: Engine, tmp_path: Path
 ) -> None:
@@ -410,8 +428,17 @@ EXPERTS_ON_THE_CPU: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("operators", ["require", "exact,require"])
-@pytest.mark.parametrize("placement", EXPERTS_ON_THE_CPU)
+@pytest.mark.parametrize(
+    ("placement", "operators"),
+    [
+        ("n-cpu-moe", "exact,require"),
+        ("override-tensor", "require"),
+        ("override-tensor, long batches", "require"),
+        pytest.param("n-cpu-moe", "require", marks=pytest.mark.full),
+        pytest.param("override-tensor", "exact,require", marks=pytest.mark.full),
+        pytest.param("override-tensor, long batches", "exact,require", marks=pytest.mark.full),
+    ],
+)
 def test_experts_on_the_cpu(
     placement: str, operators: str, backend: Path, published: Path, engine: Engine, tmp_path: Path
 ) -> None:

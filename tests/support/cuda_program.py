@@ -15,6 +15,8 @@ from kimi_gguf.scripts.cuda_check import patched_ggml
 
 NATIVE = native_program.NATIVE / "cuda"
 SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
+# Kernels are launched early, as on a device of compute capability 9.0.
+HOPPER = ["-D__CUDA_ARCH__=900", "-DCUDART_VERSION=13000"]
 GGML_OPTIONS = [
     "-DGGML_CUDA_NO_VMM",
     "-Wno-unused-function",
@@ -30,17 +32,23 @@ def compile_cuda(
     options: Sequence[str] = (),
     link: Sequence[str] = (),
     compiler: str | None = None,
-    **others: Any,
+    others: tuple[Sequence[Path], Sequence[str]] = ((), ()),
+    **rest: Any,
 ) -> Path:
-    """Compile as compile_objects and link; #include "…" also finds files in SHARED."""
-    objects = compile_objects(
-        sources,
-        program.with_suffix(".work"),
-        include=[*include, *SHARED],
-        options=["-Werror", *GGML_OPTIONS, *options],
-        compiler=compiler,
-        **others,
-    )
+    """Compile as compile_objects and link; #include "…" also finds files in SHARED.
+
+    others: more sources, and their options.
+    """
+    objects = []
+    for number, (files, chosen) in enumerate(((sources, options), others)):
+        objects += compile_objects(
+            files,
+            program.with_suffix(f".work{number}"),
+            include=[*include, *SHARED],
+            options=["-Werror", *GGML_OPTIONS, *chosen],
+            compiler=compiler,
+            **rest,
+        )
     return link_program(objects, program, link=link, compiler=compiler)
 
 

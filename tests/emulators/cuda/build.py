@@ -71,7 +71,9 @@ def compile_objects(
     for path in system:
         folders += ["-isystem", str(path)]
     checks = [f"-fsanitize={','.join(CHECKS)}", f"-fno-sanitize-recover={','.join(CHECKS)}"]
-    checks += ["-fsanitize=thread", "-fno-threadsafe-statics"] if races else []
+    checks += (
+        ["-fsanitize=thread", "-fno-threadsafe-statics", "-O1"] if races else []
+    )  # -O2 takes long to compile
 
     def compile_one(number: int, source: Path) -> Path:
         kernel = source.suffix == ".cu"

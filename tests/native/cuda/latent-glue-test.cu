@@ -31,13 +31,11 @@ static bool taken(const LatentShape & shape, int capability = 800, int n_kv_max 
     return yes;
 }
 
-// Whether 40 queries of 2 heads are computed on a cache of this length; only sizes, no data.
-static bool taken_if_long(ggml_type type, int64_t n_keys, int64_t n_streams) {
-    standin_capability = 1200;
-    LatentShape shape  = LatentShape().with(40, 70);
-    shape.cache        = type;
-    shape.n_heads      = 2;
-    shape.n_streams    = n_streams;
+// The same from the node's sizes alone: nothing is computed, and there is data for a few keys only.
+static bool offered(LatentShape shape, int capability = 800) {
+    standin_capability   = capability;
+    const int64_t n_keys = shape.n_keys;
+    shape.n_keys         = 70;
     LatentCase    attention(shape);
     ggml_tensor * node = attention.node();
     for (const int source : { 1, 2 }) {
@@ -90,31 +88,41 @@ static void test_absorbed() {
         for (const int capability : { 800, 860, 890, 900, 1000, 1200 }) {
             const bool data_centre = capability == 800 || capability == 900 || capability == 1000;
             const int  from        = data_centre ? 8193 : 12289;
-            CHECK(taken(shape.with(1, from), capability));
-            CHECK(!taken(shape.with(1, from - 1), capability));
-            CHECK(!taken(with_heads(shape.with(1, from), 33), capability));
-            CHECK(!taken(shape.with(33, from), capability));
+            CHECK(offered(shape.with(1, from), capability));
+            CHECK(!offered(shape.with(1, from - 1), capability));
+            CHECK(!offered(with_heads(shape.with(1, from), 33), capability));
+            CHECK(!offered(shape.with(33, from), capability));
         }
+        CHECK(taken(shape.with(1, 8193), 900));
+        CHECK(!taken(shape.with(1, 8193), 1200));
     }
+    const LatentShape bf16 = with_cache(with_heads(one.with(1, 8193), 1), GGML_TYPE_BF16);
     for (const int capability : { 800, 900, 1000, 1030 }) {  // data centre
-        CHECK(taken(with_heads(with_cache(one.with(1, 8193), GGML_TYPE_BF16), 1), capability));
+        CHECK(offered(bf16, capability));
     }
     for (const int capability : { 860, 870, 890, 1100, 1200 }) {
-        CHECK(!taken(with_heads(with_cache(one.with(1, 8193), GGML_TYPE_BF16), 1), capability));
+        CHECK(!offered(bf16, capability));
     }
-    CHECK(!taken(with_heads(with_cache(one.with(33, 8193), GGML_TYPE_BF16), 1)));
-    CHECK(!taken(with_heads(with_cache(one.with(1, 8192), GGML_TYPE_BF16), 1)));
-    CHECK(!taken(with_heads(with_cache(one.with(1, 65535), GGML_TYPE_F32), 1)));
-    CHECK(!taken(with_heads(with_cache(one.with(1, 65536), GGML_TYPE_F32), 1), 890));
-    CHECK(taken(with_heads(with_cache(one.with(1, 65536), GGML_TYPE_F32), 1)));
+    CHECK(taken(bf16));
+    CHECK(!offered(bf16.with(33, 8193)));
+    CHECK(!offered(bf16.with(1, 8192)));
+    const LatentShape f32 = with_cache(bf16, GGML_TYPE_F32);
+    CHECK(!offered(f32.with(1, 65535)));
+    CHECK(!offered(f32.with(1, 65536), 890));
+    CHECK(offered(f32.with(1, 65536)));
     CHECK(!taken(with_cache(one, GGML_TYPE_F16)));
 
     // where upstream's copy in F16 would take more than 128 MiB: 2 * 576 bytes per key
+    const auto long_one = [](ggml_type type, int64_t n_keys, int64_t n_streams) {
+        LatentShape shape = with_heads(with_cache(LatentShape().with(40, n_keys), type), 2);
+        shape.n_streams   = n_streams;
+        return offered(shape, 1200);
+    };
     for (const ggml_type type : { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-        CHECK(!taken_if_long(type, 116508, 1) && taken_if_long(type, 116509, 1));
-        CHECK(!taken_if_long(type, 58254, 2) && taken_if_long(type, 58255, 2));
+        CHECK(!long_one(type, 116508, 1) && long_one(type, 116509, 1));
+        CHECK(!long_one(type, 58254, 2) && long_one(type, 58255, 2));
     }
-    CHECK(!taken_if_long(GGML_TYPE_BF16, 116509, 1) && !taken_if_long(GGML_TYPE_F16, 116509, 1));
+    CHECK(!long_one(GGML_TYPE_BF16, 116509, 1) && !long_one(GGML_TYPE_F16, 116509, 1));
 
     // wherever they are more accurate
     LatentShape more = exact(with_heads(one.with(9, 70), 2));
