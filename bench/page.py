@@ -33,7 +33,7 @@ patched build and the day. If several of them measured the same cell, the last o
 
 {machine}. llama.cpp {commit} of {package}, upstream and patched ({builds}) built from the
 same archive with the same options by {compiler}. Measured {when} with kimi-gguf
-at {checkouts}. Builds of later commits contain later patches.
+at {checkouts}. {dirty}Builds of later commits contain later patches.
 
 Each build has its own process with the model loaded. The processes alternate in one run (A B B A); the idle one is
 stopped. Figures are medians ± the median absolute deviation. Upstream: the fastest of `--repack 0/1` and flash
@@ -55,7 +55,7 @@ patched build and the day. If several of them measured the same cell, the last o
 
 {device} ({name}, {memory:.0f} GiB; driver {driver}) in a machine with {machine}. kimi-gguf at {checkouts}; llama.cpp
 {commit} of {package}, upstream and patched ({builds}) built from the same archive with the same options for
-{backend} by {compilers}. Measured {when}.
+{backend} by {compilers}. {dirty}Measured {when}.
 
 Each build has its own process with all layers on the device. The processes alternate in one run (A B B A); the idle
 one is stopped. Figures are medians ± the median absolute deviation. Upstream: the faster of flash attention on/off, for
@@ -72,6 +72,7 @@ DEVICE_PEAKS = """\
 *% of roofline*: the least possible time divided by the time of patched. The least time is the sum over weights,
 attention and recurrence of bytes / copy rate or multiply-adds / rate of the fastest large matmul, whichever is longer,
 with the rates of upstream's ggml on this device. In parentheses: what bounds most of this time."""
+DIRTY = "`-dirty`: that commit with changes that were not committed. "
 NO_DEVICE_PEAKS = "The device's peak rates were not measured."
 
 
@@ -298,6 +299,7 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
     machine, engine, device = record["machine"], record["engines"]["patched"], record.get("device")
     by_age = sorted(records, key=lambda each: str(each["created"]))
     days = sorted({str(each["created"])[:10] for each in records})
+    checkouts = ", ".join(dict.fromkeys(map(checkout, by_age)))
     memory = f", {machine['memory_gib']} GiB" if machine["memory_gib"] and not device else ""
     compilers = {name: str(found).rpartition(": ")[2] for name, found in sorted(engine["compilers"].items())}
     facts = {
@@ -307,7 +309,8 @@ def introduction(record: Data, records: Sequence[Data]) -> str:
         "builds": ", ".join(sorted({str(each["engines"]["patched"]["commit"]) for each in records})),
         "made_by": MADE_BY,
         "switch": record["switch"],
-        "checkouts": ", ".join(dict.fromkeys(map(checkout, by_age))),
+        "checkouts": checkouts,
+        "dirty": DIRTY if "-dirty" in checkouts else "",
         "when": days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}",
     }
     if not device:

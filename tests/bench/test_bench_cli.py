@@ -266,6 +266,13 @@ def test_other_work_marks_the_ratio_and_leaves_the_cell_s_name(tmp_path: Path) -
     assert "* other work was running on the machine" in text
 
 
+def test_a_page_says_what_a_changed_checkout_is_called(tmp_path: Path) -> None:
+    said = "at 0123456789-dirty. `-dirty`: that commit with changes that were not committed. Builds"
+    for checkout, expected in (("0123456789-dirty", said), ("0123456789", "at 0123456789. Builds")):
+        write_page([record("2026-01-01", 2.0) | {"checkout": checkout}], tmp_path / "page.md")
+        assert expected in (tmp_path / "page.md").read_text()
+
+
 def test_a_page_names_cells_that_were_not_measured_with_the_reason(tmp_path: Path) -> None:
     made = record("2026-01-01", 2.0)
     (model,) = made["models"]
