@@ -237,9 +237,9 @@ OUTPUT_SCORE: Final = _score("model.output_attn_res", "output_res_score.weight")
 PREFIX: Final = "language_model."
 _EXPERT: Final = r"(?P<expert>model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w[123]\.weight)"
 RULES: Final = (
-    Rule(r"(?P<name>.+)", rf"{PREFIX}\g<name>"),
+    Rule(r"(?P<name>.+)", f"{PREFIX}{{name}}"),
     *(
-        Rule(_EXPERT, rf"{prefix}\g<expert>_packed", scales=rf"{prefix}\g<expert>_scale")
+        Rule(_EXPERT, f"{prefix}{{expert}}_packed", scales=f"{prefix}{{expert}}_scale")
         for prefix in (PREFIX, "")
     ),
 )

@@ -141,16 +141,16 @@ _EXPERT: Final = _MOE + r"experts\.(?P<e>\d+)\."
 
 RULES: Final = (
     # transformers' save_pretrained: every FFN under block_sparse_moe
-    Rule(_LAYER + r"mlp\.(?P<rest>(gate|up|down)_proj\.weight)", r"\g<layer>.block_sparse_moe.\g<rest>"),
+    Rule(_LAYER + r"mlp\.(?P<rest>(gate|up|down)_proj\.weight)", "{layer}.block_sparse_moe.{rest}"),
     # transformers' in-memory names
-    Rule(_MOE + r"(?P<rest>(gate|shared_experts)\..+)", r"\g<layer>.mlp.\g<rest>"),
-    Rule(_EXPERT + r"(?P<rest>w[123]\.weight)", r"\g<layer>.mlp.experts.\g<e>.\g<rest>"),
-    Rule(_EXPERT + r"w1\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
-    Rule(_EXPERT + r"w3\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
-    Rule(_EXPERT + r"w2\.weight", r"\g<layer>.mlp.experts.down_proj", experts=True),
-    Rule(_ATTN + r"(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)", r"\g<layer>.self_attn.forget_gate.\g<rest>"),
+    Rule(_MOE + r"(?P<rest>(gate|shared_experts)\..+)", "{layer}.mlp.{rest}"),
+    Rule(_EXPERT + r"(?P<rest>w[123]\.weight)", "{layer}.mlp.experts.{e}.{rest}"),
+    Rule(_EXPERT + r"w1\.weight", "{layer}.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
+    Rule(_EXPERT + r"w3\.weight", "{layer}.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
+    Rule(_EXPERT + r"w2\.weight", "{layer}.mlp.experts.down_proj", experts=True),
+    Rule(_ATTN + r"(?P<rest>f_[ab]_proj\.weight|dt_bias|A_log)", "{layer}.self_attn.forget_gate.{rest}"),
     *(
-        Rule(_ATTN + rf"{x}_conv1d\.weight", r"\g<layer>.self_attn.conv1d.weight", part=(i, 3))
+        Rule(_ATTN + rf"{x}_conv1d\.weight", "{layer}.self_attn.conv1d.weight", part=(i, 3))
         for i, x in enumerate("qkv")
     ),
 )

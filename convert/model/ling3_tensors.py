@@ -63,25 +63,25 @@ LAYERS: Final = (
 _LAYER: Final = r"(?P<layer>model\.layers\.\d+)\."
 _ATTN: Final = _LAYER + r"attention\."
 _EXPERT: Final = _LAYER + r"mlp\.experts\.(?P<e>\d+)\."
-_SELF: Final = r"\g<layer>.self_attn."
+_SELF: Final = "{layer}.self_attn."
 _SAME: Final = (  # under `attention` and `self_attn` alike
     r"([qkvbg]_proj|q_[ab]_proj|kv_a_proj_with_mqa|kv_b_proj|o_norm|o_proj|q_a_layernorm|kv_a_layernorm)\.weight"
 )
 
 RULES: Final = (
     # transformers' save_pretrained
-    Rule(_ATTN + r"o_proj\.weight", r"\g<layer>.attention.dense.weight"),
+    Rule(_ATTN + r"o_proj\.weight", "{layer}.attention.dense.weight"),
     # transformers' in-memory names
     Rule(r"model\.word_embeddings\.weight", "model.embed_tokens.weight"),
-    Rule(_ATTN + rf"(?P<rest>{_SAME})", _SELF + r"\g<rest>"),
+    Rule(_ATTN + rf"(?P<rest>{_SAME})", _SELF + "{rest}"),
     Rule(_ATTN + r"dense\.weight", _SELF + "o_proj.weight"),
-    Rule(_ATTN + r"(?P<rest>f_proj\.weight|dt_bias|A_log)", _SELF + r"forget_gate.\g<rest>"),
+    Rule(_ATTN + r"(?P<rest>f_proj\.weight|dt_bias|A_log)", _SELF + "forget_gate.{rest}"),
     *(
         Rule(_ATTN + rf"{x}_conv1d\.weight", _SELF + "conv1d.weight", part=(i, 3))
         for i, x in enumerate("qkv")
     ),
-    Rule(_LAYER + r"mlp\.gate\.expert_bias", r"\g<layer>.mlp.gate.e_score_correction_bias"),
-    Rule(_EXPERT + r"gate_proj\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
-    Rule(_EXPERT + r"up_proj\.weight", r"\g<layer>.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
-    Rule(_EXPERT + r"down_proj\.weight", r"\g<layer>.mlp.experts.down_proj", experts=True),
+    Rule(_LAYER + r"mlp\.gate\.expert_bias", "{layer}.mlp.gate.e_score_correction_bias"),
+    Rule(_EXPERT + r"gate_proj\.weight", "{layer}.mlp.experts.gate_up_proj", experts=True, part=(0, 2)),
+    Rule(_EXPERT + r"up_proj\.weight", "{layer}.mlp.experts.gate_up_proj", experts=True, part=(1, 2)),
+    Rule(_EXPERT + r"down_proj\.weight", "{layer}.mlp.experts.down_proj", experts=True),
 )

@@ -5,6 +5,7 @@ The checkpoints are sparse files of zeros, except for one expert; outputs are ha
 
 from __future__ import annotations
 
+import cProfile
 import hashlib
 import json
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from convert_tools import assert_upstreams_tensors, convert, split_safetensors, upstream_convert
 from random_k3 import PREFIX, K3Spec, write_checkpoint
 
+from kimi_gguf.convert.model.kimi_k3 import RULES
+from kimi_gguf.convert.model.layouts import places
 from kimi_gguf.scripts import measure_k3
 from kimi_gguf.scripts.synthetic_checkpoint import K3_SHARDS, k3_config, num_bytes, tensors, write_synthetic
 from kimi_gguf.scripts.upstream_converter import Job
@@ -62,6 +65,21 @@ def test_the_published_tensors_and_bytes() -> None:
     assert len({name for name, _, _ in every}) == 497_220 - 168
     experts = sum(num_bytes(info) for info in every if "_packed" in info[0] or "_scale" in info[0])
     assert experts == 92 * 896 * 3 * 3072 * 3584 // 32 * 17
+
+
+def test_a_tensor_s_places_are_found_in_few_calls() -> None:
+    """A plan needs the places of half a million tensors. Templates of `re` are parsed each time, in 400 calls."""
+    name, profile = "model.layers.3.block_sparse_moe.experts.895.w2.weight", cProfile.Profile()
+    places(RULES, name, (64, 32), 896)  # compiles the rules
+    found = profile.runcall(places, RULES, name, (64, 32), 896)
+    prefixed = f"language_model.{name}"
+    assert [(place.stored, place.scales) for place in found] == [
+        (name, None),
+        (prefixed, None),
+        (f"{prefixed}_packed", f"{prefixed}_scale"),
+        (f"{name}_packed", f"{name}_scale"),
+    ]
+    assert sum(entry.callcount for entry in profile.getstats()) < 100
 
 
 @pytest.mark.parametrize(
