@@ -180,10 +180,10 @@ def _differences(facts: Mapping[str, object]) -> Iterator[str]:
 
 
 def _checks(files: Sequence[CardFile]) -> str:
-    report = files[0].report
+    basis = files[0].report.basis
     lines = [
         "`validate-kimi` compared all tensors with the checkpoint, and llama.cpp's logits with a "
-        f"{plain(report.precision)} PyTorch reference at every position (cache {plain(report.cache_type)}). The gates "
+        f"{plain(basis.precision)} PyTorch reference at every position (cache {plain(basis.cache_type)}). The gates "
         "are limits for the type of the file. Each report has the limits, the figures, and the hashes of all inputs."
     ]
     unchecked = [

@@ -96,12 +96,13 @@ def card_files(
             made, elements = made_of(earlier, request.gguf, each), facts["elements_by_type"]
             keys = dict(model.keys)
         files.append(CardFile(request.gguf, keys, parts, made, elements=elements, report=report))
-    if len({file.report.ids_sha256 for file in files}) > 1:
-        first, other = files[0], next(f for f in files if f.report.ids_sha256 != files[0].report.ids_sha256)
-        raise ValidateError(
-            f"{other.path}: expected the tokens of {first.path.name} for the same text, found others",
-            todo="convert both files with the same tokenizer",
-        )
+    first = files[0]
+    for other in files:
+        if other.report.basis.ids_sha256 != first.report.basis.ids_sha256:
+            raise ValidateError(
+                f"{other.path}: expected the tokens of {first.path.name} for the same text, found others",
+                todo="convert both files with the same tokenizer",
+            )
     return files
 
 
@@ -118,10 +119,10 @@ def _is_of(report: Stored, request: Request, facts: Facts, checkpoint: list[str]
     same = (
         (report.sha256, facts["sha256"]),
         (report.bytes, facts["bytes"]),
-        (report.checkpoint_sha256, checkpoint),
-        (report.ids_sha256, ids_sha256),
-        (report.cache_type, request.options.cache_type),
-        (report.precision, str(request.dtype).removeprefix("torch.")),
+        (report.basis.checkpoint_sha256, tuple(checkpoint)),
+        (report.basis.ids_sha256, ids_sha256),
+        (report.basis.cache_type, request.options.cache_type),
+        (report.basis.precision, str(request.dtype).removeprefix("torch.")),
     )
     return all(found == expected for found, expected in same)
 

@@ -338,7 +338,7 @@ def _show(words: Sequence[str]) -> int:
     if not console.is_terminal:
         console.width = 160
     console.print(table)
-    if len({each.ids_sha256 for each in reports}) > 1:
+    if len({each.basis.ids_sha256 for each in reports}) > 1:
         print("The reports are of different tokens: their figures cannot be compared.")
     return PASSED if all(each.passed for each in reports) else GATE_FAILED
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kimi_gguf.convert.output.model_card import Figures
+from kimi_gguf.convert.output.card_folder import basis_of
+from kimi_gguf.convert.output.model_card import Basis, Figures
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.measure import Curves
 from kimi_gguf.validate.metrics import LayerError, Summary
@@ -41,7 +42,7 @@ class Stored:
     """The parts of a report that are compared with other reports."""
 
     path: Path
-    schema: str
+    basis: Basis
     created: str
     passed: bool
     gates: list[bool]  # whether each passed
@@ -50,13 +51,9 @@ class Stored:
     sha256: str
     type: str
     checkpoint: str
-    checkpoint_sha256: list[str]  # config first, then the weights
-    ids_sha256: str
     tokens: int
     source: str  # of the tokens
     engine: str  # kimi-gguf and llama.cpp that made the report
-    precision: str
-    cache_type: str
     floor: Summary
     runs: list[StoredRun]
     unchecked: list[str]
@@ -68,8 +65,7 @@ class Stored:
     @property
     def figures(self) -> Figures:
         """What decides whether the file is recommended."""
-        basis = (self.schema, self.ids_sha256, self.precision, self.cache_type, *self.checkpoint_sha256)
-        return Figures(self.headline.all.kld_mean, self.passed, basis)
+        return Figures(self.headline.all.kld_mean, self.passed, self.basis)
 
 
 def printable(text: str) -> str:
@@ -107,7 +103,7 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         raise ValueError("runs: expected at least one, found none")
     return Stored(
         path=path,
-        schema=_as(str, data["schema"]),
+        basis=basis_of(data),
         created=_as(str, data["created"]),
         passed=_as(bool, data["passed"]),
         gates=[_as(bool, gate["passed"]) for gate in data["gates"]],
@@ -116,13 +112,9 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         sha256=_as(str, gguf["sha256"]),
         type=_as(str, gguf["type"]),
         checkpoint=_as(str, checkpoint["name"]),
-        checkpoint_sha256=[_as(str, file["sha256"]) for file in checkpoint["files"]],
-        ids_sha256=_as(str, ids["sha256"]),
         tokens=_as(int, ids["count"]),
         source=_as(str, ids["source"]),
         engine=_engine(data),
-        precision=_as(str, data["reference"]["precision"]),
-        cache_type=_as(str, data["options"]["cache_type"]),
         floor=_summary(data["noise_floor"]),
         runs=runs,
         unchecked=[_as(str, each) for each in data.get("unchecked", [])],

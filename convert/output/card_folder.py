@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.output.model_card import (
     REPORTS,
+    Basis,
     Figures,
     Listed,
     Made,
@@ -91,20 +92,30 @@ def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | Non
             return None
         report = json.loads(file.read_text(encoding="utf-8"))
         gguf, kld = report["gguf"], report["runs"][0]["all"]["kld_mean"]
-        basis = (
-            *(report["schema"], report["ids"]["sha256"], report["reference"]["precision"]),
-            *(report["options"]["cache_type"], *(each["sha256"] for each in report["checkpoint"]["files"])),
-        )
         if (
             gguf.get("files_sha256", [gguf["sha256"]]) != list(hashes)
             or type(kld) not in (int, float)
             or not 0 <= kld < math.inf
-            or not all(isinstance(each, str) for each in basis)
         ):
             return None
-        return Figures(float(kld), report["passed"] is True, basis)
+        return Figures(float(kld), report["passed"] is True, basis_of(report))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None  # not a report
+
+
+def basis_of(report: Mapping[str, Any]) -> Basis:
+    """The basis of a report.json of any schema. Raises `LookupError` or `TypeError` for other data."""
+    basis = Basis(
+        schema=report["schema"],
+        ids_sha256=report["ids"]["sha256"],
+        precision=report["reference"]["precision"],
+        cache_type=report["options"]["cache_type"],
+        checkpoint_sha256=tuple(file["sha256"] for file in report["checkpoint"]["files"]),
+    )
+    for text in (*basis.checkpoint_sha256, basis.schema, basis.ids_sha256, basis.precision, basis.cache_type):
+        if not isinstance(text, str):
+            raise TypeError(f"expected a text, found {text!r:.40}")
+    return basis
 
 
 def may_be_of(keys: Mapping[str, object], others: Mapping[str, object]) -> bool:

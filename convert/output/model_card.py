@@ -90,12 +90,23 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What reports have in common if their figures can be compared."""
+
+    schema: str
+    ids_sha256: str  # of the tokens
+    precision: str  # of the reference
+    cache_type: str
+    checkpoint_sha256: tuple[str, ...]  # config first, then the weights
+
+
+@dataclass(frozen=True)
 class Figures:
     """The main figures of a report."""
 
     kld: float  # mean KLD, in nats
     passed: bool  # all gates
-    basis: tuple[str, ...]  # tokens, checkpoint and so on; only figures of an equal basis can be compared
+    basis: Basis
 
 
 @dataclass(frozen=True)

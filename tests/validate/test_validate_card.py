@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -21,8 +21,8 @@ from test_validate_stored import GOLDEN
 
 from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.convert.conversion import Options, convert
-from kimi_gguf.convert.output.card_folder import earlier_card, made_of
-from kimi_gguf.convert.output.model_card import Listed, Made, made_in
+from kimi_gguf.convert.output.card_folder import earlier_card, figures_of, made_of
+from kimi_gguf.convert.output.model_card import Basis, Listed, Made, made_in
 from kimi_gguf.convert.output.model_card import card_text as convert_card_text
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.convert.types.mixes import RECIPES
@@ -316,12 +316,22 @@ def test_a_file_is_recommended_if_no_smaller_one_is_as_good() -> None:
 
 def test_files_whose_reports_cannot_be_compared_are_not_recommended() -> None:
     one = card_file("a")
-    for name in ("schema", "ids_sha256", "precision", "cache_type"):
-        other = replace(one, path=Path("b"), report=replace(one.report, **{name: "other"}))
+    for field in fields(Basis):
+        basis: Basis = replace(one.report.basis, **{field.name: ("other",)})
+        other = replace(one, path=Path("b"), report=replace(one.report, basis=basis))
         card = card_text([one, other], ["kld"], [])
         assert recommended([one, other]) == [] and "cannot be compared" in card
-    other = replace(one, path=Path("b"), report=replace(one.report, checkpoint_sha256=["other"]))
-    assert recommended([one, other]) == [] and len(recommended([one, one])) == 2
+    assert len(recommended([one, one])) == 2
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_both_cards_read_the_same_figures(tmp_path: Path, schema: int) -> None:
+    report = GOLDEN / f"report-schema-{schema}.json"
+    place = tmp_path / "validation" / "x"
+    place.mkdir(parents=True)
+    shutil.copy(report, place / "report.json")
+    stored = read_report(report)
+    assert figures_of(tmp_path, tmp_path / "x.gguf", [stored.sha256]) == stored.figures
 
 
 def test_one_rule_recommends_in_both_cards() -> None:
@@ -370,9 +380,11 @@ HOSTILE = (
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_texts_are_shown_as_text(text: str) -> None:
+    report = read_report(GOLDEN / "report-schema-2.json")
     report = replace(
-        read_report(GOLDEN / "report-schema-2.json"),
-        name=text, type=text, checkpoint=text, source=text, engine=text, precision=text, cache_type=text,
+        report,
+        basis=replace(report.basis, precision=text, cache_type=text),
+        name=text, type=text, checkpoint=text, source=text, engine=text,
         unchecked=[text],
     )  # fmt: skip
     name = text.replace("/", "") + ".gguf"

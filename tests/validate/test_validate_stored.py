@@ -72,7 +72,7 @@ def test_a_report_has_every_field_of_the_golden_one_of_its_schema(report: Report
 def test_a_new_report_is_read_back(report: Report, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(to_json(report))
     found = read_report(tmp_path / "report.json")
-    assert found.schema == SCHEMA and found.passed == report.passed
+    assert found.basis.schema == SCHEMA and found.passed == report.passed
     assert found.headline.all.nmse == pytest.approx(report.headline.all.nmse, rel=1e-5)
     assert math.isclose(found.floor.kld_mean, report.floor.kld_mean, rel_tol=1e-5)
     assert found.headline.curves.top1.tolist() == report.headline.at.top1.tolist()
