@@ -6,11 +6,12 @@ Input: a folder of GGUF files, and a `Request` for each. Output: the reports tha
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from kimi_gguf.convert.output.card_folder import MOST_REPORT, earlier_card, made_of, models_in
+from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD
@@ -48,6 +49,21 @@ def models_of(folder: Path) -> list[Path]:
                 todo="put all splits into the folder, or remove this one",
             )
     return models
+
+
+def stamps_in(folder: Path) -> dict[str, str]:
+    """Each GGUF file of a folder, by name, with what identifies its content (`journal.stamp`)."""
+    return {path.name: stamp(path) for path in folder.glob("*.gguf")}
+
+
+def check_unchanged(folder: Path, found: Mapping[str, str]) -> None:
+    """Raise `ValidateError` if GGUF files of the folder were added, replaced or removed since `stamps_in`."""
+    changed = sorted({name for name, _ in found.items() ^ stamps_in(folder).items()})
+    if changed:
+        raise ValidateError(
+            f"{folder / changed[0]}: was added, replaced or removed meanwhile; no card was written",
+            todo="run the command again: finished reports are kept",
+        )
 
 
 def check_card_place(folder: Path, models: Sequence[Path], overwrite: bool, checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kimi_gguf.convert.output.journal import one_at_a_time
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine, ensure, options_of, select
@@ -28,7 +29,14 @@ from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.validate.card_files import card_files, check_card_place, models_of, write_card
+from kimi_gguf.validate.card_files import (
+    card_files,
+    check_card_place,
+    check_unchanged,
+    models_of,
+    stamps_in,
+    write_card,
+)
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.measure import Ids
@@ -257,7 +265,8 @@ examples:
       validate both files; write hub/README.md, the reports and the plots; hub/ is ready to be uploaded
 
 A file is not validated again if its report in FOLDER/validation is of the same bytes, checkpoint, tokens, cache type
-and precision. So after adding a file, run the command again with --force.
+and precision. So after adding a file, run the command again with --force. If a file is added, replaced or removed
+while the others are validated, no card is written.
 
 exit status: 0 all gates of all files passed; 1 a gate failed (the card says so); 2 bad input; 130 interrupted.
 """
@@ -286,6 +295,7 @@ def _card(words: Sequence[str]) -> int:
     """`validate-kimi card`: validate the files of a folder and write their model card."""
     options = _card_parser().parse_args(words)
     try:
+        found = stamps_in(options.folder)
         paths = models_of(options.folder)
         check_card_place(options.folder, paths, options.force, options.checkpoint)
         requests = [_request(options, path) for path in paths]
@@ -295,7 +305,12 @@ def _card(words: Sequence[str]) -> int:
         with reporting() as reporter:
             files = card_files(requests, options.folder, engine, upstream, reporter)
         with open_checkpoint(options.checkpoint) as checkpoint:
-            card = write_card(files, options.folder, list(model_notes(checkpoint.config)))
+            notes = list(model_notes(checkpoint.config))
+        # not while convert-kimi --model-card writes its file and the card
+        with one_at_a_time(options.folder):
+            check_unchanged(options.folder, found)
+            check_card_place(options.folder, paths, options.force, options.checkpoint)
+            card = write_card(files, options.folder, notes)
     except (KimiError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -54,7 +54,7 @@ def locked(folder: Path, path: Path) -> int:
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until no other process is in this block for the folder `folder`; does not wait on a file system without
-    locks. Raises `OSError` for a folder that cannot be opened."""
+    locks. The model card of a folder is written in this block. Raises `OSError` for a folder that cannot be opened."""
     handle = os.open(folder, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     try:
         with suppress(OSError):

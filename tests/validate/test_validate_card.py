@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -464,6 +465,84 @@ def test_every_file_is_opened_before_one_is_validated(
             shutil.copy(file, hub)
         assert main(["card", str(hub), "--checkpoint", str(checkpoint)]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.fixture
+def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[Callable[[], object]]]:
+    """A checkpoint next to hub/a.gguf, which is taken as validated; and what is called during the validation."""
+    checkpoint, meanwhile = write_checkpoint(tmp_path / "checkpoint", Spec(layers="KM")), []
+    (tmp_path / "hub").mkdir()
+    assert convert_kimi([str(checkpoint), "-o", str(tmp_path / "hub/a.gguf"), "--model-card", "--quiet"]) == 0
+
+    def files(*_: object) -> list[CardFile]:
+        for action in meanwhile:
+            action()
+        return [replace(card_file(), path=tmp_path / "hub/a.gguf")]
+
+    monkeypatch.setattr("kimi_gguf.validate.cli._engines", lambda _: (None, None))
+    monkeypatch.setattr("kimi_gguf.validate.cli.card_files", files)
+    return checkpoint, meanwhile
+
+
+@pytest.mark.parametrize(("what", "listed"), [("added", 2), ("replaced", 1), ("removed", 1)])
+def test_a_card_that_a_conversion_writes_meanwhile_is_kept(
+    validated: tuple[Path, list[Callable[[], object]]],
+    what: str,
+    listed: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint, meanwhile = validated
+    hub = checkpoint.with_name("hub")
+    name = "b.gguf" if what == "added" else "a.gguf"
+    words = [str(checkpoint), "-o", str(hub / name), "--type", "F16", "--model-card", "--force", "--quiet"]
+    meanwhile.append((hub / name).unlink if what == "removed" else lambda: convert_kimi(words))
+    before = (hub / "README.md").read_bytes()
+    assert main(["card", str(hub), "--checkpoint", str(checkpoint), "--force"]) == 2
+    assert f"{name}: was added, replaced or removed meanwhile" in capsys.readouterr().err
+    after = (hub / "README.md").read_bytes()
+    assert (after == before) == (what == "removed")
+    assert after.count(b"Made by kimi-gguf") == listed and b"mean KLD" not in after
+
+
+def test_a_card_that_appears_meanwhile_is_not_overwritten_without_force(
+    validated: tuple[Path, list[Callable[[], object]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, meanwhile = validated
+    card = checkpoint.with_name("hub") / "README.md"
+    card.unlink()
+    meanwhile.append(lambda: card.write_text("precious"))
+    assert main(["card", str(card.parent), "--checkpoint", str(checkpoint)]) == 2
+    assert "README.md: already exists" in capsys.readouterr().err
+    assert card.read_text() == "precious"
+
+
+def test_the_card_is_written_while_no_conversion_writes_it(
+    validated: tuple[Path, list[Callable[[], object]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder is locked while the card is written, and is not during the validation, which takes long."""
+    checkpoint, meanwhile = validated
+    hub = checkpoint.with_name("hub")
+    locked: list[bool] = []
+
+    def try_lock() -> None:
+        handle = os.open(hub, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked.append(False)
+        except BlockingIOError:
+            locked.append(True)
+        finally:
+            os.close(handle)
+
+    def write_card(*arguments: Any) -> Path:
+        try_lock()
+        return card_files.write_card(*arguments)
+
+    meanwhile.append(try_lock)
+    monkeypatch.setattr("kimi_gguf.validate.cli.write_card", write_card)
+    (hub / "validation").mkdir()
+    assert main(["card", str(hub), "--checkpoint", str(checkpoint), "--force", "--quiet"]) == 0
+    assert locked == [False, True] and "a.gguf" in rows((hub / "README.md").read_text())
 
 
 def test_only_a_file_is_read_as_an_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
