@@ -66,7 +66,8 @@ On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depth
 {_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
 A model that does not fit in memory twice is measured one process at a time, in turns.
 Both builds are made if they do not exist (kimi-llama build). Without a compiler, FILE is measured with the patched
-build alone. Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time.
+build alone, with no options but --threads, --depth and --build.
+Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time.
 
 exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; the record on disk
 is complete after every cell."""

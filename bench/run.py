@@ -53,6 +53,7 @@ from kimi_gguf.engine.toolchain import available_memory, cores
 
 DEMO_TYPES = ("Q8_0", "BF16")
 EQUAL_TYPES = ("F32", "BF16", "Q8_0", "Q4_K_M", "Q4_0")  # of --equal-requests
+OPTIONS_ALONE = ("--threads", "--depth", "--build", "--backend")  # that one build is measured with
 FREE_SHARE = 0.95  # of a device's free memory that is used
 
 
@@ -64,7 +65,7 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             parsed.backend, parsed.defines = options_of(parsed.build)
         check(parsed)
         if measures_models(parsed) and not exists_or_compiles(True, parsed.backend, parsed.defines):
-            return run_alone(parsed)
+            return run_alone(parsed, words)
         if parsed.draw is not None:
             manifest = read_manifest(parsed.draw)
             others = [(each.title, each.page.name) for each in manifests_beside(parsed.draw)]
@@ -160,13 +161,25 @@ def measures_models(parsed: argparse.Namespace) -> bool:
     return not parsed.records and parsed.draw is None and not parsed.workers
 
 
-def run_alone(parsed: argparse.Namespace) -> int:
-    """Measure the patched build with llama-bench: upstream is not built, and there is no compiler to build it."""
+def run_alone(parsed: argparse.Namespace, words: Sequence[str]) -> int:
+    """Measure the patched build with llama-bench: upstream is not built, and there is no compiler to build it.
+
+    Returns the exit status. Raises `EngineError` for options that llama-bench would not get. A record compares builds,
+    so there is none of one build.
+    """
     missing = "upstream llama.cpp is not built, and there is no C++ compiler to build it for the comparison"
     if parsed.model is None:
         raise EngineError(
             missing,
             todo="install a compiler (kimi-llama doctor), or give a GGUF file to measure it without upstream",
+        )
+    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    if others := [option for option in options if option not in OPTIONS_ALONE]:
+        raise EngineError(
+            missing,
+            expected=f"no options but {', '.join(OPTIONS_ALONE)}: one build is measured, which makes no record",
+            found=", ".join(others),
+            todo="install a compiler (kimi-llama doctor), or leave them out",
         )
     print(f"kimi-llama: {missing}: llama-bench measures the patched build alone", file=sys.stderr)
     engine = chosen_build(parsed)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench_case import TINY, bench, command, record
@@ -231,6 +232,38 @@ def test_wrong_arguments_have_status_2(words: str, capsys: pytest.CaptureFixture
         kimi_llama.main(["bench", *words.split()])
     assert caught.value.code == 2
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.fixture
+def one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder, the current one, with a model and a llama-bench that notes its arguments; there is no upstream."""
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").touch()
+    Path("llama-bench").write_text('#!/bin/sh\necho "$@" > arguments\n')
+    Path("llama-bench").chmod(0o755)
+    engine = SimpleNamespace(bin=tmp_path)
+    monkeypatch.setattr("kimi_gguf.bench.run.exists_or_compiles", lambda *_: False)
+    monkeypatch.setattr("kimi_gguf.bench.run.chosen_build", lambda _: engine)
+    monkeypatch.setattr("kimi_gguf.bench.run.open_model", lambda _: None)
+    return tmp_path
+
+
+def test_one_build_is_measured_by_llama_bench(one_build: Path) -> None:
+    assert kimi_llama.main(["bench", "model.gguf", "--depth=0,64", "--threads", "1,2"]) == 0
+    assert (one_build / "arguments").read_text() == "-m model.gguf -fa 1 -t 1,2 -d 0,64\n"
+
+
+@pytest.mark.parametrize(
+    "words", ["--json a.json", "--json=a.json", "--record a.json", "--page a.md", "--batch 8", "--in-turns"]
+)
+def test_one_build_has_no_record_and_no_other_options(
+    one_build: Path, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(one_build.iterdir())
+    assert kimi_llama.main(["bench", "model.gguf", "--depth", "0", *words.split()]) == 1
+    error = capsys.readouterr().err
+    assert f"found {words.partition(' ')[0].partition('=')[0]};" in error and "which makes no record" in error
+    assert sorted(one_build.iterdir()) == before, "nothing was measured or written"
 
 
 def test_a_server_that_does_not_start_is_one_message(tmp_path: Path) -> None:
