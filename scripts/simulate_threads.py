@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from pathlib import Path
 
 from kimi_gguf.bench.cells import Cell
@@ -24,7 +25,9 @@ from kimi_gguf.bench.shapes import BenchModel
 from kimi_gguf.bench.threads import BANDWIDTH, BARRIER, floor, graphs_of, read_events, recorder, simulated
 from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.facts import machine_facts
 from kimi_gguf.engine.progress import Reporter, reporting
+from kimi_gguf.scripts.record_page import machine_text
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = (1, 2, 4, 8, 16, 32, 48, 64, 128)
@@ -37,6 +40,8 @@ PAGE = """\
 # Many threads, simulated
 
 Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit.
+
+{machine}. Measured {when}.
 
 The machine has {cores} cores, so decodes with more threads are simulated. The N threads run on these cores, and the
 CPU time of each task is recorded. Then the time of the recorded tasks on N cores is calculated. Assumptions: each core
@@ -135,6 +140,17 @@ def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.3g}" if seconds < 0.9995 else f"{1000 * seconds:.0f}"
 
 
+def page_text(model: str, rows: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], created: datetime) -> str:
+    """The page, measured on this machine. rows: of `rows_of`."""
+    return PAGE.format(
+        machine=machine_text(machine_facts()), when=created.date(),
+        cores=REAL[-1], model=model, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
+        least=min(STEPS.values()), most=max(STEPS.values()),
+        table=markdown([("threads", *(f"{n}" for n in THREADS)), *(row for row, _ in rows)]),
+        real=markdown([("threads", *(f"{n}" for n in REAL)), *(row for _, row in rows)]),
+    )  # fmt: skip
+
+
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(
@@ -159,12 +175,7 @@ def main() -> None:
                 rows = list(rows_of(builds, model, Path(folder), reporter))
     except EngineError as error:
         sys.exit(f"simulate_threads: error: {error}")
-    text = PAGE.format(
-        cores=REAL[-1], model=model.name, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
-        least=min(STEPS.values()), most=max(STEPS.values()),
-        table=markdown([("threads", *(f"{n}" for n in THREADS)), *(row for row, _ in rows)]),
-        real=markdown([("threads", *(f"{n}" for n in REAL)), *(row for _, row in rows)]),
-    )  # fmt: skip
+    text = page_text(model.name, rows, datetime.now(UTC))
     parsed.page.write_text(text)
     print(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from kimi_gguf.bench.threads import (
 )
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.progress import Silent
+from kimi_gguf.scripts.simulate_threads import page_text
 
 
 def events(*rows: tuple[int, int, int]) -> Events:
@@ -70,6 +72,14 @@ def test_each_phase_counts_at_its_best_of_several_decodes() -> None:
 
 def test_no_decode_is_faster_than_the_memory() -> None:
     assert floor(BANDWIDTH / 4) == 0.25
+
+
+def test_the_page_names_the_machine_and_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"processor": "Z80", "cores": 2, "memory_gib": 0.1}
+    monkeypatch.setattr("kimi_gguf.scripts.simulate_threads.machine_facts", lambda: facts)
+    page = page_text("model", [(("one token", "1, 2, 3"), ("one token", "4, 5, 6"))], datetime(2026, 1, 2))
+    assert "\nZ80, 2 cores, 0.1 GiB. Measured 2026-01-02.\n" in page
+    assert "\n| one token | 1, 2, 3 |\n" in page and "\n| one token | 4, 5, 6 |\n" in page
 
 
 @pytest.mark.engine
