@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kimi_gguf.bench import load
 from kimi_gguf.engine.builds import cache_folder
 
 
@@ -17,3 +18,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
         (own / name).symlink_to(cache_folder() / name)
     monkeypatch.setenv("KIMI_GGUF_CACHE", str(own))
     return own
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disturbed sample is not repeated: other tests run at the same time, and its figure is of no interest."""
+    monkeypatch.setattr(load, "PATIENCE", 1)

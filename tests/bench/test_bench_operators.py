@@ -24,6 +24,7 @@ SMALL = ("heads=2", "keys=64", "layers=2", "seconds=0.001", "least=1")
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("impatient")
 def test_every_case_runs(engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     small = tuple(Case(c.title, c.counted, c.upstream, c.patched, (*c.options, *SMALL)) for c in CASES)
     monkeypatch.setattr(operators, "CASES", small)
@@ -36,6 +37,7 @@ def test_every_case_runs(engine: Engine, upstream: Engine, monkeypatch: pytest.M
 
 
 @pytest.mark.engine
+@pytest.mark.usefixtures("impatient")
 def test_every_matmul_runs(engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         matmuls, "SHAPES", (Shape("experts", 64, 6, experts=9), Shape("one", 64, 2, copies=2))
