@@ -4,6 +4,7 @@
 //
 //   KIMI_CPU_BACKEND   a library of GGML_BACKEND_DL to load; if unset, ggml selects one next to the program
 //   KIMI_CASES         N: run only every Nth case; for slow machines (emulated, or under sanitizers)
+//   KIMI_THREADS       N: compare the result of one thread only with that of N threads
 
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
@@ -72,6 +73,9 @@ inline const ggml_type_traits_cpu * cpu_traits(ggml_type type) {
 // Numbers of threads whose results are compared with those of one thread. Without OpenMP waiting threads spin, and many
 // more of them than cores take minutes.
 inline std::vector<int> thread_counts() {
+    if (const char * only = getenv("KIMI_THREADS")) {
+        return { atoi(only) };
+    }
     return cpu_has("OPENMP") ? std::vector<int>{ 2, 7, 33, 100 } : std::vector<int>{ 2, 3, 7 };
 }
 

@@ -1,4 +1,4 @@
-"""The operators on other processors: ARM under emulation, older x86, and ggml's own selection among variants."""
+"""The operators on other processors: ARM and AVX-512 under emulation, older x86, ggml's selection among variants."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 
 # For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp,
 # quant-gemm-vector.h): ggml's variant with this instruction set, and the processor flags it requires. ggml uses
-# the last one that the machine supports. None with AVX-512: where it exists, all other tests run with it.
+# the last one that the machine supports. None with AVX-512: where it exists, all other tests run with it, and elsewhere
+# its intrinsics are emulated.
 AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 RUN = {
@@ -40,6 +41,11 @@ ALL_VARIANTS = Variant(
 # Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
 EMULATED = {"test-kda": 83, "latent-attn-test": 97, MATMUL: 131}
 NATIVE = {"test-kda": 47, "latent-attn-test": 29, MATMUL: 29}
+
+AVX512_EMULATED = "avx512-emulated"  # a library of tests/native/CMakeLists.txt
+AVX512_CASES = {"test-kda": 47, "latent-attn-test": 73, MATMUL: 131}
+# An intrinsic that only the program's branch for AVX-512 uses.
+AVX512_USES = {"test-kda": "rcp14_ps", "latent-attn-test": "cvtepi8_epi16", MATMUL: "dpbusd_epi32"}
 
 # ggml's variant for ARM -> a processor that qemu emulates, which terminates a program at any newer instruction. The
 # first one has no dot products, and upstream's matmuls; the last one has i8mm.
@@ -129,6 +135,24 @@ def test_on_other_instruction_sets(name: str, program: str) -> None:
         pytest.skip(f"this processor lacks {', '.join(sorted(RUN[name] - cpu_flags()))}")
     made = build(ALL_VARIANTS, f"ggml-cpu-{name}")
     passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(made.bin / f"libggml-cpu-{name}.so"))
+
+
+@needs_x86
+@pytest.mark.parametrize("times", [1, pytest.param(12, marks=pytest.mark.full)], ids=["few", "many"])
+@pytest.mark.parametrize("program", AVX512_CASES)
+def test_branches_for_avx512_on_a_processor_without(program: str, times: int) -> None:
+    """Our sources with the intrinsics of tests/native/avx512-emulated.h; the rest of ggml is its haswell variant."""
+    if cpu_flags() >= AVX512 | {"avx512_vnni", "avx512_bf16"}:
+        pytest.skip("all other tests run with AVX-512")
+    if not cpu_flags() >= AVX2:
+        pytest.skip(f"this processor lacks {', '.join(sorted(AVX2 - cpu_flags()))}")
+    made = build(ALL_VARIANTS)
+    made.ninja(AVX512_EMULATED)
+    library = made.bin / f"lib{AVX512_EMULATED}.so"
+    assert f"_mm512_{AVX512_USES[program]}".encode() in library.read_bytes(), "not the branch for AVX-512"
+    # Waiting threads spin, and how work is divided among more of them does not depend on the instructions.
+    cases = AVX512_CASES[program] // times
+    passes(made, program, cases, KIMI_CPU_BACKEND=str(library), KIMI_THREADS="2")
 
 
 @needs_x86
