@@ -85,8 +85,9 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
 
     SHA256SUMS has these files alone, whatever else is in `out`.
     arch: a key of CROSS, to cross-compile; by default the wheel is for this machine.
+    Raises `EngineError` if the tracked files change before they are packed.
     """
-    seconds = commit_time()
+    seconds, began = commit_time(), tracked()
     if changed := git("status", "--porcelain", "--untracked-files=no").splitlines():
         reporter.note(
             f"{len(changed)} files differ from the commit, so this will not be the commit's release"
@@ -100,6 +101,11 @@ def release(out: Path, reporter: Reporter, arch: str | None = None) -> list[Path
         place = Path(folder)
         reporter.phase("pack the sources")
         sdist = make_sdist(place, VERSION, seconds)
+        if tracked() != began:
+            raise EngineError(
+                f"{ROOT}: tracked files changed while the engine compiled, so the release would be of no commit",
+                todo="run it again: what is compiled is kept",
+            )
         reporter.phase("pack the wheel")
         pure = pure_wheel(sdist, place)
         wheel = make_wheel(pure, place, engine, notices(source, load_pin()), document, seconds)
@@ -150,6 +156,11 @@ def commit_time() -> int:
     if chosen := os.environ.get("SOURCE_DATE_EPOCH"):
         return int(chosen)
     return int(git("log", "-1", "--format=%ct"))
+
+
+def tracked() -> tuple[str, str]:
+    """Identifies the content of all tracked files: the commit, and what differs from it."""
+    return git("rev-parse", "HEAD"), git("diff", "HEAD", "--binary")
 
 
 def git(*words: str) -> str:

@@ -148,6 +148,38 @@ def test_the_hashes_are_those_of_what_one_run_made(
     assert all(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == listed[name] for name in listed)
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_files_that_change_while_the_engine_compiles_are_not_packed(
+    committed: bool, engine: Engine, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a checkout with one file, which is edited meanwhile."""
+    checkout, out = tmp_path / "checkout", tmp_path / "out"
+    checkout.mkdir()
+
+    def git(*words: str) -> None:
+        names = ("-c", "user.name=n", "-c", "user.email=e")
+        subprocess.run(["git", "-C", checkout, *names, *words], check=True, capture_output=True)
+
+    def edit(text: str, commit: bool) -> None:
+        (checkout / "file").write_text(text)
+        if commit:
+            git("add", "file")
+            git("commit", "--message", text)
+
+    def compiled(**_: object) -> Engine:
+        edit("after", committed)
+        return engine
+
+    git("init")
+    edit("before", True)
+    monkeypatch.setattr(release, "ROOT", checkout)
+    monkeypatch.setattr(release, "ensure", compiled)
+    monkeypatch.setattr(release, "upstream_source", lambda: source)
+    with pytest.raises(EngineError, match="tracked files changed while the engine compiled"):
+        release.release(out, Silent())
+    assert list(out.iterdir()) == []
+
+
 def test_record_has_the_hash_of_every_file(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         contents = {name: archive.read(name) for name in archive.namelist()}
