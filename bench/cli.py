@@ -65,12 +65,12 @@ Families (--family), with the default --layers and --experts:
 On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
 {_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
 A model that does not fit in memory twice is measured one process at a time, in turns.
-Both builds are made if they do not exist (kimi-llama build). Without a compiler, FILE is measured with the patched
-build alone, with no options but --threads, --depth and --build.
+Builds that do not exist are made first (kimi-llama build). Without a compiler, FILE is measured with the patched build
+alone, with no options but --threads, --depth and --build.
 Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time.
 
-exit status: 0 measured, 1 not possible (the reason is one line), 2 wrong arguments, 130 interrupted; the record on disk
-is complete after every cell."""
+exit status: 0 measured; 1 not possible (one line says why); 2 wrong arguments; 130 interrupted. The record on disk is
+complete after every cell."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", nargs="?", type=Path, metavar="FILE", help="a GGUF file (default: a generated model)")
     add("--demo", action="store_true", help="measure the converted demo checkpoint (--type Q8_0 or BF16)")
     add("--operators", nargs="?", const=TIMED, type=words(TIMED), metavar="OP,..",
-        help="time single operators, one layer of the 48B's sizes; on a device, all or those named")  # fmt: skip
+        help="time single operators, with one layer of the 48B's sizes; on a device, all or those named")  # fmt: skip
     add("--products", action="store_true", help="time single matmuls by weight type, with %% of roofline")
     add("--hybrid", action="store_true",
         help="compare one MLA layer in four with MLA in every layer (patched only)")  # fmt: skip
@@ -88,11 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--equal-requests", action="store_true",
         help="count the different answers of llama-server to equal requests under load, with the demo")  # fmt: skip
     add("--speculative", action="store_true",
-        help="measure the overhead of drafting: target of --type (default here: Q8_0), "
-        "draft model of --draft-type")  # fmt: skip
+        help="measure the overhead of drafting; the target is of --type (default here: Q8_0), "
+        "the draft model of --draft-type")  # fmt: skip
     add("--speculative-demo", action="store_true",
-        help="measure llama-server with drafts: demo as --type (default here: BF16), "
-        "draft model of --draft-type")  # fmt: skip
+        help="measure llama-server with drafts; the demo is of --type (default here: BF16), "
+        "the draft model of --draft-type")  # fmt: skip
     add("--records", nargs="+", type=Path, metavar="JSON",
         help="measure nothing: write --page from these records")  # fmt: skip
     add(
@@ -104,45 +104,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("the generated model").add_argument
     add("--type", type=words(tuple(FILE_TYPES)), metavar="T,..",
-        help="types of llama-quantize, such as Q4_K_M,Q8_0 (default: Q4_0)")  # fmt: skip
-    add("--draft-type", choices=TYPES, default="Q4_0", help="the draft model's type (default: Q4_0)")
+        help="generate models of these types of llama-quantize, such as Q4_K_M,Q8_0 (default: Q4_0)")  # fmt: skip
+    add("--draft-type", choices=TYPES, default="Q4_0", help="set the draft model's type (default: Q4_0)")
     add("--family", choices=COMPARABLE, default="kimi-linear",
-        help="model whose layers are generated, see below (default: %(default)s)")  # fmt: skip
-    add("--layers", type=number, metavar="N", help="number of layers (default: the family's)")
+        help="generate the layers of this model, see below (default: %(default)s)")  # fmt: skip
+    add("--layers", type=number, metavar="N", help="generate N layers (default: the family's)")
     add("--experts", type=number, metavar="N",
-        help="experts of every layer except the dense ones (default: the family's)")  # fmt: skip
+        help="generate N experts in every layer except the dense ones (default: the family's)")  # fmt: skip
     add("--shapes", choices=SHAPES, default="full",
-        help="full: layer shapes as published; tiny is for a quick try (default: %(default)s)")  # fmt: skip
+        help="full: generate the published layer shapes; tiny is for a quick try (default: %(default)s)")  # fmt: skip
 
     what = parser.add_argument_group("what is measured")
     add = what.add_mutually_exclusive_group().add_argument
     add("--quick", action="store_true", help="measure a small subset (default)")
     add("--grid", action="store_true", help="measure all types, batches, depths and numbers of threads")
     add = what.add_argument
-    add("--batch", type=numbers(1), metavar="N,..", help="tokens of each sequence in one decode")
+    add(
+        "--batch",
+        type=numbers(1),
+        metavar="N,..",
+        help="decode N tokens of each sequence at once (default: see --quick)",
+    )
     add("--depth", type=numbers(0), metavar="N,..",
-        help=f"tokens that are already in the cache (--hybrid: from {hybrid.SEED})")  # fmt: skip
+        help=f"measure with N tokens already in the cache (--hybrid: from {hybrid.SEED} on)")  # fmt: skip
     add("--build", "--backend", dest="backend", metavar="NAME",
-        help="measure this build, see kimi-llama path --help; a GPU build computes all layers there "
+        help="measure this build, see kimi-llama path --help; a GPU build computes all layers on the GPU "
         "(default: the build that runs)")  # fmt: skip
     add("--device", metavar="NAME",
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
     add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",
         help="measure on this machine and over these workers, and count the bytes sent and received")  # fmt: skip
-    add("--threads", type=numbers(1), metavar="N,..", help="CPU threads (default: all cores; 4 on a GPU)")
     add(
-        "--ubatch", type=number, default=UBATCH, metavar="N", help=f"tokens in one ubatch (default: {UBATCH})"
+        "--threads",
+        type=numbers(1),
+        metavar="N,..",
+        help="use N CPU threads (default: all cores; 4 on a GPU)",
+    )
+    add(
+        "--ubatch",
+        type=number,
+        default=UBATCH,
+        metavar="N",
+        help=f"use ubatches of N tokens (default: {UBATCH})",
     )
     add("--cache-type", type=cache_types, default=("f16",), metavar="T,..",
-        help="KV cache types, such as f16,q8_0 (default: f16)")  # fmt: skip
+        help="use these KV cache types, such as f16,q8_0 (default: f16)")  # fmt: skip
     add("--sequences", type=numbers(1), default=(1,), metavar="N,..",
-        help="sequences in one batch (default: 1)")  # fmt: skip
+        help="decode N sequences in one batch (default: 1)")  # fmt: skip
     add("--seconds", type=seconds, default=8.0, metavar="S",
         help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
     add("--in-turns", action="store_true",
         help="keep one process in memory at a time (default: if the model does not fit twice)")  # fmt: skip
-    add("--seed", type=number, default=1, metavar="N", help="seed for --prompt-cache (default: 1)")
-    add("--budget", type=seconds, default=math.inf, metavar="S", help="start no cell after S seconds")
+    add("--seed", type=number, default=1, metavar="N", help="set the seed of --prompt-cache (default: 1)")
+    add(
+        "--budget",
+        type=seconds,
+        default=math.inf,
+        metavar="S",
+        help="start no cell after S seconds (default: no limit)",
+    )
     add("--libraries", type=Path, metavar="DIR",
         help="use these libraries instead of those of the patched build")  # fmt: skip
 

@@ -119,23 +119,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--version", action="version", version=f"kimi-gguf {VERSION}")
     add("source", metavar="SRC", help=f"the checkpoint: {SOURCE}")
     add("-o", "--output", metavar="OUT", type=Path, help="the GGUF file to write")
-    text = (
-        "file type (default: BF16; routed experts that the checkpoint has in MXFP4 keep that type, as with "
-    )
+    text = "quantize to this file type (default: BF16; MXFP4 routed experts of the checkpoint stay MXFP4, as with "
     add("--type", metavar="TYPE", type=_file_type, help=f"{text}--recipe mxfp4)")
     add(
         "--recipe", choices=RECIPES, help="use one of the project's own quantization mixes, instead of --type"
     )
     add("--imatrix", metavar="FILE", type=Path, help="use this importance matrix, made by llama-imatrix")
-    add("--output-tensor-type", metavar="T", type=_tensor_type, help="type of output.weight")
-    add("--token-embedding-type", metavar="T", type=_tensor_type, help="type of token_embd.weight")
+    add("--output-tensor-type", metavar="T", type=_tensor_type, help="set the type of output.weight")
+    add("--token-embedding-type", metavar="T", type=_tensor_type, help="set the type of token_embd.weight")
     add(
         "--tensor-type",
         metavar="PATTERN=T",
         type=_override,
         action="append",
         default=[],
-        help="type of the tensors whose names match a regular expression; may be repeated",
+        help="set the type of the tensors whose names match a regular expression; may be repeated",
     )
     flag("--no-mtp", help="leave out layers that predict further tokens (Ling 3); the file cannot draft then")
     flag("--pure", help="use TYPE for all tensors instead of its mix")
@@ -144,10 +142,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also write README.md, a model card for Hugging Face, to the folder of OUT; it lists "
         "all GGUF files there of the same checkpoint",
     )
-    add("--quantized-by", metavar="WHO", help="author of the file, for its metadata and the model card")
+    add(
+        "--quantized-by", metavar="WHO", help="name the author of the file in its metadata and the model card"
+    )
     text = "use this chat template (Jinja) instead of the checkpoint's"
     add("--chat-template", metavar="FILE", type=Path, help=text)
-    add("--name", help="model name in the metadata (default: name of the checkpoint's folder)")
+    add("--name", help="set the model's name in the metadata (default: that of the checkpoint's folder)")
     flag("--dry-run", help="check the checkpoint without reading weights; print the plan")
     flag("--resume", help="continue an unfinished OUT of the same checkpoint and options")
     flag("--force", help="overwrite OUT if it exists")
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         type=_split_size,
         help="split OUT into files NAME-00001-of-00003.gguf of at most SIZE, for example 40G or 500M "
-        "(10^9 and 10^6 bytes, as in llama-gguf-split)",
+        "(10^9 and 10^6 bytes, as in llama-gguf-split; default: one file)",
     )
     _add_max_memory(parser)
     flag("--quiet", help="print errors only")
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_max_memory(parser: argparse.ArgumentParser) -> None:
-    text = "limit the memory of the process, for example 700M or 1.5G"
+    text = "limit the memory of the process, for example 700M or 1.5G (default: no limit)"
     parser.add_argument("--max-memory", metavar="SIZE", type=_memory_size, help=text)
 
 
@@ -292,7 +292,7 @@ def _verify_parser() -> argparse.ArgumentParser:
         "file",
         metavar="GGUF",
         type=Path,
-        help="file to verify (of a split model, the first split); the types are read from it",
+        help="file to verify (of a split model, the first split); it determines the types",
     )
     add("--checkpoint", metavar="SRC", required=True, help=f"checkpoint that it was made from: {SOURCE}")
     add("--imatrix", metavar="FILE", type=Path, help="importance matrix that it was made with, if any")

@@ -339,11 +339,11 @@ def _parser() -> argparse.ArgumentParser:
         "kimi-llama build\n  kimi-llama build --upstream --tests\n  kimi-llama build --backend cuda\n"
         "  kimi-llama build --backend cpu-all\n"
         "  kimi-llama build --source ~/llama.cpp\n  kimi-llama build --wheel dist -D GGML_NATIVE=OFF\n\n"
-        "The default is compiled for this processor. --backend cpu-all runs on any processor of its architecture:\n"
-        "it has the CPU backend in a variant for each kind, and loads the best one. Building takes twice as long.\n"
+        "The default build is compiled for this processor. --backend cpu-all makes a build for any processor of\n"
+        "the architecture: it has a CPU backend for each kind, and loads the best one. Building takes twice as long.\n"
         "--backend cuda needs NVIDIA's whole toolkit, nvcc and cuBLAS: kimi-llama doctor shows what is installed.\n"
-        "It compiles for the card it finds; without one, name it: -D CMAKE_CUDA_ARCHITECTURES=90 (an H200).\n"
-        "--backend metal is for Macs: docs/metal.md.\n"
+        "It compiles for the card that it finds. If there is none, name the card's architecture:\n"
+        "-D CMAKE_CUDA_ARCHITECTURES=90 (an H200). --backend metal is for Macs: docs/metal.md.\n"
         "The cache is $KIMI_GGUF_CACHE, by default ~/.cache/kimi-gguf. Its engines/ holds finished builds\n"
         "only; you may remove all of it at any time.",
     )
@@ -356,21 +356,21 @@ def _parser() -> argparse.ArgumentParser:
     add("--archive", type=Path, metavar="FILE",
         help="use this copy of the pinned archive (default: download it)")  # fmt: skip
     add("--wheel", type=Path, metavar="DIR",
-        help="write a llama-cpp-python wheel holding this build (for processors like this one)")  # fmt: skip
+        help="write a llama-cpp-python wheel with this build (for processors like this one)")  # fmt: skip
     add("-D", dest="defines", type=_define, action="append", default=[], metavar="NAME=VALUE",
         help="add a CMake setting")  # fmt: skip
 
     sub = command(
         "doctor",
         _doctor,
-        "show what is built, from what, and whether it works",
+        "show which builds exist, from what they were made, and whether they work",
         "kimi-llama doctor\n  kimi-llama doctor --devices",
     )
     sub.add_argument(
         "--devices",
         action="store_true",
-        help="check the operators of the build that runs, on each GPU, and print the results as text for an issue; "
-        "exit status 1 if an operator did not pass",
+        help="check, on each GPU, the operators of the build that runs, and print the results as text for an issue; "
+        "the exit status is 1 if an operator did not pass",
     )
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -411,7 +411,7 @@ def _parser() -> argparse.ArgumentParser:
         _selection(sub)
         sub.add_argument("model", type=Path, metavar="MODEL", help="a GGUF file")
         rest = sub.add_argument(
-            "arguments", nargs=argparse.REMAINDER, metavar="...", help=f"for {tool.program}"
+            "arguments", nargs=argparse.REMAINDER, metavar="...", help=f"options of {tool.program}"
         )
         rest.required = False  # otherwise argparse names it too if MODEL is missing
 
@@ -445,7 +445,7 @@ def _parser() -> argparse.ArgumentParser:
         "kimi-llama export-patches /tmp/kimi && git -C ~/llama.cpp am /tmp/kimi/*.patch",
     )
     sub.add_argument("--fixes", action="store_true", help="write only the corrections of upstream")
-    sub.add_argument("folder", type=Path, metavar="DIR")
+    sub.add_argument("folder", type=Path, metavar="DIR", help="folder to write to")
     return parser
 
 

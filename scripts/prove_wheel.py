@@ -1,10 +1,10 @@
 """Proves that a wheel needs nothing but Python: `scripts/prove-wheel WHEEL`.
 
-Input: a wheel of `scripts/release`, and the demo checkpoint. Output: each command with its seconds; exit status 1 if
-one fails or prints something else than it should, or if uninstalling leaves something. The commands see an empty prefix
-(a new virtual environment), an empty home, and a PATH that has the prefix alone: no compiler, no git. pip installs
-wheels only, and builds nothing from source. Imports nothing of the project and no packages, so that it runs in a bare
-root.
+Input: a wheel of `scripts/release`, and the demo checkpoint. Output: each command with its seconds. The exit status is
+1 if a command fails or prints something else than it should, or if uninstalling leaves something. The commands see an
+empty prefix (a new virtual environment), an empty home, and a PATH that has only the prefix: no compiler, no git. pip
+installs wheels only, and builds nothing from source. This module imports nothing of the project and no packages, so
+that it runs in a bare root.
 """
 
 from __future__ import annotations
@@ -306,13 +306,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "uninstall it, and check that only caches remain.",
     )
     add = parser.add_argument
-    add("wheel", type=Path, metavar="WHEEL", help="a wheel of scripts/release for this machine")
-    add("--checkpoint", type=Path, default=DEMO, metavar="DIR", help="the demo (default: %(default)s)")
+    add("wheel", type=Path, metavar="WHEEL", help="a wheel that scripts/release made for this machine")
+    add(
+        "--checkpoint",
+        type=Path,
+        default=DEMO,
+        metavar="DIR",
+        help="run the commands on this checkpoint, the demo (default: %(default)s)",
+    )
     add(
         "--out",
         type=Path,
         metavar="DIR",
-        help="work in this new folder and keep it (default: a temporary one)",
+        help="work in this new folder and keep it (default: a temporary folder)",
     )
     add("--without-report", action="store_true", help="leave out validate-kimi, which needs torch")
     parsed = parser.parse_args(arguments)

@@ -61,12 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to; it is made if needed")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to; made if it does not exist")
     parser.add_argument(
         "--arch",
         choices=sorted(CROSS),
-        help="cross-compile for Linux on this architecture with CC and CXX (default: Debian's "
-        "aarch64-linux-gnu-gcc and -g++), and check with qemu-aarch64 that a program runs",
+        help="cross-compile for Linux on this architecture, not for this machine. CC and CXX name the compilers "
+        "(default: Debian's aarch64-linux-gnu-gcc and -g++); qemu-aarch64 checks that a program runs",
     )
     parsed = parser.parse_args(arguments)
     try:

@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     against = "also run this file and show its metrics next to those of GGUF"
     add("--against", metavar="FILE", type=Path, help=against)
-    written = "let llama.cpp generate N tokens after the text and evaluate on them too (default: %(default)s)"
+    written = "also evaluate on N tokens that llama.cpp generates after the text (default: %(default)s)"
     add("--generate", metavar="N", type=partial(_between, 0, MOST_TOKENS), default=32, help=written)
     _add_run_options(parser)
     return parser
@@ -156,17 +156,19 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
     number("--tokens", 1, MOST_TOKENS, 512, "use at most N tokens of the text (default: %(default)s)")
     add("--upstream", action="store_true", help="also run the file on upstream llama.cpp and compare")
-    precision = "precision of the torch reference (default: %(default)s)"
+    precision = "set the precision of the torch reference (default: %(default)s)"
     add("--precision", choices=PRECISIONS, default="float32", help=precision)
-    build = "build of llama.cpp, named as in kimi-llama path --help (default: the build that runs)"
+    build = "use this build of llama.cpp, named as in kimi-llama path --help (default: the build that runs)"
     add("--build", "--backend", metavar="NAME", help=build)
-    layers = "layers to offload to the GPU (default: all with a GPU backend, else 0)"
+    layers = "offload N layers to the GPU (default: all with a GPU backend, else 0)"
     number("--gpu-layers", 0, ALL_LAYERS, None, layers)
-    cache_type = "type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)"
+    cache_type = "set the type of the K and V cache: F32, F16, Q8_0, ... (default: %(default)s)"
     add("--cache-type", metavar="TYPE", default="F32", help=cache_type)
-    number("--batch", 1, MOST_TOKENS, 512, "tokens per call of llama_decode (default: %(default)s)")
-    number("--ubatch", 1, MOST_TOKENS, 512, "tokens per graph evaluation (default: %(default)s)")
-    number("--threads", 1, MOST_THREADS, os.cpu_count() or 1, "CPU threads (default: all cores)")
+    number(
+        "--batch", 1, MOST_TOKENS, 512, "pass at most N tokens to each llama_decode (default: %(default)s)"
+    )
+    number("--ubatch", 1, MOST_TOKENS, 512, "compute at most N tokens in each graph (default: %(default)s)")
+    number("--threads", 1, MOST_THREADS, os.cpu_count() or 1, "use N CPU threads (default: all cores)")
     add("--quiet", action="store_true", help="print no summary on standard output")
 
 
@@ -264,9 +266,9 @@ examples:
   validate-kimi card hub --checkpoint Kimi-Linear-48B-A3B-Instruct
       validate both files; write hub/README.md, the reports and the plots; hub/ is ready to be uploaded
 
-A file is not validated again if its report in FOLDER/validation is of the same bytes, checkpoint, tokens, cache type
-and precision. So after adding a file, run the command again with --force. If a file is added, replaced or removed
-while the others are validated, no card is written.
+After adding a file, run the command again with --force. It does not validate a file again if the report in
+FOLDER/validation is of the same bytes, checkpoint, tokens, cache type and precision. If a file is added, replaced or
+removed while the others are validated, no card is written.
 
 exit status: 0 all gates of all files passed; 1 a gate failed (the card says so); 2 bad input; 130 interrupted.
 """
@@ -275,8 +277,8 @@ exit status: 0 all gates of all files passed; 1 a gate failed (the card says so)
 def _card_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} card",
-        description="Validate all GGUF files of a folder, and write README.md, a model card for them, with a table, "
-        "plots and the reports.",
+        description="Validate all GGUF files of a folder. Write their reports, and README.md, a model card with a "
+        "table and plots.",
         epilog=CARD_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -325,7 +327,8 @@ def _card(words: Sequence[str]) -> int:
 
 def _show_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROGRAM} show", description="Print the figures of reports, of this and of earlier versions."
+        prog=f"{PROGRAM} show",
+        description="Print the figures of reports that this version or an earlier one wrote.",
     )
     parser.add_argument("reports", metavar="REPORT", type=Path, nargs="+", help="a report.json")
     return parser
