@@ -181,6 +181,11 @@ def run_alone(parsed: argparse.Namespace, words: Sequence[str]) -> int:
             found=", ".join(others),
             todo="install a compiler (kimi-llama doctor), or leave them out",
         )
+    if "," in str(parsed.model):
+        raise EngineError(
+            f"{parsed.model}: llama-bench reads this as several names",
+            todo="rename it, or run the command in the file's folder, so that the name has no comma",
+        )
     print(f"kimi-llama: {missing}: llama-bench measures the patched build alone", file=sys.stderr)
     engine = chosen_build(parsed)
     command = [str(engine.bin / "llama-bench"), "-m", str(parsed.model), "-fa", "1"]

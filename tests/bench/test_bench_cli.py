@@ -253,6 +253,15 @@ def test_one_build_is_measured_by_llama_bench(one_build: Path) -> None:
     assert (one_build / "arguments").read_text() == "-m model.gguf -fa 1 -t 1,2 -d 0,64\n"
 
 
+def test_one_build_does_not_measure_other_files_than_the_named_one(
+    one_build: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama-bench separates names by commas."""
+    assert kimi_llama.main(["bench", "model.gguf,b.gguf"]) == 1
+    assert "model.gguf,b.gguf: llama-bench reads this as several names; rename it" in capsys.readouterr().err
+    assert not (one_build / "arguments").exists()
+
+
 @pytest.mark.parametrize(
     "words", ["--json a.json", "--json=a.json", "--record a.json", "--page a.md", "--batch 8", "--in-turns"]
 )
