@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -59,12 +60,14 @@ _INSTRUCTIONS = {
 }  # fmt: skip
 _IMPLIED = {"AVX512": {"AVX2", "AVX", "SSE3"}, "AVX2": {"AVX", "SSE3"}, "AVX": {"SSE3"}}
 _PROBE = """
-import ctypes, sys
-paths = sys.argv[1].splitlines()
-score = lambda path: ctypes.CDLL(path).ggml_backend_score()
-best = paths[0] if len(paths) == 1 else max(paths, key=score)
+import ctypes, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+load = lambda name: ctypes.CDLL(str(folder / name))
+bases = [load(path.name) for path in folder.glob("libggml-base.*")]  # not those of LD_LIBRARY_PATH
+names = sorted(path.name for path in folder.glob("libggml-cpu*"))
+best = names[0] if len(names) == 1 else max(names, key=lambda name: load(name).ggml_backend_score())
 print(best)
-print(*(name for name in sys.argv[2:] if getattr(ctypes.CDLL(best), "ggml_cpu_has_" + name, int)()))
+print(*(name for name in sys.argv[2:] if getattr(load(best), "ggml_cpu_has_" + name, int)()))
 """
 
 
@@ -157,19 +160,27 @@ def _probe(folder: Path) -> tuple[Path, list[str]]:
 
     In a separate process: this one must not load the libraries of two builds.
     """
-    libraries = sorted(map(str, folder.glob("libggml-cpu*")))
-    command = [sys.executable, "-I", "-S", "-c", _PROBE, "\n".join(libraries), *_INSTRUCTIONS]
+    command = [sys.executable, "-I", "-S", "-c", _PROBE, str(folder), *_INSTRUCTIONS]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     library, _, words = output.partition("\n")
-    return Path(library), words.split()
+    return folder / library, words.split()
 
 
 def cache_folder() -> Path:
-    """The folder of the cache: KIMI_GGUF_CACHE, or kimi-gguf in the user's cache folder."""
+    """The folder of the cache: KIMI_GGUF_CACHE, or kimi-gguf in the user's cache folder. Raises `EngineError` for a
+    user without a home."""
     chosen = os.environ.get("KIMI_GGUF_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "kimi-gguf"
+    try:
+        if chosen:
+            return Path(chosen).expanduser().resolve()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "kimi-gguf"
+    except RuntimeError:  # no HOME, and no user with this number or name
+        raise EngineError(
+            "there is no folder for the cache",
+            expected="KIMI_GGUF_CACHE or HOME in the environment",
+            found=f"KIMI_GGUF_CACHE={chosen}, a home that does not exist" if chosen else "neither",
+            todo="set KIMI_GGUF_CACHE to a folder",
+        ) from None
 
 
 def ensure(
@@ -260,6 +271,7 @@ def use(name: str) -> Engine:
     engine = select(name, make=False)
     # variables may be others next time
     kept = engine.name if find(engine.name) == engine and not engine.variables else engine.key
+    _choice().parent.mkdir(parents=True, exist_ok=True)  # with a wheel, nothing else may have made it
     part = _choice().with_suffix(f".{os.getpid()}")
     part.write_text(kept + "\n", encoding="utf-8")
     part.replace(_choice())
@@ -277,9 +289,20 @@ def _named(name: str | None) -> tuple[str, str]:
         return name, " (named on the command line)"
     if variable := os.environ.get(VARIABLE):
         return variable, f" (named by {VARIABLE})"
-    if _choice().is_file() and (chosen := _choice().read_text(encoding="utf-8", errors="replace").strip()):
+    if (
+        _visible(_choice())
+        and _choice().is_file()
+        and (chosen := _choice().read_text(encoding="utf-8", errors="replace").strip())
+    ):
         return chosen, " (named by kimi-llama use)"
     return (WHEEL if prebuilt() else DEFAULT), ""
+
+
+def _visible(path: Path) -> bool:
+    """Whether the path exists. Where this user may not look, as in the home of another one, there is nothing for it."""
+    with suppress(PermissionError):
+        return path.exists()
+    return False
 
 
 def _choice() -> Path:
@@ -299,7 +322,7 @@ def _command(name: str, upstream: bool) -> str:
 def builds(upstream: bool = False) -> list[Engine]:
     """All finished builds of the current pin, series and processor, with any options."""
     wanted, cache = provenance(upstream), Cache(cache_folder())
-    places = sorted(cache.engines.glob("[0-9a-f]*")) if cache.engines.is_dir() else []
+    places = sorted(cache.engines.glob("[0-9a-f]*")) if _visible(cache.engines) else []
     engines = [engine for place in (PREBUILT, *places) if (engine := load(place))]
     ours = [e for e in engines if all(e.manifest.get(name) == value for name, value in wanted.items())]
     return [e for e in ours if e.manifest["cpu"] == processor(e.backends[0])]

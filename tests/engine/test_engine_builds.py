@@ -6,8 +6,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_llama
@@ -23,7 +25,7 @@ from kimi_gguf.engine.build_spec import (
     processor,
     provenance,
 )
-from kimi_gguf.engine.builds import Engine, cpu_library
+from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, find, use
 from kimi_gguf.engine.doctor import list_devices
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import find_compilers
@@ -109,6 +111,47 @@ def test_a_name_outlives_the_build_it_named(folder: Path) -> None:
     """`use` stores a name, not a key, so that it also selects the build of the next version."""
     assert call(folder, "use", BUILDS["cuda"][0]).returncode == 0
     assert (folder / "cache/build-in-use").read_text() == "cuda\n"
+
+
+def test_a_choice_is_stored_where_no_cache_is_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after installing a wheel, whose build is not in the cache."""
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path / "new/cache"))
+    engine = SimpleNamespace(name="wheel", variables={})
+    monkeypatch.setattr("kimi_gguf.engine.builds.find", lambda *_: engine)
+    use("wheel")
+    assert (tmp_path / "new/cache/build-in-use").read_text() == "wheel\n"
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("HOME", "XDG_CACHE_HOME", "KIMI_GGUF_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 9)  # no user has this number
+    with pytest.raises(EngineError, match="found neither; set KIMI_GGUF_CACHE to a folder"):
+        cache_folder()
+    monkeypatch.setenv("KIMI_GGUF_CACHE", "~no-such-user/cache")
+    with pytest.raises(EngineError, match="found KIMI_GGUF_CACHE=~no-such-user/cache"):
+        cache_folder()
+
+
+def test_in_the_home_of_another_user_there_are_no_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after `sudo -u` with the caller's HOME: a wheel's build runs nevertheless."""
+    (tmp_path / "cache/engines").mkdir(parents=True)
+    (tmp_path / "cache/build-in-use").write_text("abacus")
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KIMI_BUILD", raising=False)
+    with pytest.raises(EngineError, match="abacus"):
+        find()
+    tmp_path.chmod(0)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root may look everywhere
+        assert find() is None and builds() == []
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
 
 
 @pytest.mark.parametrize("command", ["path", "run"])
@@ -292,6 +335,31 @@ def test_of_several_cpu_libraries_the_one_that_ggml_loads(tmp_path: Path) -> Non
         command = [find_compilers("cpu")["C"].path, "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
         subprocess.run(command, input=source, text=True, check=True)
     assert cpu_library(tmp_path).name == "libggml-cpu-haswell.so"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of LD_LIBRARY_PATH")
+def test_the_cpu_library_uses_the_base_of_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that LD_LIBRARY_PATH names: without a usable base, no library can be asked. Folders have any names."""
+    own, other = tmp_path / "its\nown", tmp_path / "other"
+    own.mkdir()
+    other.mkdir()
+    compiler = find_compilers("cpu")["C"].path
+    for name, source, linked in (
+        ("libggml-base.so", "int base(void) { return 7; }", []),
+        (
+            "libggml-cpu-x64.so",
+            "int base(void); int ggml_backend_score(void) { return base(); }",
+            ["-L.", "-lggml-base", "-Wl,-rpath,$ORIGIN,--enable-new-dtags"],
+        ),
+        ("libggml-cpu-zen4.so", "int ggml_backend_score(void) { return 0; }", []),
+    ):
+        command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{name}", "-x", "c", "-", "-o", name, *linked]
+        subprocess.run(command, input=source, text=True, check=True, cwd=own)
+    (other / "libggml-base.so").write_text("of another program")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(other))
+    assert cpu_library(own) == own / "libggml-cpu-x64.so"
 
 
 def test_a_build_for_all_cpus_does_not_depend_on_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
