@@ -8,8 +8,10 @@ because its output gets its name when it is complete.)
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -85,9 +87,10 @@ _MTP = "draft-mtp"
 _SPECULATE = Default((_KIND,), (_KIND, "draft-simple"))
 
 _WHICH = """\
-which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and cpu, the build
-that `kimi-llama build` makes. A name is a backend and the settings that are not the defaults (cpu, cuda,
-cpu+GGML_NATIVE=OFF); `kimi-llama doctor` lists the builds. Standard error names the one that runs."""
+which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and the default: in an
+installed wheel its own build (wheel), otherwise the one that `kimi-llama build` makes (cpu). A name is a backend and
+the settings that are not the defaults (cpu, cuda, cpu+GGML_NATIVE=OFF); `kimi-llama doctor` lists the builds. Standard
+error names the one that runs."""
 
 _WORKER_HELP = """\
   kimi-llama worker                                      on loopback, for an ssh tunnel
@@ -152,7 +155,13 @@ TOOLS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return the exit status (most sub-commands of tools do not return)."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        where = (
+            f" (options of {TOOLS[parsed.command].program} follow MODEL)" if parsed.command in TOOLS else ""
+        )
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{where}")
     parsed.words = list(sys.argv[1:] if arguments is None else arguments)
     action: Callable[[argparse.Namespace], int] = parsed.action
     signal.signal(signal.SIGTERM, _interrupt)
@@ -232,6 +241,12 @@ def _bench(parsed: argparse.Namespace) -> int:
 def _tool(parsed: argparse.Namespace) -> int:
     tool = TOOLS[parsed.command]
     check_gguf(parsed.model)
+    options = {argument.partition("=")[0] for argument in parsed.arguments}
+    if own := options & {"--build", "--backend", "--upstream"}:
+        raise EngineError(
+            f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
+            todo=f"write it in front of MODEL: kimi-llama {parsed.command} --build NAME {parsed.model} ...",
+        )
     drafts = _values(parsed.arguments, _DRAFT)
     for draft in drafts:
         check_gguf(Path(draft))
@@ -254,6 +269,7 @@ def _tool(parsed: argparse.Namespace) -> int:
 
 
 def _worker(parsed: argparse.Namespace) -> int:
+    _check_address(parsed.host, parsed.port)
     engine = select(parsed.build, parsed.upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     command = [str(engine.bin / "ggml-rpc-server"), "--host", parsed.host, "--port", str(parsed.port)]
@@ -262,6 +278,21 @@ def _worker(parsed: argparse.Namespace) -> int:
     command += ["--cache"] if parsed.cache else []
     sys.stdout.flush()
     os.execv(command[0], command)
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raise `EngineError` if nothing can listen there: ggml-rpc-server would end with exit status 0."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((str(ipaddress.IPv4Address(host)), port))
+    except (OSError, ValueError, OverflowError) as error:
+        raise EngineError(
+            f"cannot listen on {host}:{port}",
+            expected="an IPv4 address of this machine, and a free port",
+            found=str(error),
+            todo="give others with --host and --port",
+        ) from error
 
 
 def _expect_to_run(engine: Engine) -> None:

@@ -190,6 +190,42 @@ def test_only_the_model_is_required(built: Path) -> None:
     assert told.stderr.endswith("the following arguments are required: MODEL\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (
+            ["run", "-p", "x", "MODEL"],
+            2,
+            "unrecognized arguments: -p (options of llama-completion follow MODEL)",
+        ),
+        (
+            ["chat", "MODEL", "--build", "cuda"],
+            1,
+            "--build: what follows MODEL is passed to llama-cli, which does",
+        ),
+        (["serve", "MODEL", "--build=cuda"], 1, "write it in front of MODEL: kimi-llama serve --build NAME"),
+        (["path", "--wrong"], 2, "unrecognized arguments: --wrong\n"),
+    ],
+)
+def test_words_in_the_wrong_place(words: list[str], status: int, said: str, built: Path) -> None:
+    told = call(built, *(str(built / "model.gguf") if word == "MODEL" else word for word in words))
+    assert (told.returncode, told.stdout) == (status, "")
+    assert said in told.stderr
+
+
+@pytest.mark.parametrize(
+    "place", [["--host", "nope"], ["--host", "203.0.113.7"], ["--port", "99999"]], ids=" ".join
+)
+def test_a_worker_that_cannot_listen_says_so(place: list[str], built: Path) -> None:
+    """203.0.113.7 is an address of no machine (RFC 5737)."""
+    told = call(built, "worker", *place)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert (
+        f"kimi-llama: error: cannot listen on {'127.0.0.1:' if 'port' in place[0] else ''}{place[1]}"
+        in told.stderr
+    )
+
+
 def test_a_file_that_is_not_gguf_is_said_at_once(built: Path) -> None:
     (built / "model.safetensors").write_bytes(b"\x10" + bytes(20))
     told = call(built, "run", str(built / "model.safetensors"))
