@@ -8,12 +8,13 @@ module of the package that parses arguments or prints results.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -39,18 +40,20 @@ from kimi_gguf.patches.errors import KimiError
 T = TypeVar("T")
 FAILED: Final = 1
 INTERRUPTED: Final = 130
+SPLIT_UNITS: Final = {"G": 10**9, "M": 10**6, "K": 10**3, "B": 1}
 SOURCE: Final = "a folder, a .safetensors file, or a Hugging Face id OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\
 types: {", ".join(TYPES)}
-  (all types except F32, F16, BF16 and packed experts that stay MXFP4 require a build of llama.cpp: run
-  `kimi-llama build`)
+  (all types except F32, F16, BF16 and packed experts that stay MXFP4 use llama.cpp: the wheel contains it,
+  elsewhere run `kimi-llama build`)
 
 examples:
   convert-kimi Kimi-Linear-48B-A3B-Instruct --type Q8_0 --dry-run
       check the checkpoint and print the plan
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-Q4_K_M.gguf --type Q4_K_M --resume
-      continue after an interrupt, a full disk or a power failure
+      continue after an interrupt, a full disk or a power failure; without --resume this is refused, and
+      --force would start again
   convert-kimi Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
   convert-kimi moonshotai/Kimi-Linear-48B-A3B-Instruct -o kimi-linear-q4.gguf --recipe kimi-q4
       stream from Hugging Face without storing the weights; @REVISION selects a branch, tag or commit
@@ -74,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0]) if words else None
     parser, act = (command[0](), command[1]) if command else (_parser(), _convert)
+    if not command and (wrong := _unknown_command(words)):
+        parser.error(wrong)
     options = parser.parse_args(words[1:] if command else words)
     if act is _convert and options.output is None and not options.dry_run:
         parser.error("expected an output file: give -o OUT, or --dry-run")
@@ -96,6 +101,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         return _failed(str(error), options.json)
+
+
+def _unknown_command(words: Sequence[str]) -> str:
+    """What is wrong if the first word seems to be meant as a command; empty if it does not."""
+    word, *others = words or [""]
+    if not word.isalpha() or Path(word).exists():
+        return ""
+    hint = _did_you_mean(word, COMMANDS)
+    alone = not others or others[0].startswith("-")
+    if alone and not hint:
+        return ""
+    return f"{word!r}: expected a checkpoint, {' or '.join(COMMANDS)}{hint}"
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _failed(message: str, as_json: bool) -> int:
@@ -150,13 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", help="set the model's name in the metadata (default: that of the checkpoint's folder)")
     flag("--dry-run", help="check the checkpoint without reading weights; print the plan")
     flag("--resume", help="continue an unfinished OUT of the same checkpoint and options")
-    flag("--force", help="overwrite OUT if it exists")
+    flag("--force", help="overwrite OUT if it exists; without --resume, discard an unfinished OUT")
     add(
         "--split-max-size",
         metavar="SIZE",
         type=_split_size,
         help="split OUT into files NAME-00001-of-00003.gguf of at most SIZE, for example 40G or 500M "
-        "(10^9 and 10^6 bytes, as in llama-gguf-split; default: one file)",
+        "(10^9 and 10^6 bytes, as in llama-gguf-split; also K, and B for bytes; default: one file)",
     )
     _add_max_memory(parser)
     flag("--quiet", help="print errors only")
@@ -171,7 +193,8 @@ def _add_max_memory(parser: argparse.ArgumentParser) -> None:
 
 def _one_of(table: Mapping[str, T], name: str, text: str) -> T:
     if name not in table:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(table)}, found {text!r}")
+        hint = _did_you_mean(name, table)
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(table)}, found {text!r}{hint}")
     return table[name]
 
 
@@ -198,19 +221,29 @@ def _memory_size(text: str) -> int:
 
 
 def _split_size(text: str) -> int:
-    """A size in powers of ten, as in llama-gguf-split."""
-    match = re.fullmatch(r"(\d{1,15})([kmg]?)", text.strip().lower())
+    """A size in powers of ten, as in llama-gguf-split. Bytes without a unit are accepted from 1 MiB on: a smaller
+    number lacks its unit."""
+    match = re.fullmatch(r"(\d{1,15})([BKMG]?)", text.strip().upper())
     if match is None or int(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a size such as 40G or 500M, found {text!r}")
-    return int(match[1]) * {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}[match[2]]
+    number, unit = int(match[1]), match[2]
+    if not unit and number < 1 << 20:
+        what = f"expected a size with its unit, such as 40G or 500M, found {text!r}"
+        raise argparse.ArgumentTypeError(f"{what}; {number}B would be bytes")
+    return number * SPLIT_UNITS[unit or "B"]
+
+
+def _split_size_text(size: int) -> str:
+    return next(f"{size // factor}{unit}" for unit, factor in SPLIT_UNITS.items() if size % factor == 0)
 
 
 def _request(options: argparse.Namespace) -> TypeRequest:
     """The requested types; the user's options take precedence over those of a mix."""
     plain = TypeRequest(options.type or TYPES["BF16"], default=options.type is None and not options.pure)
     recipe = RECIPES[options.recipe] if options.recipe else plain
-    if options.recipe and (options.type or options.pure):
-        raise ConvertError("--recipe: sets the types of all tensors; remove --type and --pure")
+    given = [word for word, value in (("--type", options.type), ("--pure", options.pure)) if value]
+    if options.recipe and given:
+        raise ConvertError(f"--recipe: sets the types of all tensors; remove {' and '.join(given)}")
     return replace(
         recipe,
         output_type=options.output_tensor_type or recipe.output_type,
@@ -234,7 +267,7 @@ def _command(options: argparse.Namespace) -> Iterator[str]:
         ("--output-tensor-type", options.output_tensor_type and options.output_tensor_type.name),
         ("--token-embedding-type", options.token_embedding_type and options.token_embedding_type.name),
         *(("--tensor-type", f"{pattern}={kind.name}") for pattern, kind in options.tensor_type),
-        ("--split-max-size", options.split_max_size and str(options.split_max_size)),
+        ("--split-max-size", options.split_max_size and _split_size_text(options.split_max_size)),
         ("--chat-template", options.chat_template and options.chat_template.name),
         ("--name", options.name),
         ("--quantized-by", options.quantized_by),
@@ -266,9 +299,8 @@ def _convert(options: argparse.Namespace) -> int:
         return 0
     began = time.monotonic()
     display = silent if options.quiet else for_programs if options.json else for_people
-    if not options.quiet and not options.resume and (left := leftover(options.output)):
-        note = f"discarding {left.name} of an earlier run (--resume would continue it)"
-        print(f"{PROGRAM}: note: {note}", file=sys.stderr)
+    if options.force and not options.resume and not options.quiet and (left := leftover(options.output)):
+        print(f"{PROGRAM}: note: discarding {left.name} of an earlier run", file=sys.stderr)
     shown = silently if options.quiet or options.json else reporting
     plan = convert(options.source, options.output, request, wanted, display, shown)
     seconds = time.monotonic() - began

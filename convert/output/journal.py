@@ -78,7 +78,8 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     try:
         found = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
     except (OSError, ValueError, RecursionError) as error:
-        raise ConvertError(f"{journal}: cannot be read: {error}; start again without --resume") from None
+        todo = "start again without --resume but with --force"
+        raise ConvertError(f"{journal}: cannot be read: {error}; {todo}") from None
     return [entry for entry in found if isinstance(entry, dict)]
 
 

@@ -131,13 +131,18 @@ def unfinished(
     When the block ends without an error, the files are renamed. After an interrupt, or an error of the disk or the
     source, they are kept with their journal if a step is finished, and also if a file with the name of one of them
     was created meanwhile; after any other error they are removed. Raises `ConvertError` if another process writes the
-    output, or if it was started with another identity.
+    output, if it was started with another identity, or if data of an earlier run would be discarded and neither
+    `resume` nor `overwrite` is set.
     """
     folder = folder_of(path)
     lock = journal.locked(folder, path)
     work: Unfinished | None = None
     keep = True
     try:
+        if not resume and not overwrite and (size := _bytes_kept(path)):
+            what = f"keeps {size:,} bytes of an earlier run"
+            todo = "--resume continues it (with the same checkpoint and options), --force discards it"
+            raise ConvertError(f"{folder}: {what}; {todo}")
         done = _steps_done(path, layout, identity) if resume else 0
         keep = False
         if done == 0:
@@ -221,7 +226,8 @@ def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
     ours = {target.name for target in taken(path, resume=True)}
     if not any(here.values()) and not ours:
         return 0
-    file, remedy = folder / journal.JOURNAL, f"start again without --resume, or remove {folder.name}"
+    file = folder / journal.JOURNAL
+    remedy = f"start again without --resume but with --force, or remove {folder.name}"
     if not noted or noted[0].get("format") != _FORMAT:
         raise ConvertError(f"{file}: not a journal of this version; {remedy}")
     if noted[0].get("sources") != identity.sources:
@@ -258,6 +264,12 @@ def _clear(path: Path) -> None:
     for file in folder_of(path).iterdir():
         if file.name != journal.JOURNAL:
             file.unlink()
+
+
+def _bytes_kept(path: Path) -> int:
+    """Bytes of the files that `_clear` would remove."""
+    grown = (file for file in folder_of(path).iterdir() if file.name != journal.JOURNAL)
+    return sum(_size(file) for file in (*grown, *taken(path, resume=False)))
 
 
 def _size(path: Path) -> int:

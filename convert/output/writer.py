@@ -22,6 +22,7 @@ from kimi_gguf.convert.output.files import PlannedFile
 from kimi_gguf.convert.output.gguf_header import aligned
 from kimi_gguf.convert.output.unfinished import Identity, Layout, Unfinished, unfinished
 from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.engine.file_hash import CHUNK, Digest
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.tensor_types import Bytes
@@ -153,11 +154,14 @@ def check_outputs(
     """Raise `ConvertError` for output paths that cannot or must not be written; `ours` are files of an unfinished
     run, which may be overwritten."""
     for path in paths:
+        card = path.name == CARD
+        rename = "remove it, or omit --model-card" if card else "choose another name"
         if not path.parent.is_dir():
             raise ConvertError(f"{path}: its folder does not exist; create it first")
         for source in sources:
             if path.exists() and source.exists() and path.samefile(source):
-                raise ConvertError(f"{path}: is a file of the checkpoint; choose another name for the output")
+                todo = "write to another folder, or omit --model-card" if card else f"{rename} for the output"
+                raise ConvertError(f"{path}: is a file of the checkpoint; {todo}")
         if path.suffix == ".safetensors":
             raise ConvertError(
                 f"{path}: expected a name for a GGUF file, found one of safetensors; use NAME.gguf"
@@ -165,9 +169,13 @@ def check_outputs(
         if not path.exists():
             continue
         if not path.is_file():
-            raise ConvertError(f"{path}: expected a file, found {kind_of(path)}; choose another name")
+            raise ConvertError(f"{path}: expected a file, found {kind_of(path)}; {rename}")
         if not overwrite and path not in ours:
-            raise ConvertError(f"{path}: already exists; remove it, choose another name, or use --force")
+            todo = "remove it, choose another name, or use --force"
+            if card:
+                todo = "--force replaces it and keeps only what a card says of the folder's GGUF files"
+                todo += "; move it away, or omit --model-card, to keep other text"
+            raise ConvertError(f"{path}: already exists; {todo}")
 
 
 def _check_space(path: Path, size: int) -> None:

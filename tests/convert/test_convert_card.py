@@ -151,6 +151,7 @@ def test_the_command_in_the_card_gives_the_same_bytes(
     for path in out.iterdir():
         path.unlink()
     again, *_, check = commands(card)
+    assert again[again.index("--split-max-size") + 1] == "400K"
     for name in (source.name, "imatrix.gguf"):
         (out / name).symlink_to(tmp_path / name)
     monkeypatch.chdir(out)

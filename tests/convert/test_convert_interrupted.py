@@ -201,12 +201,28 @@ def test_resume_reads_and_writes_only_what_is_left(
     assert to_write <= sum(written) <= to_write + padding
 
 
-def test_without_resume_it_starts_again_and_says_so(
+def test_what_an_interrupted_run_left_is_discarded_only_with_force(
     source: Path, out: Path, expected: bytes, noted: None
 ) -> None:
     interrupted(source, out)
+    kept = out / ".x.gguf.unfinished" / "x.gguf"
+    before = kept.read_bytes()
     run = convert(source, "-o", out / "x.gguf")
+    assert run.status == 1 and f"{kept.parent}: keeps {len(before):,} bytes of an earlier run" in run.err
+    assert "--resume continues it" in run.err and "--force discards it" in run.err
+    assert convert(source, "--dry-run", "-o", out / "x.gguf").status == 0
+    assert kept.read_bytes() == before and names(out) == KEPT
+    run = convert(source, "-o", out / "x.gguf", "--force", "--name", "another")
     assert run.status == 0 and "discarding .x.gguf.unfinished of an earlier run" in run.err
+    assert (out / "x.gguf").read_bytes() != expected and names(out) == {"x.gguf"}
+
+
+def test_a_run_that_was_killed_before_it_wrote_data_is_no_obstacle(
+    source: Path, out: Path, expected: bytes
+) -> None:
+    (out / ".x.gguf.unfinished").mkdir()
+    (out / ".x.gguf.unfinished" / "journal").write_bytes(b"")
+    assert convert(source, "-o", out / "x.gguf").status == 0
     assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
 
 
@@ -220,7 +236,8 @@ def test_resume_with_other_options_is_refused(
 ) -> None:
     interrupted(source, out)
     run = convert(source, "-o", out / "x.gguf", "--resume", *change)
-    assert run.status == 1 and "other options" in run.err and "start again without --resume" in run.err
+    assert run.status == 1 and "other options" in run.err
+    assert "start again without --resume but with --force" in run.err
     assert names(out) == KEPT, "an unfinished output that could be resumed is kept"
 
 

@@ -105,7 +105,7 @@ def test_the_size_counts_the_header_to_the_byte(tmp_path: Path, source: Path, ou
     size = first.stat().st_size
     for name, asked, same in (("a", size, True), ("b", size - 1, False)):
         (tmp_path / name).mkdir()
-        found = split(source, tmp_path / name, str(asked))[0]
+        found = split(source, tmp_path / name, f"{asked}B")[0]
         assert (list(data(found)) == list(data(first))) == same
         assert found.stat().st_size <= asked
 
@@ -133,6 +133,15 @@ def test_what_fits_is_one_file_without_a_number(tmp_path: Path, source: Path, ou
 def test_an_invalid_size_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
     run = convert(source, "-o", out / "x.gguf", f"--split-max-size={size}")
     assert run.status == 2 and "expected a size such as 40G or 500M" in run.err
+
+
+@pytest.mark.parametrize("size", ["1", "40", str(2**20 - 1)])
+def test_a_small_size_without_a_unit_is_a_wrong_argument(source: Path, out: Path, size: str) -> None:
+    """40 is meant as 40G; llama-gguf-split refuses all numbers without a unit."""
+    run = convert(source, "-o", out / "x.gguf", "--split-max-size", size)
+    assert run.status == 2 and f"such as 40G or 500M, found '{size}'; {size}B would be bytes" in run.err
+    for bytes_ in (f"{size}B", str(2**20)):
+        assert convert(source, "--dry-run", "--split-max-size", bytes_).status == 0
 
 
 def test_the_plan_shows_the_parts(source: Path, out: Path) -> None:

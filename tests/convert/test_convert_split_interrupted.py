@@ -58,7 +58,7 @@ def expected(tmp_path: Path, source: Path) -> dict[str, dict[str, bytes]]:
 
 
 def to_parts(source: Path, out: Path, name: str = "one", *options: str) -> Run:
-    return convert(source, "-o", out / "x.gguf", "--split-max-size", SIZE, "--name", name, *options)
+    return convert(source, "-o", out / "x.gguf", "--split-max-size", f"{SIZE}B", "--name", name, *options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def killed_among_renames(source: Path, out: Path, renames: int, name: str = "one", *options: str) -> None:
     command = [sys.executable, "-c", DIES_AMONG_RENAMES, str(renames), source, "-o", out / "x.gguf"]
-    command += ["--split-max-size", str(SIZE), "--name", name, *options]
+    command += ["--split-max-size", f"{SIZE}B", "--name", name, *options]
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
 
 
@@ -127,8 +127,12 @@ def test_a_run_of_another_kind_clears_away_what_was_renamed(source: Path, out: P
         killed_among_renames(source, out, renames)
         old = set(contents(out))
         assert len(old) == renames
+        size = sum(path.stat().st_size for path in out.rglob("x*.gguf"))
         run = convert(source, "-o", out / "x.gguf", *options)
-        assert run.status == 0 and "of an earlier run (--resume would continue it)" in run.err
+        assert run.status == 1 and f"keeps {size:,} bytes of an earlier run" in run.err
+        assert set(contents(out)) == old
+        run = convert(source, "-o", out / "x.gguf", *options, "--force")
+        assert run.status == 0 and "discarding .x.gguf.unfinished of an earlier run" in run.err
         assert not old & set(contents(out))
         assert not (out / ".x.gguf.unfinished").exists()
         for path in out.iterdir():
@@ -202,7 +206,7 @@ def test_an_invalid_record_of_renamed_files_is_harmless(source: Path, out: Path,
     killed_among_renames(source, out, 0)
     with (out / ".x.gguf.unfinished" / "journal").open("a") as file:
         file.write(f'{{"whole": {whole}}}\n')
-    run = to_parts(source, out, "one")
+    run = to_parts(source, out, "one", "--force")
     assert run.status == 0 and all(place_in_set(out / name) for name in contents(out))
 
 
