@@ -32,6 +32,7 @@ from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say
 from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
+from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 from kimi_gguf.engine.version import VERSION
@@ -39,7 +40,6 @@ from kimi_gguf.patches.errors import KimiError
 
 T = TypeVar("T")
 FAILED: Final = 1
-INTERRUPTED: Final = 130
 SPLIT_UNITS: Final = {"G": 10**9, "M": 10**6, "K": 10**3, "B": 1}
 SOURCE: Final = "a folder, a .safetensors file, or a Hugging Face id OWNER/NAME[@REVISION]"
 EXAMPLES: Final = f"""\

@@ -1,1 +1,1 @@
-"""Entry points: the `kimi-llama` command, the demo, the tests, measurements and training."""
+"""Entry points: the commands (commands.py), `kimi-llama`, the demo, the tests, measurements and training."""

@@ -24,6 +24,7 @@ from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
+from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import available_memory, cores
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("kimi-llama: interrupted; no unfinished file is left", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

@@ -2,7 +2,8 @@
 
 Input: arguments. Output: report.html, report.json and report.md, a summary on standard output, progress on
 standard error, and the exit status (0 all gates passed, 1 a gate failed, 2 bad input, 130 interrupted).
-This module alone parses arguments and prints results; start.py imports it and says if a package is missing.
+This module alone parses arguments and prints results. What imports torch is imported by the functions that run a
+validation: help, wrong arguments and `show` do not need it, and loading it takes seconds.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,31 +26,28 @@ from kimi_gguf.convert.output.journal import one_at_a_time
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine, ensure, options_of, select
+from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
+from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
-from kimi_gguf.validate.card_files import (
-    card_files,
-    check_card_place,
-    check_unchanged,
-    models_of,
-    stamps_in,
-    write_card,
-)
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
-from kimi_gguf.validate.measure import Ids
 from kimi_gguf.validate.metrics import Summary
-from kimi_gguf.validate.pipeline import Request, check_model, validate
 from kimi_gguf.validate.report import FORMATS, Report, check_place, limit_text, number_text, write
 from kimi_gguf.validate.sample_text import TEXT
 from kimi_gguf.validate.stored import printable, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
+if TYPE_CHECKING:
+    from kimi_gguf.validate.measure import Ids
+    from kimi_gguf.validate.pipeline import Request
+
 PROGRAM: Final = "validate-kimi"
-PASSED, GATE_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
+PASSED, GATE_FAILED, BAD_INPUT = 0, 1, 2
+PACKAGES: Final = ("torch", "safetensors", "matplotlib")
+PRECISIONS: Final = ("float32", "float64")  # names of torch's types
 # Of the summary: title, field of Summary, format.
 COLUMNS = (
     ("NMSE", "nmse", "error"), ("worst NMSE", "nmse_worst", "error"), ("mean KLD", "kld_mean", "error"),
@@ -87,6 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _card(words[1:])
     options = _parser().parse_args(words)
     try:
+        _load_packages()
+        from kimi_gguf.validate.pipeline import validate
+
         request = _request(options, options.gguf, options.against)
         check_place(options.out)
         engine, upstream = _engines(options)
@@ -104,8 +105,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return PASSED if report.passed else GATE_FAILED
 
 
+def _load_packages() -> None:
+    """Import all packages that a validation uses; raise `ValidateError` if one is missing."""
+    try:
+        with interrupt_ends_process():
+            import_module("kimi_gguf.validate.card_files")  # it imports torch and matplotlib
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:
+            raise
+        what = f"{error.name} is missing; it is part of the extra [validate]: {install(*PACKAGES)}"
+        raise ValidateError(what) from error
+
+
 def _engines(options: argparse.Namespace) -> tuple[Engine, Engine | None]:
     """The build that runs, and upstream's if it is compared."""
+    import torch
+
     torch.set_num_threads(options.threads)
     engine = select(options.build)
     print(f"{PROGRAM}: build {engine.label()}", file=sys.stderr)
@@ -180,6 +195,10 @@ def _between(least: int, most: int, text: str) -> int:
 
 def _request(options: argparse.Namespace, gguf: Path, against: Path | None = None) -> Request:
     """Read the files that the arguments name. Raises an error for bad input before anything is built."""
+    import torch
+
+    from kimi_gguf.validate.pipeline import Request
+
     for path in filter(None, (gguf, against)):
         with open_gguf(path):
             pass
@@ -208,7 +227,7 @@ def _request(options: argparse.Namespace, gguf: Path, against: Path | None = Non
             if options.gpu_layers is not None
             else (ALL_LAYERS if on_gpu else 0),
         ),
-        dtype=PRECISIONS[options.precision],
+        dtype=getattr(torch, options.precision),
         against=against,
     )
 
@@ -297,6 +316,17 @@ def _card(words: Sequence[str]) -> int:
     """`validate-kimi card`: validate the files of a folder and write their model card."""
     options = _card_parser().parse_args(words)
     try:
+        _load_packages()
+        from kimi_gguf.validate.card_files import (
+            card_files,
+            check_card_place,
+            check_unchanged,
+            models_of,
+            stamps_in,
+            write_card,
+        )
+        from kimi_gguf.validate.pipeline import check_model
+
         found = stamps_in(options.folder)
         paths = models_of(options.folder)
         check_card_place(options.folder, paths, options.force, options.checkpoint)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kimi_gguf.validate.measure import Measured
 from kimi_gguf.validate.tensors import TensorProof
+
+if TYPE_CHECKING:  # it imports torch
+    from kimi_gguf.validate.measure import Measured
 
 
 @dataclass(frozen=True)

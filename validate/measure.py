@@ -23,6 +23,7 @@ from kimi_gguf.engine.worker import Progress
 from kimi_gguf.validate.llama import Engine, LlamaRun, RunOptions, run
 from kimi_gguf.validate.metrics import (
     Choices,
+    Curves,
     LayerError,
     Positions,
     Summary,
@@ -85,17 +86,6 @@ class Answer:
     variant: Variant
     untouched: LlamaRun
     watched: LlamaRun
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What is plotted of a run: figures at each position [T], and of each layer."""
-
-    nmse: NDArray[np.float64]
-    kld: NDArray[np.float64]
-    top1: NDArray[np.bool_]
-    differs: NDArray[np.bool_]  # expert mismatch in any layer
-    layers: list[LayerError]
 
 
 @dataclass(frozen=True)

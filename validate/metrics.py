@@ -97,6 +97,17 @@ class LayerError:
     other_experts: int  # positions with an expert mismatch in this layer
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What is plotted of a run: figures at each position [T], and of each layer."""
+
+    nmse: Floats
+    kld: Floats
+    top1: Flags
+    differs: Flags  # expert mismatch in any layer
+    layers: list[LayerError]
+
+
 def log_softmax(logits: AnyFloats) -> Floats:
     """Log-probabilities over the last dimension, float64."""
     x = logits.astype(np.float64)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from kimi_gguf.validate.measure import Curves
+from kimi_gguf.validate.metrics import Curves
 from kimi_gguf.validate.report import Report
 
 OWN, RIVAL, MARK, INK = "#1f5fa8", "#c2762b", "#b3261e", "#3c4650"

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
@@ -22,10 +22,12 @@ from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.gates import DIVERGED, LIMITS, GateResult
 from kimi_gguf.validate.llama import RunOptions
-from kimi_gguf.validate.measure import Measured
 from kimi_gguf.validate.metrics import LayerError, Summary, first_diverging
-from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.tensors import TensorProof
+
+if TYPE_CHECKING:  # they import torch
+    from kimi_gguf.validate.measure import Measured
+    from kimi_gguf.validate.provenance import Facts
 
 FILES = ("report.json", "report.md", "report.html")
 SCHEMA = "kimi-gguf/validation-report/2"

@@ -19,8 +19,7 @@ import numpy as np
 from kimi_gguf.convert.output.card_folder import basis_of
 from kimi_gguf.convert.output.model_card import Basis, Figures
 from kimi_gguf.validate.errors import ValidateError
-from kimi_gguf.validate.measure import Curves
-from kimi_gguf.validate.metrics import LayerError, Summary
+from kimi_gguf.validate.metrics import Curves, LayerError, Summary
 from kimi_gguf.validate.report import SCHEMA
 
 SCHEMAS = ("kimi-gguf/validation-report/1", SCHEMA)

@@ -480,7 +480,7 @@ def validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, li
         return [replace(card_file(), path=tmp_path / "hub/a.gguf")]
 
     monkeypatch.setattr("kimi_gguf.validate.cli._engines", lambda _: (None, None))
-    monkeypatch.setattr("kimi_gguf.validate.cli.card_files", files)
+    monkeypatch.setattr(card_files, "card_files", files)
     return checkpoint, meanwhile
 
 
@@ -523,6 +523,7 @@ def test_the_card_is_written_while_no_conversion_writes_it(
     checkpoint, meanwhile = validated
     hub = checkpoint.with_name("hub")
     locked: list[bool] = []
+    write = card_files.write_card
 
     def try_lock() -> None:
         handle = os.open(hub, os.O_RDONLY)
@@ -536,10 +537,10 @@ def test_the_card_is_written_while_no_conversion_writes_it(
 
     def write_card(*arguments: Any) -> Path:
         try_lock()
-        return card_files.write_card(*arguments)
+        return write(*arguments)
 
     meanwhile.append(try_lock)
-    monkeypatch.setattr("kimi_gguf.validate.cli.write_card", write_card)
+    monkeypatch.setattr(card_files, "write_card", write_card)
     (hub / "validation").mkdir()
     assert main(["card", str(hub), "--checkpoint", str(checkpoint), "--force", "--quiet"]) == 0
     assert locked == [False, True] and "a.gguf" in rows((hub / "README.md").read_text())

@@ -211,10 +211,12 @@ def test_a_missing_or_damaged_gguf_gives_status_2(
 
 def test_a_missing_package_of_the_extra_is_named() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None; from kimi_gguf.validate.start import main; sys.exit(main())"
+        "import sys; sys.modules['torch'] = None; from kimi_gguf.validate.cli import main; sys.exit(main())"
     )
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert "torch is missing" in ended.stderr
-    assert "[validate]" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    for words in (["x.gguf", "--checkpoint", "x"], ["card", "x", "--checkpoint", "x"]):
+        command = [sys.executable, "-c", code, *words]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2
+        assert "torch is missing" in ended.stderr
+        assert "[validate]" in ended.stderr
+        assert "Traceback" not in ended.stderr

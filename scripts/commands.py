@@ -1,0 +1,56 @@
+"""Entry points of the commands. Ctrl-C ends each of them quietly with status 130, also while it is imported.
+
+The commands catch an interrupt of their work themselves: they say what is left behind.
+"""
+
+from collections.abc import Callable
+
+
+def convert_kimi() -> int:
+    """Run `convert-kimi`; return its exit status."""
+
+    def load() -> Callable[[], int]:
+        from kimi_gguf.convert.cli import main
+
+        return main
+
+    return _run(load)
+
+
+def validate_kimi() -> int:
+    """Run `validate-kimi`; return its exit status."""
+
+    def load() -> Callable[[], int]:
+        from kimi_gguf.validate.cli import main
+
+        return main
+
+    return _run(load)
+
+
+def kimi_llama() -> int:
+    """Run `kimi-llama`; return its exit status."""
+
+    def load() -> Callable[[], int]:
+        from kimi_gguf.scripts.kimi_llama import main
+
+        return main
+
+    return _run(load)
+
+
+def _run(load: Callable[[], Callable[[], int]]) -> int:
+    """Import a command's `main` and run it; return its exit status, 130 after an interrupt."""
+    try:
+        try:
+            from kimi_gguf.engine.interrupts import interrupt_ends_process
+
+            with interrupt_ends_process():
+                main = load()
+            return main()
+        finally:
+            import signal
+
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
+    except KeyboardInterrupt:
+        return 130  # engine.interrupts.INTERRUPTED, which may not be imported yet

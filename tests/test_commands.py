@@ -1,0 +1,128 @@
+"""The commands start quickly, and Ctrl-C ends them without a traceback whenever it comes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
+from kimi_gguf.scripts import commands
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+# A package whose import is interrupted and makes another error of it, as NumPy's does.
+INTERRUPTED_IMPORT = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError("a package is broken") from None
+"""
+
+
+def run(code: str, *words: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python code; modules are looked up in the folder `first` before all others."""
+    path = os.pathsep.join(map(str, filter(None, [first, ROOT / "src"])))
+    return subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def start(program: str, *words: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a command as its file in bin/ does."""
+    module, _, function = PROGRAMS[program].partition(":")
+    return run(
+        f"import sys\nfrom {module} import {function}\nsys.exit({function}())",
+        *words,
+        first=first,
+    )
+
+
+def test_each_entry_point_exists() -> None:
+    found = {name: EntryPoint(name, value, "console_scripts").load() for name, value in PROGRAMS.items()}
+    assert found == {
+        "convert-kimi": commands.convert_kimi,
+        "validate-kimi": commands.validate_kimi,
+        "kimi-llama": commands.kimi_llama,
+    }
+
+
+def test_only_a_validation_needs_the_packages_of_its_extra() -> None:
+    code = """if True:
+        import sys
+        sys.modules |= dict.fromkeys(("torch", "safetensors", "matplotlib"))  # importing them fails
+        from kimi_gguf.validate.cli import main
+        for words in (["--version"], ["--help"], ["card", "--help"], ["show", "--help"], ["--wrong"], ["card"]):
+            try:
+                main(words)
+            except SystemExit as ended:
+                print("status", ended.code)
+        print("status", main(["show", sys.argv[1]]))
+    """
+    ended = run(code, str(ROOT / "tests/golden/report-schema-2.json"))
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    statuses = [line.split()[1] for line in ended.stdout.splitlines() if line.startswith("status ")]
+    assert statuses == ["0", "0", "0", "0", "2", "2", "0"]
+
+
+@pytest.mark.parametrize(
+    ("program", "package", "words"),
+    [
+        ("convert-kimi", "numpy", ()),
+        ("kimi-llama", "numpy", ()),
+        ("validate-kimi", "numpy", ()),
+        ("validate-kimi", "torch", ("x.gguf", "--checkpoint", "x")),
+    ],
+)
+def test_an_interrupted_import_ends_quietly(
+    program: str, package: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    (tmp_path / f"{package}.py").write_text(INTERRUPTED_IMPORT)
+    ended = start(program, *words, first=tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (INTERRUPTED, "", "")
+
+
+def test_more_interrupts_end_quietly() -> None:
+    """The second comes while the first is handled, the third while Python ends."""
+    code = """if True:
+        import atexit, os, signal, sys, time
+        from kimi_gguf.scripts import commands
+        def interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        def main():
+            try:
+                interrupt()
+            except KeyboardInterrupt:
+                print("handled")
+                interrupt()
+        atexit.register(interrupt)
+        sys.exit(commands._run(lambda: main))
+    """
+    ended = run(code)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (INTERRUPTED, "handled\n", "")
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])
+def test_imports_leave_the_handler_as_it_was(handler: signal._HANDLER) -> None:
+    """An ignored Ctrl-C stays ignored during them, as in a job in the background."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with interrupt_ends_process():
+            assert (signal.getsignal(signal.SIGINT) is signal.SIG_IGN) == (handler is signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
