@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _unknown_command(words: Sequence[str]) -> str:
     """What is wrong if the first word seems to be meant as a command; empty if it does not."""
     word, *others = words or [""]
-    if not word.isalpha() or Path(word).exists():
+    if not word.isalpha() or len(word) > 20 or Path(word).exists():
         return ""
     hint = _did_you_mean(word, COMMANDS)
     alone = not others or others[0].startswith("-")
