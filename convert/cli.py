@@ -29,6 +29,7 @@ from kimi_gguf.convert.model.tensor_table import PlannedTensor
 from kimi_gguf.convert.output.unfinished import leftover
 from kimi_gguf.convert.plan import Plan, type_counts
 from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say
+from kimi_gguf.convert.source.checkpoint import exists
 from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
@@ -106,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _unknown_command(words: Sequence[str]) -> str:
     """What is wrong if the first word seems to be meant as a command; empty if it does not."""
     word, *others = words or [""]
-    if not word.isalpha() or len(word) > 20 or Path(word).exists():
+    if not word.isalpha() or exists(Path(word)):
         return ""
     hint = _did_you_mean(word, COMMANDS)
     alone = not others or others[0].startswith("-")

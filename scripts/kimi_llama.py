@@ -242,8 +242,7 @@ def _bench(parsed: argparse.Namespace) -> int:
 def _tool(parsed: argparse.Namespace) -> int:
     tool = TOOLS[parsed.command]
     check_gguf(parsed.model)
-    options = {argument.partition("=")[0] for argument in parsed.arguments}
-    if own := options & {"--build", "--backend", "--upstream"}:
+    if own := _options(parsed.arguments) & {"--build", "--backend", "--upstream"}:
         raise EngineError(
             f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
             todo=f"write it in front of MODEL: kimi-llama {parsed.command} --build NAME {parsed.model} ...",
@@ -308,7 +307,7 @@ def _expect_to_run(engine: Engine) -> None:
 def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
     """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
     given = ["--rpc" if word == _WORKERS else word for word in given]
-    options = {argument.split("=", 1)[0] for argument in given}
+    options = _options(given)
     program, defaults = tool.program, tool.defaults
     if tool.drafted is not None and options & {*_DRAFT, _KIND}:
         program = tool.drafted
@@ -335,6 +334,11 @@ def fits_memory(model: Path) -> bool:
         free is not None
         and sum(path.stat().st_size for path in files if path.exists()) <= _MOST_OF_MEMORY * free
     )
+
+
+def _options(given: Sequence[str]) -> set[str]:
+    """The arguments without what follows an equals sign."""
+    return {argument.partition("=")[0] for argument in given}
 
 
 def _values(given: Sequence[str], options: Collection[str]) -> list[str]:

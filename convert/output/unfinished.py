@@ -139,7 +139,7 @@ def unfinished(
     work: Unfinished | None = None
     keep = True
     try:
-        if not resume and not overwrite and (size := _bytes_kept(path)):
+        if not resume and not overwrite and (size := sum(map(_size, _left_behind(path)))):
             what = f"keeps {size:,} bytes of an earlier run"
             todo = "--resume continues it (with the same checkpoint and options), --force discards it"
             raise ConvertError(f"{folder}: {what}; {todo}")
@@ -258,18 +258,14 @@ def _remove(path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove the files of the folder, and the already renamed files of an unfinished run."""
-    for target in taken(path, resume=False):
-        target.unlink(missing_ok=True)
-    for file in folder_of(path).iterdir():
-        if file.name != journal.JOURNAL:
-            file.unlink()
+    for file in _left_behind(path):
+        file.unlink(missing_ok=True)
 
 
-def _bytes_kept(path: Path) -> int:
-    """Bytes of the files that `_clear` would remove."""
-    grown = (file for file in folder_of(path).iterdir() if file.name != journal.JOURNAL)
-    return sum(_size(file) for file in (*grown, *taken(path, resume=False)))
+def _left_behind(path: Path) -> list[Path]:
+    """The already renamed files of an unfinished run, and the files of its folder but the journal."""
+    here = [file for file in folder_of(path).iterdir() if file.name != journal.JOURNAL]
+    return [*taken(path, resume=False), *here]
 
 
 def _size(path: Path) -> int:

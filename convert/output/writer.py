@@ -148,20 +148,32 @@ def _write_file(
     work.end(first + len(file.tensors), digest)
 
 
+# What to do about an output path that is a file of the checkpoint, no file, or there already. A card has its own name.
+_REMEDIES = (
+    "choose another name for the output",
+    "choose another name",
+    "remove it, choose another name, or use --force",
+)
+_REMEDIES_OF_CARD = (
+    "write to another folder, or omit --model-card",
+    "remove it, or omit --model-card",
+    "--force replaces it and keeps only what a card says of the folder's GGUF files; move it away, or omit "
+    "--model-card, to keep other text",
+)
+
+
 def check_outputs(
     paths: Iterable[Path], overwrite: bool, sources: Sequence[Path], ours: Iterable[Path] = ()
 ) -> None:
     """Raise `ConvertError` for output paths that cannot or must not be written; `ours` are files of an unfinished
     run, which may be overwritten."""
     for path in paths:
-        card = path.name == CARD
-        rename = "remove it, or omit --model-card" if card else "choose another name"
+        if_source, if_no_file, if_there = _REMEDIES_OF_CARD if path.name == CARD else _REMEDIES
         if not path.parent.is_dir():
             raise ConvertError(f"{path}: its folder does not exist; create it first")
         for source in sources:
             if path.exists() and source.exists() and path.samefile(source):
-                todo = "write to another folder, or omit --model-card" if card else f"{rename} for the output"
-                raise ConvertError(f"{path}: is a file of the checkpoint; {todo}")
+                raise ConvertError(f"{path}: is a file of the checkpoint; {if_source}")
         if path.suffix == ".safetensors":
             raise ConvertError(
                 f"{path}: expected a name for a GGUF file, found one of safetensors; use NAME.gguf"
@@ -169,13 +181,9 @@ def check_outputs(
         if not path.exists():
             continue
         if not path.is_file():
-            raise ConvertError(f"{path}: expected a file, found {kind_of(path)}; {rename}")
+            raise ConvertError(f"{path}: expected a file, found {kind_of(path)}; {if_no_file}")
         if not overwrite and path not in ours:
-            todo = "remove it, choose another name, or use --force"
-            if card:
-                todo = "--force replaces it and keeps only what a card says of the folder's GGUF files"
-                todo += "; move it away, or omit --model-card, to keep other text"
-            raise ConvertError(f"{path}: already exists; {todo}")
+            raise ConvertError(f"{path}: already exists; {if_there}")
 
 
 def _check_space(path: Path, size: int) -> None:

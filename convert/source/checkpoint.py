@@ -250,7 +250,7 @@ def open_checkpoint(source: Path | str, mtp: bool = True) -> Iterator[Checkpoint
 
 def _find(source: Path | str) -> _Root:
     path = Path(source)
-    if _exists(path):
+    if exists(path):
         return _on_disk(path)
     id = HubId.parse(source) if isinstance(source, str) else None
     if id is None:
@@ -264,7 +264,8 @@ def _find(source: Path | str) -> _Root:
         raise type(error)(f"{source}: no such folder, so taken as a hub id; {error}") from None
 
 
-def _exists(path: Path) -> bool:
+def exists(path: Path) -> bool:
+    """Whether the path exists; a text that cannot be one does not."""
     try:
         return path.exists()
     except (OSError, ValueError):  # too long, or with a NUL

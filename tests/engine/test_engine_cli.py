@@ -208,9 +208,9 @@ def test_only_the_model_is_required(built: Path) -> None:
     ],
 )
 def test_words_in_the_wrong_place(words: list[str], status: int, said: str, built: Path) -> None:
-    told = call(built, *(str(built / "model.gguf") if word == "MODEL" else word for word in words))
-    assert (told.returncode, told.stdout) == (status, "")
-    assert said in told.stderr
+    ended = call(built, *(str(built / "model.gguf") if word == "MODEL" else word for word in words))
+    assert (ended.returncode, ended.stdout) == (status, "")
+    assert said in ended.stderr
 
 
 @pytest.mark.parametrize(
@@ -218,11 +218,11 @@ def test_words_in_the_wrong_place(words: list[str], status: int, said: str, buil
 )
 def test_a_worker_that_cannot_listen_says_so(place: list[str], built: Path) -> None:
     """203.0.113.7 is an address of no machine (RFC 5737)."""
-    told = call(built, "worker", *place)
-    assert (told.returncode, told.stdout) == (1, "")
+    ended = call(built, "worker", *place)
+    assert (ended.returncode, ended.stdout) == (1, "")
     assert (
         f"kimi-llama: error: cannot listen on {'127.0.0.1:' if 'port' in place[0] else ''}{place[1]}"
-        in told.stderr
+        in ended.stderr
     )
 
 
