@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -142,7 +144,7 @@ def test_the_hybrid_against_all_mla(tmp_path: Path, engine: Engine, upstream: En
 
 
 def started(moment: str, *words: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A bench that would measure for minutes, once it reports `moment`, and the processes that it started."""
+    """A bench that would measure for minutes, once it reports `moment`, and pidfds of the processes that it started."""
     process = subprocess.Popen(
         command(*TINY, "--seconds", "600", "--batch", "1", *words),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -155,9 +157,23 @@ def started(moment: str, *words: str) -> tuple[subprocess.Popen[str], list[int]]
             break
     assert f"] {moment}" in seen, seen
     time.sleep(0.5)
-    workers = children(process.pid)
+    workers = [os.pidfd_open(pid) for pid in children(process.pid)]
     assert workers
     return process, workers
+
+
+def running_after(seconds: float, workers: list[int]) -> list[int]:
+    """Those of the processes that still run after so long. Closes the pidfds.
+
+    A pidfd cannot mean another process: on a small machine other tests use up all ids of processes within seconds.
+    """
+    deadline = time.monotonic() + seconds
+    left = []
+    for worker in workers:
+        ended, _, _ = select.select([worker], [], [], max(0, deadline - time.monotonic()))
+        left += [] if ended else [worker]
+        os.close(worker)
+    return left
 
 
 @pytest.mark.engine
@@ -171,7 +187,7 @@ def test_ctrl_c_ends_everything(
     _, rest = process.communicate(timeout=30)
     assert process.returncode == 130, rest
     assert "interrupted" in rest and "Traceback" not in rest
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not running_after(0, workers)
     assert not record.exists()
     assert not [path for path in (cache / "bench").rglob("*") if "unfinished" in path.name]
     assert not list((cache / "bench").glob("states/*"))
@@ -182,10 +198,7 @@ def test_a_killed_bench_leaves_no_process_behind(engine: Engine, upstream: Engin
     process, workers = started("tg at", "--depth", "0")
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not running_after(10, workers)
 
 
 def children(pid: int) -> list[int]:
