@@ -101,7 +101,7 @@ def test_memory_of_a_plan(tmp_path: Path, layers: str, shards: int, most: int) -
     [
         (24, "default"),
         pytest.param(24, "BF16", marks=pytest.mark.full),
-        (24, "Q4_0"),
+        pytest.param(24, "Q4_0", marks=pytest.mark.full),
         pytest.param(896, "default", marks=pytest.mark.full),
         pytest.param(200, "BF16", marks=pytest.mark.full),
     ],

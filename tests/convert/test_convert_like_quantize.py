@@ -140,7 +140,9 @@ def some_runs() -> list[Any]:
     found = []
     for number, kind in enumerate(QUANTIZED):
         with_imatrix = FEW_LAYERS if kind in LOWEST else number + 1  # the lowest types take longest
-        chosen = {number % len(SPECS), len(SPECS) + with_imatrix % len(SPECS)}
+        chosen = {len(SPECS) + with_imatrix % len(SPECS)}
+        if not kind.startswith("IQ"):
+            chosen.add(number % len(SPECS))
         for index, (name, options) in enumerate(RUNS):
             marks = () if index in chosen else (pytest.mark.full,)
             found.append(pytest.param(kind, name, options, id=" ".join((kind, name, *options)), marks=marks))

@@ -273,7 +273,9 @@ FIRST_DECOMPRESSED = {
 @pytest.mark.parametrize(
     ("cache_type", "operators", "capability"),
     [
-        pytest.param(*key, id=" ".join(key), marks=pytest.mark.full if key == ("F16", "", "890") else ())
+        pytest.param(
+            *key, id=" ".join(key), marks=() if key[1:] in (("", "900"), ("", "800")) else pytest.mark.full
+        )
         for key in FIRST_DECOMPRESSED
     ],
 )
@@ -431,12 +433,10 @@ EXPERTS_ON_THE_CPU: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("placement", "operators"),
     [
-        ("n-cpu-moe", "exact,require"),
-        ("override-tensor", "require"),
-        ("override-tensor, long batches", "require"),
-        pytest.param("n-cpu-moe", "require", marks=pytest.mark.full),
-        pytest.param("override-tensor", "exact,require", marks=pytest.mark.full),
-        pytest.param("override-tensor, long batches", "exact,require", marks=pytest.mark.full),
+        pytest.param(placement, operators, marks=() if few else pytest.mark.full)
+        for placement in EXPERTS_ON_THE_CPU
+        for operators in ("require", "exact,require")
+        for few in [(placement, operators) == ("override-tensor, long batches", "require")]
     ],
 )
 def test_experts_on_the_cpu(

@@ -126,7 +126,7 @@ FIRST_WITH_KEYS = {
 }
 
 
-@pytest.mark.parametrize("keys", FIRST_WITH_KEYS)
+@pytest.mark.parametrize("keys", [2000, 4000, pytest.param(6500, marks=pytest.mark.full)])
 def test_the_more_keys_the_more_queries(
     keys: int, metal_backend: Path, engine: Engine, tmp_path: Path
 ) -> None:

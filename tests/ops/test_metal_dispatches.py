@@ -103,6 +103,7 @@ def test_upstreams_graph(metal_backend: Path, model: Path, engine: Engine, tmp_p
     assert counted.total() == UPSTREAM == 1368
 
 
+@pytest.mark.full
 def test_switched_off_the_dispatches_and_barriers_are_upstreams(
     metal_backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:

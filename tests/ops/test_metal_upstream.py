@@ -71,7 +71,7 @@ def environment(backend: Path, **more: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize("order", [pytest.param("forwards", marks=pytest.mark.full), "backwards"])
 @pytest.mark.parametrize("operator", COMPARED)
 def test_upstreams_operators(operator: str, order: str, metal_backend: Path, engine: Engine) -> None:
     cases, count = COMPARED[operator]
@@ -104,6 +104,7 @@ def test_every_case_of_the_operators(metal_backend: Path, engine: Engine) -> Non
     assert failures == []
 
 
+@pytest.mark.full
 def test_a_missing_barrier_of_the_host_is_found(engine: Engine, tmp_path: Path) -> None:
     """Flash attention for one query: its second kernel reads what the first one has written."""
     ggml = Path(shutil.copytree(patched_ggml("metal"), tmp_path / "ggml"))

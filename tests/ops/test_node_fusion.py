@@ -89,7 +89,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("copies", ["0", "1"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.full), 2])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_models_logits_have_the_same_bits(
     way: str, threads: int, copies: str, quantised: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch

@@ -188,8 +188,15 @@ PLACEMENTS = {
 }
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("spec", ON_DEVICES, ids=lambda spec: spec.id)
+@pytest.mark.parametrize(
+    ("spec", "placement"),
+    [
+        pytest.param(spec, placement, id=f"{spec.id}-{placement}", marks=pytest.mark.full if slow else ())
+        for spec in ON_DEVICES
+        for placement in PLACEMENTS
+        for slow in [spec.heads > 32 and placement != "all"]
+    ],
+)
 def test_the_family_in_any_placement(spec: FamilySpec, placement: str, world: World, tmp_path: Path) -> None:
     """Ling 3, GLM-5.3-Flash and Kimi K3: a prompt with expanded keys, and drafts that are rolled back."""
     layers, kqv, flash = PLACEMENTS[placement]
@@ -215,6 +222,7 @@ def test_rollback_with_states_on_the_device(layers: int, world: World, tmp_path:
     assert {f"SECOND0 {name}" for name in KDA} <= computed
 
 
+@pytest.mark.full  # the rehearsal of bench-gpu runs the same cases
 @pytest.mark.parametrize("operator", [*sorted(KDA), "LATENT_ATTN"])
 def test_upstreams_comparison_of_devices(operator: str, world: World) -> None:
     assert passed_cases(world.engine, "SECOND0", operator, GGML_BACKEND_PATH=str(world.backend)) > 5
