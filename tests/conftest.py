@@ -95,6 +95,22 @@ def metal_backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> P
     return compile_metal_backend(engine, patched_ggml("metal"), tmp_path_factory.mktemp("metal-backend"))
 
 
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """Programs that the test starts see one processor, so that by default they use one thread.
+
+    Waiting threads spin. If other tests keep the processors busy, two threads take more than twice as long as one.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {before[worker % len(before)]})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     """The trained demo checkpoint, hub layout."""

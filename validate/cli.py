@@ -9,7 +9,6 @@ validation: help, wrong arguments and `show` do not need it, and loading it take
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -30,6 +29,7 @@ from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
 from kimi_gguf.engine.progress import reporting
+from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
@@ -183,7 +183,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--batch", 1, MOST_TOKENS, 512, "pass at most N tokens to each llama_decode (default: %(default)s)"
     )
     number("--ubatch", 1, MOST_TOKENS, 512, "compute at most N tokens in each graph (default: %(default)s)")
-    number("--threads", 1, MOST_THREADS, os.cpu_count() or 1, "use N CPU threads (default: all cores)")
+    number("--threads", 1, MOST_THREADS, cores(), "use N CPU threads (default: all cores)")
     add("--quiet", action="store_true", help="print no summary on standard output")
 
 

@@ -12,7 +12,7 @@ from kimi_gguf.scripts.prove_48b import main
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("engine", "upstream")
+@pytest.mark.usefixtures("engine", "upstream", "one_core")
 def test_the_rehearsal_runs_every_step(
     tmp_path: Path, demo_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
