@@ -15,7 +15,7 @@ from kimi_gguf.convert.errors import ConvertError, excerpt
 from kimi_gguf.convert.model.config import LayerKind
 from kimi_gguf.convert.model.families import BY_ARCHITECTURE, outputs
 from kimi_gguf.convert.model.metadata import parameters
-from kimi_gguf.convert.source.checkpoint import CONFIG, open_checkpoint
+from kimi_gguf.convert.source.checkpoint import CONFIG, exists, open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
@@ -68,13 +68,15 @@ class _Model:
 def inspect_model(path: Path | str, context: int) -> Summary:
     """Summarize a GGUF file or a checkpoint (folder, safetensors file or hub id) with caches for `context` tokens.
     Raises `ConvertError` or `GgufError`."""
-    if Path(path).is_file() and Path(path).suffix not in (".gguf", ".safetensors", ".json"):
-        raise ConvertError(f"{path}: expected a GGUF file, a checkpoint folder or a .safetensors file")
-    files = sorted(Path(path).glob("*.gguf"))  # empty if the path is not a folder
-    if files and not (Path(path) / CONFIG).exists():
-        what = "expected a checkpoint or a GGUF file, found a folder with GGUF files"
-        raise ConvertError(f"{path}: {what}; name one of them, for example {files[0]}")
-    model = _gguf(Path(path)) if Path(path).suffix == ".gguf" else _checkpoint(path)
+    place = Path(path)
+    if exists(place):
+        if place.is_file() and place.suffix not in (".gguf", ".safetensors", ".json"):
+            raise ConvertError(f"{path}: expected a GGUF file, a checkpoint folder or a .safetensors file")
+        files = sorted(place.glob("*.gguf"))  # empty if the path is not a folder
+        if files and not (place / CONFIG).exists():
+            what = "expected a checkpoint or a GGUF file, found a folder with GGUF files"
+            raise ConvertError(f"{path}: {what}; name one of them, for example {files[0]}")
+    model = _gguf(place) if place.suffix == ".gguf" else _checkpoint(path)
     sizes: Counter[int] = Counter()
     by_layer: dict[int, Counter[str]] = {}
     by_type: dict[str, tuple[int, int]] = {}

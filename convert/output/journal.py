@@ -78,9 +78,13 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     try:
         found = [json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1]]
     except (OSError, ValueError, RecursionError) as error:
-        todo = "start again without --resume but with --force"
-        raise ConvertError(f"{journal}: cannot be read: {error}; {todo}") from None
+        raise ConvertError(f"{journal}: cannot be read: {error}; {start_again(folder)}") from None
     return [entry for entry in found if isinstance(entry, dict)]
+
+
+def start_again(folder: Path) -> str:
+    """What to do about an unfinished output in `folder` that cannot be resumed, for an error message."""
+    return f"start again without --resume but with --force, or remove {folder.name}"
 
 
 def remove_incomplete_line(folder: Path) -> None:

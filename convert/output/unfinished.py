@@ -227,7 +227,7 @@ def _steps_done(path: Path, layout: Layout, identity: Identity) -> int:
     if not any(here.values()) and not ours:
         return 0
     file = folder / journal.JOURNAL
-    remedy = f"start again without --resume but with --force, or remove {folder.name}"
+    remedy = journal.start_again(folder)
     if not noted or noted[0].get("format") != _FORMAT:
         raise ConvertError(f"{file}: not a journal of this version; {remedy}")
     if noted[0].get("sources") != identity.sources:

@@ -92,3 +92,12 @@ def test_inspect_of_a_folder_of_gguf_files_names_one(source: Path, out: Path) ->
     assert run.status == 1 and run.err.endswith(f"name one of them, for example {out / 'a.gguf'}\n")
     (source / "a.gguf").write_bytes(b"GGUF")
     assert convert("inspect", source).status == 0
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"), [("", "not found; expected a checkpoint folder"), (".gguf", "cannot be opened")]
+)
+def test_inspect_of_a_name_that_is_too_long(ending: str, said: str) -> None:
+    name = "x" * 5000 + ending
+    run = convert("inspect", name)
+    assert run.status == 1 and run.err.startswith(f"convert-kimi: error: {name}: {said}")

@@ -258,6 +258,8 @@ def test_an_invalid_journal_is_refused(source: Path, out: Path, noted: None, jou
     (out / ".x.gguf.unfinished" / "journal").write_bytes(journal)
     run = convert(source, "-o", out / "x.gguf", "--resume")
     assert run.status == 1 and ".x.gguf.unfinished/journal" in run.err and "Traceback" not in run.err
+    todo = "start again without --resume but with --force, or remove .x.gguf.unfinished\n"
+    assert run.err.endswith(todo)
 
 
 def test_an_unfinished_file_shorter_than_its_journal_says_is_refused(
