@@ -1,8 +1,8 @@
 """ggml of the patched tree and the programs of tests/native, built as variants: sanitizers, other processors.
 
 Input: a `Variant`. Output: a `Build`, a folder whose bin/ has programs and libraries; `Build.run` runs
-a program with the variant's runner. Builds stay in the cache: if no source has changed, finding
-one only requires reading the sources; otherwise Ninja compiles what changed.
+a program with the variant's runner. Builds stay in the cache, and Ninja compiles what changed; if nothing has, its
+check takes less than 0.1 s.
 
 If a tool is missing, the test is skipped and names the Debian package; with KIMI_CI set it fails instead.
 """
@@ -118,11 +118,7 @@ def build(variant: Variant, *others: str) -> Build:
             shutil.rmtree(made.folder, ignore_errors=True)
             _configure(made, compilers)
             (made.folder / "settings").write_text(json.dumps(settings))
-        complete, targets = (_read(made.folder / "complete") or "").split(), [*variant.targets, *others]
-        if not {digest, *targets} <= set(complete):
-            made.ninja("-j", str(cores()), *targets)
-            earlier = complete[1:] if complete[:1] == [digest] else []
-            (made.folder / "complete").write_text(" ".join([digest, *earlier, *targets]))
+        made.ninja("-j", str(cores()), *variant.targets, *others)
     return made
 
 
