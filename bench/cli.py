@@ -18,6 +18,7 @@ from kimi_gguf.bench.device_operators import TIMED
 from kimi_gguf.bench.families import COMPARABLE, FAMILIES
 from kimi_gguf.bench.shapes import SHAPES, TYPES
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
+from kimi_gguf.engine.toolchain import MAX_THREADS
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -134,12 +135,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
     add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",
         help="measure on this machine and over these workers, and count the bytes sent and received")  # fmt: skip
-    add(
-        "--threads",
-        type=numbers(1),
-        metavar="N,..",
-        help="use N CPU threads (default: all cores; 4 on a GPU)",
-    )
+    add("--threads", type=numbers(1, MAX_THREADS), metavar="N,..",
+        help="use N CPU threads (default: all cores; 4 on a GPU)")  # fmt: skip
     add(
         "--ubatch",
         type=number,
@@ -172,25 +169,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--page", type=Path, metavar="FILE", help="write a Markdown page, with pictures next to it")
 
 
-def number(text: str) -> int:
-    """A whole number from 1 on."""
-    found = numbers(1)(text)
+def number(text: str, most: int | None = None) -> int:
+    """A whole number from 1 on, and up to `most` if there is a limit."""
+    found = numbers(1, most)(text)
     if len(found) != 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected one number")
     return found[0]
 
 
-def numbers(least: int) -> Callable[[str], tuple[int, ...]]:
-    """A reader of whole numbers from `least` on, separated by commas."""
+def numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
+    """A reader of whole numbers from `least` on, and up to `most` if there is a limit, separated by commas."""
+    allowed = f"from {least} on" if most is None else f"from {least} to {most}"
 
     def read(text: str) -> tuple[int, ...]:
         try:
             found = tuple(int(word) for word in text.split(","))
         except ValueError:
             found = ()
-        if not found or min(found) < least:
+        if not found or min(found) < least or (most is not None and max(found) > most):
             raise argparse.ArgumentTypeError(
-                f"{text!r}: expected whole numbers from {least} on, separated by commas"
+                f"{text!r}: expected whole numbers {allowed}, separated by commas"
             )
         return found
 

@@ -34,6 +34,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "metal": ("OBJCFLAGS", "OBJC_INCLUDE_PATH"),
     "vulkan": ("VULKAN_SDK",),
 }  # fmt: skip
+MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
 _PROGRAMS = {"": ("CC", "CXX"), "cuda": ("CUDACXX",)}  # variables that name a compiler, maybe with flags
 _COMPILER_ADVICE = {
     "linux": "install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)",

@@ -19,8 +19,9 @@ from bench_case import TINY, bench, command, record
 from kimi_gguf.bench.page import MADE_BY, merged, write_page
 from kimi_gguf.bench.record import load
 from kimi_gguf.bench.server import running
-from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.toolchain import MAX_THREADS
 from kimi_gguf.scripts import kimi_llama
 
 
@@ -248,6 +249,22 @@ def test_wrong_arguments_have_status_2(words: str, capsys: pytest.CaptureFixture
         kimi_llama.main(["bench", *words.split()])
     assert caught.value.code == 2
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", ["bench model.gguf --threads 1,{}", "worker --threads {}"])
+def test_more_threads_than_ggml_has_room_for_are_refused(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    header = (upstream_source() / "llama.cpp/ggml/include/ggml.h").read_text()
+    assert re.search(rf"#define GGML_MAX_N_THREADS +{MAX_THREADS}\n", header)
+    parse = kimi_llama._parser().parse_args
+    parse(words.format(MAX_THREADS).split())
+    given = words.format(MAX_THREADS + 1).split()
+    with pytest.raises(SystemExit) as ended:
+        parse(given)
+    assert ended.value.code == 2
+    said = f"argument --threads: '{given[-1]}': expected whole numbers from 1 to {MAX_THREADS}, "
+    assert said in capsys.readouterr().err
 
 
 @pytest.fixture
