@@ -1,14 +1,21 @@
-"""Ctrl-C: the exit status of all commands, and what it does while modules are imported."""
+"""Ctrl-C: the exit status of all commands, what it does to a child process, and while modules are imported."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
 INTERRUPTED: Final = 130  # the exit status: 128 + SIGINT
+
+
+def exit_status(command: Sequence[str]) -> int:
+    """The exit status of a command as a shell gives it. The command is killed if this process is interrupted."""
+    status = subprocess.run(command, check=False).returncode
+    return status if status >= 0 else 128 - status
 
 
 @contextmanager

@@ -6,13 +6,13 @@ hidden folder next to the output, from which the finished files are moved.
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.interrupts import exit_status
 from kimi_gguf.engine.split_names import place_in_set, split_paths
 
 DRY_RUN, KEEP_SPLIT = "--dry-run", "--keep-split"
@@ -27,7 +27,7 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     """
     words, options = split_arguments(model, given)
     if DRY_RUN in options:
-        return _status([str(program), *options, str(model), *words])
+        return exit_status([str(program), *options, str(model), *words])
     output = Path(words[0]) if len(words) > 1 else None
     if output is None or output.suffix != _SUFFIX:
         raise EngineError(
@@ -40,7 +40,7 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     outputs = split_paths(output, len(inputs)) if KEEP_SPLIT in options else [output]
     _check(inputs, outputs)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.unfinished-") as folder:
-        status = _status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
+        status = exit_status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
         if status == 0:
             for path in sorted(Path(folder).iterdir()):
                 path.replace(output.parent / path.name)
@@ -69,9 +69,3 @@ def _check(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
             raise EngineError(f"{path}: is a folder", todo="name another output")
         if path.exists() and any(each.exists() and path.samefile(each) for each in inputs):
             raise EngineError(f"{path}: is the model itself", todo="name another output")
-
-
-def _status(command: Sequence[str]) -> int:
-    """The exit status of a command as a shell gives it. The command is killed if this process is interrupted."""
-    status = subprocess.run(command, check=False).returncode
-    return status if status >= 0 else 128 - status

@@ -1,8 +1,9 @@
 """The command `kimi-llama`: builds the patched llama.cpp and runs its tools with the right libraries.
 
 Input: the command line. Output: a finished build, a report on it, or one of llama.cpp's own programs, which
-replaces this process, so that the caller gets its output, signals and exit status. (llama-quantize is a child process,
-because its output gets its name when it is complete.)
+replaces this process, so that the caller gets its output, signals and exit status. Two are child processes:
+llama-quantize, because its output gets its name when it is complete, and `run` without a prompt, to say what is missing
+if the program fails.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
-from kimi_gguf.engine.interrupts import INTERRUPTED
+from kimi_gguf.engine.interrupts import INTERRUPTED, exit_status
 from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import MAX_THREADS, available_memory, cores
@@ -80,6 +81,11 @@ _IN_MEMORY = Default(
     ("--load-mode", "none"),
     f"CPU builds on Linux, for weights of at most {_MOST_OF_MEMORY:.0%} of the available memory",
 )
+# Where `run` has its prompt from; the last three pairs read it from the terminal.
+_PROMPT = {
+    "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
+    "-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first",
+}  # fmt: skip
 _WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
 _KIND = "--spec-type"  # of drafts
@@ -265,7 +271,18 @@ def _tool(parsed: argparse.Namespace) -> int:
     program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
     command = [str(engine.bin / program), *arguments]
     sys.stdout.flush()
+    if parsed.command == "run" and not _options(parsed.arguments) & _PROMPT:
+        return _run_without_prompt(command, parsed.model)
     os.execv(command[0], command)
+
+
+def _run_without_prompt(command: list[str], model: Path) -> int:
+    """Some models begin a text by themselves. If this one does not, llama.cpp says no more than "input is empty"."""
+    status = exit_status(command)
+    if status not in (0, INTERRUPTED):
+        todo = f"kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat {model}"
+        print(f"kimi-llama: no prompt was given: {todo}", file=sys.stderr)
+    return status
 
 
 def _worker(parsed: argparse.Namespace) -> int:

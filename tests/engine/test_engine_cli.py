@@ -62,6 +62,18 @@ def test_a_tool_gets_the_model_the_defaults_and_the_callers_arguments(built: Pat
     assert "--no-conversation" in words
 
 
+@pytest.mark.parametrize(
+    "prompt", [[], ["-p", "x"], ["--prompt=x"], ["-f", "x"], ["-cnv"], ["-n", "3"]], ids=" ".join
+)
+def test_a_failure_without_a_prompt_names_the_prompt(prompt: list[str], built: Path) -> None:
+    """The miniature's program always fails, with status 7."""
+    model = str(built / "model.gguf")
+    ended = call(built, "run", model, *prompt)
+    assert ended.returncode == 7
+    said = f"kimi-llama: no prompt was given: kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat"
+    assert ended.stderr.splitlines()[1:] == ([f"{said} {model}"] if prompt in ([], ["-n", "3"]) else [])
+
+
 def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(tmp_path: Path) -> None:
     tiny = tiny_llama.make(tmp_path)
     lost = tiny.cache.engines / "0123456789abcdef"
