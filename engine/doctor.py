@@ -6,6 +6,8 @@ Each check runs in a separate process, so that a build never uses libraries of a
 
 from __future__ import annotations
 
+import csv
+import functools
 import importlib.util
 import json
 import os
@@ -17,24 +19,26 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import distribution
-from pathlib import Path
+from importlib.metadata import distributions
+from pathlib import Path, PurePath
 from typing import Any
 
-from kimi_gguf.engine.builds import PREBUILT, Engine, builds, cache_folder, prebuilt, select
+from kimi_gguf.engine.builds import PREBUILT, SHORT_KEY, Engine, builds, cache_folder, prebuilt, select
 from kimi_gguf.engine.errors import EngineError, install
 from kimi_gguf.engine.toolchain import cores, find_compilers, packaged_tool
 from kimi_gguf.engine.wheel import record_hash
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.pin import load_pin
-from kimi_gguf.patches.series import load_series
+from kimi_gguf.patches.series import Patch, load_series
 
+_INSTALL_AGAIN = "install the wheel again: pip install --force-reinstall kimi_gguf-*.whl"
 OUR_LIBRARIES = ("libllama", "libggml", "libmtmd")
 
 # Runs with the build's environment: which package and which libraries a Python process loads.
 _PROBE = """
 import json, sys
 import llama_cpp
+llama_cpp.llama_backend_init()  # loads the backends: without them the line on the system is empty
 maps = open("/proc/self/maps").read() if sys.platform == "linux" else ""
 print(json.dumps({
     "package": llama_cpp.__file__,
@@ -68,21 +72,31 @@ class Diagnosis:
 
     machine: tuple[Check, ...]
     pin: dict[str, str]
-    patches: tuple[tuple[str, str], ...]  # file name, subject
+    patches: tuple[Patch, ...]
     engines: tuple[Health, ...]
     chosen: Check  # the build that runs if none is named
     installed: Check | None  # the files of the installed wheel, if it has an engine
 
     @property
+    def patched(self) -> bool:
+        """Whether a patched build exists."""
+        return any(not health.engine.is_upstream for health in self.engines)
+
+    @property
+    def failed(self) -> list[str]:
+        """The names of the checks that failed, except those of the machine: what only a build needs may be missing."""
+        whole = [check.name for check in (self.chosen, self.installed) if check and not check.passed]
+        return whole + [
+            f"{check.name} (build {health.engine.name} {health.engine.key[:SHORT_KEY]})"
+            for health in self.engines
+            for check in health.checks
+            if not check.passed
+        ]
+
+    @property
     def healthy(self) -> bool:
         """A patched build exists, and every check of every build passes."""
-        patched = any(not health.engine.is_upstream for health in self.engines)
-        checks = [
-            self.chosen,
-            *filter(None, [self.installed]),
-            *(check for health in self.engines for check in health.checks),
-        ]
-        return patched and all(check.passed for check in checks)
+        return self.patched and not self.failed
 
     def as_json(self) -> str:
         """All data, ready for JSON."""
@@ -101,7 +115,7 @@ class Diagnosis:
             "cache": str(cache_folder()),
             "machine": [vars(check) for check in self.machine],
             "pin": self.pin,
-            "patches": [{"name": name, "subject": subject} for name, subject in self.patches],
+            "patches": [{"name": each.name, "subject": each.subject} for each in self.patches],
             "build": vars(self.chosen),
             "installed": self.installed and vars(self.installed),
             "engines": engines,
@@ -115,7 +129,7 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         machine=tuple(_machine()),
         pin={name: str(value) for name, value in vars(load_pin()).items()},
-        patches=tuple((patch.name, patch.subject) for patch in load_series().patches),
+        patches=load_series().patches,
         engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
         chosen=_checked("build that runs", lambda: select(make=False).label()),
         installed=_checked("files of the wheel", _unchanged_files) if PREBUILT.is_dir() else None,
@@ -197,7 +211,7 @@ def _python(engine: Engine, tempting: list[str]) -> str:
         )
     if sys.platform == "linux":
         _expect_own(engine, report["mapped"], "llama_cpp")
-    return f"llama_cpp {report['version']}; {report['system'].strip()}"
+    return "; ".join(filter(None, [f"llama_cpp {report['version']}", report["system"].strip(" |\n")]))
 
 
 def _expect_own(engine: Engine, loaded: list[str], who: str) -> None:
@@ -239,38 +253,81 @@ def _tool(name: str, look: Callable[[], str]) -> Check:
 
 def _unchanged_files() -> str:
     """Compare the installed files with the list and the hashes that the wheel brought. Raises `EngineError`."""
-    # The commands outside of the package were written by pip. They are elsewhere if it installed with --target.
-    commands = Path(sysconfig.get_path("scripts"))
-    files = {file: Path(str(file.locate())).resolve() for file in distribution("kimi-gguf").files or ()}
-    files = {
-        file: path
-        for file, path in files.items()
-        if file.parts[0] != ".." or path.parent == commands.resolve()
-    }
-    listed = [file for file in files if file.hash is not None]
-    wrong = []
-    for file in listed:
+    site = Path(os.path.normpath(PREBUILT.parents[2].absolute()))
+    record = _record(site)
+    listed = {name: value for name, value in record.items() if value}
+    wrong, outside = [], []
+    for name, value in listed.items():
+        place = _place(site, name)
         try:
-            content = files[file].read_bytes()
-            if file.hash is not None and record_hash(content) != file.hash.value:
-                wrong.append(str(file))
-            elif file.suffix == ".py" and _compiled_otherwise(files[file], content):
-                wrong.append(f"{file} (its compiled file in __pycache__)")
-        except OSError:
-            wrong.append(f"{file} (missing)")
+            if place is None:
+                outside.append(name)
+            elif record_hash(content := place.read_bytes()) != value:
+                wrong.append(name)
+            elif place.suffix == ".py" and _compiled_otherwise(place, content):
+                wrong.append(f"{name} (its compiled file in __pycache__)")
+        except (OSError, ValueError):  # ValueError: no name of a file
+            wrong.append(f"{name} (missing)")
+    if outside:
+        raise EngineError(
+            f"{len(outside)} files in RECORD are outside of the installation's folders, so they were not read",
+            expected=f"files in {' and '.join(map(str, [site, *sorted(_command_folders(site))]))}",
+            found=", ".join(outside[:5]),
+            todo=_INSTALL_AGAIN,
+        )
     if wrong:
         raise EngineError(
             f"{len(wrong)} of {len(listed)} installed files were changed",
             found=", ".join(wrong[:5]),
-            todo="install the wheel again: pip install --force-reinstall kimi_gguf-*.whl",
+            todo=_INSTALL_AGAIN,
         )
-    if added := _added_files(set(map(str, files))):
+    if added := _added_files(set(record)):
         raise EngineError(
             f"{len(added)} files in the package's folder are not from the wheel; Python or ggml may load them",
             found=", ".join(added[:5]),
             todo="remove them",
         )
     return f"{len(listed)} files as in the wheel"
+
+
+def _record(site: Path) -> dict[str, str]:
+    """The hash of each file in the wheel's RECORD, as `record_hash` writes it; empty for files without one, such as
+    compiled files. Raises `EngineError`. (`Distribution.files` leaves out files that are missing.)"""
+    found = next(iter(distributions(name="kimi-gguf", path=[str(site)])), None)
+    try:
+        text = (found and found.read_text("RECORD")) or ""
+        record = {name: value.partition("=")[2] for name, value, _ in csv.reader(text.splitlines())}
+    except (csv.Error, ValueError):
+        record = {}
+    if not record:
+        raise EngineError(
+            f"{site}: the list of the wheel's files, RECORD in kimi_gguf-*.dist-info, is missing or damaged",
+            todo=_INSTALL_AGAIN,
+        )
+    return record
+
+
+def _place(site: Path, name: str) -> Path | None:
+    """Where a file of RECORD is, whose name is relative to `site`; None if that is outside of the installation."""
+    path, commands = Path(os.path.normpath(site / name)), _command_folders(site)
+    if path.is_relative_to(site) or path.parent in commands:
+        return path
+    # pip --target moves packages and commands, and leaves the commands' names in RECORD as they were before
+    return site / "bin" / path.name if PurePath(name).parts[:-1] == ("..", "..", "bin") else None
+
+
+@functools.cache
+def _command_folders(site: Path) -> frozenset[Path]:
+    """Where commands of packages in `site` may be: in bin/ next to them (--target), and in the folders of each of
+    Python's schemes that has its packages there (environments, --user, --prefix, the system's Python)."""
+    found = {site / "bin"}
+    for base in site.parents:
+        bases = dict.fromkeys(("base", "platbase", "userbase"), str(base))
+        for scheme in sysconfig.get_scheme_names():
+            paths = sysconfig.get_paths(scheme, bases)
+            if str(site) in (paths["purelib"], paths["platlib"]):
+                found.add(Path(paths["scripts"]))
+    return frozenset(found)
 
 
 def _compiled_otherwise(path: Path, source: bytes) -> bool:

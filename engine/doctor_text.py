@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from kimi_gguf.engine.builds import cache_folder
 from kimi_gguf.engine.doctor import Check, Diagnosis, Health
+from kimi_gguf.patches.series import FIXES, OPS
 
 
 def as_text(diagnosis: Diagnosis) -> str:
-    """The whole report."""
+    """The whole report: what failed, the builds, the one that runs first, and then from what they were made."""
     pin = diagnosis.pin
-    lines = [
-        f"cache     {cache_folder()}",
-        f"upstream  {pin['package']}=={pin['version']}, llama.cpp {pin['llama_cpp_commit'][:7]}, "
-        f"ggml {pin['ggml_version']}",
-        *(f"patch     {name}: {subject}" for name, subject in diagnosis.patches),
-        "",
-        "machine",
-        *map(_line, diagnosis.machine),
+    kinds = Counter(patch.kind for patch in diagnosis.patches)
+    lines = [f"failed: {'; '.join(diagnosis.failed)}" if diagnosis.failed else "all checks pass"]
+    if not diagnosis.patched:
+        lines += ["the patched llama.cpp is not built for this pin, series and processor: kimi-llama build"]
+    lines += [
         "",
         "build that runs (--build, KIMI_BUILD or kimi-llama use names another)",
         _line(diagnosis.chosen),
         *([_line(diagnosis.installed)] if diagnosis.installed else []),
     ]
-    for health in diagnosis.engines:
+    for health in sorted(diagnosis.engines, key=lambda each: each.engine.label() != diagnosis.chosen.seen):
         lines += ["", *_engine(health)]
-    if not any(not health.engine.is_upstream for health in diagnosis.engines):
-        missing = "The patched llama.cpp is not built for this pin, series and processor: kimi-llama build"
-        lines += ["", missing]
-    lines += ["", "all checks pass" if diagnosis.healthy else "a check failed, see above"]
+    lines += [
+        "",
+        "machine",
+        *map(_line, diagnosis.machine),
+        "",
+        f"cache     {cache_folder()}",
+        f"upstream  {pin['package']}=={pin['version']}, llama.cpp {pin['llama_cpp_commit'][:7]}, "
+        f"ggml {pin['ggml_version']}",
+        f"patches   {len(diagnosis.patches)}: {kinds[FIXES]} fixes of upstream, {kinds[OPS]} for operators and what "
+        "uses them (kimi-llama doctor --json lists them)",
+    ]
     return "\n".join(lines)
 
 
@@ -39,12 +46,12 @@ def _engine(health: Health) -> list[str]:
     return [
         f"build {engine.name} {engine.key}: {kind}, for {' and '.join(engine.backends)}{tests}",
         f"      for       {engine.instructions()}",
+        *map(_line, health.checks),
         f"      at        {engine.prefix}",
         f"      from      {source}, tree {manifest['tree_sha256'][:16]}, {manifest['built']}",
         *(f"      compiler  {language}: {text}" for language, text in manifest["compilers"].items()),
         *(f"      with      {text}" for text in manifest.get("binutils", ())),
         *(f"      with      {name}={text}" for name, text in engine.variables.items()),
-        *map(_line, health.checks),
     ]
 
 

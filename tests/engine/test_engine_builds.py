@@ -25,10 +25,11 @@ from kimi_gguf.engine.build_spec import (
     processor,
     provenance,
 )
-from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, find, use
-from kimi_gguf.engine.doctor import list_devices
+from kimi_gguf.engine.builds import Engine, builds, cache_folder, cpu_library, find, load, use
+from kimi_gguf.engine.doctor import _python, list_devices
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.toolchain import find_compilers
+from kimi_gguf.patches.series import PATCH_FOLDER
 
 # name of a build, its key, and when it was built: the default build is the oldest, and a CPU build
 BUILDS = {
@@ -279,6 +280,46 @@ def verifier(folder: Path, key: str, script: str) -> Path:
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     return program
+
+
+def test_doctor_shows_first_what_failed_and_the_build_that_runs(folder: Path) -> None:
+    ended = call(folder, "doctor", KIMI_BUILD="cpu+GGML_NATIVE=OFF")
+    first, *rest = ended.stdout.splitlines()
+    assert ended.returncode == 1
+    assert first.startswith("failed: programs run (build cpu 11111111); ")
+    assert "build that runs" not in first, "it exists"
+    builds = [line.split()[1] for line in rest if re.match(r"build \S+ [0-9a-f]{16}:", line)]
+    assert builds[0] == "cpu+GGML_NATIVE=OFF" and sorted(builds) == sorted(BUILDS)
+    fixes, ops = (len(list((PATCH_FOLDER / kind).glob("*.patch"))) for kind in ("fixes", "ops"))
+    patches = [line for line in rest if line.startswith("patches ")]
+    assert patches[0].startswith(f"patches   {fixes + ops}: {fixes} fixes of upstream, {ops} for operators ")
+    assert "patches" not in "".join(rest[: rest.index("machine")]) and ".patch" not in ended.stdout
+    listed = json.loads(call(folder, "doctor", "--json").stdout)["patches"]
+    assert len(listed) == fixes + ops and all(each["name"] and each["subject"] for each in listed)
+
+
+# What doctor needs of llama_cpp. A wheel's backends are files of their own, and none is loaded at first.
+STAND_IN = """
+import mmap, pathlib
+library = (pathlib.Path(__file__).parents[2] / "lib/libllama.so").open("rb")
+mapped = mmap.mmap(library.fileno(), 0, access=mmap.ACCESS_READ)
+__version__, backends = "9", []
+def llama_backend_init(): backends.append({backends!r})
+def llama_print_system_info(): return "".join(backends).encode()
+"""
+
+
+@pytest.mark.parametrize(
+    ("backends", "said"), [("CPU : AVX2 = 1 | ", "llama_cpp 9; CPU : AVX2 = 1"), ("", "llama_cpp 9")]
+)
+def test_doctor_names_what_llama_cpp_uses(backends: str, said: str, folder: Path) -> None:
+    prefix = folder / "cache/engines" / BUILDS["cpu-all"][0]
+    (prefix / "python/llama_cpp").mkdir(parents=True)
+    (prefix / "python/llama_cpp/__init__.py").write_text(STAND_IN.format(backends=backends))
+    (prefix / "lib").mkdir()
+    (prefix / "lib/libllama.so").write_bytes(b"x")
+    engine = load(prefix)
+    assert engine and _python(engine, []) == said
 
 
 def test_doctor_shows_what_kimi_verify_prints(folder: Path) -> None:

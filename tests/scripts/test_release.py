@@ -344,15 +344,21 @@ def test_doctor_finds_a_changed_file(site: Path, tmp_path: Path) -> None:
     healthy = json.loads(in_site(site, tmp_path, *words).stdout)
     assert healthy["installed"]["passed"], healthy["installed"]
     assert healthy["healthy"], healthy
-    changed = site / "kimi_gguf/convert/plan.py"
-    text = changed.read_text()
+    changed = {
+        "kimi_gguf/convert/plan.py": "kimi_gguf/convert/plan.py",
+        "../../bin/kimi-llama": "bin/kimi-llama",
+    }
+    texts = {path: (site / path).read_text() for path in changed.values()}
     try:
-        changed.write_text(text + "\n")
+        for path, text in texts.items():
+            (site / path).write_text(text + "\n")
         ran = in_site(site, tmp_path, *words)
     finally:
-        changed.write_text(text)
+        for path, text in texts.items():
+            (site / path).write_text(text)
     assert ran.returncode == 1
-    assert "kimi_gguf/convert/plan.py" in json.loads(ran.stdout)["installed"]["seen"]
+    seen = json.loads(ran.stdout)["installed"]["seen"]
+    assert seen.startswith("2 of ") and all(name in seen for name in changed)
 
 
 def test_doctor_finds_a_missing_manifest(site: Path, tmp_path: Path) -> None:
@@ -365,6 +371,84 @@ def test_doctor_finds_a_missing_manifest(site: Path, tmp_path: Path) -> None:
         moved.rename(manifest)
     assert ran.returncode == 1
     assert f"{manifest.relative_to(site)} (missing)" in json.loads(ran.stdout)["installed"]["seen"]
+
+
+def installed(
+    folder: Path, place: str, commands: str, bin_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A package in `place`, whose RECORD names its command in `commands`; it is in `bin_folder`. Returns the site."""
+    site = folder / place
+    contents = {"kimi_gguf/some.py": b"", f"{commands}/kimi-llama": b"#!python\n"}
+    (site / "kimi_gguf").mkdir(parents=True)
+    (folder / bin_folder).mkdir(parents=True, exist_ok=True)
+    (site / "kimi_gguf/some.py").write_bytes(b"")
+    (folder / bin_folder / "kimi-llama").write_bytes(b"#!python\n")
+    (site / "kimi_gguf-1.dist-info").mkdir()
+    (site / "kimi_gguf-1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: kimi-gguf\nVersion: 1\n"
+    )
+    lines = [record_line(name, content) for name, content in contents.items()]
+    record = "kimi_gguf-1.dist-info/RECORD"
+    (site / record).write_text("".join([*lines, f"{record},,\n"]))
+    monkeypatch.setattr(doctor, "PREBUILT", site / "kimi_gguf/engine/prebuilt")
+    return site
+
+
+PACKAGES = f"lib/python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+
+
+@pytest.mark.parametrize(
+    ("place", "commands", "bin_folder"),
+    [
+        pytest.param(PACKAGES, "../../../bin", "bin", id="environment, --user or --prefix"),
+        pytest.param("lib/python", "../../bin", "bin", id="home"),
+        pytest.param("target", "../../bin", "target/bin", id="pip --target"),
+        pytest.param("target", "bin", "target/bin", id="other installers' --target"),
+    ],
+)
+def test_doctor_compares_commands_wherever_they_are(
+    place: str, commands: str, bin_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(tmp_path / "own", place, commands, bin_folder, monkeypatch)
+    assert doctor._unchanged_files() == "2 files as in the wheel"
+    command = tmp_path / "own" / bin_folder / "kimi-llama"
+    for change, found in ((command.touch, ""), (command.unlink, r" \(missing\)")):
+        command.write_bytes(b"other")
+        change()
+        with pytest.raises(
+            EngineError, match=rf"1 of 2 installed files .* found {commands}/kimi-llama{found};"
+        ):
+            doctor._unchanged_files()
+
+
+@pytest.mark.parametrize(
+    "hostile", ["../../../other/kimi-llama", "kimi_gguf/../../../bin/x", "/bin/sh", "../bin/x"]
+)
+def test_doctor_reads_no_file_outside_of_the_installation(
+    hostile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = installed(tmp_path / "own", PACKAGES, "../../../bin", "bin", monkeypatch)
+    with (site / "kimi_gguf-1.dist-info/RECORD").open("a") as record:
+        record.write(record_line(hostile, b""))
+    read = list[Path]()
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
+    with pytest.raises(EngineError, match=r"1 files in RECORD are outside .* not read") as caught:
+        doctor._unchanged_files()
+    assert caught.value.found == hostile
+    assert read == [site / "kimi_gguf/some.py", tmp_path / "own/bin/kimi-llama"]
+
+
+@pytest.mark.parametrize("text", [None, "", "no list\n"])
+def test_doctor_says_that_the_list_of_files_is_missing(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = (
+        installed(tmp_path, PACKAGES, "../../../bin", "bin", monkeypatch) / "kimi_gguf-1.dist-info/RECORD"
+    )
+    record.unlink() if text is None else record.write_text(text)
+    with pytest.raises(EngineError, match=r"RECORD in kimi_gguf-.*dist-info, is missing or damaged"):
+        doctor._unchanged_files()
 
 
 def installed_files(site: Path, cache: Path) -> tuple[bool, str]:
