@@ -33,7 +33,7 @@ from kimi_gguf.convert.output import unfinished
 from kimi_gguf.convert.source import read_ahead, remote
 from kimi_gguf.convert.source.hub import HubId
 
-SPEC = Spec(layers="KKM", hidden=128, experts=16, seed=50)
+SPEC = Spec(layers="KM", hidden=128, experts=8, seed=50)
 DEMO, TINY, K3 = "kimi/demo", "org/Tiny-Kimi", "org/Tiny-K3"
 K3_SPEC = K3Spec(layers="KM", experts=6, latent=256, moe_intermediate=8192)  # experts of 1.1 MB
 SHARD = "model-00002-of-00002.safetensors"

@@ -76,7 +76,7 @@ def killed_among_renames(source: Path, out: Path, renames: int, name: str = "one
 def test_killed_at_random_instants(
     tmp_path: Path, source: Path, out: Path, expected: dict[str, dict[str, bytes]]
 ) -> None:
-    kills = 60
+    kills = 40
     folders = [tmp_path / name for name in NAMES]
     found = killed_conversions(source, out / "x.gguf", kills, "BF16", SIZE, *folders)
     assert found["wrong"] == 0 and found["killed"] == kills, found

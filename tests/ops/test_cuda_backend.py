@@ -315,7 +315,9 @@ def graphs_of(
     return graphs
 
 
-@pytest.mark.parametrize("order", ["forwards", "backwards", "7"])
+@pytest.mark.parametrize(
+    "order", [*(pytest.param(order, marks=pytest.mark.full) for order in ("forwards", "backwards")), "7"]
+)
 def test_rollback_of_states_on_the_device(
     order: str, backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:

@@ -12,9 +12,10 @@ from kimi_gguf.engine.builds import Engine
 pytestmark = pytest.mark.engine
 
 
-def test_every_shape_gate_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
+@pytest.mark.parametrize("cases", ["3", pytest.param("1", marks=pytest.mark.full)], ids=["some", "all"])
+def test_every_shape_gate_and_number_of_threads(cases: str, tmp_path: Path, engine: Engine) -> None:
     program = compile_program(engine, "test-kda.cpp", tmp_path, ("kda",))
-    run_program(program)
+    run_program(program, KIMI_CASES=cases)
 
 
 @pytest.mark.parametrize("operator", ["KDA_CONV", "KDA_SCAN", "LATENT_ATTN"])

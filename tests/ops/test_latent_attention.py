@@ -34,9 +34,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_case(tmp_path_factory.mktemp("latent"), SHAPES[request.param], TOKENS)
 
 
-def test_every_type_length_mask_and_number_of_threads(tmp_path: Path, engine: Engine) -> None:
+@pytest.mark.parametrize("cases", ["3", pytest.param("1", marks=pytest.mark.full)], ids=["some", "all"])
+def test_every_type_length_mask_and_number_of_threads(cases: str, tmp_path: Path, engine: Engine) -> None:
     program = compile_program(engine, "latent-attn-test.cpp", tmp_path, ("latent_attention",))
-    run_program(program)
+    run_program(program, KIMI_CASES=cases)
 
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0"])

@@ -134,7 +134,10 @@ needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
 @needs_x86
 @pytest.mark.parametrize(
     ("name", "program"),
-    [*((name, program) for name in RUN for program in PROGRAMS), ("haswell", MATMUL), ("alderlake", MATMUL)],
+    [
+        *(pytest.param("x64", program, marks=pytest.mark.full) for program in PROGRAMS),
+        *((name, program) for name in ("haswell", "alderlake") for program in (*PROGRAMS, MATMUL)),
+    ],
 )
 def test_on_other_instruction_sets(name: str, program: str) -> None:
     if not RUN[name] <= cpu_flags():

@@ -97,7 +97,10 @@ def test_mixed_load(tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], P
         assert sizes[-1][1] <= GROWTH * early, f"{early} bytes grew to {sizes[-1][1]}"
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q4_K_M", "Q8_0", "BF16"])
+@pytest.mark.parametrize(
+    "kind",
+    ["Q4_K_M", "BF16", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("F32", "Q4_0", "Q8_0"))],
+)
 def test_equal_requests_among_others_have_one_answer(
     kind: str, tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
 ) -> None:
