@@ -26,10 +26,12 @@ from kimi_gguf.convert.conversion import Options, convert, plan_only, silent, si
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.inspect_model import inspect_model, summary_text
 from kimi_gguf.convert.model.tensor_table import PlannedTensor
+from kimi_gguf.convert.output.model_card import licence_note
 from kimi_gguf.convert.output.unfinished import leftover
 from kimi_gguf.convert.plan import Plan, type_counts
 from kimi_gguf.convert.progress import PROGRAM, for_people, for_programs, say
 from kimi_gguf.convert.source.checkpoint import exists
+from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
@@ -312,6 +314,9 @@ def _convert(options: argparse.Namespace) -> int:
         size = f"{plan.nbytes:,} bytes{_in_splits(plan)}"
         tensors = f"{len(plan.tensors)} tensors ({type_counts(plan.tensors)})"
         print(f"{files[0]}: {size}, {tensors} in {seconds:.1f} s", file=sys.stderr)
+        facts = {key.name: key.value for key in plan.keys}
+        if options.model_card and (note := licence_note(facts, options.output.with_name(CARD))):
+            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return 0
 
 

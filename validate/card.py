@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 
 from kimi_gguf.convert.output.model_card import (
     INCOMPARABLE,
+    INSTALLING,
     RECOMMENDED,
     REPORTS,
     Listed,
@@ -41,6 +42,13 @@ from kimi_gguf.validate.stored import Stored
 
 COLOURS: Final = ("#1f5fa8", "#c2762b", "#1c7a46", "#7b4aa0", "#b3261e", "#3c8f8a", "#8a6d1f", "#5b6875")
 SIZE_PLOT: Final = "kld_by_size"
+INSTALLING_VALIDATE: Final = """
+
+`validate-kimi` also needs the extra `validate`:
+
+```sh
+python -m pip install "$(echo kimi_gguf-*.whl)[validate]"
+```"""
 CAPTIONS: Final = {
     SIZE_PLOT: "Mean KLD by size of the file",
     "by_position": "NMSE of the logits at each position",
@@ -105,6 +113,7 @@ def card_text(files: Sequence[CardFile], plots: Sequence[str], notes: Sequence[s
         + "\n\n"
         + _legend(ordered, best),
         "## Plots\n\n" + "\n\n".join(f"![{CAPTIONS[name]}]({REPORTS}/{name}.png)" for name in plots),
+        INSTALLING + INSTALLING_VALIDATE,
         "## How to run it\n\n" + running(shown.path.name, len(all_splits(shown.path)), notes),
         "## How it was made\n\n" + making(ordered),
         "## How it was checked\n\n" + _checks(ordered),

@@ -14,7 +14,7 @@ from kimi_gguf.convert.output.card_folder import MOST_REPORT, earlier_card, made
 from kimi_gguf.convert.output.journal import stamp
 from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
-from kimi_gguf.convert.source.origin import CARD
+from kimi_gguf.convert.source.origin import CARD, LICENCE, licence_keys
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import Reporter
@@ -91,6 +91,7 @@ def card_files(
     with open_checkpoint(requests[0].checkpoint) as checkpoint:
         reporter.phase("hashing the checkpoint")
         shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
+        licence = licence_keys(checkpoint.folder)
     hashes = [file["sha256"] for file in shared.checkpoint["files"]]
     for request in requests:
         name, place = request.gguf.name, folder / REPORTS / stem_of(request.gguf)
@@ -110,7 +111,7 @@ def card_files(
                 for file, sha256 in zip(model.files, each, strict=True)
             ]
             made, elements = made_of(earlier, request.gguf, each), facts["elements_by_type"]
-            keys = dict(model.keys)
+            keys = dict(model.keys) if LICENCE in model.keys else {**model.keys, **licence}
         files.append(CardFile(request.gguf, keys, parts, made, elements=elements, report=report))
     first = files[0]
     for other in files:

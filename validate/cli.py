@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kimi_gguf.convert.output.journal import one_at_a_time
+from kimi_gguf.convert.output.model_card import licence_note
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.engine.builds import Engine, ensure, options_of, select
@@ -352,6 +353,8 @@ def _card(words: Sequence[str]) -> int:
     failed = [file.path.name for file in files if not file.report.passed]
     if not options.quiet:
         print(f"{card}: {len(files)} files" + "".join(f"\nFAIL  {name}" for name in failed))
+        if note := licence_note(min(files, key=lambda file: file.report.bytes).keys, card):
+            print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return GATE_FAILED if failed else PASSED
 
 

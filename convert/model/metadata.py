@@ -74,9 +74,7 @@ def _origin(origin: Origin | None) -> Iterator[Key]:
     if origin is None:
         return
     texts = (
-        ("general.license", origin.license),
-        ("general.license.name", origin.license_name),
-        ("general.license.link", origin.license_link),
+        *origin.licence.items(),
         ("general.source.huggingface.repository", origin.repository),
         ("general.source.repo_url", f"{HUB}/{origin.repository}" if origin.repository else None),
         ("kimi_gguf.source.commit", origin.commit),

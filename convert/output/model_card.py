@@ -21,6 +21,7 @@ from kimi_gguf.convert.model.families import BY_ARCHITECTURE
 from kimi_gguf.convert.model.family import Family
 from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import type_counts
+from kimi_gguf.convert.source.origin import LICENCE
 from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.split_names import place_in_set
 
@@ -44,6 +45,18 @@ _MADE: Final = re.compile(
 )
 _MOST_COMMAND: Final = 1 << 15  # characters of the longest command that is read; shlex takes quadratic time
 FILE_TITLES: Final = ("file", "bytes", "tensors", "types", "SHA-256")
+INSTALLING: Final = """\
+## How to install kimi-gguf
+
+The wheel contains the patched llama.cpp for all x86-64 CPUs. It needs Linux with glibc 2.34 or later, and Python 3.11
+or later:
+
+```sh
+python -m pip install kimi_gguf-*.whl
+```
+
+`scripts/release dist` in a checkout of kimi-gguf makes the wheel in `dist`; `docs/release.md` there describes other
+systems."""
 REPORTS: Final = "validation"  # the folder of the reports and plots, next to the files
 RECOMMENDED: Final = (
     "Recommended: no file here that is as small has a mean KLD as low. Take the largest recommended file that leaves "
@@ -160,6 +173,7 @@ def card_text(new: Listed, others: Sequence[Listed], notes: Sequence[str]) -> st
         f"# {plain(str(facts['general.name']))}, GGUF files for llama.cpp",
         table(("", ""), origin_rows(facts, new.made.command[1] if new.made else None)),
         "## Files\n\n" + "\n\n".join([*_figures(new, ordered, best), making(ordered)]),
+        INSTALLING,
         "## How to run it\n\n" + running(shown.path.name, len(shown.parts), notes),
         "## How to check it\n\n" + checking([made.check(model.path.name) for model, made in known]),
         "## Differences from files made by llama.cpp's converter\n\n" + "\n".join(differences(facts)),
@@ -225,7 +239,7 @@ def _figures(new: Listed, models: Sequence[Listed], best: Sequence[Listed]) -> I
 
 def origin_rows(facts: Mapping[str, object], name: str | None) -> Iterator[tuple[str, str]]:
     """Rows about the source, which is called `name` if it has no id on the hub; what is unknown has no row."""
-    base, licence, size = base_of(facts), facts.get("general.license"), facts.get("general.size_label")
+    base, licence, size = base_of(facts), facts.get(LICENCE), facts.get("general.size_label")
     if source := source_of(facts) or name:
         yield "source", f"`{code_text(source)}`"
     for title, key in (("`config.json`", "config_sha256"), ("shards' headers", "headers_sha256")):
@@ -269,9 +283,9 @@ def front_matter(facts: Mapping[str, object]) -> str:
     texts = (
         ("base_model", base_of(facts)),
         ("base_model_relation", "quantized" if base_of(facts) else None),
-        ("license", facts.get("general.license")),
-        ("license_name", facts.get("general.license.name")),
-        ("license_link", facts.get("general.license.link")),
+        ("license", facts.get(LICENCE)),
+        ("license_name", facts.get(f"{LICENCE}.name")),
+        ("license_link", facts.get(f"{LICENCE}.link")),
         ("library_name", "gguf"),
         ("pipeline_tag", "text-generation"),
         ("quantized_by", facts.get("general.quantized_by")),
@@ -279,6 +293,16 @@ def front_matter(facts: Mapping[str, object]) -> str:
     lines = [f"{key}: {json.dumps(text)}" for key, text in texts if text]  # a JSON text is a YAML text
     return "\n".join(
         ["---", *lines, "tags:", "- gguf", "- llama.cpp", f"- {facts['general.architecture']}", "---"]
+    )
+
+
+def licence_note(facts: Mapping[str, object], card: Path) -> str:
+    """What to add to the card if its front matter has no licence; else empty."""
+    if LICENCE in facts:
+        return ""
+    return (
+        f"{card}: has no `license:`, because the checkpoint's README.md names none; before you publish it, add a line "
+        "such as `license: mit` to the front matter (between the two lines --- at the top) of both files"
     )
 
 

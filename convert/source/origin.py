@@ -1,7 +1,7 @@
 """The origin of a checkpoint: licence, hub id, base model, hashes.
 
 Input: the checkpoint's folder. Output: `Origin`, for the `general.*` keys. The card (README.md) is untrusted text:
-only plain values of a few keys of its front matter are used, and invalid content is not an error.
+only short plain values of a few keys of its front matter are used, and invalid content is not an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,18 @@ _HUB_ID: Final = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 COMMIT: Final = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _LINE: Final = re.compile(r"(\w+):[ \t]*(.*)")
 _ITEM: Final = re.compile(r"[ \t]*-[ \t]+(.*)")
+_COMMENT: Final = re.compile(r"[ \t]#.*")
+LICENCE: Final = "general.license"  # key of GGUF files
+# Keys of a card's front matter: the key of GGUF files, and what is accepted: an identifier such as apache-2.0, a name,
+# a URL or the name of a file.
+_LICENCE: Final = {
+    "license": (LICENCE, re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}", re.ASCII | re.IGNORECASE)),
+    "license_name": (f"{LICENCE}.name", re.compile(r"\w[\w .,+()-]{0,95}", re.ASCII)),
+    "license_link": (
+        f"{LICENCE}.link",
+        re.compile(r"https?://[\w.-]+(/[\w./~%+=&?#-]*)?|\w[\w.-]*", re.ASCII),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -28,9 +40,7 @@ class Origin:
     repository: str | None  # the checkpoint's own id on the hub, ORG/NAME
     commit: str | None  # the revision of that repository
     base_model: str | None  # the id of its base model, according to its card
-    license: str | None
-    license_name: str | None  # of a licence without a standard identifier
-    license_link: str | None
+    licence: Mapping[str, str]  # as `licence_keys` returns it
     config_sha256: str
     headers_sha256: str  # of the shards' headers: every tensor's name, type, shape and offsets
 
@@ -43,12 +53,22 @@ def read_origin(folder: Path, config: Path, headers_sha256: str) -> Origin:
         hub_id(folder),
         _commit(folder),
         base if _HUB_ID.fullmatch(base) else None,
-        card.get("license") or None,
-        card.get("license_name") or None,
-        card.get("license_link") or None,
+        _licence(card),
         hashlib.sha256(config.read_bytes()).hexdigest(),
         headers_sha256,
     )
+
+
+def licence_keys(folder: Path) -> Mapping[str, str]:
+    """The licence that the card of a folder names, as keys of GGUF files and their values; empty if it names none."""
+    return _licence(_front_matter(folder / CARD))
+
+
+def _licence(card: Mapping[str, str]) -> Mapping[str, str]:
+    accepted = {
+        key: card[name] for name, (key, form) in _LICENCE.items() if form.fullmatch(card.get(name, ""))
+    }
+    return accepted if LICENCE in accepted else {}
 
 
 def hub_id(folder: Path) -> str | None:
@@ -76,9 +96,11 @@ def model_name(folder: Path) -> str:
 
 def _front_matter(card: Path) -> Mapping[str, str]:
     """Plain `key: value` lines between two `---`; the first item of a list."""
+    if not card.is_file():  # opening a pipe would wait
+        return {}
     try:
         with card.open("rb") as file:
-            text = file.read(_MAX_BYTES).decode("utf-8", "replace") if card.is_file() else ""
+            text = file.read(_MAX_BYTES).decode("utf-8-sig", "replace")
     except OSError:
         return {}
     lines = text.splitlines()
@@ -98,5 +120,6 @@ def _front_matter(card: Path) -> Mapping[str, str]:
 
 
 def _plain(text: str) -> str:
-    text = text.strip().strip("'\"")
+    """The text without quotes or a comment; empty if it is long or has control characters."""
+    text = _COMMENT.sub("", text).strip().strip("'\"")
     return text if text.isprintable() and len(text) <= 200 else ""

@@ -29,6 +29,7 @@ from kimi_gguf.convert.output.card_folder import Hashed, figures_of, may_be_of, 
 from kimi_gguf.convert.output.model_card import Listed, card_text
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
+from kimi_gguf.convert.source.origin import licence_keys
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.file_hash import FileHashes
 from kimi_gguf.engine.progress import Silent
@@ -68,7 +69,8 @@ def source(tmp_path: Path) -> Path:
 
 def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     file = out / "demo.gguf"
-    assert convert(demo_dir, "-o", file, "--type", "F16", "--model-card").status == 0
+    run = convert(demo_dir, "-o", file, "--type", "F16", "--model-card")
+    assert run.status == 0 and f"note: {out / 'README.md'}: has no `license:`" in run.err
     assert {path.name for path in out.iterdir()} == {"demo.gguf", "README.md"}
     card = (out / "README.md").read_text()
     for fact in (
@@ -86,6 +88,7 @@ def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     assert "tags:\n- gguf\n- llama.cpp\n- kimi-linear\n---" in card
     assert commands(card) == [
         ["convert-kimi", "demo", "-o", "demo.gguf", "--type", "F16", "--model-card"],
+        ["python", "-m", "pip", "install", "kimi_gguf-*.whl"],
         ["kimi-llama", "chat", "demo.gguf"],
         ["llama-cli", "-m", "demo.gguf"],
         ["convert-kimi", "verify", "demo.gguf", "--checkpoint", "demo"],
@@ -94,7 +97,7 @@ def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
 
 def test_base_model_and_licence_are_in_card_and_file(source: Path, out: Path) -> None:
     run = convert(source, "-o", out / "x.gguf", "--model-card", "--quantized-by", "somebody")
-    assert run.status == 0
+    assert run.status == 0 and "license" not in run.err
     assert front_matter((out / "README.md").read_text()) == {
         "base_model": "org/Some-Model-48B-A3B-Base",
         "base_model_relation": "quantized",
@@ -124,6 +127,46 @@ def test_base_model_and_licence_are_in_card_and_file(source: Path, out: Path) ->
         "general.quantization_version": 2,
         "general.file_type": 32,
     }
+
+
+NAME, LINK = "license_name: a\n", "license_link: LICENSE\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "licence"),
+    [
+        ("license: apache-2.0\n", ("apache-2.0",)),
+        ("license: 'mit'  # comment\n", ("mit",)),
+        ('license: "mit"\n', ("mit",)),
+        ("license:\n- cc-by-4.0\n", ("cc-by-4.0",)),
+        (f"license: other\n{NAME}{LINK}", ("other", "a", "LICENSE")),
+        ("license: other\nlicense_name: Some Licence 1.0 (new)\n", ("other", "Some Licence 1.0 (new)")),
+        (f"license: a b\n{NAME}{LINK}", ()),
+        (NAME, ()),
+        (f"license: {'a' * 65}\n", ()),
+        ("license: !!python/object/apply:os.system [ls]\n", ()),
+        ("license: *anchor\n", ()),
+        ("license: a\x1b[31m\n", ()),
+        ("license: a](javascript:x)\n", ()),
+        ("license: other\nlicense_name: <script>\nlicense_link: javascript:x\n", ("other",)),
+        ("license: other\nlicense_link: ../../LICENSE\n", ("other",)),
+        ("license: other\nlicense_link: https://example.org/a)[b](c\n", ("other",)),
+        (f"x: {'a' * (1 << 16)}\nlicense: mit\n", ()),
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_only_short_plain_values_name_a_licence(
+    tmp_path: Path, lines: str, licence: tuple[str, ...], mark: str
+) -> None:
+    (tmp_path / "README.md").write_text(f"{mark}---\n{lines}---\n", encoding="utf-8")
+    assert tuple(licence_keys(tmp_path).values()) == licence
+
+
+def test_a_card_that_is_no_file_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening a pipe would wait forever."""
+    os.mkfifo(tmp_path / "README.md")
+    monkeypatch.setattr(Path, "open", lambda *_: pytest.fail("it was opened"))
+    assert licence_keys(tmp_path) == {}
 
 
 def test_a_hub_caches_checkpoint_is_named_by_its_id(tmp_path: Path, out: Path) -> None:

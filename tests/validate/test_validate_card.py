@@ -276,8 +276,11 @@ def test_a_wrong_file_is_marked_and_not_recommended(engine: Engine, tmp_path: Pa
     (tmp_path / "hub").mkdir()
     convert(checkpoint, tmp_path / "hub" / "right.gguf", TYPES["F32"], Options(name="right"))
     convert(other, tmp_path / "hub" / "wrong.gguf", TYPES["F32"], Options(split_max_size=300_000))
+    (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")  # the files do not name it
     assert main(["card", str(tmp_path / "hub"), "--checkpoint", str(checkpoint), *SHORT]) == 1
-    table = rows((tmp_path / "hub" / "README.md").read_text())
+    card = (tmp_path / "hub" / "README.md").read_text()
+    table = rows(card)
+    assert '\nlicense: "mit"\n' in card.split("\n---\n")[0] and "| licence | mit |" in card
     wrong = next(name for name in table if name.startswith("wrong-00001-of-"))
     assert "**FAIL**" in table[wrong][7] and "validation/wrong/report.html" in table[wrong][7]
     assert (table[wrong][-1].strip(), table["right.gguf"][-1]) == ("", "yes")
@@ -517,7 +520,9 @@ def test_a_card_that_appears_meanwhile_is_not_overwritten_without_force(
 
 
 def test_the_card_is_written_while_no_conversion_writes_it(
-    validated: tuple[Path, list[Callable[[], object]]], monkeypatch: pytest.MonkeyPatch
+    validated: tuple[Path, list[Callable[[], object]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The folder is locked while the card is written, and is not during the validation, which takes long."""
     checkpoint, meanwhile = validated
@@ -542,7 +547,8 @@ def test_the_card_is_written_while_no_conversion_writes_it(
     meanwhile.append(try_lock)
     monkeypatch.setattr(card_files, "write_card", write_card)
     (hub / "validation").mkdir()
-    assert main(["card", str(hub), "--checkpoint", str(checkpoint), "--force", "--quiet"]) == 0
+    assert main(["card", str(hub), "--checkpoint", str(checkpoint), "--force"]) == 0
+    assert f"note: {hub / 'README.md'}: has no `license:`" in capsys.readouterr().err
     assert locked == [False, True] and "a.gguf" in rows((hub / "README.md").read_text())
 
 
