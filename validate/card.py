@@ -37,7 +37,7 @@ from kimi_gguf.convert.output.model_card import recommended as recommended_model
 from kimi_gguf.engine.gguf_check import all_splits
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.plots import PLOTS, Line, images
-from kimi_gguf.validate.report import bytes_text, error_text, plain_text, share_text
+from kimi_gguf.validate.report import NO_NOISE, PERPLEXITY, bytes_text, error_text, plain_text, share_text
 from kimi_gguf.validate.stored import Stored
 
 COLOURS: Final = ("#1f5fa8", "#c2762b", "#1c7a46", "#7b4aa0", "#b3261e", "#3c8f8a", "#8a6d1f", "#5b6875")
@@ -158,17 +158,26 @@ def _weights(file: CardFile) -> str:
 
 def _legend(files: Sequence[CardFile], best: Sequence[CardFile]) -> str:
     report = files[0].report
-    floor: Summary = max((file.report.floor for file in files), key=lambda summary: summary.kld_mean)
     text = (
-        f"KLD is KL(reference || file) in nats, over {report.tokens} tokens ({plain(report.source)}). Rounding alone "
-        f"causes a mean KLD of at most {error_text(floor.kld_mean)} (the same file with another ubatch size). "
-        f"The reference has perplexity {plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults."
+        f"KLD is KL(reference || file) in nats, over {report.tokens} tokens ({plain(report.source)}). "
+        f"{_noise([file.report.floor for file in files])} The reference has perplexity "
+        f"{plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults. {PERPLEXITY}"
     )
     if not comparable(file.report.figures for file in files):
         text += f" {INCOMPARABLE}"
     if best:
         text += f" {RECOMMENDED}"
     return text
+
+
+def _noise(floors: Sequence[Summary]) -> str:
+    """What rounding alone causes. A mean KLD that is itself only rounding, around 0, is not shown."""
+    nmse, kld = (max(getattr(floor, name) for floor in floors) for name in ("nmse", "kld_mean"))
+    if nmse == 0:
+        return NO_NOISE
+    figures = [f"an NMSE of at most {error_text(nmse)}"]
+    figures += [f"a mean KLD of at most {error_text(kld)}"] if kld > 0 else []
+    return f"Rounding alone causes {' and '.join(figures)} (the same file with another ubatch size)."
 
 
 def _validated_with(files: Sequence[CardFile]) -> str:

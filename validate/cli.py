@@ -36,7 +36,17 @@ from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Summary
-from kimi_gguf.validate.report import FORMATS, Report, check_place, limit_text, number_text, write
+from kimi_gguf.validate.report import (
+    FORMATS,
+    NO_NOISE,
+    PERPLEXITY,
+    Report,
+    check_place,
+    limit_text,
+    number_text,
+    plain_text,
+    write,
+)
 from kimi_gguf.validate.sample_text import TEXT
 from kimi_gguf.validate.stored import printable, read_report
 from kimi_gguf.validate.tensors import open_gguf
@@ -273,7 +283,9 @@ def _summary(report: Report, html: Path) -> None:
         console.print(f"{verdict}  {gate.title}{where}: {number_text(gate.found)}, {limit_text(gate)}")
     for failure in report.tensors.failures:
         console.print(f"      {failure}", markup=False, soft_wrap=True)
-    for said in report.unchecked:
+    reference = f"The reference has perplexity {plain_text(report.headline.all.ppl_reference)}."
+    noise = [NO_NOISE] if report.floor.nmse == 0 else []
+    for said in (*report.unchecked, *noise, f"{reference} {PERPLEXITY}"):
         console.print(f"note  {said}", markup=False, soft_wrap=True)
     console.print(f"[bold]{'PASS' if report.passed else 'FAIL'}[/]  report: {html}")
 
@@ -389,6 +401,7 @@ def _show(words: Sequence[str]) -> int:
     if not console.is_terminal:
         console.width = 160
     console.print(table)
+    print(PERPLEXITY)
     if len({each.basis.ids_sha256 for each in reports}) > 1:
         print("The reports are of different tokens: their figures cannot be compared.")
     return PASSED if all(each.passed for each in reports) else GATE_FAILED

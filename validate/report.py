@@ -234,6 +234,13 @@ SUBSETS = (
 )
 
 
+PERPLEXITY = (
+    "Perplexity depends on the text as much as on the model: it is high for text of another kind than the model was "
+    "trained on, such as the built-in text for the demo. Only its difference from the reference's matters."
+)
+NO_NOISE = "The noise floor is 0: with another ubatch size, the logits are exactly the same."
+
+
 def error_text(value: float | None) -> str:
     """A number with two significant digits: 4.1e-13, 0.013, 0."""
     if value is None or not math.isfinite(value):
@@ -314,6 +321,8 @@ def _context(report: Report) -> dict[str, Any]:
         "figures": FIGURES,
         "formats": FORMATS,
         "subsets": SUBSETS,
+        "perplexity": PERPLEXITY,
+        "no_noise": NO_NOISE if report.floor.nmse == 0 else "",
         "limit_text": limit_text,
         "schema": SCHEMA,
     }

@@ -328,6 +328,30 @@ def test_files_whose_reports_cannot_be_compared_are_not_recommended() -> None:
     assert len(recommended([one, one])) == 2
 
 
+@pytest.mark.parametrize(
+    ("floors", "said"),
+    [
+        (
+            [(0, 0), (0, 0)],
+            "The noise floor is 0: with another ubatch size, the logits are exactly the same.",
+        ),
+        ([(0, 0), (2e-13, 3e-14)], "causes an NMSE of at most 2.0e-13 and a mean KLD of at most 3.0e-14 ("),
+        ([(2e-13, -3e-18)], "causes an NMSE of at most 2.0e-13 ("),
+        ([(2e-13, 0)], "causes an NMSE of at most 2.0e-13 ("),
+    ],
+)
+def test_the_card_says_what_rounding_causes(floors: list[tuple[float, float]], said: str) -> None:
+    """Not "a mean KLD of at most 0". Where all differences are tiny, a KLD is rounding itself, also below 0."""
+    files = []
+    for nmse, kld in floors:
+        file = card_file(f"{len(files)}.gguf")
+        floor = replace(file.report.floor, nmse=nmse, kld_mean=kld)
+        files.append(replace(file, report=replace(file.report, floor=floor)))
+    card = card_text(files, ["kld"], [])
+    assert said in card and "of at most 0" not in card
+    assert "Perplexity depends on the text as much as on the model" in card
+
+
 @pytest.mark.parametrize("schema", [1, 2])
 def test_both_cards_read_the_same_figures(tmp_path: Path, schema: int) -> None:
     report = GOLDEN / f"report-schema-{schema}.json"

@@ -41,6 +41,7 @@ def test_a_sound_file_passes_and_three_reports_are_written(
     out = tmp_path / "report"
     assert main([str(gguf), "--checkpoint", str(checkpoint), "--upstream", "--out", str(out), *SHORT]) == 0
     said = capsys.readouterr().out
+    assert "note  The reference has perplexity " in said and "Perplexity depends on the text" in said
     assert "PASS" in said and "FAIL" not in said and str(out / "report.html") in said
     report = json.loads((out / "report.json").read_text())
     assert report["passed"] and report["ids"]["count"] == 44

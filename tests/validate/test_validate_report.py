@@ -124,6 +124,18 @@ def test_both_readable_forms_show_verdict_gates_hashes_and_noise_floor(report: R
             assert said in text
 
 
+def test_both_readable_forms_say_what_the_size_of_a_perplexity_means(report: Report, html: str) -> None:
+    for text in (html, to_markdown(report)):
+        assert "Perplexity depends on the text as much as on the model" in text
+
+
+def test_a_noise_floor_of_exactly_0_is_explained(report: Report, html: str) -> None:
+    said = "with another ubatch size, the logits are exactly the same"
+    silent = replace(report, floor=run_with(0).all)
+    assert said in to_markdown(silent) and said in to_html(silent)
+    assert said not in to_markdown(report) and said not in html
+
+
 def test_a_failed_gate_fails_the_report_and_is_shown(report: Report) -> None:
     bad = replace(report, gates=judge(Evidence("F32", report.runs, [], report.tensors)))
     assert not bad.passed
