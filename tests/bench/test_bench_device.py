@@ -146,13 +146,13 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
     # finished stages are not run again; one whose output was changed is, and so are those of another model
     assert set(states(out).values()) == {"finished"}
     before = (out / "test-KDA_CONV.txt").stat().st_mtime_ns
-    (out / "model-64.json").write_text("{}")
-    assert [name for name, state in states(out).items() if state == "left"] == ["model-64"]
+    (out / "times-KDA_CONV.json").write_text("{}")
+    assert [name for name, state in states(out).items() if state == "left"] == ["times-KDA_CONV"]
     ended = rehearse(out)
     again = [
         line for line in ended.stdout.splitlines() if line.startswith("bench-gpu: ") and ":" not in line[11:]
     ]
-    assert again[0] == "bench-gpu: model-64" and len(again) == 2, "and the page"
+    assert again[0] == "bench-gpu: times-KDA_CONV" and len(again) == 2, "and the page"
     assert (out / "test-KDA_CONV.txt").stat().st_mtime_ns == before
     model = next(bench_folder().rglob("models/*.gguf"))
     listed = rehearse(out, model, "--list").stdout.splitlines()

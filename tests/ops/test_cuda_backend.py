@@ -273,9 +273,7 @@ FIRST_DECOMPRESSED = {
 @pytest.mark.parametrize(
     ("cache_type", "operators", "capability"),
     [
-        pytest.param(
-            *key, id=" ".join(key), marks=() if key[1:] in (("", "900"), ("", "800")) else pytest.mark.full
-        )
+        pytest.param(*key, id=" ".join(key), marks=() if key[0] == "Q8_0" else pytest.mark.full)
         for key in FIRST_DECOMPRESSED
     ],
 )
@@ -348,7 +346,7 @@ ERROR_OF_CACHE = {
         pytest.param(spec, placed, id=f"{spec.id}-{placed}", marks=pytest.mark.full if slow else ())
         for spec in ON_DEVICES
         for placed in PLACED
-        for slow in [spec.heads > 32 and "expanded" in placed]
+        for slow in [spec.heads > 32]
     ],
 )
 def test_the_family_on_the_device(

@@ -30,6 +30,7 @@ def test_every_shape_gate_and_order_of_threads(group: str, program: Path) -> Non
     assert ", 0 failed" in run_program(program, group).stdout
 
 
+@pytest.mark.full  # compiling takes longest
 def test_threads_never_race_in_shared_memory(tmp_path: Path) -> None:
     program = compile_cuda(SOURCES, tmp_path / "kda-races", include=[FOLDER], options=HOPPER, races=True)
     assert ", 0 failed" in run_program(program, "briefly").stdout

@@ -27,7 +27,7 @@ SPEC = Spec(layers="KM", hidden=160, kda_head_dim=64, experts=65, experts_used=8
 ROUTER, ADD_NORM = "kernel_router_f32", "kernel_add_rms_norm_mul_f32"
 # Dispatches of a batch: one layer has a router; both layers have two residuals, one of which also adds the experts.
 FUSED = {ROUTER: 1, f"{ADD_NORM}_4_1": 3, f"{ADD_NORM}_4_2": 1}
-ORDERS = ["forwards", "backwards"]
+ORDERS = [pytest.param("forwards", marks=pytest.mark.full), "backwards"]
 STEPS = [decode(*text(0, range(8))), decode(*text(0, [3], 8))]
 # Fault -> the text in the kernels, and what it is instead.
 FAULTS = {
@@ -50,7 +50,10 @@ def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return compile_program(engine, "metal/fused-nodes-test.cpp", tmp_path_factory.mktemp("fused-nodes"))
 
 
-@pytest.mark.parametrize(("order", "threads"), [("forwards", 1024), ("backwards", 1024), ("forwards", 256)])
+@pytest.mark.parametrize(
+    ("order", "threads"),
+    [pytest.param("forwards", 1024, marks=pytest.mark.full), ("backwards", 1024), ("forwards", 256)],
+)
 def test_nodes_that_are_one_dispatch_and_nodes_that_are_not(
     order: str, threads: int, program: Path, metal_backend: Path, tmp_path: Path
 ) -> None:

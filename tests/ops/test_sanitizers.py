@@ -54,6 +54,7 @@ def test_addresses_and_undefined_behaviour(program: str) -> None:
     assert ended.returncode == 0, ended.stdout[-1000:] + ended.stderr[-4000:]
 
 
+@pytest.mark.full  # compiling takes longest
 @pytest.mark.parametrize("program", THREADED)
 def test_threads(program: str) -> None:
     cases = THREADED_CASES[program]
@@ -83,7 +84,10 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault",
+    [pytest.param(name, marks=pytest.mark.full if FAULTS[name][0] is THREAD else ()) for name in FAULTS],
+)
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     variant, line, word = FAULTS[fault]
     made = build(variant)
@@ -116,7 +120,9 @@ def plant(made: Build, line: str, folder: Path) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("variant", [ADDRESS, THREAD], ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", [ADDRESS, pytest.param(THREAD, marks=pytest.mark.full)], ids=lambda variant: variant.name
+)
 def test_a_model_with_rollback(variant: Variant, engine: Engine, tmp_path: Path) -> None:
     """Upstream's program with the sanitized ggml; libllama is the engine's, without a sanitizer."""
     made = build(variant)
