@@ -30,7 +30,7 @@ from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
 from kimi_gguf.engine.progress import reporting
-from kimi_gguf.engine.toolchain import cores
+from kimi_gguf.engine.toolchain import MAX_THREADS, cores
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
@@ -67,7 +67,6 @@ COLUMNS = (
 
 
 MOST_TOKENS = 2**20  # the context that the 48B was trained for
-MOST_THREADS = 512  # GGML_MAX_N_THREADS
 ALL_LAYERS = 999
 
 EXAMPLES = """\
@@ -194,7 +193,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--batch", 1, MOST_TOKENS, 512, "pass at most N tokens to each llama_decode (default: %(default)s)"
     )
     number("--ubatch", 1, MOST_TOKENS, 512, "compute at most N tokens in each graph (default: %(default)s)")
-    number("--threads", 1, MOST_THREADS, cores(), "use N CPU threads (default: all cores)")
+    number("--threads", 1, MAX_THREADS, cores(), "use N CPU threads (default: all cores)")
     add("--quiet", action="store_true", help="print no summary on standard output")
 
 

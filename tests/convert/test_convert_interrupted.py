@@ -102,7 +102,14 @@ def assert_resumes(source: Path, out: Path, expected: bytes) -> None:
     assert (out / "x.gguf").read_bytes() == expected and names(out) == {"x.gguf"}
 
 
-@pytest.mark.parametrize("kind, kills", [("BF16", 60), pytest.param("Q4_K_M", 30, marks=pytest.mark.engine)])
+@pytest.mark.parametrize(
+    "kind, kills",
+    [
+        ("BF16", 60),
+        pytest.param("BF16", 100, marks=pytest.mark.full),
+        pytest.param("Q4_K_M", 30, marks=pytest.mark.engine),
+    ],
+)
 def test_killed_at_random_instants(tmp_path: Path, source: Path, out: Path, kind: str, kills: int) -> None:
     whole = tmp_path / "whole"
     whole.mkdir()

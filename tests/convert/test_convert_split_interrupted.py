@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from convert_tools import Run, convert, killed_conversions
 from random_checkpoint import Spec
+from selection import some_of
 
 from kimi_gguf.convert.conversion import Options
 from kimi_gguf.convert.conversion import convert as convert_in_python
@@ -73,10 +74,10 @@ def killed_among_renames(source: Path, out: Path, renames: int, name: str = "one
     assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("kills", some_of((40, 60), 40))
 def test_killed_at_random_instants(
-    tmp_path: Path, source: Path, out: Path, expected: dict[str, dict[str, bytes]]
+    tmp_path: Path, source: Path, out: Path, expected: dict[str, dict[str, bytes]], kills: int
 ) -> None:
-    kills = 40
     folders = [tmp_path / name for name in NAMES]
     found = killed_conversions(source, out / "x.gguf", kills, "BF16", SIZE, *folders)
     assert found["wrong"] == 0 and found["killed"] == kills, found

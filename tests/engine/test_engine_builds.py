@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny_llama
+from selection import some_of
 from tiny_llama import call
 
 from kimi_gguf.engine import toolchain
@@ -90,7 +91,7 @@ def path_of(folder: Path, *arguments: str, **environment: str) -> str:
     return next(name for name, build in BUILDS.items() if build[0] == key)
 
 
-@pytest.mark.parametrize("name", ["cpu+GGML_NATIVE=OFF", "cuda"])
+@pytest.mark.parametrize("name", some_of(BUILDS, "cpu+GGML_NATIVE=OFF", "cuda"))
 def test_each_way_names_a_build_and_the_nearer_one_wins(folder: Path, name: str) -> None:
     others = [other for other in BUILDS if other != name]
     assert path_of(folder) == "cpu", "not the newest one, nor one for a GPU"

@@ -22,6 +22,7 @@ from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
 from random_checkpoint import VOCAB_SIZE, Spec
 from random_family import ON_DEVICES, FamilySpec, write_family
+from selection import some_of
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -313,9 +314,7 @@ def graphs_of(
     return graphs
 
 
-@pytest.mark.parametrize(
-    "order", [*(pytest.param(order, marks=pytest.mark.full) for order in ("forwards", "backwards")), "7"]
-)
+@pytest.mark.parametrize("order", some_of(("forwards", "backwards", "7"), "7"))
 def test_rollback_of_states_on_the_device(
     order: str, backend: Path, model: Path, engine: Engine, tmp_path: Path
 ) -> None:

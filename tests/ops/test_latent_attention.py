@@ -123,16 +123,30 @@ def test_the_switch_reaches_the_absorbed_form(
     assert not (logits["conv,scan"] == logits["conv,scan,mla"]).all()
 
 
-@pytest.mark.parametrize("cache_type", ["F32", "F16", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("n_ubatch", [TOKENS, 1], ids=["decompressed", "absorbed"])
+@pytest.mark.parametrize(
+    ("n_ubatch", "counts", "cache_type"),
+    [
+        pytest.param(n_ubatch, counts, cache_type, id=f"{form}-{cache_type}", marks=mark)
+        for form, n_ubatch, counts in (
+            ("decompressed", TOKENS, (2, 7)), ("decompressed, many", TOKENS, (33, 100)), ("absorbed", 1, (2, 7)),
+        )
+        for cache_type in ("F32", "F16", "Q8_0", "Q4_0")
+        for mark in [pytest.mark.full if counts == (33, 100) and cache_type != "Q8_0" else ()]
+    ],
+)  # fmt: skip
 def test_the_same_bits_for_any_number_of_threads(
-    case: Case, n_ubatch: int, cache_type: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    n_ubatch: int,
+    counts: tuple[int, ...],
+    cache_type: str,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("KIMI_OPS", "require")
     ids = case.ids if n_ubatch > 1 else case.ids[:300]
     options = RunOptions(n_ubatch=n_ubatch, flash_attention=True, cache_type=cache_type, threads=1)
     one = run_logits(engine, case.gguf, ids, options)
-    for threads in (7, 33, 100) if n_ubatch > 1 and cache_type == "Q8_0" else (2, 7):
+    for threads in counts:
         many = run_logits(engine, case.gguf, ids, replace(options, threads=threads))
         np.testing.assert_array_equal(one, many, f"{threads} threads")
 

@@ -18,6 +18,7 @@ from metal_program import dispatches, on_metal
 from native_program import compile_backend
 from random_checkpoint import Spec, write_checkpoint
 from random_deepseek2 import VOCAB_SIZE, DeepseekSpec, write_deepseek2
+from selection import some_of
 from synthetic_case import error_of
 
 from kimi_gguf.convert.conversion import convert
@@ -126,7 +127,7 @@ FIRST_WITH_KEYS = {
 }
 
 
-@pytest.mark.parametrize("keys", [2000, 4000, pytest.param(6500, marks=pytest.mark.full)])
+@pytest.mark.parametrize("keys", some_of(FIRST_WITH_KEYS, 2000, 4000))
 def test_the_more_keys_the_more_queries(
     keys: int, metal_backend: Path, engine: Engine, tmp_path: Path
 ) -> None:

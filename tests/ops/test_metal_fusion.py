@@ -14,6 +14,7 @@ from llama_script import Played, PlayError, Setup, assert_same, decode, play, te
 from metal_program import dispatches, on_metal, planted
 from native_program import compile_program, passed_cases, run_program
 from random_checkpoint import Spec, write_checkpoint
+from selection import some_of
 from synthetic_case import make_gguf
 
 from kimi_gguf.convert.conversion import convert
@@ -27,7 +28,7 @@ SPEC = Spec(layers="KM", hidden=160, kda_head_dim=64, experts=65, experts_used=8
 ROUTER, ADD_NORM = "kernel_router_f32", "kernel_add_rms_norm_mul_f32"
 # Dispatches of a batch: one layer has a router; both layers have two residuals, one of which also adds the experts.
 FUSED = {ROUTER: 1, f"{ADD_NORM}_4_1": 3, f"{ADD_NORM}_4_2": 1}
-ORDERS = [pytest.param("forwards", marks=pytest.mark.full), "backwards"]
+ORDERS = some_of(("forwards", "backwards"), "backwards")
 STEPS = [decode(*text(0, range(8))), decode(*text(0, [3], 8))]
 # Fault -> the text in the kernels, and what it is instead.
 FAULTS = {

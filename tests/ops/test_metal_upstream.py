@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from metal_program import compile_metal_backend
 from native_program import passed_cases
+from selection import some_of
 
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.scripts.cuda_check import patched_ggml
@@ -72,13 +73,7 @@ def environment(backend: Path, **more: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("order", ["forwards", "backwards"])
-@pytest.mark.parametrize(
-    "operator",
-    [
-        pytest.param(name, marks=() if name in ("RMS_NORM", "MUL_MAT") else pytest.mark.full)
-        for name in COMPARED
-    ],
-)
+@pytest.mark.parametrize("operator", some_of(COMPARED, "RMS_NORM", "MUL_MAT"))
 def test_upstreams_operators(operator: str, order: str, metal_backend: Path, engine: Engine) -> None:
     cases, count = COMPARED[operator]
     chosen = environment(metal_backend, KIMI_METAL_ORDER=order)

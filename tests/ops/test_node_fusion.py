@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from native_program import compile_program, run_program
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
+from selection import some_of
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
@@ -89,7 +90,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("copies", ["0", "1"])
-@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.parametrize("threads", some_of((1, 2), 2))
 @pytest.mark.parametrize("way", WAYS)
 def test_a_models_logits_have_the_same_bits(
     way: str, threads: int, copies: str, quantised: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch

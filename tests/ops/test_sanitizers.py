@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from ggml_variant import Build, Variant, build
 from random_checkpoint import Spec, write_checkpoint
+from selection import some_of
 
 from kimi_gguf.convert.conversion import convert
 from kimi_gguf.convert.types.file_types import TYPES
@@ -84,10 +85,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(name, marks=pytest.mark.full if FAULTS[name][0] is THREAD else ()) for name in FAULTS],
-)
+@pytest.mark.parametrize("fault", some_of(FAULTS, *(name for name in FAULTS if FAULTS[name][0] is ADDRESS)))
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     variant, line, word = FAULTS[fault]
     made = build(variant)
@@ -120,9 +118,7 @@ def plant(made: Build, line: str, folder: Path) -> Path:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize(
-    "variant", [ADDRESS, pytest.param(THREAD, marks=pytest.mark.full)], ids=lambda variant: variant.name
-)
+@pytest.mark.parametrize("variant", some_of((ADDRESS, THREAD), ADDRESS), ids=lambda variant: variant.name)
 def test_a_model_with_rollback(variant: Variant, engine: Engine, tmp_path: Path) -> None:
     """Upstream's program with the sanitized ggml; libllama is the engine's, without a sanitizer."""
     made = build(variant)

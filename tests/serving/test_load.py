@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from llama_server import EXACT
+from selection import some_of
 
 from kimi_gguf.bench.equal_requests import SYSTEM, ask_together
 from kimi_gguf.bench.server import RunningServer, running
@@ -97,10 +98,7 @@ def test_mixed_load(tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], P
         assert sizes[-1][1] <= GROWTH * early, f"{early} bytes grew to {sizes[-1][1]}"
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["Q4_K_M", "BF16", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("F32", "Q4_0", "Q8_0"))],
-)
+@pytest.mark.parametrize("kind", some_of(("F32", "Q4_0", "Q4_K_M", "Q8_0", "BF16"), "Q4_K_M", "BF16"))
 def test_equal_requests_among_others_have_one_answer(
     kind: str, tmp_path: Path, engine: Engine, demo_gguf: Callable[[str], Path]
 ) -> None:
