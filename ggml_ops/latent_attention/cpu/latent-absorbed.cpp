@@ -308,9 +308,9 @@ void attend(const ggml_tensor * dst,
             score_int16(n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
         } else {
             read_rows(tile, k->type, k_data, k->nb[1], p.dk, keys, p.ld_tile);
-            multiply_in_steps(
-                { tile.n_keys, n_cols, p.dk, keys, p.ld_tile, 1, queries, n_cols, scores, n_cols, nullptr, &ahead },
-                STEP_LATENT);
+            multiply_in_steps({ tile.n_keys, n_cols, p.dk, keys, p.ld_tile, 1, in_rows(queries, n_cols),
+                                in_rows(scores, n_cols), nullptr, &ahead },
+                              STEP_LATENT);
         }
         if (tile.masked) {
             mask_scores(p, tile, masks, block, n_cols, scores);
@@ -320,8 +320,9 @@ void attend(const ggml_tensor * dst,
         if constexpr (INTEGER) {
             add_values_int16(n_rows, codes, scores, first ? nullptr : rescale, ahead, out);
         } else {
-            const Product values = { n_rows, p.dv,      tile.n_keys, scores, 1,       n_cols,
-                                     keys,   p.ld_tile, out,         p.dv,   rescale, &ahead };
+            const Matrix<const float> rows   = in_rows((const float *) keys, p.ld_tile);
+            const Product             values = { n_rows, p.dv, tile.n_keys,        scores,  1,
+                                                 n_cols, rows, in_rows(out, p.dv), rescale, &ahead };
             if (first) {
                 multiply<Accumulate::NONE>(values);
             } else {

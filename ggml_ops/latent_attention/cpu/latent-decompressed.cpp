@@ -27,8 +27,10 @@ namespace {
 
 constexpr int64_t BLOCK_QUERIES = 64;
 constexpr int64_t TILE_KEYS     = 128;
-constexpr int64_t STEP_LATENT   = 128;  // see multiply_in_steps
-constexpr int64_t ROWS_ONCE     = 16;   // rows of v_b transposed at a time
+constexpr int64_t STEP_LATENT   = 128;                           // see multiply_in_steps
+constexpr int64_t ROWS_ONCE     = std::min<int64_t>(16, PANEL);  // rows of v_b transposed at a time
+
+static_assert(BLOCK_QUERIES % PANEL == 0 && PANEL % ROWS_ONCE == 0);
 
 // How a node is divided into tasks, and the layout of its work buffer, in floats.
 struct Plan {
@@ -77,11 +79,11 @@ Plan make_plan(const ggml_tensor * dst, int n_threads) {
     const int64_t n = p.task_blocks * BLOCK_QUERIES;
 
     Layout room;
-    p.at_rows     = room.add(ROWS_ONCE * p.s.n_latent);
+    p.at_rows     = room.add(std::max(ROWS_ONCE * p.s.n_latent, pad_panel(p.s.n_nope)));
     p.at_q        = room.add(p.s.n_key * n);
     p.at_tile     = room.add(TILE_KEYS * align(p.s.n_cache));
     p.at_key      = room.add(TILE_KEYS * align(p.s.n_key + LANES));
-    p.at_value    = room.add(TILE_KEYS * pad_lanes(p.s.n_value));
+    p.at_value    = room.add(TILE_KEYS * pad_panel(p.s.n_value));
     p.at_scores   = room.add(TILE_KEYS * BLOCK_QUERIES);
     p.at_rescale  = room.add(BLOCK_QUERIES);
     p.at_max      = room.add(n);
@@ -89,31 +91,33 @@ Plan make_plan(const ggml_tensor * dst, int n_threads) {
     p.at_out      = room.add(n * pad_lanes(p.s.n_value));
     p.thread_size = room.size;
     Layout weights;
-    weights.add(p.s.n_latent * pad_lanes(p.s.n_nope));  // k_b
-    p.at_v_b       = weights.add(p.s.n_latent * pad_lanes(p.s.n_value));
+    weights.add(p.s.n_latent * pad_panel(p.s.n_nope));  // k_b
+    p.at_v_b       = weights.add(p.s.n_latent * pad_panel(p.s.n_value));
     p.weights_size = weights.size;
     return p;
 }
 
-// k_b of one head as [LATENT][NOPE], its own layout.
-void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * dst) {
-    const int64_t ld = pad_lanes(p.s.n_nope);
-    std::fill(dst, dst + p.s.n_latent * ld, 0.0f);
+// k_b of one head as [LATENT][NOPE] in panels, one row at a time.
+void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * row, float * dst) {
+    std::fill(row, row + pad_panel(p.s.n_nope), 0.0f);
     for (int64_t j = 0; j < p.s.n_latent; ++j) {
-        read_row(k_b->type, row_of(k_b, j, head), p.s.n_nope, dst + j * ld);
+        read_row(k_b->type, row_of(k_b, j, head), p.s.n_nope, row);
+        for (int64_t i = 0; i < p.s.n_nope; i += PANEL) {
+            std::copy(row + i, row + i + PANEL, dst + i * p.s.n_latent + j * PANEL);
+        }
     }
 }
 
-// v_b of one head as [LATENT][DV]: transposed, some rows at a time.
+// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time.
 void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst) {
-    const int64_t ld  = pad_lanes(p.s.n_value);
-    const auto    row = [&](int64_t i) { return rows + i * p.s.n_latent; };
+    const auto row = [&](int64_t i) { return rows + i * p.s.n_latent; };
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {
         const int64_t n = std::min(ROWS_ONCE, p.s.n_value - i0);
         for (int64_t i = 0; i < n; ++i) {
             read_row(v_b->type, row_of(v_b, i0 + i, head), p.s.n_latent, rows + i * p.s.n_latent);
         }
-        transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f, dst + i0, ld);
+        transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f,
+                       dst + i0 / PANEL * PANEL * p.s.n_latent + i0 % PANEL, PANEL);
     }
 }
 
@@ -124,14 +128,14 @@ struct Task {
     int64_t query0, query1;  // query0 is the start of a block
 };
 
-// q^T of one head, times the scale: [DK][BLOCK_QUERIES] for each block of queries; missing queries are zero.
+// q^T of one head, times the scale: [DK][BLOCK_QUERIES] in panels for each block of queries; missing queries are zero.
 void load_queries(const ggml_tensor * dst, const Task & task, const Plan & p, float * queries) {
     const ggml_tensor * q     = dst->src[0];
     const float         scale = ggml_get_op_params_f32(dst, 0);
-    for (int64_t query0 = task.query0; query0 < task.query1; query0 += BLOCK_QUERIES) {
+    for (int64_t query0 = task.query0; query0 < task.query1; query0 += PANEL) {
         const auto row = [&](int64_t i) { return (const float *) row_of(q, query0 + i, task.head, task.stream); };
-        transpose_rows(row, std::min(BLOCK_QUERIES, task.query1 - query0), BLOCK_QUERIES, 0, p.s.n_key, scale,
-                       queries + (query0 - task.query0) * p.s.n_key, BLOCK_QUERIES);
+        transpose_rows(row, std::min(PANEL, task.query1 - query0), PANEL, 0, p.s.n_key, scale,
+                       queries + (query0 - task.query0) * p.s.n_key, PANEL);
     }
 }
 
@@ -143,7 +147,7 @@ Keys keys_in(const ggml_tensor * dst, const Plan & p, int64_t stream) {
     return keys_of(dst->src[GGML_LATENT_ORDER_SRC], stream, p.s.n_keys);
 }
 
-// Expands the tile's rows of the cache to keys [NOPE, ROPE] and values of one head.
+// Expands the tile's rows of the cache to keys [NOPE, ROPE] and, in panels, values of one head.
 void expand(const Plan &  p,
             int           n_keys,
             const float * latents,
@@ -153,14 +157,13 @@ void expand(const Plan &  p,
             float *       values) {
     const int64_t ld_latent = align(p.s.n_cache);
     const int64_t ld_key    = align(p.s.n_key + LANES);
-    const int64_t ld_nope   = pad_lanes(p.s.n_nope);
-    const int64_t ld_value  = pad_lanes(p.s.n_value);
-    multiply_in_steps(
-        { n_keys, ld_nope, p.s.n_latent, latents, ld_latent, 1, k_b, ld_nope, keys, ld_key, nullptr, nullptr },
-        STEP_LATENT);
-    multiply_in_steps(
-        { n_keys, ld_value, p.s.n_latent, latents, ld_latent, 1, v_b, ld_value, values, ld_value, nullptr, nullptr },
-        STEP_LATENT);
+    const auto    product   = [&](int64_t n_cols, const float * b, const Matrix<float> & c) {
+        multiply_in_steps({ n_keys, pad_lanes(n_cols), p.s.n_latent, latents, ld_latent, 1, in_panels(b, p.s.n_latent),
+                            c, nullptr, nullptr },
+                          STEP_LATENT);
+    };
+    product(p.s.n_nope, k_b, in_rows(keys, ld_key));
+    product(p.s.n_value, v_b, in_panels(values, TILE_KEYS));
     for (int i = 0; i < n_keys; ++i) {
         memcpy(keys + i * ld_key + p.s.n_nope, latents + i * ld_latent + p.s.n_latent,
                (p.s.n_key - p.s.n_nope) * sizeof(float));
@@ -217,14 +220,16 @@ void attend(
                 expand(p, tile.n_keys, latents, weights, weights + p.at_v_b, keys, values);
                 expanded = true;
             }
-            multiply<Accumulate::NONE>({ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1, queries + at * p.s.n_key,
-                                         BLOCK_QUERIES, scores, n_cols, nullptr, nullptr });
+            const float * q = queries + at * p.s.n_key;
+            multiply<Accumulate::NONE>({ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1, in_panels(q, p.s.n_key),
+                                         in_rows(scores, n_cols), nullptr, nullptr });
             for (int64_t i = 0; i < n_queries && view == View::MIXED; ++i) {
                 add_mask(tile, some.row(i), i, i + 1, n_cols, scores);
             }
             softmax_tile(tile.n_keys, n_cols, scores, maximum + at, sum + at, rescale);
-            multiply<Accumulate::SCALE>({ n_queries, ld_value, tile.n_keys, scores, 1, n_cols, values, ld_value,
-                                          out + at * ld_value, ld_value, rescale, nullptr });
+            multiply<Accumulate::SCALE>({ n_queries, ld_value, tile.n_keys, scores, 1, n_cols,
+                                          in_panels((const float *) values, TILE_KEYS),
+                                          in_rows(out + at * ld_value, ld_value), rescale, nullptr });
         }
     }
 
@@ -278,7 +283,7 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
         if (values) {
             load_v_b(dst->src[3], head, p, own + p.at_rows, to + p.at_v_b);
         } else {
-            load_k_b(dst->src[2], head, p, to);
+            load_k_b(dst->src[2], head, p, own + p.at_rows, to);
         }
     };
     if (p.n_parts > 1 && params->ith < n_busy) {

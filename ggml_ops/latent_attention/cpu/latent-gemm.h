@@ -1,9 +1,9 @@
 #pragma once
 
 // Dense float32 matmuls for latent attention.
-//   C[m][n] = (term of the old C[m][n], see Accumulate) + sum over k of A[m*a_row + k*a_step] * B[k*ldb + n]
-// B and C are row-major and are read and written in vectors, A is broadcast; with A's two strides the same kernel
-// supports a matrix or its transpose. The order of summation depends on the shape only.
+//   C[m][n] = (term of the old C[m][n], see Accumulate) + sum over k of A[m*a_row + k*a_step] * B[k][n]
+// B and C are read and written in vectors, A is broadcast; with A's two strides the same kernel supports a matrix or its
+// transpose. The order of summation depends on the shape only.
 
 #include "latent-simd.h"
 
@@ -15,19 +15,41 @@ enum class Accumulate {
     SCALE,  // C * scale[m] + ...
 };
 
+constexpr int64_t PANEL = MAX_COLUMNS * LANES;  // columns of a register block
+
+constexpr int64_t pad_panel(int64_t n) {
+    return (n + PANEL - 1) / PANEL * PANEL;
+}
+
+// B or C: the element [k][n] is at[n / PANEL * panel + k * ld + n % PANEL].
+template <typename T> struct Matrix {
+    T *     at;
+    int64_t ld;
+    int64_t panel;
+};
+
+// Row-major.
+template <typename T> static inline Matrix<T> in_rows(T * at, int64_t ld) {
+    return { at, ld, PANEL };
+}
+
+// Each PANEL columns of all rows by themselves: the rows that a register block reads are neighbours. In a row-major
+// matrix they are a multiple of 256 bytes apart, share few sets of the L1 cache, and displace each other.
+template <typename T> static inline Matrix<T> in_panels(T * at, int64_t n_rows) {
+    return { at, PANEL, n_rows * PANEL };
+}
+
 struct Product {
-    int64_t       n_rows;   // m
-    int64_t       n_cols;   // n, a multiple of LANES
-    int64_t       n_steps;  // k
-    const float * a;
-    int64_t       a_row;
-    int64_t       a_step;
-    const float * b;
-    int64_t       ldb;
-    float *       c;
-    int64_t       ldc;
-    const float * scale;  // one per row, for Accumulate::SCALE
-    Ahead *       ahead;  // or null
+    int64_t             n_rows;   // m
+    int64_t             n_cols;   // n, a multiple of LANES
+    int64_t             n_steps;  // k
+    const float *       a;
+    int64_t             a_row;
+    int64_t             a_step;
+    Matrix<const float> b;
+    Matrix<float>       c;
+    const float *       scale;  // one per row, for Accumulate::SCALE
+    Ahead *             ahead;  // or null
 };
 
 // One register block: ROWS rows by COLUMNS vectors.
@@ -67,22 +89,24 @@ static inline void multiply_block(int64_t                     n_steps,
     }
 }
 
-// COLUMNS vectors from column n on, for the rows from m on: ROWS at a time, then the rest.
+// COLUMNS vectors from column n on, the start of a panel, for the rows from m on: ROWS at a time, then the rest.
 template <int ROWS, int COLUMNS, Accumulate ACC>
 static inline void multiply_rows(const Product & p, int64_t m, int64_t n) {
     for (; m + ROWS <= p.n_rows; m += ROWS) {
         if (p.ahead) {
             p.ahead->touch();
         }
-        multiply_block<ROWS, COLUMNS, ACC>(p.n_steps, p.a + m * p.a_row, p.a_row, p.a_step, p.b + n, p.ldb,
-                                           p.c + m * p.ldc + n, p.ldc, p.scale + (ACC == Accumulate::SCALE ? m : 0));
+        const float * b = p.b.at + n / PANEL * p.b.panel;
+        float *       c = p.c.at + n / PANEL * p.c.panel + m * p.c.ld;
+        multiply_block<ROWS, COLUMNS, ACC>(p.n_steps, p.a + m * p.a_row, p.a_row, p.a_step, b, p.b.ld, c, p.c.ld,
+                                           p.scale + (ACC == Accumulate::SCALE ? m : 0));
     }
     if constexpr (ROWS > 1) {
         multiply_rows<ROWS - 1, COLUMNS, ACC>(p, m, n);
     }
 }
 
-// All rows from column n on: COLUMNS vectors at a time, then the rest.
+// All rows from column n on: COLUMNS vectors at a time, then the rest, which is less than a panel.
 template <int COLUMNS, Accumulate ACC> static inline void multiply_columns(const Product & p, int64_t n) {
     constexpr int ROWS = N_ACCUMULATORS / COLUMNS > 12 ? 12 : N_ACCUMULATORS / COLUMNS;
     for (; n + COLUMNS * LANES <= p.n_cols; n += COLUMNS * LANES) {
@@ -104,7 +128,7 @@ static inline void multiply_in_steps(Product p, int64_t step) {
     multiply<Accumulate::NONE>(p);
     for (int64_t k = step; k < n_steps; k += step) {
         p.a += step * p.a_step;
-        p.b += step * p.ldb;
+        p.b.at += step * p.b.ld;
         p.n_steps = n_steps - k < step ? n_steps - k : step;
         multiply<Accumulate::ADD>(p);
     }
