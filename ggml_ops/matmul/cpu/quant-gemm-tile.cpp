@@ -17,7 +17,7 @@ namespace quant_gemm {
 // too, but 4 columns of activations take four, and scales need some. Of the 16 of AVX2, integer sums take 6 or 8; float
 // sums and products of 16 bits share the others.
 static constexpr int TILE_COLUMNS       = QUANT_GEMM_AVX512 ? 6 : SUMS_OF_16_BITS ? 3 : 4;
-static constexpr int TILE_COLUMNS_PLAIN = !QUANT_GEMM_AVX2 ? 8 : 4;  // bf16 and f16: 16 or 8 float sums
+static constexpr int TILE_COLUMNS_PLAIN = !QUANT_GEMM_AVX2 ? 8 : 6;  // bf16 and f16: 16 or 12 float sums
 
 // Values of each vector of rows for each column.
 template <int N_C> using IntGrid   = Ints[N_C][PANEL_VECTORS];
@@ -145,8 +145,8 @@ static inline void add_some_groups(IntGrid<N_C> &  z,
                                    const FourGroups (&acts)[N_C],
                                    std::integer_sequence<int, I...>) {
     const auto add_group = [&](auto i) {
-        const Ints w0 = load_ints(weights + i * PANEL_ROWS * 4);
-        const Ints w1 = load_ints(weights + i * PANEL_ROWS * 4 + sizeof(Ints));
+        const Ints w0 = in_order(load_ints(weights + i * PANEL_ROWS * 4));
+        const Ints w1 = in_order(load_ints(weights + i * PANEL_ROWS * 4 + sizeof(Ints)));
 #pragma GCC unroll 8
         for (int c = 0; c < N_C; c++) {
             const auto a = group_of<i>(acts[c]);
@@ -193,10 +193,14 @@ template <Codes CODES, int N_C>
 static inline void
 sum_block(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N_C], int offset, int start) {
     constexpr int STEP = groups_together(CODES);
-    start_sums<N_C>(z, act, start);
     if constexpr (!SUMS_OF_16_BITS) {
+        start_sums<N_C>(z, act, start);
         add_groups<CODES, N_C, STEP>(z, weights, act, offset);
     } else {
+        constexpr bool STARTS = CODES != Codes::bytes;  // the start of signed bytes is 0
+        if constexpr (STARTS) {
+            start_sums<N_C>(z, act, start);
+        }
 #pragma GCC unroll 8
         for (int g = 0; g < N_GROUPS; g += STEP) {
             SumGrid<N_C> s;
@@ -204,8 +208,11 @@ sum_block(SumGrid<N_C> & z, const uint8_t * weights, const char * const (&act)[N
             add_groups<CODES, N_C, STEP>(s, weights + g * PANEL_ROWS * 4, act, offset + g * 4);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
-                z[c][0] = in_order(add_32(z[c][0], total_of(s[c][0])));
-                z[c][1] = in_order(add_32(z[c][1], total_of(s[c][1])));
+#pragma GCC unroll 2
+                for (int v = 0; v < PANEL_VECTORS; v++) {
+                    const Ints total = total_of(s[c][v]);
+                    z[c][v]          = in_order(STARTS || g > 0 ? add_32(z[c][v], total) : total);
+                }
             }
         }
     }
@@ -339,12 +346,12 @@ static void tile_halves(const Panel & panel, int n_blocks, const char * const * 
     load_sums<N_C>(sums, f);
     for (int k = 0; k < n_blocks * BLOCK; k += 4) {
 #pragma GCC unroll 4
-        for (int i = k; i < k + 4; i++) {
-            const Floats w0 = WIDEN(panel.halves[i / 2][0][i % 2]);
-            const Floats w1 = WIDEN(panel.halves[i / 2][1][i % 2]);
+        for (int i = 0; i < 4; i++) {
+            const Floats w0 = WIDEN(panel.halves[k / 2 + i / 2][0][i % 2]);
+            const Floats w1 = WIDEN(panel.halves[k / 2 + i / 2][1][i % 2]);
 #pragma GCC unroll 8
             for (int c = 0; c < N_C; c++) {
-                const Floats a = broadcast_floats(act[c] + i * sizeof(float));
+                const Floats a = broadcast_floats(act[c] + (k + i) * sizeof(float));
                 f[c][0]        = fma(w0, a, f[c][0]);
                 f[c][1]        = fma(w1, a, f[c][1]);
             }

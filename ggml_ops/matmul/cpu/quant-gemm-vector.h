@@ -161,7 +161,8 @@ using Floats = __m256;
 
 constexpr int LANES = 8;
 
-// GCC reorders additions of integers, here to compute all products first, which do not fit in 16 registers.
+// GCC reorders additions of integers, here to compute all products first, which do not fit in 16 registers. It also reads
+// what it has loaded again for each use.
 inline Ints in_order(Ints x) {
     asm("" : "+x"(x));
     return x;
