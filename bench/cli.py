@@ -18,7 +18,7 @@ from kimi_gguf.bench.device_operators import TIMED
 from kimi_gguf.bench.families import COMPARABLE, FAMILIES
 from kimi_gguf.bench.shapes import SHAPES, TYPES
 from kimi_gguf.convert.types.file_types import TYPES as FILE_TYPES
-from kimi_gguf.engine.toolchain import MAX_THREADS
+from kimi_gguf.engine.toolchain import CORES, MAX_THREADS
 
 
 def _listed(numbers: tuple[int, ...]) -> str:
@@ -61,11 +61,12 @@ EXAMPLES = f"""\
 
 Families (--family), with the default --layers and --experts:
 {_FAMILIES}
---quick: batches {_QUICK["batches"]} at depths {_QUICK["depths"]}, all cores.
+--quick: batches {_QUICK["batches"]} at depths {_QUICK["depths"]}, with the default number of threads.
 --grid: {", ".join(TYPES)}; batches {_GRID["batches"]}; depths {_GRID["depths"]}; threads {_listed(THREADS)}.
 On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
 {_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
-A model that does not fit in memory twice is measured one process at a time, in turns.
+On a CPU, a model that does not fit in memory twice is measured one process at a time, in turns. On a device it must fit
+twice; otherwise the command ends with an error.
 Builds that do not exist are made first (kimi-llama build). Without a compiler, FILE is measured with the patched build
 alone, with no options but --threads, --depth and --build.
 Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time.
@@ -136,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",
         help="measure on this machine and over these workers, and count the bytes sent and received")  # fmt: skip
     add("--threads", type=numbers(1, MAX_THREADS), metavar="N,..",
-        help="use N CPU threads (default: all cores; 4 on a GPU)")  # fmt: skip
+        help=f"use N CPU threads (default: {CORES}; 4 on a GPU)")  # fmt: skip
     add(
         "--ubatch",
         type=number,
@@ -151,7 +152,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seconds", type=seconds, default=8.0, metavar="S",
         help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
     add("--in-turns", action="store_true",
-        help="keep one process in memory at a time (default: if the model does not fit twice)")  # fmt: skip
+        help="keep one process in memory at a time (CPU only; default: if the model does not fit twice)")  # fmt: skip
     add("--seed", type=number, default=1, metavar="N", help="set the seed of --prompt-cache (default: 1)")
     add(
         "--budget",

@@ -31,7 +31,7 @@ from kimi_gguf.engine.builds import Engine, ensure
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
 from kimi_gguf.engine.progress import Reporter, reporting
-from kimi_gguf.engine.toolchain import cores
+from kimi_gguf.engine.toolchain import CORES, cores
 
 LENGTHS = (1, 2, 3, 5, 8)  # drafted tokens
 SLOTS = (1, 4)
@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="FILE", type=Path, help="a GGUF file of Ling 3 with its MTP layer")
     parser.add_argument(
         "threads", metavar="THREADS", type=int, nargs="?", default=cores(),
-        choices=range(1, cores() + 1), help="CPU threads (default: all cores)",
+        choices=range(1, cores() + 1), help=f"CPU threads (default: {CORES})",
     )  # fmt: skip
     parser.add_argument(
         "--all",

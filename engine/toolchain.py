@@ -35,6 +35,7 @@ VARIABLES: dict[str, tuple[str, ...]] = {
     "vulkan": ("VULKAN_SDK",),
 }  # fmt: skip
 MAX_THREADS = 512  # GGML_MAX_N_THREADS in ggml.h
+CORES = "the processors that this process may use; on a Mac the fast ones"  # of cores(), in help texts
 _PROGRAMS = {"": ("CC", "CXX"), "cuda": ("CUDACXX",)}  # variables that name a compiler, maybe with flags
 _COMPILER_ADVICE = {
     "linux": "install one: apt install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)",

@@ -28,7 +28,7 @@ from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
 from kimi_gguf.engine.interrupts import INTERRUPTED, exit_status
 from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
-from kimi_gguf.engine.toolchain import MAX_THREADS, available_memory, cores
+from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, available_memory, cores
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
@@ -481,7 +481,7 @@ def _parser() -> argparse.ArgumentParser:
         type=lambda text: bench_cli.number(text, MAX_THREADS),
         default=cores(),
         metavar="N",
-        help="use this many threads on the CPU device (default: %(default)s)",
+        help=f"use this many threads on the CPU device (default: {CORES})",
     )
     add(
         "--device",

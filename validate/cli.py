@@ -30,7 +30,7 @@ from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
 from kimi_gguf.engine.progress import reporting
-from kimi_gguf.engine.toolchain import MAX_THREADS, cores
+from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.validate.errors import ValidateError
@@ -160,16 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--against", metavar="FILE", type=Path, help=against)
     written = "also evaluate on N tokens that llama.cpp generates after the text (default: %(default)s)"
     add("--generate", metavar="N", type=partial(_between, 0, MOST_TOKENS), default=32, help=written)
-    _add_run_options(parser)
+    _add_run_options(parser, "file was")
     return parser
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def _add_run_options(parser: argparse.ArgumentParser, subject: str) -> None:
     """The options that a report of one file and a card of several have in common."""
     add = parser.add_argument
-    add(
-        "--checkpoint", metavar="DIR", type=Path, required=True, help="checkpoint that the file was made from"
-    )
+    made = f"checkpoint that the {subject} made from"
+    add("--checkpoint", metavar="DIR", type=Path, required=True, help=made)
     tokens = parser.add_mutually_exclusive_group().add_argument
     tokens("--text", metavar="FILE", type=Path, help="evaluate on this text (default: built-in)")
     tokens(
@@ -193,7 +192,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--batch", 1, MOST_TOKENS, 512, "pass at most N tokens to each llama_decode (default: %(default)s)"
     )
     number("--ubatch", 1, MOST_TOKENS, 512, "compute at most N tokens in each graph (default: %(default)s)")
-    number("--threads", 1, MAX_THREADS, cores(), "use N CPU threads (default: all cores)")
+    number("--threads", 1, MAX_THREADS, cores(), f"use N CPU threads (default: {CORES})")
     add("--quiet", action="store_true", help="print no summary on standard output")
 
 
@@ -320,7 +319,7 @@ def _card_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="overwrite README.md if it exists; what convert-kimi --model-card wrote there is kept",
     )
-    _add_run_options(parser)
+    _add_run_options(parser, "files were")
     return parser
 
 
