@@ -28,14 +28,6 @@ RUN_OVERHEAD = 2 * GB  # compute buffers and caches at the contexts used here
 BUILD_BYTES = 3 * GB  # llama.cpp twice, with objects
 PROMPT = "Linear attention is"
 
-EXAMPLES = """\
-examples:
-  scripts/prove-48b --rehearse
-      show requirements and plan with a sparse checkpoint of full size, then run all steps on the demo
-  scripts/prove-48b ~/models/Kimi-Linear-48B-A3B-Instruct --type Q8_0
-  scripts/prove-48b moonshotai/Kimi-Linear-48B-A3B-Instruct --type BF16 --out /data/kimi --tokens 1024
-"""
-
 
 class ProveError(KimiError):
     """A step cannot run; the message says why and what to do."""
@@ -132,18 +124,13 @@ def rehearse(out: Path, out_type: str, tokens: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run scripts/prove-48b; return 0 if all gates pass."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/prove-48b",
-        description="Take the real Kimi-Linear-48B checkpoint through build, conversion, run and validation.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="scripts/prove-48b")  # the shell script has the help
     add = parser.add_argument
-    add("source", nargs="?", help="checkpoint folder, or a hub id such as OWNER/NAME")
-    add("--type", default="Q8_0", choices=TYPES, help="type of the GGUF file (default: %(default)s)")
-    add("--out", type=Path, default=Path("out/48b"), help="folder for all output (default: %(default)s)")
-    add("--tokens", type=int, default=512, help="tokens of text to validate on (default: %(default)s)")
-    add("--rehearse", action="store_true", help="run without the real checkpoint")
+    add("source", nargs="?")
+    add("--type", default="Q8_0", choices=TYPES)
+    add("--out", type=Path, default=Path("out/48b"))
+    add("--tokens", type=int, default=512)
+    add("--rehearse", action="store_true")
     args = parser.parse_args(arguments)
     if args.rehearse == bool(args.source):
         parser.error("expected either a checkpoint or --rehearse")

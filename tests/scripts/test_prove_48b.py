@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections import namedtuple
 from pathlib import Path
 
@@ -51,3 +52,17 @@ def test_a_path_is_not_taken_as_a_hub_id(path: str, capfd: pytest.CaptureFixture
 def test_neither_folder_nor_hub_id_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["no-such-folder"]) == 1
     assert "no-such-folder: not found; expected a folder or a hub id" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--rehearse", "--help"]])
+def test_help_does_nothing_else(words: list[str], tmp_path: Path) -> None:
+    """In a folder with nothing but the script, which therefore cannot install or import anything."""
+    script = tmp_path / "scripts/prove-48b"
+    script.parent.mkdir()
+    shutil.copy(Path(__file__).parents[2] / "scripts/prove-48b", script)
+    ended = subprocess.run([script, *words], capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr.startswith("Take the real Kimi-Linear-48B checkpoint")
+    for option in ("--rehearse", "--type TYPE", "--out DIR", "--tokens N"):
+        assert f" {option} " in ended.stderr, option
+    assert ended.stderr.endswith("(default: 512)\n")
