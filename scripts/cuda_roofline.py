@@ -58,7 +58,7 @@ DELTA_NET = {128: 84.7e-6, 256: 155.6e-6, 512: 279.6e-6, 1024: 525.1e-6}
 # 3090, 512 tokens in microbatches: tokens/s with an empty cache (pull request 15525) and with 32768 keys (19057).
 FLASH_GPU, FLASH_LAYERS, FLASH_HEADS, FLASH_DEPTH, FLASH_TEST = "RTX 3090", 27, 16, 32768, 512
 FLASH = {16: (784.29, 587.24), 32: (1209.58, 770.71), 64: (1802.95, 946.42), 128: (2253.15, 1033.12)}
-# Kernels whose code is not compiled here: only their bytes and products are known. 24 heads, 8192 tokens.
+# Kernels whose code is not compiled here: only their bytes and multiply-adds are known. 24 heads, 8192 tokens.
 FORWARDS = (("fla chunk_kda", 1153.9e-6), ("FlashKDA", 1003.2e-6))
 
 
@@ -139,7 +139,7 @@ def devices_table() -> Rows:
 def kda_table(model: Model, measured: Measured) -> Rows:
     """The forward pass on each device."""
     rows: Rows = [("device", "runs", "prepare", "states", "finish", "KDA_SCAN", "measured", "floor: memory",
-                   "floor: products", "upstream's recurrence alone")]  # fmt: skip
+                   "floor: multiply-adds", "upstream's recurrence alone")]  # fmt: skip
     shape = f"head_size={HEAD},head_count={HEADS},n_seq_tokens={TOKENS},n_seqs=1"
     for gpu in filter(model.knows, GPUS):
         forward = kda_forward(model, gpu)
@@ -239,7 +239,7 @@ multiprocessor overlap until a unit is full; registers, shared memory and thread
 takes the longer of this and its bytes at {share:.0%} of the memory bandwidth, and {launch:.0f} µs. On Hopper,
 `mma.sync` has {hopper:.0%} of the tensor cores' peak. Code that a branch can skip counts half.
 
-Two kernels that run beside each other share registers, shared memory and units: blocks of the second one start where
+Two kernels that run at the same time share registers, shared memory and units: blocks of the second one start where
 the first one's leave room. Data that one kernel leaves to the next stays in the L2 if it is large enough.
 
 The model leaves out bank conflicts, the bandwidth of the L2, clocks under load, and waiting for copies to shared
@@ -256,8 +256,8 @@ short. Without the times of whole calls, the model says {least:.2f} to {most:.2f
 {fast:.1f} to {slow:.1f} × the times below.** No published time is of a kernel that memory limits: these are as good as
 the {share:.0%} of the bandwidth. The ratio of two kernels is off by less if the same unit limits both.
 
-Other kernels of KDA are written in other languages; only their bytes and products are known. The floor is the longer
-of both at the peak rates. ([Published][kda] for an H100.)
+Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
+longer of both at the peak rates. ([Published][kda] for an H100.)
 
 [delta]: https://github.com/ggml-org/llama.cpp/pull/22587
 [deep]: https://github.com/ggml-org/llama.cpp/pull/19057
@@ -271,14 +271,17 @@ README): 90 % of the bandwidth, which the model takes for all kernels, and 67 % 
 ## KDA: {heads} heads of {head}, {tokens} tokens
 
 `prepare`, `states` and `finish` are the sums of all their launches. KDA_SCAN takes less, because `prepare` of a run of
-chunks runs beside `states` of the one before.
+chunks runs at the same time as `states` of the run before it.
 
 {kda}
 ## Latent attention, absorbed: {heads} heads
 
 Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by default; `limit_of` in `latent-ggml.cu`
 decides. Upstream converts a Q8_0 cache to F16 before each call.
-{gain}
+Up to {copied} keys, wherever our kernel is the default, upstream's kernel takes at least {gain:.2f} × as long.
+For longer Q8_0 caches ours is the default for any number of queries, because upstream's F16 copy would take more than
+{largest} MiB. With 4 and 8 queries upstream's kernel is faster there on some devices: it takes as little as {loss:.2f}
+× the time of ours.
 {attention}
 ## All kernels
 
@@ -303,17 +306,11 @@ def page(counts: Data, measured: Measured) -> str:
     tables = [f"\n### {gpu.name}\n\n{markdown(attention_table(model, gpu, measured))}" for gpu in known]
     least, most = errors(model)
     largest = model.constants["largest copy"]
-    gain = (
-        "Where ours is the default, upstream's takes at least "
-        f"{least_gain(model, spares=False):.2f} × as long, on all devices below.\n"
-        f"An F16 copy of a Q8_0 cache of more than {largest // ROW_BYTES['f16']} keys would take more than "
-        f"{largest >> 20} MiB. There ours is the\n"
-        "default for any number of queries, which spares this memory; with 4 to 8 queries upstream's takes down to "
-        f"{least_gain(model, spares=True):.2f} × as long."
-    )
     return TEXT.format(
         compiler=counts["compiler"], share=DRAM_SHARE, launch=1e6 * (LAUNCH + FILL), hopper=HOPPER_MMA_SHARE,
-        missing=missing, least=least, most=most, fast=1 / most, slow=1 / least, gain=gain,
+        missing=missing, least=least, most=most, fast=1 / most, slow=1 / least,
+        copied=largest // ROW_BYTES["f16"], largest=largest >> 20, gain=least_gain(model, spares=False),
+        loss=least_gain(model, spares=True),
         devices=markdown(devices_table()), calibration=markdown(calibration_table(model)),
         forwards=markdown(forwards_table(model)), heads=HEADS, head=HEAD, tokens=TOKENS,
         kda=markdown(kda_table(model, measured)), attention="".join(tables), kernels=markdown(kernels_table(model)),

@@ -3,7 +3,7 @@
     python -m kimi_gguf.scripts.estimate_arm
 
 Input: the matmul's kernels and those of upstream, compiled for ARM. Output: docs/arm-estimates.md: cycles for 16
-products of int8 in the loops in which a kernel spends its time, by llvm-mca or by counting. Needs
+int8 multiply-adds in the loops in which a kernel spends its time, by llvm-mca or by counting. Needs
 aarch64-linux-gnu-g++, its objdump and llvm-mca 16 (Debian: g++-aarch64-linux-gnu, llvm-16).
 """
 
@@ -28,8 +28,8 @@ PREFIX = "aarch64-linux-gnu"
 MCA = "llvm-mca-16"
 FLAGS = ("-O3", "-w", "-c")
 ITERATIONS = 60
-WIDTHS = {"sdot": 1, "smmla": 2}  # units of 16 products of int8 in an instruction
-INNERMOST = -1  # products of a kernel that has no loop around the innermost one
+WIDTHS = {"sdot": 1, "smmla": 2}  # units of 16 int8 multiply-adds in an instruction
+INNERMOST = -1  # multiply-adds of a kernel that has no loop around the innermost one
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ CORES = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """A function, and the units of 16 products that one turn of its outermost loop computes."""
+    """A function, and the units of 16 multiply-adds that one turn of its outermost loop computes."""
 
     source: str
     name: str  # a regular expression
@@ -136,7 +136,7 @@ the Cortex-A55. It has no model of Apple's cores since 2013: the figures of the 
 [published throughputs]({apple}), four vector instructions, three loads and eight instructions of any kind per cycle, as
 if nothing ever waited. Read them as limits.
 
-All figures are cycles for 16 products of int8; less is better. `sdot` computes 16 and `smmla` (i8mm) 32.
+All figures are cycles for 16 int8 multiply-adds; fewer is better. `sdot` computes 16 and `smmla` (i8mm) 32.
 
 ## Prompts
 
@@ -216,7 +216,7 @@ def cycles(instructions: Sequence[str], core: Core) -> float:
 
 def estimate(instructions: list[tuple[int, str]], units: int, core: Core, name: str) -> float | None:
     """
-    The cycles of 16 products, or None if no loop has the dot product `name`.
+    The cycles of 16 multiply-adds, or None if no loop has the dot product `name`.
 
     With `units` the innermost loop takes its rounds, and the loop around it adds what it has more; else the best loop
     counts.
@@ -280,7 +280,7 @@ class Compiled:
         return self._of[source, march]
 
     def estimate(self, kernel: Kernel | None, core: Core, *dots: str) -> float | None:
-        """The cycles of 16 products, with the first of these instructions that the kernel uses."""
+        """The cycles of 16 multiply-adds, with the first of these instructions that the kernel uses."""
         if kernel is None:
             return None
         for name, instructions in self._functions(kernel.source, core.march):
