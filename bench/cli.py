@@ -172,15 +172,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def number(text: str, most: int | None = None) -> int:
     """A whole number from 1 on, and up to `most` if there is a limit."""
-    found = numbers(1, most)(text)
-    if len(found) != 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected one number")
-    return found[0]
+    try:
+        (found,) = numbers(1, most)(text)
+    except (argparse.ArgumentTypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number {_range(1, most)}") from None
+    return found
 
 
 def numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, ...]]:
     """A reader of whole numbers from `least` on, and up to `most` if there is a limit, separated by commas."""
-    allowed = f"from {least} on" if most is None else f"from {least} to {most}"
 
     def read(text: str) -> tuple[int, ...]:
         try:
@@ -189,11 +189,15 @@ def numbers(least: int, most: int | None = None) -> Callable[[str], tuple[int, .
             found = ()
         if not found or min(found) < least or (most is not None and max(found) > most):
             raise argparse.ArgumentTypeError(
-                f"{text!r}: expected whole numbers {allowed}, separated by commas"
+                f"{text!r}: expected whole numbers {_range(least, most)}, separated by commas"
             )
         return found
 
     return read
+
+
+def _range(least: int, most: int | None) -> str:
+    return f"from {least} on" if most is None else f"from {least} to {most}"
 
 
 def words(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:

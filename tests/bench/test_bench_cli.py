@@ -257,20 +257,33 @@ def test_wrong_arguments_have_status_2(words: str, capsys: pytest.CaptureFixture
     assert "expected" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", ["bench model.gguf --threads 1,{}", "worker --threads {}"])
-def test_more_threads_than_ggml_has_room_for_are_refused(
-    words: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "expected", "ending"),
+    [
+        ("bench model.gguf --threads 1,{}", "whole numbers", ", separated by commas"),
+        ("worker --threads {}", "one number", ""),
+    ],
+)
+def test_threads_are_at_least_one_and_at_most_what_ggml_has_room_for(
+    words: str, expected: str, ending: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     header = (upstream_source() / "llama.cpp/ggml/include/ggml.h").read_text()
     assert re.search(rf"#define GGML_MAX_N_THREADS +{MAX_THREADS}\n", header)
     parse = kimi_llama._parser().parse_args
     parse(words.format(MAX_THREADS).split())
-    given = words.format(MAX_THREADS + 1).split()
-    with pytest.raises(SystemExit) as ended:
-        parse(given)
-    assert ended.value.code == 2
-    said = f"argument --threads: '{given[-1]}': expected whole numbers from 1 to {MAX_THREADS}, "
-    assert said in capsys.readouterr().err
+    for number in (0, MAX_THREADS + 1):
+        given = words.format(number).split()
+        with pytest.raises(SystemExit) as ended:
+            parse(given)
+        assert ended.value.code == 2
+        said = f"argument --threads: '{given[-1]}': expected {expected} from 1 to {MAX_THREADS}{ending}\n"
+        assert capsys.readouterr().err.endswith(said)
+
+
+def test_an_option_for_one_number_refuses_several(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kimi_llama.main(["bench", "--seed", "1,2"])
+    assert capsys.readouterr().err.endswith("argument --seed: '1,2': expected one number from 1 on\n")
 
 
 @pytest.fixture
