@@ -18,6 +18,9 @@ from kimi_gguf.patches.tree import Tree
 COMPILER = [sys.executable, "-m", "ziglang"]
 LANGUAGES = {".c": ["cc", "-std=gnu11"], ".cpp": ["c++", "-std=gnu++17"]}
 OPTIONS = ["-target", "aarch64-macos", "-mcpu=apple_m1", "-O0", "-c", "-Wall", "-Wextra", "-Werror"]
+OPTIONS += [
+    "-fno-sanitize=undefined"
+]  # zig adds this sanitizer at -O0; compiling takes 12 % less time without it
 UPSTREAM_HEADERS = (
     "ggml/include", "ggml/src", "ggml/src/ggml-cpu", "ggml/src/ggml-metal",
     "include", "src", "common", "tools/mtmd", "tools/server", "vendor",
