@@ -36,6 +36,7 @@ from kimi_gguf.convert.types.file_types import ALIASES, TYPES, FileType
 from kimi_gguf.convert.types.mixes import RECIPES, TypeRequest
 from kimi_gguf.convert.verify import verify
 from kimi_gguf.engine.interrupts import INTERRUPTED
+from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.tensor_types import TENSOR_TYPES, TensorType
 from kimi_gguf.engine.version import VERSION
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if act is _convert and options.output is None and not options.dry_run:
         parser.error("expected an output file: give -o OUT, or --dry-run")
     try:
+        check_paths(options)
         with _terminable():
             status = act(options)
             sys.stdout.flush()

@@ -19,6 +19,7 @@ from kimi_gguf.convert.source.checkpoint import CONFIG, exists, open_checkpoint
 from kimi_gguf.convert.source.origin import model_name
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.gguf import GgufModel
+from kimi_gguf.engine.path_check import check_path
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Model:
 
 def inspect_model(path: Path | str, context: int) -> Summary:
     """Summarize a GGUF file or a checkpoint (folder, safetensors file or hub id) with caches for `context` tokens.
-    Raises `ConvertError` or `GgufError`."""
+    Raises `ConvertError` or `EngineError`."""
     place = Path(path)
     if exists(place):
         if place.is_file() and place.suffix not in (".gguf", ".safetensors", ".json"):
@@ -116,6 +117,7 @@ def inspect_model(path: Path | str, context: int) -> Summary:
 
 
 def _gguf(path: Path) -> _Model:
+    check_path(path)
     with GgufModel(path) as file:
         keys = file.keys
         architecture = keys.get("general.architecture")

@@ -10,6 +10,7 @@ from pathlib import Path
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.gguf import GgufModel
+from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set
 
 
@@ -49,6 +50,7 @@ def check_mtp(path: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
+    check_path(path)
     if path.exists() and not path.is_dir() and not path.is_file():
         raise EngineError(f"{path}: is {kind_of(path)}", expected="a GGUF file", todo="name a file on disk")
     if path.is_dir():

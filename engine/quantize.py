@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.interrupts import exit_status
+from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set, split_paths
 
-DRY_RUN, KEEP_SPLIT = "--dry-run", "--keep-split"
+DRY_RUN, KEEP_SPLIT, IMATRIX = "--dry-run", "--keep-split", "--imatrix"
 _SUFFIX: Final = ".gguf"
 
 
@@ -26,6 +28,9 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     left, and a file that had the output's name before is unchanged.
     """
     words, options = split_arguments(model, given)
+    for option, value in pairwise(options):
+        if option == IMATRIX:
+            check_path(Path(value))
     if DRY_RUN in options:
         return exit_status([str(program), *options, str(model), *words])
     output = Path(words[0]) if len(words) > 1 else None
@@ -39,7 +44,7 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     inputs = (place_in_set(model) or (1, [model]))[1]
     outputs = split_paths(output, len(inputs)) if KEEP_SPLIT in options else [output]
     _check(inputs, outputs)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.unfinished-") as folder:
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name:.50}.unfinished-") as folder:
         status = exit_status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
         if status == 0:
             for path in sorted(Path(folder).iterdir()):
@@ -61,6 +66,8 @@ def split_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[
 
 
 def _check(inputs: Sequence[Path], outputs: Sequence[Path]) -> None:
+    for path in outputs:
+        check_path(path)
     folder = outputs[0].parent
     if not folder.is_dir():
         raise EngineError(f"{folder}: no such folder", todo="make it, or name another output")

@@ -26,6 +26,7 @@ from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
 from kimi_gguf.engine.interrupts import INTERRUPTED, exit_status
+from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, available_memory, cores
@@ -173,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action: Callable[[argparse.Namespace], int] = parsed.action
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        check_paths(parsed)
         return action(parsed)
     except (KimiError, OSError) as error:
         print(f"kimi-llama: error: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""The commands start quickly, and Ctrl-C ends them without a traceback whenever it comes."""
+"""The commands start quickly, and end without a traceback: after Ctrl-C, and if a path cannot exist."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,8 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from kimi_gguf.convert.cli import main as convert_kimi
 from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
 from kimi_gguf.scripts import commands
+from kimi_gguf.scripts.kimi_llama import main as kimi_llama
+from kimi_gguf.validate.cli import main as validate_kimi
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -126,3 +130,43 @@ def test_imports_leave_the_handler_as_it_was(handler: signal._HANDLER) -> None:
         assert signal.getsignal(signal.SIGINT) is handler
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert-kimi checkpoint -o X",
+        "convert-kimi checkpoint -o out.gguf --imatrix X",
+        "convert-kimi checkpoint -o out.gguf --chat-template X",
+        "convert-kimi inspect X",
+        "convert-kimi verify X --checkpoint checkpoint",
+        "validate-kimi X --checkpoint checkpoint",
+        "validate-kimi model.gguf --checkpoint checkpoint --out X",
+        "validate-kimi card X --checkpoint checkpoint",
+        "validate-kimi show model.gguf X",
+        "kimi-llama run X",
+        "kimi-llama chat X",
+        "kimi-llama serve model.gguf -md X",
+        "kimi-llama quantize X out.gguf Q8_0",
+        "kimi-llama bench --records model.gguf X",
+        "kimi-llama build --source X",
+        "kimi-llama export-patches X",
+    ],
+)
+def test_a_path_that_cannot_exist_is_one_message(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").write_bytes(b"GGUF")
+    program, *arguments = words.split()
+    main = {"convert-kimi": convert_kimi, "validate-kimi": validate_kimi, "kimi-llama": kimi_llama}[program]
+    for name, shown, found in (
+        (f"{'x' * 5000}.gguf", f"{'x' * 40}...{'x' * 32}.gguf", os.strerror(errno.ENAMETOOLONG)),
+        ("model.gguf/x.gguf", "model.gguf/x.gguf", "model.gguf is a file"),
+        ("zero\0byte.gguf", "zero\0byte.gguf", "a zero byte"),
+    ):
+        status = main([name if word == "X" else word for word in arguments])
+        assert status == (2 if program == "validate-kimi" else 1)
+        said = f"{shown}: expected a path that the file system accepts, found {found}; name another path"
+        assert capsys.readouterr().err == f"{program}: error: {said}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

@@ -29,6 +29,7 @@ from kimi_gguf.engine.builds import Engine, ensure, options_of, select
 from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
+from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.progress import reporting
 from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
 from kimi_gguf.engine.version import VERSION
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _card(words[1:])
     options = _parser().parse_args(words)
     try:
+        check_paths(options)
         _load_packages()
         from kimi_gguf.validate.pipeline import validate
 
@@ -327,6 +329,7 @@ def _card(words: Sequence[str]) -> int:
     """`validate-kimi card`: validate the files of a folder and write their model card."""
     options = _card_parser().parse_args(words)
     try:
+        check_paths(options)
         _load_packages()
         from kimi_gguf.validate.card_files import (
             card_files,
@@ -379,8 +382,10 @@ def _show_parser() -> argparse.ArgumentParser:
 
 def _show(words: Sequence[str]) -> int:
     """`validate-kimi show`: print the figures of stored reports."""
+    options = _show_parser().parse_args(words)
     try:
-        reports = [read_report(path) for path in _show_parser().parse_args(words).reports]
+        check_paths(options)
+        reports = [read_report(path) for path in options.reports]
     except KimiError as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT

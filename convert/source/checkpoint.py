@@ -33,6 +33,7 @@ from kimi_gguf.convert.source.origin import CARD
 from kimi_gguf.convert.source.read_ahead import MOST_BYTES, Range, ReadAhead
 from kimi_gguf.convert.source.remote import RemoteFile
 from kimi_gguf.convert.source.safetensors_file import FLOATS, PACKED, SCALES, Dtype, SafetensorsFile
+from kimi_gguf.engine.path_check import shortened
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -255,7 +256,9 @@ def _find(source: Path | str) -> _Root:
     id = HubId.parse(source) if isinstance(source, str) else None
     if id is None:
         on_hub = "" if isinstance(source, Path) else ", or an id on the hub ([hf://]OWNER/NAME[@REVISION])"
-        raise ConvertError(f"{source}: not found; expected a checkpoint folder or a safetensors file{on_hub}")
+        raise ConvertError(
+            f"{shortened(source)}: not found; expected a checkpoint folder or a safetensors file{on_hub}"
+        )
     try:
         return _on_disk(cached_folder(id)) if is_offline(id) else _on_hub(id)
     except ConvertError as error:

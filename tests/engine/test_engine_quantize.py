@@ -98,6 +98,22 @@ def test_an_interruption_leaves_nothing(model: Path, tmp_path: Path, by: signal.
     assert names(tmp_path) == {"in.gguf"}
 
 
+def test_the_longest_name_of_a_file_can_be_an_output(model: Path, tmp_path: Path) -> None:
+    """The hidden folder's name is longer than the output's, if nothing is left out."""
+    out = tmp_path / f"{'é' * 125}.gguf"  # 255 bytes in UTF-8
+    assert quantize(program(tmp_path, WRITES), model, [str(out), "Q8_0"]) == 0
+    assert names(tmp_path) == {"in.gguf", out.name}
+
+
+@pytest.mark.parametrize("words", ["X Q8_0", "X Q8_0 --keep-split", "out.gguf Q8_0 --imatrix X"])
+@pytest.mark.parametrize("name", ["x" * 5000 + ".gguf", "in.gguf/x.gguf", "zero\0byte.gguf"])
+def test_a_path_that_cannot_exist_is_refused(words: str, name: str, model: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / name)
+    with pytest.raises(EngineError, match="expected a path that the file system accepts"):
+        quantize(program(tmp_path, WRITES), model, [path if word == "X" else word for word in words.split()])
+    assert names(tmp_path) == {"in.gguf"}
+
+
 def test_splits_are_moved_together(tmp_path: Path) -> None:
     first = tmp_path / "in-00001-of-00002.gguf"
     first.write_bytes(b"GGUF")
