@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -89,9 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_paths(options)
         with _terminable():
-            status = act(options)
-            sys.stdout.flush()
-            return status
+            return act(options)
     except KimiError as error:
         return _failed(str(error), options.json)
     except KeyboardInterrupt:
@@ -100,10 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         what = f"continue with --resume ({left.name} is kept)" if left else "nothing was written"
         print(f"{PROGRAM}: interrupted; {what}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader, for example `head`, closed the pipe
-        with suppress(OSError):
-            sys.stdout.close()
-        return 0
+    except BrokenPipeError:
+        raise  # see scripts/commands.py
     except OSError as error:
         return _failed(str(error), options.json)
 

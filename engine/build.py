@@ -363,6 +363,8 @@ def _space_errors(root: Path) -> Iterator[None]:
     """Turn file system errors into an error that says what to do."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # see scripts/commands.py
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise EngineError(

@@ -1,4 +1,5 @@
-"""Ctrl-C: the exit status of all commands, what it does to a child process, and while modules are imported."""
+"""Ctrl-C, and output that nobody reads any more: the exit status of all commands; what Ctrl-C does to a child process,
+and while modules are imported."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 INTERRUPTED: Final = 130  # the exit status: 128 + SIGINT
+NO_READER: Final = 141  # 128 + SIGPIPE
 
 
 def exit_status(command: Sequence[str]) -> int:

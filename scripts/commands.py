@@ -1,8 +1,10 @@
-"""Entry points of the commands. Ctrl-C ends each of them quietly with status 130, also while it is imported.
+"""Entry points of the commands. Ctrl-C ends each of them quietly with status 130, also while it is imported; without a
+reader of its output, after `| head`, it ends quietly with status 141.
 
 The commands catch an interrupt of their work themselves: they say what is left behind.
 """
 
+import sys
 from collections.abc import Callable
 
 
@@ -40,17 +42,27 @@ def kimi_llama() -> int:
 
 
 def _run(load: Callable[[], Callable[[], int]]) -> int:
-    """Import a command's `main` and run it; return its exit status, 130 after an interrupt."""
+    """Import a command's `main` and run it; return its exit status, 130 after an interrupt, 141 without a reader."""
     try:
         try:
             from kimi_gguf.engine.interrupts import interrupt_ends_process
 
             with interrupt_ends_process():
                 main = load()
-            return main()
+            try:
+                return main()
+            finally:  # also after SystemExit, as of --help
+                if sys.stdout is not None:
+                    sys.stdout.flush()
         finally:
             import signal
 
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C while Python ends
     except KeyboardInterrupt:
         return 130  # engine.interrupts.INTERRUPTED, which may not be imported yet
+    except BrokenPipeError:
+        import os
+
+        for stream in (1, 2):  # Python writes what is left in their buffers while it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        return 141  # engine.interrupts.NO_READER

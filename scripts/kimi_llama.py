@@ -25,7 +25,7 @@ from kimi_gguf.engine.build_spec import BACKENDS
 from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
-from kimi_gguf.engine.interrupts import INTERRUPTED, exit_status
+from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
 from kimi_gguf.engine.path_check import check_paths
 from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
@@ -176,6 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_paths(parsed)
         return action(parsed)
+    except BrokenPipeError:
+        raise  # see scripts/commands.py
     except (KimiError, OSError) as error:
         print(f"kimi-llama: error: {error}", file=sys.stderr)
         return 1
@@ -275,13 +277,17 @@ def _tool(parsed: argparse.Namespace) -> int:
     sys.stdout.flush()
     if parsed.command == "run" and not _options(parsed.arguments) & _PROMPT:
         return _run_without_prompt(command, parsed.model)
+    # Python ignores SIGPIPE, and the program would too: it would go on after its reader has ended. Only programs with
+    # connections want that.
+    if parsed.command != "serve" and not {"--rpc", _WORKERS} & _options(parsed.arguments):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execv(command[0], command)
 
 
 def _run_without_prompt(command: list[str], model: Path) -> int:
     """Some models begin a text by themselves. If this one does not, llama.cpp says no more than "input is empty"."""
     status = exit_status(command)
-    if status not in (0, INTERRUPTED):
+    if status not in (0, INTERRUPTED, NO_READER):
         todo = f"kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat {model}"
         print(f"kimi-llama: no prompt was given: {todo}", file=sys.stderr)
     return status

@@ -1,4 +1,4 @@
-"""The commands start quickly, and end without a traceback: after Ctrl-C, and if a path cannot exist."""
+"""The commands start quickly, and end without a traceback: after Ctrl-C, without a reader, for impossible paths."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from kimi_gguf.convert.cli import main as convert_kimi
-from kimi_gguf.engine.interrupts import INTERRUPTED, interrupt_ends_process
+from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, interrupt_ends_process
 from kimi_gguf.scripts import commands
 from kimi_gguf.scripts.kimi_llama import main as kimi_llama
 from kimi_gguf.validate.cli import main as validate_kimi
@@ -32,26 +35,33 @@ except KeyboardInterrupt:
 """
 
 
-def run(code: str, *words: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    code: str,
+    *words: str,
+    first: Path | None = None,
+    output: int = subprocess.PIPE,
+    errors: int = subprocess.PIPE,
+) -> subprocess.CompletedProcess[str]:
     """Run Python code; modules are looked up in the folder `first` before all others."""
     path = os.pathsep.join(map(str, filter(None, [first, ROOT / "src"])))
     return subprocess.run(
         [sys.executable, "-c", code, *words],
         env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
+        stdout=output,
+        stderr=errors,
         text=True,
         timeout=60,
         check=False,
     )
 
 
-def start(program: str, *words: str, first: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command as its file in bin/ does."""
+def start(program: str, *words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command as its file in bin/ does; options: those of `run`."""
     module, _, function = PROGRAMS[program].partition(":")
     return run(
         f"import sys\nfrom {module} import {function}\nsys.exit({function}())",
         *words,
-        first=first,
+        **options,
     )
 
 
@@ -118,6 +128,47 @@ def test_more_interrupts_end_quietly() -> None:
     """
     ended = run(code)
     assert (ended.returncode, ended.stdout, ended.stderr) == (INTERRUPTED, "handled\n", "")
+
+
+@contextmanager
+def unread() -> Iterator[int]:
+    """A pipe to write to whose reader has ended."""
+    end, pipe = os.pipe()
+    os.close(end)
+    yield pipe
+    os.close(pipe)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # with a buffer, all is written while the command ends
+@pytest.mark.parametrize(
+    "words",
+    [
+        "convert-kimi inspect tests/golden/kimi-linear-0.1.0.gguf",
+        "kimi-llama doctor",
+        "validate-kimi show tests/golden/report-schema-2.json",
+        "convert-kimi --help",
+        "kimi-llama run --help",
+        "validate-kimi --version",
+    ],
+)
+def test_output_that_nobody_reads_ends_quietly(
+    words: str, unbuffered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    monkeypatch.setenv("KIMI_GGUF_CACHE", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    with unread() as pipe:
+        ended = start(*words.split(), output=pipe)
+    # argparse does not say that it could not write
+    status = 0 if unbuffered and words.split()[-1].startswith("--") else NO_READER
+    assert (ended.returncode, ended.stderr) == (status, "")
+
+
+def test_an_error_that_nobody_reads_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", "")
+    with unread() as pipe:
+        ended = start("kimi-llama", "run", "absent.gguf", errors=pipe)
+    assert (ended.returncode, ended.stdout) == (NO_READER, "")
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.default_int_handler])

@@ -106,6 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with reporting() as reporter:
             report = validate(request, engine, upstream, reporter)
         html = write(report, options.out)
+    except BrokenPipeError:
+        raise  # see scripts/commands.py
     except (KimiError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -264,11 +266,23 @@ def _read_ids(path: Path) -> Ids:
     return np.array([int(word) for word in words], dtype=np.int64)
 
 
+class _Output(Console):
+    """Standard output."""
+
+    def __init__(self, width: int) -> None:
+        """width: columns in a file or a pipe, where rich would wrap lines at 80."""
+        super().__init__(highlight=False)
+        if not self.is_terminal:
+            self.width = width
+
+    def on_broken_pipe(self) -> None:
+        """Let the BrokenPipeError through that rich is handling; it would end the process with status 1."""
+        raise
+
+
 def _summary(report: Report, html: Path) -> None:
     """Print the main figures and the gates."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120  # do not wrap lines at 80 columns in a file or a pipe
+    console = _Output(120)
     table = Table(title=f"{report.gguf['name']} against {report.checkpoint['name']}", title_justify="left")
     table.add_column("")
     for title in (*(title for title, _, _ in COLUMNS), "expert mismatches"):
@@ -357,6 +371,8 @@ def _card(words: Sequence[str]) -> int:
             check_unchanged(options.folder, found)
             check_card_place(options.folder, paths, options.force, options.checkpoint)
             card = write_card(files, options.folder, notes)
+    except BrokenPipeError:
+        raise  # see scripts/commands.py
     except (KimiError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -400,10 +416,7 @@ def _show(words: Sequence[str]) -> int:
             cells = (printable(f"{each.name}, {run.title}"), printable(each.type), verdict, f"{each.bytes:,}")
             table.add_row(*map(Text, (*cells, *_cells(run.all))))
         table.add_row("  noise floor", "", "", "", *_cells(each.floor), end_section=True)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 160
-    console.print(table)
+    _Output(160).print(table)
     print(PERPLEXITY)
     if len({each.basis.ids_sha256 for each in reports}) > 1:
         print("The reports are of different tokens: their figures cannot be compared.")

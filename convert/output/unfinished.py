@@ -164,7 +164,7 @@ def unfinished(
         keep = False
     except (KeyboardInterrupt, OSError, ReadError) as error:
         keep = keep or (work is not None and work.noted > 0)
-        if not isinstance(error, OSError):
+        if not isinstance(error, OSError) or isinstance(error, BrokenPipeError):  # nobody reads the progress
             raise
         kept = f"free disk space, then continue with --resume ({folder.name} is kept)"
         todo = kept if keep else "nothing was written"

@@ -406,6 +406,16 @@ def test_a_cross_compiled_build_runs_in_the_emulator(tmp_path: Path, monkeypatch
         building.check_runs(place, ["no-such-emulator"])
 
 
+def test_progress_that_nobody_reads_is_no_fault_of_the_disk(tmp_path: Path) -> None:
+    class Unread(Silent):
+        def phase(self, name: str) -> None:
+            raise BrokenPipeError
+
+    tiny = tiny_llama.make(tmp_path)
+    with pytest.raises(BrokenPipeError):
+        building.build(tiny.spec(), tiny.cache, tiny.archive, False, Unread())
+
+
 def test_the_lock_is_free_after_an_error(tiny: tiny_llama.Tiny) -> None:
     with pytest.raises(RuntimeError), building.build_lock(tiny.cache, Silent()):
         raise RuntimeError

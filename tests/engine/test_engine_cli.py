@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_llama
@@ -87,6 +89,29 @@ def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(
     assert "libcublas.so.13" in told.stderr
     assert "--build cpu" in told.stderr
     assert call(tmp_path, "run", "--backend", "cpu", str(tmp_path / "model.gguf")).returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "ignored"), [("run", False), ("chat", False), ("serve", True), ("run --rpc x", True)]
+)
+def test_a_program_ends_with_the_reader_of_its_text(
+    words: str, ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python ignores SIGPIPE. A server needs that, and so does a program whose workers may end."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    engine = SimpleNamespace(bin=tmp_path, for_gpus=False, label=lambda: "x")
+    monkeypatch.setattr(kimi_llama, "select", lambda *_: engine)
+    found = []
+    monkeypatch.setattr("os.execv", lambda *_: found.append(signal.getsignal(signal.SIGPIPE)))
+    before = signal.getsignal(signal.SIGPIPE), signal.getsignal(signal.SIGTERM)
+    command, *options = words.split()
+    try:
+        kimi_llama.main([command, str(model), "-p", "x", *options])
+    finally:
+        signal.signal(signal.SIGPIPE, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert found == [signal.SIG_IGN if ignored else signal.SIG_DFL]
 
 
 def test_what_the_caller_sets_is_not_set_again(built: Path) -> None:
