@@ -1,9 +1,6 @@
-"""The command `kimi-llama`: builds the patched llama.cpp and runs its tools with the right libraries.
+"""The command `kimi-llama`: builds the patched llama.cpp, reports on it, and runs its tools with the right libraries.
 
-Input: the command line. Output: a finished build, a report on it, or one of llama.cpp's own programs, which
-replaces this process, so that the caller gets its output, signals and exit status. Two are child processes:
-llama-quantize, because its output gets its name when it is complete, and `run` without a prompt, to say what is missing
-if the program fails.
+Input: the command line. Output: a finished build, a report on it, or what one of llama.cpp's own programs does.
 """
 
 from __future__ import annotations
@@ -14,85 +11,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kimi_gguf.bench import cli as bench_cli
-from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.build_spec import BACKENDS
-from kimi_gguf.engine.builds import DEFAULT, Engine, ensure, select, use
+from kimi_gguf.engine.builds import DEFAULT, ensure, select, use
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
-from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
+from kimi_gguf.engine.interrupts import INTERRUPTED
 from kimi_gguf.engine.path_check import check_paths
-from kimi_gguf.engine.quantize import quantize
-from kimi_gguf.engine.split_names import place_in_set
-from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, available_memory, cores
+from kimi_gguf.engine.toolchain import CORES, MAX_THREADS, cores
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.patches.series import load_series
-
-_MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are loaded into memory
-
-
-@dataclass(frozen=True)
-class Default:
-    """Arguments that are added unless the caller gives one of the options. note: when they are, for the help."""
-
-    options: tuple[str, ...]
-    arguments: tuple[str, ...]
-    note: str = ""
-
-    def __str__(self) -> str:
-        note = f"  ({self.note})" if self.note else ""
-        return " ".join(self.arguments).format(cores="CORES") + note
-
-
-@dataclass(frozen=True)
-class Tool:
-    """One of llama.cpp's programs as a sub-command."""
-
-    program: str
-    help: str
-    example: str
-    defaults: tuple[Default, ...]
-    drafted: str | None = None  # the program that is used with drafts
-
-    def without(self, default: Default) -> Tool:
-        """The tool without one of its defaults."""
-        return replace(self, defaults=tuple(each for each in self.defaults if each is not default))
-
-
-_THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"))
-_FLASH = Default(("-fa", "--flash-attn"), ("--flash-attn", "auto"))
-_JINJA = Default(("--jinja", "--no-jinja"), ("--jinja",))
-_PLAIN = Default(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
-_QUIET = Default(  # only text and warnings: no list of the model's metadata and tensors
-    ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
-    ("--verbosity", "2"),
-)
-# Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
-# ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
-_UBATCH = Default(("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds")
-# Weights in huge pages instead of a mapped file: a token takes less time, loading takes longer.
-_IN_MEMORY = Default(
-    ("-lm", "--load-mode"),
-    ("--load-mode", "none"),
-    f"CPU builds on Linux, for weights of at most {_MOST_OF_MEMORY:.0%} of the available memory",
-)
-# Where `run` has its prompt from; the last three pairs read it from the terminal.
-_PROMPT = {
-    "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
-    "-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first",
-}  # fmt: skip
-_WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
-_DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
-_KIND = "--spec-type"  # of drafts
-_MTP = "draft-mtp"
-# Unset, llama.cpp does not use the draft model.
-_SPECULATE = Default((_KIND,), (_KIND, "draft-simple"))
+from kimi_gguf.scripts.llama_tools import TOOLS, WORKERS, defaults_help, run_tool
 
 _WHICH = """\
 which build runs: the first of --build NAME, $KIMI_BUILD, the choice of `kimi-llama use NAME`, and the default: in an
@@ -121,44 +53,8 @@ _NOT_USED = """\
 Operators that did not pass are not used on that device; upstream's graph or kernels are used instead. To report this
 result, paste the text above into an issue of this project."""
 
-_ELSEWHERE = f"{_WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
+_ELSEWHERE = f"{WORKERS} HOST:PORT,... computes on other machines: kimi-llama worker --help\n\n"
 _WHOLE = "The output gets its name when it is complete; if the command fails or is interrupted, no file is left.\n\n"
-
-TOOLS = {
-    "run": Tool(
-        "llama-completion",
-        "continue a text once",
-        'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
-        '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0\n'
-        '  kimi-llama run ling.gguf --spec-type draft-mtp -p "The sea is" -n 64 --temp 0\n'
-        '  kimi-llama run model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 -p "The sea is"',
-        (_THREADS, _FLASH, _UBATCH, _PLAIN, _QUIET),
-        drafted="llama-speculative-simple",
-    ),
-    "chat": Tool(
-        "llama-cli",
-        "chat with the model in the terminal",
-        'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
-        (_THREADS, _FLASH, _UBATCH, _JINJA, _IN_MEMORY),
-        drafted="llama-cli",
-    ),
-    "serve": Tool(
-        "llama-server",
-        "serve the model over HTTP with an OpenAI-compatible API",
-        "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
-        "  kimi-llama serve ling.gguf --spec-type draft-mtp\n"
-        "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
-        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
-        drafted="llama-server",
-    ),
-    "quantize": Tool(
-        "llama-quantize",
-        "quantize a GGUF file",
-        "kimi-llama quantize model-bf16.gguf model-q8_0.gguf Q8_0\n"
-        "  kimi-llama quantize model-bf16.gguf model-q4_k_m.gguf Q4_K_M --imatrix imatrix.gguf",
-        (),
-    ),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -250,47 +146,7 @@ def _bench(parsed: argparse.Namespace) -> int:
 
 
 def _tool(parsed: argparse.Namespace) -> int:
-    tool = TOOLS[parsed.command]
-    check_gguf(parsed.model)
-    if own := _options(parsed.arguments) & {"--build", "--backend", "--upstream"}:
-        raise EngineError(
-            f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
-            todo=f"write it in front of MODEL: kimi-llama {parsed.command} --build NAME {parsed.model} ...",
-        )
-    drafts = _values(parsed.arguments, _DRAFT)
-    for draft in drafts:
-        check_gguf(Path(draft))
-    if not drafts and any(_MTP in kinds.split(",") for kinds in _values(parsed.arguments, {_KIND})):
-        check_mtp(parsed.model)
-    engine = select(parsed.build, parsed.upstream)
-    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
-    if engine.for_gpus:
-        _expect_to_run(engine)
-    if tool is TOOLS["quantize"]:
-        return quantize(engine.bin / tool.program, parsed.model, parsed.arguments)
-    if engine.for_gpus or parsed.upstream:
-        tool = tool.without(_UBATCH)
-    if engine.for_gpus or not fits_memory(parsed.model):
-        tool = tool.without(_IN_MEMORY)
-    program, *arguments = tool_command(tool, parsed.model, parsed.arguments)
-    command = [str(engine.bin / program), *arguments]
-    sys.stdout.flush()
-    if parsed.command == "run" and not _options(parsed.arguments) & _PROMPT:
-        return _run_without_prompt(command, parsed.model)
-    # Python ignores SIGPIPE, and the program would too: it would go on after its reader has ended. Only programs with
-    # connections want that.
-    if parsed.command != "serve" and not {"--rpc", _WORKERS} & _options(parsed.arguments):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    os.execv(command[0], command)
-
-
-def _run_without_prompt(command: list[str], model: Path) -> int:
-    """Some models begin a text by themselves. If this one does not, llama.cpp says no more than "input is empty"."""
-    status = exit_status(command)
-    if status not in (0, INTERRUPTED, NO_READER):
-        todo = f"kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat {model}"
-        print(f"kimi-llama: no prompt was given: {todo}", file=sys.stderr)
-    return status
+    return run_tool(parsed.command, parsed.model, parsed.arguments, parsed.build, parsed.upstream)
 
 
 def _worker(parsed: argparse.Namespace) -> int:
@@ -318,58 +174,6 @@ def _check_address(host: str, port: int) -> None:
             found=str(error),
             todo="give others with --host and --port",
         ) from error
-
-
-def _expect_to_run(engine: Engine) -> None:
-    """A GPU build needs its vendor's libraries, which may have been removed; the CPU build is not used instead."""
-    try:
-        check_runs(engine.prefix)
-    except KimiError as error:
-        todo = f"{error.todo}; or use the CPU build: --build cpu"
-        raise EngineError(error.what, found=error.found, todo=todo) from error
-
-
-def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
-    """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
-    given = ["--rpc" if word == _WORKERS else word for word in given]
-    options = _options(given)
-    program, defaults = tool.program, tool.defaults
-    if tool.drafted is not None and options & {*_DRAFT, _KIND}:
-        program = tool.drafted
-        defaults = (*tool.without(_PLAIN).defaults, _SPECULATE)
-    added = [
-        word.format(cores=cores())
-        for default in defaults
-        if not options & set(default.options)
-        for word in default.arguments
-    ]
-    return [program, "--model", str(model), *added, *given]
-
-
-def _defaults_help(tool: Tool) -> str:
-    lines = [f"  {default}" for default in tool.defaults]
-    return "\n".join([f"{tool.program} gets, unless you give the option:", *lines, "", ""]) if lines else "\n"
-
-
-def fits_memory(model: Path) -> bool:
-    """Whether memory has room for the model's weights and more; False if the available memory is unknown."""
-    _, files = place_in_set(model) or (1, [model])
-    free = available_memory()
-    return (
-        free is not None
-        and sum(path.stat().st_size for path in files if path.exists()) <= _MOST_OF_MEMORY * free
-    )
-
-
-def _options(given: Sequence[str]) -> set[str]:
-    """The arguments without what follows an equals sign."""
-    return {argument.partition("=")[0] for argument in given}
-
-
-def _values(given: Sequence[str], options: Collection[str]) -> list[str]:
-    """The values that the caller gives to one of these options."""
-    words = [part for argument in given for part in argument.split("=", 1)]
-    return [value for option, value in pairwise(words) if option in options]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -467,7 +271,7 @@ def _parser() -> argparse.ArgumentParser:
             f"{tool.example}\n\n{_ELSEWHERE if tool.defaults else _WHOLE}"
             f"Everything after MODEL is passed to {tool.program}; "
             f'its own help: "$(kimi-llama path)/bin/{tool.program}" --help\n'
-            f"{_defaults_help(tool)}{_WHICH}",
+            f"{defaults_help(tool)}{_WHICH}",
         )
         _selection(sub)
         sub.add_argument("model", type=Path, metavar="MODEL", help="a GGUF file")

@@ -14,7 +14,7 @@ import tiny_llama
 from gguf import GGUFWriter
 from tiny_llama import call
 
-from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.scripts import kimi_llama, llama_tools
 
 COMMANDS = ["bench", "build", "doctor", "path", "use", "run", "chat", "serve", "quantize", "export-patches"]
 
@@ -101,7 +101,7 @@ def test_a_program_ends_with_the_reader_of_its_text(
     model = tmp_path / "model.gguf"
     model.write_bytes(b"GGUF")
     engine = SimpleNamespace(bin=tmp_path, for_gpus=False, label=lambda: "x")
-    monkeypatch.setattr(kimi_llama, "select", lambda *_: engine)
+    monkeypatch.setattr(llama_tools, "select", lambda *_: engine)
     found = []
     monkeypatch.setattr("os.execv", lambda *_: found.append(signal.getsignal(signal.SIGPIPE)))
     before = signal.getsignal(signal.SIGPIPE), signal.getsignal(signal.SIGTERM)
@@ -124,7 +124,7 @@ def test_prompts_of_one_user_are_evaluated_in_long_ubatches(built: Path) -> None
     """Not those of a server's slots, which wait for each other, and not upstream's, which are slower with them."""
 
     for name, expected in {"run": ["2048"], "chat": ["2048"], "serve": []}.items():
-        words = kimi_llama.tool_command(kimi_llama.TOOLS[name], Path("model.gguf"), ())
+        words = llama_tools.tool_command(llama_tools.TOOLS[name], Path("model.gguf"), ())
         assert [value for option, value in pairwise(words) if option == "--ubatch-size"] == expected
     model = str(built / "model.gguf")
     assert "--ubatch-size" in call(built, "run", model).stdout
@@ -148,15 +148,15 @@ def test_weights_fit_if_they_take_three_quarters_of_the_available_memory(
     names = [f"m-{i:05d}-of-{len(sizes):05d}.gguf" for i in range(1, len(sizes) + 1)]
     for name, size in zip(names, sizes, strict=True):
         (tmp_path / name).write_bytes(bytes(size))
-    monkeypatch.setattr(kimi_llama, "available_memory", lambda: free)
-    assert kimi_llama.fits_memory(tmp_path / names[0]) == fits
+    monkeypatch.setattr(llama_tools, "available_memory", lambda: free)
+    assert llama_tools.fits_memory(tmp_path / names[0]) == fits
 
 
 def test_a_servers_weights_are_in_memory_unless_the_caller_says_otherwise() -> None:
     """Not those of `run`, which would load longer than it computes."""
 
     def command(name: str, *given: str) -> list[str]:
-        return kimi_llama.tool_command(kimi_llama.TOOLS[name], Path("model.gguf"), given)
+        return llama_tools.tool_command(llama_tools.TOOLS[name], Path("model.gguf"), given)
 
     in_memory = {name for name in ("run", "chat", "serve") if command(name)[-2:] == ["--load-mode", "none"]}
     assert in_memory == {"chat", "serve"}

@@ -27,7 +27,7 @@ import pytest
 from kimi_gguf.bench.server import running
 from kimi_gguf.convert import cli as convert_cli
 from kimi_gguf.engine.builds import Engine
-from kimi_gguf.scripts import kimi_llama
+from kimi_gguf.scripts import kimi_llama, llama_tools
 from kimi_gguf.validate import cli as validate_cli
 
 ROOT = Path(__file__).parents[2]
@@ -299,8 +299,8 @@ def check_command(page: str, command: str, bin_folder: Path) -> None:
         case [("convert-kimi" | "validate-kimi" | "kimi-llama"), *_]:
             parser, rest = parser_of(words)
             options = parser.parse_args(rest)  # ends with status 2 if an option does not exist
-            if words[0] == "kimi-llama" and options.command in kimi_llama.TOOLS:
-                tool = kimi_llama.TOOLS[options.command]
+            if words[0] == "kimi-llama" and options.command in llama_tools.TOOLS:
+                tool = llama_tools.TOOLS[options.command]
                 given = [word for word in options.arguments if re.match(r"--?[a-zA-Z]", word)]
                 check_options(given, program_options(tool.program, bin_folder) + " --workers ", page)
 
@@ -349,7 +349,7 @@ def test_options_in_code_spans_exist(engine: Engine) -> None:
             commands_of = next(a for a in kimi_llama._parser()._actions if isinstance(a.choices, dict))
             assert isinstance(commands_of.choices, dict)
             texts += [sub.format_help() for sub in commands_of.choices.values()]
-            texts += [program_options(tool.program, engine.bin) for tool in kimi_llama.TOOLS.values()]
+            texts += [program_options(tool.program, engine.bin) for tool in llama_tools.TOOLS.values()]
         known[name] = " ".join(texts)
     checked = 0
     for page in PAGES:

@@ -1,0 +1,223 @@
+"""llama.cpp's programs as sub-commands of `kimi-llama`: the defaults that they get, and how they are run.
+
+Input: the name of a sub-command, a model, and what follows it. Output: the program, which replaces this process, so
+that the caller gets its output, signals and exit status. Two are child processes: llama-quantize, because its output
+gets its name when it is complete, and `run` without a prompt, to say what is missing if the program fails.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from kimi_gguf.engine.build import check_runs
+from kimi_gguf.engine.builds import Engine, select
+from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
+from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
+from kimi_gguf.engine.quantize import quantize
+from kimi_gguf.engine.split_names import place_in_set
+from kimi_gguf.engine.toolchain import available_memory, cores
+from kimi_gguf.patches.errors import KimiError
+
+_MOST_OF_MEMORY = 0.75  # weights up to this share of the available memory are loaded into memory
+
+
+@dataclass(frozen=True)
+class Default:
+    """Arguments that are added unless the caller gives one of the options. note: when they are, for the help."""
+
+    options: tuple[str, ...]
+    arguments: tuple[str, ...]
+    note: str = ""
+
+    def __str__(self) -> str:
+        note = f"  ({self.note})" if self.note else ""
+        return " ".join(self.arguments).format(cores="CORES") + note
+
+
+@dataclass(frozen=True)
+class Tool:
+    """One of llama.cpp's programs as a sub-command."""
+
+    program: str
+    help: str
+    example: str
+    defaults: tuple[Default, ...]
+    drafted: str | None = None  # the program that is used with drafts
+
+    def without(self, default: Default) -> Tool:
+        """The tool without one of its defaults."""
+        return replace(self, defaults=tuple(each for each in self.defaults if each is not default))
+
+
+_THREADS = Default(("-t", "--threads"), ("--threads", "{cores}"))
+_FLASH = Default(("-fa", "--flash-attn"), ("--flash-attn", "auto"))
+_JINJA = Default(("--jinja", "--no-jinja"), ("--jinja",))
+_PLAIN = Default(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), ("--no-conversation",))
+_QUIET = Default(  # only text and warnings: no list of the model's metadata and tensors
+    ("-lv", "--verbosity", "--log-verbosity", "-v", "--verbose", "--log-verbose"),
+    ("--verbosity", "2"),
+)
+# Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
+# ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
+_UBATCH = Default(("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds")
+# Weights in huge pages instead of a mapped file: a token takes less time, loading takes longer.
+_IN_MEMORY = Default(
+    ("-lm", "--load-mode"),
+    ("--load-mode", "none"),
+    f"CPU builds on Linux, for weights of at most {_MOST_OF_MEMORY:.0%} of the available memory",
+)
+# Where `run` has its prompt from; the last three pairs read it from the terminal.
+_PROMPT = {
+    "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
+    "-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first",
+}  # fmt: skip
+WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
+_DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
+_KIND = "--spec-type"  # of drafts
+_MTP = "draft-mtp"
+# Unset, llama.cpp does not use the draft model.
+_SPECULATE = Default((_KIND,), (_KIND, "draft-simple"))
+
+TOOLS = {
+    "run": Tool(
+        "llama-completion",
+        "continue a text once",
+        'kimi-llama run model.gguf -p "The sea is" -n 64 --temp 0\n'
+        '  kimi-llama run model.gguf -md draft.gguf -p "The sea is" -n 64 --temp 0\n'
+        '  kimi-llama run ling.gguf --spec-type draft-mtp -p "The sea is" -n 64 --temp 0\n'
+        '  kimi-llama run model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052 -p "The sea is"',
+        (_THREADS, _FLASH, _UBATCH, _PLAIN, _QUIET),
+        drafted="llama-speculative-simple",
+    ),
+    "chat": Tool(
+        "llama-cli",
+        "chat with the model in the terminal",
+        'kimi-llama chat model.gguf\n  kimi-llama chat model.gguf --single-turn -p "define: sea"',
+        (_THREADS, _FLASH, _UBATCH, _JINJA, _IN_MEMORY),
+        drafted="llama-cli",
+    ),
+    "serve": Tool(
+        "llama-server",
+        "serve the model over HTTP with an OpenAI-compatible API",
+        "kimi-llama serve model.gguf --port 8080 -c 32768\n  kimi-llama serve model.gguf -md draft.gguf\n"
+        "  kimi-llama serve ling.gguf --spec-type draft-mtp\n"
+        "  kimi-llama serve model.gguf --workers 10.0.0.2:50052,10.0.0.3:50052",
+        (_THREADS, _FLASH, _JINJA, _IN_MEMORY),
+        drafted="llama-server",
+    ),
+    "quantize": Tool(
+        "llama-quantize",
+        "quantize a GGUF file",
+        "kimi-llama quantize model-bf16.gguf model-q8_0.gguf Q8_0\n"
+        "  kimi-llama quantize model-bf16.gguf model-q4_k_m.gguf Q4_K_M --imatrix imatrix.gguf",
+        (),
+    ),
+}
+
+
+def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, upstream: bool) -> int:
+    """Run a tool in place of this process, or return the exit status of its own. Raises `EngineError`.
+
+    given: what follows the model. build, upstream: see `select`.
+    """
+    tool = TOOLS[name]
+    check_gguf(model)
+    if own := _options(given) & {"--build", "--backend", "--upstream"}:
+        raise EngineError(
+            f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
+            todo=f"write it in front of MODEL: kimi-llama {name} --build NAME {model} ...",
+        )
+    drafts = _values(given, _DRAFT)
+    for draft in drafts:
+        check_gguf(Path(draft))
+    if not drafts and any(_MTP in kinds.split(",") for kinds in _values(given, {_KIND})):
+        check_mtp(model)
+    engine = select(build, upstream)
+    print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
+    if engine.for_gpus:
+        _expect_to_run(engine)
+    if tool is TOOLS["quantize"]:
+        return quantize(engine.bin / tool.program, model, given)
+    if engine.for_gpus or upstream:
+        tool = tool.without(_UBATCH)
+    if engine.for_gpus or not fits_memory(model):
+        tool = tool.without(_IN_MEMORY)
+    program, *arguments = tool_command(tool, model, given)
+    command = [str(engine.bin / program), *arguments]
+    sys.stdout.flush()
+    if name == "run" and not _options(given) & _PROMPT:
+        return _run_without_prompt(command, model)
+    # Python ignores SIGPIPE, and the program would too: it would go on after its reader has ended. Only programs with
+    # connections want that.
+    if name != "serve" and not {"--rpc", WORKERS} & _options(given):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.execv(command[0], command)
+
+
+def _run_without_prompt(command: list[str], model: Path) -> int:
+    """Some models begin a text by themselves. If this one does not, llama.cpp says no more than "input is empty"."""
+    status = exit_status(command)
+    if status not in (0, INTERRUPTED, NO_READER):
+        todo = f"kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat {model}"
+        print(f"kimi-llama: no prompt was given: {todo}", file=sys.stderr)
+    return status
+
+
+def _expect_to_run(engine: Engine) -> None:
+    """A GPU build needs its vendor's libraries, which may have been removed; the CPU build is not used instead."""
+    try:
+        check_runs(engine.prefix)
+    except KimiError as error:
+        todo = f"{error.todo}; or use the CPU build: --build cpu"
+        raise EngineError(error.what, found=error.found, todo=todo) from error
+
+
+def tool_command(tool: Tool, model: Path, given: Sequence[str]) -> list[str]:
+    """The program and its arguments: the model, defaults that the caller did not set, the caller's own."""
+    given = ["--rpc" if word == WORKERS else word for word in given]
+    options = _options(given)
+    program, defaults = tool.program, tool.defaults
+    if tool.drafted is not None and options & {*_DRAFT, _KIND}:
+        program = tool.drafted
+        defaults = (*tool.without(_PLAIN).defaults, _SPECULATE)
+    added = [
+        word.format(cores=cores())
+        for default in defaults
+        if not options & set(default.options)
+        for word in default.arguments
+    ]
+    return [program, "--model", str(model), *added, *given]
+
+
+def defaults_help(tool: Tool) -> str:
+    """The tool's defaults, a line each, for its help."""
+    lines = [f"  {default}" for default in tool.defaults]
+    return "\n".join([f"{tool.program} gets, unless you give the option:", *lines, "", ""]) if lines else "\n"
+
+
+def fits_memory(model: Path) -> bool:
+    """Whether memory has room for the model's weights and more; False if the available memory is unknown."""
+    _, files = place_in_set(model) or (1, [model])
+    free = available_memory()
+    return (
+        free is not None
+        and sum(path.stat().st_size for path in files if path.exists()) <= _MOST_OF_MEMORY * free
+    )
+
+
+def _options(given: Sequence[str]) -> set[str]:
+    """The arguments without what follows an equals sign."""
+    return {argument.partition("=")[0] for argument in given}
+
+
+def _values(given: Sequence[str], options: Collection[str]) -> list[str]:
+    """The values that the caller gives to one of these options."""
+    words = [part for argument in given for part in argument.split("=", 1)]
+    return [value for option, value in pairwise(words) if option in options]
