@@ -183,9 +183,10 @@ _MANIFEST = {
 
 def read_manifest(place: Path) -> dict[str, Any] | None:
     """The manifest of a finished build; None if there is none, or if it is damaged: the build is then made again."""
+    path = place / "manifest.json"
     try:
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        manifest = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "null")
+    except (FileNotFoundError, ValueError):
         return None
     complete = isinstance(manifest, dict) and all(
         isinstance(manifest.get(key), kind) for key, kind in _MANIFEST.items()

@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import SourceFileLoader
-from importlib.metadata import distributions
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -132,7 +131,7 @@ def diagnose() -> Diagnosis:
         patches=load_series().patches,
         engines=tuple(Health(engine, tuple(examine(engine, engines))) for engine in engines),
         chosen=_checked("build that runs", lambda: select(make=False).label()),
-        installed=_checked("files of the wheel", _unchanged_files) if PREBUILT.is_dir() else None,
+        installed=_checked("files of the wheel", _unchanged_files) if _has_engine() else None,
     )
 
 
@@ -251,23 +250,49 @@ def _tool(name: str, look: Callable[[], str]) -> Check:
     return Check(name, True, "not found (only kimi-llama build needs it)")
 
 
+def _site() -> Path:
+    """The folder that the package is installed in."""
+    return Path(os.path.normpath(PREBUILT.parents[2].absolute()))
+
+
+def _has_engine() -> bool:
+    """Whether the installed wheel has an engine, or had one: its files may have been removed."""
+    engine = PREBUILT.relative_to(PREBUILT.parents[2]).as_posix()
+    return PREBUILT.is_dir() or any(name.startswith(f"{engine}/") for name in _record(_site()))
+
+
 def _unchanged_files() -> str:
     """Compare the installed files with the list and the hashes that the wheel brought. Raises `EngineError`."""
-    site = Path(os.path.normpath(PREBUILT.parents[2].absolute()))
+    site = _site()
     record = _record(site)
-    listed = {name: value for name, value in record.items() if value}
+    if not record:
+        raise EngineError(
+            f"{site}: the list of the wheel's files, RECORD in kimi_gguf-*.dist-info, is missing or damaged, "
+            "or there are several",
+            todo=_INSTALL_AGAIN,
+        )
+    # Installers write no hashes of RECORD itself and of compiled files, which are compared with their sources below.
+    listed = {
+        name: value
+        for name, value in record.items()
+        if value or not (_source(name) in record or name.endswith(".dist-info/RECORD"))
+    }
     wrong, outside = [], []
     for name, value in listed.items():
         place = _place(site, name)
         try:
             if place is None:
                 outside.append(name)
+            elif not value:
+                wrong.append(f"{name} (no hash in RECORD)")
+            elif not place.is_file():  # reading a pipe would wait forever
+                wrong.append(f"{name} ({'not a file' if place.exists() else 'missing'})")
             elif record_hash(content := place.read_bytes()) != value:
                 wrong.append(name)
             elif place.suffix == ".py" and _compiled_otherwise(place, content):
                 wrong.append(f"{name} (its compiled file in __pycache__)")
         except (OSError, ValueError):  # ValueError: no name of a file
-            wrong.append(f"{name} (missing)")
+            wrong.append(f"{name} (cannot be read)")
     if outside:
         raise EngineError(
             f"{len(outside)} files in RECORD are outside of the installation's folders, so they were not read",
@@ -291,20 +316,14 @@ def _unchanged_files() -> str:
 
 
 def _record(site: Path) -> dict[str, str]:
-    """The hash of each file in the wheel's RECORD, as `record_hash` writes it; empty for files without one, such as
-    compiled files. Raises `EngineError`. (`Distribution.files` leaves out files that are missing.)"""
-    found = next(iter(distributions(name="kimi-gguf", path=[str(site)])), None)
+    """The hash of each file in the wheel's RECORD, as `record_hash` writes it; empty for files without one. Without
+    entries if the list is missing or damaged."""
     try:
-        text = (found and found.read_text("RECORD")) or ""
-        record = {name: value.partition("=")[2] for name, value, _ in csv.reader(text.splitlines())}
-    except (csv.Error, ValueError):
-        record = {}
-    if not record:
-        raise EngineError(
-            f"{site}: the list of the wheel's files, RECORD in kimi_gguf-*.dist-info, is missing or damaged",
-            todo=_INSTALL_AGAIN,
-        )
-    return record
+        (path,) = (path for path in site.glob("kimi_gguf-*.dist-info/RECORD") if path.is_file())
+        lines = csv.reader(path.read_text(encoding="utf-8").splitlines())
+        return {name: value.partition("=")[2] for name, value, _ in lines}
+    except (csv.Error, OSError, ValueError):
+        return {}
 
 
 def _place(site: Path, name: str) -> Path | None:

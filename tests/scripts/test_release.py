@@ -451,6 +451,84 @@ def test_doctor_says_that_the_list_of_files_is_missing(
         doctor._unchanged_files()
 
 
+def hashes_removed(text: str, name: str) -> str:
+    """A RECORD without the hash of the files whose name ends so."""
+    return re.sub(rf"(?m)^(\S*{re.escape(name)}),sha256=.*$", r"\1,,", text)
+
+
+@pytest.mark.parametrize(
+    ("unhashed", "found"),
+    [
+        ("", "kimi_gguf/some.py (no hash in RECORD), ../../../bin/kimi-llama (no hash in RECORD)"),
+        ("some.py", "kimi_gguf/some.py (no hash in RECORD)"),
+    ],
+)
+def test_doctor_finds_a_list_without_hashes(
+    unhashed: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installers write a hash for every file but the compiled ones and the list itself."""
+    site = installed(tmp_path, PACKAGES, "../../../bin", "bin", monkeypatch)
+    record = site / "kimi_gguf-1.dist-info/RECORD"
+    compiled = Path(importlib.util.cache_from_source(str(site / "kimi_gguf/some.py")))
+    with record.open("a") as file:
+        file.write(f"{compiled.relative_to(site)},,\n")
+    assert doctor._unchanged_files() == "2 files as in the wheel"
+    record.write_text(hashes_removed(record.read_text(), unhashed))
+    with pytest.raises(EngineError, match=r"of 2 installed files were changed") as caught:
+        doctor._unchanged_files()
+    assert caught.value.found == found
+
+
+def test_doctor_finds_a_compiled_file_in_the_list_that_has_no_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python runs it as a module. Only files in __pycache__ are compared with their sources."""
+    site = installed(tmp_path, PACKAGES, "../../../bin", "bin", monkeypatch)
+    (site / "kimi_gguf/alone.pyc").touch()
+    with (site / "kimi_gguf-1.dist-info/RECORD").open("a") as record:
+        record.write("kimi_gguf/alone.pyc,,\n")
+    with pytest.raises(EngineError, match=r"found kimi_gguf/alone\.pyc \(no hash in RECORD\);"):
+        doctor._unchanged_files()
+
+
+def test_doctor_does_not_wait_for_a_pipe_in_place_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = installed(tmp_path, PACKAGES, "../../../bin", "bin", monkeypatch)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    for name in ("kimi_gguf/some.py", "../../../bin/kimi-llama"):
+        (site / name).unlink()
+        os.mkfifo(site / name)
+    with pytest.raises(EngineError, match=r"some\.py \(not a file\), .*/kimi-llama \(not a file\);"):
+        doctor._unchanged_files()
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [(build.read_manifest, "manifest.json"), (doctor._record, "kimi_gguf-1.dist-info/RECORD")],
+)
+def test_no_command_waits_for_a_pipe_in_place_of_a_list(
+    read: Callable[[Path], object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: pytest.fail(f"{path} was read"))
+    assert not read(tmp_path)
+
+
+def test_doctor_misses_an_engine_whose_folder_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build in the cache does not make up for it: the wheel's files are still checked."""
+    site = installed(tmp_path, PACKAGES, "../../../bin", "bin", monkeypatch)
+    assert not doctor._has_engine(), "a wheel without an engine"
+    with (site / "kimi_gguf-1.dist-info/RECORD").open("a") as record:
+        record.write(record_line(f"{release.ENGINE}/manifest.json", b"{}"))
+    assert doctor._has_engine()
+    with pytest.raises(EngineError, match=r"found kimi_gguf/engine/prebuilt/manifest\.json \(missing\);"):
+        doctor._unchanged_files()
+
+
 def installed_files(site: Path, cache: Path) -> tuple[bool, str]:
     """What doctor says of the files: whether they are the wheel's, and the text."""
     ran = in_site(site, cache, "-m", "kimi_gguf.scripts.kimi_llama", "doctor", "--json")
