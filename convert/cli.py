@@ -313,7 +313,8 @@ def _convert(options: argparse.Namespace) -> int:
         tensors = f"{len(plan.tensors)} tensors ({type_counts(plan.tensors)})"
         print(f"{files[0]}: {size}, {tensors} in {seconds:.1f} s", file=sys.stderr)
         facts = {key.name: key.value for key in plan.keys}
-        if options.model_card and (note := licence_note(facts, options.output.with_name(CARD))):
+        card = options.output.with_name(CARD)
+        if options.model_card and (note := licence_note(facts, card, options.source)):
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return 0
 

@@ -382,7 +382,8 @@ def _card(words: Sequence[str]) -> int:
     failed = [file.path.name for file in files if not file.report.passed]
     if not options.quiet:
         print(f"{card}: {len(files)} files" + "".join(f"\nFAIL  {name}" for name in failed))
-        if note := licence_note(min(files, key=lambda file: file.report.bytes).keys, card):
+        smallest = min(files, key=lambda file: file.report.bytes)
+        if note := licence_note(smallest.keys, card, options.checkpoint):
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return GATE_FAILED if failed else PASSED
 

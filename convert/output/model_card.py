@@ -1,7 +1,7 @@
 """The model card of a folder: front matter for Hugging Face, and how its files were made and how to run them.
 
 Input: the models, and what is known about each: keys, files, command, main figures of its report. Output: Markdown.
-Strings from the checkpoint, the files and the reports are quoted, or stripped of Markdown and YAML syntax.
+Strings from the checkpoint, the files and the reports are quoted or escaped: Markdown and YAML read them as text.
 `validate-kimi card` writes another card from the same parts, with all figures and plots (validate/card.py).
 """
 
@@ -21,7 +21,7 @@ from kimi_gguf.convert.model.families import BY_ARCHITECTURE
 from kimi_gguf.convert.model.family import Family
 from kimi_gguf.convert.model.tensor_table import PlannedTensor, Transform
 from kimi_gguf.convert.plan import type_counts
-from kimi_gguf.convert.source.origin import LICENCE
+from kimi_gguf.convert.source.origin import CARD, LICENCE
 from kimi_gguf.engine.gguf import GgufTensor
 from kimi_gguf.engine.split_names import place_in_set
 
@@ -43,6 +43,14 @@ _FENCE: Final = re.compile("`{3,}sh")
 _MADE: Final = re.compile(
     r"<!-- SHA-256: ([0-9a-f]{64}(?: [0-9a-f]{64})*) -->\nMade by kimi-gguf ([\w.+]+):\n"
 )
+# What Markdown may read as syntax. Left as they are: `-` and `.` between letters or digits; other points and `)`
+# unless they follow a digit, where they may begin a list. A point after www may begin a link.
+_SYNTAX: Final = re.compile(
+    r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<!\w)-|-(?!\w)|(?<![^\W\d])[.)](?!\w)|(?i:(?<=www)\.)"
+)
+# Not by backslashes: cells and formulas are looked for before Markdown is read, mail addresses after it.
+_REFERENCES: Final = {"|": "&#124;", "\\": "&#92;", "$": "&#36;", "@": "&#64;\u2060"}  # U+2060 has no width
+_WRITTEN: Final = re.compile(r"(&#(?:124|92|36);|&#64;\u2060)|\\([!-/:-@[-`{-~])")
 _MOST_COMMAND: Final = 1 << 15  # characters of the longest command that is read; shlex takes quadratic time
 FILE_TITLES: Final = ("file", "bytes", "tensors", "types", "SHA-256")
 INSTALLING: Final = """\
@@ -146,7 +154,10 @@ def made_in(card: str) -> Iterator[Made]:
         command = _command_in("\n".join(lines[start + 1 : end])) if head else None
         if head and command and end < len(lines):
             after = (lines[i] for i in range(end + 2, len(lines)))
-            notes = [line.removeprefix("- ") for line in takewhile(lambda line: line.startswith("- "), after)]
+            notes = [
+                _read_plain(line.removeprefix("- "))
+                for line in takewhile(lambda line: line.startswith("- "), after)
+            ]
             yield Made(head[2], command, tuple(head[1].split()), tuple(notes))
 
 
@@ -290,19 +301,29 @@ def front_matter(facts: Mapping[str, object]) -> str:
         ("pipeline_tag", "text-generation"),
         ("quantized_by", facts.get("general.quantized_by")),
     )
-    lines = [f"{key}: {json.dumps(text)}" for key, text in texts if text]  # a JSON text is a YAML text
+    lines = [f"{key}: {yaml_text(str(text))}" for key, text in texts if text]
     return "\n".join(
         ["---", *lines, "tags:", "- gguf", "- llama.cpp", f"- {facts['general.architecture']}", "---"]
     )
 
 
-def licence_note(facts: Mapping[str, object], card: Path) -> str:
-    """What to add to the card if its front matter has no licence; else empty."""
+def yaml_text(text: str) -> str:
+    """A text in double quotes, as YAML has them: JSON's, but only characters that are not printable are escaped
+    above U+007F. (JSON would write a character above U+FFFF as two halves.)"""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in quoted)
+
+
+def licence_note(facts: Mapping[str, object], card: Path, checkpoint: str | Path) -> str:
+    """What to add to the card and to that of the checkpoint, a folder or a hub id, if they have no licence; else
+    empty."""
     if LICENCE in facts:
         return ""
+    origin = Path(checkpoint) / CARD
     return (
-        f"{card}: has no `license:`, because the checkpoint's README.md names none; before you publish it, add a line "
-        "such as `license: mit` to the front matter (between the two lines --- at the top) of both files"
+        f"{card}: has no `license:`, because {origin} names none; before you publish it, add a line such as "
+        f"`license: mit` to the front matter (between the two lines --- at the top) of {card} "
+        f"and, for the next cards, of {origin}"
     )
 
 
@@ -387,5 +408,13 @@ def code_text(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text without Markdown or HTML syntax."""
-    return "".join(c if c.isprintable() and c not in "`|<>[]" else " " for c in text)
+    """Text that Markdown shows as it is, on one line, without links and formulas. `_read_plain` reads it."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    words = " ".join(printable.split())  # indented text would be code
+    return _SYNTAX.sub(lambda found: _REFERENCES.get(found[0], f"\\{found[0]}"), words)
+
+
+def _read_plain(written: str) -> str:
+    """The text that `plain` wrote. `written` may be any text: what is no escape of `plain` is itself."""
+    characters = {reference: character for character, reference in _REFERENCES.items()}
+    return _WRITTEN.sub(lambda found: found[2] or characters[found[1]], written)

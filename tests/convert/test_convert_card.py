@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import json
 import os
 import re
@@ -18,6 +19,10 @@ from pathlib import Path
 import pytest
 from convert_tools import convert, fresh_checkpoint, gguf_keys, gguf_types, start_convert
 from gguf import GGUFReader
+from huggingface_hub import metadata_load
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
@@ -26,7 +31,7 @@ from kimi_gguf.convert.conversion import convert as convert_in_python
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.output import card_folder, journal
 from kimi_gguf.convert.output.card_folder import Hashed, figures_of, may_be_of, others_of
-from kimi_gguf.convert.output.model_card import Listed, card_text
+from kimi_gguf.convert.output.model_card import Listed, Made, card_text, made_in, plain, table, yaml_text
 from kimi_gguf.convert.output.writer import ProgressCallback
 from kimi_gguf.convert.plan import Plan
 from kimi_gguf.convert.source.origin import licence_keys
@@ -70,7 +75,11 @@ def source(tmp_path: Path) -> Path:
 def test_the_demos_card_names_what_it_must(demo_dir: Path, out: Path) -> None:
     file = out / "demo.gguf"
     run = convert(demo_dir, "-o", file, "--type", "F16", "--model-card")
-    assert run.status == 0 and f"note: {out / 'README.md'}: has no `license:`" in run.err
+    cards = [out / "README.md", demo_dir / "README.md"]
+    assert (
+        run.status == 0 and f"note: {cards[0]}: has no `license:`, because {cards[1]} names none" in run.err
+    )
+    assert run.err.count(str(cards[0])) == run.err.count(str(cards[1])) == 2  # both must be edited
     assert {path.name for path in out.iterdir()} == {"demo.gguf", "README.md"}
     card = (out / "README.md").read_text()
     for fact in (
@@ -508,3 +517,62 @@ def test_a_hostile_name_ends_neither_heading_nor_code_nor_front_matter(
     assert "<script>" not in card.split("\n---\n", 1)[1].split("Made by")[0]
     fence = re.search(r"^(`{3,})sh\n(.*?)\n\1$", card, re.MULTILINE | re.DOTALL)
     assert fence is not None and name in shlex.split(fence[2])
+
+
+MARKDOWN = "a1 *_~`&;#!|\\$@:=+<>()[]{}^-./'\",?%w\n\u2028\t😀é"
+HOSTILE = (
+    "**b** _i_ ~~s~~", "https://evil.example/x", "www.evil.example", "a@evil.example", "&lt;script&gt; &#60;b&#62;",
+    "![x](https://evil.example/y)", "1. one", "1) one", "- one", "+ one", "* one", "---", "> quoted", "# heading",
+    "    code", "a \\", "a|b\\|c", "$x$ \\(y\\)", "<!-- comment", "a #", "Kimi_K2_v1 is 5.8M-A4.6M", "[x]: y", "[^1]",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_hostile_texts_are_shown_as_they_are(text: str) -> None:
+    check_shown(text)
+
+
+@given(st.text(MARKDOWN))
+@example("\\&#124;")
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    check_shown(text)
+
+
+def check_shown(text: str) -> None:
+    """In a heading, an item of a list and a cell, by Markdown with the tables of hubs; and as it is read back."""
+    render = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render
+    words = " ".join(text.split())
+    shown = html.escape(words).replace("&#x27;", "'")
+    written = {
+        f"# {plain(text)}, files\n": f"<h1>{shown}, files</h1>\n",
+        f"- x {plain(text)}\n": f"<ul>\n<li>x {shown}</li>\n</ul>\n".replace("x </li>", "x</li>"),
+        table(("", ""), [("x", plain(text))]): f"<td>{shown}</td>\n</tr>",
+    }
+    if words:
+        written[f"- {plain(text)}\n"] = f"<ul>\n<li>{shown}</li>\n</ul>\n"
+    for markdown, expected in written.items():
+        assert expected in render(markdown).replace("\u2060", ""), markdown
+    linked = re.search(r"@(?!\u2060)|(?i:www\.)|\w://", plain(text))  # hubs make links of addresses
+    assert linked is None
+    made = Made("1.0", ("convert-kimi", "a", "-o", "b"), (64 * "0",), (text,))
+    assert [each.notes for each in made_in(f"\n{made.text()}\n")] == [(words,)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "😀 me",
+        "\x7f\x85\x9f",
+        "\ufeff\u2028\u2029\ufffe",
+        '\0\t\n"\\',
+        "日本 \U0010ffff",
+        "yes",
+        "{a: 1}",
+        "é",
+    ],
+)
+def test_the_hub_reads_any_text_of_the_front_matter(text: str, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nquantized_by: {yaml_text(text)}\n---\n", encoding="utf-8")
+    assert metadata_load(card) == {"quantized_by": text}
+    assert all(c in yaml_text(text) for c in text if c.isalpha()), "a person can read it"
