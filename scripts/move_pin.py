@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from kimi_gguf.patches.move import APPLIES, CONFLICTS, Trial, folders_in, ggml_v
 from kimi_gguf.patches.pin import PIN_FILE, Pin, load_pin
 from kimi_gguf.patches.pull_requests import load_pull_requests
 from kimi_gguf.patches.series import FIXES, Series, load_series
-from kimi_gguf.patches.tree import Tree, tree_hash
+from kimi_gguf.patches.tree import Tree, expect_tree, tree_hash
 from kimi_gguf.scripts.upstream_tests import without_fix
 
 EXAMPLES = """\
@@ -89,10 +90,16 @@ def move(
 ) -> int:
     """Try the series on the archive's llama.cpp, unpacked into `work`; return the exit status."""
     source_folder, python_folder = folders_in(archive)
+    name, _, found = Path(source_folder).parts[0].rpartition("-")
+    if found != version:
+        raise PatchError(
+            f"{archive}: is of another version",
+            expected=f"the folder {name}-{version}",
+            found=f"{name}-{found}",
+            todo="give the version and the archive that belong together",
+        )
     digest = file_sha256(archive)
-    source = work / digest[:16]
-    if not source.is_dir():
-        unpack(archive, {source_folder: source})
+    source = unpacked(archive, source_folder, work / digest[:16])
     tree = Tree(source)
     trials = try_series(tree, series)
     print(f"{version}: {archive.name}, sha256 {digest}")
@@ -111,6 +118,21 @@ def move(
         )  # fmt: skip
         write(pin, tree, CONFLICTS in verdicts, pin_file)
     return int(any(verdict != APPLIES for verdict in verdicts))
+
+
+def unpacked(archive: Path, folder: str, place: Path) -> Path:
+    """The archive's folder, written to `place`. Raises `PatchError` if other files are there."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".unpacked-") as scratch:
+        whole = Path(scratch) / "source"
+        unpack(archive, {folder: whole})
+        if place.exists():
+            todo = f"remove {place}; changes to llama.cpp belong into the patches"
+            problem = f"its files are not those of {archive.name}"
+            expect_tree(tree_hash(place), tree_hash(whole), str(place), todo, problem)
+        else:
+            whole.rename(place)
+    return place
 
 
 def print_needed(trials: list[Trial], series: Series, source: Path, work: Path) -> None:

@@ -155,6 +155,36 @@ def test_with_conflicts_the_hash_of_the_patched_tree_is_left_for_record(
     assert load_pin(pin_file).patched_tree_sha256 == load_pin().patched_tree_sha256
 
 
+def test_an_archive_of_another_version_is_refused(
+    tmp_path: Path, series: Series, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pin_file = tmp_path / "upstream.toml"
+    pin_file.write_text(before := PIN_FILE.read_text())
+    archive = archive_of(tmp_path)
+    with pytest.raises(PatchError, match=r"another version: expected the folder pkg-9\.8, found pkg-9\.9;"):
+        move("9.8", archive, tmp_path / "work", series, False, COMMIT, pin_file)
+    assert pin_file.read_text() == before
+    words = ["--archive", str(archive), "--work", str(tmp_path / "work")]
+    assert main(["9.8", *words, "--write", "--commit", COMMIT]) == 2
+    assert "another version" in capsys.readouterr().err
+
+
+def test_a_changed_tree_of_an_earlier_run_is_not_pinned(tmp_path: Path, series: Series) -> None:
+    """Nor is one that an interrupted run unpacked in part."""
+    pin_file = tmp_path / "upstream.toml"
+    pin_file.write_text(before := PIN_FILE.read_text())
+    archive, work = archive_of(tmp_path), tmp_path / "work"
+    assert move("9.9", archive, work, series, False, None, pin_file) == 0
+    assert move("9.9", archive, work, series, False, None, pin_file) == 0, "the same tree is kept"
+    (tree,) = work.iterdir()
+    for change in ((tree / "src/new.cpp").touch, (tree / "CMakeLists.txt").unlink):
+        change()
+        with pytest.raises(PatchError, match=rf"{tree}: its files are not those of pkg-9\.9\.tar\.gz"):
+            move("9.9", archive, work, series, False, COMMIT, pin_file)
+        (tree / "src/new.cpp").unlink(missing_ok=True)
+    assert pin_file.read_text() == before
+
+
 def test_an_archive_without_llama_cpp_is_refused(tmp_path: Path) -> None:
     tiny_llama.pack(tmp_path / "other.tar.gz", {"other/setup.py": ""})
     with pytest.raises(PatchError, match=r"other\.tar\.gz: not a source archive of llama-cpp-python"):
