@@ -14,6 +14,7 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ ENGINE: Final = "kimi_gguf/engine/prebuilt"  # in the wheel; engine/builds.py lo
 DEFINES: Final = (("GGML_OPENMP", "OFF"), ("KIMI_PORTABLE", "ON"))
 # The architectures to cross-compile for, with the first words of the names of Debian's tools for them.
 CROSS: Final = {"aarch64": "aarch64-linux-gnu"}
+TIMES: Final = range(315_532_800, 1 << 32)  # seconds since 1970: zip archives begin in 1980, gzip has 32 bits
 POLICY: Final = "manylinux_2_34"  # the oldest systems on which the wheel runs have glibc 2.34
 
 EXAMPLES = """\
@@ -152,10 +154,19 @@ def cross_compilation(arch: str) -> tuple[tuple[str, str], ...]:
 
 
 def commit_time() -> int:
-    """Seconds since 1970 of the last commit: the time of all files in the release. Raises `EngineError`."""
-    if chosen := os.environ.get("SOURCE_DATE_EPOCH"):
-        return int(chosen)
-    return int(git("log", "-1", "--format=%ct"))
+    """The time of all files in the release, in seconds since 1970: that of the last commit, or SOURCE_DATE_EPOCH.
+
+    Raises `EngineError` if the archives cannot have it.
+    """
+    text = os.environ.get("SOURCE_DATE_EPOCH") or git("log", "-1", "--format=%ct").strip()
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) not in TIMES:
+        raise EngineError(
+            "SOURCE_DATE_EPOCH, or the time of the commit, is not one that files in a release can have",
+            expected=f"seconds since 1970, {TIMES.start} to {TIMES.stop - 1}",
+            found=text,
+            todo="set SOURCE_DATE_EPOCH to such a time, or unset it to use that of the commit",
+        )
+    return int(text)
 
 
 def tracked() -> tuple[str, str]:

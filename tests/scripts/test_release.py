@@ -16,6 +16,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Silent
 from kimi_gguf.engine.version import VERSION
-from kimi_gguf.engine.wheel import record_line
+from kimi_gguf.engine.wheel import record_line, write_zip
 from kimi_gguf.patches.pin import load_pin
 from kimi_gguf.scripts import prove_wheel, release
 from kimi_gguf.scripts.sbom import components, notices, sbom
@@ -659,6 +660,34 @@ def test_a_release_does_not_depend_on_variables(monkeypatch: pytest.MonkeyPatch)
     assert notes == ["not used for a release: CXXFLAGS, CPATH"]
     release.forget_variables(reporter)
     assert len(notes) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["abc", "0", "-1", "315532799", "4294967296", "1e9", "\u0663" * 9, "9" * 5000]
+)
+def test_a_time_that_archives_cannot_have_ends_a_release_before_it_compiles(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(release, "ensure", lambda **_: pytest.fail("it compiles"))
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+    assert release.main([str(tmp_path / "dist")]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("release: error: SOURCE_DATE_EPOCH") and f"found {text}; " in said
+    assert not (tmp_path / "dist").exists()
+
+
+@pytest.mark.parametrize("text", ["315532800", "4294967295"])
+def test_the_first_and_the_last_time_of_a_release(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+    monkeypatch.setattr(release, "git", lambda *_: "LICENSE\0")
+    seconds = release.commit_time()
+    with tarfile.open(release.make_sdist(tmp_path, "1.0", seconds)) as archive:
+        assert {entry.mtime for entry in archive} == {int(text)}
+    write_zip(tmp_path / "a.zip", {"a": b""}, [], datetime.fromtimestamp(seconds, UTC))
+    with zipfile.ZipFile(tmp_path / "a.zip") as wheel:
+        assert wheel.infolist()[0].date_time[0] == datetime.fromtimestamp(seconds, UTC).year
 
 
 @pytest.mark.parametrize("name", ["CC", "CXX"])
