@@ -45,7 +45,9 @@ class Component:
 
 def components(pin: Pin) -> tuple[Component, ...]:
     """What the pinned archive contributes. Complete are llama.cpp's `vendor/` and the compiled sources with a copyright
-    notice of their own (tests compare)."""
+    notice or dedication of their own (tests compare). Not listed, because llama.cpp names their origin but no licence:
+    functions from Arm's optimized routines and OpenVINO (ggml-cpu/vec.h), and the DRY sampler of Koboldcpp
+    (llama-sampler.cpp)."""
     vendor = f"{CPP}/vendor"
     inside = pin.llama_cpp_commit  # the version of llama.cpp and of what its own sources contain
     return (
@@ -83,6 +85,9 @@ def components(pin: Pin) -> tuple[Component, ...]:
         Component("YaRN", "MIT", f"{CPP}/ggml/src/ggml-cpu/ops.cpp", version=inside),
         Component("ggllm.cpp", "MIT", f"{CPP}/src/llama-vocab.cpp", version=inside),
         Component("base64.hpp", "Unlicense", f"{CPP}/common/base64.hpp", version=inside),
+        Component(
+            "string-algorithms", "LicenseRef-public-domain", f"{CPP}/src/llama-sampler.cpp", version=inside
+        ),
         Component("Pillow", "MIT-CMU", f"{CPP}/tools/mtmd/mtmd-image.cpp", version=inside),
     )  # fmt: skip
 
@@ -101,7 +106,7 @@ def _notice(text: bytes, component: Component) -> bytes:
     comments: list[bytes] = re.findall(rb"/\*.*?\*/|(?:[ \t]*//[^\n]*\n)+", text, re.DOTALL)
     words = (
         b"without restriction", b"free and unencumbered", b"100% Public Domain", b"MIT licensed", b"[MIT License]",
-        b"github.com/python-pillow",
+        b"github.com/python-pillow", b"public domain implementation",
     )  # fmt: skip
     granting = [comment for comment in comments if any(word in comment for word in words)]
     if not granting:

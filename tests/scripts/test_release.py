@@ -707,7 +707,7 @@ COMPILED = ("ggml/src/ggml-cpu", "ggml/src/ggml-rpc", "src", "common", "tools")
 NOT_COMPILED = ("kleidiai/", "spacemit/")  # options that the wheel's builds do not set
 
 
-def test_the_sbom_names_every_compiled_source_with_a_copyright_of_its_own(source: Path) -> None:
+def test_the_sbom_names_every_compiled_source_with_a_copyright_or_dedication_of_its_own(source: Path) -> None:
     cpp = source / "llama.cpp"
     files = {path for path in (cpp / "ggml/src").iterdir() if path.is_file()}
     files |= {path for folder in COMPILED for path in (cpp / folder).rglob("*")}
@@ -716,7 +716,7 @@ def test_the_sbom_names_every_compiled_source_with_a_copyright_of_its_own(source
         name = path.relative_to(cpp).as_posix()
         if path.suffix in (".c", ".cpp", ".h", ".hpp") and not any(each in name for each in NOT_COMPILED):
             text = path.read_text(encoding="utf-8", errors="replace")
-            if "copyright" in text.lower() or "unencumbered" in text:
+            if any(word in text.lower() for word in ("copyright", "unencumbered", "public domain")):
                 found.add(f"llama.cpp/{name}")
     assert "llama.cpp/ggml/src/ggml-cpu/llamafile/sgemm.cpp" in found
     assert found <= {each.notice for each in components(load_pin())}
