@@ -1,4 +1,4 @@
-"""scripts/environment installs the project with its extras, once."""
+"""scripts/environment installs the project with its extras, once; a script's --help and mistakes install nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 EXTRAS = "build,validate,hub"  # as in README.md
@@ -38,3 +40,86 @@ def test_the_extras_are_installed_once(tmp_path: Path) -> None:
     assert (tmp_path / ".venv/noted").read_text() == f"{install} .[{EXTRAS}]\n" * 2 + f"{install} .[cuda]\n"
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {*EXTRAS.split(","), "cuda"} <= set(known)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A checkout without an environment."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in ("scripts", ".venv", ".git", "out", "build"):
+            (folder / path.name).symlink_to(path)
+    shutil.copytree(ROOT / "scripts", folder / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+def ran(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a script from another folder. Nothing may be left in the checkout."""
+    before = sorted(checkout.rglob("*"))
+    command = [checkout / "scripts" / words[0], *words[1:]]
+    variables = os.environ | {"PYTHON": sys.executable}
+    ended = subprocess.run(command, env=variables, cwd=checkout.parent, capture_output=True, text=True)
+    assert sorted(checkout.rglob("*")) == before
+    assert "Traceback" not in ended.stderr
+    return ended
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize(
+    "script",
+    ["bench-gpu", "demo", "docs", "environment", "measure", "measure-conversion", "move-pin",
+     "pull-requests", "release", "test"],
+)  # fmt: skip
+def test_help_installs_nothing(script: str, option: str, checkout: Path) -> None:
+    ended = ran(checkout, script, option)
+    assert ended.returncode in (0, 2)
+    assert f"scripts/{script}" in ended.stdout + ended.stderr
+    assert "error" not in ended.stderr
+
+
+def test_help_of_lint(checkout: Path) -> None:
+    assert ran(checkout, "lint", "--help").stderr.startswith("Run ruff")
+    ended = ran(checkout, "lint")
+    assert ended.returncode == 1 and "run: scripts/environment build,validate,test" in ended.stderr
+
+
+@pytest.mark.parametrize("extras", ["biuld", "build,validat", "build validate", ",", "build,"])
+def test_an_extra_that_does_not_exist_is_an_error(extras: str, checkout: Path) -> None:
+    ended = ran(checkout, "environment", extras)
+    assert ended.returncode == 1
+    unknown = [repr(extra) for extra in extras.split(",") if extra not in ("build", "validate")]
+    assert ended.stderr.startswith("environment: error: expected extras of pyproject.toml (build, validate,")
+    assert ended.stderr.endswith(f"found {', '.join(unknown)}\n")
+    assert ran(checkout, "environment", "build", "validate").returncode == 2
+
+
+@pytest.mark.parametrize("words", [["--ful"], ["-k", "router", "--fu"]])
+def test_a_mistyped_full_is_refused_before_anything_is_built(words: list[str], checkout: Path) -> None:
+    ended = ran(checkout, "test", *words)
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        f"scripts/test: error: expected --full, found {words[-1]}\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "selected"),
+    [
+        ([], ["-m", "not full"]),
+        (["-k", "a b", "--full-trace"], ["-m", "not full", "-k", "a b", "--full-trace"]),
+        (["--full", "-x"], ["-x"]),
+        (["-x", "--full"], ["-x"]),
+    ],
+)
+def test_pytest_gets_all_other_arguments(words: list[str], selected: list[str], checkout: Path) -> None:
+    """With stand-ins for what comes before; that for Python prints its arguments."""
+    (checkout / ".venv/bin").mkdir(parents=True)
+    for name in ("scripts/environment", "scripts/lint", ".venv/bin/kimi-llama", ".venv/bin/python"):
+        text = 'printf "%s\\n" "$@"' if name.endswith("python") else ""
+        (checkout / name).write_text(f"#!/bin/sh\n{text}\n")
+        (checkout / name).chmod(0o755)
+    ended = ran(checkout, "test", *words)
+    assert ended.returncode == 0, ended.stderr
+    given = ended.stdout.splitlines()
+    assert given[given.index("--durations") + 2 :] == selected
