@@ -200,6 +200,8 @@ def _one_of(table: Mapping[str, T], name: str, text: str) -> T:
 
 
 def _file_type(text: str) -> FileType:
+    if text.lower() in RECIPES:
+        raise argparse.ArgumentTypeError(f"{text!r} is a mix of several types: --recipe {text.lower()}")
     return _one_of(TYPES, ALIASES.get(text.upper(), text.upper()), text)
 
 

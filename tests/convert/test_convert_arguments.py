@@ -23,6 +23,14 @@ def test_a_misspelt_type_is_answered_with_the_nearest(
     assert run.status == 2 and run.err.endswith(f"found '{wrong}'; did you mean {meant}?\n")
 
 
+@pytest.mark.parametrize("name", ["kimi-q4", "KIMI-Q3", "mxfp4"])
+def test_a_recipe_given_as_a_type_is_answered_with_its_option(source: Path, name: str) -> None:
+    run = convert(source, "--dry-run", "--type", name)
+    assert run.status == 2 and run.err.endswith(
+        f": {name!r} is a mix of several types: --recipe {name.lower()}\n"
+    )
+
+
 def test_a_type_like_no_other_has_no_nearest(source: Path) -> None:
     run = convert(source, "--dry-run", "--type", "small")
     assert run.status == 2 and run.err.endswith("found 'small'\n")
