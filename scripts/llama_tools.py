@@ -8,6 +8,7 @@ gets its name when it is complete, and `run` without a prompt, to say what is mi
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Collection, Sequence
@@ -134,6 +135,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
             f"{own.pop()}: what follows MODEL is passed to {tool.program}, which does not know it",
             todo=f"write it in front of MODEL: kimi-llama {name} --build NAME {model} ...",
         )
+    _check_workers(given)
     drafts = _values(given, _DRAFT)
     for draft in drafts:
         check_gguf(Path(draft))
@@ -168,6 +170,21 @@ def _run_without_prompt(command: list[str], model: Path) -> int:
         todo = f"kimi-llama run {model} -p TEXT (or -f FILE); to chat: kimi-llama chat {model}"
         print(f"kimi-llama: no prompt was given: {todo}", file=sys.stderr)
     return status
+
+
+def _check_workers(given: Sequence[str]) -> None:
+    """Raise `EngineError` unless workers are named by their addresses: llama.cpp would describe its own option."""
+    options = {WORKERS, "--rpc"}
+    if not options & _options(given):
+        return
+    for worker in ",".join(_values(given, options)).split(","):
+        if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", worker):
+            raise EngineError(
+                f"{WORKERS}: no address of a worker",
+                expected="HOST:PORT,... such as 10.0.0.2:50052",
+                found=worker or "nothing",
+                todo="start each worker on its machine: kimi-llama worker --help",
+            )
 
 
 def _expect_to_run(engine: Engine) -> None:

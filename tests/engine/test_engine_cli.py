@@ -54,6 +54,32 @@ def test_path_before_a_build_says_to_build(tmp_path: Path) -> None:
     assert told.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--workers", "foo"], "foo"),
+        (["--rpc", "10.0.0.2"], "10.0.0.2"),
+        (["--workers", "10.0.0.2:50052,other:"], "other:"),
+        (["--workers", "10.0.0.2:50052,"], "nothing"),
+        (["--workers", "[::1]:50052"], "[::1]:50052"),
+        (["-n", "3", "--workers"], "nothing"),
+        (["--workers=foo"], "foo"),
+    ],
+)
+def test_a_worker_is_named_by_its_address(built: Path, words: list[str], found: str) -> None:
+    told = call(built, "run", str(built / "model.gguf"), "-p", "x", *words)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert f"expected HOST:PORT,... such as 10.0.0.2:50052, found {found}; " in told.stderr
+    assert "kimi-llama worker --help" in told.stderr
+
+
+def test_addresses_of_workers_are_passed_on(built: Path) -> None:
+    told = call(built, "run", str(built / "model.gguf"), "-p", "x", "--workers", "10.0.0.2:50052,host-1:1")
+    assert told.returncode == 7, "the tool's own exit status"
+    words = told.stdout.splitlines()
+    assert words[words.index("--rpc") + 1] == "10.0.0.2:50052,host-1:1"
+
+
 def test_a_tool_gets_the_model_the_defaults_and_the_callers_arguments(built: Path) -> None:
     told = call(built, "run", str(built / "model.gguf"), "-p", "two words", "-n", "3")
     assert told.returncode == 7, "the tool's own exit status"
@@ -92,7 +118,7 @@ def test_a_gpus_build_that_lost_its_libraries_is_said_and_not_replaced_silently(
 
 
 @pytest.mark.parametrize(
-    ("words", "ignored"), [("run", False), ("chat", False), ("serve", True), ("run --rpc x", True)]
+    ("words", "ignored"), [("run", False), ("chat", False), ("serve", True), ("run --rpc x:1", True)]
 )
 def test_a_program_ends_with_the_reader_of_its_text(
     words: str, ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
