@@ -5,13 +5,19 @@ Input: a folder of GGUF files, and a `Request` for each. Output: the reports tha
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kimi_gguf.convert.output.card_folder import MOST_REPORT, earlier_card, made_of, models_in
-from kimi_gguf.convert.output.journal import stamp
+from kimi_gguf.convert.output.card_folder import (
+    MOST_REPORT,
+    REPORT,
+    earlier_card,
+    has_pages,
+    made_of,
+    models_in,
+)
+from kimi_gguf.convert.output.journal import one_at_a_time, stamp
 from kimi_gguf.convert.output.model_card import REPORTS, file_row, made_in, stem_of
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
 from kimi_gguf.convert.source.origin import CARD, LICENCE, licence_keys
@@ -24,7 +30,7 @@ from kimi_gguf.validate.card import CardFile, card_text, draw_plots
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.pipeline import Request, Shared, ids_of, validate
 from kimi_gguf.validate.provenance import Facts
-from kimi_gguf.validate.report import check_place, write
+from kimi_gguf.validate.report import check_place, remove_scratch, write
 from kimi_gguf.validate.stored import Stored, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
@@ -99,11 +105,11 @@ def card_files(
         facts = shared.ggufs[request.gguf] = provenance.gguf_facts(request.gguf, reporter.step)
         ids, generated = ids_of(request, engine)
         ids_sha256 = provenance.ids_facts(ids, request.source, generated)["sha256"]
-        report = _kept(place / "report.json")
+        report = _kept(place)
         if report is None or not _is_of(report, request, facts, hashes, ids_sha256):
             reporter.phase(name)
             write(validate(request, engine, upstream, reporter, shared), place)
-            report = read_report(place / "report.json")
+            report = read_report(place / REPORT)
         with open_gguf(request.gguf) as model:
             each = facts["files_sha256"]
             parts = [
@@ -123,12 +129,21 @@ def card_files(
     return files
 
 
-def _kept(path: Path) -> Stored | None:
-    """The report of an earlier run; None if there is none that can be read. A pipe would never end."""
+def _kept(place: Path) -> Stored | None:
+    """The report of an earlier run in the folder `place`; None if it cannot be read, or if its pages are missing or of
+    another run. A pipe would never end. Removes what a run that was killed left there."""
+    path = place / REPORT
     try:
-        return read_report(path) if path.is_file() and path.stat().st_size <= MOST_REPORT else None
-    except ValidateError:
+        if not path.is_file() or path.stat().st_size > MOST_REPORT:
+            return None
+        report = read_report(path)
+        if not has_pages(path, report.sha256, report.created):
+            return None
+        with one_at_a_time(place):
+            remove_scratch(place)
+    except (ValidateError, OSError):
         return None
+    return report
 
 
 def _is_of(report: Stored, request: Request, facts: Facts, checkpoint: list[str], ids_sha256: str) -> bool:
@@ -154,7 +169,8 @@ def write_card(files: Sequence[CardFile], folder: Path, notes: Sequence[str]) ->
 
 
 def _atomically(file: Path, content: bytes) -> None:
-    part = file.with_name(f".{file.name}.{secrets.token_hex(4)}.unfinished")
+    """Write a file of the card. The name of its part is fixed, so that none stays after a run that was killed."""
+    part = file.with_name(f".{file.name}.unfinished")
     try:
         part.write_bytes(content)
         part.replace(file)

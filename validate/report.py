@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
+from kimi_gguf.convert.output.card_folder import PAGES, REPORT
+from kimi_gguf.convert.output.journal import one_at_a_time
 from kimi_gguf.convert.output.model_card import plain
 from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.validate.errors import ValidateError
@@ -29,7 +32,8 @@ if TYPE_CHECKING:  # they import torch
     from kimi_gguf.validate.measure import Measured
     from kimi_gguf.validate.provenance import Facts
 
-FILES = ("report.json", "report.md", "report.html")
+FILES = (*PAGES, REPORT)  # in the order in which they get their names
+SCRATCH = ".report."  # in front of the name of the folder in which they are written
 SCHEMA = "kimi-gguf/validation-report/2"
 FACTS = ("gguf", "checkpoint", "ids", "engine", "machine", "reference")  # fields of Report
 SUMMARIES = ("all", "judged", "same_experts", "other_experts")  # fields of Measured
@@ -127,15 +131,27 @@ class Report:
 
 
 def write(report: Report, folder: Path) -> Path:
-    """Write the three files to `folder`, creating it if needed; return the path of the HTML file."""
+    """Write the three files to `folder`, creating it if needed; return the path of the HTML file.
+
+    While a report.json exists, the other two are of the same run, also after the process was killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    files = dict(zip(FILES, (to_json(report), to_markdown(report), to_html(report)), strict=True))
-    with tempfile.TemporaryDirectory(prefix=".report.", dir=folder) as scratch:
-        for name, text in files.items():
-            Path(scratch, name).write_text(text, encoding="utf-8")
-        for name in files:  # only when all are written
-            Path(scratch, name).replace(folder / name)
+    files = dict(zip(FILES, (to_markdown(report), to_html(report), to_json(report)), strict=True))
+    with one_at_a_time(folder):
+        remove_scratch(folder)
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
+            for name, text in files.items():
+                Path(scratch, name).write_text(text, encoding="utf-8")
+            (folder / REPORT).unlink(missing_ok=True)  # only when all are written
+            for name in files:
+                Path(scratch, name).replace(folder / name)
     return folder / "report.html"
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what a run that was killed left in the folder of a report."""
+    for left in folder.glob(f"{SCRATCH}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_place(folder: Path) -> None:

@@ -39,6 +39,8 @@ HUB_KEYS: Final = (
 )  # of a checkpoint of the hub
 _MOST_CARD: Final = 1 << 20  # bytes that are read of an earlier card
 MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
+REPORT: Final = "report.json"  # in the folder of a report; it is written last
+PAGES: Final = ("report.md", "report.html")  # next to it, for people
 
 
 def models_in(folder: Path) -> list[Path]:
@@ -86,7 +88,7 @@ def made_of(earlier: Iterable[Made], path: Path, hashes: Sequence[str]) -> Made 
 def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | None:
     """The main figures of the report about the model `path`, if there is one about the same bytes (`hashes`: SHA-256 of
     each file)."""
-    file = folder / REPORTS / stem_of(path) / "report.json"
+    file = folder / REPORTS / stem_of(path) / REPORT
     try:
         if not file.is_file() or file.stat().st_size > MOST_REPORT:
             return None
@@ -96,11 +98,24 @@ def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | Non
             gguf.get("files_sha256", [gguf["sha256"]]) != list(hashes)
             or type(kld) not in (int, float)
             or not 0 <= kld < math.inf
+            or not has_pages(file, gguf["sha256"], report["created"])
         ):
             return None
         return Figures(float(kld), report["passed"] is True, basis_of(report))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None  # not a report
+
+
+def has_pages(report: Path, sha256: str, created: str) -> bool:
+    """Whether the pages next to a report.json are of the same run: both name its file's SHA-256 and its time. Raises
+    `OSError`."""
+    pages = [report.with_name(name) for name in PAGES]
+    return all(
+        page.is_file()
+        and page.stat().st_size <= MOST_REPORT
+        and all(text.encode() in page.read_bytes() for text in (sha256, created))
+        for page in pages
+    )
 
 
 def basis_of(report: Mapping[str, Any]) -> Basis:

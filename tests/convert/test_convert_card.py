@@ -318,6 +318,7 @@ def write_report(file: Path, **changed: object) -> None:
         "schema": found["schema"],
         "gguf": {"sha256": found["sha256"]},
         "checkpoint": {"files": [{"sha256": "config"}, {"sha256": found["checkpoint"]}]},
+        "created": "2026-01-02T03:04:05Z",
         "passed": found["passed"],
         "ids": {"sha256": found["ids"]},
         "reference": {"precision": found["precision"]},
@@ -327,6 +328,8 @@ def write_report(file: Path, **changed: object) -> None:
     place = file.parent / "validation" / file.stem / "report.json"
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(report))
+    for page in ("report.md", "report.html"):
+        place.with_name(page).write_text(f"{found['sha256']} {report['created']}")
 
 
 def figures(card: str) -> dict[str, list[str]]:

@@ -356,10 +356,47 @@ def test_the_card_says_what_rounding_causes(floors: list[tuple[float, float]], s
 def test_both_cards_read_the_same_figures(tmp_path: Path, schema: int) -> None:
     report = GOLDEN / f"report-schema-{schema}.json"
     place = tmp_path / "validation" / "x"
+    keep(report, place)
+    stored = read_report(report)
+    assert figures_of(tmp_path, tmp_path / "x.gguf", [stored.sha256]) == stored.figures
+
+
+def keep(report: Path, place: Path) -> None:
+    """Put a report into a folder, with pages that name its file and time as those of all versions do."""
     place.mkdir(parents=True)
     shutil.copy(report, place / "report.json")
     stored = read_report(report)
-    assert figures_of(tmp_path, tmp_path / "x.gguf", [stored.sha256]) == stored.figures
+    for page in ("report.md", "report.html"):
+        (place / page).write_text(f"sha256 {stored.sha256}; {stored.created}")
+
+
+@pytest.mark.parametrize("page", ["report.md", "report.html"])
+@pytest.mark.parametrize("changed", ["sha256", "created", None])
+def test_a_report_counts_only_with_its_own_pages(tmp_path: Path, page: str, changed: str | None) -> None:
+    """The card has the JSON's figures and links to the pages; they must not be missing, or of another run."""
+    place = tmp_path / "validation" / "x"
+    keep(GOLDEN / "report-schema-2.json", place)
+    stored = read_report(place / "report.json")
+
+    def found() -> bool:
+        kept = card_files._kept(place) is not None
+        assert kept == (figures_of(tmp_path, tmp_path / "x.gguf", [stored.sha256]) is not None)
+        return kept
+
+    assert found()
+    text = (place / page).read_text()
+    if changed is None:
+        (place / page).unlink()
+    else:
+        (place / page).write_text(text.replace(getattr(stored, changed), "another"))
+    assert not found()
+
+
+def test_a_kept_report_is_without_what_a_killed_run_left(tmp_path: Path) -> None:
+    place = tmp_path / "x"
+    keep(GOLDEN / "report-schema-2.json", place)
+    (place / ".report.abcd").mkdir()
+    assert card_files._kept(place) is not None and not list(place.glob(".*"))
 
 
 def test_one_rule_recommends_in_both_cards() -> None:
@@ -578,15 +615,16 @@ def test_the_card_is_written_while_no_conversion_writes_it(
 
 def test_only_a_file_is_read_as_an_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a pipe would wait forever, and a file of any size would fill the memory."""
-    golden = GOLDEN / "report-schema-2.json"
-    kept = card_files._kept(golden)
-    assert kept is not None and kept.path == golden
+    places = [tmp_path / name for name in ("pipe", "large", "absent")]
+    for place in places:
+        keep(GOLDEN / "report-schema-2.json", place)
+        assert card_files._kept(place) is not None
+        (place / "report.json").unlink()
     monkeypatch.setattr(card_files, "read_report", lambda _: pytest.fail("it was read"))
-    os.mkfifo(tmp_path / "pipe")
-    with (tmp_path / "large").open("wb") as file:
+    os.mkfifo(tmp_path / "pipe/report.json")
+    with (tmp_path / "large/report.json").open("wb") as file:
         file.truncate(card_files.MOST_REPORT + 1)  # without blocks on disk
-    for name in ("pipe", "large", "absent"):
-        assert card_files._kept(tmp_path / name) is None
+    assert [card_files._kept(place) for place in places] == [None] * 3
 
 
 def test_the_checkpoints_own_card_is_never_overwritten(

@@ -193,6 +193,34 @@ def test_write_makes_the_folder_and_three_files(report: Report, tmp_path: Path) 
     assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json", "report.md"]
 
 
+@pytest.mark.parametrize("renamed", range(3))
+def test_after_a_kill_the_pages_are_those_of_the_json(
+    renamed: int, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JSON that is newer than its pages would stay so forever: its figures are taken for the file's."""
+    write(replace(report, gguf={**report.gguf, "sha256": "99" * 32}), tmp_path)
+    rename, renames = Path.replace, iter(range(3))
+
+    def killed(path: Path, target: Path) -> Path:
+        if next(renames) == renamed:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(report, tmp_path)
+    names = {path.name for path in tmp_path.iterdir() if "99" * 32 not in path.read_text()}
+    assert "report.json" not in names and len(names) == renamed
+    assert not (tmp_path / "report.json").exists()  # nor the old one
+
+
+def test_what_a_killed_run_left_is_removed(report: Report, tmp_path: Path) -> None:
+    (tmp_path / ".report.abcd").mkdir()
+    (tmp_path / ".report.abcd" / "report.md").write_text("a part")
+    write(report, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(4.14e-13, "4.1e-13"), (0.0, "0"), (0.0123, "0.012"), (2.18, "2.2"), (9.99e-3, "1.0e-2")],
