@@ -95,14 +95,11 @@ def card_files(
     """Every model with its report, which is made if there is none. Raises `ValidateError`."""
     shared, files, earlier = Shared(), [], list(made_in(earlier_card(folder)))
     with open_checkpoint(requests[0].checkpoint) as checkpoint:
-        reporter.phase("hashing the checkpoint")
-        shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
+        hashes = [file["sha256"] for file in shared.checkpoint_facts(checkpoint, reporter)["files"]]
         licence = licence_keys(checkpoint.folder)
-    hashes = [file["sha256"] for file in shared.checkpoint["files"]]
     for request in requests:
         name, place = request.gguf.name, folder / REPORTS / stem_of(request.gguf)
-        reporter.phase(f"{name}: hashing")
-        facts = shared.ggufs[request.gguf] = provenance.gguf_facts(request.gguf, reporter.step)
+        facts = shared.gguf_facts(request.gguf, reporter)
         ids, generated = ids_of(request, engine)
         ids_sha256 = provenance.ids_facts(ids, request.source, generated)["sha256"]
         report = _kept(place)

@@ -15,10 +15,11 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.convert.output.journal import stamp
+from kimi_gguf.convert.source.checkpoint import Checkpoint, open_checkpoint
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.facts import engine_facts, machine_facts
-from kimi_gguf.engine.gguf_check import has_mtp
+from kimi_gguf.engine.gguf_check import all_splits, has_mtp
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.version import VERSION
 from kimi_gguf.validate import provenance
@@ -68,8 +69,35 @@ class Shared:
 
     checkpoint: provenance.Facts | None = None
     ggufs: dict[Path, provenance.Facts] = field(default_factory=dict)  # of files that are already hashed
+    # GGUF file or checkpoint -> its files, as they were before they were hashed
+    stamps: dict[Path, dict[Path, str]] = field(default_factory=dict)
     # by token ids, quiet and MTP layer
     truths: dict[tuple[bytes, bool, bool], Truth] = field(default_factory=dict)
+
+    def gguf_facts(self, path: Path, reporter: Reporter) -> provenance.Facts:
+        """The facts of a GGUF file, which is hashed the first time."""
+        if path not in self.ggufs:
+            reporter.phase(f"{path.name}: hashing")
+            self.stamps[path] = {split: stamp(split) for split in all_splits(path)}
+            self.ggufs[path] = provenance.gguf_facts(path, reporter.step)
+        return self.ggufs[path]
+
+    def checkpoint_facts(self, checkpoint: Checkpoint, reporter: Reporter) -> provenance.Facts:
+        """The facts of the checkpoint, which is hashed the first time."""
+        if self.checkpoint is None:
+            reporter.phase("hashing the checkpoint")
+            self.stamps[checkpoint.folder] = {file: stamp(file) for file in provenance.files_of(checkpoint)}
+            self.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
+        return self.checkpoint
+
+    def check_unchanged(self, of: Path) -> None:
+        """Raise `ValidateError` if a file of the GGUF file or checkpoint was replaced since it was hashed."""
+        for path, before in self.stamps[of].items():
+            if stamp(path) != before:
+                what = (
+                    f"{path}: was replaced, changed or removed while it was measured; no report was written"
+                )
+                raise ValidateError(what, todo="run the command again")
 
 
 def validate(
@@ -79,12 +107,9 @@ def validate(
     reporter: Reporter,
     shared: Shared | None = None,
 ) -> Report:
-    """Measure one GGUF file and apply the gates."""
+    """Measure one GGUF file and apply the gates. Raises `ValidateError`, also if a file was replaced meanwhile."""
     began, shared = time.monotonic(), shared or Shared()
-    gguf_facts = shared.ggufs.get(request.gguf)
-    if gguf_facts is None:
-        reporter.phase("hashing the GGUF file")
-        gguf_facts = provenance.gguf_facts(request.gguf, reporter.step)
+    gguf_facts = shared.gguf_facts(request.gguf, reporter)
     reporter.phase("tokenizing")
     ids, generated = ids_of(request, engine)
     with open_gguf(request.gguf) as file:
@@ -103,9 +128,7 @@ def validate(
             raise ValidateError(f"{where}: {below}, found {int(ids.max())}; {todo}")
         if request.against is not None:
             check_model(request.against, request.checkpoint)
-        if shared.checkpoint is None:
-            reporter.phase("hashing the checkpoint")
-            shared.checkpoint = provenance.checkpoint_facts(checkpoint, reporter.step)
+        checkpoint_facts = shared.checkpoint_facts(checkpoint, reporter)
         reporter.phase("comparing tensors with the checkpoint")
         tensors = prove(request.gguf, checkpoint, reporter.step)
         if tensors.misfits:
@@ -156,12 +179,18 @@ def validate(
     reporter.phase("noise floor")
     floor = noise_floor(engine, request.gguf, ids, request.options, FLOOR_UBATCH)
     upstream_runs = rivals[0].runs if upstream is not None else []
+    worst = _worst(engine, request.gguf, own[0], expected[False])
+    for of in (
+        request.gguf,
+        checkpoint.folder,
+    ):  # when everything is read: the hashes are of what was measured
+        shared.check_unchanged(of)
     return Report(
         version=VERSION,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         seconds=round(time.monotonic() - began, 1),
         gguf=gguf_facts,
-        checkpoint=shared.checkpoint,
+        checkpoint=checkpoint_facts,
         ids=provenance.ids_facts(ids, request.source, generated),
         engine=engine_facts(engine),
         machine=machine_facts(),
@@ -173,7 +202,7 @@ def validate(
         floor=floor,
         tensors=tensors,
         greedy=_greedy(own[0], expected[False], generated),
-        worst=_worst(engine, request.gguf, own[0], expected[False]),
+        worst=worst,
         gates=judge(Evidence(gguf_facts["lowest_type"], own, upstream_runs, tensors)),
     )
 

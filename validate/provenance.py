@@ -56,13 +56,17 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:
     }
 
 
+def files_of(checkpoint: Checkpoint) -> list[Path]:
+    """The files of a checkpoint that are hashed: its config, then the weights."""
+    return list(dict.fromkeys((checkpoint.folder / "config.json", *checkpoint.files)))
+
+
 def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Facts:
     """Name, parameter count, and the hashes of the config and weight files."""
-    config = checkpoint.folder / "config.json"
     return {
         "name": checkpoint.folder.resolve().name,
         "parameters": sum(int(np.prod(shape)) for shape in checkpoint.shapes.values()),
-        "files": [_file_facts([path], progress) for path in dict.fromkeys((config, *checkpoint.files))],
+        "files": [_file_facts([path], progress) for path in files_of(checkpoint)],
     }
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import gguf as gguf_py
 import pytest
 from random_checkpoint import VOCAB_SIZE, Spec, write_checkpoint
 
-from kimi_gguf.convert.conversion import convert
+from kimi_gguf.convert.conversion import Options, convert
 from kimi_gguf.convert.types.file_types import TYPES
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.validate import provenance
 from kimi_gguf.validate.cli import main
 
 SPEC = Spec(layers="KM", experts=8, experts_used=3, seed=31)
@@ -76,6 +79,46 @@ def test_given_ids_are_compared_as_they_are(
     assert main([*command, "--threads", "1", "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
     assert (report["ids"]["source"], report["ids"]["count"]) == ("ids.txt", 5)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("command", "replaced"), [("report", "a split"), ("card", "the file"), ("card", "the checkpoint")]
+)
+def test_a_file_that_is_replaced_while_it_is_measured_has_no_report(
+    command: str,
+    replaced: str,
+    engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The report would name the hashes of other bytes than those that were measured."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SPEC)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    convert(
+        checkpoint,
+        hub / "x.gguf",
+        TYPES["F32"],
+        Options(split_max_size=1 << 18 if replaced == "a split" else None),
+    )
+    files = sorted(hub.glob("*.gguf"))
+    target = max(checkpoint.glob("*.safetensors")) if replaced == "the checkpoint" else files[-1]
+    hashed = provenance.checkpoint_facts if replaced == "the checkpoint" else provenance.gguf_facts
+
+    def replace_after(*arguments: Any) -> Any:
+        facts = hashed(*arguments)
+        shutil.copy(target, tmp_path / "copy")
+        (tmp_path / "copy").replace(target)
+        return facts
+
+    monkeypatch.setattr(provenance, hashed.__name__, replace_after)
+    words = ["card", str(hub)] if command == "card" else [str(files[0]), "--out", str(hub / "validation")]
+    words += ["--generate", "0"] if command == "report" else []
+    assert main([*words, "--checkpoint", str(checkpoint), "--tokens", "40", "--threads", "1"]) == 2
+    assert f"{target}: was replaced, changed or removed while" in capsys.readouterr().err
+    assert sorted(hub.rglob("*")) == files
 
 
 @pytest.fixture
