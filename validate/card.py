@@ -34,10 +34,20 @@ from kimi_gguf.convert.output.model_card import (
     target,
 )
 from kimi_gguf.convert.output.model_card import recommended as recommended_models
+from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.gguf_check import all_splits
+from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.plots import PLOTS, Line, images
-from kimi_gguf.validate.report import NO_NOISE, PERPLEXITY, bytes_text, error_text, plain_text, share_text
+from kimi_gguf.validate.report import (
+    NO_NOISE,
+    PERPLEXITY,
+    PRECISIONS,
+    bytes_text,
+    error_text,
+    plain_text,
+    share_text,
+)
 from kimi_gguf.validate.stored import Stored
 
 COLOURS: Final = ("#1f5fa8", "#c2762b", "#1c7a46", "#7b4aa0", "#b3261e", "#3c8f8a", "#8a6d1f", "#5b6875")
@@ -64,6 +74,9 @@ class CardFile(Listed):
 
     elements: Mapping[str, int]  # type -> elements
     report: Stored
+    source: tuple[
+        str, ...
+    ] = ()  # the option that gives the tokens, and its file; empty for the built-in text
 
     @property
     def kld(self) -> float:
@@ -210,19 +223,37 @@ def _checks(files: Sequence[CardFile]) -> str:
         if file.report.unchecked
     ]
     lines += ["What the gates do not cover:", "\n".join(unchecked)] if unchecked else []
-    lines.append("These commands compare a file with the checkpoint again; CHECKPOINT is its folder:")
-    words = [
-        (
-            "validate-kimi",
-            file.path.name,
-            "--checkpoint",
-            "CHECKPOINT",
-            "--out",
-            f"report-{stem_of(file.path)}",
-        )
-        for file in files
-    ]
-    lines.append(code("\n".join(map(shlex.join, words))))
+    sources = "".join(
+        f", and `{code_text(source[1])}` the file with the {'text' if source[0] == '--text' else 'token ids'}"
+        for source in dict.fromkeys(file.source for file in files)
+        if source
+    )
+    lines.append(
+        f"These commands measure the figures of the table again; CHECKPOINT is the checkpoint's folder{sources}:"
+    )
+    lines.append(code("\n".join(shlex.join(_again(file)) for file in files)))
     if again := [file.made.check(file.path.name) for file in files if file.made]:
         lines.append(checking(again))
     return "\n\n".join(lines)
+
+
+def _again(file: CardFile) -> Iterator[str]:
+    """The words of the command that measures the file's figures again: its options are those of the report."""
+    report, usual = file.report, RunOptions()
+    yield from ("validate-kimi", file.path.name, "--checkpoint", "CHECKPOINT", *file.source)
+    if "--ids" not in file.source:
+        yield from ("--tokens", str(report.tokens - report.generated))
+    yield from ("--generate", str(report.generated))
+    if report.backend not in CPU_BACKENDS:
+        yield from ("--build", report.backend, "--gpu-layers", str(report.options.n_gpu_layers))
+    for option, found, default in (
+        ("--batch", report.options.n_batch, usual.n_batch),
+        ("--ubatch", report.options.n_ubatch, usual.n_ubatch),
+        ("--cache-type", report.options.cache_type, usual.cache_type),
+        ("--precision", report.basis.precision, PRECISIONS[0]),
+    ):
+        if found != default:
+            yield from (option, str(found))
+    if report.upstream:
+        yield "--upstream"
+    yield from ("--out", f"report-{stem_of(file.path)}")

@@ -31,6 +31,7 @@ from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.pipeline import Request, Shared, ids_of, validate
 from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.report import check_place, remove_scratch, write
+from kimi_gguf.validate.sample_text import BUILT_IN
 from kimi_gguf.validate.stored import Stored, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
@@ -115,7 +116,10 @@ def card_files(
             ]
             made, elements = made_of(earlier, request.gguf, each), facts["elements_by_type"]
             keys = dict(model.keys) if LICENCE in model.keys else {**model.keys, **licence}
-        files.append(CardFile(request.gguf, keys, parts, made, elements=elements, report=report))
+        source = _source(request)
+        files.append(
+            CardFile(request.gguf, keys, parts, made, elements=elements, report=report, source=source)
+        )
     first = files[0]
     for other in files:
         if other.report.basis.ids_sha256 != first.report.basis.ids_sha256:
@@ -124,6 +128,13 @@ def card_files(
                 todo="convert both files with the same tokenizer",
             )
     return files
+
+
+def _source(request: Request) -> tuple[str, ...]:
+    """The option that gives the tokens, with the name of its file; none for the built-in text."""
+    if request.source == BUILT_IN:
+        return ()
+    return ("--text" if request.ids is None else "--ids", request.source)
 
 
 def _kept(place: Path) -> Stored | None:

@@ -25,6 +25,7 @@ from kimi_gguf.convert.output.journal import one_at_a_time
 from kimi_gguf.convert.output.model_card import licence_note
 from kimi_gguf.convert.plan import model_notes
 from kimi_gguf.convert.source.checkpoint import open_checkpoint
+from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.builds import Engine, ensure, options_of, select
 from kimi_gguf.engine.errors import install
 from kimi_gguf.engine.file_kind import kind_of
@@ -41,6 +42,7 @@ from kimi_gguf.validate.report import (
     FORMATS,
     NO_NOISE,
     PERPLEXITY,
+    PRECISIONS,
     Report,
     check_place,
     limit_text,
@@ -48,7 +50,7 @@ from kimi_gguf.validate.report import (
     plain_text,
     write,
 )
-from kimi_gguf.validate.sample_text import TEXT
+from kimi_gguf.validate.sample_text import BUILT_IN, TEXT
 from kimi_gguf.validate.stored import printable, read_report
 from kimi_gguf.validate.tensors import open_gguf
 
@@ -59,7 +61,6 @@ if TYPE_CHECKING:
 PROGRAM: Final = "validate-kimi"
 PASSED, GATE_FAILED, BAD_INPUT = 0, 1, 2
 PACKAGES: Final = ("torch", "safetensors", "matplotlib")
-PRECISIONS: Final = ("float32", "float64")  # names of torch's types
 # Of the summary: title, field of Summary, format.
 COLUMNS = (
     ("NMSE", "nmse", "error"), ("worst NMSE", "nmse_worst", "error"), ("mean KLD", "kld_mean", "error"),
@@ -67,8 +68,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-MOST_TOKENS = 2**20  # the context that the 48B was trained for
 ALL_LAYERS = 999
+MOST_TOKENS = 2**20  # the context that the 48B was trained for
 
 EXAMPLES = """\
 examples:
@@ -185,7 +186,7 @@ def _add_run_options(parser: argparse.ArgumentParser, subject: str) -> None:
     number("--tokens", 1, MOST_TOKENS, 512, "use at most N tokens of the text (default: %(default)s)")
     add("--upstream", action="store_true", help="also run the file on upstream llama.cpp and compare")
     precision = "set the precision of the torch reference (default: %(default)s)"
-    add("--precision", choices=PRECISIONS, default="float32", help=precision)
+    add("--precision", choices=PRECISIONS, default=PRECISIONS[0], help=precision)
     build = "use this build of llama.cpp, named as in kimi-llama path --help (default: the build that runs)"
     add("--build", "--backend", metavar="NAME", help=build)
     layers = "offload N layers to the GPU (default: all with a GPU backend, else 0)"
@@ -217,8 +218,8 @@ def _request(options: argparse.Namespace, gguf: Path, against: Path | None = Non
             pass
     with open_checkpoint(options.checkpoint):
         pass
-    on_gpu = options_of(options.build)[0] != "cpu"
-    text, ids, source = TEXT, None, "the built-in text"
+    on_gpu = options_of(options.build)[0] not in CPU_BACKENDS
+    text, ids, source = TEXT, None, BUILT_IN
     if options.text is not None:
         text, source = _read(options.text), options.text.name
     if options.ids is not None:

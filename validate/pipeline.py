@@ -39,7 +39,7 @@ from kimi_gguf.validate.measure import (
     truth,
 )
 from kimi_gguf.validate.probe import reference_of, write_quiet_gguf
-from kimi_gguf.validate.report import Greedy, Report, Rival, Worst
+from kimi_gguf.validate.report import UPSTREAM, Greedy, Report, Rival, Worst
 from kimi_gguf.validate.tensors import check_layers, open_gguf, prove
 
 FLOOR_UBATCH = 48  # ubatch size of the noise floor; does not divide the default of 512
@@ -165,8 +165,7 @@ def validate(
         own = runs(engine, "llama.cpp")
         rivals = []
         if upstream is not None:
-            title = "upstream llama.cpp"
-            rivals.append(_rival(title, lambda: runs(upstream, title), reporter))
+            rivals.append(_rival(UPSTREAM, lambda: runs(upstream, UPSTREAM), reporter))
     if request.against is not None:
         other = request.against
 

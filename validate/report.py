@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # they import torch
 FILES = (*PAGES, REPORT)  # in the order in which they get their names
 SCRATCH = ".report."  # in front of the name of the folder in which they are written
 SCHEMA = "kimi-gguf/validation-report/2"
+PRECISIONS = ("float32", "float64")  # of the reference, as torch names them; the first is the default
+UPSTREAM = "upstream llama.cpp"  # the title of this rival
 FACTS = ("gguf", "checkpoint", "ids", "engine", "machine", "reference")  # fields of Report
 SUMMARIES = ("all", "judged", "same_experts", "other_experts")  # fields of Measured
 

@@ -1,5 +1,7 @@
 """The default text of `validate-kimi`: prose, a list, code, numbers, other scripts."""
 
+BUILT_IN = "the built-in text"  # its name in reports
+
 TEXT = """\
 The tide tables for the harbour hang beside the door of the chandlery, next to a barometer that nobody has
 trusted since the winter of the long frost. On a day like this one, with the wind backing to the south-east

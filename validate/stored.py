@@ -19,8 +19,9 @@ import numpy as np
 from kimi_gguf.convert.output.card_folder import basis_of
 from kimi_gguf.convert.output.model_card import Basis, Figures
 from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Curves, LayerError, Summary
-from kimi_gguf.validate.report import SCHEMA
+from kimi_gguf.validate.report import SCHEMA, UPSTREAM
 
 SCHEMAS = ("kimi-gguf/validation-report/1", SCHEMA)
 SHORT = 12  # characters of a hash that tell sources apart
@@ -51,8 +52,12 @@ class Stored:
     type: str
     checkpoint: str
     tokens: int
-    source: str  # of the tokens
+    generated: int  # the last of the tokens, which llama.cpp generated
+    source: str  # of the other tokens
     engine: str  # kimi-gguf and llama.cpp that made the report
+    backend: str
+    options: RunOptions  # those that a user can set
+    upstream: bool  # whether the file was also run on upstream llama.cpp
     floor: Summary
     runs: list[StoredRun]
     unchecked: list[str]
@@ -112,8 +117,12 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         type=_as(str, gguf["type"]),
         checkpoint=_as(str, checkpoint["name"]),
         tokens=_as(int, ids["count"]),
+        generated=_as(int, ids["generated"]),
         source=_as(str, ids["source"]),
         engine=_engine(data),
+        backend=_as(str, data["engine"]["backends"][0]),
+        options=_options(data["options"]),
+        upstream=any(rival["title"] == UPSTREAM for rival in data["rivals"]),
         floor=_summary(data["noise_floor"]),
         runs=runs,
         unchecked=[_as(str, each) for each in data.get("unchecked", [])],
@@ -126,6 +135,16 @@ def _engine(data: Mapping[str, Any]) -> str:
     tree = engine.get("tree_sha256")
     source = f", source tree {_as(str, tree)[:SHORT]}" if tree is not None else ""
     return f"kimi-gguf {version}, llama.cpp {_as(str, engine['commit'])} ({_as(str, engine['kind'])}{source})"
+
+
+def _options(data: Mapping[str, Any]) -> RunOptions:
+    return RunOptions(
+        n_batch=_as(int, data["n_batch"]),
+        n_ubatch=_as(int, data["n_ubatch"]),
+        threads=_as(int, data["threads"]),
+        cache_type=_as(str, data["cache_type"]),
+        n_gpu_layers=_as(int, data["n_gpu_layers"]),
+    )
 
 
 def _run(data: Mapping[str, Any]) -> StoredRun:

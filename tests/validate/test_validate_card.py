@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -33,6 +34,7 @@ from kimi_gguf.validate import card_files
 from kimi_gguf.validate.card import CardFile, card_text, draw_plots, recommended
 from kimi_gguf.validate.cli import main
 from kimi_gguf.validate.errors import ValidateError
+from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.provenance import gguf_facts
 from kimi_gguf.validate.stored import read_report
 
@@ -248,6 +250,54 @@ def test_the_card_names_the_builds_of_the_reports() -> None:
     both = card_text([new, old], ["kld"], [])
     assert f"| validated with | `new.gguf`: kimi-gguf 9.9, llama.cpp x; `old.gguf`: {engine} |" in both
     assert VERSION not in both
+
+
+@pytest.mark.engine
+def test_the_commands_of_the_card_give_its_figures(
+    demo_hub: Path, demo_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reader runs them: in the folder of the files, with the checkpoint and the text."""
+    (line,) = re.findall(
+        r"^validate-kimi demo-Q8_0.gguf .*$", (demo_hub / "README.md").read_text(), re.MULTILINE
+    )
+    hub = tmp_path / "hub"
+    shutil.copytree(demo_hub, hub)
+    shutil.copy(demo_dir / "heldout.txt", hub)
+    monkeypatch.chdir(hub)
+    assert main(shlex.split(line.replace("CHECKPOINT", shlex.quote(str(demo_dir))))[1:]) == 0
+    again, before = (
+        read_report(hub / each / "report.json") for each in ("report-demo-Q8_0", "validation/demo-Q8_0")
+    )
+    assert again.basis == before.basis and again.gates == before.gates
+    assert again.headline.all == before.headline.all
+
+
+@pytest.mark.parametrize(
+    ("changed", "source", "words"),
+    [
+        ({}, (), "--tokens 64 --generate 0"),
+        ({"generated": 2}, (), "--tokens 62 --generate 2"),
+        ({}, ("--ids", "a b"), "--ids 'a b' --generate 0"),
+        (
+            {"options": RunOptions(n_batch=7, n_ubatch=5, cache_type="Q8_0"), "upstream": True},
+            ("--text", "x.txt"),
+            "--text x.txt --tokens 64 --generate 0 --batch 7 --ubatch 5 --cache-type Q8_0 --upstream",
+        ),
+        (
+            {"backend": "cuda", "options": RunOptions(n_gpu_layers=999)},
+            (),
+            "--tokens 64 --generate 0 --build cuda --gpu-layers 999",
+        ),
+    ],
+)
+def test_the_commands_of_the_card_have_the_options_of_the_reports(
+    changed: dict[str, Any], source: tuple[str, ...], words: str
+) -> None:
+    file = card_file()
+    report = replace(file.report, **{"generated": 0, "upstream": False, **changed})
+    card = card_text([replace(file, report=report, source=source)], ["kld"], [])
+    assert f"\nvalidate-kimi x.gguf --checkpoint CHECKPOINT {words} --out report-x\n" in card
+    assert not source or f"`{source[1]}`" in card
 
 
 def test_the_importance_matrix_is_named() -> None:
