@@ -7,6 +7,7 @@ their names and their reports are quoted, or stripped of Markdown and HTML synta
 from __future__ import annotations
 
 import shlex
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -109,10 +110,16 @@ def draw_plots(files: Sequence[CardFile]) -> dict[str, bytes]:
     return images(lines, plots, "png")
 
 
+def facts_of(files: Sequence[CardFile]) -> Mapping[str, object]:
+    """The keys of all files: of each, the value of the smallest file that has it. None has another licence
+    (`card_files.check_licences`)."""
+    return ChainMap(*(dict(file.keys) for file in sorted(files, key=lambda file: file.report.bytes)))
+
+
 def card_text(files: Sequence[CardFile], plots: Sequence[str], notes: Sequence[str]) -> str:
     """The card of the files. `notes`: what a user should know about every file of this model."""
     ordered = sorted(files, key=lambda file: file.report.bytes)
-    facts, report = ordered[0].keys, ordered[0].report
+    facts, report = facts_of(ordered), ordered[0].report
     best = recommended(ordered)
     shown = best[0] if best else ordered[0]
     sections = (
@@ -130,7 +137,7 @@ def card_text(files: Sequence[CardFile], plots: Sequence[str], notes: Sequence[s
         "## How to run it\n\n" + running(shown.path.name, len(all_splits(shown.path)), notes),
         "## How it was made\n\n" + making(ordered),
         "## How it was checked\n\n" + _checks(ordered),
-        *_differences(facts),
+        *_differences(ordered),
         *(["## Notes\n\n" + "\n".join(f"- {plain(note)}" for note in notes)] if notes else []),
     )
     return "\n\n".join(sections) + "\n"
@@ -203,11 +210,15 @@ def _validated_with(files: Sequence[CardFile]) -> str:
     return "; ".join(f"{', '.join(of)}: {engine}" for engine, of in names.items())
 
 
-def _differences(facts: Mapping[str, object]) -> Iterator[str]:
-    """The section about convert-kimi; none for a file of another converter."""
-    if "kimi_gguf.source.config_sha256" in facts:
-        title = "## Differences from files made by llama.cpp's converter"
-        yield "\n".join((f"{title}\n", *differences(facts)))
+def _differences(files: Sequence[CardFile]) -> Iterator[str]:
+    """The section about the files of convert-kimi; names them if there are others."""
+    ours = [file for file in files if "kimi_gguf.source.config_sha256" in file.keys]
+    if not ours:
+        return
+    lines = ["## Differences from files made by llama.cpp's converter\n"]
+    if len(ours) < len(files):
+        lines.append(f"Of {', '.join(f'`{code_text(file.path.name)}`' for file in ours)}:\n")
+    yield "\n".join((*lines, *differences(ours[0].keys)))
 
 
 def _checks(files: Sequence[CardFile]) -> str:

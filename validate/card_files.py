@@ -104,7 +104,8 @@ def card_files(
         ids, generated = ids_of(request, engine)
         ids_sha256 = provenance.ids_facts(ids, request.source, generated)["sha256"]
         report = _kept(place)
-        if report is None or not _is_of(report, request, facts, hashes, ids_sha256):
+        wanted = request, facts, hashes, ids_sha256, upstream is not None
+        if report is None or not _is_of(report, *wanted):
             reporter.phase(name)
             write(validate(request, engine, upstream, reporter, shared), place)
             report = read_report(place / REPORT)
@@ -115,7 +116,7 @@ def card_files(
                 for file, sha256 in zip(model.files, each, strict=True)
             ]
             made, elements = made_of(earlier, request.gguf, each), facts["elements_by_type"]
-            keys = dict(model.keys) if LICENCE in model.keys else {**model.keys, **licence}
+            keys = _licensed(model.keys, licence)
         source = _source(request)
         files.append(
             CardFile(request.gguf, keys, parts, made, elements=elements, report=report, source=source)
@@ -128,6 +129,32 @@ def card_files(
                 todo="convert both files with the same tokenizer",
             )
     return files
+
+
+def check_licences(models: Sequence[Path], checkpoint: Path) -> None:
+    """Raise `ValidateError` if not all files have the same licence: a card names one."""
+    known = licence_keys(checkpoint)
+    first: tuple[Path, tuple[str, ...]] | None = None
+    for path in models:
+        with open_gguf(path) as model:
+            keys = _licensed(model.keys, known)
+        licence = tuple(str(keys.get(f"{LICENCE}{part}", "")) for part in ("", ".name", ".link"))
+        if LICENCE not in keys:
+            continue
+        first = first or (path, licence)
+        if licence != first[1]:
+            expected, found = (f"{' '.join(each)!r:.90}" for each in (first[1], licence))
+            raise ValidateError(
+                f"{path}: licence",
+                expected=f"{expected}, as {first[0].name} has",
+                found=found,
+                todo="convert them with the same README.md of the checkpoint, or put them into folders of their own",
+            )
+
+
+def _licensed(keys: Mapping[str, object], licence: Mapping[str, str]) -> dict[str, object]:
+    """The keys of a file, with the checkpoint's licence if they have none."""
+    return dict(keys) if LICENCE in keys else {**keys, **licence}
 
 
 def _source(request: Request) -> tuple[str, ...]:
@@ -154,8 +181,11 @@ def _kept(place: Path) -> Stored | None:
     return report
 
 
-def _is_of(report: Stored, request: Request, facts: Facts, checkpoint: list[str], ids_sha256: str) -> bool:
-    """Whether the report is of the same bytes, checkpoint, tokens and options."""
+def _is_of(
+    report: Stored, request: Request, facts: Facts, checkpoint: list[str], ids_sha256: str, upstream: bool
+) -> bool:
+    """Whether the report is of the same bytes, checkpoint, tokens and options, and compares with upstream llama.cpp if
+    this is wanted."""
     same = (
         (report.sha256, facts["sha256"]),
         (report.bytes, facts["bytes"]),
@@ -164,7 +194,7 @@ def _is_of(report: Stored, request: Request, facts: Facts, checkpoint: list[str]
         (report.basis.cache_type, request.options.cache_type),
         (report.basis.precision, str(request.dtype).removeprefix("torch.")),
     )
-    return all(found == expected for found, expected in same)
+    return all(found == expected for found, expected in same) and (report.upstream or not upstream)
 
 
 def write_card(files: Sequence[CardFile], folder: Path, notes: Sequence[str]) -> Path:

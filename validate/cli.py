@@ -314,8 +314,8 @@ examples:
       validate both files; write hub/README.md, the reports and the plots; hub/ is ready to be uploaded
 
 After adding a file, run the command again with --force. It does not validate a file again if the report in
-FOLDER/validation is of the same bytes, checkpoint, tokens, cache type and precision. If a file is added, replaced or
-removed while the others are validated, no card is written.
+FOLDER/validation is of the same bytes, checkpoint, tokens, cache type and precision, and with --upstream compares with
+upstream llama.cpp. If a file is added, replaced or removed while the others are validated, no card is written.
 
 exit status: 0 all gates of all files passed; 1 a gate failed (the card says so); 2 bad input; 130 interrupted.
 """
@@ -346,9 +346,11 @@ def _card(words: Sequence[str]) -> int:
     try:
         check_paths(options)
         _load_packages()
+        from kimi_gguf.validate.card import facts_of
         from kimi_gguf.validate.card_files import (
             card_files,
             check_card_place,
+            check_licences,
             check_unchanged,
             models_of,
             stamps_in,
@@ -362,6 +364,7 @@ def _card(words: Sequence[str]) -> int:
         requests = [_request(options, path) for path in paths]
         for path in paths:  # before the first of them is validated, which takes long
             check_model(path, options.checkpoint)
+        check_licences(paths, options.checkpoint)
         engine, upstream = _engines(options)
         with reporting() as reporter:
             files = card_files(requests, options.folder, engine, upstream, reporter)
@@ -383,8 +386,7 @@ def _card(words: Sequence[str]) -> int:
     failed = [file.path.name for file in files if not file.report.passed]
     if not options.quiet:
         print(f"{card}: {len(files)} files" + "".join(f"\nFAIL  {name}" for name in failed))
-        smallest = min(files, key=lambda file: file.report.bytes)
-        if note := licence_note(smallest.keys, card, options.checkpoint):
+        if note := licence_note(facts_of(files), card, options.checkpoint):
             print(f"{PROGRAM}: note: {note}", file=sys.stderr)
     return GATE_FAILED if failed else PASSED
 

@@ -9,6 +9,7 @@ Schemas, which docs/release.md promises to read: 1 (`tensors.unproved`, no `unch
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kimi_gguf.convert.output.card_folder import basis_of
+from kimi_gguf.convert.output.card_folder import MOST_KLD, basis_of, passed_of
 from kimi_gguf.convert.output.model_card import Basis, Figures
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.llama import RunOptions
@@ -109,15 +110,15 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         path=path,
         basis=basis_of(data),
         created=_as(str, data["created"]),
-        passed=_as(bool, data["passed"]),
-        gates=[_as(bool, gate["passed"]) for gate in data["gates"]],
+        passed=passed_of(data),
+        gates=[gate["passed"] for gate in data["gates"]],
         name=_as(str, gguf["name"]),
-        bytes=_as(int, gguf["bytes"]),
+        bytes=_count(gguf["bytes"]),
         sha256=_as(str, gguf["sha256"]),
         type=_as(str, gguf["type"]),
         checkpoint=_as(str, checkpoint["name"]),
-        tokens=_as(int, ids["count"]),
-        generated=_as(int, ids["generated"]),
+        tokens=_count(ids["count"]),
+        generated=_count(ids["generated"]),
         source=_as(str, ids["source"]),
         engine=_engine(data),
         backend=_as(str, data["engine"]["backends"][0]),
@@ -139,40 +140,38 @@ def _engine(data: Mapping[str, Any]) -> str:
 
 def _options(data: Mapping[str, Any]) -> RunOptions:
     return RunOptions(
-        n_batch=_as(int, data["n_batch"]),
-        n_ubatch=_as(int, data["n_ubatch"]),
-        threads=_as(int, data["threads"]),
+        n_batch=_count(data["n_batch"]),
+        n_ubatch=_count(data["n_ubatch"]),
+        threads=_count(data["threads"]),
         cache_type=_as(str, data["cache_type"]),
-        n_gpu_layers=_as(int, data["n_gpu_layers"]),
+        n_gpu_layers=_count(data["n_gpu_layers"]),
     )
 
 
 def _run(data: Mapping[str, Any]) -> StoredRun:
     at = data["per_position"]
-    nmse, kld, top1, differs = (np.array([_number(x) for x in at[name]]) for name in
-                                ("nmse", "kld", "top1", "other_experts"))  # fmt: skip
+    nmse, kld = (np.array([_number(name, x) for x in at[name]]) for name in ("nmse", "kld"))
+    top1, differs = (np.array([_as(bool, x) for x in at[name]]) for name in ("top1", "other_experts"))
     if len({len(nmse), len(kld), len(top1), len(differs)}) != 1 or not len(nmse):
         raise ValueError("per_position: expected lists of one length")
     layers = [
         LayerError(
-            layer=_as(int, each["layer"]),
+            layer=_count(each["layer"]),
             kind=_as(str, each["kind"]),
-            nmse=_number(each["nmse"]),
-            nmse_worst=_number(each["nmse_worst"]),
-            positions=_as(int, each["positions"]),
-            other_experts=_as(int, each["other_experts"]),
+            nmse=_number("nmse", each["nmse"]),
+            nmse_worst=_number("nmse_worst", each["nmse_worst"]),
+            positions=_count(each["positions"]),
+            other_experts=_count(each["other_experts"]),
         )
         for each in data["layers"]
     ]
-    curves = Curves(nmse, kld, top1.astype(bool), differs.astype(bool), layers)
+    curves = Curves(nmse, kld, top1, differs, layers)
     return StoredRun(_as(str, data["variant"]["title"]), _summary(data["all"]), curves)
 
 
 def _summary(data: Mapping[str, Any]) -> Summary:
-    found = {field.name: data[field.name] for field in fields(Summary)}
-    if any(isinstance(value, bool) for value in found.values()):
-        raise TypeError("expected numbers, found true or false")
-    return Summary(positions=_as(int, found.pop("positions")), **{n: _number(x) for n, x in found.items()})
+    names = [field.name for field in fields(Summary) if field.name != "positions"]
+    return Summary(_count(data["positions"]), **{name: _number(name, data[name]) for name in names})
 
 
 def _as(kind: type[T], value: object) -> T:
@@ -181,10 +180,30 @@ def _as(kind: type[T], value: object) -> T:
     return value
 
 
-def _number(value: object) -> float:
-    """A number; null is NaN."""
+def _count(value: object) -> int:
+    count = _as(int, value)
+    if not 0 <= count < 2**63:
+        raise ValueError(f"expected a number from 0 to 2^63 - 1, found {count!r:.40}")
+    return count
+
+
+# Beginning of a figure's name -> the least and the most that can be measured. Rounding makes a KLD of 0 negative.
+RANGES: Mapping[str, tuple[float, float]] = {
+    "nmse": (0, 1e100),
+    "kld": (-1e-6, MOST_KLD),
+    "rms_dp": (0, 1),
+    "top": (0, 1),
+    "ppl": (0, sys.float_info.max),
+}
+
+
+def _number(name: str, value: object) -> float:
+    """The figure `name`; null is NaN."""
     if value is None:
         return float("nan")
-    if not isinstance(value, int | float):
-        raise TypeError(f"expected a number, found {value!r:.40}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, found {value!r:.40}")
+    least, most = next(limits for start, limits in RANGES.items() if name.startswith(start))
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected a number from {least:g} to {most:g}, found {value!r:.40}")
     return float(value)

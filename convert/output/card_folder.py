@@ -8,7 +8,6 @@ while the file has the bytes that they are of. Card and reports may have any con
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ HUB_KEYS: Final = (
 )  # of a checkpoint of the hub
 _MOST_CARD: Final = 1 << 20  # bytes that are read of an earlier card
 MOST_REPORT: Final = 1 << 28  # bytes of the largest report that is read
+MOST_KLD: Final = 1e39  # nats; logits are float32, and a KLD is at most twice the largest
 REPORT: Final = "report.json"  # in the folder of a report; it is written last
 PAGES: Final = ("report.md", "report.html")  # next to it, for people
 
@@ -97,11 +97,11 @@ def figures_of(folder: Path, path: Path, hashes: Sequence[str]) -> Figures | Non
         if (
             gguf.get("files_sha256", [gguf["sha256"]]) != list(hashes)
             or type(kld) not in (int, float)
-            or not 0 <= kld < math.inf
+            or not 0 <= kld <= MOST_KLD
             or not has_pages(file, gguf["sha256"], report["created"])
         ):
             return None
-        return Figures(float(kld), report["passed"] is True, basis_of(report))
+        return Figures(float(kld), passed_of(report), basis_of(report))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError):
         return None  # not a report
 
@@ -116,6 +116,15 @@ def has_pages(report: Path, sha256: str, created: str) -> bool:
         and all(text.encode() in page.read_bytes() for text in (sha256, created))
         for page in pages
     )
+
+
+def passed_of(report: Mapping[str, Any]) -> bool:
+    """The verdict of a report.json of any schema. Raises `ValueError` if it is not that of the gates, `LookupError` or
+    `TypeError` for other data."""
+    passed, gates = report["passed"], [gate["passed"] for gate in report["gates"]]
+    if not gates or not all(isinstance(each, bool) for each in gates) or passed is not all(gates):
+        raise ValueError(f"passed: expected the verdict of the gates {gates!r:.40}, found {passed!r:.40}")
+    return all(gates)
 
 
 def basis_of(report: Mapping[str, Any]) -> Basis:

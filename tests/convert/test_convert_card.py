@@ -320,6 +320,7 @@ def write_report(file: Path, **changed: object) -> None:
         "checkpoint": {"files": [{"sha256": "config"}, {"sha256": found["checkpoint"]}]},
         "created": "2026-01-02T03:04:05Z",
         "passed": found["passed"],
+        "gates": [{"passed": True}, {"passed": found["passed"]}],
         "ids": {"sha256": found["ids"]},
         "reference": {"precision": found["precision"]},
         "options": {"cache_type": found["cache_type"]},
@@ -455,7 +456,7 @@ def test_a_name_that_is_not_utf_8_is_an_error(source: Path, out: Path, words: li
     assert run.err.count("\n") == 1 and not list(out.iterdir())
 
 
-NOT_KLD = ["null", "true", '"0.5"', "-1", "NaN", "Infinity", "1" + "0" * 400, "1" * 5000, "[1]"]
+NOT_KLD = ["null", "true", '"0.5"', "-1", "NaN", "Infinity", "1e40", "1" + "0" * 400, "1" * 5000, "[1]"]
 
 
 @pytest.mark.parametrize("kld", NOT_KLD)
@@ -466,6 +467,16 @@ def test_a_kld_that_is_no_number_is_no_report(two_files: tuple[Path, Listed], kl
     place = file.parent / "validation/a/report.json"
     place.write_text(place.read_text().replace("0.25", kld))
     assert figures_of(file.parent, file, [sha256(file)]) is None
+
+
+@pytest.mark.parametrize("gates", ["[]", '[{"passed": false}]', '[{"passed": 1}]', "[{}]", "1"])
+def test_a_verdict_without_its_gates_is_no_report(two_files: tuple[Path, Listed], gates: str) -> None:
+    file = two_files[0] / "a.gguf"
+    write_report(file)
+    place = file.parent / "validation/a/report.json"
+    text = place.read_text()
+    place.write_text(text.replace(json.dumps([{"passed": True}] * 2), gates))
+    assert place.read_text() != text and figures_of(file.parent, file, [sha256(file)]) is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"runs": []}', "[" * 9999])

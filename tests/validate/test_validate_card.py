@@ -140,6 +140,25 @@ def test_a_new_file_is_validated_and_the_others_are_not(
 
 
 @pytest.mark.engine
+def test_a_kept_report_without_upstream_is_not_one_with_upstream(
+    demo_hub: Path,
+    demo_dir: Path,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def validate(*_: object) -> None:
+        raise ValidateError("measured again")
+
+    words = ["card", str(demo_hub), "--checkpoint", str(demo_dir), "--text", str(demo_dir / "heldout.txt")]
+    monkeypatch.setattr(card_files, "validate", validate)
+    for upstream, status in ((None, 0), (engine, 2)):
+        monkeypatch.setattr("kimi_gguf.validate.cli._engines", lambda _, found=upstream: (engine, found))
+        assert main([*words, *SHORT, "--force"]) == status
+        assert ("measured again" in capsys.readouterr().err) == (status == 2)
+
+
+@pytest.mark.engine
 @pytest.mark.usefixtures("engine")
 def test_what_the_converter_wrote_is_kept(tmp_path: Path) -> None:
     """convert-kimi --model-card, then the card with figures, and again with another file."""
@@ -470,6 +489,45 @@ def test_a_stored_figure_is_a_number(tmp_path: Path, kld: object) -> None:
     (tmp_path / "report.json").write_text(json.dumps(data))
     with pytest.raises(ValidateError, match="damaged"):
         read_report(tmp_path / "report.json")
+
+
+CONFIG = "kimi_gguf.source.config_sha256"
+
+
+def test_the_card_has_the_facts_of_all_files() -> None:
+    """Not only of the smallest, which may be of another converter."""
+    small = card_file("small.gguf", 1)
+    keys = {"general.license": "mit", "general.quantized_by": "me", CONFIG: SHA256}
+    ours, more = card_file("ours.gguf", 2, **keys), card_file("more.gguf", 3, **keys)
+    for order in ([small, ours, more], [more, ours, small]):
+        card = card_text(order, ["kld"], [])
+        assert '\nlicense: "mit"\n' in card and '\nquantized_by: "me"\n' in card and f"`{SHA256}`" in card
+        section = card.partition("\n## Differences from")[2]
+        assert "Of `ours.gguf`, `more.gguf`:" in section and "small.gguf" not in section
+    assert "`ours.gguf`" not in card_text([ours, more], ["kld"], []).partition("\n## Differences from")[2]
+
+
+def test_files_of_different_licences_have_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The front matter has one licence. A file without one gets that of the checkpoint."""
+    checkpoint, hub = write_checkpoint(tmp_path / "checkpoint", Spec(layers="KM")), tmp_path / "hub"
+    hub.mkdir()
+    convert(checkpoint, hub / "none.gguf", TYPES["F32"])
+    for licence in ("mit", "apache-2.0"):
+        (checkpoint / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+        convert(checkpoint, hub / f"{licence}.gguf", TYPES["F32"])
+    monkeypatch.setattr("kimi_gguf.validate.cli._engines", lambda _: pytest.fail("no difference was found"))
+    for removed in (None, "none", "mit"):
+        if removed:
+            (hub / f"{removed}.gguf").rename(tmp_path / f"{removed}.gguf")
+        if removed == "mit":  # what remains has the checkpoint's licence
+            (tmp_path / "none.gguf").rename(hub / "none.gguf")
+            card_files.check_licences(card_files.models_of(hub), checkpoint)
+            (checkpoint / "README.md").write_text("---\nlicense: mit\n---\n")
+        assert main(["card", str(hub), "--checkpoint", str(checkpoint)]) == 2
+        error = capsys.readouterr().err
+        assert "licence: expected 'apache-2.0" in error and "found 'mit" in error
 
 
 def test_equal_files_are_both_recommended() -> None:

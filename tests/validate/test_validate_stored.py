@@ -127,6 +127,37 @@ def test_what_is_not_a_report_is_refused(content: bytes, said: str, tmp_path: Pa
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("gates",), []),
+        (("gates", 0, "passed"), False),
+        (("passed",), False),
+        (("runs", 0, "all", "kld_mean"), 1e308),
+        (("runs", 0, "all", "kld_mean"), -0.1),
+        (("runs", 0, "all", "kld_p99"), math.nan),
+        (("runs", 0, "all", "ppl_test"), math.inf),
+        (("runs", 0, "all", "top1"), 1.01),
+        (("runs", 0, "per_position", "nmse", 5), -1e-9),
+        (("runs", 0, "per_position", "top1", 5), 1),
+        (("runs", 0, "layers", 0, "layer"), 10**400),
+        (("runs", 0, "layers", 0, "positions"), -1),
+        (("gguf", "bytes"), 10**400),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused(
+    place: tuple[str | int, ...], value: object, tmp_path: Path
+) -> None:
+    """A verdict that is not that of the gates, and figures that nobody can have measured."""
+    changed = data = json.loads(golden(SCHEMA).read_text())
+    for key in place[:-1]:
+        changed = changed[key]
+    changed[place[-1]] = value
+    (tmp_path / "report.json").write_text(json.dumps(data))
+    with pytest.raises(ValidateError, match="damaged"):
+        read_report(tmp_path / "report.json")
+
+
 def _leaves(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     items = data.items() if isinstance(data, dict) else enumerate(data[:1]) if isinstance(data, list) else ()
     return [path, *(leaf for key, value in items for leaf in _leaves(value, (*path, key)))]
