@@ -42,10 +42,10 @@ from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.plots import PLOTS, Line, images
 from kimi_gguf.validate.report import (
     NO_NOISE,
-    PERPLEXITY,
     PRECISIONS,
     bytes_text,
     error_text,
+    perplexity_text,
     plain_text,
     share_text,
 )
@@ -98,12 +98,14 @@ def draw_plots(files: Sequence[CardFile]) -> dict[str, bytes]:
         for i, file in enumerate(ordered)
     ]
 
+    unit, unit_name = (1e9, "GB") if max(file.report.bytes for file in files) >= 1e8 else (1e6, "MB")
+
     def by_size(axes: Axes, lines: Sequence[Line]) -> None:
         for file, line in zip(ordered, lines, strict=True):
-            size = file.report.bytes / 1e9
+            size = file.report.bytes / unit
             axes.plot(size, max(file.kld, 1e-16), "o", color=line.colour)
             axes.annotate(line.text, (size, max(file.kld, 1e-16)), xytext=(4, 4), textcoords="offset points")
-        axes.set(yscale="log", xlabel="GB", ylabel="mean KLD (nats)")
+        axes.set(yscale="log", xlabel=unit_name, ylabel="mean KLD (nats)")
         axes.margins(x=0.25, y=0.15)
 
     plots = {SIZE_PLOT: ((10.4, 3.1), by_size), **PLOTS} if len(files) > 1 else PLOTS
@@ -181,7 +183,8 @@ def _legend(files: Sequence[CardFile], best: Sequence[CardFile]) -> str:
     text = (
         f"KLD is KL(reference || file) in nats, over {report.tokens} tokens ({plain(report.source)}). "
         f"{_noise([file.report.floor for file in files])} The reference has perplexity "
-        f"{plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults. {PERPLEXITY}"
+        f"{plain_text(report.headline.all.ppl_reference)}; perplexity hides many faults. "
+        f"{perplexity_text([report.source])}"
     )
     if not comparable(file.report.figures for file in files):
         text += f" {INCOMPARABLE}"

@@ -26,9 +26,10 @@ from kimi_gguf.engine.file_kind import kind_of
 from kimi_gguf.engine.progress import Reporter
 from kimi_gguf.engine.split_names import place_in_set
 from kimi_gguf.validate import provenance
-from kimi_gguf.validate.card import CardFile, card_text, draw_plots
+from kimi_gguf.validate.card import SIZE_PLOT, CardFile, card_text, draw_plots
 from kimi_gguf.validate.errors import ValidateError
 from kimi_gguf.validate.pipeline import Request, Shared, ids_of, validate
+from kimi_gguf.validate.plots import PLOTS
 from kimi_gguf.validate.provenance import Facts
 from kimi_gguf.validate.report import check_place, remove_scratch, write
 from kimi_gguf.validate.sample_text import BUILT_IN
@@ -86,8 +87,16 @@ def check_card_place(folder: Path, models: Sequence[Path], overwrite: bool, chec
     stems = [stem_of(model) for model in models]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise ValidateError(f"{folder}: two models are named {min(twice)!r}", todo="rename one of them")
-    for stem in stems:
+    plots = [f"{name}.png" for name in (SIZE_PLOT, *PLOTS)]
+    for model, stem in zip(models, stems, strict=True):
+        if stem in (".", "..") or stem.casefold() in plots:
+            raise ValidateError(
+                f"{model}: {REPORTS}/{stem} cannot be the folder of its report", todo="rename the file"
+            )
         check_place(folder / REPORTS / stem)
+    for plot in plots:
+        if (folder / REPORTS / plot).is_dir():
+            raise ValidateError(f"{folder / REPORTS / plot}: expected a plot or nothing, found a folder")
 
 
 def card_files(

@@ -41,12 +41,12 @@ from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.report import (
     FORMATS,
     NO_NOISE,
-    PERPLEXITY,
     PRECISIONS,
     Report,
     check_place,
     limit_text,
     number_text,
+    perplexity_text,
     plain_text,
     write,
 )
@@ -300,7 +300,8 @@ def _summary(report: Report, html: Path) -> None:
         console.print(f"      {failure}", markup=False, soft_wrap=True)
     reference = f"The reference has perplexity {plain_text(report.headline.all.ppl_reference)}."
     noise = [NO_NOISE] if report.floor.nmse == 0 else []
-    for said in (*report.unchecked, *noise, f"{reference} {PERPLEXITY}"):
+    perplexity = perplexity_text([report.ids["source"]])
+    for said in (*report.unchecked, *noise, f"{reference} {perplexity}"):
         console.print(f"note  {said}", markup=False, soft_wrap=True)
     console.print(f"[bold]{'PASS' if report.passed else 'FAIL'}[/]  report: {html}")
 
@@ -421,7 +422,7 @@ def _show(words: Sequence[str]) -> int:
             table.add_row(*map(Text, (*cells, *_cells(run.all))))
         table.add_row("  noise floor", "", "", "", *_cells(each.floor), end_section=True)
     _Output(160).print(table)
-    print(PERPLEXITY)
+    print(perplexity_text([each.source for each in reports]))
     if len({each.basis.ids_sha256 for each in reports}) > 1:
         print("The reports are of different tokens: their figures cannot be compared.")
     return PASSED if all(each.passed for each in reports) else GATE_FAILED

@@ -107,7 +107,8 @@ def by_position(axes: Axes, lines: Sequence[Line]) -> None:
     differs = np.flatnonzero(last.differs)
     if len(differs):
         errors = _visible(last.nmse[differs])
-        axes.semilogy(differs, errors, "o", markersize=4, color=MARK, label="expert mismatch")
+        of = f" of{lines[-1].text}" if len(lines) > 1 else ""
+        axes.semilogy(differs, errors, "o", markersize=4, color=MARK, label=f"expert mismatch{of}")
     _whole_decades(axes)
     axes.set(xlabel="position", ylabel="NMSE", xlim=(0, max(1, len(last.nmse) - 1)))
     _legend(axes)

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 from gguf import GGUFWriter
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from random_checkpoint import Spec, write_checkpoint
 from test_validate_stored import GOLDEN
 
@@ -579,6 +580,22 @@ def test_hostile_texts_are_shown_as_text(text: str) -> None:
     assert len(re.findall(r"(?<!\\)\|", row)) == 11
 
 
+@pytest.mark.parametrize(("size", "unit", "shown"), [(5_000_000, "MB", 5), (300_000_000, "GB", 0.3)])
+def test_sizes_have_a_unit_that_fits(
+    size: int, unit: str, shown: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(
+        "kimi_gguf.validate.card.images", lambda lines, plots, form: drawn.append((lines, plots)) or {}
+    )
+    draw_plots([card_file("a", size, 0.1), card_file("b", size // 2, 0.2)])
+    ((lines, plots),) = drawn
+    axes = Figure().subplots()
+    plots["kld_by_size"][1](axes, lines)
+    assert axes.get_xlabel() == unit
+    assert max(float(point.get_xdata()[0]) for point in axes.lines) == pytest.approx(shown)
+
+
 def test_hostile_names_do_not_break_the_plots() -> None:
     plots = draw_plots([card_file(f"{text.replace('/', '')}.gguf") for text in HOSTILE])
     assert len(plots) == 5
@@ -603,6 +620,23 @@ def test_a_folder_without_files_gives_status_2(
     assert main(["card", str(tmp_path / "hub"), "--checkpoint", str(demo_dir)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("validate-kimi: error: ") and said in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["kld.png", "KLD_by_size.PNG", ".", ".."])
+def test_a_name_whose_report_has_no_place_is_refused_before_anything_is_measured(
+    name: str, demo_dir: Path, tmp_path: Path
+) -> None:
+    """The plots have their names in the same folder; ".." is another one."""
+    with pytest.raises(ValidateError, match="cannot be the folder of its report; rename the file"):
+        card_files.check_card_place(tmp_path, [tmp_path / f"{name}.gguf"], False, demo_dir)
+
+
+def test_a_plot_that_cannot_be_written_is_found_before_anything_is_measured(
+    demo_dir: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "validation/agreement.png").mkdir(parents=True)
+    with pytest.raises(ValidateError, match=r"agreement\.png: expected a plot"):
+        card_files.check_card_place(tmp_path, [tmp_path / "x.gguf"], False, demo_dir)
 
 
 def test_every_file_is_opened_before_one_is_validated(
