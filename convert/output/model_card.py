@@ -43,11 +43,8 @@ _FENCE: Final = re.compile("`{3,}sh")
 _MADE: Final = re.compile(
     r"<!-- SHA-256: ([0-9a-f]{64}(?: [0-9a-f]{64})*) -->\nMade by kimi-gguf ([\w.+]+):\n"
 )
-# What Markdown may read as syntax. Left as they are: `-` and `.` between letters or digits; other points and `)`
-# unless they follow a digit, where they may begin a list. A point after www may begin a link.
-_SYNTAX: Final = re.compile(
-    r"[!#$&*+:<=>@\[\\\]^_`{|}~]|(?<!\w)-|-(?!\w)|(?<![^\W\d])[.)](?!\w)|(?i:(?<=www)\.)"
-)
+# What Markdown may read as syntax: anywhere, in front of an address, and where a list may begin.
+_SYNTAX: Final = re.compile(r"[#$&*<=>@[\\\]^_`{|}~]|:(?=//)|(?i:(?<=www)\.)|^[-+]|^[0-9]+[.)](?= |$)")
 # Not by backslashes: cells and formulas are looked for before Markdown is read, mail addresses after it.
 _REFERENCES: Final = {"|": "&#124;", "\\": "&#92;", "$": "&#36;", "@": "&#64;\u2060"}  # U+2060 has no width
 _WRITTEN: Final = re.compile(r"(&#(?:124|92|36);|&#64;\u2060)|\\([!-/:-@[-`{-~])")
@@ -411,7 +408,7 @@ def plain(text: str) -> str:
     """Text that Markdown shows as it is, on one line, without links and formulas. `_read_plain` reads it."""
     printable = "".join(c if c.isprintable() else " " for c in text)
     words = " ".join(printable.split())  # indented text would be code
-    return _SYNTAX.sub(lambda found: _REFERENCES.get(found[0], f"\\{found[0]}"), words)
+    return _SYNTAX.sub(lambda found: _REFERENCES.get(found[0], f"{found[0][:-1]}\\{found[0][-1]}"), words)
 
 
 def _read_plain(written: str) -> str:
