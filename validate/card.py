@@ -75,9 +75,7 @@ class CardFile(Listed):
 
     elements: Mapping[str, int]  # type -> elements
     report: Stored
-    source: tuple[
-        str, ...
-    ] = ()  # the option that gives the tokens, and its file; empty for the built-in text
+    source: tuple[str, ...] = ()  # the option that gives the tokens, and its file; empty: the built-in text
 
     @property
     def kld(self) -> float:

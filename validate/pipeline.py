@@ -179,10 +179,7 @@ def validate(
     floor = noise_floor(engine, request.gguf, ids, request.options, FLOOR_UBATCH)
     upstream_runs = rivals[0].runs if upstream is not None else []
     worst = _worst(engine, request.gguf, own[0], expected[False])
-    for of in (
-        request.gguf,
-        checkpoint.folder,
-    ):  # when everything is read: the hashes are of what was measured
+    for of in (request.gguf, checkpoint.folder):  # everything is read: the hashes are of what was measured
         shared.check_unchanged(of)
     return Report(
         version=VERSION,
