@@ -17,7 +17,7 @@ def test_the_page_has_the_table_and_the_figures() -> None:
     page = (DOCS / "gpu.md").read_text()
     assert "\n".join(table()) in page
     found = sizes("kimi-q4")
-    assert f"They are {found.rest / 1e9:.1f} of {found.total / 1e9:.1f} GB" in page.replace("\n", " ")
+    assert f"They take {found.rest / 1e9:.1f} of the {found.total / 1e9:.1f} GB" in page.replace("\n", " ")
     assert f"states: {gpu_memory.STATES / 2**20:.0f} MiB" in page
     assert f"F16 cache: {7 * gpu_memory.LATENT * 2 * gpu_memory.CONTEXT >> 20} MiB" in page
 
