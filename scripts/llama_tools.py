@@ -79,7 +79,8 @@ _PROMPT = {
     "-p", "--prompt", "-f", "--file", "-bf", "--binary-file",
     "-cnv", "--conversation", "-i", "--interactive", "-if", "--interactive-first",
 }  # fmt: skip
-WORKERS = "--workers"  # kimi-llama's name for llama.cpp's --rpc
+WORKERS = "--workers"  # kimi-llama's name for llama.cpp's option
+_REMOTE = {WORKERS, "--rpc"}
 _DRAFT = {"-md", "--model-draft", "--spec-draft-model"}
 _KIND = "--spec-type"  # of drafts
 _MTP = "draft-mtp"
@@ -158,7 +159,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
         return _run_without_prompt(command, model)
     # Python ignores SIGPIPE, and the program would too: it would go on after its reader has ended. Only programs with
     # connections want that.
-    if name != "serve" and not {"--rpc", WORKERS} & _options(given):
+    if name != "serve" and not _REMOTE & _options(given):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.execv(command[0], command)
 
@@ -174,10 +175,9 @@ def _run_without_prompt(command: list[str], model: Path) -> int:
 
 def _check_workers(given: Sequence[str]) -> None:
     """Raise `EngineError` unless workers are named by their addresses: llama.cpp would describe its own option."""
-    options = {WORKERS, "--rpc"}
-    if not options & _options(given):
+    if not _REMOTE & _options(given):
         return
-    for worker in ",".join(_values(given, options)).split(","):
+    for worker in ",".join(_values(given, _REMOTE)).split(","):
         if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", worker):
             raise EngineError(
                 f"{WORKERS}: no address of a worker",

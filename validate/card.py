@@ -1,7 +1,7 @@
 """The model card of a folder of GGUF files: every file with its report, in one table and in plots.
 
 Input: the files with their reports and keys. Output: README.md and the plots that it shows. Strings from the files,
-their names and their reports are quoted, or stripped of Markdown and HTML syntax.
+their names and their reports are quoted or escaped: Markdown and HTML show them as text.
 """
 
 from __future__ import annotations

@@ -67,16 +67,16 @@ def test_path_before_a_build_says_to_build(tmp_path: Path) -> None:
     ],
 )
 def test_a_worker_is_named_by_its_address(built: Path, words: list[str], found: str) -> None:
-    told = call(built, "run", str(built / "model.gguf"), "-p", "x", *words)
-    assert (told.returncode, told.stdout) == (1, "")
-    assert f"expected HOST:PORT,... such as 10.0.0.2:50052, found {found}; " in told.stderr
-    assert "kimi-llama worker --help" in told.stderr
+    ended = call(built, "run", str(built / "model.gguf"), "-p", "x", *words)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert f"expected HOST:PORT,... such as 10.0.0.2:50052, found {found}; " in ended.stderr
+    assert "kimi-llama worker --help" in ended.stderr
 
 
 def test_addresses_of_workers_are_passed_on(built: Path) -> None:
-    told = call(built, "run", str(built / "model.gguf"), "-p", "x", "--workers", "10.0.0.2:50052,host-1:1")
-    assert told.returncode == 7, "the tool's own exit status"
-    words = told.stdout.splitlines()
+    ended = call(built, "run", str(built / "model.gguf"), "-p", "x", "--workers", "10.0.0.2:50052,host-1:1")
+    assert ended.returncode == 7, "the tool's own exit status"
+    words = ended.stdout.splitlines()
     assert words[words.index("--rpc") + 1] == "10.0.0.2:50052,host-1:1"
 
 

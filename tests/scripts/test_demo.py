@@ -113,8 +113,8 @@ def test_a_failed_step_names_a_log_that_it_wrote(fails: str, step: str, log: str
     variables = os.environ | {"FAILS": fails, "HOW": "exit 7"}
     ended = subprocess.run(["scripts/demo"], cwd=installed, env=variables, capture_output=True, text=True)
     assert ended.returncode == 7
-    told = f"; the output of llama.cpp is in out/{log}" if log else ""
-    assert ended.stderr == f'demo: error: "{step}" failed{told}\n'
+    where = f"; the output of llama.cpp is in out/{log}" if log else ""
+    assert ended.stderr == f'demo: error: "{step}" failed{where}\n'
     assert not log or (installed / "out" / log).is_file()
 
 
