@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: the build that runs)")  # fmt: skip
     add("--device", metavar="NAME",
         help="use this device of the backend, such as CUDA1 (default: the first)")  # fmt: skip
-    add("--workers", type=lambda text: tuple(text.split(",")), metavar="HOST:PORT,..",
+    add("--workers", metavar="HOST:PORT,..",
         help="measure on this machine and over these workers, and count the bytes sent and received")  # fmt: skip
     add("--threads", type=numbers(1, MAX_THREADS), metavar="N,..",
         help=f"use N CPU threads (default: {CORES}; 4 on a GPU)")  # fmt: skip

@@ -45,6 +45,7 @@ from kimi_gguf.bench.shapes import TYPES, chosen_model
 from kimi_gguf.bench.speculative import cost_table, measure_cost, measure_server, server_table
 from kimi_gguf.bench.workers import measure_workers
 from kimi_gguf.convert.errors import ConvertError
+from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build_spec import CPU_BACKENDS
 from kimi_gguf.engine.builds import Engine, ensure, exists_or_compiles, options_of, select
 from kimi_gguf.engine.errors import EngineError
@@ -72,10 +73,11 @@ def run(parsed: argparse.Namespace, words: list[str]) -> int:
             page.write_page(manifest.selected(), manifest.page, manifest.title, others)
             return 0
         if parsed.workers:
+            workers = addresses(parsed.workers)
             with reporting() as reporter:
                 engine = chosen_build(parsed)
                 for make in makers(parsed, engine, reporter):
-                    measure_workers(parsed, engine, open_model(make()))
+                    measure_workers(parsed, workers, engine, open_model(make()))
             return 0
         records = [each for file in parsed.records or () for each in load_all(file)]
         records = records or [Run(parsed, words).all()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from kimi_gguf.bench import report
@@ -21,7 +22,9 @@ STEPS = 32  # timed decodes of single tokens
 WARM = 2
 
 
-def measure_workers(parsed: argparse.Namespace, engine: Engine, model: ModelFile) -> None:
+def measure_workers(
+    parsed: argparse.Namespace, addresses: Sequence[str], engine: Engine, model: ModelFile
+) -> None:
     """Measure each batch at each depth, here and over the workers."""
     batches, depths = SIZES[False, False]
     depths, batches = parsed.depth or depths, parsed.batch or batches
@@ -33,7 +36,7 @@ def measure_workers(parsed: argparse.Namespace, engine: Engine, model: ModelFile
     n_ctx = max(depths) + max(batches) * (WARM + max(map(steps_of, batches)))
     everywhere: tuple[tuple[str, list[str]], ...] = (
         ("here", []),
-        (f"{len(parsed.workers)} workers", list(parsed.workers)),
+        (f"{len(addresses)} workers", list(addresses)),
     )
     for where, workers in everywhere:
         with Runner(where, environment) as runner:

@@ -8,7 +8,6 @@ gets its name when it is complete, and `run` without a prompt, to say what is mi
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 from collections.abc import Collection, Sequence
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError
@@ -174,17 +174,9 @@ def _run_without_prompt(command: list[str], model: Path) -> int:
 
 
 def _check_workers(given: Sequence[str]) -> None:
-    """Raise `EngineError` unless workers are named by their addresses: llama.cpp would describe its own option."""
-    if not _REMOTE & _options(given):
-        return
-    for worker in ",".join(_values(given, _REMOTE)).split(","):
-        if not re.fullmatch(r"[^:\s]+:[0-9]{1,5}", worker):
-            raise EngineError(
-                f"{WORKERS}: no address of a worker",
-                expected="HOST:PORT,... such as 10.0.0.2:50052",
-                found=worker or "nothing",
-                todo="start each worker on its machine: kimi-llama worker --help",
-            )
+    """Raise `EngineError` unless workers are named by their addresses."""
+    if _REMOTE & _options(given):
+        addresses(",".join(_values(given, _REMOTE)))
 
 
 def _expect_to_run(engine: Engine) -> None:

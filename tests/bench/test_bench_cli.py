@@ -286,6 +286,11 @@ def test_an_option_for_one_number_refuses_several(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.endswith("argument --seed: '1,2': expected one number from 1 on\n")
 
 
+def test_a_worker_is_named_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kimi_llama.main(["bench", "--workers", "10.0.0.2:50052,foo"]) == 1
+    assert "expected HOST:PORT,... such as 10.0.0.2:50052, found foo; " in capsys.readouterr().err
+
+
 @pytest.fixture
 def one_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder, the current one, with a model and a llama-bench that notes its arguments; there is no upstream."""
