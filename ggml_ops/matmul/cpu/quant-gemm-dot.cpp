@@ -126,6 +126,7 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     Ints    factor[SLICE / 16];
     RowSums sums[N_C];
     Ints    products[N_C];
+    Ints    fourfold[N_C];  // products times four
     Ints    minimum[N_C];
     Floats  d;
     Floats  dmin;
@@ -135,6 +136,7 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             products[c] = ints(0);
+            fourfold[c] = ints(0);
             minimum[c]  = ints(0);
             sums[c][0]  = Type::SCHEME == Scheme::q8_K_256 ? broadcast_ints(&acts(c).start) : ints(0);
         }
@@ -144,7 +146,11 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
 
     inline void factors(int b, Ints x) { factor[b] = x; }
 
-    inline void codes(int b, int j, Ints x) {
+    inline void codes(int b, int j, Ints x) { add(b, j, x, products); }
+
+    inline void codes_times_4(int b, int j, Ints x) { add(b, j, x, fourfold); }
+
+    inline void add(int b, int j, Ints x, Ints (&to)[N_C]) {
         const int sub = SUB == 16 ? 2 * b + j / 4 : b;
         if (j == 0) {
             prefetch_part<AHEAD>(ahead, b);
@@ -157,7 +163,7 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
             }
             add_codes<Type::CODES>(sums[c], j, x, acts(c).codes + BLOCK * b);
             if (SUB != SLICE && j % TOGETHER == TOGETHER - 1) {
-                products[c] = add_32(products[c], total_times(sums_of_rows(sums[c]), factor[sub]));
+                to[c] = add_32(to[c], total_times(sums_of_rows(sums[c]), factor[sub]));
             }
         }
     }
@@ -178,7 +184,8 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
     inline void finish() {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const Ints   whole = SUB == SLICE ? sums[c][0] : products[c];
+            const Ints   parts = add_32(products[c], right_signed_32(fourfold[c], 2));
+            const Ints   whole = SUB == SLICE ? sums[c][0] : parts;
             const Floats scale = broadcast_floats(&acts(c).scale);
             if constexpr (has_minima(Type::SCHEME)) {
                 total[c] = add_super_block(total[c], whole, d, minimum[c], dmin, scale);

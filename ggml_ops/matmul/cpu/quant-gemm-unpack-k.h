@@ -102,12 +102,18 @@ struct Q2_KGroups {
 
 #else
 
+// Every second block is given times four, so that there is one shift for two blocks.
 template <typename To> inline void give_q2_K(To & to, int b, const Ints (&x)[8], Ints scales, int i) {
     to.factors(2 * b, factor_of(scales, i));
     to.factors(2 * b + 1, factor_of(scales, i + 1));
 #pragma GCC unroll 8
     for (int j = 0; j < 8; j++) {
-        to.codes(b, j, right_16(x[j], 2 * (b % 4)) & bytes(3));
+        const Ints two_pairs = b % 4 < 2 ? x[j] : right_16(x[j], 4);
+        if (b % 2 == 0) {
+            to.codes(b, j, two_pairs & bytes(3));
+        } else {
+            to.codes_times_4(b, j, two_pairs & bytes(12));
+        }
     }
 }
 
@@ -322,21 +328,24 @@ struct Q6_K {
         rows.load16(at + offsetof(block_q6_K, scales), scales);
         give_signed_factors<5>(to, scales);
         for (int part = 0; part < 2; part++) {
-            Ints upper[8];
-            rows.quants32(at + offsetof(block_q6_K, qh) + 32 * part, upper);
 #pragma GCC unroll 2
-            for (int i = 0; i < 2; i++) {
-                Ints x[8];
-                rows.quants32(at + offsetof(block_q6_K, ql) + 64 * part + 32 * i, x);
-#pragma GCC unroll 8
-                for (int j = 0; j < 8; j++) {
-                    const Ints up = left_16(upper[j], 4 - 2 * i);
-                    to.codes(4 * part + i, j, low_nibbles(x[j]) | (up & bytes(0x30)));
-                }
-#pragma GCC unroll 8
-                for (int j = 0; j < 8; j++) {
-                    const Ints up = i == 0 ? upper[j] : right_16(upper[j], 2);
-                    to.codes(4 * part + i + 2, j, high_nibbles(x[j]) | (up & bytes(0x30)));
+            for (int half = 0; half < 2; half++) {
+                Ints upper[4];
+                rows.quants16(at + offsetof(block_q6_K, qh) + 32 * part + 16 * half, upper);
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; i++) {
+                    Ints x[4];
+                    rows.quants16(at + offsetof(block_q6_K, ql) + 64 * part + 32 * i + 16 * half, x);
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        const Ints up = left_16(upper[j], 4 - 2 * i);
+                        to.codes(4 * part + i, 4 * half + j, low_nibbles(x[j]) | (up & bytes(0x30)));
+                    }
+#pragma GCC unroll 4
+                    for (int j = 0; j < 4; j++) {
+                        const Ints up = i == 0 ? upper[j] : right_16(upper[j], 2);
+                        to.codes(4 * part + i + 2, 4 * half + j, high_nibbles(x[j]) | (up & bytes(0x30)));
+                    }
                 }
             }
         }

@@ -29,6 +29,8 @@ struct PanelLanes {
     inline void codes(int b, int j, Ints x) const { store_ints(panel.codes[b][j][first], x); }
 #endif
 
+    inline void codes_times_4(int b, int j, Ints x) { codes(b, j, right_16(x, 2)); }
+
     inline void scales(int b, Floats x) const { store_floats(panel.scales[b] + first, x); }
 
     inline void factors(int b, Ints x) const { store_ints(panel.factors[b] + first, x); }

@@ -8,6 +8,7 @@
 //   factors(b, x)        before the quants: integer factors (per block of 32, or of 16) in the form of total_times
 //   codes(b, j, x)       for j = 0 .. 7 in order: quants 4j .. 4j + 3 of every row, or of RowsApart j / 4 * 16 .. + 15 of
 //                        row j % 4. Q3_K: the first halves of all blocks (j = 0 .. 3), then the second ones
+//   codes_times_4(b, ...)  instead, four times these quants
 //   scales(b, x)         after the quants
 // and, at any time, super_scales(x), minimum_scales(x), and minima(pair, x) of two neighbouring blocks.
 
