@@ -34,6 +34,7 @@ SCHEMA = 3
 _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
 _AGAIN = "measure again"
 MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
+_MOST_INT8 = 4.4  # times the float32 rate: a vector has four times as many bytes as floats
 _NEWER = {1: SCHEMA, 2: MACHINE_SCHEMA}  # schemas of earlier versions, and what they become
 
 
@@ -142,7 +143,24 @@ def complete(record: Data, file: Path) -> Data:
             raise EngineError(
                 f"{file}: damaged", expected=expected, found=f"{record.get(key)!r:.40}", todo=_AGAIN
             )
+    _leave_out_wrong_rates(record)
     return record
+
+
+def _leave_out_wrong_rates(record: Data) -> None:
+    """Leave out int8 rates if one of them is too high, and the least times that they bound.
+
+    Until 2026-11-26 peaks.cpp measured the additions of one product to all sums with AVX2, not the products.
+    """
+    cells = [cell for model in record["models"] for cell in model["cells"]] + record.get("products", [])
+    all_rates = [*record["limits"], *(cell["floor"]["limits"] for cell in cells if cell["floor"])]
+    if all((rates["int8"] or 0) <= _MOST_INT8 * rates["f32"] for rates in all_rates):
+        return
+    for rates in all_rates:
+        rates["int8"] = None
+    for cell in cells:
+        if cell["floor"] and cell["floor"]["bound"] == "products":
+            cell["floor"] = None
 
 
 def save_all(records: Sequence[Data], file: Path) -> None:

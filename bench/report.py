@@ -39,15 +39,14 @@ def cell_row(cell: Data) -> tuple[str, ...]:
         f"{each['tokens_per_second']:.4g} ± {100 * each['spread']:.1f} %"
         for each in (cell["upstream"], cell["patched"])
     ]
-    floor = cell["floor"]
-    share = of_roofline(floor) if floor else "unknown"
+    share = of_roofline(cell["floor"])
     ratio = f"{cell['ratio']:.2f}" + mark(cell)
     return (describe(cell), *speeds, ratio, share, cell["upstream"]["way"])
 
 
-def of_roofline(floor: Data) -> str:
+def of_roofline(floor: Data | None) -> str:
     """Such as "91 % (memory)"."""
-    return f"{100 * floor['share']:.0f} % ({BOUNDS[floor['bound']]})"
+    return "unknown" if floor is None else f"{100 * floor['share']:.0f} % ({BOUNDS[floor['bound']]})"
 
 
 def mark(measured: Data) -> str:

@@ -46,3 +46,22 @@ def test_another_schema_is_refused(schema: object, tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(golden(1).read_text()) | {"schema": schema}))
     with pytest.raises(EngineError, match="expected schema 3 or 4"):
         load_all(file)
+
+
+def test_int8_rates_that_no_processor_has_are_left_out(tmp_path: Path) -> None:
+    """peaks.cpp once measured them with AVX2. What memory bounds is still right."""
+    data = json.loads(golden(3).read_text())
+    (cell,) = data["models"][0]["cells"]
+    for bound in ("memory", "products"):
+        cell["floor"] |= {"bound": bound}
+        for rates in (cell["floor"]["limits"], *data["limits"]):
+            rates["int8"] = 5.6 * rates["f32"]
+        file = tmp_path / f"{bound}.json"
+        file.write_text(json.dumps(data))
+        (record,) = load_all(file)
+        floor = record["models"][0]["cells"][0]["floor"]
+        assert all(rates["int8"] is None for rates in record["limits"])
+        assert (floor and floor["limits"]["int8"]) is None
+        assert (floor is None) == (bound == "products")
+        write_page([record], tmp_path / f"{bound}.md")
+        assert ("unknown" in (tmp_path / f"{bound}.md").read_text()) == (bound == "products")
