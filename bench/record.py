@@ -152,15 +152,15 @@ def _leave_out_wrong_rates(record: Data) -> None:
 
     Until 2026-11-26 peaks.cpp measured the additions of one product to all sums with AVX2, not the products.
     """
-    cells = [cell for model in record["models"] for cell in model["cells"]] + record.get("products", [])
+    cells = [cell for model in record["models"] for cell in model["cells"]]
     all_rates = [*record["limits"], *(cell["floor"]["limits"] for cell in cells if cell["floor"])]
     if all((rates["int8"] or 0) <= _MOST_INT8 * rates["f32"] for rates in all_rates):
         return
     for rates in all_rates:
         rates["int8"] = None
-    for cell in cells:
-        if cell["floor"] and cell["floor"]["bound"] == "products":
-            cell["floor"] = None
+    for each in [*cells, *record.get("products", [])]:
+        if each["floor"] and each["floor"]["bound"] == "products":
+            each["floor"] = None
 
 
 def save_all(records: Sequence[Data], file: Path) -> None:
