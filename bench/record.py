@@ -33,6 +33,7 @@ from kimi_gguf.engine.facts import engine_facts, machine_facts
 SCHEMA = 3
 _PARTS = {"command": str, "created": str, "machine": dict, "engines": dict, "limits": list, "models": list}
 _AGAIN = "measure again"
+_DAMAGED = KeyError, IndexError, TypeError, AttributeError  # where a record lacks something
 MACHINE_SCHEMA = 4  # of a machine's file: {schema, machine, engines: [...], records: [...]}
 _MOST_INT8 = 4.4  # times the float32 rate: a vector has four times as many bytes as floats
 _NEWER = {1: SCHEMA, 2: MACHINE_SCHEMA}  # schemas of earlier versions, and what they become
@@ -130,8 +131,8 @@ def load_all(file: Path) -> list[Data]:
             {**each, "machine": machine, "engines": {name: engines[i] for name, i in each["engines"].items()}}
             for each in data["records"]
         ]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise EngineError(f"{file}: damaged", found=f"{type(error).__name__}: {error}", todo=_AGAIN) from None
+    except _DAMAGED as error:
+        raise _damaged(file, error) from None
     return [complete(each | {"schema": SCHEMA}, file) for each in records]
 
 
@@ -143,8 +144,15 @@ def complete(record: Data, file: Path) -> Data:
             raise EngineError(
                 f"{file}: damaged", expected=expected, found=f"{record.get(key)!r:.40}", todo=_AGAIN
             )
-    _leave_out_wrong_rates(record)
+    try:
+        _leave_out_wrong_rates(record)
+    except _DAMAGED as error:
+        raise _damaged(file, error) from None
     return record
+
+
+def _damaged(file: Path, error: Exception) -> EngineError:
+    return EngineError(f"{file}: damaged", found=f"{type(error).__name__}: {error}", todo=_AGAIN)
 
 
 def _leave_out_wrong_rates(record: Data) -> None:

@@ -65,3 +65,12 @@ def test_int8_rates_that_no_processor_has_are_left_out(tmp_path: Path) -> None:
         assert (floor is None) == (bound == "products")
         write_page([record], tmp_path / f"{bound}.md")
         assert ("unknown" in (tmp_path / f"{bound}.md").read_text()) == (bound == "products")
+
+
+def test_a_cell_without_a_least_time_is_damage(tmp_path: Path) -> None:
+    data = json.loads(golden(3).read_text())
+    del data["models"][0]["cells"][0]["floor"]
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(EngineError, match=r"record\.json: damaged, found KeyError: 'floor'"):
+        load_all(file)

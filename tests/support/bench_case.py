@@ -23,11 +23,12 @@ def bench(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
 
 def record(created: str, ratio: float, depth: int = 0) -> dict[str, Any]:
     """A record with one cell."""
+    rates = {"threads": 2, "read": 4e10, "f32": 1e11, "int8": 3e11, "bf16": None}
     cell = {
         "cache_type": "f16", "sequences": 1, "threads": 2, "depth": depth, "batch": 1, "tokens": 1, "ratio": ratio,
         "upstream": {"way": "upstream", "tokens_per_second": 10.0, "spread": 0.01},
         "patched": {"tokens_per_second": 10.0 * ratio, "spread": 0.01},
-        "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05}, "others": 0.0,
+        "floor": {"share": 0.5, "bound": "memory", "seconds": 0.05, "limits": rates}, "others": 0.0,
     }  # fmt: skip
     engine = {
         "llama_cpp_commit": "0123456789", "package": "llama", "commit": "01234-ours",
