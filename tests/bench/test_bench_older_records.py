@@ -72,5 +72,5 @@ def test_a_cell_without_a_least_time_is_damage(tmp_path: Path) -> None:
     del data["models"][0]["cells"][0]["floor"]
     file = tmp_path / "record.json"
     file.write_text(json.dumps(data))
-    with pytest.raises(EngineError, match=r"record\.json: damaged, found KeyError: 'floor'"):
+    with pytest.raises(EngineError, match=r"record\.json: damaged: found KeyError: 'floor'"):
         load_all(file)
