@@ -30,8 +30,10 @@ struct Rows {
     const char * row[LANES];
 
     Rows(const char * weights, size_t stride, int64_t first, int64_t n_rows) {
+        const char * at = weights + std::min(first, n_rows - 1) * stride;
         for (int i = 0; i < LANES; i++) {
-            row[i] = weights + std::min(first + i, n_rows - 1) * stride;
+            row[i] = at;
+            at += first + i < n_rows - 1 ? stride : 0;
         }
     }
 
