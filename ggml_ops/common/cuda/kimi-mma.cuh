@@ -87,13 +87,6 @@ static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4]
     }
 }
 
-// c += a b, where c is halves: (row g, columns 2t 2t+1), (row g+8, the same)
-static __device__ __forceinline__ void mma(uint32_t (&c)[2], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
-        : "+r"(c[0]), "+r"(c[1])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 static __device__ __forceinline__ uint32_t shared_address(const void * shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }

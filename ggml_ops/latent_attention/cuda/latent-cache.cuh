@@ -3,17 +3,16 @@
 // Tiles of the cache in shared memory, ready for tensor cores: TILE_KEYS rows of 16-bit values, used as keys and as
 // values.
 //
-//   type             | element | planes        | factors      | loading
-//   f16, bf16        | same    | 1             | none         | asynchronous copy into one of two tiles
-//   q8_0, q4_0       | half    | 1: the quants | scales       | asynchronous copy of the raw blocks, then unpacked
-//   the same, scaled | half    | 1: rounded    | one of a key | the same, and multiplied with the scales
-//   f32              | bf16    | 2: hi + lo    | none         | read and split
+//   type        | element | planes        | factors | loading
+//   f16, bf16   | same    | 1             | none    | asynchronous copy into one of two tiles
+//   q8_0, q4_0  | half    | 1: the quants | scales  | asynchronous copy of the raw blocks, then unpacked
+//   f32         | bf16    | 2: hi + lo    | none    | read and split
 //
 // Quants are exact in halves. A key that is not visible becomes zeros, whatever its cell holds; in a 16-bit or 32-bit
 // cache it is not even read.
 //
-// Factors may have any magnitude, beyond the range of halves. Weights that are multiplied with them are therefore also
-// multiplied with factor_unit(), which brings the largest factor so far to [1, 2). When it changes, sums of the old unit
+// Scales may have any magnitude, beyond the range of halves. Weights that are multiplied with scales are therefore also
+// multiplied with factor_unit(), which brings the largest scale so far to [1, 2). When it changes, sums of the old unit
 // have to be multiplied with unit_change(); final results have to be multiplied with inverse_unit().
 //
 // Use: fetch(first tile); then for each tile arrive(), fetch(next tile), and read. All threads of the block
@@ -128,31 +127,32 @@ template <int ZERO> static __device__ __forceinline__ uint2 bytes_to_halves(uint
     return make_uint2(two(0x4140), two(0x4342));
 }
 
-// Rows of blocks of 32 quants after a half that is their scale: how they are copied and unpacked, and the unit of their
-// factors. The two kinds of tiles below differ in what they make of the scales.
-template <cache_type TYPE> struct packed_rows {
-    using element                     = __half;
-    static constexpr int PLANES       = 1;
-    static constexpr int CODE_BITS    = TYPE == cache_type::q8_0 ? 7 : 3;  // quants have magnitudes up to 2^this
-    static constexpr int BLOCK_BYTES  = 2 + (TYPE == cache_type::q8_0 ? FACTOR_SPAN : FACTOR_SPAN / 2);
-    static constexpr int PIECES       = FACTOR_SPAN / 8;  // eight quants of a block are unpacked at a time
-    static constexpr int ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
-    static constexpr int TILE_BYTES   = TILE_VALUES * sizeof(element);
-    static constexpr int RAW_BYTES    = TILE_KEYS * ROW_BYTES;
-    static constexpr int N_WARPS      = THREADS / WARP;
-    static constexpr int PACKED_BYTES = TILE_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
-    static_assert(TILE_BYTES % 16 == 0 && RAW_BYTES % 16 == 0 && PACKED_BYTES % 16 == 0, "vectors of 16 bytes");
+// Blocks of 32 quants after a half that is their scale.
+template <cache_type TYPE> struct quantised_tiles {
+    using element                      = __half;
+    static constexpr int  PLANES       = 1;
+    static constexpr bool FACTORS      = true;
+    static constexpr int  BLOCK_BYTES  = 2 + (TYPE == cache_type::q8_0 ? FACTOR_SPAN : FACTOR_SPAN / 2);
+    static constexpr int  ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
+    static constexpr int  TILE_BYTES   = TILE_VALUES * sizeof(element);
+    static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(float);
+    static constexpr int  RAW_BYTES    = TILE_KEYS * ROW_BYTES;
+    static constexpr int  N_WARPS      = THREADS / WARP;
+    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
+    static_assert(RAW_BYTES % 16 == 0 && SHARED % 16 == 0, "vectors of 16 bytes");
 
     cache_rows rows;
     element *  tile_values;
+    float *    tile_factors;  // [N_FACTORS][TILE_KEYS]
     char *     raw;           // the raw rows, contiguous
     int *      exponents;     // the largest exponent of the factors that each warp saw
     int        exponent = 1;  // the largest so far
     float      change   = 1.0f;
 
-    __device__ packed_rows(char * shared, const cache_rows & rows) :
-        rows(rows), tile_values(reinterpret_cast<element *>(shared)), raw(shared + TILE_BYTES),
-        exponents(reinterpret_cast<int *>(shared + TILE_BYTES + RAW_BYTES)) {}
+    __device__ quantised_tiles(char * shared, const cache_rows & rows) :
+        rows(rows), tile_values(reinterpret_cast<element *>(shared)),
+        tile_factors(reinterpret_cast<float *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES),
+        exponents(reinterpret_cast<int *>(shared + TILE_BYTES + FACTOR_BYTES + RAW_BYTES)) {}
 
     __device__ void fetch(const key_tile & tile) {
         if (tile.visible == 0) {
@@ -172,54 +172,32 @@ template <cache_type TYPE> struct packed_rows {
         }
     }
 
-    // The bits of a block's scale, a half. 0 if the key is not visible.
-    __device__ uint16_t scale_of(const key_tile & tile, int key, int block) const {
-        const char * at = raw + key * ROW_BYTES + block * BLOCK_BYTES;
-        return tile.sees(key) ? *reinterpret_cast<const uint16_t *>(at) : 0;
-    }
-
-    // Unpacks eight quants of a block to halves; f makes a value of two quants.
-    template <typename F> __device__ __forceinline__ void unpack(int key, int block, int piece, const F & f) const {
-        static_assert(ROW_BYTES % 4 == 0 && BLOCK_BYTES % 4 == 2);
-        const bool   aligned = block % 2 == 1;
-        const char * codes   = raw + key * ROW_BYTES + block * BLOCK_BYTES + 2;
-        element *    to      = tile_values + key * TILE_STRIDE + block * FACTOR_SPAN;
-        if constexpr (TYPE == cache_type::q8_0) {
-            // with the sign inverted, signed bytes are 128 too large
-            const uint32_t * words                     = words_at(codes + piece * 8, aligned);
-            const uint2      a                         = bytes_to_halves<128>(four_of(words, aligned) ^ 0x80808080);
-            const uint2      b                         = bytes_to_halves<128>(four_of(words + 1, aligned) ^ 0x80808080);
-            *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(f(a.x), f(a.y), f(b.x), f(b.y));
-        } else {
-            // value j in the low half of byte j, value j + 16 in the high half
-            const uint32_t bytes = four_of(words_at(codes + piece * 4, aligned), aligned);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint2 x = bytes_to_halves<8>(bytes >> 4 * half & 0x0f0f0f0f);
-                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) = make_uint2(f(x.x), f(x.y));
-            }
-        }
-    }
-
-    // Quants are only 2-byte aligned, in every second block 4-byte aligned: four of them are in two words, of which
-    // words_at returns the first.
-    static __device__ __forceinline__ const uint32_t * words_at(const char * at, bool aligned) {
-        return reinterpret_cast<const uint32_t *>(at - (aligned ? 4 : 2));
-    }
-
-    static __device__ __forceinline__ uint32_t four_of(const uint32_t * words, bool aligned) {
-        return __byte_perm(words[0], words[1], aligned ? 0x7654 : 0x5432);
-    }
-
-    // The largest exponent of the block's factors. The first is called before a barrier, the second after it.
-    __device__ void offer_exponent(int greatest) {
+    __device__ void arrive(const key_tile & tile) {
+        wait_copies();
+        __syncthreads();
+        int greatest = exponent;
+        share<TILE_KEYS * N_FACTORS>([&](int i) {
+            const int      key    = i % TILE_KEYS;
+            const int      block  = i / TILE_KEYS;
+            const __half * scale  = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
+            const float    factor = tile.sees(key) ? __half2float(*scale) : 0.0f;
+            tile_factors[i]       = factor;
+            greatest              = max(greatest, exponent_of(factor));
+        });
         greatest = __reduce_max_sync(ALL_LANES, greatest);
         if (threadIdx.x % WARP == 0) {
             exponents[threadIdx.x / WARP] = greatest;
         }
-    }
-
-    __device__ void take_exponent() {
+        // eight quants at a time
+        constexpr int PIECES = FACTOR_SPAN / 8;
+        share<TILE_KEYS * N_FACTORS * PIECES>([&](int i) {
+            const int    key   = i / (N_FACTORS * PIECES);
+            const int    block = i / PIECES % N_FACTORS;
+            const int    piece = i % PIECES;
+            const char * codes = raw + key * ROW_BYTES + block * BLOCK_BYTES + 2;
+            unpack_eight(codes, piece, tile_values + key * TILE_STRIDE + block * FACTOR_SPAN);
+        });
+        __syncthreads();
         const int before = exponent;
 #pragma unroll
         for (int i = 0; i < N_WARPS; ++i) {
@@ -228,109 +206,42 @@ template <cache_type TYPE> struct packed_rows {
         change = power_of_two(max(127 + before - exponent, 1));
     }
 
+    // Quants are only 2-byte aligned.
+    static __device__ __forceinline__ uint32_t load_four(const char * at) {
+        const uint16_t * halves = reinterpret_cast<const uint16_t *>(at);
+        return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+    }
+
+    // Unpacks part `piece` of a block's quants to its values.
+    static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
+        if constexpr (TYPE == cache_type::q8_0) {
+            // with the sign inverted, signed bytes are 128 too large
+            const uint2 a = bytes_to_halves<128>(load_four(codes + piece * 8) ^ 0x80808080);
+            const uint2 b = bytes_to_halves<128>(load_four(codes + piece * 8 + 4) ^ 0x80808080);
+            *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(a.x, a.y, b.x, b.y);
+        } else {
+            // value j in the low half of byte j, value j + 16 in the high half
+            const uint32_t x = load_four(codes + piece * 4);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) =
+                    bytes_to_halves<8>(x >> 4 * half & 0x0f0f0f0f);
+            }
+        }
+    }
+
     __device__ const element * plane(int) const { return tile_values; }
+
+    // Factors of keys i (even) and i + 1.
+    __device__ float2 factors(int block, int i) const {
+        return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
+    }
 
     __device__ float factor_unit() const { return power_of_two(254 - exponent); }
 
     __device__ float inverse_unit() const { return power_of_two(exponent); }
 
     __device__ float unit_change() const { return change; }
-};
-
-// Quants as they are, exactly; their scales are factors of each block of each key.
-template <cache_type TYPE> struct quantised_tiles : packed_rows<TYPE> {
-    using packed                       = packed_rows<TYPE>;
-    static constexpr bool FACTORS      = true;
-    static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(float);
-    static constexpr int  SHARED       = packed::PACKED_BYTES + FACTOR_BYTES;
-
-    float * tile_factors;  // [N_FACTORS][TILE_KEYS]
-
-    __device__ quantised_tiles(char * shared, const cache_rows & rows) :
-        packed(shared, rows), tile_factors(reinterpret_cast<float *>(shared + packed::PACKED_BYTES)) {}
-
-    __device__ void arrive(const key_tile & tile) {
-        wait_copies();
-        __syncthreads();
-        int greatest = this->exponent;
-        share<TILE_KEYS * N_FACTORS>([&](int i) {
-            const int   key    = i % TILE_KEYS;
-            const int   block  = i / TILE_KEYS;
-            const float factor = __half2float(__ushort_as_half(this->scale_of(tile, key, block)));
-            tile_factors[i]    = factor;
-            greatest           = max(greatest, exponent_of(factor));
-        });
-        this->offer_exponent(greatest);
-        constexpr int PIECES = packed::PIECES;
-        share<TILE_KEYS * N_FACTORS * PIECES>([&](int i) {
-            this->unpack(i / (N_FACTORS * PIECES), i / PIECES % N_FACTORS, i % PIECES,
-                         [](uint32_t two) { return two; });
-        });
-        __syncthreads();
-        this->take_exponent();
-    }
-
-    // Factors of keys i (even) and i + 1.
-    __device__ float2 factors(int block, int i) const {
-        return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
-    }
-};
-
-// Quants times their scales, rounded, in a unit of each key: a power of two, so that magnitudes are at most 2^VALUE_BITS.
-// This unit is the only factor of the key, for its scores and its weights.
-template <cache_type TYPE> struct scaled_tiles : packed_rows<TYPE> {
-    using packed                     = packed_rows<TYPE>;
-    static constexpr bool FACTORS    = false;
-    static constexpr int  VALUE_BITS = 4;
-    static constexpr int  SHARED     = packed::PACKED_BYTES + TILE_KEYS * sizeof(float);
-
-    float * key_factors;
-
-    __device__ scaled_tiles(char * shared, const cache_rows & rows) :
-        packed(shared, rows), key_factors(reinterpret_cast<float *>(shared + packed::PACKED_BYTES)) {}
-
-    // Two blocks of a key at a time: each of eight lanes unpacks a quarter of one.
-    __device__ void arrive(const key_tile & tile) {
-        constexpr int LANES    = 2 * packed::PIECES;
-        constexpr int TURNS    = N_FACTORS / 2;
-        constexpr int SMALLEST = 127 - 24;  // the exponent of the smallest half
-        static_assert(LANES * TILE_KEYS == THREADS, "all keys at once");
-        wait_copies();
-        __syncthreads();
-        const int key  = threadIdx.x / LANES;
-        const int lane = threadIdx.x % LANES;
-        uint16_t  scales[TURNS];
-        int       largest = 0;  // the bits of the largest magnitude
-#pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-            scales[i] = this->scale_of(tile, key, 2 * i + lane / packed::PIECES);
-            largest   = max(largest, scales[i] & 0x7fff);
-        }
-        largest              = max(largest, __shfl_xor_sync(ALL_LANES, largest, packed::PIECES));
-        const int   greatest = exponent_of(__half2float(__ushort_as_half(largest)));
-        const int   unit     = max(greatest, SMALLEST) + 1 + packed::CODE_BITS - VALUE_BITS;  // its exponent
-        const float inverse  = power_of_two(254 - unit);
-        this->offer_exponent(unit);
-        if (lane == 0) {
-            key_factors[key] = power_of_two(unit);
-        }
-#pragma unroll
-        for (int i = 0; i < TURNS; ++i) {
-            const float   factor = __half2float(__ushort_as_half(scales[i])) * inverse;
-            const __half2 scale  = __floats2half2_rn(factor, factor);
-            this->unpack(key, 2 * i + lane / packed::PIECES, lane % packed::PIECES, [&](uint32_t two) {
-                __half2 x;
-                memcpy(&x, &two, sizeof(x));
-                x = __hmul2(x, scale);
-                memcpy(&two, &x, sizeof(two));
-                return two;
-            });
-        }
-        __syncthreads();
-        this->take_exponent();
-    }
-
-    __device__ float factor_of_key(int i) const { return key_factors[i]; }
 };
 
 // 32-bit values as sums of two bf16.

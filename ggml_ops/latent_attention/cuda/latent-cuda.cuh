@@ -56,11 +56,8 @@ struct attention {
 
     float * out;  // [streams][queries][heads][N_LATENT]
 
-    int  n_keys, n_queries, n_heads, n_streams;
-    int  n_multiprocessors;  // of the device
-    bool half_sums;          // whether the device multiplies halves faster if their sums are halves
-    bool exact;              // the most accurate kernels: quants are not rounded; decompressed, F16 and BF16 caches: as
-                             // accurate as float32, not one half per value
+    int   n_keys, n_queries, n_heads, n_streams;
+    int   n_multiprocessors;  // of the device
     float scale;
 };
 
@@ -79,6 +76,7 @@ struct decompressed : attention {
     const float * k_b;      // [heads][N_LATENT][N_NOPE]
     const float * v_b;      // [heads][N_VALUE][N_LATENT]
     size_t        scratch;  // bytes available for expanded keys
+    bool          exact;    // F16 and BF16 caches: as accurate as float32; false: one half per value
 };
 
 // Default of `scratch`; only tests change it. A constant, since the rounding of the result depends on it.

@@ -100,9 +100,8 @@ static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & 
         return false;
     }
     args.n_multiprocessors = ggml_cuda_info().devices[device].nsm;
-    args.half_sums         = !ggml_cuda_latent_fast_sums(device);
     const limit most       = limit_of(args.type, ggml_cuda_latent_fast_sums(device));
-    return args.exact || copy_is_too_large(args) ||
+    return ggml_op_has_mark(dst, GGML_OP_MARK_EXACT) || copy_is_too_large(args) ||
            (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
 }
 

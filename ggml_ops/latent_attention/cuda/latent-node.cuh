@@ -82,7 +82,6 @@ static inline const char * read_node(const ggml_tensor * dst, attention & args) 
         return "a type of cache that the kernels do not read";
     }
     read_sources(q, k, mask, dst, args);
-    args.exact       = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
     attention placed = args;
     placed.q         = reinterpret_cast<const float *>(offset_of(q));
     placed.cache     = reinterpret_cast<const void *>(offset_of(k));

@@ -22,7 +22,6 @@ static double worst[GGML_TYPE_COUNT];
 struct Setup : LatentSetup {
     size_t scratch           = latent_cuda::SCRATCH;
     int    n_multiprocessors = 128;
-    bool   half_sums         = false;  // as on GeForce
     bool   by_length         = false;  // the accuracy depends on the number of keys, as in ggml-cuda
 };
 
@@ -72,7 +71,6 @@ static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
         attention args;
         require_taken(latent_cuda::read_node(dst, args));
         args.n_multiprocessors = setup.n_multiprocessors;
-        args.half_sums         = setup.half_sums;
         return attend(dst, dst->src[3], setup.before, args);
     }
     const DeviceArray<float> k_b(as_floats(dst->src[2])), v_b(as_floats(dst->src[3]));
@@ -163,7 +161,7 @@ static void check_draws(ggml_type type) {
             int    worse = 0;
             for (s.seed = 1; s.seed <= (uint32_t) n_seeds; ++s.seed) {
                 LatentCase               attention(s);
-                const std::vector<float> got = run(attention.node(), { { s }, latent_cuda::SCRATCH, 128, false, true });
+                const std::vector<float> got = run(attention.node(), { { s }, latent_cuda::SCRATCH, 128, true });
                 memcpy(attention.node()->data, got.data(), got.size() * sizeof(float));
                 const double mine = attention.nmse(s.n_rows()), other = attention.upstreams_nmse(s.n_rows());
                 expect(mine <= SINGLE, name_of(s) + text(" seed %u: %.1e", s.seed, mine));
@@ -203,74 +201,29 @@ static void test_absorbed(ggml_type type) {
     }
 }
 
-// Wide blocks: the same cases with more rows, some of them with a second block of rows that is not full.
-static void test_wide(ggml_type type, bool half_sums) {
-    for (const LatentSetup & each : absorbed_cases(type)) {
-        Setup setup     = { each };
-        setup.half_sums = half_sums;
-        if (each.shape.n_queries * each.shape.n_heads <= latent_cuda::NARROW) {
-            setup.shape.n_heads = 33;
-        }
-        check(setup);
-    }
-    LatentShape both = LatentShape().with(3, 200);  // several splits of two streams and two blocks of rows
-    both.cache       = type;
-    both.n_streams   = 2;
-    both.mask        = "mixed";
-    both.poison      = true;
-    Setup few        = { { both } };
-    few.half_sums    = half_sums;
-    for (const int n_multiprocessors : { 5, 9, 13 }) {
-        few.n_multiprocessors = n_multiprocessors;
-        check(few);
-    }
-}
-
-// Tiles that a multiprocessor computes one after the other, with the work of a piece.
-static int64_t time_of(const latent_cuda::plan & p, int n_streams, int n_multiprocessors) {
-    const int64_t blocks = (int64_t) p.n_blocks * p.n_pieces * n_streams;
-    return (blocks + n_multiprocessors - 1) / n_multiprocessors * (p.keys_a_piece / latent_cuda::TILE_KEYS + 4);
-}
-
-// The splits cover the keys. No other number of splits of four waves is faster by more than a sixteenth.
+// The splits: as many blocks as multiprocessors at most, and no fewer than fit.
 static void test_plans() {
     for (const int n_multiprocessors : { 1, 8, 46, 82, 108, 132, 170, 600 }) {
-        for (const int n_rows : { 1, 32, 33, 128, 2048, 4096 }) {
+        for (const int n_rows : { 1, 32, 33, 128, 4096 }) {
             for (const int n_streams : { 1, 2, 7, 9, 14, 64 }) {
                 for (const int n_keys : { 1, 64, 65, 4096, 65536, 524288 }) {
-                    for (const bool wide : { false, true }) {
-                        attention args                = {};
-                        args.type                     = latent_cuda::cache_type::q8_0;
-                        args.exact                    = !wide;
-                        args.n_queries                = n_rows;
-                        args.n_heads                  = 1;
-                        args.n_keys                   = n_keys;
-                        args.n_streams                = n_streams;
-                        args.n_multiprocessors        = n_multiprocessors;
-                        const latent_cuda::plan p     = latent_cuda::make_plan(args);
-                        const int               rows  = wide && n_rows > 32 ? 64 : 32;
-                        const int64_t           least = time_of(p, n_streams, n_multiprocessors) * 15 / 16;
-                        const std::string what = text("%d rows, %d keys, %d streams on %d: %d splits of %d", n_rows,
-                                                      n_keys, n_streams, n_multiprocessors, p.n_pieces, p.keys_a_piece);
-                        expect(p.block_rows == rows && p.n_blocks == (n_rows + rows - 1) / rows, what + ": blocks");
-                        expect((p.n_pieces - 1) * p.keys_a_piece < n_keys && p.n_pieces * p.keys_a_piece >= n_keys,
-                               what);
-                        expect(p.keys_a_piece % 32 == 0 && p.keys_a_piece >= 64 && p.n_pieces <= 512, what);
-                        const int64_t blocks = (int64_t) p.n_blocks * p.n_pieces * n_streams;
-                        expect(p.n_pieces == 1 || blocks <= 4 * n_multiprocessors, what + ": too many waves");
-                        for (int waves = 1; waves <= 4; ++waves) {
-                            latent_cuda::plan other = p;
-                            const int         fit = std::min(512, waves * n_multiprocessors / (p.n_blocks * n_streams));
-                            if (fit == 0) {
-                                continue;
-                            }
-                            const int share    = (n_keys + 32 * fit - 1) / (32 * fit) * 32;
-                            other.keys_a_piece = std::max(share, 64);
-                            other.n_pieces     = (n_keys + other.keys_a_piece - 1) / other.keys_a_piece;
-                            expect(time_of(other, n_streams, n_multiprocessors) >= least,
-                                   what + text(": %d waves are faster", waves));
-                        }
-                    }
+                    attention args                  = {};
+                    args.n_queries                  = n_rows;
+                    args.n_heads                    = 1;
+                    args.n_keys                     = n_keys;
+                    args.n_streams                  = n_streams;
+                    args.n_multiprocessors          = n_multiprocessors;
+                    const latent_cuda::plan p       = latent_cuda::make_plan(args);
+                    const int               columns = p.n_blocks * n_streams;
+                    const std::string what = text("%d rows, %d keys, %d streams on %d: %d splits of %d", n_rows, n_keys,
+                                                  n_streams, n_multiprocessors, p.n_pieces, p.keys_a_piece);
+                    expect((p.n_pieces - 1) * p.keys_a_piece < n_keys && p.n_pieces * p.keys_a_piece >= n_keys, what);
+                    expect(p.n_pieces == 1 || p.n_pieces * columns <= n_multiprocessors, what + ": a second wave");
+                    const int shorter = p.keys_a_piece - latent_cuda::TILE_KEYS;
+                    expect(p.keys_a_piece == 2 * latent_cuda::TILE_KEYS || p.n_pieces == 512 ||
+                               (n_keys + shorter - 1) / shorter * columns > n_multiprocessors ||
+                               (n_keys + shorter - 1) / shorter > 512,
+                           what + ": shorter splits fit");
                 }
             }
         }
@@ -439,14 +392,6 @@ int main(int argc, char ** argv) {
             worst[type] = 0.0;
             expand ? test_decompressed(type, exact) : test_absorbed(type);
             printf("%s%s: largest NMSE %.1e\n", argv[i], exact ? " exact" : "", worst[type]);
-            for (const bool half_sums : { false, true }) {
-                if (!expand && ggml_is_quantized(type)) {
-                    worst[type] = 0.0;
-                    test_wide(type, half_sums);
-                    printf("%s, wide, sums of %s: largest NMSE %.1e\n", argv[i], half_sums ? "halves" : "floats",
-                           worst[type]);
-                }
-            }
         }
     }
     return report();
