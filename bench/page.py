@@ -42,7 +42,7 @@ time. *ppN*: N prompt tokens in one batch, with the logits of the last. *at D*: 
 load the same saved state. *% of roofline*: the least possible time divided by the time of patched. The least time is
 the sum over weights, attention and recurrence of bytes / memory bandwidth or multiply-adds / peak rate, whichever is
 longer; the rates are measured before and after each cell. In parentheses: what bounds most of this time. Above 100 %:
-the bandwidth measured around the cell was lower than during it.
+the bandwidth measured around the cell was lower than during it. *Unknown*: the int8 rate was measured wrongly.
 
 Generated models have the layer shapes of published models, random weights, and as many layers and experts as their
 name says (`--layers`, `--experts`; Kimi-Linear-48B, in names 48b: 27 and 256). The quantization mix is that of

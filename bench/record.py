@@ -158,7 +158,7 @@ def _damaged(file: Path, error: Exception) -> EngineError:
 def _leave_out_wrong_rates(record: Data) -> None:
     """Leave out int8 rates if one of them is too high, and the least times that they bound.
 
-    Until 2026-11-26 peaks.cpp measured the additions of one product to all sums with AVX2, not the products.
+    Until 2026-11-26 peaks.cpp, compiled for AVX2, computed one product for all sums: it measured additions.
     """
     cells = [cell for model in record["models"] for cell in model["cells"]]
     all_rates = [*record["limits"], *(cell["floor"]["limits"] for cell in cells if cell["floor"])]
