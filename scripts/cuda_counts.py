@@ -53,6 +53,10 @@ _PREPARE: tuple[Rule, ...] = (
 )  # fmt: skip
 # 16 KiB by 64 threads: 16 copies; the first is unrolled by 16.
 _STATES: tuple[Rule, ...] = (("LDGSTS", 16, 1.0), ("LDGSTS", 1, 4.0))
+# Copies of 16 bytes, not of 4; unpacking in three turns. Wide blocks: scores of half of a tile's keys in a turn.
+_QUANTS: tuple[Rule, ...] = (
+    ("LDGSTS", 16, 0.0), ("LDGSTS", 1, 2.0), ("HMMA", 1, 2.0), ("STS", 3, 3.0), *_MASKS,
+)  # fmt: skip
 KERNELS = (
     Kernel("conv", _KDA + "kda-conv.cu", "conv_kernelILi128E", WHOLE,
            (("MUFU", 30, 4.0), ("MUFU", 5, 0.0), ("LDG", 6, 0.0))),  # 16 tokens, four at a time
@@ -65,10 +69,13 @@ KERNELS = (
     Kernel("steps, four rows a thread", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi4E", WHOLE),
     Kernel("finish", _KDA + "kda-scan-steps.cu", "finish_kernelILi128E", WHOLE),
     Kernel("copies", _KDA + "kda-state.cu", "copy_states_kernel", LOOP),
-    Kernel("attend f16", _LATENT + "latent-attend.cu", "attend_piecesILNS_10cache_typeE1E", INNERMOST,
+    Kernel("attend f16", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE1ELi32ELb0E", INNERMOST,
            (("LDGSTS", 1, 3.0), *_MASKS)),  # 32 rows of 1152 bytes by 256 threads: 9 copies, three at a time
-    Kernel("attend q8_0", _LATENT + "latent-attend.cu", "attend_piecesILNS_10cache_typeE3E", INNERMOST,
-           (("LDGSTS", 16, 0.0), ("LDGSTS", 1, 2.0), ("STS", 3, 3.0), *_MASKS)),
+    Kernel("attend q8_0", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE3ELi32ELb0E", INNERMOST, _QUANTS),
+    Kernel("attend q8_0, wide, data centre", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE3ELi64ELb0E",
+           LOOP, _QUANTS),
+    Kernel("attend q8_0, wide, GeForce", _LATENT + "latent-attend.cu", "4formILNS_10cache_typeE3ELi64ELb1E",
+           LOOP, _QUANTS),
     Kernel("join", _LATENT + "latent-attend.cu", "join_pieces", LOOP),
     Kernel("collect f16", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE1E", WHOLE, _MASKS),
     Kernel("collect q8_0", _LATENT + "latent-collect.cu", "collect_tileILNS_10cache_typeE3E", WHOLE, _MASKS),
@@ -123,13 +130,25 @@ CONSTANTS = {
     },
     _LATENT + "latent-attend.cu": {
         "least tiles": "latent_cuda::MIN_TILES",
+        "tiles of a piece": "latent_cuda::PIECE_TILES",
+        "most waves of attend": "latent_cuda::MAX_WAVES",
+        "attend worth a wave": "latent_cuda::WORTH_A_WAVE",
         "most pieces": "latent_cuda::MAX_PIECES",
         "join threads": "latent_cuda::JOIN_THREADS",
         "tile": "latent_cuda::TILE_KEYS",
-        "rows": "latent_cuda::BLOCK_ROWS",
+        "narrow rows": "latent_cuda::NARROW",
+        "wide rows": "latent_cuda::WIDE",
         "attend threads": "latent_cuda::THREADS",
-        "f16 shared": "latent_cuda::shared_bytes<latent_cuda::cache_type::f16>()",
-        "q8_0 shared": "latent_cuda::shared_bytes<latent_cuda::cache_type::q8_0>()",
+        **{
+            f"attend {name} shared": "latent_cuda::shared_bytes<latent_cuda::form<"
+            f"latent_cuda::cache_type::{form}>>()"
+            for name, form in (
+                ("f16", "f16, 32"),
+                ("q8_0", "q8_0, 32"),
+                ("q8_0, wide, data centre", "q8_0, 64"),
+                ("q8_0, wide, GeForce", "q8_0, 64, true"),
+            )
+        },
     },
     _LATENT + "latent-expand.cu": {
         "expand shared": "latent_cuda::expand_bytes<latent_cuda::modes::halves>()",

@@ -47,6 +47,11 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
+# Compared, too: more of them, up to those from which LATENT_ATTN takes over.
+MANY = {
+    "data centre": (9, 12, 16, 24, 32, 48, 64, 96, 128, 175),
+    "GeForce": (9, 12, 16, 24, 32, 64, 128, 175, 271),
+}
 Measured = dict[tuple[str, str, str], float]  # seconds by device, operator and parameters
 
 
@@ -175,14 +180,17 @@ def attention_table(model: Model, gpu: Gpu, measured: Measured) -> Rows:
     return rows
 
 
-def least_gain(model: Model, spares: bool) -> float:
-    """The least ratio of upstream's time to ours where ours is the default. spares: where it spares a large copy."""
+def least_gain(model: Model, spares: bool, many: bool = False) -> float:
+    """The least ratio of upstream's time to ours where ours is the default.
+
+    spares: where it spares a large copy. many: for more queries than the tables have.
+    """
     return min(
         upstream_attention(model, gpu, kind, queries, keys)
         / model.total(attend(model, gpu, kind, queries, keys), gpu)
         for gpu in filter(model.knows, GPUS)
         for kind in ROW_BYTES
-        for queries in range(1, max(QUERIES) + 1)
+        for queries in (MANY[gpu.family] if many else range(1, max(QUERIES) + 1))
         for keys in (*KEYS, model.constants[f"{kind} keys, {gpu.family}"])
         if ours_by_default(model, gpu, kind, queries, keys) and spares_copy(model, kind, keys) == spares
     )
@@ -280,8 +288,8 @@ Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by def
 decides. Upstream converts a Q8_0 cache to F16 before each call.
 Up to {copied} keys, wherever our kernel is the default, upstream's kernel takes at least {gain:.2f} × as long.
 For longer Q8_0 caches ours is the default for any number of queries, because upstream's F16 copy would take more than
-{largest} MiB. With 4 and 8 queries upstream's kernel is faster there on some devices: it takes as little as {loss:.2f}
-× the time of ours.
+{largest} MiB. There upstream's kernel takes at least {spared:.2f} × as long with up to {most_queries} queries, and
+{many:.2f} × with more, up to the number from which LATENT_ATTN takes over ({data_centre}, GeForce: {geforce}).
 {attention}
 ## All kernels
 
@@ -310,7 +318,9 @@ def page(counts: Data, measured: Measured) -> str:
         compiler=counts["compiler"], share=DRAM_SHARE, launch=1e6 * (LAUNCH + FILL), hopper=HOPPER_MMA_SHARE,
         missing=missing, least=least, most=most, fast=1 / most, slow=1 / least,
         copied=largest // ROW_BYTES["f16"], largest=largest >> 20, gain=least_gain(model, spares=False),
-        loss=least_gain(model, spares=True),
+        spared=least_gain(model, spares=True), most_queries=max(QUERIES),
+        many=least_gain(model, spares=True, many=True),
+        data_centre=max(MANY["data centre"]), geforce=max(MANY["GeForce"]),
         devices=markdown(devices_table()), calibration=markdown(calibration_table(model)),
         forwards=markdown(forwards_table(model)), heads=HEADS, head=HEAD, tokens=TOKENS,
         kda=markdown(kda_table(model, measured)), attention="".join(tables), kernels=markdown(kernels_table(model)),

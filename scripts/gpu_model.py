@@ -299,15 +299,23 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
     """Our absorbed attention: splits of the keys, as `make_plan` in latent-attend.cu, then their sum."""
     c = model.constants
     rows = queries * HEADS
-    blocks = ceil(rows / c["rows"])
+    kernel, of_block = f"attend {kind}", c["narrow rows"]
+    if kind == "q8_0" and rows > of_block:
+        kernel, of_block = f"attend {kind}, wide, {gpu.family}", c["wide rows"]
+    blocks = ceil(rows / of_block)
     tiles = ceil(keys / c["tile"])
-    target = min(max(gpu.multiprocessors // blocks, 1), c["most pieces"])
-    per_split = max(ceil(tiles / target), c["least tiles"])
-    splits = ceil(tiles / per_split)
+    splits, per_split, least = 0, 0, 0
+    for waves in range(1, c["most waves of attend"] + 1):
+        target = min(max(waves * gpu.multiprocessors // blocks, 1), c["most pieces"])
+        share = max(ceil(tiles / target), c["least tiles"])
+        n = ceil(tiles / share)
+        time = ceil(blocks * n / gpu.multiprocessors) * (share + c["tiles of a piece"])
+        if waves == 1 or time * c["attend worth a wave"] < least * (c["attend worth a wave"] - 1):
+            splits, per_split, least = n, share, time
     partial = 4 * LATENT * rows * splits if splits > 1 else 0
     warps = c["attend threads"] // 32
     read = ROW_BYTES[kind] * keys
-    main = Launch(f"attend {kind}", blocks * splits, warps, per_split, read + partial, c[f"{kind} shared"])
+    main = Launch(kernel, blocks * splits, warps, per_split, read + partial, c[f"{kernel} shared"])
     join = Launch("join", rows, c["join threads"] // 32, splits / JOIN_TURN, partial)
     return [main] + ([join] if splits > 1 else [])
 

@@ -47,6 +47,7 @@ struct LatentShape {
     bool        backwards = false;     // ... of which the last one is in the first cell
     float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
     float       last      = 1.0f;      // them it grows by a constant factor per key
+    bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
     float       shift     = 0.0f;      // absorbed form only: added to all scores, ...
     bool        rising    = false;     // ... twice for the first key, and less for each of those after it
     int64_t     gap       = 0;         // values between the rows of q, and between those of the cache
@@ -88,11 +89,11 @@ struct LatentShape {
 inline std::string name_of(const LatentShape & s) {
     return text(
         "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g shift %g%s gap %d%s%s%s%s",
+        "%g%s shift %g%s gap %d%s%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.shift, s.rising ? " rising" : "", (int) s.gap, s.one_mask ? " one mask" : "",
-        s.poison ? " poisoned" : "",
+        s.first, s.last, s.alike ? " alike" : "", s.shift, s.rising ? " rising" : "", (int) s.gap,
+        s.one_mask ? " one mask" : "", s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
                     : "",
@@ -263,13 +264,14 @@ class LatentCase {
         return ggml_view_4d(ctx, t, n, s.n_keys, 1, s.n_streams, t->nb[1], t->nb[2], t->nb[3], 0);
     }
 
-    // Fills a row with random values of the tensor's type and returns the rounded values in `values`. last: the last
-    // value, NaN: a random one.
-    void fill_row(ggml_type type, char * row, int64_t n, float deviation, float * values, float last = NAN) {
+    // Fills a row with random values of the tensor's type, or with the deviation, and returns the rounded values in
+    // `values`. last: the last value, NaN: one like the others.
+    void fill_row(
+        ggml_type type, char * row, int64_t n, float deviation, float * values, float last = NAN, bool alike = false) {
         std::normal_distribution<float> normal(0.0f, deviation);
         std::vector<float>              x(n);
         for (float & v : x) {
-            v = normal(rng);
+            v = alike ? deviation : normal(rng);
         }
         x.back() = std::isnan(last) ? x.back() : last;
         if (type == GGML_TYPE_F32) {
@@ -311,7 +313,8 @@ class LatentCase {
                          key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data(),
                          s.shift == 0.0f ? NAN
                          : s.rising      ? 2.0f - (float) key / (float) s.n_keys
-                                         : 1.0f);
+                                         : 1.0f,
+                         s.alike);
                 if (s.poison && !seen) {
                     memset(row, 0xff,
                            cache->nb[1]);  // NaN in every float type, and as the scale of every quantized type

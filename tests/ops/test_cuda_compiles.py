@@ -25,8 +25,16 @@ from kimi_gguf.scripts.cuda_check import (
     table,
 )
 
-# Kernels that may spill or keep arrays in local memory, by the start of their name, and the reason.
-MAY_SPILL: dict[str, str] = {}
+# Kernels that may spill, by the start of their name, and the bytes of their stack at most.
+_WIDE = "latent_cuda::attend_pieces<latent_cuda::form<(latent_cuda::cache_type){}, 64, {}>"
+MAY_SPILL = {
+    **{_WIDE.format(kind, "true"): 40 for kind in (3, 4)},  # a few bytes, on Blackwell more
+    **{_WIDE.format(kind, "false"): 24 for kind in (3, 4)},  # on 12.0, whose devices use the kernels above
+}
+
+
+def allowed_stack(kernel: KernelUse) -> int:
+    return max((size for name, size in MAY_SPILL.items() if kernel.name.startswith(name)), default=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,7 +57,7 @@ USUAL = (75, 90)
 @pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.name)
 def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
     kernels = compile_cuda(source, architecture)
-    spilling = [each for each in kernels if not each.clean and not each.name.startswith(tuple(MAY_SPILL))]
+    spilling = [each for each in kernels if not each.clean and each.stack > allowed_stack(each)]
     assert not spilling, "\n".join(table(spilling))
 
 

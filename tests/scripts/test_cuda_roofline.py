@@ -42,7 +42,6 @@ from kimi_gguf.scripts.gpu_model import (
     kda_step,
     mma_cycles,
     ours_by_default,
-    spares_copy,
     upstream_attention,
 )
 
@@ -203,10 +202,12 @@ def test_splits_are_as_many_as_fit_the_device_or_fewer() -> None:
     for gpu in GPUS:
         for queries in (1, 2, 3, 8, 200):
             main_launch = attend(model, gpu, "q8_0", queries, 65536)[0]
-            assert main_launch.blocks <= max(gpu.multiprocessors, queries), (
-                "a block for each 32 rows at least"
-            )
-    assert [each.kernel for each in attend(model, H100, "f16", 200, 65536)] == ["attend f16"], "one split"
+            waves = main_launch.blocks / gpu.multiprocessors
+            assert waves <= (1 if queries <= 8 else 6), "few blocks of rows fill a wave"
+    assert [each.kernel for each in attend(model, H100, "f16", 400, 65536)] == ["attend f16"], "one split"
+    assert attend(model, H100, "f16", 200, 65536)[0].blocks == 600, (
+        "three splits fill five waves instead of two"
+    )
 
 
 def test_a_run_fills_the_places_of_prepare() -> None:
@@ -325,11 +326,11 @@ def test_nothing_that_runs_by_default_is_slower_than_upstream() -> None:
                     262144,
                     524288,
                 ):
-                    spares = queries > 1 and spares_copy(model, kind, keys)  # memory at the price of time
-                    if ours_by_default(model, gpu, kind, queries, keys) and not spares:
+                    if ours_by_default(model, gpu, kind, queries, keys):
                         found += 1
                         ours = model.total(attend(model, gpu, kind, queries, keys), gpu)
-                        assert ours <= upstream_attention(model, gpu, kind, queries, keys), (gpu, kind, keys)
+                        theirs = upstream_attention(model, gpu, kind, queries, keys)
+                        assert ours <= theirs, (gpu.name, kind, queries, keys)
     assert found, "else this test says nothing"
 
 

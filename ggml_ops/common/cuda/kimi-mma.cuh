@@ -39,6 +39,17 @@ template <typename T> static __device__ __forceinline__ uint32_t pack(float x, f
     return bits;
 }
 
+// Products of two pairs of halves, each rounded.
+static __device__ __forceinline__ uint32_t multiply_halves(uint32_t a, uint32_t b) {
+    __half2 x, y;
+    memcpy(&x, &a, sizeof(x));
+    memcpy(&y, &b, sizeof(y));
+    const __half2 product = __hmul2(x, y);
+    uint32_t      bits;
+    memcpy(&bits, &product, sizeof(bits));
+    return bits;
+}
+
 // The first value of a packed word; second_of returns the second.
 template <typename T> static __device__ __forceinline__ float first_of(uint32_t bits) {
     if constexpr (std::is_same_v<T, __half>) {
@@ -85,6 +96,13 @@ static __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4]
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
     }
+}
+
+// c += a b, where c is halves: (row g, columns 2t 2t+1), (row g+8, the same)
+static __device__ __forceinline__ void mma(uint32_t (&c)[2], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
+        : "+r"(c[0]), "+r"(c[1])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 static __device__ __forceinline__ uint32_t shared_address(const void * shared) {

@@ -12,38 +12,58 @@ namespace latent_cuda {
 
 // A split of fewer tiles costs more for its rows of q and its partial result, each as large as two tiles, than it saves.
 constexpr int MIN_TILES    = 2;
+constexpr int PIECE_TILES  = 2 * MIN_TILES;  // of both
+constexpr int MAX_WAVES    = 6;              // of blocks: many blocks of rows may not fill one
+constexpr int WORTH_A_WAVE = 32;             // more waves have to save one part in this many
 constexpr int JOIN_THREADS = 512;
 constexpr int MAX_PIECES   = JOIN_THREADS;               // a thread per split finds its weight
 constexpr int ROW_CHUNKS   = N_LATENT / 4;               // of four values, one per thread
 constexpr int JOIN_GROUPS  = JOIN_THREADS / ROW_CHUNKS;  // each sums every fourth split
 constexpr int JOIN_WARPS   = JOIN_THREADS / WARP;
 
+static bool is_wide(const attention & args) {
+    return is_quantised(args.type) && args.n_queries * args.n_heads > NARROW;
+}
+
+// The time of a plan in tiles that a multiprocessor computes one after the other. It runs one block at a time, because
+// of the registers.
+static int64_t time_of(const plan & p, const attention & args) {
+    const int64_t blocks = static_cast<int64_t>(p.n_blocks) * args.n_streams * p.n_pieces;
+    return divide_up<int64_t>(blocks, args.n_multiprocessors) * (p.keys_a_piece / TILE_KEYS + PIECE_TILES);
+}
+
 plan make_plan(const attention & args) {
-    plan p;
+    plan p            = {};
     p.n_rows          = args.n_queries * args.n_heads;
-    p.n_blocks        = divide_up(p.n_rows, BLOCK_ROWS);
+    p.block_rows      = is_wide(args) ? WIDE : NARROW;
+    p.n_blocks        = divide_up(p.n_rows, p.block_rows);
     const int n_tiles = divide_up(args.n_keys, TILE_KEYS);
-    // A multiprocessor runs one block at a time (registers), so more blocks than multiprocessors take twice as long.
-    const int fit    = args.n_multiprocessors / (p.n_blocks * args.n_streams);
-    const int target = fit < 1 ? 1 : fit > MAX_PIECES ? MAX_PIECES : fit;
-    const int tiles  = divide_up(n_tiles, target);
-    p.keys_a_piece   = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
-    p.n_pieces       = divide_up(args.n_keys, p.keys_a_piece);
-    return p;
+    plan      best    = {};
+    for (int waves = 1; waves <= MAX_WAVES; ++waves) {
+        const int fit    = waves * args.n_multiprocessors / (p.n_blocks * args.n_streams);
+        const int target = fit < 1 ? 1 : fit > MAX_PIECES ? MAX_PIECES : fit;
+        const int tiles  = divide_up(n_tiles, target);
+        p.keys_a_piece   = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
+        p.n_pieces       = divide_up(args.n_keys, p.keys_a_piece);
+        if (waves == 1 || time_of(p, args) * WORTH_A_WAVE < time_of(best, args) * (WORTH_A_WAVE - 1)) {
+            best = p;
+        }
+    }
+    return best;
 }
 
 static int64_t partial_rows(const plan & p, const attention & args) {
     return p.n_pieces == 1 ? 0 : static_cast<int64_t>(p.n_pieces) * args.n_streams * p.n_rows;
 }
 
-template <cache_type TYPE>
+template <typename FORM>
 static __global__ void __launch_bounds__(THREADS, 1)
     attend_pieces(const attention args, const plan plan, const partials partials) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     extern __shared__ __align__(16) char shared[];
     wait_for_previous();
     let_next_begin();
-    attend_piece<TYPE>(args, plan, partials, shared);
+    attend_piece<FORM>(args, plan, partials, shared);
 #else
     __trap();  // the caller rejects older devices
 #endif
@@ -120,7 +140,7 @@ const char * refused(const attention & args) {
     if (args.q_stream % 2 != 0 || args.q_query % 2 != 0 || !aligned(args.q, args.q_head * 4, 0, 8)) {
         return "rows of q that do not begin at multiples of 8 bytes";
     }
-    if (args.type == cache_type::q8_0 || args.type == cache_type::q4_0) {
+    if (is_quantised(args.type)) {
         const int row = args.type == cache_type::q8_0 ? quantised_tiles<cache_type::q8_0>::ROW_BYTES
                                                       : quantised_tiles<cache_type::q4_0>::ROW_BYTES;
         if (args.cache_row != row) {
@@ -139,13 +159,14 @@ size_t workspace(const attention & args) {
     return partial_rows(make_plan(args), args) * (N_LATENT * sizeof(float) + sizeof(float2));
 }
 
-template <cache_type TYPE>
+template <typename FORM>
 static void launch(const attention & args, const plan & p, const partials & partials, cudaStream_t stream) {
-    static_assert(shared_bytes<TYPE>() <= MAX_SHARED_BYTES);
+    constexpr int BYTES = shared_bytes<FORM>();
+    static_assert(BYTES <= MAX_SHARED_BYTES);
     // has to be set once per device of the process; setting it again is cheap
-    cudaFuncSetAttribute(attend_pieces<TYPE>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes<TYPE>());
+    cudaFuncSetAttribute(attend_pieces<FORM>, cudaFuncAttributeMaxDynamicSharedMemorySize, BYTES);
     const dim3 grid(p.n_pieces, p.n_blocks, args.n_streams);
-    launch_early<attend_pieces<TYPE>>(grid, THREADS, shared_bytes<TYPE>(), stream, args, p, partials);
+    launch_early<attend_pieces<FORM>>(grid, THREADS, BYTES, stream, args, p, partials);
 }
 
 void attend(const attention & args, void * work, cudaStream_t stream) {
@@ -153,7 +174,15 @@ void attend(const attention & args, void * work, cudaStream_t stream) {
     const int64_t  rows  = partial_rows(p, args);
     const partials parts = { static_cast<float *>(work),
                              reinterpret_cast<float2 *>(static_cast<float *>(work) + rows * N_LATENT) };
-    with_cache_type(args.type, [&](auto type) { launch<type>(args, p, parts, stream); });
+    with_cache_type(args.type, [&](auto type) {
+        if constexpr (is_quantised(type)) {
+            if (p.block_rows == WIDE) {
+                return args.half_sums ? launch<form<type, WIDE, true>>(args, p, parts, stream)
+                                      : launch<form<type, WIDE, false>>(args, p, parts, stream);
+            }
+        }
+        launch<form<type, NARROW>>(args, p, parts, stream);
+    });
     if (p.n_pieces > 1) {
         launch_early<join_pieces>(args.n_streams * p.n_rows, JOIN_THREADS, 0, stream, parts, p.n_pieces, args.out);
     }

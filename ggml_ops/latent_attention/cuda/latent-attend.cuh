@@ -3,48 +3,84 @@
 // Attention of one block of rows over one split of the keys.
 //
 // All heads of all queries see the same cache, so the rows of the matmuls are (query, head) pairs, head fastest, as in
-// the result. A thread block processes BLOCK_ROWS of them and loops over tiles of keys. Each tile is loaded into shared
+// the result. A thread block processes FORM::ROWS of them and loops over tiles of keys. Each tile is loaded into shared
 // memory once and serves as keys and values of all rows. A tile has three steps, each followed by a barrier:
-//   scores   warp (m, slice): 16 rows, a quarter of the N_CACHE values of a row, all keys of the tile; q is in
-//   registers
-//   softmax  eight lanes per row: sum of the slices, online maximum, weights
-//   values   warp w: all rows, values [64 w, 64 w + 64) of the result, which stays in registers
-// Sums are float32. A factor that 16 bits cannot hold accurately enough is the sum of two terms (`precision`). Weights
-// of quantized values are multiplied with the scales of the quants, then rounded.
+//   scores   warp (m, slice): 16 rows, a part of the N_CACHE values of a row, all keys of the tile; q is in registers
+//   softmax  a few lanes per row: sum of the slices, online maximum, weights
+//   values   warp w: 32 rows, a part of the values of the result, which stays in registers
+// Sums are float32. A factor that 16 bits cannot hold accurately enough is the sum of two terms (`form`). Quants are
+// multiplied as they are: the partial scores and the weights of each 32 values are multiplied with their scales.
+//
+// Blocks of 64 rows are for quantized caches, whose tiles take long to unpack. Their weights are rounded to halves before
+// they are multiplied with the scales. GeForce cards multiply halves twice as fast if the sums are halves too: there
+// these blocks sum 32 weighted values in halves, and add these sums in float32.
 
 #include "latent-cache.cuh"
 
 namespace latent_cuda {
 
-constexpr int BLOCK_ROWS    = 32;
 constexpr int N_WARPS       = THREADS / WARP;
-constexpr int ROW_TILES     = BLOCK_ROWS / 16;
-constexpr int SLICES        = N_WARPS / ROW_TILES;
 constexpr int KEY_STEPS     = TILE_KEYS / 16;
 constexpr int SCORE_COLUMNS = TILE_KEYS / 8;
-constexpr int WARP_VALUES   = N_LATENT / N_WARPS;
-constexpr int VALUE_COLUMNS = WARP_VALUES / 8;
-constexpr int SCORE_STRIDE  = TILE_KEYS + 8;  // floats; avoids bank conflicts between pairs of eight rows
-constexpr int LANES_A_ROW   = WARP * N_WARPS / BLOCK_ROWS;
+constexpr int SCORE_STRIDE  = TILE_KEYS + 8;  // avoids bank conflicts between pairs of eight rows
+constexpr int GROUP_ROWS    = 32;             // rows of a warp when it multiplies with the values
+constexpr int GROUP_TILES   = GROUP_ROWS / 16;
 
-static_assert(TILE_KEYS == WARP && LANES_A_ROW * 4 == TILE_KEYS, "a lane a key, and four keys a lane of the softmax");
+static_assert(TILE_KEYS == WARP, "a lane a key");
 
-// Properties of a cache type, other than its tiles.
-template <cache_type TYPE> struct precision {
-    static constexpr bool QUANTISED = TYPE == cache_type::q8_0 || TYPE == cache_type::q4_0;
-    static constexpr bool HALF      = TYPE == cache_type::f16 || QUANTISED;
+// Rows of a block: NARROW for all types; WIDE for quantized caches, whose tiles are unpacked once for twice the rows.
+constexpr int NARROW = 32;
+constexpr int WIDE   = 64;
+
+constexpr bool is_quantised(cache_type type) {
+    return type == cache_type::q8_0 || type == cache_type::q4_0;
+}
+
+// How a kernel computes: properties of a type of cache and of the number of rows.
+template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
+    static constexpr int  ROWS      = ROWS_;
+    static constexpr bool IS_WIDE   = ROWS == WIDE;
+    static constexpr bool HALF_SUMS = HALF_SUMS_;  // weighted values: sums of TILE_KEYS products, added in float32
+
+    using tiles   = cache_tiles<TYPE>;
+    using element = typename tiles::element;
+
+    static constexpr bool HALF = std::is_same_v<element, __half>;
     // Terms per value of q and per weight.
-    static constexpr int Q_TERMS = QUANTISED ? 1 : 2;
+    static constexpr int Q_TERMS = is_quantised(TYPE) ? 1 : 2;
     static constexpr int P_TERMS = HALF ? 1 : 2;
-    // The largest weight is 2^this, so that a weight times a small scale is not yet a subnormal half.
-    static constexpr int WEIGHT_EXPONENT = QUANTISED ? 14 : 0;
-    // Steps of 16 values per slice. The 18 blocks of a quantized row are not split: a slice has 4 or 5 of them.
-    static constexpr int MIN_STEPS = QUANTISED ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
-    static constexpr int MAX_STEPS = QUANTISED ? MIN_STEPS + 2 : MIN_STEPS;
+    // The largest weight is 2^WEIGHT_EXPONENT, so that neither a small one nor a weight times a small factor is a
+    // subnormal half. Factors are below 2^(FACTOR_EXPONENT + 1) and stay floats, or are halves (wide).
+    static constexpr int WEIGHT_EXPONENT = HALF_SUMS ? 5 : IS_WIDE ? 6 : is_quantised(TYPE) ? 14 : 0;
+    static constexpr int FACTOR_EXPONENT = HALF_SUMS ? 4 : IS_WIDE ? 8 : 0;
+    // A weight times a factor is at most 2^15, a finite half; TILE_KEYS of them, where they are added in halves.
+    static_assert(WEIGHT_EXPONENT + FACTOR_EXPONENT + 1 + (HALF_SUMS ? 5 : 0) <= 15 && TILE_KEYS == 32);
+
+    // Scores: a warp has 16 rows and a slice of the values of a row. Blocks of a quantized row with factors are not
+    // split: of the 18 a slice has 4 or 5, or 9.
+    static constexpr int ROW_TILES = ROWS / 16;
+    static constexpr int SLICES    = N_WARPS / ROW_TILES;
+    static constexpr int MIN_STEPS = tiles::FACTORS ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
+    static constexpr int MAX_STEPS = tiles::FACTORS && N_FACTORS % SLICES != 0 ? MIN_STEPS + 2 : MIN_STEPS;
+
+    // Because the registers would not suffice otherwise: half of the keys at a time, and steps of q in shared memory.
+    static constexpr int PASS_COLUMNS = IS_WIDE ? SCORE_COLUMNS / 2 : SCORE_COLUMNS;
+    static constexpr int LENT_STEPS   = IS_WIDE ? 5 : 0;
 
     static __device__ int first_step(int slice) {
-        return QUANTISED ? slice * N_FACTORS / SLICES * 2 : slice * MAX_STEPS;
+        return tiles::FACTORS ? slice * N_FACTORS / SLICES * 2 : slice * MAX_STEPS;
     }
+
+    // Softmax: a warp has as many lanes for each row.
+    static constexpr int LANES_A_ROW = THREADS / ROWS;
+    static constexpr int LANE_KEYS   = TILE_KEYS / LANES_A_ROW;
+
+    // Values: a warp has GROUP_ROWS rows and a part of the result's values.
+    static constexpr int ROW_GROUPS    = ROWS / GROUP_ROWS;
+    static constexpr int WARP_VALUES   = N_LATENT / (N_WARPS / ROW_GROUPS);
+    static constexpr int VALUE_COLUMNS = WARP_VALUES / 8;
+
+    static_assert(!IS_WIDE || tiles::FACTORS, "only quantized caches have wide blocks");
 };
 
 // Partial results: one per split of the keys and row.
@@ -55,6 +91,7 @@ struct partials {
 
 struct plan {
     int n_rows;        // per stream
+    int block_rows;    // NARROW or WIDE
     int n_blocks;      // blocks of rows
     int n_pieces;      // splits of the keys
     int keys_a_piece;  // a multiple of TILE_KEYS
@@ -62,16 +99,37 @@ struct plan {
 
 plan make_plan(const attention & args);
 
-// Shared memory in addition to the tiles, in floats.
-struct room {
-    static constexpr int SCORES  = SLICES * BLOCK_ROWS * SCORE_STRIDE;
-    static constexpr int WEIGHTS = BLOCK_ROWS * SCORE_STRIDE;
-    static constexpr int ROWS    = BLOCK_ROWS;  // size of rescale and of row_scale
-    static constexpr int BYTES   = (SCORES + WEIGHTS + 2 * ROWS) * sizeof(float);
+// Shared memory in addition to the tiles. Weights are floats, which are rounded when they are multiplied with the
+// factors; or halves (wide), in place of the row's scores.
+template <typename FORM> struct room {
+    static constexpr int SCORES  = FORM::SLICES * FORM::ROWS * SCORE_STRIDE;       // floats
+    static constexpr int WEIGHTS = FORM::IS_WIDE ? 0 : FORM::ROWS * SCORE_STRIDE;  // floats
+    static constexpr int LENT    = FORM::LENT_STEPS * THREADS * 4;
+    static constexpr int BYTES   = (SCORES + WEIGHTS + LENT) * sizeof(float);
 };
 
-template <cache_type TYPE> constexpr int shared_bytes() {
-    return cache_tiles<TYPE>::SHARED + room::BYTES;
+// What all threads of a block have to know of a row, after its scores in the first slice.
+struct row_state {
+    float rescale;  // the factor of sums of earlier tiles; before the first tile that of q (half_range)
+    float scale;    // of the scores, for exp2
+    float maximum;  // of the scores so far
+    float sum;      // of the weights
+    int   mask;     // its distance from the mask of the block's first query
+};
+
+static_assert(sizeof(row_state) <= (SCORE_STRIDE - TILE_KEYS) * sizeof(float));
+
+static __device__ __forceinline__ row_state & state_of(float * scores, int row) {
+    return *reinterpret_cast<row_state *>(scores + row * SCORE_STRIDE + TILE_KEYS);
+}
+
+// The weights of a row where they are halves. The distance of eight rows avoids bank conflicts.
+static __device__ __forceinline__ __half * half_weights(float * scores, int row) {
+    return reinterpret_cast<__half *>(scores + row * SCORE_STRIDE) + row / 4 % 2 * 8;
+}
+
+template <typename FORM> constexpr int shared_bytes() {
+    return FORM::tiles::SHARED + room<FORM>::BYTES;
 }
 
 // Visibility of the keys of a split for the rows of a block.
@@ -114,12 +172,124 @@ static __device__ __forceinline__ float half_range(const float * row) {
     return power_of_two(min(127 + 8 + 127 - exponent_of(max_lanes(largest)), 253));
 }
 
-template <cache_type TYPE>
+// out += weights of this warp's rows x its values, where weights are halves.
+template <typename FORM>
+static __device__ __forceinline__ void add_values_wide(float (&out)[FORM::VALUE_COLUMNS][GROUP_TILES][4],
+                                                       float *                      scores,  // of the warp's first row
+                                                       const typename FORM::tiles & cache,
+                                                       int                          value0) {
+    const int lane = threadIdx.x % WARP;
+    const int t    = lane % 4;
+
+    const float unit = cache.factor_unit() * power_of_two(127 + FORM::FACTOR_EXPONENT);
+#pragma unroll
+    for (int span = 0; span < FORM::WARP_VALUES / FACTOR_SPAN; ++span) {
+        const int block = value0 / FACTOR_SPAN + span;
+        uint32_t  a[KEY_STEPS][GROUP_TILES][4];
+#pragma unroll
+        for (int step = 0; step < KEY_STEPS; ++step) {
+            uint32_t factor[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float2 f = cache.factors(block, 16 * step + 2 * t + 8 * i);
+                factor[i]      = pack<__half>(f.x * unit, f.y * unit);
+            }
+#pragma unroll
+            for (int i = 0; i < GROUP_TILES; ++i) {
+                load_matrices(a[step][i], half_weights(scores, 16 * i + lane % 16) + 16 * step + lane / 16 * 8);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    a[step][i][k] = multiply_halves(a[step][i][k], factor[k / 2]);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < FACTOR_SPAN / 8; ++i) {
+            float (&to)[GROUP_TILES][4]     = out[span * FACTOR_SPAN / 8 + i];
+            uint32_t halves[GROUP_TILES][2] = {};
+            uint32_t b[2 * KEY_STEPS];
+            load_matrices_transposed(b, cache.plane(0) + lane * TILE_STRIDE + block * FACTOR_SPAN + 8 * i);
+#pragma unroll
+            for (int step = 0; step < KEY_STEPS; ++step) {
+#pragma unroll
+                for (int m = 0; m < GROUP_TILES; ++m) {
+                    if constexpr (FORM::HALF_SUMS) {
+                        mma(halves[m], a[step][m], { b[2 * step], b[2 * step + 1] });
+                    } else {
+                        mma<__half>(to[m], a[step][m], { b[2 * step], b[2 * step + 1] });
+                    }
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < GROUP_TILES * 2 && FORM::HALF_SUMS; ++m) {
+                to[m / 2][m % 2 * 2] += first_of<__half>(halves[m / 2][m % 2]);
+                to[m / 2][m % 2 * 2 + 1] += second_of<__half>(halves[m / 2][m % 2]);
+            }
+        }
+    }
+}
+
+// The same where weights are floats, of all rows of a block, and have the factors of their blocks of quants.
+template <typename FORM>
+static __device__ __forceinline__ void add_values(float (&out)[FORM::VALUE_COLUMNS][GROUP_TILES][4],
+                                                  const float *                weights,
+                                                  const typename FORM::tiles & cache,
+                                                  int                          value0) {
+    using element  = typename FORM::element;
+    const int lane = threadIdx.x % WARP;
+    const int g    = lane / 4;
+    const int t    = lane % 4;
+
+    const float unit = cache.factor_unit();
+#pragma unroll
+    for (int step = 0; step < KEY_STEPS; ++step) {
+#pragma unroll
+        for (int span = 0; span < FORM::WARP_VALUES / FACTOR_SPAN; ++span) {
+            const int block = value0 / FACTOR_SPAN + span;
+            float2    low   = cache.factors(block, 16 * step + 2 * t);
+            float2    high  = cache.factors(block, 16 * step + 2 * t + 8);
+            low             = make_float2(low.x * unit, low.y * unit);
+            high            = make_float2(high.x * unit, high.y * unit);
+            uint32_t a[GROUP_TILES][FORM::P_TERMS][4];
+#pragma unroll
+            for (int i = 0; i < GROUP_TILES * 4; ++i) {
+                const int    row  = i / 4 * 16 + g + i % 2 * 8;
+                const int    key  = 16 * step + 2 * t + i / 2 % 2 * 8;
+                const float2 f    = i / 2 % 2 == 0 ? low : high;
+                const float2 x    = *reinterpret_cast<const float2 *>(weights + row * SCORE_STRIDE + key);
+                const auto   pair = split<element, FORM::P_TERMS>(x.x * f.x, x.y * f.y);
+#pragma unroll
+                for (int term = 0; term < FORM::P_TERMS; ++term) {
+                    a[i / 4][term][i % 4] = pair.term[term];
+                }
+            }
+#pragma unroll
+            for (int pair = 0; pair < FACTOR_SPAN / 16; ++pair) {
+#pragma unroll
+                for (int p = 0; p < FORM::tiles::PLANES; ++p) {
+                    uint32_t b[4];
+                    load_matrices_transposed(b, cache.plane(p) + (16 * step + lane % 16) * TILE_STRIDE +
+                                                    block * FACTOR_SPAN + 16 * pair + lane / 16 * 8);
+                    const int column = span * FACTOR_SPAN / 8 + 2 * pair;
+#pragma unroll
+                    for (int term = FORM::P_TERMS - 1 - p; term >= 0; --term) {
+#pragma unroll
+                        for (int i = 0; i < GROUP_TILES; ++i) {
+                            mma<element>(out[column][i], a[i][term], { b[0], b[1] });
+                            mma<element>(out[column + 1][i], a[i][term], { b[2], b[3] });
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+template <typename FORM>
 static __device__ __forceinline__ void
 attend_piece(const attention & args, const plan & plan, const partials & partials, char * shared) {
-    using tiles   = cache_tiles<TYPE>;
-    using element = typename tiles::element;
-    using fixed   = precision<TYPE>;
+    using tiles   = typename FORM::tiles;
+    using element = typename FORM::element;
 
     const int lane  = threadIdx.x % WARP;
     const int warp  = threadIdx.x / WARP;
@@ -129,13 +299,12 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     const int block = blockIdx.y;
     const int s     = blockIdx.z;
 
-    float * scores    = reinterpret_cast<float *>(shared + tiles::SHARED);
-    float * weights   = scores + room::SCORES;
-    float * rescale   = weights + room::WEIGHTS;
-    float * row_scale = rescale + room::ROWS;
+    float * scores  = reinterpret_cast<float *>(shared + tiles::SHARED);
+    float * weights = scores + room<FORM>::SCORES;
+    uint4 * lent    = reinterpret_cast<uint4 *>(weights + room<FORM>::WEIGHTS);
 
-    const int row0   = block * BLOCK_ROWS;
-    const int n_rows = min(BLOCK_ROWS, plan.n_rows - row0);
+    const int row0   = block * FORM::ROWS;
+    const int n_rows = min(FORM::ROWS, plan.n_rows - row0);
     const int query0 = row0 / args.n_heads;
     const int query1 = (row0 + n_rows - 1) / args.n_heads + 1;
     const int end    = min(args.n_keys, (piece + 1) * plan.keys_a_piece);
@@ -154,230 +323,228 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     key_tile  next      = sight.next(tile.key + TILE_KEYS, sight.sees(tile.key + TILE_KEYS + lane));
     cache.fetch(tile);
 
-    // The scale of each row's scores, for exp2.
 #pragma unroll
-    for (int i = warp * BLOCK_ROWS / N_WARPS; i < (warp + 1) * BLOCK_ROWS / N_WARPS; ++i) {
-        const float range = fixed::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
+    for (int i = warp * FORM::ROWS / N_WARPS; i < (warp + 1) * FORM::ROWS / N_WARPS; ++i) {
+        const float range = FORM::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
         if (lane == 0) {
-            row_scale[i] = args.scale * LOG2_E * power_of_two(254 - exponent_of(range));
-            rescale[i]   = range;
+            const int   query = (row0 + min(i, n_rows - 1)) / args.n_heads;
+            row_state & row   = state_of(scores, i);
+            row.rescale       = range;
+            row.scale         = args.scale * LOG2_E * power_of_two(254 - exponent_of(range) + tiles::QUANT_BITS);
+            row.maximum       = -INFINITY;
+            row.sum           = 0.0f;
+            row.mask          = static_cast<int>((query - query0) * args.mask_query);
         }
     }
     __syncthreads();
 
     // q of this warp's rows and slice.
-    const int           m          = warp % ROW_TILES;
-    const int           slice      = warp / ROW_TILES;
-    const int           step0      = fixed::first_step(slice);
-    const int           n_steps    = fixed::first_step(slice + 1) - step0;
+    const int           m          = warp % FORM::ROW_TILES;
+    const int           slice      = warp / FORM::ROW_TILES;
+    const int           step0      = FORM::first_step(slice);
+    const int           n_steps    = FORM::first_step(slice + 1) - step0;
     const int           my_rows[2] = { 16 * m + g, 16 * m + g + 8 };
     const float * const my_q[2]    = { query_row(min(my_rows[0], n_rows - 1)), query_row(min(my_rows[1], n_rows - 1)) };
-    uint32_t            q[fixed::MAX_STEPS][fixed::Q_TERMS][4];
+    uint32_t            q[FORM::MAX_STEPS][FORM::Q_TERMS][4];
 #pragma unroll
-    for (int step = 0; step < fixed::MAX_STEPS; ++step) {
+    for (int step = 0; step < FORM::MAX_STEPS; ++step) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float2 x = make_float2(0.0f, 0.0f);
-            if (my_rows[i % 2] < n_rows && (step < fixed::MIN_STEPS || step < n_steps)) {
+            if (my_rows[i % 2] < n_rows && (step < FORM::MIN_STEPS || step < n_steps)) {
                 x = *reinterpret_cast<const float2 *>(my_q[i % 2] + (step0 + step) * 16 + 2 * t + i / 2 * 8);
             }
-            const float                 range = rescale[my_rows[i % 2]];
-            const terms<fixed::Q_TERMS> pair  = split<element, fixed::Q_TERMS>(x.x * range, x.y * range);
+            const float                range = state_of(scores, my_rows[i % 2]).rescale;
+            const terms<FORM::Q_TERMS> pair  = split<element, FORM::Q_TERMS>(x.x * range, x.y * range);
 #pragma unroll
-            for (int term = 0; term < fixed::Q_TERMS; ++term) {
+            for (int term = 0; term < FORM::Q_TERMS; ++term) {
                 q[step][term][i] = pair.term[term];
             }
+        }
+        if (step < FORM::LENT_STEPS) {
+            const uint32_t (&x)[4]             = q[step][0];
+            lent[step * THREADS + threadIdx.x] = make_uint4(x[0], x[1], x[2], x[3]);
         }
     }
 
     // Softmax: this lane's row and keys.
-    const int        my_row   = warp * (WARP / LANES_A_ROW) + lane / LANES_A_ROW;
-    const int        my_key   = lane % LANES_A_ROW * 4;
-    const int        my_query = (row0 + min(my_row, n_rows - 1)) / args.n_heads;
-    const uint16_t * my_mask  = mask == nullptr ? nullptr : mask + my_query * args.mask_query;
-    float            maximum  = -INFINITY;
-    float            sum      = 0.0f;  // of this lane's keys
+    const int my_row = warp * (WARP / FORM::LANES_A_ROW) + lane / FORM::LANES_A_ROW;
+    const int my_key = lane % FORM::LANES_A_ROW * FORM::LANE_KEYS;
 
-    float out[ROW_TILES][VALUE_COLUMNS][4] = {};
+    // Values: this warp's rows and values.
+    const int group  = warp % FORM::ROW_GROUPS;
+    const int value0 = warp / FORM::ROW_GROUPS * FORM::WARP_VALUES;
+
+    float out[FORM::VALUE_COLUMNS][GROUP_TILES][4] = {};
 
     while (tile.visible != 0) {
         cache.arrive(tile);
         cache.fetch(next);
-        // prefetched
-        const bool ahead = sight.sees(next.key + TILE_KEYS + lane);
-        uint16_t   added[4];
+        const bool ahead = sight.sees(next.key + TILE_KEYS + lane);  // prefetched
+        uint16_t   added[FORM::LANE_KEYS];
+        const auto load_mask = [&] {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            added[i] = my_mask != nullptr && tile.sees(my_key + i) ? my_mask[tile.key + my_key + i] : 0;
+            for (int i = 0; i < FORM::LANE_KEYS; ++i) {
+                added[i] = mask != nullptr && tile.sees(my_key + i)
+                               ? sight.mask[state_of(scores, my_row).mask + tile.key + my_key + i]
+                               : 0;
+            }
+        };
+        if (!FORM::IS_WIDE) {
+            load_mask();  // early, if the registers suffice
         }
 
-        {
-            float sums[SCORE_COLUMNS][4] = {};
-            float part[SCORE_COLUMNS][4] = {};
+#pragma unroll 1  // two at once would need more registers
+        for (int column0 = 0; column0 < SCORE_COLUMNS; column0 += FORM::PASS_COLUMNS) {
+            float sums[FORM::PASS_COLUMNS][4] = {};
+            float part[FORM::PASS_COLUMNS][4] = {};
 #pragma unroll
-            for (int step = 0; step < fixed::MAX_STEPS; ++step) {
-                if (step < fixed::MIN_STEPS || step < n_steps) {
-                    float (&to)[SCORE_COLUMNS][4] = tiles::FACTORS ? part : sums;
+            for (int step = 0; step < FORM::MAX_STEPS; ++step) {
+                if (step < FORM::LENT_STEPS) {
+                    const uint4 x = lent[step * THREADS + threadIdx.x];
+                    q[step][0][0] = x.x;
+                    q[step][0][1] = x.y;
+                    q[step][0][2] = x.z;
+                    q[step][0][3] = x.w;
+                }
+                if (step < FORM::MIN_STEPS || step < n_steps) {
+                    float (&to)[FORM::PASS_COLUMNS][4] = tiles::FACTORS ? part : sums;
 #pragma unroll
-                    for (int pair = 0; pair < SCORE_COLUMNS / 2; ++pair) {
+                    for (int pair = 0; pair < FORM::PASS_COLUMNS / 2; ++pair) {
 #pragma unroll
                         for (int p = 0; p < tiles::PLANES; ++p) {
-                            uint32_t b[4];
-                            load_matrices(b, cache.plane(p) + (16 * pair + lane / 16 * 8 + lane % 8) * TILE_STRIDE +
-                                                 (step0 + step) * 16 + lane / 8 % 2 * 8);
+                            const int key = 8 * column0 + 16 * pair + lane / 16 * 8 + lane % 8;
+                            uint32_t  b[4];
+                            load_matrices(b,
+                                          cache.plane(p) + key * TILE_STRIDE + (step0 + step) * 16 + lane / 8 % 2 * 8);
 #pragma unroll
-                            for (int term = fixed::Q_TERMS - 1 - p; term >= 0; --term) {
+                            for (int term = FORM::Q_TERMS - 1 - p; term >= 0; --term) {
                                 mma<element>(to[2 * pair], q[step][term], { b[0], b[1] });
                                 mma<element>(to[2 * pair + 1], q[step][term], { b[2], b[3] });
                             }
                         }
                     }
-                    if (tiles::FACTORS && step % 2 == 1) {
 #pragma unroll
-                        for (int column = 0; column < SCORE_COLUMNS; ++column) {
-                            const float2 factor = cache.factors((step0 + step) / 2, 8 * column + 2 * t);
+                    for (int column = 0; column < FORM::PASS_COLUMNS && tiles::FACTORS && step % 2 == 1; ++column) {
+                        const float2 factor = cache.factors((step0 + step) / 2, 8 * (column0 + column) + 2 * t);
 #pragma unroll
-                            for (int i = 0; i < 4; ++i) {
-                                sums[column][i] += part[column][i] * (i % 2 == 0 ? factor.x : factor.y);
-                                part[column][i] = 0.0f;
-                            }
+                        for (int i = 0; i < 4; ++i) {
+                            sums[column][i] += part[column][i] * (i % 2 == 0 ? factor.x : factor.y);
+                            part[column][i] = 0.0f;
                         }
                     }
                 }
             }
 #pragma unroll
-            for (int column = 0; column < SCORE_COLUMNS; ++column) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int row                      = 16 * m + g + 8 * i;
-                    *reinterpret_cast<float2 *>(scores + (slice * BLOCK_ROWS + row) * SCORE_STRIDE + 8 * column +
-                                                2 * t) = make_float2(sums[column][2 * i], sums[column][2 * i + 1]);
-                }
+            for (int i = 0; i < 2 * FORM::PASS_COLUMNS; ++i) {
+                const int    row = slice * FORM::ROWS + 16 * m + g + i % 2 * 8;
+                const int    key = 8 * (column0 + i / 2) + 2 * t;
+                const float2 two = make_float2(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
+                *reinterpret_cast<float2 *>(scores + row * SCORE_STRIDE + key) = two;
             }
+        }
+        if (FORM::IS_WIDE) {
+            load_mask();
         }
         __syncthreads();
 
         {
-            float x[4] = {};
+            float x[FORM::LANE_KEYS] = {};
 #pragma unroll
-            for (int i = 0; i < SLICES; ++i) {
-                const float4 part =
-                    *reinterpret_cast<const float4 *>(scores + (i * BLOCK_ROWS + my_row) * SCORE_STRIDE + my_key);
-                x[0] += part.x;
-                x[1] += part.y;
-                x[2] += part.z;
-                x[3] += part.w;
+            for (int i = 0; i < FORM::SLICES; ++i) {
+#pragma unroll
+                for (int k = 0; k < FORM::LANE_KEYS; k += 4) {
+                    const float4 part = *reinterpret_cast<const float4 *>(
+                        scores + (i * FORM::ROWS + my_row) * SCORE_STRIDE + my_key + k);
+                    x[k] += part.x;
+                    x[k + 1] += part.y;
+                    x[k + 2] += part.z;
+                    x[k + 3] += part.w;
+                }
             }
-            float largest = maximum;
+            row_state & row     = state_of(scores, my_row);
+            const float maximum = row.maximum;
+            float       largest = maximum;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                x[i]    = x[i] * row_scale[my_row] + LOG2_E * __half2float(__ushort_as_half(added[i]));
+            for (int i = 0; i < FORM::LANE_KEYS; ++i) {
+                x[i]    = x[i] * row.scale + LOG2_E * __half2float(__ushort_as_half(added[i]));
                 x[i]    = tile.sees(my_key + i) ? x[i] : -INFINITY;
                 largest = fmaxf(largest, x[i]);
             }
-            largest            = max_lanes<LANES_A_ROW>(largest);
+            largest = max_lanes<FORM::LANES_A_ROW>(largest);
+            __syncwarp();  // the row's lanes have read its scores and state, which now change
             const float factor = largest == maximum ? 1.0f : exp2f(maximum - largest);
-            const float offset = largest == -INFINITY ? 0.0f : largest - fixed::WEIGHT_EXPONENT;
+            const float offset = largest == -INFINITY ? 0.0f : largest;
+            float       sum    = 0.0f;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                x[i] = exp2f(x[i] - offset);
+            for (int k = 0; k < FORM::LANE_KEYS; k += 4) {
+#pragma unroll
+                for (int i = k; i < k + 4; ++i) {
+                    x[i] = exp2f(x[i] - offset + FORM::WEIGHT_EXPONENT);  // the difference first: it is exact
+                }
+                sum += (x[k] + x[k + 1]) + (x[k + 2] + x[k + 3]);
+                if constexpr (FORM::IS_WIDE) {
+                    *reinterpret_cast<uint2 *>(half_weights(scores, my_row) + my_key + k) =
+                        make_uint2(pack<__half>(x[k], x[k + 1]), pack<__half>(x[k + 2], x[k + 3]));
+                } else {
+                    *reinterpret_cast<float4 *>(weights + my_row * SCORE_STRIDE + my_key + k) =
+                        make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+                }
             }
-            maximum = largest;
-            sum     = sum * factor + ((x[0] + x[1]) + (x[2] + x[3]));
-            *reinterpret_cast<float4 *>(weights + my_row * SCORE_STRIDE + my_key) = make_float4(x[0], x[1], x[2], x[3]);
-            if (lane % LANES_A_ROW == 0) {
-                rescale[my_row] = factor * cache.unit_change();
+            sum = sum_lanes<FORM::LANES_A_ROW>(sum);
+            if (lane % FORM::LANES_A_ROW == 0) {
+                row.rescale = factor * cache.unit_change();
+                row.maximum = largest;
+                row.sum     = row.sum * factor + sum;
             }
         }
         __syncthreads();
 
         {
-            const float unit = cache.factor_unit();
-            float       factor[ROW_TILES][2];
-            bool        same = true;
+            float factor[GROUP_TILES][2];
+            bool  same = true;
 #pragma unroll
-            for (int i = 0; i < ROW_TILES * 2; ++i) {
-                factor[i / 2][i % 2] = rescale[8 * i + g];
+            for (int i = 0; i < GROUP_ROWS / 8; ++i) {
+                factor[i / 2][i % 2] = state_of(scores, group * GROUP_ROWS + 8 * i + g).rescale;
                 same                 = same && factor[i / 2][i % 2] == 1.0f;
             }
             if (!__all_sync(ALL_LANES, same)) {
 #pragma unroll
-                for (int i = 0; i < ROW_TILES * VALUE_COLUMNS * 4; ++i) {
-                    out[i / 4 / VALUE_COLUMNS][i / 4 % VALUE_COLUMNS][i % 4] *=
-                        factor[i / 4 / VALUE_COLUMNS][i / 2 % 2];
+                for (int i = 0; i < GROUP_TILES * FORM::VALUE_COLUMNS * 4; ++i) {
+                    out[i / 4 / GROUP_TILES][i / 4 % GROUP_TILES][i % 4] *= factor[i / 4 % GROUP_TILES][i / 2 % 2];
                 }
             }
-#pragma unroll
-            for (int step = 0; step < KEY_STEPS; ++step) {
-#pragma unroll
-                for (int span = 0; span < WARP_VALUES / FACTOR_SPAN; ++span) {
-                    const int value0 = warp * WARP_VALUES + span * FACTOR_SPAN;
-                    float2    low    = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t);
-                    float2    high   = cache.factors(value0 / FACTOR_SPAN, 16 * step + 2 * t + 8);
-                    low              = make_float2(low.x * unit, low.y * unit);
-                    high             = make_float2(high.x * unit, high.y * unit);
-                    uint32_t a[ROW_TILES][fixed::P_TERMS][4];
-#pragma unroll
-                    for (int i = 0; i < ROW_TILES * 4; ++i) {
-                        const int    row  = i / 4 * 16 + g + i % 2 * 8;
-                        const int    key  = 16 * step + 2 * t + i / 2 % 2 * 8;
-                        const float2 f    = i / 2 % 2 == 0 ? low : high;
-                        const float2 x    = *reinterpret_cast<const float2 *>(weights + row * SCORE_STRIDE + key);
-                        const auto   pair = split<element, fixed::P_TERMS>(x.x * f.x, x.y * f.y);
-#pragma unroll
-                        for (int term = 0; term < fixed::P_TERMS; ++term) {
-                            a[i / 4][term][i % 4] = pair.term[term];
-                        }
-                    }
-#pragma unroll
-                    for (int pair = 0; pair < FACTOR_SPAN / 16; ++pair) {
-#pragma unroll
-                        for (int p = 0; p < tiles::PLANES; ++p) {
-                            uint32_t b[4];
-                            load_matrices_transposed(b, cache.plane(p) + (16 * step + lane % 16) * TILE_STRIDE +
-                                                            value0 + 16 * pair + lane / 16 * 8);
-                            const int column = span * FACTOR_SPAN / 8 + 2 * pair;
-#pragma unroll
-                            for (int term = fixed::P_TERMS - 1 - p; term >= 0; --term) {
-#pragma unroll
-                                for (int i = 0; i < ROW_TILES; ++i) {
-                                    mma<element>(out[i][column], a[i][term], { b[0], b[1] });
-                                    mma<element>(out[i][column + 1], a[i][term], { b[2], b[3] });
-                                }
-                            }
-                        }
-                    }
-                }
-            }
+        }
+        if constexpr (FORM::IS_WIDE) {
+            add_values_wide<FORM>(out, scores + group * GROUP_ROWS * SCORE_STRIDE, cache, value0);
+        } else {
+            add_values<FORM>(out, weights, cache, value0);
         }
         tile = next;
         next = sight.next(next.key + TILE_KEYS, ahead);
     }
 
-    sum = sum_lanes<LANES_A_ROW>(sum);
-
     const int64_t first_row = static_cast<int64_t>(s) * plan.n_rows + row0;
     const int64_t all_rows  = static_cast<int64_t>(args.n_streams) * plan.n_rows;
     const bool    whole     = plan.n_pieces == 1;
     __syncthreads();
-    if (lane % LANES_A_ROW == 0) {
-        rescale[my_row] = (!whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum) * cache.inverse_unit();
-        if (!whole && my_row < n_rows) {
-            partials.max_sum[piece * all_rows + first_row + my_row] = make_float2(maximum, sum);
-        }
+    if (const int i = threadIdx.x; !whole && i < n_rows) {
+        const row_state & row                              = state_of(scores, i);
+        partials.max_sum[piece * all_rows + first_row + i] = make_float2(row.maximum, row.sum);
     }
-    __syncthreads();
-    float * to = whole ? args.out : partials.out + piece * all_rows * N_LATENT;
+    const float unit = cache.inverse_unit() * power_of_two(127 + tiles::QUANT_BITS - FORM::FACTOR_EXPONENT);
+    float *     to   = whole ? args.out : partials.out + piece * all_rows * N_LATENT;
 #pragma unroll
-    for (int i = 0; i < ROW_TILES * 2; ++i) {
-        const int row = 8 * i + g;
+    for (int i = 0; i < GROUP_ROWS / 8; ++i) {
+        const int row = group * GROUP_ROWS + 8 * i + g;
         if (row < n_rows) {
-            const float factor = rescale[row];
+            const float sum    = state_of(scores, row).sum;
+            const float factor = (!whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum) * unit;
 #pragma unroll
-            for (int column = 0; column < VALUE_COLUMNS; ++column) {
-                const float * x                    = out[i / 2][column] + i % 2 * 2;
-                *reinterpret_cast<float2 *>(to + (first_row + row) * N_LATENT + warp * WARP_VALUES + 8 * column +
-                                            2 * t) = make_float2(x[0] * factor, x[1] * factor);
+            for (int column = 0; column < FORM::VALUE_COLUMNS; ++column) {
+                const float * x = out[column][i / 2] + i % 2 * 2;
+                *reinterpret_cast<float2 *>(to + (first_row + row) * N_LATENT + value0 + 8 * column + 2 * t) =
+                    make_float2(x[0] * factor, x[1] * factor);
             }
         }
     }

@@ -8,8 +8,8 @@
 //   q8_0, q4_0  | half    | 1: the quants | scales  | asynchronous copy of the raw blocks, then unpacked
 //   f32         | bf16    | 2: hi + lo    | none    | read and split
 //
-// Quants are exact in halves. A key that is not visible becomes zeros, whatever its cell holds; in a 16-bit or 32-bit
-// cache it is not even read.
+// Quants are divided by 2^QUANT_BITS, their bound, and are exact halves of at most 1. A key that is not visible becomes
+// zeros, whatever its cell holds; in a 16-bit or 32-bit cache it is not even read.
 //
 // Scales may have any magnitude, beyond the range of halves. Weights that are multiplied with scales are therefore also
 // multiplied with factor_unit(), which brings the largest scale so far to [1, 2). When it changes, sums of the old unit
@@ -61,7 +61,8 @@ struct cache_rows {
 
 // Values without scales.
 struct no_factors {
-    static constexpr bool FACTORS = false;
+    static constexpr bool FACTORS    = false;
+    static constexpr int  QUANT_BITS = 0;
 
     __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
 
@@ -110,13 +111,14 @@ template <typename T> struct plain_tiles : no_factors {
     __device__ const T * plane(int) const { return tiles + current * TILE_VALUES; }
 };
 
-// Four bytes n as halves n - ZERO. The half 2^10 + n has the bits 0x6400 + n, exactly.
-template <int ZERO> static __device__ __forceinline__ uint2 bytes_to_halves(uint32_t bytes) {
-    const uint32_t bits = 0x64006400 + 0x00010001 * ZERO;
-    __half2        zero;
+// Four bytes n as halves n / 2^BITS - 1, exactly: 2^10 + n has the bits 0x6400 + n, and 0x400 less halve a half.
+template <int BITS> static __device__ __forceinline__ uint2 bytes_to_halves(uint32_t bytes) {
+    constexpr uint32_t HIGH = 0x64 - 4 * BITS;
+    const uint32_t     bits = 0x01000100 * HIGH + 0x00010001 * (1 << BITS);
+    __half2            zero;
     memcpy(&zero, &bits, sizeof(zero));
     const auto two = [&](uint32_t order) {
-        const uint32_t above = __byte_perm(bytes, 0x64646464, order);
+        const uint32_t above = __byte_perm(bytes, 0x01010101 * HIGH, order);
         __half2        x;
         memcpy(&x, &above, sizeof(x));
         x = __hsub2(x, zero);
@@ -132,26 +134,29 @@ template <cache_type TYPE> struct quantised_tiles {
     using element                      = __half;
     static constexpr int  PLANES       = 1;
     static constexpr bool FACTORS      = true;
+    static constexpr int  QUANT_BITS   = TYPE == cache_type::q8_0 ? 7 : 3;
     static constexpr int  BLOCK_BYTES  = 2 + (TYPE == cache_type::q8_0 ? FACTOR_SPAN : FACTOR_SPAN / 2);
     static constexpr int  ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
     static constexpr int  TILE_BYTES   = TILE_VALUES * sizeof(element);
-    static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(float);
+    static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(__half);
     static constexpr int  RAW_BYTES    = TILE_KEYS * ROW_BYTES;
     static constexpr int  N_WARPS      = THREADS / WARP;
+    static constexpr int  SMALLEST     = 127 - 24;  // the exponent of the smallest half
     static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
     static_assert(RAW_BYTES % 16 == 0 && SHARED % 16 == 0, "vectors of 16 bytes");
+    static_assert(ROW_BYTES % 4 == 0 && BLOCK_BYTES % 4 == 2, "quants of every second block are 4-byte aligned");
 
     cache_rows rows;
     element *  tile_values;
-    float *    tile_factors;  // [N_FACTORS][TILE_KEYS]
-    char *     raw;           // the raw rows, contiguous
-    int *      exponents;     // the largest exponent of the factors that each warp saw
-    int        exponent = 1;  // the largest so far
+    __half *   tile_factors;         // [N_FACTORS][TILE_KEYS]
+    char *     raw;                  // the raw rows, contiguous
+    int *      exponents;            // the largest exponent of the factors that each warp saw
+    int        exponent = SMALLEST;  // the largest so far
     float      change   = 1.0f;
 
     __device__ quantised_tiles(char * shared, const cache_rows & rows) :
         rows(rows), tile_values(reinterpret_cast<element *>(shared)),
-        tile_factors(reinterpret_cast<float *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES),
+        tile_factors(reinterpret_cast<__half *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES),
         exponents(reinterpret_cast<int *>(shared + TILE_BYTES + FACTOR_BYTES + RAW_BYTES)) {}
 
     __device__ void fetch(const key_tile & tile) {
@@ -175,28 +180,24 @@ template <cache_type TYPE> struct quantised_tiles {
     __device__ void arrive(const key_tile & tile) {
         wait_copies();
         __syncthreads();
-        int greatest = exponent;
-        share<TILE_KEYS * N_FACTORS>([&](int i) {
-            const int      key    = i % TILE_KEYS;
-            const int      block  = i / TILE_KEYS;
-            const __half * scale  = reinterpret_cast<const __half *>(raw + key * ROW_BYTES + block * BLOCK_BYTES);
-            const float    factor = tile.sees(key) ? __half2float(*scale) : 0.0f;
-            tile_factors[i]       = factor;
-            greatest              = max(greatest, exponent_of(factor));
-        });
-        greatest = __reduce_max_sync(ALL_LANES, greatest);
-        if (threadIdx.x % WARP == 0) {
-            exponents[threadIdx.x / WARP] = greatest;
+        int        greatest = exponent;
+        const int  warp     = threadIdx.x / WARP;
+        const int  key      = threadIdx.x % WARP;
+        const bool sees     = tile.sees(key);
+#pragma unroll
+        for (int block = 0; block < N_FACTORS; block += N_WARPS) {
+            if (block + warp < N_FACTORS) {
+                const char * scale  = raw + key * ROW_BYTES + (block + warp) * BLOCK_BYTES;
+                const __half factor = sees ? *reinterpret_cast<const __half *>(scale) : __ushort_as_half(0);
+                tile_factors[(block + warp) * TILE_KEYS + key] = factor;
+                greatest                                       = max(greatest, exponent_of(__half2float(factor)));
+            }
         }
-        // eight quants at a time
-        constexpr int PIECES = FACTOR_SPAN / 8;
-        share<TILE_KEYS * N_FACTORS * PIECES>([&](int i) {
-            const int    key   = i / (N_FACTORS * PIECES);
-            const int    block = i / PIECES % N_FACTORS;
-            const int    piece = i % PIECES;
-            const char * codes = raw + key * ROW_BYTES + block * BLOCK_BYTES + 2;
-            unpack_eight(codes, piece, tile_values + key * TILE_STRIDE + block * FACTOR_SPAN);
-        });
+        greatest = __reduce_max_sync(ALL_LANES, greatest);
+        if (key == 0) {
+            exponents[warp] = greatest;
+        }
+        unpack();
         __syncthreads();
         const int before = exponent;
 #pragma unroll
@@ -206,26 +207,41 @@ template <cache_type TYPE> struct quantised_tiles {
         change = power_of_two(max(127 + before - exponent, 1));
     }
 
-    // Quants are only 2-byte aligned.
-    static __device__ __forceinline__ uint32_t load_four(const char * at) {
-        const uint16_t * halves = reinterpret_cast<const uint16_t *>(at);
-        return halves[0] | static_cast<uint32_t>(halves[1]) << 16;
+    // Quants of all keys to halves. Eight lanes share a key: each unpacks eight quants of every second block.
+    __device__ void unpack() const {
+        constexpr int PIECES = FACTOR_SPAN / 8;
+        constexpr int LANES  = 2 * PIECES;
+        static_assert(LANES * TILE_KEYS == THREADS);
+        const int    key   = threadIdx.x / LANES;
+        const int    odd   = threadIdx.x % LANES / PIECES;
+        const int    piece = threadIdx.x % PIECES;
+        const char * codes = raw + key * ROW_BYTES + odd * BLOCK_BYTES + 2;
+        element *    to    = tile_values + key * TILE_STRIDE + odd * FACTOR_SPAN;
+#pragma unroll 3  // more would need more registers
+        for (int i = 0; i < N_FACTORS / 2; ++i) {
+            unpack_eight(codes + i * 2 * BLOCK_BYTES, odd, piece, to + i * 2 * FACTOR_SPAN);
+        }
     }
 
-    // Unpacks part `piece` of a block's quants to its values.
-    static __device__ __forceinline__ void unpack_eight(const char * codes, int piece, element * to) {
+    // Unpacks part `piece` of a block's quants to its values. Only those of odd blocks are 4-byte aligned: words around
+    // the quants are loaded, and `order` selects four bytes of two of them.
+    static __device__ __forceinline__ void unpack_eight(const char * codes, int odd, int piece, element * to) {
+        const uint32_t * words = reinterpret_cast<const uint32_t *>(codes - 2 - 2 * odd);
+        const uint32_t   order = odd ? 0x7654 : 0x5432;
         if constexpr (TYPE == cache_type::q8_0) {
+            words += 2 * piece;
+            const uint32_t middle = words[1];
             // with the sign inverted, signed bytes are 128 too large
-            const uint2 a = bytes_to_halves<128>(load_four(codes + piece * 8) ^ 0x80808080);
-            const uint2 b = bytes_to_halves<128>(load_four(codes + piece * 8 + 4) ^ 0x80808080);
+            const uint2 a = bytes_to_halves<QUANT_BITS>(__byte_perm(words[0], middle, order) ^ 0x80808080);
+            const uint2 b = bytes_to_halves<QUANT_BITS>(__byte_perm(middle, words[2], order) ^ 0x80808080);
             *reinterpret_cast<uint4 *>(to + piece * 8) = make_uint4(a.x, a.y, b.x, b.y);
         } else {
             // value j in the low half of byte j, value j + 16 in the high half
-            const uint32_t x = load_four(codes + piece * 4);
+            const uint32_t x = __byte_perm(words[piece], words[piece + 1], order);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 *reinterpret_cast<uint2 *>(to + half * FACTOR_SPAN / 2 + piece * 4) =
-                    bytes_to_halves<8>(x >> 4 * half & 0x0f0f0f0f);
+                    bytes_to_halves<QUANT_BITS>(x >> 4 * half & 0x0f0f0f0f);
             }
         }
     }
@@ -234,7 +250,7 @@ template <cache_type TYPE> struct quantised_tiles {
 
     // Factors of keys i (even) and i + 1.
     __device__ float2 factors(int block, int i) const {
-        return *reinterpret_cast<const float2 *>(tile_factors + block * TILE_KEYS + i);
+        return __half22float2(*reinterpret_cast<const __half2 *>(tile_factors + block * TILE_KEYS + i));
     }
 
     __device__ float factor_unit() const { return power_of_two(254 - exponent); }

@@ -58,6 +58,7 @@ struct attention {
 
     int   n_keys, n_queries, n_heads, n_streams;
     int   n_multiprocessors;  // of the device
+    bool  half_sums;          // whether sums of a few products may be halves: where the device adds them faster
     float scale;
 };
 

@@ -99,10 +99,11 @@ static bool takes(int device, const ggml_tensor * dst, latent_cuda::attention & 
         log_refusal(reason);
         return false;
     }
+    const bool exact       = ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
     args.n_multiprocessors = ggml_cuda_info().devices[device].nsm;
+    args.half_sums         = !exact && !ggml_cuda_latent_fast_sums(device);
     const limit most       = limit_of(args.type, ggml_cuda_latent_fast_sums(device));
-    return ggml_op_has_mark(dst, GGML_OP_MARK_EXACT) || copy_is_too_large(args) ||
-           (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
+    return exact || copy_is_too_large(args) || (args.n_queries * args.n_heads <= most.rows && args.n_keys >= most.keys);
 }
 
 size_t ggml_cuda_latent_attention_size(int device, const ggml_tensor * dst) {

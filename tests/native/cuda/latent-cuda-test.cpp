@@ -22,6 +22,7 @@ static double worst[GGML_TYPE_COUNT];
 struct Setup : LatentSetup {
     size_t scratch           = latent_cuda::SCRATCH;
     int    n_multiprocessors = 128;
+    bool   half_sums         = false;  // as on GeForce
     bool   by_length         = false;  // the accuracy depends on the number of keys, as in ggml-cuda
 };
 
@@ -71,6 +72,7 @@ static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
         attention args;
         require_taken(latent_cuda::read_node(dst, args));
         args.n_multiprocessors = setup.n_multiprocessors;
+        args.half_sums         = setup.half_sums;
         return attend(dst, dst->src[3], setup.before, args);
     }
     const DeviceArray<float> k_b(as_floats(dst->src[2])), v_b(as_floats(dst->src[3]));
@@ -161,7 +163,7 @@ static void check_draws(ggml_type type) {
             int    worse = 0;
             for (s.seed = 1; s.seed <= (uint32_t) n_seeds; ++s.seed) {
                 LatentCase               attention(s);
-                const std::vector<float> got = run(attention.node(), { { s }, latent_cuda::SCRATCH, 128, true });
+                const std::vector<float> got = run(attention.node(), { { s }, latent_cuda::SCRATCH, 128, false, true });
                 memcpy(attention.node()->data, got.data(), got.size() * sizeof(float));
                 const double mine = attention.nmse(s.n_rows()), other = attention.upstreams_nmse(s.n_rows());
                 expect(mine <= SINGLE, name_of(s) + text(" seed %u: %.1e", s.seed, mine));
@@ -180,8 +182,26 @@ static void check_draws(ggml_type type) {
     }
 }
 
+// Cases that only CUDA's kernels have: scores that share a large part, which shows every rounding of a key; and scores whose
+// exponents are too large for a sum with a small number to be exact.
+static std::vector<LatentSetup> cuda_cases(ggml_type type) {
+    std::vector<LatentSetup> cases = absorbed_cases(type);
+    LatentShape              base;
+    base.cache   = type;
+    base.n_heads = 5;
+    for (const float shift : { 20.0f, 100.0f, -300.0f }) {
+        LatentShape s = base.with(3, 130);
+        s.shift       = shift;
+        cases.push_back({ s });
+    }
+    LatentShape one = base.with(1, 1);
+    one.shift       = 1e9f;
+    cases.push_back({ one });
+    return cases;
+}
+
 static void test_absorbed(ggml_type type) {
-    for (const LatentSetup & each : absorbed_cases(type)) {
+    for (const LatentSetup & each : cuda_cases(type)) {
         check({ each });
     }
     if (type == GGML_TYPE_Q4_0) {  // more tiles than the minimum of a split
@@ -201,29 +221,80 @@ static void test_absorbed(ggml_type type) {
     }
 }
 
-// The splits: as many blocks as multiprocessors at most, and no fewer than fit.
+// Wide blocks: the same cases with more rows, some of them with a second block of rows that is not full.
+static void test_wide(ggml_type type, bool half_sums) {
+    for (const LatentSetup & each : cuda_cases(type)) {
+        Setup setup     = { each };
+        setup.half_sums = half_sums;
+        if (each.shape.n_queries * each.shape.n_heads <= latent_cuda::NARROW) {
+            setup.shape.n_heads = 33;
+        }
+        check(setup);
+    }
+    Setup few           = { { LatentShape().with(3, 200) } };  // splits of two streams and of two blocks of rows
+    few.shape.cache     = type;
+    few.shape.n_streams = 2;
+    few.shape.mask      = "mixed";
+    few.shape.poison    = true;
+    few.half_sums       = half_sums;
+    for (const int n_multiprocessors : { 5, 9, 13 }) {
+        few.n_multiprocessors = n_multiprocessors;
+        check(few);
+    }
+    // the largest sums of halves: all weights are alike, all quants the largest, their scale just below a power of two
+    Setup largest       = { { LatentShape().with(2, 64) } };
+    largest.shape.cache = type;
+    largest.shape.mask  = "none";
+    largest.shape.alike = true;
+    largest.shape.first = largest.shape.last = type == GGML_TYPE_Q8_0 ? 127 * 1.999f : -8 * 1.999f;
+    largest.half_sums                        = half_sums;
+    check(largest);
+}
+
+// Tiles that a multiprocessor computes one after the other, with the work of a piece.
+static int64_t time_of(const latent_cuda::plan & p, int n_streams, int n_multiprocessors) {
+    const int64_t blocks = (int64_t) p.n_blocks * p.n_pieces * n_streams;
+    return (blocks + n_multiprocessors - 1) / n_multiprocessors * (p.keys_a_piece / latent_cuda::TILE_KEYS + 4);
+}
+
+// The splits cover the keys. No other number of waves is faster by more than one part in 32.
 static void test_plans() {
     for (const int n_multiprocessors : { 1, 8, 46, 82, 108, 132, 170, 600 }) {
-        for (const int n_rows : { 1, 32, 33, 128, 4096 }) {
+        for (const int n_rows : { 1, 32, 33, 128, 2048, 4096 }) {
             for (const int n_streams : { 1, 2, 7, 9, 14, 64 }) {
                 for (const int n_keys : { 1, 64, 65, 4096, 65536, 524288 }) {
-                    attention args                  = {};
-                    args.n_queries                  = n_rows;
-                    args.n_heads                    = 1;
-                    args.n_keys                     = n_keys;
-                    args.n_streams                  = n_streams;
-                    args.n_multiprocessors          = n_multiprocessors;
-                    const latent_cuda::plan p       = latent_cuda::make_plan(args);
-                    const int               columns = p.n_blocks * n_streams;
-                    const std::string what = text("%d rows, %d keys, %d streams on %d: %d splits of %d", n_rows, n_keys,
-                                                  n_streams, n_multiprocessors, p.n_pieces, p.keys_a_piece);
-                    expect((p.n_pieces - 1) * p.keys_a_piece < n_keys && p.n_pieces * p.keys_a_piece >= n_keys, what);
-                    expect(p.n_pieces == 1 || p.n_pieces * columns <= n_multiprocessors, what + ": a second wave");
-                    const int shorter = p.keys_a_piece - latent_cuda::TILE_KEYS;
-                    expect(p.keys_a_piece == 2 * latent_cuda::TILE_KEYS || p.n_pieces == 512 ||
-                               (n_keys + shorter - 1) / shorter * columns > n_multiprocessors ||
-                               (n_keys + shorter - 1) / shorter > 512,
-                           what + ": shorter splits fit");
+                    for (const bool wide : { false, true }) {
+                        attention args            = {};
+                        args.type                 = wide ? latent_cuda::cache_type::q8_0 : latent_cuda::cache_type::f16;
+                        args.n_queries            = n_rows;
+                        args.n_heads              = 1;
+                        args.n_keys               = n_keys;
+                        args.n_streams            = n_streams;
+                        args.n_multiprocessors    = n_multiprocessors;
+                        const latent_cuda::plan p = latent_cuda::make_plan(args);
+                        const int               rows  = wide && n_rows > 32 ? 64 : 32;
+                        const int64_t           least = time_of(p, n_streams, n_multiprocessors) * 31 / 32;
+                        const std::string what = text("%d rows, %d keys, %d streams on %d: %d splits of %d", n_rows,
+                                                      n_keys, n_streams, n_multiprocessors, p.n_pieces, p.keys_a_piece);
+                        expect(p.block_rows == rows && p.n_blocks == (n_rows + rows - 1) / rows, what + ": blocks");
+                        expect((p.n_pieces - 1) * p.keys_a_piece < n_keys && p.n_pieces * p.keys_a_piece >= n_keys,
+                               what);
+                        expect(p.keys_a_piece % 32 == 0 && p.keys_a_piece >= 64 && p.n_pieces <= 512, what);
+                        const int64_t blocks = (int64_t) p.n_blocks * p.n_pieces * n_streams;
+                        expect(p.n_pieces == 1 || blocks <= 6 * n_multiprocessors, what + ": too many waves");
+                        for (int waves = 1; waves <= 6; ++waves) {
+                            latent_cuda::plan other = p;
+                            const int         fit = std::min(512, waves * n_multiprocessors / (p.n_blocks * n_streams));
+                            if (fit == 0) {
+                                continue;
+                            }
+                            const int share    = (n_keys + 32 * fit - 1) / (32 * fit) * 32;
+                            other.keys_a_piece = std::max(share, 64);
+                            other.n_pieces     = (n_keys + other.keys_a_piece - 1) / other.keys_a_piece;
+                            expect(time_of(other, n_streams, n_multiprocessors) >= least,
+                                   what + text(": %d waves are faster", waves));
+                        }
+                    }
                 }
             }
         }
@@ -392,6 +463,14 @@ int main(int argc, char ** argv) {
             worst[type] = 0.0;
             expand ? test_decompressed(type, exact) : test_absorbed(type);
             printf("%s%s: largest NMSE %.1e\n", argv[i], exact ? " exact" : "", worst[type]);
+            for (const bool half_sums : { false, true }) {
+                if (!expand && ggml_is_quantized(type)) {
+                    worst[type] = 0.0;
+                    test_wide(type, half_sums);
+                    printf("%s, wide, sums of %s: largest NMSE %.1e\n", argv[i], half_sums ? "halves" : "floats",
+                           worst[type]);
+                }
+            }
         }
     }
     return report();
