@@ -133,6 +133,8 @@ CONSTANTS = {
         "tiles of a piece": "latent_cuda::PIECE_TILES",
         "most waves of attend": "latent_cuda::MAX_WAVES",
         "attend worth a wave": "latent_cuda::WORTH_A_WAVE",
+        "bytes of a partial row": "latent_cuda::PARTIAL_BYTES",
+        "most partial bytes": "latent_cuda::MAX_PARTIAL",
         "most pieces": "latent_cuda::MAX_PIECES",
         "join threads": "latent_cuda::JOIN_THREADS",
         "tile": "latent_cuda::TILE_KEYS",

@@ -309,6 +309,8 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
         target = min(max(waves * gpu.multiprocessors // blocks, 1), c["most pieces"])
         share = max(ceil(tiles / target), c["least tiles"])
         n = ceil(tiles / share)
+        if waves > 1 and n > 1 and n * rows * c["bytes of a partial row"] > c["most partial bytes"]:
+            break
         time = ceil(blocks * n / gpu.multiprocessors) * (share + c["tiles of a piece"])
         if waves == 1 or time * c["attend worth a wave"] < least * (c["attend worth a wave"] - 1):
             splits, per_split, least = n, share, time

@@ -50,8 +50,9 @@ struct LatentShape {
     bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
     float       shift     = 0.0f;      // absorbed form only: added to all scores, ...
     bool        rising    = false;     // ... twice for the first key, and less for each of those after it
-    int64_t     gap       = 0;         // values between the rows of q, and between those of the cache
-    bool        one_mask  = false;     // for all streams
+    float       sink      = 0.0f;   // absorbed form only: added to the score of the first key, whose values are zeros
+    int64_t     gap       = 0;      // values between the rows of q, and between those of the cache
+    bool        one_mask  = false;  // for all streams
     uint32_t    seed      = 1;
 
     LatentShape with(int64_t queries, int64_t keys) const {
@@ -89,10 +90,10 @@ struct LatentShape {
 inline std::string name_of(const LatentShape & s) {
     return text(
         "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g%s shift %g%s gap %d%s%s%s%s",
+        "%g%s shift %g%s sink %g gap %d%s%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.alike ? " alike" : "", s.shift, s.rising ? " rising" : "", (int) s.gap,
+        s.first, s.last, s.alike ? " alike" : "", s.shift, s.rising ? " rising" : "", s.sink, (int) s.gap,
         s.one_mask ? " one mask" : "", s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
@@ -291,7 +292,9 @@ class LatentCase {
         const float deviation  = 1.0f / std::sqrt((float) s.n_nope);
         const auto  fill_query = [&](int64_t i) {
             fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0],
-                     s.shift == 0.0f ? NAN : s.shift / scale());
+                     s.shift != 0.0f  ? s.shift / scale()
+                     : s.sink != 0.0f ? s.sink / scale()
+                                      : NAN);
         };
         for (int64_t i = 0; !s.ordered && i < ggml_nrows(q); ++i) {
             fill_query(i);
@@ -309,11 +312,13 @@ class LatentCase {
                 for (int64_t i = 0; i < s.n_queries && key < s.n_keys; ++i) {
                     seen = seen || s.visible(stream, i, key);
                 }
-                fill_row(s.cache, row, s.n_cache(), s.deviation(std::min(key, s.n_keys - 1)),
+                const bool is_sink = s.sink != 0.0f && key == 0;
+                fill_row(s.cache, row, s.n_cache(), is_sink ? 0.0f : s.deviation(std::min(key, s.n_keys - 1)),
                          key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data(),
-                         s.shift == 0.0f ? NAN
-                         : s.rising      ? 2.0f - (float) key / (float) s.n_keys
-                                         : 1.0f,
+                         s.sink != 0.0f    ? (float) is_sink
+                         : s.shift == 0.0f ? NAN
+                         : s.rising        ? 2.0f - (float) key / (float) s.n_keys
+                                           : 1.0f,
                          s.alike);
                 if (s.poison && !seen) {
                     memset(row, 0xff,

@@ -11,15 +11,17 @@
 namespace latent_cuda {
 
 // A split of fewer tiles costs more for its rows of q and its partial result, each as large as two tiles, than it saves.
-constexpr int MIN_TILES    = 2;
-constexpr int PIECE_TILES  = 2 * MIN_TILES;  // of both
-constexpr int MAX_WAVES    = 6;              // of blocks: many blocks of rows may not fill one
-constexpr int WORTH_A_WAVE = 32;             // more waves have to save one part in this many
-constexpr int JOIN_THREADS = 512;
-constexpr int MAX_PIECES   = JOIN_THREADS;               // a thread per split finds its weight
-constexpr int ROW_CHUNKS   = N_LATENT / 4;               // of four values, one per thread
-constexpr int JOIN_GROUPS  = JOIN_THREADS / ROW_CHUNKS;  // each sums every fourth split
-constexpr int JOIN_WARPS   = JOIN_THREADS / WARP;
+constexpr int MIN_TILES     = 2;
+constexpr int PIECE_TILES   = 2 * MIN_TILES;  // of both
+constexpr int MAX_WAVES     = 6;              // of blocks: many blocks of rows may not fill one
+constexpr int WORTH_A_WAVE  = 32;             // more waves have to save one part in this many
+constexpr int PARTIAL_BYTES = N_LATENT * sizeof(float) + sizeof(float2);  // of a row and a split
+constexpr int MAX_PARTIAL   = 64 << 20;                                   // bytes, if there are several waves
+constexpr int JOIN_THREADS  = 512;
+constexpr int MAX_PIECES    = JOIN_THREADS;               // a thread per split finds its weight
+constexpr int ROW_CHUNKS    = N_LATENT / 4;               // of four values, one per thread
+constexpr int JOIN_GROUPS   = JOIN_THREADS / ROW_CHUNKS;  // each sums every fourth split
+constexpr int JOIN_WARPS    = JOIN_THREADS / WARP;
 
 static bool is_wide(const attention & args) {
     return is_quantised(args.type) && args.n_queries * args.n_heads > NARROW;
@@ -30,6 +32,10 @@ static bool is_wide(const attention & args) {
 static int64_t time_of(const plan & p, const attention & args) {
     const int64_t blocks = static_cast<int64_t>(p.n_blocks) * args.n_streams * p.n_pieces;
     return divide_up<int64_t>(blocks, args.n_multiprocessors) * (p.keys_a_piece / TILE_KEYS + PIECE_TILES);
+}
+
+static int64_t partial_rows(const plan & p, const attention & args) {
+    return p.n_pieces == 1 ? 0 : static_cast<int64_t>(p.n_pieces) * args.n_streams * p.n_rows;
 }
 
 plan make_plan(const attention & args) {
@@ -45,15 +51,14 @@ plan make_plan(const attention & args) {
         const int tiles  = divide_up(n_tiles, target);
         p.keys_a_piece   = (tiles < MIN_TILES ? MIN_TILES : tiles) * TILE_KEYS;
         p.n_pieces       = divide_up(args.n_keys, p.keys_a_piece);
+        if (waves > 1 && partial_rows(p, args) * PARTIAL_BYTES > MAX_PARTIAL) {
+            break;
+        }
         if (waves == 1 || time_of(p, args) * WORTH_A_WAVE < time_of(best, args) * (WORTH_A_WAVE - 1)) {
             best = p;
         }
     }
     return best;
-}
-
-static int64_t partial_rows(const plan & p, const attention & args) {
-    return p.n_pieces == 1 ? 0 : static_cast<int64_t>(p.n_pieces) * args.n_streams * p.n_rows;
 }
 
 template <typename FORM>
@@ -156,7 +161,7 @@ const char * refused(const attention & args) {
 }
 
 size_t workspace(const attention & args) {
-    return partial_rows(make_plan(args), args) * (N_LATENT * sizeof(float) + sizeof(float2));
+    return partial_rows(make_plan(args), args) * PARTIAL_BYTES;
 }
 
 template <typename FORM>

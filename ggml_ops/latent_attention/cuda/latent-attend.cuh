@@ -49,12 +49,11 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     // Terms per value of q and per weight.
     static constexpr int Q_TERMS = is_quantised(TYPE) ? 1 : 2;
     static constexpr int P_TERMS = HALF ? 1 : 2;
-    // The largest weight is 2^WEIGHT_EXPONENT, so that neither a small one nor a weight times a small factor is a
-    // subnormal half. Factors are below 2^(FACTOR_EXPONENT + 1) and stay floats, or are halves (wide).
-    static constexpr int WEIGHT_EXPONENT = HALF_SUMS ? 5 : IS_WIDE ? 6 : is_quantised(TYPE) ? 14 : 0;
-    static constexpr int FACTOR_EXPONENT = HALF_SUMS ? 4 : IS_WIDE ? 8 : 0;
-    // A weight times a factor is at most 2^15, a finite half; TILE_KEYS of them, where they are added in halves.
-    static_assert(WEIGHT_EXPONENT + FACTOR_EXPONENT + 1 + (HALF_SUMS ? 5 : 0) <= 15 && TILE_KEYS == 32);
+    // The largest weight is 2^this, so that neither a small one nor a weight times a small factor is a subnormal half.
+    // Factors are below 2: a weight times a factor is at most 2^15, a finite half; TILE_KEYS of them, where they are added
+    // in halves.
+    static constexpr int WEIGHT_EXPONENT = HALF_SUMS ? 9 : HALF ? 14 : 0;
+    static_assert(WEIGHT_EXPONENT + 1 + (HALF_SUMS ? 5 : 0) <= 15 && TILE_KEYS == 32);
 
     // Scores: a warp has 16 rows and a slice of the values of a row. Blocks of a quantized row with factors are not
     // split: of the 18 a slice has 4 or 5, or 9.
@@ -181,19 +180,14 @@ static __device__ __forceinline__ void add_values_wide(float (&out)[FORM::VALUE_
     const int lane = threadIdx.x % WARP;
     const int t    = lane % 4;
 
-    const float unit = cache.factor_unit() * power_of_two(127 + FORM::FACTOR_EXPONENT);
 #pragma unroll
     for (int span = 0; span < FORM::WARP_VALUES / FACTOR_SPAN; ++span) {
         const int block = value0 / FACTOR_SPAN + span;
         uint32_t  a[KEY_STEPS][GROUP_TILES][4];
 #pragma unroll
         for (int step = 0; step < KEY_STEPS; ++step) {
-            uint32_t factor[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float2 f = cache.factors(block, 16 * step + 2 * t + 8 * i);
-                factor[i]      = pack<__half>(f.x * unit, f.y * unit);
-            }
+            const uint32_t factor[2] = { cache.half_factors(block, 16 * step + 2 * t),
+                                         cache.half_factors(block, 16 * step + 2 * t + 8) };
 #pragma unroll
             for (int i = 0; i < GROUP_TILES; ++i) {
                 load_matrices(a[step][i], half_weights(scores, 16 * i + lane % 16) + 16 * step + lane / 16 * 8);
@@ -240,17 +234,14 @@ static __device__ __forceinline__ void add_values(float (&out)[FORM::VALUE_COLUM
     const int g    = lane / 4;
     const int t    = lane % 4;
 
-    const float unit = cache.factor_unit();
 #pragma unroll
     for (int step = 0; step < KEY_STEPS; ++step) {
 #pragma unroll
         for (int span = 0; span < FORM::WARP_VALUES / FACTOR_SPAN; ++span) {
-            const int block = value0 / FACTOR_SPAN + span;
-            float2    low   = cache.factors(block, 16 * step + 2 * t);
-            float2    high  = cache.factors(block, 16 * step + 2 * t + 8);
-            low             = make_float2(low.x * unit, low.y * unit);
-            high            = make_float2(high.x * unit, high.y * unit);
-            uint32_t a[GROUP_TILES][FORM::P_TERMS][4];
+            const int    block = value0 / FACTOR_SPAN + span;
+            const float2 low   = cache.factors(block, 16 * step + 2 * t);
+            const float2 high  = cache.factors(block, 16 * step + 2 * t + 8);
+            uint32_t     a[GROUP_TILES][FORM::P_TERMS][4];
 #pragma unroll
             for (int i = 0; i < GROUP_TILES * 4; ++i) {
                 const int    row  = i / 4 * 16 + g + i % 2 * 8;
@@ -467,7 +458,8 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             float       largest = maximum;
 #pragma unroll
             for (int i = 0; i < FORM::LANE_KEYS; ++i) {
-                x[i]    = x[i] * row.scale + LOG2_E * __half2float(__ushort_as_half(added[i]));
+                x[i] =
+                    x[i] * (row.scale * cache.key_unit(my_key + i)) + LOG2_E * __half2float(__ushort_as_half(added[i]));
                 x[i]    = tile.sees(my_key + i) ? x[i] : -INFINITY;
                 largest = fmaxf(largest, x[i]);
             }
@@ -483,6 +475,10 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                     x[i] = exp2f(x[i] - offset + FORM::WEIGHT_EXPONENT);  // the difference first: it is exact
                 }
                 sum += (x[k] + x[k + 1]) + (x[k + 2] + x[k + 3]);
+#pragma unroll
+                for (int i = k; i < k + 4; ++i) {
+                    x[i] *= cache.key_weight(my_key + i);
+                }
                 if constexpr (FORM::IS_WIDE) {
                     *reinterpret_cast<uint2 *>(half_weights(scores, my_row) + my_key + k) =
                         make_uint2(pack<__half>(x[k], x[k + 1]), pack<__half>(x[k + 2], x[k + 3]));
@@ -532,7 +528,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         const row_state & row                              = state_of(scores, i);
         partials.max_sum[piece * all_rows + first_row + i] = make_float2(row.maximum, row.sum);
     }
-    const float unit = cache.inverse_unit() * power_of_two(127 + tiles::QUANT_BITS - FORM::FACTOR_EXPONENT);
+    const float unit = cache.inverse_unit() * power_of_two(127 + tiles::QUANT_BITS);
     float *     to   = whole ? args.out : partials.out + piece * all_rows * N_LATENT;
 #pragma unroll
     for (int i = 0; i < GROUP_ROWS / 8; ++i) {

@@ -11,9 +11,10 @@
 // Quants are divided by 2^QUANT_BITS, their bound, and are exact halves of at most 1. A key that is not visible becomes
 // zeros, whatever its cell holds; in a 16-bit or 32-bit cache it is not even read.
 //
-// Scales may have any magnitude, beyond the range of halves. Weights that are multiplied with scales are therefore also
-// multiplied with factor_unit(), which brings the largest scale so far to [1, 2). When it changes, sums of the old unit
-// have to be multiplied with unit_change(); final results have to be multiplied with inverse_unit().
+// Scales may have any magnitude, beyond the range of halves. Those of a key are factors() in its key_unit(), a power of
+// two, which multiplies its scores. Its weights are multiplied with its key_weight(), its unit in that of the key with the
+// largest scales so far. When that changes, sums of the old one have to be multiplied with unit_change(); final results
+// have to be multiplied with inverse_unit().
 //
 // Use: fetch(first tile); then for each tile arrive(), fetch(next tile), and read. All threads of the block
 // call both; arrive() is a barrier before and after.
@@ -66,7 +67,9 @@ struct no_factors {
 
     __device__ float2 factors(int, int) const { return make_float2(1.0f, 1.0f); }
 
-    __device__ float factor_unit() const { return 1.0f; }
+    __device__ float key_unit(int) const { return 1.0f; }
+
+    __device__ float key_weight(int) const { return 1.0f; }
 
     __device__ float inverse_unit() const { return 1.0f; }
 
@@ -139,25 +142,29 @@ template <cache_type TYPE> struct quantised_tiles {
     static constexpr int  ROW_BYTES    = N_FACTORS * BLOCK_BYTES;
     static constexpr int  TILE_BYTES   = TILE_VALUES * sizeof(element);
     static constexpr int  FACTOR_BYTES = N_FACTORS * TILE_KEYS * sizeof(__half);
+    static constexpr int  UNIT_BYTES   = TILE_KEYS * sizeof(float);
     static constexpr int  RAW_BYTES    = TILE_KEYS * ROW_BYTES;
     static constexpr int  N_WARPS      = THREADS / WARP;
     static constexpr int  SMALLEST     = 127 - 24;  // the exponent of the smallest half
-    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
+    static constexpr int  SHARED       = TILE_BYTES + FACTOR_BYTES + UNIT_BYTES + RAW_BYTES + N_WARPS * sizeof(int);
     static_assert(RAW_BYTES % 16 == 0 && SHARED % 16 == 0, "vectors of 16 bytes");
     static_assert(ROW_BYTES % 4 == 0 && BLOCK_BYTES % 4 == 2, "quants of every second block are 4-byte aligned");
 
     cache_rows rows;
     element *  tile_values;
     __half *   tile_factors;         // [N_FACTORS][TILE_KEYS]
+    float *    units;                // [TILE_KEYS]
     char *     raw;                  // the raw rows, contiguous
-    int *      exponents;            // the largest exponent of the factors that each warp saw
+    int *      exponents;            // the largest exponent of the units that each warp saw
     int        exponent = SMALLEST;  // the largest so far
     float      change   = 1.0f;
 
     __device__ quantised_tiles(char * shared, const cache_rows & rows) :
         rows(rows), tile_values(reinterpret_cast<element *>(shared)),
-        tile_factors(reinterpret_cast<__half *>(shared + TILE_BYTES)), raw(shared + TILE_BYTES + FACTOR_BYTES),
-        exponents(reinterpret_cast<int *>(shared + TILE_BYTES + FACTOR_BYTES + RAW_BYTES)) {}
+        tile_factors(reinterpret_cast<__half *>(shared + TILE_BYTES)),
+        units(reinterpret_cast<float *>(shared + TILE_BYTES + FACTOR_BYTES)),
+        raw(shared + TILE_BYTES + FACTOR_BYTES + UNIT_BYTES),
+        exponents(reinterpret_cast<int *>(shared + TILE_BYTES + FACTOR_BYTES + UNIT_BYTES + RAW_BYTES)) {}
 
     __device__ void fetch(const key_tile & tile) {
         if (tile.visible == 0) {
@@ -180,24 +187,53 @@ template <cache_type TYPE> struct quantised_tiles {
     __device__ void arrive(const key_tile & tile) {
         wait_copies();
         __syncthreads();
-        int        greatest = exponent;
-        const int  warp     = threadIdx.x / WARP;
-        const int  key      = threadIdx.x % WARP;
-        const bool sees     = tile.sees(key);
+        // Eight lanes share a key: each unpacks eight quants of every second block, and reads up to three scales.
+        constexpr int PIECES = FACTOR_SPAN / 8;
+        constexpr int LANES  = 2 * PIECES;
+        constexpr int PAIRS  = N_FACTORS / 2;
+        constexpr int TURNS  = (PAIRS + PIECES - 1) / PIECES;
+        static_assert(LANES * TILE_KEYS == THREADS);
+        const int    key    = threadIdx.x / LANES;
+        const int    odd    = threadIdx.x % LANES / PIECES;
+        const int    piece  = threadIdx.x % PIECES;
+        const char * blocks = raw + key * ROW_BYTES + odd * BLOCK_BYTES;
+
+        const bool sees = tile.sees(key);
+        float      scales[TURNS];
+        int        mine = SMALLEST;
 #pragma unroll
-        for (int block = 0; block < N_FACTORS; block += N_WARPS) {
-            if (block + warp < N_FACTORS) {
-                const char * scale  = raw + key * ROW_BYTES + (block + warp) * BLOCK_BYTES;
-                const __half factor = sees ? *reinterpret_cast<const __half *>(scale) : __ushort_as_half(0);
-                tile_factors[(block + warp) * TILE_KEYS + key] = factor;
-                greatest                                       = max(greatest, exponent_of(__half2float(factor)));
+        for (int n = 0; n < TURNS; ++n) {
+            const int pair = n * PIECES + piece;
+            scales[n]      = 0.0f;
+            if (pair < PAIRS && sees) {
+                scales[n] = __half2float(*reinterpret_cast<const __half *>(blocks + pair * 2 * BLOCK_BYTES));
+            }
+            // blocks that are key only do not have to fit into the weights' range, only into that of halves
+            mine = max(mine, exponent_of(scales[n]) - (pair < N_LATENT / FACTOR_SPAN / 2 ? 0 : 14));
+        }
+#pragma unroll
+        for (int mask = LANES / 2; mask > 0; mask /= 2) {
+            mine = max(mine, __shfl_xor_sync(ALL_LANES, mine, mask));
+        }
+#pragma unroll
+        for (int n = 0; n < TURNS; ++n) {
+            const int pair = n * PIECES + piece;
+            if (pair < PAIRS) {
+                tile_factors[(2 * pair + odd) * TILE_KEYS + key] = __float2half(scales[n] * power_of_two(254 - mine));
             }
         }
-        greatest = __reduce_max_sync(ALL_LANES, greatest);
-        if (key == 0) {
-            exponents[warp] = greatest;
+        if (threadIdx.x % LANES == 0) {
+            units[key] = power_of_two(mine);
         }
-        unpack();
+        const int greatest = __reduce_max_sync(ALL_LANES, mine);
+        if (threadIdx.x % WARP == 0) {
+            exponents[threadIdx.x / WARP] = greatest;
+        }
+        element * to = tile_values + key * TILE_STRIDE + odd * FACTOR_SPAN;
+#pragma unroll 3  // more would need more registers
+        for (int i = 0; i < PAIRS; ++i) {
+            unpack_eight(blocks + i * 2 * BLOCK_BYTES + 2, odd, piece, to + i * 2 * FACTOR_SPAN);
+        }
         __syncthreads();
         const int before = exponent;
 #pragma unroll
@@ -205,22 +241,6 @@ template <cache_type TYPE> struct quantised_tiles {
             exponent = max(exponent, exponents[i]);
         }
         change = power_of_two(max(127 + before - exponent, 1));
-    }
-
-    // Quants of all keys to halves. Eight lanes share a key: each unpacks eight quants of every second block.
-    __device__ void unpack() const {
-        constexpr int PIECES = FACTOR_SPAN / 8;
-        constexpr int LANES  = 2 * PIECES;
-        static_assert(LANES * TILE_KEYS == THREADS);
-        const int    key   = threadIdx.x / LANES;
-        const int    odd   = threadIdx.x % LANES / PIECES;
-        const int    piece = threadIdx.x % PIECES;
-        const char * codes = raw + key * ROW_BYTES + odd * BLOCK_BYTES + 2;
-        element *    to    = tile_values + key * TILE_STRIDE + odd * FACTOR_SPAN;
-#pragma unroll 3  // more would need more registers
-        for (int i = 0; i < N_FACTORS / 2; ++i) {
-            unpack_eight(codes + i * 2 * BLOCK_BYTES, odd, piece, to + i * 2 * FACTOR_SPAN);
-        }
     }
 
     // Unpacks part `piece` of a block's quants to its values. Only those of odd blocks are 4-byte aligned: words around
@@ -248,12 +268,19 @@ template <cache_type TYPE> struct quantised_tiles {
 
     __device__ const element * plane(int) const { return tile_values; }
 
-    // Factors of keys i (even) and i + 1.
-    __device__ float2 factors(int block, int i) const {
-        return __half22float2(*reinterpret_cast<const __half2 *>(tile_factors + block * TILE_KEYS + i));
+    // Factors of keys i (even) and i + 1, as halves and as floats.
+    __device__ uint32_t half_factors(int block, int i) const {
+        return *reinterpret_cast<const uint32_t *>(tile_factors + block * TILE_KEYS + i);
     }
 
-    __device__ float factor_unit() const { return power_of_two(254 - exponent); }
+    __device__ float2 factors(int block, int i) const {
+        const uint32_t two = half_factors(block, i);
+        return make_float2(first_of<__half>(two), second_of<__half>(two));
+    }
+
+    __device__ float key_unit(int i) const { return units[i]; }
+
+    __device__ float key_weight(int i) const { return units[i] * power_of_two(254 - exponent); }
 
     __device__ float inverse_unit() const { return power_of_two(exponent); }
 

@@ -85,9 +85,10 @@ static std::vector<float> run(const ggml_tensor * dst, const Setup & setup) {
     return attend(dst, dst->src[4], setup.before, args);
 }
 
-static void check(const Setup & setup) {
+// Returns the NMSE, 0 if the case is not chosen.
+static double check(const Setup & setup) {
     if (!chosen()) {
-        return;
+        return 0.0;
     }
     const LatentShape & s    = setup.shape;
     const std::string   name = name_of(s);
@@ -105,13 +106,14 @@ static void check(const Setup & setup) {
         });
     } catch (const std::exception & error) {
         expect(false, name + ": " + error.what());
-        return;
+        return 0.0;
     }
     memcpy(dst->data, first.data(), ggml_nbytes(dst));
     const int64_t n_rows = setup.n_rows == 0 ? s.n_rows() : setup.n_rows;
     const double  error  = attention.nmse(n_rows);
     worst[s.cache]       = std::max(worst[s.cache], error);
     expect(error <= limit_on_cuda(s), name + text(": NMSE against float64 %.1e", error));  // false for NaN too
+    return error;
 }
 
 // With one half per value: the mean of eight draws is not larger than that of upstream's kernels.
@@ -182,8 +184,8 @@ static void check_draws(ggml_type type) {
     }
 }
 
-// Cases that only CUDA's kernels have: scores that share a large part, which shows every rounding of a key; and scores whose
-// exponents are too large for a sum with a small number to be exact.
+// Cases that only CUDA's kernels have: scores that share a large part, which shows every rounding of a key; weights and
+// values that are small halves; and scores from which the exponent of the largest weight cannot be subtracted exactly.
 static std::vector<LatentSetup> cuda_cases(ggml_type type) {
     std::vector<LatentSetup> cases = absorbed_cases(type);
     LatentShape              base;
@@ -194,9 +196,22 @@ static std::vector<LatentSetup> cuda_cases(ggml_type type) {
         s.shift       = shift;
         cases.push_back({ s });
     }
-    LatentShape one = base.with(1, 1);
-    one.shift       = 1e9f;
-    cases.push_back({ one });
+    for (const float sink : { 16.6f, 18.0f }) {  // the others have weights of 2^-24 and 2^-26
+        LatentShape s = base.with(1, 200);
+        s.sink        = sink;
+        s.spread      = 0.1f;
+        cases.push_back({ s });
+    }
+    LatentShape varied = base.with(2, 2);  // a query that sees small values next to one that sees large ones
+    varied.first       = 3e-4f;
+    varied.last        = 3e3f;
+    cases.push_back({ varied, 0, 1 });
+    for (const float shift : { 3.5e7f, 7e7f, 1.4e8f, 1e9f }) {
+        LatentShape same = base.with(1, 40);
+        same.shift       = shift;
+        same.alike       = true;
+        cases.push_back({ same });
+    }
     return cases;
 }
 
@@ -241,6 +256,13 @@ static void test_wide(ggml_type type, bool half_sums) {
         few.n_multiprocessors = n_multiprocessors;
         check(few);
     }
+    // sums of halves show where all weights are alike
+    Setup uniform        = { { LatentShape().with(2, 500) } };
+    uniform.shape.cache  = type;
+    uniform.shape.spread = 0.0f;
+    uniform.half_sums    = half_sums;
+    const double error   = check(uniform);
+    expect(error == 0.0 || (error > 1e-10) == half_sums, text("half sums %d: NMSE %.1e", half_sums, error));
     // the largest sums of halves: all weights are alike, all quants the largest, their scale just below a power of two
     Setup largest       = { { LatentShape().with(2, 64) } };
     largest.shape.cache = type;
@@ -257,7 +279,7 @@ static int64_t time_of(const latent_cuda::plan & p, int n_streams, int n_multipr
     return (blocks + n_multiprocessors - 1) / n_multiprocessors * (p.keys_a_piece / latent_cuda::TILE_KEYS + 4);
 }
 
-// The splits cover the keys. No other number of waves is faster by more than one part in 32.
+// The splits cover the keys. No other number of waves that fits in 64 MiB is faster by more than one part in 32.
 static void test_plans() {
     for (const int n_multiprocessors : { 1, 8, 46, 82, 108, 132, 170, 600 }) {
         for (const int n_rows : { 1, 32, 33, 128, 2048, 4096 }) {
@@ -281,6 +303,8 @@ static void test_plans() {
                                what);
                         expect(p.keys_a_piece % 32 == 0 && p.keys_a_piece >= 64 && p.n_pieces <= 512, what);
                         const int64_t blocks = (int64_t) p.n_blocks * p.n_pieces * n_streams;
+                        expect(blocks <= n_multiprocessors || latent_cuda::workspace(args) <= 64 << 20,
+                               what + ": too much memory");
                         expect(p.n_pieces == 1 || blocks <= 6 * n_multiprocessors, what + ": too many waves");
                         for (int waves = 1; waves <= 6; ++waves) {
                             latent_cuda::plan other = p;
@@ -288,10 +312,11 @@ static void test_plans() {
                             if (fit == 0) {
                                 continue;
                             }
-                            const int share    = (n_keys + 32 * fit - 1) / (32 * fit) * 32;
-                            other.keys_a_piece = std::max(share, 64);
-                            other.n_pieces     = (n_keys + other.keys_a_piece - 1) / other.keys_a_piece;
-                            expect(time_of(other, n_streams, n_multiprocessors) >= least,
+                            const int share     = (n_keys + 32 * fit - 1) / (32 * fit) * 32;
+                            other.keys_a_piece  = std::max(share, 64);
+                            other.n_pieces      = (n_keys + other.keys_a_piece - 1) / other.keys_a_piece;
+                            const int64_t bytes = (int64_t) other.n_pieces * n_rows * n_streams * 2056;
+                            expect(bytes > 64 << 20 || time_of(other, n_streams, n_multiprocessors) >= least,
                                    what + text(": %d waves are faster", waves));
                         }
                     }
