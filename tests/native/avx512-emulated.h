@@ -42,6 +42,8 @@
 #define __AVX512VNNI__ 1
 #define __AVX512BF16__ 1
 
+#define AVX512_EMULATED 1  // no assembler code with operands of 64 bytes
+
 typedef float     __m512 __attribute__((vector_size(64), may_alias));
 typedef double    __m512d __attribute__((vector_size(64), may_alias));
 typedef long long __m512i __attribute__((vector_size(64), may_alias));
@@ -290,6 +292,7 @@ inline __m512i _mm512_inserti64x4(__m512i x, __m256i y, int n) { memcpy((char *)
 CONVERT(cvtepi8_epi16, int16_t, __m512i, int8_t, __m256i)
 CONVERT(cvtepu8_epi16, uint16_t, __m512i, uint8_t, __m256i)
 CONVERT(cvtepi8_epi32, int32_t, __m512i, int8_t, __m128i)
+CONVERT(cvtepi16_epi32, int32_t, __m512i, int16_t, __m256i)
 CONVERT(cvtepu16_epi32, uint32_t, __m512i, uint16_t, __m256i)
 CONVERT(cvtepu16_epi64, uint64_t, __m512i, uint16_t, __m128i)
 CONVERT(cvtepi32_epi16, uint16_t, __m256i, uint32_t, __m512i)
@@ -311,6 +314,10 @@ inline __m512i _mm512_sllv_epi16(__m512i x, __m512i n) {
 inline __m512i _mm512_srlv_epi16(__m512i x, __m512i n) {
     const auto a = avx512::lanes<uint16_t>(x), b = avx512::lanes<uint16_t>(n);
     return avx512::vector<uint16_t>([&](size_t i) { return b[i] > 15 ? 0 : a[i] >> b[i]; });
+}
+inline __m512i _mm512_rolv_epi32(__m512i x, __m512i n) {
+    const auto a = avx512::lanes<uint32_t>(x), b = avx512::lanes<uint32_t>(n);
+    return avx512::vector<uint32_t>([&](size_t i) { return (uint64_t{ a[i] } << 32 | a[i]) << b[i] % 32 >> 32; });
 }
 inline __m128i _mm_rorv_epi32(__m128i x, __m128i n) {
     const auto a = avx512::lanes<uint32_t>(x), b = avx512::lanes<uint32_t>(n);
@@ -411,6 +418,7 @@ inline __m512 _mm512_maskz_compress_ps(__mmask16 m, __m512 x) {
 
 // Permutations
 constexpr int _MM_PERM_CDAB = 0xb1;  // lanes of a quarter: 1, 0, 3, 2
+constexpr int _MM_PERM_AAAA = 0x00, _MM_PERM_BBBB = 0x55, _MM_PERM_CCCC = 0xaa, _MM_PERM_DDDD = 0xff;
 inline __m512i _mm512_shuffle_epi32(__m512i x, int n) {
     const auto a = avx512::lanes<uint32_t>(x);
     return avx512::vector<uint32_t>([&](size_t i) { return a[i / 4 * 4 + (n >> 2 * (i % 4) & 3)]; });

@@ -9,6 +9,7 @@
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
 #include "quant-gemm-dot.h"
+#include "quant-gemm-four-rows.h"
 #include "quant-gemm-super-block.h"
 #include "quant-gemm-unpack-k.h"
 #include "simd-mappings.h"
@@ -222,6 +223,120 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
     }
 }
 
+// ---- ... four rows at once (Q2_K and Q3_K), for one or two columns: with more, the activations, which fill four times
+// as many vectors here, would be read from L1 for each product
+
+// Sums of super block i of 16 rows times the columns, a row in each lane: `products` of quants and factors, and of minima
+// and activations. four: the first four rows; those of the next super block afterwards. The next four rows are always
+// loaded while four are multiplied, or else shuffles and products would take turns.
+template <typename Block, int N_C>
+static inline void sum_four_rows(const Rows &                  rows,
+                                 int64_t                       i,
+                                 int64_t                       next_i,
+                                 ptrdiff_t                     ahead,
+                                 const ActSuperBlock * const * packed,
+                                 FourRows<Block> &             four,
+                                 __m512i (&products)[N_C],
+                                 __m512i (&minima)[N_C]) {
+    FourActs<Block> acts[N_C];
+    __m512i         groups[N_C][DOT_ROWS / 4];
+    __m512i         groups_of_minima[N_C][DOT_ROWS / 4];
+#pragma GCC unroll 2
+    for (int c = 0; c < N_C; c++) {
+        acts[c].load(*packed[c]);
+    }
+    for (int group = 0; group < DOT_ROWS / 4; group++) {
+        const bool           last     = group == DOT_ROWS / 4 - 1;
+        const char * const * row      = rows.row + 4 * group;
+        const char * const * next_row = last ? rows.row : row + 4;
+        FourRows<Block>      next;
+        __m512i              z[N_C][4];
+#pragma GCC unroll 2
+        for (int c = 0; c < N_C; c++) {
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; q++) {
+                z[c][q] = acts[c].start(q);
+            }
+        }
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            next.load(j, ((const Block *) next_row[j])[last ? next_i : i]);
+            prefetch<2>(row[j] + i * sizeof(Block) + ahead, sizeof(Block));
+            __m512i codes[4];
+            four.codes(j, codes);
+#pragma GCC unroll 2
+            for (int c = 0; c < N_C; c++) {
+#pragma GCC unroll 4
+                for (int q = 0; q < 4; q++) {
+                    z[c][q] = _mm512_dpbusd_epi32(z[c][q], codes[q], acts[c].codes[q][j]);
+                }
+            }
+        }
+        next.transpose();
+        const FourFactors f = four.factors(row, i * sizeof(Block));
+#pragma GCC unroll 2
+        for (int c = 0; c < N_C; c++) {
+            groups[c][group] = _mm512_madd_epi16(two_sums<Block>(z[c], 0), f.products[0]);
+            groups[c][group] = _mm512_dpwssd_epi32(groups[c][group], two_sums<Block>(z[c], 1), f.products[1]);
+            if constexpr (HAS_MINIMA<Block>) {
+                groups_of_minima[c][group] = _mm512_madd_epi16(acts[c].sums[0], f.minima[0]);
+                groups_of_minima[c][group] =
+                    _mm512_dpwssd_epi32(groups_of_minima[c][group], acts[c].sums[1], f.minima[1]);
+            }
+        }
+        four = next;
+    }
+#pragma GCC unroll 2
+    for (int c = 0; c < N_C; c++) {
+        products[c] = add_quarters(groups[c]);
+        if constexpr (HAS_MINIMA<Block>) {
+            minima[c] = add_quarters(groups_of_minima[c]);
+        }
+    }
+}
+
+template <typename Block, int N_C>
+static void dot_four_rows(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    const Rows      rows(weights.first, weights.stride, 0, weights.n);
+    const int64_t   n          = k / SLICE;
+    __m512          total[N_C] = {};
+    FourRows<Block> four;
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++) {
+        four.load(r, *(const Block *) rows.row[r]);
+    }
+    four.transpose();
+    for (int64_t i = 0; i < n; i++) {
+        const ActSuperBlock * packed[N_C];
+#pragma GCC unroll 2
+        for (int c = 0; c < N_C; c++) {
+            packed[c] = (const ActSuperBlock *) columns[c] + i;
+        }
+        __m512i products[N_C];
+        __m512i minima[N_C];
+        sum_four_rows(rows, i, std::min(i + 1, n - 1), weights.next - weights.first, packed, four, products, minima);
+        const size_t at = i * sizeof(Block);
+        if constexpr (HAS_MINIMA<Block>) {
+            const Ints d = rows.load_word(at + offsetof(Block, GGML_COMMON_AGGR_U));
+#pragma GCC unroll 2
+            for (int c = 0; c < N_C; c++) {
+                total[c] = add_super_block(total[c], products[c], lower_half(d), minima[c], upper_half(d),
+                                           _mm512_set1_ps(packed[c]->scale));
+            }
+        } else {
+            const __m512 d = rows.load_half(at + offsetof(Block, d));
+#pragma GCC unroll 2
+            for (int c = 0; c < N_C; c++) {
+                total[c] = add_super_block(total[c], products[c], d, _mm512_set1_ps(packed[c]->scale));
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int c = 0; c < N_C; c++) {
+        _mm512_storeu_ps(sums + c * PANEL_ROWS, total[c]);
+    }
+}
+
 // ---- types of 32 values with one scale
 
 // Quants of four blocks as unsigned bytes: values 0..15, then values 16..31 of each. The products of a block are in four
@@ -380,6 +495,8 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
     if constexpr (IS_ONE_OF<Block, block_q6_K>) {
         return dot_q6_K<N_C>;
+    } else if constexpr (N_C <= 2 && IS_ONE_OF<Block, block_q2_K, block_q3_K>) {
+        return dot_four_rows<Block, N_C>;
     } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K>) {
         return dot_two_blocks<Block, N_C>;
     } else {

@@ -18,10 +18,11 @@ struct SuperBlock {
     __m512i factors;
 };
 
-constexpr int CHOOSE = 0xca;  // for ternary logic: first ? second : third, bit by bit
+constexpr int CHOOSE =
+    0xe2;  // for ternary logic: second ? first : third, bit by bit; the first register is overwritten
 
 inline __m512i choose(__m512i where, __m512i x, __m512i otherwise) {
-    return _mm512_ternarylogic_epi32(where, x, otherwise, CHOOSE);
+    return _mm512_ternarylogic_epi32(x, where, otherwise, CHOOSE);
 }
 
 // 32 bytes, twice: once for 32 values, once for the 32 values in higher bits.
@@ -114,7 +115,7 @@ inline __m128i scales_of(const block_q3_K & w) {
         _mm_shuffle_epi8(x, _mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13));
     const __m128i low  = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
     const __m128i high = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
-    const __m128i both = _mm_ternarylogic_epi32(_mm_set1_epi8(0x0f), low, high, CHOOSE);
+    const __m128i both = _mm_ternarylogic_epi32(low, _mm_set1_epi8(0x0f), high, CHOOSE);
     const __m128i six  = _mm_and_si128(both, _mm_set1_epi8(0x3f));
     return _mm_sub_epi8(six, _mm_set1_epi8(32));
 }
