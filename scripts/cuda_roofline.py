@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
-# Compared, too: more of them, up to those from which LATENT_ATTN takes over.
+# More of them, up to the largest number that LATENT_ATTN leaves to the absorbed form; compared, but not in the tables.
 MANY = {
     "data centre": (9, 12, 16, 24, 32, 48, 64, 96, 128, 175),
     "GeForce": (9, 12, 16, 24, 32, 64, 128, 175, 271),
@@ -289,7 +289,8 @@ decides. Upstream converts a Q8_0 cache to F16 before each call.
 Up to {copied} keys, wherever our kernel is the default, upstream's kernel takes at least {gain:.2f} × as long.
 For longer Q8_0 caches ours is the default for any number of queries, because upstream's F16 copy would take more than
 {largest} MiB. There upstream's kernel takes at least {spared:.2f} × as long with up to {most_queries} queries, and
-{many:.2f} × with more, up to the number from which LATENT_ATTN takes over ({data_centre}, GeForce: {geforce}).
+at least {many:.2f} × with more, up to the largest number that LATENT_ATTN leaves to it ({data_centre},
+GeForce: {geforce}).
 {attention}
 ## All kernels
 

@@ -306,7 +306,7 @@ def test_upstreams_copy_of_a_cache_is_in_the_l2_if_it_fits() -> None:
     )
 
 
-def test_nothing_that_runs_by_default_is_slower_than_upstream() -> None:
+def test_no_default_is_slower_than_upstream_with_up_to_8_queries() -> None:
     model = stored_model()
     found = 0
     for gpu in filter(model.knows, GPUS):

@@ -10,10 +10,11 @@
 
 namespace latent_cuda {
 
-// A split of fewer tiles costs more for its rows of q and its partial result, each as large as two tiles, than it saves.
+// A split of fewer tiles costs more for its rows of q and its partial result than it saves: with 32 rows and an F16 cache
+// each is as large as two tiles.
 constexpr int MIN_TILES     = 2;
-constexpr int PIECE_TILES   = 2 * MIN_TILES;  // of both
-constexpr int MAX_WAVES     = 6;              // of blocks: many blocks of rows may not fill one
+constexpr int PIECE_TILES   = 2 * MIN_TILES;  // the work for both, in tiles
+constexpr int MAX_WAVES     = 6;              // of blocks: with many blocks of rows one may leave multiprocessors idle
 constexpr int WORTH_A_WAVE  = 32;             // more waves have to save one part in this many
 constexpr int PARTIAL_BYTES = N_LATENT * sizeof(float) + sizeof(float2);  // of a row and a split
 constexpr int MAX_PARTIAL   = 64 << 20;                                   // bytes, if there are several waves

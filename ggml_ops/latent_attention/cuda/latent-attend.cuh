@@ -8,7 +8,7 @@
 //   scores   warp (m, slice): 16 rows, a part of the N_CACHE values of a row, all keys of the tile; q is in registers
 //   softmax  a few lanes per row: sum of the slices, online maximum, weights
 //   values   warp w: 32 rows, a part of the values of the result, which stays in registers
-// Sums are float32. A factor that 16 bits cannot hold accurately enough is the sum of two terms (`form`). Quants are
+// Sums are float32, except as below. A factor that 16 bits cannot hold accurately enough is the sum of two terms (`form`). Quants are
 // multiplied as they are: the partial scores and the weights of each 32 values are multiplied with their scales.
 //
 // Blocks of 64 rows are for quantized caches, whose tiles take long to unpack. Their weights are rounded to halves before
@@ -49,9 +49,9 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     // Terms per value of q and per weight.
     static constexpr int Q_TERMS = is_quantised(TYPE) ? 1 : 2;
     static constexpr int P_TERMS = HALF ? 1 : 2;
-    // The largest weight is 2^this, so that neither a small one nor a weight times a small factor is a subnormal half.
-    // Factors are below 2: a weight times a factor is at most 2^15, a finite half; TILE_KEYS of them, where they are added
-    // in halves.
+    // The largest weight is 2^this, so that small weights, and weights times small factors, become subnormal halves as late
+    // as possible. Factors of values are below 2, so a product is at most 2^15, a finite half. With HALF_SUMS the sum of
+    // TILE_KEYS products is at most 2^15.
     static constexpr int WEIGHT_EXPONENT = HALF_SUMS ? 9 : HALF ? 14 : 0;
     static_assert(WEIGHT_EXPONENT + 1 + (HALF_SUMS ? 5 : 0) <= 15 && TILE_KEYS == 32);
 
@@ -62,7 +62,7 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     static constexpr int MIN_STEPS = tiles::FACTORS ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
     static constexpr int MAX_STEPS = tiles::FACTORS && N_FACTORS % SLICES != 0 ? MIN_STEPS + 2 : MIN_STEPS;
 
-    // Because the registers would not suffice otherwise: half of the keys at a time, and steps of q in shared memory.
+    // Registers do not suffice for more: half of the keys at a time, and some steps of q in shared memory.
     static constexpr int PASS_COLUMNS = IS_WIDE ? SCORE_COLUMNS / 2 : SCORE_COLUMNS;
     static constexpr int LENT_STEPS   = IS_WIDE ? 5 : 0;
 
@@ -107,9 +107,9 @@ template <typename FORM> struct room {
     static constexpr int BYTES   = (SCORES + WEIGHTS + LENT) * sizeof(float);
 };
 
-// What all threads of a block have to know of a row, after its scores in the first slice.
+// Data of a row that all threads of a block need, after the row's scores in the first slice.
 struct row_state {
-    float rescale;  // the factor of sums of earlier tiles; before the first tile that of q (half_range)
+    float rescale;  // the factor of sums of earlier tiles; before the first tile: the factor of q (half_range)
     float scale;    // of the scores, for exp2
     float maximum;  // of the scores so far
     float sum;      // of the weights

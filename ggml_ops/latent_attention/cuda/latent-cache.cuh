@@ -8,13 +8,13 @@
 //   q8_0, q4_0  | half    | 1: the quants | scales  | asynchronous copy of the raw blocks, then unpacked
 //   f32         | bf16    | 2: hi + lo    | none    | read and split
 //
-// Quants are divided by 2^QUANT_BITS, their bound, and are exact halves of at most 1. A key that is not visible becomes
+// Quants are divided by 2^QUANT_BITS, their bound, and are exact halves of magnitude at most 1. A key that is not visible becomes
 // zeros, whatever its cell holds; in a 16-bit or 32-bit cache it is not even read.
 //
-// Scales may have any magnitude, beyond the range of halves. Those of a key are factors() in its key_unit(), a power of
-// two, which multiplies its scores. Its weights are multiplied with its key_weight(), its unit in that of the key with the
-// largest scales so far. When that changes, sums of the old one have to be multiplied with unit_change(); final results
-// have to be multiplied with inverse_unit().
+// Scales are halves of any magnitude, so a weight times a scale can leave the range of halves. factors() are therefore
+// the scales of a key divided by its key_unit(), a power of two. The scores of the key are multiplied with key_unit(), its
+// weights with key_weight(), the unit divided by the largest unit so far. When the largest unit changes, earlier sums have
+// to be multiplied with unit_change(). Final results have to be multiplied with inverse_unit().
 //
 // Use: fetch(first tile); then for each tile arrive(), fetch(next tile), and read. All threads of the block
 // call both; arrive() is a barrier before and after.
@@ -208,7 +208,7 @@ template <cache_type TYPE> struct quantised_tiles {
             if (pair < PAIRS && sees) {
                 scales[n] = __half2float(*reinterpret_cast<const __half *>(blocks + pair * 2 * BLOCK_BYTES));
             }
-            // blocks that are key only do not have to fit into the weights' range, only into that of halves
+            // scales of blocks that are key only do not have to be below 2 after the division, only finite halves
             mine = max(mine, exponent_of(scales[n]) - (pair < N_LATENT / FACTOR_SPAN / 2 ? 0 : 14));
         }
 #pragma unroll

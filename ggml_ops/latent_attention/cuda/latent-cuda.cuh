@@ -58,7 +58,7 @@ struct attention {
 
     int   n_keys, n_queries, n_heads, n_streams;
     int   n_multiprocessors;  // of the device
-    bool  half_sums;          // whether sums of a few products may be halves: where the device adds them faster
+    bool  half_sums;          // whether 32 weighted values may be added in halves (64 rows), as some devices do faster
     float scale;
 };
 

@@ -3,9 +3,9 @@
 // Q2_K and Q3_K, for quant-gemm-dot-rows.cpp: four rows at once.
 //
 // 64 bytes of a row, a vector, hold two bits of all its 256 quants. Quarter 2h + s of the vector has the bytes 16s ..
-// 16s + 15 of half h, whose pairs of bits q belong to the 16 weights 8h + 2q + s, which have one factor. Words of 32 bits
+// 16s + 15 of half h, whose pairs of bits q belong to group 8h + 2q + s of 16 weights, which have one factor. Words of 32 bits
 // are transposed among four rows, in each quarter: then each lane has words of one row, so that products of 16 weights
-// are added in one lane. Two such sums fit in a lane as halves, which are multiplied with two factors at once.
+// are added in one lane. Two such sums fit in a lane as 16-bit integers; one instruction multiplies them with two factors.
 
 #include "ggml-common.h"
 #include "quant-gemm-panel.h"
@@ -32,7 +32,7 @@ inline __m512i transposed(__m512i x) {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
 }
 
-// A number in all lanes of each quarter, which may be of two halves.
+// A number in all lanes of each quarter, which may be two of 16 bits.
 inline __m512i quarters(int a, int b, int c, int d) {
     return halves(_mm256_set_m128i(_mm_set1_epi32(b), _mm_set1_epi32(a)),
                   _mm256_set_m128i(_mm_set1_epi32(d), _mm_set1_epi32(c)));
@@ -49,15 +49,15 @@ inline __m512i load_16_of_4(const char * const * row, size_t offset) {
     return halves(two(0), two(2));
 }
 
-// GCC reads again for each use what it has loaded.
+// Without this, GCC loads the vector from memory again for each use.
 inline __m512i read_once(__m512i x) {
-#if defined(__GNUC__) && !defined(AVX512_EMULATED)  // by a test, without such registers
+#if defined(__GNUC__) && !defined(AVX512_EMULATED)  // the test's emulation has no such registers
     asm("" : "+v"(x));
 #endif
     return x;
 }
 
-// Factors of 16 weights for the two pairs of sums, and minima: two halves in each lane.
+// Factors of 16 weights for the two pairs of sums, and minima: two 16-bit numbers in each lane.
 struct FourFactors {
     __m512i products[2];
     __m512i minima[2];
@@ -128,7 +128,7 @@ template <> struct FourRows<block_q3_K> {
         to[3]              = _mm512_and_si512(odd, bytes(0xe0));
     }
 
-    // See load_scales_q3_K. Loads two bytes in front of the scales and two behind. All six bits are moved to the upper
+    // See load_scales_q3_K. Also loads the two bytes before the scales and the two after them. All six bits are moved to the upper
     // end of a byte, where inverting the highest one subtracts the offset of 32. Bytes: the numbers q in order.
     static inline FourFactors factors(const char * const * row, size_t at) {
         const __m512i nibbles = in_each_quarter(_mm_setr_epi8(2, 4, 6, 8, 3, 5, 7, 9, 2, 4, 6, 8, 3, 5, 7, 9));
