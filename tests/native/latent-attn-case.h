@@ -290,11 +290,10 @@ class LatentCase {
         v_b_f.resize(ggml_nelements(v_b));
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
         const float deviation  = 1.0f / std::sqrt((float) s.n_nope);
+        const float added      = s.sink != 0.0f ? s.sink : s.shift;
         const auto  fill_query = [&](int64_t i) {
             fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0],
-                     s.shift != 0.0f  ? s.shift / scale()
-                     : s.sink != 0.0f ? s.sink / scale()
-                                      : NAN);
+                     added == 0.0f ? NAN : added / scale());
         };
         for (int64_t i = 0; !s.ordered && i < ggml_nrows(q); ++i) {
             fill_query(i);

@@ -28,10 +28,10 @@ from kimi_gguf.scripts.cuda_check import (
 # Kernels that may spill, by the start of their name, and the bytes of their stack at most.
 _WIDE = "latent_cuda::attend_pieces<latent_cuda::form<(latent_cuda::cache_type){}, 64, {}>"
 MAY_SPILL = {
-    **{_WIDE.format(kind, "true"): 40 for kind in (3, 4)},  # a few bytes, on Blackwell more
-    **{
-        _WIDE.format(kind, "false"): 24 for kind in (3, 4)
-    },  # on 12.0, whose devices use them only with KIMI_OPS=exact
+    _WIDE.format(3, "true"): 40,  # on 12.0; less on others
+    _WIDE.format(4, "true"): 40,
+    _WIDE.format(3, "false"): 24,  # on 12.0, whose devices use it only with KIMI_OPS=exact
+    _WIDE.format(4, "false"): 24,
 }
 
 
@@ -59,7 +59,7 @@ USUAL = (75, 90)
 @pytest.mark.parametrize("source", cuda_sources(), ids=lambda path: path.name)
 def test_our_kernels_stay_in_registers(source: Path, architecture: int) -> None:
     kernels = compile_cuda(source, architecture)
-    spilling = [each for each in kernels if not each.clean and each.stack > allowed_stack(each)]
+    spilling = [each for each in kernels if not each.clean and not 0 < each.stack <= allowed_stack(each)]
     assert not spilling, "\n".join(table(spilling))
 
 

@@ -8,8 +8,9 @@
 //   scores   warp (m, slice): 16 rows, a part of the N_CACHE values of a row, all keys of the tile; q is in registers
 //   softmax  a few lanes per row: sum of the slices, online maximum, weights
 //   values   warp w: 32 rows, a part of the values of the result, which stays in registers
-// Sums are float32, except as below. A factor that 16 bits cannot hold accurately enough is the sum of two terms (`form`). Quants are
-// multiplied as they are: the partial scores and the weights of each 32 values are multiplied with their scales.
+// Sums are float32, except as below. A factor that 16 bits cannot hold accurately enough is the sum of two terms
+// (`form`). Quants are multiplied as they are: the partial scores and the weights of each 32 values are multiplied with
+// their scales.
 //
 // Blocks of 64 rows are for quantized caches, whose tiles take long to unpack. Their weights are rounded to halves before
 // they are multiplied with the scales. GeForce cards multiply halves twice as fast if the sums are halves too: there

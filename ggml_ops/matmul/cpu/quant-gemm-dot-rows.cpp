@@ -223,21 +223,21 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
     }
 }
 
-// ---- ... four rows at once (Q2_K and Q3_K), for one or two columns: with more, the activations, which fill four times
-// as many vectors here, would be read from L1 for each product
+// ---- ... four rows at once (Q2_K and Q3_K), for one or two columns. Not for more: the activations fill four times as
+// many vectors here and would be read from L1 for each multiplication
 
 // Sums of super block i of 16 rows times the columns, a row in each lane: `products` of quants and factors, and of minima
 // and activations. four: the first four rows; those of the next super block afterwards. The next four rows are always
-// loaded while four are multiplied, or else shuffles and products would take turns.
+// loaded while four are multiplied, so that shuffles and multiplications run at the same time.
 template <typename Block, int N_C>
-static inline void sum_four_rows(const Rows &                  rows,
-                                 int64_t                       i,
-                                 int64_t                       next_i,
-                                 ptrdiff_t                     ahead,
-                                 const ActSuperBlock * const * packed,
-                                 FourRows<Block> &             four,
-                                 __m512i (&products)[N_C],
-                                 __m512i (&minima)[N_C]) {
+static inline void sum_by_fours(const Rows &                  rows,
+                                int64_t                       i,
+                                int64_t                       next_i,
+                                ptrdiff_t                     ahead,
+                                const ActSuperBlock * const * packed,
+                                FourRows<Block> &             four,
+                                __m512i (&products)[N_C],
+                                __m512i (&minima)[N_C]) {
     FourActs<Block> acts[N_C];
     __m512i         groups[N_C][DOT_ROWS / 4];
     __m512i         groups_of_minima[N_C][DOT_ROWS / 4];
@@ -314,7 +314,7 @@ static void dot_four_rows(const WeightRows & weights, int64_t k, const char * co
         }
         __m512i products[N_C];
         __m512i minima[N_C];
-        sum_four_rows(rows, i, std::min(i + 1, n - 1), weights.next - weights.first, packed, four, products, minima);
+        sum_by_fours(rows, i, std::min(i + 1, n - 1), weights.next - weights.first, packed, four, products, minima);
         const size_t at = i * sizeof(Block);
         if constexpr (HAS_MINIMA<Block>) {
             const Ints d = rows.load_word(at + offsetof(Block, GGML_COMMON_AGGR_U));

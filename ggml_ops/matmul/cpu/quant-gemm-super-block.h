@@ -18,8 +18,8 @@ struct SuperBlock {
     __m512i factors;
 };
 
-constexpr int CHOOSE =
-    0xe2;  // for ternary logic: second ? first : third, bit by bit; the first register is overwritten
+// For ternary logic: second ? first : third, bit by bit. The first register is overwritten.
+constexpr int CHOOSE = 0xe2;
 
 inline __m512i choose(__m512i where, __m512i x, __m512i otherwise) {
     return _mm512_ternarylogic_epi32(x, where, otherwise, CHOOSE);
