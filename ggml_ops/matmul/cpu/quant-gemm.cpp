@@ -265,6 +265,14 @@ struct Division {
     }
 
     int64_t column_parts(int64_t n) const { return (n + columns - 1) / columns; }
+
+    int64_t tasks(int64_t n) const { return rows * column_parts(n); }
+};
+
+// A row of one of the matrices.
+struct Place {
+    int64_t matrix;
+    int64_t row;
 };
 
 // The division with the shortest time if all tasks take equally long. With few threads tasks are as large as possible.
@@ -320,13 +328,32 @@ static inline void copy_sums(const float (&sums)[PANEL_ROWS], int n_rows, float 
     }
 }
 
-// Rows row .. end - 1 of a matrix times n columns; next_row: first row to prefetch, the likely next task.
+// Where `task` begins, which is not in a matrix before this one, whose first task is first_task. The end of the last matrix
+// if there is no such task.
+static Place find_task(const Division & division,
+                       const int64_t *  starts,
+                       int64_t          n_matrices,
+                       int64_t          n_rows,
+                       int64_t          task,
+                       int64_t          matrix,
+                       int64_t          first_task) {
+    for (; matrix < n_matrices; matrix++) {
+        const int64_t n_tasks = division.tasks(starts[matrix + 1] - starts[matrix]);
+        if (task < first_task + n_tasks) {
+            return { matrix, division.first_row(n_rows, (task - first_task) % division.rows) };
+        }
+        first_task += n_tasks;
+    }
+    return { n_matrices - 1, n_rows };
+}
+
+// Rows row .. end - 1 of a matrix times n columns; next: the likely next task, whose first rows are prefetched.
 static void compute_task(const Format & format,
                          const Job &    job,
                          int64_t        matrix,
                          int64_t        row,
                          int64_t        end,
-                         int64_t        next_row,
+                         const Place &  next,
                          const char *   acts,
                          const Column * columns,
                          int            n,
@@ -343,20 +370,22 @@ static void compute_task(const Format & format,
         for (int p = 0; p < job.n_products; p++) {
             src0                  = job.products[p]->src[0];
             const char *  weights = weights_of(job.products[p], matrix);
-            const int64_t after   = row + PANEL_ROWS < end ? row + PANEL_ROWS : next_row;
+            const Place   after   = row + PANEL_ROWS < end ? Place{ matrix, row + PANEL_ROWS } : next;
+            const int64_t n_after = std::min<int64_t>(PANEL_ROWS, src0->ne[1] - after.row);
             if (dots) {
                 const size_t     stride = src0->nb[1];
-                const WeightRows those  = { weights + row * stride, stride, n_rows,
-                                            weights + (after < src0->ne[1] ? after : row) * stride };
+                const char *     first  = weights + row * stride;
+                const char *     then   = weights_of(job.products[p], after.matrix) + after.row * stride;
+                const WeightRows those  = { first, stride, n_rows, n_after > 0 ? then : first };
                 dot_rows(dot_of(format), those, src0->ne[0], { act, n }, *scratch.sums[p]);
                 continue;
             }
             const bool          last    = p + 1 == job.n_products;
             const ggml_tensor * follows = job.products[last ? 0 : p + 1];
-            const int64_t       next    = last ? after : row;
-            const int64_t       n_next  = std::max<int64_t>(0, std::min<int64_t>(PANEL_ROWS, src0->ne[1] - next));
+            const Place         then    = last ? after : Place{ matrix, row };
+            const int64_t       n_then  = last ? n_after : n_rows;
             const size_t        stride  = follows->src[0]->nb[1];
-            const Ahead         ahead   = { weights_of(follows, matrix) + next * stride, n_next * stride };
+            const Ahead         ahead   = { weights_of(follows, then.matrix) + then.row * stride, n_then * stride };
             add_panel(format, src0, weights, row, ahead, { act, n }, scratch.panel, scratch.sums[p]);
         }
         for (int i = 0; i < n; i++) {
@@ -404,13 +433,14 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     // tasks are numbered matrix by matrix; within a matrix, all rows of the first columns come first
     const Division division   = divide(product, format, starts, params->nth);
     const int64_t  n_rows     = src0->ne[1];
+    const int64_t  n_matrices = count_matrices(product);
     const bool     stealing   = !ggml_is_numa();  // otherwise a row is always read by the same thread, as in mul_mat
     int64_t        first_task = 0;
     int64_t        task       = params->ith;
-    for (int64_t m = 0; m < count_matrices(product); m++) {
+    for (int64_t m = 0; m < n_matrices; m++) {
         const int64_t n            = starts[m + 1] - starts[m];
         const int64_t column_parts = division.column_parts(n);
-        const int64_t n_tasks      = division.rows * column_parts;
+        const int64_t n_tasks      = division.tasks(n);
         const bool    dots         = uses_dots(format, product, n);
         while (task < first_task + n_tasks) {
             const int64_t  part     = (task - first_task) / division.rows;
@@ -421,8 +451,8 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
             const int      here     = (int) (n * (part + 1) / column_parts - first);
             const Column * those    = columns + starts[m] + first;
             // the next task of this thread if all threads progress equally
-            const int64_t next_row = division.first_row(n_rows, row_part + params->nth);
-            compute_task(format, job, m, row, end, next_row, acts, those, here, dots, scratch);
+            const Place next = find_task(division, starts, n_matrices, n_rows, task + params->nth, m, first_task);
+            compute_task(format, job, m, row, end, next, acts, those, here, dots, scratch);
             task = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : task + params->nth;
         }
         first_task += n_tasks;
