@@ -57,7 +57,11 @@ def _matrices(found: re.Match[str], groups: Groups) -> str:
 
 
 # Registers that mov can read.
-_SPECIAL = {"%laneid": "cuda_emulator::lane()", "%warpid": "cuda_emulator::block.current->warp->number"}
+_SPECIAL = {
+    "%tid.x": "threadIdx.x",
+    "%laneid": "cuda_emulator::lane()",
+    "%warpid": "cuda_emulator::block.current->warp->number",
+}
 
 
 # A statement's instruction with all its suffixes -> the call. The first match counts.

@@ -207,7 +207,11 @@ static void check_stages() {
     }
 }
 
+// Thread 40 writes.
 __global__ void scalar_ptx(const float * x, uint32_t * out) {
+    if (threadIdx.x != 40) {
+        return;
+    }
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(out[0]) : "f"(x[0]));
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out[1]) : "f"(x[0]), "f"(x[1]));
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out[2]) : "f"(x[0]), "f"(x[1]));
@@ -215,14 +219,15 @@ __global__ void scalar_ptx(const float * x, uint32_t * out) {
     asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(out[4]) : "r"(0x33221100), "r"(0x77665544));
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out[5]) : "r"(0x0f0f), "r"(0x00ff), "r"(0x10000));  // (a & b) | c
     asm("mov.u32 %0, %%laneid;" : "=r"(out[6]));
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(out[8]));
     out[7] = __byte_perm(0x80112233, 0x44556677, 0xb034);
 }
 
 static void check_scalar_ptx() {
     const float           tie = 1.0f + 0x1p-11f;  // half way between two tf32 values
     DeviceArray<float>    x(std::vector<float>{ tie, -3.14159f, -2.0f });
-    DeviceArray<uint32_t> out(8);
-    scalar_ptx<<<1, 1>>>(x.data(), out.data());
+    DeviceArray<uint32_t> out(9);
+    scalar_ptx<<<1, 64>>>(x.data(), out.data());
     const std::vector<uint32_t> got = out.values();
     CHECK(got[0] == bits_as<uint32_t>(1.0f + 0x1p-10f));
     CHECK(got[1] == (0x3f80u << 16 | 0xc049));
@@ -230,7 +235,8 @@ static void check_scalar_ptx() {
     CHECK(got[3] == bits_as<uint32_t>(0.25f));
     CHECK(got[4] == 0x55441100);
     CHECK(got[5] == 0x1000f);
-    CHECK(got[6] == 0);
+    CHECK(got[6] == 8);
+    CHECK(got[8] == 40);
     CHECK(got[7] == 0xff338077);  // bytes 4, 3, 0 and the sign of 3
 }
 
