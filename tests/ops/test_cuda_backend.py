@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_program import GGML_OPTIONS, HOPPER, NATIVE, OPERATORS, SHARED
+from cuda_program import GEFORCE, GGML_OPTIONS, NATIVE, OPERATORS, SHARED
 from emulators.cuda import compile_objects, link_program
 from llama_script import Logits, Setup, Step, decode, drafts_rolled_back, pauses, play, text, together
 from native_program import ggml_libraries, passed_cases, roll_back_on_device, run_program
@@ -62,7 +62,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             "latent",
             sorted({*LATENT.glob("*.cu")} - {glue}),
-            HOPPER,
+            GEFORCE,
         ),  # test_cuda_latent.py has the same objects
     ):
         objects += compile_objects(

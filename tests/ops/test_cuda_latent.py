@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cache_cases import CACHE_CASES
-from cuda_program import HOPPER, NATIVE, OPERATORS, compile_with_ggml
+from cuda_program import GEFORCE, NATIVE, OPERATORS, compile_with_ggml
 from native_program import run_program
 
 from kimi_gguf.engine.builds import Engine
@@ -28,7 +28,7 @@ FORMS = {"absorbed": "17", "decompressed": "37"}  # every n-th case is checked f
 @pytest.fixture(scope="module")
 def program(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("latent") / "latent-test"
-    return compile_with_ggml(engine, SOURCES, target, include=INCLUDE, options=HOPPER)
+    return compile_with_ggml(engine, SOURCES, target, include=INCLUDE, options=GEFORCE)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -60,20 +60,20 @@ def test_the_default_is_accurate_in_every_draw(cache_type: str, cases: str, prog
 @pytest.mark.full  # compiling takes longest
 def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
     program = compile_with_ggml(
-        engine, SOURCES, tmp_path / "races", include=INCLUDE, options=HOPPER, races=True
+        engine, SOURCES, tmp_path / "races", include=INCLUDE, options=GEFORCE, races=True
     )
     for form, cases in FORMS.items():
         assert ", 0 failed" in run_program(program, form, *TYPES, KIMI_CASES=cases).stdout
 
 
 def test_which_nodes_of_ggml_are_taken(engine: Engine, tmp_path: Path) -> None:
-    """The kernels are those of `program`, ggml's side is compiled without HOPPER: its headers lack those of CUDA 13."""
+    """The kernels are those of `program`; GEFORCE would make ggml's headers include CUDA 13's."""
     program = compile_with_ggml(
         engine,
         [GLUE, NATIVE / "latent-glue-test.cu"],
         tmp_path / "glue",
         include=INCLUDE,
-        others=(KERNELS, HOPPER),
+        others=(KERNELS, GEFORCE),
     )
     ended = run_program(program)
     assert ended.stdout == "all as it should be\n"

@@ -15,8 +15,8 @@ from kimi_gguf.scripts.cuda_check import patched_ggml
 
 NATIVE = native_program.NATIVE / "cuda"
 SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
-# Kernels are launched early, as on a device of compute capability 9.0.
-HOPPER = ["-D__CUDA_ARCH__=900", "-DCUDART_VERSION=13000"]
+# As for a GeForce of compute capability 12.0: kernels are launched early (from 9.0 on), and may add halves.
+GEFORCE = ["-D__CUDA_ARCH__=1200", "-DCUDART_VERSION=13000"]
 GGML_OPTIONS = [
     "-DGGML_CUDA_NO_VMM",
     "-Wno-unused-function",

@@ -39,9 +39,10 @@ constexpr bool is_quantised(cache_type type) {
 
 // How a kernel computes: properties of a type of cache and of the number of rows.
 template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
-    static constexpr int  ROWS      = ROWS_;
-    static constexpr bool IS_WIDE   = ROWS == WIDE;
-    static constexpr bool HALF_SUMS = HALF_SUMS_;  // weighted values: sums of TILE_KEYS products, added in float32
+    static constexpr int  ROWS    = ROWS_;
+    static constexpr bool IS_WIDE = ROWS == WIDE;
+    // Weighted values: sums of TILE_KEYS products in halves, which are added in float32. Not where that saves nothing.
+    static constexpr bool HALF_SUMS = HALF_SUMS_ && !FAST_SUMS;
 
     using tiles   = cache_tiles<TYPE>;
     using element = typename tiles::element;
@@ -63,13 +64,13 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     static constexpr int MIN_STEPS = tiles::FACTORS ? N_FACTORS / SLICES * 2 : N_CACHE / SLICES / 16;
     static constexpr int MAX_STEPS = tiles::FACTORS && N_FACTORS % SLICES != 0 ? MIN_STEPS + 2 : MIN_STEPS;
 
-    // Registers do not suffice for more: half of the keys at a time, and some steps of q in shared memory.
-    static constexpr int PASS_COLUMNS = IS_WIDE ? SCORE_COLUMNS / 2 : SCORE_COLUMNS;
-    static constexpr int LENT_STEPS   = IS_WIDE ? 5 : 0;
-
-    static __device__ int first_step(int slice) {
-        return tiles::FACTORS ? slice * N_FACTORS / SLICES * 2 : slice * MAX_STEPS;
-    }
+    // Registers do not suffice for more: half of the keys at a time, and some words of q in shared memory. A step has 4
+    // words. Code for 12.0 needs more registers (nvcc 13.0): there two more words are in shared memory, and what all steps
+    // of a tile derive from the thread's number is derived again for scores and values.
+    static constexpr int  PASS_COLUMNS = IS_WIDE ? SCORE_COLUMNS / 2 : SCORE_COLUMNS;
+    static constexpr bool ROLES_AGAIN  = IS_WIDE && ARCHITECTURE >= 1200;
+    static constexpr int  LENT_WORDS   = !IS_WIDE ? 0 : ROLES_AGAIN ? 22 : 20;
+    static constexpr int  MOST_LENT    = IS_WIDE ? 22 : 0;  // of all architectures
 
     // Softmax: a warp has as many lanes for each row.
     static constexpr int LANES_A_ROW = THREADS / ROWS;
@@ -81,6 +82,70 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     static constexpr int VALUE_COLUMNS = WARP_VALUES / 8;
 
     static_assert(!IS_WIDE || tiles::FACTORS, "only quantized caches have wide blocks");
+};
+
+// What a thread computes in each step.
+template <typename FORM> struct role {
+    int lane;
+    int warp;
+
+    __device__ explicit role(int thread) : lane(thread % WARP), warp(thread / WARP) {}
+
+    __device__ int g() const { return lane / 4; }
+
+    __device__ int t() const { return lane % 4; }
+
+    // Scores: the warp's 16 rows, and its slice of the values of a row, in steps of 16.
+    __device__ int row_tile() const { return warp % FORM::ROW_TILES; }
+
+    __device__ int slice() const { return warp / FORM::ROW_TILES; }
+
+    static __device__ int first_step(int slice) {
+        return FORM::tiles::FACTORS ? slice * N_FACTORS / FORM::SLICES * 2 : slice * FORM::MAX_STEPS;
+    }
+
+    __device__ int first_step() const { return first_step(slice()); }
+
+    __device__ int n_steps() const { return first_step(slice() + 1) - first_step(); }
+
+    // Softmax: the lane's row and the first of its keys.
+    __device__ int row() const { return warp * (WARP / FORM::LANES_A_ROW) + lane / FORM::LANES_A_ROW; }
+
+    __device__ int key() const { return lane % FORM::LANES_A_ROW * FORM::LANE_KEYS; }
+
+    // Values: the warp's rows, and the first of its values.
+    __device__ int group() const { return warp % FORM::ROW_GROUPS; }
+
+    __device__ int value0() const { return warp / FORM::ROW_GROUPS * FORM::WARP_VALUES; }
+};
+
+// Words of q that are in shared memory, the first ones of each thread.
+template <typename FORM> struct lent_words {
+    uint4 * of_steps;  // [steps][threads]; a last step with two words: uint2
+
+    __device__ uint2 * two(int step) const { return reinterpret_cast<uint2 *>(of_steps + step * THREADS); }
+
+    __device__ void store(int step, const uint32_t (&x)[4]) const {
+        if (4 * step + 4 <= FORM::LENT_WORDS) {
+            of_steps[step * THREADS + threadIdx.x] = make_uint4(x[0], x[1], x[2], x[3]);
+        } else if (4 * step + 2 <= FORM::LENT_WORDS) {
+            two(step)[threadIdx.x] = make_uint2(x[0], x[1]);
+        }
+    }
+
+    __device__ void load(int step, int thread, uint32_t (&x)[4]) const {
+        if (4 * step + 4 <= FORM::LENT_WORDS) {
+            const uint4 y = of_steps[step * THREADS + thread];
+            x[0]          = y.x;
+            x[1]          = y.y;
+            x[2]          = y.z;
+            x[3]          = y.w;
+        } else if (4 * step + 2 <= FORM::LENT_WORDS) {
+            const uint2 y = two(step)[thread];
+            x[0]          = y.x;
+            x[1]          = y.y;
+        }
+    }
 };
 
 // Partial results: one per split of the keys and row.
@@ -104,7 +169,7 @@ plan make_plan(const attention & args);
 template <typename FORM> struct room {
     static constexpr int SCORES  = FORM::SLICES * FORM::ROWS * SCORE_STRIDE;       // floats
     static constexpr int WEIGHTS = FORM::IS_WIDE ? 0 : FORM::ROWS * SCORE_STRIDE;  // floats
-    static constexpr int LENT    = FORM::LENT_STEPS * THREADS * 4;
+    static constexpr int LENT    = FORM::MOST_LENT * THREADS;
     static constexpr int BYTES   = (SCORES + WEIGHTS + LENT) * sizeof(float);
 };
 
@@ -283,17 +348,16 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     using tiles   = typename FORM::tiles;
     using element = typename FORM::element;
 
-    const int lane  = threadIdx.x % WARP;
-    const int warp  = threadIdx.x / WARP;
-    const int g     = lane / 4;
-    const int t     = lane % 4;
+    const role<FORM> me(threadIdx.x);
+
     const int piece = blockIdx.x;
     const int block = blockIdx.y;
     const int s     = blockIdx.z;
 
     float * scores  = reinterpret_cast<float *>(shared + tiles::SHARED);
     float * weights = scores + room<FORM>::SCORES;
-    uint4 * lent    = reinterpret_cast<uint4 *>(weights + room<FORM>::WEIGHTS);
+
+    const lent_words<FORM> lent = { reinterpret_cast<uint4 *>(weights + room<FORM>::WEIGHTS) };
 
     const int row0   = block * FORM::ROWS;
     const int n_rows = min(FORM::ROWS, plan.n_rows - row0);
@@ -311,14 +375,14 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
 
     tiles cache(shared, { static_cast<const char *>(args.cache) + s * args.cache_stream, args.cache_row, args.n_keys });
     const int first_key = piece * plan.keys_a_piece;
-    key_tile  tile      = sight.next(first_key, sight.sees(first_key + lane));
-    key_tile  next      = sight.next(tile.key + TILE_KEYS, sight.sees(tile.key + TILE_KEYS + lane));
+    key_tile  tile      = sight.next(first_key, sight.sees(first_key + me.lane));
+    key_tile  next      = sight.next(tile.key + TILE_KEYS, sight.sees(tile.key + TILE_KEYS + me.lane));
     cache.fetch(tile);
 
 #pragma unroll
-    for (int i = warp * FORM::ROWS / N_WARPS; i < (warp + 1) * FORM::ROWS / N_WARPS; ++i) {
+    for (int i = me.warp * FORM::ROWS / N_WARPS; i < (me.warp + 1) * FORM::ROWS / N_WARPS; ++i) {
         const float range = FORM::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
-        if (lane == 0) {
+        if (me.lane == 0) {
             const int   query = (row0 + min(i, n_rows - 1)) / args.n_heads;
             row_state & row   = state_of(scores, i);
             row.rescale       = range;
@@ -331,11 +395,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     __syncthreads();
 
     // q of this warp's rows and slice.
-    const int           m          = warp % FORM::ROW_TILES;
-    const int           slice      = warp / FORM::ROW_TILES;
-    const int           step0      = FORM::first_step(slice);
-    const int           n_steps    = FORM::first_step(slice + 1) - step0;
-    const int           my_rows[2] = { 16 * m + g, 16 * m + g + 8 };
+    const int           my_rows[2] = { 16 * me.row_tile() + me.g(), 16 * me.row_tile() + me.g() + 8 };
     const float * const my_q[2]    = { query_row(min(my_rows[0], n_rows - 1)), query_row(min(my_rows[1], n_rows - 1)) };
     uint32_t            q[FORM::MAX_STEPS][FORM::Q_TERMS][4];
 #pragma unroll
@@ -343,8 +403,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float2 x = make_float2(0.0f, 0.0f);
-            if (my_rows[i % 2] < n_rows && (step < FORM::MIN_STEPS || step < n_steps)) {
-                x = *reinterpret_cast<const float2 *>(my_q[i % 2] + (step0 + step) * 16 + 2 * t + i / 2 * 8);
+            if (my_rows[i % 2] < n_rows && (step < FORM::MIN_STEPS || step < me.n_steps())) {
+                const int at = (me.first_step() + step) * 16 + 2 * me.t() + i / 2 * 8;
+                x            = *reinterpret_cast<const float2 *>(my_q[i % 2] + at);
             }
             const float                range = state_of(scores, my_rows[i % 2]).rescale;
             const terms<FORM::Q_TERMS> pair  = split<element, FORM::Q_TERMS>(x.x * range, x.y * range);
@@ -353,32 +414,21 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                 q[step][term][i] = pair.term[term];
             }
         }
-        if (step < FORM::LENT_STEPS) {
-            const uint32_t (&x)[4]             = q[step][0];
-            lent[step * THREADS + threadIdx.x] = make_uint4(x[0], x[1], x[2], x[3]);
-        }
+        lent.store(step, q[step][0]);
     }
-
-    // Softmax: this lane's row and keys.
-    const int my_row = warp * (WARP / FORM::LANES_A_ROW) + lane / FORM::LANES_A_ROW;
-    const int my_key = lane % FORM::LANES_A_ROW * FORM::LANE_KEYS;
-
-    // Values: this warp's rows and values.
-    const int group  = warp % FORM::ROW_GROUPS;
-    const int value0 = warp / FORM::ROW_GROUPS * FORM::WARP_VALUES;
 
     float out[FORM::VALUE_COLUMNS][GROUP_TILES][4] = {};
 
     while (tile.visible != 0) {
         cache.arrive(tile);
         cache.fetch(next);
-        const bool ahead = sight.sees(next.key + TILE_KEYS + lane);  // prefetched
+        const bool ahead = sight.sees(next.key + TILE_KEYS + me.lane);  // prefetched
         uint16_t   added[FORM::LANE_KEYS];
         const auto load_mask = [&] {
 #pragma unroll
             for (int i = 0; i < FORM::LANE_KEYS; ++i) {
-                added[i] = mask != nullptr && tile.sees(my_key + i)
-                               ? sight.mask[state_of(scores, my_row).mask + tile.key + my_key + i]
+                added[i] = mask != nullptr && tile.sees(me.key() + i)
+                               ? sight.mask[state_of(scores, me.row()).mask + tile.key + me.key() + i]
                                : 0;
             }
         };
@@ -386,20 +436,17 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             load_mask();  // early, if the registers suffice
         }
 
+        const role<FORM> to_score(FORM::ROLES_AGAIN ? thread_again() : threadIdx.x);
+        const int        lane  = to_score.lane;
+        const int        step0 = to_score.first_step();
 #pragma unroll 1  // two at once would need more registers
         for (int column0 = 0; column0 < SCORE_COLUMNS; column0 += FORM::PASS_COLUMNS) {
             float sums[FORM::PASS_COLUMNS][4] = {};
             float part[FORM::PASS_COLUMNS][4] = {};
 #pragma unroll
             for (int step = 0; step < FORM::MAX_STEPS; ++step) {
-                if (step < FORM::LENT_STEPS) {
-                    const uint4 x = lent[step * THREADS + threadIdx.x];
-                    q[step][0][0] = x.x;
-                    q[step][0][1] = x.y;
-                    q[step][0][2] = x.z;
-                    q[step][0][3] = x.w;
-                }
-                if (step < FORM::MIN_STEPS || step < n_steps) {
+                lent.load(step, to_score.warp * WARP + lane, q[step][0]);
+                if (step < FORM::MIN_STEPS || step < to_score.n_steps()) {
                     float (&to)[FORM::PASS_COLUMNS][4] = tiles::FACTORS ? part : sums;
 #pragma unroll
                     for (int pair = 0; pair < FORM::PASS_COLUMNS / 2; ++pair) {
@@ -418,7 +465,8 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                     }
 #pragma unroll
                     for (int column = 0; column < FORM::PASS_COLUMNS && tiles::FACTORS && step % 2 == 1; ++column) {
-                        const float2 factor = cache.factors((step0 + step) / 2, 8 * (column0 + column) + 2 * t);
+                        const float2 factor =
+                            cache.factors((step0 + step) / 2, 8 * (column0 + column) + 2 * to_score.t());
 #pragma unroll
                         for (int i = 0; i < 4; ++i) {
                             sums[column][i] += part[column][i] * (i % 2 == 0 ? factor.x : factor.y);
@@ -429,8 +477,8 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             }
 #pragma unroll
             for (int i = 0; i < 2 * FORM::PASS_COLUMNS; ++i) {
-                const int    row = slice * FORM::ROWS + 16 * m + g + i % 2 * 8;
-                const int    key = 8 * (column0 + i / 2) + 2 * t;
+                const int    row = to_score.slice() * FORM::ROWS + 16 * to_score.row_tile() + to_score.g() + i % 2 * 8;
+                const int    key = 8 * (column0 + i / 2) + 2 * to_score.t();
                 const float2 two = make_float2(sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]);
                 *reinterpret_cast<float2 *>(scores + row * SCORE_STRIDE + key) = two;
             }
@@ -441,7 +489,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         __syncthreads();
 
         {
-            float x[FORM::LANE_KEYS] = {};
+            const int my_row             = me.row();
+            const int my_key             = me.key();
+            float     x[FORM::LANE_KEYS] = {};
 #pragma unroll
             for (int i = 0; i < FORM::SLICES; ++i) {
 #pragma unroll
@@ -489,7 +539,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
                 }
             }
             sum = sum_lanes<FORM::LANES_A_ROW>(sum);
-            if (lane % FORM::LANES_A_ROW == 0) {
+            if (me.lane % FORM::LANES_A_ROW == 0) {
                 row.rescale = factor * cache.unit_change();
                 row.maximum = largest;
                 row.sum     = row.sum * factor + sum;
@@ -497,12 +547,13 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         }
         __syncthreads();
 
+        const role<FORM> to_add(FORM::ROLES_AGAIN ? thread_again() : threadIdx.x);
         {
             float factor[GROUP_TILES][2];
             bool  same = true;
 #pragma unroll
             for (int i = 0; i < GROUP_ROWS / 8; ++i) {
-                factor[i / 2][i % 2] = state_of(scores, group * GROUP_ROWS + 8 * i + g).rescale;
+                factor[i / 2][i % 2] = state_of(scores, to_add.group() * GROUP_ROWS + 8 * i + to_add.g()).rescale;
                 same                 = same && factor[i / 2][i % 2] == 1.0f;
             }
             if (!__all_sync(ALL_LANES, same)) {
@@ -513,9 +564,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             }
         }
         if constexpr (FORM::IS_WIDE) {
-            add_values_wide<FORM>(out, scores + group * GROUP_ROWS * SCORE_STRIDE, cache, value0);
+            add_values_wide<FORM>(out, scores + to_add.group() * GROUP_ROWS * SCORE_STRIDE, cache, to_add.value0());
         } else {
-            add_values<FORM>(out, weights, cache, value0);
+            add_values<FORM>(out, weights, cache, to_add.value0());
         }
         tile = next;
         next = sight.next(next.key + TILE_KEYS, ahead);
@@ -533,14 +584,14 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     float *     to   = whole ? args.out : partials.out + piece * all_rows * N_LATENT;
 #pragma unroll
     for (int i = 0; i < GROUP_ROWS / 8; ++i) {
-        const int row = group * GROUP_ROWS + 8 * i + g;
+        const int row = me.group() * GROUP_ROWS + 8 * i + me.g();
         if (row < n_rows) {
             const float sum    = state_of(scores, row).sum;
             const float factor = (!whole ? 1.0f : sum == 0.0f ? 0.0f : 1.0f / sum) * unit;
 #pragma unroll
             for (int column = 0; column < FORM::VALUE_COLUMNS; ++column) {
                 const float * x = out[column][i / 2] + i % 2 * 2;
-                *reinterpret_cast<float2 *>(to + (first_row + row) * N_LATENT + value0 + 8 * column + 2 * t) =
+                *reinterpret_cast<float2 *>(to + (first_row + row) * N_LATENT + me.value0() + 8 * column + 2 * me.t()) =
                     make_float2(x[0] * factor, x[1] * factor);
             }
         }

@@ -12,6 +12,27 @@ constexpr float LOG2_E = 1.4426950408889634f;
 
 constexpr int MAX_SHARED_BYTES = 99 * 1024;  // of a block, on devices of capability 8.6, 8.9 and 12.0
 
+#if defined(__CUDA_ARCH__)
+constexpr int ARCHITECTURE = __CUDA_ARCH__;
+#else
+constexpr int ARCHITECTURE = 0;  // the host
+#endif
+
+// Whether tensor cores add products of halves as fast in float32 as in halves: data centre devices
+// (ggml_cuda_latent_fast_sums).
+constexpr bool FAST_SUMS = ARCHITECTURE == 800 || ARCHITECTURE == 900 || (ARCHITECTURE >= 1000 && ARCHITECTURE < 1100);
+
+// threadIdx.x, read once more: the compiler does not keep what follows from it in registers until then.
+static __device__ __forceinline__ int thread_again() {
+#if defined(__CUDA_ARCH__)
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+#else
+    return threadIdx.x;
+#endif
+}
+
 // 2^(exponent - 127), for an exponent in [1, 254].
 static __device__ __forceinline__ float power_of_two(int exponent) {
     return __uint_as_float(static_cast<uint32_t>(exponent) << 23);
