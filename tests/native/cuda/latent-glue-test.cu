@@ -126,6 +126,12 @@ static void test_absorbed() {
     }
     CHECK(!long_one(GGML_TYPE_BF16, 116509, 1) && !long_one(GGML_TYPE_F16, 116509, 1));
 
+    // 32 weighted values are added in halves on GeForce only
+    LatentShape equal = with_heads(with_cache(LatentShape().with(17, 116509), GGML_TYPE_Q8_0), 2);
+    equal.spread      = 0.0f;
+    CHECK(taken(equal, 1200) && last_error > 1e-10);
+    CHECK(taken(equal, 900) && last_error < 1e-12);
+
     // wherever they are more accurate
     LatentShape more = exact(with_heads(one.with(9, 70), 2));
     more.n_streams   = 2;
@@ -135,8 +141,8 @@ static void test_absorbed() {
     CHECK(!taken(with_cache(more, GGML_TYPE_Q5_1)));
     CHECK(taken(more, 1200));
     // all sums in float32, also where others are halves: equal weights add exactly
-    LatentShape equal = exact(with_cache(LatentShape().with(2, 500), GGML_TYPE_Q8_0));
-    equal.spread      = 0.0f;
+    equal        = exact(with_cache(LatentShape().with(2, 500), GGML_TYPE_Q8_0));
+    equal.spread = 0.0f;
     CHECK(taken(equal, 1200) && last_error < 1e-12);
 
     // never
