@@ -47,7 +47,8 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
-# The largest number of them that LATENT_ATTN leaves to the absorbed form. All are compared; the tables have QUERIES.
+# The largest number of queries that LATENT_ATTN leaves to the absorbed form. Every number up to it is compared; the
+# tables have only those in QUERIES.
 MOST_QUERIES = {"data centre": 175, "GeForce": 271}
 Measured = dict[tuple[str, str, str], float]  # seconds by device, operator and parameters
 

@@ -36,7 +36,8 @@ def nvcc() -> Path:
         pytest.skip(str(error))
 
 
-# The one for which the mma kernels are empty, and the one for which most is compiled; the others with --full.
+# The one for which the mma kernels are empty, and the one for which most is compiled; the others with
+# --full, except for TIGHT, which is always compiled for all.
 USUAL = (75, 90)
 TIGHT = "latent-attend.cu"  # on some architectures its kernels use every register
 

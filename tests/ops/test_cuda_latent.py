@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cache_cases import CACHE_CASES
-from cuda_program import GEFORCE, NATIVE, OPERATORS, compile_with_ggml
+from cuda_program import AMPERE, GEFORCE, NATIVE, OPERATORS, compile_with_ggml
 from native_program import run_program
 
 from kimi_gguf.engine.builds import Engine
@@ -57,6 +57,12 @@ def test_the_default_is_accurate_in_every_draw(cache_type: str, cases: str, prog
     assert ", 0 failed" in run_program(program, "draws", cache_type, KIMI_CASES=cases).stdout
 
 
+def test_blocks_of_64_rows_before_12_0(engine: Engine, tmp_path: Path) -> None:
+    """They keep fewer words of q in shared memory than those for 12.0, which `program` has."""
+    program = compile_with_ggml(engine, SOURCES, tmp_path / "ampere", include=INCLUDE, options=AMPERE)
+    assert ", 0 failed" in run_program(program, "absorbed", "q8_0", "q4_0", KIMI_CASES="9").stdout
+
+
 @pytest.mark.full  # compiling takes longest
 def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
     program = compile_with_ggml(
@@ -67,7 +73,7 @@ def test_no_races_in_shared_memory(engine: Engine, tmp_path: Path) -> None:
 
 
 def test_which_nodes_of_ggml_are_taken(engine: Engine, tmp_path: Path) -> None:
-    """The kernels are those of `program`; GEFORCE would make ggml's headers include CUDA 13's."""
+    """The kernels are those of `program`. With GEFORCE ggml's headers would include CUDA 13's: its side has none."""
     program = compile_with_ggml(
         engine,
         [GLUE, NATIVE / "latent-glue-test.cu"],

@@ -15,8 +15,10 @@ from kimi_gguf.scripts.cuda_check import patched_ggml
 
 NATIVE = native_program.NATIVE / "cuda"
 SHARED = [native_program.NATIVE, OPERATORS, OPERATORS / "common", OPERATORS / "common" / "cuda"]
-# As for a GeForce of compute capability 12.0: kernels are launched early (from 9.0 on), and may add halves.
+# As for a GeForce of compute capability 12.0: kernels are launched early (from 9.0 on), and weighted values
+# may be summed in halves.
 GEFORCE = ["-D__CUDA_ARCH__=1200", "-DCUDART_VERSION=13000"]
+AMPERE = ["-D__CUDA_ARCH__=860"]
 GGML_OPTIONS = [
     "-DGGML_CUDA_NO_VMM",
     "-Wno-unused-function",

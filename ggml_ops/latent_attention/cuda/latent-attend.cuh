@@ -65,12 +65,14 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     static constexpr int MAX_STEPS = tiles::FACTORS && N_FACTORS % SLICES != 0 ? MIN_STEPS + 2 : MIN_STEPS;
 
     // Registers do not suffice for more: half of the keys at a time, and some words of q in shared memory. A step has 4
-    // words. Code for 12.0 needs more registers (nvcc 13.0): there two more words are in shared memory, and what all steps
-    // of a tile derive from the thread's number is derived again for scores and values.
+    // words. Code for 12.0 needs more registers (nvcc 13.0): there two more words are in shared memory, and a thread
+    // derives its role from its number again before the scores and before the values of each tile.
     static constexpr int  PASS_COLUMNS = IS_WIDE ? SCORE_COLUMNS / 2 : SCORE_COLUMNS;
     static constexpr bool ROLES_AGAIN  = IS_WIDE && ARCHITECTURE >= 1200;
     static constexpr int  LENT_WORDS   = !IS_WIDE ? 0 : ROLES_AGAIN ? 22 : 20;
-    static constexpr int  MOST_LENT    = IS_WIDE ? 22 : 0;  // of all architectures
+    static constexpr int  MOST_LENT = IS_WIDE ? 22 : 0;  // of any architecture: the host reserves shared memory for all
+
+    static_assert(LENT_WORDS <= MOST_LENT && LENT_WORDS % 2 == 0);
 
     // Softmax: a warp has as many lanes for each row.
     static constexpr int LANES_A_ROW = THREADS / ROWS;
@@ -84,7 +86,7 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     static_assert(!IS_WIDE || tiles::FACTORS, "only quantized caches have wide blocks");
 };
 
-// What a thread computes in each step.
+// A thread's share of the scores, of the softmax and of the weighted values.
 template <typename FORM> struct role {
     int lane;
     int warp;
@@ -119,9 +121,9 @@ template <typename FORM> struct role {
     __device__ int value0() const { return warp / FORM::ROW_GROUPS * FORM::WARP_VALUES; }
 };
 
-// Words of q that are in shared memory, the first ones of each thread.
+// The first LENT_WORDS words of each thread's q, which are in shared memory.
 template <typename FORM> struct lent_words {
-    uint4 * of_steps;  // [steps][threads]; a last step with two words: uint2
+    uint4 * of_steps;  // [steps][threads]; if the last step has only two words, they are a uint2
 
     __device__ uint2 * two(int step) const { return reinterpret_cast<uint2 *>(of_steps + step * THREADS); }
 

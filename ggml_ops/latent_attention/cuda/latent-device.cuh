@@ -18,11 +18,12 @@ constexpr int ARCHITECTURE = __CUDA_ARCH__;
 constexpr int ARCHITECTURE = 0;  // the host
 #endif
 
-// Whether tensor cores add products of halves as fast in float32 as in halves: data centre devices
-// (ggml_cuda_latent_fast_sums).
+// Whether tensor cores add products of halves as fast in float32 as in halves: data centre devices, the same as in
+// ggml_cuda_latent_fast_sums.
 constexpr bool FAST_SUMS = ARCHITECTURE == 800 || ARCHITECTURE == 900 || (ARCHITECTURE >= 1000 && ARCHITECTURE < 1100);
 
-// threadIdx.x, read once more: the compiler does not keep what follows from it in registers until then.
+// threadIdx.x, read again. The compiler cannot know that it is the same, so it does not keep in registers what was derived
+// from the first read.
 static __device__ __forceinline__ int thread_again() {
 #if defined(__CUDA_ARCH__)
     int thread;

@@ -328,8 +328,8 @@ static inline void copy_sums(const float (&sums)[PANEL_ROWS], int n_rows, float 
     }
 }
 
-// Where `task` begins, which is not in a matrix before this one, whose first task is first_task. The end of the last matrix
-// if there is no such task.
+// The place where `task` begins. The search starts at `matrix`, whose first task is first_task. If there is no such task:
+// the end of the last matrix.
 static Place find_task(const Division & division,
                        const int64_t *  starts,
                        int64_t          n_matrices,
@@ -338,6 +338,9 @@ static Place find_task(const Division & division,
                        int64_t          matrix,
                        int64_t          first_task) {
     for (; matrix < n_matrices; matrix++) {
+        if (starts[matrix + 1] == starts[matrix]) {
+            continue;  // most experts, for one token
+        }
         const int64_t n_tasks = division.tasks(starts[matrix + 1] - starts[matrix]);
         if (task < first_task + n_tasks) {
             return { matrix, division.first_row(n_rows, (task - first_task) % division.rows) };
