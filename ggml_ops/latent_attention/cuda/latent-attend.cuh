@@ -72,8 +72,6 @@ template <cache_type TYPE, int ROWS_, bool HALF_SUMS_ = false> struct form {
     static constexpr int  LENT_WORDS   = !IS_WIDE ? 0 : ROLES_AGAIN ? 22 : 20;
     static constexpr int  MOST_LENT = IS_WIDE ? 22 : 0;  // of any architecture: the host reserves shared memory for all
 
-    static_assert(LENT_WORDS <= MOST_LENT && LENT_WORDS % 2 == 0);
-
     // Softmax: a warp has as many lanes for each row.
     static constexpr int LANES_A_ROW = THREADS / ROWS;
     static constexpr int LANE_KEYS   = TILE_KEYS / LANES_A_ROW;

@@ -236,6 +236,10 @@ static void test_absorbed(ggml_type type) {
     }
 }
 
+// The host reserves shared memory for MOST_LENT words of q.
+using wide_form = latent_cuda::form<latent_cuda::cache_type::q8_0, latent_cuda::WIDE>;
+static_assert(wide_form::LENT_WORDS <= wide_form::MOST_LENT && wide_form::LENT_WORDS % 2 == 0);
+
 // Wide blocks: the same cases with more rows, some of them with a second block of rows that is not full.
 static void test_wide(ggml_type type, bool half_sums) {
     for (const LatentSetup & each : cuda_cases(type)) {
