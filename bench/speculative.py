@@ -259,10 +259,13 @@ def answer_all(server: RunningServer, slots: int, load: Load) -> Row:
 
     Returns the sums of tokens, drafted tokens and accepted tokens, and the seconds until all answers are complete.
     """
-    complete(server, load.prompts[0], load.count)
+    complete(server, load.prompts[0], load.count, seed=0)
     began = time.monotonic()
     with ThreadPoolExecutor(slots) as pool:
-        timings = list(pool.map(lambda prompt: complete(server, prompt, load.count), load.prompts))
+        seeds = range(1, len(load.prompts) + 1)
+        timings = list(
+            pool.map(lambda prompt, seed: complete(server, prompt, load.count, seed), load.prompts, seeds)
+        )
     return {
         "seconds": time.monotonic() - began,
         "tokens": sum(each["predicted_n"] for each in timings),
@@ -271,10 +274,14 @@ def answer_all(server: RunningServer, slots: int, load: Load) -> Row:
     }
 
 
-def complete(server: RunningServer, prompt: str, count: int) -> Row:
-    """The server's timings of one greedy answer of `count` tokens."""
+def complete(server: RunningServer, prompt: str, count: int, seed: int) -> Row:
+    """The server's timings of one greedy answer of `count` tokens.
+
+    seed: of the acceptance that `--spec-synth-rates` simulates, so that it is the same in all builds and runs.
+    """
     request = {
         "prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False,
+        "seed": seed,
     }  # fmt: skip
     timings: Row = server.post("/completion", request)["timings"]
     return timings
