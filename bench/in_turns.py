@@ -26,9 +26,9 @@ from kimi_gguf.bench.ab_run import (
 from kimi_gguf.bench.cells import PATCHED, UBATCH, UPSTREAM, Cell, Variant, variants
 from kimi_gguf.bench.load import resident_memory
 from kimi_gguf.bench.report import describe
+from kimi_gguf.bench.runner import Runner
 
 FITS = 0.85  # share of the free memory that upstream's copy of the weights may take
-SECONDS = 2.0  # of a sample, at most, unless it is one decode
 
 
 def variants_alone(nbytes: int, free: int) -> tuple[Variant, ...]:
@@ -46,11 +46,14 @@ class Collected:
 
 
 def measure_in_turns(
-    runners: Runners, cells: Sequence[Cell], chosen: Sequence[Variant], settings: Settings
+    runners: Runners, cells: Sequence[Cell], chosen: Sequence[Variant], settings: Settings, in_memory: bool
 ) -> list[Result]:
-    """Measure each cell once in each turn. Raises `EngineError`."""
-    collected = {cell: Collected() for cell in cells}
-    logits: dict[Path, LogitsAfterState] = {}  # by saved state
+    """Measure each cell in each turn. Raises `EngineError`.
+
+    in_memory: the model's file fits in memory, so that decodes may be repeated. Otherwise each one reads experts from
+    disk, which must not be there from the same decode before.
+    """
+    turns = Turns(runners, cells, settings, in_memory)
     processes = list(dict.fromkeys(variant.process for variant in chosen))
     for turn, process in enumerate([*processes, *reversed(processes)]):
         for cell in cells:
@@ -58,16 +61,16 @@ def measure_in_turns(
             for variant in mine:
                 if time.monotonic() < settings.until:
                     runners.reporter.phase(f"turn {turn + 1}: {variant.name}: {describe(vars(cell))}")
-                    measure_once(runners, cells, cell, variant, settings, collected[cell], logits)
+                    turns.measure(cell, variant)
         if (running := runners.running(process)) is not None:
             memory = resident_memory(running.pid)
             runners.about.resident[process] = {part: size / MIB for part, size in memory.items()}
             runners.stop(process)
         if turn + 1 == len(processes):
-            for each in logits.values():
+            for each in turns.logits.values():
                 check_logits(runners.about, each)
     results = []
-    for cell, found in collected.items():
+    for cell, found in turns.collected.items():
         if {name.split()[0] for name in found.samples} == {"patched", "upstream"}:
             known = [each for each in found.others if each is not None]
             results.append(Result(cell, found.samples, {}, found.steps, max(known, default=None)))
@@ -76,37 +79,56 @@ def measure_in_turns(
     return results
 
 
-def measure_once(
-    runners: Runners,
-    cells: Sequence[Cell],
-    cell: Cell,
-    variant: Variant,
-    settings: Settings,
-    found: Collected,
-    logits: dict[Path, LogitsAfterState],
-) -> None:
-    """Take a sample, after one decode that is not timed because it touches the weights first."""
-    n_batch = max(*(each.tokens for each in cells), UBATCH)
-    place = runners.context(variant, cell, context_size(cells), n_batch)
-    state = runners.go_to(variant, cell, place)
-    if cell.depth:
-        if state not in logits:  # patched goes first
-            logits[state] = LogitsAfterState(cell, {}, logits_of(place, runners.threads, empty=True))
-        if variant not in logits[state].rows:
-            logits[state].rows[variant] = logits_of(place, runners.threads)
-    sampler = Sampler(cell, {variant: place}, settings.cell_seconds)
-    first = sampler.sample(variant, 1)
-    if first < LONG:
-        found.steps = max(1, min(cell.most_steps, int(min(SECONDS, settings.cell_seconds) / first)))
-    sampler.forget()
-    before = bytes_read(place[0].pid)
-    seconds = sampler.sample(variant, found.steps)
-    after = bytes_read(place[0].pid)
-    found.samples.setdefault(variant.name, []).append(seconds)
-    found.others.append(sampler.others())
-    if before is not None and after is not None:
-        tokens = cell.tokens * (found.steps + cell.warm)
-        runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens
+class Turns:
+    """The samples of all turns."""
+
+    def __init__(self, runners: Runners, cells: Sequence[Cell], settings: Settings, in_memory: bool) -> None:
+        """See `measure_in_turns`."""
+        self.collected = {cell: Collected() for cell in cells}
+        self.logits: dict[Path, LogitsAfterState] = {}  # by saved state
+        self._runners, self._settings, self._in_memory = runners, settings, in_memory
+        self._room = context_size(cells), max(*(cell.tokens for cell in cells), UBATCH)
+
+    def measure(self, cell: Cell, variant: Variant) -> None:
+        """Take samples for the time of a cell, at least one.
+
+        The same decodes run before them, untimed, because they touch the weights first: those of the experts that the
+        tokens choose. Long decodes, and those of a file that does not fit in memory, are sampled once, after a single
+        decode.
+        """
+        found, runners = self.collected[cell], self._runners
+        place = runners.context(variant, cell, *self._room)
+        state = runners.go_to(variant, cell, place)
+        if cell.depth:
+            self._keep_logits(cell, variant, state, place)
+        seconds = self._settings.cell_seconds
+        sampler = Sampler(cell, {variant: place}, seconds)
+        first = sampler.sample(variant, 1)
+        repeated = first < LONG and self._in_memory
+        if first < LONG:
+            found.steps = max(1, min(cell.most_steps, int(seconds / first)))
+        if repeated:
+            sampler.sample(variant, found.steps)
+        sampler.forget()
+        before = bytes_read(place[0].pid)
+        began = time.monotonic()
+        samples = [sampler.sample(variant, found.steps)]
+        while repeated and time.monotonic() - began < seconds:
+            samples.append(sampler.sample(variant, found.steps))
+        after = bytes_read(place[0].pid)
+        found.samples.setdefault(variant.name, []).extend(samples)
+        found.others.append(sampler.others())
+        if before is not None and after is not None:
+            tokens = cell.tokens * (found.steps + cell.warm) * len(samples)
+            runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens
+
+    def _keep_logits(self, cell: Cell, variant: Variant, state: Path, place: tuple[Runner, str]) -> None:
+        """Keep the logits after the state, once for each variant."""
+        threads = self._runners.threads
+        if state not in self.logits:  # patched goes first
+            self.logits[state] = LogitsAfterState(cell, {}, logits_of(place, threads, empty=True))
+        if variant not in self.logits[state].rows:
+            self.logits[state].rows[variant] = logits_of(place, threads)
 
 
 def bytes_read(pid: int) -> int | None:

@@ -290,7 +290,9 @@ class Run:
         if self.device is None:
             upstream = () if self.parsed.in_turns else variants_in_memory(runners.model, runners.reporter)
             if not upstream:
-                return measure_in_turns(runners, cells, alone_in_memory(runners), settings)
+                chosen = alone_in_memory(runners)
+                in_memory = runners.model.nbytes < (available_memory() or 0)
+                return measure_in_turns(runners, cells, chosen, settings, in_memory)
             without = (variant.name for variant in UPSTREAM if variant not in upstream)
             runners.about.left_out |= dict.fromkeys(without, "there is not enough free memory")
             return measure(runners, cells, upstream, settings)

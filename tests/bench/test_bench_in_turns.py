@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kimi_gguf.bench import run
-from kimi_gguf.bench.ab_run import Loaded
-from kimi_gguf.bench.cells import PATCHED, UPSTREAM
-from kimi_gguf.bench.in_turns import variants_alone
+from kimi_gguf.bench.ab_run import Loaded, Settings
+from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell
+from kimi_gguf.bench.in_turns import Turns, variants_alone
 from kimi_gguf.bench.report import turns_table
 from kimi_gguf.engine.progress import Silent
 
@@ -45,6 +48,46 @@ def test_a_copy_that_does_not_fit_is_left_out_with_the_reason(monkeypatch: pytes
     assert chosen == (PATCHED, *(variant for variant in UPSTREAM if not variant.repack))
     reason = "the copy of 18.0 GB of weights does not fit in 20.0 GB of free memory"
     assert runners.about.left_out == dict.fromkeys(("upstream", "upstream -fa 0"), reason)
+
+
+class Decoder:
+    """A process whose first decode of a token takes longer, because its experts are touched for the first time."""
+
+    pid = os.getpid()
+
+    def __init__(self, first: float, later: float) -> None:
+        self.first, self.later = first, later
+        self.decoded = 0  # tokens at the start of an answer that were decoded before
+
+    def ask(self, do: str, steps: int, warm: int, **_: Any) -> dict[str, list[float]]:
+        assert do == "time"
+        time.sleep(0.01)
+        took = [self.first if i >= self.decoded else self.later for i in range(warm + steps)]
+        self.decoded = max(self.decoded, warm + steps)
+        return {"seconds": took[warm:]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "first", "in_memory", "least", "steps", "seconds"),
+    [
+        (1, 0.2, True, 2, 10, 0.05),  # all decodes of a sample ran before it
+        (1, 0.2, False, 1, 10, (0.05 + 9 * 0.2) / 10),  # one of ten: the second decode of the first sample
+        (512, 3.0, True, 1, 1, 0.05),  # long ones run once before
+    ],
+)
+def test_decodes_that_touch_the_weights_first_are_not_timed(
+    batch: int, first: float, in_memory: bool, least: int, steps: int, seconds: float
+) -> None:
+    cell, decoder = Cell("f16", 1, 0, 2, batch), Decoder(first, 0.05)
+    runners = SimpleNamespace(
+        context=lambda *_: (decoder, "context"), go_to=lambda *_: Path("state"), about=Loaded()
+    )
+    turns = Turns(runners, [cell], Settings(cell_seconds=2.0), in_memory)  # type: ignore[arg-type]
+    turns.measure(cell, PATCHED)
+    samples = turns.collected[cell].samples[PATCHED.name]
+    assert len(samples) >= least and (len(samples) == 1) == (least == 1)
+    assert turns.collected[cell].steps == steps
+    assert samples == pytest.approx([seconds] * len(samples))
 
 
 def test_the_table_of_processes() -> None:
