@@ -45,7 +45,7 @@ Row = NDArray[np.float64]
 class Settings:
     """How long to measure."""
 
-    cell_seconds: float = 8.0  # of alternating, in each cell
+    cell_seconds: float = 8.0  # of alternating, in each cell; one process at a time: of each variant and turn
     until: float = math.inf  # time.monotonic() at which no new cell begins
 
 

@@ -150,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequences", type=numbers(1), default=(1,), metavar="N,..",
         help="decode N sequences in one batch (default: 1)")  # fmt: skip
     add("--seconds", type=seconds, default=8.0, metavar="S",
-        help="measure a cell for at most S seconds (default: 8)")  # fmt: skip
+        help="measure a cell for about S seconds; --in-turns: each variant and turn (default: 8)")  # fmt: skip
     add("--in-turns", action="store_true",
         help="keep one process in memory at a time (CPU only; default: if the model does not fit twice)")  # fmt: skip
     add("--seed", type=number, default=1, metavar="N", help="set the seed of --prompt-cache (default: 1)")

@@ -28,7 +28,7 @@ from kimi_gguf.bench.load import resident_memory
 from kimi_gguf.bench.report import describe
 from kimi_gguf.bench.runner import Runner
 
-FITS = 0.85  # share of the free memory that upstream's copy of the weights may take
+FITS = 0.85  # share of the free memory that a copy of the weights, or a mapped file, may take
 
 
 def variants_alone(nbytes: int, free: int) -> tuple[Variant, ...]:
@@ -41,7 +41,7 @@ class Collected:
     """What was measured of a cell so far."""
 
     samples: dict[str, list[float]] = field(default_factory=dict)  # by variant: seconds of a decode
-    steps: int = 1
+    steps: int = 1  # decodes of one sample, the most of all variants
     others: list[float | None] = field(default_factory=list)
 
 
@@ -50,8 +50,8 @@ def measure_in_turns(
 ) -> list[Result]:
     """Measure each cell in each turn. Raises `EngineError`.
 
-    in_memory: the model's file fits in memory, so that decodes may be repeated. Otherwise each one reads experts from
-    disk, which must not be there from the same decode before.
+    in_memory: the model's file fits in memory, so that decodes may be repeated. Otherwise decodes read experts from
+    disk; repeated, they would find them in memory.
     """
     turns = Turns(runners, cells, settings, in_memory)
     processes = list(dict.fromkeys(variant.process for variant in chosen))
@@ -71,7 +71,7 @@ def measure_in_turns(
                 check_logits(runners.about, each)
     results = []
     for cell, found in turns.collected.items():
-        if {name.split()[0] for name in found.samples} == {"patched", "upstream"}:
+        if {variant.name for variant in variants(cell, chosen)} <= found.samples.keys():
             known = [each for each in found.others if each is not None]
             results.append(Result(cell, found.samples, {}, found.steps, max(known, default=None)))
         else:
@@ -90,11 +90,10 @@ class Turns:
         self._room = context_size(cells), max(*(cell.tokens for cell in cells), UBATCH)
 
     def measure(self, cell: Cell, variant: Variant) -> None:
-        """Take samples for the time of a cell, at least one.
+        """Sample a variant in this turn: at least once, and as often as fits into the time of a cell.
 
-        The same decodes run before them, untimed, because they touch the weights first: those of the experts that the
-        tokens choose. Long decodes, and those of a file that does not fit in memory, are sampled once, after a single
-        decode.
+        The same decodes run before, untimed, because decodes that touch experts for the first time are slower. If
+        decodes are long or the file does not fit in memory, there is one sample, after an untimed one of one decode.
         """
         found, runners = self.collected[cell], self._runners
         place = runners.context(variant, cell, *self._room)
@@ -105,21 +104,21 @@ class Turns:
         sampler = Sampler(cell, {variant: place}, seconds)
         first = sampler.sample(variant, 1)
         repeated = first < LONG and self._in_memory
-        if first < LONG:
-            found.steps = max(1, min(cell.most_steps, int(seconds / first)))
+        steps = max(1, min(cell.most_steps, int(seconds / first))) if first < LONG else 1
         if repeated:
-            sampler.sample(variant, found.steps)
+            sampler.sample(variant, steps)
         sampler.forget()
         before = bytes_read(place[0].pid)
         began = time.monotonic()
-        samples = [sampler.sample(variant, found.steps)]
+        samples = [sampler.sample(variant, steps)]
         while repeated and time.monotonic() - began < seconds:
-            samples.append(sampler.sample(variant, found.steps))
+            samples.append(sampler.sample(variant, steps))
         after = bytes_read(place[0].pid)
         found.samples.setdefault(variant.name, []).extend(samples)
         found.others.append(sampler.others())
+        found.steps = max(found.steps, steps)
         if before is not None and after is not None:
-            tokens = cell.tokens * (found.steps + cell.warm) * len(samples)
+            tokens = cell.tokens * (steps + cell.warm) * len(samples)
             runners.about.read[f"{variant.name}, {describe(vars(cell))}"] = (after - before) / tokens
 
     def _keep_logits(self, cell: Cell, variant: Variant, state: Path, place: tuple[Runner, str]) -> None:

@@ -30,7 +30,7 @@ from kimi_gguf.bench.cells import (
 from kimi_gguf.bench.device import Device, find_device
 from kimi_gguf.bench.device_operators import TIMED, measure_device_operators
 from kimi_gguf.bench.equal_requests import ask_together
-from kimi_gguf.bench.in_turns import measure_in_turns, variants_alone
+from kimi_gguf.bench.in_turns import FITS, measure_in_turns, variants_alone
 from kimi_gguf.bench.manifest import manifests_beside, read_manifest
 from kimi_gguf.bench.matmuls import measure_matmuls
 from kimi_gguf.bench.models import ModelFile, check_room, convert_demo, generate, open_model
@@ -291,7 +291,8 @@ class Run:
             upstream = () if self.parsed.in_turns else variants_in_memory(runners.model, runners.reporter)
             if not upstream:
                 chosen = alone_in_memory(runners)
-                in_memory = runners.model.nbytes < (available_memory() or 0)
+                free = available_memory()
+                in_memory = free is None or runners.model.nbytes <= FITS * free
                 return measure_in_turns(runners, cells, chosen, settings, in_memory)
             without = (variant.name for variant in UPSTREAM if variant not in upstream)
             runners.about.left_out |= dict.fromkeys(without, "there is not enough free memory")

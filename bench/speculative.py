@@ -277,7 +277,7 @@ def answer_all(server: RunningServer, slots: int, load: Load) -> Row:
 def complete(server: RunningServer, prompt: str, count: int, seed: int) -> Row:
     """The server's timings of one greedy answer of `count` tokens.
 
-    seed: of the acceptance that `--spec-synth-rates` simulates, so that it is the same in all builds and runs.
+    seed: of the acceptance that `--spec-synth-rates` simulates, so that all builds and runs draw the same numbers.
     """
     request = {
         "prompt": prompt, "n_predict": count, "temperature": 0, "ignore_eos": True, "cache_prompt": False,

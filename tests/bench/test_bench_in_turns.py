@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 
 from kimi_gguf.bench import run
 from kimi_gguf.bench.ab_run import Loaded, Settings
-from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell
-from kimi_gguf.bench.in_turns import Turns, variants_alone
+from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell, Variant
+from kimi_gguf.bench.in_turns import Turns, measure_in_turns, variants_alone
 from kimi_gguf.bench.report import turns_table
 from kimi_gguf.engine.progress import Silent
 
@@ -75,7 +76,7 @@ class Decoder:
         (512, 3.0, True, 1, 1, 0.05),  # long ones run once before
     ],
 )
-def test_decodes_that_touch_the_weights_first_are_not_timed(
+def test_decodes_of_a_file_in_memory_are_timed_after_they_have_run_once(
     batch: int, first: float, in_memory: bool, least: int, steps: int, seconds: float
 ) -> None:
     cell, decoder = Cell("f16", 1, 0, 2, batch), Decoder(first, 0.05)
@@ -88,6 +89,29 @@ def test_decodes_that_touch_the_weights_first_are_not_timed(
     assert len(samples) >= least and (len(samples) == 1) == (least == 1)
     assert turns.collected[cell].steps == steps
     assert samples == pytest.approx([seconds] * len(samples))
+
+
+def test_a_cell_counts_only_with_all_variants() -> None:
+    """--budget ends after patched and one of two variants of upstream: its best is not known."""
+    cell, decoder, skipped = Cell("f16", 1, 0, 2, 1), Decoder(0.05, 0.05), list[Cell]()
+    settings = SimpleNamespace(cell_seconds=0.02, until=math.inf)
+    chosen = (PATCHED, UPSTREAM[0], UPSTREAM[2])
+
+    def context(variant: Variant, *_: object) -> tuple[Decoder, str]:
+        if variant == ends_at:
+            settings.until = -math.inf
+        return decoder, "context"
+
+    runners = SimpleNamespace(
+        context=context, go_to=lambda *_: Path("state"), about=Loaded(), reporter=Silent(), running=lambda _: None,
+        skip=lambda cells, reason: skipped.extend(cells),
+    )  # fmt: skip
+    ends_at = UPSTREAM[0]
+    assert measure_in_turns(runners, [cell], chosen, settings, in_memory=True) == []  # type: ignore[arg-type]
+    assert skipped == [cell]
+    settings.until, ends_at = math.inf, UPSTREAM[2]
+    (result,) = measure_in_turns(runners, [cell], chosen, settings, in_memory=True)  # type: ignore[arg-type]
+    assert set(result.samples) == {variant.name for variant in chosen}
 
 
 def test_the_table_of_processes() -> None:

@@ -77,7 +77,7 @@ def test_drafts_of_an_mtp_layer(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The simulated rates are those of the table, up to chance, which is the same in every run."""
+    """The simulated rates are those of the table, up to chance. Every run draws the same numbers."""
     monkeypatch.setattr(speculative, "SLOTS", (1,))
     monkeypatch.setattr(speculative, "MTP_LENGTHS", (2,))
     monkeypatch.setattr(speculative, "MTP_RATES", (0.0, 0.9))
