@@ -6,6 +6,7 @@ runners' `about` receives the resident memory of each process, and the bytes tha
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -90,10 +91,10 @@ class Turns:
         self._room = context_size(cells), max(*(cell.tokens for cell in cells), UBATCH)
 
     def measure(self, cell: Cell, variant: Variant) -> None:
-        """Sample a variant in this turn: at least once, and as often as fits into the time of a cell.
+        """Sample a variant in this turn: the mean of as many repetitions as fit into the time of a cell, at least one.
 
         The same decodes run before, untimed, because decodes that touch experts for the first time are slower. If
-        decodes are long or the file does not fit in memory, there is one sample, after an untimed one of one decode.
+        decodes are long or the file does not fit in memory, nothing is repeated; one decode runs before.
         """
         found, runners = self.collected[cell], self._runners
         place = runners.context(variant, cell, *self._room)
@@ -114,7 +115,7 @@ class Turns:
         while repeated and time.monotonic() - began < seconds:
             samples.append(sampler.sample(variant, steps))
         after = bytes_read(place[0].pid)
-        found.samples.setdefault(variant.name, []).extend(samples)
+        found.samples.setdefault(variant.name, []).append(statistics.mean(samples))
         found.others.append(sampler.others())
         found.steps = max(found.steps, steps)
         if before is not None and after is not None:
