@@ -393,6 +393,9 @@ inline __m512i _mm512_maskz_set1_epi32(__mmask16 m, int x) {
 inline __m512 _mm512_maskz_div_ps(__mmask16 m, __m512 x, __m512 y) {
     return avx512::choose<float>(m, x / y, __m512{});
 }
+inline __m512i _mm512_mask_set1_epi32(__m512i from, __mmask16 m, int x) {
+    return avx512::choose<uint32_t>(m, _mm512_set1_epi32(x), from);
+}
 inline __m512i _mm512_mask_mov_epi32(__m512i from, __mmask16 m, __m512i x) {
     return avx512::choose<uint32_t>(m, x, from);
 }

@@ -120,10 +120,10 @@ static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const *
     }
 }
 
-// ---- ... two blocks in a vector
+// ---- ... two blocks in a vector (Q4_K and Q5_K)
 
 // Receives the scales of 16 rows and their minima, which are multiplied with sums of the activations: a row in each lane.
-template <typename Block, int N_C> struct ScalesOfRows {
+template <int N_C> struct ScalesOfRows {
     const ActSuperBlock * acts[N_C];
     __m512i               sums[N_C] = {};
     __m512                d;
@@ -134,8 +134,7 @@ template <typename Block, int N_C> struct ScalesOfRows {
     inline void minima(int pair, __m512i x) {
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const int16_t * a = HAS_FACTORS<Block> ? acts[c]->sums : acts[c]->sums_16;
-            sums[c]           = add_pairs(sums[c], x, broadcast_ints(a + 2 * pair));
+            sums[c] = add_pairs(sums[c], x, broadcast_ints(acts[c]->sums + 2 * pair));
         }
     }
 
@@ -144,39 +143,18 @@ template <typename Block, int N_C> struct ScalesOfRows {
     inline void minimum_scales(__m512 x) { dmin = x; }
 };
 
-template <typename Block, typename To> static inline void give_scales(const Rows & rows, size_t at, To & to) {
-    if constexpr (!HAS_MINIMA<Block>) {
-        to.super_scales(rows.load_half(at + offsetof(Block, d)));
-    } else if constexpr (HAS_FACTORS<Block>) {
-        give_scales_and_minima(rows, at, to);
-    } else {
-        __m512i scales[4];
-        rows.load16(at + offsetof(Block, scales), scales);
-        give_minima_and_scales_q2_K(rows, at, scales, to);
-    }
-}
-
 // The activations of the two blocks of vector j.
-template <typename Block> static inline __m512i acts_of_two_blocks(const ActSuperBlock & a, int j) {
+static inline __m512i acts_of_two_blocks(const ActSuperBlock & a, int j) {
     const auto load = [&](int b) { return _mm256_loadu_si256((const __m256i *) (a.codes + BLOCK * b)); };
-    return halves(load(first_block<Block>(j)), load(second_block<Block>(j)));
+    return halves(load(first_block(j)), load(first_block(j) + 2));
 }
 
-template <typename Block>
-static inline __m512i sum_two_blocks(const TwoBlocks & w, const ActSuperBlock & a, const __m512i (&acts)[4]) {
+static inline __m512i sum_two_blocks(const TwoBlocks & w, const __m512i (&acts)[4]) {
     __m512i sum = _mm512_setzero_si512();
-    if constexpr (!HAS_MINIMA<Block>) {
-        const __m256i sums_16 = _mm256_loadu_si256((const __m256i *) a.sums_16);
-        sum                   = _mm512_zextsi256_si512(_mm256_madd_epi16(w.offsets, sums_16));
-    }
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        if constexpr (HAS_FACTORS<Block>) {  // 4 products fit in 16 bits: 4 * 31 * 127
-            const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes[j], acts[j]);
-            sum             = _mm512_dpwssd_epi32(sum, z, w.factors[j]);
-        } else {
-            sum = _mm512_dpbusd_epi32(sum, w.codes[j], acts[j]);
-        }
+    for (int j = 0; j < 4; j++) {  // 4 products fit in 16 bits: 4 * 31 * 127
+        const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.codes[j], acts[j]);
+        sum             = _mm512_dpwssd_epi32(sum, z, w.factors[j]);
     }
     return sum;
 }
@@ -187,34 +165,30 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
     const ptrdiff_t ahead      = weights.next - weights.first;
     __m512          total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
-        ScalesOfRows<Block, N_C> parts;
-        __m512i                  acts[N_C][4];
+        ScalesOfRows<N_C> parts;
+        __m512i           acts[N_C][4];
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             parts.acts[c] = (const ActSuperBlock *) columns[c] + i;
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                acts[c][j] = acts_of_two_blocks<Block>(*parts.acts[c], j);
+                acts[c][j] = acts_of_two_blocks(*parts.acts[c], j);
             }
         }
         const auto sum_row = [&](const Block & w, __m512i(&row)[N_C]) {
             const TwoBlocks x = load_two_blocks(w);
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
-                row[c] = sum_two_blocks<Block>(x, *parts.acts[c], acts[c]);
+                row[c] = sum_two_blocks(x, acts[c]);
             }
         };
         __m512i integers[N_C];
         sum_rows<Block>(rows, i, ahead, sum_row, integers);
-        give_scales<Block>(rows, i * sizeof(Block), parts);
+        give_scales_and_minima(rows, i * sizeof(Block), parts);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const __m512 scale = _mm512_set1_ps(parts.acts[c]->scale);
-            if constexpr (HAS_MINIMA<Block>) {
-                total[c] = add_super_block(total[c], integers[c], parts.d, parts.sums[c], parts.dmin, scale);
-            } else {
-                total[c] = add_super_block(total[c], integers[c], parts.d, scale);
-            }
+            total[c]           = add_super_block(total[c], integers[c], parts.d, parts.sums[c], parts.dmin, scale);
         }
     }
 #pragma GCC unroll 4
@@ -223,39 +197,36 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
     }
 }
 
-// ---- ... four rows at once (Q2_K and Q3_K), for one or two columns. Not for more: the activations fill four times as
-// many vectors here and would be read from L1 for each multiplication
+// ---- ... four rows at once (Q2_K and Q3_K)
 
 // Sums of super block i of 16 rows times the columns, a row in each lane: `products` of quants and factors, and of minima
 // and activations. four: the first four rows; those of the next super block afterwards. The next four rows are always
-// loaded while four are multiplied, so that shuffles and multiplications run at the same time.
+// loaded while four are multiplied, so that shuffles and multiplications run at the same time. Returns scales_of_four of
+// all rows.
 template <typename Block, int N_C>
-static inline void sum_by_fours(const Rows &                  rows,
-                                int64_t                       i,
-                                int64_t                       next_i,
-                                ptrdiff_t                     ahead,
-                                const ActSuperBlock * const * packed,
-                                FourRows<Block> &             four,
-                                __m512i (&products)[N_C],
-                                __m512i (&minima)[N_C]) {
-    FourActs<Block> acts[N_C];
-    __m512i         groups[N_C][DOT_ROWS / 4];
-    __m512i         groups_of_minima[N_C][DOT_ROWS / 4];
-#pragma GCC unroll 2
-    for (int c = 0; c < N_C; c++) {
-        acts[c].load(*packed[c]);
-    }
+static inline __m512i sum_by_fours(const Rows &                    rows,
+                                   int64_t                         i,
+                                   int64_t                         next_i,
+                                   ptrdiff_t                       ahead,
+                                   const FourActs<Block> * const * acts,
+                                   FourRows<Block> &               four,
+                                   __m512i (&products)[N_C],
+                                   __m512i (&minima)[N_C]) {
+    __m512i groups[N_C][DOT_ROWS / 4];
+    __m512i groups_of_minima[N_C][DOT_ROWS / 4];
+    __m512i scales;
+#pragma GCC unroll 4
     for (int group = 0; group < DOT_ROWS / 4; group++) {
         const bool           last     = group == DOT_ROWS / 4 - 1;
         const char * const * row      = rows.row + 4 * group;
         const char * const * next_row = last ? rows.row : row + 4;
         FourRows<Block>      next;
         __m512i              z[N_C][4];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 4
             for (int q = 0; q < 4; q++) {
-                z[c][q] = acts[c].start(q);
+                z[c][q] = acts[c]->start(q);
             }
         }
 #pragma GCC unroll 4
@@ -264,35 +235,42 @@ static inline void sum_by_fours(const Rows &                  rows,
             prefetch<2>(row[j] + i * sizeof(Block) + ahead, sizeof(Block));
             __m512i codes[4];
             four.codes(j, codes);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
 #pragma GCC unroll 4
                 for (int q = 0; q < 4; q++) {
-                    z[c][q] = _mm512_dpbusd_epi32(z[c][q], codes[q], acts[c].codes[q][j]);
+                    z[c][q] = _mm512_dpbusd_epi32(z[c][q], codes[q], acts[c]->codes[q][j]);
                 }
             }
         }
         next.transpose();
+        const __m512i four_scales = scales_of_four<Block>(row, i * sizeof(Block));
+        scales              = group == 0 ? four_scales : _mm512_mask_mov_epi32(scales, 0xf << 4 * group, four_scales);
         const FourFactors f = four.factors(row, i * sizeof(Block));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             groups[c][group] = _mm512_madd_epi16(two_sums<Block>(z[c], 0), f.products[0]);
             groups[c][group] = _mm512_dpwssd_epi32(groups[c][group], two_sums<Block>(z[c], 1), f.products[1]);
             if constexpr (HAS_MINIMA<Block>) {
-                groups_of_minima[c][group] = _mm512_madd_epi16(acts[c].sums[0], f.minima[0]);
+                groups_of_minima[c][group] = _mm512_madd_epi16(acts[c]->sums[0], f.minima[0]);
                 groups_of_minima[c][group] =
-                    _mm512_dpwssd_epi32(groups_of_minima[c][group], acts[c].sums[1], f.minima[1]);
+                    _mm512_dpwssd_epi32(groups_of_minima[c][group], acts[c]->sums[1], f.minima[1]);
             }
         }
         four = next;
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         products[c] = add_quarters(groups[c]);
         if constexpr (HAS_MINIMA<Block>) {
             minima[c] = add_quarters(groups_of_minima[c]);
         }
     }
+    return scales;
+}
+
+template <typename Block> static void expand(const ActSuperBlock & from, void * to) {
+    ((FourActs<Block> *) to)->load(from);
 }
 
 template <typename Block, int N_C>
@@ -307,31 +285,27 @@ static void dot_four_rows(const WeightRows & weights, int64_t k, const char * co
     }
     four.transpose();
     for (int64_t i = 0; i < n; i++) {
-        const ActSuperBlock * packed[N_C];
-#pragma GCC unroll 2
+        const FourActs<Block> * acts[N_C];
+#pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            packed[c] = (const ActSuperBlock *) columns[c] + i;
+            acts[c] = (const FourActs<Block> *) columns[c] + i;
         }
-        __m512i products[N_C];
-        __m512i minima[N_C];
-        sum_by_fours(rows, i, std::min(i + 1, n - 1), weights.next - weights.first, packed, four, products, minima);
-        const size_t at = i * sizeof(Block);
-        if constexpr (HAS_MINIMA<Block>) {
-            const Ints d = rows.load_word(at + offsetof(Block, GGML_COMMON_AGGR_U));
-#pragma GCC unroll 2
-            for (int c = 0; c < N_C; c++) {
-                total[c] = add_super_block(total[c], products[c], lower_half(d), minima[c], upper_half(d),
-                                           _mm512_set1_ps(packed[c]->scale));
-            }
-        } else {
-            const __m512 d = rows.load_half(at + offsetof(Block, d));
-#pragma GCC unroll 2
-            for (int c = 0; c < N_C; c++) {
-                total[c] = add_super_block(total[c], products[c], d, _mm512_set1_ps(packed[c]->scale));
+        __m512i         products[N_C];
+        __m512i         minima[N_C];
+        const ptrdiff_t ahead  = weights.next - weights.first;
+        const __m512i   scales = sum_by_fours(rows, i, std::min(i + 1, n - 1), ahead, acts, four, products, minima);
+#pragma GCC unroll 4
+        for (int c = 0; c < N_C; c++) {
+            const __m512 scale = _mm512_set1_ps(acts[c]->scale);
+            if constexpr (HAS_MINIMA<Block>) {
+                total[c] =
+                    add_super_block(total[c], products[c], lower_half(scales), minima[c], upper_half(scales), scale);
+            } else {
+                total[c] = add_super_block(total[c], products[c], upper_half(scales), scale);
             }
         }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int c = 0; c < N_C; c++) {
         _mm512_storeu_ps(sums + c * PANEL_ROWS, total[c]);
     }
@@ -495,18 +469,27 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
     if constexpr (IS_ONE_OF<Block, block_q6_K>) {
         return dot_q6_K<N_C>;
-    } else if constexpr (N_C <= 2 && IS_ONE_OF<Block, block_q2_K, block_q3_K>) {
+    } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K>) {
         return dot_four_rows<Block, N_C>;
-    } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K, block_q4_K, block_q5_K>) {
+    } else if constexpr (IS_ONE_OF<Block, block_q4_K, block_q5_K>) {
         return dot_two_blocks<Block, N_C>;
     } else {
         return dot_blocks<Block, N_C>;
     }
 }
 
+template <typename Block> static constexpr Expansion expansion() {
+    if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K>) {
+        return { sizeof(FourActs<Block>), expand<Block> };
+    } else {
+        return {};
+    }
+}
+
 template <typename Block>
 static constexpr Dot ROWS = { DOT_ROWS,
-                              { row_dot<Block, 1>(), row_dot<Block, 2>(), row_dot<Block, 3>(), row_dot<Block, 4>() } };
+                              { row_dot<Block, 1>(), row_dot<Block, 2>(), row_dot<Block, 3>(), row_dot<Block, 4>() },
+                              expansion<Block>() };
 
 static const TypedDot DOTS[] = {
     { GGML_TYPE_Q4_0, ROWS<block_q4_0> },   { GGML_TYPE_Q5_0, ROWS<block_q5_0> },

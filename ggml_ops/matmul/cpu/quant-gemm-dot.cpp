@@ -491,7 +491,32 @@ const Dot & dot_of(const Format &) {
 
 #endif
 
-void dot_rows(const Dot & dot, const WeightRows & weights, int64_t k, Columns columns, float * sums) {
+DotOperand::DotOperand(const Format & format, int64_t k) : dot(dot_of(format)), k(k) {}
+
+void DotOperand::set_columns(Columns these) {
+    columns = these;
+    if (dot.expansion.size == 0) {
+        return;
+    }
+    const int64_t n_slices = k / SLICE;
+    expanded.resize(std::max<size_t>(expanded.size(), columns.n));
+    pointers.resize(expanded.size());
+    for (int c = 0; c < columns.n; c++) {
+        Expanded & to = expanded[c];
+        if (to.memory == nullptr) {
+            to.memory.reset(new Line[n_slices * dot.expansion.size / CACHE_LINE]);
+        }
+        char * memory = to.memory[0].bytes;
+        pointers[c]   = memory;
+        for (int64_t i = 0; i < n_slices && to.packed != columns.at[c]; i++) {
+            dot.expansion.expand(((const ActSuperBlock *) columns.at[c])[i], memory + i * dot.expansion.size);
+        }
+        to.packed = columns.at[c];
+    }
+    columns.at = pointers.data();
+}
+
+void DotOperand::multiply(const WeightRows & weights, float * sums) const {
     // weights are read from memory once; columns that do not all fit in L1 are processed in groups, with rows from L2
     const int turn = columns.n > 2 * DOT_COLUMNS ? DOT_COLUMNS : columns.n;
     for (int first = 0; first < columns.n; first += turn) {

@@ -7,6 +7,9 @@
 
 #include "quant-gemm-panel.h"
 
+#include <memory>
+#include <vector>
+
 namespace quant_gemm {
 
 constexpr int DOT_COLUMNS = 4;
@@ -24,9 +27,16 @@ struct WeightRows {
 // write sums of all Dot::rows rows.
 using DotColumns = void (*)(const WeightRows & w, int64_t k, const char * const * columns, float * sums);
 
+// A form of 256 packed activations that some kernels read instead. It is made once for many rows.
+struct Expansion {
+    size_t size                                           = 0;        // in bytes, a multiple of CACHE_LINE
+    void (*expand)(const ActSuperBlock & from, void * to) = nullptr;  // to: aligned to CACHE_LINE
+};
+
 struct Dot {
     int        rows;                   // rows per call
     DotColumns multiply[DOT_COLUMNS];  // for 1, 2, ... columns
+    Expansion  expansion = {};         // of the columns, if its size is not 0
 };
 
 struct TypedDot {
@@ -51,8 +61,34 @@ const Dot & dot_of(const Format & format);
 const Dot * find_dot_of_groups(ggml_type type);
 const Dot * find_dot_of_rows(ggml_type type);
 
-// Rows of k weights times the columns: sums[column * PANEL_ROWS + row].
-void dot_rows(const Dot & dot, const WeightRows & weights, int64_t k, Columns columns, float * sums);
+// The columns of a node's dot products as its kernels read them, for one thread. Packed rows must not change while the
+// object exists: a column that follows itself is not expanded again.
+class DotOperand {
+  public:
+    DotOperand(const Format & format, int64_t k);
+
+    // Packed rows of k activations. columns.at must live until the next call.
+    void set_columns(Columns columns);
+
+    // Rows of weights times the columns: sums[column * PANEL_ROWS + row].
+    void multiply(const WeightRows & weights, float * sums) const;
+
+  private:
+    struct alignas(CACHE_LINE) Line {
+        char bytes[CACHE_LINE];
+    };
+
+    struct Expanded {
+        const char *            packed = nullptr;
+        std::unique_ptr<Line[]> memory;
+    };
+
+    const Dot &               dot;
+    const int64_t             k;
+    Columns                   columns = { nullptr, 0 };
+    std::vector<Expanded>     expanded;
+    std::vector<const char *> pointers;  // to the expanded columns
+};
 
 #if QUANT_GEMM_KERNELS
 

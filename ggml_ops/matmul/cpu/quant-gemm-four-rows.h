@@ -107,11 +107,21 @@ template <> struct FourRows<block_q3_K> {
     __m512i two_bits[4];
     __m512i thirds[4];  // those of quants 0 to 3 in bits 2, 3, 6, 7
 
+#if QUANT_GEMM_GFNI
+    static constexpr uint64_t to_thirds(int from) {
+        return bit_move(from, 2) | bit_move(from + 1, 3) | bit_move(from + 2, 6) | bit_move(from + 3, 7);
+    }
+#endif
+
     // The third bits of half h are bits 4h .. 4h + 3 of 32 bytes.
     inline void load(int r, const block_q3_K & w) {
+        two_bits[r] = read_once(_mm512_loadu_si512(w.qs));
+#if QUANT_GEMM_GFNI
+        thirds[r] = move_bits(twice(w.hmask), to_thirds(0), to_thirds(4));
+#else
         const __m512i upper = _mm512_sllv_epi16(twice(w.hmask), shifts(4, 0));
-        two_bits[r]         = read_once(_mm512_loadu_si512(w.qs));
         thirds[r]           = choose(bytes(0x0f), _mm512_srli_epi16(upper, 2), upper);
+#endif
     }
 
     inline void transpose() {
@@ -144,6 +154,24 @@ template <> struct FourRows<block_q3_K> {
     }
 };
 
+// The word of each of four rows, in each quarter, that holds the scales of the super block. Q3_K: in its upper half.
+template <typename Block> inline __m512i scales_of_four(const char * const * row, size_t at) {
+    const auto word = [&](int r) {
+        const char * p = row[r] + at;
+        int          x;
+        if constexpr (IS_ONE_OF<Block, block_q2_K>) {
+            memcpy(&x, p + offsetof(block_q2_K, GGML_COMMON_AGGR_U), sizeof(x));
+        } else {
+            memcpy(&x, p + offsetof(block_q3_K, d) - 2, sizeof(x));
+        }
+        return x;
+    };
+    __m512i x = _mm512_set1_epi32(word(0));
+    x         = _mm512_mask_set1_epi32(x, 0x2222, word(1));
+    x         = _mm512_mask_set1_epi32(x, 0x4444, word(2));
+    return _mm512_mask_set1_epi32(x, 0x8888, word(3));
+}
+
 // The sums of pair p, as halves. A sum begins at the bit of its quants: the upper half needs no bits below.
 template <typename Block> inline __m512i two_sums(const __m512i (&sums)[4], int p) {
     using Four         = FourRows<Block>;
@@ -153,14 +181,18 @@ template <typename Block> inline __m512i two_sums(const __m512i (&sums)[4], int 
     return _mm512_mask_blend_epi16(0xaaaaaaaa, x, _mm512_slli_epi32(sums[high], 16 - Four::BIT[high]));
 }
 
+template <typename Block> constexpr bool HAS_MINIMA = IS_ONE_OF<Block, block_q2_K>;
+
 // 256 activations for four rows: all lanes of a quarter have the same word. Bounds of the sums of 16 products: 48 * 127
 // (Q2_K), and with minus the offset times the activations 64 * 127 (Q3_K); both fit in 16 bits.
 template <typename Block> struct FourActs {
     __m512i codes[4][4];  // for quants q, words j
     __m512i starts[4];  // Q3_K: minus the offset of the quants, 4, times the sum of 16 activations, from bit BIT[q] on
     __m512i sums[2];    // Q2_K: sums of 16 activations, for pairs of minima
+    float   scale;
 
     inline void load(const ActSuperBlock & a) {
+        scale = a.scale;
 #pragma GCC unroll 4
         for (int q = 0; q < 4; q++) {
             const auto    load = [&](int b) { return _mm256_loadu_si256((const __m256i *) (a.codes + BLOCK * b)); };

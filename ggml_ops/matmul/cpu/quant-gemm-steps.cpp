@@ -51,6 +51,8 @@ class Steps : public ggml::cpu::packed_product {
         for (int c = 0; c < n; c++) {
             columns[c] = (const char *) params->wdata + c * act_size;
         }
+        DotOperand few(format, weights->ne[0]);
+        few.set_columns({ columns, n });
         // the next rows of this thread if all threads progress equally
         const int64_t next = first + params->nth * (last - first);
         const auto    at   = [&](int64_t row) { return (const char *) weights->data + row * weights->nb[1]; };
@@ -58,8 +60,7 @@ class Steps : public ggml::cpu::packed_product {
             const int64_t n_rows = std::min<int64_t>(PANEL_ROWS, last - row);
             const int64_t after  = row + PANEL_ROWS < last ? row + PANEL_ROWS : next;
             float         sums[MAX_COLUMNS][PANEL_ROWS];
-            dot_rows(dot_of(format), { at(row), weights->nb[1], n_rows, at(after < weights->ne[1] ? after : row) },
-                     weights->ne[0], { columns, n }, *sums);
+            few.multiply({ at(row), weights->nb[1], n_rows, at(after < weights->ne[1] ? after : row) }, *sums);
             for (int c = 0; c < n; c++) {
                 memcpy((char *) op->data + c * op->nb[1] + row * sizeof(float), sums[c], n_rows * sizeof(float));
             }

@@ -39,6 +39,23 @@ inline __m512i shifted(__m512i x, int first, int second) {
     return second >= 0 ? _mm512_sllv_epi16(x, shifts(first, second)) : _mm512_srlv_epi16(x, shifts(-first, -second));
 }
 
+// Moves bits within bytes in one instruction. Bits that are not moved become zero.
+#if defined(__GFNI__) && !defined(AVX512_EMULATED)
+#define QUANT_GEMM_GFNI 1
+
+constexpr uint64_t bit_move(int from, int to) {
+    return 1ull << (8 * (7 - to) + from);
+}
+
+// Bytes of the lower half, and of the upper one.
+inline __m512i move_bits(__m512i x, uint64_t first, uint64_t second) {
+    const __m512i moves = halves(_mm256_set1_epi64x((long long) first), _mm256_set1_epi64x((long long) second));
+    return _mm512_gf2p8affine_epi64_epi8(x, moves, 0);
+}
+#else
+#define QUANT_GEMM_GFNI 0
+#endif
+
 // Each half of 128 values: 64 bytes of lower nibbles (low halves: values 0..63, high ones: 64..127), and 32 bytes of
 // upper pairs of bits, pair q for values 32q .. 32q + 31.
 inline SuperBlock load(const block_q6_K & w) {
@@ -48,99 +65,43 @@ inline SuperBlock load(const block_q6_K & w) {
     SuperBlock    s;
 #pragma GCC unroll 2
     for (int half = 0; half < 2; half++) {
-        const __m512i low     = _mm512_loadu_si512(w.ql + 64 * half);
-        const __m512i high    = _mm512_srli_epi16(low, 4);
-        const __m512i upper   = twice(w.qh + 32 * half);
+        const __m512i low   = _mm512_loadu_si512(w.ql + 64 * half);
+        const __m512i high  = _mm512_srli_epi16(low, 4);
+        const __m512i upper = twice(w.qh + 32 * half);
+#if QUANT_GEMM_GFNI
+        const auto    to_4_5  = [](int from) { return bit_move(from, 4) | bit_move(from + 1, 5); };
+        const __m512i first   = move_bits(upper, to_4_5(0), to_4_5(2));
+        const __m512i second  = move_bits(upper, to_4_5(4), to_4_5(6));
+        s.codes[2 * half]     = choose(bytes(0x0f), low, first);
+        s.codes[2 * half + 1] = choose(bytes(0x0f), high, second);
+#else
         const __m512i first   = _mm512_sllv_epi16(upper, to_left);
         const __m512i second  = _mm512_srlv_epi16(upper, to_right);
         s.codes[2 * half]     = _mm512_and_si512(choose(bytes(0x0f), low, first), six);
         s.codes[2 * half + 1] = _mm512_and_si512(choose(bytes(0x0f), high, second), six);
+#endif
     }
     s.factors = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) w.scales));
     return s;
 }
 
-// ---- the other types
+// ---- Q4_K and Q5_K
 
-// The quants of a row as unsigned bytes, two blocks of 32 in a vector, and the factor of each lane. Quants of Q2_K are
-// multiplied with their factors of four bits instead. Q3_K: also minus the offset of the quants, 4, times the factor of
-// each 16 weights.
+// The quants of a row as unsigned bytes, two blocks of 32 in a vector, and the factor of each lane.
 struct TwoBlocks {
     __m512i codes[4];
     __m512i factors[4];
-    __m256i offsets;
 };
 
-template <typename Block> constexpr bool HAS_FACTORS = !IS_ONE_OF<Block, block_q2_K>;
-template <typename Block> constexpr bool HAS_MINIMA  = !IS_ONE_OF<Block, block_q3_K>;
-
-// The blocks of vector j: 64 bytes of Q2_K and Q3_K hold two bits of all eight blocks, those of Q4_K and Q5_K four blocks.
-template <typename Block> constexpr bool TWO_BITS = IS_ONE_OF<Block, block_q2_K, block_q3_K>;
-
-template <typename Block> constexpr int first_block(int j) {
-    return TWO_BITS<Block> ? j : j / 2 * 4 + j % 2;
+// The first block of vector j; the other one is the second after it.
+constexpr int first_block(int j) {
+    return j / 2 * 4 + j % 2;
 }
 
-template <typename Block> constexpr int second_block(int j) {
-    return first_block<Block>(j) + (TWO_BITS<Block> ? 4 : 2);
-}
-
-// Bytes a, b, c and d of each 128 bits: one for all N-byte numbers of a quarter of the vector.
-template <int N> inline __m512i numbers(__m512i x, int a, int b, int c, int d) {
-    constexpr uint32_t ZEROS  = N == 2 ? 0x80008000 : 0x80808000;
-    constexpr uint32_t TIMES  = N == 2 ? 0x00010001 : 1;
-    const auto         number = [](int i) { return _mm_set1_epi32((int) (ZEROS | TIMES * (uint32_t) i)); };
-    return _mm512_shuffle_epi8(x,
-                               halves(_mm256_set_m128i(number(b), number(a)), _mm256_set_m128i(number(d), number(c))));
-}
-
-inline TwoBlocks load_two_blocks(const block_q2_K & w) {
-    const __m512i x      = _mm512_loadu_si512(w.qs);
-    const __m512i scales = low_nibbles(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) w.scales)));
-    TwoBlocks     to;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i codes = _mm512_and_si512(_mm512_srli_epi16(x, 2 * j), bytes(3));
-        to.codes[j]         = _mm512_mullo_epi16(codes, numbers<2>(scales, 2 * j, 2 * j + 1, 2 * j + 8, 2 * j + 9));
-    }
-    return to;
-}
-
-// 16 scales of six bits with an offset of 32: low nibbles of the first 8 bytes, high ones, and upper pairs of bits in the
-// last 4 bytes, pair i for scales 4i ... Loads two bytes in front of them and two behind.
-inline __m128i scales_of(const block_q3_K & w) {
-    const __m128i x      = _mm_loadu_si128((const __m128i *) (w.scales - 2));
-    const __m128i nibble = _mm_shuffle_epi8(x, _mm_setr_epi8(2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5, 6, 7, 8, 9));
-    const __m128i pairs =
-        _mm_shuffle_epi8(x, _mm_setr_epi8(10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13, 10, 11, 12, 13));
-    const __m128i low  = _mm_srlv_epi64(nibble, _mm_set_epi64x(4, 0));
-    const __m128i high = _mm_rorv_epi32(pairs, _mm_setr_epi32(28, 30, 0, 2));  // to bits 4 and 5
-    const __m128i both = _mm_ternarylogic_epi32(low, _mm_set1_epi8(0x0f), high, CHOOSE);
-    const __m128i six  = _mm_and_si128(both, _mm_set1_epi8(0x3f));
-    return _mm_sub_epi8(six, _mm_set1_epi8(32));
-}
-
-// Number a in the 32-bit lanes of the first quarter, a + 1 in the second, a + 8 and a + 9 in the others.
-inline __m512i in_quarters(__m256i numbers, int a) {
-    const __m512i which = halves(_mm256_set_m128i(_mm_set1_epi32(a + 1), _mm_set1_epi32(a)),
-                                 _mm256_set_m128i(_mm_set1_epi32(a + 9), _mm_set1_epi32(a + 8)));
-    return _mm512_maskz_permutexvar_epi16(0x55555555, which, _mm512_castsi256_si512(numbers));
-}
-
-// The third bit of block b is bit b of 32 bytes.
-inline TwoBlocks load_two_blocks(const block_q3_K & w) {
-    const __m512i x      = _mm512_loadu_si512(w.qs);
-    const __m512i thirds = _mm512_srlv_epi16(twice(w.hmask), shifts(0, 4));
-    const __m256i scales = _mm256_cvtepi8_epi16(scales_of(w));
-    TwoBlocks     to;
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        const __m512i third = j < 2 ? _mm512_slli_epi16(thirds, 2 - j) : _mm512_srli_epi16(thirds, j - 2);
-        to.codes[j]         = _mm512_and_si512(choose(bytes(3), _mm512_srli_epi16(x, 2 * j), third), bytes(7));
-        to.factors[j]       = in_quarters(scales, 2 * j);
-    }
-    to.offsets = _mm256_mullo_epi16(scales, _mm256_set1_epi16(-4));
-    return to;
+// Byte a of each 128 bits in the 32-bit lanes of the lower half, byte b in those of the upper half.
+inline __m512i numbers(__m512i x, int a, int b) {
+    const auto number = [](int i) { return _mm256_set1_epi32((int) (0x80808000 | (uint32_t) i)); };
+    return _mm512_shuffle_epi8(x, halves(number(a), number(b)));
 }
 
 // The factors of Q4_K and Q5_K, a byte each, from 12 bytes (see give_scales_and_minima).
@@ -156,15 +117,15 @@ template <typename Block> inline TwoBlocks load_two_blocks(const Block & w) {
     TwoBlocks     to;
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {
-        const int     first  = first_block<Block>(j);
-        const int     second = second_block<Block>(j);
+        const int     first  = first_block(j);
+        const int     second = first + 2;
         const __m512i x      = _mm512_loadu_si512(w.qs + j / 2 * 64);
         to.codes[j]          = j % 2 == 0 ? low_nibbles(x) : high_nibbles(x);
         if constexpr (IS_ONE_OF<Block, block_q5_K>) {  // bit b of a byte of qh is the fifth bit of block b
             const __m512i fifth = shifted(twice(w.qh), 4 - first, 4 - second);
             to.codes[j]         = _mm512_or_si512(to.codes[j], _mm512_and_si512(fifth, bytes(16)));
         }
-        to.factors[j] = numbers<4>(factors, first, first, second, second);
+        to.factors[j] = numbers(factors, first, second);
     }
     return to;
 }

@@ -124,7 +124,7 @@ static const Format formats[] = {
     rows<Q8_0>(GGML_TYPE_Q8_0, 9),
     rows<IQ4_NL>(GGML_TYPE_IQ4_NL, 4),
     rows<MXFP4>(GGML_TYPE_MXFP4, 4),
-    rows<Q2_K>(GGML_TYPE_Q2_K, 4),
+    rows<Q2_K>(GGML_TYPE_Q2_K, 5),
     rows<Q3_K>(GGML_TYPE_Q3_K, 5),
     rows<Q4_K>(GGML_TYPE_Q4_K, 5),
     rows<Q5_K>(GGML_TYPE_Q5_K, 5),

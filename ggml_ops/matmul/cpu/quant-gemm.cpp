@@ -351,6 +351,7 @@ static Place find_task(const Division & division,
 }
 
 // Rows row .. end - 1 of a matrix times n columns; next: the likely next task, whose first rows are prefetched.
+// dots: for the columns of this node, or nullptr for panels.
 static void compute_task(const Format & format,
                          const Job &    job,
                          int64_t        matrix,
@@ -360,13 +361,16 @@ static void compute_task(const Format & format,
                          const char *   acts,
                          const Column * columns,
                          int            n,
-                         bool           dots,
+                         DotOperand *   dots,
                          Scratch &      scratch) {
     const ggml_tensor * src0     = job.products[0]->src[0];
     const size_t        act_size = act_row_size(format.scheme, src0->ne[0]);
     const char *        act[MAX_COLUMNS];
     for (int i = 0; i < n; i++) {
         act[i] = acts + columns[i].act_row * act_size;
+    }
+    if (dots != nullptr) {
+        dots->set_columns({ act, n });
     }
     for (; row < end; row += PANEL_ROWS) {
         const int n_rows = (int) std::min<int64_t>(PANEL_ROWS, end - row);
@@ -375,12 +379,12 @@ static void compute_task(const Format & format,
             const char *  weights = weights_of(job.products[p], matrix);
             const Place   after   = row + PANEL_ROWS < end ? Place{ matrix, row + PANEL_ROWS } : next;
             const int64_t n_after = std::min<int64_t>(PANEL_ROWS, src0->ne[1] - after.row);
-            if (dots) {
+            if (dots != nullptr) {
                 const size_t     stride = src0->nb[1];
                 const char *     first  = weights + row * stride;
                 const char *     then   = weights_of(job.products[p], after.matrix) + after.row * stride;
                 const WeightRows those  = { first, stride, n_rows, n_after > 0 ? then : first };
-                dot_rows(dot_of(format), those, src0->ne[0], { act, n }, *scratch.sums[p]);
+                dots->multiply(those, *scratch.sums[p]);
                 continue;
             }
             const bool          last    = p + 1 == job.n_products;
@@ -440,6 +444,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     const bool     stealing   = !ggml_is_numa();  // otherwise a row is always read by the same thread, as in mul_mat
     int64_t        first_task = 0;
     int64_t        task       = params->ith;
+    DotOperand     few(format, src0->ne[0]);
     for (int64_t m = 0; m < n_matrices; m++) {
         const int64_t n            = starts[m + 1] - starts[m];
         const int64_t column_parts = division.column_parts(n);
@@ -455,7 +460,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
             const Column * those    = columns + starts[m] + first;
             // the next task of this thread if all threads progress equally
             const Place next = find_task(division, starts, n_matrices, n_rows, task + params->nth, m, first_task);
-            compute_task(format, job, m, row, end, next, acts, those, here, dots, scratch);
+            compute_task(format, job, m, row, end, next, acts, those, here, dots ? &few : nullptr, scratch);
             task = stealing ? ggml_threadpool_chunk_add(params->threadpool, 1) : task + params->nth;
         }
         first_task += n_tasks;
