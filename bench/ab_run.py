@@ -47,6 +47,7 @@ class Settings:
 
     cell_seconds: float = 8.0  # of alternating, in each cell; one process at a time: of each variant and turn
     until: float = math.inf  # time.monotonic() at which no new cell begins
+    rounds: int = 1  # one process at a time: how often all turns are repeated
 
 
 @dataclass(frozen=True)

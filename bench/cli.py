@@ -65,8 +65,8 @@ Families (--family), with the default --layers and --experts:
 --grid: {", ".join(TYPES)}; batches {_GRID["batches"]}; depths {_GRID["depths"]}; threads {_listed(THREADS)}.
 On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
 {_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
-On a CPU, a model that does not fit in memory twice is measured one process at a time, in turns. On a device it must fit
-twice; otherwise the command ends with an error.
+On a CPU, a model that does not fit in memory twice is measured one process at a time, in turns A B C C B A, repeated by
+--rounds. On a device it must fit twice; otherwise the command ends with an error.
 Builds that do not exist are made first (kimi-llama build). Without a compiler, FILE is measured with the patched build
 alone, with no options but --threads, --depth and --build.
 Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time.
@@ -153,6 +153,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure a cell for about S seconds; --in-turns: each variant and turn (default: 8)")  # fmt: skip
     add("--in-turns", action="store_true",
         help="keep one process in memory at a time (CPU only; default: if the model does not fit twice)")  # fmt: skip
+    add("--rounds", type=number, default=1, metavar="N",
+        help="one process at a time: repeat all turns N times, for a machine with other work (default: 1)")  # fmt: skip
     add("--seed", type=number, default=1, metavar="N", help="set the seed of --prompt-cache (default: 1)")
     add(
         "--budget",

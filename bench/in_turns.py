@@ -1,4 +1,5 @@
-"""Measures a model that does not fit in memory twice: one process at a time, in turns A B C C B A.
+"""Measures a model that does not fit in memory twice: one process at a time, in turns A B C C B A, one or
+several times.
 
 Input: runners, cells, and the variants that fit alone. Output: a `Result` for each cell when all turns are over. The
 runners' `about` receives the resident memory of each process, and the bytes that it read from disk per token.
@@ -56,7 +57,7 @@ def measure_in_turns(
     """
     turns = Turns(runners, cells, settings, in_memory)
     processes = list(dict.fromkeys(variant.process for variant in chosen))
-    for turn, process in enumerate([*processes, *reversed(processes)]):
+    for turn, process in enumerate([*processes, *reversed(processes)] * settings.rounds):
         for cell in cells:
             mine = [each for each in variants(cell, chosen) if each.process == process]
             for variant in mine:

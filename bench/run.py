@@ -286,7 +286,7 @@ class Run:
 
     def results(self, runners: Runners, cells: list[Cell]) -> Iterable[Result]:
         """Measure the cells of a loaded model."""
-        settings = Settings(self.parsed.seconds, self.began + self.parsed.budget)
+        settings = Settings(self.parsed.seconds, self.began + self.parsed.budget, self.parsed.rounds)
         if self.device is None:
             upstream = () if self.parsed.in_turns else variants_in_memory(runners.model, runners.reporter)
             if not upstream:

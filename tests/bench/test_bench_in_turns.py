@@ -96,7 +96,7 @@ def test_decodes_of_a_file_in_memory_are_timed_after_they_have_run_once(
 def test_a_cell_counts_only_with_all_variants() -> None:
     """--budget ends after patched and one of two variants of upstream: its best is not known."""
     cell, decoder, skipped = Cell("f16", 1, 0, 2, 1), Decoder(0.05, 0.05), list[Cell]()
-    settings = SimpleNamespace(cell_seconds=0.02, until=math.inf)
+    settings = SimpleNamespace(cell_seconds=0.02, until=math.inf, rounds=1)
     chosen = (PATCHED, UPSTREAM[0], UPSTREAM[2])
 
     def context(variant: Variant, *_: object) -> tuple[Decoder, str]:
@@ -114,6 +114,31 @@ def test_a_cell_counts_only_with_all_variants() -> None:
     settings.until, ends_at = math.inf, UPSTREAM[2]
     (result,) = measure_in_turns(runners, [cell], chosen, settings, in_memory=True)  # type: ignore[arg-type]
     assert set(result.samples) == {variant.name for variant in chosen}
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_all_turns_are_repeated(rounds: int) -> None:
+    cell, decoder, order = Cell("f16", 1, 0, 2, 1), Decoder(0.05, 0.05), list[str]()
+
+    def context(variant: Variant, *_: object) -> tuple[Decoder, str]:
+        order.append(variant.name)
+        return decoder, "context"
+
+    runners = SimpleNamespace(
+        context=context,
+        go_to=lambda *_: Path("state"),
+        about=Loaded(),
+        reporter=Silent(),
+        running=lambda _: None,
+    )
+    settings = Settings(cell_seconds=0.02, rounds=rounds)
+    chosen = (PATCHED, UPSTREAM[0], UPSTREAM[2])
+    (result,) = measure_in_turns(runners, [cell], chosen, settings, in_memory=True)  # type: ignore[arg-type]
+    names = [variant.name for variant in chosen]
+    assert order == [*names, *reversed(names)] * rounds
+    assert {name: len(samples) for name, samples in result.samples.items()} == dict.fromkeys(
+        names, 2 * rounds
+    )
 
 
 def test_the_table_of_processes() -> None:
