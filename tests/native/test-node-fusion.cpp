@@ -203,6 +203,19 @@ static void products(program & p, int64_t tokens) {
     product(GGML_TYPE_Q8_0, 96, x);
 }
 
+// Interleaved rows of Q2_K, and plain ones, whose kernels read other forms of the same activations with AVX-512.
+static void products_of_two_layouts(program & p, int64_t tokens) {
+    const auto product = [&](ggml_type type, int64_t rows, bool repacked, ggml_tensor * x) {
+        p.want(ggml_mul_mat(p.ctx, p.weight(type, x->ne[0], rows, repacked), x));
+    };
+    product(GGML_TYPE_Q4_0, 8, true, p.input(4096, tokens));
+    ggml_tensor * x = p.input(512, tokens);
+    product(GGML_TYPE_Q2_K, 64, true, x);
+    product(GGML_TYPE_Q2_K, 136, false, x);
+    product(GGML_TYPE_Q3_K, 48, false, x);
+    product(GGML_TYPE_Q2_K, 128, false, x);
+}
+
 int main(int argc, char ** argv) {
     const bool unfused = argc > 1 && strcmp(argv[1], "unfused") == 0;
     numa               = argc > 1 && strcmp(argv[1], "numa") == 0;
@@ -230,6 +243,7 @@ int main(int argc, char ** argv) {
                         [&](program & p) { expert_sum(p, 200, k, tokens); });
                 }
                 run("products" + t, [&](program & p) { products(p, tokens); });
+                run("products of two layouts" + t, [&](program & p) { products_of_two_layouts(p, tokens); });
             }
         }
     }

@@ -1,4 +1,5 @@
-// Few columns: the rows of a matrix are multiplied one by one in their layout, so that they stream from memory.
+// Few columns: the rows of a matrix are multiplied one by one, or four at once, in their layout, so that they stream from
+// memory.
 //
 // A row's quants are unpacked into registers once for all columns. A vector holds neighbouring values of one row, so
 // its products are summed as exact integers. The lanes of 16 rows are then added so that each lane has the sum of a row,

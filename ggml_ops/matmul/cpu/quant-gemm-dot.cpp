@@ -491,27 +491,45 @@ const Dot & dot_of(const Format &) {
 
 #endif
 
-DotOperand::DotOperand(const Format & format, int64_t k) : dot(dot_of(format)), k(k) {}
+size_t expanded_row_size(const Format & format, int64_t k) {
+    return k / SLICE * dot_of(format).expansion.size;
+}
+
+void expand_row(const Format & format, const char * packed, int64_t k, char * to) {
+    const Expansion & expansion = dot_of(format).expansion;
+    for (int64_t i = 0; i < k / SLICE; i++) {
+        expansion.expand(((const ActSuperBlock *) packed)[i], to + i * expansion.size);
+    }
+}
+
+DotOperand::DotOperand(const Format & format, int64_t k, const char * acts, const char * expanded) :
+    format(format), dot(dot_of(format)), k(k), acts(acts), expanded(expanded) {}
+
+const char * DotOperand::expanded_column(int column, const char * packed) {
+    const size_t size = expanded_row_size(format, k);
+    if (expanded != nullptr) {
+        return expanded + (packed - acts) / act_row_size(format.scheme, k) * size;
+    }
+    copies.resize(std::max<size_t>(copies.size(), columns.n));
+    Copy & copy = copies[column];
+    if (copy.memory == nullptr) {
+        copy.memory.reset(new Line[size / CACHE_LINE]);
+    }
+    if (copy.packed != packed) {
+        expand_row(format, packed, k, copy.memory[0].bytes);
+        copy.packed = packed;
+    }
+    return copy.memory[0].bytes;
+}
 
 void DotOperand::set_columns(Columns these) {
     columns = these;
     if (dot.expansion.size == 0) {
         return;
     }
-    const int64_t n_slices = k / SLICE;
-    expanded.resize(std::max<size_t>(expanded.size(), columns.n));
-    pointers.resize(expanded.size());
+    pointers.resize(columns.n);
     for (int c = 0; c < columns.n; c++) {
-        Expanded & to = expanded[c];
-        if (to.memory == nullptr) {
-            to.memory.reset(new Line[n_slices * dot.expansion.size / CACHE_LINE]);
-        }
-        char * memory = to.memory[0].bytes;
-        pointers[c]   = memory;
-        for (int64_t i = 0; i < n_slices && to.packed != columns.at[c]; i++) {
-            dot.expansion.expand(((const ActSuperBlock *) columns.at[c])[i], memory + i * dot.expansion.size);
-        }
-        to.packed = columns.at[c];
+        pointers[c] = expanded_column(c, columns.at[c]);
     }
     columns.at = pointers.data();
 }

@@ -1,9 +1,9 @@
 #pragma once
 
 // Few columns: weights are multiplied in their layout, unpacked into registers once for up to DOT_COLUMNS columns: LANES
-// rows at a time (quant-gemm-dot.cpp), with AVX-512 also one row (quant-gemm-dot-rows.cpp) or one group of interleaved
-// rows (quant-gemm-dot-groups.cpp). The sums of
-// quantized weights have the same bits as those of the tiles (quant-gemm-tile.cpp), for any number of columns.
+// rows at a time (quant-gemm-dot.cpp), with AVX-512 also one or four rows (quant-gemm-dot-rows.cpp) or one group of
+// interleaved rows (quant-gemm-dot-groups.cpp). The sums of quantized weights have the same bits as those of the tiles
+// (quant-gemm-tile.cpp), for any number of columns.
 
 #include "quant-gemm-panel.h"
 
@@ -61,13 +61,21 @@ const Dot & dot_of(const Format & format);
 const Dot * find_dot_of_groups(ggml_type type);
 const Dot * find_dot_of_rows(ggml_type type);
 
+// Size of an expanded row of k activations in bytes; 0 if the kernels read packed rows as they are.
+size_t expanded_row_size(const Format & format, int64_t k);
+
+// Expands a packed row of k activations, or slices of it. to: aligned to CACHE_LINE.
+void expand_row(const Format & format, const char * packed, int64_t k, char * to);
+
 // The columns of a node's dot products as its kernels read them, for one thread. Packed rows must not change while the
 // object exists: a column that follows itself is not expanded again.
 class DotOperand {
   public:
-    DotOperand(const Format & format, int64_t k);
+    // acts: packed rows of k activations. expanded: the same rows expanded, or nullptr: columns are expanded as they are
+    // set.
+    DotOperand(const Format & format, int64_t k, const char * acts, const char * expanded);
 
-    // Packed rows of k activations. columns.at must live until the next call.
+    // Packed rows. columns.at must live until the next call.
     void set_columns(Columns columns);
 
     // Rows of weights times the columns: sums[column * PANEL_ROWS + row].
@@ -78,15 +86,20 @@ class DotOperand {
         char bytes[CACHE_LINE];
     };
 
-    struct Expanded {
+    struct Copy {
         const char *            packed = nullptr;
         std::unique_ptr<Line[]> memory;
     };
 
+    const char * expanded_column(int column, const char * packed);
+
+    const Format &            format;
     const Dot &               dot;
     const int64_t             k;
+    const char *              acts;
+    const char *              expanded;
     Columns                   columns = { nullptr, 0 };
-    std::vector<Expanded>     expanded;
+    std::vector<Copy>         copies;    // of columns, if nothing was expanded before
     std::vector<const char *> pointers;  // to the expanded columns
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// K types: unpacks a super block of one row in registers, for quant-gemm-dot-rows.cpp.
+// Q4_K, Q5_K and Q6_K: unpacks a super block of one row in registers, for quant-gemm-dot-rows.cpp.
 
 #include "ggml-common.h"
 #include "quant-gemm-codes.h"
