@@ -78,7 +78,7 @@ static __device__ __forceinline__ float decay_exp(float x) {
 
 // log(1 + t) for 0 <= t <= 1, relative error 2.4e-7, also for small t: 2 artanh(t / (2 + t)) as a series.
 static __device__ __forceinline__ float log_1_plus(float t) {
-    const float s = t / (2.0f + t);
+    const float s = __fdividef(t, 2.0f + t);
     const float z = s * s;
     float       p = fmaf(z, 0.280244656f, 0.279991390f);
     p             = fmaf(p, z, 0.400216990f);
@@ -98,7 +98,7 @@ template <int N> static __device__ __forceinline__ void decays_of(float (&x)[N],
     }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        x[i] = decay_exp(a * (fmaxf(x[i], 0.0f) + log_1_plus(expf(-fabsf(x[i])))));
+        x[i] = decay_exp(a * (fmaxf(x[i], 0.0f) + log_1_plus(__expf(-fabsf(x[i])))));
     }
 }
 
@@ -115,7 +115,7 @@ static __device__ __forceinline__ float4 load4(const float * p) {
     return *reinterpret_cast<const float4 *>(p);
 }
 
-static __device__ __forceinline__ void store4(float * p, const float4 & x) {
+static __device__ __forceinline__ void store4(float * p, float4 x) {
     *reinterpret_cast<float4 *>(p) = x;
 }
 

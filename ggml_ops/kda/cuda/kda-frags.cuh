@@ -72,12 +72,13 @@ static __device__ __forceinline__ frag_b load_frag(const void * fragments, int i
     return b;
 }
 
-// Fragments index, index + step, ..
+// Fragments at(0), at(1), ..
+template <typename F>
 static __device__ __forceinline__ void
-load_frags(frag_b (&b)[MMA_TOGETHER], const void * fragments, int index, int step, int lane) {
+load_frags(frag_b (&b)[MMA_TOGETHER], const void * fragments, const F & at, int lane) {
 #pragma unroll
     for (int n = 0; n < MMA_TOGETHER; ++n) {
-        b[n] = load_frag(fragments, index + n * step, lane);
+        b[n] = load_frag(fragments, at(n), lane);
     }
 }
 

@@ -28,6 +28,9 @@ constexpr int STAGE     = 16384;  // maximum bytes that the states kernel loads 
 constexpr int TILES     = CHUNK / TILE;
 constexpr int A_FRAGS   = 20;  // fragments of A with an element on or below the diagonal
 
+constexpr int    SCHEDULERS = 4;     // of a multiprocessor
+constexpr size_t ROOMY = 160 << 10;  // shared memory per block: 163 KiB and more on 8.0, 9.0 and 10.0; others have 99
+
 // Offsets in bytes; D key and value channels.
 template <int D> struct chunk_layout {
     static constexpr int WQ_STAGES = D / 32;                          // -w of 32 key channels, then P q of them
@@ -75,7 +78,7 @@ struct chunk_run {
     }
 };
 
-void prepare_chunks(const scan_args & args, const chunk_run & run, cudaStream_t stream);
+void prepare_chunks(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream);
 void carry_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream);
 
 }  // namespace kda_cuda

@@ -16,20 +16,27 @@ namespace kda_cuda {
 
 constexpr int PREPARE_THREADS = 256;
 constexpr int PREPARE_WARPS   = PREPARE_THREADS / WARP;
-constexpr int PART            = WARP;       // key channels at a time
-constexpr int PART_LD         = PART + 4;   // floats between rows of a part
-constexpr int SQUARE_LD       = CHUNK + 4;  // floats between rows of L and A
+constexpr int PART            = WARP;      // key channels at a time
+constexpr int PART_LD         = PART + 8;  // floats between rows of a part; two channels of eight rows are in all banks
+constexpr int SQUARE_LD       = CHUNK + 8;  // floats between rows of L and A
 constexpr int PART_ARRAY      = CHUNK * PART_LD;
 constexpr int SQUARE          = CHUNK * SQUARE_LD;
 constexpr int SCRATCH         = 32 * 36;  // floats, for the inverse
 
 static_assert(PREPARE_WARPS == TILES, "a warp for each tile of 8 tokens");
 
-// The block's shared memory. L and A reuse the memory of the part's arrays after the last part.
-struct alignas(16) prepare_memory {
+// A part's channels of q and k.
+struct part_rows {
+    float q[PART_ARRAY], k[PART_ARRAY];
+};
+
+// The block's shared memory. L and A reuse the memory of the part's arrays after the last part. With two sets of rows,
+// those of the next part arrive while this one is computed.
+template <int SETS> struct alignas(16) prepare_memory {
     union {
         struct {
-            float q[PART_ARRAY], k[PART_ARRAY], factor[2][PART_ARRAY];
+            part_rows rows[SETS];
+            float     factor[2][PART_ARRAY];
         };
 
         struct {
@@ -109,7 +116,9 @@ struct pair_sums {
     float half8[4]     = {};                     // 8x8 of one pair of tiles of 8: q above, k below; warps 0..3
 };
 
-static __device__ __forceinline__ void near_pairs(pair_sums & sums, const prepare_memory & mem, int warp, int lane) {
+// e: the decays
+static __device__ __forceinline__ void
+near_pairs(pair_sums & sums, const part_rows & rows, const float * e, int warp, int lane) {
     const int first  = warp * TILE * PART_LD;
     const int column = lane % TILE;
 #pragma unroll 1
@@ -117,13 +126,13 @@ static __device__ __forceinline__ void near_pairs(pair_sums & sums, const prepar
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
         for (int i = 0; i < TILE; ++i) {
-            const float4 k = load4(mem.k + c + i * PART_LD);
-            const float4 y = mul4(x, load4(mem.factor[0] + c + i * PART_LD));
+            const float4 k = load4(rows.k + c + i * PART_LD);
+            const float4 y = mul4(x, load4(e + c + i * PART_LD));
             x.x            = i == column ? k.x : y.x;
             x.y            = i == column ? k.y : y.y;
             x.z            = i == column ? k.z : y.z;
             x.w            = i == column ? k.w : y.w;
-            sums.near_q[i] += dot4(load4(mem.q + c + i * PART_LD), x);
+            sums.near_q[i] += dot4(load4(rows.q + c + i * PART_LD), x);
             sums.near_k[i] += dot4(k, x);
         }
     }
@@ -190,34 +199,35 @@ static __device__ __forceinline__ level_place place16(int warp) {
 
 template <int HALF>
 static __device__ __forceinline__ void
-far_pairs(pair_sums & sums, const prepare_memory & mem, const float * factor, int warp, int lane) {
+far_pairs(pair_sums & sums, const part_rows & rows, const float * factor, int warp, int lane) {
 #pragma unroll 1
     for (int c = 0; c < PART; c += DEPTH) {
         if (HALF == 8) {
             if (warp < 4) {
                 const int    row = 16 * warp + 8;
-                const frag_a a   = token_rows(mem.q, row, mem.k, row, factor, c, lane);
-                mma_split(sums.half8, a, channels_by_tokens(mem.k, factor, c, row - 8, lane));
+                const frag_a a   = token_rows(rows.q, row, rows.k, row, factor, c, lane);
+                mma_split(sums.half8, a, channels_by_tokens(rows.k, factor, c, row - 8, lane));
             }
             continue;
         }
         const level_place at = HALF == 32 ? place32(warp) : place16(warp);
-        const float *     x  = at.is_k ? mem.k : mem.q;
+        const float *     x  = at.is_k ? rows.k : rows.q;
         const frag_a      a  = token_rows(x, at.row, x, at.row + 8, factor, c, lane);
         if (HALF == 32) {
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                mma_split(sums.half32[n], a, channels_by_tokens(mem.k, factor, c, at.column + n * TILE, lane));
+                mma_split(sums.half32[n], a, channels_by_tokens(rows.k, factor, c, at.column + n * TILE, lane));
             }
         } else {
-            mma_split(sums.half16, a, channels_by_tokens(mem.k, factor, c, at.column, lane));
+            mma_split(sums.half16, a, channels_by_tokens(rows.k, factor, c, at.column, lane));
         }
     }
 }
 
 // 8 rows and 8 columns of A or of L (times beta): half of an accumulator.
+template <int SETS>
 static __device__ __forceinline__ void
-put_pairs(prepare_memory & mem, bool is_k, int row, int column, float x, float y, int lane) {
+put_pairs(prepare_memory<SETS> & mem, bool is_k, int row, int column, float x, float y, int lane) {
     const int   i                   = row + lane / 4;
     const float scale               = is_k ? mem.beta[i] : 1.0f;
     float *     to                  = (is_k ? mem.l : mem.a) + i * SQUARE_LD + column + lane % 4 * 2;
@@ -225,7 +235,9 @@ put_pairs(prepare_memory & mem, bool is_k, int row, int column, float x, float y
 }
 
 // Stores the sums as the lower triangles L and A; all other elements are already zero.
-static __device__ __forceinline__ void put_sums(const pair_sums & sums, prepare_memory & mem, int warp, int lane) {
+template <int SETS>
+static __device__ __forceinline__ void
+put_sums(const pair_sums & sums, prepare_memory<SETS> & mem, int warp, int lane) {
     const int column = lane % TILE;
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {

@@ -31,9 +31,8 @@ struct block_chunk {
     }
 };
 
-// Channels from c0 on of q and k, and the decays. Tokens after the chunk's last have no effect: k = 0, e = 1.
-static __device__ __forceinline__ void
-load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & chunk, int c0) {
+// Starts to load channels from c0 on of q and k. Tokens after the chunk's last have no effect: k = 0.
+static __device__ __forceinline__ void load_rows(part_rows & to, const block_chunk & chunk, int c0) {
     constexpr int     ROWS = PREPARE_THREADS / (PART / 4);  // that the block loads at once
     const scan_args & args = chunk.args;
     const int         at   = threadIdx.x % (PART / 4) * 4;
@@ -41,22 +40,45 @@ load_part(prepare_memory & mem, const tile_decays & decays, const block_chunk & 
     const float *     k    = chunk.row(args.k, 0) + c0 + at;
 #pragma unroll
     for (int n = 0; n < CHUNK / ROWS; ++n) {
-        const int    t    = threadIdx.x / (PART / 4) + n * ROWS;
-        const bool   some = t < chunk.n_tokens();
-        const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        store4(mem.q + t * PART_LD + at, some ? load4(q + (int64_t) t * args.q.token) : zero);
-        store4(mem.k + t * PART_LD + at, some ? load4(k + (int64_t) t * args.k.token) : zero);
+        const int t    = threadIdx.x / (PART / 4) + n * ROWS;
+        const int size = t < chunk.n_tokens() ? 16 : 0;
+        const int from = t < chunk.n_tokens() ? t : 0;
+        copy_16_async(to.q + t * PART_LD + at, q + (int64_t) from * args.q.token, size);
+        copy_16_async(to.k + t * PART_LD + at, k + (int64_t) from * args.k.token, size);
     }
-    const int     c     = c0 + decays.channel;
-    const float   dt    = args.dt_bias[chunk.head() * args.head_size + c];
-    const float * f     = chunk.row(args.f, decays.tile * TILE) + c;
-    const int     valid = chunk.n_tokens() - decays.tile * TILE;
-    float         e[TILE];
+    commit_copies();
+}
+
+// The inputs of a thread's decays for a part of the key channels, loaded while the part before is computed.
+struct gate_inputs {
+    float f[TILE], dt;
+
+    // Those of tokens after the chunk's last are any numbers: a selection would wait for them.
+    __device__ void load(const tile_decays & decays, const block_chunk & chunk, int c0) {
+        const float * from = chunk.row(chunk.args.f, 0) + c0 + decays.channel;
+#pragma unroll
+        for (int i = 0; i < TILE; ++i) {
+            const int t = decays.tile * TILE + i;
+            f[i]        = from[(int64_t) (t < chunk.n_tokens() ? t : 0) * chunk.args.f.token];
+        }
+        dt = chunk.args.dt_bias[chunk.head() * chunk.args.head_size + c0 + decays.channel];
+    }
+};
+
+// Decays from their inputs. Tokens after the chunk's last have no effect: e = 1. a: of the head
+template <int SETS>
+static __device__ __forceinline__ void put_decays(prepare_memory<SETS> & mem,
+                                                  const gate_inputs &    inputs,
+                                                  float                  a,
+                                                  const tile_decays &    decays,
+                                                  const block_chunk &    chunk) {
+    const int valid = chunk.n_tokens() - decays.tile * TILE;
+    float     e[TILE];
 #pragma unroll
     for (int i = 0; i < TILE; ++i) {
-        e[i] = i < valid ? f[(int64_t) i * args.f.token] + dt : 0.0f;
+        e[i] = i < valid ? inputs.f[i] + inputs.dt : 0.0f;
     }
-    decays_of(e, args.a[chunk.head()], args.kind);
+    decays_of(e, a, chunk.args.kind);
 
     float total = 1.0f;
 #pragma unroll
@@ -128,7 +150,8 @@ template <int N> static __device__ __forceinline__ void merge_inverses(float * x
 }
 
 // X beta, tokens from `row` on by tokens from `column` on.
-static __device__ __forceinline__ frag_a solved(const prepare_memory & mem, int row, int column, int lane) {
+template <int SETS>
+static __device__ __forceinline__ frag_a solved(const prepare_memory<SETS> & mem, int row, int column, int lane) {
     frag_a a;
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
@@ -144,20 +167,40 @@ static __device__ __forceinline__ frag_b half_of(const frag_a & a, int half) {
     return { { a.hi[half], a.hi[2 + half] }, { a.lo[half], a.lo[2 + half] } };
 }
 
-// 16 value channels and 16 tokens of v, transposed. v: the lane's first channel and token; n: tokens from there on
-static __device__ __forceinline__ frag_a values(const float * v, int stride, int n) {
-    frag_a a;
+// A lane's part of v, transposed: 16 value channels from 16*warp on, and all tokens.
+struct lane_values {
+    float x[CHUNK / DEPTH][4][2];  // as in frag_a
+
+    // Numbers of tokens after the chunk's last are any: a selection would wait for them.
+    __device__ void load(const block_chunk & chunk, int warp, int lane) {
+        const float * v = chunk.row(chunk.args.v, 0) + warp * DEPTH + lane / 4;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-        const int     t = m / 2 * 8;
-        const float * x = v + (int64_t) t * stride + m % 2 * 8;
-        a.set(m, split(t < n ? x[0] : 0.0f, t + 1 < n ? x[stride] : 0.0f));
+        for (int i = 0; i < CHUNK / DEPTH * 8; ++i) {
+            const int t                = token(i, lane) < chunk.n_tokens() ? token(i, lane) : 0;
+            x[i / 8][i / 2 % 4][i % 2] = v[(int64_t) t * chunk.args.v.token + i / 2 % 2 * 8];
+        }
     }
-    return a;
-}
+
+    __device__ frag_a factor(int deep, int n_tokens, int lane) const {
+        frag_a a;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+            const int i = deep * 8 + m * 2;
+            a.set(m, split(token(i, lane) < n_tokens ? x[deep][m][0] : 0.0f,
+                           token(i + 1, lane) < n_tokens ? x[deep][m][1] : 0.0f));
+        }
+        return a;
+    }
+
+    static __device__ __forceinline__ int token(int i, int lane) {
+        return i / 8 * DEPTH + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
+    }
+};
 
 // A for tokens j from 16*deep on and the tokens i of a tile.
-static __device__ __forceinline__ frag_b pairs_by_tokens(const prepare_memory & mem, int deep, int tile, int lane) {
+template <int SETS>
+static __device__ __forceinline__ frag_b
+pairs_by_tokens(const prepare_memory<SETS> & mem, int deep, int tile, int lane) {
     const float * row = mem.a + (tile * TILE + lane / 4) * SQUARE_LD + deep * DEPTH + lane % 4 * 2;
     frag_b        b;
     b.set(0, split(row[0], row[1]));
@@ -166,9 +209,12 @@ static __device__ __forceinline__ frag_b pairs_by_tokens(const prepare_memory & 
 }
 
 // -w = -X beta (P k), key channels from 16*warp on.
-template <typename layout>
-static __device__ __forceinline__ void solve_keys(
-    const block_chunk & chunk, const prepare_memory & mem, const frag_b (&pk)[2][CHUNK / DEPTH], int warp, int lane) {
+template <typename layout, int SETS>
+static __device__ __forceinline__ void solve_keys(const block_chunk &          chunk,
+                                                  const prepare_memory<SETS> & mem,
+                                                  const frag_b (&pk)[2][CHUNK / DEPTH],
+                                                  int warp,
+                                                  int lane) {
 #pragma unroll 1
     for (int m = 0; m < CHUNK / DEPTH; ++m) {
         float w[2][4] = {};  // 16 tokens, two tiles of key channels
@@ -192,17 +238,13 @@ static __device__ __forceinline__ void solve_keys(
 }
 
 // u = X beta v, value channels from 16*warp on, transposed.
-template <typename layout>
-static __device__ __forceinline__ void
-solve_values(const block_chunk & chunk, const prepare_memory & mem, int warp, int lane) {
-    const int     stride = chunk.args.v.token;
-    const int     first  = lane % 4 * 2;  // token
-    const float * from   = chunk.row(chunk.args.v, first) + warp * DEPTH + lane / 4;
-    frag_a        v[CHUNK / DEPTH];
+template <typename layout, int SETS>
+static __device__ __forceinline__ void solve_values(
+    const block_chunk & chunk, const prepare_memory<SETS> & mem, const lane_values & values, int warp, int lane) {
+    frag_a v[CHUNK / DEPTH];
 #pragma unroll
     for (int deep = 0; deep < CHUNK / DEPTH; ++deep) {
-        const int t = deep * DEPTH;
-        v[deep]     = values(from + (int64_t) t * stride, stride, chunk.n_tokens() - first - t);
+        v[deep] = values.factor(deep, chunk.n_tokens(), lane);
     }
 #pragma unroll 1
     for (int m = 0; m < CHUNK / DEPTH; ++m) {
@@ -225,37 +267,53 @@ solve_values(const block_chunk & chunk, const prepare_memory & mem, int warp, in
     }
 }
 
-template <int D>
+template <int D, int SETS>
 static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(const scan_args args, const chunk_run run) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     using layout = chunk_layout<D>;
-    __shared__ prepare_memory mem;
+    extern __shared__ float4 kda_shared[];
+    prepare_memory<SETS> &   mem = *reinterpret_cast<prepare_memory<SETS> *>(kda_shared);
 
     const int warp = threadIdx.x / WARP;
     const int lane = threadIdx.x % WARP;
 
     const block_chunk chunk = { args, run };
-    if (threadIdx.x < CHUNK) {
-        const int t = threadIdx.x;
-        mem.beta[t] = t < chunk.n_tokens() ? sigmoid(*chunk.row(args.beta, t)) : 0.0f;
+    tile_decays       decays;
+    gate_inputs       gates;
+    if ((int) threadIdx.x < chunk.n_tokens()) {
+        copy_4_async(mem.beta + threadIdx.x, chunk.row(args.beta, threadIdx.x));  // before its sigmoid
     }
+    load_rows(mem.rows[0], chunk, 0);
+    gates.load(decays, chunk, 0);
+    const float a = args.a[chunk.head()];
     pair_sums   sums;
     frag_b      pk[2][CHUNK / DEPTH];  // P k of key channels from 16*warp on
-    tile_decays decays;
     for (int c0 = 0; c0 < D; c0 += PART) {
-        load_part(mem, decays, chunk, c0);
+        const part_rows & rows = mem.rows[c0 / PART % SETS];
+        put_decays(mem, gates, a, decays, chunk);
+        if (c0 + PART < D) {
+            gates.load(decays, chunk, c0 + PART);
+            if (SETS == 2) {
+                load_rows(mem.rows[(c0 / PART + 1) % 2], chunk, c0 + PART);
+            }
+        }
+        if (SETS == 2 && c0 + PART < D) {
+            wait_copies<1>();
+        } else {
+            wait_copies<0>();
+        }
         __syncthreads();
-        near_pairs(sums, mem, warp, lane);
+        near_pairs(sums, rows, mem.factor[0], warp, lane);
         decays.reload(mem.factor[0]);
         decays.level_to<8>(mem.factor[1], mem.totals);
         __syncthreads();
-        far_pairs<8>(sums, mem, mem.factor[1], warp, lane);
+        far_pairs<8>(sums, rows, mem.factor[1], warp, lane);
         decays.level_to<16>(mem.factor[0], mem.totals);
         __syncthreads();
-        far_pairs<16>(sums, mem, mem.factor[0], warp, lane);
+        far_pairs<16>(sums, rows, mem.factor[0], warp, lane);
         decays.level_to<32>(mem.factor[1], mem.totals);
         __syncthreads();
-        far_pairs<32>(sums, mem, mem.factor[1], warp, lane);
+        far_pairs<32>(sums, rows, mem.factor[1], warp, lane);
         decays.rows_to<TILES - 1>(mem.factor[0], mem.totals, 0);
         __syncthreads();
 
@@ -263,13 +321,13 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
 #pragma unroll
         for (int c = 0; c < PART; c += DEPTH) {
             store_frag(chunk.template to<layout>(layout::wq_offset(true, (c0 + c) / DEPTH, warp)), 0, lane,
-                       channels_by_tokens(mem.q, prefix, c, warp * TILE, lane));
+                       channels_by_tokens(rows.q, prefix, c, warp * TILE, lane));
         }
         if (warp * DEPTH / PART == c0 / PART) {
 #pragma unroll
             for (int x = 0; x < 2 * CHUNK / DEPTH; ++x) {
                 const int c      = warp * DEPTH - c0 + x % 2 * TILE;
-                pk[x % 2][x / 2] = tokens_by_channels(mem.k, prefix, x / 2 * DEPTH, c, lane);
+                pk[x % 2][x / 2] = tokens_by_channels(rows.k, prefix, x / 2 * DEPTH, c, lane);
             }
         }
         if (warp == TILES - 1) {
@@ -283,14 +341,21 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
             const int tile = x / (CHUNK / DEPTH);
             const int deep = x % (CHUNK / DEPTH);
             store_frag(chunk.template to<layout>(layout::RK), (c0 / TILE + tile) * (CHUNK / DEPTH) + deep, lane,
-                       tokens_by_channels(mem.k, mem.factor[1], deep * DEPTH, tile * TILE, lane));
+                       tokens_by_channels(rows.k, mem.factor[1], deep * DEPTH, tile * TILE, lane));
         }
         __syncthreads();
+        if (SETS == 1 && c0 + PART < D) {
+            load_rows(mem.rows[0], chunk, c0 + PART);
+        }
     }
 
     for (int x = threadIdx.x; x < SQUARE / 4; x += PREPARE_THREADS) {
         store4(mem.l + 4 * x, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
         store4(mem.a + 4 * x, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    }
+    if (threadIdx.x < CHUNK) {
+        float & beta = mem.beta[threadIdx.x];
+        beta         = (int) threadIdx.x < chunk.n_tokens() ? sigmoid(beta) : 0.0f;
     }
     __syncthreads();
     put_sums(sums, mem, warp, lane);
@@ -300,26 +365,39 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
                    pairs_by_tokens(mem, deep, warp, lane));
     }
     invert_diagonal(mem.l, warp, lane);
+    lane_values values;
+    if (warp < D / DEPTH) {
+        values.load(chunk, warp, lane);
+    }
     __syncthreads();
     merge_inverses<16>(mem.l, mem.scratch);
     merge_inverses<32>(mem.l, mem.scratch);
 
     if (warp < D / DEPTH) {
         solve_keys<layout>(chunk, mem, pk, warp, lane);
-        solve_values<layout>(chunk, mem, warp, lane);
+        solve_values<layout>(chunk, mem, values, warp, lane);
     }
 #else
     __trap();  // chunks_refused rejects older devices
 #endif
 }
 
-template <int D> static void launch_prepare(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+template <int D, int SETS>
+static void launch_prepare(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
+    constexpr size_t shared = sizeof(prepare_memory<SETS>);
+    cudaFuncSetAttribute(prepare_kernel<D, SETS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     const dim3 grid(run.n_chunks(), args.n_heads, args.n_seqs);
-    prepare_kernel<D><<<grid, PREPARE_THREADS, 0, stream>>>(args, run);
+    prepare_kernel<D, SETS><<<grid, PREPARE_THREADS, shared, stream>>>(args, run);
 }
 
-void prepare_chunks(const scan_args & args, const chunk_run & run, cudaStream_t stream) {
-    with_head_size(chunked_sizes(), args.head_size, [&](auto D) { launch_prepare<D>(args, run, stream); });
+void prepare_chunks(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {
+    with_head_size(chunked_sizes(), args.head_size, [&](auto D) {
+        if (device.block_shared >= ROOMY) {
+            launch_prepare<D, 2>(args, run, stream);
+        } else {
+            launch_prepare<D, 1>(args, run, stream);  // so that a block of `states` fits beside it
+        }
+    });
 }
 
 }  // namespace kda_cuda

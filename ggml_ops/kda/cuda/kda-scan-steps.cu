@@ -56,9 +56,10 @@ static __device__ __forceinline__ void
 keep_state(float * to, const step_place<D, ROWS> & at, const float4 (&m)[ROWS][step_shape<D, ROWS>::VECTORS]) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
+        float * row = to + at.offset(r, 0);  // nvcc 13.0 splits stores to at.offset(r, n) into four
 #pragma unroll
         for (int n = 0; n < step_shape<D, ROWS>::VECTORS; ++n) {
-            store4(to + at.offset(r, n), m[r][n]);
+            store4(row + 4 * n * step_shape<D, ROWS>::LANES, m[r][n]);
         }
     }
 }
@@ -139,10 +140,24 @@ static __device__ __forceinline__ void step(step_group<D, ROWS> &       group,
     }
 }
 
-// out = norm * rms_norm(o) * sigmoid(gate) of one token and head, by one warp
+// What a warp multiplies a token's normalized output with: norm * sigmoid(gate). Loaded before the output is known.
+template <int D> struct output_gate {
+    float x[D / WARP];
+
+    __device__ void load(const scan_args & args, int h, int t, int s) {
+        const float * gate = args.gate.at(h, t, s);
+        const int     lane = threadIdx.x % WARP;
+#pragma unroll
+        for (int n = 0; n < D / WARP; ++n) {
+            x[n] = args.norm[lane + n * WARP] * sigmoid(gate[lane + n * WARP]);
+        }
+    }
+};
+
+// out = gate * rms_norm(o) of one token and head, by one warp
 template <int D>
 static __device__ __forceinline__ void
-finish_token(const scan_args & args, const float * o, float * out, const float * gate) {
+finish_token(const output_gate<D> & gate, float eps, const float * o, float * out) {
     const int lane   = threadIdx.x % WARP;
     float     square = 0.0f;
     float     x[D / WARP];
@@ -151,11 +166,10 @@ finish_token(const scan_args & args, const float * o, float * out, const float *
         x[n] = o[lane + n * WARP];
         square += x[n] * x[n];
     }
-    const float scale = 1.0f / sqrtf(sum_lanes<WARP>(square) / D + args.eps);
+    const float scale = 1.0f / sqrtf(sum_lanes<WARP>(square) / D + eps);
 #pragma unroll
     for (int n = 0; n < D / WARP; ++n) {
-        const int j = lane + n * WARP;
-        out[j]      = args.norm[j] * x[n] * scale * sigmoid(gate[j]);
+        out[lane + n * WARP] = x[n] * scale * gate.x[n];
     }
 }
 
@@ -189,6 +203,17 @@ static __device__ __forceinline__ void steps_of(const scan_args &         args,
     for (int t0 = range.begin; t0 < range.end; t0 += GROUP) {
         const int n_group = range.end - t0 < GROUP ? range.end - t0 : GROUP;
         load_group<D>(group, args, h, s, t0, n_group, at.row0);
+        constexpr int  WARPS = shape::THREADS / WARP;
+        output_gate<D> gates[(GROUP + WARPS - 1) / WARPS];  // of the tokens that this warp finishes
+        if (shape::APART == 1) {
+#pragma unroll
+            for (int n = 0; n * WARPS < GROUP; ++n) {
+                const int g = threadIdx.x / WARP + n * WARPS;
+                if (g < n_group) {
+                    gates[n].load(args, h, t0 + g, s);
+                }
+            }
+        }
         __syncthreads();
         for (int g = 0; g < n_group; ++g) {
             step<D>(group, g, at, m);
@@ -199,8 +224,12 @@ static __device__ __forceinline__ void steps_of(const scan_args &         args,
         }
         __syncthreads();
         if (shape::APART == 1) {
-            for (int g = threadIdx.x / WARP; g < n_group; g += shape::THREADS / WARP) {
-                finish_token<D>(args, group.o[g], args.out_at(h, t0 + g, s), args.gate.at(h, t0 + g, s));
+#pragma unroll
+            for (int n = 0; n * WARPS < GROUP; ++n) {
+                const int g = threadIdx.x / WARP + n * WARPS;
+                if (g < n_group) {
+                    finish_token<D>(gates[n], args.eps, group.o[g], args.out_at(h, t0 + g, s));
+                }
             }
         } else {
             for (int x = threadIdx.x; x < n_group * shape::BLOCK_ROWS; x += shape::THREADS) {
@@ -253,8 +282,10 @@ static __global__ void __launch_bounds__(FINISH_WARPS * WARP)
     if (t >= range.end) {
         return;
     }
-    float * out = args.out_at(h, t, s);
-    finish_token<D>(args, out, out, args.gate.at(h, t, s));
+    float *        out = args.out_at(h, t, s);
+    output_gate<D> gate;
+    gate.load(args, h, t, s);
+    finish_token<D>(gate, args.eps, out, out);
 }
 
 template <int D> static void launch_finish(const scan_args & args, const token_range & range, cudaStream_t stream) {

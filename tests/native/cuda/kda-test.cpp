@@ -211,11 +211,15 @@ static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
     judge(describe("conv", n, new_seq, o), n, conv(n, x), [&] { return run_conv(n, x, o); });
 }
 
+// Bytes of shared memory per block of a GeForce and of a device for data centres. With the latter, two warps share 16
+// value channels where their blocks do not fill the multiprocessors.
+static constexpr size_t SCARCE = 99 << 10, ROOMY = 163 << 10;
+
 // The whole operator on a device of this compute capability.
 static scan_kernel whole(int capability) {
     return [=](const kda::scan_args & args) {
         // so small that with three sequences there are more blocks of `steps` than multiprocessors
-        const kda::device_limits device = { capability, args.head_size == 256 ? 8 : 4, 99 << 10 };
+        const kda::device_limits device = { capability, args.head_size == 256 ? 8 : 4, SCARCE };
         const DeviceArray<char>  work(kda::chunk_workspace(args, { 0, args.n_tokens }, device));
         kda::scan(args, device, work.data(), { nullptr, nullptr });
     };
@@ -223,12 +227,13 @@ static scan_kernel whole(int capability) {
 
 // Chunks only, for any length. With one multiprocessor, a run is two chunks of a head and a block takes the whole head;
 // with two, a run is four chunks and a block takes 32 channels. Three runs are needed to use half of the workspace again.
-static scan_kernel chunks(int n_sms, size_t block_shared = 99 << 10) {
+static scan_kernel chunks(int n_sms, size_t block_shared = SCARCE) {
     return [=](const kda::scan_args & args) {
-        const kda::device_limits device = { 80, n_sms, block_shared };
-        const kda::token_range   range  = { 0, args.n_tokens };
-        const DeviceArray<char>  work(kda::chunk_workspace(args, range, device));
-        cuda_emulator::Stream    main, side;
+        const kda::device_limits device     = { 80, n_sms, block_shared };
+        cuda_emulator::options.shared_limit = block_shared;
+        const kda::token_range  range       = { 0, args.n_tokens };
+        const DeviceArray<char> work(kda::chunk_workspace(args, range, device));
+        cuda_emulator::Stream   main, side;
         kda::scan_chunks(args, range, device, work.data(), { main.get(), side.get() });
         main.finish();
         kda::copy_states(args.st, (int64_t) args.head_size * args.head_size * args.n_heads, 1, nullptr);
@@ -306,22 +311,28 @@ static void test_chunks() {
             ++i;
         }
         test_scan("chunks", chunks(1), { D, 1, 400, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
-        test_scan("chunks", chunks(2, 163 << 10), { D, 1, 600, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
+        test_scan("chunks", chunks(2, ROOMY), { D, 1, 600, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
     }
+    for (const int64_t T : { 1, 17, 33, 47, 63, 64, 65, 600 }) {
+        test_scan("chunks", chunks(4, ROOMY), { 128, 1, T, 1, 1 }, "ordinary", -INFINITY, T == 65, vary(i++));
+    }
+    test_scan("chunks", chunks(2, ROOMY), { 64, 1, 2100, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));  // long runs
     for (const char * gate : gates) {
         for (const double bound : { -(double) INFINITY, -5.0 }) {
             test_scan("chunks", chunks(1), { 128, 1, 130, 1, 1 }, gate, bound, i % 2 == 0, vary(i));
             ++i;
         }
         test_scan("chunks", chunks(4), { 64, 2, 90, 1, 1 }, gate, -INFINITY, false, vary(i++));
+        test_scan("chunks", chunks(4, ROOMY), { 128, 1, 90, 1, 1 }, gate, -INFINITY, false, vary(i++));
     }
     test_long_memory("chunks", chunks(2));
+    test_long_memory("chunks", chunks(2, ROOMY));
 }
 
 static void test_whole() {
     int64_t i = 0;
     for (const int64_t D : { 32, 64, 96, 128, 256 }) {
-        for (const int64_t T : { 98, 99, 130, 195 }) {  // chunks from 96 tokens before the last three on
+        for (const int64_t T : { 34, 35, 66, 131 }) {  // chunks from 32 tokens before the last three on
             test_scan("scan", whole(90), { D, 1, T, 1 + i % 2, 4 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
             ++i;
         }
@@ -338,6 +349,7 @@ static void test_briefly() {
     test_scan("steps", whole(75), { 256, 1, 9, 1, 1 }, "ordinary", -INFINITY, true, {});
     test_scan("chunks", chunks(1), { 32, 1, 330, 1, 1 }, "ordinary", -INFINITY, false, {});
     test_scan("chunks", chunks(2), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
+    test_scan("chunks", chunks(4, ROOMY), { 128, 1, 130, 1, 1 }, "ordinary", -INFINITY, true, {});
 }
 
 int main(int argc, char ** argv) {

@@ -40,6 +40,7 @@ inline float __log2f(float x) { return log2f(x); }
 inline float __powf(float x, float y) { return cuda_emulator::exp2_flushed(y * log2f(x)); }
 inline float __sinf(float x) { return sinf(x); }
 inline float __cosf(float x) { return cosf(x); }
+inline float __fdividef(float x, float y) { return x * (1.0f / y); }  // y: up to 2^126
 inline float __frcp_rn(float x) { return 1.0f / x; }
 inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
