@@ -36,12 +36,17 @@ def describe(cell: Data) -> str:
 def cell_row(cell: Data) -> tuple[str, ...]:
     """A line of the table of cells."""
     speeds = [
-        f"{each['tokens_per_second']:.4g} ± {100 * each['spread']:.1f} %"
+        f"{speed_text(each['tokens_per_second'])} ± {100 * each['spread']:.1f} %"
         for each in (cell["upstream"], cell["patched"])
     ]
     share = of_roofline(cell["floor"])
     ratio = f"{cell['ratio']:.2f}" + mark(cell)
     return (describe(cell), *speeds, ratio, share, cell["upstream"]["way"])
+
+
+def speed_text(tokens_per_second: float) -> str:
+    """Four digits, or whole tokens/s without an exponent."""
+    return f"{tokens_per_second:.4g}" if tokens_per_second < 9999.5 else f"{tokens_per_second:.0f}"
 
 
 def of_roofline(floor: Data | None) -> str:
@@ -127,7 +132,7 @@ def turns_table(model: Data) -> Rows:
         sizes = (f"{resident[part]:.0f}" if part in resident else "unknown" for part in parts)
         samples = (cell["samples"].get(name) for cell in cells)
         speeds = [
-            f"{cell['tokens'] / median(found):.4g}" if found else "not run"
+            speed_text(cell["tokens"] / median(found)) if found else "not run"
             for cell, found in zip(cells, samples, strict=True)
         ]
         read = [about["read"].get(f"{name}, {describe(cell)}") for cell in cells if reads]

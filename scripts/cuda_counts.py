@@ -51,8 +51,6 @@ _MASKS: tuple[Rule, ...] = (("LDG", 1, 0.0),)
 _PREPARE: tuple[Rule, ...] = (
     ("BAR", 5, 4.0), ("HMMA", 20, 2.5), ("HMMA", 1, 2.0), ("LDG", 4, 2.0), ("FFMA", 40, 2.0), ("FFMA", 20, 3.0),
 )  # fmt: skip
-# 16 KiB by 64 threads: 16 copies; the first is unrolled by 16.
-_STATES: tuple[Rule, ...] = (("LDGSTS", 16, 1.0), ("LDGSTS", 1, 4.0))
 # Copies of 16 bytes, not of 4; unpacking in three turns. Wide blocks: scores of half of a tile's keys in a turn.
 _QUANTS: tuple[Rule, ...] = (
     ("LDGSTS", 16, 0.0), ("LDGSTS", 1, 2.0), ("HMMA", 1, 2.0), ("STS", 3, 3.0), *_MASKS,
@@ -60,11 +58,12 @@ _QUANTS: tuple[Rule, ...] = (
 KERNELS = (
     Kernel("conv", _KDA + "kda-conv.cu", "conv_kernelILi128E", WHOLE,
            (("MUFU", 30, 4.0), ("MUFU", 5, 0.0), ("LDG", 6, 0.0))),  # 16 tokens, four at a time
-    Kernel("prepare", _KDA + "kda-scan-prepare.cu", "prepare_kernelILi128E", WHOLE, _PREPARE),
-    Kernel("states", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi5E", LOOP, _STATES),
-    Kernel("states, short ring", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi3E", LOOP, _STATES),
-    Kernel("states of whole heads", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi8ELi5E", LOOP,
-           (("LDGSTS", 1, 1.0),)),
+    Kernel("prepare", _KDA + "kda-scan-prepare.cu", "prepare_kernelILi128ELi2E", WHOLE, _PREPARE),
+    Kernel("prepare, one set of rows", _KDA + "kda-scan-prepare.cu", "prepare_kernelILi128ELi1E", WHOLE, _PREPARE),
+    Kernel("states", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi5ELi1E", LOOP),
+    Kernel("states, two warps", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi4ELi5ELi2E", LOOP),
+    Kernel("states, short ring", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi2ELi3ELi1E", LOOP),
+    Kernel("states of whole heads", _KDA + "kda-scan-states.cu", "states_kernelILi128ELi8ELi5ELi1E", LOOP),
     Kernel("steps", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi2E", WHOLE),
     Kernel("steps, four rows a thread", _KDA + "kda-scan-steps.cu", "steps_kernelILi128ELi4E", WHOLE),
     Kernel("finish", _KDA + "kda-scan-steps.cu", "finish_kernelILi128E", WHOLE),
@@ -121,12 +120,18 @@ CONSTANTS = {
         "prepare blocks": "kda_cuda::PREPARE_BLOCKS",
         "most waves": "kda_cuda::MAX_WAVES",
         "worth a wave": "kda_cuda::WORTH_A_WAVE",
+        "long runs from": "kda_cuda::LONG_RUNS_FROM",
+        "roomy": "kda_cuda::ROOMY",
+    },
+    _KDA + "kda-scan-prepare.cu": {
+        "prepare bytes": "sizeof(kda_cuda::prepare_memory<2>)",
+        "prepare bytes, one set": "sizeof(kda_cuda::prepare_memory<1>)",
     },
     _KDA + "kda-scan-states.cu": {
         "stage": "kda_cuda::STAGE",
         "deep ring": "kda_cuda::DEEP_RING",
         "short ring": "kda_cuda::SHORT_RING",
-        "deep ring from": "kda_cuda::DEEP_RING_FROM",
+        "exchange": "sizeof(kda_cuda::exchange<4>)",
     },
     _LATENT + "latent-attend.cu": {
         "least tiles": "latent_cuda::MIN_TILES",

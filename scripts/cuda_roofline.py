@@ -45,6 +45,7 @@ from kimi_gguf.scripts.gpu_model import (
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
+RECORDS = [ROOT / "docs" / "bench-records" / "nvidia-h200.json"]
 KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
 # The largest number of queries that LATENT_ATTN leaves to the absorbed form. Every number up to it is compared; the
@@ -93,11 +94,34 @@ def flash_calibration(model: Model) -> list[tuple[str, float, float]]:
     return rows
 
 
-def calibration_table(model: Model) -> Rows:
-    """Published times next to the model's."""
-    rows: Rows = [("upstream's kernel", "published", "model", "model / published")]
-    recurrence = f"recurrence, {HEADS} heads, {DELTA_NET_GPU}"
-    attention = f"attention of {FLASH_HEADS} heads over {FLASH_DEPTH} keys, {FLASH_GPU}"
+def scan_shape(tokens: int) -> str:
+    """How a record names KDA_SCAN of one sequence."""
+    return f"head_size={HEAD},head_count={HEADS},n_seq_tokens={tokens},n_seqs=1"
+
+
+def device_calibration(model: Model, measured: Measured) -> list[tuple[str, float, float]]:
+    """As `calibration`: what was measured on devices, of ours and of upstream's recurrence with decays by channel."""
+    rows: list[tuple[str, float, float]] = []
+    for gpu in filter(model.knows, GPUS):
+        delta = model.estimate(gated_delta_net(HEADS, TOKENS, True), gpu).seconds
+        for name, operator, shape, ours in (
+            ("KDA_SCAN", "KDA_SCAN", scan_shape(TOKENS), kda_forward(model, gpu).seconds(model, gpu)),
+            ("upstream's recurrence", "GATED_DELTA_NET", f"kda=1,n_seq_tokens={TOKENS}", delta),
+        ):
+            if found := measured.get((gpu.name, operator, shape)):
+                rows.append((f"{name}, {HEADS} heads, {gpu.name}: {TOKENS} tokens", found, ours))
+    return rows
+
+
+def calibration_table(model: Model, measured: Measured) -> Rows:
+    """Published and measured times next to the model's."""
+    rows: Rows = [("kernel", "published or measured", "model", "model / the other")]
+    rows += [
+        (name, f"{short_time(found)}, measured", short_time(ours), f"{ours / found:.2f}")
+        for name, found, ours in device_calibration(model, measured)
+    ]
+    recurrence = f"upstream's recurrence, {HEADS} heads, {DELTA_NET_GPU}"
+    attention = f"upstream's attention of {FLASH_HEADS} heads over {FLASH_DEPTH} keys, {FLASH_GPU}"
     for name, found in ((recurrence, calibration(model)), (attention, flash_calibration(model))):
         for what, published, ours in found:
             rows.append(
@@ -106,9 +130,9 @@ def calibration_table(model: Model) -> Rows:
     return rows
 
 
-def errors(model: Model) -> tuple[float, float]:
-    """The least and the largest model / published, without the times of whole calls."""
-    found = [calibration(model)[-1], *flash_calibration(model)]
+def errors(model: Model, measured: Measured) -> tuple[float, float]:
+    """The least and the largest model / published or measured, without the times of whole calls."""
+    found = [calibration(model)[-1], *flash_calibration(model), *device_calibration(model, measured)]
     shares = [ours / published for _, published, ours in found]
     return min(shares), max(shares)
 
@@ -143,13 +167,11 @@ def kda_table(model: Model, measured: Measured) -> Rows:
     """The forward pass on each device."""
     rows: Rows = [("device", "runs", "prepare", "states", "finish", "KDA_SCAN", "measured", "floor: memory",
                    "floor: multiply-adds", "upstream's recurrence alone")]  # fmt: skip
-    shape = f"head_size={HEAD},head_count={HEADS},n_seq_tokens={TOKENS},n_seqs=1"
     for gpu in filter(model.knows, GPUS):
         forward = kda_forward(model, gpu)
-        parts = [model.estimate(each, gpu).seconds for each in forward.launches]
         upstream = model.estimate(gated_delta_net(HEADS, TOKENS, True), gpu).seconds
-        found = measured.get((gpu.name, "KDA_SCAN", shape))
-        rows.append((gpu.name, str(forward.runs), *map(short_time, parts),
+        found = measured.get((gpu.name, "KDA_SCAN", scan_shape(TOKENS)))
+        rows.append((gpu.name, str(len(forward.runs)), *map(short_time, forward.sums(model, gpu)),
                      f"**{short_time(forward.seconds(model, gpu))}**", short_time(found) if found else "–",
                      *map(short_time, kda_floor(gpu)), short_time(upstream)))  # fmt: skip
     return rows
@@ -232,7 +254,7 @@ def measured_times(files: Sequence[Path]) -> Measured:
 TEXT = """\
 # Expected times of the CUDA kernels
 
-Written by `python -m kimi_gguf.scripts.cuda_roofline`; do not edit. No GPU was available: these are estimates from the
+Written by `python -m kimi_gguf.scripts.cuda_roofline`; do not edit. These are estimates from the
 machine instructions of the compiled kernels ({compiler}), for one layer of the 48B. `scripts/bench-gpu` measures
 what they estimate ([to be measured on a GPU](measure-on-gpu.md)).
 
@@ -256,12 +278,13 @@ memory. Read differences below 30 % as equal.
 ## How far it is off
 
 {calibration}
-The recurrence is [published][delta] as times of calls from the host (one token: 28 µs); its last row is a difference of
-two. The attention is the difference of two llama-bench tables, [with 32768 keys][deep] and [without][empty], divided
-by the layers. The first one is of a later llama.cpp; what else became faster in between makes the published times too
-short. Without the times of whole calls, the model says {least:.2f} to {most:.2f} of the published times: **expect
-{fast:.1f} to {slow:.1f} × the times below.** No published time is of a kernel that memory limits: these are as good as
-the {share:.0%} of the bandwidth. The ratio of two kernels is off by less if the same unit limits both.
+Measured: by [`test-backend-ops perf`](bench-h200.md#single-operators). The RTX 5090's recurrence is [published][delta]
+as times of calls from the host (one token: 28 µs); its last row is a difference of two. The attention is the difference
+of two llama-bench tables, [with 32768 keys][deep] and [without][empty], divided by the layers. The first one is of a
+later llama.cpp; what else became faster in between makes the published times too
+short. Without the times of whole calls, the model says {least:.2f} to {most:.2f} of these times: **expect
+{fast:.1f} to {slow:.1f} × the times below.** None of these times is of a kernel that memory limits: such kernels are as
+good as the {share:.0%} of the bandwidth. The ratio of two kernels is off by less if the same unit limits both.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
 longer of both at the peak rates. ([Published][kda] for an H100.)
@@ -277,8 +300,8 @@ README): 90 % of the bandwidth, which the model takes for all kernels, and 67 % 
 
 ## KDA: {heads} heads of {head}, {tokens} tokens
 
-`prepare`, `states` and `finish` are the sums of all their launches. KDA_SCAN takes less, because `prepare` of a run of
-chunks runs at the same time as `states` of the run before it.
+`prepare`, `states` and `finish` are the sums of all their launches; the first and the last run may be shorter. KDA_SCAN
+takes less, because `prepare` of a run of chunks runs at the same time as `states` of the run before it.
 
 {kda}
 ## Latent attention, absorbed: {heads} heads
@@ -312,7 +335,7 @@ def page(counts: Data, measured: Measured) -> str:
     if counts["sources"] != cuda_counts.sources_digest():
         missing += f"\n{CHANGED}\n"
     tables = [f"\n### {gpu.name}\n\n{markdown(attention_table(model, gpu, measured))}" for gpu in known]
-    least, most = errors(model)
+    least, most = errors(model, measured)
     largest = model.constants["largest copy"]
     return TEXT.format(
         compiler=counts["compiler"], share=DRAM_SHARE, launch=1e6 * (LAUNCH + FILL), hopper=HOPPER_MMA_SHARE,
@@ -321,7 +344,7 @@ def page(counts: Data, measured: Measured) -> str:
         spared=least_gain(model, spares=True), most_queries=max(QUERIES),
         many=least_gain(model, spares=True, many=True),
         data_centre=MOST_QUERIES["data centre"], geforce=MOST_QUERIES["GeForce"],
-        devices=markdown(devices_table()), calibration=markdown(calibration_table(model)),
+        devices=markdown(devices_table()), calibration=markdown(calibration_table(model, measured)),
         forwards=markdown(forwards_table(model)), heads=HEADS, head=HEAD, tokens=TOKENS,
         kda=markdown(kda_table(model, measured)), attention="".join(tables), kernels=markdown(kernels_table(model)),
     )  # fmt: skip
@@ -381,9 +404,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--records",
         type=Path,
         nargs="+",
-        default=[],
+        default=RECORDS,
         metavar="JSON",
-        help="measured times of scripts/bench-gpu",
+        help="measured times of scripts/bench-gpu (default: those of the documentation)",
     )
     options = parser.parse_args(arguments)
     try:

@@ -7,7 +7,8 @@ shape, ours and upstream's, and their seconds. docs/gpu-roofline.md says how the
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -204,64 +205,94 @@ def limit_of(use: Data, gpu: Gpu) -> str:
 
 
 @dataclass(frozen=True)
-class Forward:
-    """KDA_SCAN in chunks: the launches of one run of chunks, and how many runs there are."""
+class ChunkRun:
+    """The launches of KDA_SCAN for a run of chunks."""
 
-    runs: int
     prepare: Launch
     states: Launch
     finish: Launch
 
+
+@dataclass(frozen=True)
+class Forward:
+    """KDA_SCAN in chunks."""
+
+    runs: Sequence[ChunkRun]
+
     @property
     def launches(self) -> list[Launch]:
-        """Those of all runs."""
-        return [replace(each, times=self.runs) for each in (self.prepare, self.states, self.finish)]
+        """Those of the most frequent runs, of equal length."""
+        ((run, times),) = Counter(self.runs).most_common(1)
+        return [replace(each, times=times) for each in (run.prepare, run.states, run.finish)]
+
+    def sums(self, model: Model, gpu: Gpu) -> list[float]:
+        """Seconds of all launches of `prepare`, of `states` and of `finish`."""
+        return [
+            sum(model.estimate(getattr(run, kind), gpu).seconds for run in self.runs)
+            for kind in ("prepare", "states", "finish")
+        ]
 
     def seconds(self, model: Model, gpu: Gpu) -> float:
         """`prepare` of the next run begins with `states` of this one, in another stream."""
-        prepare, states, end = (
-            model.estimate(each, gpu).seconds for each in (self.prepare, self.states, self.finish)
-        )
-        moved = moving(self.prepare.bytes + self.states.bytes + self.finish.bytes, gpu)
-        run = max(model.beside(self.states, self.prepare, gpu), states + end, moved) + LAUNCH
-        return prepare + (self.runs - 1) * run + states + end
+        total = model.estimate(self.runs[0].prepare, gpu).seconds
+        for run, following in zip(self.runs, self.runs[1:], strict=False):
+            alone = sum(model.estimate(each, gpu).seconds for each in (run.states, run.finish))
+            moved = moving(following.prepare.bytes + run.states.bytes + run.finish.bytes, gpu)
+            total += max(model.beside(run.states, following.prepare, gpu), alone, moved) + LAUNCH
+        last = self.runs[-1]
+        return total + sum(model.estimate(each, gpu).seconds for each in (last.states, last.finish))
 
 
-def chunks_of_run(model: Model, gpu: Gpu, heads: int, chunks: int) -> int:
-    """As `chunks_of_run` in kda-scan.cu: whole waves of the blocks of `prepare` that the device holds."""
+def run_lengths(model: Model, gpu: Gpu, heads: int, chunks: int) -> list[int]:
+    """As `run_lengths` in kda-scan.cu: whole waves of the blocks of `prepare` that the device holds."""
     c = model.constants
-    places, chosen, used = c["prepare blocks"] * gpu.multiprocessors, 1, 0.0
+    places, edge, used = c["prepare blocks"] * gpu.multiprocessors, 1, 0.0
     for waves in range(1, c["most waves"] + 1):
         n = waves * places // heads
         share = n * heads / (waves * places)
         fits = n * c["chunk bytes"] * heads <= c["run bytes"]
         if n > 0 and fits and share > used + 1 / c["worth a wave"]:
-            chosen, used = n, share
-    return min(chosen, chunks)
+            edge, used = n, share
+    inner = 2 * edge if gpu.block_shared >= c["roomy"] and chunks >= c["long runs from"] * edge else edge
+    found: list[int] = []
+    while left := chunks - sum(found):
+        n = edge
+        if found and inner > edge:
+            n = inner if left > inner + edge else left - edge if left > inner else left
+        found.append(min(n, left))
+    return found
 
 
 def kda_forward(model: Model, gpu: Gpu, heads: int = HEADS, tokens: int = TOKENS) -> Forward:
     """KDA_SCAN in chunks. What passes between its kernels goes to memory if two runs of it do not fit the L2."""
+    lengths = run_lengths(model, gpu, heads, ceil(tokens / model.constants["chunk"]))
+    spilled = 2 * max(lengths) * model.constants["chunk bytes"] * heads > gpu.l2 << 20
+    return Forward([chunk_run(model, gpu, heads, chunks, spilled) for chunks in lengths])
+
+
+def chunk_run(model: Model, gpu: Gpu, heads: int, chunks: int, spilled: bool) -> ChunkRun:
+    """A run. spilled: what passes between its kernels goes to memory."""
     c = model.constants
-    chunks = ceil(tokens / c["chunk"])
-    of_run = chunks_of_run(model, gpu, heads, chunks)
-    runs = ceil(chunks / of_run)
-    channels = 4 * heads * HEAD * tokens / runs  # bytes of one of q, k, v, f, gate, output
-    between = c["chunk bytes"] * heads * chunks / runs
-    spilled = 2 * between > gpu.l2 << 20
-    workspace = between if spilled else 0.0
+    channels = 4 * heads * HEAD * chunks * c["chunk"]  # bytes of one of q, k, v, f, gate, output
+    workspace = c["chunk bytes"] * heads * chunks if spilled else 0.0
+    roomy = gpu.block_shared >= c["roomy"]
     blocks, warps = heads * 4, 2
-    kernel, ring = "states", c["deep ring"]
+    kernel, shared = "states", c["deep ring"] * c["stage"]
     if 4 * heads >= 3 * gpu.multiprocessors:
         kernel, blocks, warps = "states of whole heads", heads, 8
-    elif gpu.block_shared < c["deep ring from"]:
-        kernel, ring = "states, short ring", c["short ring"]
-    states = Launch(
-        kernel, blocks, warps, of_run, channels * (1 if spilled else 0) + workspace, ring * c["stage"]
+    elif not roomy:
+        kernel, shared = "states, short ring", c["short ring"] * c["stage"]
+    elif 4 * blocks <= SUB * gpu.multiprocessors:
+        kernel, warps, shared = "states, two warps", 4, shared + c["exchange"]
+    states = Launch(kernel, blocks, warps, chunks, (channels if spilled else 0) + workspace, shared)
+    name, rows = (
+        ("prepare", c["prepare bytes"])
+        if roomy
+        else ("prepare, one set of rows", c["prepare bytes, one set"])
     )
-    prepare = Launch("prepare", of_run * heads, 8, 1, 4 * channels + workspace)
-    end = finish(heads, of_run * c["chunk"])
-    return Forward(runs, prepare, states, replace(end, bytes=channels * (3 if spilled else 2)))
+    prepare = Launch(name, chunks * heads, 8, 1, 4 * channels + workspace, rows)
+    end = finish(heads, chunks * c["chunk"])
+    return ChunkRun(prepare, states, replace(end, bytes=channels * (3 if spilled else 2)))
 
 
 def finish(heads: int, tokens: int) -> Launch:

@@ -20,6 +20,7 @@ from kimi_gguf.scripts.cuda_roofline import (
     CHANGED,
     COUNTS,
     PAGE,
+    RECORDS,
     as_json,
     fresh_counts,
     main,
@@ -30,10 +31,10 @@ from kimi_gguf.scripts.gpu_devices import DRAM_SHARE, GPUS, Gpu
 from kimi_gguf.scripts.gpu_model import (
     FILL,
     LAUNCH,
+    Forward,
     Launch,
     Model,
     attend,
-    chunks_of_run,
     conversion,
     decompressed,
     flash_attention,
@@ -42,6 +43,7 @@ from kimi_gguf.scripts.gpu_model import (
     kda_step,
     mma_cycles,
     ours_by_default,
+    run_lengths,
     upstream_attention,
 )
 
@@ -58,7 +60,7 @@ def counts(**phase: Any) -> dict[str, Any]:
 
 def test_the_page_is_of_the_stored_counts() -> None:
     stored = json.loads(COUNTS.read_text())
-    assert PAGE.read_text() == page(stored, {}), f"{AGAIN} --stored"
+    assert PAGE.read_text() == page(stored, measured_times(RECORDS)), f"{AGAIN} --stored"
 
 
 def test_the_page_says_whether_the_kernels_have_changed_since() -> None:
@@ -212,32 +214,46 @@ def test_splits_are_as_many_as_fit_the_device_or_fewer() -> None:
 
 def test_a_run_fills_the_places_of_prepare() -> None:
     model = stored_model()
-    assert chunks_of_run(model, named("H200"), 32, 128) == 8, "256 of 264 places"
-    assert chunks_of_run(model, named("RTX 3090"), 32, 128) == 5, "160 of 164"
-    assert chunks_of_run(model, named("A100"), 32, 128) == 6, "two waves of 13 chunks exceed 48 MiB"
-    assert chunks_of_run(model, named("H200"), 32, 3) == 3
+    assert run_lengths(model, named("H200"), 32, 32) == 4 * [8], "256 of 264 places"
+    assert run_lengths(model, named("RTX 3090"), 32, 128) == [*25 * [5], 3], "160 of 164"
+    assert run_lengths(model, named("A100"), 32, 40) == [*6 * [6], 4], "two waves of 13 chunks exceed 48 MiB"
+    assert run_lengths(model, named("H200"), 32, 3) == [3]
+
+
+def test_long_sequences_have_long_runs_between_the_first_and_the_last() -> None:
+    model = stored_model()
+    assert run_lengths(model, named("H200"), 32, 128) == [8, *7 * [16], 8]
+    assert run_lengths(model, named("H200"), 32, 63) == [*7 * [8], 7], "less than eight runs"
 
 
 def test_the_ring_is_short_where_shared_memory_is_small() -> None:
     model = stored_model()
     for gpu in filter(model.knows, GPUS):
-        states = kda_forward(model, gpu).states
+        run = kda_forward(model, gpu).runs[0]
         short = gpu.shared == 100 << 10
-        assert states.kernel == ("states, short ring" if short else "states")
-        assert states.shared == (3 if short else 5) * 16384
-        assert model.resident(states, gpu) == 2
-    assert kda_forward(model, H100, heads=99).states.kernel == "states of whole heads"
+        two_warps = gpu.multiprocessors == 132  # a scheduler for each
+        assert run.states.kernel == (
+            "states, short ring" if short else "states, two warps" if two_warps else "states"
+        )
+        assert run.states.shared == (3 if short else 5) * 16384 + (24576 if two_warps else 0)
+        assert model.resident(run.states, gpu) == 2
+        assert run.prepare.kernel == ("prepare, one set of rows" if short else "prepare")
+        assert model.resident(run.prepare, gpu) == 2
+    assert kda_forward(model, H100, heads=99).runs[0].states.kernel == "states of whole heads"
+
+
+def moved(forward: Forward) -> float:
+    """Bytes of all launches."""
+    return sum(run.prepare.bytes + run.states.bytes + run.finish.bytes for run in forward.runs)
 
 
 def test_a_forward_pass_reads_and_writes_its_tensors_once_and_more_if_a_run_exceeds_the_l2() -> None:
     model = stored_model()
     tensors = 6 * 4 * 32 * 128 * 8192
     large, small = replace(H100, l2=1 << 20), replace(H100, l2=1)
-    assert sum(each.bytes * each.times for each in kda_forward(model, large).launches) == pytest.approx(
-        tensors
-    )
+    assert moved(kda_forward(model, large)) == pytest.approx(tensors)
     between = 2 * model.constants["chunk bytes"] * 32 * 128
-    spilled = sum(each.bytes * each.times for each in kda_forward(model, small).launches)
+    spilled = moved(kda_forward(model, small))
     assert spilled == pytest.approx(tensors * 8 / 6 + between), (
         "and the output is written, read and written again"
     )

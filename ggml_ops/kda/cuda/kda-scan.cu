@@ -56,9 +56,12 @@ struct run_lengths {
 
     // The end of the run that begins at a chunk.
     int end(int begin) const {
-        const int left  = n_chunks - begin;
-        const int found = begin == 0 ? edge : left > inner + edge ? inner : left > inner ? left - edge : left;
-        return begin + (found < left ? found : left);
+        const int left = n_chunks - begin;
+        int       n    = edge;  // also where all runs are as long
+        if (begin > 0 && inner > edge) {
+            n = left > inner + edge ? inner : left > inner ? left - edge : left;
+        }
+        return begin + (n < left ? n : left);
     }
 };
 
