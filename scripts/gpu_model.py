@@ -256,10 +256,7 @@ def run_lengths(model: Model, gpu: Gpu, heads: int, chunks: int) -> list[int]:
     inner = 2 * edge if gpu.block_shared >= c["roomy"] and chunks >= c["long runs from"] * edge else edge
     found: list[int] = []
     while left := chunks - sum(found):
-        n = edge
-        if found and inner > edge:
-            n = inner if left > inner + edge else left - edge if left > inner else left
-        found.append(min(n, left))
+        found.append(min(inner, left - edge) if found and left > 2 * edge else min(edge, left))
     return found
 
 

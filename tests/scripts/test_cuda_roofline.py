@@ -223,6 +223,8 @@ def test_a_run_fills_the_places_of_prepare() -> None:
 def test_long_sequences_have_long_runs_between_the_first_and_the_last() -> None:
     model = stored_model()
     assert run_lengths(model, named("H200"), 32, 128) == [8, *7 * [16], 8]
+    assert run_lengths(model, named("H200"), 32, 75) == [8, *3 * [16], 11, 8]
+    assert run_lengths(model, named("H200"), 32, 65) == [8, *3 * [16], 8, 1]
     assert run_lengths(model, named("H200"), 32, 63) == [*7 * [8], 7], "less than eight runs"
 
 

@@ -65,11 +65,10 @@ struct gate_inputs {
     }
 };
 
-// Decays from their inputs. Tokens after the chunk's last have no effect: e = 1. a: of the head
+// Decays from their inputs. Tokens after the chunk's last have no effect: e = 1.
 template <int SETS>
 static __device__ __forceinline__ void put_decays(prepare_memory<SETS> & mem,
                                                   const gate_inputs &    inputs,
-                                                  float                  a,
                                                   const tile_decays &    decays,
                                                   const block_chunk &    chunk) {
     const int valid = chunk.n_tokens() - decays.tile * TILE;
@@ -78,7 +77,7 @@ static __device__ __forceinline__ void put_decays(prepare_memory<SETS> & mem,
     for (int i = 0; i < TILE; ++i) {
         e[i] = i < valid ? inputs.f[i] + inputs.dt : 0.0f;
     }
-    decays_of(e, a, chunk.args.kind);
+    decays_of(e, chunk.args.a[chunk.head()], chunk.args.kind);
 
     float total = 1.0f;
 #pragma unroll
@@ -274,6 +273,8 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
     extern __shared__ float4 kda_shared[];
     prepare_memory<SETS> &   mem = *reinterpret_cast<prepare_memory<SETS> *>(kda_shared);
 
+    constexpr bool GATES_LATE = D == 64;  // else nvcc 13.0 spills registers from 10.0 on
+
     const int warp = threadIdx.x / WARP;
     const int lane = threadIdx.x % WARP;
 
@@ -285,14 +286,18 @@ static __global__ void __launch_bounds__(PREPARE_THREADS, 2) prepare_kernel(cons
     }
     load_rows(mem.rows[0], chunk, 0);
     gates.load(decays, chunk, 0);
-    const float a = args.a[chunk.head()];
-    pair_sums   sums;
-    frag_b      pk[2][CHUNK / DEPTH];  // P k of key channels from 16*warp on
+    pair_sums sums;
+    frag_b    pk[2][CHUNK / DEPTH];  // P k of key channels from 16*warp on
     for (int c0 = 0; c0 < D; c0 += PART) {
         const part_rows & rows = mem.rows[c0 / PART % SETS];
-        put_decays(mem, gates, a, decays, chunk);
+        if (GATES_LATE && c0 > 0) {
+            gates.load(decays, chunk, c0);
+        }
+        put_decays(mem, gates, decays, chunk);
         if (c0 + PART < D) {
-            gates.load(decays, chunk, c0 + PART);
+            if (!GATES_LATE) {
+                gates.load(decays, chunk, c0 + PART);
+            }
             if (SETS == 2) {
                 load_rows(mem.rows[(c0 / PART + 1) % 2], chunk, c0 + PART);
             }

@@ -1,7 +1,7 @@
 // Second kernel of the chunked KDA scan: updates the state chunk by chunk and writes the output before its norm.
 //
-// A warp computes 16 value channels of a head. Rows of the transposed state are independent, so warps share only what
-// they read. The state S^T [16, D] stays in the accumulators of its matmuls; as left-hand factor of the next ones it is
+// One or two warps compute 16 value channels of a head. Rows of the transposed state are independent, so these groups
+// share only what they read. The state S^T [16, D] stays in the accumulators of its matmuls; as left-hand factor of the next ones it is
 // split into bf16 in registers, and so are the values U^T [16, 64]. The output of `prepare` streams through a ring in
 // shared memory, in order of use and in stages of up to 16 KiB, with one barrier per stage.
 
@@ -218,7 +218,7 @@ add_pairs(float (&o)[TILES][4], const frag_a & values, const char * a, split_wor
 }
 
 template <int D, int WARPS, int RING, int SPLIT>
-static __global__ void __launch_bounds__(WARPS * WARP) states_kernel(const scan_args args, const chunk_run run) {
+static __global__ void __launch_bounds__(WARPS * WARP, 1) states_kernel(const scan_args args, const chunk_run run) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
     using layout = chunk_layout<D>;
     extern __shared__ float4 kda_shared[];
@@ -348,8 +348,8 @@ static void launch_blocks(const scan_args & args, const chunk_run & run, cudaStr
 
 // Blocks of 32 value channels occupy more multiprocessors; a block with a whole head reads the head's inputs once. It is
 // used if there is one for three quarters of the multiprocessors. Its registers leave no room for a second block.
-// Two warps share 16 value channels if each has a scheduler of its own: a warp waits for its own products most of the
-// time. (H200, 32 heads of 128, 8192 tokens: 1.04 ms instead of 1.08.)
+// Two warps share 16 value channels if each has a scheduler of its own: a warp waits for its own products in half of
+// its cycles. (H200, 32 heads of 128, 8192 tokens: 1.04 ms instead of 1.08.)
 template <int D>
 static void
 launch_states(const scan_args & args, const chunk_run & run, const device_limits & device, cudaStream_t stream) {

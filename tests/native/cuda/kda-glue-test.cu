@@ -244,7 +244,7 @@ static std::string refused(int64_t D, int64_t gap, int64_t offset, int cc) {
 }
 
 int main() {
-    standin_multiprocessors = 8;  // so that 130 tokens are several runs
+    standin_multiprocessors = 2;  // so that 130 tokens are three runs
     for (const surroundings & around : all_surroundings) {
         for (const reading how : { reading::permuted, reading::own, reading::own_snapshot }) {
             test_conv({ 32, 2, 5, 3, 2 }, around, true, how);

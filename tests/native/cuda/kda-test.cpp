@@ -216,11 +216,12 @@ static void test_conv(const conv_shape & n, bool new_seq, const options & o) {
 static constexpr size_t SCARCE = 99 << 10, ROOMY = 163 << 10;
 
 // The whole operator on a device of this compute capability.
-static scan_kernel whole(int capability) {
+static scan_kernel whole(int capability, size_t block_shared = SCARCE) {
     return [=](const kda::scan_args & args) {
         // so small that with three sequences there are more blocks of `steps` than multiprocessors
-        const kda::device_limits device = { capability, args.head_size == 256 ? 8 : 4, SCARCE };
-        const DeviceArray<char>  work(kda::chunk_workspace(args, { 0, args.n_tokens }, device));
+        const kda::device_limits device     = { capability, args.head_size == 256 ? 8 : 4, block_shared };
+        cuda_emulator::options.shared_limit = block_shared;
+        const DeviceArray<char> work(kda::chunk_workspace(args, { 0, args.n_tokens }, device));
         kda::scan(args, device, work.data(), { nullptr, nullptr });
     };
 }
@@ -338,6 +339,9 @@ static void test_whole() {
         }
     }
     test_scan("scan", whole(90), { 128, 2, 134, 3, 2 }, "deadly", -INFINITY, true, vary(0));
+    test_scan("scan", whole(90, ROOMY), { 128, 1, 134, 1, 3 }, "ordinary", -INFINITY, true, vary(0));
+    test_scan("scan", whole(90, ROOMY), { 64, 2, 134, 1, 5 }, "deadly", -INFINITY, false, vary(1));
+    test_scan("scan", whole(90, ROOMY), { 64, 1, 134, 2, 2 }, "ordinary", -5, true, vary(4));   // conflicting rows
     test_scan("scan", whole(90), { 64, 48, 128, 2, 1 }, "ordinary", -INFINITY, true, vary(0));  // one block per head
 }
 
