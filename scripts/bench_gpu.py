@@ -53,7 +53,7 @@ with --again. Each has --limit seconds; a build that reaches the limit continues
 other stage starts again.
 
   scripts/bench-gpu                          a generated model of eight layers of the 48B's shapes; half an hour is
-                                             expected, no device has run it yet
+                                             expected; no device has run all stages yet
   scripts/bench-gpu MODEL.gguf               your own model
   scripts/bench-gpu --list                   what is finished, what is left
   scripts/bench-gpu --stage build            one group of stages, or one stage: --stage test-KDA_SCAN

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kimi_gguf.bench.device_operators import RECURRENCE
 from kimi_gguf.bench.page import short_time
 from kimi_gguf.bench.record import load_all
 from kimi_gguf.bench.report import Rows, markdown
@@ -106,7 +107,7 @@ def device_calibration(model: Model, measured: Measured) -> list[tuple[str, floa
         delta = model.estimate(gated_delta_net(HEADS, TOKENS, True), gpu).seconds
         for name, operator, shape, ours in (
             ("KDA_SCAN", "KDA_SCAN", scan_shape(TOKENS), kda_forward(model, gpu).seconds(model, gpu)),
-            ("upstream's recurrence", "GATED_DELTA_NET", f"kda=1,n_seq_tokens={TOKENS}", delta),
+            ("upstream's recurrence", RECURRENCE, f"kda=1,n_seq_tokens={TOKENS}", delta),
         ):
             if found := measured.get((gpu.name, operator, shape)):
                 rows.append((f"{name}, {HEADS} heads, {gpu.name}: {TOKENS} tokens", found, ours))
@@ -247,7 +248,8 @@ def measured_times(files: Sequence[Path]) -> Measured:
             shape = ",".join(row["parameters"].split(",")[:4])
             if row["operator"] == "FLASH_ATTN_EXT":
                 shape = f"kv={values.get('kv')},nb={values.get('nb')},type_K={values.get('type_K')}"
-            found[name, row["operator"], shape] = row["patched"] / 1e6
+            build = "upstream" if row["operator"] == RECURRENCE else "patched"
+            found[name, row["operator"], shape] = row[build] / 1e6
     return found
 
 
