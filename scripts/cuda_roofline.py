@@ -242,13 +242,13 @@ def measured_times(files: Sequence[Path]) -> Measured:
         description = (record.get("device") or {}).get("description", "")
         name = next((gpu.name for gpu in GPUS if gpu.name in description), None)
         for row in record.get("device_operators", ()):
-            if name is None or not row["patched"]:
+            build = "upstream" if row["operator"] == RECURRENCE else "patched"
+            if name is None or not row[build]:
                 continue
             values = dict(part.split("=", 1) for part in row["parameters"].split(",") if "=" in part)
             shape = ",".join(row["parameters"].split(",")[:4])
             if row["operator"] == "FLASH_ATTN_EXT":
                 shape = f"kv={values.get('kv')},nb={values.get('nb')},type_K={values.get('type_K')}"
-            build = "upstream" if row["operator"] == RECURRENCE else "patched"
             found[name, row["operator"], shape] = row[build] / 1e6
     return found
 
