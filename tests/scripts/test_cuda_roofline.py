@@ -331,8 +331,9 @@ def test_no_default_is_slower_than_upstream_with_up_to_8_queries() -> None:
         for kind in ("f16", "q8_0"):
             for queries in range(1, 9):
                 for keys in (
+                    2048,
                     4096,
-                    8193,
+                    8192,
                     10000,
                     12000,
                     12289,

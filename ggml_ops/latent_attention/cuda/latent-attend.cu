@@ -19,9 +19,10 @@ constexpr int WORTH_A_WAVE  = 32;             // more waves have to save one par
 constexpr int PARTIAL_BYTES = N_LATENT * sizeof(float) + sizeof(float2);  // of a row and a split
 constexpr int MAX_PARTIAL   = 96 << 20;                                   // bytes, if there are several waves
 constexpr int JOIN_THREADS  = 512;
-constexpr int MAX_PIECES    = JOIN_THREADS;               // a thread per split finds its weight
-constexpr int ROW_CHUNKS    = N_LATENT / 4;               // of four values, one per thread
-constexpr int JOIN_GROUPS   = JOIN_THREADS / ROW_CHUNKS;  // each sums every fourth split
+constexpr int MAX_PIECES    = JOIN_THREADS;                // a thread per split finds its weight
+constexpr int JOIN_PARTS    = 4;                           // blocks of a row, so that many multiprocessors read
+constexpr int PART_CHUNKS   = N_LATENT / 4 / JOIN_PARTS;   // of four values, one per thread
+constexpr int JOIN_GROUPS   = JOIN_THREADS / PART_CHUNKS;  // each sums every 16th split
 constexpr int JOIN_WARPS    = JOIN_THREADS / WARP;
 
 static bool is_wide(const attention & args) {
@@ -82,11 +83,11 @@ static __device__ __forceinline__ void add_weighted(float4 & to, float weight, c
     to.w += weight * x.w;
 }
 
-// Combines the partial results of one row. Splits that saw no key have weight 0.
+// Combines the partial results of a part of one row. Splits that saw no key have weight 0.
 static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partials partials, int n_pieces, float * out) {
     __shared__ float  weights[MAX_PIECES];
     __shared__ float  of_warps[2][JOIN_WARPS];
-    __shared__ float4 of_groups[JOIN_GROUPS][ROW_CHUNKS];
+    __shared__ float4 of_groups[JOIN_GROUPS][PART_CHUNKS];
 
     wait_for_previous();
     let_next_begin();
@@ -112,13 +113,14 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
     weights[i] = weight;
     __syncthreads();
 
-    const int group = i / ROW_CHUNKS;
-    const int chunk = i % ROW_CHUNKS;
+    const int group = i / PART_CHUNKS;
+    const int chunk = i % PART_CHUNKS;
+    const int first = blockIdx.y * PART_CHUNKS;
     float4    total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
     for (int piece = group; piece < n_pieces; piece += JOIN_GROUPS) {
-        const float4 x = reinterpret_cast<const float4 *>(partials.out + (piece * all_rows + row) * N_LATENT)[chunk];
-        add_weighted(total, weights[piece], x);
+        const float * of_row = partials.out + (piece * all_rows + row) * N_LATENT;
+        add_weighted(total, weights[piece], reinterpret_cast<const float4 *>(of_row)[first + chunk]);
     }
     of_groups[group][chunk] = total;
     __syncthreads();
@@ -135,7 +137,7 @@ static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partial
         add_weighted(total, 1.0f, of_groups[other][chunk]);
     }
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-    reinterpret_cast<float4 *>(out + row * N_LATENT)[chunk] =
+    reinterpret_cast<float4 *>(out + row * N_LATENT)[first + chunk] =
         make_float4(total.x * inverse, total.y * inverse, total.z * inverse, total.w * inverse);
 }
 
@@ -190,7 +192,8 @@ void attend(const attention & args, void * work, cudaStream_t stream) {
         launch<form<type, NARROW>>(args, p, parts, stream);
     });
     if (p.n_pieces > 1) {
-        launch_early<join_pieces>(args.n_streams * p.n_rows, JOIN_THREADS, 0, stream, parts, p.n_pieces, args.out);
+        launch_early<join_pieces>(dim3(args.n_streams * p.n_rows, JOIN_PARTS), JOIN_THREADS, 0, stream, parts,
+                                  p.n_pieces, args.out);
     }
 }
 

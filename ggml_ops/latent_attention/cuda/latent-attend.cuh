@@ -204,15 +204,35 @@ struct sight {
     int              n_queries;
     int              end;  // end of the split
 
-    // Whether any query of the block sees the key.
-    __device__ bool sees(int key) const {
-        constexpr uint16_t MINUS_INFINITY = 0xfc00;
-        bool               any            = mask == nullptr && key < end;
-        for (int i = 0; i < n_queries && mask != nullptr && key < end; ++i) {
+    static constexpr uint16_t MINUS_INFINITY = 0xfc00;
+
+    // What the first two queries have for a key. A comparison would wait for the loads.
+    struct glance {
+        uint16_t first, second;
+    };
+
+    __device__ glance look(int key) const {
+        glance x = { MINUS_INFINITY, MINUS_INFINITY };
+        if (mask != nullptr && key < end) {
+            x.first = mask[key];
+            if (n_queries > 1) {
+                x.second = mask[mask_query + key];
+            }
+        }
+        return x;
+    }
+
+    // Whether any query of the block sees the key that `x` is of.
+    __device__ bool sees(int key, const glance & x) const {
+        bool any = mask == nullptr && key < end;
+        any      = any || x.first != MINUS_INFINITY || x.second != MINUS_INFINITY;
+        for (int i = 2; i < n_queries && mask != nullptr && key < end; ++i) {
             any = any || mask[i * mask_query + key] != MINUS_INFINITY;
         }
         return any;
     }
+
+    __device__ bool sees(int key) const { return sees(key, look(key)); }
 
     // The next tile at or after `key` with a visible key, the same in all warps. `first`: sees() for this lane's key of
     // the first tile.
@@ -379,8 +399,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     key_tile  next      = sight.next(tile.key + TILE_KEYS, sight.sees(tile.key + TILE_KEYS + me.lane));
     cache.fetch(tile);
 
-#pragma unroll
-    for (int i = me.warp * FORM::ROWS / N_WARPS; i < (me.warp + 1) * FORM::ROWS / N_WARPS; ++i) {
+    const auto begin_row = [&](int i) {
         const float range = FORM::HALF && i < n_rows ? half_range(query_row(i)) : 1.0f;
         if (me.lane == 0) {
             const int   query = (row0 + min(i, n_rows - 1)) / args.n_heads;
@@ -390,6 +409,17 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             row.maximum       = -INFINITY;
             row.sum           = 0.0f;
             row.mask          = static_cast<int>((query - query0) * args.mask_query);
+        }
+    };
+    if constexpr (FORM::IS_WIDE) {
+#pragma unroll 1  // the registers do not suffice for more
+        for (int i = me.warp * FORM::ROWS / N_WARPS; i < (me.warp + 1) * FORM::ROWS / N_WARPS; ++i) {
+            begin_row(i);
+        }
+    } else {
+#pragma unroll
+        for (int n = 0; n < FORM::ROWS / N_WARPS; ++n) {  // a constant number: the loads of all rows are in flight
+            begin_row(me.warp * (FORM::ROWS / N_WARPS) + n);
         }
     }
     __syncthreads();
@@ -420,9 +450,12 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
     float out[FORM::VALUE_COLUMNS][GROUP_TILES][4] = {};
 
     while (tile.visible != 0) {
+        const int           lane_key = next.key + TILE_KEYS + me.lane;  // of the tile after the next one
+        const sight::glance ahead    = sight.look(lane_key);
         cache.arrive(tile);
         cache.fetch(next);
-        const bool ahead = sight.sees(next.key + TILE_KEYS + me.lane);  // prefetched
+        // Quantized caches leave no registers for `ahead` during the scores, but unpacking has taken time.
+        bool       sees_ahead = FORM::tiles::FACTORS && sight.sees(lane_key, ahead);
         uint16_t   added[FORM::LANE_KEYS];
         const auto load_mask = [&] {
 #pragma unroll
@@ -485,6 +518,9 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         }
         if (FORM::IS_WIDE) {
             load_mask();
+        }
+        if (!FORM::tiles::FACTORS) {
+            sees_ahead = sight.sees(lane_key, ahead);
         }
         __syncthreads();
 
@@ -569,7 +605,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
             add_values<FORM>(out, weights, cache, to_add.value0());
         }
         tile = next;
-        next = sight.next(next.key + TILE_KEYS, ahead);
+        next = sight.next(next.key + TILE_KEYS, sees_ahead);
     }
 
     const int64_t first_row = static_cast<int64_t>(s) * plan.n_rows + row0;

@@ -42,7 +42,9 @@ bool ggml_cuda_latent_fast_sums(int) {
 
 // Which nodes of the absorbed form the kernels compute; upstream's are faster for others. Upstream converts caches other
 // than F16 to F16 at each step and then multiplies in one pass: reading the cache directly is faster with one block of
-// rows and a long cache. Counted, not measured: kimi_gguf/scripts/latent_counts.py.
+// rows and a long cache. With F16 and one block of rows, splits of the keys and their join cost upstream more.
+// Measured on an H200: F16 and Q8_0 there, for all data-centre devices. The rest is counted:
+// kimi_gguf/scripts/latent_counts.py.
 struct limit {
     int rows;  // maximum number of pairs of query and head, per stream
     int keys;  // minimum
@@ -52,9 +54,10 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     switch (type) {
     case latent_cuda::cache_type::q8_0:
     case latent_cuda::cache_type::q4_0:
-        return { 32, fast_sums ? 8193 : 12289 };
+        return { 32, fast_sums ? 2048 : 12289 };
+    case latent_cuda::cache_type::f16:
     case latent_cuda::cache_type::bf16:
-        return fast_sums ? limit{ 32, 8193 } : limit{};
+        return fast_sums ? limit{ 32, 2048 } : limit{};
     case latent_cuda::cache_type::f32:
         return fast_sums ? limit{ 32, 65536 } : limit{};
     default:

@@ -38,6 +38,8 @@ struct test_latent_absorbed : public test_flash_attn_ext {
                             true),
         exact(exact) {}
 
+    std::string vars() override { return test_flash_attn_ext::vars() + ",exact=" + var_to_str(exact); }
+
     ggml_tensor * build_graph(ggml_context * ctx) override {
         ggml_tensor * out = test_flash_attn_ext::build_graph(ctx);
         if (exact) {
@@ -168,12 +170,19 @@ static void add_latent_eval_cases(std::vector<std::unique_ptr<test_case>> & case
 }
 
 static void add_latent_perf_cases(std::vector<std::unique_ptr<test_case>> & cases) {
-    for (int64_t n_keys : { 512, 4096, 16384 }) {
-        for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-            for (int64_t n_queries : { 1, 8 }) {
-                cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, n_keys, n_queries, true, type));
+    for (bool exact : { false, true }) {
+        for (int64_t n_keys : { 512, 1024, 2048, 4096, 16384, 65536, 131072 }) {
+            for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
+                for (int64_t n_queries : { 1, 8 }) {
+                    cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, n_keys, n_queries, true, type, exact));
+                }
             }
         }
+        for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_BF16, GGML_TYPE_Q4_0 }) {
+            cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, 16384, 1, true, type, exact));
+        }
+    }
+    for (int64_t n_keys : { 512, 4096, 16384 }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
             cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, n_keys, 512, true, type));
             cases.emplace_back(new test_latent_attn(LATENT_KIMI, 32, 1, n_keys, 512, true, type, GGML_TYPE_Q8_0));
