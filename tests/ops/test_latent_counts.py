@@ -78,14 +78,14 @@ def test_what_is_counted() -> None:
 
 
 # Cache type -> data centre: rows and keys; GeForce.
-LIMITS = {"Q8_0": ((32, 2048), (32, 12289)), "BF16": ((32, 2048), (0, 0)), "F32": ((32, 65536), (0, 0))}
+LIMITS = {"Q8_0": ((32, 4096), (32, 12289)), "BF16": ((32, 4096), (0, 0)), "F32": ((32, 65536), (0, 0))}
 
 
 def test_limits_of_the_absorbed_kernels() -> None:
     source = (FOLDER / "cuda" / "latent-ggml.cu").read_text()
     for text in (
-        "return { 32, fast_sums ? 2048 : 12289 };",
-        "fast_sums ? limit{ 32, 2048 } : limit{};",
+        "return { 32, fast_sums ? 4096 : 12289 };",
+        "fast_sums ? limit{ 32, 4096 } : limit{};",
         "limit{ 32, 65536 } : limit{};",
     ):
         assert source.count(text) == 1

@@ -54,10 +54,10 @@ static constexpr limit limit_of(latent_cuda::cache_type type, bool fast_sums) {
     switch (type) {
     case latent_cuda::cache_type::q8_0:
     case latent_cuda::cache_type::q4_0:
-        return { 32, fast_sums ? 2048 : 12289 };
+        return { 32, fast_sums ? 4096 : 12289 };
     case latent_cuda::cache_type::f16:
     case latent_cuda::cache_type::bf16:
-        return fast_sums ? limit{ 32, 2048 } : limit{};
+        return fast_sums ? limit{ 32, 4096 } : limit{};
     case latent_cuda::cache_type::f32:
         return fast_sums ? limit{ 32, 65536 } : limit{};
     default:

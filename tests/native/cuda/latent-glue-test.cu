@@ -89,17 +89,17 @@ static void test_absorbed() {
         const LatentShape shape = with_cache(with_heads(one, 1), type);
         for (const int capability : { 800, 860, 890, 900, 1000, 1200 }) {
             const bool data_centre = capability == 800 || capability == 900 || capability == 1000;
-            const int  from        = data_centre ? 2048 : 12289;
+            const int  from        = data_centre ? 4096 : 12289;
             CHECK(offered(shape.with(1, from), capability));
             CHECK(!offered(shape.with(1, from - 1), capability));
             CHECK(!offered(with_heads(shape.with(1, from), 33), capability));
             CHECK(!offered(shape.with(33, from), capability));
         }
-        CHECK(taken(shape.with(1, 2048), 900));
-        CHECK(!taken(shape.with(1, 2048), 1200));
+        CHECK(taken(shape.with(1, 4096), 900));
+        CHECK(!taken(shape.with(1, 4096), 1200));
     }
     for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_BF16 }) {
-        const LatentShape shape = with_cache(with_heads(one.with(1, 2048), 1), type);
+        const LatentShape shape = with_cache(with_heads(one.with(1, 4096), 1), type);
         for (const int capability : { 800, 900, 1000, 1030 }) {  // data centre
             CHECK(offered(shape, capability));
         }
@@ -107,8 +107,8 @@ static void test_absorbed() {
             CHECK(!offered(shape, capability));
         }
         CHECK(taken(shape));
-        CHECK(!offered(shape.with(33, 2048)));
-        CHECK(!offered(shape.with(1, 2047)));
+        CHECK(!offered(shape.with(33, 4096)));
+        CHECK(!offered(shape.with(1, 4095)));
     }
     const LatentShape f32 = with_cache(with_heads(one, 1), GGML_TYPE_F32);
     CHECK(!offered(f32.with(1, 65535)));
