@@ -66,10 +66,12 @@ Families (--family), with the default --layers and --experts:
 On a GPU --quick is batches {_GPU_QUICK["batches"]} at depths {_GPU_QUICK["depths"]}, --grid batches
 {_GPU_GRID["batches"]} at depths {_GPU_GRID["depths"]}; cells that do not fit in its memory are left out.
 On a CPU, a model that does not fit in memory twice is measured one process at a time, in turns A B C C B A, repeated by
---rounds. On a device it must fit twice; otherwise the command ends with an error.
+--rounds. FILE may be larger than memory: it is mapped, and upstream is measured without copies of the weights. This
+reads from disk and takes long. On a device it must fit twice; otherwise the command ends with an error.
 Builds that do not exist are made first (kimi-llama build). Without a compiler, FILE is measured with the patched build
 alone, with no options but --threads, --depth and --build.
-Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time.
+Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time. Generated
+models have no tokenizer: chat and run cannot use them.
 
 exit status: 0 measured; 1 not possible (one line says why); 2 wrong arguments; 130 interrupted. The record on disk is
 complete after every cell."""

@@ -361,7 +361,9 @@ def test_the_defaults_are_those_of_the_code() -> None:
     for device, least in zip(("data centre", "GeForce"), keys, strict=True):
         assert (found[f"q8_0 rows, {device}"], found[f"q8_0 keys, {device}"]) == (int(rows), int(least))
     assert "case latent_cuda::cache_type::f16:" in body
-    (rows, least), *_ = re.findall(r"return fast_sums \? limit\{ (\d+), (\d+) \} : limit\{\};", body.split("f16:")[1])
+    (rows, least), *_ = re.findall(
+        r"return fast_sums \? limit\{ (\d+), (\d+) \} : limit\{\};", body.split("bf16:")[1]
+    )
     assert (found["f16 rows, data centre"], found["f16 keys, data centre"]) == (int(rows), int(least))
     assert found["f16 rows, GeForce"] == found["f16 keys, GeForce"] == 0
     (mebibytes,) = re.findall(r"MAX_COPY = (\d+) << 20;", text)

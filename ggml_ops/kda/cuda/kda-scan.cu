@@ -13,13 +13,13 @@ constexpr int CHUNKS_FROM = 32;
 
 // A long sequence is processed in runs of chunks, and `prepare` computes the next run while `states` processes this one.
 // A run should fill the blocks of `prepare` that fit the device at once, a whole number of times. It is no longer than
-// that, because `prepare` of the first run and `states` of the last one have nothing to run beside. Long sequences have
-// few such runs: those between are twice as long. (H200: 2048 tokens 0.27 ms instead of 0.30, 8192 tokens 1.05 instead of
-// 1.08 at that time.)
+// that, because `prepare` of the first run and `states` of the last one have nothing to run beside. In long sequences
+// these two are a small share, so the runs between them are twice as long. (H200: 2048 tokens 277 us instead of 292, 8192
+// tokens 1.05 ms instead of 1.08 at that time.)
 constexpr int PREPARE_BLOCKS = 2;         // per multiprocessor: its registers allow two
 constexpr int MAX_WAVES      = 4;         // more waves gain less than a sixteenth of the blocks
 constexpr int WORTH_A_WAVE   = 16;        // a further wave has to use a sixteenth of the blocks more
-constexpr int RUN_BYTES      = 48 << 20;  // limit of a run's intermediate data, unless the run is one chunk
+constexpr int RUN_BYTES      = 48 << 20;  // of the first and the last run, unless they are one chunk
 constexpr int LONG_RUNS_FROM = 4;         // runs
 
 // Bytes per chunk of all heads and sequences.

@@ -83,7 +83,7 @@ static __device__ __forceinline__ void add_weighted(float4 & to, float weight, c
     to.w += weight * x.w;
 }
 
-// Combines the partial results of a part of one row. Splits that saw no key have weight 0.
+// Combines the partial results of a quarter of one row. Splits that saw no key have weight 0.
 static __global__ void __launch_bounds__(JOIN_THREADS) join_pieces(const partials partials, int n_pieces, float * out) {
     __shared__ float  weights[MAX_PIECES];
     __shared__ float  of_warps[2][JOIN_WARPS];

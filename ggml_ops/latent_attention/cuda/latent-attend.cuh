@@ -206,7 +206,7 @@ struct sight {
 
     static constexpr uint16_t MINUS_INFINITY = 0xfc00;
 
-    // What the first two queries have for a key. A comparison would wait for the loads.
+    // The mask of a key for the first two queries. It is compared later, because a comparison waits for the loads.
     struct glance {
         uint16_t first, second;
     };
@@ -454,7 +454,7 @@ attend_piece(const attention & args, const plan & plan, const partials & partial
         const sight::glance ahead    = sight.look(lane_key);
         cache.arrive(tile);
         cache.fetch(next);
-        // Quantized caches leave no registers for `ahead` during the scores, but unpacking has taken time.
+        // Quantized caches: now, because the scores need all registers. Unpacking has given the loads time.
         bool       sees_ahead = FORM::tiles::FACTORS && sight.sees(lane_key, ahead);
         uint16_t   added[FORM::LANE_KEYS];
         const auto load_mask = [&] {
