@@ -21,7 +21,8 @@ FILL = 1e-6  # seconds until the first bytes arrive from memory and the last res
 HEADS, HEAD, LATENT, ROPE = 32, 128, 512, 64
 TOKENS = 8192
 ROW_BYTES = {"f16": 2 * (LATENT + ROPE), "q8_0": (LATENT + ROPE) // 32 * 34}
-JOIN_TURN = 32  # splits in a turn of join's loop: eight in each of four groups
+JOIN_PARTS = 4  # blocks of join for a row
+JOIN_TURN = 128  # splits in a turn of join's loop: eight in each of 16 groups
 PREFILL = (512, 8192)  # queries and keys of the decompressed form in the table of kernels
 
 
@@ -346,7 +347,7 @@ def attend(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> list[L
     warps = c["attend threads"] // 32
     read = ROW_BYTES[kind] * keys
     main = Launch(kernel, blocks * splits, warps, per_split, read + partial, c[f"{kernel} shared"])
-    join = Launch("join", rows, c["join threads"] // 32, splits / JOIN_TURN, partial)
+    join = Launch("join", JOIN_PARTS * rows, c["join threads"] // 32, splits / JOIN_TURN, partial)
     return [main] + ([join] if splits > 1 else [])
 
 

@@ -394,7 +394,18 @@ def test_measured_times_are_on_the_page(tmp_path: Path) -> None:
     attention = "hsk=576,hsv=512,nh=1,kv=65536,nb=1,mask=1,type_K=q8_0,type_V=q8_0"
     made["device_operators"] = [
         {"operator": "KDA_SCAN", "parameters": shape, "patched": 1234.0, "upstream": None},
-        {"operator": "FLASH_ATTN_EXT", "parameters": attention, "patched": 56.7, "upstream": 60.0},
+        {
+            "operator": "FLASH_ATTN_EXT",
+            "parameters": attention + ",exact=0",
+            "patched": 56.7,
+            "upstream": None,
+        },
+        {
+            "operator": "FLASH_ATTN_EXT",
+            "parameters": attention + ",exact=1",
+            "patched": 99.9,
+            "upstream": None,
+        },
     ]
     file, out = tmp_path / "record.json", tmp_path / "page.md"
     file.write_text(json.dumps(made))

@@ -194,13 +194,11 @@ def masked(engine: Engine) -> Iterator[Slots]:
     yield from slots_of(engine, (small_model("F32", engine), "F32"), True, "off")
 
 
-def test_the_mask_of_a_lone_sequence(masked: Slots) -> None:
+def test_the_mask_of_a_single_sequence(masked: Slots) -> None:
     """Each token sees its predecessors, also in a batch, next to other sequences, and among cells that are empty."""
     masked.begin()
-    masked.step(decode(*tokens(SUBJECT, 0, 1), wanted=[]))
-    for i in range(1, PROMPT + STEPS):
-        part = tokens(SUBJECT, i, 1)
-        masked.step(decode(*part, wanted=[0] if i >= PROMPT - 1 else []))
+    for i in range(PROMPT + STEPS):
+        masked.step(decode(*tokens(SUBJECT, i, 1), wanted=[0] if i >= PROMPT - 1 else []))
     one_by_one = masked.logits()
 
     assert nmse(_alone(masked, 2), one_by_one) < MASKED

@@ -317,9 +317,9 @@ static void test_chunks() {
     for (const int64_t T : { 1, 17, 33, 47, 63, 64, 65, 600 }) {
         test_scan("chunks", chunks(4, ROOMY), { 128, 1, T, 1, 1 }, "ordinary", -INFINITY, T == 65, vary(i++));
     }
-    test_scan("chunks", chunks(2, ROOMY), { 64, 1, 2100, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));  // long runs
-    test_scan("chunks", chunks(2, ROOMY), { 32, 1, 1025, 1, 1 }, "ordinary", -INFINITY, false,
-              vary(i++));  // one of them
+    // long runs, and one long run
+    test_scan("chunks", chunks(2, ROOMY), { 64, 1, 2100, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
+    test_scan("chunks", chunks(2, ROOMY), { 32, 1, 1025, 1, 1 }, "ordinary", -INFINITY, false, vary(i++));
     for (const char * gate : gates) {
         for (const double bound : { -(double) INFINITY, -5.0 }) {
             test_scan("chunks", chunks(1), { 128, 1, 130, 1, 1 }, gate, bound, i % 2 == 0, vary(i));
