@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ SHIM = Path(__file__).parents[1] / "native" / "small_memory.c"
 REPACKED = "CPU_REPACK model buffer size"
 REASON = "more than 2/3 of the available memory"
 READ_WHEN_USED = "read from disk when they are used"
-POPULATED = "MAP_POPULATE"
+POPULATED = re.compile("MAP_POPULATE|MADV_POPULATE_READ")
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +98,17 @@ def test_mapped_weights_that_fit_into_memory_are_read_as_a_whole(
     model: Path, shim: Path, engine: Engine
 ) -> None:
     said = log(engine, model, shim, int(1.05 * model.stat().st_size))
-    assert POPULATED in said and READ_WHEN_USED not in said
+    assert POPULATED.search(said) and READ_WHEN_USED not in said
 
 
 def test_mapped_weights_larger_than_memory_are_read_when_they_are_used(
     model: Path, shim: Path, engine: Engine
 ) -> None:
     said = log(engine, model, shim, int(0.9 * model.stat().st_size))
-    assert POPULATED not in said and READ_WHEN_USED in said
+    assert not POPULATED.search(said) and READ_WHEN_USED in said
 
 
 def test_upstream_reads_weights_larger_than_memory_as_a_whole(
     model: Path, shim: Path, upstream: Engine
 ) -> None:
-    assert POPULATED in log(upstream, model, shim, int(0.9 * model.stat().st_size))
+    assert POPULATED.search(log(upstream, model, shim, int(0.9 * model.stat().st_size)))

@@ -1,15 +1,21 @@
-"""Large CPU buffers are given huge pages where Linux has them."""
+"""0024-huge-pages: large CPU buffers and mapped models are given huge pages where Linux has them."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from native_program import compile_program, run_program
+from random_checkpoint import Spec
+from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+SHIM = Path(__file__).parents[1] / "native" / "small_memory.c"
+EVENT = re.compile(r"(MADV_HUGEPAGE|MADV_POPULATE_READ|MAP_POPULATE) (0x[0-9a-f]+|\(nil\))")
 
 pytestmark = [
     pytest.mark.engine,
@@ -17,5 +23,44 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_gguf(tmp_path_factory.mktemp("model"), Spec(seed=24), "F16")
+
+
+def events(engine: Engine, model: Path, folder: Path, **environment: str) -> list[tuple[str, str]]:
+    """What a program asks of Linux for the mapped model: calls and addresses, in order."""
+    shim = folder / "shim.so"
+    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
+    command = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
+    ended = subprocess.run(
+        [*command, "--no-conversation", "--threads", "1"],
+        env={"LD_PRELOAD": str(shim), **environment},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    found = EVENT.findall(ended.stderr)
+    mapped = {address for call, address in found if call != "MADV_HUGEPAGE"}
+    return [event for event in found if event[1] in mapped]
+
+
 def test_linux_is_asked_for_huge_pages(tmp_path: Path, engine: Engine) -> None:
     run_program(compile_program(engine, "huge-pages-test.cpp", tmp_path))
+
+
+def test_a_mapped_model_is_read_after_huge_pages_are_advised(
+    model: Path, tmp_path: Path, engine: Engine
+) -> None:
+    calls = [call for call, _ in events(engine, model, tmp_path)]
+    assert calls == ["MADV_HUGEPAGE", "MADV_POPULATE_READ"]
+
+
+def test_kernels_before_5_14_read_the_model_when_they_map_it(
+    model: Path, tmp_path: Path, engine: Engine
+) -> None:
+    calls = [call for call, _ in events(engine, model, tmp_path, OLD_KERNEL="1")]
+    assert calls == ["MADV_HUGEPAGE", "MAP_POPULATE"]
+
+
+def test_upstream_reads_the_model_before_any_advice(model: Path, tmp_path: Path, upstream: Engine) -> None:
+    assert events(upstream, model, tmp_path) == [("MAP_POPULATE", "(nil)")]

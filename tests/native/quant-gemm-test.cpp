@@ -291,7 +291,7 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         change(s);
         shapes.push_back(s);
     };
-    for (const int64_t k : { kind.block, kind.block * 3, kind.block * 9, (int64_t) 2304 }) {
+    for (const int64_t k : { kind.block, kind.block * 3, kind.block * 4, kind.block * 9, (int64_t) 2304 }) {
         add([&](Shape & s) { s.k = k; });
         add([&](Shape & s) { s.k = k, s.n_tokens = 1; });
         add([&](Shape & s) { s.k = k, s.n_tokens = 3; });
@@ -313,6 +313,9 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
     }
     for (const int64_t n : { 1, 4, 300 }) {  // many threads divide rows, columns, and a row of activations
         add([&](Shape & s) { s.n_rows = 520, s.n_tokens = n; });
+    }
+    for (const int64_t n : { 1, 3 }) {  // few threads have tasks of more rows
+        add([&](Shape & s) { s.n_rows = 4104, s.n_tokens = n; });
     }
     add([&](Shape & s) { s.strided = true; });
     add([&](Shape & s) { s.n_planes = 3; });

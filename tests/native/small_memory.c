@@ -1,7 +1,8 @@
-// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available, and a file that is mapped
-// and read as a whole is reported.
+// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available, if that is set. Reports how
+// mapped files are read as a whole, and advice for huge pages. With $OLD_KERNEL, madvise cannot read.
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,7 +14,7 @@ FILE * fopen(const char * path, const char * mode) {
     if (next == NULL) {
         *(void **) &next = dlsym(RTLD_NEXT, "fopen");
     }
-    if (strcmp(path, "/proc/meminfo") != 0) {
+    if (strcmp(path, "/proc/meminfo") != 0 || getenv("AVAILABLE") == NULL) {
         return next(path, mode);
     }
     snprintf(text, sizeof(text), "MemTotal:       99999999 kB\nMemAvailable:   %s kB\n", getenv("AVAILABLE"));
@@ -26,11 +27,29 @@ void * mmap(void * address, size_t size, int protection, int flags, int fd, off_
         *(void **) &next = dlsym(RTLD_NEXT, "mmap");
     }
     if (fd >= 0 && (flags & MAP_POPULATE) != 0) {
-        fprintf(stderr, "MAP_POPULATE\n");
+        fprintf(stderr, "MAP_POPULATE %p\n", address);
     }
     return next(address, size, protection, flags, fd, offset);
 }
 
 void * mmap64(void * address, size_t size, int protection, int flags, int fd, off_t offset) {
     return mmap(address, size, protection, flags, fd, offset);
+}
+
+int madvise(void * address, size_t size, int advice) {
+    static int (*next)(void *, size_t, int);
+    if (next == NULL) {
+        *(void **) &next = dlsym(RTLD_NEXT, "madvise");
+    }
+    if (advice == MADV_HUGEPAGE) {
+        fprintf(stderr, "MADV_HUGEPAGE %p\n", address);
+    }
+    if (advice == MADV_POPULATE_READ && getenv("OLD_KERNEL") != NULL) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (advice == MADV_POPULATE_READ) {
+        fprintf(stderr, "MADV_POPULATE_READ %p\n", address);
+    }
+    return next(address, size, advice);
 }

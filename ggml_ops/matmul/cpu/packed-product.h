@@ -13,9 +13,8 @@ namespace ggml::cpu {
 struct packed_format {
     enum { REPACK, QUANT_GEMM } writer;
 
-    int type;  // REPACK: a ggml_type; QUANT_GEMM: a Scheme
-    int64_t
-        detail;  // REPACK: adjacent elements of a row; QUANT_GEMM: the offset of the quants, and whether rows are expanded
+    int     type;    // REPACK: a ggml_type; QUANT_GEMM: a Scheme
+    int64_t detail;  // REPACK: adjacent elements of a row; QUANT_GEMM: the offset of the quants
 
     bool operator==(const packed_format & o) const {
         return writer == o.writer && type == o.type && detail == o.detail;

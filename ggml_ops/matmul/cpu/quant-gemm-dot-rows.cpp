@@ -360,19 +360,19 @@ template <typename Block> static inline FourBlocks load(const Block * w) {
     return { { half[0], half[1] } };
 }
 
-// 8 blocks of 16 rows: integer sums of each block times N_C columns, without the offset of the quants, and scales. A
+// Up to 8 blocks of 16 rows: integer sums of each block times N_C columns, without the offset of the quants, and scales. A
 // vector of sums has four blocks, each of four rows.
 template <int N_C> struct Slice {
     alignas(64) __m512i sums[N_C][2][DOT_ROWS / 4];
     alignas(64) __m128i scales[DOT_ROWS];
 };
 
-// Four rows of a slice. columns: quants of activations.
-template <typename Block, int N_C>
+// Four rows of a slice of 4 * VECTORS blocks. columns: quants of activations.
+template <int VECTORS, typename Block, int N_C>
 static inline void
 sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2], int group, Slice<N_C> & slice) {
 #pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
+    for (int j = 0; j < VECTORS; j++) {
         FourBlocks codes[4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
@@ -391,7 +391,32 @@ sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2]
     }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; r++) {
-        slice.scales[4 * group + r] = scale_bits(row[r]);
+        slice.scales[4 * group + r] = scale_bits<4 * VECTORS>(row[r]);
+    }
+}
+
+// n blocks of 16 rows, beginning with block `first`. Blocks missing from 4 * VECTORS are zeros on both sides.
+template <int VECTORS, typename Block, int N_C>
+static inline void sum_slice(
+    const Rows & rows, int64_t first, int n, ptrdiff_t ahead, const FourBlocks (&columns)[N_C][2], Slice<N_C> & slice) {
+    Block last[4][4 * VECTORS];
+    if (n < 4 * VECTORS) {
+        memset(last, 0, sizeof(last));
+    }
+    for (int r = 0; r < DOT_ROWS; r += 4) {
+        const Block * w[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            w[j] = (const Block *) rows.row[r + j] + first;
+            prefetch<2>((const char *) w[j] + ahead, sizeof(last[j]));
+        }
+        if (n < 4 * VECTORS) {
+            for (int j = 0; j < 4; j++) {
+                memcpy(last[j], w[j], n * sizeof(Block));
+                w[j] = last[j];
+            }
+        }
+        sum_four_rows<VECTORS>(w, columns, r / 4, slice);
     }
 }
 
@@ -419,8 +444,7 @@ add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const 
     }
 }
 
-// Blocks missing from the last 8 are zeros on both sides. The sums of a slice are added before the next one is read: a
-// longer pause would leave memory idle.
+// The sums of a slice are added before the next one is read: a longer pause would leave memory idle.
 template <typename Block, int N_C>
 static void dot_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     const Rows      rows(weights.first, weights.stride, 0, weights.n);
@@ -432,30 +456,16 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
         const int64_t i = first / N_BLOCKS;
         FourBlocks    acts[N_C][2];
         Slice<N_C>    slice;
-        Block         last[4][N_BLOCKS];
-        if (n < N_BLOCKS) {
-            memset(last, 0, sizeof(last));
-        }
         for (int c = 0; c < N_C; c++) {
             const auto & codes = ((const ActBlocks *) columns[c])[i].codes;
             for (int j = 0; j < 4; j++) {
                 acts[c][j / 2].half[j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
             }
         }
-        for (int r = 0; r < DOT_ROWS; r += 4) {
-            const Block * w[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                w[j] = (const Block *) rows.row[r + j] + first;
-                prefetch<2>((const char *) w[j] + ahead, N_BLOCKS * sizeof(Block));
-            }
-            if (n < N_BLOCKS) {
-                for (int j = 0; j < 4; j++) {
-                    memcpy(last[j], w[j], n * sizeof(Block));
-                    w[j] = last[j];
-                }
-            }
-            sum_four_rows(w, acts, r / 4, slice);
+        if (n <= N_BLOCKS / 2) {  // all of a row of 128 weights, as in k_b of MLA and in KDA's gates
+            sum_slice<1, Block>(rows, first, n, ahead, acts, slice);
+        } else {
+            sum_slice<2, Block>(rows, first, n, ahead, acts, slice);
         }
         add_slice<Block>(slice, n, i, columns, total);
     }

@@ -491,35 +491,22 @@ const Dot & dot_of(const Format &) {
 
 #endif
 
-size_t expanded_row_size(const Format & format, int64_t k) {
-    return k / SLICE * dot_of(format).expansion.size;
-}
+DotOperand::DotOperand(const Format & format, int64_t k) : dot(dot_of(format)), k(k) {}
 
-void expand_row(const Format & format, const char * packed, int64_t k, char * to) {
-    const Expansion & expansion = dot_of(format).expansion;
-    for (int64_t i = 0; i < k / SLICE; i++) {
-        expansion.expand(((const ActSuperBlock *) packed)[i], to + i * expansion.size);
+const char * DotOperand::expanded(int column, const char * packed) {
+    const size_t size = dot.expansion.size;
+    Expanded &   to   = copies[column];
+    if (to.memory == nullptr) {
+        to.memory.reset(new Line[k / SLICE * size / CACHE_LINE]);
     }
-}
-
-DotOperand::DotOperand(const Format & format, int64_t k, const char * acts, const char * expanded) :
-    format(format), dot(dot_of(format)), k(k), acts(acts), expanded(expanded) {}
-
-const char * DotOperand::expanded_column(int column, const char * packed) {
-    const size_t size = expanded_row_size(format, k);
-    if (expanded != nullptr) {
-        return expanded + (packed - acts) / act_row_size(format.scheme, k) * size;
+    char * bytes = to.memory[0].bytes;
+    if (to.packed != packed) {
+        for (int64_t i = 0; i < k / SLICE; i++) {
+            dot.expansion.expand(((const ActSuperBlock *) packed)[i], bytes + i * size);
+        }
+        to.packed = packed;
     }
-    copies.resize(std::max<size_t>(copies.size(), columns.n));
-    Copy & copy = copies[column];
-    if (copy.memory == nullptr) {
-        copy.memory.reset(new Line[size / CACHE_LINE]);
-    }
-    if (copy.packed != packed) {
-        expand_row(format, packed, k, copy.memory[0].bytes);
-        copy.packed = packed;
-    }
-    return copy.memory[0].bytes;
+    return bytes;
 }
 
 void DotOperand::set_columns(Columns these) {
@@ -527,9 +514,10 @@ void DotOperand::set_columns(Columns these) {
     if (dot.expansion.size == 0) {
         return;
     }
+    copies.resize(std::max<size_t>(copies.size(), columns.n));
     pointers.resize(columns.n);
     for (int c = 0; c < columns.n; c++) {
-        pointers[c] = expanded_column(c, columns.at[c]);
+        pointers[c] = expanded(c, columns.at[c]);
     }
     columns.at = pointers.data();
 }

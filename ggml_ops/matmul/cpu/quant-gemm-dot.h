@@ -27,7 +27,8 @@ struct WeightRows {
 // write sums of all Dot::rows rows.
 using DotColumns = void (*)(const WeightRows & w, int64_t k, const char * const * columns, float * sums);
 
-// A form of 256 packed activations that some kernels read instead. It is made once for many rows.
+// A form of 256 packed activations that some kernels read instead. Each thread makes its own, once for many rows: it is
+// several times as large as the packed form, so that reading what another core has written takes longer.
 struct Expansion {
     size_t size                                           = 0;        // in bytes, a multiple of CACHE_LINE
     void (*expand)(const ActSuperBlock & from, void * to) = nullptr;  // to: aligned to CACHE_LINE
@@ -61,19 +62,12 @@ const Dot & dot_of(const Format & format);
 const Dot * find_dot_of_groups(ggml_type type);
 const Dot * find_dot_of_rows(ggml_type type);
 
-// Size of an expanded row of k activations in bytes; 0 if the kernels read packed rows as they are.
-size_t expanded_row_size(const Format & format, int64_t k);
-
-// Expands a packed row of k activations, or slices of it. to: aligned to CACHE_LINE.
-void expand_row(const Format & format, const char * packed, int64_t k, char * to);
-
-// The columns of a node's dot products as its kernels read them, for one thread. Packed rows must not change while the
+// The columns of dot products as the kernels of a format read them, for one thread. Packed rows must not change while the
 // object exists: a column that follows itself is not expanded again.
 class DotOperand {
   public:
-    // acts: packed rows of k activations. expanded: the same rows expanded, or nullptr: columns are expanded as they are
-    // set.
-    DotOperand(const Format & format, int64_t k, const char * acts, const char * expanded);
+    // k: activations in a column.
+    DotOperand(const Format & format, int64_t k);
 
     // Packed rows. columns.at must live until the next call.
     void set_columns(Columns columns);
@@ -86,21 +80,18 @@ class DotOperand {
         char bytes[CACHE_LINE];
     };
 
-    struct Copy {
+    struct Expanded {
         const char *            packed = nullptr;
         std::unique_ptr<Line[]> memory;
     };
 
-    const char * expanded_column(int column, const char * packed);
+    const char * expanded(int column, const char * packed);
 
-    const Format &            format;
     const Dot &               dot;
     const int64_t             k;
-    const char *              acts;
-    const char *              expanded;
     Columns                   columns = { nullptr, 0 };
-    std::vector<Copy>         copies;    // of columns, if nothing was expanded before
-    std::vector<const char *> pointers;  // to the expanded columns
+    std::vector<Expanded>     copies;    // of columns, if the kernels read expanded ones
+    std::vector<const char *> pointers;  // to these
 };
 
 #if QUANT_GEMM_KERNELS

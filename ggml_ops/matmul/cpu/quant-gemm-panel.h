@@ -165,9 +165,8 @@ const Format * format_of(const ggml_tensor * dst, quant_gemm_layout layout);
 // same bits, except for plain numbers.
 bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns);
 
-// Packs this thread's share of the rows of src1, contiguously, and expands them for dot products (quant-gemm-dot.h) unless
-// `expanded` is nullptr.
-void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, char * expanded, int ith, int nth);
+// Packs this thread's share of the rows of src1, contiguously.
+void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth);
 
 // Bytes to prefetch during the computation.
 struct Ahead {

@@ -29,23 +29,17 @@ class Steps : public ggml::cpu::packed_product {
   public:
     ggml::cpu::packed_format format(const ggml_tensor * op) const override {
         const Format * format = format_of(op);
-        // repacked weights of the same scheme have kernels that need no expanded rows
-        const int flag = expanded_row_size(*format, op->src[0]->ne[0]) > 0 ? EXPANDED : 0;
-        return { ggml::cpu::packed_format::QUANT_GEMM, (int) format->scheme, format->offset | flag };
+        return { ggml::cpu::packed_format::QUANT_GEMM, (int) format->scheme, format->offset };
     }
 
     int64_t row_step() const override { return DOT_ROWS; }
 
     size_t packed_size(const ggml_tensor * op) const override {
-        const Format & format = *format_of(op);
-        const int64_t  k      = op->src[1]->ne[0];
-        const int64_t  n      = ggml_nrows(op->src[1]);
-        return n * act_row_size(format.scheme, k) + CACHE_LINE + n * expanded_row_size(format, k);
+        return ggml_nrows(op->src[1]) * act_row_size(format_of(op)->scheme, op->src[1]->ne[0]);
     }
 
     void pack_activations(ggml_compute_params * params, ggml_tensor * op) override {
-        const Format & format = *format_of(op);
-        pack_rows(format, op->src[1], (char *) params->wdata, expanded_rows(params, op), params->ith, params->nth);
+        pack_rows(*format_of(op), op->src[1], (char *) params->wdata, params->ith, params->nth);
     }
 
     void multiply_rows(ggml_compute_params * params, ggml_tensor * op, int64_t first, int64_t last) override {
@@ -57,7 +51,7 @@ class Steps : public ggml::cpu::packed_product {
         for (int c = 0; c < n; c++) {
             columns[c] = (const char *) params->wdata + c * act_size;
         }
-        DotOperand few(format, weights->ne[0], (const char *) params->wdata, expanded_rows(params, op));
+        DotOperand few(format, weights->ne[0]);
         few.set_columns({ columns, n });
         // the next rows of this thread if all threads progress equally
         const int64_t next = first + params->nth * (last - first);
@@ -71,17 +65,6 @@ class Steps : public ggml::cpu::packed_product {
                 memcpy((char *) op->data + c * op->nb[1] + row * sizeof(float), sums[c], n_rows * sizeof(float));
             }
         }
-    }
-
-  private:
-    static constexpr int EXPANDED = 1 << 16;  // more than any offset
-
-    // Behind the packed rows; nullptr if the kernels need none.
-    static char * expanded_rows(const ggml_compute_params * params, const ggml_tensor * op) {
-        const Format & format = *format_of(op);
-        const int64_t  k      = op->src[1]->ne[0];
-        const size_t   at     = (size_t) params->wdata + ggml_nrows(op->src[1]) * act_row_size(format.scheme, k);
-        return expanded_row_size(format, k) > 0 ? (char *) ((at + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE) : nullptr;
     }
 };
 

@@ -246,15 +246,23 @@ template <typename Block> constexpr bool HAS_EXPONENT = IS_ONE_OF<Block, block_m
 
 #if QUANT_GEMM_AVX512
 
-// The scales of 8 neighbouring blocks as they are stored, in 16 bits each.
-template <typename Block> inline __m128i scale_bits(const Block * w) {
+// The scales of N neighbouring blocks, 4 or 8, as they are stored, in 16 bits each.
+template <int N = N_BLOCKS, typename Block> inline __m128i scale_bits(const Block * w) {
     if constexpr (HAS_EXPONENT<Block>) {
-        alignas(16) uint16_t x[N_BLOCKS];
+        alignas(16) uint16_t x[N_BLOCKS] = {};
 #pragma GCC unroll 8
-        for (int b = 0; b < N_BLOCKS; b++) {
+        for (int b = 0; b < N; b++) {
             x[b] = w[b].e;
         }
         return _mm_load_si128((const __m128i *) x);
+    } else if constexpr (N == 4) {  // two vectors of 32 numbers of 16 bits, which read nothing behind the blocks
+        constexpr int  WORDS  = sizeof(Block) / 2;
+        constexpr int  SECOND = std::min(4 * WORDS - 32, 32);
+        constexpr auto at     = [](int b) { return b * WORDS < 32 ? b * WORDS : b * WORDS - SECOND + 32; };
+        const __m512i  nth    = _mm512_castsi128_si512(_mm_setr_epi16(at(0), at(1), at(2), at(3), 0, 0, 0, 0));
+        const char *   p      = (const char *) w;
+        return _mm512_castsi512_si128(
+            _mm512_permutex2var_epi16(_mm512_loadu_si512(p), nth, _mm512_loadu_si512(p + 2 * SECOND)));
     } else {  // the first one of WORDS numbers of 16 bits
         constexpr int WORDS  = sizeof(Block) / 2;
         constexpr int SECOND = std::min(4 * WORDS, 8 * WORDS - 64);  // reads nothing behind the blocks

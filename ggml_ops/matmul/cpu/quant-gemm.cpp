@@ -23,6 +23,10 @@ static constexpr int MAX_COLUMNS = 128;  // their packed activations (368 KiB at
 static constexpr int FEW_COLUMNS = 32;
 static constexpr int TASK_ROWS   = 128;
 
+// Dot products: tasks have more rows if there are still so many tasks for each thread. Weights of a task that begins come
+// from memory more slowly than those that follow.
+static constexpr int TASKS_PER_THREAD = 8;
+
 // Up to so many columns there are too few tiles to prefetch all of the next rows with them.
 static constexpr int PREFETCH_EARLY = 24;
 
@@ -33,10 +37,6 @@ static constexpr int ROW_COST  = 16;
 // Columns for which another thread that sorts pays for the barrier that it requires.
 static constexpr int SORTED_COLUMNS = 512;
 static constexpr int MAX_SORTERS    = 8;
-
-// Up to so many rows of activations are expanded as they are packed, once for all threads. Of more rows, most are
-// multiplied by panels: a thread expands those that it needs.
-static constexpr int EXPANDED_ROWS = 32;
 
 static size_t padded(size_t n) {
     return (n + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
@@ -65,9 +65,7 @@ struct alignas(CACHE_LINE) Scratch {
 
 // The layout of the work buffer, in order.
 struct Work {
-    size_t acts;      // packed rows of src1
-    size_t expanded;  // the same rows, expanded for dot products, if its size is not 0
-    size_t expanded_size;
+    size_t acts;     // packed rows of src1
     size_t columns;  // Column of every column of the result, sorted by matrix
     size_t starts;   // int64_t: the first column of every matrix, and the end
     size_t counts;   // int64_t: columns of every matrix, per sorter; then each sorter's next position in every matrix
@@ -97,13 +95,10 @@ static int count_sorters(const ggml_tensor * dst, int n_threads) {
 static Work plan_work(const ggml_tensor * dst, const Format & format, int n_tasks) {
     const ggml_tensor * src1 = dst->src[1];
     Work                work;
-    work.acts            = 0;
-    const int64_t n_rows = ggml_nrows(src1);
-    work.expanded        = padded(n_rows * act_row_size(format.scheme, src1->ne[0]));
-    work.expanded_size   = n_rows <= EXPANDED_ROWS ? n_rows * expanded_row_size(format, src1->ne[0]) : 0;
-    work.columns         = work.expanded + padded(work.expanded_size);
-    work.starts          = work.columns + padded(count_columns(dst) * sizeof(Column));
-    work.counts          = work.starts + padded((count_matrices(dst) + 1) * sizeof(int64_t));
+    work.acts    = 0;
+    work.columns = padded(ggml_nrows(src1) * act_row_size(format.scheme, src1->ne[0]));
+    work.starts  = work.columns + padded(count_columns(dst) * sizeof(Column));
+    work.counts  = work.starts + padded((count_matrices(dst) + 1) * sizeof(int64_t));
     work.scratch = work.counts + padded(2 * count_sorters(dst, n_tasks) * count_matrices(dst) * sizeof(int64_t));
     work.total   = work.scratch + n_tasks * sizeof(Scratch) + CACHE_LINE;
     return work;
@@ -130,10 +125,9 @@ bool uses_dots(const Format & format, const ggml_tensor * dst, int64_t n_columns
     return n_columns < format.min_columns || (plain && ggml_op_has_mark(dst, GGML_OP_MARK_INVARIANT));
 }
 
-void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, char * expanded, int ith, int nth) {
-    const int64_t k             = src1->ne[0];
-    const size_t  act_size      = act_row_size(format.scheme, k);
-    const size_t  expanded_size = expanded != nullptr ? expanded_row_size(format, k) : 0;
+void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, int ith, int nth) {
+    const int64_t k        = src1->ne[0];
+    const size_t  act_size = act_row_size(format.scheme, k);
     // few rows are divided: slices of K are packed independently
     const int64_t length   = ggml_nrows(src1) < 4 * nth ? SLICE : k;
     const int64_t n_pieces = (k + length - 1) / length;
@@ -147,9 +141,6 @@ void pack_rows(const Format & format, const ggml_tensor * src1, char * acts, cha
         const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
         char *        to = acts + r * act_size + act_row_size(format.scheme, at);
         pack_row(format, (const float *) x + at, std::min(length, k - at), to);
-        if (expanded_size > 0) {
-            expand_row(format, to, std::min(length, k - at), expanded + r * expanded_size + expanded_size * at / k);
-        }
     }
 }
 
@@ -297,11 +288,14 @@ static Division divide(const ggml_tensor * product, const Format & format, const
         largest = std::max(largest, starts[m + 1] - starts[m]);
         n_used += starts[m + 1] > starts[m] ? 1 : 0;
     }
-    const int64_t step    = uses_dots(format, product, largest) ? DOT_ROWS : PANEL_ROWS;
+    const bool    dots    = uses_dots(format, product, largest);
+    const int64_t step    = dots ? DOT_ROWS : PANEL_ROWS;
     const int64_t n_steps = (product->src[0]->ne[1] + step - 1) / step;
     if (ggml_is_numa()) {
         return { step, std::min<int64_t>(n_steps, nth), MAX_COLUMNS };
     }
+    const int64_t share     = dots ? n_used * n_steps / (TASKS_PER_THREAD * nth) : 0;
+    const int64_t max_steps = std::max(share, TASK_ROWS / step);
     // if experts have different numbers of columns, the other threads may wait for one more task
     const int64_t more = starts[n_matrices] < n_used * largest ? 1 : 0;
     Division      best = { step, n_steps, MAX_COLUMNS };
@@ -313,7 +307,7 @@ static Division divide(const ggml_tensor * product, const Format & format, const
             n_parts += n > 0 ? (n + columns - 1) / columns : 0;
         }
         const int64_t part_columns = starts[n_matrices] / std::max<int64_t>(1, n_parts);
-        for (int64_t steps = TASK_ROWS / step; steps > 0; steps /= 2) {
+        for (int64_t steps = max_steps; steps > 0; steps /= 2) {
             const int64_t rows      = (n_steps + steps - 1) / steps;
             const int64_t rounds    = (n_parts * rows + nth - 1) / nth + more;
             const int64_t task_rows = (n_steps + rows - 1) / rows * step;
@@ -441,8 +435,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     } else if (params->ith < n_sorters) {
         count_choices(product, params->ith, n_sorters, counts);
     }
-    char * expanded = work.expanded_size > 0 ? base + work.expanded : nullptr;
-    pack_rows(format, src1, acts, expanded, params->ith, params->nth);
+    pack_rows(format, src1, acts, params->ith, params->nth);
     if (n_sorters > 1) {
         ggml_barrier(params->threadpool);
     }
@@ -458,7 +451,7 @@ static void compute(const ggml_compute_params * params, const Job & job, const F
     const bool     stealing   = !ggml_is_numa();  // otherwise a row is always read by the same thread, as in mul_mat
     int64_t        first_task = 0;
     int64_t        task       = params->ith;
-    DotOperand     few(format, src0->ne[0], acts, expanded);
+    DotOperand     few(format, src0->ne[0]);
     for (int64_t m = 0; m < n_matrices; m++) {
         const int64_t n            = starts[m + 1] - starts[m];
         const int64_t column_parts = division.column_parts(n);
