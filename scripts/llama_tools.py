@@ -68,7 +68,7 @@ _QUIET = Default(  # only text and warnings: no list of the model's metadata and
 # Prompts of one user: LATENT_ATTN expands the cache once per ubatch. Not for servers, where the other slots wait for a
 # ubatch and states are saved every n_ubatch tokens. Not on GPUs, where it was not measured.
 _UBATCH = Default(("-ub", "--ubatch-size"), ("--ubatch-size", "2048"), "patched CPU builds")
-# Weights in huge pages instead of a mapped file: a token takes less time, loading takes longer.
+# Weights in memory instead of a mapped file: a token takes less time, loading takes longer.
 _IN_MEMORY = Default(
     ("-lm", "--load-mode"),
     ("--load-mode", "none"),

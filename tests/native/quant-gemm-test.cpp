@@ -291,7 +291,9 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         change(s);
         shapes.push_back(s);
     };
-    for (const int64_t k : { kind.block, kind.block * 3, kind.block * 4, kind.block * 9, (int64_t) 2304 }) {
+    for (const int64_t blocks :
+         { (int64_t) 1, (int64_t) 3, (int64_t) 4, (int64_t) 6, (int64_t) 9, (int64_t) 12, 2304 / kind.block }) {
+        const int64_t k = blocks * kind.block;
         add([&](Shape & s) { s.k = k; });
         add([&](Shape & s) { s.k = k, s.n_tokens = 1; });
         add([&](Shape & s) { s.k = k, s.n_tokens = 3; });

@@ -8,6 +8,10 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
+
 FILE * fopen(const char * path, const char * mode) {
     static FILE * (*next)(const char *, const char *);
     static char text[256];
@@ -41,8 +45,8 @@ int madvise(void * address, size_t size, int advice) {
     if (next == NULL) {
         *(void **) &next = dlsym(RTLD_NEXT, "madvise");
     }
-    if (advice == MADV_HUGEPAGE) {
-        fprintf(stderr, "MADV_HUGEPAGE %p\n", address);
+    if (advice == MADV_HUGEPAGE || advice == MADV_NOHUGEPAGE) {
+        fprintf(stderr, "%s %p\n", advice == MADV_HUGEPAGE ? "MADV_HUGEPAGE" : "MADV_NOHUGEPAGE", address);
     }
     if (advice == MADV_POPULATE_READ && getenv("OLD_KERNEL") != NULL) {
         errno = EINVAL;

@@ -27,8 +27,8 @@ struct WeightRows {
 // write sums of all Dot::rows rows.
 using DotColumns = void (*)(const WeightRows & w, int64_t k, const char * const * columns, float * sums);
 
-// A form of 256 packed activations that some kernels read instead. Each thread makes its own, once for many rows: it is
-// several times as large as the packed form, so that reading what another core has written takes longer.
+// A form of 256 packed activations that some kernels read instead, four times as large. Each thread makes its own, once for
+// many rows: reading what another core has written takes longer than expanding it again.
 struct Expansion {
     size_t size                                           = 0;        // in bytes, a multiple of CACHE_LINE
     void (*expand)(const ActSuperBlock & from, void * to) = nullptr;  // to: aligned to CACHE_LINE

@@ -18,7 +18,7 @@
 
 namespace quant_gemm {
 
-// The largest and the smallest tasks.
+// The largest and the smallest tasks of panels.
 static constexpr int MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
 static constexpr int FEW_COLUMNS = 32;
 static constexpr int TASK_ROWS   = 128;
@@ -295,7 +295,9 @@ static Division divide(const ggml_tensor * product, const Format & format, const
         return { step, std::min<int64_t>(n_steps, nth), MAX_COLUMNS };
     }
     const int64_t share     = dots ? n_used * n_steps / (TASKS_PER_THREAD * nth) : 0;
-    const int64_t max_steps = std::max(share, TASK_ROWS / step);
+    const int64_t few_steps = TASK_ROWS / step;
+    const int64_t max_steps = std::max(share, few_steps);
+    const auto    fewer     = [&](int64_t n) { return n > few_steps ? std::max(n / 2, few_steps) : n / 2; };
     // if experts have different numbers of columns, the other threads may wait for one more task
     const int64_t more = starts[n_matrices] < n_used * largest ? 1 : 0;
     Division      best = { step, n_steps, MAX_COLUMNS };
@@ -307,7 +309,7 @@ static Division divide(const ggml_tensor * product, const Format & format, const
             n_parts += n > 0 ? (n + columns - 1) / columns : 0;
         }
         const int64_t part_columns = starts[n_matrices] / std::max<int64_t>(1, n_parts);
-        for (int64_t steps = max_steps; steps > 0; steps /= 2) {
+        for (int64_t steps = max_steps; steps > 0; steps = fewer(steps)) {
             const int64_t rows      = (n_steps + steps - 1) / steps;
             const int64_t rounds    = (n_parts * rows + nth - 1) / nth + more;
             const int64_t task_rows = (n_steps + rows - 1) / rows * step;
