@@ -1,5 +1,6 @@
-// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available, if that is set. Reports how
-// mapped files are read as a whole, and advice for huge pages. With $OLD_KERNEL, madvise cannot read.
+// Preloaded into a program: /proc/meminfo says that $AVAILABLE KiB of memory are available, if that is set. Prints
+// each call that reads a mapped file as a whole (MAP_POPULATE, MADV_POPULATE_READ) and each advice on huge pages, with the
+// address. If $OLD_KERNEL is set, MADV_POPULATE_READ fails as before Linux 5.14.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

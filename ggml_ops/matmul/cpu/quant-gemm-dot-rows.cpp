@@ -462,7 +462,7 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
                 acts[c][j / 2].half[j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
             }
         }
-        if (n <= N_BLOCKS / 2) {  // all of a row of 128 weights, as in k_b of MLA and in KDA's gates
+        if (n <= N_BLOCKS / 2) {  // for instance all of a row of k_b or of KDA's low-rank gates
             sum_slice<1, Block>(rows, first, n, ahead, acts, slice);
         } else {
             sum_slice<2, Block>(rows, first, n, ahead, acts, slice);

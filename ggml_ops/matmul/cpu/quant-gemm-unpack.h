@@ -255,7 +255,7 @@ template <int N = N_BLOCKS, typename Block> inline __m128i scale_bits(const Bloc
             x[b] = w[b].e;
         }
         return _mm_load_si128((const __m128i *) x);
-    } else if constexpr (N == 4) {  // two vectors of 32 numbers of 16 bits, which read nothing behind the blocks
+    } else if constexpr (N == 4) {  // two loads of 32 numbers of 16 bits; they read nothing after the blocks
         constexpr int  WORDS  = sizeof(Block) / 2;
         constexpr int  SECOND = std::min(4 * WORDS - 32, 32);
         constexpr auto at     = [](int b) { return b * WORDS < 32 ? b * WORDS : b * WORDS - SECOND + 32; };

@@ -18,13 +18,13 @@
 
 namespace quant_gemm {
 
-// The largest and the smallest tasks of panels.
+// The largest and the smallest tasks.
 static constexpr int MAX_COLUMNS = 128;  // their packed activations (368 KiB at K = 2304) stay in L2
 static constexpr int FEW_COLUMNS = 32;
 static constexpr int TASK_ROWS   = 128;
 
-// Dot products: tasks have more rows if there are still so many tasks for each thread. Weights of a task that begins come
-// from memory more slowly than those that follow.
+// Dot products: a task may have more rows, as long as each thread has at least so many tasks. The first weights of a task
+// come from memory more slowly than the following ones.
 static constexpr int TASKS_PER_THREAD = 8;
 
 // Up to so many columns there are too few tiles to prefetch all of the next rows with them.
@@ -279,7 +279,8 @@ struct Place {
     int64_t row;
 };
 
-// The division with the shortest time if all tasks take equally long. With few threads tasks are as large as possible.
+// The division with the shortest time if all tasks take equally long. With few threads tasks have as many rows and
+// columns as they may have.
 static Division divide(const ggml_tensor * product, const Format & format, const int64_t * starts, int nth) {
     const int64_t n_matrices = count_matrices(product);
     int64_t       largest    = 0;  // columns of a matrix
