@@ -36,6 +36,7 @@ ASIDE = ("topk_moe", "mul_mat_vec_f")
 ASKS = re.compile("_use_|supported|get_to_|_ar_")  # functions of upstream that launch nothing
 KDA_FOLDER = OPERATORS / "kda" / "cuda"
 LATENT = OPERATORS / "latent_attention" / "cuda"
+MATVEC = OPERATORS / "matmul" / "cuda" / "matvec.cu"
 SPEC = Spec(layers="KKMK", heads=4, kda_head_dim=64, seed=40)
 ALL = len(SPEC.layers) + 1  # the output counts as a layer
 PUBLISHED = Spec(
@@ -58,7 +59,7 @@ def backend(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     glue = LATENT / "latent-ggml.cu"
     objects = []
     for name, sources, chosen in (
-        ("kda", [*sorted(KDA_FOLDER.glob("*.cu")), glue, NATIVE.parent / "second_backend.cpp"], []),
+        ("kda", [*sorted(KDA_FOLDER.glob("*.cu")), glue, MATVEC, NATIVE.parent / "second_backend.cpp"], []),
         (
             "latent",
             sorted({*LATENT.glob("*.cu")} - {glue}),

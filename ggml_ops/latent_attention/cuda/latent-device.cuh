@@ -2,6 +2,7 @@
 
 // Device functions common to the kernels of latent attention: exact powers of two, reductions over lanes.
 
+#include "kimi-device.cuh"
 #include "kimi-mma.cuh"
 
 namespace latent_cuda {
@@ -18,9 +19,8 @@ constexpr int ARCHITECTURE = __CUDA_ARCH__;
 constexpr int ARCHITECTURE = 0;  // the host
 #endif
 
-// Whether tensor cores add products of halves as fast in float32 as in halves: data centre devices, the same as in
-// ggml_cuda_latent_fast_sums.
-constexpr bool FAST_SUMS = ARCHITECTURE == 800 || ARCHITECTURE == 900 || (ARCHITECTURE >= 1000 && ARCHITECTURE < 1100);
+// Whether tensor cores add products of halves as fast in float32 as in halves; for the host: ggml_cuda_latent_fast_sums.
+constexpr bool FAST_SUMS = is_data_centre(ARCHITECTURE);
 
 // threadIdx.x, read again. The compiler cannot know that it is the same, so it does not keep in registers what was derived
 // from the first read.

@@ -35,6 +35,7 @@ bool ggml_cuda_latent_fast_sums(int) {
 #else
 
 #include "convert.cuh"
+#include "kimi-device.cuh"
 #include "kimi-workspace.cuh"
 #include "latent-node.cuh"
 
@@ -81,8 +82,7 @@ static bool has_kernels(int device) {
 }
 
 bool ggml_cuda_latent_fast_sums(int device) {
-    const int cc = ggml_cuda_info().devices[device].cc;
-    return cc == 800 || cc == 900 || (cc >= 1000 && cc < 1100);
+    return kimi_cuda::is_data_centre(ggml_cuda_info().devices[device].cc);
 }
 
 // Logs each reason once.

@@ -1,0 +1,333 @@
+// Quantized matrices times one column (ggml_ops/matmul/cuda), next to upstream's kernel on the same Q8_1 input: types,
+// numbers of rows and columns, batches, experts, gates, and several nodes in one launch.
+
+#include "check.h"
+#include "ggml-backend.h"
+#include "ggml-cuda-standin.cuh"
+#include "ggml-op-marks.h"
+#include "kimi/matvec.cuh"
+#include "mmvq.cuh"
+#include "quantize.cuh"
+
+#include <cmath>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
+
+using namespace cuda_emulator;
+
+constexpr int DATA_CENTRE = 800, GEFORCE = 890;  // compute capabilities
+
+static std::mt19937 rng(1);
+
+// Tensors with their data on the emulated device, each in an array of its own.
+struct Graph {
+    ggml_context *                                  ctx = ggml_init({ 1 << 20, nullptr, true });
+    ggml_backend_buffer_t                           weights, results;
+    ggml_backend_cuda_context                       cuda{ 0 };
+    std::vector<std::unique_ptr<DeviceArray<char>>> arrays;
+
+    // Upstream's kernel of several rows per block reads, and does not use, rows after the last one.
+    std::map<const ggml_tensor *, std::unique_ptr<DeviceArray<char>>> for_upstream;
+
+    Graph() {
+        weights = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 16);
+        results = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), 16);
+        ggml_backend_buffer_set_usage(weights, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+        ggml_backend_buffer_set_usage(results, GGML_BACKEND_BUFFER_USAGE_COMPUTE);
+    }
+
+    ~Graph() {
+        cuda.begin_node(nullptr);
+        ggml_backend_buffer_free(weights);
+        ggml_backend_buffer_free(results);
+        ggml_free(ctx);
+    }
+
+    ggml_tensor * place(ggml_tensor * t, ggml_backend_buffer_t buffer) {
+        arrays.push_back(std::make_unique<DeviceArray<char>>(ggml_nbytes(t)));
+        t->data   = arrays.back()->data();
+        t->buffer = buffer;
+        return t;
+    }
+
+    ggml_tensor * result(ggml_tensor * t) {
+        t->flags |= GGML_TENSOR_FLAG_COMPUTE;
+        return place(t, results);
+    }
+
+    ggml_tensor * matrix(ggml_type type, int64_t n_columns, int64_t n_rows, int64_t n_matrices = 1) {
+        ggml_tensor * t = place(ggml_new_tensor_3d(ctx, type, n_columns, n_rows, n_matrices), weights);
+        std::normal_distribution<float> normal;
+        std::vector<float>              values(ggml_nelements(t));
+        for (float & x : values) {
+            x = normal(rng);
+        }
+        ggml_quantize_chunk(type, values.data(), t->data, 0, ggml_nrows(t), n_columns, nullptr);
+        const char *      data = static_cast<const char *>(t->data);
+        std::vector<char> longer(data, data + ggml_nbytes(t));
+        longer.resize(longer.size() + 4 * t->nb[1]);
+        for_upstream[t] = std::make_unique<DeviceArray<char>>(longer);
+        return t;
+    }
+
+    ggml_tensor * column(int64_t n, int64_t n_columns = 1, int64_t n_batches = 1) {
+        ggml_tensor * t = place(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n, n_columns, n_batches), results);
+        std::normal_distribution<float> normal;
+        for (int64_t i = 0; i < ggml_nelements(t); ++i) {
+            static_cast<float *>(t->data)[i] = normal(rng);
+        }
+        return t;
+    }
+
+    ggml_tensor * experts(const std::vector<int32_t> & which) {
+        ggml_tensor * t = place(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, which.size(), 1), results);
+        memcpy(t->data, which.data(), ggml_nbytes(t));
+        return t;
+    }
+
+    // The node's result by upstream's kernel, which gets one expert at a time: with several, its blocks of four rows
+    // write into the next expert's result if the number of rows is no multiple of four.
+    std::vector<float> upstream(ggml_tensor * node, const ggml_cuda_mm_fusion_args_host * fusion) {
+        standin_capability = GEFORCE;
+        ggml_tensor w = *node->src[0], x = *node->src[1], out = *node, gate = {};
+        const auto  matrix_of = [&](const ggml_tensor * t, int64_t i) {
+            return static_cast<char *>(for_upstream.at(t)->data()) + i * t->nb[2];
+        };
+        ggml_cuda_mm_fusion_args_host fused;
+        if (fusion != nullptr) {
+            fused      = *fusion;
+            gate       = *fusion->gate;
+            fused.gate = &gate;
+        }
+        const bool has_experts = node->src[2] != nullptr;
+        if (has_experts) {
+            w.ne[2] = gate.ne[2] = x.ne[1] = out.ne[1] = 1;
+        }
+        for (int64_t slot = 0; slot < (has_experts ? node->ne[1] : 1); ++slot) {
+            const int64_t expert = has_experts ? static_cast<const int32_t *>(node->src[2]->data)[slot] : 0;
+            w.data               = matrix_of(node->src[0], expert);
+            gate.data            = fusion != nullptr ? matrix_of(fusion->gate, expert) : nullptr;
+            x.data               = static_cast<char *>(node->src[1]->data) + slot % node->src[1]->ne[1] * x.nb[1];
+            out.data             = static_cast<char *>(node->data) + slot * out.nb[1];
+            ggml_cuda_mul_mat_vec_q(cuda, &w, &x, nullptr, &out, fusion ? &fused : nullptr);
+        }
+        return values(node);
+    }
+
+    // Whether our kernel computes the node on a device of this capability; if so, its result is in the node.
+    bool serves(int capability, ggml_tensor * node, const ggml_cuda_mm_fusion_args_host * fusion = nullptr) {
+        return serves_as(capability, node, node, fusion);
+    }
+
+    // dst: the node itself or a GLU, for whose result there is a node.
+    bool serves_as(int                                   capability,
+                   ggml_tensor *                         node,
+                   const ggml_tensor *                   dst,
+                   const ggml_cuda_mm_fusion_args_host * fusion) {
+        standin_capability     = capability;
+        const ggml_tensor * x  = node->src[1];
+        const int64_t       ne = GGML_PAD(x->ne[0], MATRIX_ROW_PADDING);
+        const int64_t       s1 = x->nb[1] / sizeof(float), s2 = x->nb[2] / sizeof(float), s3 = x->nb[3] / sizeof(float);
+        DeviceArray<char>   input(ggml_nrows(x) * ne / QK8_1 * sizeof(block_q8_1));
+        quantize_row_q8_1_cuda(static_cast<const float *>(x->data), nullptr, input.data(), node->src[0]->type, x->ne[0],
+                               s1, s2, s3, ne, x->ne[1], x->ne[2], x->ne[3], cuda.stream());
+        standin_capability = capability;
+        return ggml_cuda_matvec(cuda, node->src[0], x, node->src[2], dst, fusion, nullptr, input.data());
+    }
+
+    std::vector<float> values(const ggml_tensor * node) {
+        CUDA_CHECK(cudaStreamSynchronize(cuda.stream()));
+        const float *      data = static_cast<const float *>(node->data);
+        std::vector<float> result(data, data + ggml_nelements(node));
+        memset(node->data, 0xff, ggml_nbytes(node));  // NaN, for the next kernel
+        return result;
+    }
+};
+
+// Products of blocks are the same integers, added in another order.
+static void expect_same(const std::vector<float> & got, const std::vector<float> & want, const std::string & what) {
+    double error = 0, power = 0;
+    for (size_t i = 0; i < want.size(); ++i) {
+        error += std::pow(double(got[i]) - want[i], 2);
+        power += std::pow(double(want[i]), 2);
+    }
+    expect(got.size() == want.size() && power > 0 && error <= 1e-12 * power, what + text(": NMSE %.1e", error / power));
+}
+
+static void expect_as_upstream(Graph & g, ggml_tensor * node, const ggml_tensor * gate, const std::string & what) {
+    ggml_cuda_mm_fusion_args_host fusion;
+    fusion.gate                     = gate;
+    fusion.glu_op                   = GGML_GLU_OP_SWIGLU;
+    const auto *             fused  = gate != nullptr ? &fusion : nullptr;
+    const std::vector<float> want   = g.upstream(node, fused);
+    const bool               serves = g.serves(DATA_CENTRE, node, fused);
+    expect(serves, what + ": served");
+    if (serves) {
+        expect_same(g.values(node), want, what);
+    }
+}
+
+constexpr ggml_type TYPES[] = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0,
+                                GGML_TYPE_Q2_K, GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K };
+
+// With few multiprocessors one warp computes two rows, with many four warps do.
+static void test_products(ggml_type type, int n_multiprocessors) {
+    standin_multiprocessors = n_multiprocessors;
+    const bool        k     = ggml_blck_size(type) == 256;
+    const std::string name  = ggml_type_name(type) + text(", %d multiprocessors", n_multiprocessors);
+    for (const int64_t n_columns : { k ? 256 : 96, 768, 2304 }) {
+        for (const int64_t n_rows : { 2048, 2051 }) {
+            Graph         g;
+            ggml_tensor * node = g.result(ggml_mul_mat(g.ctx, g.matrix(type, n_columns, n_rows), g.column(n_columns)));
+            expect_as_upstream(g, node, nullptr, name + text(", %d x %d", int(n_rows), int(n_columns)));
+        }
+    }
+    for (const int64_t n_rows : { 1, 7, 40 }) {
+        Graph               g;
+        ggml_tensor *       up   = g.matrix(type, 512, n_rows);
+        const ggml_tensor * gate = g.matrix(type, 512, n_rows);
+        ggml_tensor *       node = g.result(ggml_mul_mat(g.ctx, up, g.column(512)));
+        expect_as_upstream(g, node, gate, name + text(", %d rows and a gate", int(n_rows)));
+    }
+    for (const int64_t n_inputs : { 1, 3 }) {  // of experts
+        Graph               g;
+        ggml_tensor *       up   = g.matrix(type, 512, 701, 5);
+        const ggml_tensor * gate = g.matrix(type, 512, 701, 5);
+        ggml_tensor *       x    = g.column(512, n_inputs);
+        ggml_tensor *       node = g.result(ggml_mul_mat_id(g.ctx, up, x, g.experts({ 4, 0, 3 })));
+        expect_as_upstream(g, node, nullptr, name + text(", experts, %d inputs", int(n_inputs)));
+        expect_as_upstream(g, node, gate, name + text(", experts with gates, %d inputs", int(n_inputs)));
+    }
+    for (const int64_t n_shared : { 1, 2 }) {  // columns that multiply the same matrix of a batch
+        Graph         g;
+        ggml_tensor * node = g.result(ggml_mul_mat(g.ctx, g.matrix(type, 512, 701, 3), g.column(512, 1, 3 * n_shared)));
+        expect_as_upstream(g, node, nullptr, name + text(", a batch of %d", int(3 * n_shared)));
+    }
+}
+
+// What upstream's kernel is for.
+static void test_refusals() {
+    Graph      g;
+    const auto node = [&](ggml_type type, int64_t n_columns, int64_t n_rows, int64_t n = 1) {
+        return g.result(ggml_mul_mat(g.ctx, g.matrix(type, n_columns, n_rows), g.column(n_columns, n)));
+    };
+    ggml_tensor * usual = node(GGML_TYPE_Q4_0, 512, 2048);
+    for (const int capability : { 750, 860, 890, 1200, GGML_CUDA_CC_OFFSET_AMD + 0x90a }) {
+        expect(!g.serves(capability, usual), text("capability %d", capability));
+    }
+    for (const int capability : { 800, 900, 1000 }) {
+        expect(g.serves(capability, usual), text("capability %d", capability));
+    }
+    expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_IQ4_XS, 512, 2048)), "another type");
+    expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 512, 2048, 2)), "two columns");
+    expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 4128, 2048)), "long rows");
+    expect(g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 4096, 2048)), "rows as long as allowed");
+    expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 4096, 2047)), "few long rows");
+    expect(g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 2304, 8)), "few rows");
+    expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q2_K, 2304, 8)), "few rows of Q2_K");
+    expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q3_K, 2304, 8)), "few rows of Q3_K");
+
+    ggml_cuda_mm_fusion_args_host fusion;
+    fusion.glu_op = GGML_GLU_OP_SWIGLU;
+    fusion.x_bias = g.column(2048);
+    expect(!g.serves(DATA_CENTRE, usual, &fusion), "a bias");
+    fusion.gate = usual->src[0];
+    expect(!g.serves(DATA_CENTRE, usual, &fusion), "a gate and a bias");
+    fusion.x_bias = nullptr;
+    expect(g.serves(DATA_CENTRE, usual, &fusion), "a gate");
+    fusion.glu_op = GGML_GLU_OP_GEGLU;
+    expect(!g.serves(DATA_CENTRE, usual, &fusion), "another activation");
+
+    ggml_op_set_mark(usual, GGML_OP_MARK_UPSTREAM);
+    expect(!g.serves(DATA_CENTRE, usual), "a marked node");
+    fusion.glu_op           = GGML_GLU_OP_SWIGLU;
+    const ggml_tensor * glu = g.result(ggml_swiglu_split(g.ctx, usual, usual));
+    expect(!g.serves_as(DATA_CENTRE, usual, glu, &fusion), "a gate of a marked node");
+}
+
+// Nodes in a row with the same column: how many are computed together, and the same values as alone.
+static void test_groups() {
+    standin_multiprocessors = 108;
+    Graph                      g;
+    ggml_tensor *              x = g.column(512);
+    std::vector<ggml_tensor *> nodes;
+    const auto                 add = [&](ggml_type type, int64_t n_rows, ggml_tensor * by) {
+        nodes.push_back(g.result(ggml_mul_mat(g.ctx, g.matrix(type, 512, n_rows), by)));
+        return nodes.back();
+    };
+    const auto group = [&](int capability, size_t first, size_t n_nodes) {
+        standin_capability  = capability;
+        ggml_cgraph * graph = ggml_new_graph(g.ctx);
+        for (size_t i = 0; i < n_nodes; ++i) {
+            ggml_graph_add_node(graph, nodes[i]);
+        }
+        g.cuda.begin_node(nodes[first]);
+        n_submitted     = 0;
+        const int after = ggml_cuda_matvec_group(g.cuda, graph, int(first));
+        g.cuda.begin_node(nullptr);
+        return after;
+    };
+    for (const int64_t n_rows : { 2048, 7, 130 }) {
+        add(GGML_TYPE_Q4_0, n_rows, x);
+        nodes.push_back(ggml_reshape_2d(g.ctx, nodes.back(), 1, n_rows));
+    }
+    add(GGML_TYPE_Q8_0, 33, x);
+    add(GGML_TYPE_Q8_0, 34, x);
+    add(GGML_TYPE_Q8_0, 33, g.column(512));
+    std::vector<std::vector<float>> want;
+    for (ggml_tensor * node : nodes) {
+        want.push_back(node->op == GGML_OP_MUL_MAT ? g.upstream(node, nullptr) : std::vector<float>());
+    }
+    const auto expect_group = [&](size_t first, size_t last) {
+        const std::string name = text("a group from node %d on", int(first));
+        expect(group(DATA_CENTRE, first, nodes.size()) == int(last - first), name);
+        expect(n_submitted == 2, name + text(": %d launches", n_submitted));
+        for (size_t i = first; i <= last; ++i) {
+            if (!want[i].empty()) {
+                expect_same(g.values(nodes[i]), want[i], name + text(", node %d", int(i)));
+            }
+        }
+    };
+    expect_group(0, 4);  // as far as the type is the same
+    expect_group(6, 7);  // as far as the column is the same
+    expect(group(DATA_CENTRE, 8, nodes.size()) == 0 && n_submitted == 0, "one node is no group");
+    expect(group(DATA_CENTRE, 0, 2) == 0 && n_submitted == 0, "nor is the last one");
+    expect(group(GEFORCE, 0, nodes.size()) == 0 && n_submitted == 0, "other devices");
+    g.cuda.curr_stream_no = 1;
+    expect(group(DATA_CENTRE, 0, nodes.size()) == 0, "another stream");
+    g.cuda.curr_stream_no = 0;
+
+    nodes[2]->src[0]->buffer = g.results;  // may have been written in the same graph
+    expect(group(DATA_CENTRE, 0, nodes.size()) == 0, "a matrix that is no weight");
+    nodes[2]->src[0]->buffer = g.weights;
+    void * own               = nodes[2]->data;
+    nodes[2]->data           = nodes[0]->data;  // an allocator may do so if nothing reads node 0
+    expect(group(DATA_CENTRE, 0, nodes.size()) == 0, "results in the same place");
+    nodes[2]->data = own;
+    nodes[2]->flags &= ~GGML_TENSOR_FLAG_COMPUTE;
+    expect(group(DATA_CENTRE, 0, nodes.size()) == 0, "a node that is not computed");
+    nodes[2]->flags |= GGML_TENSOR_FLAG_COMPUTE;
+    ggml_op_set_mark(nodes[2], GGML_OP_MARK_UPSTREAM);
+    expect(group(DATA_CENTRE, 0, nodes.size()) == 0, "a marked node");
+
+    nodes.clear();
+    want.clear();
+    for (int i = 0; i < 9; ++i) {
+        want.push_back(g.upstream(add(GGML_TYPE_Q5_K, 301 + i, x), nullptr));
+    }
+    expect_group(0, 7);  // as many as a launch has
+}
+
+int main() {
+    for (const ggml_type type : TYPES) {
+        for (const int n_multiprocessors : { 8, 30, 132 }) {
+            test_products(type, n_multiprocessors);
+        }
+    }
+    standin_multiprocessors = 108;
+    test_refusals();
+    test_groups();
+    return report();
+}
