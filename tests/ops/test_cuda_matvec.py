@@ -19,7 +19,12 @@ def test_products_groups_and_refusals(engine: Engine, tmp_path: Path) -> None:
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
     objects = compile_objects(
-        [upstream / "mmvq.cu", upstream / "quantize.cu", upstream / "kimi" / "matvec.cu", NATIVE / "matvec-test.cu"],
+        [
+            upstream / "mmvq.cu",
+            upstream / "quantize.cu",
+            upstream / "kimi" / "matvec.cu",
+            NATIVE / "matvec-test.cu",
+        ],
         tmp_path,
         include=[*SHARED, NATIVE, upstream],
         system=[ggml / "include", ggml / "src", upstream],

@@ -19,7 +19,12 @@ def test_an_input_of_several_matmuls_is_quantized_once(engine: Engine, tmp_path:
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
     objects = compile_objects(
-        [upstream / "mmvq.cu", upstream / "quantize.cu", upstream / "kimi" / "matvec.cu", NATIVE / "q8_1-test.cu"],
+        [
+            upstream / "mmvq.cu",
+            upstream / "quantize.cu",
+            upstream / "kimi" / "matvec.cu",
+            NATIVE / "q8_1-test.cu",
+        ],
         tmp_path,
         include=[*SHARED, NATIVE, upstream],
         system=[ggml / "include", ggml / "src", upstream],
