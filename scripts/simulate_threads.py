@@ -47,7 +47,7 @@ The machine has {cores} cores, so decodes with more threads are simulated. The N
 CPU time of each task is recorded. Then the time of the recorded tasks on N cores is calculated. Assumptions: each core
 reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
 takes {barrier:.1f} µs per core. What runs between two barriers counts with its shortest time in {least} to {most} runs.
-So simulated times are often shorter than measured ones, most of all for 512 tokens.
+So simulated times are often shorter than measured ones.
 
 Each cell: milliseconds upstream, milliseconds patched, speedup. (m): at least one of both is limited by the assumed
 memory bandwidth. The model is {model}.

@@ -3,7 +3,8 @@
 // warps share two rows: so many that the multiprocessors have enough warps (warps_per_rows).
 //
 // A launch computes up to eight matrices that multiply the same column, or two of which one is the gate of a GLU. Before
-// the kernel waits for the previous one, it prefetches its weights into the L2 cache: no kernel writes weights.
+// the kernel waits for the previous one, it prefetches rows of weights into the L2 cache. What the previous kernel still
+// writes also goes through that cache.
 
 #include "kimi/matvec.cuh"
 
@@ -46,7 +47,7 @@ constexpr int MAX_MATRICES = 8;  // per launch
 constexpr int     ENOUGH_WARPS = 30;    // per multiprocessor: with fewer, more warps share two rows
 constexpr int     MAX_STEPS    = 12;    // of a warp, each with a block of quants per lane and row: with more, too
 constexpr int64_t MAX_COLUMNS  = 4096;  // of rows that this kernel multiplies faster
-constexpr int64_t FEW_ROWS     = 2048;  // fewer have this kernel only ...
+constexpr int64_t FEW_ROWS     = 2048;  // of all slots and matrices; fewer, without a gate, have this kernel only ...
 constexpr int64_t FEW_COLUMNS  = 2304;  // ... up to this length, and not with Q2_K and Q3_K
 
 using dot_product = float (*)(const void *, const block_q8_1 *, const int &, const int &);
@@ -75,7 +76,8 @@ struct matrix {
     const char * weights;
     float *      out;
     int          n_rows;
-    int          first_block;  // of the launch
+    int          first_block;     // of the launch
+    int          warps_per_rows;  // 1, 2 or 4
 };
 
 struct products {
@@ -91,8 +93,14 @@ struct products {
     int                input_blocks;       // from column to column of the input
     int                n_inputs;           // columns of the input, for slots of experts
     int                slots_per_channel;  // without experts
-    int                warps_per_rows;     // 1, 2 or 4
 };
+
+// Compilers refuse the attribute below compute capability 7.0, where the kernel does not run.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 700
+#define IN_CONSTANT_MEMORY __grid_constant__
+#else
+#define IN_CONSTANT_MEMORY
+#endif
 
 static __device__ __forceinline__ void prefetch(const char * from, int n_bytes, int thread) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -107,7 +115,7 @@ static __device__ __forceinline__ void prefetch(const char * from, int n_bytes, 
 
 // Block (x, y): rows of a matrix by slot y (a matrix of a batch, or an expert). out = W x, or silu(gate x) * W x.
 template <ggml_type TYPE, bool GATED>
-static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const __grid_constant__ products p) {
+static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const IN_CONSTANT_MEMORY products p) {
     using type                   = format<TYPE>;
     constexpr int    LANES_BLOCK = type::qi / type::ints;  // lanes that share a block of quants
     constexpr int    SUMS        = GATED ? 2 * ROWS : ROWS;
@@ -120,12 +128,13 @@ static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const __grid
         ++m;
     }
     const int n_rows         = p.matrices[m].n_rows;
-    const int rows_per_block = WARPS / p.warps_per_rows * ROWS;
+    const int warps_per_rows = p.matrices[m].warps_per_rows;
+    const int rows_per_block = WARPS / warps_per_rows * ROWS;
     const int block_row      = (blockIdx.x - p.matrices[m].first_block) * rows_per_block;
-    const int row            = block_row + warp / p.warps_per_rows * ROWS;
-    const int part           = warp % p.warps_per_rows;
+    const int row            = block_row + warp / warps_per_rows * ROWS;
+    const int part           = warp % warps_per_rows;
 
-    if (p.ids == nullptr) {
+    if (p.ids == nullptr && p.row_blocks == p.n_blocks) {
         const int64_t first =
             slot / p.slots_per_channel * p.channel_bytes + int64_t(block_row) * p.row_blocks * type::bs;
         const int bytes  = min(rows_per_block, n_rows - block_row) * p.row_blocks * type::bs;
@@ -148,7 +157,7 @@ static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const __grid
     }
     const int thread = part * LANES + lane;
     const int quant  = type::ints * (thread % LANES_BLOCK);
-    const int step   = p.warps_per_rows * LANES / LANES_BLOCK;
+    const int step   = warps_per_rows * LANES / LANES_BLOCK;
 
     float sums[SUMS] = {};
 #pragma unroll 1
@@ -163,7 +172,7 @@ static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const __grid
         }
     }
 
-    if (p.warps_per_rows > 1) {
+    if (warps_per_rows > 1) {
 #pragma unroll
         for (int i = 0; i < SUMS; ++i) {
             parts[warp][i][lane] = sums[i];
@@ -172,7 +181,7 @@ static __global__ void __launch_bounds__(WARPS * LANES, 1) multiply(const __grid
         if (part > 0) {
             return;
         }
-        for (int other = 1; other < p.warps_per_rows; ++other) {
+        for (int other = 1; other < warps_per_rows; ++other) {
 #pragma unroll
             for (int i = 0; i < SUMS; ++i) {
                 sums[i] += parts[warp + other][i][lane];
@@ -196,22 +205,15 @@ static int ceil_div(int64_t n, int64_t by) {
     return static_cast<int>((n + by - 1) / by);
 }
 
-static int64_t total_rows(const products & p, int64_t n_slots) {
-    int64_t n = 0;
-    for (int m = 0; m < p.n_matrices; ++m) {
-        n += p.matrices[m].n_rows * n_slots;
-    }
-    return n;
-}
-
-// More warps share rows while the device has too few warps or each of them has too many steps.
-template <ggml_type TYPE> static int warps_per_rows(const products & p, int64_t n_slots, int n_multiprocessors) {
-    const int64_t pairs   = total_rows(p, n_slots) / ROWS;
-    const int     n_steps = ceil_div(int64_t(p.n_blocks) * format<TYPE>::qi, format<TYPE>::ints * LANES);
-    const int     n_dots  = n_steps * (p.gate != nullptr ? 2 : 1);
+// More warps share rows while the device has too few warps or each of them has too many steps. This does not depend on the
+// other matrices of a launch, so a node has the same bits alone.
+template <ggml_type TYPE>
+static int warps_per_rows(int64_t n_blocks, int64_t n_rows, bool gated, int n_multiprocessors) {
+    const int64_t n_steps = ceil_div(n_blocks * format<TYPE>::qi, format<TYPE>::ints * LANES);
+    const int64_t n_dots  = n_steps * (gated ? 2 : 1);
     int           warps   = 1;
     while (warps < WARPS && warps < n_steps &&
-           (pairs * warps < int64_t(ENOUGH_WARPS) * n_multiprocessors || n_dots > MAX_STEPS * warps)) {
+           (n_rows / ROWS * warps < int64_t(ENOUGH_WARPS) * n_multiprocessors || n_dots > MAX_STEPS * warps)) {
         warps *= 2;
     }
     return warps;
@@ -219,11 +221,13 @@ template <ggml_type TYPE> static int warps_per_rows(const products & p, int64_t 
 
 template <ggml_type TYPE>
 static void launch(products & p, int64_t n_slots, int n_multiprocessors, cudaStream_t stream) {
-    p.warps_per_rows = warps_per_rows<TYPE>(p, n_slots, n_multiprocessors);
-    int n_blocks     = 0;
+    int n_blocks = 0;
     for (int m = 0; m < p.n_matrices; ++m) {
-        p.matrices[m].first_block = n_blocks;
-        n_blocks += ceil_div(p.matrices[m].n_rows, WARPS / p.warps_per_rows * ROWS);
+        matrix & each    = p.matrices[m];
+        each.first_block = n_blocks;
+        each.warps_per_rows =
+            warps_per_rows<TYPE>(p.n_blocks, each.n_rows * n_slots, p.gate != nullptr, n_multiprocessors);
+        n_blocks += ceil_div(each.n_rows, WARPS / each.warps_per_rows * ROWS);
     }
     const dim3 grid(n_blocks, n_slots), block(LANES, WARPS);
     if (p.gate != nullptr) {
@@ -321,23 +325,23 @@ bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
                               !is_faster(ctx.device, src0->type, src0->ne[0], src0->ne[1] * n_slots, gated))) {
         return false;
     }
-    products p       = {};
-    p.matrices[0]    = { static_cast<const char *>(src0->data), static_cast<float *>(dst->data), int(src0->ne[1]), 0 };
-    p.n_matrices     = 1;
-    p.gate           = gated ? static_cast<const char *>(fusion->gate->data) : nullptr;
-    p.input          = static_cast<const block_q8_1 *>(q8_1);
-    p.ids            = ids ? static_cast<const int32_t *>(ids->data) : nullptr;
-    p.n_blocks       = src0->ne[0] / ggml_blck_size(src0->type);
-    p.row_blocks     = src0->nb[1] / ggml_type_size(src0->type);
-    p.channel_bytes  = src0->nb[2];
-    p.channel_values = dst->nb[ids ? 1 : 2] / sizeof(float);
-    p.input_blocks   = GGML_PAD(src1->ne[0], MATRIX_ROW_PADDING) / QK8_1;
-    p.n_inputs       = src1->ne[1];
+    products p    = {};
+    p.matrices[0] = { static_cast<const char *>(src0->data), static_cast<float *>(dst->data), int(src0->ne[1]), 0, 0 };
+    p.n_matrices  = 1;
+    p.gate        = gated ? static_cast<const char *>(fusion->gate->data) : nullptr;
+    p.input       = static_cast<const block_q8_1 *>(q8_1);
+    p.ids         = ids ? static_cast<const int32_t *>(ids->data) : nullptr;
+    p.n_blocks    = src0->ne[0] / ggml_blck_size(src0->type);
+    p.row_blocks  = src0->nb[1] / ggml_type_size(src0->type);
+    p.channel_bytes     = src0->nb[2];
+    p.channel_values    = dst->nb[ids ? 1 : 2] / sizeof(float);
+    p.input_blocks      = GGML_PAD(src1->ne[0], MATRIX_ROW_PADDING) / QK8_1;
+    p.n_inputs          = src1->ne[1];
     p.slots_per_channel = ids ? 1 : dst->ne[2] / src0->ne[2];
     for (int i = 0; others != nullptr && i < others->n; ++i) {
         const ggml_tensor * node   = others->nodes[i];
         p.matrices[p.n_matrices++] = { static_cast<const char *>(node->src[0]->data), static_cast<float *>(node->data),
-                                       int(node->src[0]->ne[1]), 0 };
+                                       int(node->src[0]->ne[1]), 0, 0 };
     }
     launch(p, n_slots, ggml_cuda_info().devices[ctx.device].nsm, ctx.stream());
     return true;

@@ -23,7 +23,7 @@ static std::mt19937 rng(1);
 
 // Tensors with their data on the emulated device, each in an array of its own.
 struct Graph {
-    ggml_context *                                  ctx = ggml_init({ 1 << 20, nullptr, true });
+    ggml_context *                                  ctx = ggml_init({ 8 << 20, nullptr, true });
     ggml_backend_buffer_t                           weights, results;
     ggml_backend_cuda_context                       cuda{ 0 };
     std::vector<std::unique_ptr<DeviceArray<char>>> arrays;
@@ -78,6 +78,13 @@ struct Graph {
         for (int64_t i = 0; i < ggml_nelements(t); ++i) {
             static_cast<float *>(t->data)[i] = normal(rng);
         }
+        return t;
+    }
+
+    // In the fourth dimension.
+    ggml_tensor * four_columns() {
+        ggml_tensor * t = place(ggml_new_tensor_4d(ctx, GGML_TYPE_F32, 512, 1, 1, 4), results);
+        memset(t->data, 0, ggml_nbytes(t));
         return t;
     }
 
@@ -193,18 +200,31 @@ static void test_products(ggml_type type, int n_multiprocessors) {
     }
     for (const int64_t n_inputs : { 1, 3 }) {  // of experts
         Graph               g;
-        ggml_tensor *       up   = g.matrix(type, 512, 701, 5);
-        const ggml_tensor * gate = g.matrix(type, 512, 701, 5);
-        ggml_tensor *       x    = g.column(512, n_inputs);
+        ggml_tensor *       up   = g.matrix(type, 768, 701, 5);  // in Q8_1 a column has 1024 values
+        const ggml_tensor * gate = g.matrix(type, 768, 701, 5);
+        ggml_tensor *       x    = g.column(768, n_inputs);
         ggml_tensor *       node = g.result(ggml_mul_mat_id(g.ctx, up, x, g.experts({ 4, 0, 3 })));
         expect_as_upstream(g, node, nullptr, name + text(", experts, %d inputs", int(n_inputs)));
         expect_as_upstream(g, node, gate, name + text(", experts with gates, %d inputs", int(n_inputs)));
     }
     for (const int64_t n_shared : { 1, 2 }) {  // columns that multiply the same matrix of a batch
         Graph         g;
-        ggml_tensor * node = g.result(ggml_mul_mat(g.ctx, g.matrix(type, 512, 701, 3), g.column(512, 1, 3 * n_shared)));
+        ggml_tensor * node = g.result(ggml_mul_mat(g.ctx, g.matrix(type, 768, 701, 3), g.column(768, 1, 3 * n_shared)));
         expect_as_upstream(g, node, nullptr, name + text(", a batch of %d", int(3 * n_shared)));
     }
+}
+
+// Keys of a cache, whose rows are those of all heads: of three heads, each for two queries' heads.
+static void test_cache() {
+    Graph             g;
+    ggml_tensor *     cache = g.matrix(GGML_TYPE_Q8_0, 3 * 128, 701);
+    const ggml_tensor rows  = *cache;
+    ggml_tensor *     keys  = ggml_view_3d(g.ctx, cache, 128, 701, 3, rows.nb[1], rows.nb[1] / 3, 0);
+    ggml_tensor *     node  = g.result(ggml_mul_mat(g.ctx, keys, g.column(128, 1, 6)));
+    keys->data              = cache->data;
+    keys->buffer            = cache->buffer;
+    g.for_upstream[keys]    = std::move(g.for_upstream.at(cache));
+    expect_as_upstream(g, node, nullptr, "keys of a cache");
 }
 
 // What upstream's kernel is for.
@@ -222,6 +242,8 @@ static void test_refusals() {
     }
     expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_IQ4_XS, 512, 2048)), "another type");
     expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 512, 2048, 2)), "two columns");
+    ggml_tensor * four = g.result(ggml_mul_mat(g.ctx, g.matrix(GGML_TYPE_Q4_0, 512, 2048), g.four_columns()));
+    expect(!g.serves(DATA_CENTRE, four), "four dimensions");
     expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 4128, 2048)), "long rows");
     expect(g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 4096, 2048)), "rows as long as allowed");
     expect(!g.serves(DATA_CENTRE, node(GGML_TYPE_Q4_0, 4096, 2047)), "few long rows");
@@ -247,7 +269,7 @@ static void test_refusals() {
     expect(!g.serves_as(DATA_CENTRE, usual, glu, &fusion), "a gate of a marked node");
 }
 
-// Nodes in a row with the same column: how many are computed together, and the same values as alone.
+// Nodes in a row with the same column: how many are computed together, and the same bits as alone.
 static void test_groups() {
     standin_multiprocessors = 108;
     Graph                      g;
@@ -278,7 +300,8 @@ static void test_groups() {
     add(GGML_TYPE_Q8_0, 33, g.column(512));
     std::vector<std::vector<float>> want;
     for (ggml_tensor * node : nodes) {
-        want.push_back(node->op == GGML_OP_MUL_MAT ? g.upstream(node, nullptr) : std::vector<float>());
+        const bool is_product = node->op == GGML_OP_MUL_MAT;
+        want.push_back(is_product && g.serves(DATA_CENTRE, node) ? g.values(node) : std::vector<float>());
     }
     const auto expect_group = [&](size_t first, size_t last) {
         const std::string name = text("a group from node %d on", int(first));
@@ -286,7 +309,7 @@ static void test_groups() {
         expect(n_submitted == 2, name + text(": %d launches", n_submitted));
         for (size_t i = first; i <= last; ++i) {
             if (!want[i].empty()) {
-                expect_same(g.values(nodes[i]), want[i], name + text(", node %d", int(i)));
+                expect(g.values(nodes[i]) == want[i], name + text(", node %d: the same bits as alone", int(i)));
             }
         }
     };
@@ -312,10 +335,25 @@ static void test_groups() {
     ggml_op_set_mark(nodes[2], GGML_OP_MARK_UPSTREAM);
     expect(group(DATA_CENTRE, 0, nodes.size()) == 0, "a marked node");
 
+    const auto pair = [&](int64_t n_matrices, ggml_tensor * by) {
+        nodes.clear();
+        for (int i = 0; i < 2; ++i) {
+            nodes.push_back(g.result(ggml_mul_mat(g.ctx, g.matrix(GGML_TYPE_Q4_0, 512, 2048, n_matrices), by)));
+        }
+        return group(DATA_CENTRE, 0, 2);
+    };
+    expect(pair(1, x) == 1, "two nodes");
+    expect(pair(1, g.column(512, 2)) == 0, "two columns");
+    expect(pair(2, g.column(512, 1, 2)) == 0, "a batch");
+    ggml_tensor * strided = ggml_view_2d(g.ctx, g.column(1024), 512, 1, 1024 * sizeof(float), 0);
+    strided->nb[0] *= 2;
+    expect(pair(1, strided) == 0, "values that are not in a row");
+
     nodes.clear();
     want.clear();
     for (int i = 0; i < 9; ++i) {
-        want.push_back(g.upstream(add(GGML_TYPE_Q5_K, 301 + i, x), nullptr));
+        want.push_back(g.serves(DATA_CENTRE, add(GGML_TYPE_Q5_K, 301 + i, x)) ? g.values(nodes.back())
+                                                                              : std::vector<float>());
     }
     expect_group(0, 7);  // as many as a launch has
 }
@@ -327,6 +365,7 @@ int main() {
         }
     }
     standin_multiprocessors = 108;
+    test_cache();
     test_refusals();
     test_groups();
     return report();
