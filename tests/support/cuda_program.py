@@ -54,6 +54,21 @@ def compile_cuda(
     return link_program(objects, program, link=link, compiler=compiler)
 
 
+def compile_with_mmvq(engine: Engine, test: str, folder: Path) -> Path:
+    """The program of tests/native/cuda/TEST.cu, with the patched ggml-cuda's matmuls of one to eight columns."""
+    ggml = patched_ggml()
+    upstream = ggml / "src" / "ggml-cuda"
+    kernels = [upstream / name for name in ("mmvq.cu", "quantize.cu", "kimi/matvec.cu")]
+    objects = compile_objects(
+        [*kernels, NATIVE / f"{test}.cu"],
+        folder,
+        include=[*SHARED, NATIVE, upstream],
+        system=[ggml / "include", ggml / "src", upstream],
+        options=[*GGML_OPTIONS, "-O1", "-w"],
+    )
+    return link_program(objects, folder / test, link=ggml_libraries(engine))
+
+
 def compile_with_ggml(
     engine: Engine, sources: Sequence[Path], program: Path, *, ggml: Path | None = None, **others: Any
 ) -> Path:

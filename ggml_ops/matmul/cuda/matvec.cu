@@ -27,6 +27,7 @@ int ggml_cuda_matvec_group(ggml_backend_cuda_context &, const ggml_cgraph *, int
 
 #else
 
+#include "ggml-impl.h"
 #include "ggml-op-marks.h"
 #include "kimi-device.cuh"
 #include "kimi-launch.cuh"
@@ -299,11 +300,6 @@ static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
     return first < second + ggml_nbytes(b) && second < first + ggml_nbytes(a);
 }
 
-static bool only_changes_the_shape(const ggml_tensor * node) {
-    return node->op == GGML_OP_NONE || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW ||
-           node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
-}
-
 }  // namespace matvec_cuda
 
 bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
@@ -359,7 +355,7 @@ int ggml_cuda_matvec_group(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
     ggml_cuda_matvec_others others = { nodes + 1, 0 };
     for (int k = i + 1; k < cgraph->n_nodes && n < MAX_MATRICES; ++k) {
         const ggml_tensor * node = cgraph->nodes[k];
-        if (only_changes_the_shape(node)) {
+        if (ggml_op_is_empty(node->op)) {
             continue;
         }
         if (!fits_a_group(node) || node->src[1] != first->src[1] || node->src[0]->type != first->src[0]->type ||

@@ -140,7 +140,6 @@ struct Graph {
         DeviceArray<char>   input(ggml_nrows(x) * ne / QK8_1 * sizeof(block_q8_1));
         quantize_row_q8_1_cuda(static_cast<const float *>(x->data), nullptr, input.data(), node->src[0]->type, x->ne[0],
                                s1, s2, s3, ne, x->ne[1], x->ne[2], x->ne[3], cuda.stream());
-        standin_capability = capability;
         return ggml_cuda_matvec(cuda, node->src[0], x, node->src[2], dst, fusion, nullptr, input.data());
     }
 
@@ -291,6 +290,10 @@ static void test_groups() {
         g.cuda.begin_node(nullptr);
         return after;
     };
+    const auto alone = [&](ggml_tensor * node) {
+        expect(g.serves(DATA_CENTRE, node), "a node alone: served");
+        return g.values(node);
+    };
     for (const int64_t n_rows : { 2048, 7, 130 }) {
         add(GGML_TYPE_Q4_0, n_rows, x);
         nodes.push_back(ggml_reshape_2d(g.ctx, nodes.back(), 1, n_rows));
@@ -300,8 +303,7 @@ static void test_groups() {
     add(GGML_TYPE_Q8_0, 33, g.column(512));
     std::vector<std::vector<float>> want;
     for (ggml_tensor * node : nodes) {
-        const bool is_product = node->op == GGML_OP_MUL_MAT;
-        want.push_back(is_product && g.serves(DATA_CENTRE, node) ? g.values(node) : std::vector<float>());
+        want.push_back(node->op == GGML_OP_MUL_MAT ? alone(node) : std::vector<float>());
     }
     const auto expect_group = [&](size_t first, size_t last) {
         const std::string name = text("a group from node %d on", int(first));
@@ -352,8 +354,7 @@ static void test_groups() {
     nodes.clear();
     want.clear();
     for (int i = 0; i < 9; ++i) {
-        want.push_back(g.serves(DATA_CENTRE, add(GGML_TYPE_Q5_K, 301 + i, x)) ? g.values(nodes.back())
-                                                                              : std::vector<float>());
+        want.push_back(alone(add(GGML_TYPE_Q5_K, 301 + i, x)));
     }
     expect_group(0, 7);  // as many as a launch has
 }
