@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_gguf.bench.device import find_device
-from kimi_gguf.bench.device_operators import OPERATORS, RECURRENCE
+from kimi_gguf.bench.device_operators import TIMED
 from kimi_gguf.bench.files import atomically
 from kimi_gguf.bench.runner import environment_of
 from kimi_gguf.engine import build as building
@@ -42,8 +42,16 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = "llama.cpp.tar.xz"  # in a prepared folder, next to wheels/
 LIMIT = 540.0  # seconds
 FAILED, WRONG, UNFINISHED, INTERRUPTED = 1, 2, 3, 130
-TESTED = ("KDA_CONV", "KDA_SCAN", "LATENT_ATTN", "FLASH_ATTN_EXT")
-LATENT = "hsk=576,hsv=512"  # only these cases of FLASH_ATTN_EXT are ours
+# Operator -> its cases that may have our kernels (a pattern; "": all), and those of a rehearsal.
+TESTED = {
+    "KDA_CONV": ("", ""),
+    "KDA_SCAN": ("", ""),
+    "LATENT_ATTN": ("", ""),
+    "FLASH_ATTN_EXT": ("hsk=576,hsv=512", "hsk=576,hsv=512,.*kv=113,nb=1,"),
+    "MUL_MAT": ("type_b=f32,.*n=1,k=", "type_a=q4_0,type_b=f32,.*n=1,k=256,"),
+    "MUL_MAT_ID": ("type_b=f32,.*n=1,k=", "type_a=q4_0,type_b=f32,.*n=1,k=256"),
+    "MUL_MAT_VEC_FUSION": ("", "type=q4_0,.*k=256"),
+}
 GROUPS = ("build", "test", "times", "model", "page")
 
 EXAMPLES = """\
@@ -107,16 +115,16 @@ class Place:
 def stages(place: Place) -> list[Stage]:
     """All stages in their order, except the page."""
     found = [Stage("build-patched", ()), Stage("build-upstream", ("--upstream",))]
-    for operator in TESTED:
-        latent = LATENT + (",.*kv=113,nb=1," if place.rehearse else "")
-        only = ("-p", latent) if operator == "FLASH_ATTN_EXT" else ()
+    for operator, patterns in TESTED.items():
+        pattern = patterns[place.rehearse]
+        only = ("-p", pattern) if pattern else ()
         found.append(Stage(f"test-{operator}", ("test", "-o", operator, *only)))
     bench = ["--backend", place.backend, *(("--device", place.device) if place.device else ())]
     bench += (
         ["--shapes", "tiny", "--layers", "4", "--experts", "8", "--threads", "1"] if place.rehearse else []
     )
     bench += ["--seconds", "0.01" if place.rehearse else "3"]
-    found += [Stage(f"times-{each}", (*bench, "--operators", each)) for each in (*OPERATORS, RECURRENCE)]
+    found += [Stage(f"times-{each}", (*bench, "--operators", each)) for each in TIMED]
     if place.model is not None:
         bench.insert(0, str(place.model.resolve()))
     return found + [Stage(f"model-{name}", (*bench, *words.split())) for name, words in models(place)]

@@ -23,7 +23,8 @@ static constexpr double MOST_SECONDS = 86400;
 
 const char * ggml_verify_part_name(ggml_verify_part part) {
     static const char * const names[GGML_VERIFY_N_PARTS] = {
-        "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN", "fused nodes"
+        "KDA_CONV",    "KDA_SCAN",    "elided state copies",   "absorbed latent attention",
+        "LATENT_ATTN", "fused nodes", "matmuls of one column",
     };
     return names[part];
 }
@@ -32,6 +33,12 @@ const char * ggml_verify_state_name(ggml_verify_state state) {
     static const char * const names[GGML_VERIFY_N_STATES] = { "not checked", "absent", "passed",
                                                               "WRONG",       "HANGS",  "CRASHES" };
     return names[state];
+}
+
+bool ggml_verify_has_matvec(ggml_backend_dev_t dev) {
+    const auto has = (ggml_backend_has_matvec_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev),
+                                                                                   GGML_BACKEND_HAS_MATVEC);
+    return has && has(dev);
 }
 
 static bool is_used(const ggml_verify_result & result) {
@@ -104,10 +111,12 @@ static int marks_of(ggml_backend_dev_t dev, const ggml_tensor * node) {
     const auto add   = [&](ggml_verify_part part, bool concerned, ggml_op_mark mark) {
         marks |= concerned && refused.contains(dev, part) ? mark : 0;
     };
-    const bool kda = node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN;
+    const bool kda    = node->op == GGML_OP_KDA_CONV || node->op == GGML_OP_KDA_SCAN;
+    const bool matmul = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;
     add(GGML_VERIFY_ABSORBED, node->op == GGML_OP_FLASH_ATTN_EXT, GGML_OP_MARK_UPSTREAM);
     add(GGML_VERIFY_STATE_COPY, kda, GGML_OP_MARK_KEEP_COPY);
     add(GGML_VERIFY_FUSED, ggml_op_starts_fused_run(node->op), GGML_OP_MARK_UNFUSED);
+    add(GGML_VERIFY_MATVEC, matmul, GGML_OP_MARK_UPSTREAM);
     return marks;
 }
 

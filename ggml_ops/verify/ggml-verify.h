@@ -16,7 +16,8 @@ enum ggml_verify_part {
     GGML_VERIFY_STATE_COPY,  // eliding the copy of the new states after these two
     GGML_VERIFY_ABSORBED,    // FLASH_ATTN_EXT over a latent cache
     GGML_VERIFY_LATENT_ATTN,
-    GGML_VERIFY_FUSED,  // the router, and residual and norm, as one kernel each
+    GGML_VERIFY_FUSED,   // the router, and residual and norm, as one kernel each
+    GGML_VERIFY_MATVEC,  // MUL_MAT and MUL_MAT_ID with one column
     GGML_VERIFY_N_PARTS,
 };
 
@@ -46,6 +47,14 @@ struct ggml_verify_report {
     double                                              start_seconds = 0;
     double                                              check_seconds = 0;
 };
+
+// Backends that have kernels of their own for matmuls of one column provide this function
+// (ggml_backend_reg_get_proc_address): whether the device has them.
+#define GGML_BACKEND_HAS_MATVEC "ggml_backend_has_matvec"
+typedef bool (*ggml_backend_has_matvec_t)(ggml_backend_dev_t dev);
+
+// Asks the device's backend.
+GGML_API bool ggml_verify_has_matvec(ggml_backend_dev_t dev);
 
 GGML_API const char * ggml_verify_part_name(ggml_verify_part part);
 GGML_API const char * ggml_verify_state_name(ggml_verify_state state);

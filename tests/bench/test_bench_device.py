@@ -13,7 +13,7 @@ from native_program import ROOT, compile_backend
 
 from kimi_gguf.bench import device as devices
 from kimi_gguf.bench.aims import aims_table
-from kimi_gguf.bench.device_operators import operator_number, parsed, recurrence_case
+from kimi_gguf.bench.device_operators import matmul_case, operator_number, parsed, recurrence_case
 from kimi_gguf.bench.models import bench_folder
 from kimi_gguf.bench.page import device_operators_tables, write_page
 from kimi_gguf.bench.record import load
@@ -21,6 +21,7 @@ from kimi_gguf.bench.roofline import Demand, Peaks
 from kimi_gguf.engine.builds import Engine
 from kimi_gguf.engine.compiling import advice
 from kimi_gguf.engine.errors import EngineError
+from kimi_gguf.scripts.bench_gpu import TESTED
 
 ON = ("--device", "SECOND0", *TINY, "--seconds", "0.01")
 DEVICE = {"backend": "cuda", "name": "CUDA0", "description": "NVIDIA Something", "memory": 80 << 30, "free": 79 << 30,
@@ -128,7 +129,7 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
     out = tmp_path / "out"
     ended = rehearse(out)
     assert ended.returncode == 0, ended.stderr
-    for operator in ("KDA_CONV", "KDA_SCAN", "LATENT_ATTN", "FLASH_ATTN_EXT"):
+    for operator in TESTED:
         (line,) = [line for line in ended.stdout.splitlines() if line.startswith(f"bench-gpu: {operator}: ")]
         passed, _, total = line.split()[2].partition("/")
         assert passed == total and int(passed) > 3 and "0 not supported" in line
@@ -138,10 +139,12 @@ def test_bench_gpu_tests_and_times_operators_and_writes_a_page(
         assert part in page
     rows = [row for file in out.glob("times-*.json") for row in load(file)["device_operators"]]
     by = {row["operator"]: row for row in rows}
-    assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET"}
+    assert set(by) == {"KDA_CONV", "KDA_SCAN", "FLASH_ATTN_EXT", "LATENT_ATTN", "GATED_DELTA_NET", "MUL_MAT"}
     assert all(row["patched"] > 0 for row in rows)
     assert by["KDA_SCAN"]["upstream"] is None and by["GATED_DELTA_NET"]["upstream"] > 0
     assert by["GATED_DELTA_NET"]["parameters"] == "kda=1,n_seq_tokens=1"
+    assert by["MUL_MAT"]["parameters"] == "type=Q4_0,n_columns=512,n_rows=2304"
+    assert by["MUL_MAT"]["upstream"] > 0
 
     # finished stages are not run again; one whose output was changed is, and so are those of another model
     assert set(states(out).values()) == {"finished"}
@@ -203,6 +206,11 @@ def test_a_case_of_the_recurrence_has_the_48b_s_shape(engine: Engine) -> None:
     assert words[:9] == ["7", "0", "4096", "192", "1", "1", "1", "1", "6"], "64 tokens and 128 rows of state"
     assert words[9:18] == ["0", "128", "32", "64", "1", "4", "512", "16384", "1048576"]
     assert words[-1] == "kda=1;n_seq_tokens=64"
+    words = matmul_case(9, "Q4_0", 2304, 163840).split()
+    assert words[:8] == ["9", "0", "163840", "1", "1", "1", "0", "2"]
+    assert words[8:17] == ["2", "2304", "163840", "1", "1", "18", "1296", "212336640", "212336640"]
+    assert words[17:] == ["0", "2304", "1", "1", "1", "4", "9216", "9216", "9216",
+                          "type=Q4_0;n_columns=2304;n_rows=163840"]  # fmt: skip
     assert operator_number("NONE") == 0 and operator_number("DUP") == 1
 
 

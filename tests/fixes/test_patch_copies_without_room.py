@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from random_checkpoint import Spec
+from small_memory import compile_shim, complete
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
@@ -21,7 +21,6 @@ has_avx512 = pytest.mark.skipif(
     "avx512_vnni" not in Path("/proc/cpuinfo").read_text(),
     reason="the patched build makes copies on request only with AVX-512",
 )
-SHIM = Path(__file__).parents[1] / "native" / "small_memory.c"
 REPACKED = "CPU_REPACK model buffer size"
 REASON = "more than 2/3 of the available memory"
 READ_WHEN_USED = "read from disk when they are used"
@@ -37,32 +36,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    library = tmp_path_factory.mktemp("shim") / "small_memory.so"
-    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, SHIM], check=True)
-    return library
+    return compile_shim(tmp_path_factory.mktemp("shim"))
 
 
 def log(engine: Engine, model: Path, shim: Path, available: int, *options: str) -> str:
     """What the program logs if `available` bytes of memory are available, and how it maps the file."""
-    command: list[str | Path] = [
-        engine.bin / "llama-completion",
-        "--model",
-        model,
-        "--prompt",
-        "the hat",
-        "-n",
-        "1",
-    ]
-    ended = subprocess.run(
-        [*command, "--no-conversation", "--threads", "1", "--verbosity", "4", *options],
-        env={"LD_PRELOAD": str(shim), "AVAILABLE": str(available // 1024)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout + ended.stderr
+    return complete(engine, model, shim, "--verbosity", "4", *options, AVAILABLE=str(available // 1024))
 
 
 @has_avx512

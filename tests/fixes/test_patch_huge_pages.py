@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 from native_program import compile_program, run_program
 from random_checkpoint import Spec
+from small_memory import compile_shim, complete
 from synthetic_case import make_gguf
 
 from kimi_gguf.engine.builds import Engine
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-SHIM = Path(__file__).parents[1] / "native" / "small_memory.c"
 EVENT = re.compile(r"(MADV_HUGEPAGE|MADV_NOHUGEPAGE|MADV_POPULATE_READ|MAP_POPULATE) (0x[0-9a-f]+|\(nil\))")
 
 release = tuple(map(int, re.findall(r"\d+", platform.release())[:2]))
@@ -33,16 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def events(engine: Engine, model: Path, folder: Path, **environment: str) -> list[tuple[str, str]]:
     """What a program asks of Linux for the mapped model: calls and addresses, in order."""
-    shim = folder / "shim.so"
-    subprocess.run(["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", shim, SHIM], check=True)
-    command = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
-    ended = subprocess.run(
-        [*command, "--no-conversation", "--threads", "1"],
-        env={"LD_PRELOAD": str(shim), **environment},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
-    found = EVENT.findall(ended.stderr)
+    found = EVENT.findall(complete(engine, model, compile_shim(folder), **environment))
     mapped = {address for call, address in found if "POPULATE" in call}
     return [event for event in found if event[1] in mapped]
 

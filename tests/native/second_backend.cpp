@@ -30,6 +30,7 @@
 #include "ggml-impl.h"
 #include "kda/ggml-kda-state.h"
 #include "second_kernels.h"
+#include "verify/ggml-verify.h"
 
 #include <signal.h>
 #include <sys/mman.h>
@@ -454,7 +455,12 @@ ggml_backend_reg_i registry_interface() {
     i.get_device_count   = [](ggml_backend_reg_t) { return devices().size(); };
     i.get_device         = [](ggml_backend_reg_t, size_t index) { return &devices().at(index)->dev; };
     i.get_proc_address   = [](ggml_backend_reg_t, const char * name) {
-        return second_kernels ? second_kernels->proc_address(name) : nullptr;
+        if (second_kernels) {
+            return second_kernels->proc_address(name);
+        }
+        // the CPU's kernels for quantized weights, which marks switch off
+        const ggml_backend_has_matvec_t yes = [](ggml_backend_dev_t) { return true; };
+        return strcmp(name, GGML_BACKEND_HAS_MATVEC) == 0 ? (void *) yes : nullptr;
     };
     return i;
 }

@@ -31,7 +31,7 @@ from kimi_gguf.scripts.cuda_check import DEFINITIONS, patched_ggml
 pytestmark = pytest.mark.engine
 
 # Upstream's sources in which ggml-cuda selects kernels, and their functions that launch kernels (renamed here).
-HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu")
+HOST = ("fattn.cu", "topk-moe.cu", "mmvf.cu", "mmvq.cu", "quantize.cu")
 ASIDE = ("topk_moe", "mul_mat_vec_f")
 ASKS = re.compile("_use_|supported|get_to_|_ar_")  # functions of upstream that launch nothing
 KDA_FOLDER = OPERATORS / "kda" / "cuda"
@@ -137,13 +137,17 @@ def test_upstreams_comparison_of_devices(
     assert ran(log) == {kernel, *([f"{kernel} and its copy"] if copied else [])}
 
 
-def test_the_operators_verify_themselves(backend: Path, engine: Engine) -> None:
+def test_the_operators_verify_themselves(backend: Path, engine: Engine, tmp_path: Path) -> None:
     """The cases of kimi-verify on kernels that are right, within its time for slow devices."""
-    variables = {"GGML_BACKEND_PATH": str(backend), "KIMI_VERIFY_SECONDS": "300"}
+    log = tmp_path / "log"
+    variables = {"GGML_BACKEND_PATH": str(backend), "KIMI_VERIFY_SECONDS": "300", "SECOND_MATVEC": "1"}
+    variables["SECOND_LOG"] = str(log)
     report = run_program(engine.bin / "kimi-verify", **variables).stdout
     assert re.findall(r"^result\t(.+)\tpassed\t", report, re.MULTILINE) == [
         "KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN",
+        "matmuls of one column",
     ], report  # fmt: skip
+    assert {f"SECOND0 kernel {each}" for each in (*KDA, "LATENT_ATTN", "MUL_MAT", "MUL_MAT_ID")} <= ran(log)
 
 
 @pytest.fixture(scope="module")

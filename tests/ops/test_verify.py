@@ -39,7 +39,8 @@ STEPS = [
     *(decode((0, n, int(IDS[n]))) for n in range(PREFILLED, len(IDS))),
 ]
 CHECKS = "verify: checking the operators on SECOND0"
-PARTS = ("KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN")
+MATVEC = "matmuls of one column"
+PARTS = ("KDA_CONV", "KDA_SCAN", "elided state copies", "absorbed latent attention", "LATENT_ATTN", MATVEC)
 HEALTHY = {**dict.fromkeys(PARTS, "passed"), "fused nodes": "absent"}
 FNV_OFFSET, FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 COMMAND = [sys.executable, "-m", "kimi_gguf.scripts.kimi_llama"]
@@ -90,7 +91,7 @@ def test_a_healthy_device_is_checked_once(world: World, tmp_path: Path) -> None:
     assert_same(first.logits, world.expected)
     assert first.log.count(CHECKS) == 1
     passed = re.search(
-        r"verify: SECOND0: 5 of 5 passed in ([0-9.]+) s, after [0-9.]+ s of start-up", first.log
+        r"verify: SECOND0: 6 of 6 passed in ([0-9.]+) s, after [0-9.]+ s of start-up", first.log
     )
     assert passed, first.log
     assert results(tmp_path) == HEALTHY
@@ -150,6 +151,11 @@ FAULTS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
         {"LATENT_ATTN": "WRONG"},
         r"LATENT_ATTN: NMSE [0-9.e+-]+, bound [12]e-0[57] \(\d+ queries, .*\)",
     ),
+    "wrong matmuls of one column": (
+        {"SECOND_SPOILS": "MUL_MAT,MUL_MAT_ID"},
+        {MATVEC: "WRONG"},
+        r"matmuls of one column: NMSE [0-9.e+-]+, bound 1e-07 \(q\d_.*, .*\)",
+    ),
     "KDA_SCAN hangs": (
         {"SECOND_HANGS": "KDA_SCAN", "KIMI_VERIFY_SECONDS": "5"},
         {"KDA_SCAN": "HANGS", **dict.fromkeys([*PARTS[2:], "fused nodes"], "not checked")},
@@ -157,7 +163,7 @@ FAULTS: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     ),
     "the absorbed form hangs": (
         {"SECOND_HANGS": "FLASH_ATTN_EXT", "KIMI_VERIFY_SECONDS": "6"},
-        {"absorbed latent attention": "HANGS", "LATENT_ATTN": "not checked", "fused nodes": "not checked"},
+        {"absorbed latent attention": "HANGS", **dict.fromkeys([*PARTS[4:], "fused nodes"], "not checked")},
         r"LATENT_ATTN: not checked: the time was used up",
     ),
     "KDA_CONV crashes": (
@@ -228,6 +234,26 @@ def test_one_wrong_case_is_enough(part: str, world: World) -> None:
         assert nth == count or name == cases[nth]
 
 
+# The cases of a type, in their order -> the number of matmuls in each.
+MATMULS = {
+    "several matrices": 3,
+    "few rows": 1,
+    "a batch": 1,
+    "experts": 1,
+    "experts with gates": 2,
+    "gates": 2,
+}
+MATVEC_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K")
+
+
+@pytest.mark.parametrize("place", [0, 2, 33, 54, 69, 97, 99])
+def test_one_wrong_matmul_is_enough(place: int, world: World) -> None:
+    cases = [f"{each}, {case}" for each in MATVEC_TYPES for case, n in MATMULS.items() for _ in range(n)]
+    output = check_part(world, MATVEC, SECOND_SPOILS="MUL_MAT,MUL_MAT_ID", SECOND_SPOILS_NTH=str(place))
+    found = re.findall(f"^result\t{MATVEC}\tWRONG\t.*\t(.*)$", output, re.MULTILINE)
+    assert found == [cases[place]], output
+
+
 @pytest.mark.parametrize("by", ["nan", "inf", "last", "scale"])
 @pytest.mark.parametrize("part", ["absorbed latent attention", "LATENT_ATTN"])
 def test_every_kind_of_wrong_value_is_found(part: str, by: str, world: World) -> None:
@@ -254,7 +280,7 @@ def test_operators_that_the_device_lacks(world: World, tmp_path: Path) -> None:
     variables = {"SECOND_REFUSES": "KDA_SCAN,LATENT_ATTN"}
     played = world.play(tmp_path, **variables)
     assert_same(played.logits, world.expected)
-    assert "3 of 3 passed" in played.log
+    assert "4 of 4 passed" in played.log
     assert results(tmp_path) == HEALTHY | dict.fromkeys(("KDA_SCAN", "LATENT_ATTN"), "absent")
 
 
@@ -488,7 +514,7 @@ def test_the_pipe_is_not_inherited(world: World, tmp_path: Path) -> None:
     subprocess.run(["cc", *options, "-o", shim, NATIVE / "inherited_pipes.c"], check=True)
     log = tmp_path / "log"
     played = world.play(tmp_path, LD_PRELOAD=str(shim), PIPE_LOG=str(log))
-    assert "5 of 5 passed" in played.log
+    assert "6 of 6 passed" in played.log
     pipes = [line for line in log.read_text().splitlines() if "libggml-base" in line]
     assert pipes
     assert all(line.endswith(" closed") for line in pipes)

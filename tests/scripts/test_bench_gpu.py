@@ -56,7 +56,7 @@ def test_every_stage_of_a_device_is_an_argument_list_that_the_bench_accepts(tmp_
                 parsed = _parser().parse_args(["bench", *stage.words])
                 assert parsed.backend == backend
                 assert (parsed.model is None) == (stage.group == "times")
-        assert len(set(names)) == len(names) == 16
+        assert len(set(names)) == len(names) == 20
 
 
 def test_a_build_that_does_not_end_leaves_what_follows(

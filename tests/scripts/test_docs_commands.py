@@ -86,7 +86,7 @@ ELSEWHERE = (
 # The same for text in code spans that begins with another program than this project's; `perf` and `llama-bench` say
 # how a figure was measured.
 SPANS_HARDWARE = (
-    (r"perf |llama-bench ", "the machine that the text names"),
+    (r"perf |llama-(bench|completion) ", "the machine that the text names"),
     (r"test-backend-ops ", "a GPU"),
     (r"ssh ", "a second machine; tests/serving/test_workers.py has workers on this one"),
 )

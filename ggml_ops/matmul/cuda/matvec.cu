@@ -10,6 +10,10 @@
 
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 
+bool ggml_cuda_has_matvec(int) {
+    return false;
+}
+
 bool ggml_cuda_matvec(ggml_backend_cuda_context &,
                       const ggml_tensor *,
                       const ggml_tensor *,
@@ -270,8 +274,7 @@ static launcher launcher_of(ggml_type type) {
 
 // Whether this kernel is faster than upstream's.
 static bool is_faster(int device, ggml_type type, int64_t n_columns, int64_t n_rows, bool gated) {
-    const int capability = ggml_cuda_info().devices[device].cc;
-    if (!GGML_CUDA_CC_IS_NVIDIA(capability) || !kimi_cuda::is_data_centre(capability) || n_columns > MAX_COLUMNS) {
+    if (!ggml_cuda_has_matvec(device) || n_columns > MAX_COLUMNS) {
         return false;
     }
     return gated || n_rows >= FEW_ROWS ||
@@ -301,6 +304,11 @@ static bool overlap(const ggml_tensor * a, const ggml_tensor * b) {
 }
 
 }  // namespace matvec_cuda
+
+bool ggml_cuda_has_matvec(int device) {
+    const int capability = ggml_cuda_info().devices[device].cc;
+    return GGML_CUDA_CC_IS_NVIDIA(capability) && kimi_cuda::is_data_centre(capability);
+}
 
 bool ggml_cuda_matvec(ggml_backend_cuda_context &           ctx,
                       const ggml_tensor *                   src0,

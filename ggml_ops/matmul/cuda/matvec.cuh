@@ -5,6 +5,9 @@
 
 #include "common.cuh"
 
+// See GGML_BACKEND_HAS_MATVEC.
+bool ggml_cuda_has_matvec(int device);
+
 // MUL_MAT nodes whose results are computed together with another one.
 struct ggml_cuda_matvec_others {
     const ggml_tensor * const * nodes;

@@ -79,6 +79,7 @@ static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
     if (!buffer) {
         throw std::runtime_error("there is not enough memory on the device");
     }
+    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);  // one launch multiplies several
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, i))) {
             return {};
@@ -129,6 +130,7 @@ static bool same_bits(const std::vector<Floats> & x, const std::vector<Floats> &
 static int mark_without(ggml_verify_part part) {
     switch (part) {
     case GGML_VERIFY_ABSORBED:
+    case GGML_VERIFY_MATVEC:
         return GGML_OP_MARK_UPSTREAM;
     case GGML_VERIFY_FUSED:
         return GGML_OP_MARK_UNFUSED;
@@ -177,7 +179,10 @@ static ggml_verify_result check(ggml_verify_part part, ggml_backend_t device, gg
     const int          without     = mark_without(part);
     ggml_verify_result worst;
     worst.state = GGML_VERIFY_ABSENT;
-    bool used   = part != GGML_VERIFY_STATE_COPY;
+    if (part == GGML_VERIFY_MATVEC && !ggml_verify_has_matvec(ggml_backend_get_device(device))) {
+        return worst;
+    }
+    bool used = part != GGML_VERIFY_STATE_COPY;
     for (const Case & each : cases_of(part)) {
         printf("case\t%s\t%s\n", ggml_verify_part_name(part), each.name.c_str());
         fflush(stdout);

@@ -34,6 +34,19 @@ ggml_tensor * Inputs::tensor(ggml_type type, Shape shape, const Floats & values)
     return t;
 }
 
+ggml_tensor * Inputs::repeated(ggml_type type, Shape shape, const Floats & rows) {
+    const int64_t     n_rows = rows.size() / shape[0];
+    std::vector<char> once(n_rows * ggml_row_size(type, shape[0]));
+    ggml_quantize_chunk(type, rows.data(), once.data(), 0, n_rows, shape[0], nullptr);
+    ggml_tensor *     t = ggml_new_tensor(ctx, type, 4, shape.data());
+    std::vector<char> bytes(ggml_nbytes(t));
+    for (size_t i = 0; i < bytes.size(); i += once.size()) {
+        std::copy_n(once.begin(), std::min(once.size(), bytes.size() - i), bytes.begin() + i);
+    }
+    inputs.push_back({ t, bytes });
+    return t;
+}
+
 ggml_tensor * Inputs::indices(const std::vector<int32_t> & values) {
     ggml_tensor * t    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, values.size());
     const char *  data = (const char *) values.data();
@@ -359,6 +372,61 @@ static Built build_norm(Inputs & in, const NormShape & n) {
     return { { norm }, { whole(sum), whole(norm) }, {} };
 }
 
+// Matmuls of one column
+
+enum class Matvec { group, few_rows, batch, experts, gated_experts, gated };
+
+static std::string name_of(Matvec kind, ggml_type type) {
+    static const char * const names[] = { "several matrices", "few rows",           "a batch",
+                                          "experts",          "experts with gates", "gates" };
+    return std::string(ggml_type_name(type)) + ", " + names[(int) kind];
+}
+
+// Whole numbers, of which one in each block of 32 is 127 or -127: quantizing them to 8 bits changes nothing, in blocks of
+// 32 or of 256. So device and CPU multiply the same numbers.
+static ggml_tensor * make_columns(Inputs & in, int64_t n, int64_t n_columns, int64_t n_batches) {
+    Floats values = in.normal(n * n_columns * n_batches, 0, 20);
+    for (size_t i = 0; i < values.size(); ++i) {
+        values[i] = i % 32 == 5 ? (i % 3 ? 127.0f : -127.0f) : std::round(values[i]);
+    }
+    return in.tensor(GGML_TYPE_F32, { n, n_columns, n_batches, 1 }, values);
+}
+
+// CUDA's kernel is for rows of up to 4096 values, and without gates for 2048 rows and more, or (not with Q2_K and Q3_K)
+// rows of up to 2304 values. With experts, upstream's kernel needs multiples of four rows.
+static Built build_matvec(Inputs & in, Matvec kind, ggml_type type) {
+    constexpr int64_t N_DIFFERENT = 13;          // rows; the numbers of rows below are no multiples of it
+    constexpr float   WEIGHT      = 1.0f / 256;  // so small that gates are neither open nor closed
+    ggml_context *    ctx         = in.ctx;
+    const auto        matrix      = [&](int64_t n_columns, int64_t n_rows, int64_t n = 1) {
+        return in.repeated(type, { n_columns, n_rows, n, 1 }, in.normal(n_columns * N_DIFFERENT, 0, WEIGHT));
+    };
+    if (kind == Matvec::group) {
+        ggml_tensor * a = matrix(512, 5);
+        ggml_tensor * b = matrix(512, 2048);
+        ggml_tensor * c = matrix(512, 7);
+        ggml_tensor * x = make_columns(in, 512, 1, 1);
+        a               = ggml_mul_mat(ctx, a, x);
+        b               = ggml_mul_mat(ctx, b, x);
+        c               = ggml_mul_mat(ctx, c, x);
+        return { { a, b, c }, { whole(a), whole(b), whole(c) }, {} };
+    }
+    const bool    has_ids   = kind == Matvec::experts || kind == Matvec::gated_experts;
+    const bool    has_gate  = kind == Matvec::gated_experts || kind == Matvec::gated;
+    const int64_t n_columns = has_gate || kind == Matvec::few_rows ? 2304 : 768;
+    const int64_t n_rows    = has_gate ? 40 : kind == Matvec::few_rows ? 9 : 704;
+    const int64_t n         = has_ids ? 5 : kind == Matvec::batch ? 3 : 1;
+    ggml_tensor * up        = matrix(n_columns, n_rows, n);
+    ggml_tensor * gate      = has_gate ? matrix(n_columns, n_rows, n) : nullptr;
+    ggml_tensor * ids       = has_ids ? in.indices({ 4, 0, 3 }) : nullptr;
+    ggml_tensor * x = make_columns(in, n_columns, kind == Matvec::experts ? 3 : 1, kind == Matvec::batch ? 2 * n : 1);
+    const auto    multiply = [&](ggml_tensor * w) {
+        return has_ids ? ggml_mul_mat_id(ctx, w, x, ids) : ggml_mul_mat(ctx, w, x);
+    };
+    ggml_tensor * out = has_gate ? ggml_swiglu_split(ctx, multiply(gate), multiply(up)) : multiply(up);
+    return { { out }, { whole(out) }, {} };
+}
+
 static constexpr double BOUND           = 1e-7;
 static constexpr double BOUND_QUANTIZED = 2e-5;
 static constexpr double BOUND_HALVES    = 5e-6;  // CUDA's default for F16 and BF16 caches; upstream's is 5e-4
@@ -430,6 +498,17 @@ std::vector<Case> cases_of(ggml_verify_part part) {
         const NormShape norms[] = { { 2304, 1, 1, 1 }, { 2304, 7, 2, 100 }, { 36, 3, 1, 1e-3f }, { 8192, 2, 2, 1 } };
         for (const NormShape & n : norms) {
             cases.push_back({ name_of(n), BOUND, [n](Inputs & in) { return build_norm(in, n); } });
+        }
+    }
+    if (part == GGML_VERIFY_MATVEC) {
+        for (const ggml_type type :
+             { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K,
+               GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K }) {
+            for (const Matvec kind : { Matvec::group, Matvec::few_rows, Matvec::batch, Matvec::experts,
+                                       Matvec::gated_experts, Matvec::gated }) {
+                cases.push_back(
+                    { name_of(kind, type), BOUND, [=](Inputs & in) { return build_matvec(in, kind, type); } });
+            }
         }
     }
     return cases;

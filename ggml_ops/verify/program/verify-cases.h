@@ -24,6 +24,9 @@ class Inputs {
     Floats normal(size_t n, float mean = 0, float deviation = 1);
 
     ggml_tensor * tensor(ggml_type type, Shape shape, const Floats & values);
+
+    // Quantizes the values once, and repeats the rows until the tensor is full.
+    ggml_tensor * repeated(ggml_type type, Shape shape, const Floats & rows);
     ggml_tensor * indices(const std::vector<int32_t> & values);
 
     // Writes the values to the tensors, which have memory now.
@@ -60,5 +63,6 @@ struct Case {
     std::function<Built(Inputs &)> build;
 };
 
-// KDA_CONV and KDA_SCAN, which store their new states, both forms of latent attention, and nodes that Metal fuses.
+// KDA_CONV and KDA_SCAN, which store their new states, both forms of latent attention, nodes that Metal fuses, and matmuls
+// of one column.
 std::vector<Case> cases_of(ggml_verify_part part);

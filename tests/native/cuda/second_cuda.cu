@@ -28,10 +28,22 @@ static size_t alloc_size(const ggml_tensor * t) {
     return ggml_backend_cuda_buffer_type_get_alloc_size(&type, t);
 }
 
+// Whether the emulator computes matmuls of one column, by our kernel or by upstream's; otherwise the CPU does, which is
+// much faster.
+static bool multiplies() {
+    return getenv("SECOND_MATVEC") != nullptr;
+}
+
 static void * proc_address(const char * name) {
-    const auto fast_sums = [](ggml_backend_dev_t) { return ggml_cuda_latent_fast_sums(0); };
-    return strcmp(name, GGML_BACKEND_LATENT_FAST_SUMS) == 0 ? (void *) (ggml_backend_latent_fast_sums_t) fast_sums
-                                                            : nullptr;
+    if (strcmp(name, GGML_BACKEND_LATENT_FAST_SUMS) == 0) {
+        const auto fast_sums = [](ggml_backend_dev_t) { return ggml_cuda_latent_fast_sums(0); };
+        return (void *) (ggml_backend_latent_fast_sums_t) fast_sums;
+    }
+    if (strcmp(name, GGML_BACKEND_HAS_MATVEC) == 0) {
+        const auto has_matvec = [](ggml_backend_dev_t) { return multiplies() && ggml_cuda_has_matvec(0); };
+        return (void *) (ggml_backend_has_matvec_t) has_matvec;
+    }
+    return nullptr;
 }
 
 // SECOND_CAPABILITY: the devices' compute capability, as ggml writes it (860); 800 if unset.
@@ -39,6 +51,15 @@ static void set_capability() {
     if (const char * text = getenv("SECOND_CAPABILITY")) {
         const_cast<ggml_cuda_device_info &>(ggml_cuda_info()).devices[0].cc = atoi(text);
     }
+}
+
+// Whether the emulator multiplies the node's quantized matrices by one column.
+static bool is_matvec(const ggml_tensor * node) {
+    if ((node->op != GGML_OP_MUL_MAT && node->op != GGML_OP_MUL_MAT_ID) || !ggml_is_quantized(node->src[0]->type)) {
+        return false;
+    }
+    const ggml_tensor * x = node->src[1];
+    return x->ne[node->op == GGML_OP_MUL_MAT ? 1 : 2] == 1 && x->ne[3] == 1 && multiplies();
 }
 
 static bool is_ours(const ggml_tensor * node) {
@@ -57,17 +78,22 @@ static ggml_backend_cuda_context & cuda() {
 }
 
 static SecondStep step(ggml_cgraph * graph, int i) {
-    ggml_tensor * node    = graph->nodes[i];
-    const int     before  = upstream_missing + upstream_launches;
-    const auto    is_done = [&] { return upstream_missing + upstream_launches == before; };
+    ggml_tensor * node     = graph->nodes[i];
+    const bool    multiply = is_matvec(node);
+    const bool    on_cpu   = (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID) && !multiply;
+    // in front of matmuls, upstream asks for other kernels that are missing here
+    const auto n_calls = [&] { return upstream_launches + (multiply ? 0 : upstream_missing); };
+    const int  before  = n_calls();
+    const auto is_done = [&] { return !on_cpu && n_calls() == before; };
     try {
-        counts_only       = node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_MUL_MAT_ID;  // the CPU multiplies
+        counts_only       = on_cpu;
         const int n_after = ggml_cuda_try_fuse(&cuda(), graph, i);
         counts_only       = false;
         if (n_after > 0) {
             return { 1 + n_after, is_done() };
         }
-        if (is_ours(node) || (node->op == GGML_OP_FLASH_ATTN_EXT && ggml_cuda_latent_attention_size(0, node) > 0)) {
+        if (multiply || is_ours(node) ||
+            (node->op == GGML_OP_FLASH_ATTN_EXT && ggml_cuda_latent_attention_size(0, node) > 0)) {
             GGML_ASSERT(ggml_cuda_compute_forward(cuda(), node));
             return { 1, is_done() };
         }

@@ -1,0 +1,34 @@
+"""llama-completion with native/small_memory.c preloaded, which tells it how much memory is available.
+
+`compile_shim` makes the library; `complete` returns what the program printed: its log, and how it mapped the file.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from kimi_gguf.engine.builds import Engine
+
+SOURCE = Path(__file__).parents[1] / "native" / "small_memory.c"
+
+
+def compile_shim(folder: Path) -> Path:
+    """The library for LD_PRELOAD."""
+    library = folder / "small_memory.so"
+    subprocess.run(
+        ["cc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", library, SOURCE], check=True
+    )
+    return library
+
+
+def complete(engine: Engine, model: Path, shim: Path, *options: str, **environment: str) -> str:
+    """What the program prints while it continues a text by one token."""
+    command = [engine.bin / "llama-completion", "--model", model, "--prompt", "the hat", "-n", "1"]
+    ended = subprocess.run(
+        [*command, "--no-conversation", "--threads", "1", *options],
+        env={"LD_PRELOAD": str(shim), **environment},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout + ended.stderr
