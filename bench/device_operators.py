@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
 from kimi_gguf.bench.programs import ask
 from kimi_gguf.engine.builds import Engine, upstream_source
 from kimi_gguf.engine.progress import Reporter
@@ -71,7 +72,9 @@ def matmul_cases(small: bool) -> list[str]:
     """Lines of a file of cases: matrices times one column."""
     number = operator_number(MATMUL)
     matrices = [SMALL_MATRIX] if small else MATRICES
-    return [matmul_case(number, kind, *matrix) for kind in TYPES[: 1 if small else None] for matrix in matrices]
+    return [
+        matmul_case(number, kind, *matrix) for kind in TYPES[: 1 if small else None] for matrix in matrices
+    ]
 
 
 def matmul_case(number: int, kind: str, n_columns: int, n_rows: int) -> str:

@@ -16,7 +16,12 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+
+#if QUANT_GEMM_AVX512
+#include <cpuid.h>
+#endif
 
 namespace quant_gemm {
 
@@ -25,7 +30,7 @@ namespace quant_gemm {
 // ---- types of 256 values
 
 // Adds the four lanes of each 128 bits, of four rows: a row in each lane.
-static inline __m512i add_4_lanes(const __m512i (&row)[4]) {
+static inline __m512i add_4_lanes(const __m512i * row) {
     const auto pairs = [](__m512i x, __m512i y) {
         return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
     };
@@ -42,6 +47,38 @@ static inline __m512i add_quarters(const __m512i (&x)[4]) {
     const __m512i first  = halves_of(x[0], x[1]);
     const __m512i second = halves_of(x[2], x[3]);
     return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
+}
+
+// One column on some processors: rows are read one after another, and the sums of 16 rows are stored (rows with at most MOST
+// super blocks, or MOST_SLICES slices: the sums of longer ones do not fit in L1). In the order of addresses, memory is
+// faster than if a block of each of 16 rows is read in turn. With several columns, and with types of 4 and 5 bits with a
+// scale per 32 values, storing the sums takes longer than this saves.
+
+constexpr int MOST        = 16;
+constexpr int MOST_SLICES = 12;
+constexpr int DISTANCE    = 8192;  // bytes from a row to what is prefetched while it is read
+
+// Measured on Zen 5 (AMD's family 1Ah); KIMI_ROWS_IN_ORDER is 0 or 1 to choose on any processor.
+static bool reads_rows_in_order() {
+    static const bool in_order = [] {
+        if (const char * chosen = getenv("KIMI_ROWS_IN_ORDER")) {
+            return strcmp(chosen, "1") == 0;
+        }
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) {
+            return false;
+        }
+        __get_cpuid(1, &a, &b, &c, &d);
+        return (a >> 8 & 0xf) + (a >> 20 & 0xff) >= 0x1a;
+    }();
+    return in_order;
+}
+
+// What is prefetched while row r is read: the row that begins DISTANCE bytes later, of these or of the next rows.
+static inline const char * row_ahead(const WeightRows & weights, int r) {
+    const int later = r + std::max(1, DISTANCE / (int) weights.stride);
+    return later < DOT_ROWS ? weights.first + later * weights.stride
+                            : weights.next + (later - DOT_ROWS) * weights.stride;
 }
 
 // Super block i of 16 rows times the columns: integer sums, a row in each lane. sum_row gets a block and an array with a
@@ -85,22 +122,41 @@ static inline __m512i sum_q6_K(const SuperBlock & w, const __m512i (&factors)[4]
     return products;
 }
 
+// The factors of a super block of Q6_K, each in the lanes of its products.
+static inline void factors_in_lanes(const SuperBlock & w, __m512i (&factors)[4]) {
+    const __m512i lane  = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i which = _mm512_srli_epi32(lane, 2);  // 4 factors per 64 weights, each for 4 lanes
+    const __m512i lower = _mm512_and_si512(w.factors, _mm512_set1_epi32(0xffff));
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        factors[j] = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(4 * j)), lower);
+    }
+}
+
+static inline __m512i sum_block(const block_q6_K & w, const ActSuperBlock & a) {
+    const SuperBlock s = load(w);
+    __m512i          factors[4];
+    factors_in_lanes(s, factors);
+    return sum_q6_K(s, factors, a);
+}
+
+// Adds the sums of super block i.
+static inline __m512
+add_sums(const block_q6_K *, const Rows & rows, int64_t i, const ActSuperBlock & a, __m512i sums, __m512 total) {
+    const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
+    return add_super_block(total, sums, d, _mm512_set1_ps(a.scale));
+}
+
 template <int N_C>
 static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const __m512i   lane  = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i   which = _mm512_srli_epi32(lane, 2);  // 4 factors per 64 weights, each for 4 lanes
     const Rows      rows(weights.first, weights.stride, 0, weights.n);
     const ptrdiff_t ahead      = weights.next - weights.first;
     __m512          total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         const auto sum_row = [&](const block_q6_K & w, __m512i(&row)[N_C]) {
-            const SuperBlock s     = load(w);
-            const __m512i    lower = _mm512_and_si512(s.factors, _mm512_set1_epi32(0xffff));
+            const SuperBlock s = load(w);
             __m512i          factors[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                factors[j] = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(4 * j)), lower);
-            }
+            factors_in_lanes(s, factors);
 #pragma GCC unroll 4
             for (int c = 0; c < N_C; c++) {
                 row[c] = sum_q6_K(s, factors, ((const ActSuperBlock *) columns[c])[i]);
@@ -108,11 +164,10 @@ static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const *
         };
         __m512i integers[N_C];
         sum_rows<block_q6_K>(rows, i, ahead, sum_row, integers);
-        const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
-            total[c]           = add_super_block(total[c], integers[c], d, scale);
+            const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
+            total[c]                = add_sums((const block_q6_K *) nullptr, rows, i, a, integers[c], total[c]);
         }
     }
 #pragma GCC unroll 4
@@ -196,6 +251,53 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
     for (int c = 0; c < N_C; c++) {
         _mm512_storeu_ps(sums + c * PANEL_ROWS, total[c]);
     }
+}
+
+template <typename Block> static inline __m512i sum_block(const Block & w, const ActSuperBlock & a) {
+    __m512i acts[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        acts[j] = acts_of_two_blocks(a, j);
+    }
+    return sum_two_blocks(load_two_blocks(w), acts);
+}
+
+template <typename Block>
+static inline __m512
+add_sums(const Block *, const Rows & rows, int64_t i, const ActSuperBlock & a, __m512i sums, __m512 total) {
+    ScalesOfRows<1> parts;
+    parts.acts[0] = &a;
+    give_scales_and_minima(rows, i * sizeof(Block), parts);
+    return add_super_block(total, sums, parts.d, parts.sums[0], parts.dmin, _mm512_set1_ps(a.scale));
+}
+
+// ---- ... one column, rows one after another (Q4_K to Q6_K)
+
+template <typename Block>
+static void dot_row_by_row(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    const int             n = (int) (k / SLICE);
+    const Rows            rows(weights.first, weights.stride, 0, weights.n);
+    const ActSuperBlock * acts = (const ActSuperBlock *) columns[0];
+    __m512i               of_rows[MOST][DOT_ROWS];
+    GGML_ASSERT(n <= MOST);
+    for (int r = 0; r < DOT_ROWS; r++) {
+        const Block * w     = (const Block *) rows.row[r];
+        const char *  ahead = row_ahead(weights, r);
+        for (int i = 0; i < n; i++) {
+            prefetch_lines(ahead + i * sizeof(Block), sizeof(Block));
+            of_rows[i][r] = sum_block(w[i], acts[i]);
+        }
+    }
+    __m512 total = {};
+    for (int i = 0; i < n; i++) {
+        __m512i groups[DOT_ROWS / 4];
+#pragma GCC unroll 4
+        for (int g = 0; g < DOT_ROWS / 4; g++) {
+            groups[g] = add_4_lanes(of_rows[i] + 4 * g);
+        }
+        total = add_sums((const Block *) nullptr, rows, i, acts[i], add_quarters(groups), total);
+    }
+    _mm512_storeu_ps(sums, total);
 }
 
 // ---- ... four rows at once (Q2_K and Q3_K)
@@ -367,6 +469,18 @@ template <int N_C> struct Slice {
     alignas(64) __m128i scales[DOT_ROWS];
 };
 
+static inline __m512i sum_four_blocks(const FourBlocks & w, const FourBlocks & column) {
+    const __m512i z = _mm512_dpbusd_epi32(_mm512_setzero_si512(), w.half[0], column.half[0]);
+    return _mm512_dpbusd_epi32(z, w.half[1], column.half[1]);
+}
+
+// The quants of the activations of a slice.
+static inline void load_acts(const ActBlocks & from, FourBlocks (&acts)[2]) {
+    for (int j = 0; j < 4; j++) {
+        acts[j / 2].half[j % 2] = load_4(from.codes + j / 2 * 4, j % 2 * 16);
+    }
+}
+
 // Four rows of a slice of 4 * VECTORS blocks. columns: quants of activations.
 template <int VECTORS, typename Block, int N_C>
 static inline void
@@ -383,8 +497,7 @@ sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2]
             __m512i z[4];
 #pragma GCC unroll 4
             for (int r = 0; r < 4; r++) {
-                z[r] = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes[r].half[0], columns[c][j].half[0]);
-                z[r] = _mm512_dpbusd_epi32(z[r], codes[r].half[1], columns[c][j].half[1]);
+                z[r] = sum_four_blocks(codes[r], columns[c][j]);
             }
             slice.sums[c][j][group] = add_4_lanes(z);
         }
@@ -457,10 +570,7 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
         FourBlocks    acts[N_C][2];
         Slice<N_C>    slice;
         for (int c = 0; c < N_C; c++) {
-            const auto & codes = ((const ActBlocks *) columns[c])[i].codes;
-            for (int j = 0; j < 4; j++) {
-                acts[c][j / 2].half[j % 2] = load_4(codes + j / 2 * 4, j % 2 * 16);
-            }
+            load_acts(((const ActBlocks *) columns[c])[i], acts[c]);
         }
         if (n <= N_BLOCKS / 2) {  // for instance all of a row of k_b or of KDA's low-rank gates
             sum_slice<1, Block>(rows, first, n, ahead, acts, slice);
@@ -475,10 +585,63 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
     }
 }
 
+// One column, rows of full slices one after another.
+template <typename Block>
+static void dot_slices_row_by_row(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    constexpr size_t    SIZE = N_BLOCKS * sizeof(Block);
+    const int           n    = (int) (k / SLICE);
+    const Rows          rows(weights.first, weights.stride, 0, weights.n);
+    FourBlocks          acts[MOST_SLICES][2];
+    __m512i             of_rows[MOST_SLICES][2][DOT_ROWS];  // a block in four lanes
+    alignas(64) __m128i scales[MOST_SLICES][DOT_ROWS];
+    GGML_ASSERT(n <= MOST_SLICES);
+    for (int i = 0; i < n; i++) {
+        load_acts(((const ActBlocks *) columns[0])[i], acts[i]);
+    }
+    for (int r = 0; r < DOT_ROWS; r++) {
+        const Block * w     = (const Block *) rows.row[r];
+        const char *  ahead = row_ahead(weights, r);
+        for (int i = 0; i < n; i++, w += N_BLOCKS) {
+            prefetch_lines(ahead + i * SIZE, SIZE);
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; j++) {
+                of_rows[i][j][r] = sum_four_blocks(load(w + 4 * j), acts[i][j]);
+            }
+            scales[i][r] = scale_bits(w);
+        }
+    }
+    __m512 total[1] = {};
+    for (int i = 0; i < n; i++) {
+        Slice<1> slice;
+        std::copy_n(scales[i], DOT_ROWS, slice.scales);
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+#pragma GCC unroll 4
+            for (int group = 0; group < DOT_ROWS / 4; group++) {
+                slice.sums[0][j][group] = add_4_lanes(of_rows[i][j] + 4 * group);
+            }
+        }
+        add_slice<Block>(slice, N_BLOCKS, i, columns, total);
+    }
+    _mm512_storeu_ps(sums, total[0]);
+}
+
 // ---- selection
 
+template <int MOST_BLOCKS, DotColumns SHORT_ROWS, DotColumns OTHERS>
+static void dot_one_column(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
+    (reads_rows_in_order() && k % SLICE == 0 && k <= MOST_BLOCKS * SLICE ? SHORT_ROWS : OTHERS)(weights, k, columns,
+                                                                                                sums);
+}
+
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (IS_ONE_OF<Block, block_q6_K>) {
+    if constexpr (N_C == 1 && IS_ONE_OF<Block, block_q6_K>) {
+        return dot_one_column<MOST, dot_row_by_row<Block>, dot_q6_K<1>>;
+    } else if constexpr (N_C == 1 && IS_ONE_OF<Block, block_q4_K, block_q5_K>) {
+        return dot_one_column<MOST, dot_row_by_row<Block>, dot_two_blocks<Block, 1>>;
+    } else if constexpr (N_C == 1 && IS_ONE_OF<Block, block_q8_0>) {
+        return dot_one_column<MOST_SLICES, dot_slices_row_by_row<Block>, dot_blocks<Block, 1>>;
+    } else if constexpr (IS_ONE_OF<Block, block_q6_K>) {
         return dot_q6_K<N_C>;
     } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K>) {
         return dot_four_rows<Block, N_C>;
