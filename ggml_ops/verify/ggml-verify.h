@@ -48,8 +48,8 @@ struct ggml_verify_report {
     double                                              check_seconds = 0;
 };
 
-// Backends that have kernels of their own for matmuls of one column provide this function
-// (ggml_backend_reg_get_proc_address): whether the device has them.
+// The name (ggml_backend_reg_get_proc_address) under which a backend provides a function that returns whether the device has
+// its own kernels for matmuls of one column.
 #define GGML_BACKEND_HAS_MATVEC "ggml_backend_has_matvec"
 typedef bool (*ggml_backend_has_matvec_t)(ggml_backend_dev_t dev);
 

@@ -56,9 +56,10 @@ static inline __m512i add_quarters(const __m512i (&x)[4]) {
 
 constexpr int MOST        = 16;
 constexpr int MOST_SLICES = 12;
-constexpr int DISTANCE    = 8192;  // bytes from a row to what is prefetched while it is read
+constexpr int DISTANCE    = 8192;  // of prefetching in bytes, rounded down to whole rows, but at least one
 
-// Measured on Zen 5 (AMD's family 1Ah); KIMI_ROWS_IN_ORDER is 0 or 1 to choose on any processor.
+// By default from AMD's family 1Ah on (Zen 5, measured; later ones are not). KIMI_ROWS_IN_ORDER=1 selects this order on any
+// processor, 0 on none.
 static bool reads_rows_in_order() {
     static const bool in_order = [] {
         if (const char * chosen = getenv("KIMI_ROWS_IN_ORDER")) {
@@ -74,9 +75,9 @@ static bool reads_rows_in_order() {
     return in_order;
 }
 
-// What is prefetched while row r is read: the row that begins DISTANCE bytes later, of these or of the next rows.
+// The row to prefetch while row r is read: one of these 16 rows or of the next ones.
 static inline const char * row_ahead(const WeightRows & weights, int r) {
-    const int later = r + std::max(1, DISTANCE / (int) weights.stride);
+    const int later = r + std::max(1, DISTANCE / std::max(1, (int) weights.stride));
     return later < DOT_ROWS ? weights.first + later * weights.stride
                             : weights.next + (later - DOT_ROWS) * weights.stride;
 }

@@ -79,7 +79,9 @@ static Computed compute(const Case & each, ggml_backend_t backend, int marks) {
     if (!buffer) {
         throw std::runtime_error("there is not enough memory on the device");
     }
-    ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);  // one launch multiplies several
+    if (each.weights) {
+        ggml_backend_buffer_set_usage(buffer.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    }
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, i))) {
             return {};

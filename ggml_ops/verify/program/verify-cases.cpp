@@ -374,10 +374,10 @@ static Built build_norm(Inputs & in, const NormShape & n) {
 
 // Matmuls of one column
 
-enum class Matvec { group, few_rows, batch, experts, gated_experts, gated };
+enum class Matvec { group, few_rows, many_rows, batch, experts, gated_experts, gated };
 
 static std::string name_of(Matvec kind, ggml_type type) {
-    static const char * const names[] = { "several matrices", "few rows",           "a batch",
+    static const char * const names[] = { "several matrices", "few rows",           "many rows", "a batch",
                                           "experts",          "experts with gates", "gates" };
     return std::string(ggml_type_name(type)) + ", " + names[(int) kind];
 }
@@ -392,8 +392,9 @@ static ggml_tensor * make_columns(Inputs & in, int64_t n, int64_t n_columns, int
     return in.tensor(GGML_TYPE_F32, { n, n_columns, n_batches, 1 }, values);
 }
 
-// CUDA's kernel is for rows of up to 4096 values, and without gates for 2048 rows and more, or (not with Q2_K and Q3_K)
-// rows of up to 2304 values. With experts, upstream's kernel needs multiples of four rows.
+// CUDA's kernel accepts rows of up to 4096 values. Without a gate it needs at least 2048 rows, or rows of up to 2304 values
+// (not Q2_K or Q3_K). Up to 132 multiprocessors, one warp computes rows of 768 values if there are many of them (also with
+// gates), and two or four warps share the others. With experts, upstream's kernel needs multiples of four rows.
 static Built build_matvec(Inputs & in, Matvec kind, ggml_type type) {
     constexpr int64_t N_DIFFERENT = 13;          // rows; the numbers of rows below are no multiples of it
     constexpr float   WEIGHT      = 1.0f / 256;  // so small that gates are neither open nor closed
@@ -413,12 +414,16 @@ static Built build_matvec(Inputs & in, Matvec kind, ggml_type type) {
     }
     const bool    has_ids   = kind == Matvec::experts || kind == Matvec::gated_experts;
     const bool    has_gate  = kind == Matvec::gated_experts || kind == Matvec::gated;
-    const int64_t n_columns = has_gate || kind == Matvec::few_rows ? 2304 : 768;
-    const int64_t n_rows    = has_gate ? 40 : kind == Matvec::few_rows ? 9 : 704;
-    const int64_t n         = has_ids ? 5 : kind == Matvec::batch ? 3 : 1;
+    const int64_t n_columns = kind == Matvec::gated || kind == Matvec::few_rows ? 2304 : 768;
+    const int64_t n_rows    = kind == Matvec::gated           ? 40
+                              : kind == Matvec::few_rows      ? 9
+                              : kind == Matvec::many_rows     ? 8000
+                              : kind == Matvec::gated_experts ? 2700
+                                                              : 704;
+    const int64_t n         = kind == Matvec::experts ? 5 : has_ids || kind == Matvec::batch ? 3 : 1;
     ggml_tensor * up        = matrix(n_columns, n_rows, n);
     ggml_tensor * gate      = has_gate ? matrix(n_columns, n_rows, n) : nullptr;
-    ggml_tensor * ids       = has_ids ? in.indices({ 4, 0, 3 }) : nullptr;
+    ggml_tensor * ids       = has_ids ? in.indices({ (int32_t) n - 1, 0, 1 }) : nullptr;
     ggml_tensor * x = make_columns(in, n_columns, kind == Matvec::experts ? 3 : 1, kind == Matvec::batch ? 2 * n : 1);
     const auto    multiply = [&](ggml_tensor * w) {
         return has_ids ? ggml_mul_mat_id(ctx, w, x, ids) : ggml_mul_mat(ctx, w, x);
@@ -504,10 +509,10 @@ std::vector<Case> cases_of(ggml_verify_part part) {
         for (const ggml_type type :
              { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q2_K,
                GGML_TYPE_Q3_K, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K, GGML_TYPE_Q6_K }) {
-            for (const Matvec kind : { Matvec::group, Matvec::few_rows, Matvec::batch, Matvec::experts,
-                                       Matvec::gated_experts, Matvec::gated }) {
+            for (const Matvec kind : { Matvec::group, Matvec::few_rows, Matvec::many_rows, Matvec::batch,
+                                       Matvec::experts, Matvec::gated_experts, Matvec::gated }) {
                 cases.push_back(
-                    { name_of(kind, type), BOUND, [=](Inputs & in) { return build_matvec(in, kind, type); } });
+                    { name_of(kind, type), BOUND, [=](Inputs & in) { return build_matvec(in, kind, type); }, true });
             }
         }
     }

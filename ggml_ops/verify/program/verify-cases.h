@@ -61,6 +61,7 @@ struct Case {
     std::string                    name;
     double                         bound;  // of the NMSE
     std::function<Built(Inputs &)> build;
+    bool                           weights = false;  // the tensors are in a buffer of weights
 };
 
 // KDA_CONV and KDA_SCAN, which store their new states, both forms of latent attention, nodes that Metal fuses, and matmuls
