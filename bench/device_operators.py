@@ -48,10 +48,10 @@ def measure_device_operators(
         pattern = (LATENT if operator == "FLASH_ATTN_EXT" else "") + (SMALL if small else "")
         words = ("-o", operator, *(("-p", pattern) if pattern else ()))
         yield _rows({build: _ask(engine, device, *words) for build, engine in engines.items()})
-    for operator, cases in ((RECURRENCE, recurrence_cases(small)), (MATMUL, matmul_cases(small))):
+    for operator, cases in ((RECURRENCE, recurrence_cases), (MATMUL, matmul_cases)):
         if operator in wanted:
             reporter.phase(f"{operator} on {device}")
-            yield _rows(_time_cases(engines, device, cases))
+            yield _rows(_time_cases(engines, device, cases(small)))
 
 
 def recurrence_cases(small: bool) -> list[str]:

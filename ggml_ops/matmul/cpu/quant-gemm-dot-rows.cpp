@@ -165,10 +165,11 @@ static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const *
         };
         __m512i integers[N_C];
         sum_rows<block_q6_K>(rows, i, ahead, sum_row, integers);
+        const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
-            const ActSuperBlock & a = ((const ActSuperBlock *) columns[c])[i];
-            total[c]                = add_sums((const block_q6_K *) nullptr, rows, i, a, integers[c], total[c]);
+            const __m512 scale = _mm512_set1_ps(((const ActSuperBlock *) columns[c])[i].scale);
+            total[c]           = add_super_block(total[c], integers[c], d, scale);
         }
     }
 #pragma GCC unroll 4
