@@ -53,8 +53,7 @@ def test_every_type_layout_shape_and_number_of_threads(
     name: str, cases: str, tmp_path: Path, engine: Engine
 ) -> None:
     program = compile_program(engine, name, tmp_path, ("matmul",))
-    for order in "01":  # of the rows that are multiplied by one column
-        run_program(program, KIMI_CASES=cases, KIMI_ROWS_IN_ORDER=order)
+    run_program(program, KIMI_CASES=cases)
 
 
 def test_a_model_has_the_logits_of_upstreams_matmuls(

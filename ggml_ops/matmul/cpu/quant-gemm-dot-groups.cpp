@@ -102,16 +102,16 @@ static inline void split(const block_mxfp4x8 &, __m512i x, __m512i & low, __m512
 // Two groups at once; the last one is repeated past the end.
 template <typename Block, int N_C>
 static void dot_nibble_groups(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const Groups    groups(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t ahead    = weights.next - weights.first;
-    __m512          sum[N_C] = {};
+    const Groups   groups(weights.first, weights.stride, 0, weights.n);
+    const NextRows next(weights, 2, k / BLOCK * sizeof(Block), 8);
+    __m512         sum[N_C] = {};
     for (int64_t i = 0; i < k / BLOCK; i++) {
         const Block * w[2];
         __m512i       codes[2][4];  // values 8j .. 8j + 7
 #pragma GCC unroll 2
         for (int g = 0; g < 2; g++) {
             w[g] = (const Block *) groups.group[g] + i;
-            prefetch<2>((const char *) w[g] + ahead, sizeof(Block));
+            next.prefetch(g, i * sizeof(Block), sizeof(Block));
             split(*w[g], _mm512_loadu_si512(w[g]->qs), codes[g][0], codes[g][2]);
             split(*w[g], _mm512_loadu_si512(w[g]->qs + 64), codes[g][1], codes[g][3]);
         }

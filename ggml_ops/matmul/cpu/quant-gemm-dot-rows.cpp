@@ -16,12 +16,7 @@
 #include "simd-mappings.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-
-#if QUANT_GEMM_AVX512
-#include <cpuid.h>
-#endif
 
 namespace quant_gemm {
 
@@ -49,51 +44,18 @@ static inline __m512i add_quarters(const __m512i (&x)[4]) {
     return _mm512_add_epi32(_mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
 }
 
-// One column on some processors: rows are read one after another, and the sums of 16 rows are stored (rows with at most MOST
-// super blocks, or MOST_SLICES slices: the sums of longer ones do not fit in L1). In the order of addresses, memory is
-// faster than if a block of each of 16 rows is read in turn. With several columns, and with types of 4 and 5 bits with a
-// scale per 32 values, storing the sums takes longer than this saves.
-
-constexpr int MOST        = 16;
-constexpr int MOST_SLICES = 12;
-constexpr int DISTANCE    = 8192;  // of prefetching in bytes, rounded down to whole rows, but at least one
-
-// By default from AMD's family 1Ah on (Zen 5, measured; later ones are not). KIMI_ROWS_IN_ORDER=1 selects this order on any
-// processor, 0 on none.
-static bool reads_rows_in_order() {
-    static const bool in_order = [] {
-        if (const char * chosen = getenv("KIMI_ROWS_IN_ORDER")) {
-            return strcmp(chosen, "1") == 0;
-        }
-        unsigned a = 0, b = 0, c = 0, d = 0;
-        if (!__get_cpuid(0, &a, &b, &c, &d) || b != signature_AMD_ebx) {
-            return false;
-        }
-        __get_cpuid(1, &a, &b, &c, &d);
-        return (a >> 8 & 0xf) + (a >> 20 & 0xff) >= 0x1a;
-    }();
-    return in_order;
-}
-
-// The row to prefetch while row r is read: one of these 16 rows or of the next ones.
-static inline const char * row_ahead(const WeightRows & weights, int r) {
-    const int later = r + std::max(1, DISTANCE / std::max(1, (int) weights.stride));
-    return later < DOT_ROWS ? weights.first + later * weights.stride
-                            : weights.next + (later - DOT_ROWS) * weights.stride;
-}
-
 // Super block i of 16 rows times the columns: integer sums, a row in each lane. sum_row gets a block and an array with a
 // vector for each column, which it fills with sums to be added.
 template <typename Block, int N_C, typename SumRow>
 static inline void
-sum_rows(const Rows & rows, int64_t i, ptrdiff_t ahead, const SumRow & sum_row, __m512i (&integers)[N_C]) {
+sum_rows(const Rows & rows, int64_t i, const NextRows & next, const SumRow & sum_row, __m512i (&integers)[N_C]) {
     __m512i groups[N_C][DOT_ROWS / 4];
     for (int group = 0; group < DOT_ROWS / 4; group++) {
         __m512i four_rows[N_C][4];
 #pragma GCC unroll 4
         for (int r = 0; r < 4; r++) {
             const Block * w = (const Block *) rows.row[4 * group + r] + i;
-            prefetch<2>((const char *) w + ahead, sizeof(Block));
+            next.prefetch(4 * group + r, i * sizeof(Block), sizeof(Block));
             __m512i sums[N_C];
             sum_row(*w, sums);
 #pragma GCC unroll 4
@@ -134,25 +96,11 @@ static inline void factors_in_lanes(const SuperBlock & w, __m512i (&factors)[4])
     }
 }
 
-static inline __m512i sum_block(const block_q6_K & w, const ActSuperBlock & a) {
-    const SuperBlock s = load(w);
-    __m512i          factors[4];
-    factors_in_lanes(s, factors);
-    return sum_q6_K(s, factors, a);
-}
-
-// Adds the sums of super block i.
-static inline __m512
-add_sums(const block_q6_K *, const Rows & rows, int64_t i, const ActSuperBlock & a, __m512i sums, __m512 total) {
-    const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
-    return add_super_block(total, sums, d, _mm512_set1_ps(a.scale));
-}
-
 template <int N_C>
 static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const Rows      rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t ahead      = weights.next - weights.first;
-    __m512          total[N_C] = {};
+    const Rows     rows(weights.first, weights.stride, 0, weights.n);
+    const NextRows next(weights, DOT_ROWS, k / SLICE * sizeof(block_q6_K));
+    __m512         total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         const auto sum_row = [&](const block_q6_K & w, __m512i(&row)[N_C]) {
             const SuperBlock s = load(w);
@@ -164,7 +112,7 @@ static void dot_q6_K(const WeightRows & weights, int64_t k, const char * const *
             }
         };
         __m512i integers[N_C];
-        sum_rows<block_q6_K>(rows, i, ahead, sum_row, integers);
+        sum_rows<block_q6_K>(rows, i, next, sum_row, integers);
         const __m512 d = rows.load_half(i * sizeof(block_q6_K) + offsetof(block_q6_K, d));
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
@@ -219,9 +167,9 @@ static inline __m512i sum_two_blocks(const TwoBlocks & w, const __m512i (&acts)[
 
 template <typename Block, int N_C>
 static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const Rows      rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t ahead      = weights.next - weights.first;
-    __m512          total[N_C] = {};
+    const Rows     rows(weights.first, weights.stride, 0, weights.n);
+    const NextRows next(weights, DOT_ROWS, k / SLICE * sizeof(Block));
+    __m512         total[N_C] = {};
     for (int64_t i = 0; i < k / SLICE; i++) {
         ScalesOfRows<N_C> parts;
         __m512i           acts[N_C][4];
@@ -241,7 +189,7 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
             }
         };
         __m512i integers[N_C];
-        sum_rows<Block>(rows, i, ahead, sum_row, integers);
+        sum_rows<Block>(rows, i, next, sum_row, integers);
         give_scales_and_minima(rows, i * sizeof(Block), parts);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
@@ -255,53 +203,6 @@ static void dot_two_blocks(const WeightRows & weights, int64_t k, const char * c
     }
 }
 
-template <typename Block> static inline __m512i sum_block(const Block & w, const ActSuperBlock & a) {
-    __m512i acts[4];
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        acts[j] = acts_of_two_blocks(a, j);
-    }
-    return sum_two_blocks(load_two_blocks(w), acts);
-}
-
-template <typename Block>
-static inline __m512
-add_sums(const Block *, const Rows & rows, int64_t i, const ActSuperBlock & a, __m512i sums, __m512 total) {
-    ScalesOfRows<1> parts;
-    parts.acts[0] = &a;
-    give_scales_and_minima(rows, i * sizeof(Block), parts);
-    return add_super_block(total, sums, parts.d, parts.sums[0], parts.dmin, _mm512_set1_ps(a.scale));
-}
-
-// ---- ... one column, rows one after another (Q4_K to Q6_K)
-
-template <typename Block>
-static void dot_row_by_row(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const int             n = (int) (k / SLICE);
-    const Rows            rows(weights.first, weights.stride, 0, weights.n);
-    const ActSuperBlock * acts = (const ActSuperBlock *) columns[0];
-    __m512i               of_rows[MOST][DOT_ROWS];
-    GGML_ASSERT(n <= MOST);
-    for (int r = 0; r < DOT_ROWS; r++) {
-        const Block * w     = (const Block *) rows.row[r];
-        const char *  ahead = row_ahead(weights, r);
-        for (int i = 0; i < n; i++) {
-            prefetch_lines(ahead + i * sizeof(Block), sizeof(Block));
-            of_rows[i][r] = sum_block(w[i], acts[i]);
-        }
-    }
-    __m512 total = {};
-    for (int i = 0; i < n; i++) {
-        __m512i groups[DOT_ROWS / 4];
-#pragma GCC unroll 4
-        for (int g = 0; g < DOT_ROWS / 4; g++) {
-            groups[g] = add_4_lanes(of_rows[i] + 4 * g);
-        }
-        total = add_sums((const Block *) nullptr, rows, i, acts[i], add_quarters(groups), total);
-    }
-    _mm512_storeu_ps(sums, total);
-}
-
 // ---- ... four rows at once (Q2_K and Q3_K)
 
 // Sums of super block i of 16 rows times the columns, a row in each lane: `products` of quants and factors, and of minima
@@ -312,7 +213,7 @@ template <typename Block, int N_C>
 static inline __m512i sum_by_fours(const Rows &                    rows,
                                    int64_t                         i,
                                    int64_t                         next_i,
-                                   ptrdiff_t                       ahead,
+                                   const NextRows &                ahead,
                                    const FourActs<Block> * const * acts,
                                    FourRows<Block> &               four,
                                    __m512i (&products)[N_C],
@@ -337,7 +238,7 @@ static inline __m512i sum_by_fours(const Rows &                    rows,
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             next.load(j, ((const Block *) next_row[j])[last ? next_i : i]);
-            prefetch<2>(row[j] + i * sizeof(Block) + ahead, sizeof(Block));
+            ahead.prefetch(4 * group + j, i * sizeof(Block), sizeof(Block));
             __m512i codes[4];
             four.codes(j, codes);
 #pragma GCC unroll 4
@@ -381,7 +282,8 @@ template <typename Block> static void expand(const ActSuperBlock & from, void * 
 template <typename Block, int N_C>
 static void dot_four_rows(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
     const Rows      rows(weights.first, weights.stride, 0, weights.n);
-    const int64_t   n          = k / SLICE;
+    const int64_t   n = k / SLICE;
+    const NextRows  next(weights, DOT_ROWS, n * sizeof(Block));
     __m512          total[N_C] = {};
     FourRows<Block> four;
 #pragma GCC unroll 4
@@ -395,10 +297,9 @@ static void dot_four_rows(const WeightRows & weights, int64_t k, const char * co
         for (int c = 0; c < N_C; c++) {
             acts[c] = (const FourActs<Block> *) columns[c] + i;
         }
-        __m512i         products[N_C];
-        __m512i         minima[N_C];
-        const ptrdiff_t ahead  = weights.next - weights.first;
-        const __m512i   scales = sum_by_fours(rows, i, std::min(i + 1, n - 1), ahead, acts, four, products, minima);
+        __m512i       products[N_C];
+        __m512i       minima[N_C];
+        const __m512i scales = sum_by_fours(rows, i, std::min(i + 1, n - 1), next, acts, four, products, minima);
 #pragma GCC unroll 4
         for (int c = 0; c < N_C; c++) {
             const __m512 scale = _mm512_set1_ps(acts[c]->scale);
@@ -512,8 +413,12 @@ sum_four_rows(const Block * const (&row)[4], const FourBlocks (&columns)[N_C][2]
 
 // n blocks of 16 rows, beginning with block `first`. Blocks missing from 4 * VECTORS are zeros on both sides.
 template <int VECTORS, typename Block, int N_C>
-static inline void sum_slice(
-    const Rows & rows, int64_t first, int n, ptrdiff_t ahead, const FourBlocks (&columns)[N_C][2], Slice<N_C> & slice) {
+static inline void sum_slice(const Rows &     rows,
+                             int64_t          first,
+                             int              n,
+                             const NextRows & next,
+                             const FourBlocks (&columns)[N_C][2],
+                             Slice<N_C> & slice) {
     Block last[4][4 * VECTORS];
     if (n < 4 * VECTORS) {
         memset(last, 0, sizeof(last));
@@ -523,7 +428,7 @@ static inline void sum_slice(
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
             w[j] = (const Block *) rows.row[r + j] + first;
-            prefetch<2>((const char *) w[j] + ahead, sizeof(last[j]));
+            next.prefetch(r + j, first * sizeof(Block), n * sizeof(Block));
         }
         if (n < 4 * VECTORS) {
             for (int j = 0; j < 4; j++) {
@@ -562,10 +467,10 @@ add_slice(const Slice<N_C> & slice, int n_blocks, int64_t i, const char * const 
 // The sums of a slice are added before the next one is read: a longer pause would leave memory idle.
 template <typename Block, int N_C>
 static void dot_blocks(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    const Rows      rows(weights.first, weights.stride, 0, weights.n);
-    const ptrdiff_t ahead      = weights.next - weights.first;
-    const int64_t   n_blocks   = k / BLOCK;
-    __m512          total[N_C] = {};
+    const int64_t  n_blocks = k / BLOCK;
+    const Rows     rows(weights.first, weights.stride, 0, weights.n);
+    const NextRows next(weights, DOT_ROWS, n_blocks * sizeof(Block));
+    __m512         total[N_C] = {};
     for (int64_t first = 0; first < n_blocks; first += N_BLOCKS) {
         const int     n = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const int64_t i = first / N_BLOCKS;
@@ -575,9 +480,9 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
             load_acts(((const ActBlocks *) columns[c])[i], acts[c]);
         }
         if (n <= N_BLOCKS / 2) {  // for instance all of a row of k_b or of KDA's low-rank gates
-            sum_slice<1, Block>(rows, first, n, ahead, acts, slice);
+            sum_slice<1, Block>(rows, first, n, next, acts, slice);
         } else {
-            sum_slice<2, Block>(rows, first, n, ahead, acts, slice);
+            sum_slice<2, Block>(rows, first, n, next, acts, slice);
         }
         add_slice<Block>(slice, n, i, columns, total);
     }
@@ -587,63 +492,10 @@ static void dot_blocks(const WeightRows & weights, int64_t k, const char * const
     }
 }
 
-// One column, rows of full slices one after another.
-template <typename Block>
-static void dot_slices_row_by_row(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    constexpr size_t    SIZE = N_BLOCKS * sizeof(Block);
-    const int           n    = (int) (k / SLICE);
-    const Rows          rows(weights.first, weights.stride, 0, weights.n);
-    FourBlocks          acts[MOST_SLICES][2];
-    __m512i             of_rows[MOST_SLICES][2][DOT_ROWS];  // a block in four lanes
-    alignas(64) __m128i scales[MOST_SLICES][DOT_ROWS];
-    GGML_ASSERT(n <= MOST_SLICES);
-    for (int i = 0; i < n; i++) {
-        load_acts(((const ActBlocks *) columns[0])[i], acts[i]);
-    }
-    for (int r = 0; r < DOT_ROWS; r++) {
-        const Block * w     = (const Block *) rows.row[r];
-        const char *  ahead = row_ahead(weights, r);
-        for (int i = 0; i < n; i++, w += N_BLOCKS) {
-            prefetch_lines(ahead + i * SIZE, SIZE);
-#pragma GCC unroll 2
-            for (int j = 0; j < 2; j++) {
-                of_rows[i][j][r] = sum_four_blocks(load(w + 4 * j), acts[i][j]);
-            }
-            scales[i][r] = scale_bits(w);
-        }
-    }
-    __m512 total[1] = {};
-    for (int i = 0; i < n; i++) {
-        Slice<1> slice;
-        std::copy_n(scales[i], DOT_ROWS, slice.scales);
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-#pragma GCC unroll 4
-            for (int group = 0; group < DOT_ROWS / 4; group++) {
-                slice.sums[0][j][group] = add_4_lanes(of_rows[i][j] + 4 * group);
-            }
-        }
-        add_slice<Block>(slice, N_BLOCKS, i, columns, total);
-    }
-    _mm512_storeu_ps(sums, total[0]);
-}
-
 // ---- selection
 
-template <int MOST_BLOCKS, DotColumns SHORT_ROWS, DotColumns OTHERS>
-static void dot_one_column(const WeightRows & weights, int64_t k, const char * const * columns, float * sums) {
-    (reads_rows_in_order() && k % SLICE == 0 && k <= MOST_BLOCKS * SLICE ? SHORT_ROWS : OTHERS)(weights, k, columns,
-                                                                                                sums);
-}
-
 template <typename Block, int N_C> static constexpr DotColumns row_dot() {
-    if constexpr (N_C == 1 && IS_ONE_OF<Block, block_q6_K>) {
-        return dot_one_column<MOST, dot_row_by_row<Block>, dot_q6_K<1>>;
-    } else if constexpr (N_C == 1 && IS_ONE_OF<Block, block_q4_K, block_q5_K>) {
-        return dot_one_column<MOST, dot_row_by_row<Block>, dot_two_blocks<Block, 1>>;
-    } else if constexpr (N_C == 1 && IS_ONE_OF<Block, block_q8_0>) {
-        return dot_one_column<MOST_SLICES, dot_slices_row_by_row<Block>, dot_blocks<Block, 1>>;
-    } else if constexpr (IS_ONE_OF<Block, block_q6_K>) {
+    if constexpr (IS_ONE_OF<Block, block_q6_K>) {
         return dot_q6_K<N_C>;
     } else if constexpr (IS_ONE_OF<Block, block_q2_K, block_q3_K>) {
         return dot_four_rows<Block, N_C>;

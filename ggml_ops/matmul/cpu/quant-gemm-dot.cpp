@@ -8,10 +8,35 @@
 #include "quant-gemm-unpack-k.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace quant_gemm {
 
 #if QUANT_GEMM_KERNELS
+
+static bool is_zen_5_or_later() {
+#if defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (__get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx) {
+        __get_cpuid(1, &a, &b, &c, &d);
+        return (a >> 8 & 0xf) + (a >> 20 & 0xff) >= 0x1a;
+    }
+#endif
+    return false;
+}
+
+bool prefetches_in_order() {
+    static const bool in_order = [] {
+        const char * chosen = getenv("KIMI_PREFETCH_IN_ORDER");
+        return chosen != nullptr ? strcmp(chosen, "1") == 0 : is_zen_5_or_later();
+    }();
+    return in_order;
+}
 
 // Integer sums of LANES rows with one column:
 //   start_at        what they begin with, to be more by the number at p
@@ -199,8 +224,9 @@ template <typename Type, typename Block, int N_C> struct SuperBlockProducts {
 template <typename Type, typename Block>
 constexpr size_t SLICE_SIZE = (Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1) * sizeof(Block);
 
-// Whether the rows to be prefetched follow each other without gaps, and are prefetched in the order of memory, a part for
-// each block. That is faster on Zen 3; with AVX-512 on Zen 4 and 5 it is slower.
+// Whether the rows to be prefetched follow each other without gaps, and are prefetched into L2 in the order of memory, a
+// part for each block. That is faster on Zen 3. With AVX-512 it is slower on Zen 4, and on Zen 5 slower than into L1
+// (NextRows).
 template <typename Type, typename Block> static inline bool in_memory_order(const WeightRows & weights, int64_t k) {
     return SUMS_OF_16_BITS && weights.stride == k / BLOCK * SLICE_SIZE<Type, Block> / N_BLOCKS;
 }
@@ -213,16 +239,14 @@ static inline void add_products_of_rows(
                                                     SuperBlockProducts<Type, Block, N_C>>;
     constexpr size_t SIZE      = SLICE_SIZE<Type, Block>;
     const bool       by_memory = in_memory_order<Type, Block>(weights, k);
-    const ptrdiff_t  ahead     = weights.next - weights.first;
     const int64_t    n_blocks  = k / BLOCK;
+    const NextRows   next(weights, LANES, n_blocks * SIZE / N_BLOCKS);
     const DotRows    rows(weights.first, weights.stride, 0, weights.n);
     for (; first < n_blocks; first += N_BLOCKS) {
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const size_t at = first / N_BLOCKS * SIZE;
-        if (!by_memory) {
-            for (int r = 0; r < LANES; r++) {
-                prefetch<2>(rows.row[r] + at + ahead, SIZE);
-            }
+        for (int r = 0; r < LANES && !by_memory; r++) {
+            next.prefetch(r, at, SIZE);
         }
         Products to(columns, first / N_BLOCKS, by_memory ? weights.next + LANES * at : nullptr, total);
         Type::unpack(rows, first, n, to);

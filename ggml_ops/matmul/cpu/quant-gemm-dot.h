@@ -96,24 +96,50 @@ class DotOperand {
 
 #if QUANT_GEMM_KERNELS
 
-// Prefetches n bytes: weights come from memory, and hardware prefetching is not far enough ahead.
-template <int LOCALITY> inline void prefetch(const void * p, size_t n) {
+// Prefetches n bytes: weights come from memory, and hardware prefetching is not far enough ahead. (GCC removes calls of
+// functions that only prefetch, if it does not inline them.)
+template <int LOCALITY> inline __attribute__((always_inline)) void prefetch(const void * p, size_t n) {
     for (size_t i = 0; i < n; i += CACHE_LINE) {
         __builtin_prefetch((const char *) p + i, 0, LOCALITY);
     }
 }
 
-// Prefetches the cache lines that begin in these n bytes into L1. (GCC removes calls of functions that only prefetch, if it
-// does not inline them.)
-inline __attribute__((always_inline)) void prefetch_lines(const char * p, size_t n) {
-    const char * line = (const char *) (((uintptr_t) p + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
-    for (; line < p + n; line += CACHE_LINE) {
-        __builtin_prefetch(line, 0, 3);
+// Whether weights are prefetched in the order of addresses, into L1: if memory is faster that way, as on AMD's family 1Ah
+// (Zen 5); later ones are not measured. KIMI_PREFETCH_IN_ORDER=1 chooses this order on any processor, 0 on none.
+bool prefetches_in_order();
+
+// The rows that are multiplied next, prefetched while as many others are multiplied.
+class NextRows {
+  public:
+    // n: rows that are multiplied at once, or groups of `together` interleaved rows. size: of one of these, in bytes.
+    NextRows(const WeightRows & weights, int n, size_t size, int together = 1) :
+        first(weights.next), stride(together * weights.stride), n(n),
+        in_order(stride == size && prefetches_in_order()) {}
+
+    // To be called while `size` bytes of row r, beginning with byte `from`, are multiplied. The caller goes through all rows
+    // before it goes on to later bytes; in the order of addresses, each call therefore continues where the one before
+    // ended.
+    inline __attribute__((always_inline)) void prefetch(int r, size_t from, size_t size) const {
+        if (!in_order) {
+            quant_gemm::prefetch<2>(first + r * stride + from, size);
+            return;
+        }
+        const char * part = first + n * from + r * size;
+        const char * line = (const char *) (((uintptr_t) part + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE);
+        for (; line < part + size; line += CACHE_LINE) {
+            __builtin_prefetch(line, 0, 3);
+        }
     }
-}
+
+  private:
+    const char * first;
+    size_t       stride;
+    int          n;
+    bool         in_order;
+};
 
 // Prefetches the bytes one page after these n bytes into L1.
-inline void prefetch_behind(const void * p, size_t n) {
+inline __attribute__((always_inline)) void prefetch_behind(const void * p, size_t n) {
     prefetch<3>((const char *) p + 4096, n);
 }
 

@@ -248,13 +248,14 @@ template <typename Block> constexpr bool HAS_EXPONENT = IS_ONE_OF<Block, block_m
 
 // The scales of N neighbouring blocks, 4 or 8, as they are stored, in 16 bits each.
 template <int N = N_BLOCKS, typename Block> inline __m128i scale_bits(const Block * w) {
-    if constexpr (HAS_EXPONENT<Block>) {
-        alignas(16) uint16_t x[N_BLOCKS] = {};
-#pragma GCC unroll 8
-        for (int b = 0; b < N; b++) {
-            x[b] = w[b].e;
-        }
-        return _mm_load_si128((const __m128i *) x);
+    if constexpr (HAS_EXPONENT<Block>) {  // every 17th byte: of odd blocks, the upper one of a number of 16 bits
+        static_assert(sizeof(Block) == 17 && offsetof(Block, e) == 0);
+        const char *  p     = (const char *) w;
+        const __m512i nth   = _mm512_castsi128_si512(_mm_setr_epi16(0, 8, 17, 25, 34, 42, 51, 59));
+        const __m512i first = _mm512_loadu_si512(p);
+        const __m512i last  = N == 4 ? first : _mm512_loadu_si512(p + 64);
+        const __m128i both  = _mm512_castsi512_si128(_mm512_permutex2var_epi16(first, nth, last));
+        return _mm_and_si128(_mm_blend_epi16(both, _mm_srli_epi16(both, 8), 0xaa), _mm_set1_epi16(0xff));
     } else if constexpr (N == 4) {  // two loads of 32 numbers of 16 bits; they read nothing after the blocks
         constexpr int  WORDS  = sizeof(Block) / 2;
         constexpr int  SECOND = std::min(4 * WORDS - 32, 32);
