@@ -53,7 +53,8 @@ def test_every_type_layout_shape_and_number_of_threads(
     name: str, cases: str, tmp_path: Path, engine: Engine
 ) -> None:
     program = compile_program(engine, name, tmp_path, ("matmul",))
-    run_program(program, KIMI_CASES=cases)
+    for in_order in "01":
+        run_program(program, KIMI_CASES=cases, KIMI_PREFETCH_IN_ORDER=in_order)
 
 
 def test_a_model_has_the_logits_of_upstreams_matmuls(

@@ -81,7 +81,7 @@ static inline Ints sums_of_rows(const RowSums & sums) {
 constexpr int SUM_VECTORS = sizeof(RowSums) / sizeof(Ints);
 
 // Prefetches part b of the next rows, of SIZE bytes, if there is anything `ahead`.
-template <int SIZE> static inline void prefetch_part(const char * ahead, int b) {
+template <int SIZE> static inline __attribute__((always_inline)) void prefetch_part(const char * ahead, int b) {
     if (ahead != nullptr) {
         prefetch<2>(ahead + b * SIZE, SIZE);
     }
@@ -225,8 +225,7 @@ template <typename Type, typename Block>
 constexpr size_t SLICE_SIZE = (Type::SCHEME == Scheme::q8_0 ? N_BLOCKS : 1) * sizeof(Block);
 
 // Whether the rows to be prefetched follow each other without gaps, and are prefetched into L2 in the order of memory, a
-// part for each block. That is faster on Zen 3. With AVX-512 it is slower on Zen 4, and on Zen 5 slower than into L1
-// (NextRows).
+// part for each block. That is faster on Zen 3. With AVX-512, NextRows prefetches instead.
 template <typename Type, typename Block> static inline bool in_memory_order(const WeightRows & weights, int64_t k) {
     return SUMS_OF_16_BITS && weights.stride == k / BLOCK * SLICE_SIZE<Type, Block> / N_BLOCKS;
 }
@@ -246,7 +245,7 @@ static inline void add_products_of_rows(
         const int    n  = (int) std::min<int64_t>(N_BLOCKS, n_blocks - first);
         const size_t at = first / N_BLOCKS * SIZE;
         for (int r = 0; r < LANES && !by_memory; r++) {
-            next.prefetch(r, at, SIZE);
+            next.prefetch(r, at, n * SIZE / N_BLOCKS);
         }
         Products to(columns, first / N_BLOCKS, by_memory ? weights.next + LANES * at : nullptr, total);
         Type::unpack(rows, first, n, to);

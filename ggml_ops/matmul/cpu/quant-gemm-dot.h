@@ -104,11 +104,12 @@ template <int LOCALITY> inline __attribute__((always_inline)) void prefetch(cons
     }
 }
 
-// Whether weights are prefetched in the order of addresses, into L1: if memory is faster that way, as on AMD's family 1Ah
-// (Zen 5); later ones are not measured. KIMI_PREFETCH_IN_ORDER=1 chooses this order on any processor, 0 on none.
+// Whether NextRows prefetches in the order of addresses, into L1. By default on AMD's family 1Ah (Zen 5, where memory is
+// faster that way) and later ones (not measured). KIMI_PREFETCH_IN_ORDER=1 chooses this order, 0 the other one.
 bool prefetches_in_order();
 
-// The rows that are multiplied next, prefetched while as many others are multiplied.
+// The rows that are multiplied next, prefetched while as many others are multiplied: in the order of addresses, into L1, or
+// the same bytes of each row as are multiplied, into L2.
 class NextRows {
   public:
     // n: rows that are multiplied at once, or groups of `together` interleaved rows. size: of one of these, in bytes.

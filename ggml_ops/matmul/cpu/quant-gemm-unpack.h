@@ -248,7 +248,7 @@ template <typename Block> constexpr bool HAS_EXPONENT = IS_ONE_OF<Block, block_m
 
 // The scales of N neighbouring blocks, 4 or 8, as they are stored, in 16 bits each.
 template <int N = N_BLOCKS, typename Block> inline __m128i scale_bits(const Block * w) {
-    if constexpr (HAS_EXPONENT<Block>) {  // every 17th byte: of odd blocks, the upper one of a number of 16 bits
+    if constexpr (HAS_EXPONENT<Block>) {  // byte 17 * b: if b is odd, the upper byte of its 16-bit word
         static_assert(sizeof(Block) == 17 && offsetof(Block, e) == 0);
         const char *  p     = (const char *) w;
         const __m512i nth   = _mm512_castsi128_si512(_mm_setr_epi16(0, 8, 17, 25, 34, 42, 51, 59));
