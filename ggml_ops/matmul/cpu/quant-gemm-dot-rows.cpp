@@ -25,7 +25,7 @@ namespace quant_gemm {
 // ---- types of 256 values
 
 // Adds the four lanes of each 128 bits, of four rows: a row in each lane.
-static inline __m512i add_4_lanes(const __m512i * row) {
+static inline __m512i add_4_lanes(const __m512i (&row)[4]) {
     const auto pairs = [](__m512i x, __m512i y) {
         return _mm512_add_epi32(_mm512_unpacklo_epi32(x, y), _mm512_unpackhi_epi32(x, y));
     };

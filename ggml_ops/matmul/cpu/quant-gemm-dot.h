@@ -104,7 +104,7 @@ template <int LOCALITY> inline __attribute__((always_inline)) void prefetch(cons
     }
 }
 
-// Whether NextRows prefetches in the order of addresses, into L1. By default on AMD's family 1Ah (Zen 5, where memory is
+// Whether weights are prefetched into L1, by NextRows in the order of addresses. By default on AMD's family 1Ah (Zen 5, where memory is
 // faster that way) and later ones (not measured). KIMI_PREFETCH_IN_ORDER=1 chooses this order, 0 the other one.
 bool prefetches_in_order();
 

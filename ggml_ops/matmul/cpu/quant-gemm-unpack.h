@@ -30,34 +30,30 @@ struct Rows {
     const char * row[LANES];
 
     Rows(const char * weights, size_t stride, int64_t first, int64_t n_rows) {
-        const char * at = weights + std::min(first, n_rows - 1) * stride;
         for (int i = 0; i < LANES; i++) {
-            row[i] = at;
-            at += first + i < n_rows - 1 ? stride : 0;
+            row[i] = weights + std::min(first + i, n_rows - 1) * stride;
         }
     }
 
     // x[j]: bytes offset + 4j .. + 3 of every row
     inline void load16(size_t offset, Ints * x) const {
 #if QUANT_GEMM_AVX512
-        __m512i four_rows[4];
+        __m512i four_rows[4];  // i, i + 4, i + 8 and i + 12
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
-            __m512i v    = _mm512_castsi128_si512(load(4 * i, offset));
-            v            = _mm512_inserti32x4(v, load(4 * i + 1, offset), 1);
-            v            = _mm512_inserti32x4(v, load(4 * i + 2, offset), 2);
-            four_rows[i] = _mm512_inserti32x4(v, load(4 * i + 3, offset), 3);
+            __m512i v    = _mm512_castsi128_si512(load(i, offset));
+            v            = _mm512_inserti32x4(v, load(i + 4, offset), 1);
+            v            = _mm512_inserti32x4(v, load(i + 8, offset), 2);
+            four_rows[i] = _mm512_inserti32x4(v, load(i + 12, offset), 3);
         }
-        const __m512i first_pair  = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
-        const __m512i second_pair = _mm512_setr_epi32(2, 6, 10, 14, 18, 22, 26, 30, 3, 7, 11, 15, 19, 23, 27, 31);
-        const __m512i a           = _mm512_permutex2var_epi32(four_rows[0], first_pair, four_rows[1]);
-        const __m512i b           = _mm512_permutex2var_epi32(four_rows[2], first_pair, four_rows[3]);
-        const __m512i c           = _mm512_permutex2var_epi32(four_rows[0], second_pair, four_rows[1]);
-        const __m512i d           = _mm512_permutex2var_epi32(four_rows[2], second_pair, four_rows[3]);
-        x[0]                      = _mm512_shuffle_i64x2(a, b, 0x44);
-        x[1]                      = _mm512_shuffle_i64x2(a, b, 0xee);
-        x[2]                      = _mm512_shuffle_i64x2(c, d, 0x44);
-        x[3]                      = _mm512_shuffle_i64x2(c, d, 0xee);
+        const __m512i a = _mm512_unpacklo_epi32(four_rows[0], four_rows[1]);
+        const __m512i b = _mm512_unpacklo_epi32(four_rows[2], four_rows[3]);
+        const __m512i c = _mm512_unpackhi_epi32(four_rows[0], four_rows[1]);
+        const __m512i d = _mm512_unpackhi_epi32(four_rows[2], four_rows[3]);
+        x[0]            = _mm512_unpacklo_epi64(a, b);
+        x[1]            = _mm512_unpackhi_epi64(a, b);
+        x[2]            = _mm512_unpacklo_epi64(c, d);
+        x[3]            = _mm512_unpackhi_epi64(c, d);
 #elif QUANT_GEMM_AVX2
         __m256i two_rows[4];  // i and i + 4
 #pragma GCC unroll 4
