@@ -15,7 +15,7 @@
 //   whole, whole-plain  the absorbed attention with the matmuls by k_b before it and by v_b after it
 //   latent            LATENT_ATTN, which includes these matmuls
 //   product           a matmul by `rows` x `k` weights, or by `used` of `experts` such matrices for each token; weights
-//                     are repacked if the CPU has kernels for that
+//                     are repacked where llama.cpp does so by default
 //   product-rows      the same as with --repack 0
 //
 // The time is that of a graph with all layers; each layer has its own memory, so that no more of it is cached than in a
@@ -389,24 +389,24 @@ ggml_backend_buffer_type_t repack_buffer_type() {
     return nullptr;
 }
 
-// Memory for weights of one type and shape as llama.cpp selects it: repacked, if there are kernels for the type.
-ggml_backend_buffer_t place_weights(ggml_context * ctx) {
-    ggml_tensor * const first = ggml_get_first_tensor(ctx);
-    if (first == nullptr) {
+// Whether llama.cpp would put the weights of this matmul into a buffer of this type.
+bool selects(ggml_backend_buffer_type_t type, ggml_tensor * matmul) {
+    ggml_tensor * const weights = matmul->src[0];
+    weights->buffer             = ggml_backend_buft_alloc_buffer(type, 0);
+    const bool supported = ggml_backend_dev_supports_op(ggml_backend_reg_dev_get(ggml_backend_cpu_reg(), 0), matmul);
+    ggml_backend_buffer_free(weights->buffer);
+    weights->buffer = nullptr;
+    return supported;
+}
+
+// Memory for the weights of this matmul, and others like it, as llama.cpp selects it by default: repacked or not.
+ggml_backend_buffer_t place_weights(ggml_context * weights, ggml_tensor * matmul) {
+    if (ggml_get_first_tensor(weights) == nullptr) {
         return nullptr;
     }
-    if (const ggml_backend_buffer_type_t repack = repack_buffer_type()) {
-        const ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx, repack);
-        if (first->extra != nullptr) {
-            return buffer;
-        }
-        ggml_backend_buffer_free(buffer);
-        for (ggml_tensor * t = first; t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
-            t->buffer = nullptr;
-            t->data   = nullptr;
-        }
-    }
-    return ggml_backend_alloc_ctx_tensors_from_buft(ctx, ggml_backend_cpu_buffer_type());
+    const ggml_backend_buffer_type_t repack = repack_buffer_type();
+    const bool                       copies = repack != nullptr && selects(repack, matmul);
+    return ggml_backend_alloc_ctx_tensors_from_buft(weights, copies ? repack : ggml_backend_cpu_buffer_type());
 }
 
 }  // namespace
@@ -427,7 +427,7 @@ int main(int argc, char ** argv) {
     }
     ggml_backend_t        backend = ggml_backend_cpu_init();
     ggml_backend_buffer_t buffer  = ggml_backend_alloc_ctx_tensors(bench.ctx, backend);
-    ggml_backend_buffer_t weights = place_weights(bench.repacked);
+    ggml_backend_buffer_t weights = place_weights(bench.repacked, ggml_graph_node(bench.graph, 0));
     bench.fill();
     ggml_backend_cpu_set_n_threads(backend, (int) options.number("threads"));
 
@@ -441,8 +441,10 @@ int main(int argc, char ** argv) {
         sum += seconds.back();
     }
     std::sort(seconds.begin(), seconds.end());
-    printf("{\"median\": %.9g, \"least\": %.9g, \"runs\": %zu}\n", seconds[seconds.size() / 2] / n_layers,
-           seconds.front() / n_layers, seconds.size());
+    const bool repacked = weights != nullptr && ggml_backend_buffer_get_type(weights) == repack_buffer_type();
+    printf("{\"median\": %.9g, \"least\": %.9g, \"runs\": %zu, \"repacked\": %s}\n",
+           seconds[seconds.size() / 2] / n_layers, seconds.front() / n_layers, seconds.size(),
+           repacked ? "true" : "false");
     ggml_backend_buffer_free(weights);
     ggml_backend_buffer_free(buffer);
     ggml_backend_free(backend);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import platform
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,23 @@ def test_every_matmul_runs(engine: Engine, upstream: Engine, monkeypatch: pytest
         assert row["upstream"]["seconds"] > 0 and row["patched"]["seconds"] > 0
         assert row["floor"]["share"] > 0 and row["floor"]["bound"] in ("memory", "products")
     assert len(matmuls_table(rows)) == 1 + len(rows)
+
+
+@pytest.mark.engine
+def test_weights_are_repacked_where_llama_does_so(
+    engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = operators.programs(libraries_of(engine, upstream, None))
+
+    def repacked(build: str, case: str) -> bool:
+        words = ("weights=q4_K", "rows=64", "k=256", "seconds=0.001", "least=1")
+        return bool(json.loads(programs.ask(made[build], case, *words))["repacked"])
+
+    monkeypatch.delenv("KIMI_REPACK", raising=False)
+    assert not repacked("upstream", "product-rows")
+    assert not repacked("patched", "product")  # our matmul uses rows of Q4_K as they are
+    if platform.machine() == "x86_64":
+        assert repacked("upstream", "product")
 
 
 @pytest.mark.parametrize(
