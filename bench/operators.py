@@ -5,6 +5,9 @@ lists the graph of each case; it is compiled once for each build. Upstream uses 
 there are two variants, the faster one counts.
 
     python -m kimi_gguf.bench.operators BUILD CASE [key=value ...]     one case; BUILD: patched or upstream
+
+CASE is also a single matmul (product, product-rows). BUILD is the default build for CPUs, whatever `kimi-llama use`
+says.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 from kimi_gguf.bench.load import undisturbed
 from kimi_gguf.bench.programs import ask, ggml_flags, program
 from kimi_gguf.engine.builds import Engine, ensure
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.progress import Reporter
 
 ROUNDS = 3  # runs of each program
@@ -125,7 +129,19 @@ def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[st
     }
 
 
+def main(words: Sequence[str]) -> int:
+    """Measure one case and print the JSON of the program. Returns the exit code, 2 for wrong arguments."""
+    if len(words) < 2 or words[0] not in ("patched", "upstream"):
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        engine = ensure(upstream=words[0] == "upstream")
+        print(ask(program("operators", ggml_flags(engine.lib)), *words[1:]), end="")
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 if __name__ == "__main__":
-    build, *words = sys.argv[1:]
-    engine = ensure(upstream=build == "upstream")
-    print(ask(program("operators", ggml_flags(engine.lib)), *words), end="")
+    sys.exit(main(sys.argv[1:]))

@@ -396,10 +396,11 @@ def matmuls_part(records: Sequence[Data]) -> str:
     rows = [row for record in records for row in record["products"]]
     commands = "\n".join(f"- {measured_by(record)}" for record in records)
     return (
-        f"## Single matmuls\n\n{commands}\n\nRows of {K} weights, read from memory and repacked as llama.cpp does by "
-        "default. Upstream: the faster of `--repack 0/1`. *% of roofline*: the longer of two ideal times, divided by "
-        "patched's time: compute (multiply-adds / peak rate of the type: int8, bf16, or float32 for F16) and memory "
-        "(bytes of weights / bandwidth). "
+        f"## Single matmuls\n\n{commands}\n\nRows of {K} weights, read from memory. Upstream: the faster of "
+        "`--repack 0/1`. Patched: repacked only where it does so by default. *% of roofline*: the longer of two ideal "
+        "times, divided by patched's time: compute (multiply-adds / peak rate of the type: int8, bf16, or float32 for "
+        "F16) and memory (bytes of weights / bandwidth). Above 100 %: the bandwidth measured around the row was lower "
+        "than during it. "
         "With 512 tokens and 8 of 32 experts each matrix has 128 columns.\n\n" + markdown(matmuls_table(rows))
     )
 

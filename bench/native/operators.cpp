@@ -60,7 +60,17 @@ struct Options {
         values[text.substr(0, eq)] = text.substr(eq + 1);
     }
 
-    int64_t number(const char * key) const { return std::stoll(values.at(key)); }
+    int64_t number(const char * key) const {
+        const std::string & text  = values.at(key);
+        const int64_t       least = std::string(key) == "experts" ? 0 : 1;
+        char *              end   = nullptr;
+        const int64_t       n     = strtoll(text.c_str(), &end, 10);
+        if (end == text.c_str() || *end != '\0' || n < least || n > INT32_MAX) {
+            fprintf(stderr, "operators: %s=%s is not a number from %d on\n", key, text.c_str(), (int) least);
+            exit(2);
+        }
+        return n;
+    }
 
     ggml_type type(const char * key) const {
         for (int t = 0; t < GGML_TYPE_COUNT; ++t) {
@@ -280,7 +290,13 @@ struct Bench {
 
     void product(bool repack) {
         const int64_t        experts = o.number("experts"), k = o.number("k");
-        std::vector<int64_t> ne = { k, o.number("rows") };
+        std::vector<int64_t> ne    = { k, o.number("rows") };
+        const int64_t        block = ggml_blck_size(o.type("weights"));
+        if (k % block != 0) {
+            fprintf(stderr, "operators: k=%d is not a multiple of %d, the block of %s\n", (int) k, (int) block,
+                    o.values.at("weights").c_str());
+            exit(2);
+        }
         if (experts > 0) {
             ne.push_back(experts);
         }
@@ -414,7 +430,11 @@ ggml_backend_buffer_t place_weights(ggml_context * weights, ggml_tensor * matmul
 int main(int argc, char ** argv) {
     Options options;
     if (argc < 2 || !CASES.count(argv[1])) {
-        fprintf(stderr, "operators CASE [key=value ...]\n");
+        std::string names;
+        for (const auto & each : CASES) {
+            names += " " + std::string(each.first);
+        }
+        fprintf(stderr, "operators CASE [key=value ...]; cases:%s\n", names.c_str());
         return 2;
     }
     for (int i = 2; i < argc; ++i) {

@@ -5,6 +5,7 @@
 // Vectors are GCC's and Clang's vector extensions; int8 and bf16 use the CPU's own instructions, and are null
 // without them.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -149,10 +150,17 @@ struct Bf16Step {
 };
 #endif
 
-// Reads 256 MiB repeatedly, larger than any cache; counts bytes.
+// Bytes that each thread reads: more than any cache, and all threads together at most 4 GiB.
+static size_t bytes_of_each(int n_threads) {
+    return std::min((size_t) 256 << 20, ((size_t) 4 << 30) / n_threads);
+}
+
+// Reads the memory of a thread repeatedly; counts bytes.
 struct Reading {
-    std::vector<words> data = std::vector<words>((256 << 20) / WIDTH, words{} + 1);
-    size_t             at   = 0;
+    explicit Reading(int n_threads) : data(bytes_of_each(n_threads) / WIDTH / 8 * 8, words{} + 1) {}
+
+    std::vector<words> data;
+    size_t             at = 0;
 
     double turn(int64_t count) {
         words        s[8] = {};
@@ -175,9 +183,9 @@ struct Reading {
 };
 
 // Units per second over all threads, the best of several intervals of `seconds`.
-template <typename Work> static double rate(int n_threads, double seconds) {
+template <typename Work> static double rate(int n_threads, double seconds, const Work & of_each = Work()) {
     double            best = 0.0;
-    std::vector<Work> work(n_threads);
+    std::vector<Work> work(n_threads, of_each);
     for (int stretch = 0; stretch < 3; ++stretch) {
         std::atomic<int>         ready{ 0 };
         std::vector<double>      done(n_threads), took(n_threads);
@@ -211,7 +219,8 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "peaks THREADS [SECONDS]\n");
         return 2;
     }
-    printf("{\"threads\": %d, \"read\": %.6g, \"f32\": %.6g", n_threads, rate<Reading>(n_threads, seconds),
+    const double read = rate(n_threads, seconds, Reading(n_threads));
+    printf("{\"threads\": %d, \"read\": %.6g, \"f32\": %.6g", n_threads, read,
            rate<Products<FloatStep>>(n_threads, seconds));
 #ifdef HAVE_INT8
     printf(", \"int8\": %.6g", rate<Products<Int8Step>>(n_threads, seconds));

@@ -58,6 +58,26 @@ def test_every_matmul_runs(engine: Engine, upstream: Engine, monkeypatch: pytest
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("product", "weights=q4_K", "k=2300"), "k=2300 is not a multiple of 256, the block of q4_K"),
+        (("product-rows", "rows=0"), "rows=0 is not a number from 1 on"),
+        (("product-rows", "threads=1x"), "threads=1x is not a number from 1 on"),
+        (("products",), "cases: absorbed .*product-rows"),
+    ],
+)
+def test_wrong_arguments(engine: Engine, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
+        programs.ask(programs.program("operators", programs.ggml_flags(engine.lib)), *words)
+
+
+def test_a_build_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert operators.main(["upsteam", "product"]) == 2
+    assert "BUILD: patched or upstream" in capsys.readouterr().err
+
+
+@pytest.mark.engine
 def test_weights_are_repacked_where_llama_does_so(
     engine: Engine, upstream: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
