@@ -13,6 +13,7 @@ says.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -102,13 +103,19 @@ def measure_operators(
 
 
 def measure_case(compiled: dict[str, Path], case: Case, threads: int) -> dict[str, Any]:
-    """Measure a case with the program of each build, A/B. Raises `EngineError`."""
+    """Measure a case with the program of each build, A/B. Raises `EngineError`.
+
+    `KIMI_REPACK` has no effect: a record shows the defaults.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "KIMI_REPACK"}
     turns = [*(("upstream", name) for name in case.upstream), ("patched", case.patched)]
     medians: dict[tuple[str, str], list[float]] = {turn: [] for turn in turns}
     disturbed = took = 0.0
     for _ in range(ROUNDS):
         for build, name in turns:
-            run = partial(ask, compiled[build], name, f"threads={threads}", *case.options)
+            run = partial(
+                ask, compiled[build], name, f"threads={threads}", *case.options, environment=environment
+            )
             result = undisturbed(run, threads)
             medians[build, name].append(json.loads(result.answer)["median"])
             disturbed += result.disturbance or 0.0

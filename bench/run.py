@@ -141,6 +141,10 @@ def check(parsed: argparse.Namespace) -> None:
             "measured on the CPU only",
             todo="leave out --backend and --device",
         )
+    if parsed.products and any(each is not None for each in (parsed.type, parsed.batch, parsed.depth)):
+        raise EngineError(
+            "--products measures fixed types and shapes", todo="leave out --type, --batch and --depth"
+        )
     if parsed.model is not None:
         open_model(parsed.model)  # before builds are made
     if parsed.demo and parsed.type and not set(parsed.type) <= set(DEMO_TYPES):

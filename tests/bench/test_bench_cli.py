@@ -286,6 +286,12 @@ def test_an_option_for_one_number_refuses_several(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.endswith("argument --seed: '1,2': expected one number from 1 on\n")
 
 
+@pytest.mark.parametrize("words", ["--depth 0", "--batch 1", "--type Q8_0"])
+def test_single_matmuls_have_no_options_of_models(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kimi_llama.main(["bench", "--products", *words.split()]) == 1
+    assert "leave out --type, --batch and --depth" in capsys.readouterr().err
+
+
 def test_a_worker_is_named_by_its_address(capsys: pytest.CaptureFixture[str]) -> None:
     assert kimi_llama.main(["bench", "--workers", "10.0.0.2:50052,foo"]) == 1
     assert "expected HOST:PORT,... such as 10.0.0.2:50052, found foo; " in capsys.readouterr().err
