@@ -298,7 +298,9 @@ static std::vector<Shape> shapes_of(const Kind & kind) {
         add([&](Shape & s) { s.k = k, s.n_tokens = 1; });
         add([&](Shape & s) { s.k = k, s.n_tokens = 3; });
     }
-    add([&](Shape & s) { s.k = 4096, s.n_rows = 24, s.n_tokens = 1; });
+    for (const int64_t k : { 3072, 3328, 4096, 4352 }) {  // long rows
+        add([&](Shape & s) { s.k = k, s.n_rows = 24, s.n_tokens = 1; });
+    }
     for (const int64_t n : { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 15, 17, 33, 129, 300 }) {
         add([&](Shape & s) { s.n_tokens = n; });
     }

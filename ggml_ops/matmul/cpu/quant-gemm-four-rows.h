@@ -15,18 +15,6 @@ namespace quant_gemm {
 
 #if QUANT_GEMM_AVX512
 
-// Word j of each vector, in vector j: in each quarter for itself.
-inline void transpose(__m512i (&x)[4]) {
-    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]);
-    const __m512i b = _mm512_unpacklo_epi32(x[2], x[3]);
-    const __m512i c = _mm512_unpackhi_epi32(x[0], x[1]);
-    const __m512i d = _mm512_unpackhi_epi32(x[2], x[3]);
-    x[0]            = _mm512_unpacklo_epi64(a, b);
-    x[1]            = _mm512_unpackhi_epi64(a, b);
-    x[2]            = _mm512_unpacklo_epi64(c, d);
-    x[3]            = _mm512_unpackhi_epi64(c, d);
-}
-
 // Word j of each quarter, in quarter j.
 inline __m512i transposed(__m512i x) {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);

@@ -37,37 +37,21 @@ struct Rows {
 
     // x[j]: bytes offset + 4j .. + 3 of every row
     inline void load16(size_t offset, Ints * x) const {
+#if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2
+        Ints rows[4];  // rows i, i + 4, ... in each
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
 #if QUANT_GEMM_AVX512
-        __m512i four_rows[4];  // i, i + 4, i + 8 and i + 12
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            __m512i v    = _mm512_castsi128_si512(load(i, offset));
-            v            = _mm512_inserti32x4(v, load(i + 4, offset), 1);
-            v            = _mm512_inserti32x4(v, load(i + 8, offset), 2);
-            four_rows[i] = _mm512_inserti32x4(v, load(i + 12, offset), 3);
+            __m512i v = _mm512_castsi128_si512(load(i, offset));
+            v         = _mm512_inserti32x4(v, load(i + 4, offset), 1);
+            v         = _mm512_inserti32x4(v, load(i + 8, offset), 2);
+            rows[i]   = _mm512_inserti32x4(v, load(i + 12, offset), 3);
+#else
+            rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i, offset)), load(i + 4, offset), 1);
+#endif
         }
-        const __m512i a = _mm512_unpacklo_epi32(four_rows[0], four_rows[1]);
-        const __m512i b = _mm512_unpacklo_epi32(four_rows[2], four_rows[3]);
-        const __m512i c = _mm512_unpackhi_epi32(four_rows[0], four_rows[1]);
-        const __m512i d = _mm512_unpackhi_epi32(four_rows[2], four_rows[3]);
-        x[0]            = _mm512_unpacklo_epi64(a, b);
-        x[1]            = _mm512_unpackhi_epi64(a, b);
-        x[2]            = _mm512_unpacklo_epi64(c, d);
-        x[3]            = _mm512_unpackhi_epi64(c, d);
-#elif QUANT_GEMM_AVX2
-        __m256i two_rows[4];  // i and i + 4
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            two_rows[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(load(i, offset)), load(i + 4, offset), 1);
-        }
-        const __m256i a = _mm256_unpacklo_epi32(two_rows[0], two_rows[1]);
-        const __m256i b = _mm256_unpacklo_epi32(two_rows[2], two_rows[3]);
-        const __m256i c = _mm256_unpackhi_epi32(two_rows[0], two_rows[1]);
-        const __m256i d = _mm256_unpackhi_epi32(two_rows[2], two_rows[3]);
-        x[0]            = _mm256_unpacklo_epi64(a, b);
-        x[1]            = _mm256_unpackhi_epi64(a, b);
-        x[2]            = _mm256_unpacklo_epi64(c, d);
-        x[3]            = _mm256_unpackhi_epi64(c, d);
+        transpose(rows);
+        std::copy(rows, rows + 4, x);
 #else
         const auto      load = [&](int i) { return vreinterpretq_s32_u8(vld1q_u8((const uint8_t *) row[i] + offset)); };
         const int64x2_t a    = vreinterpretq_s64_s32(vtrn1q_s32(load(0), load(1)));

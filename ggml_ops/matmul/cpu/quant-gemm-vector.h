@@ -106,6 +106,12 @@ inline Ints left_16(Ints x, int n)               { return _mm512_slli_epi16(x, n
 inline Ints right_16(Ints x, int n)              { return _mm512_srli_epi16(x, n); }
 inline Ints right_signed_16(Ints x, int n)       { return _mm512_srai_epi16(x, n); }
 
+// the lower or upper two words of a and b in turns, or their lower or upper pairs of words: in each 128 bits for itself
+inline Ints lower_words(Ints a, Ints b)          { return _mm512_unpacklo_epi32(a, b); }
+inline Ints upper_words(Ints a, Ints b)          { return _mm512_unpackhi_epi32(a, b); }
+inline Ints lower_pairs(Ints a, Ints b)          { return _mm512_unpacklo_epi64(a, b); }
+inline Ints upper_pairs(Ints a, Ints b)          { return _mm512_unpackhi_epi64(a, b); }
+
 // bytes of a table of 16, or of each 16 bytes
 inline Ints table_of_16(const uint8_t (&t)[16])  { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) t)); }
 inline Ints look_up(Ints table, Ints indices)    { return _mm512_shuffle_epi8(table, indices); }
@@ -189,6 +195,11 @@ inline Ints right_signed_32(Ints x, int n)       { return _mm256_srai_epi32(x, n
 inline Ints left_16(Ints x, int n)               { return _mm256_slli_epi16(x, n); }
 inline Ints right_16(Ints x, int n)              { return _mm256_srli_epi16(x, n); }
 inline Ints right_signed_16(Ints x, int n)       { return _mm256_srai_epi16(x, n); }
+
+inline Ints lower_words(Ints a, Ints b)          { return _mm256_unpacklo_epi32(a, b); }
+inline Ints upper_words(Ints a, Ints b)          { return _mm256_unpackhi_epi32(a, b); }
+inline Ints lower_pairs(Ints a, Ints b)          { return _mm256_unpacklo_epi64(a, b); }
+inline Ints upper_pairs(Ints a, Ints b)          { return _mm256_unpackhi_epi64(a, b); }
 
 inline Ints table_of_16(const uint8_t (&t)[16])  { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) t)); }
 inline Ints look_up(Ints table, Ints indices)    { return _mm256_shuffle_epi8(table, indices); }
@@ -426,6 +437,22 @@ inline Ints high_nibbles(Ints x) {
     return right_16(x, 4) & bytes(0x0f);
 #endif
 }
+
+#if QUANT_GEMM_AVX512 || QUANT_GEMM_AVX2
+
+// Word j of each of four vectors, in vector j: in each 128 bits for itself.
+inline void transpose(Ints (&x)[4]) {
+    const Ints a = lower_words(x[0], x[1]);
+    const Ints b = lower_words(x[2], x[3]);
+    const Ints c = upper_words(x[0], x[1]);
+    const Ints d = upper_words(x[2], x[3]);
+    x[0]         = lower_pairs(a, b);
+    x[1]         = upper_pairs(a, b);
+    x[2]         = lower_pairs(c, d);
+    x[3]         = upper_pairs(c, d);
+}
+
+#endif
 
 // the lower halves of a's lanes, the upper halves of b's
 inline Ints join_halves(Ints a, Ints b) {

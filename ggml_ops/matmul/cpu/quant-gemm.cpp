@@ -237,6 +237,7 @@ static void add_panel(const Format &      format,
     const int     step     = panel_blocks(format.scheme);
     const size_t  act_step = act_row_size(format.scheme, step * BLOCK);
     const size_t  piece    = ahead.size * step / n_blocks;
+    const bool    into_l1  = prefetches_in_order();
     const char *  next     = ahead.first;
     const char *  act[MAX_COLUMNS];
     std::copy(columns.at, columns.at + columns.n, act);
@@ -244,7 +245,7 @@ static void add_panel(const Format &      format,
     for (int64_t block = 0; block < n_blocks; block += step) {
         const int    here   = (int) std::min<int64_t>(step, n_blocks - block);
         const size_t before = columns.n <= PREFETCH_EARLY ? piece / 2 : 0;
-        if (prefetches_in_order()) {
+        if (into_l1) {
             prefetch<3>(next, before);
         } else {
             prefetch<2>(next, before);
