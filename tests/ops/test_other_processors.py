@@ -6,6 +6,7 @@ import platform
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,15 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 
 # For each instruction set that our sources distinguish (kda-simd.h, latent-simd.h, latent-int16.cpp,
 # quant-gemm-vector.h): ggml's variant with this instruction set, and the processor flags it requires. ggml uses
-# the last one that the machine supports. None with AVX-512: where it exists, all other tests run with it, and elsewhere
-# its intrinsics are emulated.
+# the last one that the machine supports. Where AVX-512 exists, all other tests run with it; elsewhere its intrinsics
+# are emulated.
 AVX2 = {"sse4_2", "avx", "f16c", "fma", "avx2", "bmi2"}
 AVX512 = AVX2 | {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}
 RUN = {
     "x64": set(),
     "haswell": AVX2,
     "alderlake": AVX2 | {"avx_vnni"},
+    "zen4": AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"},
 }
 # Only compiled. Sources for sandybridge take the branches of x64, those for skylakex the branches of zen4 and haswell.
 COMPILED = some_of(("sandybridge", "skylakex", "zen4"), "zen4")
@@ -35,14 +37,20 @@ ALL_VARIANTS = Variant(
     "all-variants",
     "-Og",
     (*PROGRAMS, MATMUL),
-    {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON"},
+    {"GGML_NATIVE": "OFF", "GGML_BACKEND_DL": "ON", "GGML_CPU_ALL_VARIANTS": "ON", "GGML_OPENMP": "ON"},
 )
+# The same programs on a processor that qemu emulates, which terminates a program at any newer instruction.
+EMULATED_X86 = replace(ALL_VARIANTS, runner=("qemu-x86_64",), tools={"qemu-x86_64": "qemu-user"})
+WITHOUT_AVX, WITH_AVX2 = "Nehalem", "Haswell"
 
 # Only every n-th case of a program is run under emulation, and on the instruction sets of older x86.
 EMULATED = {"test-kda": 43, "latent-attn-test": 53, MATMUL: 97}
 NATIVE = {"test-kda": 29, "latent-attn-test": 23, MATMUL: 17}
+MANY_THREADS = {"test-kda": 173, "latent-attn-test": 211, MATMUL: 389}
 
-AVX512_EMULATED = "avx512-emulated"  # a library of tests/native/CMakeLists.txt
+# Libraries of tests/native/CMakeLists.txt.
+AVX512_EMULATED = "avx512-emulated"
+AVX_VNNI_EMULATED = "avx-vnni-emulated"
 AVX512_CASES = {"test-kda": 47, "latent-attn-test": 73, MATMUL: 131}
 # An intrinsic that only the program's branch for AVX-512 uses.
 AVX512_USES = {"test-kda": "rcp14_ps", "latent-attn-test": "cvtepi8_epi16", MATMUL: "dpbusd_epi32"}
@@ -62,6 +70,7 @@ ARM_VARIANTS = Variant(
         "GGML_NATIVE": "OFF",
         "GGML_BACKEND_DL": "ON",
         "GGML_CPU_ALL_VARIANTS": "ON",
+        "GGML_OPENMP": "ON",
     },
     (f"{PREFIX}-gcc", f"{PREFIX}-g++"),
     {f"{PREFIX}-g++": f"g++-{PREFIX}", "qemu-aarch64": "qemu-user"},
@@ -74,15 +83,12 @@ def loaded_variants(log: str) -> list[str]:
     return re.findall(r"loaded CPU backend from .*/libggml-cpu-([\w.]+)\.so", log)
 
 
-def passes(made: Build, program: str, cases: int, **environment: str) -> None:
-    """Run every n-th case of the program; it must succeed and run more than 20 cases.
-
-    With one and two threads: waiting threads spin, and how work is divided does not depend on the instructions.
-    """
-    ended = made.run(program, KIMI_CASES=str(cases), KIMI_THREADS="2", **environment)
+def passes(made: Build, program: str, cases: int, threads: str = "2", **environment: str) -> None:
+    """Run every n-th case of the program, with one thread and with `threads`; it must succeed and run some cases."""
+    ended = made.run(program, KIMI_CASES=str(cases), KIMI_THREADS=threads, **environment)
     said = ended.stdout.splitlines()
     assert ended.returncode == 0, "\n".join([*said[-15:], ended.stderr[-1500:]])
-    assert int(re.findall(r"\d+", said[-1])[0]) > 20, said[-1]
+    assert int(re.findall(r"\d+", said[-1])[0]) > (20 if threads == "2" else 5), said[-1]
 
 
 @pytest.mark.parametrize(
@@ -129,18 +135,62 @@ needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
 
 # The oldest processors have no kernels for matmuls, and their own test runs them with AVX-512.
 @needs_x86
-@pytest.mark.parametrize(
-    ("name", "program"),
-    [
-        *(pytest.param("x64", program, marks=pytest.mark.full) for program in PROGRAMS),
-        *((name, program) for name in ("haswell", "alderlake") for program in (*PROGRAMS, MATMUL)),
-    ],
-)
+@pytest.mark.parametrize("name", ["haswell", "alderlake"])
+@pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
 def test_on_other_instruction_sets(name: str, program: str) -> None:
     if not RUN[name] <= cpu_flags():
         pytest.skip(f"this processor lacks {', '.join(sorted(RUN[name] - cpu_flags()))}")
     made = build(ALL_VARIANTS, f"ggml-cpu-{name}")
     passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(made.bin / f"libggml-cpu-{name}.so"))
+
+
+@needs_x86
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_on_x86_without_avx(program: str) -> None:
+    made = build(EMULATED_X86, "ggml-cpu-x64")
+    library = str(made.bin / "libggml-cpu-x64.so")
+    passes(made, program, EMULATED[program], QEMU_CPU=WITHOUT_AVX, KIMI_CPU_BACKEND=library)
+
+
+@needs_x86
+@pytest.mark.parametrize(("processor", "best"), [(WITHOUT_AVX, "x64"), (WITH_AVX2, "haswell")])
+def test_ggml_picks_the_best_variant_that_an_emulated_processor_runs(processor: str, best: str) -> None:
+    made = build(EMULATED_X86, "ggml-cpu-x64", "ggml-cpu-haswell")
+    ended = made.run("test-kda", KIMI_CASES="400", QEMU_CPU=processor)
+    assert ended.returncode == 0, ended.stdout
+    assert loaded_variants(ended.stderr) == [best]
+
+
+@needs_x86
+def test_branches_for_avx_vnni_on_a_processor_without() -> None:
+    """Our sources with the instruction of tests/native/avx-vnni-emulated.h; the rest of ggml is its haswell variant."""
+    if not cpu_flags() >= AVX2:
+        pytest.skip(f"this processor lacks {', '.join(sorted(AVX2 - cpu_flags()))}")
+    made = build(ALL_VARIANTS)
+    made.ninja(AVX_VNNI_EMULATED)
+    library = made.bin / f"lib{AVX_VNNI_EMULATED}.so"
+    assert b"emulated_dpbusd_avx" in library.read_bytes(), "not the branch for AVX-VNNI"
+    passes(made, MATMUL, NATIVE[MATMUL], KIMI_CPU_BACKEND=str(library))
+
+
+@needs_x86
+@pytest.mark.parametrize("threads", ["7", "33", "100"])
+@pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
+def test_many_threads_with_avx2(program: str, threads: str) -> None:
+    if not cpu_flags() >= AVX2:
+        pytest.skip(f"this processor lacks {', '.join(sorted(AVX2 - cpu_flags()))}")
+    made = build(ALL_VARIANTS, "ggml-cpu-haswell")
+    library = str(made.bin / "libggml-cpu-haswell.so")
+    passes(made, program, MANY_THREADS[program], threads, KIMI_CPU_BACKEND=library)
+
+
+@pytest.mark.parametrize("threads", ["7", "33", "100"])
+@pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
+def test_many_threads_on_arm(program: str, threads: str) -> None:
+    made = build(ARM_VARIANTS, f"ggml-cpu-{NEWER_ARM[0]}")
+    library = str(made.bin / f"libggml-cpu-{NEWER_ARM[0]}.so")
+    cases = MANY_THREADS[program]
+    passes(made, program, cases, threads, QEMU_CPU=ARM[NEWER_ARM[0]], KIMI_CPU_BACKEND=library)
 
 
 @needs_x86
@@ -159,7 +209,6 @@ def test_branches_for_avx512_on_a_processor_without(program: str, times: int) ->
     passes(made, program, AVX512_CASES[program] // times, KIMI_CPU_BACKEND=str(library))
 
 
-@pytest.mark.full  # of the others, only this test needs all variants that run
 @needs_x86
 def test_ggml_picks_the_best_variant_that_runs() -> None:
     ended = build_variants(runnable()).run("test-kda", KIMI_CASES="400")
