@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -105,12 +105,10 @@ class GgufFile:
         if version != 3:
             raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
         keys: dict[str, Any] = {}
-        for _ in range(num_keys):
-            name = cursor.string()
+        for name, value in _keys(cursor, num_keys):
             if name in keys:
                 raise GgufError(f"{self.path}: duplicate key {name!r:.80}")
-            (kind,) = cursor.unpack("<I")
-            keys[name] = cursor.value(kind)
+            keys[name] = value
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20:
             raise GgufError(f"{self.path}: general.alignment: expected 8 or more, found {alignment!r:.40}")
@@ -145,6 +143,17 @@ class GgufFile:
         if min(ne) < 1 or math.prod(ne) > 1 << 48:
             raise GgufError(f"{self.path}: {name!r:.80}: expected sizes of at least 1, found {list(ne)}")
         return name, ne, _BY_NUMBER[number], offset
+
+
+def key_of(path: Path, key: str) -> Any:
+    """The value of one key, or None; what follows it in the file is not read. Raises `GgufError` before the key."""
+    with path.open("rb") as file:
+        cursor = _Cursor(file, min(os.fstat(file.fileno()).st_size, _MAX_HEADER), path)
+        cursor.take(4)
+        version, _, num_keys = cursor.unpack("<IQQ")
+        if version != 3:
+            raise GgufError(f"{path}: expected GGUF version 3, found {version}")
+        return next((value for name, value in _keys(cursor, num_keys) if name == key), None)
 
 
 class GgufModel:
@@ -236,6 +245,13 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
                 )
             found[name] = file
     return found
+
+
+def _keys(cursor: _Cursor, count: int) -> Iterator[tuple[str, Any]]:
+    for _ in range(count):
+        name = cursor.string()
+        (kind,) = cursor.unpack("<I")
+        yield name, cursor.value(kind)
 
 
 class _Cursor:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.engine.file_kind import kind_of
-from kimi_gguf.engine.gguf import GgufModel
+from kimi_gguf.engine.gguf import GgufError, GgufModel, key_of
 from kimi_gguf.engine.path_check import check_path
 from kimi_gguf.engine.split_names import place_in_set
 
@@ -47,6 +47,22 @@ def check_mtp(path: Path) -> None:
                 todo="convert a Ling 3 checkpoint that has one, without --no-mtp, or use other drafts "
                 "(-md DRAFT, --spec-type ngram-cache)",
             )
+
+
+def check_tokenizer(path: Path) -> None:
+    """Raise `EngineError` for a model without a tokenizer, as `kimi-llama bench` generates them: llama.cpp aborts
+    when it tokenizes a text. Files that this project cannot read are left to llama.cpp."""
+    try:
+        found = key_of(path, "tokenizer.ggml.model")
+    except GgufError:
+        return
+    if found in ("no_vocab", "none"):
+        raise EngineError(
+            f"{path}: has no tokenizer, so it cannot read or write text",
+            expected="a tokenizer (tokenizer.ggml.model)",
+            found=repr(found),
+            todo=f"give a converted model; to measure this one: kimi-llama bench {path}",
+        )
 
 
 def _check_file(path: Path) -> None:

@@ -19,7 +19,7 @@ from kimi_gguf.engine.addresses import addresses
 from kimi_gguf.engine.build import check_runs
 from kimi_gguf.engine.builds import Engine, select
 from kimi_gguf.engine.errors import EngineError
-from kimi_gguf.engine.gguf_check import check_gguf, check_mtp
+from kimi_gguf.engine.gguf_check import check_gguf, check_mtp, check_tokenizer
 from kimi_gguf.engine.interrupts import INTERRUPTED, NO_READER, exit_status
 from kimi_gguf.engine.quantize import quantize
 from kimi_gguf.engine.split_names import place_in_set
@@ -142,6 +142,8 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
         check_gguf(Path(draft))
     if not drafts and any(_MTP in kinds.split(",") for kinds in _values(given, {_KIND})):
         check_mtp(model)
+    if tool is not TOOLS["quantize"]:
+        check_tokenizer(model)
     engine = select(build, upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)
     if engine.for_gpus:

@@ -227,6 +227,20 @@ def test_a_file_must_have_the_mtp_layer_that_drafts(built: Path, kind: list[str]
         assert ("--no-mtp" in result.stderr) == (layers == 0)
 
 
+@pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize"])
+def test_a_model_without_a_tokenizer_is_measured_and_not_asked(built: Path, command: str) -> None:
+    path = built / "generated.gguf"
+    writer = GGUFWriter(path, "kimi-linear")
+    writer.add_tokenizer_model("no_vocab")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    result = call(built, command, str(path), str(built / "out.gguf"), "Q8_0")
+    assert ("generated.gguf: has no tokenizer" in result.stderr) == (command != "quantize")
+    assert (f"kimi-llama bench {path}" in result.stderr) == (command != "quantize")
+    assert result.returncode == 1 or command == "quantize"
+
+
 def test_a_missing_draft_is_said_at_once(built: Path) -> None:
     told = call(built, "serve", str(built / "model.gguf"), "-md", str(built / "absent.gguf"))
     assert told.returncode == 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from kimi_gguf.engine.gguf import GgufError, GgufFile
+from kimi_gguf.engine.gguf import GgufError, GgufFile, key_of
 
 VALUES = np.arange(1000, dtype=np.float32)
 
@@ -23,6 +23,16 @@ def path(tmp_path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return tmp_path / "model.gguf"
+
+
+def test_a_key_is_read_without_what_follows_it(path: Path) -> None:
+    assert key_of(path, "general.architecture") == "kimi-linear"
+    assert key_of(path, "absent") is None
+    os.truncate(path, 75)  # where the only key ends
+    assert key_of(path, "general.architecture") == "kimi-linear"
+    os.truncate(path, 74)
+    with pytest.raises(GgufError, match="truncated"):
+        key_of(path, "general.architecture")
 
 
 def test_reads_that_return_fewer_bytes_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
