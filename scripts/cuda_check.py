@@ -60,7 +60,9 @@ PAGE = """\
 # Registers of the CUDA kernels
 
 Registers of a thread and bytes of static shared memory, as ptxas reports them;
-bytes of stack and of spills where there are any.
+bytes of stack and of spills where there are any. On sm_75, kernels with 4 registers are empty: tensor cores multiply
+bfloat16, and copies to shared memory are asynchronous, from 8.0 on. There KDA_SCAN goes token by token, and attention
+is upstream's.
 
     .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
 

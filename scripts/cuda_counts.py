@@ -28,7 +28,7 @@ from kimi_gguf.scripts.gpu_devices import L2_LATENCY
 
 Data = dict[str, Any]
 Rule = tuple[str, int, float]  # operation, fewest in the loop, turns
-LOOP, INNERMOST, WHOLE = "loop", "innermost", "whole"
+LOOP, INNERMOST, WHOLE, DOTS = "loop", "innermost", "whole", "dots"
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Kernel:
     source: str  # below ggml_ops, or one of UPSTREAM
     mangled: str
     main: (
-        str  # LOOP: the main one; INNERMOST: the innermost with tensor instructions; WHOLE: all of the kernel
+        str  # LOOP: the main one; INNERMOST: the innermost with tensor instructions; WHOLE: all of the kernel;
+        # DOTS: the one with most dot products of bytes, whose number is counted, as compilers unroll it
     )
     rules: tuple[Rule, ...] = ()
 
 
-_KDA, _LATENT = "kda/cuda/", "latent_attention/cuda/"
+_KDA, _LATENT, _MATMUL = "kda/cuda/", "latent_attention/cuda/", "matmul/cuda/"
 # Masks are read before, one load for the query of a block of 32 heads; more turns are for more queries.
 _MASKS: tuple[Rule, ...] = (("LDG", 1, 0.0),)
 # 64 channels by 64 tokens; 32 channels at a time: 4 turns. Matmuls of 16 channels: 2. Triangular solves: (1+2+3+4)/4.
@@ -90,6 +91,10 @@ KERNELS = (
            (("LDGSTS", 1, 2.0), *_MASKS)),
     Kernel("decompressed, exact", _LATENT + "latent-decompressed.cu", "attend_tilesINS_5modes3f16E", LOOP,
            (("LDGSTS", 1, 2.0), *_MASKS)),
+    Kernel("multiply q4_0", _MATMUL + "matvec.cu", "8multiplyIL9ggml_type2ELb0E", DOTS),
+    Kernel("multiply q8_0", _MATMUL + "matvec.cu", "8multiplyIL9ggml_type8ELb0E", DOTS),
+    Kernel("upstream multiply q4_0", "mmvq", "13mul_mat_vec_qIL9ggml_type2ELi1ELb0ELb0ELb0E", DOTS),
+    Kernel("upstream multiply q8_0", "mmvq", "13mul_mat_vec_qIL9ggml_type8ELi1ELb0ELb0ELb0E", DOTS),
     Kernel("upstream flash attention, 16 rows", "fattn", "Li576ELi512ELi1ELi16E", INNERMOST),
     Kernel("upstream flash attention, 32 rows", "fattn", "Li576ELi512ELi2ELi16E", INNERMOST),
     Kernel("upstream flash attention, 64 rows", "fattn", "Li576ELi512ELi4ELi16E", INNERMOST),
@@ -109,6 +114,7 @@ UPSTREAM = {
     "fixup": '#include "ggml-cuda/fattn-common.cuh"\nextern const void * const used =\n'
     "    reinterpret_cast<const void *>(flash_attn_stream_k_fixup_uniform<512, 1, 16>);\n",
     "gated_delta_net": '#include "ggml-cuda/gated_delta_net.cu"\n',
+    "mmvq": '#include "ggml-cuda/mmvq.cu"\n',
 }
 
 # Constants that decide grids and shared memory. They are read from the name of a kernel that has them as arguments.
@@ -175,6 +181,17 @@ CONSTANTS = {
         for device, sums in (("data centre", "true"), ("GeForce", "false"))
     }
     | {"largest copy": "MAX_COPY"},
+    _MATMUL + "matvec.cu": {
+        "multiply warps": "matvec_cuda::WARPS",
+        "multiply rows": "matvec_cuda::ROWS",
+        "multiply enough warps": "matvec_cuda::ENOUGH_WARPS",
+        "multiply most steps": "matvec_cuda::MAX_STEPS",
+        **{
+            f"{kind} ints": f"matvec_cuda::format<GGML_TYPE_{kind.upper()}>::ints"
+            for kind in ("q4_0", "q8_0")
+        },
+        **{f"{kind} qi": f"matvec_cuda::format<GGML_TYPE_{kind.upper()}>::qi" for kind in ("q4_0", "q8_0")},
+    },
 }
 _PROBE = """\
 #include "{source}"
@@ -265,7 +282,10 @@ def measured(
         )
     code, (registers, shared) = codes[names[0]], uses[names[0]]
     whole = Loop(0, len(code.instructions) - 1, code.loops())
-    main = whole if kernel.main == WHOLE else cuda_sass.main_loop(code, kernel.main == INNERMOST)
+    if kernel.main == DOTS:
+        main = cuda_sass.dot_products_loop(code)
+    else:
+        main = whole if kernel.main == WHOLE else cuda_sass.main_loop(code, kernel.main == INNERMOST)
     if main is None:
         raise EngineError(
             f"{kernel.source}: {kernel.name}: no loop", todo="correct KERNELS in scripts/cuda_counts.py"
@@ -278,7 +298,8 @@ def measured(
         if main is whole
         else cuda_sass.phases(code, whole, dict.fromkeys(_begins(whole.inner), 1.0), main, latency)
     )
-    return {"registers": registers, "shared": shared, "main": _stored(phases), "rest": _stored(rest)}
+    dots = {"dots": code.count(main, "IDP")} if kernel.main == DOTS else {}
+    return {"registers": registers, "shared": shared, **dots, "main": _stored(phases), "rest": _stored(rest)}
 
 
 def _begins(loops: tuple[Loop, ...]) -> Iterator[int]:

@@ -24,8 +24,10 @@ from kimi_gguf.bench.report import Rows, markdown
 from kimi_gguf.patches.errors import KimiError
 from kimi_gguf.scripts import cuda_counts
 from kimi_gguf.scripts.cuda_counts import Data
+from kimi_gguf.scripts.gpu_calibration import Measured, calibration_table, errors, ratio_errors, scan_shape
 from kimi_gguf.scripts.gpu_devices import DRAM_SHARE, GPUS, HOPPER_MMA_SHARE, Gpu
 from kimi_gguf.scripts.gpu_model import (
+    BLOCK_BYTES,
     FILL,
     HEAD,
     HEADS,
@@ -33,16 +35,21 @@ from kimi_gguf.scripts.gpu_model import (
     ROW_BYTES,
     TOKENS,
     Model,
+    absorbed,
     attend,
-    flash_attention,
+    decompressed,
     gated_delta_net,
     kda_floor,
     kda_forward,
     kernel_launches,
+    multiply,
     ours_by_default,
     spares_copy,
+    steps_or_chunks,
     upstream_attention,
+    upstream_multiply,
 )
+from kimi_gguf.scripts.latent_counts import EXACT, HALVES, ROWS, threshold
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS, PAGE = ROOT / "docs" / "gpu-sass.json", ROOT / "docs" / "gpu-roofline.md"
@@ -51,91 +58,15 @@ KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
 # The largest number of queries that LATENT_ATTN leaves to the absorbed form. Every number up to it is compared; the
 # tables have only those in QUERIES.
-MOST_QUERIES = {"data centre": 175, "GeForce": 271}
-Measured = dict[tuple[str, str, str], float]  # seconds by device, operator and parameters
+MOST_QUERIES = {"data centre": 175, "GeForce": 447}
+# Matrices of one column, columns × rows: output, q, k and v of a KDA layer, one of them, eight experts' down, a square.
+MATRICES = ((2304, 163840), (2304, 12288), (2304, 4096), (1024, 18432), (4096, 4096))
+MANY_KEYS = (512, 2048, 16384, 65536)  # of the table of LATENT_ATTN, and its queries
+MANY_QUERIES = (128, 192, 256, 384, 448, 512, 640, 1024, 2048)
 
 
-# Upstream's recurrence, 32 heads of 128, on an RTX 5090 (llama.cpp pull request 22587): seconds by tokens, timed from
-# the host. One token takes 28 µs there, so the difference of two lengths is what the kernel takes.
-DELTA_NET_GPU = "RTX 5090"
-DELTA_NET = {128: 84.7e-6, 256: 155.6e-6, 512: 279.6e-6, 1024: 525.1e-6}
-# Upstream's attention: llama-bench of DeepSeek-V2-Lite in Q4_0 (27 layers, 16 heads over a latent of 576) on an RTX
-# 3090, 512 tokens in microbatches: tokens/s with an empty cache (pull request 15525) and with 32768 keys (19057).
-FLASH_GPU, FLASH_LAYERS, FLASH_HEADS, FLASH_DEPTH, FLASH_TEST = "RTX 3090", 27, 16, 32768, 512
-FLASH = {16: (784.29, 587.24), 32: (1209.58, 770.71), 64: (1802.95, 946.42), 128: (2253.15, 1033.12)}
 # Kernels whose code is not compiled here: only their bytes and multiply-adds are known. 24 heads, 8192 tokens.
 FORWARDS = (("fla chunk_kda", 1153.9e-6), ("FlashKDA", 1003.2e-6))
-
-
-def calibration(model: Model) -> list[tuple[str, float, float]]:
-    """What is timed, its published seconds, the model's seconds."""
-    (gpu,) = (gpu for gpu in GPUS if gpu.name == DELTA_NET_GPU)
-    times = [
-        (n, each, model.estimate(gated_delta_net(HEADS, n, False), gpu).seconds)
-        for n, each in DELTA_NET.items()
-    ]
-    (least, published, ours), (most, longest, ours_longest) = times[0], times[-1]
-    rows = [(f"{n} tokens", *seconds) for n, *seconds in times]
-    return [*rows, (f"from {least} to {most} tokens", longest - published, ours_longest - ours)]  # type: ignore[list-item]
-
-
-def flash_calibration(model: Model) -> list[tuple[str, float, float]]:
-    """As `calibration`: upstream's attention of one layer, by the microbatch. Half of the test's tokens are keys."""
-    (gpu,) = (gpu for gpu in GPUS if gpu.name == FLASH_GPU)
-    rows: list[tuple[str, float, float]] = []
-    if not model.knows(gpu):
-        return rows
-    for queries, (empty, deep) in FLASH.items():
-        published = queries * (1 / deep - 1 / empty) / FLASH_LAYERS
-        ours = [
-            model.total(flash_attention("f16", queries, keys + FLASH_TEST // 2, FLASH_HEADS)(model, gpu), gpu)
-            for keys in (0, FLASH_DEPTH)
-        ]
-        rows.append((f"{queries} queries", published, ours[1] - ours[0]))
-    return rows
-
-
-def scan_shape(tokens: int) -> str:
-    """How a record names KDA_SCAN of one sequence."""
-    return f"head_size={HEAD},head_count={HEADS},n_seq_tokens={tokens},n_seqs=1"
-
-
-def device_calibration(model: Model, measured: Measured) -> list[tuple[str, float, float]]:
-    """As `calibration`: what was measured on devices, of ours and of upstream's recurrence with decays by channel."""
-    rows: list[tuple[str, float, float]] = []
-    for gpu in filter(model.knows, GPUS):
-        delta = model.estimate(gated_delta_net(HEADS, TOKENS, True), gpu).seconds
-        for name, operator, shape, ours in (
-            ("KDA_SCAN", "KDA_SCAN", scan_shape(TOKENS), kda_forward(model, gpu).seconds(model, gpu)),
-            ("upstream's recurrence", RECURRENCE, f"kda=1,n_seq_tokens={TOKENS}", delta),
-        ):
-            if found := measured.get((gpu.name, operator, shape)):
-                rows.append((f"{name}, {HEADS} heads, {gpu.name}: {TOKENS} tokens", found, ours))
-    return rows
-
-
-def calibration_table(model: Model, measured: Measured) -> Rows:
-    """Published and measured times next to the model's."""
-    rows: Rows = [("kernel", "published or measured", "model", "model / the other")]
-    rows += [
-        (name, f"{short_time(found)}, measured", short_time(ours), f"{ours / found:.2f}")
-        for name, found, ours in device_calibration(model, measured)
-    ]
-    recurrence = f"upstream's recurrence, {HEADS} heads, {DELTA_NET_GPU}"
-    attention = f"upstream's attention of {FLASH_HEADS} heads over {FLASH_DEPTH} keys, {FLASH_GPU}"
-    for name, found in ((recurrence, calibration(model)), (attention, flash_calibration(model))):
-        for what, published, ours in found:
-            rows.append(
-                (f"{name}: {what}", short_time(published), short_time(ours), f"{ours / published:.2f}")
-            )
-    return rows
-
-
-def errors(model: Model, measured: Measured) -> tuple[float, float]:
-    """The least and the largest model / published or measured, without the times of whole calls."""
-    found = [calibration(model)[-1], *flash_calibration(model), *device_calibration(model, measured)]
-    shares = [ours / published for _, published, ours in found]
-    return min(shares), max(shares)
 
 
 def forwards_table(model: Model) -> Rows:
@@ -175,6 +106,69 @@ def kda_table(model: Model, measured: Measured) -> Rows:
         rows.append((gpu.name, str(len(forward.runs)), *map(short_time, forward.sums(model, gpu)),
                      f"**{short_time(forward.seconds(model, gpu))}**", short_time(found) if found else "–",
                      *map(short_time, kda_floor(gpu)), short_time(upstream)))  # fmt: skip
+    return rows
+
+
+def switch_table(model: Model, measured: Measured) -> Rows:
+    """From how many tokens on chunks are faster than steps: the H200's measured number, scaled by the model."""
+    rows: Rows = [("device", "64 tokens in chunks", "a further step", "chunks are faster from (tokens)")]
+    known = [gpu for gpu in GPUS if model.knows(gpu)]
+    base = next((gpu for gpu in known if (gpu.name, "KDA_SCAN", scan_shape(64)) in measured), None)
+    for gpu in known:
+        chunk, step = steps_or_chunks(model, gpu)
+        cell = "–"
+        if base is not None:
+            one, sixteen, chunks = (measured[base.name, "KDA_SCAN", scan_shape(n)] for n in (1, 16, 64))
+            base_chunk, base_step = steps_or_chunks(model, base)
+            tokens = 1 + (chunks - one) / ((sixteen - one) / 15)
+            cell = f"{tokens * (chunk / base_chunk) / (step / base_step):.0f}"
+        rows.append((gpu.name, short_time(chunk), short_time(step), cell))
+    return rows
+
+
+def decompressed_table(model: Model, exact: bool) -> Rows:
+    """LATENT_ATTN on each device: upstream's time / ours by queries and keys, F16. Bold: where it is the default."""
+    rows: Rows = [("device", "keys", *(str(n) for n in MANY_QUERIES))]
+    for gpu in filter(model.knows, GPUS):
+        for keys in MANY_KEYS:
+            cells = []
+            for queries in MANY_QUERIES:
+                if queries > keys:
+                    cells.append("")
+                    continue
+                ratio = gain_of_decompressed(model, gpu, queries, keys, exact)
+                default = queries >= least_decompressed(gpu, keys, exact)
+                cells.append(f"**{ratio:.2f}**" if default else f"{ratio:.2f}")
+            rows.append((gpu.name, str(keys), *cells))
+    return rows
+
+
+def gain_of_decompressed(model: Model, gpu: Gpu, queries: int, keys: int, exact: bool = False) -> float:
+    """Upstream's time / that of LATENT_ATTN over a F16 cache."""
+    ours = model.total(decompressed(model, "f16", queries, keys, exact), gpu)
+    return absorbed(model, gpu, "f16", queries, keys) / ours
+
+
+def least_decompressed(gpu: Gpu, keys: int, exact: bool = False) -> int:
+    """The number of queries from which LATENT_ATTN computes a F16 cache: the table CUDA of llama-latent-attn.cpp."""
+    row = next(i for i, last in enumerate(ROWS) if last is None or keys <= last)
+    return threshold(EXACT if exact else HALVES, gpu.family == "data centre", row)
+
+
+def matvec_table(model: Model) -> Rows:
+    """Matmuls of one column: ours, upstream's, and upstream's / ours. Bold: what runs by default."""
+    rows: Rows = [("device", "type", *(f"{columns} × {n}" for columns, n in MATRICES))]
+    for gpu in filter(model.knows, GPUS):
+        for kind in BLOCK_BYTES:
+            cells = []
+            for columns, n in MATRICES:
+                ours = model.estimate(multiply(model, gpu, kind, columns, n), gpu).seconds
+                theirs = model.estimate(upstream_multiply(model, gpu, kind, columns, n), gpu).seconds
+                both = [short_time(ours), short_time(theirs)]
+                chosen = 0 if gpu.family == "data centre" else 1
+                both[chosen] = f"**{both[chosen]}**"
+                cells.append(f"{', '.join(both)}, {theirs / ours:.2f}")
+            rows.append((gpu.name, kind.upper(), *cells))
     return rows
 
 
@@ -282,13 +276,19 @@ memory. Read differences below 30 % as equal.
 ## How far it is off
 
 {calibration}
-Measured: by [`test-backend-ops perf`](bench-h200.md#single-operators). The RTX 5090's recurrence is [published][delta]
-as times of calls from the host (one token: 28 µs); its last row is a difference of two. The attention is the difference
-of two llama-bench tables, [with 32768 keys][deep] and [without][empty], divided by the layers. The first one is of a
-later llama.cpp; what else became faster in between makes the published times too
-short. Without the times of whole calls, the model says {least:.2f} to {most:.2f} of these times: **expect
-{fast:.1f} to {slow:.1f} × the times below.** None of these times is of a kernel that memory limits: such kernels are as
-good as the {share:.0%} of the bandwidth. The ratio of two kernels is off by less if the same unit limits both.
+Measured on an H200: KDA by [`test-backend-ops perf`](bench-h200.md#single-operators), attention [by the same
+program](measure-on-gpu.md#on-an-h200), without a record. The RTX 5090's recurrence is [published][delta] as times
+of calls from the host (one token: 28 µs); its last row is a difference of two. The RTX 3090's attention is the
+difference of two llama-bench tables, [with 32768 keys][deep] and [without][empty], divided by the layers. The first
+one is of a later llama.cpp; what else became faster in between makes the published times too short. Without the
+times of whole calls, the model says {least:.2f} to {most:.2f} of these times: **expect {fast:.1f} to {slow:.1f} ×
+the times below.** That holds for kernels that the model calls limited by memory, too: one query over 131072 keys
+takes twice the time of its bytes, in both builds.
+
+The ratio of upstream's attention to ours is {worst_ratio:.2f} to {best_ratio:.2f} × the measured one. So a ratio below
+{best_ratio:.1f} in the tables below does not prove that ours is faster. On the H200 the defaults were measured: one
+query over 4096 and more keys, and LATENT_ATTN from 192 queries on, were faster. On a GeForce, LATENT_ATTN from 448
+queries on has ratios from 0.9 to 2.3, so only a device can show that it is not slower.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
 longer of both at the peak rates. ([Published][kda] for an H100.)
@@ -308,6 +308,13 @@ README): 90 % of the bandwidth, which the model takes for all kernels, and 67 % 
 takes less, because `prepare` of a run of chunks runs at the same time as `states` of the run before it.
 
 {kda}
+### KDA: steps or chunks
+
+The model counts a step too long, because it has no loop over tokens. So the last column is the number of tokens
+that was measured on the H200, times the model's ratio of this device to the H200. The kernels use chunks from 32
+tokens on where a block can have 160 KiB of shared memory, and from 48 elsewhere.
+
+{switch}
 ## Latent attention, absorbed: {heads} heads
 
 Each cell: ours, upstream's, and upstream's / ours. **Bold** is what runs by default; `limit_of` in `latent-ggml.cu`
@@ -318,6 +325,21 @@ For longer Q8_0 caches ours is the default for any number of queries, because up
 at least {many:.2f} × with more, up to the largest number that LATENT_ATTN leaves to it ({data_centre},
 GeForce: {geforce}).
 {attention}
+## Latent attention, decompressed: {heads} heads
+
+Upstream's time / that of LATENT_ATTN by the number of queries, F16 cache. Upstream's has its matmuls by k_b and
+v_b, at the peak rate. **Bold**: LATENT_ATTN is the default. On the H200, 192 queries were [measured to be
+faster](measure-on-gpu.md#on-an-h200) with LATENT_ATTN, so there the default is not by this table.
+
+{decompressed}
+## Matmuls of one column
+
+Matrices of quantized weights, columns × rows. Each cell: ours, upstream's, and upstream's / ours. **Bold** is what
+runs by default: ours on devices for data centres. Where memory limits both, they are equal here; on an H200 ours
+takes [0.77 of upstream's time](../ggml_ops/matmul/README.md#on-cuda-one-column) on average. It also prefetches
+weights while the previous kernel ends, which the model leaves out.
+
+{matvec}
 ## All kernels
 
 Each cell: launches and the time of one, what limits it, and the blocks that a multiprocessor holds.
@@ -340,10 +362,13 @@ def page(counts: Data, measured: Measured) -> str:
         missing += f"\n{CHANGED}\n"
     tables = [f"\n### {gpu.name}\n\n{markdown(attention_table(model, gpu, measured))}" for gpu in known]
     least, most = errors(model, measured)
+    worst_ratio, best_ratio = ratio_errors(model)
     largest = model.constants["largest copy"]
     return TEXT.format(
         compiler=counts["compiler"], share=DRAM_SHARE, launch=1e6 * (LAUNCH + FILL), hopper=HOPPER_MMA_SHARE,
         missing=missing, least=least, most=most, fast=1 / most, slow=1 / least,
+        worst_ratio=worst_ratio, best_ratio=best_ratio, switch=markdown(switch_table(model, measured)),
+        matvec=markdown(matvec_table(model)), decompressed=markdown(decompressed_table(model, exact=False)),
         copied=largest // ROW_BYTES["f16"], largest=largest >> 20, gain=least_gain(model, spares=False),
         spared=least_gain(model, spares=True), most_queries=max(QUERIES),
         many=least_gain(model, spares=True, many=True),

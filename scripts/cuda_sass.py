@@ -236,6 +236,11 @@ def _weigh(loops: Sequence[Loop], times: Mapping[int, float], weight: dict[int, 
         _weigh(loop.inner, times, weight)
 
 
+def dot_products_loop(code: Code) -> Loop | None:
+    """The loop with most dot products of bytes."""
+    return max(code.loops(), key=lambda loop: code.count(loop, "IDP"), default=None)
+
+
 def main_loop(code: Code, innermost: bool) -> Loop | None:
     """The loop in which a kernel spends its time: the one with most tensor instructions, else stores, else the longest.
 

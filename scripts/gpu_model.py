@@ -21,6 +21,7 @@ FILL = 1e-6  # seconds until the first bytes arrive from memory and the last res
 HEADS, HEAD, LATENT, ROPE = 32, 128, 512, 64
 TOKENS = 8192
 ROW_BYTES = {"f16": 2 * (LATENT + ROPE), "q8_0": (LATENT + ROPE) // 32 * 34}
+QUANTS, BLOCK_BYTES = 32, {"q4_0": 18, "q8_0": 34}
 JOIN_PARTS = 4  # blocks of join for a row
 JOIN_TURN = 128  # splits in a turn of join's loop: eight in each of 16 groups
 PREFILL = (512, 8192)  # queries and keys of the decompressed form in the table of kernels
@@ -311,6 +312,13 @@ def kda_step(gpu: Gpu, seqs: int) -> Launch:
     return Launch("steps", HEADS * seqs, 16, 1, moved)
 
 
+def steps_or_chunks(model: Model, gpu: Gpu) -> tuple[float, float]:
+    """Seconds of a chunk of 64 tokens, and of a further token step by step (the count has the whole kernel)."""
+    chunk = kda_forward(model, gpu, tokens=model.constants["chunk"]).seconds(model, gpu)
+    one, many = (model.cycles(replace(kda_step(gpu, 1), turns=turns), gpu) for turns in (32, 64))
+    return chunk, (many - one) / 32 / gpu.clock
+
+
 def copies(seqs: int) -> Launch:
     """The states of sequences from the result to the cache."""
     return Launch(
@@ -418,6 +426,47 @@ def conversion(kind: str, keys: int, gpu: Gpu) -> float:
 def upstream_attention(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
     """Seconds of upstream's attention, with the conversion."""
     return conversion(kind, keys, gpu) + model.total(flash_attention(kind, queries, keys)(model, gpu), gpu)
+
+
+def multiply(model: Model, gpu: Gpu, kind: str, columns: int, rows: int) -> Launch:
+    """Our matmul of one column, not gated: `warps_per_rows` and `launch` in matvec.cu."""
+    c = model.constants
+    lanes = columns // QUANTS * c[f"{kind} qi"] // c[f"{kind} ints"]  # that a row has work for
+    warps = 1
+    while warps < min(c["multiply warps"], ceil(lanes / 32)) and (
+        rows // c["multiply rows"] * warps < c["multiply enough warps"] * gpu.multiprocessors
+        or ceil(lanes / 32) > c["multiply most steps"] * warps
+    ):
+        warps *= 2
+    blocks = ceil(rows / (c["multiply warps"] // warps * c["multiply rows"]))
+    return _multiply(
+        model, gpu, f"multiply {kind}", columns, rows, blocks, ceil(lanes / (32 * warps)) * c["multiply rows"]
+    )
+
+
+def upstream_multiply(model: Model, gpu: Gpu, kind: str, columns: int, rows: int) -> Launch:
+    """Upstream's: a block of four warps for each row (mul_mat_vec_q, where rows are not short)."""
+    lanes = columns // QUANTS * model.constants[f"{kind} qi"] // model.constants[f"{kind} ints"]
+    return _multiply(model, gpu, f"upstream multiply {kind}", columns, rows, rows, ceil(lanes / 128))
+
+
+def _multiply(
+    model: Model, gpu: Gpu, kernel: str, columns: int, rows: int, blocks: int, calls: int
+) -> Launch:
+    """calls: dot products of a lane. A turn of the loop has as many of them as the compiler put there."""
+    kind = kernel.split()[-1]
+    per_call = model.constants[f"{kind} ints"] * (
+        2 if kind == "q4_0" else 1
+    )  # two quants of 4 bits in a byte
+    turns = calls * per_call / model.kernels[kernel][str(gpu.architecture)]["dots"]
+    return Launch(kernel, blocks, 4, turns, rows * columns // QUANTS * BLOCK_BYTES[kind])
+
+
+def absorbed(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+    """Seconds of what LATENT_ATTN replaces: upstream's attention, and the matmuls by k_b and v_b at the peak rate."""
+    products = HEADS * queries * 2 * LATENT * HEAD
+    weights = products / (gpu.multiprocessors * gpu.clock * gpu.mma_f32) + 2 * LAUNCH
+    return upstream_attention(model, gpu, kind, queries, keys) + weights
 
 
 def decompressed(model: Model, kind: str, queries: int, keys: int, exact: bool = False) -> list[Launch]:

@@ -82,6 +82,9 @@ EXACT = Mode("F16, BF16 with `exact`", 1, 2, 2, 2, 1, 2)
 HALVES = Mode("F16, BF16, Q8_0, Q4_0", 1, 1, 1, 1, 1, 1)
 MODES = (F32, EXACT, HALVES)
 ROWS = (512, 2048, None)  # maximum number of keys
+# The model of the compiled kernels (docs/gpu-roofline.md) finds larger numbers of queries for these, by mode and class.
+# It is no better than this count, so the larger number decides.
+COMPILED = {(EXACT, True): 496, (HALVES, False): 448}
 
 
 def upstream_pair(device: Device) -> float:
@@ -138,6 +141,7 @@ def threshold(mode: Mode, data_centre: bool, row: int) -> int:
     most = max(
         min(break_even(mode, device, n), n + 1) for device in devices for n in range(first + 16, last + 1, 16)
     )
+    most = max(most, COMPILED.get((mode, data_centre), 0))
     return min(16 * math.ceil(most / 16), NEVER)
 
 

@@ -19,16 +19,22 @@ from kimi_gguf.scripts.cuda_counts import KERNELS, Kernel
 from kimi_gguf.scripts.cuda_roofline import (
     CHANGED,
     COUNTS,
+    MATRICES,
     PAGE,
     RECORDS,
     as_json,
     fresh_counts,
+    gain_of_decompressed,
+    least_decompressed,
     main,
     measured_times,
     page,
+    switch_table,
 )
+from kimi_gguf.scripts.gpu_calibration import Compared, attention, errors, ratio_errors
 from kimi_gguf.scripts.gpu_devices import DRAM_SHARE, GPUS, Gpu
 from kimi_gguf.scripts.gpu_model import (
+    BLOCK_BYTES,
     FILL,
     LAUNCH,
     Forward,
@@ -42,9 +48,12 @@ from kimi_gguf.scripts.gpu_model import (
     kda_forward,
     kda_step,
     mma_cycles,
+    multiply,
     ours_by_default,
     run_lengths,
+    steps_or_chunks,
     upstream_attention,
+    upstream_multiply,
 )
 
 AGAIN = "run: .venv/bin/python -m kimi_gguf.scripts.cuda_roofline"
@@ -351,6 +360,79 @@ def test_no_default_is_slower_than_upstream_with_up_to_8_queries() -> None:
                         theirs = upstream_attention(model, gpu, kind, queries, keys)
                         assert ours <= theirs, (gpu.name, kind, queries, keys)
     assert found, "else this test says nothing"
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "gpu", [gpu for gpu in GPUS if gpu.name not in ("H200", "H100")], ids=lambda gpu: gpu.name
+)
+def test_latent_attn_is_hardly_slower_than_upstream_where_it_is_the_default(gpu: Gpu, exact: bool) -> None:
+    """Full blocks of queries are faster; a few numbers of queries fill only a part of the device's last wave."""
+    model = stored_model()
+    for keys in (512, 1024, 2048, 4096, 16384, 65536):
+        first = least_decompressed(gpu, keys, exact)
+        for queries in range(first, min(keys, 2048) + 1, 16):
+            gain = gain_of_decompressed(model, gpu, queries, keys, exact)
+            assert gain >= (1 if queries in (512, 1024, 1536, 2048) else 0.9), (keys, queries)
+
+
+def test_the_h200_is_faster_with_latent_attn_from_the_measured_number_of_queries_on() -> None:
+    """The model says 0.9 there; 192 queries were measured to be faster (docs/measure-on-gpu.md)."""
+    assert least_decompressed(named("H200"), 4096) == 176
+    assert gain_of_decompressed(stored_model(), named("H200"), 192, 4096) > 0.9
+
+
+def test_no_matmul_of_one_column_is_slower_on_a_device_for_data_centres() -> None:
+    model = stored_model()
+    for gpu in (gpu for gpu in GPUS if gpu.family == "data centre"):
+        for kind in BLOCK_BYTES:
+            for columns, rows in MATRICES:
+                ours, theirs = (
+                    multiply(model, gpu, kind, columns, rows),
+                    upstream_multiply(model, gpu, kind, columns, rows),
+                )
+                assert ours.bytes == theirs.bytes == rows * columns // 32 * BLOCK_BYTES[kind]
+                assert model.estimate(ours, gpu).seconds <= model.estimate(theirs, gpu).seconds, (
+                    gpu.name,
+                    kind,
+                    rows,
+                )
+
+
+def test_warps_share_rows_where_there_are_few_or_long_ones() -> None:
+    model, h200 = stored_model(), named("H200")
+    whole = multiply(
+        model, h200, "q4_0", 2304, 163840
+    )  # 72 blocks of two lanes, 144 lanes: five steps of a warp
+    assert (whole.blocks, whole.warps, whole.turns) == (163840 // 8, 4, 5)
+    few = multiply(model, h200, "q4_0", 2304, 1024)
+    assert (few.blocks, few.turns) == (512, 2), "four warps for two rows: two steps each"
+    theirs = upstream_multiply(model, h200, "q4_0", 2304, 1024)
+    assert theirs.blocks == 1024
+
+
+def test_chunks_begin_where_they_are_counted_to_be_faster() -> None:
+    text = (cuda_counts.OPERATORS / "kda" / "cuda" / "kda-scan.cu").read_text()
+    roomy, small = (int(n) for n in re.findall(r"CHUNKS_FROM\w*\s*= (\d+);", text))
+    _, *rows = switch_table(stored_model(), measured_times(RECORDS))
+    for gpu, row in zip(filter(stored_model().knows, GPUS), rows, strict=True):
+        chosen = roomy if gpu.block_shared >= stored_model().constants["roomy"] else small
+        assert 0.7 <= chosen / int(row[-1]) <= 1.3, gpu.name
+    chunk, step = steps_or_chunks(stored_model(), H100)
+    assert 10 * step < chunk < 64 * step
+
+
+def test_errors_are_of_what_was_measured_and_leave_out_calls_from_the_host() -> None:
+    model = stored_model()
+    least, most = errors(model, {})
+    assert 0 < least < most < 1, "the model leaves out what takes time"
+    for ours, theirs in attention(model):
+        assert least <= ours.share <= most and least <= theirs.share <= most
+    low, high = ratio_errors(model)
+    assert low < 1 < high
+    tokens = ("H200", "KDA_SCAN", "head_size=128,head_count=32,n_seq_tokens=512,n_seqs=1")
+    assert errors(model, {tokens: 1.0})[0] < 1e-3 < errors(model, {})[0]
+    assert Compared("a", 2.0, 1.0).share == 0.5
 
 
 def test_the_defaults_are_those_of_the_code() -> None:

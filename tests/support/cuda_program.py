@@ -54,7 +54,9 @@ def compile_cuda(
     return link_program(objects, program, link=link, compiler=compiler)
 
 
-def compile_with_mmvq(engine: Engine, test: str, folder: Path) -> Path:
+def compile_with_mmvq(
+    engine: Engine, test: str, folder: Path, *, options: Sequence[str] = (), races: bool = False
+) -> Path:
     """The program of tests/native/cuda/TEST.cu, with the patched ggml-cuda's matmuls of one to eight columns."""
     ggml = patched_ggml()
     upstream = ggml / "src" / "ggml-cuda"
@@ -64,7 +66,8 @@ def compile_with_mmvq(engine: Engine, test: str, folder: Path) -> Path:
         folder,
         include=[*SHARED, NATIVE, upstream],
         system=[ggml / "include", ggml / "src", upstream],
-        options=[*GGML_OPTIONS, "-O1", "-w"],
+        options=[*GGML_OPTIONS, "-O1", "-w", *options],
+        races=races,
     )
     return link_program(objects, folder / test, link=ggml_libraries(engine))
 

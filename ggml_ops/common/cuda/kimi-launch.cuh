@@ -30,6 +30,9 @@ static __device__ __forceinline__ void let_next_begin() {
 // As in ggml-cuda's common.cuh: cudaLaunchKernelEx is usable from 12.3 on, and GGML_CUDA_PDL=0 turns it off.
 #if defined(CUDART_VERSION) && CUDART_VERSION >= 12030
 #define KIMI_CUDA_OVERLAPS
+#endif
+
+#if defined(KIMI_CUDA_OVERLAPS)
 
 // Whether the code loaded for this device has the wait. Code compiled for an older architecture has not.
 template <auto KERNEL> bool waits_for_previous() {

@@ -151,7 +151,7 @@ size_t ggml_cuda_kda_size(int device, const ggml_tensor * op) {
     }
     const kda_cuda::scan_args     args      = scan_sizes(op);
     const kda_cuda::device_limits limits    = limits_of(device);
-    const int                     n_chunked = kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots);
+    const int                     n_chunked = kda_cuda::tokens_in_chunks(args, limits);
     if (n_chunked == 0 || kda_cuda::chunks_refused(args.head_size, limits.capability) != nullptr) {
         return ggml_nbytes(op);
     }
@@ -182,7 +182,7 @@ static void compute_scan(ggml_backend_cuda_context & ctx, ggml_tensor * dst, con
 
     const kda_cuda::device_limits device = limits_of(ctx.device);
     const char *                  reason = kda_cuda::chunks_refused(args.head_size, device.capability);
-    if (reason != nullptr && kda_cuda::tokens_in_chunks(args.n_tokens, args.st.n_slots) > 0) {
+    if (reason != nullptr && kda_cuda::tokens_in_chunks(args, device) > 0) {
         log_refusal(reason);
     }
     // the last stream is none of those in which ggml-cuda runs branches of a graph

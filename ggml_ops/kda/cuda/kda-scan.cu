@@ -8,8 +8,10 @@
 namespace kda_cuda {
 
 // On an H200, 32 heads of 128 take 5 us for one token step by step and 1 us for each further one; in chunks, 32 to 64
-// tokens take 32 us.
-constexpr int CHUNKS_FROM = 32;
+// tokens take 32 us. By docs/gpu-roofline.md, chunks are faster from 30 to 35 tokens on where a block can have much shared
+// memory, and from 36 to 57 elsewhere.
+constexpr int CHUNKS_FROM       = 32;
+constexpr int CHUNKS_FROM_SMALL = 48;
 
 // A long sequence is processed in runs of chunks, and `prepare` computes the next run while `states` processes this one.
 // A run should fill the blocks of `prepare` that fit the device at once, a whole number of times. It is no longer than
@@ -136,14 +138,14 @@ const char * chunks_refused(int head_size, int capability) {
     return head_size > 128 ? "a state of more than 128 key channels does not fit a warp's registers" : nullptr;
 }
 
-int tokens_in_chunks(int n_tokens, int n_slots) {
-    const int n = n_tokens - n_slots + 1;
-    return n >= CHUNKS_FROM ? n : 0;
+int tokens_in_chunks(const scan_args & args, const device_limits & device) {
+    const int n = args.n_tokens - args.st.n_slots + 1;
+    return n >= (device.block_shared >= ROOMY ? CHUNKS_FROM : CHUNKS_FROM_SMALL) ? n : 0;
 }
 
 void scan(const scan_args & args, const device_limits & device, void * workspace, const scan_streams & streams) {
     const bool refused = chunks_refused(args.head_size, device.capability) != nullptr;
-    const int  n       = refused ? 0 : tokens_in_chunks(args.n_tokens, args.st.n_slots);
+    const int  n       = refused ? 0 : tokens_in_chunks(args, device);
     if (n > 0) {
         scan_chunks(args, { 0, n }, device, workspace, streams);
     }

@@ -57,7 +57,7 @@ size_t chunk_workspace(const scan_args & args, const token_range & range, const 
 const char * chunks_refused(int head_size, int capability);
 
 // Number of tokens processed in chunks: all but those whose states are requested, or 0 for a short sequence.
-int tokens_in_chunks(int n_tokens, int n_slots);
+int tokens_in_chunks(const scan_args & args, const device_limits & device);
 
 // All tokens, with the fastest kernels.
 void scan(const scan_args & args, const device_limits & device, void * workspace, const scan_streams & streams);

@@ -31,10 +31,7 @@ static bool is_zen_5_or_later() {
 }
 
 bool prefetches_in_order() {
-    static const bool in_order = [] {
-        const char * chosen = getenv("KIMI_PREFETCH_IN_ORDER");
-        return chosen != nullptr ? strcmp(chosen, "1") == 0 : is_zen_5_or_later();
-    }();
+    static const bool in_order = environment_switch("KIMI_PREFETCH_IN_ORDER", is_zen_5_or_later());
     return in_order;
 }
 

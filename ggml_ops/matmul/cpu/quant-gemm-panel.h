@@ -144,6 +144,9 @@ struct Format {
     int               min_columns;  // minimum number of columns of a matrix for which panels are faster
 };
 
+// The value of an environment variable that is 0 or 1; `otherwise` if it is unset, or another text, which is logged.
+bool environment_switch(const char * name, bool otherwise);
+
 // The format of a type and layout, or nullptr.
 const Format * find_format(ggml_type type, quant_gemm_layout layout);
 

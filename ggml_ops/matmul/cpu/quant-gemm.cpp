@@ -8,11 +8,13 @@
 #include "quant-gemm.h"
 
 #include "ggml-cpu.h"
+#include "ggml-impl.h"
 #include "ggml-op-marks.h"
 #include "quant-gemm-dot.h"
 #include "vec.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 
@@ -493,9 +495,19 @@ size_t ggml_quant_gemm_work_size(const ggml_tensor * dst, int n_tasks, quant_gem
     return format != nullptr ? quant_gemm::plan_work(dst, *format, n_tasks).total : 0;
 }
 
-static bool copies_requested() {
-    const char * value = getenv("KIMI_REPACK");
-    return value != nullptr && strcmp(value, "1") == 0;
+bool quant_gemm::environment_switch(const char * name, bool otherwise) {
+    const char * value = getenv(name);
+    if (value == nullptr || *value == 0) {
+        return otherwise;
+    }
+    if (strcmp(value, "0") == 0 || strcmp(value, "1") == 0) {
+        return *value == '1';
+    }
+    static std::atomic<const char *> last(nullptr);
+    if (last.exchange(name) != name) {
+        GGML_LOG_WARN("%s: %s=%s has no effect: expected 0 or 1\n", __func__, name, value);
+    }
+    return otherwise;
 }
 
 bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
@@ -506,7 +518,8 @@ bool ggml_quant_gemm_prefers_rows(const ggml_tensor * op) {
     }
     // with NEON types of 32 values are decoded faster as upstream interleaves them (docs/arm-estimates.md)
     const bool slower = QUANT_GEMM_NEON && rows->scheme == quant_gemm::Scheme::q8_0;
-    return !slower && !(quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr && copies_requested());
+    return !slower && !(quant_gemm::find_format(type, QUANT_GEMM_8X8) != nullptr &&
+                        quant_gemm::environment_switch("KIMI_REPACK", false));
 }
 
 bool ggml_compute_forward_quant_gemm(const ggml_compute_params * params, ggml_tensor * dst, quant_gemm_layout layout) {

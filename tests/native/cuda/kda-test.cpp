@@ -335,9 +335,13 @@ static void test_chunks() {
 static void test_whole() {
     int64_t i = 0;
     for (const int64_t D : { 32, 64, 96, 128, 256 }) {
-        for (const int64_t T : { 34, 35, 66, 131 }) {  // chunks from 32 tokens before the last three on
+        // chunks from 48 tokens before the last three on, or from 32 with much shared memory
+        for (const int64_t T : { 50, 51, 66, 131 }) {
             test_scan("scan", whole(90), { D, 1, T, 1 + i % 2, 4 }, "ordinary", -INFINITY, i % 3 == 0, vary(i));
             ++i;
+        }
+        for (const int64_t T : { 34, 35 }) {
+            test_scan("scan", whole(90, ROOMY), { D, 1, T, 1, 4 }, "ordinary", -INFINITY, false, vary(i++));
         }
     }
     test_scan("scan", whole(90), { 128, 2, 134, 3, 2 }, "deadly", -INFINITY, true, vary(0));
