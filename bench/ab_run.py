@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -197,11 +198,15 @@ class Runners:
 
 
 def read_through(file: Path) -> None:
-    """Read a file into the page cache, so that the first process loads it as fast as the following ones."""
+    """Read a file into the page cache, so that the first process loads it as fast as the following ones.
+
+    A file that was just generated is also written to disk first: otherwise that goes on during the first cells.
+    """
     part = bytearray(1 << 22)
     with file.open("rb", buffering=0) as stream:
         while stream.readinto(part):
             pass
+        os.fsync(stream.fileno())
 
 
 def state_file(model: ModelFile, cell: Cell) -> Path:

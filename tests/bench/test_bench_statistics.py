@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kimi_gguf.bench.ab_run import LONG, Result, Sampler, Settings, measure_cell
+from kimi_gguf.bench.ab_run import LONG, Result, Sampler, Settings, measure_cell, read_through
 from kimi_gguf.bench.cells import PATCHED, UPSTREAM, Cell, grid, variants
 from kimi_gguf.bench.hybrid import fit
 from kimi_gguf.bench.report import clearly_faster, peaks_table, slower, verdict
@@ -108,6 +110,16 @@ def test_attention_takes_the_cheaper_form() -> None:
 def test_the_slope_is_found_through_points_on_a_line() -> None:
     line = fit([4096, 16384, 65536], [0.01 + 1e-6 * depth for depth in (4096, 16384, 65536)])
     assert line(1 << 20) == pytest.approx(0.01 + 1e-6 * (1 << 20))
+
+
+def test_a_file_is_on_disk_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flushed = tmp_path / "model", []
+    path.write_bytes(bytes(100))
+    monkeypatch.setattr("os.fsync", lambda file: flushed.append(os.fstat(file).st_ino))
+    read_through(path)
+    assert flushed == [path.stat().st_ino]
 
 
 @pytest.mark.parametrize(("seconds", "kept"), [(LONG, 2), (LONG / 2, 3)], ids=["long", "short"])
