@@ -5,6 +5,7 @@ Upstream's comparison of MUL_MAT and MUL_MAT_ID with its plain path is in test_u
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from random_checkpoint import Spec
 from synthetic_case import make_gguf
 
+from kimi_gguf.bench.programs import ask, ggml_flags, program
 from kimi_gguf.engine.builds import Engine
+from kimi_gguf.engine.toolchain import cores
 from kimi_gguf.validate.llama import RunOptions, run_logits
 
 pytestmark = pytest.mark.engine
@@ -76,3 +79,24 @@ def test_the_same_bits_for_any_number_of_threads(
     for threads in (2, 7, 33, 100):
         many = logits(engine, model, ids, monkeypatch, "require", threads)
         np.testing.assert_array_equal(one, many, f"{threads} threads")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("product-rows", "weights=q4_K", "tokens=64", "rows=2304", "k=2304"),
+        ("scan", "tokens=64", "layers=4"),
+        ("latent", "tokens=256", "keys=1280", "type=f16", "weights=f16"),
+    ],
+    ids=lambda case: case[0],
+)
+def test_threads_without_a_processor_do_not_hold_up_the_others(case: tuple[str, ...], engine: Engine) -> None:
+    """Our operators wait for other threads at ggml's barriers only, where threads sleep. A thread that waits in a loop
+    would use up its time slice, and take hundreds of times as long."""
+    operators = program("operators", ggml_flags(engine.lib))
+
+    def seconds(threads: int) -> float:
+        answers = [json.loads(ask(operators, *case, f"threads={threads}")) for _ in range(3)]
+        return min(float(answer["median"]) for answer in answers)
+
+    assert seconds(33 * cores()) < 8 * seconds(cores())  # about 2, on two processors
