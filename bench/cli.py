@@ -71,7 +71,7 @@ reads from disk and takes long. On a device it must fit twice; otherwise the com
 Builds that do not exist are made first (kimi-llama build). Without a compiler, FILE is measured with the patched build
 alone, with no options but --threads, --depth and --build.
 Generated models and saved states are kept in bench/ of the cache folder; you may delete it at any time. Generated
-models have no tokenizer: run, chat and serve refuse them.
+models have no tokenizer: run and chat refuse them.
 
 exit status: 0 measured; 1 not possible (one line says why); 2 wrong arguments; 130 interrupted. The record on disk is
 complete after every cell."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BufferedReader
@@ -105,10 +105,12 @@ class GgufFile:
         if version != 3:
             raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
         keys: dict[str, Any] = {}
-        for name, value in _keys(cursor, num_keys):
+        for _ in range(num_keys):
+            name = cursor.string()
             if name in keys:
                 raise GgufError(f"{self.path}: duplicate key {name!r:.80}")
-            keys[name] = value
+            (kind,) = cursor.unpack("<I")
+            keys[name] = cursor.value(kind)
         alignment = keys.get("general.alignment", 32)
         if not isinstance(alignment, int) or not 8 <= alignment <= 1 << 20:
             raise GgufError(f"{self.path}: general.alignment: expected 8 or more, found {alignment!r:.40}")
@@ -146,14 +148,21 @@ class GgufFile:
 
 
 def key_of(path: Path, key: str) -> Any:
-    """The value of one key, or None; what follows it in the file is not read. Raises `GgufError` before the key."""
+    """The value of one key, or None. Other values are skipped, and what follows the key is not read. Raises `GgufError`
+    for a file that is damaged up to there."""
     with path.open("rb") as file:
         cursor = _Cursor(file, min(os.fstat(file.fileno()).st_size, _MAX_HEADER), path)
         cursor.take(4)
         version, _, num_keys = cursor.unpack("<IQQ")
         if version != 3:
             raise GgufError(f"{path}: expected GGUF version 3, found {version}")
-        return next((value for name, value in _keys(cursor, num_keys) if name == key), None)
+        for _ in range(num_keys):
+            name = cursor.string()
+            (kind,) = cursor.unpack("<I")
+            if name == key:
+                return cursor.value(kind)
+            cursor.skip(kind)
+        return None
 
 
 class GgufModel:
@@ -247,13 +256,6 @@ def _file_of(files: list[GgufFile]) -> dict[str, GgufFile]:
     return found
 
 
-def _keys(cursor: _Cursor, count: int) -> Iterator[tuple[str, Any]]:
-    for _ in range(count):
-        name = cursor.string()
-        (kind,) = cursor.unpack("<I")
-        yield name, cursor.value(kind)
-
-
 class _Cursor:
     """A position in the header, of at most `end` bytes; reading beyond its end raises `GgufError`."""
 
@@ -288,5 +290,24 @@ class _Cursor:
             return [self.string() for _ in range(count)]
         if items not in _SCALARS:
             raise GgufError(f"{self.path}: unknown type {items} of an array's items")
-        layout = np.dtype(_SCALARS[items].replace("?", "?1")) if items == 7 else np.dtype(_SCALARS[items])
+        layout = np.dtype(_SCALARS[items].replace("<?", "?"))
         return np.frombuffer(self.take(count * layout.itemsize), layout).tolist()
+
+    def skip(self, kind: int) -> None:
+        """Go to the end of a value without reading it."""
+        items, count = self.unpack("<IQ") if kind == _ARRAY else (kind, 1)
+        if items == _STRING:
+            if count > (self.end - self.at) // 8:
+                raise GgufError(f"{self.path}: an array of {count} strings is longer than the header")
+            for _ in range(count):
+                self._pass_over(*self.unpack("<Q"))
+        elif items in _SCALARS:
+            self._pass_over(count * struct.calcsize(_SCALARS[items]))
+        else:
+            raise GgufError(f"{self.path}: unknown type {items} of a key's value")
+
+    def _pass_over(self, count: int) -> None:
+        if count > self.end - self.at:
+            raise GgufError(f"{self.path}: the header ends early, at byte {self.end}; truncated")
+        self.file.seek(count, os.SEEK_CUR)
+        self.at += count

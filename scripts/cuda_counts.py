@@ -299,6 +299,11 @@ def measured(
         else cuda_sass.phases(code, whole, dict.fromkeys(_begins(whole.inner), 1.0), main, latency)
     )
     dots = {"dots": code.count(main, "IDP")} if kernel.main == DOTS else {}
+    if dots == {"dots": 0}:
+        raise EngineError(
+            f"{kernel.source}: {kernel.name}: no dot products",
+            todo="correct KERNELS in scripts/cuda_counts.py",
+        )
     return {"registers": registers, "shared": shared, **dots, "main": _stored(phases), "rest": _stored(rest)}
 
 

@@ -58,11 +58,12 @@ KEYS = (4096, 16384, 65536, 131072, 524288)
 QUERIES = (1, 2, 4, 8)
 # The largest number of queries that LATENT_ATTN leaves to the absorbed form. Every number up to it is compared; the
 # tables have only those in QUERIES.
-MOST_QUERIES = {"data centre": 175, "GeForce": 447}
-# Matrices of one column, columns × rows: output, q, k and v of a KDA layer, one of them, eight experts' down, a square.
-MATRICES = ((2304, 163840), (2304, 12288), (2304, 4096), (1024, 18432), (4096, 4096))
+MOST_QUERIES = {"data centre": 175, "GeForce": 479}
+# Matrices of one column, columns × rows: output, q, k and v of a KDA layer, one of them, the output of a KDA layer, a
+# square. Upstream has another kernel for rows of less than 2048 values.
+MATRICES = ((2304, 163840), (2304, 12288), (2304, 4096), (4096, 2304), (4096, 4096))
 MANY_KEYS = (512, 2048, 16384, 65536)  # of the table of LATENT_ATTN, and its queries
-MANY_QUERIES = (128, 192, 256, 384, 448, 512, 640, 1024, 2048)
+MANY_QUERIES = (128, 192, 256, 384, 480, 512, 640, 1024, 2048)
 
 
 # Kernels whose code is not compiled here: only their bytes and multiply-adds are known. 24 heads, 8192 tokens.
@@ -113,12 +114,13 @@ def switch_table(model: Model, measured: Measured) -> Rows:
     """From how many tokens on chunks are faster than steps: the H200's measured number, scaled by the model."""
     rows: Rows = [("device", "64 tokens in chunks", "a further step", "chunks are faster from (tokens)")]
     known = [gpu for gpu in GPUS if model.knows(gpu)]
-    base = next((gpu for gpu in known if (gpu.name, "KDA_SCAN", scan_shape(64)) in measured), None)
+    needed = [scan_shape(n) for n in (1, 16, 64)]
+    base = next((gpu for gpu in known if all((gpu.name, "KDA_SCAN", n) in measured for n in needed)), None)
     for gpu in known:
         chunk, step = steps_or_chunks(model, gpu)
         cell = "–"
         if base is not None:
-            one, sixteen, chunks = (measured[base.name, "KDA_SCAN", scan_shape(n)] for n in (1, 16, 64))
+            one, sixteen, chunks = (measured[base.name, "KDA_SCAN", n] for n in needed)
             base_chunk, base_step = steps_or_chunks(model, base)
             tokens = 1 + (chunks - one) / ((sixteen - one) / 15)
             cell = f"{tokens * (chunk / base_chunk) / (step / base_step):.0f}"
@@ -287,7 +289,7 @@ takes twice the time of its bytes, in both builds.
 
 The ratio of upstream's attention to ours is {worst_ratio:.2f} to {best_ratio:.2f} × the measured one. So a ratio below
 {best_ratio:.1f} in the tables below does not prove that ours is faster. On the H200 the defaults were measured: one
-query over 4096 and more keys, and LATENT_ATTN from 192 queries on, were faster. On a GeForce, LATENT_ATTN from 448
+query over 4096 and more keys, and LATENT_ATTN from 192 queries on, were faster. On a GeForce, LATENT_ATTN from 480
 queries on has ratios from 0.9 to 2.3, so only a device can show that it is not slower.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the

@@ -187,4 +187,4 @@ def errors(model: Model, measured: Measured) -> tuple[float, float]:
 def ratio_errors(model: Model) -> tuple[float, float]:
     """The least and the largest error of upstream's time / ours: the model's ratio / the measured ratio."""
     shares = [theirs.share / ours.share for ours, theirs in attention(model)]
-    return min(shares), max(shares)
+    return min(shares, default=1.0), max(shares, default=1.0)

@@ -445,7 +445,8 @@ def multiply(model: Model, gpu: Gpu, kind: str, columns: int, rows: int) -> Laun
 
 
 def upstream_multiply(model: Model, gpu: Gpu, kind: str, columns: int, rows: int) -> Launch:
-    """Upstream's: a block of four warps for each row (mul_mat_vec_q, where rows are not short)."""
+    """Upstream's: a block of four warps for each row (mul_mat_vec_q, rows of 2048 values and more; for shorter ones
+    it has other kernels). Fewer steps than its loop has at once count as a part of a turn, which is too fast."""
     lanes = columns // QUANTS * model.constants[f"{kind} qi"] // model.constants[f"{kind} ints"]
     return _multiply(model, gpu, f"upstream multiply {kind}", columns, rows, rows, ceil(lanes / 128))
 
@@ -463,9 +464,11 @@ def _multiply(
 
 
 def absorbed(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
-    """Seconds of what LATENT_ATTN replaces: upstream's attention, and the matmuls by k_b and v_b at the peak rate."""
+    """Seconds of what LATENT_ATTN replaces: upstream's attention, and the matmuls by k_b and v_b at the peak rate of
+    cuBLAS (on Hopper with `wgmma`, elsewhere with half sums)."""
     products = HEADS * queries * 2 * LATENT * HEAD
-    weights = products / (gpu.multiprocessors * gpu.clock * gpu.mma_f32) + 2 * LAUNCH
+    peak = gpu.mma_f16 / (HOPPER_MMA_SHARE if gpu.architecture == 90 else 1)
+    weights = products / (gpu.multiprocessors * gpu.clock * peak) + 2 * LAUNCH
     return upstream_attention(model, gpu, kind, queries, keys) + weights
 
 

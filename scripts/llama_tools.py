@@ -142,7 +142,7 @@ def run_tool(name: str, model: Path, given: Sequence[str], build: str | None, up
         check_gguf(Path(draft))
     if not drafts and any(_MTP in kinds.split(",") for kinds in _values(given, {_KIND})):
         check_mtp(model)
-    if tool is not TOOLS["quantize"]:
+    if name in ("run", "chat"):  # a server can also compute embeddings of token ids
         check_tokenizer(model)
     engine = select(build, upstream)
     print(f"kimi-llama: build {engine.label()}", file=sys.stderr)

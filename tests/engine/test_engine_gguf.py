@@ -35,6 +35,26 @@ def test_a_key_is_read_without_what_follows_it(path: Path) -> None:
         key_of(path, "general.architecture")
 
 
+def test_values_in_front_of_a_key_are_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "keys.gguf"
+    writer = GGUFWriter(path, "gemma3n")
+    writer.add_array("flags", [True, True, False])
+    writer.add_array("words", ["a", "bc"])
+    writer.add_array("numbers", [1.5, 2.5])
+    writer.add_string("text", "def")
+    writer.add_bool("flag", True)
+    writer.add_uint64("last", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert key_of(path, "last") == 7
+    assert (key_of(path, "flags"), key_of(path, "words")) == ([True, True, False], ["a", "bc"])
+    for size in range(path.stat().st_size - 1, 3, -1):
+        os.truncate(path, size)
+        with pytest.raises(GgufError, match=r"ends early|longer than the header"):
+            key_of(path, "last")
+
+
 def test_reads_that_return_fewer_bytes_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux reads at most 2 GiB at once, and a stacked F32 expert tensor of the 48B has 2.25."""
     whole = os.preadv

@@ -12,7 +12,7 @@
 
 // sums + the four products of unsigned bytes of a and signed bytes of b in each lane of 32 bits. The test looks for this
 // name in the library.
-__attribute__((noinline, used)) static __m256i emulated_dpbusd_avx(__m256i sums, __m256i a, __m256i b) {
+__attribute__((noinline, unused)) static __m256i emulated_dpbusd_avx(__m256i sums, __m256i a, __m256i b) {
     const __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(0xff));
     const __m256i a_odd  = _mm256_srli_epi16(a, 8);
     const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8);

@@ -47,9 +47,9 @@ struct CudaThreshold {
 };
 
 static constexpr CudaThreshold CUDA[] = {
-    { 512, { 528, 496, 320 }, { 528, 528, 448 } },
-    { 2048, { 624, 496, 256 }, { 2064, 2064, 448 } },
-    { INT64_MAX, { 528, 496, 176 }, { 131088, 4080, 448 } },
+    { 512, { 528, 496, 320 }, { 528, 528, 480 } },
+    { 2048, { 624, 496, 256 }, { 2064, 2064, 480 } },
+    { INT64_MAX, { 528, 496, 176 }, { 131088, 4080, 480 } },
 };
 
 template <typename T, size_t N> static int row_of(const T (&table)[N], int64_t n_keys) {

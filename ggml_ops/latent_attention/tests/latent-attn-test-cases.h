@@ -184,7 +184,7 @@ static void add_latent_perf_cases(std::vector<std::unique_ptr<test_case>> & case
     }
     for (int64_t n_keys : { 512, 4096, 16384 }) {
         for (ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-            for (int64_t n_queries : { 192, 448, 512 }) {
+            for (int64_t n_queries : { 192, 480, 512 }) {
                 cases.emplace_back(new test_latent_absorbed(576, 512, 32, 1, n_keys, n_queries, true, type));
                 cases.emplace_back(
                     new test_latent_attn(LATENT_KIMI, 32, 1, n_keys, n_queries, true, type, GGML_TYPE_Q8_0));
