@@ -60,9 +60,9 @@ PAGE = """\
 # Registers of the CUDA kernels
 
 Registers of a thread and bytes of static shared memory, as ptxas reports them;
-bytes of stack and of spills where there are any. On sm_75, kernels with 4 registers are empty: tensor cores multiply
-bfloat16, and copies to shared memory are asynchronous, from 8.0 on. There KDA_SCAN goes token by token, and attention
-is upstream's.
+bytes of stack and of spills where there are any. On sm_75, kernels with 4 registers are empty, because they
+need bfloat16 on tensor cores and asynchronous copies to shared memory (8.0 and later). There KDA_SCAN computes token by
+token, and upstream's attention runs.
 
     .venv/bin/python -m kimi_gguf.scripts.cuda_check --page docs/cuda-registers.md
 

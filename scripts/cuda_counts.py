@@ -40,7 +40,7 @@ class Kernel:
     mangled: str
     main: (
         str  # LOOP: the main one; INNERMOST: the innermost with tensor instructions; WHOLE: all of the kernel;
-        # DOTS: the one with most dot products of bytes, whose number is counted, as compilers unroll it
+        # DOTS: the loop with most dot products of bytes; they are counted, because the compiler unrolls it
     )
     rules: tuple[Rule, ...] = ()
 

@@ -154,8 +154,8 @@ def attention(model: Model) -> Iterator[tuple[Compared, Compared]]:
             launches = attend(model, gpu, each.kind, each.queries, each.keys)
         else:
             launches = decompressed(model, each.kind, each.queries, each.keys)
-        quer = "query" if each.queries == 1 else "queries"
-        what = f"attention of {HEADS} heads over {each.keys} keys, {each.kind.upper()}, H200: {each.queries} {quer}"
+        noun = "query" if each.queries == 1 else "queries"
+        what = f"attention of {HEADS} heads over {each.keys} keys, {each.kind.upper()}, H200: {each.queries} {noun}"
         theirs = upstream_attention(model, gpu, each.kind, each.queries, each.keys)
         yield (
             Compared(f"our {what}", each.ours / 1e6, model.total(launches, gpu), measured=True),
@@ -164,7 +164,7 @@ def attention(model: Model) -> Iterator[tuple[Compared, Compared]]:
 
 
 def compared(model: Model, measured: Measured) -> list[Compared]:
-    """All of it."""
+    """All comparisons, in the order of the table."""
     pairs = [each for pair in attention(model) for each in pair]
     return [*recorded(model, measured), *pairs, *recurrence(model), *flash(model)]
 

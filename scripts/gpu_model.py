@@ -313,7 +313,7 @@ def kda_step(gpu: Gpu, seqs: int) -> Launch:
 
 
 def steps_or_chunks(model: Model, gpu: Gpu) -> tuple[float, float]:
-    """Seconds of a chunk of 64 tokens, and of a further token step by step (the count has the whole kernel)."""
+    """Seconds of a chunk of 64 tokens, and of a further token in steps (too long: its loop has the whole kernel)."""
     chunk = kda_forward(model, gpu, tokens=model.constants["chunk"]).seconds(model, gpu)
     one, many = (model.cycles(replace(kda_step(gpu, 1), turns=turns), gpu) for turns in (32, 64))
     return chunk, (many - one) / 32 / gpu.clock
@@ -463,7 +463,7 @@ def _multiply(
     return Launch(kernel, blocks, 4, turns, rows * columns // QUANTS * BLOCK_BYTES[kind])
 
 
-def absorbed(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
+def upstream_absorbed(model: Model, gpu: Gpu, kind: str, queries: int, keys: int) -> float:
     """Seconds of what LATENT_ATTN replaces: upstream's attention, and the matmuls by k_b and v_b at the peak rate of
     cuBLAS (on Hopper with `wgmma`, elsewhere with half sums)."""
     products = HEADS * queries * 2 * LATENT * HEAD

@@ -83,7 +83,7 @@ HALVES = Mode("F16, BF16, Q8_0, Q4_0", 1, 1, 1, 1, 1, 1)
 MODES = (F32, EXACT, HALVES)
 ROWS = (512, 2048, None)  # maximum number of keys
 # The model of the compiled kernels (docs/gpu-roofline.md) finds larger numbers of queries for these, by mode and class.
-# It is no better than this count, so the larger number decides.
+# Neither is exact, so the larger number is used.
 COMPILED = {(EXACT, True): 496, (HALVES, False): 480}
 
 

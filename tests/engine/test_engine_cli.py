@@ -228,7 +228,7 @@ def test_a_file_must_have_the_mtp_layer_that_drafts(built: Path, kind: list[str]
 
 
 @pytest.mark.parametrize("command", ["run", "chat", "serve", "quantize"])
-def test_a_model_without_a_tokenizer_is_measured_and_not_asked(built: Path, command: str) -> None:
+def test_run_and_chat_refuse_a_model_without_a_tokenizer(built: Path, command: str) -> None:
     path = built / "generated.gguf"
     writer = GGUFWriter(path, "kimi-linear")
     writer.add_tokenizer_model("no_vocab")

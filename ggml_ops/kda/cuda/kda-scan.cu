@@ -8,8 +8,8 @@
 namespace kda_cuda {
 
 // On an H200, 32 heads of 128 take 5 us for one token step by step and 1 us for each further one; in chunks, 32 to 64
-// tokens take 32 us. By docs/gpu-roofline.md, chunks are faster from 30 to 35 tokens on where a block can have much shared
-// memory, and from 36 to 57 elsewhere.
+// tokens take 33 us. By docs/gpu-roofline.md, chunks are faster from 31 to 34 tokens on where a block can have 160 KiB of
+// shared memory, and from 37 to 56 elsewhere.
 constexpr int CHUNKS_FROM       = 32;
 constexpr int CHUNKS_FROM_SMALL = 48;
 

@@ -35,7 +35,8 @@ static constexpr Threshold CPU[] = {
     { INT64_MAX, 160, 160, 288 },
 };
 
-// NVIDIA's devices for data centres, and GeForce. Counted: kimi_gguf/scripts/latent_counts.py. Measured: 176. `exact`
+// NVIDIA's devices for data centres, and GeForce. Written by kimi_gguf/scripts/latent_counts.py: counted, and larger where
+// the model of the compiled kernels says so. Only 176 was checked on a device (H200, with 128 and 192 queries). `exact`
 // (KIMI_OPS) is for F16 and BF16 caches. Where there is no ubatch as large, the number does not matter.
 struct CudaThreshold {
     int64_t n_keys;
