@@ -13,6 +13,7 @@ the tables of the operator's README.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def break_even(mode: Mode, device: Device, n_keys: int) -> float:
     return (expand(mode, device) + weigh(mode, device) / n_keys) / gain if gain > 0 else NEVER
 
 
+@functools.cache
 def threshold(mode: Mode, data_centre: bool, row: int) -> int:
     """The number of queries from which no device of the class is slower, for any number of keys of the row.
 
