@@ -50,8 +50,8 @@ def check_mtp(path: Path) -> None:
 
 
 def check_tokenizer(path: Path) -> None:
-    """Raise `EngineError` for a model without a tokenizer, as `kimi-llama bench` generates them: llama.cpp aborts
-    when it tokenizes a text. Files that this project cannot read are left to llama.cpp."""
+    """Raise `EngineError` for a model without a tokenizer. `kimi-llama bench` generates such models, and llama.cpp
+    aborts when it tokenizes a text with one. Files that this project cannot read are left to llama.cpp."""
     try:
         found = key_of(path, "tokenizer.ggml.model")
     except GgufError:

@@ -312,8 +312,9 @@ the times below.** This is also true for kernels that the model calls limited by
 The ratio of upstream's attention to ours is {worst_ratio:.2f} to {best_ratio:.2f} × the measured one. So a ratio
 below {best_ratio:.1f} in the tables below does not prove that ours is faster. On the H200 these were measured to be
 faster than upstream: one query over 4096 and more keys, LATENT_ATTN with 512 queries, and a whole model with 192
-tokens. On a GeForce, LATENT_ATTN has ratios from {least_default:.2f} to {most_default:.2f} where it is the default,
-so only a device can show whether it is faster.
+tokens. On a GeForce, LATENT_ATTN has ratios from {least_default:.2f} to {most_default:.2f} where it is the default
+(F16; also with one query more than whole blocks of 128, for example 513, which the tables below do not show). So
+only a device can show whether it is faster.
 
 Other kernels of KDA are written in other languages; only their bytes and multiply-adds are known. The floor is the
 longer of both at the peak rates. ([Published][kda] for an H100.)
@@ -335,10 +336,10 @@ takes less, because `prepare` of a run of chunks runs at the same time as `state
 {kda}
 ### KDA: steps or chunks
 
-The count takes all of `steps` as its loop, so a further step is too long (H200: 1.75 µs, measured 0.93). The last
-column therefore begins with the H200's number, computed from the measured times of 1, 16 and 64 tokens. For another
-device it is multiplied by the model's time of a chunk / time of a step, relative to the H200's. The kernels use
-chunks from 32 tokens on where a block can have 160 KiB of shared memory, and from 48 elsewhere.
+The model takes the whole kernel `steps` as its loop, so it overestimates a further step (H200: 1.75 µs, measured
+0.93). The last column is therefore scaled from the H200's number, which is computed from the measured times of 1,
+16 and 64 tokens, by the model's time of a chunk / time of a step. The kernels use chunks from 32 tokens on where a
+block can have 160 KiB of shared memory, and from 48 elsewhere.
 
 {switch}
 ## Latent attention, absorbed: {heads} heads
@@ -355,8 +356,8 @@ GeForce: {geforce}).
 
 Upstream's time / that of LATENT_ATTN by the number of queries, F16 cache. Upstream's time includes its matmuls by
 k_b and v_b at cuBLAS's peak rate. **Bold**: LATENT_ATTN is the default. On the H200 and H100 it is also the default
-with 176 to about 200 queries, where this table has less than 1: on an H200 a whole model with 192 tokens was
-[faster than upstream's](measure-on-gpu.md#on-an-h200).
+with 176 to about 215 queries, where the model's ratio is below 1; on an H200 a whole model with 192 tokens was
+nevertheless [faster than upstream's](measure-on-gpu.md#on-an-h200).
 
 {decompressed}
 ## Matmuls of one column

@@ -31,7 +31,8 @@ RUN = {
     "alderlake": AVX2 | {"avx_vnni"},
     "zen4": AVX512 | {"avx512vbmi", "avx512_vnni", "avx512_bf16"},
 }
-# Only compiled. Sources for sandybridge take the branches of x64, those for skylakex the branches of zen4 and haswell.
+# Compiled on every machine; zen4 also runs where the processor has its flags. Sources for sandybridge take the branches
+# of x64, those for skylakex the branches of zen4 and haswell.
 COMPILED = some_of(("sandybridge", "skylakex", "zen4"), "zen4")
 ALL_VARIANTS = Variant(
     "all-variants",
@@ -133,7 +134,6 @@ def build_variants(names: list[str]) -> Build:
 needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
 
 
-# The oldest processors have no kernels for matmuls, and their own test runs them with AVX-512.
 @needs_x86
 @pytest.mark.parametrize("name", ["haswell", "alderlake"])
 @pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
@@ -144,6 +144,7 @@ def test_on_other_instruction_sets(name: str, program: str) -> None:
     passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(made.bin / f"libggml-cpu-{name}.so"))
 
 
+# The x64 variant has no kernels for matmuls.
 @needs_x86
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_on_x86_without_avx(program: str) -> None:
