@@ -99,11 +99,7 @@ class GgufFile:
         return data
 
     def _header(self, cursor: _Cursor) -> None:
-        if cursor.take(4) != b"GGUF":
-            raise GgufError(f"{self.path}: not a GGUF file: expected 'GGUF' as the first four bytes")
-        version, num_tensors, num_keys = cursor.unpack("<IQQ")
-        if version != 3:
-            raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
+        num_tensors, num_keys = cursor.counts()
         keys: dict[str, Any] = {}
         for _ in range(num_keys):
             name = cursor.string()
@@ -152,10 +148,7 @@ def key_of(path: Path, key: str) -> Any:
     for a file that is damaged up to there."""
     with path.open("rb") as file:
         cursor = _Cursor(file, min(os.fstat(file.fileno()).st_size, _MAX_HEADER), path)
-        cursor.take(4)
-        version, _, num_keys = cursor.unpack("<IQQ")
-        if version != 3:
-            raise GgufError(f"{path}: expected GGUF version 3, found {version}")
+        _, num_keys = cursor.counts()
         for _ in range(num_keys):
             name = cursor.string()
             (kind,) = cursor.unpack("<I")
@@ -271,6 +264,15 @@ class _Cursor:
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+    def counts(self) -> tuple[int, int]:
+        """The numbers of tensors and keys, at the beginning of the file."""
+        if self.take(4) != b"GGUF":
+            raise GgufError(f"{self.path}: not a GGUF file: expected 'GGUF' as the first four bytes")
+        version, num_tensors, num_keys = self.unpack("<IQQ")
+        if version != 3:
+            raise GgufError(f"{self.path}: expected GGUF version 3, found {version}")
+        return num_tensors, num_keys
 
     def string(self) -> str:
         (length,) = self.unpack("<Q")

@@ -30,7 +30,7 @@ from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.scripts.record_page import machine_text
 
 ROOT = Path(__file__).resolve().parents[1]
-THREADS = (1, 2, 4, 8, 16, 32, 33, 48, 63, 64, 100, 128)
+THREADS = (1, 2, 4, 8, 16, 32, 48, 64, 128)
 REAL = (1, 2)
 # name -> tokens of a decode, depth
 DECODES = {"one token": (1, 256), "4 tokens": (4, 256), "512 tokens": (512, 0)}

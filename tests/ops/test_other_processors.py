@@ -121,6 +121,12 @@ def cpu_flags() -> set[str]:
     return set(line[1].split()) if line else set()
 
 
+def require(flags: set[str]) -> None:
+    """Skip the test if the processor lacks one of the flags."""
+    if missing := flags - cpu_flags():
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+
+
 def runnable() -> list[str]:
     """The variants of RUN that this processor runs, the best one last."""
     return [name for name, flags in RUN.items() if flags <= cpu_flags()]
@@ -138,8 +144,7 @@ needs_x86 = pytest.mark.skipif(not X86, reason="variants of x86")
 @pytest.mark.parametrize("name", ["haswell", "alderlake"])
 @pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
 def test_on_other_instruction_sets(name: str, program: str) -> None:
-    if not RUN[name] <= cpu_flags():
-        pytest.skip(f"this processor lacks {', '.join(sorted(RUN[name] - cpu_flags()))}")
+    require(RUN[name])
     made = build(ALL_VARIANTS, f"ggml-cpu-{name}")
     passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(made.bin / f"libggml-cpu-{name}.so"))
 
@@ -165,8 +170,7 @@ def test_ggml_picks_the_best_variant_that_an_emulated_processor_runs(processor: 
 @needs_x86
 def test_branches_for_avx_vnni_on_a_processor_without() -> None:
     """Our sources with the instruction of tests/native/avx-vnni-emulated.h; the rest of ggml is its haswell variant."""
-    if not cpu_flags() >= AVX2:
-        pytest.skip(f"this processor lacks {', '.join(sorted(AVX2 - cpu_flags()))}")
+    require(AVX2)
     made = build(ALL_VARIANTS)
     made.ninja(AVX_VNNI_EMULATED)
     library = made.bin / f"lib{AVX_VNNI_EMULATED}.so"
@@ -178,8 +182,7 @@ def test_branches_for_avx_vnni_on_a_processor_without() -> None:
 @pytest.mark.parametrize("threads", ["7", "33", "100"])
 @pytest.mark.parametrize("program", [*PROGRAMS, MATMUL])
 def test_many_threads_with_avx2(program: str, threads: str) -> None:
-    if not cpu_flags() >= AVX2:
-        pytest.skip(f"this processor lacks {', '.join(sorted(AVX2 - cpu_flags()))}")
+    require(AVX2)
     made = build(ALL_VARIANTS, "ggml-cpu-haswell")
     library = str(made.bin / "libggml-cpu-haswell.so")
     passes(made, program, MANY_THREADS[program], threads, KIMI_CPU_BACKEND=library)
@@ -201,8 +204,7 @@ def test_branches_for_avx512_on_a_processor_without(program: str, times: int) ->
     """Our sources with the intrinsics of tests/native/avx512-emulated.h; the rest of ggml is its haswell variant."""
     if cpu_flags() >= AVX512 | {"avx512_vnni", "avx512_bf16"}:
         pytest.skip("all other tests run with AVX-512")
-    if not cpu_flags() >= AVX2:
-        pytest.skip(f"this processor lacks {', '.join(sorted(AVX2 - cpu_flags()))}")
+    require(AVX2)
     made = build(ALL_VARIANTS)
     made.ninja(AVX512_EMULATED)
     library = made.bin / f"lib{AVX512_EMULATED}.so"
