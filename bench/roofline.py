@@ -44,6 +44,11 @@ class Peaks:
             return self.f32
         return max(peak for peak in (self.f32, self.f16, self.bf16, self.int8) if peak is not None)
 
+    @property
+    def words(self) -> float:
+        """Multiply-adds per second of 16-bit integers or of floats: a vector has half as many words as bytes."""
+        return max(self.floats, (self.int8 or 0.0) / 2) if self.f16 is None else self.floats
+
     def matmul(self, weights: str) -> float:
         """Multiply-adds per second with weights of a type; int8 for quantized weights, if the CPU has it."""
         if self.f16 is not None:
@@ -64,6 +69,7 @@ class Demand:
     weight_macs: dict[str, float]  # multiply-adds by weight type
     attention_macs: float
     recurrence_macs: float
+    value_macs: float = 0.0  # more of attention, for which 16-bit integers are enough
 
     @property
     def nbytes(self) -> float:
@@ -73,7 +79,8 @@ class Demand:
     @property
     def macs(self) -> float:
         """All multiply-adds."""
-        return sum(self.weight_macs.values()) + self.attention_macs + self.recurrence_macs
+        attention = self.attention_macs + self.value_macs
+        return sum(self.weight_macs.values()) + attention + self.recurrence_macs
 
     def floor(self, peaks: Peaks) -> tuple[float, str]:
         """The least time in seconds, and what bounds most of it: "memory" or "products" (compute).
@@ -82,9 +89,10 @@ class Demand:
         bytes or of its multiply-adds, whichever is longer.
         """
         weights = sum(n / peaks.matmul(kind) for kind, n in self.weight_macs.items())
+        attention = self.attention_macs / peaks.floats + self.value_macs / peaks.words
         parts = [
             (self.weight_bytes / peaks.read, weights),
-            (self.cache_bytes / peaks.read, self.attention_macs / peaks.floats),
+            (self.cache_bytes / peaks.read, attention),
             (self.state_bytes / peaks.read, self.recurrence_macs / peaks.floats),
         ]
         least = sum(max(part) for part in parts)
@@ -123,7 +131,8 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     """What one decode of a cell must move and compute.
 
     Experts: the expected number of different experts if tokens choose at random. Attention: the cheaper of the
-    absorbed and the decompressed form, in float32. An indexer scores all pools of keys; attention then reads the
+    absorbed and the decompressed form, in float32; values of the decompressed form in 16-bit integers, except with
+    F32 caches. An indexer scores all pools of keys; attention then reads the
     chosen keys only.
     """
     keys, tokens = model.keys, cell.tokens
@@ -157,15 +166,18 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     top_k, pool = number("attention.indexer.top_k") or None, number("attention.indexer.kpool", 1)
     index = number("attention.indexer.key_length") / pool  # values of the indexer per key of attention
     read = min(rows, cell.batch * top_k) if top_k else rows
+    in_floats, in_words = attention_macs(
+        cell, heads, latent, rope, number("attention.key_length_mla") - rope,
+        number("attention.value_length_mla"), top_k,
+    )  # fmt: skip
+    indexing = cell.sequences * key_pairs(cell) * number("attention.indexer.head_count") * index
     return Demand(
         weight_bytes=weight_bytes,
         state_bytes=2.0 * kda * state * cell.sequences * -(-cell.batch // cell.ubatch),
         cache_bytes=mla * cell.sequences * (read * (latent + rope) + rows * index) * value_bytes,
         weight_macs=macs,
-        attention_macs=mla * attention_macs(
-            cell, heads, latent, rope, number("attention.key_length_mla") - rope,
-            number("attention.value_length_mla"), top_k,
-        ) + mla * cell.sequences * key_pairs(cell) * number("attention.indexer.head_count") * index,
+        attention_macs=mla * (in_floats + indexing),
+        value_macs=mla * in_words,
         recurrence_macs=kda * heads * head * head * tokens
         * (KDA_CHUNK if cell.batch >= CHUNKED_FROM else KDA_STEP),
     )  # fmt: skip
@@ -186,12 +198,17 @@ def key_pairs(cell: Cell, most: int | None = None) -> float:
 
 def attention_macs(
     cell: Cell, heads: int, latent: int, rope: int, nope: int, value: int, most: int | None = None
-) -> float:
-    """Multiply-adds of one latent attention layer, in the cheaper form; causal. most: as for `key_pairs`."""
+) -> tuple[float, float]:
+    """Multiply-adds of one latent attention layer, in the form with fewer of them; causal.
+
+    most: as for `key_pairs`. Returns those in float32, and those for which 16-bit integers are enough: the values of
+    the decompressed form, except with F32 caches.
+    """
     pairs = key_pairs(cell, most)
-    folding = cell.batch * latent * (nope + value)
-    absorbed = pairs * (2 * latent + rope) + folding
-    batches = -(-cell.batch // cell.ubatch)
-    expanding = batches * (cell.depth + cell.batch) * latent * (nope + value)
-    decompressed = pairs * (nope + rope + value) + expanding
-    return cell.sequences * heads * min(absorbed, decompressed)
+    absorbed = pairs * (2 * latent + rope) + cell.batch * latent * (nope + value)
+    expanded = -(-cell.batch // cell.ubatch) * (cell.depth + cell.batch) * latent  # for each value of a head
+    keys, values = pairs * (nope + rope) + expanded * nope, (pairs + expanded) * value
+    each = cell.sequences * heads
+    if absorbed < keys + values:
+        return each * absorbed, 0.0
+    return (each * (keys + values), 0.0) if cell.cache_type == "f32" else (each * keys, each * values)

@@ -24,7 +24,7 @@ enum ggml_op_mark {
 
     GGML_OP_MARK_KEEP_COPY = 8,  // KDA_CONV, KDA_SCAN: do not elide the copy of the new states
 
-    // LATENT_ATTN, and FLASH_ATTN_EXT over a latent cache, on CUDA: the most accurate kernels, also where others are
+    // LATENT_ATTN, and on CUDA FLASH_ATTN_EXT over a latent cache: the most accurate kernels, also where others are
     // faster
     GGML_OP_MARK_EXACT = 16,
 };

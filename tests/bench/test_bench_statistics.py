@@ -92,6 +92,10 @@ def test_the_floor_adds_parts_bound_by_memory_or_compute() -> None:
     assert multiplying.floor(limits) == (pytest.approx((5.0 + 2.0) + 4.0 + 1.0), "products")
     attending = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0)
     assert attending.floor(limits) == (5.0 + 6.0, "products")
+    mixed = Demand(500.0, 0.0, 100.0, {"Q4_0": 1000.0}, 60.0, 0.0, value_macs=1000.0)
+    assert mixed.floor(limits) == (5.0 + 6.0 + 2.0, "products")  # 16-bit integers: half of the int8 rate
+    without = Peaks(threads=1, read=100.0, f32=10.0, int8=None, bf16=None)
+    assert mixed.floor(without)[0] == 100.0 + 6.0 + 100.0
 
 
 def test_without_bf16_instructions_such_weights_count_as_float32() -> None:
@@ -102,9 +106,11 @@ def test_without_bf16_instructions_such_weights_count_as_float32() -> None:
 def test_attention_takes_the_cheaper_form() -> None:
     """A query and key cost 1088 MACs per head absorbed, otherwise 320 and the key's expansion."""
     one = attention_macs(Cell("f16", 1, 999, 1, 1), 1, 512, 64, 128, 128)
-    assert one == 1000 * 1088 + 512 * 256
-    many = attention_macs(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128)
-    assert many == 512 * 513 / 2 * 320 + 512 * 512 * 256
+    assert one == (1000 * 1088 + 512 * 256, 0.0)
+    pairs, expanded = 512 * 513 / 2, 512 * 512
+    keys, values = pairs * 192 + expanded * 128, (pairs + expanded) * 128
+    assert attention_macs(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128) == (keys, values)
+    assert attention_macs(Cell("f32", 1, 0, 1, 512), 1, 512, 64, 128, 128) == (keys + values, 0.0)
 
 
 def test_the_slope_is_found_through_points_on_a_line() -> None:

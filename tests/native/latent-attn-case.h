@@ -28,7 +28,7 @@
 struct LatentShape {
     bool        expand    = false;  // from q to values as in the model; false: both in the latent space
     bool        plain     = false;  // the absorbed form disabled: upstream's paths
-    bool        exact     = false;  // marked: CUDA's most accurate kernels
+    bool        exact     = false;  // marked: the most accurate kernels
     int64_t     n_queries = 1;
     int64_t     n_keys    = 16384;
     int64_t     n_heads   = 32;
@@ -48,6 +48,7 @@ struct LatentShape {
     float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
     float       last      = 1.0f;      // them it grows by a constant factor per key
     bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
+    float       loud      = 1.0f;      // decompressed form only: factor of the first value of each head
     float       shift     = 0.0f;      // absorbed form only: added to all scores, ...
     bool        rising    = false;     // ... twice for the first key, and less for each of those after it
     float       sink      = 0.0f;   // absorbed form only: added to the score of the first key, whose values are zeros
@@ -90,11 +91,11 @@ struct LatentShape {
 inline std::string name_of(const LatentShape & s) {
     return text(
         "%s %s weights %s queries %d keys %d heads %d streams %d latent %d mask %s spread %g query %g values %g to "
-        "%g%s shift %g%s sink %g gap %d%s%s%s%s",
+        "%g%s%s shift %g%s sink %g gap %d%s%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.alike ? " alike" : "", s.shift, s.rising ? " rising" : "", s.sink, (int) s.gap,
-        s.one_mask ? " one mask" : "", s.poison ? " poisoned" : "",
+        s.first, s.last, s.alike ? " alike" : "", s.loud != 1.0f ? " one loud" : "", s.shift, s.rising ? " rising" : "",
+        s.sink, (int) s.gap, s.one_mask ? " one mask" : "", s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
                     : "",
@@ -163,9 +164,9 @@ class LatentCase {
         return std::vector<float>(data, data + ggml_nelements(out));
     }
 
-    // Normalised mean square error over n_check of the rows, spread evenly.
-    double nmse(int64_t n_check) const {
-        return nmse_of(n_check, [&](int64_t row) {
+    // Normalised mean square error over n_check of the rows, spread evenly, of their values from d0 on.
+    double nmse(int64_t n_check, int64_t d0 = 0) const {
+        return nmse_of(n_check, d0, [&](int64_t row) {
             const float * data = (const float *) out->data + row * s.n_out();
             return std::vector<double>(data, data + s.n_out());
         });
@@ -173,11 +174,14 @@ class LatentCase {
 
     // That of upstream's CUDA kernels, with the roundings that they have at least: see upstreams().
     double upstreams_nmse(int64_t n_check) const {
-        return nmse_of(n_check, [&](int64_t row) { return upstreams(row); });
+        return nmse_of(n_check, 0, [&](int64_t row) { return upstreams(row); });
     }
 
+    // Makes the weights of the first value of the first head NaN.
+    void break_first_value() { memset(v_b->data, 0xff, v_b->nb[1]); }
+
   private:
-    template <typename F> double nmse_of(int64_t n_check, const F & result_of) const {
+    template <typename F> double nmse_of(int64_t n_check, int64_t d0, const F & result_of) const {
         double error = 0.0;
         double power = 0.0;
         n_check      = std::min(n_check, s.n_rows());
@@ -185,7 +189,7 @@ class LatentCase {
             const int64_t             row  = n_check == 1 ? 0 : i * (s.n_rows() - 1) / (n_check - 1);
             const std::vector<double> want = oracle(row);
             const std::vector<double> got  = result_of(row);
-            for (int64_t d = 0; d < s.n_out(); ++d) {
+            for (int64_t d = d0; d < s.n_out(); ++d) {
                 error += (got[d] - want[d]) * (got[d] - want[d]);
                 power += want[d] * want[d];
             }
@@ -300,7 +304,9 @@ class LatentCase {
         }
         for (auto [t, values] : { std::pair{ k_b, &k_b_f }, std::pair{ v_b, &v_b_f } }) {
             for (int64_t i = 0; i < ggml_nrows(t); ++i) {
-                fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation, values->data() + i * t->ne[0]);
+                const bool loud = t == v_b && i % s.n_value == 0;
+                fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation * (loud ? s.loud : 1.0f),
+                         values->data() + i * t->ne[0]);
             }
         }
         std::vector<float> spare(s.n_cache());

@@ -48,6 +48,56 @@ static void check_order(LatentShape s) {
     }
 }
 
+// Whether values of the decompressed form are multiplied as integers, except with F32 caches (latent-simd.h).
+static bool multiplies_integers() {
+    return cpu_has("AVX512") ? cpu_has("AVX512_VNNI") : cpu_has("AVX2") && cpu_has("FMA");
+}
+
+// Values on which integers with few bits are wrong: keys with large and with small values, equal values, one large value
+// among small ones, and weights that are not numbers.
+static void check_values(LatentShape s) {
+    const float deviations[][2] = { { 1e-4f, 100.0f }, { 100.0f, 1e-4f }, { 1e-6f, 1e-6f } };
+    for (const auto & [first, last] : deviations) {
+        s.first = first;
+        s.last  = last;
+        for (const bool alike : { false, true }) {
+            s.alike = alike;
+            check(s);
+        }
+    }
+    s.alike = false;
+    s.first = s.last = 1.0f;
+
+    LatentShape loud = s;
+    loud.loud        = 3000.0f;
+    LatentCase attention(loud);
+    attention.compute(2);
+    const double error = attention.nmse(12, 1);
+    expect(error <= limit_of(s.cache), name_of(loud) + text(": NMSE of the other values %g", error));
+
+    LatentCase broken(s);
+    broken.break_first_value();
+    broken.compute(2);
+    const std::vector<float> found = broken.result();
+    bool                     only  = true;
+    for (size_t i = 0; i < found.size(); ++i) {
+        only = only && std::isnan(found[i]) == (i % (s.n_heads * s.n_value) == 0);
+    }
+    expect(only, name_of(s) + ": NaN weights of one value make others NaN, or a number");
+}
+
+// The mark for accurate kernels selects float32.
+static void check_exact(LatentShape s) {
+    const std::vector<float> usual = result_of(s, 2);
+    s.exact                        = true;
+    LatentCase attention(s);
+    attention.compute(2);
+    const double error = attention.nmse(12);
+    expect(error <= 1e-11, name_of(s) + text(": NMSE against float64 %g", error));
+    expect((usual == attention.result()) == (s.cache == GGML_TYPE_F32 || !multiplies_integers()),
+           name_of(s) + ": the mark has no effect, or has one without integers");
+}
+
 int main() {
     const ggml_type types[]   = { GGML_TYPE_F32,  GGML_TYPE_F16,  GGML_TYPE_BF16,
                                   GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_1 };
@@ -110,6 +160,12 @@ int main() {
             odd.mask        = "none";
             odd.n_heads     = 32;
             check(odd);
+            if (expand) {
+                LatentShape values = base.with(3, 300);
+                values.mask        = "none";
+                check_values(values);
+                check_exact(values);
+            }
             LatentShape kimi = LatentShape().with(3, 513);
             kimi.expand      = expand;
             kimi.cache       = type;

@@ -168,14 +168,15 @@ def test_ggml_picks_the_best_variant_that_an_emulated_processor_runs(processor: 
 
 
 @needs_x86
-def test_branches_for_avx_vnni_on_a_processor_without() -> None:
-    """Our sources with the instruction of tests/native/avx-vnni-emulated.h; the rest of ggml is its haswell variant."""
+@pytest.mark.parametrize(("program", "uses"), [("latent-attn-test", "dpwssd"), (MATMUL, "dpbusd")])
+def test_branches_for_avx_vnni_on_a_processor_without(program: str, uses: str) -> None:
+    """Our sources with the instructions of tests/native/avx-vnni-emulated.h; the rest of ggml is haswell's."""
     require(AVX2)
     made = build(ALL_VARIANTS)
     made.ninja(AVX_VNNI_EMULATED)
     library = made.bin / f"lib{AVX_VNNI_EMULATED}.so"
-    assert b"emulated_dpbusd_avx" in library.read_bytes(), "not the branch for AVX-VNNI"
-    passes(made, MATMUL, NATIVE[MATMUL], KIMI_CPU_BACKEND=str(library))
+    assert f"emulated_{uses}_avx".encode() in library.read_bytes(), "not the branch for AVX-VNNI"
+    passes(made, program, NATIVE[program], KIMI_CPU_BACKEND=str(library))
 
 
 @needs_x86

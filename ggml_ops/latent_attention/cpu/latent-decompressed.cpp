@@ -9,10 +9,13 @@
 // and the attention of all queries that see the tile, a block of queries at a time:
 //   scores^T [keys][queries] = key [keys][DK] * q^T [DK][queries]
 //   out      [queries][DV]   = out * rescale + weights [queries][keys] * value [keys][DV]
+// All in float32, or value and out with integers of 16 bits (latent-pairs.h).
 
 #include "ggml-latent-attn.h"
+#include "ggml-op-marks.h"
 #include "latent-attn.h"
 #include "latent-gemm.h"
+#include "latent-pairs.h"
 #include "latent-reference.h"
 #include "latent-softmax.h"
 #include "latent-tile.h"
@@ -39,11 +42,14 @@ struct Plan {
     int64_t                task_blocks;  // of a task, at most
     int64_t                n_parts;      // tasks of a head
     int64_t                n_groups;     // groups of keys, see next_tile
+    bool                   pairs;        // value and out are computed with integers
 
     // memory of one thread
     int64_t at_rows, at_q, at_tile, at_key, at_value, at_scores, at_rescale, at_max, at_sum, at_out, thread_size;
+    // of it, for pairs: rows of the cache, values and softmax weights, each with their units
+    int64_t at_codes, at_code_units, at_value_pairs, at_value_units, at_score_pairs, at_score_units;
     // both weights of a head: one for each thread, or, if a head has several tasks, one for each head
-    int64_t at_v_b, weights_size;
+    int64_t at_v_b, at_v_b_units, weights_size;
 
     int64_t n_tasks() const { return s.n_streams * s.n_heads * n_parts; }
 
@@ -70,29 +76,49 @@ void divide_queries(Plan & p, int n_threads) {
     }
 }
 
+bool multiplies_pairs(const ggml_tensor * dst, const ggml_latent_attn_shape & s) {
+#if LATENT_PAIRS
+    return has_pairs(dst->src[1]->type, s.n_latent) && !ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
+#else
+    GGML_UNUSED(dst);
+    GGML_UNUSED(s);
+    return false;
+#endif
+}
+
 Plan make_plan(const ggml_tensor * dst, int n_threads) {
     Plan p     = {};
     p.s        = ggml_latent_attn_get_shape(dst);
     p.n_blocks = (p.s.n_queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
     p.n_groups = (p.s.n_keys + GROUP_KEYS - 1) / GROUP_KEYS;
+    p.pairs    = multiplies_pairs(dst, p.s);
     divide_queries(p, n_threads);
     const int64_t n = p.task_blocks * BLOCK_QUERIES;
 
     Layout room;
-    p.at_rows     = room.add(std::max(ROWS_ONCE * p.s.n_latent, pad_panel(p.s.n_nope)));
-    p.at_q        = room.add(p.s.n_key * n);
-    p.at_tile     = room.add(TILE_KEYS * align(p.s.n_cache));
-    p.at_key      = room.add(TILE_KEYS * align(p.s.n_key + LANES));
-    p.at_value    = room.add(TILE_KEYS * pad_panel(p.s.n_value));
-    p.at_scores   = room.add(TILE_KEYS * BLOCK_QUERIES);
-    p.at_rescale  = room.add(BLOCK_QUERIES);
-    p.at_max      = room.add(n);
-    p.at_sum      = room.add(n);
-    p.at_out      = room.add(n * pad_lanes(p.s.n_value));
+    p.at_rows    = room.add(std::max(ROWS_ONCE * p.s.n_latent, pad_panel(p.s.n_nope)));
+    p.at_q       = room.add(p.s.n_key * n);
+    p.at_tile    = room.add(TILE_KEYS * align(p.s.n_cache));
+    p.at_key     = room.add(TILE_KEYS * align(p.s.n_key + LANES));
+    p.at_value   = room.add(TILE_KEYS * pad_panel(p.s.n_value));
+    p.at_scores  = room.add(TILE_KEYS * BLOCK_QUERIES);
+    p.at_rescale = room.add(BLOCK_QUERIES);
+    p.at_max     = room.add(n);
+    p.at_sum     = room.add(n);
+    p.at_out     = room.add(n * pad_lanes(p.s.n_value));
+    if (p.pairs) {
+        p.at_codes       = room.add(TILE_KEYS * p.s.n_latent / 2);
+        p.at_code_units  = room.add(TILE_KEYS);
+        p.at_value_pairs = room.add(TILE_KEYS / 2 * pad_panel(p.s.n_value));
+        p.at_value_units = room.add(TILE_KEYS);
+        p.at_score_pairs = room.add(TILE_KEYS / 2 * BLOCK_QUERIES);
+        p.at_score_units = room.add(TILE_KEYS / SEGMENT_KEYS * BLOCK_QUERIES);
+    }
     p.thread_size = room.size;
     Layout weights;
     weights.add(p.s.n_latent * pad_panel(p.s.n_nope));  // k_b
-    p.at_v_b       = weights.add(p.s.n_latent * pad_panel(p.s.n_value));
+    p.at_v_b       = weights.add(p.s.n_latent / (p.pairs ? 2 : 1) * pad_panel(p.s.n_value));
+    p.at_v_b_units = weights.add(p.pairs ? pad_panel(p.s.n_value) : 0);
     p.weights_size = weights.size;
     return p;
 }
@@ -119,6 +145,34 @@ void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * row
         transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f,
                        dst + i0 / PANEL * PANEL * p.s.n_latent + i0 % PANEL, PANEL);
     }
+}
+
+#if LATENT_PAIRS
+// v_b of one head as pairs of neighbouring values of the latent, [LATENT / 2][DV] in panels, and the units of DV.
+void load_v_b_pairs(const ggml_tensor * v_b, int64_t head, const Plan & p, float * row, int32_t * dst, float * units) {
+    const int64_t n_pairs = p.s.n_latent / 2;
+    int32_t *     pairs   = (int32_t *) (row + p.s.n_latent);
+    std::fill(dst, dst + n_pairs * pad_panel(p.s.n_value), 0);
+    std::fill(units, units + pad_panel(p.s.n_value), 0.0f);
+    for (int64_t i = 0; i < p.s.n_value; ++i) {
+        read_row(v_b->type, row_of(v_b, i, head), p.s.n_latent, row);
+        units[i]     = round_row(row, p.s.n_latent, pairs);
+        int32_t * to = dst + i / PANEL * PANEL * n_pairs + i % PANEL;
+        for (int64_t j = 0; j < n_pairs; ++j) {
+            to[j * PANEL] = pairs[j];
+        }
+    }
+}
+#endif
+
+void load_values(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * weights) {
+#if LATENT_PAIRS
+    if (p.pairs) {
+        load_v_b_pairs(v_b, head, p, rows, (int32_t *) (weights + p.at_v_b), weights + p.at_v_b_units);
+        return;
+    }
+#endif
+    load_v_b(v_b, head, p, rows, weights + p.at_v_b);
 }
 
 // One task.
@@ -148,26 +202,80 @@ Keys keys_in(const ggml_tensor * dst, const Plan & p, int64_t stream) {
 }
 
 // Expands the tile's rows of the cache to keys [NOPE, ROPE] and, in panels, values of one head.
-void expand(const Plan &  p,
-            int           n_keys,
-            const float * latents,
-            const float * k_b,
-            const float * v_b,
-            float *       keys,
-            float *       values) {
+void expand(const Plan & p, int n_keys, const float * weights, float * own) {
+    const float * latents   = own + p.at_tile;
+    float *       keys      = own + p.at_key;
+    float *       values    = own + p.at_value;
     const int64_t ld_latent = align(p.s.n_cache);
     const int64_t ld_key    = align(p.s.n_key + LANES);
     const auto    product   = [&](int64_t n_cols, const float * b, const Matrix<float> & c) {
-        multiply_in_steps({ n_keys, pad_lanes(n_cols), p.s.n_latent, latents, ld_latent, 1, in_panels(b, p.s.n_latent),
-                            c, nullptr, nullptr },
+        multiply_in_steps(Product{ n_keys, pad_lanes(n_cols), p.s.n_latent, latents, ld_latent, 1,
+                                   in_panels(b, p.s.n_latent), c, nullptr, nullptr },
                           STEP_LATENT);
     };
-    product(p.s.n_nope, k_b, in_rows(keys, ld_key));
-    product(p.s.n_value, v_b, in_panels(values, TILE_KEYS));
+    product(p.s.n_nope, weights, in_rows(keys, ld_key));
     for (int i = 0; i < n_keys; ++i) {
         memcpy(keys + i * ld_key + p.s.n_nope, latents + i * ld_latent + p.s.n_latent,
                (p.s.n_key - p.s.n_nope) * sizeof(float));
     }
+    if (!p.pairs) {
+        product(p.s.n_value, weights + p.at_v_b, in_panels(values, TILE_KEYS));
+        return;
+    }
+#if LATENT_PAIRS
+    const int64_t n_pairs = p.s.n_latent / 2;
+    const int64_t n_cols  = pad_lanes(p.s.n_value);
+    int32_t *     codes   = (int32_t *) (own + p.at_codes);
+    float *       units   = own + p.at_code_units;
+    for (int i = 0; i < n_keys; ++i) {
+        units[i] = round_row(latents + i * ld_latent, p.s.n_latent, codes + i * n_pairs);
+    }
+    const int32_t * v_b = (const int32_t *) (weights + p.at_v_b);
+    multiply_in_steps(PairProduct{ n_keys, n_cols, n_pairs, codes, n_pairs, 1, in_panels(v_b, n_pairs),
+                                   in_panels(values, TILE_KEYS), nullptr, nullptr, units },
+                      SEGMENT / 2);
+    round_values(n_keys, n_cols, in_panels((const float *) values, TILE_KEYS),
+                 in_panels((int32_t *) (own + p.at_value_pairs), TILE_KEYS / 2), own + p.at_value_units);
+#endif
+}
+
+// Adds softmax weights times values of a tile to the rows of a block.
+void add_values(const Plan & p, int n_keys, int64_t n_queries, float * own, float * out) {
+    const float * weights  = own + p.at_scores;
+    const float * rescale  = own + p.at_rescale;
+    const int64_t n_cols   = pad_lanes(n_queries);
+    const int64_t ld_value = pad_lanes(p.s.n_value);
+    if (!p.pairs) {
+        multiply<Accumulate::SCALE>(Product{ n_queries, ld_value, n_keys, weights, 1, n_cols,
+                                             in_panels((const float *) own + p.at_value, TILE_KEYS),
+                                             in_rows(out, ld_value), rescale, nullptr });
+        return;
+    }
+#if LATENT_PAIRS
+    int32_t * pairs = (int32_t *) (own + p.at_score_pairs);
+    float *   units = own + p.at_score_units;
+    round_weights(n_keys, n_cols, weights, own + p.at_value_units, pairs, units);
+    for (int key = 0; key < n_keys; key += SEGMENT_KEYS) {
+        const int64_t     n_pairs = (std::min<int64_t>(SEGMENT_KEYS, n_keys - key) + 1) / 2;
+        const PairProduct product = { n_queries,
+                                      ld_value,
+                                      n_pairs,
+                                      pairs + key / 2 * n_cols,
+                                      1,
+                                      n_cols,
+                                      in_panels((const int32_t *) (own + p.at_value_pairs) + key / 2 * PANEL,
+                                                TILE_KEYS / 2),
+                                      in_rows(out, ld_value),
+                                      rescale,
+                                      nullptr,
+                                      units + key / SEGMENT_KEYS * n_cols };
+        if (key == 0) {
+            multiply<Accumulate::SCALE>(product);
+        } else {
+            multiply<Accumulate::ADD>(product);
+        }
+    }
+#endif
 }
 
 // map: visibility of each group of keys for all queries of the task's stream; weights: those of the head.
@@ -178,7 +286,6 @@ void attend(
     float * queries = own + p.at_q;
     float * latents = own + p.at_tile;
     float * keys    = own + p.at_key;
-    float * values  = own + p.at_value;
     float * scores  = own + p.at_scores;
     float * rescale = own + p.at_rescale;
     float * maximum = own + p.at_max;
@@ -217,25 +324,26 @@ void attend(
             }
             if (!expanded) {
                 read_rows(tile, k->type, cache, k->nb[1], p.s.n_cache, latents, align(p.s.n_cache));
-                expand(p, tile.n_keys, latents, weights, weights + p.at_v_b, keys, values);
+                expand(p, tile.n_keys, weights, own);
                 expanded = true;
             }
             const float * q = queries + at * p.s.n_key;
-            multiply<Accumulate::NONE>({ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1, in_panels(q, p.s.n_key),
-                                         in_rows(scores, n_cols), nullptr, nullptr });
+            multiply<Accumulate::NONE>(Product{ tile.n_keys, n_cols, p.s.n_key, keys, ld_key, 1,
+                                                in_panels(q, p.s.n_key), in_rows(scores, n_cols), nullptr, nullptr });
             for (int64_t i = 0; i < n_queries && view == View::MIXED; ++i) {
                 add_mask(tile, some.row(i), i, i + 1, n_cols, scores);
             }
             softmax_tile(tile.n_keys, n_cols, scores, maximum + at, sum + at, rescale);
-            multiply<Accumulate::SCALE>({ n_queries, ld_value, tile.n_keys, scores, 1, n_cols,
-                                          in_panels((const float *) values, TILE_KEYS),
-                                          in_rows(out + at * ld_value, ld_value), rescale, nullptr });
+            add_values(p, tile.n_keys, n_queries, own, out + at * ld_value);
         }
     }
 
     for (int64_t i = 0; i < task.query1 - task.query0; ++i) {
         float * result = (float *) row_of(dst, task.head, task.query0 + i, task.stream);
         write_row(out + i * ld_value, sum[i], p.s.n_value, result);
+        for (int64_t d = 0; p.pairs && d < p.s.n_value; ++d) {
+            result[d] *= weights[p.at_v_b_units + d];
+        }
     }
 }
 
@@ -281,7 +389,7 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     }
     const auto load = [&](int64_t head, bool values, float * to) {
         if (values) {
-            load_v_b(dst->src[3], head, p, own + p.at_rows, to + p.at_v_b);
+            load_values(dst->src[3], head, p, own + p.at_rows, to);
         } else {
             load_k_b(dst->src[2], head, p, own + p.at_rows, to);
         }

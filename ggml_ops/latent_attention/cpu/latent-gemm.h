@@ -1,9 +1,10 @@
 #pragma once
 
-// Dense float32 matmuls for latent attention.
-//   C[m][n] = (term of the old C[m][n], see Accumulate) + sum over k of A[m*a_row + k*a_step] * B[k][n]
-// B and C are read and written in vectors, A is broadcast; with A's two strides the same kernel supports a matrix or its
-// transpose. The order of summation depends on the shape only.
+// Dense matmuls for latent attention.
+//   C[m][n] = (term of the old C[m][n], see Accumulate) + unit[m] * sum over k of A[m*a_row + k*a_step] * B[k][n]
+// A and B are float32 (without unit), or each element is a pair of 16-bit integers: the sum of their two products is added
+// in 32 bits. C is float32. B and C are read and written in vectors, A is broadcast; with A's two strides the same kernel
+// supports a matrix or its transpose. The order of summation depends on the shape only.
 
 #include "latent-simd.h"
 
@@ -39,67 +40,87 @@ template <typename T> static inline Matrix<T> in_panels(T * at, int64_t n_rows) 
     return { at, PANEL, n_rows * PANEL };
 }
 
-struct Product {
-    int64_t             n_rows;   // m
-    int64_t             n_cols;   // n, a multiple of LANES
-    int64_t             n_steps;  // k
-    const float *       a;
-    int64_t             a_row;
-    int64_t             a_step;
-    Matrix<const float> b;
-    Matrix<float>       c;
-    const float *       scale;  // one per row, for Accumulate::SCALE
-    Ahead *             ahead;  // or null
+// T: float, or int32_t for a pair.
+template <typename T> struct ProductOf {
+    int64_t         n_rows;   // m
+    int64_t         n_cols;   // n, a multiple of LANES
+    int64_t         n_steps;  // k
+    const T *       a;
+    int64_t         a_row;
+    int64_t         a_step;
+    Matrix<const T> b;
+    Matrix<float>   c;
+    const float *   scale;           // one per row, for Accumulate::SCALE
+    Ahead *         ahead;           // or null
+    const float *   unit = nullptr;  // one per row, for pairs
 };
 
-// One register block: ROWS rows by COLUMNS vectors.
-template <int ROWS, int COLUMNS, Accumulate ACC>
-static inline void multiply_block(int64_t                     n_steps,
-                                  const float * GGML_RESTRICT a,
-                                  int64_t                     a_row,
-                                  int64_t                     a_step,
-                                  const float * GGML_RESTRICT b,
-                                  int64_t                     ldb,
-                                  float * GGML_RESTRICT       c,
-                                  int64_t                     ldc,
-                                  const float * GGML_RESTRICT scale) {
-    vf acc[ROWS][COLUMNS] = {};
+using Product     = ProductOf<float>;
+using PairProduct = ProductOf<int32_t>;
+
+// What is added to C for a sum.
+static inline vf in_units(const vf & sum, const float *, int64_t) {
+    return sum;
+}
+
+#if LATENT_PAIRS
+static inline vf in_units(const vi & sum, const float * unit, int64_t row) {
+    return v_mul(v_float(sum), v_set(unit[row]));
+}
+#endif
+
+// One register block: ROWS rows by COLUMNS vectors, at row m and column n.
+template <int ROWS, int COLUMNS, Accumulate ACC, typename T>
+static inline void multiply_block(const ProductOf<T> & p, int64_t m, int64_t n) {
+    using vector = decltype(v_load((const T *) nullptr));
+
+    const int64_t           n_steps            = p.n_steps;
+    const int64_t           a_row              = p.a_row;
+    const int64_t           a_step             = p.a_step;
+    const int64_t           ldb                = p.b.ld;
+    const int64_t           ldc                = p.c.ld;
+    const T * GGML_RESTRICT a                  = p.a + m * a_row;
+    const T * GGML_RESTRICT b                  = p.b.at + n / PANEL * p.b.panel;
+    float * GGML_RESTRICT   c                  = p.c.at + n / PANEL * p.c.panel + m * ldc;
+    vector                  acc[ROWS][COLUMNS] = {};
     for (int64_t k = 0; k < n_steps; ++k) {
-        vf bk[COLUMNS];
+        vector bk[COLUMNS];
         for (int j = 0; j < COLUMNS; ++j) {
             bk[j] = v_load(b + k * ldb + j * LANES);
         }
         for (int i = 0; i < ROWS; ++i) {
-            const vf aik = v_set(a[i * a_row + k * a_step]);
+            const vector aik = v_set(a[i * a_row + k * a_step]);
             for (int j = 0; j < COLUMNS; ++j) {
                 acc[i][j] = v_fma(aik, bk[j], acc[i][j]);
             }
         }
     }
-    for (int i = 0; i < ROWS; ++i) {
+    const float * GGML_RESTRICT unit  = p.unit;
+    const float * GGML_RESTRICT scale = p.scale;
+    LATENT_UNROLL  // otherwise the accumulators go through memory
+        for (int i = 0; i < ROWS; ++i) {
+        LATENT_UNROLL
         for (int j = 0; j < COLUMNS; ++j) {
             float * cij = c + i * ldc + j * LANES;
+            vf      sum = in_units(acc[i][j], unit, m + i);
             if (ACC == Accumulate::ADD) {
-                acc[i][j] = v_add(v_load(cij), acc[i][j]);
+                sum = v_add(v_load(cij), sum);
             } else if (ACC == Accumulate::SCALE) {
-                acc[i][j] = v_fma(v_load(cij), v_set(scale[i]), acc[i][j]);
+                sum = v_fma(v_load(cij), v_set(scale[m + i]), sum);
             }
-            v_store(cij, acc[i][j]);
+            v_store(cij, sum);
         }
     }
 }
 
 // COLUMNS vectors from column n on, the start of a panel, for the rows from m on: ROWS at a time, then the rest.
-template <int ROWS, int COLUMNS, Accumulate ACC>
-static inline void multiply_rows(const Product & p, int64_t m, int64_t n) {
+template <int ROWS, int COLUMNS, Accumulate ACC, typename T>
+static inline void multiply_rows(const ProductOf<T> & p, int64_t m, int64_t n) {
     for (; m + ROWS <= p.n_rows; m += ROWS) {
         if (p.ahead) {
             p.ahead->touch();
         }
-        const float * b = p.b.at + n / PANEL * p.b.panel;
-        float *       c = p.c.at + n / PANEL * p.c.panel + m * p.c.ld;
-        multiply_block<ROWS, COLUMNS, ACC>(p.n_steps, p.a + m * p.a_row, p.a_row, p.a_step, b, p.b.ld, c, p.c.ld,
-                                           p.scale + (ACC == Accumulate::SCALE ? m : 0));
+        multiply_block<ROWS, COLUMNS, ACC>(p, m, n);
     }
     if constexpr (ROWS > 1) {
         multiply_rows<ROWS - 1, COLUMNS, ACC>(p, m, n);
@@ -107,7 +128,8 @@ static inline void multiply_rows(const Product & p, int64_t m, int64_t n) {
 }
 
 // All rows from column n on: COLUMNS vectors at a time, then the rest, which is less than a panel.
-template <int COLUMNS, Accumulate ACC> static inline void multiply_columns(const Product & p, int64_t n) {
+template <int COLUMNS, Accumulate ACC, typename T>
+static inline void multiply_columns(const ProductOf<T> & p, int64_t n) {
     constexpr int ROWS = N_ACCUMULATORS / COLUMNS > 12 ? 12 : N_ACCUMULATORS / COLUMNS;
     for (; n + COLUMNS * LANES <= p.n_cols; n += COLUMNS * LANES) {
         multiply_rows<ROWS, COLUMNS, ACC>(p, 0, n);
@@ -117,12 +139,12 @@ template <int COLUMNS, Accumulate ACC> static inline void multiply_columns(const
     }
 }
 
-template <Accumulate ACC> static void multiply(const Product & p) {
+template <Accumulate ACC, typename T> static void multiply(const ProductOf<T> & p) {
     multiply_columns<MAX_COLUMNS, ACC>(p, 0);
 }
 
 // C = A * B in steps of `step` values of k, so that the part of B in use stays in the L1 cache.
-static inline void multiply_in_steps(Product p, int64_t step) {
+template <typename T> static inline void multiply_in_steps(ProductOf<T> p, int64_t step) {
     const int64_t n_steps = p.n_steps;
     p.n_steps             = n_steps < step ? n_steps : step;
     multiply<Accumulate::NONE>(p);

@@ -183,7 +183,7 @@ round_weights(const CodeTile & t, int64_t b, int64_t n_cols, const float * weigh
             largest = v_max(largest, _mm512_abs_ps(v_mul(v_load(w + key * n_cols), v_set(scales[key * n_scales]))));
         }
         const __mmask16 any    = _mm512_cmp_ps_mask(largest, v_set(0.0f), _CMP_GT_OQ);
-        const vf        factor = _mm512_maskz_div_ps(any, v_set(INT16_MAX), largest);
+        const vf        factor = _mm512_maskz_div_ps(any, v_set((float) INT16_MAX), largest);
         v_store(unit + col, v_mul(largest, v_set(1.0f / INT16_MAX)));
         for (int64_t key = 0; key < n_keys; key += 2) {
             const auto rounded = [&](int64_t k) {

@@ -16,8 +16,10 @@ namespace latent {
 
 #if defined(KDA_SIMD)
 
+using kda::v_abs;
 using kda::v_add;
 using kda::v_fma;
+using kda::v_hsum;
 using kda::v_load;
 using kda::v_max;
 using kda::v_mul;
@@ -100,6 +102,84 @@ static inline void v_transpose(vf r[LANES]) {
     }
 }
 
+#endif
+
+// Vectors of 32-bit integers, and of pairs of 16-bit ones, on processors that multiply such pairs faster than float32.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VNNI__)
+
+#define LATENT_PAIRS 1
+
+using vi = __m512i;
+
+static inline vi v_load(const int32_t * x) {
+    return _mm512_loadu_si512(x);
+}
+static inline void v_store(int32_t * x, vi a) {
+    _mm512_storeu_si512(x, a);
+}
+static inline vi v_set(int32_t x) {
+    return _mm512_set1_epi32(x);
+}
+// c + the sum of the products of two pairs, in each lane
+static inline vi v_fma(vi a, vi b, vi c) {
+#if defined(__GNUC__) && !defined(__clang__) && !defined(AVX512_EMULATED)
+    asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // GCC 12 copies the sums of the intrinsic
+    return c;
+#else
+    return _mm512_dpwssd_epi32(c, a, b);
+#endif
+}
+static inline vf v_float(vi a) {
+    return _mm512_cvtepi32_ps(a);
+}
+// rounded to the nearest integers: low[i] and high[i] in lane i
+static inline vi v_pair(vf low, vf high) {
+    constexpr __mmask32 UPPER_HALVES = 0xaaaaaaaa;
+    return _mm512_mask_blend_epi16(UPPER_HALVES, _mm512_cvtps_epi32(low),
+                                   _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
+}
+// the same for neighbours of a row: a[0], a[1] in lane 0, ..., b[0], b[1] in the middle, ...
+static inline vi v_neighbours(vf a, vf b) {
+    const __m256i low  = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a));
+    const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(b));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+
+#define LATENT_PAIRS 1
+
+using vi = __m256i;
+
+static inline vi v_load(const int32_t * x) {
+    return _mm256_loadu_si256((const vi *) x);
+}
+static inline void v_store(int32_t * x, vi a) {
+    _mm256_storeu_si256((vi *) x, a);
+}
+static inline vi v_set(int32_t x) {
+    return _mm256_set1_epi32(x);
+}
+static inline vi v_fma(vi a, vi b, vi c) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpwssd_avx_epi32(c, a, b);
+#else
+    return _mm256_add_epi32(c, _mm256_madd_epi16(a, b));
+#endif
+}
+static inline vf v_float(vi a) {
+    return _mm256_cvtepi32_ps(a);
+}
+static inline vi v_pair(vf low, vf high) {
+    return _mm256_blend_epi16(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16), 0xaa);
+}
+static inline vi v_neighbours(vf a, vf b) {
+    const vi halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
+    return _mm256_permute4x64_epi64(halves, 0xd8);
+}
+
+#else
+#define LATENT_PAIRS 0
 #endif
 
 // For loops with a constant number of iterations, or that can be split into such loops.
