@@ -76,22 +76,12 @@ void divide_queries(Plan & p, int n_threads) {
     }
 }
 
-bool multiplies_pairs(const ggml_tensor * dst, const ggml_latent_attn_shape & s) {
-#if LATENT_PAIRS
-    return has_pairs(dst->src[1]->type, s.n_latent) && !ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
-#else
-    GGML_UNUSED(dst);
-    GGML_UNUSED(s);
-    return false;
-#endif
-}
-
 Plan make_plan(const ggml_tensor * dst, int n_threads) {
     Plan p     = {};
     p.s        = ggml_latent_attn_get_shape(dst);
     p.n_blocks = (p.s.n_queries + BLOCK_QUERIES - 1) / BLOCK_QUERIES;
     p.n_groups = (p.s.n_keys + GROUP_KEYS - 1) / GROUP_KEYS;
-    p.pairs    = multiplies_pairs(dst, p.s);
+    p.pairs    = has_pairs(dst->src[1]->type, p.s.n_latent) && !ggml_op_has_mark(dst, GGML_OP_MARK_EXACT);
     divide_queries(p, n_threads);
     const int64_t n = p.task_blocks * BLOCK_QUERIES;
 

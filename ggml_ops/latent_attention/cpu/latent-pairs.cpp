@@ -1,7 +1,5 @@
 #include "latent-pairs.h"
 
-#include "ggml.h"
-
 #include <algorithm>
 #include <cmath>
 
@@ -11,10 +9,6 @@ namespace latent {
 
 // Rows whose largest value is smaller become zero; the inverse of a smaller one could be infinite.
 constexpr float SMALLEST = 1e-30f;
-
-bool has_pairs(ggml_type cache, int64_t n_latent) {
-    return cache != GGML_TYPE_F32 && n_latent % (2 * LANES) == 0;
-}
 
 static float largest_lane(vf a) {
     float x[LANES];

@@ -8,6 +8,7 @@
 // The rounding errors of ordinary data: NMSE 1e-8 for a value, 2e-8 for a weight. A row with a value that is not finite
 // has the unit NaN.
 
+#include "ggml.h"
 #include "latent-gemm.h"
 
 namespace latent {
@@ -21,10 +22,12 @@ constexpr float   MAX_WEIGHTS  = 131000.0f;
 static_assert((MAX_NORM + 6) * (MAX_NORM + 6) < 2147483647.0, "rounding adds at most sqrt(SEGMENT) / 2 to a norm");
 static_assert((MAX_WEIGHTS + SEGMENT_KEYS / 2) * MAX_VALUE < 2147483647.0);
 
-#if LATENT_PAIRS
-
 // Whether the values of a cache of this type, with n_latent values per row, are computed as integers.
-bool has_pairs(ggml_type cache, int64_t n_latent);
+inline bool has_pairs(ggml_type cache, int64_t n_latent) {
+    return LATENT_PAIRS && cache != GGML_TYPE_F32 && n_latent % (2 * LANES) == 0;
+}
+
+#if LATENT_PAIRS
 
 // x[n] as pairs of neighbours, n a multiple of 2 * LANES. Returns the unit.
 float round_row(const float * x, int64_t n, int32_t * pairs);
