@@ -49,8 +49,11 @@ struct LatentShape {
     float       last      = 1.0f;      // them it grows by a constant factor per key
     bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
     float       loud      = 1.0f;      // decompressed form only: factor of the first value of each head
-    float       shift     = 0.0f;      // absorbed form only: added to all scores, ...
-    bool        rising    = false;     // ... twice for the first key, and less for each of those after it
+    float       common    = 0.0f;  // decompressed form only: the first latent value of all keys, which v_b hardly reads
+    float       heavy     = 0.0f;  // added to the score of the first key
+    bool        twins     = false;  // all other keys are equal
+    float       shift     = 0.0f;   // absorbed form only: added to all scores, ...
+    bool        rising    = false;  // ... twice for the first key, and less for each of those after it
     float       sink      = 0.0f;   // absorbed form only: added to the score of the first key, whose values are zeros
     int64_t     gap       = 0;      // values between the rows of q, and between those of the cache
     bool        one_mask  = false;  // for all streams
@@ -94,8 +97,13 @@ inline std::string name_of(const LatentShape & s) {
         "%g%s%s shift %g%s sink %g gap %d%s%s%s%s",
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
-        s.first, s.last, s.alike ? " alike" : "", s.loud != 1.0f ? " one loud" : "", s.shift, s.rising ? " rising" : "",
-        s.sink, (int) s.gap, s.one_mask ? " one mask" : "", s.poison ? " poisoned" : "",
+        s.first, s.last, s.alike ? " alike" : "",
+        s.loud != 1.0f     ? " one loud"
+        : s.common != 0.0f ? " one common"
+        : s.twins          ? " twins"
+                           : "",
+        s.shift, s.rising ? " rising" : "", s.sink, (int) s.gap, s.one_mask ? " one mask" : "",
+        s.poison ? " poisoned" : "",
         s.backwards ? " backwards"
         : s.ordered ? " ordered"
                     : "",
@@ -288,13 +296,25 @@ class LatentCase {
         }
     }
 
+    // A row of the cache after random values were filled in: see LatentShape.
+    void change(char * row, float * values, int64_t stream, int64_t key) const {
+        if (s.twins) {
+            memcpy(row, (char *) cache->data + stream * cache->nb[3] + s.cell(1) * cache->nb[1], cache->nb[1]);
+            std::copy_n(values - (key - 1) * s.n_cache(), s.n_cache(), values);
+        } else {
+            const ggml_fp16_t first = ggml_fp32_to_fp16(s.common);
+            memcpy(row, &first, sizeof(first));
+            values[0] = s.common;
+        }
+    }
+
     void fill() {
         q_f.resize(ggml_nelements(q));
         k_b_f.resize(ggml_nelements(k_b));
         v_b_f.resize(ggml_nelements(v_b));
         cache_f.resize(s.n_streams * s.n_keys * s.n_cache());
         const float deviation  = 1.0f / std::sqrt((float) s.n_nope);
-        const float added      = s.sink != 0.0f ? s.sink : s.shift;
+        const float added      = s.sink != 0.0f ? s.sink : s.heavy != 0.0f ? s.heavy : s.shift;
         const auto  fill_query = [&](int64_t i) {
             fill_row(GGML_TYPE_F32, (char *) q->data + i * q->nb[1], q->ne[0], s.query, q_f.data() + i * q->ne[0],
                      added == 0.0f ? NAN : added / scale());
@@ -307,6 +327,11 @@ class LatentCase {
                 const bool loud = t == v_b && i % s.n_value == 0;
                 fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation * (loud ? s.loud : 1.0f),
                          values->data() + i * t->ne[0]);
+                if (t == v_b && s.common != 0.0f) {
+                    ggml_fp16_t * first     = (ggml_fp16_t *) ((char *) t->data + i * t->nb[1]);
+                    *first                  = ggml_fp32_to_fp16(0.1f * (*values)[i * t->ne[0]]);
+                    (*values)[i * t->ne[0]] = ggml_fp16_to_fp32(*first);
+                }
             }
         }
         std::vector<float> spare(s.n_cache());
@@ -321,10 +346,14 @@ class LatentCase {
                 fill_row(s.cache, row, s.n_cache(), is_sink ? 0.0f : s.deviation(std::min(key, s.n_keys - 1)),
                          key < s.n_keys ? &cache_f[(stream * s.n_keys + key) * s.n_cache()] : spare.data(),
                          s.sink != 0.0f    ? (float) is_sink
+                         : s.heavy != 0.0f ? (float) (key == 0)
                          : s.shift == 0.0f ? NAN
                          : s.rising        ? 2.0f - (float) key / (float) s.n_keys
                                            : 1.0f,
                          s.alike);
+                if (key < s.n_keys && (s.common != 0.0f || (s.twins && key > 1))) {
+                    change(row, &cache_f[(stream * s.n_keys + key) * s.n_cache()], stream, key);
+                }
                 if (s.poison && !seen) {
                     memset(row, 0xff,
                            cache->nb[1]);  // NaN in every float type, and as the scale of every quantized type

@@ -46,8 +46,8 @@ struct Plan {
 
     // memory of one thread
     int64_t at_rows, at_q, at_tile, at_key, at_value, at_scores, at_rescale, at_max, at_sum, at_out, thread_size;
-    // of it, for pairs: rows of the cache, values and softmax weights, each with their units
-    int64_t at_codes, at_code_units, at_value_pairs, at_value_units, at_score_pairs, at_score_units;
+    // in the same memory, if `pairs`: values and softmax weights, each with their units
+    int64_t at_value_pairs, at_value_units, at_score_pairs, at_score_units;
     // both weights of a head: one for each thread, or, if a head has several tasks, one for each head
     int64_t at_v_b, at_v_b_units, weights_size;
 
@@ -97,8 +97,6 @@ Plan make_plan(const ggml_tensor * dst, int n_threads) {
     p.at_sum     = room.add(n);
     p.at_out     = room.add(n * pad_lanes(p.s.n_value));
     if (p.pairs) {
-        p.at_codes       = room.add(TILE_KEYS * p.s.n_latent / 2);
-        p.at_code_units  = room.add(TILE_KEYS);
         p.at_value_pairs = room.add(TILE_KEYS / 2 * pad_panel(p.s.n_value));
         p.at_value_units = room.add(TILE_KEYS);
         p.at_score_pairs = room.add(TILE_KEYS / 2 * BLOCK_QUERIES);
@@ -107,7 +105,7 @@ Plan make_plan(const ggml_tensor * dst, int n_threads) {
     p.thread_size = room.size;
     Layout weights;
     weights.add(p.s.n_latent * pad_panel(p.s.n_nope));  // k_b
-    p.at_v_b       = weights.add(p.s.n_latent / (p.pairs ? 2 : 1) * pad_panel(p.s.n_value));
+    p.at_v_b       = weights.add(p.s.n_latent * pad_panel(p.s.n_value));
     p.at_v_b_units = weights.add(p.pairs ? pad_panel(p.s.n_value) : 0);
     p.weights_size = weights.size;
     return p;
@@ -124,45 +122,22 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * row
     }
 }
 
-// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time.
-void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst) {
+// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time; for pairs normalised, with their units.
+void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst, float * units) {
     const auto row = [&](int64_t i) { return rows + i * p.s.n_latent; };
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {
         const int64_t n = std::min(ROWS_ONCE, p.s.n_value - i0);
         for (int64_t i = 0; i < n; ++i) {
-            read_row(v_b->type, row_of(v_b, i0 + i, head), p.s.n_latent, rows + i * p.s.n_latent);
+            read_row(v_b->type, row_of(v_b, i0 + i, head), p.s.n_latent, row(i));
+#if LATENT_PAIRS
+            if (p.pairs) {
+                units[i0 + i] = normalise(p.s.n_latent, row(i));
+            }
+#endif
         }
         transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f,
                        dst + i0 / PANEL * PANEL * p.s.n_latent + i0 % PANEL, PANEL);
     }
-}
-
-#if LATENT_PAIRS
-// v_b of one head as pairs of neighbouring values of the latent, [LATENT / 2][DV] in panels, and the units of DV.
-void load_v_b_pairs(const ggml_tensor * v_b, int64_t head, const Plan & p, float * row, int32_t * dst, float * units) {
-    const int64_t n_pairs = p.s.n_latent / 2;
-    int32_t *     pairs   = (int32_t *) (row + p.s.n_latent);
-    std::fill(dst, dst + n_pairs * pad_panel(p.s.n_value), 0);
-    std::fill(units, units + pad_panel(p.s.n_value), 0.0f);
-    for (int64_t i = 0; i < p.s.n_value; ++i) {
-        read_row(v_b->type, row_of(v_b, i, head), p.s.n_latent, row);
-        units[i]     = round_row(row, p.s.n_latent, pairs);
-        int32_t * to = dst + i / PANEL * PANEL * n_pairs + i % PANEL;
-        for (int64_t j = 0; j < n_pairs; ++j) {
-            to[j * PANEL] = pairs[j];
-        }
-    }
-}
-#endif
-
-void load_values(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * weights) {
-#if LATENT_PAIRS
-    if (p.pairs) {
-        load_v_b_pairs(v_b, head, p, rows, (int32_t *) (weights + p.at_v_b), weights + p.at_v_b_units);
-        return;
-    }
-#endif
-    load_v_b(v_b, head, p, rows, weights + p.at_v_b);
 }
 
 // One task.
@@ -208,24 +183,12 @@ void expand(const Plan & p, int n_keys, const float * weights, float * own) {
         memcpy(keys + i * ld_key + p.s.n_nope, latents + i * ld_latent + p.s.n_latent,
                (p.s.n_key - p.s.n_nope) * sizeof(float));
     }
-    if (!p.pairs) {
-        product(p.s.n_value, weights + p.at_v_b, in_panels(values, TILE_KEYS));
-        return;
-    }
+    product(p.s.n_value, weights + p.at_v_b, in_panels(values, TILE_KEYS));
 #if LATENT_PAIRS
-    const int64_t n_pairs = p.s.n_latent / 2;
-    const int64_t n_cols  = pad_lanes(p.s.n_value);
-    int32_t *     codes   = (int32_t *) (own + p.at_codes);
-    float *       units   = own + p.at_code_units;
-    for (int i = 0; i < n_keys; ++i) {
-        units[i] = round_row(latents + i * ld_latent, p.s.n_latent, codes + i * n_pairs);
+    if (p.pairs) {
+        round_values(n_keys, pad_lanes(p.s.n_value), in_panels((const float *) values, TILE_KEYS),
+                     in_panels((int32_t *) (own + p.at_value_pairs), TILE_KEYS / 2), own + p.at_value_units);
     }
-    const int32_t * v_b = (const int32_t *) (weights + p.at_v_b);
-    multiply_in_steps(PairProduct{ n_keys, n_cols, n_pairs, codes, n_pairs, 1, in_panels(v_b, n_pairs),
-                                   in_panels(values, TILE_KEYS), nullptr, nullptr, units },
-                      SEGMENT / 2);
-    round_values(n_keys, n_cols, in_panels((const float *) values, TILE_KEYS),
-                 in_panels((int32_t *) (own + p.at_value_pairs), TILE_KEYS / 2), own + p.at_value_units);
 #endif
 }
 
@@ -331,7 +294,7 @@ void attend(
     for (int64_t i = 0; i < task.query1 - task.query0; ++i) {
         float * result = (float *) row_of(dst, task.head, task.query0 + i, task.stream);
         write_row(out + i * ld_value, sum[i], p.s.n_value, result);
-        for (int64_t d = 0; p.pairs && d < p.s.n_value; ++d) {
+        for (int64_t d = 0; p.pairs && sum[i] != 0.0f && d < p.s.n_value; ++d) {
             result[d] *= weights[p.at_v_b_units + d];
         }
     }
@@ -379,7 +342,7 @@ void ggml_compute_forward_latent_attn(const ggml_compute_params * params, ggml_t
     }
     const auto load = [&](int64_t head, bool values, float * to) {
         if (values) {
-            load_values(dst->src[3], head, p, own + p.at_rows, to);
+            load_v_b(dst->src[3], head, p, own + p.at_rows, to + p.at_v_b, to + p.at_v_b_units);
         } else {
             load_k_b(dst->src[2], head, p, own + p.at_rows, to);
         }

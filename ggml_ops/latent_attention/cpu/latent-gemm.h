@@ -58,7 +58,7 @@ template <typename T> struct ProductOf {
 using Product     = ProductOf<float>;
 using PairProduct = ProductOf<int32_t>;
 
-// What is added to C for a sum.
+// A sum as float32; for pairs, times the unit of its row.
 static inline vf in_units(const vf & sum, const float *, int64_t) {
     return sum;
 }

@@ -7,67 +7,56 @@ namespace latent {
 
 #if LATENT_PAIRS
 
-// Rows whose largest value is smaller become zero; the inverse of a smaller one could be infinite.
-constexpr float SMALLEST = 1e-30f;
+// A smaller largest value counts as this: the inverse of its unit could be infinite.
+constexpr float SMALLEST = 1e-33f;
 
-static float largest_lane(vf a) {
-    float x[LANES];
-    v_store(x, a);
-    return *std::max_element(x, x + LANES);
-}
-
-float round_row(const float * x, int64_t n, int32_t * pairs) {
+float normalise(int64_t n, float * row) {
     vf largest = v_set(0.0f);
     vf nothing = v_set(0.0f);  // NaN if a value is not finite
     for (int64_t i = 0; i < n; i += LANES) {
-        const vf value = v_load(x + i);
+        const vf value = v_load(row + i);
         largest        = v_max(largest, v_abs(value));
         nothing        = v_fma(value, v_set(0.0f), nothing);
     }
-    const float most  = largest_lane(largest);
-    const bool  some  = most > SMALLEST;
-    const float whole = some ? 1.0f / most : 0.0f;
-    float       norm  = 0.0f;
-    for (int64_t i0 = 0; i0 < n; i0 += SEGMENT) {
-        vf squares = v_set(0.0f);
-        for (int64_t i = i0; i < std::min(n, i0 + SEGMENT); i += LANES) {
-            const vf value = v_mul(v_load(x + i), v_set(whole));
-            squares        = v_fma(value, value, squares);
-        }
-        norm = std::max(norm, v_hsum(squares));
+    if (v_hsum(nothing) != 0.0f) {
+        std::fill(row, row + n, 0.0f);
+        return NAN;
     }
-    const float steps  = some ? std::min((float) INT16_MAX, MAX_NORM / std::sqrt(norm)) : 0.0f;  // of the largest value
-    const vf    factor = v_set(steps * whole);
-    for (int64_t i = 0; i < n; i += 2 * LANES) {
-        v_store(pairs + i / 2, v_neighbours(v_mul(v_load(x + i), factor), v_mul(v_load(x + i + LANES), factor)));
+    int exponent;
+    std::frexp(v_hmax(largest), &exponent);
+    exponent        = std::max(exponent, -126);
+    const vf factor = v_set(std::ldexp(1.0f, -exponent));
+    for (int64_t i = 0; i < n; i += LANES) {
+        v_store(row + i, v_mul(v_load(row + i), factor));
     }
-    return (some ? most / steps : 0.0f) + v_hsum(nothing);
+    return std::ldexp(1.0f, exponent);
 }
 
 void round_values(int64_t n_keys, int64_t n_cols, Matrix<const float> values, Matrix<int32_t> pairs, float * units) {
     const auto at = [&](int64_t key, int64_t col) {
         return v_load(values.at + col / PANEL * values.panel + key * values.ld + col % PANEL);
     };
-    for (int64_t key0 = 0; key0 < n_keys; key0 += 2) {
-        const int64_t n        = std::min<int64_t>(2, n_keys - key0);
-        vf            steps[2] = { v_set(0.0f), v_set(0.0f) };  // 1 as an integer
-        for (int64_t i = 0; i < n; ++i) {
-            vf largest = v_set(0.0f);
-            vf nothing = v_set(0.0f);
-            for (int64_t col = 0; col < n_cols; col += LANES) {
-                const vf value = at(key0 + i, col);
-                largest        = v_max(largest, v_abs(value));
-                nothing        = v_fma(value, v_set(0.0f), nothing);
-            }
-            const float most = largest_lane(largest);
-            const bool  some = most > SMALLEST;
-            steps[i]         = v_set(some ? MAX_VALUE / most : 0.0f);
-            units[key0 + i]  = (some ? most / MAX_VALUE : 0.0f) + v_hsum(nothing);
-        }
+    // integers per unit of value
+    const auto factor_of = [&](int64_t key) {
+        vf largest = v_set(SMALLEST);
+        vf nothing = v_set(0.0f);
         for (int64_t col = 0; col < n_cols; col += LANES) {
-            const vf first  = v_mul(at(key0, col), steps[0]);
-            const vf second = n == 1 ? v_set(0.0f) : v_mul(at(key0 + 1, col), steps[1]);
-            v_store(pairs.at + col / PANEL * pairs.panel + key0 / 2 * pairs.ld + col % PANEL, v_pair(first, second));
+            const vf value = at(key, col);
+            largest        = v_max(largest, v_abs(value));
+            nothing        = v_fma(value, v_set(0.0f), nothing);
+        }
+        const float most = v_hmax(largest);
+        units[key]       = most / MAX_VALUE + v_hsum(nothing);
+        return MAX_VALUE / most;
+    };
+    for (int64_t key = 0; key < n_keys; key += 2) {
+        const bool  alone  = key + 1 == n_keys;
+        const float first  = factor_of(key);
+        const float second = alone ? 0.0f : factor_of(key + 1);
+        for (int64_t col = 0; col < n_cols; col += LANES) {
+            const vf low  = v_mul(at(key, col), v_set(first));
+            const vf high = alone ? v_set(0.0f) : v_mul(at(key + 1, col), v_set(second));
+            v_store(pairs.at + col / PANEL * pairs.panel + key / 2 * pairs.ld + col % PANEL, v_pair(low, high));
         }
     }
 }
@@ -80,28 +69,30 @@ void round_weights(
             const auto product = [&](int64_t key) {
                 return v_mul(v_load(weights + key * n_cols + col), v_set(key_units[key]));
             };
-            vf largest = v_set(0.0f);
+            vf largest = v_set(SMALLEST);
             vf total   = v_set(0.0f);
             for (int64_t key = key0; key < end; ++key) {
                 const vf x = product(key);
                 largest    = v_max(largest, x);
                 total      = v_add(total, x);
             }
-            float most[LANES], all[LANES], factor[LANES];
-            v_store(most, largest);
-            v_store(all, total);
-            float * unit = units + key0 / SEGMENT_KEYS * n_cols + col;
-            for (int i = 0; i < LANES; ++i) {
-                // a whole number for the largest, so that equal weights have no error
-                const float steps = std::floor(std::min((float) INT16_MAX, MAX_WEIGHTS * most[i] / all[i]));
-                const bool  some  = all[i] > SMALLEST;
-                factor[i]         = some ? steps / most[i] : 0.0f;
-                unit[i]           = (some ? most[i] / steps : 0.0f) + all[i] * 0.0f;
-            }
-            const vf f = v_load(factor);
+            // a whole number for the largest, so that equal weights have no error
+            const vf share = v_div(largest, v_max(total, largest));
+            const vf most  = v_round(v_min(v_set(MAX_WEIGHT), v_mul(share, v_set(MAX_WEIGHTS))));
+            const vf unit  = v_div(largest, most);
+            v_store(units + key0 / SEGMENT_KEYS * n_cols + col, v_fma(total, v_set(0.0f), unit));
+            const vf   factor  = v_div(most, largest);
+            vf         carry   = v_set(0.0f);
+            const auto rounded = [&](int64_t key) {
+                const vf exact = v_fma(product(key), factor, carry);
+                const vf whole = v_round(exact);
+                carry          = v_sub(exact, whole);
+                return whole;
+            };
             for (int64_t key = key0; key < end; key += 2) {
-                const vf second = key + 1 < end ? v_mul(product(key + 1), f) : v_set(0.0f);
-                v_store(pairs + key / 2 * n_cols + col, v_pair(v_mul(product(key), f), second));
+                const vf low  = rounded(key);
+                const vf high = key + 1 < end ? rounded(key + 1) : v_set(0.0f);
+                v_store(pairs + key / 2 * n_cols + col, v_pair(low, high));
             }
         }
     }

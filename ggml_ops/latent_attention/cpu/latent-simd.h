@@ -18,11 +18,14 @@ namespace latent {
 
 using kda::v_abs;
 using kda::v_add;
+using kda::v_div;
 using kda::v_fma;
 using kda::v_hsum;
 using kda::v_load;
 using kda::v_max;
+using kda::v_min;
 using kda::v_mul;
+using kda::v_round;
 using kda::v_store;
 using kda::v_sub;
 using kda::v_transpose;
@@ -138,11 +141,8 @@ static inline vi v_pair(vf low, vf high) {
     return _mm512_mask_blend_epi16(UPPER_HALVES, _mm512_cvtps_epi32(low),
                                    _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
 }
-// the same for neighbours of a row: a[0], a[1] in lane 0, ..., b[0], b[1] in the middle, ...
-static inline vi v_neighbours(vf a, vf b) {
-    const __m256i low  = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a));
-    const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(b));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+static inline float v_hmax(vf a) {
+    return _mm512_reduce_max_ps(a);
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
@@ -173,9 +173,10 @@ static inline vf v_float(vi a) {
 static inline vi v_pair(vf low, vf high) {
     return _mm256_blend_epi16(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16), 0xaa);
 }
-static inline vi v_neighbours(vf a, vf b) {
-    const vi halves = _mm256_packs_epi32(_mm256_cvtps_epi32(a), _mm256_cvtps_epi32(b));
-    return _mm256_permute4x64_epi64(halves, 0xd8);
+static inline float v_hmax(vf a) {
+    const __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 y = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
 #else
