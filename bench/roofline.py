@@ -131,8 +131,8 @@ def demand(model: ModelFile, cell: Cell) -> Demand:
     """What one decode of a cell must move and compute.
 
     Experts: the expected number of different experts if tokens choose at random. Attention: the cheaper of the
-    absorbed and the decompressed form, in float32; values of the decompressed form in 16-bit integers, except with
-    F32 caches. An indexer scores all pools of keys; attention then reads the
+    absorbed and the decompressed form, in float32, except softmax weights times values of the decompressed
+    form, which are 16-bit integers (F32 caches: float32). An indexer scores all pools of keys; attention then reads the
     chosen keys only.
     """
     keys, tokens = model.keys, cell.tokens
@@ -201,13 +201,13 @@ def attention_macs(
 ) -> tuple[float, float]:
     """Multiply-adds of one latent attention layer, in the form with fewer of them; causal.
 
-    most: as for `key_pairs`. Returns those in float32, and those for which 16-bit integers are enough: the values of
-    the decompressed form, except with F32 caches.
+    most: as for `key_pairs`. Returns those in float32, and those for which 16-bit integers are enough: softmax weights
+    times values of the decompressed form, except with F32 caches.
     """
     pairs = key_pairs(cell, most)
     absorbed = pairs * (2 * latent + rope) + cell.batch * latent * (nope + value)
     expanded = -(-cell.batch // cell.ubatch) * (cell.depth + cell.batch) * latent  # for each value of a head
-    keys, values = pairs * (nope + rope) + expanded * nope, (pairs + expanded) * value
+    keys, values = pairs * (nope + rope) + expanded * (nope + value), pairs * value
     each = cell.sequences * heads
     if absorbed < keys + values:
         return each * absorbed, 0.0

@@ -108,7 +108,7 @@ def test_attention_takes_the_cheaper_form() -> None:
     one = attention_macs(Cell("f16", 1, 999, 1, 1), 1, 512, 64, 128, 128)
     assert one == (1000 * 1088 + 512 * 256, 0.0)
     pairs, expanded = 512 * 513 / 2, 512 * 512
-    keys, values = pairs * 192 + expanded * 128, (pairs + expanded) * 128
+    keys, values = pairs * 192 + expanded * 256, pairs * 128
     assert attention_macs(Cell("f16", 1, 0, 1, 512), 1, 512, 64, 128, 128) == (keys, values)
     assert attention_macs(Cell("f32", 1, 0, 1, 512), 1, 512, 64, 128, 128) == (keys + values, 0.0)
 

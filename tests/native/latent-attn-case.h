@@ -296,7 +296,7 @@ class LatentCase {
         }
     }
 
-    // A row of the cache after random values were filled in: see LatentShape.
+    // Changes a row of the cache, already filled with random values, for `common` or `twins`.
     void change(char * row, float * values, int64_t stream, int64_t key) const {
         if (s.twins) {
             memcpy(row, (char *) cache->data + stream * cache->nb[3] + s.cell(1) * cache->nb[1], cache->nb[1]);

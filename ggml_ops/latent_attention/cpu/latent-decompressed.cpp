@@ -9,7 +9,7 @@
 // and the attention of all queries that see the tile, a block of queries at a time:
 //   scores^T [keys][queries] = key [keys][DK] * q^T [DK][queries]
 //   out      [queries][DV]   = out * rescale + weights [queries][keys] * value [keys][DV]
-// All in float32, or value and out with integers of 16 bits (latent-pairs.h).
+// All in float32. With `pairs`, weights and value are rounded to 16-bit integers for the last matmul (latent-pairs.h).
 
 #include "ggml-latent-attn.h"
 #include "ggml-op-marks.h"
@@ -42,7 +42,7 @@ struct Plan {
     int64_t                task_blocks;  // of a task, at most
     int64_t                n_parts;      // tasks of a head
     int64_t                n_groups;     // groups of keys, see next_tile
-    bool                   pairs;        // value and out are computed with integers
+    bool                   pairs;        // out is computed from weights and values as integers
 
     // memory of one thread
     int64_t at_rows, at_q, at_tile, at_key, at_value, at_scores, at_rescale, at_max, at_sum, at_out, thread_size;
@@ -122,7 +122,8 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * row
     }
 }
 
-// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time; for pairs normalised, with their units.
+// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time. With `pairs`, each row is
+// normalised first, and its power of two stored in `units`.
 void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst, float * units) {
     const auto row = [&](int64_t i) { return rows + i * p.s.n_latent; };
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {

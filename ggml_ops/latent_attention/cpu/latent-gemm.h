@@ -2,8 +2,8 @@
 
 // Dense matmuls for latent attention.
 //   C[m][n] = (term of the old C[m][n], see Accumulate) + unit[m] * sum over k of A[m*a_row + k*a_step] * B[k][n]
-// A and B are float32 (without unit), or each element is a pair of 16-bit integers: the sum of their two products is added
-// in 32 bits. C is float32. B and C are read and written in vectors, A is broadcast; with A's two strides the same kernel
+// A and B are float32 (without unit), or each element is a pair of 16-bit integers: a pair of A times a pair of
+// B is the sum of two products, accumulated in 32 bits. C is float32. B and C are read and written in vectors, A is broadcast; with A's two strides the same kernel
 // supports a matrix or its transpose. The order of summation depends on the shape only.
 
 #include "latent-simd.h"

@@ -7,15 +7,16 @@ namespace latent {
 
 #if LATENT_PAIRS
 
-// A smaller largest value counts as this: the inverse of its unit could be infinite.
+// Lower bound for the largest value of a row: for smaller ones, the inverse of the unit could be infinite. Smaller values
+// lose bits.
 constexpr float SMALLEST = 1e-33f;
 
 float normalise(int64_t n, float * row) {
-    vf largest = v_set(0.0f);
+    vf total   = v_set(0.0f);
     vf nothing = v_set(0.0f);  // NaN if a value is not finite
     for (int64_t i = 0; i < n; i += LANES) {
         const vf value = v_load(row + i);
-        largest        = v_max(largest, v_abs(value));
+        total          = v_fma(v_abs(value), v_set(1.0f / (float) n), total);
         nothing        = v_fma(value, v_set(0.0f), nothing);
     }
     if (v_hsum(nothing) != 0.0f) {
@@ -23,8 +24,8 @@ float normalise(int64_t n, float * row) {
         return NAN;
     }
     int exponent;
-    std::frexp(v_hmax(largest), &exponent);
-    exponent        = std::max(exponent, -126);
+    std::frexp(v_hsum(total), &exponent);
+    exponent        = std::clamp(exponent, -126, 126);
     const vf factor = v_set(std::ldexp(1.0f, -exponent));
     for (int64_t i = 0; i < n; i += LANES) {
         v_store(row + i, v_mul(v_load(row + i), factor));
@@ -36,7 +37,7 @@ void round_values(int64_t n_keys, int64_t n_cols, Matrix<const float> values, Ma
     const auto at = [&](int64_t key, int64_t col) {
         return v_load(values.at + col / PANEL * values.panel + key * values.ld + col % PANEL);
     };
-    // integers per unit of value
+    // sets the unit of a key; returns its inverse
     const auto factor_of = [&](int64_t key) {
         vf largest = v_set(SMALLEST);
         vf nothing = v_set(0.0f);

@@ -1,9 +1,10 @@
 #pragma once
 
-// Values of the decompressed form as integers of 16 bits: an instruction multiplies twice as many of them as of float32.
-// The values of a key and the weights of a query for SEGMENT_KEYS keys have a unit each (the value of the integer 1). No
-// absolute value is larger than MAX_VALUE, and the weights add up to about MAX_WEIGHTS at most, so that the sum of their
-// products is below 2^31 for any data. What is not finite makes a unit NaN.
+// The last matmul of the decompressed form, softmax weights times values, with integers of 16 bits: an instruction does twice
+// as many multiply-adds as in float32. All values of a key share one unit (the value of the integer 1), and the weights of
+// one query for SEGMENT_KEYS keys share another. Values are at most MAX_VALUE in magnitude. The weights add up to at most
+// MAX_WEIGHTS before rounding. So a sum of SEGMENT_KEYS products is below 2^31 for any data. If a value or a weight is not
+// finite, its unit is NaN.
 
 #include "ggml.h"
 #include "latent-gemm.h"
@@ -11,11 +12,12 @@
 namespace latent {
 
 constexpr int64_t SEGMENT_KEYS = 64;
-constexpr float   MAX_VALUE    = 16383.0f;
-constexpr float   MAX_WEIGHT   = 32766.0f;  // one less than an integer of 16 bits holds: see round_weights
-constexpr float   MAX_WEIGHTS  = 131000.0f;
+constexpr float   MAX_VALUE    = 11585.0f;
+constexpr float   MAX_WEIGHT   = 32766.0f;  // one less than INT16_MAX, because a carried error can add 1
+constexpr float   MAX_WEIGHTS  = 185000.0f;
 
-// Rounding the largest weight to a whole number adds at most SEGMENT_KEYS / 2 to the sum of all, rounding the others 1.
+// Rounding the largest weight to a whole number scales all weights, which adds at most SEGMENT_KEYS / 2 to their sum. Rounding
+// the weights adds less than 1, because errors are carried.
 static_assert((MAX_WEIGHTS + SEGMENT_KEYS / 2 + 1) * MAX_VALUE < 2147483647.0);
 
 // Whether values of a cache of this type, with n_latent values per row, are multiplied as integers.
@@ -25,8 +27,8 @@ inline bool has_pairs(ggml_type cache, int64_t n_latent) {
 
 #if LATENT_PAIRS
 
-// Divides a row of n values, a multiple of LANES, by a power of two, so that its largest magnitude is in [0.5, 1) (smaller
-// if it is below 2^-126), and returns that power. A row with a value that is not finite becomes zero: returns NaN.
+// Divides a row of n values, a multiple of LANES, by a power of two near their mean magnitude, and returns this power. If a
+// value is not finite, fills the row with zeros and returns NaN.
 float normalise(int64_t n, float * row);
 
 // Values [keys][n_cols] in panels as pairs of neighbouring keys: pairs[key / 2][n_cols] in panels; units[key]. n_cols: a

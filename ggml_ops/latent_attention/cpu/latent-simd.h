@@ -123,10 +123,10 @@ static inline void v_store(int32_t * x, vi a) {
 static inline vi v_set(int32_t x) {
     return _mm512_set1_epi32(x);
 }
-// c + the sum of the products of two pairs, in each lane
+// in each lane: c + low(a) * low(b) + high(a) * high(b)
 static inline vi v_fma(vi a, vi b, vi c) {
 #if defined(__GNUC__) && !defined(__clang__) && !defined(AVX512_EMULATED)
-    asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // GCC 12 copies the sums of the intrinsic
+    asm("vpdpwssd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));  // with the intrinsic, GCC 12 copies the accumulators
     return c;
 #else
     return _mm512_dpwssd_epi32(c, a, b);

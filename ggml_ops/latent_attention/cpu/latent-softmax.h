@@ -39,9 +39,9 @@ softmax_tile(int64_t n_keys, int64_t n_cols, float * scores, float * maximum, fl
 
 // dst = out / sum; zero for a row that saw no key.
 static inline void write_row(const float * out, float sum, int64_t n, float * dst) {
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+    const float inverse = 1.0f / sum;
     for (int64_t d = 0; d < n; ++d) {
-        dst[d] = out[d] * inverse;
+        dst[d] = sum == 0.0f ? 0.0f : out[d] * inverse;
     }
 }
 

@@ -30,9 +30,9 @@ struct Threshold {
 // Measured. With Q8_0 and Q4_0 an absorbed pair costs less, because it is computed in integers (latent-int16).
 static constexpr Threshold CPU[] = {
     { 512, 96, 96, 112 },
-    { 1536, 128, 128, 176 },
-    { 6144, 160, 144, 208 },
-    { INT64_MAX, 160, 144, 224 },
+    { 1536, 128, 128, 192 },
+    { 6144, 160, 160, 256 },
+    { INT64_MAX, 160, 160, 288 },
 };
 
 // NVIDIA's devices for data centres, and GeForce. Written by kimi_gguf/scripts/latent_counts.py: counted, and larger where
