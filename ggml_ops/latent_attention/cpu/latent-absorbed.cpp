@@ -308,8 +308,8 @@ void attend(const ggml_tensor * dst,
             score_int16(n_cols, codes, (const int32_t *) queries, queries + p.at_q_scale, scores);
         } else {
             read_rows(tile, k->type, k_data, k->nb[1], p.dk, keys, p.ld_tile);
-            multiply_in_steps(Product{ tile.n_keys, n_cols, p.dk, keys, p.ld_tile, 1, in_rows(queries, n_cols),
-                                       in_rows(scores, n_cols), nullptr, &ahead },
+            multiply_in_steps({ tile.n_keys, n_cols, p.dk, keys, p.ld_tile, 1, in_rows(queries, n_cols),
+                                in_rows(scores, n_cols), nullptr, &ahead },
                               STEP_LATENT);
         }
         if (tile.masked) {

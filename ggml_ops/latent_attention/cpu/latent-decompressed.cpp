@@ -175,8 +175,8 @@ void expand(const Plan & p, int n_keys, const float * weights, float * own) {
     const int64_t ld_latent = align(p.s.n_cache);
     const int64_t ld_key    = align(p.s.n_key + LANES);
     const auto    product   = [&](int64_t n_cols, const float * b, const Matrix<float> & c) {
-        multiply_in_steps(Product{ n_keys, pad_lanes(n_cols), p.s.n_latent, latents, ld_latent, 1,
-                                   in_panels(b, p.s.n_latent), c, nullptr, nullptr },
+        multiply_in_steps({ n_keys, pad_lanes(n_cols), p.s.n_latent, latents, ld_latent, 1, in_panels(b, p.s.n_latent),
+                            c, nullptr, nullptr },
                           STEP_LATENT);
     };
     product(p.s.n_nope, weights, in_rows(keys, ld_key));

@@ -144,7 +144,7 @@ template <Accumulate ACC, typename T> static void multiply(const ProductOf<T> & 
 }
 
 // C = A * B in steps of `step` values of k, so that the part of B in use stays in the L1 cache.
-template <typename T> static inline void multiply_in_steps(ProductOf<T> p, int64_t step) {
+static inline void multiply_in_steps(Product p, int64_t step) {
     const int64_t n_steps = p.n_steps;
     p.n_steps             = n_steps < step ? n_steps : step;
     multiply<Accumulate::NONE>(p);
