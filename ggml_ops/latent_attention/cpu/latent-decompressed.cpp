@@ -98,7 +98,7 @@ Plan make_plan(const ggml_tensor * dst, int n_threads) {
     p.at_out     = room.add(n * pad_lanes(p.s.n_value));
     if (p.pairs) {
         p.at_value_pairs = room.add(TILE_KEYS / 2 * pad_panel(p.s.n_value));
-        p.at_value_units = room.add(TILE_KEYS);
+        p.at_value_units = room.add(TILE_KEYS + TILE_KEYS / SEGMENT_KEYS);
         p.at_score_pairs = room.add(TILE_KEYS / 2 * BLOCK_QUERIES);
         p.at_score_units = room.add(TILE_KEYS / SEGMENT_KEYS * BLOCK_QUERIES);
     }
@@ -124,7 +124,8 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * row
 
 // v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time. With `pairs`, each row is
 // normalised first, and its power of two stored in `units`.
-void load_v_b(const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst, float * units) {
+void load_v_b(
+    const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst, [[maybe_unused]] float * units) {
     const auto row = [&](int64_t i) { return rows + i * p.s.n_latent; };
     for (int64_t i0 = 0; i0 < p.s.n_value; i0 += ROWS_ONCE) {
         const int64_t n = std::min(ROWS_ONCE, p.s.n_value - i0);
@@ -167,6 +168,12 @@ Keys keys_in(const ggml_tensor * dst, const Plan & p, int64_t stream) {
     return keys_of(dst->src[GGML_LATENT_ORDER_SRC], stream, p.s.n_keys);
 }
 
+#if LATENT_PAIRS
+ValueUnits value_units(const Plan & p, float * own) {
+    return { own + p.at_value_units, own + p.at_value_units + TILE_KEYS };
+}
+#endif
+
 // Expands the tile's rows of the cache to keys [NOPE, ROPE] and, in panels, values of one head.
 void expand(const Plan & p, int n_keys, const float * weights, float * own) {
     const float * latents   = own + p.at_tile;
@@ -188,7 +195,7 @@ void expand(const Plan & p, int n_keys, const float * weights, float * own) {
 #if LATENT_PAIRS
     if (p.pairs) {
         round_values(n_keys, pad_lanes(p.s.n_value), in_panels((const float *) values, TILE_KEYS),
-                     in_panels((int32_t *) (own + p.at_value_pairs), TILE_KEYS / 2), own + p.at_value_units);
+                     in_panels((int32_t *) (own + p.at_value_pairs), TILE_KEYS / 2), value_units(p, own));
     }
 #endif
 }
@@ -208,7 +215,7 @@ void add_values(const Plan & p, int n_keys, int64_t n_queries, float * own, floa
 #if LATENT_PAIRS
     int32_t * pairs = (int32_t *) (own + p.at_score_pairs);
     float *   units = own + p.at_score_units;
-    round_weights(n_keys, n_cols, weights, own + p.at_value_units, pairs, units);
+    round_weights(n_keys, n_cols, weights, value_units(p, own), pairs, units);
     for (int key = 0; key < n_keys; key += SEGMENT_KEYS) {
         const int64_t     n_pairs = (std::min<int64_t>(SEGMENT_KEYS, n_keys - key) + 1) / 2;
         const PairProduct product = { n_queries,

@@ -2,23 +2,29 @@
 
 // The last matmul of the decompressed form, softmax weights times values, with integers of 16 bits: an instruction does twice
 // as many multiply-adds as in float32. All values of a key share one unit (the value of the integer 1), and the weights of
-// one query for SEGMENT_KEYS keys share another. Values are at most MAX_VALUE in magnitude. The weights add up to at most
-// MAX_WEIGHTS before rounding. So a sum of SEGMENT_KEYS products is below 2^31 for any data. If a value or a weight is not
-// finite, its unit is NaN.
+// one query for SEGMENT_KEYS keys, a segment, share another. If a value or a weight is not finite, its unit is NaN.
+//
+// A sum over a segment is below 2^31 for any data, because the weights are at most as large as one of two bounds permits:
+// their sum times MAX_VALUE, and (Cauchy-Schwarz) their Euclidean norm times that of the values of a column.
 
 #include "ggml.h"
 #include "latent-gemm.h"
 
 namespace latent {
 
-constexpr int64_t SEGMENT_KEYS = 64;
-constexpr float   MAX_VALUE    = 11585.0f;
-constexpr float   MAX_WEIGHT   = 32766.0f;  // one less than INT16_MAX, because a carried error can add 1
-constexpr float   MAX_WEIGHTS  = 185000.0f;
+constexpr int64_t SEGMENT_KEYS = 32;
+constexpr float   MAX_VALUE    = 16384.0f;
+constexpr float   MAX_WEIGHT   = 32766.0f;       // one less than INT16_MAX, because a carried error can add 1
+constexpr float   MAX_SUM      = 2147000000.0f;  // below 2^31 also with the errors of float32
+constexpr float   ROUND_VALUES = 3.0f;           // rounding adds at most sqrt(SEGMENT_KEYS) / 2 to the norm of a column
 
-// Rounding the largest weight to a whole number scales all weights, which adds at most SEGMENT_KEYS / 2 to their sum. Rounding
-// the weights adds less than 1, because errors are carried.
-static_assert((MAX_WEIGHTS + SEGMENT_KEYS / 2 + 1) * MAX_VALUE < 2147483647.0);
+// Rounding the largest weight to a whole number scales all weights, which adds at most SEGMENT_KEYS / 2 to their sum and
+// sqrt(SEGMENT_KEYS) / 2 to their norm. Rounding the weights adds at most 1 to their sum, because errors are carried, and
+// sqrt(SEGMENT_KEYS) to their norm.
+constexpr float ROUND_SUM  = SEGMENT_KEYS / 2 + 1;
+constexpr float ROUND_NORM = 9.0f;
+
+static_assert(4 * ROUND_VALUES * ROUND_VALUES >= SEGMENT_KEYS && ROUND_NORM * ROUND_NORM >= 2.25 * SEGMENT_KEYS);
 
 // Whether values of a cache of this type, with n_latent values per row, are multiplied as integers.
 inline bool has_pairs(ggml_type cache, int64_t n_latent) {
@@ -31,15 +37,26 @@ inline bool has_pairs(ggml_type cache, int64_t n_latent) {
 // value is not finite, fills the row with zeros and returns NaN.
 float normalise(int64_t n, float * row);
 
-// Values [keys][n_cols] in panels as pairs of neighbouring keys: pairs[key / 2][n_cols] in panels; units[key]. n_cols: a
-// multiple of LANES.
-void round_values(int64_t n_keys, int64_t n_cols, Matrix<const float> values, Matrix<int32_t> pairs, float * units);
+// What the integers of a tile are relative to.
+struct ValueUnits {
+    float * of_key;  // [key]
+    float * norm;    // [key / SEGMENT_KEYS]: the largest norm of a column
+};
+
+// Values [keys][n_cols] in panels as pairs of neighbouring keys: pairs[key / 2][n_cols] in panels. n_cols: a multiple of
+// LANES.
+void round_values(
+    int64_t n_keys, int64_t n_cols, Matrix<const float> values, Matrix<int32_t> pairs, const ValueUnits & units);
 
 // Softmax weights [keys][n_cols] times the unit of their key, as pairs of neighbouring keys [keys / 2][n_cols].
 // units[key / SEGMENT_KEYS][n_cols]. The rounding error of a weight is carried to the next key, so that errors do not add up
 // where many keys have the same weight and similar values.
-void round_weights(
-    int64_t n_keys, int64_t n_cols, const float * weights, const float * key_units, int32_t * pairs, float * units);
+void round_weights(int64_t            n_keys,
+                   int64_t            n_cols,
+                   const float *      weights,
+                   const ValueUnits & of_values,
+                   int32_t *          pairs,
+                   float *            units);
 
 #endif
 

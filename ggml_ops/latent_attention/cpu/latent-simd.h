@@ -141,6 +141,9 @@ static inline vi v_pair(vf low, vf high) {
     return _mm512_mask_blend_epi16(UPPER_HALVES, _mm512_cvtps_epi32(low),
                                    _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
 }
+static inline vf v_sqrt(vf a) {
+    return _mm512_sqrt_ps(a);
+}
 static inline float v_hmax(vf a) {
     return _mm512_reduce_max_ps(a);
 }
@@ -172,6 +175,9 @@ static inline vf v_float(vi a) {
 }
 static inline vi v_pair(vf low, vf high) {
     return _mm256_blend_epi16(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16), 0xaa);
+}
+static inline vf v_sqrt(vf a) {
+    return _mm256_sqrt_ps(a);
 }
 static inline float v_hmax(vf a) {
     const __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
