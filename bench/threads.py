@@ -112,13 +112,13 @@ def _phases(events: Events) -> list[list[_Part]]:
 
 
 def simulated(graphs: Sequence[Sequence[Phase]], decodes: int) -> float:
-    """Seconds of a decode on as many cores as there were threads: each phase at its best of all decodes."""
+    """Seconds of a decode on as many cores as there were threads: of each phase the median of all decodes."""
     each = len(graphs) // decodes
     total = 0.0
     for number in range(each):
         same = graphs[number::each]
         spans = zip(*([phase.span for phase in phases] for phases in same), strict=True)
-        total += sum(map(min, spans))
+        total += sum(map(median, spans))
         total += len(same[0]) * BARRIER * _cores(same[0])
     return total
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 from kimi_gguf.bench.cells import Cell
 from kimi_gguf.bench.models import ModelFile, generate, open_model
@@ -30,11 +31,11 @@ from kimi_gguf.engine.progress import Reporter, reporting
 from kimi_gguf.scripts.record_page import machine_text
 
 ROOT = Path(__file__).resolve().parents[1]
-THREADS = (1, 2, 4, 8, 16, 32, 48, 64, 128)
+THREADS = (1, 2, 4, 8, 16, 32, 33, 48, 63, 64, 100, 128)
 REAL = (1, 2)
 # name -> tokens of a decode, depth
 DECODES = {"one token": (1, 256), "4 tokens": (4, 256), "512 tokens": (512, 0)}
-STEPS = {1: 8, 4: 6, 512: 2}  # decodes that are recorded, by tokens
+STEPS = {1: 8, 4: 6, 512: 3}  # decodes that are recorded, by tokens
 N_CTX = 2048  # at least (1 + STEPS) decodes
 PAGE = """\
 # Many threads, simulated
@@ -46,52 +47,63 @@ Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit.
 The machine has {cores} cores, so decodes with more threads are simulated. The N threads run on these cores, and the
 CPU time of each task is recorded. Then the time of the recorded tasks on N cores is calculated. Assumptions: each core
 reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
-takes {barrier:.1f} µs per core. What runs between two barriers counts with its shortest time in {least} to {most} runs.
-So simulated times are often shorter than measured ones.
+takes {barrier:.1f} µs per core. What runs between two barriers counts with the median of {least} to {most} runs.
 
 Each cell: milliseconds upstream, milliseconds patched, speedup. (m): at least one of both is limited by the assumed
 memory bandwidth. The model is {model}.
 
 {table}
-Measured, without recording:
+Measured on this machine right after the simulation, without recording, and how much more or less time was simulated:
 
 {real}"""
 
 
 class Build:
-    """A build with the model and a context for each decode, and its times."""
+    """
+    A build with the model and a context for each decode, and its times.
+
+    Two processes: one records, in which threads sleep while they wait, because there are more of them than cores; the
+    other measures, in which they wait as they do by default.
+    """
 
     def __init__(self, engine: Engine, model: ModelFile) -> None:
         self.name = "upstream" if engine.is_upstream else "patched"
-        environment = environment_of(engine) | {"LD_PRELOAD": str(recorder()), "OMP_WAIT_POLICY": "passive"}
-        self._runner = Runner(self.name, environment)
-        self._runner.ask("load", gguf=str(model.path), repack=True)
+        recording = {"LD_PRELOAD": str(recorder()), "OMP_WAIT_POLICY": "passive"}
+        self._recording = self._started(engine, model, recording)
+        self._measuring = self._started(engine, model, {})
+
+    def _started(self, engine: Engine, model: ModelFile, variables: dict[str, str]) -> Runner:
+        runner = Runner(self.name, environment_of(engine) | variables)
+        runner.ask("load", gguf=str(model.path), repack=True)
         for cell in map(cell_of, DECODES):
-            self._runner.ask(
+            runner.ask(
                 "context", name=str(cell.depth), n_ctx=N_CTX, n_batch=512, n_ubatch=512, sequences=1,
                 flash=True, cache_type=cell.cache_type, threads=REAL[-1],
             )  # fmt: skip
+        return runner
 
     def close(self) -> None:
-        """End the process."""
-        self._runner.close()
+        """End the processes."""
+        self._recording.close()
+        self._measuring.close()
 
     def fill(self, cell: Cell, folder: Path) -> None:
-        """Bring the cell's context to its depth."""
+        """Bring the cell's contexts to its depth."""
         if cell.depth:
-            self._runner.ask("fill", name=str(cell.depth), depth=cell.depth, file=str(folder / "state"))
+            for runner in (self._recording, self._measuring):
+                runner.ask("fill", name=str(cell.depth), depth=cell.depth, file=str(folder / "state"))
 
     def measured(self, cell: Cell, threads: int) -> float:
         """Seconds of a decode."""
-        answer = self._runner.ask(
+        answer = self._measuring.ask(
             "time", name=str(cell.depth), batch=cell.batch, steps=STEPS[cell.batch], warm=1, threads=threads
         )
-        return float(min(answer["seconds"]))
+        return float(median(answer["seconds"]))
 
     def simulated(self, cell: Cell, threads: int, folder: Path) -> float:
         """Seconds of a decode on as many cores as threads."""
         file, steps = folder / "events", STEPS[cell.batch]
-        self._runner.ask(
+        self._recording.ask(
             "record_tasks",
             name=str(cell.depth),
             batch=cell.batch,
@@ -121,9 +133,8 @@ def rows_of(
             least = floor(demand(model, cell).nbytes)
             times = [build.simulated(cell, threads, folder) for build in builds]
             found.append(cell_text([max(least, each) for each in times], limited=min(times) < least))
-        for threads in REAL:
-            reporter.phase(f"{name}, {threads} threads, measured")
-            real.append(cell_text([build.measured(cell, threads) for build in builds], limited=False))
+            if threads in REAL:
+                real.append(real_text([build.measured(cell, threads) for build in builds], times))
         title = f"{name} at {cell.depth}"
         yield (title, *found), (title, *real)
 
@@ -135,19 +146,28 @@ def cell_text(seconds: list[float], limited: bool) -> str:
     return f"{milliseconds(upstream)}, {milliseconds(patched)}, {upstream / patched:.2f}{mark}"
 
 
+def real_text(seconds: list[float], simulated: list[float]) -> str:
+    """Milliseconds upstream and patched, each with the deviation of the simulation, and the ratio."""
+    both = (f"{milliseconds(a)} ({b / a - 1:+.0%})" for a, b in zip(seconds, simulated, strict=True))
+    upstream, patched = seconds
+    return f"{', '.join(both)}, {upstream / patched:.2f}"
+
+
 def milliseconds(seconds: float) -> str:
     """Three digits, or all of a whole number."""
     return f"{1000 * seconds:.3g}" if seconds < 0.9995 else f"{1000 * seconds:.0f}"
 
 
-def page_text(model: str, rows: Sequence[tuple[tuple[str, ...], tuple[str, ...]]], created: datetime) -> str:
-    """The page, measured on this machine. rows: of `rows_of`."""
+def page_text(
+    model: str, found: Sequence[tuple[str, ...]], real: Sequence[tuple[str, ...]], created: datetime
+) -> str:
+    """The page, measured on this machine. found, real: the rows of `rows_of`."""
     return PAGE.format(
         machine=machine_text(machine_facts()), when=created.date(),
         cores=REAL[-1], model=model, barrier=1e6 * BARRIER, bandwidth=BANDWIDTH / 1e9,
         least=min(STEPS.values()), most=max(STEPS.values()),
-        table=markdown([("threads", *(f"{n}" for n in THREADS)), *(row for row, _ in rows)]),
-        real=markdown([("threads", *(f"{n}" for n in REAL)), *(row for _, row in rows)]),
+        table=markdown([("threads", *(f"{n}" for n in THREADS)), *found]),
+        real=markdown([("threads", *(f"{n}" for n in REAL)), *real]),
     )  # fmt: skip
 
 
@@ -175,7 +195,8 @@ def main() -> None:
                 rows = list(rows_of(builds, model, Path(folder), reporter))
     except EngineError as error:
         sys.exit(f"simulate_threads: error: {error}")
-    text = page_text(model.name, rows, datetime.now(UTC))
+    found, real = zip(*rows, strict=True)
+    text = page_text(model.name, found, real, datetime.now(UTC))
     parsed.page.write_text(text)
     print(text)
 
