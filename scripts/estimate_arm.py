@@ -132,7 +132,7 @@ PAGE = """\
 Written by `python -m kimi_gguf.scripts.estimate_arm`; do not edit. No ARM CPU was available: these are predictions of
 llvm-mca (LLVM 16) for the loops in which a kernel spends its time, with all data in L1, compiled by {compiler}.
 LLVM 16 gives the Neoverse V2 the model of the N2, which has two vector units (V2: four), and the Cortex-A510 that of
-the Cortex-A55. It has no model of Apple's cores since 2013: the figures of the Apple M1 are counted by hand from
+the Cortex-A55. Its newest model of an Apple core is of 2013. The figures of the Apple M1 are counted by hand from
 [published throughputs]({apple}), four vector instructions, three loads and eight instructions of any kind per cycle, as
 if nothing ever waited. Read them as limits.
 
@@ -141,14 +141,18 @@ All figures are cycles for 16 int8 multiply-adds; fewer is better. `sdot` comput
 ## Prompts
 
 In parentheses: the share of the peak, which is the rate of independent `sdot` or `smmla` instructions. *Interleaved*:
-upstream's kernel for the weights that it interleaves at load. Ours reads panels, four columns at a time; unpacking a
-panel is not included, because it serves all columns of a task (up to 128). Upstream's kernels unpack for each four
-columns.
+upstream's kernel for the weights that it interleaves at load. The patched kernel reads panels and computes four columns
+at a time. Unpacking a panel is not included, because it serves all columns of a task (up to 128). Upstream's kernels
+unpack the weights again for every four columns.
 
 {prompts}
-With i8mm, 16 values of two columns take two instructions to pair, and types with a scale per 32 weights take 5 vector
-instructions to scale what 4 `smmla` compute, so these cannot reach 60 % of the peak: the sums of a block are exact
-integers, and each is converted, multiplied and added as upstream does.
+With i8mm, pairing 16 values of two columns takes two instructions. Types with a scale per 32 weights as a float (Q4_0,
+Q8_0) also take 5 vector instructions for 4 `smmla`: each integer sum is converted, multiplied and added, as upstream does.
+So they cannot reach more than 4 of 9, 44 % of the peak.
+
+The Cortex-A55 executes instructions in order, and a sum or a load takes three cycles. GCC places products that are
+added to the same sum next to each other, so the core waits. [Other orders](negative-results.md#matmul-cpu) reached 37 to
+51 % of the peak.
 
 ## Decoding
 
@@ -292,7 +296,7 @@ class Compiled:
 
 def table_of_prompts(compiled: Compiled) -> str:
     """For each type and core: ours, its share of the peak, and upstream's of interleaved rows."""
-    lines = [("type", *(f"{core.name}: ours, interleaved" for core in CORES))]
+    lines = [("type", *(f"{core.name}: patched, interleaved" for core in CORES))]
     for each in PROMPTS:
         cells = []
         for core in CORES:
@@ -308,7 +312,7 @@ def table_of_prompts(compiled: Compiled) -> str:
 
 def table_of_decoding(compiled: Compiled) -> str:
     """For each type and core: ours, upstream's of rows and of interleaved rows; a vector has one column."""
-    lines = [("type", *(f"{core.name}: ours, rows, interleaved" for core in CORES))]
+    lines = [("type", *(f"{core.name}: patched, rows, interleaved" for core in CORES))]
     for each in DECODING:
         cells = []
         for core in CORES:

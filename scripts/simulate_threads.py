@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 THREADS = (1, 2, 4, 8, 16, 32, 33, 48, 63, 64, 100, 128)
 REAL = (1, 2)
 # name -> tokens of a decode, depth
-DECODES = {"one token": (1, 256), "4 tokens": (4, 256), "512 tokens": (512, 0)}
+DECODES = {"1 token": (1, 256), "4 tokens": (4, 256), "512 tokens": (512, 0)}
 STEPS = {1: 8, 4: 6, 512: 3}  # decodes that are recorded, by tokens
 N_CTX = 2048  # at least (1 + STEPS) decodes
 PAGE = """\
@@ -44,16 +44,18 @@ Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit.
 
 {machine}. Measured {when}.
 
-The machine has {cores} cores, so decodes with more threads are simulated. The N threads run on these cores, and the
-CPU time of each task is recorded. Then the time of the recorded tasks on N cores is calculated. Assumptions: each core
+The machine has {cores} cores, so more threads are simulated. Each build runs with N threads on these {cores} cores, and the
+CPU time of each task is recorded. The time on N cores is calculated from these records. Assumptions: each core
 reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
-takes {barrier:.1f} µs per core. What runs between two barriers counts with the median of {least} to {most} runs.
+takes {barrier:.1f} µs per core. For each step between two barriers, the median of {least} to {most} runs is used. Both builds run
+with default options and flash attention, which may not be upstream's fastest variant.
 
-Each cell: milliseconds upstream, milliseconds patched, speedup. (m): at least one of both is limited by the assumed
-memory bandwidth. The model is {model}.
+Each cell: milliseconds upstream, milliseconds patched, speedup. Depth: tokens already in the cache. (m): the assumed memory
+bandwidth limits at least one of the two builds. The model is {model}.
 
 {table}
-Measured on this machine right after the simulation, without recording, and how much more or less time was simulated:
+Measured on this machine right after the simulation, without recording. In parentheses: the simulated time minus the
+measured one, in percent of the measured one (negative: the simulation is too fast).
 
 {real}"""
 
@@ -135,7 +137,7 @@ def rows_of(
             found.append(cell_text([max(least, each) for each in times], limited=min(times) < least))
             if threads in REAL:
                 real.append(real_text([build.measured(cell, threads) for build in builds], times))
-        title = f"{name} at {cell.depth}"
+        title = f"{name}, depth {cell.depth}"
         yield (title, *found), (title, *real)
 
 

@@ -2,9 +2,10 @@
 
 // Dense matmuls for latent attention.
 //   C[m][n] = (term of the old C[m][n], see Accumulate) + unit[m] * sum over k of A[m*a_row + k*a_step] * B[k][n]
-// A and B are float32 (without unit), or each element is a pair of 16-bit integers: a pair of A times a pair of
-// B is the sum of two products, accumulated in 32 bits. C is float32. B and C are read and written in vectors, A is broadcast; with A's two strides the same kernel
-// supports a matrix or its transpose. The order of summation depends on the shape only.
+// A and B are float32 (without unit), or each element is a pair of 16-bit integers: k counts pairs, and a pair of A times a
+// pair of B is the sum of two products, accumulated in 32 bits. C is float32. B and C are read and written in vectors, A is
+// broadcast; with A's two strides the same kernel supports a matrix or its transpose. The order of summation depends on the
+// shape only.
 
 #include "latent-simd.h"
 
@@ -34,8 +35,8 @@ template <typename T> static inline Matrix<T> in_rows(T * at, int64_t ld) {
     return { at, ld, PANEL };
 }
 
-// Each PANEL columns of all rows by themselves: the rows that a register block reads are neighbours. In a row-major
-// matrix they are a multiple of 256 bytes apart, share few sets of the L1 cache, and displace each other.
+// Each group of PANEL columns is a block of its own, so the rows that a register block reads are adjacent. In a row-major
+// matrix they are a multiple of 256 bytes apart, share few sets of the L1 cache, and evict each other.
 template <typename T> static inline Matrix<T> in_panels(T * at, int64_t n_rows) {
     return { at, PANEL, n_rows * PANEL };
 }

@@ -7,8 +7,8 @@ namespace latent {
 
 #if LATENT_PAIRS
 
-// Lower bound for the largest value of a row: for smaller ones, the inverse of the unit could be infinite. Smaller values
-// lose bits.
+// Lower bound for the largest value of a row and the largest weight of a segment: below it, the inverse of the unit could be
+// infinite. If all are smaller, they lose bits.
 constexpr float SMALLEST = 1e-33f;
 
 float normalise(int64_t n, float * row) {
@@ -93,10 +93,10 @@ void round_weights(int64_t            n_keys,
                 largest    = v_max(largest, x);
                 total      = v_add(total, x);
             }
-            // The norm is at most the root of largest * total. A whole number for the largest, so that equal weights have
-            // no error.
+            // norm(weights) <= sqrt(largest * total)
             const vf share = v_div(largest, v_max(total, largest));
             const vf bound = v_max(v_mul(share, max_sum), v_mul(v_sqrt(share), max_norm));
+            // a whole number for the largest, so that equal weights have no error
             const vf most  = v_round(v_min(v_set(MAX_WEIGHT), bound));
             const vf unit  = v_div(largest, most);
             v_store(units + key0 / SEGMENT_KEYS * n_cols + col, v_fma(total, v_set(0.0f), unit));

@@ -1,11 +1,12 @@
 #pragma once
 
-// The last matmul of the decompressed form, softmax weights times values, with integers of 16 bits: an instruction does twice
-// as many multiply-adds as in float32. All values of a key share one unit (the value of the integer 1), and the weights of
+// The last matmul of the decompressed form, softmax weights times values, with integers of 16 bits: an instruction (two
+// with AVX2 without VNNI) does twice as many multiply-adds as in float32. All values of a key share one unit (the value of the integer 1), and the weights of
 // one query for SEGMENT_KEYS keys, a segment, share another. If a value or a weight is not finite, its unit is NaN.
 //
-// A sum over a segment is below 2^31 for any data, because the weights are at most as large as one of two bounds permits:
-// their sum times MAX_VALUE, and (Cauchy-Schwarz) their Euclidean norm times that of the values of a column.
+// The magnitude of a sum over a segment is below 2^31 for any data. It is at most sum(weights) * MAX_VALUE, and at most
+// (Cauchy-Schwarz) norm(weights) * norm(values of the column). round_weights scales the weights so that one of these two
+// products is below 2^31.
 
 #include "ggml.h"
 #include "latent-gemm.h"
@@ -37,7 +38,7 @@ inline bool has_pairs(ggml_type cache, int64_t n_latent) {
 // value is not finite, fills the row with zeros and returns NaN.
 float normalise(int64_t n, float * row);
 
-// What the integers of a tile are relative to.
+// Units of the values of a tile, and the norms that limit the weights.
 struct ValueUnits {
     float * of_key;  // [key]
     float * norm;    // [key / SEGMENT_KEYS]: the largest norm of a column
