@@ -146,13 +146,13 @@ at a time. Unpacking a panel is not included, because it serves all columns of a
 unpack the weights again for every four columns.
 
 {prompts}
-With i8mm, pairing 16 values of two columns takes two instructions. Types with a scale per 32 weights as a float (Q4_0,
-Q8_0) also take 5 vector instructions for 4 `smmla`: each integer sum is converted, multiplied and added, as upstream does.
-So they cannot reach more than 4 of 9, 44 % of the peak.
+With i8mm, pairing 16 values of two columns takes two instructions. Types with a scale per 32 weights as a float
+(Q4_0, Q8_0) also take 5 vector instructions for 4 `smmla`: each integer sum is converted, multiplied and added, as
+upstream does. So they cannot reach more than 4 of 9, 44 % of the peak.
 
 The Cortex-A55 executes instructions in order, and a sum or a load takes three cycles. GCC places products that are
-added to the same sum next to each other, so the core waits. [Other orders](negative-results.md#matmul-cpu) reached 37 to
-51 % of the peak.
+added to the same sum next to each other, so the core waits. [Other orders](negative-results.md#matmul-cpu) reached 37
+to 51 % of the peak.
 
 ## Decoding
 

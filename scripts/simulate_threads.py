@@ -44,14 +44,14 @@ Written by `python -m kimi_gguf.scripts.simulate_threads`; do not edit.
 
 {machine}. Measured {when}.
 
-The machine has {cores} cores, so more threads are simulated. Each build runs with N threads on these {cores} cores, and the
-CPU time of each task is recorded. The time on N cores is calculated from these records. Assumptions: each core
+The machine has {cores} cores, so more threads are simulated. Each build runs with N threads on these cores, and the CPU
+time of each task is recorded. The time on N cores is calculated from these records. Assumptions: each core
 reads memory as fast as a core of this machine, all cores together read at most {bandwidth:.0f} GB/s, and a barrier
-takes {barrier:.1f} µs per core. For each step between two barriers, the median of {least} to {most} runs is used. Both builds run
-with default options and flash attention, which may not be upstream's fastest variant.
+takes {barrier:.1f} µs per core. For each step between two barriers, the median of {least} to {most} runs is used. Both
+builds run with default options and flash attention, which may not be upstream's fastest variant.
 
-Each cell: milliseconds upstream, milliseconds patched, speedup. Depth: tokens already in the cache. (m): the assumed memory
-bandwidth limits at least one of the two builds. The model is {model}.
+Each cell: milliseconds upstream, milliseconds patched, speedup. Depth: tokens already in the cache. (m): the assumed
+memory bandwidth limits at least one of the two builds. The model is {model}.
 
 {table}
 Measured on this machine right after the simulation, without recording. In parentheses: the simulated time minus the

@@ -387,6 +387,9 @@ inline int _mm512_kortestz(__mmask16 x, __mmask16 y) { return (x | y) == 0; }
 inline __m512i _mm512_maskz_mov_epi8(__mmask64 m, __m512i x) {
     return avx512::choose<uint8_t>(m, x, __m512i{});
 }
+inline __m512 _mm512_maskz_mov_ps(__mmask16 m, __m512 x) {
+    return avx512::choose<float>(m, x, __m512{});
+}
 inline __m512i _mm512_maskz_set1_epi32(__mmask16 m, int x) {
     return avx512::choose<uint32_t>(m, _mm512_set1_epi32(x), __m512i{});
 }

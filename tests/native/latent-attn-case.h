@@ -45,19 +45,21 @@ struct LatentShape {
     bool        poison    = false;     // cells that no query sees are NaN
     bool        ordered   = false;     // the node has the order of the keys, ...
     bool        backwards = false;     // ... of which the last one is in the first cell
+    int64_t     ahead     = 0;         // last queries that are like none of a case without them
     float       first     = 1.0f;      // standard deviation of the values of the first key, and of the last; between
     float       last      = 1.0f;      // them it grows by a constant factor per key
     bool        alike     = false;     // these values are not random: all values of a key are its standard deviation
     float       loud      = 1.0f;      // decompressed form only: factor of the first value of each head
     float       common    = 0.0f;  // decompressed form only: the first latent value of all keys, which v_b hardly reads
-    float       heavy     = 0.0f;  // added to the score of the first key
-    bool        twins     = false;  // all other keys are equal
-    float       shift     = 0.0f;   // absorbed form only: added to all scores, ...
-    bool        rising    = false;  // ... twice for the first key, and less for each of those after it
-    float       sink      = 0.0f;   // absorbed form only: added to the score of the first key, whose values are zeros
-    int64_t     gap       = 0;      // values between the rows of q, and between those of the cache
-    bool        one_mask  = false;  // for all streams
-    uint32_t    seed      = 1;
+    float       massive  = 0.0f;  // decompressed form only: the first key's only latent value, for the first row of v_b
+    float       heavy    = 0.0f;  // added to the score of the first key
+    bool        twins    = false;  // all other keys are equal
+    float       shift    = 0.0f;   // absorbed form only: added to all scores, ...
+    bool        rising   = false;  // ... twice for the first key, and less for each of those after it
+    float       sink     = 0.0f;   // absorbed form only: added to the score of the first key, whose values are zeros
+    int64_t     gap      = 0;      // values between the rows of q, and between those of the cache
+    bool        one_mask = false;  // for all streams
+    uint32_t    seed     = 1;
 
     LatentShape with(int64_t queries, int64_t keys) const {
         LatentShape other = *this;
@@ -98,7 +100,8 @@ inline std::string name_of(const LatentShape & s) {
         s.expand ? "decompressed" : "absorbed", ggml_type_name(s.cache), ggml_type_name(s.weights), (int) s.n_queries,
         (int) s.n_keys, (int) s.n_heads, (int) s.n_streams, (int) s.n_latent, s.mask.c_str(), s.spread, s.query,
         s.first, s.last, s.alike ? " alike" : "",
-        s.loud != 1.0f     ? " one loud"
+        s.massive != 0.0f  ? " one massive"
+        : s.loud != 1.0f   ? " one loud"
         : s.common != 0.0f ? " one common"
         : s.twins          ? " twins"
                            : "",
@@ -296,15 +299,19 @@ class LatentCase {
         }
     }
 
-    // Changes a row of the cache, already filled with random values, for `common` or `twins`.
+    // Changes a row of the cache, already filled with random values, for `common`, `massive` or `twins`.
     void change(char * row, float * values, int64_t stream, int64_t key) const {
         if (s.twins) {
             memcpy(row, (char *) cache->data + stream * cache->nb[3] + s.cell(1) * cache->nb[1], cache->nb[1]);
             std::copy_n(values - (key - 1) * s.n_cache(), s.n_cache(), values);
         } else {
-            const ggml_fp16_t first = ggml_fp32_to_fp16(s.common);
+            if (s.massive != 0.0f) {
+                memset(row, 0, s.n_latent * sizeof(ggml_fp16_t));
+                std::fill_n(values, s.n_latent, 0.0f);
+            }
+            values[0]               = to_half(s.common + s.massive);
+            const ggml_fp16_t first = ggml_fp32_to_fp16(values[0]);
             memcpy(row, &first, sizeof(first));
-            values[0] = s.common;
         }
     }
 
@@ -327,9 +334,10 @@ class LatentCase {
                 const bool loud = t == v_b && i % s.n_value == 0;
                 fill_row(t->type, (char *) t->data + i * t->nb[1], t->ne[0], deviation * (loud ? s.loud : 1.0f),
                          values->data() + i * t->ne[0]);
-                if (t == v_b && s.common != 0.0f) {
+                if (t == v_b && (s.common != 0.0f || s.massive != 0.0f)) {
+                    const bool    reads     = s.massive != 0.0f && i % s.n_value == 0;
                     ggml_fp16_t * first     = (ggml_fp16_t *) ((char *) t->data + i * t->nb[1]);
-                    *first                  = ggml_fp32_to_fp16(0.1f * (*values)[i * t->ne[0]]);
+                    *first                  = ggml_fp32_to_fp16(reads ? 0.1f : 0.1f * (*values)[i * t->ne[0]]);
                     (*values)[i * t->ne[0]] = ggml_fp16_to_fp32(*first);
                 }
             }
@@ -351,7 +359,7 @@ class LatentCase {
                          : s.rising        ? 2.0f - (float) key / (float) s.n_keys
                                            : 1.0f,
                          s.alike);
-                if (key < s.n_keys && (s.common != 0.0f || (s.twins && key > 1))) {
+                if (key < s.n_keys && (s.common != 0.0f || (s.massive != 0.0f && key == 0) || (s.twins && key > 1))) {
                     change(row, &cache_f[(stream * s.n_keys + key) * s.n_cache()], stream, key);
                 }
                 if (s.poison && !seen) {
@@ -370,8 +378,13 @@ class LatentCase {
                 ((int32_t *) order->data)[stream * s.n_keys + key] = (int32_t) s.cell(key);
             }
         }
-        // cases with an order compare runs of several queries with one: the last query first, the same in both
-        for (int64_t i = ggml_nrows(q) - 1; s.ordered && i >= 0; --i) {
+        // cases with an order compare runs of several queries with one: this query first, the same in both
+        rng.seed(s.seed + 1);
+        const int64_t n_before = ggml_nrows(q) - s.ahead * s.n_heads;
+        for (int64_t i = n_before - 1; s.ordered && i >= 0; --i) {
+            fill_query(i);
+        }
+        for (int64_t i = n_before; s.ordered && i < ggml_nrows(q); ++i) {
             fill_query(i);
         }
     }

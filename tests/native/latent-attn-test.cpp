@@ -28,7 +28,8 @@ static std::vector<float> result_of(const LatentShape & s, int n_threads) {
     return attention.result();
 }
 
-// With an order of the keys, the last query has the same bits alone and with many others, and wherever the cells are.
+// With an order of the keys, a query has the same bits alone and with many others, some of which see more keys, and wherever
+// the cells are.
 static void check_order(LatentShape s) {
     if (!chosen()) {
         return;
@@ -38,12 +39,15 @@ static void check_order(LatentShape s) {
     const std::vector<float> alone = result_of(s.with(1, s.n_keys), 1);
     for (const int64_t n_queries : { 2, 5, 600 }) {
         for (const bool backwards : { false, true }) {
-            LatentShape other              = s.with(n_queries, s.n_keys);
-            other.backwards                = backwards;
-            const std::vector<float> found = result_of(other, 2);
-            expect(memcmp(alone.data(), found.data() + (found.size() - alone.size()), alone.size() * sizeof(float)) ==
-                       0,
-                   name_of(other) + ": not the bits of the last query alone");
+            for (const int64_t ahead : { (int64_t) 0, n_queries / 2 }) {
+                LatentShape other              = s.with(n_queries, s.n_keys + ahead);
+                other.backwards                = backwards;
+                other.ahead                    = ahead;
+                const std::vector<float> found = result_of(other, 2);
+                const float *            mine  = found.data() + (found.size() - (ahead + 1) * alone.size());
+                expect(memcmp(alone.data(), mine, alone.size() * sizeof(float)) == 0,
+                       name_of(other) + text(": the query before the last %d has other bits alone", (int) ahead));
+            }
         }
     }
 }
@@ -79,6 +83,12 @@ static void check_values(LatentShape s) {
         LatentShape common = s;
         common.common      = 22.0f;
         check(common);
+        // an attention sink of one channel, which a quiet row of v_b reads
+        LatentShape sink = s;
+        sink.massive     = 22.0f;
+        sink.heavy       = 9.0f;
+        sink.loud        = 0.1f;
+        check(sink);
     }
 
     LatentShape loud = s;
@@ -103,8 +113,11 @@ static void check_values(LatentShape s) {
 
 // The mark for accurate kernels selects float32.
 static void check_exact(LatentShape s) {
-    const std::vector<float> usual = result_of(s, 2);
-    s.exact                        = true;
+    LatentCase integers(s);
+    integers.compute(2);
+    const std::vector<float> usual = integers.result();
+    expect(integers.nmse(12) <= 2e-8, name_of(s) + text(": NMSE with values as integers %g", integers.nmse(12)));
+    s.exact = true;
     LatentCase attention(s);
     attention.compute(2);
     const double error = attention.nmse(12);
@@ -168,7 +181,7 @@ int main() {
             }
             for (const int64_t n_keys : { 600, 5000 }) {
                 LatentShape s = base.with(3, n_keys);
-                s.spread      = 5.0f;
+                s.spread      = n_keys == 600 ? 0.3f : 5.0f;
                 check_order(s);
             }
             LatentShape odd = base.with(1, 77);  // an odd number of visible keys in the last pair

@@ -98,7 +98,7 @@ Plan make_plan(const ggml_tensor * dst, int n_threads) {
     p.at_out     = room.add(n * pad_lanes(p.s.n_value));
     if (p.pairs) {
         p.at_value_pairs = room.add(TILE_KEYS / 2 * pad_panel(p.s.n_value));
-        p.at_value_units = room.add(TILE_KEYS + TILE_KEYS / SEGMENT_KEYS);
+        p.at_value_units = room.add(2 * TILE_KEYS);
         p.at_score_pairs = room.add(TILE_KEYS / 2 * BLOCK_QUERIES);
         p.at_score_units = room.add(TILE_KEYS / SEGMENT_KEYS * BLOCK_QUERIES);
     }
@@ -122,8 +122,8 @@ void load_k_b(const ggml_tensor * k_b, int64_t head, const Plan & p, float * row
     }
 }
 
-// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time. With `pairs`, each row is
-// normalised first, and its power of two stored in `units`.
+// v_b of one head as [LATENT][DV] in panels: transposed, some rows at a time. With `pairs`, rows are normalised, their powers
+// of two stored in `units`, and rows that are not finite are zeros with the unit NaN.
 void load_v_b(
     const ggml_tensor * v_b, int64_t head, const Plan & p, float * rows, float * dst, [[maybe_unused]] float * units) {
     const auto row = [&](int64_t i) { return rows + i * p.s.n_latent; };
@@ -133,13 +133,23 @@ void load_v_b(
             read_row(v_b->type, row_of(v_b, i0 + i, head), p.s.n_latent, row(i));
 #if LATENT_PAIRS
             if (p.pairs) {
-                units[i0 + i] = normalise(p.s.n_latent, row(i));
+                units[i0 + i] = magnitude(p.s.n_latent, row(i));
+                if (std::isnan(units[i0 + i])) {
+                    std::fill(row(i), row(i) + p.s.n_latent, 0.0f);
+                }
             }
 #endif
         }
         transpose_rows(row, n, pad_lanes(n), 0, p.s.n_latent, 1.0f,
                        dst + i0 / PANEL * PANEL * p.s.n_latent + i0 % PANEL, PANEL);
     }
+#if LATENT_PAIRS
+    if (p.pairs) {
+        const int64_t n_cols = pad_lanes(p.s.n_value);
+        std::fill(units + p.s.n_value, units + n_cols, 0.0f);
+        normalise(p.s.n_latent, n_cols, in_panels(dst, p.s.n_latent), units);
+    }
+#endif
 }
 
 // One task.

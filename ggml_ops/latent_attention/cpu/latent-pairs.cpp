@@ -7,11 +7,11 @@ namespace latent {
 
 #if LATENT_PAIRS
 
-// Lower bound for the largest value of a row and the largest weight of a segment: below it, the inverse of the unit could be
-// infinite. If all are smaller, they lose bits.
+// Lower bound for the largest value of a key, and for the largest weight of a segment, which is times the unit of its key.
+// Below it, the inverse of the unit could be infinite. If all are smaller, they lose bits.
 constexpr float SMALLEST = 1e-33f;
 
-float normalise(int64_t n, float * row) {
+float magnitude(int64_t n, const float * row) {
     vf total   = v_set(0.0f);
     vf nothing = v_set(0.0f);  // NaN if a value is not finite
     for (int64_t i = 0; i < n; i += LANES) {
@@ -19,18 +19,41 @@ float normalise(int64_t n, float * row) {
         total          = v_fma(v_abs(value), v_set(1.0f / (float) n), total);
         nothing        = v_fma(value, v_set(0.0f), nothing);
     }
-    if (v_hsum(nothing) != 0.0f) {
-        std::fill(row, row + n, 0.0f);
-        return NAN;
-    }
+    return v_hsum(total) + v_hsum(nothing);
+}
+
+static int exponent_of(float x) {
     int exponent;
-    std::frexp(v_hsum(total), &exponent);
-    exponent        = std::clamp(exponent, -126, 126);
-    const vf factor = v_set(std::ldexp(1.0f, -exponent));
-    for (int64_t i = 0; i < n; i += LANES) {
-        v_store(row + i, v_mul(v_load(row + i), factor));
+    std::frexp(x, &exponent);
+    return std::clamp(exponent, -126, 126);
+}
+
+void normalise(int64_t n_rows, int64_t n_cols, Matrix<float> columns, float * units) {
+    int64_t sum   = 0;
+    int64_t count = 0;
+    for (int64_t col = 0; col < n_cols; ++col) {
+        if (units[col] > 0.0f) {
+            sum += exponent_of(units[col]);
+            ++count;
+        }
     }
-    return std::ldexp(1.0f, exponent);
+    const int typical = (int) std::lround((double) sum / (double) std::max<int64_t>(1, count));
+    for (int64_t col0 = 0; col0 < n_cols; col0 += LANES) {
+        float factors[LANES];
+        for (int64_t i = 0; i < LANES; ++i) {
+            float & unit = units[col0 + i];
+            factors[i]   = 1.0f;
+            if (!std::isnan(unit)) {
+                unit       = std::ldexp(1.0f, unit > 0.0f ? std::max(exponent_of(unit), typical) : typical);
+                factors[i] = 1.0f / unit;
+            }
+        }
+        const vf factor = v_load(factors);
+        float *  at     = columns.at + col0 / PANEL * columns.panel + col0 % PANEL;
+        for (int64_t row = 0; row < n_rows; ++row) {
+            v_store(at + row * columns.ld, v_mul(v_load(at + row * columns.ld), factor));
+        }
+    }
 }
 
 void round_values(
@@ -53,12 +76,14 @@ void round_values(
             units.of_key[key]   = most / MAX_VALUE + v_hsum(nothing);
             factors[key - key0] = MAX_VALUE / most;
         }
-        vf most = v_set(0.0f);
+        float squares_up_to[SEGMENT_KEYS][LANES] = {};  // for each key, the largest of each lane
         for (int64_t col = 0; col < n_cols; col += LANES) {
             vf         squares = v_set(0.0f);
             const auto scaled  = [&](int64_t key) {
                 const vf value = v_mul(at(key, col), v_set(factors[key - key0]));
+                float *  most  = squares_up_to[key - key0];
                 squares        = v_fma(value, value, squares);
+                v_store(most, v_max(v_load(most), squares));
                 return value;
             };
             for (int64_t key = key0; key < end; key += 2) {
@@ -66,9 +91,10 @@ void round_values(
                 const vf high = key + 1 < end ? scaled(key + 1) : v_set(0.0f);
                 v_store(pairs.at + col / PANEL * pairs.panel + key / 2 * pairs.ld + col % PANEL, v_pair(low, high));
             }
-            most = v_max(most, squares);
         }
-        units.norm[key0 / SEGMENT_KEYS] = std::sqrt(v_hmax(most));
+        for (int64_t key = key0; key < end; ++key) {
+            units.norm[key] = std::sqrt(v_hmax(v_load(squares_up_to[key - key0])));
+        }
     }
 }
 
@@ -79,26 +105,28 @@ void round_weights(int64_t            n_keys,
                    int32_t *          pairs,
                    float *            units) {
     for (int64_t key0 = 0; key0 < n_keys; key0 += SEGMENT_KEYS) {
-        const int64_t end      = std::min(n_keys, key0 + SEGMENT_KEYS);
-        const vf      max_sum  = v_set(MAX_SUM / MAX_VALUE - ROUND_SUM);
-        const vf      max_norm = v_set(MAX_SUM / (of_values.norm[key0 / SEGMENT_KEYS] + ROUND_VALUES) - ROUND_NORM);
+        const int64_t end     = std::min(n_keys, key0 + SEGMENT_KEYS);
+        const vf      max_sum = v_set(MAX_SUM / MAX_VALUE - ROUND_SUM);
         for (int64_t col = 0; col < n_cols; col += LANES) {
             const auto product = [&](int64_t key) {
                 return v_mul(v_load(weights + key * n_cols + col), v_set(of_values.of_key[key]));
             };
             vf largest = v_set(SMALLEST);
             vf total   = v_set(0.0f);
+            vf norm    = v_set(0.0f);  // up to the last key that counts: keys that only other queries see do not
             for (int64_t key = key0; key < end; ++key) {
                 const vf x = product(key);
                 largest    = v_max(largest, x);
                 total      = v_add(total, x);
+                norm       = v_max(norm, v_if_positive(x, v_set(of_values.norm[key])));
             }
+            const vf max_norm = v_sub(v_div(v_set(MAX_SUM), v_add(norm, v_set(ROUND_VALUES))), v_set(ROUND_NORM));
             // norm(weights) <= sqrt(largest * total)
             const vf share = v_div(largest, v_max(total, largest));
             const vf bound = v_max(v_mul(share, max_sum), v_mul(v_sqrt(share), max_norm));
             // a whole number for the largest, so that equal weights have no error
-            const vf most  = v_round(v_min(v_set(MAX_WEIGHT), bound));
-            const vf unit  = v_div(largest, most);
+            const vf most = v_round(v_min(v_set(MAX_WEIGHT), bound));
+            const vf unit = v_div(largest, most);
             v_store(units + key0 / SEGMENT_KEYS * n_cols + col, v_fma(total, v_set(0.0f), unit));
             const vf   factor  = v_div(most, largest);
             vf         carry   = v_set(0.0f);

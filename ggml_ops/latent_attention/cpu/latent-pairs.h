@@ -15,7 +15,7 @@ namespace latent {
 
 constexpr int64_t SEGMENT_KEYS = 32;
 constexpr float   MAX_VALUE    = 16384.0f;
-constexpr float   MAX_WEIGHT   = 32766.0f;       // one less than INT16_MAX, because a carried error can add 1
+constexpr float   MAX_WEIGHT   = 32766.0f;       // a carried error can add 1
 constexpr float   MAX_SUM      = 2147000000.0f;  // below 2^31 also with the errors of float32
 constexpr float   ROUND_VALUES = 3.0f;           // rounding adds at most sqrt(SEGMENT_KEYS) / 2 to the norm of a column
 
@@ -25,6 +25,7 @@ constexpr float   ROUND_VALUES = 3.0f;           // rounding adds at most sqrt(S
 constexpr float ROUND_SUM  = SEGMENT_KEYS / 2 + 1;
 constexpr float ROUND_NORM = 9.0f;
 
+static_assert(MAX_WEIGHT + 1 <= 32767);
 static_assert(4 * ROUND_VALUES * ROUND_VALUES >= SEGMENT_KEYS && ROUND_NORM * ROUND_NORM >= 2.25 * SEGMENT_KEYS);
 
 // Whether values of a cache of this type, with n_latent values per row, are multiplied as integers.
@@ -34,14 +35,19 @@ inline bool has_pairs(ggml_type cache, int64_t n_latent) {
 
 #if LATENT_PAIRS
 
-// Divides a row of n values, a multiple of LANES, by a power of two near their mean magnitude, and returns this power. If a
-// value is not finite, fills the row with zeros and returns NaN.
-float normalise(int64_t n, float * row);
+// Mean magnitude of a row of n values, a multiple of LANES; NaN if a value is not finite.
+float magnitude(int64_t n, const float * row);
 
-// Units of the values of a tile, and the norms that limit the weights.
+// Divides each column of a matrix in panels by a power of two near its mean magnitude. The powers of quiet columns are those of
+// a typical one: otherwise a large value in a quiet column could take all bits of the others. units: the mean magnitudes,
+// replaced by the powers; NaN remains, and this column is not divided. n_cols: a multiple of LANES.
+void normalise(int64_t n_rows, int64_t n_cols, Matrix<float> columns, float * units);
+
+// Units of the values of a tile, and the norms that limit the weights. norm[key]: the largest norm of a column, of the values
+// from the start of the segment up to this key.
 struct ValueUnits {
-    float * of_key;  // [key]
-    float * norm;    // [key / SEGMENT_KEYS]: the largest norm of a column
+    float * of_key;
+    float * norm;
 };
 
 // Values [keys][n_cols] in panels as pairs of neighbouring keys: pairs[key / 2][n_cols] in panels. n_cols: a multiple of

@@ -26,6 +26,7 @@ using kda::v_max;
 using kda::v_min;
 using kda::v_mul;
 using kda::v_round;
+using kda::v_sqrt;
 using kda::v_store;
 using kda::v_sub;
 using kda::v_transpose;
@@ -141,8 +142,9 @@ static inline vi v_pair(vf low, vf high) {
     return _mm512_mask_blend_epi16(UPPER_HALVES, _mm512_cvtps_epi32(low),
                                    _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
 }
-static inline vf v_sqrt(vf a) {
-    return _mm512_sqrt_ps(a);
+// y where x > 0, otherwise 0
+static inline vf v_if_positive(vf x, vf y) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ), y);
 }
 static inline float v_hmax(vf a) {
     return _mm512_reduce_max_ps(a);
@@ -176,8 +178,8 @@ static inline vf v_float(vi a) {
 static inline vi v_pair(vf low, vf high) {
     return _mm256_blend_epi16(_mm256_cvtps_epi32(low), _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16), 0xaa);
 }
-static inline vf v_sqrt(vf a) {
-    return _mm256_sqrt_ps(a);
+static inline vf v_if_positive(vf x, vf y) {
+    return _mm256_and_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_GT_OQ), y);
 }
 static inline float v_hmax(vf a) {
     const __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
