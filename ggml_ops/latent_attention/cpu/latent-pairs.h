@@ -1,8 +1,9 @@
 #pragma once
 
 // The last matmul of the decompressed form, softmax weights times values, with integers of 16 bits: an instruction (two
-// with AVX2 without VNNI) does twice as many multiply-adds as in float32. All values of a key share one unit (the value of the integer 1), and the weights of
-// one query for SEGMENT_KEYS keys, a segment, share another. If a value or a weight is not finite, its unit is NaN.
+// with AVX2 without VNNI) does twice as many multiply-adds as in float32. All values of a key share one unit (the value of
+// the integer 1), and the weights of one query for SEGMENT_KEYS keys, a segment, share another. If a value or a weight is
+// not finite, its unit is NaN.
 //
 // The magnitude of a sum over a segment is below 2^31 for any data. It is at most sum(weights) * MAX_VALUE, and at most
 // (Cauchy-Schwarz) norm(weights) * norm(values of the column). round_weights scales the weights so that one of these two
@@ -38,9 +39,9 @@ inline bool has_pairs(ggml_type cache, int64_t n_latent) {
 // Mean magnitude of a row of n values, a multiple of LANES; NaN if a value is not finite.
 float magnitude(int64_t n, const float * row);
 
-// Divides each column of a matrix in panels by a power of two near its mean magnitude. The powers of quiet columns are those of
-// a typical one: otherwise a large value in a quiet column could take all bits of the others. units: the mean magnitudes,
-// replaced by the powers; NaN remains, and this column is not divided. n_cols: a multiple of LANES.
+// Divides each column of a matrix in panels by a power of two near its mean magnitude. Quiet columns are divided by the power
+// of a typical one: otherwise a large value in a quiet column could take all bits of the others. units: the mean
+// magnitudes, replaced by the powers; NaN remains, and this column is not divided. n_cols: a multiple of LANES.
 void normalise(int64_t n_rows, int64_t n_cols, Matrix<float> columns, float * units);
 
 // Units of the values of a tile, and the norms that limit the weights. norm[key]: the largest norm of a column, of the values
