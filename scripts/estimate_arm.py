@@ -91,8 +91,8 @@ def tile(scheme: str) -> Kernel:
 
 
 def dot(block: str, units: int = INNERMOST) -> Kernel:
-    """The dot products of one column."""
-    return Kernel(DOT, rf"dot_lanes<.*block_{block}, 1>", units)
+    """The dot products of one column: the compiler may inline their loop."""
+    return Kernel(DOT, rf"(dot_lanes|add_products_of_rows)<.*block_{block}, 1>", units)
 
 
 def row(name: str) -> Kernel:
@@ -284,14 +284,18 @@ class Compiled:
         return self._of[source, march]
 
     def estimate(self, kernel: Kernel | None, core: Core, *dots: str) -> float | None:
-        """The cycles of 16 multiply-adds, with the first of these instructions that the kernel uses."""
+        """The cycles of 16 multiply-adds, with the first of these instructions that the kernel uses.
+
+        None if there is no kernel. Raises `EngineError` if no function of its name uses one of them.
+        """
         if kernel is None:
             return None
         for name, instructions in self._functions(kernel.source, core.march):
             if re.search(kernel.name, name):
-                found = (estimate(instructions, kernel.units, core, each) for each in dots)
-                return next((each for each in found if each), None)
-        raise EngineError(f"{kernel.source} has no function {kernel.name}")
+                for dot in dots:
+                    if found := estimate(instructions, kernel.units, core, dot):
+                        return found
+        raise EngineError(f"{kernel.source} has no function {kernel.name} with {' or '.join(dots)}")
 
 
 def table_of_prompts(compiled: Compiled) -> str:

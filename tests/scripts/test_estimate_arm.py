@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from kimi_gguf.engine.errors import EngineError
 from kimi_gguf.scripts import estimate_arm
-from kimi_gguf.scripts.estimate_arm import CORES, INNERMOST, estimate, functions, loops
+from kimi_gguf.scripts.estimate_arm import CORES, INNERMOST, Compiled, Kernel, estimate, functions, loops
 
 # Two loops around each other with two dot products; a branch forwards, and one to another function.
 NESTED = """\
@@ -39,13 +40,24 @@ def test_loops_are_found_by_their_branches_backwards() -> None:
     assert list(loops(named["other"])) == []
 
 
-def test_the_loop_around_adds_what_it_has_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ten_each(instructions: Sequence[str], _core: object) -> float:
-        return 10.0 * len(instructions)
+def ten_each(instructions: Sequence[str], _core: object) -> float:
+    return 10.0 * len(instructions)
 
+
+def test_the_loop_around_adds_what_it_has_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_arm, "cycles", ten_each)
     tile = dict(functions(NESTED))["quant_gemm::tile<4>(int)"]
     # 8 units: four rounds of two dot products, 20 cycles each, and once 20 more
     assert estimate(tile, 8, CORES[-1], "sdot") == (4 * 20 + 20) / 8
     assert estimate(tile, INNERMOST, CORES[-1], "sdot") == 20 / 2
     assert estimate(tile, 8, CORES[-1], "smmla") is None
+
+
+def test_a_kernel_whose_loop_is_in_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_arm, "cycles", ten_each)
+    tile = dict(functions(NESTED))["quant_gemm::tile<4>(int)"]
+    monkeypatch.setattr(Compiled, "_functions", lambda *_: [("caller<4>", []), ("callee<4>", tile)])
+    kernel = Kernel("kernels.cpp", "(caller|callee)<4>")
+    assert Compiled().estimate(kernel, CORES[-1], "smmla", "sdot") == 20 / 2
+    with pytest.raises(EngineError, match=r"no function .* with smmla"):
+        Compiled().estimate(kernel, CORES[-1], "smmla")
