@@ -6,6 +6,7 @@ Input: a path. Output: `Summary`, and its text. Reads headers only.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,11 +84,11 @@ def inspect_model(path: Path | str, context: int) -> Summary:
     by_type: dict[str, tuple[int, int]] = {}
     count = len(model.mixers)
     for tensor, dtype, nbytes in model.tensors:
-        index = tensor.split(".")[1] if tensor.startswith("blk.") else "-1"
-        if not index.lstrip("-").isdecimal() or int(index) >= count:
+        index = _layer_of(tensor, count)
+        if index is None:
             raise ConvertError(f"{path}: {tensor!r:.80}: expected a layer from 0 to {count - 1}")
-        sizes[int(index)] += nbytes
-        by_layer.setdefault(int(index), Counter())[dtype] += 1
+        sizes[index] += nbytes
+        by_layer.setdefault(index, Counter())[dtype] += 1
         tensors, total = by_type.get(dtype, (0, 0))
         by_type[dtype] = tensors + 1, total + nbytes
     layers = tuple(
@@ -116,12 +117,20 @@ def inspect_model(path: Path | str, context: int) -> Summary:
     )
 
 
+def _layer_of(tensor: str, count: int) -> int | None:
+    """The layer of a tensor, -1 if it is of none, None if it is not one of `count` layers."""
+    if not tensor.startswith("blk."):
+        return -1
+    found = re.match(r"blk\.(\d{1,9})\.", tensor, re.ASCII)
+    return int(found[1]) if found and int(found[1]) < count else None
+
+
 def _gguf(path: Path) -> _Model:
     check_path(path)
     with GgufModel(path) as file:
         keys = file.keys
         architecture = keys.get("general.architecture")
-        if architecture not in BY_ARCHITECTURE:
+        if not isinstance(architecture, str) or architecture not in BY_ARCHITECTURE:
             what = f"expected {' or '.join(BY_ARCHITECTURE)}, found {excerpt(architecture)}"
             raise ConvertError(f"{path}: general.architecture: {what}")
 
@@ -138,6 +147,9 @@ def _gguf(path: Path) -> _Model:
             name = f"{architecture}.attention.head_count_kv"
             raise ConvertError(f"{path}: {name}: expected a number for each layer")
         mtp = key("nextn_predict_layers") if f"{architecture}.nextn_predict_layers" in keys else 0
+        if not 0 <= mtp <= len(kv_heads):
+            what = f"expected at most {len(kv_heads)} layers, found {mtp}"
+            raise ConvertError(f"{path}: {architecture}.nextn_predict_layers: {what}")
         types = {kind.number: kind.name for kind in TYPES.values()}
         number = keys.get("general.file_type")
         return _Model(

@@ -151,10 +151,15 @@ def _check_importances(tensors: list[PlannedTensor], importances: Importances) -
 def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances: Importances | None) -> None:
     """Refuse types that need importances for tensors that have none; the result would be useless."""
     known = importances.weights if importances else {}
+
+    def usable(tensor: PlannedTensor) -> bool:
+        weights = known.get(tensor.name)  # those of the embedding can have another length
+        return weights is not None and len(weights) == tensor.output.columns
+
     lacking = [
         tensor
         for tensor in tensors
-        if tensor.name not in known and needs_importances(tensor.name, tensor.type, request.file_type)
+        if not usable(tensor) and needs_importances(tensor.name, tensor.type, request.file_type)
     ]
     if not lacking:
         return
@@ -162,7 +167,10 @@ def _check_needs(tensors: list[PlannedTensor], request: TypeRequest, importances
     where, todo = f"--type {request.file_type.name}", "give --imatrix FILE (made by llama-imatrix)"
     if importances:
         where = str(importances.path)
-        todo = f"it has no entry; choose another type, for example --tensor-type '{first.name}=Q4_K'"
+        todo = (
+            f"it has no entry of {first.output.columns} values; choose another type, for example "
+            f"--tensor-type '{first.name}=Q4_K'"
+        )
     raise ConvertError(
         f"{where}: {first.name!r} (and {len(lacking) - 1} others): {first.type.name} requires an importance "
         f"matrix; {todo}"

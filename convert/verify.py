@@ -95,7 +95,15 @@ def _plan_of(file: GgufModel, checkpoint: Checkpoint, imatrix: Path | None) -> P
     if strange := set(file.tensors) - {output.name for output in expected}:
         raise wrong(f"unexpected tensor {min(strange)!r}")
     importances = read_importances(imatrix) if imatrix else None
-    return Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
+    plan = Plan(TypeRequest(TYPES["F32"]), (), tuple(tensors), importances=importances)
+    for tensor in plan.tensors:
+        if tensor.type.needs_weights and plan.weights(tensor) is None:
+            where = f"{imatrix}: no entry for {tensor.name!r}" if imatrix else f"{file.path}: {tensor.name!r}"
+            raise ConvertError(
+                f"{where}: {tensor.type.name} requires an importance matrix; give --imatrix with the file of the "
+                "conversion"
+            )
+    return plan
 
 
 def _differences(
@@ -132,11 +140,19 @@ def _wrong_keys(file: GgufModel, checkpoint: Checkpoint, vocab: Vocab) -> Iterat
             continue
         if name not in file.keys:
             yield f"{name}: missing, expected {value!r:.{SHOWN}}"
-        elif (found := file.keys[name]) != (expected := _as_stored(value)):
+        elif not _same(expected := _as_stored(value), found := file.keys[name]):
             yield f"{name}: {_difference(expected, found)}"
     for name, found in file.keys.items():
         if name not in written and not name.startswith(ORIGIN):
-            yield f"{name}: unexpected, found {found!r:.{SHOWN}}"
+            shown = name if name.isprintable() else f"{name!r:.{SHOWN}}"
+            yield f"{shown}: unexpected, found {found!r:.{SHOWN}}"
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two values are equal and of the same type: for Python 1, 1.0 and True are equal."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and one == other
 
 
 def _difference(expected: object, found: object) -> str:

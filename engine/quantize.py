@@ -47,9 +47,17 @@ def quantize(program: Path, model: Path, given: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name:.50}.unfinished-") as folder:
         status = exit_status([str(program), *options, str(model), str(Path(folder, output.name)), *words[1:]])
         if status == 0:
-            for path in sorted(Path(folder).iterdir()):
-                path.replace(output.parent / path.name)
+            _take_names(sorted(Path(folder).iterdir()), output.parent)
     return status
+
+
+def _take_names(files: Sequence[Path], folder: Path) -> None:
+    """Move the splits of a model to a folder. No set is complete there until all are of this run: the first is last."""
+    first, others = files[:1], files[1:]
+    if others:
+        (folder / first[0].name).unlink(missing_ok=True)
+    for path in (*others, *first):
+        path.replace(folder / path.name)
 
 
 def split_arguments(model: Path, given: Sequence[str]) -> tuple[list[str], list[str]]:

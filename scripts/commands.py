@@ -6,6 +6,7 @@ The commands catch an interrupt of their work themselves: they say what is left 
 
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 
 def convert_kimi() -> int:
@@ -49,6 +50,10 @@ def _run(load: Callable[[], Callable[[], int]]) -> int:
 
             with interrupt_ends_process():
                 main = load()
+            if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+                sys.stdout.reconfigure(
+                    errors="backslashreplace"
+                )  # names of files and keys can have any bytes
             try:
                 return main()
             finally:  # also after SystemExit, as of --help

@@ -201,8 +201,12 @@ def _add_run_options(parser: argparse.ArgumentParser, subject: str) -> None:
     add("--quiet", action="store_true", help="print no summary on standard output")
 
 
+def _is_number(text: str, least: int, most: int) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most
+
+
 def _between(least: int, most: int, text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+    if not _is_number(text, least, most):
         raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, found {text!r:.40}")
     return int(text)
 
@@ -259,7 +263,7 @@ def _read(path: Path) -> str:
 
 def _read_ids(path: Path) -> Ids:
     words = _read(path).replace(",", " ").split()
-    bad = next((word for word in words if not word.isdigit() or int(word) >= 2**31), None)
+    bad = next((word for word in words if not _is_number(word, 0, 2**31 - 1)), None)
     if bad is not None:
         raise ValidateError(f"{path}: expected token ids (integers), found {bad!r:.40}")
     if not words:

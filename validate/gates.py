@@ -95,6 +95,7 @@ def judge(evidence: Evidence) -> list[GateResult]:
     """All gates that apply to the file's type."""
     failed = evidence.tensors.failed
     results = [GateResult("tensors that differ from the checkpoint", "", failed, 0, False, failed == 0)]
+    results += [_finite(measured) for measured in evidence.runs]
     for limit in LIMITS.get(evidence.type, ()):
         results += [_apply(limit, measured) for measured in evidence.runs]
     upstream = {measured.variant.key: measured for measured in evidence.upstream}
@@ -102,6 +103,12 @@ def judge(evidence: Evidence) -> list[GateResult]:
         if evidence.type != "F32" and measured.variant.key in upstream:
             results += _against_upstream(measured, upstream[measured.variant.key])
     return results
+
+
+def _finite(measured: Measured) -> GateResult:
+    """Other gates have positions left out, and some types have no other gates."""
+    bad = int(np.count_nonzero(~(np.isfinite(measured.at.nmse) & np.isfinite(measured.at.kld))))
+    return GateResult("positions with NaN or infinity", measured.variant.title, bad, 0, False, bad == 0)
 
 
 def _apply(limit: Limit, measured: Measured) -> GateResult:

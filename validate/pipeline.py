@@ -174,7 +174,7 @@ def validate(
             found = answer(engine, other, ids, PLAIN, request.options, reporter.step)
             return [measure(expected[False], found)]
 
-        rivals.append(_rival(other.name, run_other, reporter))
+        rivals.append(_rival(provenance.readable(other.name), run_other, reporter))
     reporter.phase("noise floor")
     floor = noise_floor(engine, request.gguf, ids, request.options, FLOOR_UBATCH)
     upstream_runs = rivals[0].runs if upstream is not None else []
@@ -187,7 +187,7 @@ def validate(
         seconds=round(time.monotonic() - began, 1),
         gguf=gguf_facts,
         checkpoint=checkpoint_facts,
-        ids=provenance.ids_facts(ids, request.source, generated),
+        ids=provenance.ids_facts(ids, provenance.readable(request.source), generated),
         engine=engine_facts(engine),
         machine=machine_facts(),
         reference=provenance.reference_facts(checkpoint.config.architecture, request.dtype),
@@ -231,7 +231,7 @@ def _rival(title: str, runs: Callable[[], list[Measured]], reporter: Reporter) -
         return Rival(title, runs(), "")
     except ValidateError as error:
         reporter.note(f"{title}: cannot run: {error}")
-        return Rival(title, [], str(error))
+        return Rival(title, [], provenance.readable(str(error)))
 
 
 def _greedy(measured: Measured, expected: Truth, generated: int) -> Greedy:

@@ -25,6 +25,11 @@ from kimi_gguf.validate.tensors import open_gguf
 Facts = dict[str, Any]
 
 
+def readable(text: str) -> str:
+    """A text for a report: bytes of a name that are not UTF-8 become backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _file_facts(paths: Sequence[Path], progress: Callable[[int, int], None]) -> Facts:
     """The first file's name, size in bytes and SHA-256 of all files concatenated, and the SHA-256 of each file.
 
@@ -32,7 +37,7 @@ def _file_facts(paths: Sequence[Path], progress: Callable[[int, int], None]) -> 
     """
     hashes = hash_files(paths, progress)
     return {
-        "name": paths[0].name,
+        "name": readable(paths[0].name),
         "bytes": sum(path.stat().st_size for path in paths),
         "sha256": hashes.all,
         "files_sha256": list(hashes.each),
@@ -48,7 +53,7 @@ def gguf_facts(path: Path, progress: Callable[[int, int], None]) -> Facts:
         elements[tensor.type.name] += tensor.elements
     return {
         **_file_facts(all_splits(path), progress),
-        "model": str(name),
+        "model": readable(str(name)),
         "type": max(elements, key=lambda kind: elements[kind]),
         "lowest_type": min(elements, key=lambda kind: TENSOR_TYPES[kind].nbytes((1 << 15,))),
         "elements_by_type": dict(elements),
@@ -64,7 +69,7 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 def checkpoint_facts(checkpoint: Checkpoint, progress: Callable[[int, int], None]) -> Facts:
     """Name, parameter count, and the hashes of the config and weight files."""
     return {
-        "name": checkpoint.folder.resolve().name,
+        "name": readable(checkpoint.folder.resolve().name),
         "parameters": sum(int(np.prod(shape)) for shape in checkpoint.shapes.values()),
         "files": [_file_facts([path], progress) for path in files_of(checkpoint)],
     }

@@ -115,6 +115,8 @@ class Report:
                 f"{bounded} tensors were checked only by their NMSE; `convert-kimi verify` compares the bytes of a "
                 "file that convert-kimi made."
             )
+        if any(rival.title == UPSTREAM and rival.failed for rival in self.rivals):
+            said.append("Upstream llama.cpp could not run, so this file was not compared with it.")
         return said
 
     @property

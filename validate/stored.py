@@ -123,7 +123,7 @@ def _stored(path: Path, data: Mapping[str, Any]) -> Stored:
         engine=_engine(data),
         backend=_as(str, data["engine"]["backends"][0]),
         options=_options(data["options"]),
-        upstream=any(rival["title"] == UPSTREAM for rival in data["rivals"]),
+        upstream=any(rival["title"] == UPSTREAM and rival["runs"] for rival in data["rivals"]),
         floor=_summary(data["noise_floor"]),
         runs=runs,
         unchecked=[_as(str, each) for each in data.get("unchecked", [])],

@@ -185,6 +185,6 @@ def chat_template(folder: Path, settings: dict[str, Any], settings_path: Path) -
         return read_text(file)
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next((entry.get("template") for entry in named), None)
     return None if template is None else checked_text(template, f"{settings_path}: 'chat_template'")

@@ -172,6 +172,8 @@ def split_patterns(pre_tokenizer: object) -> list[str]:
     if not isinstance(pre_tokenizer, dict):
         return []
     stages = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    if not isinstance(stages, list):
+        return []
     patterns = [s.get("pattern") for s in stages if isinstance(s, dict) and s.get("type") == "Split"]
     return [p["Regex"] for p in patterns if isinstance(p, dict) and isinstance(p.get("Regex"), str)]
 

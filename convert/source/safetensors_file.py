@@ -179,8 +179,8 @@ class SafetensorsFile:
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BYTES:
             raise fail("a safetensors dtype", dtype)
-        if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
-            raise fail("a shape of whole numbers", shape)
+        if not isinstance(shape, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in shape):
+            raise fail("a shape of whole numbers below 2^63", shape)
         if len(shape) > _MAX_DIMENSIONS:
             raise fail(f"at most {_MAX_DIMENSIONS} dimensions", shape)
         if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):

@@ -68,6 +68,8 @@ class Ggml:
             raise ValueError(f"{rows.shape} does not make {out.nbytes} bytes of {kind.name}")
         if weights is not None and (weights.shape != (columns,) or weights.dtype != np.float32):
             raise ValueError(f"weights of shape {weights.shape} for {columns} columns")
+        if weights is None and kind.needs_weights:
+            raise ValueError(f"{kind.name} requires importances")  # ggml would end the process
         place = None if weights is None else np.ascontiguousarray(weights).ctypes.data
         self._quantize(kind.number, rows.ctypes.data, out.ctypes.data, 0, n, columns, place)
         return bool(self._is_valid(kind.number, out.ctypes.data, out.nbytes))

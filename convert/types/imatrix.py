@@ -67,6 +67,8 @@ def _gguf(path: Path) -> Importances:
             raise ConvertError(
                 f"{path}: {_DATASETS}, {_CHUNKS}: expected list and int, found {types}; make it with llama-imatrix"
             )
+        if not 0 <= chunks < 2**31:
+            raise ConvertError(f"{path}: {_CHUNKS}: expected 0 to {2**31 - 1}, found {chunks}; make it again")
         weights: dict[str, Values] = {}
         for full in file.tensors:
             name, suffix = full[: full.rfind(".")], full[full.rfind(".") :]

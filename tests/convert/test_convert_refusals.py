@@ -61,6 +61,7 @@ TENSORS: list[tuple[str, Callable[[Tensors], object], list[str]]] = [
     ("another layer", add("model.layers.3.input_layernorm.weight", "BF16", [64]), ["unexpected", "layers.3"]),
     ("expert too many", add(f"{MOE}experts.8.w1.weight", "BF16", [32, 64]), ["unexpected", "experts.8"]),
     ("transposed", reshape("model.layers.0.self_attn.f_a_proj.weight", [64, 32]), ["[32, 64]", "[64, 32]"]),
+    ("huge shape", reshape(Q, [10**4000, 10**4000]), [Q, "whole numbers below 2^63"]),
     ("flattened", reshape(Q, [4096]), [Q, "[64, 64]", "[4096]"]),
     ("float64", add("model.norm.weight", "F64", [64]), ["model.norm.weight", "F64", "BF16"]),
     ("integers", add("model.norm.weight", "I16", [64]), ["model.norm.weight", "I16"]),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from convert_tools import convert, edited_json, fresh_checkpoint, gguf_types
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from random_checkpoint import Spec
 from test_convert_like_quantize import write_imatrix
 
@@ -48,6 +50,31 @@ def test_llama_quantizes_file_is_proved_with_its_importances_only(
     assert without.status == 1 and "(Q4_K): first difference at byte" in without.out
 
 
+@pytest.mark.engine
+def test_types_that_need_importances_are_refused_without(tmp_path: Path, source: Path) -> None:
+    """ggml would end the process."""
+    bf16, imatrix, out = (tmp_path / name for name in ("bf16.gguf", "imatrix.gguf", "x.gguf"))
+    assert convert(source, "-o", bf16).status == 0
+    write_imatrix(imatrix, bf16, every=1)
+    name = "blk.1.ffn_gate_exps"
+    types = ["--type", "Q8_0", "--tensor-type", f"{name}=IQ2_XXS"]
+    assert convert(source, "-o", out, *types, "--imatrix", imatrix).status == 0
+    assert convert("verify", out, "--checkpoint", source, "--imatrix", imatrix).status == 0
+    run = convert("verify", out, "--checkpoint", source)
+    assert run.status == 1 and f"'{name}.weight': IQ2_XXS requires an importance matrix" in run.err
+
+
+@pytest.mark.engine
+def test_importances_of_another_length_are_none(tmp_path: Path, source: Path) -> None:
+    """Those of the embedding may have another length than its rows; a type that needs them is refused then."""
+    name, values = b"token_embd.weight", np.ones(3, "<f4").tobytes()
+    imatrix = tmp_path / "imatrix.dat"
+    imatrix.write_bytes(struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, 3) + values)
+    types = ["--type", "Q8_0", "--token-embedding-type", "IQ2_XXS"]
+    run = convert(source, "-o", tmp_path / "x.gguf", *types, "--imatrix", imatrix)
+    assert run.status == 1 and "IQ2_XXS requires an importance matrix" in run.err
+
+
 @pytest.mark.parametrize("tensor", ["token_embd.weight", "blk.0.ssm_a", "blk.2.attn_k_b.weight"])
 def test_one_wrong_bit_is_named(source: Path, file: Path, tensor: str) -> None:
     with GgufFile(file) as opened:
@@ -76,8 +103,17 @@ def test_a_wrong_key_is_named(source: Path, file: Path) -> None:
     assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 3\n")
 
 
-def add_key(file: Path, name: str, text: str) -> None:
-    """Copy the file with one more key, of a string, with gguf's own writer."""
+def test_a_key_of_another_type_is_named(source: Path, file: Path) -> None:
+    content = file.read_bytes()
+    key = b"kimi-linear.expert_used_count"
+    at = content.index(key) + len(key)
+    file.write_bytes(content[:at] + struct.pack("<If", 6, 2.0) + content[at + 8 :])
+    run = convert("verify", file, "--checkpoint", source)
+    assert run.status == 1 and run.out.startswith("kimi-linear.expert_used_count: expected 2, found 2.0\n")
+
+
+def add_key(file: Path, name: str, value: str | int) -> None:
+    """Copy the file with one more key, with gguf's own writer."""
     reader = GGUFReader(file)
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(file.with_suffix(".new"), architecture)
@@ -86,7 +122,9 @@ def add_key(file: Path, name: str, text: str) -> None:
             continue
         items = field.types[-1] if len(field.types) > 1 else None
         writer.add_key_value(field.name, field.contents(), field.types[0], items)
-    writer.add_string(name, text)
+    writer.add_key_value(
+        name, value, GGUFValueType.STRING if isinstance(value, str) else GGUFValueType.UINT64
+    )
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -115,6 +153,12 @@ def test_a_key_that_no_conversion_writes_is_named(
     assert (run.status == 0) == accepted
     complaint = [] if accepted else [f"{name}: unexpected, found 'text'"]
     assert run.out.splitlines()[:-1] == complaint
+
+
+def test_a_key_cannot_print_lines_of_its_own(source: Path, file: Path) -> None:
+    add_key(file, "x\nidentical\x1b[31m", "text")
+    run = convert("verify", file, "--checkpoint", source)
+    assert run.out.splitlines()[0] == r"'x\nidentical\x1b[31m': unexpected, found 'text'"
 
 
 def test_a_missing_key_is_named(source: Path, file: Path) -> None:
@@ -197,6 +241,30 @@ def test_what_is_no_gguf_is_refused(source: Path, file: Path, damage: str) -> No
     for arguments in (["inspect", file], ["verify", file, "--checkpoint", source]):
         run = convert(*arguments)
         assert run.status == 1 and run.err.startswith("convert-kimi: error: ") and run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("layers", [4, 2**62])
+def test_inspect_refuses_more_layers_of_drafts_than_layers(file: Path, layers: int) -> None:
+    add_key(file, "kimi-linear.nextn_predict_layers", layers)
+    run = convert("inspect", file)
+    assert run.status == 1 and f"expected at most 3 layers, found {layers}" in run.err
+
+
+def test_inspect_refuses_a_layer_that_is_no_number(file: Path) -> None:
+    content = file.read_bytes()
+    assert content.count(b"blk.1.attn_norm.weight") == 1
+    file.write_bytes(content.replace(b"blk.1.attn_norm.weight", b"blk.--1.tn_norm.weight"))
+    run = convert("inspect", file)
+    assert run.status == 1 and "'blk.--1.tn_norm.weight': expected a layer from 0 to 2" in run.err
+
+
+def test_inspect_refuses_an_architecture_that_is_no_text(tmp_path: Path) -> None:
+    """An empty array of numbers."""
+    name, file = b"general.architecture", tmp_path / "x.gguf"
+    key = struct.pack("<Q", len(name)) + name + struct.pack("<IIQ", 9, 4, 0)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key)
+    run = convert("inspect", file)
+    assert run.status == 1 and "general.architecture: expected kimi-linear" in run.err
 
 
 @pytest.mark.engine

@@ -13,6 +13,7 @@ from tokenizer_cases import config, train_ranks
 
 from kimi_gguf.convert.errors import ConvertError
 from kimi_gguf.convert.model.families import load_vocab
+from kimi_gguf.convert.model.vocab_files import split_patterns
 
 RANKS = train_ranks(40)
 N = len(RANKS)
@@ -140,6 +141,17 @@ def test_a_template_that_is_no_text_is_refused(template: object, tmp_path: Path)
     write_tokenizer(tmp_path, RANKS, chat_template=template)
     with pytest.raises(ConvertError, match="'chat_template'"):
         load_vocab(tmp_path, config(N))
+
+
+def test_a_template_whose_name_is_no_text_is_left_out(tmp_path: Path) -> None:
+    templates = [{"name": [], "template": "one"}, {"name": "default", "template": "two"}]
+    write_tokenizer(tmp_path, RANKS, chat_template=templates)
+    assert load_vocab(tmp_path, config(N)).chat_template == "two"
+
+
+@pytest.mark.parametrize("stages", [None, 7, "Split"])
+def test_stages_that_are_no_list_have_no_patterns(stages: object) -> None:
+    assert split_patterns({"type": "Sequence", "pretokenizers": stages}) == []
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"line\nnul \0"])

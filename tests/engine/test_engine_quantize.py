@@ -122,6 +122,27 @@ def test_splits_are_moved_together(tmp_path: Path) -> None:
     assert [(tmp_path / f"out-0000{i}-of-00002.gguf").read_text() for i in (1, 2)] == ["1", "2"]
 
 
+def test_an_interruption_while_splits_are_moved_leaves_no_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = tmp_path / "in-00001-of-00002.gguf"
+    first.write_bytes(b"GGUF")
+    outputs = [tmp_path / f"out-0000{i}-of-00002.gguf" for i in (1, 2)]
+    for path in outputs:
+        path.write_text("earlier")
+    move = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if target == outputs[0]:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(program(tmp_path, SPLITS), first, [str(tmp_path / "out.gguf"), "Q8_0", "--keep-split"])
+    assert outputs[1].read_text() == "2" and not outputs[0].exists()
+
+
 def test_a_dry_run_needs_no_output(model: Path, tmp_path: Path) -> None:
     run = program(tmp_path, "exit 0\n")
     assert quantize(run, model, ["Q8_0", "--dry-run"]) == 0

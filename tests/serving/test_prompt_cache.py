@@ -262,6 +262,20 @@ def test_states_of_an_adapter_are_not_continued_without_it(
     assert with_adapter != without
 
 
+def test_a_context_that_shifts_is_still_of_its_adapters(
+    tmp_path: Path, engine: Engine, gguf: Path, adapter: Path
+) -> None:
+    options = ("-np", "1", "-c", "256", "--context-shift", "--slot-save-path", f"{tmp_path}/")
+    with serving(engine, tmp_path, gguf, *options, "--lora", str(adapter)) as server:
+        server.complete("define: river\n", 300, cache_prompt=True)
+        assert "slot context shift" in server.log.read_text()
+        server.slot("save")
+    with serving(engine, tmp_path, gguf, *options) as server:
+        with pytest.raises(urllib.error.HTTPError):
+            server.slot("restore")
+        assert "the LoRA adapter adapter.gguf" in server.log.read_text()
+
+
 def test_a_saved_slot_knows_its_adapters(tmp_path: Path, engine: Engine, gguf: Path, adapter: Path) -> None:
     options, lora = ("-np", "1", "--slot-save-path", f"{tmp_path}/"), ("--lora", str(adapter))
 

@@ -221,6 +221,8 @@ def test_a_place_that_cannot_have_the_report_gives_status_2_at_once(
     ("name", "content", "said"),
     [
         ("--ids", b"1 two 3", "expected token ids (integers), found 'two'"),
+        ("--ids", "1 ²".encode(), "expected token ids (integers), found '²'"),
+        ("--ids", b"1 " + b"9" * 5000, "expected token ids (integers), found '99"),
         ("--ids", b" ", "expected token ids, found an empty file"),
         ("--text", b"\xff\xfe", "expected UTF-8 text"),
         ("--against", b"GGUF", "not a readable GGUF file"),

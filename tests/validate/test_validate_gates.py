@@ -52,6 +52,14 @@ def test_logits_that_are_no_numbers_fail() -> None:
         assert failed(kind, [run_with(0, truth=truth)])
 
 
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_K"])
+def test_one_position_without_numbers_fails_every_type(kind: str) -> None:
+    """Also where this position is left out because its experts differ, and of a type without limits of the logits."""
+    run = run_with(0, flipped=1)
+    run.at.squared_error[0] = np.nan
+    assert [gate.title for gate in failed(kind, [run])] == ["positions with NaN or infinity"]
+
+
 def test_a_wrong_tensor_fails_whatever_the_logits() -> None:
     proof = TensorProof()
     proof.fail("blk.0.ssm_a: wrong")

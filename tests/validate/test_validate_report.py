@@ -9,6 +9,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import gguf as gguf_py
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from validate_case import FLASH, TOKENS, run_with
@@ -18,6 +20,7 @@ from kimi_gguf.validate.gates import Evidence, judge
 from kimi_gguf.validate.llama import RunOptions
 from kimi_gguf.validate.metrics import Summary
 from kimi_gguf.validate.plots import Line, by_position
+from kimi_gguf.validate.provenance import gguf_facts
 from kimi_gguf.validate.report import (
     SCHEMA,
     Greedy,
@@ -97,6 +100,28 @@ def test_json_holds_every_figure_and_names_its_schema(report: Report) -> None:
     assert data["engine"]["tree_sha256"] == "34" * 32
     assert data["noise_floor"]["n_ubatch"] == 48
     assert "KL(reference || test)" in data["direction"]
+
+
+def test_upstream_that_could_not_run_is_said(report: Report) -> None:
+    rivals = [Rival("upstream llama.cpp", [], "killed"), Rival("other.gguf", [], "it aborts")]
+    said = replace(report, rivals=rivals).unchecked
+    assert set(said) - set(report.unchecked) == {
+        "Upstream llama.cpp could not run, so this file was not compared with it."
+    }
+
+
+def test_names_that_are_no_text_can_be_written(tmp_path: Path) -> None:
+    writer = gguf_py.GGUFWriter(tmp_path / "m\udcff.gguf", "kimi-linear")
+    writer.add_name("Kimi?")
+    writer.add_tensor("x", np.zeros(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = tmp_path / "m\udcff.gguf"
+    file.write_bytes(file.read_bytes().replace(b"Kimi?", b"Kimi\xff"))
+    facts = gguf_facts(file, lambda done, total: None)
+    assert (facts["model"], facts["name"]) == (r"Kimi\udcff", r"m\udcff.gguf")
 
 
 def test_nan_is_null_in_json_and_a_dash_in_text(report: Report) -> None:
